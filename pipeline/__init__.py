@@ -1,0 +1,1 @@
+"""tunepress: fine-tune, merge, quantize and publish a language model, with every number measured."""

@@ -1,0 +1,88 @@
+"""What tunepress can make and read, as plain tables. Imports nothing heavy.
+
+A new rounding, format or data form is one file and one row here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kind of quantized model that a repository can carry in a folder of its own."""
+
+    name: str
+    format: str
+    bits: int
+    grouped: bool
+    roundings: tuple[str, ...]  # the first is the default
+    purpose: str
+    stock_loader: str
+
+    @property
+    def folder(self) -> str:
+        return self.name
+
+
+VARIANTS = {
+    v.name: v
+    for v in (
+        Variant(
+            name="int8",
+            format="torchao",
+            bits=8,
+            grouped=False,
+            roundings=("rtn",),
+            purpose="GPUs with little memory, and CPUs; nearly lossless",
+            stock_loader="transformers + torchao, on any machine",
+        ),
+        Variant(
+            name="int4",
+            format="torchao",
+            bits=4,
+            grouped=True,
+            roundings=("hqq", "rtn"),
+            purpose="CPUs, edge machines and small GPUs; the smallest and fastest",
+            stock_loader="transformers + torchao loads it anywhere, and runs it after repacking",
+        ),
+    )
+}
+
+ALIASES = {
+    "int8_weight_only": ("int8",),
+    "int4_weight_only": ("int4",),
+    "both": ("int8", "int4"),
+}
+
+# Group sizes that the int4 kernels of torch take on a CPU and on CUDA.
+GROUP_SIZES = (32, 64, 128, 256)
+
+ROUNDINGS = {
+    "rtn": "round to nearest: no data, no search; the same codes as torchao's own int8",
+    "hqq": "half-quadratic quantization: no data; moves the zero points to lower a sparse error",
+}
+
+FORMATS = {"torchao": "safetensors that stock transformers loads with torchao"}
+
+DATA_FORMS = {
+    "messages": "a list of {role, content} under `messages`",
+    "prompt_completion": "two strings under `prompt` and `completion`",
+}
+
+
+def resolve_variants(name: str) -> tuple[str, ...]:
+    """The variants that `name` (a variant or an alias, in any case) stands for.
+
+    Raises:
+        KeyError: if there is no such variant.
+    """
+    key = name.strip().lower()
+    if key in VARIANTS:
+        return (key,)
+    return ALIASES[key]
+
+
+def variant_names() -> str:
+    """Everything `resolve_variants` takes, for messages."""
+    return ", ".join([*VARIANTS, *ALIASES])

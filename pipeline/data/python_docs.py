@@ -1,0 +1,191 @@
+"""Data that every machine has: the documentation inside Python's standard library.
+
+`python_docs()` turns the docstrings of the standard library into questions and
+answers, for training. `python_topics()` is the language reference as `help()` shows
+it, for measuring how well a model still reads general text. The two share nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import re
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.data.forms import Example
+from pipeline.errors import DataError
+
+LICENSE = "psf-2.0"
+LANGUAGE = "en"
+
+_SHORTEST, _LONGEST = 40, 1500  # characters of a docstring that is worth an answer
+_FEWEST_WORDS = 6
+_LONGEST_CALL = 80  # characters of `name(arguments)` inside a question
+_SHORTEST_TOPIC = 1000
+
+# Not documentation of the library but its tests, its tools, and topics that are measured on.
+_SKIPPED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "site-packages", "dist-packages"}
+
+_QUESTIONS = {
+    "module": (
+        "What is Python's `{}` module for?",
+        "What does the module `{}` of Python's standard library provide?",
+        "Describe the Python module `{}`.",
+    ),
+    "class": (
+        "What is the Python class `{}`?",
+        "Describe the class `{}` of Python's standard library.",
+        "What is `{}` used for in Python?",
+    ),
+    "function": (
+        "What does the function `{}` do?",
+        "Explain `{}` from Python's standard library.",
+        "How does the Python function `{}` work?",
+    ),
+    "method": (
+        "What does the method `{}` do?",
+        "Explain the Python method `{}`.",
+        "What happens when `{}` is called in Python?",
+    ),
+    "property": (
+        "What is the property `{}`?",
+        "What does `{}` hold in Python?",
+    ),
+}
+
+
+def python_docs(folder: Path | None = None) -> list[Example]:
+    """One question and answer for every public docstring of the standard library.
+
+    The sources are parsed, never imported. Order and content depend on nothing but the
+    sources: the same Python gives the same examples everywhere.
+
+    Args:
+        folder: where the standard library's sources are; by default this Python's own.
+
+    Raises:
+        DataError: if this Python comes without its sources.
+    """
+    folder = folder or Path(sysconfig.get_path("stdlib"))
+    examples, names, docs = [], set(), set()
+    for path, module in _modules(folder):
+        for kind, name, call, doc in _documented(path, module):
+            words = " ".join(re.findall(r"\w+", doc.lower()))
+            if name in names or words in docs or not _worth_asking(doc):
+                continue
+            names.add(name)
+            docs.add(words)
+            messages = ({"role": "user", "content": _question(kind, name, call)}, {"role": "assistant", "content": doc})
+            examples.append(Example(messages))
+    if not examples:
+        raise DataError(f"builtin:python-docs: no sources of the standard library under {folder}; name a data file")
+    return examples
+
+
+def python_topics() -> str:
+    """The long topics of the language reference, in alphabetical order, as one text.
+
+    A topic that is a part of another one is left out: text that comes twice is easy
+    to predict the second time. About 390,000 characters with Python 3.11.
+
+    Raises:
+        DataError: if this Python comes without `pydoc_data`.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise DataError(
+            "builtin:python-topics: this Python has no pydoc_data.topics; set evaluate.general to a .txt file"
+        ) from None
+    long = {name: text.strip() for name, text in sorted(topics.items()) if len(text) >= _SHORTEST_TOPIC}
+    whole = [
+        text
+        for name, text in long.items()
+        if not any(_body(text) in other for other_name, other in long.items() if other_name != name)
+    ]
+    return "\n\n\n".join(whole) + "\n"
+
+
+def _body(text: str) -> str:
+    """A topic without its heading, which is underlined differently where it is a sub-section."""
+    return text.partition("\n\n")[2].strip() or text
+
+
+def _modules(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Every public module's file and dotted name, sorted."""
+    for path in sorted(folder.rglob("*.py"), key=lambda p: p.relative_to(folder).parts):
+        *packages, file = path.relative_to(folder).with_suffix("").parts
+        parts = packages if file == "__init__" else [*packages, file]
+        if not parts or parts[0] not in sys.stdlib_module_names:
+            continue
+        if any(part.startswith("_") or part in _SKIPPED or not part.isidentifier() for part in parts):
+            continue
+        yield path, ".".join(parts)
+
+
+def _documented(path: Path, module: str) -> Iterator[tuple[str, str, str, str]]:
+    """(kind, dotted name, name with arguments, docstring) of everything public in a file."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old string escapes in old modules
+            tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, OSError):
+        return
+    if doc := ast.get_docstring(tree):
+        yield "module", module, module, doc
+    yield from _members(tree, module, inside_class=False)
+
+
+def _members(node: ast.AST, prefix: str, inside_class: bool) -> Iterator[tuple[str, str, str, str]]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.If, ast.Try)):  # definitions that depend on the platform
+            yield from _members(child, prefix, inside_class)
+        if not isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) or child.name.startswith("_"):
+            continue
+        name, doc = f"{prefix}.{child.name}", ast.get_docstring(child)
+        if isinstance(child, ast.ClassDef):
+            if doc:
+                yield "class", name, name, doc
+            yield from _members(child, name, inside_class=True)
+        elif doc:
+            yield _kind(child, inside_class), name, _call(child, name, inside_class), doc
+
+
+def _kind(function: ast.FunctionDef | ast.AsyncFunctionDef, inside_class: bool) -> str:
+    if any(d.endswith("property") for d in _decorators(function)):
+        return "property"
+    return "method" if inside_class else "function"
+
+
+def _call(function: ast.FunctionDef | ast.AsyncFunctionDef, name: str, inside_class: bool) -> str:
+    """`name(arguments)` the way a caller writes it, or the name alone where that gets long."""
+    decorators, arguments = _decorators(function), function.args
+    if any(d.endswith("property") for d in decorators):
+        return name
+    if inside_class and "staticmethod" not in decorators:
+        del (arguments.posonlyargs or arguments.args)[:1]  # self
+    call = f"{name}({ast.unparse(arguments)})"
+    return call if len(call) <= _LONGEST_CALL else name
+
+
+def _decorators(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    return [ast.unparse(d) for d in function.decorator_list]
+
+
+def _worth_asking(doc: str) -> bool:
+    """Whether a docstring says something in words, beyond a signature, a link or a session."""
+    if not _SHORTEST <= len(doc) <= _LONGEST or doc.startswith(">>>"):
+        return False
+    prose = re.sub(r"\w+://\S+|^[\w.]+\(.*?\)(\s*->.*)?$", " ", doc, flags=re.MULTILINE)
+    return len(re.findall(r"[A-Za-z]{2,}", prose)) >= _FEWEST_WORDS
+
+
+def _question(kind: str, name: str, call: str) -> str:
+    """One of a few phrasings, chosen by the name."""
+    phrasings = _QUESTIONS[kind]
+    choice = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+    return phrasings[choice % len(phrasings)].format(call)

@@ -1,0 +1,78 @@
+"""int8 and int4 linear layers on a CPU, on the kernels that torch carries.
+
+For a few tokens the time is that of reading the weights, so fewer bytes are faster;
+for many it is arithmetic, and turning the weights back into bf16 once is cheaper.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.quantization.grid import GroupQuantized
+
+# Tokens from which dequantize-and-multiply is the faster way for int8 (4096 x 4096, AVX-512).
+INT8_KERNEL_TOKENS = 64
+_INT4_ROW_BLOCK = 16  # `_convert_weight_to_int4pack_for_cpu` takes multiples of this
+
+
+def linear(weight: GroupQuantized, bias: torch.Tensor | None) -> torch.nn.Module | None:
+    """The layer for `weight`'s grid; None where torch has no kernel for it."""
+    if weight.grid.bits == 8 and weight.grid.zero == "none" and weight.grid.group_size is None:
+        return Int8Linear(weight, bias)
+    if weight.grid.bits == 4 and weight.grid.zero == "float" and weight.codes.shape[0] % _INT4_ROW_BLOCK == 0:
+        return Int4Linear(weight, bias)
+    return None
+
+
+class Int8Linear(torch.nn.Module):
+    """y = x W^T + b with W as int8 codes (N, K) and one scale per row.
+
+    The scales, float32 in the file, are used in the input's type. torchao computes them
+    in the weights' type, so for a bf16 model they are bf16 numbers and nothing is lost.
+    """
+
+    def __init__(self, weight: GroupQuantized, bias: torch.Tensor | None):
+        super().__init__()
+        self.out_features, self.in_features = weight.codes.shape
+        self.register_buffer("codes", weight.codes.contiguous())
+        self.register_buffer("scale", weight.scale.view(-1))
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, self.in_features)
+        scale = self.scale.to(x.dtype)
+        if flat.shape[0] <= INT8_KERNEL_TOKENS:
+            y = torch.ops.aten._weight_int8pack_mm(flat, self.codes, scale)
+        else:
+            y = torch.nn.functional.linear(flat, self.codes.to(x.dtype)) * scale
+        y = y.view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class Int4Linear(torch.nn.Module):
+    """y = x W^T + b with W as int4 codes packed for this processor, scale and zero per group.
+
+    Shapes: packed (N, K / 2) uint8, opaque; scale_and_zero (K / group, N, 2) bfloat16.
+    """
+
+    def __init__(self, weight: GroupQuantized, bias: torch.Tensor | None):
+        super().__init__()
+        self.out_features, self.in_features = weight.codes.shape
+        self.group_size = weight.grid.group_size
+        unsigned = weight.codes.to(torch.int32) - weight.grid.lowest
+        self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, 1))
+        self.register_buffer("scale_and_zero", torch.stack((weight.scale.T, weight.zero.T), dim=-1).contiguous())
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, self.in_features)
+        scale_and_zero = self.scale_and_zero.to(x.dtype)
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.packed, self.group_size, scale_and_zero)
+        y = y.view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, group_size={self.group_size}"

@@ -1,0 +1,46 @@
+"""The heavy libraries: their versions without importing them, and their chatter turned down."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import warnings
+
+# Those whose version can change the bytes or the numbers of a release.
+STACK = ("torch", "transformers", "peft", "trl", "bitsandbytes", "torchao", "datasets", "accelerate", "tokenizers")
+
+
+def versions(*names: str) -> dict[str, str]:
+    """Installed versions by distribution name; what is not installed is left out."""
+    found = {}
+    for name in names or STACK:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def quiet() -> None:
+    """Keep import warnings and progress bars of the libraries off the terminal; errors still show.
+
+    torchao warns about CUDA extensions on every machine without CUDA, and torch about
+    torchao's enums; neither is a thing that a user could act on. Call before importing them.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    for name in ("torchao", "torch.utils._pytree", "datasets", "bitsandbytes", "filelock", "httpx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch(ao)?\b.*")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def quiet_progress_bars() -> None:
+    """The same for bars that transformers and datasets draw by themselves; imports transformers."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,139 @@
+"""`load`: a published variant, packed for this machine.
+
+The stock loader reads the portable codes; each quantized layer is then replaced by
+the fastest one there is for it here, or by an ordinary layer with dequantized weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline import kernels
+from pipeline.catalog import resolve_variants
+from pipeline.config import REPO_ID
+from pipeline.errors import HubError, ModelError
+from pipeline.libraries import quiet, quiet_progress_bars
+from pipeline.quantization.formats import storage
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load(
+    source: str | Path,
+    variant: str | None = None,
+    device: str = "auto",
+    revision: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer, ready to generate on this machine.
+
+    Args:
+        source: a repository `user/model`, or a folder such as a run's `release/`.
+        variant: `int8`, `int4`, ...; None for the full-precision model at the root.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
+        revision: branch, tag or commit of a repository.
+
+    Raises:
+        ModelError: where there is no such model or variant.
+
+    Example:
+        >>> model, tokenizer = load("user/model", variant="int4")
+    """
+    quiet()
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    quiet_progress_bars()
+    folder = locate(source, variant, revision)
+    target = _device(device)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    if getattr(model.config, "quantization_config", None) is None:
+        model = model.to(target)
+    else:
+        pack(model, target)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def pack(model: PreTrainedModel, device: torch.device) -> dict[str, int]:
+    """Replace every quantized layer of a stock-loaded model, layer by layer, and move it to `device`.
+
+    Returns:
+        How many layers each kind of replacement took, for reports.
+    """
+    import torch
+
+    unpack = storage("torchao").unpack
+    used: dict[str, int] = {}
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        weight = unpack(module.weight.data)
+        if weight is None:
+            continue
+        bias = None if module.bias is None else module.bias.data
+        packed = kernels.linear(weight, bias, device)
+        if packed is None:
+            packed = torch.nn.Linear(module.in_features, module.out_features, bias is not None, device="meta")
+            packed.weight = torch.nn.Parameter(weight.dequantize(module.weight.dtype), requires_grad=False)
+            packed.bias = module.bias
+        model.set_submodule(name, packed.to(device))
+        used[type(packed).__name__] = used.get(type(packed).__name__, 0) + 1
+    model.to(device)
+    return used
+
+
+def locate(source: str | Path, variant: str | None = None, revision: str | None = None) -> Path:
+    """The folder that holds the files of a model or of one of its variants, fetched if need be."""
+    name = None
+    if variant is not None:
+        try:
+            (name,) = resolve_variants(variant)
+        except (KeyError, ValueError):
+            raise ModelError(f"variant {variant!r}: not one that tunepress makes") from None
+    path = Path(source).expanduser()
+    if path.is_dir():
+        folder = path / name if name else path
+        if not (folder / "config.json").is_file():
+            there = sorted(p.parent.name for p in path.glob("*/config.json"))
+            raise ModelError(f"{folder}: no model there; variants in {path}: {', '.join(there) or 'none'}")
+        return folder
+    if not REPO_ID.match(str(source)):
+        raise ModelError(f"{source}: neither a folder here nor a repository such as user/model")
+    return _fetch(str(source), name, revision)
+
+
+def _fetch(repo: str, variant: str | None, revision: str | None) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+    prefix = f"{variant}/" if variant else ""
+    try:
+        info = HfApi().model_info(repo, revision=revision)
+        names = [s.rfilename for s in info.siblings or []]
+        wanted = [n for n in names if n.startswith(prefix) and "/" not in n.removeprefix(prefix)]
+        if f"{prefix}config.json" not in wanted:
+            there = sorted({n.split("/")[0] for n in names if n.endswith("/config.json")})
+            raise ModelError(f"{repo}: no variant {variant!r}; there are: {', '.join(there) or 'none'}")
+        paths = [Path(hf_hub_download(repo, name, revision=info.sha)) for name in wanted]
+    except RepositoryNotFoundError:
+        raise ModelError(f"{repo}: no such repository, or it is private and you are not logged in") from None
+    except (HfHubHTTPError, OSError) as error:
+        raise HubError(f"{repo}: could not be read from the Hub: {error}") from None
+    return paths[0].parent
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelError(f"device {name!r}: use auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"device {name!r}: torch finds no CUDA here; use cpu, or install a CUDA build of torch")
+    return device

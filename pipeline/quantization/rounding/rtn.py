@@ -1,0 +1,40 @@
+"""Round to nearest: the range of each group, cut into equal steps. No data, no search.
+
+With zero "none" and one scale per row this is torchao's `Int8WeightOnlyConfig`, bit
+for bit; with a float zero it is the affine grid of torchao's `Int4Tensor`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.quantization.grid import Grid, GroupQuantized, assemble, in_groups
+
+# The smallest step; a group of equal weights has no range to divide by. torchao's choice.
+SMALLEST_STEP = torch.finfo(torch.float32).eps
+
+
+def round_weight(weight: torch.Tensor, grid: Grid) -> GroupQuantized:
+    """Put a weight (N, K) on `grid`. Rows do not influence each other."""
+    groups = in_groups(weight, grid)
+    scale, zero = full_range(groups, grid)
+    return assemble(groups, scale, zero, grid)
+
+
+def full_range(groups: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scales and zeros (N, G) with which no weight of (N, G, g) is clipped."""
+    if grid.zero == "none":
+        # In the weight's own type, as torchao does, so that the codes agree to the last bit.
+        largest = groups.abs().amax(dim=-1)
+        scale = (largest / ((grid.highest - grid.lowest) / 2)).clamp(min=SMALLEST_STEP)
+        return scale.to(grid.scale_dtype), None
+    lowest, highest = (bound.float() for bound in torch.aminmax(groups, dim=-1))
+    steps = grid.highest - grid.lowest
+    if grid.zero == "float":
+        scale = ((highest - lowest) / steps).clamp(min=SMALLEST_STEP).to(grid.scale_dtype)
+        zero = (lowest - grid.lowest * scale.float()).to(grid.scale_dtype)
+        return scale, zero
+    lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)  # zero itself must be a code
+    scale = ((highest - lowest) / steps).clamp(min=SMALLEST_STEP).to(grid.scale_dtype)
+    zero = (-lowest / scale.float()).round().clamp(grid.lowest, grid.highest).to(torch.uint8)
+    return scale, zero
