@@ -112,10 +112,19 @@ class Checkpoint(Mapping[str, TensorInfo]):
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+        self._open(self._shards(Path(folder)))
+
+    @classmethod
+    def of_files(cls, paths: list[Path]) -> Checkpoint:
+        """The tensors of safetensors files by any name, such as an adapter's."""
+        checkpoint = cls.__new__(cls)
+        checkpoint._open({path: set() for path in paths})
+        return checkpoint
+
+    def _open(self, shards: dict[Path, set[str]]) -> None:
         self.metadata: dict[str, str] = {}
         self._tensors: dict[str, TensorInfo] = {}
-        for path, expected in self._shards().items():
+        for path, expected in shards.items():
             tensors, metadata = read_header(path)
             missing = expected - set(tensors)
             if missing:
@@ -126,12 +135,13 @@ class Checkpoint(Mapping[str, TensorInfo]):
             self._tensors.update(tensors)
             self.metadata.update(metadata)
 
-    def _shards(self) -> dict[Path, set[str]]:
-        index, single = self.folder / INDEX_NAME, self.folder / SINGLE_NAME
+    @staticmethod
+    def _shards(folder: Path) -> dict[Path, set[str]]:
+        index, single = folder / INDEX_NAME, folder / SINGLE_NAME
         if not index.is_file():
             if single.is_file():
                 return {single: set()}
-            raise CheckpointError(f"{self.folder}: no {SINGLE_NAME} and no {INDEX_NAME}; other formats are not read")
+            raise CheckpointError(f"{folder}: no {SINGLE_NAME} and no {INDEX_NAME}; other formats are not read")
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             pairs = [(str(name), str(file)) for name, file in weight_map.items()]
@@ -141,7 +151,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         for name, file in pairs:
             if Path(file).name != file or not file.endswith(".safetensors"):
                 raise CheckpointError(f"{index}: {file!r} is not the name of a file in this folder")
-            shards.setdefault(self.folder / file, set()).add(name)
+            shards.setdefault(folder / file, set()).add(name)
         for path in shards:
             if not path.is_file():
                 raise CheckpointError(f"{path}: named by the index, and missing")

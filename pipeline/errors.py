@@ -60,9 +60,11 @@ class MissingExtra(UserError):
 
 
 class StageFailed(UserError):
-    """A stage ended without finishing; its own failure event has the details."""
+    """A stage ended without finishing. Exit code 2 where the user can mend it; else the log is named."""
 
-    exit_code = 1
+    def __init__(self, message: str, exit_code: int, log: object):
+        super().__init__(message if exit_code == 2 else f"{message} (log: {log})")
+        self.exit_code = exit_code
 
 
 def redact(text: str) -> str:

@@ -31,7 +31,6 @@ BLOCK_ELEMENTS = 4_000_000  # weights rounded at a time
 class VariantFiles:
     """What was written for one variant, and how."""
 
-    folder: Path
     weight_bytes: int  # stored bytes of the quantized weights
     source_bytes: int  # bytes of the same weights in the source
     group_sizes: dict[str, int]  # layers whose group size is not the one asked for
@@ -45,15 +44,7 @@ class _Variant:
         self.spec, self.folder = spec, folder
         self.format = storage(VARIANTS[spec.name].format)
         self.round = rounding(spec.rounding)
-        self.kept = sorted(n for n in linear if any(fnmatch.fnmatch(n.removesuffix(".weight"), p) for p in spec.keep))
-        self.grids: dict[str, tuple[tuple, Grid]] = {}
-        for name, shape in linear.items():
-            if name in self.kept:
-                continue
-            try:
-                self.grids[name] = (shape, self.format.grid(spec, shape[1]))
-            except QuantizationError as error:
-                raise QuantizationError(f"{name}: {error}") from None
+        self.grids, self.kept = _grids(spec, linear)
         plan: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for name, info in source.items():
             if name in self.grids:
@@ -85,7 +76,28 @@ class _Variant:
         asked = self.spec.group_size
         other = {n: g.group_size for n, (_, g) in self.grids.items() if asked and g.group_size != asked}
         before = sum(source[name].nbytes for name in self.grids)
-        return VariantFiles(self.folder, self.weight_bytes, before, other, tuple(self.kept))
+        return VariantFiles(self.weight_bytes, before, other, tuple(self.kept))
+
+
+def unfit(spec: VariantSpec, linear: Mapping[str, tuple[int, int]]) -> str | None:
+    """Why a variant cannot be made of these weights, or None where it can."""
+    try:
+        _grids(spec, linear)
+    except QuantizationError as error:
+        return str(error)
+    return None
+
+
+def _grids(spec: VariantSpec, linear: Mapping[str, tuple[int, int]]) -> tuple[dict[str, tuple[tuple, Grid]], list[str]]:
+    """The grid of every layer that is to be quantized, and the layers that were asked to stay as they are."""
+    kept = sorted(n for n in linear if any(fnmatch.fnmatch(n.removesuffix(".weight"), p) for p in spec.keep))
+    grids = {}
+    for name in (n for n in linear if n not in kept):
+        try:
+            grids[name] = (linear[name], storage(VARIANTS[spec.name].format).grid(spec, linear[name][1]))
+        except QuantizationError as error:
+            raise QuantizationError(f"{name}: {error}") from None
+    return grids, kept
 
 
 def quantize_checkpoint(

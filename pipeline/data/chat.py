@@ -1,0 +1,153 @@
+"""What a chat template makes of a conversation, and where the answers are in it.
+
+Where they are is found out from the template itself, in one of two ways:
+
+- A template with `{% generation %}` says it.
+- Otherwise each answer is replaced by a probe. What the two renderings have in common
+  behind the probe is behind the answer; the answer begins where the generation prompt
+  ends, for that is what a model is given when it has to answer. Templates that strip
+  earlier turns, add a thinking block, or trim the content are marked right that way.
+
+The end-of-turn token after an answer belongs to it, since a model that never sees it
+never stops; the white space after that token does not.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+import jinja2
+
+from pipeline.data.forms import shorten
+from pipeline.errors import DataError
+
+_PROBE = "tunepressprobe"
+
+Message = dict[str, str]
+Span = tuple[int, int]  # [from, to) in characters of the rendered conversation
+
+
+class ChatTemplate:
+    """A tokenizer's chat template.
+
+    Attributes:
+        ends_turns: whether it writes anything after an answer that a model could learn to stop by.
+
+    Raises:
+        DataError: if the tokenizer has none, or one that does not take plain text, or is not a fast one.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.name = tokenizer.name_or_path or "the tokenizer"
+        if not tokenizer.chat_template:
+            raise DataError(
+                f"{self.name}: no chat template; choose an instruct model, or a tokenizer with a chat template"
+            )
+        if not tokenizer.is_fast:
+            raise DataError(f"{self.name}: not a fast tokenizer; choose a model that has a tokenizer.json")
+        self._says_itself = bool(re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()))
+        self._prompts, self.ends_turns = self._try_out()
+
+    def render(self, conversation: list[Message], **options: Any) -> Any:
+        """The conversation as text; options go to transformers' `apply_chat_template`.
+
+        Raises:
+            DataError: if the template refuses the conversation.
+        """
+        try:
+            return self.tokenizer.apply_chat_template(conversation, **{"tokenize": False, **options})
+        except (jinja2.TemplateError, TypeError) as error:
+            raise DataError(
+                f"{self.name}: its chat template refuses the conversation that begins "
+                f"{shorten(conversation[0]['content'])!r}: {shorten(str(error), 120)}; "
+                "change the conversation, or choose another model"
+            ) from None
+
+    def answers(self, conversation: list[Message], text: str) -> list[Span]:
+        """Where the answers are, each with its end of turn.
+
+        Args:
+            conversation: messages, the last of them an answer.
+            text: the same, rendered.
+
+        Raises:
+            DataError: if the template does not let answers be told from the rest.
+        """
+        spans = self._marked(conversation) if self._says_itself else self._probed(conversation, text)
+        if not spans:
+            raise self._unmarkable()
+        last = text[spans[-1][1] :].rstrip()
+        # Behind the last answer there may be an end of text too, behind the others only the end of turn.
+        ends_of_turn = (last, "".join(re.findall(r"^\s*\S+", last)))
+        complete = []
+        for start, end in spans:
+            end += next((len(e) for e in ends_of_turn if text.startswith(e, end)), 0)
+            complete.append((start, start + len(text[start:end].rstrip())))
+        return complete
+
+    def _marked(self, conversation: list[Message]) -> list[Span]:
+        """The runs of tokens that the template's own `{% generation %}` marks."""
+        output = self.render(
+            conversation,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
+        )
+        spans: list[Span] = []
+        inside = False
+        for marked, (start, end) in zip(output["assistant_masks"], output["offset_mapping"], strict=True):
+            if marked:
+                spans.append((spans.pop()[0], end) if inside else (start, end))
+            inside = bool(marked)
+        return spans
+
+    def _probed(self, conversation: list[Message], text: str) -> list[Span]:
+        """The content of every answer that the template shows."""
+        probe = _PROBE
+        while probe in text:
+            probe += "x"
+        spans = []
+        for i, message in enumerate(conversation):
+            if message["role"] != "assistant":
+                continue
+            probed = self.render([*conversation[:i], {**message, "content": probe}, *conversation[i + 1 :]])
+            if probe not in probed:
+                continue  # a turn that this template leaves out
+            before, _, after = probed.partition(probe)
+            start, end = self._start(conversation[:i], before, text), len(text) - len(after)
+            if start is None or start > end or not text.endswith(after) or probe in after:
+                raise self._unmarkable()
+            spans.append((start, end))
+        return spans
+
+    def _start(self, earlier: list[Message], before: str, text: str) -> int | None:
+        """Where the answer after `earlier` begins in `text`; `before` is what the probe had before it."""
+        if self._prompts and earlier:
+            try:
+                prompt, bare = self.render(earlier, add_generation_prompt=True), self.render(earlier)
+            except DataError:  # some templates want every conversation complete
+                prompt = bare = before
+            if text.startswith(prompt):
+                return len(prompt)
+            if text.startswith(bare):  # thinking in the answer stands where the prompt has an empty one
+                return len(os.path.commonprefix([before, text]))
+        return len(before) if text.startswith(before) else None
+
+    def _try_out(self) -> tuple[bool, bool]:
+        """Whether there is a generation prompt, and whether answers have an end; some templates have neither."""
+        question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}
+        try:
+            prompts = self.render([question], add_generation_prompt=True) != self.render([question])
+            text = self.render([question, answer])
+        except DataError:  # a template that wants something else first; its own conversations will tell
+            return False, True
+        if _PROBE not in text:
+            raise DataError(f"{self.name}: its chat template does not take plain text; choose another model")
+        return prompts, not text.rstrip().endswith(_PROBE)
+
+    def _unmarkable(self) -> DataError:
+        return DataError(f"{self.name}: its chat template does not tell answers from the rest; set train.loss_on: all")

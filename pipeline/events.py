@@ -1,0 +1,147 @@
+"""Stage events: appended to the workspace's spool first, sent to trackers from there.
+
+A stage's process only appends to `events.jsonl`. The process that started it reads
+the spool and hands every record, once and in order, to the tracker; a tracker that is
+down gets what it missed the next time. A record is one line of JSON: an event
+
+    {"time": ..., "run": ..., "event": "merge_completed", "stage": "merge", ...}
+
+or training metrics, `{"time": ..., "run": ..., "metrics": {...}, "step": ...}`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, Protocol
+
+from pipeline.errors import UserError, redact
+from pipeline.workspace import read_json, write_json
+
+
+# verb -> (what its events call the stage, the name of its push event)
+STAGES = {
+    "train": ("training", "adapter_pushed"),
+    "merge": ("merge", "merged_model_pushed"),
+    "evaluate": ("evaluation", "evaluation_pushed"),
+    "quantize": ("quantization", "quantized_model_pushed"),
+    "publish": ("publish", "model_card_pushed"),
+}
+Kind = Literal["started", "completed", "pushed", "failed"]
+
+
+class Events:
+    """The pen with which a run writes its spool.
+
+    Args:
+        path: the workspace's `events.jsonl`.
+        run: name of the run, in every record.
+        on_progress: shows progress (done, total, what) to whoever watches; nothing is stored.
+    """
+
+    def __init__(self, path: Path, run: str, on_progress: Callable[[int, int, str], None] | None = None):
+        self.path, self.run = path, run
+        self._on_progress = on_progress
+
+    def emit(self, verb: str, kind: Kind, variant: str | None = None, **fields: object) -> None:
+        """Append an event of a stage; it is on disk when this returns."""
+        stage, pushed = STAGES[verb]
+        event = pushed if kind == "pushed" else f"{stage}_{kind}"
+        about = {"event": event, "stage": stage} | ({"variant": variant} if variant else {})
+        self._append(about | fields)
+
+    def failed(self, verb: str, variant: str | None, error: BaseException | str, seconds: float = 0.0) -> None:
+        """Append the failure event of a stage; `error` may be a plain reason, such as a signal's name."""
+        kind = "Killed" if isinstance(error, str) else type(error).__name__
+        message = error if isinstance(error, str) else one_line(error)
+        self.emit(verb, "failed", variant, error=kind, message=message, seconds=round(seconds, 3))
+
+    def metrics(self, values: dict[str, float], step: int) -> None:
+        """Append figures to plot, such as the training loss at a step."""
+        self._append({"metrics": values, "step": step})
+
+    def progress(self, done: int, total: int, what: str = "") -> None:
+        if self._on_progress:
+            self._on_progress(done, total, what)
+
+    def _append(self, record: dict) -> None:
+        line = json.dumps({"time": round(time.time(), 3), "run": self.run, **record}, ensure_ascii=False, default=str)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            size = os.fstat(descriptor).st_size
+            # A line that a power cut left unfinished must not swallow this one.
+            torn = size and os.pread(descriptor, 1, size - 1) != b"\n"
+            os.write(descriptor, (b"\n" if torn else b"") + redact(line).encode() + b"\n")
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message in one line, without secrets and of a bearable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return redact(text if isinstance(error, UserError) or len(text) <= 500 else text[:497] + "...")
+
+
+def read_events(path: Path, offset: int = 0) -> tuple[list[dict], int]:
+    """Records from a byte offset on, and the offset after the last whole line."""
+    if not path.is_file():
+        return [], 0
+    with open(path, "rb") as file:
+        file.seek(offset)
+        data = file.read()
+    whole = data[: data.rfind(b"\n") + 1]
+    records = []
+    for line in whole.splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue  # torn by a power cut; what it said is lost
+    return records, offset + len(whole)
+
+
+class Tracker(Protocol):
+    """Where events are shown: takes records in order, and says whether it has them for good."""
+
+    def send(self, record: dict) -> None: ...
+
+    def flush(self) -> bool: ...
+
+
+class Forwarder:
+    """Hands the spool to a tracker, from where it had got to.
+
+    The position is stored after `flush` succeeded, so that a tracker that was down, or
+    a process that was killed, costs nothing but a delay.
+    """
+
+    def __init__(self, spool: Path, position_path: Path, open_tracker: Callable[[], Tracker]):
+        self._spool, self._position_path = spool, position_path
+        self._open, self._tracker = open_tracker, None
+        self._position = read_json(position_path, {"offset": 0})["offset"]
+        self.problem: str | None = None
+
+    def forward(self) -> None:
+        """Send what is new. A tracker that fails is left alone until `close`; it never stops a run."""
+        if self.problem:
+            return
+        records, position = read_events(self._spool, self._position)
+        try:
+            for record in records:
+                self._tracker = self._tracker or self._open()
+                self._tracker.send(record)
+            self._position = position
+        except Exception as error:  # whatever a tracker throws, the run goes on
+            self.problem = one_line(error)
+
+    def close(self) -> None:
+        """Send the rest and remember how far it got, if the tracker says it has it."""
+        self.forward()
+        try:
+            if self._tracker and self._tracker.flush() and not self.problem:
+                write_json(self._position_path, {"offset": self._position})
+        except Exception as error:
+            self.problem = self.problem or one_line(error)

@@ -1,0 +1,38 @@
+"""Measure the merged model and the base it came from, on held-out and on general text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.events import Events
+from pipeline.libraries import versions
+from pipeline.stages import Outcome
+from pipeline.workspace import Workspace
+
+LIBRARIES = ("torch", "transformers")
+
+
+def parameters(config: Config, variant: str | None) -> dict:
+    return {"general": config.evaluate.general, "max_tokens": config.evaluate.max_tokens}
+
+
+def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict:
+    return {
+        "evaluate": config.evaluate.model_dump(),
+        "after": workspace.state_of("train", "merge"),
+        "versions": versions(*LIBRARIES),
+    }
+
+
+def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
+    from pipeline.evaluation import evaluate
+
+    base = Path(workspace.read_measurement("training")["base"]["folder"])
+    outputs, summary = [workspace.measurements / "reference"], {}
+    for label, folder in (("merged", workspace.release), ("base", base)):
+        result = evaluate(label, folder, config, workspace, events, is_reference=label == "merged")
+        outputs.append(workspace.write_measurement(label, result))
+        for text, figures in result["quality"].items():
+            summary[f"{label}_{text}_perplexity"] = figures["perplexity"]["value"]
+    return Outcome(tuple(outputs), summary)

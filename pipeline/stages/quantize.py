@@ -1,0 +1,58 @@
+"""Write the files of every variant asked for, in one pass over the merged checkpoint.
+
+They lie in `quantized/` until `pipeline.stages.admit` has loaded and measured them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from pipeline.config import Config
+from pipeline.errors import QuantizationError
+from pipeline.events import Events
+from pipeline.libraries import versions
+from pipeline.stages import Outcome
+from pipeline.workspace import Workspace, empty_folder, replace_folder, write_json
+
+LIBRARIES = ("torch", "torchao", "transformers")
+
+
+def parameters(config: Config, variant: str | None) -> dict:
+    spec = config.quantize.spec(variant)
+    given = {"group_size": spec.group_size, "rounding": spec.rounding}
+    return {k: v for k, v in given.items() if v is not None}
+
+
+def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict:
+    return {
+        "specs": [config.quantize.spec(v).model_dump() for v in variants],
+        "evaluate": config.evaluate.model_dump(),
+        "after": workspace.state_of("train", "merge"),
+        "versions": versions(*LIBRARIES),
+    }
+
+
+def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
+    from pipeline.models import linear_weights
+    from pipeline.quantization.stream import quantize_checkpoint, unfit
+
+    linear = linear_weights(workspace.release, config.model.trust_remote_code)
+    specs, refused = [], {}
+    for name in variants:
+        spec = config.quantize.spec(name)
+        problem = unfit(spec, linear)
+        if problem:
+            refused[name] = problem
+            events.failed("quantize", name, QuantizationError(problem))
+        else:
+            specs.append(spec)
+    partial = {spec.name: empty_folder(workspace.quantized / f"{spec.name}.partial") for spec in specs}
+    made = {}
+    if specs:
+        made = quantize_checkpoint(
+            workspace.release, specs, partial, linear, lambda d, t: events.progress(d, t, "rounding and writing")
+        )
+    for name, folder in partial.items():
+        replace_folder(folder, workspace.quantized / name)
+        write_json(workspace.quantized / f"{name}.json", asdict(made[name]))
+    return Outcome((), {"made": list(made), "refused": refused})

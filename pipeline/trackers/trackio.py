@@ -1,0 +1,74 @@
+"""Trackio: events as metrics to plot and as alerts to read, in one run with the training's curves.
+
+`quantization_completed` for int8 becomes the metric `quantization/int8/completed = 1`
+with its numbers beside it, and an alert whose title is the event's name and whose text
+is the record as compact JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import numbers
+import os
+
+from pipeline.config import Config
+
+
+class TrackioTracker:
+    """Sends records to Trackio's local database. All calls come from one thread."""
+
+    def __init__(self, config: Config):
+        with _silence():
+            import trackio
+
+            self._trackio = trackio
+            self._run = trackio.init(
+                project=config.track.project,
+                name=config.name,
+                resume="allow",
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+                config={"model": config.model.source, "data": config.data.source, "method": config.train.method},
+            )
+
+    def send(self, record: dict) -> None:
+        with _silence():
+            if "metrics" in record:
+                self._run.log({**record["metrics"], "train/global_step": record["step"]})
+                return
+            self._run.log(as_metrics(record))
+            failed = record["event"].endswith("_failed")
+            level = self._trackio.AlertLevel.ERROR if failed else self._trackio.AlertLevel.INFO
+            self._run.alert(title=record["event"], text=json.dumps(record, separators=(",", ":")), level=level)
+
+    def flush(self) -> bool:
+        with _silence():
+            self._run.finish()
+        return True
+
+
+def as_metrics(record: dict) -> dict[str, float]:
+    """An event's name and numbers as metrics under `stage[/variant]/`."""
+    prefix = "/".join(filter(None, (record["stage"], record.get("variant"))))
+    metrics: dict[str, float] = {f"{prefix}/{record['event'].rpartition('_')[2]}": 1}
+    for key, value in record.items():
+        if isinstance(value, numbers.Real) and not isinstance(value, bool) and key != "time":
+            metrics[f"{prefix}/{key}"] = value
+    return metrics
+
+
+def dashboard_hint(config: Config) -> str:
+    """How to look at it."""
+    folder = os.environ.get("TRACKIO_DIR")
+    prefix = f"TRACKIO_DIR={folder} " if folder else ""
+    return f"{prefix}trackio show --project {config.track.project}"
+
+
+@contextlib.contextmanager
+def _silence():
+    """Trackio prints what it does; the terminal belongs to the run."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield

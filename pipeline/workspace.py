@@ -1,0 +1,240 @@
+"""A run's folder: where everything lies, what is finished, and how files get there whole.
+
+    runs/<name>/
+      config.yaml      what this run was asked for
+      ledger.json      what is finished, and on what it depends
+      events.jsonl     everything that happened, in order
+      results.json     the figures, the only source of a card's numbers
+      base/ data/ checkpoints/ adapter/ quantized/ measurements/ logs/
+      release/         the result: the tree of the repository
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from pipeline.config import Config, dump_config, load_config
+from pipeline.errors import WorkspaceError
+
+
+
+@dataclass(frozen=True)
+class Digest:
+    """A file as the ledger knows it; `mtime_ns` only saves hashing what did not change."""
+
+    sha256: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One finished step: the fingerprint of all it depends on, and what it made."""
+
+    fingerprint: str
+    outputs: dict[str, Digest] = field(default_factory=dict)
+    summary: dict = field(default_factory=dict)
+    finished: float = 0.0  # seconds since the epoch
+    seconds: float = 0.0
+
+
+class Workspace:
+    """A run's folder, by its parts. Holds no state: what it knows is in the files."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.config_path = self.folder / "config.yaml"
+        self.ledger_path = self.folder / "ledger.json"
+        self.events_path = self.folder / "events.jsonl"
+        self.results_path = self.folder / "results.json"
+        self.base = self.folder / "base"
+        self.data = self.folder / "data"
+        self.checkpoints = self.folder / "checkpoints"
+        self.adapter = self.folder / "adapter"
+        self.quantized = self.folder / "quantized"
+        self.measurements = self.folder / "measurements"
+        self.logs = self.folder / "logs"
+        self.release = self.folder / "release"
+
+    @classmethod
+    def create(cls, root: str | Path, config: Config, fresh: bool = False) -> Workspace:
+        """The folder of `config`'s run, made if need be, with the configuration written into it."""
+        workspace = cls(Path(root) / config.name)
+        if fresh and workspace.folder.exists():
+            if not workspace.config_path.is_file():
+                raise WorkspaceError(f"{workspace.folder}: not a run's folder, so --fresh does not remove it")
+            shutil.rmtree(workspace.folder)
+        if workspace.folder.exists() and not workspace.folder.is_dir():
+            raise WorkspaceError(f"{workspace.folder}: a file is in the way of the run's folder")
+        try:
+            workspace.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise WorkspaceError(f"{workspace.folder}: cannot be made ({error.strerror})") from None
+        write_text(workspace.config_path, dump_config(config))
+        return workspace
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Workspace:
+        """An existing run's folder.
+
+        Raises:
+            WorkspaceError: where there is none.
+        """
+        workspace = cls(folder)
+        if not workspace.config_path.is_file():
+            raise WorkspaceError(f"{folder}: not a run's folder; it has no config.yaml")
+        return workspace
+
+    def config(self) -> Config:
+        return load_config(self.config_path)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep a second process out for as long as the block lasts."""
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.folder / ".lock")
+        try:
+            with lock.acquire(timeout=0):
+                yield
+        except Timeout:
+            raise WorkspaceError(f"{self.folder}: another tunepress is working on this run; wait for it") from None
+
+    def ledger(self) -> dict[str, Entry]:
+        """Finished steps by key, such as `train` or `quantize/int4`."""
+        entries = {}
+        for key, value in read_json(self.ledger_path, {}).items():
+            outputs = {path: Digest(**digest) for path, digest in value.pop("outputs").items()}
+            entries[key] = Entry(outputs=outputs, **value)
+        return entries
+
+    def record(self, key: str, entry: Entry) -> None:
+        write_json(self.ledger_path, {k: asdict(e) for k, e in {**self.ledger(), key: entry}.items()})
+
+    def holds(self, key: str, fingerprint: str) -> bool:
+        """Is the step finished, for the same dependencies, with its outputs as it left them?"""
+        entry = self.ledger().get(key)
+        if entry is None or entry.fingerprint != fingerprint:
+            return False
+        return all(self._is_as_left(self.folder / path, digest) for path, digest in entry.outputs.items())
+
+    @staticmethod
+    def _is_as_left(path: Path, digest: Digest) -> bool:
+        try:
+            state = path.stat()
+        except OSError:
+            return False
+        if state.st_size != digest.size:
+            return False
+        return state.st_mtime_ns == digest.mtime_ns or sha256(path) == digest.sha256
+
+    def state_of(self, *keys: str) -> dict:
+        """What later steps depend on: the steps' outputs by hash. Figures, which vary, are left out."""
+        ledger = self.ledger()
+        return {
+            key: {p: d.sha256 for p, d in ledger[key].outputs.items() if not p.startswith("measurements/")}
+            for key in keys
+            if key in ledger
+        }
+
+    def digests(self, paths: Iterable[Path]) -> dict[str, Digest]:
+        """Digests of files, and of all files in folders, by their path in the workspace."""
+        files = sorted(f for p in paths for f in (p.rglob("*") if p.is_dir() else [p]) if f.is_file())
+        return {
+            f.relative_to(self.folder).as_posix(): Digest(sha256(f), f.stat().st_size, f.stat().st_mtime_ns)
+            for f in files
+        }
+
+    def write_measurement(self, name: str, content: dict) -> Path:
+        """Store one step's figures and put `results.json` together anew."""
+        path = self.measurements / f"{name}.json"
+        write_json(path, content)
+        self.assemble_results()
+        return path
+
+    def read_measurement(self, name: str) -> dict:
+        return read_json(self.measurements / f"{name}.json", {})
+
+    def assemble_results(self) -> None:
+        """`results.json` from the measurements there are; what was not measured is not in it."""
+        order = {name: i for i, name in enumerate(("data", "training", "merge", "base", "merged"))}
+        files = sorted(self.measurements.glob("*.json"), key=lambda p: (order.get(p.stem, len(order)), p.stem))
+        write_json(self.results_path, {p.stem: read_json(p, {}) for p in files})
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(content: object) -> str:
+    """A short digest of plain data, the same for the same data."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def read_json(path: Path, default: dict) -> dict:
+    """Plain data from a file of ours; `default` where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return default
+    except ValueError:
+        raise WorkspaceError(f"{path}: damaged; remove it, and what it recorded is done again") from None
+
+
+def write_json(path: Path, content: object) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or as before, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    _sync_folder(path.parent)
+
+
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Put a finished folder in its place; the old one is removed only when the new one is complete."""
+    for path in partial.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists():
+        old = folder.with_name(f"{folder.name}.old-{time.time_ns()}")
+        folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old)
+    else:
+        partial.rename(folder)
+    _sync_folder(folder.parent)
+
+
+def empty_folder(folder: Path) -> Path:
+    """`folder`, there and empty."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,245 @@
+"""Sources are found or refused; splits are the same everywhere and share nothing."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Data
+from pipeline.data import Example, check_source, general_text, load_examples, read_examples, write_examples
+from pipeline.errors import DataError
+
+
+def write(path, pairs):
+    lines = [json.dumps({"prompt": p, "completion": c}, ensure_ascii=False) for p, c in pairs]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def pairs():
+    return [(f"question {i}", f"answer {i}") for i in range(100)]
+
+
+def contents(examples):
+    return {example.canonical() for example in examples}
+
+
+def test_the_split_does_not_depend_on_the_order_of_the_rows(tmp_path, pairs):
+    ordered = load_examples(Data(source=write(tmp_path / "a.jsonl", pairs), held_out=0.2))
+    random.Random(1).shuffle(pairs)
+    shuffled = load_examples(Data(source=write(tmp_path / "b.jsonl", pairs), held_out=0.2))
+    assert (ordered.train, ordered.held_out) == (shuffled.train, shuffled.held_out)
+    assert ordered.fingerprint == shuffled.fingerprint
+
+
+def test_the_split_has_the_share_that_was_asked_for_and_loses_nothing(tmp_path, pairs):
+    data = load_examples(Data(source=write(tmp_path / "a.jsonl", pairs), held_out=0.2))
+    assert (len(data.train), len(data.held_out), data.rows, data.duplicates) == (80, 20, 100, 0)
+    assert len(contents(data.train) | contents(data.held_out)) == 100
+    assert data.license is None and data.language is None
+
+
+def test_another_seed_is_another_split(tmp_path, pairs):
+    source = write(tmp_path / "a.jsonl", pairs)
+    first, second = (load_examples(Data(source=source, seed=seed, held_out=0.2)) for seed in (0, 1))
+    assert contents(first.held_out) != contents(second.held_out)
+    assert first.fingerprint != second.fingerprint
+
+
+def test_duplicates_are_dropped_and_counted(tmp_path, pairs):
+    once = load_examples(Data(source=write(tmp_path / "a.jsonl", pairs)))
+    twice = load_examples(Data(source=write(tmp_path / "b.jsonl", pairs + pairs[:30])))
+    assert (twice.rows, twice.duplicates) == (130, 30)
+    assert twice.fingerprint == once.fingerprint
+
+
+def test_all_answers_to_one_prompt_are_on_one_side(tmp_path):
+    pairs = [(f"question {i % 20}", f"answer {i}") for i in range(100)]
+    for seed in range(5):
+        data = load_examples(Data(source=write(tmp_path / "a.jsonl", pairs), held_out=0.3, seed=seed))
+        assert not {e.prompt() for e in data.train} & {e.prompt() for e in data.held_out}
+        assert len(data.held_out) == 30
+
+
+def test_a_prompt_with_more_answers_than_the_share_still_leaves_something_to_hold_out(tmp_path):
+    data = load_examples(Data(source=write(tmp_path / "a.jsonl", [(f"q{i % 2}", f"a{i}") for i in range(10)])))
+    assert (len(data.train), len(data.held_out)) == (5, 5)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.89])
+def test_two_examples_are_one_for_training_and_one_held_out(tmp_path, share):
+    data = load_examples(Data(source=write(tmp_path / "a.jsonl", [("p", "c"), ("q", "d")]), held_out=share))
+    assert (len(data.train), len(data.held_out)) == (1, 1)
+
+
+@pytest.mark.parametrize("pairs", [[("p", "c")], [("p", "c")] * 5, [("p", "c"), ("p", "d")]])
+def test_a_set_too_small_to_split_is_refused(tmp_path, pairs):
+    with pytest.raises(DataError, match="too small to hold something out"):
+        load_examples(Data(source=write(tmp_path / "a.jsonl", pairs)))
+
+
+def test_the_limit_counts_different_examples_and_takes_the_same_ones_in_any_order(tmp_path, pairs):
+    forwards = load_examples(Data(source=write(tmp_path / "a.jsonl", pairs * 2), limit=40))
+    backwards = load_examples(Data(source=write(tmp_path / "b.jsonl", pairs[::-1]), limit=40))
+    assert len(forwards.train) + len(forwards.held_out) == 40
+    assert forwards.fingerprint == backwards.fingerprint
+    assert forwards.rows == 200 and forwards.duplicates == 100
+
+
+def test_examples_survive_a_file(tmp_path):
+    content = 'Ümlaut, "quotes",\nlines\u2028and\u0085others \0 \N{PILE OF POO}'
+    examples = (Example(({"role": "user", "content": content}, {"role": "assistant", "content": " a "})),) * 2
+    write_examples(tmp_path / "x.jsonl", examples)
+    assert read_examples(tmp_path / "x.jsonl") == examples
+    assert os.listdir(tmp_path) == ["x.jsonl"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text("old")
+
+    def examples():
+        yield Example(({"role": "assistant", "content": "a"},))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_examples(path, examples())
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["x.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("./nothing.jsonl", "no such file"),
+        ("~/nothing-of-that-name", "no such file"),
+        ("user/nothing.parquet", "no such file"),
+        ("nothing", "neither a file nor a data set on the Hub"),
+        ("a/b/c", "neither a file nor a data set on the Hub"),
+        ("user/two--dashes", "neither a file nor a data set on the Hub"),
+        ("null\0byte", "neither a file nor a data set on the Hub"),
+        ("x" * 5000 + "/y", "neither a file"),
+        ("builtin:nothing", "there is builtin:python-docs"),
+        ("folder", "is a folder"),
+        ("table.csv", ".csv is not read here; supported are .jsonl and .json"),
+    ],
+)
+def test_a_source_that_is_not_there_is_refused_before_any_work(tmp_path, monkeypatch, source, reason):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "table.csv").write_text("a,b")
+    for refuse in (check_source, load_examples):
+        with pytest.raises(DataError) as caught:
+            refuse(Data(source=source))
+        assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_good_sources_pass_the_check_without_network_torch_or_datasets(tmp_path, pairs):
+    source = write(tmp_path / "a.jsonl", pairs)
+    script = (
+        "import sys; from pipeline.config import Data; from pipeline.data import check_source\n"
+        f"for source in ('builtin:python-docs', 'user/data-set', {source!r}): check_source(Data(source=source))\n"
+        "print({'torch', 'datasets', 'transformers', 'huggingface_hub'} & set(sys.modules))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+    )
+    assert result.stdout.strip() == "set()"
+
+
+def test_general_text_is_the_long_topics_each_once():
+    text = general_text("builtin:python-topics")
+    assert text == general_text("builtin:python-topics") and len(text) > 200_000
+    paragraphs = [p for p in text.split("\n\n") if len(p) > 300]
+    assert len(paragraphs) > 100 and len(set(paragraphs)) == len(paragraphs)
+
+
+def test_general_text_can_be_a_file(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfSome t\xc3\xa9xt.")
+    assert general_text(str(tmp_path / "a.txt")) == "Some téxt."
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "empty.txt", "latin.txt", "page.html", "builtin:novels", "null\0.txt"])
+def test_no_general_text_is_one_line(tmp_path, name):
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(DataError) as caught:
+        general_text(name if name.startswith("builtin") else str(tmp_path / name))
+    assert name.replace("\0", "") in str(caught.value).replace("\0", "") and "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Stands in for the two calls to the Hub: `hub(rows or error)` is what load_dataset gives."""
+    datasets = pytest.importorskip("datasets")
+
+    def answer(result, **metadata):
+        def load_dataset(source, split):
+            if isinstance(result, Exception):
+                raise result
+            return datasets.Dataset.from_list(result)
+
+        def dataset_info(self, source, timeout):
+            if not metadata:
+                raise ConnectionError
+            return type("Info", (), {"card_data": type("Card", (), metadata)})
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
+
+    return answer
+
+
+def test_a_data_set_on_the_hub_is_read_like_a_file(tmp_path, hub, pairs):
+    rows = [{"id": i, "prompt": p, "completion": c} for i, (p, c) in enumerate(pairs)]
+    hub(rows, license="apache-2.0", language=["en"])
+    data = load_examples(Data(source="user/data-set"))
+    assert data.fingerprint == load_examples(Data(source=write(tmp_path / "a.jsonl", pairs))).fingerprint
+    assert (data.form, data.rows, data.license, data.language) == ("prompt_completion", 100, "apache-2.0", "en")
+
+
+def test_nothing_is_claimed_that_the_card_does_not_say(hub, pairs):
+    rows = [{"prompt": p, "completion": c} for p, c in pairs]
+    hub(rows)
+    assert load_examples(Data(source="user/data-set")).license is None
+    hub(rows, license=None, language=["en", "de"])
+    data = load_examples(Data(source="user/data-set"))
+    assert data.license is None and data.language is None
+
+
+def test_a_bad_row_on_the_hub_is_named(hub):
+    hub([{"prompt": "p", "completion": "c"}, {"prompt": "q", "completion": None}])
+    with pytest.raises(DataError, match=r"^user/data-set \(train\), row 2: `completion` is the value null"):
+        load_examples(Data(source="user/data-set"))
+    hub([{"text": "t", "id": 1}])
+    with pytest.raises(DataError, match=r"^user/data-set \(train\): no known form: columns found are text, id"):
+        load_examples(Data(source="user/data-set"))
+
+
+def _hub_errors():
+    class DatasetNotFoundError(FileNotFoundError):
+        pass
+
+    return [
+        (DatasetNotFoundError("Dataset 'u/d' doesn't exist on the Hub or cannot be accessed."), "no such data set"),
+        (DatasetNotFoundError("Dataset 'u/d' is a gated dataset on the Hub."), "accept its terms"),
+        (ConnectionError("Couldn't reach 'u/d' on the Hub (OfflineModeIsEnabled)"), "HF_HUB_OFFLINE"),
+        (ConnectionError("Couldn't reach 'u/d' on the Hub (ReadTimeout)"), "cannot be reached"),
+        (ValueError('Unknown split "train". Should be one of [\'test\'].'), "correct data.split"),
+        (ValueError("Config name is missing.\nPlease pick one among the available configs"), "subsets"),
+        (RuntimeError("Dataset scripts are no longer supported, but found d.py"), "never run"),
+        (OSError("disk\nfull"), "OSError: disk full"),
+    ]
+
+
+@pytest.mark.parametrize(("error", "reason"), _hub_errors())
+def test_what_the_hub_refuses_is_one_line_with_a_way_out(hub, error, reason):
+    hub(error)
+    with pytest.raises(DataError) as caught:
+        load_examples(Data(source="user/data-set"))
+    message = str(caught.value)
+    assert message.startswith("user/data-set: ") and reason in message and "\n" not in message
