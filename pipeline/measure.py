@@ -229,8 +229,9 @@ def answers(
 
 def output_head(model: PreTrainedModel) -> tuple[str, float | None]:
     """The checkpoint's name for the output matrix, and the softcap of the logits if there is one."""
-    weight = model.get_output_embeddings().weight
-    names = [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight]
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # under an adapter
+    weight = inner.get_output_embeddings().weight
+    names = [name for name, p in inner.named_parameters(remove_duplicate=False) if p is weight]
     # A tied head is stored under the embedding's name.
     tied = [name for name in names if "embed" in name]
     return (tied or names)[0], _softcap(model)

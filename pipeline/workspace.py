@@ -153,6 +153,16 @@ class Workspace:
             for f in files
         }
 
+    def remember_base(self, folder: Path) -> None:
+        """Note where the base model lies on this machine; kept out of everything that is published."""
+        write_json(self.folder / "base.json", {"folder": str(folder.resolve())})
+
+    def base_folder(self) -> Path:
+        known = read_json(self.folder / "base.json", {})
+        if not known or not Path(known["folder"]).is_dir():
+            raise WorkspaceError(f"{self.folder}: the base model is not here any more; run it again with --fresh")
+        return Path(known["folder"])
+
     def write_measurement(self, name: str, content: dict) -> Path:
         """Store one step's figures and put `results.json` together anew."""
         path = self.measurements / f"{name}.json"
@@ -197,11 +207,16 @@ def write_json(path: Path, content: object) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """`write_bytes`, in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file so that it is there whole or as before, also after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(partial, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)

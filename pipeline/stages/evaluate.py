@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pipeline.config import Config
 from pipeline.events import Events
 from pipeline.libraries import versions
@@ -28,7 +26,7 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
     from pipeline.evaluation import evaluate
 
-    base = Path(workspace.read_measurement("training")["base"]["folder"])
+    base = workspace.base_folder()
     outputs, summary = [workspace.measurements / "reference"], {}
     for label, folder in (("merged", workspace.release), ("base", base)):
         result = evaluate(label, folder, config, workspace, events, is_reference=label == "merged")

@@ -36,7 +36,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     from pipeline.models import linear_weights
 
     quiet_progress_bars()
-    base = Path(workspace.read_measurement("training")["base"]["folder"])
+    base = workspace.base_folder()
     linear = linear_weights(base, config.model.trust_remote_code)
     kinds = ("nf4", "bf16") if config.train.method == "qlora" else ("bf16",)
     if config.merge.base != "auto":

@@ -5,6 +5,7 @@ They lie in `quantized/` until `pipeline.stages.admit` has loaded and measured t
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict
 
 from pipeline.config import Config
@@ -36,6 +37,8 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     from pipeline.models import linear_weights
     from pipeline.quantization.stream import quantize_checkpoint, unfit
 
+    for name in variants:  # files of an earlier try must not be taken for these
+        shutil.rmtree(workspace.quantized / name, ignore_errors=True)
     linear = linear_weights(workspace.release, config.model.trust_remote_code)
     specs, refused = [], {}
     for name in variants:

@@ -104,6 +104,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
         "trainable_parameters": trainable,
         "seconds_training": round(time.monotonic() - start, 1),
     }
+    workspace.remember_base(base)
     workspace.write_measurement("data", _describe_data(data, encoded))
     measured = workspace.write_measurement(
         "training",
@@ -120,7 +121,6 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
                 "license": origin.license,
                 "languages": list(origin.languages),
                 "hub_id": origin.hub_id,
-                "folder": str(base.resolve()),
             },
             "torch_threads": torch.get_num_threads(),
         },

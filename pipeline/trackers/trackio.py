@@ -46,7 +46,7 @@ class TrackioTracker:
 
     def flush(self) -> bool:
         with _silence():
-            self._run.finish()
+            self._trackio.finish()
         return True
 
 

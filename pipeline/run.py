@@ -1,0 +1,224 @@
+"""The order of the stages, and which of them a run can skip."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline import data, models
+from pipeline.config import Config
+from pipeline.errors import ConfigError, StageFailed, UserError
+from pipeline.events import Events, Forwarder
+from pipeline.process import run_stage
+from pipeline.reporter import Reporter
+from pipeline.stages import STEPS
+from pipeline.stages import admit, document, evaluate, merge, publish, quantize, train
+from pipeline.workspace import Entry, Workspace, fingerprint, read_json
+
+MODULES = {m.__name__.rpartition(".")[2]: m for m in (train, merge, evaluate, quantize, admit, document, publish)}
+
+
+def run(config: Config, root: str | Path = "runs", fresh: bool = False, reporter: Reporter | None = None) -> Workspace:
+    """The whole job, from a base model and a data set to a release; what is finished already is kept.
+
+    Args:
+        root: folder under which the run's folder lies.
+        fresh: remove what an earlier run of this name left.
+
+    Returns:
+        The run's workspace; `workspace.release` is the result.
+
+    Raises:
+        UserError: in one line, before any work where that is possible.
+        StageFailed: where a stage failed; running again goes on from there.
+    """
+    preflight(config)
+    workspace = Workspace.create(root, config, fresh)
+    variants = tuple(spec.name for spec in config.quantize.variants)
+    published, per_stage = config.publish.repo is not None, config.publish.commits == "per_stage"
+    with workspace.lock(), Steps(config, workspace, reporter or Reporter()) as steps:
+        steps.do("train")
+        steps.do("merge")
+        steps.do("evaluate")
+        ready = tuple(v for v in variants if steps.holds("admit", (v,)))
+        if published and per_stage:
+            steps.do("publish", ready, key="publish/main")
+        steps.write_variants(tuple(v for v in variants if v not in ready))
+        for variant in variants:
+            if steps.attempt("admit", (variant,)) and published and per_stage:
+                steps.do("publish", steps.admitted(variants), key=f"publish/{variant}")
+        steps.do("publish" if published else "document", steps.admitted(variants))
+    steps.raise_failures()
+    return workspace
+
+
+def run_one(config: Config, stage: str, root: str | Path = "runs", reporter: Reporter | None = None) -> Workspace:
+    """One verb of a run alone, and nothing before it: `train`, `merge`, `evaluate`, `quantize` or `publish`."""
+    preflight(config, need_data=stage == "train", need_hub=stage == "publish")
+    workspace = Workspace.create(root, config)
+    variants = tuple(spec.name for spec in config.quantize.variants)
+    with workspace.lock(), Steps(config, workspace, reporter or Reporter()) as steps:
+        steps.require(stage)
+        if stage == "quantize":
+            steps.write_variants(tuple(v for v in variants if not steps.holds("admit", (v,))))
+            for variant in variants:
+                steps.attempt("admit", (variant,))
+            steps.do("document", steps.admitted(variants))
+        elif stage == "publish":
+            steps.do("publish", steps.admitted(variants))
+        else:
+            steps.do(stage)
+    steps.raise_failures()
+    return workspace
+
+
+def preflight(config: Config, need_data: bool = True, need_hub: bool = True) -> None:
+    """Everything that can be found wrong before any work.
+
+    Raises:
+        UserError: naming it.
+    """
+    models.check_source(config.model)
+    if need_data:
+        data.check_source(config.data)
+    data.general_text(config.evaluate.general)
+    if config.train.method == "lora" and config.merge.base == "nf4":
+        raise ConfigError("merge.base nf4: train.method lora never saw NF4 weights; use auto or bf16")
+    if config.publish.repo and need_hub:
+        from pipeline.hub import check_access
+
+        check_access(config.publish.repo)
+
+
+class Steps:
+    """Does steps of a run, one process each, and keeps the ledger.
+
+    A step is a stage for some variants. Its key in the ledger is the stage's name, or
+    `quantize/VARIANT` for a variant that was admitted.
+    """
+
+    NEEDS = {"merge": ("train",), "evaluate": ("train", "merge"), "quantize": ("train", "merge", "evaluate")}
+    NEEDS["publish"] = NEEDS["quantize"]
+
+    def __init__(self, config: Config, workspace: Workspace, reporter: Reporter):
+        self._config, self._workspace, self._reporter = config, workspace, reporter
+        self._events = Events(workspace.events_path, config.name)
+        self._failures: list[StageFailed] = []
+        self._forwarder = Forwarder(
+            workspace.events_path, workspace.folder / "trackio.json", _opener(config)
+        )
+
+    def __enter__(self) -> Steps:
+        self._reporter.begin(self._config, self._workspace)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._forwarder.close()
+        self._reporter.end(self._forwarder.problem)
+
+    def holds(self, stage: str, variants: tuple[str, ...] = (), key: str | None = None) -> bool:
+        """Is the step finished, and nothing it depends on changed?"""
+        return self._workspace.holds(key or _key(stage, variants), self._fingerprint(stage, variants))
+
+    def do(self, stage: str, variants: tuple[str, ...] = (), key: str | None = None) -> None:
+        """Do a step, unless it holds.
+
+        Raises:
+            StageFailed: with the stage's own line.
+        """
+        key = key or _key(stage, variants)
+        depends_on = self._fingerprint(stage, variants)
+        if self._workspace.holds(key, depends_on):
+            self._reporter.kept(key)
+            return
+        self._reporter.started(key)
+        start = time.time()
+        try:
+            report = run_stage(
+                stage,
+                STEPS[stage].verb,
+                variants,
+                self._workspace,
+                self._events,
+                self._reporter.progress,
+                self._tick,
+            )
+        except BaseException:
+            self._reporter.failed(key)
+            raise
+        entry = Entry(
+            fingerprint=depends_on,
+            outputs=self._workspace.digests(report.outputs),
+            summary=report.summary,
+            finished=start + report.seconds,
+            seconds=round(report.seconds, 3),
+        )
+        self._workspace.record(key, entry)
+        self._reporter.finished(key, entry)
+
+    def attempt(self, stage: str, variants: tuple[str, ...]) -> bool:
+        """Do a step whose failure must not keep the rest from its way; True if it is done."""
+        if stage == "admit" and not self.holds(stage, variants):
+            if not (self._workspace.quantized / variants[0]).is_dir():
+                return False  # its files could not be written, which has been told
+        try:
+            self.do(stage, variants)
+        except StageFailed as failure:
+            self._failures.append(failure)
+            return False
+        return True
+
+    def write_variants(self, variants: tuple[str, ...]) -> None:
+        """The one pass that writes the files of these variants."""
+        if not variants:
+            return
+        key = f"quantize ({', '.join(variants)})"
+        self._reporter.started(key)
+        try:
+            report = run_stage(
+                "quantize", "quantize", variants, self._workspace, self._events, self._reporter.progress, self._tick
+            )
+        except StageFailed as failure:
+            self._reporter.failed(key)
+            self._failures.append(failure)
+            return
+        for name, reason in report.summary["refused"].items():
+            self._failures.append(StageFailed(f"{name}: {reason}", 2, ""))
+        self._reporter.wrote(key, report.seconds)
+
+    def admitted(self, variants: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(v for v in variants if self.holds("admit", (v,)))
+
+    def require(self, stage: str) -> None:
+        """Raise where a step that `stage` builds on is missing or out of date."""
+        for needed in self.NEEDS.get(stage, ()):
+            if not self.holds(needed):
+                raise UserError(
+                    f"{stage}: {needed} is not done, or its inputs changed; run: tunepress {needed} CONFIG"
+                )
+
+    def raise_failures(self) -> None:
+        """Tell at the end what failed on the way."""
+        if self._failures:
+            raise self._failures[0]
+
+    def _tick(self) -> None:
+        self._forwarder.forward()
+        self._reporter.tick()
+
+    def _fingerprint(self, stage: str, variants: tuple[str, ...]) -> str:
+        return fingerprint(MODULES[stage].depends(self._config, self._workspace, variants))
+
+
+def _key(stage: str, variants: tuple[str, ...]) -> str:
+    return f"quantize/{variants[0]}" if stage == "admit" else stage
+
+
+def _opener(config: Config) -> Callable:
+    def open_tracker():
+        from pipeline.trackers.trackio import TrackioTracker
+
+        return TrackioTracker(config)
+
+    return open_tracker

@@ -1,0 +1,87 @@
+"""Write the release's documents from its figures: cards, picture, lineage. No model is touched."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.events import Events
+from pipeline.hub import LINEAGE, Content
+from pipeline.stages import Outcome
+from pipeline.workspace import Workspace, fingerprint, read_json, write_bytes
+
+PICTURE = "assets/quality_vs_size.png"
+
+
+def parameters(config: Config, variant: str | None) -> dict:
+    return {}
+
+
+def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict:
+    results = _results(workspace, variants)
+    keys = ("train", "merge", *(f"quantize/{v}" for v in variants))
+    return {
+        "publish": config.publish.model_dump(),
+        "variants": list(variants),
+        "results": fingerprint(results),
+        "after": workspace.state_of(*keys),
+    }
+
+
+def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
+    documents = render(config, workspace, variants)
+    paths = write(workspace, documents)
+    return Outcome(tuple(paths), {"documents": len(paths)})
+
+
+def release_files(workspace: Workspace, variants: tuple[str, ...]) -> dict[str, Path]:
+    """The models of a release with these variants: path in the repository -> local file. No documents."""
+    root = {p.name: p for p in workspace.release.iterdir() if p.is_file() and p.name not in ("README.md", LINEAGE)}
+    nested = {
+        f"{folder}/{p.name}": p
+        for folder in ("adapter", *variants)
+        for p in (workspace.release / folder).iterdir()
+        if p.is_file() and p.name != "README.md"
+    }
+    return dict(sorted({**root, **nested}.items()))
+
+
+def render(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict[str, bytes]:
+    """The documents of a release that holds exactly these variants."""
+    from pipeline.card import About, model_card, plot_quality, variant_card
+    from pipeline.lineage import lineage
+
+    results = _results(workspace, variants)
+    location = config.publish.repo or workspace.release.as_posix()
+    about = About(config.publish.repo or config.name, location, config, results)
+    documents = {"README.md": model_card(about, variants).encode()}
+    for variant in variants:
+        documents[f"{variant}/README.md"] = variant_card(about, variant).encode()
+    with tempfile.TemporaryDirectory() as scratch:
+        picture = Path(scratch) / "picture.png"
+        if plot_quality(about, variants, picture):
+            documents[PICTURE] = picture.read_bytes()
+    documents[LINEAGE] = lineage(config, workspace, results, release_files(workspace, variants))
+    return documents
+
+
+def write(workspace: Workspace, documents: dict[str, bytes]) -> list[Path]:
+    """Put documents into `release/`, each whole."""
+    paths = [workspace.release / name for name in documents]
+    for path, content in zip(paths, documents.values(), strict=True):
+        write_bytes(path, content)
+    return paths
+
+
+def contents(workspace: Workspace, variants: tuple[str, ...], documents: dict[str, bytes]) -> dict[str, Content]:
+    """Everything of a release, models and documents."""
+    return {**release_files(workspace, variants), **documents}
+
+
+def _results(workspace: Workspace, variants: tuple[str, ...]) -> dict:
+    """The figures of what is in the release; those of other variants stay out of its card."""
+    from pipeline.catalog import VARIANTS
+
+    results = read_json(workspace.results_path, {})
+    return {name: value for name, value in results.items() if name not in VARIANTS or name in variants}

@@ -1,0 +1,198 @@
+"""A run on a terminal: one line a step, a bar with the time left for the step that runs.
+
+Where the output is no terminal (CI, a pipe) there are the same lines without a bar, and
+now and then one that says how far a long step is.
+"""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from pipeline.catalog import VARIANTS
+from pipeline.config import Config
+from pipeline.reporter import Reporter
+from pipeline.workspace import Entry, Workspace, read_json
+
+QUIET_SECONDS = 30.0  # between progress lines where there is no terminal
+
+
+class TerminalReporter(Reporter):
+    """Draws on `console`; give it one that writes to standard error where the output is for a machine."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self._bar: Progress | None = None
+        self._task = None
+        self._phase = ""
+        self._start = 0.0
+        self._last_line = 0.0
+
+    def begin(self, config: Config, workspace: Workspace) -> None:
+        self.console.print(f"[bold]{escape(config.name)}[/]  {escape(config.model.source)}  +  {escape(config.data.source)}")
+        self.console.print(f"[dim]{escape(str(workspace.folder))}[/]")
+
+    def kept(self, step: str) -> None:
+        self.console.print(f"[dim]= {step:<24} done before[/]")
+
+    def started(self, step: str) -> None:
+        self._start = self._last_line = time.monotonic()
+        self._phase = ""
+        if not self.console.is_terminal:
+            self.console.print(f"> {step}")
+            return
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn(f"{step:<12}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._task = self._bar.add_task("starting", total=None)
+        self._bar.start()
+
+    def progress(self, done: int, total: int, what: str) -> None:
+        phase = "".join(c for c in what if not c.isdigit())
+        if self._bar is not None:
+            if phase.split(",")[0] != self._phase:  # another thing is being done: its time left is another
+                self._bar.reset(self._task)
+            self._bar.update(self._task, completed=done, total=total if total > 1 else None, description=escape(what))
+        elif not self.console.is_terminal and time.monotonic() - self._last_line > QUIET_SECONDS:
+            self._last_line = time.monotonic()
+            self.console.print(f"  {escape(what)} ({done}/{total})" if total > 1 else f"  {escape(what)}")
+        self._phase = phase.split(",")[0]
+
+    def wrote(self, step: str, seconds: float) -> None:
+        self._done(step, seconds, "files written")
+
+    def finished(self, step: str, entry: Entry) -> None:
+        self._done(step, entry.seconds, _tell(entry.summary))
+
+    def failed(self, step: str) -> None:
+        self._stop_bar()
+        self.console.print(f"[red]x[/] {step:<24} {_clock(time.monotonic() - self._start)}")
+
+    def end(self, tracker_problem: str | None) -> None:
+        self._stop_bar()
+        if tracker_problem:
+            self.console.print(
+                f"[yellow]![/] Trackio could not be reached ({escape(tracker_problem)}); "
+                "the events are kept and sent with the next run"
+            )
+
+    def _done(self, step: str, seconds: float, text: str) -> None:
+        self._stop_bar()
+        self.console.print(f"[green]+[/] {step:<24} {_clock(seconds):>7}  {escape(text)}")
+
+    def _stop_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def summary(console: Console, config: Config, workspace: Workspace) -> None:
+    """The figures of a finished run, and what to do next."""
+    from pipeline.trackers.trackio import dashboard_hint
+
+    results = read_json(workspace.results_path, {})
+    table = Table(title="What was measured", title_justify="left")
+    for column in ("", "size", "held-out perplexity", "general perplexity", "KL to merged", "decode", "memory"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name in ("base", "merged", *VARIANTS):
+        if name in results and (name not in VARIANTS or (workspace.release / name).is_dir()):
+            table.add_row(name, *_figures(results[name]))
+    console.print(table)
+    console.print(
+        f"[dim]± is one standard error. {results['merged']['quality']['held_out']['tokens']} held-out and "
+        f"{results['merged']['quality']['general']['tokens']} general tokens; speed of pipeline.load, batch 1; "
+        "memory of a fresh process that loads and generates, libraries included.[/]"
+        if "merged" in results
+        else ""
+    )
+    console.print(f"\nRelease    {escape(str(workspace.release))}")
+    console.print(f"Talk to it tunepress chat {escape(str(workspace.release))} --variant int4")
+    console.print(f"Dashboard  {escape(dashboard_hint(config))}")
+    if config.publish.repo is None:
+        console.print(f"Publish    tunepress publish {escape(str(workspace.folder))} --repo USER/NAME")
+    else:
+        from huggingface_hub import constants
+
+        console.print(f"Published  {constants.ENDPOINT}/{config.publish.repo}")
+
+
+def size(count: float) -> str:
+    """Bytes as people write them: 164 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit in ("B", "kB", "MB") else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def _figures(result: dict) -> list[str]:
+    quality = result.get("quality", {})
+    speeds = result.get("speed", {})
+    speed = speeds.get("pipeline.load") or speeds.get("stock") or {}
+
+    def figure(text: str, key: str, digits: int) -> str:
+        value = quality.get(text, {}).get(key)
+        return f"{value['value']:.{digits}f} ± {value['stderr']:.{digits}f}" if value else "-"
+
+    return [
+        size(result["size_bytes"]),
+        figure("held_out", "perplexity", 2),
+        figure("general", "perplexity", 2),
+        figure("held_out", "kl", 4),
+        f"{speed['decode_tokens_per_second']:.1f} tok/s" if speed.get("runs") else "-",
+        size(speed["peak_memory_bytes"]) if "peak_memory_bytes" in speed else "-",
+    ]
+
+
+def _tell(figures: dict) -> str:
+    """A step's figures in a few words."""
+    if "held_out_loss" in figures:
+        return f"{figures['steps']} steps, held-out loss {figures['held_out_loss'] or float('nan'):.3f}"
+    if "merged_held_out_perplexity" in figures:
+        base, merged = (figures[f"{m}_held_out_perplexity"] for m in ("base", "merged"))
+        return f"held-out perplexity {base:.2f} -> {merged:.2f}"
+    if "held_out_perplexity" in figures:
+        return f"{size(figures['bytes_after'])}, held-out perplexity {figures['held_out_perplexity']:.2f}"
+    if "files_sent" in figures:
+        sent = f"{figures['files_sent']} files, {size(figures['bytes_sent'])} sent"
+        return f"{sent if figures['files_sent'] else 'nothing to send'}, {figures['url']}"
+    return f"into the {figures['base']} base" if "base" in figures else ""
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m{rest:02d}s" if minutes else f"{seconds:.1f}s"
+
+
+def show_status(console: Console, workspace: Workspace, events: list[dict]) -> None:
+    """The ledger and the last events of a run."""
+    table = Table(title=f"{workspace.folder}", title_justify="left")
+    for column in ("step", "finished", "took", ""):
+        table.add_column(column)
+    for key, entry in workspace.ledger().items():
+        finished = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.finished))
+        table.add_row(key, finished, _clock(entry.seconds), _tell(entry.summary))
+    console.print(table)
+    for event in events:
+        when = time.strftime("%H:%M:%S", time.localtime(event["time"]))
+        color = "red" if event["event"].endswith("_failed") else "default"
+        about = {k: v for k, v in event.items() if k not in ("time", "run", "event", "stage")}
+        console.print(f"{when}  [{color}]{event['event']:<24}[/] {escape(_plain(about))}")
+
+
+def _plain(fields: dict) -> str:
+    return "  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in fields.items())
