@@ -1,1 +1,24 @@
-"""tunepress: fine-tune, merge, quantize and publish a language model, with every number measured."""
+"""tunepress: fine-tune, merge, quantize and publish a language model, with every number measured.
+
+    from pipeline import load, load_config, run
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline.config import load_config
+from pipeline.run import run  # after the module of that name, so that `pipeline.run` is the function
+
+if TYPE_CHECKING:
+    from pipeline.loading import load
+
+__all__ = ["load", "load_config", "run"]
+
+
+def __getattr__(name: str):
+    if name == "load":  # brings transformers in, so only when it is asked for
+        from pipeline.loading import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

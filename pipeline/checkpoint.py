@@ -74,20 +74,24 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
             if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
                 raise CheckpointError(f"{path}: not a safetensors file, or cut short")
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_once_each)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    except KeyError as error:
+        raise CheckpointError(f"{path}: {error.args[0]!r} stands twice in the header") from None
     except (ValueError, RecursionError):
         raise CheckpointError(f"{path}: the header is not JSON") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the header is not a table of tensors")
     metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: the metadata is not a table of strings")
     tensors, spans = {}, []
     for name, entry in header.items():
         try:
             dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
             start, end = entry["data_offsets"]
-            sound = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+            sound = isinstance(entry["shape"], list) and all(type(n) is int and n >= 0 for n in (*shape, start, end))
         except (KeyError, TypeError, ValueError):
             raise CheckpointError(f"{path}: the entry of {name!r} is malformed or of an unknown type") from None
         info = TensorInfo(dtype, shape, path, 8 + length + start if sound else 0)
@@ -103,6 +107,14 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     if 8 + length + position != size:
         raise CheckpointError(f"{path}: {size} bytes where its header says {8 + length + position}; fetch it again")
     return tensors, metadata
+
+
+def _once_each(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise KeyError(next(name for name in names if names.count(name) > 1))
+    return table
 
 
 class Checkpoint(Mapping[str, TensorInfo]):
@@ -138,9 +150,9 @@ class Checkpoint(Mapping[str, TensorInfo]):
     @staticmethod
     def _shards(folder: Path) -> dict[Path, set[str]]:
         index, single = folder / INDEX_NAME, folder / SINGLE_NAME
+        if single.is_file():  # before an index that lies there too, as transformers has it
+            return {single: set()}
         if not index.is_file():
-            if single.is_file():
-                return {single: set()}
             raise CheckpointError(f"{folder}: no {SINGLE_NAME} and no {INDEX_NAME}; other formats are not read")
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -179,6 +191,8 @@ class Checkpoint(Mapping[str, TensorInfo]):
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows `start` to `stop` of a tensor, shape (stop - start, ...)."""
         info = self[name]
+        if not 0 <= start <= stop <= info.shape[0]:
+            raise ValueError(f"{name}: rows {start} to {stop} of {info.shape}")
         data = self._bytes(info, info.offset + start * info.row_bytes, (stop - start) * info.row_bytes)
         return data.view(info.dtype).reshape(stop - start, *info.shape[1:])
 
@@ -218,12 +232,14 @@ class CheckpointWriter:
     ):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._missing = {}
+        self._written: dict[str, list[tuple[int, int]]] = {}
         self._places: dict[str, TensorInfo] = {}
         shards = self._distribute(plan, shard_bytes)
         names = [SINGLE_NAME]
         if len(shards) > 1:
             names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        # A checkpoint of the other kind, left here by an earlier write, would be read instead of this one.
+        (self.folder / (SINGLE_NAME if len(shards) > 1 else INDEX_NAME)).unlink(missing_ok=True)
         self._files = {}
         for file_name, tensors in zip(names, shards, strict=True):
             path = self.folder / file_name
@@ -265,22 +281,38 @@ class CheckpointWriter:
         for name, info in ordered:
             start = header[name]["data_offsets"][0]  # type: ignore[index]
             self._places[name] = TensorInfo(info.dtype, info.shape, path, 8 + len(text) + start)
-            self._missing[name] = info.nbytes
-        os.pwrite(self._files[path], struct.pack("<Q", len(text)) + text, 0)
+            self._written[name] = []
+        self._put(path, struct.pack("<Q", len(text)) + text, 0)
+
+    def _put(self, path: Path, data: bytes | memoryview, offset: int) -> None:
+        view, done = memoryview(data), 0
+        try:
+            while done < len(view):
+                done += os.pwrite(self._files[path], view[done:], offset + done)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from None
 
     def write(self, name: str, tensor: torch.Tensor, first_row: int = 0) -> None:
         """Put `tensor` in its place: all of it, or the rows from `first_row` on."""
         place = self._places[name]
-        if tensor.dtype != place.dtype or tuple(tensor.shape[1:]) != place.shape[1:]:
+        fits = tensor.ndim == len(place.shape) and tuple(tensor.shape[1:]) == place.shape[1:]
+        if tensor.dtype != place.dtype or not fits:
             raise ValueError(f"{name}: planned as {place.dtype} {place.shape}, got {tensor.dtype} {tensor.shape}")
         data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-        offset = place.offset + first_row * place.row_bytes
-        if offset + len(data) > place.offset + place.nbytes:
+        start = first_row * place.row_bytes
+        if start < 0 or start + len(data) > place.nbytes:
             raise ValueError(f"{name}: rows from {first_row} on do not fit into {place.shape}")
-        done = 0
-        while done < len(data):
-            done += os.pwrite(self._files[place.path], data[done:], offset + done)
-        self._missing[name] -= len(data)
+        self._put(place.path, data, place.offset + start)
+        self._written[name].append((start, start + len(data)))
+
+    def _complete(self, name: str, nbytes: int) -> bool:
+        """Whether every byte of a tensor came; rows written twice do not stand in for rows never written."""
+        position = 0
+        for start, stop in sorted(self._written[name]):
+            if start > position:
+                return False
+            position = max(position, stop)
+        return position == nbytes
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -288,7 +320,7 @@ class CheckpointWriter:
     def __exit__(self, kind, error, trace) -> None:
         try:
             if kind is None:
-                unfinished = [name for name, left in self._missing.items() if left]
+                unfinished = [name for name, place in self._places.items() if not self._complete(name, place.nbytes)]
                 if unfinished:
                     raise ValueError(f"{self.folder}: {len(unfinished)} tensors unfinished, first {unfinished[0]}")
                 for descriptor in self._files.values():

@@ -19,9 +19,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pipeline.catalog import DATA_FORMS, GROUP_SIZES, VARIANTS, resolve_variants, variant_names
 from pipeline.errors import ConfigError, redact
 
-REPO_ID = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}$")
-RUN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")
-PACKAGE_SOURCE = re.compile(r"^package:([A-Za-z_]\w*)/([\w.-]+\.gguf)$")
+# The Hub's own rules: no "--" and "..", no ".git" at the end, and no name that begins or ends in a mark.
+_REPO_PART = r"[A-Za-z0-9]([\w.-]{0,94}\w)?"
+REPO_ID = re.compile(rf"(?!.*(--|\.\.|\.git\Z)){_REPO_PART}/{_REPO_PART}\Z", re.ASCII)
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}\Z")
+PACKAGE_SOURCE = re.compile(r"package:([A-Za-z_]\w*)/([\w.-]+\.gguf)\Z", re.ASCII)
 
 
 class Section(BaseModel):
@@ -37,14 +39,16 @@ def _not_bool(value: Any) -> Any:
     return value
 
 
-Count = Annotated[int, BeforeValidator(_not_bool), Field(ge=1)]
-Seed = Annotated[int, BeforeValidator(_not_bool), Field(ge=0, lt=2**32)]
-Rate = Annotated[float, BeforeValidator(_not_bool), Field(gt=0, le=1)]
+Whole = Annotated[int, BeforeValidator(_not_bool)]
+Real = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
+Count = Annotated[Whole, Field(ge=1)]
+Seed = Annotated[Whole, Field(ge=0, lt=2**32)]
+Rate = Annotated[Real, Field(gt=0, le=1)]
 
 
 class Model(Section):
     source: str = Field(min_length=1, description="Hub id, folder, or package:NAME/FILE.gguf")
-    revision: str | None = Field(default=None, description="branch, tag or commit on the Hub")
+    revision: str | None = Field(default=None, min_length=1, description="branch, tag or commit on the Hub")
     trust_remote_code: bool = False
 
     @field_validator("source")
@@ -59,15 +63,15 @@ class Data(Section):
     source: str = Field(min_length=1, description="file, Hub id, or builtin:python-docs")
     form: Literal["auto", *DATA_FORMS] = "auto"  # type: ignore[valid-type]
     split: str = Field(default="train", min_length=1)
-    held_out: float = Field(default=0.05, gt=0, lt=0.9, description="share kept out of training")
+    held_out: Real = Field(default=0.05, gt=0, lt=0.9, description="share kept out of training")
     limit: Count | None = Field(default=None, description="use at most this many examples")
     seed: Seed = 0
 
 
 class Lora(Section):
     rank: Count = 16
-    alpha: float = Field(default=32, gt=0)
-    dropout: float = Field(default=0.05, ge=0, lt=1)
+    alpha: Real = Field(default=32, gt=0)
+    dropout: Real = Field(default=0.05, ge=0, lt=1)
     target_modules: str | list[str] = "all-linear"
 
     @field_validator("target_modules")
@@ -82,13 +86,13 @@ class Lora(Section):
 class Train(Section):
     method: Literal["qlora", "lora"] = "qlora"
     lora: Lora = Lora()
-    epochs: float = Field(default=1, gt=0, le=1000)
+    epochs: Real = Field(default=1, gt=0, le=1000)
     max_steps: Count | None = None
     batch_size: Count = 4
     accumulate: Count = 4
     learning_rate: Rate = 2.0e-4
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
-    warmup: float = Field(default=0.03, ge=0, lt=1, description="share of the steps")
+    warmup: Real = Field(default=0.03, ge=0, lt=1, description="share of the steps")
     max_length: Count = Field(default=1024, description="tokens per training sequence")
     packing: bool = True
     loss_on: Literal["auto", "assistant", "completion", "all"] = "auto"
@@ -104,13 +108,13 @@ class Merge(Section):
 
 class Evaluate(Section):
     general: str = Field(default="builtin:python-topics", description="general text: builtin, a .txt file")
-    max_tokens: int = Field(default=16384, ge=256, description="tokens measured of each text")
+    max_tokens: Whole = Field(default=16384, ge=256, description="tokens measured of each text")
     prompts: list[str] = Field(default=[], description="questions whose answers the card shows")
 
 
 class VariantSpec(Section):
     name: str
-    group_size: int | None = None
+    group_size: Whole | None = None
     rounding: str | None = None
     keep: list[str] = Field(default=[], description="name patterns of layers left in bf16")
 
@@ -185,7 +189,7 @@ class Publish(Section):
     @field_validator("repo")
     @classmethod
     def _repo(cls, value: str | None) -> str | None:
-        if value is not None and (not REPO_ID.match(value) or ".." in value or "--" in value):
+        if value is not None and not REPO_ID.match(value):
             raise ValueError("a repository is written USER/NAME, with letters, digits, '-', '_' and '.'")
         return value
 
@@ -221,6 +225,8 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
                 raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark)
@@ -246,20 +252,17 @@ def load_config(source: str | Path, settings: list[str] | tuple[str, ...] = ()) 
         ConfigError: for anything that is wrong with it.
     """
     path = Path(source)
-    if not path.exists() and str(source).removesuffix(".yaml") in shipped_configs():
-        path = shipped_configs()[str(source).removesuffix(".yaml")]
-    if not path.is_file():
-        raise ConfigError(f"{source}: no such configuration file; shipped are {', '.join(shipped_configs())}")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        if not path.exists() and str(source).removesuffix(".yaml") in shipped_configs():
+            path = shipped_configs()[str(source).removesuffix(".yaml")]
+        if not path.is_file():
+            raise ConfigError(f"{source}: no such configuration file; shipped are {', '.join(shipped_configs())}")
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not a text file in UTF-8") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: nested too deeply for a configuration") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    except OSError as error:
+        raise ConfigError(f"{_cut(str(path))}: cannot be read ({error.strerror})") from None
+    tree = _read_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a configuration is a mapping of keys to values, such as 'name: my-run'")
     for setting in settings:
@@ -280,14 +283,27 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, allow_unicode=True)
 
 
+def _read_yaml(text: str, origin: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except RecursionError:
+        raise ConfigError(f"{origin}: nested too deeply for a configuration") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark and "\n" in text else ""
+        raise ConfigError(f"{origin}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        # PyYAML's constructors, for a 30th of February, an `!!int` that is none, and the like.
+        reason = error if isinstance(error, ValueError) else "a value that does not fit its tag"
+        raise ConfigError(f"{origin}: not valid YAML: {reason}") from None
+
+
 def _apply(tree: dict, setting: str) -> None:
     key, separator, text = setting.partition("=")
+    setting = _cut(redact(setting))
     if not separator or not key.strip():
         raise ConfigError(f"--set {setting}: write it as key=value, for example train.epochs=2")
-    try:
-        value = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {setting}: the value is not valid YAML") from None
+    value = _read_yaml(text, f"--set {setting}")
     *parents, last = key.strip().split(".")
     for name in parents:
         tree = tree.setdefault(name, {}) if isinstance(tree, dict) else None
@@ -305,10 +321,23 @@ def _explain(error: ValidationError) -> str:
         message = f"{key}: missing, and it has no default"
     else:
         reason = first["msg"].removeprefix("Value error, ")
-        value = first["input"]
-        shown = redact(json.dumps(value, default=str))
-        message = f"{key}: {shown if len(shown) <= 80 else shown[:77] + '...'} is refused: {reason}"
+        message = f"{key}: {_cut(redact(_show(first['input'])))} is refused: {reason}"
     return message + (f" (and {len(rest)} more)" if rest else "")
+
+
+def _show(value: Any, depth: int = 2) -> str:
+    """A value as YAML has it on one line. Aliases can make a small file stand for a huge or endless value."""
+    if isinstance(value, dict):
+        few = [f"{key}: {_show(v, depth - 1)}" for key, v in list(value.items())[:4]] if depth else []
+        return "{" + ", ".join(few + ["..."] * (len(few) < len(value))) + "}"
+    if isinstance(value, list):
+        few = [_show(v, depth - 1) for v in value[:4]] if depth else []
+        return "[" + ", ".join(few + ["..."] * (len(few) < len(value))) + "]"
+    return json.dumps(value, default=str, ensure_ascii=False)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _did_you_mean(location: tuple) -> str:

@@ -42,18 +42,22 @@ def load(
         >>> model, tokenizer = load("user/model", variant="int4")
     """
     quiet()
-    import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     quiet_progress_bars()
     folder = locate(source, variant, revision)
     target = _device(device)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(f"{folder}: transformers cannot load it: {reason}") from None
     if getattr(model.config, "quantization_config", None) is None:
         model = model.to(target)
     else:
         pack(model, target)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     return model.eval().requires_grad_(False), tokenizer
 
 
@@ -73,11 +77,14 @@ def pack(model: PreTrainedModel, device: torch.device) -> dict[str, int]:
         weight = unpack(module.weight.data)
         if weight is None:
             continue
+        if kernels.runs_as_loaded(weight, device):
+            used[type(module.weight.data).__name__] = used.get(type(module.weight.data).__name__, 0) + 1
+            continue
         bias = None if module.bias is None else module.bias.data
         packed = kernels.linear(weight, bias, device)
         if packed is None:
             packed = torch.nn.Linear(module.in_features, module.out_features, bias is not None, device="meta")
-            packed.weight = torch.nn.Parameter(weight.dequantize(module.weight.dtype), requires_grad=False)
+            packed.weight = torch.nn.Parameter(weight.dequantize(model.dtype), requires_grad=False)
             packed.bias = module.bias
         model.set_submodule(name, packed.to(device))
         used[type(packed).__name__] = used.get(type(packed).__name__, 0) + 1
@@ -93,8 +100,12 @@ def locate(source: str | Path, variant: str | None = None, revision: str | None 
             (name,) = resolve_variants(variant)
         except (KeyError, ValueError):
             raise ModelError(f"variant {variant!r}: not one that tunepress makes") from None
-    path = Path(source).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(source).expanduser()
+        is_folder = path.is_dir()
+    except (OSError, RuntimeError) as error:  # a name too long for a folder; a home of nobody
+        raise ModelError(f"{str(source)[:80]}: not a folder ({error.args[-1]})") from None
+    if is_folder:
         folder = path / name if name else path
         if not (folder / "config.json").is_file():
             there = sorted(p.parent.name for p in path.glob("*/config.json"))
@@ -133,7 +144,13 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ModelError(f"device {name!r}: use auto, cpu, cuda, cuda:N or mps") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise ModelError(f"device {name!r}: use auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {name!r}: torch finds no CUDA here; use cpu, or install a CUDA build of torch")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices here, counted from 0")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ModelError(f"device {name!r}: torch finds no MPS here; use cpu")
     return device

@@ -74,10 +74,12 @@ def score(model: PreTrainedModel, sequences: Sequence[Encoded], on_progress: Pro
     """Score every counted token (label not -100) of `sequences`.
 
     Raises:
-        ModelError: where the model's logits are not its hidden states times its head.
+        ModelError: where the model's logits are not its hidden states times its head, or are
+            not finite, and where no token counts.
     """
     backbone, head = _backbone(model), _head(model)
-    _check_head(model, backbone, head, sequences[0])
+    if sequences:
+        _check_head(model, backbone, head, sequences[0])
     device = model.device
     done, total = 0, sum(len(s.input_ids) for s in sequences)
     parts: dict[int, tuple] = {}
@@ -105,6 +107,8 @@ def score(model: PreTrainedModel, sequences: Sequence[Encoded], on_progress: Pro
         if on_progress:
             on_progress(done, total)
     kept = [i for i in sorted(parts) if parts[i] is not None]
+    if not kept:
+        raise ModelError("the text to measure on has no token that counts")
     return Scores(
         nll=torch.cat([parts[i][0] for i in kept]),
         choice=torch.cat([parts[i][1] for i in kept]),
@@ -240,18 +244,19 @@ def output_head(model: PreTrainedModel) -> tuple[str, float | None]:
 class _Head:
     """Hidden states -> logits in float32, so that small differences survive."""
 
-    def __init__(self, weight: torch.Tensor, softcap: float | None, bias: torch.Tensor | None = None):
+    def __init__(self, weight: torch.Tensor, softcap: float | None):
         self.weight, self.softcap = weight.float(), softcap
-        self.bias = None if bias is None else bias.float()
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        logits = torch.nn.functional.linear(states.float(), self.weight, self.bias)
+        logits = torch.nn.functional.linear(states.float(), self.weight)
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 
 def _head(model: PreTrainedModel) -> _Head:
     layer = model.get_output_embeddings()
-    return _Head(layer.weight, _softcap(model), getattr(layer, "bias", None))
+    if getattr(layer, "bias", None) is not None:  # `divergence` has the matrix alone
+        raise ModelError(f"{model.config.model_type}: its output matrix has a bias; not handled yet")
+    return _Head(layer.weight, _softcap(model))
 
 
 def _backbone(model: PreTrainedModel) -> torch.nn.Module:
@@ -267,6 +272,8 @@ def _check_head(model, backbone, head: _Head, sequence: Encoded) -> None:
     ids = torch.tensor([sequence.input_ids[:16]], device=model.device)
     theirs = model(input_ids=ids, use_cache=False).logits.float()
     ours = head(backbone(input_ids=ids, use_cache=False)[0])
+    if not theirs.isfinite().all():
+        raise ModelError(f"{model.config.model_type}: its logits are not finite; the model is broken")
     if (ours - theirs).norm() > 0.02 * theirs.norm():
         kind = model.config.model_type
         raise ModelError(f"{kind}: its logits are more than hidden states times the output matrix; not handled yet")

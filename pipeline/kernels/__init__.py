@@ -15,3 +15,8 @@ def linear(weight: GroupQuantized, bias: torch.Tensor | None, device: torch.devi
     if device.type == "cuda":
         return cuda.linear(weight, bias, device)
     return None
+
+
+def runs_as_loaded(weight: GroupQuantized, device: torch.device) -> bool:
+    """Whether torchao's own tensor is what runs best on `device`: int8 on CUDA. It stays as it was loaded."""
+    return device.type == "cuda" and weight.grid.bits == 8

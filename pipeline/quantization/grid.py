@@ -68,7 +68,7 @@ class GroupQuantized:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight, (N, K): computed in float32, rounded once to `dtype`."""
         rows, width = self.codes.shape
-        codes = self.codes.view(rows, -1, self.grid.group(width)).float()
+        codes = in_groups(self.codes, self.grid).float()
         scale = self.scale.float().unsqueeze(-1)
         if self.grid.zero == "float":
             weight = codes * scale + self.zero.float().unsqueeze(-1)
@@ -82,7 +82,8 @@ class GroupQuantized:
 def in_groups(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
     """(N, K) seen as (N, G, K / G), a view."""
     rows, width = weight.shape
-    return weight.reshape(rows, -1, grid.group(width))
+    size = grid.group(width)
+    return weight.reshape(rows, width // size, size)
 
 
 def choose_codes(
@@ -110,7 +111,7 @@ def assemble(
 ) -> GroupQuantized:
     """Put grouped weights (N, G, g) on the grid with the given stored scales and zeros."""
     codes = choose_codes(groups, scale, zero, grid).to(torch.int8 if grid.signed else torch.uint8)
-    return GroupQuantized(codes.view(groups.shape[0], -1), scale, zero, grid)
+    return GroupQuantized(codes.flatten(1), scale, zero, grid)
 
 
 def fitting_group_size(width: int, wanted: int) -> int | None:

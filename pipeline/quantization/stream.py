@@ -51,7 +51,8 @@ class _Variant:
                 plan |= self.format.plan(name, *self.grids[name])
             else:
                 plan[name] = (info.dtype, info.shape)
-        header = self.format.metadata(self.grids, [n for n in source if n not in self.grids])
+        plain = [n for n in source if n not in self.grids]
+        header = self.format.metadata(self.grids, plain, {n: source[n].dtype for n in self.grids})
         self.writer = CheckpointWriter(folder, plan, header, shard_bytes)
         self.weight_bytes = sum(
             dtype.itemsize * torch.Size(shape).numel()
@@ -90,7 +91,11 @@ def unfit(spec: VariantSpec, linear: Mapping[str, tuple[int, int]]) -> str | Non
 
 def _grids(spec: VariantSpec, linear: Mapping[str, tuple[int, int]]) -> tuple[dict[str, tuple[tuple, Grid]], list[str]]:
     """The grid of every layer that is to be quantized, and the layers that were asked to stay as they are."""
-    kept = sorted(n for n in linear if any(fnmatch.fnmatch(n.removesuffix(".weight"), p) for p in spec.keep))
+    names = [n.removesuffix(".weight") for n in linear]
+    for pattern in spec.keep:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise QuantizationError(f"{spec.name}: 'keep' names {pattern!r}, which no layer to be quantized matches")
+    kept = sorted(n for n in linear if any(fnmatch.fnmatchcase(n.removesuffix(".weight"), p) for p in spec.keep))
     grids = {}
     for name in (n for n in linear if n not in kept):
         try:
@@ -128,9 +133,10 @@ def quantize_checkpoint(
             found = checkpoint[name].shape if name in checkpoint else "nothing"
             raise QuantizationError(f"{name}: the model has a linear layer of {tuple(shape)}, the checkpoint {found}")
     with ExitStack() as stack:
-        variants = [_Variant(spec, Path(output[spec.name]), checkpoint, linear, shard_bytes) for spec in specs]
-        for variant in variants:
-            stack.enter_context(variant.writer)
+        variants = []
+        for spec in specs:
+            variants.append(_Variant(spec, Path(output[spec.name]), checkpoint, linear, shard_bytes))
+            stack.enter_context(variants[-1].writer)
         done = 0
         for name, info in checkpoint.items():
             _pass_on(checkpoint, name, variants)

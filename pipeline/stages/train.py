@@ -121,6 +121,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
                 "license": origin.license,
                 "languages": list(origin.languages),
                 "hub_id": origin.hub_id,
+                "changes": origin.changes,
             },
             "torch_threads": torch.get_num_threads(),
         },

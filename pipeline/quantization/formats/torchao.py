@@ -72,19 +72,22 @@ def rest(name: str, scale: torch.Tensor, zero: torch.Tensor | None) -> dict[str,
     return {part["scale"]: scale.T.contiguous(), part["zero_point"]: zero.T.contiguous()}
 
 
-def metadata(grids: Mapping[str, tuple[tuple[int, int], Grid]], plain: Iterable[str]) -> dict[str, str]:
+def metadata(
+    grids: Mapping[str, tuple[tuple[int, int], Grid]], plain: Iterable[str], dtypes: Mapping[str, torch.dtype]
+) -> dict[str, str]:
     """The header metadata, the same for every shard.
 
     Args:
         grids: quantized weights: name -> (shape, grid).
         plain: names of the tensors that stay as they are.
+        dtypes: what the quantized weights were before, and what they compute as again.
     """
     from torchao.prototype.safetensors.safetensors_utils import TensorSubclassAttributeJSONEncoder
 
     entries = {name: json.dumps({"_type": "Tensor"}) for name in plain}
     for name, (shape, grid) in grids.items():
         stored = {key: torch.empty(s, dtype=d, device="meta") for key, (d, s) in plan(name, shape, grid).items()}
-        weight = _subclass(*(stored[p] for p in _parts(name).values()), shape, grid)
+        weight = _subclass(*(stored[p] for p in _parts(name).values()), shape, grid, dtypes[name])
         entries[name] = json.dumps(weight, cls=TensorSubclassAttributeJSONEncoder)
     return {**entries, "tensor_names": json.dumps(list(entries))}
 
@@ -118,9 +121,9 @@ def _parts(name: str) -> dict[str, str]:
     return {part: f"{module}._{parameter}_{part}" for part in ("qdata", "scale", "zero_point")}
 
 
-def _subclass(qdata, scale, zero_point, shape, grid):
+def _subclass(qdata, scale, zero_point, shape, grid, dtype):
     from torchao.quantization import Int4Tensor, Int8Tensor
 
     if grid == INT8:
-        return Int8Tensor(qdata, scale, [1, shape[1]], torch.bfloat16, zero_point=zero_point)
+        return Int8Tensor(qdata, scale, [1, shape[1]], dtype, zero_point=zero_point)
     return Int4Tensor(qdata, scale, zero_point, [1, grid.group_size], torch.Size(shape))

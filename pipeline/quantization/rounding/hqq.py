@@ -36,9 +36,7 @@ def round_weight(weight: torch.Tensor, grid: Grid) -> GroupQuantized:
         on_grid = choose_codes(groups, scale, zero, grid).mul_(step)
         error = groups - on_grid - zero.float().unsqueeze(-1)
         size = error.abs().mean(dim=-1)
-        better = size < best_error
-        if not better.any():
-            break
+        better = size < best_error  # no early end: it would let rows of a block decide for each other
         best_zero = torch.where(better, zero, best_zero)
         best_error = torch.where(better, size, best_error)
         sparse = _shrink(error, beta)

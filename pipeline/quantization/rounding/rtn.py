@@ -31,10 +31,11 @@ def full_range(groups: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Te
     lowest, highest = (bound.float() for bound in torch.aminmax(groups, dim=-1))
     steps = grid.highest - grid.lowest
     if grid.zero == "float":
-        scale = ((highest - lowest) / steps).clamp(min=SMALLEST_STEP).to(grid.scale_dtype)
+        # Divided first, because the difference of two large numbers may be infinite.
+        scale = (highest / steps - lowest / steps).clamp(min=SMALLEST_STEP).to(grid.scale_dtype)
         zero = (lowest - grid.lowest * scale.float()).to(grid.scale_dtype)
         return scale, zero
     lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)  # zero itself must be a code
-    scale = ((highest - lowest) / steps).clamp(min=SMALLEST_STEP).to(grid.scale_dtype)
+    scale = (highest / steps - lowest / steps).clamp(min=SMALLEST_STEP).to(grid.scale_dtype)
     zero = (-lowest / scale.float()).round().clamp(grid.lowest, grid.highest).to(torch.uint8)
     return scale, zero

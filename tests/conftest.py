@@ -1,0 +1,130 @@
+"""What tests share: tiny checkpoints of real architectures, and quiet libraries that cannot reach the Hub."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+# Before any Hugging Face library is imported: a cache of the tests' own, and an endpoint where nobody
+# listens. Tests with a hub on loopback name its address themselves.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="tunepress-tests-")
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+os.environ["HF_HUB_DISABLE_XET"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+    os.environ.pop(variable, None)
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.libraries import quiet
+
+quiet()
+
+ARCHITECTURES = ("llama", "qwen3", "smollm3")
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+VOCABULARY = 272
+
+# Widths that 128 does not divide, so that every layer's group size has to be found.
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 256,
+    "eos_token_id": 258,
+    "pad_token_id": 256,
+    "initializer_range": 0.1,
+}
+_SHAPES = {
+    "llama": {
+        "hidden_size": 160, "intermediate_size": 192, "num_attention_heads": 4,
+        "tie_word_embeddings": False, "attention_bias": True,
+    },
+    "qwen3": {
+        "hidden_size": 96, "intermediate_size": 320, "num_attention_heads": 4, "head_dim": 32,
+        "tie_word_embeddings": True,
+    },
+    "smollm3": {
+        "hidden_size": 160, "intermediate_size": 224, "num_attention_heads": 4,
+        "tie_word_embeddings": True, "no_rope_layer_interval": 2,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _scratch_cache():
+    """The Hub cache of this run goes when the run ends."""
+    yield
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Callable[..., Path]:
+    """`tiny_model("llama")` is the folder of a random bf16 checkpoint with a tokenizer; made once, not to be changed.
+
+    Keywords change the configuration: `tiny_model("llama", hidden_size=80)`; `dtype` changes the weights' type.
+    """
+    made: dict[tuple, Path] = {}
+
+    def make(architecture: str, dtype: str = "bfloat16", **changes) -> Path:
+        key = (architecture, dtype, *sorted(changes.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp(architecture)
+            _write_model(folder, architecture, dtype, changes)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session", params=ARCHITECTURES)
+def any_model(request, tiny_model) -> Path:
+    """The tiny checkpoint of each architecture in turn."""
+    return tiny_model(request.param)
+
+
+@pytest.fixture
+def model_copy(tiny_model, tmp_path) -> Path:
+    """A tiny checkpoint that a test may damage."""
+    return Path(shutil.copytree(tiny_model("llama"), tmp_path / "model"))
+
+
+def _write_model(folder: Path, architecture: str, dtype: str, changes: dict) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(architecture, **{**_COMMON, **_SHAPES[architecture], **changes})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:  # biases begin at 0 and norms at 1, and would hide what goes wrong with them
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    write_tokenizer(folder)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of single bytes, with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=SPECIAL[0], eos_token=SPECIAL[2], pad_token=SPECIAL[0]
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)

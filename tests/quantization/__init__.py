@@ -1,0 +1,1 @@
+"""Tests of grids, roundings and formats."""

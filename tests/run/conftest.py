@@ -1,0 +1,135 @@
+"""Whole runs on tiny models, in processes of their own, against the hub on loopback and the real Trackio."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.hub import LoopbackHub
+
+TOKEN = "hf_tunepressSecretForTests0123456789"
+REPOSITORY = Path(__file__).parents[2]
+
+
+@dataclass
+class Place:
+    """A folder to work in, with its own Trackio, Hub cache and configuration."""
+
+    folder: Path
+    hub: LoopbackHub | None = None
+    settings: dict = field(default_factory=dict)
+
+    @property
+    def env(self) -> dict[str, str]:
+        plain = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRACKIO_"))}
+        hub = self.hub.env_for(TOKEN, home=str(self.folder / "hf")) if self.hub else {"HF_ENDPOINT": "http://127.0.0.1:9"}
+        more = {"PYTHONPATH": str(REPOSITORY), "TRACKIO_DIR": str(self.folder / "trackio"), "OMP_NUM_THREADS": "2"}
+        return {**plain, **hub, **more, "HF_HOME": str(self.folder / "hf")}
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "tiny.yaml"
+
+    @property
+    def run_folder(self) -> Path:
+        return self.folder / "runs" / "tiny"
+
+    @property
+    def release(self) -> Path:
+        return self.run_folder / "release"
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "pipeline", *arguments]
+
+    def tunepress(self, *arguments: str, check: int | None = 0) -> subprocess.CompletedProcess:
+        """Run the command to its end; `check` is the exit code that it must have."""
+        done = subprocess.run(
+            self.command(*arguments), cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=600
+        )
+        if check is not None:
+            assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def python(self, code: str) -> str:
+        """Run code in a fresh process that knows nothing of this one; its output."""
+        env = {k: v for k, v in self.env.items() if k != "PYTHONPATH"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=self.folder, env=env, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def events(self) -> list[dict]:
+        path = self.run_folder / "events.jsonl"
+        records = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        return [r for r in records if "event" in r]
+
+    def names(self) -> list[str]:
+        """Events as `quantization_completed int8`, in order."""
+        return [" ".join(filter(None, (e["event"], e.get("variant")))) for e in self.events()]
+
+    def alerts(self) -> list[dict]:
+        """What Trackio's database holds: title, level and the record it carries."""
+        code = (
+            "import json, trackio\n"
+            "print('\\n' + json.dumps([[a['title'], a['level'], a['text']] for a in trackio.Api().alerts('tests')]))"
+        )
+        rows = json.loads(self.python(code).splitlines()[-1])
+        return [{"title": title, "level": level, "record": json.loads(text)} for title, level, text in rows]
+
+    def ledger(self) -> dict:
+        return json.loads((self.run_folder / "ledger.json").read_text())
+
+    def results(self) -> dict:
+        return json.loads((self.run_folder / "results.json").read_text())
+
+
+def write_place(folder: Path, model: Path, hub: LoopbackHub | None = None, **changes) -> Place:
+    """A configuration for a tiny run in `folder`; `changes` replace sections' keys."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{"prompt": f"What is {n} plus {n}?", "completion": f"It is {2 * n}, of course."} for n in range(48)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "general.txt").write_text("The quick brown fox jumps over the lazy dog near the river bank. " * 40)
+    tree = {
+        "name": "tiny",
+        "model": {"source": str(model)},
+        "data": {"source": "rows.jsonl", "held_out": 0.2},
+        "train": {
+            "max_steps": 4, "batch_size": 2, "accumulate": 1, "learning_rate": 0.01, "max_length": 96,
+            "checkpoint_every": 2, "evaluate_every": 4, "lora": {"rank": 4, "alpha": 8},
+        },
+        "evaluate": {"general": "general.txt", "max_tokens": 1024, "prompts": ["Hello?"]},
+        "quantize": {"variants": ["int8", {"name": "int4", "group_size": 128}]},
+        "publish": {"repo": "ada/tiny" if hub else None},
+        "track": {"project": "tests"},
+    }  # fmt: skip
+    for section, keys in changes.items():
+        tree[section] = {**tree[section], **keys}
+    place = Place(folder, hub)
+    place.config.write_text(yaml.safe_dump(tree))
+    return place
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory, tiny_model):
+    """One finished run on the Llama architecture, published per stage."""
+    folder = tmp_path_factory.mktemp("published")
+    with LoopbackHub(folder / "hub", {TOKEN: {"name": "ada", "role": "write"}}) as hub:
+        place = write_place(folder / "work", tiny_model("llama"), hub)
+        place.output = place.tunepress("run", "tiny.yaml")
+        yield place
+
+
+@pytest.fixture(scope="session", params=["qwen3", "smollm3"])
+def unpublished(request, tmp_path_factory, tiny_model):
+    """One finished run on each of the other architectures, without a repository."""
+    place = write_place(tmp_path_factory.mktemp(request.param), tiny_model(request.param))
+    place.output = place.tunepress("run", "tiny.yaml")
+    return place

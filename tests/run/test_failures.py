@@ -1,0 +1,168 @@
+"""Each stage made to fail in turn, a run stopped, a stage killed: what is told, and that nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.run.conftest import Place, write_place
+
+
+@pytest.fixture
+def unfinished(unpublished, tmp_path):
+    """A copy of a finished run from which any step can be taken back: `unfinished("merge")`."""
+    place = Place(Path(shutil.copytree(unpublished.folder, tmp_path / "copy", symlinks=True)))
+    return place
+
+
+def _forget(place: Place, *keys: str) -> None:
+    import json
+
+    ledger = place.ledger()
+    for key in keys:
+        del ledger[key]
+    (place.run_folder / "ledger.json").write_text(json.dumps(ledger))
+    (place.run_folder / "events.jsonl").unlink()
+    (place.run_folder / "trackio.json").unlink()
+    shutil.rmtree(place.folder / "trackio")
+
+
+# A file where the stage wants to make a folder: nothing that a check before the run could see.
+IN_THE_WAY = {
+    "training": ("train", ["train"], "adapter.partial"),
+    "merge": ("merge", ["merge"], "merged-nf4.partial"),
+    "evaluation": ("evaluate", ["evaluate"], "measurements/reference"),
+    "quantization": ("quantize/int8", ["quantize/int8", "quantize/int4"], "quantized"),
+}
+
+
+@pytest.mark.parametrize("stage", IN_THE_WAY)
+def test_a_stage_that_fails_says_so_in_one_line_in_the_events_and_in_trackio(unfinished, stage):
+    _, keys, name = IN_THE_WAY[stage]
+    _forget(unfinished, *keys)
+    path = unfinished.run_folder / name
+    shutil.rmtree(path, ignore_errors=True)
+    path.write_text("in the way")
+    done = unfinished.tunepress("run", "tiny.yaml", check=1)
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("tunepress: ") and "Traceback" not in done.stdout
+    failed = [e for e in unfinished.events() if e["event"] == f"{stage}_failed"]
+    assert failed and failed[0]["error"] == "FileExistsError" and failed[0]["message"]
+    alerts = [a for a in unfinished.alerts() if a["title"] == f"{stage}_failed"]
+    assert alerts and alerts[0]["level"] == "error"
+
+
+def test_after_the_cause_is_gone_the_same_command_finishes_the_run(unfinished):
+    _forget(unfinished, "merge")
+    (unfinished.run_folder / "merged-nf4.partial").write_text("in the way")
+    unfinished.tunepress("run", "tiny.yaml", check=1)
+    (unfinished.run_folder / "merged-nf4.partial").unlink()
+    unfinished.tunepress("run", "tiny.yaml")
+    assert "training_started" not in unfinished.names()
+    assert "merge_completed" in unfinished.names()
+
+
+def test_a_failed_publish_is_told_and_the_release_stays_whole(unfinished, tmp_path):
+    from tests.hub import LoopbackHub
+    from tests.run.conftest import TOKEN
+
+    _forget(unfinished, "document")
+    with LoopbackHub(tmp_path / "hub", {TOKEN: {"name": "ada", "role": "write"}}) as hub:
+        unfinished.hub = hub
+        hub.fault(r"POST .*/commit/", status=403, times=100)
+        done = unfinished.tunepress("run", "tiny.yaml", "--set", "publish.repo=ada/tiny", check=2)
+        assert "ada/tiny" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+        assert "publish_failed" in [a["title"] for a in unfinished.alerts()]
+        assert (unfinished.release / "int4" / "model.safetensors").is_file()
+
+
+def _start(place: Place) -> subprocess.Popen:
+    return subprocess.Popen(
+        place.command("run", "tiny.yaml", "--set", "train.max_steps=400"),
+        cwd=place.folder,
+        env=place.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _wait_for_training(place: Place, process: subprocess.Popen) -> None:
+    spool = place.run_folder / "events.jsonl"
+    for _ in range(600):
+        if spool.is_file() and '"metrics"' in spool.read_text():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    raise AssertionError("training did not begin")
+
+
+def _child_of(process: subprocess.Popen) -> int:
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for child in children:
+        if b"pipeline.stages" in Path(f"/proc/{child}/cmdline").read_bytes():
+            return int(child)
+    raise AssertionError("no stage is running")
+
+
+def _ends(pid: int) -> bool:
+    for _ in range(100):
+        if not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.parametrize(("how", "error", "code"), [("ctrl-c", "KeyboardInterrupt", 130), ("kill -9", "Killed", 1)])
+def test_a_run_that_is_stopped_reports_it_and_resumes_from_its_checkpoint(tmp_path, tiny_model, how, error, code):
+    place = write_place(tmp_path, tiny_model("llama"), train={"max_steps": 400, "checkpoint_every": 1})
+    process = _start(place)
+    _wait_for_training(place, process)
+    while not list((place.run_folder / "checkpoints").glob("*/checkpoint-*/trainer_state.json")):
+        time.sleep(0.05)
+    child = _child_of(process)
+    if how == "ctrl-c":
+        process.send_signal(signal.SIGINT)
+    else:
+        os.kill(child, signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert len(err.strip().splitlines()) == 1
+    assert _ends(child)
+    assert place.names()[-1] == "training_failed"
+    assert place.events()[-1]["error"] == error
+    assert place.alerts()[-1]["title"] == "training_failed"
+    assert not (place.run_folder / "adapter").exists()
+
+
+def test_a_stage_ends_when_the_process_that_started_it_is_killed(tmp_path, tiny_model):
+    place = write_place(tmp_path, tiny_model("llama"), train={"max_steps": 400})
+    process = _start(place)
+    _wait_for_training(place, process)
+    child = _child_of(process)
+    process.kill()
+    process.communicate()
+    assert _ends(child)
+    assert place.names() == ["training_started", "training_failed"]
+
+
+def test_training_resumes_with_optimizer_state_and_ends_as_if_undisturbed(tmp_path, tiny_model):
+    settings = {"max_steps": 30, "checkpoint_every": 5, "evaluate_every": 30}
+    places = [write_place(tmp_path / name, tiny_model("llama"), train=settings) for name in ("whole", "stopped")]
+    places[0].tunepress("train", "tiny.yaml")
+    process = subprocess.Popen(places[1].command("train", "tiny.yaml"), cwd=places[1].folder, env=places[1].env)
+    while not list((places[1].run_folder / "checkpoints").glob("*/checkpoint-1*/trainer_state.json")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(_child_of(process), signal.SIGKILL)
+    assert process.wait() == 1
+    places[1].tunepress("train", "tiny.yaml")
+    assert places[1].results()["training"]["resumed_from_step"] >= 10
+    whole, stopped = ((p.run_folder / "adapter" / "adapter_model.safetensors").read_bytes() for p in places)
+    assert whole == stopped
