@@ -2,9 +2,7 @@
 
 Every figure in a card is read from `results.json` or the configuration and passes
 through a format of `pipeline.markdown`; what was not measured is left out. The words
-are in `templates/`. There, a text that is not `Markdown` already is escaped, and a
-number without a format, or a value that is missing, is an error: nothing gets into a
-card by accident.
+are in `templates/`, where nothing but markdown and escaped text can be printed.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import markdown
 from pipeline.catalog import VARIANTS
 from pipeline.config import PACKAGE_SOURCE, REPO_ID, Config
-from pipeline.markdown import Markdown, code, count, decimal, escape, estimate, listed, number, one_line, share, size, table
+from pipeline.markdown import Markdown, code, escape, estimate, listed, number, one_line, size, table
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -32,7 +30,6 @@ _BUILTIN = {
     "builtin:python-docs": "docstrings of Python's standard library",
     "builtin:python-topics": "topics of Python's language reference",
 }
-_FILTERS = ("code", "count", "decimal", "duration", "estimate", "fence", "listed", "parameters", "plain", "share")
 
 
 @dataclass(frozen=True)
@@ -101,16 +98,9 @@ def plot_quality(about: About, variants: Sequence[str], path: Path) -> bool:
 
 def _render(template: str, about: About, models: dict[str, Markdown], metadata: ModelCardData, **more: Any) -> str:
     from huggingface_hub import ModelCard
-    from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 
-    shape = {"trim_blocks": True, "lstrip_blocks": True}
-    # Chainable, so that a template can ask for what may be missing; printing it is an error all the same.
-    environment = Environment(loader=FileSystemLoader(_templates()), undefined=ChainableUndefined, **shape)
-    environment.finalize = markdown.only_formatted
-    environment.filters |= {name: getattr(markdown, name) for name in _FILTERS}
-    environment.filters |= {"python": markdown.python_literal, "source": _source}
-    environment.globals["table"] = table
-    body = environment.get_template(template).render(
+    seen = [n for row in about.get("training", "history") or () if (n := number(row.get("num_tokens")))]
+    body = markdown.environment(_templates(), source=_source).get_template(template).render(
         name=about.name,
         location=str(about.location),
         question=next(iter(about.config.evaluate.prompts), "What can you do?"),
@@ -120,7 +110,7 @@ def _render(template: str, about: About, models: dict[str, Markdown], metadata: 
         base=_base(about),
         reasons=[line for _, line in _reasons(about, models).values()],
         **{f.__name__[1:]: f(about, models) for f in (_quality, _differences, _faded, _speed, _machines, _answers)},
-        tokens_seen=max((row.get("num_tokens") or 0 for row in about.get("training", "history") or ()), default=0),
+        tokens_seen=markdown.count(max(seen, default=None)),
         **more,
     )
     body = re.sub(r"\n{3,}", "\n\n", body).strip()
@@ -138,15 +128,16 @@ def _metadata(about: About, subject: str, variants: Sequence[str] = ()) -> Model
     from huggingface_hub import ModelCardData
 
     base, source = about.get("training", "base") or {}, about.get("data", "source")
-    parent = base.get("hub_id") if subject == ROOT else about.location if _on_hub(about.location) else None
+    parent = one_line(base.get("hub_id") or "") if subject == ROOT else about.location
+    known = REPO_ID.fullmatch(parent) if subject == ROOT else _on_hub(parent)
     languages = [one_line(w) for w in (*(base.get("languages") or ()), about.get("data", "language")) if w]
     licensed = one_line(base.get("license") or "").lower()
     folders = [v for v in (subject, *variants) if v in VARIANTS]
     method = [about.config.train.method] if about.get("training") else []
     measured = _eval_results(about, subject)
     return ModelCardData(
-        base_model=parent,
-        base_model_relation=("finetune" if subject == ROOT else "quantized") if parent else None,
+        base_model=parent if known else None,
+        base_model_relation=("finetune" if subject == ROOT else "quantized") if known else None,
         datasets=[source] if _on_hub(source) else None,
         language=list(dict.fromkeys(w for w in languages if re.fullmatch("[a-z]{2,3}", w))) or None,
         license=licensed if re.fullmatch(r"[\w.+-]+", licensed) else None,
@@ -166,16 +157,9 @@ def _eval_results(about: About, model: str) -> list[EvalResult]:
         if measured := markdown.rounded(about.get(model, "quality", text, "perplexity")):
             source = one_line(about.get(model, "quality", text, "text") or name)
             source = source if source in _BUILTIN or _on_hub(source) else Path(source).name
-            found.append(
-                EvalResult(
-                    task_type="text-generation",
-                    dataset_type=source,
-                    dataset_name=f"{source}, {name} text",
-                    dataset_config=name,
-                    metric_type="perplexity",
-                    metric_value=round(measured[0], measured[2]),
-                )
-            )
+            data = {"dataset_type": source, "dataset_name": f"{source}, {name} text", "dataset_config": name}
+            metric = {"metric_type": "perplexity", "metric_value": round(measured[0], measured[2])}
+            found.append(EvalResult(task_type="text-generation", **data, **metric))
     return found
 
 
@@ -213,7 +197,7 @@ def _folders(variants: Sequence[str]) -> dict[str, Markdown]:
 def _quality(about: About, models: dict[str, Markdown]) -> Markdown:
     rows = []
     for model, label in models.items():
-        stored, ratio = size(about.get(model, "size_bytes")), share(about.get(model, "ratio"))
+        stored, ratio = size(about.get(model, "size_bytes")), markdown.share(about.get(model, "ratio"))
         weights = Markdown(f"{stored}, {ratio} of the root") if stored and ratio else stored
         rows.append([label, weights, *(estimate(about.get(model, "quality", t, "perplexity")) for t in TEXTS)])
     return table(["", "Weights", *(f"Perplexity, {name} text" for name in TEXTS.values())], rows)
@@ -231,8 +215,8 @@ def _differences(about: About, models: dict[str, Markdown]) -> Markdown:
 
 def _speed(about: About, models: dict[str, Markdown]) -> Markdown:
     columns = {
-        "decode_tokens_per_second": ("Writing, tokens/s", decimal),
-        "prefill_tokens_per_second": ("Reading, tokens/s", decimal),
+        "decode_tokens_per_second": ("Writing, tokens/s", markdown.decimal),
+        "prefill_tokens_per_second": ("Reading, tokens/s", markdown.decimal),
         "peak_memory_bytes": ("Peak memory", size),
     }
     reasons, rows = _reasons(about, models), []
@@ -266,7 +250,7 @@ def _machines(about: About, models: dict[str, Markdown]) -> list[Markdown]:
     used: dict[str, list[str]] = {}
     for model, label in models.items():
         if machine := about.get(model, "machine"):
-            cores, memory = count(machine.get("cores")), size(machine.get("memory_bytes"))
+            cores, memory = markdown.count(machine.get("cores")), size(machine.get("memory_bytes"))
             known = [machine[k] for k in ("gpu", "cpu", "cpu_capability") if machine.get(k)]
             known += [f"{cores} cores"] * bool(cores) + [f"{memory} of memory"] * bool(memory)
             used.setdefault(listed(known), []).append(label)
@@ -278,8 +262,9 @@ def _answers(about: About, models: dict[str, Markdown]) -> list[tuple[str, list[
     found: dict[str, dict[str, list[str]]] = {}
     for model, label in models.items():
         for sample in about.get(model, "answers") or ():
-            if "prompt" in sample and "answer" in sample:
-                found.setdefault(sample["prompt"], {}).setdefault(sample["answer"], []).append(label)
+            prompt, answer = sample.get("prompt"), sample.get("answer")
+            if isinstance(prompt, str) and isinstance(answer, str):
+                found.setdefault(prompt, {}).setdefault(answer, []).append(label)
     return [(prompt, [(listed(who), said) for said, who in by.items()]) for prompt, by in found.items()]
 
 

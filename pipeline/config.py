@@ -29,7 +29,7 @@ PACKAGE_SOURCE = re.compile(r"package:([A-Za-z_]\w*)/([\w.-]+\.gguf)\Z", re.ASCI
 class Section(BaseModel):
     """A part of the configuration: unknown keys are refused, values do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
 
 
 def _not_bool(value: Any) -> Any:
@@ -157,9 +157,10 @@ def _expand_aliases(value: Any) -> Any:
     for item in value:
         name = item.get("name") if isinstance(item, dict) else item
         try:
-            names = resolve_variants(name) if isinstance(name, str) else (name,)
-        except KeyError:
-            names = (name,)
+            names = resolve_variants(name)
+        except (KeyError, AttributeError):  # left for the check that can say where it stands
+            expanded.append(item)
+            continue
         expanded += [{**item, "name": n} if isinstance(item, dict) else n for n in names]
     return expanded
 

@@ -67,6 +67,12 @@ class StageFailed(UserError):
         self.exit_code = exit_code
 
 
+def is_unreachable(error: BaseException) -> bool:
+    """Did a server not answer? The Hub client's transport changes between its versions, so by module."""
+    transports = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
+    return type(error).__module__.split(".")[0] in transports or isinstance(error, (ConnectionError, TimeoutError))
+
+
 def redact(text: str) -> str:
     """`text` without any token: neither those in the environment nor anything shaped like one."""
     for name in _SECRET_VARIABLES:

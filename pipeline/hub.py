@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import HubError, redact
+from pipeline.errors import HubError, is_unreachable, redact
 from pipeline.workspace import sha256
 
 LINEAGE = "tunepress.json"
@@ -80,7 +80,9 @@ def check_access(repo: str) -> None:
         code = error.response.status_code if error.response is not None else None
         reason = "the Hub does not know this token; log in again with: hf auth login"
         raise HubError(f"publish.repo {repo}: {reason if code in (401, 403) else _say(error)}") from None
-    except Exception as error:  # the client's transport errors differ between its versions
+    except Exception as error:
+        if not is_unreachable(error):
+            raise
         raise HubError(f"publish.repo {repo}: the Hub cannot be reached: {_say(error)}") from None
     owner = repo.split("/")[0]
     names = [who.get("name"), *(o.get("name") for o in who.get("orgs", []))]
@@ -103,7 +105,7 @@ def create(repo: str, private: bool) -> None:
         except RepositoryNotFoundError:
             api.create_repo(repo, private=private, exist_ok=True)
     except HfHubHTTPError as error:
-        raise HubError(f"{repo}: could not be created: {_say(error)}") from None
+        raise _explained(repo, error) from None
 
 
 def read_tree(repo: str) -> Tree:
@@ -176,9 +178,7 @@ def _may_pass(error: Exception) -> bool:
     if isinstance(error, HfHubHTTPError):
         code = error.response.status_code if error.response is not None else 500
         return code in (408, 412, 429) or code >= 500
-    return type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests") or isinstance(
-        error, (ConnectionError, TimeoutError)
-    )
+    return is_unreachable(error)
 
 
 def _explained(repo: str, error: Exception | None) -> Exception:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from pipeline import kernels
 from pipeline.catalog import resolve_variants
 from pipeline.config import REPO_ID
-from pipeline.errors import HubError, ModelError
+from pipeline.errors import HubError, ModelError, UserError, is_unreachable
 from pipeline.libraries import quiet, quiet_progress_bars
 from pipeline.quantization.formats import storage
 
@@ -129,10 +129,14 @@ def _fetch(repo: str, variant: str | None, revision: str | None) -> Path:
             there = sorted({n.split("/")[0] for n in names if n.endswith("/config.json")})
             raise ModelError(f"{repo}: no variant {variant!r}; there are: {', '.join(there) or 'none'}")
         paths = [Path(hf_hub_download(repo, name, revision=info.sha)) for name in wanted]
+    except UserError:
+        raise
     except RepositoryNotFoundError:
         raise ModelError(f"{repo}: no such repository, or it is private and you are not logged in") from None
-    except (HfHubHTTPError, OSError) as error:
-        raise HubError(f"{repo}: could not be read from the Hub: {error}") from None
+    except Exception as error:
+        if not (isinstance(error, (HfHubHTTPError, OSError)) or is_unreachable(error)):
+            raise
+        raise HubError(f"{repo}: not a folder here, and the Hub could not be read: {error}") from None
     return paths[0].parent
 
 

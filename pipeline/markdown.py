@@ -7,9 +7,15 @@ anything but text.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 _UNWANTED = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069]")  # controls, text direction
 _ESCAPES = str.maketrans(
@@ -30,6 +36,27 @@ def only_formatted(value: object) -> Markdown:
     if isinstance(value, str):
         return value if isinstance(value, Markdown) else escape(value)
     raise TypeError(f"{value!r} stands in a card without a format")
+
+
+@functools.cache
+def environment(folder: Path, **filters: Callable) -> Environment:
+    """Templates that know the formats of this module as filters, and print through `only_formatted`.
+
+    They may ask for what is missing, and find it false; to print it is an error.
+    """
+    from jinja2 import ChainableUndefined, Environment, FileSystemLoader
+
+    made = Environment(
+        loader=FileSystemLoader(folder),
+        undefined=ChainableUndefined,
+        finalize=only_formatted,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    formats = (code, count, decimal, duration, estimate, fence, listed, parameters, plain, python_literal, share, unit)
+    made.filters |= {form.__name__: form for form in formats} | filters
+    made.globals["table"] = table
+    return made
 
 
 def one_line(text: object) -> str:
@@ -66,17 +93,25 @@ def python_literal(text: object) -> Markdown:
 
 
 def listed(values: Iterable[object], between: str = ", ") -> Markdown:
-    """Several things, one after the other."""
-    return Markdown(between.join(only_formatted(value) for value in values))
+    """Those of several things that are known, one after the other."""
+    return Markdown(between.join(only_formatted(value) for value in values if value))
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[Markdown | None]]) -> Markdown:
-    """A table without the rows and columns that hold nothing; empty where that leaves nothing."""
-    rows = [row for row in rows if any(row[1:])]
+def unit(value: Markdown | None, words: str) -> Markdown | None:
+    """A formatted figure with what it counts; None stays None."""
+    return None if value is None else Markdown(f"{value} {words}")
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str | None]], align: str = "---:") -> Markdown:
+    """A table without the rows and columns that hold nothing; empty where that leaves nothing.
+
+    A cell is markdown, a text, or nothing; the headers are markdown. `align` is for all columns but the first.
+    """
+    rows = [[only_formatted(cell) if cell else None for cell in row] for row in rows if any(row[1:])]
     keep = [0, *(i for i in range(1, len(headers)) if any(row[i] for row in rows))]
     if not rows:
         return Markdown("")
-    lines = [[headers[i] for i in keep], [":---", *["---:"] * (len(keep) - 1)]]
+    lines = [[headers[i] for i in keep], [":---", *[align] * (len(keep) - 1)]]
     lines += [[re.sub(r"(?<!\\)\|", r"\\|", row[i] or "") for i in keep] for row in rows]
     return Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines))
 

@@ -78,8 +78,9 @@ def score(model: PreTrainedModel, sequences: Sequence[Encoded], on_progress: Pro
             not finite, and where no token counts.
     """
     backbone, head = _backbone(model), _head(model)
-    if sequences:
-        _check_head(model, backbone, head, sequences[0])
+    if not any(label != IGNORED for s in sequences for label in s.labels[1:]):
+        raise ModelError("the text to measure on has no token that counts")
+    _check_head(model, backbone, head, sequences[0])
     device = model.device
     done, total = 0, sum(len(s.input_ids) for s in sequences)
     parts: dict[int, tuple] = {}
@@ -107,8 +108,6 @@ def score(model: PreTrainedModel, sequences: Sequence[Encoded], on_progress: Pro
         if on_progress:
             on_progress(done, total)
     kept = [i for i in sorted(parts) if parts[i] is not None]
-    if not kept:
-        raise ModelError("the text to measure on has no token that counts")
     return Scores(
         nll=torch.cat([parts[i][0] for i in kept]),
         choice=torch.cat([parts[i][1] for i in kept]),

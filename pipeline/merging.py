@@ -19,6 +19,7 @@ import torch
 from pipeline.checkpoint import SHARD_BYTES, Checkpoint, CheckpointWriter
 from pipeline.errors import ModelError
 from pipeline.models import copy_companions, read_config
+from pipeline.nf4 import as_nf4
 
 PREFIX = "base_model.model."
 # What an adapter may carry beyond plain LoRA on linear layers; none of it is merged here.
@@ -133,10 +134,3 @@ def merge_checkpoint(
     (output / "config.json").write_text(text + "\n", encoding="utf-8")
     copy_companions(base, output)
 
-
-def as_nf4(weight: torch.Tensor) -> torch.Tensor:
-    """The weight as NF4 training saw it: quantized with double quantization, and back, in bf16."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    codes, state = quantize_4bit(weight.to(torch.bfloat16), quant_type="nf4", compress_statistics=True)
-    return dequantize_4bit(codes, state)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.config import PACKAGE_SOURCE, REPO_ID, Model
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, UserError, is_unreachable
 from pipeline.libraries import quiet
 
 # Everything at a repository's root that belongs to a checkpoint, and no pickle among it.
@@ -232,14 +232,18 @@ def _download(model: Model, on_progress: Callable[[int, int], None] | None) -> t
             if on_progress:
                 on_progress(done, len(files))
             path = Path(hf_hub_download(model.source, name, revision=info.sha)).parent
+    except UserError:
+        raise
     except GatedRepoError:
         raise ModelError(f"{model.source}: gated; accept its terms on the Hub, then log in with 'hf auth login'") from None
     except RevisionNotFoundError:
         raise ModelError(f"{model.source}: no revision {model.revision!r}") from None
     except RepositoryNotFoundError:
         raise ModelError(f"{model.source}: no such model on the Hub, or it is private and you are not logged in") from None
-    except (HfHubHTTPError, OSError) as error:
-        raise ModelError(f"{model.source}: the Hub could not be read: {error}") from None
+    except Exception as error:
+        if not (isinstance(error, (HfHubHTTPError, OSError)) or is_unreachable(error)):
+            raise
+        raise ModelError(f"{model.source}: not a folder here, and the Hub could not be read: {error}") from None
     return path, info.sha
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -105,15 +106,15 @@ def summary(console: Console, config: Config, workspace: Workspace) -> None:
     from pipeline.trackers.trackio import dashboard_hint
 
     results = read_json(workspace.results_path, {})
-    table = Table(title="What was measured", title_justify="left")
-    for column in ("", "size", "held-out perplexity", "general perplexity", "KL to merged", "decode", "memory"):
-        table.add_column(column, justify="left" if not column else "right")
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("", "size", "held-out ppl", "general ppl", "KL", "decode", "memory"):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for name in ("base", "merged", *VARIANTS):
         if name in results and (name not in VARIANTS or (workspace.release / name).is_dir()):
             table.add_row(name, *_figures(results[name]))
     console.print(table)
     console.print(
-        f"[dim]± is one standard error. {results['merged']['quality']['held_out']['tokens']} held-out and "
+        f"[dim]ppl: perplexity, ± one standard error. KL: to the merged model, in nats a token. {results['merged']['quality']['held_out']['tokens']} held-out and "
         f"{results['merged']['quality']['general']['tokens']} general tokens; speed of pipeline.load, batch 1; "
         "memory of a fresh process that loads and generates, libraries included.[/]"
         if "merged" in results
@@ -144,15 +145,15 @@ def _figures(result: dict) -> list[str]:
     speeds = result.get("speed", {})
     speed = speeds.get("pipeline.load") or speeds.get("stock") or {}
 
-    def figure(text: str, key: str, digits: int) -> str:
-        value = quality.get(text, {}).get(key)
-        return f"{value['value']:.{digits}f} ± {value['stderr']:.{digits}f}" if value else "-"
+    def perplexity(text: str) -> str:
+        value = quality.get(text, {}).get("perplexity")
+        return f"{value['value']:.2f} ± {value['stderr']:.2f}" if value else "-"
 
     return [
         size(result["size_bytes"]),
-        figure("held_out", "perplexity", 2),
-        figure("general", "perplexity", 2),
-        figure("held_out", "kl", 4),
+        perplexity("held_out"),
+        perplexity("general"),
+        f"{quality['held_out']['kl']['value']:.4f}" if "kl" in quality.get("held_out", {}) else "-",
         f"{speed['decode_tokens_per_second']:.1f} tok/s" if speed.get("runs") else "-",
         size(speed["peak_memory_bytes"]) if "peak_memory_bytes" in speed else "-",
     ]

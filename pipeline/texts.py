@@ -17,7 +17,9 @@ from pipeline.workspace import Workspace
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-WINDOW = 1024  # tokens of general text that a model sees at once
+# Tokens of general text that a model sees at once; fewer where there would not be this many windows,
+# since an error cannot be estimated from one.
+WINDOW, WINDOWS = 1024, 16
 HELD_OUT, GENERAL = "held_out", "general"
 
 
@@ -28,17 +30,28 @@ def held_out(config: Config, workspace: Workspace, tokenizer: PreTrainedTokenize
     chosen, tokens = [], 0
     for example in encoded:
         tokens += len(example.input_ids)
-        if chosen and tokens > config.evaluate.max_tokens:
+        if len(chosen) >= 2 and tokens > config.evaluate.max_tokens:
             break
         chosen.append(example)
-    if not chosen:
-        raise DataError(f"{config.data.source}: no held-out example has an answer within train.max_length tokens")
+    if len(chosen) < 2:
+        raise DataError(
+            f"{config.data.source}: fewer than two held-out examples have an answer within train.max_length "
+            f"{config.train.max_length} tokens; raise data.held_out, train.max_length or evaluate.max_tokens"
+        )
     return chosen
 
 
 def general(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
-    """General text in windows, up to `evaluate.max_tokens` tokens."""
-    return encode_text(general_text(config.evaluate.general), tokenizer, WINDOW, config.evaluate.max_tokens)
+    """General text in windows, up to `evaluate.max_tokens` tokens.
+
+    Raises:
+        DataError: for a text of less than two windows.
+    """
+    tokens = config.evaluate.max_tokens
+    windows = encode_text(general_text(config.evaluate.general), tokenizer, min(WINDOW, tokens // WINDOWS), tokens)
+    if len(windows) < 2:
+        raise DataError(f"evaluate.general {config.evaluate.general}: too short to measure on; give a longer text")
+    return windows
 
 
 def both(config: Config, workspace: Workspace, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Encoded]]:

@@ -92,6 +92,56 @@ def any_model(request, tiny_model) -> Path:
     return tiny_model(request.param)
 
 
+@pytest.fixture(scope="session")
+def quantized(tmp_path_factory) -> Callable[..., Path]:
+    """`quantized(folder, "int4", group_size=32)`: that checkpoint beside its variant, in a folder of its own; made once.
+
+    Keywords go into the `VariantSpec`; `shard_bytes` makes several shards.
+    """
+    from pipeline.config import VariantSpec
+    from pipeline.models import linear_weights
+    from pipeline.quantization.stream import quantize_checkpoint
+
+    made: dict[tuple, Path] = {}
+
+    def make(source: Path, variant: str, shard_bytes: int = 10**9, **spec) -> Path:
+        key = (source, variant, shard_bytes, repr(sorted(spec.items())))
+        if key not in made:
+            made[key] = Path(shutil.copytree(source, tmp_path_factory.mktemp("release") / "model"))
+            asked = VariantSpec(name=variant, **spec).resolved()
+            quantize_checkpoint(
+                source, [asked], {variant: made[key] / variant}, linear_weights(source), shard_bytes=shard_bytes
+            )
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def dequantized() -> Callable:
+    """`dequantized(folder, "int4", keep=[...])`: the model with the numbers that the variant's codes mean, in plain layers."""
+    from transformers import AutoModelForCausalLM
+
+    from pipeline.catalog import VARIANTS
+    from pipeline.config import VariantSpec
+    from pipeline.models import linear_weights
+    from pipeline.quantization.formats import storage
+    from pipeline.quantization.rounding import rounding
+
+    def make(source: Path, variant: str, keep: tuple[str, ...] = (), **spec):
+        asked = VariantSpec(name=variant, **spec).resolved()
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto").eval().requires_grad_(False)
+        for name in linear_weights(source):
+            if name.removesuffix(".weight") in keep:
+                continue
+            weight = model.get_parameter(name)
+            grid = storage(VARIANTS[variant].format).grid(asked, weight.shape[1])
+            weight.data = rounding(asked.rounding)(weight.data, grid).dequantize(weight.dtype)
+        return model
+
+    return make
+
+
 @pytest.fixture
 def model_copy(tiny_model, tmp_path) -> Path:
     """A tiny checkpoint that a test may damage."""

@@ -252,7 +252,7 @@ def test_a_key_that_stands_twice_is_refused_with_its_line(refusal, text):
         (SMALLEST + "\ttrain: 1\n", "run.yaml:4: not valid YAML"),
         (SMALLEST + "train: {epochs: 1\n", "not valid YAML"),
         (SMALLEST + "train: *nowhere\n", "undefined alias"),
-        (SMALLEST + "--- \nname: second\n", "single document"),
+        (SMALLEST + "--- \nname: second\n", "another document"),
         (SMALLEST + "train: !!python/object/apply:os.getcwd []\n", "not valid YAML"),
         (SMALLEST + "train: {max_steps: !!int many}\n", "not valid YAML"),
         (SMALLEST + "train: {packing: !!bool perhaps}\n", "does not fit its tag"),

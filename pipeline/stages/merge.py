@@ -105,23 +105,11 @@ def _better(comparison: dict) -> str:
 
 def live_model(config: Config, base: Path, adapter: Path):
     """The base as training held it, with the adapter on top and not merged."""
-    import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        base,
-        dtype=torch.bfloat16,
-        quantization_config=nf4 if config.train.method == "qlora" else None,
-        trust_remote_code=config.model.trust_remote_code,
-        device_map={"": 0} if torch.cuda.is_available() else None,
-    )
+    from pipeline.nf4 import load_base
+
+    model = load_base(base, config.train.method == "qlora", config.model.trust_remote_code)
     return PeftModel.from_pretrained(model, adapter).eval()
 
 

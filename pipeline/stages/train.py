@@ -57,12 +57,12 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
 
     quiet_progress_bars()
     settings = config.train
-    events.progress(0, 1, "fetching the model")
-    base, origin = fetch(config.model, workspace.base, lambda d, t: events.progress(d, t, "fetching the model"))
-    events.progress(0, 1, "reading the data")
+    events.progress(0, 1, "reading the data")  # first, since a bad row should not wait for a long download
     data = load_examples(config.data)
     workspace.data.mkdir(exist_ok=True)
     write_examples(workspace.data / "held_out.jsonl", data.held_out)
+    events.progress(0, 1, "fetching the model")
+    base, origin = fetch(config.model, workspace.base, lambda d, t: events.progress(d, t, "fetching the model"))
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=config.model.trust_remote_code)
     encoded = {
         name: encode_examples(
@@ -133,23 +133,12 @@ def _trainer(config: Config, base: Path, tokenizer, encoded: dict, output: Path,
     import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
 
+    from pipeline.nf4 import load_base
+
     settings, on_gpu = config.train, torch.cuda.is_available()
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        base,
-        dtype=torch.bfloat16,
-        quantization_config=nf4 if settings.method == "qlora" else None,
-        trust_remote_code=config.model.trust_remote_code,
-        device_map={"": torch.cuda.current_device()} if on_gpu else None,
-    )
+    model = load_base(base, settings.method == "qlora", config.model.trust_remote_code)
     datasets = {
         name: Dataset.from_dict(
             {"input_ids": [e.input_ids for e in part.examples], "labels": [e.labels for e in part.examples]}

@@ -100,7 +100,7 @@ def write_place(folder: Path, model: Path, hub: LoopbackHub | None = None, **cha
     tree = {
         "name": "tiny",
         "model": {"source": str(model)},
-        "data": {"source": "rows.jsonl", "held_out": 0.2},
+        "data": {"source": "rows.jsonl", "held_out": 0.25},
         "train": {
             "max_steps": 4, "batch_size": 2, "accumulate": 1, "learning_rate": 0.01, "max_length": 96,
             "checkpoint_every": 2, "evaluate_every": 4, "lora": {"rank": 4, "alpha": 8},

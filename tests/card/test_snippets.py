@@ -1,0 +1,147 @@
+"""The code in a card runs as it stands, with stock libraries alone, and computes what the files say."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.card import model_card, variant_card
+from pipeline.config import VariantSpec
+from pipeline.models import linear_weights
+from tests.card.sample import BOTH, about, config
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("torchao")
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPT = list(range(40, 72))
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+KEEP_LOGITS = """
+with torch.no_grad():
+    torch.save(model(torch.tensor([{ids}], device=device)).logits.float().cpu(), "logits.pt")
+print("layers:", sorted({{type(m.weight).__name__ for m in model.modules() if isinstance(m, torch.nn.Linear)}}))
+"""
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory) -> Path:
+    """A tiny random Llama at the root and its variants in folders, as a run leaves them."""
+    from pipeline.quantization.stream import quantize_checkpoint
+
+    folder = tmp_path_factory.mktemp("release")
+    _tokenizer().save_pretrained(folder)
+    torch.manual_seed(0)
+    shape = transformers.LlamaConfig(
+        vocab_size=260,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=1,  # so that k and v have 8 rows, which the CPU's kernel does not take
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    transformers.LlamaForCausalLM(shape).to(torch.bfloat16).save_pretrained(folder)
+    specs = [VariantSpec(name="int8").resolved(), VariantSpec(name="int4", group_size=32).resolved()]
+    output = {spec.name: folder / spec.name for spec in specs}
+    for made in output.values():
+        made.mkdir()
+    quantize_checkpoint(folder, specs, output, linear_weights(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def blocks(release) -> dict[str, str]:
+    """The code blocks of the three cards, by what they load: root, int8, int4, and with `pipeline.load`."""
+    given = about(location=str(release), config=config(evaluate={"prompts": ["Who are you?"]}))
+    found = {}
+    for text in (model_card(given, BOTH), *(variant_card(given, v) for v in BOTH)):
+        for block in re.findall(r"^```python\n(.*?)\n```$", text, re.DOTALL | re.MULTILINE):
+            variant = next((v for v in BOTH if f'"{v}"' in block), "root")
+            name = f"{variant} with pipeline.load" if "pipeline.loading" in block else variant
+            assert found.setdefault(name, block) == block
+    return found
+
+
+def run(code: str, folder: Path, with_tunepress: bool = False) -> str:
+    """What `code` prints, in a process and a folder of its own."""
+    (folder / "snippet.py").write_text(code, encoding="utf-8")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    if with_tunepress:
+        environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        [sys.executable, "snippet.py"], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_cards_have_a_snippet_for_everything(blocks):
+    assert set(blocks) == {"root", *BOTH, *(f"{v} with pipeline.load" for v in BOTH)}
+    for name in ("root", *BOTH):
+        assert "pipeline.loading" not in blocks[name] and "trust_remote_code" not in blocks[name]
+
+
+@pytest.mark.parametrize("name", ["root", "int8"])
+def test_the_snippet_runs_with_stock_libraries_and_answers(blocks, tmp_path, name):
+    assert run(blocks[name], tmp_path).strip()
+
+
+@pytest.mark.parametrize("variant", BOTH)
+def test_the_short_snippet_runs_with_tunepress_and_answers(blocks, tmp_path, variant):
+    assert run(blocks[f"{variant} with pipeline.load"], tmp_path, with_tunepress=True).strip()
+
+
+def test_the_int4_snippet_computes_what_the_dequantized_weights_do(blocks, release, tmp_path):
+    printed = run(blocks["int4"] + KEEP_LOGITS.format(ids=PROMPT), tmp_path)
+    answer, _, layers = printed.rpartition("layers:")
+    assert answer.strip()
+    if not torch.cuda.is_available():
+        assert layers.split() == ["['Int4OpaqueTensor',", "'Parameter']"]
+    exact = _dequantized(release / "int4", torch.float32)
+    ours, rounded = torch.load(tmp_path / "logits.pt") - exact, _dequantized(release / "int4", torch.bfloat16) - exact
+    assert 0 < rounded.norm() < 0.05 * exact.norm()
+    assert ours.norm() < 1.5 * rounded.norm()  # no further off than arithmetic in bf16 is anyway
+
+
+def _dequantized(folder: Path, dtype):
+    """Logits with ordinary weights, from the numbers in the files and not by any kernel for int4."""
+    from pipeline.quantization.formats import storage
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    replaced = 0
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            codes = storage("torchao").unpack(layer.weight.data)
+            if codes is not None:
+                layer.weight = torch.nn.Parameter(codes.dequantize(dtype), requires_grad=False)
+                replaced += 1
+    assert replaced == 14
+    model.to(dtype)
+    with torch.no_grad():
+        return model(torch.tensor([PROMPT])).logits.float()
+
+
+def _tokenizer():
+    """One token a byte, and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    fast.chat_template = CHATML
+    return fast

@@ -1,0 +1,123 @@
+"""Roundings: int8 is torchao's to the last bit, hqq is better than nearest, and rows never influence each other."""
+
+import pytest
+import torch
+
+from pipeline.catalog import ROUNDINGS, VARIANTS
+from pipeline.quantization.formats.torchao import INT8
+from pipeline.quantization.grid import Grid
+from pipeline.quantization.rounding import rounding
+
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+INT4 = Grid(4, 32, "float", torch.bfloat16)
+CASES = [("rtn", INT8), ("rtn", INT4), ("rtn", Grid(4, 64, "integer", torch.float16)), ("hqq", INT4)]
+
+
+def weights(seed: int = 0, rows: int = 48, width: int = 192, size: float = 0.05) -> torch.Tensor:
+    """What trained weights look like: nearly normal, with a few outliers."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, width, generator=generator) * size
+    return weight + torch.randn(rows, width, generator=generator).pow(5) * size * 0.02
+
+
+def awkward(dtype: torch.dtype, size: float) -> torch.Tensor:
+    """Rows of zeros, of one sign, of one number, of ties between two codes."""
+    weight = weights(size=size).clamp(-6e4, 6e4)
+    weight[0] = 0
+    weight[1] = weight[1].abs()
+    weight[2] = -weight[2].abs()
+    weight[3] = 0
+    weight[3, 7] = size
+    weight[4] = size
+    weight[5] = (torch.arange(192) % 128 - 63.5) * size / 127.5
+    return weight.to(dtype)
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e-4, 0.05, 1.0, 300.0])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_int8_is_bit_identical_to_torchao(dtype, size):
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    weight = awkward(dtype, size)
+    layer = torch.nn.Linear(192, 48, bias=False, dtype=dtype)
+    layer.weight.data = weight.clone()
+    quantize_(layer, Int8WeightOnlyConfig())
+    theirs, ours = layer.weight, rounding("rtn")(weight, INT8)
+    assert torch.equal(ours.codes, theirs.qdata)
+    assert torch.equal(ours.scale, theirs.scale) and ours.scale.dtype == theirs.scale.dtype
+    assert ours.zero is None and not theirs.zero_point.any()
+    assert torch.equal(ours.dequantize(dtype), theirs.dequantize())
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("seed", range(5))
+def test_hqq_has_a_smaller_mean_error_than_rounding_to_nearest(seed, group_size):
+    grid, weight = Grid(4, group_size, "float", torch.bfloat16), weights(seed, width=256)
+    hqq, rtn = ((rounding(name)(weight, grid).dequantize() - weight).abs().mean() for name in ("hqq", "rtn"))
+    assert hqq < 0.99 * rtn
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_hqq_makes_no_group_worse(seed):
+    weight = weights(seed)
+    hqq, rtn = (
+        (rounding(name)(weight, INT4).dequantize() - weight).abs().view(48, -1, 32).mean(-1) for name in ("hqq", "rtn")
+    )
+    assert (hqq <= rtn * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("grid", [INT8, Grid(4, 32, "integer", torch.bfloat16)])
+def test_hqq_refuses_a_grid_whose_zeros_it_cannot_move(grid):
+    with pytest.raises(ValueError, match="float zeros"):
+        rounding("hqq")(weights(), grid)
+
+
+def parts(quantized) -> tuple[torch.Tensor, ...]:
+    return tuple(t for t in (quantized.codes, quantized.scale, quantized.zero) if t is not None)
+
+
+@pytest.mark.parametrize("block", [1, 7, 16])
+@pytest.mark.parametrize("name, grid", CASES, ids=str)
+def test_blocks_of_rows_give_what_the_whole_gives(name, grid, block):
+    weight = weights()
+    # Groups for which hqq has nothing to improve must not stop, nor be carried on by, the others.
+    weight[::3] = torch.linspace(-1, 1, 192)
+    weight[1] = 0.25
+    whole = rounding(name)(weight, grid)
+    pieces = [rounding(name)(weight[i : i + block], grid) for i in range(0, 48, block)]
+    for together, apart in zip(parts(whole), zip(*map(parts, pieces), strict=True), strict=True):
+        assert torch.equal(together, torch.cat(apart))
+
+
+@pytest.mark.parametrize("name, grid", CASES, ids=str)
+def test_the_same_weight_gives_the_same_codes_however_many_threads(name, grid):
+    before, weight = torch.get_num_threads(), weights(rows=96)
+    try:
+        results = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(parts(rounding(name)(weight, grid)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("name, grid", CASES, ids=str)
+def test_the_weight_itself_is_left_as_it_was(name, grid):
+    weight = weights()
+    rounding(name)(weight, grid)
+    assert torch.equal(weight, weights())
+
+
+# int8 is another matter: it computes its scales in the weight's type, as torchao does.
+@pytest.mark.parametrize("name, grid", [case for case in CASES if case[1] != INT8], ids=str)
+def test_bf16_weights_are_rounded_as_their_float32_values_are(name, grid):
+    weight = weights().bfloat16()
+    for a, b in zip(parts(rounding(name)(weight, grid)), parts(rounding(name)(weight.float(), grid)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_every_rounding_in_the_catalog_exists():
+    named = {name for variant in VARIANTS.values() for name in variant.roundings}
+    assert named == set(ROUNDINGS)
+    assert all(callable(rounding(name)) for name in named)

@@ -1,0 +1,139 @@
+"""What a user can get wrong: one clear line, exit code 2, and nothing begun."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import yaml
+
+from pipeline.cli import main
+
+GOOD = {
+    "name": "tiny",
+    "model": {"source": "MODEL"},
+    "data": {"source": "rows.jsonl"},
+    "evaluate": {"general": "general.txt"},
+}
+ROW = {"prompt": "What is 1 plus 1?", "completion": "It is 2."}
+ROWS = "".join(json.dumps({**ROW, "prompt": f"What is {n} plus 1?"}) + "\n" for n in range(20))
+
+
+@pytest.fixture
+def tunepress(tmp_path, monkeypatch, capfd, tiny_model):
+    """`tunepress("run", "x.yaml")` runs the command here; gives its exit code and its lines on stderr."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(ROWS)
+    (tmp_path / "general.txt").write_text("Words that say nothing. " * 200)
+
+    def call(*arguments: str) -> tuple[int, list[str]]:
+        monkeypatch.setattr(sys, "argv", ["tunepress", *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        return exit_.value.code, capfd.readouterr().err.strip().splitlines()
+
+    call.write = lambda tree: _write(tmp_path, tree, tiny_model("llama"))
+    call.folder = tmp_path
+    return call
+
+
+def _write(folder, tree: dict, model) -> None:
+    text = yaml.safe_dump(tree).replace("MODEL", str(model))
+    (folder / "x.yaml").write_text(text)
+
+
+def _with(**sections) -> dict:
+    return {**GOOD, **sections}
+
+
+CONFIGURATIONS = {
+    "an unknown key": (_with(train={"epoch": 2}), ["x.yaml", "train.epoch", "epochs"]),
+    "an unknown section": (_with(trian={}), ["x.yaml", "trian", "train"]),
+    "a missing section": ({"name": "tiny", "data": {"source": "rows.jsonl"}}, ["x.yaml", "model", "missing"]),
+    "a number out of range": (_with(train={"epochs": -1}), ["train.epochs", "-1", "greater than 0"]),
+    "a word for a number": (_with(train={"batch_size": "four"}), ["train.batch_size", "four"]),
+    "a yes for a number": (_with(train={"max_steps": True}), ["train.max_steps", "true"]),
+    "an infinite rate": (_with(train={"learning_rate": float("inf")}), ["train.learning_rate"]),
+    "a method that is none": (_with(train={"method": "magic"}), ["train.method", "magic", "qlora", "lora"]),
+    "the head as a target": (_with(train={"lora": {"target_modules": ["lm_head"]}}), ["target_modules", "lm_head"]),
+    "a run's name with spaces": (_with(name="my run"), ["name", "my run"]),
+    "a run's name that climbs": (_with(name="../up"), ["name", "../up"]),
+    "a variant that is none": (_with(quantize={"variants": ["int3"]}), ["int3", "int8", "int4"]),
+    "a variant twice": (_with(quantize={"variants": ["int8", "both"]}), ["variants", "once"]),
+    "a group size that no kernel takes": (
+        _with(quantize={"variants": [{"name": "int4", "group_size": 48}]}), ["48", "32, 64, 128, 256"],
+    ),
+    "groups for int8": (_with(quantize={"variants": [{"name": "int8", "group_size": 32}]}), ["int8", "group_size"]),
+    "a repository with spaces": (_with(publish={"repo": "my name/x"}), ["publish.repo", "my name/x", "USER/NAME"]),
+    "a base that plain LoRA never saw": (
+        _with(train={"method": "lora"}, merge={"base": "nf4"}), ["merge.base", "nf4", "lora"],
+    ),
+    "a model that is not there": (_with(model={"source": "./nowhere"}), ["nowhere", "no such folder"]),
+    "a model that is no name": (_with(model={"source": "just-a-word"}), ["just-a-word", "user/model"]),
+    "a package that is not installed": (
+        _with(model={"source": "package:no_such_package/x.gguf"}), ["no-such-package", "pip install"],
+    ),
+    "a data file that is not there": (_with(data={"source": "./none.jsonl"}), ["none.jsonl", "no such file"]),
+    "a general text that is not there": (_with(evaluate={"general": "none.txt"}), ["none.txt"]),
+    "a repository without a token": (_with(publish={"repo": "ada/tiny"}), ["ada/tiny", "token", "hf auth login"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_a_broken_configuration_gives_one_line_and_begins_nothing(tunepress, name):
+    tree, words = CONFIGURATIONS[name]
+    tunepress.write(tree)
+    code, lines = tunepress("run", "x.yaml")
+    assert (code, len(lines)) == (2, 1), lines
+    assert all(word in lines[0] for word in words), lines[0]
+    assert not (tunepress.folder / "runs").exists()
+
+
+DATA = {
+    "an empty file": ("", ["no rows"]),
+    "a row that is no JSON": ('{"prompt": "a", "completion": }\n', ["row 1", "JSON"]),
+    "a row that is a list": ("[1]\n", ["row 1"]),
+    "columns of no known form": ('{"question_text": "a", "reply": "b"}\n', ["question_text"]),
+    "an answer that is a number": ('{"prompt": "a", "completion": 3}\n', ["row 1", "completion"]),
+    "an answer that is empty": ('{"prompt": "a", "completion": ""}\n', ["row 1", "completion"]),
+    "a conversation without an answer": ('{"messages": [{"role": "user", "content": "a"}]}\n', ["row 1", "assistant"]),
+    "a role that is none": ('{"messages": [{"role": "king", "content": "a"}]}\n', ["row 1", "king"]),
+    "bytes that are no text": (b"\xff\xfe\x00\x01\n", ["UTF-8"]),
+}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_a_broken_data_file_gives_one_line_with_its_row_and_begins_nothing(tunepress, name):
+    content, words = DATA[name]
+    (tunepress.folder / "rows.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    tunepress.write(GOOD)
+    code, lines = tunepress("run", "x.yaml")
+    assert (code, len(lines)) == (2, 1), lines
+    assert "rows.jsonl" in lines[0] and all(word in lines[0] for word in words), lines[0]
+    assert not (tunepress.folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("run", "none.yaml"), ["none.yaml", "demo"]),
+        (("run", "x.yaml", "--set", "train.epochs"), ["train.epochs", "key=value"]),
+        (("run", "x.yaml", "--set", "train.epochs.more=1"), ["train.epochs"]),
+        (("status", "runs/none"), ["runs/none"]),
+        (("publish", "runs/none"), ["runs/none"]),
+        (("chat", "nothing-here"), ["nothing-here"]),
+        (("chat", "runs", "--variant", "int3"), ["int3"]),
+    ],
+)
+def test_a_wrong_argument_gives_one_line(tunepress, arguments, words):
+    tunepress.write(GOOD)
+    code, lines = tunepress(*arguments)
+    assert (code, len(lines)) == (2, 1), lines
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+def test_a_token_that_was_pasted_into_a_configuration_is_not_repeated(tunepress):
+    tunepress.write(_with(publish={"repo": "hf_abcdefghijklmnopqrstuvwxyz/x y"}))
+    _, lines = tunepress("run", "x.yaml")
+    assert "hf_abc" not in lines[0]

@@ -1,0 +1,348 @@
+"""What is written is what safetensors reads, and back; a damaged file is named and never half believed."""
+
+import json
+import random
+import struct
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from pipeline.checkpoint import DTYPES, INDEX_NAME, SINGLE_NAME, Checkpoint, CheckpointWriter, read_header
+from pipeline.errors import CheckpointError
+
+
+def some_tensors() -> dict[str, torch.Tensor]:
+    """A tensor of every type, and the shapes that go wrong: 0-d, empty, one row, odd lengths."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, dtype in DTYPES.items():
+        noise = torch.randn(5, 3, generator=generator) * 50
+        tensors[f"of.type.{name}"] = noise.abs().to(dtype) if dtype == torch.uint8 else noise.to(dtype)
+    return tensors | {
+        "scalar": torch.tensor(3.5),
+        "empty": torch.empty(0, 4),
+        "no.columns": torch.empty(4, 0, dtype=torch.bfloat16),
+        "one.row": torch.randn(1, 7, generator=generator).bfloat16(),
+        "cube": torch.randn(3, 4, 5, generator=generator),
+        "vector": torch.randn(11, generator=generator),
+    }
+
+
+def plan_of(tensors: dict[str, torch.Tensor]) -> dict:
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and bytes_of(a) == bytes_of(b)
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def write(folder, tensors, metadata=None, **options) -> None:
+    with CheckpointWriter(folder, plan_of(tensors), metadata, **options) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 64, 200, 10**9])
+def test_what_is_written_safetensors_and_this_reader_read_back(tmp_path, shard_bytes):
+    tensors = some_tensors()
+    write(tmp_path, tensors, {"note": "kept"}, shard_bytes=shard_bytes)
+    ours, theirs = Checkpoint(tmp_path), {}
+    files = sorted(tmp_path.glob("*.safetensors"))
+    for file in files:
+        theirs |= load_file(file)
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt", "note": "kept"}
+    assert set(ours) == set(theirs) == set(tensors)
+    for name, tensor in tensors.items():
+        assert same(ours.read(name), tensor) and same(theirs[name], tensor)
+    assert ours.nbytes == sum(t.nbytes for t in tensors.values())
+    assert (tmp_path / INDEX_NAME).is_file() == (len(files) > 1) == (shard_bytes < 10**9)
+
+
+def test_what_safetensors_wrote_is_read(tmp_path):
+    tensors = some_tensors()
+    save_file(tensors, tmp_path / SINGLE_NAME, {"format": "pt"})
+    checkpoint = Checkpoint(tmp_path)
+    assert set(checkpoint) == set(tensors) and checkpoint.metadata == {"format": "pt"}
+    assert all(same(checkpoint.read(name), tensor) for name, tensor in tensors.items())
+
+
+def test_what_transformers_wrote_in_shards_is_read(tiny_model, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype="auto")
+    model.save_pretrained(tmp_path, max_shard_size="200KB")
+    checkpoint = Checkpoint(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert all(same(checkpoint.read(name), tensor) for name, tensor in model.state_dict().items())
+
+
+def test_the_index_says_where_every_tensor_is_and_how_much_there_is_in_all(tmp_path):
+    tensors = some_tensors()
+    write(tmp_path, tensors, shard_bytes=100)
+    index = json.loads((tmp_path / INDEX_NAME).read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
+    for name, file in index["weight_map"].items():
+        assert name in load_file(tmp_path / file)
+    assert set(index["weight_map"]) == set(tensors)
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (9,), (9, 2, 3)])
+def test_rows_are_read_from_anywhere(tmp_path, shape):
+    wanted = torch.arange(9 * 24).view(9, -1)[:, : torch.Size(shape[1:]).numel()].reshape(shape).float()
+    write(tmp_path, {"before": torch.ones(3), "rows": wanted, "after": torch.ones(5)})
+    checkpoint = Checkpoint(tmp_path)
+    for start in range(9):
+        for stop in range(start, 10):
+            assert torch.equal(checkpoint.read_rows("rows", start, stop), wanted[start:stop])
+
+
+@pytest.mark.parametrize("start, stop", [(0, 10), (-1, 2), (5, 4), (10, 10)])
+def test_rows_that_a_tensor_does_not_have_are_not_taken_from_its_neighbour(tmp_path, start, stop):
+    write(tmp_path, {"rows": torch.ones(9, 4), "neighbour": torch.ones(9, 4)})
+    with pytest.raises(ValueError, match="rows"):
+        Checkpoint(tmp_path).read_rows("rows", start, stop)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_come_in_any_order_and_in_pieces_of_any_size(tmp_path, seed):
+    order, tensors = random.Random(seed), {f"t{i}": torch.randn(10, i + 1).bfloat16() for i in range(6)}
+    pieces = []
+    for name, tensor in tensors.items():
+        cuts = sorted({0, 10, *order.sample(range(1, 10), 3)})
+        pieces += [(name, tensor[a:b], a) for a, b in zip(cuts, cuts[1:], strict=False)]
+    order.shuffle(pieces)
+    with CheckpointWriter(tmp_path, plan_of(tensors), shard_bytes=150) as writer:
+        for name, rows, first in pieces:
+            writer.write(name, rows, first)
+    checkpoint = Checkpoint(tmp_path)
+    assert all(same(checkpoint.read(name), tensor) for name, tensor in tensors.items())
+
+
+def test_a_transposed_tensor_is_written_in_its_own_order(tmp_path):
+    tensor = torch.randn(4, 6).T
+    write(tmp_path, {"t": tensor})
+    assert torch.equal(load_file(tmp_path / SINGLE_NAME)["t"], tensor)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [[], [(0, 2)], [(0, 2), (3, 4)], [(2, 4)], [(0, 2), (0, 2)], [(0, 3), (0, 3)]],
+    ids=str,
+)
+def test_a_tensor_with_rows_missing_is_never_called_finished(tmp_path, written):
+    with pytest.raises(ValueError, match="1 tensors unfinished, first rows"):
+        with CheckpointWriter(tmp_path, {"rows": (torch.float32, (4, 2))}) as writer:
+            for start, stop in written:
+                writer.write("rows", torch.ones(stop - start, 2), start)
+
+
+def test_an_error_inside_is_the_one_that_is_seen(tmp_path):
+    with pytest.raises(KeyError, match="mine"), CheckpointWriter(tmp_path, {"t": (torch.float32, (4,))}):
+        raise KeyError("mine")
+
+
+@pytest.mark.parametrize(
+    "tensor, first_row",
+    [
+        (torch.ones(4, 3), 0),
+        (torch.ones(4, 2, dtype=torch.float64), 0),
+        (torch.ones(8), 0),
+        (torch.ones(5, 2), 0),
+        (torch.ones(2, 2), 3),
+        (torch.ones(1, 2), -1),
+    ],
+)
+def test_a_piece_that_does_not_fit_its_place_is_refused(tmp_path, tensor, first_row):
+    plan = {"before": (torch.float32, (2,)), "rows": (torch.float32, (4, 2)), "after": (torch.float32, (8,))}
+    with pytest.raises(ValueError, match="rows"), CheckpointWriter(tmp_path, plan) as writer:
+        writer.write("rows", tensor, first_row)
+
+
+def test_files_can_be_read_by_everyone(tmp_path):
+    write(tmp_path, some_tensors(), shard_bytes=100)
+    for path in tmp_path.iterdir():
+        assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_every_tensor_lies_at_a_multiple_of_its_item_size(tmp_path):
+    write(tmp_path, {"bytes": torch.ones(3, dtype=torch.int8), "wide": torch.ones(3, dtype=torch.float64)})
+    tensors, _ = read_header(tmp_path / SINGLE_NAME)
+    assert all(info.offset % info.dtype.itemsize == 0 for info in tensors.values())
+
+
+def test_the_same_tensors_give_the_same_bytes(tmp_path):
+    for folder in ("a", "b"):
+        write(tmp_path / folder, some_tensors(), shard_bytes=100)
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("first, then", [(100, 10**9), (10**9, 100)])
+def test_a_second_write_into_a_folder_is_not_hidden_by_the_first(tmp_path, first, then):
+    from transformers.utils import SAFE_WEIGHTS_NAME
+
+    write(tmp_path, {name: torch.zeros_like(t) for name, t in some_tensors().items()}, shard_bytes=first)
+    write(tmp_path, some_tensors(), shard_bytes=then)
+    assert torch.equal(Checkpoint(tmp_path).read("cube"), some_tensors()["cube"])
+    assert (tmp_path / SAFE_WEIGHTS_NAME).exists() == (then > 100)  # which transformers would prefer
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.pwrite", no_space)
+    with pytest.raises(CheckpointError, match="No space left"):
+        CheckpointWriter(tmp_path, {"t": (torch.float32, (4,))})
+
+
+# -- damaged files
+
+
+def entry(start: int, end: int, shape: list, dtype: str = "F32") -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+def file_of(header: object, data: bytes = b"", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+GOOD = {"a": entry(0, 8, [2]), "b": entry(8, 16, [1, 2])}
+
+DAMAGED = {
+    "nothing": (b"", "cut short"),
+    "seven bytes": (b"\x10\0\0\0\0\0\0", "cut short"),
+    "only a length": (struct.pack("<Q", 100), "cut short"),
+    "an absurd length": (struct.pack("<Q", 2**63) + b"{}", "cut short"),
+    "the largest length": (struct.pack("<Q", 2**64 - 1) + b"{}", "cut short"),
+    "a header of nothing": (file_of(b""), "cut short"),
+    "a header that is cut": (file_of(GOOD, length=10**6), "cut short"),
+    "no JSON": (file_of(b"{abc}"), "not JSON"),
+    "no UTF-8": (file_of(b'{"\xff": 1}'), "not JSON"),
+    "deep JSON": (file_of(b"[" * 100_000), "not JSON"),
+    "a list": (file_of([]), "table of tensors"),
+    "data cut": (file_of(GOOD, bytes(15)), "header says"),
+    "data too long": (file_of(GOOD, bytes(17)), "header says"),
+    "a gap": (file_of({"a": entry(0, 8, [2]), "b": entry(12, 20, [2])}, bytes(20)), "leaves a gap"),
+    "a gap before": (file_of({"a": entry(4, 12, [2])}, bytes(12)), "leaves a gap"),
+    "an overlap": (file_of({"a": entry(0, 8, [2]), "b": entry(4, 12, [2])}, bytes(12)), "overlaps"),
+    "the same place twice": (file_of({"a": entry(0, 8, [2]), "b": entry(0, 8, [2])}, bytes(8)), "overlaps"),
+    "a wrong shape": (file_of({"a": entry(0, 8, [3])}, bytes(8)), "disagree"),
+    "a wrong type": (file_of({"a": entry(0, 8, [2], "F64")}, bytes(8)), "disagree"),
+    "an unknown type": (file_of({"a": entry(0, 8, [2], "F3")}, bytes(8)), "unknown type"),
+    "a negative shape": (file_of({"a": entry(0, 8, [-1, -2])}, bytes(8)), "disagree"),
+    "negative offsets": (file_of({"a": entry(-8, 0, [2])}, bytes(8)), "disagree"),
+    "offsets that go back": (file_of({"a": entry(8, 0, [2])}, bytes(8)), "disagree"),
+    "a huge shape": (file_of({"a": entry(0, 8, [2**62, 2**62])}, bytes(8)), "disagree"),
+    "fractions": (file_of({"a": entry(0, 8, [2.0])}, bytes(8)), "disagree"),
+    "booleans": (file_of({"a": entry(0, 4, [True])}, bytes(4)), "disagree"),
+    "a shape that is text": (file_of({"a": entry(0, 4, "")}, bytes(4)), "disagree"),
+    "three offsets": (file_of({"a": {**entry(0, 8, [2]), "data_offsets": [0, 4, 8]}}, bytes(8)), "malformed"),
+    "an entry that is no table": (file_of({"a": 5}), "malformed"),
+    "an entry without a shape": (file_of({"a": {"dtype": "F32", "data_offsets": [0, 0]}}), "malformed"),
+    "a type that is a list": (file_of({"a": entry(0, 8, [2], ["F32"])}, bytes(8)), "malformed"),
+    "a name twice": (
+        file_of(b'{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"a":{"dtype":"I8","shape":[2],"data_offsets":[0,2]}}', b"12"),
+        "'a' stands twice",
+    ),
+    "metadata that is a list": (file_of({"__metadata__": ["x"], **GOOD}, bytes(16)), "metadata"),
+    "metadata of numbers": (file_of({"__metadata__": {"x": 1}, **GOOD}, bytes(16)), "metadata"),
+    "a pickle": (b"PK\x03\x04" + bytes(500), "cut short"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_file_is_refused_in_one_line_that_names_it(tmp_path, damage):
+    content, said = DAMAGED[damage]
+    (tmp_path / SINGLE_NAME).write_bytes(content)
+    with pytest.raises(CheckpointError, match=said) as caught:
+        Checkpoint(tmp_path)
+    assert str(tmp_path / SINGLE_NAME) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_example_that_is_damaged_above_is_sound_by_itself(tmp_path):
+    (tmp_path / SINGLE_NAME).write_bytes(file_of(GOOD, bytes(16)))
+    assert Checkpoint(tmp_path)["b"].shape == (1, 2)
+
+
+def test_a_file_cut_after_it_was_opened_is_noticed(tmp_path):
+    write(tmp_path, {"t": torch.ones(1000)})
+    checkpoint = Checkpoint(tmp_path)
+    with open(tmp_path / SINGLE_NAME, "r+b") as file:
+        file.truncate(500)
+    with pytest.raises(CheckpointError, match="ended before"):
+        checkpoint.read("t")
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """A folder of three shards, and a function that writes its index anew."""
+    write(tmp_path, {name: torch.ones(10) for name in "abc"}, shard_bytes=40)
+
+    def change(**weights):
+        index = json.loads((tmp_path / INDEX_NAME).read_text())
+        index["weight_map"] |= weights
+        (tmp_path / INDEX_NAME).write_text(json.dumps(index))
+
+    return tmp_path, change
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["../model.safetensors", "/etc/passwd", "..", "sub/model.safetensors", "model.bin", "", ["x.safetensors"], None],
+)
+def test_an_index_cannot_lead_out_of_its_folder_or_to_a_pickle(sharded, file):
+    folder, change = sharded
+    change(a=file)
+    with pytest.raises(CheckpointError, match="not the name of a file in this folder"):
+        Checkpoint(folder)
+
+
+def test_a_missing_shard_is_named(sharded):
+    folder, _ = sharded
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="model-00002-of-00003.safetensors: named by the index, and missing"):
+        Checkpoint(folder)
+
+
+def test_a_tensor_that_only_the_index_knows_is_named(sharded):
+    folder, change = sharded
+    change(ghost="model-00001-of-00003.safetensors")
+    with pytest.raises(CheckpointError, match="'ghost' is in the index and not in the shard"):
+        Checkpoint(folder)
+
+
+def test_a_tensor_in_two_shards_is_refused(sharded):
+    folder, _ = sharded
+    save_file({"b": torch.ones(10), "a": torch.zeros(10)}, folder / "model-00002-of-00003.safetensors")
+    with pytest.raises(CheckpointError, match="'a' is in two shards"):
+        Checkpoint(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": null}', "[" * 100_000])
+def test_an_index_that_is_none_is_refused(sharded, text):
+    folder, _ = sharded
+    (folder / INDEX_NAME).write_text(text)
+    with pytest.raises(CheckpointError, match="not an index"):
+        Checkpoint(folder)
+
+
+def test_a_folder_without_safetensors_is_refused(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="other formats are not read"):
+        Checkpoint(tmp_path)
+
+
+def test_names_with_dots_and_slashes_are_only_names(tmp_path):
+    tensors = {"../../etc/passwd": torch.ones(2), "a/b": torch.ones(3), "": torch.ones(1)}
+    write(tmp_path / "deep" / "er", tensors)
+    assert set(Checkpoint(tmp_path / "deep" / "er")) == set(tensors)
+    assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {SINGLE_NAME}

@@ -1,0 +1,160 @@
+"""Packed layers compute what `dequantize` says, for any number of tokens, wherever the weights lie in memory."""
+
+import pytest
+import torch
+
+from pipeline import kernels
+from pipeline.kernels import cpu, cuda
+from pipeline.quantization.formats.torchao import INT8
+from pipeline.quantization.grid import Grid, GroupQuantized
+from pipeline.quantization.rounding import rounding
+
+CPU = torch.device("cpu")
+SWITCH = cpu.INT8_KERNEL_TOKENS
+TOKENS = [1, 2, 3, 7, SWITCH - 1, SWITCH, SWITCH + 1, 200]
+TYPES = [torch.bfloat16, torch.float32, torch.float16]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def int4(group_size: int = 32) -> Grid:
+    return Grid(4, group_size, "float", torch.bfloat16)
+
+
+def quantized(grid: Grid, rows: int, width: int) -> GroupQuantized:
+    generator = torch.Generator().manual_seed(rows * width)
+    return rounding("rtn")(torch.randn(rows, width, generator=generator).bfloat16() * 0.1, grid)
+
+
+def off(result: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((result.float() - expected.float()).norm() / expected.float().norm())
+
+
+def check(weight: GroupQuantized, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    expected = x.float() @ weight.dequantize().T + (0 if bias is None else bias.float())
+    result = layer(x)
+    assert result.dtype == x.dtype and result.shape == expected.shape
+    assert off(result, expected) < TOLERANCE[x.dtype]
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("grid, kind", [(INT8, cpu.Int8Linear), (int4(), cpu.Int4Linear), (int4(64), cpu.Int4Linear)])
+def test_a_layer_multiplies_by_the_dequantized_weight(grid, kind, dtype, tokens):
+    weight = quantized(grid, 96, 192)
+    layer = kernels.linear(weight, None, CPU)
+    assert type(layer) is kind
+    check(weight, layer, torch.randn(tokens, 192).to(dtype))
+
+
+@pytest.mark.parametrize("rows, width", [(16, 32), (32, 160), (80, 96), (272, 576), (64, 1536)])
+@pytest.mark.parametrize("tokens", [1, 5, 100])
+@pytest.mark.parametrize("grid", [INT8, int4()], ids=["int8", "int4"])
+def test_layers_of_any_shape_that_has_a_kernel(grid, rows, width, tokens):
+    weight = quantized(grid, rows, width)
+    check(weight, kernels.linear(weight, None, CPU), torch.randn(tokens, width).bfloat16())
+
+
+@pytest.mark.parametrize("rows", [1, 5, 63, 97])
+def test_int8_takes_any_number_of_rows(rows):
+    weight = quantized(INT8, rows, 64)
+    for tokens in (1, 5, 100):
+        check(weight, kernels.linear(weight, None, CPU), torch.randn(tokens, 64).bfloat16())
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128, 256])
+def test_int4_takes_every_group_size_of_the_catalog(group_size):
+    weight = quantized(int4(group_size), 64, 512)
+    check(weight, kernels.linear(weight, None, CPU), torch.randn(3, 512).bfloat16())
+
+
+@pytest.mark.parametrize("tokens", [1, 200])
+@pytest.mark.parametrize("grid", [INT8, int4()], ids=["int8", "int4"])
+def test_the_bias_is_added(grid, tokens):
+    weight, bias = quantized(grid, 64, 128), torch.randn(64).bfloat16() * 5
+    check(weight, kernels.linear(weight, bias, CPU), torch.randn(tokens, 128).bfloat16(), bias)
+
+
+@pytest.mark.parametrize("shape", [(192,), (2, 192), (2, 3, 192), (1, 1, 1, 192), (0, 192)])
+@pytest.mark.parametrize("grid", [INT8, int4()], ids=["int8", "int4"])
+def test_inputs_keep_their_leading_shape(grid, shape):
+    layer = kernels.linear(quantized(grid, 64, 192), None, CPU)
+    assert layer(torch.randn(shape)).shape == (*shape[:-1], 64)
+
+
+@pytest.mark.parametrize("grid", [INT8, int4()], ids=["int8", "int4"])
+def test_inputs_need_not_be_contiguous(grid):
+    weight, wide = quantized(grid, 64, 128), torch.randn(128, 300).bfloat16()
+    layer = kernels.linear(weight, None, CPU)
+    check(weight, layer, wide[:9].T[:128].T)
+    check(weight, layer, wide.T[:5])
+    check(weight, layer, wide[:2, :256].view(2, 2, 128)[:, 1])
+
+
+def misplaced(tensor: torch.Tensor, offset: int) -> torch.Tensor:
+    """The same tensor, `offset` elements behind an aligned address, as tensors mapped from a file are."""
+    room = torch.empty(tensor.numel() + offset, dtype=tensor.dtype)[offset:].view(tensor.shape)
+    return room.copy_(tensor)
+
+
+@pytest.mark.parametrize("offset", [1, 8, 24])
+@pytest.mark.parametrize("grid", [INT8, int4()], ids=["int8", "int4"])
+def test_weights_and_inputs_may_lie_anywhere_in_memory(grid, offset):
+    weight = quantized(grid, 64, 128)
+    parts = (misplaced(t, offset) if t is not None else None for t in (weight.codes, weight.scale, weight.zero))
+    moved = kernels.linear(GroupQuantized(*parts, grid), None, CPU)
+    # The kernel may end the whole process here, so look before it runs.
+    for buffer in moved.buffers():
+        assert buffer.data_ptr() % 64 == 0
+    assert cpu._aligned(misplaced(torch.randn(2, 128).bfloat16(), offset)).data_ptr() % 64 == 0
+    for tokens in (1, 2, 40):
+        check(weight, moved, misplaced(torch.randn(tokens, 128).bfloat16(), offset))
+
+
+@pytest.mark.parametrize("width", [8, 24, 33, 100, 144])
+def test_int8_widths_that_the_kernel_would_read_beyond_have_no_layer(width):
+    assert kernels.linear(quantized(INT8, 64, width), None, CPU) is None
+
+
+@pytest.mark.parametrize("rows", [1, 8, 17, 100])
+def test_int4_rows_that_cannot_be_packed_have_no_layer(rows):
+    assert kernels.linear(quantized(int4(), rows, 64), None, CPU) is None
+
+
+@pytest.mark.parametrize("grid", [Grid(4, 32, "integer", torch.bfloat16), Grid(8, 32, "none", torch.float32)])
+def test_grids_without_a_kernel_have_no_layer(grid):
+    assert kernels.linear(quantized(grid, 64, 64), None, CPU) is None
+
+
+@pytest.mark.parametrize("device", ["mps", "meta"])
+def test_devices_without_kernels_have_no_layer(device):
+    assert kernels.linear(quantized(INT8, 64, 64), None, torch.device(device)) is None
+
+
+@pytest.mark.parametrize("tokens", [2, 200])
+def test_long_float16_inputs_do_not_overflow(tokens):
+    weight = quantized(INT8, 4, 4096)
+    weight = GroupQuantized(torch.full_like(weight.codes, 127), weight.scale, None, INT8)
+    result = cpu.Int8Linear(weight, None)(torch.full((tokens, 4096), 3, dtype=torch.float16))
+    assert result.isfinite().all()
+
+
+def test_int8_stays_as_torchao_loaded_it_on_cuda_only():
+    weights = {"int8": quantized(INT8, 64, 64), "int4": quantized(int4(), 64, 64)}
+    kept = {(n, d) for n, w in weights.items() for d in ("cpu", "cuda", "mps") if kernels.runs_as_loaded(w, torch.device(d))}
+    assert kept == {("int8", "cuda")}
+
+
+@pytest.mark.parametrize("grid", [INT8, int4()], ids=["int8", "int4"])
+def test_layers_say_what_they_are(grid):
+    assert "in_features=128, out_features=64" in repr(kernels.linear(quantized(grid, 64, 128), None, CPU))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+@pytest.mark.parametrize("rows, width, group_size", [(64, 576, 64), (128, 1024, 128), (72, 160, 32), (256, 4096, 256)])
+@pytest.mark.parametrize("tokens", [1, 9, 200])
+def test_the_tensor_core_layer_multiplies_by_the_dequantized_weight(rows, width, group_size, tokens):
+    weight, bias = quantized(int4(group_size), rows, width), torch.randn(rows).bfloat16()
+    layer = cuda.linear(weight, bias, torch.device("cuda"))
+    x = torch.randn(tokens, width).bfloat16()
+    expected = x.float() @ weight.dequantize().T + bias.float()
+    assert off(layer(x.cuda()).cpu(), expected) < 1e-2

