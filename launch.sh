@@ -49,6 +49,7 @@ install() {
     touch "$stamp"
 }
 
+export TUNEPRESS_COMMAND="$0" # what the last lines of a run tell people to type
 case "${1:-}" in
 "" | -h | --help)
     usage

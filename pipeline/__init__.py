@@ -1,6 +1,6 @@
 """tunepress: fine-tune, merge, quantize and publish a language model, with every number measured.
 
-    from pipeline import load, load_config, run
+from pipeline import load, load_config, run
 """
 
 from __future__ import annotations

@@ -100,18 +100,22 @@ def _render(template: str, about: About, models: dict[str, Markdown], metadata: 
     from huggingface_hub import ModelCard
 
     seen = [n for row in about.get("training", "history") or () if (n := number(row.get("num_tokens")))]
-    body = markdown.environment(_templates(), source=_source).get_template(template).render(
-        name=about.name,
-        location=str(about.location),
-        question=next(iter(about.config.evaluate.prompts), "What can you do?"),
-        config=about.config,
-        results=about.results,
-        variants=[m for m in models if m in VARIANTS],
-        base=_base(about),
-        reasons=[line for _, line in _reasons(about, models).values()],
-        **{f.__name__[1:]: f(about, models) for f in (_quality, _differences, _faded, _speed, _machines, _answers)},
-        tokens_seen=markdown.count(max(seen, default=None)),
-        **more,
+    body = (
+        markdown.environment(_templates(), source=_source)
+        .get_template(template)
+        .render(
+            name=about.name,
+            location=str(about.location),
+            question=next(iter(about.config.evaluate.prompts), "What can you do?"),
+            config=about.config,
+            results=about.results,
+            variants=[m for m in models if m in VARIANTS],
+            base=_base(about),
+            reasons=[line for _, line in _reasons(about, models).values()],
+            **{f.__name__[1:]: f(about, models) for f in (_quality, _differences, _faded, _speed, _machines, _answers)},
+            tokens_seen=markdown.count(max(seen, default=None)),
+            **more,
+        )
     )
     body = re.sub(r"\n{3,}", "\n\n", body).strip()
     return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n{START}\n{body}\n{END}\n"))

@@ -34,7 +34,7 @@ VARIANTS = {
             bits=8,
             grouped=False,
             roundings=("rtn",),
-            purpose="GPUs with little memory, and CPUs; nearly lossless",
+            purpose="GPUs with little memory, and CPUs",
             stock_loader="transformers + torchao, on any machine",
         ),
         Variant(
@@ -42,8 +42,8 @@ VARIANTS = {
             format="torchao",
             bits=4,
             grouped=True,
-            roundings=("hqq", "rtn"),
-            purpose="CPUs, edge machines and small GPUs; the smallest and fastest",
+            roundings=("search", "hqq", "rtn"),
+            purpose="CPUs, edge machines and small GPUs",
             stock_loader="transformers + torchao loads it anywhere, and runs it after repacking",
         ),
     )
@@ -60,6 +60,7 @@ GROUP_SIZES = (32, 64, 128, 256)
 
 ROUNDINGS = {
     "rtn": "round to nearest: no data, no search; the same codes as torchao's own int8",
+    "search": "least squares: no data; the scale and zero that bring each group's weights closest",
     "hqq": "half-quadratic quantization: no data; moves the zero points to lower a sparse error",
 }
 

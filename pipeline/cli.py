@@ -20,7 +20,8 @@ app = typer.Typer(
 
 ConfigArgument = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe such as demo.")]
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key, such as train.epochs=2. Repeatable.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key, such as train.epochs=2. Repeatable."),
 ]
 Root = Annotated[Path, typer.Option("--runs", help="Folder that the run's folder lies in.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines; the rest goes to stderr.")]
@@ -139,11 +140,8 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        _print_error(str(error))
+        print(f"tunepress: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        _print_error("stopped; run the same command again to go on from there")
-        sys.exit(130)
 
 
 def _console(stderr: bool = False):
@@ -173,10 +171,6 @@ def _conclude(config, workspace, as_json: bool, reporter) -> None:
 
 def _states(workspace) -> dict:
     return {key: {"seconds": e.seconds, "summary": e.summary} for key, e in workspace.ledger().items()}
-
-
-def _print_error(message: str) -> None:
-    print(f"tunepress: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

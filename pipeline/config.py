@@ -58,6 +58,13 @@ class Model(Section):
             raise ValueError("a packaged model is written package:NAME/FILE.gguf")
         return value
 
+    @field_validator("trust_remote_code")
+    @classmethod
+    def _no_remote_code(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("a model's own code is never run, for it would have to be published with the result")
+        return value
+
 
 class Data(Section):
     source: str = Field(min_length=1, description="file, Hub id, or builtin:python-docs")

@@ -59,6 +59,15 @@ class MissingExtra(UserError):
         super().__init__(f"{what} needs a package that is not installed; run: pip install 'tunepress[{extra}]'")
 
 
+class Interrupted(UserError):
+    """Ctrl-C or SIGTERM came; what was running has ended."""
+
+    exit_code = 130
+
+    def __init__(self):
+        super().__init__("stopped; run the same command again to go on from there")
+
+
 class StageFailed(UserError):
     """A stage ended without finishing. Exit code 2 where the user can mend it; else the log is named."""
 

@@ -70,7 +70,9 @@ def evaluate(
         else:
             reference = measure.Scores.load(path)
             figures["rise"] = asdict(measure.rise(scores, reference))
-            compared = measure.divergence(scores, head, reference, _reference_head(workspace), softcap, tell("divergence"))
+            compared = measure.divergence(
+                scores, head, reference, _reference_head(workspace), softcap, tell("divergence")
+            )
             figures |= {name: asdict(value) for name, value in compared.items()}
         quality[text] = figures
 
@@ -78,7 +80,7 @@ def evaluate(
     tell("speed and memory, in fresh processes")(0, 1)
     return {
         "size_bytes": sum(p.stat().st_size for p in folder.glob("*.safetensors")),
-        "parameters": parameters,
+        **({} if quantized else {"parameters": parameters}),
         "device": device,
         "loader": "pipeline.load",
         "quality": quality,

@@ -21,7 +21,6 @@ from typing import Literal, Protocol
 from pipeline.errors import UserError, redact
 from pipeline.workspace import read_json, write_json
 
-
 # verb -> (what its events call the stage, the name of its push event)
 STAGES = {
     "train": ("training", "adapter_pushed"),

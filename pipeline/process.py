@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import StageFailed
+from pipeline.errors import Interrupted, StageFailed
 from pipeline.events import Events
 from pipeline.workspace import Workspace
 
@@ -57,7 +57,7 @@ def run_stage(
 
     Raises:
         StageFailed: with the stage's own message; its exit code is 2 where the user can mend it.
-        KeyboardInterrupt: after the stage has ended, where Ctrl-C or SIGTERM came.
+        Interrupted: after the stage has ended, where Ctrl-C or SIGTERM came.
     """
     workspace.logs.mkdir(parents=True, exist_ok=True)
     log_path = workspace.logs / f"{'-'.join((stage, *variants))}.log"
@@ -88,7 +88,7 @@ def run_stage(
     if interrupted:
         if not messages.error:
             _tell_all(events, verb, variants, "stopped, and did not end in time", start)
-        raise KeyboardInterrupt
+        raise Interrupted
     if messages.error:
         raise StageFailed(messages.error["message"], messages.error["exit_code"], log_path)
     if child.returncode != 0 or messages.outcome is None:

@@ -12,9 +12,8 @@ from pipeline.errors import ConfigError, StageFailed, UserError
 from pipeline.events import Events, Forwarder
 from pipeline.process import run_stage
 from pipeline.reporter import Reporter
-from pipeline.stages import STEPS
-from pipeline.stages import admit, document, evaluate, merge, publish, quantize, train
-from pipeline.workspace import Entry, Workspace, fingerprint, read_json
+from pipeline.stages import STEPS, admit, document, evaluate, merge, publish, quantize, train
+from pipeline.workspace import Entry, Workspace, fingerprint
 
 MODULES = {m.__name__.rpartition(".")[2]: m for m in (train, merge, evaluate, quantize, admit, document, publish)}
 
@@ -105,9 +104,7 @@ class Steps:
         self._config, self._workspace, self._reporter = config, workspace, reporter
         self._events = Events(workspace.events_path, config.name)
         self._failures: list[StageFailed] = []
-        self._forwarder = Forwarder(
-            workspace.events_path, workspace.folder / "trackio.json", _opener(config)
-        )
+        self._forwarder = Forwarder(workspace.events_path, workspace.folder / "trackio.json", _opener(config))
 
     def __enter__(self) -> Steps:
         self._reporter.begin(self._config, self._workspace)
@@ -194,9 +191,7 @@ class Steps:
         """Raise where a step that `stage` builds on is missing or out of date."""
         for needed in self.NEEDS.get(stage, ()):
             if not self.holds(needed):
-                raise UserError(
-                    f"{stage}: {needed} is not done, or its inputs changed; run: tunepress {needed} CONFIG"
-                )
+                raise UserError(f"{stage}: {needed} is not done, or its inputs changed; run: tunepress {needed} CONFIG")
 
     def raise_failures(self) -> None:
         """Tell at the end what failed on the way."""

@@ -6,6 +6,7 @@ now and then one that says how far a long step is.
 
 from __future__ import annotations
 
+import os
 import time
 
 from rich.box import SIMPLE
@@ -34,7 +35,9 @@ class TerminalReporter(Reporter):
         self._last_line = 0.0
 
     def begin(self, config: Config, workspace: Workspace) -> None:
-        self.console.print(f"[bold]{escape(config.name)}[/]  {escape(config.model.source)}  +  {escape(config.data.source)}")
+        self.console.print(
+            f"[bold]{escape(config.name)}[/]  {escape(config.model.source)}  +  {escape(config.data.source)}"
+        )
         self.console.print(f"[dim]{escape(str(workspace.folder))}[/]")
 
     def kept(self, step: str) -> None:
@@ -121,10 +124,13 @@ def summary(console: Console, config: Config, workspace: Workspace) -> None:
         else ""
     )
     console.print(f"\nRelease    {escape(str(workspace.release))}")
-    console.print(f"Talk to it tunepress chat {escape(str(workspace.release))} --variant int4")
+    command = os.environ.get("TUNEPRESS_COMMAND", "tunepress")
+    variants = [v for v in VARIANTS if (workspace.release / v).is_dir()]
+    chosen = f" --variant {variants[-1]}" if variants else ""
+    console.print(f"Talk to it {escape(f'{command} chat {workspace.release}{chosen}')}")
     console.print(f"Dashboard  {escape(dashboard_hint(config))}")
     if config.publish.repo is None:
-        console.print(f"Publish    tunepress publish {escape(str(workspace.folder))} --repo USER/NAME")
+        console.print(f"Publish    {escape(f'{command} publish {workspace.folder} --repo USER/NAME')}")
     else:
         from huggingface_hub import constants
 

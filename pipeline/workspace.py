@@ -1,12 +1,12 @@
 """A run's folder: where everything lies, what is finished, and how files get there whole.
 
-    runs/<name>/
-      config.yaml      what this run was asked for
-      ledger.json      what is finished, and on what it depends
-      events.jsonl     everything that happened, in order
-      results.json     the figures, the only source of a card's numbers
-      base/ data/ checkpoints/ adapter/ quantized/ measurements/ logs/
-      release/         the result: the tree of the repository
+runs/<name>/
+  config.yaml      what this run was asked for
+  ledger.json      what is finished, and on what it depends
+  events.jsonl     everything that happened, in order
+  results.json     the figures, the only source of a card's numbers
+  base/ data/ checkpoints/ adapter/ quantized/ measurements/ logs/
+  release/         the result: the tree of the repository
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from pathlib import Path
 
 from pipeline.config import Config, dump_config, load_config
 from pipeline.errors import WorkspaceError
-
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ.pop(variable, None)
 
-import shutil
-from collections.abc import Callable
-from pathlib import Path
+import shutil  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from pathlib import Path  # noqa: E402
 
-import pytest
+import pytest  # noqa: E402
 
-from pipeline.libraries import quiet
+from pipeline.libraries import quiet  # noqa: E402
 
 quiet()
 
@@ -67,9 +68,16 @@ def _scratch_cache():
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """For tiny models a second thread costs more than it brings, and far more where others use the machine."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Callable[..., Path]:
-    """`tiny_model("llama")` is the folder of a random bf16 checkpoint with a tokenizer; made once, not to be changed.
+    """`tiny_model("llama")`: the folder of a random bf16 checkpoint with a tokenizer; made once, not to be changed.
 
     Keywords change the configuration: `tiny_model("llama", hidden_size=80)`; `dtype` changes the weights' type.
     """
@@ -94,7 +102,7 @@ def any_model(request, tiny_model) -> Path:
 
 @pytest.fixture(scope="session")
 def quantized(tmp_path_factory) -> Callable[..., Path]:
-    """`quantized(folder, "int4", group_size=32)`: that checkpoint beside its variant, in a folder of its own; made once.
+    """`quantized(folder, "int4", group_size=32)`: that checkpoint beside its variant, in its own folder; made once.
 
     Keywords go into the `VariantSpec`; `shard_bytes` makes several shards.
     """
@@ -119,7 +127,7 @@ def quantized(tmp_path_factory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def dequantized() -> Callable:
-    """`dequantized(folder, "int4", keep=[...])`: the model with the numbers that the variant's codes mean, in plain layers."""
+    """`dequantized(folder, "int4")`: the model with the numbers that the variant's codes mean, in plain layers."""
     from transformers import AutoModelForCausalLM
 
     from pipeline.catalog import VARIANTS
@@ -156,7 +164,7 @@ def _write_model(folder: Path, architecture: str, dtype: str, changes: dict) -> 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim == 1:  # biases begin at 0 and norms at 1, and would hide what goes wrong with them
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.to(getattr(torch, dtype)).save_pretrained(folder)

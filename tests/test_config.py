@@ -5,6 +5,7 @@ import re
 import pytest
 import yaml
 
+from pipeline.catalog import VARIANTS
 from pipeline.config import Config, dump_config, load_config, shipped_configs
 from pipeline.errors import ConfigError
 
@@ -88,7 +89,10 @@ def test_what_a_file_leaves_out_has_its_default(load, key):
 
 def test_the_default_variants_are_int8_and_int4_with_the_defaults_of_the_catalog(load):
     specs = load(SMALLEST).quantize.variants
-    assert [(s.name, s.group_size, s.rounding) for s in specs] == [("int8", None, "rtn"), ("int4", 64, "hqq")]
+    assert [(s.name, s.group_size, s.rounding) for s in specs] == [
+        ("int8", None, "rtn"),
+        ("int4", 64, VARIANTS["int4"].roundings[0]),
+    ]
 
 
 def test_a_file_with_every_default_written_out_is_the_same_configuration(load):
@@ -187,7 +191,11 @@ BROKEN = {
     "quantize: {variants: [{name: int4, group_size: 48}]}": ("quantize.variants.0", "48", "32, 64, 128, 256"),
     "quantize: {variants: [{name: int4, group_size: true}]}": ("variants.0.group_size", "true", "number"),
     "quantize: {variants: [{name: int8, group_size: 64}]}": ("quantize.variants.0", "group_size", "per row"),
-    "quantize: {variants: [{name: int4, rounding: gptq}]}": ("quantize.variants.0", "gptq", "hqq, rtn"),
+    "quantize: {variants: [{name: int4, rounding: gptq}]}": (
+        "quantize.variants.0",
+        "gptq",
+        ", ".join(VARIANTS["int4"].roundings),
+    ),
     "quantize: {variants: [int4, {name: int4, group_size: 32}]}": ("quantize.variants", "once"),
     "publish: {repo: name-without-user}": ("publish.repo", "name-without-user", "USER/NAME"),
     "publish: {repo: user/name.git}": ("publish.repo", "user/name.git", "USER/NAME"),

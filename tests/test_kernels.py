@@ -138,9 +138,11 @@ def test_long_float16_inputs_do_not_overflow(tokens):
     assert result.isfinite().all()
 
 
-def test_int8_stays_as_torchao_loaded_it_on_cuda_only():
+def test_int8_stays_as_it_is_stored_on_cuda_only():
     weights = {"int8": quantized(INT8, 64, 64), "int4": quantized(int4(), 64, 64)}
-    kept = {(n, d) for n, w in weights.items() for d in ("cpu", "cuda", "mps") if kernels.runs_as_loaded(w, torch.device(d))}
+    kept = {
+        (n, d) for n, w in weights.items() for d in ("cpu", "cuda", "mps") if kernels.runs_as_stored(w, torch.device(d))
+    }
     assert kept == {("int8", "cuda")}
 
 

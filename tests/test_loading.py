@@ -32,7 +32,9 @@ def layer_types(model) -> set[str]:
 @pytest.mark.parametrize("repeat", [1, 4], ids=["short", "long"])
 @pytest.mark.parametrize("variant, kind", [("int8", "Int8Linear"), ("int4", "Int4Linear")])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_variant_computes_what_its_numbers_mean(tiny_model, quantized, dequantized, architecture, variant, kind, repeat):
+def test_a_variant_computes_what_its_numbers_mean(
+    tiny_model, quantized, dequantized, architecture, variant, kind, repeat
+):
     source = tiny_model(architecture)
     model, tokenizer = load(quantized(source, variant), variant)
     assert layer_types(model) == {kind}
@@ -102,10 +104,13 @@ def test_pack_reports_what_it_put_in(tiny_model, quantized):
     assert loading.pack(model, torch.device("cpu")) == {"Int4Linear": 12}
 
 
-def test_layers_that_run_as_they_were_loaded_are_left_alone(tiny_model, quantized, monkeypatch):
-    monkeypatch.setattr(kernels, "runs_as_loaded", lambda weight, device: True)
+def test_layers_that_run_as_they_are_stored_are_left_alone(tiny_model, quantized, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(kernels, "runs_as_stored", lambda weight, device: True)
     root = quantized(tiny_model("llama"), "int8")
-    model, _ = load(root, "int8")
+    model = AutoModelForCausalLM.from_pretrained(root / "int8", dtype="auto")
+    assert loading.pack(model, torch.device("cpu")) == {"Int8Tensor": 14}
     assert type(model.model.layers[0].mlp.up_proj.weight.data).__name__ == "Int8Tensor"
 
 
@@ -136,7 +141,9 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 )
 def test_what_is_neither_a_folder_nor_a_repository_is_refused_in_one_line(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelError, match="neither a folder here nor a repository|not a folder|no model there") as caught:
+    with pytest.raises(
+        ModelError, match="neither a folder here nor a repository|not a folder|no model there"
+    ) as caught:
         load(source)
     assert "\n" not in str(caught.value)
 

@@ -121,7 +121,9 @@ def test_the_standard_error_is_that_of_sequences_as_clusters():
 
 def test_tokens_that_go_together_do_not_make_the_error_smaller():
     one_each = measure.mean(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.arange(4))
-    hundred_each = measure.mean(torch.tensor([1.0, 2.0, 3.0, 4.0]).repeat_interleave(100), torch.arange(4).repeat_interleave(100))
+    hundred_each = measure.mean(
+        torch.tensor([1.0, 2.0, 3.0, 4.0]).repeat_interleave(100), torch.arange(4).repeat_interleave(100)
+    )
     assert hundred_each.stderr == pytest.approx(one_each.stderr)
 
 
@@ -203,7 +205,9 @@ def test_progress_counts_tokens_to_the_end(model):
     assert seen[-1] == (sum(LENGTHS), sum(LENGTHS)) and seen == sorted(seen)
 
 
-@pytest.mark.parametrize("sequences", [[], [Encoded([1, 2, 3], [-100] * 3)], [Encoded([1], [1])]], ids=["none", "no label", "one token"])
+@pytest.mark.parametrize(
+    "sequences", [[], [Encoded([1, 2, 3], [-100] * 3)], [Encoded([1], [1])]], ids=["none", "no label", "one token"]
+)
 def test_a_text_without_a_token_that_counts_is_refused(model, sequences):
     with pytest.raises(ModelError, match="no token that counts"):
         measure.score(model, sequences)
@@ -226,7 +230,10 @@ def build(kind: str, **changes):
 
 
 def test_a_softcap_on_the_logits_is_part_of_every_figure():
-    a, b = build("gemma2", final_logit_softcapping=2.0), build("gemma2", final_logit_softcapping=2.0, query_pre_attn_scalar=4)
+    a, b = (
+        build("gemma2", final_logit_softcapping=2.0),
+        build("gemma2", final_logit_softcapping=2.0, query_pre_attn_scalar=4),
+    )
     name, softcap = measure.output_head(a)
     assert (name, softcap) == ("model.embed_tokens.weight", 2.0)
     reference, scores = measure.score(a, text()), measure.score(b, text())
@@ -236,7 +243,9 @@ def test_a_softcap_on_the_logits_is_part_of_every_figure():
     )
     p, q = logits.log_softmax(-1), counted_logits(b, text())[0].log_softmax(-1)
     found = measure.divergence(scores, head(b), reference, head(a), softcap)
-    assert found["kl"].value == pytest.approx(float(functional.kl_div(q, p, log_target=True, reduction="batchmean")), rel=1e-3)
+    assert found["kl"].value == pytest.approx(
+        float(functional.kl_div(q, p, log_target=True, reduction="batchmean")), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize(
@@ -263,7 +272,9 @@ def test_a_model_under_an_adapter_is_scored_with_the_adapter(tiny_model):
     from peft import LoraConfig, get_peft_model
 
     plain = measure.score(from_stock(tiny_model("qwen3")), text())
-    model = get_peft_model(from_stock(tiny_model("qwen3")), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        from_stock(tiny_model("qwen3")), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     assert torch.allclose(measure.score(model, text()).nll, plain.nll, atol=1e-5)  # B is still zero
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -275,7 +286,8 @@ def test_a_model_under_an_adapter_is_scored_with_the_adapter(tiny_model):
 
 
 @pytest.mark.parametrize(
-    "architecture, name", [("llama", "lm_head.weight"), ("qwen3", "model.embed_tokens.weight"), ("smollm3", "model.embed_tokens.weight")]
+    "architecture, name",
+    [("llama", "lm_head.weight"), ("qwen3", "model.embed_tokens.weight"), ("smollm3", "model.embed_tokens.weight")],
 )
 @pytest.mark.parametrize("adapter", [False, True], ids=["plain", "adapter"])
 def test_the_output_matrix_is_found_in_the_checkpoint(tiny_model, architecture, name, adapter):

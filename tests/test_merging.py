@@ -35,7 +35,13 @@ def trained(tiny_model, tmp_path_factory):
         key = (base, repr(sorted(options.items())))
         if key not in made:
             torch.manual_seed(1)
-            settings = {"r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
+            settings = {
+                "r": RANK,
+                "lora_alpha": ALPHA,
+                "target_modules": "all-linear",
+                "task_type": "CAUSAL_LM",
+                **options,
+            }
             model = get_peft_model(base_model(base), LoraConfig(**settings))
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
@@ -138,7 +144,7 @@ def test_nf4_of_nf4_is_the_same_weight():
     assert (as_nf4(once) - once).abs().max() < 0.05 * once.abs().max()
 
 
-@pytest.mark.parametrize("linear, said", [((), "no linear layer"), (("ghost.weight",), "ghost.weight")])
+@pytest.mark.parametrize("linear, said", [((), "every linear layer"), (("ghost.weight",), "ghost.weight")])
 def test_a_merge_into_nf4_that_would_quantize_nothing_is_refused(tiny_model, trained, tmp_path, linear, said):
     base = tiny_model("llama")
     with pytest.raises(ModelError, match=f"cannot tell what NF4 training saw; {said} is missing"):
@@ -206,7 +212,9 @@ def test_what_an_adapter_has_beyond_plain_lora_is_refused_by_name(adapter, value
         Adapter.read(adapter(**values))
 
 
-@pytest.mark.parametrize("values", [{"init_lora_weights": "gaussian"}, {"init_lora_weights": False}, {"modules_to_save": None}])
+@pytest.mark.parametrize(
+    "values", [{"init_lora_weights": "gaussian"}, {"init_lora_weights": False}, {"modules_to_save": None}]
+)
 def test_what_makes_no_difference_to_a_merge_is_not(adapter, values):
     assert len(Adapter.read(adapter(**values)).factors) == 14
 
@@ -255,7 +263,10 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     "change, said",
     [
-        (lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(2, 2)}), "lm_head.weight' is not a LoRA factor"),
+        (
+            lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(2, 2)}),
+            "lm_head.weight' is not a LoRA factor",
+        ),
         (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(2)}), "is not a LoRA factor"),
         (lambda t: t.update({f"{Q}.lora_embedding_A": torch.ones(2, 2)}), "is not a LoRA factor"),
         (lambda t: t.pop(f"{Q}.lora_B.weight"), "q_proj.weight' has no factors A and B of rank 4"),

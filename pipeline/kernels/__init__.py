@@ -8,6 +8,11 @@ from pipeline.kernels import cpu, cuda
 from pipeline.quantization.grid import GroupQuantized
 
 
+def runs_as_stored(weight: GroupQuantized, device: torch.device) -> bool:
+    """Is the tensor that the stock loader made already the right kernel? So it is for int8 on CUDA."""
+    return device.type == "cuda" and weight.grid.bits == 8
+
+
 def linear(weight: GroupQuantized, bias: torch.Tensor | None, device: torch.device) -> torch.nn.Module | None:
     """A linear layer that computes with `weight` on `device`; None where there is no kernel for it."""
     if device.type == "cpu":
@@ -15,8 +20,3 @@ def linear(weight: GroupQuantized, bias: torch.Tensor | None, device: torch.devi
     if device.type == "cuda":
         return cuda.linear(weight, bias, device)
     return None
-
-
-def runs_as_loaded(weight: GroupQuantized, device: torch.device) -> bool:
-    """Whether torchao's own tensor is what runs best on `device`: int8 on CUDA. It stays as it was loaded."""
-    return device.type == "cuda" and weight.grid.bits == 8

@@ -86,9 +86,7 @@ def in_groups(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
     return weight.reshape(rows, width // size, size)
 
 
-def choose_codes(
-    groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
-) -> torch.Tensor:
+def choose_codes(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) -> torch.Tensor:
     """The nearest code of every element, as float32 whole numbers.
 
     Args:
@@ -106,9 +104,7 @@ def choose_codes(
     return codes.clamp_(grid.lowest, grid.highest)
 
 
-def assemble(
-    groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
-) -> GroupQuantized:
+def assemble(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) -> GroupQuantized:
     """Put grouped weights (N, G, g) on the grid with the given stored scales and zeros."""
     codes = choose_codes(groups, scale, zero, grid).to(torch.int8 if grid.signed else torch.uint8)
     return GroupQuantized(codes.flatten(1), scale, zero, grid)

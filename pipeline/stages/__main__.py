@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 import traceback
-from pathlib import Path
 
 from pipeline.errors import UserError, redact
 from pipeline.events import Events, one_line

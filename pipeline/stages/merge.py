@@ -37,7 +37,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
 
     quiet_progress_bars()
     base = workspace.base_folder()
-    linear = linear_weights(base, config.model.trust_remote_code)
+    linear = linear_weights(base)
     kinds = ("nf4", "bf16") if config.train.method == "qlora" else ("bf16",)
     if config.merge.base != "auto":
         kinds = (config.merge.base,)
@@ -55,7 +55,9 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     replace_folder(release, workspace.release)
     for folder in folders.values():
         shutil.rmtree(folder)
-    measured = workspace.write_measurement("merge", {"base": chosen, "asked": config.merge.base, "compared": comparison})
+    measured = workspace.write_measurement(
+        "merge", {"base": chosen, "asked": config.merge.base, "compared": comparison}
+    )
     return Outcome((*_root_files(workspace.release), measured), {"base": chosen})
 
 
@@ -109,7 +111,7 @@ def live_model(config: Config, base: Path, adapter: Path):
 
     from pipeline.nf4 import load_base
 
-    model = load_base(base, config.train.method == "qlora", config.model.trust_remote_code)
+    model = load_base(base, config.train.method == "qlora")
     return PeftModel.from_pretrained(model, adapter).eval()
 
 

@@ -39,7 +39,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
 
     for name in variants:  # files of an earlier try must not be taken for these
         shutil.rmtree(workspace.quantized / name, ignore_errors=True)
-    linear = linear_weights(workspace.release, config.model.trust_remote_code)
+    linear = linear_weights(workspace.release)
     specs, refused = [], {}
     for name in variants:
         spec = config.quantize.spec(name)

@@ -63,7 +63,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     write_examples(workspace.data / "held_out.jsonl", data.held_out)
     events.progress(0, 1, "fetching the model")
     base, origin = fetch(config.model, workspace.base, lambda d, t: events.progress(d, t, "fetching the model"))
-    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=config.model.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(base)
     encoded = {
         name: encode_examples(
             examples,
@@ -138,7 +138,7 @@ def _trainer(config: Config, base: Path, tokenizer, encoded: dict, output: Path,
     from pipeline.nf4 import load_base
 
     settings, on_gpu = config.train, torch.cuda.is_available()
-    model = load_base(base, settings.method == "qlora", config.model.trust_remote_code)
+    model = load_base(base, settings.method == "qlora")
     datasets = {
         name: Dataset.from_dict(
             {"input_ids": [e.input_ids for e in part.examples], "labels": [e.labels for e in part.examples]}
@@ -187,7 +187,7 @@ def _trainer(config: Config, base: Path, tokenizer, encoded: dict, output: Path,
         target_modules=settings.lora.target_modules,
         task_type="CAUSAL_LM",
     )
-    return SFTTrainer(
+    trainer = SFTTrainer(
         model=model,
         args=args,
         train_dataset=datasets["training"],
@@ -196,6 +196,12 @@ def _trainer(config: Config, base: Path, tokenizer, encoded: dict, output: Path,
         peft_config=lora,
         callbacks=[_reporter(events)],
     )
+    # trl puts a 4-bit model's adapter into bf16, where small updates are rounded away, and a resumed
+    # one is in float32 again: then it would not be the same training.
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return trainer
 
 
 def _reporter(events: Events):

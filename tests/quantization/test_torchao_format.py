@@ -80,7 +80,12 @@ def stock(releases, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stock")
     jobs = {}
     for number, (name, (root, variant)) in enumerate(releases.items()):
-        jobs[name] = {"root": str(root), "subfolder": variant, "runs": variant == "int8", "out": str(folder / f"{number}")}
+        jobs[name] = {
+            "root": str(root),
+            "subfolder": variant,
+            "runs": variant == "int8",
+            "out": str(folder / f"{number}"),
+        }
     root, _ = releases["int8"]
     jobs["int8 by its own folder"] = {
         "root": str(root / "int8"), "subfolder": "", "runs": True, "out": str(folder / "own")
@@ -88,7 +93,10 @@ def stock(releases, tmp_path_factory):
     command = [sys.executable, "-I", "-c", STOCK_LOADER, json.dumps(jobs), json.dumps(IDS.tolist())]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    return {name: (json.loads(open(j["out"] + ".json").read()), load_file(j["out"] + ".safetensors")) for name, j in jobs.items()}
+    return {
+        name: (json.loads(open(j["out"] + ".json").read()), load_file(j["out"] + ".safetensors"))
+        for name, j in jobs.items()
+    }
 
 
 NAMES = [
@@ -188,11 +196,24 @@ def test_every_shard_carries_the_whole_metadata(releases, variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_the_configuration_names_what_was_kept_and_the_head_with_it(releases, variant):
+    def not_converted(name):
+        root, _ = releases[name]
+        config = json.loads((root / variant / "config.json").read_text())
+        return config["quantization_config"]["modules_to_not_convert"]
+
+    assert not_converted(variant) is None  # which stands for the head
+    assert sorted(not_converted(f"{variant} with layers kept")) == sorted(["lm_head", *KEPT])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_what_is_not_a_linear_layer_keeps_its_bytes(releases, variant):
     root, _ = releases[variant]
     source, result, linear = Checkpoint(root), Checkpoint(root / variant), linear_weights(root)
     others = [name for name in source if name not in linear]
-    assert any("bias" in name for name in others) and any("norm" in name for name in others) and "lm_head.weight" in others
+    assert (
+        any("bias" in name for name in others) and any("norm" in name for name in others) and "lm_head.weight" in others
+    )
     for name in others:
         assert torch.equal(result.read(name), source.read(name))
 
@@ -232,7 +253,9 @@ def test_a_group_size_that_fits_everywhere_is_no_exception_to_record(tiny_model,
 
 def test_a_width_that_no_group_size_divides_is_refused_by_name(tiny_model, tmp_path):
     source = tiny_model("llama", hidden_size=80)
-    with pytest.raises(QuantizationError, match=r"model\.layers\.0\.self_attn\.q_proj\.weight: int4: .* width of 80.*'keep'"):
+    with pytest.raises(
+        QuantizationError, match=r"model\.layers\.0\.self_attn\.q_proj\.weight: int4: .* width of 80.*'keep'"
+    ):
         quantize(source, tmp_path, "int4")
     assert "width of 80" in unfit(VariantSpec(name="int4").resolved(), linear_weights(source))
     assert unfit(VariantSpec(name="int8").resolved(), linear_weights(source)) is None
@@ -274,7 +297,11 @@ def test_a_layer_that_the_checkpoint_lacks_or_has_in_another_shape_is_refused_by
 @pytest.mark.parametrize(
     "spec, width, limit",
     [("int8", 576, 0.52), ("int8", 4096, 0.52)]
-    + [({"name": "int4", "group_size": g, "rounding": "rtn"}, w, 0.36) for g in (32, 64, 128) for w in (576, 1536, 4096)],
+    + [
+        ({"name": "int4", "group_size": g, "rounding": "rtn"}, w, 0.36)
+        for g in (32, 64, 128)
+        for w in (576, 1536, 4096)
+    ],
 )
 def test_the_files_are_as_small_as_promised(tmp_path, spec, width, limit):
     (tmp_path / "config.json").write_text("{}")
@@ -319,7 +346,9 @@ def test_an_ordinary_weight_is_not_mistaken_for_a_quantized_one(grid):
     from torchao.quantization import Int4Tensor, Int8Tensor
 
     weight = rounding("rtn")(torch.randn(32, 64), grid)
-    stored = storage("torchao").rows("a.weight", weight) | storage("torchao").rest("a.weight", weight.scale, weight.zero)
+    stored = storage("torchao").rows("a.weight", weight) | storage("torchao").rest(
+        "a.weight", weight.scale, weight.zero
+    )
     qdata, scale, zero = (stored[f"a._weight_{part}"] for part in ("qdata", "scale", "zero_point"))
     if grid.bits == 8:
         loaded = Int8Tensor(qdata, scale, [1, 64], torch.bfloat16, zero_point=zero)

@@ -29,7 +29,9 @@ class Place:
     @property
     def env(self) -> dict[str, str]:
         plain = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRACKIO_"))}
-        hub = self.hub.env_for(TOKEN, home=str(self.folder / "hf")) if self.hub else {"HF_ENDPOINT": "http://127.0.0.1:9"}
+        hub = (
+            self.hub.env_for(TOKEN, home=str(self.folder / "hf")) if self.hub else {"HF_ENDPOINT": "http://127.0.0.1:9"}
+        )
         more = {"PYTHONPATH": str(REPOSITORY), "TRACKIO_DIR": str(self.folder / "trackio"), "OMP_NUM_THREADS": "2"}
         return {**plain, **hub, **more, "HF_HOME": str(self.folder / "hf")}
 

@@ -53,7 +53,7 @@ def test_a_stage_that_fails_says_so_in_one_line_in_the_events_and_in_trackio(unf
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("tunepress: ") and "Traceback" not in done.stdout
     failed = [e for e in unfinished.events() if e["event"] == f"{stage}_failed"]
-    assert failed and failed[0]["error"] == "FileExistsError" and failed[0]["message"]
+    assert failed and failed[0]["error"] in ("FileExistsError", "NotADirectoryError") and failed[0]["message"]
     alerts = [a for a in unfinished.alerts() if a["title"] == f"{stage}_failed"]
     assert alerts and alerts[0]["level"] == "error"
 
@@ -113,7 +113,10 @@ def _child_of(process: subprocess.Popen) -> int:
 
 def _ends(pid: int) -> bool:
     for _ in range(100):
-        if not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]:
+        if (
+            not Path(f"/proc/{pid}").exists()
+            or "Z" in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        ):
             return True
         time.sleep(0.1)
     return False
@@ -137,7 +140,7 @@ def test_a_run_that_is_stopped_reports_it_and_resumes_from_its_checkpoint(tmp_pa
     assert _ends(child)
     assert place.names()[-1] == "training_failed"
     assert place.events()[-1]["error"] == error
-    assert place.alerts()[-1]["title"] == "training_failed"
+    assert "training_failed" in [alert["title"] for alert in place.alerts()]
     assert not (place.run_folder / "adapter").exists()
 
 

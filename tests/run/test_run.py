@@ -60,7 +60,8 @@ def test_no_layer_is_left_out_where_the_group_size_does_not_divide(unpublished):
             assert name not in stored
             assert f"{name.removesuffix('weight')}_weight_qdata" in stored
     chosen = unpublished.results()["int4"]["weights"]["group_sizes"]
-    assert set(chosen) == set(linear) and set(chosen.values()) <= {32, 64}  # 128 divides none of these widths
+    narrow = {name for name, (_, width) in linear.items() if width % 128}
+    assert narrow and set(chosen) == narrow and set(chosen.values()) <= {32, 64}
 
 
 def test_nothing_in_the_release_names_this_machine(unpublished):
@@ -168,7 +169,9 @@ def test_help_and_schema_answer_without_the_heavy_libraries(tmp_path):
         "heavy = ['torch', 'transformers', 'datasets', 'trl', 'peft', 'torchao', 'huggingface_hub', 'trackio', 'matplotlib']\n"
         "print('loaded:', [name for name in heavy if name in sys.modules])"
     )
-    out = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout
     assert "Usage" in out and out.endswith("loaded: []\n")
 
 

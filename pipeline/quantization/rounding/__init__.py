@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 
 from pipeline.quantization.grid import Grid, GroupQuantized
-from pipeline.quantization.rounding import hqq, rtn
+from pipeline.quantization.rounding import hqq, rtn, search
 
 Rounding = Callable[[torch.Tensor, Grid], GroupQuantized]
 
-_ROUNDINGS: dict[str, Rounding] = {"rtn": rtn.round_weight, "hqq": hqq.round_weight}
+_ROUNDINGS: dict[str, Rounding] = {"rtn": rtn.round_weight, "hqq": hqq.round_weight, "search": search.round_weight}
 
 
 def rounding(name: str) -> Rounding:

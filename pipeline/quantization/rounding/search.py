@@ -1,0 +1,72 @@
+"""Least squares: the scale and zero of each group that bring its weights closest. No data.
+
+Rounding to nearest spends the codes on the two outermost weights of a group. Here a few
+narrower ranges are tried, and from each of them the scale and zero are fitted to the
+weights by linear regression on their codes, alternating with the choice of codes. Each
+group keeps the best it met, so that it is never further off than with the full range.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.quantization.grid import Grid, GroupQuantized, assemble, choose_codes, in_groups
+from pipeline.quantization.rounding.rtn import SMALLEST_STEP, full_range
+
+NARROWER = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of the full range
+FITS = 4  # from each of them
+
+
+def round_weight(weight: torch.Tensor, grid: Grid) -> GroupQuantized:
+    """Put a weight (N, K) on a grid with a float zero. Rows do not influence each other.
+
+    Scales and zeros are rounded to the grid's `scale_dtype` before a candidate is judged,
+    so that what is compared is what would be stored.
+    """
+    if grid.zero != "float":
+        raise ValueError(f"search fits float zeros; the grid has zero={grid.zero!r}")
+    groups = in_groups(weight, grid).float()
+    full, _ = full_range(groups, grid)
+    lowest, highest = torch.aminmax(groups, dim=-1)
+    middle_code = (grid.lowest + grid.highest) / 2
+    best = _Best(groups, grid)
+    for share in NARROWER:
+        scale = (full.float() * share).clamp(min=SMALLEST_STEP).to(grid.scale_dtype)
+        zero = ((lowest + highest) / 2 - middle_code * scale.float()).to(grid.scale_dtype)
+        codes = best.consider(scale, zero)
+        for _ in range(FITS):
+            codes = best.consider(*_fit(groups, codes, grid))
+    return assemble(groups, best.scale, best.zero, grid)
+
+
+class _Best:
+    """The best scale and zero (N, G) that each group has met, by squared error."""
+
+    def __init__(self, groups: torch.Tensor, grid: Grid):
+        self.groups, self.grid = groups, grid
+        self.scale = self.zero = self.error = None
+
+    def consider(self, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """Take a candidate wherever it is better; the codes (N, G, g) that it gives."""
+        codes = choose_codes(self.groups, scale, zero, self.grid)
+        on_grid = (codes * scale.float().unsqueeze(-1)).add_(zero.float().unsqueeze(-1))
+        error = on_grid.sub_(self.groups).square_().sum(dim=-1)
+        if self.error is None:
+            self.scale, self.zero, self.error = scale, zero, error
+        else:
+            better = error < self.error
+            self.scale = torch.where(better, scale, self.scale)
+            self.zero = torch.where(better, zero, self.zero)
+            self.error = torch.where(better, error, self.error)
+        return codes
+
+
+def _fit(groups: torch.Tensor, codes: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    """The regression of the weights on their codes, group by group: scales and zeros (N, G)."""
+    mean_code, mean_weight = codes.mean(dim=-1, keepdim=True), groups.mean(dim=-1, keepdim=True)
+    spread = codes - mean_code
+    covariance = (spread * (groups - mean_weight)).sum(dim=-1)
+    variance = spread.square().sum(dim=-1)
+    scale = (covariance / variance.clamp(min=0.5)).clamp(min=SMALLEST_STEP).to(grid.scale_dtype)
+    zero = (mean_weight.squeeze(-1) - scale.float() * mean_code.squeeze(-1)).to(grid.scale_dtype)
+    return scale, zero
