@@ -37,7 +37,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Do the whole job, from a base model and a data set to a release; goes on where it stopped."""
-    from pipeline.config import load_config
+    from pipeline.config_file import load_config
     from pipeline.run import run as run_all
 
     loaded = load_config(config, settings or ())
@@ -48,7 +48,7 @@ def run(
 
 def _stage_command(stage: str, text: str):
     def command(config: ConfigArgument, settings: Settings = None, runs: Root = RUNS, as_json: AsJson = False) -> None:
-        from pipeline.config import load_config
+        from pipeline.config_file import load_config
         from pipeline.run import run_one
 
         loaded = load_config(config, settings or ())
@@ -76,7 +76,7 @@ def publish(
     as_json: AsJson = False,
 ) -> None:
     """Publish a finished run, now or again; only what changed is sent."""
-    from pipeline.config import load_config
+    from pipeline.config_file import load_config
     from pipeline.run import run_one
     from pipeline.workspace import Workspace
 

@@ -1,8 +1,8 @@
-"""The one typed run configuration: YAML in, clear errors out.
+"""The one typed run configuration: what can be set, its defaults, and what is allowed.
 
-`load_config("demo.yaml", ["train.epochs=2"])` gives a frozen `Config`. Whatever is
-wrong with the file is a `ConfigError` that names the file, the key, the value and
-what is allowed, in one line.
+Plain data in, a frozen `Config` out (`parse_config`); whatever is wrong is a `ConfigError`
+that names the key, the value and what is allowed, in one line. `pipeline.config_file`
+reads it from YAML.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -227,57 +226,6 @@ class Config(Section):
         return value
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML in which a key that stands twice is an error, not the last one winning."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark)
-            seen.add(key if isinstance(key, str) else id(key_node))
-        return super().construct_mapping(node, deep)
-
-
-def shipped_configs() -> dict[str, Path]:
-    """The ready recipes, by name, from a clone and from an installed wheel alike."""
-    here = Path(__file__).resolve().parent
-    folder = next((f for f in (here / "configs", here.parent / "configs") if f.is_dir()), None)
-    return {p.stem: p for p in sorted(folder.glob("*.yaml"))} if folder else {}
-
-
-def load_config(source: str | Path, settings: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a configuration file, or a shipped recipe by its name.
-
-    Args:
-        source: path of a YAML file, or the name of a shipped recipe such as `demo`.
-        settings: `key=value` overrides, keys dotted, values YAML.
-
-    Raises:
-        ConfigError: for anything that is wrong with it.
-    """
-    path = Path(source)
-    try:
-        if not path.exists() and str(source).removesuffix(".yaml") in shipped_configs():
-            path = shipped_configs()[str(source).removesuffix(".yaml")]
-        if not path.is_file():
-            raise ConfigError(f"{source}: no such configuration file; shipped are {', '.join(shipped_configs())}")
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not a text file in UTF-8") from None
-    except OSError as error:
-        raise ConfigError(f"{_cut(str(path))}: cannot be read ({error.strerror})") from None
-    tree = _read_yaml(text, str(path))
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: a configuration is a mapping of keys to values, such as 'name: my-run'")
-    for setting in settings:
-        _apply(tree, setting)
-    return parse_config(tree, str(path))
-
-
 def parse_config(tree: dict, origin: str) -> Config:
     """A `Config` from plain data; `origin` is named in errors."""
     try:
@@ -291,35 +239,6 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, allow_unicode=True)
 
 
-def _read_yaml(text: str, origin: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_StrictLoader)
-    except RecursionError:
-        raise ConfigError(f"{origin}: nested too deeply for a configuration") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f":{mark.line + 1}" if mark and "\n" in text else ""
-        raise ConfigError(f"{origin}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    except (ValueError, LookupError, AttributeError, TypeError) as error:
-        # PyYAML's constructors, for a 30th of February, an `!!int` that is none, and the like.
-        reason = error if isinstance(error, ValueError) else "a value that does not fit its tag"
-        raise ConfigError(f"{origin}: not valid YAML: {reason}") from None
-
-
-def _apply(tree: dict, setting: str) -> None:
-    key, separator, text = setting.partition("=")
-    setting = _cut(redact(setting))
-    if not separator or not key.strip():
-        raise ConfigError(f"--set {setting}: write it as key=value, for example train.epochs=2")
-    value = _read_yaml(text, f"--set {setting}")
-    *parents, last = key.strip().split(".")
-    for name in parents:
-        tree = tree.setdefault(name, {}) if isinstance(tree, dict) else None
-        if not isinstance(tree, dict):
-            raise ConfigError(f"--set {setting}: {name!r} is a value, not a section")
-    tree[last] = value
-
-
 def _explain(error: ValidationError) -> str:
     first, *rest = error.errors(include_url=False)
     key = ".".join(str(part) for part in first["loc"] if part not in ("str", "list[str]"))
@@ -329,7 +248,7 @@ def _explain(error: ValidationError) -> str:
         message = f"{key}: missing, and it has no default"
     else:
         reason = first["msg"].removeprefix("Value error, ")
-        message = f"{key}: {_cut(redact(_show(first['input'])))} is refused: {reason}"
+        message = f"{key}: {cut(redact(_show(first['input'])))} is refused: {reason}"
     return message + (f" (and {len(rest)} more)" if rest else "")
 
 
@@ -344,7 +263,8 @@ def _show(value: Any, depth: int = 2) -> str:
     return json.dumps(value, default=str, ensure_ascii=False)
 
 
-def _cut(text: str) -> str:
+def cut(text: str) -> str:
+    """At most 80 characters of a text that an error repeats."""
     return text if len(text) <= 80 else text[:77] + "..."
 
 

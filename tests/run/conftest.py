@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -129,9 +130,34 @@ def published(tmp_path_factory, tiny_model):
         yield place
 
 
-@pytest.fixture(scope="session", params=["qwen3", "smollm3"])
-def unpublished(request, tmp_path_factory, tiny_model):
-    """One finished run on each of the other architectures, without a repository."""
-    place = write_place(tmp_path_factory.mktemp(request.param), tiny_model(request.param))
-    place.output = place.tunepress("run", "tiny.yaml")
-    return place
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory, tiny_model):
+    """`finished_run("qwen3")` is a finished run on that architecture without a repository; made once."""
+    made: dict[str, Place] = {}
+
+    def make(architecture: str) -> Place:
+        if architecture not in made:
+            place = write_place(tmp_path_factory.mktemp(architecture), tiny_model(architecture))
+            place.tunepress("run", "tiny.yaml")
+            made[architecture] = place
+        return made[architecture]
+
+    return make
+
+
+@pytest.fixture(params=["qwen3", "smollm3"])
+def each_run(request, finished_run) -> Place:
+    """A finished run on each of the other architectures in turn; not to be changed."""
+    return finished_run(request.param)
+
+
+@pytest.fixture
+def unpublished(finished_run) -> Place:
+    """A finished run that is not published; not to be changed."""
+    return finished_run("qwen3")
+
+
+@pytest.fixture
+def copied(unpublished, tmp_path) -> Place:
+    """A finished run that a test may change."""
+    return Place(Path(shutil.copytree(unpublished.folder, tmp_path / "copy", symlinks=True)))

@@ -14,13 +14,6 @@ import pytest
 from tests.run.conftest import Place, write_place
 
 
-@pytest.fixture
-def unfinished(unpublished, tmp_path):
-    """A copy of a finished run from which any step can be taken back: `unfinished("merge")`."""
-    place = Place(Path(shutil.copytree(unpublished.folder, tmp_path / "copy", symlinks=True)))
-    return place
-
-
 def _forget(place: Place, *keys: str) -> None:
     import json
 
@@ -43,43 +36,43 @@ IN_THE_WAY = {
 
 
 @pytest.mark.parametrize("stage", IN_THE_WAY)
-def test_a_stage_that_fails_says_so_in_one_line_in_the_events_and_in_trackio(unfinished, stage):
+def test_a_stage_that_fails_says_so_in_one_line_in_the_events_and_in_trackio(copied, stage):
     _, keys, name = IN_THE_WAY[stage]
-    _forget(unfinished, *keys)
-    path = unfinished.run_folder / name
+    _forget(copied, *keys)
+    path = copied.run_folder / name
     shutil.rmtree(path, ignore_errors=True)
     path.write_text("in the way")
-    done = unfinished.tunepress("run", "tiny.yaml", check=1)
+    done = copied.tunepress("run", "tiny.yaml", check=1)
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("tunepress: ") and "Traceback" not in done.stdout
-    failed = [e for e in unfinished.events() if e["event"] == f"{stage}_failed"]
+    failed = [e for e in copied.events() if e["event"] == f"{stage}_failed"]
     assert failed and failed[0]["error"] in ("FileExistsError", "NotADirectoryError") and failed[0]["message"]
-    alerts = [a for a in unfinished.alerts() if a["title"] == f"{stage}_failed"]
+    alerts = [a for a in copied.alerts() if a["title"] == f"{stage}_failed"]
     assert alerts and alerts[0]["level"] == "error"
 
 
-def test_after_the_cause_is_gone_the_same_command_finishes_the_run(unfinished):
-    _forget(unfinished, "merge")
-    (unfinished.run_folder / "merged-nf4.partial").write_text("in the way")
-    unfinished.tunepress("run", "tiny.yaml", check=1)
-    (unfinished.run_folder / "merged-nf4.partial").unlink()
-    unfinished.tunepress("run", "tiny.yaml")
-    assert "training_started" not in unfinished.names()
-    assert "merge_completed" in unfinished.names()
+def test_after_the_cause_is_gone_the_same_command_finishes_the_run(copied):
+    _forget(copied, "merge")
+    (copied.run_folder / "merged-nf4.partial").write_text("in the way")
+    copied.tunepress("run", "tiny.yaml", check=1)
+    (copied.run_folder / "merged-nf4.partial").unlink()
+    copied.tunepress("run", "tiny.yaml")
+    assert "training_started" not in copied.names()
+    assert "merge_completed" in copied.names()
 
 
-def test_a_failed_publish_is_told_and_the_release_stays_whole(unfinished, tmp_path):
+def test_a_failed_publish_is_told_and_the_release_stays_whole(copied, tmp_path):
     from tests.hub import LoopbackHub
     from tests.run.conftest import TOKEN
 
-    _forget(unfinished, "document")
+    _forget(copied, "document")
     with LoopbackHub(tmp_path / "hub", {TOKEN: {"name": "ada", "role": "write"}}) as hub:
-        unfinished.hub = hub
+        copied.hub = hub
         hub.fault(r"POST .*/commit/", status=403, times=100)
-        done = unfinished.tunepress("run", "tiny.yaml", "--set", "publish.repo=ada/tiny", check=2)
+        done = copied.tunepress("run", "tiny.yaml", "--set", "publish.repo=ada/tiny", check=2)
         assert "ada/tiny" in done.stderr and len(done.stderr.strip().splitlines()) == 1
-        assert "publish_failed" in [a["title"] for a in unfinished.alerts()]
-        assert (unfinished.release / "int4" / "model.safetensors").is_file()
+        assert "publish_failed" in [a["title"] for a in copied.alerts()]
+        assert (copied.release / "int4" / "model.safetensors").is_file()
 
 
 def _start(place: Place) -> subprocess.Popen:

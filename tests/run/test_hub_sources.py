@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 
 from tests.hub import LoopbackHub
-from tests.run.conftest import TOKEN, Place, write_place
+from tests.run.conftest import TOKEN, write_place
 
 
 @pytest.fixture
@@ -41,23 +40,23 @@ def test_what_is_not_on_the_hub_is_said_in_one_line(hub, tmp_path, tiny_model, s
     assert len(done.stderr.strip().splitlines()) == 1 and "ada/nothing" in done.stderr
 
 
-def test_single_commits_publish_everything_at_once(hub, unpublished, tmp_path):
-    place = Place(shutil.copytree(unpublished.folder, tmp_path / "copy", symlinks=True), hub)
-    place.tunepress("run", "tiny.yaml", "--set", "publish.repo=ada/tiny", "--set", "publish.commits=single")
+def test_single_commits_publish_everything_at_once(hub, copied):
+    copied.hub = hub
+    copied.tunepress("run", "tiny.yaml", "--set", "publish.repo=ada/tiny", "--set", "publish.commits=single")
     assert len(hub.commits("ada/tiny")) == 2  # the Hub's own, and ours
     assert {"int8/model.safetensors", "int4/model.safetensors", "README.md"} <= set(hub.files("ada/tiny"))
-    pushed = [name for name in place.names() if "pushed" in name]
+    pushed = [name for name in copied.names() if "pushed" in name]
     assert sorted(pushed) == sorted(
         ["adapter_pushed", "merged_model_pushed", "evaluation_pushed", "model_card_pushed",
          "quantized_model_pushed int8", "quantized_model_pushed int4"]
     )  # fmt: skip
 
 
-def test_a_commit_that_slips_in_between_is_kept_and_ours_follows(hub, unpublished, tmp_path):
-    place = Place(shutil.copytree(unpublished.folder, tmp_path / "copy", symlinks=True), hub)
+def test_a_commit_that_slips_in_between_is_kept_and_ours_follows(hub, copied):
+    copied.hub = hub
     hub.put("ada/tiny", {"notes.md": b"mine"}, private=True)
     hub.fault(r"POST .*/commit/", status=412, times=1)
-    place.tunepress("publish", "runs/tiny", "--repo", "ada/tiny")
+    copied.tunepress("publish", "runs/tiny", "--repo", "ada/tiny")
     assert hub.read("ada/tiny", "notes.md") == b"mine"
     assert "int8/model.safetensors" in hub.files("ada/tiny")
 

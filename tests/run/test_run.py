@@ -8,15 +8,11 @@ import time
 
 import pytest
 
-from tests.run.conftest import REPOSITORY, Place
+from tests.run.conftest import REPOSITORY, write_place
 
 
-def _copy(place: Place, folder) -> Place:
-    return Place(shutil.copytree(place.folder, folder / "copy", symlinks=True))
-
-
-def test_every_model_is_measured_on_both_texts_with_errors(unpublished):
-    results = unpublished.results()
+def test_every_model_is_measured_on_both_texts_with_errors(each_run):
+    results = each_run.results()
     for name in ("base", "merged", "int8", "int4"):
         for text in ("held_out", "general"):
             figures = results[name]["quality"][text]
@@ -31,14 +27,14 @@ def test_every_model_is_measured_on_both_texts_with_errors(unpublished):
     assert results["int8"]["quality"]["held_out"]["kl"]["value"] < results["int4"]["quality"]["held_out"]["kl"]["value"]
 
 
-def test_fine_tuning_lowers_held_out_perplexity(unpublished):
-    results = unpublished.results()
+def test_fine_tuning_lowers_held_out_perplexity(each_run):
+    results = each_run.results()
     base, merged = (results[m]["quality"]["held_out"]["perplexity"] for m in ("base", "merged"))
     assert merged["value"] + 2 * merged["stderr"] < base["value"] - 2 * base["stderr"]
 
 
-def test_both_merges_are_compared_with_the_live_adapter_and_the_better_is_kept(unpublished):
-    merge = unpublished.results()["merge"]
+def test_both_merges_are_compared_with_the_live_adapter_and_the_better_is_kept(each_run):
+    merge = each_run.results()["merge"]
     compared = merge["compared"]
     assert {"live", "nf4", "bf16"} <= set(compared)
     assert all(compared[k]["kl"]["value"] >= 0 for k in ("nf4", "bf16"))
@@ -49,25 +45,25 @@ def test_both_merges_are_compared_with_the_live_adapter_and_the_better_is_kept(u
     assert merge["base"] == (("nf4" if gap["value"] < 0 else "bf16") if clear else "nf4")
 
 
-def test_no_layer_is_left_out_where_the_group_size_does_not_divide(unpublished):
+def test_no_layer_is_left_out_where_the_group_size_does_not_divide(each_run):
     from pipeline.checkpoint import Checkpoint
     from pipeline.models import linear_weights
 
-    linear = linear_weights(unpublished.release)
+    linear = linear_weights(each_run.release)
     for variant in ("int8", "int4"):
-        stored = Checkpoint(unpublished.release / variant)
+        stored = Checkpoint(each_run.release / variant)
         for name in linear:
             assert name not in stored
             assert f"{name.removesuffix('weight')}_weight_qdata" in stored
-    chosen = unpublished.results()["int4"]["weights"]["group_sizes"]
+    chosen = each_run.results()["int4"]["weights"]["group_sizes"]
     narrow = {name for name, (_, width) in linear.items() if width % 128}
     assert narrow and set(chosen) == narrow and set(chosen.values()) <= {32, 64}
 
 
-def test_nothing_in_the_release_names_this_machine(unpublished):
-    for path in unpublished.release.rglob("*"):
+def test_nothing_in_the_release_names_this_machine(each_run):
+    for path in each_run.release.rglob("*"):
         if path.is_file():
-            assert str(unpublished.folder).encode() not in path.read_bytes(), path
+            assert str(each_run.folder).encode() not in path.read_bytes(), path
 
 
 def test_a_second_run_does_nothing_and_is_quick(unpublished):
@@ -79,41 +75,39 @@ def test_a_second_run_does_nothing_and_is_quick(unpublished):
     assert "done before" in done.stdout and "\n> " not in done.stdout
 
 
-def test_a_removed_variant_is_made_again_and_nothing_else(unpublished, tmp_path):
-    place = _copy(unpublished, tmp_path)
-    before, files = place.ledger(), len(place.events())
+def test_a_removed_variant_is_made_again_and_nothing_else(copied):
+    copied = _copy(copied)
+    before, files = copied.ledger(), len(copied.events())
     digest = before["quantize/int4"]["outputs"]["release/int4/model.safetensors"]["sha256"]
-    shutil.rmtree(place.release / "int4")
-    place.tunepress("run", "tiny.yaml")
-    after = place.ledger()
+    shutil.rmtree(copied.release / "int4")
+    copied.tunepress("run", "tiny.yaml")
+    after = copied.ledger()
     assert {k for k in after if after[k] != before[k]} == {"quantize/int4", "document"}
-    assert {e.get("variant") for e in place.events()[files:]} == {"int4"}
+    assert {e.get("variant") for e in copied.events()[files:]} == {"int4"}
     assert after["quantize/int4"]["outputs"]["release/int4/model.safetensors"]["sha256"] == digest
-    assert (place.release / "int4" / "README.md").is_file()
+    assert (copied.release / "int4" / "README.md").is_file()
 
 
-def test_a_changed_setting_redoes_its_stage_and_what_follows(unpublished, tmp_path):
-    place = _copy(unpublished, tmp_path)
-    before = place.ledger()
-    place.tunepress("run", "tiny.yaml", "--set", "quantize.variants=[int8, {name: int4, rounding: rtn}]")
-    after = place.ledger()
+def test_a_changed_setting_redoes_its_stage_and_what_follows(copied):
+    copied = _copy(copied)
+    before = copied.ledger()
+    copied.tunepress("run", "tiny.yaml", "--set", "quantize.variants=[int8, {name: int4, rounding: rtn}]")
+    after = copied.ledger()
     assert {k for k in after if after[k] != before[k]} == {"quantize/int4", "document"}
-    assert place.results()["int4"]["variant"]["rounding"] == "rtn"
+    assert copied.results()["int4"]["variant"]["rounding"] == "rtn"
 
 
-def test_a_damaged_output_is_noticed(unpublished, tmp_path):
-    place = _copy(unpublished, tmp_path)
-    weights = place.release / "int8" / "model.safetensors"
+def test_a_damaged_output_is_noticed(copied):
+    copied = _copy(copied)
+    weights = copied.release / "int8" / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    place.tunepress("run", "tiny.yaml")
-    assert "quantization_completed int8" in place.names()[-3:]
+    copied.tunepress("run", "tiny.yaml")
+    assert "quantization_completed int8" in copied.names()[-3:]
 
 
 def test_a_variant_that_cannot_be_made_is_refused_by_name_and_keeps_nothing_else_back(tiny_model, tmp_path):
-    from tests.run.conftest import write_place
-
     model = tiny_model("llama", intermediate_size=200)  # 200 columns: no group size divides them
     place = write_place(tmp_path, model)
     done = place.tunepress("run", "tiny.yaml", check=2)
@@ -124,8 +118,6 @@ def test_a_variant_that_cannot_be_made_is_refused_by_name_and_keeps_nothing_else
 
 
 def test_plain_lora_merges_into_the_base_it_was_trained_on(tiny_model, tmp_path):
-    from tests.run.conftest import write_place
-
     place = write_place(tmp_path, tiny_model("qwen3"), train={"method": "lora"}, quantize={"variants": []})
     place.tunepress("train", "tiny.yaml")
     place.tunepress("merge", "tiny.yaml")
@@ -133,8 +125,6 @@ def test_plain_lora_merges_into_the_base_it_was_trained_on(tiny_model, tmp_path)
 
 
 def test_a_stage_alone_names_what_it_needs_first(tiny_model, tmp_path):
-    from tests.run.conftest import write_place
-
     place = write_place(tmp_path, tiny_model("llama"))
     done = place.tunepress("merge", "tiny.yaml", check=2)
     assert "train" in done.stderr
@@ -177,6 +167,6 @@ def test_help_and_schema_answer_without_the_heavy_libraries(tmp_path):
 
 @pytest.mark.parametrize("name", ["demo"])
 def test_shipped_recipes_are_valid(name):
-    from pipeline.config import load_config
+    from pipeline.config_file import load_config
 
     assert load_config(name).name == name
