@@ -76,7 +76,6 @@ def test_a_second_run_does_nothing_and_is_quick(unpublished):
 
 
 def test_a_removed_variant_is_made_again_and_nothing_else(copied):
-    copied = _copy(copied)
     before, files = copied.ledger(), len(copied.events())
     digest = before["quantize/int4"]["outputs"]["release/int4/model.safetensors"]["sha256"]
     shutil.rmtree(copied.release / "int4")
@@ -89,7 +88,6 @@ def test_a_removed_variant_is_made_again_and_nothing_else(copied):
 
 
 def test_a_changed_setting_redoes_its_stage_and_what_follows(copied):
-    copied = _copy(copied)
     before = copied.ledger()
     copied.tunepress("run", "tiny.yaml", "--set", "quantize.variants=[int8, {name: int4, rounding: rtn}]")
     after = copied.ledger()
@@ -98,7 +96,6 @@ def test_a_changed_setting_redoes_its_stage_and_what_follows(copied):
 
 
 def test_a_damaged_output_is_noticed(copied):
-    copied = _copy(copied)
     weights = copied.release / "int8" / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
