@@ -1,4 +1,4 @@
-"""The command line: one sub-command per verb. Each parses and calls; the heavy libraries stay out until a verb needs them."""
+"""The command line: a sub-command per verb, which parses and calls. Nothing heavy is imported before it is needed."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import resource
@@ -44,10 +45,8 @@ def free_disk_bytes(folder: Path) -> int:
 
 def reset_peak_memory() -> None:
     """Begin `peak_memory_bytes` anew; on systems that cannot, it goes on from the process's start."""
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 def peak_memory_bytes() -> int:

@@ -33,31 +33,29 @@ def run(config: Config, root: str | Path = "runs", fresh: bool = False, reporter
         StageFailed: where a stage failed; running again goes on from there.
     """
     preflight(config)
-    workspace = Workspace.create(root, config, fresh)
     variants = tuple(spec.name for spec in config.quantize.variants)
     published, per_stage = config.publish.repo is not None, config.publish.commits == "per_stage"
-    with workspace.lock(), Steps(config, workspace, reporter or Reporter()) as steps:
+    with Workspace.claim(root, config, fresh) as workspace, Steps(config, workspace, reporter or Reporter()) as steps:
         steps.do("train")
         steps.do("merge")
         steps.do("evaluate")
-        ready = tuple(v for v in variants if steps.holds("admit", (v,)))
-        if published and per_stage:
-            steps.do("publish", ready, key="publish/main")
+        ready = steps.admitted(variants)
+        if published and per_stage and (steps.did("train", "merge", "evaluate") or not steps.recorded("publish")):
+            steps.do("publish", ready)
         steps.write_variants(tuple(v for v in variants if v not in ready))
         for variant in variants:
             if steps.attempt("admit", (variant,)) and published and per_stage:
-                steps.do("publish", steps.admitted(variants), key=f"publish/{variant}")
+                steps.do("publish", steps.admitted(variants))
         steps.do("publish" if published else "document", steps.admitted(variants))
-    steps.raise_failures()
+        steps.raise_failures()
     return workspace
 
 
 def run_one(config: Config, stage: str, root: str | Path = "runs", reporter: Reporter | None = None) -> Workspace:
     """One verb of a run alone, and nothing before it: `train`, `merge`, `evaluate`, `quantize` or `publish`."""
     preflight(config, need_data=stage == "train", need_hub=stage == "publish")
-    workspace = Workspace.create(root, config)
     variants = tuple(spec.name for spec in config.quantize.variants)
-    with workspace.lock(), Steps(config, workspace, reporter or Reporter()) as steps:
+    with Workspace.claim(root, config) as workspace, Steps(config, workspace, reporter or Reporter()) as steps:
         steps.require(stage)
         if stage == "quantize":
             steps.write_variants(tuple(v for v in variants if not steps.holds("admit", (v,))))
@@ -68,7 +66,7 @@ def run_one(config: Config, stage: str, root: str | Path = "runs", reporter: Rep
             steps.do("publish", steps.admitted(variants))
         else:
             steps.do(stage)
-    steps.raise_failures()
+        steps.raise_failures()
     return workspace
 
 
@@ -104,6 +102,7 @@ class Steps:
         self._config, self._workspace, self._reporter = config, workspace, reporter
         self._events = Events(workspace.events_path, config.name)
         self._failures: list[StageFailed] = []
+        self._done: set[str] = set()
         self._forwarder = Forwarder(workspace.events_path, workspace.folder / "trackio.json", _opener(config))
 
     def __enter__(self) -> Steps:
@@ -114,20 +113,29 @@ class Steps:
         self._forwarder.close()
         self._reporter.end(self._forwarder.problem)
 
-    def holds(self, stage: str, variants: tuple[str, ...] = (), key: str | None = None) -> bool:
+    def holds(self, stage: str, variants: tuple[str, ...] = ()) -> bool:
         """Is the step finished, and nothing it depends on changed?"""
-        return self._workspace.holds(key or _key(stage, variants), self._fingerprint(stage, variants))
+        return self._workspace.holds(_key(stage, variants), self._fingerprint(stage, variants))
 
-    def do(self, stage: str, variants: tuple[str, ...] = (), key: str | None = None) -> None:
+    def did(self, *keys: str) -> bool:
+        """Was any of these steps done by this process?"""
+        return not self._done.isdisjoint(keys)
+
+    def recorded(self, key: str) -> bool:
+        """Was the step ever finished, whatever has changed since?"""
+        return key in self._workspace.ledger()
+
+    def do(self, stage: str, variants: tuple[str, ...] = ()) -> None:
         """Do a step, unless it holds.
 
         Raises:
             StageFailed: with the stage's own line.
         """
-        key = key or _key(stage, variants)
+        key = _key(stage, variants)
         depends_on = self._fingerprint(stage, variants)
         if self._workspace.holds(key, depends_on):
-            self._reporter.kept(key)
+            if key not in self._done:
+                self._reporter.kept(key)
             return
         self._reporter.started(key)
         start = time.time()
@@ -152,13 +160,14 @@ class Steps:
             seconds=round(report.seconds, 3),
         )
         self._workspace.record(key, entry)
+        self._done.add(key)
         self._reporter.finished(key, entry)
 
     def attempt(self, stage: str, variants: tuple[str, ...]) -> bool:
         """Do a step whose failure must not keep the rest from its way; True if it is done."""
-        if stage == "admit" and not self.holds(stage, variants):
-            if not (self._workspace.quantized / variants[0]).is_dir():
-                return False  # its files could not be written, which has been told
+        made = (self._workspace.quantized / variants[0]).is_dir()
+        if not made and not self.holds(stage, variants):
+            return False  # its files could not be written, which has been told
         try:
             self.do(stage, variants)
         except StageFailed as failure:

@@ -116,12 +116,11 @@ def summary(console: Console, config: Config, workspace: Workspace) -> None:
         if name in results and (name not in VARIANTS or (workspace.release / name).is_dir()):
             table.add_row(name, *_figures(results[name]))
     console.print(table)
+    counted = {text: figures["tokens"] for text, figures in results["merged"]["quality"].items()}
     console.print(
-        f"[dim]ppl: perplexity, ± one standard error. KL: to the merged model, in nats a token. {results['merged']['quality']['held_out']['tokens']} held-out and "
-        f"{results['merged']['quality']['general']['tokens']} general tokens; speed of pipeline.load, batch 1; "
-        "memory of a fresh process that loads and generates, libraries included.[/]"
-        if "merged" in results
-        else ""
+        f"[dim]ppl: perplexity, ± one standard error, on {counted['held_out']} held-out and {counted['general']} "
+        "general tokens. KL: to the merged model, held-out, in nats a token. decode: pipeline.load, batch 1. "
+        "memory: of a fresh process that loads and generates, libraries included.[/]"
     )
     console.print(f"\nRelease    {escape(str(workspace.release))}")
     command = os.environ.get("TUNEPRESS_COMMAND", "tunepress")

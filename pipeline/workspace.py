@@ -65,21 +65,39 @@ class Workspace:
         self.release = self.folder / "release"
 
     @classmethod
-    def create(cls, root: str | Path, config: Config, fresh: bool = False) -> Workspace:
-        """The folder of `config`'s run, made if need be, with the configuration written into it."""
+    @contextmanager
+    def claim(cls, root: str | Path, config: Config, fresh: bool = False) -> Iterator[Workspace]:
+        """The folder of `config`'s run, for this process alone, with the configuration written into it.
+
+        Args:
+            fresh: remove what an earlier run of this name left.
+
+        Raises:
+            WorkspaceError: where another process works on it, or the folder cannot be had.
+        """
+        from filelock import FileLock, Timeout
+
         workspace = cls(Path(root) / config.name)
-        if fresh and workspace.folder.exists():
-            if not workspace.config_path.is_file():
-                raise WorkspaceError(f"{workspace.folder}: not a run's folder, so --fresh does not remove it")
-            shutil.rmtree(workspace.folder)
-        if workspace.folder.exists() and not workspace.folder.is_dir():
-            raise WorkspaceError(f"{workspace.folder}: a file is in the way of the run's folder")
         try:
-            workspace.folder.mkdir(parents=True, exist_ok=True)
+            _make_root(Path(root))
+            with FileLock(Path(root) / f".{config.name}.lock", timeout=0):
+                workspace._prepare(config, fresh)
+                yield workspace
+        except Timeout:
+            raise WorkspaceError(f"{workspace.folder}: another tunepress is working on this run; wait for it") from None
+
+    def _prepare(self, config: Config, fresh: bool) -> None:
+        if fresh and self.folder.exists():
+            if not self.config_path.is_file():
+                raise WorkspaceError(f"{self.folder}: not a run's folder, so --fresh does not remove it")
+            shutil.rmtree(self.folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise WorkspaceError(f"{self.folder}: a file is in the way of the run's folder")
+        try:
+            self.folder.mkdir(exist_ok=True)
+            write_text(self.config_path, dump_config(config))
         except OSError as error:
-            raise WorkspaceError(f"{workspace.folder}: cannot be made ({error.strerror})") from None
-        write_text(workspace.config_path, dump_config(config))
-        return workspace
+            raise WorkspaceError(f"{self.folder}: cannot be written ({error.strerror})") from None
 
     @classmethod
     def open(cls, folder: str | Path) -> Workspace:
@@ -95,18 +113,6 @@ class Workspace:
 
     def config(self) -> Config:
         return load_config(self.config_path)
-
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keep a second process out for as long as the block lasts."""
-        from filelock import FileLock, Timeout
-
-        lock = FileLock(self.folder / ".lock")
-        try:
-            with lock.acquire(timeout=0):
-                yield
-        except Timeout:
-            raise WorkspaceError(f"{self.folder}: another tunepress is working on this run; wait for it") from None
 
     def ledger(self) -> dict[str, Entry]:
         """Finished steps by key, such as `train` or `quantize/int4`."""
@@ -178,6 +184,13 @@ class Workspace:
         order = {name: i for i, name in enumerate(("data", "training", "merge", "base", "merged"))}
         files = sorted(self.measurements.glob("*.json"), key=lambda p: (order.get(p.stem, len(order)), p.stem))
         write_json(self.results_path, {p.stem: read_json(p, {}) for p in files})
+
+
+def _make_root(root: Path) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WorkspaceError(f"{root}: the folder for runs cannot be made ({error.strerror})") from None
 
 
 def sha256(path: Path) -> str:

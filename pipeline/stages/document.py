@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 
+from pipeline.catalog import VARIANTS
 from pipeline.config import Config
 from pipeline.events import Events
 from pipeline.hub import LINEAGE, Content
@@ -31,7 +33,7 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
     documents = render(config, workspace, variants)
-    paths = write(workspace, documents)
+    paths = write(workspace, documents, variants)
     return Outcome(tuple(paths), {"documents": len(paths)})
 
 
@@ -66,8 +68,10 @@ def render(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> d
     return documents
 
 
-def write(workspace: Workspace, documents: dict[str, bytes]) -> list[Path]:
-    """Put documents into `release/`, each whole."""
+def write(workspace: Workspace, documents: dict[str, bytes], variants: tuple[str, ...]) -> list[Path]:
+    """Put documents into `release/`, each whole, and take out variants that are no longer part of it."""
+    for name in VARIANTS.keys() - set(variants):
+        shutil.rmtree(workspace.release / name, ignore_errors=True)
     paths = [workspace.release / name for name in documents]
     for path, content in zip(paths, documents.values(), strict=True):
         write_bytes(path, content)
@@ -81,7 +85,5 @@ def contents(workspace: Workspace, variants: tuple[str, ...], documents: dict[st
 
 def _results(workspace: Workspace, variants: tuple[str, ...]) -> dict:
     """The figures of what is in the release; those of other variants stay out of its card."""
-    from pipeline.catalog import VARIANTS
-
     results = read_json(workspace.results_path, {})
     return {name: value for name, value in results.items() if name not in VARIANTS or name in variants}

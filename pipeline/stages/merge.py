@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -76,24 +75,20 @@ def _compare(config: Config, workspace: Workspace, events: Events, base: Path, f
     live = measure.score(model, sequences, lambda d, t: events.progress(d, t, "measuring the live adapter"))
     del model
     result: dict = {"live": {"loss": asdict(measure.mean(live.nll, live.sequence)), "tokens": len(live.nll)}}
-    live_head = Checkpoint(base).read(head_name)
+    live_head, losses = Checkpoint(base).read(head_name), {}
     for kind, folder in folders.items():
         model, _ = load(folder)
         what = f"measuring the merge into {kind}"
         scores = measure.score(model, sequences, lambda d, t, what=what: events.progress(d, t, what))
         head = model.get_output_embeddings().weight.detach().cpu().clone()
         del model
-        difference = measure.mean(scores.nll - live.nll, live.sequence)
+        losses[kind] = scores.nll
         result[kind] = {
             "loss": asdict(measure.mean(scores.nll, scores.sequence)),
-            "loss_above_live": asdict(difference),
+            "loss_above_live": asdict(measure.mean(scores.nll - live.nll, live.sequence)),
             "kl": asdict(measure.divergence(scores, head, live, live_head, softcap)["kl"]),
         }
-    gap = measure.Estimate(
-        result["nf4"]["loss"]["value"] - result["bf16"]["loss"]["value"],
-        math.hypot(*(result[k]["loss_above_live"]["stderr"] for k in ("nf4", "bf16"))),
-    )
-    result["nf4_minus_bf16"] = asdict(gap)
+    result["nf4_minus_bf16"] = asdict(measure.mean(losses["nf4"] - losses["bf16"], live.sequence))
     return result
 
 

@@ -26,7 +26,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     hub.check_access(repo)
     hub.create(repo, config.publish.private)
     documents = render(config, workspace, variants)
-    paths = write(workspace, documents)
+    paths = write(workspace, documents, variants)
     carried = ", ".join(variants) or "no variants yet"
     message = f"{config.name}: fine-tuned model, {carried}"
     events.progress(0, 1, f"sending what changed to {repo}")

@@ -40,7 +40,6 @@ def test_each_stage_reports_start_completion_and_push_in_order(published):
         "publish_started", "quantized_model_pushed int8", "model_card_pushed", "publish_completed",
         "quantization_completed int4",
         "publish_started", "quantized_model_pushed int4", "model_card_pushed", "publish_completed",
-        "publish_started", "publish_completed",
     ]  # fmt: skip
     assert names == expected
 
@@ -81,7 +80,8 @@ def test_trackio_holds_every_event_once_and_the_training_curve_in_the_same_run(p
     code = (
         "import json, sqlite3, glob\n"
         "database = sqlite3.connect(glob.glob('trackio/*.db')[0])\n"
-        "print(json.dumps([[r[0], json.loads(r[1])] for r in database.execute('select run_name, metrics from metrics')]))"
+        "rows = database.execute('select run_name, metrics from metrics')\n"
+        "print(json.dumps([[row[0], json.loads(row[1])] for row in rows]))"
     )
     rows = json.loads(published.python(code))
     assert {run for run, _ in rows} == {"tiny"}
@@ -125,12 +125,20 @@ def test_the_token_is_nowhere(published, tmp_path):
 
 def test_publishing_again_sends_nothing_and_makes_no_commit(published):
     commits, uploads = published.hub.commits("ada/tiny"), len([r for r in published.hub.requests if r.method == "PUT"])
-    (published.run_folder / "tunepress-was-here").touch()
+    ledger = published.ledger()
+    del ledger["publish"]  # or it would not even ask
+    (published.run_folder / "ledger.json").write_text(json.dumps(ledger))
     done = published.tunepress("publish", "runs/tiny", "--repo", "ada/tiny", "--json")
-    (published.run_folder / "tunepress-was-here").unlink()
     assert json.loads(done.stdout)["published"]["files_sent"] == 0
     assert published.hub.commits("ada/tiny") == commits
     assert len([r for r in published.hub.requests if r.method == "PUT"]) == uploads
+
+
+def test_running_again_does_nothing(published):
+    before, requests = published.names(), len(published.hub.requests)
+    done = published.tunepress("run", "tiny.yaml")
+    assert published.names() == before and "\n> " not in done.stdout
+    assert {r.method for r in published.hub.requests[requests:]} <= {"GET"}
 
 
 def test_a_finished_run_goes_to_another_repository_in_one_commit(published):

@@ -153,7 +153,7 @@ def test_help_and_schema_answer_without_the_heavy_libraries(tmp_path):
         "import sys, runpy; sys.argv = ['tunepress', '--help']\n"
         "try: runpy.run_module('pipeline', run_name='__main__')\n"
         "except SystemExit: pass\n"
-        "heavy = ['torch', 'transformers', 'datasets', 'trl', 'peft', 'torchao', 'huggingface_hub', 'trackio', 'matplotlib']\n"
+        "heavy = 'torch transformers datasets trl peft torchao huggingface_hub trackio matplotlib'.split()\n"
         "print('loaded:', [name for name in heavy if name in sys.modules])"
     )
     out = subprocess.run(
