@@ -39,7 +39,10 @@ install() {
     if [ ! -x "$VENV/bin/python" ]; then
         python="$(find_python)"
         echo "Making $VENV with $("$python" --version)"
-        "$python" -m venv "$VENV" || fail "could not make $VENV; on Debian and Ubuntu: apt install python3-venv"
+        "$python" -m venv "$VENV" || {
+            rm -rf "$VENV" # half of one would be taken for a whole one
+            fail "could not make $VENV; on Debian and Ubuntu: apt install python3-venv"
+        }
     fi
     echo "Installing into $VENV (a few minutes the first time)"
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable "${HERE}[$extras]" ||

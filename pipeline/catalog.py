@@ -17,8 +17,6 @@ class Variant:
     bits: int
     grouped: bool
     roundings: tuple[str, ...]  # the first is the default
-    purpose: str
-    stock_loader: str
 
     @property
     def folder(self) -> str:
@@ -34,8 +32,6 @@ VARIANTS = {
             bits=8,
             grouped=False,
             roundings=("rtn",),
-            purpose="GPUs with little memory, and CPUs",
-            stock_loader="transformers + torchao, on any machine",
         ),
         Variant(
             name="int4",
@@ -43,8 +39,6 @@ VARIANTS = {
             bits=4,
             grouped=True,
             roundings=("search", "hqq", "rtn"),
-            purpose="CPUs, edge machines and small GPUs",
-            stock_loader="transformers + torchao loads it anywhere, and runs it after repacking",
         ),
     )
 }
@@ -57,14 +51,6 @@ ALIASES = {
 
 # Group sizes that the int4 kernels of torch take on a CPU and on CUDA.
 GROUP_SIZES = (32, 64, 128, 256)
-
-ROUNDINGS = {
-    "rtn": "round to nearest: no data, no search; the same codes as torchao's own int8",
-    "search": "least squares: no data; the scale and zero that bring each group's weights closest",
-    "hqq": "half-quadratic quantization: no data; moves the zero points to lower a sparse error",
-}
-
-FORMATS = {"torchao": "safetensors that stock transformers loads with torchao"}
 
 DATA_FORMS = {
     "messages": "a list of {role, content} under `messages`",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -41,8 +40,8 @@ def run(
     from pipeline.run import run as run_all
 
     loaded = load_config(config, settings or ())
-    with _reporting(as_json) as reporter:
-        workspace = run_all(loaded, runs, fresh, reporter)
+    reporter = _reporter(as_json)
+    workspace = run_all(loaded, runs, fresh, reporter)
     _conclude(loaded, workspace, as_json, reporter)
 
 
@@ -52,8 +51,7 @@ def _stage_command(stage: str, text: str):
         from pipeline.run import run_one
 
         loaded = load_config(config, settings or ())
-        with _reporting(as_json) as reporter:
-            workspace = run_one(loaded, stage, runs, reporter)
+        workspace = run_one(loaded, stage, runs, _reporter(as_json))
         if as_json:
             print(json.dumps({"run": str(workspace.folder), "ledger": _states(workspace)}))
 
@@ -77,6 +75,7 @@ def publish(
 ) -> None:
     """Publish a finished run, now or again; only what changed is sent."""
     from pipeline.config_file import load_config
+    from pipeline.errors import WorkspaceError
     from pipeline.run import run_one
     from pipeline.workspace import Workspace
 
@@ -84,10 +83,13 @@ def publish(
     settings += [f"publish.private={'true' if private else 'false'}"] if private is not None else []
     if Path(source).is_dir():
         workspace = Workspace.open(source)
+        if workspace.config().name != workspace.folder.resolve().name:
+            raise WorkspaceError(
+                f"{source}: holds the run {workspace.config().name!r}; give the folder that name again"
+            )
         runs, source = workspace.folder.resolve().parent, str(workspace.config_path)
     loaded = load_config(source, settings)
-    with _reporting(as_json) as reporter:
-        workspace = run_one(loaded, "publish", runs, reporter)
+    workspace = run_one(loaded, "publish", runs, _reporter(as_json))
     if as_json:
         print(json.dumps({"run": str(workspace.folder), "published": workspace.ledger()["publish"].summary}))
 
@@ -150,11 +152,10 @@ def _console(stderr: bool = False):
     return Console(file=sys.stderr if stderr else sys.stdout, highlight=False, soft_wrap=True)
 
 
-@contextmanager
-def _reporting(as_json: bool):
+def _reporter(as_json: bool):
     from pipeline.terminal import TerminalReporter
 
-    yield TerminalReporter(_console(stderr=as_json))
+    return TerminalReporter(_console(stderr=as_json))
 
 
 def _conclude(config, workspace, as_json: bool, reporter) -> None:

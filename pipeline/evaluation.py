@@ -35,6 +35,8 @@ def evaluate(
         ModelError: if the stock loader cannot load the folder, or where both loaders
             run and do not agree.
     """
+    import torch
+
     from pipeline import machine, measure, texts
     from pipeline.loading import load
 
@@ -52,9 +54,11 @@ def evaluate(
     parameters = model.num_parameters()
     ids = sequences[texts.GENERAL][0].input_ids[:PROBE_TOKENS]
     del model
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()  # the probes load the model again, in processes of their own
 
     if is_reference:
-        write_json(workspace.measurements / "reference" / "head.json", {"name": head_name, "folder": str(folder)})
+        write_json(workspace.measurements / "reference" / "head.json", {"name": head_name})
     quality = {}
     for text, scores in scored.items():
         figures = {
@@ -111,4 +115,4 @@ def _reference_head(workspace: Workspace):
     from pipeline.checkpoint import Checkpoint
 
     known = read_json(workspace.measurements / "reference" / "head.json", {})
-    return Checkpoint(known["folder"]).read(known["name"])
+    return Checkpoint(workspace.release).read(known["name"])

@@ -103,9 +103,11 @@ def read_events(path: Path, offset: int = 0) -> tuple[list[dict], int]:
 
 
 class Tracker(Protocol):
-    """Where events are shown: takes records in order, and says whether it has them for good."""
+    """Where events are shown: takes records in order, and says which it has for good."""
 
     def send(self, record: dict) -> None: ...
+
+    def holds(self, record: dict) -> bool: ...
 
     def flush(self) -> bool: ...
 
@@ -114,13 +116,14 @@ class Forwarder:
     """Hands the spool to a tracker, from where it had got to.
 
     The position is stored after `flush` succeeded, so that a tracker that was down, or
-    a process that was killed, costs nothing but a delay.
+    a process that was killed, costs nothing but a delay. What the tracker holds already
+    when it is opened is not sent again.
     """
 
     def __init__(self, spool: Path, position_path: Path, open_tracker: Callable[[], Tracker]):
         self._spool, self._position_path = spool, position_path
         self._open, self._tracker = open_tracker, None
-        self._position = read_json(position_path, {"offset": 0})["offset"]
+        self._position = read_json(position_path, {}).get("offset", 0)
         self.problem: str | None = None
 
     def forward(self) -> None:
@@ -129,8 +132,11 @@ class Forwarder:
             return
         records, position = read_events(self._spool, self._position)
         try:
+            if records and self._tracker is None:
+                self._tracker = self._open()
+                held = [i for i, r in enumerate(records) if "event" in r and self._tracker.holds(r)]
+                records = records[held[-1] + 1 :] if held else records
             for record in records:
-                self._tracker = self._tracker or self._open()
                 self._tracker.send(record)
             self._position = position
         except Exception as error:  # whatever a tracker throws, the run goes on
@@ -140,7 +146,10 @@ class Forwarder:
         """Send the rest and remember how far it got, if the tracker says it has it."""
         self.forward()
         try:
-            if self._tracker and self._tracker.flush() and not self.problem:
-                write_json(self._position_path, {"offset": self._position})
+            if self._tracker and not self.problem:
+                if self._tracker.flush():
+                    write_json(self._position_path, {"offset": self._position})
+                else:
+                    self.problem = "it did not keep what it was sent"
         except Exception as error:
             self.problem = self.problem or one_line(error)

@@ -2,7 +2,7 @@
 
 `publish` compares by hash, sends what differs, deletes by name what tunepress had put
 there and no longer does, and touches nothing else. When somebody else's commit comes in
-between, the head is read again and the files are built again for it.
+between, the head is read again and compared again.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,15 +122,15 @@ def read_tree(repo: str) -> Tree:
     return Tree(head, files)
 
 
-def publish(repo: str, build: Callable[[Tree], Mapping[str, Content]], message: str) -> Commit:
-    """Bring a repository to what `build` says, in one commit, or in none if it is so already.
+def publish(repo: str, wanted: Mapping[str, Content], message: str) -> Commit:
+    """Bring a repository to these files of ours, in one commit, or in none if they are there already.
 
     Args:
-        build: given the head's tree, every file of ours: path in the repository -> content.
-            Called again when the head moved, so that cards are true of the tree they join.
+        wanted: every file that is ours: path in the repository -> content.
 
     Raises:
-        HubError: after a bounded number of attempts; the repository is then as it was.
+        HubError: where a file of somebody else's is in the way, or after a bounded number of
+            attempts; the repository is then as it was.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -140,9 +140,14 @@ def publish(repo: str, build: Callable[[Tree], Mapping[str, Content]], message: 
             time.sleep(BACKOFF_SECONDS * 2 ** (attempt - 1))
         try:
             tree = read_tree(repo)
-            wanted = build(tree)
+            ours = _ours(repo, tree)
+            foreign = sorted((wanted.keys() & tree.files.keys()) - ours)
+            if foreign:
+                raise HubError(
+                    f"{repo}: has a {foreign[0]} that tunepress did not put there; choose another repository"
+                )
             changed = {p: c for p, c in wanted.items() if p not in tree.files or not tree.files[p].holds(c)}
-            gone = sorted((_ours(repo, tree) & tree.files.keys()) - wanted.keys())
+            gone = sorted((ours & tree.files.keys()) - wanted.keys())
             if not changed and not gone:
                 return Commit(tree.head, _url(repo, tree.head), (), (), 0)
             # Operations are used up by an attempt, so each makes its own.
@@ -151,6 +156,8 @@ def publish(repo: str, build: Callable[[Tree], Mapping[str, Content]], message: 
             done = HfApi().create_commit(repo, operations, commit_message=message, parent_commit=tree.head)
             size = sum(len(c) if isinstance(c, bytes) else c.stat().st_size for c in changed.values())
             return Commit(done.oid, _url(repo, done.oid), tuple(sorted(changed)), tuple(gone), size)
+        except HubError:
+            raise
         except Exception as error:
             # 412: the head moved. Anything passing: the next attempt begins by looking at what arrived.
             if not _may_pass(error):
@@ -160,14 +167,14 @@ def publish(repo: str, build: Callable[[Tree], Mapping[str, Content]], message: 
 
 
 def _ours(repo: str, tree: Tree) -> set[str]:
-    """Files that an earlier release put there, by its own lineage."""
+    """Files that earlier releases put there, by the lineage of the last one."""
     from huggingface_hub import hf_hub_download
 
     if LINEAGE not in tree.files:
         return set()
     try:
         lineage = json.loads(Path(hf_hub_download(repo, LINEAGE, revision=tree.head)).read_text(encoding="utf-8"))
-        return {path for path in lineage["files"] if isinstance(path, str)}
+        return {LINEAGE} | {path for path in (*lineage["files"], *lineage["documents"]) if isinstance(path, str)}
     except (ValueError, KeyError, TypeError):
         return set()  # not readable as ours: then nothing there is ours to delete
 

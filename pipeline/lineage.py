@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import Config
 from pipeline.libraries import versions
@@ -14,12 +15,15 @@ from pipeline.workspace import Workspace, sha256
 SCHEMA = 1
 
 
-def lineage(config: Config, workspace: Workspace, results: dict, files: Mapping[str, Path]) -> bytes:
+def lineage(
+    config: Config, workspace: Workspace, results: dict, files: Mapping[str, Path], documents: Collection[str]
+) -> bytes:
     """The lineage of a release as JSON.
 
     Args:
         results: the figures of the models in this release, as `results.json` has them.
         files: what the release consists of besides its documents: path in it -> local file.
+        documents: paths of the documents beside this one, which hold the same figures for people.
     """
     known = {
         (workspace.folder / path).resolve(): digest
@@ -43,9 +47,23 @@ def lineage(config: Config, workspace: Workspace, results: dict, files: Mapping[
         "configuration": json.loads(config.model_dump_json()),
         "merged_into": results.get("merge", {}).get("base"),
         "files": {name: digest(path) for name, path in sorted(files.items())},
+        "documents": sorted(documents),
         "results": results,
     }
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    sources = (config.model.source, config.data.source, config.evaluate.general)
+    return (json.dumps(_portable(content, sources), indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _portable(content: Any, sources: Collection[str]) -> Any:
+    """`content` with the names of local files and folders instead of their paths on this machine."""
+    if isinstance(content, dict):
+        return {key: _portable(value, sources) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_portable(value, sources) for value in content]
+    if not isinstance(content, str) or content not in sources or content.startswith(("package:", "builtin:")):
+        return content
+    path = Path(content).expanduser()
+    return path.resolve().name if path.exists() else content
 
 
 def own_version() -> str:

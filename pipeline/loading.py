@@ -30,7 +30,7 @@ def load(
     """A model and its tokenizer, ready to generate on this machine.
 
     Args:
-        source: a repository `user/model`, or a folder such as a run's `release/`.
+        source: a repository `user/model`, a run's folder, or any folder with a model.
         variant: `int8`, `int4`, ...; None for the full-precision model at the root.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
         revision: branch, tag or commit of a repository.
@@ -106,6 +106,8 @@ def locate(source: str | Path, variant: str | None = None, revision: str | None 
     except (OSError, RuntimeError) as error:  # a name too long for a folder; a home of nobody
         raise ModelError(f"{str(source)[:80]}: not a folder ({error.args[-1]})") from None
     if is_folder:
+        if (path / "release" / "config.json").is_file():  # a run's folder stands for its release
+            path = path / "release"
         folder = path / name if name else path
         if not (folder / "config.json").is_file():
             there = sorted(p.parent.name for p in path.glob("*/config.json"))

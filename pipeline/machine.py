@@ -6,7 +6,6 @@ import contextlib
 import os
 import platform
 import resource
-import shutil
 import sys
 from pathlib import Path
 
@@ -34,13 +33,6 @@ def cores() -> int:
 def memory_bytes() -> int:
     """Main memory in all, in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def free_disk_bytes(folder: Path) -> int:
-    """Bytes that can still be written where `folder` is, or will be."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 def reset_peak_memory() -> None:

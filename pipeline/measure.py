@@ -40,9 +40,6 @@ class Estimate:
     value: float
     stderr: float
 
-    def __sub__(self, other: Estimate) -> float:
-        return self.value - other.value
-
 
 @dataclass(frozen=True)
 class Scores:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.config import PACKAGE_SOURCE, REPO_ID, Model
-from pipeline.errors import ModelError, UserError, is_unreachable
+from pipeline.errors import MissingExtra, ModelError, UserError, is_unreachable
 from pipeline.libraries import quiet
 
 # Everything at a repository's root that belongs to a checkpoint, and no pickle among it.
@@ -50,6 +50,8 @@ def check_source(model: Model) -> None:
     """
     if package := PACKAGE_SOURCE.match(model.source):
         _packaged_file(*package.groups())
+        if importlib.util.find_spec("gguf") is None:
+            raise MissingExtra(f"model.source {model.source}", "gguf")
     elif _is_local(model.source):
         _check_folder(Path(model.source).expanduser())
     elif not REPO_ID.match(model.source):

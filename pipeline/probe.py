@@ -19,6 +19,7 @@ from pathlib import Path
 
 from pipeline.errors import ModelError
 from pipeline.libraries import quiet
+from pipeline.process import with_own_package
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,15 @@ def probe(folder: Path, loader: str, ids: list[int]) -> Probe:
     with tempfile.TemporaryDirectory() as scratch:
         ids_path, out = Path(scratch) / "ids.json", Path(scratch)
         ids_path.write_text(json.dumps(ids))
-        command = [sys.executable, "-m", "pipeline.probe", str(folder), loader, str(ids_path), str(out)]
+        command = [sys.executable, "-P", "-m", "pipeline.probe", str(folder), loader, str(ids_path), str(out)]
         # As a user would start it: without the allocator settings that stages run under.
-        plain = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+        plain = with_own_package({k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"})
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=plain)
         result = out / "probe.json"
+        if done.returncode < 0:
+            raise ModelError(
+                f"{folder}: killed (signal {-done.returncode}) while it was loaded alone; is memory short?"
+            )
         if done.returncode != 0 or not result.is_file():
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise ModelError(f"{folder}: does not load with the {loader} loader in a fresh process: {last}")
@@ -68,7 +73,6 @@ def main() -> None:
 
     quiet_progress_bars()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    before = machine.peak_memory_bytes()
     machine.reset_peak_memory()
     start = time.perf_counter()
     if loader == "stock":
@@ -88,7 +92,7 @@ def main() -> None:
         figures |= {"runs": True, **measure.speed(model)}
         save_file({"logits": logits.contiguous()}, Path(out) / "logits.safetensors")
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else machine.peak_memory_bytes()
-    figures |= {"peak_memory_bytes": peak, "memory_before_bytes": before}
+    figures["peak_memory_bytes"] = peak
     (Path(out) / "probe.json").write_text(json.dumps(figures))
 
 

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,7 @@ class Report:
     outputs: list[Path]
     summary: dict
     seconds: float
+    interrupted: bool = False  # it finished, and then the run is to stop
 
 
 def run_stage(
@@ -62,7 +63,8 @@ def run_stage(
     workspace.logs.mkdir(parents=True, exist_ok=True)
     log_path = workspace.logs / f"{'-'.join((stage, *variants))}.log"
     reader, writer = os.pipe()
-    command = [sys.executable, "-m", "pipeline.stages", str(workspace.folder), stage, str(writer), *variants]
+    # -P: the folder that the user stands in may have a `pipeline` of its own.
+    command = [sys.executable, "-P", "-m", "pipeline.stages", str(workspace.folder), stage, str(writer), *variants]
     start = time.monotonic()
     with open(log_path, "wb") as log:
         child = subprocess.Popen(
@@ -72,7 +74,7 @@ def run_stage(
             stderr=log,
             pass_fds=(writer,),
             start_new_session=True,
-            env={"GLIBC_TUNABLES": ALLOCATOR, **os.environ},
+            env={"GLIBC_TUNABLES": ALLOCATOR, **with_own_package(os.environ)},
         )
     os.close(writer)
     messages = _Messages(reader, on_progress)
@@ -85,9 +87,9 @@ def run_stage(
         messages.drain()
         os.close(reader)
         child.stdin.close()
-    if interrupted:
+    if interrupted and (child.returncode != 0 or messages.outcome is None):
         if not messages.error:
-            _tell_all(events, verb, variants, "stopped, and did not end in time", start)
+            _tell_all(events, verb, variants, _how_it_ended(child.returncode), start)
         raise Interrupted
     if messages.error:
         raise StageFailed(messages.error["message"], messages.error["exit_code"], log_path)
@@ -96,7 +98,14 @@ def run_stage(
         _tell_all(events, verb, variants, reason, start)
         raise StageFailed(f"{stage}: {reason}", 1, log_path)
     outcome = messages.outcome
-    return Report([Path(p) for p in outcome["outputs"]], outcome["summary"], time.monotonic() - start)
+    outputs = [Path(p) for p in outcome["outputs"]]
+    return Report(outputs, outcome["summary"], time.monotonic() - start, interrupted)
+
+
+def with_own_package(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment in which `python -P` finds this very package, installed or not."""
+    paths = [str(Path(__file__).resolve().parents[1]), environment.get("PYTHONPATH", "")]
+    return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def _watch(child: subprocess.Popen, messages: _Messages, on_tick: Callable[[], None]) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from pipeline import data, models
 from pipeline.config import Config
-from pipeline.errors import ConfigError, StageFailed, UserError
+from pipeline.errors import ConfigError, Interrupted, StageFailed, UserError
 from pipeline.events import Events, Forwarder
 from pipeline.process import run_stage
 from pipeline.reporter import Reporter
@@ -41,11 +42,11 @@ def run(config: Config, root: str | Path = "runs", fresh: bool = False, reporter
         steps.do("evaluate")
         ready = steps.admitted(variants)
         if published and per_stage and (steps.did("train", "merge", "evaluate") or not steps.recorded("publish")):
-            steps.do("publish", ready)
+            steps.try_publish(ready)
         steps.write_variants(tuple(v for v in variants if v not in ready))
         for variant in variants:
-            if steps.attempt("admit", (variant,)) and published and per_stage:
-                steps.do("publish", steps.admitted(variants))
+            if steps.try_admit(variant) and published and per_stage:
+                steps.try_publish(steps.admitted(variants))
         steps.do("publish" if published else "document", steps.admitted(variants))
         steps.raise_failures()
     return workspace
@@ -54,16 +55,20 @@ def run(config: Config, root: str | Path = "runs", fresh: bool = False, reporter
 def run_one(config: Config, stage: str, root: str | Path = "runs", reporter: Reporter | None = None) -> Workspace:
     """One verb of a run alone, and nothing before it: `train`, `merge`, `evaluate`, `quantize` or `publish`."""
     preflight(config, need_data=stage == "train", need_hub=stage == "publish")
+    if stage == "publish" and config.publish.repo is None:
+        raise ConfigError("publish.repo: not set, so there is nowhere to publish to; use --repo USER/NAME")
     variants = tuple(spec.name for spec in config.quantize.variants)
     with Workspace.claim(root, config) as workspace, Steps(config, workspace, reporter or Reporter()) as steps:
         steps.require(stage)
         if stage == "quantize":
             steps.write_variants(tuple(v for v in variants if not steps.holds("admit", (v,))))
             for variant in variants:
-                steps.attempt("admit", (variant,))
+                steps.try_admit(variant)
             steps.do("document", steps.admitted(variants))
         elif stage == "publish":
-            steps.do("publish", steps.admitted(variants))
+            for variant in variants:
+                steps.require_variant(variant)
+            steps.do("publish", variants, again=True)  # the repository may have changed, which only the Hub knows
         else:
             steps.do(stage)
         steps.raise_failures()
@@ -82,7 +87,7 @@ def preflight(config: Config, need_data: bool = True, need_hub: bool = True) -> 
     data.general_text(config.evaluate.general)
     if config.train.method == "lora" and config.merge.base == "nf4":
         raise ConfigError("merge.base nf4: train.method lora never saw NF4 weights; use auto or bf16")
-    if config.publish.repo and need_hub:
+    if need_hub and config.publish.repo:
         from pipeline.hub import check_access
 
         check_access(config.publish.repo)
@@ -103,6 +108,7 @@ class Steps:
         self._events = Events(workspace.events_path, config.name)
         self._failures: list[StageFailed] = []
         self._done: set[str] = set()
+        self._written: set[str] = set()  # variants whose files this process has made
         self._forwarder = Forwarder(workspace.events_path, workspace.folder / "trackio.json", _opener(config))
 
     def __enter__(self) -> Steps:
@@ -125,15 +131,15 @@ class Steps:
         """Was the step ever finished, whatever has changed since?"""
         return key in self._workspace.ledger()
 
-    def do(self, stage: str, variants: tuple[str, ...] = ()) -> None:
-        """Do a step, unless it holds.
+    def do(self, stage: str, variants: tuple[str, ...] = (), again: bool = False) -> None:
+        """Do a step, unless it holds and is not to be done again.
 
         Raises:
             StageFailed: with the stage's own line.
         """
         key = _key(stage, variants)
         depends_on = self._fingerprint(stage, variants)
-        if self._workspace.holds(key, depends_on):
+        if not again and self._workspace.holds(key, depends_on):
             if key not in self._done:
                 self._reporter.kept(key)
             return
@@ -162,18 +168,24 @@ class Steps:
         self._workspace.record(key, entry)
         self._done.add(key)
         self._reporter.finished(key, entry)
+        if report.interrupted:
+            raise Interrupted
 
-    def attempt(self, stage: str, variants: tuple[str, ...]) -> bool:
-        """Do a step whose failure must not keep the rest from its way; True if it is done."""
-        made = (self._workspace.quantized / variants[0]).is_dir()
-        if not made and not self.holds(stage, variants):
+    def try_admit(self, variant: str) -> bool:
+        """Measure a variant and let it in; True if it is in. Its failure keeps nothing else back."""
+        if variant not in self._written and not self.holds("admit", (variant,)):
             return False  # its files could not be written, which has been told
         try:
-            self.do(stage, variants)
+            self.do("admit", (variant,))
         except StageFailed as failure:
             self._failures.append(failure)
             return False
         return True
+
+    def try_publish(self, variants: tuple[str, ...]) -> None:
+        """Publish what there is so far; if the Hub does not take it now, the last publish will tell."""
+        with contextlib.suppress(StageFailed):
+            self.do("publish", variants)
 
     def write_variants(self, variants: tuple[str, ...]) -> None:
         """The one pass that writes the files of these variants."""
@@ -189,6 +201,7 @@ class Steps:
             self._reporter.failed(key)
             self._failures.append(failure)
             return
+        self._written.update(report.summary["made"])
         for name, reason in report.summary["refused"].items():
             self._failures.append(StageFailed(f"{name}: {reason}", 2, ""))
         self._reporter.wrote(key, report.seconds)
@@ -202,10 +215,20 @@ class Steps:
             if not self.holds(needed):
                 raise UserError(f"{stage}: {needed} is not done, or its inputs changed; run: tunepress {needed} CONFIG")
 
+    def require_variant(self, variant: str) -> None:
+        """Raise where a variant that the configuration asks for is missing or out of date."""
+        if not self.holds("admit", (variant,)):
+            raise UserError(
+                f"publish: {variant} is not made, or its settings or libraries changed; run: tunepress quantize CONFIG"
+            )
+
     def raise_failures(self) -> None:
         """Tell at the end what failed on the way."""
-        if self._failures:
+        if len(self._failures) == 1:
             raise self._failures[0]
+        if self._failures:
+            told = "; ".join(str(failure) for failure in self._failures)
+            raise StageFailed(told, max(f.exit_code for f in self._failures), self._workspace.logs)
 
     def _tick(self) -> None:
         self._forwarder.forward()

@@ -119,8 +119,8 @@ def summary(console: Console, config: Config, workspace: Workspace) -> None:
     counted = {text: figures["tokens"] for text, figures in results["merged"]["quality"].items()}
     console.print(
         f"[dim]ppl: perplexity, ± one standard error, on {counted['held_out']} held-out and {counted['general']} "
-        "general tokens. KL: to the merged model, held-out, in nats a token. decode: pipeline.load, batch 1. "
-        "memory: of a fresh process that loads and generates, libraries included.[/]"
+        "general tokens. KL: to the merged model, held-out, in nats a token. decode: batch 1, variants by "
+        "pipeline.load. memory: of a fresh process that loads and generates, libraries included.[/]"
     )
     console.print(f"\nRelease    {escape(str(workspace.release))}")
     command = os.environ.get("TUNEPRESS_COMMAND", "tunepress")
@@ -190,8 +190,13 @@ def show_status(console: Console, workspace: Workspace, events: list[dict]) -> N
     for column in ("step", "finished", "took", ""):
         table.add_column(column)
     for key, entry in workspace.ledger().items():
+        told = (
+            _tell(entry.summary)
+            if workspace.holds(key, entry.fingerprint)
+            else "[yellow]its files changed or are gone[/]"
+        )
         finished = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.finished))
-        table.add_row(key, finished, _clock(entry.seconds), _tell(entry.summary))
+        table.add_row(key, finished, _clock(entry.seconds), told)
     console.print(table)
     for event in events:
         when = time.strftime("%H:%M:%S", time.localtime(event["time"]))

@@ -47,8 +47,9 @@ def general(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]
     Raises:
         DataError: for a text of less than two windows.
     """
-    tokens = config.evaluate.max_tokens
-    windows = encode_text(general_text(config.evaluate.general), tokenizer, min(WINDOW, tokens // WINDOWS), tokens)
+    text = general_text(config.evaluate.general)
+    tokens = min(config.evaluate.max_tokens, len(tokenizer(text, add_special_tokens=False)["input_ids"]))
+    windows = encode_text(text, tokenizer, min(WINDOW, max(2, tokens // WINDOWS)), config.evaluate.max_tokens)
     if len(windows) < 2:
         raise DataError(f"evaluate.general {config.evaluate.general}: too short to measure on; give a longer text")
     return windows

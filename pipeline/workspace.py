@@ -78,13 +78,18 @@ class Workspace:
         from filelock import FileLock, Timeout
 
         workspace = cls(Path(root) / config.name)
+        lock = FileLock(Path(root) / f".{config.name}.lock")
         try:
-            _make_root(Path(root))
-            with FileLock(Path(root) / f".{config.name}.lock", timeout=0):
-                workspace._prepare(config, fresh)
-                yield workspace
+            Path(root).mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
         except Timeout:
             raise WorkspaceError(f"{workspace.folder}: another tunepress is working on this run; wait for it") from None
+        except OSError as error:
+            raise WorkspaceError(f"{root}: runs cannot be written there ({error.strerror})") from None
+        with lock:
+            lock.release()  # `with` has taken it a second time
+            workspace._prepare(config, fresh)
+            yield workspace
 
     def _prepare(self, config: Config, fresh: bool) -> None:
         if fresh and self.folder.exists():
@@ -117,9 +122,14 @@ class Workspace:
     def ledger(self) -> dict[str, Entry]:
         """Finished steps by key, such as `train` or `quantize/int4`."""
         entries = {}
-        for key, value in read_json(self.ledger_path, {}).items():
-            outputs = {path: Digest(**digest) for path, digest in value.pop("outputs").items()}
-            entries[key] = Entry(outputs=outputs, **value)
+        try:
+            for key, value in read_json(self.ledger_path, {}).items():
+                outputs = {path: Digest(**digest) for path, digest in value.pop("outputs").items()}
+                entries[key] = Entry(outputs=outputs, **value)
+        except (AttributeError, KeyError, TypeError):
+            raise WorkspaceError(
+                f"{self.ledger_path}: damaged; remove it, and what it recorded is done again"
+            ) from None
         return entries
 
     def record(self, key: str, entry: Entry) -> None:
@@ -151,6 +161,21 @@ class Workspace:
             if key in ledger
         }
 
+    def hashes_of(self, path: Path) -> dict[str, str]:
+        """sha256 of a file, or of the files in a folder, by name; {} where there is nothing.
+
+        Remembered by size and time, so that gigabytes are read once.
+        """
+        files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
+        known, found = read_json(self.folder / "inputs.json", {}), {}
+        for file in files:
+            state = file.stat()
+            key = f"{file.resolve()}:{state.st_size}:{state.st_mtime_ns}"
+            found[key] = known.get(key) or sha256(file)
+        if found.keys() - known.keys():
+            write_json(self.folder / "inputs.json", {**known, **found})
+        return dict(zip((file.name for file in files), found.values(), strict=True))
+
     def digests(self, paths: Iterable[Path]) -> dict[str, Digest]:
         """Digests of files, and of all files in folders, by their path in the workspace."""
         files = sorted(f for p in paths for f in (p.rglob("*") if p.is_dir() else [p]) if f.is_file())
@@ -164,10 +189,10 @@ class Workspace:
         write_json(self.folder / "base.json", {"folder": str(folder.resolve())})
 
     def base_folder(self) -> Path:
-        known = read_json(self.folder / "base.json", {})
-        if not known or not Path(known["folder"]).is_dir():
-            raise WorkspaceError(f"{self.folder}: the base model is not here any more; run it again with --fresh")
-        return Path(known["folder"])
+        known = read_json(self.folder / "base.json", {}).get("folder", "")
+        if not known or not Path(known).is_dir():
+            raise WorkspaceError(f"{known}: the base model that was trained on is not there any more; put it back")
+        return Path(known)
 
     def write_measurement(self, name: str, content: dict) -> Path:
         """Store one step's figures and put `results.json` together anew."""
@@ -184,13 +209,6 @@ class Workspace:
         order = {name: i for i, name in enumerate(("data", "training", "merge", "base", "merged"))}
         files = sorted(self.measurements.glob("*.json"), key=lambda p: (order.get(p.stem, len(order)), p.stem))
         write_json(self.results_path, {p.stem: read_json(p, {}) for p in files})
-
-
-def _make_root(root: Path) -> None:
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WorkspaceError(f"{root}: the folder for runs cannot be made ({error.strerror})") from None
 
 
 def sha256(path: Path) -> str:

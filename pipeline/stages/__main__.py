@@ -25,7 +25,7 @@ from pipeline.workspace import Workspace
 PROGRESS_SECONDS = 0.2
 
 
-class Terminated(Exception):
+class Terminated(BaseException):
     """SIGTERM came, or the parent went away."""
 
 
@@ -62,7 +62,8 @@ def main() -> int:
         if not isinstance(error, UserError):
             print(redact(traceback.format_exc()), file=sys.stderr)
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        report.send({"error": {"message": f"{stage}: {kind}{one_line(error)}", "exit_code": code}})
+        what = " ".join((step.verb or stage, *variants))
+        report.send({"error": {"message": f"{what}: {kind}{one_line(error)}", "exit_code": code}})
         return code
 
 

@@ -38,15 +38,10 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
 
 
 def release_files(workspace: Workspace, variants: tuple[str, ...]) -> dict[str, Path]:
-    """The models of a release with these variants: path in the repository -> local file. No documents."""
-    root = {p.name: p for p in workspace.release.iterdir() if p.is_file() and p.name not in ("README.md", LINEAGE)}
-    nested = {
-        f"{folder}/{p.name}": p
-        for folder in ("adapter", *variants)
-        for p in (workspace.release / folder).iterdir()
-        if p.is_file() and p.name != "README.md"
-    }
-    return dict(sorted({**root, **nested}.items()))
+    """The models of a release with these variants, as the ledger knows them: path in the repository -> local file."""
+    ledger, prefix = workspace.ledger(), f"{workspace.release.name}/"
+    made = (path for key in ("merge", *(f"quantize/{v}" for v in variants)) for path in ledger[key].outputs)
+    return {p.removeprefix(prefix): workspace.folder / p for p in sorted(made) if p.startswith(prefix)}
 
 
 def render(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict[str, bytes]:
@@ -64,7 +59,7 @@ def render(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> d
         picture = Path(scratch) / "picture.png"
         if plot_quality(about, variants, picture):
             documents[PICTURE] = picture.read_bytes()
-    documents[LINEAGE] = lineage(config, workspace, results, release_files(workspace, variants))
+    documents[LINEAGE] = lineage(config, workspace, results, release_files(workspace, variants), documents.keys())
     return documents
 
 
@@ -72,6 +67,8 @@ def write(workspace: Workspace, documents: dict[str, bytes], variants: tuple[str
     """Put documents into `release/`, each whole, and take out variants that are no longer part of it."""
     for name in VARIANTS.keys() - set(variants):
         shutil.rmtree(workspace.release / name, ignore_errors=True)
+        (workspace.measurements / f"{name}.json").unlink(missing_ok=True)
+    workspace.assemble_results()
     paths = [workspace.release / name for name in documents]
     for path, content in zip(paths, documents.values(), strict=True):
         write_bytes(path, content)

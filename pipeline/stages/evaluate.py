@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pipeline.config import Config
+from pipeline.data import general_text
 from pipeline.events import Events
 from pipeline.libraries import versions
 from pipeline.stages import Outcome
-from pipeline.workspace import Workspace
+from pipeline.workspace import Workspace, fingerprint
 
 LIBRARIES = ("torch", "transformers")
 
@@ -18,6 +19,7 @@ def parameters(config: Config, variant: str | None) -> dict:
 def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict:
     return {
         "evaluate": config.evaluate.model_dump(),
+        "general": fingerprint(general_text(config.evaluate.general)),
         "after": workspace.state_of("train", "merge"),
         "versions": versions(*LIBRARIES),
     }

@@ -17,11 +17,8 @@ def parameters(config: Config, variant: str | None) -> dict:
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
     from pipeline import hub
-    from pipeline.errors import ConfigError
 
     repo = config.publish.repo
-    if repo is None:
-        raise ConfigError("publish.repo: not set, so there is nowhere to publish to; use --repo USER/NAME")
     events.progress(0, 1, f"asking the Hub about {repo}")
     hub.check_access(repo)
     hub.create(repo, config.publish.private)
@@ -30,7 +27,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     carried = ", ".join(variants) or "no variants yet"
     message = f"{config.name}: fine-tuned model, {carried}"
     events.progress(0, 1, f"sending what changed to {repo}")
-    commit = hub.publish(repo, lambda tree: contents(workspace, variants, documents), message)
+    commit = hub.publish(repo, contents(workspace, variants, documents), message)
     about = {"url": commit.url, "commit": commit.oid, "repo": repo}
     for verb, variant in [("train", None), ("merge", None), ("evaluate", None), *(("quantize", v) for v in variants)]:
         if not _is_pushed(workspace, verb, variant, repo):

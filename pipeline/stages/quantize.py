@@ -9,11 +9,12 @@ import shutil
 from dataclasses import asdict
 
 from pipeline.config import Config
+from pipeline.data import general_text
 from pipeline.errors import QuantizationError
 from pipeline.events import Events
 from pipeline.libraries import versions
 from pipeline.stages import Outcome
-from pipeline.workspace import Workspace, empty_folder, replace_folder, write_json
+from pipeline.workspace import Workspace, empty_folder, fingerprint, replace_folder, write_json
 
 LIBRARIES = ("torch", "torchao", "transformers")
 
@@ -28,6 +29,7 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
     return {
         "specs": [config.quantize.spec(v).model_dump() for v in variants],
         "evaluate": config.evaluate.model_dump(),
+        "general": fingerprint(general_text(config.evaluate.general)),
         "after": workspace.state_of("train", "merge"),
         "versions": versions(*LIBRARIES),
     }

@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.events import Events
 from pipeline.libraries import versions
 from pipeline.stages import Outcome
-from pipeline.workspace import Workspace, empty_folder, replace_folder, sha256
+from pipeline.workspace import Workspace, empty_folder, replace_folder
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "tokenizers")
 
@@ -36,8 +36,8 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
     train = config.train.model_dump(exclude={"checkpoint_every"})
     data_file = Path(config.data.source).expanduser()
     return {
-        "model": config.model.model_dump() | {"files": _input_state(Path(config.model.source).expanduser())},
-        "data": config.data.model_dump() | {"sha256": sha256(data_file) if data_file.is_file() else None},
+        "model": config.model.model_dump() | {"files": workspace.hashes_of(Path(config.model.source).expanduser())},
+        "data": config.data.model_dump() | {"files": workspace.hashes_of(data_file)},
         "train": train,
         "versions": versions(*LIBRARIES),
         "python": _python() if config.data.source.startswith("builtin:") else None,
@@ -49,6 +49,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     from transformers import AutoTokenizer, set_seed
     from transformers.trainer_utils import get_last_checkpoint
 
+    from pipeline import texts
     from pipeline.data import load_examples, write_examples
     from pipeline.data.encode import encode_examples
     from pipeline.libraries import quiet_progress_bars
@@ -76,6 +77,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     }
     if not encoded["training"].examples:
         raise UserError(f"train.max_length {settings.max_length}: leaves no answer in any example; make it larger")
+    texts.both(config, workspace, tokenizer)  # too little to measure on should not be found out after training
     set_seed(settings.seed)
     start = time.monotonic()
     # A checkpoint counts only for the run it was made in.
@@ -83,12 +85,21 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     for other in workspace.checkpoints.glob("*"):
         if other != checkpoints:
             shutil.rmtree(other)
+    for checkpoint in checkpoints.glob("checkpoint-*"):
+        if not (checkpoint / "trainer_state.json").is_file():  # written last: without it the rest is not whole
+            shutil.rmtree(checkpoint)
     trainer = _trainer(config, base, tokenizer, encoded, checkpoints, events)
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    result = trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=last)
     if encoded["held-out"].examples and not _just_evaluated(trainer.state):
         trainer.evaluate()
-    held_out_losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    losses, held_out_losses = (
+        [row[key] for row in trainer.state.log_history if key in row] for key in ("loss", "eval_loss")
+    )
+    if not all(map(math.isfinite, (*losses, *held_out_losses))):
+        raise UserError(
+            f"train.learning_rate {settings.learning_rate}: training diverged, its loss is not a number; lower it"
+        )
 
     partial = empty_folder(workspace.folder / "adapter.partial")
     trainer.model.save_pretrained(partial)
@@ -99,7 +110,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     summary = {
         "steps": trainer.state.global_step,
-        "train_loss": result.training_loss,
+        "train_loss": sum(losses) / len(losses),
         "held_out_loss": held_out_losses[-1] if held_out_losses else None,
         "trainable_parameters": trainable,
         "seconds_training": round(time.monotonic() - start, 1),
@@ -187,15 +198,22 @@ def _trainer(config: Config, base: Path, tokenizer, encoded: dict, output: Path,
         target_modules=settings.lora.target_modules,
         task_type="CAUSAL_LM",
     )
-    trainer = SFTTrainer(
-        model=model,
-        args=args,
-        train_dataset=datasets["training"],
-        eval_dataset=evaluation,
-        processing_class=tokenizer,
-        peft_config=lora,
-        callbacks=[_reporter(events)],
-    )
+    try:
+        trainer = SFTTrainer(
+            model=model,
+            args=args,
+            train_dataset=datasets["training"],
+            eval_dataset=evaluation,
+            processing_class=tokenizer,
+            peft_config=lora,
+            callbacks=[_reporter(events)],
+        )
+    except ValueError as error:
+        if "target modules" not in str(error).lower():
+            raise
+        raise UserError(
+            f"train.lora.target_modules {settings.lora.target_modules}: the model has no such layers"
+        ) from None
     # trl puts a 4-bit model's adapter into bf16, where small updates are rounded away, and a resumed
     # one is in float32 again: then it would not be the same training.
     for parameter in trainer.model.parameters():
@@ -220,8 +238,9 @@ def _reporter(events: Events):
             values = {}
             for key, value in (logs or {}).items():
                 if isinstance(value, (int, float)) and math.isfinite(value):
-                    name = key.removeprefix("eval_") if key.startswith("eval_") else key.removeprefix("train_")
-                    values[f"{'eval' if key.startswith('eval_') else 'train'}/{name}"] = value
+                    # `loss` is a step's, `train_loss` the mean at the end: not a point of the same curve.
+                    split, _, name = key.partition("_") if key.startswith("eval_") else ("train", "", key)
+                    values[f"{split}/{'mean_loss' if name == 'train_loss' else name.removeprefix('train_')}"] = value
             if values:
                 events.metrics(values, state.global_step)
 
@@ -262,14 +281,6 @@ def _portable_base(adapter: Path, hub_id: str | None) -> None:
     content = json.loads(path.read_text(encoding="utf-8"))
     content["base_model_name_or_path"] = hub_id
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _input_state(folder: Path) -> dict:
-    """Sizes and times of a local model's files; hashing gigabytes at every start would be felt."""
-    if not folder.is_dir():
-        return {}
-    files = (p for p in sorted(folder.iterdir()) if p.is_file())
-    return {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in files}
 
 
 def _python() -> str:

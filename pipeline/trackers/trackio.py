@@ -14,6 +14,7 @@ import numbers
 import os
 import shutil
 import sys
+import warnings
 
 from pipeline.config import Config
 
@@ -25,7 +26,10 @@ class TrackioTracker:
         with _silence():
             import trackio
 
-            self._trackio = trackio
+            # What its threads cannot write they warn about, over the run's lines; `flush` finds out.
+            warnings.filterwarnings("ignore", message=".*[Tt]rackio.*")
+            self._trackio, self._project = trackio, config.track.project
+            self._sent: set[str] = set()
             self._run = trackio.init(
                 project=config.track.project,
                 name=config.name,
@@ -35,6 +39,11 @@ class TrackioTracker:
                 auto_log_cpu=False,
                 config={"model": config.model.source, "data": config.data.source, "method": config.train.method},
             )
+            self._stored = self._read_back()
+
+    def holds(self, record: dict) -> bool:
+        """Is this event in the database?"""
+        return _text(record) in self._stored
 
     def send(self, record: dict) -> None:
         with _silence():
@@ -44,12 +53,25 @@ class TrackioTracker:
             self._run.log(as_metrics(record))
             failed = record["event"].endswith("_failed")
             level = self._trackio.AlertLevel.ERROR if failed else self._trackio.AlertLevel.INFO
-            self._run.alert(title=record["event"], text=json.dumps(record, separators=(",", ":")), level=level)
+            self._run.alert(title=record["event"], text=_text(record), level=level)
+            self._sent.add(_text(record))
 
     def flush(self) -> bool:
+        """Finish the run; True if every event sent is in the database, for Trackio itself does not say."""
         with _silence():
             self._trackio.finish()
-        return True
+            return self._sent <= self._read_back()
+
+    def _read_back(self) -> set[str]:
+        """The events in the database, as the texts of their alerts."""
+        try:
+            return {alert["text"] for alert in self._trackio.Api().alerts(self._project)}
+        except ValueError:  # the project has no database yet
+            return set()
+
+
+def _text(record: dict) -> str:
+    return json.dumps(record, separators=(",", ":"))
 
 
 def as_metrics(record: dict) -> dict[str, float]:
