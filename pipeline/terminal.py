@@ -126,7 +126,7 @@ def summary(console: Console, config: Config, workspace: Workspace) -> None:
     command = os.environ.get("TUNEPRESS_COMMAND", "tunepress")
     variants = [v for v in VARIANTS if (workspace.release / v).is_dir()]
     chosen = f" --variant {variants[-1]}" if variants else ""
-    console.print(f"Talk to it {escape(f'{command} chat {workspace.release}{chosen}')}")
+    console.print(f"Talk to it {escape(f'{command} chat {workspace.folder}{chosen}')}")
     console.print(f"Dashboard  {escape(dashboard_hint(config))}")
     if config.publish.repo is None:
         console.print(f"Publish    {escape(f'{command} publish {workspace.folder} --repo USER/NAME')}")

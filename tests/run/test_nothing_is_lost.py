@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 
 import pytest
 
@@ -80,10 +81,9 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path, tiny_model):
 def test_a_module_of_the_same_name_beside_the_user_does_no_harm(tmp_path, tiny_model):
     place = write_place(tmp_path, tiny_model("llama"))
     (tmp_path / "pipeline.py").write_text("raise SystemExit('not this one')\n")
-    code = "import sys; sys.path.pop(0); sys.argv = ['tunepress', 'train', 'tiny.yaml']; from pipeline.cli import main; main()"
-    done = subprocess.run(
-        [place.command()[0], "-P", "-c", code], cwd=tmp_path, env=place.env, capture_output=True, text=True
-    )
+    code = "import sys; sys.argv = ['tunepress', 'train', 'tiny.yaml']; from pipeline.cli import main; main()"
+    command = [sys.executable, "-P", "-c", code]  # as the installed command starts: without the folder one stands in
+    done = subprocess.run(command, cwd=tmp_path, env=place.env, capture_output=True, text=True)
     assert "training_completed" in place.names(), done.stderr
 
 
