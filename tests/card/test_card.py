@@ -363,7 +363,7 @@ def test_the_templates_are_found_in_an_installed_package(tmp_path):
     for template in (ROOT / "templates").glob("*.jinja"):  # what the package's metadata names
         shutil.copy(template, tmp_path / "pipeline" / "templates")
     (tmp_path / "config.yaml").write_text("{name: a, model: {source: org/base}, data: {source: org/data}}")
-    code = "from pipeline import card, config; a = card.About('n', 'u/m', config.load_config('config.yaml'), {})\n"
+    code = "from pipeline import card, config_file; a = card.About('n', 'u/m', config_file.load_config('config.yaml'), {})\n"
     code += "print(card._templates()); print(card.model_card(a, ['int8', 'int4']), card.variant_card(a, 'int4'))"
     done = subprocess.run(
         [sys.executable, "-c", code],
