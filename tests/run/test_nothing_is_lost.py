@@ -111,6 +111,7 @@ def test_events_sent_before_a_kill_are_not_sent_again(tmp_path, tiny_model):
     assert sorted(a["title"] for a in place.alerts()) == sorted(e["event"] for e in place.events())
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_another_folder(copied, tmp_path):
     shutil.rmtree(copied.release / "int4")
     config = json.loads(json.dumps(str(copied.folder / "tiny.yaml")))

@@ -87,6 +87,7 @@ def test_a_removed_variant_is_made_again_and_nothing_else(copied):
     assert (copied.release / "int4" / "README.md").is_file()
 
 
+@pytest.mark.slow
 def test_a_changed_setting_redoes_its_stage_and_what_follows(copied):
     before = copied.ledger()
     copied.tunepress("run", "tiny.yaml", "--set", "quantize.variants=[int8, {name: int4, rounding: rtn}]")
@@ -95,6 +96,7 @@ def test_a_changed_setting_redoes_its_stage_and_what_follows(copied):
     assert copied.results()["int4"]["variant"]["rounding"] == "rtn"
 
 
+@pytest.mark.slow
 def test_a_damaged_output_is_noticed(copied):
     weights = copied.release / "int8" / "model.safetensors"
     data = bytearray(weights.read_bytes())
