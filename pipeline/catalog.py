@@ -55,6 +55,9 @@ GROUP_SIZES = (32, 64, 128, 256)
 DATA_FORMS = {
     "messages": "a list of {role, content} under `messages`",
     "prompt_completion": "two strings under `prompt` and `completion`",
+    "instruction": "`instruction` and `output`, and where there is one `input`",
+    "question_answer": "two strings under `question` and `answer`",
+    "text": "plain text under `text`, all of it learned from",
 }
 
 

@@ -1,22 +1,16 @@
 """The one typed run configuration: what can be set, its defaults, and what is allowed.
 
-Plain data in, a frozen `Config` out (`parse_config`); whatever is wrong is a `ConfigError`
-that names the key, the value and what is allowed, in one line. `pipeline.config_file`
-reads it from YAML.
+`pipeline.config_file` reads it from YAML, and says in one line what is wrong with it.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
 import re
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.catalog import DATA_FORMS, GROUP_SIZES, VARIANTS, resolve_variants, variant_names
-from pipeline.errors import ConfigError, redact
 
 # The Hub's own rules: no "--" and "..", no ".git" at the end, and no name that begins or ends in a mark.
 _REPO_PART = r"[A-Za-z0-9]([\w.-]{0,94}\w)?"
@@ -67,8 +61,12 @@ class Model(Section):
 
 class Data(Section):
     source: str = Field(min_length=1, description="file, Hub id, or builtin:python-docs")
-    form: Literal["auto", *DATA_FORMS] = "auto"  # type: ignore[valid-type]
+    subset: str | None = Field(default=None, min_length=1, description="configuration of a data set on the Hub")
+    revision: str | None = Field(default=None, min_length=1, description="branch, tag or commit on the Hub")
     split: str = Field(default="train", min_length=1)
+    form: Literal["auto", *DATA_FORMS] = "auto"  # type: ignore[valid-type]
+    columns: dict[str, str] = Field(default={}, description="a form's column -> its name in this data set")
+    on_bad_row: Literal["refuse", "skip"] = "refuse"
     held_out: Real = Field(default=0.05, gt=0, lt=0.9, description="share kept out of training")
     limit: Count | None = Field(default=None, description="use at most this many examples")
     seed: Seed = 0
@@ -110,6 +108,7 @@ class Train(Section):
 
 class Merge(Section):
     base: Literal["auto", "nf4", "bf16"] = "auto"
+    adapter: str | None = Field(default=None, min_length=1, description="trained elsewhere: a folder, or a Hub id")
 
 
 class Evaluate(Section):
@@ -192,28 +191,75 @@ class Publish(Section):
     repo: str | None = Field(default=None, description="USER/NAME on the Hub")
     private: bool = True
     commits: Literal["per_stage", "single"] = "per_stage"
+    create_pr: bool = Field(default=False, description="open a pull request instead of committing to the main branch")
+    mirrors: dict[str, str] = Field(default={}, description="variant -> a repository that has it at its root")
 
     @field_validator("repo")
     @classmethod
     def _repo(cls, value: str | None) -> str | None:
-        if value is not None and not REPO_ID.match(value):
-            raise ValueError("a repository is written USER/NAME, with letters, digits, '-', '_' and '.'")
+        return _repository(value)
+
+    @field_validator("mirrors")
+    @classmethod
+    def _mirrors(cls, value: dict[str, str]) -> dict[str, str]:
+        for variant, repo in value.items():
+            if variant not in VARIANTS:
+                raise ValueError(f"{variant!r} is no variant; allowed are {', '.join(VARIANTS)}")
+            _repository(repo)
+        if len(set(value.values())) != len(value):
+            raise ValueError("each mirror needs a repository of its own")
         return value
+
+    @model_validator(mode="after")
+    def _mirrors_need_a_repository(self) -> Publish:
+        if self.repo in self.mirrors.values():
+            raise ValueError(f"mirrors: {self.repo} is the repository itself; a mirror needs one of its own")
+        return self
+
+
+def _repository(value: str | None) -> str | None:
+    if value is not None and not REPO_ID.match(value):
+        raise ValueError("a repository is written USER/NAME, with letters, digits, '-', '_' and '.'")
+    return value
 
 
 class Track(Section):
     project: str = Field(default="tunepress", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    space: str | None = Field(default=None, description="USER/NAME of a Space that shows the dashboard")
+    server: str | None = Field(default=None, description="address of a Trackio server of your own")
+
+    @field_validator("space")
+    @classmethod
+    def _space(cls, value: str | None) -> str | None:
+        return _repository(value)
+
+    @field_validator("server")
+    @classmethod
+    def _server(cls, value: str | None) -> str | None:
+        if value is not None and not re.match(r"https?://[^\s@?#]+\Z", value):
+            raise ValueError("an address such as https://trackio.example.org; its token goes in TRACKIO_WRITE_TOKEN")
+        return value
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Track:
+        if self.space and self.server:
+            raise ValueError("a Space or a server, not both")
+        return self
 
 
 class Config(Section):
-    """Everything a run needs to know. Same content, same run."""
+    """Everything a run needs to know. Same content, same run.
+
+    Without `data` nothing is trained: the model is quantized as it is, or with `merge.adapter` in it.
+    Without `evaluate` nothing is measured, which only a run without training may ask for.
+    """
 
     name: str = Field(description="the run's folder, and the Trackio run")
     model: Model
-    data: Data
+    data: Data | None
     train: Train = Train()
     merge: Merge = Merge()
-    evaluate: Evaluate = Evaluate()
+    evaluate: Evaluate | None = Evaluate()
     quantize: Quantize = Quantize()
     publish: Publish = Publish()
     track: Track = Track()
@@ -225,56 +271,15 @@ class Config(Section):
             raise ValueError("a run's name has letters, digits, '.', '_' and '-', and no spaces")
         return value
 
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Config:
+        if self.data and self.merge.adapter:
+            raise ValueError("data and merge.adapter: train an adapter, or bring one, not both")
+        if self.data and self.evaluate is None:
+            raise ValueError("evaluate: a model that is trained is measured too; leave the key out for the defaults")
+        return self
 
-def parse_config(tree: dict, origin: str) -> Config:
-    """A `Config` from plain data; `origin` is named in errors."""
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(f"{origin}: {_explain(error)}") from None
-
-
-def dump_config(config: Config) -> str:
-    """The configuration as YAML, every default written out."""
-    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, allow_unicode=True)
-
-
-def _explain(error: ValidationError) -> str:
-    first, *rest = error.errors(include_url=False)
-    key = ".".join(str(part) for part in first["loc"] if part not in ("str", "list[str]"))
-    if first["type"] == "extra_forbidden":
-        message = f"{key}: unknown key{_did_you_mean(first['loc'])}"
-    elif first["type"] == "missing":
-        message = f"{key}: missing, and it has no default"
-    else:
-        reason = first["msg"].removeprefix("Value error, ")
-        message = f"{key}: {cut(redact(_show(first['input'])))} is refused: {reason}"
-    return message + (f" (and {len(rest)} more)" if rest else "")
-
-
-def _show(value: Any, depth: int = 2) -> str:
-    """A value as YAML has it on one line. Aliases can make a small file stand for a huge or endless value."""
-    if isinstance(value, dict):
-        few = [f"{key}: {_show(v, depth - 1)}" for key, v in list(value.items())[:4]] if depth else []
-        return "{" + ", ".join(few + ["..."] * (len(few) < len(value))) + "}"
-    if isinstance(value, list):
-        few = [_show(v, depth - 1) for v in value[:4]] if depth else []
-        return "[" + ", ".join(few + ["..."] * (len(few) < len(value))) + "]"
-    return json.dumps(value, default=str, ensure_ascii=False)
-
-
-def cut(text: str) -> str:
-    """At most 80 characters of a text that an error repeats."""
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _did_you_mean(location: tuple) -> str:
-    section: Any = Config
-    for part in location[:-1]:
-        field = section.model_fields.get(part) if isinstance(section, type) else None
-        section = field.annotation if field is not None else None
-    if not (isinstance(section, type) and issubclass(section, BaseModel)):
-        section = VariantSpec
-    known = list(section.model_fields)
-    close = difflib.get_close_matches(str(location[-1]), known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known here are {', '.join(known)}"
+    @property
+    def merges(self) -> bool:
+        """Is there an adapter, so that the release has a model of its own at its root?"""
+        return self.data is not None or self.merge.adapter is not None

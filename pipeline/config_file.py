@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import difflib
+import json
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ValidationError
 
-from pipeline.config import Config, cut, parse_config
+from pipeline.config import Config, VariantSpec
 from pipeline.errors import ConfigError, redact
 
 
@@ -48,6 +51,19 @@ def load_config(source: str | Path, settings: list[str] | tuple[str, ...] = ()) 
     for setting in settings:
         _apply(tree, setting)
     return parse_config(tree, str(path))
+
+
+def parse_config(tree: dict, origin: str) -> Config:
+    """A `Config` from plain data; `origin` is named in errors."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: {_explain(error)}") from None
+
+
+def dump_config(config: Config) -> str:
+    """The configuration as YAML, every default written out."""
+    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, allow_unicode=True)
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -92,3 +108,46 @@ def _apply(tree: dict, setting: str) -> None:
         if not isinstance(tree, dict):
             raise ConfigError(f"--set {setting}: {name!r} is a value, not a section")
     tree[last] = value
+
+
+def _explain(error: ValidationError) -> str:
+    first, *rest = error.errors(include_url=False)
+    key = ".".join(str(part) for part in first["loc"] if part not in ("str", "list[str]"))
+    if first["type"] == "extra_forbidden":
+        message = f"{key}: unknown key{_did_you_mean(first['loc'])}"
+    elif first["type"] == "missing":
+        message = f"{key}: missing, and it has no default"
+    elif not key:  # a rule about several sections, which names them itself
+        message = first["msg"].removeprefix("Value error, ")
+    else:
+        reason = first["msg"].removeprefix("Value error, ")
+        message = f"{key}: {cut(redact(_show(first['input'])))} is refused: {reason}"
+    return message + (f" (and {len(rest)} more)" if rest else "")
+
+
+def _show(value: Any, depth: int = 2) -> str:
+    """A value as YAML has it on one line. Aliases can make a small file stand for a huge or endless value."""
+    if isinstance(value, dict):
+        few = [f"{key}: {_show(v, depth - 1)}" for key, v in list(value.items())[:4]] if depth else []
+        return "{" + ", ".join(few + ["..."] * (len(few) < len(value))) + "}"
+    if isinstance(value, list):
+        few = [_show(v, depth - 1) for v in value[:4]] if depth else []
+        return "[" + ", ".join(few + ["..."] * (len(few) < len(value))) + "]"
+    return json.dumps(value, default=str, ensure_ascii=False)
+
+
+def cut(text: str) -> str:
+    """At most 80 characters of a text that an error repeats."""
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _did_you_mean(location: tuple) -> str:
+    section: Any = Config
+    for part in location[:-1]:
+        field = section.model_fields.get(part) if isinstance(section, type) else None
+        section = field.annotation if field is not None else None
+    if not (isinstance(section, type) and issubclass(section, BaseModel)):
+        section = VariantSpec
+    known = list(section.model_fields)
+    close = difflib.get_close_matches(str(location[-1]), known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known here are {', '.join(known)}"

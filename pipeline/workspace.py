@@ -21,8 +21,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from pipeline.config import Config, dump_config
-from pipeline.config_file import load_config
+from pipeline.config import Config
+from pipeline.config_file import dump_config, load_config
 from pipeline.errors import WorkspaceError
 
 

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from pipeline.catalog import VARIANTS
-from pipeline.config import Config, dump_config
-from pipeline.config_file import load_config, shipped_configs
+from pipeline.config import Config
+from pipeline.config_file import dump_config, load_config, shipped_configs
 from pipeline.errors import ConfigError
 
 SMALLEST = "name: demo\nmodel: {source: user/model}\ndata: {source: tickets.jsonl}\n"
