@@ -1,0 +1,130 @@
+"""The YAML at the top of a card: ours merged into one that people edited, with no word of theirs lost.
+
+What does not change stays byte for byte, comments and order included; only the lines of
+keys whose value changes are written anew.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from pipeline.catalog import VARIANTS
+
+SOURCE = "tunepress"  # the name under which our results stand in a model index
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads words as the Hub does, by YAML 1.2: `no` is a language, and a date is a text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in rules if not tag.endswith((":bool", ":timestamp"))]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z"), list("tTfF")
+)
+
+
+def merge(ours: str, theirs: str, newline: str = "\n") -> str | None:
+    """`theirs` with our keys brought up to date, and every other key of theirs as it was.
+
+    Of lists, `tags` become a union (without the names of variants that are gone), and `model-index` keeps
+    the results that are not ours. A key that we have no value for, a licence say, stays as people wrote it.
+
+    Returns:
+        None where `theirs` cannot be read: no YAML, no mapping, or a key twice.
+    """
+    try:
+        node, found = yaml.compose(theirs, Loader=_Loader), yaml.load(theirs, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return None
+    found = {} if found is None else found
+    keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+    if not isinstance(found, dict) or any(keys.count(key) > 1 for key in keys):
+        return None
+    wanted = _merged(yaml.load(ours, Loader=_Loader) or {}, found)
+    edited = _edited(theirs, node, found, wanted, newline) if keys == list(found) else None
+    return edited if edited is not None and _says(edited, wanted) else _dump(wanted, newline)
+
+
+def _merged(ours: dict, theirs: dict) -> dict:
+    merged = {**theirs, **ours}
+    if "tags" in ours:
+        gone = VARIANTS.keys() - set(ours["tags"])
+        stay = [tag for tag in _list(theirs.get("tags")) if not (isinstance(tag, str) and tag in gone)]
+        merged["tags"] = stay + [tag for tag in ours["tags"] if tag not in stay]
+    if isinstance(index := merged.get("model-index"), list):
+        merged["model-index"] = index = _index(ours.get("model-index") or [], theirs.get("model-index"))
+        if not index:
+            del merged["model-index"]
+    return merged
+
+
+def _index(ours: list, theirs: Any) -> list:
+    """A model index with our results and those of theirs that we did not put there; ours stand where they stood."""
+    mine, measured = {entry["name"]: entry for entry in ours}, [_measured(r) for e in ours for r in e["results"]]
+    found = []
+    for entry in theirs if isinstance(theirs, list) else []:
+        if isinstance(entry, dict) and isinstance(entry.get("results"), list):
+            kept = [r for r in entry["results"] if not _is_ours(r) and _measured(r) not in measured]
+            new = mine.pop(entry["name"], None) if isinstance(entry.get("name"), str) else None
+            if new is None and not kept and entry["results"]:
+                continue
+            entry = {**entry, "results": [*(new["results"] if new else ()), *kept]}
+        found.append(entry)
+    return found + list(mine.values())
+
+
+def _is_ours(result: Any) -> bool:
+    source = result.get("source") if isinstance(result, dict) else None
+    return isinstance(source, dict) and source.get("name") == SOURCE
+
+
+def _measured(result: Any) -> Any:
+    """What a result is about: two with the same say the same thing, perhaps with other numbers."""
+    try:
+        task, about = result["task"]["type"], result["dataset"]
+        place = [about.get(key) for key in ("type", "config", "split", "revision")]
+        return [task, place, sorted(str(metric["type"]) for metric in result["metrics"])]
+    except (KeyError, TypeError, AttributeError):
+        return result
+
+
+def _edited(text: str, node: yaml.Node | None, old: dict, new: dict, newline: str) -> str | None:
+    """`text` with only the lines of changed keys written anew; None where keys do not begin lines."""
+    starts = [key.start_mark.index for key, _ in node.value] if node else [len(text)]
+    if node and (node.flow_style or any(index and text[index - 1] not in "\r\n" for index in starts)):
+        return None
+    blocks = [text[: starts[0]]]
+    for key, start, end in zip(old, starts, [*starts[1:], len(text)], strict=bool(node)):
+        block = text[start:end]
+        if key not in new or _dump(old[key], "\n") != _dump(new[key], "\n"):
+            comments = re.findall(r"^[ \t]*#.*(?:\r\n|\r|\n)?", block, re.MULTILINE)
+            block = (_dump({key: new[key]}, newline) + newline if key in new else "") + "".join(comments)
+        blocks.append(block)
+    added = {key: value for key, value in new.items() if key not in old}
+    if added and (kept := "".join(blocks)) and not kept.endswith(("\r", "\n")):
+        blocks.append(newline)
+    blocks.append(_dump(added, newline) if added else "")
+    edited = "".join(blocks)
+    return edited if text.endswith(("\r", "\n")) else edited.removesuffix(newline)
+
+
+def _says(text: str, wanted: dict) -> bool:
+    try:
+        return _dump(yaml.load(text, Loader=_Loader) or {}, "\n") == _dump(wanted, "\n")
+    except (yaml.YAMLError, ValueError):
+        return False
+
+
+def _dump(value: Any, newline: str) -> str:
+    text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, line_break=newline)
+    return text.removesuffix(newline)
+
+
+def _list(value: Any) -> list:
+    return value if isinstance(value, list) else [] if value is None else [value]

@@ -1,0 +1,95 @@
+"""The card of a repository in which people wrote text of their own: only our part of it changes.
+
+Our part stands between two HTML comments, each on a line of people's text or of its own.
+"""
+
+from __future__ import annotations
+
+import re
+
+from pipeline import front_matter
+
+START, END = "<!-- tunepress:start -->", "<!-- tunepress:end -->"
+_NEWLINE = re.compile(r"\r\n|\r|\n")
+_FRONT = re.compile(r"\s*---[ \t]*(?:\r\n|\r|\n)(?:([\S\s]*?)(?:\r\n|\r|\n))??---[ \t]*(?:\r\n|\r|\n|\Z)")
+_LINE = re.compile(r"([^\r\n]+)(?:\r\n|\r|\n|\Z)")
+_FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*\Z)|~{3,})(.*)")
+_INSIDE = re.compile(r" {4}| {0,3}\t| {0,3}>")  # an indented code block, a quotation
+_MARKER = re.compile(rf"(?P<code>(?<!`)(`+)(?!`).*?(?<!`)\2(?!`))|{re.escape(START)}|{re.escape(END)}")
+_UNREADABLE = "The metadata of this card could not be read, and was moved here:"
+
+
+def keep_own_text(rendered: str, existing: str) -> str:
+    """`existing` with our section and our metadata replaced by those of `rendered`, and the rest as it is.
+
+    A section goes from a start marker to the end marker that comes next. Where there are several, the first is
+    replaced and the others go. A marker without a partner, and one that stands in code, is text like any other.
+    Without a section, ours follows at the end, after a code block that was left open is closed. Line breaks are
+    those of `existing`. Metadata that cannot be read (no YAML, no mapping, a key twice) moves, word for word,
+    into a code block at the top of the text, where its author finds it, and ours takes its place.
+
+    Applied twice it gives, byte for byte, what it gives when applied once.
+    """
+    if not existing.strip("\ufeff \t\r\n"):
+        return rendered
+    existing = existing.removeprefix("\ufeff")  # before the first line it would hide the metadata
+    newline = found[0] if (found := _NEWLINE.search(existing)) else "\n"
+    ours, body = _parts(rendered)
+    section = body[body.index(START) : body.rindex(END) + len(END)]
+    theirs, body = _parts(existing)
+    body = _with_section(body, _NEWLINE.sub(newline, section), newline)
+    merged = front_matter.merge(ours or "", theirs or "", newline)
+    if merged is None:
+        merged, body = newline.join(_NEWLINE.split(ours or "")), _as_code(theirs or "", newline) + body
+    return newline.join(["---", merged, "---", body])
+
+
+def _parts(card: str) -> tuple[str | None, str]:
+    """(metadata without its dashes, everything after it)"""
+    front = _FRONT.match(card)
+    return (front[1], card[front.end() :]) if front else (None, card)
+
+
+def _as_code(metadata: str, newline: str) -> str:
+    marks = "`" * max(3, 1 + max(map(len, re.findall("`+", metadata)), default=0))
+    return newline.join([_UNREADABLE, "", f"{marks}yaml", metadata, marks, "", ""])
+
+
+def _with_section(text: str, section: str, newline: str) -> str:
+    found, open_fence = _sections(text)
+    if found:
+        between = [text[end:begin] for (_, end), (begin, _) in zip(found, [*found[1:], (len(text), 0)], strict=True)]
+        return text[: found[0][0]] + section + "".join(between)
+    lines = [_ended(text, newline)]
+    if open_fence:
+        lines.append(open_fence + newline)
+    if text.strip():
+        lines.append(newline)
+    return "".join([*lines, section, newline])
+
+
+def _ended(text: str, newline: str) -> str:
+    return text if text.endswith(("\r", "\n")) or not text else text + newline
+
+
+def _sections(text: str) -> tuple[list[tuple[int, int]], str]:
+    """(begin, end) of every section, and the fence of a code block that `text` leaves open, or "".
+
+    Code blocks are minded between sections only: one that somebody broke within a section ends with it.
+    """
+    found: list[tuple[int, int]] = []
+    begin, fence = None, ""
+    for line in _LINE.finditer(text):
+        if mark := _FENCE.match(line[1]):
+            if not fence:
+                fence = mark[1]
+            elif mark[1].startswith(fence) and not mark[2].strip():
+                fence = ""
+        elif not _INSIDE.match(line[1]):
+            for marker in _MARKER.finditer(line[1]):
+                if marker[0] == START:
+                    begin = None if fence else line.start() + marker.start()
+                elif marker[0] == END and begin is not None:
+                    found.append((begin, line.start() + marker.end()))
+                    begin, fence = None, ""
+    return found, fence
