@@ -45,53 +45,113 @@ def run(
     _conclude(loaded, workspace, as_json, reporter)
 
 
-def _stage_command(stage: str, text: str):
-    def command(config: ConfigArgument, settings: Settings = None, runs: Root = RUNS, as_json: AsJson = False) -> None:
-        from pipeline.config_file import load_config
-        from pipeline.run import run_one
-
-        loaded = load_config(config, settings or ())
-        workspace = run_one(loaded, stage, runs, _reporter(as_json))
-        if as_json:
-            print(json.dumps({"run": str(workspace.folder), "ledger": _states(workspace)}))
-
-    command.__doc__ = text
-    app.command(name=stage)(command)
+Output = Annotated[Path | None, typer.Option("--output", help="A new folder, which becomes the release.")]
+Variants = Annotated[str | None, typer.Option("--variants", help="int8, int4, both; several with commas.")]
+Measure = Annotated[bool, typer.Option("--measure", help="Load back and measure; publishing does so in any case.")]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of the model on the Hub.")]
 
 
-_stage_command("train", "Only fine-tune: data and base model to an adapter.")
-_stage_command("merge", "Only merge the run's adapter into its base model.")
-_stage_command("evaluate", "Only measure the merged model and its base.")
-_stage_command("quantize", "Only make, load back and measure the run's variants.")
+@app.command()
+def train(config: ConfigArgument, settings: Settings = None, runs: Root = RUNS, as_json: AsJson = False) -> None:
+    """Only fine-tune: data and base model to an adapter."""
+    _run_stage("train", config, settings, runs, as_json)
+
+
+@app.command()
+def merge(
+    source: Annotated[str, typer.Argument(metavar="CONFIG|BASE", help="A run's configuration, or a base model.")],
+    adapter: Annotated[str | None, typer.Argument(help="An adapter trained elsewhere: a folder, or a Hub id.")] = None,
+    output: Output = None,
+    base: Annotated[
+        str, typer.Option("--base", help="Merge into bf16 weights, or into nf4 as QLoRA saw them.")
+    ] = "bf16",
+    variants: Variants = None,
+    measure: Measure = False,
+    revision: Revision = None,
+    settings: Settings = None,
+    runs: Root = RUNS,
+    as_json: AsJson = False,
+) -> None:
+    """Only merge the run's adapter; or merge an adapter from elsewhere: merge BASE ADAPTER --output DIR."""
+    if _is_config(source):
+        _refuse(source, adapter=adapter, output=output, variants=variants, revision=revision, measure=measure or None)
+        return _run_stage("merge", source, settings, runs, as_json)
+    from pipeline.errors import ConfigError
+    from pipeline.midway import merge_config
+
+    if adapter is None or output is None:
+        raise ConfigError(f"merge {source}: write it as merge BASE ADAPTER --output DIR, or merge CONFIG.yaml")
+    asked = [variants] if variants else []
+    _run_midway(merge_config(source, adapter, output, base, asked, measure, revision, settings or ()), output, as_json)
+
+
+@app.command()
+def evaluate(config: ConfigArgument, settings: Settings = None, runs: Root = RUNS, as_json: AsJson = False) -> None:
+    """Only measure the run's full-precision model and its base."""
+    _run_stage("evaluate", config, settings, runs, as_json)
+
+
+@app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(metavar="CONFIG|MODEL", help="A run's configuration, or any model.")],
+    output: Output = None,
+    variants: Variants = None,
+    group_size: Annotated[int | None, typer.Option("--group-size", help="32, 64, 128 or 256, for int4.")] = None,
+    rounding: Annotated[str | None, typer.Option("--rounding", help="search, hqq or rtn.")] = None,
+    measure: Measure = False,
+    revision: Revision = None,
+    settings: Settings = None,
+    runs: Root = RUNS,
+    as_json: AsJson = False,
+) -> None:
+    """Only make the run's variants; or those of any model: quantize MODEL --output DIR --variants int8,int4."""
+    given = {"variants": variants, "group_size": group_size, "rounding": rounding, "revision": revision}
+    if _is_config(source):
+        _refuse(source, output=output, measure=measure or None, **given)
+        return _run_stage("quantize", source, settings, runs, as_json)
+    from pipeline.errors import ConfigError
+    from pipeline.midway import quantize_config
+
+    if output is None:
+        raise ConfigError(f"quantize {source}: say where to, with --output DIR, or name a configuration (.yaml)")
+    config = quantize_config(
+        source, output, [variants or "both"], group_size, rounding, measure, revision, settings or ()
+    )
+    _run_midway(config, output, as_json)
 
 
 @app.command()
 def publish(
-    source: Annotated[str, typer.Argument(help="A finished run's folder, or a configuration.")],
+    source: Annotated[str, typer.Argument(help="A finished run, a folder made by merge or quantize, or a CONFIG.")],
     repo: Annotated[str | None, typer.Option("--repo", metavar="USER/NAME", help="Where to.")] = None,
     private: Annotated[bool | None, typer.Option("--private/--public", help="Visibility of a new repository.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
     runs: Root = RUNS,
     as_json: AsJson = False,
 ) -> None:
-    """Publish a finished run, now or again; only what changed is sent."""
+    """Publish what is finished, now or again; only what changed is sent."""
     from pipeline.config_file import load_config
-    from pipeline.errors import WorkspaceError
     from pipeline.run import run_one
-    from pipeline.workspace import Workspace
+    from pipeline.workspace import HIDDEN, Workspace
 
     settings = [f"publish.repo={repo}"] if repo else []
     settings += [f"publish.private={'true' if private else 'false'}"] if private is not None else []
+    settings += ["publish.create_pr=true"] if create_pr else []
+    output = None
     if Path(source).is_dir():
         workspace = Workspace.open(source)
-        if workspace.config().name != workspace.folder.resolve().name:
-            raise WorkspaceError(
-                f"{source}: holds the run {workspace.config().name!r}; give the folder that name again"
-            )
-        runs, source = workspace.folder.resolve().parent, str(workspace.config_path)
+        source = str(workspace.config_path)
+        if workspace.folder.name == HIDDEN:
+            output = workspace.release
+        else:
+            _check_name(workspace)
+            runs = workspace.folder.resolve().parent
     loaded = load_config(source, settings)
+    if output is not None:
+        _publish_midway(loaded, output, as_json)
+        return
     workspace = run_one(loaded, "publish", runs, _reporter(as_json))
-    if as_json:
-        print(json.dumps({"run": str(workspace.folder), "published": workspace.ledger()["publish"].summary}))
+    _say_published(workspace, as_json)
 
 
 @app.command()
@@ -112,6 +172,24 @@ def status(
     from pipeline.terminal import show_status
 
     show_status(_console(), workspace, events[-last:] if last else [])
+
+
+@app.command()
+def clean(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    as_json: AsJson = False,
+) -> None:
+    """Remove what a release does not need: checkpoints, unpacked base models, what was interrupted."""
+    from pipeline.cleaning import clean as remove
+    from pipeline.terminal import size
+    from pipeline.workspace import Workspace
+
+    workspace = Workspace.open(folder)
+    freed, removed = remove(workspace)
+    if as_json:
+        print(json.dumps({"run": str(workspace.folder), "freed_bytes": freed, "removed": removed}))
+    else:
+        print(f"{size(freed)} freed: {', '.join(removed)}" if removed else "nothing to remove")
 
 
 @app.command()
@@ -144,6 +222,65 @@ def main() -> None:
     except UserError as error:
         print(f"tunepress: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def _run_stage(stage: str, config: str, settings: list[str] | None, runs: Path, as_json: bool) -> None:
+    from pipeline.config_file import load_config
+    from pipeline.run import run_one
+
+    workspace = run_one(load_config(config, settings or ()), stage, runs, _reporter(as_json))
+    if as_json:
+        print(json.dumps({"run": str(workspace.folder), "ledger": _states(workspace)}))
+
+
+def _run_midway(config, output: Path, as_json: bool) -> None:
+    from pipeline.run import run as run_all
+
+    reporter = _reporter(as_json)
+    workspace = run_all(config, reporter=reporter, output=output)
+    _conclude(config, workspace, as_json, reporter)
+
+
+def _publish_midway(config, output: Path, as_json: bool) -> None:
+    """What is published is what was measured, also where measuring was not asked for before."""
+    from pipeline.config import Evaluate
+    from pipeline.errors import ConfigError
+    from pipeline.run import run as run_all
+
+    if config.publish.repo is None:
+        raise ConfigError("publish.repo: not set, so there is nowhere to publish to; use --repo USER/NAME")
+    if config.evaluate is None:
+        config = config.model_copy(update={"evaluate": Evaluate()})
+    _say_published(run_all(config, reporter=_reporter(as_json), output=output), as_json)
+
+
+def _say_published(workspace, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"run": str(workspace.folder), "published": workspace.ledger()["publish"].summary}))
+
+
+def _check_name(workspace) -> None:
+    from pipeline.errors import WorkspaceError
+
+    if workspace.config().name != workspace.folder.resolve().name:
+        name = workspace.config().name
+        raise WorkspaceError(f"{workspace.folder}: holds the run {name!r}; give the folder that name again")
+
+
+def _is_config(source: str) -> bool:
+    """Is a verb's argument a configuration (a YAML file, or a shipped recipe), and not a model?"""
+    from pipeline.config_file import shipped_configs
+
+    return source.endswith((".yaml", ".yml")) or (source in shipped_configs() and not Path(source).is_dir())
+
+
+def _refuse(config: str, **options: object) -> None:
+    """Options for a model do not change what a configuration says."""
+    from pipeline.errors import ConfigError
+
+    given = next((name for name, value in options.items() if value is not None), None)
+    if given:
+        raise ConfigError(f"{config}: is a configuration, which says {given.replace('_', ' ')} itself; use --set")
 
 
 def _console(stderr: bool = False):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def shipped_configs() -> dict[str, Path]:
     return {p.stem: p for p in sorted(folder.glob("*.yaml"))} if folder else {}
 
 
-def load_config(source: str | Path, settings: list[str] | tuple[str, ...] = ()) -> Config:
+def load_config(source: str | Path, settings: Sequence[str] = ()) -> Config:
     """Read a configuration file, or a shipped recipe by its name.
 
     Args:
@@ -48,13 +49,13 @@ def load_config(source: str | Path, settings: list[str] | tuple[str, ...] = ()) 
     tree = _read_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a configuration is a mapping of keys to values, such as 'name: my-run'")
+    return parse_config(tree, str(path), settings)
+
+
+def parse_config(tree: dict, origin: str, settings: Sequence[str] = ()) -> Config:
+    """A `Config` from plain data and `key=value` overrides; `origin` is named in errors."""
     for setting in settings:
         _apply(tree, setting)
-    return parse_config(tree, str(path))
-
-
-def parse_config(tree: dict, origin: str) -> Config:
-    """A `Config` from plain data; `origin` is named in errors."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

@@ -1,7 +1,7 @@
 """Everything that is said of one model: quality on both texts, speed, memory, size, answers.
 
-A model is always measured through its files. The merged model is the reference; what it
-said of the texts is kept in the workspace, so that a variant can be compared without it.
+A model is always measured through its files. The full-precision model is the reference; what
+it said of the texts is kept in the workspace, so that a variant can be compared without it.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+from pipeline.checkpoint import Checkpoint
 from pipeline.config import Config
 from pipeline.errors import ModelError
 from pipeline.events import Events
+from pipeline.models import stored_bytes
 from pipeline.workspace import Workspace, read_json, write_json
 
 PROBE_TOKENS = 64
@@ -24,9 +26,12 @@ def evaluate(
     config: Config,
     workspace: Workspace,
     events: Events,
-    is_reference: bool = False,
+    reference: Path | None = None,
 ) -> dict:
-    """Measure the model in `folder`, and compare it with the reference unless it is the reference.
+    """Measure the model in `folder`.
+
+    Args:
+        reference: the full-precision model to compare it with, measured before; None if it is this one.
 
     Returns:
         Plain data for `results.json`: size, quality per text, speed per loader, answers.
@@ -44,7 +49,8 @@ def evaluate(
         return lambda done, total: events.progress(done, total, f"{label}: {what}")
 
     model, tokenizer = load(folder)
-    sequences = texts.both(config, workspace, tokenizer)
+    texts.with_template(tokenizer, workspace)
+    sequences = texts.all_texts(config, workspace, tokenizer)
     head_name, softcap = measure.output_head(model)
     head = model.get_output_embeddings().weight.detach().float().cpu()
     scored = {text: measure.score(model, part, tell(f"{text} text")) for text, part in sequences.items()}
@@ -57,33 +63,35 @@ def evaluate(
     if device.startswith("cuda"):
         torch.cuda.empty_cache()  # the probes load the model again, in processes of their own
 
-    if is_reference:
-        write_json(workspace.measurements / "reference" / "head.json", {"name": head_name})
-    quality = {}
-    for text, scores in scored.items():
-        figures = {
+    quality = {
+        text: {
             "text": config.data.source if text == texts.HELD_OUT else config.evaluate.general,
             "tokens": len(scores.nll),
             "sequences": int(scores.sequence.unique().numel()),
             "loss": asdict(measure.mean(scores.nll, scores.sequence)),
             "perplexity": asdict(measure.perplexity(scores)),
         }
-        path = workspace.measurements / "reference" / f"{text}.safetensors"
-        if is_reference:
-            scores.save(path)
-        else:
-            reference = measure.Scores.load(path)
-            figures["rise"] = asdict(measure.rise(scores, reference))
-            compared = measure.divergence(
-                scores, head, reference, _reference_head(workspace), softcap, tell("divergence")
-            )
-            figures |= {name: asdict(value) for name, value in compared.items()}
-        quality[text] = figures
+        for text, scores in scored.items()
+    }
+    kept = workspace.measurements / "reference"
+    if reference is None:
+        write_json(kept / "head.json", {"name": head_name})
+        for text, scores in scored.items():
+            scores.save(kept / f"{text}.safetensors")
+    else:
+        theirs = Checkpoint(reference).read(read_json(kept / "head.json", {})["name"])
+        for text, scores in scored.items():
+            other = measure.Scores.load(kept / f"{text}.safetensors")
+            compared = measure.divergence(scores, head, other, theirs, softcap, tell("divergence"))
+            quality[text] |= {
+                "rise": asdict(measure.rise(scores, other)),
+                **{name: asdict(value) for name, value in compared.items()},
+            }
 
     quantized = "quantization_config" in read_json(folder / "config.json", {})
     tell("speed and memory, in fresh processes")(0, 1)
     return {
-        "size_bytes": sum(p.stat().st_size for p in folder.glob("*.safetensors")),
+        "size_bytes": stored_bytes(folder),
         **({} if quantized else {"parameters": parameters}),
         "device": device,
         "loader": "pipeline.load",
@@ -109,10 +117,3 @@ def _speed(folder: Path, ids: list[int], loaders: tuple[str, ...]) -> dict:
             raise ModelError(f"{folder}: logits of pipeline.load differ from the stock loader's by {difference:.1%}")
         figures["pipeline.load"]["logits_off_stock"] = difference
     return figures
-
-
-def _reference_head(workspace: Workspace):
-    from pipeline.checkpoint import Checkpoint
-
-    known = read_json(workspace.measurements / "reference" / "head.json", {})
-    return Checkpoint(workspace.release).read(known["name"])

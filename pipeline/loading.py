@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from pipeline import kernels
 from pipeline.catalog import resolve_variants
 from pipeline.config import REPO_ID
-from pipeline.errors import HubError, ModelError, UserError, is_unreachable
+from pipeline.download import download
+from pipeline.errors import ModelError
 from pipeline.libraries import quiet, quiet_progress_bars
 from pipeline.quantization.formats import storage
 
@@ -119,27 +120,16 @@ def locate(source: str | Path, variant: str | None = None, revision: str | None 
 
 
 def _fetch(repo: str, variant: str | None, revision: str | None) -> Path:
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-
     prefix = f"{variant}/" if variant else ""
-    try:
-        info = HfApi().model_info(repo, revision=revision)
-        names = [s.rfilename for s in info.siblings or []]
+
+    def choose(names: list[str]) -> list[str]:
         wanted = [n for n in names if n.startswith(prefix) and "/" not in n.removeprefix(prefix)]
         if f"{prefix}config.json" not in wanted:
             there = sorted({n.split("/")[0] for n in names if n.endswith("/config.json")})
             raise ModelError(f"{repo}: no variant {variant!r}; there are: {', '.join(there) or 'none'}")
-        paths = [Path(hf_hub_download(repo, name, revision=info.sha)) for name in wanted]
-    except UserError:
-        raise
-    except RepositoryNotFoundError:
-        raise ModelError(f"{repo}: no such repository, or it is private and you are not logged in") from None
-    except Exception as error:
-        if not (isinstance(error, (HfHubHTTPError, OSError)) or is_unreachable(error)):
-            raise
-        raise HubError(f"{repo}: not a folder here, and the Hub could not be read: {error}") from None
-    return paths[0].parent
+        return wanted
+
+    return download(repo, choose, revision).folder / prefix
 
 
 def _device(name: str) -> torch.device:

@@ -212,13 +212,20 @@ def speed(model: PreTrainedModel, prompt_tokens: int = 256, new_tokens: int = 32
 def answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], new_tokens: int = 64
 ) -> list[dict[str, str]]:
-    """Greedy answers, without sampling, so that they differ only where the models do."""
+    """Greedy answers, without sampling, so that they differ only where the models do.
+
+    A model without a chat template goes on from the prompt as it stands.
+    """
     found = []
     for prompt in prompts:
-        messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(model.device)
+        if tokenizer.chat_template:
+            messages = [{"role": "user", "content": prompt}]
+            inputs = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        else:
+            inputs = tokenizer(prompt, return_tensors="pt")
+        inputs = inputs.to(model.device)
         output = model.generate(
             **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id or 0
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 
 from pipeline.checkpoint import SHARD_BYTES, Checkpoint, CheckpointWriter
 from pipeline.errors import ModelError
-from pipeline.models import copy_companions, read_config
+from pipeline.models import ADAPTER_FILES, copy_companions, read_config
 from pipeline.nf4 import as_nf4
 
 PREFIX = "base_model.model."
@@ -135,3 +136,19 @@ def merge_checkpoint(
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
     (output / "config.json").write_text(text + "\n", encoding="utf-8")
     copy_companions(base, output)
+
+
+def copy_adapter(source: Path, target: Path, hub_id: str | None) -> None:
+    """An adapter's two files, without what describes the machine it was trained on."""
+    target.mkdir(parents=True)
+    for name in ADAPTER_FILES:
+        shutil.copyfile(source / name, target / name)
+    make_portable(target, hub_id)
+
+
+def make_portable(adapter: Path, hub_id: str | None) -> None:
+    """peft writes the base model's path on this machine into an adapter; a Hub id or nothing belongs there."""
+    path = adapter / "adapter_config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["base_model_name_or_path"] = hub_id
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

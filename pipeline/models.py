@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.config import PACKAGE_SOURCE, REPO_ID, Model
-from pipeline.errors import MissingExtra, ModelError, UserError, is_unreachable
+from pipeline.download import download
+from pipeline.errors import MissingExtra, ModelError
 from pipeline.libraries import quiet
 
 # Everything at a repository's root that belongs to a checkpoint, and no pickle among it.
@@ -24,6 +25,7 @@ TOKENIZER_FILES = re.compile(
     r"^(tokenizer[\w.-]*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|"
     r"chat_template\.jinja|[\w.-]+\.tiktoken)$"
 )
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,42 @@ def fetch(model: Model, folder: Path, on_progress: Callable[[int, int], None] | 
     )
 
 
+def check_adapter(source: str) -> None:
+    """Is there an adapter of that name? No network.
+
+    Raises:
+        ModelError: naming the source and the way out.
+    """
+    if not _is_local(source, "merge.adapter"):
+        if not REPO_ID.match(source):
+            raise ModelError(f"merge.adapter {source!r}: not a folder here, and not a Hub id such as user/adapter")
+        return
+    for name in ADAPTER_FILES:
+        if not (Path(source).expanduser() / name).is_file():
+            raise ModelError(f"merge.adapter {source!r}: has no {name}, so this is not an adapter's folder")
+
+
+def fetch_adapter(source: str, on_progress: Callable[[int, int], None] | None = None) -> tuple[Path, Origin]:
+    """The folder of a LoRA adapter that was trained elsewhere, and where it came from.
+
+    A repository may have the adapter at its root or, as ours do, under `adapter/`.
+    """
+    check_adapter(source)
+    if _is_local(source, "merge.adapter"):
+        path = Path(source).expanduser()
+        return path, Origin(source, path.resolve().name)
+
+    def choose(names: list[str]) -> list[str]:
+        for prefix in ("", "adapter/"):
+            if all(prefix + name in names for name in ADAPTER_FILES):
+                return [prefix + name for name in ADAPTER_FILES]
+        raise ModelError(f"{source}: has no {ADAPTER_FILES[1]}, neither at its root nor under adapter/")
+
+    found = download(source, choose, None, on_progress)
+    folder = (found.folder / found.names[0]).parent
+    return folder, Origin(source, source, found.revision, hub_id=source)
+
+
 def linear_weights(folder: Path) -> dict[str, tuple[int, int]]:
     """Names and shapes (N, K) of the weights that may be quantized: linear layers but the output head.
 
@@ -104,6 +142,11 @@ def linear_weights(folder: Path) -> dict[str, tuple[int, int]]:
     }
 
 
+def stored_bytes(folder: Path) -> int:
+    """Size of a checkpoint's weights on disk, in bytes."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
 def copy_companions(source: Path, target: Path) -> None:
     """Copy the tokenizer, its chat template and the generation settings beside a checkpoint."""
     for path in sorted(source.iterdir()):
@@ -124,12 +167,12 @@ def read_config(folder: Path) -> dict:
     return config
 
 
-def _is_local(source: str) -> bool:
+def _is_local(source: str, key: str = "model.source") -> bool:
     try:
         path = Path(source).expanduser()
         return path.is_dir() or path.is_absolute() or source.startswith((".", "~"))
     except (OSError, RuntimeError) as error:  # a name too long for a folder; a home of nobody
-        raise ModelError(f"model.source {source[:80]!r}: not a folder ({error.args[-1]})") from None
+        raise ModelError(f"{key} {source[:80]!r}: not a folder ({error.args[-1]})") from None
 
 
 def _check_folder(path: Path) -> None:
@@ -230,36 +273,14 @@ def _tidy(folder: Path) -> None:
 
 
 def _download(model: Model, on_progress: Callable[[int, int], None] | None) -> tuple[Path, str]:
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
-
-    try:
-        info = HfApi().model_info(model.source, revision=model.revision)
-        files = [s.rfilename for s in info.siblings or [] if CHECKPOINT_FILES.match(s.rfilename)]
-        if not any(name.endswith(".safetensors") for name in files):
+    def choose(names: list[str]) -> list[str]:
+        wanted = [name for name in names if CHECKPOINT_FILES.match(name)]
+        if not any(name.endswith(".safetensors") for name in wanted):
             raise ModelError(f"{model.source}: no .safetensors at its root; pickled weights are not read")
-        path = None
-        for done, name in enumerate(files):
-            if on_progress:
-                on_progress(done, len(files))
-            path = Path(hf_hub_download(model.source, name, revision=info.sha)).parent
-    except UserError:
-        raise
-    except GatedRepoError:
-        raise ModelError(
-            f"{model.source}: gated; accept its terms on the Hub, then log in with 'hf auth login'"
-        ) from None
-    except RevisionNotFoundError:
-        raise ModelError(f"{model.source}: no revision {model.revision!r}") from None
-    except RepositoryNotFoundError:
-        raise ModelError(
-            f"{model.source}: no such model on the Hub, or it is private and you are not logged in"
-        ) from None
-    except Exception as error:
-        if not (isinstance(error, (HfHubHTTPError, OSError)) or is_unreachable(error)):
-            raise
-        raise ModelError(f"{model.source}: not a folder here, and the Hub could not be read: {error}") from None
-    return path, info.sha
+        return wanted
+
+    found = download(model.source, choose, model.revision, on_progress)
+    return found.folder, found.revision
 
 
 def _local_origin(source: str, path: Path) -> Origin:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from pipeline.errors import Interrupted, StageFailed
 from pipeline.events import Events
+from pipeline.reporter import Reporter
 from pipeline.workspace import Workspace
 
 GRACE_SECONDS = 20.0  # how long a stage may take to end after it was asked to
@@ -46,7 +47,7 @@ def run_stage(
     variants: tuple[str, ...],
     workspace: Workspace,
     events: Events,
-    on_progress: Callable[[int, int, str], None],
+    reporter: Reporter,
     on_tick: Callable[[], None],
 ) -> Report:
     """Run one stage to its end.
@@ -54,6 +55,7 @@ def run_stage(
     Args:
         stage: module under `pipeline.stages`.
         verb: whose events it sends; the parent sends the failure event of a killed stage.
+        reporter: is told of its progress, and shows what it has to show.
         on_tick: called a few times a second, to forward events and to redraw.
 
     Raises:
@@ -77,7 +79,7 @@ def run_stage(
             env={"GLIBC_TUNABLES": ALLOCATOR, **with_own_package(os.environ)},
         )
     os.close(writer)
-    messages = _Messages(reader, on_progress)
+    messages = _Messages(reader, reporter)
     try:
         interrupted = _watch(child, messages, on_tick)
     finally:
@@ -135,8 +137,8 @@ def _watch(child: subprocess.Popen, messages: _Messages, on_tick: Callable[[], N
 class _Messages:
     """Lines of JSON from the child's pipe."""
 
-    def __init__(self, descriptor: int, on_progress: Callable[[int, int, str], None]):
-        self._descriptor, self._on_progress = descriptor, on_progress
+    def __init__(self, descriptor: int, reporter: Reporter):
+        self._descriptor, self._reporter = descriptor, reporter
         self._buffer = b""
         self._open = True
         self._selector = selectors.DefaultSelector()
@@ -162,7 +164,9 @@ class _Messages:
         for line in lines:
             message = json.loads(line)
             if "progress" in message:
-                self._on_progress(*message["progress"])
+                self._reporter.progress(*message["progress"])
+            if "show" in message:
+                self._reporter.show(message["show"])
             self.outcome = message.get("outcome", self.outcome)
             self.error = message.get("error", self.error)
 

@@ -21,6 +21,9 @@ class Reporter:
     def progress(self, done: int, total: int, what: str) -> None:
         """The running step has done `done` of `total`; `what` it is doing."""
 
+    def show(self, lines: list[str]) -> None:
+        """The running step has something to show, such as the data it is about to train on."""
+
     def tick(self) -> None:
         """A few times a second while a step runs."""
 

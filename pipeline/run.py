@@ -9,22 +9,32 @@ from pathlib import Path
 
 from pipeline import data, models
 from pipeline.config import Config
-from pipeline.errors import ConfigError, Interrupted, StageFailed, UserError
+from pipeline.errors import ConfigError, Interrupted, StageFailed, UserError, WorkspaceError
 from pipeline.events import Events, Forwarder
 from pipeline.process import run_stage
 from pipeline.reporter import Reporter
 from pipeline.stages import STEPS, admit, document, evaluate, merge, publish, quantize, train
-from pipeline.workspace import Entry, Workspace, fingerprint
+from pipeline.workspace import HIDDEN, Entry, Workspace, fingerprint
 
 MODULES = {m.__name__.rpartition(".")[2]: m for m in (train, merge, evaluate, quantize, admit, document, publish)}
 
 
-def run(config: Config, root: str | Path = "runs", fresh: bool = False, reporter: Reporter | None = None) -> Workspace:
-    """The whole job, from a base model and a data set to a release; what is finished already is kept.
+def run(
+    config: Config,
+    root: str | Path = "runs",
+    fresh: bool = False,
+    reporter: Reporter | None = None,
+    output: str | Path | None = None,
+) -> Workspace:
+    """The whole job, from what the configuration brings to a release; what is finished already is kept.
+
+    With `data` that is training, merging, measuring and quantizing; with `merge.adapter` the same
+    without training; with neither, the model is quantized as it is.
 
     Args:
         root: folder under which the run's folder lies.
         fresh: remove what an earlier run of this name left.
+        output: folder that becomes the release itself; by default `release/` in the run's folder.
 
     Returns:
         The run's workspace; `workspace.release` is the result.
@@ -35,30 +45,39 @@ def run(config: Config, root: str | Path = "runs", fresh: bool = False, reporter
     """
     preflight(config)
     variants = tuple(spec.name for spec in config.quantize.variants)
-    published, per_stage = config.publish.repo is not None, config.publish.commits == "per_stage"
-    with Workspace.claim(root, config, fresh) as workspace, Steps(config, workspace, reporter or Reporter()) as steps:
-        steps.do("train")
-        steps.do("merge")
-        steps.do("evaluate")
+    published = config.publish.repo is not None
+    with _claimed(config, root, output, fresh) as workspace, Steps(config, workspace, reporter or Reporter()) as steps:
+        for stage in stages_before_variants(config):
+            steps.do(stage)
         ready = steps.admitted(variants)
-        if published and per_stage and (steps.did("train", "merge", "evaluate") or not steps.recorded("publish")):
+        per_stage = published and config.publish.commits == "per_stage" and not config.publish.create_pr
+        has_news = steps.did("train", "merge", "evaluate") or not steps.recorded("publish")
+        if per_stage and config.merges and has_news:
             steps.try_publish(ready)
         steps.write_variants(tuple(v for v in variants if v not in ready))
         for variant in variants:
-            if steps.try_admit(variant) and published and per_stage:
+            if steps.try_admit(variant) and per_stage:
                 steps.try_publish(steps.admitted(variants))
         steps.do("publish" if published else "document", steps.admitted(variants))
         steps.raise_failures()
     return workspace
 
 
-def run_one(config: Config, stage: str, root: str | Path = "runs", reporter: Reporter | None = None) -> Workspace:
+def run_one(
+    config: Config,
+    stage: str,
+    root: str | Path = "runs",
+    reporter: Reporter | None = None,
+    output: str | Path | None = None,
+) -> Workspace:
     """One verb of a run alone, and nothing before it: `train`, `merge`, `evaluate`, `quantize` or `publish`."""
     preflight(config, need_data=stage == "train", need_hub=stage == "publish")
     if stage == "publish" and config.publish.repo is None:
         raise ConfigError("publish.repo: not set, so there is nowhere to publish to; use --repo USER/NAME")
+    if stage != "publish" and stage not in (*stages_before_variants(config), "quantize"):
+        raise ConfigError(f"{stage}: not a part of this run; its configuration has no {_WANTED[stage]}")
     variants = tuple(spec.name for spec in config.quantize.variants)
-    with Workspace.claim(root, config) as workspace, Steps(config, workspace, reporter or Reporter()) as steps:
+    with _claimed(config, root, output) as workspace, Steps(config, workspace, reporter or Reporter()) as steps:
         steps.require(stage)
         if stage == "quantize":
             steps.write_variants(tuple(v for v in variants if not steps.holds("admit", (v,))))
@@ -75,6 +94,25 @@ def run_one(config: Config, stage: str, root: str | Path = "runs", reporter: Rep
     return workspace
 
 
+_WANTED = {"train": "data", "merge": "data and no merge.adapter", "evaluate": "evaluate"}
+
+
+def stages_before_variants(config: Config) -> tuple[str, ...]:
+    """The stages that this configuration asks for, in order, up to the first variant."""
+    asked = {"train": config.data, "merge": config.merges, "evaluate": config.evaluate}
+    return tuple(stage for stage, wanted in asked.items() if wanted)
+
+
+def _claimed(config: Config, root: str | Path, output: str | Path | None, fresh: bool = False):
+    """The run's workspace, locked: a folder of its name under `root`, or hidden inside `output`."""
+    if output is None:
+        return Workspace.claim(Path(root) / config.name, config, fresh)
+    folder = Path(output)
+    if folder.exists() and not (folder / HIDDEN).is_dir() and (not folder.is_dir() or any(folder.iterdir())):
+        raise WorkspaceError(f"{folder}: has other things in it; choose a new folder")
+    return Workspace.claim(folder / HIDDEN, config, fresh)
+
+
 def preflight(config: Config, need_data: bool = True, need_hub: bool = True) -> None:
     """Everything that can be found wrong before any work.
 
@@ -82,15 +120,19 @@ def preflight(config: Config, need_data: bool = True, need_hub: bool = True) -> 
         UserError: naming it.
     """
     models.check_source(config.model)
-    if need_data:
+    if config.merge.adapter:
+        models.check_adapter(config.merge.adapter)
+    if config.data and need_data:
         data.check_source(config.data)
-    data.general_text(config.evaluate.general)
-    if config.train.method == "lora" and config.merge.base == "nf4":
+    if config.evaluate:
+        data.general_text(config.evaluate.general)
+    if config.data and config.train.method == "lora" and config.merge.base == "nf4":
         raise ConfigError("merge.base nf4: train.method lora never saw NF4 weights; use auto or bf16")
     if need_hub and config.publish.repo:
         from pipeline.hub import check_access
 
-        check_access(config.publish.repo)
+        for repo in (config.publish.repo, *config.publish.mirrors.values()):
+            check_access(repo)
 
 
 class Steps:
@@ -99,9 +141,6 @@ class Steps:
     A step is a stage for some variants. Its key in the ledger is the stage's name, or
     `quantize/VARIANT` for a variant that was admitted.
     """
-
-    NEEDS = {"merge": ("train",), "evaluate": ("train", "merge"), "quantize": ("train", "merge", "evaluate")}
-    NEEDS["publish"] = NEEDS["quantize"]
 
     def __init__(self, config: Config, workspace: Workspace, reporter: Reporter):
         self._config, self._workspace, self._reporter = config, workspace, reporter
@@ -152,7 +191,7 @@ class Steps:
                 variants,
                 self._workspace,
                 self._events,
-                self._reporter.progress,
+                self._reporter,
                 self._tick,
             )
         except BaseException:
@@ -172,7 +211,7 @@ class Steps:
             raise Interrupted
 
     def try_admit(self, variant: str) -> bool:
-        """Measure a variant and let it in; True if it is in. Its failure keeps nothing else back."""
+        """Let a variant in, measured; True if it is in. Its failure keeps nothing else back."""
         if variant not in self._written and not self.holds("admit", (variant,)):
             return False  # its files could not be written, which has been told
         try:
@@ -195,7 +234,7 @@ class Steps:
         self._reporter.started(key)
         try:
             report = run_stage(
-                "quantize", "quantize", variants, self._workspace, self._events, self._reporter.progress, self._tick
+                "quantize", "quantize", variants, self._workspace, self._events, self._reporter, self._tick
             )
         except StageFailed as failure:
             self._reporter.failed(key)
@@ -211,7 +250,8 @@ class Steps:
 
     def require(self, stage: str) -> None:
         """Raise where a step that `stage` builds on is missing or out of date."""
-        for needed in self.NEEDS.get(stage, ()):
+        stages = stages_before_variants(self._config)
+        for needed in stages[: stages.index(stage)] if stage in stages else stages:
             if not self.holds(needed):
                 raise UserError(f"{stage}: {needed} is not done, or its inputs changed; run: tunepress {needed} CONFIG")
 

@@ -35,9 +35,9 @@ class TerminalReporter(Reporter):
         self._last_line = 0.0
 
     def begin(self, config: Config, workspace: Workspace) -> None:
-        self.console.print(
-            f"[bold]{escape(config.name)}[/]  {escape(config.model.source)}  +  {escape(config.data.source)}"
-        )
+        added = config.data.source if config.data else config.merge.adapter
+        made_of = "  +  ".join(filter(None, (config.model.source, added)))
+        self.console.print(f"[bold]{escape(config.name)}[/]  {escape(made_of)}")
         self.console.print(f"[dim]{escape(str(workspace.folder))}[/]")
 
     def kept(self, step: str) -> None:
@@ -76,6 +76,10 @@ class TerminalReporter(Reporter):
             self.console.print(f"  {escape(what)} ({done}/{total})" if total > 1 else f"  {escape(what)}")
         self._phase = phase.split(",")[0]
 
+    def show(self, lines: list[str]) -> None:
+        for line in lines:
+            self.console.print(f"  [dim]{escape(line)}[/]")
+
     def wrote(self, step: str, seconds: float) -> None:
         self._done(step, seconds, "files written")
 
@@ -109,31 +113,41 @@ def summary(console: Console, config: Config, workspace: Workspace) -> None:
     from pipeline.trackers.trackio import dashboard_hint
 
     results = read_json(workspace.results_path, {})
+    shown = [v for v in VARIANTS if v in results and (workspace.release / v).is_dir()]
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     for column in ("", "size", "held-out ppl", "general ppl", "KL", "decode", "memory"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
-    for name in ("base", "merged", *VARIANTS):
-        if name in results and (name not in VARIANTS or (workspace.release / name).is_dir()):
-            table.add_row(name, *_figures(results[name]))
-    console.print(table)
-    counted = {text: figures["tokens"] for text, figures in results["merged"]["quality"].items()}
-    console.print(
-        f"[dim]ppl: perplexity, ± one standard error, on {counted['held_out']} held-out and {counted['general']} "
-        "general tokens. KL: to the merged model, held-out, in nats a token. decode: batch 1, variants by "
-        "pipeline.load. memory: of a fresh process that loads and generates, libraries included.[/]"
-    )
+    for name in (*(n for n in ("base", "merged") if n in results), *shown):
+        table.add_row(name, *_figures(results[name]))
+    if table.rows:
+        console.print(table)
+    console.print(f"[dim]{_how_measured(results)}[/]")
     console.print(f"\nRelease    {escape(str(workspace.release))}")
     command = os.environ.get("TUNEPRESS_COMMAND", "tunepress")
-    variants = [v for v in VARIANTS if (workspace.release / v).is_dir()]
-    chosen = f" --variant {variants[-1]}" if variants else ""
-    console.print(f"Talk to it {escape(f'{command} chat {workspace.folder}{chosen}')}")
+    chosen = f" --variant {shown[-1]}" if shown else ""
+    run = workspace.release if workspace.release in workspace.folder.parents else workspace.folder
+    console.print(f"Talk to it {escape(f'{command} chat {run}{chosen}')}")
     console.print(f"Dashboard  {escape(dashboard_hint(config))}")
     if config.publish.repo is None:
-        console.print(f"Publish    {escape(f'{command} publish {workspace.folder} --repo USER/NAME')}")
+        console.print(f"Publish    {escape(f'{command} publish {run} --repo USER/NAME')}")
     else:
         from huggingface_hub import constants
 
         console.print(f"Published  {constants.ENDPOINT}/{config.publish.repo}")
+
+
+def _how_measured(results: dict) -> str:
+    """What the columns of the summary mean, as far as they were measured."""
+    quality = next((r["quality"] for r in results.values() if isinstance(r, dict) and "quality" in r), None)
+    if not quality:
+        return "nothing was measured; --measure does, and so does publishing"
+    counted = " and ".join(f"{q['tokens']} {text.replace('_', '-')}" for text, q in quality.items())
+    text = "held-out" if "held_out" in quality else "general"
+    return (
+        f"ppl: perplexity, ± one standard error, on {counted} tokens. KL: to the full-precision model, {text} text, in "
+        "nats a token. decode: batch 1, variants by pipeline.load. memory: of a fresh process that loads and "
+        "generates, libraries included."
+    )
 
 
 def size(count: float) -> str:
@@ -150,6 +164,8 @@ def _figures(result: dict) -> list[str]:
     speeds = result.get("speed", {})
     speed = speeds.get("pipeline.load") or speeds.get("stock") or {}
 
+    compared = next((q["kl"] for q in quality.values() if "kl" in q), None)  # held-out text first, where there is
+
     def perplexity(text: str) -> str:
         value = quality.get(text, {}).get("perplexity")
         return f"{value['value']:.2f} ± {value['stderr']:.2f}" if value else "-"
@@ -158,7 +174,7 @@ def _figures(result: dict) -> list[str]:
         size(result["size_bytes"]),
         perplexity("held_out"),
         perplexity("general"),
-        f"{quality['held_out']['kl']['value']:.4f}" if "kl" in quality.get("held_out", {}) else "-",
+        f"{compared['value']:.4f}" if compared else "-",
         f"{speed['decode_tokens_per_second']:.1f} tok/s" if speed.get("runs") else "-",
         size(speed["peak_memory_bytes"]) if "peak_memory_bytes" in speed else "-",
     ]
@@ -171,12 +187,21 @@ def _tell(figures: dict) -> str:
     if "merged_held_out_perplexity" in figures:
         base, merged = (figures[f"{m}_held_out_perplexity"] for m in ("base", "merged"))
         return f"held-out perplexity {base:.2f} -> {merged:.2f}"
-    if "held_out_perplexity" in figures:
-        return f"{size(figures['bytes_after'])}, held-out perplexity {figures['held_out_perplexity']:.2f}"
+    if "bytes_after" in figures:
+        return ", ".join([size(figures["bytes_after"]), *_perplexities(figures)])
     if "files_sent" in figures:
         sent = f"{figures['files_sent']} files, {size(figures['bytes_sent'])} sent"
         return f"{sent if figures['files_sent'] else 'nothing to send'}, {figures['url']}"
+    if "base_general_perplexity" in figures:
+        return f"general perplexity {figures['base_general_perplexity']:.2f}"
     return f"into the {figures['base']} base" if "base" in figures else ""
+
+
+def _perplexities(figures: dict) -> list[str]:
+    for text in ("held_out", "general"):
+        if value := figures.get(f"{text}_perplexity"):
+            return [f"{text.replace('_', '-')} perplexity {value:.2f}"]
+    return []
 
 
 def _clock(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""The two texts that every model of a run is measured on, as tokens.
+"""The texts that every model of a run is measured on, as tokens.
 
 Held-out text is the data set's own split, with the loss mask of training; general text
 is what the configuration names, cut into windows.
@@ -6,10 +6,12 @@ is what the configuration names, cut into windows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pipeline.config import Config
 from pipeline.data import general_text, read_examples
+from pipeline.data.chat import supply_template
 from pipeline.data.encode import Encoded, encode_examples, encode_text
 from pipeline.errors import DataError
 from pipeline.workspace import Workspace
@@ -21,24 +23,33 @@ if TYPE_CHECKING:
 # since an error cannot be estimated from one.
 WINDOW, WINDOWS = 1024, 16
 HELD_OUT, GENERAL = "held_out", "general"
+SUPPLIED = "supplied"  # in the description of the data: the chat template is ours
 
 
 def held_out(config: Config, workspace: Workspace, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
     """Held-out examples, whole ones, up to `evaluate.max_tokens` tokens of input."""
     examples = read_examples(workspace.data / "held_out.jsonl")
-    encoded = encode_examples(examples, tokenizer, config.train.loss_on, config.train.max_length).examples
-    chosen, tokens = [], 0
+    return chosen(config, encode_examples(examples, tokenizer, config.train.loss_on, config.train.max_length).examples)
+
+
+def chosen(config: Config, encoded: Sequence[Encoded]) -> list[Encoded]:
+    """Those of the held-out examples that are measured on.
+
+    Raises:
+        DataError: for less than two, since an error cannot be estimated from one.
+    """
+    taken, tokens = [], 0
     for example in encoded:
         tokens += len(example.input_ids)
-        if len(chosen) >= 2 and tokens > config.evaluate.max_tokens:
+        if len(taken) >= 2 and tokens > config.evaluate.max_tokens:
             break
-        chosen.append(example)
-    if len(chosen) < 2:
+        taken.append(example)
+    if len(taken) < 2:
         raise DataError(
             f"{config.data.source}: fewer than two held-out examples have an answer within train.max_length "
             f"{config.train.max_length} tokens; raise data.held_out, train.max_length or evaluate.max_tokens"
         )
-    return chosen
+    return taken
 
 
 def general(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
@@ -55,6 +66,14 @@ def general(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]
     return windows
 
 
-def both(config: Config, workspace: Workspace, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Encoded]]:
-    """Both texts by name."""
-    return {HELD_OUT: held_out(config, workspace, tokenizer), GENERAL: general(config, tokenizer)}
+def all_texts(config: Config, workspace: Workspace, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Encoded]]:
+    """The texts by name; held-out text only where there is a data set."""
+    kept = {HELD_OUT: held_out(config, workspace, tokenizer)} if config.data else {}
+    return kept | {GENERAL: general(config, tokenizer)}
+
+
+def with_template(tokenizer: PreTrainedTokenizerBase, workspace: Workspace) -> PreTrainedTokenizerBase:
+    """The tokenizer as training had it: with the chat template that was supplied where the base has none."""
+    if workspace.read_measurement("data").get("template") == SUPPLIED:
+        supply_template(tokenizer)
+    return tokenizer

@@ -7,6 +7,8 @@ runs/<name>/
   results.json     the figures, the only source of a card's numbers
   base/ data/ checkpoints/ adapter/ quantized/ measurements/ logs/
   release/         the result: the tree of the repository
+
+Where the result was to go to a folder of its own, the rest lies in that folder's `.tunepress/`.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from pathlib import Path
 from pipeline.config import Config
 from pipeline.config_file import dump_config, load_config
 from pipeline.errors import WorkspaceError
+
+HIDDEN = ".tunepress"  # the run's folder inside a result that was asked for by name
 
 
 @dataclass(frozen=True)
@@ -62,34 +66,45 @@ class Workspace:
         self.quantized = self.folder / "quantized"
         self.measurements = self.folder / "measurements"
         self.logs = self.folder / "logs"
-        self.release = self.folder / "release"
+        self.release = self.folder.parent if self.folder.name == HIDDEN else self.folder / "release"
 
     @classmethod
     @contextmanager
-    def claim(cls, root: str | Path, config: Config, fresh: bool = False) -> Iterator[Workspace]:
+    def claim(cls, folder: str | Path, config: Config, fresh: bool = False) -> Iterator[Workspace]:
         """The folder of `config`'s run, for this process alone, with the configuration written into it.
 
         Args:
-            fresh: remove what an earlier run of this name left.
+            fresh: remove what an earlier run left there.
+
+        Raises:
+            WorkspaceError: where another process works on it, or the folder cannot be had.
+        """
+        workspace = cls(folder)
+        with workspace.lock():
+            workspace._prepare(config, fresh)
+            yield workspace
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes out of the run's folder.
 
         Raises:
             WorkspaceError: where another process works on it, or the folder cannot be had.
         """
         from filelock import FileLock, Timeout
 
-        workspace = cls(Path(root) / config.name)
-        lock = FileLock(Path(root) / f".{config.name}.lock")
+        root = self.folder.parent
+        lock = FileLock(root / f".{self.folder.name.lstrip('.')}.lock")
         try:
-            Path(root).mkdir(parents=True, exist_ok=True)
+            root.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout:
-            raise WorkspaceError(f"{workspace.folder}: another tunepress is working on this run; wait for it") from None
+            raise WorkspaceError(f"{self.folder}: another tunepress is working on this run; wait for it") from None
         except OSError as error:
             raise WorkspaceError(f"{root}: runs cannot be written there ({error.strerror})") from None
         with lock:
             lock.release()  # `with` has taken it a second time
-            workspace._prepare(config, fresh)
-            yield workspace
+            yield
 
     def _prepare(self, config: Config, fresh: bool) -> None:
         if fresh and self.folder.exists():
@@ -106,15 +121,15 @@ class Workspace:
 
     @classmethod
     def open(cls, folder: str | Path) -> Workspace:
-        """An existing run's folder.
+        """An existing run, by its own folder or by that of its result.
 
         Raises:
             WorkspaceError: where there is none.
         """
-        workspace = cls(folder)
-        if not workspace.config_path.is_file():
-            raise WorkspaceError(f"{folder}: not a run's folder; it has no config.yaml")
-        return workspace
+        for workspace in (cls(folder), cls(Path(folder) / HIDDEN)):
+            if workspace.config_path.is_file():
+                return workspace
+        raise WorkspaceError(f"{folder}: not a run's folder; it has no config.yaml")
 
     def config(self) -> Config:
         return load_config(self.config_path)
@@ -180,19 +195,24 @@ class Workspace:
         """Digests of files, and of all files in folders, by their path in the workspace."""
         files = sorted(f for p in paths for f in (p.rglob("*") if p.is_dir() else [p]) if f.is_file())
         return {
-            f.relative_to(self.folder).as_posix(): Digest(sha256(f), f.stat().st_size, f.stat().st_mtime_ns)
+            Path(os.path.relpath(f, self.folder)).as_posix(): Digest(sha256(f), f.stat().st_size, f.stat().st_mtime_ns)
             for f in files
         }
 
-    def remember_base(self, folder: Path) -> None:
+    def remember_base(self, model: dict, folder: Path, revision: str | None) -> None:
         """Note where the base model lies on this machine; kept out of everything that is published."""
-        write_json(self.folder / "base.json", {"folder": str(folder.resolve())})
+        write_json(self.folder / "base.json", {"model": model, "folder": str(folder.resolve()), "revision": revision})
 
-    def base_folder(self) -> Path:
-        known = read_json(self.folder / "base.json", {}).get("folder", "")
-        if not known or not Path(known).is_dir():
-            raise WorkspaceError(f"{known}: the base model that was trained on is not there any more; put it back")
-        return Path(known)
+    def base_folder(self, model: dict) -> Path | None:
+        """Where the base model lies, if it was brought here for these settings and is still there."""
+        known = read_json(self.folder / "base.json", {})
+        folder = Path(known.get("folder", ""))
+        return folder if known.get("model") == model and (folder / "config.json").is_file() else None
+
+    def base_revision(self, model: dict) -> str | None:
+        """The commit of the base model that was brought here for these settings."""
+        known = read_json(self.folder / "base.json", {})
+        return known.get("revision") if known.get("model") == model else None
 
     def write_measurement(self, name: str, content: dict) -> Path:
         """Store one step's figures and put `results.json` together anew."""
@@ -206,7 +226,7 @@ class Workspace:
 
     def assemble_results(self) -> None:
         """`results.json` from the measurements there are; what was not measured is not in it."""
-        order = {name: i for i, name in enumerate(("data", "training", "merge", "base", "merged"))}
+        order = {name: i for i, name in enumerate(("origin", "data", "training", "adapter", "merge", "base", "merged"))}
         files = sorted(self.measurements.glob("*.json"), key=lambda p: (order.get(p.stem, len(order)), p.stem))
         write_json(self.results_path, {p.stem: read_json(p, {}) for p in files})
 
@@ -269,6 +289,20 @@ def replace_folder(partial: Path, folder: Path) -> None:
     else:
         partial.rename(folder)
     _sync_folder(folder.parent)
+
+
+def place_files(partial: Path, folder: Path) -> None:
+    """Move what a finished folder holds into one that holds other things too; `config.json` comes last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(partial.iterdir(), key=lambda p: p.name == "config.json"):
+        if path.is_dir():
+            replace_folder(path, folder / path.name)
+        else:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(path, folder / path.name)
+    partial.rmdir()
+    _sync_folder(folder)
 
 
 def empty_folder(folder: Path) -> Path:

@@ -38,7 +38,7 @@ def main() -> int:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     workspace = Workspace.open(folder)
     config = workspace.config()
-    events = Events(workspace.events_path, config.name, report.progress)
+    events = Events(workspace.events_path, config.name, report.progress, report.show)
     about = tuple(variants) if step.verb == "quantize" else (None,)
     start = time.monotonic()
     try:
@@ -91,6 +91,9 @@ class _Pipe:
     def send(self, message: dict) -> None:
         with contextlib.suppress(OSError):
             self._file.write(json.dumps(message, default=str) + "\n")
+
+    def show(self, lines: list[str]) -> None:
+        self.send({"show": lines})
 
     def progress(self, done: int, total: int, what: str) -> None:
         now = time.monotonic()

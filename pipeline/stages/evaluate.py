@@ -1,4 +1,4 @@
-"""Measure the merged model and the base it came from, on held-out and on general text."""
+"""Measure the full-precision model, and the base it came from, on held-out and on general text."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pipeline.data import general_text
 from pipeline.events import Events
 from pipeline.libraries import versions
 from pipeline.stages import Outcome
+from pipeline.stages.inputs import base_model, full_model, made_from, reference
 from pipeline.workspace import Workspace, fingerprint
 
 LIBRARIES = ("torch", "transformers")
@@ -20,7 +21,7 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
     return {
         "evaluate": config.evaluate.model_dump(),
         "general": fingerprint(general_text(config.evaluate.general)),
-        "after": workspace.state_of("train", "merge"),
+        "after": made_from(config, workspace),
         "versions": versions(*LIBRARIES),
     }
 
@@ -28,10 +29,11 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
     from pipeline.evaluation import evaluate
 
-    base = workspace.base_folder()
+    full = full_model(config, workspace, events)
+    models = {reference(config): full, "base": base_model(config, workspace, events)}
     outputs, summary = [workspace.measurements / "reference"], {}
-    for label, folder in (("merged", workspace.release), ("base", base)):
-        result = evaluate(label, folder, config, workspace, events, is_reference=label == "merged")
+    for label, folder in models.items():
+        result = evaluate(label, folder, config, workspace, events, None if folder == full else full)
         outputs.append(workspace.write_measurement(label, result))
         for text, figures in result["quality"].items():
             summary[f"{label}_{text}_perplexity"] = figures["perplexity"]["value"]

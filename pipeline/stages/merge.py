@@ -10,54 +10,75 @@ from pipeline.config import Config
 from pipeline.events import Events
 from pipeline.libraries import versions
 from pipeline.stages import Outcome
-from pipeline.workspace import Workspace, empty_folder, replace_folder
+from pipeline.stages.inputs import adapter, adapter_depends, base_model, model_depends
+from pipeline.workspace import Workspace, empty_folder, place_files, replace_folder, write_text
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 def parameters(config: Config, variant: str | None) -> dict:
-    return {"base": config.merge.base, "method": config.train.method}
+    about = {"adapter": config.merge.adapter} if config.merge.adapter else {"method": config.train.method}
+    return {"base": config.merge.base, **about}
 
 
 def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict:
+    brought = {"model": model_depends(config, workspace), "adapter": adapter_depends(config, workspace)}
+    trained = {"method": config.train.method, "max_tokens": config.evaluate and config.evaluate.max_tokens}
     return {
         "merge": config.merge.model_dump(),
-        "method": config.train.method,
-        "max_tokens": config.evaluate.max_tokens,
-        "after": workspace.state_of("train"),
+        **(trained if config.data else brought),
+        "after": workspace.state_of("train") if config.data else {},
         "versions": versions(*LIBRARIES),
     }
 
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
     from pipeline.libraries import quiet_progress_bars
-    from pipeline.merging import merge_checkpoint
+    from pipeline.merging import copy_adapter, merge_checkpoint
     from pipeline.models import linear_weights
 
     quiet_progress_bars()
-    base = workspace.base_folder()
+    base, lora = base_model(config, workspace, events), adapter(config, workspace, events)
     linear = linear_weights(base)
-    kinds = ("nf4", "bf16") if config.train.method == "qlora" else ("bf16",)
-    if config.merge.base != "auto":
-        kinds = (config.merge.base,)
-    folders = {kind: empty_folder(workspace.folder / f"merged-{kind}.partial") for kind in kinds}
+    folders = {kind: empty_folder(workspace.folder / f"merged-{kind}.partial") for kind in _kinds(config)}
     for kind, folder in folders.items():
         what = f"merging into the {kind} base"
-        merge_checkpoint(
-            base, workspace.adapter, folder, kind, linear, lambda d, t, what=what: events.progress(d, t, what)
-        )
-    comparison = _compare(config, workspace, events, base, folders) if len(kinds) > 1 else {}
-    chosen = _better(comparison) if comparison else kinds[0]
+        merge_checkpoint(base, lora, folder, kind, linear, lambda d, t, what=what: events.progress(d, t, what))
+        _keep_template(base, folder, workspace)
+    comparison = _compare(config, workspace, events, base, folders) if len(folders) > 1 else {}
+    chosen = _better(comparison) if comparison else next(iter(folders))
 
     release = folders.pop(chosen)
-    shutil.copytree(workspace.adapter, release / "adapter")
-    replace_folder(release, workspace.release)
+    copy_adapter(lora, release / "adapter", workspace.read_measurement("origin")["hub_id"])
+    files = [workspace.release / path.name for path in sorted(release.iterdir())]
+    if workspace.release in workspace.folder.parents:
+        place_files(release, workspace.release)
+    else:
+        replace_folder(release, workspace.release)
     for folder in folders.values():
         shutil.rmtree(folder)
     measured = workspace.write_measurement(
         "merge", {"base": chosen, "asked": config.merge.base, "compared": comparison}
     )
-    return Outcome((*_root_files(workspace.release), measured), {"base": chosen})
+    return Outcome((*files, measured), {"base": chosen})
+
+
+def _kinds(config: Config) -> tuple[str, ...]:
+    """The bases to merge into. What an adapter from elsewhere was trained on is not known: bf16, as is usual."""
+    if config.merge.base != "auto":
+        return (config.merge.base,)
+    return ("nf4", "bf16") if config.data and config.train.method == "qlora" else ("bf16",)
+
+
+def _keep_template(base: Path, merged: Path, workspace: Workspace) -> None:
+    """The chat template that training supplied belongs to the model from now on."""
+    from transformers import AutoTokenizer
+
+    from pipeline.texts import with_template
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    if not tokenizer.chat_template and with_template(tokenizer, workspace).chat_template:
+        write_text(merged / "chat_template.jinja", tokenizer.chat_template)
 
 
 def _compare(config: Config, workspace: Workspace, events: Events, base: Path, folders: dict[str, Path]) -> dict:
@@ -68,7 +89,7 @@ def _compare(config: Config, workspace: Workspace, events: Events, base: Path, f
     from pipeline.checkpoint import Checkpoint
     from pipeline.loading import load
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = texts.with_template(AutoTokenizer.from_pretrained(base), workspace)
     sequences = texts.held_out(config, workspace, tokenizer)
     model = live_model(config, base, workspace.adapter)
     head_name, softcap = measure.output_head(model)
@@ -108,7 +129,3 @@ def live_model(config: Config, base: Path, adapter: Path):
 
     model = load_base(base, config.train.method == "qlora")
     return PeftModel.from_pretrained(model, adapter).eval()
-
-
-def _root_files(release: Path) -> list[Path]:
-    return sorted(p for p in release.iterdir() if p.is_file()) + [release / "adapter"]

@@ -1,4 +1,4 @@
-"""Write the files of every variant asked for, in one pass over the merged checkpoint.
+"""Write the files of every variant asked for, in one pass over the full-precision checkpoint.
 
 They lie in `quantized/` until `pipeline.stages.admit` has loaded and measured them.
 """
@@ -14,6 +14,7 @@ from pipeline.errors import QuantizationError
 from pipeline.events import Events
 from pipeline.libraries import versions
 from pipeline.stages import Outcome
+from pipeline.stages.inputs import full_model, made_from
 from pipeline.workspace import Workspace, empty_folder, fingerprint, replace_folder, write_json
 
 LIBRARIES = ("torch", "torchao", "transformers")
@@ -26,11 +27,14 @@ def parameters(config: Config, variant: str | None) -> dict:
 
 
 def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict:
-    return {
-        "specs": [config.quantize.spec(v).model_dump() for v in variants],
+    measured = config.evaluate and {
         "evaluate": config.evaluate.model_dump(),
         "general": fingerprint(general_text(config.evaluate.general)),
-        "after": workspace.state_of("train", "merge"),
+    }
+    return {
+        "specs": [config.quantize.spec(v).model_dump() for v in variants],
+        "measured": measured,
+        "after": made_from(config, workspace),
         "versions": versions(*LIBRARIES),
     }
 
@@ -41,7 +45,8 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
 
     for name in variants:  # files of an earlier try must not be taken for these
         shutil.rmtree(workspace.quantized / name, ignore_errors=True)
-    linear = linear_weights(workspace.release)
+    source = full_model(config, workspace, events)
+    linear = linear_weights(source)
     specs, refused = [], {}
     for name in variants:
         spec = config.quantize.spec(name)
@@ -55,7 +60,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     made = {}
     if specs:
         made = quantize_checkpoint(
-            workspace.release, specs, partial, linear, lambda d, t: events.progress(d, t, "rounding and writing")
+            source, specs, partial, linear, lambda d, t: events.progress(d, t, "rounding and writing")
         )
     for name, folder in partial.items():
         replace_folder(folder, workspace.quantized / name)

@@ -7,8 +7,10 @@ quantization and computes in bf16, on CUDA and on a CPU alike (QLoRA, Dettmers e
 from __future__ import annotations
 
 import math
+import platform
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Config
@@ -16,7 +18,8 @@ from pipeline.errors import UserError
 from pipeline.events import Events
 from pipeline.libraries import versions
 from pipeline.stages import Outcome
-from pipeline.workspace import Workspace, empty_folder, replace_folder
+from pipeline.stages.inputs import base_model, model_depends
+from pipeline.workspace import Workspace, empty_folder, fingerprint, replace_folder
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "tokenizers")
 
@@ -36,111 +39,137 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
     train = config.train.model_dump(exclude={"checkpoint_every"})
     data_file = Path(config.data.source).expanduser()
     return {
-        "model": config.model.model_dump() | {"files": workspace.hashes_of(Path(config.model.source).expanduser())},
+        "model": model_depends(config, workspace),
         "data": config.data.model_dump() | {"files": workspace.hashes_of(data_file)},
         "train": train,
         "versions": versions(*LIBRARIES),
-        "python": _python() if config.data.source.startswith("builtin:") else None,
+        "python": platform.python_version() if config.data.source.startswith("builtin:") else None,
     }
 
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
-    import torch
-    from transformers import AutoTokenizer, set_seed
-    from transformers.trainer_utils import get_last_checkpoint
+    from transformers import set_seed
 
-    from pipeline import texts
-    from pipeline.data import load_examples, write_examples
-    from pipeline.data.encode import encode_examples
     from pipeline.libraries import quiet_progress_bars
-    from pipeline.models import fetch
-    from pipeline.workspace import fingerprint
 
     quiet_progress_bars()
-    settings = config.train
-    events.progress(0, 1, "reading the data")  # first, since a bad row should not wait for a long download
-    data = load_examples(config.data)
-    workspace.data.mkdir(exist_ok=True)
-    write_examples(workspace.data / "held_out.jsonl", data.held_out)
-    events.progress(0, 1, "fetching the model")
-    base, origin = fetch(config.model, workspace.base, lambda d, t: events.progress(d, t, "fetching the model"))
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    encoded = {
-        name: encode_examples(
-            examples,
-            tokenizer,
-            settings.loss_on,
-            settings.max_length,
-            lambda d, t, name=name: events.progress(d, t, f"tokenizing {name} examples"),
-        )
-        for name, examples in (("training", data.train), ("held-out", data.held_out))
-    }
-    if not encoded["training"].examples:
-        raise UserError(f"train.max_length {settings.max_length}: leaves no answer in any example; make it larger")
-    texts.both(config, workspace, tokenizer)  # too little to measure on should not be found out after training
-    set_seed(settings.seed)
+    prepared = _prepare(config, workspace, events)
+    set_seed(config.train.seed)
     start = time.monotonic()
-    # A checkpoint counts only for the run it was made in.
-    checkpoints = workspace.checkpoints / fingerprint(depends(config, workspace, ()))
-    for other in workspace.checkpoints.glob("*"):
-        if other != checkpoints:
-            shutil.rmtree(other)
-    for checkpoint in checkpoints.glob("checkpoint-*"):
-        if not (checkpoint / "trainer_state.json").is_file():  # written last: without it the rest is not whole
-            shutil.rmtree(checkpoint)
-    trainer = _trainer(config, base, tokenizer, encoded, checkpoints, events)
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
-    if encoded["held-out"].examples and not _just_evaluated(trainer.state):
-        trainer.evaluate()
+    checkpoints = _checkpoints(config, workspace)
+    trainer = _trainer(config, prepared, checkpoints, events)
+    resumed_from = _train(trainer, checkpoints)
     losses, held_out_losses = (
         [row[key] for row in trainer.state.log_history if key in row] for key in ("loss", "eval_loss")
     )
     if not all(map(math.isfinite, (*losses, *held_out_losses))):
         raise UserError(
-            f"train.learning_rate {settings.learning_rate}: training diverged, its loss is not a number; lower it"
+            f"train.learning_rate {config.train.learning_rate}: training diverged, its loss is not a number; lower it"
         )
-
-    partial = empty_folder(workspace.folder / "adapter.partial")
-    trainer.model.save_pretrained(partial)
-    (partial / "README.md").unlink(missing_ok=True)  # peft's empty card; ours covers the adapter
-    _portable_base(partial, origin.hub_id)
-    replace_folder(partial, workspace.adapter)
-
-    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    _save_adapter(trainer, workspace)
     summary = {
         "steps": trainer.state.global_step,
         "train_loss": sum(losses) / len(losses),
         "held_out_loss": held_out_losses[-1] if held_out_losses else None,
-        "trainable_parameters": trainable,
+        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "seconds_training": round(time.monotonic() - start, 1),
     }
-    workspace.remember_base(base)
-    workspace.write_measurement("data", _describe_data(data, encoded))
-    measured = workspace.write_measurement(
-        "training",
-        {
-            **summary,
-            "resumed_from_step": int(last.rpartition("-")[2]) if last else None,
-            "device": trainer.args.device.type,
-            "dtype": "bfloat16",
-            "history": [row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row],
-            "base": {
-                "source": origin.source,
-                "name": origin.name,
-                "revision": origin.revision,
-                "license": origin.license,
-                "languages": list(origin.languages),
-                "hub_id": origin.hub_id,
-                "changes": origin.changes,
-            },
-            "torch_threads": torch.get_num_threads(),
-        },
-    )
-    return Outcome((workspace.adapter, workspace.data, measured, workspace.measurements / "data.json"), summary)
+    measured = {
+        **summary,
+        "resumed_from_step": resumed_from,
+        "device": trainer.args.device.type,
+        "dtype": "bfloat16",
+        "history": [row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row],
+    }
+    workspace.write_measurement("data", prepared.description)
+    workspace.write_measurement("training", measured)
+    figures = (workspace.measurements / f"{name}.json" for name in ("origin", "data", "training"))
+    return Outcome((workspace.adapter, workspace.data, *figures), summary)
 
 
-def _trainer(config: Config, base: Path, tokenizer, encoded: dict, output: Path, events: Events):
+@dataclass(frozen=True)
+class _Prepared:
+    """What training starts from: the base model's folder, its tokenizer, and the examples of both splits as tokens."""
+
+    base: Path
+    tokenizer: object
+    encoded: dict
+    description: dict
+
+
+def _prepare(config: Config, workspace: Workspace, events: Events) -> _Prepared:
+    """Read the data, fetch the model, tokenize, and show what will be trained on."""
+    from transformers import AutoTokenizer
+
+    from pipeline import texts
+    from pipeline.data import load_examples, write_examples
+    from pipeline.data.chat import supply_template
+    from pipeline.data.describe import describe, report
+    from pipeline.data.encode import encode_examples
+
+    events.progress(0, 1, "reading the data")  # first, since a bad row should not wait for a long download
+    data = load_examples(config.data)
+    workspace.data.mkdir(exist_ok=True)
+    write_examples(workspace.data / "held_out.jsonl", data.held_out)
+    base = base_model(config, workspace, events)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    if data.form != "text":  # running text is learned as it is
+        supply_template(tokenizer)
+    encoded = {
+        name: encode_examples(
+            examples,
+            tokenizer,
+            config.train.loss_on,
+            config.train.max_length,
+            lambda d, t, name=name: events.progress(d, t, f"tokenizing {name} examples"),
+        )
+        for name, examples in (("training", data.train), ("held-out", data.held_out))
+    }
+    if not encoded["training"].examples:
+        longest = config.train.max_length
+        raise UserError(f"train.max_length {longest}: leaves no answer in any example; make it larger")
+    # Too little to measure on should not be found out after training.
+    texts.chosen(config, encoded["held-out"].examples)
+    texts.general(config, tokenizer)
+    description, samples = describe(data, encoded, tokenizer)
+    events.show(report(description, samples))
+    return _Prepared(base, tokenizer, encoded, description)
+
+
+def _checkpoints(config: Config, workspace: Workspace) -> Path:
+    """The folder of this training's checkpoints; a checkpoint counts only for the settings it was made with."""
+    own = workspace.checkpoints / fingerprint(depends(config, workspace, ()))
+    for other in workspace.checkpoints.glob("*"):
+        if other != own:
+            shutil.rmtree(other)
+    for checkpoint in own.glob("checkpoint-*"):
+        if not (checkpoint / "trainer_state.json").is_file():  # written last: without it the rest is not whole
+            shutil.rmtree(checkpoint)
+    return own
+
+
+def _train(trainer, checkpoints: Path) -> int | None:
+    """Train to the end; the step of the checkpoint that it went on from, if there was one."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    if trainer.eval_dataset is not None and not _just_evaluated(trainer.state):
+        trainer.evaluate()
+    return int(last.rpartition("-")[2]) if last else None
+
+
+def _save_adapter(trainer, workspace: Workspace) -> None:
+    from pipeline.merging import make_portable
+
+    partial = empty_folder(workspace.folder / "adapter.partial")
+    trainer.model.save_pretrained(partial)
+    (partial / "README.md").unlink(missing_ok=True)  # peft's empty card; ours covers the adapter
+    make_portable(partial, workspace.read_measurement("origin")["hub_id"])
+    replace_folder(partial, workspace.adapter)
+
+
+def _trainer(config: Config, prepared: _Prepared, output: Path, events: Events):
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -149,12 +178,12 @@ def _trainer(config: Config, base: Path, tokenizer, encoded: dict, output: Path,
     from pipeline.nf4 import load_base
 
     settings, on_gpu = config.train, torch.cuda.is_available()
-    model = load_base(base, settings.method == "qlora")
+    model = load_base(prepared.base, settings.method == "qlora")
     datasets = {
         name: Dataset.from_dict(
             {"input_ids": [e.input_ids for e in part.examples], "labels": [e.labels for e in part.examples]}
         )
-        for name, part in encoded.items()
+        for name, part in prepared.encoded.items()
         if part.examples
     }
     optimizer = {"adamw": "adamw_torch", "paged_adamw_8bit": "paged_adamw_8bit"}.get(
@@ -204,7 +233,7 @@ def _trainer(config: Config, base: Path, tokenizer, encoded: dict, output: Path,
             args=args,
             train_dataset=datasets["training"],
             eval_dataset=evaluation,
-            processing_class=tokenizer,
+            processing_class=prepared.tokenizer,
             peft_config=lora,
             callbacks=[_reporter(events)],
         )
@@ -249,41 +278,3 @@ def _reporter(events: Events):
 
 def _just_evaluated(state) -> bool:
     return any("eval_loss" in row and row["step"] == state.global_step for row in state.log_history)
-
-
-def _describe_data(data, encoded: dict) -> dict:
-    return {
-        "source": data.source,
-        "form": data.form,
-        "rows": data.rows,
-        "duplicates": data.duplicates,
-        "fingerprint": data.fingerprint,
-        "license": data.license,
-        "language": data.language,
-        "splits": {
-            name: {
-                "examples": len(part.examples),
-                "tokens": part.tokens,
-                "loss_tokens": part.loss_tokens,
-                "truncated": part.truncated,
-                "dropped": part.dropped,
-            }
-            for name, part in encoded.items()
-        },
-    }
-
-
-def _portable_base(adapter: Path, hub_id: str | None) -> None:
-    """peft writes the base model's path on this machine into the adapter; a Hub id or nothing belongs there."""
-    import json
-
-    path = adapter / "adapter_config.json"
-    content = json.loads(path.read_text(encoding="utf-8"))
-    content["base_model_name_or_path"] = hub_id
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _python() -> str:
-    import platform
-
-    return platform.python_version()

@@ -1,0 +1,80 @@
+"""Files of one repository on the Hub, at one commit: with progress in bytes, and errors in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import HubError, ModelError, UserError, is_unreachable, redact
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Where the files lie, which of them there are, and the commit that they are of."""
+
+    folder: Path
+    names: tuple[str, ...]
+    revision: str
+
+
+def download(
+    repo: str,
+    choose: Callable[[list[str]], list[str]],
+    revision: str | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Snapshot:
+    """Bring files of a model's repository into the Hub's cache; those that are there already are not fetched.
+
+    Args:
+        choose: picks from the repository's file names; may raise to refuse the repository.
+        revision: branch, tag or commit; by default the head of the main branch.
+        on_progress: called with bytes done and bytes in all.
+
+    Raises:
+        ModelError: where the repository or the revision is not there, or is not for this user.
+        HubError: where the Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        info = HfApi().model_info(repo, revision=revision, files_metadata=on_progress is not None)
+        sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
+        chosen = choose(list(sizes))
+        folder, done, total = Path(), 0, sum(sizes[name] for name in chosen)
+        for name in chosen:
+            meter = _meter(lambda fresh, before=done: on_progress(before + fresh, total)) if on_progress else None
+            path = Path(hf_hub_download(repo, name, revision=info.sha, tqdm_class=meter))
+            done += sizes[name]
+            folder = path.parents[name.count("/")]
+    except UserError:
+        raise
+    except GatedRepoError:
+        raise ModelError(f"{repo}: gated; accept its terms on the Hub, then log in with 'hf auth login'") from None
+    except RevisionNotFoundError:
+        raise ModelError(f"{repo}: no revision {revision!r}") from None
+    except RepositoryNotFoundError:
+        raise ModelError(f"{repo}: no such model on the Hub, or it is private and you are not logged in") from None
+    except Exception as error:
+        if not (isinstance(error, (HfHubHTTPError, OSError)) or is_unreachable(error)):
+            raise
+        reason = redact(" ".join(str(error).split())[:200])
+        raise HubError(f"{repo}: not a folder here, and the Hub could not be read: {reason}") from None
+    return Snapshot(folder, tuple(chosen), info.sha)
+
+
+def _meter(tell: Callable[[int], None]) -> type:
+    """A progress bar for the Hub's client that draws nothing, and tells how many bytes of a file have come."""
+    from tqdm import tqdm
+
+    class Meter(tqdm):
+        def __init__(self, *arguments, **options):
+            self._come = options.get("initial") or 0
+            super().__init__(*arguments, **{**options, "disable": True})
+
+        def update(self, n=1):
+            self._come += n or 0
+            tell(int(self._come))
+
+    return Meter

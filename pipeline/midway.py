@@ -1,0 +1,101 @@
+"""Configurations for those who enter midway: with a model to quantize, or with an adapter to merge.
+
+    quantize_config("user/model", "out", ["int8", "int4"])
+    merge_config("user/model", "./adapter", "out")
+
+`pipeline.run.run(config, output="out")` does the rest, with the same events, cards and ledger.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.catalog import VARIANTS, resolve_variants, variant_names
+from pipeline.config import Config
+from pipeline.config_file import parse_config
+from pipeline.errors import ConfigError
+
+
+def quantize_config(
+    source: str,
+    output: str | Path,
+    variants: list[str],
+    group_size: int | None = None,
+    rounding: str | None = None,
+    measure: bool = False,
+    revision: str | None = None,
+    settings: Sequence[str] = (),
+) -> Config:
+    """Make variants of a full-precision model, and nothing else.
+
+    Args:
+        source: Hub id, or folder.
+        variants: names or aliases; `group_size` and `rounding` go to those that take them.
+        settings: `key=value`, for whatever else a configuration has.
+
+    Raises:
+        ConfigError: naming the option and what is allowed.
+    """
+    return _config(source, output, _specs(variants, group_size, rounding), measure, revision, {}, settings)
+
+
+def merge_config(
+    base: str,
+    adapter: str,
+    output: str | Path,
+    kind: str = "auto",
+    variants: list[str] | None = None,
+    measure: bool = False,
+    revision: str | None = None,
+    settings: Sequence[str] = (),
+) -> Config:
+    """Merge an adapter that was trained elsewhere, and make variants of the result if any are asked for.
+
+    Args:
+        base: Hub id, or folder, of the model that the adapter was trained on.
+        adapter: Hub id, or folder.
+        kind: `bf16` (which `auto` stands for here), or `nf4` for what QLoRA training saw.
+    """
+    merge = {"base": kind, "adapter": adapter}
+    return _config(base, output, _specs(variants or [], None, None), measure, revision, {"merge": merge}, settings)
+
+
+def _config(
+    source: str,
+    output: str | Path,
+    specs: list[dict],
+    measure: bool,
+    revision: str | None,
+    more: dict,
+    settings: Sequence[str],
+) -> Config:
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(output).resolve().name).lstrip("._-")[:96]
+    tree = {
+        "name": name or "model",
+        "model": {"source": source, "revision": revision},
+        "data": None,
+        "evaluate": {} if measure else None,
+        "quantize": {"variants": specs},
+        **more,
+    }
+    return parse_config(tree, "options", settings)
+
+
+def _specs(variants: list[str], group_size: int | None, rounding: str | None) -> list[dict]:
+    names = [name.strip() for given in variants for name in given.split(",") if name.strip()]
+    specs = []
+    for given in names:
+        try:
+            resolved = resolve_variants(given)
+        except KeyError:
+            raise ConfigError(f"--variants {given}: allowed are {variant_names()}") from None
+        for name in resolved:
+            options = {"group_size": group_size if VARIANTS[name].grouped else None}
+            options["rounding"] = rounding if rounding in VARIANTS[name].roundings else None
+            specs.append({"name": name} | {key: value for key, value in options.items() if value is not None})
+    for option, value in (("group_size", group_size), ("rounding", rounding)):
+        if value is not None and specs and not any(option in spec for spec in specs):
+            raise ConfigError(f"--{option.replace('_', '-')} {value}: none of {', '.join(names)} takes it")
+    return specs

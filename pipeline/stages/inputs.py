@@ -1,0 +1,71 @@
+"""What stages start from: the base model, an adapter from elsewhere, the model that variants are made of.
+
+Whatever of it is not on this machine (any more) is fetched, as it was the first time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.events import Events
+from pipeline.workspace import Workspace
+
+
+def model_depends(config: Config, workspace: Workspace) -> dict:
+    """The settings of the base model, and the hashes of its files where it is a local folder."""
+    files = workspace.hashes_of(Path(config.model.source).expanduser())
+    return config.model.model_dump() | {"files": files}
+
+
+def adapter_depends(config: Config, workspace: Workspace) -> dict:
+    """The hashes of the files of an adapter from elsewhere, where it is a local folder."""
+    return workspace.hashes_of(Path(config.merge.adapter).expanduser()) if config.merge.adapter else {}
+
+
+def base_model(config: Config, workspace: Workspace, events: Events) -> Path:
+    """The folder of the base model. A branch that moves on the Hub is read once, and then stays where it was."""
+    from pipeline.models import fetch
+
+    settings = config.model.model_dump()
+    known = workspace.base_folder(settings)
+    if known:
+        return known
+    pinned = workspace.base_revision(settings)
+    model = config.model.model_copy(update={"revision": pinned}) if pinned else config.model
+    events.progress(0, 1, "fetching the model")
+    folder, found = fetch(model, workspace.base, lambda d, t: events.progress(d, t, "fetching the model"))
+    workspace.write_measurement("origin", asdict(found))
+    workspace.remember_base(settings, folder, found.revision)
+    return folder
+
+
+def adapter(config: Config, workspace: Workspace, events: Events) -> Path:
+    """The folder of the adapter to merge: the one that was trained here, or the one that was brought."""
+    from pipeline.models import fetch_adapter
+
+    if config.merge.adapter is None:
+        return workspace.adapter
+    events.progress(0, 1, "fetching the adapter")
+    folder, found = fetch_adapter(config.merge.adapter, lambda d, t: events.progress(d, t, "fetching the adapter"))
+    workspace.write_measurement(
+        "adapter", {"source": found.source, "name": found.name, "revision": found.revision, "hub_id": found.hub_id}
+    )
+    return folder
+
+
+def full_model(config: Config, workspace: Workspace, events: Events) -> Path:
+    """The full-precision model that variants are made of and compared with."""
+    return workspace.release if config.merges else base_model(config, workspace, events)
+
+
+def reference(config: Config) -> str:
+    """The key, in the results, of the model that others are compared with."""
+    return "merged" if config.merges else "base"
+
+
+def made_from(config: Config, workspace: Workspace) -> dict:
+    """What the full-precision model depends on: earlier steps' outputs, and what came from elsewhere."""
+    steps = workspace.state_of("train", "merge") if config.merges else {}
+    return steps | ({} if config.data else {"model": model_depends(config, workspace)})
