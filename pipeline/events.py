@@ -39,11 +39,18 @@ class Events:
         path: the workspace's `events.jsonl`.
         run: name of the run, in every record.
         on_progress: shows progress (done, total, what) to whoever watches; nothing is stored.
+        on_show: shows lines to whoever watches; nothing is stored.
     """
 
-    def __init__(self, path: Path, run: str, on_progress: Callable[[int, int, str], None] | None = None):
+    def __init__(
+        self,
+        path: Path,
+        run: str,
+        on_progress: Callable[[int, int, str], None] | None = None,
+        on_show: Callable[[list[str]], None] | None = None,
+    ):
         self.path, self.run = path, run
-        self._on_progress = on_progress
+        self._on_progress, self._on_show = on_progress, on_show
 
     def emit(self, verb: str, kind: Kind, variant: str | None = None, **fields: object) -> None:
         """Append an event of a stage; it is on disk when this returns."""
@@ -65,6 +72,10 @@ class Events:
     def progress(self, done: int, total: int, what: str = "") -> None:
         if self._on_progress:
             self._on_progress(done, total, what)
+
+    def show(self, lines: list[str]) -> None:
+        if self._on_show:
+            self._on_show(lines)
 
     def _append(self, record: dict) -> None:
         line = json.dumps({"time": round(time.time(), 3), "run": self.run, **record}, ensure_ascii=False, default=str)
