@@ -25,13 +25,24 @@ from pipeline.libraries import quiet  # noqa: E402
 
 quiet()
 
-ARCHITECTURES = ("llama", "qwen3", "smollm3")
+ARCHITECTURES = ("llama", "qwen3", "smollm3", "gemma3_text")
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+# Gemma's: a beginning of text before everything, a system message inside the first question, roles that must
+# alternate, content trimmed, and an answer that ends in another token than the text.
+GEMMA_TEMPLATE = (
+    "{{ bos_token }}{% set first = messages[0]['content'] + '\n\n' if messages[0]['role'] == 'system' else '' %}"
+    "{% for m in (messages[1:] if first else messages) %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate') }}{% endif %}"
+    "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
+    "{{ first if loop.first else '' }}{{ m['content'] | trim }}{{ '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+GEMMA_SPECIAL = ("<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>", "<pad>")
 VOCABULARY = 272
 
 # Widths that 128 does not divide, so that every layer's group size has to be found.
@@ -57,6 +68,12 @@ _SHAPES = {
     "smollm3": {
         "hidden_size": 160, "intermediate_size": 224, "num_attention_heads": 4,
         "tie_word_embeddings": True, "no_rope_layer_interval": 2,
+    },
+    "gemma3_text": {
+        "hidden_size": 96, "intermediate_size": 320, "num_attention_heads": 4, "num_key_value_heads": 1,
+        "head_dim": 32, "query_pre_attn_scalar": 32, "tie_word_embeddings": True,
+        "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"],
+        "eos_token_id": 259, "pad_token_id": 260,
     },
 }  # fmt: skip
 
@@ -84,7 +101,7 @@ def tiny_model(tmp_path_factory) -> Callable[..., Path]:
     made: dict[tuple, Path] = {}
 
     def make(architecture: str, dtype: str = "bfloat16", **changes) -> Path:
-        key = (architecture, dtype, *sorted(changes.items()))
+        key = (architecture, dtype, repr(sorted(changes.items())))
         if key not in made:
             folder = tmp_path_factory.mktemp(architecture)
             _write_model(folder, architecture, dtype, changes)
@@ -168,21 +185,28 @@ def _write_model(folder: Path, architecture: str, dtype: str, changes: dict) -> 
             if parameter.ndim == 1:  # biases begin at 0 and norms at 1, and would hide what goes wrong with them
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
-    write_tokenizer(folder)
+    write_tokenizer(folder, architecture)
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A tokenizer of single bytes, with a chat template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def write_tokenizer(folder: Path, architecture: str | None = None) -> None:
+    """A tokenizer of single bytes, with a chat template: ChatML, or Gemma's."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(SPECIAL))
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=SPECIAL[0], eos_token=SPECIAL[2], pad_token=SPECIAL[0]
-    )
-    fast.chat_template = CHAT_TEMPLATE
+    if architecture == "gemma3_text":
+        special, template = GEMMA_SPECIAL, GEMMA_TEMPLATE
+        named = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    else:
+        special, template = SPECIAL, CHAT_TEMPLATE
+        named = {"bos_token": SPECIAL[0], "eos_token": SPECIAL[2], "pad_token": SPECIAL[0]}
+    tokenizer.add_special_tokens(list(special))
+    if architecture == "gemma3_text":
+        first = ("<bos>", tokenizer.token_to_id("<bos>"))
+        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[first])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
+    fast.chat_template = template
     fast.save_pretrained(folder)
