@@ -48,6 +48,10 @@ class HubError(UserError):
     """The Hub refused, or could not be reached."""
 
 
+class TrackError(UserError):
+    """A tracker refused, or could not be reached."""
+
+
 class WorkspaceError(UserError):
     """The run's folder is in use, or not a run's folder."""
 

@@ -1,8 +1,7 @@
 """Stage events: appended to the workspace's spool first, sent to trackers from there.
 
-A stage's process only appends to `events.jsonl`. The process that started it reads
-the spool and hands every record, once and in order, to the tracker; a tracker that is
-down gets what it missed the next time. A record is one line of JSON: an event
+A stage's process only appends to `events.jsonl`; the process that started it forwards
+the spool (`pipeline.forwarding`). A record is one line of JSON: an event
 
     {"time": ..., "run": ..., "event": "merge_completed", "stage": "merge", ...}
 
@@ -16,10 +15,9 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from pipeline.errors import UserError, redact
-from pipeline.workspace import read_json, write_json
 
 # verb -> (what its events call the stage, the name of its push event)
 STAGES = {
@@ -111,56 +109,3 @@ def read_events(path: Path, offset: int = 0) -> tuple[list[dict], int]:
         except ValueError:
             continue  # torn by a power cut; what it said is lost
     return records, offset + len(whole)
-
-
-class Tracker(Protocol):
-    """Where events are shown: takes records in order, and says which it has for good."""
-
-    def send(self, record: dict) -> None: ...
-
-    def holds(self, record: dict) -> bool: ...
-
-    def flush(self) -> bool: ...
-
-
-class Forwarder:
-    """Hands the spool to a tracker, from where it had got to.
-
-    The position is stored after `flush` succeeded, so that a tracker that was down, or
-    a process that was killed, costs nothing but a delay. What the tracker holds already
-    when it is opened is not sent again.
-    """
-
-    def __init__(self, spool: Path, position_path: Path, open_tracker: Callable[[], Tracker]):
-        self._spool, self._position_path = spool, position_path
-        self._open, self._tracker = open_tracker, None
-        self._position = read_json(position_path, {}).get("offset", 0)
-        self.problem: str | None = None
-
-    def forward(self) -> None:
-        """Send what is new. A tracker that fails is left alone until `close`; it never stops a run."""
-        if self.problem:
-            return
-        records, position = read_events(self._spool, self._position)
-        try:
-            if records and self._tracker is None:
-                self._tracker = self._open()
-                held = [i for i, r in enumerate(records) if "event" in r and self._tracker.holds(r)]
-                records = records[held[-1] + 1 :] if held else records
-            for record in records:
-                self._tracker.send(record)
-            self._position = position
-        except Exception as error:  # whatever a tracker throws, the run goes on
-            self.problem = one_line(error)
-
-    def close(self) -> None:
-        """Send the rest and remember how far it got, if the tracker says it has it."""
-        self.forward()
-        try:
-            if self._tracker and not self.problem:
-                if self._tracker.flush():
-                    write_json(self._position_path, {"offset": self._position})
-                else:
-                    self.problem = "it did not keep what it was sent"
-        except Exception as error:
-            self.problem = self.problem or one_line(error)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from pipeline import data, models
 from pipeline.config import Config
 from pipeline.errors import ConfigError, Interrupted, StageFailed, UserError, WorkspaceError
-from pipeline.events import Events, Forwarder
+from pipeline.events import Events
+from pipeline.forwarding import Forwarder
 from pipeline.process import run_stage
 from pipeline.reporter import Reporter
 from pipeline.stages import STEPS, admit, document, evaluate, merge, publish, quantize, train
+from pipeline.trackers import opener
 from pipeline.workspace import HIDDEN, Entry, Workspace, fingerprint
 
 MODULES = {m.__name__.rpartition(".")[2]: m for m in (train, merge, evaluate, quantize, admit, document, publish)}
@@ -148,7 +149,7 @@ class Steps:
         self._failures: list[StageFailed] = []
         self._done: set[str] = set()
         self._written: set[str] = set()  # variants whose files this process has made
-        self._forwarder = Forwarder(workspace.events_path, workspace.folder / "trackio.json", _opener(config))
+        self._forwarder = Forwarder(workspace.events_path, opener(config))
 
     def __enter__(self) -> Steps:
         self._reporter.begin(self._config, self._workspace)
@@ -280,12 +281,3 @@ class Steps:
 
 def _key(stage: str, variants: tuple[str, ...]) -> str:
     return f"quantize/{variants[0]}" if stage == "admit" else stage
-
-
-def _opener(config: Config) -> Callable:
-    def open_tracker():
-        from pipeline.trackers.trackio import TrackioTracker
-
-        return TrackioTracker(config)
-
-    return open_tracker

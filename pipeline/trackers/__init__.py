@@ -1,1 +1,30 @@
-"""Places where events are shown. Each takes the spool's records, in order."""
+"""Places where events are shown."""
+
+from __future__ import annotations
+
+from pipeline.config import Config
+from pipeline.forwarding import Forwarder, Opener, Tracker
+from pipeline.workspace import Workspace
+
+
+def opener(config: Config) -> Opener:
+    """What a `Forwarder` opens the run's tracker with. Trackio is imported only then."""
+
+    def open_tracker(run_id: str, began: float) -> Tracker:
+        from pipeline.trackers.trackio import TrackioTracker
+
+        return TrackioTracker(config, run_id, began)
+
+    return open_tracker
+
+
+def sync(workspace: Workspace, config: Config) -> int:
+    """Send what the tracker has missed of a run, without running anything.
+
+    Returns:
+        How many records were sent; 0 where the tracker has them all.
+
+    Raises:
+        TrackError: where it cannot be reached, or refuses.
+    """
+    return Forwarder(workspace.events_path, opener(config)).send_all()

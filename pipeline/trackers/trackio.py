@@ -3,97 +3,136 @@
 `quantization_completed` for int8 becomes the metric `quantization/int8/completed = 1`
 with its numbers beside it, and an alert whose title is the event's name and whose text
 is the record as compact JSON.
+
+Trackio's own client queues in memory, forgets alerts that a server misses, and gives every
+call a new random id. Here the ids follow from the spool: Trackio keeps one row for each id,
+in its database and behind its HTTP interface alike, so sending again is harmless.
+
+A run keeps the name of its configuration. The run's identity is that of its spool, so that one
+begun anew with `--fresh` is a second run of the same name, with its own curve and `_Created`.
+Trackio stamps metrics that come over HTTP with the time of their arrival; their step tells the order.
+Variables that steer Trackio's own client (TRACKIO_SPACE_ID, TRACKIO_SERVER_URL,
+TRACKIO_WEBHOOK_URL) have no effect: the configuration says where a run goes.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
+import math
 import numbers
 import os
 import shutil
 import sys
-import warnings
+from datetime import UTC, datetime
 
-from pipeline.config import Config
+from pipeline.config import Config, Track
+from pipeline.forwarding import Item
+from pipeline.trackers.places import Local, Place, Server, check_write_token
+from pipeline.trackers.spaces import Space, check_hub_token
+
+
+def check(track: Track) -> None:
+    """Refuse what surely cannot work. A place that does not answer now is no reason: it gets the events later.
+
+    Raises:
+        TrackError: no token, or one that cannot write.
+    """
+    if track.server:
+        check_write_token(track.server)
+    if track.space:
+        check_hub_token(track.space)
+
+
+def place_of(track: Track) -> Place:
+    """Where the configuration wants a run to be shown."""
+    if track.server:
+        return Server(track.server)
+    return Space(track.space, track.project) if track.space else Local()
 
 
 class TrackioTracker:
-    """Sends records to Trackio's local database. All calls come from one thread."""
+    """One run of one Trackio project, wherever that is.
 
-    def __init__(self, config: Config):
-        with _silence():
-            import trackio
+    Args:
+        run_id: identity of the run, 32 hex digits.
+        began: when it began, in seconds since the epoch.
 
-            # What its threads cannot write they warn about, over the run's lines; `flush` finds out.
-            warnings.filterwarnings("ignore", message=".*[Tt]rackio.*")
-            self._trackio, self._project = trackio, config.track.project
-            self._sent: set[str] = set()
-            self._run = trackio.init(
-                project=config.track.project,
-                name=config.name,
-                resume="allow",
-                embed=False,
-                auto_log_gpu=False,
-                auto_log_cpu=False,
-                config={"model": config.model.source, "data": config.data.source, "method": config.train.method},
-            )
-            self._stored = self._read_back()
+    Raises:
+        TrackError: where the place cannot be reached.
+    """
 
-    def holds(self, record: dict) -> bool:
-        """Is this event in the database?"""
-        return _text(record) in self._stored
+    def __init__(self, config: Config, run_id: str, began: float):
+        self._project, self._run_id = config.track.project, run_id
+        self._about = {"project": config.track.project, "run": config.name, "run_id": run_id}
+        self._config = _settings(config) | {"_Created": _moment(began)}
+        self._place = place_of(config.track)
+        self._place.open()
 
-    def send(self, record: dict) -> None:
-        with _silence():
-            if "metrics" in record:
-                self._run.log({**record["metrics"], "train/global_step": record["step"]})
-                return
-            self._run.log(as_metrics(record))
-            failed = record["event"].endswith("_failed")
-            level = self._trackio.AlertLevel.ERROR if failed else self._trackio.AlertLevel.INFO
-            self._run.alert(title=record["event"], text=_text(record), level=level)
-            self._sent.add(_text(record))
+    def send(self, items: list[Item]) -> None:
+        """Store records, each once."""
+        logs = [self._log(item) for item in items]
+        logs[0]["config"] = self._config
+        self._place.store(logs, [self._alert(item) for item in items if item.is_event])
 
-    def flush(self) -> bool:
-        """Finish the run; True if every event sent is in the database, for Trackio itself does not say."""
-        with _silence():
-            self._trackio.finish()
-            return self._sent <= self._read_back()
+    def stored(self) -> tuple[int, int] | None:
+        """How many records, and how many of them events, there are of this run."""
+        return self._place.count(self._project, self._run_id)
 
-    def _read_back(self) -> set[str]:
-        """The events in the database, as the texts of their alerts."""
-        try:
-            return {alert["text"] for alert in self._trackio.Api().alerts(self._project)}
-        except ValueError:  # the project has no database yet
-            return set()
+    def _log(self, item: Item) -> dict:
+        metrics = as_metrics(item.record)
+        return self._entry(item) | {"metrics": metrics, "log_id": item.id}
+
+    def _alert(self, item: Item) -> dict:
+        title = item.record["event"]
+        text = json.dumps(item.record, separators=(",", ":"))
+        level = "error" if title.endswith("_failed") else "info"
+        return self._entry(item) | {"title": title, "text": text, "level": level, "alert_id": item.id}
+
+    def _entry(self, item: Item) -> dict:
+        return self._about | {"step": item.step, "timestamp": _moment(item.record["time"])}
 
 
-def _text(record: dict) -> str:
-    return json.dumps(record, separators=(",", ":"))
+def as_metrics(record: dict) -> dict[str, float | str]:
+    """A record's numbers: those of training under their own names, those of an event under `stage[/variant]/`.
 
-
-def as_metrics(record: dict) -> dict[str, float]:
-    """An event's name and numbers as metrics under `stage[/variant]/`."""
+    What is no finite number is spelt the way Trackio spells it.
+    """
+    if "metrics" in record:
+        return {key: _spelt(value) for key, value in record["metrics"].items()}
     prefix = "/".join(filter(None, (record["stage"], record.get("variant"))))
-    metrics: dict[str, float] = {f"{prefix}/{record['event'].rpartition('_')[2]}": 1}
+    metrics: dict[str, float | str] = {f"{prefix}/{record['event'].rpartition('_')[2]}": 1}
     for key, value in record.items():
         if isinstance(value, numbers.Real) and not isinstance(value, bool) and key != "time":
-            metrics[f"{prefix}/{key}"] = value
+            metrics[f"{prefix}/{key}"] = _spelt(value)
     return metrics
 
 
 def dashboard_hint(config: Config) -> str:
-    """The command that opens the dashboard, from here and with this environment."""
+    """The dashboard's address, or the command that opens it from here and with this environment."""
+    track = config.track
+    if track.server:
+        return f"{track.server.rstrip('/')}/?project={track.project}"
+    if track.space:
+        return f"https://huggingface.co/spaces/{track.space}"
     folder = os.environ.get("TRACKIO_DIR")
     beside = os.path.relpath(os.path.join(os.path.dirname(sys.executable), "trackio"))
     program = "trackio" if shutil.which("trackio") else beside
-    return f"{f'TRACKIO_DIR={folder} ' if folder else ''}{program} show --project {config.track.project}"
+    return f"{f'TRACKIO_DIR={folder} ' if folder else ''}{program} show --project {track.project}"
 
 
-@contextlib.contextmanager
-def _silence():
-    """Trackio prints what it does; the terminal belongs to the run."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
+def _settings(config: Config) -> dict:
+    """What the dashboard's table of runs shows."""
+    settings = {"model": config.model.source, "adapter": config.merge.adapter}
+    if config.data:
+        settings |= {"data": config.data.source, "method": config.train.method}
+    return {key: value for key, value in settings.items() if value}
+
+
+def _spelt(value: float) -> float | str:
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _moment(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat()

@@ -22,7 +22,6 @@ def _forget(place: Place, *keys: str) -> None:
         del ledger[key]
     (place.run_folder / "ledger.json").write_text(json.dumps(ledger))
     (place.run_folder / "events.jsonl").unlink()
-    (place.run_folder / "trackio.json").unlink()
     shutil.rmtree(place.folder / "trackio")
 
 
