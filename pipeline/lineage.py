@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config
+from pipeline.config import REPO_ID, Config
 from pipeline.libraries import versions
 from pipeline.workspace import Workspace, sha256
 
@@ -16,7 +16,12 @@ SCHEMA = 1
 
 
 def lineage(
-    config: Config, workspace: Workspace, results: dict, files: Mapping[str, Path], documents: Collection[str]
+    config: Config,
+    workspace: Workspace,
+    results: dict,
+    files: Mapping[str, Path],
+    documents: Collection[str],
+    mirror_of: str | None = None,
 ) -> bytes:
     """The lineage of a release as JSON.
 
@@ -24,6 +29,7 @@ def lineage(
         results: the figures of the models in this release, as `results.json` has them.
         files: what the release consists of besides its documents: path in it -> local file.
         documents: paths of the documents beside this one, which hold the same figures for people.
+        mirror_of: the repository whose variant stands here at the root.
     """
     known = {
         (workspace.folder / path).resolve(): digest
@@ -37,21 +43,39 @@ def lineage(
             return {"sha256": entry.sha256, "size": entry.size}
         return {"sha256": sha256(path), "size": state.st_size}
 
-    training = results.get("training", {})
     content = {
         "schema": SCHEMA,
         "made_with": {"tunepress": own_version(), **versions()},
         "run": config.name,
-        "base": training.get("base", {}),
-        "data": {k: results.get("data", {}).get(k) for k in ("source", "form", "fingerprint", "license")},
+        **({"mirror_of": mirror_of} if mirror_of else {}),
+        "base": results.get("origin", {}),
+        **({"adapter": results["adapter"]} if "adapter" in results else {}),
+        **({"data": _data(config, results)} if config.data else {}),
         "configuration": json.loads(config.model_dump_json()),
-        "merged_into": results.get("merge", {}).get("base"),
+        **({"merged_into": results["merge"].get("base")} if "merge" in results else {}),
         "files": {name: digest(path) for name, path in sorted(files.items())},
         "documents": sorted(documents),
         "results": results,
     }
-    sources = (config.model.source, config.data.source, config.evaluate.general)
-    return (json.dumps(_portable(content, sources), indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(_portable(content, _sources(config)), indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _data(config: Config, results: dict) -> dict:
+    """Which data was trained on: what was asked for, and over it what was found."""
+    asked = config.data.model_dump(include={"source", "subset", "revision", "split", "form"})
+    found = {k: results.get("data", {}).get(k) for k in (*asked, "fingerprint", "license")}
+    return {**asked, **{k: v for k, v in found.items() if v is not None}}
+
+
+def _sources(config: Config) -> set[str]:
+    """What the configuration names that may lie on this machine."""
+    named = (
+        config.model.source,
+        config.data and config.data.source,
+        config.evaluate and config.evaluate.general,
+        config.merge.adapter,
+    )
+    return {source for source in named if source}
 
 
 def _portable(content: Any, sources: Collection[str]) -> Any:
@@ -63,7 +87,8 @@ def _portable(content: Any, sources: Collection[str]) -> Any:
     if not isinstance(content, str) or content not in sources or content.startswith(("package:", "builtin:")):
         return content
     path = Path(content).expanduser()
-    return path.resolve().name if path.exists() else content
+    on_hub = REPO_ID.match(content) and not path.exists()
+    return content if on_hub else path.resolve().name
 
 
 def own_version() -> str:

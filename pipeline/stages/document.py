@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.catalog import VARIANTS
 from pipeline.config import Config
 from pipeline.events import Events
-from pipeline.hub import LINEAGE, Content
+from pipeline.hub import LINEAGE
 from pipeline.stages import Outcome
 from pipeline.workspace import Workspace, fingerprint, read_json, write_bytes
 
+if TYPE_CHECKING:
+    from pipeline.card import About
+
 PICTURE = "assets/quality_vs_size.png"
+CARD = "README.md"
+
+Existing = Callable[[str], bytes | None]  # path -> what is there now, in which people may have written
 
 
 def parameters(config: Config, variant: str | None) -> dict:
@@ -32,41 +41,73 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
 
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
-    documents = render(config, workspace, variants)
+    documents = render(config, workspace, variants, lambda path: local(workspace, path))
     paths = write(workspace, documents, variants)
     return Outcome(tuple(paths), {"documents": len(paths)})
 
 
 def release_files(workspace: Workspace, variants: tuple[str, ...]) -> dict[str, Path]:
     """The models of a release with these variants, as the ledger knows them: path in the repository -> local file."""
-    ledger, prefix = workspace.ledger(), f"{workspace.release.name}/"
-    made = (path for key in ("merge", *(f"quantize/{v}" for v in variants)) for path in ledger[key].outputs)
-    return {p.removeprefix(prefix): workspace.folder / p for p in sorted(made) if p.startswith(prefix)}
+    ledger = workspace.ledger()
+    prefix = Path(os.path.relpath(workspace.release, workspace.folder)).as_posix() + "/"
+    steps = [ledger[key] for key in ("merge", *(f"quantize/{v}" for v in variants)) if key in ledger]
+    made = sorted(path for step in steps for path in step.outputs)
+    return {p.removeprefix(prefix): workspace.folder / p for p in made if p.startswith(prefix)}
 
 
-def render(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict[str, bytes]:
-    """The documents of a release that holds exactly these variants."""
-    from pipeline.card import About, model_card, plot_quality, variant_card
+def render(config: Config, workspace: Workspace, variants: tuple[str, ...], existing: Existing) -> dict[str, bytes]:
+    """The documents of a release that holds exactly these variants.
+
+    Args:
+        existing: the documents that are there; what people wrote into a README.md stays.
+    """
+    from pipeline.card import model_card, plot_quality, variant_card
     from pipeline.lineage import lineage
+    from pipeline.readmes import merged
 
-    results = _results(workspace, variants)
-    location = config.publish.repo or workspace.release.as_posix()
-    about = About(config.publish.repo or config.name, location, config, results)
-    documents = {"README.md": model_card(about, variants).encode()}
-    for variant in variants:
-        documents[f"{variant}/README.md"] = variant_card(about, variant).encode()
+    about = _about(config, workspace, variants)
+    cards = {CARD: model_card(about, variants), **{f"{v}/{CARD}": variant_card(about, v) for v in variants}}
+    documents = {path: merged(card.encode(), existing(path)) for path, card in cards.items()}
     with tempfile.TemporaryDirectory() as scratch:
         picture = Path(scratch) / "picture.png"
         if plot_quality(about, variants, picture):
             documents[PICTURE] = picture.read_bytes()
-    documents[LINEAGE] = lineage(config, workspace, results, release_files(workspace, variants), documents.keys())
+    files = release_files(workspace, variants)
+    documents[LINEAGE] = lineage(config, workspace, about.results, files, documents.keys())
     return documents
 
 
+def render_mirror(config: Config, workspace: Workspace, variant: str, existing: Existing) -> dict[str, bytes]:
+    """The documents of the repository that has one variant at its root."""
+    from pipeline.card import mirror_card
+    from pipeline.lineage import lineage
+    from pipeline.readmes import merged
+
+    about, repo = _about(config, workspace, (variant,)), config.publish.mirrors[variant]
+    documents = {CARD: merged(mirror_card(about, variant, repo).encode(), existing(CARD))}
+    files, home = mirror_files(workspace, variant), config.publish.repo
+    documents[LINEAGE] = lineage(config, workspace, about.results, files, documents.keys(), mirror_of=home)
+    return documents
+
+
+def mirror_files(workspace: Workspace, variant: str) -> dict[str, Path]:
+    """A variant's files as they stand at the root of a repository of its own."""
+    files = release_files(workspace, (variant,)).items()
+    return {path.removeprefix(f"{variant}/"): file for path, file in files if path.startswith(f"{variant}/")}
+
+
+def local(workspace: Workspace, path: str) -> bytes | None:
+    """A document of the release's folder, if it is there."""
+    file = workspace.release / path
+    return file.read_bytes() if file.is_file() else None
+
+
 def write(workspace: Workspace, documents: dict[str, bytes], variants: tuple[str, ...]) -> list[Path]:
-    """Put documents into `release/`, each whole, and take out variants that are no longer part of it."""
+    """Put documents into the release, each whole, and take out variants of ours that are no longer part of it."""
+    ledger = workspace.ledger()
     for name in VARIANTS.keys() - set(variants):
-        shutil.rmtree(workspace.release / name, ignore_errors=True)
+        if f"quantize/{name}" in ledger:
+            shutil.rmtree(workspace.release / name, ignore_errors=True)
         (workspace.measurements / f"{name}.json").unlink(missing_ok=True)
     workspace.assemble_results()
     paths = [workspace.release / name for name in documents]
@@ -75,9 +116,11 @@ def write(workspace: Workspace, documents: dict[str, bytes], variants: tuple[str
     return paths
 
 
-def contents(workspace: Workspace, variants: tuple[str, ...], documents: dict[str, bytes]) -> dict[str, Content]:
-    """Everything of a release, models and documents."""
-    return {**release_files(workspace, variants), **documents}
+def _about(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> About:
+    from pipeline.card import About
+
+    location = config.publish.repo or workspace.release.as_posix()
+    return About(config.publish.repo or config.name, location, config, _results(workspace, variants))
 
 
 def _results(workspace: Workspace, variants: tuple[str, ...]) -> dict:

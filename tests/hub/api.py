@@ -4,8 +4,10 @@ import base64
 
 from . import card
 from .commits import apply, parse
-from .store import Commit, Entry, HubError, belongs_in_lfs, check_path, check_ref_name
+from .store import Commit, Entry, HubError, PullRequest, Repository, belongs_in_lfs, check_path, check_ref_name, now
 from .wire import Reply, Request, route
+
+DISCUSSIONS_PER_PAGE = 10
 
 
 @route("GET", "/api/whoami-v2")
@@ -182,10 +184,76 @@ def create_commit(hub, request: Request) -> Reply:
     page = f"{hub.url}/{repository.page}"
     answer = {"success": True, "commitOid": commit.oid, "commitUrl": f"{page}/commit/{commit.oid}", "hookOutput": ""}
     if opens_pr:
-        number = len(repository.pull_requests) + 1
-        rev, answer["pullRequestUrl"] = f"refs/pr/{number}", f"{page}/discussions/{number}"
-    repository.move(rev, commit)
+        answer["pullRequestUrl"] = f"{page}/discussions/{repository.open_pull_request(base, commit)}"
+    else:
+        repository.move(rev, commit)
     return Reply.json(answer)
+
+
+@route("GET", "/api/{kind}/{repo}/discussions")
+def discussions(hub, request: Request) -> Reply:
+    """Pull requests, newest first, in pages; there are no other discussions here."""
+    repository = hub.repository(request)
+    status, kind = (request.query.get(name, ["all"])[0] for name in ("status", "type"))
+    author, page = request.query.get("author", [None])[0], int(request.query.get("p", ["0"])[0])
+    found = [
+        _discussion(repository, number)
+        for number, proposal in sorted(repository.discussions.items(), reverse=True)
+        if kind != "discussion" and author in (None, proposal.author) and status in ("all", _shown(proposal))
+    ]
+    start = page * DISCUSSIONS_PER_PAGE
+    shown = found[start : start + DISCUSSIONS_PER_PAGE]
+    return Reply.json({"discussions": shown, "count": len(found), "start": start})
+
+
+@route("GET", "/api/{kind}/{repo}/discussions/{number}")
+def discussion(hub, request: Request) -> Reply:
+    repository, number = _numbered(hub, request)
+    more = {"events": [], "changes": {"base": "refs/heads/main"}, "filesWithConflicts": [], "diff": ""}
+    return Reply.json(_discussion(repository, number) | more)
+
+
+@route("POST", "/api/{kind}/{repo}/discussions/{number}/status")
+def change_status(hub, request: Request) -> Reply:
+    repository, number = _numbered(hub, request, write=True)
+    proposal, status = repository.discussions[number], request.json().get("status")
+    proposal.status = status
+    event = {"id": f"{number}", "type": "status-change", "createdAt": now(), "data": {"status": status}}
+    return Reply.json({"newStatus": event | {"author": {"name": hub.user(request).name}}})
+
+
+@route("POST", "/api/{kind}/{repo}/discussions/{number}/merge")
+def merge(hub, request: Request) -> Reply:
+    repository, number = _numbered(hub, request, write=True)
+    if repository.discussions[number].status != "open":
+        raise HubError(400, "This pull request is not open")
+    repository.merge(number, hub.user(request).name)
+    return Reply.json({})
+
+
+def _numbered(hub, request: Request, write: bool = False) -> tuple[Repository, int]:
+    repository, number = hub.repository(request, write=write), int(request.args["number"])
+    if number not in repository.discussions:
+        raise HubError(404, f"No discussion {number}", "EntryNotFound")
+    return repository, number
+
+
+def _shown(proposal: PullRequest) -> str:
+    """The status as the listing filters by it, where merged is closed."""
+    return "open" if proposal.status == "open" else "closed"
+
+
+def _discussion(repository: Repository, number: int) -> dict:
+    proposal = repository.discussions[number]
+    return {
+        "num": number,
+        "title": proposal.title,
+        "author": {"name": proposal.author},
+        "createdAt": proposal.created,
+        "status": proposal.status,
+        "isPullRequest": True,
+        "repo": {"name": repository.id, "type": repository.kind},
+    }
 
 
 @route("GET", "/api/{kind}/{repo}/commits/{rev}")

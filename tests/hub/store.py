@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
 
-KINDS = ("model", "dataset")
+KINDS = ("model", "dataset", "space")
 LFS_SUFFIXES = (".safetensors", ".gguf", ".bin", ".png", ".parquet")
 LARGEST_REGULAR_FILE = 10 * 1024 * 1024
 
@@ -163,6 +163,17 @@ class Blobs:
 
 
 @dataclass
+class PullRequest:
+    """What is known of a pull request besides its commits; `status` is open, closed or merged."""
+
+    title: str
+    author: str
+    created: str
+    base: Commit
+    status: str = "open"
+
+
+@dataclass
 class Repository:
     """One repository: its commits, the names for them, and the LFS objects it holds."""
 
@@ -174,6 +185,7 @@ class Repository:
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     pull_requests: dict[int, str] = field(default_factory=dict)
+    discussions: dict[int, PullRequest] = field(default_factory=dict)
     objects: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -218,6 +230,24 @@ class Repository:
         oid = hashlib.sha1(json.dumps(identity).encode()).hexdigest()
         snapshot = MappingProxyType(dict(sorted(files.items())))
         commit = self.commits[oid] = Commit(oid, parent, title, message, author, date, snapshot)
+        return commit
+
+    def open_pull_request(self, base: Commit, commit: Commit) -> int:
+        """Propose `commit`, made from `base`; the number of the new pull request."""
+        number = len(self.pull_requests) + 1
+        self.pull_requests[number] = commit.oid
+        self.discussions[number] = PullRequest(commit.title, commit.author, commit.date, base)
+        return number
+
+    def merge(self, number: int, author: str) -> Commit:
+        """Bring what a pull request changes into main."""
+        proposal, proposed = self.discussions[number], self.commits[self.pull_requests[number]].files
+        head, base = self.resolve("main"), proposal.base.files
+        files = {p: e for p, e in head.files.items() if p in proposed or p not in base}
+        files |= {p: e for p, e in proposed.items() if base.get(p) != e}
+        commit = self.add_commit(head, files, title=f"{proposal.title} (#{number})", author=author)
+        self.move("main", commit)
+        proposal.status = "merged"
         return commit
 
     def used_storage(self) -> int:

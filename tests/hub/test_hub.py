@@ -256,6 +256,20 @@ def test_a_pull_request_starts_from_the_parent_it_names(hub, api):
     assert hub.files(REPO, "refs/pr/1").keys() == {".gitattributes", "config.json"}
 
 
+def test_a_pull_request_is_listed_until_it_is_closed_or_merged(hub, api):
+    bob = client(hub, "hf_bob")
+    for n in range(12):
+        bob.create_commit(REPO, [CommitOperationAdd(f"{n}.txt", b"x")], commit_message=f"file {n}", create_pr=True)
+    hub.put(REPO, {"later.txt": b"later"})
+    listed = list(api.get_repo_discussions(REPO, discussion_type="pull_request", discussion_status="open"))
+    assert [(d.num, d.title, d.author) for d in listed] == [(n, f"file {n - 1}", "bob") for n in range(12, 0, -1)]
+    api.change_discussion_status(REPO, 1, "closed")
+    api.merge_pull_request(REPO, 2)
+    assert [api.get_discussion_details(REPO, n).status for n in (1, 2, 3)] == ["closed", "merged", "open"]
+    assert len(list(api.get_repo_discussions(REPO, discussion_status="open"))) == 10
+    assert hub.files(REPO).keys() == {".gitattributes", "later.txt", "1.txt"}
+
+
 @pytest.mark.parametrize("path", ["../x", "a/../x", "/x", "a//x", "a/", "", ".", ".git/config", "a\\b"])
 def test_paths_that_lead_out_are_refused(hub, api, path):
     content = {"path": path, "content": "", "encoding": "base64"}

@@ -140,6 +140,7 @@ _PLACEHOLDERS = {
     "repo": "[^/]+/[^/]+",
     "rev": "refs/(?:pr|heads|tags)/[^/]+|[^/]+",
     "path": ".+",
+    "number": "[0-9]+",
 }
 
 

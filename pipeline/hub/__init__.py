@@ -1,0 +1,29 @@
+"""The Hub: what a repository holds, what must change, one atomic commit.
+
+`publish` compares by hash, sends what differs, deletes by name what tunepress had put
+there and no longer does, and touches nothing else. When somebody else's commit comes in
+between, everything is read, rendered and compared again, so that what a commit says is
+true of the very tree that it makes.
+"""
+
+from pipeline.hub.access import check_access, create
+from pipeline.hub.publishing import Commit, publish
+from pipeline.hub.releases import Release, release_of, releases, tag_release
+from pipeline.hub.tree import LINEAGE, Content, Copy, RemoteFile, Tree, read_tree
+
+__all__ = [
+    "LINEAGE",
+    "Commit",
+    "Content",
+    "Copy",
+    "Release",
+    "RemoteFile",
+    "Tree",
+    "check_access",
+    "create",
+    "publish",
+    "read_tree",
+    "release_of",
+    "releases",
+    "tag_release",
+]

@@ -1,0 +1,147 @@
+"""One atomic commit that brings a repository to what it should hold, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import HubError
+from pipeline.hub.tree import Content, Copy, Tree, read_tree, size_of
+from pipeline.hub.trouble import persist, say
+from pipeline.hub.upload import Progress, send
+
+Render = Callable[[Tree], Mapping[str, Content]]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a commit has to do."""
+
+    add: dict[str, Content]
+    delete: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.add or self.delete)
+
+
+NOTHING = Change({}, ())
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What `publish` did: the head after it, and the files it changed (none: nothing had to be sent).
+
+    `pull_request` is the number of the pull request that holds it, where it is not on the main branch.
+    """
+
+    oid: str
+    url: str
+    sent: tuple[str, ...]
+    deleted: tuple[str, ...]
+    sent_bytes: int
+    pull_request: int | None = None
+
+
+def publish(
+    repo: str,
+    render: Render,
+    message: str,
+    *,
+    progress: Progress = lambda done, total, what: None,
+    create_pr: bool = False,
+    pull_request: int | None = None,
+) -> Commit:
+    """Bring a repository to the files that `render` makes, in one commit, or in none if they are there already.
+
+    Args:
+        render: all files that are ours, by path in the repository, for the tree that the commit will change.
+            Called again when the head has moved. A README.md of its making has to keep what people wrote into
+            the one that is there; any other file that is there and not ours is refused.
+        create_pr: commit to a pull request instead of the main branch: to the open one that this user gave the
+            title `message`, or a new one.
+        pull_request: number of the pull request to update, if it is still open and whatever its title.
+
+    Raises:
+        HubError: where a file of somebody else's is in the way, or after a bounded number of
+            attempts; the repository is then as it was.
+    """
+    from huggingface_hub import CommitOperationCopy, CommitOperationDelete, HfApi
+
+    tried = [NOTHING]
+
+    def attempt() -> Commit:
+        number, tree = None, read_tree(repo)
+        change = difference(tree, render(tree))
+        if change and create_pr:
+            number = _open_pull_request(repo, message, pull_request)
+        if number is not None:
+            tree = read_tree(repo, f"refs/pr/{number}")
+            change = difference(tree, render(tree))
+        if not change:
+            return _done(repo, tree.head, tried[-1], number)  # not nothing where only the answer was lost
+        _check_card(repo, change)
+        revision = f"refs/pr/{number}" if number is not None else None
+        opens = create_pr and number is None
+        contents = {path: c for path, c in change.add.items() if not isinstance(c, Copy)}
+        operations = send(repo, contents, revision, opens, progress)
+        operations += [
+            CommitOperationCopy(c.path, path, src_revision=c.revision)
+            for path, c in change.add.items()
+            if isinstance(c, Copy)
+        ]
+        operations += [CommitOperationDelete(path) for path in change.delete]
+        tried.append(change)
+        made = HfApi().create_commit(
+            repo, operations, commit_message=message, parent_commit=tree.head, revision=revision, create_pr=opens
+        )
+        return _done(repo, made.oid, change, made.pr_num if opens else number)
+
+    return persist(repo, attempt)
+
+
+def difference(tree: Tree, wanted: Mapping[str, Content]) -> Change:
+    """What has to be done to a tree of the Hub so that it holds `wanted`, and of ours nothing else.
+
+    Raises:
+        HubError: where a file that is not ours is in the way.
+    """
+    foreign = sorted(p for p in (wanted.keys() & tree.files.keys()) - tree.ours if Path(p).name != "README.md")
+    if foreign:
+        raise HubError(f"{tree.repo}: has a {foreign[0]} that tunepress did not put there; choose another repository")
+    changed = {p: c for p, c in wanted.items() if p not in tree.files or not tree.files[p].holds(c)}
+    return Change(changed, tuple(sorted(tree.ours - wanted.keys())))
+
+
+def _open_pull_request(repo: str, title: str, known: int | None) -> int | None:
+    """The open pull request to go on with."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    me = api.whoami()["name"]
+    found = list(api.get_repo_discussions(repo, discussion_type="pull_request", discussion_status="open"))
+    numbers = [d.num for d in found if d.author == me and d.title == title]
+    return known if known in [d.num for d in found] else max(numbers, default=None)
+
+
+def _check_card(repo: str, change: Change) -> None:
+    """Let the Hub look at the card's metadata before gigabytes are sent, and not after."""
+    from huggingface_hub import RepoCard
+
+    card = change.add.get("README.md")
+    if not isinstance(card, (bytes, Path)):
+        return
+    text = (card if isinstance(card, bytes) else card.read_bytes()).decode(errors="replace")
+    try:
+        RepoCard(text, ignore_metadata_errors=True).validate(repo_type="model")
+    except ValueError as error:
+        raise HubError(f"{repo}: the Hub refuses the metadata of README.md ({say(error)}); mend it there") from None
+
+
+def _done(repo: str, head: str, change: Change, pull_request: int | None) -> Commit:
+    from huggingface_hub import constants
+
+    place = f"discussions/{pull_request}" if pull_request is not None else f"tree/{head}"
+    sent = sum(size_of(c) for c in change.add.values() if not isinstance(c, Copy))
+    url = f"{constants.ENDPOINT}/{repo}/{place}"
+    return Commit(head, url, tuple(sorted(change.add)), change.delete, sent, pull_request)

@@ -1,0 +1,78 @@
+"""Finished releases are tagged: release-1, release-2, ...
+
+Two commits hold the same release if their lineage is the same, which has the hash of every file.
+So text that people add to a card makes no new release, and going back to an old one makes none either.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from pipeline.hub.tree import LINEAGE
+from pipeline.hub.trouble import persist
+
+TAG = re.compile(r"release-([1-9]\d*)\Z")
+
+
+@dataclass(frozen=True)
+class Release:
+    """A tagged release and its commit."""
+
+    number: int
+    commit: str
+
+    @property
+    def tag(self) -> str:
+        return f"release-{self.number}"
+
+
+def releases(repo: str) -> list[Release]:
+    """The tagged releases of a repository, oldest first."""
+    from huggingface_hub import HfApi
+
+    tags = HfApi().list_repo_refs(repo).tags
+    return sorted((Release(int(m[1]), t.target_commit) for t in tags if (m := TAG.match(t.name))), key=_number)
+
+
+def release_of(repo: str, commit: str, known: list[Release]) -> Release | None:
+    """The newest tagged release that is the same as the one at `commit`."""
+    exact = [release for release in known if release.commit == commit]
+    if exact:
+        return exact[-1]
+    lineage = _lineage(repo, commit)
+    return next((r for r in reversed(known) if lineage and _lineage(repo, r.commit) == lineage), None)
+
+
+def tag_release(repo: str, commit: str) -> str:
+    """Tag the release at `commit` with the next free number, unless it has a tag.
+
+    Returns:
+        Its tag.
+
+    Raises:
+        HubError: where the Hub does not take it; the commit is as it was, and a later publish tags it.
+    """
+    from huggingface_hub import HfApi
+
+    def attempt() -> str:
+        known = releases(repo)
+        found = release_of(repo, commit, known)
+        if found is None:
+            found = Release(known[-1].number + 1 if known else 1, commit)
+            HfApi().create_tag(repo, tag=found.tag, revision=commit)
+        return found.tag
+
+    return persist(repo, attempt)
+
+
+def _number(release: Release) -> int:
+    return release.number
+
+
+def _lineage(repo: str, commit: str) -> str | None:
+    """The git blob of the lineage at a commit."""
+    from huggingface_hub import HfApi
+
+    items = HfApi().list_repo_tree(repo, revision=commit)
+    return next((item.blob_id for item in items if item.path == LINEAGE), None)

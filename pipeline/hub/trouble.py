@@ -1,0 +1,84 @@
+"""What goes wrong with the Hub: what passes by itself is tried again, the rest is told in one line."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from pipeline.errors import HubError, is_unreachable, redact
+
+ATTEMPTS = 5
+BACKOFF_SECONDS = 1.0  # before the second attempt, and twice as long before each one after it
+LONGEST_BACKOFF_SECONDS = 30.0
+
+T = TypeVar("T")
+
+
+def persist(repo: str, work: Callable[[], T], passing: tuple[type[Exception], ...] = ()) -> T:
+    """What `work` returns, done again where it fails for a reason that may pass.
+
+    Args:
+        passing: errors that may pass besides those of the connection and the Hub's own.
+
+    Raises:
+        HubError: naming `repo`, where the Hub refuses, or after a bounded number of attempts.
+    """
+    problem: Exception | None = None
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(min(BACKOFF_SECONDS * 2 ** (attempt - 1), LONGEST_BACKOFF_SECONDS))
+        try:
+            return work()
+        except HubError:
+            raise
+        except Exception as error:
+            if not (may_pass(error) or isinstance(error, passing)):
+                raise explained(repo, error) from None
+            problem = error
+    if status_of(problem) is not None:
+        raise explained(repo, problem)
+    raise HubError(f"{repo}: the Hub could not be reached ({say(problem)}); run again to publish what is missing")
+
+
+def may_pass(error: Exception) -> bool:
+    """Is it worth another attempt? 412 and 409 say that others were quicker, and passing is what they do."""
+    code = status_of(error)
+    if code is not None:
+        return code in (408, 409, 412, 429) or code >= 500
+    return any(is_unreachable(cause) for cause in _causes(error))
+
+
+def explained(repo: str, error: Exception) -> Exception:
+    """What to tell people of the Hub's answer; any other error comes back as it is, for a bug keeps its traceback."""
+    code = status_of(error)
+    if code is None:
+        return error
+    if code == 401:
+        return HubError(f"{repo}: the Hub refuses this token; log in again with: hf auth login")
+    if code == 403:
+        return HubError(f"{repo}: this token may not write there; use one that may")
+    if code in (409, 412):
+        return HubError(f"{repo}: others kept committing to it; run again to publish")
+    return HubError(f"{repo}: {say(error)}; run again to publish what is missing")
+
+
+def status_of(error: BaseException | None) -> int | None:
+    """The HTTP status that the Hub answered with, if it answered."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for cause in _causes(error):
+        if isinstance(cause, HfHubHTTPError):
+            return cause.response.status_code if cause.response is not None else 500
+    return None
+
+
+def say(error: BaseException | None) -> str:
+    return redact(" ".join(str(error).split())[:200])
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what it was raised from: the client wraps what happens to an upload."""
+    while error is not None:
+        yield error
+        error = error.__cause__

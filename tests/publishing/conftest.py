@@ -1,0 +1,125 @@
+"""A finished run with tiny files, and a Hub to publish it to."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from pipeline.config import Config
+from pipeline.events import Events, read_events
+from pipeline.stages import Outcome, publish
+from pipeline.workspace import Entry, Workspace, write_bytes
+from tests.card import sample
+from tests.hub import LoopbackHub
+
+TOKEN = "hf_tunepressSecretForTests0123456789"
+OTHER_TOKEN = "hf_somebodyElse0123456789"
+REPO = "ada/tiny"
+BOTH = ("int8", "int4")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub that this process talks to as ada; nobody waits long before another attempt."""
+    from huggingface_hub.utils import _http
+
+    with LoopbackHub(tmp_path / "hub", {TOKEN: {"name": "ada"}, OTHER_TOKEN: {"name": "bob"}}) as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr("pipeline.hub.trouble.BACKOFF_SECONDS", 0.01)
+        monkeypatch.setattr(_http, "time", _NoSleep())
+        yield hub
+
+
+class _NoSleep:
+    """The client's clock, for its own attempts."""
+
+    @staticmethod
+    def sleep(seconds: float) -> None:
+        pass
+
+
+@dataclass
+class FakeRun:
+    """The workspace of a run whose models are a few random bytes; all else about it is real."""
+
+    workspace: Workspace
+    config: Config
+
+    @property
+    def release(self) -> Path:
+        return self.workspace.release
+
+    def make(self, step: str, files: dict[str, bytes]) -> None:
+        """Put files into the release, as the outputs of a step."""
+        for path, content in files.items():
+            write_bytes(self.release / path, content)
+        paths = [self.release / path for path in files]
+        self.workspace.record(step, Entry(step, self.workspace.digests(paths)))
+
+    def configure(self, **changes) -> None:
+        """Change keys of `publish`, or whole sections."""
+        sections = {k: changes.pop(k) for k in list(changes) if k in Config.model_fields}
+        tree = self.config.model_dump() | sections
+        tree["publish"] = {**tree["publish"], **changes}
+        self.config = Config.model_validate(tree)
+
+    def publish(self, variants: tuple[str, ...] = BOTH) -> dict:
+        """Do the stage in this process and keep the ledger, as a run does; the stage's summary."""
+        outcome: Outcome = publish.run(self.config, self.workspace, self.pen(), variants)
+        self.workspace.record("publish", Entry("", self.workspace.digests(outcome.outputs), outcome.summary))
+        return outcome.summary
+
+    def pen(self) -> Events:
+        return Events(self.workspace.events_path, self.config.name, lambda *report: self.progress.append(report))
+
+    def events(self, name: str) -> list[dict]:
+        return [e for e in read_events(self.workspace.events_path)[0] if e["event"] == name]
+
+    def __post_init__(self):
+        self.progress: list[tuple[int, int, str]] = []
+
+
+def weights(size: int = 3000) -> bytes:
+    return os.urandom(size)
+
+
+@pytest.fixture
+def finished(tmp_path) -> FakeRun:
+    """A fine-tuned run with both variants, not yet published."""
+    return make_run(tmp_path / "runs" / "demo")
+
+
+def make_run(folder: Path) -> FakeRun:
+    config = sample.config(publish={"repo": REPO})
+    run = FakeRun(Workspace(folder), config)
+    found = sample.results()
+    if "base" in found["training"]:
+        found["origin"] = found["training"].pop("base")
+    for name, figures in found.items():
+        run.workspace.write_measurement(name, figures)
+    tokenizer = b'{"model": "bytes"}'
+    adapter = {"adapter/adapter_config.json": b"{}", "adapter/adapter_model.safetensors": weights(500)}
+    root = {"config.json": b"{}", "tokenizer.json": tokenizer, "model.safetensors": weights(5000)}
+    run.make("merge", root | adapter)
+    for name in BOTH:
+        files = {"config.json": b'{"q": "%s"}' % name.encode(), "tokenizer.json": tokenizer}
+        run.make(f"quantize/{name}", {f"{name}/{k}": v for k, v in {**files, "model.safetensors": weights()}.items()})
+    return run
+
+
+def sent_bytes(hub: LoopbackHub, since: int = 0) -> int:
+    """Bytes that clients sent to the Hub, in requests of any kind."""
+    return sum(request.body_bytes for request in hub.requests[since:])
+
+
+def uploads(hub: LoopbackHub, since: int = 0) -> list[int]:
+    """Sizes of the large files that reached the Hub whole."""
+    return [r.body_bytes for r in hub.requests[since:] if r.method == "PUT" and r.status == 200]
