@@ -136,7 +136,7 @@ class Route:
 ROUTES: list[Route] = []
 
 _PLACEHOLDERS = {
-    "kind": "models|datasets",
+    "kind": "models|datasets|spaces",
     "repo": "[^/]+/[^/]+",
     "rev": "refs/(?:pr|heads|tags)/[^/]+|[^/]+",
     "path": ".+",
