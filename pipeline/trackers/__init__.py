@@ -11,9 +11,9 @@ def opener(config: Config) -> Opener:
     """What a `Forwarder` opens the run's tracker with. Trackio is imported only then."""
 
     def open_tracker(run_id: str, began: float) -> Tracker:
-        from pipeline.trackers.trackio import TrackioTracker
+        from pipeline.trackers.trackio import TrackioTracker, place_of
 
-        return TrackioTracker(config, run_id, began)
+        return TrackioTracker(config, place_of(config.track), run_id, began)
 
     return open_tracker
 

@@ -51,22 +51,23 @@ def place_of(track: Track) -> Place:
 
 
 class TrackioTracker:
-    """One run of one Trackio project, wherever that is.
+    """One run of one Trackio project.
 
     Args:
+        place: where that is.
         run_id: identity of the run, 32 hex digits.
         began: when it began, in seconds since the epoch.
 
     Raises:
-        TrackError: where the place cannot be reached.
+        TrackError: where the place does not answer.
     """
 
-    def __init__(self, config: Config, run_id: str, began: float):
+    def __init__(self, config: Config, place: Place, run_id: str, began: float):
         self._project, self._run_id = config.track.project, run_id
         self._about = {"project": config.track.project, "run": config.name, "run_id": run_id}
         self._config = _settings(config) | {"_Created": _moment(began)}
-        self._place = place_of(config.track)
-        self._place.open()
+        self._place = place
+        place.open()
 
     def send(self, items: list[Item]) -> None:
         """Store records, each once."""

@@ -10,6 +10,7 @@ import pytest
 from pipeline.errors import TrackError
 from pipeline.forwarding import Spool
 from pipeline.trackers import sync
+from pipeline.trackers.places import Server
 from pipeline.trackers.trackio import TrackioTracker, dashboard_hint
 from pipeline.workspace import Workspace
 from tests.tracking.conftest import TOKEN, Run, assert_once_each, configuration, eventually
@@ -93,7 +94,7 @@ def test_records_that_are_sent_again_are_stored_once(run, server):
     run.train(1, 5)
     spool = Spool(run.spool)
     items = spool.read()
-    tracker = TrackioTracker(run.config, spool.id, spool.began)
+    tracker = TrackioTracker(run.config, Server(server.url), spool.id, spool.began)
     for _ in range(3):
         tracker.send(items)
     assert tracker.stored() == (6, 1)

@@ -1,0 +1,144 @@
+"""A dashboard in a Space. Here the Space is Trackio's own server in the mode it has there, on loopback."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.errors import TrackError
+from pipeline.forwarding import Forwarder
+from pipeline.trackers.spaces import Space, address_of
+from pipeline.trackers.trackio import TrackioTracker, check, dashboard_hint, place_of
+from tests.hub import LoopbackHub
+from tests.tracking.conftest import Run, TrackioServer, assert_once_each, configuration
+
+ADA, READER, BEN = "hf_adaWritesInTests0123", "hf_adaReadsInTests01234", "hf_benWritesInTests0123"
+BOARD = "ada/board"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub that knows Ada, her token that only reads, and Ben. Ada's token is the one in use."""
+    who = {ADA: {"name": "ada"}, READER: {"name": "ada", "role": "read"}, BEN: {"name": "ben"}}
+    with LoopbackHub(tmp_path / "hub", who) as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_TOKEN", ADA)
+        monkeypatch.delenv("TRACKIO_WRITE_TOKEN")
+        yield hub
+
+
+@pytest.fixture
+def space(hub, tmp_path):
+    """The program of the Space ada/board."""
+    hub.store.create("space", BOARD)
+    more = {
+        "SYSTEM": "spaces",
+        "SPACE_AUTHOR_NAME": "ada",
+        "SPACE_REPO_NAME": "board",
+        "HF_TOKEN": "hf_spacesOwnInTests01234",
+    }
+    server = TrackioServer(tmp_path / "server", more).start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    run = Run(tmp_path / "run", configuration(space=BOARD))
+    run.train(1, 10)
+    run.finish()
+    return run
+
+
+def forwarded(run: Run, address: str) -> Forwarder:
+    place = Space(BOARD, "tests", address)
+    forwarder = Forwarder(run.spool, lambda *who: TrackioTracker(run.config, place, *who))
+    forwarder.close()
+    return forwarder
+
+
+def kept_by(space: TrackioServer) -> list[dict]:
+    """What it holds, read when it is stopped, for in a Space it keeps its database to itself."""
+    space.stop()
+    return space.rows()
+
+
+def test_a_run_is_there_once_with_the_hub_token_of_who_may_write(run, space, hub):
+    assert forwarded(run, space.url).problem is None
+    assert forwarded(run, space.url).problem is None
+    assert any(r.path.endswith("/auth-check/write") and r.status == 200 for r in hub.requests)
+    assert_once_each(kept_by(space), run.records())
+
+
+def test_the_token_of_somebody_else_is_refused_and_not_shown(run, space, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", BEN)
+    problem = forwarded(run, space.url).problem
+    assert problem.startswith(f"track.space {BOARD}: ") and "write access" in problem and BEN not in problem
+    assert kept_by(space) == []
+
+
+def test_a_space_that_is_asleep_gets_it_when_it_answers_again(run, space):
+    space.stop()
+    assert "no answer" in forwarded(run, space.url).problem
+    space.start()
+    assert forwarded(run, space.url).problem is None
+    assert_once_each(kept_by(space), run.records())
+
+
+def test_a_space_that_is_not_there_is_made_and_what_came_of_it_is_told(run, hub, capfd):
+    problem = forwarded(run, "http://127.0.0.1:9").problem
+    assert [r for r in hub.requests if r.path.startswith("/api/buckets/ada/")]  # Trackio began with its storage
+    assert problem.startswith(f"track.space {BOARD}: could not be made: ") and "buckets" in problem  # none here
+    assert "".join(capfd.readouterr()) == ""
+
+
+def test_a_space_is_reached_where_the_hub_serves_it():
+    assert address_of("Ada-L/my_board.v2") == "https://ada-l-my-board-v2.hf.space"
+    place = place_of(configuration(space=BOARD).track)
+    assert isinstance(place, Space)
+    assert dashboard_hint(configuration(space=BOARD)) == f"https://huggingface.co/spaces/{BOARD}"
+
+
+def test_who_may_write_passes_the_check(hub):
+    check(configuration(space=BOARD).track)
+
+
+@pytest.mark.parametrize(
+    ("token", "reason"),
+    [
+        (READER, "the token may only read"),
+        (BEN, "belongs to ben, who cannot write"),
+        ("hf_nobodyKnowsThis0123", "the Hub does not know this token"),
+        ("", "no Hub token"),
+    ],
+)
+def test_a_token_that_surely_cannot_write_is_refused_before_the_run(hub, monkeypatch, token, reason):
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(TrackError, match=reason) as refused:
+        check(configuration(space=BOARD).track)
+    assert BOARD in str(refused.value) and refused.value.exit_code == 2
+    assert not token or token not in str(refused.value)
+
+
+def test_a_hub_that_does_not_answer_is_no_reason_not_to_run(hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    check(configuration(space=BOARD).track)
+
+
+@pytest.mark.parametrize(("token", "reason"), [(None, "no write token"), (" ", "no write token"), ("a\nb", "blanks")])
+def test_a_server_needs_a_write_token_before_the_run(monkeypatch, token, reason):
+    monkeypatch.delenv("TRACKIO_WRITE_TOKEN")
+    if token is not None:
+        monkeypatch.setenv("TRACKIO_WRITE_TOKEN", token)
+    with pytest.raises(TrackError, match=reason) as refused:
+        check(configuration(server="https://trackio.example.org").track)
+    assert "TRACKIO_WRITE_TOKEN" in str(refused.value) and refused.value.exit_code == 2
+
+
+def test_a_server_that_is_away_is_no_reason_not_to_run():
+    check(configuration(server="http://127.0.0.1:9").track)
+
+
+def test_a_run_on_this_machine_needs_no_token(monkeypatch):
+    monkeypatch.delenv("TRACKIO_WRITE_TOKEN")
+    check(configuration().track)
