@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from pipeline.errors import UserError
 from pipeline.hub import Content, Tree
 from pipeline.own_text import END, START, keep_own_text
 
@@ -14,10 +15,14 @@ _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*$.*?^---[ \t]*$", re.DOTALL | re.MULT
 
 
 def merged(rendered: bytes, existing: bytes | None) -> bytes:
-    """`rendered`, with what people wrote into `existing`."""
+    """`rendered`, with what people wrote into `existing`.
+
+    Raises:
+        UserError: where that is no text.
+    """
     if existing is None:
         return rendered
-    return _encode(keep_own_text(_decode(rendered), _decode(existing)))
+    return keep_own_text(rendered.decode(), _decode(existing)).encode()
 
 
 def own_part(existing: bytes) -> bytes:
@@ -25,7 +30,7 @@ def own_part(existing: bytes) -> bytes:
     mark = f"{START}\n{END}"
     text = re.sub(rf"{START}(\r\n|\r|\n){END}(\r\n|\r|\n)?", "", keep_own_text(mark, _decode(existing)))
     body = _FRONT_MATTER.sub("", text).strip()
-    return _encode(body + "\n") if body else b""
+    return (body + "\n").encode() if body else b""
 
 
 def left_behind(tree: Tree, wanted: Mapping[str, Content]) -> dict[str, bytes]:
@@ -36,8 +41,7 @@ def left_behind(tree: Tree, wanted: Mapping[str, Content]) -> dict[str, bytes]:
 
 
 def _decode(content: bytes) -> str:
-    return content.decode("utf-8", "surrogateescape")  # bytes that are no text come back as they were
-
-
-def _encode(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise UserError("the README.md that is there is not UTF-8; save it as UTF-8, and run again") from None

@@ -4,6 +4,7 @@ Repositories live as long as the process; only file contents stay in FOLDER.
 """
 
 import argparse
+import contextlib
 import shlex
 import threading
 
@@ -23,10 +24,8 @@ def main() -> None:
     with LoopbackHub(arguments.folder, tokens, port=arguments.port) as hub:
         env = hub.env_for(next(iter(tokens))) if tokens else hub.env
         print("\n".join(f"export {name}={shlex.quote(value)}" for name, value in env.items()), flush=True)
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()
-        except KeyboardInterrupt:
-            pass
 
 
 if __name__ == "__main__":

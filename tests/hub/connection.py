@@ -1,5 +1,6 @@
 """Sockets: take a request off a connection, have it answered, record it, write the reply."""
 
+import contextlib
 import os
 import socket
 import struct
@@ -45,10 +46,8 @@ class Server(ThreadingHTTPServer):
 
     def drop_connections(self) -> None:
         for connection in list(self._connections):
-            try:
+            with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -81,6 +80,8 @@ class Handler(BaseHTTPRequestHandler):
         fault = hub.faults.strike(request.method, request.path)
         if fault is None:
             return hub.answer(request)
+        if fault.first:
+            fault.first()
         hub.stopping.wait(fault.stall)
         answer = hub.answer(request) if fault.after or not (fault.reset or fault.status) else None
         if fault.reset:

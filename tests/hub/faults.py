@@ -2,6 +2,7 @@
 
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -15,6 +16,7 @@ class Fault:
     stall: float = 0.0
     times: int = 1
     after: bool = False
+    first: Callable[[], object] | None = None
 
 
 class Faults:

@@ -3,6 +3,7 @@
 import secrets
 import threading
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +87,7 @@ class LoopbackHub:
         stall: float = 0.0,
         times: int = 1,
         after: bool = False,
+        first: Callable[[], object] | None = None,
     ) -> None:
         """Let something go wrong with the next `times` requests.
 
@@ -95,8 +97,9 @@ class LoopbackHub:
             reset: break the connection instead of answering.
             stall: wait this many seconds first.
             after: do what was asked before the answer goes wrong, so that the client cannot know.
+            first: what somebody else does before anything else happens.
         """
-        self.faults.add(Fault(pattern, status, reset, stall, times, after))
+        self.faults.add(Fault(pattern, status, reset, stall, times, after, first))
 
     # -- for tests: the state, read and changed behind the client's back
 

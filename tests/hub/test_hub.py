@@ -359,10 +359,10 @@ def test_downloads_give_back_what_was_uploaded(hub, api, tmp_path):
     done = commit(api, files)
     where = dict(endpoint=hub.url, token="hf_ann", cache_dir=tmp_path / "cache")
     file = hf_hub_download(REPO, "config.json", subfolder="int8", **where)
-    assert done.oid in file and open(file, "rb").read() == b"{}"
+    assert done.oid in file and Path(file).read_bytes() == b"{}"
     folder = snapshot_download(REPO, **where)
     for path, content in files.items():
-        assert open(os.path.join(folder, path), "rb").read() == content
+        assert Path(folder, path).read_bytes() == content
     with pytest.raises(EntryNotFoundError):
         hf_hub_download(REPO, "missing.json", **where)
     with pytest.raises(RevisionNotFoundError):
@@ -436,7 +436,7 @@ def test_the_client_survives_an_unwell_hub(hub, api, tmp_path):
     assert uploaded(hub) == [len(WEIGHTS)] * 2 and hub.read(REPO, "model.safetensors") == WEIGHTS
     hub.fault(r"GET .*/resolve/", status=429)
     file = hf_hub_download(REPO, "model.safetensors", endpoint=hub.url, cache_dir=tmp_path)
-    assert open(file, "rb").read() == WEIGHTS
+    assert Path(file).read_bytes() == WEIGHTS
 
 
 def test_a_commit_may_happen_and_its_answer_be_lost(hub, api):
@@ -445,6 +445,14 @@ def test_a_commit_may_happen_and_its_answer_be_lost(hub, api):
         commit(api, {"config.json": b"{}"})
     assert not isinstance(error.value, HfHubHTTPError)
     assert hub.read(REPO, "config.json") == b"{}" and hub.requests[-1].status == 0
+
+
+def test_somebody_else_can_be_first(hub, api):
+    head = api.model_info(REPO).sha
+    hub.fault(r"POST .*/commit/", first=lambda: hub.put(REPO, {"other.txt": b"slipped in"}))
+    with pytest.raises(HfHubHTTPError) as error:
+        commit(api, {"config.json": b"{}"}, parent_commit=head)
+    assert status_of(error) == 412 and hub.read(REPO, "other.txt") == b"slipped in"
 
 
 def test_a_stall_is_only_slow(hub, api):

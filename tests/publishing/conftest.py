@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ TOKEN = "hf_tunepressSecretForTests0123456789"
 OTHER_TOKEN = "hf_somebodyElse0123456789"
 REPO = "ada/tiny"
 BOTH = ("int8", "int4")
+TOKENIZER = b'{"model": "bytes"}'
 
 
 @pytest.fixture
@@ -64,6 +66,13 @@ class FakeRun:
         paths = [self.release / path for path in files]
         self.workspace.record(step, Entry(step, self.workspace.digests(paths)))
 
+    def make_variant(self, name: str) -> None:
+        """Let a variant into the release, measured."""
+        files = {"config.json": b'{"q": "%s"}' % name.encode(), "tokenizer.json": TOKENIZER}
+        files["model.safetensors"] = random.Random(name).randbytes(3000)
+        self.make(f"quantize/{name}", {f"{name}/{path}": content for path, content in files.items()})
+        self.workspace.write_measurement(name, sample.results()[name])
+
     def configure(self, **changes) -> None:
         """Change keys of `publish`, or whole sections."""
         sections = {k: changes.pop(k) for k in list(changes) if k in Config.model_fields}
@@ -105,13 +114,11 @@ def make_run(folder: Path) -> FakeRun:
         found["origin"] = found["training"].pop("base")
     for name, figures in found.items():
         run.workspace.write_measurement(name, figures)
-    tokenizer = b'{"model": "bytes"}'
     adapter = {"adapter/adapter_config.json": b"{}", "adapter/adapter_model.safetensors": weights(500)}
-    root = {"config.json": b"{}", "tokenizer.json": tokenizer, "model.safetensors": weights(5000)}
+    root = {"config.json": b"{}", "tokenizer.json": TOKENIZER, "model.safetensors": weights(5000)}
     run.make("merge", root | adapter)
     for name in BOTH:
-        files = {"config.json": b'{"q": "%s"}' % name.encode(), "tokenizer.json": tokenizer}
-        run.make(f"quantize/{name}", {f"{name}/{k}": v for k, v in {**files, "model.safetensors": weights()}.items()})
+        run.make_variant(name)
     return run
 
 
