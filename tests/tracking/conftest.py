@@ -83,11 +83,11 @@ class TrackioServer:
     def rows(self, project: str = "tests") -> list[dict]:
         return stored_rows(self.folder, project)
 
-    def forget(self, where: str) -> None:
+    def forget(self, table: str, where: str) -> None:
         """Lose rows of the stopped server's database."""
         database = sqlite3.connect(self.folder / "tests.db")
         with database:
-            assert database.execute(f"delete from metrics where {where}").rowcount > 0
+            assert database.execute(f"delete from {table} where {where}").rowcount > 0
         database.close()
 
     def _answers(self) -> bool:
