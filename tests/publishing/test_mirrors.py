@@ -1,0 +1,114 @@
+"""A variant in a repository of its own, beside the one that has everything."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pipeline.errors import HubError
+from tests.publishing.conftest import REPO, sent_bytes, uploads
+
+MIRROR = "ada/tiny-int8"
+
+
+@pytest.fixture
+def mirrored(finished):
+    """The run with a mirror of int8, not yet published."""
+    finished.configure(mirrors={"int8": MIRROR})
+    return finished
+
+
+def test_the_variant_is_at_the_root_with_a_card_and_a_lineage_of_its_own(hub, mirrored):
+    mirrored.publish()
+    files = {"config.json", "tokenizer.json", "model.safetensors", "README.md", "tunepress.json", ".gitattributes"}
+    assert set(hub.files(MIRROR)) == files
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        assert hub.read(MIRROR, name) == hub.read(REPO, f"int8/{name}")
+    lineage = json.loads(hub.read(MIRROR, "tunepress.json"))
+    assert {*lineage["files"], *lineage["documents"], "tunepress.json", ".gitattributes"} == files
+    assert lineage["mirror_of"] == REPO and "int4" not in lineage["results"]
+
+
+def test_each_points_to_the_other(hub, mirrored):
+    mirrored.publish()
+    assert MIRROR in hub.read(REPO, "README.md").decode() and REPO in hub.read(MIRROR, "README.md").decode()
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_it_is_as_private_as_the_main_repository_is(hub, mirrored, private):
+    hub.put(REPO, {"notes.md": b"mine"}, private=private)
+    mirrored.configure(private=not private)
+    mirrored.publish()
+    assert hub.repo(MIRROR).private == private
+
+
+def test_publishing_again_sends_nothing_to_either(hub, mirrored):
+    mirrored.publish()
+    commits, requests = (hub.commits(REPO), hub.commits(MIRROR)), len(hub.requests)
+    assert mirrored.publish()["files_sent"] == 0
+    assert (hub.commits(REPO), hub.commits(MIRROR)) == commits and sent_bytes(hub, requests) == 0
+
+
+def test_a_change_of_another_variant_does_not_concern_it(hub, mirrored):
+    mirrored.publish()
+    commits = hub.commits(MIRROR)
+    mirrored.make("quantize/int4", {"int4/config.json": b"changed"})
+    mirrored.publish()
+    assert hub.commits(MIRROR) == commits
+
+
+def test_text_by_hand_stays_in_its_card(hub, mirrored):
+    mirrored.publish()
+    hub.put(MIRROR, {"README.md": hub.read(MIRROR, "README.md") + b"\n## Mine\n", "notes.md": b"mine"})
+    commits = hub.commits(MIRROR)
+    mirrored.publish()
+    assert hub.commits(MIRROR) == commits
+    mirrored.make("quantize/int8", {"int8/config.json": b"changed"})
+    mirrored.publish()
+    assert hub.read(MIRROR, "README.md").endswith(b"\n## Mine\n") and hub.read(MIRROR, "notes.md") == b"mine"
+
+
+def test_its_push_is_told_with_its_name_and_commit_once(hub, mirrored):
+    mirrored.publish()
+    mirrored.publish()
+    told = [e for e in mirrored.events("quantized_model_pushed") if e["repo"] == MIRROR]
+    assert [(e["variant"], e["commit"]) for e in told] == [("int8", hub.commits(MIRROR)[0])]
+    assert len([e for e in mirrored.events("quantized_model_pushed") if e["repo"] == REPO]) == 2
+
+
+def test_a_mirror_that_fails_is_named_and_keeps_nothing_else_back(hub, mirrored):
+    hub.put(MIRROR, {"config.json": b"mine"})
+    mirrored.configure(mirrors={"int8": MIRROR, "int4": "ada/tiny-int4"})
+    with pytest.raises(HubError, match=rf"^publish.mirrors.int8: {MIRROR}: has a config.json"):
+        mirrored.publish()
+    assert "int8/model.safetensors" in hub.files(REPO) and "model.safetensors" in hub.files("ada/tiny-int4")
+    assert list(hub.repo(REPO).tags) == ["release-1"] and mirrored.events("merged_model_pushed")
+    hub.put(MIRROR, {"config.json": None})
+    requests = len(hub.requests)
+    mirrored.publish()
+    assert "model.safetensors" in hub.files(MIRROR) and uploads(hub, requests) == [3000]
+
+
+def test_a_mirror_of_somebody_else_is_told_with_its_key(hub, mirrored):
+    mirrored.configure(mirrors={"int8": "bob/tiny"})
+    with pytest.raises(HubError, match=r"publish.mirrors.int8: .*bob/"):
+        mirrored.publish()
+    assert "README.md" in hub.files(REPO)
+
+
+def test_a_finished_release_is_tagged_in_the_mirror_too(hub, mirrored):
+    mirrored.publish(("int8",))
+    assert not hub.repo(MIRROR).tags
+    mirrored.make_variant("int4")
+    mirrored.publish()
+    assert hub.repo(MIRROR).tags == {"release-1": hub.commits(MIRROR)[0]}
+
+
+def test_a_pull_request_is_opened_in_each(hub, mirrored):
+    mirrored.configure(create_pr=True)
+    mirrored.publish()
+    assert "model.safetensors" in hub.files(MIRROR, "refs/pr/1") and "README.md" not in hub.files(MIRROR)
+    requests = len(hub.requests)
+    mirrored.publish()
+    assert sent_bytes(hub, requests) == 0 and list(hub.repo(MIRROR).pull_requests) == [1]
