@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import hub
+from pipeline.config import REPO_ID
 from pipeline.errors import HubError
 from pipeline.hub import Commit, Content, Copy, Release, Tree, release_of, releases
 from pipeline.hub.trouble import persist
@@ -36,8 +37,10 @@ def rollback(repo: str, to: str | None = None) -> Rollback:
         What was done; where that release was there already, the head as it was and nothing sent.
 
     Raises:
-        HubError: where there is no such release, a file of somebody else's is in the way, or the Hub refuses.
+        HubError: where there is no such repository or release, a file of somebody else's is in the way, or the Hub refuses.
     """
+    if not REPO_ID.match(repo):
+        raise HubError(f"{repo}: a repository is written USER/NAME")
     hub.check_access(repo)
     target = persist(repo, lambda: _target(repo, to))
     old = persist(repo, lambda: hub.read_tree(repo, target.commit))

@@ -19,23 +19,23 @@ def check_access(repo: str, create_pr: bool = False) -> None:
     from huggingface_hub.errors import HfHubHTTPError
 
     if get_token() is None:
-        raise HubError(f"publish.repo {repo}: no Hub token; set HF_TOKEN or run: hf auth login")
+        raise HubError(f"{repo}: no Hub token; set HF_TOKEN or run: hf auth login")
     try:
         who = HfApi().whoami()
     except HfHubHTTPError as error:
         reason = "the Hub does not know this token; log in again with: hf auth login"
-        raise HubError(f"publish.repo {repo}: {reason if status_of(error) in (401, 403) else say(error)}") from None
+        raise HubError(f"{repo}: {reason if status_of(error) in (401, 403) else say(error)}") from None
     except Exception as error:
         if not is_unreachable(error):
             raise
-        raise HubError(f"publish.repo {repo}: the Hub cannot be reached: {say(error)}") from None
+        raise HubError(f"{repo}: the Hub cannot be reached: {say(error)}") from None
     owner = repo.split("/")[0]
     names = [who.get("name"), *(o.get("name") for o in who.get("orgs", []))]
     if owner not in names and not create_pr:
-        raise HubError(f"publish.repo {repo}: this token belongs to {names[0]}, who cannot write to {owner}/")
+        raise HubError(f"{repo}: this token belongs to {names[0]}, who cannot write to {owner}/")
     role = who.get("auth", {}).get("accessToken", {}).get("role")
     if role == "read":
-        raise HubError(f"publish.repo {repo}: the token may only read; make one that may write")
+        raise HubError(f"{repo}: the token may only read; make one that may write")
 
 
 def create(repo: str, private: bool) -> bool:
