@@ -166,6 +166,9 @@ def _check_folder(path: Path) -> None:
         raise ModelError(f"{path}: already quantized ({method}); start from the full-precision model")
     if config.get("is_encoder_decoder"):
         raise ModelError(f"{path}: an encoder-decoder; only decoders that generate text are handled")
+    # Their text model lies inside another, and under other names in the checkpoint than in the model.
+    if others := [part for part in ("vision_config", "audio_config") if config.get(part)]:
+        raise ModelError(f"{path}: more than a text model ({', '.join(others)}); choose one for text alone")
     if not any(path.glob("*.safetensors")):
         raise ModelError(f"{path}: no .safetensors file; pickled weights are not read, convert them first")
 

@@ -287,7 +287,7 @@ def test_a_model_under_an_adapter_is_scored_with_the_adapter(tiny_model):
 
 @pytest.mark.parametrize(
     "architecture, name",
-    [("llama", "lm_head.weight"), ("qwen3", "model.embed_tokens.weight"), ("smollm3", "model.embed_tokens.weight")],
+    [("llama", "lm_head.weight")] + [(a, "model.embed_tokens.weight") for a in ("qwen3", "smollm3", "gemma3_text")],
 )
 @pytest.mark.parametrize("adapter", [False, True], ids=["plain", "adapter"])
 def test_the_output_matrix_is_found_in_the_checkpoint(tiny_model, architecture, name, adapter):

@@ -127,6 +127,12 @@ def test_an_encoder_decoder_is_refused(configured):
     assert "encoder-decoder" in refusal(configured(is_encoder_decoder=True))
 
 
+@pytest.mark.parametrize("part", ["vision_config", "audio_config"])
+def test_a_model_that_reads_more_than_text_is_refused_before_it_is_trained(configured, part):
+    assert part in refusal(configured(model_type="gemma3", text_config={}, **{part: {"hidden_size": 32}}))
+    check_source(Model(source=str(configured(**{part: None}))))
+
+
 def test_code_of_its_own_is_never_run_and_not_needed_for_what_transformers_has(configured):
     evil = {"AutoModelForCausalLM": "modeling.Evil"}
     assert "code of its own" in refusal(configured(auto_map=evil, model_type="evil"))

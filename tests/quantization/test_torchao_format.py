@@ -149,7 +149,8 @@ def test_int4_is_loaded_there_as_exactly_the_codes_that_were_chosen(stock, relea
 
 @pytest.mark.parametrize(
     "architecture, dtype",
-    [("llama", "bfloat16"), ("llama", "float16"), ("llama", "float32"), ("qwen3", "bfloat16"), ("smollm3", "bfloat16")],
+    [("llama", "bfloat16"), ("llama", "float16"), ("llama", "float32")]
+    + [(architecture, "bfloat16") for architecture in ("qwen3", "smollm3", "gemma3_text")],
 )
 def test_the_int8_folder_is_what_transformers_saves_itself(tiny_model, quantized, tmp_path, architecture, dtype):
     from torchao.quantization import Int8WeightOnlyConfig
