@@ -16,17 +16,67 @@ from __future__ import annotations
 
 import os
 import re
+from datetime import datetime
 from typing import Any
 
 import jinja2
 
-from pipeline.data.forms import shorten
+from pipeline.data.rows import shorten
 from pipeline.errors import DataError
 
 _PROBE = "tunepressprobe"
+_DAY = datetime(2026, 1, 1)
+
+# Turns as they stand in plain text, so that a model that knows no turns needs no new tokens for them. The answer
+# begins on a line of its own and is ended by the tokenizer's own end of text, which every model can stop by.
+_SUPPLIED = (
+    "BEGINNING{% for message in messages %}{% if not loop.first %}{{ '\n\n' }}{% endif %}"
+    "{{ '### ' + message['role'] | capitalize + ':\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n\n### Assistant:\n' }}{% endif %}"
+)
 
 Message = dict[str, str]
 Span = tuple[int, int]  # [from, to) in characters of the rendered conversation
+
+
+def supply_template(tokenizer: Any) -> bool:
+    """Give a tokenizer a chat template if it has none: turns marked in plain text, without new tokens.
+
+    The template depends on nothing but the tokenizer, so that every stage of a run supplies the same one; it goes
+    where the tokenizer is saved.
+
+    Returns:
+        Whether it did.
+
+    Raises:
+        DataError: if the tokenizer has no end-of-text token, by which an answer could end.
+    """
+    if tokenizer.chat_template:
+        return False
+    if tokenizer.eos_token is None:
+        name = tokenizer.name_or_path or "the tokenizer"
+        raise DataError(
+            f"{name}: neither a chat template nor an end-of-text token, so a model could not learn to stop; "
+            "choose another model, or data of plain text"
+        )
+    tokenizer.chat_template = _template_for(tokenizer)
+    return True
+
+
+def is_supplied(tokenizer: Any) -> bool:
+    """Whether a tokenizer's chat template is the one of `supply_template`."""
+    return bool(tokenizer.eos_token) and tokenizer.chat_template == _template_for(tokenizer)
+
+
+def beginning(tokenizer: Any) -> list[int]:
+    """The beginning-of-text token, in a list, if this tokenizer puts it before text."""
+    first = tokenizer("a")["input_ids"][:1]
+    return first if first and first == [tokenizer.bos_token_id] else []
+
+
+def _template_for(tokenizer: Any) -> str:
+    return _SUPPLIED.replace("BEGINNING", "{{ bos_token }}" if beginning(tokenizer) else "")
 
 
 class ChatTemplate:
@@ -48,7 +98,8 @@ class ChatTemplate:
             )
         if not tokenizer.is_fast:
             raise DataError(f"{self.name}: not a fast tokenizer; choose a model that has a tokenizer.json")
-        self._says_itself = bool(re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()))
+        self._template = _on_one_day(tokenizer.get_chat_template())
+        self._says_itself = bool(re.search(r"\{%-?\s*generation\s*-?%\}", self._template))
         self._prompts, self.ends_turns = self._try_out()
 
     def render(self, conversation: list[Message], **options: Any) -> Any:
@@ -58,7 +109,8 @@ class ChatTemplate:
             DataError: if the template refuses the conversation.
         """
         try:
-            return self.tokenizer.apply_chat_template(conversation, **{"tokenize": False, **options})
+            options = {"chat_template": self._template, "tokenize": False, **options}
+            return self.tokenizer.apply_chat_template(conversation, **options)
         except (jinja2.TemplateError, TypeError) as error:
             raise DataError(
                 f"{self.name}: its chat template refuses the conversation that begins "
@@ -151,3 +203,12 @@ class ChatTemplate:
 
     def _unmarkable(self) -> DataError:
         return DataError(f"{self.name}: its chat template does not tell answers from the rest; set train.loss_on: all")
+
+
+def _on_one_day(template: str) -> str:
+    """The template with a fixed date where it asks for today's, as Llama 3.2's and SmolLM3's do.
+
+    The same data must give the same tokens tomorrow: a resumed run would else train on, and a second
+    measurement would compare, another text.
+    """
+    return re.sub(r"strftime_now\((['\"])(.*?)\1\)", lambda call: repr(_DAY.strftime(call[2])), template)

@@ -1,20 +1,23 @@
-"""Conversations and text -> token ids, and which of the tokens the loss is taken on."""
+"""Conversations and texts -> token ids, and which of the tokens the loss is taken on."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.data.chat import ChatTemplate, Span
+from pipeline.data.chat import ChatTemplate, Span, beginning
 from pipeline.data.forms import Example
 from pipeline.errors import DataError
 
 NO_LOSS = -100  # the label that torch's cross entropy ignores
 SHORTEST_WINDOW = 32  # tokens; fewer say little about a model
 
-_CHUNK = 256  # conversations tokenized at once
+_CHUNK = 256  # examples tokenized at once
 _CHARACTERS_PER_TOKEN = 64  # more than any tokenizer reaches on text
+
+IdsAndLabels = tuple[list[int], list[int]]  # of one sequence
 
 
 @dataclass(frozen=True)
@@ -27,14 +30,15 @@ class Encoded:
 
 @dataclass(frozen=True)
 class EncodedSet:
-    """What conversations became.
+    """What conversations or texts became.
 
     Attributes:
-        examples: one sequence for each conversation that was kept, in the same order.
-        truncated: how many of them were cut at `max_length`.
-        dropped: conversations left out because nothing to learn from was left of them.
+        examples: one sequence for each conversation that was kept, or one or more for each text, in the same order.
+        truncated: conversations that lost what was beyond `max_length`.
+        dropped: conversations or texts left out because nothing to learn from was left of them.
         tokens: tokens in all sequences together.
         loss_tokens: those of them that the loss is taken on.
+        cut: texts that became more than one sequence; nothing of them is lost.
     """
 
     examples: list[Encoded]
@@ -42,6 +46,7 @@ class EncodedSet:
     dropped: int
     tokens: int
     loss_tokens: int
+    cut: int = 0
 
 
 def encode_examples(
@@ -51,39 +56,46 @@ def encode_examples(
     max_length: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> EncodedSet:
-    """Render, tokenize and mark conversations.
+    """Tokenize examples, and mark what is learned of them.
 
-    Messages after the last answer are left out, so that every sequence ends in an end of turn,
-    or in the tokenizer's end of text where its template has no end of turn.
+    Of a conversation, messages after the last answer are left out, so that every sequence ends in an end of
+    turn, or in the tokenizer's end of text where its template has no end of turn.
+
+    A text is learned whole, whatever `loss_on` says: beginning-of-text token where the tokenizer puts one, the
+    text, end-of-text token. One that is longer than `max_length` becomes several sequences, each with the
+    beginning-of-text token; the last two share what is left if the last would be shorter than 32 tokens.
 
     Args:
-        tokenizer: a fast transformers tokenizer with a chat template.
+        examples: all conversations, or all texts.
+        tokenizer: of transformers; for conversations a fast one with a chat template.
         loss_on: "assistant" (every answer), "completion" (the last one), "all" (everything), or
             "auto", which is "assistant". A sequence's first token never counts: nothing predicts it.
-        max_length: tokens; what is beyond is cut off.
-        on_progress: called with conversations done and conversations in all.
+        max_length: tokens; what is beyond is cut off, or for a text, put in the next sequence.
+        on_progress: called with examples done and examples in all.
 
     Raises:
         DataError: if the tokenizer has no chat template or is not a fast one, if the template refuses
             a conversation, or if it cannot be told which part of its output is an answer.
     """
-    template = ChatTemplate(tokenizer)
-    encoded, truncated, dropped = [], 0, 0
-    for start in range(0, len(examples), _CHUNK):
-        chunk = examples[start : start + _CHUNK]
-        for ids, labels in _encode_chunk(chunk, template, loss_on):
-            sequence = Encoded(ids[:max_length], labels[:max_length])
-            if all(label == NO_LOSS for label in sequence.labels):
-                dropped += 1
-                continue
-            truncated += len(ids) > max_length
-            encoded.append(sequence)
+    if examples and examples[0].text is not None:
+        chunks = _text_chunks(examples, tokenizer, max_length)
+    else:
+        chunks = _conversation_chunks(examples, ChatTemplate(tokenizer), loss_on)
+    encoded, counts = [], {"truncated": 0, "dropped": 0, "cut": 0}
+    done = 0
+    for chunk in chunks:
+        for sequences in chunk:
+            kept = [s for ids, labels in sequences if _teaches(s := Encoded(ids[:max_length], labels[:max_length]))]
+            counts["dropped"] += not kept
+            counts["truncated"] += bool(kept) and any(len(ids) > max_length for ids, _ in sequences)
+            counts["cut"] += len(kept) > 1
+            encoded += kept
+            done += 1
         if on_progress:
-            on_progress(start + len(chunk), len(examples))
+            on_progress(done, len(examples))
     return EncodedSet(
         examples=encoded,
-        truncated=truncated,
-        dropped=dropped,
+        **counts,
         tokens=sum(len(e.input_ids) for e in encoded),
         loss_tokens=sum(label != NO_LOSS for e in encoded for label in e.labels),
     )
@@ -102,7 +114,7 @@ def encode_text(text: str, tokenizer: Any, window: int, max_tokens: int) -> list
     Raises:
         DataError: if the text is too short for a single window.
     """
-    first = _beginning(tokenizer)
+    first = beginning(tokenizer)
     text = text[: max_tokens * _CHARACTERS_PER_TOKEN]  # the rest of a large file need not be tokenized
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     step = window - len(first)
@@ -120,15 +132,42 @@ def encode_text(text: str, tokenizer: Any, window: int, max_tokens: int) -> list
     return windows
 
 
-def _beginning(tokenizer: Any) -> list[int]:
-    """The beginning-of-text token, in a list, if this tokenizer puts it before text."""
-    first = tokenizer("a")["input_ids"][:1]
-    return first if first == [tokenizer.bos_token_id] else []
+def _teaches(sequence: Encoded) -> bool:
+    return any(label != NO_LOSS for label in sequence.labels)
 
 
-def _encode_chunk(
+def _text_chunks(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Iterator[list[list[IdsAndLabels]]]:
+    """The sequences of every text, some texts at a time."""
+    first = beginning(tokenizer)
+    last = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    step = max(1, max_length - len(first))
+    for start in range(0, len(examples), _CHUNK):
+        texts = [example.text for example in examples[start : start + _CHUNK]]
+        batch = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        yield [[_window(first + part) for part in _parts(ids + last, step)] for ids in batch]
+
+
+def _parts(ids: list[int], step: int) -> list[list[int]]:
+    """Consecutive parts of `step` tokens; no short one at the end if two can share."""
+    bounds = [*range(0, len(ids), step), len(ids)]
+    if len(bounds) > 2 and bounds[-1] - bounds[-2] < min(SHORTEST_WINDOW, step):
+        bounds[-2] = (bounds[-3] + bounds[-1] + 1) // 2
+    return [ids[start:end] for start, end in itertools.pairwise(bounds)]
+
+
+def _window(ids: list[int]) -> IdsAndLabels:
+    return ids, [NO_LOSS, *ids[1:]]
+
+
+def _conversation_chunks(
     examples: Sequence[Example], template: ChatTemplate, loss_on: str
-) -> Iterator[tuple[list[int], list[int]]]:
+) -> Iterator[list[list[IdsAndLabels]]]:
+    """The one sequence of every conversation, some conversations at a time."""
+    for start in range(0, len(examples), _CHUNK):
+        yield [[sequence] for sequence in _encode_chunk(examples[start : start + _CHUNK], template, loss_on)]
+
+
+def _encode_chunk(examples: Sequence[Example], template: ChatTemplate, loss_on: str) -> Iterator[IdsAndLabels]:
     """Ids and labels of each conversation, before truncation."""
     texts, spans = [], []
     end_of_text = template.tokenizer.eos_token_id

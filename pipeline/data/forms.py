@@ -1,30 +1,32 @@
-"""What a row of a data set may look like, and the conversation it becomes.
+"""What a row of a data set may look like, and the conversation or the text it becomes.
 
-A data form is a function from a row (a dict) to messages and one entry in `FORMS`.
-A row that is not what it should be is a `DataError` that names the file, the row
-and what to change, in one line.
+A data form is the columns it needs, those it takes where they are there, and a function from
+their values to an `Example`; it is one entry in `FORMS`. `choose_layout` finds the form of a data
+set, and under which names its columns stand there.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.errors import DataError
-
-ROLES = ("system", "user", "assistant", "tool")
-
-# Fields that change what a message means. Reading past them would train on something else.
-_UNSUPPORTED = ("tool_calls", "function_call", "reasoning_content", "thinking", "weight")
+from pipeline.data.messages import Message, messages
+from pipeline.data.rows import BadRow, columns_of, shorten, text
 
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation: messages of `role` and `content`, at least one by the assistant."""
+    """One thing to learn: a conversation with at least one message by the assistant, or a plain text.
 
-    messages: tuple[dict[str, str], ...]
+    Attributes:
+        messages: `role` and `content` each; empty for a text.
+        text: None for a conversation.
+    """
+
+    messages: tuple[dict[str, str], ...] = ()
+    text: str | None = None
 
     @property
     def last_answer(self) -> int:
@@ -32,141 +34,232 @@ class Example:
         return max(i for i, message in enumerate(self.messages) if message["role"] == "assistant")
 
     def canonical(self) -> str:
-        """The same text for the same conversation, whatever the file looked like."""
-        return _canonical(self.messages)
+        """The same text for the same example, whatever the file looked like."""
+        return _canonical(self.messages if self.text is None else {"text": self.text})
 
     def prompt(self) -> str:
-        """Everything before the last answer, in canonical form."""
-        return _canonical(self.messages[: self.last_answer])
+        """Everything before the last answer, in canonical form; a text, which has no prompt, is its own."""
+        return _canonical(self.messages[: self.last_answer]) if self.text is None else self.canonical()
+
+    def learned(self) -> list[str]:
+        """What is to be learned: the answers, or the text."""
+        return [m["content"] for m in self.messages if m["role"] == "assistant"] if self.text is None else [self.text]
 
 
-def _canonical(messages: Iterable[dict[str, str]]) -> str:
-    return json.dumps(list(messages), ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+def _canonical(value: Any) -> str:
+    value = list(value) if isinstance(value, tuple) else value
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
 
-def detect_form(columns: Iterable[str], wanted: str, where: str) -> str:
-    """The form of rows with these columns.
+@dataclass(frozen=True)
+class Form:
+    """Columns and what they become.
 
-    Args:
-        columns: the columns of the first row.
-        wanted: a form that is demanded, or "auto".
-        where: the source, named in errors.
-
-    Raises:
-        DataError: if the columns do not have the form, or any known form.
+    Attributes:
+        needed: columns that every row has.
+        read: a row -> its example; raises BadRow.
+        optional: columns that a row may have.
+        also: other common names of columns, taken where there is no column of the proper name.
     """
-    columns = list(columns)
-    for form in FORMS if wanted == "auto" else (wanted,):
-        if set(FORMS[form][0]) <= set(columns):
-            return form
-    found = shorten(", ".join(columns), 200) or "none"
-    if wanted != "auto":
-        raise DataError(
-            f"{where}: the form {wanted} needs the columns {' and '.join(FORMS[wanted][0])}; found are {found}"
-        )
-    known = "; or ".join(" and ".join(needed) for needed, _ in FORMS.values())
-    raise DataError(f"{where}: no known form: columns found are {found}; rename them to {known}")
+
+    needed: tuple[str, ...]
+    read: Callable[[_Row], Example]
+    optional: tuple[str, ...] = ("system", "tools")
+    also: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return self.needed + self.optional
 
 
-def to_example(row: Any, form: str, where: str) -> Example:
-    """The conversation in a row.
+@dataclass(frozen=True)
+class _Row:
+    """A row's values by the form's columns, and what the data set calls these."""
 
-    Args:
-        row: what one line of the file held.
-        form: a key of `FORMS`.
-        where: the source and the row's number, named in errors.
+    values: dict[str, Any]
+    names: Mapping[str, str]
 
-    Raises:
-        DataError: if the row is malformed.
-    """
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: {_kind(row)} {shorten(row)} where an object such as {{...}} is expected")
-    columns, read = FORMS[form]
-    for column in columns:
-        if column not in row:
-            raise DataError(f"{where}: no `{column}`; every row needs {' and '.join(columns)}")
-    if row.get("tools"):
-        raise DataError(f"{where}: `tools` is not supported; remove it, or the rows that have it")
-    messages = tuple(read(row, where))
-    if not any(message["role"] == "assistant" for message in messages):
-        raise DataError(f"{where}: no message by the assistant, so nothing to learn; add one, or remove the row")
-    for number, message in enumerate(messages, start=1):
-        if message["role"] == "system" and number > 1:
-            raise DataError(f"{where}: message {number} is a system message; move it to the front")
-    return Example(messages)
+    def has(self, column: str) -> bool:
+        return self.values.get(column) not in (None, "")
+
+    def text(self, column: str) -> str:
+        return text(self.values[column], f"`{self.names[column]}`")
+
+    def messages(self, column: str) -> list[Message]:
+        return messages(self.values[column], self.names[column])
 
 
-def _from_messages(row: dict, where: str) -> list[dict[str, str]]:
-    return _messages(row["messages"], "messages", where)
+def _from_messages(row: _Row) -> Example:
+    return _conversation(row, row.messages("messages"))
 
 
-def _from_prompt_completion(row: dict, where: str) -> list[dict[str, str]]:
+def _from_prompt_completion(row: _Row) -> Example:
     """Two strings, or as trl has it, two lists of messages that continue each other."""
-    messages = []
+    turns = []
     for column, role in (("prompt", "user"), ("completion", "assistant")):
-        value = row[column]
-        if isinstance(value, list):
-            messages += (part := _messages(value, column, where))
+        if isinstance(row.values[column], list):
+            turns += (part := row.messages(column))
             if column == "completion" and all(message["role"] != "assistant" for message in part):
-                raise DataError(f"{where}: `completion` has no message by the assistant; add one")
+                raise BadRow(f"`{row.names[column]}` has no message by the assistant; add one")
         else:
-            messages.append({"role": role, "content": _text(value, f"`{column}`", where)})
-    return messages
+            turns.append({"role": role, "content": row.text(column)})
+    return _conversation(row, turns)
 
 
-FORMS: dict[str, tuple[tuple[str, ...], Callable[[dict, str], list[dict[str, str]]]]] = {
-    "messages": (("messages",), _from_messages),
-    "prompt_completion": (("prompt", "completion"), _from_prompt_completion),
+def _from_instruction(row: _Row) -> Example:
+    """The input, where there is one, stands below its instruction, with an empty line between them."""
+    asked = [row.text("instruction"), *([row.text("input")] if row.has("input") else [])]
+    return _conversation(row, _pair("\n\n".join(asked), row.text("output")))
+
+
+def _from_question_answer(row: _Row) -> Example:
+    return _conversation(row, _pair(row.text("question"), row.text("answer")))
+
+
+def _from_text(row: _Row) -> Example:
+    return Example(text=row.text("text"))
+
+
+def _pair(asked: str, answer: str) -> list[Message]:
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+
+
+def _conversation(row: _Row, turns: list[Message]) -> Example:
+    if row.values.get("tools"):
+        raise BadRow("`tools` is not supported; remove it, or the rows that have it")
+    if row.has("system"):
+        turns = [{"role": "system", "content": row.text("system")}, *turns]
+    if not any(message["role"] == "assistant" for message in turns):
+        raise BadRow("no message by the assistant, so nothing to learn; add one, or remove the row")
+    for number, message in enumerate(turns, start=1):
+        if message["role"] == "system" and number > 1:
+            raise BadRow(f"message {number} is a system message; move it to the front")
+    return Example(tuple(turns))
+
+
+FORMS: dict[str, Form] = {
+    "messages": Form(("messages",), _from_messages, also={"messages": "conversations"}),
+    "prompt_completion": Form(("prompt", "completion"), _from_prompt_completion),
+    "instruction": Form(
+        ("instruction", "output"),
+        _from_instruction,
+        ("input", "system", "tools"),
+        {"output": "response", "input": "context"},
+    ),
+    "question_answer": Form(("question", "answer"), _from_question_answer),
+    "text": Form(("text",), _from_text, ()),
 }
 
 
-def _messages(value: Any, column: str, where: str) -> list[dict[str, str]]:
-    if not isinstance(value, list):
-        raise DataError(f"{where}: `{column}` is {_kind(value)} {shorten(value)}; a list of messages is expected")
-    if not value:
-        raise DataError(f"{where}: `{column}` is empty; add messages, or remove the row")
-    return [_message(message, f"message {n} of `{column}`", where) for n, message in enumerate(value, start=1)]
+@dataclass(frozen=True)
+class Layout:
+    """A form, and where its columns are in a data set.
+
+    Attributes:
+        form: a key of `FORMS`.
+        names: the form's column -> the name it has in the data set.
+        unused: columns of the data set that nothing is read from.
+    """
+
+    form: str
+    names: Mapping[str, str]
+    unused: tuple[str, ...] = ()
+
+    def example(self, row: Any) -> Example:
+        """What a row becomes.
+
+        Raises:
+            BadRow: if it is malformed.
+        """
+        row, form = columns_of(row), FORMS[self.form]
+        for column in form.needed:
+            if self.names[column] not in row:
+                needed = " and ".join(self.names[c] for c in form.needed)
+                raise BadRow(f"no `{self.names[column]}`; every row needs {needed}")
+        return form.read(_Row({column: row[name] for column, name in self.names.items() if name in row}, self.names))
 
 
-def _message(message: Any, what: str, where: str) -> dict[str, str]:
-    if not isinstance(message, dict):
-        raise DataError(f"{where}: {what} is {_kind(message)} {shorten(message)}; {{role, content}} is expected")
-    for key in ("role", "content"):
-        if key not in message:
-            raise DataError(f"{where}: {what} has no `{key}`; found are {shorten(', '.join(message)) or 'no keys'}")
-    role = message["role"]
-    if role not in ROLES:
-        raise DataError(f"{where}: {what} has the role {shorten(role)}; allowed are {', '.join(ROLES)}")
-    for key in _UNSUPPORTED:
-        if message.get(key):
-            raise DataError(f"{where}: {what} has `{key}`, which is not supported; remove it, or the row")
-    content = message["content"]
-    if role == "tool" and content == "":  # a tool may well answer nothing
-        return {"role": role, "content": content}
-    return {"role": role, "content": _text(content, f"the content of {what}", where)}
+def choose_layout(columns: Iterable[str], wanted: str, named: Mapping[str, str]) -> Layout:
+    """The form of rows with these columns, and under which names they have the form's columns.
+
+    A column is taken under the name that `named` gives it, else under its own, else under another
+    common one (`Form.also`). With "auto", plain text is taken only where no other form fits.
+
+    Args:
+        columns: the columns of the data set, or of its first row.
+        wanted: a form that is demanded, or "auto".
+        named: a form's column -> its name in the data set; see `check_names`.
+
+    Raises:
+        BadRow: if the columns have not the form, no known form, or more than one.
+    """
+    columns = list(columns)
+    found = shorten(", ".join(columns), 200) or "none"
+    for column, name in named.items():
+        if name not in columns and not _optional(column, wanted):
+            raise BadRow(f"data.columns: {column} is `{name}`, which is not there; columns found are {found}")
+    layouts = [
+        _layout(form, columns, named)
+        for form in (FORMS if wanted == "auto" else (wanted,))
+        if set(named) <= set(FORMS[form].columns)
+    ]
+    fitting = [layout for layout in layouts if {layout.names.get(c) for c in FORMS[layout.form].needed} <= set(columns)]
+    if len(fitting) > 1:
+        fitting = [layout for layout in fitting if layout.form != "text"]
+    if len(fitting) > 1:
+        forms = " and ".join(layout.form for layout in fitting)
+        raise BadRow(f"columns fit several forms: {forms}; set data.form to one of them")
+    if not fitting and wanted != "auto":
+        needed = " and ".join(FORMS[wanted].needed)
+        raise BadRow(f"the form {wanted} needs the columns {needed}; found are {found}; name them in data.columns")
+    if not fitting:
+        known = "; or ".join(" and ".join(form.needed) for form in FORMS.values())
+        raise BadRow(f"no known form: columns found are {found}; rename them, or name them in data.columns, to {known}")
+    (layout,) = fitting
+    if wanted == "auto" and layout.form == "question_answer" and "context" in layout.unused:
+        raise BadRow(
+            "`context` beside question and answer would be left out; set data.form: question_answer to do so, "
+            "or data.columns: {instruction: question, input: context, output: answer}"
+        )
+    return layout
 
 
-def _text(value: Any, what: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {what} is {_kind(value)} {shorten(value)}; text in quotes is expected")
-    if not value.strip():
-        raise DataError(f"{where}: {what} is empty; write something, or remove the row")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: {what} has half a character (\\u{ord(value[error.start]):04x}) at {error.start}; write it whole"
-        ) from None
-    return value
+def check_names(wanted: str, named: Mapping[str, str]) -> None:
+    """Does `data.columns` make sense, whatever the data set looks like?
+
+    Raises:
+        BadRow: if it names columns that no form has, or one column twice.
+    """
+    forms = FORMS.values() if wanted == "auto" else (FORMS[wanted],)
+    known = list(dict.fromkeys(column for form in forms for column in form.columns if column != "tools"))
+    for column in named:
+        if column not in known:
+            of = "any form" if wanted == "auto" else f"the form {wanted}"
+            raise BadRow(f"data.columns: {shorten(column)} is no column of {of}; allowed are {', '.join(known)}")
+    if not any(set(named) <= set(form.columns) for form in forms):
+        raise BadRow(f"data.columns: {', '.join(named)} are not columns of one form; name those of one")
+    for column, name in named.items():
+        if list(named.values()).count(name) > 1:
+            raise BadRow(f"data.columns: `{name}` is named twice; {column} and another cannot be the same")
 
 
-def _kind(value: Any) -> str:
-    names = {bool: "the value", int: "the number", float: "the number", str: "the text", list: "the list"}
-    return names.get(type(value), "the object" if isinstance(value, dict) else "the value")
+def _optional(column: str, wanted: str) -> bool:
+    """Whether rows may lack a column; then only all of them together can tell that its name is wrong."""
+    forms = FORMS.values() if wanted == "auto" else (FORMS[wanted],)
+    return all(column not in form.needed for form in forms)
 
 
-def shorten(value: Any, longest: int = 60) -> str:
-    """A value for a message: as JSON unless it is text in prose, and never longer than `longest`."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= longest else text[: longest - 3] + "..."
+def _layout(form: str, columns: list[str], named: Mapping[str, str]) -> Layout:
+    taken = set(named.values())
+
+    def name(column: str) -> str:
+        if column in named:
+            return named[column]
+        other = FORMS[form].also.get(column)
+        free = [n for n in (column, other) if n in columns and n not in taken]
+        return free[0] if free else column
+
+    names = {column: name(column) for column in FORMS[form].columns}
+    # A column that is named for something else is not itself any more.
+    names = {c: n for c, n in names.items() if c in named or n not in taken}
+    return Layout(form, names, tuple(c for c in columns if c not in names.values()))

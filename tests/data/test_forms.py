@@ -7,7 +7,8 @@ import pytest
 from pipeline.catalog import DATA_FORMS
 from pipeline.config import Data
 from pipeline.data import check_source, load_examples
-from pipeline.data.forms import FORMS, to_example
+from pipeline.data.forms import FORMS, choose_layout
+from pipeline.data.rows import BadRow
 from pipeline.errors import DataError
 
 GOOD = '{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}'
@@ -23,13 +24,17 @@ def conversation(*messages):
     return json.dumps({"messages": [dict(zip(("role", "content"), m, strict=True)) for m in messages]})
 
 
+def example(row, form="auto", columns=None, **named):
+    return choose_layout(columns or row, form, named).example(row)
+
+
 def test_the_forms_are_those_of_the_catalog():
     assert list(FORMS) == list(DATA_FORMS)
 
 
 def test_a_prompt_and_its_completion_become_two_messages():
-    example = to_example({"prompt": "2+2?", "completion": " 4"}, "prompt_completion", "f, row 1")
-    assert example.messages == ({"role": "user", "content": "2+2?"}, {"role": "assistant", "content": " 4"})
+    expected = ({"role": "user", "content": "2+2?"}, {"role": "assistant", "content": " 4"})
+    assert example({"prompt": "2+2?", "completion": " 4"}).messages == expected
 
 
 def test_prompt_and_completion_may_be_lists_of_messages():
@@ -37,18 +42,17 @@ def test_prompt_and_completion_may_be_lists_of_messages():
         "prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}],
         "completion": [{"role": "assistant", "content": "A"}],
     }
-    example = to_example(row, "prompt_completion", "f, row 1")
-    assert [m["role"] for m in example.messages] == ["system", "user", "assistant"]
+    assert [m["role"] for m in example(row).messages] == ["system", "user", "assistant"]
 
 
 def test_fields_of_a_message_that_change_nothing_are_left_out():
     row = {"messages": [{"role": "assistant", "content": "A", "id": 7, "tool_calls": None}], "source": "x"}
-    assert to_example(row, "messages", "f, row 1").messages == ({"role": "assistant", "content": "A"},)
+    assert example(row).messages == ({"role": "assistant", "content": "A"},)
 
 
 def test_a_tool_may_answer_nothing():
     messages = [{"role": "tool", "content": ""}, {"role": "assistant", "content": "Done."}]
-    assert to_example({"messages": messages}, "messages", "f, row 1").messages[0]["content"] == ""
+    assert example({"messages": messages}).messages[0]["content"] == ""
 
 
 def test_auto_finds_the_form(tmp_path):
@@ -68,7 +72,7 @@ def test_a_byte_order_mark_and_blank_lines_and_windows_line_ends_are_fine(tmp_pa
 
 
 def test_line_numbers_count_blank_lines(tmp_path):
-    with pytest.raises(DataError, match=r"data\.jsonl, row 4: not valid JSON at column 2"):
+    with pytest.raises(DataError, match=r"data\.jsonl, line 4: not valid JSON at column 2"):
         load(tmp_path, f"{GOOD}\n\n\n{{")
 
 
@@ -81,8 +85,8 @@ BAD_ROWS = {
     "null": ("null", "null"),
     "NaN": ('{"messages": NaN}', "NaN is no JSON value"),
     "a key that stands twice": ('{"messages": [], "messages": []}', "'messages' stands twice"),
-    "a number of 5000 digits": ('{"messages": ' + "1" * 5000 + "}", "row 2"),
-    "nesting without end": ("[" * 100_000, "row 2"),
+    "a number of 5000 digits": ('{"messages": ' + "1" * 5000 + "}", "Exceeds the limit"),
+    "nesting without end": ("[" * 100_000, "one JSON object a line"),
     "an object nested without end": ('{"a":' * 100_000, "nested too deeply"),
     "not UTF-8": (b'{"messages": "\xff"}', "not UTF-8 at byte 15"),
     "another form": ('{"prompt": "p", "completion": "c"}', "no `messages`"),
@@ -116,7 +120,7 @@ def test_a_bad_row_is_refused_in_one_line_that_names_it(tmp_path, line, reason):
     with pytest.raises(DataError) as caught:
         load(tmp_path, GOOD.encode() + b"\n" + line + b"\n" + GOOD.encode())
     message = str(caught.value)
-    assert message.startswith(f"{tmp_path / 'data.jsonl'}, row 2: ")
+    assert message.startswith(f"{tmp_path / 'data.jsonl'}, line 2: ")
     assert reason in message and "\n" not in message
     assert len(message) < len(str(tmp_path)) + 250
 
@@ -134,10 +138,9 @@ def test_a_bad_row_is_refused_in_one_line_that_names_it(tmp_path, line, reason):
     ],
 )
 def test_a_bad_pair_is_refused(row, reason):
-    with pytest.raises(DataError) as caught:
-        to_example(row, "prompt_completion", "pairs.jsonl, row 9")
-    assert str(caught.value).startswith("pairs.jsonl, row 9: ") and reason in str(caught.value)
-    assert len(str(caught.value)) < 200
+    with pytest.raises(BadRow) as caught:
+        example(row, columns=("prompt", "completion"))
+    assert reason in str(caught.value) and len(str(caught.value)) < 200
 
 
 @pytest.mark.parametrize(
@@ -145,12 +148,11 @@ def test_a_bad_pair_is_refused(row, reason):
     [
         ("", "has no rows"),
         ("\n \n", "has no rows"),
-        ("7\n" + GOOD, "row 1: the number 7"),
-        ('{"text": "t", "label": 1}', "columns found are text, label"),
+        ("7\n" + GOOD, "line 1: the number 7"),
+        ('{"body": "t", "label": 1}', "columns found are body, label"),
         ("{}", "columns found are none"),
-        ('[\n{"prompt": "p", "completion": "c"}\n]', "row 1: a list"),
-        ("{\n", "row 1: not valid JSON"),
-        (GOOD.encode("utf-16"), "row 1: not UTF-8"),
+        ("{\n", "line 1: not valid JSON"),
+        (GOOD.encode("utf-16"), "line 1: not UTF-8"),
     ],
 )
 def test_a_file_that_starts_wrong_is_refused_before_any_work(tmp_path, content, reason):
@@ -160,3 +162,142 @@ def test_a_file_that_starts_wrong_is_refused_before_any_work(tmp_path, content, 
         with pytest.raises(DataError) as caught:
             refuse(Data(source=str(path)))
         assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def turns(*contents, system=None):
+    roles = ["system"] * bool(system) + ["user", "assistant"] * len(contents)
+    said = [*([system] * bool(system)), *contents]
+    return tuple({"role": role, "content": content} for role, content in zip(roles, said, strict=False))
+
+
+@pytest.mark.parametrize(
+    ("row", "form", "expected"),
+    [
+        ({"instruction": "Add.", "input": "1 2", "output": "3"}, "instruction", turns("Add.\n\n1 2", "3")),
+        ({"instruction": "Add.", "input": "", "output": "3"}, "instruction", turns("Add.", "3")),
+        ({"instruction": "Add.", "output": "3"}, "instruction", turns("Add.", "3")),
+        ({"instruction": "Add.", "context": "1 2", "response": "3"}, "instruction", turns("Add.\n\n1 2", "3")),
+        ({"instruction": "A", "output": "3", "response": "4"}, "instruction", turns("A", "3")),
+        ({"question": "Q?", "answer": "A."}, "question_answer", turns("Q?", "A.")),
+        ({"prompt": "p", "completion": "c", "system": "S"}, "prompt_completion", turns("p", "c", system="S")),
+        ({"prompt": "p", "completion": "c", "system": None}, "prompt_completion", turns("p", "c")),
+        (
+            {"conversations": [{"from": "system", "value": "S"}, {"from": "human", "value": "Q"}]
+             + [{"from": "gpt", "value": "A"}]},
+            "messages", turns("Q", "A", system="S"),
+        ),
+        (
+            {"conversations": [{"role": None, "from": "user", "value": "Q"}, {"from": "assistant", "value": "A"}]},
+            "messages", turns("Q", "A"),
+        ),
+        ({"conversations": list(turns("Q", "A")), "id": 1}, "messages", turns("Q", "A")),
+    ],
+)  # fmt: skip
+def test_each_form_becomes_a_conversation(row, form, expected):
+    assert choose_layout(row, "auto", {}).form == form
+    assert example(row).messages == expected
+
+
+def test_plain_text_stays_text_and_is_its_own_prompt():
+    found = example({"text": "Once.\n", "id": 3})
+    assert (found.text, found.messages, found.learned()) == ("Once.\n", (), ["Once.\n"])
+    assert found.prompt() == found.canonical() != example({"text": "Twice."}).prompt()
+
+
+@pytest.mark.parametrize(
+    ("columns", "form"),
+    [
+        (("instruction", "input", "output", "text"), "instruction"),
+        (("text", "question", "answer"), "question_answer"),
+        (("text", "messages"), "messages"),
+        (("prompt", "messages", "prompt_id"), "messages"),
+        (("context", "instruction", "response", "category"), "instruction"),
+    ],
+)
+def test_text_is_taken_only_where_nothing_else_fits(columns, form):
+    assert choose_layout(columns, "auto", {}).form == form
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        (("prompt", "completion", "messages"), "several forms: messages and prompt_completion; set data.form"),
+        (("instruction", "output", "question", "answer"), "several forms: instruction and question_answer"),
+        (("question", "answer", "context"), "data.columns: {instruction: question, input: context, output: answer}"),
+        (("prompt", "chosen"), "columns found are prompt, chosen; rename them, or name them in data.columns"),
+    ],
+)
+def test_columns_that_leave_a_doubt_are_refused_with_the_way_out(columns, reason):
+    with pytest.raises(BadRow) as caught:
+        choose_layout(columns, "auto", {})
+    assert reason in str(caught.value)
+
+
+def test_a_form_that_is_demanded_ends_the_doubt():
+    for form in ("messages", "prompt_completion"):
+        assert choose_layout(("prompt", "completion", "messages"), form, {}).form == form
+    assert choose_layout(("question", "answer", "context"), "question_answer", {}).unused == ("context",)
+
+
+@pytest.mark.parametrize(
+    ("row", "named", "expected"),
+    [
+        ({"ask": "Q", "reply": "A"}, {"prompt": "ask", "completion": "reply"}, turns("Q", "A")),
+        ({"prompt": "Q", "reply": "A"}, {"completion": "reply"}, turns("Q", "A")),
+        ({"prompt": "old", "ask": "Q", "completion": "A"}, {"prompt": "ask"}, turns("Q", "A")),
+        ({"prompt": "A", "completion": "Q"}, {"prompt": "completion", "completion": "prompt"}, turns("Q", "A")),
+        ({"q": "Q", "context": "C", "answer": "A"},
+         {"instruction": "q", "input": "context", "output": "answer"}, turns("Q\n\nC", "A")),
+        ({"chat": list(turns("Q", "A")), "messages": None}, {"messages": "chat"}, turns("Q", "A")),
+        ({"system_prompt": "S", "question": "Q", "response": "A"},
+         {"system": "system_prompt", "answer": "response"}, turns("Q", "A", system="S")),
+    ],
+)  # fmt: skip
+def test_columns_are_taken_under_the_names_that_are_given(row, named, expected):
+    assert example(row, **named).messages == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"columns": {"promt": "ask"}}, "data.columns: promt is no column of any form; allowed are messages,"),
+        ({"columns": {"text": "ask"}, "form": "messages"}, "text is no column of the form messages; allowed are"),
+        ({"columns": {"prompt": "ask", "answer": "reply"}}, "prompt, answer are not columns of one form"),
+        ({"columns": {"prompt": "ask", "completion": "ask"}}, "`ask` is named twice"),
+        ({"columns": {"prompt": "asked", "completion": "reply"}}, "prompt is `asked`, which is not there; columns"),
+        ({"columns": {"prompt": "reply"}}, "no known form: columns found are ask, reply"),
+        ({"subset": "main"}, "data.subset 'main': is for data sets on the Hub; remove it"),
+        ({"revision": "v1"}, "data.revision 'v1': is for data sets on the Hub; remove it"),
+    ],
+)
+def test_settings_that_do_not_fit_the_data_are_refused_before_any_work(tmp_path, options, reason):
+    (tmp_path / "data.jsonl").write_text('{"ask": "Q", "reply": "A"}\n{"ask": "R", "reply": "A"}')
+    for refuse in (check_source, load_examples):
+        with pytest.raises(DataError) as caught:
+            refuse(Data(source=str(tmp_path / "data.jsonl"), **options))
+        assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_optional_column_under_a_wrong_name_is_found_out_when_no_row_has_it(tmp_path):
+    rows = [{"instruction": f"I{i}", "output": "O", **({"extra": "E"} if i else {})} for i in range(4)]
+    content = "\n".join(map(json.dumps, rows))
+    data = load(tmp_path, content, columns={"input": "extra"})
+    assert sum("\n\nE" in e.prompt().replace("\\n", "\n") for e in data.train + data.held_out) == 3
+    with pytest.raises(DataError, match="data.columns: input is `extr`, which no row has"):
+        load(tmp_path, content, columns={"input": "extr"})
+
+
+def test_errors_call_a_column_what_it_is_called_in_the_data(tmp_path):
+    rows = '{"ask": "Q", "reply": "A"}\n{"ask": "R", "reply": null}\n{"ask": "S"}'
+    columns = {"prompt": "ask", "completion": "reply"}
+    with pytest.raises(DataError, match="line 2: `reply` is the value null"):
+        load(tmp_path, rows, columns=columns)
+    skipped = load(tmp_path, rows + '\n{"ask": "T", "reply": "B"}', columns=columns, on_bad_row="skip").skipped
+    assert skipped.first[1] == ("line 3", "no `reply`; every row needs ask and reply")
+    with pytest.raises(DataError, match="line 1: message 1 of `conversations` has no `value`"):
+        load(tmp_path, '{"conversations": [{"from": "human"}]}')
+
+
+def test_columns_that_nothing_is_read_from_are_told(tmp_path):
+    rows = "\n".join(json.dumps({"id": i, "prompt": f"p{i}", "completion": "c", "score": 1}) for i in range(3))
+    assert load(tmp_path, rows).unused == ("id", "score")

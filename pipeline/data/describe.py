@@ -1,0 +1,198 @@
+"""What a run trains on, said twice: as plain data for the results, and in lines for a person, before it begins.
+
+    description = describe(data_set, encoded, tokenizer)
+    for line in report(description, samples(data_set, encoded, tokenizer)): ...
+
+The results are published, and rows may be private: so no text of any row is in the description.
+"""
+
+from __future__ import annotations
+
+import itertools
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline.data import DataSet
+from pipeline.data.chat import is_supplied
+from pipeline.data.encode import NO_LOSS, Encoded, EncodedSet
+from pipeline.data.overlap import NEAR, RUN, overlap
+
+OWN_TEMPLATE, SUPPLIED_TEMPLATE = "the model's own", "supplied"
+
+_SAMPLES = 3
+_WIDTH = 100  # characters of a line that is shown
+_RUNS = 6  # stretches of a sample that are shown, learned and not
+_SHOWN_SKIPPED = 5
+_MARKS = ("{+", "+}")  # around what is learned
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What is shown and never published.
+
+    Attributes:
+        examples: rendered training examples, each in stretches of (is it learned?, text).
+        skipped: places and reasons of the first bad rows.
+    """
+
+    examples: tuple[tuple[tuple[bool, str], ...], ...]
+    skipped: tuple[tuple[str, str], ...]
+
+
+def describe(data_set: DataSet, encoded: dict[str, EncodedSet], tokenizer: Any) -> dict[str, Any]:
+    """The data set in plain values, without any text of its rows.
+
+    Args:
+        encoded: "training" and "held-out", as `encode_examples` made them of `data_set`.
+        tokenizer: the one they were made with.
+    """
+    examples = {"training": data_set.train, "held-out": data_set.held_out}
+    return {
+        "source": data_set.source,
+        "subset": data_set.subset,
+        "split": data_set.split,
+        "revision": data_set.revision,
+        "form": data_set.form,
+        "rows": data_set.rows,
+        "duplicates": data_set.duplicates,
+        "skipped": data_set.skipped.total,
+        "unused_columns": list(data_set.unused),
+        "fingerprint": data_set.fingerprint,
+        "license": data_set.license,
+        "language": data_set.language,
+        "template": _template(data_set, tokenizer),
+        "overlap": {**asdict(overlap(data_set.train, data_set.held_out)), "run_of_words": RUN, "near_from": NEAR},
+        "splits": {name: _describe_split(len(examples[name]), part) for name, part in encoded.items()},
+    }
+
+
+def samples(data_set: DataSet, encoded: dict[str, EncodedSet], tokenizer: Any) -> Samples:
+    """Three training examples as the model will see them, and the first rows that were skipped.
+
+    Examples are in random order already, so that the first ones are as good as any.
+    """
+    chosen = encoded["training"].examples[:_SAMPLES]
+    return Samples(tuple(_stretches(example, tokenizer) for example in chosen), data_set.skipped.first)
+
+
+def report(description: dict[str, Any], samples: Samples) -> list[str]:
+    """What a person should see before training: plain lines, with nothing in them that moves a cursor."""
+    lines = [_about_rows(description)]
+    lines += [f"skipped   {where}: {reason}" for where, reason in samples.skipped[:_SHOWN_SKIPPED]]
+    if description["unused_columns"]:
+        lines.append(f"unused    columns {', '.join(description['unused_columns'])}")
+    for name, part in description["splits"].items():
+        lines += _about_split(name, part)
+    lines.append(_about_overlap(description["overlap"]))
+    if description["template"] == SUPPLIED_TEMPLATE:
+        lines.append(
+            "template  the model has none: turns are marked in plain text, and the template goes with the model"
+        )
+    if samples.examples:
+        lines.append(f"examples  what is learned stands between {_MARKS[0]} and {_MARKS[1]}")
+    for number, example in enumerate(samples.examples, start=1):
+        lines += _shown(f"{number}  ", example)
+    return [_harmless(line) for line in lines]
+
+
+def _template(data_set: DataSet, tokenizer: Any) -> str | None:
+    if data_set.form == "text":
+        return None
+    return SUPPLIED_TEMPLATE if is_supplied(tokenizer) else OWN_TEMPLATE
+
+
+def _describe_split(examples: int, part: EncodedSet) -> dict[str, Any]:
+    lengths = sorted(len(example.input_ids) for example in part.examples)
+    return {
+        "examples": examples - part.dropped,
+        "sequences": len(part.examples),
+        "tokens": part.tokens,
+        "loss_tokens": part.loss_tokens,
+        "truncated": part.truncated,
+        "dropped": part.dropped,
+        "cut": part.cut,
+        "lengths": {name: _rank(lengths, share) for name, share in _SHARES.items()},
+    }
+
+
+_SHARES = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
+
+
+def _rank(ordered: Sequence[int], share: float) -> int | None:
+    """The smallest value that at least this share of all does not exceed."""
+    if not ordered:
+        return None
+    return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]
+
+
+def _stretches(example: Encoded, tokenizer: Any) -> tuple[tuple[bool, str], ...]:
+    pairs = zip(example.input_ids, example.labels, strict=True)
+    return tuple(
+        (learned, tokenizer.decode([token for token, _ in group], clean_up_tokenization_spaces=False))
+        for learned, group in itertools.groupby(pairs, key=lambda pair: pair[1] != NO_LOSS)
+    )
+
+
+def _about_rows(description: dict[str, Any]) -> str:
+    where = [description["source"]]
+    where += [f"{key} {description[key]}" for key in ("subset", "split") if description[key]]
+    where += [f"at {description['revision'][:12]}"] if description["revision"] else []
+    parts = [f"{description['rows']:,} rows", f"form {description['form']}"]
+    parts += [f"{description['duplicates']:,} duplicates left out"] if description["duplicates"] else []
+    parts += [f"{description['skipped']:,} bad rows skipped"] if description["skipped"] else []
+    return f"data      {' '.join(where)}: {', '.join(parts)}"
+
+
+def _about_split(name: str, part: dict[str, Any]) -> list[str]:
+    head, lengths = f"{name:<9}", part["lengths"]
+    if not part["sequences"]:
+        return [f"{head} no examples; {part['dropped']:,} left out, since no answer was left within train.max_length"]
+    share = part["loss_tokens"] / part["tokens"]
+    lines = [
+        f"{head} {part['examples']:,} examples, {part['tokens']:,} tokens, {share:.0%} of them learned; "
+        f"lengths {lengths['min']:,} to {lengths['max']:,}, median {lengths['median']:,}, 95 % up to {lengths['p95']:,}"
+    ]
+    losses = [
+        (part["truncated"], "cut off at train.max_length"),
+        (part["dropped"], "left out, since no answer was left within train.max_length"),
+        (part["cut"], f"longer than train.max_length and cut into windows, {part['sequences']:,} sequences in all"),
+    ]
+    said = [f"{count:,} {what}" for count, what in losses if count]
+    return [*lines, *([f"{'':<9} {'; '.join(said)}"] if said else [])]
+
+
+def _about_overlap(found: dict[str, Any]) -> str:
+    compared = f"of {found['compared']:,} held-out examples" if found["compared"] else "of no held-out examples"
+    return (
+        f"overlap   {compared}, {found['same']:,} have answers that training has too, and {found['near']:,} share "
+        f"at least {found['near_from']:.0%} of their runs of {found['run_of_words']} words with it"
+    )
+
+
+def _shown(head: str, example: Sequence[tuple[bool, str]]) -> list[str]:
+    """One example in a few lines: the beginning and the end of each stretch, those in the middle left out."""
+    if len(example) > _RUNS:
+        example = [*example[: _RUNS - 2], (False, "..."), *example[-2:]]
+    lines = []
+    for learned, text in example:
+        first, last = _MARKS if learned else ("", "")
+        lines += _few(f"{first}{text}{last}".strip("\n"))
+    return [f"{head if number == 0 else ' ' * len(head)}{line}" for number, line in enumerate(lines)]
+
+
+def _few(text: str) -> list[str]:
+    """At most three lines of text, and none of them long."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    if len(lines) > 3:
+        lines = [lines[0], "...", lines[-1]]
+    return [line if len(line) <= _WIDTH else f"{line[: _WIDTH // 2]} ... {line[-(_WIDTH // 2) :]}" for line in lines]
+
+
+def _harmless(line: str) -> str:
+    """Control, formatting and unknown characters as escapes: none may move a cursor or turn text around."""
+    return "".join(
+        character if unicodedata.category(character)[0] not in "CZ" or character == " " else ascii(character)[1:-1]
+        for character in line
+    )

@@ -1,0 +1,147 @@
+"""Data sets on the Hub, read at the one commit that is recorded.
+
+Two habits of the `datasets` library make that more than one call: without the network it takes
+whatever it has in its cache, whichever revision or subset was asked for; and the commit that it read is
+told nowhere but in the name of the cache's folder.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Data
+from pipeline.data.files import Row, Table
+from pipeline.data.rows import shorten
+from pipeline.errors import DataError, is_unreachable
+
+_COMMIT = re.compile(r"[0-9a-f]{40}\Z")
+_TIMEOUT = 10.0  # seconds
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A data set on the Hub, and what is known about it.
+
+    Attributes:
+        revision: the commit that is read; None only where the library's cache does not tell.
+        subset: the one that is read; None where there is but one without a name.
+        license, language: what its card says, else None.
+    """
+
+    table: Table
+    revision: str | None
+    subset: str | None
+    license: str | None
+    language: str | None
+
+
+def open_hub(data: Data) -> HubSource:
+    """A split of a data set on the Hub, downloaded. No code from its repository is run.
+
+    Raises:
+        DataError: if it cannot be had; the message says why, and what to do.
+    """
+    try:
+        import datasets
+        from huggingface_hub import HfApi
+    except ImportError:
+        raise DataError(f"{data.source}: reading from the Hub needs a package; run: pip install datasets") from None
+    datasets.disable_progress_bars()
+    pinned, card = None, None
+    try:
+        info = HfApi().dataset_info(data.source, revision=data.revision, timeout=_TIMEOUT)
+        pinned, card = info.sha, info.card_data
+    except Exception as error:
+        if not (is_unreachable(error) and _status(error) is None):  # else it may still be in the cache
+            raise DataError(f"{data.source}: {_reason(error, data)}") from None
+    try:
+        rows = datasets.load_dataset(data.source, name=data.subset, split=data.split, revision=pinned or data.revision)
+    except Exception as error:  # whatever the library, the network or the repository came up with
+        raise DataError(f"{data.source}: {_reason(error, data)}") from None
+    revision = _commit_read(rows)
+    _check_what_was_read(data, pinned, revision, rows.info.config_name)
+    subset = data.subset or (rows.info.config_name if rows.info.config_name != "default" else None)
+    name = f"{data.source} ({f'{subset}, ' if subset else ''}{data.split})"
+    return HubSource(
+        table=Table(name, tuple(rows.column_names), lambda columns: _read(rows, columns)),
+        revision=revision or pinned,
+        subset=subset,
+        license=_only_one(getattr(card, "license", None)),
+        language=_only_one(getattr(card, "language", None)),
+    )
+
+
+def _read(rows: Any, columns: Sequence[str]) -> Iterator[Row]:
+    used = [column for column in rows.column_names if column in columns]
+    if used:
+        rows = rows.select_columns(used)  # images and audio beside them are not decoded
+    for number, row in enumerate(rows, start=1):
+        yield f"row {number}", row
+
+
+def _commit_read(rows: Any) -> str | None:
+    """The commit whose rows these are: it is the name of the folder that the library keeps them in."""
+    folders = {Path(file["filename"]).parent.name for file in rows.cache_files}
+    commits = [folder for folder in folders if _COMMIT.match(folder)]
+    return commits[0] if len(commits) == len(folders) == 1 else None
+
+
+def _check_what_was_read(data: Data, pinned: str | None, read: str | None, subset: str) -> None:
+    """Out of the cache may come something else than what was asked for."""
+    if pinned is not None:
+        if read not in (None, pinned):
+            raise DataError(f"{data.source}: commit {pinned[:12]} was asked for and {read[:12]} was read; try again")
+        return
+    if data.revision is not None and data.revision != read:
+        raise DataError(
+            f"{data.source}: the Hub cannot be reached, so data.revision {data.revision!r} cannot be looked up; "
+            f"what is on this machine is {read}"
+        )
+    if data.subset is None and subset != "default":
+        raise DataError(
+            f"{data.source}: the Hub cannot be reached, so the subset cannot be looked up; what is on this machine "
+            f"is {subset!r}: set data.subset to it"
+        )
+
+
+def _reason(error: Exception, data: Data) -> str:
+    """Why a data set cannot be had, and the way out."""
+    text = " ".join(str(error).split())
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if "GatedRepoError" in kinds or "gated" in text.lower():
+        return "is gated; accept its terms on its page on the Hub, and set HF_TOKEN"
+    if "OfflineModeIsEnabled" in kinds or "offline" in text.lower():
+        return "is not on this machine, and the Hub is switched off (HF_HUB_OFFLINE); name a file, or unset it"
+    if "RevisionNotFoundError" in kinds:
+        return f"no revision {data.revision!r}; correct data.revision, or leave it out for the newest"
+    if kinds & {"DatasetNotFoundError", "RepositoryNotFoundError"}:
+        return "no such data set on the Hub, or it is private: correct data.source, or set HF_TOKEN"
+    if available := re.search(r"Config name is missing.*?available configs: \[(.*?)\]", text):
+        return f"has several subsets ({shorten(available[1], 120)}); choose one with data.subset"
+    if available := re.search(r"(?:BuilderConfig .* not found|Couldn't find cache).*: \[(.*?)\]", text):
+        return f"no subset {data.subset!r}; available are {shorten(available[1], 120)}"
+    if isinstance(error, ValueError) and ("split" in text or "Unrecognized instruction" in text):
+        return f"no split {data.split!r} ({shorten(text, 120)}); correct data.split"
+    if "EmptyDatasetError" in kinds or "DataFilesNotFoundError" in kinds:
+        return "has no data files; correct data.source"
+    if "scripts are no longer supported" in text:
+        return "is made by a script, which is never run here; export it to a .jsonl file"
+    if is_unreachable(error) or any("Connect" in kind or "Timeout" in kind for kind in kinds):
+        return f"the Hub cannot be reached ({shorten(text, 120)}); try again, or name a file"
+    cause = error.__cause__ or error
+    return f"cannot be loaded ({type(cause).__name__}: {shorten(str(cause), 120)}); name a .jsonl file instead"
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status of an error, where a server answered at all."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _only_one(value: Any) -> str | None:
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    return value if isinstance(value, str) and value else None

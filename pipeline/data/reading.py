@@ -1,0 +1,110 @@
+"""The rows of a table -> examples; a bad row ends it, or is skipped, as the configuration says."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from pipeline.config import Data
+from pipeline.data.files import Table
+from pipeline.data.forms import Example, Layout, choose_layout
+from pipeline.data.rows import BadRow, columns_of
+from pipeline.errors import DataError
+
+_REMEMBERED = 10  # skipped rows whose reasons are kept in memory
+
+OnSkip = Callable[[str, str], None]  # (where a row is, why it is left out)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Rows left out because nothing could be learned from them.
+
+    Attributes:
+        total: how many.
+        first: where the first ten are, and why they were left out.
+    """
+
+    total: int = 0
+    first: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass
+class Reading:
+    """What a table's rows became.
+
+    Attributes:
+        layout: the form, and where its columns are; None until a row showed it.
+        examples: one for each good row, in order.
+        rows: rows read, good and bad.
+    """
+
+    layout: Layout | None
+    examples: list[Example] = field(default_factory=list)
+    rows: int = 0
+    skipped: Skipped = Skipped()
+
+
+def read_table(table: Table, data: Data, on_skip: OnSkip | None = None, at_most: int | None = None) -> Reading:
+    """Read a table's rows.
+
+    Args:
+        on_skip: called for each row that is left out.
+        at_most: rows to look at, for a check before any work; then too many bad rows are no error yet.
+
+    Raises:
+        DataError: if it has no rows, not the form, or a bad row that may not be skipped; or if more than half of
+            its rows are bad.
+    """
+    reading = Reading(None)
+    if table.columns is not None:
+        try:
+            reading.layout = choose_layout(table.columns, data.form, data.columns)
+        except BadRow as bad:
+            raise DataError(f"{table.name}: {bad}") from None
+    columns = [*reading.layout.names.values()] if reading.layout else []
+    unseen = set(data.columns.values()) - set(table.columns or ())
+    for where, row in itertools.islice(table.read(columns), at_most):
+        reading.rows += 1
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            if reading.layout is None:
+                reading.layout = choose_layout(columns_of(row), data.form, data.columns)
+            example = reading.layout.example(row)
+            unseen and unseen.difference_update(row)
+        except BadRow as bad:
+            if data.on_bad_row == "refuse":
+                raise DataError(f"{table.name}, {where}: {bad}") from None
+            _skip(reading, where, str(bad), on_skip)
+        else:
+            reading.examples.append(example)
+    if not reading.rows:
+        raise DataError(f"{table.name}: has no rows; correct data.source or data.split")
+    if at_most is None:
+        _check_all(table, data, reading, unseen)
+    return reading
+
+
+def _skip(reading: Reading, where: str, reason: str, on_skip: OnSkip | None) -> None:
+    first = reading.skipped.first
+    if len(first) < _REMEMBERED:
+        first += ((where, reason),)
+    reading.skipped = Skipped(reading.skipped.total + 1, first)
+    if on_skip:
+        on_skip(where, reason)
+
+
+def _check_all(table: Table, data: Data, reading: Reading, unseen: set[str]) -> None:
+    """What can only be said of all rows together."""
+    skipped = reading.skipped
+    if skipped.total * 2 > reading.rows:
+        where, reason = skipped.first[0]
+        raise DataError(
+            f"{table.name}: {skipped.total} of {reading.rows} rows are bad, too many to skip; "
+            f"the first is {where}: {reason}"
+        )
+    for column, name in data.columns.items():
+        if name in unseen:
+            raise DataError(f"{table.name}: data.columns: {column} is `{name}`, which no row has")

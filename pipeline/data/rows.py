@@ -1,0 +1,59 @@
+"""One row that cannot be used, and how values are shown in the line that says so."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+class BadRow(Exception):
+    """A row that nothing can be learned from.
+
+    `str(error)` is one line with the reason and the way out; where the row stands is for the reader
+    of the source to say, who also decides between refusing the data set and skipping the row.
+    """
+
+    def __init__(self, reason: str):
+        super().__init__(" ".join(reason.split()))
+
+
+def columns_of(row: Any) -> dict:
+    """`row`, if it has columns.
+
+    Raises:
+        BadRow: if it is a number, a list, or another thing that JSON may hold.
+    """
+    if not isinstance(row, dict):
+        raise BadRow(f"{kind(row)} {shorten(row)} where an object such as {{...}} is expected")
+    return row
+
+
+def text(value: Any, what: str) -> str:
+    """`value`, if it is text that says something.
+
+    Raises:
+        BadRow: if it is no text, empty, or not to be written in UTF-8; it calls the value `what`.
+    """
+    if not isinstance(value, str):
+        raise BadRow(f"{what} is {kind(value)} {shorten(value)}; text in quotes is expected")
+    if not value.strip():
+        raise BadRow(f"{what} is empty; write something, or remove the row")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        broken = f"\\u{ord(value[error.start]):04x}"
+        raise BadRow(f"{what} has half a character ({broken}) at {error.start}; write it whole") from None
+    return value
+
+
+def kind(value: Any) -> str:
+    """What a value is, in a person's words and JSON's."""
+    names = {bool: "the value", int: "the number", float: "the number", str: "the text", list: "the list"}
+    return names.get(type(value), "the object" if isinstance(value, dict) else "the value")
+
+
+def shorten(value: Any, longest: int = 60) -> str:
+    """A value for a message: as JSON unless it is text in prose, and never longer than `longest`."""
+    shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    shown = shown.encode("utf-8", "backslashreplace").decode()
+    return shown if len(shown) <= longest else shown[: longest - 3] + "..."

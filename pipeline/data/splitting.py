@@ -1,0 +1,66 @@
+"""Examples -> training and held-out ones, the same whatever order they came in."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+from pipeline.config import Data
+from pipeline.data.forms import Example
+from pipeline.errors import DataError
+
+Examples = tuple[Example, ...]
+
+
+def split(examples: Sequence[Example], data: Data) -> tuple[Examples, Examples, int]:
+    """Drop duplicates, take `data.limit` examples, and hold some out.
+
+    All answers to one prompt go to one side; a text is its own prompt.
+
+    Returns:
+        Training examples, held-out examples, and how many duplicates were dropped.
+
+    Raises:
+        DataError: if there is too little to split.
+    """
+    unique = {example.canonical(): example for example in examples}
+    kept = sorted(unique, key=lambda text: _shuffled(data.seed, "order", text))[: data.limit]
+    train, held_out = _halves([unique[text] for text in kept], data)
+    return train, held_out, len(examples) - len(unique)
+
+
+def fingerprint(*splits: Iterable[Example]) -> str:
+    """sha256, in hex, over the examples of all splits."""
+    digest = hashlib.sha256()
+    for part in splits:
+        for example in part:
+            digest.update(example.canonical().encode() + b"\n")
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def _halves(examples: Sequence[Example], data: Data) -> tuple[Examples, Examples]:
+    groups: dict[str, list[Example]] = {}
+    for example in examples:
+        groups.setdefault(example.prompt(), []).append(example)
+    if len(groups) < 2:
+        few = f"{len(examples)} different example(s)" if len(examples) < 2 else "all prompts are the same"
+        raise DataError(f"{data.source}: too small to hold something out: {few}; at least 2 different ones are needed")
+    wanted = max(1, round(data.held_out * len(examples)))
+    order = sorted(groups, key=lambda prompt: _shuffled(data.seed, "split", prompt))
+    chosen: set[str] = set()
+    held = 0
+    for prompt in order:
+        if held + len(groups[prompt]) <= wanted and len(chosen) < len(groups) - 1:
+            chosen.add(prompt)
+            held += len(groups[prompt])
+    if not chosen:  # every prompt has more answers than were to be held out
+        chosen.add(min(order, key=lambda prompt: len(groups[prompt])))
+    held_out = tuple(example for example in examples if example.prompt() in chosen)
+    train = tuple(example for example in examples if example.prompt() not in chosen)
+    return train, held_out
+
+
+def _shuffled(seed: int, purpose: str, text: str) -> bytes:
+    """A sort key that is as good as random, and the same everywhere."""
+    return hashlib.sha256(f"{seed}\n{purpose}\n{text}".encode()).digest()

@@ -1,0 +1,52 @@
+"""Examples in a file of a run, between its stages."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from pipeline.data.files import read_lines
+from pipeline.data.forms import Example, Layout
+from pipeline.data.rows import BadRow
+from pipeline.errors import DataError
+
+_LAYOUTS = {"messages": Layout("messages", {"messages": "messages"}), "text": Layout("text", {"text": "text"})}
+
+
+def write_examples(path: str | os.PathLike, examples: Iterable[Example]) -> None:
+    """Write examples as JSON lines, `{"messages": [...]}` or `{"text": "..."}` each: the whole file, or no file."""
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(unfinished, "w", encoding="utf-8", newline="\n") as file:
+            for example in examples:
+                row = {"messages": list(example.messages)} if example.text is None else {"text": example.text}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise
+
+
+def read_examples(path: str | os.PathLike) -> tuple[Example, ...]:
+    """Read what `write_examples` wrote.
+
+    Raises:
+        DataError: if the file cannot be read, or a row is malformed.
+    """
+    examples = []
+    for where, row in read_lines(path):
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            form = "text" if isinstance(row, dict) and "text" in row else "messages"
+            examples.append(_LAYOUTS[form].example(row))
+        except BadRow as bad:
+            raise DataError(f"{path}, {where}: {bad}") from None
+    return tuple(examples)
