@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from pipeline.config import Config
 from pipeline.data import general_text, read_examples
 from pipeline.data.chat import supply_template
+from pipeline.data.describe import SUPPLIED_TEMPLATE
 from pipeline.data.encode import Encoded, encode_examples, encode_text
 from pipeline.errors import DataError
 from pipeline.workspace import Workspace
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 # since an error cannot be estimated from one.
 WINDOW, WINDOWS = 1024, 16
 HELD_OUT, GENERAL = "held_out", "general"
-SUPPLIED = "supplied"  # in the description of the data: the chat template is ours
 
 
 def held_out(config: Config, workspace: Workspace, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
@@ -74,6 +74,6 @@ def all_texts(config: Config, workspace: Workspace, tokenizer: PreTrainedTokeniz
 
 def with_template(tokenizer: PreTrainedTokenizerBase, workspace: Workspace) -> PreTrainedTokenizerBase:
     """The tokenizer as training had it: with the chat template that was supplied where the base has none."""
-    if workspace.read_measurement("data").get("template") == SUPPLIED:
+    if workspace.read_measurement("data").get("template") == SUPPLIED_TEMPLATE:
         supply_template(tokenizer)
     return tokenizer

@@ -104,12 +104,16 @@ def _prepare(config: Config, workspace: Workspace, events: Events) -> _Prepared:
     from pipeline import texts
     from pipeline.data import load_examples, write_examples
     from pipeline.data.chat import supply_template
-    from pipeline.data.describe import describe, report
+    from pipeline.data.describe import describe, report, samples
     from pipeline.data.encode import encode_examples
 
     events.progress(0, 1, "reading the data")  # first, since a bad row should not wait for a long download
-    data = load_examples(config.data)
     workspace.data.mkdir(exist_ok=True)
+    skipped = workspace.data / "skipped.txt"
+    with open(skipped, "w", encoding="utf-8") as log:
+        data = load_examples(config.data, lambda where, reason: print(f"{where}: {reason}", file=log))
+    if not data.skipped.total:
+        skipped.unlink()
     write_examples(workspace.data / "held_out.jsonl", data.held_out)
     base = base_model(config, workspace, events)
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -131,8 +135,8 @@ def _prepare(config: Config, workspace: Workspace, events: Events) -> _Prepared:
     # Too little to measure on should not be found out after training.
     texts.chosen(config, encoded["held-out"].examples)
     texts.general(config, tokenizer)
-    description, samples = describe(data, encoded, tokenizer)
-    events.show(report(description, samples))
+    description = describe(data, encoded, tokenizer)
+    events.show(report(description, samples(data, encoded, tokenizer)))
     return _Prepared(base, tokenizer, encoded, description)
 
 
