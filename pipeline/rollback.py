@@ -37,7 +37,8 @@ def rollback(repo: str, to: str | None = None) -> Rollback:
         What was done; where that release was there already, the head as it was and nothing sent.
 
     Raises:
-        HubError: where there is no such repository or release, a file of somebody else's is in the way, or the Hub refuses.
+        HubError: where there is no such repository or release, a file of somebody else's is in the way,
+            or the Hub refuses.
     """
     if not REPO_ID.match(repo):
         raise HubError(f"{repo}: a repository is written USER/NAME")

@@ -76,7 +76,7 @@ def test_a_merged_adapter_from_elsewhere_is_published_with_where_it_came_from(hu
 def test_the_lineage_names_the_data_by_what_was_asked_and_what_was_found(hub, finished):
     finished.configure(data={"source": "ada/rows", "subset": "en", "revision": "main"})
     data = finished.workspace.read_measurement("data")
-    finished.workspace.write_measurement("data", data | {"source": "ada/rows", "revision": "c0ffee"})
+    finished.workspace.write_measurement("data", data | {"source": "ada/rows", "subset": "en", "revision": "c0ffee"})
     finished.publish()
     found = json.loads(hub.read(REPO, "tunepress.json"))["data"]
     assert (found["source"], found["subset"], found["revision"]) == ("ada/rows", "en", "c0ffee")

@@ -92,7 +92,7 @@ def test_a_mirror_that_fails_is_named_and_keeps_nothing_else_back(hub, mirrored)
 
 def test_a_mirror_of_somebody_else_is_told_with_its_key(hub, mirrored):
     mirrored.configure(mirrors={"int8": "bob/tiny"})
-    with pytest.raises(HubError, match=r"publish.mirrors.int8: .*bob/"):
+    with pytest.raises(HubError, match=r"^publish.mirrors.int8: bob/tiny: .*cannot write to bob/"):
         mirrored.publish()
     assert "README.md" in hub.files(REPO)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from pipeline.errors import HubError
@@ -144,3 +146,16 @@ def test_a_repository_without_releases_is_told_of(hub):
         rollback(REPO)
     with pytest.raises(HubError, match="ada/nothing"):
         rollback("ada/nothing")
+    with pytest.raises(HubError, match="nothing: a repository is written USER/NAME"):
+        rollback("nothing")
+
+
+def test_the_command_tells_what_it_did(hub, two):
+    from typer.testing import CliRunner
+
+    from pipeline.cli import app
+
+    done = CliRunner().invoke(app, ["rollback", REPO, "--json"])
+    assert json.loads(done.stdout)["tag"] == "release-1" and contents(hub) == two[0]
+    done = CliRunner().invoke(app, ["rollback", REPO, "--to", "release-1"])
+    assert done.stdout == f"{REPO} is release-1 already\n"
