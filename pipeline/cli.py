@@ -175,6 +175,38 @@ def status(
 
 
 @app.command()
+def sync(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Send Trackio what it missed of a run, without running anything."""
+    from pipeline.config_file import load_config
+    from pipeline.trackers import sync as send_missed
+    from pipeline.workspace import Workspace
+
+    workspace = Workspace.open(folder)
+    sent = send_missed(workspace, load_config(workspace.config_path, settings or ()))
+    print(json.dumps({"run": str(workspace.folder), "sent": sent}) if as_json else f"{sent} records sent")
+
+
+@app.command()
+def rollback(
+    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="A repository that tunepress published to.")],
+    to: Annotated[str | None, typer.Option("--to", metavar="TAG", help="By default the release before.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make an older release of a repository its head again; people's own files and texts stay."""
+    from pipeline.rollback import rollback as go_back
+
+    done = go_back(repo, to)
+    if as_json:
+        print(json.dumps({"repo": repo, "tag": done.tag, "commit": done.commit.oid, "url": done.commit.url}))
+    else:
+        print(f"{repo} is at {done.tag}: {done.commit.url}")
+
+
+@app.command()
 def clean(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
     as_json: AsJson = False,

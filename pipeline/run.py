@@ -120,6 +120,8 @@ def preflight(config: Config, need_data: bool = True, need_hub: bool = True) -> 
     Raises:
         UserError: naming it.
     """
+    from pipeline.trackers.trackio import check as check_tracking
+
     models.check_source(config.model)
     if config.merge.adapter:
         models.check_adapter(config.merge.adapter)
@@ -127,6 +129,7 @@ def preflight(config: Config, need_data: bool = True, need_hub: bool = True) -> 
         data.check_source(config.data)
     if config.evaluate:
         data.general_text(config.evaluate.general)
+    check_tracking(config.track)
     if config.data and config.train.method == "lora" and config.merge.base == "nf4":
         raise ConfigError("merge.base nf4: train.method lora never saw NF4 weights; use auto or bf16")
     if need_hub and config.publish.repo:

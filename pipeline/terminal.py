@@ -94,8 +94,8 @@ class TerminalReporter(Reporter):
         self._stop_bar()
         if tracker_problem:
             self.console.print(
-                f"[yellow]![/] Trackio could not be reached ({escape(tracker_problem)}); "
-                "the events are kept and sent with the next run"
+                f"[yellow]![/] Trackio has not got everything ({escape(tracker_problem)}); "
+                "the rest is kept, and sent with the next run or by: tunepress sync RUN"
             )
 
     def _done(self, step: str, seconds: float, text: str) -> None:
