@@ -6,7 +6,10 @@ keys whose value changes are written anew.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -29,11 +32,21 @@ _Loader.add_implicit_resolver(
 )
 
 
-def merge(ours: str, theirs: str, newline: str = "\n") -> str | None:
+def digests(metadata: str) -> dict[str, str]:
+    """A short digest of the value of each key, by which it is known later whether people changed it."""
+    found = yaml.load(metadata, Loader=_Loader) or {}
+    return {key: _digest(value) for key, value in found.items()}
+
+
+def merge(ours: str, theirs: str, newline: str = "\n", written: Mapping[str, str] | None = None) -> str | None:
     """`theirs` with our keys brought up to date, and every other key of theirs as it was.
 
-    Of lists, `tags` become a union (without the names of variants that are gone), and `model-index` keeps
-    the results that are not ours. A key that we have no value for, a licence say, stays as people wrote it.
+    What we wrote the last time is replaced, or goes where we have no value any more. A value that people
+    wrote stays where we have none, a licence say. To lists that people changed ours is added: `tags` become
+    a union (without the names of variants that are gone), `model-index` keeps the results that are not ours.
+
+    Args:
+        written: the digests of what we wrote the last time.
 
     Returns:
         None where `theirs` cannot be read: no YAML, no mapping, or a key twice.
@@ -46,18 +59,19 @@ def merge(ours: str, theirs: str, newline: str = "\n") -> str | None:
     keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
     if not isinstance(found, dict) or any(keys.count(key) > 1 for key in keys):
         return None
-    wanted = _merged(yaml.load(ours, Loader=_Loader) or {}, found)
+    untouched = {key for key, digest in (written or {}).items() if key in found and _digest(found[key]) == digest}
+    wanted = _merged(yaml.load(ours, Loader=_Loader) or {}, found, untouched)
     edited = _edited(theirs, node, found, wanted, newline) if keys == list(found) else None
     return edited if edited is not None and _says(edited, wanted) else _dump(wanted, newline)
 
 
-def _merged(ours: dict, theirs: dict) -> dict:
-    merged = {**theirs, **ours}
-    if "tags" in ours:
+def _merged(ours: dict, theirs: dict, untouched: set[str]) -> dict:
+    merged = {key: value for key, value in {**theirs, **ours}.items() if key in ours or key not in untouched}
+    if "tags" in ours and "tags" not in untouched:
         gone = VARIANTS.keys() - set(ours["tags"])
         stay = [tag for tag in _list(theirs.get("tags")) if not (isinstance(tag, str) and tag in gone)]
         merged["tags"] = stay + [tag for tag in ours["tags"] if tag not in stay]
-    if isinstance(index := merged.get("model-index"), list):
+    if "model-index" not in untouched and isinstance(index := merged.get("model-index"), list):
         merged["model-index"] = index = _index(ours.get("model-index") or [], theirs.get("model-index"))
         if not index:
             del merged["model-index"]
@@ -119,6 +133,10 @@ def _says(text: str, wanted: dict) -> bool:
         return _dump(yaml.load(text, Loader=_Loader) or {}, "\n") == _dump(wanted, "\n")
     except (yaml.YAMLError, ValueError):
         return False
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:8]
 
 
 def _dump(value: Any, newline: str) -> str:

@@ -53,8 +53,8 @@ def environment(folder: Path, **filters: Callable) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    formats = (code, count, decimal, duration, estimate, fence, listed, parameters, plain, python_literal, share, unit)
-    made.filters |= {form.__name__: form for form in formats} | filters
+    formats = (code, count, decimal, duration, estimate, fence, listed, parameters, plain, python_literal, said)
+    made.filters |= {form.__name__: form for form in (*formats, share, size, unit)} | filters
     made.globals["table"] = table
     return made
 
@@ -102,6 +102,11 @@ def unit(value: Markdown | None, words: str) -> Markdown | None:
     return None if value is None else Markdown(f"{value} {words}")
 
 
+def said(words: str, *values: object) -> Markdown | None:
+    """`words` of a template with values in their places; None where one of them is not known."""
+    return Markdown(words.format(*map(only_formatted, values))) if all(values) else None
+
+
 def table(headers: Sequence[str], rows: Sequence[Sequence[str | None]], align: str = "---:") -> Markdown:
     """A table without the rows and columns that hold nothing; empty where that leaves nothing.
 
@@ -136,7 +141,7 @@ def estimate(measured: object, percent: bool = False, sign: str = "") -> Markdow
         return None
     value, error, decimals = found
     shown = f"{value:{sign},.{decimals}f}" + (f" ± {error:,.{decimals}f}" if error else "") + (" %" if percent else "")
-    return Markdown(shown.replace("-", "−"))
+    return _unbroken(shown)
 
 
 def count(value: object) -> Markdown | None:
@@ -156,7 +161,7 @@ def plain(value: object) -> Markdown | None:
 
 def share(value: object) -> Markdown | None:
     """0.457 -> 46 %."""
-    return None if number(value) is None else Markdown(f"{100 * value:,.{max(0, _decimals(100 * value, 2))}f} %")
+    return None if number(value) is None else _unbroken(f"{100 * value:,.{max(0, _decimals(100 * value, 2))}f} %")
 
 
 def size(value: object) -> Markdown | None:
@@ -178,7 +183,12 @@ def _in_units(value: object, units: Sequence[tuple[float, str]]) -> Markdown | N
     if number(value) is None:
         return None
     factor, unit = next((u for u in units if value >= u[0]), units[-1])
-    return Markdown(f"{decimal(value / factor)} {unit}")
+    return _unbroken(f"{decimal(value / factor)} {unit}")
+
+
+def _unbroken(figure: str) -> Markdown:
+    """A figure that stays in one line, with a minus that is as wide as a plus."""
+    return Markdown(figure.replace(" ", "\u00a0").replace("-", "−"))
 
 
 def _decimals(value: float, digits: int) -> int:

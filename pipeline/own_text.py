@@ -16,7 +16,14 @@ _LINE = re.compile(r"([^\r\n]+)(?:\r\n|\r|\n|\Z)")
 _FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*\Z)|~{3,})(.*)")
 _INSIDE = re.compile(r" {4}| {0,3}\t| {0,3}>")  # an indented code block, a quotation
 _MARKER = re.compile(rf"(?P<code>(?<!`)(`+)(?!`).*?(?<!`)\2(?!`))|{re.escape(START)}|{re.escape(END)}")
+_NOTE = re.compile(r"<!-- tunepress:metadata( [\w-]+=[0-9a-f]{8})* -->")
 _UNREADABLE = "The metadata of this card could not be read, and was moved here:"
+
+
+def note(metadata: str) -> str:
+    """A line for our section that says which metadata we wrote, so that people's changes can be told from ours."""
+    digests = front_matter.digests(metadata).items()
+    return " ".join(["<!-- tunepress:metadata", *(f"{key}={digest}" for key, digest in digests), "-->"])
 
 
 def keep_own_text(rendered: str, existing: str) -> str:
@@ -37,8 +44,10 @@ def keep_own_text(rendered: str, existing: str) -> str:
     ours, body = _parts(rendered)
     section = body[body.index(START) : body.rindex(END) + len(END)]
     theirs, body = _parts(existing)
-    body = _with_section(body, _NEWLINE.sub(newline, section), newline)
-    merged = front_matter.merge(ours or "", theirs or "", newline)
+    found, open_fence = _sections(body)
+    written = _written(body[slice(*found[0])]) if found else {}
+    body = _with_section(body, _NEWLINE.sub(newline, section), newline, found, open_fence)
+    merged = front_matter.merge(ours or "", theirs or "", newline, written)
     if merged is None:
         merged, body = newline.join(_NEWLINE.split(ours or "")), _as_code(theirs or "", newline) + body
     return newline.join(["---", merged, "---", body])
@@ -55,8 +64,12 @@ def _as_code(metadata: str, newline: str) -> str:
     return newline.join([_UNREADABLE, "", f"{marks}yaml", metadata, marks, "", ""])
 
 
-def _with_section(text: str, section: str, newline: str) -> str:
-    found, open_fence = _sections(text)
+def _written(section: str) -> dict[str, str]:
+    found = _NOTE.search(section)
+    return dict(re.findall(r" ([\w-]+)=(\w+)", found[0])) if found else {}
+
+
+def _with_section(text: str, section: str, newline: str, found: list[tuple[int, int]], open_fence: str) -> str:
     if found:
         between = [text[end:begin] for (_, end), (begin, _) in zip(found, [*found[1:], (len(text), 0)], strict=True)]
         return text[: found[0][0]] + section + "".join(between)

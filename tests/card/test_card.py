@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import os
@@ -13,20 +14,40 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline import card, markdown
-from pipeline.card import About, model_card, plot_quality, variant_card
-from tests.card.sample import BOTH, about, config, estimate, paths, replaced, results, shifted
+from pipeline.card import About, mirror_card, model_card, plot_quality, variant_card
+from pipeline.own_text import keep_own_text
+from tests.card.sample import (
+    BOTH,
+    ON_HUB,
+    about,
+    adapter_about,
+    adapter_results,
+    config,
+    estimate,
+    paths,
+    replaced,
+    results,
+    shifted,
+    unmeasured_about,
+    variants_about,
+    variants_results,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = (
     "``` | <script>alert(1)</script> {{ 7*7 }} [x](javascript:y) <!-- tunepress:end -->\n---\n# h\n"
     "\u202eevil *b* \ud800 &lt; ~s~ $x$"
 )
+KINDS = {"trained": about, "adapter": adapter_about, "variants": variants_about, "unmeasured": unmeasured_about}
 
 
 def cards(given: About) -> dict[str, str]:
-    return {"model": model_card(given, BOTH), **{v: variant_card(given, v) for v in BOTH}}
+    mirrors = {f"mirror of {v}": mirror_card(given, v, f"user/a-model-{v}") for v in BOTH}
+    return {"model": model_card(given, BOTH), **{v: variant_card(given, v) for v in BOTH}, **mirrors}
 
 
 def data(text: str) -> dict:
@@ -35,23 +56,61 @@ def data(text: str) -> dict:
 
 def rows(text: str, heading: str) -> dict[str, dict[str, str]]:
     """A table by its first column and its headers; `heading` is the beginning of its first line."""
-    lines = text[text.index(heading) :].split("\n\n")[0].splitlines()
+    lines = text[text.index(heading) :].split("\n\n")[0].replace("\u00a0", " ").splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
     return {line[0]: dict(zip(cells[0], line, strict=True)) for line in cells[2:]}
+
+
+def plain(text: str) -> str:
+    return text.replace("\u00a0", " ")
+
+
+# ---- numbers
+
+
+def prose(text: str) -> str:
+    """A card without its metadata, code blocks and answers, and comments."""
+    body = re.sub(r"^(`{3,})\w+\n.*?\n\1$", "", ModelCard(text).text, flags=re.DOTALL | re.MULTILINE)
+    return plain(re.sub("<!--.*?-->", "", body))
+
+
+def numbers(text: str) -> set[str]:
+    return {found.rstrip(".,") for found in re.findall(r"(?<![\w.])\d[\d.,]*", plain(text))}
+
+
+def known_numbers(given: About) -> set[str]:
+    """Every number of the results and the configuration, in every format that a card has."""
+    train = given.config.train
+    tree = {"r": given.results, "c": given.config.model_dump(), "batch": train.batch_size * train.accumulate}
+    formats = (markdown.count, markdown.decimal, markdown.plain, markdown.share)
+    formats += (markdown.size, markdown.parameters, markdown.duration)
+    shown: list = []
+    for place in paths(tree):
+        value = functools.reduce(lambda inner, key: inner[key], place, tree)
+        if isinstance(value, dict):
+            shown += [markdown.estimate(value), markdown.estimate(value, percent=True)]
+        if isinstance(value, (dict, list)):
+            value = len(value)
+        shown += [form(value) for form in formats] if markdown.number(value) is not None else [str(value)]
+    return set().union(*(numbers(text) for text in shown if text))
 
 
 def hard_coded(first: str, second: str) -> list[str]:
     """Lines with a number that is the same in two cards of results that have no number in common."""
     found = []
-    prose = [re.sub(r"```python\n.*?\n```", "", text, flags=re.DOTALL).splitlines() for text in (first, second)]
-    for one, other in zip(*prose, strict=True):
+    for one, other in zip(prose(first).splitlines(), prose(second).splitlines(), strict=True):
         assert re.sub(r"\d[\d.,]*", "#", one) == re.sub(r"\d[\d.,]*", "#", other)
-        numbers = (re.findall(r"(?<![\w.])\d[\d.,]*\b", line) for line in (one, other))
-        found += [one for a, b in zip(*numbers, strict=True) if a == b]
+        pairs = (re.findall(r"(?<![\w.])\d[\d.,]*\b", line) for line in (one, other))
+        found += [one for a, b in zip(*pairs, strict=True) if a == b]
     return found
 
 
-# ---- numbers
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_number_is_one_of_the_results_or_the_configuration(kind):
+    given = KINDS[kind]()
+    known = known_numbers(given)
+    for text in cards(given).values():
+        assert numbers(prose(text)) - known == set()
 
 
 def two_runs() -> tuple[About, About]:
@@ -61,43 +120,101 @@ def two_runs() -> tuple[About, About]:
     return first, about(shifted(second), config=shifted(first.config))
 
 
-def test_every_number_comes_from_the_results_or_the_configuration():
+def test_no_number_is_the_same_whatever_was_measured():
     first, second = two_runs()
     for name, text in cards(first).items():
         assert hard_coded(text, cards(second)[name]) == []
 
 
-def test_that_check_finds_a_number_that_is_written_into_a_template(tmp_path, monkeypatch):
+def test_both_checks_find_a_number_that_is_written_into_a_template(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "templates", tmp_path / "templates")
     with open(tmp_path / "templates" / "limits.md.jinja", "a") as file:
-        file.write("\n- It was asked 12 questions.\n")
+        file.write("\n- It was asked 4,711 questions.\n")
     monkeypatch.setattr(card, "_templates", lambda: tmp_path / "templates")
     first, second = two_runs()
-    assert hard_coded(model_card(first, BOTH), model_card(second, BOTH)) == ["- It was asked 12 questions."]
+    text = model_card(first, BOTH)
+    assert hard_coded(text, model_card(second, BOTH)) == ["- It was asked 4,711 questions."]
+    assert numbers(prose(text)) - known_numbers(first) == {"4,711"}
 
 
 def test_each_figure_stands_in_its_place():
     text = model_card(about(), BOTH)
-    quality = rows(text, "|  | Weights")
-    assert quality["root"]["Weights"] == "269 MB"
-    assert quality["`int4/`"]["Weights"] == "123 MB, 46 % of the root"
-    assert quality["base model"]["Perplexity, held-out text"] == "30.59 ± 0.99"
-    assert quality["root"]["Perplexity, general text"] == "12.06 ± 0.39"
-    assert quality["`int8/`"]["Perplexity, held-out text"] == "17.21 ± 0.56"
-    against = rows(text, "| Against the root")
-    assert against["`int4/`, held-out text"]["Rise of perplexity"] == "+12.1 ± 1.3 %"
-    assert against["`int4/`, general text"]["KL divergence, nats a token"] == "0.0403 ± 0.0030"
-    assert against["`int8/`, general text"]["Same first choice"] == "69.8 ± 1.2 %"
-    assert "root, held-out text" not in against
-    speed = rows(text, "|  | Writing")
-    assert speed["root"]["Writing, tokens/s, stock"] == "36.0"
-    assert speed["root"]["Writing, tokens/s, `pipeline.load`"] == ""
-    assert speed["`int8/`"]["Writing, tokens/s, `pipeline.load`"] == "54.7"
-    assert speed["`int8/`"]["Peak memory, stock"] == "603 MB"
-    assert speed["`int4/`"]["Writing, tokens/s, stock"] == "— (a)"
-    assert "(a) The stock loader loads `int4/`, but" in text and "`mslk`" in text
+    summary = rows(text, "|  | Weights")
+    assert summary["**root**"]["Weights"] == summary["base model"]["Weights"] == "269 MB"
+    assert summary["**`int4/`**"]["Weights"] == "123 MB" and summary["**`int4/`**"]["Of the root"] == "46 %"
+    assert summary["base model"]["Perplexity"] == "30.59 ± 0.99"
+    assert summary["**`int8/`**"]["Tokens/s"] == "54.7" and summary["**root**"]["Tokens/s"] == "36.0"
+    assert summary["**`int8/`**"]["Peak memory"] == "681 MB"
+    held_out = rows(text[text.index("### Held-out text") :], "|  | Perplexity")
+    assert held_out["`int8/`"]["Perplexity"] == "17.21 ± 0.56"
+    assert held_out["`int4/`"]["Rise over the root"] == "+12.1 ± 1.3 %"
+    assert held_out["root"]["Rise over the root"] == ""
+    general = rows(text[text.index("### General text") :], "|  | Perplexity")
+    assert general["root"]["Perplexity"] == "12.06 ± 0.39"
+    assert general["`int4/`"]["KL divergence, nats a token"] == "0.0403 ± 0.0030"
+    assert general["`int8/`"]["Same first choice"] == "69.8 ± 1.2 %"
+    speed = rows(text, "|  | Loading")
+    assert speed["root, stock transformers"]["Writing, tokens/s"] == "36.0"
+    assert speed["`int8/`, `pipeline.load`"]["Writing, tokens/s"] == "54.7"
+    assert speed["`int8/`, stock transformers"]["Peak memory"] == "603 MB"
+    assert speed["`int4/`, stock transformers"]["Writing, tokens/s"] == "— (a)"
+    assert "(a) Stock transformers loads `int4/`, but" in text and "`mslk`" in text
     assert rows(text, "|  | Loss")["merged into the NF4 base"]["Above the unmerged"] == "+0.0048 ± 0.0014"
     assert "The root is the merge into **bf16**" in text
+
+
+def test_the_data_are_described_as_far_as_is_known():
+    text = model_card(about(config=config(data={"source": "org/data", "columns": {"prompt": "q"}})), BOTH)
+    known = {name: row[""] for name, row in rows(text, "|  |  |\n| :--- | :--- |\n| Source").items()}
+    assert known["Source"].endswith("subset `functions`, split `train`, revision `fedcba987654`")
+    assert known["Columns"] == "`prompt` from `q`" and known["Columns not used"] == "`id`"
+    assert known["Rows read"] == "4,302"
+    assert known["Left out as malformed"] == "21" and known["Left out as duplicates"] == "17"
+    assert known["Chat template"] == "supplied by tunepress, since the base model has none"
+    assert known["those with an answer that it has too"] == "11"
+    assert known["those that share much of their wording with it"] == "13; at least 50 % of their runs of 8 words"
+    split = rows(text, "| Examples")["trained on"]
+    assert split["Number"] == "2,280" and split["Cut to length"] == "87" and split["Left out: no answer fits"] == "3"
+    assert (split["Shortest"], split["Median"], split["p95"], split["Longest"]) == ("14", "92", "251", "256")
+    found = results()
+    found["data"] = {"source": "org/data", "splits": {"training": {"examples": 9}}}
+    bare = model_card(about(found), BOTH)
+    assert "malformed" not in bare and "Chat template" not in bare and "Shortest" not in bare
+
+
+def item(text: str, name: str) -> str:
+    return plain(next(line for line in text.splitlines() if line.startswith(f"- **{name}**")))
+
+
+def test_what_each_variant_is_good_for_follows_from_what_was_measured():
+    text = model_card(about(), BOTH)
+    assert "Of these it is fastest at reading" not in item(text, "`int8/`")
+    assert "Of these it is smallest to download" in item(text, "`int4/`")
+    assert "closest to the root" in item(text, "`int8/`") and "closest" not in item(text, "`int4/`")
+    assert "differs from the root's by +12.1 ± 1.3 % on held-out text" in item(text, "`int4/`")
+    assert "more than twice the error" in item(text, "`int4/`")
+    assert "Measured: 681 MB of memory and 54.7 tokens/s with `pipeline.load`; 603 MB" in item(text, "`int8/`")
+    assert "Stock transformers alone could not compute with it on that machine." in item(text, "`int4/`")
+    found = results()
+    found["int4"]["size_bytes"] = found["int8"]["size_bytes"] - 1
+    for q in found["int8"]["quality"].values():
+        q["rise"], q["kl"] = estimate(0.001, 0.003), estimate(0.04, 0.02)
+    text = model_card(about(found), BOTH)
+    assert "smallest" not in text and "closest" not in text
+    assert "no more than twice the error" in item(text, "`int8/`")
+    assert "Of these" not in variant_card(about(), "int4")
+
+
+def test_machines_that_differ_are_not_compared():
+    found = replaced(results(), ("int4", "machine", "cpu"), "Another")
+    found["int4"]["speed"]["pipeline.load"]["decode_tokens_per_second"] = 999.0
+    text = model_card(about(found), BOTH)
+    assert "fastest" not in text and "smallest to download" in text
+
+
+def test_memory_of_a_gpu_is_called_so():
+    found = replaced(results(), ("int8", "speed", "pipeline.load", "device"), "cuda")
+    assert "681 MB of GPU memory and 54.7 tokens/s" in item(model_card(about(found), BOTH), "`int8/`")
 
 
 @pytest.mark.parametrize(
@@ -116,11 +233,13 @@ def test_each_figure_stands_in_its_place():
     ],
 )
 def test_a_value_shows_as_many_digits_as_its_error_allows(measured, shown):
-    assert markdown.estimate(measured) == shown
+    assert markdown.estimate(measured) == (shown and shown.replace(" ", "\u00a0"))
 
 
 def test_a_percentage_carries_its_sign():
-    assert markdown.estimate(estimate(0.0029, 0.0011), percent=True, sign="+") == "+0.29 ± 0.11 %"
+    assert markdown.estimate(estimate(0.0029, 0.0011), percent=True, sign="+") == "+0.29 ± 0.11 %".replace(
+        " ", "\u00a0"
+    )
 
 
 # ---- what is missing is not mentioned
@@ -153,9 +272,19 @@ def test_a_card_is_rendered_whatever_is_missing(what):
 
 def test_nothing_but_a_configuration_gives_a_card_without_figures():
     text = model_card(about({"data": {}}), [])
-    assert "Nothing about the quality of this model was measured." in text
-    assert "±" not in text and "## Measured" not in text and "## Training" not in text and "Sample answers" not in text
+    assert "Nothing about the quality of this model was measured." in text and "Nothing was measured here" in text
+    assert "±" not in text and ", measured" not in text and "## Training\n" not in text and "Sample answers" not in text
     assert "model-index" not in data(text) and "model_name" not in data(text)
+
+
+def test_what_is_not_known_of_license_language_and_data_set_is_said():
+    found = results()
+    found["origin"] |= {"license": None, "languages": []}
+    found["data"] |= {"license": None, "language": None, "source": "tickets.jsonl"}
+    text = model_card(about(found), BOTH)
+    assert "License: the base model names none; find out" in text and "none is known for the training data" in text
+    assert "Language: the base model names none; the training data name none" in text
+    assert "Data set: the file `tickets.jsonl`, which has no card on the Hub." in text
 
 
 def test_a_variant_that_lost_what_was_learned_is_called_so():
@@ -178,15 +307,83 @@ def test_figures_of_a_resumed_training_that_cover_only_its_last_part_are_left_ou
 
 
 def test_several_machines_are_told_apart():
-    found = replaced(results(), ("int4", "machine", "cpu"), "Another")
-    line = next(line for line in model_card(about(found), BOTH).splitlines() if line.startswith("Machine:"))
-    assert "`int4/` on Another" in line and "base model, root, `int8/` on Chip" in line
+    text = model_card(about(replaced(results(), ("int4", "machine", "cpu"), "Another")), BOTH)
+    assert "`int4/` on Another" in text and "base model, root, `int8/` on Chip" in text
 
 
 def test_the_same_answers_are_shown_once():
     text = model_card(about(), BOTH)
     assert "root, `int8/`:\n\n```text\nJoin paths.\n```" in text
     assert "base model, root, `int8/`, `int4/`:\n\n```text\nIn France.\n```" in text
+
+
+# ---- the three kinds of release
+
+
+def test_an_adapter_from_elsewhere_is_named_and_nothing_is_said_of_its_training():
+    text = model_card(adapter_about(), BOTH)
+    link = "[ann/poet](https://huggingface.co/ann/poet) at revision `9876543210ab`"
+    assert f"with the LoRA adapter {link} merged into its weights" in text
+    assert "Its license and its training data are not known here." in text
+    assert "## Training" not in text and "QLoRA" not in text and "eld-out text" not in text
+    assert "The adapter was merged into the bf16 base; merges were not compared." in text
+    assert rows(text, "|  | Weights")["**root**"]["Perplexity"] == "12.06 ± 0.39"
+    assert data(text)["tags"] == ["tunepress", "torchao", "int8", "int4"]
+
+
+def test_of_an_adapter_in_a_folder_only_the_folders_name_is_told():
+    found = adapter_results()
+    found["adapter"] = {"source": "/home/someone/poet", "name": "poet", "hub_id": None, "revision": None}
+    text = model_card(about(found, config=adapter_about().config), BOTH)
+    assert "the LoRA adapter poet (the local folder `poet`) merged" in text and "/home" not in text
+
+
+def test_variants_alone_are_compared_with_their_source_and_the_card_says_where_it_is():
+    text = model_card(variants_about(), BOTH)
+    assert "quantized variants of [org/base](https://huggingface.co/org/base) at revision `0123456789ab`" in text
+    assert "The model in full precision is not in this repository; take it from there." in text
+    summary = rows(text, "|  | Weights")
+    assert summary["**`int4/`**"]["Of the base model"] == "46 %" and "**root**" not in summary
+    assert "KL from the base model" in summary["**`int4/`**"]
+    assert "root" not in prose(text) and "Training" not in text and "adapter" not in text
+    assert card.PLOT in text and "base model, `int8/`:\n\n```text\nJoin paths." in text
+    for shown in (text, variant_card(variants_about(), "int4")):
+        assert data(shown)["base_model"] == "org/base" and data(shown)["base_model_relation"] == "quantized"
+    (entry,) = data(model_card(variants_about(), BOTH))["model-index"]
+    assert [m["value"] for m in entry["results"][0]["metrics"]] == [12.11, 12.41]
+    unknown = variants_results() | {"origin": ON_HUB | {"hub_id": None, "source": "/x/base", "name": "base"}}
+    assert "base_model" not in data(model_card(variants_about(unknown), BOTH))
+
+
+def test_variants_that_were_not_measured_are_called_so():
+    for text in cards(unmeasured_about()).values():
+        assert "**Nothing was measured here:**" in text and "±" not in text
+        assert rows(text, "|  | Weights")
+        assert "model-index" not in data(text)
+
+
+# ---- mirrors
+
+
+def test_a_mirror_is_loaded_without_a_folder_and_points_back():
+    text = mirror_card(about(), "int4", "user/small")
+    assert text.count('location = "user/small"') == 1 and "subfolder" not in text and 'load("user/small")' in text
+    assert "# user/small\n" in text and "of [user/a-model](https://huggingface.co/user/a-model)" in text
+    assert data(text)["base_model"] == "user/a-model" and data(text)["base_model_relation"] == "quantized"
+    assert data(text)["tags"] == ["tunepress", "qlora", "torchao", "int4"]
+    assert data(text)["model-index"][0]["name"] == "user/small"
+    assert "../" not in text and "int4/" not in text
+    assert data(mirror_card(variants_about(), "int4", "user/small"))["base_model"] == "org/base"
+
+
+def test_the_card_points_to_mirrors_of_what_is_in_it():
+    mirrored = config(publish={"repo": "user/a-model", "mirrors": {"int8": "user/a-model-int8"}})
+    link = "[user/a-model-int8](https://huggingface.co/user/a-model-int8)"
+    assert link in item(model_card(about(config=mirrored), BOTH), "`int8/`")
+    assert link in variant_card(about(config=mirrored), "int8")
+    assert link not in model_card(about(config=mirrored), ["int4"])
+    assert link not in model_card(about(config=mirrored, location="runs/a/release"), BOTH)
+    assert link not in mirror_card(about(config=mirrored), "int8", "user/a-model-int8").split("## Use")[1]
 
 
 # ---- metadata
@@ -203,11 +400,15 @@ def test_what_was_done_to_the_base_before_training_is_told():
     assert "Before training the base model was unpacked to bf16, and its 576 channels reordered." in text
 
 
-def test_a_base_and_a_data_set_on_the_hub_are_named_in_the_metadata():
+def on_hub(**origin) -> dict:
     found = results()
-    found["training"]["base"] |= {"hub_id": "org/base", "source": "org/base", "revision": "0123456789abcdef"}
+    found["origin"] |= {"hub_id": "org/base", "source": "org/base", "revision": "0123456789abcdef", **origin}
     found["data"]["source"] = "org/data"
-    text = model_card(about(found), BOTH)
+    return found
+
+
+def test_a_base_and_a_data_set_on_the_hub_are_named_in_the_metadata():
+    text = model_card(about(on_hub()), BOTH)
     assert data(text)["base_model"] == "org/base"
     assert data(text)["base_model_relation"] == "finetune"
     assert data(text)["datasets"] == ["org/data"]
@@ -215,26 +416,37 @@ def test_a_base_and_a_data_set_on_the_hub_are_named_in_the_metadata():
     assert "[org/data](https://huggingface.co/datasets/org/data)" in text
 
 
-def test_license_and_language_are_those_that_base_and_data_name():
-    assert data(model_card(about(), BOTH))["license"] == "apache-2.0"
+@pytest.mark.parametrize(
+    ("license", "expected"),
+    [
+        ("Apache-2.0", {"license": "apache-2.0"}),
+        ("llama3.2", {"license": "llama3.2"}),
+        ("qwen-research", {"license": "other", "license_name": "qwen-research"}),
+        ("see\nLICENSE: file", {}),
+        (None, {}),
+    ],
+)
+def test_the_license_is_the_base_models_in_the_words_of_the_hub(license, expected):
+    found = data(model_card(about(on_hub(license=license)), BOTH))
+    assert {key: value for key, value in found.items() if key.startswith("license")} == expected
+
+
+def test_languages_are_those_that_base_and_data_name():
     assert data(model_card(about(), BOTH))["language"] == ["en"]
-    found = results()
-    found["training"]["base"] |= {"license": None, "languages": []}
-    found["data"] |= {"license": None, "language": None}
-    text = model_card(about(found), BOTH)
-    assert "license" not in data(text) and "language" not in data(text)
-    assert "License: the base model names none; find out" in text and "none is known for the training data" in text
-    assert "Language: neither" in text
-    found["training"]["base"] |= {"license": "see\nLICENSE: file", "languages": ["English", "de"]}
-    text = model_card(about(found), BOTH)
-    assert "license" not in data(text) and data(text)["language"] == ["de"]
-    assert "the base model names see LICENSE" in text
+    assert data(model_card(about(on_hub(languages=["English", "de"])), BOTH))["language"] == ["de", "en"]
+    found = on_hub(languages=[])
+    found["data"]["language"] = None
+    assert "language" not in data(model_card(about(found), BOTH))
 
 
 def test_the_model_index_holds_the_measured_perplexities():
-    (entry,) = ModelCard(model_card(about(), BOTH)).data.to_dict()["model-index"]
-    assert [r["metrics"][0]["value"] for r in entry["results"]] == [17.13, 12.06]
-    (entry,) = ModelCard(variant_card(about(), "int4")).data.to_dict()["model-index"]
+    (entry,) = data(model_card(about(), BOTH))["model-index"]
+    held_out, general = ([m["value"] for m in r["metrics"]] for r in entry["results"])
+    assert held_out == [17.13, 17.21, 19.21] and general == [12.06, 12.11, 12.41]
+    names = [m.get("name") for m in entry["results"][0]["metrics"]]
+    assert names == [None, "perplexity of int8", "perplexity of int4"]
+    assert entry["results"][0]["source"]["url"] == "https://huggingface.co/user/a-model/blob/main/tunepress.json"
+    (entry,) = data(variant_card(about(), "int4"))["model-index"]
     assert [r["metrics"][0]["value"] for r in entry["results"]] == [19.21, 12.41]
 
 
@@ -244,12 +456,20 @@ def test_a_variant_derives_from_the_root_where_that_is_on_the_hub(tmp_path):
     assert "base_model" not in data(variant_card(about(location=str(tmp_path)), "int4"))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_card_that_nobody_touched_is_replaced_by_the_next(kind):
+    first = cards(KINDS[kind]())
+    for name, text in cards(about(on_hub())).items():
+        assert keep_own_text(first[name], first[name]) == first[name]
+        assert data(keep_own_text(first[name], text)) == data(first[name])
+
+
 def test_paths_of_this_machine_stay_out(tmp_path):
     file, folder = tmp_path / "tickets.jsonl", tmp_path / "base-model"
     file.touch()
     found = results()
     found["data"]["source"] = found["merged"]["quality"]["held_out"]["text"] = str(file)
-    found["training"]["base"] |= {"source": str(folder), "name": "base-model"}
+    found["origin"] |= {"source": str(folder), "name": "base-model"}
     for text in cards(about(found, config=config(model={"source": str(folder)}))).values():
         assert str(tmp_path) not in text and "/home/someone" not in text
     assert "the file `tickets.jsonl`" in model_card(about(found), BOTH)
@@ -258,21 +478,34 @@ def test_paths_of_this_machine_stay_out(tmp_path):
 # ---- texts of others
 
 
-def with_texts(text: str) -> About:
+def with_texts(text: str, kind: str) -> About:
     """Everything that a data set, a model or a prompt can bring, replaced by `text`."""
-    found = results()
-    base = {"name": text, "license": text, "languages": [text], "source": "/x/" + text, "changes": text}
-    found["training"]["base"] |= base
-    found["data"] |= {"source": text, "license": text, "language": text}
-    for model in ("base", "merged", *BOTH):
-        for sample in found[model]["answers"]:
+    given = KINDS[kind]()
+    found = copy.deepcopy(given.results)
+    brought = {"name": text, "license": text, "languages": [text], "source": "/x/" + text, "changes": text}
+    found["origin"] |= brought | {"hub_id": text, "revision": text}
+    if kind == "trained":
+        known = ("source", "subset", "split", "revision", "form", "template", "license", "language")
+        found["data"] |= dict.fromkeys(known, text) | {"unused_columns": [text]}
+        found["training"]["device"] = text
+    if kind == "adapter":
+        found["adapter"] |= brought | {"hub_id": None, "revision": text}
+    for model in found.keys() & {"base", "merged", *BOTH}:
+        for sample in found[model].get("answers", ()):
             sample |= {"prompt": sample["prompt"] + text, "answer": sample["answer"] + text}
-        found[model]["machine"]["cpu"] = text
-        for measured in found[model]["quality"].values():
+        if "machine" in found[model]:
+            found[model]["machine"]["cpu"] = text
+        for measured in found[model].get("quality", {}).values():
             measured["text"] = text
-    found["int4"]["speed"]["stock"]["reason"] = text
-    lora = {"lora": {"target_modules": [text]}}
-    return about(found, name=text, config=config(evaluate={"prompts": [text]}, train=lora))
+    if "speed" in found["int4"]:
+        found["int4"]["speed"]["stock"]["reason"] = text
+    tree = given.config.model_dump() | {"train": {"lora": {"target_modules": [text]}}}
+    if kind == "trained":
+        said = text.replace("\ud800", "")  # half a character is refused in a configuration
+        tree["data"] |= {"columns": {said: said}, "source": said}
+    if kind != "unmeasured":
+        tree["evaluate"] = {"prompts": [text]}
+    return about(found, name=text, config=type(given.config).model_validate(tree))
 
 
 def structure(text: str) -> list[tuple]:
@@ -285,16 +518,26 @@ def structure(text: str) -> list[tuple]:
     return found
 
 
-def test_texts_of_others_change_nothing_about_a_card_but_the_text():
-    harmless, hostile = cards(with_texts("plain words")), cards(with_texts(HOSTILE))
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_of_others_change_nothing_about_a_card_but_the_text(kind):
+    harmless, hostile = cards(with_texts("plain words", kind)), cards(with_texts(HOSTILE, kind))
     for name in harmless:
         assert structure(hostile[name]) == structure(harmless[name])
         for text in (hostile[name], harmless[name]):
             assert text.count(card.START) == text.count(card.END) == 1
             text.encode("utf-8")
-        assert r"{{ 7\*7 }}" in hostile[name]
-        assert "\u202e" not in hostile[name]
+        assert "7" in hostile[name] and "\u202e" not in hostile[name]
         assert data(hostile[name]).keys() == data(harmless[name]).keys()
+        mine = f"Mine.\n\n{hostile[name].split('---', 2)[2].lstrip()}"
+        assert keep_own_text(hostile[name], mine).endswith(mine)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.text(st.sampled_from("`|<>!-[]()*_#~$@:/\\&\"'{}%\n\r\t aé\u202e\u2028\x00"), max_size=30).map("x".__add__))
+def test_no_text_whatever_changes_the_structure_of_a_card(text):
+    assert structure(model_card(with_texts(text, "trained"), BOTH)) == structure(
+        model_card(with_texts("plain words", "trained"), BOTH)
+    )
 
 
 def test_a_name_shows_as_it_is():
@@ -363,7 +606,8 @@ def test_the_templates_are_found_in_an_installed_package(tmp_path):
     for template in (ROOT / "templates").glob("*.jinja"):  # what the package's metadata names
         shutil.copy(template, tmp_path / "pipeline" / "templates")
     (tmp_path / "config.yaml").write_text("{name: a, model: {source: org/base}, data: {source: org/data}}")
-    code = "from pipeline import card, config_file; a = card.About('n', 'u/m', config_file.load_config('config.yaml'), {})\n"
+    code = "from pipeline import card, config_file\n"
+    code += "a = card.About('n', 'u/m', config_file.load_config('config.yaml'), {})\n"
     code += "print(card._templates()); print(card.model_card(a, ['int8', 'int4']), card.variant_card(a, 'int4'))"
     done = subprocess.run(
         [sys.executable, "-c", code],

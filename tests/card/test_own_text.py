@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.own_text import END, START, keep_own_text
+from pipeline.own_text import END, START, keep_own_text, note
 
 OURS = f"""---
 library_name: transformers
@@ -41,8 +41,10 @@ model-index:
 ```python
 print("new")
 ```
+NOTE
 {END}
 """
+OURS = OURS.replace("NOTE", note(OURS.split("---")[1]))
 SECTION = OURS[OURS.index(START) :].strip()
 OLD = f"{START}\n# user/a-model\n\n```python\nprint('old')\n```\n{END}"
 
@@ -199,6 +201,19 @@ def test_our_own_former_results_go():
     unmeasured = re.sub("model-index:.*?(?=---)", "", OURS, flags=re.DOTALL)
     assert "model-index" not in metadata(kept(index(("user/a-model", [former])), unmeasured))
     assert results_of(kept(index(("other", [result("a", 1)])), unmeasured)) == {"other": [("a", 1)]}
+
+
+def test_what_we_wrote_and_nobody_changed_goes_when_we_have_no_value_for_it_any_more():
+    front = {"license": "mit", "library_name": "transformers"}
+    later = yaml.safe_dump(front)
+    later = f"---\n{later}---\n{START}\nNew.\n{note(later)}\n{END}\n"
+    assert metadata(kept(OURS + "Mine.\n", later)) == front
+    changed = OURS.replace("- int8", "- int8\n- mine").replace("pipeline_tag: text-generation\n", "")
+    found = metadata(kept(changed + "Mine.\n", later))
+    assert found == {"library_name": "transformers", "license": "mit", "tags": ["tunepress", "int8", "mine"]}
+    assert results_of(kept(OURS.replace("value: 17.1", "value: 17.2"), OURS)) == {
+        "user/a-model": [("org/tickets", 17.1)]
+    }
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.card import model_card, variant_card
+from pipeline.card import mirror_card, model_card, variant_card
 from pipeline.config import VariantSpec
 from pipeline.models import linear_weights
 from tests.card.sample import BOTH, about, config
@@ -61,17 +61,18 @@ def release(tmp_path_factory) -> Path:
     return folder
 
 
+def blocks(text: str) -> list[str]:
+    """The code of a card, in its order."""
+    return re.findall(r"^```python\n(.*?)\n```$", text, re.DOTALL | re.MULTILINE)
+
+
 @pytest.fixture(scope="module")
-def blocks(release) -> dict[str, str]:
-    """The code blocks of the three cards, by what they load: root, int8, int4, and with `pipeline.load`."""
+def snippets(release) -> dict[str, list[str]]:
+    """What the card of the release says to run, by what it loads; each followed by what follows in the card."""
     given = about(location=str(release), config=config(evaluate={"prompts": ["Who are you?"]}))
-    found = {}
-    for text in (model_card(given, BOTH), *(variant_card(given, v) for v in BOTH)):
-        for block in re.findall(r"^```python\n(.*?)\n```$", text, re.DOTALL | re.MULTILINE):
-            variant = next((v for v in BOTH if f'"{v}"' in block), "root")
-            name = f"{variant} with pipeline.load" if "pipeline.loading" in block else variant
-            assert found.setdefault(name, block) == block
-    return found
+    *loading, generate, chat = blocks(model_card(given, BOTH))
+    names = ("root", *BOTH, "pipeline.load")
+    return {name: [load, generate, chat] for name, load in zip(names, loading, strict=True)}
 
 
 def run(code: str, folder: Path, with_tunepress: bool = False) -> str:
@@ -87,26 +88,42 @@ def run(code: str, folder: Path, with_tunepress: bool = False) -> str:
     return done.stdout
 
 
-def test_the_cards_have_a_snippet_for_everything(blocks):
-    assert set(blocks) == {"root", *BOTH, *(f"{v} with pipeline.load" for v in BOTH)}
-    for name in ("root", *BOTH):
-        assert "pipeline.loading" not in blocks[name] and "trust_remote_code" not in blocks[name]
+def test_every_card_has_the_same_snippets_for_what_it_is_about(snippets, release):
+    given = about(location=str(release), config=config(evaluate={"prompts": ["Who are you?"]}))
+    for variant in BOTH:
+        load, shorter, *rest = blocks(variant_card(given, variant))
+        assert [load, *rest] == snippets[variant]
+        assert shorter.replace(variant, "int4") == snippets["pipeline.load"][0]
+        assert "pipeline import load" not in load and "trust_remote_code" not in load
+        mirrored = blocks(mirror_card(given, variant, "user/mirror"))
+        assert mirrored[0] == load.replace(f', subfolder="{variant}"', "").replace(str(release), "user/mirror")
+        assert mirrored[1].endswith('load("user/mirror")') and mirrored[2:] == rest
 
 
-@pytest.mark.parametrize("name", ["root", "int8"])
-def test_the_snippet_runs_with_stock_libraries_and_answers(blocks, tmp_path, name):
-    assert run(blocks[name], tmp_path).strip()
+def test_without_a_chat_template_no_chat_is_shown(release):
+    given = about(location=str(release), chats=False)
+    for text in (model_card(given, BOTH), variant_card(given, "int4"), mirror_card(given, "int4", "user/mirror")):
+        assert "chat" not in "".join(blocks(text)) and "has no chat template" in text
 
 
-@pytest.mark.parametrize("variant", BOTH)
-def test_the_short_snippet_runs_with_tunepress_and_answers(blocks, tmp_path, variant):
-    assert run(blocks[f"{variant} with pipeline.load"], tmp_path, with_tunepress=True).strip()
+@pytest.mark.parametrize("name", ["root", "int8", "pipeline.load"])
+def test_each_model_loads_answers_and_converses(snippets, tmp_path, name):
+    counted = "print('said:', len(messages), {m['role'] for m in messages})"
+    printed = run("\n".join([*snippets[name], counted]), tmp_path, with_tunepress=name == "pipeline.load")
+    said, _, rest = printed.rpartition("said:")
+    assert said.strip() and rest.startswith(" 4 ")
 
 
-def test_the_int4_snippet_computes_what_the_dequantized_weights_do(blocks, release, tmp_path):
-    printed = run(blocks["int4"] + KEEP_LOGITS.format(ids=PROMPT), tmp_path)
-    answer, _, layers = printed.rpartition("layers:")
-    assert answer.strip()
+def test_a_mirror_loads_from_its_root_and_continues_text(release, tmp_path):
+    given = about(location=str(release), config=config(evaluate={"prompts": ["Who are you?"]}), chats=False)
+    load, _, generate = blocks(mirror_card(given, "int8", str(release / "int8")))
+    assert run(f"{load}\n{generate}", tmp_path).strip()
+
+
+def test_the_int4_snippet_computes_what_the_dequantized_weights_do(snippets, release, tmp_path):
+    printed = run("\n".join([*snippets["int4"], KEEP_LOGITS.format(ids=PROMPT)]), tmp_path)
+    answers, _, layers = printed.rpartition("layers:")
+    assert answers.strip()
     if not torch.cuda.is_available():
         assert layers.split() == ["['Int4OpaqueTensor',", "'Parameter']"]
     exact = _dequantized(release / "int4", torch.float32)

@@ -1,0 +1,113 @@
+"""What a card is about: results, configuration, and the names of models and sources as markdown.
+
+Every figure in a card is read from here, from `results.json` or the configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.catalog import VARIANTS
+from pipeline.config import PACKAGE_SOURCE, REPO_ID, Config
+from pipeline.markdown import Markdown, code, escape
+
+ROOT, BASE = "merged", "base"  # keys of the results: the model at the root, and the one that all began with
+TEXTS = {"held_out": "held-out", "general": "general"}
+_BUILTIN = {
+    "builtin:python-docs": "docstrings of Python's standard library",
+    "builtin:python-topics": "topics of Python's language reference",
+}
+
+
+@dataclass(frozen=True)
+class About:
+    """What a card is about.
+
+    Attributes:
+        name: the title.
+        location: where the release is: `user/model`, or a folder's path.
+        config: the configuration of the run.
+        results: the content of `results.json`; any key may be missing.
+        chats: has the tokenizer a chat template?
+    """
+
+    name: str
+    location: str
+    config: Config
+    results: dict
+    chats: bool = True
+
+    def get(self, *keys: str) -> Any:
+        """A value in the results, or None where it was not measured."""
+        found: Any = self.results
+        for key in keys:
+            found = found.get(key) if isinstance(found, dict) else None
+        return found
+
+    @property
+    def reference(self) -> str:
+        """The key of the full-precision model that variants are compared with."""
+        return ROOT if self.config.merges else BASE
+
+    @property
+    def repo(self) -> str | None:
+        """The release's repository on the Hub, if it has one."""
+        return self.location if on_hub(self.location) else None
+
+    def models(self, variants: Sequence[str], with_base: bool = True) -> dict[str, Markdown]:
+        """The models that a card tells about, in its order: key in the results -> name."""
+        found = {BASE: Markdown("base model")} if with_base or self.reference == BASE else {}
+        if self.reference == ROOT:
+            found[ROOT] = Markdown("root")
+        return found | {v: code(f"{VARIANTS[v].folder}/") for v in variants}
+
+    def mirrors(self, variants: Sequence[str]) -> dict[str, str]:
+        """Variant -> the repository that holds it at its root."""
+        known = self.config.publish.mirrors if self.repo else {}
+        return {v: known[v] for v in variants if v in known}
+
+
+def on_hub(source: object) -> bool:
+    """Is it the name of a repository, and of no file here?"""
+    return isinstance(source, str) and bool(REPO_ID.fullmatch(source)) and not Path(source).exists()
+
+
+def link(repo: str, kind: str = "", revision: object = None) -> Markdown:
+    """A repository on the Hub, `kind` being "datasets/" for one of data, at the revision that was used."""
+    at = f" at revision {code(str(revision)[:12])}" if revision else ""
+    return Markdown(f"[{escape(repo)}](https://huggingface.co/{kind}{repo}){at}")
+
+
+def model_source(found: dict | None, configured: str | None = None) -> Markdown:
+    """Where a model or an adapter can be found; of a folder on someone's disk only its name."""
+    found = found if isinstance(found, dict) else {}
+    source, hub = str(found.get("source") or configured or ""), found.get("hub_id") or ""
+    if REPO_ID.fullmatch(str(hub)):
+        return link(hub, revision=found.get("revision"))
+    if package := PACKAGE_SOURCE.match(source):
+        place = Markdown(f"{code(package[2])} of the Python package {code(package[1])}")
+    elif on_hub(source):
+        place = link(source, revision=found.get("revision"))
+    else:
+        place = Markdown(f"the local folder {code(Path(source).name)}")
+    return Markdown(f"{escape(found['name'])} ({place})") if found.get("name") not in (None, "", source) else place
+
+
+def text_source(source: str) -> Markdown:
+    """Where a text or a data set comes from; of a file on someone's disk only its name."""
+    if source in _BUILTIN:
+        return Markdown(f"{_BUILTIN[source]} ({code(source)})")
+    return link(source, "datasets/") if on_hub(source) else Markdown(f"the file {code(Path(source).name)}")
+
+
+def public_name(source: str) -> str:
+    """The same for metadata: a name that tells nothing about the machine."""
+    return source if source in _BUILTIN or on_hub(source) else Path(source).name
+
+
+def where(repo_or_folder: str) -> Markdown:
+    """A release, named in a card: a link, or the folder's name."""
+    return link(repo_or_folder) if on_hub(repo_or_folder) else code(Path(repo_or_folder).name)

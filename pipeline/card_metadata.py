@@ -1,0 +1,101 @@
+"""The YAML at the top of a card: what the Hub reads of it.
+
+The measured figures stand in `model-index`. The Hub's newer form, `.eval_results/*.yaml`, is not
+written: each of its entries names a data set that is registered on the Hub as a benchmark, and one
+of that benchmark's tasks. Perplexity on a run's own held-out text has neither, and an entry that
+pointed elsewhere would be an invention.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pipeline import markdown
+from pipeline.about import ROOT, TEXTS, About, on_hub, public_name
+from pipeline.catalog import VARIANTS
+from pipeline.config import REPO_ID
+from pipeline.front_matter import SOURCE
+from pipeline.markdown import one_line
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCardData
+
+# The names that the Hub takes; it refuses a card with another one.
+_LICENSES = """
+    afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
+    bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5
+    cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0
+    cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0
+    cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0
+    etalab-2.0 eupl-1.1 eupl-1.2 gemma gfdl gpl gpl-2.0 gpl-3.0 h-research intel-research isc lgpl lgpl-2.1 lgpl-3.0
+    lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1
+    openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl zlib
+"""
+
+
+def metadata(about: About, subject: str, variants: Sequence[str] = ()) -> ModelCardData:
+    """The front matter of the card of one model.
+
+    Args:
+        subject: the key of the model in the results; that of the root for the card of the whole release.
+        variants: what else lies in the same repository.
+    """
+    from huggingface_hub import ModelCardData
+
+    whole = subject not in VARIANTS
+    parent, relation = _parent(about, whole)
+    source = about.get("data", "source")
+    languages = [one_line(w) for w in (*(about.get("origin", "languages") or ()), about.get("data", "language")) if w]
+    folders = [v for v in (subject, *variants) if v in VARIANTS]
+    method = [about.config.train.method] if about.get("training") else []
+    measured = [r for model in dict.fromkeys((subject, *variants)) for r in _measured(about, model, model == subject)]
+    return ModelCardData(
+        base_model=parent,
+        base_model_relation=relation if parent else None,
+        datasets=[source] if on_hub(source) else None,
+        language=list(dict.fromkeys(w for w in languages if re.fullmatch("[a-z]{2,3}|code", w))) or None,
+        **_license(about),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=list(dict.fromkeys(["tunepress", *method, *(VARIANTS[v].format for v in folders), *folders])),
+        model_name=one_line(about.name) if measured else None,
+        eval_results=measured or None,
+    )
+
+
+def _parent(about: About, whole: bool) -> tuple[str | None, str]:
+    """What this derives from, where that is on the Hub, and how."""
+    base = one_line(about.get("origin", "hub_id") or "")
+    base = base if REPO_ID.fullmatch(base) else None
+    if about.reference != ROOT:
+        return base, "quantized"
+    return (base, "finetune") if whole else (about.repo, "quantized")
+
+
+def _license(about: About) -> dict[str, str]:
+    """The base model's, in the form in which the Hub takes it; nothing where it names none."""
+    name = one_line(about.get("origin", "license") or "").lower()
+    if name in _LICENSES.split():
+        return {"license": name}
+    return {"license": "other", "license_name": name} if re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name) else {}
+
+
+def _measured(about: About, model: str, is_subject: bool) -> list[EvalResult]:
+    """Perplexities of one model; those of a variant in the card of the whole carry its name."""
+    from huggingface_hub import EvalResult
+
+    found = []
+    for text, name in TEXTS.items():
+        if measured := markdown.rounded(about.get(model, "quality", text, "perplexity")):
+            source = public_name(one_line(about.get(model, "quality", text, "text") or name))
+            data = {"dataset_type": source, "dataset_name": f"{source}, {name} text", "dataset_config": name}
+            metric = {"metric_type": "perplexity", "metric_value": round(measured[0], measured[2])}
+            if not is_subject:
+                metric["metric_name"] = f"perplexity of {model}"
+            if about.repo:
+                url = f"https://huggingface.co/{about.repo}/blob/main/tunepress.json"
+                metric |= {"source_name": SOURCE, "source_url": url}
+            found.append(EvalResult(task_type="text-generation", **data, **metric))
+    return found

@@ -1,0 +1,199 @@
+"""The figures of a card, put side by side, and what follows from them.
+
+`models` is what `About.models` gives: the models that the card tells about, and their names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pipeline import markdown
+from pipeline.about import BASE, ROOT, TEXTS, About
+from pipeline.catalog import VARIANTS
+from pipeline.markdown import Markdown, code, estimate, listed, number, size, table
+
+Models = dict[str, Markdown]
+LOADERS = {"pipeline.load": Markdown("`pipeline.load`"), "stock": Markdown("stock transformers")}
+_WRITING, _READING, _MEMORY = "decode_tokens_per_second", "prefill_tokens_per_second", "peak_memory_bytes"
+_AHEAD = 0.95  # a model leads in speed or memory if the next one is further behind than runs differ
+
+
+def summary(about: About, models: Models) -> Markdown:
+    """One row for each model: what it costs and how good it is."""
+    text = next((t for t in TEXTS if about.get(about.reference, "quality", t)), "held_out")
+    ours = models[about.reference]
+    rows = []
+    for model, name in models.items():
+        quality, fast = about.get(model, "quality", text) or {}, _fastest(about, model) or {}
+        rows.append(
+            [
+                Markdown(f"**{name}**") if model in (about.reference, *VARIANTS) else name,
+                size(about.get(model, "size_bytes")),
+                markdown.share(about.get(model, "ratio")),
+                estimate(quality.get("perplexity")),
+                estimate(quality.get("kl")),
+                estimate(quality.get("agreement"), percent=True),
+                markdown.decimal(fast.get(_WRITING)),
+                size(fast.get(_MEMORY)),
+            ]
+        )
+    measured = ("Perplexity", f"KL from the {ours}", "Same first choice", "Tokens/s", "Peak memory")
+    return table(["", "Weights", f"Of the {ours}", *measured], rows)
+
+
+def quality(about: About, models: Models) -> list[tuple[str, Markdown]]:
+    """(text, table) for each text that was measured on."""
+    ours = models[about.reference]
+    headers = ["", "Perplexity", f"Rise over the {ours}", "KL divergence, nats a token", "Same first choice"]
+    found = []
+    for text in TEXTS:
+        rows = []
+        for model, name in models.items():
+            q = about.get(model, "quality", text) or {}
+            rise, agreement = (
+                estimate(q.get("rise"), percent=True, sign="+"),
+                estimate(q.get("agreement"), percent=True),
+            )
+            rows.append([name, estimate(q.get("perplexity")), rise, estimate(q.get("kl")), agreement])
+        if shown := table(headers, rows):
+            found.append((text, shown))
+    return found
+
+
+def speed(about: About, models: Models) -> Markdown:
+    """One row for each model and loader."""
+    reasons, rows = failures(about, models), []
+    for model, name in models.items():
+        for loader, shown in LOADERS.items():
+            probe = about.get(model, "speed", loader) or {}
+            figures = [markdown.decimal(probe.get(key)) for key in ("load_seconds", _READING, _WRITING)]
+            figures.append(size(probe.get(_MEMORY)))
+            if mark := reasons.get((model, loader)):
+                figures = [figures[0], *[mark[0]] * (len(figures) - 1)]
+            rows.append([Markdown(f"{name}, {shown}"), *figures])
+    return table(["", "Loading, s", "Reading, tokens/s", "Writing, tokens/s", "Peak memory"], rows)
+
+
+def failures(about: About, models: Models) -> dict[tuple[str, str], tuple[Markdown, Markdown]]:
+    """(model, loader) that loads but does not run -> the mark in its cells, and the line that explains it."""
+    found: dict[tuple[str, str], tuple[Markdown, Markdown]] = {}
+    for model, name in models.items():
+        for loader, shown in LOADERS.items():
+            if about.get(model, "speed", loader, "runs") is False:
+                mark, reason = f"({chr(ord('a') + len(found))})", about.get(model, "speed", loader, "reason") or ""
+                why = f"could not run it: {code(reason[:160] or 'no reason given')}"
+                if "mslk" in reason:
+                    why = "cannot compute with it: the kernel for that is in the package `mslk`, for CUDA"
+                line = (
+                    f"{mark} {str(shown)[0].upper()}{shown[1:]} loads {name}, but on the machine that measured {why}."
+                )
+                found[model, loader] = Markdown(f"— {mark}"), Markdown(line)
+    return found
+
+
+def leads(about: About, models: Models) -> dict[str, list[Markdown]]:
+    """Model -> in what it is ahead of all others that lie in the release, measured beside each other."""
+    release = [m for m in models if m != BASE]
+    fast = {m: _fastest(about, m) or {} for m in release}
+    loads: dict[str, dict[str, Any]] = {
+        "smallest to download": {m: about.get(m, "size_bytes") for m in release},
+        "smallest in memory": {m: fast[m].get(_MEMORY) for m in release},
+        "fastest at writing": {m: 1 / v if (v := number(fast[m].get(_WRITING))) else None for m in release},
+        "fastest at reading long inputs": {m: 1 / v if (v := number(fast[m].get(_READING))) else None for m in release},
+    }
+    found: dict[str, list[Markdown]] = {m: [] for m in release}
+    if len(machines(about, {m: models[m] for m in release})) > 1:
+        loads = dict(list(loads.items())[:1])  # different machines say nothing about each other
+    for title, values in loads.items():
+        order = sorted((v, m) for m, value in values.items() if (v := number(value)) is not None)
+        if len(order) == len(release) > 1 and order[0][0] < _AHEAD * order[1][0]:
+            found[order[0][1]].append(Markdown(title))
+    if nearest := _nearest(about, [m for m in release if m in VARIANTS]):
+        found[nearest].append(Markdown(f"closest to the {models[about.reference]}"))
+    return found
+
+
+def _nearest(about: About, variants: list[str]) -> str | None:
+    """The one of several variants whose divergence is the smallest on every text, by more than twice its error."""
+    winners: set[str | None] = set()
+    for text in TEXTS:
+        known = [(e[0], e[1] or 0, v) for v in variants if (e := markdown.rounded(about.get(v, "quality", text, "kl")))]
+        if len(known) > 1:
+            (low, error, first), (high, other, _) = sorted(known)[:2]
+            sure = len(known) == len(variants) and high - low > 2 * (error**2 + other**2) ** 0.5
+            winners.add(first if sure else None)
+    return winners.pop() if len(winners) == 1 else None
+
+
+def rises(about: About, models: Models) -> dict[str, tuple[Markdown, bool]]:
+    """Variant -> (how its perplexity differs from the reference's, is that more than twice the error?)."""
+    found = {}
+    for model in (m for m in models if m in VARIANTS):
+        known = {t: r for t in TEXTS if (r := about.get(model, "quality", t, "rise")) and markdown.rounded(r)}
+        shown = [markdown.unit(estimate(r, percent=True, sign="+"), f"on {TEXTS[t]} text") for t, r in known.items()]
+        sure = any(abs(r["value"]) > 2 * (number(r.get("stderr")) or 0) for r in known.values())
+        if shown:
+            found[model] = listed(shown), sure
+    return found
+
+
+def ways(about: About, models: Models) -> dict[str, list[Markdown]]:
+    """Model -> for each way in which it ran: loader, device, memory and speed."""
+    found: dict[str, list[Markdown]] = {}
+    for model in models:
+        for loader, shown in LOADERS.items():
+            probe = about.get(model, "speed", loader) or {}
+            memory, writing = size(probe.get(_MEMORY)), markdown.decimal(probe.get(_WRITING))
+            if probe.get("runs") and memory and writing:
+                of = Markdown("of GPU memory" if probe.get("device") == "cuda" else "of memory")
+                found.setdefault(model, []).append(Markdown(f"{memory} {of} and {writing} tokens/s with {shown}"))
+    return found
+
+
+def machines(about: About, models: Models) -> list[Markdown]:
+    """The machines that measured, each once; which model on which, where there are several."""
+    used: dict[str, list[Markdown]] = {}
+    for model, name in models.items():
+        if machine := about.get(model, "machine"):
+            cores, memory = markdown.count(machine.get("cores")), size(machine.get("memory_bytes"))
+            known = [machine[k] for k in ("gpu", "cpu", "cpu_capability") if machine.get(k)]
+            known += [f"{cores} cores"] * bool(cores) + [f"{memory} of memory"] * bool(memory)
+            used.setdefault(listed(known), []).append(name)
+    return [Markdown(m if len(used) == 1 else f"{listed(who)} on {m}") for m, who in used.items()]
+
+
+def answers(about: About, models: Models) -> list[tuple[str, list[tuple[Markdown, str]]]]:
+    """(prompt, [(who, answer)]), with those who said the same together."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for model, name in models.items():
+        for sample in about.get(model, "answers") or ():
+            prompt, answer = sample.get("prompt"), sample.get("answer")
+            if isinstance(prompt, str) and isinstance(answer, str):
+                found.setdefault(prompt, {}).setdefault(answer, []).append(name)
+    return [(prompt, [(listed(who), said) for said, who in by.items()]) for prompt, by in found.items()]
+
+
+def faded(about: About, models: Models) -> list[Markdown]:
+    """The variants whose loss on held-out text is nearer to the base model's than to the root's."""
+    loss = {m: number(about.get(m, "quality", "held_out", "loss", "value")) or 0 for m in (BASE, ROOT, *models)}
+    middle = (loss[BASE] + loss[ROOT]) / 2
+    known = 0 < loss[ROOT] < loss[BASE]
+    return [name for m, name in models.items() if known and m in VARIANTS and loss[m] > middle]
+
+
+def tables(about: About, models: Models) -> dict[str, Any]:
+    """All of it, by name, for the templates."""
+    makers: tuple[Callable[[About, Models], Any], ...]
+    makers = (summary, quality, speed, leads, rises, ways, machines, answers, faded, failures)
+    return {maker.__name__: maker(about, models) for maker in makers}
+
+
+def _inverse(value: Any) -> float | None:
+    return 1 / value if number(value) else None
+
+
+def _fastest(about: About, model: str) -> dict | None:
+    """What was measured with our loader, or with the stock one where ours did nothing else."""
+    probes = (about.get(model, "speed", loader) for loader in LOADERS)
+    return next((p for p in probes if p and p.get("runs")), None)
