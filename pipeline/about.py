@@ -5,6 +5,7 @@ Every figure in a card is read from here, from `results.json` or the configurati
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,17 @@ class About:
         """Variant -> the repository that holds it at its root."""
         known = self.config.publish.mirrors if self.repo else {}
         return {v: known[v] for v in variants if v in known}
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Can the tokenizer in `folder` put a conversation into one text?"""
+    settings = folder / "tokenizer_config.json"
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    try:
+        return bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
+    except (FileNotFoundError, ValueError, AttributeError):
+        return False
 
 
 def on_hub(source: object) -> bool:

@@ -38,7 +38,7 @@ def summary(about: About, models: Models) -> Markdown:
                 size(fast.get(_MEMORY)),
             ]
         )
-    measured = ("Perplexity", f"KL from the {ours}", "Same first choice", "Tokens/s", "Peak memory")
+    measured = ("Perplexity", f"KL from the {ours}", "Same first choice", "Tokens per second", "Peak memory")
     return table(["", "Weights", f"Of the {ours}", *measured], rows)
 
 
@@ -72,7 +72,9 @@ def speed(about: About, models: Models) -> Markdown:
             if mark := reasons.get((model, loader)):
                 figures = [figures[0], *[mark[0]] * (len(figures) - 1)]
             rows.append([Markdown(f"{name}, {shown}"), *figures])
-    return table(["", "Loading, s", "Reading, tokens/s", "Writing, tokens/s", "Peak memory"], rows)
+    return table(
+        ["", "Loading, seconds", "Reading, tokens per second", "Writing, tokens per second", "Peak memory"], rows
+    )
 
 
 def failures(about: About, models: Models) -> dict[tuple[str, str], tuple[Markdown, Markdown]]:

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import card, markdown
+from pipeline.about import has_chat_template
 from pipeline.card import About, mirror_card, model_card, plot_quality, variant_card
 from pipeline.own_text import keep_own_text
 from tests.card.sample import (
@@ -143,7 +144,7 @@ def test_each_figure_stands_in_its_place():
     assert summary["**root**"]["Weights"] == summary["base model"]["Weights"] == "269 MB"
     assert summary["**`int4/`**"]["Weights"] == "123 MB" and summary["**`int4/`**"]["Of the root"] == "46 %"
     assert summary["base model"]["Perplexity"] == "30.59 ± 0.99"
-    assert summary["**`int8/`**"]["Tokens/s"] == "54.7" and summary["**root**"]["Tokens/s"] == "36.0"
+    assert summary["**`int8/`**"]["Tokens per second"] == "54.7" and summary["**root**"]["Tokens per second"] == "36.0"
     assert summary["**`int8/`**"]["Peak memory"] == "681 MB"
     held_out = rows(text[text.index("### Held-out text") :], "|  | Perplexity")
     assert held_out["`int8/`"]["Perplexity"] == "17.21 ± 0.56"
@@ -154,10 +155,10 @@ def test_each_figure_stands_in_its_place():
     assert general["`int4/`"]["KL divergence, nats a token"] == "0.0403 ± 0.0030"
     assert general["`int8/`"]["Same first choice"] == "69.8 ± 1.2 %"
     speed = rows(text, "|  | Loading")
-    assert speed["root, stock transformers"]["Writing, tokens/s"] == "36.0"
-    assert speed["`int8/`, `pipeline.load`"]["Writing, tokens/s"] == "54.7"
+    assert speed["root, stock transformers"]["Writing, tokens per second"] == "36.0"
+    assert speed["`int8/`, `pipeline.load`"]["Writing, tokens per second"] == "54.7"
     assert speed["`int8/`, stock transformers"]["Peak memory"] == "603 MB"
-    assert speed["`int4/`, stock transformers"]["Writing, tokens/s"] == "— (a)"
+    assert speed["`int4/`, stock transformers"]["Writing, tokens per second"] == "— (a)"
     assert "(a) Stock transformers loads `int4/`, but" in text and "`mslk`" in text
     assert rows(text, "|  | Loss")["merged into the NF4 base"]["Above the unmerged"] == "+0.0048 ± 0.0014"
     assert "The root is the merge into **bf16**" in text
@@ -165,16 +166,16 @@ def test_each_figure_stands_in_its_place():
 
 def test_the_data_are_described_as_far_as_is_known():
     text = model_card(about(config=config(data={"source": "org/data", "columns": {"prompt": "q"}})), BOTH)
-    known = {name: row[""] for name, row in rows(text, "|  |  |\n| :--- | :--- |\n| Source").items()}
+    known = {name: row[""] for name, row in rows(text, "| Data |").items()}
     assert known["Source"].endswith("subset `functions`, split `train`, revision `fedcba987654`")
     assert known["Columns"] == "`prompt` from `q`" and known["Columns not used"] == "`id`"
     assert known["Rows read"] == "4,302"
     assert known["Left out as malformed"] == "21" and known["Left out as duplicates"] == "17"
     assert known["Chat template"] == "supplied by tunepress, since the base model has none"
-    assert known["those with an answer that it has too"] == "11"
-    assert known["those that share much of their wording with it"] == "13; at least 50 % of their runs of 8 words"
+    assert known["Overlap"].startswith("of 124 held-out examples that were compared, 11 have an answer that the")
+    assert known["Overlap"].endswith("13 share at least 50 % of their runs of 8 words with them")
     split = rows(text, "| Examples")["trained on"]
-    assert split["Number"] == "2,280" and split["Cut to length"] == "87" and split["Left out: no answer fits"] == "3"
+    assert split["Number"] == "2,280" and split["Cut"] == "87" and split["Left out"] == "3"
     assert (split["Shortest"], split["Median"], split["p95"], split["Longest"]) == ("14", "92", "251", "256")
     found = results()
     found["data"] = {"source": "org/data", "splits": {"training": {"examples": 9}}}
@@ -188,8 +189,8 @@ def item(text: str, name: str) -> str:
 
 def test_what_each_variant_is_good_for_follows_from_what_was_measured():
     text = model_card(about(), BOTH)
-    assert "Of these it is fastest at reading" not in item(text, "`int8/`")
-    assert "Of these it is smallest to download" in item(text, "`int4/`")
+    assert "fastest" not in item(text, "`int8/`")
+    assert "README.md)): smallest to download" in item(text, "`int4/`")
     assert "closest to the root" in item(text, "`int8/`") and "closest" not in item(text, "`int4/`")
     assert "differs from the root's by +12.1 ± 1.3 % on held-out text" in item(text, "`int4/`")
     assert "more than twice the error" in item(text, "`int4/`")
@@ -202,7 +203,7 @@ def test_what_each_variant_is_good_for_follows_from_what_was_measured():
     text = model_card(about(found), BOTH)
     assert "smallest" not in text and "closest" not in text
     assert "no more than twice the error" in item(text, "`int8/`")
-    assert "Of these" not in variant_card(about(), "int4")
+    assert "smallest" not in variant_card(about(), "int4")
 
 
 def test_machines_that_differ_are_not_compared():
@@ -592,6 +593,19 @@ def test_without_two_points_there_is_no_picture(tmp_path, variants, without):
 
 
 # ---- where it runs
+
+
+def test_a_chat_template_is_found_in_either_of_its_places(tmp_path):
+    for name, content in {
+        "chat_template.jinja": "{{ messages }}",
+        "tokenizer_config.json": '{"chat_template": "x"}',
+    }.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "tokenizer_config.json").write_text("{}")
+        assert not has_chat_template(folder)
+        (folder / name).write_text(content)
+        assert has_chat_template(folder)
 
 
 def test_importing_the_card_is_light():
