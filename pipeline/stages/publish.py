@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config import Config
@@ -29,8 +32,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     repo, settings, paths = config.publish.repo, config.publish, []
 
     def contents(tree: Tree) -> dict[str, Content]:
-        # What people wrote on the Hub goes before what they wrote here: it is what others have read.
-        documents = render(config, workspace, variants, lambda path: tree.read(path) or local(workspace, path))
+        documents = render(config, workspace, variants, lambda path: _existing(workspace, tree, path))
         paths[:] = write(workspace, documents, variants)
         return {**release_files(workspace, variants), **documents}
 
@@ -65,6 +67,19 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
         **({"tag": tag} if tag else {}),
     }
     return Outcome(tuple(paths), summary)
+
+
+def _existing(workspace: Workspace, tree: Tree, path: str) -> bytes | None:
+    """The card that people may have written into: the repository's, which others have read already.
+
+    The local one only where the repository has none, or still has the one of the last publish.
+    """
+    there, here = tree.read(path), local(workspace, path)
+    last = workspace.ledger().get("publish")
+    name = Path(os.path.relpath(workspace.release / path, workspace.folder)).as_posix()
+    known = last.outputs[name].sha256 if last and name in last.outputs else None
+    unchanged = there is not None and hashlib.sha256(there).hexdigest() == known
+    return here if here is not None and (there is None or unchanged) else there
 
 
 def _mirror(config: Config, workspace: Workspace, events: Events, variant: str, private: bool) -> Commit:

@@ -1,6 +1,7 @@
 """The real client against the loopback hub: what works on the Hub works here, what fails there fails here."""
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -498,17 +499,33 @@ def test_transformers_loads_from_a_subfolder(hub, api, tmp_path):
     assert python(code, **hub.env_for("hf_ann", tmp_path / "home")) == "True"
 
 
-def test_datasets_loads_a_private_jsonl(hub, tmp_path):
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_datasets_loads_a_private_set_at_a_revision(hub, tmp_path, kind):
     pytest.importorskip("datasets")
     rows = [{"prompt": f"question {n}", "completion": str(n)} for n in range(5)]
-    lines = "\n".join(map(json.dumps, rows)).encode()
-    hub.put("ann/data", {"data/train.jsonl": lines, "README.md": b"# Data"}, repo_type="dataset", private=True)
-    code = """
+    card = (
+        b"---\nconfigs:\n- config_name: short\n  data_files: short/*\n- config_name: long\n  data_files: long/*\n---\n"
+    )
+    files = {f"short/train.{kind}": _table(rows[:2], kind), f"long/train.{kind}": _table(rows, kind), "README.md": card}
+    first = hub.put("ann/data", files, repo_type="dataset", private=True)
+    hub.put("ann/data", {f"long/train.{kind}": _table(rows[:1], kind)}, repo_type="dataset")
+    code = f"""
     import json
     from datasets import load_dataset
-    print(json.dumps(load_dataset("ann/data", split="train").to_list()))
+    heads = (None, {first!r})
+    print(json.dumps([load_dataset("ann/data", "long", split="train", revision=r).to_list() for r in heads]))
     """
-    assert json.loads(python(code, **hub.env_for("hf_ann", tmp_path / "home"))) == rows
+    assert json.loads(python(code, **hub.env_for("hf_ann", tmp_path / "home"))) == [rows[:1], rows]
+
+
+def _table(rows: list[dict], kind: str) -> bytes:
+    """A file of a data set."""
+    if kind == "jsonl":
+        return "\n".join(map(json.dumps, rows)).encode()
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    file = io.BytesIO()
+    parquet.write_table(arrow.Table.from_pylist(rows), file)
+    return file.getvalue()
 
 
 def test_the_hub_runs_by_hand(tmp_path):

@@ -69,7 +69,17 @@ def test_text_added_to_the_local_card_goes_along_with_the_first_publish(hub, fin
     assert hub.read(REPO, "README.md").decode().endswith(MINE)
 
 
-def test_text_on_the_hub_goes_before_local_text(hub, finished):
+def test_text_added_to_the_local_card_goes_along_with_a_later_publish_too(hub, finished):
+    finished.publish()
+    for card in ("README.md", "int8/README.md"):
+        (finished.release / card).write_text((finished.release / card).read_text() + MINE)
+    assert finished.publish()["files_sent"] == 2
+    for card in ("README.md", "int8/README.md"):
+        assert hub.read(REPO, card).decode().endswith(MINE)
+        assert hub.read(REPO, card) == (finished.release / card).read_bytes()
+
+
+def test_where_both_were_written_into_the_text_on_the_hub_goes_before_the_local_one(hub, finished):
     finished.publish()
     (finished.release / "README.md").write_text("# Something else\n")
     hub.put(REPO, {"README.md": hub.read(REPO, "README.md") + MINE.encode()})
