@@ -245,23 +245,6 @@ def schema() -> None:
     print(json.dumps(Config.model_json_schema(), indent=2))
 
 
-@app.command()
-def rollback(
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="A published repository, USER/NAME.")],
-    to: Annotated[str | None, typer.Option("--to", metavar="TAG", help="release-2, say; else the one before.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Make an older release of a repository its newest commit again; people's own files stay."""
-    from pipeline.rollback import rollback as roll_back
-
-    done = roll_back(repo, to)
-    changed = len(done.commit.sent) + len(done.commit.deleted)
-    if as_json:
-        print(json.dumps({"repo": repo, "tag": done.tag, "commit": done.commit.oid, "files_changed": changed}))
-    else:
-        print(f"{repo} is {done.tag} again: {done.commit.url}" if changed else f"{repo} is {done.tag} already")
-
-
 def main() -> None:
     """The `tunepress` command: a line and an exit code for what a user can mend, a traceback for our bugs."""
     from pipeline.errors import UserError
