@@ -50,10 +50,10 @@ def test_a_variant_that_is_no_longer_asked_for_leaves_release_and_repository_who
 def test_a_file_that_somebody_else_put_there_is_never_overwritten(copied, tmp_path):
     with LoopbackHub(tmp_path / "hub", {TOKEN: {"name": "ada", "role": "write"}}) as hub:
         copied.hub = hub
-        hub.put("ada/tiny", {"README.md": b"# Mine\n"}, private=True)
+        hub.put("ada/tiny", {"config.json": b"mine"}, private=True)
         done = copied.tunepress("publish", "runs/tiny", "--repo", "ada/tiny", check=2)
-        assert "README.md" in done.stderr and len(done.stderr.strip().splitlines()) == 1
-        assert hub.read("ada/tiny", "README.md") == b"# Mine\n" and len(hub.files("ada/tiny")) <= 2
+        assert "config.json" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+        assert hub.read("ada/tiny", "config.json") == b"mine" and len(hub.files("ada/tiny")) <= 2
 
 
 def test_another_general_text_is_measured_anew_for_every_model(copied):
