@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from tests.hub import LoopbackHub
 
@@ -120,7 +121,7 @@ def run_recipe(folder: Path, recipe: str, tiny_model, hub: LoopbackHub | None = 
     settings = (
         "name=tiny", f"model.source={tiny_model(architecture, **changes)}", "data.source=rows.jsonl",
         "data.held_out=0.25", "train.max_steps=12", "evaluate.general=general.txt", "evaluate.max_tokens=1024",
-        "evaluate.prompts=[Hello?]", "track.project=tests", *(["publish.repo=ada/tiny"] if hub else []),
+        "evaluate.prompts=['Hello?']", "track.project=tests", *(["publish.repo=ada/tiny"] if hub else []),
     )  # fmt: skip
     place.output = place.tunepress("run", recipe, *(word for s in settings for word in ("--set", s)))
     shutil.copyfile(place.run_folder / "config.yaml", place.config)
@@ -168,13 +169,17 @@ def published(tmp_path_factory, tiny_model):
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory, tiny_model):
-    """`finished_run("qwen3-1.7b")` is a finished run of that recipe without a repository; made once."""
-    made: dict[str, Place] = {}
+    """`finished_run("qwen3-1.7b")` is a finished run of that recipe without a repository, made once for all workers."""
+    ours = tmp_path_factory.getbasetemp()
+    shared = ours.parent if "PYTEST_XDIST_WORKER" in os.environ else ours
 
     def make(recipe: str) -> Place:
-        if recipe not in made:
-            made[recipe] = run_recipe(tmp_path_factory.mktemp(recipe), recipe, tiny_model)
-        return made[recipe]
+        place = Place(shared / f"run-{recipe}")
+        with FileLock(f"{place.folder}.lock"):
+            if not place.config.is_file():  # which is written last
+                shutil.rmtree(place.folder, ignore_errors=True)
+                run_recipe(place.folder, recipe, tiny_model)
+        return place
 
     return make
 

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from tests.run.conftest import TOKEN
+from tests.run.test_recipe_runs import CHECKS, PUBLISHED
 
 STAGES = ("training", "merge", "evaluation", "quantization", "publish")
 
@@ -19,6 +20,11 @@ def test_the_release_holds_root_adapter_variants_cards_and_lineage(published):
     ):  # fmt: skip
         assert (published.release / name).is_file(), name
     assert not (published.release / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_it_is_held_to_what_every_recipes_run_is(published, check):
+    check((PUBLISHED, published))
 
 
 def test_the_repository_is_private_and_is_the_release_to_the_byte(published):

@@ -56,8 +56,9 @@ def test_no_layer_is_left_out_where_the_group_size_does_not_divide(each_run):
             assert name not in stored
             assert f"{name.removesuffix('weight')}_weight_qdata" in stored
     chosen = each_run.results()["int4"]["weights"]["group_sizes"]
-    narrow = {name for name, (_, width) in linear.items() if width % 128}
-    assert narrow and set(chosen) == narrow and set(chosen.values()) <= {32, 64}
+    asked = each_run.results()["int4"]["variant"]["group_size"]
+    narrow = {name for name, (_, width) in linear.items() if width % asked}
+    assert narrow and set(chosen) == narrow and set(chosen.values()) == {32}
 
 
 def test_nothing_in_the_release_names_this_machine(each_run):
