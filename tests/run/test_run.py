@@ -163,10 +163,3 @@ def test_help_and_schema_answer_without_the_heavy_libraries(tmp_path):
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
     ).stdout
     assert "Usage" in out and out.endswith("loaded: []\n")
-
-
-@pytest.mark.parametrize("name", ["demo"])
-def test_shipped_recipes_are_valid(name):
-    from pipeline.config_file import load_config
-
-    assert load_config(name).name == name
