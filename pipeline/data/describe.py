@@ -164,10 +164,11 @@ def _about_split(name: str, part: dict[str, Any]) -> list[str]:
 
 
 def _about_overlap(found: dict[str, Any]) -> str:
-    compared = f"of {found['compared']:,} held-out examples" if found["compared"] else "of no held-out examples"
+    if not found["same"] and not found["near"]:
+        return f"overlap   none of the answers of {found['compared']:,} held-out example(s) found in training"
     return (
-        f"overlap   {compared}, {found['same']:,} have answers that training has too, and {found['near']:,} share "
-        f"at least {found['near_from']:.0%} of their runs of {found['run_of_words']} words with it"
+        f"overlap   of {found['compared']:,} held-out examples, {found['same']:,} have answers that training has too, "
+        f"and {found['near']:,} share at least {found['near_from']:.0%} of their runs of {found['run_of_words']} words"
     )
 
 

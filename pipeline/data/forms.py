@@ -46,9 +46,7 @@ class Example:
         return [m["content"] for m in self.messages if m["role"] == "assistant"] if self.text is None else [self.text]
 
 
-def _canonical(value: Any) -> str:
-    value = list(value) if isinstance(value, tuple) else value
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+_canonical = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def open_hub(data: Data) -> HubSource:
         info = HfApi().dataset_info(data.source, revision=data.revision, timeout=_TIMEOUT)
         pinned, card = info.sha, info.card_data
     except Exception as error:
-        if not (is_unreachable(error) and _status(error) is None):  # else it may still be in the cache
+        if not (is_unreachable(error) and _may_be_cached(data.source, datasets.config.HF_DATASETS_CACHE)):
             raise DataError(f"{data.source}: {_reason(error, data)}") from None
     try:
         rows = datasets.load_dataset(data.source, name=data.subset, split=data.split, revision=pinned or data.revision)
@@ -112,7 +112,7 @@ def _reason(error: Exception, data: Data) -> str:
     """Why a data set cannot be had, and the way out."""
     text = " ".join(str(error).split())
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    if "GatedRepoError" in kinds or "gated" in text.lower():
+    if "GatedRepoError" in kinds or "is a gated dataset" in text:
         return "is gated; accept its terms on its page on the Hub, and set HF_TOKEN"
     if "OfflineModeIsEnabled" in kinds or "offline" in text.lower():
         return "is not on this machine, and the Hub is switched off (HF_HUB_OFFLINE); name a file, or unset it"
@@ -136,9 +136,10 @@ def _reason(error: Exception, data: Data) -> str:
     return f"cannot be loaded ({type(cause).__name__}: {shorten(str(cause), 120)}); name a .jsonl file instead"
 
 
-def _status(error: BaseException) -> int | None:
-    """The HTTP status of an error, where a server answered at all."""
-    return getattr(getattr(error, "response", None), "status_code", None)
+def _may_be_cached(source: str, cache: str) -> bool:
+    """Whether the library keeps anything of this owner; else it need not try for half a minute."""
+    owner = source.partition("/")[0]
+    return any(Path(cache).expanduser().glob(f"{owner}___*"))
 
 
 def _only_one(value: Any) -> str | None:

@@ -53,7 +53,8 @@ def kind(value: Any) -> str:
 
 
 def shorten(value: Any, longest: int = 60) -> str:
-    """A value for a message: as JSON unless it is text in prose, and never longer than `longest`."""
+    """A value for a message: as JSON unless it is text in prose, never longer than `longest`, and harmless to print."""
     shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    shown = shown.encode("utf-8", "backslashreplace").decode()
+    shown = shown[: longest + 1]
+    shown = "".join(c if c.isprintable() or c.isspace() else ascii(c)[1:-1] for c in shown)
     return shown if len(shown) <= longest else shown[: longest - 3] + "..."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from pipeline.config import Data
@@ -40,9 +41,8 @@ def fingerprint(*splits: Iterable[Example]) -> str:
 
 
 def _halves(examples: Sequence[Example], data: Data) -> tuple[Examples, Examples]:
-    groups: dict[str, list[Example]] = {}
-    for example in examples:
-        groups.setdefault(example.prompt(), []).append(example)
+    prompts = [example.prompt() for example in examples]
+    groups = Counter(prompts)
     if len(groups) < 2:
         few = f"{len(examples)} different example(s)" if len(examples) < 2 else "all prompts are the same"
         raise DataError(f"{data.source}: too small to hold something out: {few}; at least 2 different ones are needed")
@@ -51,14 +51,15 @@ def _halves(examples: Sequence[Example], data: Data) -> tuple[Examples, Examples
     chosen: set[str] = set()
     held = 0
     for prompt in order:
-        if held + len(groups[prompt]) <= wanted and len(chosen) < len(groups) - 1:
+        if held + groups[prompt] <= wanted and len(chosen) < len(groups) - 1:
             chosen.add(prompt)
-            held += len(groups[prompt])
+            held += groups[prompt]
     if not chosen:  # every prompt has more answers than were to be held out
-        chosen.add(min(order, key=lambda prompt: len(groups[prompt])))
-    held_out = tuple(example for example in examples if example.prompt() in chosen)
-    train = tuple(example for example in examples if example.prompt() not in chosen)
-    return train, held_out
+        chosen.add(min(order, key=groups.__getitem__))
+    sides: tuple[list[Example], list[Example]] = ([], [])
+    for example, prompt in zip(examples, prompts, strict=True):
+        sides[prompt in chosen].append(example)
+    return tuple(sides[0]), tuple(sides[1])
 
 
 def _shuffled(seed: int, purpose: str, text: str) -> bytes:

@@ -3,6 +3,7 @@
 import pytest
 
 from pipeline.data import Example
+from pipeline.data.chat import ChatTemplate, is_supplied, supply_template
 from pipeline.data.encode import NO_LOSS, encode_examples, encode_text
 from pipeline.errors import DataError
 
@@ -261,3 +262,105 @@ def test_no_more_tokens_than_asked_for_and_no_window_shorter_than_32(max_tokens,
 def test_a_text_too_short_to_measure_on_is_refused():
     with pytest.raises(DataError, match="at least 32 are needed"):
         encode_text("one two", tokenizer(None), 64, 1000)
+
+
+def texts(*lengths):
+    return [Example(text=("one two three. " * length)[: 5 * length] or "x") for length in lengths]
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("loss_on", ["auto", "completion"])
+def test_a_text_is_learned_whole_and_to_its_end(adds_bos, loss_on):
+    tok = tokenizer(None, adds_bos=adds_bos)
+    (sequence,) = encode_examples([Example(text=" Once.\n")], tok, loss_on, 100).examples
+    assert sequence.labels == [NO_LOSS, *sequence.input_ids[1:]]
+    assert tok.decode(sequence.input_ids) == "<s>" * adds_bos + " Once.\n<|im_end|>"
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("length", [1, 30, 63, 64, 65, 70, 100, 127, 128, 129, 200, 500])
+def test_a_long_text_is_cut_into_windows_and_nothing_of_it_is_lost(adds_bos, length):
+    tok = tokenizer(None, adds_bos=adds_bos)
+    (example,) = texts(length)
+    ids = tok(example.text, add_special_tokens=False)["input_ids"] + [tok.eos_token_id]
+    result = encode_examples([example], tok, "auto", 64)
+    parts = [e.input_ids[adds_bos:] for e in result.examples]
+    assert [token for part in parts for token in part] == ids
+    assert all(len(e.input_ids) <= 64 and e.labels == [NO_LOSS, *e.input_ids[1:]] for e in result.examples)
+    assert all(e.input_ids[0] == tok.bos_token_id for e in result.examples) or not adds_bos
+    assert len(parts) == 1 or min(map(len, parts)) >= 31  # no window that says nothing
+    assert (result.cut, result.truncated, result.dropped) == (int(len(ids) > 64 - adds_bos), 0, 0)
+
+
+def test_cut_texts_are_counted_once_each_and_order_is_kept():
+    tok = tokenizer(None)
+    seen = []
+    result = encode_examples(texts(500, 3, 400, 0), tok, "auto", 64, lambda d, t: seen.append((d, t)))
+    assert result.cut == 2 and len(result.examples) > 8 and seen == [(4, 4)]
+    assert tok.decode(result.examples[-1].input_ids) == "x<|im_end|>"
+    assert result.tokens == sum(len(e.input_ids) for e in result.examples)
+    assert result.loss_tokens == result.tokens - len(result.examples)
+
+
+def test_a_window_of_one_token_teaches_nothing_and_the_text_is_counted_as_dropped():
+    result = encode_examples(texts(5), tokenizer(None), "auto", 1)
+    assert (result.examples, result.dropped) == ([], 1)
+
+
+def supplied(adds_bos=False, eos="</s>"):
+    tok = tokenizer(None, eos=eos, adds_bos=adds_bos)
+    vocabulary = len(tok)
+    assert supply_template(tok) and len(tok) == vocabulary
+    return tok
+
+
+def test_a_template_is_supplied_only_where_there_is_none():
+    tok = tokenizer(CHATML)
+    assert not supply_template(tok) and tok.chat_template == CHATML and not is_supplied(tok)
+    tok = supplied()
+    assert is_supplied(tok) and not supply_template(tok)
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_the_supplied_template_marks_turns_in_plain_text_and_ends_answers(adds_bos):
+    tok = supplied(adds_bos)
+    example = conversation("Question one?", "Answer one.", "Question two?", "Answer two.", system="Be brief.")
+    (sequence,) = encode_examples([example], tok, "auto", 1000).examples
+    assert tok.decode(sequence.input_ids) == "<s>" * adds_bos + (
+        "### System:\nBe brief.\n\n### User:\nQuestion one?\n\n### Assistant:\nAnswer one.</s>\n\n"
+        "### User:\nQuestion two?\n\n### Assistant:\nAnswer two.</s>"
+    )
+
+
+@pytest.mark.parametrize("answer", ["Answer.", "\n  indented\n", "### User:\nWho?", "Ünïcödé \N{PILE OF POO}", "</s>"])
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_answers_are_found_in_the_supplied_template(answer, system):
+    example = conversation("Question one?", answer, "Question two?", answer, system=system)
+    (sequence,) = encode_examples([example], tok := supplied(), "auto", 1000).examples
+    marked = tok.decode([label for label in sequence.labels if label != NO_LOSS])
+    assert marked == f"{answer}</s>" * 2
+
+
+def test_what_the_model_is_given_when_it_has_to_answer_is_how_the_conversation_begins():
+    tok, messages = supplied(adds_bos=True), list(TWO_TURNS.messages)
+    whole = tok.apply_chat_template(messages, tokenize=False)
+    whole_ids = tok.apply_chat_template(messages)["input_ids"]
+    for end in (1, 3):
+        prompt = tok.apply_chat_template(messages[:end], tokenize=False, add_generation_prompt=True)
+        assert whole.startswith(prompt) and prompt.endswith("### Assistant:\n")
+        ids = tok.apply_chat_template(messages[:end], add_generation_prompt=True)["input_ids"]
+        assert whole_ids[: len(ids)] == ids
+    assert ChatTemplate(tok).ends_turns
+
+
+def test_a_saved_tokenizer_brings_the_supplied_template_back(tmp_path):
+    supplied(adds_bos=True).save_pretrained(tmp_path)
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert is_supplied(loaded) and not supply_template(loaded)
+
+
+def test_no_template_is_supplied_where_a_model_could_not_learn_to_stop():
+    tok = tokenizer(None, eos=None)
+    tok.name_or_path = "user/model"
+    with pytest.raises(DataError, match="^user/model: neither a chat template nor an end-of-text token"):
+        supply_template(tok)

@@ -105,6 +105,7 @@ BAD_ROWS = {
     "an answer of white space": (conversation(("user", "Q"), ("assistant", " \n")), "message 2 of `messages` is empty"),
     "no answer": (conversation(("user", "Q")), "no message by the assistant"),
     "a late system message": (conversation(("user", "Q"), ("system", "S"), ("assistant", "A")), "move it to the front"),
+    "characters that move a cursor": (conversation(("\x1b[2J", "A")), "has the role \\x1b[2J; allowed are"),
     "half a character": (conversation(("assistant", "\ud83d")), "half a character (\\ud83d)"),
     "a call of a tool": (
         '{"messages": [{"role": "assistant", "content": "A", "tool_calls": [{"id": 1}]}]}',

@@ -99,6 +99,19 @@ def test_examples_survive_a_file(tmp_path):
     assert os.listdir(tmp_path) == ["x.jsonl"]
 
 
+def test_texts_survive_a_file(tmp_path):
+    examples = (Example(text='{"messages": []}\n'), Example(text=" \u2028 text "))
+    write_examples(tmp_path / "x.jsonl", examples)
+    assert read_examples(tmp_path / "x.jsonl") == examples
+
+
+def test_texts_are_split_like_conversations(tmp_path):
+    rows = [json.dumps({"text": f"text {i % 50}"}) for i in range(60)]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    data = load_examples(Data(source=str(tmp_path / "a.jsonl"), held_out=0.2))
+    assert (data.form, data.rows, data.duplicates, len(data.train), len(data.held_out)) == ("text", 60, 10, 40, 10)
+
+
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text("old")
@@ -123,15 +136,15 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         ("user/two--dashes", "neither a file nor a data set on the Hub"),
         ("null\0byte", "neither a file nor a data set on the Hub"),
         ("x" * 5000 + "/y", "neither a file"),
+        ("folder", "is a folder; name one file in it, or join its files into one"),
         ("builtin:nothing", "there is builtin:python-docs"),
-        ("folder", "is a folder"),
-        ("table.csv", ".csv is not read here; supported are .jsonl and .json"),
+        ("table.xls", ".xls is not read here; supported are .jsonl, .ndjson, .json, .csv, .tsv, .parquet"),
     ],
 )
 def test_a_source_that_is_not_there_is_refused_before_any_work(tmp_path, monkeypatch, source, reason):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
-    (tmp_path / "table.csv").write_text("a,b")
+    (tmp_path / "table.xls").write_text("a,b")
     for refuse in (check_source, load_examples):
         with pytest.raises(DataError) as caught:
             refuse(Data(source=source))
@@ -140,9 +153,14 @@ def test_a_source_that_is_not_there_is_refused_before_any_work(tmp_path, monkeyp
 
 def test_good_sources_pass_the_check_without_network_torch_or_datasets(tmp_path, pairs):
     source = write(tmp_path / "a.jsonl", pairs)
+    (tmp_path / "a.csv").write_text("prompt,completion\np,c\n")
+    table = str(tmp_path / "a.csv")
     script = (
-        "import sys; from pipeline.config import Data; from pipeline.data import check_source\n"
-        f"for source in ('builtin:python-docs', 'user/data-set', {source!r}): check_source(Data(source=source))\n"
+        "import sys; from pipeline.config import Data; from pipeline.data import check_source, load_examples\n"
+        "import pipeline.data.describe, pipeline.data.hub\n"
+        f"sources = ('builtin:python-docs', 'user/data-set', {source!r}, {table!r})\n"
+        "for source in sources: check_source(Data(source=source))\n"
+        f"load_examples(Data(source={source!r}))\n"
         "print({'torch', 'datasets', 'transformers', 'huggingface_hub'} & set(sys.modules))"
     )
     result = subprocess.run(
@@ -170,76 +188,3 @@ def test_no_general_text_is_one_line(tmp_path, name):
     with pytest.raises(DataError) as caught:
         general_text(name if name.startswith("builtin") else str(tmp_path / name))
     assert name.replace("\0", "") in str(caught.value).replace("\0", "") and "\n" not in str(caught.value)
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """Stands in for the two calls to the Hub: `hub(rows or error)` is what load_dataset gives."""
-    datasets = pytest.importorskip("datasets")
-
-    def answer(result, **metadata):
-        def load_dataset(source, split):
-            if isinstance(result, Exception):
-                raise result
-            return datasets.Dataset.from_list(result)
-
-        def dataset_info(self, source, timeout):
-            if not metadata:
-                raise ConnectionError
-            return type("Info", (), {"card_data": type("Card", (), metadata)})
-
-        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-        monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
-
-    return answer
-
-
-def test_a_data_set_on_the_hub_is_read_like_a_file(tmp_path, hub, pairs):
-    rows = [{"id": i, "prompt": p, "completion": c} for i, (p, c) in enumerate(pairs)]
-    hub(rows, license="apache-2.0", language=["en"])
-    data = load_examples(Data(source="user/data-set"))
-    assert data.fingerprint == load_examples(Data(source=write(tmp_path / "a.jsonl", pairs))).fingerprint
-    assert (data.form, data.rows, data.license, data.language) == ("prompt_completion", 100, "apache-2.0", "en")
-
-
-def test_nothing_is_claimed_that_the_card_does_not_say(hub, pairs):
-    rows = [{"prompt": p, "completion": c} for p, c in pairs]
-    hub(rows)
-    assert load_examples(Data(source="user/data-set")).license is None
-    hub(rows, license=None, language=["en", "de"])
-    data = load_examples(Data(source="user/data-set"))
-    assert data.license is None and data.language is None
-
-
-def test_a_bad_row_on_the_hub_is_named(hub):
-    hub([{"prompt": "p", "completion": "c"}, {"prompt": "q", "completion": None}])
-    with pytest.raises(DataError, match=r"^user/data-set \(train\), row 2: `completion` is the value null"):
-        load_examples(Data(source="user/data-set"))
-    hub([{"text": "t", "id": 1}])
-    with pytest.raises(DataError, match=r"^user/data-set \(train\): no known form: columns found are text, id"):
-        load_examples(Data(source="user/data-set"))
-
-
-def _hub_errors():
-    class DatasetNotFoundError(FileNotFoundError):
-        pass
-
-    return [
-        (DatasetNotFoundError("Dataset 'u/d' doesn't exist on the Hub or cannot be accessed."), "no such data set"),
-        (DatasetNotFoundError("Dataset 'u/d' is a gated dataset on the Hub."), "accept its terms"),
-        (ConnectionError("Couldn't reach 'u/d' on the Hub (OfflineModeIsEnabled)"), "HF_HUB_OFFLINE"),
-        (ConnectionError("Couldn't reach 'u/d' on the Hub (ReadTimeout)"), "cannot be reached"),
-        (ValueError("Unknown split \"train\". Should be one of ['test']."), "correct data.split"),
-        (ValueError("Config name is missing.\nPlease pick one among the available configs"), "subsets"),
-        (RuntimeError("Dataset scripts are no longer supported, but found d.py"), "never run"),
-        (OSError("disk\nfull"), "OSError: disk full"),
-    ]
-
-
-@pytest.mark.parametrize(("error", "reason"), _hub_errors())
-def test_what_the_hub_refuses_is_one_line_with_a_way_out(hub, error, reason):
-    hub(error)
-    with pytest.raises(DataError) as caught:
-        load_examples(Data(source="user/data-set"))
-    message = str(caught.value)
-    assert message.startswith("user/data-set: ") and reason in message and "\n" not in message
