@@ -80,11 +80,11 @@ def _merged(ours: dict, theirs: dict, untouched: set[str]) -> dict:
 
 def _index(ours: list, theirs: Any) -> list:
     """A model index with our results and those of theirs that we did not put there; ours stand where they stood."""
-    mine, measured = {entry["name"]: entry for entry in ours}, [_measured(r) for e in ours for r in e["results"]]
-    found = []
+    mine, found = {entry["name"]: entry for entry in ours}, []
+    measured = [result for entry in ours for result in entry["results"]]
     for entry in theirs if isinstance(theirs, list) else []:
         if isinstance(entry, dict) and isinstance(entry.get("results"), list):
-            kept = [r for r in entry["results"] if not _is_ours(r) and _measured(r) not in measured]
+            kept = [r for r in entry["results"] if not _is_ours(r) and not any(_covers(m, r) for m in measured)]
             new = mine.pop(entry["name"], None) if isinstance(entry.get("name"), str) else None
             if new is None and not kept and entry["results"]:
                 continue
@@ -98,14 +98,23 @@ def _is_ours(result: Any) -> bool:
     return isinstance(source, dict) and source.get("name") == SOURCE
 
 
-def _measured(result: Any) -> Any:
-    """What a result is about: two with the same say the same thing, perhaps with other numbers."""
+def _covers(new: Any, old: Any) -> bool:
+    """Does `new` say all that `old` says, perhaps with other numbers?"""
+    return _place(new) == _place(old) and _metrics(old) <= _metrics(new)
+
+
+def _place(result: Any) -> Any:
+    """The task and the data that a result is about."""
     try:
-        task, about = result["task"]["type"], result["dataset"]
-        place = [about.get(key) for key in ("type", "config", "split", "revision")]
-        return [task, place, sorted(str(metric["type"]) for metric in result["metrics"])]
+        about = result["dataset"]
+        return [result["task"]["type"], *(about.get(key) for key in ("type", "config", "split", "revision"))]
     except (KeyError, TypeError, AttributeError):
-        return result
+        return None
+
+
+def _metrics(result: Any) -> set[str]:
+    metrics = result.get("metrics") if isinstance(result, dict) else None
+    return {str(m.get("type")) for m in metrics or () if isinstance(m, dict)} if isinstance(metrics, list) else set()
 
 
 def _edited(text: str, node: yaml.Node | None, old: dict, new: dict, newline: str) -> str | None:

@@ -194,6 +194,14 @@ def test_results_of_other_models_and_data_sets_stay():
     assert results_of(made) == {"other": [("a", 1)], "user/a-model": [("org/tickets", 17.1), ("b", 2)]}
 
 
+def test_another_metric_on_the_same_data_stays():
+    about = result("org/tickets", 3)
+    both = {**about, "metrics": [*about["metrics"], {"type": "accuracy", "value": 0.5}]}
+    assert results_of(kept(index(("user/a-model", [about, both])))) == {
+        "user/a-model": [("org/tickets", 17.1), ("org/tickets", 3)]
+    }
+
+
 def test_our_own_former_results_go():
     former = result("org/earlier", 9, source={"name": "tunepress", "url": "https://huggingface.co/user/a-model"})
     made = kept(index(("user/a-model", [former]), ("former-name", [former]), ("other", [former, result("a", 1)])))
