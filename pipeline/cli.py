@@ -267,7 +267,8 @@ def _publish_midway(config, output: Path, as_json: bool) -> None:
         raise ConfigError("publish.repo: not set, so there is nowhere to publish to; use --repo USER/NAME")
     if config.evaluate is None:
         config = config.model_copy(update={"evaluate": Evaluate()})
-    _say_published(run_all(config, reporter=_reporter(as_json), output=output), as_json)
+    workspace = run_all(config, reporter=_reporter(as_json), output=output, publish_again=True)
+    _say_published(workspace, as_json)
 
 
 def _say_published(workspace, as_json: bool) -> None:

@@ -26,6 +26,7 @@ def run(
     fresh: bool = False,
     reporter: Reporter | None = None,
     output: str | Path | None = None,
+    publish_again: bool = False,
 ) -> Workspace:
     """The whole job, from what the configuration brings to a release; what is finished already is kept.
 
@@ -36,6 +37,7 @@ def run(
         root: folder under which the run's folder lies.
         fresh: remove what an earlier run of this name left.
         output: folder that becomes the release itself; by default `release/` in the run's folder.
+        publish_again: compare with the repository also where this release was published before.
 
     Returns:
         The run's workspace; `workspace.release` is the result.
@@ -57,9 +59,10 @@ def run(
             steps.try_publish(ready)
         steps.write_variants(tuple(v for v in variants if v not in ready))
         for variant in variants:
-            if steps.try_admit(variant) and per_stage:
+            if steps.try_admit(variant) and per_stage and steps.did(f"quantize/{variant}"):
                 steps.try_publish(steps.admitted(variants))
-        steps.do("publish" if published else "document", steps.admitted(variants))
+        again = published and publish_again and not steps.did("publish")
+        steps.do("publish" if published else "document", steps.admitted(variants), again)
         steps.raise_failures()
     return workspace
 
