@@ -117,10 +117,12 @@ def write(workspace: Workspace, documents: dict[str, bytes], variants: tuple[str
 
 
 def _about(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> About:
+    from pipeline.about import has_chat_template
     from pipeline.card import About
 
     location = config.publish.repo or workspace.release.as_posix()
-    return About(config.publish.repo or config.name, location, config, _results(workspace, variants))
+    chats = any(has_chat_template(folder) for folder in (workspace.release, *(workspace.release / v for v in variants)))
+    return About(config.publish.repo or config.name, location, config, _results(workspace, variants), chats)
 
 
 def _results(workspace: Workspace, variants: tuple[str, ...]) -> dict:
