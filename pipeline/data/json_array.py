@@ -128,7 +128,9 @@ class _Text:
         while True:
             try:
                 value, end = self._parser.decode(self._text, self._at)
-                if end < len(self._text) or self._ended:
+                # A number may go on where it seems to end: 0 | .5
+                margin = _LONGEST_MARK if isinstance(value, (int, float)) else 0
+                if end + margin < len(self._text) or self._ended:
                     self.skip(end - self._at)
                     return value
             except json.JSONDecodeError as error:

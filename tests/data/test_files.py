@@ -9,9 +9,12 @@ import json
 import random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.config import Data
 from pipeline.data import check_source, load_examples
+from pipeline.data.json_array import read_array
 from pipeline.errors import DataError
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -325,3 +328,32 @@ def test_the_first_rows_may_be_bad_where_rows_are_skipped(tmp_path):
     source = write(tmp_path, "a.jsonl", lines(*rows))
     check_source(Data(source=source, on_bad_row="skip"))
     assert load_examples(Data(source=source, on_bad_row="skip")).skipped.total == 12
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(
+    rows=st.lists(JSON, max_size=5),
+    piece=st.integers(1, 40),
+    indent=st.none() | st.integers(0, 2),
+    ascii_only=st.booleans(),
+    wrapped=st.booleans(),
+)
+@settings(deadline=None, max_examples=200)
+def test_an_array_is_read_the_same_wherever_its_pieces_end(tmp_path_factory, rows, piece, indent, ascii_only, wrapped):
+    content = json.dumps({"data": rows} if wrapped else rows, indent=indent, ensure_ascii=ascii_only)
+    try:
+        content = content.encode()
+    except UnicodeEncodeError:  # half a character can only be written as an escape
+        return
+    path = tmp_path_factory.mktemp("array") / "a.json"
+    path.write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.data.json_array._PIECE", piece)
+        found = list(read_array(path, "a.json", closing="}" if wrapped else ""))
+    assert [row for _, row in found] == rows
+    assert [where.split(" (")[0] for where, _ in found] == [f"row {n}" for n in range(1, len(rows) + 1)]
