@@ -191,6 +191,22 @@ def sync(
 
 
 @app.command()
+def rollback(
+    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="A repository that tunepress published to.")],
+    to: Annotated[str | None, typer.Option("--to", metavar="TAG", help="By default the release before.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make an older release of a repository its head again; people's own files and texts stay."""
+    from pipeline.rollback import rollback as go_back
+
+    done = go_back(repo, to)
+    if as_json:
+        print(json.dumps({"repo": repo, "tag": done.tag, "commit": done.commit.oid, "url": done.commit.url}))
+    else:
+        print(f"{repo} is at {done.tag}: {done.commit.url}")
+
+
+@app.command()
 def clean(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
     as_json: AsJson = False,
