@@ -16,13 +16,12 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.config import Config, VariantSpec
 from pipeline.errors import ConfigError, redact
+from pipeline.shipped import shipped_folder
 
 
 def shipped_configs() -> dict[str, Path]:
     """The ready recipes, by name, from a clone and from an installed wheel alike."""
-    here = Path(__file__).resolve().parent
-    folder = next((f for f in (here / "configs", here.parent / "configs") if f.is_dir()), None)
-    return {p.stem: p for p in sorted(folder.glob("*.yaml"))} if folder else {}
+    return {p.stem: p for p in sorted(shipped_folder("configs").glob("*.yaml"))}
 
 
 def load_config(source: str | Path, settings: Sequence[str] = ()) -> Config:

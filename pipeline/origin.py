@@ -35,17 +35,19 @@ def read_origin(folder: Path, source: str, name: str, revision: str | None = Non
         license=text(card.get("license")),
         languages=texts(card.get("language")),
         hub_id=hub_id,
-        chats=chats(folder),
+        chats=has_chat_template(folder),
     )
 
 
-def chats(folder: Path) -> bool:
-    """Does the tokenizer in a model's folder have a chat template?"""
+def has_chat_template(folder: Path) -> bool:
+    """Can the tokenizer in `folder` put a conversation into one text?"""
+    settings = folder / "tokenizer_config.json"
+    if (folder / "chat_template.jinja").is_file():
+        return True
     try:
-        content = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        content = {}
-    return (folder / "chat_template.jinja").is_file() or bool(content.get("chat_template"))
+        return bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
+    except (FileNotFoundError, ValueError, AttributeError):
+        return False
 
 
 def _front_matter(path: Path) -> dict:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.errors import MissingExtra, ModelError
 from pipeline.libraries import quiet
-from pipeline.origin import Origin, chats, text, texts
+from pipeline.origin import Origin, has_chat_template, text, texts
 
 
 def find_packaged(package: str, file: str) -> Path:
@@ -74,7 +74,7 @@ def unpack_gguf(source: str, file: Path, folder: Path) -> tuple[Path, Origin]:
         languages=texts(field("languages")),
         changes="unpacked from GGUF to bf16, and its channels reordered, which leaves the function as it was and "
         "takes the weights off the grid they were quantized on",
-        chats=chats(partial),
+        chats=has_chat_template(partial),
     )
     (partial / "origin.json").write_text(json.dumps(asdict(origin), indent=2), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import hub
+from pipeline.cards.own_text import START
+from pipeline.cards.readmes import NAME, left_behind, merged
 from pipeline.config import REPO_ID
 from pipeline.errors import HubError
 from pipeline.hub import Commit, Content, Copy, Release, Tree, release_of, releases
 from pipeline.hub.trouble import persist
-from pipeline.own_text import START
-from pipeline.readmes import NAME, left_behind, merged
 
 
 @dataclass(frozen=True)

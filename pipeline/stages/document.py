@@ -17,7 +17,7 @@ from pipeline.stages import Outcome
 from pipeline.workspace import Workspace, fingerprint, read_json, write_bytes
 
 if TYPE_CHECKING:
-    from pipeline.card import About
+    from pipeline.cards import About
 
 PICTURE = "assets/quality_vs_size.png"
 CARD = "README.md"
@@ -61,9 +61,9 @@ def render(config: Config, workspace: Workspace, variants: tuple[str, ...], exis
     Args:
         existing: the documents that are there; what people wrote into a README.md stays.
     """
-    from pipeline.card import model_card, plot_quality, variant_card
+    from pipeline.cards import model_card, plot_quality, variant_card
+    from pipeline.cards.readmes import merged
     from pipeline.lineage import lineage
-    from pipeline.readmes import merged
 
     about = _about(config, workspace, variants)
     cards = {CARD: model_card(about, variants), **{f"{v}/{CARD}": variant_card(about, v) for v in variants}}
@@ -79,9 +79,9 @@ def render(config: Config, workspace: Workspace, variants: tuple[str, ...], exis
 
 def render_mirror(config: Config, workspace: Workspace, variant: str, existing: Existing) -> dict[str, bytes]:
     """The documents of the repository that has one variant at its root."""
-    from pipeline.card import mirror_card
+    from pipeline.cards import mirror_card
+    from pipeline.cards.readmes import merged
     from pipeline.lineage import lineage
-    from pipeline.readmes import merged
 
     about, repo = _about(config, workspace, (variant,)), config.publish.mirrors[variant]
     documents = {CARD: merged(mirror_card(about, variant, repo).encode(), existing(CARD))}
@@ -117,8 +117,8 @@ def write(workspace: Workspace, documents: dict[str, bytes], variants: tuple[str
 
 
 def _about(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> About:
-    from pipeline.about import has_chat_template
-    from pipeline.card import About
+    from pipeline.cards import About
+    from pipeline.origin import has_chat_template
 
     location = config.publish.repo or workspace.release.as_posix()
     chats = any(has_chat_template(folder) for folder in (workspace.release, *(workspace.release / v for v in variants)))

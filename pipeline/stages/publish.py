@@ -107,7 +107,7 @@ def _commit(
 ) -> Commit:
     """Bring one repository to `contents`, in a commit or a pull request."""
     from pipeline import hub
-    from pipeline.readmes import left_behind
+    from pipeline.cards.readmes import left_behind
 
     def whole(tree: Tree) -> dict[str, Content]:
         wanted = contents(tree)

@@ -14,7 +14,7 @@ from pipeline.config import Config
 from pipeline.events import Events, read_events
 from pipeline.stages import Outcome, publish
 from pipeline.workspace import Entry, Workspace, write_bytes
-from tests.card import sample
+from tests.cards import sample
 from tests.hub import LoopbackHub
 
 TOKEN = "hf_tunepressSecretForTests0123456789"

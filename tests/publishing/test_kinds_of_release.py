@@ -7,7 +7,7 @@ import json
 import pytest
 
 from pipeline.workspace import HIDDEN, Workspace
-from tests.card import sample
+from tests.cards import sample
 from tests.publishing.conftest import BOTH, REPO, FakeRun, weights
 
 

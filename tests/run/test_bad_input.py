@@ -92,13 +92,13 @@ def test_a_broken_configuration_gives_one_line_and_begins_nothing(tunepress, nam
 
 DATA = {
     "an empty file": ("", ["no rows"]),
-    "a row that is no JSON": ('{"prompt": "a", "completion": }\n', ["row 1", "JSON"]),
-    "a row that is a list": ("[1]\n", ["row 1"]),
+    "a row that is no JSON": ('{"prompt": "a", "completion": }\n', ["line 1", "JSON"]),
+    "a row that is a list": ("[1]\n", ["line 1"]),
     "columns of no known form": ('{"question_text": "a", "reply": "b"}\n', ["question_text"]),
-    "an answer that is a number": ('{"prompt": "a", "completion": 3}\n', ["row 1", "completion"]),
-    "an answer that is empty": ('{"prompt": "a", "completion": ""}\n', ["row 1", "completion"]),
-    "a conversation without an answer": ('{"messages": [{"role": "user", "content": "a"}]}\n', ["row 1", "assistant"]),
-    "a role that is none": ('{"messages": [{"role": "king", "content": "a"}]}\n', ["row 1", "king"]),
+    "an answer that is a number": ('{"prompt": "a", "completion": 3}\n', ["line 1", "completion"]),
+    "an answer that is empty": ('{"prompt": "a", "completion": ""}\n', ["line 1", "completion"]),
+    "a conversation without an answer": ('{"messages": [{"role": "user", "content": "a"}]}\n', ["line 1", "assistant"]),
+    "a role that is none": ('{"messages": [{"role": "king", "content": "a"}]}\n', ["line 1", "king"]),
     "bytes that are no text": (b"\xff\xfe\x00\x01\n", ["UTF-8"]),
 }
 

@@ -23,9 +23,10 @@ def test_model_and_data_come_from_the_hub_with_their_revision_and_licence(hub, t
     hub.put("ada/rows", {"rows.jsonl": rows.encode()}, repo_type="dataset")
     place = write_place(tmp_path / "work", "ada/base", hub, data={"source": "ada/rows", "held_out": 0.25})
     place.tunepress("train", "tiny.yaml")
-    base = place.results()["training"]["base"]
+    base = place.results()["origin"]
     assert (base["hub_id"], base["license"], base["revision"]) == ("ada/base", "mit", hub.commits("ada/base")[0])
-    assert place.results()["data"]["rows"] == 24
+    data = place.results()["data"]
+    assert (data["rows"], data["revision"]) == (24, hub.commits("ada/rows", repo_type="dataset")[0])
     assert (
         json.loads((place.run_folder / "adapter/adapter_config.json").read_text())["base_model_name_or_path"]
         == "ada/base"

@@ -1,7 +1,7 @@
 """Results -> the card of a release, of each variant in it, and of each variant's mirror.
 
 Every figure in a card is read from `results.json` or the configuration and passes
-through a format of `pipeline.markdown`; what was not measured is left out. The words
+through a format of `pipeline.cards.markdown`; what was not measured is left out. The words
 are in `templates/`, where nothing but markdown and escaped text can be printed.
 
 There are three kinds of release: a model fine-tuned here, one with an adapter that was trained
@@ -13,18 +13,18 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import about as names
-from pipeline import markdown
-from pipeline.about import ROOT, About
-from pipeline.card_metadata import metadata
-from pipeline.card_tables import Models, tables
+from pipeline.cards import about as names
+from pipeline.cards import markdown
+from pipeline.cards.about import ROOT, About
+from pipeline.cards.markdown import Markdown, code, listed, number
+from pipeline.cards.metadata import metadata
+from pipeline.cards.own_text import END, START, note
+from pipeline.cards.plot import PLOT, plot_quality, points
+from pipeline.cards.tables import Models, tables
 from pipeline.catalog import DATA_FORMS, VARIANTS
-from pipeline.markdown import Markdown, code, listed, number
-from pipeline.own_text import END, START, note
-from pipeline.plot import PLOT, plot_quality, points
+from pipeline.shipped import shipped_folder
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -55,7 +55,7 @@ def mirror_card(about: About, variant: str, repo: str) -> str:
 
 
 def _render(template: str, about: About, models: Models, front: ModelCardData, **more: Any) -> str:
-    made = markdown.environment(_templates(), source=names.text_source, repository=names.where)
+    made = markdown.environment(shipped_folder("templates"), source=names.text_source, repository=names.where)
     seen = [n for row in about.get("training", "history") or () if (n := number(row.get("num_tokens")))]
     prompts = about.config.evaluate.prompts if about.config.evaluate else []
     given = {
@@ -111,9 +111,3 @@ def _columns(about: About) -> list[tuple[str, str]]:
 def _is_requantized(about: About) -> bool:
     source = about.get("origin", "source") or about.config.model.source
     return isinstance(source, str) and source.lower().endswith(".gguf")
-
-
-def _templates() -> Path:
-    """The folder of templates, in a clone and in an installed wheel alike."""
-    here = Path(__file__).resolve().parent
-    return next((f for f in (here / "templates", here.parent / "templates") if f.is_dir()), here / "templates")

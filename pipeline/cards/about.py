@@ -5,15 +5,14 @@ Every figure in a card is read from here, from `results.json` or the configurati
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.cards.markdown import Markdown, code, escape
 from pipeline.catalog import VARIANTS
 from pipeline.config import PACKAGE_SOURCE, REPO_ID, Config
-from pipeline.markdown import Markdown, code, escape
 
 ROOT, BASE = "merged", "base"  # keys of the results: the model at the root, and the one that all began with
 TEXTS = {"held_out": "held-out", "general": "general"}
@@ -71,17 +70,6 @@ class About:
         return {v: known[v] for v in variants if v in known}
 
 
-def has_chat_template(folder: Path) -> bool:
-    """Can the tokenizer in `folder` put a conversation into one text?"""
-    settings = folder / "tokenizer_config.json"
-    if (folder / "chat_template.jinja").is_file():
-        return True
-    try:
-        return bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
-    except (FileNotFoundError, ValueError, AttributeError):
-        return False
-
-
 def on_hub(source: object) -> bool:
     """Is it the name of a repository, and of no file here?"""
     return isinstance(source, str) and bool(REPO_ID.fullmatch(source)) and not Path(source).exists()
@@ -104,7 +92,7 @@ def model_source(found: dict | None, configured: str | None = None) -> Markdown:
     elif on_hub(source):
         place = link(source, revision=found.get("revision"))
     else:
-        place = Markdown(f"the local folder {code(Path(source).name)}")
+        place = Markdown(f"the local folder {code(_file_name(source))}")
     return Markdown(f"{escape(found['name'])} ({place})") if found.get("name") not in (None, "", source) else place
 
 
@@ -112,14 +100,19 @@ def text_source(source: str) -> Markdown:
     """Where a text or a data set comes from; of a file on someone's disk only its name."""
     if source in _BUILTIN:
         return Markdown(f"{_BUILTIN[source]} ({code(source)})")
-    return link(source, "datasets/") if on_hub(source) else Markdown(f"the file {code(Path(source).name)}")
+    return link(source, "datasets/") if on_hub(source) else Markdown(f"the file {code(_file_name(source))}")
 
 
 def public_name(source: str) -> str:
     """The same for metadata: a name that tells nothing about the machine."""
-    return source if source in _BUILTIN or on_hub(source) else Path(source).name
+    return source if source in _BUILTIN or on_hub(source) else _file_name(source)
 
 
 def where(repo_or_folder: str) -> Markdown:
     """A release, named in a card: a link, or the folder's name."""
-    return link(repo_or_folder) if on_hub(repo_or_folder) else code(Path(repo_or_folder).name)
+    return link(repo_or_folder) if on_hub(repo_or_folder) else code(_file_name(repo_or_folder))
+
+
+def _file_name(path: str) -> str:
+    """The last part of a path that can be read; where it lies is nobody's business."""
+    return next((part for part in reversed(Path(path).parts) if part.strip()), path)

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pipeline import markdown
-from pipeline.about import BASE, ROOT, TEXTS, About
+from pipeline.cards import markdown
+from pipeline.cards.about import BASE, ROOT, TEXTS, About
+from pipeline.cards.markdown import Markdown, code, estimate, listed, number, size, table
 from pipeline.catalog import VARIANTS
-from pipeline.markdown import Markdown, code, estimate, listed, number, size, table
 
 Models = dict[str, Markdown]
 LOADERS = {"pipeline.load": Markdown("`pipeline.load`"), "stock": Markdown("stock transformers")}

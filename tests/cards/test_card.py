@@ -17,11 +17,11 @@ from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import card, markdown
-from pipeline.about import has_chat_template
-from pipeline.card import About, mirror_card, model_card, plot_quality, variant_card
-from pipeline.own_text import keep_own_text
-from tests.card.sample import (
+import pipeline.cards as package
+from pipeline.cards import About, markdown, mirror_card, model_card, plot_quality, variant_card
+from pipeline.cards.own_text import keep_own_text
+from pipeline.origin import has_chat_template
+from tests.cards.sample import (
     BOTH,
     ON_HUB,
     about,
@@ -131,7 +131,7 @@ def test_both_checks_find_a_number_that_is_written_into_a_template(tmp_path, mon
     shutil.copytree(ROOT / "templates", tmp_path / "templates")
     with open(tmp_path / "templates" / "limits.md.jinja", "a") as file:
         file.write("\n- It was asked 4,711 questions.\n")
-    monkeypatch.setattr(card, "_templates", lambda: tmp_path / "templates")
+    monkeypatch.setattr(package, "shipped_folder", lambda name: tmp_path / name)
     first, second = two_runs()
     text = model_card(first, BOTH)
     assert hard_coded(text, model_card(second, BOTH)) == ["- It was asked 4,711 questions."]
@@ -252,7 +252,7 @@ def test_only_the_variants_in_the_commit_are_named():
     assert data(text)["tags"] == ["tunepress", "qlora", "torchao", "int8"]
     bare = model_card(about(), [])
     assert "int8" not in bare and "int4" not in bare and "torchao" not in bare
-    assert card.PLOT in text and card.PLOT not in bare
+    assert package.PLOT in text and package.PLOT not in bare
 
 
 @pytest.mark.parametrize("what", ["removed", "null", "empty"])
@@ -347,7 +347,7 @@ def test_variants_alone_are_compared_with_their_source_and_the_card_says_where_i
     assert summary["**`int4/`**"]["Of the base model"] == "46 %" and "**root**" not in summary
     assert "KL from the base model" in summary["**`int4/`**"]
     assert "root" not in prose(text) and "Training" not in text and "adapter" not in text
-    assert card.PLOT in text and "base model, `int8/`:\n\n```text\nJoin paths." in text
+    assert package.PLOT in text and "base model, `int8/`:\n\n```text\nJoin paths." in text
     for shown in (text, variant_card(variants_about(), "int4")):
         assert data(shown)["base_model"] == "org/base" and data(shown)["base_model_relation"] == "quantized"
     (entry,) = data(model_card(variants_about(), BOTH))["model-index"]
@@ -525,7 +525,7 @@ def test_texts_of_others_change_nothing_about_a_card_but_the_text(kind):
     for name in harmless:
         assert structure(hostile[name]) == structure(harmless[name])
         for text in (hostile[name], harmless[name]):
-            assert text.count(card.START) == text.count(card.END) == 1
+            assert text.count(package.START) == text.count(package.END) == 1
             text.encode("utf-8")
         assert "7" in hostile[name] and "\u202e" not in hostile[name]
         assert data(hostile[name]).keys() == data(harmless[name]).keys()
@@ -589,7 +589,7 @@ def test_without_two_points_there_is_no_picture(tmp_path, variants, without):
     given = about(replaced(results(), without, remove=True) if without else None)
     assert not plot_quality(given, variants, tmp_path / "plot.png")
     assert not list(tmp_path.iterdir())
-    assert card.PLOT not in model_card(given, variants)
+    assert package.PLOT not in model_card(given, variants)
 
 
 # ---- where it runs
@@ -609,7 +609,7 @@ def test_a_chat_template_is_found_in_either_of_its_places(tmp_path):
 
 
 def test_importing_the_card_is_light():
-    code = "import sys, pipeline.card; print({'torch', 'transformers', 'matplotlib'} & set(sys.modules))"
+    code = "import sys, pipeline.cards; print({'torch', 'transformers', 'matplotlib'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
@@ -620,9 +620,9 @@ def test_the_templates_are_found_in_an_installed_package(tmp_path):
     for template in (ROOT / "templates").glob("*.jinja"):  # what the package's metadata names
         shutil.copy(template, tmp_path / "pipeline" / "templates")
     (tmp_path / "config.yaml").write_text("{name: a, model: {source: org/base}, data: {source: org/data}}")
-    code = "from pipeline import card, config_file\n"
-    code += "a = card.About('n', 'u/m', config_file.load_config('config.yaml'), {})\n"
-    code += "print(card._templates()); print(card.model_card(a, ['int8', 'int4']), card.variant_card(a, 'int4'))"
+    code = "from pipeline import cards, config_file, shipped\n"
+    code += "a = cards.About('n', 'u/m', config_file.load_config('config.yaml'), {})\n"
+    code += "print(shipped.shipped_folder('templates'), cards.model_card(a, ['int8', 'int4']), cards.END)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
@@ -631,4 +631,4 @@ def test_the_templates_are_found_in_an_installed_package(tmp_path):
         text=True,
         check=True,
     )
-    assert done.stdout.startswith(str(tmp_path / "pipeline" / "templates")) and card.END in done.stdout
+    assert done.stdout.startswith(str(tmp_path / "pipeline" / "templates")) and package.END in done.stdout

@@ -12,12 +12,12 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pipeline import markdown
-from pipeline.about import ROOT, TEXTS, About, on_hub, public_name
+from pipeline.cards import markdown
+from pipeline.cards.about import ROOT, TEXTS, About, on_hub, public_name
+from pipeline.cards.front_matter import SOURCE
+from pipeline.cards.markdown import one_line
 from pipeline.catalog import VARIANTS
 from pipeline.config import REPO_ID
-from pipeline.front_matter import SOURCE
-from pipeline.markdown import one_line
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData

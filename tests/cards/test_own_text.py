@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.own_text import END, START, keep_own_text, note
+from pipeline.cards.own_text import END, START, keep_own_text, note
 
 OURS = f"""---
 library_name: transformers

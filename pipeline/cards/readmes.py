@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from pipeline.cards.own_text import END, START, keep_own_text
 from pipeline.errors import UserError
 from pipeline.hub import Content, Tree
-from pipeline.own_text import END, START, keep_own_text
 
 NAME = "README.md"
 _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*$.*?^---[ \t]*$", re.DOTALL | re.MULTILINE)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.card import mirror_card, model_card, variant_card
+from pipeline.cards import mirror_card, model_card, variant_card
 from pipeline.config import VariantSpec
 from pipeline.models import linear_weights
-from tests.card.sample import BOTH, about, config
+from tests.cards.sample import BOTH, about, config
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from pipeline.card import About
+from pipeline.cards import About
 from pipeline.config import Config
 
 BOTH = ("int8", "int4")

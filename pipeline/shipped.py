@@ -1,0 +1,11 @@
+"""Folders that come along with the code, `configs` and `templates`, in a clone and in an installed wheel alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def shipped_folder(name: str) -> Path:
+    """The folder `name`: beside the package in a clone, inside it where it was installed."""
+    package = Path(__file__).resolve().parent
+    return next((f for f in (package / name, package.parent / name) if f.is_dir()), package / name)
