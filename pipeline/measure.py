@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.data.chat import on_one_day
 from pipeline.errors import ModelError
 
 if TYPE_CHECKING:
@@ -221,7 +222,11 @@ def answers(
         if tokenizer.chat_template:
             messages = [{"role": "user", "content": prompt}]
             inputs = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                messages,
+                chat_template=on_one_day(tokenizer.get_chat_template()),
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
             )
         else:
             inputs = tokenizer(prompt, return_tensors="pt")

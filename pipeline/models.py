@@ -19,7 +19,8 @@ from pipeline.origin import Origin, read_origin
 from pipeline.packaged import find_packaged, unpack_gguf
 
 # Everything at a repository's root that belongs to a checkpoint, and no pickle among it.
-CHECKPOINT_FILES = re.compile(r"^([\w.-]+\.(safetensors|json|jinja|model|txt|tiktoken)|README\.md|LICENSE[\w.-]*)$")
+CHECKPOINT_FILES = re.compile(r"^([\w.-]+\.(safetensors|json|jinja|model|txt|tiktoken)|README\.md)$")
+TERMS_FILES = re.compile(r"^(LICEN[CS]E|USE_POLICY|NOTICE)[\w.-]*$", re.IGNORECASE)  # they go where the model goes
 TOKENIZER_FILES = re.compile(
     r"^(tokenizer[\w.-]*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|"
     r"chat_template\.jinja|[\w.-]+\.tiktoken)$"
@@ -126,9 +127,10 @@ def stored_bytes(folder: Path) -> int:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy the tokenizer, its chat template and the generation settings beside a checkpoint."""
+    """Copy the tokenizer, its chat template, the generation settings and the terms of use beside a checkpoint."""
     for path in sorted(source.iterdir()):
-        if path.is_file() and (TOKENIZER_FILES.match(path.name) or path.name == "generation_config.json"):
+        wanted = TOKENIZER_FILES.match(path.name) or TERMS_FILES.match(path.name)
+        if path.is_file() and (wanted or path.name == "generation_config.json"):
             shutil.copyfile(path, target / path.name)
 
 
@@ -182,7 +184,7 @@ def _is_known(model_type: object) -> bool:
 
 def _download(model: Model, on_progress: Callable[[int, int], None] | None) -> tuple[Path, str]:
     def choose(names: list[str]) -> list[str]:
-        wanted = [name for name in names if CHECKPOINT_FILES.match(name)]
+        wanted = [name for name in names if CHECKPOINT_FILES.match(name) or TERMS_FILES.match(name)]
         if not any(name.endswith(".safetensors") for name in wanted):
             raise ModelError(f"{model.source}: no .safetensors at its root; pickled weights are not read")
         return wanted

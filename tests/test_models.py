@@ -187,7 +187,7 @@ def test_a_model_that_transformers_cannot_build_is_refused(configured, values):
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_companions_are_the_tokenizer_the_template_and_generation_settings(model_copy, tmp_path):
+def test_companions_are_the_tokenizer_the_template_generation_settings_and_terms(model_copy, tmp_path):
     target = tmp_path / "target"
     target.mkdir()
     for name in (
@@ -198,13 +198,15 @@ def test_companions_are_the_tokenizer_the_template_and_generation_settings(model
         "vocab.json",
         "merges.txt",
         "tokenizer.model",
+        "LICENSE.txt",
+        "USE_POLICY.md",
     ):
         (model_copy / name).write_text(name)
     (model_copy / "tokenizer").mkdir()
     copy_companions(model_copy, target)
     assert {p.name for p in target.iterdir()} == {
         "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
-        "vocab.json", "merges.txt", "tokenizer.model",
+        "vocab.json", "merges.txt", "tokenizer.model", "LICENSE.txt", "USE_POLICY.md",
     }  # fmt: skip
 
 

@@ -98,7 +98,7 @@ class ChatTemplate:
             )
         if not tokenizer.is_fast:
             raise DataError(f"{self.name}: not a fast tokenizer; choose a model that has a tokenizer.json")
-        self._template = _on_one_day(tokenizer.get_chat_template())
+        self._template = on_one_day(tokenizer.get_chat_template())
         self._says_itself = bool(re.search(r"\{%-?\s*generation\s*-?%\}", self._template))
         self._prompts, self.ends_turns = self._try_out()
 
@@ -205,7 +205,7 @@ class ChatTemplate:
         return DataError(f"{self.name}: its chat template does not tell answers from the rest; set train.loss_on: all")
 
 
-def _on_one_day(template: str) -> str:
+def on_one_day(template: str) -> str:
     """The template with a fixed date where it asks for today's, as Llama 3.2's and SmolLM3's do.
 
     The same data must give the same tokens tomorrow: a resumed run would else train on, and a second
