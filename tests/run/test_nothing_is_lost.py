@@ -34,7 +34,9 @@ def test_publishing_goes_to_a_repository_that_was_emptied_meanwhile(on_hub):
 
 def test_a_variant_that_is_out_of_date_is_not_taken_off_the_hub_by_publishing(on_hub):
     config = on_hub.run_folder / "config.yaml"
-    config.write_text(config.read_text().replace("group_size: 128", "group_size: 32"))
+    settings = config.read_text()
+    config.write_text(settings.replace("group_size: 64", "group_size: 32"))
+    assert config.read_text() != settings
     done = on_hub.tunepress("publish", "runs/tiny", "--repo", "ada/tiny", check=2)
     assert "int4" in done.stderr and "tunepress quantize" in done.stderr
     assert (on_hub.release / "int4").is_dir() and "int4/model.safetensors" in on_hub.hub.files("ada/tiny")
