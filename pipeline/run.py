@@ -139,7 +139,7 @@ def preflight(config: Config, need_data: bool = True, need_hub: bool = True) -> 
         from pipeline.hub import check_access
 
         for repo in (config.publish.repo, *config.publish.mirrors.values()):
-            check_access(repo)
+            check_access(repo, config.publish.create_pr)
 
 
 class Steps:
