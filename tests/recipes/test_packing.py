@@ -9,7 +9,7 @@ import torch
 
 from pipeline.config import Config
 from pipeline.data.encode import NO_LOSS, Encoded, EncodedSet
-from pipeline.stages.train import _trainer
+from pipeline.stages.train import _Prepared, _trainer
 from tests.conftest import ARCHITECTURES
 from tests.run.conftest import RECIPES
 
@@ -38,7 +38,8 @@ def test_packed_examples_are_seen_as_they_are_alone(tiny_model, tmp_path, exampl
         }
     )  # fmt: skip
     encoded = {"training": examples, "held-out": examples}
-    trainer = _trainer(config, folder, AutoTokenizer.from_pretrained(folder), encoded, tmp_path, None)
+    prepared = _Prepared(folder, AutoTokenizer.from_pretrained(folder), encoded, {})
+    trainer = _trainer(config, prepared, tmp_path, None)
     backbone, seen = trainer.model.get_base_model().base_model, []
     hook = backbone.register_forward_hook(lambda module, arguments, output: seen.append(output[0]))
     with torch.no_grad():
