@@ -35,14 +35,14 @@ __all__ = ["END", "PLOT", "START", "About", "mirror_card", "model_card", "plot_q
 def model_card(about: About, variants: Sequence[str]) -> str:
     """README.md of a repository that holds the root model, if there is one, and exactly these variants."""
     front = metadata(about, ROOT, variants)
-    more = {"plot": PLOT if points(about, variants) else None, "mirrors": about.mirrors(variants)}
+    more = {"plot": PLOT if points(about, variants) else None, "mirrors": about.mirrors}
     return _render("model_card.md.jinja", about, about.models(variants), front, **more)
 
 
 def variant_card(about: About, variant: str) -> str:
     """README.md in one variant's folder."""
     front = metadata(about, variant)
-    more = {"subject": variant, "mirrors": about.mirrors([variant])}
+    more = {"subject": variant, "mirrors": about.mirrors}
     return _render("variant_card.md.jinja", about, about.models([variant], with_base=False), front, **more)
 
 

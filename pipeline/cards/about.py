@@ -5,8 +5,8 @@ Every figure in a card is read from here, from `results.json` or the configurati
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class About:
         config: the configuration of the run.
         results: the content of `results.json`; any key may be missing.
         chats: has the tokenizer a chat template?
+        mirrors: variant -> the repository that holds it at its root; only those that are there already.
     """
 
     name: str
@@ -39,6 +40,7 @@ class About:
     config: Config
     results: dict
     chats: bool = True
+    mirrors: Mapping[str, str] = field(default_factory=dict)
 
     def get(self, *keys: str) -> Any:
         """A value in the results, or None where it was not measured."""
@@ -63,11 +65,6 @@ class About:
         if self.reference == ROOT:
             found[ROOT] = Markdown("root")
         return found | {v: code(f"{VARIANTS[v].folder}/") for v in variants}
-
-    def mirrors(self, variants: Sequence[str]) -> dict[str, str]:
-        """Variant -> the repository that holds it at its root."""
-        known = self.config.publish.mirrors if self.repo else {}
-        return {v: known[v] for v in variants if v in known}
 
 
 def on_hub(source: object) -> bool:

@@ -377,14 +377,16 @@ def test_a_mirror_is_loaded_without_a_folder_and_points_back():
     assert data(mirror_card(variants_about(), "int4", "user/small"))["base_model"] == "org/base"
 
 
-def test_the_card_points_to_mirrors_of_what_is_in_it():
-    mirrored = config(publish={"repo": "user/a-model", "mirrors": {"int8": "user/a-model-int8"}})
+def test_the_card_points_to_those_mirrors_of_what_is_in_it_that_are_there():
+    given = config(publish={"repo": "user/a-model", "mirrors": {"int8": "user/a-model-int8", "int4": "user/later"}})
+    mirrored = about(config=given, mirrors={"int8": "user/a-model-int8"})
     link = "[user/a-model-int8](https://huggingface.co/user/a-model-int8)"
-    assert link in item(model_card(about(config=mirrored), BOTH), "`int8/`")
-    assert link in variant_card(about(config=mirrored), "int8")
-    assert link not in model_card(about(config=mirrored), ["int4"])
-    assert link not in model_card(about(config=mirrored, location="runs/a/release"), BOTH)
-    assert link not in mirror_card(about(config=mirrored), "int8", "user/a-model-int8").split("## Use")[1]
+    text = model_card(mirrored, BOTH)
+    assert link in item(text, "`int8/`") and "user/later" not in text
+    assert link in variant_card(mirrored, "int8")
+    assert "repository of its own" not in variant_card(mirrored, "int4")
+    assert link not in model_card(mirrored, ["int4"])
+    assert link not in mirror_card(mirrored, "int8", "user/a-model-int8").split("## Use")[1]
 
 
 # ---- metadata
