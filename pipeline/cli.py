@@ -330,7 +330,7 @@ def _reporter(as_json: bool):
 
 def _conclude(config, workspace, as_json: bool, reporter) -> None:
     if as_json:
-        from pipeline.workspace import read_json
+        from pipeline.files import read_json
 
         results = read_json(workspace.results_path, {})
         print(json.dumps({"run": str(workspace.folder), "release": str(workspace.release), "results": results}))

@@ -13,8 +13,9 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.config import Config
 from pipeline.errors import ModelError
 from pipeline.events import Events
+from pipeline.files import read_json, write_json
 from pipeline.models import stored_bytes
-from pipeline.workspace import Workspace, read_json, write_json
+from pipeline.workspace import Workspace
 
 PROBE_TOKENS = 64
 LOGIT_TOLERANCE = 0.05  # relative; kernels and dequantized weights differ by bf16 rounding, layer upon layer

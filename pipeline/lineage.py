@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import REPO_ID, Config
+from pipeline.files import sha256
 from pipeline.libraries import versions
-from pipeline.workspace import Workspace, sha256
+from pipeline.workspace import Workspace
 
 SCHEMA = 1
 

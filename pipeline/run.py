@@ -10,12 +10,13 @@ from pipeline import data, models
 from pipeline.config import Config
 from pipeline.errors import ConfigError, Interrupted, StageFailed, UserError, WorkspaceError
 from pipeline.events import Events
+from pipeline.files import fingerprint
 from pipeline.forwarding import Forwarder
 from pipeline.process import run_stage
 from pipeline.reporter import Reporter
 from pipeline.stages import STEPS, admit, document, evaluate, merge, publish, quantize, train
 from pipeline.trackers import opener
-from pipeline.workspace import HIDDEN, Entry, Workspace, fingerprint
+from pipeline.workspace import HIDDEN, Entry, Workspace
 
 MODULES = {m.__name__.rpartition(".")[2]: m for m in (train, merge, evaluate, quantize, admit, document, publish)}
 

@@ -17,8 +17,9 @@ from rich.table import Table
 
 from pipeline.catalog import VARIANTS
 from pipeline.config import Config
+from pipeline.files import read_json
 from pipeline.reporter import Reporter
-from pipeline.workspace import Entry, Workspace, read_json
+from pipeline.workspace import Entry, Workspace
 
 QUIET_SECONDS = 30.0  # between progress lines where there is no terminal
 

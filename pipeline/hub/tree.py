@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.workspace import sha256
+from pipeline.files import sha256
 
 LINEAGE = "tunepress.json"
 

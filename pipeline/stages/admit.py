@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pipeline.config import Config
 from pipeline.events import Events
+from pipeline.files import read_json, replace_folder
 from pipeline.models import stored_bytes
 from pipeline.stages import Outcome
 from pipeline.stages.inputs import full_model
 from pipeline.stages.quantize import depends, parameters
-from pipeline.workspace import Workspace, read_json, replace_folder
+from pipeline.workspace import Workspace
 
 __all__ = ["depends", "parameters", "run"]
 

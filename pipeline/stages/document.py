@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 from pipeline.catalog import VARIANTS
 from pipeline.config import Config
 from pipeline.events import Events
+from pipeline.files import fingerprint, read_json, write_bytes
 from pipeline.hub import LINEAGE
 from pipeline.stages import Outcome
-from pipeline.workspace import Workspace, fingerprint, read_json, write_bytes
+from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
     from pipeline.cards import About

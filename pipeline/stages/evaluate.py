@@ -5,10 +5,11 @@ from __future__ import annotations
 from pipeline.config import Config
 from pipeline.data import general_text
 from pipeline.events import Events
+from pipeline.files import fingerprint
 from pipeline.libraries import versions
 from pipeline.stages import Outcome
 from pipeline.stages.inputs import base_model, full_model, made_from, reference
-from pipeline.workspace import Workspace, fingerprint
+from pipeline.workspace import Workspace
 
 LIBRARIES = ("torch", "transformers")
 

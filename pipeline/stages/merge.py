@@ -8,10 +8,11 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.events import Events
+from pipeline.files import empty_folder, place_files, replace_folder, write_text
 from pipeline.libraries import versions
 from pipeline.stages import Outcome
 from pipeline.stages.inputs import adapter, adapter_depends, base_model, model_depends
-from pipeline.workspace import Workspace, empty_folder, place_files, replace_folder, write_text
+from pipeline.workspace import Workspace
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 

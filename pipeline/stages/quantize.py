@@ -12,10 +12,11 @@ from pipeline.config import Config
 from pipeline.data import general_text
 from pipeline.errors import QuantizationError
 from pipeline.events import Events
+from pipeline.files import empty_folder, fingerprint, replace_folder, write_json
 from pipeline.libraries import versions
 from pipeline.stages import Outcome
 from pipeline.stages.inputs import full_model, made_from
-from pipeline.workspace import Workspace, empty_folder, fingerprint, replace_folder, write_json
+from pipeline.workspace import Workspace
 
 LIBRARIES = ("torch", "torchao", "transformers")
 

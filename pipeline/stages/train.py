@@ -16,10 +16,11 @@ from pathlib import Path
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.events import Events
+from pipeline.files import empty_folder, fingerprint, replace_folder
 from pipeline.libraries import versions
 from pipeline.stages import Outcome
 from pipeline.stages.inputs import base_model, model_depends
-from pipeline.workspace import Workspace, empty_folder, fingerprint, replace_folder
+from pipeline.workspace import Workspace
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "tokenizers")
 
