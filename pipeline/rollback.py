@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import hub
-from pipeline.cards.own_text import START
-from pipeline.cards.readmes import NAME, left_behind, merged
+from pipeline.cards.readmes import brought_back, left_behind
 from pipeline.config import REPO_ID
 from pipeline.errors import HubError
 from pipeline.hub import Commit, Content, Copy, Release, Tree, release_of, releases
@@ -73,7 +72,6 @@ def _target(repo: str, to: str | None) -> Release:
 
 def _content(old: Tree, path: str, tree: Tree) -> Content:
     """A file of the older release; of a card only our part of it."""
-    if Path(path).name != NAME:
+    if Path(path).name != hub.CARD:
         return Copy(old.head, path, old.files[path])
-    card, there = old.read(path), tree.read(path)
-    return merged(card, there) if START.encode() in card else there or card
+    return brought_back(old.read(path), tree.read(path))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import yaml
@@ -41,9 +41,10 @@ def digests(metadata: str) -> dict[str, str]:
 def merge(ours: str, theirs: str, newline: str = "\n", written: Mapping[str, str] | None = None) -> str | None:
     """`theirs` with our keys brought up to date, and every other key of theirs as it was.
 
-    What we wrote the last time is replaced, or goes where we have no value any more. A value that people
-    wrote stays where we have none, a licence say. To lists that people changed ours is added: `tags` become
-    a union (without the names of variants that are gone), `model-index` keeps the results that are not ours.
+    What we wrote the last time is replaced, or goes where we have no value any more. What people changed since
+    stays as they left it, a licence they corrected say; where ours is another than then, it is added to their
+    lists. So it is to lists that were there before us (`tags` lose the names of variants that are gone); of other
+    keys that both have ours counts. `model-index` keeps the results that are not ours.
 
     Args:
         written: the digests of what we wrote the last time.
@@ -59,23 +60,48 @@ def merge(ours: str, theirs: str, newline: str = "\n", written: Mapping[str, str
     keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
     if not isinstance(found, dict) or any(keys.count(key) > 1 for key in keys):
         return None
-    untouched = {key for key, digest in (written or {}).items() if key in found and _digest(found[key]) == digest}
-    wanted = _merged(yaml.load(ours, Loader=_Loader) or {}, found, untouched)
+    wanted = _merged(yaml.load(ours, Loader=_Loader) or {}, found, written or {})
     edited = _edited(theirs, node, found, wanted, newline) if keys == list(found) else None
     return edited if edited is not None and _says(edited, wanted) else _dump(wanted, newline)
 
 
-def _merged(ours: dict, theirs: dict, untouched: set[str]) -> dict:
-    merged = {key: value for key, value in {**theirs, **ours}.items() if key in ours or key not in untouched}
-    if "tags" in ours and "tags" not in untouched:
-        gone = VARIANTS.keys() - set(ours["tags"])
-        stay = [tag for tag in _list(theirs.get("tags")) if not (isinstance(tag, str) and tag in gone)]
-        merged["tags"] = stay + [tag for tag in ours["tags"] if tag not in stay]
+def only(metadata: str, keys: Collection[str]) -> str:
+    """`metadata` without the keys that are not among `keys`; empty where it cannot be read."""
+    try:
+        node, found = yaml.compose(metadata, Loader=_Loader), yaml.load(metadata, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return ""
+    wanted = {key: value for key, value in found.items() if key in keys} if isinstance(found, dict) else {}
+    edited = _edited(metadata, node, found, wanted, "\n") if wanted and len(node.value) == len(found) else None
+    return edited if edited is not None and _says(edited, wanted) else _dump(wanted, "\n") if wanted else ""
+
+
+def _merged(ours: dict, theirs: dict, written: Mapping[str, str]) -> dict:
+    untouched = {key for key, digest in written.items() if key in theirs and _digest(theirs[key]) == digest}
+    merged = {key: value for key, value in theirs.items() if key in ours or key not in untouched}
+    for key, value in ours.items():
+        changed = key in theirs and key not in untouched
+        merged[key] = _kept(key, value, theirs[key], written.get(key)) if changed else value
+    if "license" in merged and merged["license"] != ours.get("license") and "license_name" not in theirs:
+        merged.pop("license_name", None)  # it belongs to the license that is ours
     if "model-index" not in untouched and isinstance(index := merged.get("model-index"), list):
         merged["model-index"] = index = _index(ours.get("model-index") or [], theirs.get("model-index"))
         if not index:
             del merged["model-index"]
     return merged
+
+
+def _kept(key: str, ours: Any, theirs: Any, written: str | None) -> Any:
+    """What becomes of a value that people wrote or changed; `written` is the digest of ours the last time."""
+    if key == "model-index":
+        return ours
+    if written == _digest(ours):
+        return theirs
+    if isinstance(ours, list):
+        gone = VARIANTS.keys() - set(ours) if key == "tags" else ()
+        stay = [value for value in _list(theirs) if not (isinstance(value, str) and value in gone)]
+        return stay + [value for value in ours if value not in stay]
+    return ours if written is None else theirs
 
 
 def _index(ours: list, theirs: Any) -> list:

@@ -41,8 +41,7 @@ def keep_own_text(rendered: str, existing: str) -> str:
         return rendered
     existing = existing.removeprefix("\ufeff")  # before the first line it would hide the metadata
     newline = found[0] if (found := _NEWLINE.search(existing)) else "\n"
-    ours, body = _parts(rendered)
-    section = body[body.index(START) : body.rindex(END) + len(END)]
+    ours, section = _ours(rendered)
     theirs, body = _parts(existing)
     found, open_fence = _sections(body)
     written = _written(body[slice(*found[0])]) if found else {}
@@ -51,6 +50,34 @@ def keep_own_text(rendered: str, existing: str) -> str:
     if merged is None:
         merged, body = newline.join(_NEWLINE.split(ours or "")), _as_code(theirs or "", newline) + body
     return newline.join(["---", merged, "---", body])
+
+
+def our_part(card: str) -> str | None:
+    """What of a published card is ours: its section, and the metadata that we wrote; None where it has no section."""
+    metadata, section = _ours(card)
+    if not section:
+        return None
+    written = _written(section)
+    ours = front_matter.only(metadata or "", written) if written else metadata or ""
+    return _NEWLINE.sub("\n", f"---\n{ours}\n---\n{section}\n")
+
+
+def their_part(card: str) -> str:
+    """What people wrote into a card beside our section and the metadata; empty where they wrote nothing."""
+    metadata, body = _parts(card.removeprefix("\ufeff"))
+    for begin, end in reversed(_sections(body)[0]):
+        line_end = found.end() if (found := _NEWLINE.match(body, end)) else end
+        body = body[:begin] + body[line_end:]
+    if front_matter.merge("", metadata or "") is None:
+        body = _as_code(metadata or "", "\n") + body
+    return body.strip()
+
+
+def _ours(card: str) -> tuple[str | None, str]:
+    """(metadata, our section or "")"""
+    metadata, body = _parts(card.removeprefix("\ufeff"))
+    found, _ = _sections(body)
+    return metadata, body[slice(*found[0])] if found else ""
 
 
 def _parts(card: str) -> tuple[str | None, str]:

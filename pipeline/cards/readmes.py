@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.cards.own_text import END, START, keep_own_text
+from pipeline.cards.own_text import keep_own_text, our_part, their_part
 from pipeline.errors import UserError
-from pipeline.hub import Content, Tree
-
-NAME = "README.md"
-_FRONT_MATTER = re.compile(r"\A\s*---[ \t]*$.*?^---[ \t]*$", re.DOTALL | re.MULTILINE)
+from pipeline.hub import CARD, Content, Tree
 
 
 def merged(rendered: bytes, existing: bytes | None) -> bytes:
@@ -25,23 +21,23 @@ def merged(rendered: bytes, existing: bytes | None) -> bytes:
     return keep_own_text(rendered.decode(), _decode(existing)).encode()
 
 
-def own_part(existing: bytes) -> bytes:
-    """What people wrote into a README.md beside our section and its metadata; empty where they wrote nothing."""
-    mark = f"{START}\n{END}"
-    text = re.sub(rf"{START}(\r\n|\r|\n){END}(\r\n|\r|\n)?", "", keep_own_text(mark, _decode(existing)))
-    body = _FRONT_MATTER.sub("", text).strip()
-    return (body + "\n").encode() if body else b""
+def brought_back(old: bytes, existing: bytes | None) -> bytes:
+    """A README.md of an older release: our part as it was then, with what people have written beside it now."""
+    ours = our_part(_decode(old))
+    if ours is None:
+        return old if existing is None else existing
+    return merged(ours.encode(), existing)
 
 
 def left_behind(tree: Tree, wanted: Mapping[str, Content]) -> dict[str, bytes]:
     """What people wrote into those README.md that are to go; it stays there when our part of them goes."""
-    gone = [path for path in tree.ours - wanted.keys() if Path(path).name == NAME]
-    parts = {path: own_part(tree.read(path) or b"") for path in sorted(gone)}
-    return {path: part for path, part in parts.items() if part}
+    gone = [path for path in tree.ours - wanted.keys() if Path(path).name == CARD]
+    parts = {path: their_part(_decode(tree.read(path) or b"")) for path in sorted(gone)}
+    return {path: f"{part}\n".encode() for path, part in parts.items() if part}
 
 
 def _decode(content: bytes) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError:
-        raise UserError("the README.md that is there is not UTF-8; save it as UTF-8, and run again") from None
+        raise UserError(f"the {CARD} that is there is not UTF-8; save it as UTF-8, and run again") from None

@@ -9,9 +9,10 @@ true of the very tree that it makes.
 from pipeline.hub.access import check_access, create
 from pipeline.hub.publishing import Commit, publish
 from pipeline.hub.releases import Release, release_of, releases, tag_release
-from pipeline.hub.tree import LINEAGE, Content, Copy, RemoteFile, Tree, read_tree
+from pipeline.hub.tree import CARD, LINEAGE, Content, Copy, RemoteFile, Tree, read_tree
 
 __all__ = [
+    "CARD",
     "LINEAGE",
     "Commit",
     "Content",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import HubError
-from pipeline.hub.tree import Content, Copy, Tree, read_tree, size_of
+from pipeline.hub.tree import CARD, Content, Copy, Tree, read_tree, size_of
 from pipeline.hub.trouble import persist, say
 from pipeline.hub.upload import Progress, send
 
@@ -106,7 +106,7 @@ def difference(tree: Tree, wanted: Mapping[str, Content]) -> Change:
     Raises:
         HubError: where a file that is not ours is in the way.
     """
-    foreign = sorted(p for p in (wanted.keys() & tree.files.keys()) - tree.ours if Path(p).name != "README.md")
+    foreign = sorted(p for p in (wanted.keys() & tree.files.keys()) - tree.ours if Path(p).name != CARD)
     if foreign:
         raise HubError(f"{tree.repo}: has a {foreign[0]} that tunepress did not put there; choose another repository")
     changed = {p: c for p, c in wanted.items() if p not in tree.files or not tree.files[p].holds(c)}
@@ -128,14 +128,14 @@ def _check_card(repo: str, change: Change) -> None:
     """Let the Hub look at the card's metadata before gigabytes are sent, and not after."""
     from huggingface_hub import RepoCard
 
-    card = change.add.get("README.md")
+    card = change.add.get(CARD)
     if not isinstance(card, (bytes, Path)):
         return
     text = (card if isinstance(card, bytes) else card.read_bytes()).decode(errors="replace")
     try:
         RepoCard(text, ignore_metadata_errors=True).validate(repo_type="model")
     except ValueError as error:
-        raise HubError(f"{repo}: the Hub refuses the metadata of README.md ({say(error)}); mend it there") from None
+        raise HubError(f"{repo}: the Hub refuses the metadata of {CARD} ({say(error)}); mend it there") from None
 
 
 def _done(repo: str, head: str, change: Change, pull_request: int | None) -> Commit:

@@ -11,6 +11,7 @@ from pathlib import Path
 from pipeline.files import sha256
 
 LINEAGE = "tunepress.json"
+CARD = "README.md"
 
 
 @dataclass(frozen=True)

@@ -224,6 +224,50 @@ def test_what_we_wrote_and_nobody_changed_goes_when_we_have_no_value_for_it_any_
     }
 
 
+def with_metadata(**changes) -> str:
+    """Our card with other metadata of ours."""
+    front = yaml.safe_dump(metadata(OURS) | {"language": ["en"], "base_model": "org/base"} | changes, sort_keys=False)
+    return f"---\n{front}---\n{START}\nOurs.\n{note(front)}\n{END}\n"
+
+
+EDITS = {
+    "license: apache-2.0": "license: mit",
+    "pipeline_tag: text-generation": "pipeline_tag: question-answering",
+    "base_model: org/base": "base_model: org/the-true-one",
+    "- en\n": "- en\n- de\n",
+    "- tunepress\n": "",
+}
+
+
+@pytest.mark.parametrize("old", EDITS)
+def test_what_people_changed_of_our_metadata_stays_as_they_left_it(old):
+    ours = with_metadata()
+    edited = ours.replace(old, EDITS[old], 1)
+    assert edited != ours and kept(edited, ours) == edited
+
+
+def test_what_people_changed_stays_where_ours_is_another_now():
+    edited = with_metadata()
+    for old, new in EDITS.items():
+        edited = edited.replace(old, new, 1)
+    made = metadata(kept(edited, with_metadata(license="gemma", base_model="org/next", language=["fr", "de"])))
+    assert made["license"] == "mit" and made["base_model"] == "org/the-true-one"
+    assert made["language"] == ["en", "de", "fr"] and made["tags"] == ["int8"]
+
+
+def test_to_lists_that_were_there_before_us_ours_is_added():
+    made = metadata(kept("---\nlanguage: de\n---\nMine.\n", with_metadata()))
+    assert made["language"] == ["de", "en"]
+
+
+def test_the_name_of_a_license_goes_with_it():
+    ours = with_metadata(license="other", license_name="org-research")
+    corrected = ours.replace("license: other", "license: mit").replace("license_name: org-research\n", "")
+    assert kept(corrected, ours) == corrected
+    named = ours.replace("org-research", "org-research-2")
+    assert kept(named, ours) == named
+
+
 @pytest.mark.parametrize(
     "theirs",
     ["a: [", "a: b: c", "- a\n- b", "just words", "a: 1\na: 2", "a: !!python/object:os.system {}", "a: ```\tb: `\n\tc"],
@@ -272,7 +316,7 @@ def test_whatever_stands_there_the_second_time_changes_nothing(existing):
     made = keep_own_text(OURS, existing)
     assert keep_own_text(OURS, made) == made
     assert made.replace("\r\n", "\n").replace("\r", "\n").count(SECTION) >= 1
-    assert metadata(made)["license"] == "apache-2.0"
+    assert metadata(made)["license"] in ("apache-2.0", "mit")  # the latter where it stands above what we wrote
 
 
 @settings(max_examples=100, deadline=None)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from pipeline.cards.own_text import END, START
 from pipeline.errors import HubError
 from pipeline.rollback import rollback
 from tests.publishing.conftest import REPO, sent_bytes, uploads, weights
@@ -118,6 +119,43 @@ def test_what_people_put_and_wrote_there_stays_on_the_way_back_and_forth(hub, tw
     for tag, held in (("release-1", two[0]), ("release-2", two[1])):
         rollback(REPO, to=tag)
         assert contents(hub) == {**held, "notes.md": b"mine", "README.md": held["README.md"] + MINE.encode()}
+
+
+def edit(hub, old: str, new: str, path: str = "README.md") -> None:
+    text = hub.read(REPO, path).decode()
+    assert old in text
+    hub.put(REPO, {path: text.replace(old, new, 1).encode()})
+
+
+def test_metadata_of_people_stay_as_they_are_now_and_do_not_go_back_too(hub, finished, two):
+    edit(hub, "---\n", "---\nthumbnail: old.png\nmuted: true\n")
+    release(hub, finished, 3003)
+    release(hub, finished, 3004)
+    edit(hub, "thumbnail: old.png\nmuted: true\n", "thumbnail: new.png\n")
+    rollback(REPO)
+    text = hub.read(REPO, "README.md").decode()
+    assert "thumbnail: new.png" in text and "muted" not in text
+    assert finished.publish() and "thumbnail: new.png" in hub.read(REPO, "README.md").decode()
+
+
+def test_of_an_older_card_only_our_section_comes_back_whatever_people_wrote_of_its_marks(hub, finished, two):
+    words = f"\nWORDS OF MINE: do not edit between `{START}` and `{END}`.\n"
+    hub.put(REPO, {"README.md": hub.read(REPO, "README.md") + words.encode()})
+    release(hub, finished, 3003)
+    release(hub, finished, 3004)
+    edit(hub, "WORDS OF MINE", "OTHER WORDS")
+    rollback(REPO)
+    text = hub.read(REPO, "README.md").decode()
+    assert text.count("OTHER WORDS") == 1 and "WORDS OF MINE" not in text and text.count(START) == 2
+
+
+def test_a_card_that_had_no_part_of_ours_stays_as_it_is_now(hub, finished, two):
+    hub.put(REPO, {"int8/README.md": b"# Theirs\n"})
+    head, tag = hub.commits(REPO)[0], "release-9"
+    hub.repo(REPO).tags[tag] = head
+    hub.put(REPO, {"int8/README.md": b"# Theirs, later\n"})
+    rollback(REPO, to=tag)
+    assert hub.read(REPO, "int8/README.md") == b"# Theirs, later\n"
 
 
 def test_a_commit_that_slips_into_a_rollback_is_taken_along(hub, two):
