@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import REPO_ID, Config
-from pipeline.files import sha256
+from pipeline.data.sources import names_a_file
 from pipeline.libraries import versions
-from pipeline.workspace import Workspace
+from pipeline.workspace import HIDDEN, Workspace
+
+if TYPE_CHECKING:
+    from pipeline.hub import LocalFile
 
 SCHEMA = 1
 
@@ -20,7 +24,7 @@ def lineage(
     config: Config,
     workspace: Workspace,
     results: dict,
-    files: Mapping[str, Path],
+    files: Mapping[str, LocalFile],
     documents: Collection[str],
     mirror_of: str | None = None,
 ) -> bytes:
@@ -28,22 +32,10 @@ def lineage(
 
     Args:
         results: the figures of the models in this release, as `results.json` has them.
-        files: what the release consists of besides its documents: path in it -> local file.
+        files: what the release consists of besides its documents, by path in it.
         documents: paths of the documents beside this one, which hold the same figures for people.
         mirror_of: the repository whose variant stands here at the root.
     """
-    known = {
-        (workspace.folder / path).resolve(): digest
-        for entry in workspace.ledger().values()
-        for path, digest in entry.outputs.items()
-    }
-
-    def digest(path: Path) -> dict:
-        state, entry = path.stat(), known.get(path.resolve())
-        if entry and (entry.size, entry.mtime_ns) == (state.st_size, state.st_mtime_ns):
-            return {"sha256": entry.sha256, "size": entry.size}
-        return {"sha256": sha256(path), "size": state.st_size}
-
     content = {
         "schema": SCHEMA,
         "made_with": {"tunepress": own_version(), **versions()},
@@ -52,13 +44,26 @@ def lineage(
         "base": results.get("origin", {}),
         **({"adapter": results["adapter"]} if "adapter" in results else {}),
         **({"data": _data(config, results)} if config.data else {}),
-        "configuration": json.loads(config.model_dump_json()),
+        "configuration": json.loads(config.model_dump_json(exclude={"track"})),
         **({"merged_into": results["merge"].get("base")} if "merge" in results else {}),
-        "files": {name: digest(path) for name, path in sorted(files.items())},
+        "files": {name: {"sha256": f.sha256, "size": f.size} for name, f in sorted(files.items())},
         "documents": sorted(documents),
-        "results": results,
+        "results": _unplaced(results, workspace),
     }
-    return (json.dumps(_portable(content, _sources(config)), indent=2, ensure_ascii=False) + "\n").encode()
+    local = _sources(config) - hub_sources(results)
+    return (json.dumps(_portable(content, local), indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def hub_sources(results: Mapping[str, Any]) -> set[str]:
+    """The repositories on the Hub that something was read from, as it was recorded when it was read.
+
+    Whether a name is one of a repository or of a file cannot be told later, when the file may be gone.
+    """
+    found = {(results.get(key) or {}).get("hub_id") for key in ("origin", "adapter")}
+    data = results.get("data") or {}
+    if (data.get("revision") or data.get("split")) and not names_a_file(str(data.get("source"))):
+        found.add(data.get("source"))
+    return {source for source in found if isinstance(source, str) and REPO_ID.match(source)}
 
 
 def _data(config: Config, results: dict) -> dict:
@@ -79,17 +84,42 @@ def _sources(config: Config) -> set[str]:
     return {source for source in named if source}
 
 
-def _portable(content: Any, sources: Collection[str]) -> Any:
+def _portable(content: Any, local: Collection[str]) -> Any:
     """`content` with the names of local files and folders instead of their paths on this machine."""
     if isinstance(content, dict):
-        return {key: _portable(value, sources) for key, value in content.items()}
+        return {key: _portable(value, local) for key, value in content.items()}
     if isinstance(content, list):
-        return [_portable(value, sources) for value in content]
-    if not isinstance(content, str) or content not in sources or content.startswith(("package:", "builtin:")):
+        return [_portable(value, local) for value in content]
+    if not isinstance(content, str) or content not in local or content.startswith(("package:", "builtin:")):
         return content
-    path = Path(content).expanduser()
-    on_hub = REPO_ID.match(content) and not path.exists()
-    return content if on_hub else path.resolve().name
+    return file_name(content)
+
+
+def file_name(path: str) -> str:
+    """The last part of a path that can be read; where it lies is nobody's business."""
+    return next((part for part in reversed(Path(path).parts) if any(c.isprintable() and c != " " for c in part)), path)
+
+
+def _unplaced(content: Any, workspace: Workspace) -> Any:
+    """`content` where what a library says about a failure names no folder of this machine."""
+    if isinstance(content, list):
+        return [_unplaced(value, workspace) for value in content]
+    if not isinstance(content, dict):
+        return content
+    told = {key: _unplaced(value, workspace) for key, value in content.items()}
+    if isinstance(told.get("reason"), str):
+        told["reason"] = _without_folders(told["reason"], workspace)
+    return told
+
+
+def _without_folders(text: str, workspace: Workspace) -> str:
+    """`text` with the run's folder by its name, and the home folder as `~`."""
+    run = workspace.release if workspace.folder.name == HIDDEN else workspace.folder
+    names = {str(run.resolve()): run.resolve().name, str(run.absolute()): run.absolute().name, str(Path.home()): "~"}
+    for folder, name in names.items():
+        if len(folder) > 1:
+            text = re.sub(rf"(?<![\w.-]){re.escape(folder)}(?![\w.-])", lambda _, name=name: name, text)
+    return text
 
 
 def own_version() -> str:

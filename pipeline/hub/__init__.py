@@ -6,10 +6,11 @@ between, everything is read, rendered and compared again, so that what a commit 
 true of the very tree that it makes.
 """
 
-from pipeline.hub.access import check_access, create
-from pipeline.hub.publishing import Commit, publish
+from pipeline.hub.access import check_access, check_token, create
+from pipeline.hub.publishing import Commit, check_holder, publish
 from pipeline.hub.releases import Release, release_of, releases, tag_release
-from pipeline.hub.tree import CARD, LINEAGE, Content, Copy, RemoteFile, Tree, read_tree
+from pipeline.hub.tree import CARD, LINEAGE, Content, Copy, Lineage, LocalFile, RemoteFile, Tree, read_tree
+from pipeline.hub.trouble import HubAway
 
 __all__ = [
     "CARD",
@@ -17,10 +18,15 @@ __all__ = [
     "Commit",
     "Content",
     "Copy",
+    "HubAway",
+    "Lineage",
+    "LocalFile",
     "Release",
     "RemoteFile",
     "Tree",
     "check_access",
+    "check_holder",
+    "check_token",
     "create",
     "publish",
     "read_tree",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from pipeline.errors import HubError, is_unreachable
-from pipeline.hub.trouble import persist, say, status_of
+from pipeline.errors import HubError
+from pipeline.hub.trouble import ATTEMPTS, HubAway, persist, status_of
+
+ANSWER_SECONDS = 10.0
 
 
 def check_access(repo: str, create_pr: bool = False) -> None:
@@ -15,27 +17,55 @@ def check_access(repo: str, create_pr: bool = False) -> None:
     Raises:
         HubError: saying which of these it is not, and what to do.
     """
-    from huggingface_hub import HfApi, get_token
-    from huggingface_hub.errors import HfHubHTTPError
+    check_token(repo, None if create_pr else repo.split("/")[0])
 
-    if get_token() is None:
-        raise HubError(f"{repo}: no Hub token; set HF_TOKEN or run: hf auth login")
-    try:
-        who = HfApi().whoami()
-    except HfHubHTTPError as error:
-        reason = "the Hub does not know this token; log in again with: hf auth login"
-        raise HubError(f"{repo}: {reason if status_of(error) in (401, 403) else say(error)}") from None
-    except Exception as error:
-        if not is_unreachable(error):
-            raise
-        raise HubError(f"{repo}: the Hub cannot be reached: {say(error)}") from None
-    owner = repo.split("/")[0]
+
+def check_token(place: str, owner: str | None, attempts: int = ATTEMPTS) -> str:
+    """Is there a token, and may it write to what belongs to `owner`?
+
+    Args:
+        place: what it is for; errors begin with it.
+        owner: a user or an organization; None for anybody's.
+
+    Returns:
+        The token.
+
+    Raises:
+        HubAway: where the Hub cannot be asked.
+        HubError: saying what is wrong with the token, and what to do.
+    """
+    from huggingface_hub import get_token
+
+    token = get_token()
+    if token is None:
+        raise HubError(f"{place}: no Hub token; set HF_TOKEN or run: hf auth login")
+    who = persist(place, lambda: _who(place, token), attempts=attempts)
     names = [who.get("name"), *(o.get("name") for o in who.get("orgs", []))]
-    if owner not in names and not create_pr:
-        raise HubError(f"{repo}: this token belongs to {names[0]}, who cannot write to {owner}/")
-    role = who.get("auth", {}).get("accessToken", {}).get("role")
-    if role == "read":
-        raise HubError(f"{repo}: the token may only read; make one that may write")
+    if owner is not None and owner.casefold() not in [str(name).casefold() for name in names]:
+        raise HubError(f"{place}: this token belongs to {names[0]}, who cannot write to {owner}/")
+    if who.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise HubError(f"{place}: the token may only read; make one that may write")
+    return token
+
+
+def _who(place: str, token: str) -> dict:
+    """Whose token it is, and what it may do."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    # Not through the client's own function, which waits for an answer for ever.
+    address, headers = f"{constants.ENDPOINT}/api/whoami-v2", build_hf_headers(token=token)
+    answer = get_session().get(address, headers=headers, timeout=ANSWER_SECONDS)
+    try:
+        hf_raise_for_status(answer)
+    except Exception as error:
+        if status_of(error) in (401, 403):
+            raise HubError(f"{place}: the Hub does not know this token; log in again with: hf auth login") from None
+        raise
+    try:
+        return dict(answer.json())
+    except (ValueError, TypeError):
+        raise HubAway(f"{place}: what answers at {constants.ENDPOINT} is not the Hub") from None
 
 
 def create(repo: str, private: bool) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import HubError
-from pipeline.hub.tree import CARD, Content, Copy, Tree, read_tree, size_of
+from pipeline.hub.tree import CARD, LINEAGE, Content, Copy, Lineage, LocalFile, Tree, read_tree, size_of
 from pipeline.hub.trouble import persist, say
 from pipeline.hub.upload import Progress, send
 
@@ -51,66 +51,125 @@ def publish(
     progress: Progress = lambda done, total, what: None,
     create_pr: bool = False,
     pull_request: int | None = None,
+    way_out: str = "run again to publish what is missing",
 ) -> Commit:
     """Bring a repository to the files that `render` makes, in one commit, or in none if they are there already.
 
     Args:
         render: all files that are ours, by path in the repository, for the tree that the commit will change.
-            Called again when the head has moved. A README.md of its making has to keep what people wrote into
-            the one that is there; any other file that is there and not ours is refused.
+            Called again when the head has moved, and for a pull request. A README.md of its making has to keep
+            what people wrote into the one that is there; any other file that is there and not ours is refused.
         create_pr: commit to a pull request instead of the main branch: to the open one that this user gave the
             title `message`, or a new one.
         pull_request: number of the pull request to update, if it is still open and whatever its title.
+        way_out: what people can do where the Hub stays away.
 
     Raises:
-        HubError: where a file of somebody else's is in the way, or after a bounded number of
-            attempts; the repository is then as it was.
+        HubError: where another run's release or a file of somebody else's is in the way, or after a bounded
+            number of attempts; the repository is then as it was.
     """
-    from huggingface_hub import CommitOperationCopy, CommitOperationDelete, HfApi
-
     tried = [NOTHING]
 
     def attempt() -> Commit:
-        number, tree = None, read_tree(repo)
-        change = difference(tree, render(tree))
-        if change and create_pr:
-            number = _open_pull_request(repo, message, pull_request)
-        if number is not None:
-            tree = read_tree(repo, f"refs/pr/{number}")
-            change = difference(tree, render(tree))
-        if not change:
-            return _done(repo, tree.head, tried[-1], number)  # not nothing where only the answer was lost
-        _check_card(repo, change)
-        revision = f"refs/pr/{number}" if number is not None else None
-        opens = create_pr and number is None
-        contents = {path: c for path, c in change.add.items() if not isinstance(c, Copy)}
-        operations = send(repo, contents, revision, opens, progress)
-        operations += [
-            CommitOperationCopy(c.path, path, src_revision=c.revision)
-            for path, c in change.add.items()
-            if isinstance(c, Copy)
-        ]
-        operations += [CommitOperationDelete(path) for path in change.delete]
-        tried.append(change)
-        made = HfApi().create_commit(
-            repo, operations, commit_message=message, parent_commit=tree.head, revision=revision, create_pr=opens
-        )
-        return _done(repo, made.oid, change, made.pr_num if opens else number)
+        branch = _choose(repo, render, message, create_pr, pull_request)
+        if not branch.change:
+            return _done(repo, branch.tree.head, tried[-1], branch.number)  # not nothing where the answer was lost
+        _check_card(repo, branch.change)
+        operations = _operations(repo, branch, progress)
+        tried.append(branch.change)
+        return _commit(repo, branch, operations, message)
 
-    return persist(repo, attempt)
+    return persist(repo, attempt, way_out=way_out)
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """Where a commit goes, and what it has to do there: to main, to pull request `number`, or to a new one."""
+
+    tree: Tree
+    change: Change
+    number: int | None = None
+    opens: bool = False
+
+    @property
+    def revision(self) -> str | None:
+        return None if self.number is None else f"refs/pr/{self.number}"
+
+
+def _choose(repo: str, render: Render, title: str, create_pr: bool, known: int | None) -> _Branch:
+    """The main branch, or where something has to change and only a proposal is wanted, a pull request."""
+    tree = read_tree(repo)
+    change = difference(tree, render(tree))
+    if not (change and create_pr):
+        return _Branch(tree, change)
+    number = _open_pull_request(repo, title, known)
+    if number is None:
+        return _Branch(tree, change, opens=True)
+    tree = read_tree(repo, f"refs/pr/{number}")
+    return _Branch(tree, difference(tree, render(tree)), number)
+
+
+def _operations(repo: str, branch: _Branch, progress: Progress) -> list:
+    """Send what is to be added, and say what the commit does."""
+    from huggingface_hub import CommitOperationCopy, CommitOperationDelete
+
+    add, delete = branch.change.add, branch.change.delete
+    contents = {path: c for path, c in add.items() if not isinstance(c, Copy)}
+    copies = {path: c for path, c in add.items() if isinstance(c, Copy)}
+    return [
+        *send(repo, contents, branch.revision, branch.opens, progress),
+        *(CommitOperationCopy(c.path, path, src_revision=c.revision) for path, c in copies.items()),
+        *(CommitOperationDelete(path) for path in delete),
+    ]
+
+
+def _commit(repo: str, branch: _Branch, operations: list, message: str) -> Commit:
+    from huggingface_hub import HfApi
+
+    made = HfApi().create_commit(
+        repo,
+        operations,
+        commit_message=message,
+        parent_commit=branch.tree.head,
+        revision=branch.revision,
+        create_pr=branch.opens,
+    )
+    return _done(repo, made.oid, branch.change, made.pr_num if branch.opens else branch.number)
 
 
 def difference(tree: Tree, wanted: Mapping[str, Content]) -> Change:
     """What has to be done to a tree of the Hub so that it holds `wanted`, and of ours nothing else.
 
     Raises:
-        HubError: where a file that is not ours is in the way.
+        HubError: where another run's release, or a file that is not ours, is in the way.
     """
+    lineage = wanted.get(LINEAGE)
+    if isinstance(lineage, bytes):  # and no copy: an older release here may have had another name
+        check_holder(tree, Lineage.parse(lineage))
     foreign = sorted(p for p in (wanted.keys() & tree.files.keys()) - tree.ours if Path(p).name != CARD)
     if foreign:
         raise HubError(f"{tree.repo}: has a {foreign[0]} that tunepress did not put there; choose another repository")
     changed = {p: c for p, c in wanted.items() if p not in tree.files or not tree.files[p].holds(c)}
     return Change(changed, tuple(sorted(tree.ours - wanted.keys())))
+
+
+def check_holder(tree: Tree, wanted: Lineage) -> None:
+    """Refuse a repository that holds another run's release, which ours would replace without a trace.
+
+    Raises:
+        HubError: naming both.
+    """
+    there = tree.lineage
+    if there.run is None or (there.run, there.mirror_of) == (wanted.run, wanted.mirror_of):
+        return
+    raise HubError(
+        f"{tree.repo}: holds {_named(there)}, and this is {_named(wanted)}; use another repository"
+        + (", or give this run the same name" if there.mirror_of == wanted.mirror_of else "")
+    )
+
+
+def _named(lineage: Lineage) -> str:
+    return f"run {lineage.run!r}" + (f" as a mirror of {lineage.mirror_of}" if lineage.mirror_of else "")
 
 
 def _open_pull_request(repo: str, title: str, known: int | None) -> int | None:
@@ -129,9 +188,9 @@ def _check_card(repo: str, change: Change) -> None:
     from huggingface_hub import RepoCard
 
     card = change.add.get(CARD)
-    if not isinstance(card, (bytes, Path)):
+    if not isinstance(card, (bytes, LocalFile)):
         return
-    text = (card if isinstance(card, bytes) else card.read_bytes()).decode(errors="replace")
+    text = (card if isinstance(card, bytes) else card.path.read_bytes()).decode(errors="replace")
     try:
         RepoCard(text, ignore_metadata_errors=True).validate(repo_type="model")
     except ValueError as error:

@@ -63,7 +63,7 @@ def tag_release(repo: str, commit: str) -> str:
             HfApi().create_tag(repo, tag=found.tag, revision=commit)
         return found.tag
 
-    return persist(repo, attempt)
+    return persist(repo, attempt, way_out="publish again to tag it")
 
 
 def _number(release: Release) -> int:

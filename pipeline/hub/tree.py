@@ -7,11 +7,32 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.files import sha256
 
+if TYPE_CHECKING:
+    from pipeline.workspace import Digest
+
 LINEAGE = "tunepress.json"
 CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file on this machine, and the sha256 of what it holds."""
+
+    path: Path
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path, known: Digest | None = None) -> LocalFile:
+        """The file at `path`, which is read only where it is not as it was when `known` was made."""
+        state = path.stat()
+        if known and (known.size, known.mtime_ns) == (state.st_size, state.st_mtime_ns):
+            return cls(path, known.size, known.sha256)
+        return cls(path, state.st_size, _digest(path, state.st_size, state.st_mtime_ns))
 
 
 @dataclass(frozen=True)
@@ -23,7 +44,7 @@ class Copy:
     file: RemoteFile
 
 
-Content = Path | bytes | Copy
+Content = LocalFile | bytes | Copy
 
 
 @dataclass(frozen=True)
@@ -35,15 +56,36 @@ class RemoteFile:
     sha256: str | None
 
     def holds(self, content: Content) -> bool:
-        """Is this the same content? Hashes only where the size agrees."""
+        """Is this the same content? A file is read only where the Hub has it in git itself, and in the same size."""
         if isinstance(content, Copy):
             return (self.blob, self.sha256) == (content.file.blob, content.file.sha256)
         if size_of(content) != self.size:
             return False
         if self.sha256:
             return digest(content) == self.sha256
-        data = content if isinstance(content, bytes) else content.read_bytes()
+        data = content if isinstance(content, bytes) else content.path.read_bytes()
         return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == self.blob
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """What of a `tunepress.json` says whose release it belongs to, and which files that has.
+
+    `run` is None where it is not readable as one of ours, and says nothing.
+    """
+
+    run: str | None = None
+    mirror_of: str | None = None
+    paths: frozenset[str] = frozenset()
+
+    @classmethod
+    def parse(cls, content: bytes) -> Lineage:
+        try:
+            told = json.loads(content)
+            paths = [path for path in (*told["files"], *told["documents"]) if isinstance(path, str)]
+            return cls(told.get("run"), told.get("mirror_of"), frozenset([LINEAGE, *paths]))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return cls()
 
 
 @dataclass(frozen=True)
@@ -67,19 +109,14 @@ class Tree:
         return answer.content
 
     @functools.cached_property
+    def lineage(self) -> Lineage:
+        """What the last release here says of itself; empty where there is none."""
+        return Lineage.parse(self.read(LINEAGE) or b"")
+
+    @property
     def ours(self) -> frozenset[str]:
         """Files here that releases put there, by the lineage of the last one."""
-        lineage = self.read(LINEAGE)
-        return frozenset(_own_paths(lineage) & self.files.keys() if lineage is not None else ())
-
-
-def _own_paths(lineage: bytes) -> set[str]:
-    """What a lineage lists as ours; nothing, where it is not readable as one of ours."""
-    try:
-        content = json.loads(lineage)
-        return {LINEAGE} | {path for path in (*content["files"], *content["documents"]) if isinstance(path, str)}
-    except (ValueError, KeyError, TypeError):
-        return set()
+        return self.lineage.paths & self.files.keys()
 
 
 def read_tree(repo: str, revision: str | None = None) -> Tree:
@@ -96,18 +133,15 @@ def read_tree(repo: str, revision: str | None = None) -> Tree:
     return Tree(repo, head, files)
 
 
-def size_of(content: Path | bytes) -> int:
-    return len(content) if isinstance(content, bytes) else content.stat().st_size
+def size_of(content: LocalFile | bytes) -> int:
+    return len(content) if isinstance(content, bytes) else content.size
 
 
-def digest(content: Path | bytes) -> str:
-    """The sha256 of a content; that of a file that did not change is computed once."""
-    if isinstance(content, bytes):
-        return hashlib.sha256(content).hexdigest()
-    state = content.stat()
-    return _digest(content, state.st_size, state.st_mtime_ns)
+def digest(content: LocalFile | bytes) -> str:
+    return hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else content.sha256
 
 
 @functools.lru_cache(maxsize=1024)
 def _digest(path: Path, size: int, mtime_ns: int) -> str:
+    """The sha256 of a file; that of one that did not change is computed once."""
     return sha256(path)

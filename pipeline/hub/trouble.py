@@ -15,17 +15,31 @@ LONGEST_BACKOFF_SECONDS = 30.0
 T = TypeVar("T")
 
 
-def persist(repo: str, work: Callable[[], T], passing: tuple[type[Exception], ...] = ()) -> T:
+class HubAway(HubError):
+    """The Hub did not answer, or was unwell each time that it was asked."""
+
+
+def persist(
+    place: str,
+    work: Callable[[], T],
+    *,
+    way_out: str = "try again later",
+    passing: tuple[type[Exception], ...] = (),
+    attempts: int = ATTEMPTS,
+) -> T:
     """What `work` returns, done again where it fails for a reason that may pass.
 
     Args:
+        place: the repository, or what of the configuration names it; errors begin with it.
+        way_out: what people can do where it never passed.
         passing: errors that may pass besides those of the connection and the Hub's own.
 
     Raises:
-        HubError: naming `repo`, where the Hub refuses, or after a bounded number of attempts.
+        HubAway: where the Hub did not answer in any of these attempts.
+        HubError: where the Hub refuses.
     """
     problem: Exception | None = None
-    for attempt in range(ATTEMPTS):
+    for attempt in range(attempts):
         if attempt:
             time.sleep(min(BACKOFF_SECONDS * 2 ** (attempt - 1), LONGEST_BACKOFF_SECONDS))
         try:
@@ -34,11 +48,13 @@ def persist(repo: str, work: Callable[[], T], passing: tuple[type[Exception], ..
             raise
         except Exception as error:
             if not (may_pass(error) or isinstance(error, passing)):
-                raise explained(repo, error) from None
+                raise _explained(place, error) from None
             problem = error
-    if status_of(problem) is not None:
-        raise explained(repo, problem)
-    raise HubError(f"{repo}: the Hub could not be reached ({say(problem)}); run again to publish what is missing")
+    code = status_of(problem)
+    if code in (409, 412):
+        raise HubError(f"{place}: others kept committing to it; {way_out}")
+    what = "the Hub could not be reached" if code is None else "the Hub is unwell"
+    raise HubAway(f"{place}: {what} ({say(problem)}); {way_out}")
 
 
 def may_pass(error: Exception) -> bool:
@@ -49,18 +65,20 @@ def may_pass(error: Exception) -> bool:
     return any(is_unreachable(cause) for cause in _causes(error))
 
 
-def explained(repo: str, error: Exception) -> Exception:
-    """What to tell people of the Hub's answer; any other error comes back as it is, for a bug keeps its traceback."""
+def _explained(place: str, error: Exception) -> Exception:
+    """What to tell people of the Hub's refusal; any other error comes back as it is, for a bug keeps its traceback."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
     code = status_of(error)
     if code is None:
         return error
+    if code == 404 and any(isinstance(cause, RepositoryNotFoundError) for cause in _causes(error)):
+        return HubError(f"{place}: no such repository, or it is private and this token may not see it")
     if code == 401:
-        return HubError(f"{repo}: the Hub refuses this token; log in again with: hf auth login")
+        return HubError(f"{place}: the Hub refuses this token; log in again with: hf auth login")
     if code == 403:
-        return HubError(f"{repo}: this token may not write there; use one that may")
-    if code in (409, 412):
-        return HubError(f"{repo}: others kept committing to it; run again to publish")
-    return HubError(f"{repo}: {say(error)}; run again to publish what is missing")
+        return HubError(f"{place}: this token may not write there; use one that may")
+    return HubError(f"{place}: the Hub refuses it ({say(error)})")
 
 
 def status_of(error: BaseException | None) -> int | None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.hub.tree import digest, size_of
+from pipeline.hub.tree import LocalFile, digest, size_of
 from pipeline.hub.trouble import persist
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ Progress = Callable[[int, int, str], None]
 
 
 def send(
-    repo: str, contents: Mapping[str, Path | bytes], revision: str | None, create_pr: bool, progress: Progress
+    repo: str, contents: Mapping[str, LocalFile | bytes], revision: str | None, create_pr: bool, progress: Progress
 ) -> list[CommitOperationAdd]:
     """Upload what belongs into large file storage, each content once.
 
@@ -36,7 +36,7 @@ def send(
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    operations = {p: CommitOperationAdd(p, c if isinstance(c, bytes) else str(c)) for p, c in contents.items()}
+    operations = {p: CommitOperationAdd(p, c if isinstance(c, bytes) else str(c.path)) for p, c in contents.items()}
     for path, operation in operations.items():
         operation.upload_info.sha256 = bytes.fromhex(digest(contents[path]))
     first = {operation.upload_info.sha256: path for path, operation in reversed(operations.items())}
@@ -46,13 +46,14 @@ def send(
         what = f"sending to {repo}, {batch[0]} ({files + 1} of {len(once)})"
         progress(done, total, what)
         chosen = [operations[path] for path in batch]
-        local = [contents[path] for path in batch if isinstance(contents[path], Path)]
+        local = [c.path for path in batch if isinstance(c := contents[path], LocalFile)]
         with _watched(local, lambda read, done=done, what=what: progress(done + read, total, what)):
             persist(
                 repo,
                 lambda chosen=chosen: HfApi().preupload_lfs_files(
                     repo, chosen, revision=revision, create_pr=create_pr, num_threads=THREADS, free_memory=False
                 ),
+                way_out="run again to publish what is missing",
                 passing=(RuntimeError,),  # what either way of uploading makes of a connection that breaks
             )
         done, files = done + sum(once[path] for path in batch), files + len(batch)

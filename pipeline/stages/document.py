@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import itertools
 import os
-import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.catalog import VARIANTS
 from pipeline.config import Config
+from pipeline.errors import UserError
 from pipeline.events import Events
 from pipeline.files import fingerprint, read_json, write_bytes
-from pipeline.hub import LINEAGE
+from pipeline.hub import CARD, LINEAGE, LocalFile
 from pipeline.stages import Outcome
 from pipeline.workspace import Workspace
 
@@ -21,7 +24,6 @@ if TYPE_CHECKING:
     from pipeline.cards import About
 
 PICTURE = "assets/quality_vs_size.png"
-CARD = "README.md"
 
 Existing = Callable[[str], bytes | None]  # path -> what is there now, in which people may have written
 
@@ -47,26 +49,33 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     return Outcome(tuple(paths), {"documents": len(paths)})
 
 
-def release_files(workspace: Workspace, variants: tuple[str, ...]) -> dict[str, Path]:
-    """The models of a release with these variants, as the ledger knows them: path in the repository -> local file."""
+def release_files(workspace: Workspace, variants: tuple[str, ...]) -> dict[str, LocalFile]:
+    """The models of a release with these variants, by path in the repository; read where the ledger is outdated."""
     ledger = workspace.ledger()
     prefix = Path(os.path.relpath(workspace.release, workspace.folder)).as_posix() + "/"
     steps = [ledger[key] for key in ("merge", *(f"quantize/{v}" for v in variants)) if key in ledger]
-    made = sorted(path for step in steps for path in step.outputs)
-    return {p.removeprefix(prefix): workspace.folder / p for p in made if p.startswith(prefix)}
+    made = sorted((path, digest) for step in steps for path, digest in step.outputs.items() if path.startswith(prefix))
+    return {path.removeprefix(prefix): LocalFile.of(workspace.folder / path, digest) for path, digest in made}
 
 
-def render(config: Config, workspace: Workspace, variants: tuple[str, ...], existing: Existing) -> dict[str, bytes]:
+def render(
+    config: Config,
+    workspace: Workspace,
+    variants: tuple[str, ...],
+    existing: Existing,
+    mirrors: Mapping[str, str] | None = None,
+) -> dict[str, bytes]:
     """The documents of a release that holds exactly these variants.
 
     Args:
         existing: the documents that are there; what people wrote into a README.md stays.
+        mirrors: variant -> the repository that holds it at its root, where there is one.
     """
     from pipeline.cards import model_card, plot_quality, variant_card
     from pipeline.cards.readmes import merged
     from pipeline.lineage import lineage
 
-    about = _about(config, workspace, variants)
+    about = _about(config, workspace, variants, mirrors)
     cards = {CARD: model_card(about, variants), **{f"{v}/{CARD}": variant_card(about, v) for v in variants}}
     documents = {path: merged(card.encode(), existing(path)) for path, card in cards.items()}
     with tempfile.TemporaryDirectory() as scratch:
@@ -91,7 +100,7 @@ def render_mirror(config: Config, workspace: Workspace, variant: str, existing: 
     return documents
 
 
-def mirror_files(workspace: Workspace, variant: str) -> dict[str, Path]:
+def mirror_files(workspace: Workspace, variant: str) -> dict[str, LocalFile]:
     """A variant's files as they stand at the root of a repository of its own."""
     files = release_files(workspace, (variant,)).items()
     return {path.removeprefix(f"{variant}/"): file for path, file in files if path.startswith(f"{variant}/")}
@@ -103,13 +112,39 @@ def local(workspace: Workspace, path: str) -> bytes | None:
     return file.read_bytes() if file.is_file() else None
 
 
+def set_aside(workspace: Workspace, documents: Mapping[str, bytes]) -> list[Path]:
+    """Copy each local card in which people wrote what `documents` do not say, before `write` replaces it.
+
+    Returns:
+        The copies, `README.md.local` beside the card.
+    """
+    aside = []
+    for path, document in documents.items():
+        here = local(workspace, path)
+        if Path(path).name != CARD or here is None or _is_as_written(workspace, path):
+            continue
+        if not _says_all_of(document, here):
+            card = workspace.release / path
+            names = (card.with_name(f"{CARD}.local{n}") for n in itertools.chain([""], itertools.count(2)))
+            aside.append(next(name for name in names if not name.exists()))
+            write_bytes(aside[-1], here)
+    return aside
+
+
+def _says_all_of(document: bytes, card: bytes) -> bool:
+    """Is what people wrote into `card` in `document` too?"""
+    from pipeline.cards.readmes import merged
+
+    try:
+        return merged(document, card) == document
+    except UserError:
+        return False
+
+
 def write(workspace: Workspace, documents: dict[str, bytes], variants: tuple[str, ...]) -> list[Path]:
     """Put documents into the release, each whole, and take out variants of ours that are no longer part of it."""
-    ledger = workspace.ledger()
     for name in VARIANTS.keys() - set(variants):
-        if f"quantize/{name}" in ledger:
-            shutil.rmtree(workspace.release / name, ignore_errors=True)
-        (workspace.measurements / f"{name}.json").unlink(missing_ok=True)
+        _take_out(workspace, name)
     workspace.assemble_results()
     paths = [workspace.release / name for name in documents]
     for path, content in zip(paths, documents.values(), strict=True):
@@ -117,13 +152,43 @@ def write(workspace: Workspace, documents: dict[str, bytes], variants: tuple[str
     return paths
 
 
-def _about(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> About:
+def written_digests(workspace: Workspace, path: str, *steps: str) -> set[str]:
+    """The sha256 of a document as these steps left it in the release."""
+    ledger = workspace.ledger()
+    name = Path(os.path.relpath(workspace.release / path, workspace.folder)).as_posix()
+    return {ledger[step].outputs[name].sha256 for step in steps if step in ledger and name in ledger[step].outputs}
+
+
+def _is_as_written(workspace: Workspace, path: str) -> bool:
+    """Is a document of the release's folder as tunepress wrote it?"""
+    digest = hashlib.sha256(local(workspace, path) or b"").hexdigest()
+    return digest in written_digests(workspace, path, "publish", "document")
+
+
+def _take_out(workspace: Workspace, variant: str) -> None:
+    """Remove a variant from the release's folder; what people put or wrote there stays."""
+    (workspace.measurements / f"{variant}.json").unlink(missing_ok=True)
+    entry, folder = workspace.ledger().get(f"quantize/{variant}"), workspace.release / variant
+    if entry is None:
+        return
+    for path in entry.outputs:
+        (workspace.folder / path).unlink(missing_ok=True)
+    if _is_as_written(workspace, f"{variant}/{CARD}"):
+        (folder / CARD).unlink()
+    with contextlib.suppress(OSError):  # not empty, or not there
+        folder.rmdir()
+
+
+def _about(
+    config: Config, workspace: Workspace, variants: tuple[str, ...], mirrors: Mapping[str, str] | None = None
+) -> About:
     from pipeline.cards import About
     from pipeline.origin import has_chat_template
 
     location = config.publish.repo or workspace.release.as_posix()
     chats = any(has_chat_template(folder) for folder in (workspace.release, *(workspace.release / v for v in variants)))
-    return About(config.publish.repo or config.name, location, config, _results(workspace, variants), chats)
+    results = _results(workspace, variants)
+    return About(config.publish.repo or config.name, location, config, results, chats, mirrors or {})
 
 
 def _results(workspace: Workspace, variants: tuple[str, ...]) -> dict:

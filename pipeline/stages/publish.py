@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config import Config
-from pipeline.errors import HubError
+from pipeline.errors import HubError, UserError
 from pipeline.events import STAGES, Events, read_events
+from pipeline.hub import CARD
 from pipeline.stages import Outcome
-from pipeline.stages.document import depends, local, mirror_files, release_files, render, render_mirror, write
+from pipeline.stages.document import (
+    depends,
+    local,
+    mirror_files,
+    release_files,
+    render,
+    render_mirror,
+    set_aside,
+    write,
+    written_digests,
+)
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -26,32 +36,22 @@ def parameters(config: Config, variant: str | None) -> dict:
 
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
-    """What the Hub refuses of a mirror or a tag is told at the end, when all that it takes is there."""
+    """Mirrors go first, for the main card names those that are there.
+
+    What the Hub refuses of a mirror or a tag is told at the end, when all that it takes is there.
+    """
     from pipeline import hub
 
-    repo, settings, paths = config.publish.repo, config.publish, []
-
-    def contents(tree: Tree) -> dict[str, Content]:
-        documents = render(config, workspace, variants, lambda path: _existing(workspace, tree, path))
-        paths[:] = write(workspace, documents, variants)
-        return {**release_files(workspace, variants), **documents}
-
+    repo, settings = config.publish.repo, config.publish
     events.progress(0, 1, f"asking the Hub about {repo}")
     hub.check_access(repo, settings.create_pr)
     private = hub.create(repo, settings.private)
-    parts = (*(("full model",) if config.merges else ()), *variants)
-    commits = {repo: _commit(config, workspace, events, repo, contents, ", ".join(parts) or "card")}
-    stages = [("train", None), ("merge", None), ("evaluate", None), *(("quantize", v) for v in variants)]
-    _tell(config, workspace, events, repo, commits[repo], stages)
-    tag, problems = None, []
-    for variant, mirror in settings.mirrors.items():
-        if variant in variants:
-            try:
-                commits[mirror] = _mirror(config, workspace, events, variant, private)
-            except HubError as error:
-                problems.append(f"publish.mirrors.{variant}: {error}")
+    commits, problems = _mirrors(config, workspace, events, variants, private)
+    there = {v: m for v, m in settings.mirrors.items() if v in variants and (m in commits or _is_mirror(config, m))}
+    commits[repo], paths = _main(config, workspace, events, variants, there)
+    tag = None
     if _is_finished(config, variants):
-        for place, commit in reversed(commits.items()):
+        for place, commit in commits.items():
             try:
                 tag = hub.tag_release(place, commit.oid)
             except HubError as error:
@@ -69,17 +69,72 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     return Outcome(tuple(paths), summary)
 
 
-def _existing(workspace: Workspace, tree: Tree, path: str) -> bytes | None:
+def _main(
+    config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...], mirrors: Mapping[str, str]
+) -> tuple[Commit, list[Path]]:
+    """Publish the release; the commit, and the documents as they then are in the release's folder."""
+    repo, documents = config.publish.repo, {}
+    # Read once and written at the end: what is rendered for one tree must not be taken for people's text at the next.
+    here = {path: local(workspace, path) for path in (CARD, *(f"{v}/{CARD}" for v in variants))}
+
+    def contents(tree: Tree) -> dict[str, Content]:
+        documents.clear()
+        existing = {path: _existing(workspace, tree, path, card) for path, card in here.items()}
+        documents.update(render(config, workspace, variants, existing.get, mirrors))
+        return {**release_files(workspace, variants), **documents}
+
+    parts = (*(("full model",) if config.merges else ()), *variants)
+    commit = _commit(config, workspace, events, repo, contents, ", ".join(parts) or "card")
+    for copy in set_aside(workspace, documents):
+        card, kept = copy.with_name(CARD), copy.relative_to(workspace.release)
+        events.show([f"{card.relative_to(workspace.release)}: also changed on the Hub; your local text is in {kept}"])
+    paths = write(workspace, documents, variants)
+    stages = [("train", None), ("merge", None), ("evaluate", None), *(("quantize", v) for v in variants)]
+    _tell(config, workspace, events, repo, commit, stages)
+    return commit, paths
+
+
+def _existing(workspace: Workspace, tree: Tree, path: str, here: bytes | None) -> bytes | None:
     """The card that people may have written into: the repository's, which others have read already.
 
     The local one only where the repository has none, or still has the one of the last publish.
     """
-    there, here = tree.read(path), local(workspace, path)
-    last = workspace.ledger().get("publish")
-    name = Path(os.path.relpath(workspace.release / path, workspace.folder)).as_posix()
-    known = last.outputs[name].sha256 if last and name in last.outputs else None
-    unchanged = there is not None and hashlib.sha256(there).hexdigest() == known
-    return here if here is not None and (there is None or unchanged) else there
+    there = tree.read(path)
+    if here is None or there is None:
+        return here or there
+    is_as_published = hashlib.sha256(there).hexdigest() in written_digests(workspace, path, "publish")
+    return here if is_as_published else there
+
+
+def _mirrors(
+    config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...], private: bool
+) -> tuple[dict[str, Commit], list[str]]:
+    """Publish the mirrors of these variants; the commits, and what went wrong with the others."""
+    from pipeline.hub import Lineage, check_holder, read_tree
+    from pipeline.hub.trouble import persist
+
+    commits, problems, repo = {}, [], config.publish.repo
+    wanted = {variant: mirror for variant, mirror in config.publish.mirrors.items() if variant in variants}
+    if wanted:  # before there are mirrors of it
+        persist(repo, lambda: check_holder(read_tree(repo), Lineage(config.name)))
+    for variant, mirror in wanted.items():
+        try:
+            commits[mirror] = _mirror(config, workspace, events, variant, private)
+        except UserError as error:
+            problems.append(f"publish.mirrors.{variant}: {error}")
+    return commits, problems
+
+
+def _is_mirror(config: Config, mirror: str) -> bool:
+    """Does a repository that could not be brought up to date hold a mirror of this run's all the same?"""
+    from pipeline.hub import read_tree
+    from pipeline.hub.trouble import persist
+
+    try:
+        there = persist(mirror, lambda: read_tree(mirror).lineage)
+    except HubError:
+        return False
+    return (there.run, there.mirror_of) == (config.name, config.publish.repo)
 
 
 def _mirror(config: Config, workspace: Workspace, events: Events, variant: str, private: bool) -> Commit:

@@ -40,11 +40,18 @@ def test_variants_alone_are_published_without_a_model_at_the_root(hub, midway):
 
 
 def test_of_variants_alone_no_stage_is_reported_that_was_not_there(hub, midway):
-    midway.configure(evaluate=None)
     midway.publish()
-    for event in ("adapter_pushed", "merged_model_pushed", "evaluation_pushed"):
+    for event in ("adapter_pushed", "merged_model_pushed"):
         assert midway.events(event) == []
     assert len(midway.events("quantized_model_pushed")) == 2 and len(midway.events("model_card_pushed")) == 1
+
+
+def test_what_people_put_into_the_folder_of_a_variant_that_goes_stays_there(hub, midway):
+    midway.publish()
+    (midway.release / "int4" / "notes.md").write_bytes(b"mine")
+    midway.publish(("int8",))
+    assert [path.name for path in (midway.release / "int4").iterdir()] == ["notes.md"]
+    assert (midway.release / "int4" / "notes.md").read_bytes() == b"mine"
 
 
 def test_a_variant_folder_that_we_did_not_make_stays_where_it_is(hub, midway):
