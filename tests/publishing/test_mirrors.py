@@ -35,6 +35,32 @@ def test_each_points_to_the_other(hub, mirrored):
     assert MIRROR in hub.read(REPO, "README.md").decode() and REPO in hub.read(MIRROR, "README.md").decode()
 
 
+def test_one_that_could_not_be_made_is_not_named(hub, mirrored):
+    hub.store.create("model", REPO)
+    hub.fault(r"POST /api/repos/create", status=403)
+    with pytest.raises(HubError, match=rf"^publish.mirrors.int8: {MIRROR}: this token may not write there"):
+        mirrored.publish()
+    assert "int8/model.safetensors" in hub.files(REPO) and MIRROR not in hub.read(REPO, "README.md").decode()
+    mirrored.publish()
+    assert MIRROR in hub.read(REPO, "README.md").decode()
+
+
+def test_one_that_is_there_but_could_not_be_brought_up_to_date_is_still_named(hub, mirrored):
+    mirrored.publish()
+    mirrored.make("quantize/int8", {"int8/config.json": b"changed"})
+    hub.fault(rf"POST .*{MIRROR}/commit/", status=403)
+    with pytest.raises(HubError, match="publish.mirrors.int8"):
+        mirrored.publish()
+    assert hub.read(REPO, "int8/config.json") == b"changed" and MIRROR in hub.read(REPO, "README.md").decode()
+
+
+def test_a_card_of_a_mirror_that_is_no_text_keeps_nothing_else_back(hub, mirrored):
+    hub.put(MIRROR, {"README.md": b"# Caf\xe9\n"})
+    with pytest.raises(HubError, match="publish.mirrors.int8: .*not UTF-8"):
+        mirrored.publish()
+    assert "int8/model.safetensors" in hub.files(REPO) and hub.read(MIRROR, "README.md") == b"# Caf\xe9\n"
+
+
 @pytest.mark.parametrize("private", [True, False])
 def test_it_is_as_private_as_the_main_repository_is(hub, mirrored, private):
     hub.put(REPO, {"notes.md": b"mine"}, private=private)
