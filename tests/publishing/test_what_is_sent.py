@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from pipeline.errors import HubError
+from pipeline.workspace import Digest
+from tests.hub.store import Entry
 from tests.publishing.conftest import REPO, sent_bytes, uploads, weights
 
 
@@ -34,6 +38,24 @@ def test_publishing_from_another_copy_of_the_same_run_sends_nothing(hub, finishe
         (finished.release / document).unlink()
     finished.publish()
     assert hub.commits(REPO) == commits and (finished.release / "README.md").read_bytes() == hub.read(REPO, "README.md")
+
+
+def test_models_that_are_there_are_not_read_again(hub, finished):
+    """The ledger knows what they hold; reading this one would take minutes, and give another digest."""
+    finished.publish()
+    with open(finished.release / "model.safetensors", "r+b") as file:
+        file.truncate(2**38)
+    state, digest = (finished.release / "model.safetensors").stat(), "ab" * 32
+    made = finished.workspace.ledger()["merge"]
+    known = {"release/model.safetensors": Digest(digest, state.st_size, state.st_mtime_ns)}
+    finished.workspace.record("merge", replace(made, outputs=made.outputs | known))
+    head = hub.repo(REPO).resolve("main")
+    files = dict(head.files) | {"model.safetensors": Entry.of_lfs(digest, state.st_size)}
+    hub.repo(REPO).move("main", hub.repo(REPO).add_commit(head, files, title="sent before", author="ada"))
+    requests = len(hub.requests)
+    finished.publish()
+    assert uploads(hub, requests) == []
+    assert json.loads(hub.read(REPO, "tunepress.json"))["files"]["model.safetensors"]["sha256"] == digest
 
 
 def test_a_changed_variant_sends_its_own_files_and_the_documents(hub, finished):
@@ -104,3 +126,15 @@ def test_the_lineage_lists_every_file_and_no_path_of_this_machine(hub, finished,
     assert {*lineage["files"], *lineage["documents"], "tunepress.json", ".gitattributes"} == set(hub.files(REPO))
     assert str(tmp_path) not in hub.read(REPO, "tunepress.json").decode()
     assert lineage["configuration"]["data"]["source"] == "rows.jsonl"
+
+
+def test_the_lineage_tells_neither_where_the_run_is_tracked_nor_where_it_lies(hub, finished):
+    finished.configure(track={"project": "p", "server": "http://10.1.2.3:7860"})
+    int8, kernels = finished.workspace.read_measurement("int8"), Path.home() / "kernels" / "mm.so"
+    reason = f"OSError: {finished.release}/int8/model.safetensors: {kernels} of {Path.home()}s is missing"
+    finished.workspace.write_measurement("int8", int8 | {"speed": {"stock": {"runs": False, "reason": reason}}})
+    finished.publish()
+    lineage = json.loads(hub.read(REPO, "tunepress.json"))
+    assert "track" not in lineage["configuration"] and "10.1.2.3" not in json.dumps(lineage)
+    told = f"OSError: demo/release/int8/model.safetensors: ~/kernels/mm.so of {Path.home()}s is missing"
+    assert lineage["results"]["int8"]["speed"]["stock"]["reason"] == told
