@@ -51,7 +51,8 @@ def rollback(repo: str, to: str | None = None) -> Rollback:
         wanted = {path: _content(old, path, tree) for path in sorted(old.ours)}
         return {**wanted, **left_behind(tree, wanted)}
 
-    return Rollback(target.tag, hub.publish(repo, contents, f"Back to {target.tag}"))
+    commit = hub.publish(repo, contents, f"Back to {target.tag}", way_out="run the rollback again")
+    return Rollback(target.tag, commit)
 
 
 def _target(repo: str, to: str | None) -> Release:

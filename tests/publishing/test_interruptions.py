@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import HubError
+from pipeline.rollback import rollback
 from tests.hub.faults import Faults
 from tests.publishing.conftest import REPO, TOKEN, FakeRun, weights
 
@@ -95,6 +96,7 @@ def test_a_commit_whose_answer_was_lost_is_not_made_twice_and_is_told_as_made(hu
 def test_a_hub_that_is_unwell_for_a_moment_is_asked_again(hub, finished, status):
     hub.fault(r"POST .*/commit/", status=status, times=2)
     hub.fault(r"GET /api/models/", status=status, times=1)
+    hub.fault(r"GET /api/whoami", status=status, times=1)
     finished.publish()
     assert len(hub.commits(REPO)) == 2
 
@@ -113,6 +115,35 @@ def test_others_who_keep_committing_are_told_of_after_a_bounded_number_of_attemp
     from pipeline.hub import trouble
 
     assert len([r for r in hub.requests if "/commit/" in r.path]) == trouble.ATTEMPTS
+
+
+def test_a_hub_that_stays_unwell_is_told_with_the_way_out_of_what_was_asked(hub, finished):
+    finished.publish()
+    hub.fault(r"GET .*/refs", status=503, times=1000)
+    with pytest.raises(
+        HubError, match=r"^published, but not tagged: ada/tiny: the Hub is unwell .*; publish again to tag"
+    ):
+        finished.publish()
+    with pytest.raises(HubError, match=r"^ada/tiny: the Hub is unwell \(.*\); try again later$"):
+        rollback(REPO)
+    hub.faults = Faults()
+    finished.make("quantize/int8", {"int8/config.json": b"changed"})
+    finished.publish()
+    hub.fault(r"POST .*/commit/", status=503, times=1000)
+    with pytest.raises(HubError, match="; run the rollback again$"):
+        rollback(REPO)
+
+
+def test_a_repository_that_is_not_there_is_told_as_such(hub):
+    with pytest.raises(HubError, match="^ada/nothing: no such repository, or it is private and this token may not see"):
+        rollback("ada/nothing")
+
+
+def test_what_answers_but_is_not_the_hub_is_told_as_such(hub, finished, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"{hub.url}/{REPO}/resolve/main/x?")
+    hub.put(REPO, {"x": b"<html>Log in to this network</html>"})
+    with pytest.raises(HubError, match=f"^{REPO}: what answers at .* is not the Hub$"):
+        finished.publish()
 
 
 def test_metadata_that_the_hub_refuses_is_told_before_anything_is_sent(hub, finished):
