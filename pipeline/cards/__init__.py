@@ -11,7 +11,7 @@ elsewhere, and variants alone. The last has no model at its root, and is compare
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -35,14 +35,14 @@ __all__ = ["END", "PLOT", "START", "About", "mirror_card", "model_card", "plot_q
 def model_card(about: About, variants: Sequence[str]) -> str:
     """README.md of a repository that holds the root model, if there is one, and exactly these variants."""
     front = metadata(about, ROOT, variants)
-    more = {"plot": PLOT if points(about, variants) else None, "mirrors": about.mirrors}
+    more = {"plot": PLOT if points(about, variants) else None, "mirrors": _links(about.mirrors)}
     return _render("model_card.md.jinja", about, about.models(variants), front, **more)
 
 
 def variant_card(about: About, variant: str) -> str:
     """README.md in one variant's folder."""
     front = metadata(about, variant)
-    more = {"subject": variant, "mirrors": about.mirrors}
+    more = {"subject": variant, "mirrors": _links(about.mirrors)}
     return _render("variant_card.md.jinja", about, about.models([variant], with_base=False), front, **more)
 
 
@@ -55,13 +55,13 @@ def mirror_card(about: About, variant: str, repo: str) -> str:
 
 
 def _render(template: str, about: About, models: Models, front: ModelCardData, **more: Any) -> str:
-    made = markdown.environment(shipped_folder("templates"), source=names.text_source, repository=names.where)
+    made = markdown.environment(shipped_folder("templates"))
     seen = [n for row in about.get("training", "history") or () if (n := number(row.get("num_tokens")))]
     prompts = about.config.evaluate.prompts if about.config.evaluate else []
     given = {
         "name": about.name,
         "title": about.name,
-        "location": str(about.location),
+        "home": about.home,
         "snippets_from": str(about.location),
         "chats": about.chats,
         "question": next(iter(prompts), "What can you do?"),
@@ -74,10 +74,11 @@ def _render(template: str, about: About, models: Models, front: ModelCardData, *
         "base": names.model_source(about.get("origin"), about.config.model.source),
         "adapter": names.model_source(about.get("adapter"), about.config.merge.adapter),
         "is_on_hub": bool(about.get("origin", "hub_id")),
-        "data_is_on_hub": names.on_hub(about.get("data", "source")),
+        "data_is_on_hub": bool(about.data_repo),
         "is_requantized": _is_requantized(about),
         "tokens_seen": markdown.count(max(seen, default=None)),
         "data": _data(about),
+        "text_source": about.text_source,
         "texts": names.TEXTS,
         **tables(about, models),
     }
@@ -93,15 +94,18 @@ def _data(about: About) -> dict[str, Any]:
     forms = DATA_FORMS | {"builtin": "conversations made from what Python brings along"}
     templates = {"supplied": "supplied by tunepress, since the base model has none"}
     form, template = known.get("form"), known.get("template")
-    source = about.config.data.source if about.config.data else None
     return known | {
-        "source": known.get("source") or source,
+        "source": about.text_source(about.data_source) if about.data_source else None,
         "form": Markdown(forms[form]) if form in forms else code(form) if form else None,
         "template": templates.get(template, template),
         "revision": code(str(known["revision"])[:12]) if known.get("revision") else None,
         "columns": listed(Markdown(f"{code(ours)} from {code(theirs)}") for ours, theirs in _columns(about)),
         "unused": listed(code(column) for column in known.get("unused_columns") or ()),
     }
+
+
+def _links(mirrors: Mapping[str, str]) -> dict[str, Markdown]:
+    return {variant: names.link(repo) for variant, repo in mirrors.items()}
 
 
 def _columns(about: About) -> list[tuple[str, str]]:

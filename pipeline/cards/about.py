@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pipeline.cards.markdown import Markdown, code, escape
 from pipeline.catalog import VARIANTS
 from pipeline.config import PACKAGE_SOURCE, REPO_ID, Config
+from pipeline.lineage import file_name, hub_sources
 
 ROOT, BASE = "merged", "base"  # keys of the results: the model at the root, and the one that all began with
 TEXTS = {"held_out": "held-out", "general": "general"}
@@ -57,7 +57,7 @@ class About:
     @property
     def repo(self) -> str | None:
         """The release's repository on the Hub, if it has one."""
-        return self.location if on_hub(self.location) else None
+        return self.location if self.location == self.config.publish.repo else None
 
     def models(self, variants: Sequence[str], with_base: bool = True) -> dict[str, Markdown]:
         """The models that a card tells about, in its order: key in the results -> name."""
@@ -66,10 +66,32 @@ class About:
             found[ROOT] = Markdown("root")
         return found | {v: code(f"{VARIANTS[v].folder}/") for v in variants}
 
+    @property
+    def data_source(self) -> str | None:
+        """What was trained on, by the name that it was read by."""
+        return self.get("data", "source") or (self.config.data.source if self.config.data else None)
 
-def on_hub(source: object) -> bool:
-    """Is it the name of a repository, and of no file here?"""
-    return isinstance(source, str) and bool(REPO_ID.fullmatch(source)) and not Path(source).exists()
+    @property
+    def data_repo(self) -> str | None:
+        """The data set on the Hub that was trained on, if it was one."""
+        return self.data_source if self.data_source in hub_sources(self.results) else None
+
+    def text_source(self, source: str) -> Markdown:
+        """Where a text or a data set comes from; of a file on someone's disk only its name."""
+        if source in _BUILTIN:
+            return Markdown(f"{_BUILTIN[source]} ({code(source)})")
+        return (
+            link(source, "datasets/") if source == self.data_repo else Markdown(f"the file {code(file_name(source))}")
+        )
+
+    def public_name(self, source: str) -> str:
+        """The same for metadata: a name that tells nothing about the machine."""
+        return source if source in _BUILTIN or source == self.data_repo else file_name(source)
+
+    @property
+    def home(self) -> Markdown:
+        """The release, named in a card: a link, or the folder's name."""
+        return link(self.repo) if self.repo else code(file_name(self.location))
 
 
 def link(repo: str, kind: str = "", revision: object = None) -> Markdown:
@@ -79,37 +101,20 @@ def link(repo: str, kind: str = "", revision: object = None) -> Markdown:
 
 
 def model_source(found: dict | None, configured: str | None = None) -> Markdown:
-    """Where a model or an adapter can be found; of a folder on someone's disk only its name."""
+    """Where a model or an adapter can be found; of a folder on someone's disk only its name.
+
+    Args:
+        found: what was recorded when it was read.
+        configured: by what name it is asked for, where nothing was.
+    """
     found = found if isinstance(found, dict) else {}
     source, hub = str(found.get("source") or configured or ""), found.get("hub_id") or ""
     if REPO_ID.fullmatch(str(hub)):
         return link(hub, revision=found.get("revision"))
     if package := PACKAGE_SOURCE.match(source):
         place = Markdown(f"{code(package[2])} of the Python package {code(package[1])}")
-    elif on_hub(source):
-        place = link(source, revision=found.get("revision"))
+    elif found:
+        place = Markdown(f"the local folder {code(file_name(source))}")
     else:
-        place = Markdown(f"the local folder {code(_file_name(source))}")
+        place = code(source if REPO_ID.match(source) else file_name(source))
     return Markdown(f"{escape(found['name'])} ({place})") if found.get("name") not in (None, "", source) else place
-
-
-def text_source(source: str) -> Markdown:
-    """Where a text or a data set comes from; of a file on someone's disk only its name."""
-    if source in _BUILTIN:
-        return Markdown(f"{_BUILTIN[source]} ({code(source)})")
-    return link(source, "datasets/") if on_hub(source) else Markdown(f"the file {code(_file_name(source))}")
-
-
-def public_name(source: str) -> str:
-    """The same for metadata: a name that tells nothing about the machine."""
-    return source if source in _BUILTIN or on_hub(source) else _file_name(source)
-
-
-def where(repo_or_folder: str) -> Markdown:
-    """A release, named in a card: a link, or the folder's name."""
-    return link(repo_or_folder) if on_hub(repo_or_folder) else code(_file_name(repo_or_folder))
-
-
-def _file_name(path: str) -> str:
-    """The last part of a path that can be read; where it lies is nobody's business."""
-    return next((part for part in reversed(Path(path).parts) if part.strip()), path)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +39,7 @@ def only_formatted(value: object) -> Markdown:
 
 
 @functools.cache
-def environment(folder: Path, **filters: Callable) -> Environment:
+def environment(folder: Path) -> Environment:
     """Templates that know the formats of this module as filters, and print through `only_formatted`.
 
     They may ask for what is missing, and find it false; to print it is an error.
@@ -54,7 +54,7 @@ def environment(folder: Path, **filters: Callable) -> Environment:
         lstrip_blocks=True,
     )
     formats = (code, count, decimal, duration, estimate, fence, listed, parameters, plain, python_literal, said)
-    made.filters |= {form.__name__: form for form in (*formats, share, size, unit)} | filters
+    made.filters |= {form.__name__: form for form in (*formats, share, size, unit)}
     made.globals["table"] = table
     return made
 

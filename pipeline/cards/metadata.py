@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pipeline.cards import markdown
-from pipeline.cards.about import ROOT, TEXTS, About, on_hub, public_name
+from pipeline.cards.about import ROOT, TEXTS, About
 from pipeline.cards.front_matter import SOURCE
 from pipeline.cards.markdown import one_line
 from pipeline.catalog import VARIANTS
@@ -46,7 +46,6 @@ def metadata(about: About, subject: str, variants: Sequence[str] = ()) -> ModelC
 
     whole = subject not in VARIANTS
     parent, relation = _parent(about, whole)
-    source = about.get("data", "source")
     languages = [one_line(w) for w in (*(about.get("origin", "languages") or ()), about.get("data", "language")) if w]
     folders = [v for v in (subject, *variants) if v in VARIANTS]
     method = [about.config.train.method] if about.get("training") else []
@@ -54,7 +53,7 @@ def metadata(about: About, subject: str, variants: Sequence[str] = ()) -> ModelC
     return ModelCardData(
         base_model=parent,
         base_model_relation=relation if parent else None,
-        datasets=[source] if on_hub(source) else None,
+        datasets=[about.data_repo] if about.data_repo else None,
         language=list(dict.fromkeys(w for w in languages if re.fullmatch("[a-z]{2,3}|code", w))) or None,
         **_license(about),
         library_name="transformers",
@@ -89,7 +88,7 @@ def _measured(about: About, model: str, is_subject: bool) -> list[EvalResult]:
     found = []
     for text, name in TEXTS.items():
         if measured := markdown.rounded(about.get(model, "quality", text, "perplexity")):
-            source = public_name(one_line(about.get(model, "quality", text, "text") or name))
+            source = about.public_name(one_line(about.get(model, "quality", text, "text") or name))
             data = {"dataset_type": source, "dataset_name": f"{source}, {name} text", "dataset_config": name}
             metric = {"metric_type": "perplexity", "metric_value": round(measured[0], measured[2])}
             if not is_subject:

@@ -48,11 +48,16 @@ def locate(source: str) -> Path | None:
         if ending.lower() not in ENDINGS:
             raise DataError(f"{source}: {ending or 'no ending'} is not read here; {_SUPPORTED}")
         return Path(path)
-    if source.startswith((".", "/", "~")) or source.lower().endswith(_FILE_ENDINGS):
+    if names_a_file(source):
         raise DataError(f"{source}: no such file; correct data.source")
     if not REPO_ID.match(source) or ".." in source or "--" in source:
         raise DataError(f"{source}: neither a file nor a data set on the Hub (USER/NAME) nor {BUILTIN}")
     return None
+
+
+def names_a_file(source: str) -> bool:
+    """Is `source` written like a file, whether or not there is one?"""
+    return source.startswith((".", "/", "~")) or source.lower().endswith(_FILE_ENDINGS)
 
 
 def check_settings(data: Data, on_hub: bool) -> None:

