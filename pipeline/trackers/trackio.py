@@ -17,6 +17,7 @@ TRACKIO_WEBHOOK_URL) have no effect: the configuration says where a run goes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import numbers
@@ -27,27 +28,29 @@ from datetime import UTC, datetime
 
 from pipeline.config import Config, Track
 from pipeline.forwarding import Item
+from pipeline.hub import HubAway
 from pipeline.trackers.places import Local, Place, Server, check_write_token
-from pipeline.trackers.spaces import Space, check_hub_token
+from pipeline.trackers.spaces import Space, find
 
 
 def check(track: Track) -> None:
     """Refuse what surely cannot work. A place that does not answer now is no reason: it gets the events later.
 
     Raises:
-        TrackError: no token, or one that cannot write.
+        TrackError: no token, one that cannot write, or no such Space.
     """
     if track.server:
         check_write_token(track.server)
     if track.space:
-        check_hub_token(track.space)
+        with contextlib.suppress(HubAway):
+            find(track.space)
 
 
 def place_of(track: Track) -> Place:
     """Where the configuration wants a run to be shown."""
     if track.server:
         return Server(track.server)
-    return Space(track.space, track.project) if track.space else Local()
+    return Space(track.space) if track.space else Local()
 
 
 class TrackioTracker:

@@ -69,8 +69,10 @@ def info(hub, request: Request) -> Reply:
     readme = commit.files.get("README.md")
     metadata = card.metadata(hub.store.blobs.read(readme.sha256).decode(errors="replace")) if readme else {}
     tags = metadata.get("tags")
+    program = {"host": repository.host, "sdk": repository.sdk} if repository.kind == "space" else {}
     return Reply.json(
-        {
+        program
+        | {
             "id": repository.id,
             "author": repository.owner,
             "sha": commit.oid,

@@ -175,7 +175,10 @@ class PullRequest:
 
 @dataclass
 class Repository:
-    """One repository: its commits, the names for them, and the LFS objects it holds."""
+    """One repository: its commits, the names for them, and the LFS objects it holds.
+
+    `host` is the address of a Space's program, and `sdk` what that is made with.
+    """
 
     kind: str
     id: str
@@ -187,6 +190,8 @@ class Repository:
     pull_requests: dict[int, str] = field(default_factory=dict)
     discussions: dict[int, PullRequest] = field(default_factory=dict)
     objects: dict[str, int] = field(default_factory=dict)
+    host: str | None = None
+    sdk: str = "gradio"
 
     @property
     def owner(self) -> str:

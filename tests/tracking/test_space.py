@@ -6,9 +6,11 @@ import pytest
 
 from pipeline.errors import TrackError
 from pipeline.forwarding import Forwarder
-from pipeline.trackers.spaces import Space, address_of
-from pipeline.trackers.trackio import TrackioTracker, check, dashboard_hint, place_of
+from pipeline.trackers import sync
+from pipeline.trackers.trackio import check, dashboard_hint
+from pipeline.workspace import Workspace
 from tests.hub import LoopbackHub
+from tests.hub.server import User
 from tests.tracking.conftest import Run, TrackioServer, assert_once_each, configuration
 
 ADA, READER, BEN = "hf_adaWritesInTests0123", "hf_adaReadsInTests01234", "hf_benWritesInTests0123"
@@ -30,7 +32,6 @@ def hub(tmp_path, monkeypatch):
 @pytest.fixture
 def space(hub, tmp_path):
     """The program of the Space ada/board."""
-    hub.store.create("space", BOARD)
     more = {
         "SYSTEM": "spaces",
         "SPACE_AUTHOR_NAME": "ada",
@@ -38,8 +39,16 @@ def space(hub, tmp_path):
         "HF_TOKEN": "hf_spacesOwnInTests01234",
     }
     server = TrackioServer(tmp_path / "server", more).start()
+    hub.store.create("space", BOARD).host = server.url
     yield server
     server.stop()
+
+
+@pytest.fixture
+def stranger(tmp_path):
+    """A program that notes what it is sent."""
+    with LoopbackHub(tmp_path / "stranger", {}) as program:
+        yield program
 
 
 @pytest.fixture
@@ -50,9 +59,8 @@ def run(tmp_path) -> Run:
     return run
 
 
-def forwarded(run: Run, address: str) -> Forwarder:
-    place = Space(BOARD, "tests", address)
-    forwarder = Forwarder(run.spool, lambda *who: TrackioTracker(run.config, place, *who))
+def forwarded(run: Run) -> Forwarder:
+    forwarder = run.forwarder()
     forwarder.close()
     return forwarder
 
@@ -64,42 +72,71 @@ def kept_by(space: TrackioServer) -> list[dict]:
 
 
 def test_a_run_is_there_once_with_the_hub_token_of_who_may_write(run, space, hub):
-    assert forwarded(run, space.url).problem is None
-    assert forwarded(run, space.url).problem is None
+    assert forwarded(run).problem is None
+    assert forwarded(run).problem is None
     assert any(r.path.endswith("/auth-check/write") and r.status == 200 for r in hub.requests)
     assert_once_each(kept_by(space), run.records())
 
 
-def test_the_token_of_somebody_else_is_refused_and_not_shown(run, space, monkeypatch):
+def test_a_member_of_the_organization_may_write(run, space, hub):
+    hub.users[ADA] = User("ann", "write", ("ada",))
+    assert forwarded(run).problem is None
+    assert_once_each(kept_by(space), run.records())
+
+
+def test_the_token_of_somebody_else_is_not_sent_and_not_shown(run, stranger, hub, monkeypatch):
+    hub.store.create("space", BOARD).host = stranger.url
     monkeypatch.setenv("HF_TOKEN", BEN)
-    problem = forwarded(run, space.url).problem
-    assert problem.startswith(f"track.space {BOARD}: ") and "write access" in problem and BEN not in problem
-    assert kept_by(space) == []
+    problem = forwarded(run).problem
+    assert problem.startswith(f"track.space {BOARD}: ") and "belongs to ben" in problem and BEN not in problem
+    assert stranger.requests == []
+
+
+def test_sync_sends_no_token_to_a_space_of_a_stranger_either(run, stranger, hub):
+    hub.store.create("space", "eve/board").host = stranger.url
+    with pytest.raises(TrackError, match="track.space eve/board: this token belongs to ada"):
+        sync(Workspace(run.folder), configuration(space="eve/board"))
+    assert stranger.requests == []
+
+
+def test_no_token_is_sent_while_the_hub_cannot_be_asked(run, stranger, hub):
+    hub.store.create("space", BOARD).host = stranger.url
+    hub.fault("GET /api/spaces/", status=503, times=10)
+    assert "no token is sent" in forwarded(run).problem
+    assert stranger.requests == []
 
 
 def test_a_space_that_is_asleep_gets_it_when_it_answers_again(run, space):
     space.stop()
-    assert "no answer" in forwarded(run, space.url).problem
+    assert "no answer" in forwarded(run).problem
     space.start()
-    assert forwarded(run, space.url).problem is None
+    assert forwarded(run).problem is None
     assert_once_each(kept_by(space), run.records())
 
 
-def test_a_space_that_is_not_there_is_made_and_what_came_of_it_is_told(run, hub, capfd):
-    problem = forwarded(run, "http://127.0.0.1:9").problem
-    assert [r for r in hub.requests if r.path.startswith("/api/buckets/ada/")]  # Trackio began with its storage
-    assert problem.startswith(f"track.space {BOARD}: could not be made: ") and "buckets" in problem  # none here
-    assert "".join(capfd.readouterr()) == ""
+def test_a_space_that_is_not_there_is_told_with_how_to_make_it_and_not_made(run, hub):
+    problem = forwarded(run).problem
+    assert problem.startswith(f"track.space {BOARD}: there is no such Space; make a Gradio Space")
+    assert {r.method for r in hub.requests} == {"GET"}
+    with pytest.raises(TrackError, match="there is no such Space"):
+        check(run.config.track)
 
 
-def test_a_space_is_reached_where_the_hub_serves_it():
-    assert address_of("Ada-L/my_board.v2") == "https://ada-l-my-board-v2.hf.space"
-    place = place_of(configuration(space=BOARD).track)
-    assert isinstance(place, Space)
-    assert dashboard_hint(configuration(space=BOARD)) == f"https://huggingface.co/spaces/{BOARD}"
+def test_a_space_that_is_frozen_is_told_as_such(run, hub, stranger):
+    space = hub.store.create("space", BOARD)
+    space.host, space.sdk = stranger.url, "static"
+    assert "frozen" in forwarded(run).problem and stranger.requests == []
+
+
+def test_a_space_is_reached_where_the_hub_says_and_shown_on_its_page(run, hub, stranger):
+    hub.store.create("space", BOARD).host = stranger.url
+    forwarded(run)
+    assert [r.path for r in stranger.requests] == ["/version"]
+    assert dashboard_hint(run.config) == f"https://huggingface.co/spaces/{BOARD}"
 
 
 def test_who_may_write_passes_the_check(hub):
+    hub.store.create("space", BOARD).host = "https://ada-board.hf.space"
     check(configuration(space=BOARD).track)
 
 
