@@ -29,6 +29,8 @@ from pipeline.shipped import shipped_folder
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
+_BLANKS = re.compile(r"(?P<block>^(`{3,})\w+\n.*?\n\2$)|\n{3,}", re.DOTALL | re.MULTILINE)  # and blocks, left alone
+
 __all__ = ["END", "PLOT", "START", "About", "mirror_card", "model_card", "plot_quality", "variant_card"]
 
 
@@ -83,7 +85,7 @@ def _render(template: str, about: About, models: Models, front: ModelCardData, *
         **tables(about, models),
     }
     body = made.get_template(template).render(**given | more)
-    body = re.sub(r"\n{3,}", "\n\n", body).strip()
+    body = _BLANKS.sub(lambda found: found["block"] or "\n\n", body).strip()
     written = front.to_yaml()
     return f"---\n{written}\n---\n{START}\n{body}\n\n{note(written)}\n{END}\n"
 

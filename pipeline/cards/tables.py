@@ -101,8 +101,8 @@ def leads(about: About, models: Models) -> dict[str, list[Markdown]]:
     loads: dict[str, dict[str, Any]] = {
         "smallest to download": {m: about.get(m, "size_bytes") for m in release},
         "smallest in memory": {m: fast[m].get(_MEMORY) for m in release},
-        "fastest at writing": {m: 1 / v if (v := number(fast[m].get(_WRITING))) else None for m in release},
-        "fastest at reading long inputs": {m: 1 / v if (v := number(fast[m].get(_READING))) else None for m in release},
+        "fastest at writing": {m: _inverse(fast[m].get(_WRITING)) for m in release},
+        "fastest at reading": {m: _inverse(fast[m].get(_READING)) for m in release},
     }
     found: dict[str, list[Markdown]] = {m: [] for m in release}
     if len(machines(about, {m: models[m] for m in release})) > 1:
@@ -128,15 +128,17 @@ def _nearest(about: About, variants: list[str]) -> str | None:
     return winners.pop() if len(winners) == 1 else None
 
 
-def rises(about: About, models: Models) -> dict[str, tuple[Markdown, bool]]:
-    """Variant -> (how its perplexity differs from the reference's, is that more than twice the error?)."""
-    found = {}
+def rises(about: About, models: Models) -> dict[str, list[Markdown]]:
+    """Variant -> for each text: how its perplexity differs from the reference's, and whether that is beyond doubt."""
+    found: dict[str, list[Markdown]] = {}
     for model in (m for m in models if m in VARIANTS):
-        known = {t: r for t in TEXTS if (r := about.get(model, "quality", t, "rise")) and markdown.rounded(r)}
-        shown = [markdown.unit(estimate(r, percent=True, sign="+"), f"on {TEXTS[t]} text") for t, r in known.items()]
-        sure = any(abs(r["value"]) > 2 * (number(r.get("stderr")) or 0) for r in known.values())
-        if shown:
-            found[model] = listed(shown), sure
+        for text, name in TEXTS.items():
+            rise = about.get(model, "quality", text, "rise")
+            if known := markdown.rounded(rise, 100):
+                value, error, _ = known
+                sure = f" ({'more' if abs(value) > 2 * error else 'no more'} than twice the error)" if error else ""
+                shown = f"{estimate(rise, percent=True, sign='+')} on {name} text{sure}"
+                found.setdefault(model, []).append(Markdown(shown))
     return found
 
 
