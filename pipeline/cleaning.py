@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
 from pipeline.workspace import Workspace
+
+# What our own writing leaves where it is interrupted; people's files may have names much like these.
+LEFT_BEHIND = re.compile(
+    r"(adapter|base|merged-(nf4|bf16)|[\w-]+\.(json|yaml|md|png))\.partial|(adapter|base)\.old-\d{19}"
+)
 
 
 def clean(workspace: Workspace) -> tuple[int, list[str]]:
@@ -24,7 +30,7 @@ def clean(workspace: Workspace) -> tuple[int, list[str]]:
     with workspace.lock():
         places = [workspace.base, workspace.checkpoints, workspace.quantized]
         for folder in {workspace.folder, workspace.release}:
-            places += [*folder.glob("*.partial"), *folder.glob("*.old-*")]
+            places += [path for path in folder.iterdir() if LEFT_BEHIND.fullmatch(path.name)]
         for place in places:
             if place.exists():
                 freed += _size(place)

@@ -62,9 +62,7 @@ def merge(
     source: Annotated[str, typer.Argument(metavar="CONFIG|BASE", help="A run's configuration, or a base model.")],
     adapter: Annotated[str | None, typer.Argument(help="An adapter trained elsewhere: a folder, or a Hub id.")] = None,
     output: Output = None,
-    base: Annotated[
-        str, typer.Option("--base", help="Merge into bf16 weights, or into nf4 as QLoRA saw them.")
-    ] = "bf16",
+    base: Annotated[str | None, typer.Option("--base", help="Merge into bf16 (the default), or nf4.")] = None,
     variants: Variants = None,
     measure: Measure = False,
     revision: Revision = None,
@@ -74,7 +72,15 @@ def merge(
 ) -> None:
     """Only merge the run's adapter; or merge an adapter from elsewhere: merge BASE ADAPTER --output DIR."""
     if _is_config(source):
-        _refuse(source, adapter=adapter, output=output, variants=variants, revision=revision, measure=measure or None)
+        _refuse(
+            source,
+            adapter=adapter,
+            output=output,
+            base=base,
+            variants=variants,
+            revision=revision,
+            measure=measure or None,
+        )
         return _run_stage("merge", source, settings, runs, as_json)
     from pipeline.errors import ConfigError
     from pipeline.midway import merge_config
@@ -82,7 +88,9 @@ def merge(
     if adapter is None or output is None:
         raise ConfigError(f"merge {source}: write it as merge BASE ADAPTER --output DIR, or merge CONFIG.yaml")
     asked = [variants] if variants else []
-    _run_midway(merge_config(source, adapter, output, base, asked, measure, revision, settings or ()), output, as_json)
+    _run_midway(
+        merge_config(source, adapter, output, base or "auto", asked, measure, revision, settings or ()), output, as_json
+    )
 
 
 @app.command()
@@ -125,32 +133,38 @@ def publish(
     source: Annotated[str, typer.Argument(help="A finished run, a folder made by merge or quantize, or a CONFIG.")],
     repo: Annotated[str | None, typer.Option("--repo", metavar="USER/NAME", help="Where to.")] = None,
     private: Annotated[bool | None, typer.Option("--private/--public", help="Visibility of a new repository.")] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    create_pr: Annotated[bool | None, typer.Option(help="Open a pull request instead, or again not.")] = None,
     runs: Root = RUNS,
     as_json: AsJson = False,
 ) -> None:
     """Publish what is finished, now or again; only what changed is sent."""
     from pipeline.config_file import load_config
+    from pipeline.errors import ConfigError
+    from pipeline.run import run as run_all
     from pipeline.run import run_one
     from pipeline.workspace import HIDDEN, Workspace
 
     settings = [f"publish.repo={repo}"] if repo else []
-    settings += [f"publish.private={'true' if private else 'false'}"] if private is not None else []
-    settings += ["publish.create_pr=true"] if create_pr else []
+    for key, value in (("private", private), ("create_pr", create_pr)):
+        settings += [f"publish.{key}={str(value).lower()}"] if value is not None else []
     output = None
     if Path(source).is_dir():
         workspace = Workspace.open(source)
         source = str(workspace.config_path)
+        if workspace.config().evaluate is None:  # what is published is what was measured
+            settings.append("evaluate={}")
         if workspace.folder.name == HIDDEN:
             output = workspace.release
         else:
             _check_name(workspace)
             runs = workspace.folder.resolve().parent
     loaded = load_config(source, settings)
-    if output is not None:
-        _publish_midway(loaded, output, as_json)
-        return
-    workspace = run_one(loaded, "publish", runs, _reporter(as_json))
+    if loaded.publish.repo is None:
+        raise ConfigError("publish.repo: not set, so there is nowhere to publish to; use --repo USER/NAME")
+    if loaded.data is None:  # it may have to be measured first
+        workspace = run_all(loaded, runs, reporter=_reporter(as_json), output=output, publish_again=True)
+    else:
+        workspace = run_one(loaded, "publish", runs, _reporter(as_json))
     _say_published(workspace, as_json)
 
 
@@ -271,20 +285,6 @@ def _run_midway(config, output: Path, as_json: bool) -> None:
     reporter = _reporter(as_json)
     workspace = run_all(config, reporter=reporter, output=output)
     _conclude(config, workspace, as_json, reporter)
-
-
-def _publish_midway(config, output: Path, as_json: bool) -> None:
-    """What is published is what was measured, also where measuring was not asked for before."""
-    from pipeline.config import Evaluate
-    from pipeline.errors import ConfigError
-    from pipeline.run import run as run_all
-
-    if config.publish.repo is None:
-        raise ConfigError("publish.repo: not set, so there is nowhere to publish to; use --repo USER/NAME")
-    if config.evaluate is None:
-        config = config.model_copy(update={"evaluate": Evaluate()})
-    workspace = run_all(config, reporter=_reporter(as_json), output=output, publish_again=True)
-    _say_published(workspace, as_json)
 
 
 def _say_published(workspace, as_json: bool) -> None:

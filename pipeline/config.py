@@ -212,6 +212,8 @@ class Publish(Section):
 
     @model_validator(mode="after")
     def _mirrors_need_a_repository(self) -> Publish:
+        if self.mirrors and self.repo is None:
+            raise ValueError("mirrors: need a main repository that they mirror; set publish.repo")
         if self.repo in self.mirrors.values():
             raise ValueError(f"mirrors: {self.repo} is the repository itself; a mirror needs one of its own")
         return self
@@ -277,6 +279,11 @@ class Config(Section):
             raise ValueError("data and merge.adapter: train an adapter, or bring one, not both")
         if self.data and self.evaluate is None:
             raise ValueError("evaluate: a model that is trained is measured too; leave the key out for the defaults")
+        if self.publish.repo and self.evaluate is None:
+            raise ValueError("evaluate: what is published is measured; leave the key out, or use --measure")
+        missing = sorted(self.publish.mirrors.keys() - {spec.name for spec in self.quantize.variants})
+        if missing:
+            raise ValueError(f"publish.mirrors: {missing[0]} is not among quantize.variants")
         return self
 
     @property

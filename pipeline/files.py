@@ -77,7 +77,7 @@ def place_files(partial: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(partial.iterdir(), key=lambda p: p.name == "config.json"):
         if path.is_dir():
-            replace_folder(path, folder / path.name)
+            place_files(path, folder / path.name)
         else:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())

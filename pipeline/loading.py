@@ -107,7 +107,7 @@ def locate(source: str | Path, variant: str | None = None, revision: str | None 
     except (OSError, RuntimeError) as error:  # a name too long for a folder; a home of nobody
         raise ModelError(f"{str(source)[:80]}: not a folder ({error.args[-1]})") from None
     if is_folder:
-        if (path / "release" / "config.json").is_file():  # a run's folder stands for its release
+        if (path / "config.yaml").is_file() and (path / "release").is_dir():  # a run's folder stands for its release
             path = path / "release"
         folder = path / name if name else path
         if not (folder / "config.json").is_file():

@@ -77,7 +77,9 @@ def check_adapter(source: str) -> None:
             raise ModelError(f"merge.adapter {source!r}: has no {name}, so this is not an adapter's folder")
 
 
-def fetch_adapter(source: str, on_progress: Callable[[int, int], None] | None = None) -> tuple[Path, Origin]:
+def fetch_adapter(
+    source: str, revision: str | None = None, on_progress: Callable[[int, int], None] | None = None
+) -> tuple[Path, Origin]:
     """The folder of a LoRA adapter that was trained elsewhere, and where it came from.
 
     A repository may have the adapter at its root or, as ours do, under `adapter/`.
@@ -93,7 +95,7 @@ def fetch_adapter(source: str, on_progress: Callable[[int, int], None] | None = 
                 return [prefix + name for name in ADAPTER_FILES]
         raise ModelError(f"{source}: has no {ADAPTER_FILES[1]}, neither at its root nor under adapter/")
 
-    found = download(source, choose, None, on_progress)
+    found = download(source, choose, revision, on_progress)
     folder = (found.folder / found.names[0]).parent
     return folder, Origin(source, source, found.revision, hub_id=source)
 

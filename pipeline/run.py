@@ -76,7 +76,7 @@ def run_one(
     output: str | Path | None = None,
 ) -> Workspace:
     """One verb of a run alone, and nothing before it: `train`, `merge`, `evaluate`, `quantize` or `publish`."""
-    preflight(config, need_data=stage == "train", need_hub=stage == "publish")
+    preflight(config, need_inputs=stage != "publish", need_data=stage == "train", need_hub=stage == "publish")
     if stage == "publish" and config.publish.repo is None:
         raise ConfigError("publish.repo: not set, so there is nowhere to publish to; use --repo USER/NAME")
     if stage != "publish" and stage not in (*stages_before_variants(config), "quantize"):
@@ -118,7 +118,7 @@ def _claimed(config: Config, root: str | Path, output: str | Path | None, fresh:
     return Workspace.claim(folder / HIDDEN, config, fresh)
 
 
-def preflight(config: Config, need_data: bool = True, need_hub: bool = True) -> None:
+def preflight(config: Config, need_inputs: bool = True, need_data: bool = True, need_hub: bool = True) -> None:
     """Everything that can be found wrong before any work.
 
     Raises:
@@ -126,12 +126,13 @@ def preflight(config: Config, need_data: bool = True, need_hub: bool = True) -> 
     """
     from pipeline.trackers.trackio import check as check_tracking
 
-    models.check_source(config.model)
-    if config.merge.adapter:
+    if need_inputs:
+        models.check_source(config.model)
+    if need_inputs and config.merge.adapter:
         models.check_adapter(config.merge.adapter)
     if config.data and need_data:
         data.check_source(config.data)
-    if config.evaluate:
+    if need_inputs and config.evaluate:
         data.general_text(config.evaluate.general)
     check_tracking(config.track)
     if config.data and config.train.method == "lora" and config.merge.base == "nf4":

@@ -193,6 +193,9 @@ def _tell(figures: dict) -> str:
     if "files_sent" in figures:
         sent = f"{figures['files_sent']} files, {size(figures['bytes_sent'])} sent"
         return f"{sent if figures['files_sent'] else 'nothing to send'}, {figures['url']}"
+    if "merged_general_perplexity" in figures:
+        base, merged = (figures[f"{m}_general_perplexity"] for m in ("base", "merged"))
+        return f"general perplexity {base:.2f} -> {merged:.2f}"
     if "base_general_perplexity" in figures:
         return f"general perplexity {figures['base_general_perplexity']:.2f}"
     return f"into the {figures['base']} base" if "base" in figures else ""

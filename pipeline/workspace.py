@@ -23,7 +23,7 @@ from pathlib import Path
 from pipeline.config import Config
 from pipeline.config_file import dump_config, load_config
 from pipeline.errors import WorkspaceError
-from pipeline.files import read_json, sha256, write_json, write_text
+from pipeline.files import place_files, read_json, sha256, write_json, write_text
 
 HIDDEN = ".tunepress"  # the run's folder inside a result that was asked for by name
 
@@ -92,9 +92,10 @@ class Workspace:
         from filelock import FileLock, Timeout
 
         root = self.folder.parent
-        lock = FileLock(root / f".{self.folder.name.lstrip('.')}.lock")
+        hidden = self.folder.name == HIDDEN
+        lock = FileLock(self.folder / "lock" if hidden else root / f".{self.folder.name}.lock")
         try:
-            root.mkdir(parents=True, exist_ok=True)
+            (self.folder if hidden else root).mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout:
             raise WorkspaceError(f"{self.folder}: another tunepress is working on this run; wait for it") from None
@@ -114,8 +115,16 @@ class Workspace:
         try:
             self.folder.mkdir(exist_ok=True)
             write_text(self.config_path, dump_config(config))
+            self._forget(config)
         except OSError as error:
             raise WorkspaceError(f"{self.folder}: cannot be written ({error.strerror})") from None
+
+    def _forget(self, config: Config) -> None:
+        """Drop figures of an earlier configuration that this one will not make anew."""
+        asked = {"data": config.data, "training": config.data, "adapter": config.merge.adapter, "merge": config.merges}
+        asked |= {"base": config.evaluate, "merged": config.evaluate and config.merges}
+        for name in (name for name, wanted in asked.items() if not wanted):
+            (self.measurements / f"{name}.json").unlink(missing_ok=True)
 
     @classmethod
     def open(cls, folder: str | Path) -> Workspace:
@@ -174,20 +183,25 @@ class Workspace:
             if key in ledger
         }
 
-    def hashes_of(self, path: Path) -> dict[str, str]:
-        """sha256 of a file, or of the files in a folder, by name; {} where there is nothing.
+    def hashes_of(self, named: str) -> dict[str, str]:
+        """sha256 of a file, or of the files in a folder, by name; {} where there was never anything of that name.
 
-        Remembered by size and time, so that gigabytes are read once.
+        Remembered by size and time, so that gigabytes are read once. What is not there any more is
+        taken as it was: a finished run does not need its inputs to be published.
         """
-        files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
-        known, found = read_json(self.folder / "inputs.json", {}), {}
-        for file in files:
-            state = file.stat()
-            key = f"{file.resolve()}:{state.st_size}:{state.st_mtime_ns}"
-            found[key] = known.get(key) or sha256(file)
-        if found.keys() - known.keys():
-            write_json(self.folder / "inputs.json", {**known, **found})
-        return dict(zip((file.name for file in files), found.values(), strict=True))
+        path, known = Path(named).expanduser(), read_json(self.folder / "inputs.json", {})
+        before = known.get(named, {})
+        if not path.exists():
+            return {name: digest["sha256"] for name, digest in before.items()}
+        found = {}
+        for file in sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]:
+            state, last = file.stat(), before.get(file.name, {})
+            same = (last.get("size"), last.get("mtime_ns")) == (state.st_size, state.st_mtime_ns)
+            digest = Digest(last["sha256"] if same else sha256(file), state.st_size, state.st_mtime_ns)
+            found[file.name] = asdict(digest)
+        if found != before:
+            write_json(self.folder / "inputs.json", {**known, named: found})
+        return {name: digest["sha256"] for name, digest in found.items()}
 
     def digests(self, paths: Iterable[Path]) -> dict[str, Digest]:
         """Digests of files, and of all files in folders, by their path in the workspace."""
@@ -196,6 +210,24 @@ class Workspace:
             Path(os.path.relpath(f, self.folder)).as_posix(): Digest(sha256(f), f.stat().st_size, f.stat().st_mtime_ns)
             for f in files
         }
+
+    def place(self, partial: Path, folder: Path, key: str) -> list[Path]:
+        """Put a step's finished files into the release, where people may have files of their own.
+
+        Files that the step had made before, and weights that would be taken for these, go.
+
+        Returns:
+            Where the files are now.
+        """
+        made = {folder / path.relative_to(partial) for path in partial.rglob("*") if path.is_file()}
+        place_files(partial, folder)
+        before = self.ledger().get(key, Entry(""))
+        stale = {Path(os.path.normpath(self.folder / path)) for path in before.outputs}
+        stale |= set(folder.glob("*.safetensors*"))
+        for path in stale - made:
+            if folder in path.parents:
+                path.unlink(missing_ok=True)
+        return sorted(made)
 
     def remember_base(self, model: dict, folder: Path, revision: str | None) -> None:
         """Note where the base model lies on this machine; kept out of everything that is published."""

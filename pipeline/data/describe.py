@@ -184,10 +184,10 @@ def _shown(head: str, example: Sequence[tuple[bool, str]]) -> list[str]:
 
 
 def _few(text: str) -> list[str]:
-    """At most three lines of text, and none of them long."""
+    """At most six lines of text, and none of them long."""
     lines = [line for line in text.splitlines() if line.strip()]
-    if len(lines) > 3:
-        lines = [lines[0], "...", lines[-1]]
+    if len(lines) > 6:
+        lines = [*lines[:2], "...", *lines[-3:]]
     return [line if len(line) <= _WIDTH else f"{line[: _WIDTH // 2]} ... {line[-(_WIDTH // 2) :]}" for line in lines]
 
 

@@ -207,6 +207,9 @@ def _open_parquet(path: Path, name: str) -> Table:
             columns = tuple(file.schema_arrow.names)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise _no_parquet(name, error) from None
+    twice = next((column for column in columns if columns.count(column) > 1), None)
+    if twice is not None:
+        raise DataError(f"{name}: the column {shorten(twice)!r} stands twice; keep one")
 
     def read(wanted: Sequence[str]) -> Iterator[Row]:
         number = 0

@@ -73,7 +73,7 @@ def read_table(table: Table, data: Data, on_skip: OnSkip | None = None, at_most:
             if reading.layout is None:
                 reading.layout = choose_layout(columns_of(row), data.form, data.columns)
             example = reading.layout.example(row)
-            unseen and unseen.difference_update(row)
+            unseen.difference_update(row)
         except BadRow as bad:
             if data.on_bad_row == "refuse":
                 raise DataError(f"{table.name}, {where}: {bad}") from None

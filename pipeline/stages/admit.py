@@ -1,10 +1,10 @@
-"""Load one variant back, measure it if measuring was asked for, and let it into the release."""
+"""Load one variant back, measure it, and let it into the release; without `evaluate` only the last."""
 
 from __future__ import annotations
 
 from pipeline.config import Config
 from pipeline.events import Events
-from pipeline.files import read_json, replace_folder
+from pipeline.files import read_json
 from pipeline.models import stored_bytes
 from pipeline.stages import Outcome
 from pipeline.stages.inputs import full_model
@@ -29,9 +29,8 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
         "ratio": result["size_bytes"] / source,
         "weights": read_json(workspace.quantized / f"{name}.json", {}),
     }
-    replace_folder(folder, workspace.release / name)
+    files = workspace.place(folder, workspace.release / name, f"quantize/{name}")
     measured = workspace.write_measurement(name, result)
-    files = sorted(p for p in (workspace.release / name).iterdir() if p.is_file())
     quality = result.get("quality", {})
     summary = {
         "bytes_before": source,

@@ -146,6 +146,10 @@ def write(workspace: Workspace, documents: dict[str, bytes], variants: tuple[str
     for name in VARIANTS.keys() - set(variants):
         _take_out(workspace, name)
     workspace.assemble_results()
+    if PICTURE not in documents:  # one of figures that are not there any more
+        (workspace.release / PICTURE).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not there, or people's own pictures in it
+            (workspace.release / PICTURE).parent.rmdir()
     paths = [workspace.release / name for name in documents]
     for path, content in zip(paths, documents.values(), strict=True):
         write_bytes(path, content)

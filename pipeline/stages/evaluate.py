@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pipeline.config import Config
-from pipeline.data import general_text
 from pipeline.events import Events
-from pipeline.files import fingerprint
 from pipeline.libraries import versions
 from pipeline.stages import Outcome
-from pipeline.stages.inputs import base_model, full_model, made_from, reference
+from pipeline.stages.inputs import base_model, full_model, made_from, reference, text_depends
 from pipeline.workspace import Workspace
 
 LIBRARIES = ("torch", "transformers")
@@ -21,7 +19,7 @@ def parameters(config: Config, variant: str | None) -> dict:
 def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict:
     return {
         "evaluate": config.evaluate.model_dump(),
-        "general": fingerprint(general_text(config.evaluate.general)),
+        "general": text_depends(config, workspace),
         "after": made_from(config, workspace),
         "versions": versions(*LIBRARIES),
     }
@@ -34,7 +32,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     models = {reference(config): full, "base": base_model(config, workspace, events)}
     outputs, summary = [workspace.measurements / "reference"], {}
     for label, folder in models.items():
-        result = evaluate(label, folder, config, workspace, events, None if folder == full else full)
+        result = evaluate(label, folder, config, workspace, events, None if label == reference(config) else full)
         outputs.append(workspace.write_measurement(label, result))
         for text, figures in result["quality"].items():
             summary[f"{label}_{text}_perplexity"] = figures["perplexity"]["value"]

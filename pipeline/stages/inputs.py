@@ -5,23 +5,32 @@ Whatever of it is not on this machine (any more) is fetched, as it was the first
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict
 from pathlib import Path
 
 from pipeline.config import Config
+from pipeline.data import general_text
 from pipeline.events import Events
+from pipeline.files import fingerprint
 from pipeline.workspace import Workspace
 
 
 def model_depends(config: Config, workspace: Workspace) -> dict:
     """The settings of the base model, and the hashes of its files where it is a local folder."""
-    files = workspace.hashes_of(Path(config.model.source).expanduser())
+    files = workspace.hashes_of(config.model.source)
     return config.model.model_dump() | {"files": files}
 
 
 def adapter_depends(config: Config, workspace: Workspace) -> dict:
     """The hashes of the files of an adapter from elsewhere, where it is a local folder."""
-    return workspace.hashes_of(Path(config.merge.adapter).expanduser()) if config.merge.adapter else {}
+    return workspace.hashes_of(config.merge.adapter) if config.merge.adapter else {}
+
+
+def text_depends(config: Config, workspace: Workspace) -> object:
+    """The general text that is measured on: the hash of its file, or of what this Python brings."""
+    source = config.evaluate.general
+    return fingerprint(general_text(source)) if source.startswith("builtin:") else workspace.hashes_of(source)
 
 
 def base_model(config: Config, workspace: Workspace, events: Events) -> Path:
@@ -38,7 +47,7 @@ def base_model(config: Config, workspace: Workspace, events: Events) -> Path:
     folder, found = fetch(model, workspace.base, lambda d, t: events.progress(d, t, "fetching the model"))
     workspace.write_measurement("origin", asdict(found))
     workspace.remember_base(settings, folder, found.revision)
-    return folder
+    return folder.resolve()
 
 
 def adapter(config: Config, workspace: Workspace, events: Events) -> Path:
@@ -48,7 +57,10 @@ def adapter(config: Config, workspace: Workspace, events: Events) -> Path:
     if config.merge.adapter is None:
         return workspace.adapter
     events.progress(0, 1, "fetching the adapter")
-    folder, found = fetch_adapter(config.merge.adapter, lambda d, t: events.progress(d, t, "fetching the adapter"))
+    known = workspace.read_measurement("adapter")
+    pinned = known.get("revision") if known.get("source") == config.merge.adapter else None
+    tell = functools.partial(events.progress, what="fetching the adapter")
+    folder, found = fetch_adapter(config.merge.adapter, pinned, tell)
     workspace.write_measurement(
         "adapter", {"source": found.source, "name": found.name, "revision": found.revision, "hub_id": found.hub_id}
     )

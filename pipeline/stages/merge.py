@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.events import Events
-from pipeline.files import empty_folder, place_files, replace_folder, write_text
+from pipeline.files import empty_folder, write_text
 from pipeline.libraries import versions
 from pipeline.stages import Outcome
 from pipeline.stages.inputs import adapter, adapter_depends, base_model, model_depends
@@ -51,11 +51,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
 
     release = folders.pop(chosen)
     copy_adapter(lora, release / "adapter", workspace.read_measurement("origin")["hub_id"])
-    files = [workspace.release / path.name for path in sorted(release.iterdir())]
-    if workspace.release in workspace.folder.parents:
-        place_files(release, workspace.release)
-    else:
-        replace_folder(release, workspace.release)
+    files = workspace.place(release, workspace.release, "merge")
     for folder in folders.values():
         shutil.rmtree(folder)
     measured = workspace.write_measurement(

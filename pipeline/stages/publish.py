@@ -110,13 +110,12 @@ def _mirrors(
     config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...], private: bool
 ) -> tuple[dict[str, Commit], list[str]]:
     """Publish the mirrors of these variants; the commits, and what went wrong with the others."""
-    from pipeline.hub import Lineage, check_holder, read_tree
-    from pipeline.hub.trouble import persist
+    from pipeline.hub import check_destination
 
-    commits, problems, repo = {}, [], config.publish.repo
+    commits, problems = {}, []
     wanted = {variant: mirror for variant, mirror in config.publish.mirrors.items() if variant in variants}
     if wanted:  # before there are mirrors of it
-        persist(repo, lambda: check_holder(read_tree(repo), Lineage(config.name)))
+        check_destination(config.publish.repo, config.name)
     for variant, mirror in wanted.items():
         try:
             commits[mirror] = _mirror(config, workspace, events, variant, private)

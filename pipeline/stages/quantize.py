@@ -9,13 +9,12 @@ import shutil
 from dataclasses import asdict
 
 from pipeline.config import Config
-from pipeline.data import general_text
 from pipeline.errors import QuantizationError
 from pipeline.events import Events
-from pipeline.files import empty_folder, fingerprint, replace_folder, write_json
+from pipeline.files import empty_folder, replace_folder, write_json
 from pipeline.libraries import versions
 from pipeline.stages import Outcome
-from pipeline.stages.inputs import full_model, made_from
+from pipeline.stages.inputs import full_model, made_from, text_depends
 from pipeline.workspace import Workspace
 
 LIBRARIES = ("torch", "torchao", "transformers")
@@ -30,7 +29,7 @@ def parameters(config: Config, variant: str | None) -> dict:
 def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict:
     measured = config.evaluate and {
         "evaluate": config.evaluate.model_dump(),
-        "general": fingerprint(general_text(config.evaluate.general)),
+        "general": text_depends(config, workspace),
     }
     return {
         "specs": [config.quantize.spec(v).model_dump() for v in variants],

@@ -38,10 +38,9 @@ def parameters(config: Config, variant: str | None) -> dict:
 
 def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict:
     train = config.train.model_dump(exclude={"checkpoint_every"})
-    data_file = Path(config.data.source).expanduser()
     return {
         "model": model_depends(config, workspace),
-        "data": config.data.model_dump() | {"files": workspace.hashes_of(data_file)},
+        "data": config.data.model_dump() | {"files": workspace.hashes_of(config.data.source)},
         "train": train,
         "versions": versions(*LIBRARIES),
         "python": platform.python_version() if config.data.source.startswith("builtin:") else None,

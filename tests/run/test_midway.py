@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.cli import main
 from pipeline.errors import ConfigError
 from pipeline.midway import quantize_config
+from pipeline.workspace import Workspace
 from tests.hub import LoopbackHub
 from tests.run.conftest import TOKEN, Place
 
@@ -64,15 +66,41 @@ def test_publishing_it_again_sends_nothing(quantized_only):
     assert place.hub.commits("ada/small") == commits
 
 
+def test_a_relative_path_is_measured_and_what_is_made_next_says_nothing_of_it(tmp_path, tiny_model):
+    place = Place(tmp_path)
+    shutil.copytree(tiny_model("llama"), tmp_path / "first")
+    shutil.copytree(tiny_model("qwen3"), tmp_path / "second")
+    (tmp_path / "general.txt").write_text("The quick brown fox jumps over the lazy dog near the river. " * 30)
+    settings = (
+        "--set",
+        "evaluate.general=general.txt",
+        "--set",
+        "evaluate.max_tokens=512",
+        "--set",
+        "track.project=tests",
+    )
+    place.tunepress("quantize", "first", "--output", "out", "--variants", "int8", "--measure", *settings)
+    results = json.loads((tmp_path / "out/.tunepress/results.json").read_text())
+    assert (
+        results["base"]["quality"]["general"]["perplexity"]["value"] > 1
+        and "kl" in results["int8"]["quality"]["general"]
+    )
+    place.tunepress("quantize", "second", "--output", "out", "--variants", "int8", "--set", "track.project=tests")
+    results = json.loads((tmp_path / "out/.tunepress/results.json").read_text())
+    assert set(results) == {"origin", "int8"} and "quality" not in results["int8"]
+    assert "first" not in (tmp_path / "out/README.md").read_text()
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        ".tunepress", "README.md", "int8", "tunepress.json",
+    ]  # fmt: skip
+
+
 def test_an_adapter_from_elsewhere_is_merged_and_its_model_loads(copied, tmp_path):
     trained = copied.run_folder / "adapter"
     base = json.loads((copied.run_folder / "base.json").read_text())["folder"]
-    place = Place(tmp_path)
-    place.tunepress("merge", base, str(trained), "--output", "out", "--base", "nf4", "--set", "track.project=tests")
-    run = copied.results()["merge"]["base"]
-    if run == "nf4":  # then it is the very model that the run made
-        ours, theirs = Checkpoint(tmp_path / "out"), Checkpoint(copied.release)
-        assert all(ours.read(name).equal(theirs.read(name)) for name in theirs)
+    place, run = Place(tmp_path), copied.results()["merge"]["base"]
+    place.tunepress("merge", base, str(trained), "--output", "out", "--base", run, "--set", "track.project=tests")
+    ours, theirs = Checkpoint(tmp_path / "out"), Checkpoint(copied.release)
+    assert all(ours.read(name).equal(theirs.read(name)) for name in theirs)  # the very model that the run made
     answer = place.python(
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         "model = AutoModelForCausalLM.from_pretrained('out', dtype='auto')\n"
@@ -107,6 +135,8 @@ def test_cleaning_frees_what_the_release_does_not_need_and_the_run_still_holds(c
         (("quantize", "MODEL", "--output", "out", "--rounding", "awq"), "--rounding awq: none of"),
         (("quantize", "./nowhere", "--output", "out"), "no such folder"),
         (("quantize", "demo", "--output", "out"), "is a configuration"),
+        (("quantize", "MODEL", "--output", "out", "--set", "publish.repo=ada/x"), "what is published is measured"),
+        (("merge", "demo", "--base", "nf4"), "demo: is a configuration, which says base itself"),
         (("merge", "MODEL", "--output", "out"), "merge BASE ADAPTER --output DIR"),
         (("merge", "MODEL", "./nowhere", "--output", "out"), "merge.adapter './nowhere': has no adapter_config.json"),
         (("merge", "MODEL", "MODEL", "--output", "out", "--base", "fp8"), "merge.base"),
@@ -135,3 +165,46 @@ def test_a_group_size_goes_only_to_variants_that_have_groups():
     assert [(v.name, v.group_size) for v in config.quantize.variants] == [("int8", None), ("int4", 128)]
     with pytest.raises(ConfigError, match="each variant can be asked for once"):
         quantize_config("user/model", "out", ["int8", "both"])
+
+
+def test_a_finished_run_needs_none_of_its_inputs_to_be_published(copied):
+    """Not even the folder in which they had their names."""
+    (copied.folder / "rows.jsonl").unlink(missing_ok=True)
+    elsewhere = copied.folder / "elsewhere"
+    elsewhere.mkdir()
+    (copied.folder / "runs").rename(elsewhere / "runs")
+    with LoopbackHub(elsewhere / "hub", {TOKEN: {"name": "ada", "role": "write"}}) as hub:
+        Place(elsewhere, hub).tunepress("publish", "runs/tiny", "--repo", "ada/moved")
+        assert {"model.safetensors", "int8/model.safetensors"} <= set(hub.files("ada/moved"))
+
+
+def test_people_keep_their_files_and_words_when_a_step_is_done_again(copied):
+    """Only what the step made before, and weights that would be taken for its own, go."""
+    (copied.release / "int8/notes.md").write_text("mine")
+    (copied.release / "photo.old-2024").write_text("mine")
+    (copied.release / "model-00001-of-00002.safetensors").write_bytes(b"of an older merge")
+    card = copied.release / "int8/README.md"
+    card.write_text(card.read_text() + "\nMy own words.\n")
+    (copied.release / "int8/config.json").unlink()
+    copied.tunepress("quantize", "tiny.yaml")
+    assert (copied.release / "int8/notes.md").read_text() == "mine" and "My own words." in card.read_text()
+    (copied.release / "model.safetensors").unlink()
+    copied.tunepress("merge", "tiny.yaml")
+    copied.tunepress("clean", "runs/tiny")
+    assert (copied.release / "photo.old-2024").exists() and (copied.release / "int8/notes.md").exists()
+    assert [p.name for p in copied.release.glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_two_names_for_one_file_are_two_files(tmp_path):
+    """As in the Hub's cache, where equal files are links to one."""
+    (tmp_path / "blob").write_text("terms")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("LICENSE", "LICENSE.txt"):
+        (folder / name).symlink_to(tmp_path / "blob")
+    workspace = Workspace(tmp_path / "run")
+    workspace.folder.mkdir()
+    hashes = workspace.hashes_of(str(folder))
+    assert set(hashes) == {"LICENSE", "LICENSE.txt"} and len(set(hashes.values())) == 1
+    shutil.rmtree(folder)
+    assert workspace.hashes_of(str(folder)) == hashes
