@@ -11,8 +11,7 @@ from pathlib import Path
 class Origin:
     """Where a model came from, as the card and the lineage tell it. None where nothing says so.
 
-    `changes` says in words what was done to its weights before training, if anything; `chats`
-    whether its tokenizer comes with a chat template.
+    `changes` says in words what was done to its weights before training, if anything.
     """
 
     source: str
@@ -22,7 +21,6 @@ class Origin:
     languages: tuple[str, ...] = ()
     hub_id: str | None = None
     changes: str | None = None
-    chats: bool = True
 
 
 def read_origin(folder: Path, source: str, name: str, revision: str | None = None, hub_id: str | None = None) -> Origin:
@@ -35,7 +33,6 @@ def read_origin(folder: Path, source: str, name: str, revision: str | None = Non
         license=text(card.get("license")),
         languages=texts(card.get("language")),
         hub_id=hub_id,
-        chats=has_chat_template(folder),
     )
 
 

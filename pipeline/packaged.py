@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from pipeline.errors import MissingExtra, ModelError
 from pipeline.libraries import quiet
-from pipeline.origin import Origin, has_chat_template, text, texts
+from pipeline.origin import Origin, text, texts
 
 
 def find_packaged(package: str, file: str) -> Path:
@@ -42,7 +42,7 @@ def unpack_gguf(source: str, file: Path, folder: Path) -> tuple[Path, Origin]:
         known = json.loads(origin_file.read_text(encoding="utf-8"))
         known["languages"] = tuple(known["languages"])
         if known["source"] == source:
-            return folder, Origin(**known)
+            return folder, Origin(**{field.name: known[field.name] for field in fields(Origin)})
     quiet()
     import torch
     from gguf import GGUFReader
@@ -50,10 +50,10 @@ def unpack_gguf(source: str, file: Path, folder: Path) -> tuple[Path, Origin]:
 
     from pipeline.regrid import reorder_channels
 
-    fields = GGUFReader(file).fields
+    stored = GGUFReader(file).fields
 
     def field(key: str):
-        return fields[f"general.{key}"].contents() if f"general.{key}" in fields else None
+        return stored[f"general.{key}"].contents() if f"general.{key}" in stored else None
 
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -74,7 +74,6 @@ def unpack_gguf(source: str, file: Path, folder: Path) -> tuple[Path, Origin]:
         languages=texts(field("languages")),
         changes="unpacked from GGUF to bf16, and its channels reordered, which leaves the function as it was and "
         "takes the weights off the grid they were quantized on",
-        chats=has_chat_template(partial),
     )
     (partial / "origin.json").write_text(json.dumps(asdict(origin), indent=2), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)

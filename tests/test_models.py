@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ import torch
 from pipeline.config import Model
 from pipeline.errors import ModelError
 from pipeline.models import check_source, copy_companions, fetch, linear_weights, read_config
+from pipeline.origin import Origin
+from pipeline.packaged import unpack_gguf
 from tests.conftest import ARCHITECTURES
 
 
@@ -159,6 +162,12 @@ def test_entries_that_say_nothing_are_no_obstacle(configured, empty):
 )
 def test_a_packaged_model_that_is_not_there_is_refused(source, said):
     assert said in refusal(source)
+
+
+def test_a_packaged_model_that_was_unpacked_is_taken_as_it_is_whatever_else_was_noted_of_it(tmp_path):
+    known = Origin("package:a/b.gguf", "b", license="mit", languages=("en",), changes="unpacked")
+    (tmp_path / "origin.json").write_text(json.dumps(asdict(known) | {"noted_by": "another version"}))
+    assert unpack_gguf(known.source, tmp_path / "not-read.gguf", tmp_path) == (tmp_path, known)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
