@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +146,7 @@ def difference(tree: Tree, wanted: Mapping[str, Content]) -> Change:
     """
     lineage = wanted.get(LINEAGE)
     if isinstance(lineage, bytes):  # and no copy: an older release here may have had another name
-        check_holder(tree, Lineage.parse(lineage))
+        _check_holder(tree, Lineage.parse(lineage))
     foreign = sorted(p for p in (wanted.keys() & tree.files.keys()) - tree.ours if Path(p).name != CARD)
     if foreign:
         raise HubError(f"{tree.repo}: has a {foreign[0]} that tunepress did not put there; choose another repository")
@@ -153,12 +154,23 @@ def difference(tree: Tree, wanted: Mapping[str, Content]) -> Change:
     return Change(changed, tuple(sorted(tree.ours - wanted.keys())))
 
 
-def check_holder(tree: Tree, wanted: Lineage) -> None:
-    """Refuse a repository that holds another run's release, which ours would replace without a trace.
+def check_destination(repo: str, run: str, mirror_of: str | None = None) -> None:
+    """Find out before any work whether a repository can take a run's release; one that is not there yet can.
 
     Raises:
-        HubError: naming both.
+        HubError: where it holds another run's release, or the Hub does not say.
     """
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    def attempt() -> None:
+        with contextlib.suppress(RepositoryNotFoundError):
+            _check_holder(read_tree(repo), Lineage(run, mirror_of))
+
+    persist(repo, attempt)
+
+
+def _check_holder(tree: Tree, wanted: Lineage) -> None:
+    """Refuse a repository that holds another run's release, which ours would replace without a trace."""
     there = tree.lineage
     if there.run is None or (there.run, there.mirror_of) == (wanted.run, wanted.mirror_of):
         return

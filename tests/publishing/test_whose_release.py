@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.errors import HubError
+from pipeline.hub import check_destination
 from pipeline.rollback import rollback
 from tests.publishing.conftest import REPO, FakeRun, make_run
 
@@ -63,6 +64,17 @@ def test_no_mirror_is_made_of_a_repository_that_is_refused(hub, finished, other)
         other.publish()
     with pytest.raises(KeyError):
         hub.repo("ada/other-int8")
+
+
+def test_a_destination_can_be_asked_about_before_there_is_anything_to_publish(hub, finished):
+    check_destination("ada/not-there-yet", "demo")
+    finished.configure(mirrors={"int8": MIRROR})
+    finished.publish()
+    check_destination(REPO, "demo")
+    check_destination(MIRROR, "demo", mirror_of=REPO)
+    for run, mirror_of in (("other", REPO), ("demo", None)):
+        with pytest.raises(HubError, match=f"^{MIRROR}: holds run 'demo' as a mirror of {REPO}"):
+            check_destination(MIRROR, run, mirror_of)
 
 
 def test_a_main_repository_is_no_mirror(hub, finished, other):
