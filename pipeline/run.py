@@ -138,10 +138,11 @@ def preflight(config: Config, need_inputs: bool = True, need_data: bool = True, 
     if config.data and config.train.method == "lora" and config.merge.base == "nf4":
         raise ConfigError("merge.base nf4: train.method lora never saw NF4 weights; use auto or bf16")
     if need_hub and config.publish.repo:
-        from pipeline.hub import check_access
+        from pipeline.hub import check_access, check_destination
 
         for repo in (config.publish.repo, *config.publish.mirrors.values()):
             check_access(repo, config.publish.create_pr)
+        check_destination(config.publish.repo, config.name)
 
 
 class Steps:
