@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import REPO_ID, Config
 from pipeline.data.sources import names_a_file
 from pipeline.libraries import versions
-from pipeline.workspace import HIDDEN, Workspace
+from pipeline.private import file_name
+from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
     from pipeline.hub import LocalFile
@@ -48,7 +47,7 @@ def lineage(
         **({"merged_into": results["merge"].get("base")} if "merge" in results else {}),
         "files": {name: {"sha256": f.sha256, "size": f.size} for name, f in sorted(files.items())},
         "documents": sorted(documents),
-        "results": _unplaced(results, workspace),
+        "results": results,
     }
     local = _sources(config) - hub_sources(results)
     return (json.dumps(_portable(content, local), indent=2, ensure_ascii=False) + "\n").encode()
@@ -93,33 +92,6 @@ def _portable(content: Any, local: Collection[str]) -> Any:
     if not isinstance(content, str) or content not in local or content.startswith(("package:", "builtin:")):
         return content
     return file_name(content)
-
-
-def file_name(path: str) -> str:
-    """The last part of a path that can be read; where it lies is nobody's business."""
-    return next((part for part in reversed(Path(path).parts) if any(c.isprintable() and c != " " for c in part)), path)
-
-
-def _unplaced(content: Any, workspace: Workspace) -> Any:
-    """`content` where what a library says about a failure names no folder of this machine."""
-    if isinstance(content, list):
-        return [_unplaced(value, workspace) for value in content]
-    if not isinstance(content, dict):
-        return content
-    told = {key: _unplaced(value, workspace) for key, value in content.items()}
-    if isinstance(told.get("reason"), str):
-        told["reason"] = _without_folders(told["reason"], workspace)
-    return told
-
-
-def _without_folders(text: str, workspace: Workspace) -> str:
-    """`text` with the run's folder by its name, and the home folder as `~`."""
-    run = workspace.release if workspace.folder.name == HIDDEN else workspace.folder
-    names = {str(run.resolve()): run.resolve().name, str(run.absolute()): run.absolute().name, str(Path.home()): "~"}
-    for folder, name in names.items():
-        if len(folder) > 1:
-            text = re.sub(rf"(?<![\w.-]){re.escape(folder)}(?![\w.-])", lambda _, name=name: name, text)
-    return text
 
 
 def own_version() -> str:

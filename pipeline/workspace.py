@@ -24,6 +24,7 @@ from pipeline.config import Config
 from pipeline.config_file import dump_config, load_config
 from pipeline.errors import WorkspaceError
 from pipeline.files import place_files, read_json, sha256, write_json, write_text
+from pipeline.private import without_folders
 
 HIDDEN = ".tunepress"  # the run's folder inside a result that was asked for by name
 
@@ -247,7 +248,8 @@ class Workspace:
     def write_measurement(self, name: str, content: dict) -> Path:
         """Store one step's figures and put `results.json` together anew."""
         path = self.measurements / f"{name}.json"
-        write_json(path, content)
+        run = self.release if self.folder.name == HIDDEN else self.folder
+        write_json(path, without_folders(content, run))
         self.assemble_results()
         return path
 

@@ -1,0 +1,32 @@
+"""What is nobody's business: where things lie on this machine."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+
+def file_name(path: str) -> str:
+    """The last part of a path that can be read."""
+    return next((part for part in reversed(Path(path).parts) if any(c.isprintable() and c != " " for c in part)), path)
+
+
+def without_folders(content: Any, run: Path) -> Any:
+    """Plain data in which a library's reasons for a failure name the run's folder by its name, and the home as `~`."""
+    if isinstance(content, list):
+        return [without_folders(value, run) for value in content]
+    if not isinstance(content, dict):
+        return content
+    told = {key: without_folders(value, run) for key, value in content.items()}
+    if isinstance(told.get("reason"), str):
+        told["reason"] = _shorten(told["reason"], run)
+    return told
+
+
+def _shorten(text: str, run: Path) -> str:
+    names = {str(run.resolve()): run.resolve().name, str(run.absolute()): run.absolute().name, str(Path.home()): "~"}
+    for folder, name in names.items():
+        if len(folder) > 1:
+            text = re.sub(rf"(?<![\w.-]){re.escape(folder)}(?![\w.-])", lambda _, name=name: name, text)
+    return text
