@@ -198,7 +198,7 @@ def _tell(
     for verb, variant in stages:
         if asked[verb] and not _is_pushed(workspace, verb, variant, repo):
             events.emit(verb, "pushed", variant, **_about(repo, commit))
-    if "README.md" in commit.sent or not _is_pushed(workspace, "publish", None, repo):
+    if CARD in commit.sent or not _is_pushed(workspace, "publish", None, repo):
         events.emit("publish", "pushed", **_about(repo, commit))
 
 
