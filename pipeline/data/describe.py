@@ -23,7 +23,7 @@ OWN_TEMPLATE, SUPPLIED_TEMPLATE = "the model's own", "supplied"
 
 _SAMPLES = 3
 _WIDTH = 100  # characters of a line that is shown
-_RUNS = 6  # stretches of a sample that are shown, learned and not
+_RUNS = 4  # stretches of a sample that are shown, learned and not
 _SHOWN_SKIPPED = 5
 _MARKS = ("{+", "+}")  # around what is learned
 
@@ -184,10 +184,10 @@ def _shown(head: str, example: Sequence[tuple[bool, str]]) -> list[str]:
 
 
 def _few(text: str) -> list[str]:
-    """At most six lines of text, and none of them long."""
+    """At most five lines of text, and none of them long."""
     lines = [line for line in text.splitlines() if line.strip()]
-    if len(lines) > 6:
-        lines = [*lines[:2], "...", *lines[-3:]]
+    if len(lines) > 5:
+        lines = [*lines[:2], "...", *lines[-2:]]
     return [line if len(line) <= _WIDTH else f"{line[: _WIDTH // 2]} ... {line[-(_WIDTH // 2) :]}" for line in lines]
 
 
