@@ -17,15 +17,26 @@ from pipeline.machine import cores
 
 # Bytes of a weight that are read at a time: long enough for a disk, and a small part of any memory.
 BLOCK_BYTES = 4_000_000
+# Weights computed with at a time: few enough that what arithmetic leaves on its way stays in a core's cache.
+TILE_ELEMENTS = 128 * 1024
 
 Job = Callable[[], int]  # does its part, and returns how many bytes of the source that was
 
 
-def row_blocks(shape: tuple[int, ...], row_bytes: int, block_bytes: int | None = None) -> Iterator[tuple[int, int]]:
-    """First row and row after the last of each block of a tensor; one row at least, however wide."""
-    step = max(1, (block_bytes or BLOCK_BYTES) // max(row_bytes, 1))
-    for first in range(0, shape[0], step):
-        yield first, min(first + step, shape[0])
+def row_blocks(rows: int, row_bytes: int, together: int = 1) -> Iterator[tuple[int, int]]:
+    """First row and row after the last of each block of a stored tensor; `together` rows at least, however wide."""
+    return _spans(rows, BLOCK_BYTES // max(row_bytes, 1), together)
+
+
+def tiles(rows: int, width: int, together: int = 1) -> Iterator[tuple[int, int]]:
+    """The same of a matrix of `rows` by `width` in memory."""
+    return _spans(rows, TILE_ELEMENTS // max(width, 1), together)
+
+
+def _spans(rows: int, wanted: int, together: int) -> Iterator[tuple[int, int]]:
+    step = max(1, wanted // together) * together
+    for first in range(0, rows, step):
+        yield first, min(first + step, rows)
 
 
 def in_parallel(

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.blocks import Job, in_parallel, row_blocks
+from pipeline.blocks import Job, in_parallel, row_blocks, tiles
 from pipeline.catalog import VARIANTS
 from pipeline.checkpoint import SHARD_BYTES, Checkpoint, CheckpointWriter
 from pipeline.config import VariantSpec
@@ -28,8 +28,6 @@ from pipeline.quantization.formats import storage
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.rounding import rounding
 
-# Weights rounded at a time: few enough that what arithmetic leaves on its way stays in a core's cache.
-TILE_ELEMENTS = 128 * 1024
 ROUNDED_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -172,7 +170,7 @@ def _jobs(checkpoint: Checkpoint, variants: Sequence[_Variant]) -> Iterator[Job]
     """Every block of every tensor, in the order in which they lie on the disk."""
     for name, info in sorted(checkpoint.items(), key=lambda item: (item[1].path, item[1].offset)):
         if info.shape:
-            for first, stop in row_blocks(info.shape, info.row_bytes):
+            for first, stop in row_blocks(info.shape[0], info.row_bytes):
                 yield partial(_pass_on, checkpoint, name, first, stop, variants)
         else:
             yield partial(_pass_on_scalar, checkpoint, name, variants)
@@ -189,10 +187,9 @@ def _pass_on(checkpoint: Checkpoint, name: str, first: int, stop: int, variants:
         if name not in variant.grids:
             variant.writer.write(name, block, first)
     if rounding_variants:
-        rows = max(1, TILE_ELEMENTS // max(block.shape[1], 1))
-        for start in range(0, len(block), rows):
+        for start, end in tiles(*block.shape):
             for variant in rounding_variants:
-                variant.take(name, block[start : start + rows], first + start)
+                variant.take(name, block[start:end], first + start)
     return block.nbytes
 
 

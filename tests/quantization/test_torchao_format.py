@@ -15,7 +15,6 @@ from pipeline.checkpoint import SINGLE_NAME, Checkpoint
 from pipeline.config import VariantSpec
 from pipeline.errors import QuantizationError
 from pipeline.models import linear_weights
-from pipeline.quantization import stream
 from pipeline.quantization.formats import storage
 from pipeline.quantization.formats.torchao import unpack
 from pipeline.quantization.grid import Grid
@@ -317,7 +316,7 @@ def test_the_files_are_as_small_as_promised(tmp_path, spec, width, limit):
 @pytest.mark.parametrize("block, tile", [(1, 1), (1000, 10_000), (10_000, 1000), (10**9, 500)])
 def test_the_size_of_the_blocks_does_not_show_in_the_files(tiny_model, tmp_path, monkeypatch, block, tile):
     monkeypatch.setattr(blocks, "BLOCK_BYTES", block)
-    monkeypatch.setattr(stream, "TILE_ELEMENTS", tile)
+    monkeypatch.setattr(blocks, "TILE_ELEMENTS", tile)
     source = tiny_model("llama")
     quantize(source, tmp_path, {"name": "int4", "rounding": "rtn"}, "int8")
     monkeypatch.undo()
