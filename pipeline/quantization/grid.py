@@ -95,7 +95,7 @@ def choose_codes(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor |
     """
     inverse = (1.0 / scale.float()).unsqueeze(-1)
     if grid.zero == "float":
-        codes = (groups.float() - zero.float().unsqueeze(-1)) * inverse
+        codes = (groups.float() - zero.float().unsqueeze(-1)).mul_(inverse)
     else:
         codes = groups.float() * inverse
     codes = codes.round_()
