@@ -59,13 +59,13 @@ PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="
 
 
 def random_checkpoint(folder: Path, size: str, shards: int) -> Path:
-    """A Llama of that size in bf16, random, in about so many shards, with a tokenizer."""
+    """A Llama of that size in bf16, random, with a tokenizer; in so many shards, or one more."""
     run([sys.executable, "-c", _MAKE, str(folder), json.dumps(SIZES[size]), str(shards)])
     return folder
 
 
 def run(command: list[str]) -> dict[str, float]:
-    """Run a command to its end; its wall time in seconds, from start to exit, and its peak memory in bytes."""
+    """Run a command to its end; its wall and processor time in seconds, from start to exit, and its peak memory."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     start = time.perf_counter()
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
@@ -75,7 +75,11 @@ def run(command: list[str]) -> dict[str, float]:
     seconds = time.perf_counter() - start
     if process.returncode:
         raise SystemExit(f"{' '.join(command)[:200]}\n{output.decode(errors='replace')[-3000:]}")
-    return {"seconds": seconds, "peak_bytes": usage.ru_maxrss * 1024}
+    return {
+        "seconds": seconds,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,  # which says more where others use the machine
+        "peak_bytes": usage.ru_maxrss * 1024,
+    }
 
 
 def medians(sides: dict[str, Callable[[], dict[str, float]]], times: int) -> list[dict]:
@@ -88,8 +92,7 @@ def medians(sides: dict[str, Callable[[], dict[str, float]]], times: int) -> lis
     return [
         {
             "side": name,
-            "seconds": statistics.median(r["seconds"] for r in results),
-            "peak_bytes": statistics.median(r["peak_bytes"] for r in results),
+            **{key: statistics.median(r[key] for r in results) for key in results[0]},
             "all_seconds": [round(r["seconds"], 2) for r in results],
         }
         for name, results in seen.items()
@@ -98,10 +101,11 @@ def medians(sides: dict[str, Callable[[], dict[str, float]]], times: int) -> lis
 
 def report(title: str, rows: list[dict], ratios: dict[str, float], path: Path | None) -> None:
     """Print the table and the ratios; write them where asked."""
-    table = Table("side", "wall s", "peak MB", "all", title=title)
+    table = Table("side", "wall s", "cpu s", "peak MB", "every wall s", title=title)
     for row in rows:
         times = " ".join(f"{s:.1f}" for s in row["all_seconds"])
-        table.add_row(row["side"], f"{row['seconds']:.1f}", f"{row['peak_bytes'] / 1e6:.0f}", times)
+        figures = (f"{row['seconds']:.1f}", f"{row['cpu_seconds']:.1f}", f"{row['peak_bytes'] / 1e6:.0f}")
+        table.add_row(row["side"], *figures, times)
     console = Console()
     console.print(table)
     for name, value in ratios.items():
