@@ -70,11 +70,13 @@ def _check_fit(checkpoint: Checkpoint, base: Path, adapter: Adapter, folder: Pat
             raise ModelError(f"{folder}: changes {name!r}, which {base} does not have")
         if checkpoint[name].shape != made:
             raise ModelError(f"{folder}: made for a {name!r} of {made}; in {base} it is {checkpoint[name].shape}")
-    vocabulary = read_config(base).get("vocab_size")
-    tables = [n for n, info in checkpoint.items() if len(info.shape) == 2 and info.shape[0] == vocabulary]
-    if len(tables) == 1 and tables[0] in adapter.replaced:
-        # peft trains a copy and leaves the other use of a tied table as it was: no tied model is both.
-        raise ModelError(f"{folder}: replaces {tables[0]!r}, which {base} uses twice, as embedding and as output head")
+    config, shapes = read_config(base), [info.shape for info in checkpoint.values()]
+    stored = 2 if config.get("tie_word_embeddings") is True else 1  # some tied models store the one table twice
+    for name in (*adapter.replaced, *adapter.changes):
+        shape = checkpoint[name].shape
+        if len(shape) == 2 and shape[0] >= (config.get("vocab_size") or 0) and shapes.count(shape) <= stored:
+            # peft trains it in one of its two places only, and no tied model can hold both.
+            raise ModelError(f"{folder}: changes {name!r}, which {base} uses twice, as embedding and as output head")
 
 
 def _jobs(checkpoint: Checkpoint, adapter: Adapter, writer: CheckpointWriter, held: Collection[str]) -> Iterator[Job]:

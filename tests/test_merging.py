@@ -365,6 +365,16 @@ def test_a_table_that_the_base_uses_twice_is_not_replaced_in_one_of_its_places(t
     assert not (tmp_path / "out").exists()
 
 
+def test_nor_where_a_tied_base_stores_its_table_twice(tiny_model, trained, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model("llama"), base)
+    adapter = trained(tiny_model("llama"), target_modules=["q_proj", "lm_head"])
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.raises(ModelError, match="'lm_head.weight', which .* uses twice"):
+        merge_checkpoint(base, adapter, tmp_path / "out", "bf16")
+
+
 @pytest.mark.parametrize("architecture, said", [("qwen3", "made for a"), ("smollm3", "made for a")])
 def test_an_adapter_of_another_model_is_refused_by_name(tiny_model, adapter, tmp_path, architecture, said):
     with pytest.raises(ModelError, match=rf"{said} 'model\.layers"):
