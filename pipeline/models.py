@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from pipeline.catalog import GROUP_SIZES
 from pipeline.config import PACKAGE_SOURCE, REPO_ID, Model
 from pipeline.download import download
 from pipeline.errors import ModelError
@@ -106,21 +107,50 @@ def linear_weights(folder: Path) -> dict[str, tuple[int, int]]:
     The model is built on the meta device, so this costs no memory.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ModelError(f"{folder}: transformers cannot build this model: {reason}") from None
+    model = _skeleton(folder)
     head = model.get_output_embeddings()
     return {
         f"{name}.weight": tuple(module.weight.shape)
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and module is not head
     }
+
+
+def refuse_other_matrices(folder: Path) -> None:
+    """Raise where a model computes with large matrices that are no linear layers, such as stacked experts.
+
+    Neither transformers nor this project quantizes those, and a variant that keeps most of the
+    model in bf16 is none.
+
+    Raises:
+        ModelError: naming the first of them.
+    """
+    import torch
+
+    known = (torch.nn.Linear, torch.nn.Embedding, torch.nn.modules.conv._ConvNd)
+    for name, module in _skeleton(folder).named_modules():
+        for part, parameter in module.named_parameters(recurse=False):
+            is_matrix = parameter.ndim >= 2 and min(parameter.shape[-2:]) >= min(GROUP_SIZES)
+            if is_matrix and not isinstance(module, known):
+                raise ModelError(
+                    f"{folder}: {name}.{part} {tuple(parameter.shape)} belongs to a {type(module).__name__}, "
+                    "not to a linear layer; such models are not quantized"
+                )
+
+
+def _skeleton(folder: Path):
+    """The model without its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(f"{folder}: transformers cannot build this model: {reason}") from None
 
 
 def stored_bytes(folder: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,9 @@ import torch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+BLOCK = 64  # weights that share a scale
+SCALE_BLOCK = 256  # scales that share a scale of their own
 
 
 def load_base(folder: Path, in_nf4: bool) -> PreTrainedModel:
@@ -36,9 +40,45 @@ def load_base(folder: Path, in_nf4: bool) -> PreTrainedModel:
     return model
 
 
-def as_nf4(weight: torch.Tensor) -> torch.Tensor:
-    """The weight (N, K) as NF4 training saw it: quantized and back, in bf16."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+class HeldInNf4:
+    """A weight (N, K) as NF4 training held it, from which rows come back in bf16.
 
-    codes, state = quantize_4bit(weight.to(torch.bfloat16), quant_type="nf4", compress_statistics=True)
-    return dequantize_4bit(codes, state)
+    Scales of blocks of 64 are quantized in their turn, about the mean of them all, so every
+    row has to be seen before any comes back. What is held meanwhile is half a byte a weight.
+    """
+
+    def __init__(self, pieces: Iterable[torch.Tensor], shape: tuple[int, int]):
+        """`pieces` are the weight's rows in order, each a multiple of `rows_together` but the last."""
+        from bitsandbytes.functional import dequantize_blockwise, quantize_4bit, quantize_blockwise
+
+        self.shape = shape
+        self._codes = torch.empty(-(-shape[0] * shape[1] // 2), dtype=torch.uint8)
+        scales, position = [], 0
+        for piece in pieces:
+            codes, state = quantize_4bit(piece.to(torch.bfloat16), blocksize=BLOCK, quant_type="nf4")
+            self._codes[position : position + codes.numel()] = codes.view(-1)
+            position += codes.numel()
+            scales.append(state.absmax)
+        scale = torch.cat(scales)
+        offset = scale.mean()
+        quantized, state = quantize_blockwise(scale - offset, blocksize=SCALE_BLOCK)
+        self._scale = dequantize_blockwise(quantized, state) + offset
+
+    def rows(self, first: int, stop: int) -> torch.Tensor:
+        """Rows `first`, which `rows_together` divides, to `stop`, as training computed with them."""
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
+        width = self.shape[1]
+        start, end = first * width, stop * width
+        codes, scale = self._codes[start // 2 : -(-end // 2)], self._scale[start // BLOCK : -(-end // BLOCK)]
+        shape = torch.Size((stop - first, width))
+        state = QuantState(absmax=scale, shape=shape, dtype=torch.bfloat16, blocksize=BLOCK, quant_type="nf4")
+        return dequantize_4bit(codes.unsqueeze(1), state)
+
+
+def rows_together(rows: int, width: int) -> int:
+    """Pieces of a weight are multiples of so many rows: any, where blocks of NF4 end with the rows, else all of them.
+
+    Where a block goes on in the next row, what bitsandbytes' CPU kernel makes of it depends on the whole shape.
+    """
+    return rows if width % BLOCK else 1

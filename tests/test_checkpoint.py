@@ -3,12 +3,14 @@
 import json
 import random
 import struct
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from pipeline import blocks
 from pipeline.checkpoint import DTYPES, INDEX_NAME, SINGLE_NAME, Checkpoint, CheckpointWriter, read_header
 from pipeline.errors import CheckpointError
 
@@ -146,6 +148,41 @@ def test_a_tensor_with_rows_missing_is_never_called_finished(tmp_path, written):
             writer.write("rows", torch.ones(stop - start, 2), start)
 
 
+def test_files_get_their_names_only_when_every_byte_is_there(tmp_path):
+    tensors, folder = some_tensors(), tmp_path / "new"
+    with CheckpointWriter(folder, plan_of(tensors), shard_bytes=100) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+        assert {path.suffix for path in folder.iterdir()} == {".partial"}
+        with pytest.raises(CheckpointError):
+            Checkpoint(folder)
+    assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json"}
+
+
+@pytest.mark.parametrize("shard_bytes", [100, 10**9])
+def test_a_write_that_failed_leaves_nothing_and_what_was_there_before_is_still_there(tmp_path, shard_bytes):
+    tensors = some_tensors()
+    write(tmp_path, tensors, shard_bytes=shard_bytes)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for error in (ValueError, KeyError):
+        with pytest.raises(error), CheckpointWriter(tmp_path, plan_of(tensors), shard_bytes=shard_bytes) as writer:
+            writer.write("cube", torch.zeros(3, 4, 5))
+            if error is KeyError:
+                raise KeyError
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_rows_come_from_many_threads(tmp_path):
+    tensors = {f"t{i}": torch.randn(200, 5) for i in range(4)}
+    pieces = [(name, first) for first in range(0, 200, 10) for name in tensors]
+    with CheckpointWriter(tmp_path, plan_of(tensors), shard_bytes=5000) as writer, ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda p: writer.write(p[0], tensors[p[0]][p[1] : p[1] + 10], p[1]), pieces))
+    checkpoint = Checkpoint(tmp_path)
+    with ThreadPoolExecutor(8) as threads:
+        read = list(threads.map(lambda p: checkpoint.read_rows(p[0], p[1], p[1] + 10), pieces))
+    assert all(torch.equal(rows, tensors[n][f : f + 10]) for rows, (n, f) in zip(read, pieces, strict=True))
+
+
 def test_an_error_inside_is_the_one_that_is_seen(tmp_path):
     with pytest.raises(KeyError, match="mine"), CheckpointWriter(tmp_path, {"t": (torch.float32, (4,))}):
         raise KeyError("mine")
@@ -204,6 +241,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("os.pwrite", no_space)
     with pytest.raises(CheckpointError, match="No space left"):
         CheckpointWriter(tmp_path, {"t": (torch.float32, (4,))})
+    assert not list(tmp_path.iterdir())
 
 
 # -- damaged files
@@ -245,6 +283,8 @@ DAMAGED = {
     "negative offsets": (file_of({"a": entry(-8, 0, [2])}, bytes(8)), "disagree"),
     "offsets that go back": (file_of({"a": entry(8, 0, [2])}, bytes(8)), "disagree"),
     "a huge shape": (file_of({"a": entry(0, 8, [2**62, 2**62])}, bytes(8)), "disagree"),
+    "nothing of a shape that no machine has": (file_of({"a": entry(0, 0, [10**30, 0])}), "disagree"),
+    "more dimensions than torch has": (file_of({"a": entry(0, 4, [1] * 100)}, bytes(4)), "disagree"),
     "fractions": (file_of({"a": entry(0, 8, [2.0])}, bytes(8)), "disagree"),
     "booleans": (file_of({"a": entry(0, 4, [True])}, bytes(4)), "disagree"),
     "a shape that is text": (file_of({"a": entry(0, 4, "")}, bytes(4)), "disagree"),
@@ -316,6 +356,18 @@ def test_a_missing_shard_is_named(sharded):
         Checkpoint(folder)
 
 
+def test_a_shard_that_the_index_does_not_name_is_named(sharded):
+    folder, _ = sharded
+    index = json.loads((folder / INDEX_NAME).read_text())
+    del index["weight_map"]["b"]
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"does not name model-00002-of-00003\.safetensors"):
+        Checkpoint(folder)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors: .* missing"):
+        Checkpoint(folder)
+
+
 def test_a_tensor_that_only_the_index_knows_is_named(sharded):
     folder, change = sharded
     change(ghost="model-00001-of-00003.safetensors")
@@ -330,12 +382,72 @@ def test_a_tensor_in_two_shards_is_refused(sharded):
         Checkpoint(folder)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": null}', "[" * 100_000])
+TEXTS = ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": null}', "[" * 100_000]
+TEXTS += ['{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}']
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
 def test_an_index_that_is_none_is_refused(sharded, text):
     folder, _ = sharded
     (folder / INDEX_NAME).write_text(text)
     with pytest.raises(CheckpointError, match="not an index"):
         Checkpoint(folder)
+
+
+HURT = {
+    "cut short": (lambda data: data[:-1000], "header says"),
+    "cut in the header": (lambda data: data[:500], "cut short"),
+    "too long": (lambda data: data + b"more", "header says"),
+    "a length that is wrong": (lambda data: b"\xff" * 8 + data[8:], "cut short"),
+    "a type that is wrong": (lambda data: data.replace(b'"BF16"', b'"F32" ', 1), "disagree"),
+    "a name that is wrong": (lambda data: data.replace(b"layers.1.mlp.up_proj", b"layers.1.mlp.../../x", 1), "up_proj"),
+}
+
+
+@pytest.mark.parametrize("hurt", HURT)
+@pytest.mark.parametrize("verb", ["quantize", "merge"])
+def test_of_a_damaged_checkpoint_nothing_is_made(model_copy, tmp_path, verb, hurt):
+    from pipeline.config import VariantSpec
+    from pipeline.errors import UserError
+    from pipeline.merging import merge_checkpoint
+    from pipeline.models import linear_weights
+    from pipeline.quantization.stream import quantize_checkpoint
+
+    change, said = HURT[hurt]
+    linear, path, out = linear_weights(model_copy), model_copy / SINGLE_NAME, tmp_path / "out"
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(UserError, match=said) as caught:
+        if verb == "quantize":
+            quantize_checkpoint(model_copy, [VariantSpec(name="int8").resolved()], {"int8": out}, linear)
+        else:
+            merge_checkpoint(model_copy, an_adapter(tmp_path / "adapter"), out, "nf4", linear)
+    assert "\n" not in str(caught.value) and not out.exists()
+
+
+def test_a_checkpoint_that_is_cut_while_it_is_read_leaves_no_weights(model_copy, tmp_path, monkeypatch):
+    from pipeline.config import VariantSpec
+    from pipeline.models import linear_weights
+    from pipeline.quantization.stream import quantize_checkpoint
+
+    def cut(done, total):
+        with open(model_copy / SINGLE_NAME, "r+b") as file:
+            file.truncate(20_000)
+
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1)  # thousands of reads, most of which are still to come
+    spec, out = VariantSpec(name="int8").resolved(), tmp_path / "out"
+    with pytest.raises(CheckpointError, match="ended before its last tensor"):
+        quantize_checkpoint(model_copy, [spec], {"int8": out}, linear_weights(model_copy), cut)
+    assert not list(out.iterdir())
+
+
+def an_adapter(folder):
+    folder.mkdir()
+    q = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    save_file(
+        {f"{q}A.weight": torch.ones(2, 160), f"{q}B.weight": torch.ones(160, 2)}, folder / "adapter_model.safetensors"
+    )
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    return folder
 
 
 def test_a_folder_without_safetensors_is_refused(tmp_path):

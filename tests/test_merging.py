@@ -8,10 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline import blocks
 from pipeline.checkpoint import SINGLE_NAME, Checkpoint
 from pipeline.errors import CheckpointError, ModelError
-from pipeline.merging import Adapter, as_nf4, merge_checkpoint
+from pipeline.lora import Adapter
+from pipeline.merging import merge_checkpoint
 from pipeline.models import linear_weights
+from pipeline.nf4 import HeldInNf4, rows_together
 from tests.conftest import ARCHITECTURES
 
 RANK, ALPHA = 4, 12
@@ -44,8 +47,9 @@ def trained(tiny_model, tmp_path_factory):
             }
             model = get_peft_model(base_model(base), LoraConfig(**settings))
             for name, parameter in model.named_parameters():
-                if "lora_B" in name:
-                    torch.nn.init.normal_(parameter, std=0.05)
+                if "lora_B" in name or (parameter.requires_grad and "lora_A" not in name):
+                    with torch.no_grad():  # factors begin at 0, and what is trained whole begins at the base's own
+                        parameter.add_(torch.randn_like(parameter) * 0.05)
             made[key] = tmp_path_factory.mktemp("adapter")
             model.save_pretrained(made[key])
         return made[key]
@@ -66,7 +70,7 @@ def test_a_merge_into_bf16_is_pefts_own_rounded_once(tiny_model, trained, tmp_pa
     adapter = trained(base, **options)
     merge_checkpoint(base, adapter, tmp_path, "bf16")
     exact = weights_of(PeftModel.from_pretrained(base_model(base, torch.float32), adapter).merge_and_unload())
-    before, after, changed = Checkpoint(base), Checkpoint(tmp_path), set(Adapter.read(adapter).factors)
+    before, after, changed = Checkpoint(base), Checkpoint(tmp_path), set(Adapter.read(adapter).changes)
     assert set(after) == set(before) and len(changed) == (4 if "target_modules" in options else 14)
     for name in after:
         ours = after.read(name)
@@ -77,6 +81,57 @@ def test_a_merge_into_bf16_is_pefts_own_rounded_once(tiny_model, trained, tmp_pa
             assert not torch.equal(ours, before.read(name))
         else:
             assert torch.equal(ours, before.read(name))
+
+
+BEYOND = {
+    "ranks and alphas": {
+        "rank_pattern": {"q_proj": 8, r"layers\.1\.mlp\.down_proj": 2}, "alpha_pattern": {"q_proj": 3},
+    },
+    "ranks and alphas, rslora": {
+        "rank_pattern": {"model.layers.0.*up_proj": 8}, "alpha_pattern": {"up_proj": 5, "v_proj": 7},
+        "use_rslora": True,
+    },
+    "biases of the factors": {"lora_bias": True, "target_modules": ["q_proj", "v_proj"]},
+    "every bias": {"bias": "all"},
+    "biases of the layers": {"bias": "lora_only", "target_modules": ["k_proj", "up_proj"]},
+    "modules trained whole": {"modules_to_save": ["lm_head", "embed_tokens", "norm"]},
+    "a head with factors": {"target_modules": ["q_proj", "lm_head"]},
+    "DoRA": {"use_dora": True},
+    "DoRA, rslora, ranks": {"use_dora": True, "use_rslora": True, "rank_pattern": {"o_proj": 6}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BEYOND)
+def test_whatever_else_an_adapter_carries_is_merged_as_peft_merges_it(tiny_model, trained, tmp_path, monkeypatch, what):
+    from peft import PeftModel
+
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 20_000)  # every weight in several blocks
+    monkeypatch.setattr(blocks, "TILE_ELEMENTS", 3000)
+    base = tiny_model("llama")
+    adapter = trained(base, **BEYOND[what])
+    merge_checkpoint(base, adapter, tmp_path, "bf16")
+    exact = PeftModel.from_pretrained(base_model(base, torch.float32), adapter).merge_and_unload().state_dict()
+    before, after = Checkpoint(base), Checkpoint(tmp_path)
+    touched = Adapter.read(adapter).shapes()
+    assert set(after) == set(before) == set(exact)
+    for name in after:
+        error = (after.read(name).float() - exact[name]).abs()
+        assert (error <= HALF_ULP * exact[name].abs() + 1e-6).all(), name
+        assert torch.equal(after.read(name), before.read(name)) == (name not in touched), name
+
+
+def test_blocks_of_rows_of_any_size_give_the_same_weights(tiny_model, trained, tmp_path, monkeypatch):
+    base = tiny_model("llama")
+    adapter = trained(base, use_dora=True)
+    for kind in ("bf16", "nf4"):
+        merge_checkpoint(base, adapter, tmp_path / kind, kind, linear_weights(base))
+        with monkeypatch.context() as small:
+            small.setattr(blocks, "BLOCK_BYTES", 5000)
+            small.setattr(blocks, "TILE_ELEMENTS", 1000)
+            merge_checkpoint(base, adapter, tmp_path / f"{kind}-small", kind, linear_weights(base))
+        whole, apart = Checkpoint(tmp_path / kind), Checkpoint(tmp_path / f"{kind}-small")
+        for name in whole:  # a product of other shapes may sum in another order
+            assert torch.allclose(whole.read(name).float(), apart.read(name).float(), rtol=2 * HALF_ULP, atol=1e-6)
 
 
 def test_pefts_merge_in_bf16_is_within_its_own_rounding(tiny_model, trained, tmp_path):
@@ -101,10 +156,18 @@ def test_the_merged_model_answers_like_the_live_adapter(any_model, trained, tmp_
     assert (merged - live).norm() < 0.05 * live.norm() < 0.2 * (base - live).norm()
 
 
-def test_the_scale_is_alpha_over_rank_or_over_its_root(tiny_model, trained):
+def test_the_scale_is_alpha_over_rank_or_over_its_root_layer_by_layer(tiny_model, trained):
     base = tiny_model("llama")
-    assert Adapter.read(trained(base)).scale == ALPHA / RANK
-    assert Adapter.read(trained(base, use_rslora=True)).scale == ALPHA / math.sqrt(RANK)
+
+    def scales(**options):
+        return {name: change.scale for name, change in Adapter.read(trained(base, **options)).changes.items()}
+
+    assert set(scales().values()) == {ALPHA / RANK}
+    assert set(scales(use_rslora=True).values()) == {ALPHA / math.sqrt(RANK)}
+    by_layer = scales(rank_pattern={"q_proj": 8}, alpha_pattern={r"layers\.1\.self_attn\.q_proj": 3})
+    assert by_layer["model.layers.0.self_attn.q_proj.weight"] == ALPHA / 8
+    assert by_layer["model.layers.1.self_attn.q_proj.weight"] == 3 / 8
+    assert by_layer["model.layers.1.self_attn.k_proj.weight"] == ALPHA / RANK
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -125,23 +188,32 @@ def test_a_merge_into_nf4_starts_from_what_training_saw(tiny_model, trained, tmp
     seen = base_model(base, quantization_config=nf4)
     layers = {n: m.weight for n, m in seen.named_modules() if isinstance(m, Linear4bit)}
     assert {f"{name}.weight" for name in layers} == set(linear_weights(base))
-    before, after, factors = Checkpoint(base), Checkpoint(tmp_path), Adapter.read(adapter).factors
+    before, after, read = Checkpoint(base), Checkpoint(tmp_path), Adapter.read(adapter)
     for name in after:
         weight = before.read(name)
         if (held := layers.get(name.removesuffix(".weight"))) is not None:
             weight = dequantize_4bit(held.data, held.quant_state)
             assert weight.dtype == torch.bfloat16 and not torch.equal(weight, before.read(name))
-        if name in factors:
-            a, b = (f.float() for f in factors[name])
+        if change := read.changes.get(name):
+            a, b = (read.tensors.read(factor).float() for factor in (change.a, change.b))
             expected = weight.float() + ALPHA / RANK * (b @ a)
             assert ((after.read(name).float() - expected).abs() <= HALF_ULP * expected.abs() + 1e-6).all()
         else:
             assert torch.equal(after.read(name), weight)
 
 
-def test_nf4_of_nf4_is_the_same_weight():
-    once = as_nf4(torch.randn(64, 128).bfloat16())
-    assert (as_nf4(once) - once).abs().max() < 0.05 * once.abs().max()
+@pytest.mark.parametrize("shape", [(160, 192), (33, 64), (96, 80), (33, 96), (6, 32), (70, 31), (1, 64)], ids=str)
+@pytest.mark.parametrize("times", [1, 3, 1000])
+def test_a_weight_seen_in_pieces_is_held_in_nf4_to_the_last_bit_as_if_seen_whole(shape, times):
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    weight = torch.randn(shape).bfloat16()
+    step = times * rows_together(*shape)
+    cuts = [(first, min(first + step, shape[0])) for first in range(0, shape[0], step)]
+    held = HeldInNf4((weight[a:b] for a, b in cuts), shape)
+    whole = dequantize_4bit(*quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
+    assert torch.equal(torch.cat([held.rows(a, b) for a, b in cuts]), whole)
+    assert not torch.equal(whole, weight)
 
 
 @pytest.mark.parametrize("linear, said", [((), "every linear layer"), (("ghost.weight",), "ghost.weight")])
@@ -198,15 +270,14 @@ def adapter(tiny_model, trained, tmp_path):
 @pytest.mark.parametrize(
     "values",
     [
-        {"use_dora": True}, {"lora_bias": True}, {"fan_in_fan_out": True}, {"modules_to_save": ["lm_head"]},
-        {"alpha_pattern": {"q_proj": 8}}, {"rank_pattern": {"q_proj": 8}}, {"layer_replication": [[0, 1]]},
+        {"fan_in_fan_out": True}, {"layer_replication": [[0, 1]]}, {"ensure_weight_tying": True},
         {"target_parameters": ["x"]}, {"trainable_token_indices": [1]}, {"alora_invocation_tokens": [1]},
         {"use_qalora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "pissa_niter_4"},
         {"init_lora_weights": "olora"}, {"init_lora_weights": "loftq"}, {"init_lora_weights": "corda"},
     ],
     ids=str,
 )  # fmt: skip
-def test_what_an_adapter_has_beyond_plain_lora_is_refused_by_name(adapter, values):
+def test_what_cannot_be_merged_is_refused_by_name(adapter, values):
     (key,) = values
     with pytest.raises(ModelError, match=key):
         Adapter.read(adapter(**values))
@@ -216,14 +287,18 @@ def test_what_an_adapter_has_beyond_plain_lora_is_refused_by_name(adapter, value
     "values", [{"init_lora_weights": "gaussian"}, {"init_lora_weights": False}, {"modules_to_save": None}]
 )
 def test_what_makes_no_difference_to_a_merge_is_not(adapter, values):
-    assert len(Adapter.read(adapter(**values)).factors) == 14
+    assert len(Adapter.read(adapter(**values)).changes) == 14
 
 
 @pytest.mark.parametrize(
     "values, said",
     [
-        ({"bias": "all"}, "bias"),
-        ({"bias": "lora_only"}, "bias"),
+        ({"use_dora": True}, "use_dora is True, and .* no lora_magnitude_vector"),
+        ({"lora_bias": True}, "lora_bias is True, and .* no lora_B.bias"),
+        ({"rank_pattern": {"q_proj": 8}}, "q_proj.weight' has no factors A and B of rank 8"),
+        ({"rank_pattern": {"q_proj": "8"}}, "no rank and alpha for 'model.layers.0.self_attn.q_proj'"),
+        ({"rank_pattern": {"q_(proj": 8}}, "no regular expression"),
+        ({"alpha_pattern": ["q_proj"]}, "alpha_pattern in its adapter_config.json is not a table"),
         ({"peft_type": "IA3"}, "a IA3 adapter; only LoRA"),
         ({"r": 8}, "no factors A and B of rank 8"),
         ({"r": 0}, "no rank and alpha"),
@@ -267,7 +342,9 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
             lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(2, 2)}),
             "lm_head.weight' is not a LoRA factor",
         ),
-        (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(2)}), "is not a LoRA factor"),
+        (lambda t: t.update({f"{Q}.bias": torch.ones(160)}), "q_proj.bias' is not a LoRA factor"),
+        (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(160)}), "use_dora is False"),
+        (lambda t: t.update({f"{Q}.lora_B.bias": torch.ones(160)}), "lora_bias is False"),
         (lambda t: t.update({f"{Q}.lora_embedding_A": torch.ones(2, 2)}), "is not a LoRA factor"),
         (lambda t: t.pop(f"{Q}.lora_B.weight"), "q_proj.weight' has no factors A and B of rank 4"),
         (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(5, 160)}), "no factors A and B of rank 4"),
@@ -278,6 +355,24 @@ def test_tensors_that_are_not_pairs_of_factors_are_refused_by_name(adapter, chan
     edit(adapter(), change)
     with pytest.raises(ModelError, match=said):
         Adapter.read(adapter())
+
+
+def test_a_table_that_the_base_uses_twice_is_not_replaced_in_one_of_its_places(tiny_model, trained, tmp_path):
+    for module, said in (("embed_tokens", "uses twice"), ("lm_head", "changes 'lm_head.weight', which .* not have")):
+        base = tiny_model("qwen3")
+        with pytest.raises(ModelError, match=said):
+            merge_checkpoint(base, trained(base, modules_to_save=[module]), tmp_path / "out", "bf16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nor_where_a_tied_base_stores_its_table_twice(tiny_model, trained, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model("llama"), base)
+    adapter = trained(tiny_model("llama"), target_modules=["q_proj", "lm_head"])
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.raises(ModelError, match="'lm_head.weight', which .* uses twice"):
+        merge_checkpoint(base, adapter, tmp_path / "out", "bf16")
 
 
 @pytest.mark.parametrize("architecture, said", [("qwen3", "made for a"), ("smollm3", "made for a")])

@@ -95,7 +95,7 @@ def choose_codes(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor |
     """
     inverse = (1.0 / scale.float()).unsqueeze(-1)
     if grid.zero == "float":
-        codes = (groups.float() - zero.float().unsqueeze(-1)) * inverse
+        codes = (groups.float() - zero.float().unsqueeze(-1)).mul_(inverse)
     else:
         codes = groups.float() * inverse
     codes = codes.round_()
@@ -117,8 +117,8 @@ def fitting_group_size(width: int, wanted: int) -> int | None:
 
 def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
     """(N, K) codes of four bits -> (N, K / 2) bytes as int8, the even column in the low nibble."""
-    nibbles = codes.view(torch.uint8) & 0xF
-    return (nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)).view(torch.int8)
+    pairs = codes.contiguous().view(torch.int16)  # the even column in the low byte; torch's machines are little-endian
+    return ((pairs >> 4) & 0xF0).bitwise_or_(pairs & 0xF).to(torch.int8)
 
 
 def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:

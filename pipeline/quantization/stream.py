@@ -1,20 +1,24 @@
 """One pass over a checkpoint, many variants out.
 
 Every weight is read once, in blocks of rows; each block is rounded for every variant
-that was asked for and goes to its place in that variant's files.
+that was asked for and goes to its place in that variant's files. All cores work on
+blocks of their own (`pipeline.blocks`), and the bytes do not depend on who was first.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from pipeline.blocks import Job, in_parallel, row_blocks, tiles
 from pipeline.catalog import VARIANTS
 from pipeline.checkpoint import SHARD_BYTES, Checkpoint, CheckpointWriter
 from pipeline.config import VariantSpec
@@ -24,7 +28,7 @@ from pipeline.quantization.formats import storage
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.rounding import rounding
 
-BLOCK_ELEMENTS = 4_000_000  # weights rounded at a time
+ROUNDED_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class _Variant:
         self.format = storage(VARIANTS[spec.name].format)
         self.round = rounding(spec.rounding)
         self.grids, self.kept = _grids(spec, linear)
+        self._scales: dict[str, dict[int, tuple]] = {}  # of weights whose last rows are not there yet
+        self._lock = threading.Lock()
         plan: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for name, info in source.items():
             if name in self.grids:
@@ -60,16 +66,21 @@ class _Variant:
             for dtype, shape in self.format.plan(name, *self.grids[name]).values()
         )
 
-    def take(self, name: str, weight: torch.Tensor, first_row: int, collected: list) -> None:
-        """Round and write a block of rows; its scales and zeros are added to `collected`."""
-        block = self.round(weight, self.grids[name][1])
+    def take(self, name: str, weight: torch.Tensor, first_row: int) -> None:
+        """Round and write some rows of a weight; its scales and zeros follow when the last of its rows is there."""
+        (rows, _), grid = self.grids[name]
+        block = self.round(weight, grid)
         for part, tensor in self.format.rows(name, block).items():
             self.writer.write(part, tensor, first_row)
-        collected.append((block.scale, block.zero))
-
-    def finish(self, name: str, collected: list) -> None:
-        scale = torch.cat([s for s, _ in collected])
-        zero = None if collected[0][1] is None else torch.cat([z for _, z in collected])
+        with self._lock:
+            blocks = self._scales.setdefault(name, {})
+            blocks[first_row] = (block.scale, block.zero)
+            if sum(len(scale) for scale, _ in blocks.values()) < rows:
+                return
+            del self._scales[name]
+        ordered = [blocks[first] for first in sorted(blocks)]
+        scale = torch.cat([scale for scale, _ in ordered])
+        zero = None if grid.zero == "none" else torch.cat([zero for _, zero in ordered])
         for part, tensor in self.format.rest(name, scale, zero).items():
             self.writer.write(part, tensor)
 
@@ -128,21 +139,13 @@ def quantize_checkpoint(
     """
     source = Path(source)
     checkpoint = Checkpoint(source)
-    for name, shape in linear.items():
-        if name not in checkpoint or checkpoint[name].shape != tuple(shape):
-            found = checkpoint[name].shape if name in checkpoint else "nothing"
-            raise QuantizationError(f"{name}: the model has a linear layer of {tuple(shape)}, the checkpoint {found}")
+    _check(checkpoint, linear)
     with ExitStack() as stack:
         variants = []
         for spec in specs:
             variants.append(_Variant(spec, Path(output[spec.name]), checkpoint, linear, shard_bytes))
             stack.enter_context(variants[-1].writer)
-        done = 0
-        for name, info in checkpoint.items():
-            _pass_on(checkpoint, name, variants)
-            done += info.nbytes
-            if on_progress:
-                on_progress(done, checkpoint.nbytes)
+        in_parallel(_jobs(checkpoint, variants), checkpoint.nbytes, on_progress)
     config = read_config(source)
     for variant in variants:
         copy_companions(source, variant.folder)
@@ -153,22 +156,45 @@ def quantize_checkpoint(
     return {variant.spec.name: variant.describe(checkpoint) for variant in variants}
 
 
-def _pass_on(checkpoint: Checkpoint, name: str, variants: list[_Variant]) -> None:
-    """Bring one tensor, block by block, to every variant: rounded where its grid is known, else as it is."""
-    info = checkpoint[name]
-    rows = info.shape[0] if info.shape else 1
-    step = max(1, BLOCK_ELEMENTS * info.dtype.itemsize // max(info.row_bytes, 1)) if info.shape else 1
-    collected: dict[str, list] = {v.spec.name: [] for v in variants}
-    for first in range(0, rows, step):
-        block = checkpoint.read_rows(name, first, min(first + step, rows)) if info.shape else checkpoint.read(name)
-        rounded = [v for v in variants if name in v.grids]
-        if rounded and not block.isfinite().all():
-            raise QuantizationError(f"{name}: has values that are not finite; the model is broken")
-        for variant in variants:
-            if name in variant.grids:
-                variant.take(name, block, first, collected[variant.spec.name])
-            else:
-                variant.writer.write(name, block, first)
+def _check(checkpoint: Checkpoint, linear: Mapping[str, tuple[int, int]]) -> None:
+    for name, shape in linear.items():
+        if name not in checkpoint or checkpoint[name].shape != tuple(shape):
+            found = checkpoint[name].shape if name in checkpoint else "nothing"
+            raise QuantizationError(f"{name}: the model has a linear layer of {tuple(shape)}, the checkpoint {found}")
+        if checkpoint[name].dtype not in ROUNDED_TYPES:
+            found = str(checkpoint[name].dtype).removeprefix("torch.")
+            raise QuantizationError(f"{name}: stored as {found}; start from a full-precision model")
+
+
+def _jobs(checkpoint: Checkpoint, variants: Sequence[_Variant]) -> Iterator[Job]:
+    """Every block of every tensor, in the order in which they lie on the disk."""
+    for name, info in sorted(checkpoint.items(), key=lambda item: (item[1].path, item[1].offset)):
+        if info.shape:
+            for first, stop in row_blocks(info.shape[0], info.row_bytes):
+                yield partial(_pass_on, checkpoint, name, first, stop, variants)
+        else:
+            yield partial(_pass_on_scalar, checkpoint, name, variants)
+
+
+def _pass_on(checkpoint: Checkpoint, name: str, first: int, stop: int, variants: Sequence[_Variant]) -> int:
+    """Bring rows of one tensor to every variant: rounded where its grid is known, else as they are."""
+    block = checkpoint.read_rows(name, first, stop)
+    rounding_variants = [v for v in variants if name in v.grids]
+    # The outermost values tell of every other: NaN wins every comparison, and infinity all but that.
+    if rounding_variants and block.numel() and not torch.stack(torch.aminmax(block)).isfinite().all():
+        raise QuantizationError(f"{name}: has values that are not finite; the model is broken")
     for variant in variants:
-        if name in variant.grids:
-            variant.finish(name, collected[variant.spec.name])
+        if name not in variant.grids:
+            variant.writer.write(name, block, first)
+    if rounding_variants:
+        for start, end in tiles(*block.shape):
+            for variant in rounding_variants:
+                variant.take(name, block[start:end], first + start)
+    return block.nbytes
+
+
+def _pass_on_scalar(checkpoint: Checkpoint, name: str, variants: Sequence[_Variant]) -> int:
+    scalar = checkpoint.read(name)
+    for variant in variants:
+        variant.writer.write(name, scalar)
+    return scalar.nbytes

@@ -40,12 +40,13 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
 
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
-    from pipeline.models import linear_weights
+    from pipeline.models import linear_weights, refuse_other_matrices
     from pipeline.quantization.stream import quantize_checkpoint, unfit
 
     for name in variants:  # files of an earlier try must not be taken for these
         shutil.rmtree(workspace.quantized / name, ignore_errors=True)
     source = full_model(config, workspace, events)
+    refuse_other_matrices(source)
     linear = linear_weights(source)
     specs, refused = [], {}
     for name in variants:

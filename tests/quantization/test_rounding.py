@@ -51,6 +51,22 @@ def test_int8_is_bit_identical_to_torchao(dtype, size):
     assert torch.equal(ours.dequantize(dtype), theirs.dequantize())
 
 
+@pytest.mark.parametrize("size", [1e-4, 0.05, 300.0])
+@pytest.mark.parametrize("group_size", [32, 64])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_int8_in_groups_is_bit_identical_to_torchao(dtype, group_size, size):
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    from torchao.quantization.granularity import PerGroup
+
+    weight = awkward(dtype, size)
+    layer = torch.nn.Linear(192, 48, bias=False, dtype=dtype)
+    layer.weight.data = weight.clone()
+    quantize_(layer, Int8WeightOnlyConfig(granularity=PerGroup(group_size)))
+    theirs, ours = layer.weight, rounding("rtn")(weight, Grid(8, group_size, "none", torch.float32))
+    assert torch.equal(ours.codes, theirs.qdata) and torch.equal(ours.scale, theirs.scale.float())
+    assert torch.equal(ours.dequantize(dtype), theirs.dequantize())
+
+
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", BETTER)

@@ -9,12 +9,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from pipeline import blocks
 from pipeline.catalog import VARIANTS
 from pipeline.checkpoint import SINGLE_NAME, Checkpoint
 from pipeline.config import VariantSpec
 from pipeline.errors import QuantizationError
 from pipeline.models import linear_weights
-from pipeline.quantization import stream
 from pipeline.quantization.formats import storage
 from pipeline.quantization.formats.torchao import unpack
 from pipeline.quantization.grid import Grid
@@ -313,9 +313,10 @@ def test_the_files_are_as_small_as_promised(tmp_path, spec, width, limit):
     assert made.weight_bytes == Checkpoint(folder).nbytes <= limit * made.source_bytes
 
 
-@pytest.mark.parametrize("block", [1, 1000, 10_000])
-def test_the_size_of_the_blocks_does_not_show_in_the_files(tiny_model, releases, tmp_path, monkeypatch, block):
-    monkeypatch.setattr(stream, "BLOCK_ELEMENTS", block)
+@pytest.mark.parametrize("block, tile", [(1, 1), (1000, 10_000), (10_000, 1000), (10**9, 500)])
+def test_the_size_of_the_blocks_does_not_show_in_the_files(tiny_model, tmp_path, monkeypatch, block, tile):
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", block)
+    monkeypatch.setattr(blocks, "TILE_ELEMENTS", tile)
     source = tiny_model("llama")
     quantize(source, tmp_path, {"name": "int4", "rounding": "rtn"}, "int8")
     monkeypatch.undo()

@@ -34,18 +34,19 @@ def round_weight(weight: torch.Tensor, grid: Grid) -> GroupQuantized:
     beta = BETA
     for _ in range(ITERATIONS):
         on_grid = choose_codes(groups, scale, zero, grid).mul_(step)
-        error = groups - on_grid - zero.float().unsqueeze(-1)
-        size = error.abs().mean(dim=-1)
+        error = (groups - on_grid).sub_(zero.float().unsqueeze(-1))
+        distance = error.abs()
+        size = distance.mean(dim=-1)
         better = size < best_error  # no early end: it would let rows of a block decide for each other
         best_zero = torch.where(better, zero, best_zero)
         best_error = torch.where(better, size, best_error)
-        sparse = _shrink(error, beta)
-        zero = (groups - sparse - on_grid).mean(dim=-1).to(grid.scale_dtype)
+        sparse = _shrink(error, distance, beta)
+        zero = torch.sub(groups, sparse, out=sparse).sub_(on_grid).mean(dim=-1).to(grid.scale_dtype)
         beta *= KAPPA
     return assemble(groups, scale, best_zero, grid)
 
 
-def _shrink(error: torch.Tensor, beta: float) -> torch.Tensor:
-    """The l_p shrinkage: sign(e) * max(|e| - |e|^(p - 1) / beta, 0)."""
-    size = error.abs()
-    return error.sign() * (size - size.clamp(min=1e-8).pow_(P - 1).div_(beta)).clamp_(min=0)
+def _shrink(error: torch.Tensor, distance: torch.Tensor, beta: float) -> torch.Tensor:
+    """The l_p shrinkage, sign(e) * max(|e| - |e|^(p - 1) / beta, 0), in the place of `error`; `distance` is |e|."""
+    less = distance.clamp(min=1e-8).pow_(P - 1).div_(beta)
+    return error.sign_().mul_(torch.sub(distance, less, out=less).clamp_(min=0))

@@ -25,10 +25,13 @@ def full_range(groups: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Te
     """Scales and zeros (N, G) with which no weight of (N, G, g) is clipped."""
     if grid.zero == "none":
         # In the weight's own type, as torchao does, so that the codes agree to the last bit.
-        largest = groups.abs().amax(dim=-1)
+        # The largest is found in float32 where that is exact, because it is faster.
+        wide = groups.float() if groups.dtype.itemsize == 2 else groups
+        largest = wide.abs().amax(dim=-1).to(groups.dtype)
         scale = (largest / ((grid.highest - grid.lowest) / 2)).clamp(min=SMALLEST_STEP)
         return scale.to(grid.scale_dtype), None
-    lowest, highest = (bound.float() for bound in torch.aminmax(groups, dim=-1))
+    groups = groups.float()
+    lowest, highest = groups.amin(dim=-1), groups.amax(dim=-1)  # torch.aminmax is ten times slower along a dimension
     steps = grid.highest - grid.lowest
     if grid.zero == "float":
         # Divided first, because the difference of two large numbers may be infinite.

@@ -29,13 +29,15 @@ def round_weight(weight: torch.Tensor, grid: Grid) -> GroupQuantized:
     full, _ = full_range(groups, grid)
     lowest, highest = torch.aminmax(groups, dim=-1)
     middle_code = (grid.lowest + grid.highest) / 2
+    mean = groups.mean(dim=-1, keepdim=True)
+    centred = groups - mean
     best = _Best(groups, grid)
     for share in NARROWER:
         scale = (full.float() * share).clamp(min=SMALLEST_STEP).to(grid.scale_dtype)
         zero = ((lowest + highest) / 2 - middle_code * scale.float()).to(grid.scale_dtype)
         codes = best.consider(scale, zero)
         for _ in range(FITS):
-            codes = best.consider(*_fit(groups, codes, grid))
+            codes = best.consider(*_fit(mean, centred, codes, grid))
     return assemble(groups, best.scale, best.zero, grid)
 
 
@@ -61,12 +63,19 @@ class _Best:
         return codes
 
 
-def _fit(groups: torch.Tensor, codes: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
-    """The regression of the weights on their codes, group by group: scales and zeros (N, G)."""
-    mean_code, mean_weight = codes.mean(dim=-1, keepdim=True), groups.mean(dim=-1, keepdim=True)
-    spread = codes - mean_code
-    covariance = (spread * (groups - mean_weight)).sum(dim=-1)
-    variance = spread.square().sum(dim=-1)
+def _fit(
+    mean: torch.Tensor, centred: torch.Tensor, codes: torch.Tensor, grid: Grid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The regression of the weights on their codes, group by group: scales and zeros (N, G).
+
+    Args:
+        mean, centred: of the weights, (N, G, 1), and the weights (N, G, g) less that.
+        codes: (N, G, g), which are lost.
+    """
+    mean_code = codes.mean(dim=-1, keepdim=True)
+    spread = codes.sub_(mean_code)
+    covariance = (spread * centred).sum(dim=-1)
+    variance = spread.square_().sum(dim=-1)
     scale = (covariance / variance.clamp(min=0.5)).clamp(min=SMALLEST_STEP).to(grid.scale_dtype)
-    zero = (mean_weight.squeeze(-1) - scale.float() * mean_code.squeeze(-1)).to(grid.scale_dtype)
+    zero = (mean.squeeze(-1) - scale.float() * mean_code.squeeze(-1)).to(grid.scale_dtype)
     return scale, zero

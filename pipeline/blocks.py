@@ -1,0 +1,94 @@
+"""Work on a checkpoint, cut into blocks of rows and spread over the cores.
+
+Each thread reads a block, computes and writes its result itself, so that one thread's
+arithmetic runs beside another's reading and writing: torch and the system calls let
+go of the interpreter. As many blocks are in memory as there are threads, and none waits.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+
+from pipeline.machine import cores
+
+# Bytes of a weight that are read at a time: long enough for a disk, and a small part of any memory.
+BLOCK_BYTES = 4_000_000
+# Weights computed with at a time: few enough that what arithmetic leaves on its way stays in a core's cache.
+TILE_ELEMENTS = 128 * 1024
+
+Job = Callable[[], int]  # does its part, and returns how many bytes of the source that was
+
+
+def row_blocks(rows: int, row_bytes: int, together: int = 1) -> Iterator[tuple[int, int]]:
+    """First row and row after the last of each block of a stored tensor; `together` rows at least, however wide."""
+    return _spans(rows, BLOCK_BYTES // max(row_bytes, 1), together)
+
+
+def tiles(rows: int, width: int, together: int = 1) -> Iterator[tuple[int, int]]:
+    """The same of a matrix of `rows` by `width` in memory."""
+    return _spans(rows, TILE_ELEMENTS // max(width, 1), together)
+
+
+def _spans(rows: int, wanted: int, together: int) -> Iterator[tuple[int, int]]:
+    step = max(1, wanted // together) * together
+    for first in range(0, rows, step):
+        yield first, min(first + step, rows)
+
+
+def in_parallel(
+    jobs: Iterable[Job], total: int, on_progress: Callable[[int, int], None] | None = None, threads: int | None = None
+) -> None:
+    """Do every job, each in one of as many threads as there are cores; the first error ends it and is raised.
+
+    Args:
+        jobs: taken one at a time, in order, as threads come free.
+        total: bytes that all jobs will have done.
+        on_progress: called from the caller's thread with bytes done and `total`.
+
+    torch computes with one thread in each of these, since the work is spread already.
+    """
+    pending, lock, stop = iter(jobs), threading.Lock(), threading.Event()
+    reports: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            while not stop.is_set():
+                with lock:
+                    job = next(pending, None)
+                if job is None:
+                    break
+                reports.put(job())
+        except BaseException as error:  # noqa: BLE001 - it is raised again in the caller's thread
+            stop.set()
+            reports.put(error)
+        finally:
+            reports.put(None)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # which threads that begin from here on take over
+    workers = [threading.Thread(target=work, daemon=True) for _ in range(threads or cores())]
+    running, done, failure = len(workers), 0, None
+    try:
+        for worker in workers:
+            worker.start()
+        while running:
+            report = reports.get()
+            if report is None:
+                running -= 1
+            elif isinstance(report, BaseException):
+                failure = failure or report
+            else:
+                done += report
+                if on_progress:
+                    on_progress(done, total)
+    finally:
+        stop.set()  # for what ends this from the caller's side, such as Ctrl-C
+        for worker in workers:
+            worker.join()
+        torch.set_num_threads(before)
+    if failure is not None:
+        raise failure

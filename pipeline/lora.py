@@ -1,0 +1,183 @@
+"""A LoRA adapter as what it does to the tensors of its base model, a few rows at a time.
+
+Nothing of the adapter is held in memory: the factors of a weight are read when its rows
+come by, so that an adapter of high rank costs no more than one of low rank.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from pipeline.blocks import tiles
+from pipeline.checkpoint import Checkpoint
+from pipeline.errors import ModelError
+
+PREFIX = "base_model.model."
+# What an adapter may carry beyond this; none of it is merged here.
+_UNHANDLED = (
+    "fan_in_fan_out", "layer_replication", "target_parameters", "trainable_token_indices",
+    "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config",
+    "velora_config", "monteclora_config", "ensure_weight_tying",
+)  # fmt: skip
+# Ways to begin that leave the base as it is; the others (PiSSA, OLoRA, LoftQ, ...) change it.
+_PLAIN_BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva")
+_PART = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector)")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is done to a weight (N, K): it becomes W + scale * B @ A; with DoRA, its rows in lengths that were learned.
+
+    `a` (r, K), `b` (N, r) and `magnitude` (N,) are names in the adapter's file.
+    """
+
+    a: str
+    b: str
+    scale: float
+    magnitude: str | None = None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a peft LoRA adapter does, by the name of the tensor it is done to.
+
+    Attributes:
+        changes: weights to which a product of factors is added.
+        shifts: biases to which a vector is added: (name in the file, scale).
+        replaced: tensors that were trained whole: name in the file.
+    """
+
+    tensors: Checkpoint
+    changes: dict[str, Change] = field(default_factory=dict)
+    shifts: dict[str, tuple[str, float]] = field(default_factory=dict)
+    replaced: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> Adapter:
+        """Read a peft LoRA adapter.
+
+        Raises:
+            ModelError: naming what it carries that is not handled, rather than leaving it out.
+        """
+        config = _config(folder)
+        tensors = Checkpoint.of_files([folder / "adapter_model.safetensors"])
+        parts, replaced = _sorted_out(folder, config, tensors)
+        changes, shifts = {}, {}
+        for module, names in parts.items():
+            rank, scale = _rank_and_scale(folder, config, module)
+            shapes = {part: tensors[name].shape for part, name in names.items()}
+            _check_shapes(folder, config, module, shapes, rank)
+            magnitude = names.get("lora_magnitude_vector")
+            changes[f"{module}.weight"] = Change(names["lora_A.weight"], names["lora_B.weight"], scale, magnitude)
+            if bias := names.get("lora_B.bias"):
+                shifts[f"{module}.bias"] = (bias, scale)
+        return cls(tensors, changes, shifts, replaced)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor that is touched, and the shape it must have."""
+        of = self.tensors
+        return {
+            **{name: of[stored].shape for name, stored in self.replaced.items()},
+            **{name: of[stored].shape for name, (stored, _) in self.shifts.items()},
+            **{name: (of[c.b].shape[0], of[c.a].shape[1]) for name, c in self.changes.items()},
+        }
+
+    def apply(self, name: str, rows: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """Rows of a tensor, from row `first` on, as they are with the adapter: in float32, rounded once to bf16."""
+        stop = first + len(rows) if rows.ndim else 0
+        if name in self.replaced:
+            rows = self.tensors.read_rows(self.replaced[name], first, stop)
+        if name in self.shifts:
+            stored, scale = self.shifts[name]
+            rows = rows.float() + scale * self._rows(stored, first, stop)
+        if name in self.changes:
+            return self._changed(self.changes[name], rows, first)
+        return rows.to(torch.bfloat16) if rows.is_floating_point() else rows
+
+    def _changed(self, change: Change, rows: torch.Tensor, first: int) -> torch.Tensor:
+        a, b = self.tensors.read(change.a).float(), self._rows(change.b, first, first + len(rows))
+        length = change.magnitude and self._rows(change.magnitude, first, first + len(rows))
+        result = torch.empty(rows.shape, dtype=torch.bfloat16)
+        for start, stop in tiles(*rows.shape):
+            weight = torch.addmm(rows[start:stop].float(), b[start:stop], a, alpha=change.scale)
+            if change.magnitude:
+                weight *= (length[start:stop] / torch.linalg.vector_norm(weight, dim=1)).unsqueeze(1)
+            result[start:stop] = weight
+        return result
+
+    def _rows(self, stored: str, first: int, stop: int) -> torch.Tensor:
+        return self.tensors.read_rows(stored, first, stop).float()
+
+
+def _config(folder: Path) -> dict:
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise ModelError(f"{folder}: no readable adapter_config.json, so this is not an adapter")
+    if config.get("peft_type") != "LORA":
+        raise ModelError(f"{folder}: a {config.get('peft_type')} adapter; only LoRA is merged")
+    if used := [key for key in _UNHANDLED if config.get(key)]:
+        raise ModelError(f"{folder}: the adapter uses {', '.join(used)}, which is not merged yet")
+    if config.get("init_lora_weights") not in _PLAIN_BEGINNINGS:
+        how = config["init_lora_weights"]
+        raise ModelError(f"{folder}: init_lora_weights {how!r} changed the base; convert the adapter to plain LoRA")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise ModelError(f"{folder}: {key} in its adapter_config.json is not a table")
+    return config
+
+
+def _sorted_out(folder: Path, config: dict, tensors: Checkpoint) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """The file's tensors by module and part, and those that stand for a whole tensor of the base."""
+    parts: dict[str, dict[str, str]] = {}
+    replaced: dict[str, str] = {}
+    whole = config.get("modules_to_save") or []
+    for stored in tensors:
+        name = stored.removeprefix(PREFIX)
+        if match := _PART.fullmatch(name):
+            parts.setdefault(match[1], {})[match[2]] = stored
+            continue
+        target = name.replace(".base_layer.", ".")
+        # By the end of a module's name, as peft matches them: "norm" also names every layernorm.
+        parents = [target[:dot] for dot, letter in enumerate(target) if letter == "."]
+        saved = any(parent.endswith(module) for parent in parents for module in whole)
+        trained_bias = target.endswith(".bias") and config.get("bias", "none") != "none"
+        if ".lora_" in name or not (saved or trained_bias or target != name):
+            raise ModelError(f"{folder}: {stored!r} is not a LoRA factor, and is not merged yet")
+        replaced[target] = stored
+    return parts, replaced
+
+
+def _rank_and_scale(folder: Path, config: dict, module: str) -> tuple[int, float]:
+    """As peft finds them: the first pattern that fits the end of the module's name, else the common value."""
+
+    def of(key: str, patterns: Mapping[str, object]) -> object:
+        try:
+            return next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), config.get(key))
+        except re.error:
+            raise ModelError(f"{folder}: a pattern in its adapter_config.json is no regular expression") from None
+
+    rank = of("r", config.get("rank_pattern") or {})
+    alpha = of("lora_alpha", config.get("alpha_pattern") or {})
+    sound = type(rank) is int and rank >= 1 and isinstance(alpha, (int, float)) and math.isfinite(alpha)
+    if not sound:
+        raise ModelError(f"{folder}: its adapter_config.json has no rank and alpha for {module!r}")
+    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _check_shapes(folder: Path, config: dict, module: str, shapes: dict[str, tuple[int, ...]], rank: int) -> None:
+    a, b = shapes.get("lora_A.weight", ()), shapes.get("lora_B.weight", ())
+    if len(a) != 2 or len(b) != 2 or a[0] != rank or b[1] != rank:
+        raise ModelError(f"{folder}: '{module}.weight' has no factors A and B of rank {rank}")
+    for key, part in (("use_dora", "lora_magnitude_vector"), ("lora_bias", "lora_B.bias")):
+        if bool(config.get(key)) != (part in shapes) or (part in shapes and shapes[part] != b[:1]):
+            raise ModelError(f"{folder}: {key} is {bool(config.get(key))}, and {module!r} has no {part} that fits")
