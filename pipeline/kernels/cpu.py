@@ -42,7 +42,10 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class PackedLinear(torch.nn.Module):
-    """y = x W^T + b with W as codes: `_few` for up to `kernel_tokens` inputs, `_many` above."""
+    """y = x W^T + b with W as codes: `_few` for up to `kernel_tokens` inputs, `_many` above.
+
+    What is packed for this machine is no part of a state dict; `portable` gives back what is.
+    """
 
     kernel_tokens: int
 
@@ -82,8 +85,8 @@ class Int8Linear(PackedLinear):
 
     def __init__(self, weight: GroupQuantized, bias: torch.Tensor | None):
         super().__init__(weight, bias)
-        self.register_buffer("codes", _aligned(weight.codes))
-        self.register_buffer("scale", _aligned(weight.scale.view(-1)))
+        self.register_buffer("codes", _aligned(weight.codes), persistent=False)
+        self.register_buffer("scale", _aligned(weight.scale.view(-1)), persistent=False)
 
     def portable(self) -> GroupQuantized:
         return GroupQuantized(self.codes, self.scale.unsqueeze(-1), None, self.grid)
@@ -122,8 +125,8 @@ class Int4Linear(PackedLinear):
         for block in self._blocks(len(codes)):  # torch wants a code in four bytes
             packed[block] = _pack(codes[block].to(torch.int32) - self.grid.lowest)
         scale, zero = (rows(t.T, (0, padding)) for t in (weight.scale, weight.zero))
-        self.register_buffer("packed", packed)
-        self.register_buffer("scale_and_zero", torch.stack((scale, zero), dim=-1).contiguous())
+        self.register_buffer("packed", packed, persistent=False)
+        self.register_buffer("scale_and_zero", torch.stack((scale, zero), dim=-1).contiguous(), persistent=False)
 
     def portable(self) -> GroupQuantized:
         half = int4_block() // 2
