@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 
 
 def assemble(folder: Path, device: torch.device) -> PreTrainedModel | None:
-    """The model of a folder on `device`, its quantized layers packed for it.
+    """The variant in a folder on `device`, its quantized layers packed for it.
 
     Returns:
-        None where the checkpoint names its tensors otherwise than the model does, as
-        that of a mixture of experts may: the stock loader knows how to bring the two together.
+        None where the stock loader is the better way: for a model that is not quantized, whose
+        mapped pages are its weights, and for a checkpoint that names its tensors otherwise than
+        the model does, as that of a mixture of experts may.
 
     Raises:
         CheckpointError: where the files are damaged, or a quantized weight's parts do not fit its layer.
@@ -37,7 +38,10 @@ def assemble(folder: Path, device: torch.device) -> PreTrainedModel | None:
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    config, checkpoint = AutoConfig.from_pretrained(folder), Checkpoint(folder)
+    config = AutoConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None) is None:
+        return None
+    checkpoint = Checkpoint(folder)
     dtype = config.dtype or next(info.dtype for info in checkpoint.values() if info.dtype.is_floating_point)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -99,8 +103,6 @@ def _same_names(model: PreTrainedModel, checkpoint: Checkpoint, quantized: set[s
 
 def _attach_quantizer(model: PreTrainedModel) -> None:
     """What the stock loader leaves on a quantized model, so that `save_pretrained` knows how to write it."""
-    if getattr(model.config, "quantization_config", None) is None:
-        return
     from transformers.quantizers import AutoHfQuantizer
 
     quantizer = AutoHfQuantizer.from_config(model.config.quantization_config, pre_quantized=True)

@@ -66,7 +66,7 @@ def load(
 
 
 def _load_stock(folder: Path, device: torch.device) -> PreTrainedModel:
-    """Through the stock loader, and packed after it; it brings checkpoint and model together where names differ."""
+    """Through the stock loader, and packed after it where it is quantized."""
     from transformers import AutoModelForCausalLM
 
     model, report = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
