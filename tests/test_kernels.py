@@ -140,6 +140,13 @@ def test_layers_wider_than_a_block_are_dequantized_piece_by_piece(grid, monkeypa
     assert torch.equal(layer.portable().codes, weight.codes)
 
 
+@pytest.mark.parametrize("rows, width", [(64, 32), (192, 160)])
+def test_codes_are_packed_as_torch_packs_them(rows, width):
+    codes = quantized(int4(), rows, width).codes
+    expected = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32) + 8, 1)
+    assert torch.equal(cpu.pack_int4(codes, cpu.int4_block()), expected.view(torch.uint8))
+
+
 def test_a_packing_that_is_not_known_has_no_layer(monkeypatch):
     monkeypatch.setattr(cpu, "int4_block", lambda: None)
     assert kernels.linear(quantized(int4(), 64, 64), None, CPU) is None

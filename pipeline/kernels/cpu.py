@@ -111,7 +111,7 @@ class Int4Linear(PackedLinear):
     """W as int4 codes packed for this processor, scale and zero per group.
 
     Shapes: packed (N', K / 2) uint8; scale_and_zero (K / group, N', 2) bfloat16; N' is N
-    rounded up to a multiple of 64. Of the packing see `int4_block`.
+    rounded up to a multiple of 64. Of the packing see `pack_int4`.
     """
 
     kernel_tokens = INT4_KERNEL_TOKENS
@@ -122,8 +122,8 @@ class Int4Linear(PackedLinear):
         rows = torch.nn.functional.pad
         codes = rows(weight.codes, (0, 0, 0, padding)) if padding else weight.codes
         packed = torch.empty(len(codes), self.in_features // 2, dtype=torch.uint8)
-        for block in self._blocks(len(codes)):  # torch wants a code in four bytes
-            packed[block] = _pack(codes[block].to(torch.int32) - self.grid.lowest)
+        for block in self._blocks(len(codes)):
+            packed[block] = pack_int4(codes[block], int4_block())
         scale, zero = (rows(t.T, (0, padding)) for t in (weight.scale, weight.zero))
         self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("scale_and_zero", torch.stack((scale, zero), dim=-1).contiguous(), persistent=False)
@@ -188,22 +188,25 @@ class Head(torch.nn.Linear):
             torch._C._set_mkldnn_enabled(True)
 
 
-def _pack(unsigned: torch.Tensor) -> torch.Tensor:
-    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, 1).view(torch.uint8)
+def pack_int4(codes: torch.Tensor, size: int) -> torch.Tensor:
+    """Signed codes (N, K), N a multiple of `size` -> (N, K / 2) uint8, as torch packs `size` rows together.
+
+    The bytes of a block go column by column; in each column the low nibbles are the block's
+    first half of rows, the high nibbles its second. torch's own function wants four bytes a
+    code, and takes six times as long.
+    """
+    rows, width = codes.shape
+    low, high = (codes.view(torch.uint8) + 8).view(-1, 2, size // 2, width).unbind(1)
+    return (low | high << 4).transpose(1, 2).reshape(rows, width // 2)
 
 
 @cache
 def int4_block() -> int | None:
-    """How many rows torch packs together here: 64 with AVX-512, 32 with AVX2; None for a packing we do not know.
-
-    The bytes of a block go column by column; in each column the low nibbles are the
-    block's first half of rows, the high nibbles its second.
-    """
-    codes = torch.arange(_ROW_MULTIPLE * 32, dtype=torch.int32).view(_ROW_MULTIPLE, 32)
-    codes = (codes * 7 + codes // 32 * 3) % 16
-    packed = _pack(codes).flatten()
+    """How many rows torch packs together here: 64 with AVX-512, 32 with AVX2; None for a packing we do not know."""
+    numbers = torch.arange(_ROW_MULTIPLE * 32, dtype=torch.int32).view(_ROW_MULTIPLE, 32)
+    unsigned = (numbers * 7 + numbers // 32 * 3) % 16
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, 1).view(torch.uint8)
     for size in (64, 32):
-        low, high = codes.view(-1, 2, size // 2, 32).transpose(2, 3).to(torch.uint8).unbind(1)
-        if torch.equal(packed, (low | high << 4).flatten()):
+        if torch.equal(packed, pack_int4((unsigned - 8).to(torch.int8), size)):
             return size
     return None
