@@ -1,7 +1,7 @@
 """`load`: a published variant, packed for this machine.
 
-The stock loader reads the portable codes; each quantized layer is then replaced by
-the fastest one there is for it here, or by an ordinary layer with dequantized weights.
+The portable codes are read layer by layer, and each layer becomes the fastest one there
+is for it here, or an ordinary one with dequantized weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pipeline import kernels
 from pipeline.catalog import resolve_variants
 from pipeline.config import REPO_ID
 from pipeline.download import download
-from pipeline.errors import ModelError
+from pipeline.errors import CheckpointError, ModelError
 from pipeline.libraries import quiet, quiet_progress_bars
 from pipeline.quantization.formats import storage
 
@@ -44,22 +44,37 @@ def load(
     """
     quiet()
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    from pipeline.assembly import assemble, quicken_head
 
     quiet_progress_bars()
     folder = locate(source, variant, revision)
     target = _device(device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        model = assemble(folder, target)
+        if model is None:
+            model = _load_stock(folder, target)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, SafetensorError) as error:
+    except CheckpointError as error:
+        raise ModelError(str(error)) from None
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(f"{folder}: transformers cannot load it: {reason}") from None
-    if getattr(model.config, "quantization_config", None) is None:
-        model = model.to(target)
-    else:
-        pack(model, target)
+    quicken_head(model)
     return model.eval().requires_grad_(False), tokenizer
+
+
+def _load_stock(folder: Path, device: torch.device) -> PreTrainedModel:
+    """Through the stock loader, and packed after it where it is quantized."""
+    from transformers import AutoModelForCausalLM
+
+    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(f"{folder}: its checkpoint has no {missing[0]!r}; fetch the model again")
+    if getattr(model.config, "quantization_config", None) is not None:
+        pack(model, device)
+    return model.to(device)
 
 
 def pack(model: PreTrainedModel, device: torch.device) -> dict[str, int]:
@@ -70,6 +85,8 @@ def pack(model: PreTrainedModel, device: torch.device) -> dict[str, int]:
     """
     import torch
 
+    from pipeline.assembly import replace
+
     unpack = storage("torchao").unpack
     used: dict[str, int] = {}
     for name, module in list(model.named_modules()):
@@ -79,16 +96,10 @@ def pack(model: PreTrainedModel, device: torch.device) -> dict[str, int]:
         if weight is None:
             continue
         if kernels.runs_as_stored(weight, device):
-            used[type(module.weight.data).__name__] = used.get(type(module.weight.data).__name__, 0) + 1
-            continue
-        bias = None if module.bias is None else module.bias.data
-        packed = kernels.linear(weight, bias, device)
-        if packed is None:
-            packed = torch.nn.Linear(module.in_features, module.out_features, bias is not None, device="meta")
-            packed.weight = torch.nn.Parameter(weight.dequantize(model.dtype), requires_grad=False)
-            packed.bias = module.bias
-        model.set_submodule(name, packed.to(device))
-        used[type(packed).__name__] = used.get(type(packed).__name__, 0) + 1
+            kind = type(module.weight.data).__name__
+        else:
+            kind = replace(model, name, weight, None if module.bias is None else module.bias.data, device)
+        used[kind] = used.get(kind, 0) + 1
     model.to(device)
     return used
 

@@ -10,8 +10,8 @@ from pipeline.quantization.grid import Grid, GroupQuantized
 from pipeline.quantization.rounding import rounding
 
 CPU = torch.device("cpu")
-SWITCH = cpu.INT8_KERNEL_TOKENS
-TOKENS = [1, 2, 3, 7, SWITCH - 1, SWITCH, SWITCH + 1, 200]
+SWITCHES = (cpu.INT8_KERNEL_TOKENS, cpu.INT4_KERNEL_TOKENS)
+TOKENS = [1, 2, 3, 7, *(switch + step for switch in SWITCHES for step in (-1, 0, 1)), 200]
 TYPES = [torch.bfloat16, torch.float32, torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
@@ -115,9 +115,51 @@ def test_int8_widths_that_the_kernel_would_read_beyond_have_no_layer(width):
     assert kernels.linear(quantized(INT8, 64, width), None, CPU) is None
 
 
-@pytest.mark.parametrize("rows", [1, 8, 17, 100])
-def test_int4_rows_that_cannot_be_packed_have_no_layer(rows):
-    assert kernels.linear(quantized(int4(), rows, 64), None, CPU) is None
+@pytest.mark.parametrize("rows", [1, 8, 17, 64, 100])
+def test_int4_takes_any_number_of_rows(rows):
+    weight = quantized(int4(), rows, 64)
+    for tokens in (1, 5, 100):
+        check(weight, kernels.linear(weight, None, CPU), torch.randn(tokens, 64).bfloat16())
+
+
+@pytest.mark.parametrize("rows, width", [(64, 256), (100, 192), (1000, 64)])
+@pytest.mark.parametrize("grid", [INT8, int4(), int4(64)], ids=["int8", "int4", "int4-64"])
+def test_a_layer_gives_back_what_it_was_made_from(grid, rows, width):
+    weight = quantized(grid, rows, width)
+    back = kernels.linear(weight, None, CPU).portable()
+    assert back.grid == grid and torch.equal(back.codes, weight.codes) and torch.equal(back.scale, weight.scale)
+    assert back.zero is None if weight.zero is None else torch.equal(back.zero, weight.zero)
+
+
+@pytest.mark.parametrize("grid", [INT8, int4()], ids=["int8", "int4"])
+def test_layers_wider_than_a_block_are_dequantized_piece_by_piece(grid, monkeypatch):
+    monkeypatch.setattr(cpu, "_BLOCK_ELEMENTS", 64 * 128)
+    weight = quantized(grid, 200, 128)
+    layer = kernels.linear(weight, None, CPU)
+    check(weight, layer, torch.randn(200, 128).bfloat16())
+    assert torch.equal(layer.portable().codes, weight.codes)
+
+
+@pytest.mark.parametrize("rows, width", [(64, 32), (192, 160)])
+def test_codes_are_packed_as_torch_packs_them(rows, width):
+    codes = quantized(int4(), rows, width).codes
+    expected = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32) + 8, 1)
+    assert torch.equal(cpu.pack_int4(codes, cpu.int4_block()), expected.view(torch.uint8))
+
+
+def test_a_packing_that_is_not_known_has_no_layer(monkeypatch):
+    monkeypatch.setattr(cpu, "int4_block", lambda: None)
+    assert kernels.linear(quantized(int4(), 64, 64), None, CPU) is None
+
+
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (1, 1, 64), (2, 3, 64)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_head_computes_what_an_ordinary_layer_does(shape, bias):
+    plain = torch.nn.Linear(64, 96, bias=bias, dtype=torch.bfloat16)
+    x = torch.randn(shape).bfloat16()
+    head = cpu.Head(plain)
+    assert head.weight is plain.weight and off(head(x), plain(x)) < 1e-2
+    assert torch.backends.mkldnn.enabled
 
 
 @pytest.mark.parametrize("grid", [Grid(4, 32, "integer", torch.bfloat16), Grid(8, 32, "none", torch.float32)])

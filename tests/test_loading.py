@@ -1,15 +1,18 @@
 """`load` gives a model that computes what the published numbers mean, or says in one line why it cannot."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from pipeline import kernels, loading
-from pipeline.checkpoint import SINGLE_NAME
+from pipeline.assembly import assemble
+from pipeline.checkpoint import SINGLE_NAME, Checkpoint
 from pipeline.errors import ModelError
 from pipeline.loading import load, locate
-from tests.conftest import ARCHITECTURES
+from tests.conftest import ARCHITECTURES, write_tokenizer
 
 PROMPT = "Tell me about the sea, and about ships."
 VARIANTS = ("int8", "int4")
@@ -96,6 +99,92 @@ def test_layers_that_were_kept_stay_ordinary(tiny_model, quantized, variant):
     assert kinds == {"Linear"} and layer_types(model) > kinds
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_it_computes_bit_for_bit_what_the_stock_loader_and_repacking_give(tiny_model, quantized, architecture, variant):
+    root = quantized(tiny_model(architecture), variant)
+    model, tokenizer = load(root, variant)
+    stock = loading._load_stock(root / variant, torch.device("cpu")).eval()
+    assert layer_types(model) == layer_types(stock)
+    for repeat in (1, 4):
+        assert torch.equal(logits(model, tokenizer, repeat), logits(stock, tokenizer, repeat))
+    assert model.generation_config.to_dict() == stock.generation_config.to_dict()
+    assert model.config.to_dict() == stock.config.to_dict()
+    buffers, others = dict(model.named_buffers()), dict(stock.named_buffers())
+    assert buffers.keys() == others.keys() and all(torch.equal(buffers[n], others[n]) for n in buffers)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("variant, shard_bytes", [("int8", 10**9), ("int4", 10**9), ("int4", 60_000)])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_loaded_variant_is_saved_as_the_portable_one_again(
+    tiny_model, quantized, tmp_path, architecture, variant, shard_bytes
+):
+    root = quantized(tiny_model(architecture), variant, shard_bytes)
+    model, tokenizer = load(root, variant)
+    model.save_pretrained(tmp_path)
+    before, after = Checkpoint(root / variant), Checkpoint(tmp_path)
+    assert before.keys() == after.keys()
+    for name in before:
+        assert before[name].dtype == after[name].dtype and torch.equal(before.read(name), after.read(name)), name
+    tokenizer.save_pretrained(tmp_path)
+    again, _ = load(tmp_path)
+    assert torch.equal(logits(again, tokenizer), logits(model, tokenizer))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_of_several_shards_is_read_like_one_of_a_single_file(tiny_model, quantized, variant):
+    source = tiny_model("llama")
+    one, tokenizer = load(quantized(source, variant), variant)
+    many, _ = load(quantized(source, variant, 60_000), variant)
+    assert torch.equal(logits(one, tokenizer), logits(many, tokenizer))
+
+
+def renamed(folder, changes: dict[str, str]):
+    """The same checkpoint with tensors under other names; a name for '' is left out."""
+    tensors = {n: Checkpoint(folder).read(n) for n in Checkpoint(folder)}
+    metadata = Checkpoint(folder).metadata
+    save_file({changes.get(n, n): t for n, t in tensors.items() if changes.get(n, n)}, folder / SINGLE_NAME, metadata)
+    return folder
+
+
+@pytest.mark.parametrize("variant", ["", *VARIANTS])
+@pytest.mark.parametrize("other", ["", "model.final.weight"])
+def test_a_tensor_that_is_missing_is_named_and_never_made_up(tiny_model, quantized, tmp_path, variant, other):
+    folder = Path(shutil.copytree(quantized(tiny_model("llama"), variant or "int8") / variant, tmp_path / "broken"))
+    renamed(folder, {"model.norm.weight": other})
+    with pytest.raises(ModelError, match="has no 'model.norm.weight'"):
+        load(folder)
+
+
+@pytest.mark.parametrize("variant", [None, *VARIANTS])
+def test_checkpoints_that_name_their_tensors_otherwise_go_through_the_stock_loader(tmp_path, quantized, variant):
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    config = MixtralConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=272, num_local_experts=2, dtype="bfloat16",
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mixtral")
+    write_tokenizer(tmp_path / "mixtral")
+    root = quantized(tmp_path / "mixtral", variant or "int8")
+    assert assemble(root / (variant or ""), torch.device("cpu")) is None
+    model, tokenizer = load(root, variant)
+    expected = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "mixtral"), tokenizer)
+    assert off(logits(model, tokenizer), expected) < (0.2 if variant == "int4" else 0.03)
+
+
+@pytest.mark.parametrize("part", ["qdata", "scale", "zero_point"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_parts_that_do_not_fit_their_layer_are_refused(tiny_model, quantized, tmp_path, variant, part):
+    folder = Path(shutil.copytree(quantized(tiny_model("llama"), variant) / variant, tmp_path / "broken"))
+    name = f"model.layers.0.mlp.up_proj._weight_{part}"
+    tensors = {n: Checkpoint(folder).read(n) for n in Checkpoint(folder)}
+    save_file({**tensors, name: tensors[name][:-1].clone()}, folder / SINGLE_NAME, Checkpoint(folder).metadata)
+    with pytest.raises(ModelError, match="up_proj.weight: its stored parts are not those of a layer"):
+        load(folder)
+
+
 def test_pack_reports_what_it_put_in(tiny_model, quantized):
     from transformers import AutoModelForCausalLM
 
@@ -179,7 +268,7 @@ def test_a_damaged_folder_is_one_line_that_names_it(model_copy, damage):
     else:
         for path in model_copy.glob("*token*"):
             path.unlink()
-    with pytest.raises(ModelError, match="transformers cannot load it") as caught:
+    with pytest.raises(ModelError, match="transformers cannot load it|fetch it again|no model.safetensors") as caught:
         load(model_copy)
     assert str(model_copy) in str(caught.value) and "\n" not in str(caught.value)
 

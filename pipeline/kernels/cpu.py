@@ -1,18 +1,23 @@
 """int8 and int4 linear layers on a CPU, on the kernels that torch carries.
 
 For a few tokens the time is that of reading the weights, so fewer bytes are faster;
-for many it is arithmetic, and turning the weights back into bf16 once is cheaper.
+for many it is arithmetic, and turning the weights back into the inputs' type, in blocks
+of rows that stay in the cache, is cheaper. Both work from one copy of the codes.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 
 from pipeline.quantization.grid import GroupQuantized
 
-# Tokens from which dequantize-and-multiply is the faster way for int8 (4096 x 4096, AVX-512).
-INT8_KERNEL_TOKENS = 64
-_INT4_ROW_BLOCK = 16  # `_convert_weight_to_int4pack_for_cpu` takes multiples of this
+# Tokens up to which the kernels are faster than dequantizing; `scripts/benchmark_decode.py --layers` measures it.
+INT8_KERNEL_TOKENS = 12
+INT4_KERNEL_TOKENS = 24
+_BLOCK_ELEMENTS = 1 << 20  # weights dequantized at a time: 2 MB of bf16
+_ROW_MULTIPLE = 64  # int4 rows are padded to whole blocks of the packing
 # `_weight_int8pack_mm` reads whole vectors from aligned addresses and checks neither: a width
 # that is no multiple of this gives wrong numbers, and codes at an odd address end the process.
 _INT8_WIDTH_BLOCK = 32
@@ -21,10 +26,10 @@ _ALIGNMENT = 64  # bytes; what torch's own allocations have, and tensors mapped 
 
 def linear(weight: GroupQuantized, bias: torch.Tensor | None) -> torch.nn.Module | None:
     """The layer for `weight`'s grid; None where torch has no kernel for it."""
-    (rows, width), grid = weight.codes.shape, weight.grid
+    width, grid = weight.codes.shape[1], weight.grid
     if grid.bits == 8 and grid.zero == "none" and grid.group_size is None and width % _INT8_WIDTH_BLOCK == 0:
         return Int8Linear(weight, bias)
-    if grid.bits == 4 and grid.zero == "float" and rows % _INT4_ROW_BLOCK == 0:
+    if grid.bits == 4 and grid.zero == "float" and int4_block() is not None:
         return Int4Linear(weight, bias)
     return None
 
@@ -36,57 +41,172 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-class Int8Linear(torch.nn.Module):
-    """y = x W^T + b with W as int8 codes (N, K) and one scale per row.
+class PackedLinear(torch.nn.Module):
+    """y = x W^T + b with W as codes: `_few` for up to `kernel_tokens` inputs, `_many` above.
 
-    The scales, float32 in the file, are used in the input's type. torchao computes them
-    in the weights' type, so for a bf16 model they are bf16 numbers and nothing is lost.
+    What is packed for this machine is no part of a state dict; `portable` gives back what is.
     """
+
+    kernel_tokens: int
 
     def __init__(self, weight: GroupQuantized, bias: torch.Tensor | None):
         super().__init__()
         self.out_features, self.in_features = weight.codes.shape
-        self.register_buffer("codes", _aligned(weight.codes))
-        self.register_buffer("scale", _aligned(weight.scale.view(-1)))
+        self.grid = weight.grid
         self.register_buffer("bias", bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = _aligned(x.reshape(-1, self.in_features))
-        scale = self.scale.to(x.dtype)
-        if flat.shape[0] <= INT8_KERNEL_TOKENS:
-            y = torch.ops.aten._weight_int8pack_mm(flat, self.codes, scale)
-        elif x.dtype == torch.float16:  # unscaled sums can exceed its range
-            y = torch.nn.functional.linear(flat, self.codes.to(x.dtype) * scale.unsqueeze(-1))
-        else:
-            y = torch.nn.functional.linear(flat, self.codes.to(x.dtype)) * scale
+        y = self._few(flat) if flat.shape[0] <= self.kernel_tokens else self._many(flat)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
+    def portable(self) -> GroupQuantized:
+        """The codes, scales and zeros that the layer was made from."""
+        raise NotImplementedError
+
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}"
+        group = "" if self.grid.group_size is None else f", group_size={self.grid.group_size}"
+        return f"in_features={self.in_features}, out_features={self.out_features}{group}"
+
+    def _blocks(self, rows: int) -> list[slice]:
+        step = max(_ROW_MULTIPLE, _BLOCK_ELEMENTS // self.in_features // _ROW_MULTIPLE * _ROW_MULTIPLE)
+        return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
 
 
-class Int4Linear(torch.nn.Module):
-    """y = x W^T + b with W as int4 codes packed for this processor, scale and zero per group.
+class Int8Linear(PackedLinear):
+    """W as int8 codes (N, K) and one scale per row, float32 (N).
 
-    Shapes: packed (N, K / 2) uint8, opaque; scale_and_zero (K / group, N, 2) bfloat16.
+    The scales are used in the input's type. torchao computes them in the weights' type,
+    so for a bf16 model they are bf16 numbers and nothing is lost.
     """
 
-    def __init__(self, weight: GroupQuantized, bias: torch.Tensor | None):
-        super().__init__()
-        self.out_features, self.in_features = weight.codes.shape
-        self.group_size = weight.grid.group_size
-        unsigned = weight.codes.to(torch.int32) - weight.grid.lowest
-        self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, 1))
-        self.register_buffer("scale_and_zero", torch.stack((weight.scale.T, weight.zero.T), dim=-1).contiguous())
-        self.register_buffer("bias", bias)
+    kernel_tokens = INT8_KERNEL_TOKENS
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat = _aligned(x.reshape(-1, self.in_features))
+    def __init__(self, weight: GroupQuantized, bias: torch.Tensor | None):
+        super().__init__(weight, bias)
+        self.register_buffer("codes", _aligned(weight.codes), persistent=False)
+        self.register_buffer("scale", _aligned(weight.scale.view(-1)), persistent=False)
+
+    def portable(self) -> GroupQuantized:
+        return GroupQuantized(self.codes, self.scale.unsqueeze(-1), None, self.grid)
+
+    def _few(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten._weight_int8pack_mm(x, self.codes, self.scale.to(x.dtype))
+
+    def _many(self, x: torch.Tensor) -> torch.Tensor:
+        scale, early = self.scale.to(x.dtype), x.dtype == torch.float16  # unscaled sums can exceed its range
+        y = x.new_empty(x.shape[0], self.out_features)
+        blocks = self._blocks(self.out_features)
+        room = x.new_empty(blocks[0].stop, self.in_features)
+        for rows in blocks:
+            block = room[: rows.stop - rows.start].copy_(self.codes[rows])
+            if early:
+                block *= scale[rows, None]
+            torch.mm(x, block.T, out=y[:, rows])
+        return y if early else y.mul_(scale)
+
+
+class Int4Linear(PackedLinear):
+    """W as int4 codes packed for this processor, scale and zero per group.
+
+    Shapes: packed (N', K / 2) uint8; scale_and_zero (K / group, N', 2) bfloat16; N' is N
+    rounded up to a multiple of 64. Of the packing see `pack_int4`.
+    """
+
+    kernel_tokens = INT4_KERNEL_TOKENS
+
+    def __init__(self, weight: GroupQuantized, bias: torch.Tensor | None):
+        super().__init__(weight, bias)
+        padding = -self.out_features % _ROW_MULTIPLE
+        rows = torch.nn.functional.pad
+        codes = rows(weight.codes, (0, 0, 0, padding)) if padding else weight.codes
+        packed = torch.empty(len(codes), self.in_features // 2, dtype=torch.uint8)
+        for block in self._blocks(len(codes)):
+            packed[block] = pack_int4(codes[block], int4_block())
+        scale, zero = (rows(t.T, (0, padding)) for t in (weight.scale, weight.zero))
+        self.register_buffer("packed", packed, persistent=False)
+        self.register_buffer("scale_and_zero", torch.stack((scale, zero), dim=-1).contiguous(), persistent=False)
+
+    def portable(self) -> GroupQuantized:
+        half = int4_block() // 2
+        columns = self.packed.view(-1, self.in_features, half)
+        codes = torch.cat((columns & 0xF, columns >> 4), dim=-1).view(torch.int8) + self.grid.lowest
+        codes = codes.transpose(1, 2).reshape(-1, self.in_features)
+        scale, zero = (t[:, : self.out_features].T.contiguous() for t in self.scale_and_zero.unbind(-1))
+        return GroupQuantized(codes[: self.out_features], scale, zero, self.grid)
+
+    def _few(self, x: torch.Tensor) -> torch.Tensor:
         scale_and_zero = self.scale_and_zero.to(x.dtype)
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.packed, self.group_size, scale_and_zero)
-        y = y.view(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, self.grid.group_size, scale_and_zero)
+        return y[:, : self.out_features]
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, group_size={self.group_size}"
+    def _many(self, x: torch.Tensor) -> torch.Tensor:
+        """x (Q S)^T + (x's sums over groups) Z^T, which spares adding a zero to every weight."""
+        group, rows = self.grid.group_size, len(self.packed)
+        scale, zero = self.scale_and_zero.to(x.dtype).unbind(-1)
+        scale = scale / 16  # `_columns` leaves codes in the high half of a byte
+        y = x.new_empty(x.shape[0], rows)
+        blocks = self._blocks(rows)
+        room = x.new_empty(blocks[0].stop * self.in_features)
+        for block in blocks:
+            columns = self._columns(block, room[: (block.stop - block.start) * self.in_features])
+            columns.view(-1, group, columns.shape[1]).mul_(scale[:, None, block])
+            torch.mm(x, columns, out=y[:, block])
+        sums = x.view(x.shape[0], -1, group).sum(-1, dtype=torch.float32).to(x.dtype)
+        return y.addmm_(sums, zero)[:, : self.out_features]
+
+    def _columns(self, rows: slice, room: torch.Tensor) -> torch.Tensor:
+        """16 times the signed codes of `rows`, transposed (K, rows), written to `room`."""
+        size = int4_block()
+        packed = self.packed[rows].view(-1, self.in_features, size // 2).permute(1, 0, 2)
+        signed = (packed ^ 0x88).view(torch.int8)  # a nibble less eight, in two's complement
+        columns = room.view(self.in_features, -1, 2, size // 2)
+        columns[:, :, 0] = signed << 4
+        columns[:, :, 1] = signed & -16
+        return room.view(self.in_features, -1)
+
+
+class Head(torch.nn.Linear):
+    """An ordinary layer whose product with a single token does not go through oneDNN.
+
+    For one token of bf16, oneDNN takes more than twice the time of torch's own product,
+    and the output head is the widest layer that stays in bf16.
+    """
+
+    def __init__(self, layer: torch.nn.Linear):
+        super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.numel() != self.in_features or not torch.backends.mkldnn.enabled:
+            return super().forward(x)
+        torch._C._set_mkldnn_enabled(False)
+        try:
+            return super().forward(x)
+        finally:
+            torch._C._set_mkldnn_enabled(True)
+
+
+def pack_int4(codes: torch.Tensor, size: int) -> torch.Tensor:
+    """Signed codes (N, K), N a multiple of `size` -> (N, K / 2) uint8, as torch packs `size` rows together.
+
+    The bytes of a block go column by column; in each column the low nibbles are the block's
+    first half of rows, the high nibbles its second. torch's own function wants four bytes a
+    code, and takes six times as long.
+    """
+    rows, width = codes.shape
+    low, high = (codes.view(torch.uint8) + 8).view(-1, 2, size // 2, width).unbind(1)
+    return (low | high << 4).transpose(1, 2).reshape(rows, width // 2)
+
+
+@cache
+def int4_block() -> int | None:
+    """How many rows torch packs together here: 64 with AVX-512, 32 with AVX2; None for a packing we do not know."""
+    numbers = torch.arange(_ROW_MULTIPLE * 32, dtype=torch.int32).view(_ROW_MULTIPLE, 32)
+    unsigned = (numbers * 7 + numbers // 32 * 3) % 16
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, 1).view(torch.uint8)
+    for size in (64, 32):
+        if torch.equal(packed, pack_int4((unsigned - 8).to(torch.int8), size)):
+            return size
+    return None

@@ -17,8 +17,9 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from pipeline.catalog import GROUP_SIZES
+from pipeline.checkpoint import Checkpoint
 from pipeline.config import VariantSpec
-from pipeline.errors import QuantizationError
+from pipeline.errors import CheckpointError, QuantizationError
 from pipeline.quantization.grid import Grid, GroupQuantized, fitting_group_size, pack_nibbles, unpack_nibbles
 
 INT8 = Grid(bits=8, group_size=None, zero="none", scale_dtype=torch.float32)
@@ -114,6 +115,49 @@ def unpack(weight: torch.Tensor) -> GroupQuantized | None:
             unpack_nibbles(weight.qdata), weight.scale.T.contiguous(), weight.zero_point.T.contiguous(), grid
         )
     return None
+
+
+def stored_weights(checkpoint: Checkpoint) -> set[str]:
+    """Names of the weights that a checkpoint holds as `Int8Tensor` or `Int4Tensor`."""
+    ends = {part.rpartition("._weight_qdata")[0] for part in checkpoint if part.endswith("._weight_qdata")}
+    return {f"{module}.weight" for module in ends}
+
+
+def part_names(name: str) -> list[str]:
+    """Names of the tensors that the weight `name` is stored as."""
+    return list(_parts(name).values())
+
+
+def read(checkpoint: Checkpoint, name: str, shape: tuple[int, int]) -> GroupQuantized:
+    """The codes, scales and zeros of a stored weight, for a layer of `shape` (N, K).
+
+    Raises:
+        CheckpointError: where the stored parts are not those of such a layer.
+    """
+    part = _parts(name)
+    found = {n: (checkpoint[n].dtype, checkpoint[n].shape) for n in part.values() if n in checkpoint}
+    groups = found.get(part["scale"], (None, (0,)))[1][0]
+    fits = INT8 if found.get(part["qdata"], (None, ()))[1] == shape else None
+    if fits is None and groups and shape[1] % groups == 0:
+        fits = Grid(4, shape[1] // groups, "float", torch.bfloat16)
+    if fits is None or found != plan(name, shape, fits):
+        raise CheckpointError(f"{name}: its stored parts are not those of a layer of {shape[0]} x {shape[1]}")
+    codes, scale = checkpoint.read(part["qdata"]), checkpoint.read(part["scale"])
+    if fits == INT8:
+        return GroupQuantized(codes, scale, None, INT8)
+    zero = checkpoint.read(part["zero_point"])
+    return GroupQuantized(unpack_nibbles(codes), scale.T.contiguous(), zero.T.contiguous(), fits)
+
+
+def tensor(weight: GroupQuantized, dtype: torch.dtype) -> torch.Tensor:
+    """A weight as transformers loads it and saves it: the inverse of `unpack`.
+
+    Args:
+        dtype: what an int8 weight computes as.
+    """
+    shape = tuple(weight.codes.shape)
+    stored = rows("w.weight", weight) | rest("w.weight", weight.scale, weight.zero)
+    return _subclass(*(stored[n] for n in part_names("w.weight")), shape, weight.grid, dtype)
 
 
 def _parts(name: str) -> dict[str, str]:

@@ -1,0 +1,268 @@
+"""How fast models read and write on this CPU: stock loaders, `pipeline.load`, and llama.cpp where it is installed.
+
+    python scripts/benchmark_decode.py [--size 1.1b] [--rounds 3] [--sides bf16,int8] [--json FILE]
+    python scripts/benchmark_decode.py --layers        # one layer: kernel against dequantizing, by tokens
+
+The model is a random Llama that the script makes (weights do not change the speed). Each side
+runs in a fresh process; rounds go through all sides in turn, so that what else the machine does
+falls on all of them, and the medians over the rounds are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+SIZES = {
+    "50m": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8},
+    "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9},
+    "1.1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32},
+}
+KEY_VALUE_HEADS = {"50m": 2, "135m": 3, "1.1b": 4}
+VOCABULARY = 32000
+SIDES = {
+    "bf16": "transformers bf16",
+    "stock-int8": "transformers + torchao int8",
+    "int8": "pipeline.load int8",
+    "int4": "pipeline.load int4",
+    "Q8_0": "llama.cpp Q8_0",
+    "Q4_0": "llama.cpp Q4_0",
+}
+LLAMA_CPP = ("Q8_0", "Q4_0")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", choices=SIZES, default="1.1b")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompt", type=int, default=512, help="tokens to read")
+    parser.add_argument("--new", type=int, default=32, help="tokens to write")
+    parser.add_argument("--sides", help=f"some of {','.join(SIDES)}; all that can run otherwise")
+    parser.add_argument("--work", type=Path, help="keep the models here, and use those that are there")
+    parser.add_argument("--layers", action="store_true", help="measure single layers instead")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--one", nargs=2, metavar=("SIDE", "FOLDER"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        side, folder = arguments.one
+        print(json.dumps(run_one(side, Path(folder), arguments.prompt, arguments.new)))
+        return
+    rows = layers() if arguments.layers else models(arguments)
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def models(arguments: argparse.Namespace) -> list[dict]:
+    """One row for each side: medians over the rounds, and ratios to bf16."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = arguments.work or Path(scratch)
+        sides = arguments.sides.split(",") if arguments.sides else list(SIDES)
+        if not arguments.sides and not importlib.util.find_spec("llama_cpp"):
+            sides = [side for side in sides if side not in LLAMA_CPP]
+        make(folder, arguments.size, sides)
+        runs: dict[str, list[dict]] = {side: [] for side in sides}
+        for _ in range(arguments.rounds):
+            for side in sides:
+                lengths = ["--prompt", str(arguments.prompt), "--new", str(arguments.new)]
+                command = [sys.executable, __file__, "--one", side, str(folder), *lengths]
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    raise SystemExit(f"{side} failed:\n{done.stderr[-2000:]}")
+                runs[side].append(json.loads(done.stdout.splitlines()[-1]))
+    rows = []
+    for side in sides:
+        middle = {key: statistics.median(run[key] for run in runs[side]) for key in runs[side][0]}
+        rows.append({"side": SIDES[side], **middle})
+    for row in rows:
+        for key in ("prefill", "decode"):
+            row[f"{key} / {rows[0]['side']}"] = row[f"{key} tokens/s"] / rows[0][f"{key} tokens/s"]
+    return rows
+
+
+def make(folder: Path, size: str, sides: list[str]) -> None:
+    """A random checkpoint of `size`, its int8 and int4 by round-to-nearest, and GGUF files where they are asked for."""
+    from pipeline.libraries import quiet
+
+    quiet()
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from pipeline.config import VariantSpec
+    from pipeline.models import linear_weights
+    from pipeline.quantization.stream import quantize_checkpoint
+
+    if not (folder / "config.json").is_file():
+        shape = {**SIZES[size], "num_key_value_heads": KEY_VALUE_HEADS[size], "vocab_size": VOCABULARY}
+        config = LlamaConfig(**shape, max_position_embeddings=2048, dtype="bfloat16")
+        with torch.device("meta"):
+            model = LlamaForCausalLM(config).bfloat16()
+        model.to_empty(device="cpu")
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter.data, std=0.02) if parameter.ndim > 1 else parameter.data.fill_(1)
+        model.save_pretrained(folder)
+        write_tokenizer(folder)
+    variants = [name for name in ("int8", "int4") if not (folder / name / "config.json").is_file()]
+    if variants:
+        specs = [VariantSpec(name=name, rounding="rtn").resolved() for name in variants]
+        quantize_checkpoint(folder, specs, {name: folder / name for name in variants}, linear_weights(folder))
+    for kind in set(sides).intersection(LLAMA_CPP):
+        if not (folder / f"{kind}.gguf").is_file():
+            write_gguf(folder, kind)
+
+
+def write_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
+
+
+def write_gguf(folder: Path, kind: str) -> None:
+    """The checkpoint for llama.cpp, without a vocabulary; its norms stay float32, as its converter has it."""
+    import gguf
+    from gguf.quants import quantize
+
+    from pipeline.checkpoint import Checkpoint
+    from pipeline.models import read_config
+
+    config, weights = read_config(folder), Checkpoint(folder)
+    writer = gguf.GGUFWriter(folder / f"{kind}.part", "llama")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_dimension_count(config["hidden_size"] // config["num_attention_heads"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("no_vocab")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    for name, info in weights.items():
+        tensor = weights.read(name).float().numpy()
+        target = names.get_name(name, try_suffixes=(".weight",))
+        if len(info.shape) == 1:
+            writer.add_tensor(target, tensor)
+        else:
+            stored = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(target, quantize(tensor, stored), raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (folder / f"{kind}.part").rename(folder / f"{kind}.gguf")
+
+
+def run_one(side: str, folder: Path, prompt: int, new: int) -> dict[str, float]:
+    """Tokens per second of one side, and the most memory that its process held."""
+    from pipeline import machine
+
+    if side in LLAMA_CPP:
+        speed = run_llama_cpp(folder / f"{side}.gguf", prompt, new)
+    else:
+        from pipeline.libraries import quiet
+
+        quiet()
+        from transformers import AutoModelForCausalLM
+
+        from pipeline import load, measure
+
+        if side in ("bf16", "stock-int8"):
+            place = folder if side == "bf16" else folder / "int8"
+            model = AutoModelForCausalLM.from_pretrained(place, dtype="auto")
+        else:
+            model, _ = load(folder, side, device="cpu")
+        speed = measure.speed(model, prompt, new)
+        speed = {"prefill": speed["prefill_tokens_per_second"], "decode": speed["decode_tokens_per_second"]}
+    figures = {f"{key} tokens/s": value for key, value in speed.items()}
+    return {**figures, "peak MB": machine.peak_memory_bytes() / 1e6}
+
+
+def run_llama_cpp(path: Path, prompt: int, new: int) -> dict[str, float]:
+    """Read and write as `measure.speed` does: one round to warm up, then three."""
+    import ctypes
+
+    import llama_cpp
+
+    from pipeline.machine import cores
+
+    llama_cpp.llama_backend_init()
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+    settings = llama_cpp.llama_context_default_params()
+    settings.n_ctx, settings.n_batch, settings.n_ubatch = prompt + new, prompt, prompt
+    settings.n_threads = settings.n_threads_batch = cores()
+    context = llama_cpp.llama_init_from_model(model, settings)
+
+    def decode(tokens: list[int]) -> float:
+        start = time.perf_counter()
+        batch = llama_cpp.llama_batch_get_one((ctypes.c_int32 * len(tokens))(*tokens), len(tokens))
+        if llama_cpp.llama_decode(context, batch):
+            raise SystemExit("llama.cpp: decoding failed")
+        llama_cpp.llama_synchronize(context)
+        return time.perf_counter() - start
+
+    prefills, steps = [], []
+    for attempt in range(4):
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        prefill = decode([7] * prompt)
+        times = [decode([7]) for _ in range(new)]
+        if attempt:
+            prefills.append(prefill)
+            steps += times
+    return {"prefill": prompt / statistics.median(prefills), "decode": 1 / statistics.median(steps)}
+
+
+def layers() -> list[dict]:
+    """For layers of common shapes: from how many tokens dequantizing is faster than the kernel. Least of ten, in ms."""
+    from pipeline.libraries import quiet
+
+    quiet()
+    import torch
+
+    from pipeline.kernels import cpu
+    from pipeline.quantization.formats.torchao import INT8
+    from pipeline.quantization.grid import Grid
+    from pipeline.quantization.rounding import rounding
+
+    def least(function, x) -> float:
+        times = []
+        for _ in range(10):
+            start = time.perf_counter()
+            function(x)
+            times.append(time.perf_counter() - start)
+        return min(times) * 1e3
+
+    rows = []
+    torch.set_grad_enabled(False)
+    for shape in ((2048, 2048), (5632, 2048), (2048, 5632), (4096, 4096)):
+        weight = torch.randn(shape).bfloat16()
+        plain = torch.nn.Linear(*shape[::-1], bias=False, device="meta")
+        plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+        for grid in (INT8, Grid(4, 64, "float", torch.bfloat16)):
+            layer = cpu.linear(rounding("rtn")(weight, grid), None)
+            for tokens in (1, 4, 8, 12, 16, 24, 32, 128, 512):
+                x = torch.randn(tokens, shape[1]).bfloat16()
+                row = {"shape": f"{shape[0]}x{shape[1]}", "bits": grid.bits, "tokens": tokens}
+                row |= {"bf16": least(plain, x), "kernel": least(layer._few, x), "dequantize": least(layer._many, x)}
+                rows.append({**row, "taken": "kernel" if tokens <= layer.kernel_tokens else "dequantize"})
+    return rows
+
+
+if __name__ == "__main__":
+    main()
