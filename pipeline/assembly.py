@@ -6,7 +6,10 @@ read, packed for the machine, and forgotten before the next one.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +19,15 @@ from pipeline import kernels
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import ModelError
 from pipeline.kernels.cpu import Head
+from pipeline.kernels.table import Int8Embedding
+from pipeline.models import embedding_factor
 from pipeline.quantization.formats import torchao
 from pipeline.quantization.grid import GroupQuantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Stored = Callable[[], GroupQuantized]
 
 
 def assemble(folder: Path, device: torch.device) -> PreTrainedModel | None:
@@ -54,7 +61,8 @@ def assemble(folder: Path, device: torch.device) -> PreTrainedModel | None:
             _put_layer(model, name, checkpoint, device)
         elif name in checkpoint:
             _put(model, name, _read(model, name, checkpoint).to(device))
-    model.tie_weights()
+    if not model.config.get_text_config().tie_word_embeddings or _table(model) not in quantized:
+        model.tie_weights()
     _fill_buffers(model, device)
     left = [name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
     if left:
@@ -64,29 +72,73 @@ def assemble(folder: Path, device: torch.device) -> PreTrainedModel | None:
     return model
 
 
-def replace(model: PreTrainedModel, name: str, weight: GroupQuantized, bias: torch.Tensor | None, device) -> str:
-    """Put the fastest layer there is for `weight` in the place of the linear layer `name`; say of what kind it is."""
-    layer = kernels.linear(weight, bias, device)
-    if layer is None:
-        rows, width = weight.codes.shape
-        layer = torch.nn.Linear(width, rows, bias is not None, device="meta")
-        layer.weight = torch.nn.Parameter(weight.dequantize(model.dtype), requires_grad=False)
+def place(model: PreTrainedModel, name: str, weight: GroupQuantized, device: torch.device, again: Stored) -> str:
+    """Put the fastest layer there is for `weight` in the place of the layer `name`.
+
+    Args:
+        again: gives the weight once more, when a layer that keeps no codes is saved.
+
+    Returns:
+        Of what kind the layer is, or the stored tensor where that is the fastest.
+    """
+    layer, dtype = model.get_submodule(name), model.dtype
+    if isinstance(layer, torch.nn.Embedding):
+        return _place_table(model, name, weight, device)
+    bias = None if layer.bias is None else layer.bias.data.to(device)
+    if kernels.runs_as_stored(weight, device):
+        layer.weight = torch.nn.Parameter(torchao.tensor(weight, dtype).to(device), requires_grad=False)
         layer.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
-    elif hasattr(layer, "portable"):
-        dtype = model.dtype
-        layer.register_state_dict_post_hook(
-            lambda module, state, prefix, _: state.update({f"{prefix}weight": torchao.tensor(module.portable(), dtype)})
-        )
-    model.set_submodule(name, layer.to(device))
-    return type(layer).__name__
+        return type(layer.weight.data).__name__
+    new = kernels.linear(weight, bias, device)
+    if new is None:
+        rows, width = weight.codes.shape
+        new = torch.nn.Linear(width, rows, bias is not None, device="meta")
+        new.weight = torch.nn.Parameter(weight.dequantize(dtype), requires_grad=False)
+        new.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
+    _save_as(new, new.portable if hasattr(new, "portable") else again, dtype)
+    model.set_submodule(name, new.to(device))
+    return type(new).__name__
+
+
+def _place_table(model: PreTrainedModel, name: str, weight: GroupQuantized, device: torch.device) -> str:
+    """Put an int8 embedding in its place, and where it is tied the output head, on the same codes."""
+    factor, head = embedding_factor(model.get_submodule(name)), model.get_output_embeddings()
+    weight = dataclasses.replace(weight, codes=weight.codes.to(device), scale=weight.scale.to(device))
+    embedding = Int8Embedding(weight, model.dtype, factor)
+    _save_as(embedding, embedding.portable, model.dtype)
+    model.set_submodule(name, embedding)
+    if model.config.get_text_config().tie_word_embeddings:
+        place(model, _name_of(model, head), weight, device, embedding.portable)
+        model.get_output_embeddings().register_state_dict_post_hook(_leave_out_weight)
+    return type(embedding).__name__
+
+
+def _save_as(layer: torch.nn.Module, stored: Stored, dtype: torch.dtype) -> None:
+    """Let a packed layer's weight stand in state dicts as it is stored in files."""
+    layer.register_state_dict_post_hook(
+        lambda module, state, prefix, _: state.update({f"{prefix}weight": torchao.tensor(stored(), dtype)})
+    )
+
+
+def _leave_out_weight(module: torch.nn.Module, state: dict, prefix: str, _: dict) -> None:
+    """Of a head that is tied nothing is stored but the embedding."""
+    del state[f"{prefix}weight"]
+
+
+def _name_of(model: PreTrainedModel, wanted: torch.nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
+def _table(model: PreTrainedModel) -> str:
+    return f"{_name_of(model, model.get_input_embeddings())}.weight"
 
 
 def quicken_head(model: PreTrainedModel) -> None:
     """On a CPU, let the output head take the faster way for single tokens."""
     head = model.get_output_embeddings()
-    if type(head) is torch.nn.Linear and head.weight.device.type == "cpu":
-        name = next(name for name, module in model.named_modules() if module is head)
-        model.set_submodule(name, Head(head))
+    packed = isinstance(model.get_input_embeddings(), Int8Embedding)
+    if type(head) is torch.nn.Linear and head.weight.device.type == "cpu" and not packed:
+        model.set_submodule(_name_of(model, head), Head(head))
 
 
 def _same_names(model: PreTrainedModel, checkpoint: Checkpoint, quantized: set[str], folder: Path) -> bool:
@@ -97,8 +149,8 @@ def _same_names(model: PreTrainedModel, checkpoint: Checkpoint, quantized: set[s
     if missing and not there - wanted:
         raise ModelError(f"{folder}: its checkpoint has no {sorted(missing)[0]!r}; fetch the model again")
     stray = {name for name in there - wanted if not name.endswith("rotary_emb.inv_freq")}  # of old checkpoints
-    linear = all(isinstance(model.get_submodule(n.rpartition(".")[0]), torch.nn.Linear) for n in quantized & wanted)
-    return not missing and not stray and linear
+    known = (torch.nn.Linear, torch.nn.Embedding)
+    return not missing and not stray and all(isinstance(_owner(model, n), known) for n in quantized & wanted)
 
 
 def _attach_quantizer(model: PreTrainedModel) -> None:
@@ -112,16 +164,16 @@ def _attach_quantizer(model: PreTrainedModel) -> None:
 
 
 def _put_layer(model: PreTrainedModel, name: str, checkpoint: Checkpoint, device: torch.device) -> None:
-    module = name.rpartition(".")[0]
-    layer = model.get_submodule(module)
-    weight = torchao.read(checkpoint, name, tuple(layer.weight.shape))
+    module, shape = name.rpartition(".")[0], tuple(_owner(model, name).weight.shape)
     bias = f"{module}.bias"
-    bias = _read(model, bias, checkpoint) if bias in checkpoint else None
-    if kernels.runs_as_stored(weight, device):
-        stored = torchao.tensor(weight, model.dtype).to(device)
-        layer.weight = torch.nn.Parameter(stored, requires_grad=False)
-        return
-    replace(model, module, weight, bias, device)
+    if bias in checkpoint:
+        _put(model, bias, _read(model, bias, checkpoint))
+    again = functools.partial(torchao.read, checkpoint, name, shape)
+    place(model, module, again(), device, again)
+
+
+def _owner(model: PreTrainedModel, name: str) -> torch.nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
 
 
 def _put(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> None:

@@ -15,7 +15,7 @@ class Variant:
     name: str
     format: str
     bits: int
-    grouped: bool
+    group_size: int | None  # the default; None for one scale a row
     roundings: tuple[str, ...]  # the first is the default
 
     @property
@@ -30,14 +30,14 @@ VARIANTS = {
             name="int8",
             format="torchao",
             bits=8,
-            grouped=False,
-            roundings=("rtn",),
+            group_size=None,
+            roundings=("rtn", "hqq"),
         ),
         Variant(
             name="int4",
             format="torchao",
             bits=4,
-            grouped=True,
+            group_size=64,
             roundings=("search", "hqq", "rtn"),
         ),
     )
@@ -49,7 +49,7 @@ ALIASES = {
     "both": ("int8", "int4"),
 }
 
-# Group sizes that the int4 kernels of torch take on a CPU and on CUDA.
+# Columns that may share a scale: what the int4 kernels of torch take on a CPU and on CUDA.
 GROUP_SIZES = (32, 64, 128, 256)
 
 DATA_FORMS = {

@@ -104,7 +104,9 @@ def quantize(
     source: Annotated[str, typer.Argument(metavar="CONFIG|MODEL", help="A run's configuration, or any model.")],
     output: Output = None,
     variants: Variants = None,
-    group_size: Annotated[int | None, typer.Option("--group-size", help="32, 64, 128 or 256, for int4.")] = None,
+    group_size: Annotated[
+        int | None, typer.Option("--group-size", help="32, 64, 128 or 256, for int4 (int8 if alone).")
+    ] = None,
     rounding: Annotated[str | None, typer.Option("--rounding", help="search, hqq or rtn.")] = None,
     measure: Measure = False,
     revision: Revision = None,

@@ -121,6 +121,9 @@ class VariantSpec(Section):
     name: str
     group_size: Whole | None = None
     rounding: str | None = None
+    embeddings: Literal["keep", "int8"] = Field(
+        default="keep", description="the embedding and the output head: as they are, or in int8, one scale a row"
+    )
     keep: list[str] = Field(default=[], description="name patterns of layers left in bf16")
 
     @model_validator(mode="before")
@@ -133,8 +136,6 @@ class VariantSpec(Section):
         if self.name not in VARIANTS:
             raise ValueError(f"allowed are {variant_names()}")
         variant = VARIANTS[self.name]
-        if self.group_size is not None and not variant.grouped:
-            raise ValueError(f"{self.name} has one scale per row and takes no group_size")
         if self.group_size is not None and self.group_size not in GROUP_SIZES:
             raise ValueError(f"group_size {self.group_size}: allowed are {', '.join(map(str, GROUP_SIZES))}")
         if self.rounding is not None and self.rounding not in variant.roundings:
@@ -146,7 +147,7 @@ class VariantSpec(Section):
         variant = VARIANTS[self.name]
         return self.model_copy(
             update={
-                "group_size": (self.group_size or 64) if variant.grouped else None,
+                "group_size": self.group_size or variant.group_size,
                 "rounding": self.rounding or variant.roundings[0],
             }
         )

@@ -52,8 +52,8 @@ def evaluate(
     model, tokenizer = load(folder)
     texts.with_template(tokenizer, workspace)
     sequences = texts.all_texts(config, workspace, tokenizer)
-    head_name, softcap = measure.output_head(model)
-    head = model.get_output_embeddings().weight.detach().float().cpu()
+    head_name = measure.head_name(model) if reference is None else None
+    head, softcap = measure.head_matrix(model).cpu(), measure.softcap(model)
     scored = {text: measure.score(model, part, tell(f"{text} text")) for text, part in sequences.items()}
     tell("sample answers")(0, 1)
     samples = measure.answers(model, tokenizer, config.evaluate.prompts)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline import kernels
 from pipeline.catalog import resolve_variants
 from pipeline.config import REPO_ID
 from pipeline.download import download
@@ -85,21 +84,17 @@ def pack(model: PreTrainedModel, device: torch.device) -> dict[str, int]:
     """
     import torch
 
-    from pipeline.assembly import replace
+    from pipeline.assembly import place
 
     unpack = storage("torchao").unpack
     used: dict[str, int] = {}
     for name, module in list(model.named_modules()):
-        if not isinstance(module, torch.nn.Linear):
-            continue
-        weight = unpack(module.weight.data)
-        if weight is None:
-            continue
-        if kernels.runs_as_stored(weight, device):
-            kind = type(module.weight.data).__name__
-        else:
-            kind = replace(model, name, weight, None if module.bias is None else module.bias.data, device)
-        used[kind] = used.get(kind, 0) + 1
+        replaced = model.get_submodule(name) is not module  # a tied head goes with its embedding
+        known = isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) and not replaced
+        weight = unpack(module.weight.data) if known else None
+        if weight is not None:
+            kind = place(model, name, weight, device, lambda weight=weight: weight)
+            used[kind] = used.get(kind, 0) + 1
     model.to(device)
     return used
 

@@ -239,14 +239,23 @@ def answers(
     return found
 
 
-def output_head(model: PreTrainedModel) -> tuple[str, float | None]:
-    """The checkpoint's name for the output matrix, and the softcap of the logits if there is one."""
+def head_matrix(model: PreTrainedModel) -> torch.Tensor:
+    """The output matrix (V, H) as the model computes with it, in float32 on its device."""
+    from pipeline.quantization.formats import storage
+
+    layer = model.get_output_embeddings()
+    stored = layer.portable() if hasattr(layer, "portable") else storage("torchao").unpack(layer.weight.data)
+    return layer.weight.detach().float() if stored is None else stored.dequantize()
+
+
+def head_name(model: PreTrainedModel) -> str:
+    """The checkpoint's name for the output matrix of a full-precision model."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # under an adapter
     weight = inner.get_output_embeddings().weight
     names = [name for name, p in inner.named_parameters(remove_duplicate=False) if p is weight]
     # A tied head is stored under the embedding's name.
     tied = [name for name in names if "embed" in name]
-    return (tied or names)[0], _softcap(model)
+    return (tied or names)[0]
 
 
 class _Head:
@@ -264,7 +273,7 @@ def _head(model: PreTrainedModel) -> _Head:
     layer = model.get_output_embeddings()
     if getattr(layer, "bias", None) is not None:  # `divergence` has the matrix alone
         raise ModelError(f"{model.config.model_type}: its output matrix has a bias; not handled yet")
-    return _Head(layer.weight, _softcap(model))
+    return _Head(head_matrix(model), softcap(model))
 
 
 def _backbone(model: PreTrainedModel) -> torch.nn.Module:
@@ -272,7 +281,8 @@ def _backbone(model: PreTrainedModel) -> torch.nn.Module:
     return inner.base_model
 
 
-def _softcap(model: PreTrainedModel) -> float | None:
+def softcap(model: PreTrainedModel) -> float | None:
+    """The bound that some models put on their logits."""
     return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
 

@@ -32,7 +32,8 @@ def quantize_config(
 
     Args:
         source: Hub id, or folder.
-        variants: names or aliases; `group_size` and `rounding` go to those that take them.
+        variants: names or aliases; `rounding` goes to those that know it, `group_size` to those in
+            groups anyway (int4), or to all where none of them is.
         settings: `key=value`, for whatever else a configuration has.
 
     Raises:
@@ -84,18 +85,19 @@ def _config(
 
 
 def _specs(variants: list[str], group_size: int | None, rounding: str | None) -> list[dict]:
-    names = [name.strip() for given in variants for name in given.split(",") if name.strip()]
-    specs = []
-    for given in names:
+    names: list[str] = []
+    for given in (name.strip() for listed in variants for name in listed.split(",") if name.strip()):
         try:
-            resolved = resolve_variants(given)
+            names += resolve_variants(given)
         except KeyError:
             raise ConfigError(f"--variants {given}: allowed are {variant_names()}") from None
-        for name in resolved:
-            options = {"group_size": group_size if VARIANTS[name].grouped else None}
-            options["rounding"] = rounding if rounding in VARIANTS[name].roundings else None
-            specs.append({"name": name} | {key: value for key, value in options.items() if value is not None})
-    for option, value in (("group_size", group_size), ("rounding", rounding)):
-        if value is not None and specs and not any(option in spec for spec in specs):
-            raise ConfigError(f"--{option.replace('_', '-')} {value}: none of {', '.join(names)} takes it")
+    in_groups = [name for name in names if VARIANTS[name].group_size] or names
+    rounded = [name for name in names if rounding in VARIANTS[name].roundings]
+    if rounding is not None and names and not rounded:
+        raise ConfigError(f"--rounding {rounding}: none of {', '.join(names)} takes it")
+    specs = []
+    for name in names:
+        options = {"group_size": group_size if name in in_groups else None}
+        options["rounding"] = rounding if name in rounded else None
+        specs.append({"name": name} | {key: value for key, value in options.items() if value is not None})
     return specs

@@ -124,7 +124,7 @@ def quantized(tmp_path_factory) -> Callable[..., Path]:
     Keywords go into the `VariantSpec`; `shard_bytes` makes several shards.
     """
     from pipeline.config import VariantSpec
-    from pipeline.models import linear_weights
+    from pipeline.models import linear_weights, table_weights
     from pipeline.quantization.stream import quantize_checkpoint
 
     made: dict[tuple, Path] = {}
@@ -134,8 +134,10 @@ def quantized(tmp_path_factory) -> Callable[..., Path]:
         if key not in made:
             made[key] = Path(shutil.copytree(source, tmp_path_factory.mktemp("release") / "model"))
             asked = VariantSpec(name=variant, **spec).resolved()
+            tables = table_weights(source) if asked.embeddings == "int8" else {}
+            folders = {variant: made[key] / variant}
             quantize_checkpoint(
-                source, [asked], {variant: made[key] / variant}, linear_weights(source), shard_bytes=shard_bytes
+                source, [asked], folders, linear_weights(source), shard_bytes=shard_bytes, tables=tables
             )
         return made[key]
 

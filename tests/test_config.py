@@ -191,7 +191,8 @@ BROKEN = {
     "quantize: {variants: [{group_size: 32}]}": ("quantize.variants.0.name", "missing"),
     "quantize: {variants: [{name: int4, group_size: 48}]}": ("quantize.variants.0", "48", "32, 64, 128, 256"),
     "quantize: {variants: [{name: int4, group_size: true}]}": ("variants.0.group_size", "true", "number"),
-    "quantize: {variants: [{name: int8, group_size: 64}]}": ("quantize.variants.0", "group_size", "per row"),
+    "quantize: {variants: [{name: int8, group_size: 48}]}": ("quantize.variants.0", "48", "32, 64, 128, 256"),
+    "quantize: {variants: [{name: int8, embeddings: int4}]}": ("quantize.variants.0", "embeddings", "int8"),
     "quantize: {variants: [{name: int4, rounding: gptq}]}": (
         "quantize.variants.0",
         "gptq",

@@ -10,7 +10,7 @@ from pipeline.quantization.grid import Grid, GroupQuantized
 from pipeline.quantization.rounding import rounding
 
 CPU = torch.device("cpu")
-SWITCHES = (cpu.INT8_KERNEL_TOKENS, cpu.INT4_KERNEL_TOKENS)
+SWITCHES = (cpu.INT8_KERNEL_TOKENS, cpu.INT8_GROUP_KERNEL_TOKENS, cpu.INT4_KERNEL_TOKENS)
 TOKENS = [1, 2, 3, 7, *(switch + step for switch in SWITCHES for step in (-1, 0, 1)), 200]
 TYPES = [torch.bfloat16, torch.float32, torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -18,6 +18,10 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 def int4(group_size: int = 32) -> Grid:
     return Grid(4, group_size, "float", torch.bfloat16)
+
+
+def int8(group_size: int = 32) -> Grid:
+    return Grid(8, group_size, "none", torch.float32)
 
 
 def quantized(grid: Grid, rows: int, width: int) -> GroupQuantized:
@@ -38,7 +42,16 @@ def check(weight: GroupQuantized, layer: torch.nn.Module, x: torch.Tensor, bias:
 
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("grid, kind", [(INT8, cpu.Int8Linear), (int4(), cpu.Int4Linear), (int4(64), cpu.Int4Linear)])
+@pytest.mark.parametrize(
+    "grid, kind",
+    [
+        (INT8, cpu.Int8Linear),
+        (int8(), cpu.Int8GroupLinear),
+        (int8(64), cpu.Int8GroupLinear),
+        (int4(), cpu.Int4Linear),
+        (int4(64), cpu.Int4Linear),
+    ],
+)
 def test_a_layer_multiplies_by_the_dequantized_weight(grid, kind, dtype, tokens):
     weight = quantized(grid, 96, 192)
     layer = kernels.linear(weight, None, CPU)
@@ -48,7 +61,7 @@ def test_a_layer_multiplies_by_the_dequantized_weight(grid, kind, dtype, tokens)
 
 @pytest.mark.parametrize("rows, width", [(16, 32), (32, 160), (80, 96), (272, 576), (64, 1536)])
 @pytest.mark.parametrize("tokens", [1, 5, 100])
-@pytest.mark.parametrize("grid", [INT8, int4()], ids=["int8", "int4"])
+@pytest.mark.parametrize("grid", [INT8, int8(), int4()], ids=["int8", "int8-32", "int4"])
 def test_layers_of_any_shape_that_has_a_kernel(grid, rows, width, tokens):
     weight = quantized(grid, rows, width)
     check(weight, kernels.linear(weight, None, CPU), torch.randn(tokens, width).bfloat16())
@@ -123,7 +136,7 @@ def test_int4_takes_any_number_of_rows(rows):
 
 
 @pytest.mark.parametrize("rows, width", [(64, 256), (100, 192), (1000, 64)])
-@pytest.mark.parametrize("grid", [INT8, int4(), int4(64)], ids=["int8", "int4", "int4-64"])
+@pytest.mark.parametrize("grid", [INT8, int8(64), int4(), int4(64)], ids=["int8", "int8-64", "int4", "int4-64"])
 def test_a_layer_gives_back_what_it_was_made_from(grid, rows, width):
     weight = quantized(grid, rows, width)
     back = kernels.linear(weight, None, CPU).portable()
@@ -131,7 +144,7 @@ def test_a_layer_gives_back_what_it_was_made_from(grid, rows, width):
     assert back.zero is None if weight.zero is None else torch.equal(back.zero, weight.zero)
 
 
-@pytest.mark.parametrize("grid", [INT8, int4()], ids=["int8", "int4"])
+@pytest.mark.parametrize("grid", [INT8, int8(), int4()], ids=["int8", "int8-32", "int4"])
 def test_layers_wider_than_a_block_are_dequantized_piece_by_piece(grid, monkeypatch):
     monkeypatch.setattr(cpu, "_BLOCK_ELEMENTS", 64 * 128)
     weight = quantized(grid, 200, 128)
@@ -162,9 +175,11 @@ def test_the_head_computes_what_an_ordinary_layer_does(shape, bias):
     assert torch.backends.mkldnn.enabled
 
 
-@pytest.mark.parametrize("grid", [Grid(4, 32, "integer", torch.bfloat16), Grid(8, 32, "none", torch.float32)])
-def test_grids_without_a_kernel_have_no_layer(grid):
-    assert kernels.linear(quantized(grid, 64, 64), None, CPU) is None
+@pytest.mark.parametrize(
+    "grid, rows", [(Grid(4, 32, "integer", torch.bfloat16), 64), (int8(16), 64), (int8(32), 63)], ids=str
+)
+def test_grids_without_a_kernel_have_no_layer(grid, rows):
+    assert kernels.linear(quantized(grid, rows, 64), None, CPU) is None
 
 
 @pytest.mark.parametrize("device", ["mps", "meta"])

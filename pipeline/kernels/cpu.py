@@ -11,10 +11,11 @@ from functools import cache
 
 import torch
 
-from pipeline.quantization.grid import GroupQuantized
+from pipeline.quantization.grid import GroupQuantized, in_groups
 
 # Tokens up to which the kernels are faster than dequantizing; `scripts/benchmark_decode.py --layers` measures it.
 INT8_KERNEL_TOKENS = 12
+INT8_GROUP_KERNEL_TOKENS = 4
 INT4_KERNEL_TOKENS = 24
 _BLOCK_ELEMENTS = 1 << 20  # weights dequantized at a time: 2 MB of bf16
 _ROW_MULTIPLE = 64  # int4 rows are padded to whole blocks of the packing
@@ -27,8 +28,12 @@ _ALIGNMENT = 64  # bytes; what torch's own allocations have, and tensors mapped 
 def linear(weight: GroupQuantized, bias: torch.Tensor | None) -> torch.nn.Module | None:
     """The layer for `weight`'s grid; None where torch has no kernel for it."""
     width, grid = weight.codes.shape[1], weight.grid
-    if grid.bits == 8 and grid.zero == "none" and grid.group_size is None and width % _INT8_WIDTH_BLOCK == 0:
-        return Int8Linear(weight, bias)
+    group = grid.group(width)
+    if grid.bits == 8 and grid.zero == "none" and group % _INT8_WIDTH_BLOCK == 0:
+        if grid.group_size is None:
+            return Int8Linear(weight, bias)
+        if len(weight.codes) * group % _ALIGNMENT == 0:
+            return Int8GroupLinear(weight, bias)
     if grid.bits == 4 and grid.zero == "float" and int4_block() is not None:
         return Int4Linear(weight, bias)
     return None
@@ -105,6 +110,44 @@ class Int8Linear(PackedLinear):
                 block *= scale[rows, None]
             torch.mm(x, block.T, out=y[:, rows])
         return y if early else y.mul_(scale)
+
+
+class Int8GroupLinear(PackedLinear):
+    """W as int8 codes, group by group, (G, N, K / G), and a scale for each, float32 (G, N).
+
+    torch has no kernel for groups; the one for rows, called for each group, adds up to the same.
+    """
+
+    kernel_tokens = INT8_GROUP_KERNEL_TOKENS
+
+    def __init__(self, weight: GroupQuantized, bias: torch.Tensor | None):
+        super().__init__(weight, bias)
+        codes = in_groups(weight.codes, self.grid).transpose(0, 1)
+        self.register_buffer("codes", codes.contiguous(), persistent=False)
+        self.register_buffer("scale", weight.scale.T.contiguous(), persistent=False)
+
+    def portable(self) -> GroupQuantized:
+        codes = self.codes.transpose(0, 1).flatten(1)
+        return GroupQuantized(codes, self.scale.T.contiguous(), None, self.grid)
+
+    def _few(self, x: torch.Tensor) -> torch.Tensor:
+        # In float32, because a sum of many rounded sums would be further off.
+        parts = x.float().view(len(x), len(self.codes), -1).transpose(0, 1).contiguous()
+        y = torch.zeros(len(x), self.out_features)
+        for part, codes, scale in zip(parts, self.codes, self.scale, strict=True):
+            y += torch.ops.aten._weight_int8pack_mm(part, codes, scale)
+        return y.to(x.dtype)
+
+    def _many(self, x: torch.Tensor) -> torch.Tensor:
+        scale = self.scale.T.to(x.dtype).unsqueeze(-1)
+        y = x.new_empty(x.shape[0], self.out_features)
+        blocks = self._blocks(self.out_features)
+        room = x.new_empty(blocks[0].stop, self.in_features)
+        for rows in blocks:
+            block = room[: rows.stop - rows.start]
+            in_groups(block, self.grid).copy_(self.codes[:, rows].transpose(0, 1)).mul_(scale[rows])
+            torch.mm(x, block.T, out=y[:, rows])
+        return y
 
 
 class Int4Linear(PackedLinear):

@@ -28,6 +28,8 @@ from pipeline.quantization.formats import storage
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.rounding import rounding
 
+Shapes = Mapping[str, tuple[int, int]]  # name of a weight -> (N, K)
+nearest = rounding("rtn")
 ROUNDED_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -44,11 +46,15 @@ class VariantFiles:
 class _Variant:
     """One output of the pass: its grids, its open files, and the scales it still collects."""
 
-    def __init__(self, spec: VariantSpec, folder: Path, source: Checkpoint, linear: Mapping[str, tuple], shard_bytes):
+    def __init__(
+        self, spec: VariantSpec, folder: Path, source: Checkpoint, linear: Shapes, tables: Shapes, shard_bytes: int
+    ):
         self.spec, self.folder = spec, folder
         self.format = storage(VARIANTS[spec.name].format)
         self.round = rounding(spec.rounding)
         self.grids, self.kept = _grids(spec, linear)
+        self.tables = sorted(tables) if spec.embeddings == "int8" else []
+        self.grids |= {name: (tables[name], self.format.TABLE) for name in self.tables}
         self._scales: dict[str, dict[int, tuple]] = {}  # of weights whose last rows are not there yet
         self._lock = threading.Lock()
         plan: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
@@ -69,7 +75,8 @@ class _Variant:
     def take(self, name: str, weight: torch.Tensor, first_row: int) -> None:
         """Round and write some rows of a weight; its scales and zeros follow when the last of its rows is there."""
         (rows, _), grid = self.grids[name]
-        block = self.round(weight, grid)
+        # At eight bits a row the nearest is good enough, and not every rounding knows such a grid.
+        block = (nearest if name in self.tables else self.round)(weight, grid)
         for part, tensor in self.format.rows(name, block).items():
             self.writer.write(part, tensor, first_row)
         with self._lock:
@@ -86,12 +93,14 @@ class _Variant:
 
     def describe(self, source: Checkpoint) -> VariantFiles:
         asked = self.spec.group_size
-        other = {n: g.group_size for n, (_, g) in self.grids.items() if asked and g.group_size != asked}
+        layers = self.grids.keys() - self.tables
+        other = {n: self.grids[n][1].group_size for n in sorted(layers) if asked}
+        other = {n: size for n, size in other.items() if size != asked}
         before = sum(source[name].nbytes for name in self.grids)
         return VariantFiles(self.weight_bytes, before, other, tuple(self.kept))
 
 
-def unfit(spec: VariantSpec, linear: Mapping[str, tuple[int, int]]) -> str | None:
+def unfit(spec: VariantSpec, linear: Shapes) -> str | None:
     """Why a variant cannot be made of these weights, or None where it can."""
     try:
         _grids(spec, linear)
@@ -100,7 +109,7 @@ def unfit(spec: VariantSpec, linear: Mapping[str, tuple[int, int]]) -> str | Non
     return None
 
 
-def _grids(spec: VariantSpec, linear: Mapping[str, tuple[int, int]]) -> tuple[dict[str, tuple[tuple, Grid]], list[str]]:
+def _grids(spec: VariantSpec, linear: Shapes) -> tuple[dict[str, tuple[tuple, Grid]], list[str]]:
     """The grid of every layer that is to be quantized, and the layers that were asked to stay as they are."""
     names = [n.removesuffix(".weight") for n in linear]
     for pattern in spec.keep:
@@ -120,9 +129,10 @@ def quantize_checkpoint(
     source: str | Path,
     specs: Sequence[VariantSpec],
     output: Mapping[str, Path],
-    linear: Mapping[str, tuple[int, int]],
+    linear: Shapes,
     on_progress: Callable[[int, int], None] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    tables: Shapes | None = None,
 ) -> dict[str, VariantFiles]:
     """Write every variant of a checkpoint in one pass.
 
@@ -132,38 +142,48 @@ def quantize_checkpoint(
         output: variant name -> folder to write into.
         linear: weights to quantize, name -> (N, K), as `models.linear_weights` finds them.
         on_progress: called with bytes done and bytes in all.
+        tables: the embedding and the output head, as `models.table_weights` finds them, for
+            variants with `embeddings: int8`.
 
     Raises:
         QuantizationError: for a layer that the checkpoint lacks, that no group size
             divides, or whose weights are not finite. Nothing is left out silently.
     """
     source = Path(source)
-    checkpoint = Checkpoint(source)
-    _check(checkpoint, linear)
+    checkpoint, tables = Checkpoint(source), tables or {}
+    _check(checkpoint, {**linear, **tables})
+    _check_tables(checkpoint, linear, tables)
     with ExitStack() as stack:
         variants = []
         for spec in specs:
-            variants.append(_Variant(spec, Path(output[spec.name]), checkpoint, linear, shard_bytes))
+            variants.append(_Variant(spec, Path(output[spec.name]), checkpoint, linear, tables, shard_bytes))
             stack.enter_context(variants[-1].writer)
         in_parallel(_jobs(checkpoint, variants), checkpoint.nbytes, on_progress)
     config = read_config(source)
     for variant in variants:
         copy_companions(source, variant.folder)
-        kept = [name.removesuffix(".weight") for name in variant.kept]
-        content = {**config, "quantization_config": variant.format.quantization_config(variant.spec, kept)}
+        kept, rows = ([name.removesuffix(".weight") for name in names] for names in (variant.kept, variant.tables))
+        content = {**config, "quantization_config": variant.format.quantization_config(variant.spec, kept, rows)}
         text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
         (variant.folder / "config.json").write_text(text + "\n", encoding="utf-8")
     return {variant.spec.name: variant.describe(checkpoint) for variant in variants}
 
 
-def _check(checkpoint: Checkpoint, linear: Mapping[str, tuple[int, int]]) -> None:
-    for name, shape in linear.items():
+def _check(checkpoint: Checkpoint, weights: Shapes) -> None:
+    for name, shape in weights.items():
         if name not in checkpoint or checkpoint[name].shape != tuple(shape):
             found = checkpoint[name].shape if name in checkpoint else "nothing"
-            raise QuantizationError(f"{name}: the model has a linear layer of {tuple(shape)}, the checkpoint {found}")
+            raise QuantizationError(f"{name}: the model has a weight of {tuple(shape)}, the checkpoint {found}")
         if checkpoint[name].dtype not in ROUNDED_TYPES:
             found = str(checkpoint[name].dtype).removeprefix("torch.")
             raise QuantizationError(f"{name}: stored as {found}; start from a full-precision model")
+
+
+def _check_tables(checkpoint: Checkpoint, linear: Shapes, tables: Shapes) -> None:
+    """A tied table that is stored twice would be int8 in one of its places and not in the other."""
+    again = [n for n in checkpoint if n not in linear and n not in tables and checkpoint[n].shape in tables.values()]
+    if again:
+        raise QuantizationError(f"{again[0]}: stored beside the table that it is tied to; use embeddings: keep")
 
 
 def _jobs(checkpoint: Checkpoint, variants: Sequence[_Variant]) -> Iterator[Job]:

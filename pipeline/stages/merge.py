@@ -89,7 +89,7 @@ def _compare(config: Config, workspace: Workspace, events: Events, base: Path, f
     tokenizer = texts.with_template(AutoTokenizer.from_pretrained(base), workspace)
     sequences = texts.held_out(config, workspace, tokenizer)
     model = live_model(config, base, workspace.adapter)
-    head_name, softcap = measure.output_head(model)
+    head_name, softcap = measure.head_name(model), measure.softcap(model)
     live = measure.score(model, sequences, lambda d, t: events.progress(d, t, "measuring the live adapter"))
     del model
     result: dict = {"live": {"loss": asdict(measure.mean(live.nll, live.sequence)), "tokens": len(live.nll)}}
@@ -98,7 +98,7 @@ def _compare(config: Config, workspace: Workspace, events: Events, base: Path, f
         model, _ = load(folder)
         what = f"measuring the merge into {kind}"
         scores = measure.score(model, sequences, lambda d, t, what=what: events.progress(d, t, what))
-        head = model.get_output_embeddings().weight.detach().cpu().clone()
+        head = measure.head_matrix(model).cpu()
         del model
         losses[kind] = scores.nll
         result[kind] = {

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 
-from pipeline.config import Config
-from pipeline.errors import QuantizationError
+from pipeline.config import Config, VariantSpec
+from pipeline.errors import ModelError, QuantizationError
 from pipeline.events import Events
 from pipeline.files import empty_folder, replace_folder, write_json
 from pipeline.libraries import versions
@@ -22,8 +23,8 @@ LIBRARIES = ("torch", "torchao", "transformers")
 
 def parameters(config: Config, variant: str | None) -> dict:
     spec = config.quantize.spec(variant)
-    given = {"group_size": spec.group_size, "rounding": spec.rounding}
-    return {k: v for k, v in given.items() if v is not None}
+    given = spec.model_dump(include={"group_size", "rounding", "embeddings"})
+    return {k: v for k, v in given.items() if v not in (None, "keep")}
 
 
 def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict:
@@ -48,10 +49,13 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     source = full_model(config, workspace, events)
     refuse_other_matrices(source)
     linear = linear_weights(source)
+    wanted = [config.quantize.spec(name) for name in variants]
+    tables, no_tables = _tables(source, wanted)
     specs, refused = [], {}
-    for name in variants:
-        spec = config.quantize.spec(name)
-        problem = unfit(spec, linear)
+    for spec in wanted:
+        name, problem = spec.name, unfit(spec, linear)
+        if spec.embeddings == "int8":
+            problem = problem or no_tables
         if problem:
             refused[name] = problem
             events.failed("quantize", name, QuantizationError(problem))
@@ -61,9 +65,19 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     made = {}
     if specs:
         made = quantize_checkpoint(
-            source, specs, partial, linear, lambda d, t: events.progress(d, t, "rounding and writing")
+            source, specs, partial, linear, lambda d, t: events.progress(d, t, "rounding and writing"), tables=tables
         )
     for name, folder in partial.items():
         replace_folder(folder, workspace.quantized / name)
         write_json(workspace.quantized / f"{name}.json", asdict(made[name]))
     return Outcome((), {"made": list(made), "refused": refused})
+
+
+def _tables(source: Path, specs: list[VariantSpec]) -> tuple[dict[str, tuple[int, int]], str | None]:
+    """The embedding and the output head, where a variant has them in int8; and why that cannot be."""
+    from pipeline.models import table_weights
+
+    try:
+        return (table_weights(source) if any(spec.embeddings == "int8" for spec in specs) else {}), None
+    except ModelError as error:
+        return {}, str(error)

@@ -13,7 +13,7 @@ import pytest
 from pipeline.cards import mirror_card, model_card, variant_card
 from pipeline.config import VariantSpec
 from pipeline.models import linear_weights
-from tests.cards.sample import BOTH, about, config
+from tests.cards.sample import BOTH, about, config, results
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -130,6 +130,35 @@ def test_the_int4_snippet_computes_what_the_dequantized_weights_do(snippets, rel
     ours, rounded = torch.load(tmp_path / "logits.pt") - exact, _dequantized(release / "int4", torch.bfloat16) - exact
     assert 0 < rounded.norm() < 0.05 * exact.norm()
     assert ours.norm() < 1.5 * rounded.norm()  # no further off than arithmetic in bf16 is anyway
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_the_int4_snippet_takes_int8_embeddings_too(release, tmp_path, tied):
+    from pipeline.models import table_weights
+    from pipeline.quantization.stream import quantize_checkpoint
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(release, dtype="auto", tie_word_embeddings=tied)
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path)
+    _tokenizer().save_pretrained(tmp_path)
+    spec, made = VariantSpec(name="int4", group_size=32, embeddings="int8").resolved(), {"int4": tmp_path / "int4"}
+    quantize_checkpoint(tmp_path, [spec], made, linear_weights(tmp_path), tables=table_weights(tmp_path))
+    found = results()
+    found["int4"]["variant"]["embeddings"] = "int8"
+    load, *_ = blocks(variant_card(about(found, location=str(tmp_path)), "int4"))
+    printed = run("\n".join([load, KEEP_LOGITS.format(ids=PROMPT)]), tmp_path)
+    if not torch.cuda.is_available():
+        assert printed.split() == ["layers:", "['Int4OpaqueTensor',", "'Parameter']"]
+    exact = pipeline_logits(tmp_path / "int4")
+    assert (torch.load(tmp_path / "logits.pt") - exact).norm() < 0.05 * exact.norm()
+
+
+def pipeline_logits(folder: Path):
+    from pipeline.loading import load
+
+    with torch.no_grad():
+        return load(folder, device="cpu")[0](torch.tensor([PROMPT])).logits.float()
 
 
 def _dequantized(folder: Path, dtype):

@@ -13,6 +13,7 @@ INT4 = Grid(4, 32, "float", torch.bfloat16)
 CASES = [("rtn", INT8), ("rtn", Grid(4, 64, "integer", torch.float16))]
 BETTER = [name for name in VARIANTS["int4"].roundings if name != "rtn"]
 CASES += [(name, INT4) for name in VARIANTS["int4"].roundings]
+CASES += [("hqq", INT8), ("hqq", Grid(8, 64, "none", torch.float32)), ("hqq", Grid(4, 32, "none", torch.float16))]
 
 
 def weights(seed: int = 0, rows: int = 48, width: int = 192, size: float = 0.05) -> torch.Tensor:
@@ -85,9 +86,21 @@ def test_hqq_makes_no_group_worse(seed):
     assert (hqq <= rtn * (1 + 1e-5)).all()
 
 
-@pytest.mark.parametrize("grid", [INT8, Grid(4, 32, "integer", torch.bfloat16)], ids=str)
-@pytest.mark.parametrize("name", BETTER)
-def test_they_refuse_a_grid_whose_zeros_they_cannot_move(name, grid):
+@pytest.mark.parametrize(
+    "grid", [INT8, Grid(8, 32, "none", torch.float32), Grid(4, 32, "none", torch.float16)], ids=str
+)
+def test_hqq_fits_the_scales_of_a_grid_without_zeros(grid):
+    weight = weights()
+    hqq, rtn = ((rounding(name)(weight, grid).dequantize() - weight).abs() for name in ("hqq", "rtn"))
+    groups = 192 // grid.group(192)
+    assert (hqq.view(48, groups, -1).mean(-1) <= rtn.view(48, groups, -1).mean(-1) * (1 + 1e-5)).all()
+    assert hqq.mean() < 0.999 * rtn.mean()
+
+
+@pytest.mark.parametrize(
+    "name, grid", [("search", INT8), *((n, Grid(4, 32, "integer", torch.bfloat16)) for n in BETTER)]
+)
+def test_they_refuse_a_grid_in_which_they_can_move_nothing(name, grid):
     with pytest.raises(ValueError, match="float zeros"):
         rounding(name)(weights(), grid)
 
@@ -129,8 +142,8 @@ def test_the_weight_itself_is_left_as_it_was(name, grid):
     assert torch.equal(weight, weights())
 
 
-# int8 is another matter: it computes its scales in the weight's type, as torchao does.
-@pytest.mark.parametrize("name, grid", [case for case in CASES if case[1] != INT8], ids=str)
+# Without zeros it is another matter: scales are computed in the weight's type, as torchao does.
+@pytest.mark.parametrize("name, grid", [case for case in CASES if case[1].zero != "none"], ids=str)
 def test_bf16_weights_are_rounded_as_their_float32_values_are(name, grid):
     weight = weights().bfloat16()
     for a, b in zip(parts(rounding(name)(weight, grid)), parts(rounding(name)(weight.float(), grid)), strict=True):

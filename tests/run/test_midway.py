@@ -131,7 +131,10 @@ def test_cleaning_frees_what_the_release_does_not_need_and_the_run_still_holds(c
         (("quantize", "MODEL", "--output", "full"), "full: has other things in it; choose a new folder"),
         (("quantize", "MODEL", "--output", "out", "--variants", "int5"), "--variants int5: allowed are int8, int4"),
         (("quantize", "MODEL", "--output", "out", "--group-size", "48"), "group_size 48: allowed are 32, 64, 128, 256"),
-        (("quantize", "MODEL", "--output", "out", "--variants", "int8", "--group-size", "64"), "none of int8 takes it"),
+        (
+            ("quantize", "MODEL", "--output", "out", "--variants", "int8", "--rounding", "search"),
+            "none of int8 takes it",
+        ),
         (("quantize", "MODEL", "--output", "out", "--rounding", "awq"), "--rounding awq: none of"),
         (("quantize", "./nowhere", "--output", "out"), "no such folder"),
         (("quantize", "demo", "--output", "out"), "is a configuration"),
@@ -160,9 +163,12 @@ def test_what_cannot_be_done_is_refused_in_one_line_before_anything_is_written(
     assert not Path("out").exists() and [p.name for p in Path("full").iterdir()] == ["thesis.txt"]
 
 
-def test_a_group_size_goes_only_to_variants_that_have_groups():
-    config = quantize_config("user/model", "out", ["both"], group_size=128)
-    assert [(v.name, v.group_size) for v in config.quantize.variants] == [("int8", None), ("int4", 128)]
+@pytest.mark.parametrize(
+    "variants, sizes", [("both", {"int8": None, "int4": 128}), ("int8", {"int8": 128}), ("int4", {"int4": 128})]
+)
+def test_a_group_size_goes_to_variants_that_are_in_groups_anyway_if_there_are_any(variants, sizes):
+    config = quantize_config("user/model", "out", [variants], group_size=128)
+    assert {v.name: v.group_size for v in config.quantize.variants} == sizes
     with pytest.raises(ConfigError, match="each variant can be asked for once"):
         quantize_config("user/model", "out", ["int8", "both"])
 

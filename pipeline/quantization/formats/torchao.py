@@ -4,7 +4,7 @@ Both are stored flat, as `LAYER._weight_qdata`, `LAYER._weight_scale` and
 `LAYER._weight_zero_point`, and described in the metadata of every file by torchao's
 own encoder. Nothing in them depends on a processor.
 
-    Int8Tensor   qdata (N, K) int8, scale (N, 1) float32, zero_point (N, 1) int8 of zeros
+    Int8Tensor   qdata (N, K) int8, scale (N, G) float32, zero_point (N, G) int8 of zeros; G is 1, or K/group
     Int4Tensor   qdata (N, K/2) int8, even column in the low nibble; scale and
                  zero_point (K/group, N) bfloat16; value = code * scale + zero_point
 """
@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 
-from pipeline.catalog import GROUP_SIZES
+from pipeline.catalog import GROUP_SIZES, VARIANTS
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import VariantSpec
 from pipeline.errors import CheckpointError, QuantizationError
 from pipeline.quantization.grid import Grid, GroupQuantized, fitting_group_size, pack_nibbles, unpack_nibbles
 
 INT8 = Grid(bits=8, group_size=None, zero="none", scale_dtype=torch.float32)
+TABLE = INT8  # of embeddings and output heads, where they are quantized
 
 
 def grid(spec: VariantSpec, width: int) -> Grid:
@@ -31,7 +33,7 @@ def grid(spec: VariantSpec, width: int) -> Grid:
     Raises:
         QuantizationError: if none does; such a layer can only be kept as it is.
     """
-    if spec.name == "int8":
+    if spec.group_size is None:
         return INT8
     size = fitting_group_size(width, spec.group_size)
     if size is None:
@@ -39,19 +41,23 @@ def grid(spec: VariantSpec, width: int) -> Grid:
             f"{spec.name}: no group size of {', '.join(map(str, GROUP_SIZES))} up to {spec.group_size} divides "
             f"a width of {width}; name such layers under 'keep' to leave them in bf16"
         )
-    return Grid(bits=4, group_size=size, zero="float", scale_dtype=torch.bfloat16)
+    return _grouped(VARIANTS[spec.name].bits, size)
+
+
+def _grouped(bits: int, size: int) -> Grid:
+    return replace(INT8, group_size=size) if bits == 8 else Grid(4, size, "float", torch.bfloat16)
 
 
 def plan(name: str, shape: tuple[int, int], grid: Grid) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Stored tensors of the weight `name` of `shape` (N, K): name -> (dtype, shape)."""
     (rows_, width), part = shape, _parts(name)
-    if grid == INT8:
+    groups = width // grid.group(width)
+    if grid.bits == 8:
         return {
             part["qdata"]: (torch.int8, (rows_, width)),
-            part["scale"]: (torch.float32, (rows_, 1)),
-            part["zero_point"]: (torch.int8, (rows_, 1)),
+            part["scale"]: (torch.float32, (rows_, groups)),
+            part["zero_point"]: (torch.int8, (rows_, groups)),
         }
-    groups = width // grid.group_size
     return {
         part["qdata"]: (torch.int8, (rows_, width // 2)),
         part["scale"]: (torch.bfloat16, (groups, rows_)),
@@ -61,7 +67,7 @@ def plan(name: str, shape: tuple[int, int], grid: Grid) -> dict[str, tuple[torch
 
 def rows(name: str, block: GroupQuantized) -> dict[str, torch.Tensor]:
     """The codes of a block of rows, as they are stored."""
-    codes = block.codes if block.grid == INT8 else pack_nibbles(block.codes)
+    codes = block.codes if block.grid.bits == 8 else pack_nibbles(block.codes)
     return {_parts(name)["qdata"]: codes}
 
 
@@ -93,12 +99,26 @@ def metadata(
     return {**entries, "tensor_names": json.dumps(list(entries))}
 
 
-def quantization_config(spec: VariantSpec, kept: list[str]) -> dict:
-    """The `quantization_config` of config.json; `kept` are the modules that stay in bf16, if any."""
-    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+def quantization_config(spec: VariantSpec, kept: list[str], tables: list[str]) -> dict:
+    """The `quantization_config` of config.json.
+
+    Args:
+        kept: modules that stay in bf16, though they are of those that are quantized.
+        tables: the embedding and the output head, where they are in int8.
+    """
+    from torchao.quantization import FqnToConfig, Int4WeightOnlyConfig, Int8WeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup
     from transformers import TorchAoConfig
 
-    kind = Int8WeightOnlyConfig() if spec.name == "int8" else Int4WeightOnlyConfig(group_size=spec.group_size)
+    if spec.name == "int4":
+        kind = Int4WeightOnlyConfig(group_size=spec.group_size)
+    else:
+        granularity = {"granularity": PerGroup(spec.group_size)} if spec.group_size else {}
+        kind = Int8WeightOnlyConfig(**granularity)
+    if tables:
+        rows = Int8WeightOnlyConfig()
+        kind = FqnToConfig({**dict.fromkeys(tables, rows), "_default": kind})
+        return TorchAoConfig(kind, modules_to_not_convert=kept, include_input_output_embeddings=True).to_dict()
     # A list here replaces transformers' own, so the output head must stand in it too.
     return TorchAoConfig(kind, modules_to_not_convert=["lm_head", *kept] if kept else None).to_dict()
 
@@ -108,9 +128,10 @@ def unpack(weight: torch.Tensor) -> GroupQuantized | None:
     from torchao.quantization import Int4Tensor, Int8Tensor
 
     if isinstance(weight, Int8Tensor):
-        return GroupQuantized(weight.qdata, weight.scale, None, INT8)
+        grid = INT8 if weight.scale.shape[-1] == 1 else _grouped(8, weight.block_size[-1])
+        return GroupQuantized(weight.qdata, weight.scale, None, grid)
     if isinstance(weight, Int4Tensor):
-        grid = Grid(4, weight.block_size[-1], "float", weight.scale.dtype)
+        grid = _grouped(4, weight.block_size[-1])
         return GroupQuantized(
             unpack_nibbles(weight.qdata), weight.scale.T.contiguous(), weight.zero_point.T.contiguous(), grid
         )
@@ -136,15 +157,15 @@ def read(checkpoint: Checkpoint, name: str, shape: tuple[int, int]) -> GroupQuan
     """
     part = _parts(name)
     found = {n: (checkpoint[n].dtype, checkpoint[n].shape) for n in part.values() if n in checkpoint}
-    groups = found.get(part["scale"], (None, (0,)))[1][0]
-    fits = INT8 if found.get(part["qdata"], (None, ()))[1] == shape else None
-    if fits is None and groups and shape[1] % groups == 0:
-        fits = Grid(4, shape[1] // groups, "float", torch.bfloat16)
-    if fits is None or found != plan(name, shape, fits):
+    counts = found.get(part["scale"], (None, ()))[1]  # one of them that of the groups in a row
+    sizes = [shape[1] // count for count in counts if count and shape[1] % count == 0]
+    grids = (INT8, *(_grouped(bits, size) for bits in (8, 4) for size in sizes))
+    fits = next((grid for grid in grids if found == plan(name, shape, grid)), None)
+    if fits is None:
         raise CheckpointError(f"{name}: its stored parts are not those of a layer of {shape[0]} x {shape[1]}")
     codes, scale = checkpoint.read(part["qdata"]), checkpoint.read(part["scale"])
-    if fits == INT8:
-        return GroupQuantized(codes, scale, None, INT8)
+    if fits.bits == 8:
+        return GroupQuantized(codes, scale, None, fits)
     zero = checkpoint.read(part["zero_point"])
     return GroupQuantized(unpack_nibbles(codes), scale.T.contiguous(), zero.T.contiguous(), fits)
 
@@ -168,6 +189,6 @@ def _parts(name: str) -> dict[str, str]:
 def _subclass(qdata, scale, zero_point, shape, grid, dtype):
     from torchao.quantization import Int4Tensor, Int8Tensor
 
-    if grid == INT8:
-        return Int8Tensor(qdata, scale, [1, shape[1]], dtype, zero_point=zero_point)
+    if grid.bits == 8:
+        return Int8Tensor(qdata, scale, [1, grid.group(shape[1])], dtype, zero_point=zero_point)
     return Int4Tensor(qdata, scale, zero_point, [1, grid.group_size], torch.Size(shape))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from pipeline.quantization.grid import Grid, GroupQuantized, assemble, choose_codes, in_groups
-from pipeline.quantization.rounding.rtn import full_range
+from pipeline.quantization.rounding.rtn import SMALLEST_STEP, full_range
 
 P = 0.7
 BETA = 10.0
@@ -20,13 +20,16 @@ ITERATIONS = 20
 
 
 def round_weight(weight: torch.Tensor, grid: Grid) -> GroupQuantized:
-    """Put a weight (N, K) on a grid with a float zero. Rows do not influence each other.
+    """Put a weight (N, K) on a grid with a float zero, or with none. Rows do not influence each other.
 
-    Zeros are rounded to the grid's `scale_dtype` in every iteration, and each group
-    keeps the best zero it met, so that what is optimised is what will be stored.
+    Where there is no zero to move, the scale is fitted in its stead. What moves is rounded as it will
+    be stored in every iteration, and each group keeps the best it met, so that what is optimised
+    is what will be stored.
     """
+    if grid.zero == "none":
+        return _without_zero(weight, grid)
     if grid.zero != "float":
-        raise ValueError(f"hqq moves float zeros; the grid has zero={grid.zero!r}")
+        raise ValueError(f"hqq moves float zeros or scales; the grid has zero={grid.zero!r}")
     groups = in_groups(weight, grid).float()
     scale, zero = full_range(groups, grid)
     step = scale.float().unsqueeze(-1)
@@ -44,6 +47,29 @@ def round_weight(weight: torch.Tensor, grid: Grid) -> GroupQuantized:
         zero = torch.sub(groups, sparse, out=sparse).sub_(on_grid).mean(dim=-1).to(grid.scale_dtype)
         beta *= KAPPA
     return assemble(groups, scale, best_zero, grid)
+
+
+def _without_zero(weight: torch.Tensor, grid: Grid) -> GroupQuantized:
+    """The same splitting, with the scale in closed form: the one that brings the codes closest to W - sparse."""
+    groups = in_groups(weight, grid)
+    scale, _ = full_range(groups, grid)
+    groups = groups.float()
+    best_scale, best_error = scale, torch.full(scale.shape, torch.inf, device=scale.device)
+    beta = BETA
+    for _ in range(ITERATIONS):
+        codes = choose_codes(groups, scale, None, grid)
+        error = torch.addcmul(groups, codes, scale.float().unsqueeze(-1), value=-1)
+        distance = error.abs()
+        size = distance.mean(dim=-1)
+        better = size < best_error
+        best_scale = torch.where(better, scale, best_scale)
+        best_error = torch.where(better, size, best_error)
+        dense = groups - _shrink(error, distance, beta)
+        fitted = (codes * dense).sum(dim=-1) / codes.square().sum(dim=-1).clamp(min=1)
+        # In the weight's own type first, as torchao computes with it.
+        scale = fitted.clamp(min=SMALLEST_STEP).to(weight.dtype).to(grid.scale_dtype)
+        beta *= KAPPA
+    return assemble(groups, best_scale, None, grid)
 
 
 def _shrink(error: torch.Tensor, distance: torch.Tensor, beta: float) -> torch.Tensor:
