@@ -11,6 +11,7 @@ import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,13 +22,14 @@ from pipeline.errors import ModelError
 from pipeline.kernels.cpu import Head
 from pipeline.kernels.table import Int8Embedding
 from pipeline.models import embedding_factor
-from pipeline.quantization.formats import torchao
+from pipeline.quantization.formats import stored_weights, torchao
 from pipeline.quantization.grid import GroupQuantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Stored = Callable[[], GroupQuantized]
+Formats = dict[str, ModuleType]  # a quantized weight's name -> the format that it is stored in
 
 
 def assemble(folder: Path, device: torch.device) -> PreTrainedModel | None:
@@ -52,13 +54,13 @@ def assemble(folder: Path, device: torch.device) -> PreTrainedModel | None:
     dtype = config.dtype or next(info.dtype for info in checkpoint.values() if info.dtype.is_floating_point)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    quantized = torchao.stored_weights(checkpoint)
+    quantized = stored_weights(checkpoint)
     if not _same_names(model, checkpoint, quantized, folder):
         return None
     _attach_quantizer(model)
     for name in list(model.state_dict()):
         if name in quantized:
-            _put_layer(model, name, checkpoint, device)
+            _put_layer(model, name, checkpoint, device, quantized[name])
         elif name in checkpoint:
             _put(model, name, _read(model, name, checkpoint).to(device))
     if not model.config.get_text_config().tie_word_embeddings or _table(model) not in quantized:
@@ -72,11 +74,14 @@ def assemble(folder: Path, device: torch.device) -> PreTrainedModel | None:
     return model
 
 
-def place(model: PreTrainedModel, name: str, weight: GroupQuantized, device: torch.device, again: Stored) -> str:
+def place(
+    model: PreTrainedModel, name: str, weight: GroupQuantized, device: torch.device, again: Stored, form: ModuleType
+) -> str:
     """Put the fastest layer there is for `weight` in the place of the layer `name`.
 
     Args:
         again: gives the weight once more, when a layer that keeps no codes is saved.
+        form: the format that it came in, and is saved in.
 
     Returns:
         Of what kind the layer is, or the stored tensor where that is the fastest.
@@ -86,7 +91,7 @@ def place(model: PreTrainedModel, name: str, weight: GroupQuantized, device: tor
         return _place_table(model, name, weight, device)
     bias = None if layer.bias is None else layer.bias.data.to(device)
     if kernels.runs_as_stored(weight, device):
-        layer.weight = torch.nn.Parameter(torchao.tensor(weight, dtype).to(device), requires_grad=False)
+        layer.weight = torch.nn.Parameter(form.tensor(weight, dtype).to(device), requires_grad=False)
         layer.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
         return type(layer.weight.data).__name__
     new = kernels.linear(weight, bias, device)
@@ -95,7 +100,7 @@ def place(model: PreTrainedModel, name: str, weight: GroupQuantized, device: tor
         new = torch.nn.Linear(width, rows, bias is not None, device="meta")
         new.weight = torch.nn.Parameter(weight.dequantize(dtype), requires_grad=False)
         new.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
-    _save_as(new, new.portable if hasattr(new, "portable") else again, dtype)
+    _save_as(new, new.portable if hasattr(new, "portable") else again, dtype, form)
     model.set_submodule(name, new.to(device))
     return type(new).__name__
 
@@ -105,18 +110,18 @@ def _place_table(model: PreTrainedModel, name: str, weight: GroupQuantized, devi
     factor, head = embedding_factor(model.get_submodule(name)), model.get_output_embeddings()
     weight = dataclasses.replace(weight, codes=weight.codes.to(device), scale=weight.scale.to(device))
     embedding = Int8Embedding(weight, model.dtype, factor)
-    _save_as(embedding, embedding.portable, model.dtype)
+    _save_as(embedding, embedding.portable, model.dtype, torchao)
     model.set_submodule(name, embedding)
     if model.config.get_text_config().tie_word_embeddings:
-        place(model, _name_of(model, head), weight, device, embedding.portable)
+        place(model, _name_of(model, head), weight, device, embedding.portable, torchao)
         model.get_output_embeddings().register_state_dict_post_hook(_leave_out_weight)
     return type(embedding).__name__
 
 
-def _save_as(layer: torch.nn.Module, stored: Stored, dtype: torch.dtype) -> None:
+def _save_as(layer: torch.nn.Module, stored: Stored, dtype: torch.dtype, form: ModuleType) -> None:
     """Let a packed layer's weight stand in state dicts as it is stored in files."""
     layer.register_state_dict_post_hook(
-        lambda module, state, prefix, _: state.update({f"{prefix}weight": torchao.tensor(stored(), dtype)})
+        lambda module, state, prefix, _: state.update({f"{prefix}weight": form.tensor(stored(), dtype)})
     )
 
 
@@ -141,16 +146,16 @@ def quicken_head(model: PreTrainedModel) -> None:
         model.set_submodule(_name_of(model, head), Head(head))
 
 
-def _same_names(model: PreTrainedModel, checkpoint: Checkpoint, quantized: set[str], folder: Path) -> bool:
-    parts = {part for name in quantized for part in torchao.part_names(name)}
-    there, wanted = (checkpoint.keys() - parts) | quantized, set(model.state_dict())
+def _same_names(model: PreTrainedModel, checkpoint: Checkpoint, quantized: Formats, folder: Path) -> bool:
+    parts = {part for name, form in quantized.items() for part in form.part_names(name)}
+    there, wanted = (checkpoint.keys() - parts) | quantized.keys(), set(model.state_dict())
     tied = set(model.all_tied_weights_keys)
     missing = wanted - there - tied
     if missing and not there - wanted:
         raise ModelError(f"{folder}: its checkpoint has no {sorted(missing)[0]!r}; fetch the model again")
     stray = {name for name in there - wanted if not name.endswith("rotary_emb.inv_freq")}  # of old checkpoints
     known = (torch.nn.Linear, torch.nn.Embedding)
-    return not missing and not stray and all(isinstance(_owner(model, n), known) for n in quantized & wanted)
+    return not missing and not stray and all(isinstance(_owner(model, n), known) for n in quantized.keys() & wanted)
 
 
 def _attach_quantizer(model: PreTrainedModel) -> None:
@@ -163,13 +168,15 @@ def _attach_quantizer(model: PreTrainedModel) -> None:
     quantizer.postprocess_model(model)
 
 
-def _put_layer(model: PreTrainedModel, name: str, checkpoint: Checkpoint, device: torch.device) -> None:
+def _put_layer(
+    model: PreTrainedModel, name: str, checkpoint: Checkpoint, device: torch.device, form: ModuleType
+) -> None:
     module, shape = name.rpartition(".")[0], tuple(_owner(model, name).weight.shape)
     bias = f"{module}.bias"
     if bias in checkpoint:
         _put(model, bias, _read(model, bias, checkpoint))
-    again = functools.partial(torchao.read, checkpoint, name, shape)
-    place(model, module, again(), device, again)
+    again = functools.partial(form.read, checkpoint, name, shape)
+    place(model, module, again(), device, again, form)
 
 
 def _owner(model: PreTrainedModel, name: str) -> torch.nn.Module:

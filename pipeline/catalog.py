@@ -17,6 +17,7 @@ class Variant:
     bits: int
     group_size: int | None  # the default; None for one scale a row
     roundings: tuple[str, ...]  # the first is the default
+    packings: tuple[str, ...] = ()  # the orders that codes can be stored in; the first is the default
 
     @property
     def folder(self) -> str:
@@ -39,6 +40,7 @@ VARIANTS = {
             bits=4,
             group_size=64,
             roundings=("search", "hqq", "rtn"),
+            packings=("plain", "tile_packed"),
         ),
     )
 }

@@ -108,6 +108,7 @@ def quantize(
         int | None, typer.Option("--group-size", help="32, 64, 128 or 256, for int4 (int8 if alone).")
     ] = None,
     rounding: Annotated[str | None, typer.Option("--rounding", help="search, hqq or rtn.")] = None,
+    packing: Annotated[str | None, typer.Option("--packing", help="plain, or tile_packed for CUDA; for int4.")] = None,
     measure: Measure = False,
     revision: Revision = None,
     settings: Settings = None,
@@ -115,9 +116,9 @@ def quantize(
     as_json: AsJson = False,
 ) -> None:
     """Only make the run's variants; or those of any model: quantize MODEL --output DIR --variants int8,int4."""
-    given = {"variants": variants, "group_size": group_size, "rounding": rounding, "revision": revision}
+    given = {"variants": variants, "group_size": group_size, "rounding": rounding, "packing": packing}
     if _is_config(source):
-        _refuse(source, output=output, measure=measure or None, **given)
+        _refuse(source, output=output, measure=measure or None, revision=revision, **given)
         return _run_stage("quantize", source, settings, runs, as_json)
     from pipeline.errors import ConfigError
     from pipeline.midway import quantize_config
@@ -125,7 +126,7 @@ def quantize(
     if output is None:
         raise ConfigError(f"quantize {source}: say where to, with --output DIR, or name a configuration (.yaml)")
     config = quantize_config(
-        source, output, [variants or "both"], group_size, rounding, measure, revision, settings or ()
+        source, output, [variants or "both"], group_size, rounding, measure, revision, settings or (), packing
     )
     _run_midway(config, output, as_json)
 

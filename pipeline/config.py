@@ -124,6 +124,7 @@ class VariantSpec(Section):
     embeddings: Literal["keep", "int8"] = Field(
         default="keep", description="the embedding and the output head: as they are, or in int8, one scale a row"
     )
+    packing: str | None = Field(default=None, description="order of int4 codes: plain, or tile_packed for CUDA")
     keep: list[str] = Field(default=[], description="name patterns of layers left in bf16")
 
     @model_validator(mode="before")
@@ -140,6 +141,10 @@ class VariantSpec(Section):
             raise ValueError(f"group_size {self.group_size}: allowed are {', '.join(map(str, GROUP_SIZES))}")
         if self.rounding is not None and self.rounding not in variant.roundings:
             raise ValueError(f"rounding {self.rounding!r}: allowed for {self.name} are {', '.join(variant.roundings)}")
+        if self.packing is not None and not variant.packings:
+            raise ValueError(f"{self.name} is stored in one way and takes no packing")
+        if self.packing is not None and self.packing not in variant.packings:
+            raise ValueError(f"packing {self.packing!r}: allowed for {self.name} are {', '.join(variant.packings)}")
         return self
 
     def resolved(self) -> VariantSpec:
@@ -149,6 +154,7 @@ class VariantSpec(Section):
             update={
                 "group_size": self.group_size or variant.group_size,
                 "rounding": self.rounding or variant.roundings[0],
+                "packing": self.packing or next(iter(variant.packings), None),
             }
         )
 

@@ -14,7 +14,7 @@ from pipeline.config import REPO_ID
 from pipeline.download import download
 from pipeline.errors import CheckpointError, ModelError
 from pipeline.libraries import quiet, quiet_progress_bars
-from pipeline.quantization.formats import storage
+from pipeline.quantization.formats import unpack
 
 if TYPE_CHECKING:
     import torch
@@ -86,14 +86,14 @@ def pack(model: PreTrainedModel, device: torch.device) -> dict[str, int]:
 
     from pipeline.assembly import place
 
-    unpack = storage("torchao").unpack
     used: dict[str, int] = {}
     for name, module in list(model.named_modules()):
         replaced = model.get_submodule(name) is not module  # a tied head goes with its embedding
         known = isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) and not replaced
-        weight = unpack(module.weight.data) if known else None
-        if weight is not None:
-            kind = place(model, name, weight, device, lambda weight=weight: weight)
+        found = unpack(module.weight.data) if known else None
+        if found is not None:
+            weight, form = found
+            kind = place(model, name, weight, device, lambda weight=weight: weight, form)
             used[kind] = used.get(kind, 0) + 1
     model.to(device)
     return used

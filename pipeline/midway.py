@@ -27,19 +27,21 @@ def quantize_config(
     measure: bool = False,
     revision: str | None = None,
     settings: Sequence[str] = (),
+    packing: str | None = None,
 ) -> Config:
     """Make variants of a full-precision model, and nothing else.
 
     Args:
         source: Hub id, or folder.
-        variants: names or aliases; `rounding` goes to those that know it, `group_size` to those in
-            groups anyway (int4), or to all where none of them is.
+        variants: names or aliases; `rounding` and `packing` go to those that know them, `group_size` to
+            those in groups anyway (int4), or to all where none of them is.
         settings: `key=value`, for whatever else a configuration has.
 
     Raises:
         ConfigError: naming the option and what is allowed.
     """
-    return _config(source, output, _specs(variants, group_size, rounding), measure, revision, {}, settings)
+    specs = _specs(variants, group_size, rounding, packing)
+    return _config(source, output, specs, measure, revision, {}, settings)
 
 
 def merge_config(
@@ -60,7 +62,7 @@ def merge_config(
         kind: `bf16` (which `auto` stands for here), or `nf4` for what QLoRA training saw.
     """
     merge = {"base": kind, "adapter": adapter}
-    return _config(base, output, _specs(variants or [], None, None), measure, revision, {"merge": merge}, settings)
+    return _config(base, output, _specs(variants or []), measure, revision, {"merge": merge}, settings)
 
 
 def _config(
@@ -84,7 +86,9 @@ def _config(
     return parse_config(tree, "options", settings)
 
 
-def _specs(variants: list[str], group_size: int | None, rounding: str | None) -> list[dict]:
+def _specs(
+    variants: list[str], group_size: int | None = None, rounding: str | None = None, packing: str | None = None
+) -> list[dict]:
     names: list[str] = []
     for given in (name.strip() for listed in variants for name in listed.split(",") if name.strip()):
         try:
@@ -93,11 +97,14 @@ def _specs(variants: list[str], group_size: int | None, rounding: str | None) ->
             raise ConfigError(f"--variants {given}: allowed are {variant_names()}") from None
     in_groups = [name for name in names if VARIANTS[name].group_size] or names
     rounded = [name for name in names if rounding in VARIANTS[name].roundings]
-    if rounding is not None and names and not rounded:
-        raise ConfigError(f"--rounding {rounding}: none of {', '.join(names)} takes it")
+    packed = [name for name in names if packing in VARIANTS[name].packings]
+    for option, value, takers in (("rounding", rounding, rounded), ("packing", packing, packed)):
+        if value is not None and names and not takers:
+            raise ConfigError(f"--{option} {value}: none of {', '.join(names)} takes it")
     specs = []
     for name in names:
         options = {"group_size": group_size if name in in_groups else None}
         options["rounding"] = rounding if name in rounded else None
+        options["packing"] = packing if name in packed else None
         specs.append({"name": name} | {key: value for key, value in options.items() if value is not None})
     return specs

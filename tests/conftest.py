@@ -149,10 +149,9 @@ def dequantized() -> Callable:
     """`dequantized(folder, "int4")`: the model with the numbers that the variant's codes mean, in plain layers."""
     from transformers import AutoModelForCausalLM
 
-    from pipeline.catalog import VARIANTS
     from pipeline.config import VariantSpec
     from pipeline.models import linear_weights
-    from pipeline.quantization.formats import storage
+    from pipeline.quantization.formats import format_of
     from pipeline.quantization.rounding import rounding
 
     def make(source: Path, variant: str, keep: tuple[str, ...] = (), **spec):
@@ -162,7 +161,7 @@ def dequantized() -> Callable:
             if name.removesuffix(".weight") in keep:
                 continue
             weight = model.get_parameter(name)
-            grid = storage(VARIANTS[variant].format).grid(asked, weight.shape[1])
+            grid = format_of(asked).grid(asked, weight.shape[1])
             weight.data = rounding(asked.rounding)(weight.data, grid).dequantize(weight.dtype)
         return model
 

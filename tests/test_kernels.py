@@ -209,11 +209,11 @@ def test_layers_say_what_they_are(grid):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
-@pytest.mark.parametrize("rows, width, group_size", [(64, 576, 64), (128, 1024, 128), (72, 160, 32), (256, 4096, 256)])
+@pytest.mark.parametrize("rows, width, group_size", [(64, 576, 64), (128, 1024, 128), (17, 160, 32), (256, 4096, 256)])
 @pytest.mark.parametrize("tokens", [1, 9, 200])
 def test_the_tensor_core_layer_multiplies_by_the_dequantized_weight(rows, width, group_size, tokens):
     weight, bias = quantized(int4(group_size), rows, width), torch.randn(rows).bfloat16()
-    layer = cuda.linear(weight, bias, torch.device("cuda"))
+    layer = cuda.linear(weight, bias, torch.device("cuda")).cuda()
     x = torch.randn(tokens, width).bfloat16()
     expected = x.float() @ weight.dequantize().T + bias.float()
     assert off(layer(x.cuda()).cpu(), expected) < 1e-2

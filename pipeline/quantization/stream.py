@@ -15,16 +15,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 from pipeline.blocks import Job, in_parallel, row_blocks, tiles
-from pipeline.catalog import VARIANTS
 from pipeline.checkpoint import SHARD_BYTES, Checkpoint, CheckpointWriter
 from pipeline.config import VariantSpec
 from pipeline.errors import QuantizationError
 from pipeline.models import copy_companions, read_config
-from pipeline.quantization.formats import storage
+from pipeline.quantization.formats import format_of
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.rounding import rounding
 
@@ -39,6 +39,7 @@ class VariantFiles:
 
     weight_bytes: int  # stored bytes of the quantized weights
     source_bytes: int  # bytes of the same weights in the source
+    padding_bytes: int  # those of them that only fill up the tiles of a packing
     group_sizes: dict[str, int]  # layers whose group size is not the one asked for
     kept: tuple[str, ...]  # layers left as they were, because that was asked for
 
@@ -50,7 +51,7 @@ class _Variant:
         self, spec: VariantSpec, folder: Path, source: Checkpoint, linear: Shapes, tables: Shapes, shard_bytes: int
     ):
         self.spec, self.folder = spec, folder
-        self.format = storage(VARIANTS[spec.name].format)
+        self.format = format_of(spec)
         self.round = rounding(spec.rounding)
         self.grids, self.kept = _grids(spec, linear)
         self.tables = sorted(tables) if spec.embeddings == "int8" else []
@@ -66,11 +67,7 @@ class _Variant:
         plain = [n for n in source if n not in self.grids]
         header = self.format.metadata(self.grids, plain, {n: source[n].dtype for n in self.grids})
         self.writer = CheckpointWriter(folder, plan, header, shard_bytes)
-        self.weight_bytes = sum(
-            dtype.itemsize * torch.Size(shape).numel()
-            for name in self.grids
-            for dtype, shape in self.format.plan(name, *self.grids[name]).values()
-        )
+        self.weight_bytes = _stored_bytes(self.grids, self.format)
 
     def take(self, name: str, weight: torch.Tensor, first_row: int) -> None:
         """Round and write some rows of a weight; its scales and zeros follow when the last of its rows is there."""
@@ -78,7 +75,7 @@ class _Variant:
         # At eight bits a row the nearest is good enough, and not every rounding knows such a grid.
         block = (nearest if name in self.tables else self.round)(weight, grid)
         for part, tensor in self.format.rows(name, block).items():
-            self.writer.write(part, tensor, first_row)
+            self.writer.write(part, tensor, first_row // self.format.together(grid))
         with self._lock:
             blocks = self._scales.setdefault(name, {})
             blocks[first_row] = (block.scale, block.zero)
@@ -88,7 +85,7 @@ class _Variant:
         ordered = [blocks[first] for first in sorted(blocks)]
         scale = torch.cat([scale for scale, _ in ordered])
         zero = None if grid.zero == "none" else torch.cat([zero for _, zero in ordered])
-        for part, tensor in self.format.rest(name, scale, zero).items():
+        for part, tensor in self.format.rest(name, scale, zero, grid).items():
             self.writer.write(part, tensor)
 
     def describe(self, source: Checkpoint) -> VariantFiles:
@@ -97,7 +94,13 @@ class _Variant:
         other = {n: self.grids[n][1].group_size for n in sorted(layers) if asked}
         other = {n: size for n, size in other.items() if size != asked}
         before = sum(source[name].nbytes for name in self.grids)
-        return VariantFiles(self.weight_bytes, before, other, tuple(self.kept))
+        unpadded = _stored_bytes(self.grids, format_of(self.spec.model_copy(update={"packing": None})))
+        return VariantFiles(self.weight_bytes, before, self.weight_bytes - unpadded, other, tuple(self.kept))
+
+
+def _stored_bytes(grids: Mapping[str, tuple[tuple, Grid]], form: ModuleType) -> int:
+    parts = (part for name, (shape, grid) in grids.items() for part in form.plan(name, shape, grid).values())
+    return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in parts)
 
 
 def unfit(spec: VariantSpec, linear: Shapes) -> str | None:
@@ -119,7 +122,7 @@ def _grids(spec: VariantSpec, linear: Shapes) -> tuple[dict[str, tuple[tuple, Gr
     grids = {}
     for name in (n for n in linear if n not in kept):
         try:
-            grids[name] = (linear[name], storage(VARIANTS[spec.name].format).grid(spec, linear[name][1]))
+            grids[name] = (linear[name], format_of(spec).grid(spec, linear[name][1]))
         except QuantizationError as error:
             raise QuantizationError(f"{name}: {error}") from None
     return grids, kept
@@ -190,10 +193,15 @@ def _jobs(checkpoint: Checkpoint, variants: Sequence[_Variant]) -> Iterator[Job]
     """Every block of every tensor, in the order in which they lie on the disk."""
     for name, info in sorted(checkpoint.items(), key=lambda item: (item[1].path, item[1].offset)):
         if info.shape:
-            for first, stop in row_blocks(info.shape[0], info.row_bytes):
+            for first, stop in row_blocks(info.shape[0], info.row_bytes, _together(name, variants)):
                 yield partial(_pass_on, checkpoint, name, first, stop, variants)
         else:
             yield partial(_pass_on_scalar, checkpoint, name, variants)
+
+
+def _together(name: str, variants: Sequence[_Variant]) -> int:
+    """Rows of a tensor that no block may part, since some format stores them in one."""
+    return max((v.format.together(v.grids[name][1]) for v in variants if name in v.grids), default=1)
 
 
 def _pass_on(checkpoint: Checkpoint, name: str, first: int, stop: int, variants: Sequence[_Variant]) -> int:
@@ -207,7 +215,7 @@ def _pass_on(checkpoint: Checkpoint, name: str, first: int, stop: int, variants:
         if name not in variant.grids:
             variant.writer.write(name, block, first)
     if rounding_variants:
-        for start, end in tiles(*block.shape):
+        for start, end in tiles(*block.shape, _together(name, variants)):
             for variant in rounding_variants:
                 variant.take(name, block[start:end], first + start)
     return block.nbytes

@@ -23,8 +23,8 @@ LIBRARIES = ("torch", "torchao", "transformers")
 
 def parameters(config: Config, variant: str | None) -> dict:
     spec = config.quantize.spec(variant)
-    given = spec.model_dump(include={"group_size", "rounding", "embeddings"})
-    return {k: v for k, v in given.items() if v not in (None, "keep")}
+    given = spec.model_dump(include={"group_size", "rounding", "embeddings", "packing"})
+    return {k: v for k, v in given.items() if v not in (None, "keep", "plain")}
 
 
 def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict:

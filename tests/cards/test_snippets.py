@@ -13,7 +13,7 @@ import pytest
 from pipeline.cards import mirror_card, model_card, variant_card
 from pipeline.config import VariantSpec
 from pipeline.models import linear_weights
-from tests.cards.sample import BOTH, about, config, results
+from tests.cards.sample import BOTH, about, config, replaced, results
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -58,6 +58,8 @@ def release(tmp_path_factory) -> Path:
     for made in output.values():
         made.mkdir()
     quantize_checkpoint(folder, specs, output, linear_weights(folder))
+    tiled = VariantSpec(name="int4", group_size=32, packing="tile_packed").resolved()
+    quantize_checkpoint(folder, [tiled], {"int4": folder / "tiled" / "int4"}, linear_weights(folder))
     return folder
 
 
@@ -126,8 +128,26 @@ def test_the_int4_snippet_computes_what_the_dequantized_weights_do(snippets, rel
     assert answers.strip()
     if not torch.cuda.is_available():
         assert layers.split() == ["['Int4OpaqueTensor',", "'Parameter']"]
-    exact = _dequantized(release / "int4", torch.float32)
-    ours, rounded = torch.load(tmp_path / "logits.pt") - exact, _dequantized(release / "int4", torch.bfloat16) - exact
+    _check_logits(tmp_path / "logits.pt", release / "int4")
+
+
+def test_the_snippet_for_tiles_runs_them_on_a_card_and_repacks_them_elsewhere(release, tmp_path):
+    found = replaced(results(), ("int4", "variant", "packing"), "tile_packed")
+    found = replaced(found, ("int4", "weights", "padding_bytes"), 2_000_000)
+    card = variant_card(about(found, location=str(release / "tiled")), "int4")
+    assert "as it lies on CUDA" in card and "mslk` is installed" not in card
+    assert "CUDA cards read, 2.00\u00a0MB of them to fill up rows and columns" in card
+    printed = run("\n".join([blocks(card)[0], KEEP_LOGITS.format(ids=PROMPT)]), tmp_path)
+    if torch.cuda.is_available():
+        assert printed.split() == ["layers:", "['Int4TilePackedTo4dTensor',", "'Parameter']"]
+    else:
+        assert printed.split() == ["layers:", "['Int4OpaqueTensor',", "'Parameter']"]
+    _check_logits(tmp_path / "logits.pt", release / "int4")
+
+
+def _check_logits(path: Path, folder: Path) -> None:
+    exact = _dequantized(folder, torch.float32)
+    ours, rounded = torch.load(path) - exact, _dequantized(folder, torch.bfloat16) - exact
     assert 0 < rounded.norm() < 0.05 * exact.norm()
     assert ours.norm() < 1.5 * rounded.norm()  # no further off than arithmetic in bf16 is anyway
 

@@ -173,6 +173,13 @@ def test_a_group_size_goes_to_variants_that_are_in_groups_anyway_if_there_are_an
         quantize_config("user/model", "out", ["int8", "both"])
 
 
+def test_a_packing_goes_only_to_variants_that_can_be_stored_in_several():
+    config = quantize_config("user/model", "out", ["both"], packing="tile_packed")
+    assert [(v.name, v.packing) for v in config.quantize.variants] == [("int8", None), ("int4", "tile_packed")]
+    with pytest.raises(ConfigError, match="--packing tile_packed: none of int8 takes it"):
+        quantize_config("user/model", "out", ["int8"], packing="tile_packed")
+
+
 def test_a_finished_run_needs_none_of_its_inputs_to_be_published(copied):
     """Not even the folder in which they had their names."""
     (copied.folder / "rows.jsonl").unlink(missing_ok=True)

@@ -1,23 +1,51 @@
 """Where codes are stored. Each format is a module with the same few functions.
 
 grid(spec, width)                the grid of a layer with `width` columns
+together(grid)                   rows of a weight in one row of its stored codes
 plan(name, shape, grid)          the stored tensors of a weight, before any is written
 rows(name, block)                what a block of rows gives at once
-rest(name, scale, zero)          what is stored once the whole weight is known
+rest(name, scale, zero, grid)    what is stored once the whole weight is known
 metadata(grids, plain, dtypes)   what every file's header carries
 quantization_config(spec, kept)  what config.json carries
-unpack(weight)                   a loaded weight as GroupQuantized
+part_names(name)                 the names of a weight's stored tensors
+read(checkpoint, name, shape)    a stored weight as GroupQuantized
+unpack(weight)                   the same of a weight that transformers loaded
+tensor(weight, dtype)            the inverse of `unpack`
 """
 
 from __future__ import annotations
 
 from types import ModuleType
 
-from pipeline.quantization.formats import torchao
+import torch
 
-_FORMATS: dict[str, ModuleType] = {"torchao": torchao}
+from pipeline.catalog import VARIANTS
+from pipeline.checkpoint import Checkpoint
+from pipeline.config import VariantSpec
+from pipeline.quantization.formats import tile_packed, torchao
+from pipeline.quantization.grid import GroupQuantized
+
+_FORMATS: dict[str, ModuleType] = {"torchao": torchao, "tile_packed": tile_packed}
 
 
 def storage(name: str) -> ModuleType:
-    """The format of that name in the catalog."""
+    """The format of that name in the catalog, or of a packing that is a format of its own."""
     return _FORMATS[name]
+
+
+def format_of(spec: VariantSpec) -> ModuleType:
+    """The format that a variant is written in."""
+    return storage("tile_packed" if spec.packing == "tile_packed" else VARIANTS[spec.name].format)
+
+
+def stored_weights(checkpoint: Checkpoint) -> dict[str, ModuleType]:
+    """The quantized weights that a checkpoint holds: name -> the format that each is in."""
+    ends = {part.rpartition("._weight_qdata")[0] for part in checkpoint if part.endswith("._weight_qdata")}
+    names = [f"{module}.weight" for module in ends]
+    return {n: tile_packed if set(tile_packed.part_names(n)) <= checkpoint.keys() else torchao for n in names}
+
+
+def unpack(weight: torch.Tensor) -> tuple[GroupQuantized, ModuleType] | None:
+    """A weight as transformers loaded it, as portable codes, and the format that it was in; None for others."""
+    found = ((form.unpack(weight), form) for form in _FORMATS.values())
+    return next((entry for entry in found if entry[0] is not None), None)

@@ -23,6 +23,7 @@ from pipeline.config import VariantSpec
 from pipeline.errors import CheckpointError, QuantizationError
 from pipeline.quantization.grid import Grid, GroupQuantized, fitting_group_size, pack_nibbles, unpack_nibbles
 
+_PACKINGS = {"plain": "plain", "tile_packed": "tile_packed_to_4d"}  # torchao's names for ours
 INT8 = Grid(bits=8, group_size=None, zero="none", scale_dtype=torch.float32)
 TABLE = INT8  # of embeddings and output heads, where they are quantized
 
@@ -48,6 +49,11 @@ def _grouped(bits: int, size: int) -> Grid:
     return replace(INT8, group_size=size) if bits == 8 else Grid(4, size, "float", torch.bfloat16)
 
 
+def together(grid: Grid) -> int:
+    """Rows of a weight that one row of its stored codes holds."""
+    return 1
+
+
 def plan(name: str, shape: tuple[int, int], grid: Grid) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Stored tensors of the weight `name` of `shape` (N, K): name -> (dtype, shape)."""
     (rows_, width), part = shape, _parts(name)
@@ -71,7 +77,7 @@ def rows(name: str, block: GroupQuantized) -> dict[str, torch.Tensor]:
     return {_parts(name)["qdata"]: codes}
 
 
-def rest(name: str, scale: torch.Tensor, zero: torch.Tensor | None) -> dict[str, torch.Tensor]:
+def rest(name: str, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) -> dict[str, torch.Tensor]:
     """Scales and zeros (N, G) of a whole weight, as they are stored."""
     part = _parts(name)
     if zero is None:
@@ -108,10 +114,12 @@ def quantization_config(spec: VariantSpec, kept: list[str], tables: list[str]) -
     """
     from torchao.quantization import FqnToConfig, Int4WeightOnlyConfig, Int8WeightOnlyConfig
     from torchao.quantization.granularity import PerGroup
+    from torchao.quantization.quantize_.workflows import Int4PackingFormat
     from transformers import TorchAoConfig
 
     if spec.name == "int4":
-        kind = Int4WeightOnlyConfig(group_size=spec.group_size)
+        packing = Int4PackingFormat(_PACKINGS[spec.packing])
+        kind = Int4WeightOnlyConfig(group_size=spec.group_size, int4_packing_format=packing)
     else:
         granularity = {"granularity": PerGroup(spec.group_size)} if spec.group_size else {}
         kind = Int8WeightOnlyConfig(**granularity)
@@ -136,12 +144,6 @@ def unpack(weight: torch.Tensor) -> GroupQuantized | None:
             unpack_nibbles(weight.qdata), weight.scale.T.contiguous(), weight.zero_point.T.contiguous(), grid
         )
     return None
-
-
-def stored_weights(checkpoint: Checkpoint) -> set[str]:
-    """Names of the weights that a checkpoint holds as `Int8Tensor` or `Int4Tensor`."""
-    ends = {part.rpartition("._weight_qdata")[0] for part in checkpoint if part.endswith("._weight_qdata")}
-    return {f"{module}.weight" for module in ends}
 
 
 def part_names(name: str) -> list[str]:
@@ -177,7 +179,7 @@ def tensor(weight: GroupQuantized, dtype: torch.dtype) -> torch.Tensor:
         dtype: what an int8 weight computes as.
     """
     shape = tuple(weight.codes.shape)
-    stored = rows("w.weight", weight) | rest("w.weight", weight.scale, weight.zero)
+    stored = rows("w.weight", weight) | rest("w.weight", weight.scale, weight.zero, weight.grid)
     return _subclass(*(stored[n] for n in part_names("w.weight")), shape, weight.grid, dtype)
 
 

@@ -1,0 +1,264 @@
+"""int4 as tiles for tensor cores: made without a card in the order that they read, and undone without one."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from pipeline import blocks, kernels
+from pipeline.checkpoint import SINGLE_NAME, Checkpoint
+from pipeline.config import VariantSpec
+from pipeline.errors import ModelError
+from pipeline.kernels import cuda
+from pipeline.loading import load
+from pipeline.models import linear_weights
+from pipeline.quantization.formats import storage, tile_packed
+from pipeline.quantization.grid import Grid, GroupQuantized
+from pipeline.quantization.rounding import rounding
+from pipeline.quantization.stream import quantize_checkpoint
+from tests.quantization.test_torchao_format import IDS, plain
+
+SHAPES = [(8, 1024), (16, 32), (24, 576), (40, 2048), (3, 96), (17, 1056), (272, 160)]
+needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+
+
+def quantized(rows: int, width: int, group_size: int = 32) -> GroupQuantized:
+    generator = torch.Generator().manual_seed(rows * width)
+    weight = torch.randn(rows, width, generator=generator).bfloat16() * 0.1
+    return rounding("rtn")(weight, Grid(4, group_size, "float", torch.bfloat16))
+
+
+def same(a: GroupQuantized, b: GroupQuantized) -> bool:
+    parts = ((a.codes, b.codes), (a.scale, b.scale), (a.zero, b.zero))
+    return a.grid == b.grid and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in parts)
+
+
+def as_tensor_cores_read(tiles: torch.Tensor, scale_and_zero: torch.Tensor, group_size: int) -> torch.Tensor:
+    """The weight (N', K') that `aten._weight_int4pack_mm` multiplies by, from what each lane of a warp holds.
+
+    Of a number, the kernel takes nibbles i and i + 4 as a pair; pairs 0 and 1 are the registers b0 and b1 of
+    one mma.m16n8k16, pairs 2 and 3 those of the next. The PTX manual says where they stand in B (16 x 8):
+    row 2 * (lane % 4) + (0 or 1) + 8 * register, column lane / 4.
+    """
+    numbers = tiles.long() & 0xFFFFFFFF
+    eights, many = tiles.shape[:2]
+    weight = torch.full((eights * 8, many * 128), float("nan"))
+    n, outer = torch.arange(eights)[:, None] * 8, torch.arange(many)[None] * 128
+    for lane in range(32):
+        for number in range(4):
+            for pair in range(4):
+                for half in (0, 1):
+                    code = (numbers[:, :, lane, number] >> 4 * (pair + 4 * half)) & 15
+                    step, register = divmod(pair, 2)
+                    row = n + lane // 4
+                    column = outer + (2 * number + step) * 16 + 2 * (lane % 4) + half + 8 * register
+                    scale, zero = scale_and_zero[column // group_size, row].float().unbind(-1)
+                    weight[row, column] = (code - 8) * scale + zero
+    return weight
+
+
+@pytest.mark.parametrize("rows, width", SHAPES)
+def test_packing_is_undone_exactly(rows, width):
+    weight = quantized(rows, width)
+    tiles, scale_and_zero = tile_packed.to_tiles(weight)
+    assert same(tile_packed.from_tiles(tiles, scale_and_zero, (rows, width), 32), weight)
+
+
+@pytest.mark.parametrize("rows, width", SHAPES)
+@pytest.mark.parametrize("group_size", [32, 64, 128, 256])
+def test_what_tensor_cores_read_is_the_weight_and_the_padding_is_zero(rows, width, group_size):
+    if width % group_size:
+        width = -(-width // group_size) * group_size
+    weight = quantized(rows, width, group_size)
+    tiles, scale_and_zero = tile_packed.to_tiles(weight)
+    assert tiles.is_contiguous() and scale_and_zero.is_contiguous()
+    read = as_tensor_cores_read(tiles, scale_and_zero, group_size)
+    assert read.shape[0] % 8 == 0 and read.shape[1] % 1024 == 0
+    assert torch.equal(read[:rows, :width], weight.dequantize())
+    assert not read[rows:].any() and not read[:, width:].any()
+
+
+@pytest.mark.parametrize("rows", [8, 24, 19])
+def test_blocks_of_rows_give_the_rows_of_the_whole(rows):
+    weight = quantized(rows, 64)
+    grid, (whole,) = weight.grid, tile_packed.rows("a.weight", weight).values()
+    for first in range(0, rows, tile_packed.together(grid)):
+        part = slice(first, first + tile_packed.together(grid))
+        block = GroupQuantized(weight.codes[part], weight.scale[part], weight.zero[part], grid)
+        (tiles,) = tile_packed.rows("a.weight", block).values()
+        assert torch.equal(tiles, whole[first // 8 : first // 8 + 1])
+
+
+def test_the_layer_for_cuda_holds_these_tiles_and_gives_back_what_it_was_made_from():
+    weight = quantized(17, 160)
+    layer = cuda.Int4Linear(weight, None)
+    tiles, scale_and_zero = tile_packed.to_tiles(weight)
+    assert torch.equal(layer.packed, tiles) and torch.equal(layer.scale_and_zero, scale_and_zero)
+    assert same(layer.portable(), weight) and not layer.state_dict()
+
+
+@needs_card
+@pytest.mark.parametrize("rows, width", [shape for shape in SHAPES if shape[0] % 8 == 0])
+def test_torch_packs_the_same_codes_into_the_same_tiles(rows, width):
+    codes = torch.nn.functional.pad(quantized(rows, width).codes, (0, -width % 1024)).cuda()
+    unsigned = (codes + 8).to(torch.uint8)
+    theirs = torch.ops.aten._convert_weight_to_int4pack((unsigned[:, ::2] << 4 | unsigned[:, 1::2]).contiguous(), 8)
+    assert torch.equal(tile_packed.pack_codes(codes), theirs)
+
+
+@pytest.fixture(scope="module")
+def releases(tiny_model, quantized_with):
+    """Folders with an int4 variant in each packing, by a name that says what is special."""
+    llama, odd = tiny_model("llama"), tiny_model("llama", intermediate_size=200)  # which no group size divides
+    return {
+        "llama": quantized_with(llama),
+        "in shards": quantized_with(llama, shard_bytes=60_000),
+        "tied": quantized_with(tiny_model("qwen3")),
+        "with layers kept": quantized_with(odd, keep=["*.down_proj"]),
+    }
+
+
+@pytest.fixture(scope="module")
+def quantized_with(tmp_path_factory):
+    """`quantized_with(source)`: folders with `plain/int4` and `tile_packed/int4` of it."""
+
+    def make(source, shard_bytes: int = 10**9, **spec):
+        folder = tmp_path_factory.mktemp("packings")
+        for packing in ("plain", "tile_packed"):
+            asked = VariantSpec(name="int4", packing=packing, **spec).resolved()
+            output = {"int4": folder / packing / "int4"}
+            quantize_checkpoint(source, [asked], output, linear_weights(source), shard_bytes=shard_bytes)
+        return folder
+
+    return make
+
+
+NAMES = ["llama", "in shards", "tied", "with layers kept"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_loaded_as_exactly_what_the_plain_packing_holds(releases, name):
+    models = [load(releases[name] / packing, "int4")[0] for packing in ("plain", "tile_packed")]
+    assert {type(m).__name__ for m in models[1].modules()} == {type(m).__name__ for m in models[0].modules()}
+    for layer, other in zip(models[0].modules(), models[1].modules(), strict=True):
+        if hasattr(layer, "portable"):
+            assert same(layer.portable(), other.portable())
+    with torch.no_grad():
+        first, second = (model(IDS).logits for model in models)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", ["llama", "tied"])
+def test_saving_what_was_loaded_gives_the_tiles_again(releases, tmp_path, name):
+    folder = releases[name] / "tile_packed" / "int4"
+    model, _ = load(folder)
+    model.save_pretrained(tmp_path)
+    before, after = load_file(folder / SINGLE_NAME), load_file(tmp_path / SINGLE_NAME)
+    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+    with safe_open(folder / SINGLE_NAME, "pt") as first, safe_open(tmp_path / SINGLE_NAME, "pt") as second:
+        written, theirs = plain(first.metadata()), plain(second.metadata())
+    for described in [n for n in theirs["tensor_names"] if theirs[n] == {"_type": "Tensor"} and n not in after]:
+        del theirs[described]  # a tied head, which transformers describes and does not store
+        theirs["tensor_names"].remove(described)
+    assert written == theirs
+    configs = [json.loads((place / "config.json").read_text()) for place in (folder, tmp_path)]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+
+
+STOCK = """
+import sys, torch
+from safetensors.torch import save_file
+from torchao.quantization import Int4TilePackedTo4dTensor
+from transformers import AutoModelForCausalLM
+
+model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto", output_loading_info=True)
+assert not any(info.values()), info
+tensors = {}
+for name, module in model.named_modules():
+    if isinstance(module, torch.nn.Linear) and isinstance(module.weight.data, Int4TilePackedTo4dTensor):
+        weight = module.weight.data
+        assert weight.shape == (module.out_features, module.in_features)
+        tensors[name + ".weight"] = weight.qdata.contiguous()
+        tensors[name + ".sz"] = weight.scale_and_zero.contiguous()
+if torch.cuda.is_available():
+    with torch.no_grad():
+        tensors["logits"] = model.cuda()(torch.tensor([%s]).cuda()).logits.float().cpu()
+assert "pipeline" not in sys.modules
+save_file(tensors, sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stock_transformers_loads_the_tiles_and_runs_them_on_a_card(releases, tmp_path, name):
+    folder = releases[name] / "tile_packed" / "int4"
+    command = [sys.executable, "-I", "-c", STOCK % IDS[0].tolist(), str(folder), str(tmp_path / "found")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found, stored = load_file(tmp_path / "found"), Checkpoint(folder)
+    tiled = [n for n in found if n.endswith(".weight")]
+    assert len(tiled) == 14 - 2 * (name == "with layers kept")
+    for weight in tiled:
+        qdata, scale_and_zero = tile_packed.part_names(weight)
+        assert torch.equal(found[weight], stored.read(qdata))
+        assert torch.equal(found[weight.replace(".weight", ".sz")], stored.read(scale_and_zero))
+    if torch.cuda.is_available():
+        model, _ = load(releases[name] / "plain" / "int4", device="cpu")
+        with torch.no_grad():
+            expected = model(IDS).logits.float()
+        assert (found["logits"] - expected).norm() / expected.norm() < 0.03
+
+
+@pytest.mark.parametrize("block, tile", [(1, 1), (1000, 10_000), (10**9, 500)])
+def test_the_size_of_the_blocks_does_not_show_in_the_files(tiny_model, releases, tmp_path, monkeypatch, block, tile):
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", block)
+    monkeypatch.setattr(blocks, "TILE_ELEMENTS", tile)
+    source = tiny_model("llama")
+    specs = [VariantSpec(name="int4", packing="tile_packed").resolved(), VariantSpec(name="int8").resolved()]
+    output = {spec.name: tmp_path / spec.name for spec in specs}
+    quantize_checkpoint(source, specs, output, linear_weights(source))
+    written = (releases["llama"] / "tile_packed" / "int4" / SINGLE_NAME).read_bytes()
+    assert (tmp_path / "int4" / SINGLE_NAME).read_bytes() == written
+
+
+def test_the_padding_is_counted(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"layer.weight": torch.randn(17, 1536).bfloat16()}, tmp_path / SINGLE_NAME)
+    made = {}
+    for packing in ("plain", "tile_packed"):
+        spec = VariantSpec(name="int4", packing=packing).resolved()
+        linear, output = {"layer.weight": (17, 1536)}, {"int4": tmp_path / packing}
+        made[packing] = quantize_checkpoint(tmp_path, [spec], output, linear)["int4"]
+    assert made["plain"].padding_bytes == 0
+    added = 24 * 2048 - 17 * 1536
+    assert made["tile_packed"].padding_bytes == added // 2 + added // 64 * 4
+    assert made["tile_packed"].weight_bytes == Checkpoint(tmp_path / "tile_packed").nbytes
+    assert made["tile_packed"].weight_bytes - made["plain"].weight_bytes == made["tile_packed"].padding_bytes
+
+
+@pytest.mark.parametrize("part", ["qdata", "scale_and_zero"])
+def test_tiles_of_another_shape_are_refused_by_name(releases, tmp_path, part):
+    folder = releases["llama"] / "tile_packed" / "int4"
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    name = f"model.layers.1.mlp.up_proj._weight_{part}"
+    tensors, metadata = load_file(folder / SINGLE_NAME), Checkpoint(folder).metadata
+    for wrong in (tensors[name][:-1].clone(), tensors[name].flatten()[:7].clone(), tensors[name].flatten()[0].clone()):
+        save_file({**tensors, name: wrong}, tmp_path / SINGLE_NAME, metadata)
+        with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight: its stored parts are not those"):
+            load(tmp_path)
+
+
+def test_int8_beside_it_is_stored_as_ever():
+    weight = rounding("rtn")(torch.randn(16, 64).bfloat16(), storage("torchao").INT8)
+    for function, arguments in (
+        ("plan", ("a.weight", (16, 64), weight.grid)),
+        ("rows", ("a.weight", weight)),
+        ("rest", ("a.weight", weight.scale, None, weight.grid)),
+    ):
+        ours, theirs = (getattr(storage(name), function)(*arguments) for name in ("tile_packed", "torchao"))
+        assert ours.keys() == theirs.keys()
+    assert kernels.linear(weight, None, torch.device("cpu")) is not None
