@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 
 
-def chat(source: str, variant: str | None, device: str, new_tokens: int, console: Console) -> None:
+def chat(source: str, variant: str | None, device: str, new_tokens: int, console: Console, compile: bool = False) -> None:
     """Read questions, stream answers, until an empty line or the end of the input.
 
     Raises:
@@ -16,7 +16,7 @@ def chat(source: str, variant: str | None, device: str, new_tokens: int, console
     from pipeline.loading import load
 
     with console.status("loading"):
-        model, tokenizer = load(source, variant, device)
+        model, tokenizer = load(source, variant, device, compile=compile)
     if tokenizer.chat_template is None:
         raise ModelError(f"{source}: has no chat template, so it cannot be talked to")
     from transformers import TextStreamer

@@ -26,6 +26,7 @@ def load(
     variant: str | None = None,
     device: str = "auto",
     revision: str | None = None,
+    compile: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer, ready to generate on this machine.
 
@@ -34,9 +35,10 @@ def load(
         variant: `int8`, `int4`, ...; None for the full-precision model at the root.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
         revision: branch, tag or commit of a repository.
+        compile: compile the decoding step of `generate`; see `pipeline.compiled` for where that pays.
 
     Raises:
-        ModelError: where there is no such model or variant.
+        ModelError: where there is no such model or variant; where compiling is asked for and no compiler is there.
 
     Example:
         >>> model, tokenizer = load("user/model", variant="int4")
@@ -61,7 +63,12 @@ def load(
         reason = str(error).strip().split("\n")[0]
         raise ModelError(f"{folder}: transformers cannot load it: {reason}") from None
     quicken_head(model)
-    return model.eval().requires_grad_(False), tokenizer
+    model.eval().requires_grad_(False)
+    if compile:
+        from pipeline.compiled import compile_decoding
+
+        compile_decoding(model)
+    return model, tokenizer
 
 
 def _load_stock(folder: Path, device: torch.device) -> PreTrainedModel:

@@ -35,10 +35,13 @@ SIDES = {
     "stock-int8": "transformers + torchao int8",
     "int8": "pipeline.load int8",
     "int4": "pipeline.load int4",
+    "int8-compiled": "pipeline.load int8, compile=True",
+    "int4-compiled": "pipeline.load int4, compile=True",
     "Q8_0": "llama.cpp Q8_0",
     "Q4_0": "llama.cpp Q4_0",
 }
 LLAMA_CPP = ("Q8_0", "Q4_0")
+COMPILED = ("int8-compiled", "int4-compiled")  # which compile for minutes, so only where they are asked for
 
 
 def main() -> None:
@@ -70,7 +73,7 @@ def models(arguments: argparse.Namespace) -> list[dict]:
     """One row for each side: medians over the rounds, and ratios to bf16."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.work or Path(scratch)
-        sides = arguments.sides.split(",") if arguments.sides else list(SIDES)
+        sides = arguments.sides.split(",") if arguments.sides else [side for side in SIDES if side not in COMPILED]
         if not arguments.sides and not importlib.util.find_spec("llama_cpp"):
             sides = [side for side in sides if side not in LLAMA_CPP]
         make(folder, arguments.size, sides)
@@ -187,11 +190,30 @@ def run_one(side: str, folder: Path, prompt: int, new: int) -> dict[str, float]:
             place = folder if side == "bf16" else folder / "int8"
             model = AutoModelForCausalLM.from_pretrained(place, dtype="auto")
         else:
-            model, _ = load(folder, side, device="cpu")
-        speed = measure.speed(model, prompt, new)
-        speed = {"prefill": speed["prefill_tokens_per_second"], "decode": speed["decode_tokens_per_second"]}
+            model, _ = load(folder, side.removesuffix("-compiled"), device="cpu", compile=side in COMPILED)
+        if side in COMPILED:
+            speed = generating(model, prompt, new)
+        else:
+            speed = measure.speed(model, prompt, new)
+            speed = {"prefill": speed["prefill_tokens_per_second"], "decode": speed["decode_tokens_per_second"]}
     figures = {f"{key} tokens/s": value for key, value in speed.items()}
     return {**figures, "peak MB": machine.peak_memory_bytes() / 1e6}
+
+
+def generating(model, prompt: int, new: int) -> dict[str, float]:
+    """The same through `generate`, which alone uses compiled steps; with what it adds to each step."""
+    import torch
+
+    ids = torch.full((1, prompt), 7)
+
+    def seconds(tokens: int) -> float:
+        start = time.perf_counter()
+        model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
+        return time.perf_counter() - start
+
+    seconds(new + 1)
+    prefill, whole = (statistics.median(seconds(tokens) for _ in range(3)) for tokens in (1, new + 1))
+    return {"prefill": prompt / prefill, "decode": new / (whole - prefill)}
 
 
 def run_llama_cpp(path: Path, prompt: int, new: int) -> dict[str, float]:

@@ -198,6 +198,8 @@ BROKEN = {
         "gptq",
         ", ".join(VARIANTS["int4"].roundings),
     ),
+    "quantize: {variants: [{name: int4, packing: marlin}]}": ("quantize.variants.0", "marlin", "plain, tile_packed"),
+    "quantize: {variants: [{name: int8, packing: plain}]}": ("quantize.variants.0", "packing", "one way"),
     "quantize: {variants: [int4, {name: int4, group_size: 32}]}": ("quantize.variants", "once"),
     "publish: {repo: name-without-user}": ("publish.repo", "name-without-user", "USER/NAME"),
     "publish: {repo: user/name.git}": ("publish.repo", "user/name.git", "USER/NAME"),

@@ -61,7 +61,7 @@ class PackedLinear(torch.nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat = _aligned(x.reshape(-1, self.in_features))
+        flat = x.reshape(-1, self.in_features).contiguous()
         y = self._few(flat) if flat.shape[0] <= self.kernel_tokens else self._many(flat)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
@@ -97,7 +97,8 @@ class Int8Linear(PackedLinear):
         return GroupQuantized(self.codes, self.scale.unsqueeze(-1), None, self.grid)
 
     def _few(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.aten._weight_int8pack_mm(x, self.codes, self.scale.to(x.dtype))
+        multiply = _traced_int8 if torch.compiler.is_compiling() else _int8
+        return multiply(x, self.codes, self.scale)
 
     def _many(self, x: torch.Tensor) -> torch.Tensor:
         scale, early = self.scale.to(x.dtype), x.dtype == torch.float16  # unscaled sums can exceed its range
@@ -180,9 +181,8 @@ class Int4Linear(PackedLinear):
         return GroupQuantized(codes[: self.out_features], scale, zero, self.grid)
 
     def _few(self, x: torch.Tensor) -> torch.Tensor:
-        scale_and_zero = self.scale_and_zero.to(x.dtype)
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, self.grid.group_size, scale_and_zero)
-        return y[:, : self.out_features]
+        multiply = _traced_int4 if torch.compiler.is_compiling() else _int4
+        return multiply(x, self.packed, self.scale_and_zero, self.grid.group_size)[:, : self.out_features]
 
     def _many(self, x: torch.Tensor) -> torch.Tensor:
         """x (Q S)^T + (x's sums over groups) Z^T, which spares adding a zero to every weight."""
@@ -229,6 +229,24 @@ class Head(torch.nn.Linear):
             return super().forward(x)
         finally:
             torch._C._set_mkldnn_enabled(True)
+
+
+def _int8(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x (T, K) times the transposed weight with `codes` (N, K) and `scale` (N): (T, N)."""
+    return torch.ops.aten._weight_int8pack_mm(_aligned(x), codes, scale.to(x.dtype))
+
+
+def _int4(x: torch.Tensor, packed: torch.Tensor, scale_and_zero: torch.Tensor, group_size: int) -> torch.Tensor:
+    """x (T, K) times the transposed weight that `Int4Linear` holds so: (T, N')."""
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(_aligned(x), packed, group_size, scale_and_zero.to(x.dtype))
+
+
+# To compiled code the products are steps that it does not look into: there is an address to be
+# looked at, and inductor's own rules for these kernels fail where scales are converted on the way.
+_traced_int8 = torch.library.custom_op("tunepress::int8", _int8, mutates_args=())
+_traced_int4 = torch.library.custom_op("tunepress::int4", _int4, mutates_args=())
+_traced_int8.register_fake(lambda x, codes, scale: x.new_empty(x.shape[0], codes.shape[0]))
+_traced_int4.register_fake(lambda x, packed, scale_and_zero, group_size: x.new_empty(x.shape[0], packed.shape[0]))
 
 
 def pack_int4(codes: torch.Tensor, size: int) -> torch.Tensor:
