@@ -6,7 +6,9 @@ from rich.console import Console
 from rich.markup import escape
 
 
-def chat(source: str, variant: str | None, device: str, new_tokens: int, console: Console, compile: bool = False) -> None:
+def chat(
+    source: str, variant: str | None, device: str, new_tokens: int, console: Console, compile: bool = False
+) -> None:
     """Read questions, stream answers, until an empty line or the end of the input.
 
     Raises:

@@ -15,7 +15,7 @@ from pipeline.config import VariantSpec
 from pipeline.errors import ModelError
 from pipeline.kernels import cuda
 from pipeline.loading import load
-from pipeline.models import linear_weights
+from pipeline.models import linear_weights, table_weights
 from pipeline.quantization.formats import storage, tile_packed
 from pipeline.quantization.grid import Grid, GroupQuantized
 from pipeline.quantization.rounding import rounding
@@ -33,7 +33,7 @@ def quantized(rows: int, width: int, group_size: int = 32) -> GroupQuantized:
 
 
 def same(a: GroupQuantized, b: GroupQuantized) -> bool:
-    parts = ((a.codes, b.codes), (a.scale, b.scale), (a.zero, b.zero))
+    parts = [(a.codes, b.codes), (a.scale, b.scale), *([(a.zero, b.zero)] if a.grid.zero == "float" else [])]
     return a.grid == b.grid and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in parts)
 
 
@@ -119,6 +119,7 @@ def releases(tiny_model, quantized_with):
         "in shards": quantized_with(llama, shard_bytes=60_000),
         "tied": quantized_with(tiny_model("qwen3")),
         "with layers kept": quantized_with(odd, keep=["*.down_proj"]),
+        "with embeddings in int8": quantized_with(tiny_model("qwen3"), embeddings="int8"),
     }
 
 
@@ -130,14 +131,14 @@ def quantized_with(tmp_path_factory):
         folder = tmp_path_factory.mktemp("packings")
         for packing in ("plain", "tile_packed"):
             asked = VariantSpec(name="int4", packing=packing, **spec).resolved()
-            output = {"int4": folder / packing / "int4"}
-            quantize_checkpoint(source, [asked], output, linear_weights(source), shard_bytes=shard_bytes)
+            output, tables = {"int4": folder / packing / "int4"}, table_weights(source)
+            quantize_checkpoint(source, [asked], output, linear_weights(source), shard_bytes=shard_bytes, tables=tables)
         return folder
 
     return make
 
 
-NAMES = ["llama", "in shards", "tied", "with layers kept"]
+NAMES = ["llama", "in shards", "tied", "with layers kept", "with embeddings in int8"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -152,7 +153,7 @@ def test_it_is_loaded_as_exactly_what_the_plain_packing_holds(releases, name):
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("name", ["llama", "tied"])
+@pytest.mark.parametrize("name", ["llama", "tied", "with embeddings in int8"])
 def test_saving_what_was_loaded_gives_the_tiles_again(releases, tmp_path, name):
     folder = releases[name] / "tile_packed" / "int4"
     model, _ = load(folder)
