@@ -6,6 +6,8 @@
 The model is a random Llama that the script makes (weights do not change the speed). Each side
 runs in a fresh process; rounds go through all sides in turn, so that what else the machine does
 falls on all of them, and the medians over the rounds are compared.
+
+Sides with compiled decoding take minutes to compile, and run only where `--sides` names them.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ import shutil
 import pytest
 import torch
 
-from pipeline import compiled
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import ModelError
 from pipeline.loading import load
@@ -47,7 +46,3 @@ def test_without_a_compiler_it_says_what_to_install(tiny_model, quantized, monke
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(ModelError, match=r"needs a C\+\+ compiler.*apt install g\+\+"):
         load(quantized(tiny_model("llama"), "int8"), "int8", compile=True)
-
-
-def test_the_cache_has_room_for_a_conversation():
-    assert compiled.CONTEXT >= 1024
