@@ -10,9 +10,11 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 
+from pipeline.checkpoint import Checkpoint
 from pipeline.machine import cores
 
 # Bytes of a weight that are read at a time: long enough for a disk, and a small part of any memory.
@@ -21,6 +23,25 @@ BLOCK_BYTES = 4_000_000
 TILE_ELEMENTS = 128 * 1024
 
 Job = Callable[[], int]  # does its part, and returns how many bytes of the source that was
+Take = Callable[[str, torch.Tensor, int], None]  # a tensor's name, some of its rows, and the number of the first
+
+
+def in_disk_order(checkpoint: Checkpoint) -> list[str]:
+    """The names of its tensors, as they lie one after the other."""
+    return sorted(checkpoint, key=lambda name: (checkpoint[name].path, checkpoint[name].offset))
+
+
+def blocks_of(checkpoint: Checkpoint, name: str, take: Take, together: int = 1) -> Iterator[Job]:
+    """A job for every block of a tensor, which reads it and hands it to `take`; a scalar is handed over whole."""
+    info = checkpoint[name]
+    for span in row_blocks(info.shape[0], info.row_bytes, together) if info.shape else [None]:
+        yield partial(_hand_over, checkpoint, name, span, take)
+
+
+def _hand_over(checkpoint: Checkpoint, name: str, span: tuple[int, int] | None, take: Take) -> int:
+    rows = checkpoint.read_rows(name, *span) if span else checkpoint.read(name)
+    take(name, rows, span[0] if span else 0)
+    return rows.nbytes
 
 
 def row_blocks(rows: int, row_bytes: int, together: int = 1) -> Iterator[tuple[int, int]]:

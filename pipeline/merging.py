@@ -1,5 +1,7 @@
 """An adapter added into a base model in one pass over its files: W + scale * B @ A, in bf16.
 
+Variants of the result can be made on the way: what is written is then rounded for them as well.
+
 Training with QLoRA saw dequantized NF4 weights, so there are two bases to merge into:
 the original one, and the NF4 one as training saw it. Which is better is measured, not
 assumed (`pipeline.stages.merge`).
@@ -10,18 +12,20 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from pipeline.blocks import Job, in_parallel, row_blocks, tiles
+from pipeline.blocks import Job, Take, blocks_of, in_disk_order, in_parallel, row_blocks, tiles
 from pipeline.checkpoint import SHARD_BYTES, Checkpoint, CheckpointWriter
 from pipeline.errors import ModelError
 from pipeline.lora import Adapter
 from pipeline.models import ADAPTER_FILES, copy_companions, read_config
 from pipeline.nf4 import HeldInNf4, rows_together
+from pipeline.quantization.stream import VariantFiles, Variants
 
 
 def merge_checkpoint(
@@ -31,29 +35,47 @@ def merge_checkpoint(
     kind: Literal["bf16", "nf4"],
     linear: Collection[str] = (),
     on_progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Write the merged model, with its configuration and tokenizer, to `output`.
+    template: str | None = None,
+    variants: Variants | None = None,
+) -> dict[str, VariantFiles]:
+    """Write the merged model, with its configuration and tokenizer, to `output`, and variants of it to their folders.
 
     Args:
         kind: `bf16` merges into the base as it is; `nf4` into what NF4 training saw of it.
         linear: weights that training held in NF4, which is every linear layer but the head.
+        template: a chat template that training supplied, since the base has none.
+        variants: are made in the same pass, to the last byte as they would be made of the merged model.
 
     Raises:
         ModelError: where the adapter changes a weight that the base lacks or has in another
             shape, or, for nf4, where a linear layer is not in the checkpoint.
+        QuantizationError: where the variants cannot be made; then nothing is.
     """
-    checkpoint, adapter = Checkpoint(base), Adapter.read(adapter_folder)
+    checkpoint, adapter, variants = Checkpoint(base), Adapter.read(adapter_folder), variants or Variants()
     _check_fit(checkpoint, base, adapter, adapter_folder)
     if kind == "nf4" and not (linear and set(linear) <= checkpoint.keys()):
         lost = [*sorted(set(linear) - checkpoint.keys()), "every linear layer"][0]
         raise ModelError(f"{base}: cannot tell what NF4 training saw; {lost} is missing")
-    plan = {
-        name: (torch.bfloat16 if info.dtype.is_floating_point else info.dtype, info.shape)
+    merged = {
+        name: replace(info, dtype=torch.bfloat16) if info.dtype.is_floating_point else info
         for name, info in checkpoint.items()
     }
-    with CheckpointWriter(output, plan, shard_bytes=SHARD_BYTES) as writer:
-        jobs = _jobs(checkpoint, adapter, writer, linear if kind == "nf4" else ())
+    plan = {name: (info.dtype, info.shape) for name, info in merged.items()}
+    with CheckpointWriter(output, plan, shard_bytes=SHARD_BYTES) as writer, variants.writing(merged) as quantize:
+
+        def take(name: str, rows: torch.Tensor, first: int) -> None:
+            changed = adapter.apply(name, rows, first)
+            writer.write(name, changed, first)
+            quantize(name, changed, first)
+
+        jobs = _jobs(checkpoint, linear if kind == "nf4" else (), take, variants.together)
         in_parallel(jobs, checkpoint.nbytes, on_progress)
+    _describe(base, output, template)
+    return variants.finish(output)
+
+
+def _describe(base: Path, output: Path, template: str | None) -> None:
+    """Write the merged model's configuration and tokenizer."""
     # Paths of this machine, and code that is not published, stay behind.
     dropped = ("_name_or_path", "_model_name_or_path", "auto_map")
     config = {k: v for k, v in read_config(base).items() if k not in dropped}
@@ -62,6 +84,8 @@ def merge_checkpoint(
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
     (output / "config.json").write_text(text + "\n", encoding="utf-8")
     copy_companions(base, output)
+    if template:
+        (output / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def _check_fit(checkpoint: Checkpoint, base: Path, adapter: Adapter, folder: Path) -> None:
@@ -79,36 +103,22 @@ def _check_fit(checkpoint: Checkpoint, base: Path, adapter: Adapter, folder: Pat
             raise ModelError(f"{folder}: changes {name!r}, which {base} uses twice, as embedding and as output head")
 
 
-def _jobs(checkpoint: Checkpoint, adapter: Adapter, writer: CheckpointWriter, held: Collection[str]) -> Iterator[Job]:
+def _jobs(checkpoint: Checkpoint, held: Collection[str], take: Take, together: Callable[[str], int]) -> Iterator[Job]:
     """Every block of every tensor, in the order of the disk; a weight that was `held` in NF4 is one job."""
-    for name, info in sorted(checkpoint.items(), key=lambda item: (item[1].path, item[1].offset)):
+    for name in in_disk_order(checkpoint):
         if name in held:
-            yield partial(_merge_held, checkpoint, adapter, writer, name)
-        elif info.shape:
-            for first, stop in row_blocks(info.shape[0], info.row_bytes):
-                yield partial(_merge, checkpoint, adapter, writer, name, first, stop)
+            yield partial(_hand_over_held, checkpoint, name, take, together(name))
         else:
-            yield partial(_merge_scalar, checkpoint, adapter, writer, name)
+            yield from blocks_of(checkpoint, name, take, together(name))
 
 
-def _merge(checkpoint: Checkpoint, adapter: Adapter, writer: CheckpointWriter, name: str, first: int, stop: int) -> int:
-    block = checkpoint.read_rows(name, first, stop)
-    writer.write(name, adapter.apply(name, block, first), first)
-    return block.nbytes
-
-
-def _merge_held(checkpoint: Checkpoint, adapter: Adapter, writer: CheckpointWriter, name: str) -> int:
+def _hand_over_held(checkpoint: Checkpoint, name: str, take: Take, together: int) -> int:
     (rows, width), row_bytes = checkpoint[name].shape, checkpoint[name].row_bytes
-    together = rows_together(rows, width)
+    together = max(together, rows_together(rows, width))  # where the latter is more than 1, it is all rows
     pieces = (checkpoint.read_rows(name, *span) for span in tiles(rows, width, together))
     weight = HeldInNf4(pieces, (rows, width))
     for first, stop in row_blocks(rows, row_bytes, together):
-        writer.write(name, adapter.apply(name, weight.rows(first, stop), first), first)
-    return checkpoint[name].nbytes
-
-
-def _merge_scalar(checkpoint: Checkpoint, adapter: Adapter, writer: CheckpointWriter, name: str) -> int:
-    writer.write(name, adapter.apply(name, checkpoint.read(name)))
+        take(name, weight.rows(first, stop), first)
     return checkpoint[name].nbytes
 
 

@@ -184,12 +184,20 @@ def stored_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
+def companions(source: Path) -> list[Path]:
+    """The tokenizer, its chat template, the generation settings and the terms of use beside a checkpoint."""
+    return [
+        path
+        for path in sorted(source.iterdir())
+        if TOKENIZER_FILES.match(path.name) or TERMS_FILES.match(path.name) or path.name == "generation_config.json"
+        if path.is_file()
+    ]
+
+
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy the tokenizer, its chat template, the generation settings and the terms of use beside a checkpoint."""
-    for path in sorted(source.iterdir()):
-        wanted = TOKENIZER_FILES.match(path.name) or TERMS_FILES.match(path.name)
-        if path.is_file() and (wanted or path.name == "generation_config.json"):
-            shutil.copyfile(path, target / path.name)
+    """Copy what belongs to a checkpoint beside its weights and configuration."""
+    for path in companions(source):
+        shutil.copyfile(path, target / path.name)
 
 
 def read_config(folder: Path) -> dict:

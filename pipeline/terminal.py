@@ -198,6 +198,8 @@ def _tell(figures: dict) -> str:
         return f"general perplexity {base:.2f} -> {merged:.2f}"
     if "base_general_perplexity" in figures:
         return f"general perplexity {figures['base_general_perplexity']:.2f}"
+    if "variants" in figures:
+        return f"into the {figures['base']} base, {figures['variants']} written in the same pass"
     return f"into the {figures['base']} base" if "base" in figures else ""
 
 

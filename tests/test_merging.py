@@ -8,13 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline import blocks
+from pipeline import blocks, merging
 from pipeline.checkpoint import SINGLE_NAME, Checkpoint
-from pipeline.errors import CheckpointError, ModelError
+from pipeline.config import VariantSpec
+from pipeline.errors import CheckpointError, ModelError, QuantizationError
 from pipeline.lora import Adapter
 from pipeline.merging import merge_checkpoint
 from pipeline.models import linear_weights
 from pipeline.nf4 import HeldInNf4, rows_together
+from pipeline.quantization.stream import Variants, quantize_checkpoint
 from tests.conftest import ARCHITECTURES
 
 RANK, ALPHA = 4, 12
@@ -249,6 +251,53 @@ def test_tokenizer_and_template_come_along_and_progress_ends(tiny_model, trained
     assert {"tokenizer.json", "chat_template.jinja", "generation_config.json"} <= {p.name for p in tmp_path.iterdir()}
     total = Checkpoint(base).nbytes
     assert seen[-1] == (total, total)
+
+
+# -- variants in the same pass
+
+
+@pytest.mark.parametrize(
+    "architecture, dtype, adapter_of, block",
+    [
+        ("llama", "bfloat16", {}, blocks.BLOCK_BYTES),  # untied, with biases
+        ("llama", "bfloat16", {"use_dora": True, "modules_to_save": ["lm_head", "embed_tokens"]}, 20_000),
+        ("qwen3", "bfloat16", {}, 20_000),  # tied
+        ("smollm3", "float32", {}, 20_000),  # NF4's blocks go on from row to row; the merge rounds to bf16
+    ],
+)
+@pytest.mark.parametrize("kind", ["bf16", "nf4"])
+def test_variants_made_in_the_merges_pass_are_those_of_the_merged_model_to_the_last_byte(
+    tiny_model, trained, tmp_path, monkeypatch, kind, architecture, dtype, adapter_of, block
+):
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", block)
+    monkeypatch.setattr(blocks, "TILE_ELEMENTS", 3000)
+    monkeypatch.setattr(merging, "SHARD_BYTES", 200_000)
+    base, adapter = tiny_model(architecture, dtype), trained(tiny_model(architecture), **adapter_of)
+    linear = linear_weights(base)
+    specs = [VariantSpec.model_validate(s).resolved() for s in ("int8", {"name": "int4", "keep": ["*.0.*.o_proj"]})]
+    together, apart = ({s.name: tmp_path / way / s.name for s in specs} for way in ("together", "apart"))
+    variants = Variants(specs, together, linear, shard_bytes=100_000)
+    made = merge_checkpoint(base, adapter, tmp_path / "a", kind, linear, template="of the training", variants=variants)
+    merge_checkpoint(base, adapter, tmp_path / "b", kind, linear, template="of the training")
+    assert made == quantize_checkpoint(tmp_path / "b", specs, apart, linear, shard_bytes=100_000)
+    for one, two in ((tmp_path / "a", tmp_path / "b"), *((together[s.name], apart[s.name]) for s in specs)):
+        assert len(list(one.glob("*.safetensors"))) > 1
+        assert (one / "chat_template.jinja").read_text() == "of the training"
+        files = sorted(path.name for path in one.iterdir())
+        assert files == sorted(path.name for path in two.iterdir())
+        for name in files:
+            assert (one / name).read_bytes() == (two / name).read_bytes(), (one, name)
+
+
+def test_where_a_variant_cannot_be_made_in_the_pass_nothing_is_left_that_looks_finished(tiny_model, adapter, tmp_path):
+    edit(adapter(), lambda tensors: tensors[f"{Q}.lora_B.weight"].fill_(float("nan")))
+    base, out = tiny_model("llama"), {"int8": tmp_path / "int8"}
+    variants = Variants([VariantSpec(name="int8").resolved()], out, linear_weights(base))
+    with pytest.raises(
+        QuantizationError, match=r"layers\.0\.self_attn\.q_proj\.weight: has values that are not finite"
+    ):
+        merge_checkpoint(base, adapter(), tmp_path / "merged", "bf16", variants=variants)
+    assert [*(tmp_path / "merged").iterdir(), *(tmp_path / "int8").iterdir()] == []
 
 
 # -- adapters that are not merged

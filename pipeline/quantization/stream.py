@@ -1,8 +1,9 @@
-"""One pass over a checkpoint, many variants out.
+"""One pass over a model's tensors, many variants out.
 
-Every weight is read once, in blocks of rows; each block is rounded for every variant
+Every weight comes by once, in blocks of rows; each block is rounded for every variant
 that was asked for and goes to its place in that variant's files. All cores work on
 blocks of their own (`pipeline.blocks`), and the bytes do not depend on who was first.
+The tensors are a checkpoint's, or come out of a merge (`pipeline.merging`).
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ import fnmatch
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from pipeline.blocks import Job, in_parallel, row_blocks, tiles
-from pipeline.checkpoint import SHARD_BYTES, Checkpoint, CheckpointWriter
+from pipeline.blocks import Take, blocks_of, in_disk_order, in_parallel, tiles
+from pipeline.checkpoint import SHARD_BYTES, Checkpoint, CheckpointWriter, TensorInfo
 from pipeline.config import VariantSpec
 from pipeline.errors import QuantizationError
 from pipeline.models import copy_companions, read_config
@@ -28,6 +29,7 @@ from pipeline.quantization.formats import format_of
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.rounding import rounding
 
+Tensors = Mapping[str, TensorInfo]  # the full-precision model, by dtypes and shapes
 Shapes = Mapping[str, tuple[int, int]]  # name of a weight -> (N, K)
 nearest = rounding("rtn")
 ROUNDED_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -48,7 +50,7 @@ class _Variant:
     """One output of the pass: its grids, its open files, and the scales it still collects."""
 
     def __init__(
-        self, spec: VariantSpec, folder: Path, source: Checkpoint, linear: Shapes, tables: Shapes, shard_bytes: int
+        self, spec: VariantSpec, folder: Path, source: Tensors, linear: Shapes, tables: Shapes, shard_bytes: int
     ):
         self.spec, self.folder = spec, folder
         self.format = format_of(spec)
@@ -88,7 +90,7 @@ class _Variant:
         for part, tensor in self.format.rest(name, scale, zero, grid).items():
             self.writer.write(part, tensor)
 
-    def describe(self, source: Checkpoint) -> VariantFiles:
+    def describe(self, source: Tensors) -> VariantFiles:
         asked = self.spec.group_size
         layers = self.grids.keys() - self.tables
         other = {n: self.grids[n][1].group_size for n in sorted(layers) if asked}
@@ -128,6 +130,89 @@ def _grids(spec: VariantSpec, linear: Shapes) -> tuple[dict[str, tuple[tuple, Gr
     return grids, kept
 
 
+class Variants:
+    """What is made of a model in one pass, and where.
+
+    Args:
+        specs: what to make; defaults filled in (`VariantSpec.resolved`).
+        output: variant name -> folder to write into.
+        linear: weights to quantize, name -> (N, K), as `models.linear_weights` finds them.
+        tables: the embedding and the output head, as `models.table_weights` finds them, for
+            variants with `embeddings: int8`.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[VariantSpec] = (),
+        output: Mapping[str, Path] | None = None,
+        linear: Shapes | None = None,
+        tables: Shapes | None = None,
+        shard_bytes: int = SHARD_BYTES,
+    ):
+        self.specs, self._output, self._shard_bytes = specs, output or {}, shard_bytes
+        self._linear, self._tables = linear or {}, tables or {}
+        self._tensors: Tensors = {}
+        self._variants: list[_Variant] = []
+
+    @contextmanager
+    def writing(self, tensors: Tensors) -> Iterator[Take]:
+        """Open every variant's files, for what the yielded function takes; they are whole when this is left.
+
+        Raises:
+            QuantizationError: for a weight that the model lacks, that no group size divides, or,
+                in the pass, whose values are not finite. Nothing is left out silently.
+        """
+        self._tensors, self._variants = tensors, []
+        if self.specs:
+            _check(tensors, {**self._linear, **self._tables})
+            _check_tables(tensors, self._linear, self._tables)
+        with ExitStack() as stack:
+            for spec in self.specs:
+                folder = Path(self._output[spec.name])
+                variant = _Variant(spec, folder, tensors, self._linear, self._tables, self._shard_bytes)
+                stack.enter_context(variant.writer)
+                self._variants.append(variant)
+            yield self._take
+
+    def together(self, name: str) -> int:
+        """Rows of a tensor that must come together, or in multiples, since some format stores them in one."""
+        return max((v.format.together(v.grids[name][1]) for v in self._variants if name in v.grids), default=1)
+
+    def _take(self, name: str, rows: torch.Tensor, first: int) -> None:
+        """Bring rows of one tensor to every variant: rounded where its grid is known, else as they are."""
+        rounding_variants = [v for v in self._variants if name in v.grids]
+        # The outermost values tell of every other: NaN wins every comparison, and infinity all but that.
+        if rounding_variants and rows.numel() and not torch.stack(torch.aminmax(rows)).isfinite().all():
+            raise QuantizationError(f"{name}: has values that are not finite; the model is broken")
+        for variant in self._variants:
+            if name not in variant.grids:
+                variant.writer.write(name, rows, first)
+        if rounding_variants:
+            for start, end in tiles(*rows.shape, self.together(name)):
+                for variant in rounding_variants:
+                    variant.take(name, rows[start:end], first + start)
+
+    def make_of(self, source: Path, on_progress: Callable[[int, int], None] | None = None) -> dict[str, VariantFiles]:
+        """Make them of a full-precision checkpoint; `on_progress` is called with bytes done and bytes in all."""
+        checkpoint = Checkpoint(source)
+        with self.writing(checkpoint) as take:
+            names = in_disk_order(checkpoint)
+            jobs = chain.from_iterable(blocks_of(checkpoint, name, take, self.together(name)) for name in names)
+            in_parallel(jobs, checkpoint.nbytes, on_progress)
+        return self.finish(source)
+
+    def finish(self, model: Path) -> dict[str, VariantFiles]:
+        """Put beside the weights what comes from the full-precision model's folder: configuration, tokenizer, terms."""
+        config = read_config(model)
+        for variant in self._variants:
+            copy_companions(model, variant.folder)
+            kept, rows = ([name.removesuffix(".weight") for name in names] for names in (variant.kept, variant.tables))
+            content = {**config, "quantization_config": variant.format.quantization_config(variant.spec, kept, rows)}
+            text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+            (variant.folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        return {variant.spec.name: variant.describe(self._tensors) for variant in self._variants}
+
+
 def quantize_checkpoint(
     source: str | Path,
     specs: Sequence[VariantSpec],
@@ -137,92 +222,22 @@ def quantize_checkpoint(
     shard_bytes: int = SHARD_BYTES,
     tables: Shapes | None = None,
 ) -> dict[str, VariantFiles]:
-    """Write every variant of a checkpoint in one pass.
-
-    Args:
-        source: folder of a full-precision checkpoint.
-        specs: what to make; defaults filled in (`VariantSpec.resolved`).
-        output: variant name -> folder to write into.
-        linear: weights to quantize, name -> (N, K), as `models.linear_weights` finds them.
-        on_progress: called with bytes done and bytes in all.
-        tables: the embedding and the output head, as `models.table_weights` finds them, for
-            variants with `embeddings: int8`.
-
-    Raises:
-        QuantizationError: for a layer that the checkpoint lacks, that no group size
-            divides, or whose weights are not finite. Nothing is left out silently.
-    """
-    source = Path(source)
-    checkpoint, tables = Checkpoint(source), tables or {}
-    _check(checkpoint, {**linear, **tables})
-    _check_tables(checkpoint, linear, tables)
-    with ExitStack() as stack:
-        variants = []
-        for spec in specs:
-            variants.append(_Variant(spec, Path(output[spec.name]), checkpoint, linear, tables, shard_bytes))
-            stack.enter_context(variants[-1].writer)
-        in_parallel(_jobs(checkpoint, variants), checkpoint.nbytes, on_progress)
-    config = read_config(source)
-    for variant in variants:
-        copy_companions(source, variant.folder)
-        kept, rows = ([name.removesuffix(".weight") for name in names] for names in (variant.kept, variant.tables))
-        content = {**config, "quantization_config": variant.format.quantization_config(variant.spec, kept, rows)}
-        text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
-        (variant.folder / "config.json").write_text(text + "\n", encoding="utf-8")
-    return {variant.spec.name: variant.describe(checkpoint) for variant in variants}
+    """Write every variant of a full-precision checkpoint in one pass: `Variants.make_of` in one call."""
+    return Variants(specs, output, linear, tables, shard_bytes).make_of(Path(source), on_progress)
 
 
-def _check(checkpoint: Checkpoint, weights: Shapes) -> None:
+def _check(tensors: Tensors, weights: Shapes) -> None:
     for name, shape in weights.items():
-        if name not in checkpoint or checkpoint[name].shape != tuple(shape):
-            found = checkpoint[name].shape if name in checkpoint else "nothing"
+        if name not in tensors or tensors[name].shape != tuple(shape):
+            found = tensors[name].shape if name in tensors else "nothing"
             raise QuantizationError(f"{name}: the model has a weight of {tuple(shape)}, the checkpoint {found}")
-        if checkpoint[name].dtype not in ROUNDED_TYPES:
-            found = str(checkpoint[name].dtype).removeprefix("torch.")
+        if tensors[name].dtype not in ROUNDED_TYPES:
+            found = str(tensors[name].dtype).removeprefix("torch.")
             raise QuantizationError(f"{name}: stored as {found}; start from a full-precision model")
 
 
-def _check_tables(checkpoint: Checkpoint, linear: Shapes, tables: Shapes) -> None:
+def _check_tables(tensors: Tensors, linear: Shapes, tables: Shapes) -> None:
     """A tied table that is stored twice would be int8 in one of its places and not in the other."""
-    again = [n for n in checkpoint if n not in linear and n not in tables and checkpoint[n].shape in tables.values()]
+    again = [n for n in tensors if n not in linear and n not in tables and tensors[n].shape in tables.values()]
     if again:
         raise QuantizationError(f"{again[0]}: stored beside the table that it is tied to; use embeddings: keep")
-
-
-def _jobs(checkpoint: Checkpoint, variants: Sequence[_Variant]) -> Iterator[Job]:
-    """Every block of every tensor, in the order in which they lie on the disk."""
-    for name, info in sorted(checkpoint.items(), key=lambda item: (item[1].path, item[1].offset)):
-        if info.shape:
-            for first, stop in row_blocks(info.shape[0], info.row_bytes, _together(name, variants)):
-                yield partial(_pass_on, checkpoint, name, first, stop, variants)
-        else:
-            yield partial(_pass_on_scalar, checkpoint, name, variants)
-
-
-def _together(name: str, variants: Sequence[_Variant]) -> int:
-    """Rows of a tensor that no block may part, since some format stores them in one."""
-    return max((v.format.together(v.grids[name][1]) for v in variants if name in v.grids), default=1)
-
-
-def _pass_on(checkpoint: Checkpoint, name: str, first: int, stop: int, variants: Sequence[_Variant]) -> int:
-    """Bring rows of one tensor to every variant: rounded where its grid is known, else as they are."""
-    block = checkpoint.read_rows(name, first, stop)
-    rounding_variants = [v for v in variants if name in v.grids]
-    # The outermost values tell of every other: NaN wins every comparison, and infinity all but that.
-    if rounding_variants and block.numel() and not torch.stack(torch.aminmax(block)).isfinite().all():
-        raise QuantizationError(f"{name}: has values that are not finite; the model is broken")
-    for variant in variants:
-        if name not in variant.grids:
-            variant.writer.write(name, block, first)
-    if rounding_variants:
-        for start, end in tiles(*block.shape, _together(name, variants)):
-            for variant in rounding_variants:
-                variant.take(name, block[start:end], first + start)
-    return block.nbytes
-
-
-def _pass_on_scalar(checkpoint: Checkpoint, name: str, variants: Sequence[_Variant]) -> int:
-    scalar = checkpoint.read(name)
-    for variant in variants:
-        variant.writer.write(name, scalar)
-    return scalar.nbytes

@@ -27,7 +27,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     result |= {
         "variant": config.quantize.spec(name).model_dump(),
         "ratio": result["size_bytes"] / source,
-        "weights": read_json(workspace.quantized / f"{name}.json", {}),
+        "weights": read_json(workspace.quantized / f"{name}.json", {})["weights"],
     }
     files = workspace.place(folder, workspace.release / name, f"quantize/{name}")
     measured = workspace.write_measurement(name, result)

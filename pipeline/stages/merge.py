@@ -1,18 +1,30 @@
-"""Merge the adapter: into both bases, compare with the live adapter, keep the better."""
+"""Merge the adapter: into both bases, compare with the live adapter, keep the better.
+
+Where there is one base only, the variants are made in the same pass over it.
+"""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.config import Config
+from pipeline.errors import CheckpointError, ModelError, QuantizationError
 from pipeline.events import Events
-from pipeline.files import empty_folder, write_text
+from pipeline.files import empty_folder
 from pipeline.libraries import versions
 from pipeline.stages import Outcome
 from pipeline.stages.inputs import adapter, adapter_depends, base_model, model_depends
+from pipeline.stages.quantize import keep_written, to_write
 from pipeline.workspace import Workspace
+
+if TYPE_CHECKING:
+    from pipeline.quantization.stream import VariantFiles, Variants
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
@@ -40,24 +52,45 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
 
     quiet_progress_bars()
     base, lora = base_model(config, workspace, events), adapter(config, workspace, events)
-    linear = linear_weights(base)
+    linear, template = linear_weights(base), _supplied_template(base, workspace)
     folders = {kind: empty_folder(workspace.folder / f"merged-{kind}.partial") for kind in _kinds(config)}
+    # Which of two bases the variants are to be made of is not known before both are compared.
+    along = _variants_along(config, workspace, base, linear) if len(folders) == 1 else None
+    made = {}
     for kind, folder in folders.items():
-        what = f"merging into the {kind} base"
-        merge_checkpoint(base, lora, folder, kind, linear, lambda d, t, what=what: events.progress(d, t, what))
-        _keep_template(base, folder, workspace)
+        merge = partial(merge_checkpoint, base, lora, folder, kind, linear, template=template)
+        made = _merge(merge, f"merging into the {kind} base", events, along)
     comparison = _compare(config, workspace, events, base, folders) if len(folders) > 1 else {}
     chosen = _better(comparison) if comparison else next(iter(folders))
 
     release = folders.pop(chosen)
     copy_adapter(lora, release / "adapter", workspace.read_measurement("origin")["hub_id"])
     files = workspace.place(release, workspace.release, "merge")
+    keep_written(config, workspace, made, workspace.release)
     for folder in folders.values():
         shutil.rmtree(folder)
     measured = workspace.write_measurement(
         "merge", {"base": chosen, "asked": config.merge.base, "compared": comparison}
     )
-    return Outcome((*files, measured), {"base": chosen})
+    return Outcome((*files, measured), {"base": chosen} | ({"variants": ", ".join(made)} if made else {}))
+
+
+def _variants_along(config: Config, workspace: Workspace, base: Path, linear: dict) -> Variants | None:
+    """The variants that can be made in the merge's own pass; what keeps others from it, `quantize` will tell."""
+    names = [spec.name for spec in config.quantize.variants]
+    with suppress(ModelError):
+        variants, _ = to_write(config, workspace, names, base, linear)
+        return variants if variants.specs else None
+    return None
+
+
+def _merge(merge: Callable, what: str, events: Events, along: Variants | None) -> dict[str, VariantFiles]:
+    """Merge, with the variants in the same pass; without them where they fail, which `quantize` will tell."""
+    if along:
+        also = f"{what}, and writing {' and '.join(spec.name for spec in along.specs)}"
+        with suppress(QuantizationError, CheckpointError):
+            return merge(on_progress=lambda d, t: events.progress(d, t, also), variants=along)
+    return merge(on_progress=lambda d, t: events.progress(d, t, what))
 
 
 def _kinds(config: Config) -> tuple[str, ...]:
@@ -67,15 +100,14 @@ def _kinds(config: Config) -> tuple[str, ...]:
     return ("nf4", "bf16") if config.data and config.train.method == "qlora" else ("bf16",)
 
 
-def _keep_template(base: Path, merged: Path, workspace: Workspace) -> None:
-    """The chat template that training supplied belongs to the model from now on."""
+def _supplied_template(base: Path, workspace: Workspace) -> str | None:
+    """The chat template that training supplied, which belongs to the model from now on."""
     from transformers import AutoTokenizer
 
     from pipeline.texts import with_template
 
     tokenizer = AutoTokenizer.from_pretrained(base)
-    if not tokenizer.chat_template and with_template(tokenizer, workspace).chat_template:
-        write_text(merged / "chat_template.jinja", tokenizer.chat_template)
+    return None if tokenizer.chat_template else with_template(tokenizer, workspace).chat_template
 
 
 def _compare(config: Config, workspace: Workspace, events: Events, base: Path, folders: dict[str, Path]) -> dict:

@@ -1,22 +1,28 @@
 """Write the files of every variant asked for, in one pass over the full-precision checkpoint.
 
-They lie in `quantized/` until `pipeline.stages.admit` has loaded and measured them.
+They lie in `quantized/` until `pipeline.stages.admit` has loaded and measured them. What lies
+there already and still holds, as where the merge has made it in its own pass, is not made again.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.config import Config, VariantSpec
 from pipeline.errors import ModelError, QuantizationError
 from pipeline.events import Events
-from pipeline.files import empty_folder, replace_folder, write_json
+from pipeline.files import empty_folder, read_json, replace_folder, states, write_json
 from pipeline.libraries import versions
 from pipeline.stages import Outcome
 from pipeline.stages.inputs import full_model, made_from, text_depends
 from pipeline.workspace import Workspace
+
+if TYPE_CHECKING:
+    from pipeline.quantization.stream import VariantFiles, Variants
 
 LIBRARIES = ("torch", "torchao", "transformers")
 
@@ -41,43 +47,81 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
 
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
-    from pipeline.models import linear_weights, refuse_other_matrices
-    from pipeline.quantization.stream import quantize_checkpoint, unfit
+    from pipeline.models import linear_weights
 
-    for name in variants:  # files of an earlier try must not be taken for these
-        shutil.rmtree(workspace.quantized / name, ignore_errors=True)
     source = full_model(config, workspace, events)
-    refuse_other_matrices(source)
-    linear = linear_weights(source)
-    wanted = [config.quantize.spec(name) for name in variants]
-    tables, no_tables = _tables(source, wanted)
-    specs, refused = [], {}
-    for spec in wanted:
-        name, problem = spec.name, unfit(spec, linear)
-        if spec.embeddings == "int8":
-            problem = problem or no_tables
-        if problem:
-            refused[name] = problem
+    missing = [name for name in variants if not _is_written(config, workspace, name, source)]
+    refused = {}
+    if missing:
+        linear = linear_weights(source)
+        order, refused = to_write(config, workspace, missing, source, linear)
+        for name, problem in refused.items():
             events.failed("quantize", name, QuantizationError(problem))
-        else:
-            specs.append(spec)
-    partial = {spec.name: empty_folder(workspace.quantized / f"{spec.name}.partial") for spec in specs}
-    made = {}
-    if specs:
-        made = quantize_checkpoint(
-            source, specs, partial, linear, lambda d, t: events.progress(d, t, "rounding and writing"), tables=tables
-        )
-    for name, folder in partial.items():
-        replace_folder(folder, workspace.quantized / name)
-        write_json(workspace.quantized / f"{name}.json", asdict(made[name]))
-    return Outcome((), {"made": list(made), "refused": refused})
+        if order.specs:
+            made = order.make_of(source, lambda d, t: events.progress(d, t, "rounding and writing"))
+            keep_written(config, workspace, made, source)
+    return Outcome((), {"made": [name for name in variants if name not in refused], "refused": refused})
 
 
-def _tables(source: Path, specs: list[VariantSpec]) -> tuple[dict[str, tuple[int, int]], str | None]:
+def to_write(
+    config: Config, workspace: Workspace, names: Sequence[str], model: Path, linear: Mapping[str, tuple[int, int]]
+) -> tuple[Variants, dict[str, str]]:
+    """What makes these variants of a model, and why some of them cannot be made.
+
+    Raises:
+        ModelError: where none can be made of such a model.
+    """
+    from pipeline.models import refuse_other_matrices
+    from pipeline.quantization.stream import Variants, unfit
+
+    for name in names:  # files of an earlier try make room
+        shutil.rmtree(workspace.quantized / name, ignore_errors=True)
+    refuse_other_matrices(model)
+    wanted = [config.quantize.spec(name) for name in names]
+    tables, no_tables = _tables(model, wanted)
+    refused = {}
+    for spec in wanted:
+        if problem := unfit(spec, linear) or (no_tables if spec.embeddings == "int8" else None):
+            refused[spec.name] = problem
+    specs = [spec for spec in wanted if spec.name not in refused]
+    folders = {spec.name: empty_folder(_partial(workspace, spec.name)) for spec in specs}
+    return Variants(specs, folders, linear, tables), refused
+
+
+def _tables(model: Path, specs: Sequence[VariantSpec]) -> tuple[Mapping[str, tuple[int, int]], str | None]:
     """The embedding and the output head, where a variant has them in int8; and why that cannot be."""
     from pipeline.models import table_weights
 
     try:
-        return (table_weights(source) if any(spec.embeddings == "int8" for spec in specs) else {}), None
+        return (table_weights(model) if any(spec.embeddings == "int8" for spec in specs) else {}), None
     except ModelError as error:
         return {}, str(error)
+
+
+def keep_written(config: Config, workspace: Workspace, made: Mapping[str, VariantFiles], model: Path) -> None:
+    """Give finished files their place, and note what they are and what they were made of."""
+    for name, files in made.items():
+        replace_folder(_partial(workspace, name), workspace.quantized / name)
+        about = _about(config, workspace, name, model)
+        write_json(workspace.quantized / f"{name}.json", {"about": about, "weights": asdict(files)})
+
+
+def _is_written(config: Config, workspace: Workspace, name: str, model: Path) -> bool:
+    """Do whole files of a variant lie there, made as they are to be made now, and of the model as it is now?"""
+    written = read_json(workspace.quantized / f"{name}.json", {})
+    return written.get("about") == _about(config, workspace, name, model)
+
+
+def _about(config: Config, workspace: Workspace, name: str, model: Path) -> dict:
+    from pipeline.models import companions
+
+    return {
+        "spec": config.quantize.spec(name).model_dump(),
+        "versions": versions(*LIBRARIES),
+        "model": states([*sorted(model.glob("*.safetensors")), *model.glob("config.json"), *companions(model)]),
+        "files": states(sorted((workspace.quantized / name).glob("*"))),
+    }
+
+
+def _partial(workspace: Workspace, name: str) -> Path:
+    return workspace.quantized / f"{name}.partial"
