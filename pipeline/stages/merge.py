@@ -78,7 +78,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
 def _variants_along(config: Config, workspace: Workspace, base: Path, linear: dict) -> Variants | None:
     """The variants that can be made in the merge's own pass; what keeps others from it, `quantize` will tell."""
     names = [spec.name for spec in config.quantize.variants]
-    with suppress(ModelError):
+    with suppress(ModelError, OSError):
         variants, _ = to_write(config, workspace, names, base, linear)
         return variants if variants.specs else None
     return None
@@ -88,7 +88,7 @@ def _merge(merge: Callable, what: str, events: Events, along: Variants | None) -
     """Merge, with the variants in the same pass; without them where they fail, which `quantize` will tell."""
     if along:
         also = f"{what}, and writing {' and '.join(spec.name for spec in along.specs)}"
-        with suppress(QuantizationError, CheckpointError):
+        with suppress(QuantizationError, CheckpointError, OSError):
             return merge(on_progress=lambda d, t: events.progress(d, t, also), variants=along)
     return merge(on_progress=lambda d, t: events.progress(d, t, what))
 
