@@ -14,7 +14,7 @@ from pipeline.config import VariantSpec
 from pipeline.errors import CheckpointError, ModelError, QuantizationError
 from pipeline.lora import Adapter
 from pipeline.merging import merge_checkpoint
-from pipeline.models import linear_weights
+from pipeline.models import linear_weights, table_weights
 from pipeline.nf4 import HeldInNf4, rows_together
 from pipeline.quantization.stream import Variants, quantize_checkpoint
 from tests.conftest import ARCHITECTURES
@@ -273,13 +273,14 @@ def test_variants_made_in_the_merges_pass_are_those_of_the_merged_model_to_the_l
     monkeypatch.setattr(blocks, "TILE_ELEMENTS", 3000)
     monkeypatch.setattr(merging, "SHARD_BYTES", 200_000)
     base, adapter = tiny_model(architecture, dtype), trained(tiny_model(architecture), **adapter_of)
-    linear = linear_weights(base)
-    specs = [VariantSpec.model_validate(s).resolved() for s in ("int8", {"name": "int4", "keep": ["*.0.*.o_proj"]})]
+    linear, tables = linear_weights(base), table_weights(base)
+    asked = ({"name": "int8", "embeddings": "int8"}, {"name": "int4", "keep": ["*.0.*.o_proj"]})
+    specs = [VariantSpec.model_validate(spec).resolved() for spec in asked]
     together, apart = ({s.name: tmp_path / way / s.name for s in specs} for way in ("together", "apart"))
-    variants = Variants(specs, together, linear, shard_bytes=100_000)
+    variants = Variants(specs, together, linear, tables, shard_bytes=100_000)
     made = merge_checkpoint(base, adapter, tmp_path / "a", kind, linear, template="of the training", variants=variants)
     merge_checkpoint(base, adapter, tmp_path / "b", kind, linear, template="of the training")
-    assert made == quantize_checkpoint(tmp_path / "b", specs, apart, linear, shard_bytes=100_000)
+    assert made == quantize_checkpoint(tmp_path / "b", specs, apart, linear, None, 100_000, tables)
     for one, two in ((tmp_path / "a", tmp_path / "b"), *((together[s.name], apart[s.name]) for s in specs)):
         assert len(list(one.glob("*.safetensors"))) > 1
         assert (one / "chat_template.jinja").read_text() == "of the training"
