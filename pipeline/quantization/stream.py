@@ -136,11 +136,13 @@ def quantize_checkpoint(
     on_progress: Callable[[int, int], None] | None = None,
     shard_bytes: int = SHARD_BYTES,
     tables: Shapes | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> dict[str, VariantFiles]:
     """Write every variant of a checkpoint in one pass.
 
     Args:
         source: folder of a full-precision checkpoint.
+        checkpoint: its tensors, where they do not lie in `source` themselves.
         specs: what to make; defaults filled in (`VariantSpec.resolved`).
         output: variant name -> folder to write into.
         linear: weights to quantize, name -> (N, K), as `models.linear_weights` finds them.
@@ -153,7 +155,7 @@ def quantize_checkpoint(
             divides, or whose weights are not finite. Nothing is left out silently.
     """
     source = Path(source)
-    checkpoint, tables = Checkpoint(source), tables or {}
+    checkpoint, tables = Checkpoint(source) if checkpoint is None else checkpoint, tables or {}
     _check(checkpoint, {**linear, **tables})
     _check_tables(checkpoint, linear, tables)
     with ExitStack() as stack:
@@ -161,7 +163,7 @@ def quantize_checkpoint(
         for spec in specs:
             variants.append(_Variant(spec, Path(output[spec.name]), checkpoint, linear, tables, shard_bytes))
             stack.enter_context(variants[-1].writer)
-        in_parallel(_jobs(checkpoint, variants), checkpoint.nbytes, on_progress)
+        in_parallel(_jobs(checkpoint, variants), checkpoint.nbytes, on_progress, on_end=checkpoint.abandon)
     config = read_config(source)
     for variant in variants:
         copy_companions(source, variant.folder)

@@ -5,6 +5,7 @@ They lie in `quantized/` until `pipeline.stages.admit` has loaded and measured t
 
 from __future__ import annotations
 
+import functools
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,7 @@ from pipeline.events import Events
 from pipeline.files import empty_folder, replace_folder, write_json
 from pipeline.libraries import versions
 from pipeline.stages import Outcome
-from pipeline.stages.inputs import full_model, made_from, text_depends
+from pipeline.stages.inputs import full_model, made_from, shard_by_shard, text_depends
 from pipeline.workspace import Workspace
 
 LIBRARIES = ("torch", "torchao", "transformers")
@@ -64,9 +65,10 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     partial = {spec.name: empty_folder(workspace.quantized / f"{spec.name}.partial") for spec in specs}
     made = {}
     if specs:
-        made = quantize_checkpoint(
-            source, specs, partial, linear, lambda d, t: events.progress(d, t, "rounding and writing"), tables=tables
-        )
+        with shard_by_shard(config, workspace, events, source) as passing:
+            # What passes tells of its coming, which is the slower part.
+            tell = functools.partial(events.progress, what="rounding and writing") if passing is None else None
+            made = quantize_checkpoint(source, specs, partial, linear, tell, tables=tables, checkpoint=passing)
     for name, folder in partial.items():
         replace_folder(folder, workspace.quantized / name)
         write_json(workspace.quantized / f"{name}.json", asdict(made[name]))
