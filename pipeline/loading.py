@@ -37,8 +37,9 @@ def load(
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
         revision: branch, tag or commit of a repository.
         compile: compile the decoding step of `generate`; see `pipeline.compiled` for where that pays.
-        offload: leave the weights in their files, and read each layer's anew whenever it computes:
-            slow, in little memory. `auto` does so where the model does not fit into the memory.
+        offload: for measuring in little memory: leave the weights in their files, and read each layer's
+            anew whenever it computes. `auto` does so where the model does not fit into the memory.
+            The model's own `device` is then `meta`; `pipeline.measure.device_of` tells where it computes.
 
     Raises:
         ModelError: where there is no such model or variant; where compiling is asked for and no compiler is there.

@@ -145,6 +145,16 @@ def test_a_broken_checkpoint_is_refused_before_any_shard_is_fetched(place, hub, 
     nothing_is_left(place)
 
 
+def test_a_shard_that_is_not_what_the_hub_announced_is_refused(place, hub, shards):
+    name = next(n for n in sorted(shards) if n.startswith("model-00004"))
+    held = hub.store.blobs.path(hub.commit_files("ada/base", "main")[name].sha256)
+    held.write_bytes(shards[name][:-1] + bytes([shards[name][-1] ^ 1]))
+    done = place.tunepress("quantize", "ada/base", "--output", "out", "--low-disk", *ASKED, check=2)
+    (line,) = done.stderr.strip().splitlines()
+    assert f"ada/base: {name} is not the file that the Hub announced" in line
+    nothing_is_left(place)
+
+
 def nothing_is_left(place: Place) -> None:
     assert not list((place.folder / "out").rglob("*.safetensors*")) and not left_of_weights(place)
     assert not (place.folder / "out/.tunepress/shards.partial").exists()
