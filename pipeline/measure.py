@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = 2048
 LOGIT_ELEMENTS = 1 << 24  # logits held at a time
-HEAD_ELEMENTS = 1 << 27  # of the output matrix in float32 at a time
+HEAD_ELEMENTS = 1 << 25  # of the output matrix in float32 at a time
 IGNORED = -100
 
 Progress = Callable[[int, int], None]
