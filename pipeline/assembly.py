@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -26,7 +26,7 @@ from pipeline.quantization.formats import stored_weights, torchao
 from pipeline.quantization.grid import GroupQuantized
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 Stored = Callable[[], GroupQuantized]
 Formats = dict[str, ModuleType]  # a quantized weight's name -> the format that it is stored in
@@ -45,11 +45,34 @@ def assemble(folder: Path, device: torch.device) -> PreTrainedModel | None:
         ModelError: where tensors are missing.
         OSError, ValueError: whatever transformers says of a configuration that it cannot use.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)
-    if getattr(config, "quantization_config", None) is None:
+    built = skeleton(folder, config) if getattr(config, "quantization_config", None) is not None else None
+    if built is None:
         return None
+    model, checkpoint, quantized = built
+    _attach_quantizer(model)
+    for name in list(model.state_dict()):
+        if name in quantized:
+            _put_layer(model, name, checkpoint, device, quantized[name])
+        elif name in checkpoint:
+            put(model, name, read(model, name, checkpoint).to(device))
+    if not model.config.get_text_config().tie_word_embeddings or _table(model) not in quantized:
+        model.tie_weights()
+    fill_buffers(model, device)
+    refuse_gaps(folder, [*model.named_parameters(), *model.named_buffers()])
+    return model
+
+
+def skeleton(folder: Path, config: PretrainedConfig) -> tuple[PreTrainedModel, Checkpoint, Formats] | None:
+    """The model of a folder on the meta device, its checkpoint, and the formats of what lies there quantized.
+
+    Returns:
+        None where the checkpoint names its tensors otherwise than the model does.
+    """
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
     checkpoint = Checkpoint(folder)
     dtype = config.dtype or next(info.dtype for info in checkpoint.values() if info.dtype.is_floating_point)
     with torch.device("meta"):
@@ -57,21 +80,20 @@ def assemble(folder: Path, device: torch.device) -> PreTrainedModel | None:
     quantized = stored_weights(checkpoint)
     if not _same_names(model, checkpoint, quantized, folder):
         return None
-    _attach_quantizer(model)
-    for name in list(model.state_dict()):
-        if name in quantized:
-            _put_layer(model, name, checkpoint, device, quantized[name])
-        elif name in checkpoint:
-            _put(model, name, _read(model, name, checkpoint).to(device))
-    if not model.config.get_text_config().tie_word_embeddings or _table(model) not in quantized:
-        model.tie_weights()
-    _fill_buffers(model, device)
-    left = [name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
-    if left:
-        raise ModelError(f"{folder}: its checkpoint has no {left[0]!r}; fetch the model again")
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model
+    return model, checkpoint, quantized
+
+
+def refuse_gaps(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Raise where a tensor is still without data.
+
+    Raises:
+        ModelError: naming the first of them.
+    """
+    left = [name for name, tensor in tensors if tensor.is_meta]
+    if left:
+        raise ModelError(f"{folder}: its checkpoint has no {left[0]!r}; fetch the model again")
 
 
 def place(
@@ -174,7 +196,7 @@ def _put_layer(
     module, shape = name.rpartition(".")[0], tuple(_owner(model, name).weight.shape)
     bias = f"{module}.bias"
     if bias in checkpoint:
-        _put(model, bias, _read(model, bias, checkpoint))
+        put(model, bias, read(model, bias, checkpoint))
     again = functools.partial(form.read, checkpoint, name, shape)
     place(model, module, again(), device, again, form)
 
@@ -183,7 +205,7 @@ def _owner(model: PreTrainedModel, name: str) -> torch.nn.Module:
     return model.get_submodule(name.rpartition(".")[0])
 
 
-def _put(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> None:
+def put(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> None:
     module, _, leaf = name.rpartition(".")
     owner = model.get_submodule(module)
     if leaf in owner._parameters:
@@ -192,20 +214,22 @@ def _put(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> None:
         owner._buffers[leaf] = tensor
 
 
-def _read(model: PreTrainedModel, name: str, checkpoint: Checkpoint) -> torch.Tensor:
-    """The tensor, in the model's type unless the model wants it in float32."""
-    tensor = checkpoint.read(name)
-    if not tensor.is_floating_point():
-        return tensor
+def read(model: PreTrainedModel, name: str, checkpoint: Checkpoint) -> torch.Tensor:
+    """The tensor as the model computes with it."""
+    return checkpoint.read(name).to(computing_type(model, name, checkpoint[name].dtype))
+
+
+def computing_type(model: PreTrainedModel, name: str, stored: torch.dtype) -> torch.dtype:
+    """What a tensor becomes when it is loaded: the model's type unless the model wants it in float32."""
+    if not stored.is_floating_point:
+        return stored
     exact = list(model._keep_in_fp32_modules_strict or ())
     if model.dtype == torch.float16:
         exact += model._keep_in_fp32_modules or ()
-    if any(re.search(rf"(^|\.){key}(\.|$)", name) for key in exact):
-        return tensor.float()
-    return tensor.to(model.dtype)
+    return torch.float32 if any(re.search(rf"(^|\.){key}(\.|$)", name) for key in exact) else model.dtype
 
 
-def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
+def fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Compute the buffers that no file holds, such as rotary frequencies, the way transformers does."""
     for module in model.modules():
         empty = [leaf for leaf, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]

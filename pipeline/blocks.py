@@ -61,7 +61,11 @@ def _spans(rows: int, wanted: int, together: int) -> Iterator[tuple[int, int]]:
 
 
 def in_parallel(
-    jobs: Iterable[Job], total: int, on_progress: Callable[[int, int], None] | None = None, threads: int | None = None
+    jobs: Iterable[Job],
+    total: int,
+    on_progress: Callable[[int, int], None] | None = None,
+    threads: int | None = None,
+    on_end: Callable[[], None] | None = None,
 ) -> None:
     """Do every job, each in one of as many threads as there are cores; the first error ends it and is raised.
 
@@ -69,6 +73,7 @@ def in_parallel(
         jobs: taken one at a time, in order, as threads come free.
         total: bytes that all jobs will have done.
         on_progress: called from the caller's thread with bytes done and `total`.
+        on_end: called when no more jobs are begun, to let go of those that wait for something.
 
     torch computes with one thread in each of these, since the work is spread already.
     """
@@ -102,12 +107,16 @@ def in_parallel(
                 running -= 1
             elif isinstance(report, BaseException):
                 failure = failure or report
+                if on_end:
+                    on_end()
             else:
                 done += report
                 if on_progress:
                     on_progress(done, total)
     finally:
         stop.set()  # for what ends this from the caller's side, such as Ctrl-C
+        if on_end:
+            on_end()
         for worker in workers:
             worker.join()
         torch.set_num_threads(before)

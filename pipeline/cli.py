@@ -111,6 +111,10 @@ def quantize(
     packing: Annotated[str | None, typer.Option("--packing", help="plain, or tile_packed for CUDA; for int4.")] = None,
     measure: Measure = False,
     revision: Revision = None,
+    low_disk: Annotated[
+        bool,
+        typer.Option("--low-disk", help="Fetch shard by shard, and remove each when it was read."),
+    ] = False,
     settings: Settings = None,
     runs: Root = RUNS,
     as_json: AsJson = False,
@@ -118,7 +122,7 @@ def quantize(
     """Only make the run's variants; or those of any model: quantize MODEL --output DIR --variants int8,int4."""
     given = {"variants": variants, "group_size": group_size, "rounding": rounding, "packing": packing}
     if _is_config(source):
-        _refuse(source, output=output, measure=measure or None, revision=revision, **given)
+        _refuse(source, output=output, measure=measure or None, revision=revision, low_disk=low_disk or None, **given)
         return _run_stage("quantize", source, settings, runs, as_json)
     from pipeline.errors import ConfigError
     from pipeline.midway import quantize_config
@@ -126,7 +130,7 @@ def quantize(
     if output is None:
         raise ConfigError(f"quantize {source}: say where to, with --output DIR, or name a configuration (.yaml)")
     config = quantize_config(
-        source, output, [variants or "both"], group_size, rounding, measure, revision, settings or (), packing
+        source, output, [variants or "both"], group_size, rounding, measure, revision, settings or (), packing, low_disk
     )
     _run_midway(config, output, as_json)
 
@@ -155,7 +159,7 @@ def publish(
         workspace = Workspace.open(source)
         source = str(workspace.config_path)
         if workspace.config().evaluate is None:  # what is published is what was measured
-            settings.append("evaluate={}")
+            settings += ["evaluate={}", "model.low_disk=false"]
         if workspace.folder.name == HIDDEN:
             output = workspace.release
         else:

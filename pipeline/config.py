@@ -43,6 +43,7 @@ class Model(Section):
     source: str = Field(min_length=1, description="Hub id, folder, or package:NAME/FILE.gguf")
     revision: str | None = Field(default=None, min_length=1, description="branch, tag or commit on the Hub")
     trust_remote_code: bool = False
+    low_disk: bool = Field(default=False, description="quantize shard by shard, each removed when it was read")
 
     @field_validator("source")
     @classmethod
@@ -288,6 +289,10 @@ class Config(Section):
             raise ValueError("evaluate: a model that is trained is measured too; leave the key out for the defaults")
         if self.publish.repo and self.evaluate is None:
             raise ValueError("evaluate: what is published is measured; leave the key out, or use --measure")
+        if self.model.low_disk and self.merges:
+            raise ValueError("model.low_disk: for quantizing a model as it is; training and merging need all of it")
+        if self.model.low_disk and self.evaluate:
+            raise ValueError("model.low_disk: measuring needs the whole model; leave out --measure (evaluate: null)")
         missing = sorted(self.publish.mirrors.keys() - {spec.name for spec in self.quantize.variants})
         if missing:
             raise ValueError(f"publish.mirrors: {missing[0]} is not among quantize.variants")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,18 +37,32 @@ def download(
         HubError: where the Hub cannot be reached.
     """
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-    try:
+    with in_one_line(repo, revision, "not a folder here, and the Hub could not be read"):
         info = HfApi().model_info(repo, revision=revision, files_metadata=on_progress is not None)
         sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
         chosen = choose(list(sizes))
         folder, done, total = Path(), 0, sum(sizes[name] for name in chosen)
         for name in chosen:
-            meter = _meter(lambda fresh, before=done: on_progress(before + fresh, total)) if on_progress else None
-            path = Path(hf_hub_download(repo, name, revision=info.sha, tqdm_class=meter))
+            tell = meter(lambda fresh, before=done: on_progress(before + fresh, total)) if on_progress else None
+            path = Path(hf_hub_download(repo, name, revision=info.sha, tqdm_class=tell))
             done += sizes[name]
             folder = path.parents[name.count("/")]
+    return Snapshot(folder, tuple(chosen), info.sha)
+
+
+@contextmanager
+def in_one_line(repo: str, revision: str | None, what: str) -> Iterator[None]:
+    """Turn what the Hub's client raises into errors that people can act on; `what` is said where it could not be had.
+
+    Raises:
+        ModelError: where the repository or the revision is not there, or is not for this user.
+        HubError: where the Hub cannot be reached, or its answer cannot be kept.
+    """
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        yield
     except UserError:
         raise
     except GatedRepoError:
@@ -60,11 +75,10 @@ def download(
         if not (isinstance(error, (HfHubHTTPError, OSError)) or is_unreachable(error)):
             raise
         reason = redact(" ".join(str(error).split())[:200])
-        raise HubError(f"{repo}: not a folder here, and the Hub could not be read: {reason}") from None
-    return Snapshot(folder, tuple(chosen), info.sha)
+        raise HubError(f"{repo}: {what}: {reason}") from None
 
 
-def _meter(tell: Callable[[int], None]) -> type:
+def meter(tell: Callable[[int], None]) -> type:
     """A progress bar for the Hub's client that draws nothing, and tells how many bytes of a file have come."""
     from tqdm import tqdm
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import Config
@@ -28,11 +29,16 @@ def evaluate(
     workspace: Workspace,
     events: Events,
     reference: Path | None = None,
+    offload: bool | Literal["auto"] = "auto",
 ) -> dict:
     """Measure the model in `folder`.
 
+    One that does not fit into the memory is offloaded: only its quality is measured then, for its speed would
+    be that of the disk, and an answer would read the whole model for every token.
+
     Args:
         reference: the full-precision model to compare it with, measured before; None if it is this one.
+        offload: as `pipeline.load` takes it.
 
     Returns:
         Plain data for `results.json`: size, quality per text, speed per loader, answers.
@@ -45,19 +51,23 @@ def evaluate(
 
     from pipeline import machine, measure, texts
     from pipeline.loading import load
+    from pipeline.offloading import is_offloaded
 
     def tell(what: str):
         return lambda done, total: events.progress(done, total, f"{label}: {what}")
 
-    model, tokenizer = load(folder)
+    model, tokenizer = load(folder, offload=offload)
+    offloaded = is_offloaded(model)
     texts.with_template(tokenizer, workspace)
     sequences = texts.all_texts(config, workspace, tokenizer)
     head_name = measure.head_name(model) if reference is None else None
     head, softcap = measure.head_matrix(model).cpu(), measure.softcap(model)
     scored = {text: measure.score(model, part, tell(f"{text} text")) for text, part in sequences.items()}
-    tell("sample answers")(0, 1)
-    samples = measure.answers(model, tokenizer, config.evaluate.prompts)
-    device = str(model.device)
+    samples = []
+    if not offloaded:
+        tell("sample answers")(0, 1)
+        samples = measure.answers(model, tokenizer, config.evaluate.prompts)
+    device = str(measure.device_of(model))
     parameters = model.num_parameters()
     ids = sequences[texts.GENERAL][0].input_ids[:PROBE_TOKENS]
     del model
@@ -90,14 +100,17 @@ def evaluate(
             }
 
     quantized = "quantization_config" in read_json(folder / "config.json", {})
-    tell("speed and memory, in fresh processes")(0, 1)
+    loaders = ("stock", "pipeline") if quantized else ("stock",)
+    if not offloaded:
+        tell("speed and memory, in fresh processes")(0, 1)
     return {
         "size_bytes": stored_bytes(folder),
         **({} if quantized else {"parameters": parameters}),
         "device": device,
         "loader": "pipeline.load",
+        **({"offloaded": True} if offloaded else {}),
         "quality": quality,
-        "speed": _speed(folder, ids, ("stock", "pipeline") if quantized else ("stock",)),
+        "speed": {} if offloaded else _speed(folder, ids, loaders),
         "answers": samples,
         "machine": machine.describe(),
     }

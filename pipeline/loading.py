@@ -7,7 +7,7 @@ is for it here, or an ordinary one with dequantized weights.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.catalog import resolve_variants
 from pipeline.config import REPO_ID
@@ -27,6 +27,7 @@ def load(
     device: str = "auto",
     revision: str | None = None,
     compile: bool = False,
+    offload: bool | Literal["auto"] = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer, ready to generate on this machine.
 
@@ -36,6 +37,9 @@ def load(
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
         revision: branch, tag or commit of a repository.
         compile: compile the decoding step of `generate`; see `pipeline.compiled` for where that pays.
+        offload: for measuring in little memory: leave the weights in their files, and read each layer's
+            anew whenever it computes. `auto` does so where the model does not fit into the memory.
+            The model's own `device` is then `meta`; `pipeline.measure.device_of` tells where it computes.
 
     Raises:
         ModelError: where there is no such model or variant; where compiling is asked for and no compiler is there.
@@ -48,14 +52,18 @@ def load(
     from transformers import AutoTokenizer
 
     from pipeline.assembly import assemble, quicken_head
+    from pipeline.offloading import assemble_offloaded, fits
 
+    if compile and offload:
+        raise ModelError("compile and offload: weights that come and go cannot be compiled with; choose one")
     quiet_progress_bars()
     folder = locate(source, variant, revision)
     target = _device(device)
     try:
-        model = assemble(folder, target)
-        if model is None:
-            model = _load_stock(folder, target)
+        if offload is True or (offload == "auto" and not fits(folder, target)):
+            model = assemble_offloaded(folder, target)
+        else:
+            model = assemble(folder, target) or _load_stock(folder, target)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except CheckpointError as error:
         raise ModelError(str(error)) from None

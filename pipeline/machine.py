@@ -7,7 +7,12 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def describe() -> dict[str, str | int | None]:
@@ -33,6 +38,53 @@ def cores() -> int:
 def memory_bytes() -> int:
     """Main memory in all, in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that a process may still take on `device`, in bytes; None where the system does not tell."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    known = [free for free in (_free_in_system(), *_free_in_groups()) if free is not None]
+    return min(known, default=None)
+
+
+def _free_in_system() -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def _free_in_groups(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
+    """What is left of every limit that a container or a job sets: of this process's control group, and those above.
+
+    A group's page cache counts as used and is given back when needed, so the part of it that lies idle is free.
+    """
+    try:
+        lines = groups.read_text().splitlines()
+    except OSError:
+        return
+    for controllers, path in (line.split(":", 2)[1:] for line in lines):
+        if not controllers:
+            base, names = root, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):  # the first version of control groups
+            base, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        group = base / path.lstrip("/")
+        while not group.is_dir() and group != base:  # inside a container the path may be the host's
+            group = group.parent
+        for folder in (group, *(parent for parent in group.parents if base in (parent, *parent.parents))):
+            with contextlib.suppress(OSError, ValueError, StopIteration):
+                limit, used = (int((folder / name).read_text()) for name in names[:2])
+                stat = (folder / "memory.stat").read_text().splitlines()
+                idle = next(int(line.split()[1]) for line in stat if line.split()[0] == names[2])
+                yield max(limit - used + idle, 0)
 
 
 def reset_peak_memory() -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = 2048
 LOGIT_ELEMENTS = 1 << 24  # logits held at a time
+HEAD_ELEMENTS = 1 << 25  # of the output matrix in float32 at a time
 IGNORED = -100
 
 Progress = Callable[[int, int], None]
@@ -75,11 +76,10 @@ def score(model: PreTrainedModel, sequences: Sequence[Encoded], on_progress: Pro
         ModelError: where the model's logits are not its hidden states times its head, or are
             not finite, and where no token counts.
     """
-    backbone, head = _backbone(model), _head(model)
+    backbone, head, device = _backbone(model), _head(model), device_of(model)
     if not any(label != IGNORED for s in sequences for label in s.labels[1:]):
         raise ModelError("the text to measure on has no token that counts")
     _check_head(model, backbone, head, sequences[0])
-    device = model.device
     done, total = 0, sum(len(s.input_ids) for s in sequences)
     parts: dict[int, tuple] = {}
     for batch in _batches(sequences):
@@ -93,19 +93,19 @@ def score(model: PreTrainedModel, sequences: Sequence[Encoded], on_progress: Pro
             labels[row, :length] = torch.tensor(sequences[index].labels)
             mask[row, :length] = 1
         hidden = backbone(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)[0]
-        for row, index in enumerate(batch):
-            counted = (labels[row, 1:] != IGNORED).nonzero().squeeze(-1)  # position t predicts token t + 1
-            states, targets = hidden[row, counted.to(device)], labels[row, counted + 1].to(device)
-            nll, choice = [], []
-            for rows, logits in _logits(head, states):
-                log_probabilities = logits.log_softmax(-1)
-                nll.append(-log_probabilities.gather(1, targets[rows, None]).squeeze(1))
-                choice.append(logits.argmax(-1))
-            parts[index] = (torch.cat(nll).cpu(), torch.cat(choice).cpu(), states.cpu()) if nll else None
+        counted = labels[:, 1:] != IGNORED  # position t predicts token t + 1
+        states, targets = hidden[:, :-1][counted.to(device)], labels[:, 1:][counted].to(device)
+        nll, choice = torch.empty(len(states)), torch.empty(len(states), dtype=torch.long)
+        for rows, logits in _logits(head, states):
+            nll[rows] = -logits.log_softmax(-1).gather(1, targets[rows, None]).squeeze(1).cpu()
+            choice[rows] = logits.argmax(-1).cpu()
+        lengths = counted.sum(1).tolist()
+        found = zip(*(part.split(lengths) for part in (nll, choice, states.cpu())), strict=True)
+        parts.update(zip(batch, found, strict=True))
         done += sum(len(sequences[i].input_ids) for i in batch)
         if on_progress:
             on_progress(done, total)
-    kept = [i for i in sorted(parts) if parts[i] is not None]
+    kept = sorted(parts)
     return Scores(
         nll=torch.cat([parts[i][0] for i in kept]),
         choice=torch.cat([parts[i][1] for i in kept]),
@@ -240,32 +240,49 @@ def answers(
 
 
 def head_matrix(model: PreTrainedModel) -> torch.Tensor:
-    """The output matrix (V, H) as the model computes with it, in float32 on its device."""
+    """The output matrix (V, H) as the model computes with it, on its device, also where it stays in its file."""
+    from accelerate.utils import align_module_device
+
     from pipeline.quantization.formats import storage
 
     layer = model.get_output_embeddings()
-    stored = layer.portable() if hasattr(layer, "portable") else storage("torchao").unpack(layer.weight.data)
-    return layer.weight.detach().float() if stored is None else stored.dequantize()
+    if hasattr(layer, "portable"):
+        return layer.portable().dequantize()
+    with align_module_device(layer):
+        weight = layer.weight.detach()
+    stored = storage("torchao").unpack(weight)
+    return weight if stored is None else stored.dequantize()
 
 
 def head_name(model: PreTrainedModel) -> str:
     """The checkpoint's name for the output matrix of a full-precision model."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # under an adapter
-    weight = inner.get_output_embeddings().weight
-    names = [name for name, p in inner.named_parameters(remove_duplicate=False) if p is weight]
+    head = inner.get_output_embeddings()
+    name = next(name for name, module in inner.named_modules() if module is head) + ".weight"
     # A tied head is stored under the embedding's name.
-    tied = [name for name in names if "embed" in name]
-    return (tied or names)[0]
+    return inner.all_tied_weights_keys.get(name, name)
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where a model computes, which the weights of one that is offloaded do not tell."""
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    return torch.device(hook.execution_device) if hook else model.device
 
 
 class _Head:
-    """Hidden states -> logits in float32, so that small differences survive."""
+    """Hidden states -> logits in float32, so that small differences survive.
+
+    A large matrix is turned into float32 piece by piece whenever it is used: a second one, of
+    twice the size, would be more than any layer needs.
+    """
 
     def __init__(self, weight: torch.Tensor, softcap: float | None):
-        self.weight, self.softcap = weight.float(), softcap
+        small = weight.numel() <= HEAD_ELEMENTS
+        self.weight, self.softcap = weight.float() if small else weight, softcap
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        logits = torch.nn.functional.linear(states.float(), self.weight)
+        states, rows = states.float(), max(1, HEAD_ELEMENTS // self.weight.shape[1])
+        logits = torch.cat([torch.nn.functional.linear(states, part.float()) for part in self.weight.split(rows)], -1)
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 
@@ -287,7 +304,7 @@ def softcap(model: PreTrainedModel) -> float | None:
 
 
 def _check_head(model, backbone, head: _Head, sequence: Encoded) -> None:
-    ids = torch.tensor([sequence.input_ids[:16]], device=model.device)
+    ids = torch.tensor([sequence.input_ids[:16]], device=device_of(model))
     theirs = model(input_ids=ids, use_cache=False).logits.float()
     ours = head(backbone(input_ids=ids, use_cache=False)[0])
     if not theirs.isfinite().all():

@@ -28,6 +28,7 @@ def quantize_config(
     revision: str | None = None,
     settings: Sequence[str] = (),
     packing: str | None = None,
+    low_disk: bool = False,
 ) -> Config:
     """Make variants of a full-precision model, and nothing else.
 
@@ -36,12 +37,14 @@ def quantize_config(
         variants: names or aliases; `rounding` and `packing` go to those that know them, `group_size` to
             those in groups anyway (int4), or to all where none of them is.
         settings: `key=value`, for whatever else a configuration has.
+        low_disk: fetch shard by shard, and remove each when it was read.
 
     Raises:
         ConfigError: naming the option and what is allowed.
     """
     specs = _specs(variants, group_size, rounding, packing)
-    return _config(source, output, specs, measure, revision, {}, settings)
+    more = {"model": {"source": source, "revision": revision, "low_disk": True}} if low_disk else {}
+    return _config(source, output, specs, measure, revision, more, settings)
 
 
 def merge_config(

@@ -39,7 +39,13 @@ def check_source(model: Model) -> None:
     Raises:
         ModelError: naming the source and the way out.
     """
-    if package := PACKAGE_SOURCE.match(model.source):
+    package = PACKAGE_SOURCE.match(model.source)
+    if model.low_disk and (package or _is_local(model.source)):
+        raise ModelError(
+            f"model.source {model.source!r}: is on this machine already, and nothing of yours is removed; "
+            "leave out --low-disk (model.low_disk)"
+        )
+    if package:
         find_packaged(*package.groups())
     elif _is_local(model.source):
         _check_folder(Path(model.source).expanduser())
@@ -51,7 +57,8 @@ def fetch(model: Model, folder: Path, on_progress: Callable[[int, int], None] | 
     """Bring the model to disk as an ordinary checkpoint.
 
     Args:
-        folder: where a model that must be converted is put; Hub models stay in the Hub's cache.
+        folder: where a model that must be converted is put; Hub models stay in the Hub's cache. With
+            `model.low_disk` the weights stay on the Hub.
 
     Returns:
         The checkpoint's folder, and where it came from.
@@ -63,7 +70,7 @@ def fetch(model: Model, folder: Path, on_progress: Callable[[int, int], None] | 
         _check_folder(path)
         return path, read_origin(path, model.source, path.resolve().name)
     path, revision = _download(model, on_progress)
-    _check_folder(path)
+    _check_folder(path, need_weights=not model.low_disk)
     return path, read_origin(path, model.source, model.source, revision, model.source)
 
 
@@ -221,7 +228,7 @@ def _is_local(source: str, key: str = "model.source") -> bool:
         raise ModelError(f"{key} {source[:80]!r}: not a folder ({error.args[-1]})") from None
 
 
-def _check_folder(path: Path) -> None:
+def _check_folder(path: Path, need_weights: bool = True) -> None:
     if not path.is_dir():
         raise ModelError(f"model.source {str(path)!r}: no such folder")
     config = read_config(path)
@@ -237,7 +244,7 @@ def _check_folder(path: Path) -> None:
     # Their text model lies inside another, and under other names in the checkpoint than in the model.
     if others := [part for part in ("vision_config", "audio_config") if config.get(part)]:
         raise ModelError(f"{path}: more than a text model ({', '.join(others)}); choose one for text alone")
-    if not any(path.glob("*.safetensors")):
+    if need_weights and not any(path.glob("*.safetensors")):
         raise ModelError(f"{path}: no .safetensors file; pickled weights are not read, convert them first")
 
 
@@ -253,7 +260,7 @@ def _download(model: Model, on_progress: Callable[[int, int], None] | None) -> t
         wanted = [name for name in names if CHECKPOINT_FILES.match(name) or TERMS_FILES.match(name)]
         if not any(name.endswith(".safetensors") for name in wanted):
             raise ModelError(f"{model.source}: no .safetensors at its root; pickled weights are not read")
-        return wanted
+        return [name for name in wanted if not (model.low_disk and name.endswith(".safetensors"))]
 
     found = download(model.source, choose, model.revision, on_progress)
     return found.folder, found.revision

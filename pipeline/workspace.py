@@ -243,7 +243,8 @@ class Workspace:
     def base_revision(self, model: dict) -> str | None:
         """The commit of the base model that was brought here for these settings."""
         known = read_json(self.folder / "base.json", {})
-        return known.get("revision") if known.get("model") == model else None
+        same = {**known.get("model", {}), "low_disk": None} == {**model, "low_disk": None}  # only its way here differs
+        return known.get("revision") if same else None
 
     def write_measurement(self, name: str, content: dict) -> Path:
         """Store one step's figures and put `results.json` together anew."""

@@ -186,10 +186,15 @@ def faded(about: About, models: Models) -> list[Markdown]:
     return [name for m, name in models.items() if known and m in VARIANTS and loss[m] > middle]
 
 
+def offloaded(about: About, models: Models) -> list[Markdown]:
+    """The models whose weights stayed in their files while they were measured."""
+    return [name for model, name in models.items() if about.get(model, "offloaded")]
+
+
 def tables(about: About, models: Models) -> dict[str, Any]:
     """All of it, by name, for the templates."""
     makers: tuple[Callable[[About, Models], Any], ...]
-    makers = (summary, quality, speed, leads, rises, ways, machines, answers, faded, failures)
+    makers = (summary, quality, speed, leads, rises, ways, machines, answers, faded, failures, offloaded)
     return {maker.__name__: maker(about, models) for maker in makers}
 
 

@@ -5,8 +5,17 @@ rows, and an output's headers are planned before its first byte is written, so t
 every piece has its place. Format: https://github.com/huggingface/safetensors#format
 """
 
-from pipeline.checkpoint.header import DTYPES, INDEX_NAME, SHARD_BYTES, SINGLE_NAME, TensorInfo, read_header
-from pipeline.checkpoint.reader import Checkpoint
+from pipeline.checkpoint.header import (
+    DTYPES,
+    INDEX_NAME,
+    SHARD_BYTES,
+    SINGLE_NAME,
+    TensorInfo,
+    check_header,
+    header_length,
+    read_header,
+)
+from pipeline.checkpoint.reader import Checkpoint, shard_files
 from pipeline.checkpoint.writer import CheckpointWriter
 
 __all__ = [
@@ -17,5 +26,8 @@ __all__ = [
     "Checkpoint",
     "CheckpointWriter",
     "TensorInfo",
+    "check_header",
+    "header_length",
     "read_header",
+    "shard_files",
 ]

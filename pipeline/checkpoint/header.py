@@ -61,7 +61,12 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         CheckpointError: where the header is not one, or offsets overlap, leave gaps, or
             disagree with a shape or with the file.
     """
-    header, start, size = _parse(path)
+    return check_header(path, *_first_bytes(path))
+
+
+def check_header(path: Path, head: bytes, size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The same of a file that need not be here: of its first bytes, up to its tensors, and its size in all."""
+    header, start = _parse(path, head, size), 8 + header_length(path, head, size)
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: the metadata is not a table of strings")
@@ -76,25 +81,36 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     return tensors, metadata
 
 
-def _parse(path: Path) -> tuple[dict, int, int]:
-    """The header's JSON, the offset of the first tensor's bytes, and the file's size."""
+def header_length(path: Path, head: bytes, size: int) -> int:
+    """Bytes of the header's JSON, which follows the eight that say so."""
+    length = struct.unpack("<Q", head[:8])[0] if len(head) >= 8 else -1
+    if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+        raise CheckpointError(f"{path}: not a safetensors file, or cut short")
+    return length
+
+
+def _first_bytes(path: Path) -> tuple[bytes, int]:
+    """A file up to its tensors, and its size."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
             prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-                raise CheckpointError(f"{path}: not a safetensors file, or cut short")
-            header = json.loads(file.read(length), object_pairs_hook=once_each)
+            return prefix + file.read(header_length(path, prefix, size)), size
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _parse(path: Path, head: bytes, size: int) -> dict:
+    """The header's JSON."""
+    try:
+        header = json.loads(head[8 : 8 + header_length(path, head, size)], object_pairs_hook=once_each)
     except KeyError as error:
         raise CheckpointError(f"{path}: {error.args[0]!r} stands twice in the header") from None
     except (ValueError, RecursionError):
         raise CheckpointError(f"{path}: the header is not JSON") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the header is not a table of tensors")
-    return header, 8 + length, size
+    return header
 
 
 def _entry(path: Path, name: str, entry: object, first: int) -> TensorInfo:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
     """
 
     def __init__(self, folder: str | Path):
-        self._open(_shards(Path(folder)))
+        self._open(shard_files(Path(folder), Path.is_file))
 
     @classmethod
     def of_files(cls, paths: list[Path]) -> Checkpoint:
@@ -33,11 +33,11 @@ class Checkpoint(Mapping[str, TensorInfo]):
         checkpoint._open({path: set() for path in paths})
         return checkpoint
 
-    def _open(self, shards: dict[Path, set[str]]) -> None:
+    def _open(self, shards: Mapping[Path, set[str]], read: Callable[[Path], tuple] = read_header) -> None:
         self.metadata: dict[str, str] = {}
         self._tensors: dict[str, TensorInfo] = {}
         for path, expected in shards.items():
-            tensors, metadata = read_header(path)
+            tensors, metadata = read(path)
             missing = expected - set(tensors)
             if missing:
                 raise CheckpointError(f"{path}: {sorted(missing)[0]!r} is in the index and not in the shard")
@@ -61,42 +61,44 @@ class Checkpoint(Mapping[str, TensorInfo]):
         """Bytes of all tensors together."""
         return sum(info.nbytes for info in self.values())
 
+    def abandon(self) -> None:
+        """Let go of threads that wait for bytes to come; here none do, for all files are there."""
+
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor, in memory of its own."""
         info = self[name]
-        return _bytes(info, info.offset, info.nbytes).view(info.dtype).reshape(info.shape)
+        return self._bytes(info, info.offset, info.nbytes).view(info.dtype).reshape(info.shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows `start` to `stop` of a tensor, shape (stop - start, ...)."""
         info = self[name]
         if not 0 <= start <= stop <= info.shape[0]:
             raise ValueError(f"{name}: rows {start} to {stop} of {info.shape}")
-        data = _bytes(info, info.offset + start * info.row_bytes, (stop - start) * info.row_bytes)
+        data = self._bytes(info, info.offset + start * info.row_bytes, (stop - start) * info.row_bytes)
         return data.view(info.dtype).reshape(stop - start, *info.shape[1:])
 
-
-def _bytes(info: TensorInfo, offset: int, count: int) -> torch.Tensor:
-    data = torch.empty(count, dtype=torch.uint8)
-    view, done = memoryview(data.numpy()), 0
-    try:
-        file = os.open(info.path, os.O_RDONLY | os.O_CLOEXEC)
+    def _bytes(self, info: TensorInfo, offset: int, count: int) -> torch.Tensor:
+        data = torch.empty(count, dtype=torch.uint8)
+        view, done = memoryview(data.numpy()), 0
         try:
-            while done < count:
-                got = os.preadv(file, [view[done:]], offset + done)
-                if not got:
-                    raise CheckpointError(f"{info.path}: ended before its last tensor; fetch it again")
-                done += got
-        finally:
-            os.close(file)
-    except OSError as error:
-        raise CheckpointError(f"{info.path}: cannot be read ({error.strerror})") from None
-    return data
+            file = os.open(info.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                while done < count:
+                    got = os.preadv(file, [view[done:]], offset + done)
+                    if not got:
+                        raise CheckpointError(f"{info.path}: ended before its last tensor; fetch it again")
+                    done += got
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise CheckpointError(f"{info.path}: cannot be read ({error.strerror})") from None
+        return data
 
 
-def _shards(folder: Path) -> dict[Path, set[str]]:
-    """The files of a checkpoint, and the tensors that its index expects in each."""
+def shard_files(folder: Path, is_there: Callable[[Path], bool]) -> dict[Path, set[str]]:
+    """The files of a checkpoint, and the tensors that its index, which lies in `folder`, expects in each."""
     index, single = folder / INDEX_NAME, folder / SINGLE_NAME
-    if single.is_file():  # before an index that lies there too, as transformers has it
+    if is_there(single):  # before an index that lies there too, as transformers has it
         return {single: set()}
     if not index.is_file():
         raise CheckpointError(f"{folder}: no {SINGLE_NAME} and no {INDEX_NAME}; other formats are not read")
@@ -111,7 +113,7 @@ def _shards(folder: Path) -> dict[Path, set[str]]:
             raise CheckpointError(f"{index}: {file!r} is not the name of a file in this folder")
         shards.setdefault(folder / file, set()).add(name)
     for path in sorted({*shards, *_counted(shards)}):
-        if not path.is_file():
+        if not is_there(path):
             raise CheckpointError(f"{path}: named by the index, and missing")
         if path not in shards:
             raise CheckpointError(f"{index}: does not name {path.name}, one of the shards that belong together")

@@ -192,13 +192,23 @@ class Variants:
                 for variant in rounding_variants:
                     variant.take(name, rows[start:end], first + start)
 
-    def make_of(self, source: Path, on_progress: Callable[[int, int], None] | None = None) -> dict[str, VariantFiles]:
-        """Make them of a full-precision checkpoint; `on_progress` is called with bytes done and bytes in all."""
-        checkpoint = Checkpoint(source)
+    def make_of(
+        self,
+        source: Path,
+        on_progress: Callable[[int, int], None] | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> dict[str, VariantFiles]:
+        """Make them of a full-precision model.
+
+        Args:
+            on_progress: called with bytes done and bytes in all.
+            checkpoint: its tensors, where they do not lie in `source` beside the rest.
+        """
+        checkpoint = Checkpoint(source) if checkpoint is None else checkpoint
         with self.writing(checkpoint) as take:
             names = in_disk_order(checkpoint)
             jobs = chain.from_iterable(blocks_of(checkpoint, name, take, self.together(name)) for name in names)
-            in_parallel(jobs, checkpoint.nbytes, on_progress)
+            in_parallel(jobs, checkpoint.nbytes, on_progress, on_end=checkpoint.abandon)
         return self.finish(source)
 
     def finish(self, model: Path) -> dict[str, VariantFiles]:

@@ -87,9 +87,10 @@ class _Pipe:
     def __init__(self, descriptor: int):
         self._file = os.fdopen(descriptor, "w", encoding="utf-8", buffering=1)
         self._last = 0.0
+        self._lock = threading.Lock()  # a download tells of its progress in a thread of its own
 
     def send(self, message: dict) -> None:
-        with contextlib.suppress(OSError):
+        with self._lock, contextlib.suppress(OSError):
             self._file.write(json.dumps(message, default=str) + "\n")
 
     def show(self, lines: list[str]) -> None:

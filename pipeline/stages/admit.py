@@ -7,7 +7,7 @@ from pipeline.events import Events
 from pipeline.files import read_json
 from pipeline.models import stored_bytes
 from pipeline.stages import Outcome
-from pipeline.stages.inputs import full_model
+from pipeline.stages.inputs import full_model, model_bytes
 from pipeline.stages.quantize import depends, parameters
 from pipeline.workspace import Workspace
 
@@ -18,7 +18,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     (name,) = variants
     folder = workspace.quantized / name
     full = full_model(config, workspace, events)
-    source = stored_bytes(full)
+    source = model_bytes(config, workspace, full)
     result = {"size_bytes": stored_bytes(folder)}
     if config.evaluate:
         from pipeline.evaluation import evaluate

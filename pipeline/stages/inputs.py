@@ -5,21 +5,28 @@ Whatever of it is not on this machine (any more) is fetched, as it was the first
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.config import Config
 from pipeline.data import general_text
 from pipeline.events import Events
-from pipeline.files import fingerprint
+from pipeline.files import fingerprint, read_json, write_json
+from pipeline.models import stored_bytes
 from pipeline.workspace import Workspace
+
+if TYPE_CHECKING:
+    from pipeline.low_disk import PassingCheckpoint
 
 
 def model_depends(config: Config, workspace: Workspace) -> dict:
     """The settings of the base model, and the hashes of its files where it is a local folder."""
     files = workspace.hashes_of(config.model.source)
-    return config.model.model_dump() | {"files": files}
+    return config.model.model_dump(exclude={"low_disk"}) | {"files": files}
 
 
 def adapter_depends(config: Config, workspace: Workspace) -> dict:
@@ -70,6 +77,32 @@ def adapter(config: Config, workspace: Workspace, events: Events) -> Path:
 def full_model(config: Config, workspace: Workspace, events: Events) -> Path:
     """The full-precision model that variants are made of and compared with."""
     return workspace.release if config.merges else base_model(config, workspace, events)
+
+
+@contextlib.contextmanager
+def shard_by_shard(
+    config: Config, workspace: Workspace, events: Events, folder: Path
+) -> Iterator[PassingCheckpoint | None]:
+    """The checkpoint of a model whose weights never lie here together; None where they do, in `folder`."""
+    if not config.model.low_disk:
+        yield None
+        return
+    from pipeline.low_disk import PassingCheckpoint
+
+    tell = functools.partial(events.progress, what="fetching, rounding and writing")
+    scratch, revision = workspace.folder / "shards.partial", workspace.base_revision(config.model.model_dump())
+    with PassingCheckpoint(config.model.source, revision, folder, scratch, tell) as checkpoint:
+        write_json(_passed(workspace), {"bytes": checkpoint.file_bytes})
+        yield checkpoint
+
+
+def model_bytes(config: Config, workspace: Workspace, folder: Path) -> int:
+    """Size of the files of the full-precision model's weights, also where they lie here no more."""
+    return read_json(_passed(workspace), {})["bytes"] if config.model.low_disk else stored_bytes(folder)
+
+
+def _passed(workspace: Workspace) -> Path:
+    return workspace.quantized / "passed.json"
 
 
 def reference(config: Config) -> str:

@@ -127,10 +127,10 @@ def _compare(config: Config, workspace: Workspace, events: Events, base: Path, f
     result: dict = {"live": {"loss": asdict(measure.mean(live.nll, live.sequence)), "tokens": len(live.nll)}}
     live_head, losses = Checkpoint(base).read(head_name), {}
     for kind, folder in folders.items():
-        model, _ = load(folder)
+        model, _ = load(folder, offload="auto")
         what = f"measuring the merge into {kind}"
         scores = measure.score(model, sequences, lambda d, t, what=what: events.progress(d, t, what))
-        head = measure.head_matrix(model).cpu()
+        head = measure.head_matrix(model).cpu().clone()
         del model
         losses[kind] = scores.nll
         result[kind] = {

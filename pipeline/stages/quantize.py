@@ -6,6 +6,7 @@ there already and still holds, as where the merge has made it in its own pass, i
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from pipeline.events import Events
 from pipeline.files import empty_folder, read_json, replace_folder, states, write_json
 from pipeline.libraries import versions
 from pipeline.stages import Outcome
-from pipeline.stages.inputs import full_model, made_from, text_depends
+from pipeline.stages.inputs import full_model, made_from, shard_by_shard, text_depends
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -58,7 +59,10 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
         for name, problem in refused.items():
             events.failed("quantize", name, QuantizationError(problem))
         if order.specs:
-            made = order.make_of(source, lambda d, t: events.progress(d, t, "rounding and writing"))
+            with shard_by_shard(config, workspace, events, source) as passing:
+                # What passes tells of its coming, which is the slower part.
+                tell = functools.partial(events.progress, what="rounding and writing") if passing is None else None
+                made = order.make_of(source, tell, passing)
             keep_written(config, workspace, made, source)
     return Outcome((), {"made": [name for name in variants if name not in refused], "refused": refused})
 
@@ -118,6 +122,7 @@ def _about(config: Config, workspace: Workspace, name: str, model: Path) -> dict
     return {
         "spec": config.quantize.spec(name).model_dump(),
         "versions": versions(*LIBRARIES),
+        "revision": workspace.base_revision(config.model.model_dump()),
         "model": states([*sorted(model.glob("*.safetensors")), *model.glob("config.json"), *companions(model)]),
         "files": states(sorted((workspace.quantized / name).glob("*"))),
     }

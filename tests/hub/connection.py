@@ -86,6 +86,8 @@ class Handler(BaseHTTPRequestHandler):
         answer = hub.answer(request) if fault.after or not (fault.reset or fault.status) else None
         if fault.reset:
             return None
+        if answer:
+            answer.cut = fault.cut
         return Reply.error(HubError(fault.status, "A fault was asked for")) if fault.status else answer
 
     def _send(self, reply: Reply, request_id: str) -> None:
@@ -97,7 +99,9 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             for chunk in reply.content():
-                self.wfile.write(chunk)
+                self.wfile.write(chunk if reply.cut is None else chunk[: reply.cut])
+                if reply.cut is not None:
+                    return self._reset()
 
     def _reset(self) -> None:
         """Break the connection the hard way: the client sees a reset, not an end."""

@@ -16,6 +16,7 @@ class Fault:
     stall: float = 0.0
     times: int = 1
     after: bool = False
+    cut: int | None = None
     first: Callable[[], object] | None = None
 
 

@@ -87,6 +87,7 @@ class LoopbackHub:
         stall: float = 0.0,
         times: int = 1,
         after: bool = False,
+        cut: int | None = None,
         first: Callable[[], object] | None = None,
     ) -> None:
         """Let something go wrong with the next `times` requests.
@@ -96,10 +97,11 @@ class LoopbackHub:
             status: answer this instead.
             reset: break the connection instead of answering.
             stall: wait this many seconds first.
+            cut: break the connection after so many bytes of the answer.
             after: do what was asked before the answer goes wrong, so that the client cannot know.
             first: what somebody else does before anything else happens.
         """
-        self.faults.add(Fault(pattern, status, reset, stall, times, after, first))
+        self.faults.add(Fault(pattern, status, reset, stall, times, after, cut, first))
 
     # -- for tests: the state, read and changed behind the client's back
 

@@ -83,7 +83,7 @@ class Request:
 
 @dataclass
 class Reply:
-    """An answer: bytes, or a stretch of a file."""
+    """An answer: bytes, or a stretch of a file; after `cut` bytes of it the connection breaks."""
 
     status: int = 200
     body: bytes = b""
@@ -91,6 +91,7 @@ class Reply:
     file: Path | None = None
     start: int = 0
     length: int | None = None
+    cut: int | None = None
 
     @classmethod
     def json(cls, value, status: int = 200, **headers: str) -> "Reply":

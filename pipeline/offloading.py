@@ -1,0 +1,108 @@
+"""Models that are larger than the memory: each layer's weights are read from the files when it computes.
+
+accelerate's hooks bring a module its weights before its forward pass and take them away after it.
+Where they come from is a mapping of ours, which reads byte ranges of the checkpoint and turns a
+variant's codes into the numbers they mean: nothing is unpacked to a folder first, and the
+memory in use is that of the widest layer, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from pipeline import machine
+from pipeline.assembly import Formats, computing_type, fill_buffers, put, read, refuse_gaps, skeleton
+from pipeline.blocks import tiles
+from pipeline.checkpoint import Checkpoint
+from pipeline.errors import ModelError
+from pipeline.models import stored_bytes
+from pipeline.quantization.grid import GroupQuantized
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WEIGHTS_SHARE = 0.75  # of the free memory; the rest is for activations, logits, and what loading needs on its way
+
+
+class StoredWeights(Mapping[str, torch.Tensor]):
+    """A model's weights by name, read anew whenever one is asked for; nothing is kept."""
+
+    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, quantized: Formats):
+        self._model, self._checkpoint, self._quantized = model, checkpoint, quantized
+        self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        shape = self._shapes[name]
+        if name not in self._checkpoint and name not in self._quantized:
+            name = self._model.all_tied_weights_keys[name]
+        if name in self._quantized:
+            return _dequantized(self._quantized[name].read(self._checkpoint, name, shape), self._model.dtype)
+        return read(self._model, name, self._checkpoint)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+def assemble_offloaded(folder: Path, device: torch.device) -> PreTrainedModel:
+    """The model or the variant in a folder, computing on `device` with weights that stay in their files.
+
+    It computes with plain layers: those of a variant have the dequantized weights.
+
+    Raises:
+        CheckpointError: where the files are damaged.
+        ModelError: where the checkpoint names its tensors otherwise than the model does.
+        OSError, ValueError: whatever transformers says of a configuration that it cannot use.
+    """
+    from accelerate import cpu_offload
+    from transformers import AutoConfig
+
+    built = skeleton(folder, AutoConfig.from_pretrained(folder))
+    if built is None:
+        raise ModelError(
+            f"{folder}: does not fit into the memory, and cannot be read piece by piece, for its checkpoint names its "
+            "tensors otherwise than the model does; use a machine with more memory"
+        )
+    model, checkpoint, quantized = built
+    parameters = dict(model.named_parameters())
+    for name in model.state_dict():
+        if name in parameters and name in checkpoint:
+            dtype = computing_type(model, name, checkpoint[name].dtype)
+            put(model, name, torch.empty_like(parameters[name], dtype=dtype))
+        elif name in checkpoint:
+            put(model, name, read(model, name, checkpoint).to(device))
+    model.tie_weights()
+    fill_buffers(model, device)
+    refuse_gaps(folder, model.named_buffers())
+    return cpu_offload(model, device, state_dict=StoredWeights(model, checkpoint, quantized))
+
+
+def is_offloaded(model: torch.nn.Module) -> bool:
+    """Do the weights stay in their files until they are needed?"""
+    return next(model.parameters()).is_meta
+
+
+def fits(folder: Path, device: torch.device, free: int | None = None) -> bool:
+    """Can the weights of a folder be held in memory, and still be computed with?
+
+    Args:
+        free: bytes that may be used; by default what `device` has free now.
+    """
+    free = machine.free_bytes(device) if free is None else free
+    return free is None or stored_bytes(folder) <= WEIGHTS_SHARE * free
+
+
+def _dequantized(weight: GroupQuantized, dtype: torch.dtype) -> torch.Tensor:
+    """`weight.dequantize(dtype)`, in blocks of rows, for it is computed in float32."""
+    result = torch.empty(weight.codes.shape, dtype=dtype)
+    for first, stop in tiles(*weight.codes.shape):
+        zero = None if weight.zero is None else weight.zero[first:stop]
+        block = GroupQuantized(weight.codes[first:stop], weight.scale[first:stop], zero, weight.grid)
+        result[first:stop] = block.dequantize(dtype)
+    return result
