@@ -234,9 +234,9 @@ def run_llama_cpp(path: Path, prompt: int, new: int) -> dict[str, float]:
     context = llama_cpp.llama_init_from_model(model, settings)
 
     def decode(tokens: list[int]) -> float:
+        ids = (ctypes.c_int32 * len(tokens))(*tokens)  # of which the batch is only a view
         start = time.perf_counter()
-        batch = llama_cpp.llama_batch_get_one((ctypes.c_int32 * len(tokens))(*tokens), len(tokens))
-        if llama_cpp.llama_decode(context, batch):
+        if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(ids, len(tokens))):
             raise SystemExit("llama.cpp: decoding failed")
         llama_cpp.llama_synchronize(context)
         return time.perf_counter() - start
