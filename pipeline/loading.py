@@ -52,6 +52,7 @@ def load(
     from transformers import AutoTokenizer
 
     from pipeline.assembly import assemble, quicken_head
+    from pipeline.kernels.attention import quicken_attention
     from pipeline.offloading import assemble_offloaded, fits
 
     if compile and offload:
@@ -71,6 +72,7 @@ def load(
         reason = str(error).strip().split("\n")[0]
         raise ModelError(f"{folder}: transformers cannot load it: {reason}") from None
     quicken_head(model)
+    quicken_attention(model)
     model.eval().requires_grad_(False)
     if compile:
         from pipeline.compiled import compile_decoding

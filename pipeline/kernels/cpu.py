@@ -185,19 +185,18 @@ class Int4Linear(PackedLinear):
         return multiply(x, self.packed, self.scale_and_zero, self.grid.group_size)[:, : self.out_features]
 
     def _many(self, x: torch.Tensor) -> torch.Tensor:
-        """x (Q S)^T + (x's sums over groups) Z^T, which spares adding a zero to every weight."""
         group, rows = self.grid.group_size, len(self.packed)
-        scale, zero = self.scale_and_zero.to(x.dtype).unbind(-1)
+        scale, zero = (t.contiguous() for t in self.scale_and_zero.to(x.dtype).unbind(-1))
         scale = scale / 16  # `_columns` leaves codes in the high half of a byte
         y = x.new_empty(x.shape[0], rows)
         blocks = self._blocks(rows)
         room = x.new_empty(blocks[0].stop * self.in_features)
         for block in blocks:
             columns = self._columns(block, room[: (block.stop - block.start) * self.in_features])
-            columns.view(-1, group, columns.shape[1]).mul_(scale[:, None, block])
+            groups = columns.view(-1, group, columns.shape[1])
+            torch.addcmul(zero[:, None, block], groups, scale[:, None, block], out=groups)
             torch.mm(x, columns, out=y[:, block])
-        sums = x.view(x.shape[0], -1, group).sum(-1, dtype=torch.float32).to(x.dtype)
-        return y.addmm_(sums, zero)[:, : self.out_features]
+        return y[:, : self.out_features]
 
     def _columns(self, rows: slice, room: torch.Tensor) -> torch.Tensor:
         """16 times the signed codes of `rows`, transposed (K, rows), written to `room`."""
