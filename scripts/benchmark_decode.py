@@ -37,6 +37,8 @@ SIDES = {
     "stock-int8": "transformers + torchao int8",
     "int8": "pipeline.load int8",
     "int4": "pipeline.load int4",
+    "int8-tables": "pipeline.load int8, embeddings int8",
+    "int4-tables": "pipeline.load int4, embeddings int8",
     "int8-compiled": "pipeline.load int8, compile=True",
     "int4-compiled": "pipeline.load int4, compile=True",
     "Q8_0": "llama.cpp Q8_0",
@@ -99,7 +101,7 @@ def models(arguments: argparse.Namespace) -> list[dict]:
 
 
 def make(folder: Path, size: str, sides: list[str]) -> None:
-    """A random checkpoint of `size`, its int8 and int4 by round-to-nearest, and GGUF files where they are asked for."""
+    """A random checkpoint of `size`, and what the sides want of it: int8 and int4 by round-to-nearest, GGUF files."""
     from pipeline.libraries import quiet
 
     quiet()
@@ -107,7 +109,7 @@ def make(folder: Path, size: str, sides: list[str]) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from pipeline.config import VariantSpec
-    from pipeline.models import linear_weights
+    from pipeline.models import linear_weights, table_weights
     from pipeline.quantization.stream import quantize_checkpoint
 
     if not (folder / "config.json").is_file():
@@ -120,13 +122,19 @@ def make(folder: Path, size: str, sides: list[str]) -> None:
             torch.nn.init.normal_(parameter.data, std=0.02) if parameter.ndim > 1 else parameter.data.fill_(1)
         model.save_pretrained(folder)
         write_tokenizer(folder)
-    variants = [name for name in ("int8", "int4") if not (folder / name / "config.json").is_file()]
-    if variants:
-        specs = [VariantSpec(name=name, rounding="rtn").resolved() for name in variants]
-        quantize_checkpoint(folder, specs, {name: folder / name for name in variants}, linear_weights(folder))
+    for stored in {folder_of(side) for side in sides if side not in ("bf16", *LLAMA_CPP)}:
+        if not (folder / stored / "config.json").is_file():
+            name, _, tables = stored.partition("-")
+            spec = VariantSpec(name=name, rounding="rtn", embeddings="int8" if tables else "keep").resolved()
+            found = table_weights(folder) if tables else {}
+            quantize_checkpoint(folder, [spec], {name: folder / stored}, linear_weights(folder), tables=found)
     for kind in set(sides).intersection(LLAMA_CPP):
         if not (folder / f"{kind}.gguf").is_file():
             write_gguf(folder, kind)
+
+
+def folder_of(side: str) -> str:
+    return side.removeprefix("stock-").removesuffix("-compiled")
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -189,10 +197,10 @@ def run_one(side: str, folder: Path, prompt: int, new: int) -> dict[str, float]:
         from pipeline import load, measure
 
         if side in ("bf16", "stock-int8"):
-            place = folder if side == "bf16" else folder / "int8"
+            place = folder if side == "bf16" else folder / folder_of(side)
             model = AutoModelForCausalLM.from_pretrained(place, dtype="auto")
         else:
-            model, _ = load(folder, side.removesuffix("-compiled"), device="cpu", compile=side in COMPILED)
+            model, _ = load(folder / folder_of(side), device="cpu", compile=side in COMPILED)
         if side in COMPILED:
             speed = generating(model, prompt, new)
         else:

@@ -92,13 +92,17 @@ class Int8Linear(PackedLinear):
         super().__init__(weight, bias)
         self.register_buffer("codes", _aligned(weight.codes), persistent=False)
         self.register_buffer("scale", _aligned(weight.scale.view(-1)), persistent=False)
+        self._rounded = self.scale
 
     def portable(self) -> GroupQuantized:
         return GroupQuantized(self.codes, self.scale.unsqueeze(-1), None, self.grid)
 
     def _few(self, x: torch.Tensor) -> torch.Tensor:
-        multiply = _traced_int8 if torch.compiler.is_compiling() else _int8
-        return multiply(x, self.codes, self.scale)
+        if torch.compiler.is_compiling():
+            return _traced_int8(x, self.codes, self.scale)
+        if self._rounded.dtype != x.dtype:
+            self._rounded = self.scale.to(x.dtype)
+        return _int8(x, self.codes, self._rounded)
 
     def _many(self, x: torch.Tensor) -> torch.Tensor:
         scale, early = self.scale.to(x.dtype), x.dtype == torch.float16  # unscaled sums can exceed its range
@@ -182,7 +186,8 @@ class Int4Linear(PackedLinear):
 
     def _few(self, x: torch.Tensor) -> torch.Tensor:
         multiply = _traced_int4 if torch.compiler.is_compiling() else _int4
-        return multiply(x, self.packed, self.scale_and_zero, self.grid.group_size)[:, : self.out_features]
+        y = multiply(x, self.packed, self.scale_and_zero, self.grid.group_size)
+        return y if y.shape[1] == self.out_features else y[:, : self.out_features]
 
     def _many(self, x: torch.Tensor) -> torch.Tensor:
         group, rows = self.grid.group_size, len(self.packed)
