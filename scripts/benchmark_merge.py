@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmark_quantize import OURS as QUANTIZE
-from benchmarks import SIZES, medians, random_checkpoint, report, run
+from benchmarks import AS_STAGES, SIZES, medians, random_checkpoint, report, run
 
 # Factors for every linear layer, as peft would write them; the model itself is never made.
 ADAPTER = """
@@ -109,7 +109,8 @@ def merge(code: str, base: Path, adapter: Path, *options: str) -> dict[str, floa
     """Run one side into a folder that is gone afterwards."""
     output = base.parent / "output"
     try:
-        return run([sys.executable, "-c", code, str(base), str(adapter), str(output), *options])
+        command = [sys.executable, "-c", code, str(base), str(adapter), str(output), *options]
+        return run(command, AS_STAGES if code is OURS else None)
     finally:
         shutil.rmtree(output, ignore_errors=True)
 
@@ -118,8 +119,8 @@ def merge_then_quantize(base: Path, adapter: Path, kind: str, rounding: str) -> 
     """The merge, and then a process that reads what was merged for its variants."""
     output = base.parent / "output"
     try:
-        first = run([sys.executable, "-c", OURS, str(base), str(adapter), str(output), kind])
-        second = run([sys.executable, "-c", QUANTIZE, str(output), str(output), rounding])
+        first = run([sys.executable, "-c", OURS, str(base), str(adapter), str(output), kind], AS_STAGES)
+        second = run([sys.executable, "-c", QUANTIZE, str(output), str(output), rounding], AS_STAGES)
     finally:
         shutil.rmtree(output, ignore_errors=True)
     return {key: (max if key == "peak_bytes" else sum)((first[key], second[key])) for key in first}

@@ -18,7 +18,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from benchmarks import SIZES, medians, random_checkpoint, report, run
+from benchmarks import AS_STAGES, SIZES, medians, random_checkpoint, report, run
 
 OURS = """
 import sys
@@ -80,7 +80,7 @@ def make(python: str, code: str, source: Path, *options: str) -> dict[str, float
     """Run one side into a folder that is gone afterwards."""
     output = source.parent / "output"
     try:
-        return run([python, "-c", code, str(source), str(output), *options])
+        return run([python, "-c", code, str(source), str(output), *options], AS_STAGES if code is OURS else None)
     finally:
         shutil.rmtree(output, ignore_errors=True)
 

@@ -14,6 +14,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.process import ALLOCATOR
+
+AS_STAGES = {"GLIBC_TUNABLES": ALLOCATOR}  # what `tunepress` itself starts its work with
 ROOT = Path(__file__).parents[1]
 # Widths of a tiny model for trying things out, TinyLlama-1.1B and Llama-3-8B.
 SIZES = {
@@ -64,9 +67,14 @@ def random_checkpoint(folder: Path, size: str, shards: int) -> Path:
     return folder
 
 
-def run(command: list[str]) -> dict[str, float]:
-    """Run a command to its end; its wall and processor time in seconds, from start to exit, and its peak memory."""
+def run(command: list[str], settings: dict[str, str] | None = None) -> dict[str, float]:
+    """Run a command to its end; its wall and processor time in seconds, from start to exit, and its peak memory.
+
+    Args:
+        settings: environment variables on top of those of all sides.
+    """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment |= settings or {}
     start = time.perf_counter()
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         output = process.stdout.read()
