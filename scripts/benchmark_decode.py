@@ -286,11 +286,11 @@ def layers() -> list[dict]:
         weight = torch.randn(shape).bfloat16()
         plain = torch.nn.Linear(*shape[::-1], bias=False, device="meta")
         plain.weight = torch.nn.Parameter(weight, requires_grad=False)
-        for grid in (INT8, Grid(4, 64, "float", torch.bfloat16)):
+        for grid in (INT8, Grid(8, 64, "none", torch.float32), Grid(4, 64, "float", torch.bfloat16)):
             layer = cpu.linear(rounding("rtn")(weight, grid), None)
             for tokens in (1, 4, 8, 12, 16, 24, 32, 128, 512):
                 x = torch.randn(tokens, shape[1]).bfloat16()
-                row = {"shape": f"{shape[0]}x{shape[1]}", "bits": grid.bits, "tokens": tokens}
+                row = {"shape": f"{shape[0]}x{shape[1]}", "bits": grid.bits, "group": grid.group_size or "row", "tokens": tokens}
                 row |= {"bf16": least(plain, x), "kernel": least(layer._few, x), "dequantize": least(layer._many, x)}
                 rows.append({**row, "taken": "kernel" if tokens <= layer.kernel_tokens else "dequantize"})
     return rows

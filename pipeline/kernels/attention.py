@@ -38,7 +38,8 @@ def attend(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     tokens, causal = query.shape[2], getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if any(others.get(name) for name in ("dropout", "softcap", "output_attentions")) or _brings_tensors(others):
+    asked = any(others.get(name) for name in ("dropout", "softcap", "output_attentions"))
+    if asked or query.device.type != "cpu" or _brings_tensors(others):
         way = None
     elif tokens == 1 and (attention_mask is None or attention_mask.shape[1] == 1):
         way = _one_token
