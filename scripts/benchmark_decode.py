@@ -290,7 +290,8 @@ def layers() -> list[dict]:
             layer = cpu.linear(rounding("rtn")(weight, grid), None)
             for tokens in (1, 4, 8, 12, 16, 24, 32, 128, 512):
                 x = torch.randn(tokens, shape[1]).bfloat16()
-                row = {"shape": f"{shape[0]}x{shape[1]}", "bits": grid.bits, "group": grid.group_size or "row", "tokens": tokens}
+                row = {"shape": f"{shape[0]}x{shape[1]}", "bits": grid.bits, "group": grid.group_size or "row"}
+                row["tokens"] = tokens
                 row |= {"bf16": least(plain, x), "kernel": least(layer._few, x), "dequantize": least(layer._many, x)}
                 rows.append({**row, "taken": "kernel" if tokens <= layer.kernel_tokens else "dequantize"})
     return rows
