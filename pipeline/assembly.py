@@ -6,7 +6,6 @@ read, packed for the machine, and forgotten before the next one.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterable
@@ -21,7 +20,6 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.errors import ModelError
 from pipeline.kernels.cpu import Head
 from pipeline.kernels.table import Int8Embedding
-from pipeline.models import embedding_factor
 from pipeline.quantization.formats import stored_weights, torchao
 from pipeline.quantization.grid import GroupQuantized
 
@@ -74,10 +72,11 @@ def skeleton(folder: Path, config: PretrainedConfig) -> tuple[PreTrainedModel, C
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     checkpoint = Checkpoint(folder)
-    dtype = config.dtype or next(info.dtype for info in checkpoint.values() if info.dtype.is_floating_point)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     quantized = stored_weights(checkpoint)
+    parts = {part for name, form in quantized.items() for part in form.part_names(name)}
+    plain = (info.dtype for name, info in checkpoint.items() if name not in parts and info.dtype.is_floating_point)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or next(plain, torch.bfloat16))
     if not _same_names(model, checkpoint, quantized, folder):
         return None
     if (folder / "generation_config.json").is_file():
@@ -129,9 +128,9 @@ def place(
 
 def _place_table(model: PreTrainedModel, name: str, weight: GroupQuantized, device: torch.device) -> str:
     """Put an int8 embedding in its place, and where it is tied the output head, on the same codes."""
-    factor, head = embedding_factor(model.get_submodule(name)), model.get_output_embeddings()
-    weight = dataclasses.replace(weight, codes=weight.codes.to(device), scale=weight.scale.to(device))
-    embedding = Int8Embedding(weight, model.dtype, factor)
+    head = model.get_output_embeddings()
+    weight = weight.to(device)
+    embedding = Int8Embedding(weight, model.dtype)
     _save_as(embedding, embedding.portable, model.dtype, torchao)
     model.set_submodule(name, embedding)
     if model.config.get_text_config().tie_word_embeddings:
@@ -176,6 +175,11 @@ def _same_names(model: PreTrainedModel, checkpoint: Checkpoint, quantized: Forma
     if missing and not there - wanted:
         raise ModelError(f"{folder}: its checkpoint has no {sorted(missing)[0]!r}; fetch the model again")
     stray = {name for name in there - wanted if not name.endswith("rotary_emb.inv_freq")}  # of old checkpoints
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in wanted & checkpoint.keys():
+        if checkpoint[name].shape != shapes[name]:
+            found = checkpoint[name].shape
+            raise ModelError(f"{folder}: {name!r} is of {found} in its checkpoint, and of {shapes[name]} in the model")
     known = (torch.nn.Linear, torch.nn.Embedding)
     return not missing and not stray and all(isinstance(_owner(model, n), known) for n in quantized.keys() & wanted)
 

@@ -61,7 +61,7 @@ def evaluate(
     texts.with_template(tokenizer, workspace)
     sequences = texts.all_texts(config, workspace, tokenizer)
     head_name = measure.head_name(model) if reference is None else None
-    head, softcap = measure.head_matrix(model).cpu(), measure.softcap(model)
+    head, softcap = measure.head_matrix(model).to("cpu"), measure.softcap(model)
     scored = {text: measure.score(model, part, tell(f"{text} text")) for text, part in sequences.items()}
     samples = []
     if not offloaded:

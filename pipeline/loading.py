@@ -68,7 +68,7 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except CheckpointError as error:
         raise ModelError(str(error)) from None
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(f"{folder}: transformers cannot load it: {reason}") from None
     quicken_head(model)

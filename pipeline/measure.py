@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pipeline.data.encode import Encoded
+    from pipeline.quantization.grid import GroupQuantized
 
 BATCH_TOKENS = 2048
 LOGIT_ELEMENTS = 1 << 24  # logits held at a time
@@ -140,7 +141,7 @@ def perplexity(scores: Scores) -> Estimate:
 @torch.no_grad()
 def divergence(
     scores: Scores,
-    head: torch.Tensor,
+    head: torch.Tensor | GroupQuantized,
     reference: Scores,
     reference_head: torch.Tensor,
     softcap: float | None = None,
@@ -239,7 +240,7 @@ def answers(
     return found
 
 
-def head_matrix(model: PreTrainedModel) -> torch.Tensor:
+def head_matrix(model: PreTrainedModel) -> torch.Tensor | GroupQuantized:
     """The output matrix (V, H) as the model computes with it, on its device, also where it stays in its file."""
     from accelerate.utils import align_module_device
 
@@ -247,11 +248,11 @@ def head_matrix(model: PreTrainedModel) -> torch.Tensor:
 
     layer = model.get_output_embeddings()
     if hasattr(layer, "portable"):
-        return layer.portable().dequantize()
+        return layer.portable()
     with align_module_device(layer):
         weight = layer.weight.detach()
     stored = storage("torchao").unpack(weight)
-    return weight if stored is None else stored.dequantize()
+    return weight if stored is None else stored
 
 
 def head_name(model: PreTrainedModel) -> str:
@@ -273,17 +274,29 @@ class _Head:
     """Hidden states -> logits in float32, so that small differences survive.
 
     A large matrix is turned into float32 piece by piece whenever it is used: a second one, of
-    twice the size, would be more than any layer needs.
+    twice the size or more, would be more than any layer needs.
     """
 
-    def __init__(self, weight: torch.Tensor, softcap: float | None):
-        small = weight.numel() <= HEAD_ELEMENTS
-        self.weight, self.softcap = weight.float() if small else weight, softcap
+    def __init__(self, weight: torch.Tensor | GroupQuantized, softcap: float | None):
+        self.rows, width = weight.shape
+        self._at_a_time = max(1, HEAD_ELEMENTS // width)
+        self._weight = _exactly(weight) if self.rows <= self._at_a_time else weight
+        self.softcap = softcap
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        states, rows = states.float(), max(1, HEAD_ELEMENTS // self.weight.shape[1])
-        logits = torch.cat([torch.nn.functional.linear(states, part.float()) for part in self.weight.split(rows)], -1)
+        states, parts = states.float(), []
+        for first in range(0, self.rows, self._at_a_time):
+            stop = min(first + self._at_a_time, self.rows)
+            part = (
+                self._weight[first:stop] if isinstance(self._weight, torch.Tensor) else self._weight.rows(first, stop)
+            )
+            parts.append(torch.nn.functional.linear(states, _exactly(part)))
+        logits = torch.cat(parts, -1)
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+def _exactly(weight: torch.Tensor | GroupQuantized) -> torch.Tensor:
+    return weight.float() if isinstance(weight, torch.Tensor) else weight.dequantize()
 
 
 def _head(model: PreTrainedModel) -> _Head:
@@ -316,7 +329,7 @@ def _check_head(model, backbone, head: _Head, sequence: Encoded) -> None:
 
 def _logits(head: _Head, states: torch.Tensor):
     """Yield (rows, logits) in pieces that fit; states (T, H) -> logits (rows, V) float32."""
-    step = max(1, LOGIT_ELEMENTS // head.weight.shape[0])
+    step = max(1, LOGIT_ELEMENTS // head.rows)
     for start in range(0, len(states), step):
         rows = slice(start, min(start + step, len(states)))
         yield rows, head(states[rows])

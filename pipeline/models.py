@@ -11,7 +11,6 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pipeline.catalog import GROUP_SIZES
 from pipeline.config import PACKAGE_SOURCE, REPO_ID, Model
@@ -19,9 +18,6 @@ from pipeline.download import download
 from pipeline.errors import ModelError
 from pipeline.origin import Origin, read_origin
 from pipeline.packaged import find_packaged, unpack_gguf
-
-if TYPE_CHECKING:
-    import torch
 
 # Everything at a repository's root that belongs to a checkpoint, and no pickle among it.
 CHECKPOINT_FILES = re.compile(r"^([\w.-]+\.(safetensors|json|jinja|model|txt|tiktoken)|README\.md)$")
@@ -132,22 +128,18 @@ def table_weights(folder: Path) -> dict[str, tuple[int, int]]:
     """Names and shapes (V, H) of the embedding and, where it is a weight of its own, the output head.
 
     Raises:
-        ModelError: where the embedding does more than look rows up, and multiply them by one number.
+        ModelError: where the embedding does more than look rows up. Of a Gemma's, which multiplies
+            them too, the stock loader leaves the factor unset if its table is quantized.
     """
     import torch
 
     model = _skeleton(folder)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if type(embedding) is not torch.nn.Embedding and embedding_factor(embedding) is None:
-        raise ModelError(f"{folder}: its embedding is a {type(embedding).__name__}, which is not put into int8")
+    if type(embedding) is not torch.nn.Embedding:
+        kind = type(embedding).__name__
+        raise ModelError(f"{folder}: stock transformers cannot load a {kind} in int8; use embeddings: keep")
     tables = (embedding,) if model.config.get_text_config().tie_word_embeddings else (embedding, head)
     return {f"{n}.weight": tuple(m.weight.shape) for n, m in model.named_modules() if any(m is t for t in tables)}
-
-
-def embedding_factor(embedding: torch.nn.Module) -> float | None:
-    """What an embedding such as Gemma's multiplies its rows by; None where that is nothing, or not known."""
-    found = getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", None))
-    return found if isinstance(found, (int, float)) else None
 
 
 def refuse_other_matrices(folder: Path) -> None:

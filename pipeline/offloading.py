@@ -102,7 +102,5 @@ def _dequantized(weight: GroupQuantized, dtype: torch.dtype) -> torch.Tensor:
     """`weight.dequantize(dtype)`, in blocks of rows, for it is computed in float32."""
     result = torch.empty(weight.codes.shape, dtype=dtype)
     for first, stop in tiles(*weight.codes.shape):
-        zero = None if weight.zero is None else weight.zero[first:stop]
-        block = GroupQuantized(weight.codes[first:stop], weight.scale[first:stop], zero, weight.grid)
-        result[first:stop] = block.dequantize(dtype)
+        result[first:stop] = weight.rows(first, stop).dequantize(dtype)
     return result

@@ -7,7 +7,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pipeline.kernels import attention
 from pipeline.loading import load
-from tests.conftest import ARCHITECTURES
+from tests.conftest import ARCHITECTURES, write_tokenizer
 
 
 class Layer(torch.nn.Module):
@@ -77,3 +77,37 @@ def test_padded_batches_write_what_they_write_with_transformers_own(tiny_model, 
 def test_it_is_no_part_of_what_is_saved(tiny_model, tmp_path):
     load(tiny_model("llama"))[0].save_pretrained(tmp_path)
     assert "attn" not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("kind", attention.MODELS)
+def test_every_model_that_gets_it_computes_what_it_did(kind, tmp_path):
+    from transformers import AutoConfig
+
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    more = {"head_dim": 16, "num_hidden_layers": 4, "vocab_size": 160, "sliding_window": 16, "pad_token_id": 0}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **shape, **more, max_position_embeddings=256)
+    theirs = AutoModelForCausalLM.from_config(config).eval()
+    theirs.save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    ours, _ = load(tmp_path)
+    assert ours.config._attn_implementation == attention.NAME
+    ids = torch.arange(80).view(2, 40) % 150 + 3
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    with torch.no_grad():
+        for given in (None, mask):
+            a, b = (model(ids, attention_mask=given).logits for model in (ours, theirs))
+            counted = slice(None) if given is None else given.bool()
+            assert torch.allclose(a[counted], b[counted], atol=1e-4)
+    written = [m.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False) for m in (ours, theirs)]
+    assert torch.equal(*written)
+
+
+def test_a_model_that_looks_for_the_name_keeps_it(tmp_path):
+    from transformers import AutoConfig
+
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 160}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_neox", num_hidden_layers=1, **shape))
+    attention.quicken_attention(model)
+    assert model.config._attn_implementation == "sdpa"

@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 
 NAME = "sdpa_on_cpu"  # by which transformers knows it
 PIECE = 128  # positions of a prompt that are taken at a time
+LONGEST = 1024  # prompt for which that is faster; `scripts/benchmark_decode.py --prompt N` measures it
+# Where this was compared with transformers' own. Some other models do something else when attention
+# has the name "sdpa", and would not do it under another name.
+MODELS = (
+    "cohere2", "exaone4", "gemma3_text", "llama", "mistral", "olmo3", "phi3",
+    "qwen2", "qwen3", "smollm3",
+)  # fmt: skip
 
 
 def attend(
@@ -43,7 +50,7 @@ def attend(
         way = None
     elif tokens == 1 and (attention_mask is None or attention_mask.shape[1] == 1):
         way = _one_token
-    elif attention_mask is None and causal and tokens == key.shape[2] and query.shape[1] > key.shape[1]:
+    elif attention_mask is None and causal and tokens == key.shape[2] and _suits_pieces(query, key, value):
         way = _prompt
     else:
         way = None
@@ -55,6 +62,10 @@ def attend(
 
 def _brings_tensors(others: dict) -> bool:
     return any(others.get(name) is not None for name in ("position_bias", "cache"))
+
+
+def _suits_pieces(query, key, value) -> bool:
+    return query.shape[1] > key.shape[1] and query.shape[2] <= LONGEST and key.shape[3] == value.shape[3]
 
 
 def _one_token(query, key, value, mask, scaling) -> torch.Tensor:
@@ -70,12 +81,11 @@ def _prompt(query, key, value, _, scaling) -> torch.Tensor:
     """Causal attention of all positions to themselves and those before."""
     batch, heads, length, _ = query.shape
     groups = heads // key.shape[1]
-    seen = torch.ones(length, length, dtype=torch.bool).tril()
     result = torch.empty_like(query)
     for first in range(0, length, PIECE):
         last = min(first + PIECE, length)
         rows = query[:, :, first:last].reshape(batch, key.shape[1], -1, query.shape[3])
-        mask = seen[first:last, :last].repeat(groups, 1)
+        mask = torch.ones(last - first, last, dtype=torch.bool).tril(first).repeat(groups, 1)
         piece = scaled_dot_product_attention(rows, key[:, :, :last], value[:, :, :last], attn_mask=mask, scale=scaling)
         result[:, :, first:last] = piece.view(batch, heads, last - first, -1)
     return result
@@ -86,7 +96,8 @@ def quicken_attention(model: PreTrainedModel) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    if model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
+    known = model.config.model_type in MODELS and model.config._attn_implementation == "sdpa"
+    if known and model.device.type == "cpu":
         AttentionInterface.register(NAME, attend)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         model.set_attn_implementation(NAME)

@@ -95,7 +95,7 @@ class Int8Linear(PackedLinear):
         self._rounded = self.scale
 
     def portable(self) -> GroupQuantized:
-        return GroupQuantized(self.codes, self.scale.unsqueeze(-1), None, self.grid)
+        return GroupQuantized(self.codes, self.scale.unsqueeze(-1).to(self.grid.scale_dtype), None, self.grid)
 
     def _few(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
@@ -133,7 +133,7 @@ class Int8GroupLinear(PackedLinear):
 
     def portable(self) -> GroupQuantized:
         codes = self.codes.transpose(0, 1).flatten(1)
-        return GroupQuantized(codes, self.scale.T.contiguous(), None, self.grid)
+        return GroupQuantized(codes, self.scale.T.contiguous().to(self.grid.scale_dtype), None, self.grid)
 
     def _few(self, x: torch.Tensor) -> torch.Tensor:
         # In float32, because a sum of many rounded sums would be further off.

@@ -11,28 +11,21 @@ class Int8Embedding(torch.nn.Module):
     """Rows of a table (V, H) of int8 codes with one scale a row, in `dtype`; on any device.
 
     torchao's own tensor makes weights of the whole table at every look-up.
-
-    Args:
-        embed_scale: what some models, Gemma's among them, multiply the looked-up rows by.
     """
 
-    def __init__(self, weight: GroupQuantized, dtype: torch.dtype, embed_scale: torch.Tensor | float | None = None):
+    def __init__(self, weight: GroupQuantized, dtype: torch.dtype):
         super().__init__()
         self.num_embeddings, self.embedding_dim = weight.codes.shape
         self.grid, self.dtype = weight.grid, dtype
         self.register_buffer("codes", weight.codes, persistent=False)
         self.register_buffer("scale", weight.scale, persistent=False)
-        if embed_scale is not None:
-            embed_scale = torch.as_tensor(embed_scale, dtype=dtype, device=weight.codes.device)
-        self.register_buffer("embed_scale", embed_scale, persistent=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        rows = (self.codes[ids] * self.scale[ids]).to(self.dtype)  # the scales are float32, and so is the product
-        return rows if self.embed_scale is None else rows * self.embed_scale
+        return (self.codes[ids] * self.scale[ids]).to(self.dtype)  # the scales are float32, and so is the product
 
     def portable(self) -> GroupQuantized:
         """The codes and scales that it was made from."""
-        return GroupQuantized(self.codes, self.scale, None, self.grid)
+        return GroupQuantized(self.codes, self.scale.to(self.grid.scale_dtype), None, self.grid)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"

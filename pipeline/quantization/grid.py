@@ -65,6 +65,10 @@ class GroupQuantized:
     zero: torch.Tensor | None
     grid: Grid
 
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight, (N, K): computed in float32, rounded once to `dtype`."""
         rows, width = self.codes.shape
@@ -77,6 +81,16 @@ class GroupQuantized:
         else:
             weight = codes * scale
         return weight.view(rows, width).to(dtype)
+
+    def rows(self, first: int, stop: int) -> GroupQuantized:
+        """Rows `first` to `stop` of it."""
+        zero = None if self.zero is None else self.zero[first:stop]
+        return GroupQuantized(self.codes[first:stop], self.scale[first:stop], zero, self.grid)
+
+    def to(self, device: torch.device | str) -> GroupQuantized:
+        """The same on another device."""
+        zero = None if self.zero is None else self.zero.to(device)
+        return GroupQuantized(self.codes.to(device), self.scale.to(device), zero, self.grid)
 
 
 def in_groups(weight: torch.Tensor, grid: Grid) -> torch.Tensor:

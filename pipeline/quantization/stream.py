@@ -250,4 +250,4 @@ def _check_tables(tensors: Tensors, linear: Shapes, tables: Shapes) -> None:
     """A tied table that is stored twice would be int8 in one of its places and not in the other."""
     again = [n for n in tensors if n not in linear and n not in tables and tensors[n].shape in tables.values()]
     if again:
-        raise QuantizationError(f"{again[0]}: stored beside the table that it is tied to; use embeddings: keep")
+        raise QuantizationError(f"{again[0]}: of the embedding's shape, and would stay as it is; use embeddings: keep")

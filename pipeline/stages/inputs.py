@@ -98,7 +98,8 @@ def shard_by_shard(
 
 def model_bytes(config: Config, workspace: Workspace, folder: Path) -> int:
     """Size of the files of the full-precision model's weights, also where they lie here no more."""
-    return read_json(_passed(workspace), {})["bytes"] if config.model.low_disk else stored_bytes(folder)
+    passed = read_json(_passed(workspace), {}) if config.model.low_disk else {}
+    return passed.get("bytes") or stored_bytes(folder)
 
 
 def _passed(workspace: Workspace) -> Path:

@@ -6,6 +6,7 @@ Where there is one base only, the variants are made in the same pass over it.
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -88,8 +89,10 @@ def _merge(merge: Callable, what: str, events: Events, along: Variants | None) -
     """Merge, with the variants in the same pass; without them where they fail, which `quantize` will tell."""
     if along:
         also = f"{what}, and writing {' and '.join(spec.name for spec in along.specs)}"
-        with suppress(QuantizationError, CheckpointError, OSError):
+        try:
             return merge(on_progress=lambda d, t: events.progress(d, t, also), variants=along)
+        except (QuantizationError, CheckpointError, OSError) as error:
+            print(f"merging again without variants, after: {error}", file=sys.stderr)
     return merge(on_progress=lambda d, t: events.progress(d, t, what))
 
 

@@ -64,7 +64,7 @@ CONFIGURATIONS = {
     "a group size that no kernel takes": (
         _with(quantize={"variants": [{"name": "int4", "group_size": 48}]}), ["48", "32, 64, 128, 256"],
     ),
-    "groups for int8": (_with(quantize={"variants": [{"name": "int8", "group_size": 32}]}), ["int8", "group_size"]),
+    "a packing for int8": (_with(quantize={"variants": [{"name": "int8", "packing": "plain"}]}), ["int8", "packing"]),
     "a repository with spaces": (_with(publish={"repo": "my name/x"}), ["publish.repo", "my name/x", "USER/NAME"]),
     "a base that plain LoRA never saw": (
         _with(train={"method": "lora"}, merge={"base": "nf4"}), ["merge.base", "nf4", "lora"],
