@@ -127,6 +127,9 @@ def quantize(
     from pipeline.errors import ConfigError
     from pipeline.midway import quantize_config
 
+    told = [name for name, value in given.items() if value is not None]
+    if told and any(setting.startswith("quantize.variants") for setting in settings or ()):
+        raise ConfigError(f"--{told[0].replace('_', '-')} and --set quantize.variants: say it in one way")
     if output is None:
         raise ConfigError(f"quantize {source}: say where to, with --output DIR, or name a configuration (.yaml)")
     config = quantize_config(

@@ -126,7 +126,7 @@ class VariantSpec(Section):
         default="keep", description="the embedding and the output head: as they are, or in int8, one scale a row"
     )
     packing: str | None = Field(default=None, description="order of int4 codes: plain, or tile_packed for CUDA")
-    keep: list[str] = Field(default=[], description="name patterns of layers left in bf16")
+    keep: list[str] = Field(default=[], description="layers left in bf16: whole names, with * and ?")
 
     @model_validator(mode="before")
     @classmethod

@@ -48,7 +48,7 @@ def merge_checkpoint(
 
     Raises:
         ModelError: where the adapter changes a weight that the base lacks or has in another
-            shape, or, for nf4, where a linear layer is not in the checkpoint.
+            shape, or, for nf4, where a linear layer is not in the checkpoint; where values are not finite.
         QuantizationError: where the variants cannot be made; then nothing is.
     """
     checkpoint, adapter, variants = Checkpoint(base), Adapter.read(adapter_folder), variants or Variants()
@@ -65,6 +65,13 @@ def merge_checkpoint(
 
         def take(name: str, rows: torch.Tensor, first: int) -> None:
             changed = adapter.apply(name, rows, first)
+            if (
+                changed.is_floating_point()
+                and changed.numel()
+                and not torch.stack(torch.aminmax(changed)).isfinite().all()
+            ):
+                broken = base if not rows.float().isfinite().all() else adapter_folder
+                raise ModelError(f"{broken}: makes values of {name!r} that are not finite; it is broken")
             writer.write(name, changed, first)
             quantize(name, changed, first)
 

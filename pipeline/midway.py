@@ -103,7 +103,10 @@ def _specs(
     packed = [name for name in names if packing in VARIANTS[name].packings]
     for option, value, takers in (("rounding", rounding, rounded), ("packing", packing, packed)):
         if value is not None and names and not takers:
-            raise ConfigError(f"--{option} {value}: none of {', '.join(names)} takes it")
+            known = dict.fromkeys(one for name in names for one in getattr(VARIANTS[name], f"{option}s"))
+            raise ConfigError(
+                f"--{option} {value}: none of {', '.join(names)} takes it; known are {', '.join(known) or 'none'}"
+            )
     specs = []
     for name in names:
         options = {"group_size": group_size if name in in_groups else None}

@@ -62,6 +62,8 @@ def run(
         for variant in variants:
             if steps.try_admit(variant) and per_stage and steps.did(f"quantize/{variant}"):
                 steps.try_publish(steps.admitted(variants))
+        if not config.merges and not steps.admitted(variants):
+            steps.raise_failures()  # there is nothing that a card could tell of
         again = published and publish_again and not steps.did("publish")
         steps.do("publish" if published else "document", steps.admitted(variants), again)
         steps.raise_failures()
@@ -253,7 +255,10 @@ class Steps:
         self._written.update(report.summary["made"])
         for name, reason in report.summary["refused"].items():
             self._failures.append(StageFailed(f"{name}: {reason}", 2, ""))
-        self._reporter.wrote(key, report.seconds)
+        if report.summary["made"]:
+            self._reporter.wrote(key, report.seconds)
+        else:
+            self._reporter.failed(key)
 
     def admitted(self, variants: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(v for v in variants if self.holds("admit", (v,)))

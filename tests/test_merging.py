@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from pipeline import blocks, merging
 from pipeline.checkpoint import SINGLE_NAME, Checkpoint
 from pipeline.config import VariantSpec
-from pipeline.errors import CheckpointError, ModelError, QuantizationError
+from pipeline.errors import CheckpointError, ModelError
 from pipeline.lora import Adapter
 from pipeline.merging import merge_checkpoint
 from pipeline.models import linear_weights, table_weights
@@ -295,9 +295,7 @@ def test_where_a_variant_cannot_be_made_in_the_pass_nothing_is_left_that_looks_f
     edit(adapter(), lambda tensors: tensors[f"{Q}.lora_B.weight"].fill_(float("nan")))
     base, out = tiny_model("llama"), {"int8": tmp_path / "int8"}
     variants = Variants([VariantSpec(name="int8").resolved()], out, linear_weights(base))
-    with pytest.raises(
-        QuantizationError, match=r"layers\.0\.self_attn\.q_proj\.weight: has values that are not finite"
-    ):
+    with pytest.raises(ModelError, match=r"layers\.0\.self_attn\.q_proj\.weight' that are not finite"):
         merge_checkpoint(base, adapter(), tmp_path / "merged", "bf16", variants=variants)
     assert [*(tmp_path / "merged").iterdir(), *(tmp_path / "int8").iterdir()] == []
 
@@ -442,3 +440,18 @@ def test_a_layer_that_the_base_lacks_is_refused_by_name(tiny_model, adapter, tmp
     with pytest.raises(ModelError, match=r"changes 'model\.layers\.9\.self_attn\.q_proj\.weight'"):
         merge_checkpoint(tiny_model("llama"), adapter(), tmp_path / "out", "bf16")
     assert not (tmp_path / "out" / SINGLE_NAME).exists()
+
+
+@pytest.mark.parametrize("whose", ["adapter", "base"])
+def test_values_that_are_not_finite_are_refused_and_whose_they_are_is_said(tiny_model, trained, tmp_path, whose):
+    base = shutil.copytree(tiny_model("llama"), tmp_path / "base")
+    adapter = shutil.copytree(trained(tiny_model("llama")), tmp_path / "adapter")
+    path = adapter / "adapter_model.safetensors" if whose == "adapter" else base / SINGLE_NAME
+    tensors = load_file(path)
+    ending = "down_proj.lora_B.weight" if whose == "adapter" else "down_proj.weight"
+    name = next(name for name in sorted(tensors) if name.endswith(ending))
+    tensors[name][0, 0] = math.nan
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"{whose}: makes values of .*down_proj.weight' that are not finite"):
+        merge_checkpoint(base, adapter, tmp_path / "out", "bf16")
+    assert not list((tmp_path / "out").glob("*.safetensors*"))

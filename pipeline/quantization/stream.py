@@ -119,7 +119,8 @@ def _grids(spec: VariantSpec, linear: Shapes) -> tuple[dict[str, tuple[tuple, Gr
     names = [n.removesuffix(".weight") for n in linear]
     for pattern in spec.keep:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise QuantizationError(f"{spec.name}: 'keep' names {pattern!r}, which no layer to be quantized matches")
+            like = next((f"; did you mean '*{pattern}'?" for name in names if name.endswith(pattern)), "")
+            raise QuantizationError(f"'keep' names {pattern!r}, which no layer to be quantized matches{like}")
     kept = sorted(n for n in linear if any(fnmatch.fnmatchcase(n.removesuffix(".weight"), p) for p in spec.keep))
     grids = {}
     for name in (n for n in linear if n not in kept):

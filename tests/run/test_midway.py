@@ -11,8 +11,9 @@ import pytest
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.cli import main
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StageFailed
 from pipeline.midway import quantize_config
+from pipeline.run import run
 from pipeline.workspace import Workspace
 from tests.hub import LoopbackHub
 from tests.run.conftest import TOKEN, Place
@@ -221,3 +222,11 @@ def test_two_names_for_one_file_are_two_files(tmp_path):
     assert set(hashes) == {"LICENSE", "LICENSE.txt"} and len(set(hashes.values())) == 1
     shutil.rmtree(folder)
     assert workspace.hashes_of(str(folder)) == hashes
+
+
+def test_where_no_variant_could_be_made_there_is_no_card(tiny_model, tmp_path):
+    settings = ["quantize.variants=[{name: int8, keep: [down_proj]}]"]
+    config = quantize_config(str(tiny_model("llama")), tmp_path / "out", ["int8"], settings=settings)
+    with pytest.raises(StageFailed, match="did you mean"):
+        run(config, output=tmp_path / "out")
+    assert not (tmp_path / "out" / "README.md").exists()
