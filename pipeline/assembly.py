@@ -51,11 +51,11 @@ def assemble(folder: Path, device: torch.device) -> PreTrainedModel | None:
         return None
     model, checkpoint, quantized = built
     _attach_quantizer(model)
-    for name in list(model.state_dict()):
-        if name in quantized:
-            _put_layer(model, name, checkpoint, device, quantized[name])
-        elif name in checkpoint:
-            put(model, name, read(model, name, checkpoint).to(device))
+    names = list(model.state_dict())
+    for name in (name for name in names if name in checkpoint):  # biases among them, which layers take along
+        put(model, name, read(model, name, checkpoint).to(device))
+    for name in (name for name in names if name in quantized):
+        _put_layer(model, name, checkpoint, device, quantized[name])
     if not model.config.get_text_config().tie_word_embeddings or _table(model) not in quantized:
         model.tie_weights()
     fill_buffers(model, device)
@@ -77,7 +77,7 @@ def skeleton(folder: Path, config: PretrainedConfig) -> tuple[PreTrainedModel, C
     plain = (info.dtype for name, info in checkpoint.items() if name not in parts and info.dtype.is_floating_point)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or next(plain, torch.bfloat16))
-    if not _same_names(model, checkpoint, quantized, folder):
+    if not _same_names(model, checkpoint, quantized, parts, folder):
         return None
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -167,15 +167,16 @@ def quicken_head(model: PreTrainedModel) -> None:
         model.set_submodule(_name_of(model, head), Head(head))
 
 
-def _same_names(model: PreTrainedModel, checkpoint: Checkpoint, quantized: Formats, folder: Path) -> bool:
-    parts = {part for name, form in quantized.items() for part in form.part_names(name)}
-    there, wanted = (checkpoint.keys() - parts) | quantized.keys(), set(model.state_dict())
+def _same_names(
+    model: PreTrainedModel, checkpoint: Checkpoint, quantized: Formats, parts: set[str], folder: Path
+) -> bool:
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    there, wanted = (checkpoint.keys() - parts) | quantized.keys(), shapes.keys()
     tied = set(model.all_tied_weights_keys)
     missing = wanted - there - tied
     if missing and not there - wanted:
         raise ModelError(f"{folder}: its checkpoint has no {sorted(missing)[0]!r}; fetch the model again")
     stray = {name for name in there - wanted if not name.endswith("rotary_emb.inv_freq")}  # of old checkpoints
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in wanted & checkpoint.keys():
         if checkpoint[name].shape != shapes[name]:
             found = checkpoint[name].shape
@@ -198,9 +199,6 @@ def _put_layer(
     model: PreTrainedModel, name: str, checkpoint: Checkpoint, device: torch.device, form: ModuleType
 ) -> None:
     module, shape = name.rpartition(".")[0], tuple(_owner(model, name).weight.shape)
-    bias = f"{module}.bias"
-    if bias in checkpoint:
-        put(model, bias, read(model, bias, checkpoint))
     again = functools.partial(form.read, checkpoint, name, shape)
     place(model, module, again(), device, again, form)
 

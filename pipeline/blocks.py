@@ -61,6 +61,11 @@ def _spans(rows: int, wanted: int, together: int) -> Iterator[tuple[int, int]]:
         yield first, min(first + step, rows)
 
 
+def are_finite(rows: torch.Tensor) -> bool:
+    """Is every value a number? The outermost tell of all others: NaN wins every comparison, infinity all but that."""
+    return not rows.numel() or bool(torch.stack(torch.aminmax(rows)).isfinite().all())
+
+
 def in_parallel(
     jobs: Iterable[Job],
     total: int,

@@ -51,12 +51,15 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def _free_in_system() -> int | None:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
+    return _bytes_in("/proc/meminfo", "MemAvailable:")
+
+
+def _bytes_in(path: str, key: str) -> int | None:
+    """What a file of the system, in kB, says behind `key`; None where there is none."""
+    with contextlib.suppress(OSError):
+        for line in Path(path).read_text().splitlines():
+            if line.startswith(key):
                 return int(line.split()[1]) * 1024
-    except OSError:
-        pass
     return None
 
 
@@ -95,12 +98,9 @@ def reset_peak_memory() -> None:
 
 def peak_memory_bytes() -> int:
     """The most memory that this process held since the last reset: resident, in bytes."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    known = _bytes_in("/proc/self/status", "VmHWM:")
+    if known is not None:
+        return known
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

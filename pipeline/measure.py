@@ -280,23 +280,21 @@ class _Head:
     def __init__(self, weight: torch.Tensor | GroupQuantized, softcap: float | None):
         self.rows, width = weight.shape
         self._at_a_time = max(1, HEAD_ELEMENTS // width)
-        self._weight = _exactly(weight) if self.rows <= self._at_a_time else weight
+        self._weight = _exactly(weight, 0, self.rows) if self.rows <= self._at_a_time else weight
         self.softcap = softcap
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         states, parts = states.float(), []
         for first in range(0, self.rows, self._at_a_time):
             stop = min(first + self._at_a_time, self.rows)
-            part = (
-                self._weight[first:stop] if isinstance(self._weight, torch.Tensor) else self._weight.rows(first, stop)
-            )
-            parts.append(torch.nn.functional.linear(states, _exactly(part)))
+            parts.append(torch.nn.functional.linear(states, _exactly(self._weight, first, stop)))
         logits = torch.cat(parts, -1)
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 
-def _exactly(weight: torch.Tensor | GroupQuantized) -> torch.Tensor:
-    return weight.float() if isinstance(weight, torch.Tensor) else weight.dequantize()
+def _exactly(weight: torch.Tensor | GroupQuantized, first: int, stop: int) -> torch.Tensor:
+    """Rows of a matrix in float32."""
+    return weight[first:stop].float() if isinstance(weight, torch.Tensor) else weight.rows(first, stop).dequantize()
 
 
 def _head(model: PreTrainedModel) -> _Head:

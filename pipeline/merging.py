@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 
-from pipeline.blocks import Job, Take, blocks_of, in_disk_order, in_parallel, row_blocks, tiles
+from pipeline.blocks import Job, Take, are_finite, blocks_of, in_disk_order, in_parallel, row_blocks, tiles
 from pipeline.checkpoint import SHARD_BYTES, Checkpoint, CheckpointWriter
 from pipeline.errors import ModelError
 from pipeline.lora import Adapter
@@ -65,12 +65,8 @@ def merge_checkpoint(
 
         def take(name: str, rows: torch.Tensor, first: int) -> None:
             changed = adapter.apply(name, rows, first)
-            if (
-                changed.is_floating_point()
-                and changed.numel()
-                and not torch.stack(torch.aminmax(changed)).isfinite().all()
-            ):
-                broken = base if not rows.float().isfinite().all() else adapter_folder
+            if changed.is_floating_point() and not are_finite(changed):
+                broken = adapter_folder if are_finite(rows) else base
                 raise ModelError(f"{broken}: makes values of {name!r} that are not finite; it is broken")
             writer.write(name, changed, first)
             quantize(name, changed, first)

@@ -20,7 +20,7 @@ from types import ModuleType
 
 import torch
 
-from pipeline.blocks import Take, blocks_of, in_disk_order, in_parallel, tiles
+from pipeline.blocks import Take, are_finite, blocks_of, in_disk_order, in_parallel, tiles
 from pipeline.checkpoint import SHARD_BYTES, Checkpoint, CheckpointWriter, TensorInfo
 from pipeline.config import VariantSpec
 from pipeline.errors import QuantizationError
@@ -182,8 +182,7 @@ class Variants:
     def _take(self, name: str, rows: torch.Tensor, first: int) -> None:
         """Bring rows of one tensor to every variant: rounded where its grid is known, else as they are."""
         rounding_variants = [v for v in self._variants if name in v.grids]
-        # The outermost values tell of every other: NaN wins every comparison, and infinity all but that.
-        if rounding_variants and rows.numel() and not torch.stack(torch.aminmax(rows)).isfinite().all():
+        if rounding_variants and not are_finite(rows):
             raise QuantizationError(f"{name}: has values that are not finite; the model is broken")
         for variant in self._variants:
             if name not in variant.grids:

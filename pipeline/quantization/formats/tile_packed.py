@@ -109,7 +109,7 @@ def read(checkpoint: Checkpoint, name: str, shape: tuple[int, int]) -> GroupQuan
     qdata, scale_and_zero = part_names(name)
     groups = next(iter(found[scale_and_zero][1]), 0)
     size = _padded(*shape)[1] // groups if groups else 0
-    if size not in GROUP_SIZES or shape[1] % size or found != plan(name, shape, _grid(size)):
+    if size not in GROUP_SIZES or shape[1] % size or found != plan(name, shape, torchao.grouped(4, size)):
         raise CheckpointError(f"{name}: its stored parts are not those of a layer of {shape[0]} x {shape[1]}")
     return from_tiles(checkpoint.read(qdata), checkpoint.read(scale_and_zero), shape, size)
 
@@ -134,7 +134,7 @@ def from_tiles(
     rows_, width = shape
     inside = scale_and_zero[: width // group_size, :rows_]
     scale, zero = (part.T.contiguous() for part in inside.unbind(-1))
-    return GroupQuantized(unpack_codes(qdata)[:rows_, :width].contiguous(), scale, zero, _grid(group_size))
+    return GroupQuantized(unpack_codes(qdata)[:rows_, :width].contiguous(), scale, zero, torchao.grouped(4, group_size))
 
 
 # The order, for mma.m16n8k16: a warp's lane takes one of 8 rows and, of every 16 columns, the pairs that
@@ -159,10 +159,6 @@ def unpack_codes(tiles: torch.Tensor) -> torch.Tensor:
     octets = lanes.permute(0, 2, 1, 4, 6, 3, 5).reshape(-1, 8)
     codes = torch.stack((octets & 0xF, octets >> 4), dim=1)
     return codes.view(torch.int8).view(eights * 8, many * 128) - 8
-
-
-def _grid(group_size: int) -> Grid:
-    return Grid(4, group_size, "float", torch.bfloat16)
 
 
 def _padded(rows: int, width: int) -> tuple[int, int]:

@@ -42,10 +42,11 @@ def grid(spec: VariantSpec, width: int) -> Grid:
             f"{spec.name}: no group size of {', '.join(map(str, GROUP_SIZES))} up to {spec.group_size} divides "
             f"a width of {width}; name such layers under 'keep' to leave them in bf16"
         )
-    return _grouped(VARIANTS[spec.name].bits, size)
+    return grouped(VARIANTS[spec.name].bits, size)
 
 
-def _grouped(bits: int, size: int) -> Grid:
+def grouped(bits: int, size: int) -> Grid:
+    """The grid of so many bits in groups of `size` columns."""
     return replace(INT8, group_size=size) if bits == 8 else Grid(4, size, "float", torch.bfloat16)
 
 
@@ -136,10 +137,10 @@ def unpack(weight: torch.Tensor) -> GroupQuantized | None:
     from torchao.quantization import Int4Tensor, Int8Tensor
 
     if isinstance(weight, Int8Tensor):
-        grid = INT8 if weight.scale.shape[-1] == 1 else _grouped(8, weight.block_size[-1])
+        grid = INT8 if weight.scale.shape[-1] == 1 else grouped(8, weight.block_size[-1])
         return GroupQuantized(weight.qdata, weight.scale, None, grid)
     if isinstance(weight, Int4Tensor):
-        grid = _grouped(4, weight.block_size[-1])
+        grid = grouped(4, weight.block_size[-1])
         return GroupQuantized(
             unpack_nibbles(weight.qdata), weight.scale.T.contiguous(), weight.zero_point.T.contiguous(), grid
         )
@@ -161,7 +162,7 @@ def read(checkpoint: Checkpoint, name: str, shape: tuple[int, int]) -> GroupQuan
     found = {n: (checkpoint[n].dtype, checkpoint[n].shape) for n in part.values() if n in checkpoint}
     counts = found.get(part["scale"], (None, ()))[1]  # one of them that of the groups in a row
     sizes = [shape[1] // count for count in counts if count and shape[1] % count == 0]
-    grids = (INT8, *(_grouped(bits, size) for bits in (8, 4) for size in sizes))
+    grids = (INT8, *(grouped(bits, size) for bits in (8, 4) for size in sizes))
     fits = next((grid for grid in grids if found == plan(name, shape, grid)), None)
     if fits is None:
         raise CheckpointError(f"{name}: its stored parts are not those of a layer of {shape[0]} x {shape[1]}")
