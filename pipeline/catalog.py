@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Columns that may share a scale: what the int4 kernels of torch take on a CPU and on CUDA.
+GROUP_SIZES = (32, 64, 128, 256)
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -18,10 +21,19 @@ class Variant:
     group_size: int | None  # the default; None for one scale a row
     roundings: tuple[str, ...]  # the first is the default
     packings: tuple[str, ...] = ()  # the orders that codes can be stored in; the first is the default
+    group_sizes: tuple[int, ...] = GROUP_SIZES  # those that can be asked for
+    embeddings: str = "keep"  # what becomes of the embedding and the output head, unless asked for otherwise
 
     @property
     def folder(self) -> str:
-        return self.name
+        return "gguf" if self.format == "gguf" else self.name
+
+
+def _gguf(name: str, bits: int, *roundings: str) -> Variant:
+    """GGUF has groups of 32 in every type that is filled here, and Q8_0 for embeddings; 16 bits are not rounded."""
+    if not roundings:
+        return Variant(f"gguf-{name}", "gguf", bits, None, (), group_sizes=())
+    return Variant(f"gguf-{name}", "gguf", bits, 32, roundings, group_sizes=(32,), embeddings="int8")
 
 
 VARIANTS = {
@@ -42,6 +54,13 @@ VARIANTS = {
             roundings=("search", "hqq", "rtn"),
             packings=("plain", "tile_packed"),
         ),
+        _gguf("f16", 16),
+        _gguf("bf16", 16),
+        _gguf("q8_0", 8, "rtn", "hqq"),
+        _gguf("q4_0", 4, "hqq", "rtn"),
+        _gguf("q4_1", 4, "search", "hqq", "rtn"),
+        _gguf("q5_0", 5, "hqq", "rtn"),
+        _gguf("q5_1", 5, "search", "hqq", "rtn"),
     )
 }
 
@@ -50,9 +69,6 @@ ALIASES = {
     "int4_weight_only": ("int4",),
     "both": ("int8", "int4"),
 }
-
-# Columns that may share a scale: what the int4 kernels of torch take on a CPU and on CUDA.
-GROUP_SIZES = (32, 64, 128, 256)
 
 DATA_FORMS = {
     "messages": "a list of {role, content} under `messages`",

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from pipeline.catalog import DATA_FORMS, GROUP_SIZES, VARIANTS, resolve_variants, variant_names
+from pipeline.catalog import DATA_FORMS, VARIANTS, resolve_variants, variant_names
 
 # The Hub's own rules: no "--" and "..", no ".git" at the end, and no name that begins or ends in a mark.
 _REPO_PART = r"[A-Za-z0-9]([\w.-]{0,94}\w)?"
@@ -122,8 +122,8 @@ class VariantSpec(Section):
     name: str
     group_size: Whole | None = None
     rounding: str | None = None
-    embeddings: Literal["keep", "int8"] = Field(
-        default="keep", description="the embedding and the output head: as they are, or in int8, one scale a row"
+    embeddings: Literal["keep", "int8"] | None = Field(
+        default=None, description="the embedding and the output head: as they are, or in 8 bits (GGUF's default)"
     )
     packing: str | None = Field(default=None, description="order of int4 codes: plain, or tile_packed for CUDA")
     keep: list[str] = Field(default=[], description="layers left in bf16: whole names, with * and ?")
@@ -138,8 +138,11 @@ class VariantSpec(Section):
         if self.name not in VARIANTS:
             raise ValueError(f"allowed are {variant_names()}")
         variant = VARIANTS[self.name]
-        if self.group_size is not None and self.group_size not in GROUP_SIZES:
-            raise ValueError(f"group_size {self.group_size}: allowed are {', '.join(map(str, GROUP_SIZES))}")
+        if self.group_size is not None and self.group_size not in variant.group_sizes:
+            allowed = ", ".join(map(str, variant.group_sizes)) or f"none, for {self.name} has no groups"
+            raise ValueError(f"group_size {self.group_size}: allowed are {allowed}")
+        if self.embeddings == "int8" and not variant.roundings:
+            raise ValueError(f"embeddings int8: {self.name} is not quantized")
         if self.rounding is not None and self.rounding not in variant.roundings:
             raise ValueError(f"rounding {self.rounding!r}: allowed for {self.name} are {', '.join(variant.roundings)}")
         if self.packing is not None and not variant.packings:
@@ -154,7 +157,8 @@ class VariantSpec(Section):
         return self.model_copy(
             update={
                 "group_size": self.group_size or variant.group_size,
-                "rounding": self.rounding or variant.roundings[0],
+                "rounding": self.rounding or next(iter(variant.roundings), None),
+                "embeddings": self.embeddings or variant.embeddings,
                 "packing": self.packing or next(iter(variant.packings), None),
             }
         )
@@ -293,6 +297,8 @@ class Config(Section):
             raise ValueError("model.low_disk: for quantizing a model as it is; training and merging need all of it")
         if self.model.low_disk and self.evaluate:
             raise ValueError("model.low_disk: measuring needs the whole model; leave out --measure (evaluate: null)")
+        if any(VARIANTS[spec.name].format == "gguf" for spec in self.quantize.variants):
+            raise ValueError("quantize.variants: GGUF is written by pipeline.quantization.stream only, so far")
         missing = sorted(self.publish.mirrors.keys() - {spec.name for spec in self.quantize.variants})
         if missing:
             raise ValueError(f"publish.mirrors: {missing[0]} is not among quantize.variants")

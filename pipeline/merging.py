@@ -61,7 +61,10 @@ def merge_checkpoint(
         for name, info in checkpoint.items()
     }
     plan = {name: (info.dtype, info.shape) for name, info in merged.items()}
-    with CheckpointWriter(output, plan, shard_bytes=SHARD_BYTES) as writer, variants.writing(merged) as quantize:
+    with (
+        CheckpointWriter(output, plan, shard_bytes=SHARD_BYTES) as writer,
+        variants.writing(merged, base, template) as quantize,
+    ):
 
         def take(name: str, rows: torch.Tensor, first: int) -> None:
             changed = adapter.apply(name, rows, first)

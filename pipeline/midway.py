@@ -98,7 +98,8 @@ def _specs(
             names += resolve_variants(given)
         except KeyError:
             raise ConfigError(f"--variants {given}: allowed are {variant_names()}") from None
-    in_groups = [name for name in names if VARIANTS[name].group_size] or names
+    sized = [name for name in names if group_size in VARIANTS[name].group_sizes] or names
+    in_groups = [name for name in sized if VARIANTS[name].group_size] or sized
     rounded = [name for name in names if rounding in VARIANTS[name].roundings]
     packed = [name for name in names if packing in VARIANTS[name].packings]
     for option, value, takers in (("rounding", rounding, rounded), ("packing", packing, packed)):

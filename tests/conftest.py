@@ -61,6 +61,9 @@ _SHAPES = {
         "hidden_size": 160, "intermediate_size": 192, "num_attention_heads": 4,
         "tie_word_embeddings": False, "attention_bias": True,
     },
+    "qwen2": {
+        "hidden_size": 96, "intermediate_size": 320, "num_attention_heads": 4, "tie_word_embeddings": False,
+    },
     "qwen3": {
         "hidden_size": 96, "intermediate_size": 320, "num_attention_heads": 4, "head_dim": 32,
         "tie_word_embeddings": True,

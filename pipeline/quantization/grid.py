@@ -25,16 +25,19 @@ class Grid:
         zero: "none" for w = q * s with signed codes; "integer" for w = (q - z) * s with
             unsigned codes; "float" for w = q * s + z with signed codes and z in `scale_dtype`.
         scale_dtype: what scales (and float zeros) are stored as.
+        from_zero: with a float zero, codes are unsigned and begin at 0, so that the zero is the lowest number
+            (GGUF); otherwise they are signed (torchao).
     """
 
     bits: int
     group_size: int | None
     zero: Literal["none", "integer", "float"]
     scale_dtype: torch.dtype
+    from_zero: bool = False
 
     @property
     def signed(self) -> bool:
-        return self.zero != "integer"
+        return self.zero != "integer" and not self.from_zero
 
     @property
     def lowest(self) -> int:

@@ -85,11 +85,11 @@ def to_write(
     tables, no_tables = _tables(model, wanted)
     refused = {}
     for spec in wanted:
-        if problem := unfit(spec, linear) or (no_tables if spec.embeddings == "int8" else None):
+        if problem := unfit(spec, linear, model) or (no_tables if spec.embeddings == "int8" else None):
             refused[spec.name] = problem
     specs = [spec for spec in wanted if spec.name not in refused]
     folders = {spec.name: empty_folder(_partial(workspace, spec.name)) for spec in specs}
-    return Variants(specs, folders, linear, tables), refused
+    return Variants(specs, folders, linear, tables, name=config.name), refused
 
 
 def _tables(model: Path, specs: Sequence[VariantSpec]) -> tuple[Mapping[str, tuple[int, int]], str | None]:

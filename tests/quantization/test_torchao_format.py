@@ -9,8 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pipeline import blocks
-from pipeline.catalog import VARIANTS
+from pipeline import blocks, catalog
 from pipeline.checkpoint import SINGLE_NAME, Checkpoint
 from pipeline.config import VariantSpec
 from pipeline.errors import QuantizationError
@@ -21,6 +20,7 @@ from pipeline.quantization.grid import Grid
 from pipeline.quantization.rounding import rounding
 from pipeline.quantization.stream import quantize_checkpoint, unfit
 
+VARIANTS = [name for name, variant in catalog.VARIANTS.items() if variant.format == "torchao"]
 KEPT = ("model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj")
 KEEP = ["*.o_proj", "model.layers.1.mlp.down_proj"]
 IDS = torch.tensor([[7, 200, 31, 64, 5, 5, 90, 12, 250, 33, 2, 149]])

@@ -1,6 +1,11 @@
-"""Where codes are stored. Each format is a module with the same few functions.
+"""Where codes are stored. Each format is a module; all of them have
 
 grid(spec, width)                the grid of a layer with `width` columns
+check(folder)                    raises where a model cannot be stored so
+TABLE                            the grid of embeddings and output heads, where they are quantized
+
+Formats of safetensors (`torchao`, `tile_packed`), which `pipeline.quantization.folder` writes, also have
+
 together(grid)                   rows of a weight in one row of its stored codes
 plan(name, shape, grid)          the stored tensors of a weight, before any is written
 rows(name, block)                what a block of rows gives at once
@@ -11,6 +16,8 @@ part_names(name)                 the names of a weight's stored tensors
 read(checkpoint, name, shape)    a stored weight as GroupQuantized
 unpack(weight)                   the same of a weight that transformers loaded
 tensor(weight, dtype)            the inverse of `unpack`
+
+`gguf` is a file of its own kind, which `pipeline.quantization.formats.gguf.output` writes.
 """
 
 from __future__ import annotations
@@ -22,15 +29,15 @@ import torch
 from pipeline.catalog import VARIANTS
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import VariantSpec
-from pipeline.quantization.formats import tile_packed, torchao
+from pipeline.quantization.formats import gguf, tile_packed, torchao
 from pipeline.quantization.grid import GroupQuantized
 
-_FORMATS: dict[str, ModuleType] = {"torchao": torchao, "tile_packed": tile_packed}
+_SAFETENSORS: dict[str, ModuleType] = {"torchao": torchao, "tile_packed": tile_packed}
 
 
 def storage(name: str) -> ModuleType:
     """The format of that name in the catalog, or of a packing that is a format of its own."""
-    return _FORMATS[name]
+    return gguf if name == "gguf" else _SAFETENSORS[name]
 
 
 def format_of(spec: VariantSpec) -> ModuleType:
@@ -47,5 +54,5 @@ def stored_weights(checkpoint: Checkpoint) -> dict[str, ModuleType]:
 
 def unpack(weight: torch.Tensor) -> tuple[GroupQuantized, ModuleType] | None:
     """A weight as transformers loaded it, as portable codes, and the format that it was in; None for others."""
-    found = ((form.unpack(weight), form) for form in _FORMATS.values())
+    found = ((form.unpack(weight), form) for form in _SAFETENSORS.values())
     return next((entry for entry in found if entry[0] is not None), None)

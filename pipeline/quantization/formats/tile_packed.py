@@ -33,6 +33,7 @@ WIDTH_MULTIPLE = 1024
 
 TABLE = torchao.TABLE
 grid = torchao.grid
+check = torchao.check
 quantization_config = torchao.quantization_config
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -43,6 +44,10 @@ def grid(spec: VariantSpec, width: int) -> Grid:
             f"a width of {width}; name such layers under 'keep' to leave them in bf16"
         )
     return grouped(VARIANTS[spec.name].bits, size)
+
+
+def check(folder: Path) -> None:
+    """Any model of linear layers can be stored so."""
 
 
 def grouped(bits: int, size: int) -> Grid:

@@ -1,0 +1,106 @@
+"""A variant as a folder of safetensors, beside the configuration and the tokenizer of the model it was made of."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from pipeline.checkpoint import CheckpointWriter
+from pipeline.config import VariantSpec
+from pipeline.models import copy_companions, read_config
+from pipeline.quantization.formats import format_of
+from pipeline.quantization.grid import Grid
+from pipeline.quantization.rounding import rounding
+from pipeline.quantization.source import Source, VariantFiles, layer_grids
+
+nearest = rounding("rtn")
+
+
+class SafetensorsFolder:
+    """One output of the pass: its grids, its open files, and the scales it still collects."""
+
+    def __init__(self, spec: VariantSpec, folder: Path, source: Source):
+        self.spec, self.folder, self.source = spec, folder, source
+        self.format = format_of(spec)
+        self.round = rounding(spec.rounding)
+        self.grids, self.kept = layer_grids(spec, source.linear)
+        self.tables = sorted(source.tables) if spec.embeddings == "int8" else []
+        self.grids |= {name: (source.tables[name], self.format.TABLE) for name in self.tables}
+        self._scales: dict[str, dict[int, tuple]] = {}  # of weights whose last rows are not there yet
+        self._lock = threading.Lock()
+        plan: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for name, info in source.tensors.items():
+            if name in self.grids:
+                plan |= self.format.plan(name, *self.grids[name])
+            else:
+                plan[name] = (info.dtype, info.shape)
+        plain = [n for n in source.tensors if n not in self.grids]
+        header = self.format.metadata(self.grids, plain, {n: source.tensors[n].dtype for n in self.grids})
+        self.writer = CheckpointWriter(folder, plan, header, source.shard_bytes)
+
+    def __enter__(self) -> SafetensorsFolder:
+        self.writer.__enter__()
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.writer.__exit__(kind, error, trace)
+
+    def rounds(self, name: str) -> bool:
+        return name in self.grids
+
+    def together(self, name: str) -> int:
+        return self.format.together(self.grids[name][1]) if name in self.grids else 1
+
+    def take(self, name: str, rows: torch.Tensor, first: int) -> None:
+        if name in self.grids:
+            self._round(name, rows, first)
+        else:
+            self.writer.write(name, rows, first)
+
+    def _round(self, name: str, weight: torch.Tensor, first_row: int) -> None:
+        """Round and write some rows of a weight; its scales and zeros follow when the last of its rows is there."""
+        (rows, _), grid = self.grids[name]
+        # At eight bits a row the nearest is good enough, and not every rounding knows such a grid.
+        block = (nearest if name in self.tables else self.round)(weight, grid)
+        for part, tensor in self.format.rows(name, block).items():
+            self.writer.write(part, tensor, first_row // self.format.together(grid))
+        with self._lock:
+            blocks = self._scales.setdefault(name, {})
+            blocks[first_row] = (block.scale, block.zero)
+            if sum(len(scale) for scale, _ in blocks.values()) < rows:
+                return
+            del self._scales[name]
+        ordered = [blocks[first] for first in sorted(blocks)]
+        scale = torch.cat([scale for scale, _ in ordered])
+        zero = None if grid.zero == "none" else torch.cat([zero for _, zero in ordered])
+        for part, tensor in self.format.rest(name, scale, zero, grid).items():
+            self.writer.write(part, tensor)
+
+    def finish(self, model: Path) -> None:
+        """Put the configuration, the tokenizer and the terms beside the weights."""
+        copy_companions(model, self.folder)
+        kept, rows = ([name.removesuffix(".weight") for name in names] for names in (self.kept, self.tables))
+        quantization = self.format.quantization_config(self.spec, kept, rows)
+        content = {**read_config(model), "quantization_config": quantization}
+        text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+        (self.folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+    def describe(self) -> VariantFiles:
+        asked = self.spec.group_size
+        layers = self.grids.keys() - self.tables
+        other = {n: self.grids[n][1].group_size for n in sorted(layers) if asked}
+        other = {n: size for n, size in other.items() if size != asked}
+        before = sum(self.source.tensors[name].nbytes for name in self.grids)
+        stored = _stored_bytes(self.grids, self.format)
+        unpadded = _stored_bytes(self.grids, format_of(self.spec.model_copy(update={"packing": None})))
+        return VariantFiles(stored, before, stored - unpadded, other, tuple(self.kept))
+
+
+def _stored_bytes(grids: Mapping[str, tuple[tuple, Grid]], form: ModuleType) -> int:
+    parts = (part for name, (shape, grid) in grids.items() for part in form.plan(name, shape, grid).values())
+    return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in parts)

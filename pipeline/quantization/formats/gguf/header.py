@@ -1,0 +1,211 @@
+"""What a GGUF says of its model before the weights: shape, rotary embeddings, tokenizer, chat template.
+
+Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; where llama.cpp fixes something that a
+configuration could have otherwise, such a configuration is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from pipeline.errors import ModelError
+from pipeline.quantization.formats.gguf.names import Architecture, architecture, library
+from pipeline.quantization.formats.gguf.vocabulary import vocabulary
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+NO_ROPE_EVERY = 4  # layers of SmolLM3, in llama.cpp
+_STOPS = ("eos", "eot", "eom")  # kinds of tokens that end an answer
+
+
+@dataclass(frozen=True)
+class Description:
+    """A model's header, to which tensors can still be added.
+
+    Attributes:
+        writer: of the package `gguf`, with every key set and no file open.
+        architecture: how llama.cpp has it.
+        head_dim: channels of a head.
+        tensors: those that no checkpoint holds, float32, by their names in GGUF.
+    """
+
+    writer: GGUFWriter
+    architecture: Architecture
+    layers: int
+    head_dim: int
+    tied: bool
+    tensors: dict[str, torch.Tensor]
+
+
+def describe(folder: Path, name: str, type_name: str, template: str | None = None) -> Description:
+    """The header of the model in `folder`.
+
+    Args:
+        type_name: what most of its weights are stored as, such as `Q4_0`.
+        template: its chat template, where it is not in the folder yet.
+
+    Raises:
+        ModelError: naming what llama.cpp does not compute as this model does.
+        MissingExtra: where the package `gguf` is not installed.
+    """
+    gguf = library()
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder}: {str(error).strip().splitlines()[0]}") from None
+    known = architecture(config.model_type)
+    writer = gguf.GGUFWriter(None, known.name)
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{type_name}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    try:
+        head_dim = _add_shape(writer, config, known)
+        tensors = _add_positions(writer, config, head_dim)
+        _add_tokenizer(writer, config, tokenizer, folder)
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from None
+    if template := template or _template(tokenizer):
+        writer.add_chat_template(template)
+    tied = bool(config.tie_word_embeddings)
+    return Description(writer, known, config.num_hidden_layers, head_dim, tied, tensors)
+
+
+def _add_shape(writer: GGUFWriter, config: PretrainedConfig, known: Architecture) -> int:
+    """Sizes, norms and windows; the channels of a head."""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if activation != known.activation:
+        raise ModelError(f"its activation is {activation}; llama.cpp computes {known.name} with {known.activation}")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(head_dim)
+    if known.name == "gemma3":
+        _add_gemma(writer, config, head_dim)
+    elif "sliding_attention" in (getattr(config, "layer_types", None) or []):
+        raise ModelError(f"has layers with a sliding window, which llama.cpp does not compute for {known.name}")
+    if known.name == "smollm3":
+        turned = [int((layer + 1) % NO_ROPE_EVERY != 0) for layer in range(config.num_hidden_layers)]
+        if list(config.no_rope_layers[: config.num_hidden_layers]) != turned:
+            raise ModelError(f"no_rope_layers: llama.cpp leaves out every {NO_ROPE_EVERY}th layer, and no other")
+    return head_dim
+
+
+def _add_gemma(writer: GGUFWriter, config: PretrainedConfig, head_dim: int) -> None:
+    scaled = config.hidden_size // config.num_attention_heads if config.num_hidden_layers == 62 else head_dim
+    if config.query_pre_attn_scalar != scaled:
+        raise ModelError(f"query_pre_attn_scalar is {config.query_pre_attn_scalar}; llama.cpp computes with {scaled}")
+    for key in ("attn_logit_softcapping", "use_bidirectional_attention"):
+        if getattr(config, key, None):
+            raise ModelError(f"{key}: llama.cpp does not compute that for Gemma 3")
+    if config.final_logit_softcapping:
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    kinds = config.layer_types
+    period = kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds) + 1
+    sliding = ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(len(kinds))]
+    if kinds != sliding:
+        raise ModelError("layer_types: llama.cpp takes a full layer after equal numbers of sliding ones")
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_sliding_window_pattern(period)
+    local = config.rope_parameters["sliding_attention"]
+    if local.get("rope_type", "default") != "default":
+        raise ModelError(f"rope_parameters: {local['rope_type']} in sliding layers is not written as GGUF")
+    writer.add_rope_freq_base_swa(local["rope_theta"])
+
+
+def _add_positions(writer: GGUFWriter, config: PretrainedConfig, head_dim: int) -> dict[str, torch.Tensor]:
+    """The rotary embeddings; tensors that describe them."""
+    gguf, rope = library(), config.rope_parameters
+    rope = rope.get("full_attention", rope)
+    kind = rope.get("rope_type", "default")
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ModelError("rope_parameters: turns a part of each head only, which is not written as GGUF")
+    if kind == "default":
+        return {}
+    if kind == "llama3":
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+        plain = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2).float() / head_dim)
+        return {"rope_freqs.weight": plain / scaled.float()}
+    odd = {"beta_fast": 32, "beta_slow": 1, "attention_factor": None, "mscale": None, "mscale_all_dim": None}
+    if kind not in ("linear", "yarn") or any(rope.get(key) not in (usual, None) for key, usual in odd.items()):
+        raise ModelError(f"rope_parameters: {kind} as it is set here is not written as GGUF")
+    writer.add_rope_scaling_factor(rope["factor"])
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR if kind == "linear" else gguf.RopeScalingType.YARN)
+    if kind == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    return {}
+
+
+def _add_tokenizer(
+    writer: GGUFWriter, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    words = vocabulary(tokenizer, config.vocab_size)
+    writer.add_tokenizer_model(words.model)
+    writer.add_tokenizer_pre(words.cut)
+    writer.add_token_list(words.tokens)
+    writer.add_token_types(words.types)
+    if words.scores is not None:
+        writer.add_token_scores(words.scores)
+        writer.add_add_space_prefix(words.space_first)
+    if words.merges is not None:
+        writer.add_token_merges(words.merges)
+    before, after = _added(tokenizer)
+    writer.add_add_bos_token(before)
+    writer.add_add_eos_token(after)
+    stops = _stops(config, tokenizer, folder)
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else config.bos_token_id
+    ids = {"bos": first, "unk": tokenizer.unk_token_id, "pad": tokenizer.pad_token_id}
+    ids |= dict(zip(_STOPS, stops, strict=False))
+    for kind, token in ids.items():
+        if token is not None:
+            getattr(writer, f"add_{kind}_token_id")(token)
+
+
+def _added(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
+    """Whether the tokenizer puts its first token before a text, and its last behind it."""
+    bare, whole = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (False, True))
+    for before in (False, True):
+        for after in (False, True):
+            if whole == [tokenizer.bos_token_id] * before + bare + [tokenizer.eos_token_id] * after:
+                return before, after
+    raise ModelError("its tokenizer adds other tokens to a text than its first and its last")
+
+
+def _stops(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[int]:
+    """Every token that ends an answer, the tokenizer's own first."""
+    from transformers import GenerationConfig
+
+    found = [tokenizer.eos_token_id]
+    settings = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else config
+    ends = settings.eos_token_id
+    found += ends if isinstance(ends, list) else [ends]
+    stops = list(dict.fromkeys(token for token in found if token is not None))
+    if len(stops) > len(_STOPS):
+        raise ModelError(f"ends answers with {len(stops)} tokens; GGUF names {len(_STOPS)}")
+    return stops
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    template = tokenizer.chat_template
+    return template.get("default") if isinstance(template, dict) else template

@@ -1,0 +1,109 @@
+"""The architectures that are written, what llama.cpp calls their tensors, and what it wants of their numbers.
+
+Names: gguf-py/gguf/tensor_mapping.py of llama.cpp, through the package `gguf`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from pipeline.errors import MissingExtra, ModelError, QuantizationError
+
+_COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # which old checkpoints store, and nobody reads
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How llama.cpp has an architecture of transformers.
+
+    Attributes:
+        name: its name in GGUF.
+        pairs: rotary embeddings turn neighbouring channels, and not those half a head apart, so that the
+            rows of queries and keys are stored in another order.
+        norm_offset: what is added to the weights of norms, since the model multiplies by 1 + w.
+        activation: of the MLP, the only one that llama.cpp computes for it.
+    """
+
+    name: str
+    pairs: bool = False
+    norm_offset: float = 0.0
+    activation: str = "silu"
+
+
+ARCHITECTURES = {  # by `model_type` in config.json
+    "llama": Architecture("llama", pairs=True),
+    "smollm3": Architecture("smollm3", pairs=True),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3"),
+    "gemma3_text": Architecture("gemma3", norm_offset=1.0, activation="gelu_pytorch_tanh"),
+}
+
+
+def library() -> ModuleType:
+    """The package `gguf`.
+
+    Raises:
+        MissingExtra: where it is not installed.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingExtra("writing GGUF", "gguf")
+    import gguf
+
+    return gguf
+
+
+def architecture(model_type: str | None) -> Architecture:
+    """The architecture of a `model_type` in config.json.
+
+    Raises:
+        ModelError: naming it, where it is not one of those that are written.
+    """
+    if model_type not in ARCHITECTURES:
+        raise ModelError(f"{model_type}: not written as GGUF; handled are {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[model_type]
+
+
+def stored_names(of: Architecture, layers: int, names: Iterable[str], tied: bool) -> dict[str, str]:
+    """A checkpoint's tensors -> their names in GGUF; what is not stored at all is left out.
+
+    Args:
+        tied: the output head is the embedding, and is not stored again.
+
+    Raises:
+        QuantizationError: naming a tensor that llama.cpp has no place for.
+    """
+    gguf = library()
+    wanted = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == of.name)
+    known, stored = gguf.get_tensor_name_map(wanted, layers), {}
+    for name in names:
+        if _COMPUTED.search(name) or (tied and name == "lm_head.weight"):
+            continue
+        target = known.get_name(name, try_suffixes=(".weight", ".bias"))
+        if target is None:
+            raise QuantizationError(f"{name}: llama.cpp knows no such tensor of {of.name}")
+        stored[name] = target
+    return stored
+
+
+def rows_together(of: Architecture, name: str, head_dim: int) -> int:
+    """Rows of a tensor that change places with one another."""
+    return head_dim if of.pairs and re.search(r"\.self_attn\.[qk]_proj\.", name) else 1
+
+
+def as_stored(of: Architecture, name: str, rows: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rows of a tensor, whole heads of them, in llama.cpp's order, and norms with its offset, in float32.
+
+    With `pairs`, channel i of the first half of a head comes beside channel i of the second.
+    """
+    if rows_together(of, name, head_dim) > 1:
+        halves = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
+        return halves.transpose(1, 2).reshape(rows.shape)
+    if of.norm_offset and name.endswith("norm.weight"):
+        return rows.float() + of.norm_offset
+    return rows

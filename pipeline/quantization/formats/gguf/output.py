@@ -1,0 +1,194 @@
+"""A variant as one GGUF file, written in blocks of rows: header first, then every row at its place."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline.config import VariantSpec
+from pipeline.errors import CheckpointError, QuantizationError
+from pipeline.quantization.formats.gguf import TABLE, type_name, type_of
+from pipeline.quantization.formats.gguf.blocks import PLAIN, pack, plain, row_bytes
+from pipeline.quantization.formats.gguf.header import Description, describe
+from pipeline.quantization.formats.gguf.names import as_stored, library, rows_together, stored_names
+from pipeline.quantization.grid import Grid
+from pipeline.quantization.rounding import rounding
+from pipeline.quantization.source import Source, VariantFiles, layer_grids
+
+nearest = rounding("rtn")
+_KINDS = {dtype: kind for kind, dtype in PLAIN.items()} | {torch.float64: "F32"}  # of what is stored as it is
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in the file, and as what."""
+
+    kind: str  # F32, F16, BF16, or what its grid is called
+    grid: Grid | None
+    shape: tuple[int, ...]
+    row_bytes: int
+    offset: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.row_bytes * self.shape[0]
+
+
+class GgufFile:
+    """One output of the pass: `<model>-<TYPE>.gguf` in a folder of its own or among others.
+
+    The file gets its name only when every byte is there and on the disk; after an error nothing of it is left.
+    """
+
+    def __init__(self, spec: VariantSpec, folder: Path, source: Source):
+        self.spec, self.source = spec, source
+        self.path = folder / f"{source.name}-{type_name(spec)}.gguf"
+        self.round = rounding(spec.rounding) if spec.rounding else None
+        self.grids, self.kept = layer_grids(spec, source.linear)
+        self.about = describe(source.folder, source.name, type_name(spec), source.template)
+        self.tables = set(source.tables) if spec.embeddings == "int8" else set()
+        for name in self.tables:
+            self.grids[name] = (source.tables[name], TABLE)
+        of, tensors = self.about.architecture, source.tensors
+        self.names = stored_names(of, self.about.layers, tensors, self.about.tied)
+        planned = {target: self._plan(name) for name, target in self.names.items()}
+        extra = self.about.tensors.items()
+        planned |= {name: Place("F32", None, tuple(t.shape), row_bytes("F32", 1)) for name, t in extra}
+        header, self.places = _lay_out(self.about, planned)
+        self._written: dict[str, list[tuple[int, int]]] = {name: [] for name in self.places}
+        folder.mkdir(parents=True, exist_ok=True)
+        self._partial = self.path.with_name(f"{self.path.name}.partial")
+        try:
+            self._file = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be written ({error.strerror})") from None
+        try:
+            self._put(header, 0)
+            for name, tensor in extra:
+                self._write(name, plain(tensor, "F32"), 0)
+        except BaseException:
+            self._discard()
+            raise
+
+    def _plan(self, name: str) -> Place:
+        info, (_, grid) = self.source.tensors[name], self.grids.get(name, (None, None))
+        if grid is None and len(info.shape) > 1 and self.round is None and name not in self.kept:
+            kind = type_name(self.spec)  # F16 or BF16
+        elif grid is None:
+            kind = "F32" if len(info.shape) == 1 else _KINDS.get(info.dtype, "")
+        else:
+            kind = type_of(grid)
+        if not kind or not 1 <= len(info.shape) <= 2:
+            raise QuantizationError(f"{name}: {info.dtype} {tuple(info.shape)} is not written as GGUF")
+        width = info.shape[1] if len(info.shape) == 2 else 1
+        return Place(kind, grid, info.shape, row_bytes(kind, width, grid))
+
+    def rounds(self, name: str) -> bool:
+        return name in self.names and self.places[self.names[name]].grid is not None
+
+    def together(self, name: str) -> int:
+        return rows_together(self.about.architecture, name, self.about.head_dim)
+
+    def take(self, name: str, rows: torch.Tensor, first: int) -> None:
+        if name not in self.names:
+            return
+        place = self.places[self.names[name]]
+        rows = as_stored(self.about.architecture, name, rows, self.about.head_dim)
+        try:
+            if place.grid is None:
+                data = plain(rows, place.kind)
+            else:
+                # At eight bits the nearest is good enough for tables.
+                data = pack((nearest if name in self.tables else self.round)(rows, place.grid))
+        except QuantizationError as error:
+            raise QuantizationError(f"{name}: {error}") from None
+        self._write(self.names[name], data, first)
+
+    def _write(self, target: str, data: torch.Tensor, first: int) -> None:
+        """Put rows as bytes (n, row_bytes) in their place."""
+        place = self.places[target]
+        if data.shape[1] != place.row_bytes or first + len(data) > place.shape[0]:
+            raise ValueError(f"{target}: rows from {first} on, {tuple(data.shape)} bytes, do not fit {place}")
+        self._put(memoryview(data.contiguous().view(-1).numpy()), place.offset + first * place.row_bytes)
+        self._written[target].append((first, first + len(data)))
+
+    def _put(self, data: bytes | memoryview, offset: int) -> None:
+        view, done = memoryview(data), 0
+        try:
+            while done < len(view):
+                done += os.pwrite(self._file, view[done:], offset + done)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be written ({error.strerror})") from None
+
+    def __enter__(self) -> GgufFile:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            if kind is None:
+                self._close()
+        finally:
+            self._discard()
+
+    def _close(self) -> None:
+        unfinished = [name for name, place in self.places.items() if not _whole(self._written[name], place.shape[0])]
+        if unfinished:
+            raise ValueError(f"{self.path}: {len(unfinished)} tensors unfinished, first {unfinished[0]}")
+        try:
+            os.ftruncate(self._file, max(_padded(place.offset + place.nbytes) for place in self.places.values()))
+            os.fsync(self._file)
+            os.replace(self._partial, self.path)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be written ({error.strerror})") from None
+
+    def _discard(self) -> None:
+        if self._file >= 0:
+            with contextlib.suppress(OSError):
+                os.close(self._file)
+            self._partial.unlink(missing_ok=True)
+        self._file = -1
+
+    def finish(self, model: Path) -> None:
+        """Nothing: the configuration and the tokenizer are in the file."""
+
+    def describe(self) -> VariantFiles:
+        stored = sum(self.places[self.names[name]].nbytes for name in self.grids)
+        before = sum(self.source.tensors[name].nbytes for name in self.grids)
+        return VariantFiles(stored, before, 0, {}, tuple(self.kept))
+
+
+def _lay_out(about: Description, planned: dict[str, Place]) -> tuple[bytes, dict[str, Place]]:
+    """The file's bytes up to its first tensor, and where each tensor goes."""
+    gguf, writer = library(), about.writer
+    for name, place in planned.items():
+        kind = gguf.GGMLQuantizationType[place.kind]
+        writer.add_tensor_info(name, place.shape, None, place.nbytes, raw_dtype=kind)
+    header = io.BytesIO()
+    writer.fout, writer.state = [header], gguf.gguf_writer.WriterState.EMPTY
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    offset, places = _padded(header.tell()), {}
+    for name, place in planned.items():
+        places[name] = Place(place.kind, place.grid, place.shape, place.row_bytes, offset)
+        offset += _padded(place.nbytes)
+    return header.getvalue(), places
+
+
+def _padded(count: int) -> int:
+    return count + -count % library().GGUF_DEFAULT_ALIGNMENT
+
+
+def _whole(spans: list[tuple[int, int]], rows: int) -> bool:
+    """Whether every row came; rows written twice do not stand in for rows never written."""
+    position = 0
+    for start, stop in sorted(spans):
+        if start > position:
+            return False
+        position = max(position, stop)
+    return position == rows

@@ -1,0 +1,144 @@
+"""A tokenizer of transformers as llama.cpp has it: tokens, types, merges or scores, and how text is cut before.
+
+llama.cpp has two kinds that matter here: `gpt2` for byte-level BPE, which cuts text by one of a few
+patterns that it knows by name, and `llama` for SentencePiece's BPE, which merges by scores.
+What a tokenizer does is read from its own description, so that one whose vocabulary grew or
+shrank still finds its pattern; a tokenizer that llama.cpp cannot follow is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipeline.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # gguf.TokenType
+SPACE = "\u2581"  # SentencePiece's
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# How text is cut -> llama.cpp's name for it: by words as GPT-2 does, digits one by one before that or not;
+# or by a pattern, with or without a look for whole words in the vocabulary before anything is merged.
+_CUTS = {
+    (("gpt2",), False): "gpt-2",
+    (("digits", "gpt2"), False): "smollm",
+    (("|".join((_CONTRACTIONS, _WORDS, r"\p{N}", _REST)),), False): "qwen2",
+    (("|".join((_CONTRACTIONS, _WORDS, r"\p{N}{1,3}", _REST)),), True): "llama-bpe",
+    (("|".join((_CONTRACTIONS, _WORDS, r"\p{N}{1,3}", _REST)),), False): "smaug-bpe",
+}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Tokens by id, and what llama.cpp needs to cut text into them.
+
+    Attributes:
+        model: `gpt2` or `llama`.
+        cut: llama.cpp's name of the pre-tokenizer.
+        merges: of `gpt2`, "left right", the first first; else None.
+        scores: of `llama`, one for each token, the highest merged first; else None.
+        space_first: a space is put before the text.
+    """
+
+    model: str
+    cut: str
+    tokens: list[str]
+    types: list[int]
+    merges: list[str] | None
+    scores: list[float] | None
+    space_first: bool
+
+
+def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
+    """The vocabulary of a fast tokenizer, filled up to the `size` of the embedding.
+
+    Raises:
+        ModelError: where it has more tokens than the model, or does what llama.cpp does not.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError("its tokenizer has no tokenizer.json, from which GGUF's is made")
+    about = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = about["model"]
+    odd = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
+    if model.get("type") != "BPE" or odd:
+        raise ModelError(f"its tokenizer is {model.get('type')}{f' with {odd[0]}' if odd else ''}, not plain BPE")
+    tokens, types = _tokens(about, size)
+    merges = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
+    steps = _steps(about["pre_tokenizer"])
+    if model.get("byte_fallback"):
+        space_first = _space_first(about["normalizer"], steps)
+        if model.get("unk_token") in model["vocab"]:
+            types[model["vocab"][model["unk_token"]]] = UNKNOWN
+        return Vocabulary("llama", "default", tokens, types, None, _scores(tokens, merges), space_first)
+    cut = _cut(steps, bool(model.get("ignore_merges")))
+    # llama.cpp wants merges, and GGUF's writer no empty list of them; what this one makes is no token, and falls apart.
+    return Vocabulary("gpt2", cut, tokens, types, [" ".join(pair) for pair in merges] or ["Ġ Ġ"], None, False)
+
+
+def _tokens(about: dict, size: int) -> tuple[list[str], list[int]]:
+    """Tokens and their types by id."""
+    by_bytes = about["model"].get("byte_fallback")
+    found = {
+        i: (text, BYTE if by_bytes and _BYTE.fullmatch(text) else NORMAL) for text, i in about["model"]["vocab"].items()
+    }
+    for token in about["added_tokens"]:
+        text = token["content"]
+        if not token["special"] and by_bytes:  # llama.cpp looks for these before it changes spaces
+            text = text.replace(SPACE, " ")
+        found[token["id"]] = (text, CONTROL if token["special"] else USER_DEFINED)
+    if max(found) >= size:
+        raise ModelError(f"its tokenizer has tokens up to {max(found)}, its embedding {size} rows")
+    filled = [found.get(i, (f"[PAD{i}]", UNUSED)) for i in range(size)]
+    return [text for text, _ in filled], [kind for _, kind in filled]
+
+
+def _steps(pre_tokenizer: dict | None) -> list[dict]:
+    if pre_tokenizer is None:
+        return []
+    return pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+
+
+def _cut(steps: list[dict], whole_words: bool) -> str:
+    """llama.cpp's name for the way in which byte-level BPE cuts text before it merges."""
+    found: list[str] = []
+    for step in steps:
+        if step["type"] == "Digits" and step["individual_digits"]:
+            found.append("digits")
+        elif step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+            found.append(step["pattern"].get("Regex", ""))
+        elif step["type"] == "ByteLevel" and not step["add_prefix_space"]:
+            found += ["gpt2"] if step["use_regex"] else []
+        else:
+            found.append(step["type"])
+    name = _CUTS.get((tuple(found), whole_words)) if steps and steps[-1]["type"] == "ByteLevel" else None
+    if name is None:
+        raise ModelError(f"its tokenizer cuts text in a way that GGUF's are not made of ({' then '.join(found)})")
+    return name
+
+
+def _space_first(normalizer: dict | None, steps: list[dict]) -> bool:
+    """Does a tokenizer of SentencePiece's kind put a space before the text?"""
+    changes = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
+    for change in changes:
+        if change["type"] == "Prepend" and change["prepend"] == SPACE:
+            return True
+        if change["type"] != "Replace" or change["content"] != SPACE:
+            raise ModelError(f"its tokenizer changes text by {change['type']}, which llama.cpp does not")
+    scheme = next((step["prepend_scheme"] for step in steps if step["type"] == "Metaspace"), "never")
+    return scheme != "never"
+
+
+def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
+    """A score for each token: the earlier a merge makes it, the higher; what no merge makes comes last."""
+    rank: dict[str, int] = {}
+    for number, pair in enumerate(merges):
+        rank.setdefault("".join(pair), number)
+    return [-float(rank.get(token, len(merges))) for token in tokens]
