@@ -70,7 +70,7 @@ def describe(folder: Path, name: str, type_name: str, template: str | None = Non
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     try:
         head_dim = _add_shape(writer, config, known)
-        tensors = _add_positions(writer, config, head_dim)
+        tensors = _add_positions(writer, config, known, head_dim)
         _add_tokenizer(writer, config, tokenizer, folder)
     except ModelError as error:
         raise ModelError(f"{folder}: {error}") from None
@@ -131,7 +131,9 @@ def _add_gemma(writer: GGUFWriter, config: PretrainedConfig, head_dim: int) -> N
     writer.add_rope_freq_base_swa(local["rope_theta"])
 
 
-def _add_positions(writer: GGUFWriter, config: PretrainedConfig, head_dim: int) -> dict[str, torch.Tensor]:
+def _add_positions(
+    writer: GGUFWriter, config: PretrainedConfig, known: Architecture, head_dim: int
+) -> dict[str, torch.Tensor]:
     """The rotary embeddings; tensors that describe them."""
     gguf, rope = library(), config.rope_parameters
     rope = rope.get("full_attention", rope)
@@ -141,7 +143,7 @@ def _add_positions(writer: GGUFWriter, config: PretrainedConfig, head_dim: int) 
         raise ModelError("rope_parameters: turns a part of each head only, which is not written as GGUF")
     if kind == "default":
         return {}
-    if kind == "llama3":
+    if kind == "llama3" and known.name == "llama":  # of the others llama.cpp reads no such tensor
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))

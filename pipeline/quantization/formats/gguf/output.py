@@ -103,8 +103,9 @@ class GgufFile:
             if place.grid is None:
                 data = plain(rows, place.kind)
             else:
-                # At eight bits the nearest is good enough for tables.
-                data = pack((nearest if name in self.tables else self.round)(rows, place.grid))
+                # At eight bits the nearest is good enough for tables. In float32, since a scale that the
+                # weight's own bfloat16 can hold is further off than one of float16.
+                data = pack((nearest if name in self.tables else self.round)(rows.float(), place.grid))
         except QuantizationError as error:
             raise QuantizationError(f"{name}: {error}") from None
         self._write(self.names[name], data, first)

@@ -75,6 +75,9 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
     steps = _steps(about["pre_tokenizer"])
     if model.get("byte_fallback"):
         space_first = _space_first(about["normalizer"], steps)
+        own = [t["content"] for t in about["added_tokens"] if t["normalized"] and not t["special"]]
+        if space_first and own:  # transformers puts the space before them too, and then looks for them
+            raise ModelError(f"its tokenizer looks for {own[0]!r} behind a space, which llama.cpp does not")
         if model.get("unk_token") in model["vocab"]:
             types[model["vocab"][model["unk_token"]]] = UNKNOWN
         return Vocabulary("llama", "default", tokens, types, None, _scores(tokens, merges), space_first)

@@ -1,0 +1,1 @@
+"""GGUF, checked against llama.cpp and the official package."""

@@ -1,0 +1,63 @@
+"""GGUF files of tiny models, and llama.cpp to read them with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.catalog import VARIANTS
+from pipeline.config import VariantSpec
+from pipeline.models import linear_weights, table_weights
+from pipeline.quantization.stream import quantize_checkpoint
+
+TYPES = [name for name, variant in VARIANTS.items() if variant.format == "gguf"]
+# What of each architecture llama.cpp can compute: SmolLM3's fourth layers are without rotary embeddings.
+MODELS = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "smollm3": {"num_hidden_layers": 4, "no_rope_layer_interval": 4},
+    "gemma3_text": {},
+}
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory):
+    """`written(folder, "gguf-q4_0")`: the file made of a checkpoint; made once. Keywords go into the `VariantSpec`."""
+    made: dict[tuple, Path] = {}
+
+    def make(source: Path, variant: str, **spec) -> Path:
+        key = (source, variant, repr(sorted(spec.items())))
+        if key not in made:
+            asked, folder = VariantSpec(name=variant, **spec).resolved(), tmp_path_factory.mktemp("gguf")
+            tables = table_weights(source) if asked.embeddings == "int8" else {}
+            quantize_checkpoint(source, [asked], {variant: folder}, linear_weights(source), tables=tables, name="tiny")
+            (made[key],) = folder.iterdir()
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def opened():
+    """`opened(path)`: the file in llama.cpp."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+
+    def load(path: Path, **options):
+        return llama_cpp.Llama(str(path), n_ctx=64, n_threads=1, verbose=False, **options)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def logits(opened):
+    """`logits(path, ids)`: what llama.cpp computes, (T, V) float32."""
+
+    def compute(path: Path, ids: list[int]) -> torch.Tensor:
+        model = opened(path, logits_all=True)
+        model.eval(ids)
+        return torch.tensor(model.scores[: len(ids)])
+
+    return compute

@@ -1,0 +1,120 @@
+"""A GGUF comes out of the same pass as the other variants: the same bytes however it is cut, or no file at all."""
+
+import importlib.util
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline import blocks
+from pipeline.checkpoint import SINGLE_NAME
+from pipeline.config import VariantSpec
+from pipeline.errors import MissingExtra, ModelError, QuantizationError
+from pipeline.models import linear_weights, table_weights
+from pipeline.quantization.source import unfit
+from pipeline.quantization.stream import quantize_checkpoint
+from tests.quantization.gguf.conftest import TYPES
+
+
+def quantize(source, folder, *variants, **options):
+    specs = [VariantSpec(name=v).resolved() for v in variants]
+    places = {v: folder / ("gguf" if v in TYPES else v) for v in variants}
+    return quantize_checkpoint(
+        source, specs, places, linear_weights(source), tables=table_weights(source), name="tiny", **options
+    )
+
+
+@pytest.mark.parametrize("block, tile", [(1, 1), (1000, 10_000), (10**9, 500)])
+def test_one_pass_in_any_blocks_makes_the_same_files(tiny_model, written, tmp_path, monkeypatch, block, tile):
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", block)
+    monkeypatch.setattr(blocks, "TILE_ELEMENTS", tile)
+    source = tiny_model("llama")
+    quantize(source, tmp_path, "int8", "int4", *TYPES)
+    monkeypatch.undo()
+    assert len(list((tmp_path / "gguf").iterdir())) == len(TYPES)
+    for variant in TYPES:
+        name = f"tiny-{variant.removeprefix('gguf-').upper()}.gguf"
+        assert (tmp_path / "gguf" / name).read_bytes() == written(source, variant).read_bytes()
+
+
+def test_it_is_told_how_large_the_weights_are(tiny_model, tmp_path):
+    source = tiny_model("llama")
+    made = quantize(source, tmp_path, "gguf-q4_0", "gguf-bf16")
+    tables = sum(rows * width for rows, width in table_weights(source).values())
+    linear = sum(rows * width for rows, width in linear_weights(source).values())
+    assert made["gguf-q4_0"].weight_bytes == linear * 18 // 32 + tables * 34 // 32
+    assert made["gguf-q4_0"].source_bytes == 2 * (linear + tables)
+    assert made["gguf-bf16"].weight_bytes == made["gguf-bf16"].source_bytes == 2 * linear
+
+
+def test_a_broken_model_leaves_no_file(tiny_model, tmp_path):
+    source = shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    tensors = load_file(source / SINGLE_NAME)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, source / SINGLE_NAME, {"format": "pt"})
+    with pytest.raises(QuantizationError, match=r"layers\.1\.mlp\.up_proj\.weight: has values that are not finite"):
+        quantize(source, tmp_path, "gguf-q4_0")
+    assert list((tmp_path / "gguf").iterdir()) == []
+
+
+@pytest.mark.parametrize("variant, message", [("gguf-f16", "cannot hold; take bf16"), ("gguf-q8_0", "scale float16")])
+def test_what_a_type_cannot_hold_is_refused_with_the_weights_name(tiny_model, tmp_path, variant, message):
+    source = shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    tensors = load_file(source / SINGLE_NAME)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = 1e9
+    save_file(tensors, source / SINGLE_NAME, {"format": "pt"})
+    with pytest.raises(QuantizationError, match=rf"layers\.1\.mlp\.up_proj\.weight: .*{message}"):
+        quantize(source, tmp_path, variant)
+    assert list((tmp_path / "gguf").iterdir()) == []
+
+
+def test_a_tensor_that_llama_cpp_has_no_place_for_is_refused_by_name(tiny_model, tmp_path):
+    source = shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    tensors = {**load_file(source / SINGLE_NAME), "model.extra.weight": torch.zeros(3)}
+    save_file(tensors, source / SINGLE_NAME, {"format": "pt"})
+    with pytest.raises(QuantizationError, match=r"model\.extra\.weight: llama\.cpp knows no such tensor"):
+        quantize(source, tmp_path, "gguf-f16")
+    assert not (tmp_path / "gguf").exists()
+
+
+def test_another_architecture_is_refused_by_name_before_anything_is_written(tiny_model, tmp_path):
+    source = shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"model_type": "starcoder2"}))
+    spec, linear = VariantSpec(name="gguf-q4_0").resolved(), linear_weights(tiny_model("llama"))
+    assert "starcoder2: not written as GGUF; handled are llama, " in unfit(spec, linear, source)
+    with pytest.raises(ModelError, match="starcoder2"):
+        quantize_checkpoint(source, [spec], {spec.name: tmp_path / "gguf"}, linear)
+    assert not (tmp_path / "gguf").exists()
+
+
+def test_a_width_that_groups_of_32_do_not_divide_is_refused(tiny_model):
+    source = tiny_model("llama", hidden_size=80)
+    assert "groups of 32 do not divide a width of 80" in unfit(
+        VariantSpec(name="gguf-q8_0").resolved(), linear_weights(source), source
+    )
+    assert unfit(VariantSpec(name="gguf-f16").resolved(), linear_weights(source), source) is None
+
+
+def test_without_the_package_the_extra_is_named(tiny_model, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
+    with pytest.raises(MissingExtra, match=r"pip install 'tunepress\[gguf\]'"):
+        quantize(tiny_model("llama"), tmp_path, "gguf-f16")
+
+
+@pytest.mark.parametrize(
+    "asked, message",
+    [
+        ({"name": "gguf-q4_0", "group_size": 64}, "allowed are 32"),
+        ({"name": "gguf-f16", "group_size": 32}, "has no groups"),
+        ({"name": "gguf-f16", "embeddings": "int8"}, "is not quantized"),
+        ({"name": "gguf-q4_0", "rounding": "search"}, "allowed for gguf-q4_0 are hqq, rtn"),
+    ],
+    ids=str,
+)
+def test_what_a_type_does_not_take_is_refused(asked, message):
+    with pytest.raises(ValueError, match=message):
+        VariantSpec.model_validate(asked)

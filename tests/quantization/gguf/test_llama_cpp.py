@@ -1,0 +1,119 @@
+"""llama.cpp loads every type of every architecture, and computes what transformers does with the same numbers."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pipeline.config import VariantSpec
+from pipeline.errors import ModelError
+from pipeline.models import linear_weights, table_weights
+from pipeline.quantization.formats import gguf
+from pipeline.quantization.formats.gguf import check
+from pipeline.quantization.rounding import rounding
+from tests.quantization.gguf.conftest import MODELS, TYPES
+
+IDS = [7, 200, 31, 64, 5, 5, 90, 12, 250, 33, 2, 149] * 3  # more than Gemma's sliding window
+# llama.cpp rounds what goes into a product as well: to float16, to bfloat16, or to 8 bits in groups.
+OFF = {"gguf-f16": 0.003, "gguf-bf16": 0.015}
+OFF_QUANTIZED = 0.05
+ROPES = {
+    "llama3": {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128},
+}  # fmt: skip
+
+
+def reference(folder, variant=None, **options):
+    """Logits of transformers in float32, of the numbers that the variant's codes mean if one is named."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    spec = VariantSpec(name=variant, **options).resolved() if variant else None
+    if spec and spec.rounding:
+        for name in linear_weights(folder):
+            weight = model.get_parameter(name)
+            grid = gguf.grid(spec, weight.shape[1])
+            weight.data = rounding(spec.rounding)(weight.data, grid).dequantize()
+        for name in table_weights(folder) if spec.embeddings == "int8" else ():
+            weight = model.get_parameter(name)
+            weight.data = rounding("rtn")(weight.data, gguf.TABLE).dequantize()
+    return model(torch.tensor([IDS])).logits[0]
+
+
+def off(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("variant", TYPES)
+@pytest.mark.parametrize("architecture", MODELS)
+def test_it_computes_what_transformers_does(tiny_model, written, logits, architecture, variant):
+    source = tiny_model(architecture, **MODELS[architecture])
+    found, expected = logits(written(source, variant), IDS), reference(source, variant)
+    assert off(found, expected) < OFF.get(variant, OFF_QUANTIZED)
+    if variant == "gguf-f16":
+        assert (found - expected).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("variant", ["gguf-f16", "gguf-q4_1"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "smollm3"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_an_output_head_is_stored_where_it_is_one(tiny_model, written, logits, architecture, variant, tied):
+    source = tiny_model(architecture, **MODELS[architecture], tie_word_embeddings=tied)
+    path = written(source, variant)
+    assert (b"output.weight" in path.read_bytes().replace(b"attn_output.weight", b"")) != tied
+    assert off(logits(path, IDS), reference(source, variant)) < OFF.get(variant, OFF_QUANTIZED)
+
+
+@pytest.mark.parametrize("options", [{"rounding": "hqq"}, {"rounding": "rtn"}, {"embeddings": "keep"}], ids=str)
+def test_other_roundings_and_plain_embeddings_are_read_as_well(tiny_model, written, logits, options):
+    source = tiny_model("llama")
+    found = logits(written(source, "gguf-q4_1", **options), IDS)
+    assert off(found, reference(source, "gguf-q4_1", **options)) < OFF_QUANTIZED
+
+
+def test_layers_that_are_kept_stay_as_they_are(tiny_model, written):
+    from gguf import GGUFReader
+
+    path = written(tiny_model("llama"), "gguf-q4_0", keep=["*.down_proj"])
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(path).tensors}
+    assert kinds["blk.1.ffn_down.weight"] == "BF16" and kinds["blk.1.ffn_up.weight"] == "Q4_0"
+    assert kinds["token_embd.weight"] == kinds["output.weight"] == "Q8_0"
+    assert kinds["blk.0.attn_norm.weight"] == kinds["blk.0.attn_q.bias"] == "F32"
+
+
+@pytest.mark.parametrize(
+    "architecture, rope",
+    [("llama", "llama3"), *((a, r) for a in ("llama", "qwen3") for r in ("linear", "yarn"))],
+)
+def test_scaled_rotary_embeddings_are_scaled_alike(tiny_model, written, logits, architecture, rope):
+    source = tiny_model(architecture, **MODELS[architecture], rope_parameters=ROPES[rope])
+    plain = reference(tiny_model(architecture, **MODELS[architecture]))
+    found, expected = logits(written(source, "gguf-f16"), IDS), reference(source)
+    assert off(plain, expected) > 0.02  # or nothing is seen of the scaling
+    assert off(found, expected) < OFF["gguf-f16"]
+
+
+def test_gemmas_two_rotary_bases_are_both_stored(tiny_model, written, logits):
+    both = {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+    }
+    source = tiny_model("gemma3_text", rope_parameters=both)
+    assert off(logits(written(source, "gguf-f16"), IDS), reference(source)) < OFF["gguf-f16"]
+
+
+REFUSED = {
+    "smollm3": ({"num_hidden_layers": 2, "no_rope_layer_interval": 2}, "no_rope_layers"),
+    "gemma3_text": ({"query_pre_attn_scalar": 48}, "query_pre_attn_scalar is 48"),
+    "qwen2": ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, "sliding window"),
+    "llama": ({"hidden_act": "gelu"}, "activation is gelu"),
+    "qwen3": ({"rope_parameters": ROPES["llama3"]}, "rope_parameters: llama3"),
+}
+
+
+@pytest.mark.parametrize("architecture", REFUSED)
+def test_what_llama_cpp_computes_otherwise_is_refused_by_name(tiny_model, architecture):
+    changes, message = REFUSED[architecture]
+    source = tiny_model(architecture, **changes)
+    with pytest.raises(ModelError, match=message) as caught:
+        check(source)
+    assert str(source) in str(caught.value) and "\n" not in str(caught.value)
