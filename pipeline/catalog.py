@@ -56,10 +56,10 @@ VARIANTS = {
         ),
         _gguf("f16", 16),
         _gguf("bf16", 16),
-        _gguf("q8_0", 8, "rtn", "hqq"),
-        _gguf("q4_0", 4, "hqq", "rtn"),
+        _gguf("q8_0", 8, "rtn", "hqq", "search"),
+        _gguf("q4_0", 4, "search", "hqq", "rtn"),
         _gguf("q4_1", 4, "search", "hqq", "rtn"),
-        _gguf("q5_0", 5, "hqq", "rtn"),
+        _gguf("q5_0", 5, "search", "hqq", "rtn"),
         _gguf("q5_1", 5, "search", "hqq", "rtn"),
     )
 }

@@ -13,6 +13,8 @@ INT4 = Grid(4, 32, "float", torch.bfloat16)
 CASES = [("rtn", INT8), ("rtn", Grid(4, 64, "integer", torch.float16))]
 BETTER = [name for name in VARIANTS["int4"].roundings if name != "rtn"]
 CASES += [(name, INT4) for name in VARIANTS["int4"].roundings]
+CASES += [(name, Grid(4, 32, "float", torch.float16, from_zero=True)) for name in VARIANTS["int4"].roundings]
+CASES += [("search", Grid(4, 32, "none", torch.float16)), ("search", Grid(8, 32, "none", torch.float16))]
 CASES += [("hqq", INT8), ("hqq", Grid(8, 64, "none", torch.float32)), ("hqq", Grid(4, 32, "none", torch.float16))]
 
 
@@ -97,12 +99,19 @@ def test_hqq_fits_the_scales_of_a_grid_without_zeros(grid):
     assert hqq.mean() < 0.999 * rtn.mean()
 
 
-@pytest.mark.parametrize(
-    "name, grid", [("search", INT8), *((n, Grid(4, 32, "integer", torch.bfloat16)) for n in BETTER)]
-)
-def test_they_refuse_a_grid_in_which_they_can_move_nothing(name, grid):
+@pytest.mark.parametrize("bits", [4, 5, 8])
+def test_search_fits_scales_of_either_sign_where_there_are_no_zeros(bits):
+    weight, grid = weights(), Grid(bits, 32, "none", torch.float16)
+    found, rtn = (rounding(name)(weight, grid) for name in ("search", "rtn"))
+    error, nearest = ((q.dequantize() - weight).square().view(48, 6, 32).mean(-1) for q in (found, rtn))
+    assert (error <= nearest * (1 + 1e-5)).all() and error.mean() < 0.9 * nearest.mean()
+    assert (found.scale < 0).any() and (found.scale > 0).any() and (found.codes == grid.lowest).any()
+
+
+@pytest.mark.parametrize("name", BETTER)
+def test_they_refuse_a_grid_in_which_they_can_move_nothing(name):
     with pytest.raises(ValueError, match="float zeros"):
-        rounding(name)(weights(), grid)
+        rounding(name)(weights(), Grid(4, 32, "integer", torch.bfloat16))
 
 
 def parts(quantized) -> tuple[torch.Tensor, ...]:

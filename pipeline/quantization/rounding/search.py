@@ -18,13 +18,15 @@ FITS = 4  # from each of them
 
 
 def round_weight(weight: torch.Tensor, grid: Grid) -> GroupQuantized:
-    """Put a weight (N, K) on a grid with a float zero. Rows do not influence each other.
+    """Put a weight (N, K) on a grid with a float zero, or with none. Rows do not influence each other.
 
     Scales and zeros are rounded to the grid's `scale_dtype` before a candidate is judged,
     so that what is compared is what would be stored.
     """
+    if grid.zero == "none":
+        return _without_zero(weight, grid)
     if grid.zero != "float":
-        raise ValueError(f"search fits float zeros; the grid has zero={grid.zero!r}")
+        raise ValueError(f"search fits float zeros or scales; the grid has zero={grid.zero!r}")
     groups = in_groups(weight, grid).float()
     full, _ = full_range(groups, grid)
     lowest, highest = torch.aminmax(groups, dim=-1)
@@ -41,6 +43,26 @@ def round_weight(weight: torch.Tensor, grid: Grid) -> GroupQuantized:
     return assemble(groups, best.scale, best.zero, grid)
 
 
+def _without_zero(weight: torch.Tensor, grid: Grid) -> GroupQuantized:
+    """The same with the scale alone, which may be negative: the outermost weight gets the lowest code,
+    of which there is one more than on the other side of zero."""
+    groups = in_groups(weight, grid).float()
+    lowest, highest = torch.aminmax(groups, dim=-1)
+    full = torch.where(-lowest > highest, lowest, highest) / grid.lowest
+    best = _Best(groups, grid)
+    best.consider(*full_range(groups, grid))
+    for share in NARROWER:
+        codes = best.consider(_no_step_of_zero(full * share).to(grid.scale_dtype), None)
+        for _ in range(FITS):
+            fitted = (codes * groups).sum(dim=-1) / codes.square_().sum(dim=-1).clamp(min=1)
+            codes = best.consider(_no_step_of_zero(fitted).to(grid.scale_dtype), None)
+    return assemble(groups, best.scale, None, grid)
+
+
+def _no_step_of_zero(scale: torch.Tensor) -> torch.Tensor:
+    return scale.abs().clamp(min=SMALLEST_STEP).copysign(scale)
+
+
 class _Best:
     """The best scale and zero (N, G) that each group has met, by squared error."""
 
@@ -48,17 +70,19 @@ class _Best:
         self.groups, self.grid = groups, grid
         self.scale = self.zero = self.error = None
 
-    def consider(self, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    def consider(self, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
         """Take a candidate wherever it is better; the codes (N, G, g) that it gives."""
         codes = choose_codes(self.groups, scale, zero, self.grid)
-        on_grid = (codes * scale.float().unsqueeze(-1)).add_(zero.float().unsqueeze(-1))
+        on_grid = codes * scale.float().unsqueeze(-1)
+        if zero is not None:
+            on_grid.add_(zero.float().unsqueeze(-1))
         error = on_grid.sub_(self.groups).square_().sum(dim=-1)
         if self.error is None:
             self.scale, self.zero, self.error = scale, zero, error
         else:
             better = error < self.error
             self.scale = torch.where(better, scale, self.scale)
-            self.zero = torch.where(better, zero, self.zero)
+            self.zero = None if zero is None else torch.where(better, zero, self.zero)
             self.error = torch.where(better, error, self.error)
         return codes
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.catalog import VARIANTS
 from pipeline.config import VariantSpec
 from pipeline.errors import QuantizationError
 from pipeline.quantization.formats import gguf
@@ -11,10 +12,7 @@ from pipeline.quantization.formats.gguf.blocks import pack, plain, row_bytes
 from pipeline.quantization.rounding import rounding
 
 official = pytest.importorskip("gguf")
-QUANTIZED = [
-    ("gguf-q8_0", "rtn"), ("gguf-q8_0", "hqq"), ("gguf-q4_0", "rtn"), ("gguf-q4_0", "hqq"), ("gguf-q5_0", "hqq"),
-    ("gguf-q4_1", "search"), ("gguf-q4_1", "hqq"), ("gguf-q4_1", "rtn"), ("gguf-q5_1", "search"), ("gguf-q5_1", "rtn"),
-]  # fmt: skip
+QUANTIZED = [(name, how) for name, variant in VARIANTS.items() if variant.format == "gguf" for how in variant.roundings]
 
 
 def weights(dtype=torch.bfloat16):

@@ -111,7 +111,7 @@ def test_without_the_package_the_extra_is_named(tiny_model, tmp_path, monkeypatc
         ({"name": "gguf-q4_0", "group_size": 64}, "allowed are 32"),
         ({"name": "gguf-f16", "group_size": 32}, "has no groups"),
         ({"name": "gguf-f16", "embeddings": "int8"}, "is not quantized"),
-        ({"name": "gguf-q4_0", "rounding": "search"}, "allowed for gguf-q4_0 are hqq, rtn"),
+        ({"name": "gguf-q4_0", "rounding": "gptq"}, "allowed for gguf-q4_0 are search, hqq, rtn"),
     ],
     ids=str,
 )

@@ -19,7 +19,8 @@ TEXTS = [
     "Hello world", " two  spaces   here ", "line\n\nlines\n  indented\n", "tabs\tand\r\nreturns", "x = 1234567 + 89",
     "3.14159, 1,000,000", "I'm we'll THEY'RE don't O'Neil", "snake_case camelCase SHOUT", "naïve café, über",
     "Привет, мир", "こんにちは世界", "مرحبا", "🙂🚀 emoji", "a", "\n", "  ", "def f(x):\n    return x ** 2\n",
-    "<html><body>no token</body></html>", "!!! ??? ...", "end of text. ", "The capital of France is Paris.", "№ ½ ² Ⅷ", "an own_word here", "own_wordown_word", "own_word",
+    "<html><body>no token</body></html>", "!!! ??? ...", "end of text. ", "The capital of France is Paris.", "№ ½ ² Ⅷ",
+    "an own_word here", "own_wordown_word", "own_word",
 ]  # fmt: skip
 CHATS = [
     [{"role": "user", "content": text.strip() or "-"}] for text in TEXTS[:10]
