@@ -291,6 +291,22 @@ def test_variants_made_in_the_merges_pass_are_those_of_the_merged_model_to_the_l
             assert (one / name).read_bytes() == (two / name).read_bytes(), (one, name)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("kind", ["bf16", "nf4"])
+def test_gguf_made_in_the_pass_is_that_of_the_merged_model(tiny_model, trained, tmp_path, kind, architecture):
+    base, linear = tiny_model(architecture), linear_weights(tiny_model(architecture))
+    specs = [VariantSpec(name=name).resolved() for name in ("gguf-q4_0", "gguf-f16", "int4")]
+    specs[-1] = specs[-1].model_copy(update={"packing": "tile_packed"})  # eight rows, while heads have 40 or 32
+    ways = [{s.name: tmp_path / way / s.name for s in specs} for way in ("together", "apart")]
+    tables, template = table_weights(base), "{{ messages }}"
+    variants = Variants(specs, ways[0], linear, tables, name="tiny")
+    merge_checkpoint(base, trained(base), tmp_path / "a", kind, linear, template=template, variants=variants)
+    quantize_checkpoint(tmp_path / "a", specs, ways[1], linear, tables=tables, name="tiny")
+    for spec in specs[:-1]:
+        (one,), (two,) = (list(way[spec.name].iterdir()) for way in ways)
+        assert one.read_bytes() == two.read_bytes() and template.encode() in one.read_bytes()
+
+
 def test_where_a_variant_cannot_be_made_in_the_pass_nothing_is_left_that_looks_finished(tiny_model, adapter, tmp_path):
     edit(adapter(), lambda tensors: tensors[f"{Q}.lora_B.weight"].fill_(float("nan")))
     base, out = tiny_model("llama"), {"int8": tmp_path / "int8"}
