@@ -297,8 +297,6 @@ class Config(Section):
             raise ValueError("model.low_disk: for quantizing a model as it is; training and merging need all of it")
         if self.model.low_disk and self.evaluate:
             raise ValueError("model.low_disk: measuring needs the whole model; leave out --measure (evaluate: null)")
-        if any(VARIANTS[spec.name].format == "gguf" for spec in self.quantize.variants):
-            raise ValueError("quantize.variants: GGUF is written by pipeline.quantization.stream only, so far")
         missing = sorted(self.publish.mirrors.keys() - {spec.name for spec in self.quantize.variants})
         if missing:
             raise ValueError(f"publish.mirrors: {missing[0]} is not among quantize.variants")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pipeline.catalog import VARIANTS
 from pipeline.config import Config
 from pipeline.events import Events
 from pipeline.files import read_json
@@ -29,7 +30,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
         "ratio": result["size_bytes"] / source,
         "weights": read_json(workspace.quantized / f"{name}.json", {})["weights"],
     }
-    files = workspace.place(folder, workspace.release / name, f"quantize/{name}")
+    files = workspace.place(folder, workspace.release / VARIANTS[name].folder, f"quantize/{name}")
     measured = workspace.write_measurement(name, result)
     quality = result.get("quality", {})
     summary = {
