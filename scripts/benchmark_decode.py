@@ -22,16 +22,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import SIZES, random_checkpoint
 from rich.console import Console
 from rich.table import Table
 
-SIZES = {
-    "50m": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8},
-    "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9},
-    "1.1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32},
-}
-KEY_VALUE_HEADS = {"50m": 2, "135m": 3, "1.1b": 4}
-VOCABULARY = 32000
 SIDES = {
     "bf16": "transformers bf16",
     "stock-int8": "transformers + torchao int8",
@@ -74,7 +68,7 @@ def main() -> None:
 
 
 def models(arguments: argparse.Namespace) -> list[dict]:
-    """One row for each side: medians over the rounds, and ratios to bf16."""
+    """One row for each side: medians over the rounds, and ratios to the first side."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.work or Path(scratch)
         sides = arguments.sides.split(",") if arguments.sides else [side for side in SIDES if side not in COMPILED]
@@ -96,7 +90,7 @@ def models(arguments: argparse.Namespace) -> list[dict]:
         rows.append({"side": SIDES[side], **middle})
     for row in rows:
         for key in ("prefill", "decode"):
-            row[f"{key} / {rows[0]['side']}"] = row[f"{key} tokens/s"] / rows[0][f"{key} tokens/s"]
+            row[f"{key} ratio"] = row[f"{key} tokens/s"] / rows[0][f"{key} tokens/s"]
     return rows
 
 
@@ -105,23 +99,12 @@ def make(folder: Path, size: str, sides: list[str]) -> None:
     from pipeline.libraries import quiet
 
     quiet()
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     from pipeline.config import VariantSpec
     from pipeline.models import linear_weights, table_weights
     from pipeline.quantization.stream import quantize_checkpoint
 
     if not (folder / "config.json").is_file():
-        shape = {**SIZES[size], "num_key_value_heads": KEY_VALUE_HEADS[size], "vocab_size": VOCABULARY}
-        config = LlamaConfig(**shape, max_position_embeddings=2048, dtype="bfloat16")
-        with torch.device("meta"):
-            model = LlamaForCausalLM(config).bfloat16()
-        model.to_empty(device="cpu")
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter.data, std=0.02) if parameter.ndim > 1 else parameter.data.fill_(1)
-        model.save_pretrained(folder)
-        write_tokenizer(folder)
+        random_checkpoint(folder, size, shards=1)
     for stored in {folder_of(side) for side in sides if side not in ("bf16", *LLAMA_CPP)}:
         if not (folder / stored / "config.json").is_file():
             name, _, tables = stored.partition("-")
@@ -135,15 +118,6 @@ def make(folder: Path, size: str, sides: list[str]) -> None:
 
 def folder_of(side: str) -> str:
     return side.removeprefix("stock-").removesuffix("-compiled")
-
-
-def write_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
 
 
 def write_gguf(folder: Path, kind: str) -> None:

@@ -18,10 +18,14 @@ from pipeline.process import ALLOCATOR
 
 AS_STAGES = {"GLIBC_TUNABLES": ALLOCATOR}  # what `tunepress` itself starts its work with
 ROOT = Path(__file__).parents[1]
-# Widths of a tiny model for trying things out, TinyLlama-1.1B and Llama-3-8B.
+# Widths of a tiny and a small model for trying things out, SmolLM2-135M, TinyLlama-1.1B and Llama-3-8B.
 SIZES = {
     "tiny": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 8,
              "num_key_value_heads": 4, "vocab_size": 2000},
+    "50m": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
+            "num_key_value_heads": 2, "vocab_size": 32000},
+    "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+             "num_key_value_heads": 3, "vocab_size": 32000},
     "1.1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
              "num_key_value_heads": 4, "vocab_size": 32000},
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
