@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,29 +133,33 @@ def test_matrices_that_are_no_linear_layers_are_refused_by_name(model_of, archit
     assert "\n" not in str(caught.value)
 
 
-def test_a_checkpoint_with_other_names_than_the_modules_is_refused_by_name(model_of, tmp_path):
+@pytest.fixture
+def stored(model_of, tmp_path):
+    """`stored(change)`: a folder with a tiny Qwen2 whose tensors went through `change`."""
     from safetensors.torch import save_file
 
-    source = model_of("qwen2")
-    tensors = {name.removeprefix("model."): t for name, t in load_file(source / "model.safetensors").items()}
-    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    def save(change) -> Path:
+        source = model_of("qwen2")
+        (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+        save_file(change(load_file(source / "model.safetensors")), tmp_path / "model.safetensors", {"format": "pt"})
+        return tmp_path
+
+    return save
+
+
+def test_a_checkpoint_with_other_names_than_the_modules_is_refused_by_name(stored):
+    folder = stored(lambda tensors: {name.removeprefix("model."): tensor for name, tensor in tensors.items()})
     with pytest.raises(QuantizationError, match=r"model\.layers\.0\.self_attn\.q_proj\.weight: .* nothing"):
-        quantize(tmp_path, tmp_path / "out", "int8")
-    assert not (tmp_path / "out").exists()
+        quantize(folder, folder / "out", "int8")
+    assert not (folder / "out").exists()
 
 
-def test_weights_that_are_not_of_a_full_precision_type_are_refused_by_name(model_of, tmp_path):
-    from safetensors.torch import save_file
-
-    source, name = model_of("qwen2"), "model.layers.1.mlp.up_proj.weight"
-    tensors = load_file(source / "model.safetensors")
-    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
-    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+def test_weights_that_are_not_of_a_full_precision_type_are_refused_by_name(stored):
+    name = "model.layers.1.mlp.up_proj.weight"
+    folder = stored(lambda tensors: tensors | {name: tensors[name].to(torch.float8_e4m3fn)})
     with pytest.raises(QuantizationError, match=f"{name}: stored as float8_e4m3fn"):
-        quantize(tmp_path, tmp_path / "out", "int8")
-    assert not (tmp_path / "out").exists()
+        quantize(folder, folder / "out", "int8")
+    assert not (folder / "out").exists()
 
 
 def test_biases_and_tied_weights_keep_their_bytes(model_of, tmp_path):
