@@ -1,10 +1,11 @@
 """Quantizing a random checkpoint: wall time and peak memory, beside transformers with torchao and mlx-lm.
 
     python scripts/benchmark_quantize.py [--size 1.1b] [--shards 5] [--times 3] [--json FILE]
-                                         [--roundings rtn,hqq,search] [--mlx PYTHON] [--peers none]
+                                         [--variants int8,int4] [--roundings rtn,hqq,search]
+                                         [--mlx PYTHON] [--peers none]
 
-Every side runs in a fresh process, from its start to its end, imports included. Ours makes int8 and
-int4 in one pass. mlx-lm makes one at a time, and is measured where it is installed: in this Python, or
+Every side runs in a fresh process, from its start to its end, imports included. Ours makes all its
+variants in one pass. mlx-lm makes one at a time, and is measured where it is installed: in this Python, or
 in the one that --mlx names. The checkpoint has been read before, so it comes from the page cache.
 """
 
@@ -25,13 +26,16 @@ import sys
 from pathlib import Path
 from pipeline.libraries import quiet
 quiet()
+from pipeline.catalog import VARIANTS
 from pipeline.config import VariantSpec
-from pipeline.models import linear_weights
+from pipeline.models import linear_weights, table_weights
 from pipeline.quantization.stream import quantize_checkpoint
 
-source, output, rounding = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-specs = [VariantSpec(name="int8").resolved(), VariantSpec(name="int4", rounding=rounding).resolved()]
-quantize_checkpoint(source, specs, {s.name: output / s.name for s in specs}, linear_weights(source))
+source, output, rounding, names = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4].split(",")
+takes = {name: VARIANTS[name].bits < 8 and rounding in VARIANTS[name].roundings for name in names}
+specs = [VariantSpec(name=name, rounding=rounding if takes[name] else None).resolved() for name in names]
+tables = table_weights(source) if any(spec.embeddings == "int8" for spec in specs) else None
+quantize_checkpoint(source, specs, {s.name: output / s.name for s in specs}, linear_weights(source), tables=tables)
 """
 TORCHAO = """
 import sys
@@ -55,7 +59,8 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="1.1b")
     parser.add_argument("--shards", type=int, default=5)
     parser.add_argument("--times", type=int, default=3)
-    parser.add_argument("--roundings", default="rtn,hqq,search")
+    parser.add_argument("--variants", default="int8,int4", help="what ours makes")
+    parser.add_argument("--roundings", default="rtn,hqq,search", help="of less than 8 bits")
     parser.add_argument("--mlx", help="a Python in which mlx-lm is installed")
     parser.add_argument("--peers", default="torchao,mlx")
     parser.add_argument("--scratch", type=Path, help="folder for checkpoints; the system's if not given")
@@ -66,7 +71,8 @@ def main() -> None:
         source = random_checkpoint(Path(scratch) / "model", arguments.size, arguments.shards)
         sides = {}
         for rounding in arguments.roundings.split(","):
-            sides[f"tunepress int8+int4 {rounding}"] = partial(make, sys.executable, OURS, source, rounding)
+            name = f"tunepress {arguments.variants.replace(',', '+')} {rounding}"
+            sides[name] = partial(make, sys.executable, OURS, source, rounding, arguments.variants)
         if "torchao" in arguments.peers:
             sides["transformers+torchao int8"] = partial(make, sys.executable, TORCHAO, source)
         if "mlx" in arguments.peers and mlx:

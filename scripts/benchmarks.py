@@ -37,7 +37,7 @@ _MAKE = """
 import sys
 from pathlib import Path
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from pipeline.checkpoint import CheckpointWriter
 import json
@@ -61,6 +61,7 @@ with CheckpointWriter(folder, plan, shard_bytes=-(-total // shards) if shards > 
 config.save_pretrained(folder)
 words = {"<s>": 0, "</s>": 1, **{chr(i): i - 30 for i in range(32, 127)}}
 tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
+tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
 PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
 """
 
