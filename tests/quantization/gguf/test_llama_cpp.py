@@ -24,7 +24,7 @@ ROPES = {
 }  # fmt: skip
 
 
-def reference(folder, variant=None, **options):
+def reference(folder, variant=None, ids=IDS, **options):
     """Logits of transformers in float32, of the numbers that the variant's codes mean if one is named."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
     spec = VariantSpec(name=variant, **options).resolved() if variant else None
@@ -36,7 +36,7 @@ def reference(folder, variant=None, **options):
         for name in table_weights(folder) if spec.embeddings == "int8" else ():
             weight = model.get_parameter(name)
             weight.data = rounding("rtn")(weight.data, gguf.TABLE).dequantize()
-    return model(torch.tensor([IDS])).logits[0]
+    return model(torch.tensor([ids])).logits[0]
 
 
 def off(found, expected):
