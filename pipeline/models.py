@@ -125,21 +125,16 @@ def linear_weights(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def table_weights(folder: Path) -> dict[str, tuple[int, int]]:
-    """Names and shapes (V, H) of the embedding and, where it is a weight of its own, the output head.
-
-    Raises:
-        ModelError: where the embedding does more than look rows up. Of a Gemma's, which multiplies
-            them too, the stock loader leaves the factor unset if its table is quantized.
-    """
-    import torch
-
+    """Names and shapes (V, H) of the embedding and, where it is a weight of its own, the output head."""
     model = _skeleton(folder)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if type(embedding) is not torch.nn.Embedding:
-        kind = type(embedding).__name__
-        raise ModelError(f"{folder}: stock transformers cannot load a {kind} in int8; use embeddings: keep")
     tables = (embedding,) if model.config.get_text_config().tie_word_embeddings else (embedding, head)
     return {f"{n}.weight": tuple(m.weight.shape) for n, m in model.named_modules() if any(m is t for t in tables)}
+
+
+def embedding_kind(folder: Path) -> str:
+    """What the embedding is: `Embedding`, or a class of its own where it does more than look rows up."""
+    return type(_skeleton(folder).get_input_embeddings()).__name__
 
 
 def refuse_other_matrices(folder: Path) -> None:

@@ -27,6 +27,7 @@ class SafetensorsFolder:
     def __init__(self, spec: VariantSpec, folder: Path, source: Source):
         self.spec, self.folder, self.source = spec, folder, source
         self.format = format_of(spec)
+        self.format.check(spec, source.folder)
         self.round = rounding(spec.rounding)
         self.grids, self.kept = layer_grids(spec, source.linear)
         self.tables = sorted(source.tables) if spec.embeddings == "int8" else []

@@ -107,12 +107,12 @@ def unfit(spec: VariantSpec, linear: Shapes, folder: Path | None = None) -> str 
     """Why a variant cannot be made of these weights, or None where it can.
 
     Args:
-        folder: of the model, for formats that store its configuration and tokenizer too.
+        folder: of the model, which not every format can store.
     """
     try:
         layer_grids(spec, linear)
         if folder is not None:
-            format_of(spec).check(folder)
+            format_of(spec).check(spec, folder)
     except (QuantizationError, ModelError, MissingExtra) as error:
         return str(error)
     return None

@@ -13,8 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import Config, VariantSpec
-from pipeline.errors import ModelError, QuantizationError
+from pipeline.config import Config
+from pipeline.errors import QuantizationError
 from pipeline.events import Events
 from pipeline.files import empty_folder, read_json, replace_folder, states, write_json
 from pipeline.libraries import versions
@@ -75,31 +75,18 @@ def to_write(
     Raises:
         ModelError: where none can be made of such a model.
     """
-    from pipeline.models import refuse_other_matrices
+    from pipeline.models import refuse_other_matrices, table_weights
     from pipeline.quantization.stream import Variants, unfit
 
     for name in names:  # files of an earlier try make room
         shutil.rmtree(workspace.quantized / name, ignore_errors=True)
     refuse_other_matrices(model)
     wanted = [config.quantize.spec(name) for name in names]
-    tables, no_tables = _tables(model, wanted)
-    refused = {}
-    for spec in wanted:
-        if problem := unfit(spec, linear, model) or (no_tables if spec.embeddings == "int8" else None):
-            refused[spec.name] = problem
+    refused = {spec.name: problem for spec in wanted if (problem := unfit(spec, linear, model))}
     specs = [spec for spec in wanted if spec.name not in refused]
+    tables = table_weights(model) if any(spec.embeddings == "int8" for spec in specs) else {}
     folders = {spec.name: empty_folder(_partial(workspace, spec.name)) for spec in specs}
     return Variants(specs, folders, linear, tables, name=config.name), refused
-
-
-def _tables(model: Path, specs: Sequence[VariantSpec]) -> tuple[Mapping[str, tuple[int, int]], str | None]:
-    """The embedding and the output head, where a variant has them in int8; and why that cannot be."""
-    from pipeline.models import table_weights
-
-    try:
-        return (table_weights(model) if any(spec.embeddings == "int8" for spec in specs) else {}), None
-    except ModelError as error:
-        return {}, str(error)
 
 
 def keep_written(config: Config, workspace: Workspace, made: Mapping[str, VariantFiles], model: Path) -> None:

@@ -16,7 +16,7 @@ from pipeline.loading import _load_stock, load
 from pipeline.models import linear_weights, table_weights
 from pipeline.quantization.formats.torchao import INT8
 from pipeline.quantization.rounding import rounding
-from pipeline.quantization.stream import quantize_checkpoint
+from pipeline.quantization.stream import quantize_checkpoint, unfit
 from tests.conftest import ARCHITECTURES
 
 PLAIN = [kind for kind in ARCHITECTURES if kind != "gemma3_text"]  # whose embedding only looks up
@@ -136,6 +136,16 @@ def test_a_tied_table_that_is_stored_twice_is_refused_by_name(tiny_model, tmp_pa
     assert not list(tmp_path.glob("out/*"))
 
 
-def test_an_embedding_that_does_more_than_look_up_is_refused_by_name(tiny_model):
-    with pytest.raises(ModelError, match="cannot load a Gemma3TextScaledWordEmbedding in int8"):
-        table_weights(tiny_model("gemma3_text"))
+@pytest.mark.parametrize("name, options", [("int8", {}), ("int4", {}), ("int4", {"packing": "tile_packed"})])
+def test_an_embedding_that_does_more_than_look_up_is_refused_by_name(tiny_model, tmp_path, name, options):
+    source, spec = tiny_model("gemma3_text"), VariantSpec(name=name, embeddings="int8", **options).resolved()
+    linear, tables = linear_weights(source), table_weights(source)
+    message = "cannot load a Gemma3TextScaledWordEmbedding in int8; use embeddings: keep"
+    assert message in unfit(spec, linear, source)
+    with pytest.raises(ModelError, match=message):
+        quantize_checkpoint(source, [spec], {name: tmp_path / "out"}, linear, tables=tables)
+    assert not (tmp_path / "out").exists()
+    kept = spec.model_copy(update={"embeddings": "keep"})
+    assert (
+        unfit(kept, linear, source) is None and unfit(VariantSpec(name="gguf-q8_0").resolved(), linear, source) is None
+    )

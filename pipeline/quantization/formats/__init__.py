@@ -1,7 +1,7 @@
 """Where codes are stored. Each format is a module; all of them have
 
 grid(spec, width)                the grid of a layer with `width` columns
-check(folder)                    raises where a model cannot be stored so
+check(spec, folder)              raises where a model cannot be stored so
 TABLE                            the grid of embeddings and output heads, where they are quantized
 
 Formats of safetensors (`torchao`, `tile_packed`), which `pipeline.quantization.folder` writes, also have

@@ -21,7 +21,8 @@ import torch
 from pipeline.catalog import GROUP_SIZES, VARIANTS
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import VariantSpec
-from pipeline.errors import CheckpointError, QuantizationError
+from pipeline.errors import CheckpointError, ModelError, QuantizationError
+from pipeline.models import embedding_kind
 from pipeline.quantization.grid import Grid, GroupQuantized, fitting_group_size, pack_nibbles, unpack_nibbles
 
 _PACKINGS = {"plain": "plain", "tile_packed": "tile_packed_to_4d"}  # torchao's names for ours
@@ -46,8 +47,15 @@ def grid(spec: VariantSpec, width: int) -> Grid:
     return grouped(VARIANTS[spec.name].bits, size)
 
 
-def check(folder: Path) -> None:
-    """Any model of linear layers can be stored so."""
+def check(spec: VariantSpec, folder: Path) -> None:
+    """Any model of linear layers can be stored so; its table in int8 where that only looks rows up.
+
+    Raises:
+        ModelError: where it does more. Of a Gemma's, which multiplies the rows too, the stock loader
+            leaves the factor unset if the table is quantized.
+    """
+    if spec.embeddings == "int8" and (kind := embedding_kind(folder)) != "Embedding":
+        raise ModelError(f"{folder}: stock transformers cannot load a {kind} in int8; use embeddings: keep")
 
 
 def grouped(bits: int, size: int) -> Grid:

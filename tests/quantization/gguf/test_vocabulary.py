@@ -9,12 +9,14 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from pipeline.config import VariantSpec
 from pipeline.errors import ModelError
 from pipeline.quantization.formats.gguf import check
 from pipeline.quantization.formats.gguf.vocabulary import vocabulary
 from tests.conftest import CHAT_TEMPLATE, GEMMA_TEMPLATE
 
 SIZE = 640
+SPEC = VariantSpec(name="gguf-f16")
 TEXTS = [
     "Hello world", " two  spaces   here ", "line\n\nlines\n  indented\n", "tabs\tand\r\nreturns", "x = 1234567 + 89",
     "3.14159, 1,000,000", "I'm we'll THEY'RE don't O'Neil", "snake_case camelCase SHOUT", "naïve café, über",
@@ -166,12 +168,12 @@ def test_every_token_that_ends_an_answer_is_named(tiny_model, written, opened, t
 def test_words_added_where_a_space_comes_first_are_refused_for_they_are_looked_for_with_it(tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model("llama", vocab_size=SIZE), tmp_path / "model")
     write(folder, *KINDS["llama-2"]())
-    check(folder)
+    check(SPEC, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["own_word"])
     tokenizer.save_pretrained(folder)
     with pytest.raises(ModelError, match="'own_word'"):
-        check(folder)
+        check(SPEC, folder)
 
 
 def change(key, value):
@@ -203,5 +205,5 @@ def test_a_tokenizer_that_llama_cpp_cannot_follow_is_refused(tiny_model, tmp_pat
     apply(about)
     (folder / "tokenizer.json").write_text(json.dumps(about))
     with pytest.raises(ModelError, match=message) as caught:
-        check(folder)
+        check(SPEC, folder)
     assert str(folder) in str(caught.value)

@@ -61,7 +61,7 @@ def grid(spec: VariantSpec, width: int) -> Grid | None:
     return _GRIDS[type_name(spec)]
 
 
-def check(folder: Path) -> None:
+def check(spec: VariantSpec, folder: Path) -> None:
     """Can the model in `folder` be stored so? Its weights are not looked at.
 
     Raises:
@@ -70,4 +70,4 @@ def check(folder: Path) -> None:
     """
     from pipeline.quantization.formats.gguf.header import describe
 
-    describe(folder, "model", "F16")
+    describe(folder, "model", type_name(spec))
