@@ -194,6 +194,13 @@ def copy_companions(source: Path, target: Path) -> None:
         shutil.copyfile(path, target / path.name)
 
 
+def copy_terms(source: Path, target: Path) -> None:
+    """Copy the terms of use that lie beside a checkpoint, which go where its weights go."""
+    for path in companions(source):
+        if TERMS_FILES.match(path.name):
+            shutil.copyfile(path, target / path.name)
+
+
 def read_config(folder: Path) -> dict:
     """`config.json` of a checkpoint, as plain data."""
     try:

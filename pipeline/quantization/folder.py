@@ -99,7 +99,7 @@ class SafetensorsFolder:
         before = sum(self.source.tensors[name].nbytes for name in self.grids)
         stored = _stored_bytes(self.grids, self.format)
         unpadded = _stored_bytes(self.grids, format_of(self.spec.model_copy(update={"packing": None})))
-        return VariantFiles(stored, before, stored - unpadded, other, tuple(self.kept))
+        return VariantFiles(stored, before, stored - unpadded, other, tuple(self.kept), {})
 
 
 def _stored_bytes(grids: Mapping[str, tuple[tuple, Grid]], form: ModuleType) -> int:

@@ -32,6 +32,7 @@ class Source:
         tables: the embedding and the output head, as `models.table_weights` finds them.
         template: the chat template that belongs to the model, where it is not in the folder yet.
         name: what the model is called in files that have a name of their own.
+        license: of the model, where it is known.
     """
 
     tensors: Tensors
@@ -40,6 +41,7 @@ class Source:
     tables: Shapes = field(default_factory=dict)
     template: str | None = None
     name: str = "model"
+    license: str | None = None
     shard_bytes: int = SHARD_BYTES
 
 
@@ -52,6 +54,7 @@ class VariantFiles:
     padding_bytes: int  # those of them that only fill up the tiles of a packing
     group_sizes: dict[str, int]  # layers whose group size is not the one asked for
     kept: tuple[str, ...]  # layers left as they were, because that was asked for
+    types: dict[str, int]  # tensors in the file of each type of GGUF; of safetensors nothing
 
 
 class Output(Protocol):

@@ -44,6 +44,7 @@ class Variants:
         tables: the embedding and the output head, as `models.table_weights` finds them, for
             variants with `embeddings: int8`.
         name: what the model is called in files that have a name of their own.
+        license: of the model, where it is known.
     """
 
     def __init__(
@@ -54,8 +55,10 @@ class Variants:
         tables: Shapes | None = None,
         shard_bytes: int = SHARD_BYTES,
         name: str = "model",
+        license: str | None = None,
     ):
-        self.specs, self._output, self._shard_bytes, self._name = specs, output or {}, shard_bytes, name
+        self.specs, self._output, self._shard_bytes = specs, output or {}, shard_bytes
+        self._name, self._license = name, license
         self._linear, self._tables = linear or {}, tables or {}
         self._variants: list[Output] = []
 
@@ -75,7 +78,9 @@ class Variants:
         if self.specs:
             _check(tensors, {**self._linear, **self._tables})
             _check_tables(tensors, self._linear, self._tables)
-        source = Source(tensors, folder, self._linear, self._tables, template, self._name, self._shard_bytes)
+        source = Source(
+            tensors, folder, self._linear, self._tables, template, self._name, self._license, self._shard_bytes
+        )
         with ExitStack() as stack:
             for spec in self.specs:
                 make = _OUTPUTS[VARIANTS[spec.name].format]

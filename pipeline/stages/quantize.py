@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.catalog import VARIANTS
 from pipeline.config import Config
 from pipeline.errors import QuantizationError
 from pipeline.events import Events
@@ -25,7 +26,10 @@ from pipeline.workspace import Workspace
 if TYPE_CHECKING:
     from pipeline.quantization.stream import VariantFiles, Variants
 
-LIBRARIES = ("torch", "torchao", "transformers")
+LIBRARIES = {  # whose versions can change the bytes of a format's files
+    "torchao": ("torch", "torchao", "transformers"),
+    "gguf": ("torch", "gguf", "transformers"),
+}
 
 
 def parameters(config: Config, variant: str | None) -> dict:
@@ -43,7 +47,7 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
         "specs": [config.quantize.spec(v).model_dump() for v in variants],
         "measured": measured,
         "after": made_from(config, workspace),
-        "versions": versions(*LIBRARIES),
+        "versions": _versions(variants),
     }
 
 
@@ -86,7 +90,8 @@ def to_write(
     specs = [spec for spec in wanted if spec.name not in refused]
     tables = table_weights(model) if any(spec.embeddings == "int8" for spec in specs) else {}
     folders = {spec.name: empty_folder(_partial(workspace, spec.name)) for spec in specs}
-    return Variants(specs, folders, linear, tables, name=config.name), refused
+    license = workspace.read_measurement("origin").get("license")
+    return Variants(specs, folders, linear, tables, name=config.name, license=license), refused
 
 
 def keep_written(config: Config, workspace: Workspace, made: Mapping[str, VariantFiles], model: Path) -> None:
@@ -108,11 +113,15 @@ def _about(config: Config, workspace: Workspace, name: str, model: Path) -> dict
 
     return {
         "spec": config.quantize.spec(name).model_dump(),
-        "versions": versions(*LIBRARIES),
+        "versions": _versions((name,)),
         "revision": workspace.base_revision(config.model.model_dump()),
         "model": states([*sorted(model.glob("*.safetensors")), *model.glob("config.json"), *companions(model)]),
         "files": states(sorted((workspace.quantized / name).glob("*"))),
     }
+
+
+def _versions(variants: Sequence[str]) -> dict[str, str]:
+    return versions(*sorted({library for name in variants for library in LIBRARIES[VARIANTS[name].format]}))
 
 
 def _partial(workspace: Workspace, name: str) -> Path:

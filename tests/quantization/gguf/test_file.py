@@ -14,16 +14,15 @@ from pipeline.config import VariantSpec
 from pipeline.errors import MissingExtra, ModelError, QuantizationError
 from pipeline.models import linear_weights, table_weights
 from pipeline.quantization.source import unfit
-from pipeline.quantization.stream import quantize_checkpoint
+from pipeline.quantization.stream import Variants, quantize_checkpoint
 from tests.quantization.gguf.conftest import TYPES
 
 
 def quantize(source, folder, *variants, **options):
     specs = [VariantSpec(name=v).resolved() for v in variants]
     places = {v: folder / ("gguf" if v in TYPES else v) for v in variants}
-    return quantize_checkpoint(
-        source, specs, places, linear_weights(source), tables=table_weights(source), name="tiny", **options
-    )
+    linear, tables = linear_weights(source), table_weights(source)
+    return Variants(specs, places, linear, tables, name="tiny", **options).make_of(source)
 
 
 @pytest.mark.parametrize("block, tile", [(1, 1), (1000, 10_000), (10**9, 500)])
@@ -118,3 +117,52 @@ def test_without_the_package_the_extra_is_named(tiny_model, tmp_path, monkeypatc
 def test_what_a_type_does_not_take_is_refused(asked, message):
     with pytest.raises(ValueError, match=message):
         VariantSpec.model_validate(asked)
+
+
+def test_it_says_what_it_is_and_of_what_types_it_is_made(tiny_model, tmp_path):
+    from gguf import GGUFReader
+
+    source = tiny_model("llama")
+    made = quantize(source, tmp_path, "gguf-q4_0", "int8", license="apache-2.0")
+    (path,) = (tmp_path / "gguf").iterdir()
+    found = GGUFReader(path)
+    general = {k: f.contents() for k, f in found.fields.items() if k.startswith("general.")}
+    assert general == {
+        "general.architecture": "llama", "general.type": "model", "general.name": "tiny",
+        "general.license": "apache-2.0", "general.size_label": "427K",
+        "general.file_type": 2, "general.quantization_version": 2,
+    }  # fmt: skip
+    types = [tensor.tensor_type.name for tensor in found.tensors]
+    assert made["gguf-q4_0"].types == {kind: types.count(kind) for kind in set(types)}
+    assert made["gguf-q4_0"].types.keys() == {"Q4_0", "Q8_0", "F32"} and made["int8"].types == {}
+
+
+def test_the_terms_of_use_go_with_it_and_nothing_else(model_copy, tmp_path):
+    (model_copy / "LICENSE").write_text("terms")
+    (model_copy / "NOTICE.txt").write_text("notice")
+    quantize(model_copy, tmp_path, "gguf-q4_0", "gguf-q8_0")
+    names = {path.name for path in (tmp_path / "gguf").iterdir()}
+    assert names == {"LICENSE", "NOTICE.txt", "tiny-Q4_0.gguf", "tiny-Q8_0.gguf"}
+
+
+def test_a_model_without_a_tokenizer_is_refused_in_one_line(model_copy):
+    for path in model_copy.glob("token*"):
+        path.unlink()
+    problem = unfit(VariantSpec(name="gguf-q4_0").resolved(), linear_weights(model_copy), model_copy)
+    assert problem.startswith(f"{model_copy}: a GGUF carries a tokenizer, and here none can be read: ")
+    assert "\n" not in problem and len(problem) < 400
+
+
+def test_only_its_own_library_can_change_a_variant(tmp_path):
+    from pipeline.config_file import parse_config
+    from pipeline.stages.quantize import depends
+    from pipeline.workspace import Workspace
+
+    tree = {"name": "t", "model": {"source": str(tmp_path)}, "data": None, "evaluate": None}
+    config = parse_config(tree | {"quantize": {"variants": ["int8", "gguf-q4_0"]}}, "test", ())
+    known = {v: depends(config, Workspace(tmp_path), (v,))["versions"].keys() for v in ("int8", "gguf-q4_0")}
+    assert known["int8"] == {"torch", "torchao", "transformers"} and known["gguf-q4_0"] == {
+        "torch",
+        "gguf",
+        "transformers",
+    }

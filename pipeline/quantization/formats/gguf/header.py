@@ -43,10 +43,13 @@ class Description:
     tensors: dict[str, torch.Tensor]
 
 
-def describe(folder: Path, name: str, type_name: str, template: str | None = None) -> Description:
+def describe(
+    folder: Path, name: str, type_name: str, template: str | None = None, license: str | None = None
+) -> Description:
     """The header of the model in `folder`.
 
     Args:
+        name: what the model is called.
         type_name: what most of its weights are stored as, such as `Q4_0`.
         template: its chat template, where it is not in the folder yet.
 
@@ -59,13 +62,19 @@ def describe(folder: Path, name: str, type_name: str, template: str | None = Non
 
     try:
         config = AutoConfig.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        known = architecture(config.model_type)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder}: {str(error).strip().splitlines()[0]}") from None
-    known = architecture(config.model_type)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{folder}: a GGUF carries a tokenizer, and here none can be read: {reason}") from None
     writer = gguf.GGUFWriter(None, known.name)
     writer.add_type("model")
     writer.add_name(name)
+    if license:
+        writer.add_license(license)
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{type_name}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     try:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 
 from pipeline.config import VariantSpec
 from pipeline.errors import CheckpointError, QuantizationError
+from pipeline.models import copy_terms
 from pipeline.quantization.formats.gguf import TABLE, type_name, type_of
 from pipeline.quantization.formats.gguf.blocks import PLAIN, pack, plain, row_bytes
 from pipeline.quantization.formats.gguf.header import Description, describe
@@ -50,7 +53,7 @@ class GgufFile:
         self.path = folder / f"{source.name}-{type_name(spec)}.gguf"
         self.round = rounding(spec.rounding) if spec.rounding else None
         self.grids, self.kept = layer_grids(spec, source.linear)
-        self.about = describe(source.folder, source.name, type_name(spec), source.template)
+        self.about = describe(source.folder, source.name, type_name(spec), source.template, source.license)
         self.tables = set(source.tables) if spec.embeddings == "int8" else set()
         for name in self.tables:
             self.grids[name] = (source.tables[name], TABLE)
@@ -58,6 +61,8 @@ class GgufFile:
         self.names = stored_names(of, self.about.layers, tensors, self.about.tied)
         planned = {target: self._plan(name) for name, target in self.names.items()}
         extra = self.about.tensors.items()
+        count = sum(math.prod(tensors[name].shape) for name in self.names)
+        self.about.writer.add_size_label(library().size_label(count, 0, 0, 0))
         planned |= {name: Place("F32", None, tuple(t.shape), row_bytes("F32", 1)) for name, t in extra}
         header, self.places = _lay_out(self.about, planned)
         self._written: dict[str, list[tuple[int, int]]] = {name: [] for name in self.places}
@@ -155,12 +160,14 @@ class GgufFile:
         self._file = -1
 
     def finish(self, model: Path) -> None:
-        """Nothing: the configuration and the tokenizer are in the file."""
+        """Put the terms of use beside the file; the configuration and the tokenizer are in it."""
+        copy_terms(model, self.path.parent)
 
     def describe(self) -> VariantFiles:
         stored = sum(self.places[self.names[name]].nbytes for name in self.grids)
         before = sum(self.source.tensors[name].nbytes for name in self.grids)
-        return VariantFiles(stored, before, 0, {}, tuple(self.kept))
+        types = dict(Counter(place.kind for place in self.places.values()))
+        return VariantFiles(stored, before, 0, {}, tuple(self.kept), types)
 
 
 def _lay_out(about: Description, planned: dict[str, Place]) -> tuple[bytes, dict[str, Place]]:
