@@ -22,7 +22,9 @@ class Variant:
     roundings: tuple[str, ...]  # the first is the default
     packings: tuple[str, ...] = ()  # the orders that codes can be stored in; the first is the default
     group_sizes: tuple[int, ...] = GROUP_SIZES  # those that can be asked for
-    embeddings: str = "keep"  # what becomes of the embedding and the output head, unless asked for otherwise
+    # What becomes of the embedding and the output head, unless asked for otherwise; None: the quantizer chooses.
+    embeddings: str | None = "keep"
+    quantizer: str | None = None  # a library's own, which takes none of these options
 
     @property
     def folder(self) -> str:
@@ -34,6 +36,10 @@ def _gguf(name: str, bits: int, *roundings: str) -> Variant:
     if not roundings:
         return Variant(f"gguf-{name}", "gguf", bits, None, (), group_sizes=())
     return Variant(f"gguf-{name}", "gguf", bits, 32, roundings, group_sizes=(32,), embeddings="int8")
+
+
+def _k_quants(name: str, bits: int) -> Variant:
+    return Variant(f"gguf-{name}", "gguf", bits, None, (), group_sizes=(), embeddings=None, quantizer="llama.cpp")
 
 
 VARIANTS = {
@@ -61,6 +67,9 @@ VARIANTS = {
         _gguf("q4_1", 4, "search", "hqq", "rtn"),
         _gguf("q5_0", 5, "search", "hqq", "rtn"),
         _gguf("q5_1", 5, "search", "hqq", "rtn"),
+        _k_quants("q4_k_m", 4),
+        _k_quants("q5_k_m", 5),
+        _k_quants("q6_k", 6),
     )
 }
 
@@ -68,6 +77,8 @@ ALIASES = {
     "int8_weight_only": ("int8",),
     "int4_weight_only": ("int4",),
     "both": ("int8", "int4"),
+    # As people who use llama.cpp write them; bf16 and f16 say too little of what is wanted.
+    **{name.removeprefix("gguf-"): (name,) for name, v in VARIANTS.items() if v.format == "gguf" and v.bits < 16},
 }
 
 DATA_FORMS = {

@@ -138,6 +138,11 @@ class VariantSpec(Section):
         if self.name not in VARIANTS:
             raise ValueError(f"allowed are {variant_names()}")
         variant = VARIANTS[self.name]
+        options = ("group_size", "rounding", "embeddings", "packing", "keep")
+        if variant.quantizer and (given := [option for option in options if getattr(self, option)]):
+            raise ValueError(
+                f"{given[0]}: {self.name} is made by {variant.quantizer}'s own quantizer, which takes none"
+            )
         if self.group_size is not None and self.group_size not in variant.group_sizes:
             allowed = ", ".join(map(str, variant.group_sizes)) or f"none, for {self.name} has no groups"
             raise ValueError(f"group_size {self.group_size}: allowed are {allowed}")

@@ -35,7 +35,7 @@ def quantize_config(
     Args:
         source: Hub id, or folder.
         variants: names or aliases; `rounding` and `packing` go to those that know them, `group_size` to
-            those in groups anyway (int4), or to all where none of them is.
+            those in groups anyway (int4), or to all where none of them is, but not to those with one size only (GGUF).
         settings: `key=value`, for whatever else a configuration has.
         low_disk: fetch shard by shard, and remove each when it was read.
 
@@ -99,7 +99,8 @@ def _specs(
         except KeyError:
             raise ConfigError(f"--variants {given}: allowed are {variant_names()}") from None
     sized = [name for name in names if group_size in VARIANTS[name].group_sizes] or names
-    in_groups = [name for name in sized if VARIANTS[name].group_size] or sized
+    choosing = [name for name in sized if len(VARIANTS[name].group_sizes) > 1] or sized
+    in_groups = [name for name in choosing if VARIANTS[name].group_size] or choosing
     rounded = [name for name in names if rounding in VARIANTS[name].roundings]
     packed = [name for name in names if packing in VARIANTS[name].packings]
     for option, value, takers in (("rounding", rounding, rounded), ("packing", packing, packed)):

@@ -16,7 +16,7 @@ from pipeline.models import copy_companions, read_config
 from pipeline.quantization.formats import format_of
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.rounding import rounding
-from pipeline.quantization.source import Source, VariantFiles, layer_grids
+from pipeline.quantization.source import Source, Tell, VariantFiles, layer_grids
 
 nearest = rounding("rtn")
 
@@ -82,7 +82,7 @@ class SafetensorsFolder:
         for part, tensor in self.format.rest(name, scale, zero, grid).items():
             self.writer.write(part, tensor)
 
-    def finish(self, model: Path) -> None:
+    def finish(self, model: Path, tell: Tell | None = None) -> None:
         """Put the configuration, the tokenizer and the terms beside the weights."""
         copy_companions(model, self.folder)
         kept, rows = ([name.removesuffix(".weight") for name in names] for names in (self.kept, self.tables))

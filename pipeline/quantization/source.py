@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +18,7 @@ from pipeline.quantization.grid import Grid
 
 Tensors = Mapping[str, TensorInfo]  # the full-precision model, by dtypes and shapes
 Shapes = Mapping[str, tuple[int, int]]  # name of a weight -> (N, K)
+Tell = Callable[[int, int, str], None]  # called with what is done, with what there is in all, and what this is
 Grids = dict[str, tuple[tuple[int, int], Grid]]  # name of a weight -> its shape, and the grid it is put on
 
 
@@ -74,8 +75,13 @@ class Output(Protocol):
     def take(self, name: str, rows: torch.Tensor, first: int) -> None:
         """Write rows of a tensor, the first of which has the number `first`."""
 
-    def finish(self, model: Path) -> None:
-        """Put beside the weights what belongs there, from the full-precision model's folder."""
+    def finish(self, model: Path, tell: Tell | None = None) -> None:
+        """Do what comes after the pass, and put beside the weights what belongs there, from the full-precision
+        model's folder.
+
+        Args:
+            tell: is told of what takes its time.
+        """
 
     def describe(self) -> VariantFiles:
         """What was written."""

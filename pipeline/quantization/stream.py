@@ -25,13 +25,13 @@ from pipeline.checkpoint import SHARD_BYTES, Checkpoint
 from pipeline.config import VariantSpec
 from pipeline.errors import QuantizationError
 from pipeline.quantization.folder import SafetensorsFolder
+from pipeline.quantization.formats.gguf.kquants import KQuantsFile
 from pipeline.quantization.formats.gguf.output import GgufFile
-from pipeline.quantization.source import Output, Shapes, Source, Tensors, VariantFiles, unfit
+from pipeline.quantization.source import Output, Shapes, Source, Tell, Tensors, VariantFiles, unfit
 
 __all__ = ["VariantFiles", "Variants", "quantize_checkpoint", "unfit"]
 
 ROUNDED_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_OUTPUTS: dict[str, Callable[[VariantSpec, Path, Source], Output]] = {"torchao": SafetensorsFolder, "gguf": GgufFile}
 
 
 class Variants:
@@ -45,6 +45,7 @@ class Variants:
             variants with `embeddings: int8`.
         name: what the model is called in files that have a name of their own.
         license: of the model, where it is known.
+        tell: is told of what takes its time after the pass: what is done, what there is in all, and what this is.
     """
 
     def __init__(
@@ -56,9 +57,10 @@ class Variants:
         shard_bytes: int = SHARD_BYTES,
         name: str = "model",
         license: str | None = None,
+        tell: Tell | None = None,
     ):
         self.specs, self._output, self._shard_bytes = specs, output or {}, shard_bytes
-        self._name, self._license = name, license
+        self._name, self._license, self._tell = name, license, tell
         self._linear, self._tables = linear or {}, tables or {}
         self._variants: list[Output] = []
 
@@ -83,8 +85,8 @@ class Variants:
         )
         with ExitStack() as stack:
             for spec in self.specs:
-                make = _OUTPUTS[VARIANTS[spec.name].format]
-                self._variants.append(stack.enter_context(make(spec, Path(self._output[spec.name]), source)))
+                output = _output(spec)(spec, Path(self._output[spec.name]), source)
+                self._variants.append(stack.enter_context(output))
             yield self._take
 
     def together(self, name: str) -> int:
@@ -126,7 +128,7 @@ class Variants:
     def finish(self, model: Path) -> dict[str, VariantFiles]:
         """Put beside the weights what comes from the full-precision model's folder: configuration, tokenizer, terms."""
         for variant in self._variants:
-            variant.finish(model)
+            variant.finish(model, self._tell)
         return {variant.spec.name: variant.describe() for variant in self._variants}
 
 
@@ -142,6 +144,14 @@ def quantize_checkpoint(
 ) -> dict[str, VariantFiles]:
     """Write every variant of a full-precision checkpoint in one pass: `Variants.make_of` in one call."""
     return Variants(specs, output, linear, tables, shard_bytes, name).make_of(Path(source), on_progress)
+
+
+def _output(spec: VariantSpec) -> Callable[[VariantSpec, Path, Source], Output]:
+    """What writes a variant's files."""
+    variant = VARIANTS[spec.name]
+    if variant.format == "gguf":
+        return KQuantsFile if variant.quantizer else GgufFile
+    return SafetensorsFolder
 
 
 def _check(tensors: Tensors, weights: Shapes) -> None:

@@ -56,7 +56,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     linear, template = linear_weights(base), _supplied_template(base, workspace)
     folders = {kind: empty_folder(workspace.folder / f"merged-{kind}.partial") for kind in _kinds(config)}
     # Which of two bases the variants are to be made of is not known before both are compared.
-    along = _variants_along(config, workspace, base, linear) if len(folders) == 1 else None
+    along = _variants_along(config, workspace, events, base, linear) if len(folders) == 1 else None
     made = {}
     for kind, folder in folders.items():
         merge = partial(merge_checkpoint, base, lora, folder, kind, linear, template=template)
@@ -76,11 +76,11 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     return Outcome((*files, measured), {"base": chosen} | ({"variants": ", ".join(made)} if made else {}))
 
 
-def _variants_along(config: Config, workspace: Workspace, base: Path, linear: dict) -> Variants | None:
+def _variants_along(config: Config, workspace: Workspace, events: Events, base: Path, linear: dict) -> Variants | None:
     """The variants that can be made in the merge's own pass; what keeps others from it, `quantize` will tell."""
     names = [spec.name for spec in config.quantize.variants]
     with suppress(ModelError, OSError):
-        variants, _ = to_write(config, workspace, names, base, linear)
+        variants, _ = to_write(config, workspace, events, names, base, linear)
         return variants if variants.specs else None
     return None
 

@@ -26,9 +26,10 @@ from pipeline.workspace import Workspace
 if TYPE_CHECKING:
     from pipeline.quantization.stream import VariantFiles, Variants
 
-LIBRARIES = {  # whose versions can change the bytes of a format's files
+LIBRARIES = {  # whose versions can change the bytes of what a format or a quantizer makes
     "torchao": ("torch", "torchao", "transformers"),
     "gguf": ("torch", "gguf", "transformers"),
+    "llama.cpp": ("llama-cpp-python",),
 }
 
 
@@ -59,7 +60,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     refused = {}
     if missing:
         linear = linear_weights(source)
-        order, refused = to_write(config, workspace, missing, source, linear)
+        order, refused = to_write(config, workspace, events, missing, source, linear)
         for name, problem in refused.items():
             events.failed("quantize", name, QuantizationError(problem))
         if order.specs:
@@ -72,7 +73,12 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
 
 
 def to_write(
-    config: Config, workspace: Workspace, names: Sequence[str], model: Path, linear: Mapping[str, tuple[int, int]]
+    config: Config,
+    workspace: Workspace,
+    events: Events,
+    names: Sequence[str],
+    model: Path,
+    linear: Mapping[str, tuple[int, int]],
 ) -> tuple[Variants, dict[str, str]]:
     """What makes these variants of a model, and why some of them cannot be made.
 
@@ -91,7 +97,8 @@ def to_write(
     tables = table_weights(model) if any(spec.embeddings == "int8" for spec in specs) else {}
     folders = {spec.name: empty_folder(_partial(workspace, spec.name)) for spec in specs}
     license = workspace.read_measurement("origin").get("license")
-    return Variants(specs, folders, linear, tables, name=config.name, license=license), refused
+    tell = events.progress
+    return Variants(specs, folders, linear, tables, name=config.name, license=license, tell=tell), refused
 
 
 def keep_written(config: Config, workspace: Workspace, made: Mapping[str, VariantFiles], model: Path) -> None:
@@ -121,7 +128,8 @@ def _about(config: Config, workspace: Workspace, name: str, model: Path) -> dict
 
 
 def _versions(variants: Sequence[str]) -> dict[str, str]:
-    return versions(*sorted({library for name in variants for library in LIBRARIES[VARIANTS[name].format]}))
+    makers = {maker for name in variants for maker in (VARIANTS[name].format, VARIANTS[name].quantizer) if maker}
+    return versions(*sorted(library for maker in makers for library in LIBRARIES[maker]))
 
 
 def _partial(workspace: Workspace, name: str) -> Path:

@@ -12,7 +12,7 @@ from pipeline.config import VariantSpec
 from pipeline.models import linear_weights, table_weights
 from pipeline.quantization.stream import quantize_checkpoint
 
-TYPES = [name for name, variant in VARIANTS.items() if variant.format == "gguf"]
+TYPES = [name for name, variant in VARIANTS.items() if variant.format == "gguf" and not variant.quantizer]
 # What of each architecture llama.cpp can compute: SmolLM3's fourth layers are without rotary embeddings.
 MODELS = {
     "llama": {},

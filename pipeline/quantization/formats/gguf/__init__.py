@@ -8,20 +8,22 @@
 
 with signed q, unsigned u, and groups of 32 columns, so that every rounding that knows such a grid
 can fill them. Embedding and output head are Q8_0 in all of these. `f16` and `bf16` store weights as
-they are. Vectors, such as norms and biases, are always float32.
+they are. Vectors, such as norms and biases, are always float32. K-quants (`Q4_K_M` and its like) are mixtures
+of types that llama.cpp's own quantizer chooses and fills.
 
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import torch
 
 from pipeline.catalog import VARIANTS
 from pipeline.config import VariantSpec
-from pipeline.errors import QuantizationError
+from pipeline.errors import MissingExtra, QuantizationError
 from pipeline.quantization.grid import Grid
 
 GROUP = 32
@@ -46,7 +48,7 @@ def type_of(grid: Grid) -> str:
 
 
 def grid(spec: VariantSpec, width: int) -> Grid | None:
-    """The grid of a layer with `width` columns; None for variants of 16 bits, which have none.
+    """The grid of a layer with `width` columns; None for variants of 16 bits, and for K-quants, which own theirs.
 
     Raises:
         QuantizationError: where groups of 32 do not divide the width.
@@ -66,8 +68,16 @@ def check(spec: VariantSpec, folder: Path) -> None:
 
     Raises:
         ModelError: naming what llama.cpp, or this writer, does not know of it.
-        MissingExtra: where the package `gguf` is not installed.
+        MissingExtra: where the package `gguf`, or that of the variant's own quantizer, is not installed.
     """
     from pipeline.quantization.formats.gguf.header import describe
 
+    check_quantizer(spec)
+
     describe(folder, "model", type_name(spec))
+
+
+def check_quantizer(spec: VariantSpec) -> None:
+    """Raise MissingExtra where the variant has a quantizer of its own, and that is not installed."""
+    if VARIANTS[spec.name].quantizer and importlib.util.find_spec("llama_cpp") is None:
+        raise MissingExtra(spec.name, "llama-cpp")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from pipeline.catalog import VARIANTS
 from pipeline.config import VariantSpec
 from pipeline.errors import CheckpointError, QuantizationError
 from pipeline.models import copy_terms
@@ -21,7 +22,7 @@ from pipeline.quantization.formats.gguf.header import Description, describe
 from pipeline.quantization.formats.gguf.names import as_stored, library, rows_together, stored_names
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.rounding import rounding
-from pipeline.quantization.source import Source, VariantFiles, layer_grids
+from pipeline.quantization.source import Source, Tell, VariantFiles, layer_grids
 
 nearest = rounding("rtn")
 _KINDS = {dtype: kind for kind, dtype in PLAIN.items()} | {torch.float64: "F32"}  # of what is stored as it is
@@ -82,12 +83,12 @@ class GgufFile:
 
     def _plan(self, name: str) -> Place:
         info, (_, grid) = self.source.tensors[name], self.grids.get(name, (None, None))
-        if grid is None and len(info.shape) > 1 and self.round is None and name not in self.kept:
-            kind = type_name(self.spec)  # F16 or BF16
-        elif grid is None:
-            kind = "F32" if len(info.shape) == 1 else _KINDS.get(info.dtype, "")
-        else:
+        if grid is not None:
             kind = type_of(grid)
+        elif len(info.shape) > 1 and VARIANTS[self.spec.name].bits == 16 and name not in self.kept:
+            kind = type_name(self.spec)  # F16 or BF16
+        else:
+            kind = "F32" if len(info.shape) == 1 else _KINDS.get(info.dtype, "")
         if not kind or not 1 <= len(info.shape) <= 2:
             raise QuantizationError(f"{name}: {info.dtype} {tuple(info.shape)} is not written as GGUF")
         width = info.shape[1] if len(info.shape) == 2 else 1
@@ -159,7 +160,7 @@ class GgufFile:
             self._partial.unlink(missing_ok=True)
         self._file = -1
 
-    def finish(self, model: Path) -> None:
+    def finish(self, model: Path, tell: Tell | None = None) -> None:
         """Put the terms of use beside the file; the configuration and the tokenizer are in it."""
         copy_terms(model, self.path.parent)
 

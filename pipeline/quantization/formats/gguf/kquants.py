@@ -1,0 +1,85 @@
+"""K-quants: what the pass writes is the model as it is, and llama.cpp's own quantizer makes the variant of it.
+
+How llama.cpp spreads its types over a model's tensors is its own business, and part of what people
+expect of such a file; what it chose is read back from the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.config import VariantSpec
+from pipeline.errors import QuantizationError
+from pipeline.models import copy_terms
+from pipeline.quantization.formats.gguf import check_quantizer, quantizer, type_name
+from pipeline.quantization.formats.gguf.blocks import PLAIN
+from pipeline.quantization.formats.gguf.names import library
+from pipeline.quantization.formats.gguf.output import GgufFile
+from pipeline.quantization.source import Source, Tell, VariantFiles
+
+
+class KQuantsFile(GgufFile):
+    """One output of the pass: a file of the model's own types at first, which `finish` quantizes and removes."""
+
+    def __init__(self, spec: VariantSpec, folder: Path, source: Source):
+        check_quantizer(spec)
+        super().__init__(spec, folder, source)
+        self.quantized, self.path = self.path, self.path.with_name(f"{self.path.name}.full")
+
+    def rounds(self, name: str) -> bool:
+        """Every matrix is to be, so its values have to be finite."""
+        return name in self.names and len(self.source.tensors[name].shape) > 1
+
+    def finish(self, model: Path, tell: Tell | None = None) -> None:
+        partial = self.quantized.with_name(f"{self.quantized.name}.partial")
+        what = f"quantizing {self.spec.name} with llama.cpp"
+        try:
+            quantize(self.path, partial, type_name(self.spec), lambda d, t: tell(d, t, what) if tell else None)
+            os.replace(partial, self.quantized)
+        except OSError as error:
+            raise QuantizationError(f"{self.quantized}: cannot be written ({error.strerror})") from None
+        finally:
+            self.path.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
+        copy_terms(model, self.quantized.parent)
+
+    def describe(self) -> VariantFiles:
+        stored = library().GGUFReader(self.quantized).tensors
+        sizes = {tensor.name: tensor.n_bytes for tensor in stored if tensor.tensor_type.name not in PLAIN}
+        before = sum(self.source.tensors[name].nbytes for name, target in self.names.items() if target in sizes)
+        types = dict(Counter(tensor.tensor_type.name for tensor in stored))
+        return VariantFiles(sum(sizes.values()), before, 0, {}, (), types)
+
+
+def quantize(source: Path, target: Path, kind: str, on_progress: Callable[[int, int], None]) -> None:
+    """Let llama.cpp quantize a GGUF; the new file is on the disk when this returns.
+
+    It works in a process of its own, since a call into it can be neither stopped nor survived where it aborts.
+
+    Args:
+        kind: such as `Q4_K_M`.
+        on_progress: called with tensors done and tensors in all.
+
+    Raises:
+        QuantizationError: with llama.cpp's own words.
+    """
+    command = [sys.executable, "-P", quantizer.__file__, str(source), str(target), kind]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            for line in process.stdout:
+                on_progress(*map(int, line.split()))
+            said = process.stderr.read().decode(errors="replace").strip().splitlines()
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode:
+        reason = said[0] if said else f"it ended with {process.returncode}"
+        raise QuantizationError(f"{target.name}: llama.cpp could not quantize to {kind}: {reason}")
+    with contextlib.closing(os.fdopen(os.open(target, os.O_RDONLY))) as file:
+        os.fsync(file.fileno())

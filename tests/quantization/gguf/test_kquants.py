@@ -1,0 +1,143 @@
+"""K-quants are what llama.cpp's own quantizer makes of the model, or there is no file at all."""
+
+import importlib.util
+import shutil
+import subprocess
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from pipeline.catalog import VARIANTS
+from pipeline.checkpoint import SINGLE_NAME
+from pipeline.config import VariantSpec
+from pipeline.errors import MissingExtra, QuantizationError
+from pipeline.models import linear_weights
+from pipeline.quantization.formats.gguf import kquants
+from pipeline.quantization.source import unfit
+from pipeline.quantization.stream import Variants
+from tests.quantization.gguf.conftest import MODELS
+from tests.quantization.gguf.test_llama_cpp import IDS, off, reference
+
+pytest.importorskip("llama_cpp")
+KQUANTS = [name for name, variant in VARIANTS.items() if variant.quantizer]
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
+FOR = {"gguf-q4_k_m": "Q4_K", "gguf-q5_k_m": "Q5_K", "gguf-q6_k": "Q6_K"}
+
+
+def quantize(source, folder, *names, **options):
+    specs = [VariantSpec(name=name).resolved() for name in names]
+    return Variants(specs, dict.fromkeys(names, folder), linear_weights(source), name="tiny", **options)
+
+
+@pytest.mark.parametrize("variant", KQUANTS)
+def test_every_type_is_made_in_one_pass_and_nothing_else_is_left(tiny_model, tmp_path, variant):
+    told = []
+    made = quantize(tiny_model("llama", **WIDE), tmp_path, *KQUANTS, tell=lambda *about: told.append(about))
+    files = made.make_of(tiny_model("llama", **WIDE))
+    assert {path.name for path in tmp_path.iterdir()} == {"tiny-Q4_K_M.gguf", "tiny-Q5_K_M.gguf", "tiny-Q6_K.gguf"}
+    found = files[variant]
+    assert found.types[FOR[variant]] >= 8 and found.types["F32"] == 5 + 8  # norms, and biases of the attention
+    assert 0.25 < found.weight_bytes / found.source_bytes < 0.45
+    total = sum(found.types.values())
+    assert (total, total, f"quantizing {variant} with llama.cpp") in told
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_llama_cpp_computes_with_it_what_the_model_does(tiny_model, tmp_path, logits, architecture):
+    source = tiny_model(architecture, **MODELS[architecture])
+    quantize(source, tmp_path, "gguf-q6_k").make_of(source)
+    assert off(logits(tmp_path / "tiny-Q6_K.gguf", IDS), reference(source)) < 0.06
+
+
+def test_what_its_blocks_do_not_divide_is_stored_otherwise_and_said(tiny_model, tmp_path):
+    source = tiny_model("llama")  # 160 and 192 columns
+    types = quantize(source, tmp_path, "gguf-q4_k_m").make_of(source)["gguf-q4_k_m"].types
+    assert "Q5_0" in types and "Q4_K" not in types
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_it_is_made_of_the_weights_as_they_are(tiny_model, tmp_path, dtype, monkeypatch):
+    from gguf import GGUFReader
+
+    source, kinds = tiny_model("llama", dtype, **WIDE), set()
+    make = kquants.quantize
+
+    def look(path, *rest):
+        kinds.update(tensor.tensor_type.name for tensor in GGUFReader(path).tensors)
+        make(path, *rest)
+
+    monkeypatch.setattr(kquants, "quantize", look)
+    quantize(source, tmp_path, "gguf-q4_k_m").make_of(source)
+    assert kinds == {"F32", {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[dtype]}
+
+
+def test_its_header_and_its_terms_are_those_of_every_gguf(tiny_model, tmp_path):
+    from gguf import GGUFReader
+
+    source = shutil.copytree(tiny_model("llama", **WIDE), tmp_path / "model")
+    (source / "LICENSE").write_text("terms")
+    quantize(source, tmp_path / "out", "gguf-q4_k_m", license="mit").make_of(source)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"LICENSE", "tiny-Q4_K_M.gguf"}
+    fields = GGUFReader(tmp_path / "out" / "tiny-Q4_K_M.gguf").fields
+    found = {key: fields[f"general.{key}"].contents() for key in ("name", "license", "file_type")}
+    assert found == {"name": "tiny", "license": "mit", "file_type": 15}
+    assert not any(str(tmp_path) in str(field.contents()) for key, field in fields.items() if "token" not in key)
+
+
+def test_a_broken_model_leaves_no_file(tiny_model, tmp_path):
+    source = shutil.copytree(tiny_model("llama", **WIDE), tmp_path / "model")
+    tensors = load_file(source / SINGLE_NAME)
+    tensors["model.embed_tokens.weight"][3, 4] = float("inf")
+    save_file(tensors, source / SINGLE_NAME, {"format": "pt"})
+    with pytest.raises(QuantizationError, match=r"embed_tokens\.weight: has values that are not finite"):
+        quantize(source, tmp_path / "out", "gguf-q4_k_m").make_of(source)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_what_llama_cpp_says_is_passed_on_in_one_line(tiny_model, written, tmp_path):
+    path = written(tiny_model("llama"), "gguf-bf16")
+    with pytest.raises(QuantizationError, match=r"llama\.cpp could not quantize to Q4_K_M: .*failed") as caught:
+        kquants.quantize(path, tmp_path, "Q4_K_M", lambda *_: None)  # a folder, where it cannot write
+    assert "\n" not in str(caught.value)
+
+
+def test_its_process_ends_where_nobody_waits_for_it(tiny_model, tmp_path, monkeypatch):
+    class Stop(BaseException):
+        pass
+
+    def stop(*about):
+        raise Stop
+
+    started = []
+    start = subprocess.Popen
+
+    def watch(*args, **options):
+        started.append(start(*args, **options))
+        return started[-1]
+
+    monkeypatch.setattr(kquants.subprocess, "Popen", watch)
+    source = tiny_model("llama", **WIDE)
+    with pytest.raises(Stop):
+        quantize(source, tmp_path / "out", "gguf-q4_k_m", tell=stop).make_of(source)
+    assert started[0].returncode is not None and list((tmp_path / "out").iterdir()) == []
+
+
+def test_without_llama_cpp_the_extra_is_named_before_any_work(tiny_model, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llama_cpp" else find(name))
+    source, spec = tiny_model("llama", **WIDE), VariantSpec(name="gguf-q4_k_m").resolved()
+    message = "gguf-q4_k_m needs a package that is not installed; run: pip install 'tunepress[llama-cpp]'"
+    assert unfit(spec, linear_weights(source), source) == message
+    assert unfit(VariantSpec(name="gguf-q4_0").resolved(), linear_weights(source), source) is None
+    with pytest.raises(MissingExtra):
+        quantize(source, tmp_path / "out", "gguf-q4_k_m").make_of(source)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "option", [{"rounding": "hqq"}, {"group_size": 32}, {"embeddings": "keep"}, {"keep": ["*"]}, {"packing": "plain"}]
+)
+def test_options_are_refused_by_name(option):
+    (name,) = option
+    with pytest.raises(ValueError, match=f"{name}: gguf-q5_k_m is made by llama.cpp's own quantizer"):
+        VariantSpec(name="gguf-q5_k_m", **option)
