@@ -153,16 +153,19 @@ def test_a_model_without_a_tokenizer_is_refused_in_one_line(model_copy):
     assert "\n" not in problem and len(problem) < 400
 
 
-def test_only_its_own_library_can_change_a_variant(tmp_path):
+def test_only_its_own_libraries_can_change_a_variant(tmp_path):
     from pipeline.config_file import parse_config
+    from pipeline.libraries import versions
     from pipeline.stages.quantize import depends
     from pipeline.workspace import Workspace
 
-    tree = {"name": "t", "model": {"source": str(tmp_path)}, "data": None, "evaluate": None}
-    config = parse_config(tree | {"quantize": {"variants": ["int8", "gguf-q4_0"]}}, "test", ())
-    known = {v: depends(config, Workspace(tmp_path), (v,))["versions"].keys() for v in ("int8", "gguf-q4_0")}
-    assert known["int8"] == {"torch", "torchao", "transformers"} and known["gguf-q4_0"] == {
-        "torch",
-        "gguf",
-        "transformers",
+    own = {
+        "int8": {"torch", "torchao", "transformers"},
+        "gguf-q4_0": {"torch", "gguf", "transformers"},
+        "gguf-q4_k_m": {"torch", "gguf", "transformers", "llama-cpp-python"},
     }
+    tree = {"name": "t", "model": {"source": str(tmp_path)}, "data": None, "evaluate": None}
+    config = parse_config(tree | {"quantize": {"variants": [*own]}}, "test", ())
+    for variant, libraries in own.items():
+        found = depends(config, Workspace(tmp_path), (variant,))["versions"]
+        assert found == versions(*sorted(libraries))
