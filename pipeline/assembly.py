@@ -21,17 +21,22 @@ from pipeline.errors import ModelError
 from pipeline.kernels.cpu import Head
 from pipeline.kernels.table import Int8Embedding
 from pipeline.quantization.formats import stored_weights, torchao
+from pipeline.quantization.formats.gguf.reader import GgufWeights
 from pipeline.quantization.grid import GroupQuantized
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 Stored = Callable[[], GroupQuantized]
+Weights = Checkpoint | GgufWeights
 Formats = dict[str, ModuleType]  # a quantized weight's name -> the format that it is stored in
 
 
-def assemble(folder: Path, device: torch.device) -> PreTrainedModel | None:
+def assemble(folder: Path, device: torch.device, weights: GgufWeights | None = None) -> PreTrainedModel | None:
     """The variant in a folder on `device`, its quantized layers packed for it.
+
+    Args:
+        weights: in the place of those in the folder.
 
     Returns:
         None where the stock loader is the better way: for a model that is not quantized, whose
@@ -46,11 +51,15 @@ def assemble(folder: Path, device: torch.device) -> PreTrainedModel | None:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)
-    built = skeleton(folder, config) if getattr(config, "quantization_config", None) is not None else None
+    is_quantized = getattr(config, "quantization_config", None) is not None
+    built = skeleton(folder, config, weights) if is_quantized or weights is not None else None
+    if built is None and weights is not None:
+        raise ModelError(f"{weights.path}: names its tensors otherwise than the model in {folder} does")
     if built is None:
         return None
     model, checkpoint, quantized = built
-    _attach_quantizer(model)
+    if is_quantized:
+        _attach_quantizer(model)
     names = list(model.state_dict())
     for name in (name for name in names if name in checkpoint):  # biases among them, which layers take along
         put(model, name, read(model, name, checkpoint).to(device))
@@ -63,15 +72,20 @@ def assemble(folder: Path, device: torch.device) -> PreTrainedModel | None:
     return model
 
 
-def skeleton(folder: Path, config: PretrainedConfig) -> tuple[PreTrainedModel, Checkpoint, Formats] | None:
+def skeleton(
+    folder: Path, config: PretrainedConfig, weights: Weights | None = None
+) -> tuple[PreTrainedModel, Weights, Formats] | None:
     """The model of a folder on the meta device, its checkpoint, and the formats of what lies there quantized.
+
+    Args:
+        weights: in the place of those in the folder.
 
     Returns:
         None where the checkpoint names its tensors otherwise than the model does.
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    checkpoint = Checkpoint(folder)
+    checkpoint = Checkpoint(folder) if weights is None else weights
     quantized = stored_weights(checkpoint)
     parts = {part for name, form in quantized.items() for part in form.part_names(name)}
     plain = (info.dtype for name, info in checkpoint.items() if name not in parts and info.dtype.is_floating_point)
@@ -167,9 +181,7 @@ def quicken_head(model: PreTrainedModel) -> None:
         model.set_submodule(_name_of(model, head), Head(head))
 
 
-def _same_names(
-    model: PreTrainedModel, checkpoint: Checkpoint, quantized: Formats, parts: set[str], folder: Path
-) -> bool:
+def _same_names(model: PreTrainedModel, checkpoint: Weights, quantized: Formats, parts: set[str], folder: Path) -> bool:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     there, wanted = (checkpoint.keys() - parts) | quantized.keys(), shapes.keys()
     tied = set(model.all_tied_weights_keys)
@@ -195,9 +207,7 @@ def _attach_quantizer(model: PreTrainedModel) -> None:
     quantizer.postprocess_model(model)
 
 
-def _put_layer(
-    model: PreTrainedModel, name: str, checkpoint: Checkpoint, device: torch.device, form: ModuleType
-) -> None:
+def _put_layer(model: PreTrainedModel, name: str, checkpoint: Weights, device: torch.device, form: ModuleType) -> None:
     module, shape = name.rpartition(".")[0], tuple(_owner(model, name).weight.shape)
     again = functools.partial(form.read, checkpoint, name, shape)
     place(model, module, again(), device, again, form)
@@ -216,7 +226,7 @@ def put(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> None:
         owner._buffers[leaf] = tensor
 
 
-def read(model: PreTrainedModel, name: str, checkpoint: Checkpoint) -> torch.Tensor:
+def read(model: PreTrainedModel, name: str, checkpoint: Weights) -> torch.Tensor:
     """The tensor as the model computes with it."""
     return checkpoint.read(name).to(computing_type(model, name, checkpoint[name].dtype))
 

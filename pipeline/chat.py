@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rich.console import Console
 from rich.markup import escape
+
+Messages = list[dict[str, str]]
+Answer = Callable[[Messages], str]  # prints the answer while it comes
+
+CONTEXT = 8192  # tokens of a talk in llama.cpp, which sets memory aside for all of them
 
 
 def chat(
@@ -13,18 +20,20 @@ def chat(
 
     Raises:
         ModelError: where there is no such model or variant, or where it has no chat template.
+        MissingExtra: for a variant of llama.cpp's, where llama-cpp-python is not installed.
     """
     from pipeline.errors import ModelError
-    from pipeline.loading import load
+    from pipeline.loading import is_gguf
 
     with console.status("loading"):
-        model, tokenizer = load(source, variant, device, compile=compile)
-    if tokenizer.chat_template is None:
-        raise ModelError(f"{source}: has no chat template, so it cannot be talked to")
-    from transformers import TextStreamer
-
-    console.print(f"[dim]{escape(source)} {variant or ''} on {model.device}; an empty line ends it[/]")
-    messages: list[dict[str, str]] = []
+        if is_gguf(variant):
+            if device not in ("auto", "cpu") or compile:
+                raise ModelError(f"{variant}: llama.cpp runs it here, on the CPU; leave out --device and --compile")
+            answer, where = _in_llama_cpp(source, variant, new_tokens), "cpu in llama.cpp"
+        else:
+            answer, where = _in_transformers(source, variant, device, new_tokens, compile)
+    console.print(f"[dim]{escape(source)} {variant or ''} on {where}; an empty line ends it[/]")
+    messages: Messages = []
     while True:
         try:
             question = input("> ").strip()
@@ -33,17 +42,59 @@ def chat(
         if not question:
             return
         messages.append({"role": "user", "content": question})
+        try:
+            messages.append({"role": "assistant", "content": answer(messages)})
+        except KeyboardInterrupt:  # stops this answer, not the talk
+            messages.pop()
+            console.print()
+
+
+def _in_transformers(
+    source: str, variant: str | None, device: str, new_tokens: int, compile: bool
+) -> tuple[Answer, str]:
+    from pipeline.errors import ModelError
+    from pipeline.loading import load
+
+    model, tokenizer = load(source, variant, device, compile=compile)
+    if tokenizer.chat_template is None:
+        raise ModelError(f"{source}: has no chat template, so it cannot be talked to")
+    from transformers import TextStreamer
+
+    def answer(messages: Messages) -> str:
         inputs = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).to(model.device)
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        output = model.generate(
+            **inputs, max_new_tokens=new_tokens, streamer=streamer, pad_token_id=tokenizer.pad_token_id or 0
+        )
+        return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    return answer, str(model.device)
+
+
+def _in_llama_cpp(source: str, variant: str, new_tokens: int) -> Answer:
+    """With the tokenizer, the template and the stop tokens of the file, as llama.cpp's own programs have them."""
+    from pipeline import llama_cpp, machine
+    from pipeline.errors import ModelError
+    from pipeline.loading import locate_file
+
+    api = llama_cpp.library()
+    path = locate_file(source, variant)
+    llama_cpp.check(path)
+    model = api.Llama(str(path), n_ctx=CONTEXT, n_threads=machine.cores(), n_gpu_layers=0, verbose=False)
+    if "tokenizer.chat_template" not in model.metadata:
+        raise ModelError(f"{path}: has no chat template, so it cannot be talked to")
+
+    def answer(messages: Messages) -> str:
+        parts = []
         try:
-            output = model.generate(
-                **inputs, max_new_tokens=new_tokens, streamer=streamer, pad_token_id=tokenizer.pad_token_id or 0
-            )
-        except KeyboardInterrupt:  # stops this answer, not the talk
-            messages.pop()
-            console.print()
-            continue
-        answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        messages.append({"role": "assistant", "content": answer})
+            for piece in model.create_chat_completion(messages, max_tokens=new_tokens, stream=True):
+                parts.append(piece["choices"][0]["delta"].get("content") or "")
+                print(parts[-1], end="", flush=True)
+        except ValueError as error:  # the talk has become longer than the context
+            raise ModelError(f"{path}: {error}") from None
+        print()
+        return "".join(parts)
+
+    return answer

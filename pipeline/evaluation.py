@@ -6,9 +6,10 @@ it said of the texts is kept in the workspace, so that a variant can be compared
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import Config
@@ -17,6 +18,11 @@ from pipeline.events import Events
 from pipeline.files import read_json, write_json
 from pipeline.models import stored_bytes
 from pipeline.workspace import Workspace
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.measure import Estimate, Progress, Scores
 
 PROBE_TOKENS = 64
 LOGIT_TOLERANCE = 0.05  # relative; kernels and dequantized weights differ by bf16 rounding, layer upon layer
@@ -41,27 +47,48 @@ def evaluate(
         offload: as `pipeline.load` takes it.
 
     Returns:
-        Plain data for `results.json`: size, quality per text, speed per loader, answers.
+        Plain data for `results.json`: size, quality per text, speed per loader, answers. A GGUF is measured in
+        llama.cpp where that is installed, else by its dequantized weights; `loader` says which.
 
     Raises:
-        ModelError: if the stock loader cannot load the folder, or where both loaders
+        ModelError: if the stock loader, or llama.cpp, cannot load the files, or where both loaders
             run and do not agree.
     """
-    import torch
-
-    from pipeline import machine, measure, texts
-    from pipeline.loading import load
-    from pipeline.offloading import is_offloaded
+    from pipeline import llama_cpp, machine
 
     def tell(what: str):
         return lambda done, total: events.progress(done, total, f"{label}: {what}")
 
-    model, tokenizer = load(folder, offload=offload)
+    file = next(folder.glob("*.gguf"), None)
+    if file is not None and llama_cpp.is_installed():
+        found = _in_llama_cpp(file, config, workspace, reference, tell)
+    else:
+        found = _in_transformers(folder, file, config, workspace, reference, offload, tell)
+    return {"size_bytes": stored_bytes(folder), **found, "machine": machine.describe()}
+
+
+def _in_transformers(
+    folder: Path,
+    file: Path | None,
+    config: Config,
+    workspace: Workspace,
+    reference: Path | None,
+    offload: bool | Literal["auto"],
+    tell: Callable[[str], Progress],
+) -> dict:
+    """The figures of a folder with safetensors, or of a GGUF's dequantized weights, which have no speed."""
+    import torch
+
+    from pipeline import measure, texts
+    from pipeline.loading import load, load_dequantized
+    from pipeline.offloading import is_offloaded
+
+    model, tokenizer = load_dequantized(file, reference, offload=offload) if file else load(folder, offload=offload)
     offloaded = is_offloaded(model)
     texts.with_template(tokenizer, workspace)
     sequences = texts.all_texts(config, workspace, tokenizer)
     head_name = measure.head_name(model) if reference is None else None
-    head, softcap = measure.head_matrix(model).to("cpu"), measure.softcap(model)
+    head, softcap = measure.head_matrix(model).to("cpu"), measure.softcap(model.config)
     scored = {text: measure.score(model, part, tell(f"{text} text")) for text, part in sequences.items()}
     samples = []
     if not offloaded:
@@ -74,46 +101,102 @@ def evaluate(
     if device.startswith("cuda"):
         torch.cuda.empty_cache()  # the probes load the model again, in processes of their own
 
-    quality = {
-        text: {
-            "text": config.data.source if text == texts.HELD_OUT else config.evaluate.general,
-            "tokens": len(scores.nll),
-            "sequences": int(scores.sequence.unique().numel()),
-            "loss": asdict(measure.mean(scores.nll, scores.sequence)),
-            "perplexity": asdict(measure.perplexity(scores)),
-        }
-        for text, scores in scored.items()
-    }
+    quality = {text: _quality(text, scores, config) for text, scores in scored.items()}
     kept = workspace.measurements / "reference"
     if reference is None:
         write_json(kept / "head.json", {"name": head_name})
         for text, scores in scored.items():
             scores.save(kept / f"{text}.safetensors")
     else:
-        theirs = Checkpoint(reference).read(read_json(kept / "head.json", {})["name"])
+        theirs = _reference_head(reference, workspace)
         for text, scores in scored.items():
             other = measure.Scores.load(kept / f"{text}.safetensors")
             compared = measure.divergence(scores, head, other, theirs, softcap, tell("divergence"))
-            quality[text] |= {
-                "rise": asdict(measure.rise(scores, other)),
-                **{name: asdict(value) for name, value in compared.items()},
-            }
+            quality[text] |= _comparison(scores, other, compared)
 
     quantized = "quantization_config" in read_json(folder / "config.json", {})
     loaders = ("stock", "pipeline") if quantized else ("stock",)
-    if not offloaded:
+    timed = not offloaded and file is None
+    if timed:
         tell("speed and memory, in fresh processes")(0, 1)
     return {
-        "size_bytes": stored_bytes(folder),
-        **({} if quantized else {"parameters": parameters}),
+        **({} if quantized or file else {"parameters": parameters}),
+        **({"file": file.name} if file else {}),
         "device": device,
-        "loader": "pipeline.load",
+        "loader": "dequantized" if file else "pipeline.load",
         **({"offloaded": True} if offloaded else {}),
         "quality": quality,
-        "speed": {} if offloaded else _speed(folder, ids, loaders),
+        "speed": _speed(folder, ids, loaders) if timed else {},
         "answers": samples,
-        "machine": machine.describe(),
     }
+
+
+def _in_llama_cpp(
+    file: Path, config: Config, workspace: Workspace, reference: Path, tell: Callable[[str], Progress]
+) -> dict:
+    """The figures of a GGUF file, given the tokens that the full-precision model was given."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from pipeline import llama_cpp, measure, texts
+    from pipeline.probe import probe
+
+    tokenizer = texts.with_template(AutoTokenizer.from_pretrained(reference), workspace)
+    sequences = texts.all_texts(config, workspace, tokenizer)
+    prompts = config.evaluate.prompts
+    questions = [measure.question(tokenizer, prompt)["input_ids"][0].tolist() for prompt in prompts]
+    longest = [len(s.input_ids) for part in sequences.values() for s in part]
+    longest += [len(question) + measure.ANSWER_TOKENS for question in questions]
+    head, softcap = _reference_head(reference, workspace), measure.softcap(AutoConfig.from_pretrained(reference))
+    quality = {}
+    with llama_cpp.opened(file, max(longest), measure.LOGIT_ELEMENTS) as reader:
+        if reader.vocabulary != len(head):
+            raise ModelError(f"{file}: has {reader.vocabulary} tokens, and the full-precision model {len(head)}")
+        for text, part in sequences.items():
+            other = measure.Scores.load(workspace.measurements / "reference" / f"{text}.safetensors")
+            logits = measure.counted_logits(reader, part)
+            scores, compared = measure.compare_logits(logits, part, other, head, softcap, tell(f"{text} text"))
+            quality[text] = _quality(text, scores, config) | _comparison(scores, other, compared)
+        tell("sample answers")(0, 1)
+        stops = measure.stop_tokens(reference)
+        replies = [reader.answer(question, stops, measure.ANSWER_TOKENS) for question in questions]
+    tell("speed and memory, in a fresh process")(0, 1)
+    return {
+        "file": file.name,
+        "device": "cpu",
+        "loader": "llama.cpp",
+        "quality": quality,
+        "speed": {"llama.cpp": probe(file, "llama.cpp").figures},
+        "answers": [
+            {"prompt": prompt, "answer": tokenizer.decode(reply, skip_special_tokens=True).strip()}
+            for prompt, reply in zip(prompts, replies, strict=True)
+        ],
+    }
+
+
+def _quality(text: str, scores: Scores, config: Config) -> dict:
+    from pipeline import measure, texts
+
+    return {
+        "text": config.data.source if text == texts.HELD_OUT else config.evaluate.general,
+        "tokens": len(scores.nll),
+        "sequences": int(scores.sequence.unique().numel()),
+        "loss": asdict(measure.mean(scores.nll, scores.sequence)),
+        "perplexity": asdict(measure.perplexity(scores)),
+    }
+
+
+def _comparison(scores: Scores, reference: Scores, compared: Mapping[str, Estimate]) -> dict:
+    from pipeline import measure
+
+    return {
+        "rise": asdict(measure.rise(scores, reference)),
+        **{name: asdict(value) for name, value in compared.items()},
+    }
+
+
+def _reference_head(reference: Path, workspace: Workspace) -> torch.Tensor:
+    """The output matrix of the full-precision model."""
+    return Checkpoint(reference).read(read_json(workspace.measurements / "reference" / "head.json", {})["name"])
 
 
 def _speed(folder: Path, ids: list[int], loaders: tuple[str, ...]) -> dict:

@@ -6,19 +6,23 @@ is for it here, or an ordinary one with dequantized weights.
 
 from __future__ import annotations
 
+import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pipeline.catalog import resolve_variants
-from pipeline.config import REPO_ID
+from pipeline.catalog import VARIANTS, resolve_variants
+from pipeline.config import REPO_ID, VariantSpec
 from pipeline.download import download
 from pipeline.errors import CheckpointError, ModelError
 from pipeline.libraries import quiet, quiet_progress_bars
 from pipeline.quantization.formats import unpack
+from pipeline.quantization.formats.gguf import type_name
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from pipeline.quantization.formats.gguf.reader import GgufWeights
 
 
 def load(
@@ -42,12 +46,56 @@ def load(
             The model's own `device` is then `meta`; `pipeline.measure.device_of` tells where it computes.
 
     Raises:
-        ModelError: where there is no such model or variant; where compiling is asked for and no compiler is there.
+        ModelError: where there is no such model or variant, or it is one for llama.cpp; where compiling is
+            asked for and no compiler is there.
 
     Example:
         >>> model, tokenizer = load("user/model", variant="int4")
     """
     quiet()
+    if compile and offload:
+        raise ModelError("compile and offload: weights that come and go cannot be compiled with; choose one")
+    if is_gguf(variant):
+        raise ModelError(
+            f"{variant}: a file for llama.cpp, which transformers does not run; {_opening(source, variant)}"
+        )
+    model, tokenizer = _load(locate(source, variant, revision), _device(device), offload)
+    if compile:
+        from pipeline.compiled import compile_decoding
+
+        compile_decoding(model)
+    return model, tokenizer
+
+
+def load_dequantized(
+    file: Path, folder: Path, device: str = "auto", offload: bool | Literal["auto"] = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in `folder` with the weights of a GGUF file that was made of it, dequantized.
+
+    Args:
+        device, offload: as `load` takes them.
+
+    Raises:
+        ModelError: where the file is damaged, or of another model.
+        MissingExtra: where the package `gguf` is not installed.
+    """
+    quiet()
+    from transformers import AutoConfig
+
+    from pipeline.checkpoint import Checkpoint
+    from pipeline.quantization.formats.gguf.reader import GgufWeights
+
+    config = AutoConfig.from_pretrained(folder)
+    try:
+        weights = GgufWeights(file, Checkpoint(folder), config.tie_word_embeddings, config.dtype)
+    except CheckpointError as error:
+        raise ModelError(str(error)) from None
+    return _load(folder, _device(device), offload, weights)
+
+
+def _load(
+    folder: Path, target: torch.device, offload: bool | Literal["auto"], weights: GgufWeights | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from safetensors import SafetensorError
     from transformers import AutoTokenizer
 
@@ -55,16 +103,12 @@ def load(
     from pipeline.kernels.attention import quicken_attention
     from pipeline.offloading import assemble_offloaded, fits
 
-    if compile and offload:
-        raise ModelError("compile and offload: weights that come and go cannot be compiled with; choose one")
     quiet_progress_bars()
-    folder = locate(source, variant, revision)
-    target = _device(device)
     try:
         if offload is True or (offload == "auto" and not fits(folder, target)):
-            model = assemble_offloaded(folder, target)
+            model = assemble_offloaded(folder, target, weights)
         else:
-            model = assemble(folder, target) or _load_stock(folder, target)
+            model = assemble(folder, target, weights) or _load_stock(folder, target)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except CheckpointError as error:
         raise ModelError(str(error)) from None
@@ -74,10 +118,6 @@ def load(
     quicken_head(model)
     quicken_attention(model)
     model.eval().requires_grad_(False)
-    if compile:
-        from pipeline.compiled import compile_decoding
-
-        compile_decoding(model)
     return model, tokenizer
 
 
@@ -118,28 +158,83 @@ def pack(model: PreTrainedModel, device: torch.device) -> dict[str, int]:
 
 def locate(source: str | Path, variant: str | None = None, revision: str | None = None) -> Path:
     """The folder that holds the files of a model or of one of its variants, fetched if need be."""
-    name = None
-    if variant is not None:
-        try:
-            (name,) = resolve_variants(variant)
-        except (KeyError, ValueError):
-            raise ModelError(f"variant {variant!r}: not one that tunepress makes") from None
+    name = variant and _name(variant)
+    if path := _local(source):
+        folder = path / name if name else path
+        if not (folder / "config.json").is_file():
+            there = sorted(p.parent.name for p in path.glob("*/config.json"))
+            raise ModelError(f"{folder}: no model there; variants in {path}: {', '.join(there) or 'none'}")
+        return folder
+    return _fetch(str(source), name, revision)
+
+
+def is_gguf(variant: str | None) -> bool:
+    """Is it one for llama.cpp?
+
+    Raises:
+        ModelError: where there is no such variant.
+    """
+    return variant is not None and VARIANTS[_name(variant)].format == "gguf"
+
+
+def locate_file(source: str | Path, variant: str, revision: str | None = None) -> Path:
+    """The .gguf file of a variant, fetched if need be.
+
+    Raises:
+        ModelError: where there is none.
+    """
+    pattern = _pattern(variant)
+    if path := _local(source):
+        found = sorted(path.glob(pattern))
+        if not found:
+            there = ", ".join(sorted(p.name for p in path.glob("gguf/*.gguf")))
+            raise ModelError(f"{path}: no {pattern}; files for llama.cpp there: {there or 'none'}")
+        return found[0]
+
+    def choose(names: list[str]) -> list[str]:
+        wanted = sorted(fnmatch.filter(names, pattern))[:1]
+        if not wanted:
+            there = ", ".join(sorted(fnmatch.filter(names, "gguf/*.gguf")))
+            raise ModelError(f"{source}: no {pattern}; files for llama.cpp there: {there or 'none'}")
+        return wanted
+
+    snapshot = download(str(source), choose, revision)
+    return snapshot.folder / snapshot.names[0]
+
+
+def _opening(source: str | Path, variant: str) -> str:
+    """How to open a file of llama.cpp's."""
+    if _local(source):
+        return f"open it with: llama-cli -m {locate_file(source, variant)}"
+    return f"open it with: llama_cpp.Llama.from_pretrained({str(source)!r}, filename={_pattern(variant)!r})"
+
+
+def _pattern(variant: str) -> str:
+    name = _name(variant)
+    return f"{VARIANTS[name].folder}/*-{type_name(VariantSpec(name=name))}.gguf"
+
+
+def _name(variant: str) -> str:
+    try:
+        (name,) = resolve_variants(variant)
+    except (KeyError, ValueError):
+        raise ModelError(f"variant {variant!r}: not one that tunepress makes") from None
+    return name
+
+
+def _local(source: str | Path) -> Path | None:
+    """The folder of a release on this machine; None where `source` is a repository."""
     try:
         path = Path(source).expanduser()
         is_folder = path.is_dir()
     except (OSError, RuntimeError) as error:  # a name too long for a folder; a home of nobody
         raise ModelError(f"{str(source)[:80]}: not a folder ({error.args[-1]})") from None
     if is_folder:
-        if (path / "config.yaml").is_file() and (path / "release").is_dir():  # a run's folder stands for its release
-            path = path / "release"
-        folder = path / name if name else path
-        if not (folder / "config.json").is_file():
-            there = sorted(p.parent.name for p in path.glob("*/config.json"))
-            raise ModelError(f"{folder}: no model there; variants in {path}: {', '.join(there) or 'none'}")
-        return folder
+        is_run = (path / "config.yaml").is_file() and (path / "release").is_dir()
+        return path / "release" if is_run else path  # a run's folder stands for its release
     if not REPO_ID.match(str(source)):
         raise ModelError(f"{source}: neither a folder here nor a repository such as user/model")
-    return _fetch(str(source), name, revision)
+    return None
 
 
 def _fetch(repo: str, variant: str | None, revision: str | None) -> Path:

@@ -9,9 +9,8 @@ variant are never in memory together and no logits are stored.
 from __future__ import annotations
 
 import math
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,16 +20,19 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.data.chat import on_one_day
 from pipeline.errors import ModelError
+from pipeline.timing import NEW_TOKENS, PROMPT_TOKENS, REPEATS, tokens_per_second
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from pipeline.data.encode import Encoded
+    from pipeline.llama_cpp import Reader
     from pipeline.quantization.grid import GroupQuantized
 
 BATCH_TOKENS = 2048
 LOGIT_ELEMENTS = 1 << 24  # logits held at a time
 HEAD_ELEMENTS = 1 << 25  # of the output matrix in float32 at a time
+ANSWER_TOKENS = 64
 IGNORED = -100
 
 Progress = Callable[[int, int], None]
@@ -52,13 +54,13 @@ class Scores:
         nll: (T,) float32, negative log-likelihood of each token in nats.
         choice: (T,) int64, the token that the model held likeliest.
         sequence: (T,) int64, which sequence a token belongs to.
-        hidden: (T, H), the last hidden states, from which the logits follow.
+        hidden: (T, H), the last hidden states, from which the logits follow; None of a model that does not tell them.
     """
 
     nll: torch.Tensor
     choice: torch.Tensor
     sequence: torch.Tensor
-    hidden: torch.Tensor
+    hidden: torch.Tensor | None
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,17 +154,74 @@ def divergence(
     Args:
         head, reference_head: output matrices (V, H) that turn hidden states into logits.
     """
-    if not torch.equal(scores.sequence, reference.sequence):
-        raise ModelError("the two models were not scored on the same tokens; score both again")
     kl = []
     heads = (_Head(head, softcap), _Head(reference_head, softcap))
+    _refuse_other_tokens(scores.sequence, reference)
     for (rows, ours), (_, theirs) in zip(
         _logits(heads[0], scores.hidden), _logits(heads[1], reference.hidden), strict=True
     ):
-        target, log_q = theirs.log_softmax(-1), ours.log_softmax(-1)
-        kl.append((target.exp() * (target - log_q)).sum(-1))
+        kl.append(_kl(theirs, ours))
         if on_progress:
             on_progress(rows.stop, len(scores.nll))
+    return _compared(scores, reference, kl)
+
+
+def counted_logits(reader: Reader, sequences: Sequence[Encoded]) -> Iterator[torch.Tensor]:
+    """Logits (n, V) float32 of llama.cpp at every counted token of `sequences` in order, some at a time."""
+    for sequence in sequences:
+        counted = [label != IGNORED for label in sequence.labels[1:]]  # position t predicts token t + 1
+        reader.begin()
+        for logits in reader.read(sequence.input_ids[:-1], counted):
+            yield torch.from_numpy(logits)
+
+
+@torch.no_grad()
+def compare_logits(
+    logits: Iterable[torch.Tensor],
+    sequences: Sequence[Encoded],
+    reference: Scores,
+    reference_head: torch.Tensor,
+    softcap: float | None = None,
+    on_progress: Progress | None = None,
+) -> tuple[Scores, dict[str, Estimate]]:
+    """What `score` and `divergence` find, of a model that gives its logits and nothing else.
+
+    Args:
+        logits: (n, V) float32, at every counted token of `sequences` in order, some at a time.
+
+    Raises:
+        ModelError: where the reference was scored on other tokens.
+    """
+    targets = torch.tensor([label for s in sequences for label in s.labels[1:] if label != IGNORED])
+    counts = torch.tensor([sum(label != IGNORED for label in s.labels[1:]) for s in sequences])
+    sequence = torch.arange(len(sequences)).repeat_interleave(counts)
+    _refuse_other_tokens(sequence, reference)
+    head = _Head(reference_head, softcap)
+    nll, choice, kl, start = torch.empty(len(targets)), torch.empty_like(targets), [], 0
+    for ours in logits:
+        rows = slice(start, start + len(ours))
+        nll[rows] = -ours.log_softmax(-1).gather(1, targets[rows, None]).squeeze(1)
+        choice[rows] = ours.argmax(-1)
+        kl.append(_kl(head(reference.hidden[rows]), ours))
+        start = rows.stop
+        if on_progress:
+            on_progress(start, len(targets))
+    scores = Scores(nll, choice, sequence, hidden=None)
+    return scores, _compared(scores, reference, kl)
+
+
+def _refuse_other_tokens(sequence: torch.Tensor, reference: Scores) -> None:
+    if not torch.equal(sequence, reference.sequence):
+        raise ModelError("the two models were not scored on the same tokens; score both again")
+
+
+def _kl(theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
+    """KL(theirs || ours) of logits (n, V), (n,)."""
+    target, log_q = theirs.log_softmax(-1), ours.log_softmax(-1)
+    return (target.exp() * (target - log_q)).sum(-1)
+
+
+def _compared(scores: Scores, reference: Scores, kl: Sequence[torch.Tensor]) -> dict[str, Estimate]:
     agreement = (scores.choice == reference.choice).float()
     return {
         "kl": mean(torch.cat(kl).cpu(), scores.sequence),
@@ -178,41 +237,33 @@ def rise(scores: Scores, reference: Scores) -> Estimate:
 
 
 @torch.no_grad()
-def speed(model: PreTrainedModel, prompt_tokens: int = 256, new_tokens: int = 32, repeats: int = 3) -> dict[str, float]:
+def speed(
+    model: PreTrainedModel,
+    prompt_tokens: int = PROMPT_TOKENS,
+    new_tokens: int = NEW_TOKENS,
+    repeats: int = REPEATS,
+) -> dict[str, float]:
     """Tokens per second at batch 1: reading a prompt, and writing after it. Medians.
 
     Prompt and answer are shortened to what the model's positions hold.
     """
-    limit = getattr(model.config, "max_position_embeddings", None) or prompt_tokens + new_tokens
-    new_tokens = min(new_tokens, limit // 2)
-    prompt_tokens = min(prompt_tokens, limit - new_tokens)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (1, prompt_tokens), generator=generator).to(model.device)
-    prefills, steps = [], []
-    for attempt in range(repeats + 1):
-        start = _now(model)
-        out = model(ids, use_cache=True, logits_to_keep=1)
-        prefill = _now(model) - start
-        token, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
-        for _ in range(new_tokens):
-            start = _now(model)
-            out = model(token, past_key_values=cache, use_cache=True)
-            token = out.logits[:, -1:].argmax(-1)
-            if attempt:  # the first round warms up
-                steps.append(_now(model) - start)
-        if attempt:
-            prefills.append(prefill)
-    return {
-        "prefill_tokens_per_second": prompt_tokens / statistics.median(prefills),
-        "decode_tokens_per_second": 1 / statistics.median(steps),
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
-    }
+    prompt = torch.randint(0, model.config.vocab_size, (1, prompt_tokens), generator=generator).to(model.device)
+
+    def read(count: int):
+        return model(prompt[:, :count], use_cache=True, logits_to_keep=1)
+
+    def write(out):
+        token = out.logits[:, -1:].argmax(-1)
+        return model(token, past_key_values=out.past_key_values, use_cache=True)
+
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return tokens_per_second(read, write, limit, prompt_tokens, new_tokens, repeats, lambda: _now(model))
 
 
 @torch.no_grad()
 def answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], new_tokens: int = 64
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], new_tokens: int = ANSWER_TOKENS
 ) -> list[dict[str, str]]:
     """Greedy answers, without sampling, so that they differ only where the models do.
 
@@ -220,24 +271,38 @@ def answers(
     """
     found = []
     for prompt in prompts:
-        if tokenizer.chat_template:
-            messages = [{"role": "user", "content": prompt}]
-            inputs = tokenizer.apply_chat_template(
-                messages,
-                chat_template=on_one_day(tokenizer.get_chat_template()),
-                add_generation_prompt=True,
-                return_tensors="pt",
-                return_dict=True,
-            )
-        else:
-            inputs = tokenizer(prompt, return_tensors="pt")
-        inputs = inputs.to(model.device)
+        inputs = question(tokenizer, prompt).to(model.device)
         output = model.generate(
             **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id or 0
         )
         text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         found.append({"prompt": prompt, "answer": text.strip()})
     return found
+
+
+def question(tokenizer: PreTrainedTokenizerBase, prompt: str) -> BatchEncoding:
+    """What a model is given to answer `prompt`: `input_ids` (1, T) and their mask."""
+    if not tokenizer.chat_template:
+        return tokenizer(prompt, return_tensors="pt")
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}],
+        chat_template=on_one_day(tokenizer.get_chat_template()),
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+
+
+def stop_tokens(folder: Path) -> set[int]:
+    """The tokens at which the model in `folder` ends an answer in transformers."""
+    from transformers import AutoConfig, GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        settings = GenerationConfig.from_pretrained(folder)
+    else:
+        settings = GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder))
+    ends = settings.eos_token_id
+    return set(ends) if isinstance(ends, list) else {ends} - {None}
 
 
 def head_matrix(model: PreTrainedModel) -> torch.Tensor | GroupQuantized:
@@ -301,7 +366,7 @@ def _head(model: PreTrainedModel) -> _Head:
     layer = model.get_output_embeddings()
     if getattr(layer, "bias", None) is not None:  # `divergence` has the matrix alone
         raise ModelError(f"{model.config.model_type}: its output matrix has a bias; not handled yet")
-    return _Head(head_matrix(model), softcap(model))
+    return _Head(head_matrix(model), softcap(model.config))
 
 
 def _backbone(model: PreTrainedModel) -> torch.nn.Module:
@@ -309,9 +374,9 @@ def _backbone(model: PreTrainedModel) -> torch.nn.Module:
     return inner.base_model
 
 
-def softcap(model: PreTrainedModel) -> float | None:
+def softcap(config: PretrainedConfig) -> float | None:
     """The bound that some models put on their logits."""
-    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return getattr(config.get_text_config(), "final_logit_softcapping", None)
 
 
 def _check_head(model, backbone, head: _Head, sequence: Encoded) -> None:

@@ -174,8 +174,9 @@ def _skeleton(folder: Path):
 
 
 def stored_bytes(folder: Path) -> int:
-    """Size of a checkpoint's weights on disk, in bytes."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    """Size of a checkpoint's weights on disk, in bytes; of a GGUF's file where it is one."""
+    files = list(folder.glob("*.safetensors")) or folder.glob("*.gguf")
+    return sum(path.stat().st_size for path in files)
 
 
 def companions(source: Path) -> list[Path]:

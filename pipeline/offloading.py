@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from pipeline import machine
-from pipeline.assembly import Formats, computing_type, fill_buffers, put, read, refuse_gaps, skeleton
+from pipeline.assembly import Formats, Weights, computing_type, fill_buffers, put, read, refuse_gaps, skeleton
 from pipeline.blocks import tiles
-from pipeline.checkpoint import Checkpoint
 from pipeline.errors import ModelError
 from pipeline.models import stored_bytes
+from pipeline.quantization.formats.gguf.reader import GgufWeights
 from pipeline.quantization.grid import GroupQuantized
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ WEIGHTS_SHARE = 0.75  # of the free memory; the rest is for activations, logits,
 class StoredWeights(Mapping[str, torch.Tensor]):
     """A model's weights by name, read anew whenever one is asked for; nothing is kept."""
 
-    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, quantized: Formats):
+    def __init__(self, model: PreTrainedModel, checkpoint: Weights, quantized: Formats):
         self._model, self._checkpoint, self._quantized = model, checkpoint, quantized
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
 
@@ -50,10 +50,13 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         return len(self._shapes)
 
 
-def assemble_offloaded(folder: Path, device: torch.device) -> PreTrainedModel:
+def assemble_offloaded(folder: Path, device: torch.device, weights: GgufWeights | None = None) -> PreTrainedModel:
     """The model or the variant in a folder, computing on `device` with weights that stay in their files.
 
     It computes with plain layers: those of a variant have the dequantized weights.
+
+    Args:
+        weights: in the place of those in the folder.
 
     Raises:
         CheckpointError: where the files are damaged.
@@ -63,7 +66,7 @@ def assemble_offloaded(folder: Path, device: torch.device) -> PreTrainedModel:
     from accelerate import cpu_offload
     from transformers import AutoConfig
 
-    built = skeleton(folder, AutoConfig.from_pretrained(folder))
+    built = skeleton(folder, AutoConfig.from_pretrained(folder), weights)
     if built is None:
         raise ModelError(
             f"{folder}: does not fit into the memory, and cannot be read piece by piece, for its checkpoint names its "

@@ -1,9 +1,11 @@
 """One model, one loader, one fresh process: does it load, does it run, how fast, in how much memory?
 
     python -m pipeline.probe FOLDER stock|pipeline IDS.json OUT
+    python -m pipeline.probe FILE.gguf llama.cpp IDS.json OUT
 
-Writes OUT/probe.json, and OUT/logits.safetensors for the tokens in IDS.json. With
-`stock` nothing but transformers (and torchao behind it) touches the files.
+Writes OUT/probe.json, and except for llama.cpp OUT/logits.safetensors for the tokens in IDS.json.
+With `stock` nothing but transformers (and torchao behind it) touches the files, and with
+`llama.cpp` nothing but that; torch is then not even imported.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,17 +27,17 @@ from pipeline.process import with_own_package
 
 @dataclass(frozen=True)
 class Probe:
-    """What a fresh process found. `logits` (T, V) float32 and the figures are None where it does not run."""
+    """What a fresh process found. `logits` (T, V) float32 are None where it does not run, and of llama.cpp."""
 
     figures: dict
     logits: object | None
 
     @property
     def runs(self) -> bool:
-        return self.logits is not None
+        return self.figures["runs"]
 
 
-def probe(folder: Path, loader: str, ids: list[int]) -> Probe:
+def probe(folder: Path, loader: str, ids: Sequence[int] = ()) -> Probe:
     """Load and run a model in a fresh process.
 
     Raises:
@@ -44,7 +47,7 @@ def probe(folder: Path, loader: str, ids: list[int]) -> Probe:
 
     with tempfile.TemporaryDirectory() as scratch:
         ids_path, out = Path(scratch) / "ids.json", Path(scratch)
-        ids_path.write_text(json.dumps(ids))
+        ids_path.write_text(json.dumps(list(ids)))
         command = [sys.executable, "-P", "-m", "pipeline.probe", str(folder), loader, str(ids_path), str(out)]
         # As a user would start it: without the allocator settings that stages run under.
         plain = with_own_package({k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"})
@@ -62,7 +65,28 @@ def probe(folder: Path, loader: str, ids: list[int]) -> Probe:
 
 
 def main() -> None:
-    folder, loader, ids_path, out = sys.argv[1:]
+    path, loader, ids_path, out = sys.argv[1:]
+    if loader == "llama.cpp":
+        figures = _in_llama_cpp(Path(path))
+    else:
+        figures = _in_transformers(path, loader, json.loads(Path(ids_path).read_text()), Path(out))
+    (Path(out) / "probe.json").write_text(json.dumps(figures))
+
+
+def _in_llama_cpp(path: Path) -> dict:
+    from pipeline import llama_cpp, machine
+    from pipeline.timing import NEW_TOKENS, PROMPT_TOKENS
+
+    llama_cpp.library()
+    machine.reset_peak_memory()
+    start = time.perf_counter()
+    with llama_cpp.opened(path, PROMPT_TOKENS + NEW_TOKENS) as reader:
+        seconds = time.perf_counter() - start
+        figures = {"loader": "llama.cpp", "device": "cpu", "load_seconds": seconds, "runs": True, **reader.speed()}
+        return figures | {"peak_memory_bytes": machine.peak_memory_bytes()}
+
+
+def _in_transformers(folder: str, loader: str, tokens: list[int], out: Path) -> dict:
     quiet()
     import torch
     from safetensors.torch import save_file
@@ -82,7 +106,7 @@ def main() -> None:
     else:
         model, _ = loading.load(folder, device=device)
     figures = {"loader": loader, "device": device, "load_seconds": time.perf_counter() - start, "runs": False}
-    ids = torch.tensor([json.loads(Path(ids_path).read_text())], device=model.device)
+    ids = torch.tensor([tokens], device=model.device)
     try:
         with torch.no_grad():
             logits = model(ids).logits[0].float().cpu()
@@ -90,10 +114,9 @@ def main() -> None:
         figures["reason"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     else:
         figures |= {"runs": True, **measure.speed(model)}
-        save_file({"logits": logits.contiguous()}, Path(out) / "logits.safetensors")
+        save_file({"logits": logits.contiguous()}, out / "logits.safetensors")
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else machine.peak_memory_bytes()
-    figures["peak_memory_bytes"] = peak
-    (Path(out) / "probe.json").write_text(json.dumps(figures))
+    return figures | {"peak_memory_bytes": peak}
 
 
 if __name__ == "__main__":

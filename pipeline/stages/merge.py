@@ -124,7 +124,7 @@ def _compare(config: Config, workspace: Workspace, events: Events, base: Path, f
     tokenizer = texts.with_template(AutoTokenizer.from_pretrained(base), workspace)
     sequences = texts.held_out(config, workspace, tokenizer)
     model = live_model(config, base, workspace.adapter)
-    head_name, softcap = measure.head_name(model), measure.softcap(model)
+    head_name, softcap = measure.head_name(model), measure.softcap(model.config)
     live = measure.score(model, sequences, lambda d, t: events.progress(d, t, "measuring the live adapter"))
     del model
     result: dict = {"live": {"loss": asdict(measure.mean(live.nll, live.sequence)), "tokens": len(live.nll)}}

@@ -107,3 +107,13 @@ def as_stored(of: Architecture, name: str, rows: torch.Tensor, head_dim: int) ->
     if of.norm_offset and name.endswith("norm.weight"):
         return rows.float() + of.norm_offset
     return rows
+
+
+def as_in_checkpoint(of: Architecture, name: str, tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """The inverse of `as_stored`."""
+    if rows_together(of, name, head_dim) > 1:
+        pairs = tensor.reshape(-1, head_dim // 2, 2, *tensor.shape[1:])
+        return pairs.transpose(1, 2).reshape(tensor.shape)
+    if of.norm_offset and name.endswith("norm.weight"):
+        return tensor - of.norm_offset
+    return tensor

@@ -1,0 +1,208 @@
+"""GGUF files in llama.cpp, through llama-cpp-python: logits, greedy answers, speed. On the CPU; imports no torch.
+
+The functions of llama.h themselves are called: the class `Llama` keeps the logits of every position of
+its context, which for a vocabulary of 262,144 tokens are a megabyte each.
+
+https://github.com/ggml-org/llama.cpp/blob/master/include/llama.h
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import random
+import re
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from pipeline import machine
+from pipeline.errors import MissingExtra, ModelError
+from pipeline.timing import PROMPT_TOKENS, tokens_per_second
+
+BATCH = 512  # positions computed at a time, as llama.cpp itself does, unless their logits are too many
+_ERROR = 4  # GGML_LOG_LEVEL_ERROR
+_SAID_BY = re.compile(r"^\w+: (error loading model: )?")
+_complaints: list[str] = []  # of llama.cpp, since it was last asked for something
+
+
+def is_installed() -> bool:
+    """Is llama-cpp-python there?"""
+    return importlib.util.find_spec("llama_cpp") is not None
+
+
+def library() -> ModuleType:
+    """llama-cpp-python, with llama.cpp's log kept off the terminal.
+
+    Raises:
+        MissingExtra: where it is not installed.
+    """
+    if not is_installed():
+        raise MissingExtra("llama.cpp", "llama-cpp")
+    import llama_cpp
+
+    _listen()
+    return llama_cpp
+
+
+@functools.cache  # and so it is kept for as long as llama.cpp may call it
+def _listen():
+    import llama_cpp
+
+    @llama_cpp.llama_log_callback
+    def listener(level: int, text: bytes, _) -> None:
+        if level == _ERROR:
+            _complaints.append(_SAID_BY.sub("", text.decode(errors="replace").strip()))
+
+    llama_cpp.llama_log_set(listener, None)
+    llama_cpp.llama_backend_init()
+    return listener
+
+
+def check(path: Path) -> None:
+    """Does llama.cpp read the file, and find every tensor that it wants? Their numbers are not looked at.
+
+    Raises:
+        ModelError: with llama.cpp's own reason, where it does not.
+        MissingExtra: where llama-cpp-python is not installed.
+    """
+    api, reached = library(), []
+
+    @api.llama_progress_callback
+    def stop(progress: float, _) -> bool:  # called when all is found and the numbers are to be read
+        reached.append(progress)
+        return False
+
+    try:
+        api.llama_model_free(_load(path, progress_callback=stop, load_mode=api.LLAMA_LOAD_MODE_NONE))
+    except ModelError:
+        if not reached:
+            raise
+
+
+def _load(path: Path, **settings) -> int:
+    """The address of the loaded model."""
+    api = library()
+    asked = api.llama_model_default_params()
+    for key, value in {"n_gpu_layers": 0, **settings}.items():
+        setattr(asked, key, value)
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file")
+    _complaints.clear()
+    model = api.llama_model_load_from_file(str(path).encode(), asked)
+    if model is None:
+        raise ModelError(f"{path}: llama.cpp cannot load it: {_reason()}")
+    return model
+
+
+def _reason() -> str:
+    return _complaints[0] if _complaints else "it does not say why"
+
+
+@contextlib.contextmanager
+def opened(path: Path, positions: int, logits: int | None = None) -> Iterator[Reader]:
+    """The model of a file, on all cores.
+
+    Args:
+        positions: tokens of the longest sequence that it is to read.
+        logits: how many of them may be held at a time; at least those of one position are.
+
+    Raises:
+        ModelError: with llama.cpp's own reason, where it does not load it.
+        MissingExtra: where llama-cpp-python is not installed.
+    """
+    api = library()
+    with contextlib.ExitStack() as stack:
+        model = _load(path)
+        stack.callback(api.llama_model_free, model)
+        vocabulary = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
+        at_a_time = BATCH if logits is None else min(BATCH, max(1, logits // vocabulary))
+        settings = api.llama_context_default_params()
+        settings.n_ctx, settings.n_batch, settings.n_ubatch = positions, at_a_time, at_a_time
+        settings.n_threads = settings.n_threads_batch = machine.cores()
+        settings.offload_kqv = settings.op_offload = False
+        context = api.llama_init_from_model(model, settings)
+        if context is None:
+            raise ModelError(f"{path}: llama.cpp cannot compute with it: {_reason()}")
+        stack.callback(api.llama_free, context)
+        batch = api.llama_batch_init(at_a_time, 0, 1)  # its arrays are llama.cpp's own
+        stack.callback(api.llama_batch_free, batch)
+        yield Reader(path, model, context, batch, at_a_time, vocabulary)
+
+
+class Reader:
+    """A model that reads one sequence of tokens at a time. Made by `opened`, and good as long as that is open."""
+
+    def __init__(self, path: Path, model: int, context: int, batch, at_a_time: int, vocabulary: int):
+        self.path, self.at_a_time, self.vocabulary = path, at_a_time, vocabulary
+        self.limit = library().llama_model_n_ctx_train(model)
+        self._context, self._batch, self._position = context, batch, 0
+
+    def begin(self) -> None:
+        """Forget what was read."""
+        api = library()
+        api.llama_memory_clear(api.llama_get_memory(self._context), True)
+        self._position = 0
+
+    def read(self, tokens: Sequence[int], wanted: Sequence[bool]) -> Iterator[np.ndarray]:
+        """Read on.
+
+        Yields:
+            The logits (n, V) float32 after every token that is `wanted`, in order, n being at most `at_a_time`.
+
+        Raises:
+            ModelError: where llama.cpp does not compute them, or they are not finite.
+        """
+        api, step = library(), self.at_a_time
+        for first in range(0, len(tokens), step):
+            part = tokens[first : first + step]
+            places = [i for i in range(len(part)) if wanted[first + i]]
+            self._fill(part, places)
+            _complaints.clear()
+            if api.llama_decode(self._context, self._batch) != 0:
+                raise ModelError(f"{self.path}: llama.cpp cannot compute with it: {_reason()}")
+            self._position += len(part)
+            if places:
+                rows = (api.llama_get_logits_ith(self._context, i) for i in places)
+                logits = np.stack([np.ctypeslib.as_array(row, (self.vocabulary,)) for row in rows])
+                if not np.isfinite(logits).all():
+                    raise ModelError(f"{self.path}: its logits in llama.cpp are not finite; the model is broken")
+                yield logits
+
+    def _fill(self, tokens: Sequence[int], places: Collection[int]) -> None:
+        """Put tokens into the batch, and say at which of them logits are wanted."""
+        batch = self._batch
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i] = token, self._position + i
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+            batch.logits[i] = i in places
+
+    def next_token(self, tokens: Sequence[int]) -> int:
+        """Read on; the likeliest token after that."""
+        (logits,) = self.read(tokens, [False] * (len(tokens) - 1) + [True])
+        return int(logits[-1].argmax())
+
+    def answer(self, tokens: Sequence[int], stops: Collection[int], new_tokens: int) -> list[int]:
+        """Greedily, what comes after `tokens`, up to one of `stops`, which is not part of it."""
+        self.begin()
+        found, token = [], self.next_token(tokens)
+        while token not in stops and len(found) < new_tokens:
+            found.append(token)
+            if len(found) < new_tokens:
+                token = self.next_token([token])
+        return found
+
+    def speed(self) -> dict[str, float]:
+        """Tokens per second, as `pipeline.measure.speed` has them."""
+        choose = random.Random(0)
+        prompt = [choose.randrange(self.vocabulary) for _ in range(PROMPT_TOKENS)]
+
+        def read(count: int) -> int:
+            self.begin()
+            return self.next_token(prompt[:count])
+
+        return tokens_per_second(read, lambda token: self.next_token([token]), self.limit)

@@ -1,0 +1,112 @@
+"""The weights of a GGUF file by their names in the checkpoint that it was made of, as that had them."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from pipeline.blocks import tiles
+from pipeline.checkpoint import TensorInfo
+from pipeline.errors import CheckpointError
+from pipeline.quantization.formats.gguf.blocks import PLAIN
+from pipeline.quantization.formats.gguf.names import ARCHITECTURES, as_in_checkpoint, library, stored_names
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+    from gguf.gguf_reader import ReaderTensor
+
+
+class GgufWeights(Mapping[str, TensorInfo]):
+    """The tensors of a file, read one by one and dequantized; no page of it stays mapped.
+
+    A mapping from the checkpoint's names to `TensorInfo`; what is quantized has the type `dtype`.
+    """
+
+    def __init__(self, path: Path, names: Iterable[str], tied: bool, dtype: torch.dtype):
+        """Open a file that was made of a checkpoint with tensors of these names.
+
+        Args:
+            tied: its output head is its embedding.
+
+        Raises:
+            CheckpointError: where it is damaged, or has other tensors.
+            MissingExtra: where the package `gguf` is not installed.
+        """
+        found = read_header(path)
+        self.path, self.dtype = path, dtype
+        kind = found.fields["general.architecture"].contents()
+        self._of = next(known for known in ARCHITECTURES.values() if known.name == kind)
+        self._head_dim = int(found.fields[f"{kind}.attention.key_length"].contents())
+        layers = int(found.fields[f"{kind}.block_count"].contents())
+        stored = {tensor.name: _place(tensor) for tensor in found.tensors}
+        wanted = stored_names(self._of, layers, names, tied)
+        if missing := sorted(set(wanted.values()) - stored.keys()):
+            raise CheckpointError(f"{path}: has no {missing[0]!r}; make it again")
+        self._places = {name: stored[target] for name, target in wanted.items()}
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        kind, shape, _ = self._places[name]
+        return TensorInfo(PLAIN.get(kind, self.dtype), shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor."""
+        gguf, (kind, shape, offset) = library(), self._places[name]
+        code = gguf.GGMLQuantizationType[kind]
+        rows, width = shape[0], math.prod(shape[1:])
+        (row_bytes,) = gguf.quants.quant_shape_to_byte_shape((width,), code)
+        result = torch.empty(rows, width, dtype=self[name].dtype)
+        for first, stop in tiles(rows, width):
+            data = _read(self.path, offset + first * row_bytes, (stop - first) * row_bytes)
+            if kind in PLAIN:
+                result[first:stop] = torch.from_numpy(data).view(PLAIN[kind]).view(-1, width)
+            else:
+                numbers = gguf.quants.dequantize(data.reshape(-1, row_bytes), code)
+                result[first:stop] = torch.from_numpy(numbers)
+        return as_in_checkpoint(self._of, name, result.view(shape), self._head_dim)
+
+
+def read_header(path: Path) -> GGUFReader:
+    """A file as the official package reads it, which looks at no number of its tensors.
+
+    Raises:
+        CheckpointError: where it is not a GGUF, or ends too soon.
+        MissingExtra: where the package `gguf` is not installed.
+    """
+    gguf = library()
+    try:
+        return gguf.GGUFReader(path)
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"{path}: not a whole GGUF file ({reason}); make it again") from None
+
+
+def _place(tensor: ReaderTensor) -> tuple[str, tuple[int, ...], int]:
+    """What a tensor is stored as, its shape, rows first, and where it begins in the file."""
+    return tensor.tensor_type.name, tuple(int(size) for size in reversed(tensor.shape)), tensor.data_offset
+
+
+def _read(path: Path, offset: int, count: int) -> np.ndarray:
+    data = np.empty(count, dtype=np.uint8)
+    view, done = memoryview(data), 0
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while done < count:
+                got = os.preadv(file.fileno(), [view[done:]], offset + done)
+                if not got:
+                    raise CheckpointError(f"{path}: ended before its last tensor; make it again")
+                done += got
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    return data
