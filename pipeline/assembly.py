@@ -73,7 +73,7 @@ def assemble(folder: Path, device: torch.device, weights: GgufWeights | None = N
 
 
 def skeleton(
-    folder: Path, config: PretrainedConfig, weights: Weights | None = None
+    folder: Path, config: PretrainedConfig, weights: GgufWeights | None = None
 ) -> tuple[PreTrainedModel, Weights, Formats] | None:
     """The model of a folder on the meta device, its checkpoint, and the formats of what lies there quantized.
 
@@ -91,7 +91,7 @@ def skeleton(
     plain = (info.dtype for name, info in checkpoint.items() if name not in parts and info.dtype.is_floating_point)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or next(plain, torch.bfloat16))
-    if not _same_names(model, checkpoint, quantized, parts, folder):
+    if not _same_names(model, checkpoint, quantized, parts, folder if weights is None else weights.path):
         return None
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -181,18 +181,18 @@ def quicken_head(model: PreTrainedModel) -> None:
         model.set_submodule(_name_of(model, head), Head(head))
 
 
-def _same_names(model: PreTrainedModel, checkpoint: Weights, quantized: Formats, parts: set[str], folder: Path) -> bool:
+def _same_names(model: PreTrainedModel, checkpoint: Weights, quantized: Formats, parts: set[str], source: Path) -> bool:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     there, wanted = (checkpoint.keys() - parts) | quantized.keys(), shapes.keys()
     tied = set(model.all_tied_weights_keys)
     missing = wanted - there - tied
     if missing and not there - wanted:
-        raise ModelError(f"{folder}: its checkpoint has no {sorted(missing)[0]!r}; fetch the model again")
+        raise ModelError(f"{source}: its checkpoint has no {sorted(missing)[0]!r}; fetch the model again")
     stray = {name for name in there - wanted if not name.endswith("rotary_emb.inv_freq")}  # of old checkpoints
     for name in wanted & checkpoint.keys():
         if checkpoint[name].shape != shapes[name]:
             found = checkpoint[name].shape
-            raise ModelError(f"{folder}: {name!r} is of {found} in its checkpoint, and of {shapes[name]} in the model")
+            raise ModelError(f"{source}: {name!r} is of {found} in its checkpoint, and of {shapes[name]} in the model")
     known = (torch.nn.Linear, torch.nn.Embedding)
     return not missing and not stray and all(isinstance(_owner(model, n), known) for n in quantized.keys() & wanted)
 

@@ -56,9 +56,7 @@ def load(
     if compile and offload:
         raise ModelError("compile and offload: weights that come and go cannot be compiled with; choose one")
     if is_gguf(variant):
-        raise ModelError(
-            f"{variant}: a file for llama.cpp, which transformers does not run; {_opening(source, variant)}"
-        )
+        raise ModelError(f"{variant}: is for llama.cpp, not for transformers; {_opening(source, variant)}")
     model, tokenizer = _load(locate(source, variant, revision), _device(device), offload)
     if compile:
         from pipeline.compiled import compile_decoding

@@ -69,6 +69,18 @@ def architecture(model_type: str | None) -> Architecture:
     return ARCHITECTURES[model_type]
 
 
+def architecture_named(name: str) -> Architecture:
+    """The architecture that GGUF has under a name.
+
+    Raises:
+        ModelError: where none that is written has it.
+    """
+    found = next((known for known in ARCHITECTURES.values() if known.name == name), None)
+    if found is None:
+        raise ModelError(f"{name}: no architecture that is written as GGUF here")
+    return found
+
+
 def stored_names(of: Architecture, layers: int, names: Iterable[str], tied: bool) -> dict[str, str]:
     """A checkpoint's tensors -> their names in GGUF; what is not stored at all is left out.
 

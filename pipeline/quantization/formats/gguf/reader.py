@@ -15,7 +15,7 @@ from pipeline.blocks import tiles
 from pipeline.checkpoint import TensorInfo
 from pipeline.errors import CheckpointError
 from pipeline.quantization.formats.gguf.blocks import PLAIN
-from pipeline.quantization.formats.gguf.names import ARCHITECTURES, as_in_checkpoint, library, stored_names
+from pipeline.quantization.formats.gguf.names import architecture_named, as_in_checkpoint, library, stored_names
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -41,7 +41,7 @@ class GgufWeights(Mapping[str, TensorInfo]):
         found = read_header(path)
         self.path, self.dtype = path, dtype
         kind = found.fields["general.architecture"].contents()
-        self._of = next(known for known in ARCHITECTURES.values() if known.name == kind)
+        self._of = architecture_named(kind)
         self._head_dim = int(found.fields[f"{kind}.attention.key_length"].contents())
         layers = int(found.fields[f"{kind}.block_count"].contents())
         stored = {tensor.name: _place(tensor) for tensor in found.tensors}

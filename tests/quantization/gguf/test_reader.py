@@ -1,0 +1,89 @@
+"""What is read back from a GGUF is what the checkpoint had, by its names and in its order, as the codes mean it."""
+
+import pytest
+import torch
+
+from pipeline.checkpoint import Checkpoint
+from pipeline.config import VariantSpec
+from pipeline.errors import CheckpointError, ModelError
+from pipeline.loading import load, load_dequantized
+from pipeline.models import linear_weights, table_weights
+from pipeline.quantization.formats import gguf
+from pipeline.quantization.formats.gguf.reader import GgufWeights
+from pipeline.quantization.rounding import rounding
+from tests.quantization.gguf.conftest import MODELS, TYPES
+
+pytest.importorskip("gguf")
+PLAIN = {"gguf-f16": torch.float16, "gguf-bf16": torch.bfloat16}
+
+
+def read_back(path, source, tied, dtype=torch.float32):
+    return GgufWeights(path, Checkpoint(source), tied, dtype)
+
+
+def meaning(source, variant):
+    """Every tensor of a checkpoint in float32, as a variant has it."""
+    spec, checkpoint = VariantSpec(name=variant).resolved(), Checkpoint(source)
+    linear, tables = linear_weights(source), table_weights(source) if spec.embeddings == "int8" else {}
+    found = {}
+    for name in checkpoint:
+        weight = checkpoint.read(name).float()
+        if name in tables:
+            found[name] = rounding("rtn")(weight, gguf.TABLE).dequantize()
+        elif name in linear and spec.rounding:
+            found[name] = rounding(spec.rounding)(weight, gguf.grid(spec, weight.shape[1])).dequantize()
+        else:
+            found[name] = weight.to(PLAIN[variant]).float() if variant in PLAIN and weight.ndim == 2 else weight
+    return found
+
+
+@pytest.mark.parametrize("variant", TYPES)
+@pytest.mark.parametrize("architecture", MODELS)
+def test_every_tensor_of_every_type_comes_back(tiny_model, written, architecture, variant):
+    source = tiny_model(architecture, **MODELS[architecture])
+    tied = "lm_head.weight" not in Checkpoint(source)
+    found = read_back(written(source, variant), source, tied)
+    expected = meaning(source, variant)
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        tensor = found.read(name)
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
+        assert torch.allclose(tensor.float(), weight, rtol=0, atol=1e-7 if "norm" in name else 0), name
+
+
+def test_the_model_is_whole_and_of_the_type_that_it_was_of(tiny_model, written):
+    source = tiny_model("llama")
+    model, tokenizer = load_dequantized(written(source, "gguf-bf16"), source)
+    original, _ = load(source)
+    assert model.dtype == torch.bfloat16 and tokenizer.chat_template
+    for name, weight in original.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight), name
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_it_can_stay_in_its_file_while_it_computes(tiny_model, written, architecture):
+    source, ids = tiny_model(architecture), torch.tensor([[7, 200, 31, 64, 5, 5, 90]])
+    with torch.no_grad():
+        whole, offloaded = (
+            load_dequantized(written(source, "gguf-q4_0"), source, offload=offload)[0](ids).logits
+            for offload in (False, True)
+        )
+    assert torch.allclose(whole, offloaded, atol=1e-2)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.999], ids=str)
+def test_a_truncated_file_is_told_in_one_line(tiny_model, written, tmp_path, keep):
+    source = tiny_model("llama")
+    data, path = written(source, "gguf-q4_0").read_bytes(), tmp_path / "cut.gguf"
+    path.write_bytes(data[: int(len(data) * keep)])
+    with pytest.raises(CheckpointError, match="cut.gguf: not a whole GGUF file") as caught:
+        read_back(path, source, tied=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_another_model_is_refused(tiny_model, written):
+    tied, untied = tiny_model("qwen3"), tiny_model("qwen3", tie_word_embeddings=False)
+    with pytest.raises(ModelError, match=r"has no 'output\.weight'"):
+        load_dequantized(written(tied, "gguf-q8_0"), untied)
+    with pytest.raises(ModelError, match=r"Q8_0\.gguf: 'model\..*' is of \(.*, and of \("):
+        load_dequantized(written(tied, "gguf-q8_0"), tiny_model("qwen3", hidden_size=64))

@@ -1,0 +1,83 @@
+"""Variants for llama.cpp are talked to in llama.cpp; whoever asks transformers for one is told how to open it."""
+
+import shutil
+
+import pytest
+from rich.console import Console
+
+from pipeline import chat, machine
+from pipeline.errors import ModelError
+from pipeline.loading import load, locate_file
+from tests.quantization.gguf.conftest import written  # noqa: F401 - a fixture
+
+
+@pytest.fixture
+def release(tiny_model, written, tmp_path):  # noqa: F811
+    """The folder of a release with a GGUF and nothing else."""
+    (tmp_path / "release" / "gguf").mkdir(parents=True)
+    shutil.copy(written(tiny_model("llama"), "gguf-q4_0"), tmp_path / "release" / "gguf" / "my-model-Q4_0.gguf")
+    return tmp_path / "release"
+
+
+def test_transformers_is_not_asked_and_the_file_is_named(release):
+    with pytest.raises(ModelError, match=r"llama-cli -m .*release/gguf/my-model-Q4_0\.gguf$") as caught:
+        load(release, "gguf-q4_0")
+    assert "\n" not in str(caught.value) and str(caught.value).startswith("gguf-q4_0: is for llama.cpp")
+    with pytest.raises(ModelError, match=r"Llama\.from_pretrained\('user/model', filename='gguf/\*-Q4_0\.gguf'\)"):
+        load("user/model", "GGUF-Q4_0")
+
+
+def test_a_file_that_is_not_there_is_told_with_those_that_are(release):
+    assert locate_file(release, "gguf-q4_0").name == "my-model-Q4_0.gguf"
+    (release.parent / "config.yaml").touch()
+    assert locate_file(release.parent, "gguf-q4_0").parent == release / "gguf"  # a run's folder stands for it
+    with pytest.raises(ModelError, match=r"no gguf/\*-Q8_0\.gguf; files for llama.cpp there: my-model-Q4_0\.gguf"):
+        load(release, "gguf-q8_0")
+    with pytest.raises(ModelError, match="variant 'gguf-q3': not one that tunepress makes"):
+        load(release, "gguf-q3")
+
+
+@pytest.fixture
+def talk(monkeypatch):
+    """`talk(source, *questions)`: a talk on the terminal."""
+    monkeypatch.setattr(machine, "cores", lambda: 1)
+
+    def run(source, *questions, device="auto", compile=False):
+        asked = iter(questions)
+        monkeypatch.setattr("builtins.input", lambda _: next(asked, ""))
+        chat.chat(str(source), "gguf-q4_0", device, 8, Console(soft_wrap=True), compile)
+
+    return run
+
+
+def test_llama_cpp_answers_question_after_question(release, talk, capfd):
+    pytest.importorskip("llama_cpp")
+    talk(release, "Hello?")
+    once = capfd.readouterr()
+    assert "gguf-q4_0 on cpu in llama.cpp" in once.out and once.err == ""
+    first, *rest = once.out.split("\n", 1)
+    assert rest[0].strip()
+    talk(release, "Hello?", "And then?")
+    assert len(capfd.readouterr().out) > len(once.out)
+
+
+def test_a_talk_that_is_too_long_ends_in_one_line(release, talk, monkeypatch):
+    pytest.importorskip("llama_cpp")
+    monkeypatch.setattr(chat, "CONTEXT", 32)
+    with pytest.raises(ModelError, match="my-model-Q4_0.gguf: .*context") as caught:
+        talk(release, "Hello? " * 60)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [{"device": "cuda"}, {"compile": True}], ids=str)
+def test_llama_cpp_takes_no_device_and_is_not_compiled(release, talk, options):
+    with pytest.raises(ModelError, match="leave out --device and --compile"):
+        talk(release, **options)
+
+
+def test_a_file_without_a_chat_template_cannot_be_talked_to(release, talk):
+    pytest.importorskip("llama_cpp")
+    file = release / "gguf" / "my-model-Q4_0.gguf"
+    file.write_bytes(file.read_bytes().replace(b"tokenizer.chat_template", b"tokenizer.chat_xxxxxxxx"))
+    with pytest.raises(ModelError, match="has no chat template"):
+        talk(release, "Hello?")
