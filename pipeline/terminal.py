@@ -114,7 +114,7 @@ def summary(console: Console, config: Config, workspace: Workspace) -> None:
     from pipeline.trackers.trackio import dashboard_hint
 
     results = read_json(workspace.results_path, {})
-    shown = [v for v in VARIANTS if v in results and (workspace.release / v).is_dir()]
+    shown = [v for v in VARIANTS if v in results and (workspace.release / VARIANTS[v].folder).is_dir()]
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     for column in ("", "size", "held-out ppl", "general ppl", "KL", "decode", "memory"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
@@ -125,7 +125,8 @@ def summary(console: Console, config: Config, workspace: Workspace) -> None:
     console.print(f"[dim]{_how_measured(results)}[/]")
     console.print(f"\nRelease    {escape(str(workspace.release))}")
     command = os.environ.get("TUNEPRESS_COMMAND", "tunepress")
-    chosen = f" --variant {shown[-1]}" if shown else ""
+    chosen = [v for v in shown if VARIANTS[v].format != "gguf"] or shown
+    chosen = f" --variant {chosen[-1]}" if chosen else ""
     run = workspace.release if workspace.release in workspace.folder.parents else workspace.folder
     console.print(f"Talk to it {escape(f'{command} chat {run}{chosen}')}")
     console.print(f"Dashboard  {escape(dashboard_hint(config))}")
@@ -144,9 +145,10 @@ def _how_measured(results: dict) -> str:
         return "nothing was measured; --measure does, and so does publishing"
     counted = " and ".join(f"{q['tokens']} {text.replace('_', '-')}" for text, q in quality.items())
     text = "held-out" if "held_out" in quality else "general"
+    others = ", GGUF by llama.cpp" if any("llama.cpp" in r.get("speed", ()) for r in results.values()) else ""
     return (
         f"ppl: perplexity, ± one standard error, on {counted} tokens. KL: to the full-precision model, {text} text, in "
-        "nats a token. decode: batch 1, variants by pipeline.load. memory: of a fresh process that loads and "
+        f"nats a token. decode: batch 1, variants by pipeline.load{others}. memory: of a fresh process that loads and "
         "generates, libraries included."
     )
 
@@ -163,7 +165,7 @@ def size(count: float) -> str:
 def _figures(result: dict) -> list[str]:
     quality = result.get("quality", {})
     speeds = result.get("speed", {})
-    speed = speeds.get("pipeline.load") or speeds.get("stock") or {}
+    speed = next((speeds[loader] for loader in ("pipeline.load", "stock", "llama.cpp") if speeds.get(loader)), {})
 
     compared = next((q["kl"] for q in quality.values() if "kl" in q), None)  # held-out text first, where there is
 

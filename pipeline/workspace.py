@@ -222,13 +222,23 @@ class Workspace:
         """
         made = {folder / path.relative_to(partial) for path in partial.rglob("*") if path.is_file()}
         place_files(partial, folder)
-        before = self.ledger().get(key, Entry(""))
-        stale = {Path(os.path.normpath(self.folder / path)) for path in before.outputs}
-        stale |= set(folder.glob("*.safetensors*"))
+        stale = self._outputs(key) - self._outputs(*(self.ledger().keys() - {key}))  # variants share terms of use
+        if any(path.suffix == ".safetensors" for path in made):
+            stale |= set(folder.glob("*.safetensors*"))
         for path in stale - made:
             if folder in path.parents:
                 path.unlink(missing_ok=True)
         return sorted(made)
+
+    def remove(self, key: str, stay: Iterable[str]) -> None:
+        """Remove the files of a step from the release, but for those that one of the steps `stay` has made too."""
+        for path in self._outputs(key) - self._outputs(*stay):
+            path.unlink(missing_ok=True)
+
+    def _outputs(self, *keys: str) -> set[Path]:
+        ledger = self.ledger()
+        made = (path for key in keys if key in ledger for path in ledger[key].outputs)
+        return {Path(os.path.normpath(self.folder / path)) for path in made}
 
     def remember_base(self, model: dict, folder: Path, revision: str | None) -> None:
         """Note where the base model lies on this machine; kept out of everything that is published."""

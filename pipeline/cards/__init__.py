@@ -1,4 +1,4 @@
-"""Results -> the card of a release, of each variant in it, and of each variant's mirror.
+"""Results -> the card of a release, of each folder of variants in it, and of each variant's mirror.
 
 Every figure in a card is read from `results.json` or the configuration and passes
 through a format of `pipeline.cards.markdown`; what was not measured is left out. The words
@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.cards import about as names
 from pipeline.cards import markdown
-from pipeline.cards.about import ROOT, About
+from pipeline.cards.about import ROOT, About, gguf_type, is_gguf
 from pipeline.cards.markdown import Markdown, code, listed, number
 from pipeline.cards.metadata import metadata
 from pipeline.cards.own_text import END, START, note
 from pipeline.cards.plot import PLOT, plot_quality, points
 from pipeline.cards.tables import Models, tables
 from pipeline.catalog import DATA_FORMS, VARIANTS
+from pipeline.modelfile import MODELFILE, default_variant
 from pipeline.shipped import shipped_folder
 
 if TYPE_CHECKING:
@@ -31,28 +32,28 @@ if TYPE_CHECKING:
 
 _BLANKS = re.compile(r"(?P<block>^(`{3,})\w+\n.*?\n\2$)|\n{3,}", re.DOTALL | re.MULTILINE)  # and blocks, left alone
 
-__all__ = ["END", "PLOT", "START", "About", "mirror_card", "model_card", "plot_quality", "variant_card"]
+__all__ = ["END", "PLOT", "START", "About", "folder_card", "mirror_card", "model_card", "plot_quality"]
 
 
 def model_card(about: About, variants: Sequence[str]) -> str:
     """README.md of a repository that holds the root model, if there is one, and exactly these variants."""
-    front = metadata(about, ROOT, variants)
+    front = metadata(about, [ROOT, *variants], whole=True)
     more = {"plot": PLOT if points(about, variants) else None, "mirrors": _links(about.mirrors)}
     return _render("model_card.md.jinja", about, about.models(variants), front, **more)
 
 
-def variant_card(about: About, variant: str) -> str:
-    """README.md in one variant's folder."""
-    front = metadata(about, variant)
-    more = {"subject": variant, "mirrors": _links(about.mirrors)}
-    return _render("variant_card.md.jinja", about, about.models([variant], with_base=False), front, **more)
+def folder_card(about: About, variants: Sequence[str]) -> str:
+    """README.md in the folder of one variant, or of several where that is GGUF's."""
+    more = {"subject": VARIANTS[variants[0]].folder, "mirrors": _links(about.mirrors)}
+    models = about.models(variants, with_base=False)
+    return _render("folder_card.md.jinja", about, models, metadata(about, variants), **more)
 
 
 def mirror_card(about: About, variant: str, repo: str) -> str:
     """README.md of a repository `repo` that holds nothing but one variant, at its root."""
-    front = metadata(replace(about, name=repo), variant)
+    front = metadata(replace(about, name=repo), [variant])
     models = about.models([variant], with_base=False) | {variant: code(variant)}
-    more = {"subject": variant, "title": repo, "snippets_from": repo, "at_root": True}
+    more = {"subject": variant, "title": repo, "snippets_from": repo, "snippets_on_hub": True, "at_root": True}
     return _render("mirror_card.md.jinja", about, models, front, **more)
 
 
@@ -60,11 +61,14 @@ def _render(template: str, about: About, models: Models, front: ModelCardData, *
     made = markdown.environment(shipped_folder("templates"))
     seen = [n for row in about.get("training", "history") or () if (n := number(row.get("num_tokens")))]
     prompts = about.config.evaluate.prompts if about.config.evaluate else []
+    variants = [m for m in models if m in VARIANTS]
+    files = {v: about.files[v] for v in variants if v in about.files}
     given = {
         "name": about.name,
         "title": about.name,
         "home": about.home,
         "snippets_from": str(about.location),
+        "snippets_on_hub": about.repo is not None,
         "chats": about.chats,
         "question": next(iter(prompts), "What can you do?"),
         "config": about.config,
@@ -72,7 +76,14 @@ def _render(template: str, about: About, models: Models, front: ModelCardData, *
         "kind": "variants" if about.reference != ROOT else "trained" if about.config.data else "adapter",
         "reference": about.reference,
         "models": models,
-        "variants": [m for m in models if m in VARIANTS],
+        "variants": variants,
+        "packed": [v for v in variants if not is_gguf(v)],
+        "gguf": [v for v in variants if is_gguf(v)],
+        "types": {v: Markdown(gguf_type(v)) for v in variants},
+        "folders": {v: Markdown(VARIANTS[v].folder) for v in variants},
+        "files": files,
+        "default": default_variant(files) if files else None,
+        "modelfile": MODELFILE,
         "base": names.model_source(about.get("origin"), about.config.model.source),
         "adapter": names.model_source(about.get("adapter"), about.config.merge.adapter),
         "is_on_hub": bool(about.get("origin", "hub_id")),

@@ -34,6 +34,7 @@ class About:
         results: the content of `results.json`; any key may be missing.
         chats: has the tokenizer a chat template?
         mirrors: variant -> the repository that holds it at its root; only those that are there already.
+        files: variant of GGUF -> the name of its file.
     """
 
     name: str
@@ -42,6 +43,7 @@ class About:
     results: dict
     chats: bool = True
     mirrors: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
 
     def get(self, *keys: str) -> Any:
         """A value in the results, or None where it was not measured."""
@@ -65,7 +67,7 @@ class About:
         found = {BASE: Markdown("base model")} if with_base or self.reference == BASE else {}
         if self.reference == ROOT:
             found[ROOT] = Markdown("root")
-        return found | {v: code(f"{VARIANTS[v].folder}/") for v in variants}
+        return found | {v: _place(v) for v in variants}
 
     @property
     def data_source(self) -> str | None:
@@ -93,6 +95,21 @@ class About:
     def home(self) -> Markdown:
         """The release, named in a card: a link, or the folder's name."""
         return link(self.repo) if self.repo else code(file_name(self.location))
+
+
+def is_gguf(model: str) -> bool:
+    return model in VARIANTS and VARIANTS[model].format == "gguf"
+
+
+def gguf_type(variant: str) -> str:
+    """What llama.cpp calls the type of a variant's weights: `Q4_0` for gguf-q4_0."""
+    return variant.removeprefix("gguf-").upper()
+
+
+def _place(variant: str) -> Markdown:
+    """Where a variant lies in the release; several share the folder of GGUF."""
+    folder = code(f"{VARIANTS[variant].folder}/")
+    return Markdown(f"{folder} {gguf_type(variant)}") if is_gguf(variant) else folder
 
 
 def link(repo: str, kind: str = "", revision: object = None) -> Markdown:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,7 +55,7 @@ def environment(folder: Path) -> Environment:
         lstrip_blocks=True,
     )
     formats = (code, count, decimal, duration, estimate, fence, listed, parameters, plain, python_literal, said)
-    made.filters |= {form.__name__: form for form in (*formats, share, size, unit)}
+    made.filters |= {form.__name__: form for form in (*formats, share, shell_word, size, unit)}
     made.globals["table"] = table
     return made
 
@@ -90,6 +91,15 @@ def python_literal(text: object) -> Markdown:
     """`text` as a string literal of Python, for a code block."""
     literal = repr(str(text)).replace("<!--", r"\x3c!--")
     return Markdown(literal if set("\"'") & set(literal[1:-1]) else f'"{literal[1:-1]}"')
+
+
+def shell_word(text: object) -> Markdown:
+    """`text` as one word of a shell, for a code block."""
+    text = str(text)
+    if text.isprintable() and "<!--" not in text and "`" not in text:
+        return Markdown(shlex.quote(text))
+    escaped = repr(f'"{text}')[2:-1]  # with the double quote, repr has single ones around it
+    return Markdown("$'" + escaped.replace("<!--", r"\x3c!--") + "'")
 
 
 def listed(values: Iterable[object], between: str = ", ") -> Markdown:

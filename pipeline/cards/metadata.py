@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pipeline.cards import markdown
-from pipeline.cards.about import ROOT, TEXTS, About
+from pipeline.cards.about import ROOT, TEXTS, About, is_gguf
 from pipeline.cards.front_matter import SOURCE
 from pipeline.cards.markdown import one_line
 from pipeline.catalog import VARIANTS
@@ -35,30 +35,31 @@ _LICENSES = """
 """
 
 
-def metadata(about: About, subject: str, variants: Sequence[str] = ()) -> ModelCardData:
-    """The front matter of the card of one model.
+def metadata(about: About, models: Sequence[str], whole: bool = False) -> ModelCardData:
+    """The front matter of a card.
 
     Args:
-        subject: the key of the model in the results; that of the root for the card of the whole release.
-        variants: what else lies in the same repository.
+        models: what it is about, by keys of the results.
+        whole: is it that of the release, whose first model is the root?
     """
     from huggingface_hub import ModelCardData
 
-    whole = subject not in VARIANTS
     parent, relation = _parent(about, whole)
     languages = [one_line(w) for w in (*(about.get("origin", "languages") or ()), about.get("data", "language")) if w]
-    folders = [v for v in (subject, *variants) if v in VARIANTS]
+    variants = [model for model in models if model in VARIANTS]
+    named = models[1:] if whole else models if len(models) > 1 else ()
     method = [about.config.train.method] if about.get("training") else []
-    measured = [r for model in dict.fromkeys((subject, *variants)) for r in _measured(about, model, model == subject)]
+    measured = [r for model in models for r in _measured(about, model, model in named)]
+    loads = any(not is_gguf(model) for model in models if model != ROOT or about.reference == ROOT)
     return ModelCardData(
         base_model=parent,
         base_model_relation=relation if parent else None,
         datasets=[about.data_repo] if about.data_repo else None,
         language=list(dict.fromkeys(w for w in languages if re.fullmatch("[a-z]{2,3}|code", w))) or None,
         **_license(about),
-        library_name="transformers",
+        library_name="transformers" if loads else "gguf",
         pipeline_tag="text-generation",
-        tags=list(dict.fromkeys(["tunepress", *method, *(VARIANTS[v].format for v in folders), *folders])),
+        tags=list(dict.fromkeys(["tunepress", *method, *(VARIANTS[v].format for v in variants), *variants])),
         model_name=one_line(about.name) if measured else None,
         eval_results=measured or None,
     )
@@ -81,8 +82,8 @@ def _license(about: About) -> dict[str, str]:
     return {"license": "other", "license_name": name} if re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name) else {}
 
 
-def _measured(about: About, model: str, is_subject: bool) -> list[EvalResult]:
-    """Perplexities of one model; those of a variant in the card of the whole carry its name."""
+def _measured(about: About, model: str, named: bool) -> list[EvalResult]:
+    """Perplexities of one model; they carry its name where the card is not about it alone."""
     from huggingface_hub import EvalResult
 
     found = []
@@ -91,7 +92,7 @@ def _measured(about: About, model: str, is_subject: bool) -> list[EvalResult]:
             source = about.public_name(one_line(about.get(model, "quality", text, "text") or name))
             data = {"dataset_type": source, "dataset_name": f"{source}, {name} text", "dataset_config": name}
             metric = {"metric_type": "perplexity", "metric_value": round(measured[0], measured[2])}
-            if not is_subject:
+            if named:
                 metric["metric_name"] = f"perplexity of {model}"
             if about.repo:
                 url = f"https://huggingface.co/{about.repo}/blob/main/tunepress.json"

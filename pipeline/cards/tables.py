@@ -9,12 +9,16 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline.cards import markdown
-from pipeline.cards.about import BASE, ROOT, TEXTS, About
+from pipeline.cards.about import BASE, ROOT, TEXTS, About, is_gguf
 from pipeline.cards.markdown import Markdown, code, estimate, listed, number, size, table
 from pipeline.catalog import VARIANTS
 
 Models = dict[str, Markdown]
-LOADERS = {"pipeline.load": Markdown("`pipeline.load`"), "stock": Markdown("stock transformers")}
+LOADERS = {
+    "pipeline.load": Markdown("`pipeline.load`"),
+    "stock": Markdown("stock transformers"),
+    "llama.cpp": Markdown("llama.cpp"),
+}
 _WRITING, _READING, _MEMORY = "decode_tokens_per_second", "prefill_tokens_per_second", "peak_memory_bytes"
 _AHEAD = 0.95  # a model leads in speed or memory if the next one is further behind than runs differ
 
@@ -186,6 +190,16 @@ def faded(about: About, models: Models) -> list[Markdown]:
     return [name for m, name in models.items() if known and m in VARIANTS and loss[m] > middle]
 
 
+def read_by(about: About, models: Models) -> dict[str, list[Markdown]]:
+    """For GGUF: what its quality was measured with, llama.cpp or dequantized weights -> the variants."""
+    found: dict[str, list[Markdown]] = {}
+    for model, name in models.items():
+        loader = about.get(model, "loader")
+        if is_gguf(model) and isinstance(loader, str) and about.get(model, "quality"):
+            found.setdefault(loader, []).append(name)
+    return found
+
+
 def offloaded(about: About, models: Models) -> list[Markdown]:
     """The models whose weights stayed in their files while they were measured."""
     return [name for model, name in models.items() if about.get(model, "offloaded")]
@@ -194,7 +208,7 @@ def offloaded(about: About, models: Models) -> list[Markdown]:
 def tables(about: About, models: Models) -> dict[str, Any]:
     """All of it, by name, for the templates."""
     makers: tuple[Callable[[About, Models], Any], ...]
-    makers = (summary, quality, speed, leads, rises, ways, machines, answers, faded, failures, offloaded)
+    makers = (summary, quality, speed, leads, rises, ways, machines, answers, faded, failures, offloaded, read_by)
     return {maker.__name__: maker(about, models) for maker in makers}
 
 

@@ -16,6 +16,7 @@ from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.events import Events
 from pipeline.files import fingerprint, read_json, write_bytes
+from pipeline.gguf_keys import read_dialogue
 from pipeline.hub import CARD, LINEAGE, LocalFile
 from pipeline.stages import Outcome
 from pipeline.workspace import Workspace
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pipeline.cards import About
 
 PICTURE = "assets/quality_vs_size.png"
+GGUF = "gguf"  # the folder
 
 Existing = Callable[[str], bytes | None]  # path -> what is there now, in which people may have written
 
@@ -71,13 +73,17 @@ def render(
         existing: the documents that are there; what people wrote into a README.md stays.
         mirrors: variant -> the repository that holds it at its root, where there is one.
     """
-    from pipeline.cards import model_card, plot_quality, variant_card
+    from pipeline.cards import folder_card, model_card, plot_quality
     from pipeline.cards.readmes import merged
     from pipeline.lineage import lineage
+    from pipeline.modelfile import MODELFILE, modelfile
 
-    about = _about(config, workspace, variants, mirrors)
-    cards = {CARD: model_card(about, variants), **{f"{v}/{CARD}": variant_card(about, v) for v in variants}}
+    about, by_folder = _about(config, workspace, variants, mirrors), folders(variants)
+    cards = {CARD: model_card(about, variants)}
+    cards |= {f"{folder}/{CARD}": folder_card(about, those) for folder, those in by_folder.items()}
     documents = {path: merged(card.encode(), existing(path)) for path, card in cards.items()}
+    if GGUF in by_folder:
+        documents[f"{GGUF}/{MODELFILE}"] = modelfile(gguf_files(workspace, variants)).encode()
     with tempfile.TemporaryDirectory() as scratch:
         picture = Path(scratch) / "picture.png"
         if plot_quality(about, variants, picture):
@@ -92,9 +98,12 @@ def render_mirror(config: Config, workspace: Workspace, variant: str, existing: 
     from pipeline.cards import mirror_card
     from pipeline.cards.readmes import merged
     from pipeline.lineage import lineage
+    from pipeline.modelfile import MODELFILE, modelfile
 
     about, repo = _about(config, workspace, (variant,)), config.publish.mirrors[variant]
     documents = {CARD: merged(mirror_card(about, variant, repo).encode(), existing(CARD))}
+    if gguf := gguf_files(workspace, (variant,)):
+        documents[MODELFILE] = modelfile(gguf).encode()
     files, home = mirror_files(workspace, variant), config.publish.repo
     documents[LINEAGE] = lineage(config, workspace, about.results, files, documents.keys(), mirror_of=home)
     return documents
@@ -102,8 +111,26 @@ def render_mirror(config: Config, workspace: Workspace, variant: str, existing: 
 
 def mirror_files(workspace: Workspace, variant: str) -> dict[str, LocalFile]:
     """A variant's files as they stand at the root of a repository of its own."""
-    files = release_files(workspace, (variant,)).items()
-    return {path.removeprefix(f"{variant}/"): file for path, file in files if path.startswith(f"{variant}/")}
+    files, prefix = release_files(workspace, (variant,)).items(), f"{VARIANTS[variant].folder}/"
+    return {path.removeprefix(prefix): file for path, file in files if path.startswith(prefix)}
+
+
+def folders(variants: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """The folders that variants lie in, and which of them lie in each."""
+    found: dict[str, tuple[str, ...]] = {}
+    for variant in variants:
+        folder = VARIANTS[variant].folder
+        found[folder] = (*found.get(folder, ()), variant)
+    return found
+
+
+def gguf_files(workspace: Workspace, variants: tuple[str, ...]) -> dict[str, Path]:
+    """The GGUF file of each variant that is one."""
+    found = {}
+    for variant in folders(variants).get(GGUF, ()):
+        files = mirror_files(workspace, variant).values()
+        found |= {variant: file.path for file in files if file.path.suffix == ".gguf"}
+    return found
 
 
 def local(workspace: Workspace, path: str) -> bytes | None:
@@ -144,7 +171,7 @@ def _says_all_of(document: bytes, card: bytes) -> bool:
 def write(workspace: Workspace, documents: dict[str, bytes], variants: tuple[str, ...]) -> list[Path]:
     """Put documents into the release, each whole, and take out variants of ours that are no longer part of it."""
     for name in VARIANTS.keys() - set(variants):
-        _take_out(workspace, name)
+        _take_out(workspace, name, variants)
     workspace.assemble_results()
     if PICTURE not in documents:  # one of figures that are not there any more
         (workspace.release / PICTURE).unlink(missing_ok=True)
@@ -169,18 +196,22 @@ def _is_as_written(workspace: Workspace, path: str) -> bool:
     return digest in written_digests(workspace, path, "publish", "document")
 
 
-def _take_out(workspace: Workspace, variant: str) -> None:
-    """Remove a variant from the release's folder; what people put or wrote there stays."""
+def _take_out(workspace: Workspace, variant: str, stay: tuple[str, ...]) -> None:
+    """Remove a variant from the release's folder; what is another's too, and what people put or wrote there, stays."""
+    from pipeline.modelfile import MODELFILE
+
     (workspace.measurements / f"{variant}.json").unlink(missing_ok=True)
-    entry, folder = workspace.ledger().get(f"quantize/{variant}"), workspace.release / variant
-    if entry is None:
+    folder = VARIANTS[variant].folder
+    if f"quantize/{variant}" not in workspace.ledger():
         return
-    for path in entry.outputs:
-        (workspace.folder / path).unlink(missing_ok=True)
-    if _is_as_written(workspace, f"{variant}/{CARD}"):
-        (folder / CARD).unlink()
+    workspace.remove(f"quantize/{variant}", [f"quantize/{name}" for name in stay])
+    if folder in folders(stay):
+        return
+    for document in (f"{folder}/{CARD}", f"{folder}/{MODELFILE}"):
+        if _is_as_written(workspace, document):
+            (workspace.release / document).unlink()
     with contextlib.suppress(OSError):  # not empty, or not there
-        folder.rmdir()
+        (workspace.release / folder).rmdir()
 
 
 def _about(
@@ -190,9 +221,11 @@ def _about(
     from pipeline.origin import has_chat_template
 
     location = config.publish.repo or workspace.release.as_posix()
-    chats = any(has_chat_template(folder) for folder in (workspace.release, *(workspace.release / v for v in variants)))
-    results = _results(workspace, variants)
-    return About(config.publish.repo or config.name, location, config, results, chats, mirrors or {})
+    files = gguf_files(workspace, variants)
+    chats = any(has_chat_template(workspace.release / folder) for folder in ("", *folders(variants)))
+    chats = chats or any(read_dialogue(file).template for file in files.values())
+    results, names = _results(workspace, variants), {variant: file.name for variant, file in files.items()}
+    return About(config.publish.repo or config.name, location, config, results, chats, mirrors or {}, names)
 
 
 def _results(workspace: Workspace, variants: tuple[str, ...]) -> dict:

@@ -14,6 +14,7 @@ from pipeline.hub import CARD
 from pipeline.stages import Outcome
 from pipeline.stages.document import (
     depends,
+    folders,
     local,
     mirror_files,
     release_files,
@@ -75,7 +76,7 @@ def _main(
     """Publish the release; the commit, and the documents as they then are in the release's folder."""
     repo, documents = config.publish.repo, {}
     # Read once and written at the end: what is rendered for one tree must not be taken for people's text at the next.
-    here = {path: local(workspace, path) for path in (CARD, *(f"{v}/{CARD}" for v in variants))}
+    here = {path: local(workspace, path) for path in (CARD, *(f"{folder}/{CARD}" for folder in folders(variants)))}
 
     def contents(tree: Tree) -> dict[str, Content]:
         documents.clear()

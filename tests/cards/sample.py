@@ -12,6 +12,8 @@ from pipeline.cards import About
 from pipeline.config import Config
 
 BOTH = ("int8", "int4")
+GGUF = ("gguf-q8_0", "gguf-q4_0")
+GGUF_FILES = {"gguf-q8_0": "demo-Q8_0.gguf", "gguf-q4_0": "demo-Q4_0.gguf"}
 ON_HUB = {
     "source": "org/base",
     "name": "org/base",
@@ -182,6 +184,25 @@ def results() -> dict:
     }
 
 
+def gguf_results() -> dict:
+    """The same with two variants of GGUF, measured through llama.cpp."""
+    found = results()
+    for variant, size, rise, speed in (("gguf-q8_0", 144_811_072, 0.00331, 96.1), ("gguf-q4_0", 91_726_112, 0.151, 142.0)):
+        kind = variant.removeprefix("gguf-").upper()
+        found[variant] = _model(
+            size,
+            _quality(17.13 * (1 + rise), 12.06 * (1 + rise), rise),
+            {"llama.cpp": _probe(speed, size + 61_000_000) | {"loader": "llama.cpp"}},
+            f"Joins, says {variant}.",
+            variant={"name": variant, "group_size": 32, "rounding": "search", "keep": [], "embeddings": "int8"},
+            ratio=size / 269_060_552,
+            weights={"weight_bytes": 66, "source_bytes": 212, "group_sizes": {}, "kept": [], "types": {kind: 210, "F32": 61}},
+            file=f"demo-{kind}.gguf",
+        ) | {"loader": "llama.cpp"}
+    found["gguf-q4_0"]["weights"]["types"]["Q8_0"] = 1
+    return found
+
+
 def adapter_results() -> dict:
     """The same for an adapter that was trained elsewhere: no data of ours, and so no held-out text."""
     found = without_held_out({key: value for key, value in results().items() if key not in ("data", "training")})
@@ -204,7 +225,7 @@ def unmeasured_results() -> dict:
 
 
 def without_held_out(found: dict) -> dict:
-    for model in ("base", "merged", *BOTH):
+    for model in found.keys() & {"base", "merged", *BOTH, *GGUF}:
         del found[model]["quality"]["held_out"]
     return found
 
@@ -233,6 +254,18 @@ def adapter_about() -> About:
 def variants_about(found: dict | None = None, **changes: Any) -> About:
     given = config(data=None, model={"source": "org/base"}, **changes)
     return about(found or variants_results(), config=given)
+
+
+def gguf_about(found: dict | None = None, **changes: Any) -> About:
+    return about(found or gguf_results(), files=GGUF_FILES, **changes)
+
+
+def only_gguf_about(**changes: Any) -> About:
+    """Variants of GGUF alone, of a model as it is."""
+    known = without_held_out(gguf_results())
+    found = {"origin": ON_HUB, "base": known["merged"], **{variant: known[variant] for variant in GGUF}}
+    given = config(data=None, model={"source": "org/base"})
+    return about(found, config=given, files=GGUF_FILES, **changes)
 
 
 def unmeasured_about() -> About:

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipeline.cards as package
-from pipeline.cards import About, markdown, mirror_card, model_card, plot_quality, variant_card
+from pipeline.cards import About, folder_card, markdown, mirror_card, model_card, plot_quality
 from pipeline.cards.own_text import keep_own_text
 from pipeline.origin import has_chat_template
 from tests.cards.sample import (
@@ -48,7 +48,7 @@ KINDS = {"trained": about, "adapter": adapter_about, "variants": variants_about,
 
 def cards(given: About) -> dict[str, str]:
     mirrors = {f"mirror of {v}": mirror_card(given, v, f"user/a-model-{v}") for v in BOTH}
-    return {"model": model_card(given, BOTH), **{v: variant_card(given, v) for v in BOTH}, **mirrors}
+    return {"model": model_card(given, BOTH), **{v: folder_card(given, [v]) for v in BOTH}, **mirrors}
 
 
 def data(text: str) -> dict:
@@ -200,7 +200,7 @@ def test_what_each_variant_is_good_for_follows_from_what_was_measured():
         q["rise"], q["kl"] = estimate(0.001, 0.003), estimate(0.04, 0.02)
     text = model_card(about(found), BOTH)
     assert "smallest" not in text and "closest" not in text
-    assert "smallest" not in variant_card(about(), "int4")
+    assert "smallest" not in folder_card(about(), ["int4"])
 
 
 def test_whether_a_rise_is_beyond_its_error_is_said_for_each_text():
@@ -295,7 +295,7 @@ def test_a_card_is_rendered_whatever_is_missing(what):
         changed = replaced(found, place, empty if what == "empty" else None, remove=what == "removed")
         texts = [model_card(about(changed), BOTH)]
         if what == "removed":
-            texts.append(variant_card(about(changed), "int4"))
+            texts.append(folder_card(about(changed), ["int4"]))
         for text in texts:
             assert not re.search(r"\b(None|nan|Undefined)\b", text), place
 
@@ -377,7 +377,7 @@ def test_variants_alone_are_compared_with_their_source_and_the_card_says_where_i
     assert "KL from the base model" in summary["**`int4/`**"]
     assert "root" not in prose(text) and "Training" not in text and "adapter" not in text
     assert package.PLOT in text and "base model, `int8/`:\n\n```text\nJoin paths." in text
-    for shown in (text, variant_card(variants_about(), "int4")):
+    for shown in (text, folder_card(variants_about(), ["int4"])):
         assert data(shown)["base_model"] == "org/base" and data(shown)["base_model_relation"] == "quantized"
     (entry,) = data(model_card(variants_about(), BOTH))["model-index"]
     assert [m["value"] for m in entry["results"][0]["metrics"]] == [12.11, 12.41]
@@ -412,8 +412,8 @@ def test_the_card_points_to_those_mirrors_of_what_is_in_it_that_are_there():
     link = "[user/a-model-int8](https://huggingface.co/user/a-model-int8)"
     text = model_card(mirrored, BOTH)
     assert link in item(text, "`int8/`") and "user/later" not in text
-    assert link in variant_card(mirrored, "int8")
-    assert "repository of its own" not in variant_card(mirrored, "int4")
+    assert link in folder_card(mirrored, ["int8"])
+    assert "repository of its own" not in folder_card(mirrored, ["int4"])
     assert link not in model_card(mirrored, ["int4"])
     assert link not in mirror_card(mirrored, "int8", "user/a-model-int8").split("## Use")[1]
 
@@ -478,14 +478,14 @@ def test_the_model_index_holds_the_measured_perplexities():
     names = [m.get("name") for m in entry["results"][0]["metrics"]]
     assert names == [None, "perplexity of int8", "perplexity of int4"]
     assert entry["results"][0]["source"]["url"] == "https://huggingface.co/user/a-model/blob/main/tunepress.json"
-    (entry,) = data(variant_card(about(), "int4"))["model-index"]
+    (entry,) = data(folder_card(about(), ["int4"]))["model-index"]
     assert [r["metrics"][0]["value"] for r in entry["results"]] == [19.21, 12.41]
 
 
 def test_a_variant_derives_from_the_root_where_that_is_on_the_hub(tmp_path):
-    assert data(variant_card(about(), "int4"))["base_model"] == "user/a-model"
-    assert data(variant_card(about(), "int4"))["base_model_relation"] == "quantized"
-    assert "base_model" not in data(variant_card(about(location=str(tmp_path)), "int4"))
+    assert data(folder_card(about(), ["int4"]))["base_model"] == "user/a-model"
+    assert data(folder_card(about(), ["int4"]))["base_model_relation"] == "quantized"
+    assert "base_model" not in data(folder_card(about(location=str(tmp_path)), ["int4"]))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cards import mirror_card, model_card, variant_card
+from pipeline.cards import folder_card, mirror_card, model_card
 from pipeline.config import VariantSpec
 from pipeline.models import linear_weights
 from tests.cards.sample import BOTH, about, config, replaced, results
@@ -93,7 +93,7 @@ def run(code: str, folder: Path, with_tunepress: bool = False) -> str:
 def test_every_card_has_the_same_snippets_for_what_it_is_about(snippets, release):
     given = about(location=str(release), config=config(evaluate={"prompts": ["Who are you?"]}))
     for variant in BOTH:
-        load, shorter, *rest = blocks(variant_card(given, variant))
+        load, shorter, *rest = blocks(folder_card(given, [variant]))
         assert [load, *rest] == snippets[variant]
         assert shorter.replace(variant, "int4") == snippets["pipeline.load"][0]
         assert "pipeline import load" not in load and "trust_remote_code" not in load
@@ -104,7 +104,7 @@ def test_every_card_has_the_same_snippets_for_what_it_is_about(snippets, release
 
 def test_without_a_chat_template_no_chat_is_shown(release):
     given = about(location=str(release), chats=False)
-    for text in (model_card(given, BOTH), variant_card(given, "int4"), mirror_card(given, "int4", "user/mirror")):
+    for text in (model_card(given, BOTH), folder_card(given, ["int4"]), mirror_card(given, "int4", "user/mirror")):
         assert "chat" not in "".join(blocks(text)) and "has no chat template" in text
 
 
@@ -134,7 +134,7 @@ def test_the_int4_snippet_computes_what_the_dequantized_weights_do(snippets, rel
 def test_the_snippet_for_tiles_runs_them_on_a_card_and_repacks_them_elsewhere(release, tmp_path):
     found = replaced(results(), ("int4", "variant", "packing"), "tile_packed")
     found = replaced(found, ("int4", "weights", "padding_bytes"), 2_000_000)
-    card = variant_card(about(found, location=str(release / "tiled")), "int4")
+    card = folder_card(about(found, location=str(release / "tiled")), ["int4"])
     assert "as it lies on CUDA" in card and "mslk` is installed" not in card
     assert "CUDA cards read, 2.00\u00a0MB of them to fill up rows and columns" in card
     printed = run("\n".join([blocks(card)[0], KEEP_LOGITS.format(ids=PROMPT)]), tmp_path)
@@ -166,7 +166,7 @@ def test_the_int4_snippet_takes_int8_embeddings_too(release, tmp_path, tied):
     quantize_checkpoint(tmp_path, [spec], made, linear_weights(tmp_path), tables=table_weights(tmp_path))
     found = results()
     found["int4"]["variant"]["embeddings"] = "int8"
-    load, *_ = blocks(variant_card(about(found, location=str(tmp_path)), "int4"))
+    load, *_ = blocks(folder_card(about(found, location=str(tmp_path)), ["int4"]))
     printed = run("\n".join([load, KEEP_LOGITS.format(ids=PROMPT)]), tmp_path)
     if not torch.cuda.is_available():
         assert printed.split() == ["layers:", "['Int4OpaqueTensor',", "'Parameter']"]
