@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pipeline.errors import ModelError
+from pipeline.files import read_json
 from pipeline.quantization.formats.gguf.names import Architecture, architecture, library
 from pipeline.quantization.formats.gguf.vocabulary import vocabulary
 
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
 
 NO_ROPE_EVERY = 4  # layers of SmolLM3, in llama.cpp
 _STOPS = ("eos", "eot", "eom")  # kinds of tokens that end an answer
+_SAMPLING = {  # of `generation_config.json`, and what a GGUF calls them
+    "temperature": "temp",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "penalty_repeat",
+}
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,7 @@ def describe(
         raise ModelError(f"{folder}: {error}") from None
     if template := template or _template(tokenizer):
         writer.add_chat_template(template)
+    _add_sampling(writer, folder)
     tied = bool(config.tie_word_embeddings)
     return Description(writer, known, config.num_hidden_layers, head_dim, tied, tensors)
 
@@ -215,6 +224,16 @@ def _stops(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, folder:
     if len(stops) > len(_STOPS):
         raise ModelError(f"ends answers with {len(stops)} tokens; GGUF names {len(_STOPS)}")
     return stops
+
+
+def _add_sampling(writer: GGUFWriter, folder: Path) -> None:
+    """What the model's makers recommend for drawing tokens, which llama.cpp goes by where it is not told otherwise."""
+    settings = read_json(folder / "generation_config.json", {})
+    for key, name in _SAMPLING.items():
+        value = settings.get(key)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            add = writer.add_int32 if name == "top_k" else writer.add_float32
+            add(f"general.sampling.{name}", int(value) if name == "top_k" else value)
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
