@@ -71,9 +71,7 @@ def _renderer(template: str, tokens: Mapping[str, str], first: str, day: datetim
     given = {**tokens, "strftime_now": lambda form: day.strftime(form)}
 
     def render(conversation: Conversation, asks: bool) -> str:
-        (text,), _ = render_jinja_template(
-            [conversation], chat_template=template, add_generation_prompt=asks, **given
-        )
+        (text,), _ = render_jinja_template([conversation], chat_template=template, add_generation_prompt=asks, **given)
         return text.removeprefix(first)
 
     return render
@@ -99,7 +97,9 @@ def _derive(render: Render) -> Turns:
     around = {"user": (user_before, user_behind)}
     around["assistant"] = (to_answer.removeprefix(user_behind).removeprefix(between), answer_behind)
 
-    system_before, system_behind, _ = _cut(render([{"role": "system", "content": _SYSTEM}, user], False), _SYSTEM, _FIRST)
+    system_before, system_behind, _ = _cut(
+        render([{"role": "system", "content": _SYSTEM}, user], False), _SYSTEM, _FIRST
+    )
     if not system_behind.endswith(between + user_before):
         if between:
             raise ValueError("a system's turn in the user's, and something between turns")
@@ -127,7 +127,7 @@ def _cut(text: str, *probes: str) -> list[str]:
 
 def _conversations() -> list[Conversation]:
     """Some of one to three questions, with and without a system's turn."""
-    said = ("What is 2 + 2?", "Four.", "And *why*?\n\nSay it in \"two\" lines.", "It is\nso.", "<b>Tschüß</b> {{ x }}")
+    said = ("What is 2 + 2?", "Four.", 'And *why*?\n\nSay it in "two" lines.', "It is\nso.", "<b>Tschüß</b> {{ x }}")
     turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
     talks = [turns[:count] for count in (1, 3, 5)]
     return [c for talk in talks for c in (talk, [{"role": "system", "content": "Be brief.\nBe kind."}, *talk])]

@@ -56,8 +56,8 @@ def release_files(workspace: Workspace, variants: tuple[str, ...]) -> dict[str, 
     ledger = workspace.ledger()
     prefix = Path(os.path.relpath(workspace.release, workspace.folder)).as_posix() + "/"
     steps = [ledger[key] for key in ("merge", *(f"quantize/{v}" for v in variants)) if key in ledger]
-    made = sorted((path, digest) for step in steps for path, digest in step.outputs.items() if path.startswith(prefix))
-    return {path.removeprefix(prefix): LocalFile.of(workspace.folder / path, digest) for path, digest in made}
+    made = {path: digest for step in steps for path, digest in step.outputs.items() if path.startswith(prefix)}
+    return {path.removeprefix(prefix): LocalFile.of(workspace.folder / path, made[path]) for path in sorted(made)}
 
 
 def render(
@@ -126,11 +126,8 @@ def folders(variants: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
 
 def gguf_files(workspace: Workspace, variants: tuple[str, ...]) -> dict[str, Path]:
     """The GGUF file of each variant that is one."""
-    found = {}
-    for variant in folders(variants).get(GGUF, ()):
-        files = mirror_files(workspace, variant).values()
-        found |= {variant: file.path for file in files if file.path.suffix == ".gguf"}
-    return found
+    made = {variant: mirror_files(workspace, variant).values() for variant in folders(variants).get(GGUF, ())}
+    return {v: file.path for v, files in made.items() for file in files if file.path.suffix == ".gguf"}
 
 
 def local(workspace: Workspace, path: str) -> bytes | None:

@@ -187,7 +187,10 @@ def results() -> dict:
 def gguf_results() -> dict:
     """The same with two variants of GGUF, measured through llama.cpp."""
     found = results()
-    for variant, size, rise, speed in (("gguf-q8_0", 144_811_072, 0.00331, 96.1), ("gguf-q4_0", 91_726_112, 0.151, 142.0)):
+    for variant, size, rise, speed in (
+        ("gguf-q8_0", 144_811_072, 0.00331, 96.1),
+        ("gguf-q4_0", 91_726_112, 0.151, 142.0),
+    ):
         kind = variant.removeprefix("gguf-").upper()
         found[variant] = _model(
             size,
@@ -196,7 +199,13 @@ def gguf_results() -> dict:
             f"Joins, says {variant}.",
             variant={"name": variant, "group_size": 32, "rounding": "search", "keep": [], "embeddings": "int8"},
             ratio=size / 269_060_552,
-            weights={"weight_bytes": 66, "source_bytes": 212, "group_sizes": {}, "kept": [], "types": {kind: 210, "F32": 61}},
+            weights={
+                "weight_bytes": 66,
+                "source_bytes": 212,
+                "group_sizes": {},
+                "kept": [],
+                "types": {kind: 210, "F32": 61},
+            },
             file=f"demo-{kind}.gguf",
         ) | {"loader": "llama.cpp"}
     found["gguf-q4_0"]["weights"]["types"]["Q8_0"] = 1

@@ -23,12 +23,16 @@ from pipeline.cards.own_text import keep_own_text
 from pipeline.origin import has_chat_template
 from tests.cards.sample import (
     BOTH,
+    GGUF,
     ON_HUB,
     about,
     adapter_about,
     adapter_results,
     config,
     estimate,
+    gguf_about,
+    gguf_results,
+    only_gguf_about,
     paths,
     replaced,
     results,
@@ -43,12 +47,21 @@ HOSTILE = (
     "``` | <script>alert(1)</script> {{ 7*7 }} [x](javascript:y) <!-- tunepress:end -->\n---\n# h\n"
     "\u202eevil *b* \ud800 &lt; ~s~ $x$"
 )
-KINDS = {"trained": about, "adapter": adapter_about, "variants": variants_about, "unmeasured": unmeasured_about}
+KINDS = {
+    "trained": about,
+    "adapter": adapter_about,
+    "variants": variants_about,
+    "unmeasured": unmeasured_about,
+    "with gguf": gguf_about,
+    "gguf": only_gguf_about,
+}
 
 
 def cards(given: About) -> dict[str, str]:
-    mirrors = {f"mirror of {v}": mirror_card(given, v, f"user/a-model-{v}") for v in BOTH}
-    return {"model": model_card(given, BOTH), **{v: folder_card(given, [v]) for v in BOTH}, **mirrors}
+    variants = [v for v in (*BOTH, *GGUF) if v in given.results]
+    folders = [[v] for v in variants if v in BOTH] + ([list(GGUF)] if GGUF[0] in variants else [])
+    mirrors = {f"mirror of {v}": mirror_card(given, v, f"user/a-model-{v}") for v in variants}
+    return {"model": model_card(given, variants), **{f[0]: folder_card(given, f) for f in folders}, **mirrors}
 
 
 def data(text: str) -> dict:
@@ -116,9 +129,13 @@ def test_every_number_is_one_of_the_results_or_the_configuration(kind):
 
 def two_runs() -> tuple[About, About]:
     """Two that have no number in common."""
-    first, second = about(), results()
+    first, second = gguf_about(), gguf_results()
     second["int4"]["weights"] |= {"group_sizes": {"a": 32, "b": 32}, "kept": ["a", "b"]}
-    return first, about(shifted(second), config=shifted(first.config))
+    given = {variant: {"variant": second[variant]["variant"]} for variant in GGUF}
+    second = shifted(second)
+    for variant in GGUF:
+        second[variant] |= given[variant]
+    return first, gguf_about(second, config=shifted(first.config))
 
 
 def test_no_number_is_the_same_whatever_was_measured():
@@ -300,6 +317,20 @@ def test_a_card_is_rendered_whatever_is_missing(what):
             assert not re.search(r"\b(None|nan|Undefined)\b", text), place
 
 
+@pytest.mark.parametrize("what", ["removed", "null", "empty"])
+def test_so_it_is_of_gguf(what):
+    for place in paths(gguf_results()["gguf-q4_0"]):
+        place = ("gguf-q4_0", *place)
+        if isinstance(place[-1], int):
+            continue
+        old = functools.reduce(lambda tree, key: tree[key], place, gguf_results())
+        empty = math.nan if isinstance(old, float) else type(old)()
+        value = empty if what == "empty" else None
+        changed = replaced(gguf_results(), place, value, remove=what == "removed")
+        for text in (model_card(gguf_about(changed), GGUF), folder_card(gguf_about(changed), GGUF)):
+            assert not re.search(r"\b(None|nan|Undefined)\b", text), place
+
+
 def test_nothing_but_a_configuration_gives_a_card_without_figures():
     text = model_card(about({"data": {}}), [])
     assert "Nothing about the quality of this model was measured." in text and "Nothing was measured here" in text
@@ -390,6 +421,75 @@ def test_variants_that_were_not_measured_are_called_so():
         assert "**Nothing was measured here:**" in text and "±" not in text
         assert rows(text, "|  | Weights")
         assert "model-index" not in data(text)
+
+
+# ---- GGUF
+
+
+def test_variants_of_gguf_share_a_card_and_have_a_row_each():
+    for text in (model_card(gguf_about(), (*BOTH, *GGUF)), folder_card(gguf_about(), GGUF)):
+        summary = rows(text, "|  | Weights")
+        assert summary["**`gguf/` Q8_0**"]["Weights"] == "145 MB"
+        assert summary["**`gguf/` Q4_0**"]["Tokens per second"] == "142"
+        assert rows(text[text.index("### General text") :], "|  | Perplexity")["`gguf/` Q4_0"]["Perplexity"]
+        assert rows(text, "|  | Loading")["`gguf/` Q4_0, llama.cpp"]["Peak memory"] == "153 MB"
+        made = rows(text, "| File")
+        assert list(made) == ["`gguf/demo-Q8_0.gguf`", "`gguf/demo-Q4_0.gguf`"]
+        assert made["`gguf/demo-Q4_0.gguf`"]["Tensors"] == "61 `F32`, 210 `Q4_0`, 1 `Q8_0`"
+        assert "embedding and output head in `Q8_0`" in made["`gguf/demo-Q4_0.gguf`"]["How it was made"]
+        assert data(text)["tags"].count("gguf") == 1 and set(GGUF) <= set(data(text)["tags"])
+    root = model_card(gguf_about(), (*BOTH, *GGUF))
+    assert root.count("### `gguf/`") == 1 and "([card](gguf/README.md))" in item(root, "`gguf/` Q4_0")
+    names = [m.get("name") for m in data(folder_card(gguf_about(), GGUF))["model-index"][0]["results"][0]["metrics"]]
+    assert names == ["perplexity of gguf-q8_0", "perplexity of gguf-q4_0"]
+
+
+def test_how_gguf_was_measured_is_said():
+    text = model_card(gguf_about(), (*BOTH, *GGUF))
+    assert (
+        "every model but GGUF was loaded with `pipeline.load`. Computed by llama.cpp: `gguf/` Q8_0, `gguf/` Q4" in text
+    )
+    assert "quantized models loaded by `pipeline.load`, GGUF by llama.cpp and others by stock" in plain(text)
+    found = gguf_results()
+    for variant in GGUF:
+        found[variant] |= {"loader": "dequantized", "speed": {}}
+    text = model_card(gguf_about(found), (*BOTH, *GGUF))
+    assert "with the weights of the GGUF file, dequantized, and not by llama.cpp: `gguf/` Q8_0, `gguf/` Q4_0" in text
+    assert "GGUF by llama.cpp" not in text
+
+
+@pytest.mark.parametrize(
+    ("variant", "rounding", "said"),
+    [
+        ("gguf-q4_0", "hqq", "rounded by HQQ without data"),
+        ("gguf-f16", None, "weights of sixteen bits, not quantized"),
+    ],
+)
+def test_how_each_file_was_made_is_said(variant, rounding, said):
+    found = gguf_results()
+    given = found["gguf-q4_0"]["variant"] | {"name": variant, "rounding": rounding}
+    found[variant] = found["gguf-q4_0"] | {"variant": given}
+    text = folder_card(about(found, files={variant: "demo.gguf"}), [variant])
+    assert said in rows(text, "| File")["`gguf/demo.gguf`"]["How it was made"]
+
+
+def test_of_gguf_alone_nothing_is_said_that_needs_transformers():
+    text = model_card(only_gguf_about(), GGUF)
+    assert data(text)["library_name"] == "gguf" and data(text)["base_model"] == "org/base"
+    for word in ("torchao", "from pipeline import load", "AutoModelForCausalLM", "Where tunepress is installed"):
+        assert word not in text
+    assert "in a folder of their own" in text
+    with_root = model_card(gguf_about(), GGUF)
+    assert data(with_root)["library_name"] == "transformers" and 'load("user/a-model")' in with_root
+    assert "variant=" not in with_root and "torchao" not in with_root
+    assert 'variant="int4"' in model_card(gguf_about(), (*BOTH, *GGUF))
+    assert data(folder_card(gguf_about(), GGUF))["library_name"] == "gguf"
+
+
+def test_a_mirror_of_gguf_has_its_file_at_the_root():
+    text = mirror_card(gguf_about(), "gguf-q4_0", "user/small")
+    assert "gguf/" not in text and "--hf-repo user/small --hf-file demo-Q4_0.gguf" in text
+    assert 'hf_hub_download("user/small", "demo-Q4_0.gguf")' in text and "from pipeline import load" not in text
 
 
 # ---- mirrors
@@ -491,7 +591,9 @@ def test_a_variant_derives_from_the_root_where_that_is_on_the_hub(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_card_that_nobody_touched_is_replaced_by_the_next(kind):
     first = cards(KINDS[kind]())
-    for name, text in cards(about(on_hub())).items():
+    for name, text in cards(gguf_about(on_hub() | {v: gguf_results()[v] for v in GGUF})).items():
+        if name not in first:
+            continue
         assert keep_own_text(first[name], first[name]) == first[name]
         assert data(keep_own_text(first[name], text)) == data(first[name])
 
@@ -550,28 +652,28 @@ def with_texts(text: str, kind: str) -> About:
     found = copy.deepcopy(given.results)
     brought = {"name": text, "license": text, "languages": [text], "source": "/x/" + text, "changes": text}
     found["origin"] |= brought | {"hub_id": text, "revision": text}
-    if kind == "trained":
+    if "data" in found:
         known = ("source", "subset", "split", "revision", "form", "template", "license", "language")
         found["data"] |= dict.fromkeys(known, text) | {"unused_columns": [text]}
         found["training"]["device"] = text
     if kind == "adapter":
         found["adapter"] |= brought | {"hub_id": None, "revision": text}
-    for model in found.keys() & {"base", "merged", *BOTH}:
+    for model in found.keys() & {"base", "merged", *BOTH, *GGUF}:
         for sample in found[model].get("answers", ()):
             sample |= {"prompt": sample["prompt"] + text, "answer": sample["answer"] + text}
         if "machine" in found[model]:
             found[model]["machine"]["cpu"] = text
         for measured in found[model].get("quality", {}).values():
             measured["text"] = text
-    if "speed" in found["int4"]:
+    if "speed" in found.get("int4", {}):
         found["int4"]["speed"]["stock"]["reason"] = text
     tree = given.config.model_dump() | {"train": {"lora": {"target_modules": [text]}}}
-    if kind == "trained":
+    if given.config.data:
         said = text.replace("\ud800", "")  # half a character is refused in a configuration
         tree["data"] |= {"columns": {said: said}, "source": said}
     if kind != "unmeasured":
         tree["evaluate"] = {"prompts": [text]}
-    return about(found, name=text, config=type(given.config).model_validate(tree))
+    return about(found, name=text, config=type(given.config).model_validate(tree), files=given.files)
 
 
 def structure(text: str) -> list[tuple]:

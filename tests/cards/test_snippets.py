@@ -13,7 +13,7 @@ import pytest
 from pipeline.cards import folder_card, mirror_card, model_card
 from pipeline.config import VariantSpec
 from pipeline.models import linear_weights
-from tests.cards.sample import BOTH, about, config, replaced, results
+from tests.cards.sample import BOTH, about, config, gguf_about, replaced, results
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -77,10 +77,11 @@ def snippets(release) -> dict[str, list[str]]:
     return {name: [load, generate, chat] for name, load in zip(names, loading, strict=True)}
 
 
-def run(code: str, folder: Path, with_tunepress: bool = False) -> str:
+def run(code: str, folder: Path, with_tunepress: bool = False, more: dict | None = None) -> str:
     """What `code` prints, in a process and a folder of its own."""
     (folder / "snippet.py").write_text(code, encoding="utf-8")
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    environment |= more or {}
     if with_tunepress:
         environment["PYTHONPATH"] = str(ROOT)
     done = subprocess.run(
@@ -197,6 +198,41 @@ def _dequantized(folder: Path, dtype):
     model.to(dtype)
     with torch.no_grad():
         return model(torch.tensor([PROMPT])).logits.float()
+
+
+@pytest.fixture(scope="module")
+def gguf(release) -> Path:
+    """A variant of GGUF in the same release."""
+    pytest.importorskip("gguf")
+    from pipeline.models import table_weights
+    from pipeline.quantization.stream import quantize_checkpoint
+
+    spec, made = VariantSpec(name="gguf-q8_0").resolved(), {"gguf-q8_0": release / "gguf"}
+    quantize_checkpoint(release, [spec], made, linear_weights(release), tables=table_weights(release), name="demo")
+    return release / "gguf" / "demo-Q8_0.gguf"
+
+
+@pytest.mark.parametrize("chats", [True, False], ids=["chat", "text"])
+def test_the_gguf_snippet_answers_from_a_folder(gguf, release, tmp_path, chats):
+    pytest.importorskip("llama_cpp")
+    given = gguf_about(location=str(release), chats=chats, config=config(evaluate={"prompts": ["Who are you?"]}))
+    (code,) = blocks(folder_card(given, ["gguf-q8_0"]))
+    assert code in model_card(given, [*BOTH, "gguf-q8_0"]) and "huggingface_hub" not in code
+    assert run(code + "\nprint('asked', len(answer['choices']))", tmp_path).endswith("asked 1\n")
+
+
+def test_the_gguf_snippet_fetches_one_file_from_the_hub(gguf, tmp_path):
+    pytest.importorskip("llama_cpp")
+    from tests.hub import LoopbackHub
+
+    with LoopbackHub(tmp_path / "hub", {"hf_aTokenForTheseTests0123": {"name": "user"}}) as hub:
+        hub.put("user/a-model", {"gguf/demo-Q8_0.gguf": gguf.read_bytes(), "README.md": b"x"})
+        hub.put("user/small", {"demo-Q8_0.gguf": gguf.read_bytes()})
+        online = hub.env_for("hf_aTokenForTheseTests0123", home=tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
+        for card in (folder_card(gguf_about(), ["gguf-q8_0"]), mirror_card(gguf_about(), "gguf-q8_0", "user/small")):
+            (code,) = blocks(card)
+            assert run(code + "\nprint('asked', len(answer['choices']))", tmp_path, more=online).endswith("asked 1\n")
+    assert not list((tmp_path / "home").rglob("README.md"))
 
 
 def _tokenizer():

@@ -1,0 +1,140 @@
+"""Variants of GGUF share a folder, its card, its Modelfile and the terms of use; each can go without the others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cards import sample
+from tests.publishing.conftest import BOTH, REPO, FakeRun
+
+gguf = pytest.importorskip("gguf")
+
+MIRROR = "ada/tiny-q4_0"
+Q8_0, Q4_0 = sample.GGUF
+TERMS = b"Use it well.\n"
+TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}[/]{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+ALL = ("int8", *sample.GGUF)
+
+
+def gguf_bytes(folder: Path, content: str) -> bytes:
+    """A file with a tokenizer, a chat template, and no tensors."""
+    path = folder / "made.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name(content)
+    writer.add_token_list(["<s>", "[/]"])
+    writer.add_eos_token_id(1)
+    writer.add_chat_template(TEMPLATE)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path.read_bytes()
+
+
+@pytest.fixture
+def shared(finished, tmp_path) -> FakeRun:
+    """A run with int8 and two variants of GGUF, each of which brought the terms of use."""
+    for variant in sample.GGUF:
+        files = {sample.GGUF_FILES[variant]: gguf_bytes(tmp_path, variant), "LICENSE": TERMS}
+        finished.make(f"quantize/{variant}", {f"gguf/{name}": content for name, content in files.items()})
+        finished.workspace.write_measurement(variant, sample.gguf_results()[variant])
+    finished.configure(quantize={"variants": list(ALL)})
+    return finished
+
+
+def in_gguf(hub, repo: str = REPO) -> set[str]:
+    return {name.removeprefix("gguf/") for name in hub.files(repo) if name.startswith("gguf/")}
+
+
+def here(run: FakeRun) -> set[str]:
+    return {path.name for path in (run.release / "gguf").iterdir()}
+
+
+def test_they_have_one_folder_one_card_and_one_modelfile(hub, shared):
+    shared.publish(ALL)
+    files = {"demo-Q8_0.gguf", "demo-Q4_0.gguf", "LICENSE", "README.md", "Modelfile"}
+    assert in_gguf(hub) == here(shared) == files
+    assert not [name for name in hub.files(REPO) if name.startswith("gguf-")]
+    card = hub.read(REPO, "gguf/README.md").decode()
+    assert "**`gguf/` Q8_0**" in card and "**`gguf/` Q4_0**" in card
+    said = hub.read(REPO, "gguf/Modelfile").decode()
+    assert said.startswith("FROM ./demo-Q8_0.gguf\n# FROM ./demo-Q4_0.gguf\n") and 'stop "[/]"' in said
+    assert '"{{ range .Messages }}[{{ .Role }}]{{ .Content }}[/]{{ end }}[assistant]"' in said
+    lineage = json.loads(hub.read(REPO, "tunepress.json"))
+    assert {"gguf/demo-Q8_0.gguf", "gguf/demo-Q4_0.gguf", "gguf/LICENSE"} <= set(lineage["files"])
+    assert {"gguf/README.md", "gguf/Modelfile"} <= set(lineage["documents"])
+    commits = hub.commits(REPO)
+    assert shared.publish(ALL)["files_sent"] == 0 and hub.commits(REPO) == commits
+
+
+def test_one_that_leaves_takes_only_its_own_files_with_it(hub, shared):
+    shared.publish(ALL)
+    shared.publish(("int8", Q8_0))
+    assert in_gguf(hub) == here(shared) == {"demo-Q8_0.gguf", "LICENSE", "README.md", "Modelfile"}
+    assert "Q4_0" not in hub.read(REPO, "gguf/README.md").decode() + hub.read(REPO, "gguf/Modelfile").decode()
+    assert hub.read(REPO, "gguf/LICENSE") == TERMS
+    assert shared.workspace.holds(f"quantize/{Q8_0}", f"quantize/{Q8_0}")
+
+
+def test_the_last_one_takes_the_folder_with_it(hub, shared):
+    shared.publish(ALL)
+    shared.publish(("int8",))
+    assert in_gguf(hub) == set() and not (shared.release / "gguf").exists()
+    assert "gguf/" not in hub.read(REPO, "README.md").decode()
+
+
+def test_what_people_wrote_there_stays_when_the_last_one_goes(hub, shared):
+    shared.publish(ALL)
+    card = shared.release / "gguf" / "README.md"
+    card.write_text(card.read_text() + "\nMine.\n")
+    changed = shared.release / "gguf" / "Modelfile"
+    changed.write_text(changed.read_text() + "PARAMETER num_ctx 4096\n")
+    shared.publish(("int8",))
+    assert here(shared) == {"README.md", "Modelfile"}
+
+
+def test_a_modelfile_that_was_there_before_is_refused_and_left(hub, shared):
+    from pipeline.errors import HubError
+
+    hub.put(REPO, {"gguf/Modelfile": b"FROM ./mine.gguf\n"})
+    with pytest.raises(HubError, match=r"has a gguf/Modelfile that tunepress did not put there"):
+        shared.publish(ALL)
+    assert hub.read(REPO, "gguf/Modelfile") == b"FROM ./mine.gguf\n"
+
+
+def test_text_in_their_card_stays(hub, shared):
+    shared.publish(ALL)
+    hub.put(REPO, {"gguf/README.md": hub.read(REPO, "gguf/README.md") + b"\n## Hers\n"})
+    shared.publish(("int8", Q8_0))
+    assert hub.read(REPO, "gguf/README.md").endswith(b"\n## Hers\n")
+
+
+def test_a_mirror_has_one_of_them_at_its_root(hub, shared):
+    shared.configure(mirrors={Q4_0: MIRROR})
+    shared.publish(ALL)
+    files = {"demo-Q4_0.gguf", "LICENSE", "README.md", "Modelfile", "tunepress.json", ".gitattributes"}
+    assert set(hub.files(MIRROR)) == files
+    assert hub.read(MIRROR, "demo-Q4_0.gguf") == hub.read(REPO, "gguf/demo-Q4_0.gguf")
+    assert hub.read(MIRROR, "Modelfile").startswith(b"FROM ./demo-Q4_0.gguf\n\n")
+    assert MIRROR in hub.read(REPO, "gguf/README.md").decode()
+
+
+def test_gguf_made_anew_puts_away_its_old_files_and_no_others(shared, tmp_path):
+    made = tmp_path / "quantized"
+    made.mkdir()
+    (made / "demo-Q4_0.gguf").write_bytes(b"new")
+    theirs = shared.release / "gguf" / "other.safetensors"
+    theirs.write_bytes(b"theirs")
+    shared.workspace.place(made, shared.release / "gguf", f"quantize/{Q4_0}")
+    assert here(shared) == {"demo-Q4_0.gguf", "demo-Q8_0.gguf", "LICENSE", "other.safetensors"}
+    assert (shared.release / "gguf" / "LICENSE").read_bytes() == TERMS
+
+
+def test_of_gguf_alone_what_the_file_says_decides_whether_it_chats(hub, shared):
+    from pipeline.stages.document import render
+
+    documents = render(shared.config, shared.workspace, (Q4_0,), lambda path: None)
+    assert "create_chat_completion" in documents["gguf/README.md"].decode()
+    assert BOTH[0] not in documents["README.md"].decode()
