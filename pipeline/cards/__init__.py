@@ -79,6 +79,7 @@ def _render(template: str, about: About, models: Models, front: ModelCardData, *
         "variants": variants,
         "packed": [v for v in variants if not is_gguf(v)],
         "gguf": [v for v in variants if is_gguf(v)],
+        "quantizes": any(VARIANTS[v].bits < 16 for v in variants),
         "types": {v: Markdown(gguf_type(v)) for v in variants},
         "folders": {v: Markdown(VARIANTS[v].folder) for v in variants},
         "files": files,

@@ -471,6 +471,8 @@ def test_how_each_file_was_made_is_said(variant, rounding, said):
     found[variant] = found["gguf-q4_0"] | {"variant": given}
     text = folder_card(about(found, files={variant: "demo.gguf"}), [variant])
     assert said in rows(text, "| File")["`gguf/demo.gguf`"]["How it was made"]
+    of_the_result = "with quantized variants of" if rounding else "with variants of"
+    assert of_the_result in model_card(about(found, files={variant: "demo.gguf"}), [variant])
 
 
 def test_of_gguf_alone_nothing_is_said_that_needs_transformers():

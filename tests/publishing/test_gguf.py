@@ -15,7 +15,10 @@ gguf = pytest.importorskip("gguf")
 MIRROR = "ada/tiny-q4_0"
 Q8_0, Q4_0 = sample.GGUF
 TERMS = b"Use it well.\n"
-TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}[/]{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}[/]{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 ALL = ("int8", *sample.GGUF)
 
 
