@@ -251,7 +251,7 @@ def clean(
 @app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="A repository USER/NAME, a run such as runs/demo, or a model's folder.")],
-    variant: Annotated[str | None, typer.Option(help="int8, int4, ...; without it the full model.")] = None,
+    variant: Annotated[str | None, typer.Option(help="int8, int4, gguf-q4_0, ...; without it the full model.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
     new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
     compile: Annotated[

@@ -52,7 +52,7 @@ def library() -> ModuleType:
         MissingExtra: where it is not installed.
     """
     if importlib.util.find_spec("gguf") is None:
-        raise MissingExtra("writing GGUF", "gguf")
+        raise MissingExtra("GGUF", "gguf")
     import gguf
 
     return gguf

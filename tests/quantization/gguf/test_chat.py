@@ -8,11 +8,10 @@ from rich.console import Console
 from pipeline import chat, machine
 from pipeline.errors import ModelError
 from pipeline.loading import load, locate_file
-from tests.quantization.gguf.conftest import written  # noqa: F401 - a fixture
 
 
 @pytest.fixture
-def release(tiny_model, written, tmp_path):  # noqa: F811
+def release(tiny_model, written, tmp_path):
     """The folder of a release with a GGUF and nothing else."""
     (tmp_path / "release" / "gguf").mkdir(parents=True)
     shutil.copy(written(tiny_model("llama"), "gguf-q4_0"), tmp_path / "release" / "gguf" / "my-model-Q4_0.gguf")

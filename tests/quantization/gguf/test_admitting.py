@@ -1,0 +1,66 @@
+"""A GGUF comes into the release only after it was opened; which library measured it is part of what it depends on."""
+
+import json
+
+import pytest
+
+from pipeline import llama_cpp
+from pipeline.config import Config
+from pipeline.errors import CheckpointError, ModelError
+from pipeline.events import Events
+from pipeline.libraries import versions
+from pipeline.stages import admit, quantize
+from pipeline.workspace import Workspace
+
+pytest.importorskip("gguf")
+NAME = "gguf-q4_0"
+
+
+@pytest.fixture
+def made(tiny_model, tmp_path):
+    """The arguments of a stage whose variant is written, and not admitted yet."""
+    tree = {"name": "m", "model": {"source": str(tiny_model("llama"))}, "data": None, "evaluate": None}
+    config = Config.model_validate(tree | {"quantize": {"variants": [NAME]}})
+    with Workspace.claim(tmp_path / "m", config) as workspace:
+        arguments = config, workspace, Events(workspace.events_path, "m"), (NAME,)
+        quantize.run(*arguments)
+        yield arguments
+
+
+@pytest.mark.parametrize("is_installed", [True, False], ids=["llama.cpp", "gguf"])
+def test_a_file_that_opens_is_admitted_and_its_size_told(made, monkeypatch, is_installed):
+    if is_installed:
+        pytest.importorskip("llama_cpp")
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda: is_installed)
+    workspace = made[1]
+    (written,) = (workspace.quantized / NAME).glob("*.gguf")
+    size = written.stat().st_size
+    outcome = admit.run(*made)
+    result = json.loads(workspace.results_path.read_text())[NAME]
+    assert (result["file"], result["size_bytes"]) == ("m-Q4_0.gguf", size)
+    assert 0.3 < result["ratio"] < 0.4 and "quality" not in result
+    assert workspace.release / "gguf" / "m-Q4_0.gguf" in outcome.outputs
+
+
+@pytest.mark.parametrize(
+    "is_installed, error", [(True, ModelError), (False, CheckpointError)], ids=["llama.cpp", "gguf"]
+)
+def test_a_damaged_file_stays_outside(made, monkeypatch, is_installed, error):
+    if is_installed:
+        pytest.importorskip("llama_cpp")
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda: is_installed)
+    workspace = made[1]
+    (written,) = (workspace.quantized / NAME).glob("*.gguf")
+    written.write_bytes(written.read_bytes()[:-5000])
+    with pytest.raises(error, match=r"m-Q4_0\.gguf: (llama\.cpp cannot load it|not a whole GGUF file)"):
+        admit.run(*made)
+    assert not (workspace.release / "gguf").exists()
+
+
+def test_what_measures_it_is_part_of_what_it_depends_on(made):
+    config, workspace, *_ = made
+    asked = {**config.model_dump(), "evaluate": {}, "quantize": {"variants": [NAME, "int8"]}}
+    measured = Config.model_validate(asked)
+    assert admit.depends(measured, workspace, (NAME,))["measured_in"] == versions("llama-cpp-python")
+    assert "measured_in" not in admit.depends(measured, workspace, ("int8",))
+    assert "measured_in" not in admit.depends(config, workspace, (NAME,))
