@@ -25,6 +25,7 @@ from pipeline.timing import PROMPT_TOKENS, tokens_per_second
 
 BATCH = 512  # positions computed at a time, as llama.cpp itself does, unless their logits are too many
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR
+_UNMAPPED = {"load_mode": 0, "use_mmap": False}  # as newer and older versions call it; they pass over the other's
 _SAID_BY = re.compile(r"^\w+: (error loading model: )?")
 _complaints: list[str] = []  # of llama.cpp, since it was last asked for something
 
@@ -77,7 +78,7 @@ def check(path: Path) -> None:
         return False
 
     try:
-        api.llama_model_free(_load(path, progress_callback=stop, load_mode=api.LLAMA_LOAD_MODE_NONE))
+        api.llama_model_free(_load(path, progress_callback=stop, **_UNMAPPED))
     except ModelError:
         if not reached:
             raise

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline import llama_cpp, machine, measure
+from pipeline.catalog import VARIANTS
 from pipeline.config import Config
 from pipeline.errors import MissingExtra, ModelError
 from pipeline.evaluation import evaluate
@@ -66,6 +67,14 @@ def test_dequantized_weights_have_the_same_figures(tiny_model, written, figures)
     assert found.value == pytest.approx(measure.perplexity(scores).value, rel=0.02)
     expected = measure.divergence(scores, measure.head_matrix(model), reference, measure.head_matrix(original))
     assert compared["kl"].value == pytest.approx(expected["kl"].value, rel=0.1)
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if VARIANTS[name].quantizer])
+def test_k_quants_are_read_back_as_llama_cpp_has_them(tiny_model, written, figures, variant):
+    source = tiny_model("llama", "float32", hidden_size=256, intermediate_size=512)
+    _, found, _ = figures(source, variant)
+    scores = measure.score(load_dequantized(written(source, variant), source)[0], text())
+    assert found.value == pytest.approx(measure.perplexity(scores).value, rel=0.02)
 
 
 def test_what_transformers_finds_comes_out_of_its_logits_as_well(tiny_model):
