@@ -79,7 +79,7 @@ def _in_transformers(
     """The figures of a folder with safetensors, or of a GGUF's dequantized weights, which have no speed."""
     import torch
 
-    from pipeline import measure, texts
+    from pipeline import heads, measure, texts
     from pipeline.loading import load, load_dequantized
     from pipeline.offloading import is_offloaded
 
@@ -87,14 +87,14 @@ def _in_transformers(
     offloaded = is_offloaded(model)
     texts.with_template(tokenizer, workspace)
     sequences = texts.all_texts(config, workspace, tokenizer)
-    head_name = measure.head_name(model) if reference is None else None
-    head, softcap = measure.head_matrix(model).to("cpu"), measure.softcap(model.config)
+    head_name = heads.head_name(model) if reference is None else None
+    head, softcap = heads.head_matrix(model).to("cpu"), heads.softcap(model.config)
     scored = {text: measure.score(model, part, tell(f"{text} text")) for text, part in sequences.items()}
     samples = []
     if not offloaded:
         tell("sample answers")(0, 1)
         samples = measure.answers(model, tokenizer, config.evaluate.prompts)
-    device = str(measure.device_of(model))
+    device = str(heads.device_of(model))
     parameters = model.num_parameters()
     ids = sequences[texts.GENERAL][0].input_ids[:PROBE_TOKENS]
     del model
@@ -137,7 +137,7 @@ def _in_llama_cpp(
     """The figures of a GGUF file, given the tokens that the full-precision model was given."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from pipeline import llama_cpp, measure, texts
+    from pipeline import heads, llama_cpp, measure, texts
     from pipeline.probe import probe
 
     tokenizer = texts.with_template(AutoTokenizer.from_pretrained(reference), workspace)
@@ -146,9 +146,9 @@ def _in_llama_cpp(
     questions = [measure.question(tokenizer, prompt)["input_ids"][0].tolist() for prompt in prompts]
     longest = [len(s.input_ids) for part in sequences.values() for s in part]
     longest += [len(question) + measure.ANSWER_TOKENS for question in questions]
-    head, softcap = _reference_head(reference, workspace), measure.softcap(AutoConfig.from_pretrained(reference))
+    head, softcap = _reference_head(reference, workspace), heads.softcap(AutoConfig.from_pretrained(reference))
     quality = {}
-    with llama_cpp.opened(file, max(longest), measure.LOGIT_ELEMENTS) as reader:
+    with llama_cpp.opened(file, max(longest), heads.LOGIT_ELEMENTS) as reader:
         if reader.vocabulary != len(head):
             raise ModelError(f"{file}: has {reader.vocabulary} tokens, and the full-precision model {len(head)}")
         for text, part in sequences.items():

@@ -43,7 +43,7 @@ def load(
         compile: compile the decoding step of `generate`; see `pipeline.compiled` for where that pays.
         offload: for measuring in little memory: leave the weights in their files, and read each layer's
             anew whenever it computes. `auto` does so where the model does not fit into the memory.
-            The model's own `device` is then `meta`; `pipeline.measure.device_of` tells where it computes.
+            The model's own `device` is then `meta`; `pipeline.heads.device_of` tells where it computes.
 
     Raises:
         ModelError: where there is no such model or variant, or it is one for llama.cpp; where compiling is

@@ -20,18 +20,17 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.data.chat import on_one_day
 from pipeline.errors import ModelError
+from pipeline.heads import Head, check_head, device_of, head_of, logits_of
 from pipeline.timing import NEW_TOKENS, PROMPT_TOKENS, REPEATS, tokens_per_second
 
 if TYPE_CHECKING:
-    from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
     from pipeline.data.encode import Encoded
     from pipeline.llama_cpp import Reader
     from pipeline.quantization.grid import GroupQuantized
 
 BATCH_TOKENS = 2048
-LOGIT_ELEMENTS = 1 << 24  # logits held at a time
-HEAD_ELEMENTS = 1 << 25  # of the output matrix in float32 at a time
 ANSWER_TOKENS = 64
 IGNORED = -100
 
@@ -79,10 +78,10 @@ def score(model: PreTrainedModel, sequences: Sequence[Encoded], on_progress: Pro
         ModelError: where the model's logits are not its hidden states times its head, or are
             not finite, and where no token counts.
     """
-    backbone, head, device = _backbone(model), _head(model), device_of(model)
+    backbone, head, device = _backbone(model), head_of(model), device_of(model)
     if not any(label != IGNORED for s in sequences for label in s.labels[1:]):
         raise ModelError("the text to measure on has no token that counts")
-    _check_head(model, backbone, head, sequences[0])
+    check_head(model, backbone, head, sequences[0].input_ids[:16])
     done, total = 0, sum(len(s.input_ids) for s in sequences)
     parts: dict[int, tuple] = {}
     for batch in _batches(sequences):
@@ -99,7 +98,7 @@ def score(model: PreTrainedModel, sequences: Sequence[Encoded], on_progress: Pro
         counted = labels[:, 1:] != IGNORED  # position t predicts token t + 1
         states, targets = hidden[:, :-1][counted.to(device)], labels[:, 1:][counted].to(device)
         nll, choice = torch.empty(len(states)), torch.empty(len(states), dtype=torch.long)
-        for rows, logits in _logits(head, states):
+        for rows, logits in logits_of(head, states):
             nll[rows] = -logits.log_softmax(-1).gather(1, targets[rows, None]).squeeze(1).cpu()
             choice[rows] = logits.argmax(-1).cpu()
         lengths = counted.sum(1).tolist()
@@ -155,10 +154,10 @@ def divergence(
         head, reference_head: output matrices (V, H) that turn hidden states into logits.
     """
     kl = []
-    heads = (_Head(head, softcap), _Head(reference_head, softcap))
+    heads = (Head(head, softcap), Head(reference_head, softcap))
     _refuse_other_tokens(scores.sequence, reference)
     for (rows, ours), (_, theirs) in zip(
-        _logits(heads[0], scores.hidden), _logits(heads[1], reference.hidden), strict=True
+        logits_of(heads[0], scores.hidden), logits_of(heads[1], reference.hidden), strict=True
     ):
         kl.append(_kl(theirs, ours))
         if on_progress:
@@ -196,7 +195,7 @@ def compare_logits(
     counts = torch.tensor([sum(label != IGNORED for label in s.labels[1:]) for s in sequences])
     sequence = torch.arange(len(sequences)).repeat_interleave(counts)
     _refuse_other_tokens(sequence, reference)
-    head = _Head(reference_head, softcap)
+    head = Head(reference_head, softcap)
     nll, choice, kl, start = torch.empty(len(targets)), torch.empty_like(targets), [], 0
     for ours in logits:
         rows = slice(start, start + len(ours))
@@ -305,97 +304,9 @@ def stop_tokens(folder: Path) -> set[int]:
     return set(ends) if isinstance(ends, list) else {ends} - {None}
 
 
-def head_matrix(model: PreTrainedModel) -> torch.Tensor | GroupQuantized:
-    """The output matrix (V, H) as the model computes with it, on its device, also where it stays in its file."""
-    from accelerate.utils import align_module_device
-
-    from pipeline.quantization.formats import storage
-
-    layer = model.get_output_embeddings()
-    if hasattr(layer, "portable"):
-        return layer.portable()
-    with align_module_device(layer):
-        weight = layer.weight.detach()
-    stored = storage("torchao").unpack(weight)
-    return weight if stored is None else stored
-
-
-def head_name(model: PreTrainedModel) -> str:
-    """The checkpoint's name for the output matrix of a full-precision model."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # under an adapter
-    head = inner.get_output_embeddings()
-    name = next(name for name, module in inner.named_modules() if module is head) + ".weight"
-    # A tied head is stored under the embedding's name.
-    return inner.all_tied_weights_keys.get(name, name)
-
-
-def device_of(model: PreTrainedModel) -> torch.device:
-    """Where a model computes, which the weights of one that is offloaded do not tell."""
-    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
-    return torch.device(hook.execution_device) if hook else model.device
-
-
-class _Head:
-    """Hidden states -> logits in float32, so that small differences survive.
-
-    A large matrix is turned into float32 piece by piece whenever it is used: a second one, of
-    twice the size or more, would be more than any layer needs.
-    """
-
-    def __init__(self, weight: torch.Tensor | GroupQuantized, softcap: float | None):
-        self.rows, width = weight.shape
-        self._at_a_time = max(1, HEAD_ELEMENTS // width)
-        self._weight = _exactly(weight, 0, self.rows) if self.rows <= self._at_a_time else weight
-        self.softcap = softcap
-
-    def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        states, parts = states.float(), []
-        for first in range(0, self.rows, self._at_a_time):
-            stop = min(first + self._at_a_time, self.rows)
-            parts.append(torch.nn.functional.linear(states, _exactly(self._weight, first, stop)))
-        logits = torch.cat(parts, -1)
-        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
-
-
-def _exactly(weight: torch.Tensor | GroupQuantized, first: int, stop: int) -> torch.Tensor:
-    """Rows of a matrix in float32."""
-    return weight[first:stop].float() if isinstance(weight, torch.Tensor) else weight.rows(first, stop).dequantize()
-
-
-def _head(model: PreTrainedModel) -> _Head:
-    layer = model.get_output_embeddings()
-    if getattr(layer, "bias", None) is not None:  # `divergence` has the matrix alone
-        raise ModelError(f"{model.config.model_type}: its output matrix has a bias; not handled yet")
-    return _Head(head_matrix(model), softcap(model.config))
-
-
 def _backbone(model: PreTrainedModel) -> torch.nn.Module:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return inner.base_model
-
-
-def softcap(config: PretrainedConfig) -> float | None:
-    """The bound that some models put on their logits."""
-    return getattr(config.get_text_config(), "final_logit_softcapping", None)
-
-
-def _check_head(model, backbone, head: _Head, sequence: Encoded) -> None:
-    ids = torch.tensor([sequence.input_ids[:16]], device=device_of(model))
-    theirs = model(input_ids=ids, use_cache=False).logits.float()
-    ours = head(backbone(input_ids=ids, use_cache=False)[0])
-    if not theirs.isfinite().all():
-        raise ModelError(f"{model.config.model_type}: its logits are not finite; the model is broken")
-    if (ours - theirs).norm() > 0.02 * theirs.norm():
-        kind = model.config.model_type
-        raise ModelError(f"{kind}: its logits are more than hidden states times the output matrix; not handled yet")
-
-
-def _logits(head: _Head, states: torch.Tensor):
-    """Yield (rows, logits) in pieces that fit; states (T, H) -> logits (rows, V) float32."""
-    step = max(1, LOGIT_ELEMENTS // head.rows)
-    for start in range(0, len(states), step):
-        rows = slice(start, min(start + step, len(states)))
-        yield rows, head(states[rows])
 
 
 def _batches(sequences: Sequence[Encoded]) -> list[list[int]]:

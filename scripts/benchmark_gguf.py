@@ -59,7 +59,7 @@ def measure_all(source: str, scratch: Path, types: list[str], tokens: int) -> It
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from pipeline import measure
+    from pipeline import heads, measure
     from pipeline.config import Model
     from pipeline.data import general_text
     from pipeline.data.encode import encode_text
@@ -68,7 +68,7 @@ def measure_all(source: str, scratch: Path, types: list[str], tokens: int) -> It
     folder, _ = fetch(Model(source=source), scratch / "model")
     windows = encode_text(general_text("builtin:python-topics"), AutoTokenizer.from_pretrained(folder), WINDOW, tokens)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    reference, head = measure.score(model, windows), measure.head_matrix(model).clone()
+    reference, head = measure.score(model, windows), heads.head_matrix(model).clone()
     del model
     made = make(folder, scratch, types)
     for kind in types:
@@ -135,9 +135,9 @@ def refuse_unlike(files: list[Path]) -> None:
 
 def score(path: Path, windows: list, reference, head):
     """What llama.cpp says of the text with a file, and how that compares with the full-precision model."""
-    from pipeline import llama_cpp, measure
+    from pipeline import heads, llama_cpp, measure
 
-    with llama_cpp.opened(path, WINDOW, measure.LOGIT_ELEMENTS) as reader:
+    with llama_cpp.opened(path, WINDOW, heads.LOGIT_ELEMENTS) as reader:
         return measure.compare_logits(measure.counted_logits(reader, windows), windows, reference, head)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pipeline import measure
+from pipeline import heads, measure
 from pipeline.data.encode import Encoded
 from pipeline.errors import ModelError
 from pipeline.measure import Estimate, Scores
@@ -105,7 +105,7 @@ def test_logits_are_computed_in_pieces_without_a_trace(model, other, monkeypatch
         return a.nll, measure.divergence(a, head(model), b, head(other))["kl"].value
 
     (nll, kl) = figures()
-    monkeypatch.setattr(measure, "LOGIT_ELEMENTS", 272 * 3)
+    monkeypatch.setattr(heads, "LOGIT_ELEMENTS", 272 * 3)
     assert torch.allclose(figures()[0], nll, atol=1e-5) and figures()[1] == pytest.approx(kl, rel=1e-5)
 
 
@@ -234,7 +234,7 @@ def test_a_softcap_on_the_logits_is_part_of_every_figure():
         build("gemma2", final_logit_softcapping=2.0),
         build("gemma2", final_logit_softcapping=2.0, query_pre_attn_scalar=4),
     )
-    name, softcap = measure.head_name(a), measure.softcap(a.config)
+    name, softcap = heads.head_name(a), heads.softcap(a.config)
     assert (name, softcap) == ("model.embed_tokens.weight", 2.0)
     reference, scores = measure.score(a, text()), measure.score(b, text())
     logits, targets = counted_logits(a, text())
@@ -299,7 +299,7 @@ def test_the_output_matrix_is_found_in_the_checkpoint(tiny_model, architecture, 
     model = from_stock(folder, torch.bfloat16)
     if adapter:
         model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
-    assert (measure.head_name(model), measure.softcap(model.config)) == (name, None)
+    assert (heads.head_name(model), heads.softcap(model.config)) == (name, None)
     assert torch.equal(Checkpoint(folder).read(name), model.get_output_embeddings().weight)
 
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from pipeline import measure
+from pipeline import heads, measure
 from pipeline.config import Config
 from pipeline.errors import ModelError
 from pipeline.evaluation import evaluate
@@ -42,8 +42,8 @@ def test_a_model_scores_bit_for_bit_as_it_does_in_memory(any_model):
     there, _ = load(any_model)
     offloaded, _ = load(any_model, offload=True)
     assert is_offloaded(offloaded) and not is_offloaded(there)
-    assert torch.equal(measure.head_matrix(offloaded), measure.head_matrix(there))
-    assert measure.head_name(offloaded) == measure.head_name(there)
+    assert torch.equal(heads.head_matrix(offloaded), heads.head_matrix(there))
+    assert heads.head_name(offloaded) == heads.head_name(there)
     assert same(measure.score(offloaded, text()), measure.score(there, text()))
     assert all(parameter.is_meta for parameter in offloaded.parameters())  # nothing stayed behind
 
@@ -61,7 +61,7 @@ def test_a_variant_scores_bit_for_bit_as_the_numbers_in_its_files_do(any_model, 
 def test_a_quantized_table_counts_for_embedding_and_head(tiny_model, quantized, architecture):
     root = quantized(tiny_model(architecture), "int8", embeddings="int8")
     offloaded, packed = (load(root, "int8", offload=offload)[0] for offload in (True, False))
-    assert torch.allclose(measure.head_matrix(offloaded).float(), measure.head_matrix(packed).dequantize(), rtol=0.01)
+    assert torch.allclose(heads.head_matrix(offloaded).float(), heads.head_matrix(packed).dequantize(), rtol=0.01)
     ours, theirs = (measure.perplexity(measure.score(model, text())).value for model in (offloaded, packed))
     assert ours == pytest.approx(theirs, rel=0.02)
 
@@ -109,7 +109,7 @@ def test_tensors_under_other_names_cannot_be_offloaded_and_that_is_said(tmp_path
 def test_large_output_heads_are_used_piece_by_piece_without_a_trace(tiny_model, monkeypatch):
     model, _ = load(tiny_model("llama"))
     whole = measure.score(model, text())
-    monkeypatch.setattr(measure, "HEAD_ELEMENTS", 160 * 100)
+    monkeypatch.setattr(heads, "HEAD_ELEMENTS", 160 * 100)
     pieces = measure.score(model, text())
     assert torch.allclose(whole.nll, pieces.nll, atol=1e-5) and torch.equal(whole.choice, pieces.choice)
 

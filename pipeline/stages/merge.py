@@ -117,14 +117,14 @@ def _compare(config: Config, workspace: Workspace, events: Events, base: Path, f
     """Loss on held-out text of the live adapter and of each merged model, and KL(live || merged)."""
     from transformers import AutoTokenizer
 
-    from pipeline import measure, texts
+    from pipeline import heads, measure, texts
     from pipeline.checkpoint import Checkpoint
     from pipeline.loading import load
 
     tokenizer = texts.with_template(AutoTokenizer.from_pretrained(base), workspace)
     sequences = texts.held_out(config, workspace, tokenizer)
     model = live_model(config, base, workspace.adapter)
-    head_name, softcap = measure.head_name(model), measure.softcap(model.config)
+    head_name, softcap = heads.head_name(model), heads.softcap(model.config)
     live = measure.score(model, sequences, lambda d, t: events.progress(d, t, "measuring the live adapter"))
     del model
     result: dict = {"live": {"loss": asdict(measure.mean(live.nll, live.sequence)), "tokens": len(live.nll)}}
@@ -133,7 +133,7 @@ def _compare(config: Config, workspace: Workspace, events: Events, base: Path, f
         model, _ = load(folder, offload="auto")
         what = f"measuring the merge into {kind}"
         scores = measure.score(model, sequences, lambda d, t, what=what: events.progress(d, t, what))
-        head = measure.head_matrix(model).cpu().clone()
+        head = heads.head_matrix(model).cpu().clone()
         del model
         losses[kind] = scores.nll
         result[kind] = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline import measure
+from pipeline import heads, measure
 from pipeline.checkpoint import SINGLE_NAME, Checkpoint
 from pipeline.config import VariantSpec
 from pipeline.errors import ModelError, QuantizationError
@@ -119,7 +119,7 @@ def test_its_output_matrix_is_found_for_measuring(release, tied):
     model, _ = load(release("int8", {}, tied), "int8")
     name = sorted(table_weights(release("int8", {}, tied)))[0 if not tied else -1]
     stored = Checkpoint(release("int8", {}, tied)).read(name)
-    assert torch.equal(measure.head_matrix(model).dequantize(), rounding("rtn")(stored, INT8).dequantize())
+    assert torch.equal(heads.head_matrix(model).dequantize(), rounding("rtn")(stored, INT8).dequantize())
     assert len(measure.score(model, text()).nll) > 0
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline import llama_cpp, machine, measure
+from pipeline import heads, llama_cpp, machine, measure
 from pipeline.catalog import VARIANTS
 from pipeline.config import Config
 from pipeline.errors import MissingExtra, ModelError
@@ -38,10 +38,10 @@ def figures(written):
 
     def make(source, variant):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-        reference, head = measure.score(model, text()), measure.head_matrix(model)
+        reference, head = measure.score(model, text()), heads.head_matrix(model)
         with llama_cpp.opened(written(source, variant), 64) as reader:
             logits = measure.counted_logits(reader, text())
-            scores, compared = measure.compare_logits(logits, text(), reference, head, measure.softcap(model.config))
+            scores, compared = measure.compare_logits(logits, text(), reference, head, heads.softcap(model.config))
         return measure.perplexity(reference), measure.perplexity(scores), compared
 
     return make
@@ -65,7 +65,7 @@ def test_dequantized_weights_have_the_same_figures(tiny_model, written, figures)
     original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     scores, reference = (measure.score(m, text()) for m in (model, original))
     assert found.value == pytest.approx(measure.perplexity(scores).value, rel=0.02)
-    expected = measure.divergence(scores, measure.head_matrix(model), reference, measure.head_matrix(original))
+    expected = measure.divergence(scores, heads.head_matrix(model), reference, heads.head_matrix(original))
     assert compared["kl"].value == pytest.approx(expected["kl"].value, rel=0.1)
 
 
@@ -83,7 +83,7 @@ def test_what_transformers_finds_comes_out_of_its_logits_as_well(tiny_model):
         for changes in ({}, {"initializer_range": 0.12})
     )
     reference, scores = measure.score(a, text()), measure.score(b, text())
-    expected = measure.divergence(scores, measure.head_matrix(b), reference, measure.head_matrix(a))
+    expected = measure.divergence(scores, heads.head_matrix(b), reference, heads.head_matrix(a))
 
     def pieces():
         with torch.no_grad():
@@ -93,7 +93,7 @@ def test_what_transformers_finds_comes_out_of_its_logits_as_well(tiny_model):
 
     told = []
     found, compared = measure.compare_logits(
-        pieces(), text(), reference, measure.head_matrix(a), on_progress=lambda *state: told.append(state)
+        pieces(), text(), reference, heads.head_matrix(a), on_progress=lambda *state: told.append(state)
     )
     assert torch.allclose(found.nll, scores.nll, atol=1e-4) and torch.equal(found.choice, scores.choice)
     assert torch.equal(found.sequence, scores.sequence) and told[-1] == (len(found.nll), len(found.nll))
@@ -101,7 +101,7 @@ def test_what_transformers_finds_comes_out_of_its_logits_as_well(tiny_model):
         assert compared[name].value == pytest.approx(estimate.value, rel=1e-3)
         assert compared[name].stderr == pytest.approx(estimate.stderr, rel=1e-3)
     with pytest.raises(ModelError, match="not scored on the same tokens"):
-        measure.compare_logits(pieces(), text(seed=1), reference, measure.head_matrix(a))
+        measure.compare_logits(pieces(), text(seed=1), reference, heads.head_matrix(a))
 
 
 def all_logits(reader, wanted):
