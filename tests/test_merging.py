@@ -1,5 +1,6 @@
 """A merged model is the base plus the adapter's change, rounded once; what cannot be merged is refused by name."""
 
+import importlib.util
 import json
 import math
 import shutil
@@ -295,7 +296,8 @@ def test_variants_made_in_the_merges_pass_are_those_of_the_merged_model_to_the_l
 @pytest.mark.parametrize("kind", ["bf16", "nf4"])
 def test_gguf_made_in_the_pass_is_that_of_the_merged_model(tiny_model, trained, tmp_path, kind, architecture):
     base, linear = tiny_model(architecture), linear_weights(tiny_model(architecture))
-    specs = [VariantSpec(name=name).resolved() for name in ("gguf-q4_0", "gguf-f16", "int4")]
+    own = ["gguf-q4_k_m"] if importlib.util.find_spec("llama_cpp") else []
+    specs = [VariantSpec(name=name).resolved() for name in ("gguf-q4_0", "gguf-f16", *own, "int4")]
     specs[-1] = specs[-1].model_copy(update={"packing": "tile_packed"})  # eight rows, while heads have 40 or 32
     ways = [{s.name: tmp_path / way / s.name for s in specs} for way in ("together", "apart")]
     tables, template = table_weights(base), "{{ messages }}"
