@@ -217,6 +217,6 @@ def _inverse(value: Any) -> float | None:
 
 
 def _fastest(about: About, model: str) -> dict | None:
-    """What was measured with our loader, or with the stock one where ours did nothing else."""
+    """What was measured with our loader, or with the stock one where ours did nothing else; of GGUF by llama.cpp."""
     probes = (about.get(model, "speed", loader) for loader in LOADERS)
     return next((p for p in probes if p and p.get("runs")), None)
