@@ -30,6 +30,11 @@ class Variant:
     def folder(self) -> str:
         return "gguf" if self.format == "gguf" else self.name
 
+    @property
+    def gguf_type(self) -> str | None:
+        """What llama.cpp calls the type of its weights, such as `Q4_0`; None of variants that are not for it."""
+        return self.name.removeprefix("gguf-").upper() if self.format == "gguf" else None
+
 
 def _gguf(name: str, bits: int, *roundings: str) -> Variant:
     """GGUF has groups of 32 in every type that is filled here, and Q8_0 for embeddings; 16 bits are not rounded."""

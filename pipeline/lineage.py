@@ -7,9 +7,10 @@ from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from pipeline.catalog import VARIANTS
 from pipeline.config import REPO_ID, Config
 from pipeline.data.sources import names_a_file
-from pipeline.libraries import versions
+from pipeline.libraries import STACK, versions
 from pipeline.private import file_name
 from pipeline.workspace import Workspace
 
@@ -37,7 +38,7 @@ def lineage(
     """
     content = {
         "schema": SCHEMA,
-        "made_with": {"tunepress": own_version(), **versions()},
+        "made_with": {"tunepress": own_version(), **versions(*STACK, *_makers_of_gguf(results))},
         "run": config.name,
         **({"mirror_of": mirror_of} if mirror_of else {}),
         "base": results.get("origin", {}),
@@ -51,6 +52,12 @@ def lineage(
     }
     local = _sources(config) - hub_sources(results)
     return (json.dumps(_portable(content, local), indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _makers_of_gguf(results: Mapping[str, Any]) -> tuple[str, ...]:
+    """What GGUF is written and measured with, where there is any."""
+    is_there = any(name in results and variant.format == "gguf" for name, variant in VARIANTS.items())
+    return ("gguf", "llama-cpp-python") if is_there else ()
 
 
 def hub_sources(results: Mapping[str, Any]) -> set[str]:

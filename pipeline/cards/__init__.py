@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.cards import about as names
 from pipeline.cards import markdown
-from pipeline.cards.about import ROOT, About, gguf_type, is_gguf
+from pipeline.cards.about import ROOT, About, is_gguf
 from pipeline.cards.markdown import Markdown, code, listed, number
 from pipeline.cards.metadata import metadata
 from pipeline.cards.own_text import END, START, note
@@ -80,7 +80,7 @@ def _render(template: str, about: About, models: Models, front: ModelCardData, *
         "packed": [v for v in variants if not is_gguf(v)],
         "gguf": [v for v in variants if is_gguf(v)],
         "quantizes": any(VARIANTS[v].bits < 16 for v in variants),
-        "types": {v: Markdown(gguf_type(v)) for v in variants},
+        "types": {v: Markdown(VARIANTS[v].gguf_type or "") for v in variants},
         "folders": {v: Markdown(VARIANTS[v].folder) for v in variants},
         "files": files,
         "default": default_variant(files) if files else None,

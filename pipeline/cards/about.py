@@ -101,15 +101,11 @@ def is_gguf(model: str) -> bool:
     return model in VARIANTS and VARIANTS[model].format == "gguf"
 
 
-def gguf_type(variant: str) -> str:
-    """What llama.cpp calls the type of a variant's weights: `Q4_0` for gguf-q4_0."""
-    return variant.removeprefix("gguf-").upper()
-
-
 def _place(variant: str) -> Markdown:
     """Where a variant lies in the release; several share the folder of GGUF."""
     folder = code(f"{VARIANTS[variant].folder}/")
-    return Markdown(f"{folder} {gguf_type(variant)}") if is_gguf(variant) else folder
+    kind = VARIANTS[variant].gguf_type
+    return Markdown(f"{folder} {kind}") if kind else folder
 
 
 def link(repo: str, kind: str = "", revision: object = None) -> Markdown:

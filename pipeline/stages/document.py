@@ -47,6 +47,8 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
     documents = render(config, workspace, variants, lambda path: local(workspace, path))
+    for path, copy in set_aside(workspace, documents).items():
+        events.show([f"{path}: written anew; what you had changed is in {copy}"])
     paths = write(workspace, documents, variants)
     return Outcome(tuple(paths), {"documents": len(paths)})
 
@@ -136,31 +138,35 @@ def local(workspace: Workspace, path: str) -> bytes | None:
     return file.read_bytes() if file.is_file() else None
 
 
-def set_aside(workspace: Workspace, documents: Mapping[str, bytes]) -> list[Path]:
-    """Copy each local card in which people wrote what `documents` do not say, before `write` replaces it.
+def set_aside(workspace: Workspace, documents: Mapping[str, bytes]) -> dict[str, str]:
+    """Copy each local card and Modelfile in which people wrote what `documents` do not say, before `write` replaces it.
 
     Returns:
-        The copies, `README.md.local` beside the card.
+        Path in the release -> that of the copy beside it, such as `README.md.local`.
     """
-    aside = []
+    from pipeline.modelfile import MODELFILE
+
+    aside = {}
     for path, document in documents.items():
-        here = local(workspace, path)
-        if Path(path).name != CARD or here is None or _is_as_written(workspace, path):
+        here, file = local(workspace, path), workspace.release / path
+        if file.name not in (CARD, MODELFILE) or here is None or _is_as_written(workspace, path):
             continue
-        if not _says_all_of(document, here):
-            card = workspace.release / path
-            names = (card.with_name(f"{CARD}.local{n}") for n in itertools.chain([""], itertools.count(2)))
-            aside.append(next(name for name in names if not name.exists()))
-            write_bytes(aside[-1], here)
+        if not _says_all_of(document, here, file.name):
+            names = (file.with_name(f"{file.name}.local{n}") for n in itertools.chain([""], itertools.count(2)))
+            copy = next(name for name in names if not name.exists())
+            write_bytes(copy, here)
+            aside[path] = copy.relative_to(workspace.release).as_posix()
     return aside
 
 
-def _says_all_of(document: bytes, card: bytes) -> bool:
-    """Is what people wrote into `card` in `document` too?"""
+def _says_all_of(document: bytes, here: bytes, name: str) -> bool:
+    """Is what people wrote into what is `here` in `document` too? Only cards are merged."""
     from pipeline.cards.readmes import merged
 
+    if name != CARD:
+        return document == here
     try:
-        return merged(document, card) == document
+        return merged(document, here) == document
     except UserError:
         return False
 

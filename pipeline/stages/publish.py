@@ -86,9 +86,8 @@ def _main(
 
     parts = (*(("full model",) if config.merges else ()), *variants)
     commit = _commit(config, workspace, events, repo, contents, ", ".join(parts) or "card")
-    for copy in set_aside(workspace, documents):
-        card, kept = copy.with_name(CARD), copy.relative_to(workspace.release)
-        events.show([f"{card.relative_to(workspace.release)}: also changed on the Hub; your local text is in {kept}"])
+    for path, copy in set_aside(workspace, documents).items():
+        events.show([f"{path}: the repository has it otherwise; your local text is in {copy}"])
     paths = write(workspace, documents, variants)
     stages = [("train", None), ("merge", None), ("evaluate", None), *(("quantize", v) for v in variants)]
     _tell(config, workspace, events, repo, commit, stages)

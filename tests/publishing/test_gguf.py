@@ -72,6 +72,25 @@ def test_they_have_one_folder_one_card_and_one_modelfile(hub, shared):
     assert shared.publish(ALL)["files_sent"] == 0 and hub.commits(REPO) == commits
 
 
+def test_a_modelfile_that_people_changed_is_kept_beside_the_new_one(hub, shared):
+    shared.publish(ALL)
+    path, mine = shared.release / "gguf/Modelfile", "PARAMETER num_ctx 8192\n"
+    path.write_text(path.read_text() + mine)
+    shared.publish(ALL)
+    assert (shared.release / "gguf/Modelfile.local").read_text().endswith(mine) and mine not in path.read_text()
+    shared.publish((Q8_0, "int8"))
+    assert not list((shared.release / "gguf").glob("Modelfile.local2"))
+    assert not [name for name in hub.files(REPO) if ".local" in name]
+
+
+def test_the_lineage_names_what_makes_gguf_and_only_where_there_is_some(hub, shared):
+    shared.publish(ALL)
+    made_with = [json.loads(hub.read(REPO, "tunepress.json"))["made_with"]]
+    shared.publish(("int8",))
+    made_with.append(json.loads(hub.read(REPO, "tunepress.json"))["made_with"])
+    assert "gguf" in made_with[0] and "gguf" not in made_with[1]
+
+
 def test_one_that_leaves_takes_only_its_own_files_with_it(hub, shared):
     shared.publish(ALL)
     shared.publish(("int8", Q8_0))

@@ -39,7 +39,7 @@ TABLE = _GRIDS["Q8_0"]  # of embeddings and output heads, where they are quantiz
 
 def type_name(spec: VariantSpec) -> str:
     """What GGUF calls the type of a variant's weights: `Q4_0` for gguf-q4_0."""
-    return spec.name.removeprefix("gguf-").upper()
+    return VARIANTS[spec.name].gguf_type
 
 
 def type_of(grid: Grid) -> str:
