@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -66,7 +66,7 @@ def assemble(folder: Path, device: torch.device, weights: GgufWeights | None = N
     for name in (name for name in names if name in quantized):
         _put_layer(model, name, checkpoint, device, quantized[name])
     if not model.config.get_text_config().tie_word_embeddings or _table(model) not in quantized:
-        model.tie_weights()
+        tie_weights(model, checkpoint.keys() | quantized.keys())
     fill_buffers(model, device)
     refuse_gaps(folder, [*model.named_parameters(), *model.named_buffers()])
     return model
@@ -96,6 +96,11 @@ def skeleton(
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model, checkpoint, quantized
+
+
+def tie_weights(model: PreTrainedModel, stored: Set[str]) -> None:
+    """Tie what the configuration ties, but what is stored twice and differs, as transformers' own loader does."""
+    model.tie_weights(missing_keys=set(model.state_dict()) - stored, recompute_mapping=False)
 
 
 def refuse_gaps(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -85,7 +85,7 @@ def load_dequantized(
 
     config = AutoConfig.from_pretrained(folder)
     try:
-        weights = GgufWeights(file, Checkpoint(folder), config.tie_word_embeddings, config.dtype)
+        weights = GgufWeights(file, Checkpoint(folder), config.dtype)
     except CheckpointError as error:
         raise ModelError(str(error)) from None
     return _load(folder, _device(device), offload, weights)

@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from pipeline import machine
-from pipeline.assembly import Formats, Weights, computing_type, fill_buffers, put, read, refuse_gaps, skeleton
+from pipeline.assembly import (
+    Formats,
+    Weights,
+    computing_type,
+    fill_buffers,
+    put,
+    read,
+    refuse_gaps,
+    skeleton,
+    tie_weights,
+)
 from pipeline.blocks import tiles
 from pipeline.errors import ModelError
 from pipeline.models import stored_bytes
@@ -73,14 +83,14 @@ def assemble_offloaded(folder: Path, device: torch.device, weights: GgufWeights 
             "tensors otherwise than the model does; use a machine with more memory"
         )
     model, checkpoint, quantized = built
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for name in model.state_dict():
         if name in parameters and name in checkpoint:
             dtype = computing_type(model, name, checkpoint[name].dtype)
             put(model, name, torch.empty_like(parameters[name], dtype=dtype))
         elif name in checkpoint:
             put(model, name, read(model, name, checkpoint).to(device))
-    model.tie_weights()
+    tie_weights(model, checkpoint.keys() | quantized.keys())
     fill_buffers(model, device)
     refuse_gaps(folder, model.named_buffers())
     return cpu_offload(model, device, state_dict=StoredWeights(model, checkpoint, quantized))

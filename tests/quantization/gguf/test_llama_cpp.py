@@ -1,11 +1,16 @@
 """llama.cpp loads every type of every architecture, and computes what transformers does with the same numbers."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from pipeline.checkpoint import SINGLE_NAME
 from pipeline.config import VariantSpec
 from pipeline.errors import ModelError
+from pipeline.loading import load_dequantized
 from pipeline.models import linear_weights, table_weights
 from pipeline.quantization.formats import gguf
 from pipeline.quantization.formats.gguf import check
@@ -61,6 +66,37 @@ def test_an_output_head_is_stored_where_it_is_one(tiny_model, written, logits, a
     path = written(source, variant)
     assert (b"output.weight" in path.read_bytes().replace(b"attn_output.weight", b"")) != tied
     assert off(logits(path, IDS), reference(source, variant)) < OFF.get(variant, OFF_QUANTIZED)
+
+
+@pytest.fixture(scope="module")
+def both(tiny_model, tmp_path_factory):
+    """A model whose configuration ties the head to the embedding, and whose checkpoint has another head."""
+    folder = shutil.copytree(
+        tiny_model("qwen3", hidden_size=256, intermediate_size=512), tmp_path_factory.mktemp("both") / "model"
+    )
+    tensors = load_file(folder / SINGLE_NAME)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(tensors, folder / SINGLE_NAME, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("variant", ["gguf-f16", "gguf-q8_0", "gguf-q4_k_m"])
+def test_a_head_that_is_stored_beside_the_embedding_is_the_head_whatever_the_configuration_says(
+    both, written, logits, variant
+):
+    path, ids = written(both, variant), torch.tensor([IDS])
+    found, expected = logits(path, IDS), reference(both)
+    assert off(found, expected) < (0.3 if variant == "gguf-q4_k_m" else OFF_QUANTIZED)
+    for offload in (False, True):
+        with torch.no_grad():
+            assert off(load_dequantized(path, both, offload=offload)[0](ids).logits[0].float(), found) < 0.05
+
+
+def test_a_stored_head_is_quantized_as_the_embedding_is(both, written):
+    from gguf import GGUFReader
+
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(written(both, "gguf-q4_0")).tensors}
+    assert kinds["token_embd.weight"] == kinds["output.weight"] == "Q8_0"
 
 
 @pytest.mark.parametrize("options", [{"rounding": "hqq"}, {"rounding": "rtn"}, {"embeddings": "keep"}], ids=str)

@@ -17,8 +17,8 @@ pytest.importorskip("gguf")
 PLAIN = {"gguf-f16": torch.float16, "gguf-bf16": torch.bfloat16}
 
 
-def read_back(path, source, tied, dtype=torch.float32):
-    return GgufWeights(path, Checkpoint(source), tied, dtype)
+def read_back(path, source, dtype=torch.float32):
+    return GgufWeights(path, Checkpoint(source), dtype)
 
 
 def meaning(source, variant):
@@ -41,8 +41,7 @@ def meaning(source, variant):
 @pytest.mark.parametrize("architecture", MODELS)
 def test_every_tensor_of_every_type_comes_back(tiny_model, written, architecture, variant):
     source = tiny_model(architecture, **MODELS[architecture])
-    tied = "lm_head.weight" not in Checkpoint(source)
-    found = read_back(written(source, variant), source, tied)
+    found = read_back(written(source, variant), source)
     expected = meaning(source, variant)
     assert found.keys() == expected.keys()
     for name, weight in expected.items():
@@ -77,7 +76,7 @@ def test_a_truncated_file_is_told_in_one_line(tiny_model, written, tmp_path, kee
     data, path = written(source, "gguf-q4_0").read_bytes(), tmp_path / "cut.gguf"
     path.write_bytes(data[: int(len(data) * keep)])
     with pytest.raises(CheckpointError, match="cut.gguf: not a whole GGUF file") as caught:
-        read_back(path, source, tied=False)
+        read_back(path, source)
     assert "\n" not in str(caught.value)
 
 

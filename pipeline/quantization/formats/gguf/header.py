@@ -47,7 +47,6 @@ class Description:
     architecture: Architecture
     layers: int
     head_dim: int
-    tied: bool
     tensors: dict[str, torch.Tensor]
 
 
@@ -94,8 +93,7 @@ def describe(
     if template := template or _template(tokenizer):
         writer.add_chat_template(template)
     _add_sampling(writer, folder)
-    tied = bool(config.tie_word_embeddings)
-    return Description(writer, known, config.num_hidden_layers, head_dim, tied, tensors)
+    return Description(writer, known, config.num_hidden_layers, head_dim, tensors)
 
 
 def _add_shape(writer: GGUFWriter, config: PretrainedConfig, known: Architecture) -> int:

@@ -81,11 +81,11 @@ def architecture_named(name: str) -> Architecture:
     return found
 
 
-def stored_names(of: Architecture, layers: int, names: Iterable[str], tied: bool) -> dict[str, str]:
+def stored_names(of: Architecture, layers: int, names: Iterable[str]) -> dict[str, str]:
     """A checkpoint's tensors -> their names in GGUF; what is not stored at all is left out.
 
-    Args:
-        tied: the output head is the embedding, and is not stored again.
+    An output head that the checkpoint has is stored, whatever its configuration says of tied embeddings: where
+    both are there and differ, transformers computes with both, and so does llama.cpp.
 
     Raises:
         QuantizationError: naming a tensor that llama.cpp has no place for.
@@ -94,7 +94,7 @@ def stored_names(of: Architecture, layers: int, names: Iterable[str], tied: bool
     wanted = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == of.name)
     known, stored = gguf.get_tensor_name_map(wanted, layers), {}
     for name in names:
-        if _COMPUTED.search(name) or (tied and name == "lm_head.weight"):
+        if _COMPUTED.search(name):
             continue
         target = known.get_name(name, try_suffixes=(".weight", ".bias"))
         if target is None:

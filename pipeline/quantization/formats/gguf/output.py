@@ -26,6 +26,7 @@ from pipeline.quantization.source import Source, Tell, VariantFiles, layer_grids
 
 nearest = rounding("rtn")
 _KINDS = {dtype: kind for kind, dtype in PLAIN.items()} | {torch.float64: "F32"}  # of what is stored as it is
+TABLES = ("token_embd.weight", "output.weight")  # the embedding, and the output head where it is stored
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,12 @@ class GgufFile:
         self.round = rounding(spec.rounding) if spec.rounding else None
         self.grids, self.kept = layer_grids(spec, source.linear)
         self.about = describe(source.folder, source.name, type_name(spec), source.template, source.license)
-        self.tables = set(source.tables) if spec.embeddings == "int8" else set()
-        for name in self.tables:
-            self.grids[name] = (source.tables[name], TABLE)
         of, tensors = self.about.architecture, source.tensors
-        self.names = stored_names(of, self.about.layers, tensors, self.about.tied)
+        self.names = stored_names(of, self.about.layers, tensors)
+        tables = [name for name, target in self.names.items() if target in TABLES]
+        self.tables = set(tables) if spec.embeddings == "int8" else set()
+        for name in self.tables:
+            self.grids[name] = (tensors[name].shape, TABLE)
         planned = {target: self._plan(name) for name, target in self.names.items()}
         extra = self.about.tensors.items()
         count = sum(math.prod(tensors[name].shape) for name in self.names)

@@ -28,11 +28,8 @@ class GgufWeights(Mapping[str, TensorInfo]):
     A mapping from the checkpoint's names to `TensorInfo`; what is quantized has the type `dtype`.
     """
 
-    def __init__(self, path: Path, names: Iterable[str], tied: bool, dtype: torch.dtype):
+    def __init__(self, path: Path, names: Iterable[str], dtype: torch.dtype):
         """Open a file that was made of a checkpoint with tensors of these names.
-
-        Args:
-            tied: its output head is its embedding.
 
         Raises:
             CheckpointError: where it is damaged, or has other tensors.
@@ -45,7 +42,7 @@ class GgufWeights(Mapping[str, TensorInfo]):
         self._head_dim = int(found.fields[f"{kind}.attention.key_length"].contents())
         layers = int(found.fields[f"{kind}.block_count"].contents())
         stored = {tensor.name: _place(tensor) for tensor in found.tensors}
-        wanted = stored_names(self._of, layers, names, tied)
+        wanted = stored_names(self._of, layers, names)
         if missing := sorted(set(wanted.values()) - stored.keys()):
             raise CheckpointError(f"{path}: has no {missing[0]!r}; make it again")
         self._places = {name: stored[target] for name, target in wanted.items()}
