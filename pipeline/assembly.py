@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pipeline import kernels
-from pipeline.checkpoint import Checkpoint
+from pipeline.checkpoint import Checkpoint, TensorInfo
 from pipeline.errors import ModelError
 from pipeline.kernels.cpu import Head
 from pipeline.kernels.table import Int8Embedding
@@ -88,14 +88,21 @@ def skeleton(
     checkpoint = Checkpoint(folder) if weights is None else weights
     quantized = stored_weights(checkpoint)
     parts = {part for name, form in quantized.items() for part in form.part_names(name)}
-    plain = (info.dtype for name, info in checkpoint.items() if name not in parts and info.dtype.is_floating_point)
+    plain = (info for name, info in checkpoint.items() if name not in parts)
+    dtype = own_type(config, plain) if weights is None else weights.dtype
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or next(plain, torch.bfloat16))
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if not _same_names(model, checkpoint, quantized, parts, folder if weights is None else weights.path):
         return None
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model, checkpoint, quantized
+
+
+def own_type(config: PretrainedConfig, tensors: Iterable[TensorInfo]) -> torch.dtype:
+    """What a model computes in: what its configuration says, or else what its first tensor is stored as."""
+    found = (info.dtype for info in tensors if info.dtype.is_floating_point)
+    return config.dtype or next(found, torch.bfloat16)
 
 
 def tie_weights(model: PreTrainedModel, stored: Set[str]) -> None:

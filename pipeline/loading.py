@@ -80,12 +80,14 @@ def load_dequantized(
     quiet()
     from transformers import AutoConfig
 
+    from pipeline.assembly import own_type
     from pipeline.checkpoint import Checkpoint
     from pipeline.quantization.formats.gguf.reader import GgufWeights
 
     config = AutoConfig.from_pretrained(folder)
     try:
-        weights = GgufWeights(file, Checkpoint(folder), config.dtype)
+        checkpoint = Checkpoint(folder)
+        weights = GgufWeights(file, checkpoint, own_type(config, checkpoint.values()))
     except CheckpointError as error:
         raise ModelError(str(error)) from None
     return _load(folder, _device(device), offload, weights)

@@ -1,5 +1,7 @@
 """What is read back from a GGUF is what the checkpoint had, by its names and in its order, as the codes mean it."""
 
+import json
+
 import pytest
 import torch
 
@@ -57,6 +59,15 @@ def test_the_model_is_whole_and_of_the_type_that_it_was_of(tiny_model, written):
     assert model.dtype == torch.bfloat16 and tokenizer.chat_template
     for name, weight in original.state_dict().items():
         assert torch.equal(model.state_dict()[name], weight), name
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("variant", ["gguf-f16", "gguf-q8_0"])
+def test_where_the_configuration_names_no_type_it_is_the_checkpoints(model_copy, written, variant, offload):
+    config = json.loads((model_copy / "config.json").read_text())
+    (model_copy / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "dtype"}))
+    path = written(model_copy, variant)
+    assert load_dequantized(path, model_copy, offload=offload)[0].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
