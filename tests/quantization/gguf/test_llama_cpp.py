@@ -7,13 +7,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from pipeline import llama_cpp
 from pipeline.checkpoint import SINGLE_NAME
 from pipeline.config import VariantSpec
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, QuantizationError
 from pipeline.loading import load_dequantized
 from pipeline.models import linear_weights, table_weights
 from pipeline.quantization.formats import gguf
 from pipeline.quantization.formats.gguf import check
+from pipeline.quantization.formats.gguf.names import ARCHITECTURES, BIASES
 from pipeline.quantization.rounding import rounding
 from tests.quantization.gguf.conftest import MODELS, TYPES
 
@@ -137,18 +139,50 @@ def test_gemmas_two_rotary_bases_are_both_stored(tiny_model, written, logits):
     assert off(logits(written(source, "gguf-f16"), IDS), reference(source)) < OFF["gguf-f16"]
 
 
-REFUSED = {
-    "smollm3": ({"num_hidden_layers": 2, "no_rope_layer_interval": 2}, "no_rope_layers"),
-    "gemma3_text": ({"query_pre_attn_scalar": 48}, "query_pre_attn_scalar is 48"),
-    "qwen2": ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, "sliding window"),
-    "llama": ({"hidden_act": "gelu"}, "activation is gelu"),
-    "qwen3": ({"rope_parameters": ROPES["llama3"]}, "rope_parameters: llama3"),
-}
+def with_biases(folder, *layers):
+    """Biases in a checkpoint that had none in these layers."""
+    tensors = load_file(folder / SINGLE_NAME)
+    for name in [name for name in tensors if name.endswith(tuple(f"{layer}.weight" for layer in layers))]:
+        tensors[name.replace("weight", "bias")] = tensors[name][:, 0].clone()
+    save_file(tensors, folder / SINGLE_NAME, {"format": "pt"})
 
 
-@pytest.mark.parametrize("architecture", REFUSED)
-def test_what_llama_cpp_computes_otherwise_is_refused_by_name(tiny_model, architecture):
-    changes, message = REFUSED[architecture]
+@pytest.mark.parametrize("architecture", MODELS)
+def test_the_biases_that_are_written_are_those_that_llama_cpp_loads(tiny_model, written, tmp_path, architecture):
+    original, loaded = tiny_model(architecture, **MODELS[architecture]), ARCHITECTURES[architecture].biases
+    source = shutil.copytree(original, tmp_path / "loaded")
+    with_biases(source, *loaded)
+    llama_cpp.check(written(source, "gguf-f16"))
+    for layer in {layer for layers in BIASES.values() for layer in layers} - set(loaded):
+        source = shutil.copytree(original, tmp_path / layer)
+        with_biases(source, layer)
+        with pytest.raises(QuantizationError, match=rf"{layer}\.bias: llama\.cpp knows no such tensor"):
+            written(source, "gguf-f16")
+
+
+def test_biases_of_the_mlp_are_computed_with(tiny_model, written, logits):
+    source = tiny_model("llama", mlp_bias=True)
+    assert off(logits(written(source, "gguf-f16"), IDS), reference(source)) < OFF["gguf-f16"]
+
+
+REFUSED = [
+    ("smollm3", {"num_hidden_layers": 2, "no_rope_layer_interval": 2}, "no_rope_layers"),
+    ("gemma3_text", {"query_pre_attn_scalar": 48}, "query_pre_attn_scalar is 48"),
+    ("gemma3_text", {"layer_types": ["full_attention", "full_attention"]}, "layer_types: every layer is a full one"),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, "sliding window"),
+    ("llama", {"hidden_act": "gelu"}, "activation is gelu"),
+    ("qwen3", {"rope_parameters": ROPES["llama3"]}, "rope_parameters: llama3"),
+    ("qwen3", {"rope_parameters": ROPES["yarn"] | {"truncate": False}}, "rope_parameters: yarn as it is set here"),
+    ("smollm3", {**MODELS["smollm3"], "mlp_bias": True}, "mlp_bias: .* the bias of gate_proj in smollm3"),
+    *((a, {**MODELS[a], "attention_bias": True}, f"attention_bias: .* the bias of o_proj in {n}")
+      for a, n in (("smollm3", "smollm3"), ("qwen3", "qwen3"), ("gemma3_text", "gemma3"))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "architecture, changes, message", REFUSED, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_what_llama_cpp_computes_otherwise_is_refused_by_name(tiny_model, architecture, changes, message):
     source = tiny_model(architecture, **changes)
     with pytest.raises(ModelError, match=message) as caught:
         check(VariantSpec(name="gguf-f16"), source)

@@ -14,7 +14,7 @@ import torch
 
 from pipeline.errors import ModelError
 from pipeline.files import read_json
-from pipeline.quantization.formats.gguf.names import Architecture, architecture, library
+from pipeline.quantization.formats.gguf.names import BIASES, Architecture, architecture, library
 from pipeline.quantization.formats.gguf.vocabulary import vocabulary
 
 if TYPE_CHECKING:
@@ -103,6 +103,10 @@ def _add_shape(writer: GGUFWriter, config: PretrainedConfig, known: Architecture
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation != known.activation:
         raise ModelError(f"its activation is {activation}; llama.cpp computes {known.name} with {known.activation}")
+    for key, layers in BIASES.items():
+        lost = [layer for layer in layers if layer not in known.biases]
+        if lost and hasattr(type(config), key) and getattr(config, key):
+            raise ModelError(f"{key}: llama.cpp has no place for the bias of {lost[0]} in {known.name}")
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -135,6 +139,8 @@ def _add_gemma(writer: GGUFWriter, config: PretrainedConfig, head_dim: int) -> N
     if config.final_logit_softcapping:
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
     kinds = config.layer_types
+    if "sliding_attention" not in kinds:
+        raise ModelError("layer_types: every layer is a full one, with which llama.cpp aborts for Gemma 3")
     period = kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds) + 1
     sliding = ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(len(kinds))]
     if kinds != sliding:
@@ -165,7 +171,14 @@ def _add_positions(
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
         plain = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2).float() / head_dim)
         return {"rope_freqs.weight": plain / scaled.float()}
-    odd = {"beta_fast": 32, "beta_slow": 1, "attention_factor": None, "mscale": None, "mscale_all_dim": None}
+    odd = {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "attention_factor": None,
+        "mscale": None,
+        "mscale_all_dim": None,
+        "truncate": True,
+    }
     if kind not in ("linear", "yarn") or any(rope.get(key) not in (usual, None) for key, usual in odd.items()):
         raise ModelError(f"rope_parameters: {kind} as it is set here is not written as GGUF")
     writer.add_rope_scaling_factor(rope["factor"])

@@ -16,6 +16,8 @@ import torch
 from pipeline.errors import MissingExtra, ModelError, QuantizationError
 
 _COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # which old checkpoints store, and nobody reads
+_INPUTS, _MLP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj")
+BIASES = {"attention_bias": (*_INPUTS, "o_proj"), "mlp_bias": _MLP}  # of a configuration -> the layers that get one
 
 
 @dataclass(frozen=True)
@@ -28,16 +30,18 @@ class Architecture:
             rows of queries and keys are stored in another order.
         norm_offset: what is added to the weights of norms, since the model multiplies by 1 + w.
         activation: of the MLP, the only one that llama.cpp computes for it.
+        biases: the layers whose biases it loads; with any other it refuses the file.
     """
 
     name: str
     pairs: bool = False
     norm_offset: float = 0.0
     activation: str = "silu"
+    biases: tuple[str, ...] = _INPUTS
 
 
 ARCHITECTURES = {  # by `model_type` in config.json
-    "llama": Architecture("llama", pairs=True),
+    "llama": Architecture("llama", pairs=True, biases=(*_INPUTS, "o_proj", *_MLP)),
     "smollm3": Architecture("smollm3", pairs=True),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
@@ -97,7 +101,8 @@ def stored_names(of: Architecture, layers: int, names: Iterable[str]) -> dict[st
         if _COMPUTED.search(name):
             continue
         target = known.get_name(name, try_suffixes=(".weight", ".bias"))
-        if target is None:
+        layer, _, leaf = name.rpartition(".")
+        if target is None or (leaf == "bias" and layer.rpartition(".")[2] not in of.biases):
             raise QuantizationError(f"{name}: llama.cpp knows no such tensor of {of.name}")
         stored[name] = target
     return stored
