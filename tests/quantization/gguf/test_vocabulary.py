@@ -183,6 +183,21 @@ def change(key, value):
     return apply
 
 
+def with_flag(flag):
+    def apply(about):
+        about["added_tokens"][-1][flag] = True
+
+    return apply
+
+
+def test_a_tokenizer_that_composes_characters_is_taken(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    for normalizer in ({"type": "NFC"}, {"type": "Sequence", "normalizers": []}):
+        about = json.loads((folder / "tokenizer.json").read_text())
+        (folder / "tokenizer.json").write_text(json.dumps(about | {"normalizer": normalizer}))
+        check(SPEC, folder)
+
+
 REFUSED = {
     "another pattern": (
         change("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "x+"}, "behavior": "Isolated", "invert": False}),
@@ -195,6 +210,12 @@ REFUSED = {
         ),
         "cuts text in a way",
     ),
+    "lower case": (change("normalizer", {"type": "Lowercase"}), "changes text by Lowercase, which llama.cpp does not"),
+    "compatible forms": (
+        change("normalizer", {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "NFKC"}]}),
+        "changes text by NFKC, which llama.cpp does not",
+    ),
+    **{flag: (with_flag(flag), rf"'<\|im_end\|>' with {flag}") for flag in ("single_word", "lstrip", "rstrip")},
 }
 
 

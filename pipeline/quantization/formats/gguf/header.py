@@ -171,14 +171,8 @@ def _add_positions(
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
         plain = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2).float() / head_dim)
         return {"rope_freqs.weight": plain / scaled.float()}
-    odd = {
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "attention_factor": None,
-        "mscale": None,
-        "mscale_all_dim": None,
-        "truncate": True,
-    }
+    odd = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
+    odd |= dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim"))
     if kind not in ("linear", "yarn") or any(rope.get(key) not in (usual, None) for key, usual in odd.items()):
         raise ModelError(f"rope_parameters: {kind} as it is set here is not written as GGUF")
     writer.add_rope_scaling_factor(rope["factor"])

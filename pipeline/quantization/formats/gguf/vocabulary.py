@@ -3,7 +3,9 @@
 llama.cpp has two kinds that matter here: `gpt2` for byte-level BPE, which cuts text by one of a few
 patterns that it knows by name, and `llama` for SentencePiece's BPE, which merges by scores.
 What a tokenizer does is read from its own description, so that one whose vocabulary grew or
-shrank still finds its pattern; a tokenizer that llama.cpp cannot follow is refused.
+shrank still finds its pattern; a tokenizer that llama.cpp cannot follow is refused. One thing is let pass:
+before byte-level BPE a tokenizer may bring text into the composed form of Unicode (NFC), as Qwen's does, in
+which nearly all text is; llama.cpp takes text as it comes.
 """
 
 from __future__ import annotations
@@ -70,6 +72,9 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
     odd = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
     if model.get("type") != "BPE" or odd:
         raise ModelError(f"its tokenizer is {model.get('type')}{f' with {odd[0]}' if odd else ''}, not plain BPE")
+    for token in about["added_tokens"]:
+        if flag := next((flag for flag in ("single_word", "lstrip", "rstrip") if token[flag]), None):
+            raise ModelError(f"its tokenizer has the token {token['content']!r} with {flag}, which llama.cpp has not")
     tokens, types = _tokens(about, size)
     merges = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
     steps = _steps(about["pre_tokenizer"])
@@ -81,6 +86,9 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
         if model.get("unk_token") in model["vocab"]:
             types[model["vocab"][model["unk_token"]]] = UNKNOWN
         return Vocabulary("llama", "default", tokens, types, None, _scores(tokens, merges), space_first)
+    for change in _changes(about["normalizer"]):
+        if change["type"] != "NFC":
+            raise ModelError(f"its tokenizer changes text by {change['type']}, which llama.cpp does not")
     cut = _cut(steps, bool(model.get("ignore_merges")))
     # llama.cpp wants merges, and GGUF's writer no empty list of them; what this one makes is no token, and falls apart.
     return Vocabulary("gpt2", cut, tokens, types, [" ".join(pair) for pair in merges] or ["Ġ Ġ"], None, False)
@@ -101,6 +109,10 @@ def _tokens(about: dict, size: int) -> tuple[list[str], list[int]]:
         raise ModelError(f"its tokenizer has tokens up to {max(found)}, its embedding {size} rows")
     filled = [found.get(i, (f"[PAD{i}]", UNUSED)) for i in range(size)]
     return [text for text, _ in filled], [kind for _, kind in filled]
+
+
+def _changes(normalizer: dict | None) -> list[dict]:
+    return [] if normalizer is None else normalizer.get("normalizers", [normalizer])
 
 
 def _steps(pre_tokenizer: dict | None) -> list[dict]:
@@ -129,8 +141,7 @@ def _cut(steps: list[dict], whole_words: bool) -> str:
 
 def _space_first(normalizer: dict | None, steps: list[dict]) -> bool:
     """Does a tokenizer of SentencePiece's kind put a space before the text?"""
-    changes = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
-    for change in changes:
+    for change in _changes(normalizer):
         if change["type"] == "Prepend" and change["prepend"] == SPACE:
             return True
         if change["type"] != "Replace" or change["content"] != SPACE:
