@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+import signal
 import subprocess
 
 import pytest
@@ -101,7 +102,19 @@ def test_what_llama_cpp_says_is_passed_on_in_one_line(tiny_model, written, tmp_p
     assert "\n" not in str(caught.value)
 
 
-def test_its_process_ends_where_nobody_waits_for_it(tiny_model, tmp_path, monkeypatch):
+@pytest.fixture
+def pretend(tmp_path, monkeypatch):
+    """`pretend(lines)`: a program of these lines in the place of llama.cpp's quantizer."""
+
+    def replace(lines):
+        program = tmp_path / "program.py"
+        program.write_text(lines)
+        monkeypatch.setattr(kquants.quantizer, "__file__", str(program))
+
+    return replace
+
+
+def test_its_process_is_killed_where_nobody_waits_for_it(pretend, tmp_path, monkeypatch):
     class Stop(BaseException):
         pass
 
@@ -116,10 +129,40 @@ def test_its_process_ends_where_nobody_waits_for_it(tiny_model, tmp_path, monkey
         return started[-1]
 
     monkeypatch.setattr(kquants.subprocess, "Popen", watch)
-    source = tiny_model("llama", **WIDE)
+    pretend("import time; print('1 2', flush=True); time.sleep(600)")
     with pytest.raises(Stop):
+        kquants.quantize(tmp_path / "in", tmp_path / "out", "Q4_K_M", stop)
+    assert started[0].returncode == -signal.SIGKILL
+
+
+def test_nothing_is_left_where_it_was_stopped(tiny_model, tmp_path):
+    def stop(*about):
+        raise KeyboardInterrupt
+
+    source = tiny_model("llama", **WIDE)
+    with pytest.raises(KeyboardInterrupt):
         quantize(source, tmp_path / "out", "gguf-q4_k_m", tell=stop).make_of(source)
-    assert started[0].returncode is not None and list((tmp_path / "out").iterdir()) == []
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_lines_that_are_no_progress_are_passed_over(pretend, tmp_path):
+    (tmp_path / "out").write_bytes(b"")
+    pretend("print('To enable this, rebuild'); print('1 2'); print('[1/2] 3'); print('2 2')")
+    told = []
+    kquants.quantize(tmp_path / "in", tmp_path / "out", "Q4_K_M", lambda *about: told.append(about))
+    assert told == [(1, 2), (2, 2)]
+
+
+def test_much_that_it_complains_of_holds_nothing_up_and_the_reason_is_found_in_it(pretend, tmp_path):
+    pretend(
+        "import os, sys; sys.stderr.write('a warning\\n' * 100_000); sys.stderr.flush()\n"
+        "print('1 2', flush=True); sys.stderr.write('x.cpp:3: GGML_ASSERT(x) failed\\n[New LWP 7]\\n'); os._exit(1)"
+    )
+    with pytest.raises(QuantizationError, match=r"to Q4_K_M: x\.cpp:3: GGML_ASSERT\(x\) failed$"):
+        kquants.quantize(tmp_path / "in", tmp_path / "out", "Q4_K_M", lambda *_: None)
+    pretend("import os; os.abort()")
+    with pytest.raises(QuantizationError, match=r"to Q4_K_M: it ended with -6$"):
+        kquants.quantize(tmp_path / "in", tmp_path / "out", "Q4_K_M", lambda *_: None)
 
 
 def test_without_llama_cpp_the_extra_is_named_before_any_work(tiny_model, tmp_path, monkeypatch):

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pipeline.config import VariantSpec
@@ -22,6 +24,8 @@ from pipeline.quantization.formats.gguf.blocks import PLAIN
 from pipeline.quantization.formats.gguf.names import library
 from pipeline.quantization.formats.gguf.output import GgufFile
 from pipeline.quantization.source import Source, Tell, VariantFiles
+
+_FAILURE = re.compile(r"GGML_ASSERT|error|failed", re.IGNORECASE)
 
 
 class KQuantsFile(GgufFile):
@@ -70,16 +74,27 @@ def quantize(source: Path, target: Path, kind: str, on_progress: Callable[[int, 
         QuantizationError: with llama.cpp's own words.
     """
     command = [sys.executable, "-P", quantizer.__file__, str(source), str(target), kind]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    # What it complains of goes to a file, since a pipe that nobody empties meanwhile would hold it up.
+    with (
+        tempfile.TemporaryFile() as complaints,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints) as process,
+    ):
         try:
             for line in process.stdout:
-                on_progress(*map(int, line.split()))
-            said = process.stderr.read().decode(errors="replace").strip().splitlines()
+                if step := quantizer.STEP.fullmatch(line):
+                    on_progress(*map(int, step.groups()))
         except BaseException:
             process.kill()
             raise
-    if process.returncode:
-        reason = said[0] if said else f"it ended with {process.returncode}"
-        raise QuantizationError(f"{target.name}: llama.cpp could not quantize to {kind}: {reason}")
+        if process.wait():
+            complaints.seek(0)
+            reason = _reason(complaints) or f"it ended with {process.returncode}"
+            raise QuantizationError(f"{target.name}: llama.cpp could not quantize to {kind}: {reason}")
     with contextlib.closing(os.fdopen(os.open(target, os.O_RDONLY))) as file:
         os.fsync(file.fileno())
+
+
+def _reason(complaints: Iterable[bytes]) -> str | None:
+    """The line that says what went wrong, among those that llama.cpp and what it loads print."""
+    lines = (line.decode(errors="replace").strip() for line in complaints)
+    return next((line for line in lines if _FAILURE.search(line)), None)

@@ -14,7 +14,8 @@ import sys
 # limit hold the widest tensor. The file's bytes do not depend on it.
 BUFFER_BYTES = 64 << 20
 ERROR = 4  # GGML_LOG_LEVEL_ERROR
-_STEP = re.compile(rb"\[\s*(\d+)/\s*(\d+)\]")
+STEP = re.compile(rb"(\d+) (\d+)\n")  # a line of progress
+_STEP = re.compile(rb"\[\s*(\d+)/\s*(\d+)\]")  # as llama.cpp tells of it
 
 
 def main(source: str, target: str, kind: str) -> int:
