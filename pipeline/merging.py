@@ -49,7 +49,8 @@ def merge_checkpoint(
     Raises:
         ModelError: where the adapter changes a weight that the base lacks or has in another
             shape, or, for nf4, where a linear layer is not in the checkpoint; where values are not finite.
-        QuantizationError: where the variants cannot be made; then nothing is.
+        QuantizationError: where a weight that variants quantize is missing. What else keeps one of them from
+            being made is in `variants.failed`.
     """
     checkpoint, adapter, variants = Checkpoint(base), Adapter.read(adapter_folder), variants or Variants()
     _check_fit(checkpoint, base, adapter, adapter_folder)

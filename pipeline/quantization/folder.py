@@ -12,6 +12,7 @@ import torch
 
 from pipeline.checkpoint import CheckpointWriter
 from pipeline.config import VariantSpec
+from pipeline.errors import QuantizationError
 from pipeline.models import copy_companions, read_config
 from pipeline.quantization.formats import format_of
 from pipeline.quantization.grid import Grid
@@ -30,7 +31,7 @@ class SafetensorsFolder:
         self.format.check(spec, source.folder)
         self.round = rounding(spec.rounding)
         self.grids, self.kept = layer_grids(spec, source.linear)
-        self.tables = sorted(source.tables) if spec.embeddings == "int8" else []
+        self.tables = _tables(source) if spec.embeddings == "int8" else []
         self.grids |= {name: (source.tables[name], self.format.TABLE) for name in self.tables}
         self._scales: dict[str, dict[int, tuple]] = {}  # of weights whose last rows are not there yet
         self._lock = threading.Lock()
@@ -100,6 +101,18 @@ class SafetensorsFolder:
         stored = _stored_bytes(self.grids, self.format)
         unpadded = _stored_bytes(self.grids, format_of(self.spec.model_copy(update={"packing": None})))
         return VariantFiles(stored, before, stored - unpadded, other, tuple(self.kept), {})
+
+
+def _tables(source: Source) -> list[str]:
+    """The tables to quantize.
+
+    Raises:
+        QuantizationError: where a tied one is stored twice, and would be int8 in one of its places only.
+    """
+    shapes, known = set(source.tables.values()), source.linear.keys() | source.tables.keys()
+    if again := [name for name, info in source.tensors.items() if name not in known and info.shape in shapes]:
+        raise QuantizationError(f"{again[0]}: of the embedding's shape, and would stay as it is; use embeddings: keep")
+    return sorted(source.tables)
 
 
 def _stored_bytes(grids: Mapping[str, tuple[tuple, Grid]], form: ModuleType) -> int:

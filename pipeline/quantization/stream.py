@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 
 import torch
@@ -23,9 +23,10 @@ from pipeline.blocks import Take, are_finite, blocks_of, in_disk_order, in_paral
 from pipeline.catalog import VARIANTS
 from pipeline.checkpoint import SHARD_BYTES, Checkpoint
 from pipeline.config import VariantSpec
-from pipeline.errors import QuantizationError
+from pipeline.errors import CheckpointError, MissingExtra, ModelError, QuantizationError
 from pipeline.quantization.folder import SafetensorsFolder
-from pipeline.quantization.formats.gguf.kquants import KQuantsFile
+from pipeline.quantization.formats.gguf import check_quantizer
+from pipeline.quantization.formats.gguf.kquants import FullFile, KQuantsFile
 from pipeline.quantization.formats.gguf.output import GgufFile
 from pipeline.quantization.source import Output, Shapes, Source, Tell, Tensors, VariantFiles, unfit
 
@@ -62,7 +63,8 @@ class Variants:
         self.specs, self._output, self._shard_bytes = specs, output or {}, shard_bytes
         self._name, self._license, self._tell = name, license, tell
         self._linear, self._tables = linear or {}, tables or {}
-        self._variants: list[Output] = []
+        self.failed: dict[str, Exception] = {}  # why a variant could not be made, by its name
+        self._outputs: dict[Output, list[str]] = {}  # what is written, and the variants that need it
 
     @contextmanager
     def writing(self, tensors: Tensors, folder: Path, template: str | None = None) -> Iterator[Take]:
@@ -72,39 +74,83 @@ class Variants:
             folder: holds the model's configuration and tokenizer.
             template: the model's chat template, where it is not among them yet.
 
+        What fails for one variant is told in `failed`, and nothing of it is left; the others go on.
+
         Raises:
-            QuantizationError: for a weight that the model lacks, that no group size divides, or,
-                in the pass, whose values are not finite. Nothing is left out silently.
+            QuantizationError: for a weight that the model lacks, or, in the pass, whose values are not finite.
         """
-        self._variants = []
+        self.failed, self._outputs = {}, {}
         if self.specs:
             _check(tensors, {**self._linear, **self._tables})
-            _check_tables(tensors, self._linear, self._tables)
         source = Source(
             tensors, folder, self._linear, self._tables, template, self._name, self._license, self._shard_bytes
         )
         with ExitStack() as stack:
-            for spec in self.specs:
-                output = _output(spec)(spec, Path(self._output[spec.name]), source)
-                self._variants.append(stack.enter_context(output))
+            for spec in sorted(self.specs, key=lambda spec: VARIANTS[spec.name].quantizer is not None):
+                with self._apart([spec.name]):
+                    self._open(spec, source, stack)
             yield self._take
+
+    def _open(self, spec: VariantSpec, source: Source, stack: ExitStack) -> None:
+        """Open a variant's files; for K-quants those they are made of, which all of them share."""
+        folder, variant = Path(self._output[spec.name]), VARIANTS[spec.name]
+        if not variant.quantizer:
+            output = (GgufFile if variant.format == "gguf" else SafetensorsFolder)(spec, folder, source)
+        else:
+            check_quantizer(spec)
+            full = next((o for o in self._outputs if isinstance(o, GgufFile) and o.is_whole), None)
+            if full is None:
+                full = FullFile(spec, folder, source)
+                self._enter(full, stack)
+            self._outputs[full].append(spec.name)
+            output = KQuantsFile(spec, folder, full)
+        self._enter(output, stack)
+        self._outputs[output].append(spec.name)
+
+    def _enter(self, output: Output, stack: ExitStack) -> None:
+        output.__enter__()
+        names = self._outputs[output] = []
+
+        def leave(kind, error, trace) -> None:
+            if kind is None and not self._is_wanted(output):  # for what failed it is not to be finished
+                error = self.failed[names[0]]
+                kind, trace = type(error), error.__traceback__
+            with self._apart(names):
+                output.__exit__(kind, error, trace)
+
+        stack.push(leave)
+
+    @contextmanager
+    def _apart(self, names: Sequence[str]) -> Iterator[None]:
+        """What fails here fails for these variants, and keeps no other back."""
+        try:
+            yield
+        except (QuantizationError, CheckpointError, ModelError, MissingExtra, OSError) as error:
+            for name in names:
+                self.failed.setdefault(name, error)
+
+    def _is_wanted(self, output: Output) -> bool:
+        return any(name not in self.failed for name in self._outputs[output])
 
     def together(self, name: str) -> int:
         """Rows of a tensor that must come together, or in multiples, for what some format does with them."""
-        return math.lcm(*(variant.together(name) for variant in self._variants))
+        return math.lcm(*(output.together(name) for output in self._outputs))
 
     def _take(self, name: str, rows: torch.Tensor, first: int) -> None:
         """Bring rows of one tensor to every variant; where they are rounded, as many as a cache holds at a time."""
-        rounding_variants = [v for v in self._variants if v.rounds(name)]
-        if rounding_variants and not are_finite(rows):
+        wanted = [output for output in self._outputs if self._is_wanted(output)]
+        rounding = [output for output in wanted if output.rounds(name)]
+        if rounding and not are_finite(rows):
             raise QuantizationError(f"{name}: has values that are not finite; the model is broken")
-        for variant in self._variants:
-            if variant not in rounding_variants:
-                variant.take(name, rows, first)
-        if rounding_variants:
+        for output in wanted:
+            if output not in rounding:
+                with self._apart(self._outputs[output]):
+                    output.take(name, rows, first)
+        if rounding:
             for start, end in tiles(*rows.shape, self.together(name)):
-                for variant in rounding_variants:
-                    variant.take(name, rows[start:end], first + start)
+                for output in rounding:
+                    with self._apart(self._outputs[output]):
+                        output.take(name, rows[start:end], first + start)
 
     def make_of(
         self,
@@ -122,14 +168,28 @@ class Variants:
         with self.writing(checkpoint, source) as take:
             names = in_disk_order(checkpoint)
             jobs = chain.from_iterable(blocks_of(checkpoint, name, take, self.together(name)) for name in names)
+            jobs = takewhile(lambda _: any(map(self._is_wanted, self._outputs)), jobs)
             in_parallel(jobs, checkpoint.nbytes, on_progress, on_end=checkpoint.abandon)
         return self.finish(source)
 
     def finish(self, model: Path) -> dict[str, VariantFiles]:
-        """Put beside the weights what comes from the full-precision model's folder: configuration, tokenizer, terms."""
-        for variant in self._variants:
-            variant.finish(model, self._tell)
-        return {variant.spec.name: variant.describe() for variant in self._variants}
+        """Put beside the weights what comes from the full-precision model's folder: configuration, tokenizer, terms.
+
+        Returns:
+            What was written for every variant that did not fail.
+        """
+        made = {}
+        try:
+            for output in self._outputs:
+                if not isinstance(output, FullFile) and output.spec.name not in self.failed:
+                    with self._apart([output.spec.name]):
+                        output.finish(model, self._tell)
+                        made[output.spec.name] = output.describe()
+        finally:
+            for output in self._outputs:
+                if isinstance(output, FullFile):
+                    output.path.unlink(missing_ok=True)
+        return {spec.name: made[spec.name] for spec in self.specs if spec.name in made}
 
 
 def quantize_checkpoint(
@@ -142,16 +202,12 @@ def quantize_checkpoint(
     tables: Shapes | None = None,
     name: str = "model",
 ) -> dict[str, VariantFiles]:
-    """Write every variant of a full-precision checkpoint in one pass: `Variants.make_of` in one call."""
-    return Variants(specs, output, linear, tables, shard_bytes, name).make_of(Path(source), on_progress)
-
-
-def _output(spec: VariantSpec) -> Callable[[VariantSpec, Path, Source], Output]:
-    """What writes a variant's files."""
-    variant = VARIANTS[spec.name]
-    if variant.format == "gguf":
-        return KQuantsFile if variant.quantizer else GgufFile
-    return SafetensorsFolder
+    """Write every variant of a full-precision checkpoint in one pass, or raise why one of them cannot be made."""
+    variants = Variants(specs, output, linear, tables, shard_bytes, name)
+    made = variants.make_of(Path(source), on_progress)
+    for error in variants.failed.values():
+        raise error
+    return made
 
 
 def _check(tensors: Tensors, weights: Shapes) -> None:
@@ -162,10 +218,3 @@ def _check(tensors: Tensors, weights: Shapes) -> None:
         if tensors[name].dtype not in ROUNDED_TYPES:
             found = str(tensors[name].dtype).removeprefix("torch.")
             raise QuantizationError(f"{name}: stored as {found}; start from a full-precision model")
-
-
-def _check_tables(tensors: Tensors, linear: Shapes, tables: Shapes) -> None:
-    """A tied table that is stored twice would be int8 in one of its places and not in the other."""
-    again = [n for n in tensors if n not in linear and n not in tables and tensors[n].shape in tables.values()]
-    if again:
-        raise QuantizationError(f"{again[0]}: of the embedding's shape, and would stay as it is; use embeddings: keep")

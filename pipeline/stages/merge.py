@@ -86,11 +86,14 @@ def _variants_along(config: Config, workspace: Workspace, events: Events, base: 
 
 
 def _merge(merge: Callable, what: str, events: Events, along: Variants | None) -> dict[str, VariantFiles]:
-    """Merge, with the variants in the same pass; without them where they fail, which `quantize` will tell."""
+    """Merge, with the variants in the same pass; without them where they leave no room, which `quantize` will tell."""
     if along:
         also = f"{what}, and writing {' and '.join(spec.name for spec in along.specs)}"
         try:
-            return merge(on_progress=lambda d, t: events.progress(d, t, also), variants=along)
+            made = merge(on_progress=lambda d, t: events.progress(d, t, also), variants=along)
+            for name, error in along.failed.items():
+                print(f"{name}: not made on the way, after: {error}", file=sys.stderr)
+            return made
         except (QuantizationError, CheckpointError, OSError) as error:
             print(f"merging again without variants, after: {error}", file=sys.stderr)
     return merge(on_progress=lambda d, t: events.progress(d, t, what))

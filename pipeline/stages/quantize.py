@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from pipeline.catalog import VARIANTS
 from pipeline.config import Config
 from pipeline.errors import QuantizationError
-from pipeline.events import Events
+from pipeline.events import Events, one_line
 from pipeline.files import empty_folder, read_json, replace_folder, states, write_json
 from pipeline.libraries import versions
 from pipeline.stages import Outcome
@@ -69,6 +69,10 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
                 tell = functools.partial(events.progress, what="rounding and writing") if passing is None else None
                 made = order.make_of(source, tell, passing)
             keep_written(config, workspace, made, source)
+            for name, error in order.failed.items():
+                shutil.rmtree(_partial(workspace, name), ignore_errors=True)
+                events.failed("quantize", name, error)
+            refused |= {name: one_line(error) for name, error in order.failed.items()}
     return Outcome((), {"made": [name for name in variants if name not in refused], "refused": refused})
 
 

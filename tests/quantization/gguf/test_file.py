@@ -22,7 +22,11 @@ def quantize(source, folder, *variants, **options):
     specs = [VariantSpec(name=v).resolved() for v in variants]
     places = {v: folder / ("gguf" if v in TYPES else v) for v in variants}
     linear, tables = linear_weights(source), table_weights(source)
-    return Variants(specs, places, linear, tables, name="tiny", **options).make_of(source)
+    asked = Variants(specs, places, linear, tables, name="tiny", **options)
+    made = asked.make_of(source)
+    for error in asked.failed.values():
+        raise error
+    return made
 
 
 @pytest.mark.parametrize("block, tile", [(1, 1), (1000, 10_000), (10**9, 500)])

@@ -43,6 +43,29 @@ def test_every_type_is_made_in_one_pass_and_nothing_else_is_left(tiny_model, tmp
     assert (total, total, f"quantizing {variant} with llama.cpp") in told
 
 
+@pytest.mark.parametrize("beside, dtype", [((), "bfloat16"), (["gguf-bf16"], "bfloat16"), (["gguf-bf16"], "float32")])
+def test_all_of_a_pass_are_made_of_one_file(tiny_model, tmp_path, monkeypatch, beside, dtype):
+    source, seen = tiny_model("llama", dtype, **WIDE), []
+    make = kquants.quantize
+
+    def look(path, *rest):
+        seen.append((path.name, sorted(p.name for p in (tmp_path / "together").iterdir() if p.suffix == ".full")))
+        make(path, *rest)
+
+    monkeypatch.setattr(kquants, "quantize", look)
+    quantize(source, tmp_path / "together", *KQUANTS, *beside).make_of(source)
+    is_there = beside and dtype == "bfloat16"  # then the variant of sixteen bits is the model as it is
+    full = ("tiny-BF16.gguf", []) if is_there else ("tiny.gguf.full", ["tiny.gguf.full"])
+    assert seen == [full] * len(KQUANTS)
+    monkeypatch.undo()
+    for name in KQUANTS:
+        quantize(source, tmp_path / "alone", name).make_of(source)
+    files = sorted((tmp_path / "alone").iterdir())
+    assert len(files) == len(KQUANTS)
+    assert all(path.read_bytes() == (tmp_path / "together" / path.name).read_bytes() for path in files)
+    assert len(list((tmp_path / "together").iterdir())) == len(KQUANTS) + len(beside)
+
+
 @pytest.mark.parametrize("architecture", MODELS)
 def test_llama_cpp_computes_with_it_what_the_model_does(tiny_model, tmp_path, logits, architecture):
     source = tiny_model(architecture, **MODELS[architecture])
@@ -172,8 +195,8 @@ def test_without_llama_cpp_the_extra_is_named_before_any_work(tiny_model, tmp_pa
     message = "gguf-q4_k_m needs a package that is not installed; run: pip install 'tunepress[llama-cpp]'"
     assert unfit(spec, linear_weights(source), source) == message
     assert unfit(VariantSpec(name="gguf-q4_0").resolved(), linear_weights(source), source) is None
-    with pytest.raises(MissingExtra):
-        quantize(source, tmp_path / "out", "gguf-q4_k_m").make_of(source)
+    asked = quantize(source, tmp_path / "out", "gguf-q4_k_m")
+    assert asked.make_of(source) == {} and isinstance(asked.failed["gguf-q4_k_m"], MissingExtra)
     assert not (tmp_path / "out").exists()
 
 

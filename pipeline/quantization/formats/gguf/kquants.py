@@ -16,10 +16,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import torch
+
 from pipeline.config import VariantSpec
 from pipeline.errors import QuantizationError
 from pipeline.models import copy_terms
-from pipeline.quantization.formats.gguf import check_quantizer, quantizer, type_name
+from pipeline.quantization.formats.gguf import quantizer, type_name
 from pipeline.quantization.formats.gguf.blocks import PLAIN
 from pipeline.quantization.formats.gguf.names import library
 from pipeline.quantization.formats.gguf.output import GgufFile
@@ -28,35 +30,56 @@ from pipeline.quantization.source import Source, Tell, VariantFiles
 _FAILURE = re.compile(r"GGML_ASSERT|error|failed", re.IGNORECASE)
 
 
-class KQuantsFile(GgufFile):
-    """One output of the pass: a file of the model's own types at first, which `finish` quantizes and removes."""
+class FullFile(GgufFile):
+    """The model in its own types, which all K-quants of a pass are made of; whoever asked for it removes it."""
 
-    def __init__(self, spec: VariantSpec, folder: Path, source: Source):
-        check_quantizer(spec)
-        super().__init__(spec, folder, source)
-        self.quantized, self.path = self.path, self.path.with_name(f"{self.path.name}.full")
+    @staticmethod
+    def file_name(spec: VariantSpec, source: Source) -> str:
+        return f"{source.name}.gguf.full"
+
+
+class KQuantsFile:
+    """One output of the pass, which takes nothing in it: `finish` makes the file of a whole one."""
+
+    def __init__(self, spec: VariantSpec, folder: Path, full: GgufFile):
+        self.spec, self.full = spec, full
+        self.path = folder / GgufFile.file_name(spec, full.source)
+
+    def __enter__(self) -> KQuantsFile:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        pass
 
     def rounds(self, name: str) -> bool:
         """Every matrix is to be, so its values have to be finite."""
-        return name in self.names and len(self.source.tensors[name].shape) > 1
+        return name in self.full.names and len(self.full.source.tensors[name].shape) > 1
+
+    def together(self, name: str) -> int:
+        return 1
+
+    def take(self, name: str, rows: torch.Tensor, first: int) -> None:
+        pass
 
     def finish(self, model: Path, tell: Tell | None = None) -> None:
-        partial = self.quantized.with_name(f"{self.quantized.name}.partial")
+        partial = self.path.with_name(f"{self.path.name}.partial")
         what = f"quantizing {self.spec.name} with llama.cpp"
         try:
-            quantize(self.path, partial, type_name(self.spec), lambda d, t: tell(d, t, what) if tell else None)
-            os.replace(partial, self.quantized)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            quantize(self.full.path, partial, type_name(self.spec), lambda d, t: tell(d, t, what) if tell else None)
+            os.replace(partial, self.path)
         except OSError as error:
-            raise QuantizationError(f"{self.quantized}: cannot be written ({error.strerror})") from None
+            raise QuantizationError(f"{self.path}: cannot be written ({error.strerror})") from None
         finally:
-            self.path.unlink(missing_ok=True)
             partial.unlink(missing_ok=True)
-        copy_terms(model, self.quantized.parent)
+        copy_terms(model, self.path.parent)
 
     def describe(self) -> VariantFiles:
-        stored = library().GGUFReader(self.quantized).tensors
+        stored = library().GGUFReader(self.path).tensors
         sizes = {tensor.name: tensor.n_bytes for tensor in stored if tensor.tensor_type.name not in PLAIN}
-        before = sum(self.source.tensors[name].nbytes for name, target in self.names.items() if target in sizes)
+        before = sum(
+            self.full.source.tensors[name].nbytes for name, target in self.full.names.items() if target in sizes
+        )
         types = dict(Counter(tensor.tensor_type.name for tensor in stored))
         return VariantFiles(sum(sizes.values()), before, 0, {}, (), types)
 

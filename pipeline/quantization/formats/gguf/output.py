@@ -52,7 +52,7 @@ class GgufFile:
 
     def __init__(self, spec: VariantSpec, folder: Path, source: Source):
         self.spec, self.source = spec, source
-        self.path = folder / f"{source.name}-{type_name(spec)}.gguf"
+        self.path = folder / self.file_name(spec, source)
         self.round = rounding(spec.rounding) if spec.rounding else None
         self.grids, self.kept = layer_grids(spec, source.linear)
         self.about = describe(source.folder, source.name, type_name(spec), source.template, source.license)
@@ -83,6 +83,10 @@ class GgufFile:
             self._discard()
             raise
 
+    @staticmethod
+    def file_name(spec: VariantSpec, source: Source) -> str:
+        return f"{source.name}-{type_name(spec)}.gguf"
+
     def _plan(self, name: str) -> Place:
         info, (_, grid) = self.source.tensors[name], self.grids.get(name, (None, None))
         if grid is not None:
@@ -95,6 +99,12 @@ class GgufFile:
             raise QuantizationError(f"{name}: {info.dtype} {tuple(info.shape)} is not written as GGUF")
         width = info.shape[1] if len(info.shape) == 2 else 1
         return Place(kind, grid, info.shape, row_bytes(kind, width, grid))
+
+    @property
+    def is_whole(self) -> bool:
+        """Is every matrix stored as the type that it came in?"""
+        tensors = ((self.source.tensors[name], self.places[target]) for name, target in self.names.items())
+        return all(len(info.shape) == 1 or _KINDS.get(info.dtype) == place.kind for info, place in tensors)
 
     def rounds(self, name: str) -> bool:
         return name in self.names and self.places[self.names[name]].grid is not None

@@ -1,0 +1,141 @@
+"""What keeps one variant from being made keeps no other back, and leaves nothing of its own."""
+
+import importlib.util
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.checkpoint import SINGLE_NAME
+from pipeline.config import Config, VariantSpec
+from pipeline.errors import CheckpointError, QuantizationError
+from pipeline.events import Events, read_events
+from pipeline.models import linear_weights, table_weights
+from pipeline.quantization.formats.gguf import kquants
+from pipeline.quantization.stream import Variants, quantize_checkpoint
+from pipeline.stages import quantize
+from pipeline.workspace import Workspace
+
+pytest.importorskip("gguf")
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
+
+
+def specs_of(*asked):
+    return [VariantSpec.model_validate(each).resolved() for each in asked]
+
+
+@pytest.fixture
+def make(tmp_path):
+    """`make(source, *variants)`: why variants failed; those that did not are the same as made alone."""
+
+    def together(source, *asked):
+        linear, tables, specs = linear_weights(source), table_weights(source), specs_of(*asked)
+        folders = {spec.name: tmp_path / "together" / spec.name for spec in specs}
+        for folder in folders.values():
+            folder.mkdir(parents=True, exist_ok=True)
+        variants = Variants(specs, folders, linear, tables)
+        made = variants.make_of(source)
+        for spec in specs:
+            if spec.name in variants.failed:
+                assert not [path for path in folders[spec.name].iterdir() if path.is_file()]
+                continue
+            alone = tmp_path / "alone" / spec.name
+            assert quantize_checkpoint(source, [spec], {spec.name: alone}, linear, tables=tables) == {
+                spec.name: made[spec.name]
+            }
+            assert contents(folders[spec.name]) == contents(alone)
+        assert made.keys() | variants.failed.keys() == folders.keys() and made
+        return variants.failed
+
+    return together
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def change(tmp_path):
+    """`change(source, edit)`: a copy of a model whose tensors `edit` has changed."""
+
+    def copy(source, edit):
+        folder = shutil.copytree(source, tmp_path / "model")
+        tensors = load_file(folder / SINGLE_NAME)
+        edit(tensors)
+        save_file(tensors, folder / SINGLE_NAME, {"format": "pt"})
+        return folder
+
+    return copy
+
+
+def too_large(tensors):
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = 1e5
+
+
+def test_a_value_that_its_type_cannot_hold(tiny_model, make, change):
+    failed = make(change(tiny_model("llama"), too_large), "int8", "gguf-f16", "gguf-bf16", "gguf-q4_0")
+    assert failed.keys() == {"gguf-f16"}
+    assert str(failed["gguf-f16"]).startswith("model.layers.1.mlp.up_proj.weight: has values that float16 cannot hold")
+
+
+def test_a_tensor_that_llama_cpp_has_no_place_for(tiny_model, make, change):
+    model = change(tiny_model("llama"), lambda tensors: tensors.update({"model.extra.weight": torch.zeros(3)}))
+    failed = make(model, "gguf-q4_0", "int8")
+    assert failed.keys() == {"gguf-q4_0"} and "model.extra.weight: llama.cpp knows" in str(failed["gguf-q4_0"])
+
+
+def test_a_tied_table_that_is_stored_twice(tiny_model, make, change):
+    def store_twice(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    model = change(tiny_model("llama", tie_word_embeddings=True), store_twice)
+    failed = make(model, {"name": "int8", "embeddings": "int8"}, "int4", "gguf-q4_0")
+    assert failed.keys() == {"int8"} and "lm_head.weight: of the embedding's shape" in str(failed["int8"])
+
+
+def test_a_file_that_cannot_get_its_name(tiny_model, make, tmp_path):
+    (tmp_path / "together" / "gguf-f16" / "model-F16.gguf").mkdir(parents=True)
+    failed = make(tiny_model("llama"), "gguf-f16", "int8", "gguf-q8_0")
+    assert failed.keys() == {"gguf-f16"} and isinstance(failed["gguf-f16"], CheckpointError)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
+def test_a_quantizer_that_gives_up(tiny_model, make, tmp_path, monkeypatch):
+    program = tmp_path / "program.py"
+    own = f"runpy.run_path({kquants.quantizer.__file__!r}, run_name='__main__')"
+    program.write_text(f"import runpy, sys\nsys.exit('an error') if 'Q4_K_M' in sys.argv else {own}")
+    monkeypatch.setattr(kquants.quantizer, "__file__", str(program))
+    failed = make(tiny_model("llama", **WIDE), "gguf-q4_k_m", "gguf-q6_k", "int8")
+    assert failed.keys() == {"gguf-q4_k_m"}
+    assert str(failed["gguf-q4_k_m"]).endswith("llama.cpp could not quantize to Q4_K_M: an error")
+
+
+def test_where_all_have_failed_the_rest_of_the_model_is_not_read(tiny_model, change, tmp_path, monkeypatch):
+    model, told = change(tiny_model("llama"), lambda tensors: [t.fill_(1e5) for t in tensors.values()]), []
+    variants = Variants(specs_of("gguf-f16"), {"gguf-f16": tmp_path / "out"}, linear_weights(model))
+    assert variants.make_of(model, lambda *about: told.append(about)) == {}
+    assert variants.failed.keys() == {"gguf-f16"} and told[-1][0] < told[-1][1]
+
+
+def test_what_is_wrong_with_the_model_still_stops_everything(tiny_model, make, change):
+    def breaks(tensors):
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+
+    with pytest.raises(QuantizationError, match="has values that are not finite; the model is broken"):
+        make(change(tiny_model("llama"), breaks), "int8", "gguf-f16")
+
+
+def test_the_stage_tells_of_it_and_keeps_what_was_made(tiny_model, change, tmp_path):
+    names = ("gguf-f16", "gguf-q4_0")
+    tree = {"name": "m", "model": {"source": str(change(tiny_model("llama"), too_large))}, "data": None}
+    config = Config.model_validate(tree | {"evaluate": None, "quantize": {"variants": list(names)}})
+    with Workspace.claim(tmp_path / "m", config) as workspace:
+        events = Events(workspace.events_path, "m")
+        summary = quantize.run(config, workspace, events, names).summary
+        (reason,) = summary["refused"].values()
+        assert summary["made"] == ["gguf-q4_0"] and summary["refused"].keys() == {"gguf-f16"}
+        assert {path.name for path in workspace.quantized.iterdir()} == {"gguf-q4_0", "gguf-q4_0.json"}
+        (event,) = read_events(workspace.events_path)[0]
+    assert (event["event"], event["variant"], event["message"]) == ("quantization_failed", "gguf-f16", reason)
+    assert "float16 cannot hold; take bf16 instead" in reason
