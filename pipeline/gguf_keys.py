@@ -1,13 +1,19 @@
-"""What a GGUF says of itself before its tensors: tokenizer, chat template, sampling. Needs no library.
+"""What a GGUF says of itself: tokenizer, chat template, sampling, where its tensors lie. Needs no library.
+
+A file may come from anywhere, so nothing that it says of lengths and numbers is taken on trust.
 
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
+import os
 import struct
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +21,16 @@ from pipeline.errors import CheckpointError
 
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
+_TYPES = {  # by ggml's number: its name, the columns of a block, and the block's bytes
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2),
+    2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34),
+    10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210), 20: ("IQ4_NL", 32, 18), 23: ("IQ4_XS", 256, 136),
+}  # fmt: skip
+_VERSIONS = (2, 3)
+ALIGNMENT = 32  # of tensors, where the file says nothing else
+LONGEST_NAME, LONGEST_TEXT = 1 << 16, 1 << 24  # bytes; more is no name, and no text that anybody reads
+MOST_ENTRIES, MOST_DIMENSIONS = 1 << 24, 4
 _ENDS = ("eos", "eot", "eom")  # kinds of tokens that end an answer
 _SAMPLING = "general.sampling."
 
@@ -64,40 +80,163 @@ def _read_dialogue(path: Path, size: int, mtime_ns: int) -> Dialogue:
     )
 
 
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a GGUF: what it is stored as, such as `Q4_0`, its shape, rows first, and where in the file."""
+
+    kind: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a GGUF says before its tensors' numbers.
+
+    Attributes:
+        keys: single values by name, and those arrays that were asked for.
+        tensors: by name, in the file's order.
+    """
+
+    keys: dict[str, Any]
+    tensors: dict[str, StoredTensor]
+
+
+def read_header(path: Path, arrays: Collection[str] = ()) -> Header:
+    """The keys of a whole GGUF, and where its tensors lie. No number of them is read.
+
+    Args:
+        arrays: names of arrays to read; others, such as a vocabulary, are passed over.
+
+    Raises:
+        CheckpointError: where it is no GGUF, is damaged, or ends before its last tensor.
+    """
+    try:
+        with _opened(path) as file:
+            tensor_count, keys = _keys(file, arrays)
+            found = [_tensor(file) for _ in range(tensor_count)]
+            alignment = keys.get("general.alignment", ALIGNMENT)
+            if not isinstance(alignment, int) or alignment < 1:
+                raise _Damaged(f"its alignment is {alignment}")
+            if odd := [name for name, tensor in found if tensor.offset % alignment]:
+                raise _Damaged(f"{odd[0]} begins between multiples of {alignment}")
+            start = file.position + -file.position % alignment
+            tensors = {name: replace(tensor, offset=start + tensor.offset) for name, tensor in found}
+            if any(tensor.offset + tensor.nbytes > file.size for tensor in tensors.values()):
+                raise _Damaged("it ends before its last tensor")
+            if len(tensors) < tensor_count:
+                raise _Damaged("it has two tensors of the same name")
+            return Header(keys, tensors)
+    except (_Damaged, UnicodeDecodeError) as error:
+        reason = error if isinstance(error, _Damaged) else "a text is none"
+        raise CheckpointError(f"{path}: not a whole GGUF file ({reason}); make it again") from None
+
+
 def _read_keys(path: Path) -> dict[str, Any]:
+    try:
+        with _opened(path) as file:
+            return _keys(file, ("tokenizer.ggml.tokens",))[1]
+    except (_Damaged, UnicodeDecodeError):
+        raise CheckpointError(f"{path}: only the beginning of a GGUF file, or damaged") from None
+
+
+class _Damaged(Exception):
+    """What a file says of itself does not hold."""
+
+
+class _File:
+    """A file, read whose end no length in it may pass."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.size, self.position = file, os.fstat(file.fileno()).st_size, file.tell()
+
+    def read(self, form: str) -> tuple:
+        return struct.unpack(f"<{form}", self.bytes(struct.calcsize(f"<{form}")))
+
+    def bytes(self, count: int) -> bytes:
+        self._advance(count)
+        return self._file.read(count)
+
+    def skip(self, count: int) -> None:
+        self._advance(count)
+        self._file.seek(count, os.SEEK_CUR)
+
+    def _advance(self, count: int) -> None:
+        self.position += count
+        if self.position > self.size:
+            raise _Damaged("it ends too soon")
+
+    def text(self, longest: int) -> str:
+        (length,) = self.read("Q")
+        if length > longest:
+            raise _Damaged(f"a text of {length} bytes")
+        return self.bytes(length).decode()
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[_File]:
     try:
         with open(path, "rb") as file:
             if file.read(4) != b"GGUF":
                 raise CheckpointError(f"{path}: not a GGUF file")
-            _, _, count = struct.unpack("<IQQ", _exactly(file, 20))
-            return {_text(file): _value(file, *struct.unpack("<I", _exactly(file, 4))) for _ in range(count)}
-    except (EOFError, KeyError, UnicodeDecodeError, struct.error):
-        raise CheckpointError(f"{path}: only the beginning of a GGUF file, or damaged") from None
+            yield _File(file)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _value(file: BinaryIO, kind: int) -> Any:
+def _keys(file: _File, arrays: Collection[str]) -> tuple[int, dict[str, Any]]:
+    """How many tensors there are, and the keys."""
+    version, tensor_count, count = file.read("IQQ")
+    if version not in _VERSIONS:
+        raise _Damaged(f"version {version} is not read here")
+    found = {}
+    for _ in range(count):
+        name, (kind,) = file.text(LONGEST_NAME), file.read("I")
+        if kind != _ARRAY:
+            found[name] = file.text(LONGEST_TEXT) if kind == _TEXT else file.read(_number(kind))[0]
+        elif name in arrays:
+            found[name] = _array(file)
+        else:
+            _skip_array(file)
+    return tensor_count, found
+
+
+def _array(file: _File) -> list | tuple:
+    kind, count = file.read("IQ")
+    if count > MOST_ENTRIES:
+        raise _Damaged(f"an array of {count} entries")
     if kind == _TEXT:
-        return _text(file)
-    if kind != _ARRAY:
-        return _numbers(file, kind, 1)[0]
-    inner, count = struct.unpack("<IQ", _exactly(file, 12))
-    if inner in (_TEXT, _ARRAY):
-        return [_value(file, inner) for _ in range(count)]
-    return _numbers(file, inner, count)
+        return [file.text(LONGEST_TEXT) for _ in range(count)]
+    return file.read(f"{count}{_number(kind)}")
 
 
-def _numbers(file: BinaryIO, kind: int, count: int) -> tuple:
-    form = f"<{count}{_NUMBERS[kind]}"
-    return struct.unpack(form, _exactly(file, struct.calcsize(form)))
+def _skip_array(file: _File) -> None:
+    kind, count = file.read("IQ")
+    if kind != _TEXT:
+        file.skip(count * struct.calcsize(f"<{_number(kind)}"))
+        return
+    for _ in range(count):
+        file.skip(*file.read("Q"))
 
 
-def _text(file: BinaryIO) -> str:
-    (length,) = struct.unpack("<Q", _exactly(file, 8))
-    return _exactly(file, length).decode()
+def _number(kind: int) -> str:
+    if kind not in _NUMBERS:  # arrays of arrays too, which nobody writes
+        raise _Damaged(f"a value of the unknown type {kind}")
+    return _NUMBERS[kind]
 
 
-def _exactly(file: BinaryIO, count: int) -> bytes:
-    data = file.read(count)
-    if len(data) != count:
-        raise EOFError
-    return data
+def _tensor(file: _File) -> tuple[str, StoredTensor]:
+    """A tensor's name, and the rest of what is said of it, with its place counted from where all of them begin."""
+    name, (dimensions,) = file.text(LONGEST_NAME), file.read("I")
+    if not 1 <= dimensions <= MOST_DIMENSIONS:
+        raise _Damaged(f"{name} has {dimensions} dimensions")
+    width, *others = file.read(f"{dimensions}Q")
+    code, offset = file.read("IQ")
+    if code not in _TYPES:
+        raise _Damaged(f"{name} is of the type {code}, which is not read here")
+    kind, columns, block_bytes = _TYPES[code]
+    if width % columns:
+        raise _Damaged(f"{name} is {kind} with {width} columns")
+    shape = (*reversed(others), width)
+    return name, StoredTensor(kind, shape, offset, math.prod(others) * (width // columns) * block_bytes)

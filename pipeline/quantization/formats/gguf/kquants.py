@@ -20,10 +20,10 @@ import torch
 
 from pipeline.config import VariantSpec
 from pipeline.errors import QuantizationError
+from pipeline.gguf_keys import read_header
 from pipeline.models import copy_terms
 from pipeline.quantization.formats.gguf import quantizer, type_name
 from pipeline.quantization.formats.gguf.blocks import PLAIN
-from pipeline.quantization.formats.gguf.names import library
 from pipeline.quantization.formats.gguf.output import GgufFile
 from pipeline.quantization.source import Source, Tell, VariantFiles
 
@@ -75,12 +75,12 @@ class KQuantsFile:
         copy_terms(model, self.path.parent)
 
     def describe(self) -> VariantFiles:
-        stored = library().GGUFReader(self.path).tensors
-        sizes = {tensor.name: tensor.n_bytes for tensor in stored if tensor.tensor_type.name not in PLAIN}
+        stored = read_header(self.path).tensors
+        sizes = {name: tensor.nbytes for name, tensor in stored.items() if tensor.kind not in PLAIN}
         before = sum(
             self.full.source.tensors[name].nbytes for name, target in self.full.names.items() if target in sizes
         )
-        types = dict(Counter(tensor.tensor_type.name for tensor in stored))
+        types = dict(Counter(tensor.kind for tensor in stored.values()))
         return VariantFiles(sum(sizes.values()), before, 0, {}, (), types)
 
 
