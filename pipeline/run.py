@@ -130,6 +130,8 @@ def preflight(config: Config, need_inputs: bool = True, need_data: bool = True, 
 
     if need_inputs:
         models.check_source(config.model)
+    if need_inputs:
+        quantize.check_extras(config)
     if need_inputs and config.merge.adapter:
         models.check_adapter(config.merge.adapter)
     if config.data and need_data:

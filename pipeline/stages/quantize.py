@@ -7,6 +7,7 @@ there already and still holds, as where the merge has made it in its own pass, i
 from __future__ import annotations
 
 import functools
+import importlib.util
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.catalog import VARIANTS
 from pipeline.config import Config
-from pipeline.errors import QuantizationError
+from pipeline.errors import MissingExtra, QuantizationError
 from pipeline.events import Events, one_line
 from pipeline.files import empty_folder, read_json, replace_folder, states, write_json
 from pipeline.libraries import versions
@@ -30,6 +31,11 @@ LIBRARIES = {  # whose versions can change the bytes of what a format or a quant
     "torchao": ("torch", "torchao", "transformers"),
     "gguf": ("torch", "gguf", "transformers"),
     "llama.cpp": ("llama-cpp-python",),
+}
+
+EXTRAS = {  # what writes a format, or quantizes for it: the module, and what to install
+    "gguf": ("gguf", "gguf"),
+    "llama.cpp": ("llama_cpp", "llama-cpp"),
 }
 
 
@@ -74,6 +80,27 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
                 events.failed("quantize", name, error)
             refused |= {name: one_line(error) for name, error in order.failed.items()}
     return Outcome((), {"made": [name for name in variants if name not in refused], "refused": refused})
+
+
+def check_extras(config: Config) -> None:
+    """Raise MissingExtra where what writes a variant is not installed."""
+    for spec in config.quantize.variants:
+        for need in (VARIANTS[spec.name].format, VARIANTS[spec.name].quantizer):
+            if need in EXTRAS and importlib.util.find_spec(EXTRAS[need][0]) is None:
+                raise MissingExtra(spec.name, EXTRAS[need][1])
+
+
+def check_gguf(config: Config, model: Path) -> None:
+    """Can a model be stored as GGUF, where that is asked for? Nobody should be told only after training.
+
+    Raises:
+        ModelError: naming what llama.cpp does not know of it.
+    """
+    from pipeline.quantization.formats import format_of
+
+    if asked := [spec.name for spec in config.quantize.variants if VARIANTS[spec.name].format == "gguf"]:
+        spec = config.quantize.spec(asked[0])  # any of them: what GGUF can store does not depend on the type
+        format_of(spec).check(spec, model)
 
 
 def to_write(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 
@@ -9,6 +10,11 @@ import pytest
 import yaml
 
 from pipeline.cli import main
+from pipeline.config import Config
+from pipeline.errors import ModelError
+from pipeline.events import Events
+from pipeline.stages import train
+from pipeline.workspace import Workspace
 
 GOOD = {
     "name": "tiny",
@@ -137,3 +143,30 @@ def test_a_token_that_was_pasted_into_a_configuration_is_not_repeated(tunepress)
     tunepress.write(_with(publish={"repo": "hf_abcdefghijklmnopqrstuvwxyz/x y"}))
     _, lines = tunepress("run", "x.yaml")
     assert "hf_abc" not in lines[0]
+
+
+@pytest.mark.parametrize(
+    "package, variant, extra",
+    [("gguf", "gguf-q4_0", "gguf"), ("gguf", "gguf-q6_k", "gguf"), ("llama_cpp", "gguf-q6_k", "llama-cpp")],
+)
+def test_a_package_that_a_variant_needs_is_named_before_any_work(tunepress, monkeypatch, package, variant, extra):
+    find = importlib.util.find_spec
+    there = {"gguf": True, "llama_cpp": True, package: None}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: there[name] if name in there else find(name))
+    tunepress.write(_with(quantize={"variants": ["int8", variant]}))
+    code, lines = tunepress("run", "x.yaml")
+    assert code == 2 and len(lines) == 1
+    assert f"{variant} needs a package that is not installed; run: pip install 'tunepress[{extra}]'" in lines[0]
+    assert not (tunepress.folder / "runs").exists()
+
+
+def test_a_model_that_gguf_cannot_hold_is_refused_before_it_is_trained(tunepress, model_copy):
+    pytest.importorskip("gguf")
+    settings = json.loads((model_copy / "config.json").read_text())
+    (model_copy / "config.json").write_text(json.dumps(settings | {"hidden_act": "relu"}))
+    tree = _with(model={"source": str(model_copy)}, quantize={"variants": ["int8", "gguf-q4_0"]})
+    config = Config.model_validate(tree)
+    with Workspace.claim(tunepress.folder / "runs" / "tiny", config) as workspace:
+        with pytest.raises(ModelError, match="its activation is relu; llama.cpp computes llama with silu"):
+            train.run(config, workspace, Events(workspace.events_path, "tiny"), ())
+        assert not workspace.checkpoints.exists() and not workspace.adapter.exists()
