@@ -173,3 +173,20 @@ def test_only_its_own_libraries_can_change_a_variant(tmp_path):
     for variant, libraries in own.items():
         found = depends(config, Workspace(tmp_path), (variant,))["versions"]
         assert found == versions(*sorted(libraries))
+
+
+def test_a_tokenizer_is_read_once_for_all_variants_of_a_pass_and_again_where_it_changed(
+    model_copy, tmp_path, monkeypatch
+):
+    from transformers import AutoTokenizer
+
+    read, count = AutoTokenizer.from_pretrained, []
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *a, **k: count.append(a) or read(*a, **k))
+    specs = [VariantSpec(name=name).resolved() for name in ("gguf-q4_0", "gguf-q8_0", "gguf-f16")]
+    assert not any(unfit(spec, linear_weights(model_copy), model_copy) for spec in specs)
+    quantize(model_copy, tmp_path, *(spec.name for spec in specs))
+    assert len(count) == 1
+    about = json.loads((model_copy / "tokenizer.json").read_text())
+    about["normalizer"] = {"type": "Lowercase"}
+    (model_copy / "tokenizer.json").write_text(json.dumps(about))
+    assert "Lowercase" in unfit(specs[0], linear_weights(model_copy), model_copy)

@@ -6,6 +6,7 @@ configuration could have otherwise, such a configuration is refused.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,8 +15,9 @@ import torch
 
 from pipeline.errors import ModelError
 from pipeline.files import read_json
+from pipeline.models import companions
 from pipeline.quantization.formats.gguf.names import BIASES, Architecture, architecture, library
-from pipeline.quantization.formats.gguf.vocabulary import vocabulary
+from pipeline.quantization.formats.gguf.vocabulary import Vocabulary, vocabulary
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -65,18 +67,14 @@ def describe(
         MissingExtra: where the package `gguf` is not installed.
     """
     gguf = library()
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder)
         known = architecture(config.model_type)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder}: {str(error).strip().splitlines()[0]}") from None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{folder}: a GGUF carries a tokenizer, and here none can be read: {reason}") from None
+    tokenizer, words = _tokenizer(folder, config.vocab_size, _states(folder))
     writer = gguf.GGUFWriter(None, known.name)
     writer.add_type("model")
     writer.add_name(name)
@@ -87,13 +85,35 @@ def describe(
     try:
         head_dim = _add_shape(writer, config, known)
         tensors = _add_positions(writer, config, known, head_dim)
-        _add_tokenizer(writer, config, tokenizer, folder)
+        _add_tokenizer(writer, config, tokenizer, words, folder)
     except ModelError as error:
         raise ModelError(f"{folder}: {error}") from None
     if template := template or _template(tokenizer):
         writer.add_chat_template(template)
     _add_sampling(writer, folder)
     return Description(writer, known, config.num_hidden_layers, head_dim, tensors)
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(folder: Path, size: int, states: tuple) -> tuple[PreTrainedTokenizerBase, Vocabulary]:
+    """The tokenizer of a model with `size` rows in its embedding; kept, since all variants of a pass have the same."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{folder}: a GGUF carries a tokenizer, and here none can be read: {reason}") from None
+    try:
+        return tokenizer, vocabulary(tokenizer, size)
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from None
+
+
+def _states(folder: Path) -> tuple:
+    """What changes where a file beside the weights does."""
+    stats = ((path.name, path.stat()) for path in companions(folder))
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
 def _add_shape(writer: GGUFWriter, config: PretrainedConfig, known: Architecture) -> int:
@@ -183,9 +203,12 @@ def _add_positions(
 
 
 def _add_tokenizer(
-    writer: GGUFWriter, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, folder: Path
+    writer: GGUFWriter,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    words: Vocabulary,
+    folder: Path,
 ) -> None:
-    words = vocabulary(tokenizer, config.vocab_size)
     writer.add_tokenizer_model(words.model)
     writer.add_tokenizer_pre(words.cut)
     writer.add_token_list(words.tokens)
