@@ -58,9 +58,9 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
 
 
 def _open(file: Path) -> None:
-    """Raise where llama.cpp does not open the file, or where that is not installed the package `gguf`."""
+    """Raise where llama.cpp does not open the file, or, where that is not installed, where it is not whole."""
     from pipeline import llama_cpp
-    from pipeline.quantization.formats.gguf.reader import read_header
+    from pipeline.gguf_keys import read_header
 
     if llama_cpp.is_installed():
         llama_cpp.check(file)

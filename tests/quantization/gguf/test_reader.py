@@ -86,7 +86,7 @@ def test_a_truncated_file_is_told_in_one_line(tiny_model, written, tmp_path, kee
     source = tiny_model("llama")
     data, path = written(source, "gguf-q4_0").read_bytes(), tmp_path / "cut.gguf"
     path.write_bytes(data[: int(len(data) * keep)])
-    with pytest.raises(CheckpointError, match="cut.gguf: not a whole GGUF file") as caught:
+    with pytest.raises(CheckpointError, match="cut.gguf: not a (whole )?GGUF file") as caught:
         read_back(path, source)
     assert "\n" not in str(caught.value)
 

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,12 +13,9 @@ import torch
 from pipeline.blocks import tiles
 from pipeline.checkpoint import TensorInfo
 from pipeline.errors import CheckpointError
+from pipeline.gguf_keys import read_header
 from pipeline.quantization.formats.gguf.blocks import PLAIN
 from pipeline.quantization.formats.gguf.names import architecture_named, as_in_checkpoint, library, stored_names
-
-if TYPE_CHECKING:
-    from gguf import GGUFReader
-    from gguf.gguf_reader import ReaderTensor
 
 
 class GgufWeights(Mapping[str, TensorInfo]):
@@ -37,19 +33,20 @@ class GgufWeights(Mapping[str, TensorInfo]):
         """
         found = read_header(path)
         self.path, self.dtype = path, dtype
-        kind = found.fields["general.architecture"].contents()
+        kind = found.keys.get("general.architecture")
         self._of = architecture_named(kind)
-        self._head_dim = int(found.fields[f"{kind}.attention.key_length"].contents())
-        layers = int(found.fields[f"{kind}.block_count"].contents())
-        stored = {tensor.name: _place(tensor) for tensor in found.tensors}
+        sizes = [found.keys.get(f"{kind}.{key}") for key in ("attention.key_length", "block_count")]
+        if not all(isinstance(size, int) for size in sizes):
+            raise CheckpointError(f"{path}: does not say how large its heads are, or how many layers it has")
+        (self._head_dim, layers), stored = sizes, found.tensors
         wanted = stored_names(self._of, layers, names)
         if missing := sorted(set(wanted.values()) - stored.keys()):
             raise CheckpointError(f"{path}: has no {missing[0]!r}; make it again")
         self._places = {name: stored[target] for name, target in wanted.items()}
 
     def __getitem__(self, name: str) -> TensorInfo:
-        kind, shape, _ = self._places[name]
-        return TensorInfo(PLAIN.get(kind, self.dtype), shape)
+        place = self._places[name]
+        return TensorInfo(PLAIN.get(place.kind, self.dtype), place.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -59,7 +56,8 @@ class GgufWeights(Mapping[str, TensorInfo]):
 
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor."""
-        gguf, (kind, shape, offset) = library(), self._places[name]
+        gguf, place = library(), self._places[name]
+        kind, shape, offset = place.kind, place.shape, place.offset
         code = gguf.GGMLQuantizationType[kind]
         rows, width = shape[0], math.prod(shape[1:])
         (row_bytes,) = gguf.quants.quant_shape_to_byte_shape((width,), code)
@@ -72,26 +70,6 @@ class GgufWeights(Mapping[str, TensorInfo]):
                 numbers = gguf.quants.dequantize(data.reshape(-1, row_bytes), code)
                 result[first:stop] = torch.from_numpy(numbers)
         return as_in_checkpoint(self._of, name, result.view(shape), self._head_dim)
-
-
-def read_header(path: Path) -> GGUFReader:
-    """A file as the official package reads it, which looks at no number of its tensors.
-
-    Raises:
-        CheckpointError: where it is not a GGUF, or ends too soon.
-        MissingExtra: where the package `gguf` is not installed.
-    """
-    gguf = library()
-    try:
-        return gguf.GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{path}: not a whole GGUF file ({reason}); make it again") from None
-
-
-def _place(tensor: ReaderTensor) -> tuple[str, tuple[int, ...], int]:
-    """What a tensor is stored as, its shape, rows first, and where it begins in the file."""
-    return tensor.tensor_type.name, tuple(int(size) for size in reversed(tensor.shape)), tensor.data_offset
 
 
 def _read(path: Path, offset: int, count: int) -> np.ndarray:
