@@ -26,8 +26,8 @@ from pipeline.config import VariantSpec
 from pipeline.errors import CheckpointError, MissingExtra, ModelError, QuantizationError
 from pipeline.quantization.folder import SafetensorsFolder
 from pipeline.quantization.formats.gguf import check_quantizer
-from pipeline.quantization.formats.gguf.kquants import FullFile, KQuantsFile
-from pipeline.quantization.formats.gguf.output import GgufFile
+from pipeline.quantization.gguf_file import GgufFile
+from pipeline.quantization.kquants_file import FullFile, KQuantsFile
 from pipeline.quantization.source import Output, Shapes, Source, Tell, Tensors, VariantFiles, unfit
 
 __all__ = ["VariantFiles", "Variants", "quantize_checkpoint", "unfit"]

@@ -12,7 +12,7 @@ from pipeline.config import Config, VariantSpec
 from pipeline.errors import CheckpointError, QuantizationError
 from pipeline.events import Events, read_events
 from pipeline.models import linear_weights, table_weights
-from pipeline.quantization.formats.gguf import kquants
+from pipeline.quantization import kquants_file as kquants
 from pipeline.quantization.stream import Variants, quantize_checkpoint
 from pipeline.stages import quantize
 from pipeline.workspace import Workspace

@@ -17,7 +17,7 @@ read(checkpoint, name, shape)    a stored weight as GroupQuantized
 unpack(weight)                   the same of a weight that transformers loaded
 tensor(weight, dtype)            the inverse of `unpack`
 
-`gguf` is a file of its own kind, which its modules `output` and `reader` write and read.
+`gguf` is a file of its own kind, which `pipeline.quantization.gguf_file` writes and its module `reader` reads.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from pipeline.checkpoint import SINGLE_NAME
 from pipeline.config import VariantSpec
 from pipeline.errors import MissingExtra, QuantizationError
 from pipeline.models import linear_weights
-from pipeline.quantization.formats.gguf import kquants
+from pipeline.quantization import kquants_file as kquants
 from pipeline.quantization.source import unfit
 from pipeline.quantization.stream import Variants
 from tests.quantization.gguf.conftest import MODELS

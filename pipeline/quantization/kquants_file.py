@@ -24,7 +24,7 @@ from pipeline.gguf_keys import read_header
 from pipeline.models import copy_terms
 from pipeline.quantization.formats.gguf import quantizer, type_name
 from pipeline.quantization.formats.gguf.blocks import PLAIN
-from pipeline.quantization.formats.gguf.output import GgufFile
+from pipeline.quantization.gguf_file import GgufFile
 from pipeline.quantization.source import Source, Tell, VariantFiles
 
 _FAILURE = re.compile(r"GGML_ASSERT|error|failed", re.IGNORECASE)
