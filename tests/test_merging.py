@@ -309,6 +309,19 @@ def test_gguf_made_in_the_pass_is_that_of_the_merged_model(tiny_model, trained, 
         assert one.read_bytes() == two.read_bytes() and template.encode() in one.read_bytes()
 
 
+def test_a_variant_that_fails_in_the_pass_keeps_neither_the_merge_nor_others_back(model_copy, trained, tmp_path):
+    tensors = load_file(model_copy / SINGLE_NAME)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = 1e5
+    save_file(tensors, model_copy / SINGLE_NAME, {"format": "pt"})
+    specs = [VariantSpec(name=name).resolved() for name in ("gguf-f16", "int8")]
+    places = {spec.name: tmp_path / spec.name for spec in specs}
+    variants = Variants(specs, places, linear_weights(model_copy))
+    made = merge_checkpoint(model_copy, trained(model_copy), tmp_path / "merged", "bf16", variants=variants)
+    assert made.keys() == {"int8"} and variants.failed.keys() == {"gguf-f16"}
+    assert list(places["gguf-f16"].iterdir()) == []
+    assert all((folder / SINGLE_NAME).is_file() for folder in (tmp_path / "merged", places["int8"]))
+
+
 def test_where_a_variant_cannot_be_made_in_the_pass_nothing_is_left_that_looks_finished(tiny_model, adapter, tmp_path):
     edit(adapter(), lambda tensors: tensors[f"{Q}.lora_B.weight"].fill_(float("nan")))
     base, out = tiny_model("llama"), {"int8": tmp_path / "int8"}
