@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import warnings
@@ -20,6 +21,11 @@ def versions(*names: str) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def is_installed(package: str) -> bool:
+    """Can a package be imported? It is not."""
+    return importlib.util.find_spec(package) is not None
 
 
 def quiet() -> None:

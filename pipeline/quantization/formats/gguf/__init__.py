@@ -16,7 +16,6 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ import torch
 from pipeline.catalog import VARIANTS
 from pipeline.config import VariantSpec
 from pipeline.errors import MissingExtra, QuantizationError
+from pipeline.libraries import is_installed
 from pipeline.quantization.grid import Grid
 
 GROUP = 32
@@ -79,5 +79,5 @@ def check(spec: VariantSpec, folder: Path) -> None:
 
 def check_quantizer(spec: VariantSpec) -> None:
     """Raise MissingExtra where the variant has a quantizer of its own, and that is not installed."""
-    if VARIANTS[spec.name].quantizer and importlib.util.find_spec("llama_cpp") is None:
+    if VARIANTS[spec.name].quantizer and not is_installed("llama_cpp"):
         raise MissingExtra(spec.name, "llama-cpp")

@@ -5,7 +5,6 @@ Names: gguf-py/gguf/tensor_mapping.py of llama.cpp, through the package `gguf`.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from types import ModuleType
 import torch
 
 from pipeline.errors import MissingExtra, ModelError, QuantizationError
+from pipeline.libraries import is_installed
 
 _COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # which old checkpoints store, and nobody reads
 _INPUTS, _MLP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj")
@@ -55,7 +55,7 @@ def library() -> ModuleType:
     Raises:
         MissingExtra: where it is not installed.
     """
-    if importlib.util.find_spec("gguf") is None:
+    if not is_installed("gguf"):
         raise MissingExtra("GGUF", "gguf")
     import gguf
 
