@@ -10,7 +10,7 @@ from rich.markup import escape
 Messages = list[dict[str, str]]
 Answer = Callable[[Messages], str]  # prints the answer while it comes
 
-CONTEXT = 8192  # tokens of a talk in llama.cpp, which sets memory aside for all of them
+CONTEXT = 8192  # tokens of a talk in llama.cpp at most, which sets memory aside for all of them
 
 
 def chat(
@@ -82,7 +82,8 @@ def _in_llama_cpp(source: str, variant: str, new_tokens: int) -> Answer:
     api = llama_cpp.library()
     path = locate_file(source, variant)
     llama_cpp.check(path)
-    model = api.Llama(str(path), n_ctx=CONTEXT, n_threads=machine.cores(), n_gpu_layers=0, verbose=False)
+    context = min(CONTEXT, llama_cpp.positions(path))
+    model = api.Llama(str(path), n_ctx=context, n_threads=machine.cores(), n_gpu_layers=0, verbose=False)
     if "tokenizer.chat_template" not in model.metadata:
         raise ModelError(f"{path}: has no chat template, so it cannot be talked to")
 

@@ -6,13 +6,16 @@ it said of the texts is kept in the workspace, so that a variant can be compared
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import Config
+from pipeline.data import general_text
 from pipeline.errors import ModelError
 from pipeline.events import Events
 from pipeline.files import read_json, write_json
@@ -21,10 +24,13 @@ from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
+    from pipeline.llama_cpp import Reader
     from pipeline.measure import Estimate, Progress, Scores
 
 PROBE_TOKENS = 64
+CHECKED_CHARACTERS, CHECKED_SEQUENCES = 50_000, 8  # of general and held-out text, cut by llama.cpp as well
 LOGIT_TOLERANCE = 0.05  # relative; kernels and dequantized weights differ by bf16 rounding, layer upon layer
 
 
@@ -151,6 +157,9 @@ def _in_llama_cpp(
     with llama_cpp.opened(file, max(longest), heads.LOGIT_ELEMENTS) as reader:
         if reader.vocabulary != len(head):
             raise ModelError(f"{file}: has {reader.vocabulary} tokens, and the full-precision model {len(head)}")
+        others = [s.input_ids for s in sequences.get(texts.HELD_OUT, ())[:CHECKED_SEQUENCES]] + questions
+        sample = unicodedata.normalize("NFC", general_text(config.evaluate.general)[:CHECKED_CHARACTERS])
+        _check_tokens(reader, tokenizer, [sample, *(tokenizer.decode(ids) for ids in others)])
         for text, part in sequences.items():
             other = measure.Scores.load(workspace.measurements / "reference" / f"{text}.safetensors")
             logits = measure.counted_logits(reader, part)
@@ -171,6 +180,22 @@ def _in_llama_cpp(
             for prompt, reply in zip(prompts, replies, strict=True)
         ],
     }
+
+
+def _check_tokens(reader: Reader, tokenizer: PreTrainedTokenizerBase, samples: Iterable[str]) -> None:
+    """Raise where llama.cpp cuts a text into other tokens than the model was measured with.
+
+    Raises:
+        ModelError: with the tokens from where they differ on.
+    """
+    for text in samples:
+        ours, theirs = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], reader.cut(text)
+        if ours != theirs:
+            same = len(os.path.commonprefix([ours, theirs]))
+            raise ModelError(
+                f"{reader.path}: llama.cpp cuts {tokenizer.decode(ours[same : same + 8])!r} into other tokens than the "
+                "model's tokenizer does; leave out the variants for llama.cpp"
+            )
 
 
 def _quality(text: str, scores: Scores, config: Config) -> dict:

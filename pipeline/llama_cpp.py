@@ -9,8 +9,8 @@ https://github.com/ggml-org/llama.cpp/blob/master/include/llama.h
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
-import importlib.util
 import random
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -19,7 +19,7 @@ from types import ModuleType
 
 import numpy as np
 
-from pipeline import machine
+from pipeline import libraries, machine
 from pipeline.errors import MissingExtra, ModelError
 from pipeline.timing import PROMPT_TOKENS, tokens_per_second
 
@@ -32,7 +32,7 @@ _complaints: list[str] = []  # of llama.cpp, since it was last asked for somethi
 
 def is_installed() -> bool:
     """Is llama-cpp-python there?"""
-    return importlib.util.find_spec("llama_cpp") is not None
+    return libraries.is_installed("llama_cpp")
 
 
 def library() -> ModuleType:
@@ -84,6 +84,23 @@ def check(path: Path) -> None:
             raise
 
 
+def positions(path: Path) -> int:
+    """Tokens of the longest sequence that a file's model was made for.
+
+    Raises:
+        ModelError: with llama.cpp's own reason, where it does not load it.
+        MissingExtra: where llama-cpp-python is not installed.
+    """
+    api = library()
+    model, value = _load(path, vocab_only=True, **_UNMAPPED), ctypes.create_string_buffer(64)
+    try:
+        api.llama_model_meta_val_str(model, b"general.architecture", value, len(value))
+        api.llama_model_meta_val_str(model, value.value + b".context_length", value, len(value))
+    finally:
+        api.llama_model_free(model)
+    return int(value.value)
+
+
 def _load(path: Path, **settings) -> int:
     """The address of the loaded model."""
     api = library()
@@ -108,7 +125,8 @@ def opened(path: Path, positions: int, logits: int | None = None) -> Iterator[Re
     """The model of a file, on all cores.
 
     Args:
-        positions: tokens of the longest sequence that it is to read.
+        positions: tokens of the longest sequence that it is to read. Where the model was made for less it
+            computes on, as transformers does.
         logits: how many of them may be held at a time; at least those of one position are.
 
     Raises:
@@ -140,7 +158,15 @@ class Reader:
     def __init__(self, path: Path, model: int, context: int, batch, at_a_time: int, vocabulary: int):
         self.path, self.at_a_time, self.vocabulary = path, at_a_time, vocabulary
         self.limit = library().llama_model_n_ctx_train(model)
-        self._context, self._batch, self._position = context, batch, 0
+        self._model, self._context, self._batch, self._position = model, context, batch, 0
+
+    def cut(self, text: str) -> list[int]:
+        """The tokens of a text, special ones among them; none is put before or behind it."""
+        api, data = library(), text.encode()
+        room = len(data) + 2  # a space may come first
+        tokens = (api.llama_token * room)()
+        vocabulary = api.llama_model_get_vocab(self._model)
+        return tokens[: api.llama_tokenize(vocabulary, data, len(data), tokens, room, False, True)]
 
     def begin(self) -> None:
         """Forget what was read."""

@@ -68,6 +68,14 @@ def test_a_talk_that_is_too_long_ends_in_one_line(release, talk, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+def test_a_talk_is_no_longer_than_the_model_was_made_for(tiny_model, written, release, talk):
+    pytest.importorskip("llama_cpp")
+    short = written(tiny_model("llama", max_position_embeddings=256), "gguf-q4_0")
+    shutil.copy(short, release / "gguf" / "my-model-Q4_0.gguf")
+    with pytest.raises(ModelError, match="context window of 256"):
+        talk(release, "Hello? " * 60)
+
+
 @pytest.mark.parametrize("options", [{"device": "cuda"}, {"compile": True}], ids=str)
 def test_llama_cpp_takes_no_device_and_is_not_compiled(release, talk, options):
     with pytest.raises(ModelError, match="leave out --device and --compile"):

@@ -7,13 +7,14 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers import normalizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import heads, llama_cpp, machine, measure
 from pipeline.catalog import VARIANTS
 from pipeline.config import Config
 from pipeline.errors import MissingExtra, ModelError
-from pipeline.evaluation import evaluate
+from pipeline.evaluation import _check_tokens, evaluate
 from pipeline.events import Events
 from pipeline.loading import load_dequantized
 from pipeline.probe import probe
@@ -102,6 +103,30 @@ def test_what_transformers_finds_comes_out_of_its_logits_as_well(tiny_model):
         assert compared[name].stderr == pytest.approx(estimate.stderr, rel=1e-3)
     with pytest.raises(ModelError, match="not scored on the same tokens"):
         measure.compare_logits(pieces(), text(seed=1), reference, heads.head_matrix(a))
+
+
+def test_a_tokenizer_that_llama_cpp_does_not_follow_is_told_in_one_line(tiny_model, written):
+    source = tiny_model("llama")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    with llama_cpp.opened(written(source, "gguf-f16"), 64) as reader:
+        _check_tokens(reader, tokenizer, ["a text", "One <|im_start|> TWO", ""])
+        tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+        _check_tokens(reader, tokenizer, ["all lower"])
+        with pytest.raises(ModelError, match=r"F16\.gguf: llama\.cpp cuts 'two' into other tokens") as caught:
+            _check_tokens(reader, tokenizer, ["one <|im_start|> TWO"])
+    assert "\n" not in str(caught.value)
+
+
+def test_beyond_the_positions_that_it_was_made_for_it_computes_as_transformers_does(tiny_model, written):
+    source = tiny_model("llama", max_position_embeddings=8)
+    path = written(source, "gguf-f16")
+    assert llama_cpp.positions(path) == 8
+    with llama_cpp.opened(path, 64) as reader:
+        found = torch.cat([torch.from_numpy(part) for part in all_logits(reader, [True] * len(IDS))])
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(torch.tensor([IDS])).logits[0]
+    assert len(IDS) > 8 and (found - expected).norm() < 0.003 * expected.norm()
 
 
 def all_logits(reader, wanted):
