@@ -107,18 +107,17 @@ def _in_transformers(
     if device.startswith("cuda"):
         torch.cuda.empty_cache()  # the probes load the model again, in processes of their own
 
-    quality = {text: _quality(text, scores, config) for text, scores in scored.items()}
-    kept = workspace.measurements / "reference"
     if reference is None:
-        write_json(kept / "head.json", {"name": head_name})
+        write_json(workspace.measurements / "reference" / "head.json", {"name": head_name})
         for text, scores in scored.items():
-            scores.save(kept / f"{text}.safetensors")
+            scores.save(_reference_scores(text, workspace))
+        quality = {text: _quality(text, scores, config) for text, scores in scored.items()}
     else:
-        theirs = _reference_head(reference, workspace)
+        theirs, quality = _reference_head(reference, workspace), {}
         for text, scores in scored.items():
-            other = measure.Scores.load(kept / f"{text}.safetensors")
+            other = measure.Scores.load(_reference_scores(text, workspace))
             compared = measure.divergence(scores, head, other, theirs, softcap, tell("divergence"))
-            quality[text] |= _comparison(scores, other, compared)
+            quality[text] = _quality(text, scores, config, other, compared)
 
     quantized = "quantization_config" in read_json(folder / "config.json", {})
     loaders = ("stock", "pipeline") if quantized else ("stock",)
@@ -161,10 +160,10 @@ def _in_llama_cpp(
         sample = unicodedata.normalize("NFC", general_text(config.evaluate.general)[:CHECKED_CHARACTERS])
         _check_tokens(reader, tokenizer, [sample, *(tokenizer.decode(ids) for ids in others)])
         for text, part in sequences.items():
-            other = measure.Scores.load(workspace.measurements / "reference" / f"{text}.safetensors")
+            other = measure.Scores.load(_reference_scores(text, workspace))
             logits = measure.counted_logits(reader, part)
             scores, compared = measure.compare_logits(logits, part, other, head, softcap, tell(f"{text} text"))
-            quality[text] = _quality(text, scores, config) | _comparison(scores, other, compared)
+            quality[text] = _quality(text, scores, config, other, compared)
         tell("sample answers")(0, 1)
         stops = measure.stop_tokens(reference)
         replies = [reader.answer(question, stops, measure.ANSWER_TOKENS) for question in questions]
@@ -198,7 +197,13 @@ def _check_tokens(reader: Reader, tokenizer: PreTrainedTokenizerBase, samples: I
             )
 
 
-def _quality(text: str, scores: Scores, config: Config) -> dict:
+def _quality(
+    text: str,
+    scores: Scores,
+    config: Config,
+    reference: Scores | None = None,
+    compared: Mapping[str, Estimate] | None = None,
+) -> dict:
     from pipeline import measure, texts
 
     return {
@@ -207,16 +212,14 @@ def _quality(text: str, scores: Scores, config: Config) -> dict:
         "sequences": int(scores.sequence.unique().numel()),
         "loss": asdict(measure.mean(scores.nll, scores.sequence)),
         "perplexity": asdict(measure.perplexity(scores)),
+        **({} if reference is None else {"rise": asdict(measure.rise(scores, reference))}),
+        **{name: asdict(value) for name, value in (compared or {}).items()},
     }
 
 
-def _comparison(scores: Scores, reference: Scores, compared: Mapping[str, Estimate]) -> dict:
-    from pipeline import measure
-
-    return {
-        "rise": asdict(measure.rise(scores, reference)),
-        **{name: asdict(value) for name, value in compared.items()},
-    }
+def _reference_scores(text: str, workspace: Workspace) -> Path:
+    """Where what the full-precision model said of a text is kept."""
+    return workspace.measurements / "reference" / f"{text}.safetensors"
 
 
 def _reference_head(reference: Path, workspace: Workspace) -> torch.Tensor:

@@ -9,7 +9,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from pipeline.errors import MissingExtra, ModelError
-from pipeline.libraries import quiet
+from pipeline.libraries import is_installed, quiet
 from pipeline.origin import Origin, text, texts
 
 
@@ -30,7 +30,7 @@ def find_packaged(package: str, file: str) -> Path:
     path = Path(spec.submodule_search_locations[0]) / file
     if not path.is_file():
         raise ModelError(f"the package {package} has no file {file}")
-    if importlib.util.find_spec("gguf") is None:
+    if not is_installed("gguf"):
         raise MissingExtra(f"package:{package}/{file}", "gguf")
     return path
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 
@@ -245,11 +246,20 @@ def measured(tmp_path_factory, tiny_model, written):
         patch.setattr(machine, "cores", lambda: 1)
         events, found = Events(workspace.events_path, "m"), {}
         evaluate("base", source, config, workspace, events)
+        with pytest.raises(ModelError, match="into other tokens"):
+            evaluate("gguf-q4_0", file.parent, config, workspace, events, in_lower_case(source, folder / "lower"))
         for is_installed in (True, False):
             patch.setattr(llama_cpp, "is_installed", lambda there=is_installed: there)
             result = evaluate("gguf-q4_0", file.parent, config, workspace, events, source)
             found[result["loader"]] = result
     return file, found
+
+
+def in_lower_case(source, folder):
+    """The model with a tokenizer that brings text into lower case first."""
+    about = json.loads((shutil.copytree(source, folder) / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(about | {"normalizer": {"type": "Lowercase"}}))
+    return folder
 
 
 def test_a_variant_is_measured_in_llama_cpp_where_it_is_installed_and_else_dequantized(measured):
