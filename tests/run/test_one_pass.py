@@ -69,7 +69,7 @@ def test_a_run_with_one_base_releases_what_two_passes_give_and_tells_it_in_order
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("base", ["bf16", "nf4"])
+@pytest.mark.parametrize("base", ["bf16", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_an_adapter_from_elsewhere_is_merged_and_quantized_at_once(tmp_path, tiny_model, adapter_of, base):
     model = tiny_model("qwen3")
     asked = ("merge", str(model), str(adapter_of(model)), "--output", "out", "--base", base)

@@ -149,6 +149,7 @@ def with_biases(folder, *layers):
 
 @pytest.mark.parametrize("architecture", MODELS)
 def test_the_biases_that_are_written_are_those_that_llama_cpp_loads(tiny_model, written, tmp_path, architecture):
+    pytest.importorskip("llama_cpp")
     original, loaded = tiny_model(architecture, **MODELS[architecture]), ARCHITECTURES[architecture].biases
     source = shutil.copytree(original, tmp_path / "loaded")
     with_biases(source, *loaded)
