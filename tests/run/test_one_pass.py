@@ -53,6 +53,7 @@ def in_a_pass_of_its_own(model, spec, folder):
 # -- whole runs
 
 
+@pytest.mark.slow
 def test_a_run_with_one_base_releases_what_two_passes_give_and_tells_it_in_order(tmp_path, tiny_model):
     place = write_place(tmp_path, tiny_model("llama"))
     place.tunepress("run", "tiny.yaml", "--set", "merge.base=nf4")

@@ -29,7 +29,7 @@ def quantize(source, folder, *variants, **options):
     return made
 
 
-@pytest.mark.parametrize("block, tile", [(2000, 300), (1000, 10_000), (10**9, 500)])
+@pytest.mark.parametrize("block, tile", [(2000, 10_000), (10**9, 500)])
 def test_one_pass_in_any_blocks_makes_the_same_files(tiny_model, written, tmp_path, monkeypatch, block, tile):
     monkeypatch.setattr(blocks, "BLOCK_BYTES", block)
     monkeypatch.setattr(blocks, "TILE_ELEMENTS", tile)
