@@ -46,7 +46,7 @@ def opened():
     llama_cpp = pytest.importorskip("llama_cpp")
 
     def load(path: Path, **options):
-        return llama_cpp.Llama(str(path), n_ctx=64, n_threads=1, verbose=False, **options)
+        return llama_cpp.Llama(str(path), **{"n_ctx": 64, "n_threads": 1, "verbose": False, **options})
 
     return load
 
