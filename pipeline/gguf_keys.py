@@ -31,8 +31,8 @@ _VERSIONS = (2, 3)
 ALIGNMENT = 32  # of tensors, where the file says nothing else
 LONGEST_NAME, LONGEST_TEXT = 1 << 16, 1 << 24  # bytes; more is no name, and no text that anybody reads
 MOST_ENTRIES, MOST_DIMENSIONS = 1 << 24, 4
-_ENDS = ("eos", "eot", "eom")  # kinds of tokens that end an answer
-_SAMPLING = "general.sampling."
+ENDS = ("eos", "eot", "eom")  # kinds of tokens that end an answer
+SAMPLING = "general.sampling."
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,15 @@ def read_dialogue(path: Path) -> Dialogue:
 def _read_dialogue(path: Path, size: int, mtime_ns: int) -> Dialogue:
     keys = _read_keys(path)
     words = keys.get("tokenizer.ggml.tokens", [])
-    ids = {kind: keys.get(f"tokenizer.ggml.{kind}_token_id") for kind in (*_ENDS, "bos", "unk")}
+    ids = {kind: keys.get(f"tokenizer.ggml.{kind}_token_id") for kind in (*ENDS, "bos", "unk")}
     ids["pad"] = keys.get("tokenizer.ggml.padding_token_id")
     texts = {kind: words[token] for kind, token in ids.items() if token is not None and token < len(words)}
     return Dialogue(
         template=keys.get("tokenizer.chat_template"),
         tokens={f"{kind}_token": texts[kind] for kind in ("bos", "eos", "unk", "pad") if kind in texts},
-        stops=tuple(dict.fromkeys(texts[kind] for kind in _ENDS if kind in texts)),
+        stops=tuple(dict.fromkeys(texts[kind] for kind in ENDS if kind in texts)),
         adds_first=bool(keys.get("tokenizer.ggml.add_bos_token")),
-        sampling={key.removeprefix(_SAMPLING): value for key, value in keys.items() if key.startswith(_SAMPLING)},
+        sampling={key.removeprefix(SAMPLING): value for key, value in keys.items() if key.startswith(SAMPLING)},
     )
 
 

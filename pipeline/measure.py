@@ -99,7 +99,7 @@ def score(model: PreTrainedModel, sequences: Sequence[Encoded], on_progress: Pro
         states, targets = hidden[:, :-1][counted.to(device)], labels[:, 1:][counted].to(device)
         nll, choice = torch.empty(len(states)), torch.empty(len(states), dtype=torch.long)
         for rows, logits in logits_of(head, states):
-            nll[rows] = -logits.log_softmax(-1).gather(1, targets[rows, None]).squeeze(1).cpu()
+            nll[rows] = _nll(logits, targets[rows]).cpu()
             choice[rows] = logits.argmax(-1).cpu()
         lengths = counted.sum(1).tolist()
         found = zip(*(part.split(lengths) for part in (nll, choice, states.cpu())), strict=True)
@@ -199,7 +199,7 @@ def compare_logits(
     nll, choice, kl, start = torch.empty(len(targets)), torch.empty_like(targets), [], 0
     for ours in logits:
         rows = slice(start, start + len(ours))
-        nll[rows] = -ours.log_softmax(-1).gather(1, targets[rows, None]).squeeze(1)
+        nll[rows] = _nll(ours, targets[rows])
         choice[rows] = ours.argmax(-1)
         kl.append(_kl(head(reference.hidden[rows]), ours))
         start = rows.stop
@@ -212,6 +212,11 @@ def compare_logits(
 def _refuse_other_tokens(sequence: torch.Tensor, reference: Scores) -> None:
     if not torch.equal(sequence, reference.sequence):
         raise ModelError("the two models were not scored on the same tokens; score both again")
+
+
+def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood (n,) in nats of `targets` (n,) under logits (n, V)."""
+    return -logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
 
 
 def _kl(theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from pipeline.checkpoint.header import DTYPE_NAMES, INDEX_NAME, SHARD_BYTES, SINGLE_NAME, TensorInfo
+from pipeline.checkpoint.placing import is_covered, put
 from pipeline.errors import CheckpointError
 
 
@@ -73,15 +74,7 @@ class CheckpointWriter:
             self._files[path] = os.open(_partial(path), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from None
-        self._put(path, struct.pack("<Q", len(text)) + text, 0)
-
-    def _put(self, path: Path, data: bytes | memoryview, offset: int) -> None:
-        view, done = memoryview(data), 0
-        try:
-            while done < len(view):
-                done += os.pwrite(self._files[path], view[done:], offset + done)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from None
+        put(self._files[path], struct.pack("<Q", len(text)) + text, 0, path)
 
     def write(self, name: str, tensor: torch.Tensor, first_row: int = 0) -> None:
         """Put `tensor` in its place: all of it, or the rows from `first_row` on."""
@@ -93,17 +86,8 @@ class CheckpointWriter:
         start = first_row * place.row_bytes
         if start < 0 or start + len(data) > place.nbytes:
             raise ValueError(f"{name}: rows from {first_row} on do not fit into {place.shape}")
-        self._put(place.path, data, place.offset + start)
+        put(self._files[place.path], data, place.offset + start, place.path)
         self._written[name].append((start, start + len(data)))
-
-    def _complete(self, name: str, nbytes: int) -> bool:
-        """Whether every byte of a tensor came; rows written twice do not stand in for rows never written."""
-        position = 0
-        for start, stop in sorted(self._written[name]):
-            if start > position:
-                return False
-            position = max(position, stop)
-        return position == nbytes
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -116,7 +100,7 @@ class CheckpointWriter:
             self._discard()
 
     def _finish(self) -> None:
-        unfinished = [name for name, place in self._places.items() if not self._complete(name, place.nbytes)]
+        unfinished = [name for name, place in self._places.items() if not is_covered(self._written[name], place.nbytes)]
         if unfinished:
             raise ValueError(f"{self.folder}: {len(unfinished)} tensors unfinished, first {unfinished[0]}")
         try:

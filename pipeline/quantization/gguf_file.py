@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from pipeline.catalog import VARIANTS
+from pipeline.checkpoint.placing import is_covered, put
 from pipeline.config import VariantSpec
 from pipeline.errors import CheckpointError, QuantizationError
 from pipeline.models import copy_terms
@@ -76,7 +77,7 @@ class GgufFile:
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be written ({error.strerror})") from None
         try:
-            self._put(header, 0)
+            put(self._file, header, 0, self.path)
             for name, tensor in extra:
                 self._write(name, plain(tensor, "F32"), 0)
         except BaseException:
@@ -133,16 +134,9 @@ class GgufFile:
         place = self.places[target]
         if data.shape[1] != place.row_bytes or first + len(data) > place.shape[0]:
             raise ValueError(f"{target}: rows from {first} on, {tuple(data.shape)} bytes, do not fit {place}")
-        self._put(memoryview(data.contiguous().view(-1).numpy()), place.offset + first * place.row_bytes)
+        rows = memoryview(data.contiguous().view(-1).numpy())
+        put(self._file, rows, place.offset + first * place.row_bytes, self.path)
         self._written[target].append((first, first + len(data)))
-
-    def _put(self, data: bytes | memoryview, offset: int) -> None:
-        view, done = memoryview(data), 0
-        try:
-            while done < len(view):
-                done += os.pwrite(self._file, view[done:], offset + done)
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be written ({error.strerror})") from None
 
     def __enter__(self) -> GgufFile:
         return self
@@ -155,7 +149,7 @@ class GgufFile:
             self._discard()
 
     def _close(self) -> None:
-        unfinished = [name for name, place in self.places.items() if not _whole(self._written[name], place.shape[0])]
+        unfinished = [name for name, p in self.places.items() if not is_covered(self._written[name], p.shape[0])]
         if unfinished:
             raise ValueError(f"{self.path}: {len(unfinished)} tensors unfinished, first {unfinished[0]}")
         try:
@@ -203,13 +197,3 @@ def _lay_out(about: Description, planned: dict[str, Place]) -> tuple[bytes, dict
 
 def _padded(count: int) -> int:
     return count + -count % library().GGUF_DEFAULT_ALIGNMENT
-
-
-def _whole(spans: list[tuple[int, int]], rows: int) -> bool:
-    """Whether every row came; rows written twice do not stand in for rows never written."""
-    position = 0
-    for start, stop in sorted(spans):
-        if start > position:
-            return False
-        position = max(position, stop)
-    return position == rows

@@ -6,7 +6,6 @@ expect of such a file; what it chose is read back from the file.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import subprocess
@@ -113,7 +112,7 @@ def quantize(source: Path, target: Path, kind: str, on_progress: Callable[[int, 
             complaints.seek(0)
             reason = _reason(complaints) or f"it ended with {process.returncode}"
             raise QuantizationError(f"{target.name}: llama.cpp could not quantize to {kind}: {reason}")
-    with contextlib.closing(os.fdopen(os.open(target, os.O_RDONLY))) as file:
+    with open(target, "rb") as file:
         os.fsync(file.fileno())
 
 

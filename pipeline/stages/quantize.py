@@ -7,7 +7,6 @@ there already and still holds, as where the merge has made it in its own pass, i
 from __future__ import annotations
 
 import functools
-import importlib.util
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -19,7 +18,7 @@ from pipeline.config import Config
 from pipeline.errors import MissingExtra, QuantizationError
 from pipeline.events import Events, one_line
 from pipeline.files import empty_folder, read_json, replace_folder, states, write_json
-from pipeline.libraries import versions
+from pipeline.libraries import is_installed, versions
 from pipeline.stages import Outcome
 from pipeline.stages.inputs import full_model, made_from, shard_by_shard, text_depends
 from pipeline.workspace import Workspace
@@ -86,7 +85,7 @@ def check_extras(config: Config) -> None:
     """Raise MissingExtra where what writes a variant is not installed."""
     for spec in config.quantize.variants:
         for need in (VARIANTS[spec.name].format, VARIANTS[spec.name].quantizer):
-            if need in EXTRAS and importlib.util.find_spec(EXTRAS[need][0]) is None:
+            if need in EXTRAS and not is_installed(EXTRAS[need][0]):
                 raise MissingExtra(spec.name, EXTRAS[need][1])
 
 

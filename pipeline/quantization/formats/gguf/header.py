@@ -15,6 +15,7 @@ import torch
 
 from pipeline.errors import ModelError
 from pipeline.files import read_json
+from pipeline.gguf_keys import ENDS, SAMPLING
 from pipeline.models import companions
 from pipeline.quantization.formats.gguf.names import BIASES, Architecture, architecture, library
 from pipeline.quantization.formats.gguf.vocabulary import Vocabulary, vocabulary
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 NO_ROPE_EVERY = 4  # layers of SmolLM3, in llama.cpp
-_STOPS = ("eos", "eot", "eom")  # kinds of tokens that end an answer
 _SAMPLING = {  # of `generation_config.json`, and what a GGUF calls them
     "temperature": "temp",
     "top_p": "top_p",
@@ -224,7 +224,7 @@ def _add_tokenizer(
     stops = _stops(config, tokenizer, folder)
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else config.bos_token_id
     ids = {"bos": first, "unk": tokenizer.unk_token_id, "pad": tokenizer.pad_token_id}
-    ids |= dict(zip(_STOPS, stops, strict=False))
+    ids |= dict(zip(ENDS, stops, strict=False))
     for kind, token in ids.items():
         if token is not None:
             getattr(writer, f"add_{kind}_token_id")(token)
@@ -249,8 +249,8 @@ def _stops(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, folder:
     ends = settings.eos_token_id
     found += ends if isinstance(ends, list) else [ends]
     stops = list(dict.fromkeys(token for token in found if token is not None))
-    if len(stops) > len(_STOPS):
-        raise ModelError(f"ends answers with {len(stops)} tokens; GGUF names {len(_STOPS)}")
+    if len(stops) > len(ENDS):
+        raise ModelError(f"ends answers with {len(stops)} tokens; GGUF names {len(ENDS)}")
     return stops
 
 
@@ -261,7 +261,7 @@ def _add_sampling(writer: GGUFWriter, folder: Path) -> None:
         value = settings.get(key)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             add = writer.add_int32 if name == "top_k" else writer.add_float32
-            add(f"general.sampling.{name}", int(value) if name == "top_k" else value)
+            add(f"{SAMPLING}{name}", int(value) if name == "top_k" else value)
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
