@@ -40,7 +40,8 @@ def assemble(folder: Path, device: torch.device, weights: GgufWeights | None = N
 
     Returns:
         None where the stock loader is the better way: for a model that is not quantized, whose
-        mapped pages are its weights, and for a checkpoint that names its tensors otherwise than
+        mapped pages are its weights, for one that rounds what its layers are given, which torchao
+        computes, and for a checkpoint that names its tensors otherwise than
         the model does, as that of a mixture of experts may.
 
     Raises:
@@ -51,6 +52,8 @@ def assemble(folder: Path, device: torch.device, weights: GgufWeights | None = N
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)
+    if torchao.rounds_activations(config):
+        return None
     is_quantized = getattr(config, "quantization_config", None) is not None
     built = skeleton(folder, config, weights) if is_quantized or weights is not None else None
     if built is None and weights is not None:

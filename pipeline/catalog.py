@@ -58,6 +58,14 @@ VARIANTS = {
             roundings=("rtn", "hqq"),
         ),
         Variant(
+            name="int8-dynamic",
+            format="torchao",
+            bits=8,
+            group_size=None,
+            roundings=("rtn", "hqq"),
+            group_sizes=(),
+        ),
+        Variant(
             name="int4",
             format="torchao",
             bits=4,
@@ -81,6 +89,7 @@ VARIANTS = {
 ALIASES = {
     "int8_weight_only": ("int8",),
     "int4_weight_only": ("int4",),
+    "int8_dynamic": ("int8-dynamic",),
     "both": ("int8", "int4"),
     # As people who use llama.cpp write them; bf16 and f16 say too little of what is wanted.
     **{name.removeprefix("gguf-"): (name,) for name, v in VARIANTS.items() if v.format == "gguf" and v.bits < 16},

@@ -29,6 +29,7 @@ from pipeline.assembly import (
 from pipeline.blocks import tiles
 from pipeline.errors import ModelError
 from pipeline.models import stored_bytes
+from pipeline.quantization.formats import torchao
 from pipeline.quantization.formats.gguf.reader import GgufWeights
 from pipeline.quantization.grid import GroupQuantized
 
@@ -76,7 +77,13 @@ def assemble_offloaded(folder: Path, device: torch.device, weights: GgufWeights 
     from accelerate import cpu_offload
     from transformers import AutoConfig
 
-    built = skeleton(folder, AutoConfig.from_pretrained(folder), weights)
+    config = AutoConfig.from_pretrained(folder)
+    if torchao.rounds_activations(config):
+        raise ModelError(
+            f"{folder}: does not fit into the memory, and torchao computes layers that round what they "
+            "are given only where the model is whole; use a machine with more memory"
+        )
+    built = skeleton(folder, config, weights)
     if built is None:
         raise ModelError(
             f"{folder}: does not fit into the memory, and cannot be read piece by piece, for its checkpoint names its "

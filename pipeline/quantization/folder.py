@@ -42,7 +42,8 @@ class SafetensorsFolder:
             else:
                 plan[name] = (info.dtype, info.shape)
         plain = [n for n in source.tensors if n not in self.grids]
-        header = self.format.metadata(self.grids, plain, {n: source.tensors[n].dtype for n in self.grids})
+        dtypes = {n: source.tensors[n].dtype for n in self.grids}
+        header = self.format.metadata(spec, self.grids, plain, dtypes, self.tables)
         self.writer = CheckpointWriter(folder, plan, header, source.shard_bytes)
 
     def __enter__(self) -> SafetensorsFolder:

@@ -71,6 +71,9 @@ def releases(tiny_model, quantized):
         "int4, tied": (quantized(tiny_model("qwen3"), "int4"), "int4"),
         "int8, tied, with layers kept": (quantized(tiny_model("smollm3"), "int8", keep=KEEP), "int8"),
         "int8 of float32": (quantized(tiny_model("llama", "float32"), "int8"), "int8"),
+        "int8-dynamic": (quantized(llama, "int8-dynamic"), "int8-dynamic"),
+        "int8-dynamic in shards": (quantized(llama, "int8-dynamic", shard_bytes=60_000), "int8-dynamic"),
+        "int8-dynamic with layers kept": (quantized(llama, "int8-dynamic", keep=KEEP), "int8-dynamic"),
     }
     return made
 
@@ -84,7 +87,7 @@ def stock(releases, tmp_path_factory):
         jobs[name] = {
             "root": str(root),
             "subfolder": variant,
-            "runs": variant == "int8",
+            "runs": "int8" in variant,
             "out": str(folder / f"{number}"),
         }
     root, _ = releases["int8"]
@@ -103,6 +106,7 @@ def stock(releases, tmp_path_factory):
 NAMES = [
     "int8", "int4", "int8 in shards", "int4 in shards", "int8 with layers kept", "int4 with layers kept",
     "int8, tied", "int4, tied", "int8, tied, with layers kept", "int8 of float32", "int8 by its own folder",
+    "int8-dynamic", "int8-dynamic in shards", "int8-dynamic with layers kept",
 ]  # fmt: skip
 
 
@@ -125,7 +129,7 @@ def test_int8_runs_there_and_computes_what_its_codes_say(stock, releases, dequan
     with torch.no_grad():
         expected = model(IDS).logits.float()
     difference = (stock[name][1]["logits"] - expected).norm() / expected.norm()
-    assert difference < (1e-5 if "float32" in name else 0.02)
+    assert difference < (1e-5 if "float32" in name else 0.1 if "dynamic" in name else 0.02)  # its inputs are rounded
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "int4" in name])
@@ -153,16 +157,18 @@ def test_int4_is_loaded_there_as_exactly_the_codes_that_were_chosen(stock, relea
     [("llama", "bfloat16"), ("llama", "float16"), ("llama", "float32")]
     + [(architecture, "bfloat16") for architecture in ("qwen3", "smollm3", "gemma3_text")],
 )
-def test_the_int8_folder_is_what_transformers_saves_itself(tiny_model, quantized, tmp_path, architecture, dtype):
-    from torchao.quantization import Int8WeightOnlyConfig
+@pytest.mark.parametrize("variant", ["int8", "int8-dynamic"])
+def test_the_int8_folder_is_what_transformers_saves_itself(
+    tiny_model, quantized, tmp_path, architecture, dtype, variant
+):
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
     from transformers import AutoModelForCausalLM, TorchAoConfig
 
     source = tiny_model(architecture, dtype)
-    model = AutoModelForCausalLM.from_pretrained(
-        source, dtype="auto", quantization_config=TorchAoConfig(Int8WeightOnlyConfig())
-    )
+    kind = Int8WeightOnlyConfig() if variant == "int8" else Int8DynamicActivationInt8WeightConfig()
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", quantization_config=TorchAoConfig(kind))
     model.save_pretrained(tmp_path)
-    ours = quantized(source, "int8") / "int8"
+    ours = quantized(source, variant) / variant
     a, b = load_file(ours / SINGLE_NAME), load_file(tmp_path / SINGLE_NAME)
     assert a.keys() == b.keys()
     for name in a:
@@ -333,7 +339,7 @@ def test_the_size_of_the_blocks_does_not_show_in_the_files(tiny_model, tmp_path,
 
 
 def test_one_pass_makes_what_single_passes_make(tiny_model, releases, tmp_path):
-    quantize(tiny_model("llama"), tmp_path, "int8", "int4")
+    quantize(tiny_model("llama"), tmp_path, *VARIANTS)
     for variant in VARIANTS:
         root, _ = releases[variant]
         for path in (root / variant).iterdir():

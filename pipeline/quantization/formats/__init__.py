@@ -10,7 +10,7 @@ together(grid)                   rows of a weight in one row of its stored codes
 plan(name, shape, grid)          the stored tensors of a weight, before any is written
 rows(name, block)                what a block of rows gives at once
 rest(name, scale, zero, grid)    what is stored once the whole weight is known
-metadata(grids, plain, dtypes)   what every file's header carries
+metadata(spec, grids, ...)       what every file's header carries
 quantization_config(spec, kept)  what config.json carries
 part_names(name)                 the names of a weight's stored tensors
 read(checkpoint, name, shape)    a stored weight as GroupQuantized

@@ -18,12 +18,13 @@ documented one. `tests/quantization/test_tile_packed.py` compares it with torch'
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 
 from pipeline.catalog import GROUP_SIZES
 from pipeline.checkpoint import Checkpoint
+from pipeline.config import VariantSpec
 from pipeline.errors import CheckpointError
 from pipeline.quantization.formats import torchao
 from pipeline.quantization.grid import Grid, GroupQuantized
@@ -72,13 +73,18 @@ def rest(name: str, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) 
 
 
 def metadata(
-    grids: Mapping[str, tuple[tuple[int, int], Grid]], plain: Iterable[str], dtypes: Mapping[str, torch.dtype]
+    spec: VariantSpec,
+    grids: Mapping[str, tuple[tuple[int, int], Grid]],
+    plain: Iterable[str],
+    dtypes: Mapping[str, torch.dtype],
+    tables: Collection[str],
 ) -> dict[str, str]:
     """The header metadata, the same for every shard; see `torchao.metadata`."""
     from torchao.prototype.safetensors.safetensors_utils import TensorSubclassAttributeJSONEncoder
 
     tiled = {name: entry for name, entry in grids.items() if entry[1].bits == 4}
-    header = torchao.metadata({n: entry for n, entry in grids.items() if n not in tiled}, plain, dtypes)
+    others = {name: entry for name, entry in grids.items() if name not in tiled}
+    header = torchao.metadata(spec, others, plain, dtypes, tables)
     for name, (shape, grid) in tiled.items():
         parts = (torch.empty(s, dtype=d, device="meta") for d, s in plan(name, shape, grid).values())
         header[name] = json.dumps(_subclass(*parts, grid, shape), cls=TensorSubclassAttributeJSONEncoder)

@@ -4,7 +4,8 @@ Both are stored flat, as `LAYER._weight_qdata`, `LAYER._weight_scale` and
 `LAYER._weight_zero_point`, and described in the metadata of every file by torchao's
 own encoder. Nothing in them depends on a processor.
 
-    Int8Tensor   qdata (N, K) int8, scale (N, G) float32, zero_point (N, G) int8 of zeros; G is 1, or K/group
+    Int8Tensor   qdata (N, K) int8, scale (N, G) float32, zero_point (N, G) int8 of zeros; G is 1, or K/group;
+                 with or without the wish that inputs be rounded to int8 too
     Int4Tensor   qdata (N, K/2) int8, even column in the low nibble; scale and
                  zero_point (K/group, N) bfloat16; value = code * scale + zero_point
 """
@@ -12,9 +13,10 @@ own encoder. Nothing in them depends on a processor.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,6 +27,10 @@ from pipeline.errors import CheckpointError, ModelError, QuantizationError
 from pipeline.models import embedding_kind
 from pipeline.quantization.grid import Grid, GroupQuantized, fitting_group_size, pack_nibbles, unpack_nibbles
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+DYNAMIC = "int8-dynamic"  # the variant whose layers round what they are given as well, token by token
 _PACKINGS = {"plain": "plain", "tile_packed": "tile_packed_to_4d"}  # torchao's names for ours
 INT8 = Grid(bits=8, group_size=None, zero="none", scale_dtype=torch.float32)
 TABLE = INT8  # of embeddings and output heads, where they are quantized
@@ -100,7 +106,11 @@ def rest(name: str, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) 
 
 
 def metadata(
-    grids: Mapping[str, tuple[tuple[int, int], Grid]], plain: Iterable[str], dtypes: Mapping[str, torch.dtype]
+    spec: VariantSpec,
+    grids: Mapping[str, tuple[tuple[int, int], Grid]],
+    plain: Iterable[str],
+    dtypes: Mapping[str, torch.dtype],
+    tables: Collection[str],
 ) -> dict[str, str]:
     """The header metadata, the same for every shard.
 
@@ -108,13 +118,15 @@ def metadata(
         grids: quantized weights: name -> (shape, grid).
         plain: names of the tensors that stay as they are.
         dtypes: what the quantized weights were before, and what they compute as again.
+        tables: those of them that are the embedding or the output head.
     """
     from torchao.prototype.safetensors.safetensors_utils import TensorSubclassAttributeJSONEncoder
 
     entries = {name: json.dumps({"_type": "Tensor"}) for name in plain}
     for name, (shape, grid) in grids.items():
         stored = {key: torch.empty(s, dtype=d, device="meta") for key, (d, s) in plan(name, shape, grid).items()}
-        weight = _subclass(*(stored[p] for p in _parts(name).values()), shape, grid, dtypes[name])
+        dynamic = spec.name == DYNAMIC and name not in tables
+        weight = _subclass(*(stored[p] for p in _parts(name).values()), shape, grid, dtypes[name], dynamic)
         entries[name] = json.dumps(weight, cls=TensorSubclassAttributeJSONEncoder)
     return {**entries, "tensor_names": json.dumps(list(entries))}
 
@@ -126,7 +138,12 @@ def quantization_config(spec: VariantSpec, kept: list[str], tables: list[str]) -
         kept: modules that stay in bf16, though they are of those that are quantized.
         tables: the embedding and the output head, where they are in int8.
     """
-    from torchao.quantization import FqnToConfig, Int4WeightOnlyConfig, Int8WeightOnlyConfig
+    from torchao.quantization import (
+        FqnToConfig,
+        Int4WeightOnlyConfig,
+        Int8DynamicActivationInt8WeightConfig,
+        Int8WeightOnlyConfig,
+    )
     from torchao.quantization.granularity import PerGroup
     from torchao.quantization.quantize_.workflows import Int4PackingFormat
     from transformers import TorchAoConfig
@@ -134,6 +151,8 @@ def quantization_config(spec: VariantSpec, kept: list[str], tables: list[str]) -
     if spec.name == "int4":
         packing = Int4PackingFormat(_PACKINGS[spec.packing])
         kind = Int4WeightOnlyConfig(group_size=spec.group_size, int4_packing_format=packing)
+    elif spec.name == DYNAMIC:
+        kind = Int8DynamicActivationInt8WeightConfig()
     else:
         granularity = {"granularity": PerGroup(spec.group_size)} if spec.group_size else {}
         kind = Int8WeightOnlyConfig(**granularity)
@@ -146,9 +165,14 @@ def quantization_config(spec: VariantSpec, kept: list[str], tables: list[str]) -
 
 
 def unpack(weight: torch.Tensor) -> GroupQuantized | None:
-    """A weight as transformers loaded it, as portable codes; None for an ordinary tensor."""
+    """A weight as transformers loaded it, as portable codes; None for an ordinary tensor.
+
+    None also for one that rounds what it is multiplied with, for its codes are not all that it computes.
+    """
     from torchao.quantization import Int4Tensor, Int8Tensor
 
+    if isinstance(weight, Int8Tensor) and weight.act_quant_kwargs is not None:
+        return None
     if isinstance(weight, Int8Tensor):
         grid = INT8 if weight.scale.shape[-1] == 1 else grouped(8, weight.block_size[-1])
         return GroupQuantized(weight.qdata, weight.scale, None, grid)
@@ -202,9 +226,23 @@ def _parts(name: str) -> dict[str, str]:
     return {part: f"{module}._{parameter}_{part}" for part in ("qdata", "scale", "zero_point")}
 
 
-def _subclass(qdata, scale, zero_point, shape, grid, dtype):
+def rounds_activations(config: PretrainedConfig) -> bool:
+    """Is this the configuration of a model whose layers round their inputs too, as int8-dynamic's do?"""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+
+    quantization = getattr(config, "quantization_config", None)
+    if isinstance(quantization, dict):
+        return Int8DynamicActivationInt8WeightConfig.__name__ in json.dumps(quantization)
+    return False
+
+
+def _subclass(qdata, scale, zero_point, shape, grid, dtype, dynamic=False):
     from torchao.quantization import Int4Tensor, Int8Tensor
+    from torchao.quantization.granularity import PerRow
+    from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
 
     if grid.bits == 8:
-        return Int8Tensor(qdata, scale, [1, grid.group(shape[1])], dtype, zero_point=zero_point)
+        inputs = QuantizeTensorToInt8Kwargs(granularity=PerRow()) if dynamic else None
+        block = [1, grid.group(shape[1])]
+        return Int8Tensor(qdata, scale, block, dtype, zero_point=zero_point, act_quant_kwargs=inputs)
     return Int4Tensor(qdata, scale, zero_point, [1, grid.group_size], torch.Size(shape))

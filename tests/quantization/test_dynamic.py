@@ -1,0 +1,41 @@
+"""int8-dynamic is torchao's, inputs rounded and all: nothing here computes it in another way."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pipeline.config import VariantSpec
+from pipeline.errors import ModelError
+from pipeline.loading import load
+
+IDS = torch.tensor([[7, 100, 31, 64, 5, 5, 90, 12]])
+
+
+@pytest.fixture(scope="module", params=[{}, {"embeddings": "int8"}], ids=["plain", "with embeddings in int8"])
+def folder(request, tiny_model, quantized):
+    return quantized(tiny_model("llama"), "int8-dynamic", **request.param) / "int8-dynamic"
+
+
+@torch.no_grad()
+def test_load_computes_what_the_stock_loader_does(folder):
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    found, expected = load(folder)[0](IDS).logits.float(), stock(IDS).logits.float()
+    assert (found - expected).norm() < 0.01 * expected.norm()  # of a head in int8 they round otherwise
+
+
+@torch.no_grad()
+def test_its_inputs_are_rounded(tiny_model, quantized):
+    source = tiny_model("llama")
+    both = [load(quantized(source, name) / name)[0](IDS).logits for name in ("int8", "int8-dynamic")]
+    assert not torch.equal(*both)
+
+
+def test_it_is_not_measured_by_its_codes_alone_where_it_does_not_fit(folder):
+    with pytest.raises(ModelError, match="round what they are given") as caught:
+        load(folder, offload=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_it_has_no_groups():
+    with pytest.raises(ValueError, match="int8-dynamic has no groups"):
+        VariantSpec(name="int8-dynamic", group_size=64)
