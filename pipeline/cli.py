@@ -25,6 +25,12 @@ Settings = Annotated[
 Root = Annotated[Path, typer.Option("--runs", help="Folder that the run's folder lies in.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines; the rest goes to stderr.")]
 RUNS = Path("runs")
+Accelerate = Annotated[
+    str | None,
+    typer.Option(metavar="NAME|FILE", help="Train in several processes: ddp, fsdp-qlora, ..., or accelerate's YAML."),
+]
+MachineRank = Annotated[int | None, typer.Option(help="Which of several machines this is; 0 does all but training.")]
+MainProcessIp = Annotated[str | None, typer.Option(help="Address of machine 0, where machines meet.")]
 
 
 @app.command()
@@ -32,6 +38,9 @@ def run(
     config: ConfigArgument,
     settings: Settings = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Remove what an earlier run of this name left.")] = False,
+    accelerate: Accelerate = None,
+    machine_rank: MachineRank = None,
+    main_process_ip: MainProcessIp = None,
     runs: Root = RUNS,
     as_json: AsJson = False,
 ) -> None:
@@ -40,8 +49,11 @@ def run(
     from pipeline.run import run as run_all
 
     loaded = load_config(config, settings or ())
+    launch = _launch(accelerate, machine_rank, main_process_ip)
+    if launch and launch.machine_rank:
+        return _join(loaded, launch, runs, as_json)
     reporter = _reporter(as_json)
-    workspace = run_all(loaded, runs, fresh, reporter)
+    workspace = run_all(loaded, runs, fresh, reporter, launch=launch)
     _conclude(loaded, workspace, as_json, reporter)
 
 
@@ -52,9 +64,22 @@ Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or
 
 
 @app.command()
-def train(config: ConfigArgument, settings: Settings = None, runs: Root = RUNS, as_json: AsJson = False) -> None:
+def train(
+    config: ConfigArgument,
+    settings: Settings = None,
+    accelerate: Accelerate = None,
+    machine_rank: MachineRank = None,
+    main_process_ip: MainProcessIp = None,
+    runs: Root = RUNS,
+    as_json: AsJson = False,
+) -> None:
     """Only fine-tune: data and base model to an adapter."""
-    _run_stage("train", config, settings, runs, as_json)
+    launch = _launch(accelerate, machine_rank, main_process_ip)
+    if launch and launch.machine_rank:
+        from pipeline.config_file import load_config
+
+        return _join(load_config(config, settings or ()), launch, runs, as_json)
+    _run_stage("train", config, settings, runs, as_json, launch)
 
 
 @app.command()
@@ -283,11 +308,33 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
-def _run_stage(stage: str, config: str, settings: list[str] | None, runs: Path, as_json: bool) -> None:
+def _launch(accelerate: str | None, machine_rank: int | None, main_process_ip: str | None):
+    from pipeline.errors import ConfigError
+
+    if accelerate is None:
+        if machine_rank is not None or main_process_ip is not None:
+            raise ConfigError("--machine-rank and --main-process-ip: of use with --accelerate only")
+        return None
+    from pipeline.launch import read_launch
+
+    return read_launch(accelerate, machine_rank, main_process_ip)
+
+
+def _join(config, launch, runs: Path, as_json: bool) -> None:
+    from pipeline.joining import join
+
+    workspace = join(config, launch, runs, _reporter(as_json))
+    if as_json:
+        print(json.dumps({"run": str(workspace.folder), "machine_rank": launch.machine_rank}))
+
+
+def _run_stage(
+    stage: str, config: str, settings: list[str] | None, runs: Path, as_json: bool, launch: object = None
+) -> None:
     from pipeline.config_file import load_config
     from pipeline.run import run_one
 
-    workspace = run_one(load_config(config, settings or ()), stage, runs, _reporter(as_json))
+    workspace = run_one(load_config(config, settings or ()), stage, runs, _reporter(as_json), launch=launch)
     if as_json:
         print(json.dumps({"run": str(workspace.folder), "ledger": _states(workspace)}))
 

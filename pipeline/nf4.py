@@ -15,21 +15,29 @@ BLOCK = 64  # weights that share a scale
 SCALE_BLOCK = 256  # scales that share a scale of their own
 
 
-def load_base(folder: Path, in_nf4: bool) -> PreTrainedModel:
-    """The base model as training holds it: linear layers in NF4 (or all in bf16), on the GPU where there is one."""
+def load_base(folder: Path, in_nf4: bool, divided: bool = False) -> PreTrainedModel:
+    """The base model as training holds it: linear layers in NF4 (or all in bf16), on the GPU where there is one.
+
+    Args:
+        divided: it will be divided among processes (FSDP, DeepSpeed), which can only be done with
+            floating-point tensors: the same 4-bit codes are then held as bf16, four to a number.
+    """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_storage=torch.bfloat16 if divided else torch.uint8,
     )
+    whole_on_gpu = torch.cuda.is_available() and not is_deepspeed_zero3_enabled()  # which divides it while it loads
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.bfloat16,
         quantization_config=config if in_nf4 else None,
-        device_map={"": torch.cuda.current_device()} if torch.cuda.is_available() else None,
+        device_map={"": torch.cuda.current_device()} if whole_on_gpu else None,
     )
     for module in model.modules():
         # On CPUs with AVX512-BF16 bitsandbytes repacks weights in place at the first evaluation:

@@ -1,8 +1,9 @@
 """A stage in a process of its own: started, watched, and its end told.
 
 Its memory comes back when it ends, and a kill by the system still yields its failure
-event. The child reports over a pipe (progress, outcome, error), writes its chatter to
-`logs/`, and ends when this process does.
+event. The child reports over its standard input, which is a socket (progress, outcome, error),
+writes its chatter to `logs/`, and ends when this process does. Where `accelerate launch` makes
+several processes of a stage, they share that socket, and what failed is told by this process.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import selectors
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ from pathlib import Path
 
 from pipeline.errors import Interrupted, StageFailed
 from pipeline.events import Events
+from pipeline.launch import Launch
 from pipeline.reporter import Reporter
 from pipeline.workspace import Workspace
 
@@ -49,6 +52,7 @@ def run_stage(
     events: Events,
     reporter: Reporter,
     on_tick: Callable[[], None],
+    launch: Launch | None = None,
 ) -> Report:
     """Run one stage to its end.
 
@@ -57,29 +61,29 @@ def run_stage(
         verb: whose events it sends; the parent sends the failure event of a killed stage.
         reporter: is told of its progress, and shows what it has to show.
         on_tick: called a few times a second, to forward events and to redraw.
+        launch: makes several processes of it; by default it is one.
 
     Raises:
         StageFailed: with the stage's own message; its exit code is 2 where the user can mend it.
         Interrupted: after the stage has ended, where Ctrl-C or SIGTERM came.
     """
     workspace.logs.mkdir(parents=True, exist_ok=True)
-    log_path = workspace.logs / f"{'-'.join((stage, *variants))}.log"
-    reader, writer = os.pipe()
-    # -P: the folder that the user stands in may have a `pipeline` of its own.
-    command = [sys.executable, "-P", "-m", "pipeline.stages", str(workspace.folder), stage, str(writer), *variants]
+    log_path = workspace.log_of(stage, variants)
+    ours, theirs = socket.socketpair()
+    arguments = (str(workspace.folder), stage, *variants)
     start = time.monotonic()
+    more = launch.environment() if launch else {}
     with open(log_path, "wb") as log:
         child = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
+            _command(launch, arguments),
+            stdin=theirs,
             stdout=log,
             stderr=log,
-            pass_fds=(writer,),
             start_new_session=True,
-            env={"GLIBC_TUNABLES": ALLOCATOR, **with_own_package(os.environ)},
+            env={"GLIBC_TUNABLES": ALLOCATOR, **with_own_package(os.environ), **more},
         )
-    os.close(writer)
-    messages = _Messages(reader, reporter)
+    theirs.close()
+    messages = _Messages(ours, reporter)
     try:
         interrupted = _watch(child, messages, on_tick)
     finally:
@@ -87,21 +91,32 @@ def run_stage(
             child.kill()
             child.wait()
         messages.drain()
-        os.close(reader)
-        child.stdin.close()
-    if interrupted and (child.returncode != 0 or messages.outcome is None):
-        if not messages.error:
-            _tell_all(events, verb, variants, _how_it_ended(child.returncode), start)
+        ours.close()  # upon which processes that may be left of it end too
+    finished = child.returncode == 0 and messages.outcome is not None
+    error = None if finished else messages.error(launch)
+    if error and launch:
+        events.emit(
+            verb, "failed", error=error["type"], message=error["message"], seconds=round(time.monotonic() - start, 3)
+        )
+    if not finished and not error:
+        _tell_all(events, verb, variants, _how_it_ended(child.returncode), start)
+    if interrupted and not finished:
         raise Interrupted
-    if messages.error:
-        raise StageFailed(messages.error["message"], messages.error["exit_code"], log_path)
-    if child.returncode != 0 or messages.outcome is None:
-        reason = _how_it_ended(child.returncode)
-        _tell_all(events, verb, variants, reason, start)
-        raise StageFailed(f"{stage}: {reason}", 1, log_path)
+    if error:
+        log_path = workspace.log_of(stage, variants, error["rank"])
+        raise StageFailed(error["told"], error["exit_code"], log_path)
+    if not finished:
+        raise StageFailed(f"{stage}: {_how_it_ended(child.returncode)}", 1, log_path)
     outcome = messages.outcome
     outputs = [Path(p) for p in outcome["outputs"]]
     return Report(outputs, outcome["summary"], time.monotonic() - start, interrupted)
+
+
+def _command(launch: Launch | None, arguments: tuple[str, ...]) -> list[str]:
+    if launch:
+        return launch.command("pipeline.stages", *arguments)
+    # -P: the folder that the user stands in may have a `pipeline` of its own.
+    return [sys.executable, "-P", "-m", "pipeline.stages", *arguments]
 
 
 def with_own_package(environment: Mapping[str, str]) -> dict[str, str]:
@@ -135,16 +150,17 @@ def _watch(child: subprocess.Popen, messages: _Messages, on_tick: Callable[[], N
 
 
 class _Messages:
-    """Lines of JSON from the child's pipe."""
+    """Lines of JSON from the socket that the child, or several, write to."""
 
-    def __init__(self, descriptor: int, reporter: Reporter):
-        self._descriptor, self._reporter = descriptor, reporter
+    def __init__(self, end: socket.socket, reporter: Reporter):
+        self._socket, self._reporter = end, reporter
         self._buffer = b""
         self._open = True
         self._selector = selectors.DefaultSelector()
-        self._selector.register(descriptor, selectors.EVENT_READ)
+        self._selector.register(end, selectors.EVENT_READ)
+        self._errors: list[dict] = []
+        self._finished: set[int] = set()  # ranks of processes that came to their end
         self.outcome: dict | None = None
-        self.error: dict | None = None
 
     def wait(self, seconds: float) -> None:
         if not self._open:
@@ -157,18 +173,37 @@ class _Messages:
             self._read()
         self._selector.close()
 
+    def error(self, launch: Launch | None) -> dict | None:
+        """What went wrong first, as far as any process could tell: the cause, not what others saw of it."""
+        causes = [error for error in self._errors if not error["echo"]]
+        silent = set(launch.ranks_here) - self._finished - {e["rank"] for e in self._errors} if launch else set()
+        if not causes and silent and (self._errors or self._finished):
+            rank = min(silent)
+            message = f"process {rank} of {launch.processes} {_how_it_ended(-signal.SIGKILL)}"
+            return {"type": "Killed", "message": message, "told": f"train: {message}", "exit_code": 1, "rank": rank}
+        return next(iter(causes + self._errors), None)
+
     def _read(self) -> None:
-        data = os.read(self._descriptor, 65536)
+        try:
+            data = self._socket.recv(65536)
+        except ConnectionResetError:
+            data = b""
         self._open = bool(data)
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         for line in lines:
-            message = json.loads(line)
+            try:
+                message = json.loads(line)
+            except ValueError:
+                continue  # two processes wrote at once; both have it in their logs
             if "progress" in message:
                 self._reporter.progress(*message["progress"])
             if "show" in message:
                 self._reporter.show(message["show"])
+            if "error" in message:
+                self._errors.append(message["error"])
+            if "finished" in message:
+                self._finished.add(message["finished"])
             self.outcome = message.get("outcome", self.outcome)
-            self.error = message.get("error", self.error)
 
 
 def _tell_all(events: Events, verb: str | None, variants: tuple[str, ...], reason: str, start: float) -> None:

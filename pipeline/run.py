@@ -12,6 +12,7 @@ from pipeline.errors import ConfigError, Interrupted, StageFailed, UserError, Wo
 from pipeline.events import Events
 from pipeline.files import fingerprint
 from pipeline.forwarding import Forwarder
+from pipeline.launch import Launch, share
 from pipeline.process import run_stage
 from pipeline.reporter import Reporter
 from pipeline.stages import STEPS, admit, document, evaluate, merge, publish, quantize, train
@@ -28,6 +29,7 @@ def run(
     reporter: Reporter | None = None,
     output: str | Path | None = None,
     publish_again: bool = False,
+    launch: Launch | None = None,
 ) -> Workspace:
     """The whole job, from what the configuration brings to a release; what is finished already is kept.
 
@@ -39,6 +41,7 @@ def run(
         fresh: remove what an earlier run of this name left.
         output: folder that becomes the release itself; by default `release/` in the run's folder.
         publish_again: compare with the repository also where this release was published before.
+        launch: train in several processes; by default in one.
 
     Returns:
         The run's workspace; `workspace.release` is the result.
@@ -47,10 +50,13 @@ def run(
         UserError: in one line, before any work where that is possible.
         StageFailed: where a stage failed; running again goes on from there.
     """
-    preflight(config)
+    preflight(config, launch=launch)
     variants = tuple(spec.name for spec in config.quantize.variants)
     published = config.publish.repo is not None
-    with _claimed(config, root, output, fresh) as workspace, Steps(config, workspace, reporter or Reporter()) as steps:
+    with (
+        _claimed(config, root, output, fresh) as workspace,
+        Steps(config, workspace, reporter or Reporter(), launch) as steps,
+    ):
         for stage in stages_before_variants(config):
             steps.do(stage)
         ready = steps.admitted(variants)
@@ -76,15 +82,19 @@ def run_one(
     root: str | Path = "runs",
     reporter: Reporter | None = None,
     output: str | Path | None = None,
+    launch: Launch | None = None,
 ) -> Workspace:
     """One verb of a run alone, and nothing before it: `train`, `merge`, `evaluate`, `quantize` or `publish`."""
-    preflight(config, need_inputs=stage != "publish", need_data=stage == "train", need_hub=stage == "publish")
+    preflight(config, stage != "publish", stage == "train", stage == "publish", launch)
     if stage == "publish" and config.publish.repo is None:
         raise ConfigError("publish.repo: not set, so there is nowhere to publish to; use --repo USER/NAME")
     if stage != "publish" and stage not in (*stages_before_variants(config), "quantize"):
         raise ConfigError(f"{stage}: not a part of this run; its configuration has no {_WANTED[stage]}")
     variants = tuple(spec.name for spec in config.quantize.variants)
-    with _claimed(config, root, output) as workspace, Steps(config, workspace, reporter or Reporter()) as steps:
+    with (
+        _claimed(config, root, output) as workspace,
+        Steps(config, workspace, reporter or Reporter(), launch) as steps,
+    ):
         steps.require(stage)
         if stage == "quantize":
             steps.write_variants(tuple(v for v in variants if not steps.holds("admit", (v,))))
@@ -120,7 +130,13 @@ def _claimed(config: Config, root: str | Path, output: str | Path | None, fresh:
     return Workspace.claim(folder / HIDDEN, config, fresh)
 
 
-def preflight(config: Config, need_inputs: bool = True, need_data: bool = True, need_hub: bool = True) -> None:
+def preflight(
+    config: Config,
+    need_inputs: bool = True,
+    need_data: bool = True,
+    need_hub: bool = True,
+    launch: Launch | None = None,
+) -> None:
     """Everything that can be found wrong before any work.
 
     Raises:
@@ -128,6 +144,10 @@ def preflight(config: Config, need_inputs: bool = True, need_data: bool = True, 
     """
     from pipeline.trackers.trackio import check as check_tracking
 
+    if launch:
+        if config.data is None:
+            raise ConfigError("--accelerate: this configuration has no data, so there is nothing to train")
+        share(config, launch.processes)
     if need_inputs:
         models.check_source(config.model)
     if need_inputs:
@@ -156,8 +176,8 @@ class Steps:
     `quantize/VARIANT` for a variant that was admitted.
     """
 
-    def __init__(self, config: Config, workspace: Workspace, reporter: Reporter):
-        self._config, self._workspace, self._reporter = config, workspace, reporter
+    def __init__(self, config: Config, workspace: Workspace, reporter: Reporter, launch: Launch | None = None):
+        self._config, self._workspace, self._reporter, self._launch = config, workspace, reporter, launch
         self._events = Events(workspace.events_path, config.name)
         self._failures: list[StageFailed] = []
         self._done: set[str] = set()
@@ -207,6 +227,7 @@ class Steps:
                 self._events,
                 self._reporter,
                 self._tick,
+                self._launch if stage == "train" else None,
             )
         except BaseException:
             self._reporter.failed(key)

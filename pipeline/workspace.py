@@ -67,6 +67,11 @@ class Workspace:
         self.logs = self.folder / "logs"
         self.release = self.folder.parent if self.folder.name == HIDDEN else self.folder / "release"
 
+    def log_of(self, stage: str, variants: Iterable[str] = (), rank: int = 0) -> Path:
+        """What a process of a stage prints; `rank` tells those of one training apart."""
+        name = "-".join((stage, *variants))
+        return self.logs / f"{name}.{rank}.log" if rank else self.logs / f"{name}.log"
+
     @classmethod
     @contextmanager
     def claim(cls, folder: str | Path, config: Config, fresh: bool = False) -> Iterator[Workspace]:

@@ -1,7 +1,9 @@
-"""The process of one stage: `python -m pipeline.stages FOLDER STAGE PIPE [VARIANT ...]`.
+"""The process of one stage: `python -m pipeline.stages FOLDER STAGE [VARIANT ...]`.
 
-Started by `pipeline.process` alone. Sends the stage's events, reports over the pipe,
-and ends when its parent does: the parent holds the other end of standard input.
+Started by `pipeline.process`, by itself or several at once through `accelerate launch`. Sends the
+stage's events, reports over standard input, which is a socket, and ends when its parent does: the
+parent holds the other end. Of several, the first alone sends events; what fails in any of them is
+reported, and the parent sends the failure event.
 """
 
 from __future__ import annotations
@@ -15,14 +17,17 @@ import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 
 from pipeline.errors import UserError, redact
-from pipeline.events import Events, one_line
+from pipeline.events import Events, Unheard, one_line
 from pipeline.libraries import quiet
 from pipeline.stages import STEPS
+from pipeline.team import Team, is_echo
 from pipeline.workspace import Workspace
 
 PROGRESS_SECONDS = 0.2
+GRACE_SECONDS = 20.0  # as long as `pipeline.process` gives a stage that it asks to end
 
 
 class Terminated(BaseException):
@@ -30,15 +35,19 @@ class Terminated(BaseException):
 
 
 def main() -> int:
-    folder, stage, pipe, *variants = sys.argv[1:]
-    step = STEPS[stage]
-    report = _Pipe(int(pipe))
+    folder, stage, *variants = sys.argv[1:]
+    step, team = STEPS[stage], Team.here()
+    report = _Socket()
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    orphaned = threading.Event()
+    threading.Thread(target=_end_with_parent, args=(orphaned,), daemon=True).start()
     workspace = Workspace.open(folder)
+    if not team.leads:
+        _print_to(workspace.log_of(stage, variants, team.rank))
     config = workspace.config()
-    events = Events(workspace.events_path, config.name, report.progress, report.show)
+    shown = (report.progress, report.show) if team.hosts else ()
+    events = (Events if team.leads else Unheard)(workspace.events_path, config.name, *shown)
     about = tuple(variants) if step.verb == "quantize" else (None,)
     start = time.monotonic()
     try:
@@ -52,18 +61,29 @@ def main() -> int:
             seconds = round(time.monotonic() - start, 3)
             for variant in about:
                 events.emit(step.verb, "completed", variant, **{"seconds": seconds, **_plain(outcome.summary)})
-        report.send({"outcome": {"outputs": [str(p) for p in outcome.outputs], "summary": outcome.summary}})
+        if team.hosts:
+            report.send({"outcome": {"outputs": [str(p) for p in outcome.outputs], "summary": outcome.summary}})
+        report.send({"finished": team.rank})
         return 0
     except BaseException as error:
-        if step.verb is not None:
+        if step.verb is not None and (team.size == 1 or orphaned.is_set()):
             for variant in about:
                 events.failed(step.verb, variant, error, time.monotonic() - start)
         code = error.exit_code if isinstance(error, UserError) else 1
         if not isinstance(error, UserError):
             print(redact(traceback.format_exc()), file=sys.stderr)
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        where = f"process {team.rank} of {team.size}: " if kind and team.rank else ""
         what = " ".join((step.verb or stage, *variants))
-        report.send({"error": {"message": f"{what}: {kind}{one_line(error)}", "exit_code": code}})
+        told = {
+            "type": type(error).__name__,
+            "message": f"{where}{one_line(error)}",
+            "told": f"{what}: {where}{kind}{one_line(error)}",
+            "exit_code": code,
+            "rank": team.rank,
+            "echo": is_echo(error),
+        }
+        report.send({"error": told})
         return code
 
 
@@ -76,16 +96,27 @@ def _terminate(number, frame) -> None:
     raise Terminated("asked to end by SIGTERM")
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(orphaned: threading.Event) -> None:
     sys.stdin.buffer.read()  # returns when the parent is gone, or has closed its end
+    orphaned.set()
     os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE_SECONDS)
+    os._exit(1)  # it waits inside a library, for another process that has gone too
 
 
-class _Pipe:
+def _print_to(path: Path) -> None:
+    """Everything that this process prints goes to a file of its own."""
+    with open(path, "wb") as log:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(log.fileno(), stream.fileno())
+
+
+class _Socket:
     """The way back to the parent. Progress is thinned out; what cannot be written is not missed."""
 
-    def __init__(self, descriptor: int):
-        self._file = os.fdopen(descriptor, "w", encoding="utf-8", buffering=1)
+    def __init__(self):
+        self._file = os.fdopen(os.dup(sys.stdin.fileno()), "w", encoding="utf-8", buffering=1)
         self._last = 0.0
         self._lock = threading.Lock()  # a download tells of its progress in a thread of its own
 

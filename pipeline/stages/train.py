@@ -7,6 +7,7 @@ quantization and computes in bf16, on CUDA and on a CPU alike (QLoRA, Dettmers e
 from __future__ import annotations
 
 import math
+import os
 import platform
 import shutil
 import time
@@ -17,10 +18,12 @@ from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.events import Events
 from pipeline.files import empty_folder, fingerprint, replace_folder
+from pipeline.launch import share
 from pipeline.libraries import versions
 from pipeline.stages import Outcome
 from pipeline.stages.inputs import base_model, model_depends
 from pipeline.stages.quantize import check_gguf
+from pipeline.team import Meeting, Team
 from pipeline.workspace import Workspace
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "tokenizers")
@@ -52,14 +55,23 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     from transformers import set_seed
 
     from pipeline.libraries import quiet_progress_bars
+    from pipeline.training import whole_adapter
 
     quiet_progress_bars()
-    prepared = _prepare(config, workspace, events)
-    set_seed(config.train.seed)
-    start = time.monotonic()
-    checkpoints = _checkpoints(config, workspace)
-    trainer = _trainer(config, prepared, checkpoints, events)
-    resumed_from = _train(trainer, checkpoints)
+    team = Team.here()
+    with team.meeting() as meeting:
+        with meeting.host_first():
+            prepared = _prepare(config, workspace, events, team)
+            depends_on = fingerprint(depends(config, workspace, ()))
+        if meeting.told(depends_on) != depends_on:
+            raise UserError(f"machine {team.machine}: its settings, data, model or libraries are not machine 0's")
+        set_seed(config.train.seed)
+        start = time.monotonic()
+        checkpoints = _checkpoints(config, workspace, depends_on, team)
+        trainer = _trainer(config, prepared, checkpoints, events, team.size)
+        trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        resumed_from = _train(trainer, checkpoints, meeting)
+        adapter = whole_adapter(trainer)
     losses, held_out_losses = (
         [row[key] for row in trainer.state.log_history if key in row] for key in ("loss", "eval_loss")
     )
@@ -67,21 +79,25 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
         raise UserError(
             f"train.learning_rate {config.train.learning_rate}: training diverged, its loss is not a number; lower it"
         )
-    _save_adapter(trainer, workspace)
+    if team.leads:
+        _save_adapter(trainer, adapter, workspace)
     summary = {
         "steps": trainer.state.global_step,
         "train_loss": sum(losses) / len(losses),
         "held_out_loss": held_out_losses[-1] if held_out_losses else None,
-        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "trainable_parameters": trainable,
         "seconds_training": round(time.monotonic() - start, 1),
     }
     measured = {
         **summary,
         "resumed_from_step": resumed_from,
         "device": trainer.args.device.type,
+        "processes": team.size,
         "dtype": "bfloat16",
         "history": [row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row],
     }
+    if not team.leads:
+        return Outcome((), summary)
     workspace.write_measurement("data", prepared.description)
     workspace.write_measurement("training", measured)
     figures = (workspace.measurements / f"{name}.json" for name in ("origin", "data", "training"))
@@ -98,8 +114,11 @@ class _Prepared:
     description: dict
 
 
-def _prepare(config: Config, workspace: Workspace, events: Events) -> _Prepared:
-    """Read the data, fetch the model, tokenize, and show what will be trained on."""
+def _prepare(config: Config, workspace: Workspace, events: Events, team: Team) -> _Prepared:
+    """Read the data, fetch the model, tokenize, and show what will be trained on.
+
+    One process of each machine writes; the others read what it left.
+    """
     from transformers import AutoTokenizer
 
     from pipeline import texts
@@ -111,11 +130,12 @@ def _prepare(config: Config, workspace: Workspace, events: Events) -> _Prepared:
     events.progress(0, 1, "reading the data")  # first, since a bad row should not wait for a long download
     workspace.data.mkdir(exist_ok=True)
     skipped = workspace.data / "skipped.txt"
-    with open(skipped, "w", encoding="utf-8") as log:
+    with open(skipped if team.hosts else os.devnull, "w", encoding="utf-8") as log:
         data = load_examples(config.data, lambda where, reason: print(f"{where}: {reason}", file=log))
-    if not data.skipped.total:
-        skipped.unlink()
-    write_examples(workspace.data / "held_out.jsonl", data.held_out)
+    if team.hosts:
+        if not data.skipped.total:
+            skipped.unlink()
+        write_examples(workspace.data / "held_out.jsonl", data.held_out)
     base = base_model(config, workspace, events)
     check_gguf(config, base)
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -142,10 +162,20 @@ def _prepare(config: Config, workspace: Workspace, events: Events) -> _Prepared:
     return _Prepared(base, tokenizer, encoded, description)
 
 
-def _checkpoints(config: Config, workspace: Workspace) -> Path:
-    """The folder of this training's checkpoints; a checkpoint counts only for the settings it was made with."""
-    own = workspace.checkpoints / fingerprint(depends(config, workspace, ()))
-    for other in workspace.checkpoints.glob("*"):
+def _checkpoints(config: Config, workspace: Workspace, depends_on: str, team: Team) -> Path:
+    """The folder of this training's checkpoints; a checkpoint counts only for the settings it was made with.
+
+    Where the model is divided, so is a checkpoint, and then it counts only for as many processes.
+    All machines use machine 0's folder, which lies beside their own.
+    """
+    from pipeline.training import divided
+
+    run = workspace.folder.parent / config.name if team.machine else workspace.folder
+    checkpoints = Workspace(run).checkpoints
+    own = checkpoints / (f"{depends_on}-{divided()}-{team.size}" if divided() else depends_on)
+    if not team.leads:
+        return own
+    for other in checkpoints.glob("*"):
         if other != own:
             shutil.rmtree(other)
     for checkpoint in own.glob("checkpoint-*"):
@@ -154,37 +184,42 @@ def _checkpoints(config: Config, workspace: Workspace) -> Path:
     return own
 
 
-def _train(trainer, checkpoints: Path) -> int | None:
+def _train(trainer, checkpoints: Path, meeting: Meeting) -> int | None:
     """Train to the end; the step of the checkpoint that it went on from, if there was one."""
     from transformers.trainer_utils import get_last_checkpoint
 
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    found = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    last = meeting.told(Path(found).name if found else None)
+    if last and not (checkpoints / last / "trainer_state.json").is_file():
+        raise UserError(f"{checkpoints / last}: machine 0 goes on from this checkpoint, which is not to be seen here; "
+                        "all machines need the same runs folder")  # fmt: skip
+    trainer.train(resume_from_checkpoint=str(checkpoints / last) if last else None)
     if trainer.eval_dataset is not None and not _just_evaluated(trainer.state):
         trainer.evaluate()
     return int(last.rpartition("-")[2]) if last else None
 
 
-def _save_adapter(trainer, workspace: Workspace) -> None:
+def _save_adapter(trainer, weights: dict | None, workspace: Workspace) -> None:
     from pipeline.merging import make_portable
 
     partial = empty_folder(workspace.folder / "adapter.partial")
-    trainer.model.save_pretrained(partial)
+    trainer.model.save_pretrained(partial, state_dict=weights)
     (partial / "README.md").unlink(missing_ok=True)  # peft's empty card; ours covers the adapter
     make_portable(partial, workspace.read_measurement("origin")["hub_id"])
     replace_folder(partial, workspace.adapter)
 
 
-def _trainer(config: Config, prepared: _Prepared, output: Path, events: Events):
+def _trainer(config: Config, prepared: _Prepared, output: Path, events: Events, processes: int = 1):
     import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
 
     from pipeline.nf4 import load_base
+    from pipeline.training import Trainer, divided
 
     settings, on_gpu = config.train, torch.cuda.is_available()
-    model = load_base(prepared.base, settings.method == "qlora")
+    batch_size, accumulate = share(config, processes)
     datasets = {
         name: Dataset.from_dict(
             {"input_ids": [e.input_ids for e in part.examples], "labels": [e.labels for e in part.examples]}
@@ -193,16 +228,16 @@ def _trainer(config: Config, prepared: _Prepared, output: Path, events: Events):
         if part.examples
     }
     optimizer = {"adamw": "adamw_torch", "paged_adamw_8bit": "paged_adamw_8bit"}.get(
-        settings.optimizer, "paged_adamw_8bit" if on_gpu else "adamw_torch"
+        settings.optimizer, "paged_adamw_8bit" if on_gpu and not divided() else "adamw_torch"
     )
     evaluation = datasets.get("held-out")
     args = SFTConfig(
         output_dir=str(output),
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.accumulate,
+        gradient_accumulation_steps=accumulate,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.schedule,
         warmup_steps=settings.warmup,  # below 1 it is a share of all steps
@@ -233,8 +268,10 @@ def _trainer(config: Config, prepared: _Prepared, output: Path, events: Events):
         target_modules=settings.lora.target_modules,
         task_type="CAUSAL_LM",
     )
+    # After the arguments, which prepare a model's way to be divided while it loads.
+    model = load_base(prepared.base, settings.method == "qlora", divided() is not None)
     try:
-        trainer = SFTTrainer(
+        trainer = Trainer(
             model=model,
             args=args,
             train_dataset=datasets["training"],
