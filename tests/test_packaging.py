@@ -27,7 +27,8 @@ def wheel(tmp_path_factory) -> Path:
 def test_every_module_config_and_template_is_in_it(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {p.relative_to(REPOSITORY).as_posix() for p in (REPOSITORY / "pipeline").rglob("*.py")}
-    configs = {f"pipeline/configs/{p.name}" for p in (REPOSITORY / "configs").glob("*.yaml")}
+    folder = REPOSITORY / "configs"
+    configs = {f"pipeline/configs/{p.relative_to(folder)}" for p in folder.rglob("*.yaml")}
     templates = {f"pipeline/templates/{p.name}" for p in (REPOSITORY / "templates").glob("*.jinja")}
     assert configs and templates
     assert modules | configs | templates <= names

@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 from pipeline.config import Config
 from pipeline.errors import ConfigError, MissingExtra
 from pipeline.launch import Launch, read_launch, share, shipped_launches
-from tests.run.conftest import Place, write_place
+from tests.run.conftest import REPOSITORY, Place, write_place
 
 TWO = ("--accelerate", "cpu-two")
 
@@ -81,7 +82,7 @@ def test_how_it_was_trained_does_not_matter_to_a_finished_run(trained):
 
 
 def test_killed_then_stopped_then_run_again_it_is_still_the_same_training(tmp_path, tiny_model):
-    place = _place(tmp_path, tiny_model("llama"), packing=False, method="lora", epochs=12)
+    place = _place(tmp_path, tiny_model("llama"), packing=False, method="lora", epochs=8, learning_rate=0.002)
     place.tunepress("train", "tiny.yaml", "--runs", "one")
     run, pids = _start(place, *TWO)
     os.kill(pids[1], signal.SIGKILL)
@@ -133,21 +134,35 @@ def test_what_one_process_finds_wrong_is_told_in_its_own_line(tmp_path, tiny_mod
     assert [e["error"] for e in place.events() if e["event"] == "training_failed"] == ["UserError"]
 
 
+def test_what_cannot_be_shared_is_said_before_any_work(tmp_path):
+    place = _place(tmp_path, tmp_path / "no-model", packing=True)
+    done = place.tunepress("run", "tiny.yaml", *TWO, "--set", "train.accumulate=1", check=2)
+    assert "train.batch_size 3 x train.accumulate 1: 3 examples a step cannot be shared by 2 processes" in done.stderr
+    done = place.tunepress("run", "tiny.yaml", "--machine-rank", "1", check=2)
+    assert done.stderr == "tunepress: --machine-rank and --main-process-ip: of use with --accelerate only\n"
+    assert not place.run_folder.exists()
+
+
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("name", "machine_rank", "said"),
     [
-        (("--accelerate", "ddq"), "--accelerate ddq: no such file; shipped are cpu-two, ddp, deepspeed-zero3,"),
-        (("--accelerate", "ddp"), "--accelerate ddp: needs GPUs on this machine, which has none"),
-        (("--accelerate", "cpu-two", "--machine-rank", "1"), "--machine-rank 1: --accelerate cpu-two has 1 machine,"),
-        (("--machine-rank", "1"), "of use with --accelerate only"),
-        ((*TWO, "--set", "train.accumulate=1"), "3 examples a step cannot be shared by 2 processes"),
+        ("ddq", None, "--accelerate ddq: no such file; shipped are cpu-two, ddp, deepspeed-zero3,"),
+        ("cpu-two", 1, "--machine-rank 1: --accelerate cpu-two has 1 machine,"),
     ],
 )
-def test_what_cannot_be_is_said_before_any_work(tmp_path, arguments, said):
-    place = _place(tmp_path, tmp_path / "no-model", packing=True)
-    done = place.tunepress("run", "tiny.yaml", *arguments, check=2)
-    assert said in done.stderr and len(done.stderr.strip().splitlines()) == 1
-    assert not place.run_folder.exists()
+def test_a_name_or_a_rank_that_is_none_is_refused(name, machine_rank, said):
+    with pytest.raises(ConfigError) as refusal:
+        read_launch(name, machine_rank)
+    assert str(refusal.value).startswith(said)
+
+
+def test_gpus_that_are_not_there_are_missed_at_once(tmp_path):
+    import torch
+
+    file = tmp_path / "gpus.yaml"
+    file.write_text(f"distributed_type: MULTI_GPU\nnum_processes: {torch.cuda.device_count() + 2}\n")
+    with pytest.raises(ConfigError, match="needs . GPUs on this machine, which has"):
+        read_launch(str(file))
 
 
 @pytest.mark.parametrize(
@@ -199,6 +214,60 @@ def test_accelerate_understands_the_files_that_come_along(name):
 def test_a_step_has_as_many_examples_in_any_number_of_processes(batch_size, accumulate, processes, shared):
     assert share(_config(batch_size, accumulate), processes) == shared
     assert shared[0] * shared[1] * processes == batch_size * accumulate
+
+
+@pytest.mark.slow
+def test_a_4_bit_model_divided_by_fsdp_gives_its_adapter_back_whole(tmp_path, tiny_model):
+    """FSDP2 by hand, since accelerate divides models on GPUs only."""
+    script = tmp_path / "divided.py"
+    script.write_text(DIVIDED)
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_FSDP": "true"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*launcher, script, tiny_model("llama")], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["whole"] * 2
+
+
+DIVIDED = """
+import sys
+import types
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from pipeline.nf4 import load_base
+from pipeline.training import whole_adapter
+
+def make(divided):
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(load_base(Path(sys.argv[1]), True, divided), lora)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+mesh = init_device_mesh("cpu", (2,))
+plain, divided = make(False), make(True)
+ids = torch.arange(40).view(2, 20)
+expected = plain(input_ids=ids, labels=ids).loss
+for layer in divided.get_base_model().model.layers:
+    fully_shard(layer, mesh=mesh)
+fully_shard(divided, mesh=mesh)
+loss = divided(input_ids=ids, labels=ids).loss
+loss.backward()
+assert abs(loss - expected) < 1e-3, (loss, expected)
+weights = whole_adapter(types.SimpleNamespace(model=divided))
+trained = {name: p for name, p in plain.named_parameters() if p.requires_grad}
+assert weights.keys() == trained.keys() and all(torch.equal(weights[name], p) for name, p in trained.items())
+held = [p.to_local().numel() / p.numel() for p in divided.parameters() if p.numel() > 1000]
+assert len(held) > 10 and max(held) < 0.6
+sys.stdout.write("whole\\n")
+torch.distributed.barrier()
+"""
 
 
 def _config(batch_size: int, accumulate: int) -> Config:
