@@ -49,17 +49,15 @@ class Team:
         """Is this the one that fetches and unpacks on its machine?"""
         return self.local_rank == 0
 
-    @contextlib.contextmanager
-    def meeting(self) -> Iterator[Meeting]:
+    def meet(self) -> Meeting:
         """Meet the others; imports torch."""
         if self.size == 1:
-            yield Meeting(self, None)
-            return
+            return Meeting(self, None)
         import torch
         from accelerate import PartialState
 
         PartialState(cpu=not torch.cuda.is_available())  # which takes this process's GPU too
-        yield Meeting(self, torch.distributed.new_group(backend="gloo", timeout=PATIENCE))
+        return Meeting(self, torch.distributed.new_group(backend="gloo", timeout=PATIENCE))
 
 
 @dataclass(frozen=True)

@@ -59,19 +59,19 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
 
     quiet_progress_bars()
     team = Team.here()
-    with team.meeting() as meeting:
-        with meeting.host_first():
-            prepared = _prepare(config, workspace, events, team)
-            depends_on = fingerprint(depends(config, workspace, ()))
-        if meeting.told(depends_on) != depends_on:
-            raise UserError(f"machine {team.machine}: its settings, data, model or libraries are not machine 0's")
-        set_seed(config.train.seed)
-        start = time.monotonic()
-        checkpoints = _checkpoints(config, workspace, depends_on, team)
-        trainer = _trainer(config, prepared, checkpoints, events, team.size)
-        trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-        resumed_from = _train(trainer, checkpoints, meeting)
-        adapter = whole_adapter(trainer)
+    meeting = team.meet()
+    with meeting.host_first():
+        prepared = _prepare(config, workspace, events, team)
+        depends_on = fingerprint(depends(config, workspace, ()))
+    if meeting.told(depends_on) != depends_on:
+        raise UserError(f"machine {team.machine}: its settings, data, model or libraries are not machine 0's")
+    set_seed(config.train.seed)
+    start = time.monotonic()
+    checkpoints = _checkpoints(config, workspace, depends_on, team)
+    trainer = _trainer(config, prepared, checkpoints, events, team.size)
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    resumed_from = _train(trainer, checkpoints, meeting)
+    adapter = whole_adapter(trainer)
     losses, held_out_losses = (
         [row[key] for row in trainer.state.log_history if key in row] for key in ("loss", "eval_loss")
     )
