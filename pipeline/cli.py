@@ -9,6 +9,9 @@ from typing import Annotated
 
 import typer
 
+from pipeline import cli_machine
+from pipeline.cli_options import RUNS, AsJson, ConfigArgument, Root, Settings, console
+
 app = typer.Typer(
     name="tunepress",
     no_args_is_help=True,
@@ -17,14 +20,6 @@ app = typer.Typer(
     help="Fine-tune a language model, merge it, quantize it and publish it, with every number measured.",
 )
 
-ConfigArgument = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe such as demo.")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a key, such as train.epochs=2. Repeatable."),
-]
-Root = Annotated[Path, typer.Option("--runs", help="Folder that the run's folder lies in.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines; the rest goes to stderr.")]
-RUNS = Path("runs")
 Accelerate = Annotated[
     str | None,
     typer.Option(metavar="NAME|FILE", help="Train in several processes: ddp, fsdp-qlora, ..., or accelerate's YAML."),
@@ -38,6 +33,7 @@ def run(
     config: ConfigArgument,
     settings: Settings = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Remove what an earlier run of this name left.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what that will take, as plan does.")] = False,
     accelerate: Accelerate = None,
     machine_rank: MachineRank = None,
     main_process_ip: MainProcessIp = None,
@@ -49,6 +45,8 @@ def run(
     from pipeline.run import run as run_all
 
     loaded = load_config(config, settings or ())
+    if dry_run:
+        return cli_machine.show_plan(loaded, None, runs, as_json)
     launch = _launch(accelerate, machine_rank, main_process_ip)
     if launch and launch.machine_rank:
         return _join(loaded, launch, runs, as_json)
@@ -220,7 +218,7 @@ def status(
         return
     from pipeline.terminal import show_status
 
-    show_status(_console(), workspace, events[-last:] if last else [])
+    show_status(console(), workspace, events[-last:] if last else [])
 
 
 @app.command()
@@ -286,7 +284,7 @@ def chat(
     """Talk to a model. Ends with an empty line, Ctrl-D or Ctrl-C."""
     from pipeline.chat import chat as talk
 
-    talk(model, variant, device, new_tokens, _console(), compile)
+    talk(model, variant, device, new_tokens, console(), compile)
 
 
 @app.command()
@@ -295,6 +293,9 @@ def schema() -> None:
     from pipeline.config import Config
 
     print(json.dumps(Config.model_json_schema(), indent=2))
+
+
+cli_machine.register(app)
 
 
 def main() -> None:
@@ -376,16 +377,10 @@ def _refuse(config: str, **options: object) -> None:
         raise ConfigError(f"{config}: is a configuration, which says {given.replace('_', ' ')} itself; use --set")
 
 
-def _console(stderr: bool = False):
-    from rich.console import Console
-
-    return Console(file=sys.stderr if stderr else sys.stdout, highlight=False, soft_wrap=True)
-
-
 def _reporter(as_json: bool):
     from pipeline.terminal import TerminalReporter
 
-    return TerminalReporter(_console(stderr=as_json))
+    return TerminalReporter(console(stderr=as_json))
 
 
 def _conclude(config, workspace, as_json: bool, reporter) -> None:

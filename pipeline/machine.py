@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+# Of the free memory, what a model's weights may take; the rest is for activations, logits, and what loading needs.
+WEIGHTS_SHARE = 0.75
+
 
 def describe() -> dict[str, str | int | None]:
     """The machine in the words that a card uses beside its figures; imports torch."""

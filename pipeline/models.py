@@ -36,14 +36,14 @@ def check_source(model: Model) -> None:
         ModelError: naming the source and the way out.
     """
     package = PACKAGE_SOURCE.match(model.source)
-    if model.low_disk and (package or _is_local(model.source)):
+    if model.low_disk and (package or is_local(model.source)):
         raise ModelError(
             f"model.source {model.source!r}: is on this machine already, and nothing of yours is removed; "
             "leave out --low-disk (model.low_disk)"
         )
     if package:
         find_packaged(*package.groups())
-    elif _is_local(model.source):
+    elif is_local(model.source):
         _check_folder(Path(model.source).expanduser())
     elif not REPO_ID.match(model.source):
         raise ModelError(f"model.source {model.source!r}: not a folder here, and not a Hub id such as user/model")
@@ -61,7 +61,7 @@ def fetch(model: Model, folder: Path, on_progress: Callable[[int, int], None] | 
     """
     if package := PACKAGE_SOURCE.match(model.source):
         return unpack_gguf(model.source, find_packaged(*package.groups()), folder)
-    if _is_local(model.source):
+    if is_local(model.source):
         path = Path(model.source).expanduser()
         _check_folder(path)
         return path, read_origin(path, model.source, path.resolve().name)
@@ -76,7 +76,7 @@ def check_adapter(source: str) -> None:
     Raises:
         ModelError: naming the source and the way out.
     """
-    if not _is_local(source, "merge.adapter"):
+    if not is_local(source, "merge.adapter"):
         if not REPO_ID.match(source):
             raise ModelError(f"merge.adapter {source!r}: not a folder here, and not a Hub id such as user/adapter")
         return
@@ -93,7 +93,7 @@ def fetch_adapter(
     A repository may have the adapter at its root or, as ours do, under `adapter/`.
     """
     check_adapter(source)
-    if _is_local(source, "merge.adapter"):
+    if is_local(source, "merge.adapter"):
         path = Path(source).expanduser()
         return path, Origin(source, path.resolve().name)
 
@@ -215,7 +215,8 @@ def read_config(folder: Path) -> dict:
     return config
 
 
-def _is_local(source: str, key: str = "model.source") -> bool:
+def is_local(source: str, key: str = "model.source") -> bool:
+    """Does `source` name a folder on this machine, whether or not it is there?"""
     try:
         path = Path(source).expanduser()
         return path.is_dir() or path.is_absolute() or source.startswith((".", "~"))
@@ -226,21 +227,29 @@ def _is_local(source: str, key: str = "model.source") -> bool:
 def _check_folder(path: Path, need_weights: bool = True) -> None:
     if not path.is_dir():
         raise ModelError(f"model.source {str(path)!r}: no such folder")
-    config = read_config(path)
+    check_config(path, read_config(path))
+    if need_weights and not any(path.glob("*.safetensors")):
+        raise ModelError(f"{path}: no .safetensors file; pickled weights are not read, convert them first")
+
+
+def check_config(place: object, config: dict) -> None:
+    """Is a model of this configuration one that is handled? `place` is named in errors.
+
+    Raises:
+        ModelError: saying why it is not.
+    """
     if config.get("auto_map") and not _is_known(config.get("model_type")):
         raise ModelError(
-            f"{path}: the model needs code of its own, which is never run; use one that transformers knows"
+            f"{place}: the model needs code of its own, which is never run; use one that transformers knows"
         )
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise ModelError(f"{path}: already quantized ({method}); start from the full-precision model")
+        raise ModelError(f"{place}: already quantized ({method}); start from the full-precision model")
     if config.get("is_encoder_decoder"):
-        raise ModelError(f"{path}: an encoder-decoder; only decoders that generate text are handled")
+        raise ModelError(f"{place}: an encoder-decoder; only decoders that generate text are handled")
     # Their text model lies inside another, and under other names in the checkpoint than in the model.
     if others := [part for part in ("vision_config", "audio_config") if config.get(part)]:
-        raise ModelError(f"{path}: more than a text model ({', '.join(others)}); choose one for text alone")
-    if need_weights and not any(path.glob("*.safetensors")):
-        raise ModelError(f"{path}: no .safetensors file; pickled weights are not read, convert them first")
+        raise ModelError(f"{place}: more than a text model ({', '.join(others)}); choose one for text alone")
 
 
 def _is_known(model_type: object) -> bool:

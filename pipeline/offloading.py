@@ -28,6 +28,7 @@ from pipeline.assembly import (
 )
 from pipeline.blocks import tiles
 from pipeline.errors import ModelError
+from pipeline.machine import WEIGHTS_SHARE
 from pipeline.models import stored_bytes
 from pipeline.quantization.formats import torchao
 from pipeline.quantization.formats.gguf.reader import GgufWeights
@@ -35,8 +36,6 @@ from pipeline.quantization.grid import GroupQuantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-WEIGHTS_SHARE = 0.75  # of the free memory; the rest is for activations, logits, and what loading needs on its way
 
 
 class StoredWeights(Mapping[str, torch.Tensor]):

@@ -89,7 +89,7 @@ class TerminalReporter(Reporter):
 
     def failed(self, step: str) -> None:
         self._stop_bar()
-        self.console.print(f"[red]x[/] {step:<24} {_clock(time.monotonic() - self._start)}")
+        self.console.print(f"[red]x[/] {step:<24} {clock(time.monotonic() - self._start)}")
 
     def end(self, tracker_problem: str | None) -> None:
         self._stop_bar()
@@ -101,7 +101,7 @@ class TerminalReporter(Reporter):
 
     def _done(self, step: str, seconds: float, text: str) -> None:
         self._stop_bar()
-        self.console.print(f"[green]+[/] {step:<24} {_clock(seconds):>7}  {escape(text)}")
+        self.console.print(f"[green]+[/] {step:<24} {clock(seconds):>7}  {escape(text)}")
 
     def _stop_bar(self) -> None:
         if self._bar is not None:
@@ -212,7 +212,8 @@ def _perplexities(figures: dict) -> list[str]:
     return []
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as people write them: 4.2s, 3m07s."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}m{rest:02d}s" if minutes else f"{seconds:.1f}s"
 
@@ -229,7 +230,7 @@ def show_status(console: Console, workspace: Workspace, events: list[dict]) -> N
             else "[yellow]its files changed or are gone[/]"
         )
         finished = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.finished))
-        table.add_row(key, finished, _clock(entry.seconds), told)
+        table.add_row(key, finished, clock(entry.seconds), told)
     console.print(table)
     for event in events:
         when = time.strftime("%H:%M:%S", time.localtime(event["time"]))

@@ -57,11 +57,11 @@ def open_hub(data: Data) -> HubSource:
         pinned, card = info.sha, info.card_data
     except Exception as error:
         if not (is_unreachable(error) and _may_be_cached(data.source, datasets.config.HF_DATASETS_CACHE)):
-            raise DataError(f"{data.source}: {_reason(error, data)}") from None
+            raise DataError(f"{data.source}: {reason(error, data)}") from None
     try:
         rows = datasets.load_dataset(data.source, name=data.subset, split=data.split, revision=pinned or data.revision)
     except Exception as error:  # whatever the library, the network or the repository came up with
-        raise DataError(f"{data.source}: {_reason(error, data)}") from None
+        raise DataError(f"{data.source}: {reason(error, data)}") from None
     revision = _commit_read(rows)
     _check_what_was_read(data, pinned, revision, rows.info.config_name)
     subset = data.subset or (rows.info.config_name if rows.info.config_name != "default" else None)
@@ -108,7 +108,7 @@ def _check_what_was_read(data: Data, pinned: str | None, read: str | None, subse
         )
 
 
-def _reason(error: Exception, data: Data) -> str:
+def reason(error: Exception, data: Data) -> str:
     """Why a data set cannot be had, and the way out."""
     text = " ".join(str(error).split())
     kinds = {kind.__name__ for kind in type(error).__mro__}

@@ -1,0 +1,63 @@
+"""The verbs that look before anything is done: `plan` and `doctor`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli_options import RUNS, AsJson, ConfigArgument, Root, Settings, console
+
+
+def register(app: typer.Typer) -> None:
+    """Add these verbs to the command."""
+    for verb in (plan, doctor):
+        app.command()(verb)
+
+
+def plan(
+    config: ConfigArgument,
+    device: Annotated[
+        str | None, typer.Option("--device", help="A GPU to plan for, such as h100-80gb; by default this machine.")
+    ] = None,
+    settings: Settings = None,
+    runs: Root = RUNS,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a run will read, write, send and hold in memory, whether it fits, and what to change if not."""
+    from pipeline.config_file import load_config
+
+    show_plan(load_config(config, settings or ()), device, runs, as_json)
+
+
+def show_plan(config, device: str | None, runs: Path, as_json: bool) -> None:
+    """Print a configuration's plan."""
+    from pipeline.planning import make_plan
+    from pipeline.planning.report import as_json as plain
+    from pipeline.planning.report import show
+
+    made = make_plan(config, device, runs)
+    if as_json:
+        print(json.dumps(plain(made)))
+    else:
+        show(console(), made)
+
+
+def doctor(
+    calibrate: Annotated[
+        bool | None,
+        typer.Option("--calibrate/--no-calibrate", help="Measure how fast it is; by default once on each machine."),
+    ] = None,
+    runs: Root = RUNS,
+    as_json: AsJson = False,
+) -> None:
+    """Say what this machine has: devices, kernels, versions, disk, login; and measure how fast it is, for plans."""
+    from pipeline.doctor import examine, show
+
+    found = examine(runs, calibrate, lambda what: console(stderr=True).print(f"[dim]measuring: {what}[/]"))
+    if as_json:
+        print(json.dumps(found))
+    else:
+        show(console(), found)

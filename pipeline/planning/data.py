@@ -1,0 +1,115 @@
+"""How much there is to train on, as far as that can be told without reading it all; estimates, and said to be."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config import Data, Train
+from pipeline.data.sources import is_builtin, locate
+
+BYTES_A_TOKEN = 4  # of English text, roughly; other languages and code have fewer
+TEMPLATE_TOKENS = 15  # that a chat template puts around an example, roughly
+SAMPLE_BYTES = 1_000_000  # of a file, whose lines stand for all of them
+# The docstrings of Python 3.11's standard library; reading them takes longer than a plan may.
+BUILTIN = (4300, 1_540_000)
+_TIMEOUT = 10.0  # seconds
+
+
+@dataclass(frozen=True)
+class DataSize:
+    """What a data set holds.
+
+    Attributes:
+        examples: rows; None where that is not known.
+        text_bytes: of all rows; None where that is not known.
+        how: how these were come by, in a few words.
+        fetched_bytes: what the Hub sends; None where that is not known.
+    """
+
+    examples: int | None
+    text_bytes: int | None
+    how: str
+    fetched_bytes: int | None = 0
+
+    @property
+    def tokens(self) -> int | None:
+        """Of all rows, in a chat template."""
+        if self.text_bytes is None:
+            return None
+        return self.text_bytes // BYTES_A_TOKEN + TEMPLATE_TOKENS * (self.examples or 0)
+
+
+def data_size(data: Data) -> DataSize:
+    """The size of a data set, before `data.limit`.
+
+    Raises:
+        DataError: where it is not there.
+    """
+    if is_builtin(data.source):
+        return DataSize(*BUILTIN, "estimated for Python's own documentation")
+    path = locate(data.source)
+    return _on_hub(data) if path is None else _in_file(path)
+
+
+def steps(data: Data, train: Train, size: DataSize) -> int | None:
+    """How many times training updates the adapter; None where that is not known."""
+    if train.max_steps is not None:
+        return train.max_steps
+    if size.tokens is None or (size.examples is None and (data.limit or not train.packing)):
+        return None
+    used = min(1.0, data.limit / size.examples) if data.limit and size.examples else 1.0
+    share = used * (1 - data.held_out)
+    rows = share * (size.tokens / train.max_length if train.packing else size.examples)
+    return math.ceil(max(1.0, rows / (train.batch_size * train.accumulate)) * train.epochs)
+
+
+def _in_file(path: Path) -> DataSize:
+    size, kind = path.stat().st_size, path.suffix.lower()
+    if kind == ".parquet":
+        from pyarrow import parquet
+
+        found = parquet.read_metadata(path)
+        groups = (found.row_group(i).total_byte_size for i in range(found.num_row_groups))
+        return DataSize(found.num_rows, sum(groups), "from the file's own figures")
+    with open(path, "rb") as file:
+        sample = file.read(SAMPLE_BYTES)
+    if kind == ".json":
+        return DataSize(None, size, "estimated from the file's size")
+    lines = sum(1 for line in sample.splitlines() if line.strip())
+    whole = len(sample) == size
+    examples = lines if whole else round(lines * size / len(sample))
+    head = kind in (".csv", ".tsv")
+    return DataSize(max(0, examples - head), size, "lines counted" if whole else "estimated from the first lines")
+
+
+def _on_hub(data: Data) -> DataSize:
+    from huggingface_hub import HfApi
+
+    from pipeline.data.hub import reason
+    from pipeline.errors import DataError
+
+    try:
+        info = HfApi().dataset_info(data.source, revision=data.revision, timeout=_TIMEOUT, files_metadata=True)
+    except Exception as error:
+        raise DataError(f"{data.source}: {reason(error, data)}") from None
+    told = _split(getattr(info.card_data, "dataset_info", None), data)
+    files = [
+        s for s in info.siblings or [] if Path(s.rfilename).suffix.lower() in (".parquet", ".json", ".jsonl", ".csv")
+    ]
+    fetched = sum(s.size or 0 for s in files) or None
+    if told:
+        return DataSize(told.get("num_examples"), told.get("num_bytes"), "from the data set's card", fetched)
+    return DataSize(None, None, "its card does not say how much it holds", fetched)
+
+
+def _split(found: object, data: Data) -> dict | None:
+    """What a data set's card says of the split that is asked for."""
+    subsets = [s for s in (found if isinstance(found, list) else [found]) if isinstance(s, dict)]
+    named = [s for s in subsets if s.get("config_name", "default") == (data.subset or "default")]
+    for subset in named or subsets[:1]:
+        for split in subset.get("splits") or ():
+            if isinstance(split, dict) and split.get("name") == data.split:
+                return split
+    return None

@@ -1,0 +1,275 @@
+"""How large a model is, from its metadata: of a repository without its weights, of files by their headers."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from pipeline.config import PACKAGE_SOURCE, Lora, Model
+from pipeline.download import in_one_line
+from pipeline.errors import CheckpointError, ModelError
+from pipeline.models import (
+    ADAPTER_FILES,
+    CHECKPOINT_FILES,
+    TERMS_FILES,
+    check_config,
+    check_source,
+    companions,
+    is_local,
+    read_config,
+)
+from pipeline.packaged import find_packaged
+from pipeline.planning.headers import Tensor, gguf_header, safetensors_header
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+TABLES = re.compile(
+    r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|lm_head|embed_out|output)\.weight"
+)
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A base model by the sizes of its parts. Bytes.
+
+    Attributes:
+        kind: `hub`, `folder`, or `package` for a GGUF that is unpacked.
+        tensors: all that are stored, by name.
+        config: config.json, as far as sizes follow from it.
+        fetched_bytes: what the Hub sends; 0 for what is here.
+        here_bytes: what of that lies in the Hub's cache already.
+        file_bytes: what is read from here: the weights' files, or the package's.
+        other_bytes: tokenizer and terms, which go where the model goes.
+        shard_bytes: the largest file of weights.
+    """
+
+    kind: str
+    tensors: Mapping[str, Tensor]
+    config: Mapping
+    file_bytes: int
+    fetched_bytes: int = 0
+    here_bytes: int = 0
+    other_bytes: int = 0
+    shard_bytes: int = 0
+    revision: str | None = None
+
+    @cached_property
+    def tables(self) -> dict[str, tuple[int, int]]:
+        """The embedding and, where it is stored, the output head: (V, H)."""
+        return {n: t.shape for n, t in self.tensors.items() if TABLES.search(n) and len(t.shape) == 2}
+
+    @cached_property
+    def linear(self) -> dict[str, tuple[int, int]]:
+        """The weights (N, K) that are quantized and get adapters: matrices that are no tables."""
+        return {n: t.shape for n, t in self.tensors.items() if len(t.shape) == 2 and n not in self.tables}
+
+    @cached_property
+    def parameters(self) -> int:
+        return sum(t.numel for t in self.tensors.values())
+
+    @cached_property
+    def linear_parameters(self) -> int:
+        return sum(rows * width for rows, width in self.linear.values())
+
+    @property
+    def bf16_bytes(self) -> int:
+        return 2 * self.parameters
+
+    @cached_property
+    def layers(self) -> int:
+        return len({match[1] for name in self.linear if (match := _LAYER.search(name))}) or 1
+
+    @cached_property
+    def vocabulary(self) -> int:
+        return max((rows for rows, _ in self.tables.values()), default=1)
+
+    @cached_property
+    def hidden(self) -> int:
+        return max((width for _, width in self.tables.values()), default=1)
+
+    @cached_property
+    def intermediate(self) -> int:
+        """Width between the two halves of a layer's feed-forward part."""
+        return max((max(shape) for shape in self.linear.values()), default=self.hidden)
+
+    @cached_property
+    def attention(self) -> int:
+        """Width of all heads together."""
+        return next((rows for name, (rows, _) in self.linear.items() if name.endswith("q_proj.weight")), self.hidden)
+
+    @cached_property
+    def key_values(self) -> int:
+        """Width of what a token leaves in the cache of one layer: keys and values."""
+        found = [rows for n, (rows, _) in self.linear.items() if n.endswith(("k_proj.weight", "v_proj.weight"))]
+        return sum(found) // self.layers or 2 * self.attention
+
+    @cached_property
+    def widest(self) -> int:
+        """Parameters of the largest linear layer."""
+        return max((rows * width for rows, width in self.linear.values()), default=1)
+
+    def trained(self, lora: Lora) -> dict[str, tuple[int, int]]:
+        """The layers that get an adapter."""
+        wanted = lora.target_modules
+        if wanted == "all-linear":
+            return self.linear
+        if isinstance(wanted, str):
+            return {n: s for n, s in self.linear.items() if re.fullmatch(wanted, n.removesuffix(".weight"))}
+        names = tuple(f".{name}.weight" for name in wanted)
+        return {n: s for n, s in self.linear.items() if f".{n}".endswith(names)}
+
+
+def read_sizes(model: Model) -> Sizes:
+    """The sizes of the model that a configuration names. Nothing is written, and no weights are fetched.
+
+    Raises:
+        ModelError: where it is not there, or not handled.
+        CheckpointError: where its headers are none.
+        HubError: where the Hub cannot be reached.
+    """
+    check_source(model)
+    if package := PACKAGE_SOURCE.match(model.source):
+        return _packaged(model.source, find_packaged(*package.groups()))
+    return _in_folder(Path(model.source).expanduser()) if is_local(model.source) else _on_hub(model)
+
+
+def adapter_sizes(source: str) -> dict[str, Tensor]:
+    """The tensors of an adapter that was trained elsewhere: a folder, or a repository."""
+    if is_local(source, "merge.adapter"):
+        return _header_of(Path(source).expanduser() / ADAPTER_FILES[1])
+    repository = _Repository(source, None)
+    name = next((n for n in (ADAPTER_FILES[1], f"adapter/{ADAPTER_FILES[1]}") if n in repository.files), None)
+    if name is None:
+        raise ModelError(f"{source}: has no {ADAPTER_FILES[1]}, neither at its root nor under adapter/")
+    return safetensors_header(name, lambda start, stop: repository.read(name, start, stop))
+
+
+def _packaged(source: str, file: Path) -> Sizes:
+    with open(file, "rb") as opened:
+        fields, tensors = gguf_header(source, opened)
+    architecture = fields.get("general.architecture")
+    config = {"model_type": architecture, "max_position_embeddings": fields.get(f"{architecture}.context_length")}
+    size = file.stat().st_size
+    return Sizes("package", tensors, config, size, other_bytes=4_000_000, shard_bytes=size)
+
+
+def _in_folder(folder: Path) -> Sizes:
+    files = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+    shards = _shards(str(folder), files, lambda name: (folder / name).read_bytes())
+    tensors = {n: t for name in shards for n, t in _header_of(folder / name).items()}
+    sizes = [files[name] for name in shards]
+    other = sum(path.stat().st_size for path in companions(folder))
+    return Sizes("folder", tensors, read_config(folder), sum(sizes), other_bytes=other, shard_bytes=max(sizes))
+
+
+def _header_of(path: Path) -> dict[str, Tensor]:
+    def read(start: int, stop: int) -> bytes:
+        with open(path, "rb") as file:
+            file.seek(start)
+            return file.read(stop - start)
+
+    try:
+        return safetensors_header(str(path), read)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _on_hub(model: Model) -> Sizes:
+    repository = _Repository(model.source, model.revision)
+    files = repository.files
+    if "config.json" not in files:
+        raise ModelError(f"{model.source}: no config.json, so this is not a model's repository")
+    config = _json(f"{model.source}/config.json", repository.read("config.json"))
+    check_config(model.source, config)
+    wanted = {n: size for n, size in files.items() if CHECKPOINT_FILES.match(n) or TERMS_FILES.match(n)}
+    if not any(name.endswith(".safetensors") for name in wanted):
+        raise ModelError(f"{model.source}: no .safetensors at its root; pickled weights are not read")
+    shards = _shards(model.source, files, repository.read)
+    tensors = repository.headers(shards)
+    sizes = [files[name] for name in shards]
+    return Sizes(
+        kind="hub",
+        tensors=tensors,
+        config=config,
+        file_bytes=sum(sizes),
+        fetched_bytes=sum(wanted.values()),
+        here_bytes=sum(size for name, size in wanted.items() if repository.is_here(name)),
+        other_bytes=sum(size for name, size in wanted.items() if not name.endswith(".safetensors")),
+        shard_bytes=max(sizes),
+        revision=repository.revision,
+    )
+
+
+class _Repository:
+    """Files of a model on the Hub at one commit, of which single bytes are read; nothing is put into the cache."""
+
+    def __init__(self, repo: str, revision: str | None):
+        from huggingface_hub import HfApi
+
+        self.repo = repo
+        with in_one_line(repo, revision, "not a folder here, and the Hub could not be read"):
+            info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+        self.revision = info.sha
+        self.files = {s.rfilename: s.size or 0 for s in info.siblings or []}
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """A file, or its bytes from `start` up to `stop`."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+        url = hf_hub_url(self.repo, name, revision=self.revision)
+        headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+        if stop is not None:
+            stop = min(stop, self.files[name])
+            headers["Range"] = f"bytes={start}-{stop - 1}"
+            if start >= stop:
+                return b""
+        with in_one_line(self.repo, self.revision, f"{name} could not be read"):
+            answer = get_session().get(url, headers=headers, timeout=30)
+            hf_raise_for_status(answer)
+        return answer.content
+
+    def headers(self, shards: list[str]) -> dict[str, Tensor]:
+        """The tensors of several files, which are asked for at once."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        def header(name: str) -> dict[str, Tensor]:
+            return safetensors_header(f"{self.repo}/{name}", lambda start, stop: self.read(name, start, stop))
+
+        with ThreadPoolExecutor(8) as pool:
+            return {name: tensor for found in pool.map(header, shards) for name, tensor in found.items()}
+
+    def is_here(self, name: str) -> bool:
+        """Does the Hub's cache have it?"""
+        from huggingface_hub import try_to_load_from_cache
+
+        return isinstance(try_to_load_from_cache(self.repo, name, revision=self.revision), str)
+
+
+def _shards(place: str, files: Mapping[str, int], read: Callable[[str], bytes]) -> list[str]:
+    """The files that hold a checkpoint's weights: the single one, or those that the index names."""
+    if SINGLE in files:
+        return [SINGLE]
+    if INDEX not in files:
+        raise CheckpointError(f"{place}: no {SINGLE} and no {INDEX}; other formats are not read")
+    try:
+        names = sorted(set(_json(f"{place}/{INDEX}", read(INDEX))["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{place}/{INDEX}: not an index with a weight_map") from None
+    if missing := [name for name in names if name not in files]:
+        raise CheckpointError(f"{place}: {missing[0]} is named by the index, and missing")
+    return names
+
+
+def _json(place: str, content: bytes) -> dict:
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        raise ModelError(f"{place}: not readable JSON") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{place}: not a model's configuration")
+    return found

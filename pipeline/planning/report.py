@@ -1,0 +1,199 @@
+"""A plan for people, and for machines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from pipeline.planning import memory
+from pipeline.planning.plan import Plan
+from pipeline.planning.stages import Stage, disk_peaks
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+UNMEASURED_GPU = "GPU memory is from formulas, and was not compared with a GPU yet; leave some room"
+
+
+def as_json(plan: Plan) -> dict:
+    """The plan as plain data: bytes, seconds, parameters."""
+    model, data, machine = plan.model, plan.data, plan.machine
+    peaks = dict(disk_peaks(plan.stages))
+    return {
+        "name": plan.config.name,
+        "model": {
+            "source": plan.config.model.source,
+            "revision": model.revision,
+            "parameters": model.parameters,
+            "linear_parameters": model.linear_parameters,
+            "bf16_bytes": model.bf16_bytes,
+            "fetched_bytes": model.fetched_bytes,
+            "here_bytes": model.here_bytes,
+        },
+        "adapter_parameters": plan.adapter_parameters,
+        "data": data
+        and {
+            "source": plan.config.data.source,
+            "examples": data.examples,
+            "tokens": data.tokens,
+            "how": data.how,
+            "fetched_bytes": data.fetched_bytes,
+            "steps": plan.steps,
+        },
+        "machine": {
+            "name": machine.name,
+            "gpu_bytes": machine.gpu_bytes,
+            "host_bytes": machine.host_bytes,
+            "disk_free": machine.disk_free,
+            "cache_free": machine.cache_free,
+        },
+        "stages": [_stage(stage, peaks[stage.name], plan.seconds.get(stage.name)) for stage in plan.stages],
+        "disk_bytes": plan.disk_bytes,
+        "fetched_bytes": plan.fetched_bytes,
+        "uploaded_bytes": plan.uploaded_bytes,
+        "seconds": sum(plan.seconds.values()) if plan.seconds else None,
+        "fits": plan.fits,
+        "shortages": [vars(shortage) for shortage in plan.shortages],
+        "changes": [vars(change) | {"setting": change.setting} for change in plan.changes],
+        "notes": list(_notes(plan)),
+    }
+
+
+def _stage(stage: Stage, disk: int, seconds: float | None) -> dict:
+    return {
+        "stage": stage.name,
+        "fetched_bytes": stage.fetches,
+        "reads": dict(stage.reads),
+        "writes": dict(stage.writes),
+        "temporary": dict(stage.temporary),
+        "uploaded_bytes": stage.uploads,
+        "memory": dict(stage.host),
+        "memory_bytes": memory.total(stage.host),
+        "gpu_memory": dict(stage.gpu),
+        "gpu_memory_bytes": memory.total(stage.gpu),
+        "disk_bytes": disk,
+        "seconds": seconds,
+        "notes": list(stage.notes),
+    }
+
+
+def show(console: Console, plan: Plan) -> None:
+    """The plan as a page of text."""
+    from rich.markup import escape
+
+    from pipeline.terminal import size
+
+    for label, line in _head(plan):
+        console.print(f"[bold]{label:<8}[/]{escape(line)}")
+    console.print(_table(plan))
+    for stage in plan.stages:
+        for where, need in (("memory", stage.host), ("GPU memory", stage.gpu)):
+            if need:
+                parts = ", ".join(f"{part} {size(count)}" for part, count in need.items() if count)
+                console.print(f"[dim]{stage.name}, {where}: {escape(parts)}[/]")
+    console.print()
+    for line in _notes(plan):
+        console.print(f"[dim]{escape(line)}[/]")
+    for line in _verdict(plan):
+        console.print(line)
+
+
+def _head(plan: Plan) -> Iterator[tuple[str, str]]:
+    from pipeline.terminal import size
+
+    model, data, machine, config = plan.model, plan.data, plan.machine, plan.config
+    where = {"hub": f"{size(model.fetched_bytes)} on the Hub", "folder": f"{size(model.file_bytes)} in a folder"}
+    came = where.get(model.kind, f"{size(model.file_bytes)} in a package")
+    if model.here_bytes:
+        came += f", of which {size(model.here_bytes)} are here"
+    yield "Run", config.name
+    yield (
+        "Model",
+        f"{config.model.source}: {_count(model.parameters)} parameters, {size(model.bf16_bytes)} in bf16; {came}",
+    )
+    if plan.adapter_parameters:
+        yield "Adapter", f"{_count(plan.adapter_parameters)} parameters"
+    if data:
+        rows = "an unknown number of examples" if data.examples is None else f"about {data.examples} examples"
+        tokens = "" if data.tokens is None else f", about {_count(data.tokens)} tokens"
+        taken = "steps not known" if plan.steps is None else f"{plan.steps} steps"
+        yield "Data", f"{config.data.source}: {rows}{tokens} ({data.how}); {taken}"
+    has = [f"{size(machine.gpu_bytes)} of GPU memory"] if machine.has_gpu else []
+    has += [f"{size(machine.host_bytes)} of memory free" if machine.host_bytes else "main memory not known"]
+    has += [f"{size(machine.disk_free)} of disk free" if machine.disk_free is not None else "disk not known"]
+    yield "On", f"{machine.name}: {', '.join(has)}"
+
+
+def _table(plan: Plan):
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    from pipeline.terminal import clock, size
+
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+    has_gpu = plan.machine.has_gpu
+    for column in ("", "fetches", "reads", "writes", "for a while", "sends", "memory", "GPU", "time"):
+        if column != "GPU" or has_gpu:
+            table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    for stage in plan.stages:
+        sums = (
+            stage.fetches,
+            sum(stage.reads.values()),
+            sum(stage.writes.values()),
+            sum(stage.temporary.values()),
+            stage.uploads,
+            memory.total(stage.host),
+            *([memory.total(stage.gpu)] if has_gpu else []),
+        )
+        took = plan.seconds.get(stage.name)
+        table.add_row(stage.name, *(size(count) if count else "-" for count in sums), clock(took) if took else "-")
+    return table
+
+
+def _notes(plan: Plan) -> Iterator[str]:
+    from pipeline.terminal import clock, size
+
+    disk = f"disk: {size(plan.disk_bytes)} at most in the run's folder"
+    yield disk + (f", {size(plan.fetched_bytes)} more in the Hub's cache" if plan.fetched_bytes else "")
+    if plan.uploaded_bytes:
+        how = "as the run goes on" if plan.config.publish.commits == "per_stage" else "at the end"
+        yield f"sent to {plan.config.publish.repo}: {size(plan.uploaded_bytes)}, {how}; again only what changed"
+    for stage in plan.stages:
+        for note in stage.notes:
+            yield f"{stage.name}: {note}"
+    if plan.data and plan.data.fetched_bytes is None:
+        yield "data: how much the Hub sends is not known"
+    if plan.why_no_times:
+        yield plan.why_no_times
+    else:
+        yield f"time: about {clock(sum(plan.seconds.values()))} from what was measured on this machine, without the network"
+    if plan.machine.has_gpu:
+        yield UNMEASURED_GPU
+    if plan.machine.has_gpu and plan.machine.host_bytes is None:
+        yield "main memory and disk of that machine are not known"
+
+
+def _verdict(plan: Plan) -> Iterator[str]:
+    from rich.markup import escape
+
+    from pipeline.terminal import size
+
+    if plan.fits:
+        yield "[green]fits[/]"
+        return
+    for short in plan.shortages:
+        yield f"[red]does not fit[/]: {short.stage} needs {size(short.need)} of {short.what}, there are {size(short.have)}"
+    if not plan.changes:
+        yield "No change of settings that is known here makes it fit: take a smaller model, or a larger machine."
+        return
+    yield "With these changes it fits:"
+    for change in plan.changes:
+        yield f"  --set {escape(change.setting)}   [dim]{escape(change.why)}[/]"
+
+
+def _count(number: int) -> str:
+    """Numbers as people write them: 135 M."""
+    for unit, scale in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}"
+    return str(number)

@@ -1,0 +1,188 @@
+"""What each stage of a configuration reads, writes, sends and holds in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from pipeline.catalog import VARIANTS
+from pipeline.config import Config, VariantSpec
+from pipeline.machine import WEIGHTS_SHARE
+from pipeline.planning import memory
+from pipeline.planning.devices import Machine
+from pipeline.planning.memory import Need
+from pipeline.planning.model import Sizes
+from pipeline.planning.variants import stored_bytes
+
+CARDS = 200_000  # bytes of cards, picture and lineage
+KEPT_CHECKPOINTS = 3  # of training: two, and the one that is being written
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage by what it takes. Bytes, by what they are for.
+
+    Attributes:
+        name: `train`, `merge`, `evaluate`, `quantize`, a variant's name, `publish`.
+        fetches: comes from the Hub, and is not in its cache yet.
+        reads: is read from the disk.
+        writes: stays after the run, in its folder; the Hub's cache is `fetches`.
+        temporary: is there only while the stage works.
+        removed: what earlier stages wrote and this one removes or moves.
+        host, gpu: memory at the peak; empty where none of it is used.
+        notes: what else is to be known of it.
+    """
+
+    name: str
+    fetches: int = 0
+    reads: Mapping[str, int] = field(default_factory=dict)
+    writes: Mapping[str, int] = field(default_factory=dict)
+    temporary: Mapping[str, int] = field(default_factory=dict)
+    uploads: int = 0
+    host: Need = field(default_factory=dict)
+    gpu: Need = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Variants:
+    """The variants of a configuration and their sizes in bytes."""
+
+    specs: tuple[VariantSpec, ...]
+    bytes: Mapping[str, int]
+
+
+def stages_of(config: Config, sizes: Sizes, machine: Machine, data_bytes: int | None, adapter: int) -> list[Stage]:
+    """The stages in the order in which `pipeline.run` does them.
+
+    Args:
+        data_bytes: what a data set on the Hub sends; 0 for one that is here.
+        adapter: parameters of the adapter that is merged, trained here or elsewhere.
+    """
+    specs = tuple(config.quantize.variants)
+    variants = Variants(specs, {s.name: stored_bytes(sizes, s, config.merges) for s in specs})
+    model = sizes.bf16_bytes if config.merges else sizes.file_bytes
+    stages = []
+    if config.data:
+        stages.append(_train(config, sizes, machine, data_bytes or 0, adapter))
+    if config.merges:
+        stages.append(_merge(config, sizes, machine, variants, adapter))
+    if config.evaluate:
+        stages.append(_evaluate(config, sizes, machine, model))
+    if specs and not _made_by_merge(config):
+        stages.append(_quantize(config, sizes, variants, model))
+    if config.evaluate:
+        stages += (_admit(config, sizes, machine, spec, variants.bytes[spec.name]) for spec in specs)
+    if config.publish.repo:
+        stages.append(_publish(config, sizes, variants, model, adapter))
+    if stages:  # whichever comes first brings the model
+        stages[0] = _with_the_model(stages[0], config, sizes)
+    return stages
+
+
+def kinds(config: Config) -> tuple[str, ...]:
+    """The bases that are merged into, as `pipeline.stages.merge` chooses them."""
+    if config.merge.base != "auto":
+        return (config.merge.base,)
+    return ("nf4", "bf16") if config.data and config.train.method == "qlora" else ("bf16",)
+
+
+def _made_by_merge(config: Config) -> bool:
+    """Are the variants made in the merge's own pass?"""
+    return config.merges and len(kinds(config)) == 1
+
+
+def _with_the_model(stage: Stage, config: Config, sizes: Sizes) -> Stage:
+    if sizes.kind == "package":
+        base = {"unpacked base model": sizes.bf16_bytes + sizes.other_bytes}
+        unpacking = {"libraries": memory.LIBRARIES["train"], "weights in float32": 6 * sizes.parameters}
+        host = max(stage.host, unpacking, key=memory.total)
+        return replace(stage, writes={**base, **stage.writes}, host=host)
+    missing = sizes.fetched_bytes - sizes.here_bytes
+    if config.model.low_disk:
+        shards = {"two shards at a time": min(2 * sizes.shard_bytes, sizes.file_bytes)}
+        return replace(stage, fetches=sizes.fetched_bytes, temporary={**stage.temporary, **shards})
+    return replace(stage, fetches=stage.fetches + missing)
+
+
+def _train(config: Config, sizes: Sizes, machine: Machine, data_bytes: int, adapter: int) -> Stage:
+    host, gpu = memory.training(sizes, config.train, machine.has_gpu)
+    moments = 2 if machine.has_gpu and config.train.optimizer != "adamw" else 8
+    return Stage(
+        "train",
+        fetches=data_bytes,
+        reads={"model": sizes.bf16_bytes},
+        writes={"adapter": 4 * adapter, "checkpoints": (KEPT_CHECKPOINTS - 1) * (4 + moments) * adapter},
+        temporary={"checkpoint": (4 + moments) * adapter},
+        host=host,
+        gpu=gpu,
+    )
+
+
+def _merge(config: Config, sizes: Sizes, machine: Machine, variants: Variants, adapter: int) -> Stage:
+    bases, along = kinds(config), len(variants.specs) if _made_by_merge(config) else 0
+    host, gpu = memory.merging(sizes, config, bases, along, machine.has_gpu)
+    made = {"release": sizes.bf16_bytes + sizes.other_bytes, "adapter in the release": 4 * adapter}
+    if along:
+        made |= {f"{name}, not measured yet": count for name, count in variants.bytes.items()}
+    other = {"the other base's merge": sizes.bf16_bytes} if len(bases) > 1 else {}
+    notes = ("merged into two bases, which are compared; merge.base: nf4 or bf16 asks for one",) if other else ()
+    return Stage(
+        "merge",
+        reads={"model": sizes.bf16_bytes * len(bases)},
+        writes=made,
+        temporary=other,
+        host=host,
+        gpu=gpu,
+        notes=notes,
+    )
+
+
+def _evaluate(config: Config, sizes: Sizes, machine: Machine, model: int) -> Stage:
+    texts = 2 if config.data else 1
+    states = {"reference for comparisons": 2 * sizes.hidden * config.evaluate.max_tokens * texts}
+    reads = {"model": model, **({"base": sizes.bf16_bytes} if config.merges else {})}
+    host, gpu, notes = _measured(config, sizes, machine, max(model, 0 if sizes.kind == "package" else sizes.file_bytes))
+    return Stage("evaluate", reads=reads, writes=states, host=host, gpu=gpu, notes=notes)
+
+
+def _quantize(config: Config, sizes: Sizes, variants: Variants, model: int) -> Stage:
+    return Stage(
+        "quantize",
+        reads={"model": model},
+        writes={name: count + sizes.other_bytes for name, count in variants.bytes.items()},
+        host=memory.quantizing(sizes, variants.specs),
+    )
+
+
+def _admit(config: Config, sizes: Sizes, machine: Machine, spec: VariantSpec, stored: int) -> Stage:
+    weights = sizes.bf16_bytes if VARIANTS[spec.name].format == "gguf" else stored
+    host, gpu, notes = _measured(config, sizes, machine, weights)
+    return Stage(spec.name, reads={"variant": stored}, host=host, gpu=gpu, notes=notes)
+
+
+def _measured(config: Config, sizes: Sizes, machine: Machine, weights: int) -> tuple[Need, Need, tuple[str, ...]]:
+    """Memory for measuring a model; one that does not fit is measured from its files, as `pipeline.offloading` does."""
+    tokens, on_gpu = config.evaluate.max_tokens, machine.has_gpu
+    free = machine.gpu_bytes if on_gpu else machine.host_bytes
+    if free is not None and weights > WEIGHTS_SHARE * free:
+        note = "does not fit, so it is measured from its files, layer by layer: quality only, and slowly"
+        return memory.offloaded(sizes, tokens), {}, (note,)
+    host, gpu = memory.measuring(sizes, weights, on_gpu, tokens)
+    return memory.probed(host, weights, on_gpu), gpu, ()
+
+
+def _publish(config: Config, sizes: Sizes, variants: Variants, model: int, adapter: int) -> Stage:
+    sent = sum(variants.bytes.values()) + len(variants.specs) * sizes.other_bytes + CARDS
+    if config.merges:
+        sent += model + 4 * adapter + sizes.other_bytes
+    sent += sum(variants.bytes.get(name, 0) + sizes.other_bytes for name in config.publish.mirrors)
+    return Stage("publish", uploads=sent, host={"libraries": 150 * memory.MB})
+
+
+def disk_peaks(stages: list[Stage]) -> Iterator[tuple[str, int]]:
+    """For each stage, what lies in the run's folder at most while it works."""
+    lying = 0
+    for stage in stages:
+        lying += sum(stage.writes.values())
+        yield stage.name, lying + sum(stage.temporary.values())

@@ -1,0 +1,92 @@
+"""How long stages take on a machine that was measured; sizes times its figures, and no more exact than that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipeline.calibration import Calibration
+from pipeline.catalog import VARIANTS
+from pipeline.config import Config, VariantSpec
+from pipeline.planning.model import Sizes
+from pipeline.planning.stages import Stage, kinds
+
+HELD_OUT_SHARE = 0.5  # of the tokens that are measured on at most, for there is often less held-out text
+PROBED_TOKENS = (4 * 256, 4 * 32)  # that a probe reads, and writes
+ANSWER_TOKENS = 64
+
+
+def seconds(
+    found: Calibration, config: Config, sizes: Sizes, stages: Sequence[Stage], steps: int | None
+) -> dict[str, float]:
+    """Seconds of each stage but those of the network; training is left out where its steps are not known."""
+    specs = {spec.name: spec for spec in config.quantize.variants}
+    times = {}
+    for stage in stages:
+        if stage.name == "train" and steps is not None:
+            times["train"] = _training(found, config, sizes, steps)
+        elif stage.name == "merge":
+            times["merge"] = _merging(found, config, sizes, stage)
+        elif stage.name == "evaluate":
+            models = 2 if config.merges else 1
+            times["evaluate"] = found.start_seconds + models * _measured(found, config, sizes, sizes.bf16_bytes, 1)
+        elif stage.name == "quantize":
+            times["quantize"] = found.start_seconds + _rounding(found, sizes, specs.values()) + _written(found, stage)
+        elif stage.name in specs:
+            loaders = 1 if VARIANTS[stage.name].format == "gguf" else 2
+            stored = stage.reads["variant"]
+            times[stage.name] = found.start_seconds + _measured(found, config, sizes, stored, loaders)
+    return times
+
+
+def _training(found: Calibration, config: Config, sizes: Sizes, steps: int) -> float:
+    train = config.train
+    tokens = train.batch_size * train.max_length
+    weights = sizes.linear_parameters + sizes.vocabulary * sizes.hidden
+    step = tokens * weights / found.train
+    if train.method == "qlora":
+        step += 2 * sizes.linear_parameters / found.nf4_weights
+    measured = 1 + steps // train.evaluate_every
+    held_out = HELD_OUT_SHARE * config.evaluate.max_tokens * weights / found.forward
+    return 2 * found.start_seconds + steps * train.accumulate * step + measured * held_out
+
+
+def _merging(found: Calibration, config: Config, sizes: Sizes, stage: Stage) -> float:
+    bases = kinds(config)
+    time = found.start_seconds + _written(found, stage)
+    if "nf4" in bases:
+        time += 2 * sizes.linear_parameters / found.nf4_bytes
+    if len(bases) == 1:
+        return time + _rounding(found, sizes, config.quantize.variants)
+    return time + 3 * _scored(found, sizes, HELD_OUT_SHARE * config.evaluate.max_tokens, compared=True)
+
+
+def _rounding(found: Calibration, sizes: Sizes, specs) -> float:
+    return sum(2 * sizes.linear_parameters / _rate(found, spec) for spec in specs)
+
+
+def _rate(found: Calibration, spec: VariantSpec) -> float:
+    """Bytes a second; GGUF's grids are as much work as ours of as many bits."""
+    if spec.rounding is None:
+        return found.rounding["int8/rtn"]
+    kind = "int8" if VARIANTS[spec.name].bits == 8 else "int4"
+    known = found.rounding.get(f"{kind}/{spec.rounding}")
+    return known or found.rounding["int4/search"]
+
+
+def _written(found: Calibration, stage: Stage) -> float:
+    return (sum(stage.writes.values()) + sum(stage.temporary.values())) / found.disk_write
+
+
+def _measured(found: Calibration, config: Config, sizes: Sizes, weights: int, loaders: int) -> float:
+    """Both texts scored and compared, answers, and a probe for each loader."""
+    texts = 1 + HELD_OUT_SHARE if config.data else 1
+    time = _scored(found, sizes, texts * config.evaluate.max_tokens, compared=True)
+    token = weights / found.decode_bytes
+    read, written = PROBED_TOKENS
+    probe = found.start_seconds + read * sizes.linear_parameters / found.forward + written * token
+    return time + len(config.evaluate.prompts) * ANSWER_TOKENS * token + loaders * probe
+
+
+def _scored(found: Calibration, sizes: Sizes, tokens: float, compared: bool) -> float:
+    head = sizes.vocabulary * sizes.hidden
+    return tokens * (sizes.linear_parameters / found.forward + head * (3 if compared else 1) / found.exact)

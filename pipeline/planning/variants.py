@@ -1,0 +1,70 @@
+"""How large a variant becomes, from the shapes of the model's weights."""
+
+from __future__ import annotations
+
+import fnmatch
+
+from pipeline.catalog import GROUP_SIZES, VARIANTS
+from pipeline.config import VariantSpec
+from pipeline.planning.model import Sizes
+
+# Bits that GGUF's types take for a weight, scales included. Those of mixtures are of the whole model.
+GGUF_BITS = {
+    "f16": 16, "bf16": 16, "q8_0": 8.5, "q4_0": 4.5, "q4_1": 5, "q5_0": 5.5, "q5_1": 6,
+    "q4_k_m": 4.85, "q5_k_m": 5.7, "q6_k": 6.6,
+}  # fmt: skip
+TABLE_BITS = 8.5  # of GGUF's Q8_0
+TILE_ROWS, TILE_COLUMNS = 8, 1024  # that int4 in tiles fills up to
+
+
+def stored_bytes(sizes: Sizes, spec: VariantSpec, merged: bool) -> int:
+    """Size of a variant's weights, in bytes.
+
+    Args:
+        merged: it is made of a merged model, which is in bf16, and not of the base as it is stored.
+    """
+    gguf = VARIANTS[spec.name].format == "gguf"
+    count = 0.0
+    for name, tensor in sizes.tensors.items():
+        if name in sizes.linear and not _is_kept(spec, name):
+            count += _gguf_bits(spec) / 8 * tensor.numel if gguf else _torchao(spec, *tensor.shape)
+        elif name in sizes.tables and spec.embeddings == "int8":
+            count += TABLE_BITS / 8 * tensor.numel if gguf else _int8(*tensor.shape, None)
+        elif gguf and len(tensor.shape) == 1:
+            count += 4 * tensor.numel
+        elif gguf and not _rounds(spec):
+            count += 2 * tensor.numel
+        else:
+            count += (2 if merged else tensor.item_bytes) * tensor.numel
+    return int(count)
+
+
+def _torchao(spec: VariantSpec, rows: int, width: int) -> float:
+    if spec.name != "int4":
+        return _int8(rows, width, spec.group_size)
+    group = _group(spec.group_size, width)
+    if spec.packing == "tile_packed":
+        rows, width = -(-rows // TILE_ROWS) * TILE_ROWS, -(-width // TILE_COLUMNS) * TILE_COLUMNS
+    return rows * width / 2 + 4 * rows * width / group  # codes of half a byte, scale and zero in bf16
+
+
+def _int8(rows: int, width: int, group_size: int | None) -> float:
+    groups = width // _group(group_size, width) if group_size else 1
+    return rows * width + 5 * rows * groups  # a float32 scale and a byte of zeros
+
+
+def _group(asked: int | None, width: int) -> int:
+    """The largest group size up to the one asked for that divides a width."""
+    return next((g for g in sorted(GROUP_SIZES, reverse=True) if g <= (asked or 0) and width % g == 0), width)
+
+
+def _gguf_bits(spec: VariantSpec) -> float:
+    return GGUF_BITS.get(spec.name.removeprefix("gguf-"), VARIANTS[spec.name].bits + 0.6)
+
+
+def _rounds(spec: VariantSpec) -> bool:
+    return VARIANTS[spec.name].bits < 16
+
+
+def _is_kept(spec: VariantSpec, name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name.removesuffix(".weight"), pattern) for pattern in spec.keep)
