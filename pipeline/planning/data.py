@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Data, Train
+from pipeline.data.files import ENDINGS
 from pipeline.data.sources import is_builtin, locate
 
 BYTES_A_TOKEN = 4  # of English text, roughly; other languages and code have fewer
@@ -95,9 +96,7 @@ def _on_hub(data: Data) -> DataSize:
     except Exception as error:
         raise DataError(f"{data.source}: {reason(error, data)}") from None
     told = _split(getattr(info.card_data, "dataset_info", None), data)
-    files = [
-        s for s in info.siblings or [] if Path(s.rfilename).suffix.lower() in (".parquet", ".json", ".jsonl", ".csv")
-    ]
+    files = (s for s in info.siblings or [] if Path(s.rfilename).suffix.lower() in ENDINGS)
     fetched = sum(s.size or 0 for s in files) or None
     if told:
         return DataSize(told.get("num_examples"), told.get("num_bytes"), "from the data set's card", fetched)

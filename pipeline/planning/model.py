@@ -26,9 +26,7 @@ from pipeline.packaged import find_packaged
 from pipeline.planning.headers import Tensor, gguf_header, safetensors_header
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-TABLES = re.compile(
-    r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|lm_head|embed_out|output)\.weight"
-)
+TABLES = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|lm_head|embed_out)\.weight$")
 _LAYER = re.compile(r"\.(\d+)\.")
 
 

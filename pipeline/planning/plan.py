@@ -88,9 +88,7 @@ def make_plan(config: Config, device: str | None = None, runs: Path = Path("runs
         return adapter, stages, shortages(stages, machine)
 
     adapter, stages, short = lay_out(config)
-    changes = (
-        advise(config, [s.what for s in short], lambda asked: [s.what for s in lay_out(asked)[2]]) if short else []
-    )
+    changes = advise(config, lambda asked: bool(lay_out(asked)[2])) if short else []
     planned_steps = steps(config.data, config.train, data) if data else None
     calibration, why_not = _calibration(machine)
     seconds = timing.seconds(calibration, config, sizes, stages, planned_steps) if calibration else {}

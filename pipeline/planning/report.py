@@ -166,7 +166,8 @@ def _notes(plan: Plan) -> Iterator[str]:
     if plan.why_no_times:
         yield plan.why_no_times
     else:
-        yield f"time: about {clock(sum(plan.seconds.values()))} from what was measured on this machine, without the network"
+        took = clock(sum(plan.seconds.values()))
+        yield f"time: about {took}, from what was measured on this machine; without the network"
     if plan.machine.has_gpu:
         yield UNMEASURED_GPU
     if plan.machine.has_gpu and plan.machine.host_bytes is None:
@@ -182,7 +183,8 @@ def _verdict(plan: Plan) -> Iterator[str]:
         yield "[green]fits[/]"
         return
     for short in plan.shortages:
-        yield f"[red]does not fit[/]: {short.stage} needs {size(short.need)} of {short.what}, there are {size(short.have)}"
+        lacking = f"{short.stage} needs {size(short.need)} of {short.what}, there are {size(short.have)}"
+        yield f"[red]does not fit[/]: {lacking}"
     if not plan.changes:
         yield "No change of settings that is known here makes it fit: take a smaller model, or a larger machine."
         return
