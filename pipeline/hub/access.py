@@ -39,7 +39,7 @@ def check_token(place: str, owner: str | None, attempts: int = ATTEMPTS) -> str:
     token = get_token()
     if token is None:
         raise HubError(f"{place}: no Hub token; set HF_TOKEN or run: hf auth login")
-    who = persist(place, lambda: _who(place, token), attempts=attempts)
+    who = persist(place, lambda: who_is(place, token), attempts=attempts)
     names = [who.get("name"), *(o.get("name") for o in who.get("orgs", []))]
     if owner is not None and owner.casefold() not in [str(name).casefold() for name in names]:
         raise HubError(f"{place}: this token belongs to {names[0]}, who cannot write to {owner}/")
@@ -48,7 +48,7 @@ def check_token(place: str, owner: str | None, attempts: int = ATTEMPTS) -> str:
     return token
 
 
-def _who(place: str, token: str) -> dict:
+def who_is(place: str, token: str) -> dict:
     """Whose token it is, and what it may do."""
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status

@@ -1,0 +1,211 @@
+"""What this machine has: devices, kernels, versions, disk, login. And how fast it is, which is kept for plans."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline import machine
+from pipeline.calibration import keep as keep_calibration
+from pipeline.calibration import measure, path, read_calibration
+from pipeline.errors import HubError, redact
+from pipeline.libraries import quiet, versions
+from pipeline.planning.devices import existing, hub_cache, this_machine
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+EXTRAS = {"gguf": ("gguf",), "llama-cpp": ("llama_cpp",), "test": ("pytest", "hypothesis", "xdist")}
+OURS = ("tunepress", "huggingface_hub", "trackio", "gguf", "llama-cpp-python")
+# AMD GPUs whose kernels torch's builds lack, and those that run in their place: gfx1031 runs what is made for gfx1030.
+AS_OTHERS = {"gfx103": "10.3.0", "gfx110": "11.0.0"}
+BUILT_FOR = ("gfx1030", "gfx1100", "gfx1101", "gfx1102")
+
+
+def examine(runs: Path, calibrate: bool | None = None, tell: Callable[[str], None] = lambda what: None) -> dict:
+    """Everything there is to say, as plain data; no token among it.
+
+    Args:
+        runs: the folder of the runs, for the space there is.
+        calibrate: measure; None where that was not done here yet.
+        tell: is told what is being measured.
+    """
+    quiet()
+    place = this_machine(runs).name
+    known = read_calibration()
+    if calibrate or (calibrate is None and (known is None or not known.is_of(place))):
+        known = measure(place, tell)
+        keep_calibration(known)
+    return {
+        "machine": machine.describe(),
+        "memory_free_bytes": this_machine(runs).host_bytes,
+        "devices": devices(),
+        "kernels": kernels(),
+        "versions": {"python": platform.python_version(), **versions(), **versions(*OURS)},
+        "extras": {name: all(map(_is_installed, needs)) for name, needs in EXTRAS.items()},
+        "disk": _disk(runs),
+        "hub": login(),
+        "trackio": {"folder": _trackio_folder(), "write_token_set": bool(os.environ.get("TRACKIO_WRITE_TOKEN"))},
+        "calibration": {
+            "file": str(path()),
+            "figures": known and asdict(known),
+            "is_of_here": bool(known and known.is_of(place)),
+        },
+    }
+
+
+def devices() -> list[dict]:
+    """The devices that torch finds, the one that stages use first, and what must be set for a GPU it does not find."""
+    import torch
+
+    found = []
+    if torch.cuda.is_available():
+        kind = "rocm" if torch.version.hip else "cuda"
+        for index in range(torch.cuda.device_count()):
+            about = torch.cuda.get_device_properties(index)
+            device = {"kind": kind, "name": about.name, "memory_bytes": about.total_memory}
+            if kind == "cuda":
+                device["capability"] = f"{about.major}.{about.minor}"
+            else:
+                device |= {"architecture": about.gcnArchName, "advice": rocm_advice(about.gcnArchName)}
+            found.append(device)
+    elif advice := missing_gpu():
+        found.append({"kind": "unused", "name": "a GPU that torch does not use", "advice": advice})
+    if torch.backends.mps.is_available():
+        found.append(
+            {"kind": "mps", "name": platform.processor() or "Apple GPU", "advice": "for chat; not for training"}
+        )
+    capability = torch.backends.cpu.get_cpu_capability()
+    found.append({"kind": "cpu", "name": machine.describe()["cpu"], "capability": capability, "cores": machine.cores()})
+    return found
+
+
+def missing_gpu(root: Path = Path("/")) -> str | None:
+    """What to do where there is a GPU's driver and torch finds no GPU; None where there is no driver either."""
+    build = importlib.metadata.version("torch")
+    if (root / "dev/kfd").exists():
+        if "rocm" not in build:
+            return (
+                f"an AMD GPU, and torch {build} is not built for it: install torch from download.pytorch.org/whl/rocm"
+            )
+        if not os.access(root / "dev/kfd", os.R_OK | os.W_OK):
+            return "an AMD GPU that you may not open: join the groups render and video, and log in again"
+        return "an AMD GPU that torch does not find; see what rocminfo says"
+    if (root / "dev/nvidiactl").exists():
+        if "+cpu" in build:
+            return f"an NVIDIA GPU, and torch {build} is not built for it: install an ordinary build of torch"
+        return "an NVIDIA GPU that torch does not find; see what nvidia-smi says, the driver may be too old"
+    return None
+
+
+def rocm_advice(architecture: str) -> str | None:
+    """What must be set for an AMD GPU that torch finds; None where nothing must."""
+    name = architecture.split(":")[0]
+    version = next((v for prefix, v in AS_OTHERS.items() if name.startswith(prefix)), None)
+    if version is None or name in BUILT_FOR or os.environ.get("HSA_OVERRIDE_GFX_VERSION"):
+        return None
+    return f"set HSA_OVERRIDE_GFX_VERSION={version}, for torch brings no kernels for {name}"
+
+
+def kernels() -> dict[str, str]:
+    """The layer that a quantized weight gets on the device that stages use; as stored, or as plain dequantized."""
+    import torch
+
+    from pipeline.kernels import linear, runs_as_stored
+    from pipeline.quantization.formats.torchao import INT8, grouped
+    from pipeline.quantization.rounding import rounding
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = {}
+    for name, grid in (("int8", INT8), ("int8, in groups", grouped(8, 64)), ("int4", grouped(4, 64))):
+        weight = rounding("rtn")(torch.ones(64, 1024, dtype=torch.bfloat16), grid)
+        layer = None if runs_as_stored(weight, device) else linear(weight, None, device)
+        stored = "as stored, on torchao's kernel" if runs_as_stored(weight, device) else "dequantized, without a kernel"
+        found[name] = stored if layer is None else type(layer).__name__
+    return found
+
+
+def login() -> dict:
+    """Who is logged in to the Hub, and whether that token may write; or why that is not known, in one line."""
+    from huggingface_hub import get_token
+
+    from pipeline.hub.access import who_is
+
+    token = get_token()
+    if token is None:
+        return {"name": None, "may_write": False, "problem": "no token; set HF_TOKEN or run: hf auth login"}
+    try:
+        who = who_is("the Hub", token)
+    except HubError as error:
+        return {"name": None, "may_write": None, "problem": str(error)}
+    except Exception as error:  # whatever the transport raises where there is no network
+        reason = redact(" ".join(str(error).split())[:200]) or type(error).__name__
+        return {"name": None, "may_write": None, "problem": f"the Hub could not be reached ({reason})"}
+    role = who.get("auth", {}).get("accessToken", {}).get("role")
+    return {"name": who.get("name"), "may_write": role != "read", "role": role, "problem": None}
+
+
+def _disk(runs: Path) -> dict[str, dict]:
+    places = {"runs": runs.absolute(), "hub_cache": hub_cache()}
+    return {name: {"folder": str(p), "free_bytes": shutil.disk_usage(existing(p)).free} for name, p in places.items()}
+
+
+def _trackio_folder() -> str:
+    default = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "trackio"
+    return os.environ.get("TRACKIO_DIR") or str(default)
+
+
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def show(console: Console, found: dict) -> None:
+    """The same as a page of text."""
+    from rich.markup import escape
+
+    for label, line in _lines(found):
+        console.print(f"[bold]{label:<12}[/]{escape(line)}")
+
+
+def _lines(found: dict) -> Iterator[tuple[str, str]]:
+    from pipeline.terminal import size
+
+    about, hub, kept = found["machine"], found["hub"], found["calibration"]
+    yield "System", f"{about['system']}, {about['cores']} cores, {size(found['memory_free_bytes'])} of memory free"
+    for device in found["devices"]:
+        known = (device.get("capability"), device.get("architecture"))
+        more = ", ".join(filter(None, (*known, size(device["memory_bytes"]) if "memory_bytes" in device else None)))
+        yield "Device", f"{device['kind']}: {device['name']}{f' ({more})' if more else ''}"
+        if device.get("advice"):
+            yield "", f"  {device['advice']}"
+    for grid, layer in found["kernels"].items():
+        yield "Kernel", f"{grid}: {layer}"
+    yield "Versions", ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    yield "Extras", ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in found["extras"].items())
+    for name, place in found["disk"].items():
+        yield "Disk", f"{name.replace('_', ' ')}: {size(place['free_bytes'])} free in {place['folder']}"
+    writes = "may write" if hub.get("may_write") else "may only read"
+    yield "Hub", hub["problem"] or f"{hub['name']}; the token {writes}"
+    yield "Trackio", found["trackio"]["folder"]
+    yield "Speed", _speed(kept)
+
+
+def _speed(kept: dict) -> str:
+    from pipeline.terminal import size
+
+    figures = kept["figures"]
+    if not figures:
+        return "not measured; run: tunepress doctor --calibrate"
+    told = (
+        f"training {figures['train'] / 1e9:.3g}, reading {figures['forward'] / 1e9:.3g} G weights x tokens/s; "
+        f"decoding {size(figures['decode_bytes'])}/s; int4 {size(figures['rounding']['int4/search'])}/s; "
+        f"disk {size(figures['disk_write'])}/s"
+    )
+    return f"{told}, kept in {kept['file']}" + ("" if kept["is_of_here"] else "; of another machine, measure anew")
