@@ -38,14 +38,15 @@ def examine(runs: Path, calibrate: bool | None = None, tell: Callable[[str], Non
         tell: is told what is being measured.
     """
     quiet()
-    place = this_machine(runs).name
+    here = this_machine(runs)
+    place = here.name
     known = read_calibration()
     if calibrate or (calibrate is None and (known is None or not known.is_of(place))):
         known = measure(place, tell)
         keep_calibration(known)
     return {
         "machine": machine.describe(),
-        "memory_free_bytes": this_machine(runs).host_bytes,
+        "memory_free_bytes": here.host_bytes,
         "devices": devices(),
         "kernels": kernels(),
         "versions": {"python": platform.python_version(), **versions(), **versions(*OURS)},
@@ -56,7 +57,7 @@ def examine(runs: Path, calibrate: bool | None = None, tell: Callable[[str], Non
         "calibration": {
             "file": str(path()),
             "figures": known and asdict(known),
-            "is_of_here": bool(known and known.is_of(place)),
+            "is_of_here": known is not None and known.is_of(place),
         },
     }
 
@@ -79,12 +80,10 @@ def devices() -> list[dict]:
     elif advice := missing_gpu():
         found.append({"kind": "unused", "name": "a GPU that torch does not use", "advice": advice})
     if torch.backends.mps.is_available():
-        found.append(
-            {"kind": "mps", "name": platform.processor() or "Apple GPU", "advice": "for chat; not for training"}
-        )
+        found.append({"kind": "mps", "name": "Apple GPU", "advice": "for chat; stages do not use it"})
     capability = torch.backends.cpu.get_cpu_capability()
-    found.append({"kind": "cpu", "name": machine.describe()["cpu"], "capability": capability, "cores": machine.cores()})
-    return found
+    cpu = {"kind": "cpu", "name": machine.describe()["cpu"], "capability": capability, "cores": machine.cores()}
+    return [*found, cpu]
 
 
 def missing_gpu(root: Path = Path("/")) -> str | None:
@@ -92,9 +91,7 @@ def missing_gpu(root: Path = Path("/")) -> str | None:
     build = importlib.metadata.version("torch")
     if (root / "dev/kfd").exists():
         if "rocm" not in build:
-            return (
-                f"an AMD GPU, and torch {build} is not built for it: install torch from download.pytorch.org/whl/rocm"
-            )
+            return f"an AMD GPU, and torch {build} is not built for it: install one of PyTorch's builds for ROCm"
         if not os.access(root / "dev/kfd", os.R_OK | os.W_OK):
             return "an AMD GPU that you may not open: join the groups render and video, and log in again"
         return "an AMD GPU that torch does not find; see what rocminfo says"
@@ -158,8 +155,9 @@ def _disk(runs: Path) -> dict[str, dict]:
 
 
 def _trackio_folder() -> str:
-    default = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "trackio"
-    return os.environ.get("TRACKIO_DIR") or str(default)
+    from huggingface_hub import constants
+
+    return os.environ.get("TRACKIO_DIR") or str(Path(constants.HF_HOME) / "trackio")
 
 
 def _is_installed(module: str) -> bool:

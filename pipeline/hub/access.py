@@ -49,7 +49,11 @@ def check_token(place: str, owner: str | None, attempts: int = ATTEMPTS) -> str:
 
 
 def who_is(place: str, token: str) -> dict:
-    """Whose token it is, and what it may do."""
+    """Whose token it is, and what it may do; asked once.
+
+    Raises:
+        HubError: where the Hub does not know it, or what answers is not the Hub.
+    """
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
