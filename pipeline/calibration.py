@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.errors import WorkspaceError
 from pipeline.files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -76,8 +77,11 @@ def path() -> Path:
 
 
 def read_calibration() -> Calibration | None:
-    """What was kept, if it can be read and is of this version."""
-    found = read_json(path(), {})
+    """What was kept, if it can be read and is of this version; anything else is measured anew."""
+    try:
+        found = read_json(path(), {})
+    except (WorkspaceError, OSError):
+        return None
     known = {field.name for field in fields(Calibration)}
     if not isinstance(found, dict) or found.get("version") != VERSION or found.keys() != known:
         return None

@@ -95,7 +95,7 @@ def _on_hub(data: Data) -> DataSize:
         info = HfApi().dataset_info(data.source, revision=data.revision, timeout=_TIMEOUT, files_metadata=True)
     except Exception as error:
         raise DataError(f"{data.source}: {reason(error, data)}") from None
-    told = _split(getattr(info.card_data, "dataset_info", None), data)
+    told = split_figures(getattr(info.card_data, "dataset_info", None), data)
     files = (s for s in info.siblings or [] if Path(s.rfilename).suffix.lower() in ENDINGS)
     fetched = sum(s.size or 0 for s in files) or None
     if told:
@@ -103,12 +103,13 @@ def _on_hub(data: Data) -> DataSize:
     return DataSize(None, None, "its card does not say how much it holds", fetched)
 
 
-def _split(found: object, data: Data) -> dict | None:
+def split_figures(found: object, data: Data) -> dict | None:
     """What a data set's card says of the split that is asked for."""
     subsets = [s for s in (found if isinstance(found, list) else [found]) if isinstance(s, dict)]
     named = [s for s in subsets if s.get("config_name", "default") == (data.subset or "default")]
     for subset in named or subsets[:1]:
-        for split in subset.get("splits") or ():
+        splits = subset.get("splits")
+        for split in splits if isinstance(splits, list) else ():
             if isinstance(split, dict) and split.get("name") == data.split:
                 return split
     return None

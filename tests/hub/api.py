@@ -77,7 +77,7 @@ def info(hub, request: Request) -> Reply:
             "author": repository.owner,
             "sha": commit.oid,
             "private": repository.private,
-            "gated": False,
+            "gated": "auto" if repository.gated else False,
             "disabled": False,
             "createdAt": repository.created,
             "lastModified": commit.date,

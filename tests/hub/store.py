@@ -177,7 +177,8 @@ class PullRequest:
 class Repository:
     """One repository: its commits, the names for them, and the LFS objects it holds.
 
-    `host` is the address of a Space's program, and `sdk` what that is made with.
+    `host` is the address of a Space's program, and `sdk` what that is made with. The files of a `gated`
+    one are for its owner alone: nobody else has accepted its terms.
     """
 
     kind: str
@@ -192,6 +193,7 @@ class Repository:
     objects: dict[str, int] = field(default_factory=dict)
     host: str | None = None
     sdk: str = "gradio"
+    gated: bool = False
 
     @property
     def owner(self) -> str:

@@ -15,7 +15,11 @@ LFS_JSON = {"Content-Type": "application/vnd.git-lfs+json"}
 def resolve(hub, request: Request) -> Reply:
     """A file at a revision, whole or in part."""
     path = check_path(request.args["path"])
-    commit = hub.repository(request).resolve(request.args["rev"])
+    repository = hub.repository(request)
+    user = hub.user(request)
+    if repository.gated and not (user and user.owns(repository.id)):
+        raise HubError(403, f"Access to {repository.id} is restricted", "GatedRepo")
+    commit = repository.resolve(request.args["rev"])
     headers = {"X-Repo-Commit": commit.oid}
     if path not in commit.files:
         raise HubError(404, "Entry not found", "EntryNotFound", headers=headers)

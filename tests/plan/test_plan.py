@@ -1,0 +1,186 @@
+"""`tunepress plan`: what a run takes, from metadata alone."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pipeline.config import Data
+from pipeline.config_file import shipped_configs
+from pipeline.planning.data import split_figures
+from tests.plan.conftest import put_hollow, shapes_of
+from tests.recipes.test_values import MODELS
+
+each_recipe = pytest.mark.parametrize("recipe", MODELS)
+# Runs the command as it is, and says whether torch came in on the way.
+WITHOUT_TORCH = """
+import sys
+sys.argv = ["tunepress", "plan", "qwen3-1.7b", "--json"]
+from pipeline.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+print(sorted({"torch", "transformers", "datasets"} & sys.modules.keys()))
+"""
+
+
+def test_there_is_a_model_here_for_every_shipped_recipe():
+    assert set(shipped_configs()) == {*MODELS, "demo"}
+
+
+@each_recipe
+def test_a_recipe_is_planned_without_its_weights_and_nothing_is_written(place, hub, recipe):
+    before, asked = place.files(), len(hub.requests)
+    plan = place.plan(recipe)
+    assert plan["model"]["parameters"] == MODELS[recipe][0]
+    assert plan["model"]["bf16_bytes"] == 2 * MODELS[recipe][0]
+    weights = [r for r in hub.requests[asked:] if r.method == "GET" and r.path.endswith(".safetensors")]
+    assert weights and {r.status for r in weights} == {206}  # single ranges, the headers
+    assert place.files() == before
+
+
+@each_recipe
+def test_it_names_every_stage_and_what_each_holds(place, recipe):
+    plan = place.plan(recipe, "--set", "publish.repo=ada/mine")
+    stages = {stage["stage"]: stage for stage in plan["stages"]}
+    assert list(stages) == ["train", "merge", "evaluate", "quantize", "int8", "int4", "publish"]
+    assert {"weights", "adapter and optimizer", "activations", "logits"} <= stages["train"]["memory"].keys()
+    assert stages["train"]["fetched_bytes"] == plan["model"]["fetched_bytes"] > plan["model"]["bf16_bytes"]
+    made = plan["model"]["bf16_bytes"] + sum(stages["quantize"]["writes"].values())
+    assert stages["publish"]["uploaded_bytes"] == pytest.approx(made + 4 * plan["adapter_parameters"], rel=0.001)
+    assert plan["disk_bytes"] > made
+
+
+def test_it_does_not_need_torch(place):
+    place.folder.joinpath("runs").mkdir()
+    assert place.python(f"import sys; sys.path.insert(0, {place.env['PYTHONPATH']!r})\n{WITHOUT_TORCH}").endswith(
+        "[]\n"
+    )
+
+
+def test_the_demo_is_planned_from_the_header_of_its_package(place):
+    plan = place.plan("demo")
+    assert plan["model"]["parameters"] == 134_515_008
+    assert plan["stages"][0]["writes"]["unpacked base model"] > plan["model"]["bf16_bytes"]
+    assert plan["data"]["steps"] == 60
+
+
+def test_a_dry_run_is_the_same_plan_and_does_nothing(place):
+    before = place.files()
+    dry = json.loads(place.tunepress("run", "tinyllama-1.1b", "--dry-run", "--json").stdout)
+    plan = place.plan("tinyllama-1.1b")
+    for found in (dry, plan):  # of which others may take something meanwhile
+        found |= {"machine": None, "shortages": None}
+    assert dry == plan and place.files() == before
+
+
+def test_people_get_a_page(place):
+    page = place.tunepress("plan", "qwen3-4b", "--device", "h100-80gb").stdout
+    assert "4.02 G parameters" in page and "h100-80gb" in page and "fits" in page
+    assert "no times, for nothing was measured on that machine" in page
+    assert "formulas" in page  # what is said of GPUs was not measured
+
+
+def test_what_does_not_fit_gets_settings_with_which_it_does(place):
+    large = ("--set", "train.method=lora", "--set", "train.batch_size=8", "--set", "train.max_length=8192")
+    plan = place.plan("qwen3-4b", "--device", "rtx-3060-12gb", *large)
+    assert not plan["fits"]
+    assert {(short["stage"], short["what"]) for short in plan["shortages"]} >= {("train", "GPU memory")}
+    told = [word for change in plan["changes"] for word in ("--set", change["setting"])]
+    assert told
+    again = place.plan("qwen3-4b", "--device", "rtx-3060-12gb", *large, *told)
+    assert again["fits"] and not again["changes"]
+
+
+def test_every_change_that_is_advised_is_needed(place):
+    large = ("--set", "train.batch_size=8", "--set", "train.max_length=4096")
+    plan = place.plan("qwen3-4b", "--device", "rtx-3060-12gb", *large)
+    settings = {change["key"]: change["setting"] for change in plan["changes"]}
+    assert settings
+    for left_out in settings.keys() - {"train.accumulate"}:  # which only keeps the step as large as it was
+        told = [word for key, setting in settings.items() if key != left_out for word in ("--set", setting)]
+        assert not place.plan("qwen3-4b", "--device", "rtx-3060-12gb", *large, *told)["fits"], left_out
+
+
+def test_a_model_that_fits_nowhere_is_said_to(place, hub):
+    shapes = {"model.embed_tokens.weight": (128256, 16384)}
+    shapes |= {f"model.layers.{i}.mlp.up_proj.weight": (53248, 16384) for i in range(126)}
+    put_hollow(hub, "ada/giant", shapes, {"model_type": "llama"})
+    plan = place.plan("qwen3-4b", "--set", "model.source=ada/giant", "--device", "rtx-3060-12gb")
+    assert not plan["fits"] and plan["changes"] == []
+
+
+def test_an_unknown_device_is_refused_with_those_that_are_known(place):
+    done = place.tunepress("plan", "demo", "--device", "abacus", check=2)
+    assert "abacus" in done.stderr and "h100-80gb" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [("ada/nothing", "no such model"), ("ada/packed", "already quantized"), ("ada/pickled", "no .safetensors")],
+)
+def test_a_model_that_cannot_be_had_is_refused_in_one_line(place, hub, source, words):
+    packed = json.dumps({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}).encode()
+    hub.put("ada/packed", {"config.json": packed, "model.safetensors": b"\0" * 64})
+    hub.put("ada/pickled", {"config.json": b'{"model_type": "llama"}', "pytorch_model.bin": b"\0"})
+    done = place.tunepress("plan", "qwen3-4b", "--set", f"model.source={source}", check=2)
+    assert len(done.stderr.splitlines()) == 1 and source in done.stderr and words in done.stderr
+
+
+def test_a_header_that_is_none_is_refused_in_one_line(place, hub):
+    hub.put("ada/broken", {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"\xff" * 64})
+    done = place.tunepress("plan", "qwen3-4b", "--set", "model.source=ada/broken", check=2)
+    assert len(done.stderr.splitlines()) == 1 and "model.safetensors: not a safetensors file" in done.stderr
+
+
+def test_a_gated_model_is_refused_with_the_way_in(place, hub):
+    put_hollow(hub, "eve/gated", {"model.embed_tokens.weight": (8, 8)}, {"model_type": "llama"})
+    hub.repo("eve/gated").gated = True
+    done = place.tunepress("plan", "qwen3-4b", "--set", "model.source=eve/gated", check=2)
+    assert len(done.stderr.splitlines()) == 1 and "accept its terms" in done.stderr
+
+
+def test_rows_are_counted_and_steps_follow_from_them(place):
+    rows = [
+        {"prompt": f"What is {n}?", "completion": "It is a number, as far as one can tell. " * 10} for n in range(400)
+    ]
+    place.folder.joinpath("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = place.plan("tinyllama-1.1b", "--set", "data.source=rows.jsonl", "--set", "train.packing=false")["data"]
+    assert told["examples"] == 400 and told["how"] == "lines counted"
+    assert told["steps"] == -(-380 // 8)  # a twentieth is held out, four rows at a time, twice
+
+
+def test_a_data_sets_card_says_how_much_it_holds():
+    def told(card: object, **data) -> int | None:
+        return (split_figures(card, Data(source="ada/told", **data)) or {}).get("num_examples")
+
+    one = {"splits": [{"name": "train", "num_examples": 5000}, {"name": "test", "num_examples": 50}]}
+    assert (told(one), told(one, split="test"), told(one, split="all")) == (5000, 50, None)
+    two = [{"config_name": "de", "splits": [{"name": "train", "num_examples": 7}]}, {"config_name": "en"}]
+    assert (told(two, subset="de"), told(two, subset="en")) == (7, None)
+    assert [told(card) for card in (None, "much", [3], [{"splits": 4}], {"splits": ["train"]})] == [None] * 5
+
+
+def test_a_data_set_that_does_not_say_how_much_it_holds_is_said_not_to(place, hub):
+    hub.put("ada/untold", {"rows.jsonl": b"{}\n"}, repo_type="dataset")
+    untold = place.plan("tinyllama-1.1b", "--set", "data.source=ada/untold")["data"]
+    assert untold["examples"] is None and untold["steps"] is None and "does not say" in untold["how"]
+
+
+def test_what_is_in_the_cache_is_not_fetched_again(place, hub):
+    put_hollow(hub, "ada/small", {"model.embed_tokens.weight": (64, 8)}, {"model_type": "llama"})
+    settings = ("qwen3-4b", "--set", "model.source=ada/small")
+    missing = place.plan(*settings)["fetched_bytes"]
+    place.python("from huggingface_hub import hf_hub_download as get; get('ada/small', 'model.safetensors')")
+    assert place.plan(*settings)["fetched_bytes"] < missing
+
+
+def test_with_little_disk_variants_are_made_shard_by_shard(hub, tmp_path):
+    from pipeline.planning.stages import stages_of
+    from tests.plan.test_sizes import HERE, midway, sizes_of
+
+    sizes = sizes_of(shapes_of("qwen3-4b"), kind="hub", shard_bytes=10**9, fetched_bytes=8 * 10**9)
+    whole, by_shard = (stages_of(midway(low_disk=low), sizes, HERE, 0, 0)[0] for low in (False, True))
+    assert not whole.temporary and sum(by_shard.temporary.values()) == 2 * 10**9

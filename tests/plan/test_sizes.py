@@ -1,0 +1,139 @@
+"""Sizes in a plan are those of the files that are made, and memory grows with what it is said to grow with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.checkpoint import Checkpoint
+from pipeline.config import Config, Lora, Model, Train, VariantSpec
+from pipeline.planning import memory
+from pipeline.planning.devices import Machine
+from pipeline.planning.headers import Tensor, gguf_header
+from pipeline.planning.model import Sizes, read_sizes
+from pipeline.planning.stages import stages_of
+from pipeline.planning.variants import stored_bytes
+from tests.plan.conftest import shapes_of
+
+HERE = Machine("here", host_bytes=10**12)
+GPU = Machine("a GPU", gpu_bytes=10**12)
+
+
+def sizes_of(shapes: dict, **more) -> Sizes:
+    tensors = {name: Tensor(shape) for name, shape in shapes.items()}
+    return Sizes(**{"kind": "folder", "tensors": tensors, "config": {}, "file_bytes": 2 * 10**9, **more})
+
+
+def midway(**model) -> Config:
+    tree = {"name": "x", "model": {"source": "ada/base", **model}, "data": None, "evaluate": None}
+    return Config.model_validate(tree)
+
+
+def config(source: Path | str = "ada/base", **sections) -> Config:
+    return Config.model_validate(
+        {"name": "x", "model": {"source": str(source)}, "data": {"source": "ada/rows"}, **sections}
+    )
+
+
+@pytest.fixture(scope="module")
+def qwen() -> Sizes:
+    return sizes_of(shapes_of("qwen3-1.7b"))
+
+
+def test_a_folder_is_read_by_its_headers(any_model):
+    sizes, checkpoint = read_sizes(Model(source=str(any_model))), Checkpoint(any_model)
+    from pipeline.models import linear_weights, table_weights
+
+    assert {name: t.shape for name, t in sizes.tensors.items()} == {name: t.shape for name, t in checkpoint.items()}
+    assert sizes.linear == linear_weights(any_model)
+    if "gemma" not in any_model.name:
+        assert sizes.tables.keys() >= table_weights(any_model).keys()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [{"name": "int8"}, {"name": "int8", "group_size": 32}, {"name": "int4"}, {"name": "int4", "group_size": 32},
+     {"name": "int4", "packing": "tile_packed"}, {"name": "int4", "embeddings": "int8"}],
+)  # fmt: skip
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_variants_are_as_large_as_planned(tiny_model, quantized, architecture, spec):
+    folder = tiny_model(architecture)
+    made = Checkpoint(quantized(folder, **{"variant" if k == "name" else k: v for k, v in spec.items()}) / spec["name"])
+    assert (
+        stored_bytes(read_sizes(Model(source=str(folder))), VariantSpec(**spec).resolved(), merged=True) == made.nbytes
+    )
+
+
+@pytest.mark.parametrize("variant", ["gguf-f16", "gguf-q8_0", "gguf-q4_0", "gguf-q5_1"])
+def test_gguf_is_as_large_as_planned(tiny_model, tmp_path, variant):
+    from gguf import GGUFReader
+
+    from pipeline.models import linear_weights, table_weights
+    from pipeline.quantization.stream import Variants
+
+    folder = tiny_model("qwen3")
+    spec = VariantSpec(name=variant).resolved()
+    Variants([spec], {variant: tmp_path}, linear_weights(folder), table_weights(folder)).make_of(folder)
+    made = sum(tensor.n_bytes for tensor in GGUFReader(next(tmp_path.glob("*.gguf"))).tensors)
+    assert stored_bytes(read_sizes(Model(source=str(folder))), spec, merged=True) == made
+    with open(next(tmp_path.glob("*.gguf")), "rb") as file:
+        fields, tensors = gguf_header("it", file)
+    assert fields["general.architecture"] == "qwen3"
+    assert sum(t.numel for t in tensors.values()) == read_sizes(Model(source=str(folder))).parameters
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
+def test_an_adapter_is_as_large_as_pefts(tiny_model, targets):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny_model("qwen3")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=4, target_modules=targets))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    sizes = read_sizes(Model(source=str(folder)))
+    assert memory.adapter_parameters(sizes, Lora(rank=4, target_modules=targets)) == trained
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_what_is_advised_takes_less_memory(qwen, on_gpu):
+    def held(**train) -> int:
+        return sum(memory.wanted(need) for need in memory.training(qwen, Train(**train), on_gpu))
+
+    usual = held()
+    assert held(batch_size=2) < usual and held(max_length=512) < usual and held(lora=Lora(rank=4)) < usual
+    assert held(method="lora") > usual
+
+
+def test_gradient_checkpointing_keeps_activations_small_on_a_gpu(qwen):
+    here, _ = memory.training(qwen, Train(), on_gpu=False)
+    _, gpu = memory.training(qwen, Train(), on_gpu=True)
+    assert gpu["activations"] < here["activations"] / 5
+
+
+def test_quantizing_takes_the_same_memory_whatever_the_model(qwen):
+    specs = [VariantSpec(name="int8").resolved()]
+    assert memory.quantizing(qwen, specs) == memory.quantizing(sizes_of(shapes_of("qwen3-4b")), specs)
+
+
+def test_one_base_is_merged_once_and_makes_the_variants_along(qwen):
+    both, one = (
+        {s.name: s for s in stages_of(config(merge={"base": base}), qwen, HERE, 0, 10**6)} for base in ("auto", "nf4")
+    )
+    assert both["merge"].temporary and "quantize" in both
+    assert not one["merge"].temporary and "quantize" not in one
+    assert any(name.startswith("int4") for name in one["merge"].writes)
+
+
+def test_a_model_that_does_not_fit_is_measured_from_its_files(qwen):
+    small, large = (
+        {s.name: s for s in stages_of(config(), qwen, machine, 0, 10**6)}["evaluate"]
+        for machine in (Machine("small", host_bytes=3 * 10**9), HERE)
+    )
+    assert "layer by layer" in small.notes[0] and not large.notes
+    assert memory.total(small.host) < memory.total(large.host) / 2
+
+
+def test_training_and_measuring_are_on_the_gpu_and_merging_and_quantizing_are_not(qwen):
+    stages = {s.name: s for s in stages_of(config(merge={"base": "bf16"}), qwen, GPU, 0, 10**6)}
+    assert {name for name, stage in stages.items() if stage.gpu} == {"train", "evaluate", "int8", "int4"}
