@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pipeline.catalog import VARIANTS
 from pipeline.config import Config, Lora, Train, VariantSpec
 from pipeline.machine import cores
 from pipeline.planning.model import Sizes
@@ -30,9 +31,10 @@ MAPPED = "pages of the files"  # count as resident, and are given back where mem
 LOSS_TOKENS, LOSS_COLUMNS = 4096, 32768  # of the tile of logits that trl computes at a time
 LOSS_BYTES = 31  # a logit on a CPU: seven temporaries in float32, the tile in bf16, a mask
 SCORED_TOKENS = 2048  # `measure.BATCH_TOKENS`
-LOGITS = 1 << 24  # `measure.LOGIT_ELEMENTS`
+LOGITS = 1 << 24  # `heads.LOGIT_ELEMENTS`
 LOGITS_BYTES = 30  # each of them: float32, seven and a half times over, while two models are compared
-HEAD = 1 << 25  # `measure.HEAD_ELEMENTS`
+HEAD = 1 << 25  # `heads.HEAD_ELEMENTS`
+LLAMA_CPP = 100 * MB  # of a process that has no torch; the stage has closed the file by then
 PROBE = 70 * MB  # what a probe computes with
 BLOCK = 8 * MB  # `blocks.BLOCK_BYTES`
 
@@ -122,7 +124,11 @@ def passing(sizes: Sizes, libraries: int, variants: int) -> Need:
 
 
 def quantizing(sizes: Sizes, specs: Sequence[VariantSpec]) -> Need:
-    return passing(sizes, LIBRARIES["quantize"], len(specs))
+    """The pass, and llama.cpp's quantizer in a process of its own, which takes a tensor at a time, in float32."""
+    need = passing(sizes, LIBRARIES["quantize"], len(specs))
+    if any(VARIANTS[spec.name].quantizer for spec in specs):
+        need["llama.cpp's quantizer"] = PROBE + 8 * max(tensor.numel for tensor in sizes.tensors.values())
+    return need
 
 
 def measuring(sizes: Sizes, weights: int, on_gpu: bool, max_tokens: int, holes: float = 1.0) -> tuple[Need, Need]:
@@ -151,6 +157,11 @@ def probed(host: Need, weights: int, on_gpu: bool) -> Need:
     """
     fresh = LIBRARIES["evaluate"] + PROBE + (CUDA_LIBRARIES if on_gpu else weights)
     return host | {"a fresh process": fresh}
+
+
+def in_llama_cpp(sizes: Sizes, stored: int, max_tokens: int) -> Need:
+    """A GGUF measured through llama.cpp, on the CPU: the stage holds the file, and so does a fresh process after it."""
+    return measuring(sizes, stored, False, max_tokens)[0] | {"a fresh process": LLAMA_CPP}
 
 
 def offloaded(sizes: Sizes, max_tokens: int) -> Need:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 
 from pipeline.catalog import VARIANTS
 from pipeline.config import Config, VariantSpec
@@ -126,12 +127,13 @@ def _merge(config: Config, sizes: Sizes, machine: Machine, variants: Variants, a
     if along:
         made |= {f"{name}, not measured yet": count for name, count in variants.bytes.items()}
     other = {"the other base's merge": sizes.bf16_bytes} if len(bases) > 1 else {}
+    between = _before_k_quants(sizes, variants) if along else {}
     notes = ("merged into two bases, which are compared; merge.base: nf4 or bf16 asks for one",) if other else ()
     return Stage(
         "merge",
         reads={"model": sizes.bf16_bytes * len(bases)},
         writes=made,
-        temporary=other,
+        temporary={**other, **between},
         host=host,
         gpu=gpu,
         notes=notes,
@@ -151,13 +153,25 @@ def _quantize(config: Config, sizes: Sizes, variants: Variants, model: int) -> S
         "quantize",
         reads={"model": model},
         writes={name: count + sizes.other_bytes for name, count in variants.bytes.items()},
+        temporary=_before_k_quants(sizes, variants),
         host=memory.quantizing(sizes, variants.specs),
     )
 
 
+def _before_k_quants(sizes: Sizes, variants: Variants) -> dict[str, int]:
+    """The whole model as GGUF, which llama.cpp makes each K-quants variant of."""
+    count = sum(1 for spec in variants.specs if VARIANTS[spec.name].quantizer)
+    return {"the model as GGUF": count * sizes.bf16_bytes} if count else {}
+
+
 def _admit(config: Config, sizes: Sizes, machine: Machine, spec: VariantSpec, stored: int) -> Stage:
-    weights = sizes.bf16_bytes if VARIANTS[spec.name].format == "gguf" else stored
-    host, gpu, notes = _measured(config, sizes, machine, weights)
+    if VARIANTS[spec.name].format != "gguf":
+        host, gpu, notes = _measured(config, sizes, machine, stored)
+    elif find_spec("llama_cpp"):
+        host, gpu, notes = memory.in_llama_cpp(sizes, stored, config.evaluate.max_tokens), {}, ()
+    else:
+        host, gpu, notes = _measured(config, sizes, machine, sizes.bf16_bytes)
+        notes += ("without llama.cpp it is measured by its dequantized weights, and has no speed",)
     return Stage(spec.name, reads={"variant": stored}, host=host, gpu=gpu, notes=notes)
 
 

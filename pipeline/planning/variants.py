@@ -11,8 +11,11 @@ from pipeline.planning.model import Sizes
 # Bits that GGUF's types take for a weight, scales included. Those of mixtures are of the whole model.
 GGUF_BITS = {
     "f16": 16, "bf16": 16, "q8_0": 8.5, "q4_0": 4.5, "q4_1": 5, "q5_0": 5.5, "q5_1": 6,
-    "q4_k_m": 4.85, "q5_k_m": 5.7, "q6_k": 6.6,
+    "q4_k_m": 4.85, "q5_k_m": 5.7, "q6_k": 6.57,
 }  # fmt: skip
+# K-quants have blocks of 256; llama.cpp gives a matrix of another width the next larger of the older types.
+K_BLOCK = 256
+INSTEAD_BITS = {"q4_k_m": 5.5, "q5_k_m": 6, "q6_k": 8.5}
 TABLE_BITS = 8.5  # of GGUF's Q8_0
 TILE_ROWS, TILE_COLUMNS = 8, 1024  # that int4 in tiles fills up to
 
@@ -27,7 +30,9 @@ def stored_bytes(sizes: Sizes, spec: VariantSpec, merged: bool) -> int:
     count = 0.0
     for name, tensor in sizes.tensors.items():
         if name in sizes.linear and not _is_kept(spec, name):
-            count += _gguf_bits(spec) / 8 * tensor.numel if gguf else _torchao(spec, *tensor.shape)
+            count += _gguf_bits(spec, tensor.shape[1]) / 8 * tensor.numel if gguf else _torchao(spec, *tensor.shape)
+        elif name in sizes.tables and VARIANTS[spec.name].quantizer:  # which gives them its best type
+            count += _gguf_bits(VariantSpec(name="gguf-q6_k"), tensor.shape[1]) / 8 * tensor.numel
         elif name in sizes.tables and spec.embeddings == "int8":
             count += TABLE_BITS / 8 * tensor.numel if gguf else _int8(*tensor.shape, None)
         elif gguf and len(tensor.shape) == 1:
@@ -58,8 +63,11 @@ def _group(asked: int | None, width: int) -> int:
     return next((g for g in sorted(GROUP_SIZES, reverse=True) if g <= (asked or 0) and width % g == 0), width)
 
 
-def _gguf_bits(spec: VariantSpec) -> float:
-    return GGUF_BITS.get(spec.name.removeprefix("gguf-"), VARIANTS[spec.name].bits + 0.6)
+def _gguf_bits(spec: VariantSpec, width: int) -> float:
+    kind = spec.name.removeprefix("gguf-")
+    if width % K_BLOCK and kind in INSTEAD_BITS:
+        return INSTEAD_BITS[kind]
+    return GGUF_BITS[kind]
 
 
 def _rounds(spec: VariantSpec) -> bool:

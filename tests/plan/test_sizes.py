@@ -83,6 +83,21 @@ def test_gguf_is_as_large_as_planned(tiny_model, tmp_path, variant):
     assert sum(t.numel for t in tensors.values()) == read_sizes(Model(source=str(folder))).parameters
 
 
+@pytest.mark.parametrize("variant", ["gguf-q4_k_m", "gguf-q6_k"])
+def test_k_quants_are_about_as_large_as_planned(tiny_model, tmp_path, variant):
+    pytest.importorskip("llama_cpp")
+    from pipeline.models import linear_weights
+    from pipeline.quantization.stream import Variants
+
+    folder = tiny_model("llama", hidden_size=256, intermediate_size=768)
+    spec = VariantSpec(name=variant).resolved()
+    Variants([spec], {variant: tmp_path}, linear_weights(folder)).make_of(folder)
+    with open(next(tmp_path.glob("*.gguf")), "rb") as file:
+        gguf_header("it", file)
+        made = (tmp_path / file.name).stat().st_size - file.tell()
+    assert stored_bytes(read_sizes(Model(source=str(folder))), spec, merged=True) == pytest.approx(made, rel=0.1)
+
+
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
 def test_an_adapter_is_as_large_as_pefts(tiny_model, targets):
     from peft import LoraConfig, get_peft_model
