@@ -131,30 +131,32 @@ def measure(config: Path, verbs: tuple[str, ...]) -> dict[str, int]:
         with subprocess.Popen(
             command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         ) as process:
-            watch = Watch(process.pid)
-            watch.start()
-            problem = process.stderr.read()
-            process.wait()
-            watch.end()
+            with Watch(process.pid) as watch:
+                problem = process.stderr.read()
+                process.wait()
         if process.returncode:
             raise SystemExit(f"{' '.join(command)}\n{problem[-2000:]}")
         peaks |= watch.peaks
     return peaks
 
 
-class Watch(threading.Thread):
+class Watch:
     """Looks at the stages under a process: the most that each had resident, with its children, by its name."""
 
     def __init__(self, root: int):
-        super().__init__(daemon=True)
         self.peaks: dict[str, int] = {}
         self._root, self._names, self._ended = root, {}, threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
 
-    def end(self) -> None:
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
         self._ended.set()
-        self.join()
+        self._thread.join()
 
-    def run(self) -> None:
+    def _look(self) -> None:
         while not self._ended.is_set():
             resident, children = _processes()
             for process in _tree(children, self._root):

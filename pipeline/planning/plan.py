@@ -61,6 +61,10 @@ class Plan:
         return sum(stage.fetches for stage in self.stages)
 
     @property
+    def cached_bytes(self) -> int:
+        return sum(stage.caches for stage in self.stages)
+
+    @property
     def uploaded_bytes(self) -> int:
         return sum(stage.uploads for stage in self.stages)
 
@@ -108,15 +112,15 @@ def shortages(stages: Sequence[Stage], machine: Machine) -> list[Shortage]:
         ):
             if have is not None and need > have:
                 found.append(Shortage(stage.name, what, need, have))
-    fetched = 0
+    cached = 0
     for stage, (_, lying) in zip(stages, disk_peaks(stages), strict=True):
-        fetched += stage.fetches
-        need = lying + (fetched if machine.one_disk else 0)
+        cached += stage.caches
+        need = lying + (cached if machine.one_disk else 0)
         if machine.disk_free is not None and need > machine.disk_free:
             found.append(Shortage(stage.name, "disk", need, machine.disk_free))
             break
-    if machine.cache_free is not None and not machine.one_disk and fetched > machine.cache_free:
-        found.append(Shortage("fetching", "disk of the Hub's cache", fetched, machine.cache_free))
+    if machine.cache_free is not None and not machine.one_disk and cached > machine.cache_free:
+        found.append(Shortage("fetching", "disk of the Hub's cache", cached, machine.cache_free))
     return found
 
 

@@ -50,6 +50,7 @@ def as_json(plan: Plan) -> dict:
         "stages": [_stage(stage, peaks[stage.name], plan.seconds.get(stage.name)) for stage in plan.stages],
         "disk_bytes": plan.disk_bytes,
         "fetched_bytes": plan.fetched_bytes,
+        "cached_bytes": plan.cached_bytes,
         "uploaded_bytes": plan.uploaded_bytes,
         "seconds": sum(plan.seconds.values()) if plan.seconds else None,
         "fits": plan.fits,
@@ -63,6 +64,7 @@ def _stage(stage: Stage, disk: int, seconds: float | None) -> dict:
     return {
         "stage": stage.name,
         "fetched_bytes": stage.fetches,
+        "cached_bytes": stage.caches,
         "reads": dict(stage.reads),
         "writes": dict(stage.writes),
         "temporary": dict(stage.temporary),
@@ -154,7 +156,7 @@ def _notes(plan: Plan) -> Iterator[str]:
     from pipeline.terminal import clock, size
 
     disk = f"disk: {size(plan.disk_bytes)} at most in the run's folder"
-    yield disk + (f", {size(plan.fetched_bytes)} more in the Hub's cache" if plan.fetched_bytes else "")
+    yield disk + (f", {size(plan.cached_bytes)} more in the Hub's cache" if plan.cached_bytes else "")
     if plan.uploaded_bytes:
         how = "as the run goes on" if plan.config.publish.commits == "per_stage" else "at the end"
         yield f"sent to {plan.config.publish.repo}: {size(plan.uploaded_bytes)}, {how}; again only what changed"

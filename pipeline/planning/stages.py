@@ -26,8 +26,9 @@ class Stage:
     Attributes:
         name: `train`, `merge`, `evaluate`, `quantize`, a variant's name, `publish`.
         fetches: comes from the Hub, and is not in its cache yet.
+        caches: what of that stays in the Hub's cache.
         reads: is read from the disk.
-        writes: stays after the run, in its folder; the Hub's cache is `fetches`.
+        writes: stays after the run, in its folder.
         temporary: is there only while the stage works.
         removed: what earlier stages wrote and this one removes or moves.
         host, gpu: memory at the peak; empty where none of it is used.
@@ -36,6 +37,7 @@ class Stage:
 
     name: str
     fetches: int = 0
+    caches: int = 0
     reads: Mapping[str, int] = field(default_factory=dict)
     writes: Mapping[str, int] = field(default_factory=dict)
     temporary: Mapping[str, int] = field(default_factory=dict)
@@ -103,7 +105,7 @@ def _with_the_model(stage: Stage, config: Config, sizes: Sizes) -> Stage:
     if config.model.low_disk:
         shards = {"two shards at a time": min(2 * sizes.shard_bytes, sizes.file_bytes)}
         return replace(stage, fetches=sizes.fetched_bytes, temporary={**stage.temporary, **shards})
-    return replace(stage, fetches=stage.fetches + missing)
+    return replace(stage, fetches=stage.fetches + missing, caches=stage.caches + missing)
 
 
 def _train(config: Config, sizes: Sizes, machine: Machine, data_bytes: int, adapter: int) -> Stage:
@@ -112,6 +114,7 @@ def _train(config: Config, sizes: Sizes, machine: Machine, data_bytes: int, adap
     return Stage(
         "train",
         fetches=data_bytes,
+        caches=data_bytes,
         reads={"model": sizes.bf16_bytes},
         writes={"adapter": 4 * adapter, "checkpoints": (KEPT_CHECKPOINTS - 1) * (4 + moments) * adapter},
         temporary={"checkpoint": (4 + moments) * adapter},

@@ -9,7 +9,7 @@ import pytest
 from pipeline.config import Data
 from pipeline.config_file import shipped_configs
 from pipeline.planning.data import split_figures
-from tests.plan.conftest import put_hollow, shapes_of
+from tests.plan.conftest import put_hollow
 from tests.recipes.test_values import MODELS
 
 each_recipe = pytest.mark.parametrize("recipe", MODELS)
@@ -175,12 +175,3 @@ def test_what_is_in_the_cache_is_not_fetched_again(place, hub):
     missing = place.plan(*settings)["fetched_bytes"]
     place.python("from huggingface_hub import hf_hub_download as get; get('ada/small', 'model.safetensors')")
     assert place.plan(*settings)["fetched_bytes"] < missing
-
-
-def test_with_little_disk_variants_are_made_shard_by_shard(hub, tmp_path):
-    from pipeline.planning.stages import stages_of
-    from tests.plan.test_sizes import HERE, midway, sizes_of
-
-    sizes = sizes_of(shapes_of("qwen3-4b"), kind="hub", shard_bytes=10**9, fetched_bytes=8 * 10**9)
-    whole, by_shard = (stages_of(midway(low_disk=low), sizes, HERE, 0, 0)[0] for low in (False, True))
-    assert not whole.temporary and sum(by_shard.temporary.values()) == 2 * 10**9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ import pytest
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import Config, Lora, Model, Train, VariantSpec
 from pipeline.planning import memory
+from pipeline.planning.advice import advise
 from pipeline.planning.devices import Machine
 from pipeline.planning.headers import Tensor, gguf_header
 from pipeline.planning.model import Sizes, read_sizes
+from pipeline.planning.plan import shortages
 from pipeline.planning.stages import stages_of
 from pipeline.planning.variants import stored_bytes
 from tests.plan.conftest import shapes_of
@@ -138,6 +141,17 @@ def test_one_base_is_merged_once_and_makes_the_variants_along(qwen):
     assert both["merge"].temporary and "quantize" in both
     assert not one["merge"].temporary and "quantize" not in one
     assert any(name.startswith("int4") for name in one["merge"].writes)
+
+
+def test_with_little_disk_two_shards_lie_here_and_are_advised(tmp_path):
+    sizes = sizes_of(shapes_of("qwen3-4b"), kind="hub", shard_bytes=10**9, fetched_bytes=8 * 10**9)
+    whole, by_shard = (stages_of(midway(low_disk=low), sizes, HERE, 0, 0) for low in (False, True))
+    assert (whole[0].caches, by_shard[0].caches) == (8 * 10**9, 0)
+    assert not whole[0].temporary and sum(by_shard[0].temporary.values()) == 2 * 10**9
+    tight = replace(HERE, disk_free=12 * 10**9, cache_free=12 * 10**9, one_disk=True)
+    assert [short.what for short in shortages(whole, tight)] == ["disk"] and not shortages(by_shard, tight)
+    changes = advise(midway(), lambda asked: bool(shortages(stages_of(asked, sizes, tight, 0, 0), tight)))
+    assert [change.setting for change in changes] == ["model.low_disk=true"]
 
 
 def test_a_model_that_does_not_fit_is_measured_from_its_files(qwen):
