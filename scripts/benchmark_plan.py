@@ -128,12 +128,14 @@ def measure(config: Path, verbs: tuple[str, ...]) -> dict[str, int]:
     peaks: dict[str, int] = {}
     for verb in verbs:
         command = [sys.executable, "-m", "pipeline", verb, str(config), "--runs", str(config.parent / "runs")]
-        with subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        ) as process:
-            with Watch(process.pid) as watch:
-                problem = process.stderr.read()
-                process.wait()
+        with (
+            subprocess.Popen(
+                command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            ) as process,
+            Watch(process.pid) as watch,
+        ):
+            problem = process.stderr.read()
+            process.wait()
         if process.returncode:
             raise SystemExit(f"{' '.join(command)}\n{problem[-2000:]}")
         peaks |= watch.peaks
