@@ -25,6 +25,7 @@ NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8  # a code, a scale of 8 bits for 
 # Stages keep what they free (`process.ALLOCATOR`): blocks of other sizes leave holes between what is held, and
 # what a layer computes with on its way lies there too.
 HOLES = 1.5
+MEASURING_HOLES = 1.1  # of scoring and comparing one model after another
 COMPARED_HOLES = 1.3  # of three models one after the other, which all work in blocks of the same sizes
 CUDA_HOLES = 1.15  # torch's own allocator fills its blocks better
 MAPPED = "pages of the files"  # count as resident, and are given back where memory is short
@@ -131,7 +132,9 @@ def quantizing(sizes: Sizes, specs: Sequence[VariantSpec]) -> Need:
     return need
 
 
-def measuring(sizes: Sizes, weights: int, on_gpu: bool, max_tokens: int, holes: float = 1.0) -> tuple[Need, Need]:
+def measuring(
+    sizes: Sizes, weights: int, on_gpu: bool, max_tokens: int, holes: float = MEASURING_HOLES
+) -> tuple[Need, Need]:
     """Scoring texts with a model that holds so many bytes of weights, and comparing it with another one.
 
     The other's hidden states and output head are in memory then, the other itself is not.
