@@ -11,7 +11,9 @@ import os
 import re
 
 # Tokens of the Hub and of its cousins, wherever they turn up.
-_TOKEN_SHAPES = re.compile(r"\b(hf_[A-Za-z0-9]{8,}|api_org_[A-Za-z0-9]{8,})\b|(?<=write_token=)[^&\s\"']+")
+_TOKEN_SHAPES = re.compile(
+    r"\b(hf_[A-Za-z0-9]{8,}|api_org_[A-Za-z0-9]{8,}|hf_(jwt|oauth)_[A-Za-z0-9._-]{8,})\b|(?<=write_token=)[^&\s\"']+"
+)
 _SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN", "TRACKIO_WRITE_TOKEN")
 
 

@@ -15,11 +15,13 @@ from pipeline.forwarding import Forwarder
 from pipeline.launch import Launch, share
 from pipeline.process import run_stage
 from pipeline.reporter import Reporter
-from pipeline.stages import STEPS, admit, document, evaluate, merge, publish, quantize, train
+from pipeline.stages import STEPS, admit, compare, document, evaluate, merge, publish, quantize, train
 from pipeline.trackers import opener
 from pipeline.workspace import HIDDEN, Entry, Workspace
 
-MODULES = {m.__name__.rpartition(".")[2]: m for m in (train, merge, evaluate, quantize, admit, document, publish)}
+MODULES = {
+    m.__name__.rpartition(".")[2]: m for m in (train, merge, evaluate, compare, quantize, admit, document, publish)
+}
 
 
 def run(

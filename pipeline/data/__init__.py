@@ -18,7 +18,7 @@ from pipeline.data.files import open_file
 from pipeline.data.forms import Example
 from pipeline.data.reading import OnSkip, Skipped, read_table
 from pipeline.data.sources import check_settings, is_builtin, locate
-from pipeline.data.splitting import fingerprint, split
+from pipeline.data.splitting import fingerprint, split, trained_from
 from pipeline.data.store import read_examples, write_examples
 from pipeline.errors import DataError
 
@@ -49,6 +49,7 @@ class DataSet:
         rows: rows read, good and bad.
         duplicates: good rows dropped because the same example came before.
         fingerprint: sha256, in hex, over the examples of both splits.
+        trained_from: where in the order of the split training begins; see `splitting.trained_from`.
         license, language: what the source itself says, else None.
         subset, split, revision: of a data set on the Hub; the revision is the commit that was read. Else None.
         skipped: bad rows that were left out.
@@ -62,6 +63,7 @@ class DataSet:
     rows: int
     duplicates: int
     fingerprint: str
+    trained_from: str = ""
     license: str | None = None
     language: str | None = None
     subset: str | None = None
@@ -104,6 +106,7 @@ def load_examples(data: Data, on_skip: OnSkip | None = None) -> DataSet:
         rows=rows,
         duplicates=duplicates,
         fingerprint=fingerprint(train, held_out),
+        trained_from=trained_from(train, data.seed),
         **known,
     )
 

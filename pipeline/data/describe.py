@@ -60,6 +60,7 @@ def describe(data_set: DataSet, encoded: dict[str, EncodedSet], tokenizer: Any) 
         "skipped": data_set.skipped.total,
         "unused_columns": list(data_set.unused),
         "fingerprint": data_set.fingerprint,
+        "trained_from": data_set.trained_from,
         "license": data_set.license,
         "language": data_set.language,
         "template": _template(data_set, tokenizer),

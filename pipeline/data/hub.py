@@ -75,6 +75,20 @@ def open_hub(data: Data) -> HubSource:
     )
 
 
+def commit_of(data: Data) -> str:
+    """The commit that a data set on the Hub is at, without downloading it.
+
+    Raises:
+        DataError: if it cannot be had; the message says why, and what to do.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(data.source, revision=data.revision, timeout=_TIMEOUT).sha
+    except Exception as error:
+        raise DataError(f"{data.source}: {_reason(error, data)}") from None
+
+
 def _read(rows: Any, columns: Sequence[str]) -> Iterator[Row]:
     used = [column for column in rows.column_names if column in columns]
     if used:

@@ -30,6 +30,21 @@ def split(examples: Sequence[Example], data: Data) -> tuple[Examples, Examples, 
     return train, held_out, len(examples) - len(unique)
 
 
+def trained_from(train: Iterable[Example], seed: int) -> str:
+    """Where in the order of the split training begins: 16 hex digits.
+
+    An example that stands before it was not trained on, whether or not it was among the rows: prompts are held
+    out from the beginning of that order on, which depends on nothing but the prompt and the seed. So rows that
+    came in later can be told from those that a model has seen.
+    """
+    return min((place(example, seed) for example in train), default="")
+
+
+def place(example: Example, seed: int) -> str:
+    """Where an example's prompt stands in the order of the split: 16 hex digits."""
+    return _shuffled(seed, "split", example.prompt()).hex()[:16]
+
+
 def fingerprint(*splits: Iterable[Example]) -> str:
     """sha256, in hex, over the examples of all splits."""
     digest = hashlib.sha256()

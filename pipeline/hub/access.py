@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from pipeline.errors import HubError
 from pipeline.hub.trouble import ATTEMPTS, HubAway, persist, status_of
 
@@ -17,7 +19,36 @@ def check_access(repo: str, create_pr: bool = False) -> None:
     Raises:
         HubError: saying which of these it is not, and what to do.
     """
-    check_token(repo, None if create_pr else repo.split("/")[0])
+    if keyless() is None:
+        check_token(repo, None if create_pr else repo.split("/")[0])
+    else:
+        _check_keyless(repo)
+
+
+def keyless() -> str | None:
+    """The one repository that this process may write to without a stored token, as a trusted publisher of the Hub.
+
+    In CI, `HF_OIDC_RESOURCE` lets the Hub's client exchange the job's identity for a token of an hour, and again
+    when it runs out. It belongs to no user: the Hub does not say whose it is, and whoever wrote the settings of
+    the repository has decided what it may do.
+    """
+    return os.environ.get("HF_OIDC_RESOURCE") or None
+
+
+def _check_keyless(repo: str) -> None:
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import OIDCError
+
+    if keyless() != repo:
+        raise HubError(f"{repo}: HF_OIDC_RESOURCE is {keyless()}, and a keyless login may write there alone")
+    try:
+        persist(repo, get_token)
+    except OIDCError as error:
+        raise HubError(f"{repo}: no keyless login: {error}") from None
+    except HubAway:
+        raise
+    except HubError as error:
+        raise HubError(f"{error}; add this workflow to the repository's Trusted Publishers on the Hub") from None
 
 
 def check_token(place: str, owner: str | None, attempts: int = ATTEMPTS) -> str:

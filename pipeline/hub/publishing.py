@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import HubError
+from pipeline.hub.access import keyless
 from pipeline.hub.tree import CARD, LINEAGE, Content, Copy, Lineage, LocalFile, Tree, read_tree, size_of
 from pipeline.hub.trouble import persist, say
 from pipeline.hub.upload import Progress, send
@@ -52,6 +53,7 @@ def publish(
     progress: Progress = lambda done, total, what: None,
     create_pr: bool = False,
     pull_request: int | None = None,
+    check: Callable[[Tree], None] = lambda tree: None,
     way_out: str = "run again to publish what is missing",
 ) -> Commit:
     """Bring a repository to the files that `render` makes, in one commit, or in none if they are there already.
@@ -63,6 +65,7 @@ def publish(
         create_pr: commit to a pull request instead of the main branch: to the open one that this user gave the
             title `message`, or a new one.
         pull_request: number of the pull request to update, if it is still open and whatever its title.
+        check: looks at the main branch before each attempt, and raises where nothing is to be done on top of that.
         way_out: what people can do where the Hub stays away.
 
     Raises:
@@ -72,7 +75,7 @@ def publish(
     tried = [NOTHING]
 
     def attempt() -> Commit:
-        branch = _choose(repo, render, message, create_pr, pull_request)
+        branch = _choose(repo, render, message, create_pr, pull_request, check)
         if not branch.change:
             return _done(repo, branch.tree.head, tried[-1], branch.number)  # not nothing where the answer was lost
         _check_card(repo, branch.change)
@@ -97,9 +100,12 @@ class _Branch:
         return None if self.number is None else f"refs/pr/{self.number}"
 
 
-def _choose(repo: str, render: Render, title: str, create_pr: bool, known: int | None) -> _Branch:
+def _choose(
+    repo: str, render: Render, title: str, create_pr: bool, known: int | None, check: Callable[[Tree], None]
+) -> _Branch:
     """The main branch, or where something has to change and only a proposal is wanted, a pull request."""
     tree = read_tree(repo)
+    check(tree)
     change = difference(tree, render(tree))
     if not (change and create_pr):
         return _Branch(tree, change)
@@ -189,7 +195,7 @@ def _open_pull_request(repo: str, title: str, known: int | None) -> int | None:
     from huggingface_hub import HfApi
 
     api = HfApi()
-    me = api.whoami()["name"]
+    me = None if keyless() else api.whoami()["name"]  # and then only by its number: others may use the title too
     found = list(api.get_repo_discussions(repo, discussion_type="pull_request", discussion_status="open"))
     numbers = [d.num for d in found if d.author == me and d.title == title]
     return known if known in [d.num for d in found] else max(numbers, default=None)

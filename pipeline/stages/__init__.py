@@ -38,6 +38,7 @@ STEPS = {
     "train": Step("train"),
     "merge": Step("merge"),
     "evaluate": Step("evaluate"),
+    "compare": Step("evaluate", starts=False, completes=False),  # with the model that a repository has; retraining
     "quantize": Step("quantize", completes=False),  # writes the files of all variants ...
     "admit": Step("quantize", starts=False),  # ... of which each is then measured and let in
     "document": Step(None, starts=False, completes=False),

@@ -11,6 +11,7 @@ from pipeline.config import Config
 from pipeline.errors import HubError, UserError
 from pipeline.events import STAGES, Events, read_events
 from pipeline.hub import CARD
+from pipeline.live import check_is_compared
 from pipeline.stages import Outcome
 from pipeline.stages.document import (
     depends,
@@ -110,12 +111,14 @@ def _mirrors(
     config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...], private: bool
 ) -> tuple[dict[str, Commit], list[str]]:
     """Publish the mirrors of these variants; the commits, and what went wrong with the others."""
-    from pipeline.hub import check_destination
+    from pipeline.hub import check_destination, read_tree
+    from pipeline.hub.trouble import persist
 
     commits, problems = {}, []
     wanted = {variant: mirror for variant, mirror in config.publish.mirrors.items() if variant in variants}
     if wanted:  # before there are mirrors of it
         check_destination(config.publish.repo, config.name)
+        persist(config.publish.repo, lambda: check_is_compared(workspace, read_tree(config.publish.repo)))
     for variant, mirror in wanted.items():
         try:
             commits[mirror] = _mirror(config, workspace, events, variant, private)
@@ -163,16 +166,21 @@ def _commit(
     from pipeline import hub
     from pipeline.cards.readmes import left_behind
 
+    def check(tree: Tree) -> None:
+        if repo == config.publish.repo:
+            check_is_compared(workspace, tree)
+
     def whole(tree: Tree) -> dict[str, Content]:
         wanted = contents(tree)
         return {**wanted, **left_behind(tree, wanted)}
 
     if not config.publish.create_pr:
-        return hub.publish(repo, whole, f"{config.name}: {what}", progress=events.progress)
+        return hub.publish(repo, whole, f"{config.name}: {what}", progress=events.progress, check=check)
     last = workspace.ledger().get("publish")
     known = last.summary.get("pull_request") if last and last.summary.get("repo") == repo else None
     title = f"{config.name}: release by tunepress"  # by which it is found again, so not what is in it
-    return hub.publish(repo, whole, title, progress=events.progress, create_pr=True, pull_request=known)
+    proposal = {"create_pr": True, "pull_request": known}
+    return hub.publish(repo, whole, title, progress=events.progress, check=check, **proposal)
 
 
 def _is_finished(config: Config, variants: tuple[str, ...]) -> bool:

@@ -1,0 +1,80 @@
+"""What came of a retraining, in Markdown for the page that a CI shows, and as plain data for machines."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from pipeline.errors import ConfigError
+from pipeline.retrain import Decision
+
+TITLES = {"published": "Published", "not_better": "Not better, so nothing was published", "skipped": "Skipped"}
+
+
+def markdown(decision: Decision) -> str:
+    """The decision, what it rests on, and where the result is."""
+    lines = [f"## Retraining {decision.repo}: {TITLES[decision.outcome]}", "", f"{_sentence(decision.reason)}", ""]
+    if decision.url:
+        lines += [f"[{decision.url}]({decision.url})", ""]
+    if decision.comparison:
+        lines += _table(decision.comparison, decision.margin)
+    if decision.changes:
+        lines += ["What changed since the live model:", "", *(f"- `{change}`" for change in decision.changes), ""]
+    return "\n".join(lines)
+
+
+def markdown_of_failure(repo: str, line: str) -> str:
+    return f"## Retraining {repo}: Failed\n\n{_sentence(line)}\n"
+
+
+def plain(decision: Decision) -> dict:
+    """The decision as JSON has it."""
+    return {**asdict(decision), "exit_code": decision.exit_code, "summary": markdown(decision)}
+
+
+def write(text: str, file: Path | None) -> None:
+    """Append a summary to `file`, and to the one that GitHub names in `GITHUB_STEP_SUMMARY`.
+
+    Raises:
+        ConfigError: where it cannot be written.
+    """
+    named = os.environ.get("GITHUB_STEP_SUMMARY")
+    for path in dict.fromkeys(filter(None, (file, Path(named) if named else None))):
+        try:
+            with open(path, "a", encoding="utf-8") as out:
+                out.write(text + "\n")
+        except OSError as error:
+            raise ConfigError(f"--summary {path}: cannot be written ({error.strerror})") from None
+
+
+def _table(comparison: dict, margin: float) -> list[str]:
+    unit = comparison["unit"]
+    rows = [
+        f"| | {unit} |" + (" perplexity |" if unit == "nats per token" else ""),
+        "|---|---:|" + ("---:|" if unit == "nats per token" else ""),
+    ]
+    for name in ("new", "live"):
+        value = comparison[name]
+        row = f"| {name} | {value['value']:.4f} ± {value['stderr']:.4f} |"
+        if unit == "nats per token":
+            perplexity = math.exp(value["value"])
+            row += f" {perplexity:.3f} ± {perplexity * value['stderr']:.3f} |"
+        rows.append(row)
+    gap, there = comparison["difference"], comparison["compared_with"]
+    rows.append(f"| new - live | {gap['value']:+.4f} ± {gap['stderr']:.4f} |" + (" |" * (unit == "nats per token")))
+    how = (
+        f"Loss on {comparison['tokens']} tokens of {comparison['examples']} held-out examples that neither model was "
+        f"trained on, paired by {comparison['paired_by']}; ± one standard error. Live is commit "
+        f"`{there['commit'][:12]}`. The rule: better if lower by more than {margin:g} standard errors of "
+        "the difference."
+    )
+    if comparison["paired_by"] == "example":
+        how += " The models have different tokens, so bits per byte of what was to be learned are compared."
+    notes = [f"Note: {comparison['note']}.", ""] if comparison.get("note") else []
+    return [*rows, "", how, "", *notes]
+
+
+def _sentence(line: str) -> str:
+    return line[:1].upper() + line[1:] + ("" if line.endswith(".") else ".")

@@ -1,0 +1,194 @@
+"""A retraining as a Hugging Face Job: a machine of the Hub's that installs tunepress and runs the same command.
+
+The configuration goes along in the environment, tokens as the Job's secrets, and neither on the command line.
+A Job's status knows success and failure only, so the exit code and the decision are read from its log.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pipeline.config import PACKAGE_SOURCE, Config
+from pipeline.config_file import dump_config
+from pipeline.data.sources import is_builtin, locate
+from pipeline.errors import ConfigError, HubError, UserError, redact
+from pipeline.hub import check_token
+from pipeline.hub.access import keyless
+from pipeline.hub.trouble import persist
+from pipeline.models import is_local
+from pipeline.retrain import Busy
+
+IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"
+LABEL = "tunepress-retraining"
+TIMEOUT = re.compile(r"\d+(\.\d+)?[smhd]?\Z")
+PACKAGE = re.compile(r"(git\+)?https://[^\s/@]+/\S+\Z")  # and no password in it, for it is not kept secret
+EXIT_CODE = re.compile(r"tunepress: exit code (\d+)\s*\Z")
+POLL_SECONDS = 2.0
+SECRETS = ("TRACKIO_WRITE_TOKEN",)  # besides the Hub's, where they are set
+
+# A Job is a failure where it does not end with 0, and "not better" is none.
+SCRIPT = """
+cd "$(mktemp -d)" && printf %s "$TUNEPRESS_CONFIG" > run.yaml
+uv run --no-project --python 3.12 --with "$TUNEPRESS_PACKAGE" python -m pipeline.retrain_command run.yaml --json "$@"
+code=$?
+echo "tunepress: exit code $code"
+case $code in 3|4) exit 0 ;; esac
+exit $code
+"""
+
+
+class JobFailed(UserError):
+    """A Job ended without a decision."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class Job:
+    """A retraining to be run elsewhere.
+
+    Attributes:
+        flavor: hardware, as the Hub names it.
+        timeout: the longest time, such as 6h.
+        package: what the Job installs, `git+https://...@COMMIT` or a wheel's address; None for the commit that a
+            GitHub workflow runs for.
+    """
+
+    config: Config
+    flavor: str
+    timeout: str
+    package: str | None
+    margin: float
+    force: bool
+
+    def start(self) -> dict:
+        """Start it.
+
+        Returns:
+            What to tell: as a decision has it, the outcome being "started", and the Job's `id` and `namespace`.
+
+        Raises:
+            ConfigError: where the Job could not reach what it needs.
+            Busy: where a Job retrains this repository already.
+            HubError: where the Hub refuses.
+        """
+        from huggingface_hub import HfApi
+
+        repo, package = self.config.publish.repo, self._package()
+        self._check()
+        if keyless():
+            raise HubError(f"{repo}: a keyless login cannot start Jobs; set HF_TOKEN instead of HF_OIDC_RESOURCE")
+        token = check_token(repo, repo.split("/")[0])
+        api, label = HfApi(), repo.replace("/", "--")
+        who = persist(repo, lambda: api.whoami()["name"])
+        active = {"status": ["RUNNING", "SCHEDULING"], "labels": {LABEL: label}, "namespace": who}
+        if running := persist(repo, lambda: next(iter(api.list_jobs(**active)), None)):
+            raise Busy(f"{repo}: another retraining of it is running as a Job: {running.url}")
+        secrets = {"HF_TOKEN": token, **{name: os.environ[name] for name in SECRETS if os.environ.get(name)}}
+        options = ["--margin", f"{self.margin:g}", *(["--force"] if self.force else [])]
+        started = persist(
+            repo,
+            lambda: api.run_job(
+                image=IMAGE,
+                command=["bash", "-c", SCRIPT, "retrain", *options],
+                env={"TUNEPRESS_CONFIG": dump_config(self.config), "TUNEPRESS_PACKAGE": package},
+                secrets=secrets,
+                flavor=self.flavor,
+                timeout=self.timeout,
+                labels={LABEL: label},
+                namespace=who,
+            ),
+            attempts=1,  # whether it was started is not known after an answer that was lost
+        )
+        reason = f"started as a Job on {self.flavor}: {started.url}"
+        summary = f"## Retraining {repo}: Started\n\n[{started.url}]({started.url}) on {self.flavor}.\n"
+        about = {"id": started.id, "namespace": who, "url": started.url}
+        return {"outcome": "started", "repo": repo, "reason": reason, "exit_code": 0, "summary": summary, **about}
+
+    def run(self, say: Callable[[str], None]) -> dict:
+        """Start it, and follow it to its end.
+
+        Args:
+            say: takes the lines of its log.
+
+        Returns:
+            The decision, as the Job printed it.
+
+        Raises:
+            JobFailed: where it came to none; with the Job's own exit code where it told one.
+        """
+        started = self.start()
+        say(started["reason"])
+        try:
+            told, code, complaint = self._follow(started, say)
+        except KeyboardInterrupt:
+            cancel = f"hf jobs cancel {started['id']}"
+            raise JobFailed(f"the Job goes on: {started['url']}; to stop it: {cancel}", 130) from None
+        stage = self._last_stage(started)
+        if told and code == told["exit_code"]:
+            return {**told, "job": started["url"]}
+        raise JobFailed(f"{complaint or f'the Job ended as {stage}'} (log: {started['url']})", code or 1)
+
+    def _follow(self, started: dict, say: Callable[[str], None]) -> tuple[dict | None, int | None, str | None]:
+        """The decision, the exit code and the last error in a Job's log."""
+        from huggingface_hub import HfApi
+
+        about = {"job_id": started["id"], "namespace": started["namespace"]}
+        told = code = complaint = None
+        for line in HfApi().fetch_job_logs(**about, follow=True):
+            line = redact(line.rstrip("\n"))
+            if line.startswith('{"outcome"'):
+                told = json.loads(line)
+                continue
+            say(line)
+            code = int(found[1]) if (found := EXIT_CODE.match(line)) else code
+            complaint = line.removeprefix("retrain: ") if line.startswith("retrain: ") else complaint
+        return told, code, complaint
+
+    def _last_stage(self, started: dict) -> str:
+        from huggingface_hub import HfApi
+
+        while True:
+            job = persist(
+                started["repo"], lambda: HfApi().inspect_job(job_id=started["id"], namespace=started["namespace"])
+            )
+            if job.status.stage not in ("RUNNING", "SCHEDULING"):
+                return f"{job.status.stage}{f' ({job.status.message})' if job.status.message else ''}"
+            time.sleep(POLL_SECONDS)
+
+    def _package(self) -> str:
+        env, package = os.environ, self.package
+        if package is None and env.get("GITHUB_ACTIONS") == "true":
+            package = f"git+{env['GITHUB_SERVER_URL']}/{env['GITHUB_REPOSITORY']}@{env['GITHUB_SHA']}"
+        if package is None or not PACKAGE.match(package):
+            raise ConfigError(
+                f"--package {redact(package) if package else 'is not given'}: a Job can install "
+                "git+https://HOST/USER/REPOSITORY@COMMIT, or a wheel at an https:// address, without a password in it"
+            )
+        extras = "[gguf]" if any(spec.name.startswith("gguf") for spec in self.config.quantize.variants) else ""
+        return f"tunepress{extras} @ {package}"
+
+    def _check(self) -> None:
+        """Refuse what is only on this machine."""
+        config = self.config
+        if config.data is None or config.publish.repo is None:
+            raise ConfigError("data and publish.repo: retraining trains on data, and publishes what is better")
+        if not TIMEOUT.match(self.timeout):
+            raise ConfigError(f"--timeout {self.timeout}: write it as 90m, 6h or 1d")
+        here = {
+            "model.source": is_local(config.model.source) or PACKAGE_SOURCE.match(config.model.source),
+            "data.source": not is_builtin(config.data.source) and locate(config.data.source),
+            "evaluate.general": not config.evaluate.general.startswith("builtin:"),
+        }
+        for key, is_here in here.items():
+            if is_here:
+                section, name = key.split(".")
+                value = getattr(getattr(config, section), name)
+                raise ConfigError(f"{key} {value}: is on this machine, where a Job cannot read it; put it on the Hub")

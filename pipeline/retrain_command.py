@@ -1,0 +1,110 @@
+"""The command line of retraining, for `scripts/retrain.py` and, where only the package is, `python -m`.
+
+Parses and calls; nothing heavy is imported before it is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli import RUNS, ConfigArgument, Root, Settings
+
+HELP = "\n\n".join(
+    (
+        "Train again, and publish only if the new model beats the one that the repository has.",
+        "Both are measured in this run, on held-out examples that neither was trained on, and paired token by token "
+        "(models with other tokens: in bits per byte, by example). The rule: better, if the loss is lower by more "
+        "than --margin standard errors of the difference. Where there is no live model yet, the new one is published.",
+        "Exit codes: 0 published; 3 not better, and nothing changed; 4 skipped, since neither data, base nor "
+        "configuration changed; 2 failed, and you can mend it; 1 failed; 75 another retraining of the repository is "
+        "running; 130 stopped.",
+        "What failed or was stopped has left the live model as it was, unless it says otherwise; the same command "
+        "goes on from there.",
+    )
+)
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+class Place(StrEnum):
+    here = "here"
+    jobs = "hf-jobs"
+
+
+@app.command(help=HELP)
+def retrain(
+    config: ConfigArgument,
+    settings: Settings = None,
+    margin: Annotated[float, typer.Option(min=0, help="Standard errors that the loss has to be lower by.")] = 2.0,
+    force: Annotated[bool, typer.Option("--force", help="Train also where nothing changed or it was decided.")] = False,
+    pull_request: Annotated[
+        bool, typer.Option("--pull-request", help="Open a pull request on the Hub instead of committing.")
+    ] = False,
+    summary: Annotated[
+        Path | None, typer.Option(help="Append a Markdown summary to this file; to GITHUB_STEP_SUMMARY in any case.")
+    ] = None,
+    on: Annotated[Place, typer.Option(help="This machine, or a Hugging Face Job.")] = Place.here,
+    flavor: Annotated[str, typer.Option(help="Hardware of the Job; see: hf jobs hardware")] = "a10g-large",
+    timeout: Annotated[str, typer.Option(help="Longest time of the Job, as 90m, 6h or 1d.")] = "6h",
+    package: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GIT|WHEEL",
+            help="What the Job installs: git+https://...@COMMIT, or a wheel's address. In GitHub Actions this commit.",
+        ),
+    ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Follow the Job to its end, and end as it does; else 0 if started.")
+    ] = True,
+    runs: Root = RUNS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object; the rest goes to stderr.")] = False,
+) -> None:
+    from pipeline.config_file import load_config
+    from pipeline.decision_report import markdown, markdown_of_failure, plain, write
+    from pipeline.errors import UserError
+
+    loaded = load_config(config, [*(settings or ()), *(["publish.create_pr=true"] if pull_request else ())])
+    try:
+        if on is Place.jobs:
+            from pipeline.jobs import Job
+
+            job = Job(loaded, flavor, timeout, package, margin, force)
+            told = job.run(_say(as_json)) if wait else job.start()
+            text = told["summary"]
+        else:
+            from pipeline.cli import _reporter
+            from pipeline.retrain import retrain as decide
+
+            decision = decide(loaded, runs, margin=margin, force=force, reporter=_reporter(as_json))
+            told, text = plain(decision), markdown(decision)
+    except UserError as error:
+        write(markdown_of_failure(loaded.publish.repo or loaded.name, str(error)), summary)
+        raise
+    write(text, summary)
+    print(json.dumps(told) if as_json else told["reason"])
+    sys.exit(told["exit_code"])
+
+
+def _say(as_json: bool):
+    return lambda line: print(line, file=sys.stderr if as_json else sys.stdout, flush=True)
+
+
+def main() -> None:
+    """A line and an exit code for what a user can mend, a traceback for our bugs."""
+    from pipeline.errors import UserError
+
+    try:
+        app()
+    except UserError as error:
+        print(f"retrain: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
