@@ -67,8 +67,9 @@ class Decision:
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of the last retraining: of these inputs, compared with this live model, it came so far."""
+    """What is known of the last retraining: of these inputs, for this repository and its live model, it came so far."""
 
+    repo: str = ""
     inputs: dict = field(default_factory=dict)
     live: str | None = None
     state: Literal["new", "running", "better", "not_better", "published"] = "new"
@@ -110,8 +111,8 @@ def retrain(
         live, inputs = read_live(config.publish.repo), inputs_of(config)
         path = Path(root) / f".{config.name}.retraining.json"
         record = Record.read(path)
-        if record.inputs != inputs.to_dict():
-            record = Record(inputs.to_dict())
+        if (record.repo, record.inputs) != (config.publish.repo, inputs.to_dict()):
+            record = Record(config.publish.repo, inputs.to_dict())
         news = changes(live, inputs) if live else ("there is no live model yet",)
         if not force and (settled := _settled(config.publish.repo, live, record, news, margin)):
             return settled
@@ -150,7 +151,7 @@ class _Retraining:
             # The commit is there already where only what comes after it was cut short.
             is_there = live and record.state == "better" and live.weights == own_weights(workspace)
             if not is_there:
-                record = Record(self.inputs.to_dict(), live and live.model, "running")
+                record = replace(record, live=live and live.model, state="running", comparison=None, url=None)
                 record.write(self.path)
                 note(workspace, live, self.inputs)
             for stage in ("train", "merge", "evaluate", *(() if is_there else ("compare",))):

@@ -13,7 +13,7 @@ DISCUSSIONS_PER_PAGE = 10
 @route("GET", "/api/whoami-v2")
 def whoami(hub, request: Request) -> Reply:
     user = hub.user(request)
-    if user is None:
+    if user is None or user.role == "publisher":  # who is nobody
         raise HubError(401, "Invalid username or password.")
     organizations = [{"type": "org", "name": name, "roleInOrg": "write"} for name in user.organizations]
     token = {"displayName": "loopback", "role": user.role}

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import api, transfer  # noqa: F401  (importing them registers their routes)
+from . import api, jobs, keyless, transfer  # noqa: F401  (importing them registers their routes)
 from .connection import Recorded, Server
 from .faults import Fault, Faults
 from .store import Entry, HubError, Repository, Store, belongs_in_lfs, check_path
@@ -16,7 +16,7 @@ from .wire import Reply, Request, route_of
 
 @dataclass(frozen=True)
 class User:
-    """Who a token stands for; `role` is "write" or "read"."""
+    """Who a token stands for; `role` is "write", "read", or "publisher" for a trusted one, which is no user."""
 
     name: str
     role: str
@@ -42,6 +42,8 @@ class LoopbackHub:
     Attributes:
         url: the endpoint.
         requests: a `Recorded` for every request so far, in the order of their answers.
+        jobs: the jobs that were started, and how they go.
+        publishers: (repository, identity token) -> the token that a trusted publisher gets for it.
     """
 
     def __init__(self, folder: str | Path, tokens: dict[str, dict] | None = None, *, port: int = 0):
@@ -51,6 +53,8 @@ class LoopbackHub:
             for token, who in (tokens or {}).items()
         }
         self.secret = secrets.token_bytes(16)
+        self.jobs = jobs.Jobs()
+        self.publishers: dict[tuple[str, str], str] = {}
         self.requests: list[Recorded] = []
         self.faults = Faults()
         self.stopping = threading.Event()
@@ -199,7 +203,7 @@ class LoopbackHub:
         user = self.user(request)
         if user is None:
             raise HubError(401, "Invalid username or password.")
-        if user.role != "write":
+        if user.role == "read":
             raise HubError(403, "Forbidden: you must use a write token to upload to a repository.")
         if repo_id is not None and not user.owns(repo_id):
             raise HubError(403, f"Forbidden: {user.name} has no rights to write to {repo_id}")

@@ -1,0 +1,164 @@
+"""A model's life on the hub of the tests: published, retrained in vain and with success, killed on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.hub import LoopbackHub
+from tests.run.conftest import REPOSITORY, TOKEN, Place, write_place
+
+REPO = "ada/tiny"
+PUBLISHER_TOKEN, IDENTITY = "hf_jwt_ofATrustedPublisher.0123", "an identity token of the CI"
+# Of the same data; the second makes a model that is surely better than that of the first.
+SETTINGS = {
+    "first": ["train.max_steps=4", "train.learning_rate=0.005"],
+    "better": ["train.max_steps=30", "train.learning_rate=0.02"],
+}
+
+
+@dataclass
+class Retraining(Place):
+    """A place to retrain in."""
+
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {**super().env, **self.environment}
+
+    def command_line(self, settings: str, *options: str) -> list[str]:
+        changed = [word for setting in SETTINGS[settings] for word in ("--set", setting)]
+        return [sys.executable, str(REPOSITORY / "scripts" / "retrain.py"), "tiny.yaml", *changed, *options]
+
+    def retrain(self, settings: str, *options: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            self.command_line(settings, *options),
+            cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+
+    def decision(self, settings: str, *options: str) -> dict:
+        """The decision as --json prints it; the exit code is held to be the one that it tells."""
+        done = self.retrain(settings, "--json", *options)
+        assert done.stdout, done.stderr
+        told = json.loads(done.stdout)
+        assert done.returncode == told["exit_code"]
+        return told
+
+    def start(self, settings: str) -> subprocess.Popen:
+        """A retraining under way, in a group of its own; it has begun to train when this returns."""
+        process = subprocess.Popen(
+            self.command_line(settings), cwd=self.folder, env=self.env, start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        known = self.names().count("training_started")
+        while self.names().count("training_started") == known:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+        return process
+
+    def lineage(self, commit: str = "main") -> dict:
+        return json.loads(self.hub.read(REPO, "tunepress.json", commit))
+
+    def put_back(self, commit: str) -> str:
+        """Somebody makes the repository what it was at `commit`; the new head."""
+        there, old = self.hub.files(REPO), self.hub.files(REPO, commit)
+        gone = {path: None for path in there.keys() - old.keys()}
+        return self.hub.put(REPO, gone | {path: self.hub.read(REPO, path, commit) for path in old})
+
+    def copy(self, folder: Path) -> Retraining:
+        """The same place once more, where is not known what was decided in this one."""
+        place = Retraining(Path(shutil.copytree(self.folder, folder, symlinks=True)), self.hub)
+        (folder / "runs" / ".tiny.retraining.json").unlink()
+        return place
+
+    def decided(self) -> list[float]:
+        """What Trackio has of decisions: 1 for better, 0 for not better."""
+        code = (
+            "import json, sqlite3, glob\n"
+            "database = sqlite3.connect(glob.glob('trackio/*.db')[0])\n"
+            "rows = [json.loads(row[0]) for row in database.execute('select metrics from metrics order by id')]\n"
+            "print(json.dumps([row['retraining/decided'] for row in rows if 'retraining/decided' in row]))"
+        )
+        return json.loads(self.python(code).splitlines()[-1])
+
+
+def kill(process: subprocess.Popen) -> None:
+    """End a retraining as a power cut would: nothing of it is asked."""
+    children = _children(process.pid)
+    process.kill()
+    process.communicate()
+    for child in children:
+        with contextlib.suppress(ProcessLookupError):  # it ends with its parent
+            os.kill(child, signal.SIGKILL)
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@dataclass
+class Story:
+    """What happened one after the other, for tests to look at."""
+
+    place: Retraining
+    first: dict
+    first_commit: str
+    unchanged: dict
+    requests_while_unchanged: list
+    busy: subprocess.CompletedProcess
+    head_after_kill: str
+    better: dict
+    better_commit: str
+    commits: list[str]
+    worse_place: Retraining  # where the first model was made, and is now compared with the better one
+    worse: dict
+    worse_again: dict
+    worse_events: int
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory, tiny_model):
+    folder = tmp_path_factory.mktemp("retraining")
+    users = {TOKEN: {"name": "ada"}, PUBLISHER_TOKEN: {"name": "ada", "role": "publisher"}}
+    with LoopbackHub(folder / "hub", users) as hub:
+        hub.publishers[REPO, IDENTITY] = PUBLISHER_TOKEN
+        place = Retraining(folder / "work", hub)
+        write_place(
+            place.folder,
+            tiny_model("llama"),
+            hub,
+            train={"method": "lora", "checkpoint_every": 1},
+            merge={"base": "bf16"},
+            evaluate={"max_tokens": 512, "prompts": []},
+            quantize={"variants": []},
+        )
+        first = place.decision("first")
+        first_commit, requests = hub.commits(REPO)[0], len(hub.requests)
+        unchanged = place.decision("first", "--summary", "unchanged.md")
+        while_unchanged, worse_place = hub.requests[requests:], place.copy(folder / "worse")
+
+        process = place.start("better")
+        busy = place.retrain("better")
+        kill(process)
+        head_after_kill = hub.commits(REPO)[0]
+        better = place.decision("better", "--summary", "better.md")
+        commits = hub.commits(REPO)
+
+        worse = worse_place.decision("first", "--summary", "worse.md")
+        worse_events = len(worse_place.events())
+        worse_again = worse_place.decision("first")
+        yield Story(
+            place, first, first_commit, unchanged, while_unchanged, busy, head_after_kill, better, commits[0], commits,
+            worse_place, worse, worse_again, worse_events,
+        )  # fmt: skip

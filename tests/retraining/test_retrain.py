@@ -1,0 +1,162 @@
+"""Retraining: what is better is published, what is not changes nothing, and being killed loses nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.retraining.conftest import IDENTITY, REPO
+from tests.run.conftest import TOKEN
+
+pytestmark = pytest.mark.timeout(1800)  # the story is told in the first test
+
+
+def test_the_first_model_is_published_for_there_is_nothing_to_beat(story):
+    assert (story.first["outcome"], story.first["exit_code"]) == ("published", 0)
+    assert story.first["commit"] == story.first_commit and story.first["comparison"] is None
+    assert "config.json" in story.place.hub.files(REPO, story.first_commit)
+
+
+def test_where_nothing_changed_nothing_is_trained_and_the_exit_code_says_so(story):
+    assert (story.unchanged["outcome"], story.unchanged["exit_code"]) == ("skipped", 4)
+    assert {request.method for request in story.requests_while_unchanged} <= {"GET", "HEAD"}
+    assert story.worse_place.names().count("training_started") == 1  # which shares this past
+
+
+def test_a_second_retraining_of_the_repository_at_once_is_told_to_come_back(story):
+    assert story.busy.returncode == 75
+    assert REPO in story.busy.stderr and len(story.busy.stderr.strip().splitlines()) == 1
+
+
+def test_one_that_was_killed_left_the_live_model_and_the_next_one_went_on(story):
+    assert story.head_after_kill == story.first_commit
+    assert story.better["outcome"] == "published"
+    assert story.place.names().count("training_completed") == 2  # the first, and this one
+
+
+def test_a_better_model_is_published_in_one_commit_with_its_lineage(story):
+    hub, place = story.place.hub, story.place
+    assert hub.commits(REPO)[:2] == [story.better_commit, story.first_commit]
+    lineage = place.lineage(story.better_commit)
+    assert lineage["configuration"]["train"]["max_steps"] == 30
+    told = lineage["results"]["retraining"]
+    assert told["compared_with"] == {"repo": REPO, "commit": story.first_commit}
+    assert told["paired_by"] == "token" and told["examples"] == 12
+    assert told["difference"]["value"] < -2 * told["difference"]["stderr"] < 0
+    new, live = told["new"]["value"], told["live"]["value"]
+    assert told["difference"]["value"] == pytest.approx(new - live)
+    # The live model's loss as its own run had measured it, on the same examples.
+    before = place.lineage(story.first_commit)["results"]["merged"]["quality"]["held_out"]["loss"]["value"]
+    assert live == pytest.approx(before, rel=1e-3)
+
+
+def test_it_is_said_what_changed_since_the_live_model(story):
+    assert story.better["changes"] == ["train.max_steps: 4 -> 30", "train.learning_rate: 0.005 -> 0.02"]
+
+
+def test_one_that_is_not_better_changes_nothing_on_the_hub(story):
+    assert (story.worse["outcome"], story.worse["exit_code"]) == ("not_better", 3)
+    assert story.place.hub.commits(REPO)[-len(story.commits) :] == story.commits
+    assert story.worse["commit"] is None and story.worse["comparison"]["difference"]["value"] > 0
+    gap, mirrored = (told["comparison"]["difference"] for told in (story.worse, story.better))
+    assert gap["value"] == pytest.approx(-mirrored["value"]) and gap["stderr"] == pytest.approx(mirrored["stderr"])
+
+
+def test_what_was_decided_is_not_measured_again(story):
+    assert (story.worse_again["outcome"], story.worse_again["exit_code"]) == ("not_better", 3)
+    assert story.worse_again["comparison"] == story.worse["comparison"]
+    assert "measured before" in story.worse_again["reason"]
+    assert len(story.worse_place.events()) == story.worse_events
+
+
+def test_the_summary_tells_the_figures_the_rule_and_where_the_result_is(story):
+    better, unchanged = ((story.place.folder / f"{name}.md").read_text() for name in ("better", "unchanged"))
+    worse = (story.worse_place.folder / "worse.md").read_text()
+    assert f"Retraining {REPO}: Published" in better and story.better["url"] in better
+    gap = story.better["comparison"]["difference"]
+    assert f"| new - live | {gap['value']:+.4f} ± {gap['stderr']:.4f} |" in better
+    assert (
+        "2 standard errors" in better and story.first_commit[:12] in better and "`train.max_steps: 4 -> 30`" in better
+    )
+    assert "Not better" in worse and "Skipped" in unchanged
+
+
+def test_decisions_are_in_trackio_beside_the_training(story):
+    assert story.place.decided() == [1.0]
+    assert story.worse_place.decided() == [0.0]
+
+
+# From here on: the better model's run, again finished but for its publishing, beside a hub that has the first model.
+
+
+@pytest.fixture
+def undecided(story, tmp_path):
+    """A copy of the place, where "better" is trained and compared with nothing yet, and the first model is live."""
+    story.place.put_back(story.first_commit)
+    return story.place.copy(tmp_path / "copy")
+
+
+def test_a_pull_request_proposes_it_and_leaves_the_main_branch(undecided, story):
+    head = undecided.hub.commits(REPO)[0]
+    told = undecided.decision("better", "--pull-request", "--summary", "proposed.md")
+    assert told["outcome"] == "published" and "/discussions/" in told["url"]
+    assert undecided.hub.commits(REPO)[0] == head
+    number = int(told["url"].rpartition("/")[2])
+    weights = undecided.hub.read(REPO, "model.safetensors", f"refs/pr/{number}")
+    assert weights == undecided.hub.read(REPO, "model.safetensors", story.better_commit)
+    assert told["url"] in (undecided.folder / "proposed.md").read_text()
+    # It is not proposed again, whatever became of it.
+    again = undecided.decision("better", "--pull-request")
+    assert (again["outcome"], again["exit_code"]) == ("skipped", 4) and told["url"] in again["reason"]
+
+
+def test_where_somebody_publishes_meanwhile_it_is_compared_with_that(undecided, story):
+    undecided.hub.fault(r"POST .*/commit/main", status=412, first=lambda: undecided.put_back(story.better_commit))
+    told = undecided.decision("better")
+    assert told["outcome"] == "not_better"  # than the very same model
+    assert told["comparison"]["difference"]["value"] == 0
+    assert told["comparison"]["compared_with"]["commit"] == undecided.hub.commits(REPO)[0]
+    assert undecided.hub.read(REPO, "model.safetensors") == undecided.hub.read(
+        REPO, "model.safetensors", story.better_commit
+    )
+
+
+def test_text_that_people_write_into_the_card_meanwhile_is_no_other_model(undecided):
+    card = undecided.hub.read(REPO, "README.md")
+    edit = {"README.md": card + b"\nMy own words.\n"}
+    undecided.hub.fault(r"POST .*/commit/main", status=412, first=lambda: undecided.hub.put(REPO, edit))
+    assert undecided.decision("better")["outcome"] == "published"
+    assert b"My own words." in undecided.hub.read(REPO, "README.md")
+
+
+def test_a_trusted_publisher_needs_no_stored_token(undecided):
+    undecided.environment = {"HF_TOKEN": "", "HF_OIDC_RESOURCE": REPO, "HF_OIDC_ID_TOKEN": IDENTITY}
+    told = undecided.decision("better")
+    assert told["outcome"] == "published" and told["commit"] == undecided.hub.commits(REPO)[0]
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"HF_OIDC_RESOURCE": "ada/other", "HF_OIDC_ID_TOKEN": IDENTITY}, "may write there alone"),
+        ({"HF_OIDC_RESOURCE": REPO, "HF_OIDC_ID_TOKEN": "of somebody else"}, "Trusted Publishers"),
+        ({"HF_OIDC_RESOURCE": REPO}, "no keyless login"),
+    ],
+)
+def test_a_keyless_login_that_cannot_be_had_is_told_in_a_line(undecided, environment, reason):
+    undecided.environment = {"HF_TOKEN": "", **environment}
+    done = undecided.retrain("better")
+    assert done.returncode == 2
+    assert reason in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_failure_is_summed_up_where_the_ci_asks_for_it(undecided):
+    undecided.environment = {"GITHUB_STEP_SUMMARY": str(undecided.folder / "step.md"), "HF_TOKEN": "hf_ofNobodyAtAll"}
+    assert undecided.retrain("better").returncode == 2
+    told = (undecided.folder / "step.md").read_text()
+    assert "Failed" in told and "does not know this token" in told
+
+
+def test_the_token_is_nowhere(story):
+    for path in story.place.folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            assert TOKEN.encode() not in path.read_bytes(), path

@@ -1,0 +1,103 @@
+"""The workflows of GitHub: what starts them, what they may do, and what their steps make of exit codes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+WORKFLOWS = Path(__file__).parents[2] / ".github" / "workflows"
+
+
+def workflow(name: str) -> dict:
+    content = yaml.safe_load((WORKFLOWS / name).read_text())
+    return {**content, "on": content[True]}  # YAML's `on` is a truth value
+
+
+def steps(name: str, job: str) -> list[dict]:
+    return workflow(name)["jobs"][job]["steps"]
+
+
+def test_retraining_starts_by_hand_on_a_schedule_on_a_push_and_on_a_dispatch():
+    on = workflow("retrain.yml")["on"]
+    assert set(on) == {"workflow_dispatch", "schedule", "push", "repository_dispatch"}
+    assert set(on["workflow_dispatch"]["inputs"]) == {"config", "pull_request", "force", "on", "runner"}
+    assert on["push"]["paths"] == ["configs/**", "data/**"]
+    assert on["repository_dispatch"]["types"] == ["retrain"]
+    assert all(len(entry["cron"].split()) == 5 for entry in on["schedule"])
+
+
+def test_retraining_may_prove_who_it_is_and_read_the_clone_and_nothing_else():
+    assert workflow("retrain.yml")["permissions"] == {"contents": "read", "id-token": "write"}
+    assert workflow("ci.yml")["permissions"] == {"contents": "read"}
+
+
+def test_retrainings_of_a_configuration_wait_for_each_other():
+    concurrency = workflow("retrain.yml")["concurrency"]
+    assert concurrency["cancel-in-progress"] is False
+    assert "vars.RETRAIN_CONFIG" in concurrency["group"] and "client_payload.config" in concurrency["group"]
+
+
+def test_a_stored_token_goes_before_the_keyless_login():
+    env = steps("retrain.yml", "retrain")[-1]["env"]
+    assert env["HF_OIDC_RESOURCE"] == "${{ !secrets.HF_TOKEN && vars.RETRAIN_REPO || '' }}"
+
+
+@pytest.mark.parametrize("name", ["retrain.yml", "ci.yml"])
+def test_what_others_may_write_never_stands_in_a_script(name):
+    for job in workflow(name)["jobs"].values():
+        assert all("${{" not in step.get("run", "") for step in job["steps"])
+
+
+@pytest.mark.parametrize(
+    ("code", "ends", "told"),
+    [(0, 0, "published"), (3, 0, "not better"), (4, 0, "skipped"), (75, 75, "another"), (2, 2, ""), (1, 1, "")],
+)
+def test_not_better_and_skipped_are_successes_with_a_notice(tmp_path, code, ends, told):
+    done = _retrain_step(tmp_path, code)
+    assert done.returncode == ends
+    assert told in done.stdout and ("::notice" in done.stdout) == (ends == 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        ({}, ""),
+        ({"PULL_REQUEST": "true", "FORCE": "true"}, " --pull-request --force"),
+        ({"PLACE": "hf-jobs", "FLAVOR": "h200"}, " --on hf-jobs --flavor h200"),
+    ],
+)
+def test_inputs_become_options(tmp_path, settings, options):
+    _retrain_step(tmp_path, 0, **settings)
+    assert (
+        tmp_path / "asked"
+    ).read_text() == f"scripts/retrain.py my run.yaml --runs {tmp_path}/tunepress-runs{options}\n"
+
+
+def test_ci_runs_the_test_command_of_the_readme_and_keeps_what_pip_fetched():
+    readme = (WORKFLOWS.parents[1] / "README.md").read_text()
+    commands = [step["run"] for step in steps("ci.yml", "test") if "run" in step]
+    assert commands == ["./launch.sh --test"] and commands[0] in readme
+    assert {"push", "pull_request"} <= set(workflow("ci.yml")["on"])
+    setup = next(step["with"] for step in steps("ci.yml", "test") if "setup-python" in step.get("uses", ""))
+    assert setup["cache"] == "pip"
+
+
+def _retrain_step(folder: Path, code: int, **settings: str) -> subprocess.CompletedProcess:
+    """Run the step's script as GitHub does, with a Python that notes what it is asked and ends with `code`."""
+    python = folder / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\necho "$@" > {folder}/asked\nexit {code}\n')
+    python.chmod(0o755)
+    script = folder / "step.sh"
+    script.write_text(steps("retrain.yml", "retrain")[-1]["run"])
+    env = {"CONFIG": "my run.yaml", "PULL_REQUEST": "", "FORCE": "", "PLACE": "runner", "FLAVOR": "a10g-large"}
+    return subprocess.run(
+        ["bash", "--noprofile", "--norc", "-e", "-o", "pipefail", str(script)],
+        env={**os.environ, **env, **settings, "RUNNER_TEMP": str(folder), "HOME": str(folder)},
+        capture_output=True,
+        text=True,
+    )
