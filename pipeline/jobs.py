@@ -172,8 +172,10 @@ class Job:
                 f"--package {redact(package) if package else 'is not given'}: a Job can install "
                 "git+https://HOST/USER/REPOSITORY@COMMIT, or a wheel at an https:// address, without a password in it"
             )
-        extras = "[gguf]" if any(spec.name.startswith("gguf") for spec in self.config.quantize.variants) else ""
-        return f"tunepress{extras} @ {package}"
+        names = [spec.name for spec in self.config.quantize.variants]
+        extras = {"gguf": any(n.startswith("gguf") for n in names), "llama-cpp": any("_k" in n for n in names)}
+        needed = ",".join(extra for extra, is_needed in extras.items() if is_needed)
+        return f"tunepress{f'[{needed}]' if needed else ''} @ {package}"
 
     def _check(self) -> None:
         """Refuse what is only on this machine."""

@@ -147,13 +147,13 @@ class _Retraining:
             data = load_examples(self.inputs.config.data)  # too little to compare on should not be found out later
             untouched(data.held_out, data.fingerprint, live)
             del data
+        # The commit is there already where only what comes after it was cut short.
+        is_there = bool(live) and record.state == "better" and live.weights == own_weights(workspace)
         for attempt in range(ROUNDS):
-            # The commit is there already where only what comes after it was cut short.
-            is_there = live and record.state == "better" and live.weights == own_weights(workspace)
+            note(workspace, live, self.inputs)
             if not is_there:
                 record = replace(record, live=live and live.model, state="running", comparison=None, url=None)
                 record.write(self.path)
-                note(workspace, live, self.inputs)
             for stage in ("train", "merge", "evaluate", *(() if is_there else ("compare",))):
                 steps.do(stage)
             comparison = workspace.read_measurement(RESULT)
@@ -174,7 +174,7 @@ class _Retraining:
                 now = read_live(self.inputs.config.publish.repo)
                 if attempt == ROUNDS - 1 or (now and now.model) == (live and live.model):
                     raise
-                live = now
+                live, is_there = now, False
         done = workspace.ledger()["publish"].summary
         replace(record, state="published", url=done["url"]).write(self.path)
         forget(workspace)

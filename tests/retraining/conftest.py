@@ -55,14 +55,19 @@ class Retraining(Place):
         assert done.returncode == told["exit_code"]
         return told
 
-    def start(self, settings: str) -> subprocess.Popen:
-        """A retraining under way, in a group of its own; it has begun to train when this returns."""
+    def start(
+        self, settings: str, *options: str, until: str = "training_started", anew: bool = False
+    ) -> subprocess.Popen:
+        """A retraining under way: it has come to the event `until`; `anew` if what was before it is removed."""
+        known = 0 if anew else self.names().count(until)
         process = subprocess.Popen(
-            self.command_line(settings), cwd=self.folder, env=self.env, start_new_session=True,
+            self.command_line(settings, *options), cwd=self.folder, env=self.env, start_new_session=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
-        known = self.names().count("training_started")
-        while self.names().count("training_started") == known:
+        while anew and len(self.names()) > 2:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        while self.names().count(until) == known:
             assert process.poll() is None, process.communicate()
             time.sleep(0.1)
         return process

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.retraining.conftest import IDENTITY, REPO
+from tests.retraining.conftest import IDENTITY, REPO, kill
 from tests.run.conftest import TOKEN
 
 pytestmark = pytest.mark.timeout(1800)  # the story is told in the first test
@@ -40,7 +40,7 @@ def test_a_better_model_is_published_in_one_commit_with_its_lineage(story):
     assert lineage["configuration"]["train"]["max_steps"] == 30
     told = lineage["results"]["retraining"]
     assert told["compared_with"] == {"repo": REPO, "commit": story.first_commit}
-    assert told["paired_by"] == "token" and told["examples"] == 12
+    assert told["paired_by"] == "token" and told["examples"] == 8  # of 12, as many as 512 tokens allow
     assert told["difference"]["value"] < -2 * told["difference"]["stderr"] < 0
     new, live = told["new"]["value"], told["live"]["value"]
     assert told["difference"]["value"] == pytest.approx(new - live)
@@ -118,6 +118,29 @@ def test_where_somebody_publishes_meanwhile_it_is_compared_with_that(undecided, 
     assert undecided.hub.read(REPO, "model.safetensors") == undecided.hub.read(
         REPO, "model.safetensors", story.better_commit
     )
+
+
+def test_one_that_was_killed_after_its_commit_is_finished_without_another(undecided, story):
+    undecided.hub.fault(r"GET .*/refs", reset=True, first=lambda: process.kill())  # asked for before it is tagged
+    process = undecided.start("better", until="publish_started")
+    process.communicate()
+    commits = undecided.hub.commits(REPO)
+    assert undecided.hub.read(REPO, "model.safetensors") == undecided.hub.read(
+        REPO, "model.safetensors", story.better_commit
+    )
+    told = undecided.decision("better")
+    assert (told["outcome"], told["commit"]) == ("published", commits[0])
+    assert undecided.hub.commits(REPO) == commits
+    assert undecided.decision("better")["outcome"] == "skipped"
+
+
+def test_forced_it_trains_anew_and_until_it_is_decided_nothing_changes(undecided):
+    head, trained = undecided.hub.commits(REPO)[0], undecided.ledger()["train"]
+    process = undecided.start("better", "--force", until="merge_started", anew=True)
+    kill(process)
+    assert undecided.hub.commits(REPO)[0] == head
+    assert undecided.names().count("training_started") == 1
+    assert undecided.ledger()["train"]["finished"] > trained["finished"]
 
 
 def test_text_that_people_write_into_the_card_meanwhile_is_no_other_model(undecided):
