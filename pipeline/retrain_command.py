@@ -9,7 +9,7 @@ import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
@@ -75,13 +75,16 @@ def retrain(
             from pipeline.jobs import Job
 
             job = Job(loaded, flavor, timeout, package, margin, force)
-            told = job.run(_say(as_json)) if wait else job.start()
+            told = job.run(lambda line: print(line, file=_out(as_json), flush=True)) if wait else job.start()
             text = told["summary"]
         else:
-            from pipeline.cli import _reporter
-            from pipeline.retrain import retrain as decide
+            from rich.console import Console
 
-            decision = decide(loaded, runs, margin=margin, force=force, reporter=_reporter(as_json))
+            from pipeline.retrain import retrain as decide
+            from pipeline.terminal import TerminalReporter
+
+            reporter = TerminalReporter(Console(file=_out(as_json), highlight=False, soft_wrap=True))
+            decision = decide(loaded, runs, margin=margin, force=force, reporter=reporter)
             told, text = plain(decision), markdown(decision)
     except UserError as error:
         write(markdown_of_failure(loaded.publish.repo or loaded.name, str(error)), summary)
@@ -91,8 +94,9 @@ def retrain(
     sys.exit(told["exit_code"])
 
 
-def _say(as_json: bool):
-    return lambda line: print(line, file=sys.stderr if as_json else sys.stdout, flush=True)
+def _out(as_json: bool) -> TextIO:
+    """Where is told what happens; what came of it goes to standard output in any case."""
+    return sys.stderr if as_json else sys.stdout
 
 
 def main() -> None:

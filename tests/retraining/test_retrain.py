@@ -109,15 +109,26 @@ def test_a_pull_request_proposes_it_and_leaves_the_main_branch(undecided, story)
     assert (again["outcome"], again["exit_code"]) == ("skipped", 4) and told["url"] in again["reason"]
 
 
-def test_where_somebody_publishes_meanwhile_it_is_compared_with_that(undecided, story):
-    undecided.hub.fault(r"POST .*/commit/main", status=412, first=lambda: undecided.put_back(story.better_commit))
+def test_where_somebody_publishes_meanwhile_it_is_compared_with_that(undecided):
+    hub = undecided.hub
+    theirs = {"config.json": hub.read(REPO, "config.json").replace(b"{", b'{"edited": true, ', 1)}
+    hub.fault(r"POST .*/commit/main", status=412, first=lambda: hub.put(REPO, theirs))
     told = undecided.decision("better")
-    assert told["outcome"] == "not_better"  # than the very same model
-    assert told["comparison"]["difference"]["value"] == 0
-    assert told["comparison"]["compared_with"]["commit"] == undecided.hub.commits(REPO)[0]
-    assert undecided.hub.read(REPO, "model.safetensors") == undecided.hub.read(
-        REPO, "model.safetensors", story.better_commit
-    )
+    ours, before, *_ = hub.commits(REPO)
+    assert b"edited" in hub.read(REPO, "config.json", before) and b"edited" not in hub.read(REPO, "config.json")
+    assert (told["outcome"], told["commit"]) == ("published", ours)
+    assert told["comparison"]["compared_with"]["commit"] == before
+    assert undecided.decided() == [1.0, 1.0, 1.0]  # in the place that this is a copy of, before, and after
+
+
+def test_what_is_published_and_could_not_be_tagged_is_told_and_tagged_by_the_next(undecided):
+    undecided.hub.fault(r"GET .*/refs", status=403, times=9)
+    done = undecided.retrain("better")
+    assert done.returncode == 2 and "published, but not tagged" in done.stderr
+    undecided.hub.faults = type(undecided.hub.faults)()
+    commits = undecided.hub.commits(REPO)
+    assert undecided.decision("better")["outcome"] == "published"
+    assert undecided.hub.commits(REPO) == commits
 
 
 def test_one_that_was_killed_after_its_commit_is_finished_without_another(undecided, story):
