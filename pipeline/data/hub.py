@@ -86,7 +86,7 @@ def commit_of(data: Data) -> str:
     try:
         return HfApi().dataset_info(data.source, revision=data.revision, timeout=_TIMEOUT).sha
     except Exception as error:
-        raise DataError(f"{data.source}: {_reason(error, data)}") from None
+        raise DataError(f"{data.source}: {reason(error, data)}") from None
 
 
 def _read(rows: Any, columns: Sequence[str]) -> Iterator[Row]:
