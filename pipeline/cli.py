@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline import cli_machine
+from pipeline import cli_machine, cli_wizard
 from pipeline.cli_options import RUNS, AsJson, ConfigArgument, Root, Settings, console
 
 app = typer.Typer(
@@ -296,6 +296,7 @@ def schema() -> None:
 
 
 cli_machine.register(app)
+cli_wizard.register(app)
 
 
 def main() -> None:

@@ -99,6 +99,10 @@ def missing_gpu(root: Path = Path("/")) -> str | None:
         if "+cpu" in build:
             return f"an NVIDIA GPU, and torch {build} is not built for it: install an ordinary build of torch"
         return "an NVIDIA GPU that torch does not find; see what nvidia-smi says, the driver may be too old"
+    if (root / "opt/rocm").is_dir():
+        return (
+            "ROCm is installed and there is no /dev/kfd: load the amdgpu driver; for a container, pass it that device"
+        )
     return None
 
 

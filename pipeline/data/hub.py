@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,8 @@ def open_hub(data: Data) -> HubSource:
     except Exception as error:
         if not (is_unreachable(error) and _may_be_cached(data.source, datasets.config.HF_DATASETS_CACHE)):
             raise DataError(f"{data.source}: {reason(error, data)}") from None
-    try:
+    with _in_one_line(data):
         rows = datasets.load_dataset(data.source, name=data.subset, split=data.split, revision=pinned or data.revision)
-    except Exception as error:  # whatever the library, the network or the repository came up with
-        raise DataError(f"{data.source}: {reason(error, data)}") from None
     revision = _commit_read(rows)
     _check_what_was_read(data, pinned, revision, rows.info.config_name)
     subset = data.subset or (rows.info.config_name if rows.info.config_name != "default" else None)
@@ -83,8 +82,40 @@ def commit_of(data: Data) -> str:
     """
     from huggingface_hub import HfApi
 
-    try:
+    with _in_one_line(data):
         return HfApi().dataset_info(data.source, revision=data.revision, timeout=_TIMEOUT).sha
+
+
+def peek(data: Data) -> Table:
+    """The beginning of a split of a data set on the Hub, of which no more is fetched than is read.
+
+    Raises:
+        DataError: if it cannot be had; reading it may raise too.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(f"{data.source}: reading from the Hub needs a package; run: pip install datasets") from None
+    datasets.disable_progress_bars()
+    with _in_one_line(data):
+        rows = datasets.load_dataset(
+            data.source, name=data.subset, split=data.split, revision=data.revision, streaming=True
+        )
+        columns = rows.column_names or tuple(next(iter(rows), {}))
+
+    def read(wanted: Sequence[str]) -> Iterator[Row]:
+        with _in_one_line(data):
+            for number, row in enumerate(rows, start=1):
+                yield f"row {number}", row
+
+    return Table(f"{data.source} ({data.split})", tuple(columns), read)
+
+
+@contextmanager
+def _in_one_line(data: Data) -> Iterator[None]:
+    """Whatever the library, the network or the repository came up with, as one line."""
+    try:
+        yield
     except Exception as error:
         raise DataError(f"{data.source}: {reason(error, data)}") from None
 

@@ -74,9 +74,22 @@ def check_token(place: str, owner: str | None, attempts: int = ATTEMPTS) -> str:
     names = [who.get("name"), *(o.get("name") for o in who.get("orgs", []))]
     if owner is not None and owner.casefold() not in [str(name).casefold() for name in names]:
         raise HubError(f"{place}: this token belongs to {names[0]}, who cannot write to {owner}/")
-    if who.get("auth", {}).get("accessToken", {}).get("role") == "read":
+    about = who.get("auth", {}).get("accessToken", {})
+    if about.get("role") == "read":
         raise HubError(f"{place}: the token may only read; make one that may write")
+    if about.get("role") == "fineGrained" and not _grants_writing(about.get("fineGrained", {}), place, owner):
+        raise HubError(f"{place}: the token's permissions do not let it write there; add them, or use another token")
     return token
+
+
+def _grants_writing(granted: dict, place: str, owner: str | None) -> bool:
+    """Does a fine-grained token let its bearer write to what `owner` has, or to the repository `place` itself?"""
+    names = {str(name).casefold() for name in (owner, place.split()[-1]) if name}
+    return any(
+        "repo.write" in scope.get("permissions", ())
+        and (owner is None or str(scope.get("entity", {}).get("name")).casefold() in names)
+        for scope in granted.get("scoped", ())
+    )
 
 
 def who_is(place: str, token: str) -> dict:

@@ -17,6 +17,13 @@ def whoami(hub, request: Request) -> Reply:
         raise HubError(401, "Invalid username or password.")
     organizations = [{"type": "org", "name": name, "roleInOrg": "write"} for name in user.organizations]
     token = {"displayName": "loopback", "role": user.role}
+    if user.role == "fineGrained":
+        reading = {"entity": {"type": "user", "name": user.name}, "permissions": ["repo.content.read"]}
+        writing = [
+            {"entity": {"type": "model" if "/" in name else "user", "name": name}, "permissions": ["repo.write"]}
+            for name in user.writes_to
+        ]
+        token["fineGrained"] = {"canReadGatedRepos": True, "global": [], "scoped": [reading, *writing]}
     auth = {"type": "access_token", "accessToken": token}
     return Reply.json({"type": "user", "name": user.name, "fullname": user.name, "orgs": organizations, "auth": auth})
 

@@ -16,11 +16,15 @@ from .wire import Reply, Request, route_of
 
 @dataclass(frozen=True)
 class User:
-    """Who a token stands for; `role` is "write", "read", or "publisher" for a trusted one, which is no user."""
+    """Who a token stands for.
+
+    `role` is "write", "read", "fineGrained", or "publisher" for a trusted one, which is no user.
+    """
 
     name: str
     role: str
     organizations: tuple[str, ...] = ()
+    writes_to: tuple[str, ...] = ()  # of a fine-grained token: users, organizations, repositories
 
     def owns(self, repository_id: str) -> bool:
         return repository_id.split("/")[0] in (self.name, *self.organizations)
@@ -31,8 +35,9 @@ class LoopbackHub:
 
     Args:
         folder: where file contents are kept; made if it is missing.
-        tokens: ``{token: {"name": user, "role": "write" | "read", "orgs": [...]}}``;
-            the role is "write" unless given, organizations are optional.
+        tokens: ``{token: {"name": user, "role": "write" | "read" | "fineGrained", "orgs": [...]}}``;
+            the role is "write" unless given, organizations are optional. A fine-grained token may write to what
+            its "writes_to" names, such as ["ann", "ann/model"].
         port: 0 for any free one.
 
     Example:
@@ -49,7 +54,9 @@ class LoopbackHub:
     def __init__(self, folder: str | Path, tokens: dict[str, dict] | None = None, *, port: int = 0):
         self.store = Store(Path(folder))
         self.users = {
-            token: User(who["name"], who.get("role", "write"), tuple(who.get("orgs", ())))
+            token: User(
+                who["name"], who.get("role", "write"), tuple(who.get("orgs", ())), tuple(who.get("writes_to", ()))
+            )
             for token, who in (tokens or {}).items()
         }
         self.secret = secrets.token_bytes(16)
@@ -203,7 +210,8 @@ class LoopbackHub:
         user = self.user(request)
         if user is None:
             raise HubError(401, "Invalid username or password.")
-        if user.role == "read":
+        granted = repo_id is None or {repo_id, repo_id.split("/")[0]} & {*user.writes_to}
+        if user.role == "read" or (user.role == "fineGrained" and not granted):
             raise HubError(403, "Forbidden: you must use a write token to upload to a repository.")
         if repo_id is not None and not user.owns(repo_id):
             raise HubError(403, f"Forbidden: {user.name} has no rights to write to {repo_id}")

@@ -1,0 +1,161 @@
+"""How questions are asked: at a terminal, of answers in a pipe, or not at all where they were given ahead."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from pipeline.errors import ConfigError, UserError, redact
+from pipeline.wizard.draft import Draft
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question.
+
+    Attributes:
+        name: of the option that answers it ahead, without the dashes.
+        ask: the question in a few words.
+        about: what the answer means, in one line; a preset has one of its own.
+        default: the answer that an empty line stands for.
+        take: checks an answer and puts it into the draft; raises UserError, and leaves the draft as it was.
+        wanted: is it to be asked, after the answers so far?
+    """
+
+    name: str
+    ask: str
+    about: Callable[[Draft], str]
+    default: Callable[[Draft], str]
+    take: Callable[[Draft, str], None]
+    wanted: Callable[[Draft], bool] = lambda draft: True
+
+
+class GoBack(Exception):
+    """An earlier question is to be asked again."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+
+@dataclass
+class Asker:
+    """Asks questions one after the other.
+
+    Attributes:
+        given: answers given ahead, by name; a wrong one ends the wizard.
+        remembered: answers of an earlier session; at a terminal a wrong one is asked again.
+        yes: take the default of everything else.
+        answers: all answers so far, as text; no secrets among them.
+    """
+
+    console: Console
+    given: dict[str, str]
+    remembered: dict[str, str]
+    yes: bool
+    at_terminal: bool
+    answers: dict[str, str] = field(default_factory=dict)
+
+    def ask_all(self, questions: Sequence[Question], draft: Draft) -> None:
+        """Ask what is wanted, in order.
+
+        Raises:
+            UserError: for a wrong answer that nobody can be asked for again.
+            KeyboardInterrupt: where the person at the terminal wants to stop.
+        """
+        at = 0
+        while at < len(questions):
+            question = questions[at]
+            at += 1
+            if not question.wanted(draft):
+                if question.name in self.given:
+                    raise ConfigError(f"--{question.name}: does not apply to the other answers; leave it out")
+                continue
+            try:
+                self.answers[question.name] = self._ask(question, draft)
+            except GoBack as back:
+                at = next(i for i, q in enumerate(questions) if q.name == back.name)
+                draft.given -= {question.name, back.name}
+                for name in (question.name, back.name):
+                    for known in (self.answers, self.remembered, self.given):
+                        known.pop(name, None)
+
+    def _ask(self, question: Question, draft: Draft) -> str:
+        """The answer, which was taken."""
+        if question.name in self.given:
+            return self._take(question, draft, self.given[question.name])
+        if question.name in self.remembered:
+            try:
+                return self._take(question, draft, self.remembered[question.name])
+            except UserError as error:
+                if not self.at_terminal:
+                    raise
+                self._refuse(error)
+        if self.yes:
+            return self._take(question, draft, question.default(draft))
+        self.console.print(f"\n[dim]{escaped(question.about(draft))}[/]")
+        while True:
+            try:
+                return self._take(question, draft, self._read(question, question.default(draft)))
+            except UserError as error:
+                if not self.at_terminal:
+                    raise
+                self._refuse(error)
+
+    def _read(self, question: Question, default: str) -> str:
+        self.console.print(f"[bold]{escaped(question.ask)}[/] [cyan]{escaped(f'[{default}]')}[/]: ", end="")
+        sys.stdout.flush()
+        line = sys.stdin.readline()
+        if not line and self.at_terminal:  # Ctrl-D
+            raise KeyboardInterrupt
+        if not line:
+            raise ConfigError(
+                f"{question.ask}: the answers end here; give one more line, or --{question.name}, or --yes for defaults"
+            )
+        answer = line.strip() or default
+        if not self.at_terminal:  # nobody typed it here
+            self.console.print(escaped(redact(answer)))
+        return answer
+
+    def _take(self, question: Question, draft: Draft, answer: str) -> str:
+        question.take(draft, answer)
+        return answer
+
+    def _refuse(self, error: UserError) -> None:
+        self.console.print(f"[red]{escaped(str(error).removeprefix('wizard: '))}[/]")
+
+
+def yes_or_no(answer: str) -> bool:
+    """What an answer to such a question means.
+
+    Raises:
+        ConfigError: where it is neither.
+    """
+    word = answer.strip().lower()
+    if word in ("y", "yes", "true"):
+        return True
+    if word in ("n", "no", "false"):
+        return False
+    raise ConfigError(f"{answer!r}: answer yes or no")
+
+
+def one_of(answer: str, choices: Sequence[str]) -> str:
+    """The choice that an answer names.
+
+    Raises:
+        ConfigError: where it names none.
+    """
+    word = answer.strip().lower().replace("-", "_")
+    if word not in choices:
+        raise ConfigError(f"{answer!r}: allowed are {', '.join(choices)}")
+    return word
+
+
+def escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,95 @@
+"""Where it goes: a repository on the Hub, who may see it, and where Trackio shows the run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from pipeline.errors import HubError, TrackError, UserError
+from pipeline.trackers.places import TOKEN_VARIABLE
+from pipeline.wizard.asking import Question, yes_or_no
+from pipeline.wizard.draft import Draft
+
+NOWHERE, HERE = "none", "local"
+
+
+def _take_repo(draft: Draft, answer: str) -> None:
+    if answer.lower() in (NOWHERE, "no"):
+        return draft.set({"publish.repo": None})
+    repo = draft.config({"publish.repo": answer}).publish.repo
+    _with_secret(draft, "HF_TOKEN", "Hub token that may write", HubError, lambda: _check_repo(repo))
+    draft.check_fits(draft.config({"publish.repo": repo}))
+    draft.set({"publish.repo": repo})
+
+
+def _check_repo(repo: str) -> None:
+    from pipeline.hub import check_access
+
+    check_access(repo)
+
+
+def _with_secret(draft: Draft, variable: str, what: str, wrong: type[UserError], check: Callable[[], None]) -> None:
+    """Check access with the token that there is; where that is not enough, ask the person for one, without echo.
+
+    The token goes into the environment of this process alone, and only where the check accepts it.
+    """
+    try:
+        return check()
+    except wrong as error:
+        if draft.secret is None:
+            raise
+        draft.tell(str(error))
+    before = os.environ.get(variable)
+    token = draft.secret(f"{what}, not shown and not stored (empty: answer the question anew): ").strip()
+    if not token:
+        raise wrong(f"without a token nothing can be sent; {NOWHERE} or {HERE} keeps it here")
+    os.environ[variable] = token
+    try:
+        check()
+    except BaseException:
+        os.environ.pop(variable)
+        if before is not None:
+            os.environ[variable] = before
+        raise
+
+
+def _take_private(draft: Draft, answer: str) -> None:
+    draft.set({"publish.private": yes_or_no(answer)})
+
+
+def _take_track(draft: Draft, answer: str) -> None:
+    from pipeline.trackers.trackio import check
+
+    if answer.lower() == HERE:
+        return draft.set({"track.space": None, "track.server": None})
+    is_server = "://" in answer
+    settings = {"track.space": None if is_server else answer, "track.server": answer if is_server else None}
+    track = draft.config(settings).track
+    variable, what = (TOKEN_VARIABLE, "its write token") if is_server else ("HF_TOKEN", "Hub token that may write")
+    _with_secret(draft, variable, what, TrackError, lambda: check(track))
+    draft.set(settings)
+
+
+def _about_repo(draft: Draft) -> str:
+    return f"Where to publish, as USER/NAME on the Hub; {NOWHERE} keeps everything on this machine."
+
+
+def _about_track(draft: Draft) -> str:
+    return (
+        f"Where Trackio shows curves and events: {HERE} (this machine), a Space of yours (USER/NAME), or a server's "
+        "address (https://...)."
+    )
+
+
+QUESTIONS = (
+    Question("repo", "Hub repository", _about_repo, lambda draft: NOWHERE, _take_repo),
+    Question(
+        "private",
+        "Private",
+        lambda draft: "Whether only you see a repository that is new; one that is there stays as it is.",
+        lambda draft: "yes",
+        _take_private,
+        lambda draft: draft.config().publish.repo is not None,
+    ),
+    Question("track", "Trackio", _about_track, lambda draft: HERE, _take_track),
+)

@@ -1,0 +1,137 @@
+"""The configuration as far as it is answered, what is known besides, and whether it fits this machine."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.config_file import parse_config
+from pipeline.data.sources import BUILTIN
+from pipeline.errors import ConfigError
+from pipeline.planning.advice import advise
+from pipeline.planning.devices import Machine, this_machine
+from pipeline.planning.memory import adapter_parameters
+from pipeline.planning.model import Sizes
+from pipeline.planning.plan import Shortage, shortages
+from pipeline.planning.stages import stages_of
+
+Settings = Mapping[str, object]  # dotted keys
+
+
+@dataclass
+class Draft:
+    """What was answered so far.
+
+    Attributes:
+        runs: folder of the runs.
+        tell: shows a line of text.
+        secret: reads a secret without showing it, "" for none; None where nobody sits at a terminal.
+        confirm: asks yes or no; None there too.
+        given: names of the answers that were given ahead.
+        overwrite: a configuration file that is there may be replaced.
+        tree: the configuration as plain data, with what was answered and what a recipe brought.
+        sizes: of the base model.
+        columns_problem: why no form was found for the data set, until its columns are named.
+    """
+
+    runs: Path
+    tell: Callable[[str], None]
+    secret: Callable[[str], str] | None = None
+    confirm: Callable[[str], bool] | None = None
+    given: frozenset[str] = frozenset()
+    overwrite: bool = False
+    tree: dict = field(default_factory=dict)
+    sizes: Sizes | None = None
+    recipe: str | None = None
+    profile: str = "standard"
+    quantizes: bool = True
+    columns_problem: str | None = None
+    written: Path | None = None
+    start: bool = False
+
+    @property
+    def is_recipes_data(self) -> bool:
+        """Does it learn from what the recipe names?"""
+        return self.recipe is not None and self.tree["data"]["source"] == BUILTIN
+
+    @property
+    def interactive(self) -> bool:
+        return self.secret is not None
+
+    @cached_property
+    def machine(self) -> Machine:
+        return this_machine(self.runs)
+
+    def config(self, settings: Settings | None = None) -> Config:
+        """The configuration with further settings; what is not answered yet has its default.
+
+        Raises:
+            ConfigError: where a setting is refused.
+        """
+        tree = {"name": "unnamed", "data": {"source": BUILTIN}, **_changed(self.tree, settings or {})}
+        return parse_config(tree, "wizard")
+
+    def set(self, settings: Settings) -> None:
+        """Keep settings.
+
+        Raises:
+            ConfigError: where one is refused; then none is kept.
+        """
+        self.config(settings)
+        self.tree = _changed(self.tree, settings)
+
+    def fits(self, config: Config) -> bool:
+        return not self._short(config)
+
+    def check_fits(self, config: Config) -> None:
+        """Is there the memory and the disk for this?
+
+        Raises:
+            ConfigError: naming what there is not enough of, and what helps.
+        """
+        short = self._short(config)
+        if not short:
+            return
+        first = tell_shortage(short[0])
+        if changes := advise(config, lambda asked: not self.fits(asked)):
+            raise ConfigError(f"{first}; it would fit with {' '.join(change.setting for change in changes)}")
+        raise ConfigError(f"{first}; no settings known here make it fit: take a smaller model, or a larger machine")
+
+    def fitting(self, settings: Settings) -> dict[str, object]:
+        """These settings, and on top of them those with which the run fits this machine.
+
+        Raises:
+            ConfigError: where none are known.
+        """
+        config = self.config(settings)
+        if self.fits(config):
+            return dict(settings)
+        changes = advise(config, lambda asked: not self.fits(asked))
+        if not changes:
+            self.check_fits(config)
+        return {**settings, **{change.key: change.value for change in changes}}
+
+    def _short(self, config: Config) -> list[Shortage]:
+        adapter = adapter_parameters(self.sizes, config.train.lora)
+        return shortages(stages_of(config, self.sizes, self.machine, 0, adapter), self.machine)
+
+
+def tell_shortage(short: Shortage) -> str:
+    from pipeline.terminal import size
+
+    return f"{short.stage} needs {size(short.need)} of {short.what}, there are {size(short.have)}"
+
+
+def _changed(tree: dict, settings: Settings) -> dict:
+    tree = copy.deepcopy(tree)
+    for key, value in settings.items():
+        *parents, last = key.split(".")
+        section = tree
+        for name in parents:
+            section = section.setdefault(name, {})
+        section[last] = copy.deepcopy(value)
+    return tree

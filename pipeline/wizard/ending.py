@@ -1,0 +1,120 @@
+"""The run's name, the file that is written, how fast the machine is, and whether to begin."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from pathlib import Path
+
+import yaml
+
+from pipeline.calibration import keep, measure, read_calibration
+from pipeline.config import Config
+from pipeline.config_file import load_config
+from pipeline.errors import ConfigError, UserError
+from pipeline.files import write_text
+from pipeline.wizard.asking import Question, yes_or_no
+from pipeline.wizard.draft import Draft
+from pipeline.wizard.summary import show_summary
+
+
+def command(*words: object) -> str:
+    """A command of ours as people type it here."""
+    return " ".join([os.environ.get("TUNEPRESS_COMMAND", "tunepress"), *(shlex.quote(str(word)) for word in words)])
+
+
+def _default_name(draft: Draft) -> str:
+    source = draft.recipe or draft.config().model.source.rstrip("/")
+    if draft.recipe and not draft.is_recipes_data:
+        source = f"{source}-{Path(draft.tree['data']['source']).stem}"
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source).stem if source.endswith(".gguf") else source.split("/")[-1])
+    return name.strip("-._")[:60] or "my-run"
+
+
+def _take_name(draft: Draft, answer: str) -> None:
+    draft.set({"name": answer})
+
+
+def _take_file(draft: Draft, answer: str) -> None:
+    """Write the configuration, unless something else stands there."""
+    path = Path(answer).expanduser()
+    if path.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"{answer}: a configuration's name ends in .yaml")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{answer}: there is no folder {path.parent}")
+    config = draft.config()
+    if path.exists() and not _says(path, config) and not draft.overwrite:
+        _ask_to_replace(draft, path)
+    tree = {key: draft.tree[key] for key in Config.model_fields if key in draft.tree}
+    body = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    again = command("run", answer, *([] if draft.runs == Path("runs") else ["--runs", draft.runs]))
+    try:
+        write_text(path, f"# Written by the wizard. To run it, or to go on where it stopped: {again}\n{body}")
+    except OSError as error:
+        raise ConfigError(f"{answer}: cannot be written ({error.strerror})") from None
+    draft.written = path
+    show_summary(draft)
+
+
+def _says(path: Path, config: Config) -> bool:
+    """Is it the same configuration?"""
+    try:
+        return load_config(path) == config
+    except UserError:
+        return False
+
+
+def _ask_to_replace(draft: Draft, path: Path) -> None:
+    taken = ConfigError(f"{path}: is there, and says something else; name another file, or use --overwrite")
+    if draft.confirm is None:
+        raise taken
+    if not draft.confirm(f"{path} is there, and says something else. Replace it? yes or no [no]: "):
+        raise taken
+
+
+def _not_measured(draft: Draft) -> bool:
+    known = read_calibration()
+    return known is None or not known.is_of(draft.machine.name)
+
+
+def _take_calibrate(draft: Draft, answer: str) -> None:
+    if yes_or_no(answer):
+        keep(measure(draft.machine.name, lambda what: draft.tell(f"measuring: {what}")))
+
+
+def _take_run(draft: Draft, answer: str) -> None:
+    draft.start = yes_or_no(answer)
+
+
+QUESTIONS = (
+    Question(
+        "name",
+        "Name of the run",
+        lambda draft: f"Of its folder in {draft.runs}/, and in Trackio.",
+        _default_name,
+        _take_name,
+    ),
+    Question(
+        "calibrate",
+        "Measure this machine",
+        lambda draft: "Takes some twenty seconds, once; without it nothing is said of how long the run takes.",
+        lambda draft: "yes" if draft.interactive else "no",
+        _take_calibrate,
+        lambda draft: "calibrate" in draft.given or (draft.interactive and _not_measured(draft)),
+    ),
+    Question(
+        "file",
+        "Configuration file",
+        lambda draft: "Everything answered, to read, change and run again; no token is in it.",
+        lambda draft: f"{draft.tree['name']}.yaml",
+        _take_file,
+    ),
+    Question(
+        "run",
+        "Start now",
+        lambda draft: "It can be stopped at any moment, and goes on where it stopped.",
+        lambda draft: "yes",
+        _take_run,
+    ),
+)

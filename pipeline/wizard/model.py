@@ -1,0 +1,67 @@
+"""The model: a shipped recipe, a repository on the Hub, or a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from pipeline.config_file import shipped_configs
+from pipeline.planning.devices import may_have_gpu
+from pipeline.planning.model import read_sizes
+from pipeline.wizard.asking import Question
+from pipeline.wizard.draft import Draft
+from pipeline.wizard.summary import millions
+
+DEFAULT = "demo"
+
+
+def _about(draft: Draft) -> str:
+    return (
+        f"What to start from: a recipe ({', '.join(shipped_configs())}), a model on the Hub such as USER/MODEL, "
+        "or a folder."
+    )
+
+
+def _take(draft: Draft, answer: str) -> None:
+    recipe = answer if answer in shipped_configs() and not Path(answer).is_dir() else None
+    tree = {"model": {"source": answer}}
+    if recipe:
+        tree = yaml.safe_load(shipped_configs()[recipe].read_text(encoding="utf-8"))
+        del tree["name"]
+    before = draft.tree, draft.sizes, draft.recipe
+    draft.tree, draft.recipe = tree, recipe
+    try:
+        draft.sizes = read_sizes(draft.config().model)
+        draft.fitting({})
+    except Exception:
+        draft.tree, draft.sizes, draft.recipe = before
+        raise
+    _tell(draft)
+
+
+def _tell(draft: Draft) -> None:
+    """What was found: the model, the machine, and what a GPU that is not used needs."""
+    from pipeline.terminal import size
+
+    sizes, machine = draft.sizes, draft.machine
+    fetched = sizes.fetched_bytes - sizes.here_bytes
+    come = f"; {size(fetched)} to fetch" if fetched else ""
+    draft.tell(f"{millions(sizes.parameters)} million parameters, {size(sizes.bf16_bytes)} in bf16{come}")
+    has = [f"{size(machine.gpu_bytes)} of GPU memory"] if machine.has_gpu else []
+    has += [f"{size(machine.host_bytes)} of memory free", f"{size(machine.disk_free)} of disk free"]
+    draft.tell(f"{machine.name}: {', '.join(has)}")
+    for advice in gpu_advice():
+        draft.tell(advice)
+
+
+def gpu_advice() -> list[str]:
+    """What must be set or installed for a GPU of this machine; torch is asked only where it may find one."""
+    from pipeline.doctor import devices, missing_gpu
+
+    if not may_have_gpu():
+        return [advice] if (advice := missing_gpu()) else []
+    return [device["advice"] for device in devices() if device.get("advice")]
+
+
+QUESTIONS = (Question("model", "Model", _about, lambda draft: DEFAULT, _take),)

@@ -1,0 +1,144 @@
+"""Quantized models: whether, which, in what groups, and GGUF besides."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import yaml
+
+from pipeline.catalog import GROUP_SIZES, VARIANTS, resolve_variants
+from pipeline.config_file import shipped_configs
+from pipeline.errors import ConfigError, MissingExtra
+from pipeline.wizard.asking import Question, yes_or_no
+from pipeline.wizard.draft import Draft
+from pipeline.wizard.presets import PROFILES, QUANTIZATIONS, told
+
+AS_THE_RECIPE, NONE = "recipe", "none"
+GGUF = {name.removeprefix("gguf-"): name for name, variant in VARIANTS.items() if variant.format == "gguf"}
+
+
+def _wanted(draft: Draft) -> bool:
+    return draft.quantizes
+
+
+def _take_quantize(draft: Draft, answer: str) -> None:
+    draft.quantizes = yes_or_no(answer)
+    if not draft.quantizes:
+        draft.set({"quantize.variants": []})
+
+
+def _about_quantization(draft: Draft) -> str:
+    recipe = [f"{AS_THE_RECIPE}: as {draft.recipe} has it"] if draft.recipe else []
+    by_name = "Which: int8 (for GPUs), int4 (for CPUs), both; several with commas; or one of these:"
+    return "\n  ".join([by_name, *told(QUANTIZATIONS), *recipe])
+
+
+def _default_quantization(draft: Draft) -> str:
+    if draft.recipe and draft.profile == "standard":
+        return AS_THE_RECIPE
+    return PROFILES[draft.profile].quantization
+
+
+def _take_quantization(draft: Draft, answer: str) -> None:
+    word = answer.lower().replace("-", "_")
+    if word == AS_THE_RECIPE and draft.recipe:
+        variants = _recipe_variants(draft.recipe)
+    elif word in QUANTIZATIONS:
+        variants = list(QUANTIZATIONS[word].variants)
+    else:
+        variants = [{"name": name} for name in _names(answer)]
+    _set_variants(draft, variants)
+
+
+def _recipe_variants(recipe: str) -> list[dict]:
+    tree = yaml.safe_load(shipped_configs()[recipe].read_text(encoding="utf-8"))
+    return [item if isinstance(item, dict) else {"name": item} for item in tree["quantize"]["variants"]]
+
+
+def _names(answer: str) -> list[str]:
+    names: list[str] = []
+    for part in filter(None, (part.strip() for part in answer.split(","))):
+        try:
+            names += [name for name in resolve_variants(part) if name not in names]
+        except KeyError:
+            allowed = ", ".join([*QUANTIZATIONS, "int8", "int4", "both"])
+            raise ConfigError(f"{part!r}: no preset and no variant; allowed are {allowed}") from None
+    return names
+
+
+def _set_variants(draft: Draft, variants: list[dict]) -> None:
+    _check_extras([variant["name"] for variant in variants])
+    settings = {"quantize.variants": variants}
+    draft.check_fits(draft.config(settings))
+    draft.set(settings)
+
+
+def _check_extras(names: list[str]) -> None:
+    """Are the packages there that these variants are made with?"""
+    for name in names:
+        variant = VARIANTS[name]
+        if variant.format == "gguf" and importlib.util.find_spec("gguf") is None:
+            raise MissingExtra(name, "gguf")
+        if variant.quantizer and importlib.util.find_spec("llama_cpp") is None:
+            raise MissingExtra(name, "llama-cpp")
+
+
+def _int4(draft: Draft) -> dict | None:
+    return next((v for v in draft.tree["quantize"]["variants"] if v["name"] == "int4"), None)
+
+
+def _default_group_size(draft: Draft) -> str:
+    return str(_int4(draft).get("group_size") or VARIANTS["int4"].group_size)
+
+
+def _take_group_size(draft: Draft, answer: str) -> None:
+    if not answer.isdecimal():
+        raise ConfigError(f"group size {answer!r}: allowed are {', '.join(map(str, GROUP_SIZES))}")
+    variants = [{**v, "group_size": int(answer)} if v["name"] == "int4" else v for v in _variants(draft)]
+    _set_variants(draft, variants)
+
+
+def _take_gguf(draft: Draft, answer: str) -> None:
+    if answer.lower() == NONE:
+        return
+    names = []
+    for part in filter(None, (part.strip().lower().removeprefix("gguf-") for part in answer.split(","))):
+        if part not in GGUF:
+            raise ConfigError(f"{part!r}: no GGUF type; allowed are {NONE}, {', '.join(GGUF)}")
+        names.append(GGUF[part])
+    there = [variant["name"] for variant in _variants(draft)]
+    _set_variants(draft, _variants(draft) + [{"name": n} for n in dict.fromkeys(names) if n not in there])
+
+
+def _variants(draft: Draft) -> list[dict]:
+    return draft.tree["quantize"]["variants"]
+
+
+QUESTIONS = (
+    Question(
+        "quantize",
+        "Make quantized models",
+        lambda draft: "Smaller copies of the model in folders beside it, each measured before it is published.",
+        lambda draft: "yes",
+        _take_quantize,
+    ),
+    Question(
+        "quantization", "Quantized models", _about_quantization, _default_quantization, _take_quantization, _wanted
+    ),
+    Question(
+        "group-size",
+        "Group size of int4",
+        lambda draft: "Weights that share a scale: 32 loses least, 256 is smallest.",
+        _default_group_size,
+        _take_group_size,
+        lambda draft: draft.quantizes and _int4(draft) is not None,
+    ),
+    Question(
+        "gguf",
+        "GGUF",
+        lambda draft: f"Files for llama.cpp and Ollama, with commas: {', '.join(GGUF)}; or {NONE}.",
+        lambda draft: NONE,
+        _take_gguf,
+        _wanted,
+    ),
+)

@@ -1,0 +1,154 @@
+"""One session of the wizard: from the first question to a file, or to the answers that an interruption leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from pipeline.errors import ConfigError, redact
+from pipeline.files import write_text
+from pipeline.wizard.asking import Asker, escaped, yes_or_no
+from pipeline.wizard.draft import Draft
+from pipeline.wizard.ending import command
+from pipeline.wizard.questions import QUESTIONS
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LEFT = "wizard-answers.yaml"
+
+
+@dataclass(frozen=True)
+class Written:
+    """The configuration that came out, and whether to run it now."""
+
+    path: Path
+    start: bool
+
+
+class Stopped(Exception):
+    """The person stopped; `str(error)` says how to go on."""
+
+
+def wizard(
+    console: Console,
+    answers: Mapping[str, str],
+    resume: Path | None = None,
+    yes: bool = False,
+    runs: Path = Path("runs"),
+    overwrite: bool = False,
+) -> Written:
+    """Ask what is not answered yet, write the configuration, and say whether to begin.
+
+    Args:
+        answers: given ahead, by the questions' names.
+        resume: a file of answers that an interrupted session left.
+        yes: take defaults for the rest.
+        overwrite: replace a configuration file that says something else.
+
+    Raises:
+        UserError: for a wrong answer where nobody can be asked again.
+        Stopped: by Ctrl-C and the like; the answers are kept in a file.
+    """
+    remembered = read_answers(resume) if resume else {}
+    at_terminal = sys.stdin.isatty() and not yes
+    draft = Draft(
+        runs=runs,
+        tell=lambda line: console.print(escaped(line)),
+        secret=getpass.getpass if at_terminal else None,
+        confirm=_confirm(console) if at_terminal else None,
+        given=frozenset(answers) | frozenset(remembered),
+        overwrite=overwrite,
+    )
+    asker = Asker(console, dict(answers), remembered, yes, at_terminal)
+    try:
+        with _signals_as_interrupts():
+            if at_terminal:
+                console.print(
+                    "Answer, or press Enter for what stands in brackets. Ctrl-C keeps your answers in a file."
+                )
+            asker.ask_all(QUESTIONS, draft)
+    except KeyboardInterrupt:
+        raise Stopped(_leave(draft, asker.answers, resume)) from None
+    if resume and resume.name == LEFT:
+        resume.unlink(missing_ok=True)
+    return Written(draft.written, draft.start)
+
+
+def read_answers(path: Path) -> dict[str, str]:
+    """The answers that a session left.
+
+    Raises:
+        ConfigError: where the file holds none.
+    """
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise ConfigError(f"{path}: not YAML, so no answers of the wizard") from None
+    known = {question.name for question in QUESTIONS}
+    if not isinstance(found, dict) or not found.keys() <= known:
+        raise ConfigError(f"{path}: no answers of the wizard; a configuration is run with: {command('run', path)}")
+    return {name: _as_text(value) for name, value in found.items()}
+
+
+def _as_text(value: object) -> str:
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
+
+
+def _leave(draft: Draft, answers: Mapping[str, str], resume: Path | None) -> str:
+    """Keep what was answered, and say how to go on."""
+    if draft.written:
+        return f"stopped; the configuration is written, run it with: {command('run', draft.written)}"
+    if not answers:
+        return "stopped; nothing was answered yet"
+    path = resume or _free(Path(LEFT))
+    again = command("wizard", "--resume", path)
+    body = yaml.safe_dump(dict(answers), sort_keys=False, allow_unicode=True)
+    write_text(
+        path, f"# Answers of a wizard that was stopped; no token is among them. Go on with: {again}\n{redact(body)}"
+    )
+    return f"stopped; your answers are in {path}, go on with: {again}"
+
+
+def _free(path: Path) -> Path:
+    """The path, or the next one that is not taken."""
+    number, free = 2, path
+    while free.exists():
+        free, number = path.with_stem(f"{path.stem}-{number}"), number + 1
+    return free
+
+
+def _confirm(console: Console) -> Callable[[str], bool]:
+    def ask(what: str) -> bool:
+        console.print(escaped(what), end="")
+        sys.stdout.flush()
+        with contextlib.suppress(ConfigError):
+            return yes_or_no(sys.stdin.readline())
+        return False
+
+    return ask
+
+
+@contextlib.contextmanager
+def _signals_as_interrupts() -> Iterator[None]:
+    """A closed terminal and a request to end keep the answers too."""
+
+    def stop(number, frame):
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,83 @@
+"""What will be done, needed and sent, and how long that takes, in a few lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pipeline.config import Config
+from pipeline.planning import Plan, make_plan
+from pipeline.planning.memory import wanted
+from pipeline.wizard.draft import Draft, tell_shortage
+
+
+def show_summary(draft: Draft) -> None:
+    """Tell what the configuration that was written asks for."""
+    plan = make_plan(draft.config(), runs=draft.runs)
+    draft.tell("")
+    for label, line in _lines(plan):
+        draft.tell(f"{label:<10}{line}")
+    draft.tell(f"{'File':<10}{draft.written}")
+
+
+def _lines(plan: Plan) -> Iterator[tuple[str, str]]:
+    from pipeline.terminal import clock, size
+
+    config = plan.config
+    yield "Model", f"{config.model.source}, {millions(plan.model.parameters)} million parameters"
+    yield "Data", f"{config.data.source}{_rows(plan)}"
+    train = config.train
+    steps = "steps not known" if plan.steps is None else f"{plan.steps} steps"
+    sequences = f"{train.batch_size} x {train.accumulate} sequences of up to {train.max_length} tokens"
+    yield "Training", f"{train.method}, {steps} of {sequences}"
+    yield "Quantized", _variants(config)
+    yield "Published", _published(plan)
+    yield "Trackio", config.track.space or config.track.server or "on this machine"
+    fetched = f", {size(plan.fetched_bytes)} to fetch" if plan.fetched_bytes else ""
+    yield "Needs", f"{_memory(plan)}, {size(plan.disk_bytes)} of disk{fetched}"
+    if plan.why_no_times:
+        yield "Takes", plan.why_no_times
+    else:
+        yield "Takes", f"about {clock(sum(plan.seconds.values()))} here, without the network"
+    for short in plan.shortages:
+        yield "Too large", tell_shortage(short)
+    for change in plan.changes:
+        yield "", f"it would fit with --set {change.setting}: {change.why}"
+
+
+def millions(count: int) -> str:
+    return f"{count / 1e6:,.{0 if count >= 10**7 else 1}f}"
+
+
+def _rows(plan: Plan) -> str:
+    if plan.data is None or plan.data.examples is None:
+        return ""
+    limit = plan.config.data.limit
+    return f", {min(plan.data.examples, limit) if limit else plan.data.examples:,} examples ({plan.data.how})"
+
+
+def _variants(config: Config) -> str:
+    """`int8, int4 in groups of 64`."""
+    told = []
+    for spec in config.quantize.variants:
+        groups = f" in groups of {spec.group_size}" if spec.group_size and not spec.name.startswith("gguf") else ""
+        told.append(spec.name + groups)
+    return ", ".join(told) or "nothing"
+
+
+def _published(plan: Plan) -> str:
+    from pipeline.terminal import size
+
+    publish = plan.config.publish
+    if publish.repo is None:
+        return "nothing; it stays on this machine"
+    visible = "private" if publish.private else "public"
+    return f"{publish.repo} ({visible} if it is new), {size(plan.uploaded_bytes)} to send"
+
+
+def _memory(plan: Plan) -> str:
+    from pipeline.terminal import size
+
+    host = max((wanted(stage.host) for stage in plan.stages), default=0)
+    gpu = max((wanted(stage.gpu) for stage in plan.stages), default=0)
+    told = f"{size(host)} of memory"
+    return f"{told}, {size(gpu)} of GPU memory" if gpu else told

@@ -1,0 +1,106 @@
+"""How long and how large: profile, passes over the data, sequence length, sequences at a time."""
+
+from __future__ import annotations
+
+from pipeline.errors import ConfigError
+from pipeline.wizard.asking import Question, one_of
+from pipeline.wizard.draft import Draft
+from pipeline.wizard.presets import PROFILES, told
+
+NO_LIMIT = "no"
+
+
+def _about_profile(draft: Draft) -> str:
+    return "\n  ".join(["How large a step is, and how small the result:", *told(PROFILES)])
+
+
+def _default_profile(draft: Draft) -> str:
+    """The first that fits this machine as it is; else the last, whose sizes are made smaller still."""
+    return next((n for n, p in PROFILES.items() if draft.fits(draft.config(p.settings))), list(PROFILES)[-1])
+
+
+def _take_profile(draft: Draft, answer: str) -> None:
+    profile = one_of(answer, list(PROFILES))
+    draft.set(draft.fitting(PROFILES[profile].settings))
+    draft.profile = profile
+
+
+def _default_max_steps(draft: Draft) -> str:
+    return str(draft.config().train.max_steps or NO_LIMIT)
+
+
+def _take_epochs(draft: Draft, answer: str) -> None:
+    draft.set({"train.epochs": _number(answer)})
+
+
+def _take_max_steps(draft: Draft, answer: str) -> None:
+    draft.set({"train.max_steps": None if answer.lower() in (NO_LIMIT, "none") else _number(answer)})
+
+
+def _take_max_length(draft: Draft, answer: str) -> None:
+    """One sequence at a time of this length must fit; how many do is the next question's."""
+    length = {"train.max_length": _number(answer)}
+    draft.check_fits(draft.config({**length, "train.batch_size": 1}))
+    draft.set(length)
+
+
+def _default_batch_size(draft: Draft) -> str:
+    """As many as fit, up to what the profile has."""
+    size = draft.config().train.batch_size
+    while size > 1 and not draft.fits(draft.config({"train.batch_size": size})):
+        size = (size + 1) // 2
+    return str(size)
+
+
+def _take_batch_size(draft: Draft, answer: str) -> None:
+    """As many sequences in a step as before, in more or fewer parts."""
+    before = draft.config().train
+    size = draft.config({"train.batch_size": _number(answer)}).train.batch_size
+    accumulate = max(1, round(before.batch_size * before.accumulate / size))
+    settings = {"train.batch_size": size, "train.accumulate": accumulate}
+    draft.check_fits(draft.config(settings))
+    draft.set(settings)
+
+
+def _number(answer: str) -> int | float:
+    try:
+        return int(answer)
+    except ValueError:
+        pass
+    try:
+        return float(answer)
+    except ValueError:
+        raise ConfigError(f"{answer!r}: a number is expected") from None
+
+
+QUESTIONS = (
+    Question("profile", "Profile", _about_profile, _default_profile, _take_profile),
+    Question(
+        "epochs",
+        "Passes over the data",
+        lambda draft: "How often every example is seen; 1 to 3 is usual, more learns by heart.",
+        lambda draft: f"{draft.config().train.epochs:g}",
+        _take_epochs,
+    ),
+    Question(
+        "max-steps",
+        "Most steps",
+        lambda draft: f"Stop after so many updates, whatever the passes say; {NO_LIMIT} sets no limit.",
+        _default_max_steps,
+        _take_max_steps,
+    ),
+    Question(
+        "max-length",
+        "Longest sequence",
+        lambda draft: "In tokens, of about 4 letters each; longer examples are cut, and memory grows with it.",
+        lambda draft: str(draft.config().train.max_length),
+        _take_max_length,
+    ),
+    Question(
+        "batch-size",
+        "Sequences at a time",
+        lambda draft: "More is faster where there is memory for it; the result is much the same.",
+        _default_batch_size,
+        _take_batch_size,
+    ),
+)
