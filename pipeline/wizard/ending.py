@@ -33,6 +33,11 @@ def _default_name(draft: Draft) -> str:
 
 
 def _take_name(draft: Draft, answer: str) -> None:
+    config = draft.config({"name": answer})
+    if config.publish.repo:
+        from pipeline.hub import check_destination
+
+        check_destination(config.publish.repo, config.name)
     draft.set({"name": answer})
 
 

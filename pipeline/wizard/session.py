@@ -96,7 +96,8 @@ def read_answers(path: Path) -> dict[str, str]:
     except (yaml.YAMLError, UnicodeDecodeError):
         raise ConfigError(f"{path}: not YAML, so no answers of the wizard") from None
     known = {question.name for question in QUESTIONS}
-    if not isinstance(found, dict) or not found.keys() <= known:
+    is_flat = isinstance(found, dict) and not any(isinstance(value, (dict, list)) for value in found.values())
+    if not is_flat or not found.keys() <= known:
         raise ConfigError(f"{path}: no answers of the wizard; a configuration is run with: {command('run', path)}")
     return {name: _as_text(value) for name, value in found.items()}
 

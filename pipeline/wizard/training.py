@@ -21,8 +21,12 @@ def _default_profile(draft: Draft) -> str:
 
 def _take_profile(draft: Draft, answer: str) -> None:
     profile = one_of(answer, list(PROFILES))
-    draft.set(draft.fitting(PROFILES[profile].settings))
+    wanted = PROFILES[profile].settings
+    settings = draft.fitting(wanted)
+    draft.set(settings)
     draft.profile = profile
+    if changed := [f"{key}={value}" for key, value in settings.items() if wanted.get(key) != value]:
+        draft.tell(f"made smaller to fit this machine: {' '.join(changed)}")
 
 
 def _default_max_steps(draft: Draft) -> str:

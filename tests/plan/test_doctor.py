@@ -125,3 +125,8 @@ def test_a_gpu_that_torch_does_not_use_is_told_of(tmp_path, driver, words):
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev" / driver).touch()
     assert words in doctor.missing_gpu(tmp_path)
+
+
+def test_rocm_without_its_driver_is_told_of(tmp_path):
+    (tmp_path / "opt" / "rocm").mkdir(parents=True)
+    assert "load the amdgpu driver" in doctor.missing_gpu(tmp_path)

@@ -1,0 +1,185 @@
+"""Answers in a pipe, as options, and by default: the same checks, and exit code 2 where one fails."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pipeline.config import Config
+from pipeline.config_file import load_config
+from tests.run.conftest import TOKEN
+from tests.wizard.conftest import FINE, READS, write_rows
+
+STARTED = ("--model", "./model", "--data", "rows.jsonl")
+
+
+def test_piped_answers_are_taken_line_by_line_and_empty_ones_are_defaults(desk):
+    lines = [
+        "./model",
+        "rows.jsonl",
+        "conservative",
+        "",
+        "5",
+        "",
+        "",
+        "none",
+        "local",
+        "yes",
+        "both",
+        "32",
+        "",
+        "piped",
+    ]
+    desk.wizard(answers="\n".join([*lines, "", "no", ""]))
+    config = load_config(desk.folder / "piped.yaml")
+    assert (config.train.max_steps, config.train.batch_size, config.train.accumulate) == (5, 2, 8)
+    assert [(spec.name, spec.group_size) for spec in config.quantize.variants] == [("int8", None), ("int4", 32)]
+
+
+def test_options_and_defaults_make_the_same_file_as_piped_answers(desk):
+    piped = desk.wizard("--name", "piped", "--no-run", answers="./model\nrows.jsonl\n" + "\n" * 12)
+    given = desk.wizard("--name", "given", "--no-run", "--yes", *STARTED)
+    assert "int8, int4 in groups of 64" in piped.stdout and "int8, int4 in groups of 64" in given.stdout
+    piped, given = (load_config(desk.folder / f"{name}.yaml") for name in ("piped", "given"))
+    assert piped.model_copy(update={"name": "given"}) == given
+    assert given == Config.model_validate(
+        {"name": "given", "model": {"source": "./model"}, "data": {"source": "rows.jsonl"}}
+    )
+
+
+def test_answers_that_end_early_are_told(desk):
+    done = desk.wizard(answers="./model\n", check=2)
+    assert "Data set: the answers end here; give one more line, or --data, or --yes" in done.stderr
+    assert not list(desk.folder.glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--model", "nothing"], "not a folder here, and not a Hub id"),
+        (["--model", "ada/nothing"], "ada/nothing: no such model on the Hub"),
+        (["--data", "nothing.jsonl"], "no such file"),
+        (["--data", "other.jsonl"], "no known form: columns found are ask, reply"),
+        (["--data", "ada/nothing"], "no such data set on the Hub"),
+        (["--profile", "reckless"], "allowed are standard, conservative, aggressive, extreme"),
+        (["--epochs", "many"], "a number is expected"),
+        (["--max-length", "100000000"], "of main memory, there are"),
+        (["--batch-size", "1000000"], "of main memory, there are"),
+        (["--repo", "my model"], "a repository is written USER/NAME"),
+        (["--repo", "ada/mine"], "no Hub token"),
+        (["--track", "my space"], "a repository is written USER/NAME"),
+        (["--track", "https://trackio.example.org"], "TRACKIO_WRITE_TOKEN"),
+        (["--quantization", "int9"], "no preset and no variant"),
+        (["--group-size", "48"], "allowed are 32, 64, 128, 256"),
+        (["--gguf", "q9"], "no GGUF type"),
+        (["--no-quantize", "--group-size", "32"], "--group-size: does not apply to the other answers"),
+        (["--name", "my run"], "no spaces"),
+        (["--file", "mine.txt"], "ends in .yaml"),
+    ],
+)
+def test_a_wrong_answer_is_one_line_and_nothing_is_written(desk, options, line):
+    started = [word for pair in (STARTED[:2], STARTED[2:]) if pair[0] not in options for word in pair]
+    done = desk.wizard(*started, *options, "--yes", "--no-run", check=2)
+    assert line in done.stderr and done.stderr.count("\n") == 1
+    assert not list(desk.folder.glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("token", "repo", "line"),
+    [
+        (READS, "ada/mine", "the token may only read"),
+        ("hf_nobody0123456789", "ada/mine", "the Hub does not know this token"),
+        (TOKEN, "bob/his", "cannot write to bob/"),
+        (FINE, "lab/model", "the token's permissions do not let it write there"),
+    ],
+)
+def test_a_token_that_may_not_write_there_is_caught(desk, token, repo, line):
+    desk.token = token
+    done = desk.wizard(*STARTED, "--repo", repo, "--yes", "--no-run", check=2)
+    assert line in done.stderr and token not in done.stderr
+
+
+def test_a_fine_grained_token_writes_where_it_may(desk):
+    desk.token = FINE
+    desk.wizard(*STARTED, "--repo", "ada/mine", "--yes", "--no-run")
+    assert load_config(desk.folder / "model.yaml").publish.repo == "ada/mine"
+    assert desk.hidden_in(FINE) == []
+
+
+def test_a_repository_with_another_runs_release_is_caught_at_the_name(desk, hub):
+    desk.token = TOKEN
+    hub.put("ada/mine", {"tunepress.json": json.dumps({"run": "older", "files": {}}).encode()})
+    done = desk.wizard(*STARTED, "--repo", "ada/mine", "--yes", "--no-run", check=2)
+    assert "ada/mine: holds run 'older'" in done.stderr and not list(desk.folder.glob("*.yaml"))
+
+
+def test_a_second_time_the_same_file_is_kept_and_another_needs_a_word(desk):
+    desk.wizard(*STARTED, "--yes", "--no-run")
+    desk.wizard(*STARTED, "--yes", "--no-run")
+    done = desk.wizard(*STARTED, "--epochs", "2", "--yes", "--no-run", check=2)
+    assert "model.yaml: is there, and says something else" in done.stderr
+    desk.wizard(*STARTED, "--epochs", "2", "--yes", "--no-run", "--overwrite")
+    assert load_config(desk.folder / "model.yaml").train.epochs == 2
+
+
+def test_a_model_and_a_data_set_on_the_hub_are_looked_at_without_their_weights(desk, hub):
+    desk.token = TOKEN
+    files = {path.name: path.read_bytes() for path in (desk.folder / "model").iterdir()}
+    hub.put("ada/base", files)
+    rows = [{"ask": f"What is {n}?", "reply": "A number."} for n in range(20)]
+    write_rows(desk.folder / "hub.jsonl", rows)
+    content = {"easy.jsonl": (desk.folder / "hub.jsonl").read_bytes(), "README.md": SUBSETS}
+    hub.put("ada/rows", content, repo_type="dataset")
+    found = "ada/rows subset=easy"
+    done = desk.wizard("--model", "ada/base", "--data", "ada/rows", "--yes", "--no-run", check=2)
+    assert "has several subsets ('easy', 'hard')" in done.stderr
+    done = desk.wizard(
+        "--model", "ada/base", "--data", found, "--columns", "question=ask,answer=reply", "--yes", "--no-run"
+    )
+    assert "ask: What is 0? | reply: A number." in done.stdout
+    data = load_config(desk.folder / "base.yaml").data
+    assert (data.source, data.subset) == ("ada/rows", "easy")
+    whole = [r for r in hub.requests if "model.safetensors" in r.path and r.method == "GET" and r.status == 200]
+    assert whole == []
+
+
+SUBSETS = b"""---
+configs:
+- config_name: easy
+  data_files: easy.jsonl
+- config_name: hard
+  data_files: hard.jsonl
+---
+"""
+
+
+def test_a_recipe_brings_its_own_values(desk):
+    desk.wizard("--model", "demo", "--data", "rows.jsonl", "--yes", "--no-run")
+    config = load_config(desk.folder / "demo-rows.yaml")
+    assert config.train.max_steps == 60 and config.data.limit is None
+    assert config.quantize.spec("int4").group_size == 32
+
+
+@pytest.mark.slow  # the way from the last answer to the run is that of the next test
+def test_piped_answers_make_a_finished_run(desk):
+    lines = ["./model", "rows.jsonl", "", "", "2", "96", "", "", "", "no", "piped", "", "yes"]
+    done = desk.wizard(answers="\n".join([*lines, ""]))
+    assert "Release" in done.stdout
+    assert (desk.folder / "runs" / "piped" / "release" / "model.safetensors").is_file()
+
+
+def test_defaults_alone_make_a_finished_run(desk, hub):
+    desk.token = TOKEN
+    given = (*STARTED, "--repo", "ada/mine", "--max-steps", "2", "--max-length", "96", "--no-quantize")
+    done = desk.wizard(*given, "--yes")
+    assert "Release" in done.stdout
+    assert {"README.md", "model.safetensors"} <= hub.files("ada/mine").keys()
+    assert json.loads((desk.folder / "runs" / "model" / "ledger.json").read_text())["publish"]
+    assert desk.hidden_in(TOKEN) == [] and TOKEN not in done.stdout
+
+
+def test_a_configuration_is_no_file_of_answers(desk):
+    (desk.folder / "mine.yaml").write_text("name: mine\nmodel: {source: x}\n")
+    done = desk.wizard("--resume", "mine.yaml", check=2)
+    assert "a configuration is run with: tunepress run mine.yaml" in done.stderr

@@ -1,0 +1,30 @@
+"""What presets set is allowed, and is what they say."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.config import Quantize
+from pipeline.config_file import parse_config
+from pipeline.wizard.presets import PROFILES, QUANTIZATIONS
+
+TREE = {"name": "x", "model": {"source": "ada/base"}, "data": {"source": "ada/rows"}}
+
+
+@pytest.mark.parametrize("name", QUANTIZATIONS)
+def test_every_quantization_is_a_valid_one(name):
+    asked = QUANTIZATIONS[name].variants
+    assert [spec.name for spec in Quantize(variants=list(asked)).variants] == [variant["name"] for variant in asked]
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_every_profile_is_a_valid_configuration_with_sixteen_sequences_a_step(name):
+    settings = [f"{key}={value}" for key, value in PROFILES[name].settings.items()]
+    train = parse_config(dict(TREE), name, settings).train
+    assert train.batch_size * train.accumulate == 16
+    assert PROFILES[name].quantization in (*QUANTIZATIONS, "int8", "int4")
+
+
+def test_standard_is_what_a_configuration_has_by_default():
+    assert PROFILES["standard"].settings == {}
+    assert Quantize(variants=list(QUANTIZATIONS["balanced"].variants)) == Quantize()

@@ -1,0 +1,151 @@
+"""A person at a terminal: from the first question to a release on the Hub, with wrong answers on the way."""
+
+from __future__ import annotations
+
+import yaml
+
+from pipeline.config_file import load_config
+from tests.run.conftest import TOKEN
+from tests.wizard.conftest import READS
+
+UNMEASURED = ("Measure this machine", "no")
+
+
+def test_a_persons_answers_become_a_finished_run_on_the_hub(desk, hub):
+    with desk.sit_down() as person:
+        person.answers("Model", "./model")
+        person.answers("Data set", "rows.jsonl")
+        person.sees("question: What is 0 plus 0?")
+        person.sees("form question_answer")
+        person.answers("Profile")
+        person.answers("Passes over the data")
+        person.answers("Most steps", "2")
+        person.answers("Longest sequence", "96")
+        person.answers("Sequences at a time", "2")
+        person.answers("Hub repository", "ada/mine")
+        person.sees("no Hub token")
+        person.sees("not shown and not stored")
+        person.types(TOKEN)
+        person.answers("Private", "yes")
+        person.answers("Trackio")
+        person.answers("Make quantized models")
+        person.answers("Quantized models", "int8")
+        person.answers("GGUF")
+        person.answers("Name of the run", "mine")
+        person.answers(*UNMEASURED)
+        person.answers("Configuration file")
+        person.sees("2 steps of 2 x 8 sequences of up to 96 tokens")
+        person.sees("ada/mine (private")
+        person.answers("Start now")
+        person.sees("Release")
+        assert person.ends() == 0
+    assert hub.repo("ada/mine").private
+    assert {"README.md", "model.safetensors", "int8/model.safetensors"} <= hub.files("ada/mine").keys()
+    assert desk.hidden_in(TOKEN) == [] and TOKEN not in person.screen
+
+
+def test_wrong_answers_are_told_in_a_line_and_asked_again(desk):
+    desk.token = READS
+    with desk.sit_down("--no-run") as person:
+        person.answers("Model", "./nothing")
+        person.sees("no such folder")
+        person.answers("Model", "./model")
+        person.answers("Data set", "other.jsonl")
+        person.sees("no known form: columns found are ask, reply")
+        person.answers("Columns", "question=ask,answer=nothing")
+        person.sees("which is not there")
+        person.answers("Columns", "question=ask,answer=reply")
+        person.answers("Profile", "reckless")
+        person.sees("allowed are standard, conservative, aggressive, extreme")
+        person.answers("Profile")
+        person.answers("Passes over the data", "-1")
+        person.sees("greater than 0")
+        person.answers("Passes over the data")
+        person.answers("Most steps")
+        person.answers("Longest sequence", "100000000")
+        person.sees("of main memory, there are")
+        person.answers("Longest sequence", "128")
+        person.answers("Sequences at a time", "100000")
+        person.sees("of main memory, there are")
+        person.answers("Sequences at a time", "1")
+        person.answers("Hub repository", "my model")
+        person.sees("a repository is written USER/NAME")
+        person.answers("Hub repository", "ada/mine")
+        person.sees("the token may only read")
+        person.sees("not shown and not stored")
+        person.types("hf_nobodyKnowsThisToken0123456789")
+        person.sees("the Hub does not know this token")
+        person.answers("Hub repository", "none")
+        person.answers("Trackio")
+        person.answers("Make quantized models", "no")
+        person.answers("Name of the run")
+        person.answers(*UNMEASURED)
+        person.answers("Configuration file")
+        assert person.ends() == 0
+    config = load_config(desk.folder / "model.yaml")
+    assert config.data.columns == {"question": "ask", "answer": "reply"}
+    assert (config.train.max_length, config.train.batch_size, config.train.accumulate) == (128, 1, 16)
+    assert config.publish.repo is None and config.quantize.variants == []
+    assert desk.hidden_in(READS) == [] and READS not in person.screen and "hf_nobody" not in person.screen
+
+
+def test_another_data_set_can_be_named_where_columns_do_not_fit(desk):
+    with desk.sit_down("--model", "./model", "--no-run") as person:
+        person.answers("Data set", "other.jsonl")
+        person.answers("Columns")
+        person.answers("Data set", "rows.jsonl")
+        person.sees("form question_answer")
+        person.answers("Profile")
+
+
+def test_ctrl_c_keeps_the_answers_and_resuming_asks_the_rest(desk):
+    desk.token = TOKEN
+    with desk.sit_down() as person:
+        person.answers("Model", "./model")
+        person.answers("Data set", "rows.jsonl")
+        person.answers("Profile", "aggressive")
+        person.answers("Passes over the data", "2")
+        person.sees("Most steps [no]: ")
+        person.presses_ctrl_c()
+        person.sees("go on with: tunepress wizard --resume wizard-answers.yaml")
+        assert person.ends() == 130
+    kept = yaml.safe_load((desk.folder / "wizard-answers.yaml").read_text())
+    assert kept == {"model": "./model", "data": "rows.jsonl", "profile": "aggressive", "epochs": "2"}
+    with desk.sit_down("--resume", "wizard-answers.yaml", "--no-run", "--no-calibrate") as person:
+        person.answers("Most steps", "7")
+        assert "Model [" not in person.screen and "Passes over" not in person.screen
+        for question in ("Longest sequence", "Sequences at a time", "Hub repository", "Trackio"):
+            person.answers(question)
+        for question in ("Make quantized models", "Quantized models", "Group size of int4", "GGUF"):
+            person.answers(question)
+        person.answers("Name of the run", "resumed")
+        person.answers("Configuration file")
+        assert person.ends() == 0
+    train = load_config(desk.folder / "resumed.yaml").train
+    assert (train.epochs, train.max_steps, train.max_length) == (2, 7, 512)
+    assert not (desk.folder / "wizard-answers.yaml").exists()
+
+
+def test_a_terminal_that_closes_keeps_the_answers_too(desk):
+    with desk.sit_down() as person:
+        person.answers("Model", "./model")
+        person.sees("Data set [")
+    assert yaml.safe_load((desk.folder / "wizard-answers.yaml").read_text()) == {"model": "./model"}
+
+
+def test_a_file_that_says_something_else_is_not_replaced_without_asking(desk):
+    (desk.folder / "mine.yaml").write_text("precious: true\n")
+    answers = {"model": "./model", "data": "rows.jsonl", "profile": "standard", "epochs": "1", "max-steps": "1",
+               "max-length": "64", "batch-size": "1", "repo": "none", "track": "local", "name": "mine"}  # fmt: skip
+    given = [word for name, answer in answers.items() for word in (f"--{name}", answer)]
+    with desk.sit_down(*given, "--no-quantize", "--no-calibrate", "--no-run") as person:
+        person.answers("Configuration file")
+        person.sees("Replace it? yes or no [no]: ")
+        person.types("")
+        person.sees("is there, and says something else")
+        assert (desk.folder / "mine.yaml").read_text() == "precious: true\n"
+        person.answers("Configuration file")
+        person.sees("Replace it?")
+        person.types("yes")
+        assert person.ends() == 0
+    assert load_config(desk.folder / "mine.yaml").name == "mine"
