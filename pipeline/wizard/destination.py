@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 
-from pipeline.errors import HubError, TrackError, UserError
+from pipeline.errors import HubError, TrackError
+from pipeline.hub import HubAway, check_access, check_token
 from pipeline.trackers.places import TOKEN_VARIABLE
 from pipeline.wizard.asking import Question, yes_or_no
 from pipeline.wizard.draft import Draft
@@ -16,41 +18,10 @@ NOWHERE, HERE = "none", "local"
 def _take_repo(draft: Draft, answer: str) -> None:
     if answer.lower() in (NOWHERE, "no"):
         return draft.set({"publish.repo": None})
-    repo = draft.config({"publish.repo": answer}).publish.repo
-    _with_secret(draft, "HF_TOKEN", "Hub token that may write", HubError, lambda: _check_repo(repo))
-    draft.check_fits(draft.config({"publish.repo": repo}))
-    draft.set({"publish.repo": repo})
-
-
-def _check_repo(repo: str) -> None:
-    from pipeline.hub import check_access
-
-    check_access(repo)
-
-
-def _with_secret(draft: Draft, variable: str, what: str, wrong: type[UserError], check: Callable[[], None]) -> None:
-    """Check access with the token that there is; where that is not enough, ask the person for one, without echo.
-
-    The token goes into the environment of this process alone, and only where the check accepts it.
-    """
-    try:
-        return check()
-    except wrong as error:
-        if draft.secret is None:
-            raise
-        draft.tell(str(error))
-    before = os.environ.get(variable)
-    token = draft.secret(f"{what}, not shown and not stored (empty: answer the question anew): ").strip()
-    if not token:
-        raise wrong(f"without a token nothing can be sent; {NOWHERE} or {HERE} keeps it here")
-    os.environ[variable] = token
-    try:
-        check()
-    except BaseException:
-        os.environ.pop(variable)
-        if before is not None:
-            os.environ[variable] = before
-        raise
+    config = draft.config({"publish.repo": answer})
+    _with_hub_token(draft, lambda: check_access(answer))
+    draft.check_fits(config)
+    draft.set({"publish.repo": answer})
 
 
 def _take_private(draft: Draft, answer: str) -> None:
@@ -65,9 +36,45 @@ def _take_track(draft: Draft, answer: str) -> None:
     is_server = "://" in answer
     settings = {"track.space": None if is_server else answer, "track.server": answer if is_server else None}
     track = draft.config(settings).track
-    variable, what = (TOKEN_VARIABLE, "its write token") if is_server else ("HF_TOKEN", "Hub token that may write")
-    _with_secret(draft, variable, what, TrackError, lambda: check(track))
+    if track.server:
+        _with_token(draft, TOKEN_VARIABLE, "Write token of that server", lambda: check(track))
+    else:
+        with contextlib.suppress(HubAway):  # it gets its events later
+            _with_hub_token(draft, lambda: check_token(f"track.space {answer}", answer.split("/")[0], attempts=1))
+        check(track)
     draft.set(settings)
+
+
+def _with_hub_token(draft: Draft, check: Callable[[], object]) -> None:
+    _with_token(draft, "HF_TOKEN", "Hub token that may write", check)
+
+
+def _with_token(draft: Draft, variable: str, what: str, check: Callable[[], object]) -> None:
+    """Check access with the token that there is; where that is not enough, ask the person for one, without echo.
+
+    The token goes into the environment of this process alone, and only where the check accepts it.
+    """
+    try:
+        check()
+        return
+    except HubAway:  # another token does not help
+        raise
+    except (HubError, TrackError) as error:
+        if draft.secret is None:
+            raise
+        draft.tell(str(error))
+    token = draft.secret(f"{what}, not shown and not stored (empty: answer the question anew): ").strip()
+    if not token:
+        raise HubError(f"without a token nothing can be sent; {NOWHERE} or {HERE} keeps it here")
+    before = os.environ.get(variable)
+    os.environ[variable] = token
+    try:
+        check()
+    except BaseException:
+        del os.environ[variable]
+        if before is not None:
+            os.environ[variable] = before
+        raise
 
 
 def _about_repo(draft: Draft) -> str:

@@ -129,6 +129,7 @@ def _about_columns(draft: Draft) -> str:
 def _take_columns(draft: Draft, answer: str) -> None:
     if answer == ANOTHER and draft.interactive:
         draft.columns_problem = None
+        del draft.tree["data"]
         raise GoBack("data")
     named = dict(part.split("=", 1) for part in answer.replace(" ", "").split(",") if "=" in part)
     form = answer if answer in DATA_FORMS else "auto"

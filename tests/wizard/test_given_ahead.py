@@ -109,7 +109,7 @@ def test_a_fine_grained_token_writes_where_it_may(desk):
 
 def test_a_repository_with_another_runs_release_is_caught_at_the_name(desk, hub):
     desk.token = TOKEN
-    hub.put("ada/mine", {"tunepress.json": json.dumps({"run": "older", "files": {}}).encode()})
+    hub.put("ada/mine", {"tunepress.json": json.dumps({"run": "older", "files": {}, "documents": {}}).encode()})
     done = desk.wizard(*STARTED, "--repo", "ada/mine", "--yes", "--no-run", check=2)
     assert "ada/mine: holds run 'older'" in done.stderr and not list(desk.folder.glob("*.yaml"))
 

@@ -8,6 +8,7 @@ from pipeline.config_file import load_config
 from tests.run.conftest import TOKEN
 from tests.wizard.conftest import READS
 
+WRITE_TOKEN = "write-token-0123456789"
 UNMEASURED = ("Measure this machine", "no")
 
 
@@ -76,7 +77,10 @@ def test_wrong_answers_are_told_in_a_line_and_asked_again(desk):
         person.types("hf_nobodyKnowsThisToken0123456789")
         person.sees("the Hub does not know this token")
         person.answers("Hub repository", "none")
-        person.answers("Trackio")
+        person.answers("Trackio", "https://trackio.example.org")
+        person.sees("no write token")
+        person.sees("not shown and not stored")
+        person.types(WRITE_TOKEN)
         person.answers("Make quantized models", "no")
         person.answers("Name of the run")
         person.answers(*UNMEASURED)
@@ -86,7 +90,9 @@ def test_wrong_answers_are_told_in_a_line_and_asked_again(desk):
     assert config.data.columns == {"question": "ask", "answer": "reply"}
     assert (config.train.max_length, config.train.batch_size, config.train.accumulate) == (128, 1, 16)
     assert config.publish.repo is None and config.quantize.variants == []
-    assert desk.hidden_in(READS) == [] and READS not in person.screen and "hf_nobody" not in person.screen
+    assert config.track.server == "https://trackio.example.org"
+    for secret in (READS, WRITE_TOKEN, "hf_nobodyKnowsThisToken0123456789"):
+        assert desk.hidden_in(secret) == [] and secret not in person.screen
 
 
 def test_another_data_set_can_be_named_where_columns_do_not_fit(desk):
