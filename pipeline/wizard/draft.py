@@ -35,7 +35,12 @@ class Draft:
         overwrite: a configuration file that is there may be replaced.
         tree: the configuration as plain data, with what was answered and what a recipe brought.
         sizes: of the base model.
+        recipe: the shipped recipe that it began with.
+        profile: key of `presets.PROFILES`.
+        quantizes: quantized models are made.
         columns_problem: why no form was found for the data set, until its columns are named.
+        written: the configuration's file.
+        start: the run begins now.
     """
 
     runs: Path

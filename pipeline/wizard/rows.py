@@ -18,8 +18,6 @@ from pipeline.wizard.draft import Draft
 
 SHOWN_ROWS, CHECKED_ROWS = 3, 10
 ANOTHER = "another"
-
-
 # What may stand behind a source, as `ada/rows subset=easy split=train_sft`.
 _SETTING = re.compile(r"\s+(subset|split|revision|on_bad_row|limit)=(\S+)\Z")
 

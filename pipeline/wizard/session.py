@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from pipeline.errors import ConfigError, redact
+from pipeline.errors import ConfigError, UserError, redact
 from pipeline.files import write_text
 from pipeline.wizard.asking import Asker, escaped, yes_or_no
 from pipeline.wizard.draft import Draft
@@ -77,7 +77,11 @@ def wizard(
                 )
             asker.ask_all(QUESTIONS, draft)
     except KeyboardInterrupt:
-        raise Stopped(_leave(draft, asker.answers, resume)) from None
+        raise Stopped(_leave(draft, asker.remembered | asker.answers, resume)) from None
+    except UserError:  # of an answer that was given ahead; what was typed before it is kept
+        if at_terminal and asker.answers.keys() - answers.keys():
+            draft.tell(_leave(draft, asker.remembered | asker.answers, resume))
+        raise
     if resume and resume.name == LEFT:
         resume.unlink(missing_ok=True)
     return Written(draft.written, draft.start)

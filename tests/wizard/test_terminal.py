@@ -132,6 +132,15 @@ def test_ctrl_c_keeps_the_answers_and_resuming_asks_the_rest(desk):
     assert not (desk.folder / "wizard-answers.yaml").exists()
 
 
+def test_a_wrong_option_ends_it_and_keeps_what_was_typed(desk):
+    with desk.sit_down("--profile", "reckless") as person:
+        person.answers("Model", "./model")
+        person.answers("Data set", "rows.jsonl")
+        person.sees("your answers are in wizard-answers.yaml")
+        person.sees("allowed are standard, conservative")
+        assert person.ends() == 2
+
+
 def test_a_terminal_that_closes_keeps_the_answers_too(desk):
     with desk.sit_down() as person:
         person.answers("Model", "./model")
