@@ -116,6 +116,7 @@ class Evaluate(Section):
     general: str = Field(default="builtin:python-topics", description="general text: builtin, a .txt file")
     max_tokens: Whole = Field(default=16384, ge=256, description="tokens measured of each text")
     prompts: list[str] = Field(default=[], description="questions whose answers the card shows")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where models are measured")
 
 
 class VariantSpec(Section):
@@ -214,7 +215,7 @@ class Publish(Section):
     @field_validator("repo")
     @classmethod
     def _repo(cls, value: str | None) -> str | None:
-        return _repository(value)
+        return repository_id(value)
 
     @field_validator("mirrors")
     @classmethod
@@ -222,13 +223,13 @@ class Publish(Section):
         for variant, repo in value.items():
             if variant not in VARIANTS:
                 raise ValueError(f"{variant!r} is no variant; allowed are {', '.join(VARIANTS)}")
-            _repository(repo)
+            repository_id(repo)
         if len(set(value.values())) != len(value):
             raise ValueError("each mirror needs a repository of its own")
         return value
 
     @model_validator(mode="after")
-    def _mirrors_need_a_repository(self) -> Publish:
+    def _mirrors_need_arepository_id(self) -> Publish:
         if self.mirrors and self.repo is None:
             raise ValueError("mirrors: need a main repository that they mirror; set publish.repo")
         if self.repo in self.mirrors.values():
@@ -236,7 +237,12 @@ class Publish(Section):
         return self
 
 
-def _repository(value: str | None) -> str | None:
+def repository_id(value: str | None) -> str | None:
+    """`value`, if it is one that the Hub takes.
+
+    Raises:
+        ValueError: saying how it is written.
+    """
     if value is not None and not REPO_ID.match(value):
         raise ValueError("a repository is written USER/NAME, with letters, digits, '-', '_' and '.'")
     return value
@@ -250,7 +256,7 @@ class Track(Section):
     @field_validator("space")
     @classmethod
     def _space(cls, value: str | None) -> str | None:
-        return _repository(value)
+        return repository_id(value)
 
     @field_validator("server")
     @classmethod

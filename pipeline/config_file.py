@@ -45,7 +45,7 @@ def load_config(source: str | Path, settings: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: not a text file in UTF-8") from None
     except OSError as error:
         raise ConfigError(f"{cut(str(path))}: cannot be read ({error.strerror})") from None
-    tree = _read_yaml(text, str(path))
+    tree = read_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a configuration is a mapping of keys to values, such as 'name: my-run'")
     return parse_config(tree, str(path), settings)
@@ -58,7 +58,7 @@ def parse_config(tree: dict, origin: str, settings: Sequence[str] = ()) -> Confi
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{origin}: {_explain(error)}") from None
+        raise ConfigError(f"{origin}: {explain(error)}") from None
 
 
 def dump_config(config: Config) -> str:
@@ -81,7 +81,12 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(text: str, origin: str) -> Any:
+def read_yaml(text: str, origin: str) -> Any:
+    """What a YAML text says; `origin` is named in errors.
+
+    Raises:
+        ConfigError: where it is not valid, or has a key twice.
+    """
     try:
         return yaml.load(text, Loader=_StrictLoader)
     except RecursionError:
@@ -101,7 +106,7 @@ def _apply(tree: dict, setting: str) -> None:
     setting = cut(redact(setting))
     if not separator or not key.strip():
         raise ConfigError(f"--set {setting}: write it as key=value, for example train.epochs=2")
-    value = _read_yaml(text, f"--set {setting}")
+    value = read_yaml(text, f"--set {setting}")
     *parents, last = key.strip().split(".")
     for name in parents:
         tree = tree.setdefault(name, {}) if isinstance(tree, dict) else None
@@ -110,11 +115,12 @@ def _apply(tree: dict, setting: str) -> None:
     tree[last] = value
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError, known: type[BaseModel] = Config) -> str:
+    """The first thing that is wrong, in one line; `known` is what was read."""
     first, *rest = error.errors(include_url=False)
     key = ".".join(str(part) for part in first["loc"] if part not in ("str", "list[str]"))
     if first["type"] == "extra_forbidden":
-        message = f"{key}: unknown key{_did_you_mean(first['loc'])}"
+        message = f"{key}: unknown key{_did_you_mean(first['loc'], known)}"
     elif first["type"] == "missing":
         message = f"{key}: missing, and it has no default"
     elif not key:  # a rule about several sections, which names them itself
@@ -141,8 +147,8 @@ def cut(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _did_you_mean(location: tuple) -> str:
-    section: Any = Config
+def _did_you_mean(location: tuple, whole: type[BaseModel]) -> str:
+    section: Any = whole
     for part in location[:-1]:
         field = section.model_fields.get(part) if isinstance(section, type) else None
         section = field.annotation if field is not None else None

@@ -89,7 +89,8 @@ def _in_transformers(
     from pipeline.loading import load, load_dequantized
     from pipeline.offloading import is_offloaded
 
-    model, tokenizer = load_dequantized(file, reference, offload=offload) if file else load(folder, offload=offload)
+    where = {"device": config.evaluate.device, "offload": offload}
+    model, tokenizer = load_dequantized(file, reference, **where) if file else load(folder, **where)
     offloaded = is_offloaded(model)
     texts.with_template(tokenizer, workspace)
     sequences = texts.all_texts(config, workspace, tokenizer)
@@ -131,7 +132,7 @@ def _in_transformers(
         "loader": "dequantized" if file else "pipeline.load",
         **({"offloaded": True} if offloaded else {}),
         "quality": quality,
-        "speed": _speed(folder, ids, loaders) if timed else {},
+        "speed": _speed(folder, ids, loaders, config.evaluate.device) if timed else {},
         "answers": samples,
     }
 
@@ -227,11 +228,11 @@ def _reference_head(reference: Path, workspace: Workspace) -> torch.Tensor:
     return Checkpoint(reference).read(read_json(workspace.measurements / "reference" / "head.json", {})["name"])
 
 
-def _speed(folder: Path, ids: list[int], loaders: tuple[str, ...]) -> dict:
+def _speed(folder: Path, ids: list[int], loaders: tuple[str, ...], device: str) -> dict:
     """Figures by loader; where both run, their logits must agree."""
     from pipeline.probe import probe
 
-    probes = {loader: probe(folder, loader, ids) for loader in loaders}
+    probes = {loader: probe(folder, loader, ids, device) for loader in loaders}
     figures = {("pipeline.load" if loader == "pipeline" else loader): p.figures for loader, p in probes.items()}
     if len(probes) == 2 and not probes["pipeline"].runs:
         raise ModelError(f"{folder}: does not run with pipeline.load: {probes['pipeline'].figures['reason']}")

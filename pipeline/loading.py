@@ -57,7 +57,7 @@ def load(
         raise ModelError("compile and offload: weights that come and go cannot be compiled with; choose one")
     if is_gguf(variant):
         raise ModelError(f"{variant}: is for llama.cpp, not for transformers; {_opening(source, variant)}")
-    model, tokenizer = _load(locate(source, variant, revision), _device(device), offload)
+    model, tokenizer = _load(locate(source, variant, revision), device_named(device), offload)
     if compile:
         from pipeline.compiled import compile_decoding
 
@@ -90,7 +90,7 @@ def load_dequantized(
         weights = GgufWeights(file, checkpoint, own_type(config, checkpoint.values()))
     except CheckpointError as error:
         raise ModelError(str(error)) from None
-    return _load(folder, _device(device), offload, weights)
+    return _load(folder, device_named(device), offload, weights)
 
 
 def _load(
@@ -250,7 +250,12 @@ def _fetch(repo: str, variant: str | None, revision: str | None) -> Path:
     return download(repo, choose, revision).folder / prefix
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """The device of that name; `auto` is CUDA where there is one, else the CPU.
+
+    Raises:
+        ModelError: where there is no such device here.
+    """
     import torch
 
     if name == "auto":

@@ -42,7 +42,7 @@ def quantize_config(
     Raises:
         ConfigError: naming the option and what is allowed.
     """
-    specs = _specs(variants, group_size, rounding, packing)
+    specs = variant_specs(variants, group_size, rounding, packing)
     more = {"model": {"source": source, "revision": revision, "low_disk": True}} if low_disk else {}
     return _config(source, output, specs, measure, revision, more, settings)
 
@@ -65,7 +65,7 @@ def merge_config(
         kind: `bf16` (which `auto` stands for here), or `nf4` for what QLoRA training saw.
     """
     merge = {"base": kind, "adapter": adapter}
-    return _config(base, output, _specs(variants or []), measure, revision, {"merge": merge}, settings)
+    return _config(base, output, variant_specs(variants or []), measure, revision, {"merge": merge}, settings)
 
 
 def _config(
@@ -89,15 +89,24 @@ def _config(
     return parse_config(tree, "options", settings)
 
 
-def _specs(
-    variants: list[str], group_size: int | None = None, rounding: str | None = None, packing: str | None = None
+def variant_specs(
+    variants: list[str],
+    group_size: int | None = None,
+    rounding: str | None = None,
+    packing: str | None = None,
+    option: str = "--variants",
 ) -> list[dict]:
+    """What is asked for, as `quantize.variants` takes it; `option` is what errors call it.
+
+    Raises:
+        ConfigError: for an unknown name, and an option that none of the variants takes.
+    """
     names: list[str] = []
     for given in (name.strip() for listed in variants for name in listed.split(",") if name.strip()):
         try:
             names += resolve_variants(given)
         except KeyError:
-            raise ConfigError(f"--variants {given}: allowed are {variant_names()}") from None
+            raise ConfigError(f"{option} {given}: allowed are {variant_names()}") from None
     sized = [name for name in names if group_size in VARIANTS[name].group_sizes] or names
     choosing = [name for name in sized if len(VARIANTS[name].group_sizes) > 1] or sized
     in_groups = [name for name in choosing if VARIANTS[name].group_size] or choosing

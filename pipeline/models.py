@@ -26,6 +26,7 @@ TOKENIZER_FILES = re.compile(
     r"^(tokenizer[\w.-]*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|"
     r"chat_template\.jinja|[\w.-]+\.tiktoken)$"
 )
+GENERATES = ("ForCausalLM", "LMHeadModel")  # how the classes of decoders that generate text are called
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -250,6 +251,9 @@ def check_config(place: object, config: dict) -> None:
     # Their text model lies inside another, and under other names in the checkpoint than in the model.
     if others := [part for part in ("vision_config", "audio_config") if config.get(part)]:
         raise ModelError(f"{place}: more than a text model ({', '.join(others)}); choose one for text alone")
+    named = config.get("architectures")
+    if isinstance(named, list) and named and not any(str(name).endswith(GENERATES) for name in named):
+        raise ModelError(f"{place}: a {named[0]}; only decoders that generate text are handled")
 
 
 def _is_known(model_type: object) -> bool:

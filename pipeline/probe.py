@@ -1,7 +1,7 @@
 """One model, one loader, one fresh process: does it load, does it run, how fast, in how much memory?
 
-    python -m pipeline.probe FOLDER stock|pipeline IDS.json OUT
-    python -m pipeline.probe FILE.gguf llama.cpp IDS.json OUT
+    python -m pipeline.probe FOLDER stock|pipeline IDS.json OUT auto|cpu|cuda
+    python -m pipeline.probe FILE.gguf llama.cpp IDS.json OUT auto
 
 Writes OUT/probe.json, and except for llama.cpp OUT/logits.safetensors for the tokens in IDS.json.
 With `stock` nothing but transformers (and torchao behind it) touches the files, and with
@@ -37,7 +37,7 @@ class Probe:
         return self.figures["runs"]
 
 
-def probe(folder: Path, loader: str, ids: Sequence[int] = ()) -> Probe:
+def probe(folder: Path, loader: str, ids: Sequence[int] = (), device: str = "auto") -> Probe:
     """Load and run a model in a fresh process.
 
     Raises:
@@ -48,7 +48,7 @@ def probe(folder: Path, loader: str, ids: Sequence[int] = ()) -> Probe:
     with tempfile.TemporaryDirectory() as scratch:
         ids_path, out = Path(scratch) / "ids.json", Path(scratch)
         ids_path.write_text(json.dumps(list(ids)))
-        command = [sys.executable, "-P", "-m", "pipeline.probe", str(folder), loader, str(ids_path), str(out)]
+        command = [sys.executable, "-P", "-m", "pipeline.probe", str(folder), loader, str(ids_path), str(out), device]
         # As a user would start it: without the allocator settings that stages run under.
         plain = with_own_package({k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"})
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=plain)
@@ -65,11 +65,11 @@ def probe(folder: Path, loader: str, ids: Sequence[int] = ()) -> Probe:
 
 
 def main() -> None:
-    path, loader, ids_path, out = sys.argv[1:]
+    path, loader, ids_path, out, device = sys.argv[1:]
     if loader == "llama.cpp":
         figures = _in_llama_cpp(Path(path))
     else:
-        figures = _in_transformers(path, loader, json.loads(Path(ids_path).read_text()), Path(out))
+        figures = _in_transformers(path, loader, json.loads(Path(ids_path).read_text()), Path(out), device)
     (Path(out) / "probe.json").write_text(json.dumps(figures))
 
 
@@ -86,7 +86,7 @@ def _in_llama_cpp(path: Path) -> dict:
         return figures | {"peak_memory_bytes": machine.peak_memory_bytes()}
 
 
-def _in_transformers(folder: str, loader: str, tokens: list[int], out: Path) -> dict:
+def _in_transformers(folder: str, loader: str, tokens: list[int], out: Path, device: str) -> dict:
     quiet()
     import torch
     from safetensors.torch import save_file
@@ -96,7 +96,7 @@ def _in_transformers(folder: str, loader: str, tokens: list[int], out: Path) -> 
     from pipeline.libraries import quiet_progress_bars
 
     quiet_progress_bars()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = loading.device_named(device).type
     machine.reset_peak_memory()
     start = time.perf_counter()
     if loader == "stock":

@@ -160,6 +160,7 @@ def preflight(
         data.check_source(config.data)
     if need_inputs and config.evaluate:
         data.general_text(config.evaluate.general)
+        _check_device(config.evaluate.device)
     check_tracking(config.track)
     if config.data and config.train.method == "lora" and config.merge.base == "nf4":
         raise ConfigError("merge.base nf4: train.method lora never saw NF4 weights; use auto or bf16")
@@ -169,6 +170,14 @@ def preflight(
         for repo in (config.publish.repo, *config.publish.mirrors.values()):
             check_access(repo, config.publish.create_pr)
         check_destination(config.publish.repo, config.name)
+
+
+def _check_device(name: str) -> None:
+    """Raise where a device that was named is not there; `auto` and `cpu` are, and need no heavy import to be found."""
+    if name not in ("auto", "cpu"):
+        from pipeline.loading import device_named
+
+        device_named(name)
 
 
 class Steps:

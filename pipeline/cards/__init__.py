@@ -6,6 +6,7 @@ are in `templates/`, where nothing but markdown and escaped text can be printed.
 
 There are three kinds of release: a model fine-tuned here, one with an adapter that was trained
 elsewhere, and variants alone. The last has no model at its root, and is compared with its source.
+Where it is a guest in the repository of its source, its card is a section of that model's card.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.cards import about as names
 from pipeline.cards import markdown
 from pipeline.cards.about import ROOT, About, is_gguf
-from pipeline.cards.markdown import Markdown, code, listed, number
+from pipeline.cards.markdown import Markdown, code, escape, listed, number
 from pipeline.cards.metadata import metadata
 from pipeline.cards.own_text import END, START, note
 from pipeline.cards.plot import PLOT, plot_quality, points
@@ -30,6 +31,7 @@ from pipeline.shipped import shipped_folder
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
+_HEADING = re.compile(r"(?P<block>^(`{3,})\w*\n.*?\n\2$)|^(?=#+ )", re.DOTALL | re.MULTILINE)
 _BLANKS = re.compile(r"(?P<block>^(`{3,})\w+\n.*?\n\2$)|\n{3,}", re.DOTALL | re.MULTILINE)  # and blocks, left alone
 
 __all__ = ["END", "PLOT", "START", "About", "folder_card", "mirror_card", "model_card", "plot_quality"]
@@ -38,6 +40,8 @@ __all__ = ["END", "PLOT", "START", "About", "folder_card", "mirror_card", "model
 def model_card(about: About, variants: Sequence[str]) -> str:
     """README.md of a repository that holds the root model, if there is one, and exactly these variants."""
     front = metadata(about, [ROOT, *variants], whole=True)
+    if about.is_guest:
+        return _render("model_card.md.jinja", about, about.models(variants), front, above=f"# {escape(about.name)}\n\n")
     more = {"plot": PLOT if points(about, variants) else None, "mirrors": _links(about.mirrors)}
     return _render("model_card.md.jinja", about, about.models(variants), front, **more)
 
@@ -57,7 +61,12 @@ def mirror_card(about: About, variant: str, repo: str) -> str:
     return _render("mirror_card.md.jinja", about, models, front, **more)
 
 
-def _render(template: str, about: About, models: Models, front: ModelCardData, **more: Any) -> str:
+def _render(template: str, about: About, models: Models, front: ModelCardData, above: str = "", **more: Any) -> str:
+    """A card.
+
+    Args:
+        above: what stands before our section, whose headings are then one level deeper.
+    """
     made = markdown.environment(shipped_folder("templates"))
     seen = [n for row in about.get("training", "history") or () if (n := number(row.get("num_tokens")))]
     prompts = about.config.evaluate.prompts if about.config.evaluate else []
@@ -73,6 +82,7 @@ def _render(template: str, about: About, models: Models, front: ModelCardData, *
         "question": next(iter(prompts), "What can you do?"),
         "config": about.config,
         "results": about.results,
+        "guest": about.is_guest,
         "kind": "variants" if about.reference != ROOT else "trained" if about.config.data else "adapter",
         "reference": about.reference,
         "models": models,
@@ -98,8 +108,10 @@ def _render(template: str, about: About, models: Models, front: ModelCardData, *
     }
     body = made.get_template(template).render(**given | more)
     body = _BLANKS.sub(lambda found: found["block"] or "\n\n", body).strip()
+    if above:
+        body = _HEADING.sub(lambda found: found["block"] or "#", body)
     written = front.to_yaml()
-    return f"---\n{written}\n---\n{START}\n{body}\n\n{note(written)}\n{END}\n"
+    return f"---\n{written}\n---\n{above}{START}\n{body}\n\n{note(written)}\n{END}\n"
 
 
 def _data(about: About) -> dict[str, Any]:

@@ -62,9 +62,17 @@ class About:
         """The release's repository on the Hub, if it has one."""
         return self.location if self.location == self.config.publish.repo else None
 
+    @property
+    def is_guest(self) -> bool:
+        """Do the variants go into the repository of the very model that they are made of, whose card is another's?"""
+        home = self.get("origin", "hub_id")
+        ours = self.repo if self.reference != ROOT else None
+        return isinstance(home, str) and ours is not None and home.casefold() == ours.casefold()
+
     def models(self, variants: Sequence[str], with_base: bool = True) -> dict[str, Markdown]:
         """The models that a card tells about, in its order: key in the results -> name."""
-        found = {BASE: Markdown("base model")} if with_base or self.reference == BASE else {}
+        found = {BASE: Markdown("root" if self.is_guest else "base model")}
+        found = found if with_base or self.reference == BASE else {}
         if self.reference == ROOT:
             found[ROOT] = Markdown("root")
         return found | {v: _place(v) for v in variants}

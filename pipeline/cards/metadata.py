@@ -68,7 +68,7 @@ def metadata(about: About, models: Sequence[str], whole: bool = False) -> ModelC
 def _parent(about: About, whole: bool) -> tuple[str | None, str]:
     """What this derives from, where that is on the Hub, and how."""
     base = one_line(about.get("origin", "hub_id") or "")
-    base = base if REPO_ID.fullmatch(base) else None
+    base = base if REPO_ID.fullmatch(base) and not (whole and about.is_guest) else None
     if about.reference != ROOT:
         return base, "quantized"
     return (base, "finetune") if whole else (about.repo, "quantized")

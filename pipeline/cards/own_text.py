@@ -16,6 +16,7 @@ _LINE = re.compile(r"([^\r\n]+)(?:\r\n|\r|\n|\Z)")
 _FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*\Z)|~{3,})(.*)")
 _INSIDE = re.compile(r" {4}| {0,3}\t| {0,3}>")  # an indented code block, a quotation
 _MARKER = re.compile(rf"(?P<code>(?<!`)(`+)(?!`).*?(?<!`)\2(?!`))|{re.escape(START)}|{re.escape(END)}")
+_NO_METADATA = "<!-- tunepress:metadata -->"  # the note of a section in a card whose metadata is all its author's
 _NOTE = re.compile(r"<!-- tunepress:metadata( [\w-]+=[0-9a-f]{8})* -->")
 _UNREADABLE = "The metadata of this card could not be read, and was moved here:"
 
@@ -34,22 +35,33 @@ def keep_own_text(rendered: str, existing: str) -> str:
     Without a section, ours follows at the end, after a code block that was left open is closed. Line breaks are
     those of `existing`. Metadata that cannot be read (no YAML, no mapping, a key twice) moves, word for word,
     into a code block at the top of the text, where its author finds it, and ours takes its place.
+    Where `rendered` has no metadata, not a byte before the section changes.
 
     Applied twice it gives, byte for byte, what it gives when applied once.
     """
     if not existing.strip("\ufeff \t\r\n"):
         return rendered
-    existing = existing.removeprefix("\ufeff")  # before the first line it would hide the metadata
     newline = found[0] if (found := _NEWLINE.search(existing)) else "\n"
     ours, section = _ours(rendered)
-    theirs, body = _parts(existing)
+    theirs, body = _parts(existing.removeprefix("\ufeff"))  # before the first line it would hide the metadata
     found, open_fence = _sections(body)
     written = _written(body[slice(*found[0])]) if found else {}
+    before = existing.removesuffix(body)
     body = _with_section(body, _NEWLINE.sub(newline, section), newline, found, open_fence)
+    if ours is None:
+        return before + body
     merged = front_matter.merge(ours or "", theirs or "", newline, written)
     if merged is None:
         merged, body = newline.join(_NEWLINE.split(ours or "")), _as_code(theirs or "", newline) + body
     return newline.join(["---", merged, "---", body])
+
+
+def section_only(rendered: str, existing: str) -> str:
+    """`rendered` without its metadata, unless `existing` has metadata from us."""
+    _, theirs = _ours(existing)
+    if not existing.strip("\ufeff \t\r\n") or _written(theirs):
+        return rendered
+    return _NOTE.sub(_NO_METADATA, _ours(rendered)[1]) + "\n"
 
 
 def our_part(card: str) -> str | None:
@@ -57,6 +69,8 @@ def our_part(card: str) -> str | None:
     metadata, section = _ours(card)
     if not section:
         return None
+    if _NO_METADATA in section:
+        return _NEWLINE.sub("\n", f"{section}\n")
     written = _written(section)
     ours = front_matter.only(metadata or "", written) if written else metadata or ""
     return _NEWLINE.sub("\n", f"---\n{ours}\n---\n{section}\n")

@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.cards.own_text import keep_own_text, our_part, their_part
+from pipeline.cards.own_text import keep_own_text, our_part, section_only, their_part
 from pipeline.errors import UserError
 from pipeline.hub import CARD, Content, Tree
 
 
-def merged(rendered: bytes, existing: bytes | None) -> bytes:
+def merged(rendered: bytes, existing: bytes | None, guest: bool = False) -> bytes:
     """`rendered`, with what people wrote into `existing`.
+
+    Args:
+        guest: is the card another model's, whose metadata is its author's?
 
     Raises:
         UserError: where that is no text.
     """
     if existing is None:
         return rendered
-    return keep_own_text(rendered.decode(), _decode(existing)).encode()
+    text, there = rendered.decode(), _decode(existing)
+    return keep_own_text(section_only(text, there) if guest else text, there).encode()
 
 
 def brought_back(old: bytes, existing: bytes | None) -> bytes:

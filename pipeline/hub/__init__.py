@@ -7,7 +7,7 @@ true of the very tree that it makes.
 """
 
 from pipeline.hub.access import check_access, check_token, create
-from pipeline.hub.publishing import Commit, check_destination, publish
+from pipeline.hub.publishing import Commit, check_destination, check_root, publish
 from pipeline.hub.releases import Release, release_of, releases, tag_release
 from pipeline.hub.tree import CARD, LINEAGE, Content, Copy, Lineage, LocalFile, RemoteFile, Tree, read_tree
 from pipeline.hub.trouble import HubAway
@@ -26,6 +26,7 @@ __all__ = [
     "Tree",
     "check_access",
     "check_destination",
+    "check_root",
     "check_token",
     "create",
     "publish",

@@ -175,6 +175,19 @@ def check_destination(repo: str, run: str, mirror_of: str | None = None) -> None
     persist(repo, attempt)
 
 
+def check_root(tree: Tree) -> None:
+    """Refuse a repository whose last release has a model at its root, which one of variants alone would remove.
+
+    Raises:
+        HubError: naming it.
+    """
+    if any("/" not in path and path.endswith(".safetensors") for path in tree.ours):
+        raise HubError(
+            f"{tree.repo}: holds {_named(tree.lineage)} with a model at the root, and this has variants alone; "
+            "ask that run for them (quantize.variants), or use another repository"
+        )
+
+
 def _check_holder(tree: Tree, wanted: Lineage) -> None:
     """Refuse a repository that holds another run's release, which ours would replace without a trace."""
     there = tree.lineage

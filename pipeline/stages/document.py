@@ -83,12 +83,14 @@ def render(
     about, by_folder = _about(config, workspace, variants, mirrors), folders(variants)
     cards = {CARD: model_card(about, variants)}
     cards |= {f"{folder}/{CARD}": folder_card(about, those) for folder, those in by_folder.items()}
-    documents = {path: merged(card.encode(), existing(path)) for path, card in cards.items()}
+    documents = {
+        path: merged(card.encode(), existing(path), about.is_guest and path == CARD) for path, card in cards.items()
+    }
     if GGUF in by_folder:
         documents[f"{GGUF}/{MODELFILE}"] = modelfile(gguf_files(workspace, variants)).encode()
     with tempfile.TemporaryDirectory() as scratch:
         picture = Path(scratch) / "picture.png"
-        if plot_quality(about, variants, picture):
+        if not about.is_guest and plot_quality(about, variants, picture):
             documents[PICTURE] = picture.read_bytes()
     files = release_files(workspace, variants)
     documents[LINEAGE] = lineage(config, workspace, about.results, files, documents.keys())

@@ -75,11 +75,15 @@ def _main(
     config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...], mirrors: Mapping[str, str]
 ) -> tuple[Commit, list[Path]]:
     """Publish the release; the commit, and the documents as they then are in the release's folder."""
+    from pipeline import hub
+
     repo, documents = config.publish.repo, {}
     # Read once and written at the end: what is rendered for one tree must not be taken for people's text at the next.
     here = {path: local(workspace, path) for path in (CARD, *(f"{folder}/{CARD}" for folder in folders(variants)))}
 
     def contents(tree: Tree) -> dict[str, Content]:
+        if not config.merges:
+            hub.check_root(tree)
         documents.clear()
         existing = {path: _existing(workspace, tree, path, card) for path, card in here.items()}
         documents.update(render(config, workspace, variants, existing.get, mirrors))

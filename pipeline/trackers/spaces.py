@@ -10,12 +10,16 @@ checks, against a hub on loopback. What has not: reaching a Space at its real ad
 
 from __future__ import annotations
 
+import re
+from urllib.parse import urlsplit
+
 from pipeline.errors import HubError, TrackError
 from pipeline.hub import HubAway, check_token
 from pipeline.hub.trouble import persist
 from pipeline.trackers.places import Server
 
 CHECK_SECONDS = 4.0
+DATASET_VARIABLE = "TRACKIO_DATASET_ID"
 BY_HAND = "make a Gradio Space whose requirements.txt says trackio, and whose app.py: import trackio; trackio.show()"
 
 
@@ -67,3 +71,60 @@ def _address(space: str, token: str) -> str:
     if not found.host:
         raise TrackError(f"track.space {space}: the Hub does not say where its program answers; look at its page")
     return found.host
+
+
+def space_at(address: str) -> str | None:
+    """The Space USER/NAME that an address belongs to: its page on the Hub, or its program's; None for other servers.
+
+    Raises:
+        TrackError: where the address of a program does not tell whose it is, and the Hub does not say.
+    """
+    parts = urlsplit(address)
+    if page := re.match(r"/spaces/([^/]+/[^/]+)", parts.path):
+        return page[1] if parts.hostname in ("huggingface.co", "hf.co") else None
+    name = (parts.hostname or "").removesuffix(".hf.space")
+    if name == parts.hostname or not name:
+        return None
+    words = name.split("-")
+    known = ["/".join(("-".join(words[:n]), "-".join(words[n:]))) for n in range(1, len(words))]
+    return known[0] if len(known) == 1 else _served_at(name, known)
+
+
+def _served_at(name: str, known: list[str]) -> str:
+    """Which of these Spaces the Hub serves at `name`.hf.space, where a '-' may stand for '/', '_' or '.' too."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    def is_it(space: str) -> bool:
+        try:
+            return urlsplit(HfApi().space_info(space, timeout=CHECK_SECONDS).host or "").hostname == f"{name}.hf.space"
+        except RepositoryNotFoundError:
+            return False
+
+    place = f"https://{name}.hf.space"
+    for space in known:
+        if persist(place, lambda space=space: is_it(space), attempts=1):
+            return space
+    raise TrackError(f"{place}: does not tell whose Space it is; give https://huggingface.co/spaces/USER/NAME")
+
+
+def keep_in(space: str, dataset: str) -> None:
+    """Let the Trackio in a Space keep its data in a data set, by the variable that Trackio itself sets for that.
+
+    A Space that is told something new starts again, so it is told once.
+
+    Raises:
+        HubError: where the Hub does not take it.
+        TrackError: where there is no such Space, or the token may not write to it.
+    """
+    from huggingface_hub import HfApi
+
+    _, token = find(space)
+
+    def attempt() -> None:
+        api = HfApi(token=token)
+        known = api.get_space_variables(space).get(DATASET_VARIABLE)
+        if known is None or known.value != dataset:
+            api.add_space_variable(space, DATASET_VARIABLE, dataset)
+
+    persist(f"track.space {space}", attempt)

@@ -315,6 +315,20 @@ def delete_branch(hub, request: Request) -> Reply:
     return _remove_ref(repository.branches, request.args["name"])
 
 
+@route("GET", "/api/spaces/{repo}/variables")
+def variables(hub, request: Request) -> Reply:
+    repository = hub.find(request, "space", request.args["repo"])
+    return Reply.json({key: {"value": value} for key, value in repository.variables.items()})
+
+
+@route("POST", "/api/spaces/{repo}/variables")
+def set_variable(hub, request: Request) -> Reply:
+    request.args["kind"] = "spaces"
+    repository, told = hub.repository(request, write=True), request.json()
+    repository.variables[told["key"]] = told["value"]
+    return variables(hub, request)
+
+
 def _add_ref(refs: dict[str, str], name: str, target: Commit, what: str) -> Reply:
     if name in refs:
         raise HubError(409, f"{what} {name} already exists")

@@ -177,8 +177,8 @@ class PullRequest:
 class Repository:
     """One repository: its commits, the names for them, and the LFS objects it holds.
 
-    `host` is the address of a Space's program, and `sdk` what that is made with. The files of a `gated`
-    one are for its owner alone: nobody else has accepted its terms.
+    `host` is the address of a Space's program, `sdk` what that is made with, and `variables` its settings.
+    Of a `gated` one, the files are for its owner alone.
     """
 
     kind: str
@@ -193,6 +193,7 @@ class Repository:
     objects: dict[str, int] = field(default_factory=dict)
     host: str | None = None
     sdk: str = "gradio"
+    variables: dict[str, str] = field(default_factory=dict)
     gated: bool = False
 
     @property

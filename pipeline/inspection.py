@@ -1,0 +1,63 @@
+"""What a repository on the Hub holds, found out from its metadata and its `config.json`, without its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from pipeline.download import in_one_line
+from pipeline.errors import ModelError
+from pipeline.models import ADAPTER_FILES, check_config, read_config
+
+
+def inspect(repo: str, revision: str | None = None) -> str:
+    """Refuse a repository from which no variants can be made, before gigabytes of it are fetched.
+
+    Returns:
+        The commit that `revision`, or the head of the main branch, is.
+
+    Raises:
+        ModelError: where it is not there or gated, has no weights that are read, or is of another kind.
+        HubError: where the Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    with in_one_line(repo, revision, "not a folder here, and the Hub could not be read"):
+        try:
+            info = HfApi().model_info(repo, revision=revision)
+        except RepositoryNotFoundError as error:
+            if not isinstance(error, GatedRepoError) and _is_dataset(repo):
+                raise ModelError(f"{repo}: a data set, and no model") from None
+            raise
+        _check_files(repo, {s.rfilename for s in info.siblings or []})
+        config = hf_hub_download(repo, "config.json", revision=info.sha)
+        check_config(repo, read_config(Path(config).parent))
+    return info.sha
+
+
+def _is_dataset(repo: str) -> bool:
+    from huggingface_hub import HfApi
+
+    return HfApi().repo_exists(repo, repo_type="dataset")
+
+
+def _check_files(repo: str, names: Collection[str]) -> None:
+    """Raise where the root of a repository has no checkpoint of safetensors, saying what it has."""
+    root = {name for name in names if "/" not in name}
+    weights = {name for name in root if name.endswith(".safetensors")} - set(ADAPTER_FILES)
+    if "config.json" in root and weights:
+        return
+    if ADAPTER_FILES[0] in root:
+        what = f"an adapter alone; merge it first: tunepress merge BASE {repo} --output DIR"
+    elif "model_index.json" in root:
+        what = "a diffusion pipeline; only language models are handled"
+    elif any(name.endswith(".gguf") for name in root):
+        what = "GGUF files alone, which are quantized or made from a model elsewhere; start from that one"
+    elif any(name.endswith((".bin", ".pt", ".pth", ".h5", ".msgpack")) for name in root):
+        what = "no .safetensors at its root; pickled weights are not read, convert them first"
+    elif weights:
+        what = "no config.json at its root, so this is no model that transformers loads"
+    else:
+        what = "no weights at its root"
+    raise ModelError(f"{repo}: {what}")

@@ -1,0 +1,289 @@
+"""Variants of models that are on the Hub, or in a folder, published: beside the model itself, or elsewhere.
+
+    quantize(Job(model="user/model", repo="user/model", quant_types=["both"]))
+
+What a repository has of earlier runs for the same model stays a part of its release. In the model's own
+repository the files that were there, and the card but for one marked section, stay as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from pipeline.catalog import VARIANTS
+from pipeline.config import PACKAGE_SOURCE, Config, Section, repository_id
+from pipeline.config_file import explain, read_yaml
+from pipeline.errors import ConfigError, HubError, Interrupted, UserError
+from pipeline.hub import CARD, LINEAGE, Tree, check_root, read_tree
+from pipeline.hub.trouble import persist
+from pipeline.inspection import inspect
+from pipeline.midway import quantize_config, variant_specs
+from pipeline.models import CHECKPOINT_FILES, is_local
+from pipeline.private import file_name
+from pipeline.reporter import Reporter
+from pipeline.run import run
+from pipeline.trackers.spaces import keep_in, space_at
+from pipeline.workspace import Workspace
+
+GROUP_SIZE = 128  # of variants that are in groups, unless asked for otherwise
+
+
+class Job(Section):
+    """One model, and what is to become of it: the options of `scripts/quantize_standalone.py`."""
+
+    model: str = Field(min_length=1, description="Hub id, or folder")
+    repo: str | None = Field(default=None, description="USER/NAME to publish to; may be the model's own")
+    quant_types: list[str] = Field(default=["int8_weight_only"], min_length=1)
+    group_size: int | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    private: bool = Field(default=True, description="visibility of a new repository")
+    trackio_url: str | None = None
+    experiment_name: str | None = Field(default=None, description="name of the run")
+    dataset_repo: str | None = Field(default=None, description="where the Space keeps Trackio's data")
+    save_only: bool = False
+    revision: str | None = None
+    output: str | None = Field(default=None, description="folder that becomes the release")
+    calibration: str | None = Field(default=None, description="text to measure on: a .txt file, or builtin:NAME")
+    low_disk: bool = False
+
+    @field_validator("repo", "dataset_repo")
+    @classmethod
+    def _repository(cls, value: str | None) -> str | None:
+        return repository_id(value)
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> Job:
+        if self.repo is None and not self.save_only:
+            raise ValueError("repo: say where to publish to, as USER/NAME, or use --save-only")
+        if self.low_disk and not self.save_only:
+            raise ValueError(
+                "low_disk: what is published is measured, which needs the whole model; use it with --save-only"
+            )
+        if self.low_disk and self.calibration:
+            raise ValueError("calibration: with low_disk nothing is measured; leave one of them out")
+        return self
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a repository holds before the run: its files, and what the last release there says of itself."""
+
+    tree: Tree
+    told: dict
+
+    @property
+    def run(self) -> str | None:
+        return self.tree.lineage.run
+
+    @property
+    def base(self) -> dict:
+        """The model that its variants are made of, as it was recorded."""
+        base = self.told.get("base")
+        return base if isinstance(base, dict) else {}
+
+    def specs(self) -> dict[str, dict]:
+        """What was asked for of each variant that it has."""
+        results = self.told.get("results") or {}
+        return {name: results[name]["variant"] for name in VARIANTS if "variant" in (results.get(name) or {})}
+
+
+def quantize(job: Job, root: str | Path = "runs", reporter: Reporter | None = None) -> Workspace:
+    """Make the variants that a job asks for, measure and publish them; what is there already is not sent again.
+
+    Args:
+        root: folder under which the run's folder lies, where the job names no output.
+
+    Raises:
+        UserError: in one line, before any work where that is possible.
+    """
+    reporter = reporter or Reporter()
+    space, server = _tracking(job)
+    standing = None if job.save_only else _standing(job.repo)
+    config = configure(job, standing, space, server)
+    if standing and (stay := [name for name in standing.specs() if name not in _asked(job)]):
+        reporter.show([f"{job.repo} has {', '.join(stay)} already, which will stay"])
+    if job.dataset_repo:
+        keep_in(space, job.dataset_repo)
+    return run(config, root, reporter=reporter, output=job.output, publish_again=not job.save_only)
+
+
+def configure(job: Job, standing: Standing | None, space: str | None = None, server: str | None = None) -> Config:
+    """The configuration of a job's run.
+
+    Args:
+        standing: what there is in the repository, if that exists.
+
+    Raises:
+        UserError: where the model, the repository or an option is refused.
+    """
+    asked = _asked(job)
+    revision = job.revision
+    is_guest = False
+    if not (PACKAGE_SOURCE.match(job.model) or is_local(job.model)):
+        is_guest = not job.save_only and job.repo.casefold() == job.model.casefold()
+        commit = inspect(job.model, revision)
+        # Publishing moves the head of the model's own repository, and that must not make it another model.
+        revision = _made_from(job.model, commit, standing) if is_guest else revision
+    if standing:
+        _check_place(job, standing, is_guest)
+        asked = {**standing.specs(), **asked}
+    settings = {
+        "name": job.experiment_name or (standing.run if standing else None),
+        "quantize.variants": list(asked.values()),
+        "publish.repo": None if job.save_only else job.repo,
+        "publish.private": job.private,
+        "publish.commits": "single",
+        "track.space": space,
+        "track.server": server,
+    }
+    if not job.low_disk:
+        settings |= {"evaluate.general": job.calibration, "evaluate.device": job.device}
+    return quantize_config(
+        job.model,
+        job.output or job.repo or job.model,
+        [],
+        measure=not job.low_disk,
+        revision=revision,
+        settings=[f"{key}={json.dumps(value)}" for key, value in settings.items() if value is not None],
+        low_disk=job.low_disk,
+    )
+
+
+def read_job(values: dict[str, Any], origin: str) -> Job:
+    """A job from plain data; `origin` is named in errors.
+
+    Raises:
+        ConfigError: for anything that is wrong with it.
+    """
+    try:
+        return Job.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: {explain(error, Job)}") from None
+
+
+def read_jobs(path: Path, options: dict[str, Any]) -> list[Job]:
+    """The jobs of a YAML file: a list of mappings, each with `model`, `repo` and other fields of `Job`.
+
+    Args:
+        options: what holds for each of them that does not say otherwise.
+
+    Raises:
+        ConfigError: for anything that is wrong with it; nothing is begun then.
+    """
+    try:
+        entries = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a list of models ({error})") from None
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise ConfigError(f"{path}: a list of models is written as '- model: USER/MODEL', with 'repo: USER/NAME' below")
+    jobs = [read_job({**options, **entry}, f"{path}: model {n}") for n, entry in enumerate(entries, start=1)]
+    seen: dict[str, int] = {}
+    for n, job in enumerate(jobs, start=1):
+        place = job.output or job.experiment_name or Path(job.repo or job.model).name
+        if place in seen:
+            raise ConfigError(
+                f"{path}: models {seen[place]} and {n} would both be made in {place!r}; give one an experiment_name"
+            )
+        seen[place] = n
+    return jobs
+
+
+def quantize_all(jobs: Sequence[Job], root: str | Path = "runs", reporter: Reporter | None = None) -> list[str | None]:
+    """Do jobs one after the other; one that fails does not stop those after it.
+
+    Returns:
+        For each of them why it failed, or None.
+    """
+    problems: list[str | None] = []
+    reporter = reporter or Reporter()
+    for job in jobs:
+        try:
+            quantize(job, root, reporter)
+            problems.append(None)
+        except Interrupted:
+            raise
+        except UserError as error:
+            problems.append(str(error))
+            reporter.show([str(error)])
+    return problems
+
+
+def _asked(job: Job) -> dict[str, dict]:
+    """The variants that are asked for, as `quantize.variants` takes them."""
+    names = [spec["name"] for spec in variant_specs(job.quant_types, option="--quant-type")]
+    in_groups = [name for name in names if VARIANTS[name].group_size and GROUP_SIZE in VARIANTS[name].group_sizes]
+    size = job.group_size or (GROUP_SIZE if in_groups else None)
+    return {spec["name"]: spec for spec in variant_specs(names, size)}
+
+
+def _standing(repo: str) -> Standing | None:
+    """What a repository holds; None where there is none that this user may read."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    def attempt() -> Standing | None:
+        try:
+            tree = read_tree(repo)
+        except RepositoryNotFoundError:
+            return None
+        told = json.loads(tree.read(LINEAGE)) if tree.lineage.run else {}
+        return Standing(tree, told)
+
+    return persist(repo, attempt)
+
+
+def _check_place(job: Job, standing: Standing, is_guest: bool) -> None:
+    """Raise where the variants of this model would stand beside another, or replace another's."""
+    check_root(standing.tree)
+    name = file_name(job.model) if is_local(job.model) else job.model
+    there = standing.base.get("hub_id") or standing.base.get("source")
+    if there and str(there).casefold() != name.casefold():
+        raise HubError(f"{job.repo}: holds variants of {there}, and this is {name}; use another repository")
+    weights = [path for path in standing.tree.files if "/" not in path and path.endswith((".safetensors", ".bin"))]
+    if weights and not is_guest:
+        raise HubError(
+            f"{job.repo}: has a model of its own at its root ({weights[0]}); "
+            f"use another repository, or quantize that model: {job.repo} {job.repo}"
+        )
+
+
+def _made_from(repo: str, commit: str, standing: Standing | None) -> str:
+    """The commit that a model's variants in its own repository are made from.
+
+    It stays the one that the last release was made from, until files of the model itself change.
+    """
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    known = standing.base.get("revision") if standing else None
+    if not isinstance(known, str) or known == commit:
+        return commit
+
+    def attempt() -> bool:
+        try:
+            return _checkpoint(read_tree(repo, known)) == _checkpoint(read_tree(repo, commit))
+        except RevisionNotFoundError:
+            return False
+
+    return known if persist(repo, attempt) else commit
+
+
+def _checkpoint(tree: Tree) -> dict:
+    """The files of the model at a repository's root, with their hashes."""
+    theirs = {path for path in tree.files if CHECKPOINT_FILES.match(path)} - {CARD, LINEAGE}
+    return {path: tree.files[path] for path in theirs}
+
+
+def _tracking(job: Job) -> tuple[str | None, str | None]:
+    """(Space, server) that a job's events go to besides this machine's own Trackio; at most one of them."""
+    space = space_at(job.trackio_url) if job.trackio_url else None
+    if job.dataset_repo and space is None:
+        raise ConfigError(
+            f"--dataset-repo {job.dataset_repo}: only a Space keeps Trackio's data in a data set; "
+            "name the Space with --trackio-url https://huggingface.co/spaces/USER/NAME"
+        )
+    return space, None if space else job.trackio_url

@@ -1,0 +1,105 @@
+"""Quantize a model that is on the Hub, or in a folder, and publish the variants.
+
+    python scripts/quantize_standalone.py MODEL REPO [options]
+    python scripts/quantize_standalone.py user/model user/model --quant-type both
+    python scripts/quantize_standalone.py ./my-model user/my-model --quant-type int4_weight_only --public
+    python scripts/quantize_standalone.py user/model --save-only --output out
+    python scripts/quantize_standalone.py MODELS.yaml
+
+MODEL and REPO may be the same: the variants go into folders of that repository, its own files are not touched, and
+its card gains one marked section. Whatever is measured is measured through the files that are published. Run again,
+it sends what changed, and nothing where nothing did.
+
+MODELS.yaml is a list; options on the command line hold for those of it that do not say otherwise:
+
+    - {model: user/one, repo: user/one, quant_types: [both]}
+    - {model: user/two, repo: user/two-quantized, group_size: 64}
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(help=__doc__.split("\n")[0])
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL|MODELS.yaml", help="Hub id, folder, or a list of models.")],
+    repo: Annotated[str | None, typer.Argument(metavar="REPO", help="USER/NAME; may be MODEL's own.")] = None,
+    quant_types: Annotated[
+        list[str] | None,
+        typer.Option("--quant-type", help="int8_weight_only (the default), int4_weight_only, both, ... Repeatable."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Where models are measured: auto, cpu or cuda.")] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Weights that share a scale, for variants in groups; by default 128.")
+    ] = None,
+    token: Annotated[
+        str | None, typer.Option(help="Hub token. Better: HF_TOKEN, or hf auth login; the process list shows this.")
+    ] = None,
+    private: Annotated[bool | None, typer.Option("--private/--public", help="Visibility of a new repository.")] = None,
+    trackio_url: Annotated[str | None, typer.Option(help="A Space's address, or that of a Trackio server.")] = None,
+    experiment_name: Annotated[str | None, typer.Option(help="Name of the run; by default REPO's.")] = None,
+    dataset_repo: Annotated[str | None, typer.Option(help="Data set that the Space keeps Trackio's data in.")] = None,
+    save_only: Annotated[bool | None, typer.Option("--save-only", help="Make and measure, but do not publish.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL on the Hub.")] = None,
+    output: Annotated[str | None, typer.Option(help="A new folder for the variants; by default runs/NAME.")] = None,
+    calibration: Annotated[str | None, typer.Option(help="Text to measure on: a .txt file, or builtin:NAME.")] = None,
+    low_disk: Annotated[
+        bool | None, typer.Option("--low-disk", help="Fetch shard by shard; with --save-only, unmeasured.")
+    ] = None,
+) -> None:
+    options = {name: value for name, value in locals().items() if name not in ("model", "token")}
+    options = {name: value for name, value in options.items() if value is not None}
+    if token:
+        print(
+            "--token: the process list shows it to others; set HF_TOKEN, or log in with: hf auth login", file=sys.stderr
+        )
+        os.environ["HF_TOKEN"] = token
+    sys.exit(_all(Path(model), options) if model.endswith((".yaml", ".yml")) else _one({"model": model, **options}))
+
+
+def _one(options: dict) -> int:
+    from pipeline.standalone import quantize, read_job
+    from pipeline.terminal import summary
+
+    reporter = _reporter()
+    job = read_job(options, "options")
+    workspace = quantize(job, reporter=reporter)
+    summary(reporter.console, workspace.config(), workspace)
+    return 0
+
+
+def _all(path: Path, options: dict) -> int:
+    from pipeline.standalone import quantize_all, read_jobs
+
+    jobs = read_jobs(path, options)
+    problems = quantize_all(jobs, reporter=_reporter())
+    for job, problem in zip(jobs, problems, strict=True):
+        print(f"{job.model}: {problem or 'done'}")
+    return 2 if any(problems) else 0
+
+
+def _reporter():
+    from rich.console import Console
+
+    from pipeline.terminal import TerminalReporter
+
+    return TerminalReporter(Console(highlight=False, soft_wrap=True))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone needs no installation
+    from pipeline.errors import UserError
+
+    try:
+        app()
+    except UserError as error:
+        print(f"quantize_standalone: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,199 @@
+"""What the standalone script asks for, and what it refuses before any work."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pipeline.errors import ConfigError, HubError, ModelError, UserError
+from pipeline.standalone import configure, quantize, read_job, read_jobs
+from pipeline.trackers.spaces import keep_in, space_at
+from tests.hub.store import Repository
+
+WEIGHTS = {"model.safetensors": b"weights"}
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+
+
+def job(model: str = "ada/model", repo: str | None = "ada/model", **options):
+    return read_job({"model": model, "repo": repo, **options}, "options")
+
+
+def model(hub, repo: str = "ada/model", config: dict | None = LLAMA, files: dict = WEIGHTS) -> str:
+    told = {} if config is None else {"config.json": json.dumps(config).encode()}
+    return hub.put(repo, {**told, **files})
+
+
+def variants(config) -> dict:
+    return {spec.name: spec.group_size for spec in config.quantize.variants}
+
+
+@pytest.mark.parametrize(
+    "asked, found",
+    [
+        ({}, {"int8": None}),
+        ({"quant_types": ["int4_weight_only"]}, {"int4": 128}),
+        ({"quant_types": ["both"], "group_size": 32}, {"int8": None, "int4": 32}),
+        ({"quant_types": ["int8", "q8_0"]}, {"int8": None, "gguf-q8_0": 32}),
+        ({"quant_types": ["int4", "gguf-f16"]}, {"int4": 128, "gguf-f16": None}),
+    ],
+)
+def test_a_group_size_of_128_goes_to_those_that_are_in_groups(hub, asked, found):
+    model(hub)
+    assert variants(configure(job(**asked), None)) == found
+
+
+def test_options_become_the_configuration_of_one_private_commit(hub, tmp_path):
+    model(hub)
+    given = {"device": "cpu", "calibration": "text.txt", "experiment_name": "second", "revision": "main"}
+    config = configure(job(**given, repo="ada/other"), None, space="ada/board")
+    assert (config.evaluate.device, config.evaluate.general, config.name) == ("cpu", "text.txt", "second")
+    assert (config.publish.private, config.publish.commits, config.track.space) == (True, "single", "ada/board")
+    assert (config.model.source, config.model.revision, config.publish.repo) == ("ada/model", "main", "ada/other")
+    assert not configure(job(repo="ada/other", private=False), None).publish.private
+    kept = configure(job(save_only=True, low_disk=True), None)
+    assert kept.publish.repo is None and kept.evaluate is None and kept.model.low_disk
+
+
+@pytest.mark.parametrize(
+    "config, files, said",
+    [
+        (None, {"README.md": b"soon"}, "no weights at its root"),
+        (LLAMA, {"pytorch_model.bin": b"x"}, "pickled weights are not read"),
+        (LLAMA, {"README.md": b"soon"}, "no weights at its root"),
+        (None, {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"}, "an adapter alone; merge it first"),
+        (None, {"model-Q4_0.gguf": b"x"}, "GGUF files alone"),
+        (None, {"model_index.json": b"{}", "unet/model.safetensors": b"x"}, "a diffusion pipeline"),
+        (LLAMA | {"quantization_config": {"quant_method": "gptq"}}, WEIGHTS, r"already quantized \(gptq\)"),
+        ({"model_type": "mystery", "auto_map": {"AutoConfig": "code.py"}}, WEIGHTS, "code of its own"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, WEIGHTS, "an encoder-decoder"),
+        (LLAMA | {"vision_config": {"depth": 2}}, WEIGHTS, r"more than a text model \(vision_config\)"),
+        ({"model_type": "vit", "architectures": ["ViTForImageClassification"]}, WEIGHTS, "a ViTForImageClassification"),
+    ],
+)
+def test_a_repository_of_another_kind_is_refused_without_fetching_its_weights(hub, config, files, said):
+    model(hub, config=config, files=files)
+    since = len(hub.requests)
+    with pytest.raises(ModelError, match=rf"^ada/model: .*{said}"):
+        quantize(job())
+    assert not [r for r in hub.requests[since:] if "safetensors" in r.path]
+
+
+def test_what_is_not_there_gated_or_a_data_set_is_refused(hub):
+    with pytest.raises(ModelError, match="ada/model: no such model on the Hub"):
+        quantize(job())
+    hub.put("ada/rows", {"rows.jsonl": b"{}"}, repo_type="dataset")
+    with pytest.raises(ModelError, match="ada/rows: a data set"):
+        quantize(job("ada/rows"))
+    model(hub, "bob/closed")
+    hub.repo("bob/closed").gated = True
+    with pytest.raises(ModelError, match="bob/closed: gated; accept its terms"):
+        quantize(job("bob/closed"))
+    model(hub)
+    with pytest.raises(ModelError, match="no revision 'v9'"):
+        quantize(job(revision="v9"))
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"quant_types": ["int5"]}, "--quant-type int5: allowed are int8, int4"),
+        ({"group_size": 48, "quant_types": ["int4"]}, "group_size 48: allowed are 32, 64, 128, 256"),
+        ({"repo": None}, "say where to publish to"),
+        ({"low_disk": True}, "needs the whole model; use it with --save-only"),
+        ({"repo": "no-slash"}, "a repository is written USER/NAME"),
+        ({"dataset_repo": "ada/data"}, "--dataset-repo ada/data: only a Space"),
+        ({"dataset_repo": "ada/data", "trackio_url": "http://localhost:7860"}, "--dataset-repo ada/data: only a Space"),
+        ({"trackio_url": "localhost:7860"}, "track.server"),
+        ({"device": "tpu"}, "device: \"tpu\" is refused"),
+        ({"quant_type": ["int8"]}, "quant_type: unknown key; did you mean 'quant_types'"),
+        ({"repo": "bob/model"}, "who cannot write to bob/"),
+    ],
+)  # fmt: skip
+def test_options_that_cannot_be_met_are_refused_in_one_line(hub, tmp_path, monkeypatch, options, said):
+    monkeypatch.chdir(tmp_path)
+    model(hub)
+    with pytest.raises(UserError) as refused:
+        quantize(job(**options))
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_cuda_is_asked_for_in_vain_where_there_is_none(hub, tmp_path, monkeypatch):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    monkeypatch.chdir(tmp_path)
+    model(hub)
+    with pytest.raises(ModelError, match="device 'cuda': torch finds no CUDA here"):
+        quantize(job(device="cuda"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_repository_with_another_model_is_not_mixed_up_with_this_one(hub):
+    model(hub)
+    model(hub, "ada/other")
+    with pytest.raises(HubError, match="ada/other: has a model of its own at its root"):
+        quantize(job(repo="ada/other"))
+    told = {"run": "other", "files": {}, "documents": [], "base": {"source": "ada/third", "hub_id": "ada/third"}}
+    hub.put("ada/variants", {"tunepress.json": json.dumps(told).encode()})
+    with pytest.raises(HubError, match="ada/variants: holds variants of ada/third, and this is ada/model"):
+        quantize(job(repo="ada/variants"))
+
+
+@pytest.mark.parametrize(
+    "address, space",
+    [
+        ("https://huggingface.co/spaces/ada/board", "ada/board"),
+        ("https://huggingface.co/spaces/ada/board/?project=x", "ada/board"),
+        ("https://ada-board.hf.space/", "ada/board"),
+        ("https://trackio.example.org/spaces/ada/board", None),
+        ("http://127.0.0.1:7860", None),
+    ],
+)
+def test_an_address_of_trackio_is_a_spaces_or_a_servers(address, space):
+    assert space_at(address) == space
+
+
+def test_whose_space_an_address_with_several_dashes_is_the_hub_says(hub):
+    space: Repository = hub.store.create("space", "ada/my.board")
+    space.host = "https://ada-my-board.hf.space"
+    with pytest.raises(UserError, match="give https://huggingface.co/spaces/USER/NAME"):
+        space_at("https://ada-my-board.hf.space")
+    hub.store.create("space", "ada/my-board").host = "https://ada-my-board.hf.space"
+    assert space_at("https://ada-my-board.hf.space") == "ada/my-board"
+
+
+def test_a_space_is_told_once_where_to_keep_its_data(hub):
+    space = hub.store.create("space", "ada/board")
+    space.host = "https://ada-board.hf.space"
+    for _ in range(2):
+        keep_in("ada/board", "ada/data")
+    assert space.variables == {"TRACKIO_DATASET_ID": "ada/data"}
+    assert len([r for r in hub.requests if r.method == "POST"]) == 1
+
+
+def test_a_list_of_models_takes_options_from_the_command_line_and_its_own(tmp_path):
+    path = tmp_path / "models.yaml"
+    path.write_text("- {model: ada/one, repo: ada/one}\n- {model: ada/two, repo: ada/two, quant_types: [both]}\n")
+    one, two = read_jobs(path, {"quant_types": ["int4"], "private": False})
+    assert (one.quant_types, two.quant_types, two.private) == (["int4"], ["both"], False)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("model: ada/one", "a list of models is written as"),
+        ("[]", "a list of models is written as"),
+        ("- {model: ada/one, repo: ada/one, token: hf_abcdefghijkl}", "model 1: token: unknown key"),
+        ("- {repo: ada/one}", "model 1: model: missing"),
+        ("- {model: a/x, repo: a/x}\n- {model: b/x, repo: b/x}", "models 1 and 2 would both be made in 'x'"),
+    ],
+)
+def test_a_list_with_a_mistake_is_refused_before_anything_is_begun(tmp_path, text, said):
+    path = tmp_path / "models.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as refused:
+        read_jobs(path, {})
+    assert said in str(refused.value) and "hf_abc" not in str(refused.value)
