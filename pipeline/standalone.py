@@ -104,20 +104,35 @@ def quantize(job: Job, root: str | Path = "runs", reporter: Reporter | None = No
     """
     reporter = reporter or Reporter()
     space, server = _tracking(job)
-    standing = None if job.save_only else _standing(job.repo)
-    config = configure(job, standing, space, server)
-    if standing and (stay := [name for name in standing.specs() if name not in _asked(job)]):
+    there = None if job.save_only else standing(job.repo)
+    config = configure(job, there, space, server)
+    if there and (stay := [name for name in there.specs() if name not in _asked(job)]):
         reporter.show([f"{job.repo} has {', '.join(stay)} already, which will stay"])
     if job.dataset_repo:
         keep_in(space, job.dataset_repo)
     return run(config, root, reporter=reporter, output=job.output, publish_again=not job.save_only)
 
 
-def configure(job: Job, standing: Standing | None, space: str | None = None, server: str | None = None) -> Config:
+def standing(repo: str) -> Standing | None:
+    """What a repository holds; None where there is none that this user may read."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    def attempt() -> Standing | None:
+        try:
+            tree = read_tree(repo)
+        except RepositoryNotFoundError:
+            return None
+        told = json.loads(tree.read(LINEAGE)) if tree.lineage.run else {}
+        return Standing(tree, told)
+
+    return persist(repo, attempt)
+
+
+def configure(job: Job, there: Standing | None, space: str | None = None, server: str | None = None) -> Config:
     """The configuration of a job's run.
 
     Args:
-        standing: what there is in the repository, if that exists.
+        there: what there is in the repository, if that exists.
 
     Raises:
         UserError: where the model, the repository or an option is refused.
@@ -129,13 +144,13 @@ def configure(job: Job, standing: Standing | None, space: str | None = None, ser
         is_guest = not job.save_only and job.repo.casefold() == job.model.casefold()
         commit = inspect(job.model, revision)
         # Publishing moves the head of the model's own repository, and that must not make it another model.
-        revision = _made_from(job.model, commit, standing) if is_guest else revision
-    if standing:
-        _check_place(job, standing, is_guest)
-        asked = {**standing.specs(), **asked}
+        revision = _made_from(job.model, commit, there) if is_guest else revision
+    if there:
+        _check_place(job, there, is_guest)
+        asked = {**there.specs(), **asked}
     settings = {
-        "name": job.experiment_name or (standing.run if standing else None),
-        "quantize.variants": list(asked.values()),
+        "name": job.experiment_name or (there.run if there else None),
+        "quantize.variants": [asked[name] for name in VARIANTS if name in asked],  # whatever the order of the options
         "publish.repo": None if job.save_only else job.repo,
         "publish.private": job.private,
         "publish.commits": "single",
@@ -222,29 +237,14 @@ def _asked(job: Job) -> dict[str, dict]:
     return {spec["name"]: spec for spec in variant_specs(names, size)}
 
 
-def _standing(repo: str) -> Standing | None:
-    """What a repository holds; None where there is none that this user may read."""
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    def attempt() -> Standing | None:
-        try:
-            tree = read_tree(repo)
-        except RepositoryNotFoundError:
-            return None
-        told = json.loads(tree.read(LINEAGE)) if tree.lineage.run else {}
-        return Standing(tree, told)
-
-    return persist(repo, attempt)
-
-
-def _check_place(job: Job, standing: Standing, is_guest: bool) -> None:
+def _check_place(job: Job, there: Standing, is_guest: bool) -> None:
     """Raise where the variants of this model would stand beside another, or replace another's."""
-    check_root(standing.tree)
+    check_root(there.tree)
     name = file_name(job.model) if is_local(job.model) else job.model
-    there = standing.base.get("hub_id") or standing.base.get("source")
-    if there and str(there).casefold() != name.casefold():
-        raise HubError(f"{job.repo}: holds variants of {there}, and this is {name}; use another repository")
-    weights = [path for path in standing.tree.files if "/" not in path and path.endswith((".safetensors", ".bin"))]
+    known = there.base.get("hub_id") or there.base.get("source")
+    if known and str(known).casefold() != name.casefold():
+        raise HubError(f"{job.repo}: holds variants of {known}, and this is {name}; use another repository")
+    weights = [path for path in there.tree.files if "/" not in path and path.endswith((".safetensors", ".bin"))]
     if weights and not is_guest:
         raise HubError(
             f"{job.repo}: has a model of its own at its root ({weights[0]}); "
@@ -252,14 +252,14 @@ def _check_place(job: Job, standing: Standing, is_guest: bool) -> None:
         )
 
 
-def _made_from(repo: str, commit: str, standing: Standing | None) -> str:
+def _made_from(repo: str, commit: str, there: Standing | None) -> str:
     """The commit that a model's variants in its own repository are made from.
 
     It stays the one that the last release was made from, until files of the model itself change.
     """
     from huggingface_hub.errors import RevisionNotFoundError
 
-    known = standing.base.get("revision") if standing else None
+    known = there.base.get("revision") if there else None
     if not isinstance(known, str) or known == commit:
         return commit
 

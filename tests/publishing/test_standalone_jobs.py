@@ -7,7 +7,7 @@ import json
 import pytest
 
 from pipeline.errors import ConfigError, HubError, ModelError, UserError
-from pipeline.standalone import configure, quantize, read_job, read_jobs
+from pipeline.standalone import configure, quantize, read_job, read_jobs, standing
 from pipeline.trackers.spaces import keep_in, space_at
 from tests.hub.store import Repository
 
@@ -35,12 +35,13 @@ def variants(config) -> dict:
         ({"quant_types": ["int4_weight_only"]}, {"int4": 128}),
         ({"quant_types": ["both"], "group_size": 32}, {"int8": None, "int4": 32}),
         ({"quant_types": ["int8", "q8_0"]}, {"int8": None, "gguf-q8_0": 32}),
+        ({"quant_types": ["int4", "int8"]}, {"int8": None, "int4": 128}),
         ({"quant_types": ["int4", "gguf-f16"]}, {"int4": 128, "gguf-f16": None}),
     ],
 )
 def test_a_group_size_of_128_goes_to_those_that_are_in_groups(hub, asked, found):
     model(hub)
-    assert variants(configure(job(**asked), None)) == found
+    assert list(variants(configure(job(**asked), None)).items()) == list(found.items())
 
 
 def test_options_become_the_configuration_of_one_private_commit(hub, tmp_path):
@@ -53,6 +54,23 @@ def test_options_become_the_configuration_of_one_private_commit(hub, tmp_path):
     assert not configure(job(repo="ada/other", private=False), None).publish.private
     kept = configure(job(save_only=True, low_disk=True), None)
     assert kept.publish.repo is None and kept.evaluate is None and kept.model.low_disk
+
+
+def test_in_its_own_repository_a_model_is_the_same_until_its_files_change(hub):
+    """Though every publish moves the head, and its author writes into the card."""
+    first = model(hub)
+    assert configure(job(), standing("ada/model")).model.revision == first
+    told = {"run": "first", "files": {}, "documents": ["README.md"], "base": {"hub_id": "ada/model", "revision": first}}
+    told["results"] = {"int4": {"variant": {"name": "int4", "group_size": 32}}}
+    hub.put("ada/model", {"tunepress.json": json.dumps(told).encode(), "README.md": b"# Mine\n"})
+    config = configure(job(), standing("ada/model"))
+    assert (config.model.revision, config.name) == (first, "first")
+    assert list(variants(config).items()) == [("int8", None), ("int4", 32)]  # in one order, whichever came first
+    assert variants(configure(job(quant_types=["int4"]), standing("ada/model"))) == {"int4": 128}
+    second = hub.put("ada/model", {"model.safetensors": b"other weights"})
+    assert configure(job(), standing("ada/model")).model.revision == second
+    hub.put("ada/model", {"tunepress.json": json.dumps(told | {"base": {"hub_id": "ada/model"}}).encode()})
+    assert configure(job(), standing("ada/model")).model.revision == hub.commits("ada/model")[0]
 
 
 @pytest.mark.parametrize(

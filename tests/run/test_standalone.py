@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -132,3 +133,56 @@ def test_run_again_it_sends_nothing(added):
     commits, since = place.hub.commits("ada/model"), len(place.hub.requests)
     standalone(place, "ada/model", "ada/model", "--quant-type", "both", "--calibration", "general.txt")
     assert sent(place.hub, since) == [] and place.hub.commits("ada/model") == commits
+
+
+def test_where_the_runs_folder_was_lost_all_is_made_again_and_no_weights_are_sent_again(added):
+    """Also of the variant that is not asked for this time: what the repository has stays a part of the release."""
+    place = added[0]
+    (place.folder / "runs").rename(place.folder / "runs-lost")
+    before, since = place.hub.commit_files("ada/model", "main"), len(place.hub.requests)
+    said = standalone(place, "ada/model", "ada/model", "--calibration", "general.txt")
+    assert "ada/model has int4 already, which will stay" in said.stdout
+    after = place.hub.commit_files("ada/model", "main")
+    assert {name for name in after if after[name] != before.get(name)} <= {
+        "README.md", "int8/README.md", "int4/README.md", "tunepress.json",
+    }  # fmt: skip
+    assert after.keys() == before.keys() and not [r for r in place.hub.requests[since:] if r.method == "PUT"]
+    assert outside(place.hub.read("ada/model", "README.md")).startswith(CARD)
+
+
+def test_several_models_of_which_one_fails_with_a_token_that_is_written_nowhere(place):
+    """The token comes as an option, and from nowhere else."""
+    folder = place.folder / "several"
+    folder.mkdir()
+    (folder / "models.yaml").write_text(
+        "- {model: ada/missing, repo: ada/missing}\n- {model: ada/model, repo: ada/second, experiment_name: eight}\n"
+    )
+    work = Place(folder, place.hub)
+    shutil.copy(place.folder / "general.txt", folder)
+    options = ("--public", "--device", "cpu", "--calibration", "general.txt", "--token", TOKEN)
+    done = standalone(work, "models.yaml", *options, check=2, env={"HF_TOKEN": ""})
+    assert "--token: the process list shows it" in done.stderr
+    assert done.stdout.splitlines()[-2:] == [
+        "ada/missing: ada/missing: no such model on the Hub, or it is private and you are not logged in",
+        "ada/model: done",
+    ]
+    assert not place.hub.repo("ada/second").private and "int8/model.safetensors" in place.hub.files("ada/second")
+    assert json.loads(place.hub.read("ada/second", "tunepress.json"))["run"] == "eight"
+    assert TOKEN not in done.stdout + done.stderr
+    secret = TOKEN.encode()
+    assert not [path for path in folder.rglob("*") if path.is_file() and secret in path.read_bytes()]
+    assert not [name for name in place.hub.files("ada/second") if secret in place.hub.read("ada/second", name)]
+
+
+def test_nothing_is_published_where_it_is_only_saved(place, tiny_model):
+    since = len(place.hub.requests)
+    options = ("--save-only", "--output", "kept", "--quant-type", "int8", "--low-disk")
+    standalone(place, "ada/model", *options)
+    assert (place.folder / "kept/int8/model.safetensors").is_file() and sent(place.hub, since) == []
+
+
+def test_help_tells_every_option_without_importing_torch(place):
+    code = f"import sys, runpy\nsys.argv = ['x', '--help']\ntry: runpy.run_path({SCRIPT!r}, run_name='__main__')\n"
+    said = place.python(code + "except SystemExit: pass\nassert not {'torch', 'transformers'} & set(sys.modules)")
+    for option in ("quant-type", "device", "group-size", "token", "private", "trackio-url", "dataset-repo", "low-disk"):
+        assert f"--{option}" in said
