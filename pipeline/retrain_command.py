@@ -13,7 +13,7 @@ from typing import Annotated, TextIO
 
 import typer
 
-from pipeline.cli import RUNS, ConfigArgument, Root, Settings
+from pipeline.cli.options import RUNS, ConfigArgument, Root, Settings
 
 HELP = "\n\n".join(
     (

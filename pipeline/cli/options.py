@@ -22,3 +22,9 @@ def console(stderr: bool = False):
     from rich.console import Console
 
     return Console(file=sys.stderr if stderr else sys.stdout, highlight=False, soft_wrap=True)
+
+
+def terminal_reporter(as_json: bool):
+    from pipeline.terminal import TerminalReporter
+
+    return TerminalReporter(console(stderr=as_json))

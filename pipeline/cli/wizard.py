@@ -9,15 +9,10 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli_options import RUNS, Root, console
+from pipeline.cli.options import RUNS, Root, console
 
 INTERRUPTED = 130
 Text = str | None
-
-
-def register(app: typer.Typer) -> None:
-    """Add the verb to the command."""
-    app.command()(wizard)
 
 
 def _answer(help: str, *names: str):

@@ -1,4 +1,4 @@
-"""The verbs that look before anything is done: `plan` and `doctor`."""
+"""The verbs that look before anything is done: `plan`, `doctor` and `schema`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli_options import RUNS, AsJson, ConfigArgument, Root, Settings, console
-
-
-def register(app: typer.Typer) -> None:
-    """Add these verbs to the command."""
-    for verb in (plan, doctor):
-        app.command()(verb)
+from pipeline.cli.options import RUNS, AsJson, ConfigArgument, Root, Settings, console
 
 
 def plan(
@@ -63,3 +57,10 @@ def doctor(
         print(json.dumps(found))
     else:
         show(console(), found)
+
+
+def schema() -> None:
+    """Print the JSON schema of the configuration, for editors and for machines."""
+    from pipeline.config import Config
+
+    print(json.dumps(Config.model_json_schema(), indent=2))

@@ -1,0 +1,34 @@
+"""The command line: a sub-command per verb, which parses and calls. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from pipeline.cli import machine, models, releases, runs, wizard
+
+app = typer.Typer(
+    name="tunepress",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fine-tune a language model, merge it, quantize it and publish it, with every number measured.",
+)
+VERBS = (
+    runs.run, runs.train, models.merge, runs.evaluate, models.quantize, releases.publish, runs.status, runs.sync,
+    releases.rollback, runs.clean, models.chat, machine.schema, machine.plan, machine.doctor, wizard.wizard,
+)  # fmt: skip
+for verb in VERBS:
+    app.command()(verb)
+
+
+def main() -> None:
+    """The `tunepress` command: a line and an exit code for what a user can mend, a traceback for our bugs."""
+    from pipeline.errors import UserError
+
+    try:
+        app()
+    except UserError as error:
+        print(f"tunepress: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,166 @@
+"""The verbs of a run by its configuration or its folder: to do it, or a part of it, and to look after it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.machine import show_plan
+from pipeline.cli.options import RUNS, AsJson, ConfigArgument, Root, Settings, console, terminal_reporter
+
+Accelerate = Annotated[
+    str | None,
+    typer.Option(metavar="NAME|FILE", help="Train in several processes: ddp, fsdp-qlora, ..., or accelerate's YAML."),
+]
+MachineRank = Annotated[int | None, typer.Option(help="Which of several machines this is; 0 does all but training.")]
+MainProcessIp = Annotated[str | None, typer.Option(help="Address of machine 0, where machines meet.")]
+
+
+def run(
+    config: ConfigArgument,
+    settings: Settings = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Remove what an earlier run of this name left.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what that will take, as plan does.")] = False,
+    accelerate: Accelerate = None,
+    machine_rank: MachineRank = None,
+    main_process_ip: MainProcessIp = None,
+    runs: Root = RUNS,
+    as_json: AsJson = False,
+) -> None:
+    """Do the whole job, from a base model and a data set to a release; goes on where it stopped."""
+    from pipeline.config_file import load_config
+    from pipeline.run import run as run_all
+
+    loaded = load_config(config, settings or ())
+    if dry_run:
+        return show_plan(loaded, None, runs, as_json)
+    launch = _launch(accelerate, machine_rank, main_process_ip)
+    if launch and launch.machine_rank:
+        return _join(loaded, launch, runs, as_json)
+    reporter = terminal_reporter(as_json)
+    workspace = run_all(loaded, runs, fresh, reporter, launch=launch)
+    conclude(loaded, workspace, as_json, reporter)
+
+
+def train(
+    config: ConfigArgument,
+    settings: Settings = None,
+    accelerate: Accelerate = None,
+    machine_rank: MachineRank = None,
+    main_process_ip: MainProcessIp = None,
+    runs: Root = RUNS,
+    as_json: AsJson = False,
+) -> None:
+    """Only fine-tune: data and base model to an adapter."""
+    launch = _launch(accelerate, machine_rank, main_process_ip)
+    if launch and launch.machine_rank:
+        from pipeline.config_file import load_config
+
+        return _join(load_config(config, settings or ()), launch, runs, as_json)
+    run_stage("train", config, settings, runs, as_json, launch)
+
+
+def evaluate(config: ConfigArgument, settings: Settings = None, runs: Root = RUNS, as_json: AsJson = False) -> None:
+    """Only measure the run's full-precision model and its base."""
+    run_stage("evaluate", config, settings, runs, as_json)
+
+
+def status(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    last: Annotated[int, typer.Option(help="How many events to show.", min=0)] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Show what is finished, and what happened."""
+    from pipeline.events import read_events
+    from pipeline.workspace import Workspace
+
+    workspace = Workspace.open(folder)
+    events = [e for e in read_events(workspace.events_path)[0] if "event" in e]
+    if as_json:
+        print(json.dumps({"ledger": states(workspace), "events": events}))
+        return
+    from pipeline.terminal import show_status
+
+    show_status(console(), workspace, events[-last:] if last else [])
+
+
+def sync(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Send Trackio what it missed of a run, without running anything."""
+    from pipeline.config_file import load_config
+    from pipeline.trackers import sync as send_missed
+    from pipeline.workspace import Workspace
+
+    workspace = Workspace.open(folder)
+    sent = send_missed(workspace, load_config(workspace.config_path, settings or ()))
+    print(json.dumps({"run": str(workspace.folder), "sent": sent}) if as_json else f"{sent} records sent")
+
+
+def clean(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    as_json: AsJson = False,
+) -> None:
+    """Remove what a release does not need: checkpoints, unpacked base models, what was interrupted."""
+    from pipeline.cleaning import clean as remove
+    from pipeline.terminal import size
+    from pipeline.workspace import Workspace
+
+    workspace = Workspace.open(folder)
+    freed, removed = remove(workspace)
+    if as_json:
+        print(json.dumps({"run": str(workspace.folder), "freed_bytes": freed, "removed": removed}))
+    else:
+        print(f"{size(freed)} freed: {', '.join(removed)}" if removed else "nothing to remove")
+
+
+def run_stage(
+    stage: str, config: str, settings: list[str] | None, runs: Path, as_json: bool, launch: object = None
+) -> None:
+    from pipeline.config_file import load_config
+    from pipeline.run import run_one
+
+    workspace = run_one(load_config(config, settings or ()), stage, runs, terminal_reporter(as_json), launch=launch)
+    if as_json:
+        print(json.dumps({"run": str(workspace.folder), "ledger": states(workspace)}))
+
+
+def conclude(config, workspace, as_json: bool, reporter) -> None:
+    if as_json:
+        from pipeline.files import read_json
+
+        results = read_json(workspace.results_path, {})
+        print(json.dumps({"run": str(workspace.folder), "release": str(workspace.release), "results": results}))
+        return
+    from pipeline.terminal import summary
+
+    summary(reporter.console, config, workspace)
+
+
+def states(workspace) -> dict:
+    return {key: {"seconds": e.seconds, "summary": e.summary} for key, e in workspace.ledger().items()}
+
+
+def _launch(accelerate: str | None, machine_rank: int | None, main_process_ip: str | None):
+    from pipeline.errors import ConfigError
+
+    if accelerate is None:
+        if machine_rank is not None or main_process_ip is not None:
+            raise ConfigError("--machine-rank and --main-process-ip: of use with --accelerate only")
+        return None
+    from pipeline.launch import read_launch
+
+    return read_launch(accelerate, machine_rank, main_process_ip)
+
+
+def _join(config, launch, runs: Path, as_json: bool) -> None:
+    from pipeline.joining import join
+
+    workspace = join(config, launch, runs, terminal_reporter(as_json))
+    if as_json:
+        print(json.dumps({"run": str(workspace.folder), "machine_rank": launch.machine_rank}))
