@@ -130,7 +130,10 @@ def test_cleaning_frees_what_the_release_does_not_need_and_the_run_still_holds(c
     [
         (("quantize", "MODEL"), "--output DIR"),
         (("quantize", "MODEL", "--output", "full"), "full: has other things in it; choose a new folder"),
-        (("quantize", "MODEL", "--output", "out", "--variants", "int5"), "--variants int5: allowed are int8, int4"),
+        (
+            ("quantize", "MODEL", "--output", "out", "--variants", "int5"),
+            "--variants int5: allowed are int8, int8-dynamic, int4",
+        ),
         (("quantize", "MODEL", "--output", "out", "--group-size", "48"), "group_size 48: allowed are 32, 64, 128, 256"),
         (
             ("quantize", "MODEL", "--output", "out", "--variants", "int8", "--rounding", "search"),
