@@ -25,7 +25,7 @@ def wizard(
     columns: Annotated[Text, _answer("Such as question=ASK,answer=REPLY; or the name of a form.")] = None,
     profile: Annotated[Text, _answer("standard, conservative, aggressive, extreme.")] = None,
     epochs: Annotated[Text, _answer("Passes over the data.")] = None,
-    max_steps: Annotated[Text, _answer("Most steps, or no.")] = None,
+    max_steps: Annotated[Text, _answer("Exactly so many steps instead of passes, or no.")] = None,
     max_length: Annotated[Text, _answer("Longest sequence, in tokens.")] = None,
     batch_size: Annotated[Text, _answer("Sequences at a time.")] = None,
     repo: Annotated[

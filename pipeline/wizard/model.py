@@ -11,6 +11,7 @@ from pipeline.planning.devices import may_have_gpu
 from pipeline.planning.model import read_sizes
 from pipeline.wizard.asking import Question
 from pipeline.wizard.draft import Draft
+from pipeline.wizard.presets import FOR_ITS_DATA
 from pipeline.wizard.summary import millions
 
 DEFAULT = "demo"
@@ -25,10 +26,7 @@ def _about(draft: Draft) -> str:
 
 def _take(draft: Draft, answer: str) -> None:
     recipe = answer if answer in shipped_configs() and not Path(answer).is_dir() else None
-    tree = {"model": {"source": answer}}
-    if recipe:
-        tree = yaml.safe_load(shipped_configs()[recipe].read_text(encoding="utf-8"))
-        del tree["name"]
+    tree = recipe_tree(recipe) if recipe else {"model": {"source": answer}}
     before = draft.tree, draft.sizes, draft.recipe
     draft.tree, draft.recipe = tree, recipe
     try:
@@ -38,6 +36,17 @@ def _take(draft: Draft, answer: str) -> None:
         draft.tree, draft.sizes, draft.recipe = before
         raise
     _tell(draft)
+
+
+def recipe_tree(recipe: str, own_data: bool = True) -> dict:
+    """What a shipped recipe sets; with other data than its own, without the data and what is said for them alone."""
+    tree = yaml.safe_load(shipped_configs()[recipe].read_text(encoding="utf-8"))
+    del tree["name"]
+    if not own_data:
+        del tree["data"]
+        for section, key in (dotted.split(".") for dotted in FOR_ITS_DATA.get(recipe, ())):
+            del tree[section][key]
+    return tree
 
 
 def _tell(draft: Draft) -> None:

@@ -79,6 +79,10 @@ QUANTIZATIONS = {
 }
 
 
+# What a recipe says for its own data; where it learns from other data, the defaults hold.
+FOR_ITS_DATA = {"demo": ("train.max_steps", "train.max_length", "train.evaluate_every", "evaluate.prompts")}
+
+
 def told(presets: Mapping[str, Profile | Quantization]) -> list[str]:
     """A line for each."""
     return [f"{name}: {preset.about}" for name, preset in presets.items()]

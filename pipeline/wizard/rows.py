@@ -15,6 +15,7 @@ from pipeline.data.sources import BUILTIN, check_settings, is_builtin, locate
 from pipeline.errors import ConfigError, DataError
 from pipeline.wizard.asking import GoBack, Question
 from pipeline.wizard.draft import Draft
+from pipeline.wizard.model import recipe_tree
 
 SHOWN_ROWS, CHECKED_ROWS = 3, 10
 ANOTHER = "another"
@@ -34,9 +35,11 @@ def _default(draft: Draft) -> str:
 
 
 def _take(draft: Draft, answer: str) -> None:
-    section = draft.tree.get("data", {})
+    tree = recipe_tree(draft.recipe) if draft.recipe else draft.tree
+    section = tree.get("data", {})
     if answer != section.get("source"):  # what a recipe says of its own data is not true of other data
         section = _section(answer)
+        tree = recipe_tree(draft.recipe, own_data=False) if draft.recipe else tree
     data = draft.config({"data": section}).data
     problem = None
     if is_builtin(data.source):
@@ -55,7 +58,7 @@ def _take(draft: Draft, answer: str) -> None:
             raise DataError(problem)
         if problem is None:
             _tell_form(draft, table, data)
-    draft.set({"data": section})
+    draft.tree = {**tree, "data": section}
     draft.columns_problem = problem
 
 

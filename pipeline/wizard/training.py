@@ -7,7 +7,7 @@ from pipeline.wizard.asking import Question, one_of
 from pipeline.wizard.draft import Draft
 from pipeline.wizard.presets import PROFILES, told
 
-NO_LIMIT = "no"
+PASSES_COUNT = "no"
 
 
 def _about_profile(draft: Draft) -> str:
@@ -30,7 +30,7 @@ def _take_profile(draft: Draft, answer: str) -> None:
 
 
 def _default_max_steps(draft: Draft) -> str:
-    return str(draft.config().train.max_steps or NO_LIMIT)
+    return str(draft.config().train.max_steps or PASSES_COUNT)
 
 
 def _take_epochs(draft: Draft, answer: str) -> None:
@@ -38,7 +38,7 @@ def _take_epochs(draft: Draft, answer: str) -> None:
 
 
 def _take_max_steps(draft: Draft, answer: str) -> None:
-    draft.set({"train.max_steps": None if answer.lower() in (NO_LIMIT, "none") else _number(answer)})
+    draft.set({"train.max_steps": None if answer.lower() in (PASSES_COUNT, "none") else _number(answer)})
 
 
 def _take_max_length(draft: Draft, answer: str) -> None:
@@ -88,8 +88,8 @@ QUESTIONS = (
     ),
     Question(
         "max-steps",
-        "Most steps",
-        lambda draft: f"Stop after so many updates, whatever the passes say; {NO_LIMIT} sets no limit.",
+        "Steps instead of passes",
+        lambda draft: f"Exactly so many updates, however many passes that is; {PASSES_COUNT}: the passes count.",
         _default_max_steps,
         _take_max_steps,
     ),

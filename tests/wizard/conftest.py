@@ -14,7 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
+from rich.console import Console
 
+from pipeline.config import Config
+from pipeline.config_file import load_config
+from pipeline.wizard import wizard
 from tests.hub import LoopbackHub
 from tests.run.conftest import TOKEN, Place
 
@@ -133,6 +138,26 @@ def desk(tmp_path, tiny_model, hub) -> Desk:
     write_rows(folder / "rows.jsonl", rows)
     write_rows(folder / "other.jsonl", [{"ask": row["question"], "reply": row["answer"]} for row in rows])
     return Desk(folder, hub)
+
+
+@pytest.fixture
+def ask(desk, hub, monkeypatch):
+    """`ask(model="./model", ...)`: the wizard in this process, with answers given ahead and defaults for the rest."""
+    monkeypatch.chdir(desk.folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(desk.folder / "cache"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.delenv("TRACKIO_WRITE_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(desk.folder / "no-token"))
+    template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+    def ask(**answers: str) -> Config:
+        given = {key.replace("_", "-"): answer for key, answer in answers.items()}
+        written = wizard(Console(), {"run": "no", **given}, yes=True)
+        return load_config(written.path)
+
+    return ask
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from pipeline.config import Config
 from pipeline.config_file import load_config
+from pipeline.errors import UserError
 from tests.run.conftest import TOKEN
 from tests.wizard.conftest import FINE, READS, write_rows
 
@@ -55,34 +57,38 @@ def test_answers_that_end_early_are_told(desk):
 
 
 @pytest.mark.parametrize(
-    ("options", "line"),
+    ("answers", "line"),
     [
-        (["--model", "nothing"], "not a folder here, and not a Hub id"),
-        (["--model", "ada/nothing"], "ada/nothing: no such model on the Hub"),
-        (["--data", "nothing.jsonl"], "no such file"),
-        (["--data", "other.jsonl"], "no known form: columns found are ask, reply"),
-        (["--data", "ada/nothing"], "no such data set on the Hub"),
-        (["--profile", "reckless"], "allowed are standard, conservative, aggressive, extreme"),
-        (["--epochs", "many"], "a number is expected"),
-        (["--max-length", "100000000"], "of main memory, there are"),
-        (["--batch-size", "1000000"], "of main memory, there are"),
-        (["--repo", "my model"], "a repository is written USER/NAME"),
-        (["--repo", "ada/mine"], "no Hub token"),
-        (["--track", "my space"], "a repository is written USER/NAME"),
-        (["--track", "https://trackio.example.org"], "TRACKIO_WRITE_TOKEN"),
-        (["--quantization", "int9"], "no preset and no variant"),
-        (["--group-size", "48"], "allowed are 32, 64, 128, 256"),
-        (["--gguf", "q9"], "no GGUF type"),
-        (["--no-quantize", "--group-size", "32"], "--group-size: does not apply to the other answers"),
-        (["--name", "my run"], "no spaces"),
-        (["--file", "mine.txt"], "ends in .yaml"),
+        ({"model": "nothing"}, "not a folder here, and not a Hub id"),
+        ({"model": "ada/nothing"}, "ada/nothing: no such model on the Hub"),
+        ({"data": "nothing.jsonl"}, "no such file"),
+        ({"data": "other.jsonl"}, "no known form: columns found are ask, reply"),
+        ({"profile": "reckless"}, "allowed are standard, conservative, aggressive, extreme"),
+        ({"epochs": "many"}, "a number is expected"),
+        ({"max_length": "100000000"}, "of main memory, there are"),
+        ({"batch_size": "1000000"}, "of main memory, there are"),
+        ({"repo": "my model"}, "a repository is written USER/NAME"),
+        ({"repo": "ada/mine"}, "no Hub token"),
+        ({"track": "my space"}, "a repository is written USER/NAME"),
+        ({"track": "https://trackio.example.org"}, "TRACKIO_WRITE_TOKEN"),
+        ({"quantization": "int9"}, "no preset and no variant"),
+        ({"group_size": "48"}, "allowed are 32, 64, 128, 256"),
+        ({"gguf": "q9"}, "no GGUF type"),
+        ({"quantize": "no", "group_size": "32"}, "--group-size: does not apply to the other answers"),
+        ({"name": "my run"}, "no spaces"),
+        ({"file": "mine.txt"}, "ends in .yaml"),
     ],
 )
-def test_a_wrong_answer_is_one_line_and_nothing_is_written(desk, options, line):
-    started = [word for pair in (STARTED[:2], STARTED[2:]) if pair[0] not in options for word in pair]
-    done = desk.wizard(*started, *options, "--yes", "--no-run", check=2)
-    assert line in done.stderr and done.stderr.count("\n") == 1
-    assert not list(desk.folder.glob("*.yaml"))
+def test_a_wrong_answer_is_refused_and_nothing_is_written(ask, answers, line):
+    with pytest.raises(UserError) as refusal:
+        ask(**{"model": "./model", "data": "rows.jsonl", **answers})
+    assert line in str(refusal.value)
+    assert not list(Path().glob("*.yaml"))
+
+
+def test_a_wrong_answer_is_one_line_for_people(desk):
+    done = desk.wizard("--model", "./model", "--data", "ada/nothing", "--yes", "--no-run", check=2)
+    assert "no such data set on the Hub" in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -154,11 +160,18 @@ configs:
 """
 
 
-def test_a_recipe_brings_its_own_values(desk):
-    desk.wizard("--model", "demo", "--data", "rows.jsonl", "--yes", "--no-run")
-    config = load_config(desk.folder / "demo-rows.yaml")
-    assert config.train.max_steps == 60 and config.data.limit is None
-    assert config.quantize.spec("int4").group_size == 32
+def test_a_recipe_brings_its_own_values(ask):
+    config = ask(model="demo")
+    recipe = load_config("demo")
+    assert (config.train, config.data, config.evaluate) == (recipe.train, recipe.data, recipe.evaluate)
+
+
+def test_what_a_recipe_says_for_its_own_data_is_left_out_with_other_data(ask):
+    config = ask(model="demo", data="rows.jsonl")
+    usual = Config(name="usual", model={"source": "ada/base"}, data={"source": "rows.jsonl"})
+    assert config.train.max_steps is None and config.train.max_length == usual.train.max_length
+    assert config.evaluate.prompts == [] and config.data.limit is None
+    assert config.quantize.spec("int4").group_size == 32 and config.train.learning_rate == 3e-4
 
 
 @pytest.mark.slow  # the way from the last answer to the run is that of the next test
@@ -169,6 +182,7 @@ def test_piped_answers_make_a_finished_run(desk):
     assert (desk.folder / "runs" / "piped" / "release" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_defaults_alone_make_a_finished_run(desk, hub):
     desk.token = TOKEN
     given = (*STARTED, "--repo", "ada/mine", "--max-steps", "2", "--max-length", "96", "--no-quantize")

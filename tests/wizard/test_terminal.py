@@ -20,7 +20,7 @@ def test_a_persons_answers_become_a_finished_run_on_the_hub(desk, hub):
         person.sees("form question_answer")
         person.answers("Profile")
         person.answers("Passes over the data")
-        person.answers("Most steps", "2")
+        person.answers("Steps instead of passes", "2")
         person.answers("Longest sequence", "96")
         person.answers("Sequences at a time", "2")
         person.answers("Hub repository", "ada/mine")
@@ -62,7 +62,7 @@ def test_wrong_answers_are_told_in_a_line_and_asked_again(desk):
         person.answers("Passes over the data", "-1")
         person.sees("greater than 0")
         person.answers("Passes over the data")
-        person.answers("Most steps")
+        person.answers("Steps instead of passes")
         person.answers("Longest sequence", "100000000")
         person.sees("of main memory, there are")
         person.answers("Longest sequence", "128")
@@ -111,14 +111,14 @@ def test_ctrl_c_keeps_the_answers_and_resuming_asks_the_rest(desk):
         person.answers("Data set", "rows.jsonl")
         person.answers("Profile", "aggressive")
         person.answers("Passes over the data", "2")
-        person.sees("Most steps [no]: ")
+        person.sees("Steps instead of passes [no]: ")
         person.presses_ctrl_c()
         person.sees("go on with: tunepress wizard --resume wizard-answers.yaml")
         assert person.ends() == 130
     kept = yaml.safe_load((desk.folder / "wizard-answers.yaml").read_text())
     assert kept == {"model": "./model", "data": "rows.jsonl", "profile": "aggressive", "epochs": "2"}
     with desk.sit_down("--resume", "wizard-answers.yaml", "--no-run", "--no-calibrate") as person:
-        person.answers("Most steps", "7")
+        person.answers("Steps instead of passes", "7")
         assert "Model [" not in person.screen and "Passes over" not in person.screen
         for question in ("Longest sequence", "Sequences at a time", "Hub repository", "Trackio"):
             person.answers(question)
