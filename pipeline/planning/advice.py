@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from pipeline.config import Config
+from pipeline.config import Config, Train
 from pipeline.config_file import parse_config
 
 SHORTEST = 128  # tokens of a training sequence; below, most examples would be cut
@@ -53,9 +54,7 @@ def _ladder(config: Config) -> Iterator[list[Change]]:
             yield [Change("train.method", "qlora", "the base in NF4, a quarter of bf16")]
         if config.merge.base == "auto":
             yield [Change("merge.base", "bf16", "one merged model on the disk at a time, and none compared in memory")]
-        size, accumulate = train.batch_size, train.accumulate
-        while size > 1:
-            size, accumulate = (size + 1) // 2, accumulate * 2
+        for size, accumulate in smaller_batches(train):
             yield [
                 Change("train.batch_size", size, "fewer sequences at a time"),
                 Change("train.accumulate", accumulate, "as many in a step as before"),
@@ -68,6 +67,15 @@ def _ladder(config: Config) -> Iterator[list[Change]]:
         while rank > SMALLEST_RANK:
             rank = max(SMALLEST_RANK, rank // 2)
             yield [Change("train.lora.rank", rank, "a smaller adapter")]
+
+
+def smaller_batches(train: Train) -> Iterator[tuple[int, int]]:
+    """Batch sizes below the present one, the largest first, each with the accumulation that keeps a step as it is."""
+    step = train.batch_size * train.accumulate
+    low = [size for size in range(1, math.isqrt(step) + 1) if step % size == 0]
+    for size in sorted({*low, *(step // size for size in low)}, reverse=True):
+        if size < train.batch_size:
+            yield size, step // size
 
 
 def _without_idle(config: Config, made: dict[str, Change], still_short: Short) -> list[Change]:

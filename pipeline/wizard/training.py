@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pipeline.errors import ConfigError
+from pipeline.planning.advice import smaller_batches
 from pipeline.wizard.asking import Question, one_of
 from pipeline.wizard.draft import Draft
 from pipeline.wizard.presets import PROFILES, told
@@ -49,21 +50,23 @@ def _take_max_length(draft: Draft, answer: str) -> None:
 
 
 def _default_batch_size(draft: Draft) -> str:
-    """As many as fit, up to what the profile has."""
-    size = draft.config().train.batch_size
-    while size > 1 and not draft.fits(draft.config({"train.batch_size": size})):
-        size = (size + 1) // 2
-    return str(size)
+    """As many as fit, up to what the profile has; where not even one does, that is said when it is taken."""
+    train = draft.config().train
+    sizes = (train.batch_size, *(size for size, _ in smaller_batches(train)))
+    return str(next((size for size in sizes if draft.fits(draft.config({"train.batch_size": size}))), 1))
 
 
 def _take_batch_size(draft: Draft, answer: str) -> None:
-    """As many sequences in a step as before, in more or fewer parts."""
+    """As many sequences in a step as before, in more or fewer parts; where those cannot be even, nearly as many."""
     before = draft.config().train
+    step = before.batch_size * before.accumulate
     size = draft.config({"train.batch_size": _number(answer)}).train.batch_size
-    accumulate = max(1, round(before.batch_size * before.accumulate / size))
+    accumulate = max(1, round(step / size))
     settings = {"train.batch_size": size, "train.accumulate": accumulate}
     draft.check_fits(draft.config(settings))
     draft.set(settings)
+    if size * accumulate != step:
+        draft.tell(f"a step has {size * accumulate} sequences now, for {step} cannot be taken {size} at a time")
 
 
 def _number(answer: str) -> int | float:

@@ -154,6 +154,16 @@ def test_with_little_disk_two_shards_lie_here_and_are_advised(tmp_path):
     assert [change.setting for change in changes] == ["model.low_disk=true"]
 
 
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(10000, 1), (3, 1), (6, 5), (7, 3)])
+def test_smaller_batches_that_are_advised_leave_a_step_as_it_is(batch_size, accumulate):
+    asked = config(train={"batch_size": batch_size, "accumulate": accumulate})
+    for most in (1, 2, 600):
+        changes = {c.key: c.value for c in advise(asked, lambda config, most=most: config.train.batch_size > most)}
+        assert changes.get("train.batch_size", batch_size) <= max(most, 1)
+        if changes:
+            assert changes["train.batch_size"] * changes["train.accumulate"] == batch_size * accumulate
+
+
 def test_a_model_that_does_not_fit_is_measured_from_its_files(qwen):
     small, large = (
         {s.name: s for s in stages_of(config(), qwen, machine, 0, 10**6)}["evaluate"]

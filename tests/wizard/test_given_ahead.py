@@ -106,6 +106,14 @@ def test_a_token_that_may_not_write_there_is_caught(desk, token, repo, line):
     assert line in done.stderr and token not in done.stderr
 
 
+def test_what_a_step_becomes_is_told_where_it_cannot_stay_as_it_is(ask, capsys):
+    train = ask(model="./model", data="rows.jsonl", batch_size="8", name="even").train
+    assert (train.batch_size, train.accumulate) == (8, 2) and "a step has" not in capsys.readouterr().out
+    train = ask(model="./model", data="rows.jsonl", batch_size="3", name="odd").train
+    assert (train.batch_size, train.accumulate) == (3, 5)
+    assert "a step has 15 sequences now, for 16 cannot be taken 3 at a time" in capsys.readouterr().out
+
+
 def test_a_fine_grained_token_writes_where_it_may(desk):
     desk.token = FINE
     desk.wizard(*STARTED, "--repo", "ada/mine", "--yes", "--no-run")
