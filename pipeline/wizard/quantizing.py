@@ -63,6 +63,8 @@ def _names(answer: str) -> list[str]:
         except KeyError:
             allowed = ", ".join([*QUANTIZATIONS, "int8", "int4", "both"])
             raise ConfigError(f"{part!r}: no preset and no variant; allowed are {allowed}") from None
+    if not names:
+        raise ConfigError(f"{answer!r}: names no variant; to make none, use --no-quantize")
     return names
 
 
@@ -106,6 +108,8 @@ def _take_gguf(draft: Draft, answer: str) -> None:
         if part not in GGUF:
             raise ConfigError(f"{part!r}: no GGUF type; allowed are {NONE}, {', '.join(GGUF)}")
         names.append(GGUF[part])
+    if not names:
+        raise ConfigError(f"{answer!r}: names no GGUF type; allowed are {NONE}, {', '.join(GGUF)}")
     there = [variant["name"] for variant in _variants(draft)]
     _set_variants(draft, _variants(draft) + [{"name": n} for n in dict.fromkeys(names) if n not in there])
 
