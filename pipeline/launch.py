@@ -18,6 +18,7 @@ from pipeline.errors import ConfigError, MissingExtra
 from pipeline.shipped import shipped_folder
 
 KINDS = ("MULTI_GPU", "FSDP", "DEEPSPEED")
+NO_CONFIGURATION = "not a configuration of accelerate, which has distributed_type: MULTI_GPU and the like"
 PORT = 29500  # where machines meet if nobody says otherwise, as in accelerate
 
 
@@ -128,7 +129,9 @@ def _read(named: str):
         raise ConfigError(f"--accelerate {named}: no such file; shipped are {', '.join(shipped)}")
     try:
         asked = load_config_from_file(str(path))
-    except (ValueError, TypeError, AttributeError, OSError, yaml.YAMLError) as error:
+    except (TypeError, AttributeError):  # a key is missing, or there are none at all
+        raise ConfigError(f"--accelerate {named}: {NO_CONFIGURATION}") from None
+    except (ValueError, OSError, yaml.YAMLError) as error:
         raise ConfigError(f"--accelerate {named}: accelerate cannot read it: {error}") from None
     if not isinstance(asked, ClusterConfig):
         raise ConfigError(f"--accelerate {named}: only compute_environment LOCAL_MACHINE is supported")

@@ -81,6 +81,7 @@ def test_how_it_was_trained_does_not_matter_to_a_finished_run(trained):
     assert trained.ledger()["train"] == before
 
 
+@pytest.mark.slow
 def test_killed_then_stopped_then_run_again_it_is_still_the_same_training(tmp_path, tiny_model):
     place = _place(tmp_path, tiny_model("llama"), packing=False, method="lora", epochs=8, learning_rate=0.002)
     place.tunepress("train", "tiny.yaml", "--runs", "one")
@@ -103,6 +104,7 @@ def test_killed_then_stopped_then_run_again_it_is_still_the_same_training(tmp_pa
     assert training["resumed_from_step"] and _agrees(training, _training(place, "one"))
 
 
+@pytest.mark.slow
 def test_two_machines_train_together_and_the_first_has_the_result(tmp_path, tiny_model):
     place = _place(tmp_path, tiny_model("llama"), packing=True, method="lora", epochs=1)
     nodes = place.folder / "nodes.yaml"
@@ -175,7 +177,9 @@ def test_gpus_that_are_not_there_are_missed_at_once(tmp_path):
         ("distributed_type: FSDP\nnum_processes: 2\n", "fsdp_version must be 2"),
         ("distributed_type: MULTI_GPU\nprocesses: 2\n", "accelerate cannot read it"),
         ("num_processes: 2\n", "accelerate cannot read it"),
-        ("- 1\n", "accelerate cannot read it"),
+        ("- 1\n", "not a configuration of accelerate, which has distributed_type"),
+        ("ddp\n", "not a configuration of accelerate, which has distributed_type"),
+        ("", "not a configuration of accelerate, which has distributed_type"),
     ],
 )
 def test_an_accelerate_file_that_does_not_fit_is_refused(tmp_path, text, said):
