@@ -20,7 +20,6 @@ from pipeline.models import (
     check_source,
     companions,
     is_local,
-    read_config,
 )
 from pipeline.packaged import find_packaged
 from pipeline.planning.headers import Tensor, gguf_header, safetensors_header
@@ -37,7 +36,6 @@ class Sizes:
     Attributes:
         kind: `hub`, `folder`, or `package` for a GGUF that is unpacked.
         tensors: all that are stored, by name.
-        config: config.json, as far as sizes follow from it.
         fetched_bytes: what the Hub sends; 0 for what is here.
         here_bytes: what of that lies in the Hub's cache already.
         file_bytes: what is read from here: the weights' files, or the package's.
@@ -47,7 +45,6 @@ class Sizes:
 
     kind: str
     tensors: Mapping[str, Tensor]
-    config: Mapping
     file_bytes: int
     fetched_bytes: int = 0
     here_bytes: int = 0
@@ -148,11 +145,9 @@ def adapter_sizes(source: str) -> dict[str, Tensor]:
 
 def _packaged(source: str, file: Path) -> Sizes:
     with open(file, "rb") as opened:
-        fields, tensors = gguf_header(source, opened)
-    architecture = fields.get("general.architecture")
-    config = {"model_type": architecture, "max_position_embeddings": fields.get(f"{architecture}.context_length")}
+        _, tensors = gguf_header(source, opened)
     size = file.stat().st_size
-    return Sizes("package", tensors, config, size, other_bytes=4_000_000, shard_bytes=size)
+    return Sizes("package", tensors, size, other_bytes=4_000_000, shard_bytes=size)
 
 
 def _in_folder(folder: Path) -> Sizes:
@@ -161,7 +156,7 @@ def _in_folder(folder: Path) -> Sizes:
     tensors = {n: t for name in shards for n, t in _header_of(folder / name).items()}
     sizes = [files[name] for name in shards]
     other = sum(path.stat().st_size for path in companions(folder))
-    return Sizes("folder", tensors, read_config(folder), sum(sizes), other_bytes=other, shard_bytes=max(sizes))
+    return Sizes("folder", tensors, sum(sizes), other_bytes=other, shard_bytes=max(sizes))
 
 
 def _header_of(path: Path) -> dict[str, Tensor]:
@@ -181,8 +176,7 @@ def _on_hub(model: Model) -> Sizes:
     files = repository.files
     if "config.json" not in files:
         raise ModelError(f"{model.source}: no config.json, so this is not a model's repository")
-    config = _json(f"{model.source}/config.json", repository.read("config.json"))
-    check_config(model.source, config)
+    check_config(model.source, _json(f"{model.source}/config.json", repository.read("config.json")))
     wanted = {n: size for n, size in files.items() if CHECKPOINT_FILES.match(n) or TERMS_FILES.match(n)}
     if not any(name.endswith(".safetensors") for name in wanted):
         raise ModelError(f"{model.source}: no .safetensors at its root; pickled weights are not read")
@@ -192,7 +186,6 @@ def _on_hub(model: Model) -> Sizes:
     return Sizes(
         kind="hub",
         tensors=tensors,
-        config=config,
         file_bytes=sum(sizes),
         fetched_bytes=sum(wanted.values()),
         here_bytes=sum(size for name, size in wanted.items() if repository.is_here(name)),

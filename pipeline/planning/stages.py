@@ -25,12 +25,13 @@ class Stage:
 
     Attributes:
         name: `train`, `merge`, `evaluate`, `quantize`, a variant's name, `publish`.
-        fetches: comes from the Hub, and is not in its cache yet.
+        fetches: comes from the Hub: of a model what its cache lacks, or with little disk all; of a data set all,
+            whether or not the cache has it, which is not looked up.
         caches: what of that stays in the Hub's cache.
         reads: is read from the disk.
         writes: stays after the run, in its folder.
         temporary: is there only while the stage works.
-        removed: what earlier stages wrote and this one removes or moves.
+        uploads: is sent to the Hub.
         host, gpu: memory at the peak; empty where none of it is used.
         notes: what else is to be known of it.
     """

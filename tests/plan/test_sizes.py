@@ -25,7 +25,7 @@ GPU = Machine("a GPU", gpu_bytes=10**12)
 
 def sizes_of(shapes: dict, **more) -> Sizes:
     tensors = {name: Tensor(shape) for name, shape in shapes.items()}
-    return Sizes(**{"kind": "folder", "tensors": tensors, "config": {}, "file_bytes": 2 * 10**9, **more})
+    return Sizes(**{"kind": "folder", "tensors": tensors, "file_bytes": 2 * 10**9, **more})
 
 
 def midway(**model) -> Config:
