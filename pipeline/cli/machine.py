@@ -10,6 +10,8 @@ import typer
 
 from pipeline.cli.options import RUNS, AsJson, ConfigArgument, Root, Settings, console
 
+DOES_NOT_FIT = 3  # and no error; 1 and 2 are those of every verb
+
 
 def plan(
     config: ConfigArgument,
@@ -20,14 +22,17 @@ def plan(
     runs: Root = RUNS,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a run will read, write, send and hold in memory, whether it fits, and what to change if not."""
+    """Say what a run will read, write, send and hold in memory, whether it fits, and what to change if not.
+
+    Exit codes: 0 it fits; 3 it does not; 2 there is no plan, for something that you can mend.
+    """
     from pipeline.config_file import load_config
 
     show_plan(load_config(config, settings or ()), device, runs, as_json)
 
 
 def show_plan(config, device: str | None, runs: Path, as_json: bool) -> None:
-    """Print a configuration's plan."""
+    """Print a configuration's plan, and end with `DOES_NOT_FIT` where that is so."""
     from pipeline.planning import make_plan
     from pipeline.planning.report import as_json as plain
     from pipeline.planning.report import show
@@ -39,6 +44,8 @@ def show_plan(config, device: str | None, runs: Path, as_json: bool) -> None:
         print(json.dumps(plain(made)))
     else:
         show(console(), made)
+    if not made.fits:
+        raise typer.Exit(DOES_NOT_FIT)
 
 
 def doctor(

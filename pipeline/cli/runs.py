@@ -23,7 +23,7 @@ def run(
     config: ConfigArgument,
     settings: Settings = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Remove what an earlier run of this name left.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what that will take, as plan does.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what that will take, as plan.")] = False,
     accelerate: Accelerate = None,
     machine_rank: MachineRank = None,
     main_process_ip: MainProcessIp = None,
@@ -32,12 +32,15 @@ def run(
 ) -> None:
     """Do the whole job, from a base model and a data set to a release; goes on where it stopped."""
     from pipeline.config_file import load_config
+    from pipeline.errors import ConfigError
     from pipeline.run import run as run_all
 
     loaded = load_config(config, settings or ())
+    launch = _launch(accelerate, machine_rank, main_process_ip)
+    if dry_run and launch:
+        raise ConfigError("--dry-run: plans one process, and nothing for --accelerate yet; leave one of them out")
     if dry_run:
         return show_plan(loaded, None, runs, as_json)
-    launch = _launch(accelerate, machine_rank, main_process_ip)
     if launch and launch.machine_rank:
         return _join(loaded, launch, runs, as_json)
     reporter = terminal_reporter(as_json)

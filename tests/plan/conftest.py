@@ -27,7 +27,15 @@ class Planner(Place):
         return {**super().env, "XDG_CACHE_HOME": str(self.folder / "cache")}
 
     def plan(self, *arguments: str) -> dict:
-        return json.loads(self.tunepress("plan", *arguments, "--json").stdout)
+        return self.planned("plan", *arguments)
+
+    def planned(self, *arguments: str) -> dict:
+        """What a verb plans; its exit code says whether that fits."""
+        done = self.tunepress(*arguments, "--json", check=None)
+        assert done.returncode in (0, 3), done.stderr
+        plan = json.loads(done.stdout)
+        assert plan["fits"] == (done.returncode == 0)
+        return plan
 
     def files(self) -> set[str]:
         return {str(path.relative_to(self.folder)) for path in self.folder.rglob("*")}

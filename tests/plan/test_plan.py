@@ -12,7 +12,6 @@ from pipeline.planning.data import split_figures
 from tests.plan.conftest import put_hollow
 from tests.recipes.test_values import MODELS
 
-each_recipe = pytest.mark.parametrize("recipe", MODELS)
 # Runs the command as it is, and says whether torch came in on the way.
 WITHOUT_TORCH = """
 import sys
@@ -21,7 +20,7 @@ from pipeline.cli import main
 try:
     main()
 except SystemExit as end:
-    assert not end.code, end.code
+    assert end.code in (None, 0, 3), end.code  # 3 where it does not fit this machine
 print(sorted({"torch", "transformers", "datasets"} & sys.modules.keys()))
 """
 
@@ -30,20 +29,19 @@ def test_there_is_a_model_here_for_every_shipped_recipe():
     assert set(shipped_configs()) == {*MODELS, "demo"}
 
 
-@each_recipe
+@pytest.mark.parametrize("recipe", MODELS)
 def test_a_recipe_is_planned_without_its_weights_and_nothing_is_written(place, hub, recipe):
     before, asked = place.files(), len(hub.requests)
-    plan = place.plan(recipe)
+    plan = place.plan(recipe, "--set", "publish.repo=ada/mine")
     assert plan["model"]["parameters"] == MODELS[recipe][0]
     assert plan["model"]["bf16_bytes"] == 2 * MODELS[recipe][0]
     weights = [r for r in hub.requests[asked:] if r.method == "GET" and r.path.endswith(".safetensors")]
     assert weights and {r.status for r in weights} == {206}  # single ranges, the headers
     assert place.files() == before
+    _names_every_stage_and_what_each_holds(plan)
 
 
-@each_recipe
-def test_it_names_every_stage_and_what_each_holds(place, recipe):
-    plan = place.plan(recipe, "--set", "publish.repo=ada/mine")
+def _names_every_stage_and_what_each_holds(plan: dict) -> None:
     stages = {stage["stage"]: stage for stage in plan["stages"]}
     assert list(stages) == ["train", "merge", "evaluate", "quantize", "int8", "int4", "publish"]
     assert {"weights", "adapter and optimizer", "activations", "logits"} <= stages["train"]["memory"].keys()
@@ -69,11 +67,18 @@ def test_the_demo_is_planned_from_the_header_of_its_package(place):
 
 def test_a_dry_run_is_the_same_plan_and_does_nothing(place):
     before = place.files()
-    dry = json.loads(place.tunepress("run", "tinyllama-1.1b", "--dry-run", "--json").stdout)
+    dry = place.planned("run", "tinyllama-1.1b", "--dry-run")
     plan = place.plan("tinyllama-1.1b")
     for found in (dry, plan):  # of which others may take something meanwhile
-        found |= {"machine": None, "shortages": None}
+        found |= {"machine": None, "shortages": None, "fits": None, "changes": None}
     assert dry == plan and place.files() == before
+
+
+def test_a_dry_run_in_several_processes_is_refused_in_one_line(place):
+    done = place.tunepress("run", "tinyllama-1.1b", "--dry-run", "--accelerate", "cpu-two", check=2)
+    assert "--dry-run: plans one process" in done.stderr and len(done.stderr.splitlines()) == 1
+    done = place.tunepress("run", "tinyllama-1.1b", "--dry-run", "--accelerate", "ddq", check=2)
+    assert "--accelerate ddq: no such file" in done.stderr
 
 
 def test_people_get_a_page(place):
