@@ -24,7 +24,7 @@ def describe() -> dict[str, str | int | None]:
 
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": cores(),
         "memory_bytes": memory_bytes(),
         "gpu": gpu,
@@ -108,7 +108,8 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor, as its maker calls it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -38,6 +38,7 @@ class Machine:
     """What there is to run on. Bytes; None where it is not known.
 
     Attributes:
+        name: processor, cores and GPU, which tell machines apart whose speed differs; or the GPU that was named.
         gpu_bytes: memory of one GPU; 0 where there is none.
         host_bytes: main memory that can be used.
         disk_free: free on the disk of the runs' folder; None for other machines.
@@ -76,7 +77,7 @@ def this_machine(runs: Path) -> Machine:
     free = machine.free_bytes(_Cpu())
     runs, cache = existing(runs), existing(hub_cache())
     return Machine(
-        name=gpu[0] if gpu else f"this machine, {machine.cores()} cores, without a GPU",
+        name=f"{machine.cpu_name()}, {machine.cores()} cores, {gpu[0] if gpu else 'without a GPU'}",
         gpu_bytes=gpu[1] if gpu else 0,
         host_bytes=machine.memory_bytes() if free is None else free,
         disk_free=shutil.disk_usage(runs).free,

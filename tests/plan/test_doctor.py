@@ -69,6 +69,7 @@ def test_people_get_a_page_and_without_a_login_it_says_how_to_log_in(tmp_path):
     assert "hf auth login" in page and "Int4Linear" in page and "run: tunepress doctor --calibrate" in page
 
 
+@pytest.mark.slow  # it measures
 def test_what_it_measured_is_kept_and_gives_a_plan_its_times(place):
     before = place.plan("demo")
     assert before["seconds"] is None and any("doctor" in note for note in before["notes"])
@@ -87,6 +88,13 @@ def test_figures_of_another_machine_give_no_times(place):
     file.write_text(json.dumps({**FIGURES.__dict__, "place": "another"}))
     plan = place.plan("demo")
     assert plan["seconds"] is None and any("has changed" in note for note in plan["notes"])
+
+
+def test_figures_of_another_processor_with_as_many_cores_are_of_another_machine(tmp_path, monkeypatch):
+    ours = this_machine(tmp_path).name
+    monkeypatch.setattr("pipeline.machine.cpu_name", lambda: "Abacus 1")
+    theirs = this_machine(tmp_path).name
+    assert "Abacus 1" in theirs and not replace(FIGURES, place=ours).is_of(theirs)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"version": 1}', '{"version": 0, "train": 1}'])
