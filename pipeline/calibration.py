@@ -89,8 +89,17 @@ def read_calibration() -> Calibration | None:
 
 
 def keep(calibration: Calibration) -> None:
-    path().parent.mkdir(parents=True, exist_ok=True)
-    write_json(path(), asdict(calibration))
+    """Keep figures for plans.
+
+    Raises:
+        WorkspaceError: where they cannot be written.
+    """
+    try:
+        write_json(path(), asdict(calibration))
+    except OSError as error:
+        raise WorkspaceError(
+            f"the figures are not kept: {path()} cannot be written ({error.strerror}); XDG_CACHE_HOME says where to"
+        ) from None
 
 
 def measure(place: str, tell: Tell = lambda what: None) -> Calibration:
@@ -99,9 +108,14 @@ def measure(place: str, tell: Tell = lambda what: None) -> Calibration:
     Args:
         place: its name.
         tell: is told what is being measured.
+
+    Raises:
+        WorkspaceError: where nothing can be written in the folder that one stands in.
     """
     from pipeline.libraries import quiet
 
+    tell("the disk")  # first, for it may be that it cannot be
+    disk_write = _disk()
     tell("starting the libraries")
     start = time.perf_counter()
     quiet()
@@ -130,7 +144,6 @@ def measure(place: str, tell: Tell = lambda what: None) -> Calibration:
     nf4, nf4_bytes = _nf4(device)
     tell("rounding")
     rounding = dict(_roundings())
-    tell("the disk")
     return Calibration(
         place=place,
         train=train,
@@ -140,7 +153,7 @@ def measure(place: str, tell: Tell = lambda what: None) -> Calibration:
         decode_bytes=decode,
         rounding=rounding,
         nf4_bytes=nf4_bytes,
-        disk_write=_disk(),
+        disk_write=disk_write,
         start_seconds=started,
     )
 
@@ -216,13 +229,18 @@ def _roundings() -> Iterator[tuple[str, float]]:
 def _disk() -> float:
     """Bytes a second that reach the disk under the folder that one stands in, where runs are."""
     block = os.urandom(1 << 22)
-    with tempfile.TemporaryFile(dir=".") as file:
-        start, written = time.perf_counter(), 0
-        while written < FILE_BYTES and time.perf_counter() - start < LONGEST:
-            written += file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-        return written / (time.perf_counter() - start)
+    try:
+        with tempfile.TemporaryFile(dir=".") as file:
+            start, written = time.perf_counter(), 0
+            while written < FILE_BYTES and time.perf_counter() - start < LONGEST:
+                written += file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            return written / (time.perf_counter() - start)
+    except OSError as error:
+        raise WorkspaceError(
+            f"not measured: the folder that you stand in cannot be written ({error.strerror}); go to where runs may be"
+        ) from None
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import machine
+from pipeline.calibration import Calibration, measure, path, read_calibration
 from pipeline.calibration import keep as keep_calibration
-from pipeline.calibration import measure, path, read_calibration
-from pipeline.errors import HubError, redact
+from pipeline.errors import HubError, WorkspaceError, redact
 from pipeline.libraries import quiet, versions
 from pipeline.planning.devices import existing, hub_cache, this_machine
 
@@ -40,10 +40,9 @@ def examine(runs: Path, calibrate: bool | None = None, tell: Callable[[str], Non
     quiet()
     here = this_machine(runs)
     place = here.name
-    known = read_calibration()
+    known, problem = read_calibration(), None
     if calibrate or (calibrate is None and (known is None or not known.is_of(place))):
-        known = measure(place, tell)
-        keep_calibration(known)
+        known, problem = _measured(place, tell)
     return {
         "machine": machine.describe(),
         "memory_free_bytes": here.host_bytes,
@@ -58,8 +57,20 @@ def examine(runs: Path, calibrate: bool | None = None, tell: Callable[[str], Non
             "file": str(path()),
             "figures": known and asdict(known),
             "is_of_here": known is not None and known.is_of(place),
+            "problem": problem,
         },
     }
+
+
+def _measured(place: str, tell: Callable[[str], None]) -> tuple[Calibration | None, str | None]:
+    """New figures, and in one line why they could not be had, or kept."""
+    figures = None
+    try:
+        figures = measure(place, tell)
+        keep_calibration(figures)
+    except WorkspaceError as error:
+        return figures, str(error)
+    return figures, None
 
 
 def devices() -> list[dict]:
@@ -204,10 +215,12 @@ def _speed(kept: dict) -> str:
 
     figures = kept["figures"]
     if not figures:
-        return "not measured; run: tunepress doctor --calibrate"
+        return kept["problem"] or "not measured; run: tunepress doctor --calibrate"
     told = (
         f"training {figures['train'] / 1e9:.3g}, reading {figures['forward'] / 1e9:.3g} G weights x tokens/s; "
         f"decoding {size(figures['decode_bytes'])}/s; int4 {size(figures['rounding']['int4/search'])}/s; "
         f"disk {size(figures['disk_write'])}/s"
     )
+    if kept["problem"]:
+        return f"{told}; {kept['problem']}"
     return f"{told}, kept in {kept['file']}" + ("" if kept["is_of_here"] else "; of another machine, measure anew")

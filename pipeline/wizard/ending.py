@@ -12,7 +12,7 @@ import yaml
 from pipeline.calibration import keep, measure, read_calibration
 from pipeline.config import Config
 from pipeline.config_file import load_config
-from pipeline.errors import ConfigError, UserError
+from pipeline.errors import ConfigError, UserError, WorkspaceError
 from pipeline.files import write_text
 from pipeline.wizard.asking import Question, yes_or_no
 from pipeline.wizard.draft import Draft
@@ -84,8 +84,12 @@ def _not_measured(draft: Draft) -> bool:
 
 
 def _take_calibrate(draft: Draft, answer: str) -> None:
-    if yes_or_no(answer):
+    if not yes_or_no(answer):
+        return
+    try:
         keep(measure(draft.machine.name, lambda what: draft.tell(f"measuring: {what}")))
+    except WorkspaceError as error:  # which is no reason not to go on
+        draft.tell(str(error))
 
 
 def _take_run(draft: Draft, answer: str) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import getpass
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from pipeline.errors import ConfigError, UserError, redact
+from pipeline.errors import ConfigError, redact
 from pipeline.files import write_text
 from pipeline.wizard.asking import Asker, escaped, yes_or_no
 from pipeline.wizard.draft import Draft
@@ -78,7 +79,7 @@ def wizard(
             asker.ask_all(QUESTIONS, draft)
     except KeyboardInterrupt:
         raise Stopped(_leave(draft, asker.remembered | asker.answers, resume)) from None
-    except UserError:  # of an answer that was given ahead; what was typed before it is kept
+    except Exception:  # of a wrong answer given ahead, or a bug of ours; what was typed before it is kept
         if at_terminal and asker.answers.keys() - answers.keys():
             draft.tell(_leave(draft, asker.remembered | asker.answers, resume))
         raise
@@ -116,13 +117,17 @@ def _leave(draft: Draft, answers: Mapping[str, str], resume: Path | None) -> str
         return f"stopped; the configuration is written, run it with: {command('run', draft.written)}"
     if not answers:
         return "stopped; nothing was answered yet"
-    path = resume or _free(Path(LEFT))
-    again = command("wizard", "--resume", path)
-    body = yaml.safe_dump(dict(answers), sort_keys=False, allow_unicode=True)
-    write_text(
-        path, f"# Answers of a wizard that was stopped; no token is among them. Go on with: {again}\n{redact(body)}"
-    )
-    return f"stopped; your answers are in {path}, go on with: {again}"
+    body = redact(yaml.safe_dump(dict(answers), sort_keys=False, allow_unicode=True))
+    places = [resume or _free(Path(LEFT)), _free(Path(tempfile.gettempdir()) / LEFT)]
+    for path in places:
+        again = command("wizard", "--resume", path)
+        about = f"# Answers of a wizard that was stopped; no token is among them. Go on with: {again}\n"
+        try:
+            write_text(path, about + body)
+        except OSError:  # here nothing can be written, or not there either
+            continue
+        return f"stopped; your answers are in {path}, go on with: {again}"
+    return f"stopped; your answers could not be written, neither to {places[0]} nor to {places[1]}"
 
 
 def _free(path: Path) -> Path:

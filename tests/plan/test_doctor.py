@@ -82,6 +82,24 @@ def test_what_it_measured_is_kept_and_gives_a_plan_its_times(place):
     assert kept == measured  # it is measured once
 
 
+def test_where_nothing_can_be_kept_or_measured_that_is_a_line_and_it_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "measure", lambda place, tell: replace(FIGURES, place=place))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    found = doctor.examine(tmp_path, calibrate=True)
+    assert found["versions"] and found["calibration"]["is_of_here"]
+    lines = dict(doctor._lines(found))
+    assert "the figures are not kept" in lines["Speed"] and "calibration.json cannot be written" in lines["Speed"]
+
+
+def test_a_folder_that_cannot_be_written_gives_no_figures_and_a_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.chdir("/proc")  # which not even root can write to
+    found = doctor.examine(tmp_path, calibrate=True)
+    assert found["versions"] and found["calibration"]["figures"] is None
+    assert dict(doctor._lines(found))["Speed"].startswith("not measured: the folder that you stand in cannot be")
+
+
 def test_figures_of_another_machine_give_no_times(place):
     file = place.folder / "cache" / "tunepress" / "calibration.json"
     file.parent.mkdir(parents=True)

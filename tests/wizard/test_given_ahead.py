@@ -10,6 +10,7 @@ import pytest
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import UserError
+from tests.plan.test_doctor import FIGURES
 from tests.run.conftest import TOKEN
 from tests.wizard.conftest import FINE, READS, write_rows
 
@@ -92,6 +93,14 @@ def test_a_wrong_answer_is_refused_and_nothing_is_written(ask, answers, line):
 def test_a_wrong_answer_is_one_line_for_people(desk):
     done = desk.wizard("--model", "./model", "--data", "ada/nothing", "--yes", "--no-run", check=2)
     assert "no such data set on the Hub" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_figures_that_cannot_be_kept_are_no_reason_to_stop(ask, monkeypatch, capsys):
+    monkeypatch.setattr("pipeline.wizard.ending.measure", lambda place, tell: FIGURES)
+    Path("file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", "file")
+    assert ask(model="./model", data="rows.jsonl", calibrate="yes").name == "model"
+    assert "the figures are not kept" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

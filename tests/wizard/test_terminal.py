@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import sys
+from dataclasses import replace
+
+import pytest
 import yaml
+from rich.console import Console
 
 from pipeline.config_file import load_config
+from pipeline.wizard import QUESTIONS, wizard
 from tests.run.conftest import TOKEN
 from tests.wizard.conftest import READS
 
@@ -139,6 +146,35 @@ def test_a_wrong_option_ends_it_and_keeps_what_was_typed(desk):
         person.sees("your answers are in wizard-answers.yaml")
         person.sees("allowed are standard, conservative")
         assert person.ends() == 2
+
+
+def test_where_the_answers_cannot_be_written_they_are_kept_elsewhere(desk, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    (desk.folder / "wizard-answers.yaml.partial").mkdir()  # in the way of the file, for root too
+    with desk.sit_down() as person:
+        person.answers("Model", "./model")
+        person.sees("Data set [")
+        person.presses_ctrl_c()
+        person.sees(f"your answers are in {tmp_path}/wizard-answers.yaml")
+        assert person.ends() == 130
+    assert yaml.safe_load((tmp_path / "wizard-answers.yaml").read_text()) == {"model": "./model"}
+
+
+class Typed(io.StringIO):
+    """Lines that a person types in this process."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bug_of_ours_keeps_what_was_typed_too(desk, monkeypatch):
+    monkeypatch.chdir(desk.folder)
+    monkeypatch.setattr(sys, "stdin", Typed("./model\n"))
+    broken = replace(QUESTIONS[1], default=lambda draft: str(1 / 0))
+    monkeypatch.setattr("pipeline.wizard.session.QUESTIONS", (QUESTIONS[0], broken))
+    with pytest.raises(ZeroDivisionError):
+        wizard(Console(), {})
+    assert yaml.safe_load((desk.folder / "wizard-answers.yaml").read_text()) == {"model": "./model"}
 
 
 def test_a_terminal_that_closes_keeps_the_answers_too(desk):
