@@ -169,7 +169,7 @@ class Job:
             package = f"git+{env['GITHUB_SERVER_URL']}/{env['GITHUB_REPOSITORY']}@{env['GITHUB_SHA']}"
         if package is None or not PACKAGE.match(package):
             raise ConfigError(
-                f"--package {redact(package) if package else 'is not given'}: a Job can install "
+                f"--package {_without_login(package) if package else 'is not given'}: a Job can install "
                 "git+https://HOST/USER/REPOSITORY@COMMIT, or a wheel at an https:// address, without a password in it"
             )
         names = [spec.name for spec in self.config.quantize.variants]
@@ -194,3 +194,8 @@ class Job:
                 section, name = key.split(".")
                 value = getattr(getattr(config, section), name)
                 raise ConfigError(f"{key} {value}: is on this machine, where a Job cannot read it; put it on the Hub")
+
+
+def _without_login(address: str) -> str:
+    """An address as it may be shown: what stands before an @ of its host is a password."""
+    return redact(re.sub(r"//[^\s/]*@", "//***@", address))

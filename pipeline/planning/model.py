@@ -97,12 +97,6 @@ class Sizes:
         return next((rows for name, (rows, _) in self.linear.items() if name.endswith("q_proj.weight")), self.hidden)
 
     @cached_property
-    def key_values(self) -> int:
-        """Width of what a token leaves in the cache of one layer: keys and values."""
-        found = [rows for n, (rows, _) in self.linear.items() if n.endswith(("k_proj.weight", "v_proj.weight"))]
-        return sum(found) // self.layers or 2 * self.attention
-
-    @cached_property
     def widest(self) -> int:
         """Parameters of the largest linear layer."""
         return max((rows * width for rows, width in self.linear.values()), default=1)

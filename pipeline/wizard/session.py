@@ -77,7 +77,7 @@ def wizard(
                     "Answer, or press Enter for what stands in brackets. Ctrl-C keeps your answers in a file."
                 )
             asker.ask_all(QUESTIONS, draft)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, EOFError):  # Ctrl-D where a secret is asked for
         raise Stopped(_leave(draft, asker.remembered | asker.answers, resume)) from None
     except Exception:  # of a wrong answer given ahead, or a bug of ours; what was typed before it is kept
         if at_terminal and asker.answers.keys() - answers.keys():

@@ -131,5 +131,5 @@ def test_in_a_workflow_of_github_the_job_installs_the_commit_that_it_runs_for(pl
 def test_what_a_job_cannot_reach_is_refused_before_it_is_started(place, hub, options, named):
     done = submit(place, *options)
     assert done.returncode == 2
-    assert named in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert named in done.stderr and len(done.stderr.strip().splitlines()) == 1 and "secret" not in done.stderr
     assert not hub.jobs.started

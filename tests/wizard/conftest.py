@@ -95,8 +95,8 @@ class Person:
         self.sees("]: ")
         self.types(line)
 
-    def presses_ctrl_c(self) -> None:
-        os.write(self._terminal, b"\x03")
+    def presses(self, key: str) -> None:
+        os.write(self._terminal, key.encode())
 
     def ends(self) -> int:
         """The exit code, once the command has ended."""

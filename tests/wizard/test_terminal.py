@@ -119,7 +119,7 @@ def test_ctrl_c_keeps_the_answers_and_resuming_asks_the_rest(desk):
         person.answers("Profile", "aggressive")
         person.answers("Passes over the data", "2")
         person.sees("Steps instead of passes [no]: ")
-        person.presses_ctrl_c()
+        person.presses("\x03")
         person.sees("go on with: tunepress wizard --resume wizard-answers.yaml")
         assert person.ends() == 130
     kept = yaml.safe_load((desk.folder / "wizard-answers.yaml").read_text())
@@ -137,6 +137,18 @@ def test_ctrl_c_keeps_the_answers_and_resuming_asks_the_rest(desk):
     train = load_config(desk.folder / "resumed.yaml").train
     assert (train.epochs, train.max_steps, train.max_length) == (2, 7, 512)
     assert not (desk.folder / "wizard-answers.yaml").exists()
+
+
+def test_ctrl_d_where_a_token_is_asked_for_keeps_the_answers_too(desk):
+    with desk.sit_down("--model", "./model", "--data", "rows.jsonl", "--profile", "standard") as person:
+        for question in ("Passes over the data", "Most steps", "Longest sequence", "Sequences at a time"):
+            person.answers(question)
+        person.answers("Hub repository", "ada/mine")
+        person.sees("not shown and not stored")
+        person.sees("anew): ")
+        person.presses("\x04")
+        person.sees("go on with: tunepress wizard --resume wizard-answers.yaml")
+        assert person.ends() == 130
 
 
 def test_a_wrong_option_ends_it_and_keeps_what_was_typed(desk):
