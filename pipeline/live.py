@@ -192,8 +192,16 @@ def forget(workspace: Workspace) -> None:
     _noted(workspace).unlink(missing_ok=True)
 
 
+def own_weights(workspace: Workspace) -> str:
+    """A digest of the new model's weights, to be compared with that of a release."""
+    files = workspace.state_of("merge").get("merge", {})
+    return weights_of({path.removeprefix("release/"): sha256 for path, sha256 in files.items()})
+
+
 def check_is_compared(workspace: Workspace, tree: Tree) -> None:
     """Refuse to publish on top of another model than the one that this run was compared with, if it was with any.
+
+    Its own is none: it is there where the answer to a commit was lost.
 
     Raises:
         HubError: where somebody else has published in between.
@@ -201,7 +209,8 @@ def check_is_compared(workspace: Workspace, tree: Tree) -> None:
     if not _noted(workspace).is_file():
         return
     compared, now = noted(workspace)[0], live_in(tree)
-    if (compared.model if compared else None) != (now.model if now else None):
+    is_ours = now is not None and now.weights == own_weights(workspace)
+    if not is_ours and (compared.model if compared else None) != (now.model if now else None):
         raise HubError(f"{tree.repo}: has another model than the one that this was compared with; retrain again")
 
 

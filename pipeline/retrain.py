@@ -20,10 +20,10 @@ from pipeline.data import load_examples
 from pipeline.errors import ConfigError, StageFailed, UserError
 from pipeline.events import Events
 from pipeline.files import read_json, write_json
-from pipeline.live import Inputs, Live, changes, forget, inputs_of, note, read_live, untouched
+from pipeline.live import Inputs, Live, changes, forget, inputs_of, note, own_weights, read_live, untouched
 from pipeline.reporter import Reporter
 from pipeline.run import Steps, preflight
-from pipeline.stages.compare import RESULT, own_weights
+from pipeline.stages.compare import RESULT
 from pipeline.workspace import Workspace
 
 MARGIN = 2.0  # standard errors
@@ -183,7 +183,7 @@ class _Retraining:
 
     def _decision(self, outcome: Outcome, live: Live | None, comparison: dict) -> Decision:
         figures = comparison if "difference" in comparison else None
-        reason = "the first model of this repository" if live is None else tell(figures, self.margin)
+        reason = tell(figures, self.margin) if figures else "the first model of this repository"
         return Decision(outcome, self.inputs.config.publish.repo, reason, self.margin, self.news, figures)
 
 

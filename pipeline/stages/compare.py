@@ -45,14 +45,8 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     """Without a live model there is only recorded what the new one was made of."""
     compared, inputs = live.noted(workspace)
     figures = _compare(config, workspace, events, compared) if compared else {}
-    content = {"inputs": inputs, "weights": own_weights(workspace), **figures}
+    content = {"inputs": inputs, "weights": live.own_weights(workspace), **figures}
     return Outcome((workspace.write_measurement(RESULT, content),), {"compared": bool(compared)})
-
-
-def own_weights(workspace: Workspace) -> str:
-    """A digest of the new model's weights, to be compared with that of a release."""
-    files = workspace.state_of("merge").get("merge", {})
-    return live.weights_of({path.removeprefix("release/"): sha256 for path, sha256 in files.items()})
 
 
 def _compare(config: Config, workspace: Workspace, events: Events, compared: live.Live) -> dict:

@@ -131,6 +131,25 @@ def test_what_is_published_and_could_not_be_tagged_is_told_and_tagged_by_the_nex
     assert undecided.hub.commits(REPO) == commits
 
 
+def test_a_commit_whose_answer_was_lost_is_no_other_model(undecided, story):
+    undecided.hub.fault(r"POST .*/commit/main", reset=True, after=True)
+    told = undecided.decision("better")
+    assert (told["outcome"], told["commit"]) == ("published", undecided.hub.commits(REPO)[0])
+    assert told["comparison"]["compared_with"]["commit"] == undecided.hub.commits(REPO)[1]
+
+
+def test_a_first_model_that_was_published_and_not_tagged_is_finished(undecided):
+    elsewhere = ("--set", "publish.repo=ada/second")
+    undecided.hub.fault(r"GET .*/refs", status=403, times=9)
+    done = undecided.retrain("better", *elsewhere)
+    assert done.returncode == 2 and "published, but not tagged" in done.stderr
+    undecided.hub.faults = type(undecided.hub.faults)()
+    commits = undecided.hub.commits("ada/second")
+    told = undecided.decision("better", *elsewhere)
+    assert (told["outcome"], told["reason"]) == ("published", "the first model of this repository")
+    assert undecided.hub.commits("ada/second") == commits and told["comparison"] is None
+
+
 def test_one_that_was_killed_after_its_commit_is_finished_without_another(undecided, story):
     undecided.hub.fault(r"GET .*/refs", reset=True, first=lambda: process.kill())  # asked for before it is tagged
     process = undecided.start("better", until="publish_started")
