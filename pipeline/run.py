@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline import data, models
+from pipeline import data, live, models
 from pipeline.config import Config
 from pipeline.errors import ConfigError, Interrupted, StageFailed, UserError, WorkspaceError
 from pipeline.events import Events
@@ -122,14 +123,17 @@ def stages_before_variants(config: Config) -> tuple[str, ...]:
     return tuple(stage for stage, wanted in asked.items() if wanted)
 
 
-def _claimed(config: Config, root: str | Path, output: str | Path | None, fresh: bool = False):
+@contextlib.contextmanager
+def _claimed(config: Config, root: str | Path, output: str | Path | None, fresh: bool = False) -> Iterator[Workspace]:
     """The run's workspace, locked: a folder of its name under `root`, or hidden inside `output`."""
-    if output is None:
-        return Workspace.claim(Path(root) / config.name, config, fresh)
-    folder = Path(output)
-    if folder.exists() and not (folder / HIDDEN).is_dir() and (not folder.is_dir() or any(folder.iterdir())):
-        raise WorkspaceError(f"{folder}: has other things in it; choose a new folder")
-    return Workspace.claim(folder / HIDDEN, config, fresh)
+    folder = Path(root) / config.name if output is None else Path(output) / HIDDEN
+    if output is not None:
+        there = folder.parent
+        if there.exists() and not folder.is_dir() and (not there.is_dir() or any(there.iterdir())):
+            raise WorkspaceError(f"{there}: has other things in it; choose a new folder")
+    with Workspace.claim(folder, config, fresh) as workspace:
+        live.forget(workspace)  # a retraining that was stopped binds retrainings alone
+        yield workspace
 
 
 def preflight(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.retraining.conftest import IDENTITY, REPO, kill
+from tests.retraining.conftest import IDENTITY, REPO, SETTINGS, kill
 from tests.run.conftest import TOKEN
 
 pytestmark = pytest.mark.timeout(1800)  # the story is told in the first test
@@ -164,6 +164,17 @@ def test_one_that_was_killed_after_its_commit_is_finished_without_another(undeci
     assert undecided.decision("better")["outcome"] == "skipped"
 
 
+def test_what_a_killed_retraining_was_compared_with_does_not_bind_a_run(undecided):
+    undecided.hub.fault(r"POST .*/commit/main", reset=True, first=lambda: process.kill())
+    process = undecided.start("better", until="publish_started")
+    process.communicate()
+    edited = undecided.hub.read(REPO, "config.json").replace(b"{", b'{"edited": true, ', 1)
+    undecided.hub.put(REPO, {"config.json": edited})
+    undecided.tunepress("run", "tiny.yaml", *(word for s in SETTINGS["better"] for word in ("--set", s)))
+    assert b"edited" not in undecided.hub.read(REPO, "config.json")
+
+
+@pytest.mark.slow
 def test_forced_it_trains_anew_and_until_it_is_decided_nothing_changes(undecided):
     head, trained = undecided.hub.commits(REPO)[0], undecided.ledger()["train"]
     process = undecided.start("better", "--force", until="merge_started", anew=True)
