@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pipeline.errors import ConfigError
-from pipeline.retrain import Decision
+from pipeline.retrain import Decision, quantile
 
 TITLES = {"published": "Published", "not_better": "Not better, so nothing was published", "skipped": "Skipped"}
 
@@ -67,8 +67,9 @@ def _table(comparison: dict, margin: float) -> list[str]:
     how = (
         f"Loss on {comparison['tokens']} tokens of {comparison['examples']} held-out examples that neither model was "
         f"trained on, paired by {comparison['paired_by']}; ± one standard error. Live is commit "
-        f"`{there['commit'][:12]}`. The rule: better if lower by more than {margin:g} standard errors of "
-        "the difference."
+        f"`{there['commit'][:12]}`. The rule: better if lower by more than "
+        f"{quantile(margin, comparison['examples']):.2f} standard errors of the difference ({margin:g} of many "
+        "examples)."
     )
     if comparison["paired_by"] == "example":
         how += " The models have different tokens, so bits per byte of what was to be learned are compared."

@@ -26,7 +26,7 @@ from pipeline.packaged import find_packaged
 from pipeline.private import file_name
 from pipeline.workspace import Workspace
 
-FEWEST = 2  # sequences; from one no error can be estimated
+FEWEST = 16  # examples; from fewer the error of a difference is hardly known
 NOT_FOR_THE_MODEL = {"data": {"revision"}, "model": {"revision", "low_disk"}, "train": {"checkpoint_every"}}
 
 
@@ -155,9 +155,14 @@ def untouched(held_out: tuple[Example, ...], data: str, live: Live) -> tuple[tup
         The examples, and what has to be said of them, if anything.
 
     Raises:
-        DataError: where there are too few.
+        DataError: where there are too few to compare on.
     """
     theirs = live.results.get("data") or {}
+    if len(held_out) < FEWEST:
+        raise DataError(
+            f"{live.repo}: to compare with it takes {FEWEST} held-out examples, and there are {len(held_out)}; "
+            "raise data.held_out"
+        )
     if theirs.get("fingerprint") == data:
         return held_out, None
     if not theirs.get("trained_from"):
@@ -169,8 +174,9 @@ def untouched(held_out: tuple[Example, ...], data: str, live: Live) -> tuple[tup
     kept = tuple(e for e in held_out if place(e, seed) < theirs["trained_from"])
     if len(kept) < FEWEST:
         raise DataError(
-            f"{live.repo}: of {len(held_out)} held-out examples only {len(kept)} were surely held out from the live "
-            f"model too; set data.seed to its {seed}, raise data.held_out, or publish without comparing: tunepress run"
+            f"{live.repo}: to compare with it takes {FEWEST} held-out examples, and of {len(held_out)} only "
+            f"{len(kept)} were surely held out from the live model too; set data.seed to its {seed}, raise "
+            "data.held_out, or publish without comparing: tunepress run"
         )
     left_out = len(held_out) - len(kept)
     return kept, f"{left_out} held-out examples left out that the live model may know" if left_out else None

@@ -1,7 +1,8 @@
 """Train again, and publish only what is better than the model that the repository has.
 
 Both models are measured in this run, on held-out examples that neither was trained on, and compared token by
-token; the new one is better where its loss is lower by more than `margin` standard errors of the difference.
+token; the new one is better where its loss is lower by more than `margin` standard errors of the difference, or
+where these are of few examples, by as many more as make it no likelier that chance decides.
 Nothing is published before that is decided, and then everything in one commit.
 
 What was decided is kept beside the run's folder, so that asking again with the same inputs trains nothing.
@@ -10,6 +11,7 @@ What was decided is kept beside the run's folder, so that asking again with the 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,7 +28,8 @@ from pipeline.run import Steps, preflight
 from pipeline.stages.compare import RESULT
 from pipeline.workspace import Workspace
 
-MARGIN = 2.0  # standard errors
+MARGIN = 2.0  # standard errors, of many examples
+WIDEST = 10.0
 ROUNDS = 3  # how often others may publish while this run compares
 
 Outcome = Literal["published", "not_better", "skipped"]
@@ -96,7 +99,7 @@ def retrain(
 
     Args:
         root: folder under which the run's folder lies.
-        margin: standard errors of the difference by which the new model's loss has to be lower.
+        margin: standard errors of the difference by which the new model's loss has to be lower, 0 to 10.
         force: train anew where nothing has changed, or where it was decided before.
 
     Raises:
@@ -106,6 +109,8 @@ def retrain(
     if config.data is None or config.publish.repo is None:
         missing = "data" if config.data is None else "publish.repo"
         raise ConfigError(f"{missing}: not set; retraining trains on data, and publishes what is better")
+    if not 0 <= margin <= WIDEST:
+        raise ConfigError(f"margin {margin:g}: is not from 0 to {WIDEST:g} standard errors")
     with _alone(config.publish.repo):
         preflight(config)
         live, inputs = read_live(config.publish.repo), inputs_of(config)
@@ -129,7 +134,19 @@ def retrain(
 def better(comparison: dict, margin: float) -> bool:
     """Is the new model's loss lower by more than `margin` standard errors of the difference?"""
     difference = comparison["difference"]
-    return difference["value"] < -margin * difference["stderr"]
+    return difference["value"] < -quantile(margin, comparison["examples"]) * difference["stderr"]
+
+
+def quantile(margin: float, examples: int) -> float:
+    """How many standard errors, estimated from so many examples, chance exceeds as rarely as `margin` known ones.
+
+    Student's t of examples - 1 degrees of freedom, at the probability that the normal distribution leaves beyond
+    `margin`; by D. L. Wallace, Bounds on normal approximations to Student's and the chi-square distributions, 1959,
+    to 0.001 for 15 degrees of freedom at a margin of 2.
+    """
+    freedom = examples - 1
+    normal = margin * (8 * freedom + 3) / (8 * freedom + 1)
+    return math.sqrt(freedom * math.expm1(normal**2 / freedom))
 
 
 @dataclass(frozen=True)
@@ -154,7 +171,7 @@ class _Retraining:
             if not is_there:
                 record = replace(record, live=live and live.model, state="running", comparison=None, url=None)
                 record.write(self.path)
-            for stage in ("train", "merge", "evaluate", *(() if is_there else ("compare",))):
+            for stage in ("train", "merge", *(() if is_there else ("compare",))):
                 steps.do(stage)
             comparison = workspace.read_measurement(RESULT)
             if live and not is_there:
@@ -164,6 +181,7 @@ class _Retraining:
                     replace(record, state="not_better", comparison=comparison).write(self.path)
                     forget(workspace)
                     return self._decision("not_better", live, comparison)
+            steps.do("evaluate")
             variants = _all_variants(self.inputs.config, steps)
             record = replace(record, state="better", comparison=comparison)
             record.write(self.path)
@@ -193,8 +211,9 @@ def tell(comparison: dict, margin: float) -> str:
     direction = "lower" if gap["value"] < 0 else "higher"
     verdict = "better" if better(comparison, margin) else "not better"
     return (
-        f"{verdict}: the loss is {direction} by {abs(gap['value']):.4f} ± {gap['stderr']:.4f} {comparison['unit']}, "
-        f"and counts as better if lower by more than {margin:g} standard errors"
+        f"{verdict}: the loss is {direction} by {abs(gap['value']):.4f} ± {gap['stderr']:.4f} {comparison['unit']} on "
+        f"{comparison['examples']} examples, and counts as better if lower by more than "
+        f"{quantile(margin, comparison['examples']):.2f} standard errors"
     )
 
 

@@ -20,7 +20,8 @@ HELP = "\n\n".join(
         "Train again, and publish only if the new model beats the one that the repository has.",
         "Both are measured in this run, on held-out examples that neither was trained on, and paired token by token "
         "(models with other tokens: in bits per byte, by example). The rule: better, if the loss is lower by more "
-        "than --margin standard errors of the difference. Where there is no live model yet, the new one is published.",
+        "than --margin standard errors of the difference; of few examples by some more, after Student's t, and fewer "
+        "than 16 are not enough. Where there is no live model yet, the new one is published.",
         "Exit codes: 0 published; 3 not better, and nothing changed; 4 skipped, since neither data, base nor "
         "configuration changed; 2 failed, and you can mend it; 1 failed; 75 another retraining of the repository is "
         "running; 130 stopped.",
@@ -41,7 +42,9 @@ class Place(StrEnum):
 def retrain(
     config: ConfigArgument,
     settings: Settings = None,
-    margin: Annotated[float, typer.Option(min=0, help="Standard errors that the loss has to be lower by.")] = 2.0,
+    margin: Annotated[
+        float, typer.Option(min=0, max=10, help="Standard errors that the loss has to be lower by.")
+    ] = 2.0,
     force: Annotated[bool, typer.Option("--force", help="Train also where nothing changed or it was decided.")] = False,
     pull_request: Annotated[
         bool, typer.Option("--pull-request", help="Open a pull request on the Hub instead of committing.")

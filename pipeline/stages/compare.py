@@ -72,7 +72,7 @@ def _compare(config: Config, workspace: Workspace, events: Events, compared: liv
         del model
     if by_token:
         values = {name: s.nll for name, s in scores.items()}
-        mean = functools.partial(measure.mean, sequence=scores["new"].sequence)
+        mean = functools.partial(measure.mean, sequence=_examples_of(scores["new"], encoded["new"]))
     else:
         values = {name: _bits(s, encoded[name]) for name, s in scores.items()}
         mean = functools.partial(_per_byte, sizes=sizes)
@@ -107,7 +107,7 @@ def _encode(
         Sequences of each example by model; bytes to be learned of each example, (E,); whether the tokens are the same.
 
     Raises:
-        DataError: for less than two examples.
+        DataError: for too few examples.
     """
     import torch
 
@@ -132,8 +132,9 @@ def _encode(
         sizes.append(len(tokenizers["new"].decode(counted, skip_special_tokens=True).encode()))
     if len(sizes) < live.FEWEST:
         raise DataError(
-            f"{config.data.source}: fewer than two held-out examples to compare on fit into train.max_length "
-            f"{config.train.max_length} tokens; raise data.held_out or train.max_length"
+            f"{config.data.source}: to compare takes {live.FEWEST} held-out examples, and {len(sizes)} of "
+            f"{len(examples)} fit into train.max_length {config.train.max_length} tokens; raise data.held_out or "
+            "train.max_length"
         )
     return encoded, torch.tensor(sizes, dtype=torch.float64), encoded["new"] == encoded["live"]
 
@@ -142,9 +143,15 @@ def _bits(scores: Scores, encoded: list[list[Encoded]]) -> torch.Tensor:
     """Bits that a model needs for each example, (E,)."""
     import torch
 
-    example_of = torch.tensor([i for i, sequences in enumerate(encoded) for _ in sequences])
     bits = torch.zeros(len(encoded), dtype=torch.float64)
-    return bits.index_add_(0, example_of[scores.sequence], scores.nll.double() / math.log(2))
+    return bits.index_add_(0, _examples_of(scores, encoded), scores.nll.double() / math.log(2))
+
+
+def _examples_of(scores: Scores, encoded: list[list[Encoded]]) -> torch.Tensor:
+    """Which example each token belongs to, (T,): a long text is several sequences."""
+    import torch
+
+    return torch.tensor([i for i, sequences in enumerate(encoded) for _ in sequences])[scores.sequence]
 
 
 def _per_byte(values: torch.Tensor, sizes: torch.Tensor) -> Estimate:

@@ -145,9 +145,11 @@ def story(tmp_path_factory, tiny_model):
             hub,
             train={"method": "lora", "checkpoint_every": 1},
             merge={"base": "bf16"},
-            evaluate={"max_tokens": 512, "prompts": []},
+            data={"held_out": 0.5},
+            evaluate={"max_tokens": 1024, "prompts": []},
             quantize={"variants": []},
         )
+        (place.folder / "general.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 3)
         first = place.decision("first")
         first_commit, requests = hub.commits(REPO)[0], len(hub.requests)
         unchanged = place.decision("first", "--summary", "unchanged.md")

@@ -8,26 +8,28 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.config_file import parse_config
 from pipeline.data import Example, load_examples, write_examples
 from pipeline.errors import DataError
 from pipeline.events import Events
 from pipeline.live import Inputs, Live, note
-from pipeline.retrain import better
+from pipeline.measure import mean
+from pipeline.retrain import better, quantile
 from pipeline.stages import compare
 from pipeline.workspace import Workspace
 
 
 @pytest.fixture
 def held_out(tmp_path):
-    """`held_out(new, live)`: both compared, as the stage does it, on 12 examples of 48."""
+    """`held_out(new, live)`: both compared, as the stage does it, on 24 examples of 48."""
     rows = [{"prompt": f"What is {n} plus {n}?", "completion": f"It is {2 * n}, of course."} for n in range(48)]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def measure(new: Path, live: Path, **settings) -> dict:
-        tree = {"name": "tiny", "model": {"source": str(new)}, "data": {"source": str(path), "held_out": 0.25}}
+        tree = {"name": "tiny", "model": {"source": str(new)}, "data": {"source": str(path), "held_out": 0.5}}
         config = parse_config({**tree, **settings}, "")
         data = load_examples(config.data)
         with Workspace.claim(tmp_path / "tiny", config) as workspace:
@@ -65,7 +67,7 @@ def by_hand(model: Path, example: Example) -> tuple[float, int]:
 def test_models_with_the_same_tokens_are_paired_by_token(held_out, tiny_model):
     new, live = tiny_model("llama"), tiny_model("llama", rms_norm_eps=0.01)  # nearly the same
     figures = held_out(new, live)
-    assert (figures["unit"], figures["paired_by"], figures["examples"]) == ("nats per token", "token", 12)
+    assert (figures["unit"], figures["paired_by"], figures["examples"]) == ("nats per token", "token", 24)
     assert figures["difference"]["value"] == pytest.approx(figures["new"]["value"] - figures["live"]["value"], abs=1e-5)
     # What both find hard alike does not blur the difference.
     assert 0 < figures["difference"]["stderr"] < math.hypot(figures["new"]["stderr"], figures["live"]["stderr"])
@@ -74,9 +76,9 @@ def test_models_with_the_same_tokens_are_paired_by_token(held_out, tiny_model):
 def test_models_with_other_tokens_are_compared_in_bits_per_byte_of_the_answers(held_out, tiny_model, tmp_path):
     new, live = tiny_model("llama"), tiny_model("gemma3_text")
     figures = held_out(new, live)
-    assert (figures["unit"], figures["paired_by"], figures["examples"]) == ("bits per byte", "example", 12)
+    assert (figures["unit"], figures["paired_by"], figures["examples"]) == ("bits per byte", "example", 24)
     config = parse_config(
-        {"name": "t", "model": {"source": "a/b"}, "data": {"source": str(tmp_path / "rows.jsonl"), "held_out": 0.25}},
+        {"name": "t", "model": {"source": "a/b"}, "data": {"source": str(tmp_path / "rows.jsonl"), "held_out": 0.5}},
         "",
     )
     examples = load_examples(config.data).held_out
@@ -92,15 +94,37 @@ def test_a_model_is_no_better_than_itself(held_out, tiny_model):
     assert not better(figures, margin=0)
 
 
-def test_examples_that_do_not_fit_are_left_out_and_with_fewer_than_two_there_is_no_comparing(held_out, tiny_model):
-    with pytest.raises(DataError, match="fewer than two held-out examples"):
+def test_examples_that_do_not_fit_are_left_out_and_with_too_few_there_is_no_comparing(held_out, tiny_model):
+    with pytest.raises(DataError, match="takes 16 held-out examples, and 0 of 24 fit into train.max_length 40"):
         held_out(tiny_model("llama"), tiny_model("llama"), train={"max_length": 40})
 
 
 @pytest.mark.parametrize(
     ("difference", "margin", "is_better"),
-    [((-0.21, 0.1), 2, True), ((-0.19, 0.1), 2, False), ((-0.19, 0.1), 1, True), ((0.5, 0.1), 2, False)],
+    [((-0.21, 0.1), 2, True), ((-0.19, 0.1), 2, False), ((-0.19, 0.1), 1, True), ((0.5, 0.1), 2, False)],  # of 1000
 )
 def test_better_is_lower_by_more_than_the_margin_in_errors_of_the_difference(difference, margin, is_better):
     value, stderr = difference
-    assert better({"difference": {"value": value, "stderr": stderr}}, margin) is is_better
+    assert better({"difference": {"value": value, "stderr": stderr}, "examples": 1000}, margin) is is_better
+
+
+@pytest.mark.parametrize(
+    ("normal", "freedom", "known"),
+    [  # one-sided 2.5 %, 5 %, 0.5 % and 0.05 %, from tables of Student's t
+        (1.959964, 15, 2.13145), (1.959964, 30, 2.04227), (1.959964, 120, 1.97993), (1.644854, 15, 1.75305),
+        (2.575829, 15, 2.94671), (2.575829, 60, 2.66028), (3.290527, 20, 3.84952), (0, 15, 0),
+    ],
+)  # fmt: skip
+def test_of_few_examples_more_standard_errors_are_asked_by_students_t(normal, freedom, known):
+    assert quantile(normal, freedom + 1) == pytest.approx(known, rel=1e-3)
+
+
+def test_models_that_are_equal_pass_for_better_as_rarely_on_few_examples_as_on_many():
+    torch.manual_seed(0)
+    sequence = torch.arange(16).repeat_interleave(25)
+    passed = 0
+    for _ in range(4000):
+        gap = torch.randn(16).repeat_interleave(25) * 0.1 + torch.randn(400) * 0.3
+        difference = mean(gap, sequence)
+        passed += better({"difference": vars(difference), "examples": 16}, 2)
+    assert passed / 4000 == pytest.approx(0.0228, abs=0.006)  # what lies beyond two standard errors; 2.5 of its own

@@ -75,11 +75,11 @@ def test_settings_that_make_no_other_model_are_no_change(configure):
     assert settings(changed) == settings(config)
 
 
-@pytest.mark.parametrize("grown", [51, 60, 100, 400])
+@pytest.mark.parametrize("grown", [510, 600, 1000, 4000])
 @pytest.mark.parametrize("held_out", [0.05, 0.3])
 def test_of_grown_data_only_examples_are_compared_on_that_the_live_model_never_saw(configure, grown, held_out):
-    old, new = (load_examples(configure(rows, held_out=held_out).data) for rows in (50, grown))
-    live = published(configure(50, held_out=held_out))
+    old, new = (load_examples(configure(rows, held_out=held_out).data) for rows in (500, grown))
+    live = published(configure(500, held_out=held_out))
     kept, said = untouched(new.held_out, new.fingerprint, live)
     assert not set(map(str, kept)) & set(map(str, old.train))
     assert len(kept) == len(new.held_out) or "left out" in said
@@ -87,20 +87,26 @@ def test_of_grown_data_only_examples_are_compared_on_that_the_live_model_never_s
 
 
 def test_of_the_same_data_all_held_out_examples_are_compared_on(configure):
-    data = load_examples(configure(50, held_out=0.2).data)
-    assert untouched(data.held_out, data.fingerprint, published(configure(50, held_out=0.2))) == (data.held_out, None)
+    data = load_examples(configure(50, held_out=0.4).data)
+    assert untouched(data.held_out, data.fingerprint, published(configure(50, held_out=0.4))) == (data.held_out, None)
+
+
+def test_too_few_examples_to_compare_on_are_counted(configure):
+    data = load_examples(configure(50, held_out=0.3).data)
+    with pytest.raises(DataError, match="takes 16 held-out examples, and there are 15; raise data.held_out"):
+        untouched(data.held_out, data.fingerprint, published(configure(50, held_out=0.3)))
 
 
 def test_another_seed_leaves_too_little_that_neither_model_saw(configure):
-    new = load_examples(configure(50, seed=1).data)
+    new = load_examples(configure(200, seed=1, held_out=0.1).data)
     with pytest.raises(DataError, match="set data.seed to its 0"):
-        untouched(new.held_out, new.fingerprint, published(configure(50)))
+        untouched(new.held_out, new.fingerprint, published(configure(200, held_out=0.1)))
 
 
 def test_a_release_that_does_not_say_how_it_was_split_may_know_examples_which_is_said(configure):
-    live = published(configure(50))
+    live = published(configure(50, held_out=0.4))
     del live.lineage["results"]["data"]["trained_from"]
-    new = load_examples(configure(60).data)
+    new = load_examples(configure(60, held_out=0.4).data)
     kept, said = untouched(new.held_out, new.fingerprint, live)
     assert kept == new.held_out and "may have been trained on some" in said
 
