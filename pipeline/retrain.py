@@ -19,7 +19,7 @@ from typing import Literal
 
 from pipeline.config import Config
 from pipeline.data import load_examples
-from pipeline.errors import ConfigError, StageFailed, UserError
+from pipeline.errors import ConfigError, StageFailed, UserError, WorkspaceError
 from pipeline.events import Events
 from pipeline.files import read_json, write_json
 from pipeline.live import Inputs, Live, changes, forget, inputs_of, note, own_weights, read_live, untouched
@@ -81,7 +81,11 @@ class Record:
 
     @classmethod
     def read(cls, path: Path) -> Record:
-        return cls(**read_json(path, {}))
+        """The record at `path`; an empty one where there is none that can be read."""
+        try:
+            return cls(**read_json(path, {}))
+        except (WorkspaceError, TypeError, OSError):
+            return cls()
 
     def write(self, path: Path) -> None:
         write_json(path, asdict(self))
@@ -265,17 +269,25 @@ def _alone(repo: str) -> Iterator[None]:
 
     Raises:
         Busy: where one does.
+        WorkspaceError: where the lock cannot be written.
     """
     from filelock import FileLock, Timeout
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HOME) / "tunepress"
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / f"retrain--{repo.replace('/', '--').lower()}.lock")
     try:
-        with lock.acquire(timeout=0):
-            yield
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
     except Timeout:
         raise Busy(
             f"{repo}: another retraining of it is running on this machine; try again when it has ended"
         ) from None
+    except OSError as error:
+        raise WorkspaceError(
+            f"{folder}: cannot be written ({error.strerror}); set HF_HOME to a folder that can"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from pipeline.retrain import Record
 from tests.retraining.conftest import IDENTITY, REPO, kill
 from tests.run.conftest import TOKEN
 
@@ -213,6 +214,21 @@ def test_a_keyless_login_that_cannot_be_had_is_told_in_a_line(undecided, environ
     done = undecided.retrain("better")
     assert done.returncode == 2
     assert reason in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_record_that_cannot_be_read_is_none(tmp_path):
+    path = tmp_path / ".tiny.retraining.json"
+    for content in (b"", b"{", b"[]", b"\xff", b'{"of": "another version"}'):
+        path.write_bytes(content)
+        assert Record.read(path) == Record()
+
+
+def test_a_lock_that_cannot_be_written_is_told_in_a_line(undecided):
+    (undecided.folder / "file").write_text("")
+    place = {"HF_HOME": str(undecided.folder / "file" / "home")}
+    undecided.environment = place
+    done = undecided.retrain("better")
+    assert done.returncode == 2 and place["HF_HOME"] in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
 def test_a_failure_is_summed_up_where_the_ci_asks_for_it(undecided):
