@@ -5,6 +5,7 @@ Asking costs a few requests and a look at the data; nothing is trained, and no w
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from pipeline.data import Example, load_examples
 from pipeline.data.sources import is_builtin, locate
 from pipeline.data.splitting import place
 from pipeline.download import in_one_line
-from pipeline.errors import DataError, HubError
+from pipeline.errors import DataError, HubError, ModelError
 from pipeline.files import fingerprint, read_json, sha256, write_json
 from pipeline.hub import CARD, LINEAGE, Tree
 from pipeline.hub.trouble import persist
@@ -61,7 +62,7 @@ class Inputs:
 
     Attributes:
         config: with the revisions of what is on the Hub put in, so that the run is of these.
-        base: the commit of the base model, or a digest of its files.
+        base: a digest of the base model's files.
         data: the commit of the data set, or where it is none on the Hub, the fingerprint of its examples.
     """
 
@@ -111,14 +112,15 @@ def weights_of(files: Mapping[str, str]) -> str:
 
 
 def inputs_of(config: Config) -> Inputs:
-    """What a run would be made of now. Of what lies on the Hub only the commit is asked."""
+    """What a run would be made of now. Of what lies on the Hub only the commit is asked, and the hashes of files."""
     base, data = _base_commit(config), _data_commit(config)
     update = {
         "model": config.model.model_copy(update={"revision": base or config.model.revision}),
         "data": config.data.model_copy(update={"revision": data or config.data.revision}),
     }
     pinned = config.model_copy(update=update)
-    return Inputs(pinned, base or _base_digest(config), data or load_examples(config.data).fingerprint)
+    digest = _files_at(config.model.source, base) if base else _base_digest(config)
+    return Inputs(pinned, digest, data or load_examples(config.data).fingerprint)
 
 
 def settings(config: Config) -> dict[str, object]:
@@ -234,6 +236,11 @@ def _base_commit(config: Config) -> str | None:
         return HfApi().model_info(source, revision=config.model.revision).sha
 
 
+def _files_at(source: str, commit: str) -> str:
+    with in_one_line(source, commit, "the Hub could not be asked"):
+        return model_in(hub.read_tree(source, commit))
+
+
 def _base_digest(config: Config) -> str:
     if package := PACKAGE_SOURCE.match(config.model.source):
         return sha256(find_packaged(*package.groups()))
@@ -250,15 +257,17 @@ def _data_commit(config: Config) -> str | None:
 
 
 def _changed_base(live: Live, inputs: Inputs) -> list[str]:
-    theirs, source = live.lineage.get("base") or {}, inputs.config.model.source
-    if inputs.config.model.revision == inputs.base:
-        known = theirs.get("revision")
-    else:  # recorded beside the comparison, which holds for the very model that it was made of
-        told = live.results.get("retraining") or {}
-        known = told.get("inputs", {}).get("base") if told.get("weights") == live.weights else None
-    if known == inputs.base:
+    source, now = inputs.config.model.source, inputs.config.model.revision
+    then, told = (live.lineage.get("base") or {}).get("revision"), live.results.get("retraining")
+    # What is recorded beside the comparison holds for the very model that it was made of.
+    known = told["inputs"].get("base") if told and told.get("weights") == live.weights else None
+    if known == inputs.base or (now and now == then):
         return []
-    return [f"base model {file_name(source)}: {_short(known)} -> {_short(inputs.base)}"]
+    if now and then:  # a new commit may have changed no more than a card
+        with contextlib.suppress(ModelError):  # where it is gone, or is of another repository
+            if _files_at(source, then) == inputs.base:
+                return []
+    return [f"base model {file_name(source)}: {_short(then or known)} -> {_short(now or inputs.base)}"]
 
 
 def _changed_data(live: Live, inputs: Inputs) -> list[str]:

@@ -110,11 +110,7 @@ def retrain(
         Busy: where another retraining of the repository is under way on this machine.
         UserError: as `pipeline.run` does; the repository is then as it was.
     """
-    if config.data is None or config.publish.repo is None:
-        missing = "data" if config.data is None else "publish.repo"
-        raise ConfigError(f"{missing}: not set; retraining trains on data, and publishes what is better")
-    if not 0 <= margin <= WIDEST:
-        raise ConfigError(f"margin {margin:g}: is not from 0 to {WIDEST:g} standard errors")
+    check(config, margin)
     with _alone(config.publish.repo):
         preflight(config)
         live, inputs = read_live(config.publish.repo), inputs_of(config)
@@ -133,6 +129,20 @@ def retrain(
             Steps(inputs.config, workspace, reporter or Reporter()) as steps,
         ):
             return retraining.decide(workspace, steps, live, record)
+
+
+def check(config: Config, margin: float) -> None:
+    """Raise where this is nothing to retrain by."""
+    if config.data is None or config.publish.repo is None:
+        missing = "data" if config.data is None else "publish.repo"
+        raise ConfigError(f"{missing}: not set; retraining trains on data, and publishes what is better")
+    if config.model.source.lower() == config.publish.repo.lower():
+        raise ConfigError(
+            f"model.source {config.model.source}: is publish.repo too, so that each model would be trained from the "
+            "last one; publish to another repository"
+        )
+    if not 0 <= margin <= WIDEST:
+        raise ConfigError(f"margin {margin:g}: is not from 0 to {WIDEST:g} standard errors")
 
 
 def better(comparison: dict, margin: float) -> bool:

@@ -216,6 +216,11 @@ def test_a_keyless_login_that_cannot_be_had_is_told_in_a_line(undecided, environ
     assert reason in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
+def test_a_model_is_not_retrained_from_what_it_is_published_to(undecided):
+    done = undecided.retrain("better", "--set", f"model.source={REPO}")
+    assert done.returncode == 2 and f"model.source {REPO}: is publish.repo too" in done.stderr
+
+
 def test_a_record_that_cannot_be_read_is_none(tmp_path):
     path = tmp_path / ".tiny.retraining.json"
     for content in (b"", b"{", b"[]", b"\xff", b'{"of": "another version"}'):
