@@ -7,8 +7,8 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+from pipeline.decision import Decision, quantile
 from pipeline.errors import ConfigError
-from pipeline.retrain import Decision, quantile
 
 TITLES = {"published": "Published", "not_better": "Not better, so nothing was published", "skipped": "Skipped"}
 

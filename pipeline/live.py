@@ -134,6 +134,21 @@ def settings(config: Config) -> dict[str, object]:
     return flat
 
 
+def settings_beside(config: Config) -> dict[str, object]:
+    """The part of a configuration that makes what is published beside the model, and its figures, as dotted keys."""
+    flat: dict[str, object] = {"publish.mirrors": config.publish.mirrors}
+    _flatten("quantize", config.quantize.model_dump(), flat)
+    _flatten("evaluate", config.evaluate.model_dump(exclude={"device"}), flat)
+    general = config.evaluate.general
+    return flat | {"evaluate.general": general if ":" in general else file_name(general)}
+
+
+def changes_beside(live: Live, inputs: Inputs) -> tuple[str, ...]:
+    """The keys of what else is published with the model that are not as they were, where `changes` finds nothing."""
+    was, now = (settings_beside(c) for c in (Config.model_validate(live.lineage["configuration"]), inputs.config))
+    return tuple(key for key in now if was.get(key) != now[key])
+
+
 def changes(live: Live, inputs: Inputs) -> tuple[str, ...]:
     """What a new run would be made of that the live model was not: a line each; none where it is all the same."""
     found = [*_changed_base(live, inputs), *_changed_data(live, inputs)]

@@ -23,8 +23,8 @@ HELP = "\n\n".join(
         "than --margin standard errors of the difference; of few examples by some more, after Student's t, and fewer "
         "than 16 are not enough. Where there is no live model yet, the new one is published.",
         "Exit codes: 0 published; 3 not better, and nothing changed; 4 skipped, since neither data, base nor "
-        "configuration changed; 2 failed, and you can mend it; 1 failed; 75 another retraining of the repository is "
-        "running; 130 stopped.",
+        "the settings that make the model changed (for other variants or mirrors: tunepress run); 2 failed, and you "
+        "can mend it; 1 failed; 75 another retraining of the repository is running; 130 stopped.",
         "What failed or was stopped has left the live model as it was, unless it says otherwise; the same command "
         "goes on from there.",
     )

@@ -12,11 +12,11 @@ import torch
 
 from pipeline.config_file import parse_config
 from pipeline.data import Example, load_examples, write_examples
+from pipeline.decision import better, quantile
 from pipeline.errors import DataError
 from pipeline.events import Events
 from pipeline.live import Inputs, Live, note
 from pipeline.measure import mean
-from pipeline.retrain import better, quantile
 from pipeline.stages import compare
 from pipeline.workspace import Workspace
 

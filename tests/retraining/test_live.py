@@ -12,7 +12,7 @@ import pytest
 from pipeline.config_file import parse_config
 from pipeline.data import load_examples
 from pipeline.errors import DataError
-from pipeline.live import Inputs, Live, changes, settings, untouched
+from pipeline.live import Inputs, Live, changes, changes_beside, settings, untouched
 from tests.hub import LoopbackHub
 from tests.run.conftest import REPOSITORY, TOKEN
 
@@ -69,9 +69,13 @@ def test_each_input_that_changed_is_named(configure):
 def test_settings_that_make_no_other_model_are_no_change(configure):
     config = configure(50)
     other = {"quantize": {"variants": []}, "publish": {"repo": "ada/tiny"}, "train": {"checkpoint_every": 7}}
+    other["evaluate"] = {"max_tokens": 512, "general": "/elsewhere/general.txt", "device": "cpu"}
     tree = json.loads(config.model_dump_json())
     changed = parse_config({**tree, **{k: {**tree[k], **v} for k, v in other.items()}}, "")
     assert settings(changed) == settings(config)
+    beside = changes_beside(published(config), Inputs(changed, "base", "data"))
+    assert beside == ("quantize.variants", "evaluate.general", "evaluate.max_tokens")
+    assert changes_beside(published(config), Inputs(config, "base", "data")) == ()
 
 
 @pytest.mark.parametrize("grown", [510, 600, 1000, 4000])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.retrain import Record
+from pipeline.decision import Record
 from tests.retraining.conftest import IDENTITY, REPO, kill
 from tests.run.conftest import TOKEN
 
@@ -219,6 +219,12 @@ def test_a_keyless_login_that_cannot_be_had_is_told_in_a_line(undecided, environ
 def test_a_model_is_not_retrained_from_what_it_is_published_to(undecided):
     done = undecided.retrain("better", "--set", f"model.source={REPO}")
     assert done.returncode == 2 and f"model.source {REPO}: is publish.repo too" in done.stderr
+
+
+def test_what_else_changed_than_the_model_is_named_with_the_command_that_makes_it(undecided):
+    told = undecided.decision("first", "--set", "quantize.variants=[int8]")
+    assert (told["outcome"], told["exit_code"]) == ("skipped", 4)
+    assert "quantize.variants did, and for that run: tunepress run CONFIG" in told["reason"]
 
 
 def test_a_record_that_cannot_be_read_is_none(tmp_path):
