@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.decision import Decision, quantile
 from pipeline.errors import ConfigError
 
+GITHUB = "GITHUB_STEP_SUMMARY"
 TITLES = {"published": "Published", "not_better": "Not better, so nothing was published", "skipped": "Skipped"}
 
 
@@ -34,19 +35,38 @@ def plain(decision: Decision) -> dict:
     return {**asdict(decision), "exit_code": decision.exit_code, "summary": markdown(decision)}
 
 
-def write(text: str, file: Path | None) -> None:
-    """Append a summary to `file`, and to the one that GitHub names in `GITHUB_STEP_SUMMARY`.
+@dataclass(frozen=True)
+class Summary:
+    """Where a summary goes: to a file that was asked for, and to the one that GitHub names.
 
-    Raises:
-        ConfigError: where it cannot be written.
+    Attributes:
+        files: each by how people know it.
     """
-    named = os.environ.get("GITHUB_STEP_SUMMARY")
-    for path in dict.fromkeys(filter(None, (file, Path(named) if named else None))):
-        try:
-            with open(path, "a", encoding="utf-8") as out:
-                out.write(text + "\n")
-        except OSError as error:
-            raise ConfigError(f"--summary {path}: cannot be written ({error.strerror})") from None
+
+    files: dict[str, Path]
+
+    @classmethod
+    def open(cls, file: Path | None) -> Summary:
+        """The files, which can be written.
+
+        Raises:
+            ConfigError: where one cannot.
+        """
+        summary = cls({n: Path(p) for n, p in (("--summary", file), (GITHUB, os.environ.get(GITHUB))) if p})
+        if problems := summary.append(""):
+            raise ConfigError(problems[0])
+        return summary
+
+    def append(self, text: str) -> list[str]:
+        """Add to each file; what went wrong, in a line each, for the decision stands all the same."""
+        problems = []
+        for name, path in self.files.items():
+            try:
+                with open(path, "a", encoding="utf-8") as out:
+                    out.write(text)
+            except OSError as error:
+                problems.append(f"{name} {path}: cannot be written ({error.strerror})")
+        return problems
 
 
 def _table(comparison: dict, margin: float) -> list[str]:

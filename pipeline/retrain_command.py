@@ -9,11 +9,14 @@ import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
 from pipeline.cli.options import RUNS, ConfigArgument, Root, Settings
+
+if TYPE_CHECKING:
+    from pipeline.decision_report import Summary
 
 HELP = "\n\n".join(
     (
@@ -69,9 +72,10 @@ def retrain(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object; the rest goes to stderr.")] = False,
 ) -> None:
     from pipeline.config_file import load_config
-    from pipeline.decision_report import markdown, markdown_of_failure, plain, write
+    from pipeline.decision_report import Summary, markdown, markdown_of_failure, plain
     from pipeline.errors import UserError
 
+    summaries = Summary.open(summary)
     loaded = load_config(config, [*(settings or ()), *(["publish.create_pr=true"] if pull_request else ())])
     try:
         if on is Place.jobs:
@@ -90,11 +94,16 @@ def retrain(
             decision = decide(loaded, runs, margin=margin, force=force, reporter=reporter)
             told, text = plain(decision), markdown(decision)
     except UserError as error:
-        write(markdown_of_failure(loaded.publish.repo or loaded.name, str(error)), summary)
+        _append(summaries, markdown_of_failure(loaded.publish.repo or loaded.name, str(error)))
         raise
-    write(text, summary)
+    _append(summaries, text)
     print(json.dumps(told) if as_json else told["reason"])
     sys.exit(told["exit_code"])
+
+
+def _append(summaries: Summary, text: str) -> None:
+    for problem in summaries.append(text + "\n"):
+        print(f"retrain: {problem}", file=sys.stderr)
 
 
 def _out(as_json: bool) -> TextIO:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from pipeline.decision import Record
+from pipeline.decision_report import Summary
 from tests.retraining.conftest import IDENTITY, REPO, kill
 from tests.run.conftest import TOKEN
 
@@ -41,7 +44,7 @@ def test_a_better_model_is_published_in_one_commit_with_its_lineage(story):
     assert lineage["configuration"]["train"]["max_steps"] == 30
     told = lineage["results"]["retraining"]
     assert told["compared_with"] == {"repo": REPO, "commit": story.first_commit}
-    assert told["paired_by"] == "token" and told["examples"] == 16  # of 24, as many as 1024 tokens allow
+    assert told["paired_by"] == "token" and told["examples"] == 17  # of 24, as many as 1024 tokens allow
     assert told["difference"]["value"] < -2 * told["difference"]["stderr"] < 0
     new, live = told["new"]["value"], told["live"]["value"]
     assert told["difference"]["value"] == pytest.approx(new - live)
@@ -76,7 +79,7 @@ def test_the_summary_tells_the_figures_the_rule_and_where_the_result_is(story):
     gap = story.better["comparison"]["difference"]
     assert f"| new - live | {gap['value']:+.4f} ± {gap['stderr']:.4f} |" in better
     assert (
-        "2.18 standard errors of the difference (2 of many examples)" in better
+        "2.17 standard errors of the difference (2 of many examples)" in better
         and story.first_commit[:12] in better
         and "`train.max_steps: 4 -> 30`" in better
     )
@@ -247,6 +250,22 @@ def test_a_failure_is_summed_up_where_the_ci_asks_for_it(undecided):
     assert undecided.retrain("better").returncode == 2
     told = (undecided.folder / "step.md").read_text()
     assert "Failed" in told and "does not know this token" in told
+
+
+def test_a_summary_that_cannot_be_written_is_told_before_any_work(undecided):
+    before = undecided.names()
+    done = undecided.retrain("better", "--force", "--summary", "nowhere/told.md")
+    assert done.returncode == 2 and undecided.names() == before
+    assert done.stderr.strip() == "retrain: --summary nowhere/told.md: cannot be written (No such file or directory)"
+
+
+def test_a_summary_that_can_no_longer_be_written_leaves_the_decision_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "step.md"))
+    (tmp_path / "ci").mkdir()
+    summary = Summary.open(tmp_path / "ci" / "told.md")
+    shutil.rmtree(tmp_path / "ci")
+    (problem,) = summary.append("## Published\n")
+    assert problem.startswith("--summary ") and (tmp_path / "step.md").read_text() == "## Published\n"
 
 
 def test_the_token_is_nowhere(story):
