@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -109,6 +109,14 @@ class Matter:
             reason = f"the model made of this was published before, and is not live: {record.url}"
             return Decision("skipped", self.repo, reason, margin, self.news)
         return None
+
+    def remember(self, told: dict) -> None:
+        """Keep what was decided on another machine, from the decision as JSON has it."""
+        figures = told.get("comparison")
+        if told["outcome"] == "published" or (told["outcome"] == "not_better" and figures):
+            live = self.live and self.live.model
+            made = {"state": told["outcome"], "comparison": figures, "url": told.get("url")}
+            replace(self.record, live=live, **made).write(self.path)
 
 
 def look(config: Config, root: str | Path) -> Matter:

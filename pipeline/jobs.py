@@ -6,16 +6,20 @@ A Job's status knows success and failure only, so the exit code and the decision
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline.config import PACKAGE_SOURCE, Config
 from pipeline.config_file import dump_config
 from pipeline.data.sources import is_builtin, locate
+from pipeline.decision import check, look
+from pipeline.decision_report import plain
 from pipeline.errors import ConfigError, HubError, UserError, redact
 from pipeline.hub import check_token
 from pipeline.hub.access import keyless
@@ -29,6 +33,8 @@ TIMEOUT = re.compile(r"\d+(\.\d+)?[smhd]?\Z")
 PACKAGE = re.compile(r"(git\+)?https://[^\s/@]+/\S+\Z")  # and no password in it, for it is not kept secret
 EXIT_CODE = re.compile(r"tunepress: exit code (\d+)\s*\Z")
 POLL_SECONDS = 2.0
+LAST_LOOKS = 3  # at the log of a Job that has ended without its exit code in it
+PATIENCE = 12  # times that the Hub is asked how a Job is, over some minutes; it goes on meanwhile
 SECRETS = ("TRACKIO_WRITE_TOKEN",)  # besides the Hub's, where they are set
 
 # A Job is a failure where it does not end with 0, and "not better" is none.
@@ -68,24 +74,49 @@ class Job:
     margin: float
     force: bool
 
-    def start(self) -> dict:
-        """Start it.
+    def run(self, root: str | Path, say: Callable[[str], None], wait: bool = True) -> dict:
+        """Start it, where it is not decided already, and follow it to its end.
+
+        Args:
+            root: folder under which is kept what was decided.
+            say: takes the lines of its log.
+            wait: follow it; else it is only started.
 
         Returns:
-            What to tell: as a decision has it, the outcome being "started", and the Job's `id` and `namespace`.
+            The decision, as the Job printed it; of one that is only started, what `_start` returns.
 
         Raises:
             ConfigError: where the Job could not reach what it needs.
             Busy: where a Job retrains this repository already.
             HubError: where the Hub refuses.
+            JobFailed: where it came to no decision; with the Job's own exit code where it told one.
         """
-        from huggingface_hub import HfApi
-
-        repo, package = self.config.publish.repo, self._package()
-        self._check()
+        repo, package = self._check()
         if keyless():
             raise HubError(f"{repo}: a keyless login cannot start Jobs; set HF_TOKEN instead of HF_OIDC_RESOURCE")
         token = check_token(repo, repo.split("/")[0])
+        matter = look(self.config, root)
+        if not self.force and (settled := matter.settled(self.margin)):
+            return plain(settled)
+        started = self._start(matter.inputs.config, package, token)
+        if not wait:
+            return started
+        told = self._end_of(started, say)
+        try:
+            matter.remember(told)
+        except OSError as error:
+            say(f"what was decided cannot be kept under {root} ({error.strerror}), so the next one starts a Job again")
+        return {**told, "job": started["url"]}
+
+    def _start(self, config: Config, package: str, token: str) -> dict:
+        """Start it, on these very inputs.
+
+        Returns:
+            What to tell: as a decision has it, the outcome being "started", and the Job's `id` and `namespace`.
+        """
+        from huggingface_hub import HfApi
+
+        repo = config.publish.repo
         api, label = HfApi(), repo.replace("/", "--")
         who = persist(repo, lambda: api.whoami()["name"])
         active = {"status": ["RUNNING", "SCHEDULING"], "labels": {LABEL: label}, "namespace": who}
@@ -98,7 +129,7 @@ class Job:
             lambda: api.run_job(
                 image=IMAGE,
                 command=["bash", "-c", SCRIPT, "retrain", *options],
-                env={"TUNEPRESS_CONFIG": dump_config(self.config), "TUNEPRESS_PACKAGE": package},
+                env={"TUNEPRESS_CONFIG": dump_config(config), "TUNEPRESS_PACKAGE": package},
                 secrets=secrets,
                 flavor=self.flavor,
                 timeout=self.timeout,
@@ -112,56 +143,20 @@ class Job:
         about = {"id": started.id, "namespace": who, "url": started.url}
         return {"outcome": "started", "repo": repo, "reason": reason, "exit_code": 0, "summary": summary, **about}
 
-    def run(self, say: Callable[[str], None]) -> dict:
-        """Start it, and follow it to its end.
-
-        Args:
-            say: takes the lines of its log.
-
-        Returns:
-            The decision, as the Job printed it.
-
-        Raises:
-            JobFailed: where it came to none; with the Job's own exit code where it told one.
-        """
-        started = self.start()
+    def _end_of(self, started: dict, say: Callable[[str], None]) -> dict:
+        """Follow a Job; the decision that it printed."""
         say(started["reason"])
+        log = _Log(started, say)
+        goes_on = f"the Job goes on: {started['url']}; to stop it: hf jobs cancel {started['id']}"
         try:
-            told, code, complaint = self._follow(started, say)
+            stage = log.follow()
         except KeyboardInterrupt:
-            cancel = f"hf jobs cancel {started['id']}"
-            raise JobFailed(f"the Job goes on: {started['url']}; to stop it: {cancel}", 130) from None
-        stage = self._last_stage(started)
-        if told and code == told["exit_code"]:
-            return {**told, "job": started["url"]}
-        raise JobFailed(f"{complaint or f'the Job ended as {stage}'} (log: {started['url']})", code or 1)
-
-    def _follow(self, started: dict, say: Callable[[str], None]) -> tuple[dict | None, int | None, str | None]:
-        """The decision, the exit code and the last error in a Job's log."""
-        from huggingface_hub import HfApi
-
-        about = {"job_id": started["id"], "namespace": started["namespace"]}
-        told = code = complaint = None
-        for line in HfApi().fetch_job_logs(**about, follow=True):
-            line = redact(line.rstrip("\n"))
-            if line.startswith('{"outcome"'):
-                told = json.loads(line)
-                continue
-            say(line)
-            code = int(found[1]) if (found := EXIT_CODE.match(line)) else code
-            complaint = line.removeprefix("retrain: ") if line.startswith("retrain: ") else complaint
-        return told, code, complaint
-
-    def _last_stage(self, started: dict) -> str:
-        from huggingface_hub import HfApi
-
-        while True:
-            job = persist(
-                started["repo"], lambda: HfApi().inspect_job(job_id=started["id"], namespace=started["namespace"])
-            )
-            if job.status.stage not in ("RUNNING", "SCHEDULING"):
-                return f"{job.status.stage}{f' ({job.status.message})' if job.status.message else ''}"
-            time.sleep(POLL_SECONDS)
+            raise JobFailed(goes_on, 130) from None
+        except HubError as error:
+            raise JobFailed(f"{error}; {goes_on}", 1) from None
+        if log.told and log.code == log.told["exit_code"]:
+            return log.told
+        raise JobFailed(f"{log.complaint or f'the Job ended as {stage}'} (log: {started['url']})", log.code or 1)
 
     def _package(self) -> str:
         env, package = os.environ, self.package
@@ -177,11 +172,10 @@ class Job:
         needed = ",".join(extra for extra, is_needed in extras.items() if is_needed)
         return f"tunepress{f'[{needed}]' if needed else ''} @ {package}"
 
-    def _check(self) -> None:
-        """Refuse what is only on this machine."""
-        config = self.config
-        if config.data is None or config.publish.repo is None:
-            raise ConfigError("data and publish.repo: retraining trains on data, and publishes what is better")
+    def _check(self) -> tuple[str, str]:
+        """Refuse what is only on this machine; the repository, and what the Job installs."""
+        config, package = self.config, self._package()
+        check(config, self.margin)
         if not TIMEOUT.match(self.timeout):
             raise ConfigError(f"--timeout {self.timeout}: write it as 90m, 6h or 1d")
         here = {
@@ -194,6 +188,68 @@ class Job:
                 section, name = key.split(".")
                 value = getattr(getattr(config, section), name)
                 raise ConfigError(f"{key} {value}: is on this machine, where a Job cannot read it; put it on the Hub")
+        return config.publish.repo, package
+
+
+class _Log:
+    """What a Job says.
+
+    Attributes:
+        told: the decision, as it printed it.
+        code: the exit code of the command that it ran.
+        complaint: its last error.
+    """
+
+    told: dict | None = None
+    code: int | None = None
+    complaint: str | None = None
+
+    def __init__(self, started: dict, say: Callable[[str], None]):
+        self._repo, self._say, self._read = started["repo"], say, 0
+        self._about = {"job_id": started["id"], "namespace": started["namespace"]}
+
+    def follow(self) -> str:
+        """Read the log until the Job has ended; how it ended. What the Hub leaves out of a log is no end of the Job.
+
+        Raises:
+            HubError: where the Hub does not say how the Job is.
+        """
+        from huggingface_hub import HfApi
+
+        while True:
+            self._take()
+            job = persist(self._repo, lambda: HfApi().inspect_job(**self._about), attempts=PATIENCE)
+            if job.status.stage not in ("RUNNING", "SCHEDULING"):
+                break
+            time.sleep(POLL_SECONDS)
+        for _ in range(LAST_LOOKS):  # it may have ended while its log could not be read
+            if self.code is None:
+                time.sleep(POLL_SECONDS)
+                self._take()
+        return f"{job.status.stage}{f' ({job.status.message})' if job.status.message else ''}"
+
+    def _take(self) -> None:
+        """Read on, as far as the Hub gives it; its client tries more than once."""
+        with contextlib.suppress(HubError):
+            persist(self._repo, self._read_on, attempts=1)
+
+    def _read_on(self) -> None:
+        """From the first line that was not read."""
+        from huggingface_hub import HfApi
+
+        for number, line in enumerate(HfApi().fetch_job_logs(**self._about, follow=True)):
+            if number < self._read:
+                continue
+            self._read += 1
+            line = redact(line.rstrip("\n"))
+            if line.startswith('{"outcome"'):
+                self.told = json.loads(line)
+                continue
+            self._say(line)
+            if found := EXIT_CODE.match(line):
+                self.code = int(found[1])
+            elif line.startswith("retrain: "):
+                self.complaint = line.removeprefix("retrain: ")
 
 
 def _without_login(address: str) -> str:

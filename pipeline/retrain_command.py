@@ -82,7 +82,7 @@ def retrain(
             from pipeline.jobs import Job
 
             job = Job(loaded, flavor, timeout, package, margin, force)
-            told = job.run(lambda line: print(line, file=_out(as_json), flush=True)) if wait else job.start()
+            told = job.run(runs, lambda line: print(line, file=_out(as_json), flush=True), wait)
             text = told["summary"]
         else:
             from rich.console import Console

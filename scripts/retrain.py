@@ -4,7 +4,7 @@
                               [--summary FILE] [--json] [--runs DIR]
     python scripts/retrain.py CONFIG --on hf-jobs [--flavor a10g-large] [--timeout 6h] [--package GIT|WHEEL] [--no-wait]
 
-    0 published   3 not better   4 skipped: nothing changed   1, 2 failed   75 another one is running   130 stopped
+    0 published   3 not better   4 skipped: it would be the same   1, 2 failed   75 another one is running   130 stopped
 
 Needs tunepress installed (`pip install .`); `--help` tells the rest.
 """

@@ -5,21 +5,54 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from huggingface_hub import constants
 
+from pipeline import retrain_command
+from pipeline.config_file import load_config
+from pipeline.live import inputs_of
 from tests.hub import LoopbackHub
-from tests.run.conftest import REPOSITORY, TOKEN, Place, write_place
+from tests.run.conftest import TOKEN, Place, write_place
 
 PACKAGE = "git+https://github.com/ada/training@0123abc"
-DECISION = {"outcome": "not_better", "reason": "not better: by too little", "exit_code": 3, "summary": "## Not better"}
+FIGURES = {
+    "unit": "nats per token",
+    "paired_by": "token",
+    "new": {"value": 1.0, "stderr": 0.1},
+    "live": {"value": 1.0, "stderr": 0.1},
+    "difference": {"value": 0.0, "stderr": 0.1},
+    "compared_with": {"repo": "ada/tiny", "commit": "0" * 40},
+    "tokens": 400,
+    "examples": 20,
+}
+DECISION = {
+    "outcome": "not_better",
+    "reason": "not better: by too little",
+    "exit_code": 3,
+    "summary": "## Not better",
+    "comparison": FIGURES,
+}
 
 
 @pytest.fixture
-def hub(tmp_path):
+def hub(tmp_path, monkeypatch):
+    """A Hub that this process talks to, whose Jobs come to `DECISION`; nobody waits long before another attempt."""
     with LoopbackHub(tmp_path / "hub", {TOKEN: {"name": "ada"}}) as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr("pipeline.hub.trouble.BACKOFF_SECONDS", 0.01)
+        monkeypatch.setattr("pipeline.jobs.POLL_SECONDS", 0.01)
         hub.jobs.log = ["Installed 99 packages", json.dumps(DECISION), "tunepress: exit code 3"]
+        hub.put("ada/base", {"config.json": b"{}"})
+        rows = [json.dumps({"prompt": f"p{n}", "completion": f"c{n}"}) for n in range(40)]
+        hub.put("ada/rows", {"rows.jsonl": "\n".join(rows).encode()}, repo_type="dataset")
         yield hub
 
 
@@ -33,18 +66,28 @@ def place(hub, tmp_path) -> Place:
     return place
 
 
-def submit(place: Place, *options: str, package: str | None = PACKAGE, **environment) -> subprocess.CompletedProcess:
-    script = [sys.executable, str(REPOSITORY / "scripts" / "retrain.py"), "tiny.yaml", "--on", "hf-jobs"]
-    chosen = ["--package", package] if package else []
-    return subprocess.run(
-        [*script, *chosen, *options],
-        cwd=place.folder, env={**place.env, **environment}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+@pytest.fixture
+def submit(place, monkeypatch, capsys) -> Callable:
+    """`submit(*options)`: what the command made of it."""
+
+    def run(*options: str, package: str | None = PACKAGE, **environment: str) -> SimpleNamespace:
+        chosen = ["--package", package] if package else []
+        monkeypatch.chdir(place.folder)
+        monkeypatch.setattr(sys, "argv", ["retrain.py", "tiny.yaml", "--on", "hf-jobs", *chosen, *options])
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            retrain_command.main()
+        out, err = capsys.readouterr()
+        return SimpleNamespace(returncode=ended.value.code, stdout=out, stderr=err)
+
+    return run
 
 
-def test_a_job_gets_the_configuration_what_to_install_and_its_tokens_as_secrets(place, hub):
+def test_a_job_gets_the_configuration_what_to_install_and_its_tokens_as_secrets(submit, hub):
     options = ("--flavor", "h200", "--timeout", "90m", "--margin", "3", "--force", "--pull-request")
-    done = submit(place, *options, "--set", "train.max_steps=7", TRACKIO_WRITE_TOKEN="a write token")
+    done = submit(*options, "--set", "train.max_steps=7", TRACKIO_WRITE_TOKEN="a write token")
     (spec,) = hub.jobs.started
     assert (spec["flavor"], spec["timeoutSeconds"]) == ("h200", 5400)
     assert spec["secrets"] == {"HF_TOKEN": TOKEN, "TRACKIO_WRITE_TOKEN": "a write token"}
@@ -57,8 +100,8 @@ def test_a_job_gets_the_configuration_what_to_install_and_its_tokens_as_secrets(
 
 
 @pytest.mark.parametrize("code", [0, 2, 3, 4, 75])
-def test_the_jobs_script_runs_the_command_on_that_configuration_and_tells_its_exit_code(place, hub, tmp_path, code):
-    submit(place)
+def test_the_jobs_script_runs_the_command_on_that_configuration_and_tells_its_exit_code(submit, hub, tmp_path, code):
+    submit()
     (spec,) = hub.jobs.started
     uv = tmp_path / "bin" / "uv"
     uv.parent.mkdir()
@@ -74,46 +117,105 @@ def test_the_jobs_script_runs_the_command_on_that_configuration_and_tells_its_ex
     assert asked.endswith(" -m pipeline.retrain_command run.yaml --json --margin 2\n")
 
 
-def test_the_command_follows_the_log_and_ends_as_the_job_did(place, hub):
-    done = submit(place, "--summary", "told.md")
+def test_the_command_follows_the_log_and_ends_as_the_job_did(submit, hub, place):
+    done = submit("--summary", "told.md")
     assert done.returncode == 3
     assert "Installed 99 packages" in done.stdout and done.stdout.splitlines()[-1] == DECISION["reason"]
     assert (place.folder / "told.md").read_text().startswith("## Not better")
-    assert json.loads(submit(place, "--json").stdout) == {**DECISION, "job": f"{hub.url}/jobs/ada/2"}
+    assert json.loads(submit("--json").stdout) == {**DECISION, "job": f"{hub.url}/jobs/ada/2"}
 
 
-def test_a_job_that_fails_tells_its_last_error_and_its_exit_code(place, hub):
+def test_a_job_that_fails_tells_its_last_error_and_its_exit_code(submit, hub):
     hub.jobs.log = ["retrain: ada/rows: no such data set on the Hub", "tunepress: exit code 2"]
     hub.jobs.stage = "ERROR"
-    done = submit(place)
+    done = submit()
     assert done.returncode == 2
     assert done.stderr.strip() == (f"retrain: ada/rows: no such data set on the Hub (log: {hub.url}/jobs/ada/1)")
 
 
-def test_a_job_that_ends_without_a_word_has_failed(place, hub):
+def test_a_job_that_ends_without_a_word_has_failed(submit, hub):
     hub.jobs.log, hub.jobs.stage = ["Killed"], "ERROR"
-    done = submit(place)
+    done = submit()
     assert done.returncode == 1 and "the Job ended as ERROR" in done.stderr
 
 
-def test_without_waiting_it_is_only_started(place, hub):
+def test_without_waiting_it_is_only_started(submit, hub):
     hub.jobs.stage = "SCHEDULING"
-    done = submit(place, "--no-wait", "--json")
+    done = submit("--no-wait", "--json")
     assert done.returncode == 0
     assert json.loads(done.stdout)["url"] == f"{hub.url}/jobs/ada/1"
 
 
-def test_two_jobs_of_one_repository_do_not_run_at_once(place, hub):
+def test_two_jobs_of_one_repository_do_not_run_at_once(submit, hub):
     hub.jobs.stage = "RUNNING"
-    submit(place, "--no-wait")
-    done = submit(place, "--no-wait")
+    submit("--no-wait")
+    done = submit("--no-wait")
     assert done.returncode == 75 and f"{hub.url}/jobs/ada/1" in done.stderr
     assert len(hub.jobs.started) == 1
 
 
-def test_in_a_workflow_of_github_the_job_installs_the_commit_that_it_runs_for(place, hub):
+def test_trouble_with_the_log_is_no_end_of_the_job(submit, hub):
+    hub.fault(r"GET .*/logs", status=503)
+    hub.fault(r"GET .*/logs", cut=150)
+    hub.fault(r"GET .*/logs", status=403)
+    hub.fault(r"GET /api/jobs/ada/1$", status=503, times=3)
+    done = submit()
+    assert done.returncode == 3 and done.stdout.splitlines()[-1] == DECISION["reason"]
+    assert done.stdout.count("Installed 99 packages") == 1
+
+
+def test_a_job_that_cannot_be_asked_after_goes_on_and_its_address_is_told(submit, hub):
+    hub.fault(r"GET /api/jobs/ada/1$", status=403, times=9)
+    done = submit()
+    assert done.returncode == 1
+    assert f"the Job goes on: {hub.url}/jobs/ada/1" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def release(hub, place: Place, **changes) -> str:
+    """Publish what a run of the configuration would leave, but for `changes` to its `train`; the commit."""
+    config = load_config(place.config)
+    inputs = inputs_of(config)
+    configuration = json.loads(inputs.config.model_dump_json())
+    configuration["train"] |= changes
+    lineage = {
+        "run": "tiny",
+        "base": {"revision": inputs.config.model.revision},
+        "data": {"revision": inputs.data},
+        "configuration": configuration,
+        "files": {"config.json": {"sha256": "0", "size": 2}},
+        "documents": [],
+        "results": {},
+    }
+    return hub.put("ada/tiny", {"config.json": b"{}", "tunepress.json": json.dumps(lineage).encode()})
+
+
+def test_no_job_is_started_where_nothing_changed(submit, hub, place):
+    head = release(hub, place)
+    done = submit("--json", "--summary", "told.md")
+    assert done.returncode == 4 and head[:12] in json.loads(done.stdout)["reason"]
+    assert "Skipped" in (place.folder / "told.md").read_text() and not hub.jobs.started
+    assert submit("--force").returncode == 3 and len(hub.jobs.started) == 1
+
+
+def test_what_a_job_decided_is_remembered_where_it_was_started(submit, hub, place):
+    release(hub, place, max_steps=3)
+    assert submit().returncode == 3
+    again = submit("--json")
+    assert again.returncode == 3 and "measured before" in json.loads(again.stdout)["reason"]
+    assert len(hub.jobs.started) == 1
+    assert submit("--set", "train.max_steps=9").returncode == 3 and len(hub.jobs.started) == 2
+
+
+def test_a_job_is_of_the_very_inputs_that_were_asked_after(submit, hub):
+    submit()
+    asked = yaml.safe_load(hub.jobs.started[0]["environment"]["TUNEPRESS_CONFIG"])
+    assert asked["model"]["revision"] == hub.commits("ada/base")[0]
+    assert asked["data"]["revision"] == hub.commits("ada/rows", repo_type="dataset")[0]
+
+
+def test_in_a_workflow_of_github_the_job_installs_the_commit_that_it_runs_for(submit, hub):
     github = {"GITHUB_SERVER_URL": "https://github.com", "GITHUB_REPOSITORY": "ada/x", "GITHUB_SHA": "f00"}
-    submit(place, package=None, GITHUB_ACTIONS="true", **github)
+    submit(package=None, GITHUB_ACTIONS="true", **github)
     assert hub.jobs.started[0]["environment"]["TUNEPRESS_PACKAGE"] == "tunepress @ git+https://github.com/ada/x@f00"
 
 
@@ -128,8 +230,8 @@ def test_in_a_workflow_of_github_the_job_installs_the_commit_that_it_runs_for(pl
         (["--package", "git+https://secret@github.com/ada/x"], "without a password"),
     ],
 )
-def test_what_a_job_cannot_reach_is_refused_before_it_is_started(place, hub, options, named):
-    done = submit(place, *options)
+def test_what_a_job_cannot_reach_is_refused_before_it_is_started(submit, hub, options, named):
+    done = submit(*options)
     assert done.returncode == 2
     assert named in done.stderr and len(done.stderr.strip().splitlines()) == 1 and "secret" not in done.stderr
     assert not hub.jobs.started

@@ -77,6 +77,14 @@ def test_inputs_become_options(tmp_path, settings, options):
     ).read_text() == f"scripts/retrain.py my run.yaml --runs {tmp_path}/tunepress-runs{options}\n"
 
 
+def test_a_machine_that_only_starts_a_job_installs_no_cuda():
+    install = next(step for step in steps("retrain.yml", "retrain") if step.get("name") == "Install")
+    index = install["env"]["PIP_EXTRA_INDEX_URL"]
+    place = workflow("retrain.yml")["jobs"]["retrain"]["runs-on"]
+    is_job = place[len("${{ ") : place.index(" && 'ubuntu-latest'")]  # the same condition decides where it runs
+    assert index == f"${{{{ {is_job} && 'https://download.pytorch.org/whl/cpu' || '' }}}}"
+
+
 def test_ci_runs_the_test_command_of_the_readme_and_keeps_what_pip_fetched():
     readme = (WORKFLOWS.parents[1] / "README.md").read_text()
     commands = [step["run"] for step in steps("ci.yml", "test") if "run" in step]
