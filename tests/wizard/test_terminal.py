@@ -166,7 +166,7 @@ def test_where_the_answers_cannot_be_written_they_are_kept_elsewhere(desk, tmp_p
     with desk.sit_down() as person:
         person.answers("Model", "./model")
         person.sees("Data set [")
-        person.presses_ctrl_c()
+        person.presses("\x03")
         person.sees(f"your answers are in {tmp_path}/wizard-answers.yaml")
         assert person.ends() == 130
     assert yaml.safe_load((tmp_path / "wizard-answers.yaml").read_text()) == {"model": "./model"}
