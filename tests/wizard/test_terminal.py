@@ -141,7 +141,7 @@ def test_ctrl_c_keeps_the_answers_and_resuming_asks_the_rest(desk):
 
 def test_ctrl_d_where_a_token_is_asked_for_keeps_the_answers_too(desk):
     with desk.sit_down("--model", "./model", "--data", "rows.jsonl", "--profile", "standard") as person:
-        for question in ("Passes over the data", "Most steps", "Longest sequence", "Sequences at a time"):
+        for question in ("Passes over the data", "Steps instead of passes", "Longest sequence", "Sequences at a time"):
             person.answers(question)
         person.answers("Hub repository", "ada/mine")
         person.sees("not shown and not stored")
