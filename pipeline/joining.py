@@ -8,9 +8,9 @@ from pipeline.config import Config
 from pipeline.errors import Interrupted
 from pipeline.events import Unheard
 from pipeline.launch import Launch
+from pipeline.preflight import preflight
 from pipeline.process import run_stage
 from pipeline.reporter import Reporter
-from pipeline.run import preflight
 from pipeline.workspace import Entry, Workspace
 
 

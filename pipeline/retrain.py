@@ -21,9 +21,10 @@ from pipeline.decision import MARGIN, Decision, Matter, Outcome, better, check, 
 from pipeline.errors import StageFailed, UserError, WorkspaceError
 from pipeline.events import Events
 from pipeline.live import Live, forget, note, own_weights, read_live, untouched
+from pipeline.preflight import preflight
 from pipeline.reporter import Reporter
-from pipeline.run import Steps, preflight
 from pipeline.stages.compare import RESULT
+from pipeline.steps import Steps
 from pipeline.workspace import Workspace
 
 ROUNDS = 3  # how often others may publish while this run compares

@@ -1,0 +1,179 @@
+"""One step of a run at a time, in a process of its own, and the ledger of what is done."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+from pipeline.config import Config
+from pipeline.errors import Interrupted, StageFailed, UserError
+from pipeline.events import Events
+from pipeline.files import fingerprint
+from pipeline.forwarding import Forwarder
+from pipeline.launch import Launch
+from pipeline.process import run_stage
+from pipeline.reporter import Reporter
+from pipeline.stages import STEPS, admit, compare, document, evaluate, merge, publish, quantize, train
+from pipeline.trackers import opener
+from pipeline.workspace import Entry, Workspace
+
+MODULES = {
+    m.__name__.rpartition(".")[2]: m for m in (train, merge, evaluate, compare, quantize, admit, document, publish)
+}
+
+
+def stages_before_variants(config: Config) -> tuple[str, ...]:
+    """The stages that this configuration asks for, in order, up to the first variant."""
+    asked = {"train": config.data, "merge": config.merges, "evaluate": config.evaluate}
+    return tuple(stage for stage, wanted in asked.items() if wanted)
+
+
+class Steps:
+    """Does steps of a run, one process each, and keeps the ledger.
+
+    A step is a stage for some variants. Its key in the ledger is the stage's name, or
+    `quantize/VARIANT` for a variant that was admitted.
+    """
+
+    def __init__(self, config: Config, workspace: Workspace, reporter: Reporter, launch: Launch | None = None):
+        self._config, self._workspace, self._reporter, self._launch = config, workspace, reporter, launch
+        self._events = Events(workspace.events_path, config.name)
+        self._failures: list[StageFailed] = []
+        self._done: set[str] = set()
+        self._written: set[str] = set()  # variants whose files this process has made
+        self._forwarder = Forwarder(workspace.events_path, opener(config))
+
+    def __enter__(self) -> Steps:
+        self._reporter.begin(self._config, self._workspace)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._forwarder.close()
+        self._reporter.end(self._forwarder.problem)
+
+    def holds(self, stage: str, variants: tuple[str, ...] = ()) -> bool:
+        """Is the step finished, and nothing it depends on changed?"""
+        return self._workspace.holds(_key(stage, variants), self._fingerprint(stage, variants))
+
+    def did(self, *keys: str) -> bool:
+        """Was any of these steps done by this process?"""
+        return not self._done.isdisjoint(keys)
+
+    def recorded(self, key: str) -> bool:
+        """Was the step ever finished, whatever has changed since?"""
+        return key in self._workspace.ledger()
+
+    def do(self, stage: str, variants: tuple[str, ...] = (), again: bool = False) -> None:
+        """Do a step, unless it holds and is not to be done again.
+
+        Raises:
+            StageFailed: with the stage's own line.
+        """
+        key = _key(stage, variants)
+        depends_on = self._fingerprint(stage, variants)
+        if not again and self._workspace.holds(key, depends_on):
+            if key not in self._done:
+                self._reporter.kept(key)
+            return
+        self._reporter.started(key)
+        start = time.time()
+        try:
+            report = run_stage(
+                stage,
+                STEPS[stage].verb,
+                variants,
+                self._workspace,
+                self._events,
+                self._reporter,
+                self._tick,
+                self._launch if stage == "train" else None,
+            )
+        except BaseException:
+            self._reporter.failed(key)
+            raise
+        entry = Entry(
+            fingerprint=depends_on,
+            outputs=self._workspace.digests(report.outputs),
+            summary=report.summary,
+            finished=start + report.seconds,
+            seconds=round(report.seconds, 3),
+        )
+        self._workspace.record(key, entry)
+        self._done.add(key)
+        self._reporter.finished(key, entry)
+        if report.interrupted:
+            raise Interrupted
+
+    def try_admit(self, variant: str) -> bool:
+        """Let a variant in, measured; True if it is in. Its failure keeps nothing else back."""
+        if variant not in self._written and not self.holds("admit", (variant,)):
+            return False  # its files could not be written, which has been told
+        try:
+            self.do("admit", (variant,))
+        except StageFailed as failure:
+            self._failures.append(failure)
+            return False
+        return True
+
+    def try_publish(self, variants: tuple[str, ...]) -> None:
+        """Publish what there is so far; if the Hub does not take it now, the last publish will tell."""
+        with contextlib.suppress(StageFailed):
+            self.do("publish", variants)
+
+    def write_variants(self, variants: tuple[str, ...]) -> None:
+        """The one pass that writes the files of these variants."""
+        if not variants:
+            return
+        key = f"quantize ({', '.join(variants)})"
+        self._reporter.started(key)
+        try:
+            report = run_stage(
+                "quantize", "quantize", variants, self._workspace, self._events, self._reporter, self._tick
+            )
+        except StageFailed as failure:
+            self._reporter.failed(key)
+            self._failures.append(failure)
+            return
+        self._written.update(report.summary["made"])
+        for name, reason in report.summary["refused"].items():
+            self._failures.append(StageFailed(f"{name}: {reason}", 2, ""))
+        if report.summary["made"]:
+            self._reporter.wrote(key, report.seconds)
+        else:
+            self._reporter.failed(key)
+
+    def admitted(self, variants: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(v for v in variants if self.holds("admit", (v,)))
+
+    def require(self, stage: str) -> None:
+        """Raise where a step that `stage` builds on is missing or out of date."""
+        stages = stages_before_variants(self._config)
+        for needed in stages[: stages.index(stage)] if stage in stages else stages:
+            if not self.holds(needed):
+                raise UserError(f"{stage}: {needed} is not done, or its inputs changed; run: tunepress {needed} CONFIG")
+
+    def require_variant(self, variant: str) -> None:
+        """Raise where a variant that the configuration asks for is missing or out of date."""
+        if not self.holds("admit", (variant,)):
+            raise UserError(
+                f"publish: {variant} is not made, or its settings or libraries changed; run: tunepress quantize CONFIG"
+            )
+
+    def raise_failures(self) -> None:
+        """Tell at the end what failed on the way."""
+        if len(self._failures) == 1:
+            raise self._failures[0]
+        if self._failures:
+            told = "; ".join(str(failure) for failure in self._failures)
+            raise StageFailed(told, max(f.exit_code for f in self._failures), self._workspace.logs)
+
+    def _tick(self) -> None:
+        self._forwarder.forward()
+        self._reporter.tick()
+
+    def _fingerprint(self, stage: str, variants: tuple[str, ...]) -> str:
+        return fingerprint(MODULES[stage].depends(self._config, self._workspace, variants))
+
+
+def _key(stage: str, variants: tuple[str, ...]) -> str:
+    return f"quantize/{variants[0]}" if stage == "admit" else stage
