@@ -1,4 +1,4 @@
-"""trl's trainer, made to do in several processes what it does in one.
+"""trl's trainer with a run's settings, made to do in several processes what it does in one.
 
 Each process takes every n-th batch, so a step sees the same examples in any number of processes. Where
 the last step of an epoch does not go round, accelerate would repeat examples; here the rest is filled
@@ -8,14 +8,119 @@ of them: it depends on no division into batches.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
+from datasets import Dataset, concatenate_datasets
+from peft import LoraConfig
 from torch.utils.data import Sampler
-from trl import SFTTrainer
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
 
-from pipeline.data.encode import NO_LOSS
+from pipeline.config import Config
+from pipeline.data.encode import NO_LOSS, EncodedSet
+from pipeline.errors import UserError
+from pipeline.events import Events
+from pipeline.launch import share
+from pipeline.nf4 import load_base
+
+
+def new_trainer(
+    config: Config,
+    base: Path,
+    tokenizer,
+    encoded: dict[str, EncodedSet],
+    output: Path,
+    events: Events,
+    processes: int = 1,
+) -> Trainer:
+    """A trainer of the base model in folder `base`, its LoRA adapter in float32, with the run's settings.
+
+    Args:
+        encoded: the examples of `training` and of `held-out` as tokens.
+        output: folder of its checkpoints.
+        processes: how many train together.
+
+    Raises:
+        UserError: where the model has none of the layers that are to be trained.
+    """
+    settings, on_gpu = config.train, torch.cuda.is_available()
+    batch_size, accumulate = share(config, processes)
+    datasets = {
+        name: Dataset.from_dict(
+            {"input_ids": [e.input_ids for e in part.examples], "labels": [e.labels for e in part.examples]}
+        )
+        for name, part in encoded.items()
+        if part.examples
+    }
+    optimizer = {"adamw": "adamw_torch", "paged_adamw_8bit": "paged_adamw_8bit"}.get(
+        settings.optimizer, "paged_adamw_8bit" if on_gpu and not divided() else "adamw_torch"
+    )
+    evaluation = datasets.get("held-out")
+    args = SFTConfig(
+        output_dir=str(output),
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=accumulate,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=settings.warmup,  # below 1 it is a share of all steps
+        max_length=settings.max_length,
+        packing=settings.packing,
+        eval_packing=False,
+        optim=optimizer,
+        bf16=True,
+        use_cpu=not on_gpu,
+        gradient_checkpointing=on_gpu,
+        eval_strategy="steps" if evaluation is not None else "no",
+        eval_steps=settings.evaluate_every,
+        save_strategy="steps",
+        save_steps=settings.checkpoint_every,
+        save_total_limit=2,
+        logging_steps=1,
+        logging_first_step=True,
+        report_to=[],
+        disable_tqdm=True,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        dataloader_pin_memory=on_gpu,
+    )
+    lora = LoraConfig(
+        r=settings.lora.rank,
+        lora_alpha=settings.lora.alpha,
+        lora_dropout=settings.lora.dropout,
+        target_modules=settings.lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    # After the arguments, which prepare a model's way to be divided while it loads.
+    model = load_base(base, settings.method == "qlora", divided() is not None)
+    try:
+        trainer = Trainer(
+            model=model,
+            args=args,
+            train_dataset=datasets["training"],
+            eval_dataset=evaluation,
+            processing_class=tokenizer,
+            peft_config=lora,
+            callbacks=[_Reports(events)],
+        )
+    except ValueError as error:
+        if "target modules" not in str(error).lower():
+            raise
+        raise UserError(
+            f"train.lora.target_modules {settings.lora.target_modules}: the model has no such layers"
+        ) from None
+    # trl puts a 4-bit model's adapter into bf16, where small updates are rounded away, and a resumed
+    # one is in float32 again: then it would not be the same training.
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return trainer
 
 
 class Trainer(SFTTrainer):
@@ -76,8 +181,6 @@ class _Filled(Sampler):
 
 def _with_blanks(dataset, count: int):
     """A data set with so many examples at its end in which no token counts."""
-    from datasets import Dataset, concatenate_datasets
-
     if not count:
         return dataset
     token = dataset[0]["input_ids"][0]
@@ -108,3 +211,27 @@ def whole_adapter(trainer: Trainer) -> dict[str, torch.Tensor] | None:
         with GatheredParameters(list(trained.values())):
             return {name: p.detach().cpu().clone() for name, p in trained.items()}
     return None
+
+
+class _Reports(TrainerCallback):
+    """Progress and figures of the loop, as events; trl's own integrations stay off."""
+
+    def __init__(self, events: Events):
+        self._events = events
+
+    def on_step_end(self, args, state, control, **kwargs):
+        loss = next((row["loss"] for row in reversed(state.log_history) if "loss" in row), None)
+        shown = f", loss {loss:.3f}" if loss is not None else ""
+        self._events.progress(state.global_step, state.max_steps, f"step {state.global_step}/{state.max_steps}{shown}")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        values = {}
+        for key, value in (logs or {}).items():
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                # `loss` is a step's, `train_loss` the mean at the end: not a point of the same curve.
+                split, _, name = key.partition("_") if key.startswith("eval_") else ("train", "", key)
+                values[f"{split}/{'mean_loss' if name == 'train_loss' else name.removeprefix('train_')}"] = value
+        if values:
+            self._events.metrics(values, state.global_step)

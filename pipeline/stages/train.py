@@ -18,7 +18,6 @@ from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.events import Events
 from pipeline.files import empty_folder, fingerprint, replace_folder
-from pipeline.launch import share
 from pipeline.libraries import versions
 from pipeline.stages import Outcome
 from pipeline.stages.inputs import base_model, model_depends
@@ -55,7 +54,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     from transformers import set_seed
 
     from pipeline.libraries import quiet_progress_bars
-    from pipeline.training import whole_adapter
+    from pipeline.training import new_trainer, whole_adapter
 
     quiet_progress_bars()
     team = Team.here()
@@ -68,7 +67,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     set_seed(config.train.seed)
     start = time.monotonic()
     checkpoints = _checkpoints(config, workspace, depends_on, team)
-    trainer = _trainer(config, prepared, checkpoints, events, team.size)
+    trainer = new_trainer(config, prepared.base, prepared.tokenizer, prepared.encoded, checkpoints, events, team.size)
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     resumed_from = _train(trainer, checkpoints, meeting)
     adapter = whole_adapter(trainer)
@@ -207,116 +206,6 @@ def _save_adapter(trainer, weights: dict | None, workspace: Workspace) -> None:
     (partial / "README.md").unlink(missing_ok=True)  # peft's empty card; ours covers the adapter
     make_portable(partial, workspace.read_measurement("origin")["hub_id"])
     replace_folder(partial, workspace.adapter)
-
-
-def _trainer(config: Config, prepared: _Prepared, output: Path, events: Events, processes: int = 1):
-    import torch
-    from datasets import Dataset
-    from peft import LoraConfig
-    from trl import SFTConfig
-
-    from pipeline.nf4 import load_base
-    from pipeline.training import Trainer, divided
-
-    settings, on_gpu = config.train, torch.cuda.is_available()
-    batch_size, accumulate = share(config, processes)
-    datasets = {
-        name: Dataset.from_dict(
-            {"input_ids": [e.input_ids for e in part.examples], "labels": [e.labels for e in part.examples]}
-        )
-        for name, part in prepared.encoded.items()
-        if part.examples
-    }
-    optimizer = {"adamw": "adamw_torch", "paged_adamw_8bit": "paged_adamw_8bit"}.get(
-        settings.optimizer, "paged_adamw_8bit" if on_gpu and not divided() else "adamw_torch"
-    )
-    evaluation = datasets.get("held-out")
-    args = SFTConfig(
-        output_dir=str(output),
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps or -1,
-        per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=accumulate,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.schedule,
-        warmup_steps=settings.warmup,  # below 1 it is a share of all steps
-        max_length=settings.max_length,
-        packing=settings.packing,
-        eval_packing=False,
-        optim=optimizer,
-        bf16=True,
-        use_cpu=not on_gpu,
-        gradient_checkpointing=on_gpu,
-        eval_strategy="steps" if evaluation is not None else "no",
-        eval_steps=settings.evaluate_every,
-        save_strategy="steps",
-        save_steps=settings.checkpoint_every,
-        save_total_limit=2,
-        logging_steps=1,
-        logging_first_step=True,
-        report_to=[],
-        disable_tqdm=True,
-        seed=settings.seed,
-        data_seed=settings.seed,
-        dataloader_pin_memory=on_gpu,
-    )
-    lora = LoraConfig(
-        r=settings.lora.rank,
-        lora_alpha=settings.lora.alpha,
-        lora_dropout=settings.lora.dropout,
-        target_modules=settings.lora.target_modules,
-        task_type="CAUSAL_LM",
-    )
-    # After the arguments, which prepare a model's way to be divided while it loads.
-    model = load_base(prepared.base, settings.method == "qlora", divided() is not None)
-    try:
-        trainer = Trainer(
-            model=model,
-            args=args,
-            train_dataset=datasets["training"],
-            eval_dataset=evaluation,
-            processing_class=prepared.tokenizer,
-            peft_config=lora,
-            callbacks=[_reporter(events)],
-        )
-    except ValueError as error:
-        if "target modules" not in str(error).lower():
-            raise
-        raise UserError(
-            f"train.lora.target_modules {settings.lora.target_modules}: the model has no such layers"
-        ) from None
-    # trl puts a 4-bit model's adapter into bf16, where small updates are rounded away, and a resumed
-    # one is in float32 again: then it would not be the same training.
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return trainer
-
-
-def _reporter(events: Events):
-    """Progress and figures of the loop, as events; trl's own integrations stay off."""
-    from transformers import TrainerCallback
-
-    class Reporter(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            loss = next((row["loss"] for row in reversed(state.log_history) if "loss" in row), None)
-            shown = f", loss {loss:.3f}" if loss is not None else ""
-            events.progress(state.global_step, state.max_steps, f"step {state.global_step}/{state.max_steps}{shown}")
-
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if not state.is_world_process_zero:
-                return
-            values = {}
-            for key, value in (logs or {}).items():
-                if isinstance(value, (int, float)) and math.isfinite(value):
-                    # `loss` is a step's, `train_loss` the mean at the end: not a point of the same curve.
-                    split, _, name = key.partition("_") if key.startswith("eval_") else ("train", "", key)
-                    values[f"{split}/{'mean_loss' if name == 'train_loss' else name.removeprefix('train_')}"] = value
-            if values:
-                events.metrics(values, state.global_step)
-
-    return Reporter()
 
 
 def _just_evaluated(state) -> bool:
