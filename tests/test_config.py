@@ -186,7 +186,7 @@ BROKEN = {
     "evaluate: {max_tokens: 10}": ("evaluate.max_tokens", "10", "256"),
     "evaluate: {max_tokens: true}": ("evaluate.max_tokens", "true", "number"),
     "evaluate: {prompts: Hello}": ("evaluate.prompts", "Hello", "list"),
-    "quantize: {variants: [int3]}": ("quantize.variants.0", "int3", "int8, int4"),
+    "quantize: {variants: [int3]}": ("quantize.variants.0", "int3", "int8, int8-dynamic, int4"),
     "quantize: {variants: 4}": ("quantize.variants", "4", "list"),
     "quantize: {variants: [{group_size: 32}]}": ("quantize.variants.0.name", "missing"),
     "quantize: {variants: [{name: int4, group_size: 48}]}": ("quantize.variants.0", "48", "32, 64, 128, 256"),

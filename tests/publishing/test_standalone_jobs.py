@@ -115,7 +115,7 @@ def test_what_is_not_there_gated_or_a_data_set_is_refused(hub):
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"quant_types": ["int5"]}, "--quant-type int5: allowed are int8, int4"),
+        ({"quant_types": ["int5"]}, "--quant-type int5: allowed are int8, int8-dynamic, int4"),
         ({"group_size": 48, "quant_types": ["int4"]}, "group_size 48: allowed are 32, 64, 128, 256"),
         ({"repo": None}, "say where to publish to"),
         ({"low_disk": True}, "needs the whole model; use it with --save-only"),

@@ -135,6 +135,7 @@ def test_run_again_it_sends_nothing(added):
     assert sent(place.hub, since) == [] and place.hub.commits("ada/model") == commits
 
 
+@pytest.mark.slow
 def test_where_the_runs_folder_was_lost_all_is_made_again_and_no_weights_are_sent_again(added):
     """Also of the variant that is not asked for this time: what the repository has stays a part of the release."""
     place = added[0]
