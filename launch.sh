@@ -32,19 +32,25 @@ find_python() {
     fail "no Python 3.11 or newer found; install one, or name it: PYTHON=/path/to/python3.12 ./launch.sh"
 }
 
-# Install the project with the given extras, once for each state of pyproject.toml.
+# Make .venv anew, unless a whole one is there. What holds one that was stopped halfway is marked.
+make_venv() {
+    local python unfinished="$VENV/.unfinished"
+    [ -x "$VENV/bin/python" ] && [ ! -e "$unfinished" ] && return
+    python="$(find_python)"
+    echo "Making $VENV with $("$python" --version)"
+    rm -rf "$VENV"
+    mkdir "$VENV"
+    touch "$unfinished"
+    "$python" -m venv "$VENV" || fail "could not make $VENV; on Debian and Ubuntu: apt install python3-venv"
+    rm "$unfinished"
+}
+
+# Install the project with the given extras, once for each state of pyproject.toml and each place of the clone.
 install() {
-    local extras="$1" stamp python
-    stamp="$VENV/.installed-$extras-$DEMO_MODEL-$(cksum <"$HERE/pyproject.toml" | cut -d' ' -f1)"
-    [ -e "$stamp" ] && return
-    if [ ! -x "$VENV/bin/python" ]; then
-        python="$(find_python)"
-        echo "Making $VENV with $("$python" --version)"
-        "$python" -m venv "$VENV" || {
-            rm -rf "$VENV" # half of one would be taken for a whole one
-            fail "could not make $VENV; on Debian and Ubuntu: apt install python3-venv"
-        }
-    fi
+    local extras="$1" stamp
+    stamp="$VENV/.installed-$extras-$DEMO_MODEL-$({ echo "$HERE"; cat "$HERE/pyproject.toml"; } | cksum | cut -d' ' -f1)"
+    [ -x "$VENV/bin/python" ] && [ -e "$stamp" ] && return
+    make_venv
     echo "Installing into $VENV (a few minutes the first time)"
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable "${HERE}[$extras]" ||
         fail "the installation failed; its reason stands above"
@@ -53,16 +59,22 @@ install() {
     touch "$stamp"
 }
 
-export TUNEPRESS_COMMAND="$0" # what the last lines of a run tell people to type
+# Hand over to the command, which is told how people call it: from where they stand, and as their shell takes it.
+tunepress() {
+    install gguf
+    TUNEPRESS_COMMAND="./launch.sh"
+    [ "$PWD" -ef "$HERE" ] || TUNEPRESS_COMMAND="$(printf %q "$HERE/launch.sh")"
+    export TUNEPRESS_COMMAND
+    exec "$VENV/bin/tunepress" "$@"
+}
+
 case "${1:-}" in
 -h | --help)
     usage
     ;;
 --demo)
     shift
-    install gguf
-    cd "$HERE"
-    exec "$VENV/bin/tunepress" run configs/demo.yaml "$@"
+    tunepress run "$HERE/configs/demo.yaml" "$@"
     ;;
 --test)
     shift
@@ -71,11 +83,9 @@ case "${1:-}" in
     exec "$VENV/bin/python" -m pytest "$@"
     ;;
 "" | -*)
-    install gguf
-    exec "$VENV/bin/tunepress" wizard "$@"
+    tunepress wizard "$@"
     ;;
 *)
-    install gguf
-    exec "$VENV/bin/tunepress" "$@"
+    tunepress "$@"
     ;;
 esac

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from pipeline.commands import command
 from pipeline.config import Config
 from pipeline.errors import ConfigError, WorkspaceError
 from pipeline.files import read_json, write_json
@@ -97,7 +98,7 @@ class Matter:
             if beside := changes_beside(live, self.inputs):
                 reason = (
                     f"of what makes the model nothing changed since {live.head[:12]}, which is live; "
-                    f"{', '.join(beside)} did, and for that run: tunepress run CONFIG"
+                    f"{', '.join(beside)} did, and for that run: {command('run', 'CONFIG')}"
                 )
             return Decision("skipped", self.repo, reason, margin)
         if live is None or record.live != live.model:

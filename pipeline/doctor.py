@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline import machine
+from pipeline import commands, machine
 from pipeline.calibration import Calibration, measure, path, read_calibration
 from pipeline.calibration import keep as keep_calibration
 from pipeline.errors import HubError, WorkspaceError, redact
@@ -152,7 +152,7 @@ def login() -> dict:
 
     token = get_token()
     if token is None:
-        return {"name": None, "may_write": False, "problem": "no token; set HF_TOKEN or run: hf auth login"}
+        return {"name": None, "may_write": False, "problem": f"no token; set HF_TOKEN or run: {commands.login()}"}
     try:
         who = who_is("the Hub", token)
     except HubError as error:
@@ -215,7 +215,7 @@ def _speed(kept: dict) -> str:
 
     figures = kept["figures"]
     if not figures:
-        return kept["problem"] or "not measured; run: tunepress doctor --calibrate"
+        return kept["problem"] or f"not measured; run: {commands.command('doctor', '--calibrate')}"
     told = (
         f"training {figures['train'] / 1e9:.3g}, reading {figures['forward'] / 1e9:.3g} G weights x tokens/s; "
         f"decoding {size(figures['decode_bytes'])}/s; int4 {size(figures['rounding']['int4/search'])}/s; "

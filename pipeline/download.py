@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.commands import login
 from pipeline.errors import HubError, ModelError, UserError, is_unreachable, redact
 
 
@@ -66,7 +67,7 @@ def in_one_line(repo: str, revision: str | None, what: str) -> Iterator[None]:
     except UserError:
         raise
     except GatedRepoError:
-        raise ModelError(f"{repo}: gated; accept its terms on the Hub, then log in with 'hf auth login'") from None
+        raise ModelError(f"{repo}: gated; accept its terms on the Hub, then log in with: {login()}") from None
     except RevisionNotFoundError:
         raise ModelError(f"{repo}: no revision {revision!r}") from None
     except RepositoryNotFoundError:

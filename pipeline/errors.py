@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import re
 
+from pipeline.commands import install
+
 # Tokens of the Hub and of its cousins, wherever they turn up.
 _TOKEN_SHAPES = re.compile(
     r"\b(hf_[A-Za-z0-9]{8,}|api_org_[A-Za-z0-9]{8,}|hf_(jwt|oauth)_[A-Za-z0-9._-]{8,})\b|(?<=write_token=)[^&\s\"']+"
@@ -62,7 +64,7 @@ class MissingExtra(UserError):
     """An optional dependency is not installed."""
 
     def __init__(self, what: str, extra: str):
-        super().__init__(f"{what} needs a package that is not installed; run: pip install 'tunepress[{extra}]'")
+        super().__init__(f"{what} needs a package that is not installed; run: {install(f'tunepress[{extra}]')}")
 
 
 class Interrupted(UserError):

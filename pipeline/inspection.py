@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+from pipeline.commands import command
 from pipeline.download import in_one_line
 from pipeline.errors import ModelError
 from pipeline.models import ADAPTER_FILES, check_config, read_config
@@ -49,7 +50,7 @@ def _check_files(repo: str, names: Collection[str]) -> None:
     if "config.json" in root and weights:
         return
     if ADAPTER_FILES[0] in root:
-        what = f"an adapter alone; merge it first: tunepress merge BASE {repo} --output DIR"
+        what = f"an adapter alone; merge it first: {command('merge', 'BASE', repo, '--output', 'DIR')}"
     elif "model_index.json" in root:
         what = "a diffusion pipeline; only language models are handled"
     elif any(name.endswith(".gguf") for name in root):

@@ -14,6 +14,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from pipeline import hub, models
+from pipeline.commands import command
 from pipeline.config import PACKAGE_SOURCE, Config
 from pipeline.data import Example, load_examples
 from pipeline.data.sources import is_builtin, locate
@@ -193,7 +194,7 @@ def untouched(held_out: tuple[Example, ...], data: str, live: Live) -> tuple[tup
         raise DataError(
             f"{live.repo}: to compare with it takes {FEWEST} held-out examples, and of {len(held_out)} only "
             f"{len(kept)} were surely held out from the live model too; set data.seed to its {seed}, raise "
-            "data.held_out, or publish without comparing: tunepress run"
+            f"data.held_out, or publish without comparing: {command('run')}"
         )
     left_out = len(held_out) - len(kept)
     return kept, f"{left_out} held-out examples left out that the live model may know" if left_out else None

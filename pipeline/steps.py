@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 
+from pipeline.commands import command
 from pipeline.config import Config
 from pipeline.errors import Interrupted, StageFailed, UserError
 from pipeline.events import Events
@@ -150,14 +151,14 @@ class Steps:
         stages = stages_before_variants(self._config)
         for needed in stages[: stages.index(stage)] if stage in stages else stages:
             if not self.holds(needed):
-                raise UserError(f"{stage}: {needed} is not done, or its inputs changed; run: tunepress {needed} CONFIG")
+                again = command(needed, "CONFIG")
+                raise UserError(f"{stage}: {needed} is not done, or its inputs changed; run: {again}")
 
     def require_variant(self, variant: str) -> None:
         """Raise where a variant that the configuration asks for is missing or out of date."""
         if not self.holds("admit", (variant,)):
-            raise UserError(
-                f"publish: {variant} is not made, or its settings or libraries changed; run: tunepress quantize CONFIG"
-            )
+            again = command("quantize", "CONFIG")
+            raise UserError(f"publish: {variant} is not made, or its settings or libraries changed; run: {again}")
 
     def raise_failures(self) -> None:
         """Tell at the end what failed on the way."""

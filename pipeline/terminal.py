@@ -6,7 +6,6 @@ now and then one that says how far a long step is.
 
 from __future__ import annotations
 
-import os
 import time
 
 from rich.box import SIMPLE
@@ -16,6 +15,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from pipeline.catalog import VARIANTS
+from pipeline.commands import command
 from pipeline.config import Config
 from pipeline.files import read_json
 from pipeline.reporter import Reporter
@@ -96,7 +96,7 @@ class TerminalReporter(Reporter):
         if tracker_problem:
             self.console.print(
                 f"[yellow]![/] Trackio has not got everything ({escape(tracker_problem)}); "
-                "the rest is kept, and sent with the next run or by: tunepress sync RUN"
+                f"the rest is kept, and sent with the next run or by: {command('sync', 'RUN')}"
             )
 
     def _done(self, step: str, seconds: float, text: str) -> None:
@@ -124,14 +124,13 @@ def summary(console: Console, config: Config, workspace: Workspace) -> None:
         console.print(table)
     console.print(f"[dim]{_how_measured(results)}[/]")
     console.print(f"\nRelease    {escape(str(workspace.release))}")
-    command = os.environ.get("TUNEPRESS_COMMAND", "tunepress")
     chosen = [v for v in shown if VARIANTS[v].format != "gguf"] or shown
-    chosen = f" --variant {chosen[-1]}" if chosen else ""
+    chosen = ("--variant", chosen[-1]) if chosen else ()
     run = workspace.release if workspace.release in workspace.folder.parents else workspace.folder
-    console.print(f"Talk to it {escape(f'{command} chat {run}{chosen}')}")
+    console.print(f"Talk to it {escape(command('chat', run, *chosen))}")
     console.print(f"Dashboard  {escape(dashboard_hint(config))}")
     if config.publish.repo is None:
-        console.print(f"Publish    {escape(f'{command} publish {run} --repo USER/NAME')}")
+        console.print(f"Publish    {escape(command('publish', run, '--repo', 'USER/NAME'))}")
     else:
         from huggingface_hub import constants
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.commands import install
 from pipeline.data.json_array import JsonRows, read_array
 from pipeline.data.rows import BadRow, shorten
 from pipeline.errors import DataError
@@ -201,7 +202,7 @@ def _open_parquet(path: Path, name: str) -> Table:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise DataError(f"{name}: reading Parquet needs a package; run: pip install pyarrow") from None
+        raise DataError(f"{name}: reading Parquet needs a package; run: {install('pyarrow')}") from None
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = tuple(file.schema_arrow.names)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.commands import install
 from pipeline.config import Data
 from pipeline.data.files import Row, Table
 from pipeline.data.rows import shorten
@@ -50,7 +51,7 @@ def open_hub(data: Data) -> HubSource:
         import datasets
         from huggingface_hub import HfApi
     except ImportError:
-        raise DataError(f"{data.source}: reading from the Hub needs a package; run: pip install datasets") from None
+        raise DataError(f"{data.source}: reading from the Hub needs a package; run: {install('datasets')}") from None
     datasets.disable_progress_bars()
     pinned, card = None, None
     try:
@@ -95,7 +96,7 @@ def peek(data: Data) -> Table:
     try:
         import datasets
     except ImportError:
-        raise DataError(f"{data.source}: reading from the Hub needs a package; run: pip install datasets") from None
+        raise DataError(f"{data.source}: reading from the Hub needs a package; run: {install('datasets')}") from None
     datasets.disable_progress_bars()
     with _in_one_line(data):
         rows = datasets.load_dataset(

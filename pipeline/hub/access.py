@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from pipeline.commands import login
 from pipeline.errors import HubError
 from pipeline.hub.trouble import ATTEMPTS, HubAway, persist, status_of
 
@@ -69,7 +70,7 @@ def check_token(place: str, owner: str | None, attempts: int = ATTEMPTS) -> str:
 
     token = get_token()
     if token is None:
-        raise HubError(f"{place}: no Hub token; set HF_TOKEN or run: hf auth login")
+        raise HubError(f"{place}: no Hub token; set HF_TOKEN or run: {login()}")
     who = persist(place, lambda: who_is(place, token), attempts=attempts)
     names = [who.get("name"), *(o.get("name") for o in who.get("orgs", []))]
     if owner is not None and owner.casefold() not in [str(name).casefold() for name in names]:
@@ -108,7 +109,7 @@ def who_is(place: str, token: str) -> dict:
         hf_raise_for_status(answer)
     except Exception as error:
         if status_of(error) in (401, 403):
-            raise HubError(f"{place}: the Hub does not know this token; log in again with: hf auth login") from None
+            raise HubError(f"{place}: the Hub does not know this token; log in again with: {login()}") from None
         raise
     try:
         return dict(answer.json())

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+from pipeline.commands import login
 from pipeline.errors import HubError, is_unreachable, redact
 
 ATTEMPTS = 5
@@ -75,7 +76,7 @@ def _explained(place: str, error: Exception) -> Exception:
     if code == 404 and any(isinstance(cause, RepositoryNotFoundError) for cause in _causes(error)):
         return HubError(f"{place}: no such repository, or it is private and this token may not see it")
     if code == 401:
-        return HubError(f"{place}: the Hub refuses this token; log in again with: hf auth login")
+        return HubError(f"{place}: the Hub refuses this token; log in again with: {login()}")
     if code == 403:
         return HubError(f"{place}: this token may not write there; use one that may")
     return HubError(f"{place}: the Hub refuses it ({say(error)})")

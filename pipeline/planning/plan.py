@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.calibration import Calibration, read_calibration
+from pipeline.commands import command
 from pipeline.config import Config
 from pipeline.planning import memory, timing
 from pipeline.planning.advice import Change, advise
@@ -130,7 +131,7 @@ def _calibration(machine: Machine) -> tuple[Calibration | None, str | None]:
         return None, "no times, for nothing was measured on that machine"
     found = read_calibration()
     if found is None:
-        return None, "no times, for nothing was measured here yet; run: tunepress doctor --calibrate"
+        return None, f"no times, for nothing was measured here yet; run: {command('doctor', '--calibrate')}"
     if not found.is_of(machine.name):
-        return None, "no times, for this machine has changed; run: tunepress doctor --calibrate"
+        return None, f"no times, for this machine has changed; run: {command('doctor', '--calibrate')}"
     return found, None

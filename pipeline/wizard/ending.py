@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shlex
 from pathlib import Path
 
 import yaml
 
 from pipeline.calibration import keep, measure, read_calibration
+from pipeline.commands import command
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import ConfigError, UserError, WorkspaceError
@@ -17,11 +16,6 @@ from pipeline.files import write_text
 from pipeline.wizard.asking import Question, yes_or_no
 from pipeline.wizard.draft import Draft
 from pipeline.wizard.summary import show_summary
-
-
-def command(*words: object) -> str:
-    """A command of ours as people type it here."""
-    return " ".join([os.environ.get("TUNEPRESS_COMMAND", "tunepress"), *(shlex.quote(str(word)) for word in words)])
 
 
 def _default_name(draft: Draft) -> str:

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from pipeline.commands import command
 from pipeline.errors import ConfigError, redact
 from pipeline.files import write_text
 from pipeline.wizard.asking import Asker, escaped, yes_or_no
 from pipeline.wizard.draft import Draft
-from pipeline.wizard.ending import command
 from pipeline.wizard.questions import QUESTIONS
 
 if TYPE_CHECKING:

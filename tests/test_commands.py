@@ -1,0 +1,51 @@
+"""What people are told to type is what they have: the command, or the launch.sh that they came by."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.commands import LAUNCHED_BY, command
+from pipeline.config import Config
+from pipeline.errors import HubError, MissingExtra
+from pipeline.hub import check_token
+from pipeline.planning import make_plan
+
+TREE = {"name": "tiny", "data": None, "quantize": {"variants": []}}
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """As launch.sh says it, for a shell."""
+    monkeypatch.setenv(LAUNCHED_BY, "/home/ada/a\\ clone/launch.sh")
+
+
+def test_words_are_as_a_shell_takes_them(launched):
+    line = command("chat", Path("my runs/demo"))
+    words = subprocess.run(["bash", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True).stdout
+    assert words.splitlines() == ["/home/ada/a clone/launch.sh", "chat", "my runs/demo"]
+
+
+def test_without_launch_sh_it_is_the_command(monkeypatch):
+    monkeypatch.delenv(LAUNCHED_BY, raising=False)
+    assert command("doctor") == "tunepress doctor"
+    assert str(MissingExtra("q", "gguf")).endswith("run: pip install 'tunepress[gguf]'")
+
+
+def test_what_is_missing_is_installed_where_this_runs(launched):
+    assert str(MissingExtra("q", "gguf")).endswith(f"run: {sys.executable} -m pip install 'tunepress[gguf]'")
+
+
+def test_a_login_is_told_by_a_program_that_is_there(launched, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "/nonexistent")
+    with pytest.raises(HubError, match=f"{Path(sys.executable).parent}/hf auth login"):
+        check_token("ada/mine", "ada")
+
+
+def test_a_plan_says_how_to_measure(launched, tiny_model, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    plan = make_plan(Config.model_validate({**TREE, "model": {"source": str(tiny_model("llama"))}}), runs=tmp_path)
+    assert plan.why_no_times.endswith("launch.sh doctor --calibrate")
