@@ -72,6 +72,8 @@ def in_one_line(repo: str, revision: str | None, what: str) -> Iterator[None]:
         raise ModelError(f"{repo}: no revision {revision!r}") from None
     except RepositoryNotFoundError:
         raise ModelError(f"{repo}: no such model on the Hub, or it is private and you are not logged in") from None
+    except UnicodeEncodeError:  # nothing but the token goes into a header as it is
+        raise HubError(f"{repo}: what there is as the Hub's token is none; it has signs of no token in it") from None
     except Exception as error:
         if not (isinstance(error, (HfHubHTTPError, OSError)) or is_unreachable(error)):
             raise

@@ -97,11 +97,13 @@ def who_is(place: str, token: str) -> dict:
     """Whose token it is, and what it may do; asked once.
 
     Raises:
-        HubError: where the Hub does not know it, or what answers is not the Hub.
+        HubError: where it is none, the Hub does not know it, or what answers is not the Hub.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
+    if not could_be_token(token):
+        raise HubError(f"{place}: what there is as the Hub's token is none; it has blanks or other signs in it")
     # Not through the client's own function, which waits for an answer for ever.
     address, headers = f"{constants.ENDPOINT}/api/whoami-v2", build_hf_headers(token=token)
     answer = get_session().get(address, headers=headers, timeout=ANSWER_SECONDS)
@@ -115,6 +117,11 @@ def who_is(place: str, token: str) -> dict:
         return dict(answer.json())
     except (ValueError, TypeError):
         raise HubAway(f"{place}: what answers at {constants.ENDPOINT} is not the Hub") from None
+
+
+def could_be_token(text: str) -> bool:
+    """Can it stand in a header? What was copied wrongly has blanks or signs of no token's alphabet."""
+    return text.isascii() and text.isprintable() and " " not in text
 
 
 def create(repo: str, private: bool) -> bool:

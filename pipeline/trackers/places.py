@@ -11,6 +11,7 @@ import sqlite3
 from typing import Any, Protocol
 
 from pipeline.errors import TrackError, redact
+from pipeline.hub import could_be_token
 
 API_VERSION = 1
 CONNECT_SECONDS, ANSWER_SECONDS = 4.0, 15.0
@@ -141,6 +142,6 @@ def check_write_token(address: str) -> str:
     token = os.environ.get(TOKEN_VARIABLE, "").strip()
     if not token:
         raise TrackError(f"track.server {address}: no write token; set {TOKEN_VARIABLE} to the one that server has")
-    if not (token.isascii() and token.isprintable()) or " " in token:
+    if not could_be_token(token):
         raise TrackError(f"track.server {address}: {TOKEN_VARIABLE} is not a token; it has blanks or other signs in it")
     return token

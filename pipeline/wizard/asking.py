@@ -25,6 +25,7 @@ class Question:
         default: the answer that an empty line stands for.
         take: checks an answer and puts it into the draft; raises UserError, and leaves the draft as it was.
         wanted: is it to be asked, after the answers so far?
+        denies: name of the option that answers no, where that has one of its own.
     """
 
     name: str
@@ -33,6 +34,15 @@ class Question:
     default: Callable[[Draft], str]
     take: Callable[[Draft, str], None]
     wanted: Callable[[Draft], bool] = lambda draft: True
+    denies: str | None = None
+
+    def option(self, answer: str) -> str:
+        """The option that gives an answer."""
+        return f"--{self.denies if self.denies and answer == 'no' else self.name}"
+
+    @property
+    def options(self) -> str:
+        return f"--{self.name}" + (f" or --{self.denies}" if self.denies else "")
 
 
 class GoBack(Exception):
@@ -47,20 +57,23 @@ class Asker:
     """Asks questions one after the other.
 
     Attributes:
-        given: answers given ahead, by name; a wrong one ends the wizard.
-        remembered: answers of an earlier session; at a terminal a wrong one is asked again.
+        draft: takes the answers, and has those that are known beforehand.
         yes: take the default of everything else.
         answers: all answers so far, as text; no secrets among them.
     """
 
     console: Console
-    given: dict[str, str]
-    remembered: dict[str, str]
+    draft: Draft
     yes: bool
     at_terminal: bool
     answers: dict[str, str] = field(default_factory=dict)
 
-    def ask_all(self, questions: Sequence[Question], draft: Draft) -> None:
+    @property
+    def known(self) -> dict[str, str]:
+        """Every answer that is known, whether or not its question was reached."""
+        return self.draft.remembered | self.draft.given | self.answers
+
+    def ask_all(self, questions: Sequence[Question]) -> None:
         """Ask what is wanted, in order.
 
         Raises:
@@ -71,36 +84,39 @@ class Asker:
         while at < len(questions):
             question = questions[at]
             at += 1
-            if not question.wanted(draft):
-                if question.name in self.given:
-                    raise ConfigError(f"--{question.name}: does not apply to the other answers; leave it out")
-                continue
             try:
-                self.answers[question.name] = self._ask(question, draft)
+                if question.wanted(self.draft):
+                    self.answers[question.name] = self._ask(question)
+                elif question.name in self.draft.given:
+                    option = question.option(self.draft.given[question.name])
+                    raise ConfigError(f"{option}: does not apply to the other answers; leave it out")
             except GoBack as back:
                 at = next(i for i, q in enumerate(questions) if q.name == back.name)
-                draft.given -= {question.name, back.name}
                 for name in (question.name, back.name):
-                    for known in (self.answers, self.remembered, self.given):
+                    for known in (self.answers, self.draft.remembered, self.draft.given):
                         known.pop(name, None)
+            except UserError:
+                self.draft.given.pop(question.name, None)  # it is not to be kept with the others
+                raise
 
-    def _ask(self, question: Question, draft: Draft) -> str:
+    def _ask(self, question: Question) -> str:
         """The answer, which was taken."""
-        if question.name in self.given:
-            return self._take(question, draft, self.given[question.name])
-        if question.name in self.remembered:
+        draft = self.draft
+        if question.name in draft.given:
+            return self._take(question, draft.given[question.name])
+        if question.name in draft.remembered:
             try:
-                return self._take(question, draft, self.remembered[question.name])
+                return self._take(question, draft.remembered[question.name])
             except UserError as error:
                 if not self.at_terminal:
                     raise
                 self._refuse(error)
         if self.yes:
-            return self._take(question, draft, question.default(draft))
+            return self._take(question, question.default(draft))
         self.console.print(f"\n[dim]{escaped(question.about(draft))}[/]")
         while True:
             try:
-                return self._take(question, draft, self._read(question, question.default(draft)))
+                return self._take(question, self._read(question, question.default(draft)))
             except UserError as error:
                 if not self.at_terminal:
                     raise
@@ -113,16 +129,15 @@ class Asker:
         if not line and self.at_terminal:  # Ctrl-D
             raise KeyboardInterrupt
         if not line:
-            raise ConfigError(
-                f"{question.ask}: the answers end here; give one more line, or --{question.name}, or --yes for defaults"
-            )
+            ways = f"give one more line, or {question.options}, or --yes for defaults"
+            raise ConfigError(f"{question.ask}: the answers end here; {ways}")
         answer = line.strip() or default
         if not self.at_terminal:  # nobody typed it here
             self.console.print(escaped(redact(answer)))
         return answer
 
-    def _take(self, question: Question, draft: Draft, answer: str) -> str:
-        question.take(draft, answer)
+    def _take(self, question: Question, answer: str) -> str:
+        question.take(self.draft, answer)
         return answer
 
     def _refuse(self, error: UserError) -> None:

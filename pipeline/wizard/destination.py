@@ -13,13 +13,15 @@ from pipeline.wizard.asking import Question, yes_or_no
 from pipeline.wizard.draft import Draft
 
 NOWHERE, HERE = "none", "local"
+HUB = ("HF_TOKEN", "Hub token that may write")
+SERVER = (TOKEN_VARIABLE, "Write token of that server")
 
 
 def _take_repo(draft: Draft, answer: str) -> None:
     if answer.lower() in (NOWHERE, "no"):
         return draft.set({"publish.repo": None})
     config = draft.config({"publish.repo": answer})
-    _with_hub_token(draft, lambda: check_access(answer))
+    _with_token(draft, HUB, NOWHERE, lambda: check_access(answer))
     draft.check_fits(config)
     draft.set({"publish.repo": answer})
 
@@ -35,25 +37,33 @@ def _take_track(draft: Draft, answer: str) -> None:
         return draft.set({"track.space": None, "track.server": None})
     is_server = "://" in answer
     settings = {"track.space": None if is_server else answer, "track.server": answer if is_server else None}
-    track = draft.config(settings).track
-    if track.server:
-        _with_token(draft, TOKEN_VARIABLE, "Write token of that server", lambda: check(track))
-    else:
+    config = draft.config(settings)
+
+    def check_space() -> None:
+        """One token serves the Space and the repository."""
         with contextlib.suppress(HubAway):  # it gets its events later
-            _with_hub_token(draft, lambda: check_token(f"track.space {answer}", answer.split("/")[0], attempts=1))
-        check(track)
+            check_token(f"track.space {answer}", answer.split("/")[0], attempts=1)
+            if config.publish.repo:
+                check_access(config.publish.repo)
+        check(config.track)
+
+    if is_server:
+        _with_token(draft, SERVER, HERE, lambda: check(config.track))
+    else:
+        _with_token(draft, HUB, HERE, check_space)
     draft.set(settings)
 
 
-def _with_hub_token(draft: Draft, check: Callable[[], object]) -> None:
-    _with_token(draft, "HF_TOKEN", "Hub token that may write", check)
-
-
-def _with_token(draft: Draft, variable: str, what: str, check: Callable[[], object]) -> None:
+def _with_token(draft: Draft, token_of: tuple[str, str], instead: str, check: Callable[[], object]) -> None:
     """Check access with the token that there is; where that is not enough, ask the person for one, without echo.
 
     The token goes into the environment of this process alone, and only where the check accepts it.
+
+    Args:
+        token_of: the variable that it is taken from, and what it is for people.
+        instead: the answer that needs no token.
     """
+    variable, what = token_of
     try:
         check()
         return
@@ -65,7 +75,7 @@ def _with_token(draft: Draft, variable: str, what: str, check: Callable[[], obje
         draft.tell(str(error))
     token = draft.secret(f"{what}, not shown and not stored (empty: answer the question anew): ").strip()
     if not token:
-        raise HubError(f"without a token nothing can be sent; {NOWHERE} or {HERE} keeps it here")
+        raise HubError(f"without a token nothing can be sent; {instead} keeps it here")
     before = os.environ.get(variable)
     os.environ[variable] = token
     try:
@@ -97,6 +107,7 @@ QUESTIONS = (
         lambda draft: "yes",
         _take_private,
         lambda draft: draft.config().publish.repo is not None,
+        "public",
     ),
     Question("track", "Trackio", _about_track, lambda draft: HERE, _take_track),
 )

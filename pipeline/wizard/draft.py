@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from pipeline.commands import command
 from pipeline.config import Config
 from pipeline.config_file import parse_config
 from pipeline.data.sources import BUILTIN
@@ -31,7 +32,8 @@ class Draft:
         tell: shows a line of text.
         secret: reads a secret without showing it, "" for none; None where nobody sits at a terminal.
         confirm: asks yes or no; None there too.
-        given: names of the answers that were given ahead.
+        given: answers given ahead as options, by the questions' names; a wrong one ends the wizard.
+        remembered: answers of an earlier session; at a terminal a wrong one is asked again.
         overwrite: a configuration file that is there may be replaced.
         tree: the configuration as plain data, with what was answered and what a recipe brought.
         sizes: of the base model.
@@ -40,6 +42,7 @@ class Draft:
         quantizes: quantized models are made.
         columns_problem: why no form was found for the data set, until its columns are named.
         written: the configuration's file.
+        too_large: its plan does not fit this machine.
         start: the run begins now.
     """
 
@@ -47,7 +50,8 @@ class Draft:
     tell: Callable[[str], None]
     secret: Callable[[str], str] | None = None
     confirm: Callable[[str], bool] | None = None
-    given: frozenset[str] = frozenset()
+    given: dict[str, str] = field(default_factory=dict)
+    remembered: dict[str, str] = field(default_factory=dict)
     overwrite: bool = False
     tree: dict = field(default_factory=dict)
     sizes: Sizes | None = None
@@ -56,6 +60,7 @@ class Draft:
     quantizes: bool = True
     columns_problem: str | None = None
     written: Path | None = None
+    too_large: bool = False
     start: bool = False
 
     @property
@@ -66,6 +71,14 @@ class Draft:
     @property
     def interactive(self) -> bool:
         return self.secret is not None
+
+    def is_known(self, name: str) -> bool:
+        """Need a question not be asked, since its answer is known beforehand?"""
+        return name in self.given or name in self.remembered
+
+    def command(self, *words: object) -> str:
+        """A command as people type it here, with this folder of the runs."""
+        return command(*words, *([] if self.runs == Path("runs") else ["--runs", self.runs]))
 
     @cached_property
     def machine(self) -> Machine:

@@ -8,7 +8,6 @@ from pathlib import Path
 import yaml
 
 from pipeline.calibration import keep, measure, read_calibration
-from pipeline.commands import command
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import ConfigError, UserError, WorkspaceError
@@ -47,13 +46,13 @@ def _take_file(draft: Draft, answer: str) -> None:
         _ask_to_replace(draft, path)
     tree = {key: draft.tree[key] for key in Config.model_fields if key in draft.tree}
     body = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-    again = command("run", answer, *([] if draft.runs == Path("runs") else ["--runs", draft.runs]))
+    about = f"# Written by the wizard. To run it, or to go on where it stopped: {draft.command('run', path)}\n"
     try:
-        write_text(path, f"# Written by the wizard. To run it, or to go on where it stopped: {again}\n{body}")
+        write_text(path, about + body)
     except OSError as error:
         raise ConfigError(f"{answer}: cannot be written ({error.strerror})") from None
     draft.written = path
-    show_summary(draft)
+    draft.too_large = not show_summary(draft).fits
 
 
 def _says(path: Path, config: Config) -> bool:
@@ -72,9 +71,13 @@ def _ask_to_replace(draft: Draft, path: Path) -> None:
         raise taken
 
 
-def _not_measured(draft: Draft) -> bool:
+def _to_be_measured(draft: Draft) -> bool:
+    """Not a second time, unless an option says so."""
+    if "calibrate" in draft.given:
+        return True
     known = read_calibration()
-    return known is None or not known.is_of(draft.machine.name)
+    measured = known is not None and known.is_of(draft.machine.name)
+    return not measured and (draft.interactive or draft.is_known("calibrate"))
 
 
 def _take_calibrate(draft: Draft, answer: str) -> None:
@@ -104,7 +107,8 @@ QUESTIONS = (
         lambda draft: "Takes some twenty seconds, once; without it nothing is said of how long the run takes.",
         lambda draft: "yes" if draft.interactive else "no",
         _take_calibrate,
-        lambda draft: "calibrate" in draft.given or (draft.interactive and _not_measured(draft)),
+        _to_be_measured,
+        "no-calibrate",
     ),
     Question(
         "file",
@@ -117,7 +121,8 @@ QUESTIONS = (
         "run",
         "Start now",
         lambda draft: "It can be stopped at any moment, and goes on where it stopped.",
-        lambda draft: "yes",
+        lambda draft: "no" if draft.too_large else "yes",
         _take_run,
+        denies="no-run",
     ),
 )

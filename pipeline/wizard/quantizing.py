@@ -125,6 +125,7 @@ QUESTIONS = (
         lambda draft: "Smaller copies of the model in folders beside it, each measured before it is published.",
         lambda draft: "yes",
         _take_quantize,
+        denies="no-quantize",
     ),
     Question(
         "quantization", "Quantized models", _about_quantization, _default_quantization, _take_quantization, _wanted

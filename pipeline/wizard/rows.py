@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
+from collections.abc import Iterator
 
 from pipeline.catalog import DATA_FORMS
 from pipeline.config import Data
@@ -12,6 +14,7 @@ from pipeline.data.forms import choose_layout
 from pipeline.data.reading import read_table
 from pipeline.data.rows import BadRow, columns_of, shorten
 from pipeline.data.sources import BUILTIN, check_settings, is_builtin, locate
+from pipeline.data.splitting import split
 from pipeline.errors import ConfigError, DataError
 from pipeline.wizard.asking import GoBack, Question
 from pipeline.wizard.draft import Draft
@@ -21,6 +24,21 @@ SHOWN_ROWS, CHECKED_ROWS = 3, 10
 ANOTHER = "another"
 # What may stand behind a source, as `ada/rows subset=easy split=train_sft`.
 _SETTING = re.compile(r"\s+(subset|split|revision|on_bad_row|limit)=(\S+)\Z")
+
+# What errors name as in a configuration, and how it is typed here.
+_TYPED = {
+    "data.columns: {instruction: question, input: context, output: answer}": (
+        "--columns instruction=question,input=context,output=answer"
+    ),
+    "set data.form: question_answer": "answer --columns question_answer",
+    "set data.form to one of them": "name one of them with --columns",
+    "choose one with data.subset": "write subset=NAME behind the data set's",
+    "correct data.split": "write split=NAME behind the data set's",
+    "correct data.source": "name another",
+    "in data.columns": "with --columns",
+    "data.columns": "--columns",
+    **{f"data.{name}": name for name in ("subset", "split", "revision", "form", "on_bad_row", "limit")},
+}
 
 
 def _about(draft: Draft) -> str:
@@ -40,26 +58,28 @@ def _take(draft: Draft, answer: str) -> None:
     if answer != section.get("source"):  # what a recipe says of its own data is not true of other data
         section = _section(answer)
         tree = recipe_tree(draft.recipe, own_data=False) if draft.recipe else tree
-    data = draft.config({"data": section}).data
-    problem = None
+    with _in_its_words():
+        problem = _look_at(draft, draft.config({"data": section}).data)
+    draft.tree = {**tree, "data": section}
+    draft.columns_problem = problem
+
+
+def _look_at(draft: Draft, data: Data) -> str | None:
+    """Show the first rows and the form found; or say why none was, where there is somebody to name the columns."""
     if is_builtin(data.source):
         check_settings(data, on_hub=False)
         draft.tell("the docstrings of Python's standard library, as questions and answers")
-    else:
-        table = _open(data)
-        rows = _first_rows(table)
-        for row in rows[:SHOWN_ROWS]:
-            draft.tell(_shown(row))
-        try:
-            choose_layout(_columns(table, rows), data.form, data.columns)
-        except BadRow as error:
-            problem = f"{table.name}: {error}"
-        if problem and not (draft.interactive or "columns" in draft.given):
+        return None
+    table = _open(data)
+    rows = _first_rows(table, data)
+    for row in rows[:SHOWN_ROWS]:
+        draft.tell(_shown(row))
+    if problem := _without_form(table, rows, data):
+        if not (draft.interactive or draft.is_known("columns")):
             raise DataError(problem)
-        if problem is None:
-            _tell_form(draft, table, data)
-    draft.tree = {**tree, "data": section}
-    draft.columns_problem = problem
+        return _as_typed(problem)
+    _tell_form(draft, table, data)
+    return None
 
 
 def _section(answer: str) -> dict:
@@ -69,6 +89,21 @@ def _section(answer: str) -> dict:
         settings[found[1]] = int(found[2]) if found[1] == "limit" and found[2].isdecimal() else found[2]
         answer = answer[: found.start()]
     return {"source": answer, **settings}
+
+
+@contextlib.contextmanager
+def _in_its_words() -> Iterator[None]:
+    """What a configuration would call its settings, as they are typed here."""
+    try:
+        yield
+    except (ConfigError, DataError) as error:
+        raise type(error)(_as_typed(str(error))) from None
+
+
+def _as_typed(problem: str) -> str:
+    for said, typed in _TYPED.items():
+        problem = problem.replace(said, typed)
+    return problem
 
 
 def _open(data: Data) -> Table:
@@ -81,23 +116,32 @@ def _open(data: Data) -> Table:
     return peek(data)
 
 
-def _first_rows(table: Table) -> list:
-    """The first rows as they stand; what cannot be read raises.
+def _first_rows(table: Table, data: Data) -> list:
+    """The first rows as they stand, without bad ones where those are skipped.
 
     Raises:
-        DataError: where there are none.
+        DataError: where there are none, or one cannot be read and is not to be skipped.
     """
-    rows = list(itertools.islice(table.read(table.columns or ()), SHOWN_ROWS))
+    rows = list(itertools.islice(table.read(table.columns or ()), CHECKED_ROWS))
     if not rows:
         raise DataError(f"{table.name}: has no rows")
-    for where, row in rows:
-        if isinstance(row, BadRow):
-            raise DataError(f"{table.name}, {where}: {row}")
-    return [row for _, row in rows]
+    bad = [(where, row) for where, row in rows if isinstance(row, BadRow)]
+    if bad and (data.on_bad_row == "refuse" or len(bad) == len(rows)):
+        where, row = bad[0]
+        raise DataError(f"{table.name}, {where}: {row}")
+    return [row for _, row in rows if not isinstance(row, BadRow)]
 
 
-def _columns(table: Table, rows: list) -> list[str]:
-    return list(table.columns if table.columns is not None else columns_of(rows[0]))
+def _without_form(table: Table, rows: list, data: Data) -> str | None:
+    """Why no form fits: the columns of all rows, or of the first row; where bad ones are skipped, of any of them."""
+    problem = None
+    for row in rows if table.columns is None and data.on_bad_row == "skip" else rows[:1]:
+        try:
+            choose_layout(columns_of(row) if table.columns is None else table.columns, data.form, data.columns)
+            return None
+        except BadRow as error:
+            problem = problem or f"{table.name}: {error}"
+    return problem
 
 
 def _shown(row: object) -> str:
@@ -108,12 +152,17 @@ def _shown(row: object) -> str:
 
 
 def _tell_form(draft: Draft, table: Table, data: Data) -> None:
-    """The first rows are read as training will read them.
+    """The first rows are read as training will read them; where there are no more, they are split as for training.
 
     Raises:
-        DataError: where one of them cannot be used.
+        DataError: where one of them cannot be used, or there are too few.
     """
     reading = read_table(table, data, at_most=CHECKED_ROWS)
+    if reading.layout is None:
+        where, reason = reading.skipped.first[0]
+        raise DataError(f"{table.name}: none of its first rows can be used; {where}: {reason}")
+    if reading.rows < CHECKED_ROWS:
+        split(reading.examples, data)
     draft.tell(f"form {reading.layout.form}: {DATA_FORMS[reading.layout.form]}")
     if reading.layout.unused:
         draft.tell(f"not used: {', '.join(reading.layout.unused)}")
@@ -132,13 +181,17 @@ def _take_columns(draft: Draft, answer: str) -> None:
         draft.columns_problem = None
         del draft.tree["data"]
         raise GoBack("data")
-    named = dict(part.split("=", 1) for part in answer.replace(" ", "").split(",") if "=" in part)
+    if draft.tree["data"]["source"] == BUILTIN:
+        raise ConfigError(f"--columns: {BUILTIN} has no columns to name; leave it out, or name another data set")
+    pairs = (part.split("=", 1) for part in answer.split(",") if "=" in part)
+    named = {column.strip(): name.strip() for column, name in pairs}
     form = answer if answer in DATA_FORMS else "auto"
     if not named and form == "auto":
         raise ConfigError(f"{answer!r}: write it as question=ASK,answer=REPLY, or name a form")
     section = {**draft.tree["data"], "columns": named, "form": form}
-    data = draft.config({"data": section}).data
-    _tell_form(draft, _open(data), data)
+    with _in_its_words():
+        data = draft.config({"data": section}).data
+        _tell_form(draft, _open(data), data)
     draft.set({"data": section})
     draft.columns_problem = None
 
@@ -151,6 +204,6 @@ QUESTIONS = (
         _about_columns,
         lambda draft: ANOTHER,
         _take_columns,
-        lambda draft: draft.columns_problem is not None or "columns" in draft.given,
+        lambda draft: draft.columns_problem is not None or draft.is_known("columns"),
     ),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import re
 import signal
 import sys
 import tempfile
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LEFT = "wizard-answers.yaml"
+OURS = re.compile(r"wizard-answers(-\d+)?\.yaml")  # what such files are called, as many as there are
 
 
 @dataclass(frozen=True)
@@ -59,32 +61,38 @@ def wizard(
         UserError: for a wrong answer where nobody can be asked again.
         Stopped: by Ctrl-C and the like; the answers are kept in a file.
     """
-    remembered = read_answers(resume) if resume else {}
     at_terminal = sys.stdin.isatty() and not yes
     draft = Draft(
         runs=runs,
         tell=lambda line: console.print(escaped(line)),
         secret=getpass.getpass if at_terminal else None,
         confirm=_confirm(console) if at_terminal else None,
-        given=frozenset(answers) | frozenset(remembered),
+        given=dict(answers),
+        remembered=read_answers(resume) if resume else {},
         overwrite=overwrite,
     )
-    asker = Asker(console, dict(answers), remembered, yes, at_terminal)
+    asker = Asker(console, draft, yes, at_terminal)
     try:
         with _signals_as_interrupts():
             if at_terminal:
                 console.print(
                     "Answer, or press Enter for what stands in brackets. Ctrl-C keeps your answers in a file."
                 )
-            asker.ask_all(QUESTIONS, draft)
+            asker.ask_all(QUESTIONS)
     except (KeyboardInterrupt, EOFError):  # Ctrl-D where a secret is asked for
-        raise Stopped(_leave(draft, asker.remembered | asker.answers, resume)) from None
+        raise Stopped(_leave(draft, asker.known, resume)) from None
     except Exception:  # of a wrong answer given ahead, or a bug of ours; what was typed before it is kept
         if at_terminal and asker.answers.keys() - answers.keys():
-            draft.tell(_leave(draft, asker.remembered | asker.answers, resume))
+            draft.tell(_leave(draft, asker.known, resume))
         raise
-    if resume and resume.name == LEFT:
-        resume.unlink(missing_ok=True)
+    if resume and OURS.fullmatch(resume.name):
+        with contextlib.suppress(OSError):  # a folder in which nothing can be removed
+            resume.unlink(missing_ok=True)
+    if yes and draft.too_large and not draft.start and not draft.is_known("run"):
+        raise ConfigError(
+            f"{draft.written}: is written and not started, for this machine has too little for it; change it as "
+            f"said above, or start it as it is: {draft.command('run', draft.written)}"
+        )
     return Written(draft.written, draft.start)
 
 
@@ -114,13 +122,13 @@ def _as_text(value: object) -> str:
 def _leave(draft: Draft, answers: Mapping[str, str], resume: Path | None) -> str:
     """Keep what was answered, and say how to go on."""
     if draft.written:
-        return f"stopped; the configuration is written, run it with: {command('run', draft.written)}"
+        return f"stopped; the configuration is written, run it with: {draft.command('run', draft.written)}"
     if not answers:
         return "stopped; nothing was answered yet"
     body = redact(yaml.safe_dump(dict(answers), sort_keys=False, allow_unicode=True))
     places = [resume or _free(Path(LEFT)), _free(Path(tempfile.gettempdir()) / LEFT)]
     for path in places:
-        again = command("wizard", "--resume", path)
+        again = draft.command("wizard", "--resume", path)
         about = f"# Answers of a wizard that was stopped; no token is among them. Go on with: {again}\n"
         try:
             write_text(path, about + body)

@@ -10,13 +10,14 @@ from pipeline.planning.memory import wanted
 from pipeline.wizard.draft import Draft, tell_shortage
 
 
-def show_summary(draft: Draft) -> None:
+def show_summary(draft: Draft) -> Plan:
     """Tell what the configuration that was written asks for."""
     plan = make_plan(draft.config(), runs=draft.runs)
     draft.tell("")
     for label, line in _lines(plan):
         draft.tell(f"{label:<10}{line}")
     draft.tell(f"{'File':<10}{draft.written}")
+    return plan
 
 
 def _lines(plan: Plan) -> Iterator[tuple[str, str]]:

@@ -9,6 +9,7 @@ from pipeline.wizard.draft import Draft
 from pipeline.wizard.presets import PROFILES, told
 
 PASSES_COUNT = "no"
+LEAST_LENGTH = 32  # tokens; a chat template alone takes half of them
 
 
 def _about_profile(draft: Draft) -> str:
@@ -45,6 +46,8 @@ def _take_max_steps(draft: Draft, answer: str) -> None:
 def _take_max_length(draft: Draft, answer: str) -> None:
     """One sequence at a time of this length must fit; how many do is the next question's."""
     length = {"train.max_length": _number(answer)}
+    if draft.config(length).train.max_length < LEAST_LENGTH:
+        raise ConfigError(f"{answer}: too short for a question and an answer; at least {LEAST_LENGTH} are needed")
     draft.check_fits(draft.config({**length, "train.batch_size": 1}))
     draft.set(length)
 
