@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pipeline.catalog import GROUP_SIZES
@@ -27,6 +27,7 @@ TOKENIZER_FILES = re.compile(
     r"chat_template\.jinja|[\w.-]+\.tiktoken)$"
 )
 GENERATES = ("ForCausalLM", "LMHeadModel")  # how the classes of decoders that generate text are called
+PLAIN_TABLE = "Embedding"  # the kind of an embedding that looks rows up and does no more
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -133,16 +134,23 @@ def table_weights(folder: Path) -> dict[str, tuple[int, int]]:
     return {f"{n}.weight": tuple(m.weight.shape) for n, m in model.named_modules() if any(m is t for t in tables)}
 
 
-def embedding_kind(folder: Path) -> str:
-    """What the embedding is: `Embedding`, or a class of its own where it does more than look rows up."""
-    return type(_skeleton(folder).get_input_embeddings()).__name__
+def embedding_kind(model: Path | Mapping) -> str:
+    """What the embedding is: `PLAIN_TABLE`, or a class of its own where it does more than look rows up.
+
+    Args:
+        model: a checkpoint's folder, or what its `config.json` says.
+    """
+    return type(_skeleton(model).get_input_embeddings()).__name__
 
 
-def refuse_other_matrices(folder: Path) -> None:
+def refuse_other_matrices(model: Path | Mapping) -> None:
     """Raise where a model computes with large matrices that are no linear layers, such as stacked experts.
 
     Neither transformers nor this project quantizes those, and a variant that keeps most of the
     model in bf16 is none.
+
+    Args:
+        model: a checkpoint's folder, or what its `config.json` says.
 
     Raises:
         ModelError: naming the first of them.
@@ -150,28 +158,32 @@ def refuse_other_matrices(folder: Path) -> None:
     import torch
 
     known = (torch.nn.Linear, torch.nn.Embedding, torch.nn.modules.conv._ConvNd)
-    for name, module in _skeleton(folder).named_modules():
+    for name, module in _skeleton(model).named_modules():
         for part, parameter in module.named_parameters(recurse=False):
             is_matrix = parameter.ndim >= 2 and min(parameter.shape[-2:]) >= min(GROUP_SIZES)
             if is_matrix and not isinstance(module, known):
                 raise ModelError(
-                    f"{folder}: {name}.{part} {tuple(parameter.shape)} belongs to a {type(module).__name__}, "
+                    f"{_named(model)}: {name}.{part} {tuple(parameter.shape)} belongs to a {type(module).__name__}, "
                     "not to a linear layer; such models are not quantized"
                 )
 
 
-def _skeleton(folder: Path):
+def _skeleton(model: Path | Mapping):
     """The model without its weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(model) if isinstance(model, Path) else AutoConfig.for_model(**model)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ModelError(f"{folder}: transformers cannot build this model: {reason}") from None
+        raise ModelError(f"{_named(model)}: transformers cannot build this model: {reason}") from None
+
+
+def _named(model: Path | Mapping) -> object:
+    return model if isinstance(model, Path) else model.get("model_type")
 
 
 def stored_bytes(folder: Path) -> int:

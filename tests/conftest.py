@@ -171,6 +171,20 @@ def dequantized() -> Callable:
     return make
 
 
+@pytest.fixture(scope="session")
+def mixture(tmp_path_factory) -> Path:
+    """A tiny checkpoint of a mixture of experts."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("mixture")
+    config = AutoConfig.for_model(
+        "mixtral", vocab_size=272, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def model_copy(tiny_model, tmp_path) -> Path:
     """A tiny checkpoint that a test may damage."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -20,12 +20,14 @@ from pipeline.models import (
     check_source,
     companions,
     is_local,
+    read_config,
 )
 from pipeline.packaged import find_packaged
 from pipeline.planning.headers import Tensor, gguf_header, safetensors_header
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TABLES = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|lm_head|embed_out)\.weight$")
+OTHERS_IN_GGUF = {"gemma3": "gemma3_text"}  # GGUF's name of an architecture, and transformers' where it has another
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -36,6 +38,7 @@ class Sizes:
     Attributes:
         kind: `hub`, `folder`, or `package` for a GGUF that is unpacked.
         tensors: all that are stored, by name.
+        config: what `config.json` says; of a package the kind of model alone.
         fetched_bytes: what the Hub sends; 0 for what is here.
         here_bytes: what of that lies in the Hub's cache already.
         file_bytes: what is read from here: the weights' files, or the package's.
@@ -51,6 +54,12 @@ class Sizes:
     other_bytes: int = 0
     shard_bytes: int = 0
     revision: str | None = None
+    config: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def model_type(self) -> str | None:
+        """As transformers calls it."""
+        return self.config.get("model_type")
 
     @cached_property
     def tables(self) -> dict[str, tuple[int, int]]:
@@ -139,9 +148,10 @@ def adapter_sizes(source: str) -> dict[str, Tensor]:
 
 def _packaged(source: str, file: Path) -> Sizes:
     with open(file, "rb") as opened:
-        _, tensors = gguf_header(source, opened)
-    size = file.stat().st_size
-    return Sizes("package", tensors, size, other_bytes=4_000_000, shard_bytes=size)
+        fields, tensors = gguf_header(source, opened)
+    size, kind = file.stat().st_size, fields.get("general.architecture")
+    config = {"model_type": OTHERS_IN_GGUF.get(kind, kind)}
+    return Sizes("package", tensors, size, other_bytes=4_000_000, shard_bytes=size, config=config)
 
 
 def _in_folder(folder: Path) -> Sizes:
@@ -150,7 +160,7 @@ def _in_folder(folder: Path) -> Sizes:
     tensors = {n: t for name in shards for n, t in _header_of(folder / name).items()}
     sizes = [files[name] for name in shards]
     other = sum(path.stat().st_size for path in companions(folder))
-    return Sizes("folder", tensors, sum(sizes), other_bytes=other, shard_bytes=max(sizes))
+    return Sizes("folder", tensors, sum(sizes), other_bytes=other, shard_bytes=max(sizes), config=read_config(folder))
 
 
 def _header_of(path: Path) -> dict[str, Tensor]:
@@ -170,7 +180,8 @@ def _on_hub(model: Model) -> Sizes:
     files = repository.files
     if "config.json" not in files:
         raise ModelError(f"{model.source}: no config.json, so this is not a model's repository")
-    check_config(model.source, _json(f"{model.source}/config.json", repository.read("config.json")))
+    config = _json(f"{model.source}/config.json", repository.read("config.json"))
+    check_config(model.source, config)
     wanted = {n: size for n, size in files.items() if CHECKPOINT_FILES.match(n) or TERMS_FILES.match(n)}
     if not any(name.endswith(".safetensors") for name in wanted):
         raise ModelError(f"{model.source}: no .safetensors at its root; pickled weights are not read")
@@ -186,6 +197,7 @@ def _on_hub(model: Model) -> Sizes:
         other_bytes=sum(size for name, size in wanted.items() if not name.endswith(".safetensors")),
         shard_bytes=max(sizes),
         revision=repository.revision,
+        config=config,
     )
 
 

@@ -89,16 +89,21 @@ def check_extras(config: Config) -> None:
                 raise MissingExtra(spec.name, EXTRAS[need][1])
 
 
-def check_gguf(config: Config, model: Path) -> None:
-    """Can a model be stored as GGUF, where that is asked for? Nobody should be told only after training.
+def check_variants(config: Config, model: Path) -> None:
+    """Can such a model be stored as every variant that is asked for? Nobody should be told only after training.
+
+    A layer that no group size divides is another matter: it keeps one variant back, and the model in bf16 none.
 
     Raises:
-        ModelError: naming what llama.cpp does not know of it.
+        ModelError: naming what of the model a format, or all of them, cannot hold.
+        MissingExtra: where what writes a variant is not installed.
     """
+    from pipeline.models import refuse_other_matrices
     from pipeline.quantization.formats import format_of
 
-    if asked := [spec.name for spec in config.quantize.variants if VARIANTS[spec.name].format == "gguf"]:
-        spec = config.quantize.spec(asked[0])  # any of them: what GGUF can store does not depend on the type
+    if config.quantize.variants:
+        refuse_other_matrices(model)
+    for spec in config.quantize.variants:
         format_of(spec).check(spec, model)
 
 

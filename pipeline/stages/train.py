@@ -21,7 +21,7 @@ from pipeline.files import empty_folder, fingerprint, replace_folder
 from pipeline.libraries import versions
 from pipeline.stages import Outcome
 from pipeline.stages.inputs import base_model, model_depends
-from pipeline.stages.quantize import check_gguf
+from pipeline.stages.quantize import check_variants
 from pipeline.team import Meeting, Team
 from pipeline.workspace import Workspace
 
@@ -136,7 +136,7 @@ def _prepare(config: Config, workspace: Workspace, events: Events, team: Team) -
             skipped.unlink()
         write_examples(workspace.data / "held_out.jsonl", data.held_out)
     base = base_model(config, workspace, events)
-    check_gguf(config, base)
+    check_variants(config, base)
     tokenizer = AutoTokenizer.from_pretrained(base)
     if data.form != "text":  # running text is learned as it is
         supply_template(tokenizer)

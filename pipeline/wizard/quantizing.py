@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-
-import yaml
-
 from pipeline.catalog import GROUP_SIZES, VARIANTS, resolve_variants
-from pipeline.config_file import shipped_configs
-from pipeline.errors import ConfigError, MissingExtra
+from pipeline.errors import ConfigError
 from pipeline.wizard.asking import Question, yes_or_no
 from pipeline.wizard.draft import Draft
+from pipeline.wizard.model import recipe_tree
 from pipeline.wizard.presets import PROFILES, QUANTIZATIONS, told
+from pipeline.wizard.suited import check_quantizable, check_variants, suited
 
 AS_THE_RECIPE, NONE = "recipe", "none"
 GGUF = {name.removeprefix("gguf-"): name for name, variant in VARIANTS.items() if variant.format == "gguf"}
@@ -22,7 +19,10 @@ def _wanted(draft: Draft) -> bool:
 
 
 def _take_quantize(draft: Draft, answer: str) -> None:
-    draft.quantizes = yes_or_no(answer)
+    quantizes = yes_or_no(answer)
+    if quantizes:
+        check_quantizable(draft.sizes)
+    draft.quantizes = quantizes
     if not draft.quantizes:
         draft.set({"quantize.variants": []})
 
@@ -42,17 +42,13 @@ def _default_quantization(draft: Draft) -> str:
 def _take_quantization(draft: Draft, answer: str) -> None:
     word = answer.lower().replace("-", "_")
     if word == AS_THE_RECIPE and draft.recipe:
-        variants = _recipe_variants(draft.recipe)
+        asked = recipe_tree(draft.recipe)["quantize"]["variants"]
+        variants = [item if isinstance(item, dict) else {"name": item} for item in asked]
     elif word in QUANTIZATIONS:
         variants = list(QUANTIZATIONS[word].variants)
     else:
         variants = [{"name": name} for name in _names(answer)]
-    _set_variants(draft, variants)
-
-
-def _recipe_variants(recipe: str) -> list[dict]:
-    tree = yaml.safe_load(shipped_configs()[recipe].read_text(encoding="utf-8"))
-    return [item if isinstance(item, dict) else {"name": item} for item in tree["quantize"]["variants"]]
+    _set_variants(draft, suited(draft, variants))
 
 
 def _names(answer: str) -> list[str]:
@@ -69,24 +65,19 @@ def _names(answer: str) -> list[str]:
 
 
 def _set_variants(draft: Draft, variants: list[dict]) -> None:
-    _check_extras([variant["name"] for variant in variants])
     settings = {"quantize.variants": variants}
-    draft.check_fits(draft.config(settings))
+    config = draft.config(settings)
+    check_variants(config, draft.sizes)
+    draft.check_fits(config)
     draft.set(settings)
 
 
-def _check_extras(names: list[str]) -> None:
-    """Are the packages there that these variants are made with?"""
-    for name in names:
-        variant = VARIANTS[name]
-        if variant.format == "gguf" and importlib.util.find_spec("gguf") is None:
-            raise MissingExtra(name, "gguf")
-        if variant.quantizer and importlib.util.find_spec("llama_cpp") is None:
-            raise MissingExtra(name, "llama-cpp")
+def _variants(draft: Draft) -> list[dict]:
+    return draft.tree["quantize"]["variants"]
 
 
 def _int4(draft: Draft) -> dict | None:
-    return next((v for v in draft.tree["quantize"]["variants"] if v["name"] == "int4"), None)
+    return next((variant for variant in _variants(draft) if variant["name"] == "int4"), None)
 
 
 def _default_group_size(draft: Draft) -> str:
@@ -112,10 +103,6 @@ def _take_gguf(draft: Draft, answer: str) -> None:
         raise ConfigError(f"{answer!r}: names no GGUF type; allowed are {NONE}, {', '.join(GGUF)}")
     there = [variant["name"] for variant in _variants(draft)]
     _set_variants(draft, _variants(draft) + [{"name": n} for n in dict.fromkeys(names) if n not in there])
-
-
-def _variants(draft: Draft) -> list[dict]:
-    return draft.tree["quantize"]["variants"]
 
 
 QUESTIONS = (

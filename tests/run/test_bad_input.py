@@ -165,8 +165,21 @@ def test_a_model_that_gguf_cannot_hold_is_refused_before_it_is_trained(tunepress
     settings = json.loads((model_copy / "config.json").read_text())
     (model_copy / "config.json").write_text(json.dumps(settings | {"hidden_act": "relu"}))
     tree = _with(model={"source": str(model_copy)}, quantize={"variants": ["int8", "gguf-q4_0"]})
-    config = Config.model_validate(tree)
-    with Workspace.claim(tunepress.folder / "runs" / "tiny", config) as workspace:
-        with pytest.raises(ModelError, match="its activation is relu; llama.cpp computes llama with silu"):
-            train.run(config, workspace, Events(workspace.events_path, "tiny"), ())
+    refused_before_training(tunepress.folder, tree, "its activation is relu; llama.cpp computes llama with silu")
+
+
+def test_a_model_whose_embeddings_cannot_be_quantized_is_refused_before_it_is_trained(tunepress, tiny_model):
+    variants = [{"name": "int4", "embeddings": "int8"}]
+    tree = _with(model={"source": str(tiny_model("gemma3_text"))}, quantize={"variants": variants})
+    refused_before_training(tunepress.folder, tree, "cannot load a Gemma3TextScaledWordEmbedding in int8")
+
+
+def test_a_mixture_of_experts_is_refused_before_it_is_trained_to_be_quantized(tunepress, mixture):
+    refused_before_training(tunepress.folder, _with(model={"source": str(mixture)}), r"experts\.gate_up_proj")
+
+
+def refused_before_training(folder, tree: dict, reason: str) -> None:
+    with Workspace.claim(folder / "runs" / "tiny", Config.model_validate(tree)) as workspace:
+        with pytest.raises(ModelError, match=reason):
+            train.run(Config.model_validate(tree), workspace, Events(workspace.events_path, "tiny"), ())
         assert not workspace.checkpoints.exists() and not workspace.adapter.exists()

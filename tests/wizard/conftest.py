@@ -9,6 +9,7 @@ import pty
 import select
 import shutil
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,14 @@ from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.wizard import wizard
 from tests.hub import LoopbackHub
-from tests.run.conftest import TOKEN, Place
+from tests.run.conftest import REPOSITORY, TOKEN, Place
 
 READS = "hf_tunepressReadOnlyToken0123456789"
 FINE = "hf_tunepressFineGrainedForTests01234"
+BOBS = "hf_tunepressTokenOfAnother0123456789"
 TOKENS = {
     TOKEN: {"name": "ada"},
+    BOBS: {"name": "bob"},
     READS: {"name": "ada", "role": "read"},
     FINE: {"name": "ada", "role": "fineGrained", "writes_to": ["ada/mine"], "orgs": ["lab"]},
 }
@@ -55,9 +58,9 @@ class Desk(Place):
         return done
 
     @contextlib.contextmanager
-    def sit_down(self, *arguments: str):
-        """A person before the wizard, who leaves when the block ends."""
-        person = Person(self, arguments)
+    def sit_down(self, *arguments: str, launch: Path | None = None):
+        """A person before the wizard, who came by the command or by a launch.sh, and leaves when the block ends."""
+        person = Person(self, [str(launch), *arguments] if launch else self.command("wizard", *arguments))
         try:
             yield person
         finally:
@@ -72,12 +75,11 @@ class Desk(Place):
 class Person:
     """Reads what the terminal shows, and types."""
 
-    def __init__(self, desk: Desk, arguments: tuple[str, ...]):
+    def __init__(self, desk: Desk, command: list[str]):
         self.screen, self._read = "", 0
         self._process, self._terminal = pty.fork()
         if self._process == 0:
             os.chdir(desk.folder)
-            command = desk.command("wizard", *arguments)
             os.execve(command[0], command, desk.env)
 
     def sees(self, text: str) -> None:
@@ -137,7 +139,23 @@ def desk(tmp_path, tiny_model, hub) -> Desk:
     rows = [{"question": f"What is {n} plus {n}?", "answer": f"It is {2 * n}."} for n in range(40)]
     write_rows(folder / "rows.jsonl", rows)
     write_rows(folder / "other.jsonl", [{"ask": row["question"], "reply": row["answer"]} for row in rows])
+    write_rows(folder / "one.jsonl", rows[:1])
+    (folder / "broken.jsonl").write_text("{\n" + (folder / "rows.jsonl").read_text())
     return Desk(folder, hub)
+
+
+@pytest.fixture
+def launch(tmp_path) -> Path:
+    """The launch.sh of a clone whose .venv is there, with this very package in it; what it installs is stood in for."""
+    clone = tmp_path / "a clone"
+    programs = clone / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    for name in ("launch.sh", "pyproject.toml"):
+        shutil.copy(REPOSITORY / name, clone)
+    for name, line in (("python", "exit 0"), ("tunepress", f'exec {sys.executable} -P -m pipeline "$@"')):
+        (programs / name).write_text(f"#!/bin/sh\n{line}\n")
+        (programs / name).chmod(0o755)
+    return clone / "launch.sh"
 
 
 @pytest.fixture

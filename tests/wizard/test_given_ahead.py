@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import UserError
+from pipeline.planning.devices import this_machine
+from pipeline.wizard import QUESTIONS, wizard
+from pipeline.wizard.draft import Draft
 from tests.plan.test_doctor import FIGURES
 from tests.run.conftest import TOKEN
-from tests.wizard.conftest import FINE, READS, write_rows
+from tests.wizard.conftest import BOBS, FINE, READS, write_rows
 
 STARTED = ("--model", "./model", "--data", "rows.jsonl")
 
@@ -64,9 +70,16 @@ def test_answers_that_end_early_are_told(desk):
         ({"model": "ada/nothing"}, "ada/nothing: no such model on the Hub"),
         ({"data": "nothing.jsonl"}, "no such file"),
         ({"data": "other.jsonl"}, "no known form: columns found are ask, reply"),
+        ({"data": "other.jsonl"}, "name them with --columns"),
+        ({"data": "rows.jsonl subset=easy"}, "subset 'easy': is for data sets on the Hub"),
+        ({"data": "other.jsonl", "columns": "question=ask,answer=said"}, "--columns: answer is `said`, which is not"),
+        ({"data": "builtin:python-docs", "columns": "question=ask"}, "--columns: builtin:python-docs has no columns"),
+        ({"data": "one.jsonl"}, "too small to hold something out"),
+        ({"data": "broken.jsonl"}, "broken.jsonl, line 1: not valid JSON"),
         ({"profile": "reckless"}, "allowed are standard, conservative, aggressive, extreme"),
         ({"epochs": "many"}, "a number is expected"),
         ({"max_length": "100000000"}, "of main memory, there are"),
+        ({"max_length": "1"}, "1: too short for a question and an answer"),
         ({"batch_size": "1000000"}, "of main memory, there are"),
         ({"repo": "my model"}, "a repository is written USER/NAME"),
         ({"repo": "ada/mine"}, "no Hub token"),
@@ -79,6 +92,8 @@ def test_answers_that_end_early_are_told(desk):
         ({"group_size": "48"}, "allowed are 32, 64, 128, 256"),
         ({"gguf": "q9"}, "no GGUF type"),
         ({"quantize": "no", "group_size": "32"}, "--group-size: does not apply to the other answers"),
+        ({"private": "no"}, "--public: does not apply to the other answers"),
+        ({"private": "yes"}, "--private: does not apply to the other answers"),
         ({"name": "my run"}, "no spaces"),
         ({"file": "mine.txt"}, "ends in .yaml"),
     ],
@@ -88,6 +103,118 @@ def test_a_wrong_answer_is_refused_and_nothing_is_written(ask, answers, line):
         ask(**{"model": "./model", "data": "rows.jsonl", **answers})
     assert line in str(refusal.value)
     assert not list(Path().glob("*.yaml"))
+
+
+def test_columns_may_have_spaces_in_their_names(ask):
+    write_rows(Path("spaced.jsonl"), [{"The question": f"What is {n}?", "An answer": "A number."} for n in range(9)])
+    data = ask(model="./model", data="spaced.jsonl", columns="question=The question, answer = An answer").data
+    assert data.columns == {"question": "The question", "answer": "An answer"}
+
+
+def test_bad_rows_are_left_out_where_that_is_asked_for(ask):
+    data = ask(model="./model", data="broken.jsonl on_bad_row=skip").data
+    assert (data.source, data.on_bad_row) == ("broken.jsonl", "skip")
+    Path("hopeless.jsonl").write_text("{\n" * 20)
+    with pytest.raises(UserError, match="line 1: not valid JSON"):
+        ask(model="./model", data="hopeless.jsonl on_bad_row=skip")
+
+
+def test_a_file_named_like_a_setting_keeps_its_name_in_what_is_told(ask):
+    with pytest.raises(UserError, match=r"data\.jsonl: no such file; name another"):
+        ask(model="./model", data="data.jsonl")
+
+
+@pytest.mark.parametrize("token", ["hf_töken0123456789", "hf_two words0123456789"])
+def test_what_is_no_token_is_told_in_a_line(ask, monkeypatch, token):
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(UserError, match="what there is as the Hub's token is none") as refusal:
+        ask(model="./model", data="rows.jsonl", repo="ada/mine")
+    assert token not in str(refusal.value)
+
+
+def test_what_is_no_token_is_told_where_a_model_is_looked_up_too(ask, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_töken0123456789")
+    with pytest.raises(UserError, match="ada/base: what there is as the Hub's token is none"):
+        ask(model="ada/base", data="rows.jsonl")
+
+
+def test_embeddings_that_cannot_be_quantized_are_kept(ask, tiny_model, capsys):
+    specs = ask(model=str(tiny_model("gemma3_text")), data="rows.jsonl", quantization="edge").quantize.variants
+    assert [(spec.name, spec.group_size, spec.embeddings) for spec in specs] == [("int4", 128, "keep")]
+    assert "embeddings stay as they are" in capsys.readouterr().out
+    assert ask(model="./model", data="rows.jsonl", quantization="edge").quantize.spec("int4").embeddings == "int8"
+
+
+def test_gguf_of_a_model_that_it_has_no_place_for_is_caught(ask):
+    settings = json.loads(Path("model/config.json").read_text())
+    settings |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    Path("model/config.json").write_text(json.dumps(settings))
+    for answers in ({"gguf": "q4_0"}, {"quantization": "int8,gguf-q8_0"}):
+        with pytest.raises(UserError, match="mistral: not written as GGUF; handled are llama"):
+            ask(model="./model", data="rows.jsonl", **answers)
+
+
+def test_a_mixture_of_experts_is_not_quantized(ask, mixture):
+    with pytest.raises(UserError, match=r"experts\.gate_up_proj .* answer no \(--no-quantize\) to train it without"):
+        ask(model=str(mixture), data="rows.jsonl")
+    assert ask(model=str(mixture), data="rows.jsonl", quantize="no").quantize.variants == []
+
+
+def test_a_run_that_does_not_fit_is_not_started_by_default(ask, monkeypatch):
+    less = replace(this_machine(Path()), disk_free=1)  # as where others fill the disk while questions are answered
+    monkeypatch.setattr("pipeline.planning.plan.this_machine", lambda runs: less)
+    answers = {"model": "./model", "data": "rows.jsonl"}
+    with pytest.raises(UserError, match=r"model\.yaml: is written and not started.*: tunepress run model\.yaml"):
+        wizard(Console(), answers, yes=True)
+    assert wizard(Console(), {**answers, "run": "yes"}, yes=True).start
+    assert not wizard(Console(), {**answers, "run": "no"}, yes=True).start
+
+
+def test_the_file_says_how_to_run_it_in_a_way_that_works(ask, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ask(model="./model", data="rows.jsonl", file="~/mine.yaml")
+    assert f": tunepress run {tmp_path}/mine.yaml\n" in (tmp_path / "mine.yaml").read_text()
+
+
+def test_a_session_that_is_finished_leaves_no_answers_behind(ask):
+    for name in ("wizard-answers-2.yaml", "mine.yaml"):
+        Path(name).write_text("model: ./model\ndata: rows.jsonl\nname: resumed\n")
+        wizard(Console(), {"run": "no"}, Path(name), yes=True)
+    assert not Path("wizard-answers-2.yaml").exists() and Path("mine.yaml").exists()
+
+
+def test_a_machine_is_not_measured_again_unless_an_option_says_so(ask, monkeypatch):
+    measured = []
+    monkeypatch.setattr(
+        "pipeline.wizard.ending.measure", lambda place, tell: measured.append(place) or replace(FIGURES, place=place)
+    )
+    for _ in range(2):
+        Path("wizard-answers.yaml").write_text("model: ./model\ndata: rows.jsonl\ncalibrate: yes\n")
+        wizard(Console(), {"run": "no"}, Path("wizard-answers.yaml"), yes=True)
+    assert len(measured) == 1
+    ask(model="./model", data="rows.jsonl", calibrate="yes")
+    assert len(measured) == 2
+
+
+def test_one_token_has_to_serve_the_repository_and_the_space(ask, monkeypatch):
+    """The token that a Space needs does not take the place of the one that the repository was checked with."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    asked = []
+    draft = Draft(Path("runs"), asked.append, secret=lambda what: BOBS)
+    draft.tree = {"model": {"source": "./model"}, "publish": {"repo": "ada/mine"}}
+    take = next(question.take for question in QUESTIONS if question.name == "track")
+    with pytest.raises(UserError, match="ada/mine: this token belongs to bob"):
+        take(draft, "bob/board")
+    assert os.environ["HF_TOKEN"] == TOKEN and "cannot write to bob/" in asked[0]
+
+
+def test_the_way_out_is_an_answer_to_the_question_that_is_asked(ask):
+    draft = Draft(Path("runs"), lambda line: None, secret=lambda what: "")
+    draft.tree = {"model": {"source": "./model"}}
+    takes = {question.name: question.take for question in QUESTIONS}
+    for name, answer, way in (("repo", "ada/mine", "none"), ("track", "ada/board", "local")):
+        with pytest.raises(UserError, match=f"nothing can be sent; {way} keeps it here"):
+            takes[name](draft, answer)
 
 
 def test_a_wrong_answer_is_one_line_for_people(desk):

@@ -19,8 +19,8 @@ WRITE_TOKEN = "write-token-0123456789"
 UNMEASURED = ("Measure this machine", "no")
 
 
-def test_a_persons_answers_become_a_finished_run_on_the_hub(desk, hub):
-    with desk.sit_down() as person:
+def test_a_persons_answers_become_a_finished_run_on_the_hub(desk, hub, launch):
+    with desk.sit_down(launch=launch) as person:
         person.answers("Model", "./model")
         person.answers("Data set", "rows.jsonl")
         person.sees("question: What is 0 plus 0?")
@@ -46,6 +46,7 @@ def test_a_persons_answers_become_a_finished_run_on_the_hub(desk, hub):
         person.sees("ada/mine (private")
         person.answers("Start now")
         person.sees("Release")
+        person.sees("/a\\ clone/launch.sh chat runs/mine")
         assert person.ends() == 0
     assert hub.repo("ada/mine").private
     assert {"README.md", "model.safetensors", "int8/model.safetensors"} <= hub.files("ada/mine").keys()
@@ -113,30 +114,41 @@ def test_another_data_set_can_be_named_where_columns_do_not_fit(desk):
 
 def test_ctrl_c_keeps_the_answers_and_resuming_asks_the_rest(desk):
     desk.token = TOKEN
-    with desk.sit_down() as person:
+    with desk.sit_down("--name", "resumed", "--runs", "my runs") as person:
         person.answers("Model", "./model")
         person.answers("Data set", "rows.jsonl")
         person.answers("Profile", "aggressive")
         person.answers("Passes over the data", "2")
         person.sees("Steps instead of passes [no]: ")
         person.presses("\x03")
-        person.sees("go on with: tunepress wizard --resume wizard-answers.yaml")
+        person.sees("go on with: tunepress wizard --resume wizard-answers.yaml --runs 'my runs'")
         assert person.ends() == 130
     kept = yaml.safe_load((desk.folder / "wizard-answers.yaml").read_text())
-    assert kept == {"model": "./model", "data": "rows.jsonl", "profile": "aggressive", "epochs": "2"}
-    with desk.sit_down("--resume", "wizard-answers.yaml", "--no-run", "--no-calibrate") as person:
+    typed = {"model": "./model", "data": "rows.jsonl", "profile": "aggressive", "epochs": "2"}
+    assert kept == {**typed, "name": "resumed"}
+    given = ("--resume", "wizard-answers.yaml", "--runs", "my runs", "--no-run", "--no-calibrate")
+    with desk.sit_down(*given) as person:
         person.answers("Steps instead of passes", "7")
         assert "Model [" not in person.screen and "Passes over" not in person.screen
         for question in ("Longest sequence", "Sequences at a time", "Hub repository", "Trackio"):
             person.answers(question)
         for question in ("Make quantized models", "Quantized models", "Group size of int4", "GGUF"):
             person.answers(question)
-        person.answers("Name of the run", "resumed")
         person.answers("Configuration file")
         assert person.ends() == 0
+    assert "resumed.yaml --runs 'my runs'" in (desk.folder / "resumed.yaml").read_text()
     train = load_config(desk.folder / "resumed.yaml").train
     assert (train.epochs, train.max_steps, train.max_length) == (2, 7, 512)
     assert not (desk.folder / "wizard-answers.yaml").exists()
+
+
+def test_ctrl_c_at_the_first_question_keeps_what_was_given_ahead(desk, launch):
+    with desk.sit_down("--name", "mine", "--epochs", "3", launch=launch) as person:
+        person.sees("Model [demo]: ")
+        person.presses("\x03")
+        person.sees("/a\\ clone/launch.sh wizard --resume wizard-answers.yaml")
+        assert person.ends() == 130
+    assert yaml.safe_load((desk.folder / "wizard-answers.yaml").read_text()) == {"name": "mine", "epochs": "3"}
 
 
 def test_ctrl_d_where_a_token_is_asked_for_keeps_the_answers_too(desk):
@@ -151,13 +163,15 @@ def test_ctrl_d_where_a_token_is_asked_for_keeps_the_answers_too(desk):
         assert person.ends() == 130
 
 
-def test_a_wrong_option_ends_it_and_keeps_what_was_typed(desk):
-    with desk.sit_down("--profile", "reckless") as person:
+def test_a_wrong_option_ends_it_and_keeps_the_other_answers(desk):
+    with desk.sit_down("--profile", "reckless", "--name", "mine") as person:
         person.answers("Model", "./model")
         person.answers("Data set", "rows.jsonl")
         person.sees("your answers are in wizard-answers.yaml")
         person.sees("allowed are standard, conservative")
         assert person.ends() == 2
+    kept = yaml.safe_load((desk.folder / "wizard-answers.yaml").read_text())
+    assert kept == {"model": "./model", "data": "rows.jsonl", "name": "mine"}
 
 
 def test_where_the_answers_cannot_be_written_they_are_kept_elsewhere(desk, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from pipeline.catalog import GROUP_SIZES, VARIANTS
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import VariantSpec
 from pipeline.errors import CheckpointError, ModelError, QuantizationError
-from pipeline.models import embedding_kind
+from pipeline.models import PLAIN_TABLE, embedding_kind
 from pipeline.quantization.grid import Grid, GroupQuantized, fitting_group_size, pack_nibbles, unpack_nibbles
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def check(spec: VariantSpec, folder: Path) -> None:
         ModelError: where it does more. Of a Gemma's, which multiplies the rows too, the stock loader
             leaves the factor unset if the table is quantized.
     """
-    if spec.embeddings == "int8" and (kind := embedding_kind(folder)) != "Embedding":
+    if spec.embeddings == "int8" and (kind := embedding_kind(folder)) != PLAIN_TABLE:
         raise ModelError(f"{folder}: stock transformers cannot load a {kind} in int8; use embeddings: keep")
 
 
