@@ -229,7 +229,7 @@ class Publish(Section):
         return value
 
     @model_validator(mode="after")
-    def _mirrors_need_arepository_id(self) -> Publish:
+    def _mirrors_fit(self) -> Publish:
         if self.mirrors and self.repo is None:
             raise ValueError("mirrors: need a main repository that they mirror; set publish.repo")
         if self.repo in self.mirrors.values():

@@ -1,6 +1,6 @@
 """Variants of models that are on the Hub, or in a folder, published: beside the model itself, or elsewhere.
 
-    quantize(Job(model="user/model", repo="user/model", quant_types=["both"]))
+    quantize(Task(model="user/model", repo="user/model", quant_types=["both"]))
 
 What a repository has of earlier runs for the same model stays a part of its release. In the model's own
 repository the files that were there, and the card but for one marked section, stay as they are.
@@ -34,7 +34,7 @@ from pipeline.workspace import Workspace
 GROUP_SIZE = 128  # of variants that are in groups, unless asked for otherwise
 
 
-class Job(Section):
+class Task(Section):
     """One model, and what is to become of it: the options of `scripts/quantize_standalone.py`."""
 
     model: str = Field(min_length=1, description="Hub id, or folder")
@@ -58,7 +58,7 @@ class Job(Section):
         return repository_id(value)
 
     @model_validator(mode="after")
-    def _options_fit(self) -> Job:
+    def _options_fit(self) -> Task:
         if self.repo is None and not self.save_only:
             raise ValueError("repo: say where to publish to, as USER/NAME, or use --save-only")
         if self.low_disk and not self.save_only:
@@ -93,24 +93,24 @@ class Standing:
         return {name: results[name]["variant"] for name in VARIANTS if "variant" in (results.get(name) or {})}
 
 
-def quantize(job: Job, root: str | Path = "runs", reporter: Reporter | None = None) -> Workspace:
-    """Make the variants that a job asks for, measure and publish them; what is there already is not sent again.
+def quantize(task: Task, root: str | Path = "runs", reporter: Reporter | None = None) -> Workspace:
+    """Make the variants that a task asks for, measure and publish them; what is there already is not sent again.
 
     Args:
-        root: folder under which the run's folder lies, where the job names no output.
+        root: folder under which the run's folder lies, where the task names no output.
 
     Raises:
         UserError: in one line, before any work where that is possible.
     """
     reporter = reporter or Reporter()
-    space, server = _tracking(job)
-    there = None if job.save_only else standing(job.repo)
-    config = configure(job, there, space, server)
-    if there and (stay := [name for name in there.specs() if name not in _asked(job)]):
-        reporter.show([f"{job.repo} has {', '.join(stay)} already, which will stay"])
-    if job.dataset_repo:
-        keep_in(space, job.dataset_repo)
-    return run(config, root, reporter=reporter, output=job.output, publish_again=not job.save_only)
+    space, server = _tracking(task)
+    there = None if task.save_only else standing(task.repo)
+    config = configure(task, there, space, server)
+    if there and (stay := [name for name in there.specs() if name not in _asked(task)]):
+        reporter.show([f"{task.repo} has {', '.join(stay)} already, which will stay"])
+    if task.dataset_repo:
+        keep_in(space, task.dataset_repo)
+    return run(config, root, reporter=reporter, output=task.output, publish_again=not task.save_only)
 
 
 def standing(repo: str) -> Standing | None:
@@ -128,8 +128,8 @@ def standing(repo: str) -> Standing | None:
     return persist(repo, attempt)
 
 
-def configure(job: Job, there: Standing | None, space: str | None = None, server: str | None = None) -> Config:
-    """The configuration of a job's run.
+def configure(task: Task, there: Standing | None, space: str | None = None, server: str | None = None) -> Config:
+    """The configuration of a task's run.
 
     Args:
         there: what there is in the repository, if that exists.
@@ -137,53 +137,53 @@ def configure(job: Job, there: Standing | None, space: str | None = None, server
     Raises:
         UserError: where the model, the repository or an option is refused.
     """
-    asked = _asked(job)
-    revision = job.revision
+    asked = _asked(task)
+    revision = task.revision
     is_guest = False
-    if not (PACKAGE_SOURCE.match(job.model) or is_local(job.model)):
-        is_guest = not job.save_only and job.repo.casefold() == job.model.casefold()
-        commit = inspect(job.model, revision)
+    if not (PACKAGE_SOURCE.match(task.model) or is_local(task.model)):
+        is_guest = not task.save_only and task.repo.casefold() == task.model.casefold()
+        commit = inspect(task.model, revision)
         # Publishing moves the head of the model's own repository, and that must not make it another model.
-        revision = _made_from(job.model, commit, there) if is_guest else revision
+        revision = _made_from(task.model, commit, there) if is_guest else revision
     if there:
-        _check_place(job, there, is_guest)
+        _check_place(task, there, is_guest)
         asked = {**there.specs(), **asked}
     settings = {
-        "name": job.experiment_name or (there.run if there else None),
+        "name": task.experiment_name or (there.run if there else None),
         "quantize.variants": [asked[name] for name in VARIANTS if name in asked],  # whatever the order of the options
-        "publish.repo": None if job.save_only else job.repo,
-        "publish.private": job.private,
+        "publish.repo": None if task.save_only else task.repo,
+        "publish.private": task.private,
         "publish.commits": "single",
         "track.space": space,
         "track.server": server,
     }
-    if not job.low_disk:
-        settings |= {"evaluate.general": job.calibration, "evaluate.device": job.device}
+    if not task.low_disk:
+        settings |= {"evaluate.general": task.calibration, "evaluate.device": task.device}
     return quantize_config(
-        job.model,
-        job.output or job.repo or job.model,
+        task.model,
+        task.output or task.repo or task.model,
         [],
-        measure=not job.low_disk,
+        measure=not task.low_disk,
         revision=revision,
         settings=[f"{key}={json.dumps(value)}" for key, value in settings.items() if value is not None],
-        low_disk=job.low_disk,
+        low_disk=task.low_disk,
     )
 
 
-def read_job(values: dict[str, Any], origin: str) -> Job:
-    """A job from plain data; `origin` is named in errors.
+def read_task(values: dict[str, Any], origin: str) -> Task:
+    """A task from plain data; `origin` is named in errors.
 
     Raises:
         ConfigError: for anything that is wrong with it.
     """
     try:
-        return Job.model_validate(values)
+        return Task.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{origin}: {explain(error, Job)}") from None
+        raise ConfigError(f"{origin}: {explain(error, Task)}") from None
 
 
-def read_jobs(path: Path, options: dict[str, Any]) -> list[Job]:
-    """The jobs of a YAML file: a list of mappings, each with `model`, `repo` and other fields of `Job`.
+def read_tasks(path: Path, options: dict[str, Any]) -> list[Task]:
+    """The tasks of a YAML file: a list of mappings, each with `model`, `repo` and other fields of `Task`.
 
     Args:
         options: what holds for each of them that does not say otherwise.
@@ -197,29 +197,29 @@ def read_jobs(path: Path, options: dict[str, Any]) -> list[Job]:
         raise ConfigError(f"{path}: cannot be read as a list of models ({error})") from None
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ConfigError(f"{path}: a list of models is written as '- model: USER/MODEL', with 'repo: USER/NAME' below")
-    jobs = [read_job({**options, **entry}, f"{path}: model {n}") for n, entry in enumerate(entries, start=1)]
+    tasks = [read_task({**options, **entry}, f"{path}: model {n}") for n, entry in enumerate(entries, start=1)]
     seen: dict[str, int] = {}
-    for n, job in enumerate(jobs, start=1):
-        place = job.output or job.experiment_name or Path(job.repo or job.model).name
+    for n, task in enumerate(tasks, start=1):
+        place = task.output or task.experiment_name or Path(task.repo or task.model).name
         if place in seen:
             raise ConfigError(
                 f"{path}: models {seen[place]} and {n} would both be made in {place!r}; give one an experiment_name"
             )
         seen[place] = n
-    return jobs
+    return tasks
 
 
-def quantize_all(jobs: Sequence[Job], root: str | Path = "runs", reporter: Reporter | None = None) -> list[str | None]:
-    """Do jobs one after the other; one that fails does not stop those after it.
+def quantize_all(tasks: Sequence[Task], root: str | Path = "runs", reporter: Reporter | None = None) -> list[str | None]:
+    """Do tasks one after the other; one that fails does not stop those after it.
 
     Returns:
         For each of them why it failed, or None.
     """
     problems: list[str | None] = []
     reporter = reporter or Reporter()
-    for job in jobs:
+    for task in tasks:
         try:
-            quantize(job, root, reporter)
+            quantize(task, root, reporter)
             problems.append(None)
         except Interrupted:
             raise
@@ -229,26 +229,26 @@ def quantize_all(jobs: Sequence[Job], root: str | Path = "runs", reporter: Repor
     return problems
 
 
-def _asked(job: Job) -> dict[str, dict]:
+def _asked(task: Task) -> dict[str, dict]:
     """The variants that are asked for, as `quantize.variants` takes them."""
-    names = [spec["name"] for spec in variant_specs(job.quant_types, option="--quant-type")]
+    names = [spec["name"] for spec in variant_specs(task.quant_types, option="--quant-type")]
     in_groups = [name for name in names if VARIANTS[name].group_size and GROUP_SIZE in VARIANTS[name].group_sizes]
-    size = job.group_size or (GROUP_SIZE if in_groups else None)
+    size = task.group_size or (GROUP_SIZE if in_groups else None)
     return {spec["name"]: spec for spec in variant_specs(names, size)}
 
 
-def _check_place(job: Job, there: Standing, is_guest: bool) -> None:
+def _check_place(task: Task, there: Standing, is_guest: bool) -> None:
     """Raise where the variants of this model would stand beside another, or replace another's."""
     check_root(there.tree)
-    name = file_name(job.model) if is_local(job.model) else job.model
+    name = file_name(task.model) if is_local(task.model) else task.model
     known = there.base.get("hub_id") or there.base.get("source")
     if known and str(known).casefold() != name.casefold():
-        raise HubError(f"{job.repo}: holds variants of {known}, and this is {name}; use another repository")
+        raise HubError(f"{task.repo}: holds variants of {known}, and this is {name}; use another repository")
     weights = [path for path in there.tree.files if "/" not in path and path.endswith((".safetensors", ".bin"))]
     if weights and not is_guest:
         raise HubError(
-            f"{job.repo}: has a model of its own at its root ({weights[0]}); "
-            f"use another repository, or quantize that model: {job.repo} {job.repo}"
+            f"{task.repo}: has a model of its own at its root ({weights[0]}); "
+            f"use another repository, or quantize that model: {task.repo} {task.repo}"
         )
 
 
@@ -278,12 +278,12 @@ def _checkpoint(tree: Tree) -> dict:
     return {path: tree.files[path] for path in theirs}
 
 
-def _tracking(job: Job) -> tuple[str | None, str | None]:
-    """(Space, server) that a job's events go to besides this machine's own Trackio; at most one of them."""
-    space = space_at(job.trackio_url) if job.trackio_url else None
-    if job.dataset_repo and space is None:
+def _tracking(task: Task) -> tuple[str | None, str | None]:
+    """(Space, server) that a task's events go to besides this machine's own Trackio; at most one of them."""
+    space = space_at(task.trackio_url) if task.trackio_url else None
+    if task.dataset_repo and space is None:
         raise ConfigError(
-            f"--dataset-repo {job.dataset_repo}: only a Space keeps Trackio's data in a data set; "
+            f"--dataset-repo {task.dataset_repo}: only a Space keeps Trackio's data in a data set; "
             "name the Space with --trackio-url https://huggingface.co/spaces/USER/NAME"
         )
-    return space, None if space else job.trackio_url
+    return space, None if space else task.trackio_url

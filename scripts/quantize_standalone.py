@@ -66,23 +66,23 @@ def quantize(
 
 
 def _one(options: dict) -> int:
-    from pipeline.standalone import quantize, read_job
+    from pipeline.standalone import quantize, read_task
     from pipeline.terminal import summary
 
     reporter = _reporter()
-    job = read_job(options, "options")
-    workspace = quantize(job, reporter=reporter)
+    task = read_task(options, "options")
+    workspace = quantize(task, reporter=reporter)
     summary(reporter.console, workspace.config(), workspace)
     return 0
 
 
 def _all(path: Path, options: dict) -> int:
-    from pipeline.standalone import quantize_all, read_jobs
+    from pipeline.standalone import quantize_all, read_tasks
 
-    jobs = read_jobs(path, options)
-    problems = quantize_all(jobs, reporter=_reporter())
-    for job, problem in zip(jobs, problems, strict=True):
-        print(f"{job.model}: {problem or 'done'}")
+    tasks = read_tasks(path, options)
+    problems = quantize_all(tasks, reporter=_reporter())
+    for task, problem in zip(tasks, problems, strict=True):
+        print(f"{task.model}: {problem or 'done'}")
     return 2 if any(problems) else 0
 
 

@@ -50,9 +50,9 @@ def keep_own_text(rendered: str, existing: str) -> str:
     body = _with_section(body, _NEWLINE.sub(newline, section), newline, found, open_fence)
     if ours is None:
         return before + body
-    merged = front_matter.merge(ours or "", theirs or "", newline, written)
+    merged = front_matter.merge(ours, theirs or "", newline, written)
     if merged is None:
-        merged, body = newline.join(_NEWLINE.split(ours or "")), _as_code(theirs or "", newline) + body
+        merged, body = newline.join(_NEWLINE.split(ours)), _as_code(theirs or "", newline) + body
     return newline.join(["---", merged, "---", body])
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from pipeline.errors import ConfigError, HubError, ModelError, UserError
-from pipeline.standalone import configure, quantize, read_job, read_jobs, standing
+from pipeline.standalone import configure, quantize, read_task, read_tasks, standing
 from pipeline.trackers.spaces import keep_in, space_at
 from tests.hub.store import Repository
 
@@ -15,8 +15,8 @@ WEIGHTS = {"model.safetensors": b"weights"}
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 
 
-def job(model: str = "ada/model", repo: str | None = "ada/model", **options):
-    return read_job({"model": model, "repo": repo, **options}, "options")
+def task(model: str = "ada/model", repo: str | None = "ada/model", **options):
+    return read_task({"model": model, "repo": repo, **options}, "options")
 
 
 def model(hub, repo: str = "ada/model", config: dict | None = LLAMA, files: dict = WEIGHTS) -> str:
@@ -41,36 +41,36 @@ def variants(config) -> dict:
 )
 def test_a_group_size_of_128_goes_to_those_that_are_in_groups(hub, asked, found):
     model(hub)
-    assert list(variants(configure(job(**asked), None)).items()) == list(found.items())
+    assert list(variants(configure(task(**asked), None)).items()) == list(found.items())
 
 
 def test_options_become_the_configuration_of_one_private_commit(hub, tmp_path):
     model(hub)
     given = {"device": "cpu", "calibration": "text.txt", "experiment_name": "second", "revision": "main"}
-    config = configure(job(**given, repo="ada/other"), None, space="ada/board")
+    config = configure(task(**given, repo="ada/other"), None, space="ada/board")
     assert (config.evaluate.device, config.evaluate.general, config.name) == ("cpu", "text.txt", "second")
     assert (config.publish.private, config.publish.commits, config.track.space) == (True, "single", "ada/board")
     assert (config.model.source, config.model.revision, config.publish.repo) == ("ada/model", "main", "ada/other")
-    assert not configure(job(repo="ada/other", private=False), None).publish.private
-    kept = configure(job(save_only=True, low_disk=True), None)
+    assert not configure(task(repo="ada/other", private=False), None).publish.private
+    kept = configure(task(save_only=True, low_disk=True), None)
     assert kept.publish.repo is None and kept.evaluate is None and kept.model.low_disk
 
 
 def test_in_its_own_repository_a_model_is_the_same_until_its_files_change(hub):
     """Though every publish moves the head, and its author writes into the card."""
     first = model(hub)
-    assert configure(job(), standing("ada/model")).model.revision == first
+    assert configure(task(), standing("ada/model")).model.revision == first
     told = {"run": "first", "files": {}, "documents": ["README.md"], "base": {"hub_id": "ada/model", "revision": first}}
     told["results"] = {"int4": {"variant": {"name": "int4", "group_size": 32}}}
     hub.put("ada/model", {"tunepress.json": json.dumps(told).encode(), "README.md": b"# Mine\n"})
-    config = configure(job(), standing("ada/model"))
+    config = configure(task(), standing("ada/model"))
     assert (config.model.revision, config.name) == (first, "first")
     assert list(variants(config).items()) == [("int8", None), ("int4", 32)]  # in one order, whichever came first
-    assert variants(configure(job(quant_types=["int4"]), standing("ada/model"))) == {"int4": 128}
+    assert variants(configure(task(quant_types=["int4"]), standing("ada/model"))) == {"int4": 128}
     second = hub.put("ada/model", {"model.safetensors": b"other weights"})
-    assert configure(job(), standing("ada/model")).model.revision == second
+    assert configure(task(), standing("ada/model")).model.revision == second
     hub.put("ada/model", {"tunepress.json": json.dumps(told | {"base": {"hub_id": "ada/model"}}).encode()})
-    assert configure(job(), standing("ada/model")).model.revision == hub.commits("ada/model")[0]
+    assert configure(task(), standing("ada/model")).model.revision == hub.commits("ada/model")[0]
 
 
 @pytest.mark.parametrize(
@@ -93,23 +93,23 @@ def test_a_repository_of_another_kind_is_refused_without_fetching_its_weights(hu
     model(hub, config=config, files=files)
     since = len(hub.requests)
     with pytest.raises(ModelError, match=rf"^ada/model: .*{said}"):
-        quantize(job())
+        quantize(task())
     assert not [r for r in hub.requests[since:] if "safetensors" in r.path]
 
 
 def test_what_is_not_there_gated_or_a_data_set_is_refused(hub):
     with pytest.raises(ModelError, match="ada/model: no such model on the Hub"):
-        quantize(job())
+        quantize(task())
     hub.put("ada/rows", {"rows.jsonl": b"{}"}, repo_type="dataset")
     with pytest.raises(ModelError, match="ada/rows: a data set"):
-        quantize(job("ada/rows"))
+        quantize(task("ada/rows"))
     model(hub, "bob/closed")
     hub.repo("bob/closed").gated = True
     with pytest.raises(ModelError, match="bob/closed: gated; accept its terms"):
-        quantize(job("bob/closed"))
+        quantize(task("bob/closed"))
     model(hub)
     with pytest.raises(ModelError, match="no revision 'v9'"):
-        quantize(job(revision="v9"))
+        quantize(task(revision="v9"))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_options_that_cannot_be_met_are_refused_in_one_line(hub, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     model(hub)
     with pytest.raises(UserError) as refused:
-        quantize(job(**options))
+        quantize(task(**options))
     assert said in str(refused.value) and "\n" not in str(refused.value)
     assert not (tmp_path / "runs").exists()
 
@@ -145,7 +145,7 @@ def test_cuda_is_asked_for_in_vain_where_there_is_none(hub, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     model(hub)
     with pytest.raises(ModelError, match="device 'cuda': torch finds no CUDA here"):
-        quantize(job(device="cuda"))
+        quantize(task(device="cuda"))
     assert not (tmp_path / "runs").exists()
 
 
@@ -153,11 +153,11 @@ def test_a_repository_with_another_model_is_not_mixed_up_with_this_one(hub):
     model(hub)
     model(hub, "ada/other")
     with pytest.raises(HubError, match="ada/other: has a model of its own at its root"):
-        quantize(job(repo="ada/other"))
+        quantize(task(repo="ada/other"))
     told = {"run": "other", "files": {}, "documents": [], "base": {"source": "ada/third", "hub_id": "ada/third"}}
     hub.put("ada/variants", {"tunepress.json": json.dumps(told).encode()})
     with pytest.raises(HubError, match="ada/variants: holds variants of ada/third, and this is ada/model"):
-        quantize(job(repo="ada/variants"))
+        quantize(task(repo="ada/variants"))
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_a_space_is_told_once_where_to_keep_its_data(hub):
 def test_a_list_of_models_takes_options_from_the_command_line_and_its_own(tmp_path):
     path = tmp_path / "models.yaml"
     path.write_text("- {model: ada/one, repo: ada/one}\n- {model: ada/two, repo: ada/two, quant_types: [both]}\n")
-    one, two = read_jobs(path, {"quant_types": ["int4"], "private": False})
+    one, two = read_tasks(path, {"quant_types": ["int4"], "private": False})
     assert (one.quant_types, two.quant_types, two.private) == (["int4"], ["both"], False)
 
 
@@ -213,5 +213,5 @@ def test_a_list_with_a_mistake_is_refused_before_anything_is_begun(tmp_path, tex
     path = tmp_path / "models.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as refused:
-        read_jobs(path, {})
+        read_tasks(path, {})
     assert said in str(refused.value) and "hf_abc" not in str(refused.value)
