@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -248,6 +249,15 @@ def repository_id(value: str | None) -> str | None:
     return value
 
 
+def _has_host(address: str) -> bool:
+    """Can an address be taken apart into a host and, where it has one, a port?"""
+    try:
+        parts = urlsplit(address)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
 class Track(Section):
     project: str = Field(default="tunepress", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     space: str | None = Field(default=None, description="USER/NAME of a Space that shows the dashboard")
@@ -261,7 +271,7 @@ class Track(Section):
     @field_validator("server")
     @classmethod
     def _server(cls, value: str | None) -> str | None:
-        if value is not None and not re.match(r"https?://[^\s@?#]+\Z", value):
+        if value is not None and not (re.match(r"https?://[^\s@?#]+\Z", value) and _has_host(value)):
             raise ValueError("an address such as https://trackio.example.org; its token goes in TRACKIO_WRITE_TOKEN")
         return value
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pipeline import live
@@ -24,6 +24,7 @@ def run(
     output: str | Path | None = None,
     publish_again: bool = False,
     launch: Launch | None = None,
+    begin: Callable[[], None] = lambda: None,
 ) -> Workspace:
     """The whole job, from what the configuration brings to a release; what is finished already is kept.
 
@@ -36,6 +37,7 @@ def run(
         output: folder that becomes the release itself; by default `release/` in the run's folder.
         publish_again: compare with the repository also where this release was published before.
         launch: train in several processes; by default in one.
+        begin: done before the first stage, when nothing was found that keeps the run from beginning.
 
     Returns:
         The run's workspace; `workspace.release` is the result.
@@ -51,6 +53,7 @@ def run(
         _claimed(config, root, output, fresh) as workspace,
         Steps(config, workspace, reporter or Reporter(), launch) as steps,
     ):
+        begin()
         for stage in stages_before_variants(config):
             steps.do(stage)
         ready = steps.admitted(variants)

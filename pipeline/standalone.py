@@ -9,15 +9,15 @@ repository the files that were there, and the card but for one marked section, s
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from pipeline.catalog import VARIANTS
-from pipeline.config import PACKAGE_SOURCE, Config, Section, repository_id
+from pipeline.catalog import VARIANTS, variant_names
+from pipeline.config import PACKAGE_SOURCE, Config, Section, Whole, repository_id
 from pipeline.config_file import explain, read_yaml
 from pipeline.errors import ConfigError, HubError, Interrupted, UserError
 from pipeline.hub import CARD, LINEAGE, Tree, check_root, read_tree
@@ -40,16 +40,18 @@ class Task(Section):
     model: str = Field(min_length=1, description="Hub id, or folder")
     repo: str | None = Field(default=None, description="USER/NAME to publish to; may be the model's own")
     quant_types: list[str] = Field(default=["int8_weight_only"], min_length=1)
-    group_size: int | None = None
+    group_size: Whole | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     private: bool = Field(default=True, description="visibility of a new repository")
-    trackio_url: str | None = None
-    experiment_name: str | None = Field(default=None, description="name of the run")
+    trackio_url: str | None = Field(default=None, min_length=1)
+    experiment_name: str | None = Field(default=None, min_length=1, description="name of the run")
     dataset_repo: str | None = Field(default=None, description="where the Space keeps Trackio's data")
     save_only: bool = False
-    revision: str | None = None
-    output: str | None = Field(default=None, description="folder that becomes the release")
-    calibration: str | None = Field(default=None, description="text to measure on: a .txt file, or builtin:NAME")
+    revision: str | None = Field(default=None, min_length=1)
+    output: str | None = Field(default=None, min_length=1, description="folder that becomes the release")
+    calibration: str | None = Field(
+        default=None, min_length=1, description="text to measure on: a .txt file, or builtin:NAME"
+    )
     low_disk: bool = False
 
     @field_validator("repo", "dataset_repo")
@@ -108,9 +110,14 @@ def quantize(task: Task, root: str | Path = "runs", reporter: Reporter | None = 
     config = configure(task, there, space, server)
     if there and (stay := [name for name in there.specs() if name not in _asked(task)]):
         reporter.show([f"{task.repo} has {', '.join(stay)} already, which will stay"])
-    if task.dataset_repo:
-        keep_in(space, task.dataset_repo)
-    return run(config, root, reporter=reporter, output=task.output, publish_again=not task.save_only)
+
+    def tell_the_space() -> None:
+        if task.dataset_repo:
+            keep_in(space, task.dataset_repo)
+
+    return run(
+        config, root, reporter=reporter, output=task.output, publish_again=not task.save_only, begin=tell_the_space
+    )
 
 
 def standing(repo: str) -> Standing | None:
@@ -138,16 +145,14 @@ def configure(task: Task, there: Standing | None, space: str | None = None, serv
         UserError: where the model, the repository or an option is refused.
     """
     asked = _asked(task)
-    revision = task.revision
-    is_guest = False
-    if not (PACKAGE_SOURCE.match(task.model) or is_local(task.model)):
-        is_guest = not task.save_only and task.repo.casefold() == task.model.casefold()
-        commit = inspect(task.model, revision)
-        # Publishing moves the head of the model's own repository, and that must not make it another model.
-        revision = _made_from(task.model, commit, there) if is_guest else revision
+    is_on_hub = not (PACKAGE_SOURCE.match(task.model) or is_local(task.model))
+    is_guest = is_on_hub and not task.save_only and task.repo.casefold() == task.model.casefold()
+    if task.revision and not is_on_hub:
+        raise ConfigError(f"--revision {task.revision}: only models on the Hub have revisions; {task.model} is none")
+    commit = inspect(task.model, task.revision) if is_on_hub else None
     if there:
-        _check_place(task, there, is_guest)
         asked = {**there.specs(), **asked}
+        _check_place(task, there, is_guest, asked)
     settings = {
         "name": task.experiment_name or (there.run if there else None),
         "quantize.variants": [asked[name] for name in VARIANTS if name in asked],  # whatever the order of the options
@@ -164,7 +169,7 @@ def configure(task: Task, there: Standing | None, space: str | None = None, serv
         task.output or task.repo or task.model,
         [],
         measure=not task.low_disk,
-        revision=revision,
+        revision=_made_from(task.model, commit, there) if commit else None,
         settings=[f"{key}={json.dumps(value)}" for key, value in settings.items() if value is not None],
         low_disk=task.low_disk,
     )
@@ -209,7 +214,9 @@ def read_tasks(path: Path, options: dict[str, Any]) -> list[Task]:
     return tasks
 
 
-def quantize_all(tasks: Sequence[Task], root: str | Path = "runs", reporter: Reporter | None = None) -> list[str | None]:
+def quantize_all(
+    tasks: Sequence[Task], root: str | Path = "runs", reporter: Reporter | None = None
+) -> list[str | None]:
     """Do tasks one after the other; one that fails does not stop those after it.
 
     Returns:
@@ -232,13 +239,15 @@ def quantize_all(tasks: Sequence[Task], root: str | Path = "runs", reporter: Rep
 def _asked(task: Task) -> dict[str, dict]:
     """The variants that are asked for, as `quantize.variants` takes them."""
     names = [spec["name"] for spec in variant_specs(task.quant_types, option="--quant-type")]
+    if not names:
+        raise ConfigError(f"--quant-type {','.join(task.quant_types)!r}: names no variant; known are {variant_names()}")
     in_groups = [name for name in names if VARIANTS[name].group_size and GROUP_SIZE in VARIANTS[name].group_sizes]
-    size = task.group_size or (GROUP_SIZE if in_groups else None)
+    size = GROUP_SIZE if task.group_size is None and in_groups else task.group_size
     return {spec["name"]: spec for spec in variant_specs(names, size)}
 
 
-def _check_place(task: Task, there: Standing, is_guest: bool) -> None:
-    """Raise where the variants of this model would stand beside another, or replace another's."""
+def _check_place(task: Task, there: Standing, is_guest: bool, variants: Collection[str]) -> None:
+    """Raise where the variants of this model would stand beside another, or replace another's or people's files."""
     check_root(there.tree)
     name = file_name(task.model) if is_local(task.model) else task.model
     known = there.base.get("hub_id") or there.base.get("source")
@@ -250,12 +259,18 @@ def _check_place(task: Task, there: Standing, is_guest: bool) -> None:
             f"{task.repo}: has a model of its own at its root ({weights[0]}); "
             f"use another repository, or quantize that model: {task.repo} {task.repo}"
         )
+    ours = {path.split("/")[0] for path in there.tree.ours if "/" in path}
+    new = tuple(f"{folder}/" for folder in {VARIANTS[name].folder for name in variants} if folder not in ours)
+    theirs = [path for path in there.tree.files.keys() - there.tree.ours if Path(path).name != CARD]
+    if taken := sorted(path for path in theirs if path == LINEAGE or path.startswith(new)):
+        raise HubError(f"{task.repo}: has a {taken[0]} that tunepress did not put there; choose another repository")
 
 
 def _made_from(repo: str, commit: str, there: Standing | None) -> str:
-    """The commit that a model's variants in its own repository are made from.
+    """The commit that a model's variants are made from, which is `commit` or as good as it.
 
-    It stays the one that the last release was made from, until files of the model itself change.
+    It stays the one that the last release was made from until files of the model itself change: people write
+    into cards, and in the model's own repository every release moves the head.
     """
     from huggingface_hub.errors import RevisionNotFoundError
 

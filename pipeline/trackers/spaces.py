@@ -77,11 +77,17 @@ def space_at(address: str) -> str | None:
     """The Space USER/NAME that an address belongs to: its page on the Hub, or its program's; None for other servers.
 
     Raises:
-        TrackError: where the address of a program does not tell whose it is, and the Hub does not say.
+        TrackError: where it is no address, or another page of the Hub; where that of a program does not tell whose
+            it is, and the Hub neither.
     """
-    parts = urlsplit(address)
-    if page := re.match(r"/spaces/([^/]+/[^/]+)", parts.path):
-        return page[1] if parts.hostname in ("huggingface.co", "hf.co") else None
+    try:
+        parts = urlsplit(address)
+    except ValueError:
+        raise TrackError(f"{address}: not an address such as https://huggingface.co/spaces/USER/NAME") from None
+    if parts.hostname in ("huggingface.co", "hf.co"):
+        if page := re.match(r"/spaces/([^/]+/[^/]+)", parts.path):
+            return page[1]
+        raise TrackError(f"{address}: not the page of a Space; that is https://huggingface.co/spaces/USER/NAME")
     name = (parts.hostname or "").removesuffix(".hf.space")
     if name == parts.hostname or not name:
         return None

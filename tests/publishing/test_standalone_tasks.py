@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pipeline.errors import ConfigError, HubError, ModelError, UserError
+from pipeline.errors import ConfigError, HubError, ModelError, StageFailed, UserError
 from pipeline.standalone import configure, quantize, read_task, read_tasks, standing
 from pipeline.trackers.spaces import keep_in, space_at
 from tests.hub.store import Repository
@@ -50,7 +50,7 @@ def test_options_become_the_configuration_of_one_private_commit(hub, tmp_path):
     config = configure(task(**given, repo="ada/other"), None, space="ada/board")
     assert (config.evaluate.device, config.evaluate.general, config.name) == ("cpu", "text.txt", "second")
     assert (config.publish.private, config.publish.commits, config.track.space) == (True, "single", "ada/board")
-    assert (config.model.source, config.model.revision, config.publish.repo) == ("ada/model", "main", "ada/other")
+    assert (config.model.source, config.publish.repo) == ("ada/model", "ada/other")
     assert not configure(task(repo="ada/other", private=False), None).publish.private
     kept = configure(task(save_only=True, low_disk=True), None)
     assert kept.publish.repo is None and kept.evaluate is None and kept.model.low_disk
@@ -71,6 +71,47 @@ def test_in_its_own_repository_a_model_is_the_same_until_its_files_change(hub):
     assert configure(task(), standing("ada/model")).model.revision == second
     hub.put("ada/model", {"tunepress.json": json.dumps(told | {"base": {"hub_id": "ada/model"}}).encode()})
     assert configure(task(), standing("ada/model")).model.revision == hub.commits("ada/model")[0]
+
+
+def test_in_another_repository_variants_are_made_again_when_the_model_was_changed_and_not_only_its_card(hub):
+    first = model(hub)
+    config = configure(task(repo="ada/other"), None)
+    assert config.model.revision == first
+    told = {"run": "other", "files": {}, "documents": [], "base": {"hub_id": "ada/model", "revision": first}}
+    hub.put("ada/other", {"tunepress.json": json.dumps(told).encode()})
+    hub.put("ada/model", {"README.md": b"# Mine\n"})
+    assert configure(task(repo="ada/other"), standing("ada/other")) == config.model_copy(
+        update={"name": "other", "publish": config.publish}
+    )
+    second = hub.put("ada/model", {"model.safetensors": b"other weights"})
+    assert configure(task(repo="ada/other"), standing("ada/other")).model.revision == second
+
+
+def test_a_revision_is_that_of_a_model_on_the_hub(hub, tmp_path):
+    first = model(hub)
+    model(hub, files={"model.safetensors": b"other weights"})
+    assert configure(task(repo="ada/other", revision=first), None).model.revision == first
+    with pytest.raises(ConfigError, match="--revision v1: only models on the Hub have revisions"):
+        configure(task(str(tmp_path), revision="v1"), None)
+
+
+@pytest.mark.parametrize("name", ["int8/notes.txt", "tunepress.json"])
+def test_people_s_files_where_a_variant_is_to_go_are_found_before_any_work(hub, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    model(hub)
+    hub.put("ada/model", {name: b"mine"})
+    with pytest.raises(HubError, match=f"^ada/model: has a {name} that tunepress did not put there"):
+        quantize(task())
+    assert not (tmp_path / "runs").exists()
+
+
+def test_people_s_files_beside_a_variant_that_is_there_and_a_card_where_one_is_to_go_are_no_hindrance(hub):
+    model(hub)
+    files = {"int8/model.safetensors": {"sha256": "", "size": 1}}
+    told = {"run": "first", "files": files, "documents": [], "base": {"hub_id": "ada/model"}}
+    mine = {"int8/notes.txt": b"mine", "int4/README.md": b"soon"}
+    hub.put("ada/model", {"tunepress.json": json.dumps(told).encode(), "int8/model.safetensors": b"x", **mine})
+    configure(task(quant_types=["both"]), standing("ada/model"))
 
 
 @pytest.mark.parametrize(
@@ -116,6 +157,9 @@ def test_what_is_not_there_gated_or_a_data_set_is_refused(hub):
     "options, said",
     [
         ({"quant_types": ["int5"]}, "--quant-type int5: allowed are int8, int8-dynamic, int4"),
+        ({"quant_types": [""]}, "--quant-type '': names no variant; known are int8"),
+        ({"group_size": 0, "quant_types": ["int4"]}, "group_size 0: allowed are 32, 64, 128, 256"),
+        ({"group_size": True}, "group_size: true is refused"),
         ({"group_size": 48, "quant_types": ["int4"]}, "group_size 48: allowed are 32, 64, 128, 256"),
         ({"repo": None}, "say where to publish to"),
         ({"low_disk": True}, "needs the whole model; use it with --save-only"),
@@ -123,6 +167,12 @@ def test_what_is_not_there_gated_or_a_data_set_is_refused(hub):
         ({"dataset_repo": "ada/data"}, "--dataset-repo ada/data: only a Space"),
         ({"dataset_repo": "ada/data", "trackio_url": "http://localhost:7860"}, "--dataset-repo ada/data: only a Space"),
         ({"trackio_url": "localhost:7860"}, "track.server"),
+        ({"trackio_url": "https://[bad"}, "https://[bad: not an address such as"),
+        ({"trackio_url": "https://trackio.example.org:port"}, "track.server"),
+        ({"trackio_url": "https://huggingface.co/ada"}, "https://huggingface.co/ada: not the page of a Space"),
+        ({"revision": ""}, 'revision: "" is refused'),
+        ({"output": ""}, 'output: "" is refused'),
+        ({"calibration": "missing.txt"}, "missing.txt"),
         ({"device": "tpu"}, "device: \"tpu\" is refused"),
         ({"quant_type": ["int8"]}, "quant_type: unknown key; did you mean 'quant_types'"),
         ({"repo": "bob/model"}, "who cannot write to bob/"),
@@ -167,6 +217,7 @@ def test_a_repository_with_another_model_is_not_mixed_up_with_this_one(hub):
         ("https://huggingface.co/spaces/ada/board/?project=x", "ada/board"),
         ("https://ada-board.hf.space/", "ada/board"),
         ("https://trackio.example.org/spaces/ada/board", None),
+        ("https://ada-board.hf.space/spaces/bob/other", "ada/board"),
         ("http://127.0.0.1:7860", None),
     ],
 )
@@ -190,6 +241,25 @@ def test_a_space_is_told_once_where_to_keep_its_data(hub):
         keep_in("ada/board", "ada/data")
     assert space.variables == {"TRACKIO_DATASET_ID": "ada/data"}
     assert len([r for r in hub.requests if r.method == "POST"]) == 1
+
+
+def test_a_space_is_told_by_a_run_that_begins_and_not_by_one_that_is_refused(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    space = hub.store.create("space", "ada/board")
+    space.host = "http://127.0.0.1:9"
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "damaged/model.safetensors").write_bytes(b"weights")
+    told = {"trackio_url": "https://huggingface.co/spaces/ada/board", "dataset_repo": "ada/data"}
+    (tmp_path / "runs").write_text("in the way of the runs' folder")
+    for refused in ({"repo": "bob/model"}, {"calibration": "missing.txt"}, {}):
+        with pytest.raises(UserError):
+            quantize(task("./damaged", **{"repo": "ada/new", **told, **refused}))
+        assert not space.variables
+    (tmp_path / "runs").unlink()
+    with pytest.raises(StageFailed):
+        quantize(task("./damaged", "ada/new", **told))
+    assert space.variables == {"TRACKIO_DATASET_ID": "ada/data"}
 
 
 def test_a_list_of_models_takes_options_from_the_command_line_and_its_own(tmp_path):
