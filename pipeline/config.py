@@ -249,6 +249,17 @@ def repository_id(value: str | None) -> str | None:
     return value
 
 
+def run_name(value: str) -> str:
+    """`value`, if a run can be called that.
+
+    Raises:
+        ValueError: saying how it is written.
+    """
+    if not RUN_NAME.match(value):
+        raise ValueError("a run's name has letters, digits, '.', '_' and '-', and no spaces")
+    return value
+
+
 def _has_host(address: str) -> bool:
     """Can an address be taken apart into a host and, where it has one, a port?"""
     try:
@@ -302,9 +313,7 @@ class Config(Section):
     @field_validator("name")
     @classmethod
     def _name(cls, value: str) -> str:
-        if not RUN_NAME.match(value):
-            raise ValueError("a run's name has letters, digits, '.', '_' and '-', and no spaces")
-        return value
+        return run_name(value)
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:

@@ -17,14 +17,14 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipeline.catalog import VARIANTS, variant_names
-from pipeline.config import PACKAGE_SOURCE, Config, Section, Whole, repository_id
+from pipeline.config import PACKAGE_SOURCE, Config, Model, Quantize, Section, Whole, repository_id, run_name
 from pipeline.config_file import explain, read_yaml
 from pipeline.errors import ConfigError, HubError, Interrupted, UserError
 from pipeline.hub import CARD, LINEAGE, Tree, check_root, read_tree
 from pipeline.hub.trouble import persist
 from pipeline.inspection import inspect
 from pipeline.midway import quantize_config, variant_specs
-from pipeline.models import CHECKPOINT_FILES, is_local
+from pipeline.models import CHECKPOINT_FILES, check_source, is_local
 from pipeline.private import file_name
 from pipeline.reporter import Reporter
 from pipeline.run import run
@@ -44,7 +44,7 @@ class Task(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     private: bool = Field(default=True, description="visibility of a new repository")
     trackio_url: str | None = Field(default=None, min_length=1)
-    experiment_name: str | None = Field(default=None, min_length=1, description="name of the run")
+    experiment_name: str | None = Field(default=None, description="name of the run")
     dataset_repo: str | None = Field(default=None, description="where the Space keeps Trackio's data")
     save_only: bool = False
     revision: str | None = Field(default=None, min_length=1)
@@ -58,6 +58,11 @@ class Task(Section):
     @classmethod
     def _repository(cls, value: str | None) -> str | None:
         return repository_id(value)
+
+    @field_validator("experiment_name")
+    @classmethod
+    def _name(cls, value: str | None) -> str | None:
+        return None if value is None else run_name(value)
 
     @model_validator(mode="after")
     def _options_fit(self) -> Task:
@@ -144,6 +149,7 @@ def configure(task: Task, there: Standing | None, space: str | None = None, serv
     Raises:
         UserError: where the model, the repository or an option is refused.
     """
+    check_source(Model(source=task.model, low_disk=task.low_disk))
     asked = _asked(task)
     is_on_hub = not (PACKAGE_SOURCE.match(task.model) or is_local(task.model))
     is_guest = is_on_hub and not task.save_only and task.repo.casefold() == task.model.casefold()
@@ -182,9 +188,13 @@ def read_task(values: dict[str, Any], origin: str) -> Task:
         ConfigError: for anything that is wrong with it.
     """
     try:
-        return Task.model_validate(values)
+        task = Task.model_validate(values)
+        Quantize(variants=list(_asked(task).values()))
     except ValidationError as error:
         raise ConfigError(f"{origin}: {explain(error, Task)}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}") from None
+    return task
 
 
 def read_tasks(path: Path, options: dict[str, Any]) -> list[Task]:
@@ -202,6 +212,8 @@ def read_tasks(path: Path, options: dict[str, Any]) -> list[Task]:
         raise ConfigError(f"{path}: cannot be read as a list of models ({error})") from None
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ConfigError(f"{path}: a list of models is written as '- model: USER/MODEL', with 'repo: USER/NAME' below")
+    if repo := options.get("repo"):
+        raise ConfigError(f"{path}: each model of a list has a repo of its own there; leave out {repo}")
     tasks = [read_task({**options, **entry}, f"{path}: model {n}") for n, entry in enumerate(entries, start=1)]
     seen: dict[str, int] = {}
     for n, task in enumerate(tasks, start=1):

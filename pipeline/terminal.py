@@ -116,10 +116,13 @@ def summary(console: Console, config: Config, workspace: Workspace) -> None:
     results = read_json(workspace.results_path, {})
     shown = [v for v in VARIANTS if v in results and (workspace.release / VARIANTS[v].folder).is_dir()]
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
-    for column in ("", "size", "held-out ppl", "general ppl", "KL", "decode", "memory"):
-        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
-    for name in (*(n for n in ("base", "merged") if n in results), *shown):
-        table.add_row(name, *_figures(results[name]))
+    titles = ("", "size", "held-out ppl", "general ppl", "KL", "decode", "memory")
+    rows = [(name, *_figures(results[name])) for name in ("base", "merged", *shown) if name in results]
+    measured = [column for column in zip(titles, *rows, strict=True) if set(column[1:]) != {"-"}]
+    for title, *_ in measured:
+        table.add_column(title, justify="left" if not title else "right", no_wrap=True)
+    for row in zip(*(cells for _, *cells in measured), strict=True):
+        table.add_row(*row)
     if table.rows:
         console.print(table)
     console.print(f"[dim]{_how_measured(results)}[/]")
@@ -141,7 +144,7 @@ def _how_measured(results: dict) -> str:
     """What the columns of the summary mean, as far as they were measured."""
     quality = next((r["quality"] for r in results.values() if isinstance(r, dict) and "quality" in r), None)
     if not quality:
-        return "nothing was measured; --measure does, and so does publishing"
+        return "nothing was measured; publishing does that, and so does tunepress quantize --measure"
     counted = " and ".join(f"{q['tokens']} {text.replace('_', '-')}" for text, q in quality.items())
     text = "held-out" if "held_out" in quality else "general"
     others = ", GGUF by llama.cpp" if any("llama.cpp" in r.get("speed", ()) for r in results.values()) else ""

@@ -19,11 +19,20 @@ MODELS.yaml is a list; options on the command line hold for those of it that do 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
+CLONE = Path(__file__).resolve().parents[1]
+
+try:
+    import typer
+except ModuleNotFoundError:
+    sys.exit(
+        f"quantize_standalone: this Python ({sys.executable}) lacks what tunepress needs; "
+        f"take {CLONE}/.venv/bin/python, which {CLONE}/launch.sh sets up, or run: pip install {CLONE}"
+    )
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -57,6 +66,8 @@ def quantize(
 ) -> None:
     options = {name: value for name, value in locals().items() if name not in ("model", "token")}
     options = {name: value for name, value in options.items() if value is not None}
+    if token == "":
+        raise typer.BadParameter("it is empty", param_hint="'--token'")
     if token:
         print(
             "--token: the process list shows it to others; set HF_TOKEN, or log in with: hf auth login", file=sys.stderr
@@ -70,8 +81,8 @@ def _one(options: dict) -> int:
     from pipeline.terminal import summary
 
     reporter = _reporter()
-    task = read_task(options, "options")
-    workspace = quantize(task, reporter=reporter)
+    workspace = quantize(read_task(options, "options"), reporter=reporter)
+    os.environ.setdefault("TUNEPRESS_COMMAND", "tunepress" if shutil.which("tunepress") else f"{CLONE}/launch.sh")
     summary(reporter.console, workspace.config(), workspace)
     return 0
 
@@ -82,7 +93,8 @@ def _all(path: Path, options: dict) -> int:
     tasks = read_tasks(path, options)
     problems = quantize_all(tasks, reporter=_reporter())
     for task, problem in zip(tasks, problems, strict=True):
-        print(f"{task.model}: {problem or 'done'}")
+        told = problem or "done"
+        print(told if told.startswith(f"{task.model}:") else f"{task.model}: {told}")
     return 2 if any(problems) else 0
 
 
@@ -95,7 +107,7 @@ def _reporter():
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone needs no installation
+    sys.path.insert(0, str(CLONE))  # a clone needs no installation
     from pipeline.errors import UserError
 
     try:

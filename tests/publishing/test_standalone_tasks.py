@@ -87,12 +87,12 @@ def test_in_another_repository_variants_are_made_again_when_the_model_was_change
     assert configure(task(repo="ada/other"), standing("ada/other")).model.revision == second
 
 
-def test_a_revision_is_that_of_a_model_on_the_hub(hub, tmp_path):
+def test_a_revision_is_that_of_a_model_on_the_hub(hub, model_copy):
     first = model(hub)
     model(hub, files={"model.safetensors": b"other weights"})
     assert configure(task(repo="ada/other", revision=first), None).model.revision == first
     with pytest.raises(ConfigError, match="--revision v1: only models on the Hub have revisions"):
-        configure(task(str(tmp_path), revision="v1"), None)
+        configure(task(str(model_copy), revision="v1"), None)
 
 
 @pytest.mark.parametrize("name", ["int8/notes.txt", "tunepress.json"])
@@ -161,6 +161,9 @@ def test_what_is_not_there_gated_or_a_data_set_is_refused(hub):
         ({"group_size": 0, "quant_types": ["int4"]}, "group_size 0: allowed are 32, 64, 128, 256"),
         ({"group_size": True}, "group_size: true is refused"),
         ({"group_size": 48, "quant_types": ["int4"]}, "group_size 48: allowed are 32, 64, 128, 256"),
+        ({"model": "https://huggingface.co/ada/model"}, "not a folder here, and not a Hub id"),
+        ({"model": "ada/model@main"}, "not a folder here, and not a Hub id"),
+        ({"experiment_name": "my run"}, 'experiment_name: "my run" is refused: a run\'s name'),
         ({"repo": None}, "say where to publish to"),
         ({"low_disk": True}, "needs the whole model; use it with --save-only"),
         ({"repo": "no-slash"}, "a repository is written USER/NAME"),
@@ -269,6 +272,13 @@ def test_a_list_of_models_takes_options_from_the_command_line_and_its_own(tmp_pa
     assert (one.quant_types, two.quant_types, two.private) == (["int4"], ["both"], False)
 
 
+def test_a_list_has_a_repository_for_each_of_its_models(tmp_path):
+    path = tmp_path / "models.yaml"
+    path.write_text("- {model: ada/one, repo: ada/one}")
+    with pytest.raises(ConfigError, match="a repo of its own there; leave out ada/other"):
+        read_tasks(path, {"repo": "ada/other"})
+
+
 @pytest.mark.parametrize(
     "text, said",
     [
@@ -276,6 +286,8 @@ def test_a_list_of_models_takes_options_from_the_command_line_and_its_own(tmp_pa
         ("[]", "a list of models is written as"),
         ("- {model: ada/one, repo: ada/one, token: hf_abcdefghijkl}", "model 1: token: unknown key"),
         ("- {repo: ada/one}", "model 1: model: missing"),
+        ("- {model: a/x, repo: a/x}\n- {model: b/y, repo: b/y, quant_types: [int3]}", "model 2: --quant-type int3"),
+        ("- {model: a/x, repo: a/x, quant_types: [int4], group_size: 3}", "model 1: variants"),
         ("- {model: a/x, repo: a/x}\n- {model: b/x, repo: b/x}", "models 1 and 2 would both be made in 'x'"),
     ],
 )

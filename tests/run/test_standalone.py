@@ -164,7 +164,7 @@ def test_several_models_of_which_one_fails_with_a_token_that_is_written_nowhere(
     done = standalone(work, "models.yaml", *options, check=2, env={"HF_TOKEN": ""})
     assert "--token: the process list shows it" in done.stderr
     assert done.stdout.splitlines()[-2:] == [
-        "ada/missing: ada/missing: no such model on the Hub, or it is private and you are not logged in",
+        "ada/missing: no such model on the Hub, or it is private and you are not logged in",
         "ada/model: done",
     ]
     assert not place.hub.repo("ada/second").private and "int8/model.safetensors" in place.hub.files("ada/second")
@@ -180,6 +180,16 @@ def test_nothing_is_published_where_it_is_only_saved(place, tiny_model):
     options = ("--save-only", "--output", "kept", "--quant-type", "int8", "--low-disk")
     standalone(place, "ada/model", *options)
     assert (place.folder / "kept/int8/model.safetensors").is_file() and sent(place.hub, since) == []
+
+
+def test_a_python_without_what_it_needs_is_told_which_has_it(place):
+    done = subprocess.run([sys.executable, "-I", "-S", SCRIPT], cwd=place.folder, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"take {REPOSITORY}/.venv/bin/python, which {REPOSITORY}/launch.sh sets up" in done.stderr
+
+
+def test_an_empty_token_is_refused_rather_than_taken_for_none(place):
+    assert "it is empty" in standalone(place, "ada/model", "ada/model", "--token", "", check=2).stderr
 
 
 def test_help_tells_every_option_without_importing_torch(place):
