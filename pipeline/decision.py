@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from pipeline.changes import Inputs, changes, changes_beside, inputs_of, made_with
 from pipeline.commands import command
 from pipeline.config import Config
 from pipeline.errors import ConfigError, WorkspaceError
-from pipeline.files import read_json, write_json
-from pipeline.live import Inputs, Live, changes, changes_beside, inputs_of, read_live
+from pipeline.files import fingerprint, read_json, write_json
+from pipeline.live import Live, read_live
+from pipeline.opponent import own_weights
+from pipeline.stages import merge, train
+from pipeline.standing import standing
+from pipeline.workspace import Workspace
 
-MARGIN = 2.0  # standard errors, of many examples
+MARGIN = 2.0  # standard errors, of many prompts
 WIDEST = 10.0
 
 Outcome = Literal["published", "not_better", "skipped"]
@@ -48,7 +54,11 @@ class Decision:
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of the last retraining: of these inputs, for this repository and its live model, it came so far."""
+    """What is known of the last retraining: of these inputs, for this repository and its live model, it came so far.
+
+    Attributes:
+        job: the Job that it was started as, and whose end was not read: its id, namespace and url.
+    """
 
     repo: str = ""
     inputs: dict = field(default_factory=dict)
@@ -56,6 +66,7 @@ class Record:
     state: Literal["new", "running", "better", "not_better", "published"] = "new"
     comparison: dict | None = None
     url: str | None = None
+    job: dict | None = None
 
     @classmethod
     def read(cls, path: Path) -> Record:
@@ -74,19 +85,26 @@ class Matter:
     """What is to be decided, and what is known of it before anything is trained.
 
     Attributes:
+        config: as it was asked for.
         news: what a new model would be made of that the live one was not; none where nothing has to be decided.
-        path: where the record is kept.
+        folder: of the run.
     """
 
+    config: Config
     inputs: Inputs
     live: Live | None
     news: tuple[str, ...]
     record: Record
-    path: Path
+    folder: Path
 
     @property
     def repo(self) -> str:
         return self.inputs.config.publish.repo
+
+    @property
+    def path(self) -> Path:
+        """Where the record is kept."""
+        return _record_path(self.folder)
 
     def settled(self, margin: float) -> Decision | None:
         """The decision, where nothing has to be trained for it."""
@@ -98,7 +116,7 @@ class Matter:
             if beside := changes_beside(live, self.inputs):
                 reason = (
                     f"of what makes the model nothing changed since {live.head[:12]}, which is live; "
-                    f"{', '.join(beside)} did, and for that run: {command('run', 'CONFIG')}"
+                    f"{', '.join(beside)} did, and {self._way_to_the_rest()}"
                 )
             return Decision("skipped", self.repo, reason, margin)
         if live is None or record.live != live.model:
@@ -111,23 +129,63 @@ class Matter:
             return Decision("skipped", self.repo, reason, margin, self.news)
         return None
 
-    def remember(self, told: dict) -> None:
-        """Keep what was decided on another machine, from the decision as JSON has it."""
+    def _way_to_the_rest(self) -> str:
+        """How to make what is published beside the live model, without another model coming of it."""
+        options = self._options_of_the_live_model()
+        if options is None:
+            return (
+                f"{self.folder} cannot make that without training again, which is compared before it is published: "
+                "use --force"
+            )
+        return f"for that run: {command('run', 'CONFIG')}{options}"
+
+    def _options_of_the_live_model(self) -> str | None:
+        """Options with which `tunepress run` keeps the model in the run's folder; None where that is not the live one.
+
+        The live model was made of commits, where the configuration may name none.
+        """
+        made, workspace, config = made_with(self.live), Workspace(self.folder), self.config
+        if own_weights(workspace) != self.live.weights:
+            return None
+        pinned = {name: getattr(made, name).revision for name in ("model", "data")}
+        update = {n: getattr(config, n).model_copy(update={"revision": r}) for n, r in pinned.items()}
+        config = config.model_copy(update=update)
+        for name, stage in (("train", train), ("merge", merge)):
+            if not workspace.holds(name, fingerprint(stage.depends(config, workspace, ()))):
+                return None
+        asked = {n: r for n, r in pinned.items() if getattr(self.config, n).revision != r}
+        root = "" if self.folder.parent == Path("runs") else f" --runs {shlex.quote(str(self.folder.parent))}"
+        return root + "".join(f" --set {name}.revision={r or 'null'}" for name, r in asked.items())
+
+    def remember(self, told: dict) -> Matter:
+        """Keep what was decided in a Job, from the decision as JSON has it, for the model that it was compared with."""
         figures = told.get("comparison")
         if told["outcome"] == "published" or (told["outcome"] == "not_better" and figures):
-            live = self.live and self.live.model
+            there = standing(self.repo, figures["compared_with"]["commit"]) if figures else None
             made = {"state": told["outcome"], "comparison": figures, "url": told.get("url")}
-            replace(self.record, live=live, **made).write(self.path)
+            return self.keep(**made, live=there and there.model, job=None)
+        return self.keep(job=None)
+
+    def keep(self, **known: Any) -> Matter:
+        """Keep more in the record."""
+        record = replace(self.record, **known)
+        record.write(self.path)
+        return replace(self, record=record)
+
+
+def _record_path(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.retraining.json")
 
 
 def look(config: Config, root: str | Path) -> Matter:
     """What is to be decided by a retraining, from the repository, the inputs and the record under `root`."""
     live, inputs = read_live(config.publish.repo), inputs_of(config)
-    path = Path(root) / f".{config.name}.retraining.json"
-    record = Record.read(path)
+    folder = Path(root) / config.name
+    record = Record.read(_record_path(folder))
     if (record.repo, record.inputs) != (config.publish.repo, inputs.to_dict()):
         record = Record(config.publish.repo, inputs.to_dict())
-    return Matter(inputs, live, changes(live, inputs) if live else ("there is no live model yet",), record, path)
+    news = changes(live, inputs) if live else ("there is no live model yet",)
+    return Matter(config, inputs, live, news, record, folder)
 
 
 def check(config: Config, margin: float) -> None:
@@ -147,17 +205,17 @@ def check(config: Config, margin: float) -> None:
 def better(comparison: dict, margin: float) -> bool:
     """Is the new model's loss lower by more than `margin` standard errors of the difference?"""
     difference = comparison["difference"]
-    return difference["value"] < -quantile(margin, comparison["examples"]) * difference["stderr"]
+    return difference["value"] < -quantile(margin, comparison["prompts"]) * difference["stderr"]
 
 
-def quantile(margin: float, examples: int) -> float:
-    """How many standard errors, estimated from so many examples, chance exceeds as rarely as `margin` known ones.
+def quantile(margin: float, prompts: int) -> float:
+    """How many standard errors, estimated from so many prompts, chance exceeds as rarely as `margin` known ones.
 
-    Student's t of examples - 1 degrees of freedom, at the probability that the normal distribution leaves beyond
+    Student's t of prompts - 1 degrees of freedom, at the probability that the normal distribution leaves beyond
     `margin`; by D. L. Wallace, Bounds on normal approximations to Student's and the chi-square distributions, 1959,
     to 0.001 for 15 degrees of freedom at a margin of 2.
     """
-    freedom = examples - 1
+    freedom = prompts - 1
     normal = margin * (8 * freedom + 3) / (8 * freedom + 1)
     return math.sqrt(freedom * math.expm1(normal**2 / freedom))
 
@@ -169,6 +227,6 @@ def tell(comparison: dict, margin: float) -> str:
     verdict = "better" if better(comparison, margin) else "not better"
     return (
         f"{verdict}: the loss is {direction} by {abs(gap['value']):.4f} ± {gap['stderr']:.4f} {comparison['unit']} on "
-        f"{comparison['examples']} examples, and counts as better if lower by more than "
-        f"{quantile(margin, comparison['examples']):.2f} standard errors"
+        f"the answers to {comparison['prompts']} prompts, and counts as better if lower by more than "
+        f"{quantile(margin, comparison['prompts']):.2f} standard errors"
     )

@@ -26,8 +26,9 @@ def markdown(decision: Decision) -> str:
     return "\n".join(lines)
 
 
-def markdown_of_failure(repo: str, line: str) -> str:
-    return f"## Retraining {repo}: Failed\n\n{_sentence(line)}\n"
+def markdown_of_failure(subject: str, line: str) -> str:
+    """That it failed, and why; the subject is the repository, or the configuration that names none."""
+    return f"## Retraining {subject}: Failed\n\n{_sentence(line)}\n"
 
 
 def plain(decision: Decision) -> dict:
@@ -85,16 +86,15 @@ def _table(comparison: dict, margin: float) -> list[str]:
     gap, there = comparison["difference"], comparison["compared_with"]
     rows.append(f"| new - live | {gap['value']:+.4f} ± {gap['stderr']:.4f} |" + (" |" * (unit == "nats per token")))
     how = (
-        f"Loss on {comparison['tokens']} tokens of {comparison['examples']} held-out examples that neither model was "
-        f"trained on, paired by {comparison['paired_by']}; ± one standard error. Live is commit "
-        f"`{there['commit'][:12]}`. The rule: better if lower by more than "
-        f"{quantile(margin, comparison['examples']):.2f} standard errors of the difference ({margin:g} of many "
-        "examples)."
+        f"Loss on {comparison['tokens']} tokens of {comparison['examples']} held-out examples with "
+        f"{comparison['prompts']} different prompts, paired by {comparison['paired_by']}; ± one standard error of a "
+        f"sample of prompts. {_sentence(comparison['note'])} Live is commit `{there['commit'][:12]}`. The rule: better "
+        f"if lower by more than {quantile(margin, comparison['prompts']):.2f} standard errors of the difference "
+        f"({margin:g} of many prompts)."
     )
-    if comparison["paired_by"] == "example":
+    if comparison["paired_by"] == "prompt":
         how += " The models have different tokens, so bits per byte of what was to be learned are compared."
-    notes = [f"Note: {comparison['note']}.", ""] if comparison.get("note") else []
-    return [*rows, "", how, "", *notes]
+    return [*rows, "", how, ""]
 
 
 def _sentence(line: str) -> str:

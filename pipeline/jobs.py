@@ -6,35 +6,28 @@ A Job's status knows success and failure only, so the exit code and the decision
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import re
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.alone import IN_A_JOB, alone, labels, refuse_beside_job
 from pipeline.config import PACKAGE_SOURCE, Config
 from pipeline.config_file import dump_config
 from pipeline.data.sources import is_builtin, locate
-from pipeline.decision import check, look
+from pipeline.decision import Matter, check, look
 from pipeline.decision_report import plain
 from pipeline.errors import ConfigError, HubError, UserError, redact
-from pipeline.hub import check_token
-from pipeline.hub.access import keyless
+from pipeline.hub import HubAway, check_token
+from pipeline.hub.access import keyless, who_is
 from pipeline.hub.trouble import persist
+from pipeline.job_log import JobLog
 from pipeline.models import is_local
-from pipeline.retrain import Busy
 
 IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"
-LABEL = "tunepress-retraining"
 TIMEOUT = re.compile(r"\d+(\.\d+)?[smhd]?\Z")
-PACKAGE = re.compile(r"(git\+)?https://[^\s/@]+/\S+\Z")  # and no password in it, for it is not kept secret
-EXIT_CODE = re.compile(r"tunepress: exit code (\d+)\s*\Z")
-POLL_SECONDS = 2.0
-LAST_LOOKS = 3  # at the log of a Job that has ended without its exit code in it
-PATIENCE = 12  # times that the Hub is asked how a Job is, over some minutes; it goes on meanwhile
+PACKAGE = re.compile(r"(git\+)?https://[^\s/@?]+/[^\s?]+\Z")  # no password or token in it, for it is not kept secret
 SECRETS = ("TRACKIO_WRITE_TOKEN",)  # besides the Hub's, where they are set
 
 # A Job is a failure where it does not end with 0, and "not better" is none.
@@ -94,19 +87,40 @@ class Job:
         repo, package = self._check()
         if keyless():
             raise HubError(f"{repo}: a keyless login cannot start Jobs; set HF_TOKEN instead of HF_OIDC_RESOURCE")
-        token = check_token(repo, repo.split("/")[0])
-        matter = look(self.config, root)
-        if not self.force and (settled := matter.settled(self.margin)):
-            return plain(settled)
-        started = self._start(matter.inputs.config, package, token)
+        token = check_token(repo, None if self.config.publish.create_pr else repo.split("/")[0])
+        with alone(repo):  # until it is started, and then it is found by its labels
+            refuse_beside_job(repo)
+            matter = self._read_end(look(self.config, root), say)
+            if not self.force and (settled := matter.settled(self.margin)):
+                return plain(settled)
+            started = self._start(matter.inputs.config, package, token)
+            _keep(matter.keep, say, job={key: started[key] for key in ("id", "namespace", "url")})
         if not wait:
             return started
         told = self._end_of(started, say)
-        try:
-            matter.remember(told)
-        except OSError as error:
-            say(f"what was decided cannot be kept under {root} ({error.strerror}), so the next one starts a Job again")
+        _keep(matter.remember, say, told)
         return {**told, "job": started["url"]}
+
+    def _read_end(self, matter: Matter, say: Callable[[str], None]) -> Matter:
+        """What is known with what the last Job for these inputs came to, where nobody waited for it.
+
+        Raises:
+            HubAway: where the Hub does not say, for then another one might be paid for the same.
+        """
+        job = matter.record.job
+        if job is None:
+            return matter
+        log = JobLog({"repo": matter.repo, **job}, lambda line: None)
+        try:
+            stage = log.follow()
+        except HubAway:
+            raise
+        except HubError as error:
+            stage = str(error)
+        if told := log.decision:
+            return matter.remember(told)
+        say(f"the last Job came to no decision: {log.complaint or stage} (log: {job['url']})")
+        return matter.keep(job=None)
 
     def _start(self, config: Config, package: str, token: str) -> dict:
         """Start it, on these very inputs.
@@ -117,23 +131,19 @@ class Job:
         from huggingface_hub import HfApi
 
         repo = config.publish.repo
-        api, label = HfApi(), repo.replace("/", "--")
-        who = persist(repo, lambda: api.whoami()["name"])
-        active = {"status": ["RUNNING", "SCHEDULING"], "labels": {LABEL: label}, "namespace": who}
-        if running := persist(repo, lambda: next(iter(api.list_jobs(**active)), None)):
-            raise Busy(f"{repo}: another retraining of it is running as a Job: {running.url}")
+        who = persist(repo, lambda: who_is(repo, token)["name"])
         secrets = {"HF_TOKEN": token, **{name: os.environ[name] for name in SECRETS if os.environ.get(name)}}
         options = ["--margin", f"{self.margin:g}", *(["--force"] if self.force else [])]
         started = persist(
             repo,
-            lambda: api.run_job(
+            lambda: HfApi().run_job(
                 image=IMAGE,
                 command=["bash", "-c", SCRIPT, "retrain", *options],
-                env={"TUNEPRESS_CONFIG": dump_config(config), "TUNEPRESS_PACKAGE": package},
+                env={IN_A_JOB: dump_config(config), "TUNEPRESS_PACKAGE": package},
                 secrets=secrets,
                 flavor=self.flavor,
                 timeout=self.timeout,
-                labels={LABEL: label},
+                labels=labels(repo),
                 namespace=who,
             ),
             attempts=1,  # whether it was started is not known after an answer that was lost
@@ -146,7 +156,7 @@ class Job:
     def _end_of(self, started: dict, say: Callable[[str], None]) -> dict:
         """Follow a Job; the decision that it printed."""
         say(started["reason"])
-        log = _Log(started, say)
+        log = JobLog(started, say)
         goes_on = f"the Job goes on: {started['url']}; to stop it: hf jobs cancel {started['id']}"
         try:
             stage = log.follow()
@@ -154,8 +164,8 @@ class Job:
             raise JobFailed(goes_on, 130) from None
         except HubError as error:
             raise JobFailed(f"{error}; {goes_on}", 1) from None
-        if log.told and log.code == log.told["exit_code"]:
-            return log.told
+        if log.decision:
+            return log.decision
         raise JobFailed(f"{log.complaint or f'the Job ended as {stage}'} (log: {started['url']})", log.code or 1)
 
     def _package(self) -> str:
@@ -165,7 +175,7 @@ class Job:
         if package is None or not PACKAGE.match(package):
             raise ConfigError(
                 f"--package {_without_login(package) if package else 'is not given'}: a Job can install "
-                "git+https://HOST/USER/REPOSITORY@COMMIT, or a wheel at an https:// address, without a password in it"
+                "git+https://HOST/USER/REPOSITORY@COMMIT, or a wheel at https://, with no password and no ? in it"
             )
         names = [spec.name for spec in self.config.quantize.variants]
         extras = {"gguf": any(n.startswith("gguf") for n in names), "llama-cpp": any("_k" in n for n in names)}
@@ -191,67 +201,15 @@ class Job:
         return config.publish.repo, package
 
 
-class _Log:
-    """What a Job says.
-
-    Attributes:
-        told: the decision, as it printed it.
-        code: the exit code of the command that it ran.
-        complaint: its last error.
-    """
-
-    told: dict | None = None
-    code: int | None = None
-    complaint: str | None = None
-
-    def __init__(self, started: dict, say: Callable[[str], None]):
-        self._repo, self._say, self._read = started["repo"], say, 0
-        self._about = {"job_id": started["id"], "namespace": started["namespace"]}
-
-    def follow(self) -> str:
-        """Read the log until the Job has ended; how it ended. What the Hub leaves out of a log is no end of the Job.
-
-        Raises:
-            HubError: where the Hub does not say how the Job is.
-        """
-        from huggingface_hub import HfApi
-
-        while True:
-            self._take()
-            job = persist(self._repo, lambda: HfApi().inspect_job(**self._about), attempts=PATIENCE)
-            if job.status.stage not in ("RUNNING", "SCHEDULING"):
-                break
-            time.sleep(POLL_SECONDS)
-        for _ in range(LAST_LOOKS):  # it may have ended while its log could not be read
-            if self.code is None:
-                time.sleep(POLL_SECONDS)
-                self._take()
-        return f"{job.status.stage}{f' ({job.status.message})' if job.status.message else ''}"
-
-    def _take(self) -> None:
-        """Read on, as far as the Hub gives it; its client tries more than once."""
-        with contextlib.suppress(HubError):
-            persist(self._repo, self._read_on, attempts=1)
-
-    def _read_on(self) -> None:
-        """From the first line that was not read."""
-        from huggingface_hub import HfApi
-
-        for number, line in enumerate(HfApi().fetch_job_logs(**self._about, follow=True)):
-            if number < self._read:
-                continue
-            self._read += 1
-            line = redact(line.rstrip("\n"))
-            if line.startswith('{"outcome"'):
-                self.told = json.loads(line)
-                continue
-            self._say(line)
-            if found := EXIT_CODE.match(line):
-                self.code = int(found[1])
-            elif line.startswith("retrain: "):
-                self.complaint = line.removeprefix("retrain: ")
+def _keep(keep: Callable, say: Callable[[str], None], *what: dict, **known: dict) -> None:
+    """Keep what is known of a Job; that goes on, or is decided, all the same."""
+    try:
+        keep(*what, **known)
+    except (OSError, HubError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        say(f"what became of the Job cannot be kept ({reason}), so the next call may start another for the same")
 
 
 def _without_login(address: str) -> str:
-    """An address as it may be shown: what stands before an @ of its host is a password."""
-    return redact(re.sub(r"//[^\s/]*@", "//***@", address))
+    """An address as it may be shown: before an @ of its host stands a password, and after a ? perhaps a token."""
+    return redact(re.sub(r"\?.*", "?***", re.sub(r"//[^\s/]*@", "//***@", address)))

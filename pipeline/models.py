@@ -16,6 +16,7 @@ from pipeline.catalog import GROUP_SIZES
 from pipeline.config import PACKAGE_SOURCE, REPO_ID, Model
 from pipeline.download import download
 from pipeline.errors import ModelError
+from pipeline.files import fingerprint, sha256
 from pipeline.origin import Origin, read_origin
 from pipeline.packaged import find_packaged, unpack_gguf
 
@@ -25,6 +26,9 @@ TERMS_FILES = re.compile(r"^(LICEN[CS]E|USE_POLICY|NOTICE)[\w.-]*$", re.IGNORECA
 TOKENIZER_FILES = re.compile(
     r"^(tokenizer[\w.-]*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|"
     r"chat_template\.jinja|[\w.-]+\.tiktoken)$"
+)
+MODEL_FILES = re.compile(  # those that another model would have otherwise
+    rf"^([\w.-]+\.safetensors(\.index\.json)?|config\.json|generation_config\.json|[\w.-]+\.model)$|{TOKENIZER_FILES.pattern}"
 )
 GENERATES = ("ForCausalLM", "LMHeadModel")  # how the classes of decoders that generate text are called
 PLAIN_TABLE = "Embedding"  # the kind of an embedding that looks rows up and does no more
@@ -190,6 +194,19 @@ def stored_bytes(folder: Path) -> int:
     """Size of a checkpoint's weights on disk, in bytes; of a GGUF's file where it is one."""
     files = list(folder.glob("*.safetensors")) or folder.glob("*.gguf")
     return sum(path.stat().st_size for path in files)
+
+
+def model_digest(files: Mapping[str, str]) -> str:
+    """A digest of the model at the root of a folder or repository, from the hashes of all files there by path."""
+    return fingerprint({path: digest for path, digest in files.items() if MODEL_FILES.match(path)})
+
+
+def digest_here(source: str) -> str:
+    """A digest of a model that lies on this machine, in a folder or in an installed package; it is read whole."""
+    if package := PACKAGE_SOURCE.match(source):
+        return sha256(find_packaged(*package.groups()))
+    paths = [path for path in Path(source).expanduser().iterdir() if path.is_file()]
+    return model_digest({path.name: sha256(path) for path in paths if MODEL_FILES.match(path.name)})
 
 
 def companions(source: Path) -> list[Path]:

@@ -1,8 +1,8 @@
 """Train again, and publish only what is better than the model that the repository has.
 
-Both models are measured in this run, on held-out examples that neither was trained on, and compared token by
-token; the new one is better where its loss is lower by more than `margin` standard errors of the difference, or
-where these are of few examples, by as many more as make it no likelier that chance decides.
+Both models are measured in this run, on held-out examples whose prompts neither was trained on, and compared token
+by token; the new one is better where its loss is lower by more than `margin` standard errors of the difference, or
+where these are of few prompts, by as many more as make it no likelier that chance decides.
 Nothing is published before that is decided, and then everything in one commit.
 
 What was decided is kept beside the run's folder, so that asking again with the same inputs trains nothing.
@@ -10,17 +10,17 @@ What was decided is kept beside the run's folder, so that asking again with the 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pipeline.alone import alone, refuse_beside_job
 from pipeline.config import Config
-from pipeline.data import load_examples
 from pipeline.decision import MARGIN, Decision, Matter, Outcome, better, check, look, tell
-from pipeline.errors import StageFailed, UserError, WorkspaceError
+from pipeline.errors import StageFailed
 from pipeline.events import Events
-from pipeline.live import Live, forget, note, own_weights, read_live, untouched
+from pipeline.live import Live, read_live
+from pipeline.opponent import note, own_weights
 from pipeline.preflight import preflight
 from pipeline.reporter import Reporter
 from pipeline.stages.compare import RESULT
@@ -28,12 +28,6 @@ from pipeline.steps import Steps
 from pipeline.workspace import Workspace
 
 ROUNDS = 3  # how often others may publish while this run compares
-
-
-class Busy(UserError):
-    """Another retraining of the same repository is under way."""
-
-    exit_code = 75  # EX_TEMPFAIL: try again later
 
 
 def retrain(
@@ -49,25 +43,28 @@ def retrain(
     Args:
         root: folder under which the run's folder lies.
         margin: standard errors of the difference by which the new model's loss has to be lower, 0 to 10.
-        force: train anew where nothing has changed, or where it was decided before.
+        force: train anew where nothing has changed, or where it was decided before; all else in the run's folder stays.
 
     Raises:
-        Busy: where another retraining of the repository is under way on this machine.
+        Busy: where another retraining of the repository is under way on this machine, or as a Job of this user.
         UserError: as `pipeline.run` does; the repository is then as it was.
     """
     check(config, margin)
-    with _alone(config.publish.repo):
+    with alone(config.publish.repo):
         preflight(config)
+        refuse_beside_job(config.publish.repo)
         matter = look(config, root)
         if not force and (settled := matter.settled(margin)):
             return settled
         inputs = matter.inputs
-        fresh = force and matter.record.state not in ("running", "better")  # one that was stopped goes on
-        folder = Path(root) / config.name
+        anew = force and matter.record.state not in ("running", "better")  # one that was stopped goes on
         with (
-            Workspace.claim(folder, inputs.config, fresh and folder.exists()) as workspace,
+            Workspace.claim(matter.folder, inputs.config) as workspace,
             Steps(inputs.config, workspace, reporter or Reporter()) as steps,
         ):
+            if anew:
+                workspace.undo("train")
+                shutil.rmtree(workspace.checkpoints, ignore_errors=True)
             return _Retraining(matter, margin).decide(workspace, steps)
 
 
@@ -83,14 +80,10 @@ class _Retraining:
         inputs, live, record, path = self.matter.inputs, self.matter.live, self.matter.record, self.matter.path
         # The commit is there already where only what comes after it was cut short.
         is_there = bool(live) and record.state == "better" and live.weights == own_weights(workspace)
-        if live and not is_there:
-            data = load_examples(inputs.config.data)  # too little to compare on should not be found out later
-            untouched(data.held_out, data.fingerprint, live)
-            del data
         for attempt in range(ROUNDS):
             note(workspace, live, inputs)
             if not is_there:
-                record = replace(record, live=live and live.model, state="running", comparison=None, url=None)
+                record = replace(record, live=live and live.model, state="running", comparison=None, url=None, job=None)
                 record.write(path)
             for stage in ("train", "merge", *(() if is_there else ("compare",))):
                 steps.do(stage)
@@ -100,7 +93,7 @@ class _Retraining:
                 _tell(workspace, comparison, is_better)
                 if not is_better:
                     replace(record, state="not_better", comparison=comparison).write(path)
-                    forget(workspace)
+                    workspace.opponent_path.unlink()
                     return self._decision("not_better", live, comparison)
             steps.do("evaluate")
             variants = _all_variants(inputs.config, steps)
@@ -117,7 +110,7 @@ class _Retraining:
                 live, is_there = now, False
         done = workspace.ledger()["publish"].summary
         replace(record, state="published", url=done["url"]).write(path)
-        forget(workspace)
+        workspace.opponent_path.unlink()
         return replace(self._decision("published", live, comparison), url=done["url"], commit=done["commit"])
 
     def _decision(self, outcome: Outcome, live: Live | None, comparison: dict) -> Decision:
@@ -148,33 +141,3 @@ def _tell(workspace: Workspace, comparison: dict, is_better: bool) -> None:
     step = workspace.read_measurement("training").get("steps", 0)
     name = workspace.config().name
     Events(workspace.events_path, name).metrics({f"retraining/{key}": value for key, value in figures.items()}, step)
-
-
-@contextlib.contextmanager
-def _alone(repo: str) -> Iterator[None]:
-    """Keep other retrainings of a repository from running on this machine.
-
-    Raises:
-        Busy: where one does.
-        WorkspaceError: where the lock cannot be written.
-    """
-    from filelock import FileLock, Timeout
-    from huggingface_hub import constants
-
-    folder = Path(constants.HF_HOME) / "tunepress"
-    lock = FileLock(folder / f"retrain--{repo.replace('/', '--').lower()}.lock")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise Busy(
-            f"{repo}: another retraining of it is running on this machine; try again when it has ended"
-        ) from None
-    except OSError as error:
-        raise WorkspaceError(
-            f"{folder}: cannot be written ({error.strerror}); set HF_HOME to a folder that can"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 
 from pipeline.cli.options import RUNS, ConfigArgument, Root, Settings
+from pipeline.decision import MARGIN, WIDEST
 
 if TYPE_CHECKING:
     from pipeline.decision_report import Summary
@@ -21,13 +22,13 @@ if TYPE_CHECKING:
 HELP = "\n\n".join(
     (
         "Train again, and publish only if the new model beats the one that the repository has.",
-        "Both are measured in this run, on held-out examples that neither was trained on, and paired token by token "
-        "(models with other tokens: in bits per byte, by example). The rule: better, if the loss is lower by more "
-        "than --margin standard errors of the difference; of few examples by some more, after Student's t, and fewer "
-        "than 16 are not enough. Where there is no live model yet, the new one is published.",
+        "Both are measured in this run, on held-out examples whose prompts, word for word, neither was trained on, and "
+        "paired token by token (models with other tokens: in bits per byte, by prompt). The rule: better, if the loss "
+        "is lower by more than --margin standard errors of the difference; of few prompts by some more, after "
+        "Student's t, and fewer than 16 are not enough. Where there is no live model yet, the new one is published.",
         "Exit codes: 0 published; 3 not better, and nothing changed; 4 skipped, since neither data, base nor "
-        "the settings that make the model changed (for other variants or mirrors: tunepress run); 2 failed, and you "
-        "can mend it; 1 failed; 75 another retraining of the repository is running; 130 stopped.",
+        "the settings that make the model changed (for other variants or mirrors it says what to run); 2 failed, and "
+        "you can mend it; 1 failed; 75 another retraining of the repository is running; 130 stopped.",
         "What failed or was stopped has left the live model as it was, unless it says otherwise; the same command "
         "goes on from there.",
     )
@@ -46,9 +47,12 @@ def retrain(
     config: ConfigArgument,
     settings: Settings = None,
     margin: Annotated[
-        float, typer.Option(min=0, max=10, help="Standard errors that the loss has to be lower by.")
-    ] = 2.0,
-    force: Annotated[bool, typer.Option("--force", help="Train also where nothing changed or it was decided.")] = False,
+        float, typer.Option(min=0, max=WIDEST, help="Standard errors that the loss has to be lower by.")
+    ] = MARGIN,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Train anew where nothing changed or it was decided; the run's files stay else."),
+    ] = False,
     pull_request: Annotated[
         bool, typer.Option("--pull-request", help="Open a pull request on the Hub instead of committing.")
     ] = False,
@@ -76,8 +80,10 @@ def retrain(
     from pipeline.errors import UserError
 
     summaries = Summary.open(summary)
-    loaded = load_config(config, [*(settings or ()), *(["publish.create_pr=true"] if pull_request else ())])
+    subject = config
     try:
+        loaded = load_config(config, [*(settings or ()), *(["publish.create_pr=true"] if pull_request else ())])
+        subject = loaded.publish.repo or loaded.name
         if on is Place.jobs:
             from pipeline.jobs import Job
 
@@ -94,7 +100,7 @@ def retrain(
             decision = decide(loaded, runs, margin=margin, force=force, reporter=reporter)
             told, text = plain(decision), markdown(decision)
     except UserError as error:
-        _append(summaries, markdown_of_failure(loaded.publish.repo or loaded.name, str(error)))
+        _append(summaries, markdown_of_failure(subject, str(error)))
         raise
     _append(summaries, text)
     print(json.dumps(told) if as_json else told["reason"])

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pipeline import live
 from pipeline.config import Config
 from pipeline.errors import ConfigError, WorkspaceError
 from pipeline.launch import Launch
@@ -120,5 +119,4 @@ def _claimed(config: Config, root: str | Path, output: str | Path | None, fresh:
         if there.exists() and not folder.is_dir() and (not there.is_dir() or any(there.iterdir())):
             raise WorkspaceError(f"{there}: has other things in it; choose a new folder")
     with Workspace.claim(folder, config, fresh) as workspace:
-        live.forget(workspace)  # a retraining that was stopped binds retrainings alone
         yield workspace

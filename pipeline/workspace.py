@@ -58,6 +58,7 @@ class Workspace:
         self.ledger_path = self.folder / "ledger.json"
         self.events_path = self.folder / "events.jsonl"
         self.results_path = self.folder / "results.json"
+        self.opponent_path = self.folder / "live.json"
         self.base = self.folder / "base"
         self.data = self.folder / "data"
         self.checkpoints = self.folder / "checkpoints"
@@ -126,8 +127,10 @@ class Workspace:
             raise WorkspaceError(f"{self.folder}: cannot be written ({error.strerror})") from None
 
     def _forget(self, config: Config) -> None:
-        """Drop figures of an earlier configuration that this one will not make anew."""
+        """Drop figures of an earlier configuration that this one will not make anew, and what it was compared with."""
+        self.opponent_path.unlink(missing_ok=True)  # a retraining that was stopped binds retrainings alone
         asked = {"data": config.data, "training": config.data, "adapter": config.merge.adapter, "merge": config.merges}
+        asked["retraining"] = config.data
         asked |= {"base": config.evaluate, "merged": config.evaluate and config.merges}
         for name in (name for name, wanted in asked.items() if not wanted):
             (self.measurements / f"{name}.json").unlink(missing_ok=True)
@@ -162,6 +165,10 @@ class Workspace:
 
     def record(self, key: str, entry: Entry) -> None:
         write_json(self.ledger_path, {k: asdict(e) for k, e in {**self.ledger(), key: entry}.items()})
+
+    def undo(self, key: str) -> None:
+        """Have a step done again; what it made stays until then."""
+        write_json(self.ledger_path, {k: asdict(e) for k, e in self.ledger().items() if k != key})
 
     def holds(self, key: str, fingerprint: str) -> bool:
         """Is the step finished, for the same dependencies, with its outputs as it left them?"""
@@ -268,6 +275,11 @@ class Workspace:
         write_json(path, without_folders(content, run))
         self.assemble_results()
         return path
+
+    def drop_measurement(self, name: str) -> None:
+        """Remove figures of what is no longer there."""
+        (self.measurements / f"{name}.json").unlink(missing_ok=True)
+        self.assemble_results()
 
     def read_measurement(self, name: str) -> dict:
         return read_json(self.measurements / f"{name}.json", {})

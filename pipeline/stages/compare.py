@@ -1,16 +1,17 @@
-"""Score the new model and the live one on the same held-out examples, which neither was trained on."""
+"""Score the new model and the live one on the same held-out examples, and estimate the difference."""
 
 from __future__ import annotations
 
 import functools
 import math
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from pipeline import live
+from pipeline import opponent
 from pipeline.config import Config
 from pipeline.events import Events
 from pipeline.libraries import versions
+from pipeline.live import Live
 from pipeline.stages import Outcome
 from pipeline.workspace import Workspace
 
@@ -31,11 +32,11 @@ def parameters(config: Config, variant: str | None) -> dict:
 
 
 def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict:
-    compared, inputs = live.noted(workspace)
+    compared, inputs = opponent.noted(workspace)
     return {
         "live": compared and compared.model,
         "inputs": inputs,
-        "max_tokens": config.evaluate and config.evaluate.max_tokens,
+        "device": config.evaluate and config.evaluate.device,
         "after": workspace.state_of("train", "merge"),
         "versions": versions(*LIBRARIES),
     }
@@ -43,49 +44,53 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
     """Without a live model there is only recorded what the new one was made of."""
-    compared, inputs = live.noted(workspace)
+    compared, inputs = opponent.noted(workspace)
     figures = _compare(config, workspace, events, compared) if compared else {}
-    content = {"inputs": inputs, "weights": live.own_weights(workspace), **figures}
+    content = {"inputs": inputs, "weights": opponent.own_weights(workspace), **figures}
     return Outcome((workspace.write_measurement(RESULT, content),), {"compared": bool(compared)})
 
 
-def _compare(config: Config, workspace: Workspace, events: Events, compared: live.Live) -> dict:
-    """The loss of both models and the difference, paired by token; or by example, where their tokens are not the same.
+def _compare(config: Config, workspace: Workspace, events: Events, compared: Live) -> dict:
+    """The loss of both models and the difference, paired by token; or by prompt, where their tokens are not the same.
 
     The loss is in nats a token. Models with other tokens are compared in bits a byte of what was to be learned.
+    All that is said of one prompt goes together, so the errors are those of a sample of prompts.
     """
     from pipeline import measure
+    from pipeline.comparable import untouched
     from pipeline.data import read_examples
     from pipeline.loading import load
 
     fingerprint = workspace.read_measurement("data")["fingerprint"]
-    examples, caveat = live.untouched(read_examples(workspace.data / "held_out.jsonl"), fingerprint, compared)
+    examples, said = untouched(read_examples(workspace.data / "held_out.jsonl"), fingerprint, compared)
     sides = {"new": (workspace.release, None), "live": (compared.repo, compared.head)}
     tokenizers = {name: _tokenizer(*place) for name, place in sides.items()}
-    encoded, sizes, by_token = _encode(config, examples, tokenizers)
+    chosen = _choose(config, examples, tokenizers)
+    encoded, by_token = chosen.encoded, chosen.encoded["new"] == chosen.encoded["live"]
     scores: dict[str, Scores] = {}
     for name, (source, revision) in sides.items():
         tell = functools.partial(events.progress, what=f"measuring the {name} model")
-        model, _ = load(source, revision=revision, offload="auto")
+        model, _ = load(source, revision=revision, device=config.evaluate.device, offload="auto")
         scores[name] = measure.score(model, [s for e in encoded[name] for s in e], tell)
         device = str(measure.device_of(model))
         del model
     if by_token:
         values = {name: s.nll for name, s in scores.items()}
-        mean = functools.partial(measure.mean, sequence=_examples_of(scores["new"], encoded["new"]))
+        mean = functools.partial(measure.mean, sequence=chosen.prompts_of(scores["new"], "new"))
     else:
-        values = {name: _bits(s, encoded[name]) for name, s in scores.items()}
-        mean = functools.partial(_per_byte, sizes=sizes)
+        values = {name: chosen.bits(s, name) for name, s in scores.items()}
+        mean = functools.partial(_per_byte, sizes=chosen.sizes)
     return {
         "compared_with": {"repo": compared.repo, "commit": compared.head},
         "unit": "nats per token" if by_token else "bits per byte",
-        "paired_by": "token" if by_token else "example",
+        "paired_by": "token" if by_token else "prompt",
         "new": asdict(mean(values["new"])),
         "live": asdict(mean(values["live"])),
         "difference": asdict(mean(values["new"] - values["live"])),
         "tokens": len(scores["new"].nll),
         "examples": len(encoded["new"]),
-        "note": caveat,
+        "prompts": len(chosen.sizes),
+        "note": said,
         "device": device,
     }
 
@@ -98,64 +103,67 @@ def _tokenizer(source: object, revision: str | None) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(locate(source, revision=revision))
 
 
-def _encode(
-    config: Config, examples: tuple[Example, ...], tokenizers: dict[str, PreTrainedTokenizerBase]
-) -> tuple[dict[str, list[list[Encoded]]], torch.Tensor, bool]:
-    """The examples as each model reads them: those that both read whole, up to `evaluate.max_tokens` tokens.
+@dataclass(frozen=True)
+class _Chosen:
+    """What both models are scored on. E is the number of examples, P that of their prompts.
 
-    Returns:
-        Sequences of each example by model; bytes to be learned of each example, (E,); whether the tokens are the same.
+    Attributes:
+        encoded: the sequences of each example by model.
+        prompt: (E,) int64, which prompt an example answers.
+        sizes: (P,) float64, bytes to be learned of each prompt's examples.
+    """
+
+    encoded: dict[str, list[list[Encoded]]]
+    prompt: torch.Tensor
+    sizes: torch.Tensor
+
+    def prompts_of(self, scores: Scores, name: str) -> torch.Tensor:
+        """Which prompt each token belongs to, (T,): a text may be several sequences, a prompt have several answers."""
+        import torch
+
+        example = torch.tensor([i for i, sequences in enumerate(self.encoded[name]) for _ in sequences])
+        return self.prompt[example[scores.sequence]]
+
+    def bits(self, scores: Scores, name: str) -> torch.Tensor:
+        """Bits that a model needs for the examples of each prompt, (P,)."""
+        import torch
+
+        bits = torch.zeros_like(self.sizes)
+        return bits.index_add_(0, self.prompts_of(scores, name), scores.nll.double() / math.log(2))
+
+
+def _choose(config: Config, examples: tuple[Example, ...], tokenizers: dict[str, PreTrainedTokenizerBase]) -> _Chosen:
+    """Those of the examples that both models read whole, up to `evaluate.max_tokens` tokens of the new model's.
 
     Raises:
-        DataError: for too few examples.
+        DataError: for too few prompts.
     """
     import torch
 
-    from pipeline.data.encode import NO_LOSS, encode_examples
-    from pipeline.errors import DataError
+    from pipeline.comparable import FEWEST, fitting, prompts, too_few
+    from pipeline.data.encode import NO_LOSS
 
     encoded: dict[str, list[list[Encoded]]] = {name: [] for name in tokenizers}
-    sizes, tokens = [], 0
-    for example in examples:
-        both = {
-            name: encode_examples((example,), tokenizer, config.train.loss_on, config.train.max_length)
-            for name, tokenizer in tokenizers.items()
-        }
-        if any(part.dropped or part.truncated for part in both.values()):
-            continue
+    numbers: dict[str, int] = {}
+    prompt, sizes, tokens = [], [], 0
+    for example, both in fitting(config, examples, tokenizers):
         tokens += both["new"].tokens
-        if len(sizes) >= live.FEWEST and tokens > config.evaluate.max_tokens:
+        if len(numbers) >= FEWEST and tokens > config.evaluate.max_tokens:
             break
         for name, part in both.items():
             encoded[name].append(part.examples)
         counted = [label for sequence in both["new"].examples for label in sequence.labels if label != NO_LOSS]
+        prompt.append(numbers.setdefault(example.prompt(), len(numbers)))
         sizes.append(len(tokenizers["new"].decode(counted, skip_special_tokens=True).encode()))
-    if len(sizes) < live.FEWEST:
-        raise DataError(
-            f"{config.data.source}: to compare takes {live.FEWEST} held-out examples, and {len(sizes)} of "
-            f"{len(examples)} fit into train.max_length {config.train.max_length} tokens; raise data.held_out or "
-            "train.max_length"
-        )
-    return encoded, torch.tensor(sizes, dtype=torch.float64), encoded["new"] == encoded["live"]
-
-
-def _bits(scores: Scores, encoded: list[list[Encoded]]) -> torch.Tensor:
-    """Bits that a model needs for each example, (E,)."""
-    import torch
-
-    bits = torch.zeros(len(encoded), dtype=torch.float64)
-    return bits.index_add_(0, _examples_of(scores, encoded), scores.nll.double() / math.log(2))
-
-
-def _examples_of(scores: Scores, encoded: list[list[Encoded]]) -> torch.Tensor:
-    """Which example each token belongs to, (T,): a long text is several sequences."""
-    import torch
-
-    return torch.tensor([i for i, sequences in enumerate(encoded) for _ in sequences])[scores.sequence]
+    if len(numbers) < FEWEST:
+        raise too_few(config, len(numbers), prompts(examples))
+    of_prompts = torch.zeros(len(numbers), dtype=torch.float64)
+    of_prompts.index_add_(0, torch.tensor(prompt), torch.tensor(sizes, dtype=torch.float64))
+    return _Chosen(encoded, torch.tensor(prompt), of_prompts)
 
 
 def _per_byte(values: torch.Tensor, sizes: torch.Tensor) -> Estimate:
-    """The sum of `values` over that of `sizes`, and its error as a ratio estimator over examples; both (E,)."""
+    """The sum of `values` over that of `sizes`, and its error as a ratio estimator over prompts; both (P,)."""
     from pipeline.measure import Estimate
 
     ratio = float(values.sum() / sizes.sum())

@@ -42,17 +42,20 @@ def text_depends(config: Config, workspace: Workspace) -> object:
 
 def base_model(config: Config, workspace: Workspace, events: Events) -> Path:
     """The folder of the base model. A branch that moves on the Hub is read once, and then stays where it was."""
-    from pipeline.models import fetch
+    from pipeline.models import digest_here, fetch, is_local, model_digest
 
-    settings = config.model.model_dump()
+    settings, source = config.model.model_dump(), config.model.source
+    here = model_digest(workspace.hashes_of(source)) if is_local(source) else None
     known = workspace.base_folder(settings)
-    if known:
+    if known and here in (None, workspace.read_measurement("origin").get("digest")):
         return known
     pinned = workspace.base_revision(settings)
     model = config.model.model_copy(update={"revision": pinned}) if pinned else config.model
     events.progress(0, 1, "fetching the model")
     folder, found = fetch(model, workspace.base, lambda d, t: events.progress(d, t, "fetching the model"))
-    workspace.write_measurement("origin", asdict(found))
+    # What is on no Hub has no revision, so a digest says later whether it is still the same.
+    digest = {} if found.revision else {"digest": here or digest_here(source)}
+    workspace.write_measurement("origin", asdict(found) | digest)
     workspace.remember_base(settings, folder, found.revision)
     return folder.resolve()
 

@@ -67,6 +67,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     release = folders.pop(chosen)
     copy_adapter(lora, release / "adapter", workspace.read_measurement("origin")["hub_id"])
     files = workspace.place(release, workspace.release, "merge")
+    workspace.drop_measurement("retraining")  # it is of the model that was there
     keep_written(config, workspace, made, workspace.release)
     for folder in folders.values():
         shutil.rmtree(folder)

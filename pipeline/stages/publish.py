@@ -11,7 +11,7 @@ from pipeline.config import Config
 from pipeline.errors import HubError, UserError
 from pipeline.events import STAGES, Events, read_events
 from pipeline.hub import CARD
-from pipeline.live import check_is_compared
+from pipeline.opponent import check_is_compared
 from pipeline.stages import Outcome
 from pipeline.stages.document import (
     depends,

@@ -120,7 +120,7 @@ def _prepare(config: Config, workspace: Workspace, events: Events, team: Team) -
     """
     from transformers import AutoTokenizer
 
-    from pipeline import texts
+    from pipeline import comparable, texts
     from pipeline.data import load_examples, write_examples
     from pipeline.data.chat import supply_template
     from pipeline.data.describe import describe, report, samples
@@ -135,6 +135,8 @@ def _prepare(config: Config, workspace: Workspace, events: Events, team: Team) -
         if not data.skipped.total:
             skipped.unlink()
         write_examples(workspace.data / "held_out.jsonl", data.held_out)
+    # Too little to measure on, or to compare with a live model on, should not be found out after training.
+    compared = comparable.check_prompts(workspace, data)
     base = base_model(config, workspace, events)
     check_variants(config, base)
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -153,7 +155,7 @@ def _prepare(config: Config, workspace: Workspace, events: Events, team: Team) -
     if not encoded["training"].examples:
         longest = config.train.max_length
         raise UserError(f"train.max_length {longest}: leaves no answer in any example; make it larger")
-    # Too little to measure on should not be found out after training.
+    comparable.check_tokens(config, compared, tokenizer)
     texts.chosen(config, encoded["held-out"].examples)
     texts.general(config, tokenizer)
     description = describe(data, encoded, tokenizer)

@@ -18,7 +18,7 @@ import pytest
 from tests.hub import LoopbackHub
 from tests.run.conftest import REPOSITORY, TOKEN, Place, write_place
 
-REPO = "ada/tiny"
+REPO, BASE = "ada/tiny", "ada/base"
 PUBLISHER_TOKEN, IDENTITY = "hf_jwt_ofATrustedPublisher.0123", "an identity token of the CI"
 # Of the same data; the second makes a model that is surely better than that of the first.
 SETTINGS = {
@@ -38,8 +38,8 @@ class Retraining(Place):
         return {**super().env, **self.environment}
 
     def command_line(self, settings: str, *options: str) -> list[str]:
-        changed = [word for setting in SETTINGS[settings] for word in ("--set", setting)]
-        return [sys.executable, str(REPOSITORY / "scripts" / "retrain.py"), "tiny.yaml", *changed, *options]
+        script = str(REPOSITORY / "scripts" / "retrain.py")
+        return [sys.executable, script, "tiny.yaml", *as_options(settings), *options]
 
     def retrain(self, settings: str, *options: str) -> subprocess.CompletedProcess:
         return subprocess.run(
@@ -55,18 +55,13 @@ class Retraining(Place):
         assert done.returncode == told["exit_code"]
         return told
 
-    def start(
-        self, settings: str, *options: str, until: str = "training_started", anew: bool = False
-    ) -> subprocess.Popen:
-        """A retraining under way: it has come to the event `until`; `anew` if what was before it is removed."""
-        known = 0 if anew else self.names().count(until)
+    def start(self, settings: str, *options: str, until: str = "training_started") -> subprocess.Popen:
+        """A retraining under way: it has come to the event `until`."""
+        known = self.names().count(until)
         process = subprocess.Popen(
             self.command_line(settings, *options), cwd=self.folder, env=self.env, start_new_session=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
-        while anew and len(self.names()) > 2:
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.05)
         while self.names().count(until) == known:
             assert process.poll() is None, process.communicate()
             time.sleep(0.1)
@@ -96,6 +91,10 @@ class Retraining(Place):
             "print(json.dumps([row['retraining/decided'] for row in rows if 'retraining/decided' in row]))"
         )
         return json.loads(self.python(code).splitlines()[-1])
+
+
+def as_options(settings: str) -> list[str]:
+    return [word for setting in SETTINGS[settings] for word in ("--set", setting)]
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -139,9 +138,10 @@ def story(tmp_path_factory, tiny_model):
     with LoopbackHub(folder / "hub", users) as hub:
         hub.publishers[REPO, IDENTITY] = PUBLISHER_TOKEN
         place = Retraining(folder / "work", hub)
+        hub.put(BASE, {path.name: path.read_bytes() for path in tiny_model("llama").iterdir()})
         write_place(
             place.folder,
-            tiny_model("llama"),
+            BASE,
             hub,
             train={"method": "lora", "checkpoint_every": 1},
             merge={"base": "bf16"},

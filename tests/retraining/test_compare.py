@@ -10,25 +10,31 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.changes import Inputs
 from pipeline.config_file import parse_config
 from pipeline.data import Example, load_examples, write_examples
 from pipeline.decision import better, quantile
-from pipeline.errors import DataError
+from pipeline.errors import DataError, ModelError
 from pipeline.events import Events
-from pipeline.live import Inputs, Live, note
+from pipeline.live import Live
 from pipeline.measure import mean
+from pipeline.opponent import note
 from pipeline.stages import compare
 from pipeline.workspace import Workspace
 
 
 @pytest.fixture
 def held_out(tmp_path):
-    """`held_out(new, live)`: both compared, as the stage does it, on 24 examples of 48."""
-    rows = [{"prompt": f"What is {n} plus {n}?", "completion": f"It is {2 * n}, of course."} for n in range(48)]
+    """`held_out(new, live)`: both compared, as the stage does it, on 24 of 48 prompts with so many `answers` each."""
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def measure(new: Path, live: Path, **settings) -> dict:
+    def measure(new: Path, live: Path, answers: int = 1, prompts: int = 48, **settings) -> dict:
+        rows = [
+            {"prompt": f"What is {n} plus {n}?", "completion": f"It is {2 * n}, of course{'!' * m}."}
+            for n in range(prompts)
+            for m in range(answers)
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         tree = {"name": "tiny", "model": {"source": str(new)}, "data": {"source": str(path), "held_out": 0.5}}
         config = parse_config({**tree, **settings}, "")
         data = load_examples(config.data)
@@ -73,10 +79,35 @@ def test_models_with_the_same_tokens_are_paired_by_token(held_out, tiny_model):
     assert 0 < figures["difference"]["stderr"] < math.hypot(figures["new"]["stderr"], figures["live"]["stderr"])
 
 
+def test_answers_to_one_prompt_are_not_taken_for_as_many_prompts(held_out, tiny_model):
+    new, live = tiny_model("llama"), tiny_model("llama", rms_norm_eps=0.01)
+    with pytest.raises(DataError, match="of 16 prompts, and they are of 8; raise data.held_out"):
+        held_out(new, live, answers=3, prompts=16)
+
+
+@pytest.mark.parametrize("other", [("llama", {"rms_norm_eps": 0.01}), ("gemma3_text", {})], ids=["token", "prompt"])
+def test_the_error_is_that_of_a_sample_of_prompts(held_out, tiny_model, other):
+    """Three nearly equal answers to each prompt tell hardly more than one, which would else look 1.7 times as sure."""
+    architecture, changes = other
+    new, live = tiny_model("llama"), tiny_model(architecture, **changes)
+    one, three = (held_out(new, live, answers=n, evaluate={"max_tokens": 10**6}) for n in (1, 3))
+    assert (three["examples"], three["prompts"], one["prompts"]) == (72, 24, 24)
+    assert three["difference"]["stderr"] == pytest.approx(one["difference"]["stderr"], rel=0.2)
+
+
+def test_it_is_compared_where_everything_is_measured(held_out, tiny_model):
+    if torch.cuda.is_available():
+        figures = held_out(tiny_model("llama"), tiny_model("llama"), evaluate={"device": "cpu"})
+        assert figures["device"] == "cpu"
+    else:
+        with pytest.raises(ModelError, match="cuda"):
+            held_out(tiny_model("llama"), tiny_model("llama"), evaluate={"device": "cuda"})
+
+
 def test_models_with_other_tokens_are_compared_in_bits_per_byte_of_the_answers(held_out, tiny_model, tmp_path):
     new, live = tiny_model("llama"), tiny_model("gemma3_text")
     figures = held_out(new, live)
-    assert (figures["unit"], figures["paired_by"], figures["examples"]) == ("bits per byte", "example", 24)
+    assert (figures["unit"], figures["paired_by"], figures["examples"]) == ("bits per byte", "prompt", 24)
     config = parse_config(
         {"name": "t", "model": {"source": "a/b"}, "data": {"source": str(tmp_path / "rows.jsonl"), "held_out": 0.5}},
         "",
@@ -95,7 +126,7 @@ def test_a_model_is_no_better_than_itself(held_out, tiny_model):
 
 
 def test_examples_that_do_not_fit_are_left_out_and_with_too_few_there_is_no_comparing(held_out, tiny_model):
-    with pytest.raises(DataError, match="takes 16 held-out examples, and 0 of 24 fit into train.max_length 40"):
+    with pytest.raises(DataError, match="of 16 prompts, and of 24 those of 0 fit into train.max_length 40"):
         held_out(tiny_model("llama"), tiny_model("llama"), train={"max_length": 40})
 
 
@@ -105,7 +136,7 @@ def test_examples_that_do_not_fit_are_left_out_and_with_too_few_there_is_no_comp
 )
 def test_better_is_lower_by_more_than_the_margin_in_errors_of_the_difference(difference, margin, is_better):
     value, stderr = difference
-    assert better({"difference": {"value": value, "stderr": stderr}, "examples": 1000}, margin) is is_better
+    assert better({"difference": {"value": value, "stderr": stderr}, "prompts": 1000}, margin) is is_better
 
 
 @pytest.mark.parametrize(
@@ -126,5 +157,5 @@ def test_models_that_are_equal_pass_for_better_as_rarely_on_few_examples_as_on_m
     for _ in range(4000):
         gap = torch.randn(16).repeat_interleave(25) * 0.1 + torch.randn(400) * 0.3
         difference = mean(gap, sequence)
-        passed += better({"difference": vars(difference), "examples": 16}, 2)
+        passed += better({"difference": vars(difference), "prompts": 16}, 2)
     assert passed / 4000 == pytest.approx(0.0228, abs=0.006)  # what lies beyond two standard errors; 2.5 of its own

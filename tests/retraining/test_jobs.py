@@ -13,8 +13,10 @@ import yaml
 from huggingface_hub import constants
 
 from pipeline import retrain_command
+from pipeline.alone import alone, refuse_beside_job
+from pipeline.changes import inputs_of
 from pipeline.config_file import load_config
-from pipeline.live import inputs_of
+from pipeline.hub import HubAway
 from tests.hub import LoopbackHub
 from tests.run.conftest import TOKEN, Place, write_place
 
@@ -28,6 +30,8 @@ FIGURES = {
     "compared_with": {"repo": "ada/tiny", "commit": "0" * 40},
     "tokens": 400,
     "examples": 20,
+    "prompts": 20,
+    "note": "neither model was trained on these prompts",
 }
 DECISION = {
     "outcome": "not_better",
@@ -46,9 +50,10 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
         )
+        monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setattr("pipeline.hub.trouble.BACKOFF_SECONDS", 0.01)
-        monkeypatch.setattr("pipeline.jobs.POLL_SECONDS", 0.01)
+        monkeypatch.setattr("pipeline.job_log.POLL_SECONDS", 0.01)
         hub.jobs.log = ["Installed 99 packages", json.dumps(DECISION), "tunepress: exit code 3"]
         hub.put("ada/base", {"config.json": b"{}"})
         rows = [json.dumps({"prompt": f"p{n}", "completion": f"c{n}"}) for n in range(40)]
@@ -146,6 +151,66 @@ def test_without_waiting_it_is_only_started(submit, hub):
     assert json.loads(done.stdout)["url"] == f"{hub.url}/jobs/ada/1"
 
 
+def test_a_job_that_nobody_waited_for_is_asked_what_it_decided_before_another_is_paid(submit, hub, place):
+    compared(hub, release(hub, place, max_steps=3))
+    hub.jobs.stage = "RUNNING"
+    assert submit("--no-wait").returncode == 0
+    hub.jobs.stage = "COMPLETED"
+    done = submit("--no-wait", "--json")
+    assert done.returncode == 3 and "measured before" in json.loads(done.stdout)["reason"]
+    assert len(hub.jobs.started) == 1
+
+
+def test_a_job_that_nobody_waited_for_and_that_failed_is_started_again_which_is_said(submit, hub):
+    hub.jobs.log, hub.jobs.stage = ["retrain: no space left", "tunepress: exit code 2"], "ERROR"
+    submit("--no-wait")
+    done = submit("--no-wait")
+    assert "the last Job came to no decision: no space left" in done.stdout and len(hub.jobs.started) == 2
+
+
+def test_a_decision_against_another_model_than_the_one_that_is_live_settles_nothing(submit, hub, place):
+    compared(hub, release(hub, place, max_steps=3))
+    submit("--no-wait")
+    release(hub, place, max_steps=5)
+    hub.put("ada/tiny", {"config.json": b'{"other": 1}'})
+    submit("--no-wait")
+    assert len(hub.jobs.started) == 2
+
+
+def test_two_that_start_a_job_at_once_do_not_both(submit, hub):
+    with alone("ada/tiny"):
+        done = submit()
+    assert done.returncode == 75 and not hub.jobs.started
+
+
+def test_a_token_that_may_not_list_jobs_may_retrain_here(hub):
+    for status in (401, 403, 404):
+        hub.fault(r"GET /api/jobs/ada", status=status)
+        refuse_beside_job("ada/tiny")
+    hub.fault(r"GET /api/whoami", status=503, times=9)
+    with pytest.raises(HubAway):
+        refuse_beside_job("ada/tiny")
+
+
+def test_a_decision_that_was_cut_in_the_log_is_no_crash(submit, hub):
+    hub.jobs.log, hub.jobs.stage = ['{"outcome": "not_bet', "Killed"], "ERROR"
+    done = submit()
+    assert done.returncode == 1 and "the Job ended as ERROR" in done.stderr
+
+
+def test_a_pull_request_to_somebody_elses_repository_needs_no_right_to_write_there(submit, hub):
+    assert submit("--set", "publish.repo=bob/tiny").returncode == 2
+    submit("--set", "publish.repo=bob/tiny", "--pull-request")
+    assert len(hub.jobs.started) == 1
+
+
+def test_a_mistake_in_the_configuration_is_summed_up_under_its_name(submit, place):
+    done = submit("--set", "train.max_stepz=1", "--summary", "told.md")
+    assert done.returncode == 2
+    told = (place.folder / "told.md").read_text()
+    assert told.startswith("## Retraining tiny.yaml: Failed") and "max_stepz" in told
+
+
 def test_two_jobs_of_one_repository_do_not_run_at_once(submit, hub):
     hub.jobs.stage = "RUNNING"
     submit("--no-wait")
@@ -189,6 +254,12 @@ def release(hub, place: Place, **changes) -> str:
     return hub.put("ada/tiny", {"config.json": b"{}", "tunepress.json": json.dumps(lineage).encode()})
 
 
+def compared(hub, head: str) -> None:
+    """Have Jobs come to `DECISION` about this commit."""
+    figures = {**FIGURES, "compared_with": {"repo": "ada/tiny", "commit": head}}
+    hub.jobs.log = [json.dumps({**DECISION, "comparison": figures}), "tunepress: exit code 3"]
+
+
 def test_no_job_is_started_where_nothing_changed(submit, hub, place):
     head = release(hub, place)
     done = submit("--json", "--summary", "told.md")
@@ -198,7 +269,7 @@ def test_no_job_is_started_where_nothing_changed(submit, hub, place):
 
 
 def test_what_a_job_decided_is_remembered_where_it_was_started(submit, hub, place):
-    release(hub, place, max_steps=3)
+    compared(hub, release(hub, place, max_steps=3))
     assert submit().returncode == 3
     again = submit("--json")
     assert again.returncode == 3 and "measured before" in json.loads(again.stdout)["reason"]
@@ -227,7 +298,8 @@ def test_in_a_workflow_of_github_the_job_installs_the_commit_that_it_runs_for(su
         (["--set", "evaluate.general=general.txt"], "evaluate.general general.txt"),
         (["--timeout", "soon"], "--timeout soon"),
         (["--package", "dist/tunepress-0.1-py3-none-any.whl"], "--package dist/tunepress-0.1-py3-none-any.whl"),
-        (["--package", "git+https://secret@github.com/ada/x"], "without a password"),
+        (["--package", "git+https://secret@github.com/ada/x"], "with no password"),
+        (["--package", "https://example.org/x.whl?token=secret"], "no ? in it"),
     ],
 )
 def test_what_a_job_cannot_reach_is_refused_before_it_is_started(submit, hub, options, named):

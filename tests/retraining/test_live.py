@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from pipeline.changes import Inputs, changes, changes_beside, inputs_of, settings
+from pipeline.comparable import untouched
 from pipeline.config_file import parse_config
 from pipeline.data import load_examples
 from pipeline.errors import DataError
-from pipeline.live import Inputs, Live, changes, changes_beside, settings, untouched
+from pipeline.events import Events
+from pipeline.live import Live
+from pipeline.models import digest_here
+from pipeline.stages.inputs import base_model
+from pipeline.workspace import Workspace
 from tests.hub import LoopbackHub
 from tests.run.conftest import REPOSITORY, TOKEN
 
@@ -78,6 +86,57 @@ def test_settings_that_make_no_other_model_are_no_change(configure):
     assert changes_beside(published(config), Inputs(config, "base", "data")) == ()
 
 
+def test_a_base_in_a_folder_is_its_weights_configuration_and_tokenizer_and_not_what_else_lies_there(tmp_path):
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_text(name)
+    before = digest_here(str(tmp_path))
+    for name in ("README.md", "tunepress.json", "requirements.txt", "results.json"):
+        (tmp_path / name).write_text(name)
+    assert digest_here(str(tmp_path)) == before
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "generation_config.json"):
+        (tmp_path / name).write_text("other")
+        assert digest_here(str(tmp_path)) != before
+        before = digest_here(str(tmp_path))
+
+
+def test_a_run_records_which_base_in_a_folder_it_was_made_of(configure, tiny_model, tmp_path):
+    base = Path(shutil.copytree(tiny_model("llama"), tmp_path / "base"))
+    tree = json.loads(configure(50).model_dump_json())
+    config = parse_config({**tree, "model": {"source": str(base)}}, "")
+    live = published(config)
+    with Workspace.claim(tmp_path / "tiny", config) as workspace:
+        for heat in (0.5, 0.6):  # also where the folder is known, and the model in it another one
+            base_model(config, workspace, Events(workspace.events_path, "tiny"))
+            live.lineage["base"] = workspace.read_measurement("origin")
+            assert changes(live, inputs_of(config)) == ()
+            (base / "generation_config.json").write_text(json.dumps({"temperature": heat}))
+            (told,) = changes(live, inputs_of(config))
+            assert told.startswith("base model base: ")
+
+
+def test_what_a_comparison_depends_on_is_part_of_what_it_is_remembered_for(configure):
+    config = configure(50)
+    more = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"max_tokens": 99999})})
+    assert inputs(config).to_dict() != inputs(more).to_dict()
+    assert changes(published(config), inputs(more)) == ()
+
+
+def test_that_prompts_are_told_apart_word_for_word_is_said_where_the_data_is_another(configure, tmp_path):
+    live = published(configure(200, held_out=0.4))
+    path = tmp_path / "with-system-prompts.jsonl"
+    rows = ({"system": "Be brief.", "prompt": f"p{n}", "completion": f"c{n}"} for n in range(200))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    other = parse_config(
+        {"name": "tiny", "model": {"source": "ada/base"}, "data": {"source": str(path), "held_out": 0.4}}, ""
+    )
+    data = load_examples(other.data)
+    kept, said = untouched(data.held_out, data.fingerprint, live)
+    asked = {example.messages[-2]["content"] for example in kept}
+    known = {example.messages[-2]["content"] for example in load_examples(configure(200, held_out=0.4).data).train}
+    assert asked & known  # which is why it has to be said
+    assert "word for word" in said and "it may know the question" in said
+
+
 @pytest.mark.parametrize("grown", [510, 600, 1000, 4000])
 @pytest.mark.parametrize("held_out", [0.05, 0.3])
 def test_of_grown_data_only_examples_are_compared_on_that_the_live_model_never_saw(configure, grown, held_out):
@@ -91,12 +150,12 @@ def test_of_grown_data_only_examples_are_compared_on_that_the_live_model_never_s
 
 def test_of_the_same_data_all_held_out_examples_are_compared_on(configure):
     data = load_examples(configure(50, held_out=0.4).data)
-    assert untouched(data.held_out, data.fingerprint, published(configure(50, held_out=0.4))) == (data.held_out, None)
+    assert untouched(data.held_out, data.fingerprint, published(configure(50, held_out=0.4)))[0] == data.held_out
 
 
 def test_too_few_examples_to_compare_on_are_counted(configure):
     data = load_examples(configure(50, held_out=0.3).data)
-    with pytest.raises(DataError, match="takes 16 held-out examples, and there are 15; raise data.held_out"):
+    with pytest.raises(DataError, match="of 16 prompts, and they are of 15; raise data.held_out"):
         untouched(data.held_out, data.fingerprint, published(configure(50, held_out=0.3)))
 
 
@@ -117,7 +176,8 @@ def test_a_release_that_does_not_say_how_it_was_split_may_know_examples_which_is
 ASK = """
 import json, sys
 from pipeline.config_file import parse_config
-from pipeline.live import Live, changes, inputs_of
+from pipeline.changes import changes, inputs_of
+from pipeline.live import Live
 tree, lineage = json.load(sys.stdin)
 found = inputs_of(parse_config(tree, ""))
 told = list(changes(Live("ada/tiny", "b" * 40, "model", lineage), found)) if lineage else None
@@ -148,7 +208,7 @@ def test_on_the_hub_a_new_commit_counts_only_where_it_brings_other_examples(tmp_
         lineage = {"base": {"revision": base}, "data": {"revision": data, "fingerprint": fingerprint}}
         lineage |= {"configuration": configuration, "results": {}}
         assert ask(lineage)[2] == []
-        hub.put("ada/base", {"README.md": b"# Base\n"})
+        hub.put("ada/base", {"README.md": b"# Base\n", "requirements.txt": b"torch\n"})
         assert ask(lineage)[2] == []
         other = hub.put("ada/base", {"config.json": b'{"other": 1}'})
         assert ask(lineage)[2] == [f"base model base: {base[:12]} -> {other[:12]}"]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import shutil
 
 import pytest
 
 from pipeline.decision import Record
 from pipeline.decision_report import Summary
-from tests.retraining.conftest import IDENTITY, REPO, kill
+from tests.retraining.conftest import BASE, IDENTITY, PUBLISHER_TOKEN, REPO, as_options, kill
 from tests.run.conftest import TOKEN
 
 pytestmark = pytest.mark.timeout(1800)  # the story is told in the first test
@@ -44,7 +46,10 @@ def test_a_better_model_is_published_in_one_commit_with_its_lineage(story):
     assert lineage["configuration"]["train"]["max_steps"] == 30
     told = lineage["results"]["retraining"]
     assert told["compared_with"] == {"repo": REPO, "commit": story.first_commit}
-    assert told["paired_by"] == "token" and told["examples"] == 17  # of 24, as many as 1024 tokens allow
+    assert told["paired_by"] == "token" and (told["examples"], told["prompts"]) == (
+        17,
+        17,
+    )  # of 24, as many as 1024 tokens allow
     assert told["difference"]["value"] < -2 * told["difference"]["stderr"] < 0
     new, live = told["new"]["value"], told["live"]["value"]
     assert told["difference"]["value"] == pytest.approx(new - live)
@@ -79,7 +84,7 @@ def test_the_summary_tells_the_figures_the_rule_and_where_the_result_is(story):
     gap = story.better["comparison"]["difference"]
     assert f"| new - live | {gap['value']:+.4f} ± {gap['stderr']:.4f} |" in better
     assert (
-        "2.17 standard errors of the difference (2 of many examples)" in better
+        "2.17 standard errors of the difference (2 of many prompts)" in better
         and story.first_commit[:12] in better
         and "`train.max_steps: 4 -> 30`" in better
     )
@@ -181,13 +186,20 @@ def test_what_a_killed_retraining_was_compared_with_does_not_bind_a_run(undecide
 
 
 @pytest.mark.slow
-def test_forced_it_trains_anew_and_until_it_is_decided_nothing_changes(undecided):
+def test_forced_it_trains_anew_and_leaves_what_people_wrote_into_the_runs_folder(undecided):
     head, trained = undecided.hub.commits(REPO)[0], undecided.ledger()["train"]
-    process = undecided.start("better", "--force", until="merge_started", anew=True)
+    card = undecided.release / "README.md"
+    card.write_text(card.read_text() + "\nMy own words.\n")
+    process = undecided.start("better", "--force", until="training_completed")
     kill(process)
     assert undecided.hub.commits(REPO)[0] == head
-    assert undecided.names().count("training_started") == 1
+    assert card.read_text().endswith("My own words.\n")
+    history = json.loads((undecided.run_folder / "measurements" / "training.json").read_text())
+    assert history["resumed_from_step"] is None
+    assert undecided.decision("better")["outcome"] == "published"
     assert undecided.ledger()["train"]["finished"] > trained["finished"]
+    # The repository has another card than the last publish left, so this one is set aside beside it.
+    assert any("My own words." in path.read_text() for path in undecided.release.glob("README*"))
 
 
 def test_text_that_people_write_into_the_card_meanwhile_is_no_other_model(undecided):
@@ -225,9 +237,54 @@ def test_a_model_is_not_retrained_from_what_it_is_published_to(undecided):
 
 
 def test_what_else_changed_than_the_model_is_named_with_the_command_that_makes_it(undecided):
+    """This folder has the better model, and the first one is live."""
     told = undecided.decision("first", "--set", "quantize.variants=[int8]")
     assert (told["outcome"], told["exit_code"]) == ("skipped", 4)
-    assert "quantize.variants did, and for that run: tunepress run CONFIG" in told["reason"]
+    assert "quantize.variants did, and runs/tiny cannot make that without training again" in told["reason"]
+    assert "tunepress run" not in told["reason"]
+
+
+def test_the_command_that_makes_the_rest_keeps_the_model_that_is_live(story, tmp_path):
+    place = story.place.copy(tmp_path / "copy")
+    place.put_back(story.better_commit)
+    place.hub.put(BASE, {"README.md": b"# Base, with a new card\n"})  # another commit than the one it was made of
+    rest = ("--set", "quantize.variants=[int8]")
+    told = place.decision("better", *rest)
+    _, command = told["reason"].split("for that run: tunepress ")
+    assert f"--set model.revision={place.lineage()['base']['revision']}" in command
+    events = place.names()
+    place.tunepress(*shlex.split(command.replace("CONFIG", "tiny.yaml")), *as_options("better"), *rest)
+    hub, before = place.hub, story.better_commit
+    assert hub.read(REPO, "model.safetensors") == hub.read(REPO, "model.safetensors", before)
+    assert "int8/model.safetensors" in hub.files(REPO)
+    assert {"training_started", "merge_started"}.isdisjoint(place.names()[len(events) :])
+    assert place.lineage()["results"]["retraining"] == place.lineage(before)["results"]["retraining"]
+
+
+def test_a_run_that_makes_another_model_does_not_publish_the_comparison_of_the_last(undecided):
+    assert "retraining" in undecided.results()
+    undecided.tunepress("run", "tiny.yaml", *as_options("first"))
+    assert undecided.lineage()["configuration"]["train"]["max_steps"] == 4
+    assert "retraining" not in undecided.lineage()["results"]
+
+
+def test_too_little_to_compare_on_is_found_before_training(undecided):
+    head, events = undecided.hub.commits(REPO)[0], undecided.names()
+    done = undecided.retrain("better", "--set", "train.max_length=44")
+    assert done.returncode == 2 and "fit into train.max_length 44 tokens" in done.stderr
+    assert "training_completed" not in undecided.names()[len(events) :]
+    assert undecided.hub.commits(REPO)[0] == head
+
+
+def test_beside_a_job_of_the_same_repository_nothing_is_trained(undecided):
+    jobs, events = undecided.hub.jobs, undecided.names()
+    jobs.started.append({"labels": {"tunepress-retraining": "ada--tiny"}, "command": [], "flavor": "a10g-large"})
+    jobs.stage = "RUNNING"
+    try:
+        done = undecided.retrain("better")
+    finally:
+        jobs.started.clear()
+    assert done.returncode == 75 and "/jobs/ada/1" in done.stderr and undecided.names() == events
 
 
 def test_a_record_that_cannot_be_read_is_none(tmp_path):
@@ -268,7 +325,12 @@ def test_a_summary_that_can_no_longer_be_written_leaves_the_decision_as_it_is(tm
     assert problem.startswith("--summary ") and (tmp_path / "step.md").read_text() == "## Published\n"
 
 
-def test_the_token_is_nowhere(story):
-    for path in story.place.folder.rglob("*"):
+def test_no_token_is_anywhere_on_this_machine_or_on_the_hub(story):
+    """`story.place.folder` lies beside the folder that the hub keeps large files in."""
+    secrets, hub = (TOKEN.encode(), PUBLISHER_TOKEN.encode()), story.place.hub
+    for path in story.place.folder.parent.rglob("*"):
         if path.is_file() and not path.is_symlink():
-            assert TOKEN.encode() not in path.read_bytes(), path
+            assert not any(secret in path.read_bytes() for secret in secrets), path
+    for commit in hub.commits(REPO):
+        for path in hub.files(REPO, commit):
+            assert not any(secret in hub.read(REPO, path, commit) for secret in secrets), path

@@ -21,6 +21,11 @@ def steps(name: str, job: str) -> list[dict]:
     return workflow(name)["jobs"][job]["steps"]
 
 
+def step(name: str) -> dict:
+    """A step of the retraining, by its name."""
+    return next(found for found in steps("retrain.yml", "retrain") if found.get("name") == name)
+
+
 def test_retraining_starts_by_hand_on_a_schedule_on_a_push_and_on_a_dispatch():
     on = workflow("retrain.yml")["on"]
     assert set(on) == {"workflow_dispatch", "schedule", "push", "repository_dispatch"}
@@ -41,8 +46,20 @@ def test_retrainings_of_a_configuration_wait_for_each_other():
     assert "vars.RETRAIN_CONFIG" in concurrency["group"] and "client_payload.config" in concurrency["group"]
 
 
+def test_a_record_is_brought_to_new_machines_alone_and_kept_however_the_retraining_ends():
+    recall, remember = step("Recall"), step("Remember")
+    assert recall["if"] == "runner.environment == 'github-hosted'"
+    assert remember["if"] == "always() && runner.environment == 'github-hosted'"
+    assert recall["with"]["path"] == remember["with"]["path"] and recall["with"]["key"] == remember["with"]["key"]
+
+
+def test_on_githubs_own_machines_there_is_time_left_to_keep_the_record():
+    limit = step("Retrain")["timeout-minutes"]
+    assert limit == "${{ runner.environment == 'github-hosted' && 330 || 1440 }}"  # of the 360 that such a job has
+
+
 def test_a_stored_token_goes_before_the_keyless_login():
-    env = steps("retrain.yml", "retrain")[-1]["env"]
+    env = step("Retrain")["env"]
     assert env["HF_OIDC_RESOURCE"] == "${{ !secrets.HF_TOKEN && vars.RETRAIN_REPO || '' }}"
 
 
@@ -78,8 +95,7 @@ def test_inputs_become_options(tmp_path, settings, options):
 
 
 def test_a_machine_that_only_starts_a_job_installs_no_cuda():
-    install = next(step for step in steps("retrain.yml", "retrain") if step.get("name") == "Install")
-    index = install["env"]["PIP_EXTRA_INDEX_URL"]
+    index = step("Install")["env"]["PIP_EXTRA_INDEX_URL"]
     place = workflow("retrain.yml")["jobs"]["retrain"]["runs-on"]
     is_job = place[len("${{ ") : place.index(" && 'ubuntu-latest'")]  # the same condition decides where it runs
     assert index == f"${{{{ {is_job} && 'https://download.pytorch.org/whl/cpu' || '' }}}}"
@@ -101,7 +117,7 @@ def _retrain_step(folder: Path, code: int, **settings: str) -> subprocess.Comple
     python.write_text(f'#!/bin/sh\necho "$@" > {folder}/asked\nexit {code}\n')
     python.chmod(0o755)
     script = folder / "step.sh"
-    script.write_text(steps("retrain.yml", "retrain")[-1]["run"])
+    script.write_text(step("Retrain")["run"])
     env = {"CONFIG": "my run.yaml", "PULL_REQUEST": "", "FORCE": "", "PLACE": "runner", "FLAVOR": "a10g-large"}
     return subprocess.run(
         ["bash", "--noprofile", "--norc", "-e", "-o", "pipefail", str(script)],

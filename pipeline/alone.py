@@ -1,0 +1,86 @@
+"""Never two retrainings of one repository at once, as far as this machine and the Hub's list of Jobs can tell.
+
+Others are not seen: on another machine, or in a Job of another user or one that the token may not list. What they
+publish meanwhile is seen, and compared with before anything is published.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.errors import UserError, WorkspaceError
+from pipeline.hub.access import keyless, who_is
+from pipeline.hub.trouble import persist, status_of
+
+LABEL = "tunepress-retraining"
+IN_A_JOB = "TUNEPRESS_CONFIG"  # set in the environment of a Job, which is not in its own way
+
+
+class Busy(UserError):
+    """Another retraining of the same repository is under way."""
+
+    exit_code = 75  # EX_TEMPFAIL: try again later
+
+
+@contextlib.contextmanager
+def alone(repo: str) -> Iterator[None]:
+    """Keep other retrainings of a repository from running on this machine.
+
+    Raises:
+        Busy: where one does.
+        WorkspaceError: where the lock cannot be written.
+    """
+    from filelock import FileLock, Timeout
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HOME) / "tunepress"
+    lock = FileLock(folder / f"retrain--{repo.replace('/', '--').lower()}.lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise Busy(
+            f"{repo}: another retraining of it is running on this machine; try again when it has ended"
+        ) from None
+    except OSError as error:
+        raise WorkspaceError(
+            f"{folder}: cannot be written ({error.strerror}); set HF_HOME to a folder that can"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def labels(repo: str) -> dict[str, str]:
+    """What the Jobs that retrain a repository are found by."""
+    return {LABEL: repo.replace("/", "--").lower()}
+
+
+def refuse_beside_job(repo: str) -> None:
+    """Raise where a Job of this user retrains the repository, if the token may list Jobs.
+
+    Raises:
+        Busy: naming the Job.
+        HubAway: where the Hub cannot be asked.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    if keyless() or IN_A_JOB in os.environ or not (token := get_token()):
+        return
+
+    def attempt() -> str | None:
+        who = who_is(repo, token)["name"]
+        try:
+            active = HfApi().list_jobs(status=["RUNNING", "SCHEDULING"], labels=labels(repo), namespace=who)
+            return next((job.url for job in active), None)
+        except Exception as error:
+            if status_of(error) in (401, 403, 404):
+                return None
+            raise
+
+    if url := persist(repo, attempt):
+        raise Busy(f"{repo}: another retraining of it is running as a Job: {url}")

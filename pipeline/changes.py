@@ -1,0 +1,161 @@
+"""What a run would be made of, and what of that the live model was not made of.
+
+Asking costs a few requests and a reading of the data, and where the base model lies in a folder here or in a
+Python package, of all its files; nothing is trained, and no weights are fetched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from pipeline import models
+from pipeline.config import PACKAGE_SOURCE, Config
+from pipeline.data import load_examples
+from pipeline.data.sources import is_builtin, locate
+from pipeline.download import in_one_line
+from pipeline.errors import ModelError
+from pipeline.live import Live
+from pipeline.private import file_name
+from pipeline.standing import is_same_model, standing
+
+NOT_FOR_THE_MODEL = {"data": {"revision"}, "model": {"revision", "low_disk"}, "train": {"checkpoint_every"}}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run would be made of.
+
+    Attributes:
+        config: with the revisions of what is on the Hub put in, so that the run is of these.
+        base: a digest of the base model's files.
+        data: the commit of the data set, or where it is none on the Hub, the fingerprint of its examples.
+    """
+
+    config: Config
+    base: str
+    data: str
+
+    def to_dict(self) -> dict:
+        """All that a comparison depends on besides the model that it is with."""
+        measured = self.config.evaluate and self.config.evaluate.max_tokens
+        return {"base": self.base, "data": self.data, "settings": settings(self.config), "max_tokens": measured}
+
+
+def inputs_of(config: Config) -> Inputs:
+    """What a run would be made of now. Of what lies on the Hub only the commit is asked, and the hashes of files."""
+    base, data = _base_commit(config), _data_commit(config)
+    update = {
+        "model": config.model.model_copy(update={"revision": base or config.model.revision}),
+        "data": config.data.model_copy(update={"revision": data or config.data.revision}),
+    }
+    pinned = config.model_copy(update=update)
+    digest = _digest_at(config.model.source, base) if base else models.digest_here(config.model.source)
+    return Inputs(pinned, digest, data or load_examples(config.data).fingerprint)
+
+
+def settings(config: Config) -> dict[str, object]:
+    """The part of a configuration that makes the model, as dotted keys; of paths the last part, as lineages have it."""
+    sections = {name: getattr(config, name).model_dump() for name in ("model", "data", "train", "merge")}
+    flat = {}
+    for name, section in sections.items():
+        _flatten(name, {k: v for k, v in section.items() if k not in NOT_FOR_THE_MODEL.get(name, ())}, flat)
+    for key in ("model.source", "data.source"):
+        flat[key] = str(flat[key]) if ":" in str(flat[key]) else file_name(str(flat[key]))
+    return flat
+
+
+def settings_beside(config: Config) -> dict[str, object]:
+    """The part of a configuration that makes what is published beside the model, and its figures, as dotted keys."""
+    flat: dict[str, object] = {"publish.mirrors": config.publish.mirrors}
+    _flatten("quantize", config.quantize.model_dump(), flat)
+    _flatten("evaluate", config.evaluate.model_dump(exclude={"device"}), flat)
+    general = config.evaluate.general
+    return flat | {"evaluate.general": general if ":" in general else file_name(general)}
+
+
+def changes_beside(live: Live, inputs: Inputs) -> tuple[str, ...]:
+    """The keys of what else is published with the model that are not as they were, where `changes` finds nothing."""
+    was, now = (settings_beside(c) for c in (made_with(live), inputs.config))
+    return tuple(key for key in now if was.get(key) != now[key])
+
+
+def changes(live: Live, inputs: Inputs) -> tuple[str, ...]:
+    """What a new run would be made of that the live model was not: a line each; none where it is all the same."""
+    found = [*_changed_base(live, inputs), *_changed_data(live, inputs)]
+    try:
+        then = settings(made_with(live))
+    except (ValidationError, KeyError, AttributeError):
+        return (*found, "configuration: the live model's is of another version of tunepress")
+    now = settings(inputs.config)
+    found += [f"{k}: {then.get(k)} -> {v}" for k, v in now.items() if then.get(k) != v]
+    return tuple(found)
+
+
+def made_with(live: Live) -> Config:
+    """The configuration of the run that made the live model.
+
+    Raises:
+        ValidationError, KeyError: where another version of tunepress wrote it.
+    """
+    return Config.model_validate(live.lineage["configuration"])
+
+
+def _base_commit(config: Config) -> str | None:
+    from huggingface_hub import HfApi
+
+    source = config.model.source
+    if PACKAGE_SOURCE.match(source) or models.is_local(source):
+        return None
+    with in_one_line(source, config.model.revision, "the Hub could not be asked"):
+        return HfApi().model_info(source, revision=config.model.revision).sha
+
+
+def _digest_at(source: str, commit: str) -> str:
+    there = standing(source, commit)
+    if there is None:
+        raise ModelError(f"model.source {source}: the commit {commit[:12]} went away while it was read; try again")
+    return there.model
+
+
+def _data_commit(config: Config) -> str | None:
+    from pipeline.data.hub import commit_of
+
+    source = config.data.source
+    return None if is_builtin(source) or locate(source) else commit_of(config.data)
+
+
+def _changed_base(live: Live, inputs: Inputs) -> list[str]:
+    source, now = inputs.config.model.source, inputs.config.model.revision
+    base, told = live.lineage.get("base") or {}, live.results.get("retraining")
+    then, known = base.get("revision"), base.get("digest")
+    if told and told.get("weights") == live.weights:  # it holds for the very model that it was recorded of
+        known = told["inputs"].get("base")
+    if known == inputs.base or (now and now == then):
+        return []
+    if now and then and is_same_model(source, then, now):  # the new commit changed no more than a card
+        return []
+    return [f"base model {file_name(source)}: {_short(then or known)} -> {_short(now or inputs.base)}"]
+
+
+def _changed_data(live: Live, inputs: Inputs) -> list[str]:
+    theirs, source = live.lineage.get("data") or {}, inputs.config.data.source
+    if inputs.data in (theirs.get("revision"), theirs.get("fingerprint")):
+        return []
+    now = load_examples(inputs.config.data).fingerprint  # a new commit may have changed no more than a card
+    if now == theirs.get("fingerprint"):
+        return []
+    return [f"data {file_name(source)}: {_short(theirs.get('fingerprint'))} -> {_short(now)}"]
+
+
+def _flatten(prefix: str, content: dict, flat: dict[str, object]) -> None:
+    for key, value in content.items():
+        if isinstance(value, dict):
+            _flatten(f"{prefix}.{key}", value, flat)
+        else:
+            flat[f"{prefix}.{key}"] = value
+
+
+def _short(digest: str | None) -> str:
+    return digest[:12] if digest else "not recorded"

@@ -1,0 +1,54 @@
+"""What a retraining is compared with, left in its run's folder until it is published.
+
+The stages, which are processes of their own, find it there; `Workspace.claim` removes it, so that what a
+retraining left that was stopped binds retrainings alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from pipeline.errors import HubError
+from pipeline.files import read_json, write_json
+from pipeline.hub import Tree
+from pipeline.live import Live, live_in, weights_of
+from pipeline.standing import Standing
+from pipeline.workspace import Workspace
+
+if TYPE_CHECKING:
+    from pipeline.changes import Inputs
+
+
+def note(workspace: Workspace, live: Live | None, inputs: Inputs) -> None:
+    """Leave in the workspace what the run is compared with, and what it is made of."""
+    about = {"live": asdict(live) if live else None, "inputs": inputs.to_dict()}
+    write_json(workspace.opponent_path, about)
+
+
+def noted(workspace: Workspace) -> tuple[Live | None, dict]:
+    """What `note` left: the live model, and the inputs."""
+    about = read_json(workspace.opponent_path, {"live": None, "inputs": {}})
+    return (Live(**about["live"]) if about["live"] else None), about["inputs"]
+
+
+def own_weights(workspace: Workspace) -> str:
+    """A digest of the run's own model's weights, to be compared with that of a release."""
+    files = workspace.state_of("merge").get("merge", {})
+    return weights_of({path.removeprefix("release/"): sha256 for path, sha256 in files.items()})
+
+
+def check_is_compared(workspace: Workspace, tree: Tree) -> None:
+    """Refuse to publish on top of another model than the one that this run was compared with, if it was with any.
+
+    Its own is none: it is there where the answer to a commit was lost.
+
+    Raises:
+        HubError: where somebody else has published in between.
+    """
+    if not workspace.opponent_path.is_file():
+        return
+    compared, now = noted(workspace)[0], live_in(Standing.of(tree))
+    is_ours = now is not None and now.weights == own_weights(workspace)
+    if not is_ours and (compared.model if compared else None) != (now.model if now else None):
+        raise HubError(f"{tree.repo}: has another model than the one that this was compared with; retrain again")
