@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from pipeline.commands import command
 from pipeline.config import Config
 from pipeline.data import DataSet, Example
 from pipeline.data.encode import EncodedSet, encode_examples
@@ -54,7 +55,7 @@ def untouched(held_out: tuple[Example, ...], data: str, live: Live) -> tuple[tup
         raise DataError(
             f"{live.repo}: to compare with it takes held-out examples of {FEWEST} prompts, and of {there} only "
             f"{prompts(kept)} were surely held out from the live model too; set data.seed to its {seed}, raise "
-            "data.held_out, or publish without comparing: {command('run')}"
+            f"data.held_out, or publish without comparing: {command('run')}"
         )
     said = (
         "neither model was trained on these prompts, word for word; the data is not what the live model was trained "
