@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
@@ -16,7 +15,7 @@ from pipeline import commands, machine
 from pipeline.calibration import Calibration, measure, path, read_calibration
 from pipeline.calibration import keep as keep_calibration
 from pipeline.errors import HubError, WorkspaceError, redact
-from pipeline.libraries import quiet, versions
+from pipeline.libraries import is_installed, quiet, versions
 from pipeline.planning.devices import existing, hub_cache, this_machine
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ def examine(runs: Path, calibrate: bool | None = None, tell: Callable[[str], Non
         "devices": devices(),
         "kernels": kernels(),
         "versions": {"python": platform.python_version(), **versions(), **versions(*OURS)},
-        "extras": {name: all(map(_is_installed, needs)) for name, needs in EXTRAS.items()},
+        "extras": {name: all(map(is_installed, needs)) for name, needs in EXTRAS.items()},
         "disk": _disk(runs),
         "hub": login(),
         "trackio": {"folder": _trackio_folder(), "write_token_set": bool(os.environ.get("TRACKIO_WRITE_TOKEN"))},
@@ -148,7 +147,7 @@ def login() -> dict:
     """Who is logged in to the Hub, and whether that token may write; or why that is not known, in one line."""
     from huggingface_hub import get_token
 
-    from pipeline.hub.access import who_is
+    from pipeline.hub.access import may_write, who_is
 
     token = get_token()
     if token is None:
@@ -160,8 +159,8 @@ def login() -> dict:
     except Exception as error:  # whatever the transport raises where there is no network
         reason = redact(" ".join(str(error).split())[:200]) or type(error).__name__
         return {"name": None, "may_write": None, "problem": f"the Hub could not be reached ({reason})"}
-    role = who.get("auth", {}).get("accessToken", {}).get("role")
-    return {"name": who.get("name"), "may_write": role != "read", "role": role, "problem": None}
+    about = who.get("auth", {}).get("accessToken", {})
+    return {"name": who.get("name"), "may_write": may_write(about), "role": about.get("role"), "problem": None}
 
 
 def _disk(runs: Path) -> dict[str, dict]:
@@ -173,10 +172,6 @@ def _trackio_folder() -> str:
     from huggingface_hub import constants
 
     return os.environ.get("TRACKIO_DIR") or str(Path(constants.HF_HOME) / "trackio")
-
-
-def _is_installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
 
 
 def show(console: Console, found: dict) -> None:
@@ -204,7 +199,8 @@ def _lines(found: dict) -> Iterator[tuple[str, str]]:
     yield "Extras", ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in found["extras"].items())
     for name, place in found["disk"].items():
         yield "Disk", f"{name.replace('_', ' ')}: {size(place['free_bytes'])} free in {place['folder']}"
-    writes = "may write" if hub.get("may_write") else "may only read"
+    granted = " to what it is granted" if hub.get("role") == "fineGrained" else ""
+    writes = f"may write{granted}" if hub.get("may_write") else "may only read"
     yield "Hub", hub["problem"] or f"{hub['name']}; the token {writes}"
     yield "Trackio", found["trackio"]["folder"]
     yield "Speed", _speed(kept)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline import data, models
 from pipeline.config import Config
 from pipeline.errors import Interrupted
 from pipeline.events import Unheard
 from pipeline.launch import Launch
-from pipeline.preflight import preflight
+from pipeline.preflight import check_shared
 from pipeline.process import run_stage
 from pipeline.reporter import Reporter
 from pipeline.workspace import Entry, Workspace
+
+GRACE_SECONDS = 2.0  # nothing is lost here; while machines have not met, nothing ends by being asked to
 
 
 def join(config: Config, launch: Launch, root: str | Path = "runs", reporter: Reporter | None = None) -> Workspace:
@@ -24,14 +27,19 @@ def join(config: Config, launch: Launch, root: str | Path = "runs", reporter: Re
         UserError: in one line, before any work where that is possible.
         StageFailed: where training failed, here or elsewhere.
     """
-    preflight(config, need_hub=False, launch=launch)
+    check_shared(config, launch)
+    models.check_source(config.model)
+    data.check_source(config.data)
     reporter, step = reporter or Reporter(), f"train (machine {launch.machine_rank} of {launch.machines})"
     with Workspace.claim(Path(root) / f".{config.name}.machine-{launch.machine_rank}", config) as workspace:
         reporter.begin(config, workspace)
         reporter.started(step)
+        reporter.show([f"waiting for machine 0 at {launch.main_process_ip}; stop this if its training is finished"])
         events = Unheard(workspace.events_path, config.name)
         try:
-            report = run_stage("train", "train", (), workspace, events, reporter, reporter.tick, launch)
+            report = run_stage(
+                "train", "train", (), workspace, events, reporter, reporter.tick, launch, grace=GRACE_SECONDS
+            )
             reporter.finished(step, Entry("", summary=report.summary, seconds=report.seconds))
         except BaseException:
             reporter.failed(step)

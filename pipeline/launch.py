@@ -7,7 +7,6 @@ a step sees the same examples, so a finished training holds wherever it was done
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import sys
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError, MissingExtra
+from pipeline.libraries import is_installed
 from pipeline.shipped import shipped_folder
 
 KINDS = ("MULTI_GPU", "FSDP", "DEEPSPEED")
@@ -80,13 +80,14 @@ def read_launch(named: str, machine_rank: int | None = None, main_process_ip: st
     """
     asked, path = _read(named)
     about = f"--accelerate {named}"
+    _check_values(asked, about)
     kind = str(getattr(asked.distributed_type, "value", asked.distributed_type))
     if kind not in KINDS:
         more = " (on the CPU: MULTI_GPU with use_cpu: true)" if kind == "MULTI_CPU" else ""
         raise ConfigError(f"{about}: distributed_type {kind} is not supported; allowed are {', '.join(KINDS)}{more}")
-    if kind == "FSDP" and int(asked.fsdp_config.get("fsdp_version", 1)) != 2:
+    if kind == "FSDP" and asked.fsdp_config.get("fsdp_version") != 2:
         raise ConfigError(f"{about}: fsdp_version must be 2, which can hold 4-bit weights and their adapter together")
-    if kind == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
+    if kind == "DEEPSPEED" and not is_installed("deepspeed"):
         raise MissingExtra(f"{about}: DeepSpeed", "deepspeed")
     if asked.use_cpu and kind != "MULTI_GPU":
         raise ConfigError(f"{about}: use_cpu: {kind} needs GPUs")
@@ -136,6 +137,21 @@ def _read(named: str):
     if not isinstance(asked, ClusterConfig):
         raise ConfigError(f"--accelerate {named}: only compute_environment LOCAL_MACHINE is supported")
     return asked, path.resolve()
+
+
+def _check_values(asked, about: str) -> None:
+    """Are the values that are used here what they should be? accelerate takes any, and fails on them later."""
+    for key, least in (("num_machines", 1), ("num_processes", -1), ("machine_rank", 0)):
+        value = getattr(asked, key)
+        if type(value) is not int or value < least:
+            raise ConfigError(f"{about}: {key} {value!r}: must be a whole number, {least} or more")
+    port = asked.main_process_port
+    if port is not None and (type(port) is not int or not 0 <= port < 65536):
+        raise ConfigError(f"{about}: main_process_port {port!r}: must be a whole number, 0 to 65535")
+    if not isinstance(asked.use_cpu, bool):
+        raise ConfigError(f"{about}: use_cpu {asked.use_cpu!r}: must be true or false, without quotes")
+    if not isinstance(asked.fsdp_config, dict):
+        raise ConfigError(f"{about}: fsdp_config {asked.fsdp_config!r}: must hold settings, such as fsdp_version: 2")
 
 
 def _count(asked, about: str) -> int:

@@ -49,6 +49,11 @@ def free_bytes(device: torch.device) -> int | None:
         import torch
 
         return torch.cuda.mem_get_info(device)[0]
+    return free_host_bytes()
+
+
+def free_host_bytes() -> int | None:
+    """Main memory that a process may still take, in bytes; None where the system does not tell."""
     known = [free for free in (_free_in_system(), *_free_in_groups()) if free is not None]
     return min(known, default=None)
 

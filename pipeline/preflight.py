@@ -23,29 +23,49 @@ def preflight(
     """
     from pipeline.trackers.trackio import check as check_tracking
 
-    if launch:
-        if config.data is None:
-            raise ConfigError("--accelerate: this configuration has no data, so there is nothing to train")
-        share(config, launch.processes)
+    check_shared(config, launch)
+    check_inputs(config, need_inputs, need_data)
     if need_inputs:
-        models.check_source(config.model)
         quantize.check_extras(config)
-        if config.merge.adapter:
-            models.check_adapter(config.merge.adapter)
         if config.evaluate:
-            data.general_text(config.evaluate.general)
             _check_device(config.evaluate.device)
-    if config.data and need_data:
-        data.check_source(config.data)
     check_tracking(config.track)
-    if config.data and config.train.method == "lora" and config.merge.base == "nf4":
-        raise ConfigError("merge.base nf4: train.method lora never saw NF4 weights; use auto or bf16")
     if need_hub and config.publish.repo:
         from pipeline.hub import check_access, check_destination
 
         for repo in (config.publish.repo, *config.publish.mirrors.values()):
             check_access(repo, config.publish.create_pr)
         check_destination(config.publish.repo, config.name)
+
+
+def check_inputs(config: Config, need_model: bool = True, need_data: bool = True) -> None:
+    """The configuration in itself, the model, the texts and the data; nothing that another machine could have.
+
+    Raises:
+        UserError: naming what is wrong.
+    """
+    if need_model:
+        models.check_source(config.model)
+        if config.merge.adapter:
+            models.check_adapter(config.merge.adapter)
+        if config.evaluate:
+            data.general_text(config.evaluate.general)
+    if config.data and need_data:
+        data.check_source(config.data)
+    if config.data and config.train.method == "lora" and config.merge.base == "nf4":
+        raise ConfigError("merge.base nf4: train.method lora never saw NF4 weights; use auto or bf16")
+
+
+def check_shared(config: Config, launch: Launch | None) -> None:
+    """Can training be shared out as it is asked for?
+
+    Raises:
+        ConfigError: where it cannot, or where there is no training.
+    """
+    if launch and config.data is None:
+        raise ConfigError("--accelerate: this configuration has no data, so there is nothing to train")
+    if launch:
+        share(config, launch.processes)
 
 
 def _check_device(name: str) -> None:

@@ -26,7 +26,7 @@ from pipeline.launch import Launch
 from pipeline.reporter import Reporter
 from pipeline.workspace import Workspace
 
-GRACE_SECONDS = 20.0  # how long a stage may take to end after it was asked to
+GRACE_SECONDS = 20.0
 POLL_SECONDS = 0.2
 
 # glibc gives every large block back to the system at once, and the next one costs page faults
@@ -53,6 +53,7 @@ def run_stage(
     reporter: Reporter,
     on_tick: Callable[[], None],
     launch: Launch | None = None,
+    grace: float = GRACE_SECONDS,
 ) -> Report:
     """Run one stage to its end.
 
@@ -62,6 +63,7 @@ def run_stage(
         reporter: is told of its progress, and shows what it has to show.
         on_tick: called a few times a second, to forward events and to redraw.
         launch: makes several processes of it; by default it is one.
+        grace: seconds that it may take to end after it was asked to.
 
     Raises:
         StageFailed: with the stage's own message; its exit code is 2 where the user can mend it.
@@ -85,7 +87,7 @@ def run_stage(
     theirs.close()
     messages = _Messages(ours, reporter)
     try:
-        interrupted = _watch(child, messages, on_tick)
+        interrupted = _watch(child, messages, on_tick, grace)
     finally:
         if child.poll() is None:
             child.kill()
@@ -125,7 +127,7 @@ def with_own_package(environment: Mapping[str, str]) -> dict[str, str]:
     return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def _watch(child: subprocess.Popen, messages: _Messages, on_tick: Callable[[], None]) -> bool:
+def _watch(child: subprocess.Popen, messages: _Messages, on_tick: Callable[[], None], grace: float) -> bool:
     """Wait for the child; pass SIGINT and SIGTERM on to it. True if one came."""
     stopping: list[float] = []
 
@@ -141,7 +143,7 @@ def _watch(child: subprocess.Popen, messages: _Messages, on_tick: Callable[[], N
         while child.poll() is None:
             messages.wait(POLL_SECONDS)
             on_tick()
-            if stopping and time.monotonic() - stopping[0] > GRACE_SECONDS:
+            if stopping and time.monotonic() - stopping[0] > grace:
                 child.kill()
     finally:
         for number, handler in old.items():

@@ -36,9 +36,9 @@ def show_plan(config, device: str | None, runs: Path, as_json: bool) -> None:
     from pipeline.planning import make_plan
     from pipeline.planning.report import as_json as plain
     from pipeline.planning.report import show
-    from pipeline.preflight import preflight
+    from pipeline.preflight import check_inputs
 
-    preflight(config, need_hub=False)
+    check_inputs(config)
     made = make_plan(config, device, runs)
     if as_json:
         print(json.dumps(plain(made)))

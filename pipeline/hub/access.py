@@ -78,14 +78,21 @@ def check_token(place: str, owner: str | None, attempts: int = ATTEMPTS) -> str:
     about = who.get("auth", {}).get("accessToken", {})
     if about.get("role") == "read":
         raise HubError(f"{place}: the token may only read; make one that may write")
-    if about.get("role") == "fineGrained" and not _grants_writing(about.get("fineGrained", {}), place, owner):
+    if not may_write(about, place, owner):
         raise HubError(f"{place}: the token's permissions do not let it write there; add them, or use another token")
     return token
 
 
-def _grants_writing(granted: dict, place: str, owner: str | None) -> bool:
-    """Does a fine-grained token let its bearer write to what `owner` has, or to the repository `place` itself?"""
-    names = {str(name).casefold() for name in (owner, place.split()[-1]) if name}
+def may_write(about: dict, place: str = "", owner: str | None = None) -> bool:
+    """Does a token let its bearer write to what `owner` has, or to the repository `place` itself; to anything?
+
+    Args:
+        about: what the Hub says of the token.
+    """
+    if about.get("role") != "fineGrained":
+        return about.get("role") != "read"
+    granted = about.get("fineGrained", {})
+    names = {str(name).casefold() for name in (owner, *place.split()[-1:]) if name}
     return any(
         "repo.write" in scope.get("permissions", ())
         and (owner is None or str(scope.get("entity", {}).get("name")).casefold() in names)

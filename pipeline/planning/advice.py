@@ -49,6 +49,8 @@ def _ladder(config: Config) -> Iterator[list[Change]]:
     train = config.train
     if not config.data and not config.merges and config.evaluate is None and _is_on_hub(config):
         yield [Change("model.low_disk", True, "two shards are on the disk at a time")]
+    if config.evaluate and config.evaluate.device == "cuda":
+        yield [Change("evaluate.device", "auto", "models are measured on the GPU where there is one, else on the CPU")]
     if config.data:
         if train.method == "lora":
             yield [Change("train.method", "qlora", "the base in NF4, a quarter of bf16")]

@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.config import Data, Train
 from pipeline.data.files import ENDINGS
 from pipeline.data.sources import is_builtin, locate
+
+if TYPE_CHECKING:
+    from huggingface_hub import DatasetInfo
 
 BYTES_A_TOKEN = 4  # of English text, roughly; other languages and code have fewer
 TEMPLATE_TOKENS = 15  # that a chat template puts around an example, roughly
@@ -95,21 +99,37 @@ def _on_hub(data: Data) -> DataSize:
         info = HfApi().dataset_info(data.source, revision=data.revision, timeout=_TIMEOUT, files_metadata=True)
     except Exception as error:
         raise DataError(f"{data.source}: {reason(error, data)}") from None
-    told = split_figures(getattr(info.card_data, "dataset_info", None), data)
-    files = (s for s in info.siblings or [] if Path(s.rfilename).suffix.lower() in ENDINGS)
-    fetched = sum(s.size or 0 for s in files) or None
-    if told:
+    found = getattr(info.card_data, "dataset_info", None)
+    fetched = _fetched(info, _subsets(found), data)
+    if told := split_figures(found, data):
         return DataSize(told.get("num_examples"), told.get("num_bytes"), "from the data set's card", fetched)
     return DataSize(None, None, "its card does not say how much it holds", fetched)
 
 
 def split_figures(found: object, data: Data) -> dict | None:
     """What a data set's card says of the split that is asked for."""
-    subsets = [s for s in (found if isinstance(found, list) else [found]) if isinstance(s, dict)]
-    named = [s for s in subsets if s.get("config_name", "default") == (data.subset or "default")]
-    for subset in named or subsets[:1]:
+    subsets = _subsets(found)
+    for subset in _named(subsets, data) or subsets[:1]:
         splits = subset.get("splits")
         for split in splits if isinstance(splits, list) else ():
             if isinstance(split, dict) and split.get("name") == data.split:
                 return split
     return None
+
+
+def _fetched(info: DatasetInfo, subsets: list[dict], data: Data) -> int | None:
+    """Bytes that the Hub sends: all splits of a subset come together. Which files are of which is not looked up."""
+    others = getattr(info.card_data, "configs", None)
+    if data.subset or len(subsets) > 1 or (isinstance(others, list) and len(others) > 1):
+        said = [subset.get("download_size") for subset in _named(subsets, data)]
+        return said[0] if said and isinstance(said[0], int) else None
+    files = (s for s in info.siblings or [] if Path(s.rfilename).suffix.lower() in ENDINGS)
+    return sum(s.size or 0 for s in files) or None
+
+
+def _subsets(found: object) -> list[dict]:
+    return [s for s in (found if isinstance(found, list) else [found]) if isinstance(s, dict)]
+
+
+def _named(subsets: list[dict], data: Data) -> list[dict]:
+    return [s for s in subsets if s.get("config_name", "default") == (data.subset or "default")]

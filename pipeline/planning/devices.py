@@ -39,7 +39,7 @@ class Machine:
 
     Attributes:
         name: processor, cores and GPU, which tell machines apart whose speed differs; or the GPU that was named.
-        gpu_bytes: memory of one GPU; 0 where there is none.
+        gpu_bytes: memory of one GPU that can be used; 0 where there is none.
         host_bytes: main memory that can be used.
         disk_free: free on the disk of the runs' folder; None for other machines.
         cache_free: free on the disk of the Hub's cache.
@@ -74,7 +74,7 @@ def named(name: str) -> Machine:
 def this_machine(runs: Path) -> Machine:
     """The machine that this runs on; torch is imported only where a GPU may be found with it."""
     gpu = gpu_here()
-    free = machine.free_bytes(_Cpu())
+    free = machine.free_host_bytes()
     runs, cache = existing(runs), existing(hub_cache())
     return Machine(
         name=f"{machine.cpu_name()}, {machine.cores()} cores, {gpu[0] if gpu else 'without a GPU'}",
@@ -88,14 +88,17 @@ def this_machine(runs: Path) -> Machine:
 
 
 def gpu_here() -> tuple[str, int] | None:
-    """Name and memory in bytes of the GPU that stages would use; None where there is none."""
+    """Name and free memory in bytes of the GPU that stages would use; None where there is none.
+
+    Asking takes some of it, `memory.CUDA_CONTEXT` at most, until this process ends; that is not added again.
+    """
     if not may_have_gpu():
         return None
     import torch
 
     if not torch.cuda.is_available():
         return None
-    return torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory
+    return torch.cuda.get_device_name(0), machine.free_bytes(torch.device("cuda", 0))
 
 
 def may_have_gpu() -> bool:
@@ -118,9 +121,3 @@ def existing(path: Path) -> Path:
     """The folder, or the nearest one above it that is there."""
     path = path.absolute()
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
-
-
-class _Cpu:
-    """As much of a `torch.device` as `machine.free_bytes` asks for."""
-
-    type = "cpu"

@@ -16,6 +16,8 @@ from pipeline.planning.devices import Machine, named, this_machine
 from pipeline.planning.model import Sizes, adapter_sizes, read_sizes
 from pipeline.planning.stages import Stage, disk_peaks, stages_of
 
+UNTIMED = ("publish",)  # takes the network's time
+
 
 @dataclass(frozen=True)
 class Shortage:
@@ -32,7 +34,7 @@ class Plan:
     """What a run of a configuration takes. Bytes and seconds; None where that is not known.
 
     Attributes:
-        seconds: by stage; empty where nothing was measured on that machine.
+        seconds: by stage, of those whose time is known; empty where nothing was measured on that machine.
         changes: settings with which everything fits; empty where it fits as it is, or with none that are known.
     """
 
@@ -51,6 +53,17 @@ class Plan:
     @property
     def fits(self) -> bool:
         return not self.shortages
+
+    @property
+    def untimed(self) -> dict[str, str]:
+        """The stages whose time is not known though the machine's speed is, each with the reason: `which ...`."""
+        unknown = () if self.why_no_times else (s for s in self.stages if s.name not in self.seconds)
+        return {s.name: s.untimed or "whose steps are not known" for s in unknown if s.name not in UNTIMED}
+
+    @property
+    def total_seconds(self) -> float | None:
+        """Of the whole run without the network; None where that of one of its stages is not known."""
+        return None if self.why_no_times or self.untimed else sum(self.seconds.values())
 
     @property
     def disk_bytes(self) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pipeline.planning import memory
-from pipeline.planning.plan import Plan
+from pipeline.planning.plan import Plan, Shortage
 from pipeline.planning.stages import Stage, disk_peaks
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def as_json(plan: Plan) -> dict:
         "fetched_bytes": plan.fetched_bytes,
         "cached_bytes": plan.cached_bytes,
         "uploaded_bytes": plan.uploaded_bytes,
-        "seconds": sum(plan.seconds.values()) if plan.seconds else None,
+        "seconds": plan.total_seconds,
         "fits": plan.fits,
         "shortages": [vars(shortage) for shortage in plan.shortages],
         "changes": [vars(change) | {"setting": change.setting} for change in plan.changes],
@@ -120,7 +120,8 @@ def _head(plan: Plan) -> Iterator[tuple[str, str]]:
         tokens = "" if data.tokens is None else f", about {_count(data.tokens)} tokens"
         taken = "steps not known" if plan.steps is None else f"{plan.steps} steps"
         yield "Data", f"{config.data.source}: {rows}{tokens} ({data.how}); {taken}"
-    has = [f"{size(machine.gpu_bytes)} of GPU memory"] if machine.has_gpu else []
+    free = " free" if machine.is_here else ""
+    has = [f"{size(machine.gpu_bytes)} of GPU memory{free}"] if machine.has_gpu else []
     has += [f"{size(machine.host_bytes)} of memory free" if machine.host_bytes else "main memory not known"]
     has += [f"{size(machine.disk_free)} of disk free" if machine.disk_free is not None else "disk not known"]
     yield "On", f"{machine.name}: {', '.join(has)}"
@@ -153,7 +154,7 @@ def _table(plan: Plan):
 
 
 def _notes(plan: Plan) -> Iterator[str]:
-    from pipeline.terminal import clock, size
+    from pipeline.terminal import size
 
     disk = f"disk: {size(plan.disk_bytes)} at most in the run's folder"
     yield disk + (f", {size(plan.cached_bytes)} more in the Hub's cache" if plan.cached_bytes else "")
@@ -165,28 +166,38 @@ def _notes(plan: Plan) -> Iterator[str]:
             yield f"{stage.name}: {note}"
     if plan.data and plan.data.fetched_bytes is None:
         yield "data: how much the Hub sends is not known"
-    if plan.why_no_times:
-        yield plan.why_no_times
-    else:
-        took = clock(sum(plan.seconds.values()))
-        yield f"time: about {took}, from what was measured on this machine; without the network"
+    yield plan.why_no_times or f"time: {tell_time(plan)}, from what was measured on this machine"
     if plan.machine.has_gpu:
         yield UNMEASURED_GPU
     if plan.machine.has_gpu and plan.machine.host_bytes is None:
         yield "main memory and disk of that machine are not known"
 
 
+def tell_time(plan: Plan) -> str:
+    """How long it takes and what is not in that, or why that is not known: `about 3:20, without the network`."""
+    from pipeline.terminal import clock
+
+    if plan.why_no_times:
+        return plan.why_no_times
+    without = [*(f"{stage}, {why}" for stage, why in plan.untimed.items()), "the network"]
+    return f"about {clock(sum(plan.seconds.values()))}, without {', and without '.join(without)}"
+
+
+def tell_shortage(short: Shortage) -> str:
+    """`train needs 9.1 GB of GPU memory, there are 8.0 GB`."""
+    from pipeline.terminal import size
+
+    return f"{short.stage} needs {size(short.need)} of {short.what}, there are {size(short.have)}"
+
+
 def _verdict(plan: Plan) -> Iterator[str]:
     from rich.markup import escape
-
-    from pipeline.terminal import size
 
     if plan.fits:
         yield "[green]fits[/]"
         return
     for short in plan.shortages:
-        lacking = f"{short.stage} needs {size(short.need)} of {short.what}, there are {size(short.have)}"
-        yield f"[red]does not fit[/]: {lacking}"
+        yield f"[red]does not fit[/]: {tell_shortage(short)}"
     if not plan.changes:
         yield "No change of settings that is known here makes it fit: take a smaller model, or a larger machine."
         return

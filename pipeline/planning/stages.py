@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 
 from pipeline.catalog import VARIANTS
 from pipeline.config import Config, VariantSpec
+from pipeline.libraries import is_installed
 from pipeline.machine import WEIGHTS_SHARE
 from pipeline.planning import memory
 from pipeline.planning.devices import Machine
@@ -34,6 +34,7 @@ class Stage:
         uploads: is sent to the Hub.
         host, gpu: memory at the peak; empty where none of it is used.
         notes: what else is to be known of it.
+        untimed: why nothing can be said of its time, where that is so: `which ...`.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Stage:
     host: Need = field(default_factory=dict)
     gpu: Need = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    untimed: str | None = None
 
 
 @dataclass(frozen=True)
@@ -148,8 +150,8 @@ def _evaluate(config: Config, sizes: Sizes, machine: Machine, model: int) -> Sta
     texts = 2 if config.data else 1
     states = {"reference for comparisons": 2 * sizes.hidden * config.evaluate.max_tokens * texts}
     reads = {"model": model, **({"base": sizes.bf16_bytes} if config.merges else {})}
-    host, gpu, notes = _measured(config, sizes, machine, max(model, 0 if sizes.kind == "package" else sizes.file_bytes))
-    return Stage("evaluate", reads=reads, writes=states, host=host, gpu=gpu, notes=notes)
+    weights = max(model, 0 if sizes.kind == "package" else sizes.file_bytes)
+    return replace(_measured(config, sizes, machine, "evaluate", weights), reads=reads, writes=states)
 
 
 def _quantize(config: Config, sizes: Sizes, variants: Variants, model: int) -> Stage:
@@ -170,24 +172,34 @@ def _before_k_quants(sizes: Sizes, variants: Variants) -> dict[str, int]:
 
 def _admit(config: Config, sizes: Sizes, machine: Machine, spec: VariantSpec, stored: int) -> Stage:
     if VARIANTS[spec.name].format != "gguf":
-        host, gpu, notes = _measured(config, sizes, machine, stored)
-    elif find_spec("llama_cpp"):
-        host, gpu, notes = memory.in_llama_cpp(sizes, stored, config.evaluate.max_tokens), {}, ()
+        stage = _measured(config, sizes, machine, spec.name, stored)
+    elif is_installed("llama_cpp"):
+        stage = Stage(spec.name, host=memory.in_llama_cpp(sizes, stored, config.evaluate.max_tokens))
     else:
-        host, gpu, notes = _measured(config, sizes, machine, sizes.bf16_bytes)
-        notes += ("without llama.cpp it is measured by its dequantized weights, and has no speed",)
-    return Stage(spec.name, reads={"variant": stored}, host=host, gpu=gpu, notes=notes)
+        stage = _measured(config, sizes, machine, spec.name, sizes.bf16_bytes)
+        slow = "without llama.cpp it is measured by its dequantized weights, and has no speed"
+        stage = replace(stage, notes=(*stage.notes, slow))
+    return replace(stage, reads={"variant": stored})
 
 
-def _measured(config: Config, sizes: Sizes, machine: Machine, weights: int) -> tuple[Need, Need, tuple[str, ...]]:
-    """Memory for measuring a model; one that does not fit is measured from its files, as `pipeline.offloading` does."""
-    tokens, on_gpu = config.evaluate.max_tokens, machine.has_gpu
-    free = machine.gpu_bytes if on_gpu else machine.host_bytes
+def _measured(config: Config, sizes: Sizes, machine: Machine, name: str, weights: int) -> Stage:
+    """The memory of measuring a model; one that does not fit is measured from its files, by `pipeline.offloading`.
+
+    A GPU that is asked for where there is none is short of all the memory it would need.
+    """
+    tokens, on_gpu = config.evaluate.max_tokens, _measures_on_gpu(config, machine)
+    free = machine.gpu_bytes or None if on_gpu else machine.host_bytes
     if free is not None and weights > WEIGHTS_SHARE * free:
         note = "does not fit, so it is measured from its files, layer by layer: quality only, and slowly"
-        return memory.offloaded(sizes, tokens), {}, (note,)
+        why = "which reads its model from the disk again and again"
+        return Stage(name, host=memory.offloaded(sizes, tokens), notes=(note,), untimed=why)
     host, gpu = memory.measuring(sizes, weights, on_gpu, tokens)
-    return memory.probed(host, weights, on_gpu), gpu, ()
+    why = None if on_gpu == machine.has_gpu else "which does not run where this machine's speed was measured"
+    return Stage(name, host=memory.probed(host, weights, on_gpu), gpu=gpu, untimed=why)
+
+
+def _measures_on_gpu(config: Config, machine: Machine) -> bool:
+    return machine.has_gpu if config.evaluate.device == "auto" else config.evaluate.device == "cuda"
 
 
 def _publish(config: Config, sizes: Sizes, variants: Variants, model: int, adapter: int) -> Stage:

@@ -18,10 +18,12 @@ ANSWER_TOKENS = 64
 def seconds(
     found: Calibration, config: Config, sizes: Sizes, stages: Sequence[Stage], steps: int | None
 ) -> dict[str, float]:
-    """Seconds of each stage but those of the network; training is left out where its steps are not known."""
+    """Seconds of each stage but those of the network; a stage is left out where its time is not known."""
     specs = {spec.name: spec for spec in config.quantize.variants}
     times = {}
     for stage in stages:
+        if stage.untimed:
+            continue
         if stage.name == "train" and steps is not None:
             times["train"] = _training(found, config, sizes, steps)
         elif stage.name == "merge":

@@ -18,6 +18,7 @@ from pipeline.planning.devices import Machine, this_machine
 from pipeline.planning.memory import adapter_parameters
 from pipeline.planning.model import Sizes
 from pipeline.planning.plan import Shortage, shortages
+from pipeline.planning.report import tell_shortage
 from pipeline.planning.stages import stages_of
 
 Settings = Mapping[str, object]  # dotted keys
@@ -136,12 +137,6 @@ class Draft:
     def _short(self, config: Config) -> list[Shortage]:
         adapter = adapter_parameters(self.sizes, config.train.lora)
         return shortages(stages_of(config, self.sizes, self.machine, 0, adapter), self.machine)
-
-
-def tell_shortage(short: Shortage) -> str:
-    from pipeline.terminal import size
-
-    return f"{short.stage} needs {size(short.need)} of {short.what}, there are {size(short.have)}"
 
 
 def _changed(tree: dict, settings: Settings) -> dict:

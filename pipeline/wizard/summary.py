@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pipeline.config import Config
 from pipeline.planning import Plan, make_plan
 from pipeline.planning.memory import wanted
-from pipeline.wizard.draft import Draft, tell_shortage
+from pipeline.planning.report import tell_shortage, tell_time
+from pipeline.wizard.draft import Draft
 
 
 def show_summary(draft: Draft) -> Plan:
@@ -21,7 +22,7 @@ def show_summary(draft: Draft) -> Plan:
 
 
 def _lines(plan: Plan) -> Iterator[tuple[str, str]]:
-    from pipeline.terminal import clock, size
+    from pipeline.terminal import size
 
     config = plan.config
     yield "Model", f"{config.model.source}, {millions(plan.model.parameters)} million parameters"
@@ -35,10 +36,7 @@ def _lines(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "Trackio", config.track.space or config.track.server or "on this machine"
     fetched = f", {size(plan.fetched_bytes)} to fetch" if plan.fetched_bytes else ""
     yield "Needs", f"{_memory(plan)}, {size(plan.disk_bytes)} of disk{fetched}"
-    if plan.why_no_times:
-        yield "Takes", plan.why_no_times
-    else:
-        yield "Takes", f"about {clock(sum(plan.seconds.values()))} here, without the network"
+    yield "Takes", tell_time(plan)
     for short in plan.shortages:
         yield "Too large", tell_shortage(short)
     for change in plan.changes:

@@ -53,6 +53,14 @@ def shapes_of(recipe: str) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
+def put_recipes(hub: LoopbackHub) -> None:
+    """The model of every shipped recipe."""
+    from pipeline.config_file import load_config
+
+    for recipe, (_, config) in MODELS.items():
+        put_hollow(hub, load_config(recipe).model.source, shapes_of(recipe), config)
+
+
 def put_hollow(hub: LoopbackHub, repo: str, shapes: dict[str, tuple[int, ...]], config: dict) -> None:
     """A repository whose shards are headers with nothing behind them, and as long as if there were."""
     shards: list[dict[str, tuple[int, ...]]] = [{}]
@@ -98,11 +106,8 @@ def _bytes(shape: tuple[int, ...]) -> int:
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     """A hub with the model of every shipped recipe."""
-    from pipeline.config_file import load_config
-
     with LoopbackHub(tmp_path_factory.mktemp("hub"), {TOKEN: {"name": "ada", "role": "write"}}) as hub:
-        for recipe, (_, config) in MODELS.items():
-            put_hollow(hub, load_config(recipe).model.source, shapes_of(recipe), config)
+        put_recipes(hub)
         yield hub
 
 

@@ -11,8 +11,10 @@ import pytest
 from pipeline import calibration, doctor
 from pipeline.calibration import ROUNDINGS, Calibration
 from pipeline.config_file import load_config
-from pipeline.planning import make_plan
+from pipeline.planning import Plan, devices, make_plan
 from pipeline.planning.devices import this_machine
+from pipeline.planning.report import as_json
+from pipeline.wizard import summary
 from tests.hub import LoopbackHub
 from tests.plan.conftest import Planner
 from tests.run.conftest import TOKEN
@@ -46,9 +48,12 @@ def test_it_tells_devices_kernels_versions_and_disk(place):
     assert found["extras"]["gguf"] is True and found["trackio"]["folder"].endswith("trackio")
 
 
-@pytest.mark.parametrize(("role", "may_write"), [("write", True), ("read", False)])
-def test_it_knows_who_is_logged_in_and_never_tells_the_token(tmp_path, role, may_write):
-    with LoopbackHub(tmp_path / "hub", {TOKEN: {"name": "ada", "role": role}}) as hub:
+@pytest.mark.parametrize(
+    ("role", "writes_to", "may_write"),
+    [("write", (), True), ("read", (), False), ("fineGrained", (), False), ("fineGrained", ("ada/mine",), True)],
+)
+def test_it_knows_who_is_logged_in_and_never_tells_the_token(tmp_path, role, writes_to, may_write):
+    with LoopbackHub(tmp_path / "hub", {TOKEN: {"name": "ada", "role": role, "writes_to": writes_to}}) as hub:
         place = Planner(tmp_path, hub)
         done = place.tunepress("doctor", "--no-calibrate", "--json")
     hub_says = json.loads(done.stdout)["hub"]
@@ -134,6 +139,52 @@ def test_slower_figures_make_longer_times(tmp_path, monkeypatch):
     calibration.keep(replace(here, train=here.train / 2))
     slower = make_plan(config).seconds
     assert slower["train"] > 1.8 * usual["train"] and slower["quantize"] == usual["quantize"]
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """This machine's speed is known."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    calibration.keep(replace(FIGURES, place=this_machine(Path("runs")).name))
+
+
+def told(plan: Plan) -> str:
+    (line,) = [note for note in as_json(plan)["notes"] if note.startswith("time: ")]
+    return line
+
+
+def test_where_the_steps_are_not_known_there_is_no_time_for_the_whole_run(measured, tmp_path, tiny_model):
+    (tmp_path / "rows.json").write_text(json.dumps([{"prompt": "a", "completion": "b"}] * 9))  # rows are not counted
+    own = [f"data.source={tmp_path / 'rows.json'}", f"model.source={tiny_model('llama')}", "train.packing=false"]
+    unknown, known = (make_plan(load_config("demo", [*own, f"train.max_steps={n}"])) for n in ("null", "60"))
+    assert "train" not in unknown.seconds and unknown.seconds["merge"] == known.seconds["merge"]
+    assert unknown.total_seconds is None and as_json(unknown)["seconds"] is None
+    assert "without train, whose steps are not known, and without the network" in told(unknown)
+    assert known.total_seconds == sum(known.seconds.values()) and "train" in known.seconds
+    assert "train" not in told(known)
+    assert "whose steps are not known" in dict(summary._lines(unknown))["Takes"]
+
+
+def test_a_model_that_is_measured_layer_by_layer_gets_no_time_of_one_in_memory(measured, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.machine.free_host_bytes", lambda: 300_000_000)
+    plan = make_plan(load_config("demo"))
+    assert plan.total_seconds is None and not {"evaluate"} & plan.seconds.keys()
+    assert "without evaluate, which reads its model from the disk again and again" in told(plan)
+
+
+def test_measuring_on_another_device_than_the_one_whose_speed_is_known_has_no_time(measured):
+    plan = make_plan(load_config("demo", ["evaluate.device=cuda"]))  # nothing here has one
+    assert not {"evaluate", "int8", "int4"} & plan.seconds.keys() and "quantize" in plan.seconds
+
+
+def test_of_a_gpu_only_what_others_leave_free_counts(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(devices, "may_have_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Abacus 1")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * 10**9, 80 * 10**9))
+    assert devices.gpu_here() == ("Abacus 1", 3 * 10**9)
 
 
 def test_an_amd_gpu_is_told_what_to_set_only_where_torch_has_no_kernels_for_it(monkeypatch):

@@ -174,6 +174,35 @@ def test_a_data_set_that_does_not_say_how_much_it_holds_is_said_not_to(place, hu
     assert untold["examples"] is None and untold["steps"] is None and "does not say" in untold["how"]
 
 
+def test_of_one_subset_among_several_the_card_says_how_much_is_fetched_or_nobody_does(place, hub):
+    def fetched(*settings: str, card: str = "") -> tuple[int | None, list[str]]:
+        hub.put("ada/many", {"README.md": card.encode(), "large.jsonl": b"{}\n" * 999}, repo_type="dataset")
+        words = (word for s in ("data.source=ada/many", *settings) for word in ("--set", s))
+        plan = place.plan("tinyllama-1.1b", *words)
+        return plan["data"]["fetched_bytes"], [note for note in plan["notes"] if "Hub sends" in note]
+
+    sizes = "---\ndataset_info:\n- config_name: easy\n  download_size: 77\n- config_name: hard\n---\n"
+    assert fetched() == (3 * 999, [])
+    assert fetched("data.subset=easy", card=sizes) == (77, [])
+    assert fetched("data.subset=hard", card=sizes)[0] is None
+    assert fetched(card=sizes)[0] is None  # more than one, of which none is named
+    files = "---\nconfigs:\n- {config_name: a, data_files: a.jsonl}\n- {config_name: b, data_files: b.jsonl}\n---\n"
+    for subset in ("data.subset=easy", "data.subset=null"):
+        found, notes = fetched(subset, card=files)
+        assert found is None and notes == ["data: how much the Hub sends is not known"]
+
+
+def test_what_this_machine_lacks_for_the_run_does_not_keep_it_from_planning(place):
+    """A GPU, a tracking server's token: another machine may have them. What is wrong in itself is still refused."""
+    elsewhere = ("--set", "evaluate.device=cuda", "--set", "track.server=http://127.0.0.1:9")
+    assert place.plan("qwen3-1.7b", "--device", "h100-80gb", *elsewhere)["fits"]
+    here = place.plan("qwen3-1.7b", *elsewhere)
+    assert here["machine"]["gpu_bytes"] or not here["fits"]
+    both = ("--set", "train.method=lora", "--set", "merge.base=nf4")
+    assert "never saw NF4" in place.tunepress("plan", "qwen3-1.7b", *both, check=2).stderr
+    assert "rows.jsonl" in place.tunepress("plan", "qwen3-1.7b", "--set", "data.source=./rows.jsonl", check=2).stderr
+
+
 def test_what_is_in_the_cache_is_not_fetched_again(place, hub):
     put_hollow(hub, "ada/small", {"model.embed_tokens.weight": (64, 8)}, {"model_type": "llama"})
     settings = ("qwen3-4b", "--set", "model.source=ada/small")

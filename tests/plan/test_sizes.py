@@ -173,6 +173,28 @@ def test_a_model_that_does_not_fit_is_measured_from_its_files(qwen):
     assert memory.total(small.host) < memory.total(large.host) / 2
 
 
+def test_models_are_measured_where_the_configuration_says(qwen):
+    def measured(device: str, machine: Machine) -> list:
+        asked = config(evaluate={"device": device})
+        return [s for s in stages_of(asked, qwen, machine, 0, 10**6) if s.name in ("evaluate", "int8", "int4")]
+
+    assert all(stage.gpu for stage in measured("auto", GPU) + measured("cuda", GPU))
+    on_cpu = measured("cpu", GPU)
+    assert not any(stage.gpu for stage in on_cpu)
+    assert [s.host for s in on_cpu] == [s.host for s in measured("auto", HERE)]
+
+
+def test_a_gpu_that_is_asked_for_and_not_there_is_short_and_the_way_out_is_advised(qwen):
+    def short(asked: Config) -> list:
+        return shortages(stages_of(asked, qwen, HERE, 0, 10**6), HERE)
+
+    asked = config(evaluate={"device": "cuda"})
+    assert {(s.stage, s.what, s.have) for s in short(asked)} == {
+        (stage, "GPU memory", 0) for stage in ("evaluate", "int8", "int4")
+    }
+    assert [c.setting for c in advise(asked, lambda config: bool(short(config)))] == ["evaluate.device=auto"]
+
+
 def test_training_and_measuring_are_on_the_gpu_and_merging_and_quantizing_are_not(qwen):
     stages = {s.name: s for s in stages_of(config(merge={"base": "bf16"}), qwen, GPU, 0, 10**6)}
     assert {name for name, stage in stages.items() if stage.gpu} == {"train", "evaluate", "int8", "int4"}

@@ -128,6 +128,36 @@ def test_two_machines_train_together_and_the_first_has_the_result(tmp_path, tiny
     assert not (other / "adapter").exists() and not (other / "events.jsonl").exists()
 
 
+def test_another_machine_says_whom_it_waits_for_needs_no_tracking_token_and_can_be_stopped_at_once(
+    tmp_path, tiny_model
+):
+    place = _place(tmp_path, tiny_model("llama"), packing=True)
+    nodes = place.folder / "nodes.yaml"
+    nodes.write_text(
+        "distributed_type: MULTI_GPU\nuse_cpu: true\nnum_machines: 2\nnum_processes: 2\n"
+        f"main_process_ip: 127.0.0.1\nmain_process_port: {_free_port()}\n"
+    )
+    words = ("train", "tiny.yaml", "--accelerate", "nodes.yaml", "--machine-rank", "1")
+    server = ("--set", "track.server=http://127.0.0.1:9")  # which would want a token
+    log = place.folder / "runs" / ".tiny.machine-1" / "logs" / "train.log"
+    with subprocess.Popen(
+        place.command(*words, *server), cwd=place.folder, env=place.env, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    ) as run:  # fmt: skip
+        lines = []
+        for line in run.stdout:
+            lines.append(line)
+            if "waiting for machine 0 at 127.0.0.1; stop this if its training is finished" in line:
+                break
+        assert log.is_file(), "".join(lines)
+        time.sleep(8)
+        stopped = time.monotonic()
+        run.send_signal(signal.SIGINT)
+        run.wait(60)
+        print(time.monotonic() - stopped)
+    assert run.returncode == 130
+
+
 def test_what_one_process_finds_wrong_is_told_in_its_own_line(tmp_path, tiny_model):
     place = _place(tmp_path, tiny_model("llama"), packing=True)
     done = place.tunepress("train", "tiny.yaml", *TWO, "--set", "train.max_length=2", check=2)
@@ -177,6 +207,14 @@ def test_gpus_that_are_not_there_are_missed_at_once(tmp_path):
         ("distributed_type: FSDP\nnum_processes: 2\n", "fsdp_version must be 2"),
         ("distributed_type: MULTI_GPU\nprocesses: 2\n", "accelerate cannot read it"),
         ("num_processes: 2\n", "accelerate cannot read it"),
+        ("distributed_type: FSDP\nfsdp_config: {fsdp_version: two}\n", "fsdp_version must be 2"),
+        ("distributed_type: FSDP\nfsdp_config: two\n", "fsdp_config 'two': must hold settings"),
+        ("distributed_type: MULTI_GPU\nnum_machines: 0\n", "num_machines 0: must be a whole number, 1 or more"),
+        ("distributed_type: MULTI_GPU\nnum_processes: two\n", "num_processes 'two': must be a whole number"),
+        ("distributed_type: MULTI_GPU\nnum_processes:\n", "num_processes None: must be a whole number"),
+        ("distributed_type: MULTI_GPU\nmachine_rank: one\n", "machine_rank 'one': must be a whole number"),
+        ("distributed_type: MULTI_GPU\nmain_process_port: http\n", "main_process_port 'http': must be"),
+        ("distributed_type: MULTI_GPU\nuse_cpu: 'false'\n", "use_cpu 'false': must be true or false, without"),
         ("- 1\n", "not a configuration of accelerate, which has distributed_type"),
         ("ddp\n", "not a configuration of accelerate, which has distributed_type"),
         ("", "not a configuration of accelerate, which has distributed_type"),
