@@ -100,7 +100,7 @@ def _on_hub(data: Data) -> DataSize:
     except Exception as error:
         raise DataError(f"{data.source}: {reason(error, data)}") from None
     found = getattr(info.card_data, "dataset_info", None)
-    fetched = _fetched(info, _subsets(found), data)
+    fetched = fetched_bytes(info, data)
     if told := split_figures(found, data):
         return DataSize(told.get("num_examples"), told.get("num_bytes"), "from the data set's card", fetched)
     return DataSize(None, None, "its card does not say how much it holds", fetched)
@@ -117,11 +117,11 @@ def split_figures(found: object, data: Data) -> dict | None:
     return None
 
 
-def _fetched(info: DatasetInfo, subsets: list[dict], data: Data) -> int | None:
-    """Bytes that the Hub sends: all splits of a subset come together. Which files are of which is not looked up."""
-    others = getattr(info.card_data, "configs", None)
-    if data.subset or len(subsets) > 1 or (isinstance(others, list) and len(others) > 1):
-        said = [subset.get("download_size") for subset in _named(subsets, data)]
+def fetched_bytes(info: DatasetInfo, data: Data) -> int | None:
+    """What the Hub sends: a subset with all its splits. Which files are of which subset is not looked up."""
+    sizes, files = (_subsets(getattr(info.card_data, key, None)) for key in ("dataset_info", "configs"))
+    if data.subset or max(len(sizes), len(files)) > 1:
+        said = [subset.get("download_size") for subset in _named(sizes, data)]
         return said[0] if said and isinstance(said[0], int) else None
     files = (s for s in info.siblings or [] if Path(s.rfilename).suffix.lower() in ENDINGS)
     return sum(s.size or 0 for s in files) or None

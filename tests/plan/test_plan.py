@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from huggingface_hub import DatasetInfo
 
 from pipeline.config import Data
 from pipeline.config_file import shipped_configs
-from pipeline.planning.data import split_figures
+from pipeline.planning.data import fetched_bytes, split_figures
 from tests.plan.conftest import put_hollow
 from tests.recipes.test_values import MODELS
 
@@ -174,22 +175,26 @@ def test_a_data_set_that_does_not_say_how_much_it_holds_is_said_not_to(place, hu
     assert untold["examples"] is None and untold["steps"] is None and "does not say" in untold["how"]
 
 
-def test_of_one_subset_among_several_the_card_says_how_much_is_fetched_or_nobody_does(place, hub):
-    def fetched(*settings: str, card: str = "") -> tuple[int | None, list[str]]:
-        hub.put("ada/many", {"README.md": card.encode(), "large.jsonl": b"{}\n" * 999}, repo_type="dataset")
-        words = (word for s in ("data.source=ada/many", *settings) for word in ("--set", s))
-        plan = place.plan("tinyllama-1.1b", *words)
-        return plan["data"]["fetched_bytes"], [note for note in plan["notes"] if "Hub sends" in note]
+def test_of_one_subset_among_several_the_card_says_how_much_is_fetched_or_nobody_does():
+    def fetched(card: dict, **data) -> int | None:
+        files = [{"rfilename": "README.md", "size": 5}, {"rfilename": "large.jsonl", "size": 10**9}]
+        about = {"id": "ada/many", "private": False, "disabled": False, "downloads": 0, "likes": 0, "tags": []}
+        return fetched_bytes(DatasetInfo(**about, siblings=files, cardData=card), Data(source="ada/many", **data))
 
-    sizes = "---\ndataset_info:\n- config_name: easy\n  download_size: 77\n- config_name: hard\n---\n"
-    assert fetched() == (3 * 999, [])
-    assert fetched("data.subset=easy", card=sizes) == (77, [])
-    assert fetched("data.subset=hard", card=sizes)[0] is None
-    assert fetched(card=sizes)[0] is None  # more than one, of which none is named
-    files = "---\nconfigs:\n- {config_name: a, data_files: a.jsonl}\n- {config_name: b, data_files: b.jsonl}\n---\n"
-    for subset in ("data.subset=easy", "data.subset=null"):
-        found, notes = fetched(subset, card=files)
-        assert found is None and notes == ["data: how much the Hub sends is not known"]
+    sizes = {"dataset_info": [{"config_name": "easy", "download_size": 77}, {"config_name": "hard"}]}
+    folders = {"configs": [{"config_name": name, "data_files": f"{name}/*"} for name in ("easy", "hard")]}
+    one = {"configs": folders["configs"][:1], "dataset_info": {"download_size": 3}}
+    assert fetched({}) == fetched(one) == 10**9
+    assert fetched(sizes, subset="easy") == 77
+    assert [fetched(sizes, subset="hard"), fetched({}, subset="easy"), fetched(sizes), fetched(folders)] == [None] * 4
+
+
+def test_a_small_subset_of_a_large_data_set_is_not_said_to_need_the_room_of_all(place, hub):
+    hub.put("ada/large", {"rows.jsonl": b"{}\n" * 999}, repo_type="dataset")
+    data = ("tinyllama-1.1b", "--set", "data.source=ada/large")
+    plan = place.plan(*data, "--set", "data.subset=easy")
+    assert plan["data"]["fetched_bytes"] is None and "data: how much the Hub sends is not known" in plan["notes"]
+    assert place.plan(*data)["fetched_bytes"] == plan["fetched_bytes"] + 3 * 999
 
 
 def test_what_this_machine_lacks_for_the_run_does_not_keep_it_from_planning(place):
