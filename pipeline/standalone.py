@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,14 +19,14 @@ from pipeline.catalog import VARIANTS, variant_names
 from pipeline.config import PACKAGE_SOURCE, Config, Model, Quantize, Section, Whole, repository_id, run_name
 from pipeline.config_file import explain, read_yaml
 from pipeline.errors import ConfigError, HubError, Interrupted, UserError
-from pipeline.hub import CARD, LINEAGE, Tree, check_root, read_tree
-from pipeline.hub.trouble import persist
+from pipeline.hub import CARD, LINEAGE, check_root
 from pipeline.inspection import inspect
 from pipeline.midway import quantize_config, variant_specs
-from pipeline.models import CHECKPOINT_FILES, check_source, is_local
+from pipeline.models import check_source, is_local
 from pipeline.private import file_name
 from pipeline.reporter import Reporter
 from pipeline.run import run
+from pipeline.standing import Standing, is_same_model, standing
 from pipeline.trackers.spaces import keep_in, space_at
 from pipeline.workspace import Workspace
 
@@ -77,29 +76,6 @@ class Task(Section):
         return self
 
 
-@dataclass(frozen=True)
-class Standing:
-    """What a repository holds before the run: its files, and what the last release there says of itself."""
-
-    tree: Tree
-    told: dict
-
-    @property
-    def run(self) -> str | None:
-        return self.tree.lineage.run
-
-    @property
-    def base(self) -> dict:
-        """The model that its variants are made of, as it was recorded."""
-        base = self.told.get("base")
-        return base if isinstance(base, dict) else {}
-
-    def specs(self) -> dict[str, dict]:
-        """What was asked for of each variant that it has."""
-        results = self.told.get("results") or {}
-        return {name: results[name]["variant"] for name in VARIANTS if "variant" in (results.get(name) or {})}
-
-
 def quantize(task: Task, root: str | Path = "runs", reporter: Reporter | None = None) -> Workspace:
     """Make the variants that a task asks for, measure and publish them; what is there already is not sent again.
 
@@ -113,7 +89,7 @@ def quantize(task: Task, root: str | Path = "runs", reporter: Reporter | None = 
     space, server = _tracking(task)
     there = None if task.save_only else standing(task.repo)
     config = configure(task, there, space, server)
-    if there and (stay := [name for name in there.specs() if name not in _asked(task)]):
+    if there and (stay := [name for name in _specs(there) if name not in _asked(task)]):
         reporter.show([f"{task.repo} has {', '.join(stay)} already, which will stay"])
 
     def tell_the_space() -> None:
@@ -123,21 +99,6 @@ def quantize(task: Task, root: str | Path = "runs", reporter: Reporter | None = 
     return run(
         config, root, reporter=reporter, output=task.output, publish_again=not task.save_only, begin=tell_the_space
     )
-
-
-def standing(repo: str) -> Standing | None:
-    """What a repository holds; None where there is none that this user may read."""
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    def attempt() -> Standing | None:
-        try:
-            tree = read_tree(repo)
-        except RepositoryNotFoundError:
-            return None
-        told = json.loads(tree.read(LINEAGE)) if tree.lineage.run else {}
-        return Standing(tree, told)
-
-    return persist(repo, attempt)
 
 
 def configure(task: Task, there: Standing | None, space: str | None = None, server: str | None = None) -> Config:
@@ -157,7 +118,7 @@ def configure(task: Task, there: Standing | None, space: str | None = None, serv
         raise ConfigError(f"--revision {task.revision}: only models on the Hub have revisions; {task.model} is none")
     commit = inspect(task.model, task.revision) if is_on_hub else None
     if there:
-        asked = {**there.specs(), **asked}
+        asked = {**_specs(there), **asked}
         _check_place(task, there, is_guest, asked)
     settings = {
         "name": task.experiment_name or (there.run if there else None),
@@ -258,6 +219,12 @@ def _asked(task: Task) -> dict[str, dict]:
     return {spec["name"]: spec for spec in variant_specs(names, size)}
 
 
+def _specs(there: Standing) -> dict[str, dict]:
+    """What was asked for of each variant that a release has."""
+    results = there.told.get("results") or {}
+    return {name: results[name]["variant"] for name in VARIANTS if "variant" in (results.get(name) or {})}
+
+
 def _check_place(task: Task, there: Standing, is_guest: bool, variants: Collection[str]) -> None:
     """Raise where the variants of this model would stand beside another, or replace another's or people's files."""
     check_root(there.tree)
@@ -284,25 +251,11 @@ def _made_from(repo: str, commit: str, there: Standing | None) -> str:
     It stays the one that the last release was made from until files of the model itself change: people write
     into cards, and in the model's own repository every release moves the head.
     """
-    from huggingface_hub.errors import RevisionNotFoundError
-
     known = there.base.get("revision") if there else None
     if not isinstance(known, str) or known == commit:
         return commit
 
-    def attempt() -> bool:
-        try:
-            return _checkpoint(read_tree(repo, known)) == _checkpoint(read_tree(repo, commit))
-        except RevisionNotFoundError:
-            return False
-
-    return known if persist(repo, attempt) else commit
-
-
-def _checkpoint(tree: Tree) -> dict:
-    """The files of the model at a repository's root, with their hashes."""
-    theirs = {path for path in tree.files if CHECKPOINT_FILES.match(path)} - {CARD, LINEAGE}
-    return {path: tree.files[path] for path in theirs}
+    return known if is_same_model(repo, known, commit) else commit
 
 
 def _tracking(task: Task) -> tuple[str | None, str | None]:
