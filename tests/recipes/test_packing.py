@@ -9,7 +9,7 @@ import torch
 
 from pipeline.config import Config
 from pipeline.data.encode import NO_LOSS, Encoded, EncodedSet
-from pipeline.stages.train import _Prepared, _trainer
+from pipeline.training import new_trainer
 from tests.conftest import ARCHITECTURES
 from tests.run.conftest import RECIPES
 
@@ -38,8 +38,8 @@ def test_packed_examples_are_seen_as_they_are_alone(tiny_model, tmp_path, exampl
         }
     )  # fmt: skip
     encoded = {"training": examples, "held-out": examples}
-    prepared = _Prepared(folder, AutoTokenizer.from_pretrained(folder), encoded, {})
-    trainer = _trainer(config, prepared, tmp_path, None)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    trainer = new_trainer(config, folder, tokenizer, encoded, tmp_path, None)
     backbone, seen = trainer.model.get_base_model().base_model, []
     hook = backbone.register_forward_hook(lambda module, arguments, output: seen.append(output[0]))
     with torch.no_grad():
