@@ -261,6 +261,7 @@ def test_the_command_that_makes_the_rest_keeps_the_model_that_is_live(story, tmp
     assert place.lineage()["results"]["retraining"] == place.lineage(before)["results"]["retraining"]
 
 
+@pytest.mark.slow
 def test_a_run_that_makes_another_model_does_not_publish_the_comparison_of_the_last(undecided):
     assert "retraining" in undecided.results()
     undecided.tunepress("run", "tiny.yaml", *as_options("first"))

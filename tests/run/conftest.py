@@ -186,7 +186,7 @@ def finished_run(tmp_path_factory, tiny_model):
 
 @pytest.fixture(params=["qwen3-1.7b", "gemma-3-1b"])
 def each_run(request, finished_run) -> Place:
-    """A finished run on each of two architectures in turn, whose widths the group size does not divide."""
+    """A finished run on each of two architectures in turn; not to be changed."""
     return finished_run(request.param)
 
 

@@ -67,6 +67,7 @@ def test_publishing_it_again_sends_nothing(quantized_only):
     assert place.hub.commits("ada/small") == commits
 
 
+@pytest.mark.slow
 def test_a_relative_path_is_measured_and_what_is_made_next_says_nothing_of_it(tmp_path, tiny_model):
     place = Place(tmp_path)
     shutil.copytree(tiny_model("llama"), tmp_path / "first")

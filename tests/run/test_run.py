@@ -45,18 +45,18 @@ def test_both_merges_are_compared_with_the_live_adapter_and_the_better_is_kept(e
     assert merge["base"] == (("nf4" if gap["value"] < 0 else "bf16") if clear else "nf4")
 
 
-def test_no_layer_is_left_out_where_the_group_size_does_not_divide(each_run):
+def test_no_layer_is_left_out_where_the_group_size_does_not_divide(unpublished):
     from pipeline.checkpoint import Checkpoint
     from pipeline.models import linear_weights
 
-    linear = linear_weights(each_run.release)
+    linear = linear_weights(unpublished.release)
     for variant in ("int8", "int4"):
-        stored = Checkpoint(each_run.release / variant)
+        stored = Checkpoint(unpublished.release / variant)
         for name in linear:
             assert name not in stored
             assert f"{name.removesuffix('weight')}_weight_qdata" in stored
-    chosen = each_run.results()["int4"]["weights"]["group_sizes"]
-    asked = each_run.results()["int4"]["variant"]["group_size"]
+    chosen = unpublished.results()["int4"]["weights"]["group_sizes"]
+    asked = unpublished.results()["int4"]["variant"]["group_size"]
     narrow = {name for name, (_, width) in linear.items() if width % asked}
     assert narrow and set(chosen) == narrow and set(chosen.values()) == {32}
 
