@@ -153,13 +153,13 @@ def divergence(
     Args:
         head, reference_head: output matrices (V, H) that turn hidden states into logits.
     """
-    kl = []
+    kl = torch.empty(len(scores.nll))  # at once: a small tensor kept of every tile would keep the tile's memory
     heads = (Head(head, softcap), Head(reference_head, softcap))
     _refuse_other_tokens(scores.sequence, reference)
     for (rows, ours), (_, theirs) in zip(
         logits_of(heads[0], scores.hidden), logits_of(heads[1], reference.hidden), strict=True
     ):
-        kl.append(_kl(theirs, ours))
+        kl[rows] = _kl(theirs, ours).cpu()
         if on_progress:
             on_progress(rows.stop, len(scores.nll))
     return _compared(scores, reference, kl)
@@ -196,12 +196,12 @@ def compare_logits(
     sequence = torch.arange(len(sequences)).repeat_interleave(counts)
     _refuse_other_tokens(sequence, reference)
     head = Head(reference_head, softcap)
-    nll, choice, kl, start = torch.empty(len(targets)), torch.empty_like(targets), [], 0
+    nll, choice, kl, start = torch.empty(len(targets)), torch.empty_like(targets), torch.empty(len(targets)), 0
     for ours in logits:
         rows = slice(start, start + len(ours))
         nll[rows] = _nll(ours, targets[rows])
         choice[rows] = ours.argmax(-1)
-        kl.append(_kl(head(reference.hidden[rows]), ours))
+        kl[rows] = _kl(head(reference.hidden[rows]), ours)
         start = rows.stop
         if on_progress:
             on_progress(start, len(targets))
@@ -225,10 +225,10 @@ def _kl(theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
     return (target.exp() * (target - log_q)).sum(-1)
 
 
-def _compared(scores: Scores, reference: Scores, kl: Sequence[torch.Tensor]) -> dict[str, Estimate]:
+def _compared(scores: Scores, reference: Scores, kl: torch.Tensor) -> dict[str, Estimate]:
     agreement = (scores.choice == reference.choice).float()
     return {
-        "kl": mean(torch.cat(kl).cpu(), scores.sequence),
+        "kl": mean(kl, scores.sequence),
         "agreement": mean(agreement, scores.sequence),
     }
 
