@@ -83,7 +83,12 @@ def score(model: PreTrainedModel, sequences: Sequence[Encoded], on_progress: Pro
         raise ModelError("the text to measure on has no token that counts")
     check_head(model, backbone, head, sequences[0].input_ids[:16])
     done, total = 0, sum(len(s.input_ids) for s in sequences)
-    parts: dict[int, tuple] = {}
+    counts = torch.tensor([sum(label != IGNORED for label in s.labels[1:]) for s in sequences])
+    starts = (counts.cumsum(0) - counts).tolist()
+    sequence = torch.arange(len(sequences)).repeat_interleave(counts)
+    # All at once: what is kept of each batch by itself would keep the memory of the batch, among which it lies.
+    nll, choice = torch.empty(len(sequence)), torch.empty(len(sequence), dtype=torch.long)
+    hidden = None
     for batch in _batches(sequences):
         longest = max(len(sequences[i].input_ids) for i in batch)
         ids = torch.zeros(len(batch), longest, dtype=torch.long)
@@ -94,26 +99,20 @@ def score(model: PreTrainedModel, sequences: Sequence[Encoded], on_progress: Pro
             ids[row, :length] = torch.tensor(sequences[index].input_ids)
             labels[row, :length] = torch.tensor(sequences[index].labels)
             mask[row, :length] = 1
-        hidden = backbone(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)[0]
+        seen = backbone(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)[0]
         counted = labels[:, 1:] != IGNORED  # position t predicts token t + 1
-        states, targets = hidden[:, :-1][counted.to(device)], labels[:, 1:][counted].to(device)
-        nll, choice = torch.empty(len(states)), torch.empty(len(states), dtype=torch.long)
+        states, targets = seen[:, :-1][counted.to(device)], labels[:, 1:][counted].to(device)
+        places = torch.cat([torch.arange(starts[i], starts[i] + int(counts[i])) for i in batch])
         for rows, logits in logits_of(head, states):
-            nll[rows] = _nll(logits, targets[rows]).cpu()
-            choice[rows] = logits.argmax(-1).cpu()
-        lengths = counted.sum(1).tolist()
-        found = zip(*(part.split(lengths) for part in (nll, choice, states.cpu())), strict=True)
-        parts.update(zip(batch, found, strict=True))
+            nll[places[rows]] = _nll(logits, targets[rows]).cpu()
+            choice[places[rows]] = logits.argmax(-1).cpu()
+        if hidden is None:
+            hidden = torch.empty(len(sequence), states.shape[1], dtype=states.dtype)
+        hidden[places] = states.cpu()
         done += sum(len(sequences[i].input_ids) for i in batch)
         if on_progress:
             on_progress(done, total)
-    kept = sorted(parts)
-    return Scores(
-        nll=torch.cat([parts[i][0] for i in kept]),
-        choice=torch.cat([parts[i][1] for i in kept]),
-        sequence=torch.cat([torch.full((len(parts[i][0]),), i) for i in kept]),
-        hidden=torch.cat([parts[i][2] for i in kept]).contiguous(),
-    )
+    return Scores(nll, choice, sequence, hidden)
 
 
 def mean(values: torch.Tensor, sequence: torch.Tensor) -> Estimate:
