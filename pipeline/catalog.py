@@ -20,6 +20,7 @@ class Variant:
     bits: int
     group_size: int | None  # the default; None for one scale a row
     roundings: tuple[str, ...]  # the first is the default
+    rise: float  # by how much of itself perplexity may rise, unless another limit is set
     packings: tuple[str, ...] = ()  # the orders that codes can be stored in; the first is the default
     group_sizes: tuple[int, ...] = GROUP_SIZES  # those that can be asked for
     # What becomes of the embedding and the output head, unless asked for otherwise; None: the quantizer chooses.
@@ -39,12 +40,13 @@ class Variant:
 def _gguf(name: str, bits: int, *roundings: str) -> Variant:
     """GGUF has groups of 32 in every type that is filled here, and Q8_0 for embeddings; 16 bits are not rounded."""
     if not roundings:
-        return Variant(f"gguf-{name}", "gguf", bits, None, (), group_sizes=())
-    return Variant(f"gguf-{name}", "gguf", bits, 32, roundings, group_sizes=(32,), embeddings="int8")
+        return Variant(f"gguf-{name}", "gguf", bits, None, (), 0.01, group_sizes=())
+    rise = 0.02 if bits == 8 else 0.05
+    return Variant(f"gguf-{name}", "gguf", bits, 32, roundings, rise, group_sizes=(32,), embeddings="int8")
 
 
 def _k_quants(name: str, bits: int) -> Variant:
-    return Variant(f"gguf-{name}", "gguf", bits, None, (), group_sizes=(), embeddings=None, quantizer="llama.cpp")
+    return Variant(f"gguf-{name}", "gguf", bits, None, (), 0.05, group_sizes=(), embeddings=None, quantizer="llama.cpp")
 
 
 VARIANTS = {
@@ -56,6 +58,7 @@ VARIANTS = {
             bits=8,
             group_size=None,
             roundings=("rtn", "hqq"),
+            rise=0.02,
         ),
         Variant(
             name="int8-dynamic",
@@ -63,6 +66,7 @@ VARIANTS = {
             bits=8,
             group_size=None,
             roundings=("rtn", "hqq"),
+            rise=0.02,
             group_sizes=(),
         ),
         Variant(
@@ -71,6 +75,7 @@ VARIANTS = {
             bits=4,
             group_size=64,
             roundings=("search", "hqq", "rtn"),
+            rise=0.05,
             packings=("plain", "tile_packed"),
         ),
         _gguf("f16", 16),

@@ -28,7 +28,9 @@ def clean(workspace: Workspace) -> tuple[int, list[str]]:
     """
     freed, removed = 0, []
     with workspace.lock():
-        places = [workspace.base, workspace.checkpoints, workspace.quantized]
+        places = [workspace.base, workspace.checkpoints]
+        if workspace.quantized.is_dir():  # beside variants' files it has notes, which spare measuring them again
+            places += [path for path in workspace.quantized.iterdir() if path.is_dir()]
         for folder in {workspace.folder, workspace.release}:
             places += [path for path in folder.iterdir() if LEFT_BEHIND.fullmatch(path.name)]
         for place in places:

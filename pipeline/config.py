@@ -120,6 +120,14 @@ class Evaluate(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where models are measured")
 
 
+class Gate(Section):
+    """How far a variant may be from the model in full precision, on every text; what is not set stays as it was."""
+
+    rise: Real | None = Field(default=None, gt=0, description="of perplexity, as a share: 0.05 for 5 %")
+    kl: Real | None = Field(default=None, gt=0, description="KL divergence, nats a token")
+    disagreement: Real | None = Field(default=None, gt=0, le=1, description="share of tokens with another first choice")
+
+
 class VariantSpec(Section):
     name: str
     group_size: Whole | None = None
@@ -129,6 +137,7 @@ class VariantSpec(Section):
     )
     packing: str | None = Field(default=None, description="order of int4 codes: plain, or tile_packed for CUDA")
     keep: list[str] = Field(default=[], description="layers left in bf16: whole names, with * and ?")
+    gate: Gate = Field(default=Gate(), description="limits of this variant alone, over those of quantize.gate")
 
     @model_validator(mode="before")
     @classmethod
@@ -157,6 +166,10 @@ class VariantSpec(Section):
         if self.packing is not None and self.packing not in variant.packings:
             raise ValueError(f"packing {self.packing!r}: allowed for {self.name} are {', '.join(variant.packings)}")
         return self
+
+    def making(self) -> dict:
+        """All of it that the variant's files depend on, as plain data."""
+        return self.model_dump(exclude={"gate"})
 
     def resolved(self) -> VariantSpec:
         """The same with the defaults of the catalog filled in."""
@@ -192,6 +205,10 @@ def _expand_aliases(value: Any) -> Any:
 class Quantize(Section):
     variants: Annotated[list[VariantSpec], BeforeValidator(_expand_aliases)] = Field(
         default=[VariantSpec(name="int8"), VariantSpec(name="int4")], validate_default=True
+    )
+    gate: Gate = Field(default=Gate(), description="limits of all variants, over those of the catalog")
+    on_gate_failure: Literal["withhold", "warn"] = Field(
+        default="withhold", description="what becomes of a variant that misses its limits"
     )
 
     @field_validator("variants")

@@ -9,7 +9,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -148,12 +148,14 @@ def cut(text: str) -> str:
 
 
 def _did_you_mean(location: tuple, whole: type[BaseModel]) -> str:
-    section: Any = whole
+    section = whole
     for part in location[:-1]:
-        field = section.model_fields.get(part) if isinstance(section, type) else None
-        section = field.annotation if field is not None else None
-    if not (isinstance(section, type) and issubclass(section, BaseModel)):
-        section = VariantSpec
+        if isinstance(part, int):  # the lists of sections are those of variants
+            section = VariantSpec
+        elif part in section.model_fields:
+            kind = section.model_fields[part].annotation
+            kinds = (k for k in (kind, *get_args(kind)) if isinstance(k, type) and issubclass(k, BaseModel))
+            section = next(kinds, section)
     known = list(section.model_fields)
     close = difflib.get_close_matches(str(location[-1]), known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known here are {', '.join(known)}"

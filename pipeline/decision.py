@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.chance import MARGIN, quantile
 from pipeline.changes import Inputs, changes, changes_beside, inputs_of, made_with
 from pipeline.commands import command
 from pipeline.config import Config
@@ -19,7 +19,6 @@ from pipeline.stages import merge, train
 from pipeline.standing import standing
 from pipeline.workspace import Workspace
 
-MARGIN = 2.0  # standard errors, of many prompts
 WIDEST = 10.0
 
 Outcome = Literal["published", "not_better", "skipped"]
@@ -206,18 +205,6 @@ def better(comparison: dict, margin: float) -> bool:
     """Is the new model's loss lower by more than `margin` standard errors of the difference?"""
     difference = comparison["difference"]
     return difference["value"] < -quantile(margin, comparison["prompts"]) * difference["stderr"]
-
-
-def quantile(margin: float, prompts: int) -> float:
-    """How many standard errors, estimated from so many prompts, chance exceeds as rarely as `margin` known ones.
-
-    Student's t of prompts - 1 degrees of freedom, at the probability that the normal distribution leaves beyond
-    `margin`; by D. L. Wallace, Bounds on normal approximations to Student's and the chi-square distributions, 1959,
-    to 0.001 for 15 degrees of freedom at a margin of 2.
-    """
-    freedom = prompts - 1
-    normal = margin * (8 * freedom + 3) / (8 * freedom + 1)
-    return math.sqrt(freedom * math.expm1(normal**2 / freedom))
 
 
 def tell(comparison: dict, margin: float) -> str:

@@ -7,7 +7,8 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipeline.decision import Decision, quantile
+from pipeline.chance import quantile
+from pipeline.decision import Decision
 from pipeline.errors import ConfigError
 
 GITHUB = "GITHUB_STEP_SUMMARY"

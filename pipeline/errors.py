@@ -48,6 +48,10 @@ class QuantizationError(UserError):
     """A weight cannot be stored the way that was asked for."""
 
 
+class GateError(UserError):
+    """A variant is not as near to the model in full precision as it has to be."""
+
+
 class HubError(UserError):
     """The Hub refused, or could not be reached."""
 

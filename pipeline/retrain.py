@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.alone import alone, refuse_beside_job
+from pipeline.chance import MARGIN
 from pipeline.config import Config
-from pipeline.decision import MARGIN, Decision, Matter, Outcome, better, check, look, tell
-from pipeline.errors import StageFailed
+from pipeline.decision import Decision, Matter, Outcome, better, check, look, tell
+from pipeline.errors import GateError, StageFailed
 from pipeline.events import Events
 from pipeline.live import Live, read_live
 from pipeline.opponent import note, own_weights
@@ -96,7 +97,7 @@ class _Retraining:
                     workspace.opponent_path.unlink()
                     return self._decision("not_better", live, comparison)
             steps.do("evaluate")
-            variants = _all_variants(inputs.config, steps)
+            variants = _all_variants(inputs.config, steps, live)
             record = replace(record, state="better", comparison=comparison)
             record.write(path)
             try:
@@ -111,7 +112,9 @@ class _Retraining:
         done = workspace.ledger()["publish"].summary
         replace(record, state="published", url=done["url"]).write(path)
         workspace.opponent_path.unlink()
-        return replace(self._decision("published", live, comparison), url=done["url"], commit=done["commit"])
+        decision = self._decision("published", live, comparison)
+        reason = "; ".join([decision.reason, *map(str, steps.withheld().values())])
+        return replace(decision, reason=reason, url=done["url"], commit=done["commit"])
 
     def _decision(self, outcome: Outcome, live: Live | None, comparison: dict) -> Decision:
         figures = comparison if "difference" in comparison else None
@@ -119,19 +122,25 @@ class _Retraining:
         return Decision(outcome, self.matter.repo, reason, self.margin, self.matter.news, figures)
 
 
-def _all_variants(config: Config, steps: Steps) -> tuple[str, ...]:
-    """Every variant that is asked for, made and measured.
+def _all_variants(config: Config, steps: Steps, live: Live | None) -> tuple[str, ...]:
+    """Every variant that is asked for, made and measured, but for those that missed their gate.
 
     Raises:
         StageFailed: where one fails: what is live has it perhaps, and would lose it.
+        GateError: where one missed its gate that what is live has.
     """
     variants = tuple(spec.name for spec in config.quantize.variants)
-    ready = steps.admitted(variants)
-    steps.write_variants(tuple(v for v in variants if v not in ready))
+    steps.write_variants(tuple(v for v in variants if v not in steps.judged(variants)))
     for variant in variants:
         steps.try_admit(variant)
-    steps.raise_failures()
-    return variants
+    steps.raise_failures(withheld=False)
+    for variant, line in steps.withheld().items():
+        if live and variant in live.results:
+            raise GateError(
+                f"{line}; {live.repo} has {variant}, and would lose it: nothing is published; "
+                "set another limit (quantize.gate), or leave that variant out"
+            )
+    return steps.admitted(variants)
 
 
 def _tell(workspace: Workspace, comparison: dict, is_better: bool) -> None:

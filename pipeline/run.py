@@ -60,7 +60,7 @@ def run(
         has_news = steps.did("train", "merge", "evaluate") or not steps.recorded("publish")
         if per_stage and config.merges and has_news:
             steps.try_publish(ready)
-        steps.write_variants(tuple(v for v in variants if v not in ready))
+        steps.write_variants(tuple(v for v in variants if v not in steps.judged(variants)))
         for variant in variants:
             if steps.try_admit(variant) and per_stage and steps.did(f"quantize/{variant}"):
                 steps.try_publish(steps.admitted(variants))
@@ -93,14 +93,16 @@ def run_one(
     ):
         steps.require(stage)
         if stage == "quantize":
-            steps.write_variants(tuple(v for v in variants if not steps.holds("admit", (v,))))
+            steps.write_variants(tuple(v for v in variants if v not in steps.judged(variants)))
             for variant in variants:
                 steps.try_admit(variant)
             steps.do("document", steps.admitted(variants))
         elif stage == "publish":
             for variant in variants:
                 steps.require_variant(variant)
-            steps.do("publish", variants, again=True)  # the repository may have changed, which only the Hub knows
+                steps.try_admit(variant)
+            # Again, for the repository may have changed, which only the Hub knows.
+            steps.do("publish", steps.admitted(variants), again=True)
         else:
             steps.do(stage)
         steps.raise_failures()

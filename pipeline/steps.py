@@ -40,6 +40,7 @@ class Steps:
         self._config, self._workspace, self._reporter, self._launch = config, workspace, reporter, launch
         self._events = Events(workspace.events_path, config.name)
         self._failures: list[StageFailed] = []
+        self._withheld: dict[str, StageFailed] = {}  # variants that missed their gate
         self._done: set[str] = set()
         self._written: set[str] = set()  # variants whose files this process has made
         self._forwarder = Forwarder(workspace.events_path, opener(config))
@@ -106,7 +107,10 @@ class Steps:
             raise Interrupted
 
     def try_admit(self, variant: str) -> bool:
-        """Let a variant in, measured; True if it is in. Its failure keeps nothing else back."""
+        """Measure a variant, and let it in unless it misses its gate; True if it is in.
+
+        Its failure keeps nothing else back.
+        """
         if variant not in self._written and not self.holds("admit", (variant,)):
             return False  # its files could not be written, which has been told
         try:
@@ -114,7 +118,9 @@ class Steps:
         except StageFailed as failure:
             self._failures.append(failure)
             return False
-        return True
+        if reason := self._why_withheld(variant):
+            self._withheld[variant] = StageFailed(f"quantize {variant}: {reason}", 2, "")
+        return reason is None
 
     def try_publish(self, variants: tuple[str, ...]) -> None:
         """Publish what there is so far; if the Hub does not take it now, the last publish will tell."""
@@ -144,6 +150,11 @@ class Steps:
             self._reporter.failed(key)
 
     def admitted(self, variants: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of these variants that are in the release."""
+        return tuple(v for v in self.judged(variants) if self._why_withheld(v) is None)
+
+    def judged(self, variants: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of these variants that were let in or withheld, and of which nothing has changed since."""
         return tuple(v for v in variants if self.holds("admit", (v,)))
 
     def require(self, stage: str) -> None:
@@ -160,13 +171,25 @@ class Steps:
             again = command("quantize", "CONFIG")
             raise UserError(f"publish: {variant} is not made, or its settings or libraries changed; run: {again}")
 
-    def raise_failures(self) -> None:
-        """Tell at the end what failed on the way."""
-        if len(self._failures) == 1:
-            raise self._failures[0]
-        if self._failures:
-            told = "; ".join(str(failure) for failure in self._failures)
-            raise StageFailed(told, max(f.exit_code for f in self._failures), self._workspace.logs)
+    def withheld(self) -> dict[str, StageFailed]:
+        """The variants that `try_admit` did not let in since they missed their gate, and the line that says so."""
+        return dict(self._withheld)
+
+    def raise_failures(self, withheld: bool = True) -> None:
+        """Tell at the end what failed on the way.
+
+        Args:
+            withheld: is it a failure that a variant missed its gate?
+        """
+        failures = self._failures + (list(self._withheld.values()) if withheld else [])
+        if len(failures) == 1:
+            raise failures[0]
+        if failures:
+            told = "; ".join(str(failure) for failure in failures)
+            raise StageFailed(told, max(f.exit_code for f in failures), self._workspace.logs)
+
+    def _why_withheld(self, variant: str) -> str | None:
+        return self._workspace.ledger()[_key("admit", (variant,))].summary.get("withheld")
 
     def _tick(self) -> None:
         self._forwarder.forward()

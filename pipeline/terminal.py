@@ -85,7 +85,7 @@ class TerminalReporter(Reporter):
         self._done(step, seconds, "files written")
 
     def finished(self, step: str, entry: Entry) -> None:
-        self._done(step, entry.seconds, _tell(entry.summary))
+        self._done(step, entry.seconds, _tell(entry.summary), "withheld" not in entry.summary)
 
     def failed(self, step: str) -> None:
         self._stop_bar()
@@ -99,9 +99,10 @@ class TerminalReporter(Reporter):
                 f"the rest is kept, and sent with the next run or by: {command('sync', 'RUN')}"
             )
 
-    def _done(self, step: str, seconds: float, text: str) -> None:
+    def _done(self, step: str, seconds: float, text: str, well: bool = True) -> None:
         self._stop_bar()
-        self.console.print(f"[green]+[/] {step:<24} {clock(seconds):>7}  {escape(text)}")
+        mark = "[green]+[/]" if well else "[red]x[/]"
+        self.console.print(f"{mark} {step:<24} {clock(seconds):>7}  {escape(text)}")
 
     def _stop_bar(self) -> None:
         if self._bar is not None:
@@ -114,7 +115,8 @@ def summary(console: Console, config: Config, workspace: Workspace) -> None:
     from pipeline.trackers.trackio import dashboard_hint
 
     results = read_json(workspace.results_path, {})
-    shown = [v for v in VARIANTS if v in results and (workspace.release / VARIANTS[v].folder).is_dir()]
+    there = [v for v in VARIANTS if v in results and (workspace.release / VARIANTS[v].folder).is_dir()]
+    shown = [v for v in there if not results[v].get("gate", {}).get("withheld")]
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     titles = ("", "size", "held-out ppl", "general ppl", "KL", "decode", "memory")
     rows = [(name, *_figures(results[name])) for name in ("base", "merged", *shown) if name in results]
@@ -192,6 +194,10 @@ def _tell(figures: dict) -> str:
     if "merged_held_out_perplexity" in figures:
         base, merged = (figures[f"{m}_held_out_perplexity"] for m in ("base", "merged"))
         return f"held-out perplexity {base:.2f} -> {merged:.2f}"
+    if "withheld" in figures:
+        return figures["withheld"]
+    if "missed" in figures:
+        return f"{size(figures['bytes_after'])}, misses its gate: {figures['missed']}"
     if "bytes_after" in figures:
         return ", ".join([size(figures["bytes_after"]), *_perplexities(figures)])
     if "files_sent" in figures:

@@ -242,6 +242,19 @@ class Workspace:
                 path.unlink(missing_ok=True)
         return sorted(made)
 
+    def placed(self, key: str) -> list[Path]:
+        """The files of a step that lie in the release."""
+        made = self._outputs(key)
+        return sorted(path for path in made if self.release in path.parents and path.parent != self.measurements)
+
+    def take_back(self, key: str, placed_in: Path, folder: Path) -> None:
+        """Move what `place` put into the release out of it again; what is another step's too stays there as well."""
+        others = self._outputs(*(self.ledger().keys() - {key}))
+        for path in self.placed(key):
+            to = folder / path.relative_to(placed_in)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, to) if path in others else os.replace(path, to)
+
     def remove(self, key: str, stay: Iterable[str]) -> None:
         """Remove the files of a step from the release, but for those that one of the steps `stay` has made too."""
         for path in self._outputs(key) - self._outputs(*stay):

@@ -75,7 +75,7 @@ class About:
         found = found if with_base or self.reference == BASE else {}
         if self.reference == ROOT:
             found[ROOT] = Markdown("root")
-        return found | {v: _place(v) for v in variants}
+        return found | {v: place(v) for v in variants}
 
     @property
     def data_source(self) -> str | None:
@@ -109,7 +109,7 @@ def is_gguf(model: str) -> bool:
     return model in VARIANTS and VARIANTS[model].format == "gguf"
 
 
-def _place(variant: str) -> Markdown:
+def place(variant: str) -> Markdown:
     """Where a variant lies in the release; several share the folder of GGUF."""
     folder = code(f"{VARIANTS[variant].folder}/")
     kind = VARIANTS[variant].gguf_type

@@ -16,6 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.errors import UserError
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -23,6 +25,7 @@ class Outcome:
 
     outputs: tuple[Path, ...] = ()
     summary: dict = field(default_factory=dict)
+    refusal: UserError | None = None  # why what was made is not taken; the stage's end is then a failure in the events
 
 
 @dataclass(frozen=True)

@@ -57,9 +57,11 @@ def main() -> int:
             for variant in about:
                 events.emit(step.verb, "started", variant, **module.parameters(config, variant))
         outcome = module.run(config, workspace, events, tuple(variants))
-        if step.completes:
-            seconds = round(time.monotonic() - start, 3)
-            for variant in about:
+        seconds = round(time.monotonic() - start, 3)
+        for variant in about if step.completes else ():
+            if outcome.refusal:
+                events.failed(step.verb, variant, outcome.refusal, seconds)
+            else:
                 events.emit(step.verb, "completed", variant, **{"seconds": seconds, **_plain(outcome.summary)})
         if team.hosts:
             report.send({"outcome": {"outputs": [str(p) for p in outcome.outputs], "summary": outcome.summary}})

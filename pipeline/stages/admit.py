@@ -1,4 +1,8 @@
-"""Load one variant back, measure it, and let it into the release; without `evaluate` a GGUF is only opened."""
+"""Load one variant back, measure it, and let it into the release, unless it misses its gate.
+
+Without `evaluate` nothing is measured, and there is no gate; a GGUF is only opened. What was measured is kept, so
+that another limit needs no more than another verdict.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +10,80 @@ from pathlib import Path
 
 from pipeline.catalog import VARIANTS
 from pipeline.config import Config
+from pipeline.errors import GateError
 from pipeline.events import Events
-from pipeline.files import read_json
+from pipeline.files import fingerprint, read_json, states, write_json
+from pipeline.gates import judge, limits, tell
 from pipeline.libraries import versions
 from pipeline.models import stored_bytes
 from pipeline.stages import Outcome, quantize
 from pipeline.stages.inputs import full_model, model_bytes
-from pipeline.stages.quantize import parameters
+from pipeline.stages.quantize import files_of, parameters
 from pipeline.workspace import Workspace
 
-__all__ = ["depends", "parameters", "run"]
+__all__ = ["depends", "is_withheld", "parameters", "run"]
 
 
 def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict:
+    found = _measured_by(config, workspace, variants)
+    if config.evaluate:
+        found["gate"] = [limits(config.quantize, name) for name in variants]
+        found["on_gate_failure"] = config.quantize.on_gate_failure
+    return found
+
+
+def is_withheld(config: Config, workspace: Workspace, name: str) -> bool:
+    """Was a variant, as it is asked for now, measured and kept out of the release?"""
+    entry = workspace.ledger().get(f"quantize/{name}")
+    if entry is None or "withheld" not in entry.summary:
+        return False
+    return workspace.holds(f"quantize/{name}", fingerprint(depends(config, workspace, (name,))))
+
+
+def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
+    (name,) = variants
+    full = full_model(config, workspace, events)
+    source = model_bytes(config, workspace, full)
+    result = _measured(config, workspace, events, name, full)
+    result |= {
+        "variant": config.quantize.spec(name).making(),
+        "ratio": result["size_bytes"] / source,
+        "weights": read_json(workspace.quantized / f"{name}.json", {})["weights"],
+    }
+    summary, refusal = _summary(result, source), None
+    if config.evaluate:
+        verdict = judge(result["quality"], limits(config.quantize, name))
+        withheld = not verdict["passed"] and config.quantize.on_gate_failure == "withhold"
+        result["gate"] = verdict | {"withheld": withheld}
+        if withheld:
+            refusal = GateError(f"withheld: {tell(verdict)}")
+            summary["withheld"] = str(refusal)
+        elif not verdict["passed"]:
+            summary["missed"] = tell(verdict)
+    files = _leave_out(workspace, name) if refusal else _let_in(workspace, name)
+    measured = workspace.write_measurement(name, result)
+    return Outcome((*files, measured), summary, refusal)
+
+
+def _measured_by(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict:
+    """What the figures of these variants depend on."""
     found = quantize.depends(config, workspace, variants)
     if config.evaluate and any(VARIANTS[name].format == "gguf" for name in variants):
         found["measured_in"] = versions("llama-cpp-python")
     return found
 
 
-def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
-    (name,) = variants
+def _measured(config: Config, workspace: Workspace, events: Events, name: str, full: Path) -> dict:
+    """The figures of a variant's files; measured only where those that are known are not of these files."""
+    path = workspace.quantized / f"{name}.measured.json"
+    depends_on = fingerprint(_measured_by(config, workspace, (name,)))
+    about = {"depends_on": depends_on, "files": states(files_of(workspace, name))}
+    known = read_json(path, {})
+    if known.get("about") == about:
+        return known["result"]
     folder = workspace.quantized / name
-    full = full_model(config, workspace, events)
-    source = model_bytes(config, workspace, full)
+    if not folder.is_dir():
+        workspace.take_back(f"quantize/{name}", workspace.release / VARIANTS[name].folder, folder)
     result = {"size_bytes": stored_bytes(folder)}
     if config.evaluate:
         from pipeline.evaluation import evaluate
@@ -39,22 +93,37 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
         (file,) = folder.glob("*.gguf")
         _open(file)
         result["file"] = file.name
-    result |= {
-        "variant": config.quantize.spec(name).model_dump(),
-        "ratio": result["size_bytes"] / source,
-        "weights": read_json(workspace.quantized / f"{name}.json", {})["weights"],
-    }
-    files = workspace.place(folder, workspace.release / VARIANTS[name].folder, f"quantize/{name}")
-    measured = workspace.write_measurement(name, result)
+    write_json(path, {"about": about, "result": result})
+    return result
+
+
+def _let_in(workspace: Workspace, name: str) -> list[Path]:
+    """Put a variant's files into the release, unless they are there; where they are then."""
+    apart, key = workspace.quantized / name, f"quantize/{name}"
+    if not apart.is_dir():
+        return workspace.placed(key)
+    return workspace.place(apart, workspace.release / VARIANTS[name].folder, key)
+
+
+def _leave_out(workspace: Workspace, name: str) -> list[Path]:
+    """Leave no files of a variant in the release; those that were measured are kept apart."""
+    apart, key = workspace.quantized / name, f"quantize/{name}"
+    if apart.is_dir():
+        workspace.remove(key, workspace.ledger().keys() - {key})
+    else:
+        workspace.take_back(key, workspace.release / VARIANTS[name].folder, apart)
+    return []
+
+
+def _summary(result: dict, source: int) -> dict:
     quality = result.get("quality", {})
-    summary = {
+    return {
         "bytes_before": source,
         "bytes_after": result["size_bytes"],
         "ratio": round(result["ratio"], 4),
         **{f"{text}_perplexity": q["perplexity"]["value"] for text, q in quality.items()},
         **{f"{text}_kl": q["kl"]["value"] for text, q in quality.items()},
     }
-    return Outcome((*files, measured), summary)
 
 
 def _open(file: Path) -> None:

@@ -19,6 +19,7 @@ from pipeline.files import fingerprint, read_json, write_bytes
 from pipeline.gguf_keys import read_dialogue
 from pipeline.hub import CARD, LINEAGE, LocalFile
 from pipeline.stages import Outcome
+from pipeline.stages.admit import is_withheld
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def parameters(config: Config, variant: str | None) -> dict:
 
 
 def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict:
-    results = _results(workspace, variants)
+    results = _results(workspace, variants, withheld(config, workspace))
     keys = ("train", "merge", *(f"quantize/{v}" for v in variants))
     return {
         "publish": config.publish.model_dump(),
@@ -49,8 +50,13 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     documents = render(config, workspace, variants, lambda path: local(workspace, path))
     for path, copy in set_aside(workspace, documents).items():
         events.show([f"{path}: written anew; what you had changed is in {copy}"])
-    paths = write(workspace, documents, variants)
+    paths = write(config, workspace, documents, variants)
     return Outcome(tuple(paths), {"documents": len(paths)})
+
+
+def withheld(config: Config, workspace: Workspace) -> tuple[str, ...]:
+    """The variants that were made and measured, and missed their gate."""
+    return tuple(spec.name for spec in config.quantize.variants if is_withheld(config, workspace, spec.name))
 
 
 def release_files(workspace: Workspace, variants: tuple[str, ...]) -> dict[str, LocalFile]:
@@ -80,7 +86,8 @@ def render(
     from pipeline.lineage import lineage
     from pipeline.modelfile import MODELFILE, modelfile
 
-    about, by_folder = _about(config, workspace, variants, mirrors), folders(variants)
+    about = _about(config, workspace, variants, withheld(config, workspace), mirrors)
+    by_folder = folders(variants)
     cards = {CARD: model_card(about, variants)}
     cards |= {f"{folder}/{CARD}": folder_card(about, those) for folder, those in by_folder.items()}
     documents = {
@@ -173,10 +180,11 @@ def _says_all_of(document: bytes, here: bytes, name: str) -> bool:
         return False
 
 
-def write(workspace: Workspace, documents: dict[str, bytes], variants: tuple[str, ...]) -> list[Path]:
+def write(config: Config, workspace: Workspace, documents: dict[str, bytes], variants: tuple[str, ...]) -> list[Path]:
     """Put documents into the release, each whole, and take out variants of ours that are no longer part of it."""
+    kept_out = withheld(config, workspace)
     for name in VARIANTS.keys() - set(variants):
-        _take_out(workspace, name, variants)
+        _take_out(workspace, name, variants, keep_figures=name in kept_out)
     workspace.assemble_results()
     if PICTURE not in documents:  # one of figures that are not there any more
         (workspace.release / PICTURE).unlink(missing_ok=True)
@@ -201,15 +209,21 @@ def _is_as_written(workspace: Workspace, path: str) -> bool:
     return digest in written_digests(workspace, path, "publish", "document")
 
 
-def _take_out(workspace: Workspace, variant: str, stay: tuple[str, ...]) -> None:
-    """Remove a variant from the release's folder; what is another's too, and what people put or wrote there, stays."""
+def _take_out(workspace: Workspace, variant: str, stay: tuple[str, ...], keep_figures: bool) -> None:
+    """Remove a variant from the release's folder; what is another's too, and what people put or wrote there, stays.
+
+    Args:
+        keep_figures: of one that was withheld, which has left only its documents there.
+    """
     from pipeline.modelfile import MODELFILE
 
-    (workspace.measurements / f"{variant}.json").unlink(missing_ok=True)
     folder = VARIANTS[variant].folder
+    if not keep_figures:
+        (workspace.measurements / f"{variant}.json").unlink(missing_ok=True)
     if f"quantize/{variant}" not in workspace.ledger():
         return
-    workspace.remove(f"quantize/{variant}", [f"quantize/{name}" for name in stay])
+    if not keep_figures:
+        workspace.remove(f"quantize/{variant}", [f"quantize/{name}" for name in stay])
     if folder in folders(stay):
         return
     for document in (f"{folder}/{CARD}", f"{folder}/{MODELFILE}"):
@@ -220,7 +234,11 @@ def _take_out(workspace: Workspace, variant: str, stay: tuple[str, ...]) -> None
 
 
 def _about(
-    config: Config, workspace: Workspace, variants: tuple[str, ...], mirrors: Mapping[str, str] | None = None
+    config: Config,
+    workspace: Workspace,
+    variants: tuple[str, ...],
+    kept_out: tuple[str, ...] = (),
+    mirrors: Mapping[str, str] | None = None,
 ) -> About:
     from pipeline.cards import About
     from pipeline.origin import has_chat_template
@@ -229,11 +247,12 @@ def _about(
     files = gguf_files(workspace, variants)
     chats = any(has_chat_template(workspace.release / folder) for folder in ("", *folders(variants)))
     chats = chats or any(read_dialogue(file).template for file in files.values())
-    results, names = _results(workspace, variants), {variant: file.name for variant, file in files.items()}
+    results, names = _results(workspace, variants, kept_out), {variant: file.name for variant, file in files.items()}
     return About(config.publish.repo or config.name, location, config, results, chats, mirrors or {}, names)
 
 
-def _results(workspace: Workspace, variants: tuple[str, ...]) -> dict:
-    """The figures of what is in the release; those of other variants stay out of its card."""
+def _results(workspace: Workspace, variants: tuple[str, ...], kept_out: tuple[str, ...]) -> dict:
+    """The figures of what is in the release, and under `withheld` of what was kept out; others stay out of its card."""
     results = read_json(workspace.results_path, {})
-    return {name: value for name, value in results.items() if name not in VARIANTS or name in variants}
+    found = {name: value for name, value in results.items() if name not in VARIANTS or name in variants}
+    return found | ({"withheld": {name: results[name] for name in kept_out}} if kept_out else {})

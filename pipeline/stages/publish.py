@@ -22,6 +22,7 @@ from pipeline.stages.document import (
     render,
     render_mirror,
     set_aside,
+    withheld,
     write,
     written_digests,
 )
@@ -52,7 +53,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     there = {v: m for v, m in settings.mirrors.items() if v in variants and (m in commits or _is_mirror(config, m))}
     commits[repo], paths = _main(config, workspace, events, variants, there)
     tag = None
-    if _is_finished(config, variants):
+    if _is_finished(config, (*variants, *withheld(config, workspace))):
         for place, commit in commits.items():
             try:
                 tag = hub.tag_release(place, commit.oid)
@@ -93,7 +94,7 @@ def _main(
     commit = _commit(config, workspace, events, repo, contents, ", ".join(parts) or "card")
     for path, copy in set_aside(workspace, documents).items():
         events.show([f"{path}: the repository has it otherwise; your local text is in {copy}"])
-    paths = write(workspace, documents, variants)
+    paths = write(config, workspace, documents, variants)
     stages = [("train", None), ("merge", None), ("evaluate", None), *(("quantize", v) for v in variants)]
     _tell(config, workspace, events, repo, commit, stages)
     return commit, paths
@@ -187,9 +188,9 @@ def _commit(
     return hub.publish(repo, whole, title, progress=events.progress, check=check, **proposal)
 
 
-def _is_finished(config: Config, variants: tuple[str, ...]) -> bool:
+def _is_finished(config: Config, judged: tuple[str, ...]) -> bool:
     """Is this a whole release, to be tagged? One in a pull request is only proposed."""
-    return not config.publish.create_pr and {spec.name for spec in config.quantize.variants} <= set(variants)
+    return not config.publish.create_pr and {spec.name for spec in config.quantize.variants} <= set(judged)
 
 
 def _about(repo: str, commit: Commit) -> dict:

@@ -1,7 +1,7 @@
 """Write the files of every variant asked for, in one pass over the full-precision checkpoint.
 
-They lie in `quantized/` until `pipeline.stages.admit` has loaded and measured them. What lies
-there already and still holds, as where the merge has made it in its own pass, is not made again.
+They lie in `quantized/` until `pipeline.stages.admit` has loaded and measured them. What was made
+already and still holds, as where the merge has made it in its own pass, is not made again.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
         "general": text_depends(config, workspace),
     }
     return {
-        "specs": [config.quantize.spec(v).model_dump() for v in variants],
+        "specs": [config.quantize.spec(v).making() for v in variants],
         "measured": measured,
         "after": made_from(config, workspace),
         "versions": _versions(variants),
@@ -154,12 +154,18 @@ def _about(config: Config, workspace: Workspace, name: str, model: Path) -> dict
     from pipeline.models import companions
 
     return {
-        "spec": config.quantize.spec(name).model_dump(),
+        "spec": config.quantize.spec(name).making(),
         "versions": _versions((name,)),
         "revision": workspace.base_revision(config.model.model_dump()),
         "model": states([*sorted(model.glob("*.safetensors")), *model.glob("config.json"), *companions(model)]),
-        "files": states(sorted((workspace.quantized / name).glob("*"))),
+        "files": states(files_of(workspace, name)),
     }
+
+
+def files_of(workspace: Workspace, name: str) -> list[Path]:
+    """The newest files of a variant: apart, until they are let in, or where the release has them."""
+    apart = workspace.quantized / name
+    return sorted(apart.iterdir()) if apart.is_dir() else workspace.placed(f"quantize/{name}")
 
 
 def _versions(variants: Sequence[str]) -> dict[str, str]:

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.chance import quantile
 from pipeline.changes import Inputs
 from pipeline.config_file import parse_config
 from pipeline.data import Example, load_examples, write_examples
-from pipeline.decision import better, quantile
+from pipeline.decision import better
 from pipeline.errors import DataError, ModelError
 from pipeline.events import Events
 from pipeline.live import Live
