@@ -71,10 +71,8 @@ def tell(verdict: Mapping) -> str:
         percent = "" if unit == 1 else " %"
         said = SAID[check["figure"]].format(_figure(check, unit) + percent)
         limit = f"{unit * check['limit']:.3g}{percent}"
-        line = f"{said} on {check['text'].replace('_', '-')} text, and the limit is {limit}"
-        if is_unsure(check):
-            line += f", which it is below by fewer than {check['quantile']:.2g} standard errors"
-        told.append(line)
+        over = "which with its error may be more than the limit of" if is_unsure(check) else "and the limit is"
+        told.append(f"{said} on {check['text'].replace('_', '-')} text, {over} {limit}")
     unsure = any(map(is_unsure, missed(verdict)))
     return "; ".join(told) + ("; more tokens (evaluate.max_tokens) may show that it passes" if unsure else "")
 

@@ -52,6 +52,8 @@ class Task(Section):
         default=None, min_length=1, description="text to measure on: a .txt file, or builtin:NAME"
     )
     low_disk: bool = False
+    max_rise: float | None = Field(default=None, gt=0, description="of perplexity, as a share")
+    on_gate_failure: Literal["withhold", "warn"] = "withhold"
 
     @field_validator("repo", "dataset_repo")
     @classmethod
@@ -131,6 +133,7 @@ def configure(task: Task, there: Standing | None, space: str | None = None, serv
     }
     if not task.low_disk:
         settings |= {"evaluate.general": task.calibration, "evaluate.device": task.device}
+        settings |= {"quantize.gate.rise": task.max_rise, "quantize.on_gate_failure": task.on_gate_failure}
     return quantize_config(
         task.model,
         task.output or task.repo or task.model,

@@ -63,6 +63,12 @@ def quantize(
     low_disk: Annotated[
         bool | None, typer.Option("--low-disk", help="Fetch shard by shard; with --save-only, unmeasured.")
     ] = None,
+    max_rise: Annotated[
+        float | None, typer.Option(help="How much perplexity may rise, 0.05 for 5 %; by default int8 2 %, int4 5 %.")
+    ] = None,
+    on_gate_failure: Annotated[
+        str | None, typer.Option(help="Where it rises by more: withhold the variant (the default), or warn.")
+    ] = None,
 ) -> None:
     options = {name: value for name, value in locals().items() if name not in ("model", "token")}
     options = {name: value for name, value in options.items() if value is not None}

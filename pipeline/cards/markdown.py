@@ -174,6 +174,11 @@ def share(value: object) -> Markdown | None:
     return None if number(value) is None else _unbroken(f"{100 * value:,.{max(0, _decimals(100 * value, 2))}f} %")
 
 
+def percent(value: object) -> Markdown | None:
+    """A share as it was set: 0.05 -> 5 %."""
+    return None if number(value) is None else _unbroken(f"{100 * value:.10g} %")
+
+
 def size(value: object) -> Markdown | None:
     """Bytes in decimal units: 123456789 -> 123 MB."""
     return _in_units(value, ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes")))

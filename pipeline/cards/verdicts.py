@@ -7,8 +7,8 @@ from typing import Any
 
 from pipeline.cards import markdown
 from pipeline.cards.about import TEXTS, About, place
-from pipeline.cards.markdown import Markdown, code, estimate, listed, number, plain, unit
-from pipeline.gates import SAID
+from pipeline.cards.markdown import Markdown, code, estimate, listed, percent, plain, unit
+from pipeline.gates import SAID, is_unsure
 
 _OPTIONS = {"group_size": "groups of {}", "rounding": "rounding {}", "embeddings": "embeddings {}"}
 
@@ -25,10 +25,12 @@ def missed(about: About, models: Mapping[str, Markdown]) -> list[tuple[Markdown,
 def withheld(about: About, models: Mapping[str, Markdown]) -> list[tuple[Markdown, Markdown, Markdown]]:
     """(name, what it was, what it missed) of the variants that were tried and are not in the release."""
     found = []
-    for variant, tried in (about.get("withheld") or {}).items():
-        share = unit(markdown.share(tried.get("ratio")), f"of the {models[about.reference]}")
-        what = listed([markdown.size(tried.get("size_bytes")), share, _options(tried.get("variant") or {})])
-        found.append((place(variant), what, _told(tried.get("gate"))))
+    for variant in about.get("withheld") or ():
+        size, ratio, spec, verdict = (
+            about.get("withheld", variant, key) for key in ("size_bytes", "ratio", "variant", "gate")
+        )
+        share = unit(markdown.share(ratio), f"of the {models[about.reference]}")
+        found.append((place(variant), listed([markdown.size(size), share, _options(spec or {})]), _told(verdict)))
     return found
 
 
@@ -45,11 +47,10 @@ def _told(verdict: Any) -> Markdown:
 
 
 def _check(check: Mapping[str, Any]) -> Markdown | None:
-    said, scale = SAID.get(check.get("figure")), 1 if check.get("figure") == "kl" else 100
-    figure, limit = estimate(check, percent=scale == 100), number(check.get("limit"))
-    if said is None or figure is None or limit is None:
+    said, is_share = SAID.get(check.get("figure")), check.get("figure") != "kl"
+    limit = (percent if is_share else plain)(check.get("limit"))
+    figure, text = estimate(check, percent=is_share), TEXTS.get(check.get("text"))
+    if not (said and figure and limit and text):
         return None
-    text = TEXTS.get(check.get("text"), "a")
-    allowed = f"{plain(round(scale * limit, 9))}" + (" %" if scale == 100 else "")
-    line = f"{said.format(figure)} on {text} text, and the limit is {allowed}"
-    return Markdown(line + (", which that may be above by its error" if check["value"] <= limit else ""))
+    over = "which with its error may be more than the limit of" if is_unsure(check) else "and the limit is"
+    return Markdown(f"{said.format(figure)} on {text} text, {over} {limit}")

@@ -1,16 +1,18 @@
-"""Quantized models: whether, which, in what groups, and GGUF besides."""
+"""Quantized models: whether, which, in what groups, GGUF besides, and what becomes of one that loses too much."""
 
 from __future__ import annotations
 
 from pipeline.catalog import GROUP_SIZES, VARIANTS, resolve_variants
 from pipeline.errors import ConfigError
-from pipeline.wizard.asking import Question, yes_or_no
+from pipeline.gates import limits
+from pipeline.wizard.asking import Question, one_of, yes_or_no
 from pipeline.wizard.draft import Draft
 from pipeline.wizard.model import recipe_tree
 from pipeline.wizard.presets import PROFILES, QUANTIZATIONS, told
 from pipeline.wizard.suited import check_quantizable, check_variants, suited
 
 AS_THE_RECIPE, NONE = "recipe", "none"
+GATES = {"withhold": "kept out, and said so in the card", "warn": "published with a warning"}
 GGUF = {name.removeprefix("gguf-"): name for name, variant in VARIANTS.items() if variant.format == "gguf"}
 
 
@@ -105,6 +107,22 @@ def _take_gguf(draft: Draft, answer: str) -> None:
     _set_variants(draft, _variants(draft) + [{"name": n} for n in dict.fromkeys(names) if n not in there])
 
 
+def _about_gate(draft: Draft) -> str:
+    allowed = _limits_of(draft)
+    losing = ", ".join(f"{name} {100 * rise:g} %" for name, rise in allowed.items())
+    return f"Where perplexity rises by more than {losing}, a variant is: {'; '.join(map(': '.join, GATES.items()))}."
+
+
+def _limits_of(draft: Draft) -> dict[str, float]:
+    """By how much the perplexity of each variant may rise."""
+    quantize = draft.config().quantize
+    return {spec.name: limits(quantize, spec.name)["rise"] for spec in quantize.variants}
+
+
+def _take_gate(draft: Draft, answer: str) -> None:
+    draft.set({"quantize.on_gate_failure": one_of(answer, tuple(GATES))})
+
+
 QUESTIONS = (
     Question(
         "quantize",
@@ -131,6 +149,14 @@ QUESTIONS = (
         lambda draft: f"Files for llama.cpp and Ollama, with commas: {', '.join(GGUF)}; or {NONE}.",
         lambda draft: NONE,
         _take_gguf,
+        _wanted,
+    ),
+    Question(
+        "gate",
+        "Where a variant loses too much",
+        _about_gate,
+        lambda draft: draft.config().quantize.on_gate_failure,
+        _take_gate,
         _wanted,
     ),
 )

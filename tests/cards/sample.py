@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from pipeline.cards import About
 from pipeline.config import Config
+from pipeline.gates import judge
 
 BOTH = ("int8", "int4")
 GGUF = ("gguf-q8_0", "gguf-q4_0")
@@ -212,6 +213,17 @@ def gguf_results() -> dict:
     return found
 
 
+def gated_results() -> dict:
+    """The same where int8 was let in with a warning, and int4 was withheld."""
+    found = results()
+    for variant, allowed in (
+        ("int8", {"rise": 0.0032, "kl": 0.011, "disagreement": 0.293}),
+        ("int4", {"rise": 0.123, "kl": 0.0171, "disagreement": 0.352}),
+    ):
+        found[variant]["gate"] = judge(found[variant]["quality"], allowed) | {"withheld": variant == "int4"}
+    return found | {"withheld": {"int4": found.pop("int4")}}
+
+
 def adapter_results() -> dict:
     """The same for an adapter that was trained elsewhere: no data of ours, and so no held-out text."""
     found = without_held_out({key: value for key, value in results().items() if key not in ("data", "training")})
@@ -267,6 +279,10 @@ def variants_about(found: dict | None = None, **changes: Any) -> About:
 
 def gguf_about(found: dict | None = None, **changes: Any) -> About:
     return about(found or gguf_results(), files=GGUF_FILES, **changes)
+
+
+def gated_about(found: dict | None = None) -> About:
+    return about(found or gated_results())
 
 
 def only_gguf_about(**changes: Any) -> About:

@@ -31,6 +31,8 @@ from tests.cards.sample import (
     adapter_results,
     config,
     estimate,
+    gated_about,
+    gated_results,
     gguf_about,
     gguf_results,
     only_gguf_about,
@@ -55,6 +57,7 @@ KINDS = {
     "unmeasured": unmeasured_about,
     "with gguf": gguf_about,
     "gguf": only_gguf_about,
+    "gated": gated_about,
 }
 
 
@@ -98,7 +101,7 @@ def known_numbers(given: About) -> set[str]:
     train = given.config.train
     tree = {"r": given.results, "c": given.config.model_dump(), "batch": train.batch_size * train.accumulate}
     formats = (markdown.count, markdown.decimal, markdown.plain, markdown.share)
-    formats += (markdown.size, markdown.parameters, markdown.duration)
+    formats += (markdown.size, markdown.parameters, markdown.duration, markdown.percent)
     shown: list = []
     for place in paths(tree):
         value = functools.reduce(lambda inner, key: inner[key], place, tree)
@@ -332,6 +335,18 @@ def test_so_it_is_of_gguf(what):
             assert not re.search(r"\b(None|nan|Undefined)\b", text), place
 
 
+@pytest.mark.parametrize("what", ["removed", "null", "empty"])
+def test_so_it_is_of_verdicts(what):
+    for place in paths(gated_results()):
+        if not {"gate", "withheld"} & set(place) or isinstance(place[-1], int):
+            continue
+        old = functools.reduce(lambda tree, key: tree[key], place, gated_results())
+        empty = math.nan if isinstance(old, float) else type(old)()
+        changed = replaced(gated_results(), place, empty if what == "empty" else None, remove=what == "removed")
+        for text in (model_card(gated_about(changed), ["int8"]), folder_card(gated_about(changed), ["int8"])):
+            assert not re.search(r"\b(None|nan|Undefined)\b", text), place
+
+
 def test_nothing_but_a_configuration_gives_a_card_without_figures():
     text = model_card(about({"data": {}}), [])
     assert "Nothing about the quality of this model was measured." in text and "Nothing was measured here" in text
@@ -355,6 +370,24 @@ def test_a_variant_that_lost_what_was_learned_is_called_so():
     assert "On held-out text, `int4/` lost more than half of what fine-tuning gained" in model_card(about(found), BOTH)
     assert "more than half" not in model_card(about(), BOTH)
     assert "more than half" not in model_card(about(found), ["int8"])
+
+
+def test_a_variant_that_was_withheld_is_told_of_in_the_main_card_with_its_figures_and_limits():
+    text = plain(model_card(gated_about(), ["int8"]))
+    assert (
+        "- `int4/` was **tried and withheld** (123 MB, 46 % of the root, groups of 64, rounding `hqq`), and is not "
+        "here: perplexity rises by 12.1 ± 1.3 % on held-out text, which with its error may be more than the limit of "
+        "12.3 %; KL divergence is 0.0403 ± 0.0030 nats a token on held-out text, and the limit is 0.0171; the first"
+    ) in text
+    assert "`int4/`" not in "".join(line for line in text.splitlines() if "withheld" not in line)
+    assert "withheld" not in folder_card(gated_about(), ["int8"])
+
+
+def test_a_variant_that_was_let_in_with_a_warning_carries_it_wherever_it_is_described():
+    line = "**`int8/` misses its gate, and is here all the same: perplexity rises by 0.412 ± 0.046 % on held-out text, "
+    for name, text in cards(gated_about()).items():
+        assert (line if name in ("model", "int8") else "**`int8` misses its gate") in plain(text)
+    assert "misses its gate" not in model_card(about(), BOTH)
 
 
 def test_any_other_reason_not_to_run_is_quoted():

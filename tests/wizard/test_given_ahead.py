@@ -38,16 +38,18 @@ def test_piped_answers_are_taken_line_by_line_and_empty_ones_are_defaults(desk):
         "both",
         "32",
         "",
+        "warn",
         "piped",
     ]
     desk.wizard(answers="\n".join([*lines, "", "no", ""]))
     config = load_config(desk.folder / "piped.yaml")
     assert (config.train.max_steps, config.train.batch_size, config.train.accumulate) == (5, 2, 8)
     assert [(spec.name, spec.group_size) for spec in config.quantize.variants] == [("int8", None), ("int4", 32)]
+    assert config.quantize.on_gate_failure == "warn"
 
 
 def test_options_and_defaults_make_the_same_file_as_piped_answers(desk):
-    piped = desk.wizard("--name", "piped", "--no-run", answers="./model\nrows.jsonl\n" + "\n" * 12)
+    piped = desk.wizard("--name", "piped", "--no-run", answers="./model\nrows.jsonl\n" + "\n" * 13)
     given = desk.wizard("--name", "given", "--no-run", "--yes", *STARTED)
     assert "int8, int4 in groups of 64" in piped.stdout and "int8, int4 in groups of 64" in given.stdout
     piped, given = (load_config(desk.folder / f"{name}.yaml") for name in ("piped", "given"))
@@ -91,6 +93,7 @@ def test_answers_that_end_early_are_told(desk):
         ({"gguf": ", "}, "names no GGUF type"),
         ({"group_size": "48"}, "allowed are 32, 64, 128, 256"),
         ({"gguf": "q9"}, "no GGUF type"),
+        ({"gate": "hope"}, "allowed are withhold, warn"),
         ({"quantize": "no", "group_size": "32"}, "--group-size: does not apply to the other answers"),
         ({"private": "no"}, "--public: does not apply to the other answers"),
         ({"private": "yes"}, "--private: does not apply to the other answers"),

@@ -39,6 +39,8 @@ def test_a_persons_answers_become_a_finished_run_on_the_hub(desk, hub, launch):
         person.answers("Make quantized models")
         person.answers("Quantized models", "int8")
         person.answers("GGUF")
+        person.sees("Where perplexity rises by more than int8 2 %, a variant is: withhold: kept out")
+        person.answers("Where a variant loses too much", "warn")
         person.answers("Name of the run", "mine")
         person.answers(*UNMEASURED)
         person.answers("Configuration file")
@@ -134,6 +136,7 @@ def test_ctrl_c_keeps_the_answers_and_resuming_asks_the_rest(desk):
             person.answers(question)
         for question in ("Make quantized models", "Quantized models", "Group size of int4", "GGUF"):
             person.answers(question)
+        person.answers("Where a variant loses too much")
         person.answers("Configuration file")
         assert person.ends() == 0
     assert "resumed.yaml --runs 'my runs'" in (desk.folder / "resumed.yaml").read_text()

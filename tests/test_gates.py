@@ -1,0 +1,99 @@
+"""A variant passes where it is shown to be within its limits, error included; the limits are those nearest to it."""
+
+import pytest
+
+from pipeline.catalog import VARIANTS
+from pipeline.chance import quantile
+from pipeline.config import Config
+from pipeline.gates import judge, limits, tell
+from pipeline.stages import admit, quantize
+from pipeline.workspace import Workspace
+
+
+def configured(**quantize) -> Config:
+    tree = {"name": "m", "model": {"source": "user/model"}, "data": None, "quantize": quantize}
+    return Config.model_validate(tree)
+
+
+def quality(rise: float, stderr: float, sequences: int = 1000, **more: dict) -> dict:
+    known = {"kl": {"value": 0.04, "stderr": 0.001}, "agreement": {"value": 0.93, "stderr": 0.01}, **more}
+    return {"general": {"sequences": sequences, "rise": {"value": rise, "stderr": stderr}, **known}}
+
+
+@pytest.mark.parametrize(
+    ("variant", "rise"),
+    [
+        ("int8", 0.02), ("int8-dynamic", 0.02), ("int4", 0.05), ("gguf-q8_0", 0.02), ("gguf-q4_0", 0.05),
+        ("gguf-q5_1", 0.05), ("gguf-q6_k", 0.05), ("gguf-q4_k_m", 0.05), ("gguf-f16", 0.01), ("gguf-bf16", 0.01),
+    ],
+)  # fmt: skip
+def test_perplexity_is_limited_by_default_by_the_kind_of_variant_and_nothing_else_is(variant, rise):
+    assert limits(configured(variants=[variant]).quantize, variant) == {"rise": rise}
+
+
+def test_every_variant_has_a_limit():
+    assert all(0 < variant.rise < 0.1 for variant in VARIANTS.values())
+
+
+def test_a_limit_of_one_variant_is_over_that_of_all_and_that_over_the_catalogs():
+    variants = ["int8", {"name": "int4", "gate": {"kl": 0.3, "disagreement": 0.2}}]
+    given = configured(variants=variants, gate={"rise": 0.03, "kl": 0.1}).quantize
+    assert limits(given, "int8") == {"rise": 0.03, "kl": 0.1}
+    assert limits(given, "int4") == {"rise": 0.03, "kl": 0.3, "disagreement": 0.2}
+
+
+def test_the_value_has_to_be_below_the_limit_by_its_error():
+    allowed = {"rise": 0.05}
+    assert judge(quality(0.04, 0.0049), allowed)["passed"]
+    assert not judge(quality(0.04, 0.0051), allowed)["passed"]
+    assert not judge(quality(0.051, 0.0), allowed)["passed"]
+    assert judge(quality(-0.2, 0.1), allowed)["passed"]
+
+
+def test_of_few_sequences_the_error_itself_is_hardly_known():
+    error = 0.01 / quantile(2, 8)
+    assert judge(quality(0.039, error, sequences=8), {"rise": 0.05})["passed"]
+    assert judge(quality(0.039, 0.0049, sequences=500), {"rise": 0.05})["passed"]
+    assert not judge(quality(0.039, 0.0049, sequences=8), {"rise": 0.05})["passed"]
+
+
+def test_every_text_and_every_limit_counts():
+    held_out, general = quality(0.01, 0.001)["general"], quality(0.2, 0.001)["general"]
+    verdict = judge({"held_out": held_out, "general": general}, {"rise": 0.05})
+    assert [(c["text"], c["passed"]) for c in verdict["checks"]] == [("held_out", True), ("general", False)]
+    assert not judge(quality(0.01, 0.001), {"rise": 0.05, "kl": 0.03})["passed"]
+    assert not judge(quality(0.01, 0.001), {"rise": 0.05, "disagreement": 0.08})["passed"]
+    assert judge(quality(0.01, 0.001), {"rise": 0.05, "kl": 0.05, "disagreement": 0.1})["passed"]
+
+
+def test_what_was_missed_is_told_in_one_line_with_figure_and_limit():
+    line = tell(judge(quality(0.121, 0.013), {"rise": 0.05, "kl": 0.03, "disagreement": 0.05}))
+    assert line == (
+        "perplexity rises by 12.1 ± 1.3 % on general text, and the limit is 5 %; "
+        "KL divergence is 0.0400 ± 0.0010 nats a token on general text, and the limit is 0.03; "
+        "the first choice differs at 7.0 ± 1.0 % of tokens on general text, and the limit is 5 %"
+    )
+
+
+def test_where_only_the_error_is_too_large_more_tokens_are_advised():
+    line = tell(judge(quality(0.042, 0.009), {"rise": 0.05}))
+    assert line == (
+        "perplexity rises by 4.20 ± 0.90 % on general text, which with its error may be more than the limit of 5 %; "
+        "more tokens (evaluate.max_tokens) may show that it passes"
+    )
+
+
+def test_a_limit_changes_the_verdict_and_not_what_is_made_or_measured(tmp_path):
+    def depends(**given):
+        config = configured(variants=[{"name": "int4", **given}])
+        with Workspace.claim(tmp_path / "m", config) as workspace:
+            return [stage.depends(config, workspace, ("int4",)) for stage in (quantize, admit)]
+
+    (made, judged), (made_so, judged_so) = depends(), depends(gate={"rise": 0.2})
+    assert made == made_so and judged != judged_so
+
+
+def test_without_measuring_there_is_no_gate(tmp_path):
+    config = configured(variants=["int4"]).model_copy(update={"evaluate": None})
+    with Workspace.claim(tmp_path / "m", config) as workspace:
+        assert "gate" not in admit.depends(config, workspace, ("int4",))
