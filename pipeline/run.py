@@ -65,6 +65,8 @@ def run(
             if steps.try_admit(variant) and per_stage and steps.did(f"quantize/{variant}"):
                 steps.try_publish(steps.admitted(variants))
         if not config.merges and not steps.admitted(variants):
+            if set(steps.withheld()) == set(variants):
+                steps.withdraw_documents()
             steps.raise_failures()  # there is nothing that a card could tell of
         again = published and publish_again and not steps.did("publish")
         steps.do("publish" if published else "document", steps.admitted(variants), again)

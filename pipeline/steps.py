@@ -157,6 +157,10 @@ class Steps:
         """Those of these variants that were let in or withheld, and of which nothing has changed since."""
         return tuple(v for v in variants if self.holds("admit", (v,)))
 
+    def withdraw_documents(self) -> None:
+        """Leave no documents of an earlier release where nothing of it is left."""
+        document.withdraw(self._config, self._workspace)
+
     def require(self, stage: str) -> None:
         """Raise where a step that `stage` builds on is missing or out of date."""
         stages = stages_before_variants(self._config)

@@ -14,7 +14,7 @@ from tests.hub import LoopbackHub
 from tests.run.conftest import TOKEN, Place
 
 SHARD_BYTES = 150_000
-ASKED = ("--variants", "int8,int4", "--set", "track.project=tests")
+ASKED = ("--variants", "int8,int4", "--set", "track.project=tests", "--set", "quantize.on_gate_failure=warn")
 
 
 @pytest.fixture(scope="module")

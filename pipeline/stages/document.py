@@ -196,6 +196,14 @@ def write(config: Config, workspace: Workspace, documents: dict[str, bytes], var
     return paths
 
 
+def withdraw(config: Config, workspace: Workspace) -> None:
+    """Take our documents out of a release in which nothing is left that they could tell of."""
+    write(config, workspace, {}, ())
+    for path in (CARD, LINEAGE):
+        if _is_as_written(workspace, path):
+            (workspace.release / path).unlink()
+
+
 def written_digests(workspace: Workspace, path: str, *steps: str) -> set[str]:
     """The sha256 of a document as these steps left it in the release."""
     ledger = workspace.ledger()

@@ -120,6 +120,25 @@ def test_a_pull_request_proposes_it_and_leaves_the_main_branch(undecided, story)
     assert (again["outcome"], again["exit_code"]) == ("skipped", 4) and told["url"] in again["reason"]
 
 
+STRICT = ("--set", "quantize.gate.kl=1e-9", "--set", "quantize.gate.rise=100")
+
+
+def test_a_variant_that_is_withheld_is_left_out_unless_what_is_live_has_it(undecided, story):
+    hub, asked = undecided.hub, ("--set", "quantize.variants=[int8]", "--set", "quantize.on_gate_failure=withhold")
+    lineage = undecided.lineage(story.first_commit)
+    lineage["results"]["int8"] = {}
+    head = hub.put(REPO, {"tunepress.json": json.dumps(lineage).encode()})
+    done = undecided.retrain("better", *asked, *STRICT)
+    assert done.returncode == 2 and hub.commits(REPO)[0] == head
+    assert "quantize int8: withheld: KL divergence is" in done.stderr and "would lose it" in done.stderr
+    del lineage["results"]["int8"]
+    hub.put(REPO, {"tunepress.json": json.dumps(lineage).encode()})
+    told = undecided.decision("better", *asked, *STRICT)
+    assert told["outcome"] == "published" and "; quantize int8: withheld: KL divergence is" in told["reason"]
+    assert "tried and withheld" in hub.read(REPO, "README.md").decode()
+    assert "int8/model.safetensors" not in hub.files(REPO)
+
+
 def test_where_somebody_publishes_meanwhile_it_is_compared_with_that(undecided):
     hub = undecided.hub
     theirs = {"config.json": hub.read(REPO, "config.json").replace(b"{", b'{"edited": true, ', 1)}

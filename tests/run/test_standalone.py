@@ -26,6 +26,8 @@ CARD = (
 def standalone(place: Place, *arguments: str, check: int | None = 0, env: dict | None = None):
     """Run the script to its end; `check` is the exit code that it must have."""
     command = [sys.executable, SCRIPT, *arguments]
+    if "--max-rise" not in arguments:
+        command += ["--on-gate-failure", "warn"]
     env = {**{k: v for k, v in place.env.items() if k != "PYTHONPATH"}, **(env or {})}
     done = subprocess.run(command, cwd=place.folder, env=env, capture_output=True, text=True, timeout=600)
     if check is not None:
@@ -175,6 +177,16 @@ def test_several_models_of_which_one_fails_with_a_token_that_is_written_nowhere(
     assert not [name for name in place.hub.files("ada/second") if secret in place.hub.read("ada/second", name)]
 
 
+def test_what_loses_more_than_it_may_is_not_published(place):
+    commits = place.hub.commits("ada/model")
+    asked = ("ada/model", "ada/model", "--quant-type", "int8", "--calibration", "general.txt", "--max-rise", "1e-9")
+    done = standalone(place, *asked, "--experiment-name", "strict", check=2)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("quantize_standalone: quantize int8: withheld: perplexity rises by ")
+    assert "the limit is 1e-07 %" in line or "the limit of 1e-07 %" in line
+    assert place.hub.commits("ada/model") == commits
+
+
 def test_nothing_is_published_where_it_is_only_saved(place, tiny_model):
     since = len(place.hub.requests)
     options = ("--save-only", "--output", "kept", "--quant-type", "int8", "--low-disk")
@@ -195,5 +207,15 @@ def test_an_empty_token_is_refused_rather_than_taken_for_none(place):
 def test_help_tells_every_option_without_importing_torch(place):
     code = f"import sys, runpy\nsys.argv = ['x', '--help']\ntry: runpy.run_path({SCRIPT!r}, run_name='__main__')\n"
     said = place.python(code + "except SystemExit: pass\nassert not {'torch', 'transformers'} & set(sys.modules)")
-    for option in ("quant-type", "device", "group-size", "token", "private", "trackio-url", "dataset-repo", "low-disk"):
+    for option in (
+        "quant-type",
+        "device",
+        "group-size",
+        "token",
+        "private",
+        "trackio-url",
+        "dataset-repo",
+        "low-disk",
+        "max-rise",
+    ):
         assert f"--{option}" in said
