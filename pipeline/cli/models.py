@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -87,6 +88,33 @@ def quantize(
         source, output, [variants or "both"], group_size, rounding, measure, revision, settings or (), packing, low_disk
     )
     _run_midway(config, output, as_json)
+
+
+def sensitivity(
+    source: Annotated[str, typer.Argument(metavar="MODEL", help="A Hub id, or a folder.")],
+    variant: Annotated[str, typer.Option("--variant", help="How a layer is quantized.")] = "int4",
+    output: Annotated[
+        Path | None, typer.Option("--output", help="A folder for figures and picture; by default NAME-sensitivity.")
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", help="Of general text, for every layer.", min=256)] = 2048,
+    revision: Revision = None,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what quantizing each linear layer alone costs; goes on where it was stopped."""
+    from pipeline.midway import quantize_config
+    from pipeline.sensitivity import report
+
+    output = output or Path(f"{Path(source).name}-sensitivity")
+    asked = [f"evaluate.max_tokens={tokens}", *(settings or ())]
+    config = quantize_config(source, output, [variant], measure=True, revision=revision, settings=asked)
+    found = report(config, output, terminal_reporter(as_json))
+    if as_json:
+        print(json.dumps(found))
+        return
+    for layer in sorted(found["layers"], key=lambda layer: -layer["kl"]["value"])[:10]:
+        print(f"{layer['name']:<40} KL {layer['kl']['value']:.2e} ± {layer['kl']['stderr']:.0e} nats a token")
+    print(f"All {len(found['layers'])} layers: {output}/sensitivity.json, and a picture beside it")
 
 
 def chat(

@@ -1,0 +1,157 @@
+"""How much a model loses when one linear layer alone is quantized, for every linear layer in turn.
+
+The model is in memory once. A layer's weight is rounded, the general text is scored, and the weight is put back. What
+was measured is kept after each layer, so that a second call goes on where the first was stopped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.catalog import VARIANTS
+from pipeline.config import Config, VariantSpec
+from pipeline.errors import QuantizationError
+from pipeline.files import fingerprint, read_json, states, write_json
+from pipeline.libraries import quiet
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.reporter import Reporter
+
+RECORD, RESULT, PICTURE = "sensitivity.partial.json", "sensitivity.json", "sensitivity.png"
+
+Tell = Callable[[int, int, str], None]
+
+
+def report(config: Config, output: Path, reporter: Reporter) -> dict:
+    """What `tunepress sensitivity` finds of `config.model` and the one variant asked for: JSON and a picture.
+
+    Raises:
+        UserError: where there is no such model, or the variant has no grid.
+    """
+    import tempfile
+    import time
+
+    from pipeline.models import fetch
+
+    quiet()
+    (spec,) = config.quantize.variants
+    check(spec)
+    start = time.monotonic()
+    reporter.started("sensitivity")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, origin = fetch(config.model, Path(scratch), lambda d, t: reporter.progress(d, t, "fetching the model"))
+        made_of = origin.source if folder.is_relative_to(scratch) else None  # unpacked anew each time, and the same
+        layers = sensitivity(config, spec, folder, output / RECORD, reporter.progress, made_of)
+    found = {
+        "model": {"source": origin.source, "revision": origin.revision},
+        "variant": spec.making(),
+        "text": config.evaluate.general,
+        "max_tokens": config.evaluate.max_tokens,
+        "layers": layers,
+    }
+    write_json(output / RESULT, found)
+    (output / RECORD).unlink()
+    draw(layers, f"{origin.name}: one layer at a time in {spec.name}", output / PICTURE)
+    reporter.wrote("sensitivity", time.monotonic() - start)
+    return found
+
+
+def check(spec: VariantSpec) -> None:
+    """Raise where a variant's layers are not put on a grid here.
+
+    Raises:
+        QuantizationError: naming the variant.
+    """
+    if spec.rounding is None:
+        can = ", ".join(name for name, variant in VARIANTS.items() if variant.roundings)
+        raise QuantizationError(f"{spec.name}: its layers are not rounded here one by one; choose one of {can}")
+
+
+def sensitivity(
+    config: Config, spec: VariantSpec, folder: Path, record: Path, tell: Tell, made_of: object = None
+) -> list[dict]:
+    """Measure every linear layer of the full-precision model in `folder`.
+
+    Args:
+        config: `evaluate` says on which general text, on how many tokens of it, and where.
+        spec: how a layer is quantized; what it would keep is measured too.
+        record: a file that keeps what was measured, of this model and for these settings.
+        made_of: what identifies the model; by default the sizes and times of its files.
+
+    Returns:
+        For each layer, in the model's order: `name`, its number of `weights`, and `kl` (nats a token) and `rise` (of
+        perplexity, as a share) with their standard errors.
+
+    Raises:
+        QuantizationError: where a layer fits no grid.
+    """
+    from pipeline import heads, measure, texts
+    from pipeline.loading import load
+    from pipeline.models import linear_weights
+    from pipeline.quantization.source import layer_grids
+
+    linear = linear_weights(folder)
+    grids, _ = layer_grids(spec.model_copy(update={"keep": []}), linear)
+    about = {
+        "spec": {**spec.making(), "keep": []},
+        "evaluate": config.evaluate.model_dump(include={"general", "max_tokens"}),
+        "model": fingerprint(made_of or states(sorted(folder.glob("*.safetensors")))),
+    }
+    known = read_json(record, {})
+    found = known["layers"] if known.get("about") == about else {}
+    if missing := [name for name in linear if name not in found]:
+        tell(len(found), len(linear), "measuring layers")
+        model, tokenizer = load(folder, device=config.evaluate.device)
+        sequences = texts.general(config, tokenizer)
+        full, head = measure.score(model, sequences), heads.head_matrix(model)
+        for name in missing:
+            weight = model.get_parameter(name)
+            kept = weight.data
+            try:
+                weight.data = _rounded(kept, grids[name][1], spec.rounding)
+                scores = measure.score(model, sequences)
+            finally:
+                weight.data = kept
+            compared = measure.divergence(scores, head, full, head, heads.softcap(model.config))
+            found[name] = {"kl": asdict(compared["kl"]), "rise": asdict(measure.rise(scores, full))}
+            write_json(record, {"about": about, "layers": found})
+            tell(len(found), len(linear), "measuring layers")
+    return [{"name": n.removesuffix(".weight"), "weights": math.prod(linear[n]), **found[n]} for n in linear]
+
+
+def draw(layers: list[dict], title: str, path: Path) -> None:
+    """A picture: KL divergence by the layer's place in the model, a colour for each kind of layer."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.2), dpi=160, layout="constrained")
+    canvas, axes = FigureCanvasAgg(figure), figure.subplots()
+    kinds = list(dict.fromkeys(layer["name"].rpartition(".")[2] for layer in layers))
+    for kind in kinds:
+        of_kind = [(i, layer) for i, layer in enumerate(layers) if layer["name"].rpartition(".")[2] == kind]
+        axes.errorbar(
+            [i for i, _ in of_kind], [layer["kl"]["value"] for _, layer in of_kind],
+            yerr=[layer["kl"]["stderr"] for _, layer in of_kind], fmt="o", markersize=4, elinewidth=0.8, label=kind,
+        )  # fmt: skip
+    axes.set_yscale("log")
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    axes.set_xlabel("layer, in the order of the model")
+    axes.set_ylabel("KL divergence, nats a token")
+    axes.grid(axis="y", color="#d8dee4", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=min(len(kinds), 7), fontsize=8, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.print_png(path, metadata={"Software": None})
+
+
+def _rounded(weight: torch.Tensor, grid: object, how: str) -> torch.Tensor:
+    """The numbers that a weight becomes in a variant; rounded where its rows lie."""
+    from pipeline.quantization.rounding import rounding
+
+    return rounding(how)(weight.cpu(), grid).dequantize(weight.dtype).to(weight.device)

@@ -1,0 +1,103 @@
+"""Each layer is quantized alone, measured, and put back; what was measured is not measured again."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from pipeline import heads, measure, sensitivity, texts
+from pipeline.errors import ConfigError, QuantizationError
+from pipeline.loading import load
+from pipeline.midway import quantize_config
+from pipeline.models import linear_weights
+from pipeline.quantization.grid import Grid
+from pipeline.quantization.rounding import rounding
+from pipeline.reporter import Reporter
+
+LAYER = "model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """`asked(model, variant)`: the configuration of a report on little text."""
+    (tmp_path / "general.txt").write_text("The quick brown fox jumps over the lazy dog near the river bank. " * 10)
+
+    def make(model, variant="int4"):
+        settings = [f"evaluate.general={tmp_path / 'general.txt'}", "evaluate.max_tokens=256"]
+        return quantize_config(str(model), tmp_path / "out", [variant], measure=True, settings=settings)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model, tmp_path_factory):
+    """A model one of whose layers has columns that nothing comes to, and beside which no scale suits the others."""
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(tiny_model("llama"), tmp_path_factory.mktemp("sensitive") / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{LAYER}.weight"][:, ::32] *= 60
+    tensors[f"{LAYER}.weight".replace("down", "up")][::32] = 0
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_the_layer_that_suffers_is_found_and_told_in_json_and_picture(model, asked, tmp_path):
+    found = sensitivity.report(asked(model), tmp_path / "out", Reporter())
+    assert json.loads((tmp_path / "out" / "sensitivity.json").read_text()) == found
+    assert [layer["name"] + ".weight" for layer in found["layers"]] == list(linear_weights(model))
+    worst = max(found["layers"], key=lambda layer: layer["kl"]["value"])
+    assert worst["name"] == LAYER and worst["kl"]["value"] > 3 * worst["kl"]["stderr"] > 0
+    assert (tmp_path / "out" / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["sensitivity.json", "sensitivity.png"]
+
+
+def test_a_layers_figure_is_that_of_the_model_with_this_layer_alone_rounded(model, asked, tmp_path):
+    config = asked(model)
+    found = sensitivity.report(config, tmp_path / "out", Reporter())
+    loaded, tokenizer = load(model, device="cpu")
+    sequences = texts.general(config, tokenizer)
+    full, head = measure.score(loaded, sequences), heads.head_matrix(loaded)
+    weight = loaded.get_submodule(LAYER).weight
+    grid = Grid(4, 64, "float", torch.bfloat16)
+    weight.data = rounding("search")(weight.data, grid).dequantize(weight.dtype)
+    scores = measure.score(loaded, sequences)
+    (told,) = (layer for layer in found["layers"] if layer["name"] == LAYER)
+    assert told["rise"]["value"] == pytest.approx(measure.rise(scores, full).value)
+    assert told["kl"]["value"] == pytest.approx(measure.divergence(scores, head, full, head)["kl"].value)
+    assert told["weights"] == weight.numel()
+
+
+def test_one_that_was_stopped_goes_on_where_it_was(model, asked, tmp_path):
+    config, record = asked(model), tmp_path / "record.json"
+    (spec,) = config.quantize.variants
+
+    def stop(done, total, what):
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sensitivity.sensitivity(config, spec, model, record, stop)
+    before, steps = json.loads(record.read_text())["layers"], []
+    assert len(before) == 5
+    layers = sensitivity.sensitivity(config, spec, model, record, lambda done, total, what: steps.append(done))
+    assert steps[:2] == [5, 6] and {f"{layers[i]['name']}.weight" for i in range(5)} == before.keys()
+    sensitivity.sensitivity(config, spec, model, record, stop)  # which has nothing left to measure
+
+
+def test_another_variant_is_measured_anew(model, asked, tmp_path):
+    record, found = tmp_path / "record.json", {}
+    for variant in ("int4", "int8"):
+        config = asked(model, variant)
+        (spec,) = config.quantize.variants
+        layers = sensitivity.sensitivity(config, spec, model, record, lambda *_: None)
+        found[variant] = sum(layer["kl"]["value"] for layer in layers)
+    assert found["int8"] < found["int4"] / 3
+
+
+def test_what_has_no_grid_or_is_no_variant_is_refused(model, asked, tmp_path):
+    with pytest.raises(QuantizationError, match="gguf-q4_k_m: its layers are not rounded here one by one; choose one"):
+        sensitivity.report(asked(model, "gguf-q4_k_m"), tmp_path / "out", Reporter())
+    with pytest.raises(ConfigError, match="int5: allowed are"):
+        asked(model, "int5")
