@@ -137,6 +137,7 @@ class VariantSpec(Section):
     )
     packing: str | None = Field(default=None, description="order of int4 codes: plain, or tile_packed for CUDA")
     keep: list[str] = Field(default=[], description="layers left in bf16: whole names, with * and ?")
+    int8: list[str] = Field(default=[], description="layers of int4 in 8 bits: whole names, with * and ?")
     gate: Gate = Field(default=Gate(), description="limits of this variant alone, over those of quantize.gate")
 
     @model_validator(mode="before")
@@ -149,7 +150,7 @@ class VariantSpec(Section):
         if self.name not in VARIANTS:
             raise ValueError(f"allowed are {variant_names()}")
         variant = VARIANTS[self.name]
-        options = ("group_size", "rounding", "embeddings", "packing", "keep")
+        options = ("group_size", "rounding", "embeddings", "packing", "keep", "int8")
         if variant.quantizer and (given := [option for option in options if getattr(self, option)]):
             raise ValueError(
                 f"{given[0]}: {self.name} is made by {variant.quantizer}'s own quantizer, which takes none"
@@ -161,6 +162,8 @@ class VariantSpec(Section):
             raise ValueError(f"embeddings int8: {self.name} is not quantized")
         if self.rounding is not None and self.rounding not in variant.roundings:
             raise ValueError(f"rounding {self.rounding!r}: allowed for {self.name} are {', '.join(variant.roundings)}")
+        if self.int8 and (self.name != "int4" or self.packing == "tile_packed"):
+            raise ValueError("int8: layers in 8 bits go with int4 in its plain packing")
         if self.packing is not None and not variant.packings:
             raise ValueError(f"{self.name} is stored in one way and takes no packing")
         if self.packing is not None and self.packing not in variant.packings:
@@ -169,7 +172,7 @@ class VariantSpec(Section):
 
     def making(self) -> dict:
         """All of it that the variant's files depend on, as plain data."""
-        return self.model_dump(exclude={"gate"})
+        return self.model_dump(exclude={"gate"} if self.int8 else {"gate", "int8"})
 
     def resolved(self) -> VariantSpec:
         """The same with the defaults of the catalog filled in."""

@@ -29,8 +29,11 @@ def stored_bytes(sizes: Sizes, spec: VariantSpec, merged: bool) -> int:
     gguf = VARIANTS[spec.name].format == "gguf"
     count = 0.0
     for name, tensor in sizes.tensors.items():
-        if name in sizes.linear and not _is_kept(spec, name):
-            count += _gguf_bits(spec, tensor.shape[1]) / 8 * tensor.numel if gguf else _torchao(spec, *tensor.shape)
+        if name in sizes.linear and not _is_named(spec.keep, name):
+            if gguf:
+                count += _gguf_bits(spec, tensor.shape[1]) / 8 * tensor.numel
+            else:
+                count += _int8(*tensor.shape, None) if _is_named(spec.int8, name) else _torchao(spec, *tensor.shape)
         elif name in sizes.tables and VARIANTS[spec.name].quantizer:  # which gives them its best type
             count += _gguf_bits(VariantSpec(name="gguf-q6_k"), tensor.shape[1]) / 8 * tensor.numel
         elif name in sizes.tables and spec.embeddings == "int8":
@@ -74,5 +77,5 @@ def _rounds(spec: VariantSpec) -> bool:
     return VARIANTS[spec.name].bits < 16
 
 
-def _is_kept(spec: VariantSpec, name: str) -> bool:
-    return any(fnmatch.fnmatchcase(name.removesuffix(".weight"), pattern) for pattern in spec.keep)
+def _is_named(patterns: list[str], name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name.removesuffix(".weight"), pattern) for pattern in patterns)

@@ -17,7 +17,7 @@ from pipeline.models import copy_companions, read_config
 from pipeline.quantization.formats import format_of
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.rounding import rounding
-from pipeline.quantization.source import Source, Tell, VariantFiles, layer_grids
+from pipeline.quantization.source import Source, Tell, VariantFiles, layer_grids, named
 
 nearest = rounding("rtn")
 
@@ -31,6 +31,7 @@ class SafetensorsFolder:
         self.format.check(spec, source.folder)
         self.round = rounding(spec.rounding)
         self.grids, self.kept = layer_grids(spec, source.linear)
+        self.eight = [name for name in named(spec, "int8", source.linear) if name in self.grids]
         self.tables = _tables(source) if spec.embeddings == "int8" else []
         self.grids |= {name: (source.tables[name], self.format.TABLE) for name in self.tables}
         self._scales: dict[str, dict[int, tuple]] = {}  # of weights whose last rows are not there yet
@@ -69,7 +70,7 @@ class SafetensorsFolder:
         """Round and write some rows of a weight; its scales and zeros follow when the last of its rows is there."""
         (rows, _), grid = self.grids[name]
         # At eight bits a row the nearest is good enough, and not every rounding knows such a grid.
-        block = (nearest if name in self.tables else self.round)(weight, grid)
+        block = (nearest if name in self.tables or name in self.eight else self.round)(weight, grid)
         for part, tensor in self.format.rows(name, block).items():
             self.writer.write(part, tensor, first_row // self.format.together(grid))
         with self._lock:
@@ -87,21 +88,22 @@ class SafetensorsFolder:
     def finish(self, model: Path, tell: Tell | None = None) -> None:
         """Put the configuration, the tokenizer and the terms beside the weights."""
         copy_companions(model, self.folder)
-        kept, rows = ([name.removesuffix(".weight") for name in names] for names in (self.kept, self.tables))
-        quantization = self.format.quantization_config(self.spec, kept, rows)
+        parts = (self.kept, self.tables, self.eight)
+        modules = ([name.removesuffix(".weight") for name in names] for names in parts)
+        quantization = self.format.quantization_config(self.spec, *modules)
         content = {**read_config(model), "quantization_config": quantization}
         text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
         (self.folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
     def describe(self) -> VariantFiles:
         asked = self.spec.group_size
-        layers = self.grids.keys() - self.tables
+        layers = self.grids.keys() - self.tables - set(self.eight)
         other = {n: self.grids[n][1].group_size for n in sorted(layers) if asked}
         other = {n: size for n, size in other.items() if size != asked}
         before = sum(self.source.tensors[name].nbytes for name in self.grids)
         stored = _stored_bytes(self.grids, self.format)
         unpadded = _stored_bytes(self.grids, format_of(self.spec.model_copy(update={"packing": None})))
-        return VariantFiles(stored, before, stored - unpadded, other, tuple(self.kept), {})
+        return VariantFiles(stored, before, stored - unpadded, other, tuple(self.kept), {}, tuple(self.eight))
 
 
 def _tables(source: Source) -> list[str]:

@@ -56,6 +56,7 @@ class VariantFiles:
     group_sizes: dict[str, int]  # layers whose group size is not the one asked for
     kept: tuple[str, ...]  # layers left as they were, because that was asked for
     types: dict[str, int]  # tensors in the file of each type of GGUF; of safetensors nothing
+    eight: tuple[str, ...] = ()  # layers of a variant of fewer bits that are in eight, because that was asked for
 
 
 class Output(Protocol):
@@ -95,21 +96,33 @@ def layer_grids(spec: VariantSpec, linear: Shapes) -> tuple[Grids, list[str]]:
     """The grid of every layer that is to be quantized, and the layers that were asked to stay as they are.
 
     Raises:
-        QuantizationError: where `keep` names no layer, or a layer fits no grid.
+        QuantizationError: where `keep` or `int8` names no layer, or a layer fits no grid.
     """
-    names = [n.removesuffix(".weight") for n in linear]
-    for pattern in spec.keep:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            like = next((f"; did you mean '*{pattern}'?" for name in names if name.endswith(pattern)), "")
-            raise QuantizationError(f"'keep' names {pattern!r}, which no layer to be quantized matches{like}")
-    kept = sorted(n for n in linear if any(fnmatch.fnmatchcase(n.removesuffix(".weight"), p) for p in spec.keep))
-    grids = {}
+    kept, eight = named(spec, "keep", linear), named(spec, "int8", linear)
+    grids, form = {}, format_of(spec)
     for name in (n for n in linear if n not in kept):
         try:
-            grids[name] = (linear[name], format_of(spec).grid(spec, linear[name][1]))
+            grids[name] = (linear[name], form.TABLE if name in eight else form.grid(spec, linear[name][1]))
         except QuantizationError as error:
             raise QuantizationError(f"{name}: {error}") from None
     return grids, kept
+
+
+def named(spec: VariantSpec, key: str, linear: Shapes) -> list[str]:
+    """The weights that the patterns of an option name.
+
+    Args:
+        key: `keep` or `int8`.
+
+    Raises:
+        QuantizationError: where one of them names none.
+    """
+    names, patterns = [n.removesuffix(".weight") for n in linear], getattr(spec, key)
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            like = next((f"; did you mean '*{pattern}'?" for name in names if name.endswith(pattern)), "")
+            raise QuantizationError(f"'{key}' names {pattern!r}, which no layer to be quantized matches{like}")
+    return sorted(f"{n}.weight" for n in names if any(fnmatch.fnmatchcase(n, p) for p in patterns))
 
 
 def unfit(spec: VariantSpec, linear: Shapes, folder: Path | None = None) -> str | None:

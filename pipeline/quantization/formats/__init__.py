@@ -11,7 +11,7 @@ plan(name, shape, grid)          the stored tensors of a weight, before any is w
 rows(name, block)                what a block of rows gives at once
 rest(name, scale, zero, grid)    what is stored once the whole weight is known
 metadata(spec, grids, ...)       what every file's header carries
-quantization_config(spec, kept)  what config.json carries
+quantization_config(...)         what config.json carries
 part_names(name)                 the names of a weight's stored tensors
 read(checkpoint, name, shape)    a stored weight as GroupQuantized
 unpack(weight)                   the same of a weight that transformers loaded

@@ -131,12 +131,13 @@ def metadata(
     return {**entries, "tensor_names": json.dumps(list(entries))}
 
 
-def quantization_config(spec: VariantSpec, kept: list[str], tables: list[str]) -> dict:
+def quantization_config(spec: VariantSpec, kept: list[str], tables: list[str], eight: list[str]) -> dict:
     """The `quantization_config` of config.json.
 
     Args:
         kept: modules that stay in bf16, though they are of those that are quantized.
         tables: the embedding and the output head, where they are in int8.
+        eight: layers in int8, where the others have fewer bits.
     """
     from torchao.quantization import (
         FqnToConfig,
@@ -156,9 +157,9 @@ def quantization_config(spec: VariantSpec, kept: list[str], tables: list[str]) -
     else:
         granularity = {"granularity": PerGroup(spec.group_size)} if spec.group_size else {}
         kind = Int8WeightOnlyConfig(**granularity)
+    if tables or eight:
+        kind = FqnToConfig({**dict.fromkeys([*tables, *eight], Int8WeightOnlyConfig()), "_default": kind})
     if tables:
-        rows = Int8WeightOnlyConfig()
-        kind = FqnToConfig({**dict.fromkeys(tables, rows), "_default": kind})
         return TorchAoConfig(kind, modules_to_not_convert=kept, include_input_output_embeddings=True).to_dict()
     # A list here replaces transformers' own, so the output head must stand in it too.
     return TorchAoConfig(kind, modules_to_not_convert=["lm_head", *kept] if kept else None).to_dict()
