@@ -210,7 +210,7 @@ class Quantize(Section):
         default=[VariantSpec(name="int8"), VariantSpec(name="int4")], validate_default=True
     )
     gate: Gate = Field(default=Gate(), description="limits of all variants, over those of the catalog")
-    on_gate_failure: Literal["withhold", "warn"] = Field(
+    on_gate_failure: Literal["withhold", "warn", "escalate"] = Field(
         default="withhold", description="what becomes of a variant that misses its limits"
     )
 

@@ -42,6 +42,7 @@ def evaluate(
     events: Events,
     reference: Path | None = None,
     offload: bool | Literal["auto"] = "auto",
+    in_full: bool = True,
 ) -> dict:
     """Measure the model in `folder`.
 
@@ -51,6 +52,7 @@ def evaluate(
     Args:
         reference: the full-precision model to compare it with, measured before; None if it is this one.
         offload: as `pipeline.load` takes it.
+        in_full: measure speed too, and let it answer; else quality alone.
 
     Returns:
         Plain data for `results.json`: size, quality per text, speed per loader, answers. A GGUF is measured in
@@ -67,9 +69,9 @@ def evaluate(
 
     file = next(folder.glob("*.gguf"), None)
     if file is not None and llama_cpp.is_installed():
-        found = _in_llama_cpp(file, config, workspace, reference, tell)
+        found = _in_llama_cpp(file, config, workspace, reference, tell, in_full)
     else:
-        found = _in_transformers(folder, file, config, workspace, reference, offload, tell)
+        found = _in_transformers(folder, file, config, workspace, reference, offload, tell, in_full)
     return {"size_bytes": stored_bytes(folder), **found, "machine": machine.describe()}
 
 
@@ -81,6 +83,7 @@ def _in_transformers(
     reference: Path | None,
     offload: bool | Literal["auto"],
     tell: Callable[[str], Progress],
+    in_full: bool,
 ) -> dict:
     """The figures of a folder with safetensors, or of a GGUF's dequantized weights, which have no speed."""
     import torch
@@ -98,7 +101,7 @@ def _in_transformers(
     head, softcap = heads.head_matrix(model).to("cpu"), heads.softcap(model.config)
     scored = {text: measure.score(model, part, tell(f"{text} text")) for text, part in sequences.items()}
     samples = []
-    if not offloaded:
+    if in_full and not offloaded:
         tell("sample answers")(0, 1)
         samples = measure.answers(model, tokenizer, config.evaluate.prompts)
     device = str(heads.device_of(model))
@@ -122,7 +125,7 @@ def _in_transformers(
 
     quantized = "quantization_config" in read_json(folder / "config.json", {})
     loaders = ("stock", "pipeline") if quantized else ("stock",)
-    timed = not offloaded and file is None
+    timed = in_full and not offloaded and file is None
     if timed:
         tell("speed and memory, in fresh processes")(0, 1)
     return {
@@ -138,7 +141,12 @@ def _in_transformers(
 
 
 def _in_llama_cpp(
-    file: Path, config: Config, workspace: Workspace, reference: Path, tell: Callable[[str], Progress]
+    file: Path,
+    config: Config,
+    workspace: Workspace,
+    reference: Path,
+    tell: Callable[[str], Progress],
+    in_full: bool,
 ) -> dict:
     """The figures of a GGUF file, given the tokens that the full-precision model was given."""
     from transformers import AutoConfig, AutoTokenizer
@@ -148,7 +156,7 @@ def _in_llama_cpp(
 
     tokenizer = texts.with_template(AutoTokenizer.from_pretrained(reference), workspace)
     sequences = texts.all_texts(config, workspace, tokenizer)
-    prompts = config.evaluate.prompts
+    prompts = config.evaluate.prompts if in_full else []
     questions = [measure.question(tokenizer, prompt)["input_ids"][0].tolist() for prompt in prompts]
     longest = [len(s.input_ids) for part in sequences.values() for s in part]
     longest += [len(question) + measure.ANSWER_TOKENS for question in questions]
@@ -168,13 +176,14 @@ def _in_llama_cpp(
         tell("sample answers")(0, 1)
         stops = measure.stop_tokens(reference)
         replies = [reader.answer(question, stops, measure.ANSWER_TOKENS) for question in questions]
-    tell("speed and memory, in a fresh process")(0, 1)
+    if in_full:
+        tell("speed and memory, in a fresh process")(0, 1)
     return {
         "file": file.name,
         "device": "cpu",
         "loader": "llama.cpp",
         "quality": quality,
-        "speed": {"llama.cpp": probe(file, "llama.cpp").figures},
+        "speed": {"llama.cpp": probe(file, "llama.cpp").figures} if in_full else {},
         "answers": [
             {"prompt": prompt, "answer": tokenizer.decode(reply, skip_special_tokens=True).strip()}
             for prompt, reply in zip(prompts, replies, strict=True)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from pipeline.reporter import Reporter
 
+TOKENS = 2048  # of general text, for every layer; what is compared is paired, so that few are enough
 RECORD, RESULT, PICTURE = "sensitivity.partial.json", "sensitivity.json", "sensitivity.png"
 
 Tell = Callable[[int, int, str], None]

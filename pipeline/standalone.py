@@ -53,7 +53,7 @@ class Task(Section):
     )
     low_disk: bool = False
     max_rise: float | None = Field(default=None, gt=0, description="of perplexity, as a share")
-    on_gate_failure: Literal["withhold", "warn"] = "withhold"
+    on_gate_failure: Literal["withhold", "warn", "escalate"] = "withhold"
 
     @field_validator("repo", "dataset_repo")
     @classmethod

@@ -67,7 +67,7 @@ def quantize(
         float | None, typer.Option(help="How much perplexity may rise, 0.05 for 5 %; by default int8 2 %, int4 5 %.")
     ] = None,
     on_gate_failure: Annotated[
-        str | None, typer.Option(help="Where it rises by more: withhold the variant (the default), or warn.")
+        str | None, typer.Option(help="Where it rises by more: withhold the variant (the default), warn, or escalate.")
     ] = None,
 ) -> None:
     options = {name: value for name, value in locals().items() if name not in ("model", "token")}

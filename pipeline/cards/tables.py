@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.cards import markdown
 from pipeline.cards.about import BASE, ROOT, TEXTS, About, is_gguf
 from pipeline.cards.markdown import Markdown, code, estimate, listed, number, size, table
-from pipeline.cards.verdicts import missed, withheld
+from pipeline.cards.verdicts import ladders, ladders_in_vain, missed, withheld
 from pipeline.catalog import VARIANTS
 
 Models = dict[str, Markdown]
@@ -210,7 +210,7 @@ def tables(about: About, models: Models) -> dict[str, Any]:
     """All of it, by name, for the templates."""
     makers: tuple[Callable[[About, Models], Any], ...]
     makers = (summary, quality, speed, leads, rises, ways, machines, answers, faded, failures, offloaded, read_by)
-    makers += (missed, withheld)
+    makers += (missed, withheld, ladders, ladders_in_vain)
     return {maker.__name__: maker(about, models) for maker in makers}
 
 

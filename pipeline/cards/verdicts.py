@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.cards import markdown
 from pipeline.cards.about import TEXTS, About, place
-from pipeline.cards.markdown import Markdown, code, estimate, listed, percent, plain, unit
+from pipeline.cards.markdown import Markdown, code, count, estimate, listed, percent, plain, table, unit
 from pipeline.gates import SAID, is_unsure
 
 _OPTIONS = {"group_size": "groups of {}", "rounding": "rounding {}", "embeddings": "embeddings {}"}
@@ -34,10 +34,41 @@ def withheld(about: About, models: Mapping[str, Markdown]) -> list[tuple[Markdow
     return found
 
 
+def ladders(about: About, models: Mapping[str, Markdown]) -> list[tuple[Markdown, Markdown]]:
+    """(name, table) of the variants that were made in several ways until one passed."""
+    tried = {model: about.get(model, "gate", "tried") for model in models}
+    return [(models[model], _ladder(rungs)) for model, rungs in tried.items() if rungs]
+
+
+def ladders_in_vain(about: About, models: Mapping[str, Markdown]) -> list[tuple[Markdown, Markdown]]:
+    """(name, table) of the variants of which none of several ways passed."""
+    tried = {variant: about.get("withheld", variant, "gate", "tried") for variant in about.get("withheld") or ()}
+    return [(place(variant), _ladder(rungs)) for variant, rungs in tried.items() if rungs]
+
+
+def _ladder(tried: Sequence[Mapping[str, Any]]) -> Markdown:
+    """One row for each way, in the order in which they were tried."""
+    headers, rows = ["", "Weights"], []
+    texts = [text for text in TEXTS if any(text in (rung.get("quality") or {}) for rung in tried)]
+    for text in texts:
+        headers += [f"Rise on {TEXTS[text]} text", f"KL on {TEXTS[text]} text"]
+    for rung in tried:
+        measured = [(rung.get("quality") or {}).get(text) or {} for text in texts]
+        figures = [
+            figure
+            for q in measured
+            for figure in (estimate(q.get("rise"), percent=True, sign="+"), estimate(q.get("kl")))
+        ]
+        passed = Markdown("passes") if (rung.get("gate") or {}).get("passed") else Markdown("misses")
+        rows.append([_options(rung.get("variant") or {}), markdown.size(rung.get("size_bytes")), *figures, passed])
+    return table([*headers, "Gate"], rows)
+
+
 def _options(spec: Mapping[str, Any]) -> Markdown:
     """How a variant was made that is not there to be looked at."""
     values = {key: plain(spec.get(key)) or code(spec.get(key) or "") for key in _OPTIONS}
-    return listed(Markdown(_OPTIONS[key].format(value)) for key, value in values.items() if value)
+    eight = unit(count(len(spec.get("int8") or ()) or None), "layers in eight bits")
+    return listed([*(Markdown(_OPTIONS[key].format(value)) for key, value in values.items() if value), eight])
 
 
 def _told(verdict: Any) -> Markdown:

@@ -37,7 +37,7 @@ def wizard(
     quantization: Annotated[Text, _answer("balanced, high_quality, edge, gpu_optimized; or int8, int4, both.")] = None,
     group_size: Annotated[Text, _answer("32, 64, 128 or 256, for int4.")] = None,
     gguf: Annotated[Text, _answer("GGUF types such as q4_0,q8_0, or none.")] = None,
-    gate: Annotated[Text, _answer("A variant that loses too much: withhold, or warn.")] = None,
+    gate: Annotated[Text, _answer("A variant that loses too much: withhold, warn, or escalate.")] = None,
     name: Annotated[Text, _answer("The run's name.")] = None,
     calibrate: Annotated[
         bool | None, _answer("Measure how fast this machine is.", "--calibrate/--no-calibrate")

@@ -9,8 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.catalog import VARIANTS
-from pipeline.config import Config
+from pipeline.config import Config, VariantSpec
 from pipeline.errors import GateError
+from pipeline.escalation import best
 from pipeline.events import Events
 from pipeline.files import fingerprint, read_json, states, write_json
 from pipeline.gates import judge, limits, tell
@@ -45,23 +46,22 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     full = full_model(config, workspace, events)
     source = model_bytes(config, workspace, full)
     result = _measured(config, workspace, events, name, full)
-    result |= {
-        "variant": config.quantize.spec(name).making(),
-        "ratio": result["size_bytes"] / source,
-        "weights": read_json(workspace.quantized / f"{name}.json", {})["weights"],
-    }
-    summary, refusal = _summary(result, source), None
+    refusal, missed = None, None
     if config.evaluate:
-        verdict = judge(result["quality"], limits(config.quantize, name))
-        withheld = not verdict["passed"] and config.quantize.on_gate_failure == "withhold"
-        result["gate"] = verdict | {"withheld": withheld}
-        if withheld:
-            refusal = GateError(f"withheld: {tell(verdict)}")
-            summary["withheld"] = str(refusal)
-        elif not verdict["passed"]:
-            summary["missed"] = tell(verdict)
+        result["gate"] = judge(result["quality"], limits(config.quantize, name))
+        if config.quantize.on_gate_failure == "escalate":
+            result = _escalated(config, workspace, events, name, full, result)
+        verdict = result["gate"]
+        missed = None if verdict["passed"] else tell(verdict)
+        verdict["withheld"] = bool(missed) and config.quantize.on_gate_failure != "warn"
+        if verdict["withheld"]:
+            refusal = GateError(f"withheld: {missed}{_told_of_tries(result)}")
+    result["ratio"] = result["size_bytes"] / source
     files = _leave_out(workspace, name) if refusal else _let_in(workspace, name)
     measured = workspace.write_measurement(name, result)
+    summary = _summary(result, source)
+    if missed:
+        summary |= {"withheld": str(refusal)} if refusal else {"missed": missed}
     return Outcome((*files, measured), summary, refusal)
 
 
@@ -78,9 +78,13 @@ def _measured(config: Config, workspace: Workspace, events: Events, name: str, f
     path = workspace.quantized / f"{name}.measured.json"
     depends_on = fingerprint(_measured_by(config, workspace, (name,)))
     about = {"depends_on": depends_on, "files": states(files_of(workspace, name))}
-    known = read_json(path, {})
+    known, written = read_json(path, {}), read_json(workspace.quantized / f"{name}.json", {})
+    made = {
+        "variant": written.get("instead") or config.quantize.spec(name).making(),
+        "weights": written["weights"],
+    }
     if known.get("about") == about:
-        return known["result"]
+        return known["result"] | made
     folder = workspace.quantized / name
     if not folder.is_dir():
         workspace.take_back(f"quantize/{name}", workspace.release / VARIANTS[name].folder, folder)
@@ -94,7 +98,43 @@ def _measured(config: Config, workspace: Workspace, events: Events, name: str, f
         _open(file)
         result["file"] = file.name
     write_json(path, {"about": about, "result": result})
-    return result
+    return result | made
+
+
+def _escalated(config: Config, workspace: Workspace, events: Events, name: str, full: Path, result: dict) -> dict:
+    """The result of the smallest way to make the variant that passes, whose files then are the variant's.
+
+    Where none does, the figures of the one that came nearest.
+    """
+    from pipeline.stages.climb import Climb
+
+    asked = config.quantize.spec(name)
+    if result["gate"]["passed"] and result["variant"] == asked.making():
+        return result
+    made = VariantSpec.model_validate(result["variant"])
+    measured_by = _measured_by(config, workspace, (name,))
+    climb = Climb(config, workspace, events, name, full, fingerprint(measured_by))
+    climb.know(made, result, result["weights"])
+    chosen, tried = climb.climb()
+    if chosen is None:
+        nearest = best(tried)
+        return {**nearest, "gate": {**nearest["gate"], "tried": _in_short(tried)}}
+    if chosen.making() != made.making():
+        climb.adopt(chosen)
+        result = _measured(config, workspace, events, name, full)
+    verdict = judge(result["quality"], limits(config.quantize, name))
+    return {**result, "gate": {**verdict, "tried": _in_short(tried)}}
+
+
+def _in_short(tried: list[dict]) -> list[dict]:
+    return [{key: rung[key] for key in ("variant", "size_bytes", "quality", "gate")} for rung in tried]
+
+
+def _told_of_tries(result: dict) -> str:
+    tried = result["gate"].get("tried", ())
+    if not tried:
+        return ""
+    return f"; that is the best of {len(tried)} ways to make it, and takes {result['size_bytes']:,} bytes"
 
 
 def _let_in(workspace: Workspace, name: str) -> list[Path]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.catalog import VARIANTS
-from pipeline.config import Config
+from pipeline.config import Config, VariantSpec
 from pipeline.errors import MissingExtra, QuantizationError
 from pipeline.events import Events, one_line
 from pipeline.files import empty_folder, read_json, replace_folder, states, write_json
@@ -140,14 +140,28 @@ def keep_written(config: Config, workspace: Workspace, made: Mapping[str, Varian
     """Give finished files their place, and note what they are and what they were made of."""
     for name, files in made.items():
         replace_folder(_partial(workspace, name), workspace.quantized / name)
-        about = _about(config, workspace, name, model)
-        write_json(workspace.quantized / f"{name}.json", {"about": about, "weights": asdict(files)})
+        note_written(config, workspace, name, asdict(files), model)
+
+
+def note_written(
+    config: Config, workspace: Workspace, name: str, weights: dict, model: Path, instead: VariantSpec | None = None
+) -> None:
+    """Note what a variant's finished files are, and what they were made of.
+
+    Args:
+        instead: how they were made, where that is not as was asked.
+    """
+    written = {"about": _about(config, workspace, name, model), "weights": weights}
+    if instead:
+        written["instead"] = instead.making()
+    write_json(workspace.quantized / f"{name}.json", written)
 
 
 def _is_written(config: Config, workspace: Workspace, name: str, model: Path) -> bool:
     """Do whole files of a variant lie there, made as they are to be made now, and of the model as it is now?"""
     written = read_json(workspace.quantized / f"{name}.json", {})
-    return written.get("about") == _about(config, workspace, name, model)
+    is_as_asked = "instead" not in written or config.quantize.on_gate_failure == "escalate"
+    return is_as_asked and written.get("about") == _about(config, workspace, name, model)
 
 
 def _about(config: Config, workspace: Workspace, name: str, model: Path) -> dict:

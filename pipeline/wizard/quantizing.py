@@ -12,7 +12,11 @@ from pipeline.wizard.presets import PROFILES, QUANTIZATIONS, told
 from pipeline.wizard.suited import check_quantizable, check_variants, suited
 
 AS_THE_RECIPE, NONE = "recipe", "none"
-GATES = {"withhold": "kept out, and said so in the card", "warn": "published with a warning"}
+GATES = {
+    "withhold": "kept out, and said so in the card",
+    "warn": "published with a warning",
+    "escalate": "made in better ways, larger ones too, until one loses little enough, which takes a while",
+}
 GGUF = {name.removeprefix("gguf-"): name for name, variant in VARIANTS.items() if variant.format == "gguf"}
 
 

@@ -220,7 +220,11 @@ def gated_results() -> dict:
         ("int8", {"rise": 0.0032, "kl": 0.011, "disagreement": 0.293}),
         ("int4", {"rise": 0.123, "kl": 0.0171, "disagreement": 0.352}),
     ):
-        found[variant]["gate"] = judge(found[variant]["quality"], allowed) | {"withheld": variant == "int4"}
+        known = {key: found[variant][key] for key in ("variant", "size_bytes", "quality")}
+        verdict = judge(known["quality"], allowed)
+        other = known | {"variant": known["variant"] | {"int8": ["a", "b", "c"]}, "size_bytes": 171_000_321}
+        tried = [rung | {"gate": verdict} for rung in (known, other)]
+        found[variant]["gate"] = verdict | {"withheld": variant == "int4", "tried": tried}
     return found | {"withheld": {"int4": found.pop("int4")}}
 
 

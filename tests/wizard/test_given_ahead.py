@@ -93,7 +93,7 @@ def test_answers_that_end_early_are_told(desk):
         ({"gguf": ", "}, "names no GGUF type"),
         ({"group_size": "48"}, "allowed are 32, 64, 128, 256"),
         ({"gguf": "q9"}, "no GGUF type"),
-        ({"gate": "hope"}, "allowed are withhold, warn"),
+        ({"gate": "hope"}, "allowed are withhold, warn, escalate"),
         ({"quantize": "no", "group_size": "32"}, "--group-size: does not apply to the other answers"),
         ({"private": "no"}, "--public: does not apply to the other answers"),
         ({"private": "yes"}, "--private: does not apply to the other answers"),

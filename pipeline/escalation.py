@@ -1,0 +1,121 @@
+"""What is tried where a variant misses its gate, and which of it is taken.
+
+A ladder of other ways to make the variant: another rounding, smaller groups, embeddings in eight bits where that is
+smaller, the most sensitive layers in eight bits. They are tried from the smallest on, in bytes, until one passes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.catalog import GROUP_SIZES, VARIANTS
+from pipeline.config import VariantSpec
+
+SHARES = (0.05, 0.1, 0.2, 0.4)  # of the linear layers' weights, those that suffer most, in eight bits
+
+Shapes = Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One way to make a variant.
+
+    Attributes:
+        share: of the linear layers' weights, that are to be in eight bits; which these are is to be measured.
+        bytes: of all weights, as far as is known before these layers are.
+    """
+
+    spec: VariantSpec
+    share: float
+    bytes: float
+
+
+def ladder(asked: VariantSpec, linear: Shapes, tables: Shapes, folder: Path) -> list[Rung]:
+    """The ways to make a variant, the smallest first, that asked for among them.
+
+    Args:
+        linear, tables: as `models.linear_weights` and `models.table_weights` find them.
+        folder: of the full-precision model, which not every variant can be made of.
+    """
+    from pipeline.quantization.source import unfit
+
+    specs = [(spec, 0.0) for spec in _specs(asked) if not unfit(spec, linear, folder)]
+    finest = specs[-1][0]
+    if asked.name == "int4" and asked.packing != "tile_packed" and not asked.int8:
+        specs += [(finest, share) for share in SHARES]
+    rungs = [Rung(spec, share, _bytes(spec, share, linear, tables)) for spec, share in specs]
+    return sorted(rungs, key=lambda rung: rung.bytes)
+
+
+def _specs(asked: VariantSpec) -> list[VariantSpec]:
+    """As asked, in another rounding, in smaller groups, and these with embeddings in eight bits."""
+    variant = VARIANTS[asked.name]
+    others = [how for how in variant.roundings if how not in (asked.rounding, "rtn")]
+    best = others[0] if asked.rounding == "rtn" and others else asked.rounding
+    found = [asked, *(_changed(asked, rounding=how) for how in others)]
+    if variant.format == "torchao" and variant.group_sizes:
+        widest = asked.group_size or 2 * max(GROUP_SIZES)
+        sizes = sorted((size for size in variant.group_sizes if size < widest), reverse=True)
+        found += [_changed(asked, rounding=best, group_size=size) for size in sizes]
+    if variant.format == "torchao" and asked.embeddings == "keep":
+        found.append(_changed(found[-1], rounding=best, embeddings="int8"))
+    return found
+
+
+def _changed(spec: VariantSpec, **changes: object) -> VariantSpec:
+    return VariantSpec.model_validate(spec.model_dump() | changes)
+
+
+def with_layers(rung: Rung, layers: Iterable[Mapping]) -> VariantSpec:
+    """The rung's variant with its share of the weights in eight bits: where each costs most, for its size.
+
+    Args:
+        layers: as `sensitivity` has measured them.
+    """
+    order = sorted(layers, key=lambda layer: layer["kl"]["value"] / layer["weights"], reverse=True)
+    wanted, names = rung.share * sum(layer["weights"] for layer in order), []
+    for layer in order:
+        if wanted <= 0:
+            break
+        names.append(layer["name"])
+        wanted -= layer["weights"]
+    return _changed(rung.spec, int8=sorted(names))
+
+
+def distance(verdict: Mapping) -> float:
+    """How far a variant is from passing: the worst of its figures, error included, as a multiple of its limit."""
+    return max((_upper(check) / check["limit"] for check in verdict["checks"]), default=math.inf)
+
+
+def _upper(check: Mapping) -> float:
+    return check["value"] + check["quantile"] * check["stderr"]
+
+
+def best(tried: Sequence[Mapping]) -> Mapping:
+    """Of rungs none of which passed, the one that came nearest."""
+    return min(tried, key=lambda rung: distance(rung["gate"]))
+
+
+def _bytes(spec: VariantSpec, share: float, linear: Shapes, tables: Shapes) -> float:
+    """Bytes of linear layers and tables; what else a model has is the same in all its variants."""
+    from pipeline.quantization.formats import format_of
+    from pipeline.quantization.source import layer_grids
+
+    if VARIANTS[spec.name].format == "gguf":  # whose rungs are of one size
+        return 0.0
+    form, (grids, kept) = format_of(spec), layer_grids(spec, linear)
+    stored = sum(_planned(form, name, shape, grid) for name, (shape, grid) in grids.items())
+    eight = sum(_planned(form, name, linear[name], form.TABLE) for name in grids)
+    rest = 2 * sum(math.prod(linear[name]) for name in kept)
+    if spec.embeddings == "int8":
+        rest += sum(_planned(form, name, shape, form.TABLE) for name, shape in tables.items())
+    else:
+        rest += 2 * sum(math.prod(shape) for shape in tables.values())
+    return (1 - share) * stored + share * eight + rest
+
+
+def _planned(form, name: str, shape: tuple[int, int], grid) -> int:
+    return sum(dtype.itemsize * math.prod(size) for dtype, size in form.plan(name, shape, grid).values())

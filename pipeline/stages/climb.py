@@ -1,0 +1,126 @@
+"""Try other ways to make a variant that misses its gate, each written, loaded back and measured, until one passes.
+
+What was measured of each is kept, so that one that was stopped goes on, and another limit measures only what is new.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from pipeline.config import Config, VariantSpec
+from pipeline.errors import UserError
+from pipeline.escalation import Rung, ladder, with_layers
+from pipeline.events import Events
+from pipeline.files import empty_folder, fingerprint, read_json, replace_folder, write_json
+from pipeline.gates import judge, limits
+from pipeline.stages.quantize import note_written
+from pipeline.workspace import Workspace
+
+
+class Climb:
+    """The ladder of one variant.
+
+    Args:
+        full: folder of the full-precision model.
+        measured_by: fingerprint of what figures depend on besides how the variant is made.
+    """
+
+    def __init__(
+        self, config: Config, workspace: Workspace, events: Events, name: str, full: Path, measured_by: str
+    ) -> None:
+        self._config, self._workspace, self._events = config, workspace, events
+        self._name, self._full, self._measured_by = name, full, measured_by
+        self._path = workspace.quantized / f"{name}.tried.json"
+        known = read_json(self._path, {})
+        self._known: dict[str, dict] = known["tried"] if known.get("measured_by") == measured_by else {}
+        self._made: tuple[VariantSpec, dict] | None = None  # whose files lie in the folder of this rung
+
+    def know(self, spec: VariantSpec, result: Mapping, weights: Mapping) -> None:
+        """Keep what was measured of one way to make the variant."""
+        figures = {key: result[key] for key in ("size_bytes", "quality")}
+        self._known[fingerprint(spec.making())] = {"variant": spec.making(), **figures, "weights": weights}
+        write_json(self._path, {"measured_by": self._measured_by, "tried": self._known})
+
+    def climb(self) -> tuple[VariantSpec | None, list[dict]]:
+        """Try rung after rung, the smallest first.
+
+        Returns:
+            The first that passed, or None; and all that were tried, as plain data with their verdicts.
+        """
+        chosen, tried = self._first_that_passes()
+        if chosen is None or self._made and self._made[0] != chosen:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._made = None
+        return chosen, tried
+
+    def _first_that_passes(self) -> tuple[VariantSpec | None, list[dict]]:
+        from pipeline.models import linear_weights, table_weights
+
+        asked, allowed = self._config.quantize.spec(self._name), limits(self._config.quantize, self._name)
+        rungs, tried = ladder(asked, linear_weights(self._full), table_weights(self._full), self._full), []
+        for number, rung in enumerate(rungs, 1):
+            spec = self._spec(rung)
+            known = self._known.get(fingerprint(spec.making()))
+            if known is None:
+                known = self._measure(spec, f"{self._name}, try {number} of {len(rungs)}")
+            if known is None:
+                continue
+            tried.append({**known, "gate": judge(known["quality"], allowed)})
+            if tried[-1]["gate"]["passed"]:
+                return spec, tried
+        return None, tried
+
+    def adopt(self, spec: VariantSpec) -> None:
+        """Let files made so be those of the variant; they are yet to be measured in full."""
+        if self._made is None or self._made[0] != spec:
+            self._make(spec, self._name)
+        replace_folder(self._folder, self._workspace.quantized / self._name)
+        is_as_asked = spec.making() == self._config.quantize.spec(self._name).making()
+        instead = None if is_as_asked else spec
+        note_written(self._config, self._workspace, self._name, self._made[1], self._full, instead)
+
+    @property
+    def _folder(self) -> Path:
+        return self._workspace.quantized / f"{self._name}.partial"
+
+    def _spec(self, rung: Rung) -> VariantSpec:
+        return with_layers(rung, self._layers(rung.spec)) if rung.share else rung.spec
+
+    def _layers(self, spec: VariantSpec) -> list[dict]:
+        from pipeline.sensitivity import TOKENS, sensitivity
+
+        tokens = min(self._config.evaluate.max_tokens, TOKENS)
+        evaluate = self._config.evaluate.model_copy(update={"max_tokens": tokens})
+        config = self._config.model_copy(update={"evaluate": evaluate})
+        record = self._workspace.quantized / f"{self._name}.sensitivity.json"
+        return sensitivity(config, spec, self._full, record, self._tell(f"{self._name}: "))
+
+    def _measure(self, spec: VariantSpec, label: str) -> dict | None:
+        """The figures of one way to make the variant; None where this model cannot be made so."""
+        from pipeline.evaluation import evaluate
+
+        try:
+            self._make(spec, label)
+        except UserError as error:
+            self._events.show([f"{label}: {error}"])
+            return None
+        arguments = (self._folder, self._config, self._workspace, self._events, self._full)
+        self.know(spec, evaluate(label, *arguments, in_full=False), self._made[1])
+        return self._known[fingerprint(spec.making())]
+
+    def _make(self, spec: VariantSpec, label: str) -> None:
+        from pipeline.models import linear_weights, table_weights
+        from pipeline.quantization.stream import quantize_checkpoint
+
+        tables = table_weights(self._full) if spec.embeddings == "int8" else {}
+        folders, linear = {self._name: empty_folder(self._folder)}, linear_weights(self._full)
+        tell = functools.partial(self._events.progress, what=f"{label}: rounding and writing")
+        made = quantize_checkpoint(self._full, [spec], folders, linear, tell, tables=tables, name=self._config.name)
+        self._made = spec, asdict(made[self._name])
+
+    def _tell(self, before: str) -> Callable[[int, int, str], None]:
+        return lambda done, total, what: self._events.progress(done, total, before + what)

@@ -1,0 +1,170 @@
+"""Where a variant misses its gate, other ways to make it are tried, the smallest first, until one passes."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from pipeline.config import Config
+from pipeline.events import Events
+from pipeline.files import fingerprint
+from pipeline.stages import Outcome, admit, evaluate, quantize
+from pipeline.stages.document import render
+from pipeline.workspace import Entry, Workspace
+
+LAYER = "model.layers.1.mlp.down_proj"
+
+
+@dataclass
+class Trying:
+    """A workspace with a measured model, in which a variant is made and judged, in this process."""
+
+    workspace: Workspace
+    tree: dict
+
+    def __post_init__(self):
+        self.told: list[str] = []
+
+    def config(self, **quantize_) -> Config:
+        asked = {"variants": [{"name": "int4", "group_size": 128}], "on_gate_failure": "escalate"}
+        return Config.model_validate({**self.tree, "quantize": {**asked, **quantize_}})
+
+    def judge(self, stop_at: str | None = None, **quantize_) -> Outcome:
+        """Make and admit int4; stopped when it is told of `stop_at`."""
+
+        def progress(done, total, what):
+            self.told.append(what)
+            if stop_at and stop_at in what:
+                raise KeyboardInterrupt
+
+        config = self.config(**quantize_)
+        events = Events(self.workspace.events_path, "m", progress)
+        quantize.run(config, self.workspace, events, ("int4",))
+        self.told.clear()
+        outcome = admit.run(config, self.workspace, events, ("int4",))
+        depends_on = fingerprint(admit.depends(config, self.workspace, ("int4",)))
+        entry = Entry(depends_on, self.workspace.digests(outcome.outputs), outcome.summary)
+        self.workspace.record("quantize/int4", entry)
+        return outcome
+
+    def result(self) -> dict:
+        return json.loads(self.workspace.results_path.read_text())["int4"]
+
+    def tries(self) -> list[str]:
+        """What was made and measured since the last call."""
+        return sorted({what.split(":")[0] for what in self.told if ", try " in what})
+
+
+@pytest.fixture(scope="module")
+def trying(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("escalation")
+    model = Path(shutil.copytree(tiny_model("llama"), folder / "model"))
+    tensors = load_file(model / "model.safetensors")
+    tensors[f"{LAYER}.weight"][:, ::32] *= 60  # columns that nothing comes to, and that spoil the scales of others
+    tensors[f"{LAYER}.weight".replace("down", "up")][::32] = 0
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    (folder / "general.txt").write_text("The quick brown fox jumps over the lazy dog near the river bank. " * 20)
+    tree = {"name": "m", "model": {"source": str(model)}, "data": None}
+    tree["evaluate"] = {"general": str(folder / "general.txt"), "max_tokens": 512, "device": "cpu"}
+    config = Config.model_validate(tree)
+    with Workspace.claim(folder / "m", config) as workspace:
+        events = Events(workspace.events_path, "m")
+        outcome = evaluate.run(config, workspace, events, ())
+        workspace.record("evaluate", Entry("", workspace.digests(outcome.outputs), outcome.summary))
+        yield Trying(workspace, tree)
+
+
+IMPOSSIBLE = {"rise": 100.0, "kl": 1e-9}
+
+
+@pytest.fixture(scope="module")
+def none_passes(trying):
+    """Stopped at its third try, and then finished: (what was tried before, and after), the outcome, the result."""
+    with pytest.raises(KeyboardInterrupt):
+        trying.judge("try 3", gate=IMPOSSIBLE)
+    before = trying.tries()
+    outcome = trying.judge(gate=IMPOSSIBLE)
+    return before, trying.tries(), outcome, trying.result()
+
+
+def test_one_that_was_stopped_goes_on_with_the_try_it_was_at(none_passes):
+    before, after, _, result = none_passes
+    done = {name for name in before if "try 3" not in name}
+    assert done and not done & set(after) and any("try 3" in name for name in after)
+    assert len(result["gate"]["tried"]) == len(done | set(after)) + 1  # and as it was asked for
+
+
+def test_where_none_passes_the_best_is_reported_with_its_size_and_withheld(none_passes, trying):
+    _, _, outcome, result = none_passes
+    tried = result["gate"]["tried"]
+    nearest = min(tried, key=lambda rung: max(c["value"] + c["quantile"] * c["stderr"] for c in kl(rung)))
+    assert result["variant"] == nearest["variant"] and result["gate"]["withheld"] is True
+    line = outcome.summary["withheld"]
+    assert f"that is the best of {len(tried)} ways to make it, and takes {nearest['size_bytes']:,} bytes" in line
+    assert not (trying.workspace.release / "int4").exists()
+
+
+def kl(rung: dict) -> list[dict]:
+    return [check for check in rung["gate"]["checks"] if check["figure"] == "kl"]
+
+
+def test_the_ladder_has_other_roundings_smaller_groups_and_sensitive_layers_in_eight_bits(none_passes):
+    specs = [rung["variant"] for rung in none_passes[3]["gate"]["tried"]]
+    assert {"search", "hqq"} <= {spec["rounding"] for spec in specs}
+    assert {128, 64, 32} <= {spec["group_size"] for spec in specs}
+    assert {"keep", "int8"} == {spec["embeddings"] for spec in specs}
+    mixed = sorted((spec["int8"] for spec in specs if spec.get("int8")), key=len)
+    assert len(mixed) >= 3 and all(LAYER in layers for layers in mixed)
+    assert all(set(few) <= set(more) for few, more in zip(mixed, mixed[1:], strict=False))
+
+
+@pytest.fixture(scope="module")
+def one_passes(none_passes, trying):
+    """With a limit that the best of them just meets: the outcome, the result, its card and what was measured."""
+    tried = none_passes[3]["gate"]["tried"]
+    (check,) = kl(min(tried, key=lambda rung: kl(rung)[0]["value"]))
+    limit = 1.001 * (check["value"] + check["quantile"] * check["stderr"])
+    outcome = trying.judge(gate={"rise": 100.0, "kl": limit})
+    config = trying.config(gate={"rise": 100.0, "kl": limit})
+    documents = render(config, trying.workspace, ("int4",), lambda path: None)
+    return outcome, trying.result(), documents, trying.tries()
+
+
+def test_the_smallest_that_passes_is_taken_and_nothing_known_is_measured_again(one_passes, none_passes, trying):
+    outcome, result, _, measured_again = one_passes
+    assert outcome.refusal is None and result["gate"]["passed"] and measured_again == []
+    passing = [rung for rung in result["gate"]["tried"] if rung["gate"]["passed"]]
+    assert len(passing) == 1 and passing[0] == result["gate"]["tried"][-1]
+    assert result["variant"] == passing[0]["variant"] and result["size_bytes"] == passing[0]["size_bytes"]
+    assert result["speed"]["pipeline.load"]["runs"] and result["quality"] == passing[0]["quality"]
+
+
+def test_what_is_taken_loads_with_stock_transformers_each_layer_in_its_bits(one_passes, trying):
+    from torchao.quantization import Int4Tensor, Int8Tensor
+    from transformers import AutoModelForCausalLM
+
+    spec = one_passes[1]["variant"]
+    model = AutoModelForCausalLM.from_pretrained(trying.workspace.release / "int4", dtype="auto")
+    kinds = {name: type(model.get_submodule(name).weight.data) for name in (LAYER, "model.layers.0.mlp.up_proj")}
+    assert all(kind is (Int8Tensor if name in spec.get("int8", ()) else Int4Tensor) for name, kind in kinds.items())
+    assert kinds[LAYER] is Int8Tensor
+
+
+def test_the_card_and_the_lineage_have_every_try(one_passes):
+    _, result, documents, _ = one_passes
+    card = documents["README.md"].decode()
+    assert "## `int4/`: what was tried" in card and "layers in eight bits" in card
+    table = card[card.index("what was tried") :].split("\n\n")[2]
+    assert table.count("\n") == len(result["gate"]["tried"]) + 1 and table.count("passes |") == 1
+    told = json.loads(documents["tunepress.json"])["results"]["int4"]["gate"]["tried"]
+    assert [rung["size_bytes"] for rung in told] == [rung["size_bytes"] for rung in result["gate"]["tried"]]
+
+
+def test_a_looser_limit_that_it_meets_as_asked_for_gives_it_as_asked_for(one_passes, trying):
+    outcome = trying.judge(gate={"rise": 100.0, "kl": 100.0})
+    result = trying.result()
+    assert outcome.refusal is None and result["gate"]["passed"]
+    assert "int8" not in result["variant"] and trying.tries() == []
