@@ -243,9 +243,9 @@ class Workspace:
         return sorted(made)
 
     def placed(self, key: str) -> list[Path]:
-        """The files of a step that lie in the release."""
-        made = self._outputs(key)
-        return sorted(path for path in made if self.release in path.parents and path.parent != self.measurements)
+        """The files of a step that lie in the release, as far as they are still there."""
+        made = (path for path in self._outputs(key) if self.release in path.parents)
+        return sorted(path for path in made if path.parent != self.measurements and path.is_file())
 
     def take_back(self, key: str, placed_in: Path, folder: Path) -> None:
         """Move what `place` put into the release out of it again; what is another step's too stays there as well."""
