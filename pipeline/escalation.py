@@ -14,7 +14,7 @@ from pathlib import Path
 from pipeline.catalog import GROUP_SIZES, VARIANTS
 from pipeline.config import VariantSpec
 
-SHARES = (0.05, 0.1, 0.2, 0.4)  # of the linear layers' weights, those that suffer most, in eight bits
+SHARES = (0.05, 0.1, 0.2, 0.4, 0.6)  # of the linear layers' weights, those that suffer most, in eight bits
 
 Shapes = Mapping[str, tuple[int, int]]
 
@@ -60,6 +60,7 @@ def _specs(asked: VariantSpec) -> list[VariantSpec]:
         widest = asked.group_size or 2 * max(GROUP_SIZES)
         sizes = sorted((size for size in variant.group_sizes if size < widest), reverse=True)
         found += [_changed(asked, rounding=best, group_size=size) for size in sizes]
+        found += [_changed(asked, rounding=how, group_size=sizes[-1]) for how in others if sizes and how != best]
     if variant.format == "torchao" and asked.embeddings == "keep":
         found.append(_changed(found[-1], rounding=best, embeddings="int8"))
     return found

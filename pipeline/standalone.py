@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipeline.catalog import VARIANTS, variant_names
-from pipeline.config import PACKAGE_SOURCE, Config, Model, Quantize, Section, Whole, repository_id, run_name
+from pipeline.config import PACKAGE_SOURCE, Config, Model, Quantize, Real, Section, Whole, repository_id, run_name
 from pipeline.config_file import explain, read_yaml
 from pipeline.errors import ConfigError, HubError, Interrupted, UserError
 from pipeline.hub import CARD, LINEAGE, check_root
@@ -52,7 +52,7 @@ class Task(Section):
         default=None, min_length=1, description="text to measure on: a .txt file, or builtin:NAME"
     )
     low_disk: bool = False
-    max_rise: float | None = Field(default=None, gt=0, description="of perplexity, as a share")
+    max_rise: Real | None = Field(default=None, gt=0, description="of perplexity, as a share")
     on_gate_failure: Literal["withhold", "warn", "escalate"] = "withhold"
 
     @field_validator("repo", "dataset_repo")

@@ -132,7 +132,7 @@ def _in_short(tried: list[dict]) -> list[dict]:
 
 def _told_of_tries(result: dict) -> str:
     tried = result["gate"].get("tried", ())
-    if not tried:
+    if len(tried) < 2:
         return ""
     return f"; that is the best of {len(tried)} ways to make it, and takes {result['size_bytes']:,} bytes"
 

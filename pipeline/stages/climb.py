@@ -114,12 +114,16 @@ class Climb:
 
     def _make(self, spec: VariantSpec, label: str) -> None:
         from pipeline.models import linear_weights, table_weights
-        from pipeline.quantization.stream import quantize_checkpoint
+        from pipeline.quantization.stream import Variants
 
         tables = table_weights(self._full) if spec.embeddings == "int8" else {}
         folders, linear = {self._name: empty_folder(self._folder)}, linear_weights(self._full)
         tell = functools.partial(self._events.progress, what=f"{label}: rounding and writing")
-        made = quantize_checkpoint(self._full, [spec], folders, linear, tell, tables=tables, name=self._config.name)
+        about = {"name": self._config.name, "license": self._workspace.read_measurement("origin").get("license")}
+        variants = Variants([spec], folders, linear, tables, **about, tell=self._events.progress)
+        made = variants.make_of(self._full, tell)
+        for error in variants.failed.values():
+            raise error
         self._made = spec, asdict(made[self._name])
 
     def _tell(self, before: str) -> Callable[[int, int, str], None]:

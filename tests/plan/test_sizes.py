@@ -57,7 +57,8 @@ def test_a_folder_is_read_by_its_headers(any_model):
 @pytest.mark.parametrize(
     "spec",
     [{"name": "int8"}, {"name": "int8", "group_size": 32}, {"name": "int4"}, {"name": "int4", "group_size": 32},
-     {"name": "int4", "packing": "tile_packed"}, {"name": "int4", "embeddings": "int8"}],
+     {"name": "int4", "packing": "tile_packed"}, {"name": "int4", "embeddings": "int8"},
+     {"name": "int4", "int8": ["*.down_proj", "*.0.*.q_proj"]}],
 )  # fmt: skip
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 def test_variants_are_as_large_as_planned(tiny_model, quantized, architecture, spec):

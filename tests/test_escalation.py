@@ -1,0 +1,72 @@
+"""The ladder of a variant: what is on it, in which order, and which layers get eight bits."""
+
+import math
+
+import pytest
+
+from pipeline.config import VariantSpec
+from pipeline.escalation import Rung, best, distance, ladder, with_layers
+from pipeline.models import linear_weights, table_weights
+
+
+def rungs(folder, name: str, **options) -> list[Rung]:
+    asked = VariantSpec(name=name, **options).resolved()
+    return ladder(asked, linear_weights(folder), table_weights(folder), folder)
+
+
+def ways(found: list[Rung]) -> list[tuple]:
+    return [(r.spec.rounding, r.spec.group_size, r.spec.embeddings, r.share) for r in found]
+
+
+def test_of_int4_there_are_roundings_groups_embeddings_and_layers_in_eight_bits(tiny_model):
+    found = ways(rungs(tiny_model("llama"), "int4", group_size=64))
+    assert set(found) == {
+        ("search", 64, "keep", 0), ("hqq", 64, "keep", 0), ("search", 32, "keep", 0), ("hqq", 32, "keep", 0),
+        *(("search", 32, "int8", share) for share in (0, 0.05, 0.1, 0.2, 0.4, 0.6)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("asked", [("int4", {}), ("int8", {}), ("int8-dynamic", {})])
+def test_the_smallest_come_first_and_what_was_asked_for_is_among_them(tiny_model, asked):
+    name, options = asked
+    found = rungs(tiny_model("llama"), name, **options)
+    assert [r.bytes for r in found] == sorted(r.bytes for r in found) and len(found) > 1
+    assert VariantSpec(name=name, **options).resolved() in [r.spec for r in found]
+
+
+def test_bytes_are_those_of_the_files_but_for_what_all_variants_have(tiny_model, quantized):
+    from pipeline.checkpoint import Checkpoint
+
+    source = tiny_model("llama")
+    found = [r for r in rungs(source, "int4", group_size=64) if not r.share]
+    options = [rung.spec.model_dump(include={"rounding", "group_size", "embeddings"}) for rung in found]
+    made = [Checkpoint(quantized(source, "int4", **given) / "int4") for given in options]
+    assert len({checkpoint.nbytes - rung.bytes for checkpoint, rung in zip(made, found, strict=True)}) == 1
+
+
+def test_embeddings_stay_where_stock_transformers_could_not_load_them(tiny_model):
+    found = rungs(tiny_model("gemma3_text"), "int4")
+    assert {r.spec.embeddings for r in found} == {"keep"} and max(r.share for r in found) == 0.6
+
+
+@pytest.mark.parametrize("name", ["gguf-q4_k_m", "gguf-bf16"])
+def test_what_takes_no_options_has_one_rung(tiny_model, name):
+    assert len(rungs(tiny_model("llama"), name)) == 1
+
+
+def test_layers_that_cost_most_for_their_size_get_eight_bits_until_the_share_is_full():
+    kl = {"a": (100, 0.1), "b": (100, 0.4), "c": (800, 0.8), "d": (1000, 0.1)}
+    layers = [{"name": n, "weights": w, "kl": {"value": v, "stderr": 0.0}} for n, (w, v) in kl.items()]
+    spec = VariantSpec(name="int4").resolved()
+    chosen = [with_layers(Rung(spec, share, 0), layers).int8 for share in (0.05, 0.1, 0.4, 0.5)]
+    assert chosen == [["b"], ["a", "b"], ["a", "b", "c"], ["a", "b", "c"]]
+
+
+def test_the_nearest_is_the_one_whose_worst_figure_is_least_above_its_limit():
+    def verdict(*figures):
+        return {"checks": [{"value": v, "stderr": 0.01, "quantile": 2.0, "limit": limit} for v, limit in figures]}
+
+    assert distance(verdict((0.08, 0.05), (0.01, 0.3))) == pytest.approx(2.0)
+    assert distance({"checks": []}) == math.inf
+    rungs = [{"n": 1, "gate": verdict((0.08, 0.05), (0.0, 1))}, {"n": 2, "gate": verdict((0.04, 0.05), (0.5, 0.4))}]
+    assert best(rungs)["n"] == 2
