@@ -65,9 +65,8 @@ def run(
             if steps.try_admit(variant) and per_stage and steps.did(f"quantize/{variant}"):
                 steps.try_publish(steps.admitted(variants))
         if not config.merges and not steps.admitted(variants):
-            if set(steps.withheld()) == set(variants):
-                steps.withdraw_documents()
-            steps.raise_failures()  # there is nothing that a card could tell of
+            _leave_no_documents(steps, variants)
+            steps.raise_failures()
         again = published and publish_again and not steps.did("publish")
         steps.do("publish" if published else "document", steps.admitted(variants), again)
         steps.raise_failures()
@@ -98,7 +97,10 @@ def run_one(
             steps.write_variants(tuple(v for v in variants if v not in steps.judged(variants)))
             for variant in variants:
                 steps.try_admit(variant)
-            steps.do("document", steps.admitted(variants))
+            if config.merges or steps.admitted(variants):
+                steps.do("document", steps.admitted(variants))
+            else:
+                _leave_no_documents(steps, variants)
         elif stage == "publish":
             for variant in variants:
                 steps.require_variant(variant)
@@ -109,6 +111,12 @@ def run_one(
             steps.do(stage)
         steps.raise_failures()
     return workspace
+
+
+def _leave_no_documents(steps: Steps, variants: tuple[str, ...]) -> None:
+    """Where all that there was is withheld now, nothing is left that a card could tell of."""
+    if set(steps.withheld()) == set(variants):
+        steps.withdraw_documents()
 
 
 _WANTED = {"train": "data", "merge": "data and no merge.adapter", "evaluate": "evaluate"}
