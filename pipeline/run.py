@@ -104,7 +104,6 @@ def run_one(
         elif stage == "publish":
             for variant in variants:
                 steps.require_variant(variant)
-                steps.try_admit(variant)
             # Again, for the repository may have changed, which only the Hub knows.
             steps.do("publish", steps.admitted(variants), again=True)
         else:

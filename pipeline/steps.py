@@ -118,9 +118,7 @@ class Steps:
         except StageFailed as failure:
             self._failures.append(failure)
             return False
-        if reason := self._why_withheld(variant):
-            self._withheld[variant] = StageFailed(f"quantize {variant}: {reason}", 2, "")
-        return reason is None
+        return self._is_in(variant)
 
     def try_publish(self, variants: tuple[str, ...]) -> None:
         """Publish what there is so far; if the Hub does not take it now, the last publish will tell."""
@@ -151,7 +149,7 @@ class Steps:
 
     def admitted(self, variants: tuple[str, ...]) -> tuple[str, ...]:
         """Those of these variants that are in the release."""
-        return tuple(v for v in self.judged(variants) if self._why_withheld(v) is None)
+        return tuple(v for v in self.judged(variants) if self._is_in(v))
 
     def judged(self, variants: tuple[str, ...]) -> tuple[str, ...]:
         """Those of these variants that were let in or withheld, and of which nothing has changed since."""
@@ -176,7 +174,7 @@ class Steps:
             raise UserError(f"publish: {variant} is not made, or its settings or libraries changed; run: {again}")
 
     def withheld(self) -> dict[str, StageFailed]:
-        """The variants that `try_admit` did not let in since they missed their gate, and the line that says so."""
+        """The variants that were not let in since they missed their gate, and the line that says so."""
         return dict(self._withheld)
 
     def raise_failures(self, withheld: bool = True) -> None:
@@ -192,8 +190,12 @@ class Steps:
             told = "; ".join(str(failure) for failure in failures)
             raise StageFailed(told, max(f.exit_code for f in failures), self._workspace.logs)
 
-    def _why_withheld(self, variant: str) -> str | None:
-        return self._workspace.ledger()[_key("admit", (variant,))].summary.get("withheld")
+    def _is_in(self, variant: str) -> bool:
+        """Is a variant that was judged in the release? What keeps it out is told at the end."""
+        reason = self._workspace.ledger()[_key("admit", (variant,))].summary.get("withheld")
+        if reason:
+            self._withheld[variant] = StageFailed(f"quantize {variant}: {reason}", 2, "")
+        return reason is None
 
     def _tick(self) -> None:
         self._forwarder.forward()
