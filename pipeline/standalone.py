@@ -53,6 +53,7 @@ class Task(Section):
     )
     low_disk: bool = False
     max_rise: Real | None = Field(default=None, gt=0, description="of perplexity, as a share")
+    max_kl: Real | None = Field(default=None, gt=0, description="nats a token")
     on_gate_failure: Literal["withhold", "warn", "escalate"] = "withhold"
 
     @field_validator("repo", "dataset_repo")
@@ -133,7 +134,8 @@ def configure(task: Task, there: Standing | None, space: str | None = None, serv
     }
     if not task.low_disk:
         settings |= {"evaluate.general": task.calibration, "evaluate.device": task.device}
-        settings |= {"quantize.gate.rise": task.max_rise, "quantize.on_gate_failure": task.on_gate_failure}
+        settings |= {"quantize.gate.rise": task.max_rise, "quantize.gate.kl": task.max_kl}
+        settings |= {"quantize.on_gate_failure": task.on_gate_failure}
     return quantize_config(
         task.model,
         task.output or task.repo or task.model,

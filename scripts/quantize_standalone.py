@@ -66,8 +66,9 @@ def quantize(
     max_rise: Annotated[
         float | None, typer.Option(help="How much perplexity may rise, 0.05 for 5 %; by default int8 2 %, int4 5 %.")
     ] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Largest KL divergence in nats a token; by default any.")] = None,
     on_gate_failure: Annotated[
-        str | None, typer.Option(help="Where it rises by more: withhold the variant (the default), warn, or escalate.")
+        str | None, typer.Option(help="Where it loses more: withhold the variant (the default), warn, or escalate.")
     ] = None,
 ) -> None:
     options = {name: value for name, value in locals().items() if name not in ("model", "token")}

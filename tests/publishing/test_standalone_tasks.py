@@ -54,8 +54,8 @@ def test_options_become_the_configuration_of_one_private_commit(hub, tmp_path):
     assert (config.model.source, config.publish.repo) == ("ada/model", "ada/other")
     assert not configure(task(repo="ada/other", private=False), None).publish.private
     assert config.quantize.on_gate_failure == "withhold" and config.quantize.gate.rise is None
-    lenient = configure(task(repo="ada/other", max_rise=0.1, on_gate_failure="warn"), None).quantize
-    assert (lenient.gate.rise, lenient.on_gate_failure) == (0.1, "warn")
+    lenient = configure(task(repo="ada/other", max_rise=0.1, max_kl=0.2, on_gate_failure="warn"), None).quantize
+    assert (lenient.gate.rise, lenient.gate.kl, lenient.on_gate_failure) == (0.1, 0.2, "warn")
     kept = configure(task(save_only=True, low_disk=True), None)
     assert kept.publish.repo is None and kept.evaluate is None and kept.model.low_disk
 
