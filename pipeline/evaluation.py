@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from pipeline.data.encode import Encoded
     from pipeline.llama_cpp import Reader
     from pipeline.measure import Estimate, Progress, Scores
 
@@ -115,13 +116,13 @@ def _in_transformers(
         write_json(workspace.measurements / "reference" / "head.json", {"name": head_name})
         for text, scores in scored.items():
             scores.save(_reference_scores(text, workspace))
-        quality = {text: _quality(text, scores, config) for text, scores in scored.items()}
+        quality = {text: _quality(text, sequences[text], scores, config) for text, scores in scored.items()}
     else:
         theirs, quality = _reference_head(reference, workspace), {}
         for text, scores in scored.items():
             other = measure.Scores.load(_reference_scores(text, workspace))
             compared = measure.divergence(scores, head, other, theirs, softcap, tell("divergence"))
-            quality[text] = _quality(text, scores, config, other, compared)
+            quality[text] = _quality(text, sequences[text], scores, config, other, compared)
 
     quantized = "quantization_config" in read_json(folder / "config.json", {})
     loaders = ("stock", "pipeline") if quantized else ("stock",)
@@ -172,7 +173,7 @@ def _in_llama_cpp(
             other = measure.Scores.load(_reference_scores(text, workspace))
             logits = measure.counted_logits(reader, part)
             scores, compared = measure.compare_logits(logits, part, other, head, softcap, tell(f"{text} text"))
-            quality[text] = _quality(text, scores, config, other, compared)
+            quality[text] = _quality(text, part, scores, config, other, compared)
         tell("sample answers")(0, 1)
         stops = measure.stop_tokens(reference)
         replies = [reader.answer(question, stops, measure.ANSWER_TOKENS) for question in questions]
@@ -209,6 +210,7 @@ def _check_tokens(reader: Reader, tokenizer: PreTrainedTokenizerBase, samples: I
 
 def _quality(
     text: str,
+    sequences: Sequence[Encoded],
     scores: Scores,
     config: Config,
     reference: Scores | None = None,
@@ -220,6 +222,7 @@ def _quality(
         "text": config.data.source if text == texts.HELD_OUT else config.evaluate.general,
         "tokens": len(scores.nll),
         "sequences": int(scores.sequence.unique().numel()),
+        "digest": texts.digest(sequences),
         "loss": asdict(measure.mean(scores.nll, scores.sequence)),
         "perplexity": asdict(measure.perplexity(scores)),
         **({} if reference is None else {"rise": asdict(measure.rise(scores, reference))}),

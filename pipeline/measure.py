@@ -104,7 +104,7 @@ def score(model: PreTrainedModel, sequences: Sequence[Encoded], on_progress: Pro
         states, targets = seen[:, :-1][counted.to(device)], labels[:, 1:][counted].to(device)
         places = torch.cat([torch.arange(starts[i], starts[i] + int(counts[i])) for i in batch])
         for rows, logits in logits_of(head, states):
-            nll[places[rows]] = _nll(logits, targets[rows]).cpu()
+            nll[places[rows]] = token_losses(logits, targets[rows]).cpu()
             choice[places[rows]] = logits.argmax(-1).cpu()
         if hidden is None:
             hidden = torch.empty(len(sequence), states.shape[1], dtype=states.dtype)
@@ -198,7 +198,7 @@ def compare_logits(
     nll, choice, kl, start = torch.empty(len(targets)), torch.empty_like(targets), torch.empty(len(targets)), 0
     for ours in logits:
         rows = slice(start, start + len(ours))
-        nll[rows] = _nll(ours, targets[rows])
+        nll[rows] = token_losses(ours, targets[rows])
         choice[rows] = ours.argmax(-1)
         kl[rows] = _kl(head(reference.hidden[rows]), ours)
         start = rows.stop
@@ -213,7 +213,7 @@ def _refuse_other_tokens(sequence: torch.Tensor, reference: Scores) -> None:
         raise ModelError("the two models were not scored on the same tokens; score both again")
 
 
-def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood (n,) in nats of `targets` (n,) under logits (n, V)."""
     return -logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
 

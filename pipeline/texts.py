@@ -6,6 +6,8 @@ is what the configuration names, cut into windows.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -70,6 +72,14 @@ def all_texts(config: Config, workspace: Workspace, tokenizer: PreTrainedTokeniz
     """The texts by name; held-out text only where there is a data set."""
     kept = {HELD_OUT: held_out(config, workspace, tokenizer)} if config.data else {}
     return kept | {GENERAL: general(config, tokenizer)}
+
+
+def digest(sequences: Sequence[Encoded]) -> str:
+    """A digest of a text as tokens, and of which of them count: two figures of the same one can be compared."""
+    told = hashlib.sha256()
+    for sequence in sequences:
+        told.update(json.dumps([sequence.input_ids, sequence.labels]).encode())
+    return told.hexdigest()[:24]
 
 
 def with_template(tokenizer: PreTrainedTokenizerBase, workspace: Workspace) -> PreTrainedTokenizerBase:

@@ -139,4 +139,4 @@ def model_source(found: dict | None, configured: str | None = None) -> Markdown:
         place = Markdown(f"the local folder {code(file_name(source))}")
     else:
         place = code(source if REPO_ID.match(source) else file_name(source))
-    return Markdown(f"{escape(found['name'])} ({place})") if found.get("name") not in (None, "", source) else place
+    return Markdown(f"{escape(found['name'])} ({place})") if found.get("name") else place

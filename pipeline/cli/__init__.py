@@ -17,7 +17,8 @@ app = typer.Typer(
 )
 VERBS = (
     runs.run, runs.train, models.merge, runs.evaluate, models.quantize, releases.publish, runs.status, runs.sync,
-    releases.rollback, runs.clean, models.chat, models.sensitivity, machine.schema, machine.plan, machine.doctor,
+    releases.rollback, releases.verify, runs.clean, models.chat, models.sensitivity, machine.schema, machine.plan,
+    machine.doctor,
     wizard.wizard,
 )  # fmt: skip
 for verb in VERBS:

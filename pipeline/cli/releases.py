@@ -1,4 +1,4 @@
-"""The verbs of what is on the Hub: publish it, and take it back."""
+"""The verbs of releases: publish one, take it back, and see whether it is what it says."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import RUNS, AsJson, Root, terminal_reporter
+from pipeline.cli.options import RUNS, AsJson, Root, console, terminal_reporter
 
 
 def publish(
@@ -63,6 +63,30 @@ def rollback(
         print(json.dumps({"repo": repo, "tag": done.tag, "commit": done.commit.oid, "url": done.commit.url}))
     else:
         print(f"{repo} is at {done.tag}: {done.commit.url}")
+
+
+def verify(
+    source: Annotated[str, typer.Argument(metavar="REPO|FOLDER", help="A repository USER/NAME, a release, or a run.")],
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a repository.")] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Load and measure models, run snippets; or files and cards.")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """See whether a release is what it says: hashes, cards, every model loaded and measured again, snippets run.
+
+    Exit codes: 0 it is, as far as can be told here; 3 it has defects; 2 there is nothing to verify.
+    """
+    from pipeline.verification import verify as look
+    from pipeline.verification.report import Report
+
+    with Report(console(stderr=as_json)) as report:
+        verification = look(source, revision, measure, report.progress, report.found)
+    if as_json:
+        print(json.dumps(verification.to_dict()))
+    else:
+        report.end(verification)
+    raise typer.Exit(verification.exit_code)
 
 
 def _say_published(workspace, as_json: bool) -> None:

@@ -1,0 +1,121 @@
+"""Is a release what it says? `verify` looks at its files, its cards, its models and its snippets.
+
+A release may come from anywhere. Of what lies in it nothing is run, no pickle is opened, and no file beside it is
+looked at; models are loaded only where every file in their folder is one that the lineage names, with its hash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pipeline.errors import UserError
+from pipeline.hub import LINEAGE
+from pipeline.lineage import own_version
+from pipeline.verification.claims import Claims, Malformed, read_claims
+from pipeline.verification.findings import DEFECTS_FOUND, Finding, Verdict, Verification, right, unknown, wrong
+from pipeline.verification.places import NoRelease, Place, open_place
+
+__all__ = ["DEFECTS_FOUND", "Finding", "NoRelease", "Verdict", "Verification", "verify"]
+
+
+def verify(
+    source: str,
+    revision: str | None = None,
+    measure: bool = True,
+    tell: Callable[[int, int, str], None] | None = None,
+    on_finding: Callable[[Finding], None] | None = None,
+) -> Verification:
+    """Verify a release.
+
+    Args:
+        source: a repository, a folder with a release, or a run's folder.
+        revision: branch, tag or commit of a repository.
+        measure: load the models, measure them and run the snippets; else only files and cards are looked at, and of a
+            repository no weights are fetched.
+        tell: called with done, in all, and what, while it goes on.
+        on_finding: called with each finding as it comes.
+
+    Raises:
+        NoRelease: where there is no lineage.
+        UserError: where there is no such repository or folder, or the Hub does not answer.
+    """
+    place = open_place(source, revision, tell or (lambda done, total, what: None))
+    findings = []
+    for finding in _findings(place, measure):
+        findings.append(finding)
+        if on_finding:
+            on_finding(finding)
+    return Verification(place.name, place.revision, tuple(findings))
+
+
+def _findings(place: Place, measure: bool):
+    from pipeline.verification.files import check_files, sound_models
+
+    try:
+        claims = read_claims(place.lineage())
+    except Malformed as error:
+        yield wrong("lineage", LINEAGE, str(error))
+        return
+    yield right("lineage", LINEAGE, f"{len(claims.files)} files and {len(claims.models)} models are named")
+    found = check_files(claims, place)
+    yield from found
+    if claims.config is None:
+        yield _unread(claims)
+        return
+    models = sound_models(claims, found)
+    if measure:
+        arrived = _bring(claims, place, models)
+        yield from arrived
+        models = sound_models(claims, [*found, *arrived])
+    yield from _cards_and_models(claims, place, models, measure)
+
+
+def _unread(claims: Claims) -> Finding:
+    """Another version's configuration is no defect; of our own it is one."""
+    made_with, own = claims.made_with.get("tunepress"), own_version()
+    problem = f"its configuration cannot be read ({claims.unread}), so cards and models were not looked at"
+    if made_with == own:
+        return wrong("lineage", LINEAGE, problem)
+    return unknown("lineage", LINEAGE, f"{problem}; it was made with tunepress {made_with}, and this is {own}")
+
+
+def _bring(claims: Claims, place: Place, models: list[str]) -> list[Finding]:
+    """Fetch what must be loaded, and see that it arrived as it was sent."""
+    paths = sorted({path for model in models for path in claims.files_of(model)})
+    if place.tree is None:
+        return []
+    place.bring([LINEAGE, *claims.documents, *paths])
+    found, done, total = [], 0, sum(claims.files[path].size for path in paths)
+    for path in paths:
+        if place.digest_here(path) != claims.files[path].sha256:
+            lies = place.folder / path
+            found.append(wrong("files", path, f"arrived damaged; remove {lies.resolve()}, and verify again"))
+        done += claims.files[path].size
+        place.tell(done, total, "checking what has arrived")
+    return found
+
+
+def _cards_and_models(claims: Claims, place: Place, models: list[str], measure: bool):
+    from pipeline.verification.cards import check_cards, check_modelfiles, render
+    from pipeline.verification.examples import run_examples
+    from pipeline.verification.measuring import measure_models
+
+    place.tell(0, 1, "rendering the cards again")
+    try:
+        cards = render(claims, place)
+    except Exception as error:  # results of any form, in templates made for ours
+        reason = str(error) if isinstance(error, UserError) else type(error).__name__
+        yield wrong("card", LINEAGE, f"no card follows from its results ({reason})")
+        return
+    yield from check_cards(claims, place, cards)
+    yield from check_modelfiles(claims, place)
+    for model in claims.models:
+        if model not in models:
+            yield unknown("measured", model, "not loaded, for its files are not those of the lineage")
+    if measure:
+        run = []
+        for finding in measure_models(claims, place, models):
+            if finding.verdict in (Verdict.wrong, Verdict.outdated):
+                run.append(finding.subject.split(",")[0])
+            yield finding
+        yield from run_examples(claims, place, cards, [model for model in models if model not in run])

@@ -1,0 +1,42 @@
+"""The command that makes a model of a release again, from what its lineage says of it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+from pipeline.catalog import VARIANTS
+from pipeline.config import VariantSpec
+from pipeline.verification.claims import ADAPTER, Claims
+from pipeline.verification.places import Place
+
+
+def how_to_make(claims: Claims, place: Place, model: str) -> str:
+    """A command line; for the model at the root and its adapter, from what those were made."""
+    base, revision = _base(claims)
+    if model in VARIANTS:
+        if claims.has_root:
+            base, revision = place.name, place.revision
+        return _quantize(claims.config.quantize.spec(model), base, revision)
+    if model == ADAPTER or claims.config.data:
+        return "train again, with tunepress run and the configuration that tunepress.json has"
+    adapter = claims.get("adapter", "hub_id") or claims.get("adapter", "source") or "ADAPTER"
+    kind = claims.get("merge", "base")
+    words = ["tunepress", "merge", base, str(adapter), "--output", "again", *(["--base", kind] if kind else [])]
+    return shlex.join([*words, *(["--revision", revision] if revision else [])])
+
+
+def _quantize(spec: VariantSpec, source: str, revision: str | None) -> str:
+    words = ["tunepress", "quantize", source, "--output", "again", *(["--revision", revision] if revision else [])]
+    default = VariantSpec(name=spec.name).resolved()
+    changed = {key: value for key, value in spec.model_dump().items() if value != getattr(default, key)}
+    if not changed:
+        return shlex.join([*words, "--variants", spec.name])
+    return shlex.join([*words, "--set", f"quantize.variants=[{json.dumps({'name': spec.name, **changed})}]"])
+
+
+def _base(claims: Claims) -> tuple[str, str | None]:
+    """The base model, and its commit where it is on the Hub."""
+    hub_id, revision = claims.get("origin", "hub_id"), claims.get("origin", "revision")
+    source = hub_id or claims.get("origin", "source") or claims.config.model.source
+    return str(source), revision if hub_id and isinstance(revision, str) else None

@@ -1,0 +1,167 @@
+"""What a release says of itself in `tunepress.json`, which may come from anywhere and is checked before it is believed.
+
+Of file names only those are taken that stay in the release's folder.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline.catalog import VARIANTS
+from pipeline.config import Config
+from pipeline.hub import LINEAGE
+from pipeline.lineage import SCHEMA
+
+MOST_BYTES = 32_000_000  # of a lineage; ours are of some ten thousand
+ROOT, ADAPTER = "merged", "adapter"  # models of a release, besides its variants
+_SHA256 = re.compile(r"[0-9a-f]{64}\Z")
+_PART = re.compile(r"(?!\.{1,2}\Z)[^\\/:\x00-\x1f\x7f]{1,255}\Z")
+
+
+class Malformed(Exception):
+    """The lineage is not one of ours, or not any more. `str(error)` says in one line what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class File:
+    """A file as the lineage has it."""
+
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Claims:
+    """A lineage that was checked for its form.
+
+    Attributes:
+        files: what the release consists of, by path in it.
+        documents: paths of what stands beside them for people.
+        results: every figure; what is in it is not checked for its form.
+        config: None where this tunepress cannot read the configuration, and `unread` says why.
+        made_with: versions of the libraries.
+        mirror_of: the repository whose variant stands here at the root.
+    """
+
+    files: Mapping[str, File]
+    documents: tuple[str, ...]
+    results: Mapping[str, Any]
+    config: Config | None
+    unread: str
+    made_with: Mapping[str, str]
+    mirror_of: str | None
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Those that the figures are about, in the order of the configuration, which the cards have too."""
+        asked = [spec.name for spec in self.config.quantize.variants] if self.config else []
+        return tuple(name for name in dict.fromkeys((*asked, *VARIANTS)) if name in self.results)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Everything here that can be loaded: the root, its adapter, the variants."""
+        root = (ROOT,) if self.has_root else ()
+        adapter = (ADAPTER,) if f"{ADAPTER}/adapter_config.json" in self.files else ()
+        return (*root, *adapter, *self.variants)
+
+    @property
+    def has_root(self) -> bool:
+        """Is the full-precision model here?"""
+        return "config.json" in self.files and not self.mirror_of
+
+    def prefix(self, model: str) -> str:
+        """What the paths of a model's files begin with."""
+        if model == ROOT or self.mirror_of:
+            return ""
+        return f"{ADAPTER if model == ADAPTER else VARIANTS[model].folder}/"
+
+    def files_of(self, model: str) -> dict[str, File]:
+        """The files of a model, and no others in its folder: of GGUF its own file alone."""
+        prefix = self.prefix(model)
+        there = {p: f for p, f in self.files.items() if p.startswith(prefix) and "/" not in p.removeprefix(prefix)}
+        if not is_gguf(model):
+            return there
+        own = f"{prefix}{self.get(model, 'file')}"
+        return {path: file for path, file in there.items() if path == own or not path.endswith(".gguf")}
+
+    def get(self, *keys: str) -> Any:
+        """A value in the results; None where there is none, or something else than a table on the way."""
+        found: Any = self.results
+        for key in keys:
+            found = found.get(key) if isinstance(found, Mapping) else None
+        return found
+
+
+def is_gguf(model: str) -> bool:
+    return model in VARIANTS and VARIANTS[model].format == "gguf"
+
+
+def read_claims(content: bytes) -> Claims:
+    """A lineage.
+
+    Raises:
+        Malformed: where it is none.
+    """
+    if len(content) > MOST_BYTES:
+        raise Malformed(f"{len(content):,} bytes; a lineage has some ten thousand, and this was not read")
+    try:
+        told = json.loads(content)
+    except (ValueError, RecursionError):
+        raise Malformed("not readable JSON") from None
+    if not isinstance(told, dict):
+        raise Malformed("not a lineage")
+    if told.get("schema") != SCHEMA:
+        raise Malformed(f"of schema {told.get('schema')!r}, and this tunepress reads {SCHEMA}; install the newest")
+    made_with, mirror_of = _table(told, "made_with"), told.get("mirror_of")
+    config, unread = _configuration(_table(told, "configuration"))
+    return Claims(
+        files={path: _file(path, about) for path, about in _table(told, "files").items()},
+        documents=_documents(told.get("documents")),
+        results=_table(told, "results"),
+        config=config,
+        unread=unread,
+        made_with={name: version for name, version in made_with.items() if isinstance(version, str)},
+        mirror_of=mirror_of if isinstance(mirror_of, str) else None,
+    )
+
+
+def _table(told: dict, key: str) -> dict:
+    if not isinstance(told.get(key), dict):
+        raise Malformed(f"has no table {key!r}")
+    return told[key]
+
+
+def _file(path: str, about: Any) -> File:
+    check_path(path)
+    digest, size = (about.get("sha256"), about.get("size")) if isinstance(about, dict) else (None, None)
+    if not isinstance(digest, str) or not _SHA256.match(digest) or type(size) is not int or size < 0:
+        raise Malformed(f"has no sha256 and size of {path!r}")
+    return File(digest, size)
+
+
+def _documents(paths: Any) -> tuple[str, ...]:
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        raise Malformed("has no list of documents")
+    for path in paths:
+        check_path(path)
+    return tuple(paths)
+
+
+def check_path(path: str) -> None:
+    """Raise Malformed where a path leaves the release's folder, or has what no file of ours has in its name."""
+    if not all(_PART.match(part) for part in path.split("/")) or path == LINEAGE:
+        raise Malformed(f"names a file {path!r}, which is no name in a release; nothing of it is looked at")
+
+
+def _configuration(told: dict) -> tuple[Config | None, str]:
+    try:
+        return Config.model_validate(told), ""
+    except (ValidationError, RecursionError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": "nested too deeply"}
+        return None, f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

@@ -1,0 +1,83 @@
+"""The snippets of the cards, each run as it stands, in a fresh process.
+
+Only what we would write ourselves is run: a snippet in a card has to be, byte for byte, the one that follows from
+the lineage. It is then run on the files that were verified, whatever place the card names.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline import snippets
+from pipeline.cards import About
+from pipeline.catalog import VARIANTS
+from pipeline.hub import CARD
+from pipeline.libraries import is_installed
+from pipeline.verification.cards import Cards, local, rendered
+from pipeline.verification.claims import ADAPTER, ROOT, Claims, is_gguf
+from pipeline.verification.findings import Finding, right, unknown, wrong
+from pipeline.verification.places import Place
+
+SECONDS = 3600  # a large model on a small processor; then it is given up
+
+
+def run_examples(claims: Claims, place: Place, cards: Cards, models: list[str]) -> Iterator[Finding]:
+    """A line for every snippet that loads one of these models."""
+    for model in (model for model in models if model != ADAPTER):
+        expected, ours = of_model(cards.about, claims, model), of_model(local(cards.about, place), claims, model)
+        there = snippets.blocks((place.read(card_of(claims, model)) or b"").decode(errors="replace"))
+        if not ours or not set(expected) <= set(there):
+            yield wrong("snippets", model, "not run: the card has others than follow from the lineage")
+            continue
+        if is_gguf(model) and not is_installed("llama_cpp"):
+            yield unknown("snippets", model, "not run: needs llama-cpp-python")
+            continue
+        for number, code in enumerate(programs(ours), 1):
+            place.tell(0, 1, f"{model}: running snippet {number}")
+            yield _run(model, code, place)
+
+
+def card_of(claims: Claims, model: str) -> str:
+    """The card that has a model's snippets and no other's, or for the root, the main card."""
+    return CARD if model == ROOT or claims.mirror_of else f"{VARIANTS[model].folder}/{CARD}"
+
+
+def of_model(about: About, claims: Claims, model: str) -> list[str]:
+    """The code of the card about one model."""
+    if model == ROOT:
+        from pipeline.cards import model_card
+
+        return snippets.blocks(model_card(about, []))
+    return snippets.blocks(rendered(about, claims)[card_of(claims, model)])
+
+
+def programs(blocks: list[str]) -> list[str]:
+    """Blocks put together so that each runs: one that loads a model, and after it what is done with it."""
+    loads = [block for block in blocks if _assigns(block, "model")]
+    uses = [block for block in blocks if not _assigns(block, "model")]
+    return ["\n".join([load, *(uses if _assigns(load, "tokenizer") else ())]) for load in loads]
+
+
+def _assigns(code: str, name: str) -> bool:
+    targets = (target for node in ast.parse(code).body if isinstance(node, ast.Assign) for target in node.targets)
+    return any(isinstance(n, ast.Name) and n.id == name for target in targets for n in ast.walk(target))
+
+
+def _run(model: str, code: str, place: Place) -> Finding:
+    with_tunepress = "from pipeline import load" in code
+    what = "with tunepress" if with_tunepress else "with stock libraries"
+    with tempfile.TemporaryDirectory(prefix="tunepress-snippet-") as folder:
+        try:
+            done = snippets.run(code, Path(folder), with_tunepress, seconds=SECONDS)
+        except subprocess.TimeoutExpired:
+            return unknown("snippets", model, f"{what}: not finished within {SECONDS // 60} minutes")
+    if done.returncode < 0:
+        return unknown("snippets", model, f"{what}: killed (signal {-done.returncode}), perhaps for want of memory")
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return wrong("snippets", model, f"{what}: does not run: {last}")
+    return right("snippets", model, f"{what}: runs")

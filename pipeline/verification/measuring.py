@@ -1,0 +1,263 @@
+"""Every model of a release loaded in a process of its own, and its perplexity measured again.
+
+How near the same figure is the same. The weights and the tokens are the same to the bit, so a figure's standard error
+has no part in it; what differs is the order of sums. On SmolLM2-135M, kernels of int8 and int4 against stock torchao
+and against dequantized weights, bf16 against float32, other batches and threads moved perplexity by @@ at most,
+while a variant whose scales are a few percent off is off by far more. Hence `TOLERANCE`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import REPO_ID, Config
+from pipeline.data import load_examples, write_examples
+from pipeline.data.sources import is_builtin, names_a_file
+from pipeline.errors import UserError
+from pipeline.files import read_json, write_json
+from pipeline.libraries import versions
+from pipeline.models import check_config, read_config
+from pipeline.process import with_own_package
+from pipeline.verification.again import how_to_make
+from pipeline.verification.claims import ADAPTER, ROOT, Claims, is_gguf
+from pipeline.verification.findings import Finding, outdated, right, unknown, wrong
+from pipeline.verification.places import Place, Tell
+from pipeline.verification.worker import DAMAGED, MISSING, OUTDATED
+from pipeline.workspace import Workspace
+
+TOLERANCE = 0.01  # of a perplexity
+HELD_OUT, GENERAL = "held_out", "general"
+READABLE = ("torchao",)  # the quantizers whose formats tunepress writes; no other is begun
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is measured on.
+
+    Attributes:
+        config: the run's, with sources as they are found here.
+        workspace: holds the held-out examples.
+        names: of the texts that can be had.
+        problems: text -> why it cannot be had.
+    """
+
+    config: Config
+    workspace: Workspace
+    names: tuple[str, ...]
+    problems: dict[str, str]
+
+
+def measure_models(claims: Claims, place: Place, models: list[str]) -> Iterator[Finding]:
+    """A line for every model and text: what was measured, and whether it is what the release says."""
+    with tempfile.TemporaryDirectory(prefix="tunepress-verify-") as scratch:
+        texts = find_texts(claims, place, Path(scratch) / "texts")
+        for text, problem in texts.problems.items():
+            yield unknown("measured", f"{text.replace('_', '-')} text", problem)
+        for model in models:
+            if problem := refused(claims, place, model):
+                yield wrong("measured", model, problem)
+            else:
+                yield from _measured(claims, place, model, texts, Path(scratch))
+
+
+def find_texts(claims: Claims, place: Place, folder: Path) -> Texts:
+    """The texts that figures were measured on, as far as they can be had again.
+
+    Files on this machine are read only for a run that lies here: a lineage from elsewhere is not to name them.
+    """
+    config = claims.config
+    if place.run:
+        own = place.run.config()
+        config = config.model_copy(update={"data": own.data, "evaluate": own.evaluate})
+    workspace, problems = Workspace(folder), {}
+    workspace.data.mkdir(parents=True)
+    wanted = [t for t in (HELD_OUT, GENERAL) if any(claims.get(model, "quality", t) for model in claims.models)]
+    if HELD_OUT in wanted and (problem := _bring_held_out(claims, place, config, workspace)):
+        problems[HELD_OUT] = problem
+    if GENERAL in wanted and not place.run and not config.evaluate.general.startswith("builtin:"):
+        source = config.evaluate.general
+        problems[GENERAL] = f"the file {source} is not part of a release; verify the run's folder to measure on it"
+    return Texts(config, workspace, tuple(t for t in wanted if t not in problems), problems)
+
+
+def _bring_held_out(claims: Claims, place: Place, config: Config, workspace: Workspace) -> str | None:
+    """Put the held-out examples into `workspace`; why they cannot be had, if so."""
+    data = claims.get("data") if isinstance(claims.get("data"), dict) else {}
+    write_json(workspace.measurements / "data.json", {"template": data.get("template")})
+    kept = workspace.data / "held_out.jsonl"
+    if place.run and (place.run.data / kept.name).is_file():
+        shutil.copyfile(place.run.data / kept.name, kept)
+        return None
+    source = config.data.source if config.data else ""
+    try:
+        on_hub = bool(REPO_ID.match(source)) and not names_a_file(source) and isinstance(data.get("revision"), str)
+        if not on_hub and not is_builtin(source):
+            return f"the file {source} is not part of a release; verify the run's folder to measure on it"
+        place.tell(0, 1, f"reading {source}")
+        pinned = config.data.model_copy(update={"revision": data["revision"]}) if on_hub else config.data
+        write_examples(kept, load_examples(pinned).held_out)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def refused(claims: Claims, place: Place, model: str) -> str | None:
+    """Why a model is not even begun with: it names code, or a format that tunepress never writes."""
+    folder = place.folder / claims.prefix(model)
+    if is_gguf(model) or model == ADAPTER:
+        return None
+    try:
+        config = read_config(folder)
+        check_config(folder.name, {key: value for key, value in config.items() if key != "quantization_config"})
+    except UserError as error:
+        return f"not loaded: {error}"
+    quantization = config.get("quantization_config")
+    if model == ROOT and quantization:
+        return "not loaded: the full-precision model is quantized"
+    return None
+
+
+def _measured(claims: Claims, place: Place, model: str, texts: Texts, scratch: Path) -> Iterator[Finding]:
+    told = place.tell
+    reference = _reference(claims, place)
+    loader = claims.get(model, "loader")
+    if (is_gguf(model) or model == ADAPTER) and reference is None:
+        yield unknown("measured", model, "needs the full-precision model's tokenizer, which is not in this release")
+        return
+    if loader == "dequantized" and not claims.has_root:
+        yield unknown(
+            "measured", model, "was measured by its dequantized weights, which takes the full-precision model"
+        )
+        return
+    request = {
+        "model": model,
+        "folder": str(place.folder / claims.prefix(model)),
+        "file": str(place.folder / claims.prefix(model) / claims.get(model, "file")) if is_gguf(model) else None,
+        "reference": str(reference) if reference else None,
+        "loader": loader or ("llama.cpp" if is_gguf(model) else "pipeline.load"),
+        "config": texts.config.model_dump(mode="json"),
+        "workspace": str(texts.workspace.folder),
+        "texts": [text for text in texts.names if claims.get(model, "quality", text)],
+    }
+    found = in_fresh_process(request, scratch, lambda done, total, what: told(done, total, f"{model}: {what}"))
+    if "problem" in found:
+        yield _failed(claims, place, model, found)
+        return
+    compared = [*_compared(claims, model, found)]
+    yield from compared or [right("measured", model, "loads and runs")]
+
+
+def _reference(claims: Claims, place: Place) -> Path | None:
+    """A folder with the full-precision model, or at least with its tokenizer."""
+    packed = [v for v in claims.variants if not is_gguf(v)]
+    if claims.has_root:
+        return place.folder
+    return place.folder / claims.prefix(packed[0]) if packed else None
+
+
+def in_fresh_process(request: dict, scratch: Path, tell: Tell) -> dict:
+    """What `pipeline.verification.worker` found; `problem` and `reason` where that is nothing."""
+    asked, result = scratch / "request.json", scratch / "result.json"
+    result.unlink(missing_ok=True)
+    write_json(asked, request)
+    tell(0, 1, "loading")
+    plain = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"} | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-P", "-m", "pipeline.verification.worker", str(asked), str(result)]
+    with open(scratch / "log", "w+", encoding="utf-8", errors="replace") as log:
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=with_own_package(plain),
+        )
+        try:
+            for line in child.stdout:
+                if report := _report(line):
+                    tell(*report)
+            code = child.wait()
+        finally:
+            child.kill()
+            child.wait()
+        if code or not result.is_file():
+            log.seek(0)
+            last = (log.read().strip().splitlines() or [f"exit code {code}"])[-1]
+            reason = f"killed (signal {-code}), perhaps for want of memory" if code < 0 else last
+            return {"problem": "killed" if code < 0 else "failed", "reason": reason}
+    return read_json(result, {})
+
+
+def _report(line: str) -> tuple[int, int, str] | None:
+    try:
+        done, total, what = json.loads(line)
+    except (ValueError, TypeError):
+        return None  # a library's own chatter
+    return done, total, str(what)
+
+
+def _failed(claims: Claims, place: Place, model: str, found: dict) -> Finding:
+    """Damage, or other libraries than it was made for? Its files are as the lineage has them, or it were not loaded."""
+    problem, reason = found["problem"], found["reason"]
+    again = how_to_make(claims, place, model)
+    if problem == DAMAGED:
+        return wrong("measured", model, f"damaged, though its hash is the lineage's: {reason}; make it again: {again}")
+    if problem == MISSING:
+        return unknown("measured", model, reason)
+    if problem == "killed":
+        return unknown("measured", model, reason)
+    changed = _other_versions(claims)
+    if problem == OUTDATED or changed:
+        since = f" (made with {changed})" if changed else ""
+        return outdated(
+            "measured",
+            model,
+            f"not damaged, but made for other versions of the libraries{since}: {reason}; make it again: {again}",
+        )
+    return wrong("measured", model, f"does not load or run: {reason}; make it again: {again}")
+
+
+def _other_versions(claims: Claims) -> str:
+    """The libraries that load models, where they are others than those it was made with."""
+    names = ("torch", "torchao", "transformers", "peft", "llama-cpp-python")
+    now, then = versions(*names), claims.made_with
+    return ", ".join(f"{n} {then[n]}, now {now[n]}" for n in names if n in then and n in now and then[n] != now[n])
+
+
+def _compared(claims: Claims, model: str, found: dict) -> Iterator[Finding]:
+    for text, problem in found["problems"].items():
+        yield unknown("measured", f"{model}, {text.replace('_', '-')} text", problem)
+    for text, figures in found["quality"].items():
+        claimed, said = claims.get(model, "quality", text), text.replace("_", "-")
+        value, now = _value(claimed), figures["perplexity"]
+        subject = f"{model}, {said} text"
+        if value is None:
+            yield wrong("measured", subject, "the lineage has no perplexity that is a number")
+        elif claimed.get("digest") != figures["digest"]:
+            yield unknown(
+                "measured",
+                subject,
+                "cut into other tokens here than when it was measured (another Python?), so not compared",
+            )
+        elif abs(now / value - 1) <= TOLERANCE:
+            yield right("measured", subject, f"perplexity {now:.5g}, claimed {value:.5g}")
+        else:
+            yield wrong(
+                "measured", subject, f"perplexity is {now:.5g}, and the lineage and its cards claim {value:.5g}"
+            )
+
+
+def _value(claimed: Any) -> float | None:
+    perplexity = claimed.get("perplexity") if isinstance(claimed, dict) else None
+    value = perplexity.get("value") if isinstance(perplexity, dict) else None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number and value > 0 else None

@@ -1,0 +1,203 @@
+"""One model of a release, in a process of its own: does it load, and what is its perplexity now?
+
+    python -m pipeline.verification.worker REQUEST.json RESULT.json
+
+Prints how far it is, as lines of JSON. Loads nothing but safetensors and GGUF, and runs no code of a model's own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.config import Config
+from pipeline.errors import CheckpointError, DataError, MissingExtra, UserError
+from pipeline.files import read_json, write_json
+from pipeline.libraries import quiet, quiet_progress_bars
+from pipeline.models import read_config
+from pipeline.workspace import Workspace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from pipeline.data.encode import Encoded
+    from pipeline.measure import Scores
+
+OUTDATED, DAMAGED, MISSING, FAILED = "outdated", "damaged", "missing", "failed"  # why a model could not be measured
+
+
+def main() -> None:
+    request, result = read_json(Path(sys.argv[1]), {}), Path(sys.argv[2])
+    quiet()
+    quiet_progress_bars()
+    try:
+        found = _adapter(request) if request["model"] == "adapter" else _measured(request)
+    except MissingExtra as error:
+        found = {"problem": MISSING, "reason": str(error)}
+    except Exception as error:  # whatever libraries make of files that are not for them
+        problem, reason = _why(request, error)
+        found = {"problem": problem, "reason": reason}
+    write_json(result, found)
+
+
+def _measured(request: dict) -> dict:
+    """Perplexity by text, as `results.json` has it, with what else is needed to compare it."""
+    from pipeline import llama_cpp, measure, texts
+    from pipeline.loading import load, load_dequantized
+
+    config, folder = Config.model_validate(request["config"]), Path(request["folder"])
+    workspace, file = Workspace(request["workspace"]), request["file"]
+    if request["loader"] == "llama.cpp":
+        if not llama_cpp.is_installed():
+            raise MissingExtra(f"{request['model']}: measuring it in llama.cpp", "llama-cpp")
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(request["reference"])
+        sequences, problems = _texts(config, workspace, tokenizer, request["texts"])
+        longest = max((len(s.input_ids) for part in sequences.values() for s in part), default=16)
+        with llama_cpp.opened(Path(file), longest) as reader:
+            scored = {text: _in_llama_cpp(reader, part, text) for text, part in sequences.items()}
+            if not scored:
+                reader.begin()
+                next(iter(reader.read([0, 1], [True, True])))
+    else:
+        where = {"device": config.evaluate.device if config.evaluate else "auto", "offload": "auto"}
+        reference = request["reference"]
+        model, tokenizer = load_dequantized(Path(file), Path(reference), **where) if file else load(folder, **where)
+        sequences, problems = _texts(config, workspace, tokenizer, request["texts"])
+        scored = {text: measure.score(model, part, _teller(text)) for text, part in sequences.items()}
+        if not scored:
+            _run_once(model)
+    quality = {}
+    for text, scores in scored.items():
+        perplexity = measure.perplexity(scores)
+        quality[text] = {"digest": texts.digest(sequences[text]), "perplexity": perplexity.value}
+    return {"quality": quality, "problems": problems}
+
+
+def _texts(
+    config: Config, workspace: Workspace, tokenizer: PreTrainedTokenizerBase, wanted: list[str]
+) -> tuple[dict[str, list[Encoded]], dict[str, str]]:
+    """The texts that can be had, and why others cannot."""
+    from pipeline import texts
+
+    texts.with_template(tokenizer, workspace)
+    made = {
+        texts.HELD_OUT: lambda: texts.held_out(config, workspace, tokenizer),
+        texts.GENERAL: lambda: texts.general(config, tokenizer),
+    }
+    found, problems = {}, {}
+    for text in wanted:
+        try:
+            found[text] = made[text]()
+        except DataError as error:
+            problems[text] = str(error)
+    return found, problems
+
+
+def _in_llama_cpp(reader, sequences: list[Encoded], text: str) -> Scores:
+    import torch
+
+    from pipeline import measure
+
+    targets = torch.tensor([label for s in sequences for label in s.labels[1:] if label != measure.IGNORED])
+    counts = torch.tensor([sum(label != measure.IGNORED for label in s.labels[1:]) for s in sequences])
+    nll, start = torch.empty(len(targets)), 0
+    for logits in measure.counted_logits(reader, sequences):
+        rows = slice(start, start + len(logits))
+        nll[rows] = measure.token_losses(logits, targets[rows])
+        start = rows.stop
+        _tell(start, len(targets), f"{text} text")
+    sequence = torch.arange(len(sequences)).repeat_interleave(counts)
+    return measure.Scores(nll, torch.empty_like(targets), sequence, hidden=None)
+
+
+def _run_once(model) -> None:
+    import torch
+
+    from pipeline.heads import device_of
+
+    with torch.no_grad():
+        logits = model(torch.tensor([[0, 1, 2, 3]], device=device_of(model)), use_cache=False).logits
+    if not bool(torch.isfinite(logits).all()):
+        raise CheckpointError("gives logits that are not finite")
+
+
+def _adapter(request: dict) -> dict:
+    """Does the adapter load, and fit the model at the root, which is of the same shape as its base?"""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from pipeline.blocks import are_finite
+    from pipeline.checkpoint import Checkpoint
+    from pipeline.lora import Adapter
+
+    folder, root = Path(request["folder"]), Path(request["reference"])
+    adapter, base = Adapter.read(folder), Checkpoint(root)
+    for name, shape in adapter.shapes().items():
+        if name not in base or base[name].shape != shape:
+            raise CheckpointError(f"changes {name!r} of {shape}, which the model at the root does not have so")
+    for name in adapter.tensors:
+        if not are_finite(adapter.tensors.read(name).float()):
+            raise CheckpointError(f"{name!r} is not finite")
+    model = AutoModelForCausalLM.from_pretrained(root, dtype="auto")
+    _run_once(PeftModel.from_pretrained(model, folder))
+    return {"quality": {}, "problems": {}}
+
+
+def _why(request: dict, error: Exception) -> tuple[str, str]:
+    """Is it the files, or are they for other libraries? And what was said."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    folder = Path(request["folder"])
+    try:
+        if unknown := _unknown_format(folder):
+            return OUTDATED, unknown
+        _check_whole(request, folder)
+    except UserError as damage:
+        return DAMAGED, str(damage)
+    return FAILED, reason if isinstance(error, UserError) else f"{type(error).__name__}: {reason}"
+
+
+def _unknown_format(folder: Path) -> str | None:
+    """What of a model's configuration the libraries installed here do not know."""
+    from transformers import CONFIG_MAPPING
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    if not (folder / "config.json").is_file():  # an adapter, or GGUF
+        return None
+    config = read_config(folder)
+    if config.get("model_type") not in CONFIG_MAPPING:
+        return f"transformers knows no model_type {config.get('model_type')!r}"
+    if quantization := config.get("quantization_config"):
+        try:
+            AutoQuantizationConfig.from_dict(dict(quantization))
+        except Exception as error:
+            return f"its quantization_config is not known: {str(error).splitlines()[0] if str(error) else error!r}"
+    return None
+
+
+def _check_whole(request: dict, folder: Path) -> None:
+    """Raise where the files are not whole, so that no library could load them."""
+    from pipeline.checkpoint import Checkpoint
+    from pipeline.gguf_keys import read_header
+
+    if request["file"]:
+        read_header(Path(request["file"]))
+    elif request["model"] == "adapter":
+        Checkpoint.of_files([folder / "adapter_model.safetensors"])
+    else:
+        Checkpoint(folder)
+
+
+def _teller(text: str):
+    return lambda done, total: _tell(done, total, f"{text} text")
+
+
+def _tell(done: int, total: int, what: str) -> None:
+    print(json.dumps([done, total, what]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Models are loaded again in fresh processes, measured, and their snippets run; what only that tells is found."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pipeline.verification import Verdict
+from pipeline.verification.claims import read_claims
+from pipeline.verification.examples import programs, run_examples
+from pipeline.verification.measuring import measure_models
+from pipeline.verification.places import open_place
+from tests.verify.conftest import line, told
+
+
+def measured(release, model: str) -> list[str]:
+    """The lines about one model."""
+    place = open_place(str(release.folder), None, lambda done, total, what: None)
+    return [line(finding) for finding in measure_models(read_claims(place.lineage()), place, [model])]
+
+
+def test_a_whole_release_that_nobody_touched(release):
+    found = release.verify(measure=True)
+    assert told(found) == [] and told(found, Verdict.unknown) == []
+    right = told(found, Verdict.right)
+    for model in ("merged", "int8", "int4"):
+        assert any(line.startswith(f"measured {model}, general text: perplexity ") for line in right)
+        ran = [line for line in right if line.startswith(f"snippets {model}: ")]
+        assert ran == [f"snippets {model}: with stock libraries: runs", f"snippets {model}: with tunepress: runs"]
+    assert "measured adapter: loads and runs" in right
+    assert found.exit_code == 0
+
+
+def test_scales_moved_and_the_hash_rewritten(release):
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    path = release.folder / "int4/model.safetensors"
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    for name in tensors:
+        if name.endswith("_weight_scale"):
+            tensors[name] = tensors[name] * torch.tensor(1.3, dtype=tensors[name].dtype)
+    save_file(tensors, path, metadata)
+    release.own("int4/model.safetensors")
+    assert told(release.verify()) == []
+    (found,) = measured(release, "int4")
+    assert found.startswith("measured int4, general text: perplexity is ") and "cards claim" in found
+
+
+def test_a_lineage_and_cards_that_lie_together(release):
+    content = release.lineage()
+    content["results"]["int8"]["quality"]["general"]["perplexity"]["value"] *= 0.9
+    release.write_lineage(content)
+    (found,) = measured(release, "int8")
+    assert found.startswith("measured int8, general text: perplexity is ")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [("Int4WeightOnlyConfig", "Int3WeightOnlyConfig", "Int3WeightOnlyConfig"), ('"torchao"', '"torchao2"', "torchao2")],
+)
+def test_a_format_of_another_version_is_told_from_damage(release, old, new, says):
+    release.replace("int4/config.json", old, new)
+    release.own("int4/config.json")
+    (found,) = measured(release, "int4")
+    assert (
+        found.startswith("measured int4: not damaged, but made for other versions of the libraries") and says in found
+    )
+    command = f"tunepress quantize {release.folder} --output again --set 'quantize.variants=[" + '{"name": "int4"'
+    assert command in found and '"group_size": 32' in found
+
+
+def test_a_file_cut_short_whose_hash_was_rewritten_is_damage(release):
+    path = release.folder / "int8/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-64])
+    release.own("int8/model.safetensors")
+    (found,) = measured(release, "int8")
+    assert found.startswith("measured int8: damaged, though its hash is the lineage's: ")
+    assert found.endswith(f"tunepress quantize {release.folder} --output again --variants int8")
+
+
+def test_an_adapter_that_does_not_fit(release):
+    release.replace("adapter/adapter_config.json", '"r": 4', '"r": 8')
+    release.own("adapter/adapter_config.json")
+    (found,) = measured(release, "adapter")
+    assert found.startswith("measured adapter: ") and "rank 8" in found
+
+
+def test_a_model_whose_files_changed_is_not_loaded(release):
+    release.replace("config.json", "LlamaForCausalLM", "OtherForCausalLM")
+    found = release.verify()
+    assert told(found, Verdict.unknown) == []
+    from pipeline.verification.files import check_files, sound_models
+
+    place = open_place(str(release.folder), None, lambda done, total, what: None)
+    claims = read_claims(place.lineage())
+    assert sound_models(claims, check_files(claims, place)) == ["adapter", "int8", "int4"]
+
+
+def test_only_our_own_snippets_are_run(release, tmp_path):
+    from pipeline.verification.cards import render
+
+    evil = f"open({str(tmp_path / 'ran')!r}, 'w')"
+    release.replace("int8/README.md", "```python\nimport torch", f"```python\n{evil}\nimport torch")
+    place = open_place(str(release.folder), None, lambda done, total, what: None)
+    claims = read_claims(place.lineage())
+    (found,) = run_examples(claims, place, render(claims, place), ["int8"])
+    assert line(found) == "snippets int8: not run: the card has others than follow from the lineage"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_blocks_are_put_together_as_a_reader_would():
+    load, ours = "model = 1\ntokenizer = 2", "from pipeline import load\nmodel, tokenizer = load('x')"
+    assert programs([load, ours, "print(model)"]) == [f"{load}\nprint(model)", f"{ours}\nprint(model)"]
+    assert programs(["model = Llama()"]) == ["model = Llama()"]
+
+
+def test_a_text_that_is_another_one_here_is_not_compared(release):
+    content = json.loads(release.read("tunepress.json"))
+    content["results"]["int8"]["quality"]["general"]["digest"] = "other"
+    release.write_lineage(content)
+    (found,) = measured(release, "int8")
+    assert "cut into other tokens here" in found
