@@ -109,13 +109,14 @@ def _cards_and_models(claims: Claims, place: Place, models: list[str], measure: 
         return
     yield from check_cards(claims, place, cards)
     yield from check_modelfiles(claims, place)
+    if not measure:
+        return
     for model in claims.models:
         if model not in models:
-            yield unknown("measured", model, "not loaded, for its files are not those of the lineage")
-    if measure:
-        run = []
-        for finding in measure_models(claims, place, models):
-            if finding.verdict in (Verdict.wrong, Verdict.outdated):
-                run.append(finding.subject.split(",")[0])
-            yield finding
-        yield from run_examples(claims, place, cards, [model for model in models if model not in run])
+            yield unknown("measured", model, "not loaded, for its files, or those it takes, are not the lineage's")
+    failed = set()
+    for finding in measure_models(claims, place, models):
+        if finding.verdict in (Verdict.wrong, Verdict.outdated):
+            failed.add(finding.subject.split(",")[0])
+        yield finding
+    yield from run_examples(claims, place, cards, [model for model in models if model not in failed])

@@ -75,6 +75,11 @@ class Claims:
         """Is the full-precision model here?"""
         return "config.json" in self.files and not self.mirror_of
 
+    @property
+    def reference(self) -> str | None:
+        """The model whose tokenizer an adapter and GGUF are looked at with: the root, or else a packed variant."""
+        return ROOT if self.has_root else next((v for v in self.variants if not is_gguf(v)), None)
+
     def prefix(self, model: str) -> str:
         """What the paths of a model's files begin with."""
         if model == ROOT or self.mirror_of:

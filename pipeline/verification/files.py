@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from pipeline.hub import LINEAGE
 from pipeline.models import TOKENIZER_FILES
-from pipeline.verification.claims import Claims, File, is_gguf
+from pipeline.verification.claims import ADAPTER, Claims, File, is_gguf
 from pipeline.verification.findings import Finding, Verdict, right, unknown, wrong
 from pipeline.verification.places import Place
 
@@ -94,11 +94,14 @@ def _all_right(claims: Claims, found: list[Finding]) -> Iterator[Finding]:
 
 
 def sound_models(claims: Claims, found: list[Finding]) -> list[str]:
-    """The models that may be loaded: nothing was found in their folders; of GGUF, in their own files."""
+    """The models that may be loaded: nothing was found in their folders, nor in those of models that they take."""
     bad = {finding.subject for finding in found if finding.verdict is Verdict.wrong}
-    sound = []
-    for model in claims.models:
+
+    def is_sound(model: str) -> bool:
         others = claims.files.keys() - claims.files_of(model).keys() if is_gguf(model) else set()
-        if not any(path.rpartition("/")[0] == claims.prefix(model).rstrip("/") for path in bad - others):
-            sound.append(model)
-    return sound
+        if any(path.rpartition("/")[0] == claims.prefix(model).rstrip("/") for path in bad - others):
+            return False
+        needs = claims.reference if is_gguf(model) or model == ADAPTER else None
+        return needs is None or is_sound(needs)
+
+    return [model for model in claims.models if is_sound(model)]

@@ -35,8 +35,8 @@ from pipeline.verification.worker import DAMAGED, MISSING, OUTDATED
 from pipeline.workspace import Workspace
 
 TOLERANCE = 0.01  # of a perplexity
+LONGEST_REASON = 160  # characters; libraries list all that they do know
 HELD_OUT, GENERAL = "held_out", "general"
-READABLE = ("torchao",)  # the quantizers whose formats tunepress writes; no other is begun
 
 
 @dataclass(frozen=True)
@@ -127,41 +127,45 @@ def refused(claims: Claims, place: Place, model: str) -> str | None:
 
 
 def _measured(claims: Claims, place: Place, model: str, texts: Texts, scratch: Path) -> Iterator[Finding]:
-    told = place.tell
-    reference = _reference(claims, place)
-    loader = claims.get(model, "loader")
-    if (is_gguf(model) or model == ADAPTER) and reference is None:
-        yield unknown("measured", model, "needs the full-precision model's tokenizer, which is not in this release")
+    if problem := _cannot_be_had(claims, place, model):
+        yield unknown("measured", model, problem)
         return
-    if loader == "dequantized" and not claims.has_root:
-        yield unknown(
-            "measured", model, "was measured by its dequantized weights, which takes the full-precision model"
-        )
-        return
-    request = {
+    request = request_for(claims, place, model, texts)
+    found = in_fresh_process(request, scratch, lambda d, t, what: place.tell(d, t, f"{model}: {what}"))
+    yield from judged(claims, place, model, found)
+
+
+def _cannot_be_had(claims: Claims, place: Place, model: str) -> str | None:
+    """What it takes to measure a model and is not in the release."""
+    if (is_gguf(model) or model == ADAPTER) and claims.reference is None:
+        return "needs the full-precision model's tokenizer, which is not in this release"
+    if claims.get(model, "loader") == "dequantized" and not claims.has_root:
+        return "was measured by its dequantized weights, which takes the full-precision model"
+    return None
+
+
+def request_for(claims: Claims, place: Place, model: str, texts: Texts) -> dict:
+    """What `pipeline.verification.worker` is told of a model."""
+    folder, reference = place.folder / claims.prefix(model), claims.reference
+    return {
         "model": model,
-        "folder": str(place.folder / claims.prefix(model)),
-        "file": str(place.folder / claims.prefix(model) / claims.get(model, "file")) if is_gguf(model) else None,
-        "reference": str(reference) if reference else None,
-        "loader": loader or ("llama.cpp" if is_gguf(model) else "pipeline.load"),
+        "folder": str(folder),
+        "file": str(folder / claims.get(model, "file")) if is_gguf(model) else None,
+        "reference": str(place.folder / claims.prefix(reference)) if reference else None,
+        "loader": claims.get(model, "loader") or ("llama.cpp" if is_gguf(model) else "pipeline.load"),
         "config": texts.config.model_dump(mode="json"),
         "workspace": str(texts.workspace.folder),
         "texts": [text for text in texts.names if claims.get(model, "quality", text)],
     }
-    found = in_fresh_process(request, scratch, lambda done, total, what: told(done, total, f"{model}: {what}"))
+
+
+def judged(claims: Claims, place: Place, model: str, found: dict) -> Iterator[Finding]:
+    """What follows from what the worker found."""
     if "problem" in found:
         yield _failed(claims, place, model, found)
         return
-    compared = [*_compared(claims, model, found)]
+    compared = list(_compared(claims, model, found))
     yield from compared or [right("measured", model, "loads and runs")]
-
-
-def _reference(claims: Claims, place: Place) -> Path | None:
-    """A folder with the full-precision model, or at least with its tokenizer."""
-    packed = [v for v in claims.variants if not is_gguf(v)]
-    if claims.has_root:
-        return place.folder
-    return place.folder / claims.prefix(packed[0]) if packed else None
 
 
 def in_fresh_process(request: dict, scratch: Path, tell: Tell) -> dict:
@@ -208,6 +212,7 @@ def _report(line: str) -> tuple[int, int, str] | None:
 def _failed(claims: Claims, place: Place, model: str, found: dict) -> Finding:
     """Damage, or other libraries than it was made for? Its files are as the lineage has them, or it were not loaded."""
     problem, reason = found["problem"], found["reason"]
+    reason = reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}..."
     again = how_to_make(claims, place, model)
     if problem == DAMAGED:
         return wrong("measured", model, f"damaged, though its hash is the lineage's: {reason}; make it again: {again}")

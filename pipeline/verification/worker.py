@@ -29,17 +29,20 @@ OUTDATED, DAMAGED, MISSING, FAILED = "outdated", "damaged", "missing", "failed" 
 
 
 def main() -> None:
-    request, result = read_json(Path(sys.argv[1]), {}), Path(sys.argv[2])
     quiet()
     quiet_progress_bars()
+    write_json(Path(sys.argv[2]), look(read_json(Path(sys.argv[1]), {})))
+
+
+def look(request: dict) -> dict:
+    """What `pipeline.verification.measuring` asks of a model: its figures, or `problem` and `reason`."""
     try:
-        found = _adapter(request) if request["model"] == "adapter" else _measured(request)
+        return _adapter(request) if request["model"] == "adapter" else _measured(request)
     except MissingExtra as error:
-        found = {"problem": MISSING, "reason": str(error)}
+        return {"problem": MISSING, "reason": str(error)}
     except Exception as error:  # whatever libraries make of files that are not for them
         problem, reason = _why(request, error)
-        found = {"problem": problem, "reason": reason}
-    write_json(result, found)
+        return {"problem": problem, "reason": reason}
 
 
 def _measured(request: dict) -> dict:

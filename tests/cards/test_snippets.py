@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from pipeline import snippets as snippets_of_cards
 from pipeline.cards import folder_card, mirror_card, model_card
 from pipeline.config import VariantSpec
 from pipeline.models import linear_weights
+from pipeline.snippets import blocks
 from tests.cards.sample import BOTH, about, config, gguf_about, replaced, results
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("torchao")
 
-ROOT = Path(__file__).resolve().parents[2]
 PROMPT = list(range(40, 72))
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -63,11 +60,6 @@ def release(tmp_path_factory) -> Path:
     return folder
 
 
-def blocks(text: str) -> list[str]:
-    """The code of a card, in its order."""
-    return re.findall(r"^```python\n(.*?)\n```$", text, re.DOTALL | re.MULTILINE)
-
-
 @pytest.fixture(scope="module")
 def snippets(release) -> dict[str, list[str]]:
     """What the card of the release says to run, by what it loads; each followed by what follows in the card."""
@@ -78,15 +70,8 @@ def snippets(release) -> dict[str, list[str]]:
 
 
 def run(code: str, folder: Path, with_tunepress: bool = False, more: dict | None = None) -> str:
-    """What `code` prints, in a process and a folder of its own."""
-    (folder / "snippet.py").write_text(code, encoding="utf-8")
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
-    environment |= more or {}
-    if with_tunepress:
-        environment["PYTHONPATH"] = str(ROOT)
-    done = subprocess.run(
-        [sys.executable, "snippet.py"], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
+    """What `code` prints."""
+    done = snippets_of_cards.run(code, folder, with_tunepress, more, seconds=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

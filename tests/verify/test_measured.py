@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from pipeline.verification import Verdict
 from pipeline.verification.claims import read_claims
 from pipeline.verification.examples import programs, run_examples
-from pipeline.verification.measuring import measure_models
+from pipeline.verification.files import check_files, sound_models
+from pipeline.verification.measuring import find_texts, judged, request_for
 from pipeline.verification.places import open_place
+from pipeline.verification.worker import look
 from tests.verify.conftest import line, told
 
 
-def measured(release, model: str) -> list[str]:
-    """The lines about one model."""
+def measured(release, model: str, folder: Path) -> list[str]:
+    """The lines about one model, which is looked at in this process."""
     place = open_place(str(release.folder), None, lambda done, total, what: None)
-    return [line(finding) for finding in measure_models(read_claims(place.lineage()), place, [model])]
+    claims = read_claims(place.lineage())
+    found = look(request_for(claims, place, model, find_texts(claims, place, folder / "texts")))
+    return [line(finding) for finding in judged(claims, place, model, found)]
 
 
 def test_a_whole_release_that_nobody_touched(release):
@@ -32,29 +37,29 @@ def test_a_whole_release_that_nobody_touched(release):
     assert found.exit_code == 0
 
 
-def test_scales_moved_and_the_hash_rewritten(release):
+def test_scales_moved_and_the_hash_rewritten(release, tmp_path):
     import torch
     from safetensors import safe_open
     from safetensors.torch import save_file
 
     path = release.folder / "int4/model.safetensors"
     with safe_open(path, "pt") as file:
-        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
     for name in tensors:
         if name.endswith("_weight_scale"):
             tensors[name] = tensors[name] * torch.tensor(1.3, dtype=tensors[name].dtype)
     save_file(tensors, path, metadata)
     release.own("int4/model.safetensors")
     assert told(release.verify()) == []
-    (found,) = measured(release, "int4")
+    (found,) = measured(release, "int4", tmp_path)
     assert found.startswith("measured int4, general text: perplexity is ") and "cards claim" in found
 
 
-def test_a_lineage_and_cards_that_lie_together(release):
+def test_a_lineage_and_cards_that_lie_together(release, tmp_path):
     content = release.lineage()
     content["results"]["int8"]["quality"]["general"]["perplexity"]["value"] *= 0.9
     release.write_lineage(content)
-    (found,) = measured(release, "int8")
+    (found,) = measured(release, "int8", tmp_path)
     assert found.startswith("measured int8, general text: perplexity is ")
 
 
@@ -62,10 +67,10 @@ def test_a_lineage_and_cards_that_lie_together(release):
     ("old", "new", "says"),
     [("Int4WeightOnlyConfig", "Int3WeightOnlyConfig", "Int3WeightOnlyConfig"), ('"torchao"', '"torchao2"', "torchao2")],
 )
-def test_a_format_of_another_version_is_told_from_damage(release, old, new, says):
+def test_a_format_of_another_version_is_told_from_damage(release, tmp_path, old, new, says):
     release.replace("int4/config.json", old, new)
     release.own("int4/config.json")
-    (found,) = measured(release, "int4")
+    (found,) = measured(release, "int4", tmp_path)
     assert (
         found.startswith("measured int4: not damaged, but made for other versions of the libraries") and says in found
     )
@@ -73,31 +78,27 @@ def test_a_format_of_another_version_is_told_from_damage(release, old, new, says
     assert command in found and '"group_size": 32' in found
 
 
-def test_a_file_cut_short_whose_hash_was_rewritten_is_damage(release):
+def test_a_file_cut_short_whose_hash_was_rewritten_is_damage(release, tmp_path):
     path = release.folder / "int8/model.safetensors"
     path.write_bytes(path.read_bytes()[:-64])
     release.own("int8/model.safetensors")
-    (found,) = measured(release, "int8")
+    (found,) = measured(release, "int8", tmp_path)
     assert found.startswith("measured int8: damaged, though its hash is the lineage's: ")
     assert found.endswith(f"tunepress quantize {release.folder} --output again --variants int8")
 
 
-def test_an_adapter_that_does_not_fit(release):
+def test_an_adapter_that_does_not_fit(release, tmp_path):
     release.replace("adapter/adapter_config.json", '"r": 4', '"r": 8')
     release.own("adapter/adapter_config.json")
-    (found,) = measured(release, "adapter")
+    (found,) = measured(release, "adapter", tmp_path)
     assert found.startswith("measured adapter: ") and "rank 8" in found
 
 
 def test_a_model_whose_files_changed_is_not_loaded(release):
     release.replace("config.json", "LlamaForCausalLM", "OtherForCausalLM")
-    found = release.verify()
-    assert told(found, Verdict.unknown) == []
-    from pipeline.verification.files import check_files, sound_models
-
     place = open_place(str(release.folder), None, lambda done, total, what: None)
     claims = read_claims(place.lineage())
-    assert sound_models(claims, check_files(claims, place)) == ["adapter", "int8", "int4"]
+    assert sound_models(claims, check_files(claims, place)) == ["int8", "int4"]  # the adapter is loaded onto the root
 
 
 def test_only_our_own_snippets_are_run(release, tmp_path):
@@ -118,9 +119,9 @@ def test_blocks_are_put_together_as_a_reader_would():
     assert programs(["model = Llama()"]) == ["model = Llama()"]
 
 
-def test_a_text_that_is_another_one_here_is_not_compared(release):
+def test_a_text_that_is_another_one_here_is_not_compared(release, tmp_path):
     content = json.loads(release.read("tunepress.json"))
     content["results"]["int8"]["quality"]["general"]["digest"] = "other"
     release.write_lineage(content)
-    (found,) = measured(release, "int8")
+    (found,) = measured(release, "int8", tmp_path)
     assert "cut into other tokens here" in found
