@@ -52,7 +52,12 @@ def render(claims: Claims, place: Place) -> Cards:
     Raises:
         Exception: of any kind, where the results are of a form that ours never have.
     """
-    about = about_release(claims, place)
+    found = [_render(claims, place, chats) for chats in _chats(claims, place)]
+    return next((c for c in found if all(place.read(p) in (None, s.encode()) for p, s in c.expected.items())), found[0])
+
+
+def _render(claims: Claims, place: Place, chats: bool) -> Cards:
+    about = about_release(claims, place, chats)
     found = {}
     for path, card in rendered(about, claims).items():
         there = place.read(path)
@@ -70,7 +75,7 @@ def rendered(about: About, claims: Claims) -> dict[str, str]:
     return {CARD: model_card(about, variants), **cards}
 
 
-def about_release(claims: Claims, place: Place) -> About:
+def about_release(claims: Claims, place: Place, chats: bool) -> About:
     """What the cards are about, which is what `pipeline.stages.document` knew when it wrote them."""
     config, variants = claims.config, claims.variants
     there = (place.read(CARD) or b"").decode(errors="replace")
@@ -80,9 +85,9 @@ def about_release(claims: Claims, place: Place) -> About:
         location=config.publish.repo or said_location(there) or str(place.folder),
         config=config,
         results=dict(claims.results),
-        chats=_chats(claims, place),
+        chats=chats,
         mirrors={} if claims.mirror_of else mirrors,
-        files={v: file for v in variants if is_gguf(v) and isinstance(file := claims.get(v, "file"), str)},
+        files={v: Path(file).name for v in variants if is_gguf(v) and (file := claims.gguf_file(v))},
     )
 
 
@@ -90,12 +95,15 @@ def _links_to(card: str, repo: str) -> bool:
     return f"(https://huggingface.co/{repo})" in card
 
 
-def _chats(claims: Claims, place: Place) -> bool:
+def _chats(claims: Claims, place: Place) -> tuple[bool, ...]:
+    """Has the tokenizer a chat template? Where only GGUF files could tell that were not fetched, perhaps."""
     prefixes = {claims.prefix(model) for model in claims.models}
     if any(has_chat_template(place.folder / prefix) for prefix in prefixes):
-        return True
-    files = (path for path in claims.files if path.endswith(".gguf") and (place.folder / path).is_file())
-    return any(read_dialogue(place.folder / path).template for path in files)
+        return (True,)
+    files = [place.folder / path for path in claims.files if path.endswith(".gguf")]
+    if any(read_dialogue(file).template for file in files if file.is_file()):
+        return (True,)
+    return (False,) if all(file.is_file() for file in files) else (False, True)
 
 
 def said_location(card: str) -> str | None:
@@ -194,7 +202,8 @@ def _cut(line: str, around: int) -> str:
 def check_modelfiles(claims: Claims, place: Place) -> Iterator[Finding]:
     """Is each Modelfile what follows from the GGUF files beside it?"""
     for path in (path for path in claims.documents if Path(path).name == MODELFILE):
-        files = {v: place.folder / claims.prefix(v) / str(claims.get(v, "file")) for v in claims.variants if is_gguf(v)}
+        named = {v: claims.gguf_file(v) for v in claims.variants if is_gguf(v)}
+        files = {v: place.folder / file for v, file in named.items() if file}
         there = place.read(path)
         if there is None:
             continue

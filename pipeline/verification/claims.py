@@ -92,8 +92,13 @@ class Claims:
         there = {p: f for p, f in self.files.items() if p.startswith(prefix) and "/" not in p.removeprefix(prefix)}
         if not is_gguf(model):
             return there
-        own = f"{prefix}{self.get(model, 'file')}"
+        own = self.gguf_file(model)
         return {path: file for path, file in there.items() if path == own or not path.endswith(".gguf")}
+
+    def gguf_file(self, model: str) -> str | None:
+        """The path of a GGUF; None where its figures name none of the release's files."""
+        path = f"{self.prefix(model)}{self.get(model, 'file')}"
+        return path if path in self.files else None
 
     def get(self, *keys: str) -> Any:
         """A value in the results; None where there is none, or something else than a table on the way."""

@@ -77,10 +77,11 @@ def find_texts(claims: Claims, place: Place, folder: Path) -> Texts:
     config = claims.config
     if place.run:
         own = place.run.config()
-        config = config.model_copy(update={"data": own.data, "evaluate": own.evaluate})
+        config = config.model_copy(update={"data": own.data, "evaluate": own.evaluate or config.evaluate})
     workspace, problems = Workspace(folder), {}
     workspace.data.mkdir(parents=True)
-    wanted = [t for t in (HELD_OUT, GENERAL) if any(claims.get(model, "quality", t) for model in claims.models)]
+    measured = [t for t in (HELD_OUT, GENERAL) if any(claims.get(model, "quality", t) for model in claims.models)]
+    wanted = measured if config.evaluate else []
     if HELD_OUT in wanted and (problem := _bring_held_out(claims, place, config, workspace)):
         problems[HELD_OUT] = problem
     if GENERAL in wanted and not place.run and not config.evaluate.general.startswith("builtin:"):
@@ -113,7 +114,9 @@ def _bring_held_out(claims: Claims, place: Place, config: Config, workspace: Wor
 def refused(claims: Claims, place: Place, model: str) -> str | None:
     """Why a model is not even begun with: it names code, or a format that tunepress never writes."""
     folder = place.folder / claims.prefix(model)
-    if is_gguf(model) or model == ADAPTER:
+    if is_gguf(model):
+        return None if claims.gguf_file(model) else "not loaded: the lineage names no file of it"
+    if model == ADAPTER:
         return None
     try:
         config = read_config(folder)
@@ -150,7 +153,7 @@ def request_for(claims: Claims, place: Place, model: str, texts: Texts) -> dict:
     return {
         "model": model,
         "folder": str(folder),
-        "file": str(folder / claims.get(model, "file")) if is_gguf(model) else None,
+        "file": str(place.folder / claims.gguf_file(model)) if is_gguf(model) else None,
         "reference": str(place.folder / claims.prefix(reference)) if reference else None,
         "loader": claims.get(model, "loader") or ("llama.cpp" if is_gguf(model) else "pipeline.load"),
         "config": texts.config.model_dump(mode="json"),

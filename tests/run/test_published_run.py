@@ -151,3 +151,9 @@ def test_a_finished_run_goes_to_another_repository_in_one_commit(published):
     assert "ada/second" in published.hub.read("ada/second", "README.md").decode()
     # Back to where it was, for the tests that come after this one.
     published.tunepress("publish", "runs/tiny", "--repo", "ada/tiny")
+
+
+def test_what_is_on_the_hub_is_what_its_lineage_and_cards_say(published):
+    done = published.tunepress("verify", "ada/tiny", "--no-measure", "--json")
+    found = json.loads(done.stdout)
+    assert found["defects"] == 0 and {f["verdict"] for f in found["findings"]} == {"ok"}

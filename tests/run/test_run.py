@@ -163,3 +163,21 @@ def test_help_and_schema_answer_without_the_heavy_libraries(tmp_path):
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
     ).stdout
     assert "Usage" in out and out.endswith("loaded: []\n")
+
+
+def test_a_variant_measured_again_on_both_texts_of_the_run_is_what_was_claimed(unpublished, monkeypatch, tmp_path):
+    from pipeline.verification.claims import read_claims
+    from pipeline.verification.measuring import find_texts, judged, request_for
+    from pipeline.verification.places import open_place
+    from pipeline.verification.worker import look
+
+    monkeypatch.chdir(unpublished.folder)  # where its configuration has its files
+    place = open_place("runs/tiny", None, lambda done, total, what: None)
+    claims = read_claims(place.lineage())
+    texts = find_texts(claims, place, tmp_path / "texts")
+    assert texts.names == ("held_out", "general") and texts.problems == {}
+    findings = judged(claims, place, "int4", look(request_for(claims, place, "int4", texts)))
+    assert [(f.verdict.value, f.subject) for f in findings] == [
+        ("ok", "int4, held-out text"),
+        ("ok", "int4, general text"),
+    ]
