@@ -17,12 +17,14 @@ def how_to_make(claims: Claims, place: Place, model: str) -> str:
     if model in VARIANTS:
         if claims.has_root:
             base, revision = place.name, place.revision
-        return _quantize(claims.config.quantize.spec(model), base, revision)
+        asked = {spec.name: spec for spec in claims.config.quantize.variants}
+        return _quantize(asked.get(model, VariantSpec(name=model).resolved()), base, revision)
     if model == ADAPTER or claims.config.data:
         return "train again, with tunepress run and the configuration that tunepress.json has"
-    adapter = claims.get("adapter", "hub_id") or claims.get("adapter", "source") or "ADAPTER"
+    adapter = _word(claims.get("adapter", "hub_id") or claims.get("adapter", "source"), "ADAPTER")
     kind = claims.get("merge", "base")
-    words = ["tunepress", "merge", base, str(adapter), "--output", "again", *(["--base", kind] if kind else [])]
+    how = ["--base", kind] if kind in ("nf4", "bf16") else []
+    words = ["tunepress", "merge", base, adapter, "--output", "again", *how]
     return shlex.join([*words, *(["--revision", revision] if revision else [])])
 
 
@@ -38,5 +40,11 @@ def _quantize(spec: VariantSpec, source: str, revision: str | None) -> str:
 def _base(claims: Claims) -> tuple[str, str | None]:
     """The base model, and its commit where it is on the Hub."""
     hub_id, revision = claims.get("origin", "hub_id"), claims.get("origin", "revision")
+    is_pinned = hub_id and isinstance(revision, str) and not revision.startswith("-")
     source = hub_id or claims.get("origin", "source") or claims.config.model.source
-    return str(source), revision if hub_id and isinstance(revision, str) else None
+    return _word(source, "MODEL"), revision if is_pinned else None
+
+
+def _word(said: object, otherwise: str) -> str:
+    """What a lineage says, where it cannot be taken for an option by somebody who copies the line."""
+    return said if isinstance(said, str) and said and not said.startswith("-") else otherwise

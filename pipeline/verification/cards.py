@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import ast
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from itertools import zip_longest
 from pathlib import Path
 
-from pipeline.cards import About, folder_card, mirror_card, model_card
+from pipeline.cards import PLOT, About, folder_card, mirror_card, model_card, plot_quality
 from pipeline.cards.readmes import merged
 from pipeline.errors import UserError
 from pipeline.gguf_keys import read_dialogue
@@ -87,7 +88,7 @@ def about_release(claims: Claims, place: Place, chats: bool) -> About:
         results=dict(claims.results),
         chats=chats,
         mirrors={} if claims.mirror_of else mirrors,
-        files={v: Path(file).name for v in variants if is_gguf(v) and (file := claims.gguf_file(v))},
+        files={v: Path(claims.gguf_file(v)).name for v in variants if is_gguf(v)},
     )
 
 
@@ -202,8 +203,7 @@ def _cut(line: str, around: int) -> str:
 def check_modelfiles(claims: Claims, place: Place) -> Iterator[Finding]:
     """Is each Modelfile what follows from the GGUF files beside it?"""
     for path in (path for path in claims.documents if Path(path).name == MODELFILE):
-        named = {v: claims.gguf_file(v) for v in claims.variants if is_gguf(v)}
-        files = {v: place.folder / file for v, file in named.items() if file}
+        files = {v: place.folder / claims.gguf_file(v) for v in claims.variants if is_gguf(v)}
         there = place.read(path)
         if there is None:
             continue
@@ -219,3 +219,18 @@ def check_modelfiles(claims: Claims, place: Place) -> Iterator[Finding]:
             yield right("card", path, "says what the GGUF files say")
         else:
             yield wrong("card", path, "is not what follows from the GGUF files beside it")
+
+
+def check_picture(claims: Claims, place: Place, about: About) -> Iterator[Finding]:
+    """Is the picture the one that these figures draw? Where it is not, another matplotlib may have drawn it."""
+    there = place.read(PLOT)
+    if PLOT not in claims.documents or there is None:
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        drawn = Path(scratch) / "picture.png"
+        if plot_quality(about, claims.variants, drawn) and drawn.read_bytes() == there:
+            yield right("card", PLOT, "shows what the lineage says")
+        else:
+            yield unknown(
+                "card", PLOT, "is not, dot for dot, what these figures draw here; another matplotlib may be why"
+            )

@@ -59,9 +59,13 @@ class Claims:
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """Those that the figures are about, in the order of the configuration, which the cards have too."""
+        """Those that are here and have figures, in the order of the configuration, which the cards have too."""
         asked = [spec.name for spec in self.config.quantize.variants] if self.config else []
-        return tuple(name for name in dict.fromkeys((*asked, *VARIANTS)) if name in self.results)
+        return tuple(name for name in dict.fromkeys((*asked, *VARIANTS)) if name in self.results and self._holds(name))
+
+    def _holds(self, variant: str) -> bool:
+        file = self.gguf_file(variant) if is_gguf(variant) else f"{self.prefix(variant)}config.json"
+        return file in self.files
 
     @property
     def models(self) -> tuple[str, ...]:

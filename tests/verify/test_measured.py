@@ -125,3 +125,27 @@ def test_a_text_that_is_another_one_here_is_not_compared(release, tmp_path):
     release.write_lineage(content)
     (found,) = measured(release, "int8", tmp_path)
     assert "cut into other tokens here" in found
+
+
+def test_a_gguf_is_measured_in_llama_cpp_again(release, tmp_path):
+    pytest.importorskip("llama_cpp")
+    from pipeline.config import VariantSpec
+    from pipeline.models import linear_weights, table_weights
+    from pipeline.quantization.stream import quantize_checkpoint
+
+    name, path, root = "gguf-q8_0", "gguf/demo-Q8_0.gguf", release.folder
+    spec, to = VariantSpec(name=name).resolved(), {name: root / "gguf"}
+    quantize_checkpoint(root, [spec], to, linear_weights(root), tables=table_weights(root), name="demo")
+    release.own(path)
+    content = release.lineage()
+    content["configuration"]["quantize"]["variants"].append(spec.model_dump())
+    content["results"][name] = {"file": "demo-Q8_0.gguf", "loader": "llama.cpp"}
+    content["results"][name]["quality"] = content["results"]["merged"]["quality"]  # eight bits are as good, nearly
+    release.write_lineage(content)
+    (found,) = measured(release, name, tmp_path / "first")
+    assert found.startswith(f"measured {name}, general text: perplexity ") and "claimed" in found
+    data = (root / path).read_bytes()
+    release.write(path, data[:-1000])
+    release.own(path)
+    (found,) = measured(release, name, tmp_path / "second")
+    assert found.startswith(f"measured {name}: damaged, though its hash is the lineage's: ")
