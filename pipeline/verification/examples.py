@@ -48,11 +48,11 @@ def card_of(claims: Claims, model: str) -> str:
 
 def of_model(about: About, claims: Claims, model: str) -> list[str]:
     """The code of the card about one model."""
-    if model == ROOT:
-        from pipeline.cards import model_card
-
-        return snippets.blocks(model_card(about, []))
-    return snippets.blocks(rendered(about, claims)[card_of(claims, model)])
+    blocks = snippets.blocks(rendered(about, claims)[card_of(claims, model)])
+    if model != ROOT:
+        return blocks
+    loads = [block for block in blocks if _assigns(block, "model")]  # the root's comes first
+    return [*loads[:1], *(block for block in blocks if block not in loads)]
 
 
 def programs(blocks: list[str]) -> list[str]:
