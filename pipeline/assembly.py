@@ -20,6 +20,7 @@ from pipeline.checkpoint import Checkpoint, TensorInfo
 from pipeline.errors import ModelError
 from pipeline.kernels.cpu import Head
 from pipeline.kernels.table import Int8Embedding
+from pipeline.opening import open_config
 from pipeline.quantization.formats import stored_weights, torchao
 from pipeline.quantization.formats.gguf.reader import GgufWeights
 from pipeline.quantization.grid import GroupQuantized
@@ -49,9 +50,7 @@ def assemble(folder: Path, device: torch.device, weights: GgufWeights | None = N
         ModelError: where tensors are missing.
         OSError, ValueError: whatever transformers says of a configuration that it cannot use.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder)
+    config = open_config(folder)
     if torchao.rounds_activations(config):
         return None
     is_quantized = getattr(config, "quantization_config", None) is not None

@@ -9,21 +9,42 @@ import re
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from pipeline.catalog import DATA_FORMS, VARIANTS, resolve_variants, variant_names
+from pipeline.errors import holds_secret
 
 # The Hub's own rules: no "--" and "..", no ".git" at the end, and no name that begins or ends in a mark.
 _REPO_PART = r"[A-Za-z0-9]([\w.-]{0,94}\w)?"
 REPO_ID = re.compile(rf"(?!.*(--|\.\.|\.git\Z)){_REPO_PART}/{_REPO_PART}\Z", re.ASCII)
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}\Z")
 PACKAGE_SOURCE = re.compile(r"package:([A-Za-z_]\w*)/([\w.-]+\.gguf)\Z", re.ASCII)
+# Of terminals, of text direction, and halves of characters.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_BREAKS = str.maketrans("\n\t", "  ")
 
 
 class Section(BaseModel):
     """A part of the configuration: unknown keys are refused, values do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+    @field_validator("*")
+    @classmethod
+    def _plain(cls, value: Any, info: ValidationInfo) -> Any:
+        """It is written to files, terminals and cards: no token may go there, and nothing that a terminal obeys."""
+        for text in _texts(value):
+            if holds_secret(text):
+                raise ValueError("a token stands in it, and would be published; set HF_TOKEN or TRACKIO_WRITE_TOKEN")
+            if _CONTROLS.search(text if info.field_name != "prompts" else text.translate(_BREAKS)):
+                raise ValueError("a control character, or half a character, stands in it")
+        return value
+
+
+def _texts(value: Any) -> list[str]:
+    """The texts of a value; those of a section are its own."""
+    values = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    return [text for text in values if isinstance(text, str)]
 
 
 def _not_bool(value: Any) -> Any:
@@ -33,10 +54,10 @@ def _not_bool(value: Any) -> Any:
     return value
 
 
-Whole = Annotated[int, BeforeValidator(_not_bool)]
+Whole = Annotated[int, BeforeValidator(_not_bool), Field(lt=2**31)]
 Real = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
 Count = Annotated[Whole, Field(ge=1)]
-Seed = Annotated[Whole, Field(ge=0, lt=2**32)]
+Seed = Annotated[int, BeforeValidator(_not_bool), Field(ge=0, lt=2**32)]
 Rate = Annotated[Real, Field(gt=0, le=1)]
 
 

@@ -139,6 +139,8 @@ def _show(value: Any, depth: int = 2) -> str:
     if isinstance(value, list):
         few = [_show(v, depth - 1) for v in value[:4]] if depth else []
         return "[" + ", ".join(few + ["..."] * (len(few) < len(value))) + "]"
+    if isinstance(value, int) and value.bit_length() > 256:
+        return "a number of hundreds of digits"
     return json.dumps(value, default=str, ensure_ascii=False)
 
 

@@ -157,7 +157,7 @@ def login() -> dict:
     except HubError as error:
         return {"name": None, "may_write": None, "problem": str(error)}
     except Exception as error:  # whatever the transport raises where there is no network
-        reason = redact(" ".join(str(error).split())[:200]) or type(error).__name__
+        reason = redact(" ".join(str(error).split()))[:200] or type(error).__name__
         return {"name": None, "may_write": None, "problem": f"the Hub could not be reached ({reason})"}
     about = who.get("auth", {}).get("accessToken", {})
     return {"name": who.get("name"), "may_write": may_write(about), "role": about.get("role"), "problem": None}

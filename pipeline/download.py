@@ -77,7 +77,7 @@ def in_one_line(repo: str, revision: str | None, what: str) -> Iterator[None]:
     except Exception as error:
         if not (isinstance(error, (HfHubHTTPError, OSError)) or is_unreachable(error)):
             raise
-        reason = redact(" ".join(str(error).split())[:200])
+        reason = redact(" ".join(str(error).split()))[:200]
         raise HubError(f"{repo}: {what}: {reason}") from None
 
 

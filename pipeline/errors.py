@@ -7,14 +7,31 @@ its traceback.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import TextIO
+from urllib.parse import quote
 
 from pipeline.commands import install
 
 # Tokens of the Hub and of its cousins, wherever they turn up.
 _TOKEN_SHAPES = re.compile(
-    r"\b(hf_[A-Za-z0-9]{8,}|api_org_[A-Za-z0-9]{8,}|hf_(jwt|oauth)_[A-Za-z0-9._-]{8,})\b|(?<=write_token=)[^&\s\"']+"
+    r"\b(hf_[A-Za-z0-9]{8,}|api_org_[A-Za-z0-9]{8,}|hf_(jwt|oauth)_[A-Za-z0-9._-]{8,})\b|(?<=write_token=)[^&\s\"'\\]+"
+)
+# What stands before a secret, and stays: in an address, and in a header.
+_BEFORE_SECRETS = re.compile(
+    r"(://)[^\s/@\"'\\]+(?=@)|([?&](?:\w*token|api_?key|password|secret|sig|[\w-]*signature)=)[^&\s\"'#\\]+"
+    r"|(\bbearer\s+)[\w.~+/=-]{8,}",
+    re.IGNORECASE,
+)
+# No folder and no model is called so; `redact` hides more than this, where nothing depends on it.
+_SURELY_SECRET = re.compile(
+    r"\b((hf|api_org)_(?=[A-Za-z0-9]*[A-Z0-9])[A-Za-z0-9]{20,}|hf_(jwt|oauth)_[\w.-]{20,})|://[^\s/@:]*:[^\s/@]+@"
 )
 _SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN", "TRACKIO_WRITE_TOKEN")
 
@@ -25,7 +42,7 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, message: str):
-        super().__init__(redact(" ".join(message.split())))
+        super().__init__(printable(redact(" ".join(message.split()))))
 
 
 class ConfigError(UserError):
@@ -96,8 +113,51 @@ def is_unreachable(error: BaseException) -> bool:
 
 def redact(text: str) -> str:
     """`text` without any token: neither those in the environment nor anything shaped like one."""
-    for name in _SECRET_VARIABLES:
-        secret = os.environ.get(name, "")
-        if len(secret) >= 4:
-            text = text.replace(secret, "***")
+    for secret in _secrets(shortest=4):
+        for written in (secret, quote(secret, safe=""), json.dumps(secret)[1:-1]):
+            text = text.replace(written, "***")
+    text = _BEFORE_SECRETS.sub(lambda found: f"{found[1] or found[2] or found[3]}***", text)
     return _TOKEN_SHAPES.sub("***", text)
+
+
+def holds_secret(text: str) -> bool:
+    """Is there a token in a text that may as well be a name, and is not to be refused for looking a little like one?"""
+    return any(secret in text for secret in _secrets(shortest=12)) or bool(_SURELY_SECRET.search(text))
+
+
+def printable(text: str) -> str:
+    """`text` with escapes in place of what a terminal would obey, or could not show."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+@contextlib.contextmanager
+def plain_errors(program: str) -> Iterator[None]:
+    """What a command ends with: a line and an exit code for what a user can mend, else a traceback; no token in it."""
+    with contextlib.redirect_stderr(_Redacted(sys.stderr)):
+        try:
+            yield
+        except UserError as error:
+            print(f"{program}: {error}", file=sys.stderr)
+            sys.exit(error.exit_code)
+        except Exception:
+            traceback.print_exc()
+            sys.exit(1)
+
+
+class _Redacted:
+    """A stream like another, to which no token is written."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(redact(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+
+def _secrets(shortest: int) -> list[str]:
+    known = (os.environ.get(name, "").strip() for name in _SECRET_VARIABLES)
+    return [secret for secret in known if len(secret) >= shortest]

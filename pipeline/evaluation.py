@@ -20,6 +20,7 @@ from pipeline.errors import ModelError
 from pipeline.events import Events
 from pipeline.files import read_json, write_json
 from pipeline.models import stored_bytes
+from pipeline.opening import open_config, open_tokenizer
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -150,18 +151,17 @@ def _in_llama_cpp(
     in_full: bool,
 ) -> dict:
     """The figures of a GGUF file, given the tokens that the full-precision model was given."""
-    from transformers import AutoConfig, AutoTokenizer
 
     from pipeline import heads, llama_cpp, measure, texts
     from pipeline.probe import probe
 
-    tokenizer = texts.with_template(AutoTokenizer.from_pretrained(reference), workspace)
+    tokenizer = texts.with_template(open_tokenizer(reference), workspace)
     sequences = texts.all_texts(config, workspace, tokenizer)
     prompts = config.evaluate.prompts if in_full else []
     questions = [measure.question(tokenizer, prompt)["input_ids"][0].tolist() for prompt in prompts]
     longest = [len(s.input_ids) for part in sequences.values() for s in part]
     longest += [len(question) + measure.ANSWER_TOKENS for question in questions]
-    head, softcap = _reference_head(reference, workspace), heads.softcap(AutoConfig.from_pretrained(reference))
+    head, softcap = _reference_head(reference, workspace), heads.softcap(open_config(reference))
     quality = {}
     with llama_cpp.opened(file, max(longest), heads.LOGIT_ELEMENTS) as reader:
         if reader.vocabulary != len(head):

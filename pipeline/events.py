@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from pipeline.errors import UserError, redact
+from pipeline.errors import UserError, printable, redact
 
 # verb -> (what its events call the stage, the name of its push event)
 STAGES = {
@@ -82,7 +82,7 @@ class Events:
             size = os.fstat(descriptor).st_size
             # A line that a power cut left unfinished must not swallow this one.
             torn = size and os.pread(descriptor, 1, size - 1) != b"\n"
-            os.write(descriptor, (b"\n" if torn else b"") + redact(line).encode() + b"\n")
+            os.write(descriptor, (b"\n" if torn else b"") + redact(line).encode("utf-8", "backslashreplace") + b"\n")
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -97,8 +97,8 @@ class Unheard(Events):
 
 def one_line(error: BaseException) -> str:
     """An error's message in one line, without secrets and of a bearable length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return redact(text if isinstance(error, UserError) or len(text) <= 500 else text[:497] + "...")
+    text = printable(redact(" ".join(str(error).split())) or type(error).__name__)
+    return text if isinstance(error, UserError) or len(text) <= 500 else text[:497] + "..."
 
 
 def read_events(path: Path, offset: int = 0) -> tuple[list[dict], int]:

@@ -132,7 +132,7 @@ def _read(named: str):
         asked = load_config_from_file(str(path))
     except (TypeError, AttributeError):  # a key is missing, or there are none at all
         raise ConfigError(f"--accelerate {named}: {NO_CONFIGURATION}") from None
-    except (ValueError, OSError, yaml.YAMLError) as error:
+    except (ValueError, OSError, RecursionError, LookupError, yaml.YAMLError) as error:
         raise ConfigError(f"--accelerate {named}: accelerate cannot read it: {error}") from None
     if not isinstance(asked, ClusterConfig):
         raise ConfigError(f"--accelerate {named}: only compute_environment LOCAL_MACHINE is supported")

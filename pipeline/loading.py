@@ -15,6 +15,8 @@ from pipeline.config import REPO_ID, VariantSpec
 from pipeline.download import download
 from pipeline.errors import CheckpointError, ModelError
 from pipeline.libraries import quiet, quiet_progress_bars
+from pipeline.models import belongs_to_checkpoint, check_code, read_config
+from pipeline.opening import check_beside, open_config, open_model, open_tokenizer
 from pipeline.quantization.formats import unpack
 from pipeline.quantization.formats.gguf import type_name
 
@@ -78,13 +80,11 @@ def load_dequantized(
         MissingExtra: where the package `gguf` is not installed.
     """
     quiet()
-    from transformers import AutoConfig
-
     from pipeline.assembly import own_type
     from pipeline.checkpoint import Checkpoint
     from pipeline.quantization.formats.gguf.reader import GgufWeights
 
-    config = AutoConfig.from_pretrained(folder)
+    config = open_config(folder)
     try:
         checkpoint = Checkpoint(folder)
         weights = GgufWeights(file, checkpoint, own_type(config, checkpoint.values()))
@@ -97,7 +97,6 @@ def _load(
     folder: Path, target: torch.device, offload: bool | Literal["auto"], weights: GgufWeights | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from safetensors import SafetensorError
-    from transformers import AutoTokenizer
 
     from pipeline.assembly import assemble, quicken_head
     from pipeline.kernels.attention import quicken_attention
@@ -109,7 +108,7 @@ def _load(
             model = assemble_offloaded(folder, target, weights)
         else:
             model = assemble(folder, target, weights) or _load_stock(folder, target)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = open_tokenizer(folder)
     except CheckpointError as error:
         raise ModelError(str(error)) from None
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -123,9 +122,7 @@ def _load(
 
 def _load_stock(folder: Path, device: torch.device) -> PreTrainedModel:
     """Through the stock loader, and packed after it where it is quantized."""
-    from transformers import AutoModelForCausalLM
-
-    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    model, report = open_model(folder, dtype="auto", output_loading_info=True)
     if missing := sorted(report["missing_keys"]):
         raise ModelError(f"{folder}: its checkpoint has no {missing[0]!r}; fetch the model again")
     if getattr(model.config, "quantization_config", None) is not None:
@@ -164,8 +161,11 @@ def locate(source: str | Path, variant: str | None = None, revision: str | None 
         if not (folder / "config.json").is_file():
             there = sorted(p.parent.name for p in path.glob("*/config.json"))
             raise ModelError(f"{folder}: no model there; variants in {path}: {', '.join(there) or 'none'}")
-        return folder
-    return _fetch(str(source), name, revision)
+    else:
+        folder = _fetch(str(source), name, revision)
+    check_code(folder, read_config(folder))
+    check_beside(folder)
+    return folder
 
 
 def is_gguf(variant: str | None) -> bool:
@@ -245,7 +245,7 @@ def _fetch(repo: str, variant: str | None, revision: str | None) -> Path:
         if f"{prefix}config.json" not in wanted:
             there = sorted({n.split("/")[0] for n in names if n.endswith("/config.json")})
             raise ModelError(f"{repo}: no variant {variant!r}; there are: {', '.join(there) or 'none'}")
-        return wanted
+        return [n for n in wanted if belongs_to_checkpoint(n.removeprefix(prefix))]
 
     return download(repo, choose, revision).folder / prefix
 

@@ -133,6 +133,9 @@ def _config(folder: Path) -> dict:
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(key) or {}, dict):
             raise ModelError(f"{folder}: {key} in its adapter_config.json is not a table")
+    whole = config.get("modules_to_save") or []
+    if not isinstance(whole, list) or not all(isinstance(name, str) for name in whole):
+        raise ModelError(f"{folder}: modules_to_save in its adapter_config.json is not a list of names")
     return config
 
 
@@ -168,7 +171,7 @@ def _rank_and_scale(folder: Path, config: dict, module: str) -> tuple[int, float
 
     rank = of("r", config.get("rank_pattern") or {})
     alpha = of("lora_alpha", config.get("alpha_pattern") or {})
-    sound = type(rank) is int and rank >= 1 and isinstance(alpha, (int, float)) and math.isfinite(alpha)
+    sound = type(rank) is int and 1 <= rank < 2**31 and isinstance(alpha, (int, float)) and -1e9 < alpha < 1e9
     if not sound:
         raise ModelError(f"{folder}: its adapter_config.json has no rank and alpha for {module!r}")
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.data.chat import on_one_day
 from pipeline.errors import ModelError
 from pipeline.heads import Head, check_head, device_of, head_of, logits_of
+from pipeline.opening import open_config
 from pipeline.timing import NEW_TOKENS, PROMPT_TOKENS, REPEATS, tokens_per_second
 
 if TYPE_CHECKING:
@@ -298,12 +299,12 @@ def question(tokenizer: PreTrainedTokenizerBase, prompt: str) -> BatchEncoding:
 
 def stop_tokens(folder: Path) -> set[int]:
     """The tokens at which the model in `folder` ends an answer in transformers."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     if (folder / "generation_config.json").is_file():
         settings = GenerationConfig.from_pretrained(folder)
     else:
-        settings = GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder))
+        settings = GenerationConfig.from_model_config(open_config(folder))
     ends = settings.eos_token_id
     return set(ends) if isinstance(ends, list) else {ends} - {None}
 

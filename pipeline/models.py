@@ -17,6 +17,7 @@ from pipeline.config import PACKAGE_SOURCE, REPO_ID, Model
 from pipeline.download import download
 from pipeline.errors import ModelError
 from pipeline.files import fingerprint, sha256
+from pipeline.opening import check_beside, check_kernels, open_config, read_settings
 from pipeline.origin import Origin, read_origin
 from pipeline.packaged import find_packaged, unpack_gguf
 
@@ -178,11 +179,13 @@ def _skeleton(model: Path | Mapping):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(model) if isinstance(model, Path) else AutoConfig.for_model(**model)
+        config = open_config(model) if isinstance(model, Path) else AutoConfig.for_model(**model)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ModelError:
+        raise
+    except Exception as error:  # a configuration from anywhere makes it raise anything
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise ModelError(f"{_named(model)}: transformers cannot build this model: {reason}") from None
 
 
@@ -222,27 +225,42 @@ def companions(source: Path) -> list[Path]:
 def copy_companions(source: Path, target: Path) -> None:
     """Copy what belongs to a checkpoint beside its weights and configuration."""
     for path in companions(source):
-        shutil.copyfile(path, target / path.name)
+        _copy(path, target / path.name)
+    settings = target / "tokenizer_config.json"
+    if settings.is_file() and "auto_map" in (told := read_settings(settings)):  # code that is not published
+        told.pop("auto_map")
+        settings.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def copy_terms(source: Path, target: Path) -> None:
     """Copy the terms of use that lie beside a checkpoint, which go where its weights go."""
     for path in companions(source):
         if TERMS_FILES.match(path.name):
-            shutil.copyfile(path, target / path.name)
+            _copy(path, target / path.name)
+
+
+def _copy(path: Path, target: Path) -> None:
+    """Copy a file that will be published: of this folder, or of the Hub's cache, in which all are links.
+
+    Raises:
+        ModelError: for a link to anywhere else, by which any file of this machine could be published.
+    """
+    real, folder = path.resolve(), path.parent.resolve()
+    if folder not in real.parents and real.parent != folder.parents[1] / "blobs":
+        raise ModelError(f"{path}: a link to {real}, outside its folder, and would be published; copy it there")
+    shutil.copyfile(real, target)
 
 
 def read_config(folder: Path) -> dict:
     """`config.json` of a checkpoint, as plain data."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{folder}: no config.json, so this is not a model's folder") from None
-    except (OSError, ValueError, RecursionError):
-        raise ModelError(f"{folder / 'config.json'}: not readable JSON") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{folder / 'config.json'}: not a model's configuration")
-    return config
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{folder}: no config.json, so this is not a model's folder")
+    return read_settings(folder / "config.json")
+
+
+def belongs_to_checkpoint(name: str) -> bool:
+    """Is a file at a repository's root fetched with a model? An adapter that lies there too is another's."""
+    return name not in ADAPTER_FILES and bool(CHECKPOINT_FILES.match(name) or TERMS_FILES.match(name))
 
 
 def is_local(source: str, key: str = "model.source") -> bool:
@@ -260,6 +278,7 @@ def _check_folder(path: Path, need_weights: bool = True) -> None:
     check_config(path, read_config(path))
     if need_weights and not any(path.glob("*.safetensors")):
         raise ModelError(f"{path}: no .safetensors file; pickled weights are not read, convert them first")
+    check_beside(path)
 
 
 def check_config(place: object, config: dict) -> None:
@@ -268,10 +287,7 @@ def check_config(place: object, config: dict) -> None:
     Raises:
         ModelError: saying why it is not.
     """
-    if config.get("auto_map") and not _is_known(config.get("model_type")):
-        raise ModelError(
-            f"{place}: the model needs code of its own, which is never run; use one that transformers knows"
-        )
+    check_code(place, config)
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ModelError(f"{place}: already quantized ({method}); start from the full-precision model")
@@ -285,16 +301,29 @@ def check_config(place: object, config: dict) -> None:
         raise ModelError(f"{place}: a {named[0]}; only decoders that generate text are handled")
 
 
+def check_code(place: object, config: dict) -> None:
+    """Refuse a model that asks for code of somebody's; `place` is named in errors.
+
+    Raises:
+        ModelError: naming it.
+    """
+    if config.get("auto_map") and not _is_known(config.get("model_type")):
+        raise ModelError(
+            f"{place}: the model needs code of its own, which is never run; use one that transformers knows"
+        )
+    check_kernels(place, config)
+
+
 def _is_known(model_type: object) -> bool:
     """Does transformers have this architecture itself?"""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    return model_type in CONFIG_MAPPING_NAMES
+    return isinstance(model_type, str) and model_type in CONFIG_MAPPING_NAMES
 
 
 def _download(model: Model, on_progress: Callable[[int, int], None] | None) -> tuple[Path, str]:
     def choose(names: list[str]) -> list[str]:
-        wanted = [name for name in names if CHECKPOINT_FILES.match(name) or TERMS_FILES.match(name)]
+        wanted = [name for name in names if belongs_to_checkpoint(name)]
         if not any(name.endswith(".safetensors") for name in wanted):
             raise ModelError(f"{model.source}: no .safetensors at its root; pickled weights are not read")
         return [name for name in wanted if not (model.low_disk and name.endswith(".safetensors"))]

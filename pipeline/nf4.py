@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pipeline.opening import open_model
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -22,7 +24,7 @@ def load_base(folder: Path, in_nf4: bool, divided: bool = False) -> PreTrainedMo
         divided: it will be divided among processes (FSDP, DeepSpeed), which can only be done with
             floating-point tensors: the same 4-bit codes are then held as bf16, four to a number.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     config = BitsAndBytesConfig(
@@ -33,7 +35,7 @@ def load_base(folder: Path, in_nf4: bool, divided: bool = False) -> PreTrainedMo
         bnb_4bit_quant_storage=torch.bfloat16 if divided else torch.uint8,
     )
     whole_on_gpu = torch.cuda.is_available() and not is_deepspeed_zero3_enabled()  # which divides it while it loads
-    model = AutoModelForCausalLM.from_pretrained(
+    model = open_model(
         folder,
         dtype=torch.bfloat16,
         quantization_config=config if in_nf4 else None,

@@ -30,6 +30,7 @@ from pipeline.blocks import tiles
 from pipeline.errors import ModelError
 from pipeline.machine import WEIGHTS_SHARE
 from pipeline.models import stored_bytes
+from pipeline.opening import open_config
 from pipeline.quantization.formats import torchao
 from pipeline.quantization.formats.gguf.reader import GgufWeights
 from pipeline.quantization.grid import GroupQuantized
@@ -74,9 +75,8 @@ def assemble_offloaded(folder: Path, device: torch.device, weights: GgufWeights 
         OSError, ValueError: whatever transformers says of a configuration that it cannot use.
     """
     from accelerate import cpu_offload
-    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
+    config = open_config(folder)
     if torchao.rounds_activations(config):
         raise ModelError(
             f"{folder}: does not fit into the memory, and torchao computes layers that round what they "

@@ -43,7 +43,7 @@ def has_chat_template(folder: Path) -> bool:
         return True
     try:
         return bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
-    except (FileNotFoundError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 

@@ -59,14 +59,18 @@ def unpack_gguf(source: str, file: Path, folder: Path) -> tuple[Path, Origin]:
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        file.parent,
+        gguf_file=file.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+        trust_remote_code=False,
     )
     try:
         reorder_channels(model)
     except ValueError as error:
         raise ModelError(f"{source}: {error}") from None
     model.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(partial)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False).save_pretrained(partial)
     _tidy(partial)
     origin = Origin(
         source=source,

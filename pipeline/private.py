@@ -1,4 +1,4 @@
-"""What is nobody's business: where things lie on this machine."""
+"""What is nobody's business: where things lie on this machine, and tokens."""
 
 from __future__ import annotations
 
@@ -6,19 +6,26 @@ import re
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import redact
+
 
 def file_name(path: str) -> str:
     """The last part of a path that can be read."""
     return next((part for part in reversed(Path(path).parts) if any(c.isprintable() and c != " " for c in part)), path)
 
 
-def without_folders(content: Any, run: Path) -> Any:
-    """Plain data in which a library's reasons for a failure name the run's folder by its name, and the home as `~`."""
+def without_private(content: Any, run: Path) -> Any:
+    """Plain data without tokens, in which reasons for a failure name the run's folder by its name, and the home as `~`.
+
+    Answers of a model are among it, which may have learned a token from its data.
+    """
+    if isinstance(content, str):
+        return redact(content)
     if isinstance(content, list):
-        return [without_folders(value, run) for value in content]
+        return [without_private(value, run) for value in content]
     if not isinstance(content, dict):
         return content
-    told = {key: without_folders(value, run) for key, value in content.items()}
+    told = {key: without_private(value, run) for key, value in content.items()}
     if isinstance(told.get("reason"), str):
         told["reason"] = _shorten(told["reason"], run)
     return told

@@ -90,19 +90,17 @@ def _in_transformers(folder: str, loader: str, tokens: list[int], out: Path, dev
     quiet()
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM
 
     from pipeline import loading, machine, measure
     from pipeline.libraries import quiet_progress_bars
+    from pipeline.opening import open_model
 
     quiet_progress_bars()
     device = loading.device_named(device).type
     machine.reset_peak_memory()
     start = time.perf_counter()
     if loader == "stock":
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", device_map=device if device != "cpu" else None
-        )
+        model = open_model(folder, dtype="auto", device_map=device if device != "cpu" else None)
     else:
         model, _ = loading.load(folder, device=device)
     figures = {"loader": loader, "device": device, "load_seconds": time.perf_counter() - start, "runs": False}

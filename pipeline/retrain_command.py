@@ -119,13 +119,10 @@ def _out(as_json: bool) -> TextIO:
 
 def main() -> None:
     """A line and an exit code for what a user can mend, a traceback for our bugs."""
-    from pipeline.errors import UserError
+    from pipeline.errors import plain_errors
 
-    try:
+    with plain_errors("retrain"):
         app()
-    except UserError as error:
-        print(f"retrain: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

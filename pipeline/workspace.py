@@ -24,7 +24,7 @@ from pipeline.config import Config
 from pipeline.config_file import dump_config, load_config
 from pipeline.errors import WorkspaceError
 from pipeline.files import place_files, read_json, sha256, write_json, write_text
-from pipeline.private import without_folders
+from pipeline.private import without_private
 
 HIDDEN = ".tunepress"  # the run's folder inside a result that was asked for by name
 
@@ -285,7 +285,7 @@ class Workspace:
         """Store one step's figures and put `results.json` together anew."""
         path = self.measurements / f"{name}.json"
         run = self.release if self.folder.name == HIDDEN else self.folder
-        write_json(path, without_folders(content, run))
+        write_json(path, without_private(content, run))
         self.assemble_results()
         return path
 

@@ -268,7 +268,7 @@ def test_a_damaged_folder_is_one_line_that_names_it(model_copy, damage):
     else:
         for path in model_copy.glob("*token*"):
             path.unlink()
-    with pytest.raises(ModelError, match="transformers cannot load it|fetch it again|no model.safetensors") as caught:
+    with pytest.raises(ModelError, match="transformers cannot|fetch it again|no model.safetensors") as caught:
         load(model_copy)
     assert str(model_copy) in str(caught.value) and "\n" not in str(caught.value)
 

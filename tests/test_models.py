@@ -65,7 +65,7 @@ def test_something_that_reads_like_a_hub_id_is_left_to_the_hub(source, tmp_path,
 
 @pytest.mark.parametrize(
     "source",
-    ["gpt2", "a/b/c", "user/", "user/mo del", "user/a--b", "user/a..b", "user/x.git", "https://hf.co/a/b", "user/b\n"],
+    ["gpt2", "a/b/c", "user/", "user/mo del", "user/a--b", "user/a..b", "user/x.git", "https://hf.co/a/b", "user/b:c"],
 )
 def test_what_can_be_neither_is_refused_with_its_name(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -98,8 +98,8 @@ def test_a_folder_without_a_configuration_is_refused(tmp_path):
         ("{", "not readable JSON"),
         ("\ufeff{}", "not readable JSON"),
         ("[" * 100_000, "not readable JSON"),
-        ("[]", "not a model's"),
-        ("5", "not a model's"),
+        ("[]", "not a table"),
+        ("5", "not a table"),
     ],
 )
 def test_a_configuration_that_cannot_be_read_is_refused(model_copy, text, said):
@@ -191,7 +191,7 @@ def test_linear_weights_need_only_the_configuration(model_copy):
 @pytest.mark.parametrize("values", [{"model_type": "of-tomorrow"}, {"model_type": "vit"}, {"model_type": None}])
 def test_a_model_that_transformers_cannot_build_is_refused(configured, values):
     folder = configured(**values)
-    with pytest.raises(ModelError, match="transformers cannot build this model") as caught:
+    with pytest.raises(ModelError, match="transformers cannot (build this model|read its configuration)") as caught:
         linear_weights(folder)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
@@ -220,8 +220,11 @@ def test_companions_are_the_tokenizer_the_template_generation_settings_and_terms
 
 
 def test_companions_that_are_links_are_copied_as_files(model_copy, tmp_path):
-    target, cache = tmp_path / "target", tmp_path / "blob"
+    target, cache = tmp_path / "target", tmp_path / "blobs" / "0123"
     target.mkdir()
+    cache.parent.mkdir()
+    (tmp_path / "snapshots").mkdir()
+    model_copy = model_copy.rename(tmp_path / "snapshots" / "4567")  # as in the Hub's cache
     shutil.move(model_copy / "tokenizer.json", cache)
     (model_copy / "tokenizer.json").symlink_to(cache)
     copy_companions(model_copy, target)

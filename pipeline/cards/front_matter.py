@@ -16,6 +16,8 @@ import yaml
 
 from pipeline.catalog import VARIANTS
 
+# What PyYAML raises for a text from anywhere: also an `!!int` that is none, or a 30th of February.
+UNREADABLE = (yaml.YAMLError, ValueError, RecursionError, LookupError, TypeError, AttributeError)
 SOURCE = "tunepress"  # the name under which our results stand in a model index
 
 
@@ -54,7 +56,7 @@ def merge(ours: str, theirs: str, newline: str = "\n", written: Mapping[str, str
     """
     try:
         node, found = yaml.compose(theirs, Loader=_Loader), yaml.load(theirs, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except UNREADABLE:
         return None
     found = {} if found is None else found
     keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
@@ -70,7 +72,7 @@ def only(metadata: str, keys: Collection[str]) -> str:
     """`metadata` without the keys that are not among `keys`; empty where it cannot be read."""
     try:
         node, found = yaml.compose(metadata, Loader=_Loader), yaml.load(metadata, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except UNREADABLE:
         return ""
     wanted = {key: value for key, value in found.items() if key in keys} if isinstance(found, dict) else {}
     edited = _edited(metadata, node, found, wanted, "\n") if wanted and len(node.value) == len(found) else None
@@ -167,7 +169,7 @@ def _edited(text: str, node: yaml.Node | None, old: dict, new: dict, newline: st
 def _says(text: str, wanted: dict) -> bool:
     try:
         return _dump(yaml.load(text, Loader=_Loader) or {}, "\n") == _dump(wanted, "\n")
-    except (yaml.YAMLError, ValueError):
+    except UNREADABLE:
         return False
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import typer
 
 from pipeline.cli import machine, models, releases, runs, wizard
@@ -27,10 +25,7 @@ for verb in VERBS:
 
 def main() -> None:
     """The `tunepress` command: a line and an exit code for what a user can mend, a traceback for our bugs."""
-    from pipeline.errors import UserError
+    from pipeline.errors import plain_errors
 
-    try:
+    with plain_errors("tunepress"):
         app()
-    except UserError as error:
-        print(f"tunepress: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from pipeline.errors import redact
+
 
 class BadRow(Exception):
     """A row that nothing can be learned from.
@@ -55,6 +57,6 @@ def kind(value: Any) -> str:
 def shorten(value: Any, longest: int = 60) -> str:
     """A value for a message: as JSON unless it is text in prose, never longer than `longest`, and harmless to print."""
     shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    shown = shown[: longest + 1]
+    shown = redact(shown)[: longest + 1]
     shown = "".join(c if c.isprintable() or c.isspace() else ascii(c)[1:-1] for c in shown)
     return shown if len(shown) <= longest else shown[: longest - 3] + "..."

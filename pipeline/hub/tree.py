@@ -83,8 +83,9 @@ class Lineage:
         try:
             told = json.loads(content)
             paths = [path for path in (*told["files"], *told["documents"]) if isinstance(path, str)]
-            return cls(told.get("run"), told.get("mirror_of"), frozenset([LINEAGE, *paths]))
-        except (ValueError, KeyError, TypeError, AttributeError):
+            run, mirror_of = (told.get(key) if isinstance(told.get(key), str) else None for key in ("run", "mirror_of"))
+            return cls(run, mirror_of, frozenset([LINEAGE, *paths]))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return cls()
 
 

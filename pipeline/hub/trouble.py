@@ -93,7 +93,7 @@ def status_of(error: BaseException | None) -> int | None:
 
 
 def say(error: BaseException | None) -> str:
-    return redact(" ".join(str(error).split())[:200])
+    return redact(" ".join(str(error).split()))[:200]
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

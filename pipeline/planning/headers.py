@@ -53,6 +53,8 @@ def safetensors_header(name: str, read: Callable[[int, int], bytes]) -> dict[str
     try:
         header = json.loads(head[8 : 8 + length])
         header.pop("__metadata__", None)
+        if not all(type(size) is int and size >= 0 for entry in header.values() for size in entry["shape"]):
+            raise ValueError
         return {n: Tensor(tuple(e["shape"]), ITEM_BYTES[e["dtype"]]) for n, e in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{name}: its header does not say what tensors it has") from None
@@ -82,7 +84,7 @@ def gguf_header(name: str, file: BinaryIO) -> tuple[dict[str, object], dict[str,
             raise ValueError
         found = {_text(file): _value(file, *_unpack(file, "I")) for _ in range(fields)}
         return found, dict(_gguf_tensors(file, tensors))
-    except (struct.error, ValueError, KeyError, MemoryError, OverflowError):
+    except (struct.error, ValueError, KeyError, MemoryError, OverflowError, RecursionError, OSError):
         raise CheckpointError(f"{name}: not a GGUF file, or cut short") from None
 
 

@@ -14,8 +14,7 @@ from pipeline.download import in_one_line
 from pipeline.errors import CheckpointError, ModelError
 from pipeline.models import (
     ADAPTER_FILES,
-    CHECKPOINT_FILES,
-    TERMS_FILES,
+    belongs_to_checkpoint,
     check_config,
     check_source,
     companions,
@@ -182,7 +181,7 @@ def _on_hub(model: Model) -> Sizes:
         raise ModelError(f"{model.source}: no config.json, so this is not a model's repository")
     config = _json(f"{model.source}/config.json", repository.read("config.json"))
     check_config(model.source, config)
-    wanted = {n: size for n, size in files.items() if CHECKPOINT_FILES.match(n) or TERMS_FILES.match(n)}
+    wanted = {n: size for n, size in files.items() if belongs_to_checkpoint(n)}
     if not any(name.endswith(".safetensors") for name in wanted):
         raise ModelError(f"{model.source}: no .safetensors at its root; pickled weights are not read")
     shards = _shards(model.source, files, repository.read)

@@ -19,9 +19,10 @@ import time
 import traceback
 from pathlib import Path
 
-from pipeline.errors import UserError, redact
+from pipeline.errors import UserError
 from pipeline.events import Events, Unheard, one_line
 from pipeline.libraries import quiet
+from pipeline.logs import print_without_tokens, wait_for
 from pipeline.stages import STEPS
 from pipeline.team import Team, is_echo
 from pipeline.workspace import Workspace
@@ -37,14 +38,13 @@ class Terminated(BaseException):
 def main() -> int:
     folder, stage, *variants = sys.argv[1:]
     step, team = STEPS[stage], Team.here()
+    workspace = Workspace.open(folder)
+    writer = _print_to(None if team.leads else workspace.log_of(stage, variants, team.rank))
     report = _Socket()
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     orphaned = threading.Event()
     threading.Thread(target=_end_with_parent, args=(orphaned,), daemon=True).start()
-    workspace = Workspace.open(folder)
-    if not team.leads:
-        _print_to(workspace.log_of(stage, variants, team.rank))
     config = workspace.config()
     shown = (report.progress, report.show) if team.hosts else ()
     events = (Events if team.leads else Unheard)(workspace.events_path, config.name, *shown)
@@ -73,7 +73,7 @@ def main() -> int:
                 events.failed(step.verb, variant, error, time.monotonic() - start)
         code = error.exit_code if isinstance(error, UserError) else 1
         if not isinstance(error, UserError):
-            print(redact(traceback.format_exc()), file=sys.stderr)
+            traceback.print_exc()
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         where = f"process {team.rank} of {team.size}: " if kind and team.rank else ""
         what = " ".join((step.verb or stage, *variants))
@@ -87,6 +87,8 @@ def main() -> int:
         }
         report.send({"error": told})
         return code
+    finally:
+        wait_for(writer)
 
 
 def _plain(summary: dict) -> dict:
@@ -106,12 +108,10 @@ def _end_with_parent(orphaned: threading.Event) -> None:
     os._exit(1)  # it waits inside a library, for another process that has gone too
 
 
-def _print_to(path: Path) -> None:
-    """Everything that this process prints goes to a file of its own."""
-    with open(path, "wb") as log:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-            os.dup2(log.fileno(), stream.fileno())
+def _print_to(path: Path | None) -> int:
+    """Everything that this process prints goes to a file of its own, or where it went; the process that writes it."""
+    with open(path, "wb") if path else open(os.dup(1), "wb") as log:
+        return print_without_tokens(log.fileno())
 
 
 class _Socket:
@@ -137,7 +137,4 @@ class _Socket:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # without waiting for threads that libraries left behind
+    os._exit(main())  # without waiting for threads that libraries left behind

@@ -12,6 +12,7 @@ from pipeline.config import Config
 from pipeline.events import Events
 from pipeline.libraries import versions
 from pipeline.live import Live
+from pipeline.opening import open_tokenizer
 from pipeline.stages import Outcome
 from pipeline.workspace import Workspace
 
@@ -96,11 +97,9 @@ def _compare(config: Config, workspace: Workspace, events: Events, compared: Liv
 
 
 def _tokenizer(source: object, revision: str | None) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
     from pipeline.loading import locate
 
-    return AutoTokenizer.from_pretrained(locate(source, revision=revision))
+    return open_tokenizer(locate(source, revision=revision))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from pipeline.errors import CheckpointError, ModelError, QuantizationError
 from pipeline.events import Events
 from pipeline.files import empty_folder
 from pipeline.libraries import versions
+from pipeline.opening import open_tokenizer
 from pipeline.stages import Outcome
 from pipeline.stages.inputs import adapter, adapter_depends, base_model, model_depends
 from pipeline.stages.quantize import keep_written, to_write
@@ -109,23 +110,19 @@ def _kinds(config: Config) -> tuple[str, ...]:
 
 def _supplied_template(base: Path, workspace: Workspace) -> str | None:
     """The chat template that training supplied, which belongs to the model from now on."""
-    from transformers import AutoTokenizer
-
     from pipeline.texts import with_template
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = open_tokenizer(base)
     return None if tokenizer.chat_template else with_template(tokenizer, workspace).chat_template
 
 
 def _compare(config: Config, workspace: Workspace, events: Events, base: Path, folders: dict[str, Path]) -> dict:
     """Loss on held-out text of the live adapter and of each merged model, and KL(live || merged)."""
-    from transformers import AutoTokenizer
-
     from pipeline import heads, measure, texts
     from pipeline.checkpoint import Checkpoint
     from pipeline.loading import load
 
-    tokenizer = texts.with_template(AutoTokenizer.from_pretrained(base), workspace)
+    tokenizer = texts.with_template(open_tokenizer(base), workspace)
     sequences = texts.held_out(config, workspace, tokenizer)
     model = live_model(config, base, workspace.adapter)
     head_name, softcap = heads.head_name(model), heads.softcap(model.config)

@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.events import Events
 from pipeline.files import empty_folder, fingerprint, replace_folder
 from pipeline.libraries import versions
+from pipeline.opening import open_tokenizer
 from pipeline.stages import Outcome
 from pipeline.stages.inputs import base_model, model_depends
 from pipeline.stages.quantize import check_variants
@@ -118,8 +119,6 @@ def _prepare(config: Config, workspace: Workspace, events: Events, team: Team) -
 
     One process of each machine writes; the others read what it left.
     """
-    from transformers import AutoTokenizer
-
     from pipeline import comparable, texts
     from pipeline.data import load_examples, write_examples
     from pipeline.data.chat import supply_template
@@ -139,7 +138,7 @@ def _prepare(config: Config, workspace: Workspace, events: Events, team: Team) -
     compared = comparable.check_prompts(workspace, data)
     base = base_model(config, workspace, events)
     check_variants(config, base)
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = open_tokenizer(base)
     if data.form != "text":  # running text is learned as it is
         supply_template(tokenizer)
     encoded = {

@@ -17,6 +17,7 @@ from pipeline.errors import CheckpointError, DataError, MissingExtra, UserError
 from pipeline.files import read_json, write_json
 from pipeline.libraries import quiet, quiet_progress_bars
 from pipeline.models import read_config
+from pipeline.opening import open_model, open_tokenizer
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -55,9 +56,7 @@ def _measured(request: dict) -> dict:
     if request["loader"] == "llama.cpp":
         if not llama_cpp.is_installed():
             raise MissingExtra(f"{request['model']}: measuring it in llama.cpp", "llama-cpp")
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(request["reference"])
+        tokenizer = open_tokenizer(Path(request["reference"]))
         sequences, problems = _texts(config, workspace, tokenizer, request["texts"])
         longest = max((len(s.input_ids) for part in sequences.values() for s in part), default=16)
         with llama_cpp.opened(Path(file), longest) as reader:
@@ -131,7 +130,6 @@ def _run_once(model) -> None:
 def _adapter(request: dict) -> dict:
     """Does the adapter load, and fit the model at the root, which is of the same shape as its base?"""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     from pipeline.blocks import are_finite
     from pipeline.checkpoint import Checkpoint
@@ -145,7 +143,7 @@ def _adapter(request: dict) -> dict:
     for name in adapter.tensors:
         if not are_finite(adapter.tensors.read(name).float()):
             raise CheckpointError(f"{name!r} is not finite")
-    model = AutoModelForCausalLM.from_pretrained(root, dtype="auto")
+    model = open_model(root, dtype="auto")
     _run_once(PeftModel.from_pretrained(model, folder))
     return {"quality": {}, "problems": {}}
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from pipeline.commands import command
+from pipeline.config_file import read_yaml
 from pipeline.errors import ConfigError, redact
 from pipeline.files import write_text
 from pipeline.wizard.asking import Asker, escaped, yes_or_no
@@ -103,10 +104,10 @@ def read_answers(path: Path) -> dict[str, str]:
         ConfigError: where the file holds none.
     """
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = read_yaml(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (ConfigError, UnicodeDecodeError):
         raise ConfigError(f"{path}: not YAML, so no answers of the wizard") from None
     known = {question.name for question in QUESTIONS}
     is_flat = isinstance(found, dict) and not any(isinstance(value, (dict, list)) for value in found.values())

@@ -17,6 +17,7 @@ from pipeline.errors import ModelError
 from pipeline.files import read_json
 from pipeline.gguf_keys import ENDS, SAMPLING
 from pipeline.models import companions
+from pipeline.opening import open_config, open_tokenizer
 from pipeline.quantization.formats.gguf.names import BIASES, Architecture, architecture, library
 from pipeline.quantization.formats.gguf.vocabulary import Vocabulary, vocabulary
 
@@ -67,10 +68,8 @@ def describe(
         MissingExtra: where the package `gguf` is not installed.
     """
     gguf = library()
-    from transformers import AutoConfig
-
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = open_config(folder)
         known = architecture(config.model_type)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder}: {str(error).strip().splitlines()[0]}") from None
@@ -97,13 +96,10 @@ def describe(
 @functools.lru_cache(maxsize=1)
 def _tokenizer(folder: Path, size: int, states: tuple) -> tuple[PreTrainedTokenizerBase, Vocabulary]:
     """The tokenizer of a model with `size` rows in its embedding; kept, since all variants of a pass have the same."""
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{folder}: a GGUF carries a tokenizer, and here none can be read: {reason}") from None
+        tokenizer = open_tokenizer(folder)
+    except ModelError as error:
+        raise ModelError(f"{error}; a GGUF carries one") from None
     try:
         return tokenizer, vocabulary(tokenizer, size)
     except ModelError as error:

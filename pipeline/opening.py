@@ -1,0 +1,136 @@
+"""Models, tokenizers and configurations opened with transformers, wherever they come from.
+
+By itself transformers runs code that a repository names, or asks at the terminal whether it may; fetches a kernel
+that a configuration names, and runs that; opens a pickle where it finds no safetensors; and loads another model
+where an adapter's configuration lies beside one. Here it does none of that.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+# Ways to compute attention and experts that come with torch; any other may be fetched and run.
+_OWN_KERNELS = (None, "eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm")
+_KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+
+
+def open_config(folder: Path) -> PreTrainedConfig:
+    """What `config.json` says.
+
+    Raises:
+        ModelError: where transformers cannot read it.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # a file from anywhere makes it raise anything
+        raise _unreadable(folder, "configuration", error) from None
+
+
+def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model's folder.
+
+    Raises:
+        ModelError: where there is none that transformers can read.
+    """
+    from transformers import AutoTokenizer
+
+    check_tokenizer(folder, folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise _unreadable(folder, "tokenizer", error) from None
+
+
+def open_model(folder: Path, **options: Any) -> Any:
+    """A causal language model; options go to `from_pretrained`, and so does what it returns and raises."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, **options)
+
+
+def check_beside(folder: Path) -> None:
+    """Refuse what transformers would follow to other places: what lies beside a checkpoint in its folder.
+
+    Raises:
+        ModelError: naming it.
+    """
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{folder}: an adapter_config.json lies beside the model, and transformers would load what that names "
+            "instead; move it elsewhere, and name it with merge.adapter"
+        )
+    check_tokenizer(folder, folder)
+
+
+def check_tokenizer(place: object, folder: Path) -> None:
+    """Refuse a tokenizer that needs code of its own; `place` is named in errors.
+
+    Raises:
+        ModelError: where it does, or where its settings are not readable.
+    """
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    settings = read_settings(path)
+    if settings.get("auto_map") and not _is_known(settings.get("tokenizer_class")):
+        raise ModelError(f"{place}: its tokenizer needs code of its own, which is never run; choose another model")
+
+
+def read_settings(path: Path) -> dict:
+    """A table of settings in JSON.
+
+    Raises:
+        ModelError: where that is none.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        raise ModelError(f"{path}: not readable JSON") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{path}: not a table of settings")
+    return found
+
+
+def check_kernels(place: object, config: dict) -> None:
+    """Refuse a configuration that names a kernel of somebody's; `place` is named in errors.
+
+    Raises:
+        ModelError: naming it.
+    """
+    for key, value in _entries(config):
+        if key in _KERNEL_KEYS and value not in _OWN_KERNELS:
+            raise ModelError(f"{place}: {key} {value!r} names code to fetch and run, which is never done; remove it")
+
+
+def _entries(tree: dict) -> Iterator[tuple[str, Any]]:
+    """Every key with its value, in tables within tables too."""
+    waiting: list[Any] = [tree]
+    while waiting:
+        here = waiting.pop()
+        if isinstance(here, dict):
+            yield from here.items()
+            waiting += here.values()
+        elif isinstance(here, list):
+            waiting += here
+
+
+def _is_known(tokenizer_class: object) -> bool:
+    """Does transformers have this tokenizer itself?"""
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    return isinstance(tokenizer_class, str) and tokenizer_class_from_name(tokenizer_class) is not None
+
+
+def _unreadable(folder: Path, what: str, error: Exception) -> ModelError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ModelError(f"{folder}: transformers cannot read its {what}: {reason}")
