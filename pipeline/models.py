@@ -22,8 +22,8 @@ from pipeline.origin import Origin, read_origin
 from pipeline.packaged import find_packaged, unpack_gguf
 
 # Everything at a repository's root that belongs to a checkpoint, and no pickle among it.
-CHECKPOINT_FILES = re.compile(r"^([\w.-]+\.(safetensors|json|jinja|model|txt|tiktoken)|README\.md)$")
-TERMS_FILES = re.compile(r"^(LICEN[CS]E|USE_POLICY|NOTICE)[\w.-]*$", re.IGNORECASE)  # they go where the model goes
+CHECKPOINT_FILES = re.compile(r"^([\w.-]+\.(safetensors|json|jinja|model|txt|tiktoken)|README\.md)\Z")
+TERMS_FILES = re.compile(r"^(LICEN[CS]E|USE_POLICY|NOTICE)[\w.-]*\Z", re.IGNORECASE)  # they go where the model goes
 TOKENIZER_FILES = re.compile(
     r"^(tokenizer[\w.-]*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|"
     r"chat_template\.jinja|[\w.-]+\.tiktoken)$"

@@ -19,8 +19,6 @@ import re
 from datetime import datetime
 from typing import Any
 
-import jinja2
-
 from pipeline.data.rows import shorten
 from pipeline.errors import DataError
 
@@ -111,7 +109,7 @@ class ChatTemplate:
         try:
             options = {"chat_template": self._template, "tokenize": False, **options}
             return self.tokenizer.apply_chat_template(conversation, **options)
-        except (jinja2.TemplateError, TypeError) as error:
+        except Exception as error:  # a template is a program from anywhere, and divides by nothing if it likes
             raise DataError(
                 f"{self.name}: its chat template refuses the conversation that begins "
                 f"{shorten(conversation[0]['content'])!r}: {shorten(str(error), 120)}; "
