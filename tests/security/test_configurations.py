@@ -58,12 +58,43 @@ TREES = st.fixed_dictionaries(
 SMALLEST = {"name": "tiny", "model": {"source": "user/model"}, "data": {"source": "rows.jsonl"}}
 # Pieces that YAML has and JSON does not.
 PIECES = st.sampled_from(
-    ["!!python/object/apply:os.system ['touch owned']", "!!python/name:os.system", "!!python/module:os", "&a [*a]",
-     "*nobody", "<<: *a", "{? [a, b] : c}", "? a\n: b", "!!int 'x'", "!!timestamp 2020-02-30", "2020-02-30", "!!binary 'x'",
-     "0x" + "f" * 5000, "1" * 5000, "- - - - -", "[" * 3000, "%YAML 9.9", "---\na: b\n---\n", "name: a\nname: b", "\t- x",
-     "\ufeff", "\x00", "!<tag:x> y", "'unfinished", "| \n x", "~", "!!set {a, b}", "!!omap [a: b]", "!!pairs [a: b]",
-     "key: value", "name: tiny", "model: {source: user/model}", "data: {source: x.jsonl}", f"track: {{server: {TOKEN}}}"]
-)  # fmt: skip
+    [
+        "!!python/object/apply:os.system ['touch owned']",
+        "!!python/name:os.system",
+        "!!python/module:os",
+        "&a [*a]",
+        "*nobody",
+        "<<: *a",
+        "{? [a, b] : c}",
+        "? a\n: b",
+        "!!int 'x'",
+        "!!timestamp 2020-02-30",
+        "2020-02-30",
+        "!!binary 'x'",
+        "0x" + "f" * 5000,
+        "1" * 5000,
+        "- - - - -",
+        "[" * 3000,
+        "%YAML 9.9",
+        "---\na: b\n---\n",
+        "name: a\nname: b",
+        "\t- x",
+        "\ufeff",
+        "\x00",
+        "!<tag:x> y",
+        "'unfinished",
+        "| \n x",
+        "~",
+        "!!set {a, b}",
+        "!!omap [a: b]",
+        "!!pairs [a: b]",
+        "key: value",
+        "name: tiny",
+        "model: {source: user/model}",
+        "data: {source: x.jsonl}",
+        f"track: {{server: {TOKEN}}}",
+    ]
+)
 QUIET = settings(
     max_examples=150, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.large_base_example],
@@ -132,8 +163,21 @@ def test_good_values_are_taken(place, name, prompts, steps, variants):
     assert_safe(config, place)
 
 
-WHERE = ["name", "model.source", "model.revision", "data.source", "data.split", "evaluate.prompts", "merge.adapter",
-         "publish.repo", "track.server", "track.project", "train.lora.target_modules", "data.columns", "nonsense"]  # fmt: skip
+WHERE = [
+    "name",
+    "model.source",
+    "model.revision",
+    "data.source",
+    "data.split",
+    "evaluate.prompts",
+    "merge.adapter",
+    "publish.repo",
+    "track.server",
+    "track.project",
+    "train.lora.target_modules",
+    "data.columns",
+    "nonsense",
+]
 
 
 @pytest.mark.parametrize("key", WHERE)

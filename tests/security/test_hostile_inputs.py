@@ -21,7 +21,10 @@ class Owned:
 
 PICKLE = pickle.dumps(Owned())
 DEEP = b"[" * 200_000
-BOMB = "a: &a [x, x, x, x]\n" + "".join(f"{n}: &{n} [*{p}, *{p}, *{p}, *{p}]\n" for p, n in zip("abcdefgh", "bcdefghi"))
+_LETTERS = "abcdefghi"
+BOMB = "a: &a [x, x, x, x]\n" + "".join(
+    f"{n}: &{n} [*{p}, *{p}, *{p}, *{p}]\n" for p, n in zip(_LETTERS, _LETTERS[1:], strict=False)
+)
 ESCAPES = "\x1b]0;owned\x07\x1b[2J"
 
 # Data files: what stands in them, by name.
@@ -67,9 +70,28 @@ def test_a_data_file(survives, place, name):
     assert survives(lambda: load_examples(Data(source=name))) and not (place / "owned").exists()
 
 
-NAMES = ["../up", "/etc", "/etc/passwd", "~root/x", "~nobody-here/x", "a" * 5000, "./" + "a/" * 3000, "user/..",
-         "user/a/../../b", "C:\\x", "user/mo%2fdel", "user\\model", "-rf/x", "user/\u0430bc", "package:os/x.gguf",
-         "package:pipeline.cli/x.gguf", "package:../x/y.gguf", "file:///etc/passwd", "https://ada@hub.org/x", "$(id)/x"]  # fmt: skip
+NAMES = [
+    "../up",
+    "/etc",
+    "/etc/passwd",
+    "~root/x",
+    "~nobody-here/x",
+    "a" * 5000,
+    "./" + "a/" * 3000,
+    "user/..",
+    "user/a/../../b",
+    "C:\\x",
+    "user/mo%2fdel",
+    "user\\model",
+    "-rf/x",
+    "user/\u0430bc",
+    "package:os/x.gguf",
+    "package:pipeline.cli/x.gguf",
+    "package:../x/y.gguf",
+    "file:///etc/passwd",
+    "https://ada@hub.org/x",
+    "$(id)/x",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -146,8 +168,22 @@ def test_the_header_of_weights(survives, place, name):
     survives(lambda: safetensors_header("x", lambda start, stop: WEIGHTS[name][start:stop]))
 
 
-INDEXES = ["../x.safetensors", "/etc/passwd", "a/b.safetensors", "x.bin", "pytorch_model.bin", "..", "", "x.safetensors\x00",
-           "~/x.safetensors", 7, None, ["x"], "model-00001-of-99999.safetensors", "nowhere.safetensors"]  # fmt: skip
+INDEXES = [
+    "../x.safetensors",
+    "/etc/passwd",
+    "a/b.safetensors",
+    "x.bin",
+    "pytorch_model.bin",
+    "..",
+    "",
+    "x.safetensors\x00",
+    "~/x.safetensors",
+    7,
+    None,
+    ["x"],
+    "model-00001-of-99999.safetensors",
+    "nowhere.safetensors",
+]
 
 
 @pytest.mark.parametrize("file", INDEXES, ids=repr)
@@ -201,8 +237,18 @@ def test_a_file_for_llama_cpp(survives, place, name):
     assert (told or name == "no text") and not (place / "owned").exists()
 
 
-LINEAGES = [b"", DEEP, PICKLE, b"[]", b"7", b'{"schema": 1}', b'{"files": 7, "documents": 7}', b'{"files": {"../x": 1}, '
-            b'"documents": [["a"]], "run": {"a": 1}, "mirror_of": [1]}', b"9" * 6000, b'{"files": [{}], "documents": []}']  # fmt: skip
+LINEAGES = [
+    b"",
+    DEEP,
+    PICKLE,
+    b"[]",
+    b"7",
+    b'{"schema": 1}',
+    b'{"files": 7, "documents": 7}',
+    b'{"files": {"../x": 1}, "documents": [["a"]], "run": {"a": 1}, "mirror_of": [1]}',
+    b"9" * 6000,
+    b'{"files": [{}], "documents": []}',
+]
 
 
 @pytest.mark.parametrize("content", LINEAGES, ids=range(len(LINEAGES)))
@@ -306,8 +352,20 @@ def test_an_adapter_that_is_a_pickle(survives, place):
     assert "has no adapter_model.safetensors" in survives(lambda: check_adapter(str(place)))
 
 
-ANSWERS = [b"model: !!python/object/apply:os.system ['touch owned']", BOMB.encode(), DEEP, PICKLE, b"model: [*a]", b"? [a]\n: b",
-           b"model: !!timestamp x", b"a: &a [*a]", b"model: x\nmodel: y", b"nonsense: x", b"\x00", b"7"]  # fmt: skip
+ANSWERS = [
+    b"model: !!python/object/apply:os.system ['touch owned']",
+    BOMB.encode(),
+    DEEP,
+    PICKLE,
+    b"model: [*a]",
+    b"? [a]\n: b",
+    b"model: !!timestamp x",
+    b"a: &a [*a]",
+    b"model: x\nmodel: y",
+    b"nonsense: x",
+    b"\x00",
+    b"7",
+]
 
 
 @pytest.mark.parametrize("content", ANSWERS, ids=range(len(ANSWERS)))
@@ -318,8 +376,17 @@ def test_answers_that_a_wizard_left(survives, place, content):
     assert survives(lambda: read_answers(place / "wizard-answers.yaml")) and not (place / "owned").exists()
 
 
-LAUNCHES = ["!!python/object/apply:os.system ['touch owned']", "[" * 5000, "? [a]\n: b", "a: &a [*a]", "7", "{}", "\x00",
-            "compute_environment: LOCAL_MACHINE\nnum_processes: '2; touch owned'", "compute_environment: AMAZON_SAGEMAKER"]  # fmt: skip
+LAUNCHES = [
+    "!!python/object/apply:os.system ['touch owned']",
+    "[" * 5000,
+    "? [a]\n: b",
+    "a: &a [*a]",
+    "7",
+    "{}",
+    "\x00",
+    "compute_environment: LOCAL_MACHINE\nnum_processes: '2; touch owned'",
+    "compute_environment: AMAZON_SAGEMAKER",
+]
 
 
 @pytest.mark.parametrize("content", LAUNCHES, ids=range(len(LAUNCHES)))
@@ -513,8 +580,23 @@ def test_a_chat_template(survives, place, tiny_model, template):
     assert not (place / "owned").exists()
 
 
-FILES = ["../x.safetensors", "/etc/x.json", "a/../../x.json", "..json", "x.bin", "x.py", "x.pt", "x.pkl", "model.safetensors/x",
-         "a/x.safetensors", "x.json\n", ".env", "adapter_config.json", "adapter_model.safetensors", "training_args.bin"]  # fmt: skip
+FILES = [
+    "../x.safetensors",
+    "/etc/x.json",
+    "a/../../x.json",
+    "..json",
+    "x.bin",
+    "x.py",
+    "x.pt",
+    "x.pkl",
+    "model.safetensors/x",
+    "a/x.safetensors",
+    "x.json\n",
+    ".env",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "training_args.bin",
+]
 
 
 @pytest.mark.parametrize("name", FILES)
