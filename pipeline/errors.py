@@ -21,7 +21,7 @@ from pipeline.commands import install
 
 # Tokens of the Hub and of its cousins, wherever they turn up.
 _TOKEN_SHAPES = re.compile(
-    r"\b(hf_[A-Za-z0-9]{8,}|api_org_[A-Za-z0-9]{8,}|hf_(jwt|oauth)_[A-Za-z0-9._-]{8,})\b|(?<=write_token=)[^&\s\"'\\]+"
+    r"(hf|api_org)_[A-Za-z0-9]{30,}|\b(hf_[A-Za-z0-9]{8,}|api_org_[A-Za-z0-9]{8,}|hf_(jwt|oauth)_[A-Za-z0-9._-]{8,})\b|(?<=write_token=)[^&\s\"'\\]+"
 )
 # What stands before a secret, and stays: in an address, and in a header.
 _BEFORE_SECRETS = re.compile(
@@ -34,6 +34,7 @@ _SURELY_SECRET = re.compile(
     r"\b((hf|api_org)_(?=[A-Za-z0-9]*[A-Z0-9])[A-Za-z0-9]{20,}|hf_(jwt|oauth)_[\w.-]{20,})|://[^\s/@:]*:[^\s/@]+@"
 )
 _SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN", "TRACKIO_WRITE_TOKEN")
+LONGEST = 2000  # characters of an error's line, which may repeat a name of any length
 
 
 class UserError(Exception):
@@ -42,7 +43,8 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, message: str):
-        super().__init__(printable(redact(" ".join(message.split()))))
+        line = printable(redact(" ".join(message.split())))
+        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}")
 
 
 class ConfigError(UserError):

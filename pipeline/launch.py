@@ -8,6 +8,7 @@ a step sees the same examples, so a finished training holds wherever it was done
 from __future__ import annotations
 
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,8 +126,8 @@ def _read(named: str):
     from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 
     shipped = shipped_launches()
-    path = shipped.get(named, Path(named)) if not Path(named).is_file() else Path(named)
-    if not path.is_file():
+    path = shipped.get(named, Path(named)) if not os.path.isfile(named) else Path(named)
+    if not os.path.isfile(path):
         raise ConfigError(f"--accelerate {named}: no such file; shipped are {', '.join(shipped)}")
     try:
         asked = load_config_from_file(str(path))

@@ -67,12 +67,17 @@ def _copy(reads: int, file: int) -> None:
     while data := os.read(reads, 1 << 16):
         *lines, rest = _BREAK.split(rest + data)
         if len(rest) > LONGEST:
+            rest = _without_tokens(rest)
             lines, rest = [*lines, rest[:-OVERLAP]], rest[-OVERLAP:]
         _write(file, b"".join(lines))
     _write(file, rest)
 
 
 def _write(file: int, data: bytes) -> None:
-    text = redact(data.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
-    while text:
-        text = text[os.write(file, text) :]
+    data = _without_tokens(data)
+    while data:
+        data = data[os.write(file, data) :]
+
+
+def _without_tokens(data: bytes) -> bytes:
+    return redact(data.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")

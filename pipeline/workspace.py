@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -143,8 +143,9 @@ class Workspace:
             WorkspaceError: where there is none.
         """
         for workspace in (cls(folder), cls(Path(folder) / HIDDEN)):
-            if workspace.config_path.is_file():
-                return workspace
+            with suppress(OSError):  # a name too long for a folder
+                if workspace.config_path.is_file():
+                    return workspace
         raise WorkspaceError(f"{folder}: not a run's folder; it has no config.yaml")
 
     def config(self) -> Config:

@@ -55,7 +55,7 @@ def merge(ours: str, theirs: str, newline: str = "\n", written: Mapping[str, str
         None where `theirs` cannot be read: no YAML, no mapping, or a key twice.
     """
     try:
-        node, found = yaml.compose(theirs, Loader=_Loader), yaml.load(theirs, Loader=_Loader)
+        node, found = _read(theirs)
     except UNREADABLE:
         return None
     found = {} if found is None else found
@@ -71,12 +71,19 @@ def merge(ours: str, theirs: str, newline: str = "\n", written: Mapping[str, str
 def only(metadata: str, keys: Collection[str]) -> str:
     """`metadata` without the keys that are not among `keys`; empty where it cannot be read."""
     try:
-        node, found = yaml.compose(metadata, Loader=_Loader), yaml.load(metadata, Loader=_Loader)
+        node, found = _read(metadata)
     except UNREADABLE:
         return ""
     wanted = {key: value for key, value in found.items() if key in keys} if isinstance(found, dict) else {}
     edited = _edited(metadata, node, found, wanted, "\n") if wanted and len(node.value) == len(found) else None
     return edited if edited is not None and _says(edited, wanted) else _dump(wanted, "\n") if wanted else ""
+
+
+def _read(text: str) -> tuple[yaml.Node | None, Any]:
+    """A text as YAML has it, and what that says, if that can be written again: a number may have too many digits."""
+    node, found = yaml.compose(text, Loader=_Loader), yaml.load(text, Loader=_Loader)
+    _dump(found, "\n")
+    return node, found
 
 
 def _merged(ours: dict, theirs: dict, written: Mapping[str, str]) -> dict:
