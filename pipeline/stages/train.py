@@ -13,6 +13,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 from pipeline.config import Config
 from pipeline.errors import UserError
@@ -193,7 +194,12 @@ def _train(trainer, checkpoints: Path, meeting: Meeting) -> int | None:
     if last and not (checkpoints / last / "trainer_state.json").is_file():
         raise UserError(f"{checkpoints / last}: machine 0 goes on from this checkpoint, which is not to be seen here; "
                         "all machines need the same runs folder")  # fmt: skip
-    trainer.train(resume_from_checkpoint=str(checkpoints / last) if last else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoints / last) if last else None)
+    except UnpicklingError:  # transformers opens a checkpoint's .pt files with `weights_only`
+        raise UserError(
+            f"{checkpoints / last}: holds more than numbers, or is damaged; remove it to go on without it"
+        ) from None
     if trainer.eval_dataset is not None and not _just_evaluated(trainer.state):
         trainer.evaluate()
     return int(last.rpartition("-")[2]) if last else None

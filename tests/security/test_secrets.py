@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -157,3 +161,44 @@ def test_every_way_into_transformers_refuses_code():
                     asks.append(f"{path.name}: {call}")
         assert "torch.load(" not in text and "import pickle" not in text, path
     assert asks == ["assembly.py: AutoModelForCausalLM.from_"]  # of a configuration that was read before
+
+
+def test_transformers_opens_checkpoints_of_a_training_without_code():
+    """Training goes on from `optimizer.pt` and its like, which are pickles; with `weights_only` they hold numbers."""
+    found = importlib.util.find_spec("transformers.trainer")
+    calls = Path(found.origin).read_text().split("torch.load(")[1:]
+    assert len(calls) > 5 and all("weights_only=True" in call[:250] for call in calls)
+
+
+def test_a_run_that_fails_with_a_token_leaves_none(place, tiny_model, monkeypatch):
+    """The row, the chat template and the environment have tokens, and the stage's process dies of one of them."""
+    model = shutil.copytree(tiny_model("llama"), place / "model")
+    (model / "chat_template.jinja").write_text(f"{{{{ raise_exception('no {TOKEN}') }}}}")
+    rows = [{"prompt": f"What is {n}?", "completion": f"It is {TOKEN}."} for n in range(20)]
+    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (place / "general.txt").write_text("Words that say nothing. " * 200)
+    tree = {"name": "tiny", "model": {"source": "model"}, "data": {"source": "rows.jsonl"}}
+    (place / "x.yaml").write_text(json.dumps(tree | {"evaluate": {"general": "general.txt"}}))
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TRACKIO_DIR": str(place / "trackio")}
+    command = [sys.executable, "-m", "pipeline", "run", "x.yaml"]
+    seen = set()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process:
+        while process.poll() is None:
+            seen |= command_lines()
+            time.sleep(0.05)
+        told = process.stdout.read()
+    assert process.returncode == 2 and "Traceback" not in told and "chat template" in told, told
+    assert any("pipeline.stages" in line for line in seen)
+    kept = [path for path in (place / "runs").rglob("*") if path.is_file() and path.parent.name != "data"]
+    assert {"config.yaml", "events.jsonl", "train.log"} <= {path.name for path in kept}
+    for text in (told, *seen, *(path.read_text(errors="replace") for path in kept)):
+        assert not any(secret in text for secret in SECRETS)
+
+
+def command_lines() -> set[str]:
+    """What every process here was started with, as anybody on the machine may read it."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.add(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return found
