@@ -11,7 +11,7 @@ import struct
 import pytest
 
 from pipeline.config import Config, Data, Model
-from tests.security.conftest import HUB_TOKEN, TOKEN, WRITE_TOKEN
+from tests.security.conftest import HUB_TOKEN, TOKEN, WRITE_TOKEN, watching
 
 
 class Owned:
@@ -604,6 +604,17 @@ def test_a_file_in_a_repository_that_is_not_fetched(name):
     from pipeline.models import belongs_to_checkpoint
 
     assert not belongs_to_checkpoint(name) or name == "..json"
+
+
+def test_what_is_watched_for_is_seen(place):
+    with watching(place) as watch:
+        (place / "inside").write_text("x")
+        (place.parent / "outside").write_text("x")
+        (place / "inside").rename(place.parent / "elsewhere")
+        pickle.loads(pickle.dumps(os.path.join))
+        os.system("true")
+    told = " ".join(watch.seen)
+    assert len(watch.seen) == 4 and all(w in told for w in ("outside", "elsewhere", "pickle.find_class", "os.system"))
 
 
 def test_there_are_a_hundred_of_them():

@@ -166,8 +166,8 @@ def test_every_way_into_transformers_refuses_code():
 def test_transformers_opens_checkpoints_of_a_training_without_code():
     """Training goes on from `optimizer.pt` and its like, which are pickles; with `weights_only` they hold numbers."""
     found = importlib.util.find_spec("transformers.trainer")
-    calls = Path(found.origin).read_text().split("torch.load(")[1:]
-    assert len(calls) > 5 and all("weights_only=True" in call[:250] for call in calls)
+    calls = " ".join(Path(found.origin).read_text().split()).split("torch.load(")[1:]
+    assert len(calls) > 5 and all("weights_only=True" in call[:200] for call in calls)
 
 
 def test_a_run_that_fails_with_a_token_leaves_none(place, tiny_model, monkeypatch):
