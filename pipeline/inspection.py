@@ -8,7 +8,8 @@ from pathlib import Path
 from pipeline.commands import command
 from pipeline.download import in_one_line
 from pipeline.errors import ModelError
-from pipeline.models import ADAPTER_FILES, check_config, read_config
+from pipeline.models import ADAPTER_FILES, read_config
+from pipeline.opening import check_config
 
 
 def inspect(repo: str, revision: str | None = None) -> str:

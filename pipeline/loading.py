@@ -15,8 +15,8 @@ from pipeline.config import REPO_ID, VariantSpec
 from pipeline.download import download
 from pipeline.errors import CheckpointError, ModelError
 from pipeline.libraries import quiet, quiet_progress_bars
-from pipeline.models import belongs_to_checkpoint, check_code, read_config
-from pipeline.opening import check_beside, open_config, open_model, open_tokenizer
+from pipeline.models import belongs_to_checkpoint, read_config
+from pipeline.opening import check_beside, check_code, open_config, open_model, open_tokenizer
 from pipeline.quantization.formats import unpack
 from pipeline.quantization.formats.gguf import type_name
 

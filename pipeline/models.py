@@ -17,7 +17,7 @@ from pipeline.config import PACKAGE_SOURCE, REPO_ID, Model
 from pipeline.download import download
 from pipeline.errors import ModelError
 from pipeline.files import fingerprint, sha256
-from pipeline.opening import check_beside, check_kernels, open_config, read_settings
+from pipeline.opening import check_beside, check_config, open_config, read_settings
 from pipeline.origin import Origin, read_origin
 from pipeline.packaged import find_packaged, unpack_gguf
 
@@ -31,7 +31,6 @@ TOKENIZER_FILES = re.compile(
 MODEL_FILES = re.compile(  # those that another model would have otherwise
     rf"^([\w.-]+\.safetensors(\.index\.json)?|config\.json|generation_config\.json|[\w.-]+\.model)$|{TOKENIZER_FILES.pattern}"
 )
-GENERATES = ("ForCausalLM", "LMHeadModel")  # how the classes of decoders that generate text are called
 PLAIN_TABLE = "Embedding"  # the kind of an embedding that looks rows up and does no more
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -279,46 +278,6 @@ def _check_folder(path: Path, need_weights: bool = True) -> None:
     if need_weights and not any(path.glob("*.safetensors")):
         raise ModelError(f"{path}: no .safetensors file; pickled weights are not read, convert them first")
     check_beside(path)
-
-
-def check_config(place: object, config: dict) -> None:
-    """Is a model of this configuration one that is handled? `place` is named in errors.
-
-    Raises:
-        ModelError: saying why it is not.
-    """
-    check_code(place, config)
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise ModelError(f"{place}: already quantized ({method}); start from the full-precision model")
-    if config.get("is_encoder_decoder"):
-        raise ModelError(f"{place}: an encoder-decoder; only decoders that generate text are handled")
-    # Their text model lies inside another, and under other names in the checkpoint than in the model.
-    if others := [part for part in ("vision_config", "audio_config") if config.get(part)]:
-        raise ModelError(f"{place}: more than a text model ({', '.join(others)}); choose one for text alone")
-    named = config.get("architectures")
-    if isinstance(named, list) and named and not any(str(name).endswith(GENERATES) for name in named):
-        raise ModelError(f"{place}: a {named[0]}; only decoders that generate text are handled")
-
-
-def check_code(place: object, config: dict) -> None:
-    """Refuse a model that asks for code of somebody's; `place` is named in errors.
-
-    Raises:
-        ModelError: naming it.
-    """
-    if config.get("auto_map") and not _is_known(config.get("model_type")):
-        raise ModelError(
-            f"{place}: the model needs code of its own, which is never run; use one that transformers knows"
-        )
-    check_kernels(place, config)
-
-
-def _is_known(model_type: object) -> bool:
-    """Does transformers have this architecture itself?"""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    return isinstance(model_type, str) and model_type in CONFIG_MAPPING_NAMES
 
 
 def _download(model: Model, on_progress: Callable[[int, int], None] | None) -> tuple[Path, str]:

@@ -17,6 +17,7 @@ from pipeline.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+GENERATES = ("ForCausalLM", "LMHeadModel")  # how the classes of decoders that generate text are called
 # Ways to compute attention and experts that come with torch; any other may be fetched and run.
 _OWN_KERNELS = (None, "eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm")
 _KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
@@ -44,7 +45,7 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    check_tokenizer(folder, folder)
+    check_tokenizer(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
@@ -69,11 +70,11 @@ def check_beside(folder: Path) -> None:
             f"{folder}: an adapter_config.json lies beside the model, and transformers would load what that names "
             "instead; move it elsewhere, and name it with merge.adapter"
         )
-    check_tokenizer(folder, folder)
+    check_tokenizer(folder)
 
 
-def check_tokenizer(place: object, folder: Path) -> None:
-    """Refuse a tokenizer that needs code of its own; `place` is named in errors.
+def check_tokenizer(folder: Path) -> None:
+    """Refuse a tokenizer that needs code of its own.
 
     Raises:
         ModelError: where it does, or where its settings are not readable.
@@ -82,8 +83,8 @@ def check_tokenizer(place: object, folder: Path) -> None:
     if not path.is_file():
         return
     settings = read_settings(path)
-    if settings.get("auto_map") and not _is_known(settings.get("tokenizer_class")):
-        raise ModelError(f"{place}: its tokenizer needs code of its own, which is never run; choose another model")
+    if settings.get("auto_map") and not _is_known_tokenizer(settings.get("tokenizer_class")):
+        raise ModelError(f"{folder}: its tokenizer needs code of its own, which is never run; choose another model")
 
 
 def read_settings(path: Path) -> dict:
@@ -101,7 +102,40 @@ def read_settings(path: Path) -> dict:
     return found
 
 
-def check_kernels(place: object, config: dict) -> None:
+def check_config(place: object, config: dict) -> None:
+    """Is a model of this configuration one that is handled? `place` is named in errors.
+
+    Raises:
+        ModelError: saying why it is not.
+    """
+    check_code(place, config)
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise ModelError(f"{place}: already quantized ({method}); start from the full-precision model")
+    if config.get("is_encoder_decoder"):
+        raise ModelError(f"{place}: an encoder-decoder; only decoders that generate text are handled")
+    # Their text model lies inside another, and under other names in the checkpoint than in the model.
+    if others := [part for part in ("vision_config", "audio_config") if config.get(part)]:
+        raise ModelError(f"{place}: more than a text model ({', '.join(others)}); choose one for text alone")
+    named = config.get("architectures")
+    if isinstance(named, list) and named and not any(str(name).endswith(GENERATES) for name in named):
+        raise ModelError(f"{place}: a {named[0]}; only decoders that generate text are handled")
+
+
+def check_code(place: object, config: dict) -> None:
+    """Refuse a model that asks for code of somebody's; `place` is named in errors.
+
+    Raises:
+        ModelError: naming it.
+    """
+    if config.get("auto_map") and not _is_known_model(config.get("model_type")):
+        raise ModelError(
+            f"{place}: the model needs code of its own, which is never run; use one that transformers knows"
+        )
+    _check_kernels(place, config)
+
+
+def _check_kernels(place: object, config: dict) -> None:
     """Refuse a configuration that names a kernel of somebody's; `place` is named in errors.
 
     Raises:
@@ -124,7 +158,14 @@ def _entries(tree: dict) -> Iterator[tuple[str, Any]]:
             waiting += here
 
 
-def _is_known(tokenizer_class: object) -> bool:
+def _is_known_model(model_type: object) -> bool:
+    """Does transformers have this architecture itself?"""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return isinstance(model_type, str) and model_type in CONFIG_MAPPING_NAMES
+
+
+def _is_known_tokenizer(tokenizer_class: object) -> bool:
     """Does transformers have this tokenizer itself?"""
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 

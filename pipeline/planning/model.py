@@ -15,12 +15,12 @@ from pipeline.errors import CheckpointError, ModelError
 from pipeline.models import (
     ADAPTER_FILES,
     belongs_to_checkpoint,
-    check_config,
     check_source,
     companions,
     is_local,
     read_config,
 )
+from pipeline.opening import check_config
 from pipeline.packaged import find_packaged
 from pipeline.planning.headers import Tensor, gguf_header, safetensors_header
 

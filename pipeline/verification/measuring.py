@@ -25,7 +25,8 @@ from pipeline.data.sources import is_builtin, names_a_file
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
 from pipeline.libraries import versions
-from pipeline.models import check_config, read_config
+from pipeline.models import read_config
+from pipeline.opening import check_config
 from pipeline.process import with_own_package
 from pipeline.verification.again import how_to_make
 from pipeline.verification.claims import ADAPTER, ROOT, Claims, is_gguf
