@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipeline.commands import login
 from pipeline.errors import HubError, ModelError, UserError, is_unreachable, redact
+from pipeline.hub.trouble import insist
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,15 @@ def download(
     from huggingface_hub import HfApi, hf_hub_download
 
     with in_one_line(repo, revision, "not a folder here, and the Hub could not be read"):
-        info = HfApi().model_info(repo, revision=revision, files_metadata=on_progress is not None)
+        files_metadata = on_progress is not None
+        info = insist(repo, lambda: HfApi().model_info(repo, revision=revision, files_metadata=files_metadata))
         sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
         chosen = choose(list(sizes))
         folder, done, total = Path(), 0, sum(sizes[name] for name in chosen)
         for name in chosen:
             tell = meter(lambda fresh, before=done: on_progress(before + fresh, total)) if on_progress else None
-            path = Path(hf_hub_download(repo, name, revision=info.sha, tqdm_class=tell))
+            options = {"revision": info.sha, "tqdm_class": tell}
+            path = Path(insist(repo, lambda name=name, options=options: hf_hub_download(repo, name, **options)))
             done += sizes[name]
             folder = path.parents[name.count("/")]
     return Snapshot(folder, tuple(chosen), info.sha)

@@ -18,6 +18,7 @@ from pipeline.checkpoint import Checkpoint, TensorInfo, check_header, header_len
 from pipeline.download import in_one_line, meter
 from pipeline.errors import CheckpointError
 from pipeline.files import empty_folder, sha256
+from pipeline.hub.trouble import insist
 
 SHARDS_AT_A_TIME = 2
 FIRST_BYTES = 100_000  # of a file, in which most headers end
@@ -61,14 +62,15 @@ class PassingCheckpoint(Checkpoint):
 
         self._repo, self._revision, self._scratch, self._on_progress = repo, revision, scratch, on_progress
         with in_one_line(repo, revision, "the headers of its shards could not be read"):
-            found = HfApi().model_info(repo, revision=revision, files_metadata=True).siblings or []
+            info = insist(repo, lambda: HfApi().model_info(repo, revision=revision, files_metadata=True))
+            found = info.siblings or []
             remote = {s.rfilename: _Shard(s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else None) for s in found}
             expected = shard_files(folder, lambda path: path.name in remote)
             self._shards = {scratch / path.name: remote[path.name] for path in sorted(expected)}
             names = {scratch / path.name: tensors for path, tensors in expected.items()}
             self._open(names, lambda path: check_header(path, self._first_bytes(path), self._shards[path].size))
-        for info in self.values():
-            self._shards[info.path].left += info.nbytes
+        for tensor in self.values():
+            self._shards[tensor.path].left += tensor.nbytes
         self.file_bytes = sum(shard.size for shard in self._shards.values())
         self._room = threading.Semaphore(SHARDS_AT_A_TIME)
         self._lock = threading.Lock()
@@ -134,9 +136,8 @@ class PassingCheckpoint(Checkpoint):
 
         tell(0)
         with in_one_line(self._repo, self._revision, f"{shard.name} could not be fetched"):
-            hf_hub_download(
-                self._repo, shard.name, revision=self._revision, local_dir=self._scratch, tqdm_class=meter(tell)
-            )
+            options = {"revision": self._revision, "local_dir": self._scratch, "tqdm_class": meter(tell)}
+            insist(self._repo, lambda: hf_hub_download(self._repo, shard.name, **options))
         announced = {name: info for name, info in self.items() if info.path == path}
         if (shard.sha256 and sha256(path) != shard.sha256) or read_header(path)[0] != announced:
             raise CheckpointError(f"{self._repo}: {shard.name} is not the file that the Hub announced; fetch it again")
@@ -156,6 +157,10 @@ class PassingCheckpoint(Checkpoint):
             return b""
         url = hf_hub_url(self._repo, name, revision=self._revision)
         headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-        response = get_session().get(url, headers=headers, timeout=30)
-        hf_raise_for_status(response)
-        return response.content
+
+        def attempt() -> bytes:
+            response = get_session().get(url, headers=headers)
+            hf_raise_for_status(response)
+            return response.content
+
+        return insist(self._repo, attempt)

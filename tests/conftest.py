@@ -11,6 +11,7 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="tunepress-tests-")
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TUNEPRESS_HUB_WAIT"] = "0.01"  # seconds before a second attempt, here and in what is started from here
 for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TUNEPRESS_COMMAND"):
     os.environ.pop(variable, None)
 
@@ -107,7 +108,7 @@ def tiny_model(tmp_path_factory) -> Callable[..., Path]:
         key = (architecture, dtype, repr(sorted(changes.items())))
         if key not in made:
             folder = tmp_path_factory.mktemp(architecture)
-            _write_model(folder, architecture, dtype, changes)
+            write_model(folder, architecture, dtype, **changes)
             made[key] = folder
         return made[key]
 
@@ -191,7 +192,8 @@ def model_copy(tiny_model, tmp_path) -> Path:
     return Path(shutil.copytree(tiny_model("llama"), tmp_path / "model"))
 
 
-def _write_model(folder: Path, architecture: str, dtype: str, changes: dict) -> None:
+def write_model(folder: Path, architecture: str, dtype: str = "bfloat16", **changes) -> None:
+    """A random checkpoint with a tokenizer, in a folder that is made."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -19,6 +19,7 @@ from pipeline.config import Data
 from pipeline.data.files import Row, Table
 from pipeline.data.rows import shorten
 from pipeline.errors import DataError, is_unreachable
+from pipeline.hub.trouble import insist
 
 _COMMIT = re.compile(r"[0-9a-f]{40}\Z")
 _TIMEOUT = 10.0  # seconds
@@ -49,19 +50,21 @@ def open_hub(data: Data) -> HubSource:
     """
     try:
         import datasets
-        from huggingface_hub import HfApi
     except ImportError:
         raise DataError(f"{data.source}: reading from the Hub needs a package; run: {install('datasets')}") from None
     datasets.disable_progress_bars()
     pinned, card = None, None
     try:
-        info = HfApi().dataset_info(data.source, revision=data.revision, timeout=_TIMEOUT)
+        # What may be on this machine already is not waited for.
+        attempts = 1 if _may_be_cached(data.source, datasets.config.HF_DATASETS_CACHE) else None
+        info = insist(data.source, lambda: _info(data), attempts=attempts)
         pinned, card = info.sha, info.card_data
     except Exception as error:
         if not (is_unreachable(error) and _may_be_cached(data.source, datasets.config.HF_DATASETS_CACHE)):
             raise DataError(f"{data.source}: {reason(error, data)}") from None
     with _in_one_line(data):
-        rows = datasets.load_dataset(data.source, name=data.subset, split=data.split, revision=pinned or data.revision)
+        options = {"name": data.subset, "split": data.split, "revision": pinned or data.revision}
+        rows = insist(data.source, lambda: datasets.load_dataset(data.source, **options))
     revision = _commit_read(rows)
     _check_what_was_read(data, pinned, revision, rows.info.config_name)
     subset = data.subset or (rows.info.config_name if rows.info.config_name != "default" else None)
@@ -81,10 +84,14 @@ def commit_of(data: Data) -> str:
     Raises:
         DataError: if it cannot be had; the message says why, and what to do.
     """
+    with _in_one_line(data):
+        return insist(data.source, lambda: _info(data)).sha
+
+
+def _info(data: Data) -> Any:
     from huggingface_hub import HfApi
 
-    with _in_one_line(data):
-        return HfApi().dataset_info(data.source, revision=data.revision, timeout=_TIMEOUT).sha
+    return HfApi().dataset_info(data.source, revision=data.revision, timeout=_TIMEOUT)
 
 
 def peek(data: Data) -> Table:

@@ -6,9 +6,10 @@ import os
 
 from pipeline.commands import login
 from pipeline.errors import HubError
-from pipeline.hub.trouble import ATTEMPTS, HubAway, persist, status_of
+from pipeline.hub.trouble import HubAway, persist, status_of
 
 ANSWER_SECONDS = 10.0
+ATTEMPTS = 5  # somebody waits for the first stage to begin
 
 
 def check_access(repo: str, create_pr: bool = False) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from pipeline.commands import login
 from pipeline.errors import HubError, is_unreachable, redact
+from pipeline.hub.client import prepare, setting
 
-ATTEMPTS = 5
-BACKOFF_SECONDS = 1.0  # before the second attempt, and twice as long before each one after it
-LONGEST_BACKOFF_SECONDS = 30.0
+ATTEMPTS = 8
+WAIT_SECONDS = 1.0  # before the second attempt, and twice as long before each one after it
+LONGEST_WAIT_SECONDS = 30.0
+LONGEST_ASKED_SECONDS = 600.0  # that the Hub may ask for; its limits are of five minutes
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 
 class HubAway(HubError):
@@ -26,36 +30,93 @@ def persist(
     *,
     way_out: str = "try again later",
     passing: tuple[type[Exception], ...] = (),
-    attempts: int = ATTEMPTS,
+    attempts: int | None = None,
 ) -> T:
-    """What `work` returns, done again where it fails for a reason that may pass.
+    """`insist`, with one line for people where it comes to nothing.
 
     Args:
-        place: the repository, or what of the configuration names it; errors begin with it.
         way_out: what people can do where it never passed.
-        passing: errors that may pass besides those of the connection and the Hub's own.
 
     Raises:
         HubAway: where the Hub did not answer in any of these attempts.
         HubError: where the Hub refuses.
     """
-    problem: Exception | None = None
-    for attempt in range(attempts):
-        if attempt:
-            time.sleep(min(BACKOFF_SECONDS * 2 ** (attempt - 1), LONGEST_BACKOFF_SECONDS))
+    try:
+        return insist(place, work, passing=passing, attempts=attempts)
+    except HubError:
+        raise
+    except Exception as error:
+        code = status_of(error)
+        if not (may_pass(error) or isinstance(error, passing)):
+            raise _explained(place, error) from None
+        if code in (409, 412):
+            raise HubError(f"{place}: others kept committing to it; {way_out}") from None
+        what = "the Hub could not be reached" if code is None else "the Hub is unwell"
+        raise HubAway(f"{place}: {what} ({say(error)}); {way_out}") from None
+
+
+def insist(
+    place: str,
+    work: Callable[[], T],
+    *,
+    passing: tuple[type[Exception], ...] = (),
+    attempts: int | None = None,
+) -> T:
+    """What `work` returns, done again where it fails for a reason that may pass.
+
+    Each wait is shown, and twice as long as the one before it, or as long as the Hub asks for. How often, and how
+    long the first wait is, can be set in TUNEPRESS_HUB_ATTEMPTS and TUNEPRESS_HUB_WAIT (seconds).
+
+    Args:
+        place: the repository, or what of the configuration names it; what is shown begins with it.
+        passing: errors that may pass besides those of the connection and the Hub's own.
+
+    Raises:
+        Exception: what `work` raised last.
+    """
+    prepare()
+    most = attempts or max(1, int(setting("TUNEPRESS_HUB_ATTEMPTS", ATTEMPTS)))
+    wait = setting("TUNEPRESS_HUB_WAIT", WAIT_SECONDS)
+    for attempt in range(1, most + 1):
         try:
             return work()
         except HubError:
             raise
         except Exception as error:
-            if not (may_pass(error) or isinstance(error, passing)):
-                raise _explained(place, error) from None
-            problem = error
-    code = status_of(problem)
-    if code in (409, 412):
-        raise HubError(f"{place}: others kept committing to it; {way_out}")
-    what = "the Hub could not be reached" if code is None else "the Hub is unwell"
-    raise HubAway(f"{place}: {what} ({say(problem)}); {way_out}")
+            asked = _asked(error)
+            if attempt == most or asked > LONGEST_ASKED_SECONDS or not (may_pass(error) or isinstance(error, passing)):
+                raise
+            pause = max(min(wait * 2 ** (attempt - 1), LONGEST_WAIT_SECONDS), asked)
+            _log.warning("%s: %s; again in %.0f s (%d of %d)", place, say(error), pause, attempt + 1, most)
+        time.sleep(pause)
+    raise AssertionError  # the last attempt returns or raises
+
+
+def show_waits(show: Callable[[list[str]], None]) -> None:
+    """Have what is waited for in this process be shown by `show`, a line each time."""
+
+    class Shown(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            show([record.getMessage()])
+
+    _log.addHandler(Shown())
+    _log.propagate = False
+
+
+def _asked(error: BaseException) -> float:
+    """Seconds that the Hub asks to be left alone for."""
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import parse_ratelimit_headers
+
+    for cause in _causes(error):
+        if isinstance(cause, HfHubHTTPError) and cause.response is not None:
+            headers = cause.response.headers
+            limit = parse_ratelimit_headers(headers) if cause.response.status_code == 429 else None
+            if limit and limit.remaining == 0:
+                return float(limit.reset_in_seconds)
+            after = headers.get("Retry-After", "")
+            return float(after) if after.isdecimal() else 0.0
+    return 0.0
 
 
 def may_pass(error: Exception) -> bool:

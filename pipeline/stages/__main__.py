@@ -21,6 +21,7 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.events import Events, Unheard, one_line
+from pipeline.hub.trouble import show_waits
 from pipeline.libraries import quiet
 from pipeline.logs import print_without_tokens, wait_for
 from pipeline.stages import STEPS
@@ -48,6 +49,7 @@ def main() -> int:
     config = workspace.config()
     shown = (report.progress, report.show) if team.hosts else ()
     events = (Events if team.leads else Unheard)(workspace.events_path, config.name, *shown)
+    show_waits(events.show)
     about = tuple(variants) if step.verb == "quantize" else (None,)
     start = time.monotonic()
     try:

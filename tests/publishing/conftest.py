@@ -27,26 +27,14 @@ TOKENIZER = b'{"model": "bytes"}'
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A Hub that this process talks to as ada; nobody waits long before another attempt."""
-    from huggingface_hub.utils import _http
-
+    """A Hub that this process talks to as ada."""
     with LoopbackHub(tmp_path / "hub", {TOKEN: {"name": "ada"}, OTHER_TOKEN: {"name": "bob"}}) as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr("pipeline.hub.trouble.BACKOFF_SECONDS", 0.01)
-        monkeypatch.setattr(_http, "time", _NoSleep())
         yield hub
-
-
-class _NoSleep:
-    """The client's clock, for its own attempts."""
-
-    @staticmethod
-    def sleep(seconds: float) -> None:
-        pass
 
 
 @dataclass

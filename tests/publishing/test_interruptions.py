@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import HubError
+from pipeline.hub import trouble
 from pipeline.rollback import rollback
 from tests.hub.faults import Faults
 from tests.publishing.conftest import REPO, TOKEN, FakeRun, weights
@@ -35,7 +36,7 @@ def arrived(hub) -> Counter:
 
 
 def test_a_connection_that_breaks_between_large_files_costs_only_the_file_it_broke(hub, finished, three):
-    hub.fault(rf"PUT .*{three[1]}", reset=True, times=8)  # more often than the client itself tries
+    hub.fault(rf"PUT .*{three[1]}", reset=True, times=trouble.ATTEMPTS - 1)
     finished.publish()
     assert [arrived(hub)[sha] for sha in three] == [1, 1, 1] and max(arrived(hub).values()) == 1
 
@@ -112,8 +113,6 @@ def test_others_who_keep_committing_are_told_of_after_a_bounded_number_of_attemp
     hub.fault(r"POST .*/commit/", status=412, times=1000)
     with pytest.raises(HubError, match="others kept committing"):
         finished.publish()
-    from pipeline.hub import trouble
-
     assert len([r for r in hub.requests if "/commit/" in r.path]) == trouble.ATTEMPTS
 
 

@@ -52,7 +52,6 @@ def hub(tmp_path, monkeypatch):
         )
         monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr("pipeline.hub.trouble.BACKOFF_SECONDS", 0.01)
         monkeypatch.setattr("pipeline.job_log.POLL_SECONDS", 0.01)
         hub.jobs.log = ["Installed 99 packages", json.dumps(DECISION), "tunepress: exit code 3"]
         hub.put("ada/base", {"config.json": b"{}"})

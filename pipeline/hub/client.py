@@ -1,0 +1,66 @@
+"""The Hub's client, made to try each request once and not to wait for ever.
+
+By itself it has no limit of time for most requests, tries some of them six times within half a minute without a
+word, and sleeps as long as a server tells it to. What is tried again, and after how long, is `pipeline.hub.trouble`'s
+to decide and to show.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import sys
+from typing import Any
+
+from pipeline.errors import HubError
+
+TIMEOUT_SECONDS = 60.0  # without a byte coming or going; a large commit takes the Hub half a minute
+
+
+def setting(name: str, default: float) -> float:
+    """A number of at least 0 from the environment.
+
+    Raises:
+        HubError: where it is none.
+    """
+    text = os.environ.get(name) or str(default)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise HubError(f"{name}: {text!r} is not a number of at least 0")
+    return value
+
+
+@functools.cache
+def prepare() -> None:
+    """Have all requests of this process that go through the Hub's client be tried once."""
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils._http import default_client_factory  # it has no other name
+
+    seconds = setting("TUNEPRESS_HUB_TIMEOUT", TIMEOUT_SECONDS)
+
+    def factory():
+        client = default_client_factory()
+        client.timeout = seconds
+        client.send = functools.partial(_send, client.send)
+        return client
+
+    set_client_factory(factory)
+
+
+def _send(send: Any, request: Any, **options: Any) -> Any:
+    """What the client's `send` returns; its failures as errors that the client does not take for its own to mend."""
+    from huggingface_hub.utils import hf_raise_for_status
+
+    transport = sys.modules[type(request).__module__.partition(".")[0]].TransportError  # httpx, or what follows it
+    try:
+        answer = send(request, **options)
+    except transport as error:
+        raise transport(str(error) or type(error).__name__, request=request) from error
+    if answer.status_code in (408, 429) or answer.status_code >= 500:
+        answer.read()
+        hf_raise_for_status(answer)
+    return answer
