@@ -10,7 +10,7 @@ from pipeline.workspace import Workspace
 
 # What our own writing leaves where it is interrupted; people's files may have names much like these.
 LEFT_BEHIND = re.compile(
-    r"(adapter|base|merged-(nf4|bf16)|shards|[\w-]+\.(json|yaml|md|png))\.partial|(adapter|base)\.old-\d{19}"
+    r"(adapter|base|merged-(nf4|bf16)|shards|[\w-]+\.(json|yaml|md|png))\.partial|(adapter|base)\.old"
 )
 
 

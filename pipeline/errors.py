@@ -83,6 +83,10 @@ class WorkspaceError(UserError):
     """The run's folder is in use, or not a run's folder."""
 
 
+class DiskFull(UserError):
+    """There is no room for what was to be written."""
+
+
 class MissingExtra(UserError):
     """An optional dependency is not installed."""
 

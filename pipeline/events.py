@@ -10,6 +10,7 @@ or training metrics, `{"time": ..., "run": ..., "metrics": {...}, "step": ...}`.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.errors import UserError, printable, redact
+from pipeline.files import sync
 
 # verb -> (what its events call the stage, the name of its push event)
 STAGES = {
@@ -82,8 +84,12 @@ class Events:
             size = os.fstat(descriptor).st_size
             # A line that a power cut left unfinished must not swallow this one.
             torn = size and os.pread(descriptor, 1, size - 1) != b"\n"
-            os.write(descriptor, (b"\n" if torn else b"") + redact(line).encode("utf-8", "backslashreplace") + b"\n")
+            data = (b"\n" if torn else b"") + redact(line).encode("utf-8", "backslashreplace") + b"\n"
+            if os.write(descriptor, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
             os.fsync(descriptor)
+            if not size:
+                sync(self.path.parent)
         finally:
             os.close(descriptor)
 

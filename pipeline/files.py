@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline.errors import WorkspaceError
+from pipeline.errors import DiskFull, UserError, WorkspaceError
+
+# How libraries that hide the system's error tell of a disk that is full.
+_NO_ROOM = re.compile(
+    r"No space left|os error 28|[Dd]isk is full|[Qq]uota exceeded|PytorchStreamWriter failed|inline_container"
+)
+
+
+def no_room(error: BaseException | None, folder: str | Path = ".") -> DiskFull | None:
+    """What to tell people where an error came of a disk that is full; None where it did not.
+
+    Args:
+        folder: where it was being written, if the error does not say.
+    """
+    while error is not None:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or (not isinstance(error, UserError) and _NO_ROOM.search(str(error))):
+            place = Path(getattr(error, "filename", None) or folder)
+            there = next(p for p in (place, *place.absolute().parents) if p.exists())
+            left = shutil.disk_usage(there).free
+            return DiskFull(f"{place}: the disk is full, {left:,} bytes are left; make room, and run it again")
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def sha256(path: Path) -> str:
@@ -53,43 +77,49 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write a file so that it is there whole or as before, also after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    _sync_folder(path.parent)
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        error.filename = error.filename or str(path)  # a write that fails does not say where
+        raise
+    sync(path.parent)
 
 
 def replace_folder(partial: Path, folder: Path) -> None:
     """Put a finished folder in its place; the old one is removed only when the new one is complete."""
-    for path in partial.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+    for path in (partial, *partial.rglob("*")):
+        if path.is_file() or path.is_dir():
+            sync(path)
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists():
-        old = folder.with_name(f"{folder.name}.old-{time.time_ns()}")
+        old = folder.with_name(f"{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)  # of a process that was killed before it could
         folder.rename(old)
         partial.rename(folder)
         shutil.rmtree(old)
     else:
         partial.rename(folder)
-    _sync_folder(folder.parent)
+    sync(folder.parent)
 
 
 def place_files(partial: Path, folder: Path) -> None:
     """Move what a finished folder holds into one that holds other things too; `config.json` comes last."""
     folder.mkdir(parents=True, exist_ok=True)
+    sync(folder.parent)
     for path in sorted(partial.iterdir(), key=lambda p: p.name == "config.json"):
         if path.is_dir():
             place_files(path, folder / path.name)
         else:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+            sync(path)
             os.replace(path, folder / path.name)
     partial.rmdir()
-    _sync_folder(folder)
+    sync(folder)
 
 
 def empty_folder(folder: Path) -> Path:
@@ -99,8 +129,9 @@ def empty_folder(folder: Path) -> Path:
     return folder
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Have what a file or a folder holds on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -138,8 +138,15 @@ def copy_adapter(source: Path, target: Path, hub_id: str | None) -> None:
 
 
 def make_portable(adapter: Path, hub_id: str | None) -> None:
-    """peft writes the base model's path on this machine into an adapter; a Hub id or nothing belongs there."""
+    """An adapter's configuration as it is on any machine, and the same each time.
+
+    peft writes the base model's path on this machine into it, where a Hub id or nothing belongs, and names of
+    modules in the order of a set, which is another in every process.
+    """
     path = adapter / "adapter_config.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     content["base_model_name_or_path"] = hub_id
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(content.get(key), list):
+            content[key] = sorted(content[key])
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

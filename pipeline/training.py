@@ -8,6 +8,7 @@ of them: it depends on no division into batches.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -187,6 +188,13 @@ def _with_blanks(dataset, count: int):
     blank = {"input_ids": [token, token], "labels": [NO_LOSS, NO_LOSS], "seq_lengths": [2]}
     columns = {name: [blank[name]] * count for name in dataset.column_names}
     return concatenate_datasets([dataset, Dataset.from_dict(columns, features=dataset.features)])
+
+
+def count_on(trainer: Trainer, checkpoint: Path) -> None:
+    """Have the tokens be counted on from where a checkpoint was written; trl begins anew at nothing."""
+    rows = json.loads((checkpoint / "trainer_state.json").read_bytes())["log_history"]
+    seen = next((row["num_tokens"] for row in reversed(rows) if "num_tokens" in row), 0)
+    trainer._total_train_tokens = seen  # it has no other name
 
 
 def divided() -> str | None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from pipeline.config import Config
 from pipeline.config_file import dump_config, load_config
 from pipeline.errors import WorkspaceError
-from pipeline.files import place_files, read_json, sha256, write_json, write_text
+from pipeline.files import place_files, read_json, sha256, sync, write_json, write_text
 from pipeline.private import without_private
 
 HIDDEN = ".tunepress"  # the run's folder inside a result that was asked for by name
@@ -218,8 +218,10 @@ class Workspace:
         return {name: digest["sha256"] for name, digest in found.items()}
 
     def digests(self, paths: Iterable[Path]) -> dict[str, Digest]:
-        """Digests of files, and of all files in folders, by their path in the workspace."""
+        """Digests of files, and of all files in folders, by their path in the workspace; they are on the disk then."""
         files = sorted(f for p in paths for f in (p.rglob("*") if p.is_dir() else [p]) if f.is_file())
+        for path in {*files, *(file.parent for file in files)}:
+            sync(path)
         return {
             Path(os.path.relpath(f, self.folder)).as_posix(): Digest(sha256(f), f.stat().st_size, f.stat().st_mtime_ns)
             for f in files

@@ -14,6 +14,7 @@ import torch
 from pipeline.checkpoint.header import DTYPE_NAMES, INDEX_NAME, SHARD_BYTES, SINGLE_NAME, TensorInfo
 from pipeline.checkpoint.placing import is_covered, put
 from pipeline.errors import CheckpointError
+from pipeline.files import write_json
 
 
 class CheckpointWriter:
@@ -122,7 +123,7 @@ class CheckpointWriter:
         total = sum(info.nbytes for info in self._places.values())
         weight_map = {name: info.path.name for name, info in sorted(self._places.items())}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (self.folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(self.folder / INDEX_NAME, index)
 
     def _discard(self) -> None:
         """Close what is open, and take away the files that never got their names."""

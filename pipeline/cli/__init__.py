@@ -6,6 +6,9 @@ import typer
 
 from pipeline.cli import machine, models, releases, runs, wizard
 
+if TYPE_CHECKING:
+    from pipeline.errors import UserError
+
 app = typer.Typer(
     name="tunepress",
     no_args_is_help=True,

@@ -40,11 +40,8 @@ def prepare() -> None:
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils._http import default_client_factory  # it has no other name
 
-    seconds = setting("TUNEPRESS_HUB_TIMEOUT", TIMEOUT_SECONDS)
-
     def factory():
         client = default_client_factory()
-        client.timeout = seconds
         client.send = functools.partial(_send, client.send)
         return client
 
@@ -56,6 +53,9 @@ def _send(send: Any, request: Any, **options: Any) -> Any:
     from huggingface_hub.utils import hf_raise_for_status
 
     transport = sys.modules[type(request).__module__.partition(".")[0]].TransportError  # httpx, or what follows it
+    if request.extensions.get("timeout", {}).get("read") is None:
+        seconds = setting("TUNEPRESS_HUB_TIMEOUT", TIMEOUT_SECONDS)
+        request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), seconds)
     try:
         answer = send(request, **options)
     except transport as error:

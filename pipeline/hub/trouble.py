@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from http.client import responses
 from typing import TypeVar
 
 from pipeline.commands import login
@@ -47,12 +48,14 @@ def persist(
         raise
     except Exception as error:
         code = status_of(error)
-        if not (may_pass(error) or isinstance(error, passing)):
+        if not _passes(error, passing):
             raise _explained(place, error) from None
         if code in (409, 412):
             raise HubError(f"{place}: others kept committing to it; {way_out}") from None
         what = "the Hub could not be reached" if code is None else "the Hub is unwell"
-        raise HubAway(f"{place}: {what} ({say(error)}); {way_out}") from None
+        asked = _asked(error)
+        pause = f"; it asks to be left alone for {asked:.0f} s" if asked > LONGEST_ASKED_SECONDS else ""
+        raise HubAway(f"{place}: {what} ({say(error)}){pause}; {way_out}") from None
 
 
 def insist(
@@ -84,10 +87,10 @@ def insist(
             raise
         except Exception as error:
             asked = _asked(error)
-            if attempt == most or asked > LONGEST_ASKED_SECONDS or not (may_pass(error) or isinstance(error, passing)):
+            if attempt == most or asked > LONGEST_ASKED_SECONDS or not _passes(error, passing):
                 raise
             pause = max(min(wait * 2 ** (attempt - 1), LONGEST_WAIT_SECONDS), asked)
-            _log.warning("%s: %s; again in %.0f s (%d of %d)", place, say(error), pause, attempt + 1, most)
+            _log.warning("%s: %s; again in %.0f s (%d of %d)", place, _in_short(error), pause, attempt + 1, most)
         time.sleep(pause)
     raise AssertionError  # the last attempt returns or raises
 
@@ -101,6 +104,16 @@ def show_waits(show: Callable[[list[str]], None]) -> None:
 
     _log.addHandler(Shown())
     _log.propagate = False
+
+
+def _in_short(error: Exception) -> str:
+    """What keeps us waiting."""
+    code = status_of(error)
+    if code is None:
+        return f"the Hub could not be reached ({say(error)})"
+    if code in (409, 412):
+        return "somebody else committed to it"
+    return f"the Hub is unwell ({' '.join(filter(None, (str(code), responses.get(code))))})"
 
 
 def _asked(error: BaseException) -> float:
@@ -117,6 +130,11 @@ def _asked(error: BaseException) -> float:
             after = headers.get("Retry-After", "")
             return float(after) if after.isdecimal() else 0.0
     return 0.0
+
+
+def _passes(error: Exception, passing: tuple[type[Exception], ...]) -> bool:
+    """Is it worth another attempt, or one of `passing`? A token that is refused stays refused."""
+    return may_pass(error) or (isinstance(error, passing) and status_of(error) != 401)
 
 
 def may_pass(error: Exception) -> bool:
@@ -153,7 +171,7 @@ def status_of(error: BaseException | None) -> int | None:
     return None
 
 
-def say(error: BaseException | None) -> str:
+def say(error: BaseException | str | None) -> str:
     return redact(" ".join(str(error).split()))[:200]
 
 

@@ -19,8 +19,9 @@ import time
 import traceback
 from pathlib import Path
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, WorkspaceError
 from pipeline.events import Events, Unheard, one_line
+from pipeline.files import no_room
 from pipeline.hub.trouble import show_waits
 from pipeline.libraries import quiet
 from pipeline.logs import print_without_tokens, wait_for
@@ -29,6 +30,7 @@ from pipeline.team import Team, is_echo
 from pipeline.workspace import Workspace
 
 PROGRESS_SECONDS = 0.2
+_held: list[object] = []
 GRACE_SECONDS = 20.0  # as long as `pipeline.process` gives a stage that it asks to end
 
 
@@ -53,6 +55,8 @@ def main() -> int:
     about = tuple(variants) if step.verb == "quantize" else (None,)
     start = time.monotonic()
     try:
+        if team.hosts:
+            _wait_for_former(workspace)
         quiet()
         module = importlib.import_module(f"pipeline.stages.{stage}")
         if step.starts:
@@ -69,10 +73,12 @@ def main() -> int:
             report.send({"outcome": {"outputs": [str(p) for p in outcome.outputs], "summary": outcome.summary}})
         report.send({"finished": team.rank})
         return 0
-    except BaseException as error:
+    except BaseException as problem:
+        error = no_room(problem, workspace.folder) or problem
         if step.verb is not None and (team.size == 1 or orphaned.is_set()):
             for variant in about:
-                events.failed(step.verb, variant, error, time.monotonic() - start)
+                with contextlib.suppress(OSError):  # where the disk is full, the line below has to do
+                    events.failed(step.verb, variant, error, time.monotonic() - start)
         code = error.exit_code if isinstance(error, UserError) else 1
         if not isinstance(error, UserError):
             traceback.print_exc()
@@ -96,6 +102,22 @@ def main() -> int:
 def _plain(summary: dict) -> dict:
     """The part of a summary that belongs in an event: numbers and short texts, not tables."""
     return {k: v for k, v in summary.items() if isinstance(v, (int, float, str, bool))}
+
+
+def _wait_for_former(workspace: Workspace) -> None:
+    """Let the stage end whose run was killed; it may still be about to take away what it had half done.
+
+    Raises:
+        WorkspaceError: where it does not.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(workspace.folder / "stage.lock")
+    try:
+        lock.acquire(timeout=2 * GRACE_SECONDS)
+    except Timeout:
+        raise WorkspaceError(f"{workspace.folder}: a stage of an earlier run is still ending; wait for it") from None
+    _held.append(lock)  # as long as this process lives
 
 
 def _terminate(number, frame) -> None:

@@ -6,11 +6,13 @@ quantization and computes in bf16, on CUDA and on a CPU alike (QLoRA, Dettmers e
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import platform
 import shutil
 import time
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -18,7 +20,7 @@ from pickle import UnpicklingError
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.events import Events
-from pipeline.files import empty_folder, fingerprint, replace_folder
+from pipeline.files import empty_folder, fingerprint, read_json, replace_folder
 from pipeline.libraries import versions
 from pipeline.opening import open_tokenizer
 from pipeline.stages import Outcome
@@ -180,20 +182,45 @@ def _checkpoints(config: Config, workspace: Workspace, depends_on: str, team: Te
         if other != own:
             shutil.rmtree(other)
     for checkpoint in own.glob("checkpoint-*"):
-        if not (checkpoint / "trainer_state.json").is_file():  # written last: without it the rest is not whole
+        if not _is_whole(checkpoint):
             shutil.rmtree(checkpoint)
     return own
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Was a checkpoint written to its end? After a kill, a full disk or a power cut there are files missing, or cut.
+
+    The trainer writes them in place and does not wait for the disk. Each kind is known to be whole by its end.
+    """
+    from pipeline.checkpoint import read_header
+
+    try:
+        read_json(checkpoint / "trainer_state.json", {})["global_step"]  # the last one
+        for path in (p for p in checkpoint.rglob("*") if p.is_file()):
+            if path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
+                return False
+            if path.suffix == ".json":
+                json.loads(path.read_bytes())
+            if path.suffix == ".safetensors":
+                read_header(path)
+    except (KeyError, ValueError, UserError):
+        return False
+    return True
 
 
 def _train(trainer, checkpoints: Path, meeting: Meeting) -> int | None:
     """Train to the end; the step of the checkpoint that it went on from, if there was one."""
     from transformers.trainer_utils import get_last_checkpoint
 
+    from pipeline.training import count_on
+
     found = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     last = meeting.told(Path(found).name if found else None)
     if last and not (checkpoints / last / "trainer_state.json").is_file():
         raise UserError(f"{checkpoints / last}: machine 0 goes on from this checkpoint, which is not to be seen here; "
                         "all machines need the same runs folder")  # fmt: skip
+    if last:
+        count_on(trainer, checkpoints / last)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoints / last) if last else None)
     except UnpicklingError:  # transformers opens a checkpoint's .pt files with `weights_only`

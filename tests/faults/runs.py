@@ -19,7 +19,7 @@ WHO = {TOKEN: {"name": "ada", "role": "write"}}
 def undisturbed(folder: Path, model: Path, **settings) -> Iterator[tuple[Place, Timeline]]:
     """A finished run, published to a hub of its own, and when its events came."""
     with LoopbackHub(folder / "hub", WHO) as hub:
-        place = _write(folder, model, hub, **settings)
+        place = write(folder, model, hub, **settings)
         start = time.time()
         place.tunepress("run", place.config.name)
         yield place, Timeline.of(place, start, time.time())
@@ -34,14 +34,14 @@ def disturbed(
         Whether each moment came before the end, and in what the result differs from `whole`.
     """
     with LoopbackHub(folder / "hub", WHO) as hub:
-        place = _write(folder, model, hub, **settings)
+        place = write(folder, model, hub, **settings)
         orphans = [kill_at(place, timeline, moment) for moment in moments]
         place.tunepress("run", place.config.name)
         found = [f"process {pid}: did not end by itself" for known in orphans for pid in left(known or [])]
         return [known is not None for known in orphans], [*found, *differences(place, whole)]
 
 
-def _write(folder: Path, model: Path, hub: LoopbackHub, method: str, variants: Sequence[str]) -> Place:
+def write(folder: Path, model: Path, hub: LoopbackHub, method: str, variants: Sequence[str]) -> Place:
     """A place to work in, with the configuration of a run that trains on the CPU, and makes little of everything."""
     specs = [{"name": "int4", "group_size": 64} if name == "int4" else name for name in variants]
     return write_place(folder / "work", model, hub, train={"method": method}, quantize={"variants": specs})

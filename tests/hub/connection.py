@@ -88,7 +88,9 @@ class Handler(BaseHTTPRequestHandler):
             return None
         if answer:
             answer.cut = fault.cut
-        return Reply.error(HubError(fault.status, "A fault was asked for")) if fault.status else answer
+        if fault.status:
+            return Reply.error(HubError(fault.status, "A fault was asked for", headers=dict(fault.headers or {})))
+        return answer
 
     def _send(self, reply: Reply, request_id: str) -> None:
         self.send_response(reply.status)

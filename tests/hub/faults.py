@@ -2,7 +2,7 @@
 
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 
@@ -18,6 +18,7 @@ class Fault:
     after: bool = False
     cut: int | None = None
     first: Callable[[], object] | None = None
+    headers: Mapping[str, str] | None = None
 
 
 class Faults:
@@ -30,6 +31,11 @@ class Faults:
     def add(self, fault: Fault) -> None:
         with self._lock:
             self._pending.append(fault)
+
+    @property
+    def left(self) -> list[Fault]:
+        """Those that have not struck as often as they should."""
+        return [fault for fault in self._pending if fault.times > 0]
 
     def strike(self, method: str, path: str) -> Fault | None:
         """The fault for this request, if there is one; it is used up by asking."""

@@ -3,7 +3,7 @@
 import secrets
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,6 +100,7 @@ class LoopbackHub:
         after: bool = False,
         cut: int | None = None,
         first: Callable[[], object] | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         """Let something go wrong with the next `times` requests.
 
@@ -111,8 +112,9 @@ class LoopbackHub:
             cut: break the connection after so many bytes of the answer.
             after: do what was asked before the answer goes wrong, so that the client cannot know.
             first: what somebody else does before anything else happens.
+            headers: of the answer with that status, such as Retry-After.
         """
-        self.faults.add(Fault(pattern, status, reset, stall, times, after, cut, first))
+        self.faults.add(Fault(pattern, status, reset, stall, times, after, cut, first, headers))
 
     # -- for tests: the state, read and changed behind the client's back
 

@@ -49,6 +49,10 @@ class Place:
     def release(self) -> Path:
         return self.run_folder / "release"
 
+    def copy(self, folder: Path) -> Place:
+        """A copy that a test may change, with the same hub."""
+        return Place(Path(shutil.copytree(self.folder, folder, symlinks=True)), self.hub)
+
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-m", "pipeline", *arguments]
 
@@ -201,4 +205,4 @@ def unpublished(finished_run) -> Place:
 @pytest.fixture
 def copied(unpublished, tmp_path) -> Place:
     """A finished run that a test may change."""
-    return Place(Path(shutil.copytree(unpublished.folder, tmp_path / "copy", symlinks=True)))
+    return unpublished.copy(tmp_path / "copy")

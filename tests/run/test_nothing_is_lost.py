@@ -70,14 +70,27 @@ def test_another_general_text_is_measured_anew_for_every_model(copied):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_half_written_checkpoint_is_passed_over(tmp_path, tiny_model):
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda last: (last / "trainer_state.json").unlink(), lambda last: _cut(last / "optimizer.pt")],
+    ids=["killed before its last file", "its optimizer's state cut by a power cut"],
+)
+def test_a_half_written_checkpoint_is_passed_over_and_tokens_are_counted_on(tmp_path, tiny_model, damage):
     place = write_place(tmp_path, tiny_model("llama"))
     place.tunepress("train", "tiny.yaml")
     (last,) = place.run_folder.glob("checkpoints/*/checkpoint-4")
-    (last / "trainer_state.json").unlink()
+    before = place.results()["training"]["history"]
+    damage(last)
     (place.run_folder / "ledger.json").unlink()
     place.tunepress("train", "tiny.yaml")
     assert place.results()["training"]["resumed_from_step"] == 2
+    assert [row.get("num_tokens") for row in place.results()["training"]["history"]] == [
+        row.get("num_tokens") for row in before
+    ]
 
 
 def test_a_module_of_the_same_name_beside_the_user_does_no_harm(tmp_path, tiny_model):

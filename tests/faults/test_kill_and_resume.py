@@ -1,0 +1,40 @@
+"""A run that is killed with -9 and resumed ends as one that nobody disturbed.
+
+Eight of the forty moments of `scripts/kill_and_resume.py`, four for each of two runs, which costs less than a run each.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.faults.conftest import SETTINGS
+from tests.faults.runs import disturbed
+from tests.faults.sameness import differences
+
+
+@pytest.mark.parametrize("first", [2, 4])
+def test_a_run_killed_at_four_moments_ends_as_if_undisturbed(tmp_path, tiny_model, whole, first):
+    place, timeline = whole
+    moments = timeline.moments(40)[first::10]
+    killed, found = disturbed(tmp_path, tiny_model("qwen3"), place, timeline, moments, **SETTINGS)
+    assert not found
+    assert sum(killed) >= 3  # the last may come too late on a machine that others use, too
+
+
+def test_an_undisturbed_run_is_what_it_is_compared_with(whole):
+    place, _ = whole
+    assert not list(differences(place, place))
+
+
+def test_a_changed_byte_a_lost_event_and_a_card_that_lies_are_differences(whole, tmp_path):
+    place, _ = whole
+    other = place.copy(tmp_path / "copy")
+    weights = other.release / "int4/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    events = other.run_folder / "events.jsonl"
+    events.write_text("".join(line for line in events.open() if "merge_completed" not in line))
+    card = other.release / "README.md"
+    card.write_text(card.read_text().replace("## Training data", "## Training data of another"))
+    found = "\n".join(differences(other, place))
+    for told in ("release/int4/model.safetensors: other bytes", "events: missing merge_completed", "README.md"):
+        assert told in found
