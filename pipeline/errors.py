@@ -7,14 +7,9 @@ its traceback.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import sys
-import traceback
-from collections.abc import Iterator
-from typing import TextIO
 from urllib.parse import quote
 
 from pipeline.commands import install
@@ -134,34 +129,6 @@ def holds_secret(text: str) -> bool:
 def printable(text: str) -> str:
     """`text` with escapes in place of what a terminal would obey, or could not show."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-@contextlib.contextmanager
-def plain_errors(program: str) -> Iterator[None]:
-    """What a command ends with: a line and an exit code for what a user can mend, else a traceback; no token in it."""
-    with contextlib.redirect_stderr(_Redacted(sys.stderr)):
-        try:
-            yield
-        except UserError as error:
-            print(f"{program}: {error}", file=sys.stderr)
-            sys.exit(error.exit_code)
-        except Exception:
-            traceback.print_exc()
-            sys.exit(1)
-
-
-class _Redacted:
-    """A stream like another, to which no token is written."""
-
-    def __init__(self, stream: TextIO):
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        self._stream.write(redact(text))
-        return len(text)
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._stream, name)
 
 
 def _secrets(shortest: int) -> list[str]:

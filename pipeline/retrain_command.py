@@ -119,7 +119,7 @@ def _out(as_json: bool) -> TextIO:
 
 def main() -> None:
     """A line and an exit code for what a user can mend, a traceback for our bugs."""
-    from pipeline.errors import plain_errors
+    from pipeline.ending import plain_errors
 
     with plain_errors("retrain"):
         app()

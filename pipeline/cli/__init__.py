@@ -6,9 +6,6 @@ import typer
 
 from pipeline.cli import machine, models, releases, runs, wizard
 
-if TYPE_CHECKING:
-    from pipeline.errors import UserError
-
 app = typer.Typer(
     name="tunepress",
     no_args_is_help=True,
@@ -28,7 +25,7 @@ for verb in VERBS:
 
 def main() -> None:
     """The `tunepress` command: a line and an exit code for what a user can mend, a traceback for our bugs."""
-    from pipeline.errors import plain_errors
+    from pipeline.ending import plain_errors
 
     with plain_errors("tunepress"):
         app()

@@ -1,0 +1,50 @@
+"""How each of our commands ends: in a line and an exit code for what a user can mend, in a traceback for our bugs."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import NoReturn, TextIO
+
+from pipeline.errors import UserError, redact
+
+
+@contextlib.contextmanager
+def plain_errors(program: str) -> Iterator[None]:
+    """Run a command's work; no token is written to standard error meanwhile, whoever prints it."""
+    from pipeline.files import no_room
+    from pipeline.hub.trouble import show_waits
+
+    with contextlib.redirect_stderr(_Redacted(sys.stderr)):
+        # Whoever looks on is told why nothing happens; else the one line of an error stands alone.
+        show_waits(lambda lines: print(*lines, sep="\n", file=sys.stderr) if sys.stderr.isatty() else None)
+        try:
+            yield
+        except UserError as error:
+            _end(program, error)
+        except Exception as error:
+            if full := no_room(error):
+                _end(program, full)
+            traceback.print_exc()
+            sys.exit(1)
+
+
+def _end(program: str, error: UserError) -> NoReturn:
+    print(f"{program}: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
+
+
+class _Redacted:
+    """A stream like another, to which no token is written."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(redact(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
