@@ -45,11 +45,7 @@ def unpack_gguf(source: str, file: Path, folder: Path) -> tuple[Path, Origin]:
         if known["source"] == source:
             return folder, Origin(**{field.name: known[field.name] for field in fields(Origin)})
     quiet()
-    import torch
     from gguf import GGUFReader
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    from pipeline.regrid import reorder_channels
 
     stored = GGUFReader(file).fields
 
@@ -58,20 +54,7 @@ def unpack_gguf(source: str, file: Path, folder: Path) -> tuple[Path, Origin]:
 
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent,
-        gguf_file=file.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.bfloat16,
-        trust_remote_code=False,
-    )
-    try:
-        reorder_channels(model)
-    except ValueError as error:
-        raise ModelError(f"{source}: {error}") from None
-    model.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False).save_pretrained(partial)
-    _tidy(partial)
+    dequantize(file, partial)
     origin = Origin(
         source=source,
         name=file.name.split(".")[0],
@@ -84,6 +67,37 @@ def unpack_gguf(source: str, file: Path, folder: Path) -> tuple[Path, Origin]:
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return folder, origin
+
+
+def dequantize(file: Path, folder: Path, off_grid: bool = True) -> None:
+    """Write the model in a GGUF as an ordinary bf16 checkpoint.
+
+    Args:
+        off_grid: reorder its channels, as `pipeline.regrid` does.
+
+    Raises:
+        ModelError: for an architecture whose channels cannot be reordered here.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from pipeline.regrid import reorder_channels
+
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+        trust_remote_code=False,
+    )
+    if off_grid:
+        try:
+            reorder_channels(model)
+        except ValueError as error:
+            raise ModelError(f"{file}: {error}") from None
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False).save_pretrained(folder)
+    _tidy(folder)
 
 
 def _tidy(folder: Path) -> None:

@@ -115,10 +115,7 @@ def _reporter():
 
 if __name__ == "__main__":
     sys.path.insert(0, str(CLONE))  # a clone needs no installation
-    from pipeline.errors import UserError
+    from pipeline.ending import plain_errors
 
-    try:
+    with plain_errors("quantize_standalone"):
         app()
-    except UserError as error:
-        print(f"quantize_standalone: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
