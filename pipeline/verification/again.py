@@ -31,7 +31,7 @@ def how_to_make(claims: Claims, place: Place, model: str) -> str:
 def _quantize(spec: VariantSpec, source: str, revision: str | None) -> str:
     words = ["tunepress", "quantize", source, "--output", "again", *(["--revision", revision] if revision else [])]
     default = VariantSpec(name=spec.name).resolved()
-    changed = {key: value for key, value in spec.model_dump().items() if value != getattr(default, key)}
+    changed = {key: value for key, value in spec.making().items() if value != getattr(default, key)}
     if not changed:
         return shlex.join([*words, "--variants", spec.name])
     return shlex.join([*words, "--set", f"quantize.variants=[{json.dumps({'name': spec.name, **changed})}]"])

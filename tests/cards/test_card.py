@@ -46,6 +46,7 @@ from tests.cards.sample import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
+CONTROLS = re.compile("[\x00-\x1f\u2028\u202e\ud800]")
 HOSTILE = (
     "``` | <script>alert(1)</script> {{ 7*7 }} [x](javascript:y) <!-- tunepress:end -->\n---\n# h\n"
     "\u202eevil *b* \ud800 &lt; ~s~ $x$"
@@ -714,12 +715,12 @@ def with_texts(text: str, kind: str) -> About:
             measured["text"] = text
     if "speed" in found.get("int4", {}):
         found["int4"]["speed"]["stock"]["reason"] = text
-    tree = given.config.model_dump() | {"train": {"lora": {"target_modules": [text]}}}
+    said = CONTROLS.sub("", text)  # which a configuration does not take
+    tree = given.config.model_dump() | {"train": {"lora": {"target_modules": [said]}}}
     if given.config.data:
-        said = text.replace("\ud800", "")  # half a character is refused in a configuration
         tree["data"] |= {"columns": {said: said}, "source": said}
     if kind != "unmeasured":
-        tree["evaluate"] = {"prompts": [text]}
+        tree["evaluate"] = {"prompts": [said]}
     return about(found, name=text, config=type(given.config).model_validate(tree), files=given.files)
 
 
@@ -783,7 +784,7 @@ def test_a_long_answer_is_cut():
 
 def test_snippets_take_any_location_and_question_as_they_are():
     for odd in ("a'b\"c\\d", "x\n```\ny", "<!-- tunepress:end -->", "naïve 中文 \u202e"):
-        given = about(location=odd, config=config(evaluate={"prompts": [odd]}))
+        given = about(location=odd, config=config(evaluate={"prompts": [odd.replace("\u202e", "")]}))
         block = re.search(r"```python\n(.*?)\n```\n", model_card(given, []), re.DOTALL)[1]
         scope: dict = {}
         exec(block[block.index("location =") :].split("\n")[0], scope)

@@ -21,6 +21,7 @@ from huggingface_hub import (
     HfApi,
     constants,
     hf_hub_download,
+    set_client_factory,
     snapshot_download,
 )
 from huggingface_hub.errors import (
@@ -30,7 +31,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils._http import default_client_factory
 
+from pipeline.hub.client import prepare
 from tests.hub import LoopbackHub
 from tests.hub.store import HubError
 
@@ -47,6 +50,8 @@ WEIGHTS = os.urandom(300_000)
 def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    set_client_factory(default_client_factory)  # the client as it is, whatever was made of it in this process
+    prepare.cache_clear()
     with LoopbackHub(tmp_path / "hub", TOKENS) as hub:
         yield hub
 

@@ -19,7 +19,8 @@ PUBLISHED = "llama-3.2-1b"
 # What `run_recipe` puts in the place of the recipe's own.
 REPLACED = {
     "name": None, "model": {"source"}, "data": {"source", "held_out"}, "train": {"max_steps"},
-    "evaluate": {"general", "max_tokens", "prompts"}, "publish": {"repo"}, "track": {"project"},
+    "evaluate": {"general", "max_tokens", "prompts"}, "quantize": {"on_gate_failure"},
+    "publish": {"repo"}, "track": {"project"},
 }  # fmt: skip
 
 # Loads what a run made as a reader of its card would, without this project.

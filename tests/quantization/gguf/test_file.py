@@ -153,7 +153,7 @@ def test_a_model_without_a_tokenizer_is_refused_in_one_line(model_copy):
     for path in model_copy.glob("token*"):
         path.unlink()
     problem = unfit(VariantSpec(name="gguf-q4_0").resolved(), linear_weights(model_copy), model_copy)
-    assert problem.startswith(f"{model_copy}: a GGUF carries a tokenizer, and here none can be read: ")
+    assert problem.startswith(f"{model_copy}: transformers cannot read its tokenizer: ")
     assert "\n" not in problem and len(problem) < 400
 
 

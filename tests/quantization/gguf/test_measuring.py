@@ -269,7 +269,17 @@ def test_a_variant_is_measured_in_llama_cpp_where_it_is_installed_and_else_dequa
         assert result["file"] == file.name and result["size_bytes"] == file.stat().st_size
         assert result["device"] == "cpu" and result["machine"] and "parameters" not in result
         quality = result["quality"]["general"]
-        assert set(quality) == {"text", "tokens", "sequences", "loss", "perplexity", "rise", "kl", "agreement"}
+        assert set(quality) == {
+            "text",
+            "tokens",
+            "sequences",
+            "digest",
+            "loss",
+            "perplexity",
+            "rise",
+            "kl",
+            "agreement",
+        }
     ours, plain = (result["quality"]["general"] for result in found.values())
     assert (ours["tokens"], ours["sequences"]) == (plain["tokens"], plain["sequences"])
     assert ours["perplexity"]["value"] == pytest.approx(plain["perplexity"]["value"], rel=0.02)
