@@ -62,7 +62,8 @@ def run(
             steps.try_publish(ready)
         steps.write_variants(tuple(v for v in variants if v not in steps.judged(variants)))
         for variant in variants:
-            if steps.try_admit(variant) and per_stage and steps.did(f"quantize/{variant}"):
+            is_new = steps.try_admit(variant) and steps.did(f"quantize/{variant}")
+            if per_stage and is_new and not steps.would_lose(variants):
                 steps.try_publish(steps.admitted(variants))
         if not config.merges and not steps.admitted(variants):
             _leave_no_documents(steps, variants)

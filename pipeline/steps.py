@@ -155,6 +155,11 @@ class Steps:
         """Those of these variants that were let in or withheld, and of which nothing has changed since."""
         return tuple(v for v in variants if self.holds("admit", (v,)))
 
+    def would_lose(self, variants: tuple[str, ...]) -> bool:
+        """Would publishing now take one of these out of the release that is only to be judged anew?"""
+        waiting = self._written.difference(self.judged(variants))
+        return any(quantize.is_released(self._workspace, variant) for variant in waiting)
+
     def withdraw_documents(self) -> None:
         """Leave no documents of an earlier release where nothing of it is left."""
         document.withdraw(self._config, self._workspace)

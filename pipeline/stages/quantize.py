@@ -182,6 +182,11 @@ def files_of(workspace: Workspace, name: str) -> list[Path]:
     return sorted(apart.iterdir()) if apart.is_dir() else workspace.placed(f"quantize/{name}")
 
 
+def is_released(workspace: Workspace, name: str) -> bool:
+    """Does the release have a variant's newest files?"""
+    return not (workspace.quantized / name).is_dir() and bool(workspace.placed(f"quantize/{name}"))
+
+
 def _versions(variants: Sequence[str]) -> dict[str, str]:
     makers = {maker for name in variants for maker in (VARIANTS[name].format, VARIANTS[name].quantizer) if maker}
     return versions(*sorted(library for maker in makers for library in LIBRARIES[maker]))

@@ -26,6 +26,7 @@ class Told:
     results: dict
     files: dict[str, bytes] = field(default_factory=dict)
     tags: list[str] = field(default_factory=list)
+    head: str = ""
     written: int = 0  # when the file of int4's weights was, wherever it lies
 
     @property
@@ -47,7 +48,8 @@ def run(place: Place, *settings: str) -> Told:
     tags = list(place.hub.repo("ada/tiny").tags)
     (weights,) = place.run_folder.glob("*/int4/model.safetensors")
     told = (done.returncode, done.stdout, done.stderr, place.events()[before:], place.results())
-    return Told(*told, files, tags, weights.stat().st_mtime_ns)
+    head = place.hub.commits("ada/tiny")[0]
+    return Told(*told, files, tags, head, weights.stat().st_mtime_ns)
 
 
 def measured(told: Told) -> dict:
@@ -83,7 +85,13 @@ def let_in(place, again) -> Told:
 
 
 @pytest.fixture(scope="module")
-def taken_back(place, let_in) -> Told:
+def judged_anew(place, let_in) -> Told:
+    """Both variants, which are published, held against another limit."""
+    return run(place, LOOSE, "quantize.gate.disagreement=1")
+
+
+@pytest.fixture(scope="module")
+def taken_back(place, judged_anew) -> Told:
     return run(place, TIGHT)
 
 
@@ -135,6 +143,15 @@ def test_another_limit_lets_it_in_as_it_was_made_and_measured(let_in, withheld):
     assert let_in.lineage["results"]["int4"]["gate"]["passed"] is True
     assert measured(let_in) == measured(withheld) and let_in.written == withheld.written
     assert let_in.names("int4")[-2:] == ["quantization_completed", "quantized_model_pushed"]
+
+
+def test_another_limit_for_all_takes_none_of_them_away_meanwhile(judged_anew, let_in, place):
+    assert judged_anew.code == 0, judged_anew.stderr
+    assert judged_anew.names("int4") == ["quantization_started", "quantization_completed", "quantized_model_pushed"]
+    assert measured(judged_anew) == measured(let_in) and judged_anew.written == let_in.written
+    commits = place.hub.commits("ada/tiny")
+    since = commits[: commits.index(let_in.head)]
+    assert since and all("int4/model.safetensors" in place.hub.files("ada/tiny", commit) for commit in since)
 
 
 def test_a_limit_that_it_misses_takes_it_out_again_and_keeps_its_files_apart(taken_back, let_in):
