@@ -129,7 +129,8 @@ def local(about: About, place: Place) -> About:
 
     What models answered is left out, so that there is no code but that of the templates.
     """
-    results = {k: {**v, "answers": []} if isinstance(v, dict) else v for k, v in about.results.items()}
+    silent = {"answers": []}
+    results = {k: v | silent if isinstance(v, dict) and "answers" in v else v for k, v in about.results.items()}
     return replace(about, location=str(place.folder.resolve()), results=results)
 
 

@@ -48,6 +48,17 @@ class Release:
     def write_lineage(self, told: object) -> None:
         self.write("tunepress.json", json.dumps(told, indent=2, ensure_ascii=False) + "\n")
 
+    def rewrite_cards(self) -> None:
+        """Have the cards say what the lineage says now."""
+        from pipeline.verification.cards import about_release, rendered
+        from pipeline.verification.claims import read_claims
+        from pipeline.verification.places import open_place
+
+        place = open_place(str(self.folder), None, lambda done, total, what: None)
+        claims = read_claims(place.lineage())
+        for path, card in rendered(about_release(claims, place, chats=True), claims).items():
+            self.write(path, card)
+
     def own(self, path: str) -> None:
         """Put a file's hash and size into the lineage, as somebody would who hides what he did."""
         told, file = self.lineage(), self.folder / path

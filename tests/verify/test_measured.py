@@ -115,6 +115,24 @@ def test_only_our_own_snippets_are_run(release, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_the_snippets_of_a_release_that_tells_of_a_withheld_variant_are_run(release):
+    from pipeline.verification.cards import render
+
+    content = release.lineage()
+    content["configuration"]["quantize"]["variants"].append({"name": "int8-dynamic"})
+    missed = {"text": "general", "figure": "kl", "value": 0.5, "stderr": 0.01, "limit": 0.1, "passed": False}
+    verdict = {"passed": False, "withheld": True, "limits": {"kl": 0.1}, "checks": [missed]}
+    content["results"]["withheld"] = {"int8-dynamic": {**content["results"]["int8"], "gate": verdict}}
+    release.write_lineage(content)
+    release.rewrite_cards()
+    assert "`int8-dynamic/` was **tried and withheld**" in release.read("README.md")
+    place = open_place(str(release.folder), None, lambda done, total, what: None)
+    claims = read_claims(place.lineage())
+    assert told(release.verify()) == []
+    found = [line(finding) for finding in run_examples(claims, place, render(claims, place), ["merged"])]
+    assert found == ["snippets merged: with stock libraries: runs"]
+
+
 def test_blocks_are_put_together_as_a_reader_would():
     load, ours = "model = 1\ntokenizer = 2", "from pipeline import load\nmodel, tokenizer = load('x')"
     assert programs([load, ours, "print(model)"]) == [f"{load}\nprint(model)", f"{ours}\nprint(model)"]
