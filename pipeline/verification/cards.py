@@ -139,8 +139,11 @@ def check_cards(claims: Claims, place: Place, cards: Cards) -> Iterator[Finding]
     is_same_version = claims.made_with.get("tunepress") == own_version()
     for path, expected in cards.expected.items():
         there = place.read(path)
+        if path not in claims.documents:
+            found = wrong if is_same_version else unknown
+            yield found("card", path, "belongs to a release with these models, and the lineage does not name it")
         if there is None:
-            continue  # which was told with the files
+            continue  # which was told, here or with the files
         if there.count(b"\n") > LONGEST_CARD:
             yield wrong("card", path, f"more than {LONGEST_CARD:,} lines, which were not read")
             continue

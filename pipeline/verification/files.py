@@ -16,6 +16,7 @@ PICKLES = re.compile(r".*\.(bin|pt|pth|pkl|pickle|ckpt|joblib|h5|msgpack|npy|npz
 CODE = re.compile(r".*\.(py|pyc|so|dll)\Z", re.IGNORECASE)
 WEIGHTS = re.compile(r".*\.(safetensors|safetensors\.index\.json|bin\.index\.json|gguf|onnx)\Z", re.IGNORECASE)
 LARGEST_DOCUMENT = 2_000_000  # bytes; others are not read
+TEMPLATES = "additional_chat_templates/"  # all that lie in it beside a tokenizer are taken
 SETTINGS = re.compile(r"(config|generation_config|adapter_config|processor_config|preprocessor_config)\.json\Z")
 
 
@@ -68,10 +69,12 @@ def _whose(claims: Claims, path: str, digest: str | None) -> str | None:
 def _unnamed(claims: Claims, place: Place) -> Iterator[Finding]:
     """What lies in the release's own folders, is not named, and would be loaded, or looks as if it would."""
     ours = {claims.prefix(model) for model in claims.models}
+    ours |= {path[: path.rfind("/") + 1] for path in claims.files}
     named = {*claims.files, *claims.documents, LINEAGE}
     for path in sorted(place.sizes.keys() - named):
-        folder, _, name = path.rpartition("/")
-        if (f"{folder}/" if folder else "") not in ours:
+        folder, name = path[: path.rfind("/") + 1], path[path.rfind("/") + 1 :]
+        is_template = folder.endswith(TEMPLATES) and folder.removesuffix(TEMPLATES) in ours and name.endswith(".jinja")
+        if folder not in ours and not is_template:
             if PICKLES.match(name) or WEIGHTS.match(name):
                 yield unknown("files", path, "not of this release, so nothing is known of it")
         elif PICKLES.match(name):
@@ -80,7 +83,7 @@ def _unnamed(claims: Claims, place: Place) -> Iterator[Finding]:
             yield wrong("files", path, "code, which the lineage does not name; tunepress publishes none, and runs none")
         elif WEIGHTS.match(name):
             yield wrong("files", path, "weights that the lineage does not name")
-        elif SETTINGS.match(name) or TOKENIZER_FILES.match(name):
+        elif is_template or SETTINGS.match(name) or TOKENIZER_FILES.match(name):
             yield wrong("files", path, "would be loaded with the model, and the lineage does not name it")
 
 
@@ -99,7 +102,8 @@ def sound_models(claims: Claims, found: list[Finding]) -> list[str]:
 
     def is_sound(model: str) -> bool:
         others = claims.files.keys() - claims.files_of(model).keys() if is_gguf(model) else set()
-        if any(path.rpartition("/")[0] == claims.prefix(model).rstrip("/") for path in bad - others):
+        folders = {path[: path.rfind("/") + 1].removesuffix(TEMPLATES) for path in bad - others}
+        if claims.prefix(model) in folders:
             return False
         needs = claims.reference if is_gguf(model) or model == ADAPTER else None
         return needs is None or is_sound(needs)

@@ -69,11 +69,32 @@ def test_a_card_that_is_gone(release):
         ("int4/modeling_own.py", "code, which the lineage does not name"),
         ("adapter_config.json", "would be loaded with the model, and the lineage does not name it"),
         ("int4/added_tokens.json", "would be loaded with the model, and the lineage does not name it"),
+        (
+            "int4/additional_chat_templates/tool_use.jinja",
+            "would be loaded with the model, and the lineage does not name it",
+        ),
     ],
 )
 def test_what_would_be_loaded_and_is_not_named(release, path, why):
+    (release.folder / path).parent.mkdir(exist_ok=True)
     release.write(path, b"{}")
     assert only(release.verify()).startswith(f"files {path}: {why}")
+
+
+def test_a_file_of_which_the_lineage_says_nothing_any_more(release):
+    path, content = "adapter/adapter_config.json", release.lineage()
+    del content["files"][path]
+    release.write_lineage(content)
+    release.replace(path, '"lora_alpha"', '"lora_beta"')
+    assert only(release.verify()).startswith(f"files {path}: would be loaded with the model, and the lineage does not")
+
+
+def test_a_card_of_which_the_lineage_says_nothing_any_more(release):
+    path, content = "int8/README.md", release.lineage()
+    content["documents"].remove(path)
+    release.write_lineage(content)
+    (release.folder / path).unlink()
+    assert only(release.verify()).startswith(f"card {path}: belongs to a release with these models")
 
 
 def test_the_tokenizer_changed(release):
