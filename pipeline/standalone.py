@@ -19,6 +19,7 @@ from pipeline.catalog import VARIANTS, variant_names
 from pipeline.config import PACKAGE_SOURCE, Config, Model, Quantize, Real, Section, Whole, repository_id, run_name
 from pipeline.config_file import explain, read_yaml
 from pipeline.errors import ConfigError, HubError, Interrupted, UserError
+from pipeline.gates import limits
 from pipeline.hub import CARD, LINEAGE, check_root
 from pipeline.inspection import inspect
 from pipeline.midway import quantize_config, variant_specs
@@ -76,6 +77,8 @@ class Task(Section):
             )
         if self.low_disk and self.calibration:
             raise ValueError("calibration: with low_disk nothing is measured; leave one of them out")
+        if self.low_disk and (self.max_rise or self.max_kl):
+            raise ValueError("max_rise, max_kl: with low_disk nothing is measured; leave them or low_disk out")
         return self
 
 
@@ -121,7 +124,7 @@ def configure(task: Task, there: Standing | None, space: str | None = None, serv
         raise ConfigError(f"--revision {task.revision}: only models on the Hub have revisions; {task.model} is none")
     commit = inspect(task.model, task.revision) if is_on_hub else None
     if there:
-        asked = {**_specs(there), **asked}
+        asked = {**_staying(task, there), **asked}
         _check_place(task, there, is_guest, asked)
     settings = {
         "name": task.experiment_name or (there.run if there else None),
@@ -228,6 +231,25 @@ def _specs(there: Standing) -> dict[str, dict]:
     """What was asked for of each variant that a release has."""
     results = there.told.get("results") or {}
     return {name: results[name]["variant"] for name in VARIANTS if "variant" in (results.get(name) or {})}
+
+
+def _staying(task: Task, there: Standing) -> dict[str, dict]:
+    """The variants of a release that are not asked for now, as they were made, with the limits that they were held to.
+
+    Raises:
+        ConfigError: where one was published with a warning, and is to be withheld now.
+    """
+    now, found = Quantize(gate={"rise": task.max_rise, "kl": task.max_kl}), _specs(there)
+    for name in found.keys() - _asked(task).keys():
+        verdict = there.told["results"][name].get("gate") or {}
+        if verdict.get("passed") is False and task.on_gate_failure == "withhold":
+            raise ConfigError(
+                f"{task.repo}: has {name}, which misses its gate and was published with a warning, and would lose it; "
+                "say --on-gate-failure warn, or ask for it too (--quant-type)"
+            )
+        if "limits" in verdict and verdict["limits"] != limits(now, name):
+            found[name] = {**found[name], "gate": verdict["limits"]}
+    return found
 
 
 def _check_place(task: Task, there: Standing, is_guest: bool, variants: Collection[str]) -> None:

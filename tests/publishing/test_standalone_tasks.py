@@ -7,6 +7,7 @@ import json
 import pytest
 
 from pipeline.errors import ConfigError, HubError, ModelError, StageFailed, UserError
+from pipeline.gates import limits
 from pipeline.standalone import configure, quantize, read_task, read_tasks
 from pipeline.standing import standing
 from pipeline.trackers.spaces import keep_in, space_at
@@ -75,6 +76,25 @@ def test_in_its_own_repository_a_model_is_the_same_until_its_files_change(hub):
     assert configure(task(), standing("ada/model")).model.revision == second
     hub.put("ada/model", {"tunepress.json": json.dumps(told | {"base": {"hub_id": "ada/model"}}).encode()})
     assert configure(task(), standing("ada/model")).model.revision == hub.commits("ada/model")[0]
+
+
+def test_a_variant_that_stays_keeps_the_limits_that_it_was_let_in_with(hub):
+    first = model(hub)
+    told = {"run": "first", "files": {}, "documents": [], "base": {"hub_id": "ada/model", "revision": first}}
+    figures = {"variant": {"name": "int4", "group_size": 128}, "gate": {"passed": True, "limits": {"rise": 0.3}}}
+
+    def again(**options):
+        told["results"] = {"int4": figures}
+        hub.put("ada/model", {"tunepress.json": json.dumps(told).encode()})
+        return configure(task(**options), standing("ada/model")).quantize
+
+    assert limits(again(), "int4") == {"rise": 0.3} and limits(again(), "int8") == {"rise": 0.02}
+    assert limits(again(quant_types=["both"]), "int4") == {"rise": 0.05}
+    assert again(max_rise=0.3).spec("int4").gate.rise is None  # so that nothing has to be published anew
+    figures["gate"] |= {"passed": False, "withheld": False}
+    with pytest.raises(ConfigError, match="ada/model: has int4, which misses its gate and was published with a warn"):
+        again()
+    assert limits(again(on_gate_failure="warn"), "int4") == {"rise": 0.3}
 
 
 def test_in_another_repository_variants_are_made_again_when_the_model_was_changed_and_not_only_its_card(hub):
@@ -170,6 +190,7 @@ def test_what_is_not_there_gated_or_a_data_set_is_refused(hub):
         ({"experiment_name": "my run"}, 'experiment_name: "my run" is refused: a run\'s name'),
         ({"repo": None}, "say where to publish to"),
         ({"low_disk": True}, "needs the whole model; use it with --save-only"),
+        ({"low_disk": True, "repo": None, "save_only": True, "max_rise": 0.1}, "with low_disk nothing is measured"),
         ({"repo": "no-slash"}, "a repository is written USER/NAME"),
         ({"dataset_repo": "ada/data"}, "--dataset-repo ada/data: only a Space"),
         ({"dataset_repo": "ada/data", "trackio_url": "http://localhost:7860"}, "--dataset-repo ada/data: only a Space"),
