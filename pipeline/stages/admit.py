@@ -123,6 +123,8 @@ def _escalated(config: Config, workspace: Workspace, events: Events, name: str, 
         climb.adopt(chosen)
         result = _measured(config, workspace, events, name, full)
     verdict = judge(result["quality"], limits(config.quantize, name))
+    if chosen.making() == asked.making():
+        return {**result, "gate": verdict}
     return {**result, "gate": {**verdict, "tried": _in_short(tried)}}
 
 

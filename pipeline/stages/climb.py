@@ -46,7 +46,7 @@ class Climb:
         write_json(self._path, {"measured_by": self._measured_by, "tried": self._known})
 
     def climb(self) -> tuple[VariantSpec | None, list[dict]]:
-        """Try rung after rung, the smallest first.
+        """Try it as it was asked for, and then rung after rung, the smallest first.
 
         Returns:
             The first that passed, or None; and all that were tried, as plain data with their verdicts.
@@ -60,19 +60,24 @@ class Climb:
     def _first_that_passes(self) -> tuple[VariantSpec | None, list[dict]]:
         from pipeline.models import linear_weights, table_weights
 
-        asked, allowed = self._config.quantize.spec(self._name), limits(self._config.quantize, self._name)
-        rungs, tried = ladder(asked, linear_weights(self._full), table_weights(self._full), self._full), []
+        asked, tried = self._config.quantize.spec(self._name), []
+        if (as_asked := self._judged(asked, f"{self._name}, as asked for")) and as_asked["gate"]["passed"]:
+            return asked, [as_asked]  # as in a run that has tried nothing else yet, also where there is a smaller one
+        rungs = ladder(asked, linear_weights(self._full), table_weights(self._full), self._full)
         for number, rung in enumerate(rungs, 1):
             spec = self._spec(rung)
-            known = self._known.get(fingerprint(spec.making()))
-            if known is None:
-                known = self._measure(spec, f"{self._name}, try {number} of {len(rungs)}")
-            if known is None:
+            found = self._judged(spec, f"{self._name}, try {number} of {len(rungs)}")
+            if found is None:
                 continue
-            tried.append({**known, "gate": judge(known["quality"], allowed)})
-            if tried[-1]["gate"]["passed"]:
+            tried.append(found)
+            if found["gate"]["passed"]:
                 return spec, tried
         return None, tried
+
+    def _judged(self, spec: VariantSpec, label: str) -> dict | None:
+        """The figures of one way to make the variant, with their verdict; measured only where they are not known."""
+        known = self._known.get(fingerprint(spec.making())) or self._measure(spec, label)
+        return known and {**known, "gate": judge(known["quality"], limits(self._config.quantize, self._name))}
 
     def adopt(self, spec: VariantSpec) -> None:
         """Let files made so be those of the variant; they are yet to be measured in full."""
