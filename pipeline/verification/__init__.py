@@ -98,16 +98,19 @@ def _bring(claims: Claims, place: Place, models: list[str]) -> list[Finding]:
 def _cards_and_models(claims: Claims, place: Place, models: list[str], measure: bool):
     from pipeline.verification.cards import check_cards, check_modelfiles, check_picture, render
     from pipeline.verification.examples import run_examples
+    from pipeline.verification.figures import check_figures
     from pipeline.verification.measuring import measure_models
 
     place.tell(0, 1, "rendering the cards again")
     try:
         cards = render(claims, place)
         picture = list(check_picture(claims, place, cards.about))
+        figures = list(check_figures(claims, place))
     except Exception as error:  # results of any form, in templates made for ours
         reason = str(error) if isinstance(error, UserError) else type(error).__name__
         yield wrong("card", LINEAGE, f"no card follows from its results ({reason})")
         return
+    yield from figures
     yield from check_cards(claims, place, cards)
     yield from check_modelfiles(claims, place)
     yield from picture

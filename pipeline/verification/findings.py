@@ -27,7 +27,7 @@ class Finding:
     """One line.
 
     Attributes:
-        check: what was looked at: lineage, files, card, measured, snippets.
+        check: what was looked at: lineage, files, figures, card, measured, snippets.
         subject: of what: a path in the release, or a model.
         message: for people; of a release that may be hostile, so without anything that a terminal would obey.
     """

@@ -137,6 +137,44 @@ def test_a_figure_in_the_lineage_changed(release):
     assert told(found, Verdict.unknown)[0].startswith("card assets/quality_vs_size.png: is not, dot for dot, what")
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"size_bytes": 1000}, "int4: size_bytes is 1000, and its files have "),
+        (
+            {"quality": {"rise": {"value": 0.001, "stderr": 0.0001}}},
+            "int4: the rise on general text is 0.001, and its p",
+        ),
+        (
+            {"gate": {"limits": {"rise": 0.5}}},
+            "int4: was held to the limits {'rise': 0.5}, and its configuration has {",
+        ),
+        ({"gate": {"passed": True}}, "int4: passes its gate, which does not follow from its figures"),
+    ],
+)
+def test_figures_and_cards_changed_together_so_that_they_contradict_others(release, change, says):
+    content = release.lineage()
+    figures, root = (content["results"][name] for name in ("int4", "merged"))
+    quality = figures["quality"]["general"]
+    value = quality["perplexity"]["value"] / root["quality"]["general"]["perplexity"]["value"] - 1
+    figures["gate"] = {"limits": {"rise": 0.05}, "passed": False, "checks": []} | change.get("gate", {})
+    quality["rise"] = {"value": value, "stderr": 1.0}
+    quality |= change.get("quality", {})
+    figures["size_bytes"] = change.get("size_bytes", figures["size_bytes"])
+    release.write_lineage(content)
+    release.rewrite_cards()
+    assert any(line.startswith(f"figures tunepress.json: {says}") for line in told(release.verify()))
+
+
+def test_the_base_model_changed_where_no_card_says_it(release):
+    content = release.lineage()
+    content["base"]["hub_id"] = "ada/other"
+    release.write_lineage(content)
+    assert only(release.verify()) == (
+        "figures tunepress.json: 'base' is not what its configuration or its results have"
+    )
+
+
 def test_our_part_of_a_card_taken_out(release):
     release.write("README.md", "# Nothing of tunepress here\n")
     assert "does not say" in told(release.verify())[0]
