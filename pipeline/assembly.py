@@ -93,7 +93,7 @@ def skeleton(
     plain = (info for name, info in checkpoint.items() if name not in parts)
     dtype = own_type(config, plain) if weights is None else weights.dtype
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     if not _same_names(model, checkpoint, quantized, parts, folder if weights is None else weights.path):
         return None
     if (folder / "generation_config.json").is_file():

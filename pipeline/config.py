@@ -6,59 +6,25 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from pipeline.catalog import DATA_FORMS, VARIANTS, resolve_variants, variant_names
-from pipeline.errors import holds_secret
+from pipeline.catalog import DATA_FORMS, VARIANTS
+from pipeline.section import Count, Rate, Real, Section, Seed, Whole
+from pipeline.variants import Quantize, VariantSpec
+
+__all__ = [
+    "Config", "Data", "Evaluate", "Lora", "Merge", "Model", "PACKAGE_SOURCE", "Publish", "Quantize", "REPO_ID",
+    "RUN_NAME", "Track", "Train", "VariantSpec", "repository_id", "run_name",
+]  # fmt: skip
 
 # The Hub's own rules: no "--" and "..", no ".git" at the end, and no name that begins or ends in a mark.
 _REPO_PART = r"[A-Za-z0-9]([\w.-]{0,94}\w)?"
 REPO_ID = re.compile(rf"(?!.*(--|\.\.|\.git\Z)){_REPO_PART}/{_REPO_PART}\Z", re.ASCII)
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}\Z")
 PACKAGE_SOURCE = re.compile(r"package:([A-Za-z_]\w*)/([\w.-]+\.gguf)\Z", re.ASCII)
-# Of terminals, of text direction, and halves of characters.
-_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-_BREAKS = str.maketrans("\n\t", "  ")
-
-
-class Section(BaseModel):
-    """A part of the configuration: unknown keys are refused, values do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
-
-    @field_validator("*")
-    @classmethod
-    def _plain(cls, value: Any, info: ValidationInfo) -> Any:
-        """It is written to files, terminals and cards: no token may go there, and nothing that a terminal obeys."""
-        for text in _texts(value):
-            if holds_secret(text):
-                raise ValueError("a token stands in it, and would be published; set HF_TOKEN or TRACKIO_WRITE_TOKEN")
-            if _CONTROLS.search(text if info.field_name != "prompts" else text.translate(_BREAKS)):
-                raise ValueError("a control character, or half a character, stands in it")
-        return value
-
-
-def _texts(value: Any) -> list[str]:
-    """The texts of a value; those of a section are its own."""
-    values = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
-    return [text for text in values if isinstance(text, str)]
-
-
-def _not_bool(value: Any) -> Any:
-    """YAML's `yes` and `true` are no numbers, whatever Python thinks."""
-    if isinstance(value, bool):
-        raise ValueError("a number is expected")
-    return value
-
-
-Whole = Annotated[int, BeforeValidator(_not_bool), Field(lt=2**31)]
-Real = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
-Count = Annotated[Whole, Field(ge=1)]
-Seed = Annotated[int, BeforeValidator(_not_bool), Field(ge=0, lt=2**32)]
-Rate = Annotated[Real, Field(gt=0, le=1)]
 
 
 class Model(Section):
@@ -139,112 +105,6 @@ class Evaluate(Section):
     max_tokens: Whole = Field(default=16384, ge=256, description="tokens measured of each text")
     prompts: list[str] = Field(default=[], description="questions whose answers the card shows")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where models are measured")
-
-
-class Gate(Section):
-    """How far a variant may be from the model in full precision, on every text; what is not set stays as it was."""
-
-    rise: Real | None = Field(default=None, gt=0, description="of perplexity, as a share: 0.05 for 5 %")
-    kl: Real | None = Field(default=None, gt=0, description="KL divergence, nats a token")
-    disagreement: Real | None = Field(default=None, gt=0, le=1, description="share of tokens with another first choice")
-
-
-class VariantSpec(Section):
-    name: str
-    group_size: Whole | None = None
-    rounding: str | None = None
-    embeddings: Literal["keep", "int8"] | None = Field(
-        default=None, description="the embedding and the output head: as they are, or in 8 bits (GGUF's default)"
-    )
-    packing: str | None = Field(default=None, description="order of int4 codes: plain, or tile_packed for CUDA")
-    keep: list[str] = Field(default=[], description="layers left in bf16: whole names, with * and ?")
-    int8: list[str] = Field(default=[], description="layers of int4 in 8 bits: whole names, with * and ?")
-    gate: Gate = Field(default=Gate(), description="limits of this variant alone, over those of quantize.gate")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_only(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _fits_the_catalog(self) -> VariantSpec:
-        if self.name not in VARIANTS:
-            raise ValueError(f"allowed are {variant_names()}")
-        variant = VARIANTS[self.name]
-        options = ("group_size", "rounding", "embeddings", "packing", "keep", "int8")
-        if variant.quantizer and (given := [option for option in options if getattr(self, option)]):
-            raise ValueError(
-                f"{given[0]}: {self.name} is made by {variant.quantizer}'s own quantizer, which takes none"
-            )
-        if self.group_size is not None and self.group_size not in variant.group_sizes:
-            allowed = ", ".join(map(str, variant.group_sizes)) or f"none, for {self.name} has no groups"
-            raise ValueError(f"group_size {self.group_size}: allowed are {allowed}")
-        if self.embeddings == "int8" and not variant.roundings:
-            raise ValueError(f"embeddings int8: {self.name} is not quantized")
-        if self.rounding is not None and self.rounding not in variant.roundings:
-            raise ValueError(f"rounding {self.rounding!r}: allowed for {self.name} are {', '.join(variant.roundings)}")
-        if self.int8 and (self.name != "int4" or self.packing == "tile_packed"):
-            raise ValueError("int8: layers in 8 bits go with int4 in its plain packing")
-        if self.packing is not None and not variant.packings:
-            raise ValueError(f"{self.name} is stored in one way and takes no packing")
-        if self.packing is not None and self.packing not in variant.packings:
-            raise ValueError(f"packing {self.packing!r}: allowed for {self.name} are {', '.join(variant.packings)}")
-        return self
-
-    def making(self) -> dict:
-        """All of it that the variant's files depend on, as plain data."""
-        return self.model_dump(exclude={"gate"} if self.int8 else {"gate", "int8"})
-
-    def resolved(self) -> VariantSpec:
-        """The same with the defaults of the catalog filled in."""
-        variant = VARIANTS[self.name]
-        return self.model_copy(
-            update={
-                "group_size": self.group_size or variant.group_size,
-                "rounding": self.rounding or next(iter(variant.roundings), None),
-                "embeddings": self.embeddings or variant.embeddings,
-                "packing": self.packing or next(iter(variant.packings), None),
-            }
-        )
-
-
-def _expand_aliases(value: Any) -> Any:
-    """`both` and friends become the variants they stand for; a single name becomes a list."""
-    if isinstance(value, (str, dict)):
-        value = [value]
-    if not isinstance(value, list):
-        return value
-    expanded = []
-    for item in value:
-        name = item.get("name") if isinstance(item, dict) else item
-        try:
-            names = resolve_variants(name)
-        except (KeyError, AttributeError):  # left for the check that can say where it stands
-            expanded.append(item)
-            continue
-        expanded += [{**item, "name": n} if isinstance(item, dict) else n for n in names]
-    return expanded
-
-
-class Quantize(Section):
-    variants: Annotated[list[VariantSpec], BeforeValidator(_expand_aliases)] = Field(
-        default=[VariantSpec(name="int8"), VariantSpec(name="int4")], validate_default=True
-    )
-    gate: Gate = Field(default=Gate(), description="limits of all variants, over those of the catalog")
-    on_gate_failure: Literal["withhold", "warn", "escalate"] = Field(
-        default="withhold", description="what becomes of a variant that misses its limits"
-    )
-
-    @field_validator("variants")
-    @classmethod
-    def _once_each(cls, value: list[VariantSpec]) -> list[VariantSpec]:
-        names = [v.name for v in value]
-        if len(set(names)) != len(names):
-            raise ValueError("each variant can be asked for once")
-        return [v.resolved() for v in value]
-
-    def spec(self, name: str) -> VariantSpec:
-        return next(v for v in self.variants if v.name == name)
 
 
 class Publish(Section):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,7 @@ def download(
         info = insist(repo, lambda: HfApi().model_info(repo, revision=revision, files_metadata=files_metadata))
         sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
         chosen = choose(list(sizes))
+        check_names(repo, chosen)
         folder, done, total = Path(), 0, sum(sizes[name] for name in chosen)
         for name in chosen:
             tell = meter(lambda fresh, before=done: on_progress(before + fresh, total)) if on_progress else None
@@ -53,6 +54,17 @@ def download(
             done += sizes[name]
             folder = path.parents[name.count("/")]
     return Snapshot(folder, tuple(chosen), info.sha)
+
+
+def check_names(repo: str, names: Iterable[str]) -> None:
+    """Refuse a repository with a file that would lie outside its folder.
+
+    Raises:
+        ModelError: naming it.
+    """
+    for name in names:
+        if not all(part not in ("", ".", "..") and part.isprintable() and "\\" not in part for part in name.split("/")):
+            raise ModelError(f"{repo}: has a file {name!r}, which is no name in a repository; nothing of it is fetched")
 
 
 @contextmanager

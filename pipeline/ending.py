@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NoReturn, TextIO
 
-from pipeline.errors import UserError, redact
+from pipeline.errors import UserError, redact, redact_output
 
 
 @contextlib.contextmanager
 def plain_errors(program: str) -> Iterator[None]:
-    """Run a command's work; no token is written to standard error meanwhile, whoever prints it."""
+    """Run a command's work; no token is printed meanwhile, by whatever prints it."""
     from pipeline.files import no_room
     from pipeline.hub.trouble import show_waits
 
-    with contextlib.redirect_stderr(_Redacted(sys.stderr)):
+    out, err = _Redacted(sys.stdout, redact_output), _Redacted(sys.stderr, redact)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         # Whoever looks on is told why nothing happens; else the one line of an error stands alone.
         show_waits(lambda lines: print(*lines, sep="\n", file=sys.stderr) if sys.stderr.isatty() else None)
         try:
@@ -39,11 +40,11 @@ def _end(program: str, error: UserError) -> NoReturn:
 class _Redacted:
     """A stream like another, to which no token is written."""
 
-    def __init__(self, stream: TextIO):
-        self._stream = stream
+    def __init__(self, stream: TextIO, hide: Callable[[str], str]):
+        self._stream, self._hide = stream, hide
 
     def write(self, text: str) -> int:
-        self._stream.write(redact(text))
+        self._stream.write(self._hide(text))
         return len(text)
 
     def __getattr__(self, name: str) -> object:

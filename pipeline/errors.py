@@ -26,7 +26,9 @@ _BEFORE_SECRETS = re.compile(
 )
 # No folder and no model is called so; `redact` hides more than this, where nothing depends on it.
 _SURELY_SECRET = re.compile(
-    r"\b((hf|api_org)_(?=[A-Za-z0-9]*[A-Z0-9])[A-Za-z0-9]{20,}|hf_(jwt|oauth)_[\w.-]{20,})|://[^\s/@:]*:[^\s/@]+@"
+    r"\b((hf|api_org)_(?=[A-Za-z0-9]*[A-Z0-9])[A-Za-z0-9]{20,}|hf_(jwt|oauth)_[\w.-]{20,})"
+    r"|(?<=://)[^\s/@\"'\\]+(?=@)|(?<=[?&])\w*(token|api_?key|password|secret)=[^&\s\"'#\\]{4,}",
+    re.ASCII,
 )
 _SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN", "TRACKIO_WRITE_TOKEN")
 LONGEST = 2000  # characters of an error's line, which may repeat a name of any length
@@ -114,11 +116,14 @@ def is_unreachable(error: BaseException) -> bool:
 
 def redact(text: str) -> str:
     """`text` without any token: neither those in the environment nor anything shaped like one."""
-    for secret in _secrets(shortest=4):
-        for written in (secret, quote(secret, safe=""), json.dumps(secret)[1:-1]):
-            text = text.replace(written, "***")
+    text = _without_known(text, shortest=4)
     text = _BEFORE_SECRETS.sub(lambda found: f"{found[1] or found[2] or found[3]}***", text)
     return _TOKEN_SHAPES.sub("***", text)
+
+
+def redact_output(text: str) -> str:
+    """`text` without what is surely a token; names in it that look a little like one stay, for programs may read it."""
+    return _SURELY_SECRET.sub("***", _without_known(text, shortest=12))
 
 
 def holds_secret(text: str) -> bool:
@@ -129,6 +134,13 @@ def holds_secret(text: str) -> bool:
 def printable(text: str) -> str:
     """`text` with escapes in place of what a terminal would obey, or could not show."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _without_known(text: str, shortest: int) -> str:
+    for secret in _secrets(shortest):
+        for written in (secret, quote(secret, safe=""), json.dumps(secret)[1:-1]):
+            text = text.replace(written, "***")
+    return text
 
 
 def _secrets(shortest: int) -> list[str]:

@@ -25,6 +25,7 @@ _UNHANDLED = (
     "fan_in_fan_out", "layer_replication", "target_parameters", "trainable_token_indices",
     "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config",
     "velora_config", "monteclora_config", "ensure_weight_tying",
+    "megatron_config",  # names a module, which peft imports
 )  # fmt: skip
 # Ways to begin that leave the base as it is; the others (PiSSA, OLoRA, LoftQ, ...) change it.
 _PLAIN_BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva")

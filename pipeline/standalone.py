@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipeline.catalog import VARIANTS, variant_names
-from pipeline.config import PACKAGE_SOURCE, Config, Model, Quantize, Real, Section, Whole, repository_id, run_name
+from pipeline.config import PACKAGE_SOURCE, Config, Model, Quantize, repository_id, run_name
 from pipeline.config_file import explain, read_yaml
 from pipeline.errors import ConfigError, HubError, Interrupted, UserError
 from pipeline.gates import limits
@@ -27,6 +27,7 @@ from pipeline.models import check_source, is_local
 from pipeline.private import file_name
 from pipeline.reporter import Reporter
 from pipeline.run import run
+from pipeline.section import Real, Section, Whole
 from pipeline.standing import Standing, is_same_model, standing
 from pipeline.trackers.spaces import keep_in, space_at
 from pipeline.workspace import Workspace

@@ -17,36 +17,19 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.config_file import dump_config, load_config
 from pipeline.errors import WorkspaceError
 from pipeline.files import place_files, read_json, sha256, sync, write_json, write_text
+from pipeline.ledger import Digest, Entry, read_ledger
 from pipeline.private import without_private
 
+__all__ = ["HIDDEN", "Digest", "Entry", "Workspace"]
+
 HIDDEN = ".tunepress"  # the run's folder inside a result that was asked for by name
-
-
-@dataclass(frozen=True)
-class Digest:
-    """A file as the ledger knows it; `mtime_ns` only saves hashing what did not change."""
-
-    sha256: str
-    size: int
-    mtime_ns: int
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One finished step: the fingerprint of all it depends on, and what it made."""
-
-    fingerprint: str
-    outputs: dict[str, Digest] = field(default_factory=dict)
-    summary: dict = field(default_factory=dict)
-    finished: float = 0.0  # seconds since the epoch
-    seconds: float = 0.0
 
 
 class Workspace:
@@ -153,16 +136,7 @@ class Workspace:
 
     def ledger(self) -> dict[str, Entry]:
         """Finished steps by key, such as `train` or `quantize/int4`."""
-        entries = {}
-        try:
-            for key, value in read_json(self.ledger_path, {}).items():
-                outputs = {path: Digest(**digest) for path, digest in value.pop("outputs").items()}
-                entries[key] = Entry(outputs=outputs, **value)
-        except (AttributeError, KeyError, TypeError):
-            raise WorkspaceError(
-                f"{self.ledger_path}: damaged; remove it, and what it recorded is done again"
-            ) from None
-        return entries
+        return read_ledger(self.ledger_path, self.release if self.folder.name == HIDDEN else self.folder)
 
     def record(self, key: str, entry: Entry) -> None:
         write_json(self.ledger_path, {k: asdict(e) for k, e in {**self.ledger(), key: entry}.items()})

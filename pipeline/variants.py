@@ -1,0 +1,116 @@
+"""The part of a configuration that says which variants are made, how, and how much they may lose."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from pipeline.catalog import VARIANTS, resolve_variants, variant_names
+from pipeline.section import Real, Section, Whole
+
+
+class Gate(Section):
+    """How far a variant may be from the model in full precision, on every text; what is not set stays as it was."""
+
+    rise: Real | None = Field(default=None, gt=0, description="of perplexity, as a share: 0.05 for 5 %")
+    kl: Real | None = Field(default=None, gt=0, description="KL divergence, nats a token")
+    disagreement: Real | None = Field(default=None, gt=0, le=1, description="share of tokens with another first choice")
+
+
+class VariantSpec(Section):
+    name: str
+    group_size: Whole | None = None
+    rounding: str | None = None
+    embeddings: Literal["keep", "int8"] | None = Field(
+        default=None, description="the embedding and the output head: as they are, or in 8 bits (GGUF's default)"
+    )
+    packing: str | None = Field(default=None, description="order of int4 codes: plain, or tile_packed for CUDA")
+    keep: list[str] = Field(default=[], description="layers left in bf16: whole names, with * and ?")
+    int8: list[str] = Field(default=[], description="layers of int4 in 8 bits: whole names, with * and ?")
+    gate: Gate = Field(default=Gate(), description="limits of this variant alone, over those of quantize.gate")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_only(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _fits_the_catalog(self) -> VariantSpec:
+        if self.name not in VARIANTS:
+            raise ValueError(f"allowed are {variant_names()}")
+        variant = VARIANTS[self.name]
+        options = ("group_size", "rounding", "embeddings", "packing", "keep", "int8")
+        if variant.quantizer and (given := [option for option in options if getattr(self, option)]):
+            raise ValueError(
+                f"{given[0]}: {self.name} is made by {variant.quantizer}'s own quantizer, which takes none"
+            )
+        if self.group_size is not None and self.group_size not in variant.group_sizes:
+            allowed = ", ".join(map(str, variant.group_sizes)) or f"none, for {self.name} has no groups"
+            raise ValueError(f"group_size {self.group_size}: allowed are {allowed}")
+        if self.embeddings == "int8" and not variant.roundings:
+            raise ValueError(f"embeddings int8: {self.name} is not quantized")
+        if self.rounding is not None and self.rounding not in variant.roundings:
+            raise ValueError(f"rounding {self.rounding!r}: allowed for {self.name} are {', '.join(variant.roundings)}")
+        if self.int8 and (self.name != "int4" or self.packing == "tile_packed"):
+            raise ValueError("int8: layers in 8 bits go with int4 in its plain packing")
+        if self.packing is not None and not variant.packings:
+            raise ValueError(f"{self.name} is stored in one way and takes no packing")
+        if self.packing is not None and self.packing not in variant.packings:
+            raise ValueError(f"packing {self.packing!r}: allowed for {self.name} are {', '.join(variant.packings)}")
+        return self
+
+    def making(self) -> dict:
+        """All of it that the variant's files depend on, as plain data."""
+        return self.model_dump(exclude={"gate"} if self.int8 else {"gate", "int8"})
+
+    def resolved(self) -> VariantSpec:
+        """The same with the defaults of the catalog filled in."""
+        variant = VARIANTS[self.name]
+        return self.model_copy(
+            update={
+                "group_size": self.group_size or variant.group_size,
+                "rounding": self.rounding or next(iter(variant.roundings), None),
+                "embeddings": self.embeddings or variant.embeddings,
+                "packing": self.packing or next(iter(variant.packings), None),
+            }
+        )
+
+
+def _expand_aliases(value: Any) -> Any:
+    """`both` and friends become the variants they stand for; a single name becomes a list."""
+    if isinstance(value, (str, dict)):
+        value = [value]
+    if not isinstance(value, list):
+        return value
+    expanded = []
+    for item in value:
+        name = item.get("name") if isinstance(item, dict) else item
+        try:
+            names = resolve_variants(name)
+        except (KeyError, AttributeError):  # left for the check that can say where it stands
+            expanded.append(item)
+            continue
+        expanded += [{**item, "name": n} if isinstance(item, dict) else n for n in names]
+    return expanded
+
+
+class Quantize(Section):
+    variants: Annotated[list[VariantSpec], BeforeValidator(_expand_aliases)] = Field(
+        default=[VariantSpec(name="int8"), VariantSpec(name="int4")], validate_default=True
+    )
+    gate: Gate = Field(default=Gate(), description="limits of all variants, over those of the catalog")
+    on_gate_failure: Literal["withhold", "warn", "escalate"] = Field(
+        default="withhold", description="what becomes of a variant that misses its limits"
+    )
+
+    @field_validator("variants")
+    @classmethod
+    def _once_each(cls, value: list[VariantSpec]) -> list[VariantSpec]:
+        names = [v.name for v in value]
+        if len(set(names)) != len(names):
+            raise ValueError("each variant can be asked for once")
+        return [v.resolved() for v in value]
+
+    def spec(self, name: str) -> VariantSpec:
+        return next(v for v in self.variants if v.name == name)
