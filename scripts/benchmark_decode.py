@@ -166,13 +166,12 @@ def run_one(side: str, folder: Path, prompt: int, new: int) -> dict[str, float]:
         from pipeline.libraries import quiet
 
         quiet()
-        from transformers import AutoModelForCausalLM
-
         from pipeline import load, measure
+        from pipeline.opening import open_model
 
         if side in ("bf16", "stock-int8"):
             place = folder if side == "bf16" else folder / folder_of(side)
-            model = AutoModelForCausalLM.from_pretrained(place, dtype="auto")
+            model = open_model(place, dtype="auto")
         else:
             model, _ = load(folder / folder_of(side), device="cpu", compile=side in COMPILED)
         if side in COMPILED:

@@ -57,17 +57,17 @@ def measure_all(source: str, scratch: Path, types: list[str], tokens: int) -> It
 
     quiet()
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from pipeline import heads, measure
     from pipeline.config import Model
     from pipeline.data import general_text
     from pipeline.data.encode import encode_text
     from pipeline.models import fetch
+    from pipeline.opening import open_model, open_tokenizer
 
     folder, _ = fetch(Model(source=source), scratch / "model")
-    windows = encode_text(general_text("builtin:python-topics"), AutoTokenizer.from_pretrained(folder), WINDOW, tokens)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    windows = encode_text(general_text("builtin:python-topics"), open_tokenizer(folder), WINDOW, tokens)
+    model = open_model(folder, dtype=torch.bfloat16).eval()
     reference, head = measure.score(model, windows), heads.head_matrix(model).clone()
     del model
     made = make(folder, scratch, types)

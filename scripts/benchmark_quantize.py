@@ -43,7 +43,9 @@ from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
 quantization = TorchAoConfig(Int8WeightOnlyConfig())
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto", quantization_config=quantization)
+model = AutoModelForCausalLM.from_pretrained(
+    sys.argv[1], dtype="auto", quantization_config=quantization, trust_remote_code=False, use_safetensors=True
+)
 model.save_pretrained(sys.argv[2])
 """
 MLX = """

@@ -52,19 +52,19 @@ def measure(source: str, scratch: Path, every: int) -> list[dict]:
 
     quiet()
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from pipeline.catalog import GROUP_SIZES, VARIANTS
     from pipeline.config import Model, VariantSpec
     from pipeline.models import fetch, linear_weights
+    from pipeline.opening import open_model, open_tokenizer
     from pipeline.quantization.formats.torchao import grid
     from pipeline.quantization.grid import fitting_group_size
     from pipeline.quantization.rounding import rounding
 
     folder, _ = fetch(Model(source=source), scratch / "model")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = open_model(folder, dtype=torch.bfloat16)
     chosen = list(linear_weights(folder))[::every]
-    squares = input_squares(model, AutoTokenizer.from_pretrained(folder), chosen)
+    squares = input_squares(model, open_tokenizer(folder), chosen)
     weights = {name: model.get_parameter(name).detach() for name in chosen}
     rows = []
     for size in GROUP_SIZES:
