@@ -27,6 +27,9 @@ from pipeline.errors import UserError
 from pipeline.events import Events
 from pipeline.launch import share
 from pipeline.nf4 import load_base
+from pipeline.training_state import load_state, random_state, save_state, set_random_state
+
+TRAINING_STATE = "training_state.safetensors"  # in a checkpoint: the optimizer and the schedule
 
 
 def new_trainer(
@@ -161,6 +164,37 @@ class Trainer(SFTTrainer):
         self._loss_of_all += float(self.accelerator.reduce(loss.clone(), "mean") * counted)
         self._counted += int(counted)
         return loss, None, None
+
+    # Checkpoints hold no pickles, as transformers' own would; what divides a model writes and reads its own kind.
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        self.model.save_pretrained(output_dir, state_dict=state_dict, is_main_process=self.args.should_save)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if divided():
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            state = {"optimizer": self.optimizer.state_dict(), "schedule": self.lr_scheduler.state_dict()}
+            save_state(Path(output_dir) / TRAINING_STATE, state)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if divided():
+            super()._load_optimizer_and_scheduler(checkpoint)
+        elif checkpoint is not None:
+            state = load_state(Path(checkpoint) / TRAINING_STATE)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.lr_scheduler.load_state_dict(state["schedule"])
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)  # the leader may not have come to it yet
+        save_state(self._random_numbers(output_dir), random_state())
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self._random_numbers(checkpoint).is_file():  # or there were fewer processes
+            set_random_state(load_state(self._random_numbers(checkpoint)))
+
+    def _random_numbers(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / f"random_state_{self.args.process_index}.safetensors"
 
 
 class _Filled(Sampler):

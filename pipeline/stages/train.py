@@ -193,7 +193,10 @@ def _is_whole(checkpoint: Path) -> bool:
     The trainer writes them in place and does not wait for the disk. Each kind is known to be whole by its end.
     """
     from pipeline.checkpoint import read_header
+    from pipeline.training import TRAINING_STATE, divided
 
+    if not divided() and not (checkpoint / TRAINING_STATE).is_file():
+        return False
     try:
         read_json(checkpoint / "trainer_state.json", {})["global_step"]  # the last one
         for path in (p for p in checkpoint.rglob("*") if p.is_file()):
@@ -223,7 +226,7 @@ def _train(trainer, checkpoints: Path, meeting: Meeting) -> int | None:
         count_on(trainer, checkpoints / last)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoints / last) if last else None)
-    except UnpicklingError:  # transformers opens a checkpoint's .pt files with `weights_only`
+    except UnpicklingError:  # of FSDP's files, which are opened with `weights_only`
         raise UserError(
             f"{checkpoints / last}: holds more than numbers, or is damaged; remove it to go on without it"
         ) from None

@@ -76,13 +76,15 @@ def _cut(path):
 
 @pytest.mark.parametrize(
     "damage",
-    [lambda last: (last / "trainer_state.json").unlink(), lambda last: _cut(last / "optimizer.pt")],
+    [lambda last: (last / "trainer_state.json").unlink(), lambda last: _cut(last / "training_state.safetensors")],
     ids=["killed before its last file", "its optimizer's state cut by a power cut"],
 )
 def test_a_half_written_checkpoint_is_passed_over_and_tokens_are_counted_on(tmp_path, tiny_model, damage):
     place = write_place(tmp_path, tiny_model("llama"))
     place.tunepress("train", "tiny.yaml")
     (last,) = place.run_folder.glob("checkpoints/*/checkpoint-4")
+    kinds = {path.suffix for path in place.run_folder.rglob("*") if path.is_file()}
+    assert not kinds & {".pt", ".pth", ".bin", ".pkl"}
     before = place.results()["training"]["history"]
     damage(last)
     (place.run_folder / "ledger.json").unlink()

@@ -84,7 +84,7 @@ def test_the_loaders_of_yaml_make_plain_values_alone():
 
 
 def test_transformers_opens_checkpoints_of_a_training_without_code():
-    """Training goes on from `optimizer.pt` and its like, which are pickles; with `weights_only` they hold numbers."""
+    """Of FSDP there are `optimizer.bin` and its like, which are pickles; with `weights_only` they hold numbers."""
     found = importlib.util.find_spec("transformers.trainer")
     calls = [node for node in ast.walk(ast.parse(Path(found.origin).read_text())) if isinstance(node, ast.Call)]
     opening = [call for call in calls if ast.unparse(call.func) == "torch.load"]
