@@ -195,6 +195,22 @@ def test_a_token_is_refused_wherever_it_was_pasted_and_not_repeated(place, key, 
     assert not any(s in str(error.value) for s in SECRETS)
 
 
+@pytest.mark.parametrize("key", ["model.source", "data.source", "publish.repo", "track.server", "data.split"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://ada:0f3c-none-of-the-Hubs@data.org/rows.jsonl",
+        "https://0f3c-none-of-the-Hubs@data.org/rows.jsonl",
+        "https://trackio.org/?write_token=0f3c-none-of-the-Hubs",
+        "https://trackio.org/?project=x&api_key=0f3c-none-of-the-Hubs",
+    ],
+)
+def test_secrets_of_no_known_shape_are_refused_where_secrets_stand(place, key, address):
+    with pytest.raises(ConfigError) as error:
+        parse_config(json.loads(json.dumps(SMALLEST)), "x.yaml", [f"{key}={address}"])
+    assert "0f3c" not in str(error.value)
+
+
 def test_a_folder_that_is_called_a_little_like_a_token_is_none(place):
     tree = SMALLEST | {"model": {"source": "./hf_checkpoints/hf_internal_testing"}}
     assert parse_config(tree, "x.yaml").model.source.endswith("testing")

@@ -10,7 +10,7 @@ import struct
 
 import pytest
 
-from pipeline.config import Config, Data, Model
+from pipeline.config import Data, Model
 from tests.security.conftest import HUB_TOKEN, TOKEN, WRITE_TOKEN, watching
 
 
@@ -325,6 +325,7 @@ ADAPTERS = {
     "huge scale": b'{"peft_type": "LORA", "r": 2, "lora_alpha": 1' + b"0" * 400 + b"}",
     "endless scale": b'{"peft_type": "LORA", "r": 2, "lora_alpha": Infinity}',
     "no pattern": b'{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "rank_pattern": {"(": 2}}',
+    "a module to import": b'{"peft_type": "LORA", "megatron_config": {"a": 1}, "megatron_core": "megatron.x"}',
     "a start of its own": b'{"peft_type": "LORA", "init_lora_weights": ["loftq"]}',
 }  # fmt: skip
 
@@ -606,6 +607,32 @@ def test_a_file_in_a_repository_that_is_not_fetched(name):
     assert not belongs_to_checkpoint(name) or name == "..json"
 
 
+@pytest.mark.parametrize("name", ["../x.json", "/x.json", "gguf/../../x-Q8_0.gguf", "a//x", "./x", "a\\x", "a\nb", ""])
+def test_a_repository_with_a_name_that_leaves_its_folder_is_not_fetched(survives, name):
+    from pipeline.download import check_names
+
+    assert "no name in a repository" in survives(lambda: check_names("user/model", ["config.json", name]))
+    check_names("user/model", ["config.json", "int8/model.safetensors", ".gitattributes", "..json"])
+
+
+LEDGERS = ["../../private", "/etc/passwd", "release/../../../private", ".."]
+
+
+@pytest.mark.parametrize("path", LEDGERS)
+@pytest.mark.parametrize("folder", ["runs/tiny", "out/.tunepress"])
+def test_a_ledger_that_names_files_of_others(survives, place, path, folder):
+    from pipeline.workspace import Workspace
+
+    (place / "private").write_text("x")
+    workspace = Workspace(place / folder)
+    workspace.folder.mkdir(parents=True)
+    digest = {"sha256": "0" * 64, "size": 1, "mtime_ns": 1}
+    entry = {"fingerprint": "", "outputs": {path: digest}, "summary": {}, "finished": 0, "seconds": 0}
+    workspace.ledger_path.write_text(json.dumps({"quantize/int8": entry}))
+    assert "damaged" in survives(lambda: workspace.remove("quantize/int8", []))
+    assert (place / "private").exists()
+
+
 def test_what_is_watched_for_is_seen(place):
     with watching(place) as watch:
         (place / "inside").write_text("x")
@@ -618,9 +645,24 @@ def test_what_is_watched_for_is_seen(place):
 
 
 def test_there_are_a_hundred_of_them():
-    tables = (DATA, NAMES, WEIGHTS, INDEXES, FILES_OF_LLAMA_CPP, LINEAGES, CARDS, ADAPTERS, ANSWERS, LAUNCHES, SETTINGS)
-    assert sum(map(len, (*tables, TOKENIZERS, TEMPLATES, FILES))) >= 200
-    assert Config.model_fields  # and what a configuration may be given is in `test_configurations`
+    """Of the kinds that may come from anywhere, each; what a configuration may be given is in `test_configurations`."""
+    kinds = {
+        "names": [*NAMES, *INDEXES, *FILES],
+        "YAML": [*ANSWERS, *LAUNCHES],
+        "JSONL": [name for name in DATA if name.endswith(".jsonl")],
+        "other data": [name for name in DATA if not name.endswith(".jsonl")],
+        "safetensors headers": WEIGHTS,
+        "cards": CARDS,
+        "GGUF headers": FILES_OF_LLAMA_CPP,
+        "JSON of ours": [*LINEAGES, *LEDGERS],
+        "adapters": ADAPTERS,
+        "configurations of models": SETTINGS,
+        "tokenizers": TOKENIZERS,
+        "chat templates": TEMPLATES,
+    }
+    print({kind: len(inputs) for kind, inputs in kinds.items()})
+    assert all(len(inputs) >= 5 for inputs in kinds.values())
+    assert sum(len(kinds[kind]) for kind in ("names", "YAML", "JSONL", "safetensors headers", "cards")) >= 100
 
 
 def own_copy(tiny_model, place):

@@ -85,6 +85,13 @@ def test_a_traceback_of_ours_has_no_token_in_it(place, capfd):
     assert not any(secret in told for secret in SECRETS)
 
 
+def test_what_a_command_prints_has_no_token_in_it_and_stays_what_programs_read(place, capfd):
+    with plain_errors("tunepress"):
+        print(json.dumps({"run": "runs/hf_checkpoints", "of": f"https://ada:{WRITE_TOKEN}@x", "by": TOKEN}))
+    told = json.loads(capfd.readouterr().out)
+    assert told == {"run": "runs/hf_checkpoints", "of": "https://***@x", "by": "***"}
+
+
 @pytest.mark.parametrize(
     "words",
     [
