@@ -86,6 +86,7 @@ def test_a_half_written_checkpoint_is_passed_over_and_tokens_are_counted_on(tmp_
     kinds = {path.suffix for path in place.run_folder.rglob("*") if path.is_file()}
     assert not kinds & {".pt", ".pth", ".bin", ".pkl"}
     before = place.results()["training"]["history"]
+    weights = (place.run_folder / "adapter" / "adapter_model.safetensors").read_bytes()
     damage(last)
     (place.run_folder / "ledger.json").unlink()
     place.tunepress("train", "tiny.yaml")
@@ -93,6 +94,7 @@ def test_a_half_written_checkpoint_is_passed_over_and_tokens_are_counted_on(tmp_
     assert [row.get("num_tokens") for row in place.results()["training"]["history"]] == [
         row.get("num_tokens") for row in before
     ]
+    assert (place.run_folder / "adapter" / "adapter_model.safetensors").read_bytes() == weights
 
 
 def test_a_module_of_the_same_name_beside_the_user_does_no_harm(tmp_path, tiny_model):
