@@ -93,19 +93,16 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def replace_folder(partial: Path, folder: Path) -> None:
     """Put a finished folder in its place; the old one is removed only when the new one is complete."""
-    for path in (partial, *partial.rglob("*")):
-        if path.is_file() or path.is_dir():
-            sync(path)
+    sync_all(partial)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)  # of a process that was killed before it could
     if folder.exists():
-        old = folder.with_name(f"{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)  # of a process that was killed before it could
         folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old)
-    else:
-        partial.rename(folder)
+    partial.rename(folder)
     sync(folder.parent)
+    if old.exists():
+        shutil.rmtree(old)
 
 
 def place_files(partial: Path, folder: Path) -> None:
@@ -127,6 +124,13 @@ def empty_folder(folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
+
+
+def sync_all(folder: Path) -> None:
+    """Have a folder and all that is in it on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_file() or path.is_dir():
+            sync(path)
 
 
 def sync(path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipeline.commands import install
 from pipeline.errors import MissingExtra, ModelError
+from pipeline.files import replace_folder
 from pipeline.libraries import is_installed, quiet
 from pipeline.origin import Origin, text, texts
 
@@ -64,8 +65,7 @@ def unpack_gguf(source: str, file: Path, folder: Path) -> tuple[Path, Origin]:
         "takes the weights off the grid they were quantized on",
     )
     (partial / "origin.json").write_text(json.dumps(asdict(origin), indent=2), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    replace_folder(partial, folder)
     return folder, origin
 
 

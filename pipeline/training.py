@@ -25,11 +25,14 @@ from pipeline.config import Config
 from pipeline.data.encode import NO_LOSS, EncodedSet
 from pipeline.errors import UserError
 from pipeline.events import Events
+from pipeline.files import sync_all, write_text
 from pipeline.launch import share
 from pipeline.nf4 import load_base
 from pipeline.training_state import load_state, random_state, save_state, set_random_state
 
 TRAINING_STATE = "training_state.safetensors"  # in a checkpoint: the optimizer and the schedule
+
+ON_DISK = "on-disk"  # a file in a checkpoint that is written when all others were on the disk
 
 
 def new_trainer(
@@ -111,7 +114,7 @@ def new_trainer(
             eval_dataset=evaluation,
             processing_class=tokenizer,
             peft_config=lora,
-            callbacks=[_Reports(events)],
+            callbacks=[_Reports(events), _OnDisk()],
         )
     except ValueError as error:
         if "target modules" not in str(error).lower():
@@ -253,6 +256,19 @@ def whole_adapter(trainer: Trainer) -> dict[str, torch.Tensor] | None:
         with GatheredParameters(list(trained.values())):
             return {name: p.detach().cpu().clone() for name, p in trained.items()}
     return None
+
+
+class _OnDisk(TrainerCallback):
+    """Has each checkpoint on the disk before the next step, and then says so in it.
+
+    The trainer leaves that to the system, and after a power cut its files may be there with nothing in them.
+    """
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            sync_all(checkpoint)
+            write_text(checkpoint / ON_DISK, "")
 
 
 class _Reports(TrainerCallback):

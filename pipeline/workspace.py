@@ -99,6 +99,9 @@ class Workspace:
         if fresh and self.folder.exists():
             if not self.config_path.is_file():
                 raise WorkspaceError(f"{self.folder}: not a run's folder, so --fresh does not remove it")
+            for path in self.folder.iterdir():  # by its configuration it is known as a run's folder to the last
+                if path != self.config_path:
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             shutil.rmtree(self.folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise WorkspaceError(f"{self.folder}: a file is in the way of the run's folder")

@@ -190,12 +190,12 @@ def _checkpoints(config: Config, workspace: Workspace, depends_on: str, team: Te
 def _is_whole(checkpoint: Path) -> bool:
     """Was a checkpoint written to its end? After a kill, a full disk or a power cut there are files missing, or cut.
 
-    The trainer writes them in place and does not wait for the disk. Each kind is known to be whole by its end.
+    Each kind is known to be whole by its end, for what other processes write is not in the first one's word.
     """
     from pipeline.checkpoint import read_header
-    from pipeline.training import TRAINING_STATE, divided
+    from pipeline.training import ON_DISK
 
-    if not divided() and not (checkpoint / TRAINING_STATE).is_file():
+    if not (checkpoint / ON_DISK).is_file():
         return False
     try:
         read_json(checkpoint / "trainer_state.json", {})["global_step"]  # the last one

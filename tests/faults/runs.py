@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,16 +11,19 @@ from pathlib import Path
 from tests.faults.kills import Moment, Timeline, kill_at, left
 from tests.faults.sameness import differences
 from tests.hub import LoopbackHub
-from tests.run.conftest import TOKEN, Place, write_place
+from tests.run.conftest import REPOSITORY, TOKEN, Place, write_place
 
+SPY = Path(__file__).parent / "spy"
 WHO = {TOKEN: {"name": "ada", "role": "write"}}
 
 
 @contextmanager
 def undisturbed(folder: Path, model: Path, **settings) -> Iterator[tuple[Place, Timeline]]:
-    """A finished run, published to a hub of its own, and when its events came."""
+    """A finished run, published to a hub of its own, and when its events came; `disk.jsonl` is what the spy saw."""
     with LoopbackHub(folder / "hub", WHO) as hub:
         place = write(folder, model, hub, **settings)
+        path = os.pathsep.join((str(REPOSITORY), str(SPY)))
+        place.more_env = {"PYTHONPATH": path, "SPY_ON_DISK": str(place.folder / "disk.jsonl")}
         start = time.time()
         place.tunepress("run", place.config.name)
         yield place, Timeline.of(place, start, time.time())

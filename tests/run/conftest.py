@@ -26,7 +26,7 @@ class Place:
 
     folder: Path
     hub: LoopbackHub | None = None
-    settings: dict = field(default_factory=dict)
+    more_env: dict[str, str] = field(default_factory=dict)
 
     @property
     def env(self) -> dict[str, str]:
@@ -35,7 +35,7 @@ class Place:
             self.hub.env_for(TOKEN, home=str(self.folder / "hf")) if self.hub else {"HF_ENDPOINT": "http://127.0.0.1:9"}
         )
         more = {"PYTHONPATH": str(REPOSITORY), "TRACKIO_DIR": str(self.folder / "trackio"), "OMP_NUM_THREADS": "1"}
-        return {**plain, **hub, **more, "HF_HOME": str(self.folder / "hf")}
+        return {**plain, **hub, **more, "HF_HOME": str(self.folder / "hf"), **self.more_env}
 
     @property
     def config(self) -> Path:

@@ -329,7 +329,7 @@ def _start(place: Place, *arguments: str) -> tuple[subprocess.Popen, list[int]]:
         cwd=place.folder, env=place.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     for _ in range(1200):
-        if list((place.run_folder / "checkpoints").glob("*/checkpoint-*/trainer_state.json")):
+        if list((place.run_folder / "checkpoints").glob("*/checkpoint-*/on-disk")):
             return run, _ranks_under(run.pid)
         assert run.poll() is None, run.communicate()
         time.sleep(0.05)

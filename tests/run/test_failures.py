@@ -119,7 +119,7 @@ def test_a_run_that_is_stopped_reports_it_and_resumes_from_its_checkpoint(tmp_pa
     place = write_place(tmp_path, tiny_model("llama"), train={"max_steps": 400, "checkpoint_every": 1})
     process = _start(place)
     _wait_for_training(place, process)
-    while not list((place.run_folder / "checkpoints").glob("*/checkpoint-*/trainer_state.json")):
+    while not list((place.run_folder / "checkpoints").glob("*/checkpoint-*/on-disk")):
         time.sleep(0.05)
     child = _child_of(process)
     if how == "ctrl-c":
@@ -152,7 +152,7 @@ def test_training_resumes_with_optimizer_state_and_ends_as_if_undisturbed(tmp_pa
     places = [write_place(tmp_path / name, tiny_model("llama"), train=settings) for name in ("whole", "stopped")]
     places[0].tunepress("train", "tiny.yaml")
     process = subprocess.Popen(places[1].command("train", "tiny.yaml"), cwd=places[1].folder, env=places[1].env)
-    while not list((places[1].run_folder / "checkpoints").glob("*/checkpoint-1*/trainer_state.json")):
+    while not list((places[1].run_folder / "checkpoints").glob("*/checkpoint-1*/on-disk")):
         assert process.poll() is None
         time.sleep(0.01)
     os.kill(_child_of(process), signal.SIGKILL)
