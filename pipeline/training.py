@@ -151,6 +151,12 @@ class Trainer(SFTTrainer):
         order = SeedableRandomSampler(range(self._examples), data_seed=self.args.data_seed)
         return _Filled(order, [self._examples] * self._blanks)
 
+    def _run_epoch(self, **settings):  # it has no other name
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**settings)
+        else:  # by itself it takes a step more where it goes on from the checkpoint of the last one
+            self.control.should_training_stop = True
+
     def evaluation_loop(self, *arguments, **settings):
         self._loss_of_all, self._counted = 0.0, 0
         output = super().evaluation_loop(*arguments, **settings)

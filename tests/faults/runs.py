@@ -48,4 +48,6 @@ def disturbed(
 def write(folder: Path, model: Path, hub: LoopbackHub, method: str, variants: Sequence[str]) -> Place:
     """A place to work in, with the configuration of a run that trains on the CPU, and makes little of everything."""
     specs = [{"name": "int4", "group_size": 64} if name == "int4" else name for name in variants]
-    return write_place(folder / "work", model, hub, train={"method": method}, quantize={"variants": specs})
+    place = write_place(folder / "work", model, hub, train={"method": method}, quantize={"variants": specs})
+    place.patience = 3600.0  # on a machine that has other work, too
+    return place

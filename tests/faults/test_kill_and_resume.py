@@ -1,24 +1,21 @@
 """A run that is killed with -9 and resumed ends as one that nobody disturbed.
 
-Eight of the forty moments of `scripts/kill_and_resume.py`, four for each of two runs, which costs less than a run each.
+Eight of the forty moments of `scripts/kill_and_resume.py`, all of one run, which costs less than a run each.
 """
 
 from __future__ import annotations
-
-import pytest
 
 from tests.faults.conftest import SETTINGS
 from tests.faults.runs import disturbed
 from tests.faults.sameness import differences
 
 
-@pytest.mark.parametrize("first", [2, 4])
-def test_a_run_killed_at_four_moments_ends_as_if_undisturbed(tmp_path, tiny_model, whole, first):
+def test_a_run_killed_at_eight_moments_ends_as_if_undisturbed(tmp_path, tiny_model, whole):
     place, timeline = whole
-    moments = timeline.moments(40)[first::10]
+    moments = timeline.moments(40)[2::5]
     killed, found = disturbed(tmp_path, tiny_model("qwen3"), place, timeline, moments, **SETTINGS)
     assert not found
-    assert sum(killed) >= 3  # the last may come too late on a machine that others use, too
+    assert sum(killed) >= 7  # the last may come too late on a machine that others use, too
 
 
 def test_an_undisturbed_run_is_what_it_is_compared_with(whole):

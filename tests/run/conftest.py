@@ -27,6 +27,7 @@ class Place:
     folder: Path
     hub: LoopbackHub | None = None
     more_env: dict[str, str] = field(default_factory=dict)
+    patience: float = 600.0  # seconds that a command may take
 
     @property
     def env(self) -> dict[str, str]:
@@ -59,7 +60,12 @@ class Place:
     def tunepress(self, *arguments: str, check: int | None = 0) -> subprocess.CompletedProcess:
         """Run the command to its end; `check` is the exit code that it must have."""
         done = subprocess.run(
-            self.command(*arguments), cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=600
+            self.command(*arguments),
+            cwd=self.folder,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=self.patience,
         )
         if check is not None:
             assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"

@@ -75,25 +75,30 @@ def _cut(path):
 
 
 @pytest.mark.parametrize(
-    "damage",
-    [lambda last: (last / "trainer_state.json").unlink(), lambda last: _cut(last / "training_state.safetensors")],
-    ids=["killed before its last file", "its optimizer's state cut by a power cut"],
+    "damage, step",
+    [
+        (lambda last: None, 4),
+        (lambda last: (last / "on-disk").unlink(), 2),
+        (lambda last: _cut(last / "training_state.safetensors"), 2),
+    ],
+    ids=["killed after the last step", "killed before it was on the disk", "its optimizer's state cut"],
 )
-def test_a_half_written_checkpoint_is_passed_over_and_tokens_are_counted_on(tmp_path, tiny_model, damage):
+def test_training_goes_on_from_the_last_whole_checkpoint_and_ends_as_it_did(tmp_path, tiny_model, damage, step):
     place = write_place(tmp_path, tiny_model("llama"))
     place.tunepress("train", "tiny.yaml")
     (last,) = place.run_folder.glob("checkpoints/*/checkpoint-4")
     kinds = {path.suffix for path in place.run_folder.rglob("*") if path.is_file()}
     assert not kinds & {".pt", ".pth", ".bin", ".pkl"}
-    before = place.results()["training"]["history"]
     weights = (place.run_folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    before = place.results()["training"]
     damage(last)
     (place.run_folder / "ledger.json").unlink()
     place.tunepress("train", "tiny.yaml")
-    assert place.results()["training"]["resumed_from_step"] == 2
-    assert [row.get("num_tokens") for row in place.results()["training"]["history"]] == [
-        row.get("num_tokens") for row in before
-    ]
+    after = place.results()["training"]
+    assert after["resumed_from_step"] == step
+    lasting = ("step", "loss", "eval_loss", "num_tokens", "learning_rate")
+    first, second = ([{k: row.get(k) for k in lasting} for row in about["history"]] for about in (before, after))
+    assert second == first and after["steps"] == 4 and after["train_loss"] == before["train_loss"]
     assert (place.run_folder / "adapter" / "adapter_model.safetensors").read_bytes() == weights
 
 
