@@ -16,6 +16,7 @@ from pipeline.data import load_examples
 from pipeline.data.sources import is_builtin, locate
 from pipeline.download import in_one_line
 from pipeline.errors import ModelError
+from pipeline.hub.trouble import insist
 from pipeline.live import Live
 from pipeline.private import file_name
 from pipeline.standing import is_same_model, standing
@@ -109,7 +110,7 @@ def _base_commit(config: Config) -> str | None:
     if PACKAGE_SOURCE.match(source) or models.is_local(source):
         return None
     with in_one_line(source, config.model.revision, "the Hub could not be asked"):
-        return HfApi().model_info(source, revision=config.model.revision).sha
+        return insist(source, lambda: HfApi().model_info(source, revision=config.model.revision)).sha
 
 
 def _digest_at(source: str, commit: str) -> str:

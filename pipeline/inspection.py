@@ -8,6 +8,7 @@ from pathlib import Path
 from pipeline.commands import command
 from pipeline.download import in_one_line
 from pipeline.errors import ModelError
+from pipeline.hub.trouble import insist
 from pipeline.models import ADAPTER_FILES, read_config
 from pipeline.opening import check_config
 
@@ -27,13 +28,13 @@ def inspect(repo: str, revision: str | None = None) -> str:
 
     with in_one_line(repo, revision, "not a folder here, and the Hub could not be read"):
         try:
-            info = HfApi().model_info(repo, revision=revision)
+            info = insist(repo, lambda: HfApi().model_info(repo, revision=revision))
         except RepositoryNotFoundError as error:
             if not isinstance(error, GatedRepoError) and _is_dataset(repo):
                 raise ModelError(f"{repo}: a data set, and no model") from None
             raise
         _check_files(repo, {s.rfilename for s in info.siblings or []})
-        config = hf_hub_download(repo, "config.json", revision=info.sha)
+        config = insist(repo, lambda: hf_hub_download(repo, "config.json", revision=info.sha))
         check_config(repo, read_config(Path(config).parent))
     return info.sha
 

@@ -96,13 +96,8 @@ class Workspace:
             yield
 
     def _prepare(self, config: Config, fresh: bool) -> None:
-        if fresh and self.folder.exists():
-            if not self.config_path.is_file():
-                raise WorkspaceError(f"{self.folder}: not a run's folder, so --fresh does not remove it")
-            for path in self.folder.iterdir():  # by its configuration it is known as a run's folder to the last
-                if path != self.config_path:
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            shutil.rmtree(self.folder)
+        if fresh and self.folder.is_dir():
+            self._empty()
         if self.folder.exists() and not self.folder.is_dir():
             raise WorkspaceError(f"{self.folder}: a file is in the way of the run's folder")
         try:
@@ -111,6 +106,14 @@ class Workspace:
             self._forget(config)
         except OSError as error:
             raise WorkspaceError(f"{self.folder}: cannot be written ({error.strerror})") from None
+
+    def _empty(self) -> None:
+        """Remove what an earlier run left, but for its configuration, by which it is known as a run's folder."""
+        others = [path for path in self.folder.iterdir() if not path.name.startswith(self.config_path.name)]
+        if others and not self.config_path.is_file():
+            raise WorkspaceError(f"{self.folder}: not a run's folder, so --fresh does not remove it")
+        for path in others:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def _forget(self, config: Config) -> None:
         """Drop figures of an earlier configuration that this one will not make anew, and what it was compared with."""

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.files import place_files, replace_folder, write_text
+from pipeline.workspace import Workspace
+from tests.cards import sample
 from tests.faults.runs import SPY
 
 
@@ -104,6 +106,26 @@ def test_killed_before_any_of_its_calls_it_is_whole_or_as_before_and_the_next_at
             break
         calls += 1
     assert calls >= 4
+
+
+def test_a_run_begun_anew_and_killed_before_any_of_its_calls_is_begun_anew_by_the_same_command(tmp_path):
+    folder, config, calls = tmp_path / "demo", sample.config(), 0
+
+    def claim(fresh: bool = True) -> None:
+        with Workspace.claim(folder, config, fresh):
+            pass
+
+    while True:
+        claim(fresh=False)
+        for name in ("data/held_out.jsonl", "ledger.json", "zeroes"):
+            write_text(folder / name, "{}")
+        killed = _killed_before_call(calls, claim)
+        claim()
+        assert os.listdir(folder) == ["config.yaml"]
+        if not killed:
+            break
+        calls += 1
+    assert calls >= 10
 
 
 def _killed_before_call(number: int, work) -> bool:

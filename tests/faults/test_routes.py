@@ -6,7 +6,9 @@ import logging
 import re
 
 import pytest
+from huggingface_hub import constants
 
+from pipeline.download import download
 from pipeline.errors import HubError
 from tests.faults.sameness import untrue_commits
 from tests.hub.faults import Faults
@@ -97,6 +99,25 @@ def test_a_hub_that_stalls_is_asked_again(hub, published, route, monkeypatch):
     assert is_complete(hub, published) and not list(untrue_commits(hub, REPO))
     asked = [r for r in hub.requests if re.search(route, f"{r.method} {r.path}")]
     assert len(asked) >= 2
+
+
+READING = {
+    "which files are there": r"GET /api/models/ada/base",
+    "what a file is": r"HEAD /ada/base/resolve/",
+    "a file": r"GET /ada/base/resolve/.*model\.safetensors",
+}
+
+
+@pytest.mark.parametrize("route", READING.values(), ids=READING)
+@pytest.mark.parametrize("fault", [{"status": 429}, {"status": 503}, {"reset": True}, {"cut": 1000}], ids=str)
+def test_a_model_is_fetched_whole_whatever_passes(hub, tmp_path, monkeypatch, route, fault):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    held = {"config.json": b"{}" + b" " * 2000, "model.safetensors": weights(20_000)}
+    hub.put("ada/base", held)
+    hub.fault(route, **fault, times=2)
+    got = download("ada/base", lambda names: [name for name in names if name in held])
+    assert not hub.faults.left or "cut" in fault
+    assert {name: (got.folder / name).read_bytes() for name in got.names} == held
 
 
 @pytest.mark.parametrize("fault", [*PASSING["broken"], {"status": 503}, {"status": 401}], ids=str)
