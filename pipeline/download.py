@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipeline.commands import login
 from pipeline.errors import HubError, ModelError, UserError, is_unreachable, redact
+from pipeline.files import sync
 from pipeline.hub.trouble import insist
 
 
@@ -51,6 +52,7 @@ def download(
             tell = meter(lambda fresh, before=done: on_progress(before + fresh, total)) if on_progress else None
             options = {"revision": info.sha, "tqdm_class": tell}
             path = Path(insist(repo, lambda name=name, options=options: hf_hub_download(repo, name, **options)))
+            sync(path)  # the client leaves that to the system, and never looks into a file that it has
             done += sizes[name]
             folder = path.parents[name.count("/")]
     return Snapshot(folder, tuple(chosen), info.sha)

@@ -105,11 +105,14 @@ def test_a_disk_that_is_full_in_any_stage_is_one_line_and_more_room_completes_th
             place = write(tmp_path / "place", tiny_model("qwen3"), hub, **SETTINGS)
             for stage, room in (*rooms, ("publish", 16)):
                 verb = "quantize" if stage == "admit" else stage
+                if stage == "quantize":
+                    shutil.rmtree(place.run_folder / "quantized")  # which the merge has made in its own pass
                 disk.fill(but=room)
                 done = place.tunepress(verb, place.config.name, check=2)
                 (line,) = done.stderr.strip().splitlines()
                 assert re.search(rf"^tunepress: {verb}\b.*(the disk is full|No space left)", line), line
-                assert (place.run_folder / "quantized/int4.json").exists() == (stage in ("admit", "publish"))
+                if verb == "quantize":
+                    assert (place.run_folder / "quantized/int4.json").exists() == (stage == "admit")
                 disk.make_room()
                 if stage != "quantize":
                     place.tunepress(verb, place.config.name)

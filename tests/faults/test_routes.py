@@ -35,7 +35,10 @@ PASSING = {
     ],
     "broken": [{"reset": True}, {"reset": True, "after": True}],  # the second was done, and its answer is lost
 }  # fmt: skip
-STAYING = [{"status": 429}, {"status": 500}, {"reset": True}, {"status": 401}, {"status": 412}]
+STAYING = [
+    {"status": 429}, {"status": 401}, {"status": 412},
+    *(pytest.param(fault, marks=pytest.mark.slow) for fault in ({"status": 500}, {"status": 503}, {"reset": True})),
+]  # fmt: skip
 each_route = pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
 
 
