@@ -336,7 +336,9 @@ def test_so_it_is_of_gguf(what):
             assert not re.search(r"\b(None|nan|Undefined)\b", text), place
 
 
-@pytest.mark.parametrize("what", ["removed", "null", "empty"])
+@pytest.mark.parametrize(
+    "what", ["removed", pytest.param("null", marks=pytest.mark.slow), pytest.param("empty", marks=pytest.mark.slow)]
+)
 def test_so_it_is_of_verdicts(what):
     for place in paths(gated_results()):
         if not {"gate", "withheld"} & set(place) or isinstance(place[-1], int):

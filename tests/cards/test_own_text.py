@@ -310,7 +310,7 @@ LINES = ("\n", "\r\n", "\r", "\n---\n", "\ntags: [x, no]\n", "\nmodel-index: 5\n
 PIECES = st.sampled_from([*WORDS.split("|"), *LINES, START, END, OLD, OURS])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(PIECES | st.text(max_size=5), max_size=14).map("".join))
 def test_whatever_stands_there_the_second_time_changes_nothing(existing):
     made = keep_own_text(OURS, existing)

@@ -1,11 +1,16 @@
 """A run that is killed with -9 and resumed ends as one that nobody disturbed.
 
-Eight of the forty moments of `scripts/kill_and_resume.py`, all of one run, which costs less than a run each.
+Eight of the forty moments of `scripts/kill_and_resume.py`, all of one run, which costs less than a run each; and what
+a power cut would leave of the undisturbed one.
 """
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from tests.faults.conftest import SETTINGS
+from tests.faults.power_cut import hasty
 from tests.faults.runs import disturbed
 from tests.faults.sameness import differences
 
@@ -16,6 +21,14 @@ def test_a_run_killed_at_eight_moments_ends_as_if_undisturbed(tmp_path, tiny_mod
     killed, found = disturbed(tmp_path, tiny_model("qwen3"), place, timeline, moments, **SETTINGS)
     assert not found
     assert sum(killed) >= 7  # the last may come too late on a machine that others use, too
+
+
+def test_a_run_names_and_records_only_what_is_on_the_disk(whole):
+    place, _ = whole
+    notes = place.folder / "disk.jsonl"
+    named = {Path(json.loads(line)["to"]).name for line in notes.open() if "rename" in line}
+    assert {"ledger.json", "adapter", "int4", "model.safetensors", "config.json", "README.md"} <= named
+    assert not list(hasty(notes, place.run_folder))
 
 
 def test_an_undisturbed_run_is_what_it_is_compared_with(whole):

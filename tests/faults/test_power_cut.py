@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,32 +12,8 @@ import pytest
 from pipeline.files import place_files, replace_folder, write_text
 from pipeline.workspace import Workspace
 from tests.cards import sample
+from tests.faults.power_cut import hasty
 from tests.faults.runs import SPY
-
-
-def hasty(notes: Path, folder: Path) -> Iterator[str]:
-    """Names below a folder that were given, and records that were made, before what they stand for was on the disk."""
-    on_disk, unsettled = set(), {}
-    for note in map(json.loads, notes.read_text().splitlines()):
-        if note["did"] == "sync":
-            on_disk.add(tuple(note["state"]))
-            unsettled.pop(note["state"][0], None)
-        elif folder in Path(note["to"]).parents:
-            for path, state in note["states"].items():
-                if tuple(state) not in on_disk:
-                    yield f"{note['to']}: came before {path} was on the disk"
-            if note["to"].endswith("ledger.json"):
-                yield from (f"{name}: its name was not on the disk before the ledger's" for name in unsettled.values())
-            unsettled[note["parent"]] = note["to"]
-    yield from (f"{name}: its name was never had on the disk" for name in unsettled.values())
-
-
-def test_a_run_names_and_records_only_what_is_on_the_disk(whole):
-    place, _ = whole
-    notes = place.folder / "disk.jsonl"
-    named = {Path(json.loads(line)["to"]).name for line in notes.open() if "rename" in line}
-    assert {"ledger.json", "adapter", "int4", "model.safetensors", "config.json", "README.md"} <= named
-    assert not list(hasty(notes, place.run_folder))
 
 
 @pytest.mark.parametrize(
