@@ -59,6 +59,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
                 tag = hub.tag_release(place, commit.oid)
             except HubError as error:
                 problems.append(f"published, but not tagged: {error}")
+    _tell_of_left_mirrors(config, workspace, events)
     if problems:
         raise HubError("; ".join(problems))
     summary = {
@@ -130,6 +131,16 @@ def _mirrors(
         except UserError as error:
             problems.append(f"publish.mirrors.{variant}: {error}")
     return commits, problems
+
+
+def _tell_of_left_mirrors(config: Config, workspace: Workspace, events: Events) -> None:
+    """Mirrors are repositories of people's own, and not emptied; they have to know what is in one."""
+    for variant in withheld(config, workspace):
+        mirror = config.publish.mirrors.get(variant)
+        if mirror and _is_mirror(config, mirror):
+            events.show(
+                [f"{mirror}: still has {variant} of an earlier release, which is withheld now; remove it there"]
+            )
 
 
 def _is_mirror(config: Config, mirror: str) -> bool:

@@ -7,6 +7,10 @@ import json
 import pytest
 
 from pipeline.errors import HubError
+from pipeline.events import Events
+from pipeline.files import fingerprint
+from pipeline.stages import admit, publish
+from pipeline.workspace import Entry
 from tests.publishing.conftest import REPO, sent_bytes, uploads
 
 MIRROR = "ada/tiny-int8"
@@ -33,6 +37,17 @@ def test_the_variant_is_at_the_root_with_a_card_and_a_lineage_of_its_own(hub, mi
 def test_each_points_to_the_other(hub, mirrored):
     mirrored.publish()
     assert MIRROR in hub.read(REPO, "README.md").decode() and REPO in hub.read(MIRROR, "README.md").decode()
+
+
+def test_one_whose_variant_is_withheld_now_is_told_of(hub, mirrored):
+    mirrored.publish()
+    config, workspace, shown = mirrored.config, mirrored.workspace, []
+    workspace.remove("quantize/int8", ())
+    depends_on = fingerprint(admit.depends(config, workspace, ("int8",)))
+    workspace.record("quantize/int8", Entry(depends_on, {}, {"withheld": "it lost too much"}))
+    publish.run(config, workspace, Events(workspace.events_path, config.name, on_show=shown.extend), ("int4",))
+    assert "int8/model.safetensors" not in hub.files(REPO) and "model.safetensors" in hub.files(MIRROR)
+    assert shown == [f"{MIRROR}: still has int8 of an earlier release, which is withheld now; remove it there"]
 
 
 def test_one_that_could_not_be_made_is_not_named(hub, mirrored):
