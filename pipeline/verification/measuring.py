@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +57,43 @@ class Texts:
     problems: dict[str, str]
 
 
+@dataclass
+class Cuts:
+    """Which texts models cut into the tokens that they were measured on, and which into others.
+
+    All models of a release have one tokenizer. Where another Python has other texts, or another library other tokens,
+    that is so for all of them; where it is so for some, their tokenizer was changed.
+    """
+
+    same: set[str] = field(default_factory=set)
+    other: list[tuple[str, str]] = field(default_factory=list)  # (model, text)
+
+    def findings(self) -> Iterator[Finding]:
+        for model, text in self.other:
+            subject = f"{model}, {text.replace('_', '-')} text"
+            if text in self.same:
+                yield wrong("measured", subject, "cut into other tokens than by the other models: another tokenizer")
+            else:
+                yield unknown(
+                    "measured",
+                    subject,
+                    "cut into other tokens here than when it was measured (another Python?), so not compared",
+                )
+
+
 def measure_models(claims: Claims, place: Place, models: list[str]) -> Iterator[Finding]:
     """A line for every model and text: what was measured, and whether it is what the release says."""
     with tempfile.TemporaryDirectory(prefix="tunepress-verify-") as scratch:
         texts = find_texts(claims, place, Path(scratch) / "texts")
         for text, problem in texts.problems.items():
             yield unknown("measured", f"{text.replace('_', '-')} text", problem)
+        cut = Cuts()
         for model in models:
             if problem := refused(claims, place, model):
                 yield wrong("measured", model, problem)
             else:
-                yield from _measured(claims, place, model, texts, Path(scratch))
+                yield from _measured(claims, place, model, texts, Path(scratch), cut)
+        yield from cut.findings()
 
 
 def find_texts(claims: Claims, place: Place, folder: Path) -> Texts:
@@ -128,13 +154,13 @@ def refused(claims: Claims, place: Place, model: str) -> str | None:
     return None
 
 
-def _measured(claims: Claims, place: Place, model: str, texts: Texts, scratch: Path) -> Iterator[Finding]:
+def _measured(claims: Claims, place: Place, model: str, texts: Texts, scratch: Path, cut: Cuts) -> Iterator[Finding]:
     if problem := _cannot_be_had(claims, place, model):
         yield unknown("measured", model, problem)
         return
     request = request_for(claims, place, model, texts)
     found = in_fresh_process(request, scratch, lambda d, t, what: place.tell(d, t, f"{model}: {what}"))
-    yield from judged(claims, place, model, found)
+    yield from judged(claims, place, model, found, cut)
 
 
 def _cannot_be_had(claims: Claims, place: Place, model: str) -> str | None:
@@ -161,13 +187,14 @@ def request_for(claims: Claims, place: Place, model: str, texts: Texts) -> dict:
     }
 
 
-def judged(claims: Claims, place: Place, model: str, found: dict) -> Iterator[Finding]:
-    """What follows from what the worker found."""
+def judged(claims: Claims, place: Place, model: str, found: dict, cut: Cuts) -> Iterator[Finding]:
+    """What follows from what the worker found; `cut` keeps what is only to be told when all models were looked at."""
     if "problem" in found:
         yield _failed(claims, place, model, found)
         return
-    compared = list(_compared(claims, model, found))
-    yield from compared or [right("measured", model, "loads and runs")]
+    yield from _compared(claims, model, found, cut)
+    if not found["quality"] and not found["problems"]:
+        yield right("measured", model, "loads and runs")
 
 
 def in_fresh_process(request: dict, scratch: Path, tell: Tell) -> dict:
@@ -240,7 +267,7 @@ def _other_versions(claims: Claims) -> str:
     return ", ".join(f"{n} {then[n]}, now {now[n]}" for n in names if n in then and n in now and then[n] != now[n])
 
 
-def _compared(claims: Claims, model: str, found: dict) -> Iterator[Finding]:
+def _compared(claims: Claims, model: str, found: dict, cut: Cuts) -> Iterator[Finding]:
     for text, problem in found["problems"].items():
         yield unknown("measured", f"{model}, {text.replace('_', '-')} text", problem)
     for text, figures in found["quality"].items():
@@ -250,17 +277,16 @@ def _compared(claims: Claims, model: str, found: dict) -> Iterator[Finding]:
         if value is None:
             yield wrong("measured", subject, "the lineage has no perplexity that is a number")
         elif claimed.get("digest") != figures["digest"]:
-            yield unknown(
-                "measured",
-                subject,
-                "cut into other tokens here than when it was measured (another Python?), so not compared",
-            )
-        elif abs(now / value - 1) <= TOLERANCE:
-            yield right("measured", subject, f"perplexity {now:.5g}, claimed {value:.5g}")
+            cut.other.append((model, text))
         else:
-            yield wrong(
-                "measured", subject, f"perplexity is {now:.5g}, and the lineage and its cards claim {value:.5g}"
-            )
+            cut.same.add(text)
+            yield _beside(subject, now, value)
+
+
+def _beside(subject: str, now: float, claimed: float) -> Finding:
+    if abs(now / claimed - 1) <= TOLERANCE:
+        return right("measured", subject, f"perplexity {now:.5g}, claimed {claimed:.5g}")
+    return wrong("measured", subject, f"perplexity is {now:.5g}, and the lineage and its cards claim {claimed:.5g}")
 
 
 def _value(claimed: Any) -> float | None:

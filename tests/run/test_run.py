@@ -167,7 +167,7 @@ def test_help_and_schema_answer_without_the_heavy_libraries(tmp_path):
 
 def test_a_variant_measured_again_on_both_texts_of_the_run_is_what_was_claimed(unpublished, monkeypatch, tmp_path):
     from pipeline.verification.claims import read_claims
-    from pipeline.verification.measuring import find_texts, judged, request_for
+    from pipeline.verification.measuring import Cuts, find_texts, judged, request_for
     from pipeline.verification.places import open_place
     from pipeline.verification.worker import look
 
@@ -176,7 +176,7 @@ def test_a_variant_measured_again_on_both_texts_of_the_run_is_what_was_claimed(u
     claims = read_claims(place.lineage())
     texts = find_texts(claims, place, tmp_path / "texts")
     assert texts.names == ("held_out", "general") and texts.problems == {}
-    findings = judged(claims, place, "int4", look(request_for(claims, place, "int4", texts)))
+    findings = judged(claims, place, "int4", look(request_for(claims, place, "int4", texts)), Cuts())
     assert [(f.verdict.value, f.subject) for f in findings] == [
         ("ok", "int4, held-out text"),
         ("ok", "int4, general text"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from pipeline.verification import Verdict
 from pipeline.verification.claims import read_claims
 from pipeline.verification.examples import programs, run_examples
 from pipeline.verification.files import check_files, sound_models
-from pipeline.verification.measuring import find_texts, judged, request_for
+from pipeline.verification.measuring import Cuts, find_texts, judged, request_for
 from pipeline.verification.places import open_place
 from pipeline.verification.worker import look
 from tests.verify.conftest import line, told
@@ -19,10 +20,16 @@ from tests.verify.conftest import line, told
 
 def measured(release, model: str, folder: Path) -> list[str]:
     """The lines about one model, which is looked at in this process."""
+    return all_measured(release, (model,), folder)
+
+
+def all_measured(release, models: tuple[str, ...], folder: Path) -> list[str]:
     place = open_place(str(release.folder), None, lambda done, total, what: None)
-    claims = read_claims(place.lineage())
-    found = look(request_for(claims, place, model, find_texts(claims, place, folder / "texts")))
-    return [line(finding) for finding in judged(claims, place, model, found)]
+    claims, cut, found = read_claims(place.lineage()), Cuts(), []
+    texts = find_texts(claims, place, folder / "texts")
+    for model in models:
+        found += judged(claims, place, model, look(request_for(claims, place, model, texts)), cut)
+    return [line(finding) for finding in (*found, *cut.findings())]
 
 
 def test_a_whole_release_that_nobody_touched(release):
@@ -112,6 +119,9 @@ def test_only_our_own_snippets_are_run(release, tmp_path):
     claims = read_claims(place.lineage())
     (found,) = run_examples(claims, place, render(claims, place), ["int8"])
     assert line(found) == "snippets int8: not run: the card has others than follow from the lineage"
+    claims = replace(claims, made_with={**claims.made_with, "tunepress": "0.0.1"})
+    (found,) = run_examples(claims, place, render(claims, place), ["int8"])
+    assert found.verdict is Verdict.unknown and "made with 0.0.1" in found.message
     assert not (tmp_path / "ran").exists()
 
 
@@ -145,6 +155,19 @@ def test_a_text_that_is_another_one_here_is_not_compared(release, tmp_path):
     release.write_lineage(content)
     (found,) = measured(release, "int8", tmp_path)
     assert "cut into other tokens here" in found
+
+
+def test_the_tokenizer_of_one_variant_changed_and_the_hash_rewritten(release, tmp_path):
+    path = "int4/tokenizer.json"
+    content = json.loads(release.read(path))
+    words = content["model"]["vocab"]
+    words["e"], words["t"] = words["t"], words["e"]
+    release.write(path, json.dumps(content))
+    release.own(path)
+    found = all_measured(release, ("merged", "int4"), tmp_path)
+    assert found[-1] == (
+        "measured int4, general text: cut into other tokens than by the other models: another tokenizer"
+    )
 
 
 def test_a_gguf_is_measured_in_llama_cpp_again(release, tmp_path):
