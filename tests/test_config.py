@@ -177,6 +177,7 @@ BROKEN = {
     "train: {lora: {dropout: 1}}": ("train.lora.dropout", "1", "less than 1"),
     "train: {lora: {dropout: no}}": ("train.lora.dropout", "false", "number"),
     "train: {lora: {target_modules: [q_proj, lm_head]}}": ("train.lora.target_modules", "lm_head", "cannot be trained"),
+    "train: {lora: {target_modules: '(q_proj'}}": ("train.lora.target_modules", "no regular expression", "as a list"),
     "train: {lora: {target_modules: []}}": ("train.lora.target_modules", "[]", "all-linear"),
     "train: {warmup: false}": ("train.warmup", "false", "number"),
     "train: {packing: perhaps}": ("train.packing", "perhaps", "boolean"),

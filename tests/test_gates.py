@@ -17,7 +17,7 @@ def configured(**quantize) -> Config:
 
 def quality(rise: float, stderr: float, sequences: int = 1000, **more: dict) -> dict:
     known = {"kl": {"value": 0.04, "stderr": 0.001}, "agreement": {"value": 0.93, "stderr": 0.01}, **more}
-    return {"general": {"sequences": sequences, "rise": {"value": rise, "stderr": stderr}, **known}}
+    return {"general": {"sequences": sequences, "tokens": 1000, "rise": {"value": rise, "stderr": stderr}, **known}}
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,12 @@ def test_perplexity_is_limited_by_default_by_the_kind_of_variant_and_nothing_els
 
 def test_every_variant_has_a_limit():
     assert all(0 < variant.rise < 0.1 for variant in VARIANTS.values())
+
+
+def test_a_few_tokens_that_all_agree_do_not_show_that_all_others_would():
+    agreed = {"agreement": {"value": 1.0, "stderr": 0.0}}
+    assert judge(quality(0.0, 0.0, **agreed), {"disagreement": 0.005})["passed"]
+    assert not judge(quality(0.0, 0.0, **agreed), {"disagreement": 0.001})["passed"]
 
 
 def test_a_limit_of_one_variant_is_over_that_of_all_and_that_over_the_catalogs():

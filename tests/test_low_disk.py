@@ -160,7 +160,14 @@ def nothing_is_left(place: Place) -> None:
     assert not (place.folder / "out/.tunepress/shards.partial").exists()
 
 
-@pytest.mark.parametrize("fault", [{"cut": 20_000}, {"reset": True}, {"status": 404}, {"status": 503}], ids=str)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"cut": 20_000},
+        *(pytest.param(fault, marks=pytest.mark.slow) for fault in ({"reset": True}, {"status": 404}, {"status": 503})),
+    ],
+    ids=str,
+)
 def test_a_hub_that_breaks_off_in_the_middle_is_one_line_and_leaves_nothing(place, hub, fault):
     hub.fault(r"GET .*model-00003", times=1)  # its header arrives
     hub.fault(r"GET .*model-00003", times=1000, **fault)

@@ -133,6 +133,7 @@ def measured(tmp_path, tiny_model, quantized):
     return make
 
 
+@pytest.mark.slow
 def test_what_was_offloaded_has_quality_and_neither_speed_nor_answers(measured):
     base, variant = measured(True)
     ordinary, packed = measured(False)

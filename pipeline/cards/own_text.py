@@ -47,7 +47,10 @@ def keep_own_text(rendered: str, existing: str) -> str:
     found, open_fence = _sections(body)
     written = _written(body[slice(*found[0])]) if found else {}
     before = existing.removesuffix(body)
-    body = _with_section(body, _NEWLINE.sub(newline, section), newline, found, open_fence)
+    section = _NEWLINE.sub(newline, section)
+    body = _with_section(body, section, newline, found, open_fence)
+    while len((again := _sections(body))[0]) > 1:  # what was around one that went may be one now
+        body = _with_section(body, section, newline, *again)
     if ours is None:
         return before + body
     merged = front_matter.merge(ours, theirs or "", newline, written)

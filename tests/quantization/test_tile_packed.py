@@ -187,7 +187,9 @@ save_file(tensors, sys.argv[2])
 """
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [*NAMES[1:3], *(pytest.param(name, marks=pytest.mark.slow) for name in (NAMES[0], *NAMES[3:]))]
+)
 def test_stock_transformers_loads_the_tiles_and_runs_them_on_a_card(releases, tmp_path, name):
     folder = releases[name] / "tile_packed" / "int4"
     command = [sys.executable, "-I", "-c", STOCK % IDS[0].tolist(), str(folder), str(tmp_path / "found")]

@@ -263,6 +263,7 @@ def test_what_else_changed_than_the_model_is_named_with_the_command_that_makes_i
     assert "tunepress run" not in told["reason"]
 
 
+@pytest.mark.slow
 def test_the_command_that_makes_the_rest_keeps_the_model_that_is_live(story, tmp_path):
     place = story.place.copy(tmp_path / "copy")
     place.put_back(story.better_commit)

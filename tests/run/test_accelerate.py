@@ -162,6 +162,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_what_one_process_finds_wrong_is_told_in_its_own_line(tmp_path, tiny_model):
     place = _place(tmp_path, tiny_model("llama"), packing=True)
     done = place.tunepress("train", "tiny.yaml", *TWO, "--set", "train.max_length=2", check=2)

@@ -163,6 +163,7 @@ def test_the_card_and_the_lineage_have_every_try(one_passes):
     assert [rung["size_bytes"] for rung in told] == [rung["size_bytes"] for rung in result["gate"]["tried"]]
 
 
+@pytest.mark.slow
 def test_a_looser_limit_that_it_meets_as_asked_for_gives_it_as_asked_for(one_passes, trying):
     outcome = trying.judge(gate={"rise": 100.0, "kl": 100.0})
     result = trying.result()

@@ -171,6 +171,7 @@ def test_with_a_warning_it_is_published_and_both_cards_say_so(warned, let_in):
     assert warned.files["int4/model.safetensors"] == let_in.files["int4/model.safetensors"]
 
 
+@pytest.mark.slow
 def test_publishing_again_sends_nothing_and_other_settings_make_it_anew(place, warned):
     commits = place.hub.commits("ada/tiny")
     done = place.tunepress("run", "tiny.yaml", "--set", TIGHT, "--set", "quantize.on_gate_failure=warn")

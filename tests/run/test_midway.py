@@ -221,6 +221,7 @@ def test_a_finished_run_needs_none_of_its_inputs_to_be_published(copied):
         assert {"model.safetensors", "int8/model.safetensors"} <= set(hub.files("ada/moved"))
 
 
+@pytest.mark.slow
 def test_people_keep_their_files_and_words_when_a_step_is_done_again(copied):
     """Only what the step made before, and weights that would be taken for its own, go."""
     (copied.release / "int8/notes.md").write_text("mine")

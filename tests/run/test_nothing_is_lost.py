@@ -78,7 +78,7 @@ def _cut(path):
     "damage, step",
     [
         (lambda last: None, 4),
-        (lambda last: (last / "on-disk").unlink(), 2),
+        pytest.param(lambda last: (last / "on-disk").unlink(), 2, marks=pytest.mark.slow),
         (lambda last: _cut(last / "training_state.safetensors"), 2),
     ],
     ids=["killed after the last step", "killed before it was on the disk", "its optimizer's state cut"],

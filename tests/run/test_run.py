@@ -107,6 +107,7 @@ def test_a_damaged_output_is_noticed(copied):
     assert "quantization_completed int8" in copied.names()[-3:]
 
 
+@pytest.mark.slow
 def test_a_variant_that_cannot_be_made_is_refused_by_name_and_keeps_nothing_else_back(tiny_model, tmp_path):
     model = tiny_model("llama", intermediate_size=200)  # 200 columns: no group size divides them
     place = write_place(tmp_path, model)

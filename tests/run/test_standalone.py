@@ -153,6 +153,7 @@ def test_where_the_runs_folder_was_lost_all_is_made_again_and_no_weights_are_sen
     assert outside(place.hub.read("ada/model", "README.md")).startswith(CARD)
 
 
+@pytest.mark.slow
 def test_several_models_of_which_one_fails_with_a_token_that_is_written_nowhere(place):
     """The token comes as an option, and from nowhere else."""
     folder = place.folder / "several"
