@@ -43,8 +43,8 @@ def ladder(asked: VariantSpec, linear: Shapes, tables: Shapes, folder: Path) -> 
     from pipeline.quantization.source import unfit
 
     specs = [(spec, 0.0) for spec in _specs(asked) if not unfit(spec, linear, folder)]
-    finest = specs[-1][0]
     if asked.name == "int4" and asked.packing != "tile_packed" and not asked.int8:
+        finest = [spec for spec, _ in specs if spec.rounding == _best_rounding(asked)][-1]
         specs += [(finest, share) for share in SHARES]
     rungs = [Rung(spec, share, _bytes(spec, share, linear, tables)) for spec, share in specs]
     return sorted(rungs, key=lambda rung: rung.bytes)
@@ -53,8 +53,7 @@ def ladder(asked: VariantSpec, linear: Shapes, tables: Shapes, folder: Path) -> 
 def _specs(asked: VariantSpec) -> list[VariantSpec]:
     """As asked, in another rounding, in smaller groups, and these with embeddings in eight bits."""
     variant = VARIANTS[asked.name]
-    others = [how for how in variant.roundings if how not in (asked.rounding, "rtn")]
-    best = others[0] if asked.rounding == "rtn" and others else asked.rounding
+    others, best = _other_roundings(asked), _best_rounding(asked)
     found = [asked, *(_changed(asked, rounding=how) for how in others)]
     if variant.format == "torchao" and variant.group_sizes:
         widest = asked.group_size or 2 * max(GROUP_SIZES)
@@ -64,6 +63,16 @@ def _specs(asked: VariantSpec) -> list[VariantSpec]:
     if variant.format == "torchao" and asked.embeddings == "keep":
         found.append(_changed(found[-1], rounding=best, embeddings="int8"))
     return found
+
+
+def _other_roundings(asked: VariantSpec) -> list[str]:
+    return [how for how in VARIANTS[asked.name].roundings if how not in (asked.rounding, "rtn")]
+
+
+def _best_rounding(asked: VariantSpec) -> str | None:
+    """What smaller groups are tried with: as asked for, unless that is the plain one and there is a better."""
+    others = _other_roundings(asked)
+    return others[0] if asked.rounding == "rtn" and others else asked.rounding
 
 
 def _changed(spec: VariantSpec, **changes: object) -> VariantSpec:

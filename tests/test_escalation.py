@@ -26,6 +26,13 @@ def test_of_int4_there_are_roundings_groups_embeddings_and_layers_in_eight_bits(
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("rounding, best", [("search", "search"), ("hqq", "hqq"), ("rtn", "search")])
+@pytest.mark.parametrize("size", [64, 32])
+def test_layers_get_eight_bits_in_the_smallest_groups_with_the_best_rounding(tiny_model, size, rounding, best):
+    found = rungs(tiny_model("llama"), "int4", group_size=size, rounding=rounding, embeddings="int8")
+    assert {way[:3] for way in ways(found) if way[3]} == {(best, 32, "int8")}
+
+
 @pytest.mark.parametrize("asked", [("int4", {}), ("int8", {}), ("int8-dynamic", {})])
 def test_the_smallest_come_first_and_what_was_asked_for_is_among_them(tiny_model, asked):
     name, options = asked
