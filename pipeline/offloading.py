@@ -117,6 +117,28 @@ def fits(folder: Path, device: torch.device, free: int | None = None) -> bool:
     return free is None or stored_bytes(folder) <= WEIGHTS_SHARE * free
 
 
+class TooLarge(ModelError):
+    """A model that has to be in the memory as a whole does not fit into it."""
+
+
+def check_fits(folder: Path, device: torch.device, why: str) -> None:
+    """Raise where the weights of a folder cannot be held in memory as a whole.
+
+    Args:
+        why: what needs them so, in a few words.
+
+    Raises:
+        TooLarge: naming their bytes and those that are free.
+    """
+    free = machine.free_bytes(device)
+    if not fits(folder, device, free):
+        other = " or evaluate.device: cpu" if device.type != "cpu" else ""
+        raise TooLarge(
+            f"{folder}: its weights take {stored_bytes(folder):,} bytes, and may take {WEIGHTS_SHARE:.0%} of the "
+            f"{free:,} that are free ({device}); {why} needs them all at once: use a machine with more memory{other}"
+        )
+
+
 def _dequantized(weight: GroupQuantized, dtype: torch.dtype) -> torch.Tensor:
     """`weight.dequantize(dtype)`, in blocks of rows, for it is computed in float32."""
     result = torch.empty(weight.codes.shape, dtype=dtype)

@@ -91,10 +91,12 @@ def sensitivity(
 
     Raises:
         QuantizationError: where a layer fits no grid.
+        TooLarge: where there is something to measure, and the model is larger than the memory.
     """
     from pipeline import heads, measure, texts
-    from pipeline.loading import load
+    from pipeline.loading import device_named, load
     from pipeline.models import linear_weights
+    from pipeline.offloading import check_fits
     from pipeline.quantization.source import layer_grids
 
     linear = linear_weights(folder)
@@ -107,6 +109,7 @@ def sensitivity(
     known = read_json(record, {})
     found = known["layers"] if known.get("about") == about else {}
     if missing := [name for name in linear if name not in found]:
+        check_fits(folder, device_named(config.evaluate.device), "measuring layer by layer")
         tell(len(found), len(linear), "measuring layers")
         model, tokenizer = load(folder, device=config.evaluate.device)
         sequences = texts.general(config, tokenizer)

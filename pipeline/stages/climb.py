@@ -37,6 +37,7 @@ class Climb:
         self._path = workspace.quantized / f"{name}.tried.json"
         known = read_json(self._path, {})
         self._known: dict[str, dict] = known["tried"] if known.get("measured_by") == measured_by else {}
+        self._is_too_large = False  # for layers to be measured one by one, which is told once
         self._made: tuple[VariantSpec, dict] | None = None  # whose files lie in the folder of this rung
 
     def know(self, spec: VariantSpec, result: Mapping, weights: Mapping) -> None:
@@ -66,7 +67,7 @@ class Climb:
         rungs = ladder(asked, linear_weights(self._full), table_weights(self._full), self._full)
         for number, rung in enumerate(rungs, 1):
             spec = self._spec(rung)
-            found = self._judged(spec, f"{self._name}, try {number} of {len(rungs)}")
+            found = spec and self._judged(spec, f"{self._name}, try {number} of {len(rungs)}")
             if found is None:
                 continue
             tried.append(found)
@@ -92,8 +93,17 @@ class Climb:
     def _folder(self) -> Path:
         return self._workspace.quantized / f"{self._name}.partial"
 
-    def _spec(self, rung: Rung) -> VariantSpec:
-        return with_layers(rung, self._layers(rung.spec)) if rung.share else rung.spec
+    def _spec(self, rung: Rung) -> VariantSpec | None:
+        """How a rung is made; None where that depends on which layers suffer most, and the memory is too small."""
+        from pipeline.offloading import TooLarge
+
+        try:
+            return with_layers(rung, self._layers(rung.spec)) if rung.share else rung.spec
+        except TooLarge as error:
+            if not self._is_too_large:
+                self._events.show([f"{self._name}: not tried with its most sensitive layers in eight bits: {error}"])
+            self._is_too_large = True
+            return None
 
     def _layers(self, spec: VariantSpec) -> list[dict]:
         from pipeline.sensitivity import TOKENS, sensitivity

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline import heads, measure, sensitivity, texts
-from pipeline.errors import ConfigError, QuantizationError
+from pipeline.errors import ConfigError, ModelError, QuantizationError
 from pipeline.loading import load
 from pipeline.midway import quantize_config
 from pipeline.models import linear_weights
@@ -94,6 +94,17 @@ def test_another_variant_is_measured_anew(model, asked, tmp_path):
         layers = sensitivity.sensitivity(config, spec, model, record, lambda *_: None)
         found[variant] = sum(layer["kl"]["value"] for layer in layers)
     assert found["int8"] < found["int4"] / 3
+
+
+def test_a_model_larger_than_the_memory_is_refused_before_it_is_loaded(model, asked, tmp_path, monkeypatch):
+    config, record = asked(model), tmp_path / "record.json"
+    (spec,) = config.quantize.variants
+    size = (model / "model.safetensors").stat().st_size
+    monkeypatch.setattr("pipeline.machine.free_bytes", lambda device: size)
+    monkeypatch.setattr("pipeline.loading.load", lambda *_, **__: pytest.fail("it was loaded"))
+    with pytest.raises(ModelError, match=rf"take [\d,]+ bytes, and may take 75% of the {size:,} that are free"):
+        sensitivity.sensitivity(config, spec, model, record, lambda *_: None)
+    assert not record.exists()
 
 
 def test_what_has_no_grid_or_is_no_variant_is_refused(model, asked, tmp_path):

@@ -27,6 +27,7 @@ class Trying:
 
     def __post_init__(self):
         self.told: list[str] = []
+        self.shown: list[str] = []
 
     def config(self, **quantize_) -> Config:
         asked = {"variants": [{"name": "int4", "group_size": 128}], "on_gate_failure": "escalate"}
@@ -41,7 +42,7 @@ class Trying:
                 raise KeyboardInterrupt
 
         config = self.config(**quantize_)
-        events = Events(self.workspace.events_path, "m", progress)
+        events = Events(self.workspace.events_path, "m", progress, self.shown.extend)
         quantize.run(config, self.workspace, events, ("int4",))
         self.told.clear()
         outcome = admit.run(config, self.workspace, events, ("int4",))
@@ -170,3 +171,20 @@ def test_a_looser_limit_that_it_meets_as_asked_for_gives_it_as_asked_for(one_pas
     assert outcome.refusal is None and result["gate"]["passed"]
     assert result["variant"] == trying.config().quantize.spec("int4").making()  # and not a smaller one that was tried
     assert "tried" not in result["gate"] and trying.tries() == []
+
+
+def test_where_the_memory_is_too_small_to_measure_layers_the_rungs_without_them_are_tried(
+    one_passes, trying, monkeypatch
+):
+    monkeypatch.setattr("pipeline.machine.free_bytes", lambda device: 1000)
+    trying.shown.clear()
+    trying.judge(gate=IMPOSSIBLE)
+    assert any(rung["variant"].get("int8") for rung in trying.result()["gate"]["tried"])  # measured before, and kept
+    assert trying.shown == []
+    (trying.workspace.quantized / "int4.sensitivity.json").unlink()
+    trying.judge(gate=IMPOSSIBLE)
+    tried = [rung["variant"] for rung in trying.result()["gate"]["tried"]]
+    assert len(tried) > 2 and not any(spec.get("int8") for spec in tried)
+    (line,) = trying.shown
+    assert line.startswith("int4: not tried with its most sensitive layers in eight bits: ")
+    assert "may take 75% of the 1,000 that are free (cpu)" in line
