@@ -238,7 +238,7 @@ def _staying(task: Task, there: Standing) -> dict[str, dict]:
     """The variants of a release that are not asked for now, as they were made, with the limits that they were held to.
 
     Raises:
-        ConfigError: where one was published with a warning, and is to be withheld now.
+        ConfigError: where one was published with a warning, or before there were limits, and could be withheld now.
     """
     now, found = Quantize(gate={"rise": task.max_rise, "kl": task.max_kl}), _specs(there)
     for name in found.keys() - _asked(task).keys():
@@ -246,6 +246,11 @@ def _staying(task: Task, there: Standing) -> dict[str, dict]:
         if verdict.get("passed") is False and task.on_gate_failure == "withhold":
             raise ConfigError(
                 f"{task.repo}: has {name}, which misses its gate and was published with a warning, and would lose it; "
+                "say --on-gate-failure warn, or ask for it too (--quant-type)"
+            )
+        if "limits" not in verdict and task.on_gate_failure != "warn":
+            raise ConfigError(
+                f"{task.repo}: has {name}, which was published without being held to limits, and could lose it; "
                 "say --on-gate-failure warn, or ask for it too (--quant-type)"
             )
         if "limits" in verdict and verdict["limits"] != limits(now, name):

@@ -66,7 +66,8 @@ def test_in_its_own_repository_a_model_is_the_same_until_its_files_change(hub):
     first = model(hub)
     assert configure(task(), standing("ada/model")).model.revision == first
     told = {"run": "first", "files": {}, "documents": ["README.md"], "base": {"hub_id": "ada/model", "revision": first}}
-    told["results"] = {"int4": {"variant": {"name": "int4", "group_size": 32}}}
+    gate = {"passed": True, "limits": {"rise": 0.05}}
+    told["results"] = {"int4": {"variant": {"name": "int4", "group_size": 32}, "gate": gate}}
     hub.put("ada/model", {"tunepress.json": json.dumps(told).encode(), "README.md": b"# Mine\n"})
     config = configure(task(), standing("ada/model"))
     assert (config.model.revision, config.name) == (first, "first")
@@ -95,6 +96,18 @@ def test_a_variant_that_stays_keeps_the_limits_that_it_was_let_in_with(hub):
     with pytest.raises(ConfigError, match="ada/model: has int4, which misses its gate and was published with a warn"):
         again()
     assert limits(again(on_gate_failure="warn"), "int4") == {"rise": 0.3}
+
+
+@pytest.mark.parametrize("policy", ["withhold", "escalate"])
+def test_a_variant_that_was_held_to_no_limits_is_not_taken_out_by_who_asked_for_another(hub, policy):
+    first = model(hub)
+    told = {"run": "first", "files": {}, "documents": [], "base": {"hub_id": "ada/model", "revision": first}}
+    told["results"] = {"int4": {"variant": {"name": "int4", "group_size": 128}}}
+    hub.put("ada/model", {"tunepress.json": json.dumps(told).encode()})
+    with pytest.raises(ConfigError, match="ada/model: has int4, which was published without being held to limits"):
+        configure(task(on_gate_failure=policy), standing("ada/model"))
+    for accepted in ({"on_gate_failure": "warn"}, {"on_gate_failure": policy, "quant_types": ["both"]}):
+        assert set(variants(configure(task(**accepted), standing("ada/model")))) == {"int8", "int4"}
 
 
 def test_in_another_repository_variants_are_made_again_when_the_model_was_changed_and_not_only_its_card(hub):
