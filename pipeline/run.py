@@ -11,6 +11,7 @@ from pipeline.errors import ConfigError, WorkspaceError
 from pipeline.launch import Launch
 from pipeline.preflight import preflight
 from pipeline.reporter import Reporter
+from pipeline.stages import publish
 from pipeline.steps import Steps, stages_before_variants
 from pipeline.workspace import HIDDEN, Workspace
 
@@ -48,9 +49,10 @@ def run(
     preflight(config, launch=launch)
     variants = tuple(spec.name for spec in config.quantize.variants)
     published = config.publish.repo is not None
+    reporter = reporter or Reporter()
     with (
         _claimed(config, root, output, fresh) as workspace,
-        Steps(config, workspace, reporter or Reporter(), launch) as steps,
+        Steps(config, workspace, reporter, launch) as steps,
     ):
         begin()
         for stage in stages_before_variants(config):
@@ -67,6 +69,8 @@ def run(
                 steps.try_publish(steps.admitted(variants))
         if not config.merges and not steps.admitted(variants):
             _leave_no_documents(steps, variants)
+            if published and steps.withheld():
+                reporter.show(publish.still_there(config, steps.withheld()))
             steps.raise_failures()
         again = published and publish_again and not steps.did("publish")
         steps.do("publish" if published else "document", steps.admitted(variants), again)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.commands import command
 from pipeline.config import Config
 from pipeline.errors import HubError, UserError
 from pipeline.events import STAGES, Events, read_events
@@ -31,7 +32,7 @@ from pipeline.workspace import Workspace
 if TYPE_CHECKING:
     from pipeline.hub import Commit, Content, Tree
 
-__all__ = ["depends", "parameters", "run"]
+__all__ = ["depends", "parameters", "run", "still_there"]
 
 
 def parameters(config: Config, variant: str | None) -> dict:
@@ -59,7 +60,8 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
                 tag = hub.tag_release(place, commit.oid)
             except HubError as error:
                 problems.append(f"published, but not tagged: {error}")
-    _tell_of_left_mirrors(config, workspace, events)
+    if left := _left_mirrors(config, withheld(config, workspace)):
+        events.show(left)
     if problems:
         raise HubError("; ".join(problems))
     summary = {
@@ -133,14 +135,32 @@ def _mirrors(
     return commits, problems
 
 
-def _tell_of_left_mirrors(config: Config, workspace: Workspace, events: Events) -> None:
+def still_there(config: Config, kept_out: Collection[str]) -> list[str]:
+    """A line for each repository that still has variants that are withheld now, where nothing is published."""
+    from pipeline.standing import standing
+
+    repo = config.publish.repo
+    try:
+        there = standing(repo)
+    except HubError as error:
+        return [
+            f"{repo}: may still have {', '.join(kept_out)} of an earlier release, for it could not be read: {error}"
+        ]
+    results = (there.told.get("results") or {}) if there and there.run == config.name else {}
+    back = command("rollback", repo)
+    left = ", ".join(variant for variant in kept_out if variant in results)
+    told = f"{repo}: still has {left} of an earlier release, withheld now; remove it there, or go back with: {back}"
+    return [*([told] if left else []), *_left_mirrors(config, kept_out)]
+
+
+def _left_mirrors(config: Config, kept_out: Collection[str]) -> list[str]:
     """Mirrors are repositories of people's own, and not emptied; they have to know what is in one."""
-    for variant in withheld(config, workspace):
-        mirror = config.publish.mirrors.get(variant)
-        if mirror and _is_mirror(config, mirror):
-            events.show(
-                [f"{mirror}: still has {variant} of an earlier release, which is withheld now; remove it there"]
-            )
+    mirrors = {variant: config.publish.mirrors[variant] for variant in kept_out if variant in config.publish.mirrors}
+    return [
+        f"{mirror}: still has {variant} of an earlier release, which is withheld now; remove it there"
+        for variant, mirror in mirrors.items()
+        if _is_mirror(config, mirror)
+    ]
 
 
 def _is_mirror(config: Config, mirror: str) -> bool:

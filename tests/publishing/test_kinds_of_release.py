@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from pipeline.stages import publish
 from pipeline.workspace import HIDDEN, Workspace
 from tests.cards import sample
 from tests.publishing.conftest import BOTH, REPO, FakeRun, weights
@@ -44,6 +45,16 @@ def test_of_variants_alone_no_stage_is_reported_that_was_not_there(hub, midway):
     for event in ("adapter_pushed", "merged_model_pushed"):
         assert midway.events(event) == []
     assert len(midway.events("quantized_model_pushed")) == 2 and len(midway.events("model_card_pushed")) == 1
+
+
+def test_where_all_is_withheld_now_the_repository_that_has_it_is_told_of(hub, midway):
+    assert publish.still_there(midway.config, BOTH) == []
+    midway.publish(("int4",))
+    (line,) = publish.still_there(midway.config, BOTH)
+    assert line.startswith(f"{REPO}: still has int4 of an earlier release, withheld now; ")
+    assert line.endswith(f"tunepress rollback {REPO}")
+    midway.configure(name="another")
+    assert publish.still_there(midway.config, BOTH) == []
 
 
 def test_what_people_put_into_the_folder_of_a_variant_that_goes_stays_there(hub, midway):
