@@ -58,6 +58,8 @@ def test_embeddings_stay_where_stock_transformers_could_not_load_them(tiny_model
 
 @pytest.mark.parametrize("name", ["gguf-q4_k_m", "gguf-bf16"])
 def test_what_takes_no_options_has_one_rung(tiny_model, name):
+    if name == "gguf-q4_k_m":
+        pytest.importorskip("llama_cpp")
     assert len(rungs(tiny_model("llama"), name)) == 1
 
 

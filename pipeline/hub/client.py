@@ -53,9 +53,10 @@ def _send(send: Any, request: Any, **options: Any) -> Any:
     from huggingface_hub.utils import hf_raise_for_status
 
     transport = sys.modules[type(request).__module__.partition(".")[0]].TransportError  # httpx, or what follows it
-    if request.extensions.get("timeout", {}).get("read") is None:
-        seconds = setting("TUNEPRESS_HUB_TIMEOUT", TIMEOUT_SECONDS)
-        request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), seconds)
+    seconds = setting("TUNEPRESS_HUB_TIMEOUT", TIMEOUT_SECONDS)
+    known = request.extensions.get("timeout", {})  # downloads have a limit of their own
+    limits = {kind: min(seconds, known.get(kind) or math.inf) for kind in ("connect", "read", "write", "pool")}
+    request.extensions["timeout"] = limits
     try:
         answer = send(request, **options)
     except transport as error:
