@@ -123,6 +123,7 @@ def test_a_pull_request_proposes_it_and_leaves_the_main_branch(undecided, story)
 STRICT = ("--set", "quantize.gate.kl=1e-9", "--set", "quantize.gate.rise=100")
 
 
+@pytest.mark.slow
 def test_a_variant_that_is_withheld_is_left_out_unless_what_is_live_has_it(undecided, story):
     hub, asked = undecided.hub, ("--set", "quantize.variants=[int8]", "--set", "quantize.on_gate_failure=withhold")
     lineage = undecided.lineage(story.first_commit)

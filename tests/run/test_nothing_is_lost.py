@@ -58,6 +58,7 @@ def test_a_file_that_somebody_else_put_there_is_never_overwritten(copied, tmp_pa
         assert hub.read("ada/tiny", "config.json") == b"mine" and len(hub.files("ada/tiny")) <= 2
 
 
+@pytest.mark.slow
 def test_another_general_text_is_measured_anew_for_every_model(copied):
     text = (copied.folder / "general.txt").read_text()
     (copied.folder / "general.txt").write_text(text[::-1])

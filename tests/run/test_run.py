@@ -76,6 +76,7 @@ def test_a_second_run_does_nothing_and_is_quick(unpublished):
     assert "done before" in done.stdout and "\n> " not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_removed_variant_is_made_again_and_nothing_else(copied):
     before, files = copied.ledger(), len(copied.events())
     digest = before["quantize/int4"]["outputs"]["release/int4/model.safetensors"]["sha256"]

@@ -178,6 +178,7 @@ def test_several_models_of_which_one_fails_with_a_token_that_is_written_nowhere(
     assert not [name for name in place.hub.files("ada/second") if secret in place.hub.read("ada/second", name)]
 
 
+@pytest.mark.slow
 def test_what_loses_more_than_it_may_is_not_published(place):
     since = len(place.hub.requests)
     asked = ("ada/model", "ada/strict", "--quant-type", "int8", "--calibration", "general.txt", "--max-kl", "1e-9")
