@@ -98,7 +98,7 @@ def test_a_disk_that_is_full_in_any_stage_is_one_line_and_more_room_completes_th
     undisturbed, _ = whole
     variant = sum(-(-path.stat().st_size // PAGE) * PAGE for path in (undisturbed.release / "int4").iterdir())
     # kB: room to begin with, but not for what is made. Of a variant first not for its files, then not for its figures.
-    rooms = [("train", 32), ("merge", 32), ("evaluate", 32), ("quantize", 32), ("admit", variant // 1024 + 24)]
+    rooms = [("train", 32), ("merge", 32), ("evaluate", 32), ("quantize", 32), ("admit", variant // 1024 + 12)]
     disk = Disk(tmp_path / "place/work/runs", 64 * 1024)
     try:
         with LoopbackHub(tmp_path / "place/hub", WHO) as hub:
@@ -110,13 +110,13 @@ def test_a_disk_that_is_full_in_any_stage_is_one_line_and_more_room_completes_th
                 disk.fill(but=room)
                 done = place.tunepress(verb, place.config.name, check=2)
                 (line,) = done.stderr.strip().splitlines()
-                assert re.search(rf"^tunepress: {verb}\b.*(the disk is full|No space left)", line), line
+                assert re.search(rf"^tunepress: ({verb}|int4|document)\b.*(the disk is full|No space left)", line), line
                 if verb == "quantize":
                     assert (place.run_folder / "quantized/int4.json").exists() == (stage == "admit")
                 disk.make_room()
                 if stage != "quantize":
                     place.tunepress(verb, place.config.name)
             found = differences(place, undisturbed)
-            assert not [line for line in found if not re.search(r"_failed: |Trackio", line)]
+            assert not [line for line in found if not re.search(r"_failed: |Trackio|^logs/", line)]
     finally:
         disk.remove()
