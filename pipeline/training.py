@@ -21,11 +21,13 @@ from torch.utils.data import Sampler
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from pipeline import machine
 from pipeline.config import Config
 from pipeline.data.encode import NO_LOSS, EncodedSet
 from pipeline.errors import UserError
 from pipeline.events import Events
 from pipeline.files import sync_all, write_text
+from pipeline.kernels.training import quicken_training
 from pipeline.launch import share
 from pipeline.nf4 import load_base
 from pipeline.training_state import load_state, random_state, save_state, set_random_state
@@ -55,6 +57,7 @@ def new_trainer(
         UserError: where the model has none of the layers that are to be trained.
     """
     settings, on_gpu = config.train, torch.cuda.is_available()
+    dtype = machine.compute_dtype("cuda" if on_gpu else "cpu")
     batch_size, accumulate = share(config, processes)
     datasets = {
         name: Dataset.from_dict(
@@ -81,7 +84,8 @@ def new_trainer(
         packing=settings.packing,
         eval_packing=False,
         optim=optimizer,
-        bf16=True,
+        bf16=on_gpu and dtype == torch.bfloat16,
+        fp16=on_gpu and dtype == torch.float16,
         use_cpu=not on_gpu,
         gradient_checkpointing=on_gpu,
         eval_strategy="steps" if evaluation is not None else "no",
@@ -127,6 +131,8 @@ def new_trainer(
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if not on_gpu and not divided():
+        quicken_training(trainer.model, dtype)
     return trainer
 
 

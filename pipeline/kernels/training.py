@@ -1,0 +1,317 @@
+"""A LoRA training step on a CPU, in less time and memory than the libraries' own layers take.
+
+peft computes a layer and its adapter one after the other, and autograd keeps the inputs of both, converted to the
+adapter's float32. trl scores every position with the output head, and again for the gradient. Here
+
+- a frozen layer and its adapter are one function. It keeps its input once, however many layers share it;
+- only positions whose label counts go through the output head, once, and what is kept is their gradient;
+- packed sequences attend to themselves only, instead of to all tokens of the step under a mask;
+- everything is multiplied in the compute type. Weights stay stored as they are: NF4, or bfloat16.
+
+The numbers are those of the libraries up to rounding. GPUs, and models divided among processes, keep the libraries' way.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from pipeline.kernels.attention import MODELS
+from pipeline.kernels.products import float32_product
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+    from transformers import PreTrainedModel
+
+BLOCK_ELEMENTS = 1 << 22  # weights in the compute type at a time: 16 MB of float32
+LOGIT_ELEMENTS = 1 << 23  # logits at a time: 32 MB of float32
+PACKED_ATTENTION = "packed_on_cpu"  # by which transformers knows it
+
+
+def quicken_training(model: PeftModel, dtype: torch.dtype) -> None:
+    """Make a model with LoRA adapters on a CPU compute in `dtype`, with the functions of this module.
+
+    Args:
+        dtype: bfloat16 or float32. In float32, small weights (norms, convolutions) are converted once; embeddings and
+            linear layers stay as they are stored.
+    """
+    quicken_base(model, dtype)
+    for layer in model.modules():
+        if _is_plain_adapter(layer):
+            layer.forward = MethodType(_adapted, layer)
+            layer.compute_dtype = dtype
+    base = model.get_base_model()
+    _quicken_loss(base, dtype)
+    _quicken_packed_attention(base)
+
+
+def quicken_base(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Make the frozen layers of a model on a CPU compute in `dtype`, whatever their weights are stored in."""
+    head = model.get_output_embeddings()
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear) and not layer.weight.requires_grad:
+            layer.forward = MethodType(_frozen, layer)
+            layer.compute_dtype = dtype
+        elif isinstance(layer, torch.nn.Embedding):
+            layer.register_forward_hook(lambda _, __, states: states.to(dtype))
+        elif dtype == torch.float32 and layer is not head:
+            for parameter in layer.parameters(recurse=False):
+                if parameter.dtype in (torch.bfloat16, torch.float16):
+                    parameter.data = parameter.data.float()
+
+
+def _is_plain_adapter(layer: torch.nn.Module) -> bool:
+    """Return True if a layer is a frozen linear layer with one LoRA adapter and nothing else."""
+    from peft.tuners.lora import LoraLayer
+
+    if not isinstance(layer, LoraLayer) or len(layer.lora_A) != 1 or layer.lora_variant:
+        return False
+    (name,) = layer.lora_A
+    factors = layer.lora_A[name], layer.lora_B[name]
+    plain = all(type(factor) is torch.nn.Linear and factor.bias is None for factor in factors)
+    return plain and isinstance(layer.get_base_layer(), torch.nn.Linear)
+
+
+def _frozen(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """Compute what a frozen linear layer computes, with its weight in NF4 or in any floating type."""
+    y = _FrozenProduct.apply(x, layer)
+    return y if layer.bias is None else y + layer.bias.to(y.dtype)
+
+
+def _adapted(layer: LoraLayer, x: torch.Tensor, *arguments, **settings) -> torch.Tensor:
+    """Compute what a linear layer with a LoRA adapter computes: x W^T + b + scaling * dropout(x) A^T B^T."""
+    if layer.disable_adapters or layer.merged or arguments or settings:
+        return type(layer).forward(layer, x, *arguments, **settings)
+    (name,) = layer.lora_A
+    base, dropout, kept = layer.get_base_layer(), layer.lora_dropout[name], None
+    share = getattr(dropout, "p", 0.0)
+    if layer.training and share:
+        kept = torch.empty(x.shape, dtype=torch.bool).bernoulli_(1 - share)
+    factors = layer.lora_A[name].weight, layer.lora_B[name].weight
+    y = _AdaptedProduct.apply(x, *factors, base, layer.scaling[name], kept, share)
+    return y if base.bias is None else y + base.bias.to(y.dtype)
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """x (..., K) times the transposed weight (N, K) of a frozen layer. Keeps nothing for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, layer: torch.nn.Linear) -> torch.Tensor:
+        ctx.layer = layer
+        return _times_transposed(x, layer)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        return _times(gradient, ctx.layer), None
+
+
+class _AdaptedProduct(torch.autograd.Function):
+    """The same plus scaling * (x A^T) B^T, with A (r, K) and B (N, r) in float32, which are trained."""
+
+    @staticmethod
+    def forward(ctx, x, a, b, layer, scaling, kept, share):
+        ctx.layer, ctx.scaling, ctx.share = layer, scaling, share
+        dtype = layer.compute_dtype
+        x = x.to(dtype)
+        flat = _dropped(x, kept, share).reshape(-1, x.shape[-1])
+        low = flat @ a.to(dtype).T
+        y = _times_transposed(x, layer)
+        y.view(-1, y.shape[-1]).addmm_(low, b.to(dtype).T, alpha=scaling)
+        ctx.save_for_backward(x, a, b, low, kept)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, a, b, low, kept = ctx.saved_tensors
+        gradient = gradient.to(x.dtype)
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        narrow = rows @ b.to(x.dtype) * ctx.scaling
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = _times(gradient, ctx.layer)
+            if kept is None:
+                of_x.view(-1, x.shape[-1]).addmm_(narrow, a.to(x.dtype))
+            else:
+                of_x += _dropped((narrow @ a.to(x.dtype)).view(x.shape), kept, ctx.share)
+        of_a = narrow.T @ _dropped(x, kept, ctx.share).reshape(-1, x.shape[-1])
+        of_b = (rows.T @ low) * ctx.scaling
+        return of_x, of_a.to(a.dtype), of_b.to(b.dtype), None, None, None, None
+
+
+def _dropped(x: torch.Tensor, kept: torch.Tensor | None, share: float) -> torch.Tensor:
+    """Return what dropout leaves of x; `kept` is True where it keeps a number."""
+    return x if kept is None else x * kept * (1 / (1 - share))
+
+
+def _weight(layer: torch.nn.Linear) -> torch.Tensor:
+    """Return the weight (N, K) of a frozen layer as training sees it: NF4 as bfloat16, anything else as stored."""
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None:
+        return layer.weight.detach()
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(layer.weight.data, state)
+
+
+def _times_transposed(x: torch.Tensor, layer: torch.nn.Linear) -> torch.Tensor:
+    """Return x (..., K) times the transposed weight of a layer, (..., N), in its compute type."""
+    flat, weight = x.to(layer.compute_dtype).reshape(-1, x.shape[-1]), _weight(layer)
+    if flat.dtype == torch.float32:
+        parts = [float32_product(flat, weight[rows].float()) for rows in _blocks(weight)]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    else:
+        y = flat @ weight.to(flat.dtype).T
+    return y.view(*x.shape[:-1], -1)
+
+
+def _times(gradient: torch.Tensor, layer: torch.nn.Linear) -> torch.Tensor:
+    """Return a gradient (..., N) times the weight of a layer, (..., K), in its compute type."""
+    flat, weight = gradient.to(layer.compute_dtype).reshape(-1, gradient.shape[-1]), _weight(layer)
+    return _sum_of_rows(flat, weight).view(*gradient.shape[:-1], -1)
+
+
+def _sum_of_rows(factors: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return factors (T, N) times a weight (N, K) of any floating type, in the type of the factors."""
+    if factors.dtype != torch.float32:
+        return factors @ weight.to(factors.dtype)
+    result = None
+    for rows in _blocks(weight):
+        part = float32_product(factors[:, rows], weight[rows].float().T)
+        result = part if result is None else result.add_(part)
+    return result
+
+
+def _blocks(weight: torch.Tensor) -> list[slice]:
+    step = max(1, BLOCK_ELEMENTS // weight.shape[1])
+    return [slice(first, min(first + step, len(weight))) for first in range(0, len(weight), step)]
+
+
+def _quicken_loss(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Replace trl's fused output head, where the head is a matrix with at most a soft cap behind it."""
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    from pipeline.heads import softcap
+
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    scales = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+    scaled = any(getattr(config, name, None) not in (None, 1.0) for name in scales)
+    if scaled or head is None or head.bias is not None or getattr(config, "output_router_logits", False):
+        return
+    trls_forward = model.forward
+
+    def forward(self, *arguments, fused_lm_head: bool = False, labels: torch.Tensor | None = None, **settings):
+        if not fused_lm_head or settings.get("shift_labels") is not None:
+            return trls_forward(*arguments, fused_lm_head=fused_lm_head, labels=labels, **settings)
+        count = settings.pop("num_items_in_batch", None)
+        states = self.base_model(*arguments, **settings)[0][:, :-1]
+        mask = labels[:, 1:] != -100
+        found = _TokenLogProbs.apply(states[mask], head.weight, labels[:, 1:][mask], softcap(config), dtype)
+        log_probs, entropy, is_top1 = (values.new_zeros(mask.shape).masked_scatter(mask, values) for values in found)
+        loss = -log_probs.sum() / (mask.sum().clamp(min=1) if count is None else count)
+        return FusedCausalLMOutput(
+            loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask
+        )
+
+    model.forward = MethodType(forward, model)
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """Log-probabilities of tokens, the entropy there, and whether each token is the likeliest one.
+
+    Shapes: states (T, H), head (V, H), targets (T) -> three of (T); logits are never held for all tokens. What is kept
+    for the backward pass is the gradient of each log-probability, (T, H).
+    """
+
+    @staticmethod
+    def forward(ctx, states, head, targets, softcap, dtype):
+        log_probs, entropy = states.new_empty(2, len(states), dtype=torch.float32)
+        first = torch.empty(len(states), dtype=torch.bool)
+        gradient = torch.empty(states.shape, dtype=dtype) if ctx.needs_input_grad[0] else None
+        step = max(1, LOGIT_ELEMENTS // len(head))
+        for start in range(0, len(states), step):
+            rows = slice(start, start + step)
+            logits, chosen = _logits(states[rows].to(dtype), head), targets[rows, None]
+            bounded = None
+            if softcap is not None:
+                bounded = logits.div_(softcap).tanh_()
+                logits = bounded * softcap
+            first[rows] = logits.argmax(-1) == chosen.squeeze(1)
+            logits -= logits.amax(-1, keepdim=True)
+            of_chosen = logits.gather(1, chosen).squeeze(1)
+            probabilities = logits.exp()
+            total = probabilities.sum(-1, keepdim=True)
+            probabilities /= total
+            scale = total.squeeze(1).log()
+            log_probs[rows] = of_chosen - scale
+            entropy[rows] = scale - torch.bmm(probabilities[:, None], logits[:, :, None]).view(-1)
+            if gradient is None:
+                continue
+            slope = probabilities.neg_()
+            slope.scatter_add_(1, chosen, slope.new_ones(chosen.shape))
+            if bounded is not None:
+                slope *= 1 - bounded.square_()
+            gradient[rows] = _sum_of_rows(slope.to(dtype), head.detach())
+        ctx.save_for_backward(gradient)
+        ctx.dtype = states.dtype
+        ctx.mark_non_differentiable(entropy, first)
+        return log_probs, entropy, first
+
+    @staticmethod
+    def backward(ctx, of_log_probs, *_):
+        (gradient,) = ctx.saved_tensors
+        return (gradient * of_log_probs[:, None]).to(ctx.dtype), None, None, None, None
+
+
+def _logits(states: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """Return states (T, H) times the transposed head (V, H) in float32, (T, V), multiplied in the states' type."""
+    if states.dtype != torch.float32:
+        return (states @ head.detach().to(states.dtype).T).float()
+    result = torch.empty(len(states), len(head))
+    for rows in _blocks(head):
+        result[:, rows] = float32_product(states, head.detach()[rows].float())
+    return result
+
+
+def _quicken_packed_attention(model: PreTrainedModel) -> None:
+    """Let each sequence that is packed with others into one row attend to itself alone."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    if model.config.model_type in MODELS and model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(PACKED_ATTENTION, _attend_packed)
+        AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
+        model.set_attn_implementation(PACKED_ATTENTION)
+
+
+def _attend_packed(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **others):
+    """Compute what transformers' sdpa attention computes for one row of packed sequences, sequence by sequence.
+
+    Shapes: query (1, H, T, D), key and value (1, H', T, D), mask (1, 1, T, T) of booleans. `cu_seq_lens_q` tells where
+    sequences begin. Anything else goes to transformers' own function.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    bounds = others.get("cu_seq_lens_q")
+    asked = dropout or any(others.get(name) is not None for name in ("softcap", "position_bias"))
+    packed = bounds is not None and len(query) == 1 and attention_mask is not None and key.shape[2] == bounds[-1]
+    if not packed or asked or attention_mask.dtype != torch.bool:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others
+        )
+    parts = []
+    for first, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        parts.append(
+            scaled_dot_product_attention(
+                query[:, :, first:stop],
+                key[:, :, first:stop],
+                value[:, :, first:stop],
+                attn_mask=attention_mask[:, :, first:stop, first:stop],
+                scale=scaling,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+        )
+    return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
