@@ -41,6 +41,10 @@ def load_base(folder: Path, in_nf4: bool, divided: bool = False) -> PreTrainedMo
         quantization_config=config if in_nf4 else None,
         device_map={"": torch.cuda.current_device()} if whole_on_gpu else None,
     )
+    if in_nf4 and model.device.type == "cpu":
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.clone()  # or the whole file stays mapped for what is left of it
     for module in model.modules():
         # On CPUs with AVX512-BF16 bitsandbytes repacks weights in place at the first evaluation:
         # its scales lose precision, widths that 64 does not divide fail, and what comes after

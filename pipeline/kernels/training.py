@@ -33,27 +33,30 @@ PACKED_ATTENTION = "packed_on_cpu"  # by which transformers knows it
 
 
 def quicken_training(model: PeftModel, dtype: torch.dtype) -> None:
-    """Make a model with LoRA adapters on a CPU compute in `dtype`, with the functions of this module.
+    """Make a model with LoRA adapters on a CPU train in `dtype`, with the functions of this module.
+
+    Call it after trl's trainer has prepared the model, whose loss it replaces.
 
     Args:
-        dtype: bfloat16 or float32. In float32, small weights (norms, convolutions) are converted once; embeddings and
-            linear layers stay as they are stored.
+        dtype: bfloat16 or float32, the compute type.
     """
-    quicken_base(model, dtype)
+    quicken_layers(model, dtype)
+    _quicken_loss(model.get_base_model(), dtype)
+
+
+def quicken_layers(model: PeftModel, dtype: torch.dtype) -> None:
+    """Make the layers and adapters of a model on a CPU compute in `dtype`, whatever their weights are stored in.
+
+    In float32, small weights (norms, convolutions) are converted once; embeddings and linear layers stay as stored.
+    """
+    base = model.get_base_model()
+    head, known = base.get_output_embeddings(), base.config.model_type in MODELS
     for layer in model.modules():
         if _is_plain_adapter(layer):
             layer.forward = MethodType(_adapted, layer)
-            layer.compute_dtype = dtype
-    base = model.get_base_model()
-    _quicken_loss(base, dtype)
-    _quicken_packed_attention(base)
-
-
-def quicken_base(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Make the frozen layers of a model on a CPU compute in `dtype`, whatever their weights are stored in."""
-    head = model.get_output_embeddings()
-    for layer in model.modules():
-        if isinstance(layer, torch.nn.Linear) and not layer.weight.requires_grad:
+        elif known and all(hasattr(layer, part) for part in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+            layer.forward = MethodType(_feed_forward, layer)
+        elif isinstance(layer, torch.nn.Linear) and not layer.weight.requires_grad:
             layer.forward = MethodType(_frozen, layer)
             layer.compute_dtype = dtype
         elif isinstance(layer, torch.nn.Embedding):
@@ -62,6 +65,8 @@ def quicken_base(model: torch.nn.Module, dtype: torch.dtype) -> None:
             for parameter in layer.parameters(recurse=False):
                 if parameter.dtype in (torch.bfloat16, torch.float16):
                     parameter.data = parameter.data.float()
+    if known and base.config._attn_implementation == "sdpa":
+        _quicken_packed_attention(base)
 
 
 def _is_plain_adapter(layer: torch.nn.Module) -> bool:
@@ -78,22 +83,68 @@ def _is_plain_adapter(layer: torch.nn.Module) -> bool:
 
 def _frozen(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """Compute what a frozen linear layer computes, with its weight in NF4 or in any floating type."""
-    y = _FrozenProduct.apply(x, layer)
-    return y if layer.bias is None else y + layer.bias.to(y.dtype)
+    return _with_bias(_FrozenProduct.apply(x, layer), layer)
 
 
 def _adapted(layer: LoraLayer, x: torch.Tensor, *arguments, **settings) -> torch.Tensor:
     """Compute what a linear layer with a LoRA adapter computes: x W^T + b + scaling * dropout(x) A^T B^T."""
     if layer.disable_adapters or layer.merged or arguments or settings:
         return type(layer).forward(layer, x, *arguments, **settings)
+    return _with_bias(_AdaptedProduct.apply(x, *_factors(layer), _Terms(layer, x)), layer.get_base_layer())
+
+
+def _feed_forward(block: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Compute what the gated feed-forward part of a decoder block computes."""
+    gate, up, layer = block.gate_proj(x), block.up_proj(x), block.down_proj
+    if not _is_plain_adapter(layer) or layer.disable_adapters or layer.merged:
+        return layer(block.act_fn(gate) * up)
+    y = _GatedProduct.apply(gate, up, *_factors(layer), _Terms(layer, gate), block.act_fn)
+    return _with_bias(y, layer.get_base_layer())
+
+
+def _factors(layer: LoraLayer) -> tuple[torch.Tensor, torch.Tensor]:
     (name,) = layer.lora_A
-    base, dropout, kept = layer.get_base_layer(), layer.lora_dropout[name], None
-    share = getattr(dropout, "p", 0.0)
-    if layer.training and share:
-        kept = torch.empty(x.shape, dtype=torch.bool).bernoulli_(1 - share)
-    factors = layer.lora_A[name].weight, layer.lora_B[name].weight
-    y = _AdaptedProduct.apply(x, *factors, base, layer.scaling[name], kept, share)
-    return y if base.bias is None else y + base.bias.to(y.dtype)
+    return layer.lora_A[name].weight, layer.lora_B[name].weight
+
+
+def _with_bias(y: torch.Tensor, layer: torch.nn.Linear) -> torch.Tensor:
+    return y if layer.bias is None else y + layer.bias.to(y.dtype)
+
+
+class _Terms:
+    """What a layer with an adapter computes besides its input: the frozen layer, and the dropout that was drawn."""
+
+    def __init__(self, layer: LoraLayer, x: torch.Tensor):
+        (name,) = layer.lora_A
+        self.layer, self.scaling = layer.get_base_layer(), layer.scaling[name]
+        self.share = getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0
+        self.kept = torch.empty(x.shape, dtype=torch.bool).bernoulli_(1 - self.share) if self.share else None
+
+    def forward(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return y (..., N) for x (..., K), and x A^T (T, r), which the backward pass needs again."""
+        low = _flat(self.dropped(x)) @ a.to(x.dtype).T
+        y = _times_transposed(x, self.layer)
+        _flat(y).addmm_(low, b.to(x.dtype).T, alpha=self.scaling)
+        return y, low
+
+    def backward(self, gradient, x, a, b, low) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the gradients of x, A and B."""
+        rows = _flat(gradient.to(x.dtype))
+        narrow = (rows @ b.to(x.dtype)) * self.scaling
+        of_x = _times(rows, self.layer).view(x.shape)
+        if self.kept is None:
+            _flat(of_x).addmm_(narrow, a.to(x.dtype))
+        else:
+            of_x += self.dropped((narrow @ a.to(x.dtype)).view(x.shape))
+        of_a = narrow.T @ _flat(self.dropped(x))
+        return of_x, of_a.to(a.dtype), (rows.T @ low).mul_(self.scaling).to(b.dtype)
+
+    def dropped(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.kept is None else x * self.kept * (1 / (1 - self.share))
+
+
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    return x.view(-1, x.shape[-1]) if x.is_contiguous() else x.reshape(-1, x.shape[-1])
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -113,38 +164,36 @@ class _AdaptedProduct(torch.autograd.Function):
     """The same plus scaling * (x A^T) B^T, with A (r, K) and B (N, r) in float32, which are trained."""
 
     @staticmethod
-    def forward(ctx, x, a, b, layer, scaling, kept, share):
-        ctx.layer, ctx.scaling, ctx.share = layer, scaling, share
-        dtype = layer.compute_dtype
-        x = x.to(dtype)
-        flat = _dropped(x, kept, share).reshape(-1, x.shape[-1])
-        low = flat @ a.to(dtype).T
-        y = _times_transposed(x, layer)
-        y.view(-1, y.shape[-1]).addmm_(low, b.to(dtype).T, alpha=scaling)
-        ctx.save_for_backward(x, a, b, low, kept)
+    def forward(ctx, x, a, b, terms):
+        x = x.to(terms.layer.compute_dtype)
+        y, low = terms.forward(x, a, b)
+        ctx.save_for_backward(x, a, b, low)
+        ctx.terms = terms
         return y
 
     @staticmethod
     def backward(ctx, gradient):
-        x, a, b, low, kept = ctx.saved_tensors
-        gradient = gradient.to(x.dtype)
-        rows = gradient.reshape(-1, gradient.shape[-1])
-        narrow = rows @ b.to(x.dtype) * ctx.scaling
-        of_x = None
-        if ctx.needs_input_grad[0]:
-            of_x = _times(gradient, ctx.layer)
-            if kept is None:
-                of_x.view(-1, x.shape[-1]).addmm_(narrow, a.to(x.dtype))
-            else:
-                of_x += _dropped((narrow @ a.to(x.dtype)).view(x.shape), kept, ctx.share)
-        of_a = narrow.T @ _dropped(x, kept, ctx.share).reshape(-1, x.shape[-1])
-        of_b = (rows.T @ low) * ctx.scaling
-        return of_x, of_a.to(a.dtype), of_b.to(b.dtype), None, None, None, None
+        return *ctx.terms.backward(gradient, *ctx.saved_tensors), None
 
 
-def _dropped(x: torch.Tensor, kept: torch.Tensor | None, share: float) -> torch.Tensor:
-    """Return what dropout leaves of x; `kept` is True where it keeps a number."""
-    return x if kept is None else x * kept * (1 / (1 - share))
+class _GatedProduct(torch.autograd.Function):
+    """The same of activation(gate) * up, which is computed again for the backward pass instead of being kept."""
+
+    @staticmethod
+    def forward(ctx, gate, up, a, b, terms, activation):
+        y, low = terms.forward(activation(gate) * up, a, b)
+        ctx.save_for_backward(gate, up, a, b, low)
+        ctx.terms, ctx.activation = terms, activation
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gate, up, *adapter = ctx.saved_tensors
+        gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
+        with torch.enable_grad():
+            x = ctx.activation(gate) * up
+        of_x, of_a, of_b = ctx.terms.backward(gradient, x.detach(), *adapter)
+        return *torch.autograd.grad(x, (gate, up), of_x), of_a, of_b, None, None
 
 
 def _weight(layer: torch.nn.Linear) -> torch.Tensor:
@@ -281,10 +330,9 @@ def _quicken_packed_attention(model: PreTrainedModel) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    if model.config.model_type in MODELS and model.config._attn_implementation == "sdpa":
-        AttentionInterface.register(PACKED_ATTENTION, _attend_packed)
-        AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
-        model.set_attn_implementation(PACKED_ATTENTION)
+    AttentionInterface.register(PACKED_ATTENTION, _attend_packed)
+    AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
+    model.set_attn_implementation(PACKED_ATTENTION)
 
 
 def _attend_packed(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **others):
@@ -314,4 +362,4 @@ def _attend_packed(module, query, key, value, attention_mask, scaling=None, drop
                 enable_gqa=query.shape[1] != key.shape[1],
             )
         )
-    return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
+    return torch.cat([part.transpose(1, 2) for part in parts], 1), None

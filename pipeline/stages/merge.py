@@ -158,7 +158,11 @@ def live_model(config: Config, base: Path, adapter: Path):
     """The base as training held it, with the adapter on top and not merged."""
     from peft import PeftModel
 
+    from pipeline import machine
+    from pipeline.kernels.training import quicken_layers
     from pipeline.nf4 import load_base
 
-    model = load_base(base, config.train.method == "qlora")
-    return PeftModel.from_pretrained(model, adapter).eval()
+    model = PeftModel.from_pretrained(load_base(base, config.train.method == "qlora"), adapter).eval()
+    if model.device.type == "cpu":
+        quicken_layers(model, machine.compute_dtype("cpu"))
+    return model

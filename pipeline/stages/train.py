@@ -1,7 +1,7 @@
 """Fine-tune: NF4 base (or bf16), LoRA on its linear layers, answers as the target.
 
 Tokens and loss masks are made by `pipeline.data`, the loop is trl's. NF4 uses double
-quantization and computes in bf16, on CUDA and on a CPU alike (QLoRA, Dettmers et al., 2023).
+quantization (QLoRA, Dettmers et al., 2023); computes in what this machine is fast in.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 
+from pipeline import machine
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.events import Events
@@ -96,7 +97,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
         "resumed_from_step": resumed_from,
         "device": trainer.args.device.type,
         "processes": team.size,
-        "dtype": "bfloat16",
+        "dtype": machine.dtype_name(machine.compute_dtype(trainer.args.device)),
         "history": [row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row],
     }
     if not team.leads:
