@@ -86,6 +86,7 @@ class Train(Section):
     lora: Lora = Lora()
     epochs: Real = Field(default=1, gt=0, le=1000)
     max_steps: Count | None = None
+    max_minutes: Real | None = Field(default=None, gt=0, le=100_000, description="stop training after this time")
     batch_size: Count = 4
     accumulate: Count = 4
     learning_rate: Rate = 2.0e-4

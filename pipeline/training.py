@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from pipeline import machine
-from pipeline.config import Config
+from pipeline.config import Config, Train
 from pipeline.data.encode import NO_LOSS, EncodedSet
 from pipeline.errors import UserError
 from pipeline.events import Events
@@ -30,6 +30,7 @@ from pipeline.files import sync_all, write_text
 from pipeline.kernels.training import quicken_training
 from pipeline.launch import share
 from pipeline.nf4 import load_base
+from pipeline.time_limit import TimeLimit
 from pipeline.training_state import load_state, random_state, save_state, set_random_state
 
 TRAINING_STATE = "training_state.safetensors"  # in a checkpoint: the optimizer and the schedule
@@ -118,7 +119,7 @@ def new_trainer(
             eval_dataset=evaluation,
             processing_class=tokenizer,
             peft_config=lora,
-            callbacks=[_Reports(events), _OnDisk()],
+            callbacks=[_Reports(events), *_time_limit(settings, encoded), _OnDisk()],
         )
     except ValueError as error:
         if "target modules" not in str(error).lower():
@@ -134,6 +135,16 @@ def new_trainer(
     if not on_gpu and not divided():
         quicken_training(trainer.model, dtype)
     return trainer
+
+
+def _time_limit(settings: Train, encoded: dict[str, EncodedSet]) -> list[TimeLimit]:
+    if settings.max_minutes is None:
+        return []
+    held_out = sum(len(example.input_ids) for example in encoded["held-out"].examples)
+    examples = encoded["training"].examples
+    # Packed sequences are full; others are as long as their examples, which are shorter than `max_length`.
+    length = settings.max_length if settings.packing else sum(len(e.input_ids) for e in examples) / len(examples)
+    return [TimeLimit(settings.max_minutes, held_out / (length * settings.batch_size * settings.accumulate))]
 
 
 class Trainer(SFTTrainer):

@@ -256,6 +256,7 @@ def _quicken_loss(model: PreTrainedModel, dtype: torch.dtype) -> None:
         if not fused_lm_head or settings.get("shift_labels") is not None:
             return trls_forward(*arguments, fused_lm_head=fused_lm_head, labels=labels, **settings)
         count = settings.pop("num_items_in_batch", None)
+        settings["use_cache"] = False  # with a cache, transformers would not look for packed sequences
         states = self.base_model(*arguments, **settings)[0][:, :-1]
         mask = labels[:, 1:] != -100
         found = _TokenLogProbs.apply(states[mask], head.weight, labels[:, 1:][mask], softcap(config), dtype)

@@ -13,7 +13,7 @@ import platform
 import shutil
 import time
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -159,10 +159,12 @@ def _prepare(config: Config, workspace: Workspace, events: Events, team: Team) -
         longest = config.train.max_length
         raise UserError(f"train.max_length {longest}: leaves no answer in any example; make it larger")
     comparable.check_tokens(config, compared, tokenizer)
-    texts.chosen(config, encoded["held-out"].examples)
+    measured = texts.chosen(config, encoded["held-out"].examples)
     texts.general(config, tokenizer)
     description = describe(data, encoded, tokenizer)
     events.show(report(description, samples(data, encoded, tokenizer)))
+    # Training's held-out loss is taken on the examples that the model is measured on later.
+    encoded["held-out"] = replace(encoded["held-out"], examples=measured)
     return _Prepared(base, tokenizer, encoded, description)
 
 
