@@ -109,6 +109,9 @@ class Merge(Section):
 class Evaluate(Section):
     general: str = Field(default="builtin:python-topics", description="general text: builtin, a .txt file")
     max_tokens: Whole = Field(default=16384, ge=256, description="tokens measured of each text")
+    max_minutes: Real | None = Field(
+        default=None, gt=0, le=100_000, description="measure each model on fewer tokens if they would take longer"
+    )
     prompts: list[str] = Field(default=[], description="questions whose answers the card shows")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where models are measured")
 

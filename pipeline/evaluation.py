@@ -98,6 +98,8 @@ def _in_transformers(
     model, tokenizer = load_dequantized(file, reference, **where) if file else load(folder, **where)
     offloaded = is_offloaded(model)
     texts.with_template(tokenizer, workspace)
+    if reference is None:
+        texts.plan(config, workspace, model, tokenizer)
     sequences = texts.all_texts(config, workspace, tokenizer)
     head_name = heads.head_name(model) if reference is None else None
     head, softcap = heads.head_matrix(model).to("cpu"), heads.softcap(model.config)

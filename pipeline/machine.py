@@ -74,6 +74,14 @@ def check_compute_dtype() -> None:
         raise UserError(f"{COMPUTE_DTYPE}: not a compute type ({asked}). Use: {' or '.join(COMPUTE_DTYPES)}")
 
 
+def compute_bytes_here() -> int:
+    """Return the bytes of a number in the compute type of this CPU, as far as that is known without torch: 2 or 4."""
+    asked = os.environ.get(COMPUTE_DTYPE)
+    flags = _line_in("/proc/cpuinfo", "flags")
+    native = "avx512_bf16" in flags or "amx_bf16" in flags
+    return 2 if asked == "bfloat16" or (native and asked != "float32") else 4
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the name of a torch type without its module, such as `bfloat16`."""
     return str(dtype).removeprefix("torch.")
@@ -189,10 +197,12 @@ def peak_memory_bytes() -> int:
 
 def cpu_name() -> str:
     """The processor, as its maker calls it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    name = _line_in("/proc/cpuinfo", "model name").split(":", 1)[-1].strip()
+    return name or platform.processor() or platform.machine()
+
+
+def _line_in(path: str, key: str) -> str:
+    """Return the first line of a file of the system that begins with `key`; empty if there is none."""
+    with contextlib.suppress(OSError):
+        return next((line for line in Path(path).read_text().splitlines() if line.startswith(key)), "")
+    return ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -20,16 +21,56 @@ from pipeline.errors import DataError
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Tokens of general text that a model sees at once; fewer where there would not be this many windows,
 # since an error cannot be estimated from one.
 WINDOW, WINDOWS = 1024, 16
+SAMPLE_TOKENS = 256  # of general text that show how fast a model is measured
+FEWEST_TOKENS = 256  # that any figure is taken from, and what numbers of tokens are multiples of
+COMPARED = 1.5  # the time that scoring and comparing a variant take, in that of scoring a model
 HELD_OUT, GENERAL = "held_out", "general"
+
+
+def plan(config: Config, workspace: Workspace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Choose how many tokens of each text are measured, if `evaluate.max_minutes` limits the time, once for a run.
+
+    The first model of a run that is measured reads a little of the general text twice; the second time shows how long
+    a token takes. All models of the run are then measured on the same tokens.
+    """
+    from pipeline import measure
+
+    asked = _asked(config)
+    if asked["max_minutes"] is None or workspace.read_measurement("texts").get("asked") == asked:
+        return
+    sample = encode_text(general_text(config.evaluate.general), tokenizer, SAMPLE_TOKENS, SAMPLE_TOKENS)
+    measure.score(model, sample)
+    start = time.perf_counter()
+    measure.score(model, sample)
+    seconds = COMPARED * (time.perf_counter() - start) / sum(len(s.input_ids) for s in sample)
+    fitting = 60 * asked["max_minutes"] / ((2 if config.data else 1) * seconds)
+    tokens = max(FEWEST_TOKENS, int(fitting) // FEWEST_TOKENS * FEWEST_TOKENS)
+    kept = {"asked": asked, "max_tokens": min(tokens, asked["max_tokens"])}
+    workspace.write_measurement("texts", kept)
+
+
+def within_time(config: Config, workspace: Workspace) -> Config:
+    """Return the configuration with as many tokens to measure on as this run's plan allows, if it has one."""
+    kept = workspace.read_measurement("texts")
+    if kept.get("asked") != _asked(config):
+        return config
+    tokens = min(kept["max_tokens"], config.evaluate.max_tokens)
+    evaluate = config.evaluate.model_copy(update={"max_tokens": tokens})
+    return config.model_copy(update={"evaluate": evaluate})
+
+
+def _asked(config: Config) -> dict:
+    return config.evaluate.model_dump(include={"max_tokens", "max_minutes", "general"})
 
 
 def held_out(config: Config, workspace: Workspace, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
     """Held-out examples, whole ones, up to `evaluate.max_tokens` tokens of input."""
+    config = within_time(config, workspace)
     examples = read_examples(workspace.data / "held_out.jsonl")
     return chosen(config, encode_examples(examples, tokenizer, config.train.loss_on, config.train.max_length).examples)
 
@@ -71,7 +112,7 @@ def general(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]
 def all_texts(config: Config, workspace: Workspace, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Encoded]]:
     """The texts by name; held-out text only where there is a data set."""
     kept = {HELD_OUT: held_out(config, workspace, tokenizer)} if config.data else {}
-    return kept | {GENERAL: general(config, tokenizer)}
+    return kept | {GENERAL: general(within_time(config, workspace), tokenizer)}
 
 
 def digest(sequences: Sequence[Encoded]) -> str:

@@ -10,6 +10,8 @@ from typing import TypeVar
 State = TypeVar("State")
 
 PROMPT_TOKENS, NEW_TOKENS, REPEATS = 256, 32, 3
+LONG = 5.0  # seconds; a round that takes longer is not repeated, and no more tokens are written in it
+FEWEST_STEPS = 4  # tokens that are written in any case
 
 
 def tokens_per_second(
@@ -21,7 +23,7 @@ def tokens_per_second(
     repeats: int = REPEATS,
     now: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Reading a prompt, and writing after it. Medians over rounds, after one that warms up.
+    """Reading a prompt, and writing after it. Medians over rounds, after one that warms up unless that one is long.
 
     Args:
         read: reads a prompt of so many tokens from its beginning.
@@ -32,20 +34,23 @@ def tokens_per_second(
     new_tokens = min(new_tokens, limit // 2)
     prompt_tokens = min(prompt_tokens, limit - new_tokens)
     prefills, steps = [], []
-    for attempt in range(repeats + 1):
-        start = now()
+    for _ in range(repeats + 1):
+        begun = now()
         state = read(prompt_tokens)
-        prefill = now() - start
-        for _ in range(new_tokens):
+        prefills.append(now() - begun)
+        steps.append([])
+        while len(steps[-1]) < new_tokens and (len(steps[-1]) < FEWEST_STEPS or now() - begun < LONG):
             start = now()
             state = write(state)
-            if attempt:
-                steps.append(now() - start)
-        if attempt:
-            prefills.append(prefill)
+            steps[-1].append(now() - start)
+        if now() - begun >= LONG:
+            break
+    if len(steps) > 1:  # in a long round warming up makes no difference
+        del prefills[0], steps[0]
+    written = [seconds for round_ in steps for seconds in round_]
     return {
         "prefill_tokens_per_second": prompt_tokens / statistics.median(prefills),
-        "decode_tokens_per_second": 1 / statistics.median(steps),
+        "decode_tokens_per_second": 1 / statistics.median(written),
         "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
+        "new_tokens": max(map(len, steps)),
     }

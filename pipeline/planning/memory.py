@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from pipeline.catalog import VARIANTS
 from pipeline.config import Config, Lora, Train, VariantSpec
-from pipeline.machine import cores
+from pipeline.machine import compute_bytes_here, cores
 from pipeline.planning.model import Sizes
 
 Need = dict[str, int]  # part -> bytes
@@ -29,8 +29,9 @@ MEASURING_HOLES = 1.1  # of scoring and comparing one model after another
 COMPARED_HOLES = 1.3  # of three models one after the other, which all work in blocks of the same sizes
 CUDA_HOLES = 1.15  # torch's own allocator fills its blocks better
 MAPPED = "pages of the files"  # count as resident, and are given back where memory is short
-LOSS_TOKENS, LOSS_COLUMNS = 4096, 32768  # of the tile of logits that trl computes at a time
-LOSS_BYTES = 31  # a logit on a CPU: seven temporaries in float32, the tile in bf16, a mask
+LOSS_TOKENS, LOSS_COLUMNS = 4096, 32768  # of the tile of logits that trl computes at a time on a GPU
+TRAINED_LOGITS = 1 << 23  # `kernels.training.LOGIT_ELEMENTS`
+TRAINED_LOGIT_BYTES = 14  # each of them: float32 three times over, or twice and the tile in bf16
 SCORED_TOKENS = 2048  # `measure.BATCH_TOKENS`
 LOGITS = 1 << 24  # `heads.LOGIT_ELEMENTS`
 LOGITS_BYTES = 30  # each of them: float32, seven and a half times over, while two models are compared
@@ -65,34 +66,46 @@ def training(sizes: Sizes, train: Train, on_gpu: bool) -> tuple[Need, Need]:
     """Main memory and GPU memory of the training stage. On a GPU gradients are checkpointed, on a CPU not."""
     in_nf4 = train.method == "qlora"
     tokens, adapter = train.batch_size * train.max_length, adapter_parameters(sizes, train.lora)
-    layer = tokens * _saved_a_token(sizes, train)
-    # Packed sequences lie in one row, so that every token has a place in the mask for every other.
-    mask = 2 * (tokens**2 if train.packing else tokens * train.max_length)
     small_states = on_gpu and train.optimizer != "adamw" or train.optimizer == "paged_adamw_8bit"
     held = {
         "weights": held_weights(sizes, in_nf4),
         "adapter and optimizer": adapter * (4 + 4 + (2 if small_states else 8)),
     }
-    tile = min(tokens, LOSS_TOKENS) * min(sizes.vocabulary, LOSS_COLUMNS)
     if not on_gpu:
-        held["activations"] = int(HOLES * sizes.layers * (layer + mask))
-        held["logits"] = int(HOLES * tile * LOSS_BYTES)
-        held |= _mapped(sizes, in_nf4)
+        layer = tokens * _kept_on_cpu(sizes, train, compute_bytes_here())
+        held["activations"] = int(HOLES * sizes.layers * layer)
+        held["logits"] = min(tokens * sizes.vocabulary, TRAINED_LOGITS) * TRAINED_LOGIT_BYTES
         return {"libraries": LIBRARIES["train"], **held}, {}
+    layer = tokens * _kept_on_gpu(sizes, train)
+    # Packed sequences lie in one row, so that every token has a place in the mask for every other.
+    mask = 2 * (tokens**2 if train.packing else tokens * train.max_length)
     held["activations"] = int(CUDA_HOLES * (2 * sizes.hidden * tokens * sizes.layers + 2 * layer + 3 * mask))
-    held["logits"] = 2 * tile + 8 * sizes.hidden * tokens
+    held["logits"] = 2 * min(tokens, LOSS_TOKENS) * min(sizes.vocabulary, LOSS_COLUMNS) + 8 * sizes.hidden * tokens
     held["dequantized weights"] = 2 * 2 * sizes.widest if in_nf4 else 0
     host = {"libraries": LIBRARIES["train"] + CUDA_LIBRARIES, MAPPED: sizes.shard_bytes}
     return host, {"CUDA itself": CUDA_CONTEXT, **held}
 
 
-def _mapped(sizes: Sizes, in_nf4: bool) -> Need:
-    """Weights that became NF4 were read through a mapping that the others still lie in."""
-    return {MAPPED: 2 * sizes.linear_parameters} if in_nf4 else {}
+def _kept_on_cpu(sizes: Sizes, train: Train, width: int) -> int:
+    """Bytes that one layer keeps of one token for the backward pass, with the functions of `kernels.training`.
+
+    Two norms keep what they are given in float32, and in the compute type what they give; attention its queries, keys,
+    values and result, the result once more as the next layer takes it, and a mask; the feed-forward part its two
+    halves. An adapter that drops out keeps a boolean for each number of its input.
+
+    Args:
+        width: bytes of a number in the compute type.
+    """
+    attention = 3 * sizes.attention + 2 * sizes.keys
+    mask = train.max_length // 2 if train.packing else train.max_length
+    plain = 8 * sizes.hidden + width * (2 * sizes.hidden + attention + mask + 2 * sizes.intermediate)
+    adapted = sizes.trained(train.lora).values()
+    inputs = sum(width for _, width in adapted) // sizes.layers
+    return plain + len(adapted) // sizes.layers * train.lora.rank * width + (inputs if train.lora.dropout else 0)
 
 
-def _saved_a_token(sizes: Sizes, train: Train) -> int:
-    """Bytes that one layer keeps of one token for the backward pass.
+def _kept_on_gpu(sizes: Sizes, train: Train) -> int:
+    """The same with the layers of the libraries.
 
     Two norms keep float32; attention its queries, keys, values (repeated for all heads) and result; the
     feed-forward part its gate, the activated gate, and the other half; an adapter its input in bf16, and

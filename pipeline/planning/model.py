@@ -105,6 +105,11 @@ class Sizes:
         return next((rows for name, (rows, _) in self.linear.items() if name.endswith("q_proj.weight")), self.hidden)
 
     @cached_property
+    def keys(self) -> int:
+        """Width of the heads of the keys together, and of the values."""
+        return next((rows for name, (rows, _) in self.linear.items() if name.endswith("k_proj.weight")), self.attention)
+
+    @cached_property
     def widest(self) -> int:
         """Parameters of the largest linear layer."""
         return max((rows * width for rows, width in self.linear.values()), default=1)

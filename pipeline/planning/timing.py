@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from pipeline.calibration import Calibration
@@ -49,7 +50,8 @@ def _training(found: Calibration, config: Config, sizes: Sizes, steps: int) -> f
         step += 2 * sizes.linear_parameters / found.nf4_weights
     measured = 1 + steps // train.evaluate_every
     held_out = HELD_OUT_SHARE * config.evaluate.max_tokens * weights / found.forward
-    return 2 * found.start_seconds + steps * train.accumulate * step + measured * held_out
+    loop = steps * train.accumulate * step + measured * held_out
+    return 2 * found.start_seconds + min(loop, 60 * (train.max_minutes or math.inf))
 
 
 def _merging(found: Calibration, config: Config, sizes: Sizes, stage: Stage) -> float:
@@ -83,6 +85,7 @@ def _measured(found: Calibration, config: Config, sizes: Sizes, weights: int, lo
     """Both texts scored and compared, answers, and a probe for each loader."""
     texts = 1 + HELD_OUT_SHARE if config.data else 1
     time = _scored(found, sizes, texts * config.evaluate.max_tokens, compared=True)
+    time = min(time, 60 * (config.evaluate.max_minutes or math.inf))
     token = weights / found.decode_bytes
     read, written = PROBED_TOKENS
     probe = found.start_seconds + read * sizes.linear_parameters / found.forward + written * token

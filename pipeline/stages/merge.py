@@ -123,8 +123,9 @@ def _compare(config: Config, workspace: Workspace, events: Events, base: Path, f
     from pipeline.loading import load
 
     tokenizer = texts.with_template(open_tokenizer(base), workspace)
-    sequences = texts.held_out(config, workspace, tokenizer)
     model = live_model(config, base, workspace.adapter)
+    texts.plan(config, workspace, model, tokenizer)
+    sequences = texts.held_out(config, workspace, tokenizer)
     head_name, softcap = heads.head_name(model), heads.softcap(model.config)
     live = measure.score(model, sequences, lambda d, t: events.progress(d, t, "measuring the live adapter"))
     del model

@@ -107,6 +107,8 @@ def find_texts(claims: Claims, place: Place, folder: Path) -> Texts:
         config = config.model_copy(update={"data": own.data, "evaluate": own.evaluate or config.evaluate})
     workspace, problems = Workspace(folder), {}
     workspace.data.mkdir(parents=True)
+    if isinstance(claims.get("texts", "max_tokens"), int):
+        write_json(workspace.measurements / "texts.json", claims.get("texts"))
     measured = [t for t in (HELD_OUT, GENERAL) if any(claims.get(model, "quality", t) for model in claims.models)]
     wanted = measured if config.evaluate else []
     if HELD_OUT in wanted and (problem := _bring_held_out(claims, place, config, workspace)):

@@ -86,6 +86,7 @@ def _texts(
     from pipeline import texts
 
     texts.with_template(tokenizer, workspace)
+    config = texts.within_time(config, workspace)
     made = {
         texts.HELD_OUT: lambda: texts.held_out(config, workspace, tokenizer),
         texts.GENERAL: lambda: texts.general(config, tokenizer),
