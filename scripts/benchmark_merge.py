@@ -125,7 +125,7 @@ def merge_then_quantize(base: Path, adapter: Path, kind: str, rounding: str) -> 
         second = run([sys.executable, "-c", QUANTIZE, str(output), str(output), rounding], AS_STAGES)
     finally:
         shutil.rmtree(output, ignore_errors=True)
-    return {key: (max if key == "peak_bytes" else sum)((first[key], second[key])) for key in first}
+    return {key: (max if key == "peak_bytes" else sum)((first[key], second[key])) for key in first if key != "output"}
 
 
 def ratios(rows: list[dict]) -> dict[str, float]:

@@ -72,8 +72,8 @@ def random_checkpoint(folder: Path, size: str, shards: int) -> Path:
     return folder
 
 
-def run(command: list[str], settings: dict[str, str] | None = None) -> dict[str, float]:
-    """Run a command to its end; its wall and processor time in seconds, from start to exit, and its peak memory.
+def run(command: list[str], settings: dict[str, str] | None = None) -> dict:
+    """Run a command to its end; its wall and processor time in seconds, from start to exit, its peak memory, its output.
 
     Args:
         settings: environment variables on top of those of all sides.
@@ -92,6 +92,7 @@ def run(command: list[str], settings: dict[str, str] | None = None) -> dict[str,
         "seconds": seconds,
         "cpu_seconds": usage.ru_utime + usage.ru_stime,  # which says more where others use the machine
         "peak_bytes": usage.ru_maxrss * 1024,
+        "output": output.decode(errors="replace"),
     }
 
 
@@ -105,7 +106,7 @@ def medians(sides: dict[str, Callable[[], dict[str, float]]], times: int) -> lis
     return [
         {
             "side": name,
-            **{key: statistics.median(r[key] for r in results) for key in results[0]},
+            **{key: statistics.median(r[key] for r in results) for key in results[0] if key != "output"},
             "all_seconds": [round(r["seconds"], 2) for r in results],
         }
         for name, results in seen.items()
