@@ -122,7 +122,7 @@ class _Terms:
 
     def forward(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return y (..., N) for x (..., K), and x A^T (T, r), which the backward pass needs again."""
-        low = _flat(self.dropped(x)) @ a.to(x.dtype).T
+        low = _product(_flat(self.dropped(x)), a.to(x.dtype))
         y = _times_transposed(x, self.layer)
         _flat(y).addmm_(low, b.to(x.dtype).T, alpha=self.scaling)
         return y, low
@@ -130,14 +130,15 @@ class _Terms:
     def backward(self, gradient, x, a, b, low) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the gradients of x, A and B."""
         rows = _flat(gradient.to(x.dtype))
-        narrow = (rows @ b.to(x.dtype)) * self.scaling
+        narrow = _product(rows, b.to(x.dtype).T) * self.scaling
         of_x = _times(rows, self.layer).view(x.shape)
         if self.kept is None:
             _flat(of_x).addmm_(narrow, a.to(x.dtype))
         else:
             of_x += self.dropped((narrow @ a.to(x.dtype)).view(x.shape))
-        of_a = narrow.T @ _flat(self.dropped(x))
-        return of_x, of_a.to(a.dtype), (rows.T @ low).mul_(self.scaling).to(b.dtype)
+        of_a = _product(narrow.T, _flat(self.dropped(x)).T)
+        of_b = _product(low.T.contiguous(), rows.T).T * self.scaling
+        return of_x, of_a.to(a.dtype), of_b.to(b.dtype)
 
     def dropped(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.kept is None else x * self.kept * (1 / (1 - self.share))
@@ -204,6 +205,11 @@ def _weight(layer: torch.nn.Linear) -> torch.Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(layer.weight.data, state)
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return x (T, K) times the transposed weight (N, K) of the same type."""
+    return float32_product(x, weight) if x.dtype == torch.float32 else x @ weight.T
 
 
 def _times_transposed(x: torch.Tensor, layer: torch.nn.Linear) -> torch.Tensor:
@@ -351,16 +357,13 @@ def _attend_packed(module, query, key, value, attention_mask, scaling=None, drop
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others
         )
-    parts = []
-    for first, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        parts.append(
-            scaled_dot_product_attention(
-                query[:, :, first:stop],
-                key[:, :, first:stop],
-                value[:, :, first:stop],
-                attn_mask=attention_mask[:, :, first:stop, first:stop],
-                scale=scaling,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
-        )
+    lengths = bounds.diff().tolist()
+    sequences = zip(*(states.split(lengths, 2) for states in (query, key, value)), lengths, strict=True)
+    parts, first = [], 0
+    for q, k, v, length in sequences:
+        rows = slice(first, first + length)
+        shares = {"enable_gqa": query.shape[1] != key.shape[1]}
+        mask = attention_mask[:, :, rows, rows]
+        parts.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, **shares))
+        first += length
     return torch.cat([part.transpose(1, 2) for part in parts], 1), None
