@@ -18,7 +18,6 @@ import torch
 from pipeline import kernels
 from pipeline.checkpoint import Checkpoint, TensorInfo
 from pipeline.errors import ModelError
-from pipeline.kernels.cpu import Head
 from pipeline.kernels.table import Int8Embedding
 from pipeline.opening import open_config
 from pipeline.quantization.formats import stored_weights, torchao
@@ -185,14 +184,6 @@ def _name_of(model: PreTrainedModel, wanted: torch.nn.Module) -> str:
 
 def _table(model: PreTrainedModel) -> str:
     return f"{_name_of(model, model.get_input_embeddings())}.weight"
-
-
-def quicken_head(model: PreTrainedModel) -> None:
-    """On a CPU, let the output head take the faster way for single tokens."""
-    head = model.get_output_embeddings()
-    packed = isinstance(model.get_input_embeddings(), Int8Embedding)
-    if type(head) is torch.nn.Linear and head.weight.device.type == "cpu" and not packed:
-        model.set_submodule(_name_of(model, head), Head(head))
 
 
 def _same_names(model: PreTrainedModel, checkpoint: Weights, quantized: Formats, parts: set[str], source: Path) -> bool:

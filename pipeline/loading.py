@@ -98,8 +98,10 @@ def _load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from safetensors import SafetensorError
 
-    from pipeline.assembly import assemble, quicken_head
+    from pipeline.assembly import assemble
     from pipeline.kernels.attention import quicken_attention
+    from pipeline.kernels.float32_mode import quicken_products
+    from pipeline.kernels.plain import quicken_linears
     from pipeline.offloading import assemble_offloaded, fits
 
     quiet_progress_bars()
@@ -114,8 +116,10 @@ def _load(
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(f"{folder}: transformers cannot load it: {reason}") from None
-    quicken_head(model)
-    quicken_attention(model)
+    if target.type == "cpu":
+        quicken_linears(model)
+        quicken_attention(model)
+        quicken_products(model)
     model.eval().requires_grad_(False)
     return model, tokenizer
 

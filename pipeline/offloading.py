@@ -28,6 +28,7 @@ from pipeline.assembly import (
 )
 from pipeline.blocks import tiles
 from pipeline.errors import ModelError
+from pipeline.kernels.plain import quicken_linears
 from pipeline.machine import WEIGHTS_SHARE
 from pipeline.models import stored_bytes
 from pipeline.opening import open_config
@@ -99,6 +100,8 @@ def assemble_offloaded(folder: Path, device: torch.device, weights: GgufWeights 
     tie_weights(model, checkpoint.keys() | quantized.keys())
     fill_buffers(model, device)
     refuse_gaps(folder, model.named_buffers())
+    if device.type == "cpu":
+        quicken_linears(model)  # before the hooks, which keep each layer's forward
     return cpu_offload(model, device, state_dict=StoredWeights(model, checkpoint, quantized))
 
 

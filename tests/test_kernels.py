@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline import kernels
-from pipeline.kernels import cpu, cuda
+from pipeline.kernels import cpu, cuda, products
 from pipeline.quantization.formats.torchao import INT8
 from pipeline.quantization.grid import Grid, GroupQuantized
 from pipeline.quantization.rounding import rounding
@@ -146,7 +146,7 @@ def test_a_layer_gives_back_what_it_was_made_from(grid, rows, width):
 
 @pytest.mark.parametrize("grid", [INT8, int8(), int4()], ids=["int8", "int8-32", "int4"])
 def test_layers_wider_than_a_block_are_dequantized_piece_by_piece(grid, monkeypatch):
-    monkeypatch.setattr(cpu, "_BLOCK_ELEMENTS", 64 * 128)
+    monkeypatch.setattr(products, "BLOCK_ELEMENTS", 64 * 128)
     weight = quantized(grid, 200, 128)
     layer = kernels.linear(weight, None, CPU)
     check(weight, layer, torch.randn(200, 128).bfloat16())
@@ -163,16 +163,6 @@ def test_codes_are_packed_as_torch_packs_them(rows, width):
 def test_a_packing_that_is_not_known_has_no_layer(monkeypatch):
     monkeypatch.setattr(cpu, "int4_block", lambda: None)
     assert kernels.linear(quantized(int4(), 64, 64), None, CPU) is None
-
-
-@pytest.mark.parametrize("shape", [(64,), (1, 64), (1, 1, 64), (2, 3, 64)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_head_computes_what_an_ordinary_layer_does(shape, bias):
-    plain = torch.nn.Linear(64, 96, bias=bias, dtype=torch.bfloat16)
-    x = torch.randn(shape).bfloat16()
-    head = cpu.Head(plain)
-    assert head.weight is plain.weight and off(head(x), plain(x)) < 1e-2
-    assert torch.backends.mkldnn.enabled
 
 
 @pytest.mark.parametrize(

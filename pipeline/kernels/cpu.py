@@ -1,8 +1,9 @@
 """int8 and int4 linear layers on a CPU, on the kernels that torch carries.
 
 For a few tokens the time is that of reading the weights, so fewer bytes are faster;
-for many it is arithmetic, and turning the weights back into the inputs' type, in blocks
-of rows that stay in the cache, is cheaper. Both work from one copy of the codes.
+for many it is arithmetic, and turning the weights back into numbers of the type that this
+machine multiplies fast, in blocks of rows that stay in the cache, is cheaper. Both work from
+one copy of the codes.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from functools import cache
 
 import torch
 
+from pipeline.kernels.products import float32_product, product_dtype, row_blocks
 from pipeline.quantization.grid import GroupQuantized, in_groups
 
 # Tokens up to which the kernels are faster than dequantizing; `scripts/benchmark_decode.py --layers` measures it.
 INT8_KERNEL_TOKENS = 12
 INT8_GROUP_KERNEL_TOKENS = 4
 INT4_KERNEL_TOKENS = 24
-_BLOCK_ELEMENTS = 1 << 20  # weights dequantized at a time: 2 MB of bf16
-_ROW_MULTIPLE = 64  # int4 rows are padded to whole blocks of the packing
+_ROW_MULTIPLE = 64  # int4 rows are padded to whole blocks of the packing; `row_blocks` are whole ones too
 # `_weight_int8pack_mm` reads whole vectors from aligned addresses and checks neither: a width
 # that is no multiple of this gives wrong numbers, and codes at an odd address end the process.
 _INT8_WIDTH_BLOCK = 32
@@ -74,10 +75,6 @@ class PackedLinear(torch.nn.Module):
         group = "" if self.grid.group_size is None else f", group_size={self.grid.group_size}"
         return f"in_features={self.in_features}, out_features={self.out_features}{group}"
 
-    def _blocks(self, rows: int) -> list[slice]:
-        step = max(_ROW_MULTIPLE, _BLOCK_ELEMENTS // self.in_features // _ROW_MULTIPLE * _ROW_MULTIPLE)
-        return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
-
 
 class Int8Linear(PackedLinear):
     """W as int8 codes (N, K) and one scale per row, float32 (N).
@@ -105,16 +102,14 @@ class Int8Linear(PackedLinear):
         return _int8(x, self.codes, self._rounded)
 
     def _many(self, x: torch.Tensor) -> torch.Tensor:
-        scale, early = self.scale.to(x.dtype), x.dtype == torch.float16  # unscaled sums can exceed its range
-        y = x.new_empty(x.shape[0], self.out_features)
-        blocks = self._blocks(self.out_features)
+        dtype = product_dtype(x.dtype)
+        x, y, scale = x.to(dtype), x.new_empty(len(x), self.out_features), self.scale.to(dtype)
+        blocks = row_blocks(self.out_features, self.in_features)
         room = x.new_empty(blocks[0].stop, self.in_features)
         for rows in blocks:
             block = room[: rows.stop - rows.start].copy_(self.codes[rows])
-            if early:
-                block *= scale[rows, None]
-            torch.mm(x, block.T, out=y[:, rows])
-        return y if early else y.mul_(scale)
+            _multiply(x, block, y[:, rows], scale[rows])
+        return y
 
 
 class Int8GroupLinear(PackedLinear):
@@ -144,14 +139,14 @@ class Int8GroupLinear(PackedLinear):
         return y.to(x.dtype)
 
     def _many(self, x: torch.Tensor) -> torch.Tensor:
-        scale = self.scale.T.to(x.dtype).unsqueeze(-1)
-        y = x.new_empty(x.shape[0], self.out_features)
-        blocks = self._blocks(self.out_features)
+        dtype = product_dtype(x.dtype)
+        x, y, scale = x.to(dtype), x.new_empty(len(x), self.out_features), self.scale.T.to(dtype).unsqueeze(-1)
+        blocks = row_blocks(self.out_features, self.in_features)
         room = x.new_empty(blocks[0].stop, self.in_features)
         for rows in blocks:
             block = room[: rows.stop - rows.start]
             in_groups(block, self.grid).copy_(self.codes[:, rows].transpose(0, 1)).mul_(scale[rows])
-            torch.mm(x, block.T, out=y[:, rows])
+            _multiply(x, block, y[:, rows])
         return y
 
 
@@ -170,7 +165,7 @@ class Int4Linear(PackedLinear):
         rows = torch.nn.functional.pad
         codes = rows(weight.codes, (0, 0, 0, padding)) if padding else weight.codes
         packed = torch.empty(len(codes), self.in_features // 2, dtype=torch.uint8)
-        for block in self._blocks(len(codes)):
+        for block in row_blocks(len(codes), self.in_features):
             packed[block] = pack_int4(codes[block], int4_block())
         scale, zero = (rows(t.T, (0, padding)) for t in (weight.scale, weight.zero))
         self.register_buffer("packed", packed, persistent=False)
@@ -190,17 +185,17 @@ class Int4Linear(PackedLinear):
         return y if y.shape[1] == self.out_features else y[:, : self.out_features]
 
     def _many(self, x: torch.Tensor) -> torch.Tensor:
-        group, rows = self.grid.group_size, len(self.packed)
-        scale, zero = (t.contiguous() for t in self.scale_and_zero.to(x.dtype).unbind(-1))
+        dtype, group, rows = product_dtype(x.dtype), self.grid.group_size, len(self.packed)
+        x, y = x.to(dtype), x.new_empty(len(x), rows)
+        scale, zero = (t.contiguous() for t in self.scale_and_zero.to(dtype).unbind(-1))
         scale = scale / 16  # `_columns` leaves codes in the high half of a byte
-        y = x.new_empty(x.shape[0], rows)
-        blocks = self._blocks(rows)
+        blocks = row_blocks(rows, self.in_features)
         room = x.new_empty(blocks[0].stop * self.in_features)
         for block in blocks:
             columns = self._columns(block, room[: (block.stop - block.start) * self.in_features])
             groups = columns.view(-1, group, columns.shape[1])
             torch.addcmul(zero[:, None, block], groups, scale[:, None, block], out=groups)
-            torch.mm(x, columns, out=y[:, block])
+            _multiply(x, columns.T, y[:, block])
         return y[:, : self.out_features]
 
     def _columns(self, rows: slice, room: torch.Tensor) -> torch.Tensor:
@@ -214,25 +209,15 @@ class Int4Linear(PackedLinear):
         return room.view(self.in_features, -1)
 
 
-class Head(torch.nn.Linear):
-    """An ordinary layer whose product with a single token does not go through oneDNN.
-
-    For one token of bf16, oneDNN takes more than twice the time of torch's own product,
-    and the output head is the widest layer that stays in bf16.
-    """
-
-    def __init__(self, layer: torch.nn.Linear):
-        super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        self.weight, self.bias = layer.weight, layer.bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.numel() != self.in_features or not torch.backends.mkldnn.enabled:
-            return super().forward(x)
-        torch._C._set_mkldnn_enabled(False)
-        try:
-            return super().forward(x)
-        finally:
-            torch._C._set_mkldnn_enabled(True)
+def _multiply(x: torch.Tensor, block: torch.Tensor, out: torch.Tensor, scale: torch.Tensor | None = None) -> None:
+    """Write x (T, K) times the transposed `block` (n, K), with a factor for each column if asked, to `out` (T, n)."""
+    if x.dtype == torch.float32:
+        part = float32_product(x, block)
+        out.copy_(part if scale is None else part.mul_(scale))  # rounded once, when it is scaled
+    else:
+        torch.mm(x, block.T, out=out)
+        if scale is not None:
+            out.mul_(scale)
 
 
 def _int8(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,19 @@ from __future__ import annotations
 
 import torch
 
+from pipeline import machine
+
+# Rows up to which a product in half precision is faster than converting the weight to float32.
+# `scripts/benchmark_decode.py --layers` measures it.
+FEW_ROWS = 5
 BLOCK_ELEMENTS = 1 << 19  # weights converted at a time: 2 MB of float32
 ROW_MULTIPLE = 64
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which a CPU multiplies many rows of `dtype` fast: `dtype` itself, or else float32."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if half and dtype != machine.compute_dtype("cpu") else dtype
 
 
 def float32_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -28,3 +39,24 @@ def row_blocks(rows: int, width: int) -> list[slice]:
     """Return slices over `rows` of a weight of that width, each at most `BLOCK_ELEMENTS` weights."""
     step = max(ROW_MULTIPLE, BLOCK_ELEMENTS // width // ROW_MULTIPLE * ROW_MULTIPLE)
     return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
+
+
+def many_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return x (T, K) times the transposed weight (N, K) plus bias (N), on a CPU, in the type of `x`: (T, N).
+
+    If this machine has no fast product for that type, blocks of the weight are converted to float32. Every sum and its
+    bias stay in float32 until the result is rounded once. The product cannot be differentiated.
+    """
+    dtype = product_dtype(x.dtype)
+    if dtype != torch.float32:
+        return torch.nn.functional.linear(x, weight, bias)
+    if weight.dtype == torch.float32:
+        y = float32_product(x, weight)
+        return y if bias is None else y.add_(bias)
+    x32, y = x.float(), x.new_empty(len(x), len(weight))
+    blocks = row_blocks(*weight.shape)
+    room = torch.empty(blocks[0].stop, weight.shape[1])
+    for rows in blocks:
+        part = float32_product(x32, room[: rows.stop - rows.start].copy_(weight[rows]))
+        y[:, rows] = part if bias is None else part.add_(bias[rows])
+    return y
