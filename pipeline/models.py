@@ -17,6 +17,7 @@ from pipeline.config import PACKAGE_SOURCE, REPO_ID, Model
 from pipeline.download import download
 from pipeline.errors import ModelError
 from pipeline.files import fingerprint, sha256
+from pipeline.layouts import Layout, layout
 from pipeline.opening import check_beside, check_config, open_config, read_settings
 from pipeline.origin import Origin, read_origin
 from pipeline.packaged import find_packaged, unpack_gguf
@@ -115,10 +116,16 @@ def fetch_adapter(
 
 
 def linear_weights(folder: Path) -> dict[str, tuple[int, int]]:
-    """Names and shapes (N, K) of the weights that may be quantized: linear layers but the output head.
+    """Return names and shapes (N, K) of the weights that may be quantized: linear layers without the output head.
 
-    The model is built on the meta device, so this costs no memory.
+    `pipeline.layouts` tells them for well-known architectures; other models are built with transformers, on the
+    meta device, which takes seconds to import and no memory for weights.
+
+    Raises:
+        ModelError: if transformers cannot build the model.
     """
+    if known := _layout(folder):
+        return known.linear
     import torch
 
     model = _skeleton(folder)
@@ -131,7 +138,13 @@ def linear_weights(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def table_weights(folder: Path) -> dict[str, tuple[int, int]]:
-    """Names and shapes (V, H) of the embedding and, where it is a weight of its own, the output head."""
+    """Return names and shapes (V, H) of the embedding and of an output head that is a weight of its own.
+
+    Raises:
+        ModelError: if transformers cannot build the model.
+    """
+    if known := _layout(folder):
+        return known.tables
     model = _skeleton(folder)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tables = (embedding,) if model.config.get_text_config().tie_word_embeddings else (embedding, head)
@@ -139,11 +152,16 @@ def table_weights(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def embedding_kind(model: Path | Mapping) -> str:
-    """What the embedding is: `PLAIN_TABLE`, or a class of its own where it does more than look rows up.
+    """Return `PLAIN_TABLE` if the embedding only looks rows up, otherwise the name of its class.
 
     Args:
         model: a checkpoint's folder, or what its `config.json` says.
+
+    Raises:
+        ModelError: if transformers cannot build the model.
     """
+    if (known := _layout(model)) and known.plain_embedding:
+        return PLAIN_TABLE
     return type(_skeleton(model).get_input_embeddings()).__name__
 
 
@@ -159,6 +177,8 @@ def refuse_other_matrices(model: Path | Mapping) -> None:
     Raises:
         ModelError: naming the first of them.
     """
+    if _layout(model):
+        return
     import torch
 
     known = (torch.nn.Linear, torch.nn.Embedding, torch.nn.modules.conv._ConvNd)
@@ -170,6 +190,14 @@ def refuse_other_matrices(model: Path | Mapping) -> None:
                     f"{_named(model)}: {name}.{part} {tuple(parameter.shape)} belongs to a {type(module).__name__}, "
                     "not to a linear layer; such models are not quantized"
                 )
+
+
+def _layout(model: Path | Mapping) -> Layout | None:
+    """Return the layout of a well-known architecture, or None if transformers has to build the model."""
+    try:
+        return layout(read_config(model) if isinstance(model, Path) else model)
+    except ModelError:  # transformers says what is wrong with the file
+        return None
 
 
 def _skeleton(model: Path | Mapping):

@@ -15,7 +15,7 @@ from pipeline.checkpoint import SINGLE_NAME, Checkpoint
 from pipeline.config import VariantSpec
 from pipeline.errors import QuantizationError
 from pipeline.models import linear_weights
-from pipeline.quantization.formats import storage
+from pipeline.quantization.formats import format_of, storage
 from pipeline.quantization.formats.torchao import unpack
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.rounding import rounding
@@ -54,6 +54,79 @@ for name, job in json.loads(sys.argv[1]).items():
     with open(job["out"] + ".json", "w") as file:
         json.dump({"types": types, "problems": problems, "package": "pipeline" in sys.modules}, file)
 """
+
+
+SPECS = [
+    {"name": "int8"},
+    {"name": "int8", "group_size": 32},
+    {"name": "int8-dynamic"},
+    {"name": "int4"},
+    {"name": "int4", "group_size": 32},
+    {"name": "int4", "packing": "tile_packed"},
+]
+
+
+def torchao_config(spec: VariantSpec):
+    from torchao import quantization
+    from torchao.quantization.quantize_.workflows import Int4PackingFormat
+
+    if spec.name == "int8-dynamic":
+        return quantization.Int8DynamicActivationInt8WeightConfig()
+    if spec.name == "int4":
+        packing = Int4PackingFormat("tile_packed_to_4d" if spec.packing == "tile_packed" else "plain")
+        return quantization.Int4WeightOnlyConfig(group_size=spec.group_size, int4_packing_format=packing)
+    granularity = {"granularity": quantization.PerGroup(spec.group_size)} if spec.group_size else {}
+    return quantization.Int8WeightOnlyConfig(**granularity)
+
+
+@pytest.mark.parametrize("options", SPECS, ids=str)
+@pytest.mark.parametrize(
+    "kept, tables, eight",
+    [([], [], []), (["a"], [], []), ([], ["t"], []), (["a"], ["t", "u"], []), ([], [], ["e"]), (["a"], ["t"], ["e"])],
+)
+def test_the_configuration_is_what_transformers_writes_for_the_same_choice(options, kept, tables, eight):
+    from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    spec = VariantSpec(**options).resolved()
+    kind = torchao_config(spec)
+    if tables or eight:
+        kind = FqnToConfig({**dict.fromkeys([*tables, *eight], Int8WeightOnlyConfig()), "_default": kind})
+    if tables:
+        expected = TorchAoConfig(kind, modules_to_not_convert=kept, include_input_output_embeddings=True)
+    else:
+        expected = TorchAoConfig(kind, modules_to_not_convert=["lm_head", *kept] if kept else None)
+    found = format_of(spec).quantization_config(spec, kept, tables, eight)
+    assert json.dumps(found, sort_keys=True) == json.dumps(expected.to_dict(), sort_keys=True)
+
+
+@pytest.mark.parametrize("options", SPECS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_headers_metadata_is_what_torchaos_encoder_writes(options, dtype):
+    from torchao.prototype.safetensors.safetensors_utils import TensorSubclassAttributeJSONEncoder
+    from torchao.quantization import Int4Tensor, Int4TilePackedTo4dTensor, Int8Tensor, PerRow
+    from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
+
+    spec = VariantSpec(**options).resolved()
+    form = format_of(spec)
+    grids = {"layer.weight": ((96, 128), form.grid(spec, 128)), "table.weight": ((272, 128), form.TABLE)}
+    found = form.metadata(spec, grids, ["norm.weight"], dict.fromkeys(grids, dtype), ["table.weight"])
+    expected = {"norm.weight": {"_type": "Tensor"}}
+    for name, (shape, grid) in grids.items():
+        parts = [torch.empty(size, dtype=kind, device="meta") for kind, size in form.plan(name, shape, grid).values()]
+        block = [1, grid.group(128)]
+        if grid.bits == 8:
+            qdata, scale, zero_point = parts
+            rounds_inputs = spec.name == "int8-dynamic" and name == "layer.weight"
+            inputs = QuantizeTensorToInt8Kwargs(granularity=PerRow()) if rounds_inputs else None
+            weight = Int8Tensor(qdata, scale, block, dtype, zero_point=zero_point, act_quant_kwargs=inputs)
+        else:
+            kind = Int4TilePackedTo4dTensor if spec.packing == "tile_packed" else Int4Tensor
+            weight = kind(*parts, block, torch.Size(shape))
+        expected[name] = weight
+    for name, entry in expected.items():
+        assert found[name] == json.dumps(entry, cls=TensorSubclassAttributeJSONEncoder)
+    assert sorted(json.loads(found["tensor_names"])) == sorted(expected)
 
 
 @pytest.fixture(scope="module")

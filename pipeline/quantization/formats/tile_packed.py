@@ -80,14 +80,12 @@ def metadata(
     tables: Collection[str],
 ) -> dict[str, str]:
     """The header metadata, the same for every shard; see `torchao.metadata`."""
-    from torchao.prototype.safetensors.safetensors_utils import TensorSubclassAttributeJSONEncoder
-
     tiled = {name: entry for name, entry in grids.items() if entry[1].bits == 4}
     others = {name: entry for name, entry in grids.items() if name not in tiled}
     header = torchao.metadata(spec, others, plain, dtypes, tables)
     for name, (shape, grid) in tiled.items():
-        parts = (torch.empty(s, dtype=d, device="meta") for d, s in plan(name, shape, grid).values())
-        header[name] = json.dumps(_subclass(*parts, grid, shape), cls=TensorSubclassAttributeJSONEncoder)
+        data = {"block_size": [1, grid.group_size], "shape": shape}
+        header[name] = torchao.entry("Int4TilePackedTo4dTensor", data, "qdata", "scale_and_zero")
     return header | {"tensor_names": json.dumps(json.loads(header["tensor_names"]) + list(tiled))}
 
 

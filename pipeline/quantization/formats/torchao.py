@@ -1,8 +1,8 @@
 """Safetensors that stock transformers loads with torchao: `Int8Tensor` and `Int4Tensor`.
 
 Both are stored flat, as `LAYER._weight_qdata`, `LAYER._weight_scale` and
-`LAYER._weight_zero_point`, and described in the metadata of every file by torchao's
-own encoder. Nothing in them depends on a processor.
+`LAYER._weight_zero_point`, and described in the metadata of every file as torchao's
+own encoder does. Nothing in them depends on a processor.
 
     Int8Tensor   qdata (N, K) int8, scale (N, G) float32, zero_point (N, G) int8 of zeros; G is 1, or K/group;
                  with or without the wish that inputs be rounded to int8 too
@@ -31,7 +31,16 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 DYNAMIC = "int8-dynamic"  # the variant whose layers round what they are given as well, token by token
-_PACKINGS = {"plain": "plain", "tile_packed": "tile_packed_to_4d"}  # torchao's names for ours
+_PACKINGS = {"plain": "PLAIN", "tile_packed": "TILE_PACKED_TO_4D"}  # torchao's names for ours
+_SYMMETRIC = {"_type": "MappingType", "_data": "SYMMETRIC"}
+
+
+def _recipe(kind: str, version: int, **data: object) -> dict:
+    """Return how torchao writes a configuration of the class `kind`."""
+    return {"_type": kind, "_version": version, "_data": data}
+
+
+_PER_ROW = _recipe("PerRow", 1, dim=-1)
 INT8 = Grid(bits=8, group_size=None, zero="none", scale_dtype=torch.float32)
 TABLE = INT8  # of embeddings and output heads, where they are quantized
 
@@ -120,15 +129,41 @@ def metadata(
         dtypes: what the quantized weights were before, and what they compute as again.
         tables: those of them that are the embedding or the output head.
     """
-    from torchao.prototype.safetensors.safetensors_utils import TensorSubclassAttributeJSONEncoder
-
     entries = {name: json.dumps({"_type": "Tensor"}) for name in plain}
     for name, (shape, grid) in grids.items():
-        stored = {key: torch.empty(s, dtype=d, device="meta") for key, (d, s) in plan(name, shape, grid).items()}
-        dynamic = spec.name == DYNAMIC and name not in tables
-        weight = _subclass(*(stored[p] for p in _parts(name).values()), shape, grid, dtypes[name], dynamic)
-        entries[name] = json.dumps(weight, cls=TensorSubclassAttributeJSONEncoder)
+        if grid.bits == 8:
+            entries[name] = _int8_entry(shape, grid, dtypes[name], spec.name == DYNAMIC and name not in tables)
+        else:
+            data = {"activation_dtype": _dtype(torch.bfloat16), "block_size": [1, grid.group_size], "shape": shape}
+            entries[name] = entry("Int4Tensor", data, "qdata", "scale", "zero_point")
     return {**entries, "tensor_names": json.dumps(list(entries))}
+
+
+def entry(kind: str, data: Mapping[str, object], *parts: str) -> str:
+    """Return how torchao's encoder writes a tensor of the class `kind`, which is stored in these parts.
+
+    The text is made here, because to import torchao takes longer than to quantize a small model.
+    """
+    return json.dumps({"_type": kind, "_data": data, "_tensor_data_names": parts})
+
+
+def _int8_entry(shape: tuple[int, int], grid: Grid, dtype: torch.dtype, dynamic: bool) -> str:
+    inputs = {
+        "granularity": {"_type": "PerRow", "_data": {"dim": -1}},
+        "mapping_type": _SYMMETRIC,
+        "reduce_range": False,
+    }
+    data = {
+        "act_quant_kwargs": {"_type": "QuantizeTensorToInt8Kwargs", "_data": inputs} if dynamic else None,
+        "reduce_range": False,
+        "block_size": [1, grid.group(shape[1])],
+        "dtype": _dtype(dtype),
+    }
+    return entry("Int8Tensor", data, "zero_point", "qdata", "scale")
+
+
+def _dtype(dtype: torch.dtype) -> dict[str, str]:
+    return {"_type": "torch.dtype", "_data": str(dtype).removeprefix("torch.")}
 
 
 def quantization_config(spec: VariantSpec, kept: list[str], tables: list[str], eight: list[str]) -> dict:
@@ -139,30 +174,45 @@ def quantization_config(spec: VariantSpec, kept: list[str], tables: list[str], e
         tables: the embedding and the output head, where they are in int8.
         eight: layers in int8, where the others have fewer bits.
     """
-    from torchao.quantization import (
-        FqnToConfig,
-        Int4WeightOnlyConfig,
-        Int8DynamicActivationInt8WeightConfig,
-        Int8WeightOnlyConfig,
-    )
-    from torchao.quantization.granularity import PerGroup
-    from torchao.quantization.quantize_.workflows import Int4PackingFormat
-    from transformers import TorchAoConfig
-
     if spec.name == "int4":
-        packing = Int4PackingFormat(_PACKINGS[spec.packing])
-        kind = Int4WeightOnlyConfig(group_size=spec.group_size, int4_packing_format=packing)
+        kind = _recipe(
+            "Int4WeightOnlyConfig",
+            2,
+            group_size=spec.group_size,
+            int4_packing_format={"_type": "Int4PackingFormat", "_data": _PACKINGS[spec.packing]},
+            int4_choose_qparams_algorithm={"_type": "Int4ChooseQParamsAlgorithm", "_data": "TINYGEMM"},
+            int4_tile_packed_ntile=8,
+            set_inductor_config=True,
+        )
     elif spec.name == DYNAMIC:
-        kind = Int8DynamicActivationInt8WeightConfig()
+        kind = _recipe(
+            "Int8DynamicActivationInt8WeightConfig",
+            2,
+            act_mapping_type=_SYMMETRIC,
+            granularity=_PER_ROW,
+            reduce_range=False,
+            set_inductor_config=True,
+            weight_only_decode=False,
+        )
     else:
-        granularity = {"granularity": PerGroup(spec.group_size)} if spec.group_size else {}
-        kind = Int8WeightOnlyConfig(**granularity)
+        kind = _int8_recipe(spec.group_size)
     if tables or eight:
-        kind = FqnToConfig({**dict.fromkeys([*tables, *eight], Int8WeightOnlyConfig()), "_default": kind})
-    if tables:
-        return TorchAoConfig(kind, modules_to_not_convert=kept, include_input_output_embeddings=True).to_dict()
-    # A list here replaces transformers' own, so the output head must stand in it too.
-    return TorchAoConfig(kind, modules_to_not_convert=["lm_head", *kept] if kept else None).to_dict()
+        kinds = {**dict.fromkeys([*tables, *eight], _int8_recipe(None)), "_default": kind}
+        kind = _recipe("FqnToConfig", 1, fqn_to_config=kinds, module_fqn_to_config=kinds)
+    # A list here replaces transformers' own, so the output head must stand in it too, unless it is quantized.
+    listed = kept if tables else ["lm_head", *kept] if kept else None
+    return {
+        "quant_method": "torchao",
+        "quant_type": {"default": kind},
+        "modules_to_not_convert": listed,
+        "include_input_output_embeddings": bool(tables),
+        "untie_embedding_weights": False,
+    }
+
+
+def _int8_recipe(group_size: int | None) -> dict:
+    granularity = _recipe("PerGroup", 1, group_size=group_size) if group_size else _PER_ROW
+    return _recipe("Int8WeightOnlyConfig", 2, granularity=granularity, group_size=None, set_inductor_config=True)
 
 
 def unpack(weight: torch.Tensor) -> GroupQuantized | None:
@@ -237,13 +287,9 @@ def rounds_activations(config: PretrainedConfig) -> bool:
     return False
 
 
-def _subclass(qdata, scale, zero_point, shape, grid, dtype, dynamic=False):
+def _subclass(qdata, scale, zero_point, shape, grid, dtype):
     from torchao.quantization import Int4Tensor, Int8Tensor
-    from torchao.quantization.granularity import PerRow
-    from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
 
     if grid.bits == 8:
-        inputs = QuantizeTensorToInt8Kwargs(granularity=PerRow()) if dynamic else None
-        block = [1, grid.group(shape[1])]
-        return Int8Tensor(qdata, scale, block, dtype, zero_point=zero_point, act_quant_kwargs=inputs)
+        return Int8Tensor(qdata, scale, [1, grid.group(shape[1])], dtype, zero_point=zero_point)
     return Int4Tensor(qdata, scale, zero_point, [1, grid.group_size], torch.Size(shape))
