@@ -18,7 +18,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.machine import cores
 
 # Bytes of a weight that are read at a time: long enough for a disk, and a small part of any memory.
-BLOCK_BYTES = 8_000_000
+BLOCK_BYTES = 4_000_000
 # Weights computed with at a time: few enough that what arithmetic leaves on its way stays in a cache, and so
 # many that the interpreter, in which threads take turns, has little to do.
 TILE_ELEMENTS = 512 * 1024

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from pipeline.catalog import VARIANTS
 from pipeline.config import Config, Lora, Train, VariantSpec
+from pipeline.layouts import layout
 from pipeline.machine import compute_bytes_here, cores
 from pipeline.planning.model import Sizes
 
@@ -18,7 +19,8 @@ Need = dict[str, int]  # part -> bytes
 
 MB = 1_000_000
 # Of processes that have imported what a stage uses and done nothing yet, on a CPU build of torch.
-LIBRARIES = {"train": 580 * MB, "merge": 390 * MB, "compare": 510 * MB, "evaluate": 390 * MB, "quantize": 380 * MB}
+LIBRARIES = {"train": 580 * MB, "merge": 390 * MB, "compare": 510 * MB, "evaluate": 390 * MB, "quantize": 240 * MB}
+SKELETON = 130 * MB  # of transformers, if it has to build the model to find its linear layers
 CUDA_LIBRARIES = 2500 * MB  # main memory that a CUDA build of torch takes on top
 CUDA_CONTEXT = 700 * MB  # GPU memory that is gone before the first tensor
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8  # a code, a scale of 8 bits for 64, a scale of those for 256 of them
@@ -38,7 +40,7 @@ LOGITS_BYTES = 30  # each of them: float32, seven and a half times over, while t
 HEAD = 1 << 25  # `heads.HEAD_ELEMENTS`
 LLAMA_CPP = 100 * MB  # of a process that has no torch; the stage has closed the file by then
 PROBE = 70 * MB  # what a probe computes with
-BLOCK = 8 * MB  # `blocks.BLOCK_BYTES`
+BLOCK = 4 * MB  # `blocks.BLOCK_BYTES`
 
 
 def total(need: Need) -> int:
@@ -134,12 +136,13 @@ def merging(sizes: Sizes, config: Config, kinds: tuple[str, ...], variants: int,
 
 def passing(sizes: Sizes, libraries: int, variants: int) -> Need:
     """One pass over the files: a block in each thread, and what is made of it on its way, whatever the model's size."""
-    return {"libraries": libraries, "blocks": cores() * BLOCK * (4 + variants)}
+    return {"libraries": libraries, "blocks": cores() * BLOCK * (8 + variants)}
 
 
 def quantizing(sizes: Sizes, specs: Sequence[VariantSpec]) -> Need:
     """The pass, and llama.cpp's quantizer in a process of its own, which takes a tensor at a time, in float32."""
-    need = passing(sizes, LIBRARIES["quantize"], len(specs))
+    skeleton = 0 if layout(sizes.config) else SKELETON
+    need = passing(sizes, LIBRARIES["quantize"] + skeleton, len(specs))
     if any(VARIANTS[spec.name].quantizer for spec in specs):
         need["llama.cpp's quantizer"] = PROBE + 8 * max(tensor.numel for tensor in sizes.tensors.values())
     return need
