@@ -13,9 +13,7 @@ Answer = Callable[[Messages], str]  # prints the answer while it comes
 CONTEXT = 8192  # tokens of a talk in llama.cpp at most, which sets memory aside for all of them
 
 
-def chat(
-    source: str, variant: str | None, device: str, new_tokens: int, console: Console, compile: bool = False
-) -> None:
+def chat(source: str, variant: str | None, device: str, new_tokens: int, console: Console) -> None:
     """Read questions, stream answers, until an empty line or the end of the input.
 
     Raises:
@@ -27,11 +25,11 @@ def chat(
 
     with console.status("loading"):
         if is_gguf(variant):
-            if device not in ("auto", "cpu") or compile:
-                raise ModelError(f"{variant}: llama.cpp runs it here, on the CPU; leave out --device and --compile")
+            if device not in ("auto", "cpu"):
+                raise ModelError(f"{variant}: llama.cpp runs it here, on the CPU; leave out --device")
             answer, where = _in_llama_cpp(source, variant, new_tokens), "cpu in llama.cpp"
         else:
-            answer, where = _in_transformers(source, variant, device, new_tokens, compile)
+            answer, where = _in_transformers(source, variant, device, new_tokens)
     console.print(f"[dim]{escape(source)} {variant or ''} on {where}; an empty line ends it[/]")
     messages: Messages = []
     while True:
@@ -49,13 +47,11 @@ def chat(
             console.print()
 
 
-def _in_transformers(
-    source: str, variant: str | None, device: str, new_tokens: int, compile: bool
-) -> tuple[Answer, str]:
+def _in_transformers(source: str, variant: str | None, device: str, new_tokens: int) -> tuple[Answer, str]:
     from pipeline.errors import ModelError
     from pipeline.loading import load
 
-    model, tokenizer = load(source, variant, device, compile=compile)
+    model, tokenizer = load(source, variant, device)
     if tokenizer.chat_template is None:
         raise ModelError(f"{source}: has no chat template, so it cannot be talked to")
     from transformers import TextStreamer

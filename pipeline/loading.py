@@ -32,7 +32,6 @@ def load(
     variant: str | None = None,
     device: str = "auto",
     revision: str | None = None,
-    compile: bool = False,
     offload: bool | Literal["auto"] = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer, ready to generate on this machine.
@@ -42,29 +41,20 @@ def load(
         variant: `int8`, `int4`, ...; None for the full-precision model at the root.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
         revision: branch, tag or commit of a repository.
-        compile: compile the decoding step of `generate`; see `pipeline.compiled` for where that pays.
         offload: for measuring in little memory: leave the weights in their files, and read each layer's
             anew whenever it computes. `auto` does so where the model does not fit into the memory.
             The model's own `device` is then `meta`; `pipeline.heads.device_of` tells where it computes.
 
     Raises:
-        ModelError: where there is no such model or variant, or it is one for llama.cpp; where compiling is
-            asked for and no compiler is there.
+        ModelError: where there is no such model or variant, or it is one for llama.cpp.
 
     Example:
         >>> model, tokenizer = load("user/model", variant="int4")
     """
     quiet()
-    if compile and offload:
-        raise ModelError("compile and offload: weights that come and go cannot be compiled with; choose one")
     if is_gguf(variant):
         raise ModelError(f"{variant}: is for llama.cpp, not for transformers; {_opening(source, variant)}")
-    model, tokenizer = _load(locate(source, variant, revision), device_named(device), offload)
-    if compile:
-        from pipeline.compiled import compile_decoding
-
-        compile_decoding(model)
-    return model, tokenizer
+    return _load(locate(source, variant, revision), device_named(device), offload)
 
 
 def load_dequantized(

@@ -6,8 +6,6 @@
 The model is a random Llama that the script makes (weights do not change the speed). Each side
 runs in a fresh process; rounds go through all sides in turn, so that what else the machine does
 falls on all of them, and the medians over the rounds are compared.
-
-Sides with compiled decoding take minutes to compile, and run only where `--sides` names them.
 """
 
 from __future__ import annotations
@@ -33,13 +31,10 @@ SIDES = {
     "int4": "pipeline.load int4",
     "int8-tables": "pipeline.load int8, embeddings int8",
     "int4-tables": "pipeline.load int4, embeddings int8",
-    "int8-compiled": "pipeline.load int8, compile=True",
-    "int4-compiled": "pipeline.load int4, compile=True",
     "Q8_0": "llama.cpp Q8_0",
     "Q4_0": "llama.cpp Q4_0",
 }
 LLAMA_CPP = ("Q8_0", "Q4_0")
-COMPILED = ("int8-compiled", "int4-compiled")  # which compile for minutes, so only where they are asked for
 
 
 def main() -> None:
@@ -71,7 +66,7 @@ def models(arguments: argparse.Namespace) -> list[dict]:
     """One row for each side: medians over the rounds, and ratios to the first side."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.work or Path(scratch)
-        sides = arguments.sides.split(",") if arguments.sides else [side for side in SIDES if side not in COMPILED]
+        sides = arguments.sides.split(",") if arguments.sides else list(SIDES)
         if not arguments.sides and not importlib.util.find_spec("llama_cpp"):
             sides = [side for side in sides if side not in LLAMA_CPP]
         make(folder, arguments.size, sides)
@@ -117,7 +112,7 @@ def make(folder: Path, size: str, sides: list[str]) -> None:
 
 
 def folder_of(side: str) -> str:
-    return side.removeprefix("stock-").removesuffix("-compiled")
+    return side.removeprefix("stock-")
 
 
 def write_gguf(folder: Path, kind: str) -> None:
@@ -173,30 +168,11 @@ def run_one(side: str, folder: Path, prompt: int, new: int) -> dict[str, float]:
             place = folder if side == "bf16" else folder / folder_of(side)
             model = open_model(place, dtype="auto")
         else:
-            model, _ = load(folder / folder_of(side), device="cpu", compile=side in COMPILED)
-        if side in COMPILED:
-            speed = generating(model, prompt, new)
-        else:
-            speed = measure.speed(model, prompt, new)
-            speed = {"prefill": speed["prefill_tokens_per_second"], "decode": speed["decode_tokens_per_second"]}
+            model, _ = load(folder / folder_of(side), device="cpu")
+        speed = measure.speed(model, prompt, new)
+        speed = {"prefill": speed["prefill_tokens_per_second"], "decode": speed["decode_tokens_per_second"]}
     figures = {f"{key} tokens/s": value for key, value in speed.items()}
     return {**figures, "peak MB": machine.peak_memory_bytes() / 1e6}
-
-
-def generating(model, prompt: int, new: int) -> dict[str, float]:
-    """The same through `generate`, which alone uses compiled steps; with what it adds to each step."""
-    import torch
-
-    ids = torch.full((1, prompt), 7)
-
-    def seconds(tokens: int) -> float:
-        start = time.perf_counter()
-        model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
-        return time.perf_counter() - start
-
-    seconds(new + 1)
-    prefill, whole = (statistics.median(seconds(tokens) for _ in range(3)) for tokens in (1, new + 1))
-    return {"prefill": prompt / prefill, "decode": new / (whole - prefill)}
 
 
 def run_llama_cpp(path: Path, prompt: int, new: int) -> dict[str, float]:

@@ -122,14 +122,11 @@ def chat(
     variant: Annotated[str | None, typer.Option(help="int8, int4, gguf-q4_0, ...; without it the full model.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
     new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
-    compile: Annotated[
-        bool, typer.Option("--compile", help="Compile the decoding step first; meant for CUDA.")
-    ] = False,
 ) -> None:
     """Talk to a model. Ends with an empty line, Ctrl-D or Ctrl-C."""
     from pipeline.chat import chat as talk
 
-    talk(model, variant, device, new_tokens, console(), compile)
+    talk(model, variant, device, new_tokens, console())
 
 
 def _run_midway(config, output: Path, as_json: bool) -> None:

@@ -95,8 +95,6 @@ class Int8Linear(PackedLinear):
         return GroupQuantized(self.codes, self.scale.unsqueeze(-1).to(self.grid.scale_dtype), None, self.grid)
 
     def _few(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling():
-            return _traced_int8(x, self.codes, self.scale)
         if self._rounded.dtype != x.dtype:
             self._rounded = self.scale.to(x.dtype)
         return _int8(x, self.codes, self._rounded)
@@ -180,8 +178,7 @@ class Int4Linear(PackedLinear):
         return GroupQuantized(codes[: self.out_features], scale, zero, self.grid)
 
     def _few(self, x: torch.Tensor) -> torch.Tensor:
-        multiply = _traced_int4 if torch.compiler.is_compiling() else _int4
-        y = multiply(x, self.packed, self.scale_and_zero, self.grid.group_size)
+        y = _int4(x, self.packed, self.scale_and_zero, self.grid.group_size)
         return y if y.shape[1] == self.out_features else y[:, : self.out_features]
 
     def _many(self, x: torch.Tensor) -> torch.Tensor:
@@ -228,14 +225,6 @@ def _int8(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Te
 def _int4(x: torch.Tensor, packed: torch.Tensor, scale_and_zero: torch.Tensor, group_size: int) -> torch.Tensor:
     """x (T, K) times the transposed weight that `Int4Linear` holds so: (T, N')."""
     return torch.ops.aten._weight_int4pack_mm_for_cpu(_aligned(x), packed, group_size, scale_and_zero.to(x.dtype))
-
-
-# To compiled code the products are steps that it does not look into: there is an address to be
-# looked at, and inductor's own rules for these kernels fail where scales are converted on the way.
-_traced_int8 = torch.library.custom_op("tunepress::int8", _int8, mutates_args=())
-_traced_int4 = torch.library.custom_op("tunepress::int4", _int4, mutates_args=())
-_traced_int8.register_fake(lambda x, codes, scale: x.new_empty(x.shape[0], codes.shape[0]))
-_traced_int4.register_fake(lambda x, packed, scale_and_zero, group_size: x.new_empty(x.shape[0], packed.shape[0]))
 
 
 def pack_int4(codes: torch.Tensor, size: int) -> torch.Tensor:

@@ -41,10 +41,10 @@ def talk(monkeypatch):
     """`talk(source, *questions)`: a talk on the terminal."""
     monkeypatch.setattr(machine, "cores", lambda: 1)
 
-    def run(source, *questions, device="auto", compile=False):
+    def run(source, *questions, device="auto"):
         asked = iter(questions)
         monkeypatch.setattr("builtins.input", lambda _: next(asked, ""))
-        chat.chat(str(source), "gguf-q4_0", device, 8, Console(soft_wrap=True), compile)
+        chat.chat(str(source), "gguf-q4_0", device, 8, Console(soft_wrap=True))
 
     return run
 
@@ -76,10 +76,9 @@ def test_a_talk_is_no_longer_than_the_model_was_made_for(tiny_model, written, re
         talk(release, "Hello? " * 60)
 
 
-@pytest.mark.parametrize("options", [{"device": "cuda"}, {"compile": True}], ids=str)
-def test_llama_cpp_takes_no_device_and_is_not_compiled(release, talk, options):
-    with pytest.raises(ModelError, match="leave out --device and --compile"):
-        talk(release, **options)
+def test_llama_cpp_takes_no_device(release, talk):
+    with pytest.raises(ModelError, match="leave out --device"):
+        talk(release, device="cuda")
 
 
 def test_a_file_without_a_chat_template_cannot_be_talked_to(release, talk):
