@@ -7,12 +7,18 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.utils import add_fused_lm_head
 
+from pipeline import machine, measure
+from pipeline.config import Config
+from pipeline.data.encode import NO_LOSS, Encoded, EncodedSet
 from pipeline.kernels import training
 from pipeline.kernels.attention import MODELS
 from pipeline.kernels.training import quicken_layers, quicken_training
+from pipeline.stages.merge import live_model
+from pipeline.training import new_trainer
+from tests.compute_watch import BF16Products
 
 TOKENS = 40
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -196,6 +202,38 @@ def test_step_keeps_less_for_the_backward_pass(tiny_model):
         return sum(storage.nbytes() for storage in kept.values())
 
     assert kept_bytes(ours) < 0.6 * kept_bytes(plain)
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora"])
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_training_multiplies_many_rows_in_the_compute_type_alone(any_model, tmp_path, monkeypatch, compute, method):
+    monkeypatch.setenv(machine.COMPUTE_DTYPE, compute)
+    config = Config.model_validate(
+        {
+            "name": "watched", "model": {"source": str(any_model)}, "data": {"source": "unused"},
+            "train": {"method": method, "batch_size": 2, "accumulate": 1, "max_length": 64, "max_steps": 1},
+        }
+    )  # fmt: skip
+    torch.manual_seed(0)
+    examples = [Encoded(ids, [NO_LOSS, *ids[1:]]) for ids in torch.randint(0, 250, (8, 30)).tolist()]
+    parts = {name: EncodedSet(examples, 0, 0, 0, 0) for name in ("training", "held-out")}
+    trainer = new_trainer(config, any_model, AutoTokenizer.from_pretrained(any_model), parts, tmp_path, Silent())
+    with BF16Products() as seen:
+        trainer.train()
+        trainer.evaluate()
+    assert bool(seen.many_rows) == (compute == "bfloat16")
+
+    trainer.save_model(str(tmp_path / "adapter"))
+    live = live_model(config, any_model, tmp_path / "adapter")
+    with BF16Products() as seen:
+        measure.score(live, examples)
+    assert bool(seen.many_rows) == (compute == "bfloat16")
+
+
+class Silent:
+    def progress(self, *_): ...
+
+    def metrics(self, *_): ...
 
 
 def test_other_architectures_keep_transformers_attention(tiny_model):
