@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import WorkspaceError
 from pipeline.files import read_json, write_json
+from pipeline.machine import compute_dtype
 
 if TYPE_CHECKING:
     import torch
 
-VERSION = 1
+VERSION = 2
 LONGEST = 1.5  # seconds that one thing is measured for, at least once
 TOKENS = 512
 MODEL = {
@@ -120,7 +121,7 @@ def measure(place: str, tell: Tell = lambda what: None) -> Calibration:
     start = time.perf_counter()
     quiet()
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model  # noqa: F401  of what a stage imports
     from transformers import LlamaConfig, LlamaForCausalLM
 
     started = time.perf_counter() - start
@@ -129,6 +130,7 @@ def measure(place: str, tell: Tell = lambda what: None) -> Calibration:
     model = LlamaForCausalLM(LlamaConfig(**MODEL)).to(device, torch.bfloat16)
     weights = sum(m.weight.numel() for n, m in model.named_modules() if _is_linear(n, m))
     ids = torch.randint(0, MODEL["vocab_size"], (1, TOKENS), device=device)
+    _as_loaded(model)
 
     tell("reading a text")
     forward = weights * TOKENS / _seconds(lambda: _forward(model, ids), device)
@@ -138,7 +140,7 @@ def measure(place: str, tell: Tell = lambda what: None) -> Calibration:
     token = _seconds(lambda: _forward(model, ids[:, :1]), device)
     decode = 2 * (weights + head.numel()) / token
     tell("training")
-    trained = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    trained = _as_trained(model)
     train = (weights + head.numel()) * TOKENS / _seconds(lambda: _step(trained, ids), device)
     tell("NF4")
     nf4, nf4_bytes = _nf4(device)
@@ -164,6 +166,30 @@ def _is_linear(name: str, module) -> bool:
     return isinstance(module, torch.nn.Linear) and name != "lm_head"
 
 
+def _as_loaded(model) -> None:
+    """Let a model multiply as `pipeline.load` has it."""
+    from pipeline.kernels.float32_mode import quicken_products
+    from pipeline.kernels.plain import quicken_linears
+
+    if model.device.type == "cpu":
+        quicken_linears(model)
+        quicken_products(model)
+
+
+def _as_trained(model):
+    """Return a model with an adapter that multiplies as training has it."""
+    from peft import LoraConfig, get_peft_model
+    from trl.trainer.utils import add_fused_lm_head
+
+    from pipeline.kernels.training import quicken_training
+
+    add_fused_lm_head(model)
+    adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    if model.device.type == "cpu":
+        quicken_training(adapted, compute_dtype("cpu"))
+    return adapted.train()
+
+
 def _forward(model, ids: torch.Tensor) -> None:
     import torch
 
@@ -174,9 +200,8 @@ def _forward(model, ids: torch.Tensor) -> None:
 def _step(model, ids: torch.Tensor) -> None:
     import torch
 
-    model.train()
-    with torch.autocast(ids.device.type, dtype=torch.bfloat16):
-        loss = model(ids, labels=ids, use_cache=False).loss
+    with torch.autocast(ids.device.type, compute_dtype(ids.device), enabled=ids.device.type != "cpu"):
+        loss = model(ids, labels=ids, fused_lm_head=True).loss
     loss.backward()
     model.zero_grad()
 

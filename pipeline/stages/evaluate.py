@@ -36,4 +36,5 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
         outputs.append(workspace.write_measurement(label, result))
         for text, figures in result["quality"].items():
             summary[f"{label}_{text}_perplexity"] = figures["perplexity"]["value"]
+        summary["compute_dtype"] = result["machine"]["compute_dtype"]
     return Outcome(tuple(outputs), summary)

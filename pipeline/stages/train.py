@@ -56,6 +56,7 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
 
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
+    import torch
     from transformers import set_seed
 
     from pipeline.libraries import quiet_progress_bars
@@ -71,6 +72,9 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
         raise UserError(f"machine {team.machine}: its settings, data, model or libraries are not machine 0's")
     set_seed(config.train.seed)
     start = time.monotonic()
+    compute_dtype = machine.dtype_name(machine.compute_dtype("cuda" if torch.cuda.is_available() else "cpu"))
+    if compute_dtype == "float16":
+        events.show(["computing in float16: this GPU has no bfloat16 instructions (compute capability below 8.0)"])
     checkpoints = _checkpoints(config, workspace, depends_on, team)
     trainer = new_trainer(config, prepared.base, prepared.tokenizer, prepared.encoded, checkpoints, events, team.size)
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
@@ -91,13 +95,13 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
         "held_out_loss": held_out_losses[-1] if held_out_losses else None,
         "trainable_parameters": trainable,
         "seconds_training": round(time.monotonic() - start, 1),
+        "compute_dtype": compute_dtype,
     }
     measured = {
         **summary,
         "resumed_from_step": resumed_from,
         "device": trainer.args.device.type,
         "processes": team.size,
-        "dtype": machine.dtype_name(machine.compute_dtype(trainer.args.device)),
         "history": [row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row],
     }
     if not team.leads:

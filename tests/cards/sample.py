@@ -138,7 +138,7 @@ def results() -> dict:
             "seconds_training": 213.3,
             "resumed_from_step": None,
             "device": "cpu",
-            "dtype": "bfloat16",
+            "compute_dtype": "bfloat16",
             "history": [{"loss": 3.9, "num_tokens": 977.0, "step": 1}, {"eval_loss": 2.857283, "step": 60}],
         },
         "merge": {
