@@ -63,7 +63,9 @@ def merge(ours: str, theirs: str, newline: str = "\n", written: Mapping[str, str
     if not isinstance(found, dict) or any(keys.count(key) > 1 for key in keys):
         return None
     wanted = _merged(yaml.load(ours, Loader=_Loader) or {}, found, written or {})
-    plain = keys == list(found) and "\ufeff" not in theirs  # which YAML allows at the beginning of a text alone
+    mapped = node is None or isinstance(node, yaml.MappingNode)
+    # YAML allows a byte order mark at the beginning of a text alone.
+    plain = mapped and keys == list(found) and "\ufeff" not in theirs
     edited = _edited(theirs, node, found, wanted, newline) if plain else None
     return edited if edited is not None and _says(edited, wanted) else _dump(wanted, newline)
 

@@ -62,7 +62,7 @@ def body(card: str) -> str:
 
 
 def metadata(card: str) -> dict:
-    return yaml.safe_load(card.split("---")[1])
+    return yaml.safe_load(re.split(r"(?:\A|\r\n|\r|\n)---[ \t]*(?=\r|\n|\Z)", card)[1])
 
 
 # ---- the text
@@ -312,6 +312,9 @@ PIECES = st.sampled_from([*WORDS.split("|"), *LINES, START, END, OLD, OURS])
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(PIECES | st.text(max_size=5), max_size=14).map("".join))
+@example("\n---\n&a\n---\n")  # an anchor on nothing is no mapping, and says nothing
+@example(f"\n---\n#{OURS}")  # dashes at the end of a comment close nothing
+@example(f"\n---\na: b{OURS}")
 @example(f"{OLD}{START}{OLD}{END}")  # what is left of the second is a section only when the inner one is gone
 def test_whatever_stands_there_the_second_time_changes_nothing(existing):
     made = keep_own_text(OURS, existing)
