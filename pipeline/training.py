@@ -298,7 +298,14 @@ class _Reports(TrainerCallback):
     """Progress and figures of the loop, as events; trl's own integrations stay off."""
 
     def __init__(self, events: Events):
-        self._events = events
+        self._events, self._batches = events, 0
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        self._batches += 1
+        self._events.progress(self._batches, len(eval_dataloader), "held-out loss")
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._batches = 0
 
     def on_step_end(self, args, state, control, **kwargs):
         loss = next((row["loss"] for row in reversed(state.log_history) if "loss" in row), None)
