@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pipeline.errors import ModelError
+from pipeline.kernels.products import float32_product
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -65,7 +66,7 @@ class Head:
         states, parts = states.float(), []
         for first in range(0, self.rows, self._at_a_time):
             stop = min(first + self._at_a_time, self.rows)
-            parts.append(torch.nn.functional.linear(states, _exactly(self._weight, first, stop)))
+            parts.append(float32_product(states, _exactly(self._weight, first, stop)))
         logits = torch.cat(parts, -1)
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 

@@ -88,10 +88,8 @@ def _load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from safetensors import SafetensorError
 
+    from pipeline import kernels
     from pipeline.assembly import assemble
-    from pipeline.kernels.attention import quicken_attention
-    from pipeline.kernels.float32_mode import quicken_products
-    from pipeline.kernels.plain import quicken_linears
     from pipeline.offloading import assemble_offloaded, fits
 
     quiet_progress_bars()
@@ -107,9 +105,7 @@ def _load(
         reason = str(error).strip().split("\n")[0]
         raise ModelError(f"{folder}: transformers cannot load it: {reason}") from None
     if target.type == "cpu":
-        quicken_linears(model)
-        quicken_attention(model)
-        quicken_products(model)
+        kernels.quicken(model)
     model.eval().requires_grad_(False)
     return model, tokenizer
 

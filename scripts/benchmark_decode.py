@@ -26,6 +26,8 @@ from rich.table import Table
 
 SIDES = {
     "bf16": "transformers bf16",
+    "float32": "transformers float32",
+    "ours-bf16": "pipeline.load bf16",
     "stock-int8": "transformers + torchao int8",
     "int8": "pipeline.load int8",
     "int4": "pipeline.load int4",
@@ -35,6 +37,7 @@ SIDES = {
     "Q4_0": "llama.cpp Q4_0",
 }
 LLAMA_CPP = ("Q8_0", "Q4_0")
+UNQUANTIZED = ("bf16", "float32", "ours-bf16")
 
 
 def main() -> None:
@@ -100,7 +103,7 @@ def make(folder: Path, size: str, sides: list[str]) -> None:
 
     if not (folder / "config.json").is_file():
         random_checkpoint(folder, size, shards=1)
-    for stored in {folder_of(side) for side in sides if side not in ("bf16", *LLAMA_CPP)}:
+    for stored in {folder_of(side) for side in sides if side not in (*UNQUANTIZED, *LLAMA_CPP)}:
         if not (folder / stored / "config.json").is_file():
             name, _, tables = stored.partition("-")
             spec = VariantSpec(name=name, rounding="rtn", embeddings="int8" if tables else "keep").resolved()
@@ -164,11 +167,11 @@ def run_one(side: str, folder: Path, prompt: int, new: int) -> dict[str, float]:
         from pipeline import load, measure
         from pipeline.opening import open_model
 
-        if side in ("bf16", "stock-int8"):
-            place = folder if side == "bf16" else folder / folder_of(side)
-            model = open_model(place, dtype="auto")
+        place = folder if side in UNQUANTIZED else folder / folder_of(side)
+        if side in ("bf16", "float32", "stock-int8"):
+            model = open_model(place, dtype="float32" if side == "float32" else "auto")
         else:
-            model, _ = load(folder / folder_of(side), device="cpu")
+            model, _ = load(place, device="cpu")
         speed = measure.speed(model, prompt, new)
         speed = {"prefill": speed["prefill_tokens_per_second"], "decode": speed["decode_tokens_per_second"]}
     figures = {f"{key} tokens/s": value for key, value in speed.items()}

@@ -154,6 +154,8 @@ def dequantized() -> Callable:
     from transformers import AutoModelForCausalLM
 
     from pipeline.config import VariantSpec
+    from pipeline.kernels.float32_mode import quicken_products
+    from pipeline.kernels.plain import quicken_linears
     from pipeline.models import linear_weights
     from pipeline.quantization.formats import format_of
     from pipeline.quantization.rounding import rounding
@@ -167,6 +169,8 @@ def dequantized() -> Callable:
             weight = model.get_parameter(name)
             grid = format_of(asked).grid(asked, weight.shape[1])
             weight.data = rounding(asked.rounding)(weight.data, grid).dequantize(weight.dtype)
+        quicken_linears(model)
+        quicken_products(model)
         return model
 
     return make

@@ -59,6 +59,7 @@ def test_the_root_is_the_full_precision_model_itself(any_model):
 
     model, tokenizer = load(any_model)
     stock = AutoModelForCausalLM.from_pretrained(any_model, dtype="auto")
+    kernels.quicken(stock)
     assert model.dtype == torch.bfloat16 and not model.training
     assert torch.equal(logits(model, tokenizer), logits(stock, tokenizer))
 
@@ -86,7 +87,7 @@ def test_layers_without_a_kernel_become_ordinary_ones_of_the_models_type(
     monkeypatch.setattr(kernels, "linear", lambda *_: None)
     source = tiny_model("llama", dtype)
     model, tokenizer = load(quantized(source, variant), variant)
-    assert layer_types(model) == {"Linear"}
+    assert layer_types(model) == {"PlainLinear"}
     assert model.model.layers[0].mlp.up_proj.weight.dtype == getattr(torch, dtype)
     assert off(logits(model, tokenizer), logits(dequantized(source, variant), tokenizer)) < 1e-3
 
@@ -96,7 +97,7 @@ def test_layers_that_were_kept_stay_ordinary(tiny_model, quantized, variant):
     root = quantized(tiny_model("llama"), variant, keep=["*.down_proj"])
     model, _ = load(root, variant)
     kinds = {type(m).__name__ for n, m in model.named_modules() if n.endswith("down_proj")}
-    assert kinds == {"Linear"} and layer_types(model) > kinds
+    assert kinds == {"PlainLinear"} and layer_types(model) > kinds
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -105,6 +106,7 @@ def test_it_computes_bit_for_bit_what_the_stock_loader_and_repacking_give(tiny_m
     root = quantized(tiny_model(architecture), variant)
     model, tokenizer = load(root, variant)
     stock = loading._load_stock(root / variant, torch.device("cpu")).eval()
+    kernels.quicken(stock)
     assert layer_types(model) == layer_types(stock)
     for repeat in (1, 4):
         assert torch.equal(logits(model, tokenizer, repeat), logits(stock, tokenizer, repeat))

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from pipeline.kernels import cpu, cuda
+from pipeline.kernels.attention import quicken_attention
+from pipeline.kernels.float32_mode import quicken_products
+from pipeline.kernels.plain import quicken_linears
 from pipeline.quantization.grid import GroupQuantized
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def quicken(model: PreTrainedModel) -> None:
+    """Let a model that computes on a CPU use the fastest products and attention there; what is saved stays the same."""
+    quicken_linears(model)
+    quicken_attention(model)
+    quicken_products(model)
 
 
 def runs_as_stored(weight: GroupQuantized, device: torch.device) -> bool:
