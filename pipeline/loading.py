@@ -90,6 +90,7 @@ def _load(
 
     from pipeline import kernels
     from pipeline.assembly import assemble
+    from pipeline.kernels.step import quicken_decoding
     from pipeline.offloading import assemble_offloaded, fits
 
     quiet_progress_bars()
@@ -107,6 +108,7 @@ def _load(
     if target.type == "cpu":
         kernels.quicken(model)
     model.eval().requires_grad_(False)
+    quicken_decoding(model)
     return model, tokenizer
 
 

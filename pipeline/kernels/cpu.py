@@ -224,7 +224,9 @@ def _int8(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Te
 
 def _int4(x: torch.Tensor, packed: torch.Tensor, scale_and_zero: torch.Tensor, group_size: int) -> torch.Tensor:
     """x (T, K) times the transposed weight that `Int4Linear` holds so: (T, N')."""
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(_aligned(x), packed, group_size, scale_and_zero.to(x.dtype))
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(
+        _aligned(x), packed, group_size, scale_and_zero.to(x.dtype).contiguous()
+    )
 
 
 def pack_int4(codes: torch.Tensor, size: int) -> torch.Tensor:

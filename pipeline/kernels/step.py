@@ -1,0 +1,334 @@
+"""One step of decoding on a CPU: a new token through all decoder blocks, by as few operations as there can be.
+
+A token of a small model takes a few milliseconds, and transformers' own way through the blocks needs some fifty
+operations, ten calls of modules and three copies of the cache in each of them. Here q, k and v are one product, and so
+are gate and up; the cache grows in place; and of the modules only the weights are used. What cannot be done so (a
+prompt, a window that slides, hooks, an adapter, outputs of every block) goes the ordinary way, through the same
+weights: the layers of a joined product hold views of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import types
+from collections.abc import Callable, Sequence
+from itertools import repeat
+from operator import contains, getitem, is_
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from pipeline.kernels.cpu import Int4Linear, Int8Linear, PackedLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from pipeline.kernels.growing import GrowingLayer
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+# Their blocks are: norm, attention with rotary positions, norm, gated MLP. Tests compare each with transformers' own.
+MODELS = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+_ROWS = 8  # sequences at a time up to which this was found to be faster
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_ALIGNMENT = 64
+
+
+def quicken_decoding(model: PreTrainedModel) -> None:
+    """Let a model on a CPU that is of a known kind write single tokens by `Step`. What it stores stays as it is."""
+    backbone = model.base_model
+    if model.config.model_type not in MODELS or model.device.type != "cpu" or not hasattr(backbone, "layers"):
+        return
+    backbone.forward = types.MethodType(_wrapped(type(backbone).forward), backbone)
+    backbone._apply = types.MethodType(_apply, backbone)
+    backbone.__dict__["_step"] = Step(backbone)
+
+
+@functools.cache
+def _wrapped(ordinary: Callable) -> Callable:
+    @functools.wraps(ordinary)
+    def forward(self, *args, **kwargs):
+        step = self.__dict__.get("_step")
+        output = step(self, *args, **kwargs) if step is not None else None
+        return ordinary(self, *args, **kwargs) if output is None else output
+
+    return forward
+
+
+def _apply(self, *args, **kwargs):
+    """What moves a model or changes its type gives its layers other tensors, and the step is made of those."""
+    type(self)._apply(self, *args, **kwargs)
+    step = self.__dict__.get("_step")
+    if step is not None and not step.holds():
+        on_cpu = all(parameter.device.type == "cpu" for parameter in self.parameters())
+        self.__dict__["_step"] = Step(self) if on_cpu else None
+    return self
+
+
+class Step:
+    """The blocks of a model, made ready for single tokens."""
+
+    def __init__(self, backbone: torch.nn.Module):
+        self.dtype = backbone.norm.weight.dtype
+        self.blocks = [Block(layer, self.dtype) for layer in backbone.layers]
+        self.norm = Norm(backbone.norm, self.dtype)
+        self.embed, self.rotary = backbone.embed_tokens, backbone.rotary_emb
+        used = [(backbone, name) for name in ("norm", "embed_tokens", "rotary_emb", "layers")]
+        for number, layer in enumerate(backbone.layers):
+            used.append((backbone.layers, str(number)))
+            used += [(layer, name) for name, _ in layer.named_children()]
+            for part in (layer.self_attn, layer.mlp):
+                used += [(part, name) for name, _ in part.named_children()]
+        self._holders = [holder._modules for holder, _ in used]
+        self._names = [name for _, name in used]
+        self._modules = [holder._modules[name] for holder, name in used]
+        self._dicts = [module.__dict__ for module in self._modules]
+        self._hooks = [hooks for m in self._modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        packed = [module for module in self._modules if isinstance(module, PackedLinear)]
+        self.rows = min((module.kernel_tokens for module in packed), default=_ROWS)
+        self._packed, self._places = packed, _places(packed)
+
+    def holds(self) -> bool:
+        """Return True if the layers still have the tensors that this was made of."""
+        return self.norm.weight.dtype == self.dtype and _places(self._packed) == self._places
+
+    def unchanged(self) -> bool:
+        """Return True if the model's modules are those that this was made of, and nothing listens to their calls."""
+        there = all(map(is_, map(getitem, self._holders, self._names), self._modules))
+        everywhere = torch.nn.modules.module
+        hooked = everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks or any(self._hooks)
+        return there and not hooked and not any(map(contains, self._dicts, repeat("forward")))
+
+    def __call__(
+        self,
+        backbone: torch.nn.Module,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: object = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        past_key_values: object = None,
+        **others,
+    ):
+        """Return what the model's own `forward` does; None if that has to do it."""
+        cache = past_key_values if cache is None else cache
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if cache is None or given is None or (input_ids is not None) is (inputs_embeds is not None):
+            return None
+        if given.shape[1] != 1 or given.shape[0] > self.rows or torch.is_grad_enabled() or _asks(others, use_cache):
+            return None
+        if getattr(backbone.config, "output_hidden_states", False) or torch.is_autocast_enabled("cpu"):
+            return None
+        from pipeline.kernels.growing import growing
+
+        layers = growing(cache, len(self.blocks), given.shape[0]) if self.unchanged() else None
+        if layers is None:
+            return None
+        length = layers[0].keys.shape[2]
+        mask = _mask(attention_mask, given.shape[0], length + 1)
+        if mask is False:
+            return None
+        hidden = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        if hidden.dtype != self.dtype:
+            return None
+        if position_ids is None:
+            position_ids = torch.full((1, 1), length)
+        cos, sin = self.rotary(hidden, position_ids=position_ids)
+        half = sin.shape[-1] // 2
+        signed = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+        hidden = hidden.squeeze(1)
+        for block, layer in zip(self.blocks, layers, strict=True):
+            hidden = block(hidden, cos, signed, layer, mask)
+        return _output(self.norm(hidden).unsqueeze(1), cache)
+
+
+@functools.cache
+def _output_type() -> tuple[type, str]:
+    from transformers.modeling_outputs import BaseModelOutputWithPast as Output
+
+    return Output, "cache" if "cache" in Output.__dataclass_fields__ else "past_key_values"
+
+
+def _output(hidden: torch.Tensor, cache: object):
+    kind, name = _output_type()
+    return kind(last_hidden_state=hidden, **{name: cache})
+
+
+def _asks(others: dict, use_cache: bool | None) -> bool:
+    """Return True if a call asks for anything that a step does not give."""
+    if use_cache is False:
+        return True
+    return any(value is not None for name, value in others.items() if name != "cache_position") and not (
+        others.keys() <= {"cache_position", "return_dict", "output_attentions", "output_hidden_states"}
+        and others.get("return_dict") is not False
+        and not others.get("output_attentions")
+        and not others.get("output_hidden_states")
+    )
+
+
+def _mask(given: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | bool | None:
+    """Return a mask (B, 1, 1, L), True where a position is seen; None if all are; False for another kind of mask."""
+    if given is None:
+        return None
+    if given.shape != (batch, length) or given.dtype not in (torch.bool, torch.int64):
+        return False
+    if given.all():
+        return None
+    return given.bool()[:, None, None]
+
+
+class Norm:
+    """RMSNorm: the mean square in float32, as the model's own has it."""
+
+    def __init__(self, module: torch.nn.Module, dtype: torch.dtype):
+        self.weight, self.eps = module.weight, module.variance_epsilon
+        self.width = self.weight.shape[-1]
+        self.nothing = torch.zeros(1, self.width, dtype=dtype)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the norm of x (B, H), aligned."""
+        if x.shape[0] > 1:
+            return scaled(x, self.eps) * self.weight
+        length = float(torch.linalg.vector_norm(x, dtype=torch.float32))
+        return torch.addcmul(self.nothing, x, self.weight, value=1 / math.sqrt(length * length / self.width + self.eps))
+
+
+def scaled(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return the rows of x divided by the roots of their mean squares."""
+    exact = x.float()
+    return (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+class Block:
+    """One decoder block: its weights, and what is to be done with them."""
+
+    def __init__(self, layer: torch.nn.Module, dtype: torch.dtype):
+        attention, mlp = layer.self_attn, layer.mlp
+        self.before_attention = Norm(layer.input_layernorm, dtype)
+        self.before_mlp = Norm(layer.post_attention_layernorm, dtype)
+        self.qkv = product([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
+        self.output = product([attention.o_proj], dtype)
+        self.gate_up = product([mlp.gate_proj, mlp.up_proj], dtype)
+        self.down = product([mlp.down_proj], dtype)
+        self.activation = torch._C._nn.silu if isinstance(mlp.act_fn, torch.nn.SiLU) else mlp.act_fn
+        self.width = attention.head_dim
+        self.shared = attention.k_proj.out_features // self.width
+        self.heads = attention.q_proj.out_features // self.width
+        self.inner = mlp.gate_proj.out_features
+        self.scaling = attention.scaling
+        self.turns = getattr(attention, "use_rope", True)
+        self.head_norm = None
+        if hasattr(attention, "q_norm"):
+            weights = (attention.q_norm.weight, attention.k_norm.weight)
+            rows = [w.expand(n, -1) for w, n in zip(weights, (self.heads, self.shared), strict=True)]
+            self.head_norm = torch.cat(rows), attention.q_norm.variance_epsilon
+
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        past: GrowingLayer,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return the hidden states (B, H) behind this block. cos, sin: (B, 1, D); the first half of sin is negated."""
+        batch, heads, shared, width = hidden.shape[0], self.heads, self.shared, self.width
+        states = self.qkv(self.before_attention(hidden)).view(batch, -1, width)
+        turned = states.narrow(1, 0, heads + shared)
+        if self.head_norm is not None:
+            weight, eps = self.head_norm
+            turned.copy_(scaled(turned, eps) * weight)
+        if self.turns:
+            other = turned.roll(width // 2, -1)
+            turned.mul_(cos).addcmul_(other, sin)
+        keys, values = past.append(states.narrow(1, heads, 2 * shared))
+        query = states.narrow(1, 0, heads).view(batch, shared, -1, width)
+        groups = query.shape[2]
+        if groups == 1 and query.dtype != torch.float32:
+            query = query.expand(-1, -1, 2, -1)  # in half precision two rows take half the time of one
+        seen = scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self.scaling)
+        if groups == 1:
+            seen = seen.narrow(2, 0, 1)
+        hidden = self.output(seen.reshape(batch, -1)).add_(hidden)
+        both = self.gate_up(self.before_mlp(hidden))
+        gate, up = both.narrow(1, 0, self.inner), both.narrow(1, self.inner, self.inner)
+        return self.down(self.activation(gate).mul_(up)).add_(hidden)
+
+
+def product(layers: Sequence[torch.nn.Module], dtype: torch.dtype) -> Product:
+    """Return x (T, K) -> x times the transposed weights of all `layers`, side by side (T, N); one product if possible.
+
+    Packed layers that can be joined hold views of the joined weight afterwards.
+    """
+    if dtype == torch.bfloat16:
+        for kind, joined in ((Int8Linear, JoinedInt8), (Int4Linear, JoinedInt4)):
+            if all(type(layer) is kind for layer in layers) and joined.suits(layers):
+                return joined(layers)
+    return layers[0].forward if len(layers) == 1 else Separate(layers)
+
+
+class Separate:
+    """Layers that have no joined product."""
+
+    def __init__(self, layers: Sequence[torch.nn.Module]):
+        self.layers = list(layers)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([layer.forward(x) for layer in self.layers], dim=-1)
+
+
+def _places(layers: Sequence[PackedLinear]) -> list[int]:
+    return [(layer.codes if hasattr(layer, "codes") else layer.packed).data_ptr() for layer in layers]
+
+
+def _biases(layers: Sequence[PackedLinear]) -> torch.Tensor | None:
+    if all(layer.bias is None for layer in layers):
+        return None
+    return torch.cat([torch.zeros(n.out_features) if n.bias is None else n.bias.float() for n in layers]).bfloat16()
+
+
+class JoinedInt8:
+    """`Int8Linear` layers of the same inputs as one, for bf16."""
+
+    @staticmethod
+    def suits(layers: Sequence[Int8Linear]) -> bool:
+        return all(layer.codes.numel() % _ALIGNMENT == 0 for layer in layers[:-1])
+
+    def __init__(self, layers: Sequence[Int8Linear]):
+        self.codes = layers[0].codes if len(layers) == 1 else torch.cat([layer.codes for layer in layers])
+        self.scale = torch.cat([layer.scale for layer in layers]).bfloat16()
+        self.bias = _biases(layers)
+        if len(layers) > 1:
+            for layer, codes in zip(layers, self.codes.split([n.out_features for n in layers]), strict=True):
+                layer.codes = codes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch._weight_int8pack_mm(x, self.codes, self.scale)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+class JoinedInt4:
+    """`Int4Linear` layers of the same inputs as one, for bf16."""
+
+    @staticmethod
+    def suits(layers: Sequence[Int4Linear]) -> bool:
+        whole = all(layer.out_features == len(layer.packed) for layer in layers)
+        return whole and len({layer.grid.group_size for layer in layers}) == 1
+
+    def __init__(self, layers: Sequence[Int4Linear]):
+        self.group_size = layers[0].grid.group_size
+        self.packed, self.scale_and_zero = layers[0].packed, layers[0].scale_and_zero
+        self.bias = _biases(layers)
+        if len(layers) > 1:
+            rows = [layer.out_features for layer in layers]
+            self.packed = torch.cat([layer.packed for layer in layers])
+            self.scale_and_zero = torch.cat([layer.scale_and_zero for layer in layers], dim=1)
+            parts = zip(layers, self.packed.split(rows), self.scale_and_zero.split(rows, dim=1), strict=True)
+            for layer, packed, scale_and_zero in parts:
+                layer.packed, layer.scale_and_zero = packed, scale_and_zero
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu.default(x, self.packed, self.group_size, self.scale_and_zero)
+        return y if self.bias is None else y.add_(self.bias)
