@@ -168,6 +168,20 @@ def test_what_a_step_cannot_give_comes_from_the_model_itself(release, steps, wha
         assert isinstance(output, tuple)
 
 
+@torch.no_grad()
+def test_steps_leave_tensors_that_can_be_written_to_as_any_others(release, steps):
+    model, _ = load(release("llama", variant="int4"), "int4")
+    cache = model(ids(1, 5), use_cache=True).past_key_values
+    with torch.inference_mode():
+        model(ids(1, 1), past_key_values=cache)
+    logits = model(ids(1, 1), past_key_values=cache).logits
+    logits /= 2
+    model(ids(1, 3), past_key_values=cache)
+    cache.layers[0].keys.zero_()
+    model(ids(1, 1), past_key_values=cache)
+    assert steps == [False, True, True, False, True] and not logits.is_inference()
+
+
 def test_a_window_that_slides_goes_the_ordinary_way(tmp_path, steps):
     config = AutoConfig.for_model("mistral", **{**SHAPE, "sliding_window": 8})
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
@@ -226,5 +240,6 @@ def test_what_was_cropped_away_is_not_overwritten_for_those_who_kept_it():
         layer.update(*part)
     kept, copied = layer.keys, layer.keys.clone()
     layer.crop(-4)
+    layer.make_room(1)
     layer.append(torch.zeros(1, 4, 4))
     assert torch.equal(kept, copied)

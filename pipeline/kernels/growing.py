@@ -58,8 +58,7 @@ class GrowingLayer(DynamicLayer):
         self.show(length)
 
     def append(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the keys and values (B, 2 H, D) of one position; return all keys and all values."""
-        self.make_room(1)
+        """Write the keys and values (B, 2 H, D) of one position, which there is room for; return all of them."""
         length = self.keys.shape[2]
         self._room.select(2, length).copy_(states)
         return self.show(length + 1)
