@@ -8,8 +8,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from pipeline.checkpoint import Checkpoint
-from pipeline.kernels import step
+from pipeline.kernels import pages, step
 from pipeline.kernels.growing import GrowingLayer
+from pipeline.kernels.pages import Room
 from pipeline.loading import load
 from tests.conftest import write_tokenizer
 
@@ -243,3 +244,20 @@ def test_what_was_cropped_away_is_not_overwritten_for_those_who_kept_it():
     layer.make_room(1)
     layer.append(torch.zeros(1, 4, 4))
     assert torch.equal(kept, copied)
+
+
+@pytest.mark.parametrize("large", [True, False])
+def test_tensors_of_a_room_lie_in_it_one_after_the_other_where_kernels_can_read_them(monkeypatch, large):
+    if not large:
+        monkeypatch.delattr(pages.mmap, "MADV_HUGEPAGE", raising=False)
+    parts = [torch.arange(50, dtype=torch.uint8).view(5, 10), torch.randn(6, 3, 2).bfloat16()]
+    room = Room(Room.needed([*parts, parts[0]]))
+    first, second, third = (
+        room.cat(parts[:1]),
+        room.cat(parts[1].split(1), dim=0),
+        room.cat([parts[0].T[:5]] * 2, dim=1),
+    )
+    assert torch.equal(first, parts[0]) and torch.equal(second, parts[1])
+    assert torch.equal(third, torch.cat([parts[0].T[:5]] * 2, dim=1))
+    assert [(t.data_ptr() - first.data_ptr()) for t in (first, second, third)] == [0, 64, 192]
+    assert first.data_ptr() % 64 == 0

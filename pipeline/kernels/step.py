@@ -21,6 +21,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from pipeline.kernels.cpu import Int4Linear, Int8Linear, PackedLinear
+from pipeline.kernels.pages import Room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,7 +72,9 @@ class Step:
 
     def __init__(self, backbone: torch.nn.Module):
         self.dtype = backbone.norm.weight.dtype
-        self.blocks = [Block(layer, self.dtype) for layer in backbone.layers]
+        packed = [module for module in backbone.layers.modules() if isinstance(module, PackedLinear)]
+        room = Room(Room.needed([tensor for layer in packed for tensor in _large(layer)]))
+        self.blocks = [Block(layer, self.dtype, room) for layer in backbone.layers]
         self.norm = Norm(backbone.norm, self.dtype)
         self.embed, self.rotary = backbone.embed_tokens, backbone.rotary_emb
         used = [(backbone, name) for name in ("norm", "embed_tokens", "rotary_emb", "layers")]
@@ -85,7 +88,6 @@ class Step:
         self._modules = [holder._modules[name] for holder, name in used]
         self._dicts = [module.__dict__ for module in self._modules]
         self._hooks = [hooks for m in self._modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        packed = [module for module in self._modules if isinstance(module, PackedLinear)]
         self.rows = min((module.kernel_tokens for module in packed), default=_ROWS)
         self._packed, self._places = packed, _places(packed)
 
@@ -207,14 +209,14 @@ def scaled(x: torch.Tensor, eps: float) -> torch.Tensor:
 class Block:
     """One decoder block: its weights, and what is to be done with them."""
 
-    def __init__(self, layer: torch.nn.Module, dtype: torch.dtype):
+    def __init__(self, layer: torch.nn.Module, dtype: torch.dtype, room: Room):
         attention, mlp = layer.self_attn, layer.mlp
         self.before_attention = Norm(layer.input_layernorm, dtype)
         self.before_mlp = Norm(layer.post_attention_layernorm, dtype)
-        self.qkv = product([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
-        self.output = product([attention.o_proj], dtype)
-        self.gate_up = product([mlp.gate_proj, mlp.up_proj], dtype)
-        self.down = product([mlp.down_proj], dtype)
+        self.qkv = product([attention.q_proj, attention.k_proj, attention.v_proj], dtype, room)
+        self.output = product([attention.o_proj], dtype, room)
+        self.gate_up = product([mlp.gate_proj, mlp.up_proj], dtype, room)
+        self.down = product([mlp.down_proj], dtype, room)
         self.activation = torch._C._nn.silu if isinstance(mlp.act_fn, torch.nn.SiLU) else mlp.act_fn
         self.width = attention.head_dim
         self.shared = attention.k_proj.out_features // self.width
@@ -260,15 +262,15 @@ class Block:
         return self.down(self.activation(gate).mul_(up)).add_(hidden)
 
 
-def product(layers: Sequence[torch.nn.Module], dtype: torch.dtype) -> Product:
+def product(layers: Sequence[torch.nn.Module], dtype: torch.dtype, room: Room) -> Product:
     """Return x (T, K) -> x times the transposed weights of all `layers`, side by side (T, N); one product if possible.
 
-    Packed layers that can be joined hold views of the joined weight afterwards.
+    Packed layers that can be joined hold views of the joined weight afterwards, which lies in `room`.
     """
     if dtype == torch.bfloat16:
         for kind, joined in ((Int8Linear, JoinedInt8), (Int4Linear, JoinedInt4)):
             if all(type(layer) is kind for layer in layers) and joined.suits(layers):
-                return joined(layers)
+                return joined(layers, room)
     return layers[0].forward if len(layers) == 1 else Separate(layers)
 
 
@@ -282,8 +284,13 @@ class Separate:
         return torch.cat([layer.forward(x) for layer in self.layers], dim=-1)
 
 
+def _large(layer: PackedLinear) -> list[torch.Tensor]:
+    """Return the tensors of a packed layer that are read at every token."""
+    return [layer.packed, layer.scale_and_zero] if isinstance(layer, Int4Linear) else [layer.codes]
+
+
 def _places(layers: Sequence[PackedLinear]) -> list[int]:
-    return [(layer.codes if hasattr(layer, "codes") else layer.packed).data_ptr() for layer in layers]
+    return [tensor.data_ptr() for layer in layers for tensor in _large(layer)]
 
 
 def _biases(layers: Sequence[PackedLinear]) -> torch.Tensor | None:
@@ -299,13 +306,12 @@ class JoinedInt8:
     def suits(layers: Sequence[Int8Linear]) -> bool:
         return all(layer.codes.numel() % _ALIGNMENT == 0 for layer in layers[:-1])
 
-    def __init__(self, layers: Sequence[Int8Linear]):
-        self.codes = layers[0].codes if len(layers) == 1 else torch.cat([layer.codes for layer in layers])
+    def __init__(self, layers: Sequence[Int8Linear], room: Room):
+        self.codes = room.cat([layer.codes for layer in layers])
         self.scale = torch.cat([layer.scale for layer in layers]).bfloat16()
         self.bias = _biases(layers)
-        if len(layers) > 1:
-            for layer, codes in zip(layers, self.codes.split([n.out_features for n in layers]), strict=True):
-                layer.codes = codes
+        for layer, codes in zip(layers, self.codes.split([n.out_features for n in layers]), strict=True):
+            layer.codes = codes
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         y = torch._weight_int8pack_mm(x, self.codes, self.scale)
@@ -320,17 +326,14 @@ class JoinedInt4:
         whole = all(layer.out_features == len(layer.packed) for layer in layers)
         return whole and len({layer.grid.group_size for layer in layers}) == 1
 
-    def __init__(self, layers: Sequence[Int4Linear]):
-        self.group_size = layers[0].grid.group_size
-        self.packed, self.scale_and_zero = layers[0].packed, layers[0].scale_and_zero
-        self.bias = _biases(layers)
-        if len(layers) > 1:
-            rows = [layer.out_features for layer in layers]
-            self.packed = torch.cat([layer.packed for layer in layers])
-            self.scale_and_zero = torch.cat([layer.scale_and_zero for layer in layers], dim=1)
-            parts = zip(layers, self.packed.split(rows), self.scale_and_zero.split(rows, dim=1), strict=True)
-            for layer, packed, scale_and_zero in parts:
-                layer.packed, layer.scale_and_zero = packed, scale_and_zero
+    def __init__(self, layers: Sequence[Int4Linear], room: Room):
+        self.group_size, self.bias = layers[0].grid.group_size, _biases(layers)
+        rows = [layer.out_features for layer in layers]
+        self.packed = room.cat([layer.packed for layer in layers])
+        self.scale_and_zero = room.cat([layer.scale_and_zero for layer in layers], dim=1)
+        parts = zip(layers, self.packed.split(rows), self.scale_and_zero.split(rows, dim=1), strict=True)
+        for layer, packed, scale_and_zero in parts:
+            layer.packed, layer.scale_and_zero = packed, scale_and_zero
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         y = torch.ops.aten._weight_int4pack_mm_for_cpu.default(x, self.packed, self.group_size, self.scale_and_zero)
