@@ -61,7 +61,8 @@ def test_a_loaded_model_multiplies_no_many_rows_in_half_precision(
     with BF16Products() as seen:
         scores = read_and_score(model)
     assert not seen.many_rows
-    assert any(product.rows <= products.FEW_ROWS for product in seen.products)  # one token is multiplied as stored
+    if kind != "int8 tables":  # of which nothing is left in half precision; elsewhere one token is multiplied as stored
+        assert any(product.rows <= products.FEW_ROWS for product in seen.products)
     monkeypatch.setenv(machine.COMPUTE_DTYPE, "bfloat16")
     with BF16Products() as seen:
         expected = measure.score(load(root, variant)[0], text())
