@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # since an error cannot be estimated from one.
 WINDOW, WINDOWS = 1024, 16
 SAMPLE_TOKENS = 256  # of general text that show how fast a model is measured
-FEWEST_TOKENS = 256  # that any figure is taken from, and what numbers of tokens are multiples of
+FEWEST_TOKENS = 1024  # that figures are taken from, however long that takes
 COMPARED = 1.5  # the time that scoring and comparing a variant take, in that of scoring a model
 HELD_OUT, GENERAL = "held_out", "general"
 
@@ -49,7 +49,7 @@ def plan(config: Config, workspace: Workspace, model: PreTrainedModel, tokenizer
     measure.score(model, sample)
     seconds = COMPARED * (time.perf_counter() - start) / sum(len(s.input_ids) for s in sample)
     fitting = 60 * asked["max_minutes"] / ((2 if config.data else 1) * seconds)
-    tokens = max(FEWEST_TOKENS, int(fitting) // FEWEST_TOKENS * FEWEST_TOKENS)
+    tokens = max(FEWEST_TOKENS, int(fitting) // WINDOWS * WINDOWS)
     kept = {"asked": asked, "max_tokens": min(tokens, asked["max_tokens"])}
     workspace.write_measurement("texts", kept)
 
