@@ -1,6 +1,10 @@
 """A step of decoding says what transformers' own way says, and leaves the model what it was."""
 
 import copy
+import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from pipeline.kernels import pages, step
 from pipeline.kernels.growing import GrowingLayer
 from pipeline.kernels.pages import Room
 from pipeline.loading import load
+from pipeline.process import ALLOCATOR
 from tests.conftest import write_tokenizer
 
 SHAPE = {
@@ -261,3 +266,21 @@ def test_tensors_of_a_room_lie_in_it_one_after_the_other_where_kernels_can_read_
     assert torch.equal(third, torch.cat([parts[0].T[:5]] * 2, dim=1))
     assert [(t.data_ptr() - first.data_ptr()) for t in (first, second, third)] == [0, 64, 192]
     assert first.data_ptr() % 64 == 0
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about glibc")
+def test_what_was_freed_goes_back_to_the_system_where_a_stage_keeps_its_memory():
+    program = """
+import torch
+from pipeline.kernels.pages import give_back
+held = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
+blocks = [torch.ones(1 << 20, dtype=torch.uint8) for _ in range(200)]
+full, blocks = held(), blocks[::2]
+kept = held()
+give_back()
+print(full - kept, full - held())
+"""
+    environment = {**os.environ, "GLIBC_TUNABLES": ALLOCATOR}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    before, after = map(int, done.stdout.split())
+    assert before < 20e6 and after > 90e6

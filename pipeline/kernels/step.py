@@ -21,7 +21,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from pipeline.kernels.cpu import Int4Linear, Int8Linear, PackedLinear
-from pipeline.kernels.pages import Room
+from pipeline.kernels.pages import Room, give_back
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,7 +74,11 @@ class Step:
         self.dtype = backbone.norm.weight.dtype
         packed = [module for module in backbone.layers.modules() if isinstance(module, PackedLinear)]
         room = Room(Room.needed([tensor for layer in packed for tensor in _large(layer)]))
-        self.blocks = [Block(layer, self.dtype, room) for layer in backbone.layers]
+        self.blocks = []
+        for layer in backbone.layers:
+            self.blocks.append(Block(layer, self.dtype, room))
+            if packed:
+                give_back()  # or all layers would be in memory twice
         self.norm = Norm(backbone.norm, self.dtype)
         self.embed, self.rotary = backbone.embed_tokens, backbone.rotary_emb
         used = [(backbone, name) for name in ("norm", "embed_tokens", "rotary_emb", "layers")]
