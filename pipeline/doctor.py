@@ -193,6 +193,7 @@ def _lines(found: dict) -> Iterator[tuple[str, str]]:
         yield "Device", f"{device['kind']}: {device['name']}{f' ({more})' if more else ''}"
         if device.get("advice"):
             yield "", f"  {device['advice']}"
+    yield "Compute", _compute(about["compute_dtype"])
     for grid, layer in found["kernels"].items():
         yield "Kernel", f"{grid}: {layer}"
     yield "Versions", ", ".join(f"{name} {version}" for name, version in found["versions"].items())
@@ -204,6 +205,13 @@ def _lines(found: dict) -> Iterator[tuple[str, str]]:
     yield "Hub", hub["problem"] or f"{hub['name']}; the token {writes}"
     yield "Trackio", found["trackio"]["folder"]
     yield "Speed", _speed(kept)
+
+
+def _compute(dtype: str) -> str:
+    """Return the compute type, and what it is for if it is not the type in which models are stored."""
+    asked = f" (set by {machine.COMPUTE_DTYPE})" if os.environ.get(machine.COMPUTE_DTYPE) else ""
+    slow = "" if dtype == "bfloat16" else " for products of many rows; bfloat16 has no fast instructions here"
+    return f"{dtype}{slow}{asked}"
 
 
 def _speed(kept: dict) -> str:

@@ -39,7 +39,9 @@ def load(
     Args:
         source: a repository `user/model`, a run's folder, or any folder with a model.
         variant: `int8`, `int4`, ...; None for the full-precision model at the root.
-        device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`. The type of the weights does not depend on it: a CPU
+            without bfloat16 instructions computes bfloat16 weights in float32, block by block, but a GPU whose
+            compute type is float16 (`machine.compute_dtype`) still computes them in bfloat16, slowly.
         revision: branch, tag or commit of a repository.
         offload: for measuring in little memory: leave the weights in their files, and read each layer's
             anew whenever it computes. `auto` does so where the model does not fit into the memory.

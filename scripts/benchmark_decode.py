@@ -3,6 +3,8 @@
     python scripts/benchmark_decode.py [--size 1.1b] [--rounds 3] [--sides bf16,int8] [--json FILE]
     python scripts/benchmark_decode.py --layers        # one layer: kernel against dequantizing, by tokens
 
+With `ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2` it measures what a CPU without AVX-512 does.
+
 The model is a random Llama that the script makes (weights do not change the speed). Each side
 runs in a fresh process; rounds go through all sides in turn, so that what else the machine does
 falls on all of them, and the medians over the rounds are compared.
@@ -220,6 +222,7 @@ def layers() -> list[dict]:
     import torch
 
     from pipeline.kernels import cpu
+    from pipeline.kernels.products import FEW_ROWS, many_rows, product_dtype
     from pipeline.quantization.formats.torchao import INT8
     from pipeline.quantization.grid import Grid
     from pipeline.quantization.rounding import rounding
@@ -238,14 +241,19 @@ def layers() -> list[dict]:
         weight = torch.randn(shape).bfloat16()
         plain = torch.nn.Linear(*shape[::-1], bias=False, device="meta")
         plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+        sizes = [torch.randn(tokens, shape[1]).bfloat16() for tokens in (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128, 512)]
+        for x in sizes if product_dtype(torch.bfloat16) == torch.float32 else ():
+            row = {"shape": f"{shape[0]}x{shape[1]}", "bits": 16, "group": "", "tokens": len(x)}
+            few, many = least(plain, x), least(lambda x, weight=weight: many_rows(x, weight), x)
+            row |= {"bf16": few, "kernel": few, "dequantize": many}
+            rows.append({**row, "taken": "kernel" if len(x) <= FEW_ROWS else "dequantize"})
         for grid in (INT8, Grid(8, 64, "none", torch.float32), Grid(4, 64, "float", torch.bfloat16)):
             layer = cpu.linear(rounding("rtn")(weight, grid), None)
-            for tokens in (1, 4, 8, 12, 16, 24, 32, 128, 512):
-                x = torch.randn(tokens, shape[1]).bfloat16()
+            for x in sizes:
                 row = {"shape": f"{shape[0]}x{shape[1]}", "bits": grid.bits, "group": grid.group_size or "row"}
-                row["tokens"] = tokens
+                row["tokens"] = len(x)
                 row |= {"bf16": least(plain, x), "kernel": least(layer._few, x), "dequantize": least(layer._many, x)}
-                rows.append({**row, "taken": "kernel" if tokens <= layer.kernel_tokens else "dequantize"})
+                rows.append({**row, "taken": "kernel" if len(x) <= layer.kernel_tokens else "dequantize"})
     return rows
 
 

@@ -15,10 +15,12 @@ import torch
 from pipeline.kernels.products import float32_product, product_dtype, row_blocks
 from pipeline.quantization.grid import GroupQuantized, in_groups
 
-# Tokens up to which the kernels are faster than dequantizing; `scripts/benchmark_decode.py --layers` measures it.
-INT8_KERNEL_TOKENS = 12
-INT8_GROUP_KERNEL_TOKENS = 4
-INT4_KERNEL_TOKENS = 24
+# Tokens up to which the kernels are faster than dequantizing; `scripts/benchmark_decode.py --layers` measures it. The
+# figures were the same with AVX-512 and products in bfloat16 as with AVX2 and products in float32, within a third, and
+# next to them both ways take about the same time. So they are not measured on each machine.
+INT8_KERNEL_TOKENS = 20
+INT8_GROUP_KERNEL_TOKENS = 8  # in groups of 32: 5, of 128: 14
+INT4_KERNEL_TOKENS = 48
 _ROW_MULTIPLE = 64  # int4 rows are padded to whole blocks of the packing; `row_blocks` are whole ones too
 # `_weight_int8pack_mm` reads whole vectors from aligned addresses and checks neither: a width
 # that is no multiple of this gives wrong numbers, and codes at an odd address end the process.
@@ -123,17 +125,20 @@ class Int8GroupLinear(PackedLinear):
         codes = in_groups(weight.codes, self.grid).transpose(0, 1)
         self.register_buffer("codes", codes.contiguous(), persistent=False)
         self.register_buffer("scale", weight.scale.T.contiguous(), persistent=False)
+        self._rounded = self.scale
 
     def portable(self) -> GroupQuantized:
         codes = self.codes.transpose(0, 1).flatten(1)
         return GroupQuantized(codes, self.scale.T.contiguous().to(self.grid.scale_dtype), None, self.grid)
 
     def _few(self, x: torch.Tensor) -> torch.Tensor:
-        # In float32, because a sum of many rounded sums would be further off.
-        parts = x.float().view(len(x), len(self.codes), -1).transpose(0, 1).contiguous()
+        # The kernel is six times slower in float32. The sum of its rounded results is as exact as one more rounding.
+        if self._rounded.dtype != x.dtype:
+            self._rounded = self.scale.to(x.dtype)
+        parts = x.view(len(x), len(self.codes), -1).transpose(0, 1).contiguous()
         y = torch.zeros(len(x), self.out_features)
-        for part, codes, scale in zip(parts, self.codes, self.scale, strict=True):
-            y += torch.ops.aten._weight_int8pack_mm(part, codes, scale)
+        for part, codes, scale in zip(parts, self.codes, self._rounded, strict=True):
+            y += _int8(part, codes, scale)
         return y.to(x.dtype)
 
     def _many(self, x: torch.Tensor) -> torch.Tensor:

@@ -13,8 +13,8 @@ from pipeline import machine
 
 # Rows up to which a product in half precision is faster than converting the weight to float32.
 # `scripts/benchmark_decode.py --layers` measures it.
-FEW_ROWS = 5
-BLOCK_ELEMENTS = 1 << 19  # weights converted at a time: 2 MB of float32
+FEW_ROWS = 4
+BLOCK_ELEMENTS = 1 << 20  # weights converted at a time: 4 MB of float32
 ROW_MULTIPLE = 64
 
 

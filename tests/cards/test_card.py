@@ -420,6 +420,21 @@ def test_several_machines_are_told_apart():
     assert "`int4/` on Another" in text and "base model, root, `int8/` on Chip" in text
 
 
+def test_the_machine_is_named_with_the_type_that_it_computed_in():
+    assert "25.3 GB of memory, computed in bfloat16." in model_card(about(), BOTH)
+    text = model_card(about(replaced(results(), ("int4", "machine", "compute_dtype"), "float32")), BOTH)
+    assert text.count("computed in float32") == 1 and text.count("computed in bfloat16") == 1
+
+
+def test_results_without_a_compute_type_are_still_shown():
+    found = results()
+    for model in found.values():
+        if "machine" in model:
+            del model["machine"]["compute_dtype"]
+    text = model_card(about(found), BOTH)
+    assert "25.3 GB of memory." in text and "computed in" not in text
+
+
 def test_the_same_answers_are_shown_once():
     text = model_card(about(), BOTH)
     assert "root, `int8/`:\n\n```text\nJoin paths.\n```" in text

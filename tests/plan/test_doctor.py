@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import calibration, doctor
+from pipeline import calibration, doctor, machine
 from pipeline.calibration import ROUNDINGS, Calibration
 from pipeline.config_file import load_config
 from pipeline.planning import Plan, devices, make_plan
@@ -61,6 +61,13 @@ def test_it_knows_who_is_logged_in_and_never_tells_the_token(tmp_path, role, wri
     assert TOKEN not in done.stdout and TOKEN not in done.stderr
 
 
+@pytest.mark.parametrize("dtype", machine.COMPUTE_DTYPES)
+def test_it_tells_the_compute_type(place, monkeypatch, dtype):
+    monkeypatch.setenv(machine.COMPUTE_DTYPE, dtype)
+    assert examined(place)["machine"]["compute_dtype"] == dtype
+    assert f"Compute     {dtype}" in place.tunepress("doctor", "--no-calibrate").stdout
+
+
 def test_without_a_network_it_says_so_in_one_line_and_goes_on(tmp_path):
     with LoopbackHub(tmp_path / "hub", {TOKEN: {"name": "ada"}}) as hub:
         place = Planner(tmp_path, hub)
@@ -71,6 +78,7 @@ def test_without_a_network_it_says_so_in_one_line_and_goes_on(tmp_path):
 
 def test_people_get_a_page_and_without_a_login_it_says_how_to_log_in(tmp_path):
     page = Planner(tmp_path).tunepress("doctor", "--no-calibrate").stdout
+    assert f"Compute     {machine.dtype_name(machine.compute_dtype('cpu'))}" in page
     assert "hf auth login" in page and "Int4Linear" in page and "run: tunepress doctor --calibrate" in page
 
 

@@ -11,8 +11,8 @@ from pipeline import heads, measure
 from pipeline.checkpoint import SINGLE_NAME, Checkpoint
 from pipeline.config import VariantSpec
 from pipeline.errors import ModelError, QuantizationError
-from pipeline.kernels.table import Int8Embedding
 from pipeline.kernels.plain import PlainLinear
+from pipeline.kernels.table import Int8Embedding
 from pipeline.loading import _load_stock, load
 from pipeline.models import linear_weights, table_weights
 from pipeline.quantization.formats.torchao import INT8
