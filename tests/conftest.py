@@ -11,6 +11,7 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="tunepress-tests-")
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # for tiny models a second thread costs more than it brings
 os.environ["TUNEPRESS_HUB_WAIT"] = "0.01"  # seconds before a second attempt, here and in what is started from here
 for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TUNEPRESS_COMMAND"):
     os.environ.pop(variable, None)
@@ -23,8 +24,23 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 
 from pipeline.libraries import quiet  # noqa: E402
+from tests.warm import WarmPython, is_possible  # noqa: E402
 
 quiet()
+
+WARM = "PYTEST_WARM_PYTHON"  # names the program that stands for Python, for workers
+
+
+def pytest_configure(config):
+    """Start the Python that processes are forked from, once for all workers, and name it to what starts processes."""
+    is_worker, has_workers = hasattr(config, "workerinput"), getattr(config.option, "numprocesses", None)
+    if not is_worker and is_possible():
+        warm = WarmPython()
+        config.add_cleanup(warm.close)
+        os.environ[WARM] = str(warm.program)
+    if WARM in os.environ and (is_worker or not has_workers):
+        sys.executable = os.environ[WARM]
+
 
 ARCHITECTURES = ("llama", "qwen3", "smollm3", "gemma3_text")
 
@@ -87,13 +103,6 @@ def _scratch_cache():
     """The Hub cache of this run goes when the run ends."""
     yield
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread():
-    """For tiny models a second thread costs more than it brings, and far more where others use the machine."""
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
