@@ -24,7 +24,7 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 
 from pipeline.libraries import quiet  # noqa: E402
-from tests.warm import WarmPython, is_possible  # noqa: E402
+from tests.warm import COLD, WarmPython, is_possible  # noqa: E402
 
 quiet()
 
@@ -103,6 +103,12 @@ def _scratch_cache():
     """The Hub cache of this run goes when the run ends."""
     yield
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+
+
+@pytest.fixture
+def cold(monkeypatch):
+    """Let new processes be those of the real Python, which has nothing imported yet."""
+    monkeypatch.setattr(sys, "executable", COLD)
 
 
 @pytest.fixture(scope="session")

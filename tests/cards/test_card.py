@@ -848,6 +848,7 @@ def test_a_chat_template_is_found_in_either_of_its_places(tmp_path):
         assert has_chat_template(folder)
 
 
+@pytest.mark.usefixtures("cold")
 def test_importing_the_card_is_light():
     code = "import sys, pipeline.cards; print({'torch', 'transformers', 'matplotlib'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

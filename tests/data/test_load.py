@@ -150,6 +150,7 @@ def test_a_source_that_is_not_there_is_refused_before_any_work(tmp_path, monkeyp
         assert reason in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("cold")
 def test_good_sources_pass_the_check_without_network_torch_or_datasets(tmp_path, pairs):
     source = write(tmp_path / "a.jsonl", pairs)
     (tmp_path / "a.csv").write_text("prompt,completion\np,c\n")

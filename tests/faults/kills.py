@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.run.conftest import Place
+from tests.run.conftest import Place, processes_in
 
 POLL_SECONDS = 0.005
 ENDING_SECONDS = 60.0  # within which what a killed run had started has to be gone
@@ -91,7 +91,7 @@ def kill_at(place: Place, timeline: Timeline, moment: Moment) -> list[Process] |
     end = time.monotonic() + moment.delay
     while process.poll() is None and time.monotonic() < end:
         time.sleep(POLL_SECONDS)
-    children = _descendants(process.pid)
+    children = [(pid, _birth(pid)) for pid in processes_in(place.folder) if pid != process.pid]
     process.kill()
     code = process.wait()
     if code != -signal.SIGKILL:
@@ -110,16 +110,6 @@ def left(processes: Sequence[Process]) -> list[int]:
 
 def _name(event: dict) -> str:
     return " ".join(filter(None, (event["event"], event.get("variant"))))
-
-
-def _descendants(pid: int) -> list[Process]:
-    """Processes below one that are still running."""
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return []
-    found = [(child, _birth(child)) for child in map(int, children)]
-    return [process for child in found if child[1] for process in (child, *_descendants(child[0]))]
 
 
 def _birth(pid: int) -> str:

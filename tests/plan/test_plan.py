@@ -52,6 +52,7 @@ def _names_every_stage_and_what_each_holds(plan: dict) -> None:
     assert plan["disk_bytes"] > made
 
 
+@pytest.mark.usefixtures("cold")
 def test_it_does_not_need_torch(place):
     place.folder.joinpath("runs").mkdir()
     assert place.python(f"import sys; sys.path.insert(0, {place.env['PYTHONPATH']!r})\n{WITHOUT_TORCH}").endswith(

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.hub import LoopbackHub
-from tests.run.conftest import REPOSITORY, TOKEN, Place, write_place
+from tests.run.conftest import REPOSITORY, TOKEN, Place, processes_in, write_place
 
 REPO, BASE = "ada/tiny", "ada/base"
 PUBLISHER_TOKEN, IDENTITY = "hf_jwt_ofATrustedPublisher.0123", "an identity token of the CI"
@@ -97,18 +97,12 @@ def as_options(settings: str) -> list[str]:
     return [word for setting in SETTINGS[settings] for word in ("--set", setting)]
 
 
-def kill(process: subprocess.Popen) -> None:
+def kill(process: subprocess.Popen, place: Place) -> None:
     """End a retraining as a power cut would: nothing of it is asked."""
-    children = _children(process.pid)
     process.kill()
-    process.communicate()
-    for child in children:
+    for child in processes_in(place.folder):
         with contextlib.suppress(ProcessLookupError):  # it ends with its parent
             os.kill(child, signal.SIGKILL)
-
-
-def _children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @dataclass
@@ -157,7 +151,8 @@ def story(tmp_path_factory, tiny_model):
 
         process = place.start("better")
         busy = place.retrain("better")
-        kill(process)
+        kill(process, place)
+        process.communicate()
         head_after_kill = hub.commits(REPO)[0]
         better = place.decision("better", "--summary", "better.md")
         commits = hub.commits(REPO)

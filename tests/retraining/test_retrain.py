@@ -182,7 +182,8 @@ def test_a_first_model_that_was_published_and_not_tagged_is_finished(undecided):
 
 
 def test_one_that_was_killed_after_its_commit_is_finished_without_another(undecided, story):
-    undecided.hub.fault(r"GET .*/refs", reset=True, first=lambda: process.kill())  # asked for before it is tagged
+    before_it_is_tagged = r"GET .*/refs"
+    undecided.hub.fault(before_it_is_tagged, reset=True, first=lambda: kill(process, undecided))
     process = undecided.start("better", until="publish_started")
     process.communicate()
     commits = undecided.hub.commits(REPO)
@@ -196,7 +197,7 @@ def test_one_that_was_killed_after_its_commit_is_finished_without_another(undeci
 
 
 def test_what_a_killed_retraining_was_compared_with_does_not_bind_a_run(undecided):
-    undecided.hub.fault(r"POST .*/commit/main", reset=True, first=lambda: process.kill())
+    undecided.hub.fault(r"POST .*/commit/main", reset=True, first=lambda: kill(process, undecided))
     process = undecided.start("better", until="publish_started")
     process.communicate()
     edited = undecided.hub.read(REPO, "config.json").replace(b"{", b'{"edited": true, ', 1)
@@ -211,7 +212,8 @@ def test_forced_it_trains_anew_and_leaves_what_people_wrote_into_the_runs_folder
     card = undecided.release / "README.md"
     card.write_text(card.read_text() + "\nMy own words.\n")
     process = undecided.start("better", "--force", until="training_completed")
-    kill(process)
+    kill(process, undecided)
+    process.communicate()
     assert undecided.hub.commits(REPO)[0] == head
     assert card.read_text().endswith("My own words.\n")
     history = json.loads((undecided.run_folder / "measurements" / "training.json").read_text())

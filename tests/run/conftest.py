@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -103,6 +104,16 @@ class Place:
 
     def results(self) -> dict:
         return json.loads((self.run_folder / "results.json").read_text())
+
+
+def processes_in(folder: Path) -> list[int]:
+    """Return the processes that stand in a folder, as all do that a command has started there."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            if (process / "cwd").readlink() == folder and int(process.name) != os.getpid():
+                found.append(int(process.name))
+    return found
 
 
 # The shipped recipes, each with a tiny checkpoint of its model's architecture: `tiny_model`'s arguments.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.run.conftest import Place, write_place
+from tests.run.conftest import Place, processes_in, write_place
 
 
 def _forget(place: Place, *keys: str) -> None:
@@ -95,11 +96,12 @@ def _wait_for_training(place: Place, process: subprocess.Popen) -> None:
     raise AssertionError("training did not begin")
 
 
-def _child_of(process: subprocess.Popen) -> int:
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for child in children:
-        if b"pipeline.stages" in Path(f"/proc/{child}/cmdline").read_bytes():
-            return int(child)
+def _stage_of(place: Place) -> int:
+    """Return the process of the stage that runs there."""
+    for process in processes_in(place.folder):
+        with contextlib.suppress(OSError):  # it has ended
+            if b"pipeline.stages" in Path(f"/proc/{process}/cmdline").read_bytes():
+                return process
     raise AssertionError("no stage is running")
 
 
@@ -114,6 +116,7 @@ def _ends(pid: int) -> bool:
     return False
 
 
+@pytest.mark.usefixtures("cold")
 @pytest.mark.parametrize(("how", "error", "code"), [("ctrl-c", "KeyboardInterrupt", 130), ("kill -9", "Killed", 1)])
 def test_a_run_that_is_stopped_reports_it_and_resumes_from_its_checkpoint(tmp_path, tiny_model, how, error, code):
     place = write_place(tmp_path, tiny_model("llama"), train={"max_steps": 400, "checkpoint_every": 1})
@@ -121,7 +124,7 @@ def test_a_run_that_is_stopped_reports_it_and_resumes_from_its_checkpoint(tmp_pa
     _wait_for_training(place, process)
     while not list((place.run_folder / "checkpoints").glob("*/checkpoint-*/on-disk")):
         time.sleep(0.05)
-    child = _child_of(process)
+    child = _stage_of(place)
     if how == "ctrl-c":
         process.send_signal(signal.SIGINT)
     else:
@@ -140,7 +143,7 @@ def test_a_stage_ends_when_the_process_that_started_it_is_killed(tmp_path, tiny_
     place = write_place(tmp_path, tiny_model("llama"), train={"max_steps": 400})
     process = _start(place)
     _wait_for_training(place, process)
-    child = _child_of(process)
+    child = _stage_of(place)
     process.kill()
     process.communicate()
     assert _ends(child)
@@ -155,7 +158,7 @@ def test_training_resumes_with_optimizer_state_and_ends_as_if_undisturbed(tmp_pa
     while not list((places[1].run_folder / "checkpoints").glob("*/checkpoint-1*/on-disk")):
         assert process.poll() is None
         time.sleep(0.01)
-    os.kill(_child_of(process), signal.SIGKILL)
+    os.kill(_stage_of(places[1]), signal.SIGKILL)
     assert process.wait() == 1
     places[1].tunepress("train", "tiny.yaml")
     assert places[1].results()["training"]["resumed_from_step"] >= 10

@@ -13,7 +13,7 @@ import pytest
 
 from tests.hub import LoopbackHub
 from tests.run.conftest import TOKEN, Place, write_place
-from tests.run.test_failures import _child_of, _wait_for_training
+from tests.run.test_failures import _stage_of, _wait_for_training
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_events_sent_before_a_kill_are_not_sent_again(tmp_path, tiny_model):
     _wait_for_training(place, process)
     while "training_started" not in [a["title"] for a in place.alerts()]:
         assert process.poll() is None
-    _child_of(process)
+    _stage_of(place)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     place.tunepress("train", "tiny.yaml")

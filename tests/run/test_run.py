@@ -150,6 +150,7 @@ def test_chat_answers_and_ends_with_the_input(unpublished):
     assert len(done.stdout.split(">", 1)[1].strip()) > 0
 
 
+@pytest.mark.usefixtures("cold")
 def test_help_and_schema_answer_without_the_heavy_libraries(tmp_path):
     import subprocess
     import sys

@@ -206,6 +206,7 @@ def test_an_empty_token_is_refused_rather_than_taken_for_none(place):
     assert "it is empty" in standalone(place, "ada/model", "ada/model", "--token", "", check=2).stderr
 
 
+@pytest.mark.usefixtures("cold")
 def test_help_tells_every_option_without_importing_torch(place):
     code = f"import sys, runpy\nsys.argv = ['x', '--help']\ntry: runpy.run_path({SCRIPT!r}, run_name='__main__')\n"
     said = place.python(code + "except SystemExit: pass\nassert not {'torch', 'transformers'} & set(sys.modules)")

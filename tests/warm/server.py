@@ -28,9 +28,11 @@ import types
 # What runs import, in which nearly all the time of a small one is spent.
 MODULES = (
     "torch", "transformers", "peft", "trl", "datasets", "torchao.quantization", "bitsandbytes", "trackio", "gguf",
-    "matplotlib.pyplot", "matplotlib.backends.backend_agg", "pydantic", "typer", "rich.progress", "jinja2", "yaml",
+    "matplotlib.pyplot", "matplotlib.backends.backend_agg", "pydantic.main", "pydantic.type_adapter", "pydantic.types",
+    "pydantic._internal._generate_schema", "typer", "rich.progress", "rich._emoji_codes", "jinja2", "yaml",
     "transformers.trainer", "trl.trainer.sft_trainer", "peft.tuners.lora", "transformers.models.llama.modeling_llama",
     "transformers.models.qwen3.modeling_qwen3", "transformers.models.auto.modeling_auto",
+    "transformers.integrations.torchao", "numpy.ctypeslib",
 )  # fmt: skip
 KNOWS_THE_ENVIRONMENT = ("trackio",)  # imported again by each fork, which takes little without what they import
 

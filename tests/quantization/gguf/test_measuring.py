@@ -210,6 +210,7 @@ def test_a_tensor_that_is_not_there_is_named_without_reading_the_others(tiny_mod
         llama_cpp.check(tmp_path / "odd.gguf")
 
 
+@pytest.mark.usefixtures("cold")
 def test_llama_cpp_says_nothing_on_the_terminal(tiny_model, written, tmp_path):
     path = written(tiny_model("llama"), "gguf-q4_0")
     (tmp_path / "cut.gguf").write_bytes(path.read_bytes()[:5000])
@@ -224,6 +225,7 @@ def test_llama_cpp_says_nothing_on_the_terminal(tiny_model, written, tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "refused False\n", "")
 
 
+@pytest.mark.usefixtures("cold")
 def test_speed_and_memory_are_those_of_a_fresh_process(tiny_model, written):
     found = probe(written(tiny_model("llama", max_position_embeddings=48), "gguf-q8_0"), "llama.cpp")
     assert found.runs and found.logits is None
