@@ -22,6 +22,7 @@ import signal
 import site
 import socket
 import sys
+import tempfile
 import threading
 import types
 
@@ -34,6 +35,7 @@ MODULES = (
     "transformers.models.qwen3.modeling_qwen3", "transformers.models.auto.modeling_auto",
     "transformers.integrations.torchao", "numpy.ctypeslib",
 )  # fmt: skip
+BY_CTRL_C = -signal.SIGINT  # not an exit code: Python ends by the signal then
 KNOWS_THE_ENVIRONMENT = ("trackio",)  # imported again by each fork, which takes little without what they import
 
 
@@ -158,6 +160,7 @@ def take_environment(environment: dict[str, str]) -> None:
 
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None
     importlib.reload(constants)
     values = {name: value for name, value in vars(constants).items() if name.isupper()}
     values["HF_MODULES_CACHE"] = os.environ.get("HF_MODULES_CACHE", os.path.join(constants.HF_HOME, "modules"))
@@ -187,8 +190,9 @@ def run(words: list[str]) -> int:
         print(end.code, file=sys.stderr)
         return 1
     except BaseException as problem:
+        problem = problem.with_traceback(problem.__traceback__.tb_next)  # without this function
         sys.excepthook(type(problem), problem, problem.__traceback__)
-        return 128 + signal.SIGINT if isinstance(problem, KeyboardInterrupt) else 1
+        return BY_CTRL_C if isinstance(problem, KeyboardInterrupt) else 1
     return 0
 
 
@@ -201,7 +205,7 @@ def finish(code: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    if code == 128 + signal.SIGINT:
+    if code == BY_CTRL_C:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
     os._exit(code)

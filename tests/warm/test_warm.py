@@ -70,10 +70,14 @@ def test_warm_process_has_the_libraries_imported_and_not_ours():
         ("script.py", "one", "two"),
         ("-c", "import sys; print(repr(sys.stdin.read()), sys.stdin.encoding, sys.stdout.encoding)"),
         ("-c", "import sys; sys.exit(3)"),
+        ("-c", "import sys; sys.exit(130)"),
+        ("-c", "import os, signal; os.kill(os.getpid(), signal.SIGINT)"),
+        ("-c", "import tempfile; print(tempfile.gettempdir())"),
         ("-c", "import sys; sys.exit('why')"),
         ("-c", "import atexit; atexit.register(print, 'last'); print('first')"),
         ("-c", "import threading; threading.Timer(0.1, print, ['late']).start()"),
         ("-c", "import os; os._exit(5)"),
+        ("-c", "def wrong(): raise ValueError('what')\nwrong()"),
         ("-c", "import os; os.kill(os.getpid(), 9)"),
         ("-c", "import os; os.kill(os.getpid(), 15)"),
         ("-c", "import sys; print('\\udc80', file=sys.stderr)"),
@@ -84,7 +88,7 @@ def test_warm_process_has_the_libraries_imported_and_not_ours():
 )  # fmt: skip
 def test_warm_process_does_and_ends_as_a_cold_one(tmp_path, arguments):
     (tmp_path / "script.py").write_text("import sys\nprint(sys.argv, sys.path[0], __name__, __file__)\n")
-    env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    env = os.environ | {"PYTHONPATH": str(REPOSITORY), "TMPDIR": str(tmp_path)}
     cold, warm = (
         python(program, *arguments, cwd=tmp_path, env=env, input="what\nelse") for program in (COLD, sys.executable)
     )
