@@ -16,6 +16,7 @@ import yaml
 from filelock import FileLock
 
 from tests.hub import LoopbackHub
+from tests.warm import COLD
 
 TOKEN = "hf_tunepressSecretForTests0123456789"
 REPOSITORY = Path(__file__).parents[2]
@@ -184,10 +185,13 @@ def write_place(folder: Path, model: Path, hub: LoopbackHub | None = None, **cha
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory, tiny_model):
-    """A finished run of the recipe for Llama 3.2, published per stage."""
+    """A finished run of the recipe for Llama 3.2, published per stage, by processes of the real Python."""
     folder = tmp_path_factory.mktemp("published")
     with LoopbackHub(folder / "hub", {TOKEN: {"name": "ada", "role": "write"}}) as hub:
-        yield run_recipe(folder / "work", "llama-3.2-1b", tiny_model, hub)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "executable", COLD)
+            place = run_recipe(folder / "work", "llama-3.2-1b", tiny_model, hub)
+        yield place
 
 
 @pytest.fixture(scope="session")

@@ -83,6 +83,7 @@ def test_how_it_was_trained_does_not_matter_to_a_finished_run(trained):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("cold")
 def test_killed_then_stopped_then_run_again_it_is_still_the_same_training(tmp_path, tiny_model):
     place = _place(tmp_path, tiny_model("llama"), packing=False, method="lora", epochs=8, learning_rate=0.002)
     place.tunepress("train", "tiny.yaml", "--runs", "one")

@@ -140,7 +140,7 @@ def become(request: dict) -> None:
     sys.executable = request["executable"]
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         old = getattr(sys, name)
-        new = open(number, "w" if number else "r", encoding=old.encoding, errors=old.errors, closefd=False)
+        new = os.fdopen(number, "w" if number else "r", encoding=old.encoding, errors=old.errors, closefd=False)
         new.reconfigure(line_buffering=number == 2 or os.isatty(number))
         setattr(sys, name, new)
         setattr(sys, f"__{name}__", new)
