@@ -124,7 +124,8 @@ def test_events_that_trackio_missed_arrive_with_the_next_run_and_none_twice(tmp_
 
 
 def test_events_sent_before_a_kill_are_not_sent_again(tmp_path, tiny_model):
-    place = write_place(tmp_path, tiny_model("llama"), train={"max_steps": 200, "evaluate_every": 200, "checkpoint_every": 50})
+    long = {"max_steps": 200, "evaluate_every": 200, "checkpoint_every": 50}
+    place = write_place(tmp_path, tiny_model("llama"), train=long)
     process = subprocess.Popen(place.command("train", "tiny.yaml"), cwd=place.folder, env=place.env)
     _wait_for_training(place, process)
     while "training_started" not in [a["title"] for a in place.alerts()]:

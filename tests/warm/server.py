@@ -63,9 +63,9 @@ class Server:
                 elif key.fileobj == self._ended:
                     os.read(self._ended, 4096)
                     self._tell()
-                elif key.fileobj is not self._listener:
+                elif key.data in self._forks:  # and has not just been told of
                     self._hear(key.fileobj, key.data)
-                elif request := self._fork(self._listener.accept()[0]):
+                elif key.fileobj is self._listener and (request := self._fork(self._listener.accept()[0])):
                     return request
 
     def _fork(self, connection: socket.socket) -> dict | None:

@@ -206,6 +206,7 @@ def test_a_bug_of_ours_keeps_what_was_typed_too(desk, monkeypatch):
     assert yaml.safe_load((desk.folder / "wizard-answers.yaml").read_text()) == {"model": "./model"}
 
 
+@pytest.mark.usefixtures("cold")  # a fork has no terminal of its own, which could close
 def test_a_terminal_that_closes_keeps_the_answers_too(desk):
     with desk.sit_down() as person:
         person.answers("Model", "./model")
