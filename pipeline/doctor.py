@@ -45,6 +45,7 @@ def examine(runs: Path, calibrate: bool | None = None, tell: Callable[[str], Non
     return {
         "machine": machine.describe(),
         "memory_free_bytes": here.host_bytes,
+        "compute_dtype": machine.dtype_name(machine.compute_dtype("cuda" if here.has_gpu else "cpu")),
         "devices": devices(),
         "kernels": kernels(),
         "versions": {"python": platform.python_version(), **versions(), **versions(*OURS)},
@@ -193,7 +194,7 @@ def _lines(found: dict) -> Iterator[tuple[str, str]]:
         yield "Device", f"{device['kind']}: {device['name']}{f' ({more})' if more else ''}"
         if device.get("advice"):
             yield "", f"  {device['advice']}"
-    yield "Compute", _compute(about["compute_dtype"])
+    yield "Compute", _compute(found["compute_dtype"])
     for grid, layer in found["kernels"].items():
         yield "Kernel", f"{grid}: {layer}"
     yield "Versions", ", ".join(f"{name} {version}" for name, version in found["versions"].items())
@@ -209,9 +210,9 @@ def _lines(found: dict) -> Iterator[tuple[str, str]]:
 
 def _compute(dtype: str) -> str:
     """Return the compute type, and what it is for if it is not the type in which models are stored."""
-    asked = f" (set by {machine.COMPUTE_DTYPE})" if os.environ.get(machine.COMPUTE_DTYPE) else ""
-    slow = "" if dtype == "bfloat16" else " for products of many rows; bfloat16 has no fast instructions here"
-    return f"{dtype}{slow}{asked}"
+    if os.environ.get(machine.COMPUTE_DTYPE):
+        return f"{dtype} for products of many rows, set by {machine.COMPUTE_DTYPE}"
+    return dtype if dtype == "bfloat16" else f"{dtype} for products of many rows; bfloat16 has no fast instructions here"
 
 
 def _speed(kept: dict) -> str:

@@ -90,7 +90,8 @@ def _in_transformers(
     """The figures of a folder with safetensors, or of a GGUF's dequantized weights, which have no speed."""
     import torch
 
-    from pipeline import heads, measure, texts
+    from pipeline import heads, machine, measure, texts
+    from pipeline.kernels.products import product_dtype
     from pipeline.loading import load, load_dequantized
     from pipeline.offloading import is_offloaded
 
@@ -109,6 +110,7 @@ def _in_transformers(
         tell("sample answers")(0, 1)
         samples = measure.answers(model, tokenizer, config.evaluate.prompts)
     device = str(heads.device_of(model))
+    compute_dtype = machine.dtype_name(product_dtype(model.dtype) if device == "cpu" else model.dtype)
     parameters = model.num_parameters()
     ids = sequences[texts.GENERAL][0].input_ids[:PROBE_TOKENS]
     del model
@@ -136,6 +138,7 @@ def _in_transformers(
         **({} if quantized or file else {"parameters": parameters}),
         **({"file": file.name} if file else {}),
         "device": device,
+        "compute_dtype": compute_dtype,
         "loader": "dequantized" if file else "pipeline.load",
         **({"offloaded": True} if offloaded else {}),
         "quality": quality,

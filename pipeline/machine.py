@@ -8,7 +8,6 @@ import os
 import platform
 import resource
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,7 +36,6 @@ def describe() -> dict[str, str | int | None]:
         "gpu": gpu,
         "system": f"{platform.system()} {platform.machine()}",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "compute_dtype": dtype_name(compute_dtype("cuda" if gpu else "cpu")),
     }
 
 
@@ -64,7 +62,7 @@ def compute_dtype(device: torch.device | str) -> torch.dtype:
     if device.type == "cuda":
         capable = torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if capable else torch.float16
-    return _compute_dtype_of(device.type)
+    return _compute_dtype_of_cpu()
 
 
 def check_compute_dtype() -> None:
@@ -76,9 +74,9 @@ def check_compute_dtype() -> None:
 
 def compute_bytes_here() -> int:
     """Return the bytes of a number in the compute type of this CPU, as far as that is known without torch: 2 or 4."""
-    asked = os.environ.get(COMPUTE_DTYPE)
-    flags = _line_in("/proc/cpuinfo", "flags")
-    native = "avx512_bf16" in flags or "amx_bf16" in flags
+    asked, widest = os.environ.get(COMPUTE_DTYPE), os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    flags = _line_in("/proc/cpuinfo", "flags") + _line_in("/proc/cpuinfo", "Features")
+    native = {"avx512_bf16", "amx_bf16", "bf16"} & set(flags.split()) and ("BF16" in widest or widest in ("ALL", "DEFAULT"))
     return 2 if asked == "bfloat16" or (native and asked != "float32") else 4
 
 
@@ -88,31 +86,15 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 @functools.cache
-def _compute_dtype_of(device: str) -> torch.dtype:
-    """Return the compute type of a CPU or an Apple GPU: what is known of its instructions, or else measured."""
+def _compute_dtype_of_cpu() -> torch.dtype:
     import torch
 
-    if device == "cpu" and platform.machine().lower() in ("x86_64", "amd64"):
+    native = True
+    if platform.machine().lower() in ("x86_64", "amd64"):  # where oneDNN also emulates bfloat16 with AVX-512 alone
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        # oneDNN's answer also obeys ONEDNN_MAX_CPU_ISA, and covers the emulation that AVX-512 alone allows.
-        fast = native and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return torch.bfloat16 if fast else torch.float32
-    bf16, exact = (_product_seconds(device, dtype) for dtype in (torch.bfloat16, torch.float32))
-    return torch.bfloat16 if bf16 < 0.9 * exact else torch.float32
-
-
-def _product_seconds(device: str, dtype: torch.dtype) -> float:
-    """Return the seconds that a small product and the gradient of its input take; milliseconds on most machines."""
-    import torch
-
-    x, weight = (torch.ones(rows, 256, dtype=dtype, device=device) for rows in (128, 512))
-
-    def products() -> float:
-        start = time.perf_counter()
-        float((x @ weight.T @ weight)[0, 0])  # reading a number waits for the device
-        return time.perf_counter() - start
-
-    return min([products() for _ in range(4)][1:])
+    # oneDNN also obeys ONEDNN_MAX_CPU_ISA. Builds without it, such as those for macOS, have no fast bfloat16.
+    fast = native and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
 
 
 def cores() -> int:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pipeline import machine
 from pipeline.config import Config
 from pipeline.data import general_text, read_examples
 from pipeline.data.chat import supply_template
@@ -35,13 +36,15 @@ HELD_OUT, GENERAL = "held_out", "general"
 def plan(config: Config, workspace: Workspace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Choose how many tokens of each text are measured, if `evaluate.max_minutes` limits the time, once for a run.
 
-    The first model of a run that is measured reads a little of the general text twice; the second time shows how long
+    The first model of a run that is measured, on this machine, reads a little of the general text twice; the second time shows how long
     a token takes. All models of the run are then measured on the same tokens.
     """
     from pipeline import measure
 
     asked = _asked(config)
-    if asked["max_minutes"] is None or workspace.read_measurement("texts").get("asked") == asked:
+    timed = {"model": config.model.model_dump(mode="json"), "machine": machine.cpu_name(), "cores": machine.cores()}
+    kept = workspace.read_measurement("texts")
+    if asked["max_minutes"] is None or (kept.get("asked") == asked and kept.get("timed") == timed):
         return
     sample = encode_text(general_text(config.evaluate.general), tokenizer, SAMPLE_TOKENS, SAMPLE_TOKENS)
     measure.score(model, sample)
@@ -50,14 +53,14 @@ def plan(config: Config, workspace: Workspace, model: PreTrainedModel, tokenizer
     seconds = COMPARED * (time.perf_counter() - start) / sum(len(s.input_ids) for s in sample)
     fitting = 60 * asked["max_minutes"] / ((2 if config.data else 1) * seconds)
     tokens = max(FEWEST_TOKENS, int(fitting) // WINDOWS * WINDOWS)
-    kept = {"asked": asked, "max_tokens": min(tokens, asked["max_tokens"])}
-    workspace.write_measurement("texts", kept)
+    tokens = min(tokens, asked["max_tokens"])
+    workspace.write_measurement("texts", {"asked": asked, "max_tokens": tokens, "timed": timed})
 
 
 def within_time(config: Config, workspace: Workspace) -> Config:
     """Return the configuration with as many tokens to measure on as this run's plan allows, if it has one."""
     kept = workspace.read_measurement("texts")
-    if kept.get("asked") != _asked(config):
+    if config.evaluate is None or kept.get("asked") != _asked(config):
         return config
     tokens = min(kept["max_tokens"], config.evaluate.max_tokens)
     evaluate = config.evaluate.model_copy(update={"max_tokens": tokens})
@@ -65,7 +68,7 @@ def within_time(config: Config, workspace: Workspace) -> Config:
 
 
 def _asked(config: Config) -> dict:
-    return config.evaluate.model_dump(include={"max_tokens", "max_minutes", "general"})
+    return config.evaluate.model_dump(include={"max_tokens", "max_minutes"})
 
 
 def held_out(config: Config, workspace: Workspace, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
@@ -75,8 +78,11 @@ def held_out(config: Config, workspace: Workspace, tokenizer: PreTrainedTokenize
     return chosen(config, encode_examples(examples, tokenizer, config.train.loss_on, config.train.max_length).examples)
 
 
-def chosen(config: Config, encoded: Sequence[Encoded]) -> list[Encoded]:
+def chosen(config: Config, encoded: Sequence[Encoded], max_tokens: int | None = None) -> list[Encoded]:
     """Those of the held-out examples that are measured on.
+
+    Args:
+        max_tokens: of their input; `evaluate.max_tokens` if not given.
 
     Raises:
         DataError: for less than two, since an error cannot be estimated from one.
@@ -84,7 +90,7 @@ def chosen(config: Config, encoded: Sequence[Encoded]) -> list[Encoded]:
     taken, tokens = [], 0
     for example in encoded:
         tokens += len(example.input_ids)
-        if len(taken) >= 2 and tokens > config.evaluate.max_tokens:
+        if len(taken) >= 2 and tokens > (max_tokens or config.evaluate.max_tokens):
             break
         taken.append(example)
     if len(taken) < 2:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import TrainerCallback, get_scheduler
 
+from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class TimeLimit(TrainerCallback):
     """Plan the steps that fit into some minutes, and stop at the end of a step if they took longer than planned.
 
     Args:
-        minutes: from the first step to the end of the last evaluation.
+        minutes: from the first step on. The plan leaves time for the evaluations; a step that is late does not.
         evaluation_steps: tokens that each evaluation reads, in those of a training step.
     """
 
@@ -43,6 +44,8 @@ class TimeLimit(TrainerCallback):
         self._first_step, self._planned = state.global_step, kept.get("steps")
         if self._planned is not None:
             self._follow(args, state, lr_scheduler)
+        if _told(args, self._used() >= self._limit):
+            state.max_steps = min(state.max_steps, state.global_step) or 1
 
     def on_step_end(self, args, state: TrainerState, control: TrainerControl, lr_scheduler=None, **_):
         done = state.global_step - self._first_step
@@ -53,8 +56,10 @@ class TimeLimit(TrainerCallback):
             self._planned = _told(args, min(state.max_steps, state.global_step + self._more_steps(seconds, args)))
             self._follow(args, state, lr_scheduler)
             self._keep(args, state)
-        if state.global_step >= state.max_steps or _told(args, self._used() >= self._limit):
+        if state.global_step >= state.max_steps:
             control.should_training_stop = True
+        elif _told(args, self._used() >= self._limit):
+            control.should_training_stop = control.should_save = True
 
     def on_save(self, args, state, control, **_):
         self._keep(args, state)
@@ -70,6 +75,8 @@ class TimeLimit(TrainerCallback):
 
     def _follow(self, args, state: TrainerState, lr_scheduler) -> None:
         """Set the end of training and its learning rates to those of the plan."""
+        if not hasattr(lr_scheduler, "lr_lambdas"):
+            raise UserError("train.max_minutes: DeepSpeed's own schedule cannot be planned; take it out of its file")
         state.max_steps = self._planned
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)  # only to have the schedule's curve
         planned = get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(self._planned), self._planned)

@@ -1,5 +1,7 @@
 """On a machine that computes in float32 nothing multiplies many rows in half precision, and results stay the same."""
 
+import threading
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -168,6 +170,22 @@ def test_an_ordinary_layer_is_saved_and_trained_as_it_was(float32):
     assert all(torch.equal(plain.state_dict()[name], tensor) for name, tensor in state.items())
     plain(torch.randn(40, 64).bfloat16()).sum().backward()
     assert plain.weight.grad.isfinite().all() and plain.weight.grad.any()
+
+
+def test_single_rows_leave_the_libraries_of_other_threads_alone():
+    layer, row, done = plain_layer(torch.bfloat16), torch.randn(1, 192).bfloat16(), threading.Event()
+
+    def decode():
+        while not done.is_set():
+            layer(row)
+
+    other = threading.Thread(target=decode)
+    other.start()
+    try:
+        assert all(torch.backends.mkldnn.enabled for _ in range(20_000))
+    finally:
+        done.set()
+        other.join()
 
 
 def test_layers_of_other_kinds_stay_as_they_are(float32):

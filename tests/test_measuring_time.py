@@ -23,6 +23,24 @@ def tokens_of(config: Config, workspace: Workspace, tokenizer) -> int:
     return sum(len(s.input_ids) for s in texts.all_texts(config, workspace, tokenizer)["general"])
 
 
+def test_plan_is_made_again_for_another_model_and_not_for_another_text(model_and_tokenizer, workspace):
+    config = config_for(max_tokens=2048, max_minutes=0.00001)
+    texts.plan(config, workspace, *model_and_tokenizer)
+    kept = workspace.read_measurement("texts")
+    workspace.write_measurement("texts", kept | {"max_tokens": 512})
+    other_text = config.evaluate.model_copy(update={"general": "builtin:other"})
+    assert texts.within_time(config.model_copy(update={"evaluate": other_text}), workspace).evaluate.max_tokens == 512
+    larger = config.model_copy(update={"model": config.model.model_copy(update={"source": "larger/larger"})})
+    texts.plan(larger, workspace, *model_and_tokenizer)
+    assert workspace.read_measurement("texts")["max_tokens"] == 1024
+
+
+def test_configuration_that_measures_nothing_is_left_as_it_is(workspace):
+    config = config_for().model_copy(update={"evaluate": None})
+    workspace.write_measurement("texts", {"asked": None, "max_tokens": 1})
+    assert texts.within_time(config, workspace) is config
+
+
 @pytest.fixture
 def workspace(tmp_path) -> Workspace:
     made = Workspace(tmp_path)

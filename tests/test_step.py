@@ -284,3 +284,18 @@ print(full - kept, full - held())
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
     before, after = map(int, done.stdout.split())
     assert before < 20e6 and after > 90e6
+
+
+def test_window_holds_with_a_cache_that_does_not_know_of_it(tmp_path):
+    config = AutoConfig.for_model("mistral", **{**SHAPE, "sliding_window": 8}, dtype=torch.float32)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    model, _ = load(tmp_path, device="cpu")
+    ids = torch.arange(20)[None] % 200 + 3
+    with torch.no_grad():
+        expected = model(ids).logits[:, -1]
+        for cache in (DynamicCache(), DynamicCache(config=model.config)):
+            model(ids[:, :19], past_key_values=cache)
+            found = model(ids[:, 19:], past_key_values=cache).logits[:, -1]
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

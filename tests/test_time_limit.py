@@ -97,6 +97,16 @@ def test_steps_that_take_longer_than_planned_end_at_the_limit(monkeypatch, tmp_p
     assert loop.state.global_step == 13 and loop.state.max_steps == 100
 
 
+def test_training_that_goes_on_after_its_time_takes_no_step_more(monkeypatch, tmp_path):
+    clock = Clock(monkeypatch)
+    first = Loop(tmp_path, TimeLimit(minutes=1, evaluation_steps=0), steps=5000)
+    first.run(clock, iter([6.0] * 3 + [600.0]))
+    assert first.control.should_save and first.state.global_step == 4
+    first.limit.on_save(first.args, first.state, first.control)
+    again = Loop(tmp_path, TimeLimit(minutes=1, evaluation_steps=0), steps=5000, done=4)
+    assert again.state.max_steps == again.state.global_step == 4
+
+
 def test_training_that_goes_on_keeps_the_plan_and_the_time_that_was_used(monkeypatch, tmp_path):
     clock = Clock(monkeypatch)
     first = Loop(tmp_path, TimeLimit(minutes=10, evaluation_steps=0), steps=5000)

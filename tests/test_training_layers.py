@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.utils import add_fused_lm_head
 
 from pipeline import machine, measure
@@ -228,6 +228,38 @@ def test_training_multiplies_many_rows_in_the_compute_type_alone(any_model, tmp_
     with BF16Products() as seen:
         measure.score(live, examples)
     assert bool(seen.many_rows) == (compute == "bfloat16")
+
+
+@pytest.mark.parametrize("kind", ["jamba", "mixtral", "opt", "gpt2"])
+def test_architectures_of_other_kinds_train_in_float32(monkeypatch, kind):
+    monkeypatch.setenv(machine.COMPUTE_DTYPE, "float32")
+    shape = {"vocab_size": 272, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "pad_token_id": 0}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+    if kind == "jamba":
+        heads |= {"use_mamba_kernels": False, "num_experts": 2}
+    config = AutoConfig.for_model(kind, **shape, **heads)
+    torch.manual_seed(0)
+    exact = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    stored = copy.deepcopy(exact).to(torch.bfloat16)
+    exact.load_state_dict(stored.state_dict())
+    models = []
+    for model in (stored, exact):
+        lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+        torch.manual_seed(1)
+        models.append(get_peft_model(model, lora).train())
+        for parameter in models[-1].parameters():
+            if parameter.requires_grad:
+                parameter.data = torch.randn(parameter.shape) * 0.1
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    quicken_training(models[0], torch.float32)
+    (found, gradients), (expected, exact_gradients) = step(models[0], inputs()), step(models[1], inputs())
+    assert abs(float(found.loss) / float(expected.loss) - 1) < 0.01
+    for name, gradient in gradients.items():
+        assert torch.cosine_similarity(gradient.flatten(), exact_gradients[name].flatten(), dim=0) > 0.95, name
 
 
 class Silent:

@@ -168,7 +168,7 @@ def machines(about: About, models: Models) -> list[Markdown]:
             cores, memory = markdown.count(machine.get("cores")), size(machine.get("memory_bytes"))
             known = [machine[k] for k in ("gpu", "cpu", "cpu_capability") if machine.get(k)]
             known += [f"{cores} cores"] * bool(cores) + [f"{memory} of memory"] * bool(memory)
-            if dtype := machine.get("compute_dtype"):
+            if dtype := about.get(model, "compute_dtype"):
                 known.append(f"computed in {dtype}")
             used.setdefault(listed(known), []).append(name)
     return [Markdown(m if len(used) == 1 else f"{listed(who)} on {m}") for m, who in used.items()]

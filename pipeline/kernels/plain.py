@@ -6,6 +6,8 @@ is multiplied in that type. Many rows are arithmetic, and are multiplied in the 
 
 from __future__ import annotations
 
+import threading
+
 import torch
 
 from pipeline.kernels.products import FEW_ROWS, many_rows, product_dtype
@@ -26,8 +28,11 @@ class PlainLinear(torch.nn.Linear):
         return y.view(*x.shape[:-1], self.out_features)
 
     def _one_row(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the product with one row, which oneDNN computes in up to twice the time of torch's own function."""
-        if not torch.backends.mkldnn.enabled:
+        """Return the product with one row, which oneDNN computes in up to twice the time of torch's own function.
+
+        torch turns to its own only if oneDNN is off for the whole process, so another thread must not be computing.
+        """
+        if not torch.backends.mkldnn.enabled or threading.active_count() > 1:
             return super().forward(x)
         torch._C._set_mkldnn_enabled(False)
         try:

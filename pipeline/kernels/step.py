@@ -72,6 +72,7 @@ class Step:
 
     def __init__(self, backbone: torch.nn.Module):
         self.dtype = backbone.norm.weight.dtype
+        self.window = getattr(backbone.config, "sliding_window", None) or math.inf
         packed = [module for module in backbone.layers.modules() if isinstance(module, PackedLinear)]
         room = Room(Room.needed([tensor for layer in packed for tensor in _large(layer)]))
         self.blocks = []
@@ -133,6 +134,8 @@ class Step:
         if layers is None:
             return None
         length = layers[0].keys.shape[2]
+        if length >= self.window:  # a cache made without the configuration keeps all tokens, and a mask hides the old ones
+            return None
         mask = _mask(attention_mask, given.shape[0], length + 1)
         if mask is False:
             return None

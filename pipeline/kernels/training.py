@@ -20,6 +20,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from pipeline.kernels.attention import MODELS
+from pipeline.kernels.float32_mode import quicken_products
 from pipeline.kernels.products import float32_product
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def quicken_training(model: PeftModel, dtype: torch.dtype) -> None:
 def quicken_layers(model: PeftModel, dtype: torch.dtype) -> None:
     """Make the layers and adapters of a model on a CPU compute in `dtype`, whatever their weights are stored in.
 
-    In float32, small weights (norms, convolutions) are converted once; embeddings and linear layers stay as stored.
+    In float32, what is neither a linear layer nor an embedding (norms, convolutions, stacked experts) is converted once.
     """
     base = model.get_base_model()
     head, known = base.get_output_embeddings(), base.config.model_type in MODELS
@@ -65,7 +66,9 @@ def quicken_layers(model: PeftModel, dtype: torch.dtype) -> None:
             for parameter in layer.parameters(recurse=False):
                 if parameter.dtype in (torch.bfloat16, torch.float16):
                     parameter.data = parameter.data.float()
-    if known and base.config._attn_implementation == "sdpa":
+    if not known:  # some multiply with the weights of their layers themselves
+        quicken_products(base)
+    elif base.config._attn_implementation == "sdpa":
         _quicken_packed_attention(base)
 
 
@@ -254,7 +257,8 @@ def _quicken_loss(model: PreTrainedModel, dtype: torch.dtype) -> None:
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     scales = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
     scaled = any(getattr(config, name, None) not in (None, 1.0) for name in scales)
-    if scaled or head is None or head.bias is not None or getattr(config, "output_router_logits", False):
+    plain = head is not None and head.bias is None and not head.weight.requires_grad
+    if scaled or not plain or getattr(config, "output_router_logits", False):
         return
     trls_forward = model.forward
 

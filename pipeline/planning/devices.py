@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,10 +75,12 @@ def named(name: str) -> Machine:
 def this_machine(runs: Path) -> Machine:
     """The machine that this runs on; torch is imported only where a GPU may be found with it."""
     gpu = gpu_here()
+    gpu_name = gpu[0] if gpu else "without a GPU"
+    computing = f"computing in {asked}" if (asked := os.environ.get(machine.COMPUTE_DTYPE)) else ""
     free = machine.free_host_bytes()
     runs, cache = existing(runs), existing(hub_cache())
     return Machine(
-        name=f"{machine.cpu_name()}, {machine.cores()} cores, {gpu[0] if gpu else 'without a GPU'}",
+        name=", ".join(filter(None, (machine.cpu_name(), f"{machine.cores()} cores", gpu_name, computing))),
         gpu_bytes=gpu[1] if gpu else 0,
         host_bytes=machine.memory_bytes() if free is None else free,
         disk_free=shutil.disk_usage(runs).free,

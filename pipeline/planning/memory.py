@@ -57,11 +57,15 @@ def adapter_parameters(sizes: Sizes, lora: Lora) -> int:
     return sum(lora.rank * (rows + width) for rows, width in sizes.trained(lora).values())
 
 
-def held_weights(sizes: Sizes, in_nf4: bool) -> int:
-    """The base as training holds it: linear layers in NF4 and the rest in bf16, or all in bf16."""
-    if not in_nf4:
-        return sizes.bf16_bytes
-    return int(sizes.linear_parameters * NF4_BYTES) + 2 * (sizes.parameters - sizes.linear_parameters)
+def held_weights(sizes: Sizes, in_nf4: bool, other_bytes: int = 2) -> int:
+    """The base as training holds it: linear layers in NF4 or bf16, embeddings in bf16.
+
+    Args:
+        other_bytes: of a number of everything else, which a CPU holds in its compute type.
+    """
+    tables = sum(rows * width for rows, width in sizes.tables.values())
+    others = sizes.parameters - sizes.linear_parameters - tables
+    return int(sizes.linear_parameters * (NF4_BYTES if in_nf4 else 2)) + 2 * tables + other_bytes * others
 
 
 def training(sizes: Sizes, train: Train, on_gpu: bool) -> tuple[Need, Need]:
@@ -70,12 +74,13 @@ def training(sizes: Sizes, train: Train, on_gpu: bool) -> tuple[Need, Need]:
     tokens, adapter = train.batch_size * train.max_length, adapter_parameters(sizes, train.lora)
     small_states = on_gpu and train.optimizer != "adamw" or train.optimizer == "paged_adamw_8bit"
     held = {
-        "weights": held_weights(sizes, in_nf4),
+        "weights": held_weights(sizes, in_nf4, 2 if on_gpu else compute_bytes_here()),
         "adapter and optimizer": adapter * (4 + 4 + (2 if small_states else 8)),
     }
     if not on_gpu:
         layer = tokens * _kept_on_cpu(sizes, train, compute_bytes_here())
         held["activations"] = int(HOLES * sizes.layers * layer)
+        held["mask"] = tokens**2 if train.packing else 0  # of booleans, for all packed sequences together
         held["logits"] = min(tokens * sizes.vocabulary, TRAINED_LOGITS) * TRAINED_LOGIT_BYTES
         return {"libraries": LIBRARIES["train"], **held}, {}
     layer = tokens * _kept_on_gpu(sizes, train)

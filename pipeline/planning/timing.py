@@ -14,6 +14,7 @@ from pipeline.planning.stages import Stage, kinds
 HELD_OUT_SHARE = 0.5  # of the tokens that are measured on at most, for there is often less held-out text
 PROBED_TOKENS = (4 * 256, 4 * 32)  # that a probe reads, and writes
 ANSWER_TOKENS = 64
+FEWEST_TOKENS = 1024  # `texts.FEWEST_TOKENS`
 
 
 def seconds(
@@ -85,7 +86,9 @@ def _measured(found: Calibration, config: Config, sizes: Sizes, weights: int, lo
     """Both texts scored and compared, answers, and a probe for each loader."""
     texts = 1 + HELD_OUT_SHARE if config.data else 1
     time = _scored(found, sizes, texts * config.evaluate.max_tokens, compared=True)
-    time = min(time, 60 * (config.evaluate.max_minutes or math.inf))
+    if config.evaluate.max_minutes:
+        least = _scored(found, sizes, texts * min(FEWEST_TOKENS, config.evaluate.max_tokens), compared=True)
+        time = max(least, min(time, 60 * config.evaluate.max_minutes))
     token = weights / found.decode_bytes
     read, written = PROBED_TOKENS
     probe = found.start_seconds + read * sizes.linear_parameters / found.forward + written * token

@@ -158,14 +158,14 @@ def _leave_out(workspace: Workspace, name: str) -> list[Path]:
 
 
 def _summary(result: dict, source: int) -> dict:
-    quality, here = result.get("quality", {}), result.get("machine", {})
+    quality = result.get("quality", {})
     return {
         "bytes_before": source,
         "bytes_after": result["size_bytes"],
         "ratio": round(result["ratio"], 4),
         **{f"{text}_perplexity": q["perplexity"]["value"] for text, q in quality.items()},
         **{f"{text}_kl": q["kl"]["value"] for text, q in quality.items()},
-        **({"compute_dtype": here["compute_dtype"]} if "compute_dtype" in here else {}),
+        **({"compute_dtype": result["compute_dtype"]} if "compute_dtype" in result else {}),
     }
 
 

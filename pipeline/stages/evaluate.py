@@ -6,7 +6,7 @@ from pipeline.config import Config
 from pipeline.events import Events
 from pipeline.libraries import versions
 from pipeline.stages import Outcome
-from pipeline.stages.inputs import base_model, full_model, made_from, reference, text_depends
+from pipeline.stages.inputs import base_model, full_model, made_from, reference, text_depends, without_limit
 from pipeline.workspace import Workspace
 
 LIBRARIES = ("torch", "transformers")
@@ -18,7 +18,7 @@ def parameters(config: Config, variant: str | None) -> dict:
 
 def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict:
     return {
-        "evaluate": config.evaluate.model_dump(),
+        "evaluate": without_limit(config.evaluate.model_dump()),
         "general": text_depends(config, workspace),
         "after": made_from(config, workspace),
         "versions": versions(*LIBRARIES),
@@ -34,7 +34,9 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     for label, folder in models.items():
         result = evaluate(label, folder, config, workspace, events, None if label == reference(config) else full)
         outputs.append(workspace.write_measurement(label, result))
+        if label == reference(config) and workspace.read_measurement("texts"):
+            outputs.append(workspace.measurements / "texts.json")
         for text, figures in result["quality"].items():
             summary[f"{label}_{text}_perplexity"] = figures["perplexity"]["value"]
-        summary["compute_dtype"] = result["machine"]["compute_dtype"]
+        summary["compute_dtype"] = result["compute_dtype"]
     return Outcome(tuple(outputs), summary)

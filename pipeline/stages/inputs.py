@@ -118,3 +118,8 @@ def made_from(config: Config, workspace: Workspace) -> dict:
     """What the full-precision model depends on: earlier steps' outputs, and what came from elsewhere."""
     steps = workspace.state_of("train", "merge") if config.merges else {}
     return steps | ({} if config.data else {"model": model_depends(config, workspace)})
+
+
+def without_limit(section: dict) -> dict:
+    """Return a section of the configuration without a limit of time that is not set, as it was before there was one."""
+    return {key: value for key, value in section.items() if (key, value) != ("max_minutes", None)}

@@ -25,11 +25,12 @@ from pipeline.files import empty_folder, fingerprint, read_json, replace_folder
 from pipeline.libraries import versions
 from pipeline.opening import open_tokenizer
 from pipeline.stages import Outcome
-from pipeline.stages.inputs import base_model, model_depends
+from pipeline.stages.inputs import base_model, model_depends, without_limit
 from pipeline.stages.quantize import check_variants
 from pipeline.team import Meeting, Team
 from pipeline.workspace import Workspace
 
+HELD_OUT_TOKENS = 8192  # that the held-out loss is taken on while training; the model is measured on its own later
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "tokenizers")
 
 
@@ -45,7 +46,7 @@ def parameters(config: Config, variant: str | None) -> dict:
 
 
 def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict:
-    train = config.train.model_dump(exclude={"checkpoint_every"})
+    train = without_limit(config.train.model_dump(exclude={"checkpoint_every"}))
     return {
         "model": model_depends(config, workspace),
         "data": config.data.model_dump() | {"files": workspace.hashes_of(config.data.source)},
@@ -163,12 +164,12 @@ def _prepare(config: Config, workspace: Workspace, events: Events, team: Team) -
         longest = config.train.max_length
         raise UserError(f"train.max_length {longest}: leaves no answer in any example; make it larger")
     comparable.check_tokens(config, compared, tokenizer)
-    measured = texts.chosen(config, encoded["held-out"].examples)
+    texts.chosen(config, encoded["held-out"].examples)
     texts.general(config, tokenizer)
     description = describe(data, encoded, tokenizer)
     events.show(report(description, samples(data, encoded, tokenizer)))
-    # Training's held-out loss is taken on the examples that the model is measured on later.
-    encoded["held-out"] = replace(encoded["held-out"], examples=measured)
+    watched = texts.chosen(config, encoded["held-out"].examples, HELD_OUT_TOKENS)
+    encoded["held-out"] = replace(encoded["held-out"], examples=watched)
     return _Prepared(base, tokenizer, encoded, description)
 
 

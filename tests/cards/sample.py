@@ -87,8 +87,8 @@ def _model(size: int, quality: dict, speed: dict, answer: str, **more: Any) -> d
             "gpu": None,
             "system": "Linux x86_64",
             "cpu_capability": "AVX512",
-            "compute_dtype": "bfloat16",
         },
+        "compute_dtype": "bfloat16",
         **more,
     }
 

@@ -422,15 +422,14 @@ def test_several_machines_are_told_apart():
 
 def test_the_machine_is_named_with_the_type_that_it_computed_in():
     assert "25.3 GB of memory, computed in bfloat16." in model_card(about(), BOTH)
-    text = model_card(about(replaced(results(), ("int4", "machine", "compute_dtype"), "float32")), BOTH)
+    text = model_card(about(replaced(results(), ("int4", "compute_dtype"), "float32")), BOTH)
     assert text.count("computed in float32") == 1 and text.count("computed in bfloat16") == 1
 
 
 def test_results_without_a_compute_type_are_still_shown():
     found = results()
     for model in found.values():
-        if "machine" in model:
-            del model["machine"]["compute_dtype"]
+        model.pop("compute_dtype", None)
     text = model_card(about(found), BOTH)
     assert "25.3 GB of memory." in text and "computed in" not in text
 

@@ -64,7 +64,7 @@ def test_it_knows_who_is_logged_in_and_never_tells_the_token(tmp_path, role, wri
 @pytest.mark.parametrize("dtype", machine.COMPUTE_DTYPES)
 def test_it_tells_the_compute_type(place, monkeypatch, dtype):
     monkeypatch.setenv(machine.COMPUTE_DTYPE, dtype)
-    assert examined(place)["machine"]["compute_dtype"] == dtype
+    assert examined(place)["compute_dtype"] == dtype
     assert f"Compute     {dtype}" in place.tunepress("doctor", "--no-calibrate").stdout
 
 
