@@ -142,11 +142,15 @@ def test_slower_figures_make_longer_times(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     here = replace(FIGURES, place=this_machine(Path("runs")).name)
     config = load_config("demo")
+    limit = 60 * config.train.max_minutes
+    unlimited = config.model_copy(update={"train": config.train.model_copy(update={"max_minutes": None})})
     calibration.keep(here)
-    usual = make_plan(config).seconds
+    usual = make_plan(unlimited).seconds
     calibration.keep(replace(here, train=here.train / 2))
-    slower = make_plan(config).seconds
+    slower = make_plan(unlimited).seconds
     assert slower["train"] > 1.8 * usual["train"] and slower["quantize"] == usual["quantize"]
+    calibration.keep(replace(here, train=here.train / 1000))
+    assert limit < make_plan(config).seconds["train"] < limit + 60
 
 
 @pytest.fixture
