@@ -217,7 +217,7 @@ print(sorted({"transformers", "torchao", "huggingface_hub", "tokenizers"} & sys.
 """
 
 
-def test_well_known_models_are_quantized_without_the_libraries_that_load_them(tiny_model, tmp_path):
+def test_well_known_models_are_quantized_without_the_libraries_that_load_them(tiny_model, tmp_path, cold):
     sources = [tiny_model(kind) for kind in WRITTEN]
     command = [sys.executable, "-c", MAKE, str(tmp_path), *map(str, sources)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()})

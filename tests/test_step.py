@@ -269,7 +269,7 @@ def test_tensors_of_a_room_lie_in_it_one_after_the_other_where_kernels_can_read_
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about glibc")
-def test_what_was_freed_goes_back_to_the_system_where_a_stage_keeps_its_memory():
+def test_what_was_freed_goes_back_to_the_system_where_a_stage_keeps_its_memory(cold):
     program = """
 import torch
 from pipeline.kernels.pages import give_back
