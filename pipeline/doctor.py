@@ -212,7 +212,9 @@ def _compute(dtype: str) -> str:
     """Return the compute type, and what it is for if it is not the type in which models are stored."""
     if os.environ.get(machine.COMPUTE_DTYPE):
         return f"{dtype} for products of many rows, set by {machine.COMPUTE_DTYPE}"
-    return dtype if dtype == "bfloat16" else f"{dtype} for products of many rows; bfloat16 has no fast instructions here"
+    return (
+        dtype if dtype == "bfloat16" else f"{dtype} for products of many rows; bfloat16 has no fast instructions here"
+    )
 
 
 def _speed(kept: dict) -> str:

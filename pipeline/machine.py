@@ -76,7 +76,9 @@ def compute_bytes_here() -> int:
     """Return the bytes of a number in the compute type of this CPU, as far as that is known without torch: 2 or 4."""
     asked, widest = os.environ.get(COMPUTE_DTYPE), os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
     flags = _line_in("/proc/cpuinfo", "flags") + _line_in("/proc/cpuinfo", "Features")
-    native = {"avx512_bf16", "amx_bf16", "bf16"} & set(flags.split()) and ("BF16" in widest or widest in ("ALL", "DEFAULT"))
+    native = {"avx512_bf16", "amx_bf16", "bf16"} & set(flags.split()) and (
+        "BF16" in widest or widest in ("ALL", "DEFAULT")
+    )
     return 2 if asked == "bfloat16" or (native and asked != "float32") else 4
 
 

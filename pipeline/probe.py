@@ -11,7 +11,6 @@ With `stock` nothing but transformers (and torchao behind it) touches the files,
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from pathlib import Path
 
 from pipeline.errors import ModelError
 from pipeline.libraries import quiet
-from pipeline.process import with_own_package
+from pipeline.process import as_a_user, with_own_package
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def probe(folder: Path, loader: str, ids: Sequence[int] = (), device: str = "aut
         ids_path.write_text(json.dumps(list(ids)))
         command = [sys.executable, "-P", "-m", "pipeline.probe", str(folder), loader, str(ids_path), str(out), device]
         # As a user would start it: without the allocator settings that stages run under.
-        plain = with_own_package({k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"})
+        plain = with_own_package(as_a_user())
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=plain)
         result = out / "probe.json"
         if done.returncode < 0:

@@ -32,6 +32,13 @@ POLL_SECONDS = 0.2
 # glibc gives every large block back to the system at once, and the next one costs page faults
 # again; training on a CPU spends more time on those than on arithmetic. Keep the memory.
 ALLOCATOR = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
+# oneDNN and torch's layer above it keep a program of a megabyte or two for each of the last 1024 shapes that were
+# multiplied, and every step of training brings new lengths.
+OF_STAGES = {
+    "GLIBC_TUNABLES": ALLOCATOR,
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+    "LRU_CACHE_CAPACITY": "64",
+}
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ def run_stage(
             stdout=log,
             stderr=log,
             start_new_session=True,
-            env={"GLIBC_TUNABLES": ALLOCATOR, **with_own_package(os.environ), **more},
+            env={**OF_STAGES, **with_own_package(os.environ), **more},
         )
     theirs.close()
     messages = _Messages(ours, reporter)
@@ -119,6 +126,11 @@ def _command(launch: Launch | None, arguments: tuple[str, ...]) -> list[str]:
         return launch.command("pipeline.stages", *arguments)
     # -P: the folder that the user stands in may have a `pipeline` of its own.
     return [sys.executable, "-P", "-m", "pipeline.stages", *arguments]
+
+
+def as_a_user() -> dict[str, str]:
+    """Return the environment without what stages run under, as a user would start a process."""
+    return {name: value for name, value in os.environ.items() if OF_STAGES.get(name) != value}
 
 
 def with_own_package(environment: Mapping[str, str]) -> dict[str, str]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.process import with_own_package
+from pipeline.process import as_a_user, with_own_package
 
 _FENCE = re.compile(r"(`{3,})(\w*)\Z")
 
@@ -43,8 +42,7 @@ def run(
     """
     script = folder / "snippet.py"
     script.write_text(code, encoding="utf-8")
-    hidden = {"PYTHONPATH", "GLIBC_TUNABLES"}  # a stage's allocator settings are no user's
-    plain = {k: v for k, v in os.environ.items() if k not in hidden} | {"HF_HUB_OFFLINE": "1"} | dict(more or {})
+    plain = {k: v for k, v in as_a_user().items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"} | dict(more or {})
     return subprocess.run(
         [sys.executable, script.name],
         cwd=folder,

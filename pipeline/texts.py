@@ -36,8 +36,8 @@ HELD_OUT, GENERAL = "held_out", "general"
 def plan(config: Config, workspace: Workspace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Choose how many tokens of each text are measured, if `evaluate.max_minutes` limits the time, once for a run.
 
-    The first model of a run that is measured, on this machine, reads a little of the general text twice; the second time shows how long
-    a token takes. All models of the run are then measured on the same tokens.
+    The first model of a run that is measured on this machine reads a little of the general text twice; the second time
+    shows how long a token takes. All models of the run are then measured on the same tokens.
     """
     from pipeline import measure
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.process import ALLOCATOR
+from pipeline.process import OF_STAGES
 
-AS_STAGES = {"GLIBC_TUNABLES": ALLOCATOR}  # what `tunepress` itself starts its work with
+AS_STAGES = OF_STAGES  # what `tunepress` itself starts its work with
 ROOT = Path(__file__).parents[1]
 # Widths of a tiny and a small model for trying things out, SmolLM2-135M, TinyLlama-1.1B and Llama-3-8B.
 SIZES = {
@@ -73,7 +73,7 @@ def random_checkpoint(folder: Path, size: str, shards: int) -> Path:
 
 
 def run(command: list[str], settings: dict[str, str] | None = None) -> dict:
-    """Run a command to its end; its wall and processor time in seconds, from start to exit, its peak memory, its output.
+    """Run a command to its end; its wall and processor time in seconds from start to exit, peak memory, and output.
 
     Args:
         settings: environment variables on top of those of all sides.

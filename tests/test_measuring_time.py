@@ -80,7 +80,9 @@ def test_speed_is_the_median_of_rounds_after_one_that_warms_up():
     assert figures["new_tokens"] == 32
 
 
-@pytest.mark.parametrize(("prefill", "step", "rounds", "written"), [(20.0, 1.0, 1, 4), (1.0, 0.5, 1, 8), (0.1, 0.1, 4, 32)])
+@pytest.mark.parametrize(
+    ("prefill", "step", "rounds", "written"), [(20.0, 1.0, 1, 4), (1.0, 0.5, 1, 8), (0.1, 0.1, 4, 32)]
+)
 def test_long_rounds_are_not_repeated(prefill, step, rounds, written):
     now, reads = [0.0], []
 

@@ -134,7 +134,9 @@ class Step:
         if layers is None:
             return None
         length = layers[0].keys.shape[2]
-        if length >= self.window:  # a cache made without the configuration keeps all tokens, and a mask hides the old ones
+        if (
+            length >= self.window
+        ):  # a cache made without the configuration keeps all tokens, and a mask hides the old ones
             return None
         mask = _mask(attention_mask, given.shape[0], length + 1)
         if mask is False:

@@ -8,7 +8,8 @@ adapter's float32. trl scores every position with the output head, and again for
 - packed sequences attend to themselves only, instead of to all tokens of the step under a mask;
 - everything is multiplied in the compute type. Weights stay stored as they are: NF4, or bfloat16.
 
-The numbers are those of the libraries up to rounding. GPUs, and models divided among processes, keep the libraries' way.
+The numbers are those of the libraries up to rounding. GPUs, and models divided among processes, keep the way of the
+libraries.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def quicken_training(model: PeftModel, dtype: torch.dtype) -> None:
 def quicken_layers(model: PeftModel, dtype: torch.dtype) -> None:
     """Make the layers and adapters of a model on a CPU compute in `dtype`, whatever their weights are stored in.
 
-    In float32, what is neither a linear layer nor an embedding (norms, convolutions, stacked experts) is converted once.
+    In float32, what is neither a linear layer nor an embedding (norms, convolutions, stacked experts) is converted
+    once.
     """
     base = model.get_base_model()
     head, known = base.get_output_embeddings(), base.config.model_type in MODELS
@@ -272,9 +274,7 @@ def _quicken_loss(model: PreTrainedModel, dtype: torch.dtype) -> None:
         found = _TokenLogProbs.apply(states[mask], head.weight, labels[:, 1:][mask], softcap(config), dtype)
         log_probs, entropy, is_top1 = (values.new_zeros(mask.shape).masked_scatter(mask, values) for values in found)
         loss = -log_probs.sum() / (mask.sum().clamp(min=1) if count is None else count)
-        return FusedCausalLMOutput(
-            loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask
-        )
+        return FusedCausalLMOutput(loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask)
 
     model.forward = MethodType(forward, model)
 

@@ -9,7 +9,6 @@ would matter to anybody: it is half of what int8 may lose. What moves a perplexi
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from pipeline.files import read_json, write_json
 from pipeline.libraries import versions
 from pipeline.models import read_config
 from pipeline.opening import check_config
-from pipeline.process import with_own_package
+from pipeline.process import as_a_user, with_own_package
 from pipeline.verification.again import how_to_make
 from pipeline.verification.claims import ADAPTER, ROOT, Claims, is_gguf
 from pipeline.verification.findings import Finding, outdated, right, unknown, wrong
@@ -205,7 +204,7 @@ def in_fresh_process(request: dict, scratch: Path, tell: Tell) -> dict:
     result.unlink(missing_ok=True)
     write_json(asked, request)
     tell(0, 1, "loading")
-    plain = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"} | {"HF_HUB_OFFLINE": "1"}
+    plain = as_a_user() | {"HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-P", "-m", "pipeline.verification.worker", str(asked), str(result)]
     with open(scratch / "log", "w+", encoding="utf-8", errors="replace") as log:
         child = subprocess.Popen(

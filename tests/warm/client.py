@@ -19,11 +19,10 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signa
 
 def early(environment: dict[str, str]) -> dict[str, str]:
     """Return the variables that Python and libraries read while they are loaded."""
-    own = ("PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE")  # which the server follows, or nobody sees
+    # Which the server follows, nobody sees, or the library reads when it multiplies.
+    own = ("PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
     return {
-        name: value
-        for name, value in environment.items()
-        if name.startswith(EARLY) or (name.startswith("PYTHON") and name not in own)
+        name: value for name, value in environment.items() if name.startswith((*EARLY, "PYTHON")) and name not in own
     }
 
 
