@@ -10,6 +10,7 @@ from pipeline.kernels import cpu, cuda
 from pipeline.kernels.attention import quicken_attention
 from pipeline.kernels.float32_mode import quicken_products
 from pipeline.kernels.plain import quicken_linears
+from pipeline.kernels.rounded import correct_rounded
 from pipeline.quantization.grid import GroupQuantized
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 def quicken(model: PreTrainedModel) -> None:
     """Let a model that computes on a CPU use the fastest products and attention there; what is saved stays the same."""
     quicken_linears(model)
+    correct_rounded(model)
     quicken_attention(model)
     quicken_products(model)
 

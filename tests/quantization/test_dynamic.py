@@ -1,4 +1,4 @@
-"""int8-dynamic is torchao's, inputs rounded and all: nothing here computes it in another way."""
+"""int8-dynamic is torchao's, inputs rounded and all: it is computed in another way only where torch is wrong."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 from pipeline import kernels
 from pipeline.config import VariantSpec
 from pipeline.errors import ModelError
+from pipeline.kernels import rounded
 from pipeline.loading import load
 
 IDS = torch.tensor([[7, 100, 31, 64, 5, 5, 90, 12]])
@@ -23,6 +24,25 @@ def test_load_computes_what_the_stock_loader_does(folder):
     kernels.quicken(stock)  # attention that is rounded otherwise gives the layers other inputs
     found, expected = load(folder)[0](IDS).logits.float(), stock(IDS).logits.float()
     assert (found - expected).norm() < 0.01 * expected.norm()  # of a head in int8 they round otherwise
+
+
+@torch.no_grad()
+def test_int8_products_are_corrected_where_torch_computes_them_wrongly(folder, dequantized, monkeypatch):
+    """The way for CPUs without VNNI, on any CPU: as the exact products have it, and near the numbers that codes mean."""
+    monkeypatch.setattr(rounded, "int8_products_are_exact", lambda: False)
+    found = load(folder)[0](IDS).logits.float()
+    expected = dequantized(folder.parent, "int8-dynamic")(IDS).logits.float()
+    assert (found - expected).norm() < 0.1 * expected.norm()
+    monkeypatch.undo()
+    if rounded.int8_products_are_exact():
+        exact = load(folder)[0](IDS).logits.float()
+        assert (found - exact).norm() < 0.05 * exact.norm()
+
+
+def test_exactness_is_asked_of_the_largest_numbers():
+    largest = torch.full((32, 64), 127, dtype=torch.int8)
+    exact = torch.equal(torch._int_mm(largest, largest.T), largest.int() @ largest.int().T)
+    assert rounded.int8_products_are_exact() == exact
 
 
 @torch.no_grad()

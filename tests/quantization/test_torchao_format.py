@@ -15,6 +15,7 @@ from pipeline.checkpoint import SINGLE_NAME, Checkpoint
 from pipeline.config import VariantSpec
 from pipeline.errors import QuantizationError
 from pipeline.models import linear_weights
+from pipeline.kernels.rounded import int8_products_are_exact
 from pipeline.quantization.formats import format_of, storage
 from pipeline.quantization.formats.torchao import unpack
 from pipeline.quantization.grid import Grid
@@ -197,6 +198,8 @@ def test_stock_transformers_loads_it_whole_and_every_eligible_layer_is_quantized
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "int8" in name])
 def test_int8_runs_there_and_computes_what_its_codes_say(stock, releases, dequantized, name):
+    if "dynamic" in name and not int8_products_are_exact():
+        pytest.skip("torch multiplies int8 wrongly on this CPU")
     root, variant = releases[name.replace(" by its own folder", "")]
     model = dequantized(root, variant, KEPT if "kept" in name else ())
     with torch.no_grad():
