@@ -14,8 +14,8 @@ from pipeline import blocks, catalog
 from pipeline.checkpoint import SINGLE_NAME, Checkpoint
 from pipeline.config import VariantSpec
 from pipeline.errors import QuantizationError
-from pipeline.models import linear_weights
 from pipeline.kernels.rounded import int8_products_are_exact
+from pipeline.models import linear_weights
 from pipeline.quantization.formats import format_of, storage
 from pipeline.quantization.formats.torchao import unpack
 from pipeline.quantization.grid import Grid
