@@ -23,7 +23,7 @@ def int8_products_are_exact() -> bool:
 
 
 def correct_rounded(model: torch.nn.Module) -> None:
-    """Let the layers of a model on a CPU that round their input multiply in float32 if torch's int8 products are wrong."""
+    """Let layers on a CPU that round their input multiply in float32 if the int8 products of torch are wrong there."""
     for layer in model.modules():
         rounds = getattr(getattr(layer, "weight", None), "act_quant_kwargs", None) is not None
         if rounds and isinstance(layer, torch.nn.Linear) and not int8_products_are_exact():
@@ -31,7 +31,7 @@ def correct_rounded(model: torch.nn.Module) -> None:
 
 
 def _forward(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """Compute what torchao's layer computes: rounded x (..., K) times the transposed codes (N, K), scaled, plus bias."""
+    """Compute what the layer of torchao does: rounded x (..., K) times transposed codes (N, K), scaled, plus bias."""
     from torchao.quantization.quantize_.common.quantize_tensor_kwargs import _choose_quant_func_and_quantize_tensor
 
     weight = layer.weight

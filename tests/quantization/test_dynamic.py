@@ -28,7 +28,7 @@ def test_load_computes_what_the_stock_loader_does(folder):
 
 @torch.no_grad()
 def test_int8_products_are_corrected_where_torch_computes_them_wrongly(folder, dequantized, monkeypatch):
-    """The way for CPUs without VNNI, on any CPU: as the exact products have it, and near the numbers that codes mean."""
+    """Test on any CPU the way for those without VNNI: near exact products, and near the numbers that codes mean."""
     monkeypatch.setattr(rounded, "int8_products_are_exact", lambda: False)
     found = load(folder)[0](IDS).logits.float()
     expected = dequantized(folder.parent, "int8-dynamic")(IDS).logits.float()
