@@ -35,9 +35,10 @@ def float32_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x @ weight.T
 
 
-def row_blocks(rows: int, width: int) -> list[slice]:
-    """Return slices over `rows` of a weight of that width, each at most `BLOCK_ELEMENTS` weights."""
-    step = max(ROW_MULTIPLE, BLOCK_ELEMENTS // width // ROW_MULTIPLE * ROW_MULTIPLE)
+def row_blocks(rows: int, width: int, elements: int | None = None) -> list[slice]:
+    """Return slices over `rows` of a weight of that width, each at most `elements` weights (`BLOCK_ELEMENTS`)."""
+    elements = BLOCK_ELEMENTS if elements is None else elements
+    step = max(ROW_MULTIPLE, elements // width // ROW_MULTIPLE * ROW_MULTIPLE)
     return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
 
 

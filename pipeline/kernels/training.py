@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from pipeline.kernels.attention import MODELS
 from pipeline.kernels.float32_mode import quicken_products
-from pipeline.kernels.products import float32_product
+from pipeline.kernels.products import float32_product, row_blocks
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -221,7 +221,7 @@ def _times_transposed(x: torch.Tensor, layer: torch.nn.Linear) -> torch.Tensor:
     """Return x (..., K) times the transposed weight of a layer, (..., N), in its compute type."""
     flat, weight = x.to(layer.compute_dtype).reshape(-1, x.shape[-1]), _weight(layer)
     if flat.dtype == torch.float32:
-        parts = [float32_product(flat, weight[rows].float()) for rows in _blocks(weight)]
+        parts = [float32_product(flat, weight[rows].float()) for rows in row_blocks(*weight.shape, BLOCK_ELEMENTS)]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
     else:
         y = flat @ weight.to(flat.dtype).T
@@ -239,15 +239,10 @@ def _sum_of_rows(factors: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if factors.dtype != torch.float32:
         return factors @ weight.to(factors.dtype)
     result = None
-    for rows in _blocks(weight):
+    for rows in row_blocks(*weight.shape, BLOCK_ELEMENTS):
         part = float32_product(factors[:, rows], weight[rows].float().T)
         result = part if result is None else result.add_(part)
     return result
-
-
-def _blocks(weight: torch.Tensor) -> list[slice]:
-    step = max(1, BLOCK_ELEMENTS // weight.shape[1])
-    return [slice(first, min(first + step, len(weight))) for first in range(0, len(weight), step)]
 
 
 def _quicken_loss(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -331,7 +326,7 @@ def _logits(states: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     if states.dtype != torch.float32:
         return (states @ head.detach().to(states.dtype).T).float()
     result = torch.empty(len(states), len(head))
-    for rows in _blocks(head):
+    for rows in row_blocks(*head.shape, BLOCK_ELEMENTS):
         result[:, rows] = float32_product(states, head.detach()[rows].float())
     return result
 
