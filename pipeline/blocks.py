@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from pipeline.checkpoint import Checkpoint
-from pipeline.machine import cores
+from pipeline.system.hardware import cores
 
 # Bytes of a weight that are read at a time: long enough for a disk, and a small part of any memory.
 BLOCK_BYTES = 4_000_000

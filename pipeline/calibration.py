@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import WorkspaceError
-from pipeline.files import read_json, write_json
-from pipeline.machine import compute_dtype
+from pipeline.system.files import read_json, write_json
+from pipeline.system.hardware import compute_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -113,7 +113,7 @@ def measure(place: str, tell: Tell = lambda what: None) -> Calibration:
     Raises:
         WorkspaceError: where nothing can be written in the folder that one stands in.
     """
-    from pipeline.libraries import quiet
+    from pipeline.system.libraries import quiet
 
     tell("the disk")  # first, for it may be that it cannot be
     disk_write = _disk()
@@ -212,8 +212,8 @@ def _nf4(device: torch.device) -> tuple[float, float]:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     from pipeline.blocks import in_parallel
-    from pipeline.machine import cores
     from pipeline.nf4 import HeldInNf4
+    from pipeline.system.hardware import cores
 
     weight = torch.randn(1024, 2048, dtype=torch.bfloat16)
     codes, state = quantize_4bit(weight.to(device), quant_type="nf4", compress_statistics=True)
@@ -233,9 +233,9 @@ def _roundings() -> Iterator[tuple[str, float]]:
 
     from pipeline.blocks import in_parallel
     from pipeline.config import VariantSpec
-    from pipeline.machine import cores
     from pipeline.quantization.formats import format_of
     from pipeline.quantization.rounding import rounding
+    from pipeline.system.hardware import cores
 
     rows = torch.randn(256, 2048, dtype=torch.bfloat16) * 0.02
     for name, how in ROUNDINGS:

@@ -18,8 +18,8 @@ from pipeline.download import in_one_line
 from pipeline.errors import ModelError
 from pipeline.hub.trouble import insist
 from pipeline.live import Live
-from pipeline.private import file_name
 from pipeline.standing import is_same_model, standing
+from pipeline.system.redaction import file_name
 
 NOT_FOR_THE_MODEL = {"data": {"revision"}, "model": {"revision", "low_disk"}, "train": {"checkpoint_every"}}
 

@@ -71,15 +71,16 @@ def _in_transformers(source: str, variant: str | None, device: str, new_tokens: 
 
 def _in_llama_cpp(source: str, variant: str, new_tokens: int) -> Answer:
     """With the tokenizer, the template and the stop tokens of the file, as llama.cpp's own programs have them."""
-    from pipeline import llama_cpp, machine
+    from pipeline import llama_cpp
     from pipeline.errors import ModelError
     from pipeline.loading import locate_file
+    from pipeline.system import hardware
 
     api = llama_cpp.library()
     path = locate_file(source, variant)
     llama_cpp.check(path)
     context = min(CONTEXT, llama_cpp.positions(path))
-    model = api.Llama(str(path), n_ctx=context, n_threads=machine.cores(), n_gpu_layers=0, verbose=False)
+    model = api.Llama(str(path), n_ctx=context, n_threads=hardware.cores(), n_gpu_layers=0, verbose=False)
     if "tokenizer.chat_template" not in model.metadata:
         raise ModelError(f"{path}: has no chat template, so it cannot be talked to")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.commands import command
 from pipeline.config import Config
 from pipeline.data import DataSet, Example
 from pipeline.data.encode import EncodedSet, encode_examples
@@ -16,6 +15,7 @@ from pipeline.data.splitting import place
 from pipeline.errors import DataError
 from pipeline.live import Live
 from pipeline.opponent import noted
+from pipeline.system.command_names import command
 from pipeline.workspace import Workspace
 
 FEWEST = 16  # prompts; from fewer the error of a difference is hardly known

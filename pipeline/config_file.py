@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.config import Config, VariantSpec
 from pipeline.errors import ConfigError, redact
-from pipeline.shipped import shipped_folder
+from pipeline.system.resources import shipped_folder
 
 
 def shipped_configs() -> dict[str, Path]:

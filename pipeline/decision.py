@@ -9,14 +9,14 @@ from typing import Any, Literal
 
 from pipeline.chance import MARGIN, quantile
 from pipeline.changes import Inputs, changes, changes_beside, inputs_of, made_with
-from pipeline.commands import command
 from pipeline.config import Config
 from pipeline.errors import ConfigError, WorkspaceError
-from pipeline.files import fingerprint, read_json, write_json
 from pipeline.live import Live, read_live
 from pipeline.opponent import own_weights
 from pipeline.stages import merge, train
 from pipeline.standing import standing
+from pipeline.system.command_names import command
+from pipeline.system.files import fingerprint, read_json, write_json
 from pipeline.workspace import Workspace
 
 WIDEST = 10.0

@@ -11,12 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline import commands, machine
 from pipeline.calibration import Calibration, measure, path, read_calibration
 from pipeline.calibration import keep as keep_calibration
 from pipeline.errors import HubError, WorkspaceError, redact
-from pipeline.libraries import is_installed, quiet, versions
 from pipeline.planning.devices import existing, hub_cache, this_machine
+from pipeline.system import command_names, hardware
+from pipeline.system.libraries import is_installed, quiet, versions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,9 +43,9 @@ def examine(runs: Path, calibrate: bool | None = None, tell: Callable[[str], Non
     if calibrate or (calibrate is None and (known is None or not known.is_of(place))):
         known, problem = _measured(place, tell)
     return {
-        "machine": machine.describe(),
+        "machine": hardware.describe(),
         "memory_free_bytes": here.host_bytes,
-        "compute_dtype": machine.dtype_name(machine.compute_dtype("cuda" if here.has_gpu else "cpu")),
+        "compute_dtype": hardware.dtype_name(hardware.compute_dtype("cuda" if here.has_gpu else "cpu")),
         "devices": devices(),
         "kernels": kernels(),
         "versions": {"python": platform.python_version(), **versions(), **versions(*OURS)},
@@ -93,7 +93,7 @@ def devices() -> list[dict]:
     if torch.backends.mps.is_available():
         found.append({"kind": "mps", "name": "Apple GPU", "advice": "for chat; stages do not use it"})
     capability = torch.backends.cpu.get_cpu_capability()
-    cpu = {"kind": "cpu", "name": machine.describe()["cpu"], "capability": capability, "cores": machine.cores()}
+    cpu = {"kind": "cpu", "name": hardware.describe()["cpu"], "capability": capability, "cores": hardware.cores()}
     return [*found, cpu]
 
 
@@ -152,7 +152,7 @@ def login() -> dict:
 
     token = get_token()
     if token is None:
-        return {"name": None, "may_write": False, "problem": f"no token; set HF_TOKEN or run: {commands.login()}"}
+        return {"name": None, "may_write": False, "problem": f"no token; set HF_TOKEN or run: {command_names.login()}"}
     try:
         who = who_is("the Hub", token)
     except HubError as error:
@@ -210,8 +210,8 @@ def _lines(found: dict) -> Iterator[tuple[str, str]]:
 
 def _compute(dtype: str) -> str:
     """Return the compute type, and what it is for if it is not the type in which models are stored."""
-    if os.environ.get(machine.COMPUTE_DTYPE):
-        return f"{dtype} for products of many rows, set by {machine.COMPUTE_DTYPE}"
+    if os.environ.get(hardware.COMPUTE_DTYPE):
+        return f"{dtype} for products of many rows, set by {hardware.COMPUTE_DTYPE}"
     return (
         dtype if dtype == "bfloat16" else f"{dtype} for products of many rows; bfloat16 has no fast instructions here"
     )
@@ -222,7 +222,7 @@ def _speed(kept: dict) -> str:
 
     figures = kept["figures"]
     if not figures:
-        return kept["problem"] or f"not measured; run: {commands.command('doctor', '--calibrate')}"
+        return kept["problem"] or f"not measured; run: {command_names.command('doctor', '--calibrate')}"
     told = (
         f"training {figures['train'] / 1e9:.3g}, reading {figures['forward'] / 1e9:.3g} G weights x tokens/s; "
         f"decoding {size(figures['decode_bytes'])}/s; int4 {size(figures['rounding']['int4/search'])}/s; "

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.commands import login
 from pipeline.errors import HubError, ModelError, UserError, is_unreachable, redact
-from pipeline.files import sync
 from pipeline.hub.trouble import insist
+from pipeline.system.command_names import login
+from pipeline.system.files import sync
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import os
 import re
 from urllib.parse import quote
 
-from pipeline.commands import install
+from pipeline.system.command_names import install
 
 # Tokens of the Hub and of its cousins, wherever they turn up.
 _TOKEN_SHAPES = re.compile(

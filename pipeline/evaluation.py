@@ -18,9 +18,9 @@ from pipeline.config import Config
 from pipeline.data import general_text
 from pipeline.errors import ModelError
 from pipeline.events import Events
-from pipeline.files import read_json, write_json
 from pipeline.models import stored_bytes
 from pipeline.opening import open_config, open_tokenizer
+from pipeline.system.files import read_json, write_json
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ def evaluate(
         ModelError: if the stock loader, or llama.cpp, cannot load the files, or where both loaders
             run and do not agree.
     """
-    from pipeline import llama_cpp, machine
+    from pipeline import llama_cpp
+    from pipeline.system import hardware
 
     def tell(what: str):
         return lambda done, total: events.progress(done, total, f"{label}: {what}")
@@ -74,7 +75,7 @@ def evaluate(
         found = _in_llama_cpp(file, config, workspace, reference, tell, in_full)
     else:
         found = _in_transformers(folder, file, config, workspace, reference, offload, tell, in_full)
-    return {"size_bytes": stored_bytes(folder), **found, "machine": machine.describe()}
+    return {"size_bytes": stored_bytes(folder), **found, "machine": hardware.describe()}
 
 
 def _in_transformers(
@@ -90,10 +91,11 @@ def _in_transformers(
     """The figures of a folder with safetensors, or of a GGUF's dequantized weights, which have no speed."""
     import torch
 
-    from pipeline import heads, machine, measure, texts
+    from pipeline import heads, measure, texts
     from pipeline.kernels.products import product_dtype
     from pipeline.loading import load, load_dequantized
     from pipeline.offloading import is_offloaded
+    from pipeline.system import hardware
 
     where = {"device": config.evaluate.device, "offload": offload}
     model, tokenizer = load_dequantized(file, reference, **where) if file else load(folder, **where)
@@ -110,7 +112,7 @@ def _in_transformers(
         tell("sample answers")(0, 1)
         samples = measure.answers(model, tokenizer, config.evaluate.prompts)
     device = str(heads.device_of(model))
-    compute_dtype = machine.dtype_name(product_dtype(model.dtype) if device == "cpu" else model.dtype)
+    compute_dtype = hardware.dtype_name(product_dtype(model.dtype) if device == "cpu" else model.dtype)
     parameters = model.num_parameters()
     ids = sequences[texts.GENERAL][0].input_ids[:PROBE_TOKENS]
     del model

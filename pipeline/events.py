@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.errors import UserError, printable, redact
-from pipeline.files import sync
+from pipeline.system.files import sync
 
 # verb -> (what its events call the stage, the name of its push event)
 STAGES = {

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from pipeline.commands import command
 from pipeline.download import in_one_line
 from pipeline.errors import ModelError
 from pipeline.hub.trouble import insist
 from pipeline.models import ADAPTER_FILES, read_config
 from pipeline.opening import check_config
+from pipeline.system.command_names import command
 
 
 def inspect(repo: str, revision: str | None = None) -> str:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError, MissingExtra
-from pipeline.libraries import is_installed
-from pipeline.shipped import shipped_folder
+from pipeline.system.libraries import is_installed
+from pipeline.system.resources import shipped_folder
 
 KINDS = ("MULTI_GPU", "FSDP", "DEEPSPEED")
 NO_CONFIGURATION = "not a configuration of accelerate, which has distributed_type: MULTI_GPU and the like"

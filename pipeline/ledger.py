@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.errors import WorkspaceError
-from pipeline.files import read_json
+from pipeline.system.files import read_json
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from pipeline.catalog import VARIANTS
 from pipeline.config import REPO_ID, Config
 from pipeline.data.sources import names_a_file
-from pipeline.libraries import STACK, versions
-from pipeline.private import file_name
+from pipeline.system.libraries import STACK, versions
+from pipeline.system.redaction import file_name
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.errors import HubError
-from pipeline.files import fingerprint
 from pipeline.standing import Standing, standing
+from pipeline.system.files import fingerprint
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from types import ModuleType
 
 import numpy as np
 
-from pipeline import libraries, machine
 from pipeline.errors import MissingExtra, ModelError
+from pipeline.system import hardware, libraries
 from pipeline.timing import PROMPT_TOKENS, tokens_per_second
 
 BATCH = 512  # positions computed at a time, as llama.cpp itself does, unless their logits are too many
@@ -141,7 +141,7 @@ def opened(path: Path, positions: int, logits: int | None = None) -> Iterator[Re
         at_a_time = BATCH if logits is None else min(BATCH, max(1, logits // vocabulary))
         settings = api.llama_context_default_params()
         settings.n_ctx, settings.n_batch, settings.n_ubatch = positions, at_a_time, at_a_time
-        settings.n_threads = settings.n_threads_batch = machine.cores()
+        settings.n_threads = settings.n_threads_batch = hardware.cores()
         settings.offload_kqv = settings.op_offload = False
         context = api.llama_init_from_model(model, settings)
         if context is None:

@@ -14,11 +14,11 @@ from pipeline.catalog import VARIANTS, resolve_variants
 from pipeline.config import REPO_ID, VariantSpec
 from pipeline.download import download
 from pipeline.errors import CheckpointError, ModelError
-from pipeline.libraries import quiet, quiet_progress_bars
 from pipeline.models import belongs_to_checkpoint, read_config
 from pipeline.opening import check_beside, check_code, open_config, open_model, open_tokenizer
 from pipeline.quantization.formats import unpack
 from pipeline.quantization.formats.gguf import type_name
+from pipeline.system.libraries import quiet, quiet_progress_bars
 
 if TYPE_CHECKING:
     import torch

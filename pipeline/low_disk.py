@@ -17,8 +17,8 @@ import torch
 from pipeline.checkpoint import Checkpoint, TensorInfo, check_header, header_length, read_header, shard_files
 from pipeline.download import in_one_line, meter
 from pipeline.errors import CheckpointError
-from pipeline.files import empty_folder, sha256
 from pipeline.hub.trouble import insist
+from pipeline.system.files import empty_folder, sha256
 
 SHARDS_AT_A_TIME = 2
 FIRST_BYTES = 100_000  # of a file, in which most headers end

@@ -16,11 +16,11 @@ from pipeline.catalog import GROUP_SIZES
 from pipeline.config import PACKAGE_SOURCE, REPO_ID, Model
 from pipeline.download import download
 from pipeline.errors import ModelError
-from pipeline.files import fingerprint, sha256
 from pipeline.layouts import Layout, layout
 from pipeline.opening import check_beside, check_config, open_config, read_settings
 from pipeline.origin import Origin, read_origin
 from pipeline.packaged import find_packaged, unpack_gguf
+from pipeline.system.files import fingerprint, sha256
 
 # Everything at a repository's root that belongs to a checkpoint, and no pickle among it.
 CHECKPOINT_FILES = re.compile(r"^([\w.-]+\.(safetensors|json|jinja|model|txt|tiktoken)|README\.md)\Z")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pipeline import machine
 from pipeline.opening import open_model
+from pipeline.system import hardware
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +32,7 @@ def load_base(folder: Path, in_nf4: bool, divided: bool = False) -> PreTrainedMo
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=machine.compute_dtype("cuda" if torch.cuda.is_available() else "cpu"),
+        bnb_4bit_compute_dtype=hardware.compute_dtype("cuda" if torch.cuda.is_available() else "cpu"),
         bnb_4bit_quant_storage=torch.bfloat16 if divided else torch.uint8,
     )
     whole_on_gpu = torch.cuda.is_available() and not is_deepspeed_zero3_enabled()  # which divides it while it loads

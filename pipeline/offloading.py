@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pipeline import machine
 from pipeline.assembly import (
     Formats,
     Weights,
@@ -29,12 +28,13 @@ from pipeline.assembly import (
 from pipeline.blocks import tiles
 from pipeline.errors import ModelError
 from pipeline.kernels.plain import quicken_linears
-from pipeline.machine import WEIGHTS_SHARE
 from pipeline.models import stored_bytes
 from pipeline.opening import open_config
 from pipeline.quantization.formats import torchao
 from pipeline.quantization.formats.gguf.reader import GgufWeights
 from pipeline.quantization.grid import GroupQuantized
+from pipeline.system import hardware
+from pipeline.system.hardware import WEIGHTS_SHARE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -116,7 +116,7 @@ def fits(folder: Path, device: torch.device, free: int | None = None) -> bool:
     Args:
         free: bytes that may be used; by default what `device` has free now.
     """
-    free = machine.free_bytes(device) if free is None else free
+    free = hardware.free_bytes(device) if free is None else free
     return free is None or stored_bytes(folder) <= WEIGHTS_SHARE * free
 
 
@@ -133,7 +133,7 @@ def check_fits(folder: Path, device: torch.device, why: str) -> None:
     Raises:
         TooLarge: naming their bytes and those that are free.
     """
-    free = machine.free_bytes(device)
+    free = hardware.free_bytes(device)
     if not fits(folder, device, free):
         other = " or evaluate.device: cpu" if device.type != "cpu" else ""
         raise TooLarge(

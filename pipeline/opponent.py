@@ -10,10 +10,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from pipeline.errors import HubError
-from pipeline.files import read_json, write_json
 from pipeline.hub import Tree
 from pipeline.live import Live, live_in, weights_of
 from pipeline.standing import Standing
+from pipeline.system.files import read_json, write_json
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from pipeline.commands import install
 from pipeline.errors import MissingExtra, ModelError
-from pipeline.files import replace_folder
-from pipeline.libraries import is_installed, quiet
 from pipeline.origin import Origin, text, texts
+from pipeline.system.command_names import install
+from pipeline.system.files import replace_folder
+from pipeline.system.libraries import is_installed, quiet
 
 
 def find_packaged(package: str, file: str) -> Path:

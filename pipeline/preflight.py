@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from pipeline import data, machine, models
+from pipeline import data, models
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.launch import Launch, share
 from pipeline.stages import quantize
+from pipeline.system import hardware
 
 
 def preflight(
@@ -23,7 +24,7 @@ def preflight(
     """
     from pipeline.trackers.trackio import check as check_tracking
 
-    machine.check_compute_dtype()
+    hardware.check_compute_dtype()
     check_shared(config, launch)
     check_inputs(config, need_inputs, need_data)
     if need_inputs:

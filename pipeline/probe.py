@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import ModelError
-from pipeline.libraries import quiet
 from pipeline.process import as_a_user, with_own_package
+from pipeline.system.libraries import quiet
 
 
 @dataclass(frozen=True)
@@ -73,16 +73,17 @@ def main() -> None:
 
 
 def _in_llama_cpp(path: Path) -> dict:
-    from pipeline import llama_cpp, machine
+    from pipeline import llama_cpp
+    from pipeline.system import hardware
     from pipeline.timing import NEW_TOKENS, PROMPT_TOKENS
 
     llama_cpp.library()
-    machine.reset_peak_memory()
+    hardware.reset_peak_memory()
     start = time.perf_counter()
     with llama_cpp.opened(path, PROMPT_TOKENS + NEW_TOKENS) as reader:
         seconds = time.perf_counter() - start
         figures = {"loader": "llama.cpp", "device": "cpu", "load_seconds": seconds, "runs": True, **reader.speed()}
-        return figures | {"peak_memory_bytes": machine.peak_memory_bytes()}
+        return figures | {"peak_memory_bytes": hardware.peak_memory_bytes()}
 
 
 def _in_transformers(folder: str, loader: str, tokens: list[int], out: Path, device: str) -> dict:
@@ -90,13 +91,14 @@ def _in_transformers(folder: str, loader: str, tokens: list[int], out: Path, dev
     import torch
     from safetensors.torch import save_file
 
-    from pipeline import loading, machine, measure
-    from pipeline.libraries import quiet_progress_bars
+    from pipeline import loading, measure
     from pipeline.opening import open_model
+    from pipeline.system import hardware
+    from pipeline.system.libraries import quiet_progress_bars
 
     quiet_progress_bars()
     device = loading.device_named(device).type
-    machine.reset_peak_memory()
+    hardware.reset_peak_memory()
     start = time.perf_counter()
     if loader == "stock":
         model = open_model(folder, dtype="auto", device_map=device if device != "cpu" else None)
@@ -112,7 +114,7 @@ def _in_transformers(folder: str, loader: str, tokens: list[int], out: Path, dev
     else:
         figures |= {"runs": True, **measure.speed(model)}
         save_file({"logits": logits.contiguous()}, out / "logits.safetensors")
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else machine.peak_memory_bytes()
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else hardware.peak_memory_bytes()
     return figures | {"peak_memory_bytes": peak}
 
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from pipeline.catalog import VARIANTS
 from pipeline.config import Config, VariantSpec
 from pipeline.errors import QuantizationError
-from pipeline.files import fingerprint, read_json, states, write_json
-from pipeline.libraries import quiet
+from pipeline.system.files import fingerprint, read_json, states, write_json
+from pipeline.system.libraries import quiet
 
 if TYPE_CHECKING:
     import torch

@@ -24,11 +24,11 @@ from pipeline.hub import CARD, LINEAGE, check_root
 from pipeline.inspection import inspect
 from pipeline.midway import quantize_config, variant_specs
 from pipeline.models import check_source, is_local
-from pipeline.private import file_name
 from pipeline.reporter import Reporter
 from pipeline.run import run
 from pipeline.section import Real, Section, Whole
 from pipeline.standing import Standing, is_same_model, standing
+from pipeline.system.redaction import file_name
 from pipeline.trackers.spaces import keep_in, space_at
 from pipeline.workspace import Workspace
 

@@ -15,10 +15,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from pipeline.catalog import VARIANTS
-from pipeline.commands import command
 from pipeline.config import Config
-from pipeline.files import read_json
 from pipeline.reporter import Reporter
+from pipeline.system.command_names import command
+from pipeline.system.files import read_json
 from pipeline.workspace import Entry, Workspace
 
 QUIET_SECONDS = 30.0  # between progress lines where there is no terminal

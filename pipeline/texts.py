@@ -12,13 +12,13 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pipeline import machine
 from pipeline.config import Config
 from pipeline.data import general_text, read_examples
 from pipeline.data.chat import supply_template
 from pipeline.data.describe import SUPPLIED_TEMPLATE
 from pipeline.data.encode import Encoded, encode_examples, encode_text
 from pipeline.errors import DataError
+from pipeline.system import hardware
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def plan(config: Config, workspace: Workspace, model: PreTrainedModel, tokenizer
     from pipeline import measure
 
     asked = _asked(config)
-    timed = {"model": config.model.model_dump(mode="json"), "machine": machine.cpu_name(), "cores": machine.cores()}
+    timed = {"model": config.model.model_dump(mode="json"), "machine": hardware.cpu_name(), "cores": hardware.cores()}
     kept = workspace.read_measurement("texts")
     if asked["max_minutes"] is None or (kept.get("asked") == asked and kept.get("timed") == timed):
         return

@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback, get_scheduler
 
 from pipeline.errors import UserError
-from pipeline.files import read_json, write_json
+from pipeline.system.files import read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments

@@ -21,15 +21,15 @@ from torch.utils.data import Sampler
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from pipeline import machine
 from pipeline.config import Config, Train
 from pipeline.data.encode import NO_LOSS, EncodedSet
 from pipeline.errors import UserError
 from pipeline.events import Events
-from pipeline.files import sync_all, write_text
 from pipeline.kernels.training import quicken_training
 from pipeline.launch import share
 from pipeline.nf4 import load_base
+from pipeline.system import hardware
+from pipeline.system.files import sync_all, write_text
 from pipeline.time_limit import TimeLimit
 from pipeline.training_state import load_state, random_state, save_state, set_random_state
 
@@ -58,7 +58,7 @@ def new_trainer(
         UserError: where the model has none of the layers that are to be trained.
     """
     settings, on_gpu = config.train, torch.cuda.is_available()
-    dtype = machine.compute_dtype("cuda" if on_gpu else "cpu")
+    dtype = hardware.compute_dtype("cuda" if on_gpu else "cpu")
     batch_size, accumulate = share(config, processes)
     datasets = {
         name: Dataset.from_dict(

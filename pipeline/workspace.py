@@ -23,9 +23,9 @@ from pathlib import Path
 from pipeline.config import Config
 from pipeline.config_file import dump_config, load_config
 from pipeline.errors import WorkspaceError
-from pipeline.files import place_files, read_json, sha256, sync, write_json, write_text
 from pipeline.ledger import Digest, Entry, read_ledger
-from pipeline.private import without_private
+from pipeline.system.files import place_files, read_json, sha256, sync, write_json, write_text
+from pipeline.system.redaction import without_private
 
 __all__ = ["HIDDEN", "Digest", "Entry", "Workspace"]
 

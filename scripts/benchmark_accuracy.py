@@ -35,7 +35,7 @@ from rich.table import Table
 
 from pipeline.ending import plain_errors
 from pipeline.errors import ConfigError, ModelError, StageFailed
-from pipeline.files import empty_folder, read_json, write_json
+from pipeline.system.files import empty_folder, read_json, write_json
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -56,7 +56,7 @@ def main() -> None:
 
 def benchmark(arguments: argparse.Namespace) -> int:
     """Measure, show, and write the figures and the picture; the exit code."""
-    from pipeline.libraries import quiet
+    from pipeline.system.libraries import quiet
 
     quiet()
     name = _name(arguments.model)

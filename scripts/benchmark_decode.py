@@ -96,7 +96,7 @@ def models(arguments: argparse.Namespace) -> list[dict]:
 
 def make(folder: Path, size: str, sides: list[str]) -> None:
     """A random checkpoint of `size`, and what the sides want of it: int8 and int4 by round-to-nearest, GGUF files."""
-    from pipeline.libraries import quiet
+    from pipeline.system.libraries import quiet
 
     quiet()
     from pipeline.config import VariantSpec
@@ -158,12 +158,12 @@ def write_gguf(folder: Path, kind: str) -> None:
 
 def run_one(side: str, folder: Path, prompt: int, new: int) -> dict[str, float]:
     """Tokens per second of one side, and the most memory that its process held."""
-    from pipeline import machine
+    from pipeline.system import hardware
 
     if side in LLAMA_CPP:
         speed = run_llama_cpp(folder / f"{side}.gguf", prompt, new)
     else:
-        from pipeline.libraries import quiet
+        from pipeline.system.libraries import quiet
 
         quiet()
         from pipeline import load, measure
@@ -177,7 +177,7 @@ def run_one(side: str, folder: Path, prompt: int, new: int) -> dict[str, float]:
         speed = measure.speed(model, prompt, new)
         speed = {"prefill": speed["prefill_tokens_per_second"], "decode": speed["decode_tokens_per_second"]}
     figures = {f"{key} tokens/s": value for key, value in speed.items()}
-    return {**figures, "peak MB": machine.peak_memory_bytes() / 1e6}
+    return {**figures, "peak MB": hardware.peak_memory_bytes() / 1e6}
 
 
 def run_llama_cpp(path: Path, prompt: int, new: int) -> dict[str, float]:
@@ -186,7 +186,7 @@ def run_llama_cpp(path: Path, prompt: int, new: int) -> dict[str, float]:
 
     import llama_cpp
 
-    from pipeline.machine import cores
+    from pipeline.system.hardware import cores
 
     llama_cpp.llama_backend_init()
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
@@ -216,7 +216,7 @@ def run_llama_cpp(path: Path, prompt: int, new: int) -> dict[str, float]:
 
 def layers() -> list[dict]:
     """For layers of common shapes: from how many tokens dequantizing is faster than the kernel. Least of ten, in ms."""
-    from pipeline.libraries import quiet
+    from pipeline.system.libraries import quiet
 
     quiet()
     import torch

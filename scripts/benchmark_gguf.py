@@ -53,7 +53,7 @@ def main() -> None:
 
 def measure_all(source: str, scratch: Path, types: list[str], tokens: int) -> Iterator[dict]:
     """A row for each type and what filled it; those of one type are alike in everything but their numbers."""
-    from pipeline.libraries import quiet
+    from pipeline.system.libraries import quiet
 
     quiet()
     import torch

@@ -46,7 +46,7 @@ config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha"
 OURS = """
 import sys
 from pathlib import Path
-from pipeline.libraries import quiet
+from pipeline.system.libraries import quiet
 quiet()
 from pipeline.merging import merge_checkpoint
 from pipeline.models import linear_weights

@@ -31,8 +31,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.config_file import load_config, shipped_configs
-from pipeline.libraries import quiet
 from pipeline.planning import Plan, make_plan, memory
+from pipeline.system.libraries import quiet
 
 ALLOWED = 0.25
 ALLOWED_SECONDS = 8.0

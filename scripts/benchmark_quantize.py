@@ -24,7 +24,7 @@ from benchmarks import AS_STAGES, SIZES, medians, random_checkpoint, report, run
 OURS = """
 import sys
 from pathlib import Path
-from pipeline.libraries import quiet
+from pipeline.system.libraries import quiet
 quiet()
 from pipeline.catalog import VARIANTS
 from pipeline.config import VariantSpec

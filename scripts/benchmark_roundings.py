@@ -48,7 +48,7 @@ def main() -> None:
 
 def measure(source: str, scratch: Path, every: int) -> list[dict]:
     """One row for each group size and rounding of int4."""
-    from pipeline.libraries import quiet
+    from pipeline.system.libraries import quiet
 
     quiet()
     import torch

@@ -25,7 +25,7 @@ from rich.table import Table
 COMMON = """
 import json, random, statistics, sys, time
 from pathlib import Path
-from pipeline.libraries import quiet
+from pipeline.system.libraries import quiet
 quiet()
 import torch
 from transformers import AutoTokenizer, TrainerCallback, set_seed

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.commands import LAUNCHED_BY, command
 from pipeline.config import Config
 from pipeline.errors import HubError, MissingExtra
 from pipeline.hub import check_token
 from pipeline.planning import make_plan
+from pipeline.system.command_names import LAUNCHED_BY, command
 
 TREE = {"name": "tiny", "data": None, "quantize": {"variants": []}}
 

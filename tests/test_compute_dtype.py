@@ -6,12 +6,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline import kernels, machine, measure
+from pipeline import kernels, measure
 from pipeline.kernels import products
 from pipeline.kernels.float32_mode import Float32Products, quicken_products
 from pipeline.kernels.plain import PlainLinear, quicken_linears
 from pipeline.loading import load
 from pipeline.quantization.formats.torchao import INT8
+from pipeline.system import hardware
 from tests.compute_watch import BF16Products
 from tests.conftest import ARCHITECTURES
 from tests.quantization.test_embeddings import PLAIN
@@ -34,7 +35,7 @@ HALF = (torch.bfloat16, torch.float16)
 @pytest.fixture
 def float32(monkeypatch):
     """This machine computes in float32."""
-    monkeypatch.setenv(machine.COMPUTE_DTYPE, "float32")
+    monkeypatch.setenv(hardware.COMPUTE_DTYPE, "float32")
 
 
 def off(result: torch.Tensor, expected: torch.Tensor) -> float:
@@ -63,7 +64,7 @@ def test_a_loaded_model_multiplies_no_many_rows_in_half_precision(
     assert not seen.many_rows
     if kind != "int8 tables":  # of which nothing is left in half precision; elsewhere one token is multiplied as stored
         assert any(product.rows <= products.FEW_ROWS for product in seen.products)
-    monkeypatch.setenv(machine.COMPUTE_DTYPE, "bfloat16")
+    monkeypatch.setenv(hardware.COMPUTE_DTYPE, "bfloat16")
     with BF16Products() as seen:
         expected = measure.score(load(root, variant)[0], text())
     assert seen.many_rows
@@ -152,7 +153,7 @@ def plain_layer(dtype: torch.dtype, bias: bool = True) -> torch.nn.Linear:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)
 def test_an_ordinary_layer_computes_what_it_did(monkeypatch, compute, dtype, bias, shape):
-    monkeypatch.setenv(machine.COMPUTE_DTYPE, compute)
+    monkeypatch.setenv(hardware.COMPUTE_DTYPE, compute)
     monkeypatch.setattr(products, "BLOCK_ELEMENTS", 64 * 192)
     layer, x = plain_layer(dtype, bias), torch.randn(shape).to(dtype)
     expected = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)

@@ -12,8 +12,8 @@ from pipeline.errors import ModelError
 from pipeline.evaluation import evaluate
 from pipeline.events import Events
 from pipeline.loading import load
-from pipeline.machine import _free_in_groups, free_bytes
 from pipeline.offloading import WEIGHTS_SHARE, fits, is_offloaded
+from pipeline.system.hardware import _free_in_groups, free_bytes
 from pipeline.workspace import Workspace
 from scripts.benchmarks import random_checkpoint
 from tests.conftest import write_tokenizer

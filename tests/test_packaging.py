@@ -39,7 +39,7 @@ def test_installed_it_finds_its_recipes_and_templates(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (
         "from pipeline.config_file import load_config, shipped_configs\n"
-        "from pipeline.shipped import shipped_folder\n"
+        "from pipeline.system.resources import shipped_folder\n"
         "assert str(shipped_folder('templates')).startswith({!r})\n"
         "print(load_config('demo').name, sorted(shipped_configs()))"
     )

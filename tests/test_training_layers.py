@@ -10,13 +10,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.utils import add_fused_lm_head
 
-from pipeline import machine, measure
+from pipeline import measure
 from pipeline.config import Config
 from pipeline.data.encode import NO_LOSS, Encoded, EncodedSet
 from pipeline.kernels import training
 from pipeline.kernels.attention import MODELS
 from pipeline.kernels.training import quicken_layers, quicken_training
 from pipeline.stages.merge import live_model
+from pipeline.system import hardware
 from pipeline.training import new_trainer
 from tests.compute_watch import BF16Products
 
@@ -207,7 +208,7 @@ def test_step_keeps_less_for_the_backward_pass(tiny_model):
 @pytest.mark.parametrize("method", ["qlora", "lora"])
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 def test_training_multiplies_many_rows_in_the_compute_type_alone(any_model, tmp_path, monkeypatch, compute, method):
-    monkeypatch.setenv(machine.COMPUTE_DTYPE, compute)
+    monkeypatch.setenv(hardware.COMPUTE_DTYPE, compute)
     config = Config.model_validate(
         {
             "name": "watched", "model": {"source": str(any_model)}, "data": {"source": "unused"},
@@ -232,7 +233,7 @@ def test_training_multiplies_many_rows_in_the_compute_type_alone(any_model, tmp_
 
 @pytest.mark.parametrize("kind", ["jamba", "mixtral", "opt", "gpt2"])
 def test_architectures_of_other_kinds_train_in_float32(monkeypatch, kind):
-    monkeypatch.setenv(machine.COMPUTE_DTYPE, "float32")
+    monkeypatch.setenv(hardware.COMPUTE_DTYPE, "float32")
     shape = {"vocab_size": 272, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "pad_token_id": 0}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
     if kind == "jamba":

@@ -26,7 +26,7 @@ from pipeline.cards.plot import PLOT, plot_quality, points
 from pipeline.cards.tables import Models, tables
 from pipeline.catalog import DATA_FORMS, VARIANTS
 from pipeline.modelfile import MODELFILE, default_variant
-from pipeline.shipped import shipped_folder
+from pipeline.system.resources import shipped_folder
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData

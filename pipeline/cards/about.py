@@ -13,7 +13,7 @@ from pipeline.cards.markdown import Markdown, code, escape
 from pipeline.catalog import VARIANTS
 from pipeline.config import PACKAGE_SOURCE, REPO_ID, Config
 from pipeline.lineage import hub_sources
-from pipeline.private import file_name
+from pipeline.system.redaction import file_name
 
 ROOT, BASE = "merged", "base"  # keys of the results: the model at the root, and the one that all began with
 TEXTS = {"held_out": "held-out", "general": "general"}

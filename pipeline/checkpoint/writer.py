@@ -14,7 +14,7 @@ import torch
 from pipeline.checkpoint.header import DTYPE_NAMES, INDEX_NAME, SHARD_BYTES, SINGLE_NAME, TensorInfo
 from pipeline.checkpoint.placing import is_covered, put
 from pipeline.errors import CheckpointError
-from pipeline.files import write_json
+from pipeline.system.files import write_json
 
 
 class CheckpointWriter:

@@ -135,7 +135,7 @@ def run_stage(
 
 def conclude(config, workspace, as_json: bool, reporter) -> None:
     if as_json:
-        from pipeline.files import read_json
+        from pipeline.system.files import read_json
 
         results = read_json(workspace.results_path, {})
         print(json.dumps({"run": str(workspace.folder), "release": str(workspace.release), "results": results}))

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.commands import install
 from pipeline.data.json_array import JsonRows, read_array
 from pipeline.data.rows import BadRow, shorten
 from pipeline.errors import DataError
+from pipeline.system.command_names import install
 
 Row = tuple[str, Any]  # ("line 3" or "row 3", what the row holds, or the BadRow that it is)
 

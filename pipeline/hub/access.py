@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-from pipeline.commands import login
 from pipeline.errors import HubError
 from pipeline.hub.trouble import HubAway, persist, status_of
+from pipeline.system.command_names import login
 
 ANSWER_SECONDS = 10.0
 ATTEMPTS = 5  # somebody waits for the first stage to begin

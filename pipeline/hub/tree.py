@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.files import sha256
+from pipeline.system.files import sha256
 
 if TYPE_CHECKING:
     from pipeline.workspace import Digest

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from http.client import responses
 from typing import TypeVar
 
-from pipeline.commands import login
 from pipeline.errors import HubError, is_unreachable, redact
 from pipeline.hub.client import prepare, setting
+from pipeline.system.command_names import login
 
 ATTEMPTS = 8
 WAIT_SECONDS = 1.0  # before the second attempt, and twice as long before each one after it

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline import machine
+from pipeline.system import hardware
 
 # Rows up to which a product in half precision is faster than converting the weight to float32.
 # `scripts/benchmark_decode.py --layers` measures it.
@@ -21,7 +21,7 @@ ROW_MULTIPLE = 64
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type in which a CPU multiplies many rows of `dtype` fast: `dtype` itself, or else float32."""
     half = dtype in (torch.bfloat16, torch.float16)
-    return torch.float32 if half and dtype != machine.compute_dtype("cpu") else dtype
+    return torch.float32 if half and dtype != hardware.compute_dtype("cpu") else dtype
 
 
 def float32_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

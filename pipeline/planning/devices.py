@@ -8,8 +8,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import machine
 from pipeline.errors import ConfigError
+from pipeline.system import hardware
 
 GIB = 1024**3
 
@@ -76,13 +76,13 @@ def this_machine(runs: Path) -> Machine:
     """The machine that this runs on; torch is imported only where a GPU may be found with it."""
     gpu = gpu_here()
     gpu_name = gpu[0] if gpu else "without a GPU"
-    computing = f"computing in {asked}" if (asked := os.environ.get(machine.COMPUTE_DTYPE)) else ""
-    free = machine.free_host_bytes()
+    computing = f"computing in {asked}" if (asked := os.environ.get(hardware.COMPUTE_DTYPE)) else ""
+    free = hardware.free_host_bytes()
     runs, cache = existing(runs), existing(hub_cache())
     return Machine(
-        name=", ".join(filter(None, (machine.cpu_name(), f"{machine.cores()} cores", gpu_name, computing))),
+        name=", ".join(filter(None, (hardware.cpu_name(), f"{hardware.cores()} cores", gpu_name, computing))),
         gpu_bytes=gpu[1] if gpu else 0,
-        host_bytes=machine.memory_bytes() if free is None else free,
+        host_bytes=hardware.memory_bytes() if free is None else free,
         disk_free=shutil.disk_usage(runs).free,
         cache_free=shutil.disk_usage(cache).free,
         one_disk=runs.stat().st_dev == cache.stat().st_dev,
@@ -101,7 +101,7 @@ def gpu_here() -> tuple[str, int] | None:
 
     if not torch.cuda.is_available():
         return None
-    return torch.cuda.get_device_name(0), machine.free_bytes(torch.device("cuda", 0))
+    return torch.cuda.get_device_name(0), hardware.free_bytes(torch.device("cuda", 0))
 
 
 def may_have_gpu() -> bool:

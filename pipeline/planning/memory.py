@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pipeline.catalog import VARIANTS
 from pipeline.config import Config, Lora, Train, VariantSpec
 from pipeline.layouts import layout
-from pipeline.machine import compute_bytes_here, cores
 from pipeline.planning.model import Sizes
+from pipeline.system.hardware import compute_bytes_here, cores
 
 Need = dict[str, int]  # part -> bytes
 

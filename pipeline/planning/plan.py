@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.calibration import Calibration, read_calibration
-from pipeline.commands import command
 from pipeline.config import Config
 from pipeline.planning import memory, timing
 from pipeline.planning.advice import Change, advise
@@ -15,6 +14,7 @@ from pipeline.planning.data import DataSize, data_size, steps
 from pipeline.planning.devices import Machine, named, this_machine
 from pipeline.planning.model import Sizes, adapter_sizes, read_sizes
 from pipeline.planning.stages import Stage, disk_peaks, stages_of
+from pipeline.system.command_names import command
 
 UNTIMED = ("publish",)  # takes the network's time
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 
 from pipeline.catalog import VARIANTS
 from pipeline.config import Config, VariantSpec
-from pipeline.libraries import is_installed
-from pipeline.machine import WEIGHTS_SHARE
 from pipeline.planning import memory
 from pipeline.planning.devices import Machine
 from pipeline.planning.memory import Need
 from pipeline.planning.model import Sizes
 from pipeline.planning.variants import stored_bytes
+from pipeline.system.hardware import WEIGHTS_SHARE
+from pipeline.system.libraries import is_installed
 
 CARDS = 200_000  # bytes of cards, picture and lineage
 KEPT_CHECKPOINTS = 3  # of training: two, and the one that is being written

@@ -21,11 +21,11 @@ from pathlib import Path
 
 from pipeline.errors import UserError, WorkspaceError
 from pipeline.events import Events, Unheard, one_line
-from pipeline.files import no_room
 from pipeline.hub.trouble import show_waits
-from pipeline.libraries import quiet
 from pipeline.logs import print_without_tokens, wait_for
 from pipeline.stages import STEPS
+from pipeline.system.files import no_room
+from pipeline.system.libraries import quiet
 from pipeline.team import Team, is_echo
 from pipeline.workspace import Workspace
 

@@ -15,9 +15,9 @@ from pipeline.config import Config, VariantSpec
 from pipeline.errors import UserError
 from pipeline.escalation import Rung, ladder, with_layers
 from pipeline.events import Events
-from pipeline.files import empty_folder, fingerprint, read_json, replace_folder, write_json
 from pipeline.gates import judge, limits
 from pipeline.stages.quantize import note_written
+from pipeline.system.files import empty_folder, fingerprint, read_json, replace_folder, write_json
 from pipeline.workspace import Workspace
 
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from pipeline import opponent
 from pipeline.config import Config
 from pipeline.events import Events
-from pipeline.libraries import versions
 from pipeline.live import Live
 from pipeline.opening import open_tokenizer
 from pipeline.stages import Outcome
+from pipeline.system.libraries import versions
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:

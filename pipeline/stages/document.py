@@ -15,11 +15,11 @@ from pipeline.catalog import VARIANTS
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.events import Events
-from pipeline.files import fingerprint, read_json, write_bytes
 from pipeline.gguf_keys import read_dialogue
 from pipeline.hub import CARD, LINEAGE, LocalFile
 from pipeline.stages import Outcome
 from pipeline.stages.admit import is_withheld
+from pipeline.system.files import fingerprint, read_json, write_bytes
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from pipeline.config import Config
 from pipeline.data import general_text
 from pipeline.events import Events
-from pipeline.files import fingerprint, read_json, write_json
 from pipeline.models import stored_bytes
+from pipeline.system.files import fingerprint, read_json, write_json
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 from pipeline.config import Config
 from pipeline.errors import CheckpointError, ModelError, QuantizationError
 from pipeline.events import Events
-from pipeline.files import empty_folder
-from pipeline.libraries import versions
 from pipeline.opening import open_tokenizer
 from pipeline.stages import Outcome
 from pipeline.stages.inputs import adapter, adapter_depends, base_model, model_depends
 from pipeline.stages.quantize import keep_written, to_write
+from pipeline.system.files import empty_folder
+from pipeline.system.libraries import versions
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -48,9 +48,9 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
 
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
-    from pipeline.libraries import quiet_progress_bars
     from pipeline.merging import copy_adapter, merge_checkpoint
     from pipeline.models import linear_weights
+    from pipeline.system.libraries import quiet_progress_bars
 
     quiet_progress_bars()
     base, lora = base_model(config, workspace, events), adapter(config, workspace, events)
@@ -159,11 +159,11 @@ def live_model(config: Config, base: Path, adapter: Path):
     """The base as training held it, with the adapter on top and not merged."""
     from peft import PeftModel
 
-    from pipeline import machine
     from pipeline.kernels.training import quicken_layers
     from pipeline.nf4 import load_base
+    from pipeline.system import hardware
 
     model = PeftModel.from_pretrained(load_base(base, config.train.method == "qlora"), adapter).eval()
     if model.device.type == "cpu":
-        quicken_layers(model, machine.compute_dtype("cpu"))
+        quicken_layers(model, hardware.compute_dtype("cpu"))
     return model

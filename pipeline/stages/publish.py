@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.commands import command
 from pipeline.config import Config
 from pipeline.errors import HubError, UserError
 from pipeline.events import STAGES, Events, read_events
@@ -27,6 +26,7 @@ from pipeline.stages.document import (
     write,
     written_digests,
 )
+from pipeline.system.command_names import command
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:

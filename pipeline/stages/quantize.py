@@ -17,10 +17,10 @@ from pipeline.catalog import VARIANTS
 from pipeline.config import Config, VariantSpec
 from pipeline.errors import MissingExtra, QuantizationError
 from pipeline.events import Events, one_line
-from pipeline.files import empty_folder, read_json, replace_folder, states, write_json
-from pipeline.libraries import is_installed, versions
 from pipeline.stages import Outcome
 from pipeline.stages.inputs import full_model, made_from, shard_by_shard, text_depends
+from pipeline.system.files import empty_folder, read_json, replace_folder, states, write_json
+from pipeline.system.libraries import is_installed, versions
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:

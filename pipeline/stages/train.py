@@ -17,16 +17,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 
-from pipeline import machine
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.events import Events
-from pipeline.files import empty_folder, fingerprint, read_json, replace_folder
-from pipeline.libraries import versions
 from pipeline.opening import open_tokenizer
 from pipeline.stages import Outcome
 from pipeline.stages.inputs import base_model, model_depends, without_limit
 from pipeline.stages.quantize import check_variants
+from pipeline.system import hardware
+from pipeline.system.files import empty_folder, fingerprint, read_json, replace_folder
+from pipeline.system.libraries import versions
 from pipeline.team import Meeting, Team
 from pipeline.workspace import Workspace
 
@@ -60,7 +60,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     import torch
     from transformers import set_seed
 
-    from pipeline.libraries import quiet_progress_bars
+    from pipeline.system.libraries import quiet_progress_bars
     from pipeline.training import new_trainer, whole_adapter
 
     quiet_progress_bars()
@@ -73,7 +73,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
         raise UserError(f"machine {team.machine}: its settings, data, model or libraries are not machine 0's")
     set_seed(config.train.seed)
     start = time.monotonic()
-    compute_dtype = machine.dtype_name(machine.compute_dtype("cuda" if torch.cuda.is_available() else "cpu"))
+    compute_dtype = hardware.dtype_name(hardware.compute_dtype("cuda" if torch.cuda.is_available() else "cpu"))
     if compute_dtype == "float16":
         events.show(["computing in float16: this GPU has no bfloat16 instructions (compute capability below 8.0)"])
     checkpoints = _checkpoints(config, workspace, depends_on, team)

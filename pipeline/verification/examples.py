@@ -16,8 +16,8 @@ from pipeline import snippets
 from pipeline.cards import About
 from pipeline.catalog import VARIANTS
 from pipeline.hub import CARD
-from pipeline.libraries import is_installed
 from pipeline.lineage import own_version
+from pipeline.system.libraries import is_installed
 from pipeline.verification.cards import Cards, local, rendered
 from pipeline.verification.claims import ADAPTER, ROOT, Claims, is_gguf
 from pipeline.verification.findings import Finding, right, unknown, wrong

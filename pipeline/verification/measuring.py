@@ -22,11 +22,11 @@ from pipeline.config import REPO_ID, Config
 from pipeline.data import load_examples, write_examples
 from pipeline.data.sources import is_builtin, names_a_file
 from pipeline.errors import UserError
-from pipeline.files import read_json, write_json
-from pipeline.libraries import versions
 from pipeline.models import read_config
 from pipeline.opening import check_config
 from pipeline.process import as_a_user, with_own_package
+from pipeline.system.files import read_json, write_json
+from pipeline.system.libraries import versions
 from pipeline.verification.again import how_to_make
 from pipeline.verification.claims import ADAPTER, ROOT, Claims, is_gguf
 from pipeline.verification.findings import Finding, outdated, right, unknown, wrong

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 from pipeline.config import Config
 from pipeline.errors import CheckpointError, DataError, MissingExtra, UserError
-from pipeline.files import read_json, write_json
-from pipeline.libraries import quiet, quiet_progress_bars
 from pipeline.models import read_config
 from pipeline.opening import open_model, open_tokenizer
+from pipeline.system.files import read_json, write_json
+from pipeline.system.libraries import quiet, quiet_progress_bars
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from pipeline.commands import command
 from pipeline.config import Config
 from pipeline.config_file import parse_config
 from pipeline.data.sources import BUILTIN
@@ -20,6 +19,7 @@ from pipeline.planning.model import Sizes
 from pipeline.planning.plan import Shortage, shortages
 from pipeline.planning.report import tell_shortage
 from pipeline.planning.stages import stages_of
+from pipeline.system.command_names import command
 
 Settings = Mapping[str, object]  # dotted keys
 

@@ -11,7 +11,7 @@ from pipeline.calibration import keep, measure, read_calibration
 from pipeline.config import Config
 from pipeline.config_file import load_config
 from pipeline.errors import ConfigError, UserError, WorkspaceError
-from pipeline.files import write_text
+from pipeline.system.files import write_text
 from pipeline.wizard.asking import Question, yes_or_no
 from pipeline.wizard.draft import Draft
 from pipeline.wizard.summary import show_summary

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from pipeline.commands import command
 from pipeline.config_file import read_yaml
 from pipeline.errors import ConfigError, redact
-from pipeline.files import write_text
+from pipeline.system.command_names import command
+from pipeline.system.files import write_text
 from pipeline.wizard.asking import Asker, escaped, yes_or_no
 from pipeline.wizard.draft import Draft
 from pipeline.wizard.questions import QUESTIONS

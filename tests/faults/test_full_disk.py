@@ -13,7 +13,7 @@ import torch
 from pipeline.checkpoint import CheckpointWriter
 from pipeline.errors import CheckpointError
 from pipeline.events import Events, read_events
-from pipeline.files import no_room, write_json
+from pipeline.system.files import no_room, write_json
 from tests.faults.conftest import SETTINGS
 from tests.faults.runs import WHO, write
 from tests.faults.sameness import differences

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.files import place_files, replace_folder, write_text
+from pipeline.system.files import place_files, replace_folder, write_text
 from pipeline.workspace import Workspace
 from tests.cards import sample
 from tests.faults.power_cut import hasty

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import calibration, doctor, machine
+from pipeline import calibration, doctor
 from pipeline.calibration import ROUNDINGS, Calibration
 from pipeline.config_file import load_config
 from pipeline.planning import Plan, devices, make_plan
 from pipeline.planning.devices import this_machine
 from pipeline.planning.report import as_json
+from pipeline.system import hardware
 from pipeline.wizard import summary
 from tests.hub import LoopbackHub
 from tests.plan.conftest import Planner
@@ -61,9 +62,9 @@ def test_it_knows_who_is_logged_in_and_never_tells_the_token(tmp_path, role, wri
     assert TOKEN not in done.stdout and TOKEN not in done.stderr
 
 
-@pytest.mark.parametrize("dtype", machine.COMPUTE_DTYPES)
+@pytest.mark.parametrize("dtype", hardware.COMPUTE_DTYPES)
 def test_it_tells_the_compute_type(place, monkeypatch, dtype):
-    monkeypatch.setenv(machine.COMPUTE_DTYPE, dtype)
+    monkeypatch.setenv(hardware.COMPUTE_DTYPE, dtype)
     assert examined(place)["compute_dtype"] == dtype
     assert f"Compute     {dtype}" in place.tunepress("doctor", "--no-calibrate").stdout
 
@@ -78,7 +79,7 @@ def test_without_a_network_it_says_so_in_one_line_and_goes_on(tmp_path):
 
 def test_people_get_a_page_and_without_a_login_it_says_how_to_log_in(tmp_path):
     page = Planner(tmp_path).tunepress("doctor", "--no-calibrate").stdout
-    assert f"Compute     {machine.dtype_name(machine.compute_dtype('cpu'))}" in page
+    assert f"Compute     {hardware.dtype_name(hardware.compute_dtype('cpu'))}" in page
     assert "hf auth login" in page and "Int4Linear" in page and "run: tunepress doctor --calibrate" in page
 
 
@@ -123,7 +124,7 @@ def test_figures_of_another_machine_give_no_times(place):
 
 def test_figures_of_another_processor_with_as_many_cores_are_of_another_machine(tmp_path, monkeypatch):
     ours = this_machine(tmp_path).name
-    monkeypatch.setattr("pipeline.machine.cpu_name", lambda: "Abacus 1")
+    monkeypatch.setattr("pipeline.system.hardware.cpu_name", lambda: "Abacus 1")
     theirs = this_machine(tmp_path).name
     assert "Abacus 1" in theirs and not replace(FIGURES, place=ours).is_of(theirs)
 
@@ -178,7 +179,7 @@ def test_where_the_steps_are_not_known_there_is_no_time_for_the_whole_run(measur
 
 
 def test_a_model_that_is_measured_layer_by_layer_gets_no_time_of_one_in_memory(measured, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.machine.free_host_bytes", lambda: 300_000_000)
+    monkeypatch.setattr("pipeline.system.hardware.free_host_bytes", lambda: 300_000_000)
     plan = make_plan(load_config("demo"))
     assert plan.total_seconds is None and not {"evaluate"} & plan.seconds.keys()
     assert "without evaluate, which reads its model from the disk again and again" in told(plan)

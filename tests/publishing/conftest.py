@@ -12,8 +12,8 @@ from huggingface_hub import constants
 
 from pipeline.config import Config
 from pipeline.events import Events, read_events
-from pipeline.files import write_bytes
 from pipeline.stages import Outcome, publish
+from pipeline.system.files import write_bytes
 from pipeline.workspace import Entry, Workspace
 from tests.cards import sample
 from tests.hub import LoopbackHub

@@ -8,8 +8,8 @@ import pytest
 
 from pipeline.errors import HubError
 from pipeline.events import Events
-from pipeline.files import fingerprint
 from pipeline.stages import admit, publish
+from pipeline.system.files import fingerprint
 from pipeline.workspace import Entry
 from tests.publishing.conftest import REPO, sent_bytes, uploads
 

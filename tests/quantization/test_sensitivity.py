@@ -100,7 +100,7 @@ def test_a_model_larger_than_the_memory_is_refused_before_it_is_loaded(model, as
     config, record = asked(model), tmp_path / "record.json"
     (spec,) = config.quantize.variants
     size = (model / "model.safetensors").stat().st_size
-    monkeypatch.setattr("pipeline.machine.free_bytes", lambda device: size)
+    monkeypatch.setattr("pipeline.system.hardware.free_bytes", lambda device: size)
     monkeypatch.setattr("pipeline.loading.load", lambda *_, **__: pytest.fail("it was loaded"))
     with pytest.raises(ModelError, match=rf"take [\d,]+ bytes, and may take 75% of the {size:,} that are free"):
         sensitivity.sensitivity(config, spec, model, record, lambda *_: None)

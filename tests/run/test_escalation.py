@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.config import Config
 from pipeline.events import Events
-from pipeline.files import fingerprint
 from pipeline.stages import Outcome, admit, evaluate, quantize
 from pipeline.stages.document import render
+from pipeline.system.files import fingerprint
 from pipeline.workspace import Entry, Workspace
 
 LAYER = "model.layers.1.mlp.down_proj"
@@ -176,7 +176,7 @@ def test_a_looser_limit_that_it_meets_as_asked_for_gives_it_as_asked_for(one_pas
 def test_where_the_memory_is_too_small_to_measure_layers_the_rungs_without_them_are_tried(
     one_passes, trying, monkeypatch
 ):
-    monkeypatch.setattr("pipeline.machine.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("pipeline.system.hardware.free_bytes", lambda device: 1000)
     trying.shown.clear()
     trying.judge(gate=IMPOSSIBLE)
     assert any(rung["variant"].get("int8") for rung in trying.result()["gate"]["tried"])  # measured before, and kept

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from pipeline.files import sha256
+from pipeline.system.files import sha256
 from tests.hub import LoopbackHub
 from tests.run.conftest import TOKEN, Place, write_place
 

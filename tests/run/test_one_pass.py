@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.config import VariantSpec
 from pipeline.events import Events, read_events
-from pipeline.files import read_json
 from pipeline.midway import merge_config
 from pipeline.models import linear_weights
 from pipeline.quantization.stream import quantize_checkpoint
 from pipeline.stages import merge, quantize
+from pipeline.system.files import read_json
 from pipeline.workspace import Workspace
 from tests.run.conftest import Place, write_place
 

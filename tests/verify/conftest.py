@@ -13,7 +13,7 @@ import pytest
 from pipeline.catalog import VARIANTS
 from pipeline.config import Config
 from pipeline.events import Events
-from pipeline.files import read_json, sha256
+from pipeline.system.files import read_json, sha256
 from pipeline.verification import Finding, Verdict, Verification, verify
 from pipeline.workspace import Entry, Workspace
 

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 from pipeline.config import VariantSpec
-from pipeline.files import sha256
 from pipeline.models import linear_weights, table_weights
 from pipeline.process import with_own_package
 from pipeline.quantization.stream import quantize_checkpoint
+from pipeline.system.files import sha256
 
 NAMES = ("int8", "int8-dynamic", "int4", "gguf-q4_0")
 

@@ -8,8 +8,8 @@ from pipeline import llama_cpp
 from pipeline.config import Config
 from pipeline.errors import CheckpointError, ModelError
 from pipeline.events import Events
-from pipeline.files import fingerprint
 from pipeline.stages import admit, quantize
+from pipeline.system.files import fingerprint
 from pipeline.workspace import Workspace
 
 pytest.importorskip("gguf")

@@ -5,9 +5,10 @@ import shutil
 import pytest
 from rich.console import Console
 
-from pipeline import chat, machine
+from pipeline import chat
 from pipeline.errors import ModelError
 from pipeline.loading import load, locate_file
+from pipeline.system import hardware
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_a_file_that_is_not_there_is_told_with_those_that_are(release):
 @pytest.fixture
 def talk(monkeypatch):
     """`talk(source, *questions)`: a talk on the terminal."""
-    monkeypatch.setattr(machine, "cores", lambda: 1)
+    monkeypatch.setattr(hardware, "cores", lambda: 1)
 
     def run(source, *questions, device="auto"):
         asked = iter(questions)

@@ -159,8 +159,8 @@ def test_a_model_without_a_tokenizer_is_refused_in_one_line(model_copy):
 
 def test_only_its_own_libraries_can_change_a_variant(tmp_path):
     from pipeline.config_file import parse_config
-    from pipeline.libraries import versions
     from pipeline.stages.quantize import depends
+    from pipeline.system.libraries import versions
     from pipeline.workspace import Workspace
 
     own = {

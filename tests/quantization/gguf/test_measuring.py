@@ -11,7 +11,7 @@ import torch
 from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import heads, llama_cpp, machine, measure
+from pipeline import heads, llama_cpp, measure
 from pipeline.catalog import VARIANTS
 from pipeline.config import Config
 from pipeline.errors import MissingExtra, ModelError
@@ -19,6 +19,7 @@ from pipeline.evaluation import _check_tokens, evaluate
 from pipeline.events import Events
 from pipeline.loading import load_dequantized
 from pipeline.probe import probe
+from pipeline.system import hardware
 from pipeline.workspace import Workspace
 from tests.quantization.gguf.conftest import MODELS
 from tests.test_measure import text
@@ -31,7 +32,7 @@ VOCABULARY = 272
 @pytest.fixture(autouse=True)
 def _one_core(monkeypatch):
     """llama.cpp's threads wait for one another by turning, and tests run beside tests."""
-    monkeypatch.setattr(machine, "cores", lambda: 1)
+    monkeypatch.setattr(hardware, "cores", lambda: 1)
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +246,7 @@ def measured(tmp_path_factory, tiny_model, written):
     tree = {"name": "m", "model": {"source": str(source)}, "data": None, "evaluate": evaluated}
     config, file = Config.model_validate(tree), written(source, "gguf-q4_0")
     with pytest.MonkeyPatch.context() as patch, Workspace.claim(folder / "run", config) as workspace:
-        patch.setattr(machine, "cores", lambda: 1)
+        patch.setattr(hardware, "cores", lambda: 1)
         events, found = Events(workspace.events_path, "m"), {}
         evaluate("base", source, config, workspace, events)
         with pytest.raises(ModelError, match="into other tokens"):

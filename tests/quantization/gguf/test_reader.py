@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from pipeline import machine, measure
+from pipeline import measure
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import VariantSpec
 from pipeline.errors import CheckpointError, ModelError
@@ -14,6 +14,7 @@ from pipeline.models import linear_weights, table_weights
 from pipeline.quantization.formats import gguf
 from pipeline.quantization.formats.gguf.reader import GgufWeights
 from pipeline.quantization.rounding import rounding
+from pipeline.system import hardware
 from tests.compute_watch import BF16Products
 from tests.quantization.gguf.conftest import MODELS, TYPES
 from tests.test_measure import text
@@ -88,7 +89,7 @@ def test_it_can_stay_in_its_file_while_it_computes(tiny_model, written, architec
 def test_it_multiplies_no_many_rows_in_half_precision_if_the_machine_computes_in_float32(
     tiny_model, written, monkeypatch, offload
 ):
-    monkeypatch.setenv(machine.COMPUTE_DTYPE, "float32")
+    monkeypatch.setenv(hardware.COMPUTE_DTYPE, "float32")
     source = tiny_model("llama")
     model, _ = load_dequantized(written(source, "gguf-q8_0"), source, offload=offload)
     with BF16Products() as seen:

@@ -23,8 +23,8 @@ import torch
 from pipeline.catalog import VARIANTS
 from pipeline.config import VariantSpec
 from pipeline.errors import MissingExtra, QuantizationError
-from pipeline.libraries import is_installed
 from pipeline.quantization.grid import Grid
+from pipeline.system.libraries import is_installed
 
 GROUP = 32
 _GRIDS = {

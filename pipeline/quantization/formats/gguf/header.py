@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from pipeline.errors import ModelError
-from pipeline.files import read_json
 from pipeline.gguf_keys import ENDS, SAMPLING
 from pipeline.models import companions
 from pipeline.opening import open_config, open_tokenizer
 from pipeline.quantization.formats.gguf.names import BIASES, Architecture, architecture, library
 from pipeline.quantization.formats.gguf.vocabulary import Vocabulary, vocabulary
+from pipeline.system.files import read_json
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

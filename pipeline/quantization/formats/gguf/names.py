@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 
 from pipeline.errors import MissingExtra, ModelError, QuantizationError
-from pipeline.libraries import is_installed
+from pipeline.system.libraries import is_installed
 
 _COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # which old checkpoints store, and nobody reads
 _INPUTS, _MLP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj")
