@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.errors import UserError, WorkspaceError
-from pipeline.hub.access import keyless, who_is
-from pipeline.hub.trouble import persist, status_of
+from pipeline.hub.auth import keyless, who_is
+from pipeline.hub.retry import persist, status_of
 
 LABEL = "tunepress-retraining"
 IN_A_JOB = "TUNEPRESS_CONFIG"  # set in the environment of a Job, which is not in its own way

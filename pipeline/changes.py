@@ -14,9 +14,9 @@ from pipeline import models
 from pipeline.config import PACKAGE_SOURCE, Config
 from pipeline.data import load_examples
 from pipeline.data.sources import is_builtin, locate
-from pipeline.download import in_one_line
 from pipeline.errors import ModelError
-from pipeline.hub.trouble import insist
+from pipeline.hub.download import in_one_line
+from pipeline.hub.retry import insist
 from pipeline.live import Live
 from pipeline.standing import is_same_model, standing
 from pipeline.system.redaction import file_name

@@ -148,7 +148,7 @@ def login() -> dict:
     """Who is logged in to the Hub, and whether that token may write; or why that is not known, in one line."""
     from huggingface_hub import get_token
 
-    from pipeline.hub.access import may_write, who_is
+    from pipeline.hub.auth import may_write, who_is
 
     token = get_token()
     if token is None:

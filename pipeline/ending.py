@@ -14,7 +14,7 @@ from pipeline.errors import UserError, redact, redact_output
 @contextlib.contextmanager
 def plain_errors(program: str) -> Iterator[None]:
     """Run a command's work; no token is printed meanwhile, by whatever prints it."""
-    from pipeline.hub.trouble import show_waits
+    from pipeline.hub.retry import show_waits
     from pipeline.system.files import no_room
 
     out, err = _Redacted(sys.stdout, redact_output), _Redacted(sys.stderr, redact)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from pipeline.download import in_one_line
 from pipeline.errors import ModelError
-from pipeline.hub.trouble import insist
+from pipeline.hub.download import in_one_line
+from pipeline.hub.retry import insist
 from pipeline.models import ADAPTER_FILES, read_config
 from pipeline.opening import check_config
 from pipeline.system.command_names import command

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from pipeline.errors import HubError, redact
-from pipeline.hub.trouble import persist
+from pipeline.hub.retry import persist
 
 EXIT_CODE = re.compile(r"tunepress: exit code (\d+)\s*\Z")
 POLL_SECONDS = 2.0

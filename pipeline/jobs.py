@@ -20,8 +20,8 @@ from pipeline.decision import Matter, check, look
 from pipeline.decision_report import plain
 from pipeline.errors import ConfigError, HubError, UserError, redact
 from pipeline.hub import HubAway, check_token
-from pipeline.hub.access import keyless, who_is
-from pipeline.hub.trouble import persist
+from pipeline.hub.auth import keyless, who_is
+from pipeline.hub.retry import persist
 from pipeline.job_log import JobLog
 from pipeline.models import is_local
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pipeline.catalog import VARIANTS, resolve_variants
 from pipeline.config import REPO_ID, VariantSpec
-from pipeline.download import download
 from pipeline.errors import CheckpointError, ModelError
+from pipeline.hub.download import download
 from pipeline.models import belongs_to_checkpoint, read_config
 from pipeline.opening import check_beside, check_code, open_config, open_model, open_tokenizer
 from pipeline.quantization.formats import unpack

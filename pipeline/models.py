@@ -14,8 +14,8 @@ from pathlib import Path
 
 from pipeline.catalog import GROUP_SIZES
 from pipeline.config import PACKAGE_SOURCE, REPO_ID, Model
-from pipeline.download import download
 from pipeline.errors import ModelError
+from pipeline.hub.download import download
 from pipeline.layouts import Layout, layout
 from pipeline.opening import check_beside, check_config, open_config, read_settings
 from pipeline.origin import Origin, read_origin

@@ -15,7 +15,7 @@ from pipeline.cards.readmes import brought_back, left_behind
 from pipeline.config import REPO_ID
 from pipeline.errors import HubError
 from pipeline.hub import Commit, Content, Copy, Release, Tree, release_of, releases
-from pipeline.hub.trouble import persist
+from pipeline.hub.retry import persist
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.hub import LINEAGE, Tree, read_tree
-from pipeline.hub.trouble import persist
+from pipeline.hub.retry import persist
 from pipeline.models import model_digest
 
 

@@ -18,7 +18,7 @@ from pipeline.config import Data
 from pipeline.data.files import Row, Table
 from pipeline.data.rows import shorten
 from pipeline.errors import DataError, is_unreachable
-from pipeline.hub.trouble import insist
+from pipeline.hub.retry import insist
 from pipeline.system.command_names import install
 
 _COMMIT = re.compile(r"[0-9a-f]{40}\Z")

@@ -6,11 +6,11 @@ between, everything is read, rendered and compared again, so that what a commit 
 true of the very tree that it makes.
 """
 
-from pipeline.hub.access import check_access, check_token, could_be_token, create
+from pipeline.hub.auth import check_access, check_token, could_be_token, create
 from pipeline.hub.publishing import Commit, check_destination, check_root, publish
 from pipeline.hub.releases import Release, release_of, releases, tag_release
+from pipeline.hub.retry import HubAway
 from pipeline.hub.tree import CARD, LINEAGE, Content, Copy, Lineage, LocalFile, RemoteFile, Tree, read_tree
-from pipeline.hub.trouble import HubAway
 
 __all__ = [
     "CARD",

@@ -1,7 +1,7 @@
 """The Hub's client, made to try each request once and not to wait for ever.
 
 By itself it has no limit of time for most requests, tries some of them six times within half a minute without a
-word, and sleeps as long as a server tells it to. What is tried again, and after how long, is `pipeline.hub.trouble`'s
+word, and sleeps as long as a server tells it to. What is tried again, and after how long, is `pipeline.hub.retry`'s
 to decide and to show.
 """
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import HubError
-from pipeline.hub.access import keyless
+from pipeline.hub.auth import keyless
+from pipeline.hub.retry import persist, say
 from pipeline.hub.tree import CARD, LINEAGE, Content, Copy, Lineage, LocalFile, Tree, read_tree, size_of
-from pipeline.hub.trouble import persist, say
 from pipeline.hub.upload import Progress, send
 
 Render = Callable[[Tree], Mapping[str, Content]]

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from pipeline.hub.retry import persist
 from pipeline.hub.tree import LINEAGE
-from pipeline.hub.trouble import persist
 
 TAG = re.compile(r"release-([1-9]\d*)\Z")
 

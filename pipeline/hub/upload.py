@@ -13,8 +13,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.hub.retry import persist
 from pipeline.hub.tree import LocalFile, digest, size_of
-from pipeline.hub.trouble import persist
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd

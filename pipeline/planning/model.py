@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 
 from pipeline.config import PACKAGE_SOURCE, Lora, Model
-from pipeline.download import in_one_line
 from pipeline.errors import CheckpointError, ModelError
+from pipeline.hub.download import in_one_line
 from pipeline.models import (
     ADAPTER_FILES,
     belongs_to_checkpoint,

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pipeline.errors import UserError, WorkspaceError
 from pipeline.events import Events, Unheard, one_line
-from pipeline.hub.trouble import show_waits
+from pipeline.hub.retry import show_waits
 from pipeline.logs import print_without_tokens, wait_for
 from pipeline.stages import STEPS
 from pipeline.system.files import no_room

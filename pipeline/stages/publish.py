@@ -120,7 +120,7 @@ def _mirrors(
 ) -> tuple[dict[str, Commit], list[str]]:
     """Publish the mirrors of these variants; the commits, and what went wrong with the others."""
     from pipeline.hub import check_destination, read_tree
-    from pipeline.hub.trouble import persist
+    from pipeline.hub.retry import persist
 
     commits, problems = {}, []
     wanted = {variant: mirror for variant, mirror in config.publish.mirrors.items() if variant in variants}
@@ -166,7 +166,7 @@ def _left_mirrors(config: Config, kept_out: Collection[str]) -> list[str]:
 def _is_mirror(config: Config, mirror: str) -> bool:
     """Does a repository that could not be brought up to date hold a mirror of this run's all the same?"""
     from pipeline.hub import read_tree
-    from pipeline.hub.trouble import persist
+    from pipeline.hub.retry import persist
 
     try:
         there = persist(mirror, lambda: read_tree(mirror).lineage)

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from pipeline.errors import HubError, TrackError
 from pipeline.hub import HubAway, check_token
-from pipeline.hub.trouble import persist
+from pipeline.hub.retry import persist
 from pipeline.trackers.places import Server
 
 CHECK_SECONDS = 4.0

@@ -9,8 +9,8 @@ import time
 import pytest
 from huggingface_hub import constants
 
-from pipeline.download import download
 from pipeline.errors import HubError
+from pipeline.hub.download import download
 from tests.faults.sameness import untrue_commits
 from tests.hub.faults import Faults
 from tests.publishing.conftest import REPO, weights
@@ -97,7 +97,7 @@ def test_what_stays_leaves_a_whole_release_old_or_new_and_the_next_publish_compl
 @each_route
 def test_a_hub_that_stalls_is_asked_again(hub, published, route, monkeypatch):
     monkeypatch.setenv("TUNEPRESS_HUB_TIMEOUT", "1")
-    monkeypatch.setattr("pipeline.hub.access.ANSWER_SECONDS", 1)
+    monkeypatch.setattr("pipeline.hub.auth.ANSWER_SECONDS", 1)
     hub.fault(route, stall=2)
     published.publish()
     assert is_complete(hub, published) and not list(untrue_commits(hub, REPO))
@@ -139,7 +139,7 @@ def test_a_repository_is_made_whatever_the_first_answer(hub, finished, fault):
 def test_each_wait_is_shown_with_how_long_and_how_often(hub, finished, caplog):
     hub.fault(r"GET /api/whoami-v2", status=503)
     hub.fault(r"POST .*/commit/", status=429, headers={"Retry-After": "1"})
-    with caplog.at_level(logging.WARNING, "pipeline.hub.trouble"):
+    with caplog.at_level(logging.WARNING, "pipeline.hub.retry"):
         finished.publish()
     first, second = caplog.messages
     assert first == "ada/tiny: the Hub is unwell (503 Service Unavailable); again in 0 s (2 of 5)"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import HubError
-from pipeline.hub import trouble
+from pipeline.hub import retry
 from pipeline.rollback import rollback
 from tests.hub.faults import Faults
 from tests.publishing.conftest import REPO, TOKEN, FakeRun, weights
@@ -36,7 +36,7 @@ def arrived(hub) -> Counter:
 
 
 def test_a_connection_that_breaks_between_large_files_costs_only_the_file_it_broke(hub, finished, three):
-    hub.fault(rf"PUT .*{three[1]}", reset=True, times=trouble.ATTEMPTS - 1)
+    hub.fault(rf"PUT .*{three[1]}", reset=True, times=retry.ATTEMPTS - 1)
     finished.publish()
     assert [arrived(hub)[sha] for sha in three] == [1, 1, 1] and max(arrived(hub).values()) == 1
 
@@ -113,7 +113,7 @@ def test_others_who_keep_committing_are_told_of_after_a_bounded_number_of_attemp
     hub.fault(r"POST .*/commit/", status=412, times=1000)
     with pytest.raises(HubError, match="others kept committing"):
         finished.publish()
-    assert len([r for r in hub.requests if "/commit/" in r.path]) == trouble.ATTEMPTS
+    assert len([r for r in hub.requests if "/commit/" in r.path]) == retry.ATTEMPTS
 
 
 def test_a_hub_that_stays_unwell_is_told_with_the_way_out_of_what_was_asked(hub, finished):

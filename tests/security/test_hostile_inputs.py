@@ -609,7 +609,7 @@ def test_a_file_in_a_repository_that_is_not_fetched(name):
 
 @pytest.mark.parametrize("name", ["../x.json", "/x.json", "gguf/../../x-Q8_0.gguf", "a//x", "./x", "a\\x", "a\nb", ""])
 def test_a_repository_with_a_name_that_leaves_its_folder_is_not_fetched(survives, name):
-    from pipeline.download import check_names
+    from pipeline.hub.download import check_names
 
     assert "no name in a repository" in survives(lambda: check_names("user/model", ["config.json", name]))
     check_names("user/model", ["config.json", "int8/model.safetensors", ".gitattributes", "..json"])

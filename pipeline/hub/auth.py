@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from pipeline.errors import HubError
-from pipeline.hub.trouble import HubAway, persist, status_of
+from pipeline.hub.retry import HubAway, persist, status_of
 from pipeline.system.command_names import login
 
 ANSWER_SECONDS = 10.0

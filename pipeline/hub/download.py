@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import HubError, ModelError, UserError, is_unreachable, redact
-from pipeline.hub.trouble import insist
+from pipeline.hub.retry import insist
 from pipeline.system.command_names import login
 from pipeline.system.files import sync
 
