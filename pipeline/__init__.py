@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipeline.config_file import load_config
+from pipeline.config.loader import load_config
 from pipeline.run import run  # after the module of that name, so that `pipeline.run` is the function
 
 if TYPE_CHECKING:

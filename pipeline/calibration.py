@@ -232,7 +232,7 @@ def _roundings() -> Iterator[tuple[str, float]]:
     import torch
 
     from pipeline.blocks import in_parallel
-    from pipeline.config import VariantSpec
+    from pipeline.config.schema import VariantSpec
     from pipeline.quantization.formats import format_of
     from pipeline.quantization.rounding import rounding
     from pipeline.system.hardware import cores

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from pipeline import models
-from pipeline.config import PACKAGE_SOURCE, Config
+from pipeline.config.schema import PACKAGE_SOURCE, Config
 from pipeline.data import load_examples
 from pipeline.data.sources import is_builtin, locate
 from pipeline.errors import ModelError

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.data import DataSet, Example
 from pipeline.data.encode import EncodedSet, encode_examples
 from pipeline.data.splitting import place

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pipeline.chance import MARGIN, quantile
 from pipeline.changes import Inputs, changes, changes_beside, inputs_of, made_with
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, WorkspaceError
 from pipeline.live import Live, read_live
 from pipeline.opponent import own_weights

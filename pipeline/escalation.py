@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.catalog import GROUP_SIZES, VARIANTS
-from pipeline.config import VariantSpec
+from pipeline.config.catalog import GROUP_SIZES, VARIANTS
+from pipeline.config.schema import VariantSpec
 
 SHARES = (0.05, 0.1, 0.2, 0.4, 0.6)  # of the linear layers' weights, those that suffer most, in eight bits
 

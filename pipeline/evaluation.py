@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.checkpoint import Checkpoint
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.data import general_text
 from pipeline.errors import ModelError
 from pipeline.events import Events

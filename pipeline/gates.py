@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from pipeline.catalog import VARIANTS
 from pipeline.chance import MARGIN, quantile
-from pipeline.config import Quantize
+from pipeline.config.catalog import VARIANTS
+from pipeline.config.schema import Quantize
 
 SAID = {
     "rise": "perplexity rises by {}",

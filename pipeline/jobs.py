@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.alone import IN_A_JOB, alone, labels, refuse_beside_job
-from pipeline.config import PACKAGE_SOURCE, Config
-from pipeline.config_file import dump_config
+from pipeline.config.loader import dump_config
+from pipeline.config.schema import PACKAGE_SOURCE, Config
 from pipeline.data.sources import is_builtin, locate
 from pipeline.decision import Matter, check, look
 from pipeline.decision_report import plain

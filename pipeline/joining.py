@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline import data, models
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.errors import Interrupted
 from pipeline.events import Unheard
 from pipeline.launch import Launch

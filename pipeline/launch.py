@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, MissingExtra
 from pipeline.system.libraries import is_installed
 from pipeline.system.resources import shipped_folder

@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from pipeline.catalog import VARIANTS
-from pipeline.config import REPO_ID, Config
+from pipeline.config.catalog import VARIANTS
+from pipeline.config.schema import REPO_ID, Config
 from pipeline.data.sources import names_a_file
 from pipeline.system.libraries import STACK, versions
 from pipeline.system.redaction import file_name

@@ -10,8 +10,8 @@ import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pipeline.catalog import VARIANTS, resolve_variants
-from pipeline.config import REPO_ID, VariantSpec
+from pipeline.config.catalog import VARIANTS, resolve_variants
+from pipeline.config.schema import REPO_ID, VariantSpec
 from pipeline.errors import CheckpointError, ModelError
 from pipeline.hub.download import download
 from pipeline.models import belongs_to_checkpoint, read_config

@@ -13,7 +13,7 @@ import functools
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.catalog import VARIANTS
+from pipeline.config.catalog import VARIANTS
 from pipeline.gguf_keys import Dialogue, read_dialogue
 from pipeline.turns import Turns, find_turns
 

@@ -12,8 +12,8 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from pipeline.catalog import GROUP_SIZES
-from pipeline.config import PACKAGE_SOURCE, REPO_ID, Model
+from pipeline.config.catalog import GROUP_SIZES
+from pipeline.config.schema import PACKAGE_SOURCE, REPO_ID, Model
 from pipeline.errors import ModelError
 from pipeline.hub.download import download
 from pipeline.layouts import Layout, layout

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline import data, models
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
 from pipeline.launch import Launch, share
 from pipeline.stages import quantize

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.workspace import Entry, Workspace
 
 

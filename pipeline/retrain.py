@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pipeline.alone import alone, refuse_beside_job
 from pipeline.chance import MARGIN
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.decision import Decision, Matter, Outcome, better, check, look, tell
 from pipeline.errors import GateError, StageFailed
 from pipeline.events import Events

@@ -75,7 +75,7 @@ def retrain(
     runs: Root = RUNS,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object; the rest goes to stderr.")] = False,
 ) -> None:
-    from pipeline.config_file import load_config
+    from pipeline.config.loader import load_config
     from pipeline.decision_report import Summary, markdown, markdown_of_failure, plain
     from pipeline.errors import UserError
 

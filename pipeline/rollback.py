@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline import hub
 from pipeline.cards.readmes import brought_back, left_behind
-from pipeline.config import REPO_ID
+from pipeline.config.schema import REPO_ID
 from pipeline.errors import HubError
 from pipeline.hub import Commit, Content, Copy, Release, Tree, release_of, releases
 from pipeline.hub.retry import persist

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, WorkspaceError
 from pipeline.launch import Launch
 from pipeline.preflight import preflight

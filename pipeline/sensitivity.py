@@ -12,8 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.catalog import VARIANTS
-from pipeline.config import Config, VariantSpec
+from pipeline.config.catalog import VARIANTS
+from pipeline.config.schema import Config, VariantSpec
 from pipeline.errors import QuantizationError
 from pipeline.system.files import fingerprint, read_json, states, write_json
 from pipeline.system.libraries import quiet

@@ -15,18 +15,18 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from pipeline.catalog import VARIANTS, variant_names
-from pipeline.config import PACKAGE_SOURCE, Config, Model, Quantize, repository_id, run_name
-from pipeline.config_file import explain, read_yaml
+from pipeline.config.base import Real, Section, Whole
+from pipeline.config.builders import quantize_config, variant_specs
+from pipeline.config.catalog import VARIANTS, variant_names
+from pipeline.config.loader import explain, read_yaml
+from pipeline.config.schema import PACKAGE_SOURCE, Config, Model, Quantize, repository_id, run_name
 from pipeline.errors import ConfigError, HubError, Interrupted, UserError
 from pipeline.gates import limits
 from pipeline.hub import CARD, LINEAGE, check_root
 from pipeline.inspection import inspect
-from pipeline.midway import quantize_config, variant_specs
 from pipeline.models import check_source, is_local
 from pipeline.reporter import Reporter
 from pipeline.run import run
-from pipeline.section import Real, Section, Whole
 from pipeline.standing import Standing, is_same_model, standing
 from pipeline.system.redaction import file_name
 from pipeline.trackers.spaces import keep_in, space_at

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.errors import Interrupted, StageFailed, UserError
 from pipeline.events import Events
 from pipeline.forwarding import Forwarder

@@ -14,8 +14,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pipeline.catalog import VARIANTS
-from pipeline.config import Config
+from pipeline.config.catalog import VARIANTS
+from pipeline.config.schema import Config
 from pipeline.reporter import Reporter
 from pipeline.system.command_names import command
 from pipeline.system.files import read_json

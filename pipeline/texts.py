@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.data import general_text, read_examples
 from pipeline.data.chat import supply_template
 from pipeline.data.describe import SUPPLIED_TEMPLATE

@@ -21,7 +21,7 @@ from torch.utils.data import Sampler
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from pipeline.config import Config, Train
+from pipeline.config.schema import Config, Train
 from pipeline.data.encode import NO_LOSS, EncodedSet
 from pipeline.errors import UserError
 from pipeline.events import Events

@@ -20,8 +20,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from pipeline.config import Config
-from pipeline.config_file import dump_config, load_config
+from pipeline.config.loader import dump_config, load_config
+from pipeline.config.schema import Config
 from pipeline.errors import WorkspaceError
 from pipeline.ledger import Digest, Entry, read_ledger
 from pipeline.system.files import place_files, read_json, sha256, sync, write_json, write_text

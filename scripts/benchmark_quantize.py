@@ -26,8 +26,8 @@ import sys
 from pathlib import Path
 from pipeline.system.libraries import quiet
 quiet()
-from pipeline.catalog import VARIANTS
-from pipeline.config import VariantSpec
+from pipeline.config.catalog import VARIANTS
+from pipeline.config.schema import VariantSpec
 from pipeline.models import linear_weights, table_weights
 from pipeline.quantization.stream import quantize_checkpoint
 

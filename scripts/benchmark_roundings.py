@@ -53,8 +53,8 @@ def measure(source: str, scratch: Path, every: int) -> list[dict]:
     quiet()
     import torch
 
-    from pipeline.catalog import GROUP_SIZES, VARIANTS
-    from pipeline.config import Model, VariantSpec
+    from pipeline.config.catalog import GROUP_SIZES, VARIANTS
+    from pipeline.config.schema import Model, VariantSpec
     from pipeline.models import fetch, linear_weights
     from pipeline.opening import open_model, open_tokenizer
     from pipeline.quantization.formats.torchao import grid

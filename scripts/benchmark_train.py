@@ -69,7 +69,7 @@ def finish(trainer):
 OURS = (
     COMMON
     + """
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.data.encode import Encoded, EncodedSet
 from pipeline.training import new_trainer
 

@@ -142,7 +142,7 @@ def quantized(tmp_path_factory) -> Callable[..., Path]:
 
     Keywords go into the `VariantSpec`; `shard_bytes` makes several shards.
     """
-    from pipeline.config import VariantSpec
+    from pipeline.config.schema import VariantSpec
     from pipeline.models import linear_weights, table_weights
     from pipeline.quantization.stream import quantize_checkpoint
 
@@ -168,7 +168,7 @@ def dequantized() -> Callable:
     """`dequantized(folder, "int4")`: the model with the numbers that the variant's codes mean, in plain layers."""
     from transformers import AutoModelForCausalLM
 
-    from pipeline.config import VariantSpec
+    from pipeline.config.schema import VariantSpec
     from pipeline.kernels.float32_mode import quicken_products
     from pipeline.kernels.plain import quicken_linears
     from pipeline.models import linear_weights

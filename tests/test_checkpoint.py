@@ -407,7 +407,7 @@ HURT = {
 @pytest.mark.parametrize("hurt", HURT)
 @pytest.mark.parametrize("verb", ["quantize", "merge"])
 def test_of_a_damaged_checkpoint_nothing_is_made(model_copy, tmp_path, verb, hurt):
-    from pipeline.config import VariantSpec
+    from pipeline.config.schema import VariantSpec
     from pipeline.errors import UserError
     from pipeline.merging import merge_checkpoint
     from pipeline.models import linear_weights
@@ -425,7 +425,7 @@ def test_of_a_damaged_checkpoint_nothing_is_made(model_copy, tmp_path, verb, hur
 
 
 def test_a_checkpoint_that_is_cut_while_it_is_read_leaves_no_weights(model_copy, tmp_path, monkeypatch):
-    from pipeline.config import VariantSpec
+    from pipeline.config.schema import VariantSpec
     from pipeline.models import linear_weights
     from pipeline.quantization.stream import quantize_checkpoint
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.errors import HubError, MissingExtra
 from pipeline.hub import check_token
 from pipeline.planning import make_plan

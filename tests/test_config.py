@@ -5,9 +5,9 @@ import re
 import pytest
 import yaml
 
-from pipeline.catalog import VARIANTS
-from pipeline.config import Config
-from pipeline.config_file import dump_config, load_config, shipped_configs
+from pipeline.config.catalog import VARIANTS
+from pipeline.config.loader import dump_config, load_config, shipped_configs
+from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
 
 SMALLEST = "name: demo\nmodel: {source: user/model}\ndata: {source: tickets.jsonl}\n"

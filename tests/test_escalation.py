@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from pipeline.config import VariantSpec
+from pipeline.config.schema import VariantSpec
 from pipeline.escalation import Rung, best, distance, ladder, with_layers
 from pipeline.models import linear_weights, table_weights
 

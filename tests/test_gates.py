@@ -2,9 +2,9 @@
 
 import pytest
 
-from pipeline.catalog import VARIANTS
 from pipeline.chance import quantile
-from pipeline.config import Config
+from pipeline.config.catalog import VARIANTS
+from pipeline.config.schema import Config
 from pipeline.gates import judge, limits, tell
 from pipeline.stages import admit, quantize
 from pipeline.workspace import Workspace

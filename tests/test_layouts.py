@@ -12,7 +12,7 @@ import torch
 
 from pipeline import layouts, models
 from pipeline.checkpoint import Checkpoint
-from pipeline.config import VariantSpec
+from pipeline.config.schema import VariantSpec
 from pipeline.errors import ModelError, QuantizationError
 from pipeline.layouts import ARCHITECTURES, layout
 from pipeline.models import PLAIN_TABLE, embedding_kind, linear_weights, refuse_other_matrices, table_weights
@@ -203,7 +203,7 @@ def test_a_configuration_that_contradicts_the_checkpoint_is_noticed(model_copy, 
 MAKE = """
 import sys
 from pathlib import Path
-from pipeline.config import VariantSpec
+from pipeline.config.schema import VariantSpec
 from pipeline.models import linear_weights, refuse_other_matrices, table_weights
 from pipeline.quantization.stream import quantize_checkpoint
 

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import texts
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.timing import tokens_per_second
 from pipeline.workspace import Workspace
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import blocks, merging
 from pipeline.checkpoint import SINGLE_NAME, Checkpoint
-from pipeline.config import VariantSpec
+from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError, ModelError
 from pipeline.lora import Adapter
 from pipeline.merging import merge_checkpoint

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from pipeline.config import Model
+from pipeline.config.schema import Model
 from pipeline.errors import ModelError
 from pipeline.models import check_source, copy_companions, fetch, linear_weights, read_config
 from pipeline.origin import Origin

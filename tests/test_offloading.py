@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline import heads, measure
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.errors import ModelError
 from pipeline.evaluation import evaluate
 from pipeline.events import Events

@@ -38,7 +38,7 @@ def test_every_module_config_and_template_is_in_it(wheel):
 def test_installed_it_finds_its_recipes_and_templates(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (
-        "from pipeline.config_file import load_config, shipped_configs\n"
+        "from pipeline.config.loader import load_config, shipped_configs\n"
         "from pipeline.system.resources import shipped_folder\n"
         "assert str(shipped_folder('templates')).startswith({!r})\n"
         "print(load_config('demo').name, sorted(shipped_configs()))"

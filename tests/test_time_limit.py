@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, TrainerControl, TrainerState, TrainingArguments, get_scheduler
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.data.encode import Encoded, EncodedSet
 from pipeline.time_limit import PLAN, TimeLimit
 from pipeline.training import new_trainer

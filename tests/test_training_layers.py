@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.utils import add_fused_lm_head
 
 from pipeline import measure
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.data.encode import NO_LOSS, Encoded, EncodedSet
 from pipeline.kernels import training
 from pipeline.kernels.attention import MODELS

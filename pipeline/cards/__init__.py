@@ -24,7 +24,7 @@ from pipeline.cards.metadata import metadata
 from pipeline.cards.own_text import END, START, note
 from pipeline.cards.plot import PLOT, plot_quality, points
 from pipeline.cards.tables import Models, tables
-from pipeline.catalog import DATA_FORMS, VARIANTS
+from pipeline.config.catalog import DATA_FORMS, VARIANTS
 from pipeline.modelfile import MODELFILE, default_variant
 from pipeline.system.resources import shipped_folder
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.cards.markdown import Markdown, code, escape
-from pipeline.catalog import VARIANTS
-from pipeline.config import PACKAGE_SOURCE, REPO_ID, Config
+from pipeline.config.catalog import VARIANTS
+from pipeline.config.schema import PACKAGE_SOURCE, REPO_ID, Config
 from pipeline.lineage import hub_sources
 from pipeline.system.redaction import file_name
 

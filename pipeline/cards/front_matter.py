@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.catalog import VARIANTS
+from pipeline.config.catalog import VARIANTS
 
 # What PyYAML raises for a text from anywhere: also an `!!int` that is none, or a 30th of February.
 UNREADABLE = (yaml.YAMLError, ValueError, RecursionError, LookupError, TypeError, AttributeError)

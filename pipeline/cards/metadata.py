@@ -16,8 +16,8 @@ from pipeline.cards import markdown
 from pipeline.cards.about import ROOT, TEXTS, About, is_gguf
 from pipeline.cards.front_matter import SOURCE
 from pipeline.cards.markdown import one_line
-from pipeline.catalog import VARIANTS
-from pipeline.config import REPO_ID
+from pipeline.config.catalog import VARIANTS
+from pipeline.config.schema import REPO_ID
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData

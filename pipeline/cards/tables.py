@@ -12,7 +12,7 @@ from pipeline.cards import markdown
 from pipeline.cards.about import BASE, ROOT, TEXTS, About, is_gguf
 from pipeline.cards.markdown import Markdown, code, estimate, listed, number, size, table
 from pipeline.cards.verdicts import ladders, ladders_in_vain, missed, withheld
-from pipeline.catalog import VARIANTS
+from pipeline.config.catalog import VARIANTS
 
 Models = dict[str, Markdown]
 LOADERS = {

@@ -26,7 +26,7 @@ def plan(
 
     Exit codes: 0 it fits; 3 it does not; 2 there is no plan, for something that you can mend.
     """
-    from pipeline.config_file import load_config
+    from pipeline.config.loader import load_config
 
     show_plan(load_config(config, settings or ()), device, runs, as_json)
 
@@ -68,6 +68,6 @@ def doctor(
 
 def schema() -> None:
     """Print the JSON schema of the configuration, for editors and for machines."""
-    from pipeline.config import Config
+    from pipeline.config.schema import Config
 
     print(json.dumps(Config.model_json_schema(), indent=2))

@@ -41,8 +41,8 @@ def merge(
             measure=measure or None,
         )
         return run_stage("merge", source, settings, runs, as_json)
+    from pipeline.config.builders import merge_config
     from pipeline.errors import ConfigError
-    from pipeline.midway import merge_config
 
     if adapter is None or output is None:
         raise ConfigError(f"merge {source}: write it as merge BASE ADAPTER --output DIR, or merge CONFIG.yaml")
@@ -76,8 +76,8 @@ def quantize(
     if _is_config(source):
         _refuse(source, output=output, measure=measure or None, revision=revision, low_disk=low_disk or None, **given)
         return run_stage("quantize", source, settings, runs, as_json)
+    from pipeline.config.builders import quantize_config
     from pipeline.errors import ConfigError
-    from pipeline.midway import quantize_config
 
     told = [name for name, value in given.items() if value is not None]
     if told and any(setting.startswith("quantize.variants") for setting in settings or ()):
@@ -102,7 +102,7 @@ def sensitivity(
     as_json: AsJson = False,
 ) -> None:
     """Measure what quantizing each linear layer alone costs; goes on where it was stopped."""
-    from pipeline.midway import quantize_config
+    from pipeline.config.builders import quantize_config
     from pipeline.sensitivity import report
 
     output = output or Path(f"{Path(source).name}-sensitivity")
@@ -139,7 +139,7 @@ def _run_midway(config, output: Path, as_json: bool) -> None:
 
 def _is_config(source: str) -> bool:
     """Is a verb's argument a configuration (a YAML file, or a shipped recipe), and not a model?"""
-    from pipeline.config_file import shipped_configs
+    from pipeline.config.loader import shipped_configs
 
     return source.endswith((".yaml", ".yml")) or (source in shipped_configs() and not Path(source).is_dir())
 

@@ -20,7 +20,7 @@ def publish(
     as_json: AsJson = False,
 ) -> None:
     """Publish what is finished, now or again; only what changed is sent."""
-    from pipeline.config_file import load_config
+    from pipeline.config.loader import load_config
     from pipeline.errors import ConfigError
     from pipeline.run import run as run_all
     from pipeline.run import run_one

@@ -31,7 +31,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Do the whole job, from a base model and a data set to a release; goes on where it stopped."""
-    from pipeline.config_file import load_config
+    from pipeline.config.loader import load_config
     from pipeline.errors import ConfigError
     from pipeline.run import run as run_all
 
@@ -60,7 +60,7 @@ def train(
     """Only fine-tune: data and base model to an adapter."""
     launch = _launch(accelerate, machine_rank, main_process_ip)
     if launch and launch.machine_rank:
-        from pipeline.config_file import load_config
+        from pipeline.config.loader import load_config
 
         return _join(load_config(config, settings or ()), launch, runs, as_json)
     run_stage("train", config, settings, runs, as_json, launch)
@@ -96,7 +96,7 @@ def sync(
     as_json: AsJson = False,
 ) -> None:
     """Send Trackio what it missed of a run, without running anything."""
-    from pipeline.config_file import load_config
+    from pipeline.config.loader import load_config
     from pipeline.trackers import sync as send_missed
     from pipeline.workspace import Workspace
 
@@ -125,7 +125,7 @@ def clean(
 def run_stage(
     stage: str, config: str, settings: list[str] | None, runs: Path, as_json: bool, launch: object = None
 ) -> None:
-    from pipeline.config_file import load_config
+    from pipeline.config.loader import load_config
     from pipeline.run import run_one
 
     workspace = run_one(load_config(config, settings or ()), stage, runs, terminal_reporter(as_json), launch=launch)

@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import Data
+from pipeline.config.schema import Data
 from pipeline.data.files import open_file
 from pipeline.data.forms import Example
 from pipeline.data.reading import OnSkip, Skipped, read_table

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Data
+from pipeline.config.schema import Data
 from pipeline.data.files import Row, Table
 from pipeline.data.rows import shorten
 from pipeline.errors import DataError, is_unreachable

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from pipeline.config import Data
+from pipeline.config.schema import Data
 from pipeline.data.files import Table
 from pipeline.data.forms import Example, Layout, choose_layout
 from pipeline.data.rows import BadRow, columns_of

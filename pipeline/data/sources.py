@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pipeline.config import REPO_ID, Data
+from pipeline.config.schema import REPO_ID, Data
 from pipeline.data.files import ENDINGS
 from pipeline.data.forms import check_names
 from pipeline.data.rows import BadRow

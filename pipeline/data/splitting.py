@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from pipeline.config import Data
+from pipeline.config.schema import Data
 from pipeline.data.forms import Example
 from pipeline.errors import DataError
 

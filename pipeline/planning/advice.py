@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from pipeline.config import Config, Train
-from pipeline.config_file import parse_config
+from pipeline.config.loader import parse_config
+from pipeline.config.schema import Config, Train
 
 SHORTEST = 128  # tokens of a training sequence; below, most examples would be cut
 SMALLEST_RANK = 4

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import Data, Train
+from pipeline.config.schema import Data, Train
 from pipeline.data.files import ENDINGS
 from pipeline.data.sources import is_builtin, locate
 

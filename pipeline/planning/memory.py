@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.catalog import VARIANTS
-from pipeline.config import Config, Lora, Train, VariantSpec
+from pipeline.config.catalog import VARIANTS
+from pipeline.config.schema import Config, Lora, Train, VariantSpec
 from pipeline.layouts import layout
 from pipeline.planning.model import Sizes
 from pipeline.system.hardware import compute_bytes_here, cores

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from pipeline.config import PACKAGE_SOURCE, Lora, Model
+from pipeline.config.schema import PACKAGE_SOURCE, Lora, Model
 from pipeline.errors import CheckpointError, ModelError
 from pipeline.hub.download import in_one_line
 from pipeline.models import (

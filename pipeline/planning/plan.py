@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.calibration import Calibration, read_calibration
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.planning import memory, timing
 from pipeline.planning.advice import Change, advise
 from pipeline.planning.data import DataSize, data_size, steps

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from pipeline.catalog import VARIANTS
-from pipeline.config import Config, VariantSpec
+from pipeline.config.catalog import VARIANTS
+from pipeline.config.schema import Config, VariantSpec
 from pipeline.planning import memory
 from pipeline.planning.devices import Machine
 from pipeline.planning.memory import Need

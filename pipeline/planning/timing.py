@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 
 from pipeline.calibration import Calibration
-from pipeline.catalog import VARIANTS
-from pipeline.config import Config, VariantSpec
+from pipeline.config.catalog import VARIANTS
+from pipeline.config.schema import Config, VariantSpec
 from pipeline.planning.model import Sizes
 from pipeline.planning.stages import Stage, kinds
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 
-from pipeline.catalog import GROUP_SIZES, VARIANTS
-from pipeline.config import VariantSpec
+from pipeline.config.catalog import GROUP_SIZES, VARIANTS
+from pipeline.config.schema import VariantSpec
 from pipeline.planning.model import Sizes
 
 # Bits that GGUF's types take for a weight, scales included. Those of mixtures are of the whole model.

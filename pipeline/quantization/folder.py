@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 
 from pipeline.checkpoint import CheckpointWriter
-from pipeline.config import VariantSpec
+from pipeline.config.schema import VariantSpec
 from pipeline.errors import QuantizationError
 from pipeline.models import copy_companions, read_config
 from pipeline.quantization.formats import format_of

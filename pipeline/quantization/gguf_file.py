@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from pipeline.catalog import VARIANTS
 from pipeline.checkpoint.placing import is_covered, put
-from pipeline.config import VariantSpec
+from pipeline.config.catalog import VARIANTS
+from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError, QuantizationError
 from pipeline.models import copy_terms
 from pipeline.quantization.formats.gguf import TABLE, type_name, type_of

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from pipeline.catalog import GROUP_SIZES
+from pipeline.config.catalog import GROUP_SIZES
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config import VariantSpec
+from pipeline.config.schema import VariantSpec
 from pipeline.errors import QuantizationError
 from pipeline.gguf_keys import read_header
 from pipeline.models import copy_terms

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from pipeline.checkpoint import SHARD_BYTES, TensorInfo
-from pipeline.config import VariantSpec
+from pipeline.config.schema import VariantSpec
 from pipeline.errors import MissingExtra, ModelError, QuantizationError
 from pipeline.quantization.formats import format_of
 from pipeline.quantization.grid import Grid

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 
 from pipeline.blocks import Take, are_finite, blocks_of, in_disk_order, in_parallel, tiles
-from pipeline.catalog import VARIANTS
 from pipeline.checkpoint import SHARD_BYTES, Checkpoint
-from pipeline.config import VariantSpec
+from pipeline.config.catalog import VARIANTS
+from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError, MissingExtra, ModelError, QuantizationError
 from pipeline.quantization.folder import SafetensorsFolder
 from pipeline.quantization.formats.gguf import check_quantizer

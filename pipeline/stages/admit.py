@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.catalog import VARIANTS
-from pipeline.config import Config, VariantSpec
+from pipeline.config.catalog import VARIANTS
+from pipeline.config.schema import Config, VariantSpec
 from pipeline.errors import GateError
 from pipeline.escalation import best
 from pipeline.events import Events

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from pipeline.config import Config, VariantSpec
+from pipeline.config.schema import Config, VariantSpec
 from pipeline.errors import UserError
 from pipeline.escalation import Rung, ladder, with_layers
 from pipeline.events import Events

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from pipeline import opponent
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.events import Events
 from pipeline.live import Live
 from pipeline.opening import open_tokenizer

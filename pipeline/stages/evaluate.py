@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.events import Events
 from pipeline.stages import Outcome
 from pipeline.stages.inputs import base_model, full_model, made_from, reference, text_depends, without_limit

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.errors import CheckpointError, ModelError, QuantizationError
 from pipeline.events import Events
 from pipeline.opening import open_tokenizer

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.errors import HubError, UserError
 from pipeline.events import STAGES, Events, read_events
 from pipeline.hub import CARD

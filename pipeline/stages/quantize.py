@@ -13,8 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.catalog import VARIANTS
-from pipeline.config import Config, VariantSpec
+from pipeline.config.catalog import VARIANTS
+from pipeline.config.schema import Config, VariantSpec
 from pipeline.errors import MissingExtra, QuantizationError
 from pipeline.events import Events, one_line
 from pipeline.stages import Outcome

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.events import Events
 from pipeline.opening import open_tokenizer

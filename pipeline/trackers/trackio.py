@@ -26,7 +26,7 @@ import shutil
 import sys
 from datetime import UTC, datetime
 
-from pipeline.config import Config, Track
+from pipeline.config.schema import Config, Track
 from pipeline.forwarding import Item
 from pipeline.hub import HubAway
 from pipeline.trackers.places import Local, Place, Server, check_write_token

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 
-from pipeline.catalog import VARIANTS
-from pipeline.config import VariantSpec
+from pipeline.config.catalog import VARIANTS
+from pipeline.config.schema import VariantSpec
 from pipeline.verification.claims import ADAPTER, Claims
 from pipeline.verification.places import Place
 

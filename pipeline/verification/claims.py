@@ -13,8 +13,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.catalog import VARIANTS
-from pipeline.config import Config
+from pipeline.config.catalog import VARIANTS
+from pipeline.config.schema import Config
 from pipeline.hub import LINEAGE
 from pipeline.lineage import SCHEMA
 

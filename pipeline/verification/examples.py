@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pipeline import snippets
 from pipeline.cards import About
-from pipeline.catalog import VARIANTS
+from pipeline.config.catalog import VARIANTS
 from pipeline.hub import CARD
 from pipeline.lineage import own_version
 from pipeline.system.libraries import is_installed

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import REPO_ID, Config
+from pipeline.config.schema import REPO_ID, Config
 from pipeline.data import load_examples, write_examples
 from pipeline.data.sources import is_builtin, names_a_file
 from pipeline.errors import UserError

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.config import REPO_ID
+from pipeline.config.schema import REPO_ID
 from pipeline.errors import ModelError, WorkspaceError
 from pipeline.hub import LINEAGE, Tree, read_tree
 from pipeline.hub.download import download, in_one_line

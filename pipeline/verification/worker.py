@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.errors import CheckpointError, DataError, MissingExtra, UserError
 from pipeline.models import read_config
 from pipeline.opening import open_model, open_tokenizer

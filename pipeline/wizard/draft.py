@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from pipeline.config import Config
-from pipeline.config_file import parse_config
+from pipeline.config.loader import parse_config
+from pipeline.config.schema import Config
 from pipeline.data.sources import BUILTIN
 from pipeline.errors import ConfigError
 from pipeline.planning.advice import advise

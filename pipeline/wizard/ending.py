@@ -8,8 +8,8 @@ from pathlib import Path
 import yaml
 
 from pipeline.calibration import keep, measure, read_calibration
-from pipeline.config import Config
-from pipeline.config_file import load_config
+from pipeline.config.loader import load_config
+from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, UserError, WorkspaceError
 from pipeline.system.files import write_text
 from pipeline.wizard.asking import Question, yes_or_no

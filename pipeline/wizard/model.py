@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from pipeline.config_file import shipped_configs
+from pipeline.config.loader import shipped_configs
 from pipeline.planning.devices import may_have_gpu
 from pipeline.planning.model import read_sizes
 from pipeline.wizard.asking import Question

@@ -7,8 +7,8 @@ import itertools
 import re
 from collections.abc import Iterator
 
-from pipeline.catalog import DATA_FORMS
-from pipeline.config import Data
+from pipeline.config.catalog import DATA_FORMS
+from pipeline.config.schema import Data
 from pipeline.data.files import Table, open_file
 from pipeline.data.forms import choose_layout
 from pipeline.data.reading import read_table

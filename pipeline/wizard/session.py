@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from pipeline.config_file import read_yaml
+from pipeline.config.loader import read_yaml
 from pipeline.errors import ConfigError, redact
 from pipeline.system.command_names import command
 from pipeline.system.files import write_text

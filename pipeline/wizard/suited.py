@@ -5,8 +5,8 @@ What needs a look at the architecture imports torch, so it is taken only where s
 
 from __future__ import annotations
 
-from pipeline.catalog import GROUP_SIZES, VARIANTS
-from pipeline.config import Config
+from pipeline.config.catalog import GROUP_SIZES, VARIANTS
+from pipeline.config.schema import Config
 from pipeline.errors import ModelError
 from pipeline.planning.model import Sizes
 from pipeline.wizard.draft import Draft

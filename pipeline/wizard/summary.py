@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.planning import Plan, make_plan
 from pipeline.planning.memory import wanted
 from pipeline.planning.report import tell_shortage, tell_time

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from pipeline.cards import About
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.gates import judge
 
 BOTH = ("int8", "int4")

@@ -232,7 +232,7 @@ def test_what_is_no_gguf_or_only_half_of_one_is_named(tmp_path, file):
 
 
 def test_a_written_file_tells_its_template_stops_and_sampling(tiny_model, tmp_path):
-    from pipeline.config import VariantSpec
+    from pipeline.config.schema import VariantSpec
     from pipeline.models import linear_weights
     from pipeline.quantization.stream import quantize_checkpoint
 

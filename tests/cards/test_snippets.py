@@ -8,7 +8,7 @@ import pytest
 
 from pipeline import snippets as snippets_of_cards
 from pipeline.cards import folder_card, mirror_card, model_card
-from pipeline.config import VariantSpec
+from pipeline.config.schema import VariantSpec
 from pipeline.models import linear_weights
 from pipeline.snippets import blocks
 from tests.cards.sample import BOTH, about, config, gguf_about, replaced, results

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pipeline.config import Data
+from pipeline.config.schema import Data
 from pipeline.data import DataSet, Example, load_examples
 from pipeline.data.chat import supply_template
 from pipeline.data.describe import describe, report, samples

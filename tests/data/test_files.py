@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import Data
+from pipeline.config.schema import Data
 from pipeline.data import check_source, load_examples
 from pipeline.data.json_array import read_array
 from pipeline.errors import DataError

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from pipeline.catalog import DATA_FORMS
-from pipeline.config import Data
+from pipeline.config.catalog import DATA_FORMS
+from pipeline.config.schema import Data
 from pipeline.data import check_source, load_examples
 from pipeline.data.forms import FORMS, choose_layout
 from pipeline.data.rows import BadRow

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Data
+from pipeline.config.schema import Data
 from pipeline.data import load_examples
 from tests.hub import LoopbackHub
 
@@ -30,7 +30,7 @@ configs:
 # Loads what stands on standard input, in one process, since importing the library takes the most time.
 SCRIPT = """
 import dataclasses, json, sys
-from pipeline.config import Data
+from pipeline.config.schema import Data
 from pipeline.data import load_examples
 from pipeline.errors import DataError
 found = {}

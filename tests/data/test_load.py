@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Data
+from pipeline.config.schema import Data
 from pipeline.data import Example, check_source, general_text, load_examples, read_examples, write_examples
 from pipeline.errors import DataError
 
@@ -156,7 +156,7 @@ def test_good_sources_pass_the_check_without_network_torch_or_datasets(tmp_path,
     (tmp_path / "a.csv").write_text("prompt,completion\np,c\n")
     table = str(tmp_path / "a.csv")
     script = (
-        "import sys; from pipeline.config import Data; from pipeline.data import check_source, load_examples\n"
+        "import sys; from pipeline.config.schema import Data; from pipeline.data import check_source, load_examples\n"
         "import pipeline.data.describe, pipeline.data.hub\n"
         f"sources = ('builtin:python-docs', 'user/data-set', {source!r}, {table!r})\n"
         "for source in sources: check_source(Data(source=source))\n"

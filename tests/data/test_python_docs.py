@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Data
+from pipeline.config.schema import Data
 from pipeline.data import load_examples
 from pipeline.data.python_docs import python_docs
 from pipeline.errors import DataError
@@ -65,7 +65,7 @@ def test_nothing_private_and_no_tests_are_asked_about(data):
 
 def test_two_fresh_processes_build_the_same_set(data):
     script = (
-        "from pipeline.config import Data; from pipeline.data import load_examples; import sys\n"
+        "from pipeline.config.schema import Data; from pipeline.data import load_examples; import sys\n"
         f"print(load_examples(Data(source={SOURCE!r})).fingerprint, 'pydoc_data.topics' in sys.modules)"
     )
     for seed in ("1", "2"):

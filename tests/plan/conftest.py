@@ -55,7 +55,7 @@ def shapes_of(recipe: str) -> dict[str, tuple[int, ...]]:
 
 def put_recipes(hub: LoopbackHub) -> None:
     """The model of every shipped recipe."""
-    from pipeline.config_file import load_config
+    from pipeline.config.loader import load_config
 
     for recipe, (_, config) in MODELS.items():
         put_hollow(hub, load_config(recipe).model.source, shapes_of(recipe), config)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import process
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.planning import memory
 from pipeline.planning.devices import Machine
 from pipeline.planning.plan import Plan

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline import calibration, doctor
 from pipeline.calibration import ROUNDINGS, Calibration
-from pipeline.config_file import load_config
+from pipeline.config.loader import load_config
 from pipeline.planning import Plan, devices, make_plan
 from pipeline.planning.devices import this_machine
 from pipeline.planning.report import as_json

@@ -7,8 +7,8 @@ import json
 import pytest
 from huggingface_hub import DatasetInfo
 
-from pipeline.config import Data
-from pipeline.config_file import shipped_configs
+from pipeline.config.loader import shipped_configs
+from pipeline.config.schema import Data
 from pipeline.planning.data import fetched_bytes, split_figures
 from tests.plan.conftest import put_hollow
 from tests.recipes.test_values import MODELS

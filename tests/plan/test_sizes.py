@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.checkpoint import Checkpoint
-from pipeline.config import Config, Lora, Model, Train, VariantSpec
+from pipeline.config.schema import Config, Lora, Model, Train, VariantSpec
 from pipeline.planning import memory
 from pipeline.planning.advice import advise
 from pipeline.planning.devices import Machine

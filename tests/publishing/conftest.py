@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.events import Events, read_events
 from pipeline.stages import Outcome, publish
 from pipeline.system.files import write_bytes

@@ -10,7 +10,7 @@ import torch
 
 from pipeline import merging
 from pipeline.checkpoint import Checkpoint, CheckpointWriter, read_header
-from pipeline.config import VariantSpec
+from pipeline.config.schema import VariantSpec
 from pipeline.models import linear_weights
 from pipeline.quantization.stream import quantize_checkpoint
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.checkpoint import Checkpoint
-from pipeline.config import VariantSpec
+from pipeline.config.schema import VariantSpec
 from pipeline.errors import ModelError, QuantizationError
 from pipeline.models import linear_weights, refuse_other_matrices
 from pipeline.quantization.stream import quantize_checkpoint

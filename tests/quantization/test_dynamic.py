@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline import kernels
-from pipeline.config import VariantSpec
+from pipeline.config.schema import VariantSpec
 from pipeline.errors import ModelError
 from pipeline.kernels import rounded
 from pipeline.loading import load

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline import heads, measure
 from pipeline.checkpoint import SINGLE_NAME, Checkpoint
-from pipeline.config import VariantSpec
+from pipeline.config.schema import VariantSpec
 from pipeline.errors import ModelError, QuantizationError
 from pipeline.kernels.plain import PlainLinear
 from pipeline.kernels.table import Int8Embedding

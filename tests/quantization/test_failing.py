@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoint import SINGLE_NAME
-from pipeline.config import Config, VariantSpec
+from pipeline.config.schema import Config, VariantSpec
 from pipeline.errors import CheckpointError, QuantizationError
 from pipeline.events import Events, read_events
 from pipeline.models import linear_weights, table_weights

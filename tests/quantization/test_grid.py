@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from pipeline.catalog import GROUP_SIZES
+from pipeline.config.catalog import GROUP_SIZES
 from pipeline.quantization.grid import (
     Grid,
     GroupQuantized,

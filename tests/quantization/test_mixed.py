@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.checkpoint import Checkpoint
-from pipeline.config import VariantSpec
+from pipeline.config.schema import VariantSpec
 from pipeline.errors import QuantizationError
 from pipeline.loading import load
 from pipeline.models import linear_weights

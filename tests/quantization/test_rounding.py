@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.catalog import VARIANTS
+from pipeline.config.catalog import VARIANTS
 from pipeline.quantization.formats.torchao import INT8
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.rounding import rounding

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from pipeline import heads, measure, sensitivity, texts
+from pipeline.config.builders import quantize_config
 from pipeline.errors import ConfigError, ModelError, QuantizationError
 from pipeline.loading import load
-from pipeline.midway import quantize_config
 from pipeline.models import linear_weights
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.rounding import rounding

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import blocks, kernels
 from pipeline.checkpoint import SINGLE_NAME, Checkpoint
-from pipeline.config import VariantSpec
+from pipeline.config.schema import VariantSpec
 from pipeline.errors import ModelError
 from pipeline.kernels import cuda
 from pipeline.loading import load

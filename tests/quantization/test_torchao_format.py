@@ -10,9 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pipeline import blocks, catalog
+from pipeline import blocks
 from pipeline.checkpoint import SINGLE_NAME, Checkpoint
-from pipeline.config import VariantSpec
+from pipeline.config import catalog
+from pipeline.config.schema import VariantSpec
 from pipeline.errors import QuantizationError
 from pipeline.kernels.rounded import int8_products_are_exact
 from pipeline.models import linear_weights

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.data.encode import NO_LOSS, Encoded, EncodedSet
 from pipeline.training import new_trainer
 from tests.conftest import ARCHITECTURES

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config_file import load_config
+from pipeline.config.loader import load_config
 from pipeline.data.encode import NO_LOSS, encode_examples
 from pipeline.data.forms import Example
 from pipeline.errors import DataError

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from pipeline.config import Config
-from pipeline.config_file import load_config, shipped_configs
+from pipeline.config.loader import load_config, shipped_configs
+from pipeline.config.schema import Config
 from pipeline.models import linear_weights
 from pipeline.quantization.formats import storage
 from tests.run.conftest import RECIPES

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.chance import quantile
 from pipeline.changes import Inputs
-from pipeline.config_file import parse_config
+from pipeline.config.loader import parse_config
 from pipeline.data import Example, load_examples, write_examples
 from pipeline.decision import better
 from pipeline.errors import DataError, ModelError

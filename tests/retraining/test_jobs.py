@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from pipeline import retrain_command
 from pipeline.alone import alone, refuse_beside_job
 from pipeline.changes import inputs_of
-from pipeline.config_file import load_config
+from pipeline.config.loader import load_config
 from pipeline.hub import HubAway
 from tests.hub import LoopbackHub
 from tests.run.conftest import TOKEN, Place, write_place

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.changes import Inputs, changes, changes_beside, inputs_of, settings
 from pipeline.comparable import untouched
-from pipeline.config_file import parse_config
+from pipeline.config.loader import parse_config
 from pipeline.data import load_examples
 from pipeline.errors import DataError
 from pipeline.events import Events
@@ -175,7 +175,7 @@ def test_a_release_that_does_not_say_how_it_was_split_may_know_examples_which_is
 
 ASK = """
 import json, sys
-from pipeline.config_file import parse_config
+from pipeline.config.loader import parse_config
 from pipeline.changes import changes, inputs_of
 from pipeline.live import Live
 tree, lineage = json.load(sys.stdin)

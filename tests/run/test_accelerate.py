@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, MissingExtra
 from pipeline.launch import Launch, read_launch, share, shipped_launches
 from tests.run.conftest import REPOSITORY, Place, write_place

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pipeline.cli import main
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.errors import ModelError
 from pipeline.events import Events
 from pipeline.stages import train

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.events import Events
 from pipeline.stages import Outcome, admit, evaluate, quantize
 from pipeline.stages.document import render

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.config import VariantSpec
+from pipeline.config.builders import merge_config
+from pipeline.config.schema import VariantSpec
 from pipeline.events import Events, read_events
-from pipeline.midway import merge_config
 from pipeline.models import linear_weights
 from pipeline.quantization.stream import quantize_checkpoint
 from pipeline.stages import merge, quantize

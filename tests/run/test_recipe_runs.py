@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from pipeline.checkpoint import Checkpoint
-from pipeline.config_file import load_config, parse_config
+from pipeline.config.loader import load_config, parse_config
 from pipeline.models import linear_weights
 from tests.run.conftest import RECIPES
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.cli import main
-from pipeline.config_file import load_config
+from pipeline.config.loader import load_config
 from pipeline.errors import UserError
 from pipeline.preflight import preflight
 from pipeline.workspace import Workspace

@@ -9,8 +9,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import Config
-from pipeline.config_file import dump_config, load_config, parse_config
+from pipeline.config.loader import dump_config, load_config, parse_config
+from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
 from pipeline.workspace import Workspace
 from tests.security.conftest import SECRETS, TOKEN, watching

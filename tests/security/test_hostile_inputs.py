@@ -10,7 +10,7 @@ import struct
 
 import pytest
 
-from pipeline.config import Data, Model
+from pipeline.config.schema import Data, Model
 from tests.security.conftest import HUB_TOKEN, TOKEN, WRITE_TOKEN, watching
 
 
@@ -97,7 +97,7 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("of", ["model", "data", "adapter", "repository", "run", "loaded", "status", "accelerate"])
 def test_a_name(survives, place, name, of):
-    from pipeline.config_file import parse_config
+    from pipeline.config.loader import parse_config
     from pipeline.data.sources import locate
     from pipeline.launch import read_launch
     from pipeline.loading import locate as find_model

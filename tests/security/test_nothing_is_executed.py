@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from pipeline.cards.front_matter import _Loader
-from pipeline.config_file import _StrictLoader
+from pipeline.config.loader import _StrictLoader
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(path for folder in ("pipeline", "scripts") for path in (ROOT / folder).rglob("*.py"))

@@ -17,8 +17,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from pipeline.config import Config
-from pipeline.config_file import parse_config
+from pipeline.config.loader import parse_config
+from pipeline.config.schema import Config
 from pipeline.events import Events
 from pipeline.forwarding import Forwarder
 from pipeline.trackers import opener

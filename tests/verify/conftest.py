@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.catalog import VARIANTS
-from pipeline.config import Config
+from pipeline.config.catalog import VARIANTS
+from pipeline.config.schema import Config
 from pipeline.events import Events
 from pipeline.system.files import read_json, sha256
 from pipeline.verification import Finding, Verdict, Verification, verify

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipeline.config import VariantSpec
+from pipeline.config.schema import VariantSpec
 from pipeline.models import linear_weights, table_weights
 from pipeline.process import with_own_package
 from pipeline.quantization.stream import quantize_checkpoint

@@ -18,8 +18,8 @@ import pytest
 from huggingface_hub import constants
 from rich.console import Console
 
-from pipeline.config import Config
-from pipeline.config_file import load_config
+from pipeline.config.loader import load_config
+from pipeline.config.schema import Config
 from pipeline.wizard import wizard
 from tests.hub import LoopbackHub
 from tests.run.conftest import REPOSITORY, TOKEN, Place

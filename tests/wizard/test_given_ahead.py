@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline.config import Config
-from pipeline.config_file import load_config
+from pipeline.config.loader import load_config
+from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.planning.devices import this_machine
 from pipeline.wizard import QUESTIONS, wizard

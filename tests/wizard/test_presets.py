@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.config import Quantize
-from pipeline.config_file import parse_config
+from pipeline.config.loader import parse_config
+from pipeline.config.schema import Quantize
 from pipeline.wizard.presets import PROFILES, QUANTIZATIONS
 
 TREE = {"name": "x", "model": {"source": "ada/base"}, "data": {"source": "ada/rows"}}

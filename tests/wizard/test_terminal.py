@@ -10,7 +10,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from pipeline.config_file import load_config
+from pipeline.config.loader import load_config
 from pipeline.wizard import QUESTIONS, wizard
 from tests.run.conftest import TOKEN
 from tests.wizard.conftest import READS

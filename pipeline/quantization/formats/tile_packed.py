@@ -22,9 +22,9 @@ from collections.abc import Collection, Iterable, Mapping
 
 import torch
 
-from pipeline.catalog import GROUP_SIZES
 from pipeline.checkpoint import Checkpoint
-from pipeline.config import VariantSpec
+from pipeline.config.catalog import GROUP_SIZES
+from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError
 from pipeline.quantization.formats import torchao
 from pipeline.quantization.grid import Grid, GroupQuantized

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.catalog import VARIANTS
-from pipeline.config import VariantSpec
+from pipeline.config.catalog import VARIANTS
+from pipeline.config.schema import VariantSpec
 from pipeline.models import linear_weights, table_weights
 from pipeline.quantization.stream import quantize_checkpoint
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pipeline import llama_cpp
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.errors import CheckpointError, ModelError
 from pipeline.events import Events
 from pipeline.stages import admit, quantize

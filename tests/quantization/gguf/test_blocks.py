@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.catalog import VARIANTS
-from pipeline.config import VariantSpec
+from pipeline.config.catalog import VARIANTS
+from pipeline.config.schema import VariantSpec
 from pipeline.errors import QuantizationError
 from pipeline.quantization.formats import gguf
 from pipeline.quantization.formats.gguf.blocks import pack, plain, row_bytes

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import blocks
 from pipeline.checkpoint import SINGLE_NAME
-from pipeline.config import VariantSpec
+from pipeline.config.schema import VariantSpec
 from pipeline.errors import MissingExtra, ModelError, QuantizationError
 from pipeline.models import linear_weights, table_weights
 from pipeline.quantization.source import unfit
@@ -158,7 +158,7 @@ def test_a_model_without_a_tokenizer_is_refused_in_one_line(model_copy):
 
 
 def test_only_its_own_libraries_can_change_a_variant(tmp_path):
-    from pipeline.config_file import parse_config
+    from pipeline.config.loader import parse_config
     from pipeline.stages.quantize import depends
     from pipeline.system.libraries import versions
     from pipeline.workspace import Workspace

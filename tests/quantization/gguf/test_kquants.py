@@ -8,9 +8,9 @@ import subprocess
 import pytest
 from safetensors.torch import load_file, save_file
 
-from pipeline.catalog import VARIANTS
 from pipeline.checkpoint import SINGLE_NAME
-from pipeline.config import VariantSpec
+from pipeline.config.catalog import VARIANTS
+from pipeline.config.schema import VariantSpec
 from pipeline.errors import MissingExtra, QuantizationError
 from pipeline.models import linear_weights
 from pipeline.quantization import kquants_file as kquants

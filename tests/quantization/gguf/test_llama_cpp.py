@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline import llama_cpp
 from pipeline.checkpoint import SINGLE_NAME
-from pipeline.config import VariantSpec
+from pipeline.config.schema import VariantSpec
 from pipeline.errors import ModelError, QuantizationError
 from pipeline.loading import load_dequantized
 from pipeline.models import linear_weights, table_weights

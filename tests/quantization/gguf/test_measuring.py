@@ -12,8 +12,8 @@ from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import heads, llama_cpp, measure
-from pipeline.catalog import VARIANTS
-from pipeline.config import Config
+from pipeline.config.catalog import VARIANTS
+from pipeline.config.schema import Config
 from pipeline.errors import MissingExtra, ModelError
 from pipeline.evaluation import _check_tokens, evaluate
 from pipeline.events import Events

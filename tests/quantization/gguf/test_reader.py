@@ -7,7 +7,7 @@ import torch
 
 from pipeline import measure
 from pipeline.checkpoint import Checkpoint
-from pipeline.config import VariantSpec
+from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError, ModelError
 from pipeline.loading import load, load_dequantized
 from pipeline.models import linear_weights, table_weights

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.config import Model
+from pipeline.config.schema import Model
 from pipeline.models import fetch
 from tests.quantization.gguf.conftest import TYPES
 from tests.quantization.gguf.test_llama_cpp import OFF, off

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pipeline.config import VariantSpec
+from pipeline.config.schema import VariantSpec
 from pipeline.errors import ModelError
 from pipeline.quantization.formats.gguf import check
 from pipeline.quantization.formats.gguf.vocabulary import vocabulary

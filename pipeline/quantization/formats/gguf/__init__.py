@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from pipeline.catalog import VARIANTS
-from pipeline.config import VariantSpec
+from pipeline.config.catalog import VARIANTS
+from pipeline.config.schema import VariantSpec
 from pipeline.errors import MissingExtra, QuantizationError
 from pipeline.quantization.grid import Grid
 from pipeline.system.libraries import is_installed

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from pipeline.catalog import VARIANTS, resolve_variants, variant_names
-from pipeline.section import Real, Section, Whole
+from pipeline.config.base import Real, Section, Whole
+from pipeline.config.catalog import VARIANTS, resolve_variants, variant_names
 
 
 class Gate(Section):

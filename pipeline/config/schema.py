@@ -1,6 +1,6 @@
 """The one typed run configuration: what can be set, its defaults, and what is allowed.
 
-`pipeline.config_file` reads it from YAML, and says in one line what is wrong with it.
+`pipeline.config.loader` reads it from YAML, and says in one line what is wrong with it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.catalog import DATA_FORMS, VARIANTS
-from pipeline.section import Count, Rate, Real, Section, Seed, Whole
-from pipeline.variants import Quantize, VariantSpec
+from pipeline.config.base import Count, Rate, Real, Section, Seed, Whole
+from pipeline.config.catalog import DATA_FORMS, VARIANTS
+from pipeline.config.quantize import Quantize, VariantSpec
 
 __all__ = [
     "Config", "Data", "Evaluate", "Lora", "Merge", "Model", "PACKAGE_SOURCE", "Publish", "Quantize", "REPO_ID",

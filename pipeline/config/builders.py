@@ -12,9 +12,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.catalog import VARIANTS, resolve_variants, variant_names
-from pipeline.config import Config
-from pipeline.config_file import parse_config
+from pipeline.config.catalog import VARIANTS, resolve_variants, variant_names
+from pipeline.config.loader import parse_config
+from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
 
 

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config import Config, VariantSpec
+from pipeline.config.schema import Config, VariantSpec
 from pipeline.errors import ConfigError, redact
 from pipeline.system.resources import shipped_folder
 

@@ -1,0 +1,1 @@
+"""The typed configuration, the catalogue of names, and the YAML loader."""
