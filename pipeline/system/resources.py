@@ -7,5 +7,5 @@ from pathlib import Path
 
 def shipped_folder(name: str) -> Path:
     """The folder `name`: beside the package in a clone, inside it where it was installed."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     return next((f for f in (package / name, package.parent / name) if f.is_dir()), package / name)
