@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from pipeline import kernels
-from pipeline.checkpoint import Checkpoint, TensorInfo
 from pipeline.errors import ModelError
 from pipeline.kernels.table import Int8Embedding
-from pipeline.opening import open_config
+from pipeline.models.checkpoint import Checkpoint, TensorInfo
+from pipeline.models.safe_loading import open_config
 from pipeline.quantization.formats import stored_weights, torchao
 from pipeline.quantization.formats.gguf.reader import GgufWeights
 from pipeline.quantization.grid import GroupQuantized

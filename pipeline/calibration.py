@@ -211,7 +211,7 @@ def _nf4(device: torch.device) -> tuple[float, float]:
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    from pipeline.blocks import in_parallel
+    from pipeline.models.checkpoint.row_blocks import in_parallel
     from pipeline.nf4 import HeldInNf4
     from pipeline.system.hardware import cores
 
@@ -231,8 +231,8 @@ def _nf4(device: torch.device) -> tuple[float, float]:
 def _roundings() -> Iterator[tuple[str, float]]:
     import torch
 
-    from pipeline.blocks import in_parallel
     from pipeline.config.schema import VariantSpec
+    from pipeline.models.checkpoint.row_blocks import in_parallel
     from pipeline.quantization.formats import format_of
     from pipeline.quantization.rounding import rounding
     from pipeline.system.hardware import cores

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from pipeline import models
 from pipeline.config.schema import PACKAGE_SOURCE, Config
 from pipeline.data import load_examples
 from pipeline.data.sources import is_builtin, locate
@@ -18,6 +17,7 @@ from pipeline.errors import ModelError
 from pipeline.hub.download import in_one_line
 from pipeline.hub.retry import insist
 from pipeline.live import Live
+from pipeline.models import sources
 from pipeline.standing import is_same_model, standing
 from pipeline.system.redaction import file_name
 
@@ -52,7 +52,7 @@ def inputs_of(config: Config) -> Inputs:
         "data": config.data.model_copy(update={"revision": data or config.data.revision}),
     }
     pinned = config.model_copy(update=update)
-    digest = _digest_at(config.model.source, base) if base else models.digest_here(config.model.source)
+    digest = _digest_at(config.model.source, base) if base else sources.digest_here(config.model.source)
     return Inputs(pinned, digest, data or load_examples(config.data).fingerprint)
 
 
@@ -107,7 +107,7 @@ def _base_commit(config: Config) -> str | None:
     from huggingface_hub import HfApi
 
     source = config.model.source
-    if PACKAGE_SOURCE.match(source) or models.is_local(source):
+    if PACKAGE_SOURCE.match(source) or sources.is_local(source):
         return None
     with in_one_line(source, config.model.revision, "the Hub could not be asked"):
         return insist(source, lambda: HfApi().model_info(source, revision=config.model.revision)).sha

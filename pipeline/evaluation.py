@@ -13,13 +13,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pipeline.checkpoint import Checkpoint
 from pipeline.config.schema import Config
 from pipeline.data import general_text
 from pipeline.errors import ModelError
 from pipeline.events import Events
-from pipeline.models import stored_bytes
-from pipeline.opening import open_config, open_tokenizer
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.safe_loading import open_config, open_tokenizer
+from pipeline.models.sources import stored_bytes
 from pipeline.system.files import read_json, write_json
 from pipeline.workspace import Workspace
 

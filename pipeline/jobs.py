@@ -23,7 +23,7 @@ from pipeline.hub import HubAway, check_token
 from pipeline.hub.auth import keyless, who_is
 from pipeline.hub.retry import persist
 from pipeline.job_log import JobLog
-from pipeline.models import is_local
+from pipeline.models.sources import is_local
 
 IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"
 TIMEOUT = re.compile(r"\d+(\.\d+)?[smhd]?\Z")

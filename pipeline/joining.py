@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline import data, models
+from pipeline import data
 from pipeline.config.schema import Config
 from pipeline.errors import Interrupted
 from pipeline.events import Unheard
 from pipeline.launch import Launch
+from pipeline.models import sources
 from pipeline.preflight import check_shared
 from pipeline.process import run_stage
 from pipeline.reporter import Reporter
@@ -28,7 +29,7 @@ def join(config: Config, launch: Launch, root: str | Path = "runs", reporter: Re
         StageFailed: where training failed, here or elsewhere.
     """
     check_shared(config, launch)
-    models.check_source(config.model)
+    sources.check_source(config.model)
     data.check_source(config.data)
     reporter, step = reporter or Reporter(), f"train (machine {launch.machine_rank} of {launch.machines})"
     with Workspace.claim(Path(root) / f".{config.name}.machine-{launch.machine_rank}", config) as workspace:

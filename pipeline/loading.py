@@ -14,8 +14,8 @@ from pipeline.config.catalog import VARIANTS, resolve_variants
 from pipeline.config.schema import REPO_ID, VariantSpec
 from pipeline.errors import CheckpointError, ModelError
 from pipeline.hub.download import download
-from pipeline.models import belongs_to_checkpoint, read_config
-from pipeline.opening import check_beside, check_code, open_config, open_model, open_tokenizer
+from pipeline.models.safe_loading import check_beside, check_code, open_config, open_model, open_tokenizer
+from pipeline.models.sources import belongs_to_checkpoint, read_config
 from pipeline.quantization.formats import unpack
 from pipeline.quantization.formats.gguf import type_name
 from pipeline.system.libraries import quiet, quiet_progress_bars
@@ -73,7 +73,7 @@ def load_dequantized(
     """
     quiet()
     from pipeline.assembly import own_type
-    from pipeline.checkpoint import Checkpoint
+    from pipeline.models.checkpoint import Checkpoint
     from pipeline.quantization.formats.gguf.reader import GgufWeights
 
     config = open_config(folder)

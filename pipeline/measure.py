@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.data.chat import on_one_day
 from pipeline.errors import ModelError
 from pipeline.heads import Head, check_head, device_of, head_of, logits_of
-from pipeline.opening import open_config
+from pipeline.models.safe_loading import open_config
 from pipeline.timing import NEW_TOKENS, PROMPT_TOKENS, REPEATS, tokens_per_second
 
 if TYPE_CHECKING:

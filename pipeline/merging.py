@@ -19,11 +19,20 @@ from typing import Literal
 
 import torch
 
-from pipeline.blocks import Job, Take, are_finite, blocks_of, in_disk_order, in_parallel, row_blocks, tiles
-from pipeline.checkpoint import SHARD_BYTES, Checkpoint, CheckpointWriter
 from pipeline.errors import ModelError
-from pipeline.lora import Adapter
-from pipeline.models import ADAPTER_FILES, copy_companions, read_config
+from pipeline.models.checkpoint import SHARD_BYTES, Checkpoint, CheckpointWriter
+from pipeline.models.checkpoint.row_blocks import (
+    Job,
+    Take,
+    are_finite,
+    blocks_of,
+    in_disk_order,
+    in_parallel,
+    row_blocks,
+    tiles,
+)
+from pipeline.models.lora_adapter import Adapter
+from pipeline.models.sources import ADAPTER_FILES, copy_companions, read_config
 from pipeline.nf4 import HeldInNf4, rows_together
 from pipeline.quantization.stream import VariantFiles, Variants
 

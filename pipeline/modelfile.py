@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.config.catalog import VARIANTS
-from pipeline.gguf_keys import Dialogue, read_dialogue
+from pipeline.models.gguf_metadata import Dialogue, read_dialogue
 from pipeline.turns import Turns, find_turns
 
 MODELFILE = "Modelfile"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pipeline.opening import open_model
+from pipeline.models.safe_loading import open_model
 from pipeline.system import hardware
 
 if TYPE_CHECKING:

@@ -25,11 +25,11 @@ from pipeline.assembly import (
     skeleton,
     tie_weights,
 )
-from pipeline.blocks import tiles
 from pipeline.errors import ModelError
 from pipeline.kernels.plain import quicken_linears
-from pipeline.models import stored_bytes
-from pipeline.opening import open_config
+from pipeline.models.checkpoint.row_blocks import tiles
+from pipeline.models.safe_loading import open_config
+from pipeline.models.sources import stored_bytes
 from pipeline.quantization.formats import torchao
 from pipeline.quantization.formats.gguf.reader import GgufWeights
 from pipeline.quantization.grid import GroupQuantized

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pipeline import data, models
+from pipeline import data
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
 from pipeline.launch import Launch, share
+from pipeline.models import sources
 from pipeline.stages import quantize
 from pipeline.system import hardware
 
@@ -47,9 +48,9 @@ def check_inputs(config: Config, need_model: bool = True, need_data: bool = True
         UserError: naming what is wrong.
     """
     if need_model:
-        models.check_source(config.model)
+        sources.check_source(config.model)
         if config.merge.adapter:
-            models.check_adapter(config.merge.adapter)
+            sources.check_adapter(config.merge.adapter)
         if config.evaluate:
             data.general_text(config.evaluate.general)
     if config.data and need_data:

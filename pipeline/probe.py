@@ -92,7 +92,7 @@ def _in_transformers(folder: str, loader: str, tokens: list[int], out: Path, dev
     from safetensors.torch import save_file
 
     from pipeline import loading, measure
-    from pipeline.opening import open_model
+    from pipeline.models.safe_loading import open_model
     from pipeline.system import hardware
     from pipeline.system.libraries import quiet_progress_bars
 

@@ -38,7 +38,7 @@ def report(config: Config, output: Path, reporter: Reporter) -> dict:
     import tempfile
     import time
 
-    from pipeline.models import fetch
+    from pipeline.models.sources import fetch
 
     quiet()
     (spec,) = config.quantize.variants
@@ -95,7 +95,7 @@ def sensitivity(
     """
     from pipeline import heads, measure, texts
     from pipeline.loading import device_named, load
-    from pipeline.models import linear_weights
+    from pipeline.models.sources import linear_weights
     from pipeline.offloading import check_fits
     from pipeline.quantization.source import layer_grids
 

@@ -23,8 +23,8 @@ from pipeline.config.schema import PACKAGE_SOURCE, Config, Model, Quantize, repo
 from pipeline.errors import ConfigError, HubError, Interrupted, UserError
 from pipeline.gates import limits
 from pipeline.hub import CARD, LINEAGE, check_root
-from pipeline.inspection import inspect
-from pipeline.models import check_source, is_local
+from pipeline.models.hub_inspection import inspect
+from pipeline.models.sources import check_source, is_local
 from pipeline.reporter import Reporter
 from pipeline.run import run
 from pipeline.standing import Standing, is_same_model, standing

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.hub import LINEAGE, Tree, read_tree
 from pipeline.hub.retry import persist
-from pipeline.models import model_digest
+from pipeline.models.sources import model_digest
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ def check_grid(source: str, asked: str | None, output: Path) -> dict | None:
         ModelError: where the logits moved.
     """
     from pipeline.config.schema import PACKAGE_SOURCE
-    from pipeline.packaged import dequantize, find_packaged
+    from pipeline.models.packaged_gguf import dequantize, find_packaged
 
     package = PACKAGE_SOURCE.match(source)
     if not package:
@@ -200,7 +200,7 @@ def logits_moved(one: Path, other: Path) -> dict:
     import torch
 
     from pipeline.data import general_text
-    from pipeline.opening import open_model, open_tokenizer
+    from pipeline.models.safe_loading import open_model, open_tokenizer
 
     ids = open_tokenizer(one)(general_text("builtin:python-topics"), return_tensors="pt", verbose=False)["input_ids"]
     logits = []

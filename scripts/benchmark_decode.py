@@ -100,7 +100,7 @@ def make(folder: Path, size: str, sides: list[str]) -> None:
 
     quiet()
     from pipeline.config.schema import VariantSpec
-    from pipeline.models import linear_weights, table_weights
+    from pipeline.models.sources import linear_weights, table_weights
     from pipeline.quantization.stream import quantize_checkpoint
 
     if not (folder / "config.json").is_file():
@@ -125,8 +125,8 @@ def write_gguf(folder: Path, kind: str) -> None:
     import gguf
     from gguf.quants import quantize
 
-    from pipeline.checkpoint import Checkpoint
-    from pipeline.models import read_config
+    from pipeline.models.checkpoint import Checkpoint
+    from pipeline.models.sources import read_config
 
     config, weights = read_config(folder), Checkpoint(folder)
     writer = gguf.GGUFWriter(folder / f"{kind}.part", "llama")
@@ -167,7 +167,7 @@ def run_one(side: str, folder: Path, prompt: int, new: int) -> dict[str, float]:
 
         quiet()
         from pipeline import load, measure
-        from pipeline.opening import open_model
+        from pipeline.models.safe_loading import open_model
 
         place = folder if side in UNQUANTIZED else folder / folder_of(side)
         if side in ("bf16", "float32", "stock-int8"):

@@ -62,8 +62,8 @@ def measure_all(source: str, scratch: Path, types: list[str], tokens: int) -> It
     from pipeline.config.schema import Model
     from pipeline.data import general_text
     from pipeline.data.encode import encode_text
-    from pipeline.models import fetch
-    from pipeline.opening import open_model, open_tokenizer
+    from pipeline.models.safe_loading import open_model, open_tokenizer
+    from pipeline.models.sources import fetch
 
     folder, _ = fetch(Model(source=source), scratch / "model")
     windows = encode_text(general_text("builtin:python-topics"), open_tokenizer(folder), WINDOW, tokens)
@@ -94,7 +94,7 @@ def measure_all(source: str, scratch: Path, types: list[str], tokens: int) -> It
 def make(folder: Path, scratch: Path, types: list[str]) -> dict[tuple[str, str], Path]:
     """The files by type and by what filled them."""
     from pipeline.config.schema import VariantSpec
-    from pipeline.models import linear_weights, table_weights
+    from pipeline.models.sources import linear_weights, table_weights
     from pipeline.quantization.stream import quantize_checkpoint
 
     linear, tables = linear_weights(folder), table_weights(folder)

@@ -39,7 +39,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from pipeline.checkpoint import CheckpointWriter
+from pipeline.models.checkpoint import CheckpointWriter
 import json
 
 folder, settings, shards = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])

@@ -143,7 +143,7 @@ def quantized(tmp_path_factory) -> Callable[..., Path]:
     Keywords go into the `VariantSpec`; `shard_bytes` makes several shards.
     """
     from pipeline.config.schema import VariantSpec
-    from pipeline.models import linear_weights, table_weights
+    from pipeline.models.sources import linear_weights, table_weights
     from pipeline.quantization.stream import quantize_checkpoint
 
     made: dict[tuple, Path] = {}
@@ -171,7 +171,7 @@ def dequantized() -> Callable:
     from pipeline.config.schema import VariantSpec
     from pipeline.kernels.float32_mode import quicken_products
     from pipeline.kernels.plain import quicken_linears
-    from pipeline.models import linear_weights
+    from pipeline.models.sources import linear_weights
     from pipeline.quantization.formats import format_of
     from pipeline.quantization.rounding import rounding
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.regrid import reorder_channels
+from pipeline.models.channel_shuffle import reorder_channels
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 

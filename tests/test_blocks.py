@@ -6,15 +6,15 @@ import time
 import pytest
 import torch
 
-from pipeline import blocks
-from pipeline.blocks import in_parallel, row_blocks, tiles
+from pipeline.models.checkpoint import row_blocks
+from pipeline.models.checkpoint.row_blocks import in_parallel, row_blocks, tiles
 
 
 @pytest.mark.parametrize("rows, row_bytes", [(10, 3), (10, 100), (1, 1), (0, 8), (7, 0), (100, 1)])
 @pytest.mark.parametrize("together", [1, 4, 1000])
 def test_blocks_and_tiles_cover_every_row_once_in_order(monkeypatch, rows, row_bytes, together):
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 25)
-    monkeypatch.setattr(blocks, "TILE_ELEMENTS", 25)
+    monkeypatch.setattr(row_blocks, "BLOCK_BYTES", 25)
+    monkeypatch.setattr(row_blocks, "TILE_ELEMENTS", 25)
     for cut in (row_blocks(rows, row_bytes, together), tiles(rows, row_bytes, together)):
         spans = list(cut)
         assert [row for first, stop in spans for row in range(first, stop)] == list(range(rows))

@@ -10,9 +10,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pipeline import blocks
-from pipeline.checkpoint import DTYPES, INDEX_NAME, SINGLE_NAME, Checkpoint, CheckpointWriter, read_header
 from pipeline.errors import CheckpointError
+from pipeline.models.checkpoint import (
+    DTYPES,
+    INDEX_NAME,
+    SINGLE_NAME,
+    Checkpoint,
+    CheckpointWriter,
+    read_header,
+    row_blocks,
+)
 
 
 def some_tensors() -> dict[str, torch.Tensor]:
@@ -410,7 +417,7 @@ def test_of_a_damaged_checkpoint_nothing_is_made(model_copy, tmp_path, verb, hur
     from pipeline.config.schema import VariantSpec
     from pipeline.errors import UserError
     from pipeline.merging import merge_checkpoint
-    from pipeline.models import linear_weights
+    from pipeline.models.sources import linear_weights
     from pipeline.quantization.stream import quantize_checkpoint
 
     change, said = HURT[hurt]
@@ -426,14 +433,14 @@ def test_of_a_damaged_checkpoint_nothing_is_made(model_copy, tmp_path, verb, hur
 
 def test_a_checkpoint_that_is_cut_while_it_is_read_leaves_no_weights(model_copy, tmp_path, monkeypatch):
     from pipeline.config.schema import VariantSpec
-    from pipeline.models import linear_weights
+    from pipeline.models.sources import linear_weights
     from pipeline.quantization.stream import quantize_checkpoint
 
     def cut(done, total):
         with open(model_copy / SINGLE_NAME, "r+b") as file:
             file.truncate(20_000)
 
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1)  # thousands of reads, most of which are still to come
+    monkeypatch.setattr(row_blocks, "BLOCK_BYTES", 1)  # thousands of reads, most of which are still to come
     spec, out = VariantSpec(name="int8").resolved(), tmp_path / "out"
     with pytest.raises(CheckpointError, match="ended before its last tensor"):
         quantize_checkpoint(model_copy, [spec], {"int8": out}, linear_weights(model_copy), cut)

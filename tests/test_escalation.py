@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.config.schema import VariantSpec
 from pipeline.escalation import Rung, best, distance, ladder, with_layers
-from pipeline.models import linear_weights, table_weights
+from pipeline.models.sources import linear_weights, table_weights
 
 
 def rungs(folder, name: str, **options) -> list[Rung]:
@@ -42,7 +42,7 @@ def test_the_smallest_come_first_and_what_was_asked_for_is_among_them(tiny_model
 
 
 def test_bytes_are_those_of_the_files_but_for_what_all_variants_have(tiny_model, quantized):
-    from pipeline.checkpoint import Checkpoint
+    from pipeline.models.checkpoint import Checkpoint
 
     source = tiny_model("llama")
     found = [r for r in rungs(source, "int4", group_size=64) if not r.share]

@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 
 from pipeline import kernels, loading
 from pipeline.assembly import assemble
-from pipeline.checkpoint import SINGLE_NAME, Checkpoint
 from pipeline.errors import ModelError
 from pipeline.loading import load, locate
+from pipeline.models.checkpoint import SINGLE_NAME, Checkpoint
 from tests.conftest import ARCHITECTURES, write_tokenizer
 
 PROMPT = "Tell me about the sea, and about ships."

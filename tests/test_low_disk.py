@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint import INDEX_NAME, Checkpoint, CheckpointWriter
+from pipeline.models.checkpoint import INDEX_NAME, Checkpoint, CheckpointWriter
 from tests.hub import LoopbackHub
 from tests.run.conftest import TOKEN, Place
 

@@ -293,7 +293,7 @@ def test_a_model_under_an_adapter_is_scored_with_the_adapter(tiny_model):
 def test_the_output_matrix_is_found_in_the_checkpoint(tiny_model, architecture, name, adapter):
     from peft import LoraConfig, get_peft_model
 
-    from pipeline.checkpoint import Checkpoint
+    from pipeline.models.checkpoint import Checkpoint
 
     folder = tiny_model(architecture)
     model = from_stock(folder, torch.bfloat16)

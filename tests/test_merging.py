@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline import blocks, merging
-from pipeline.checkpoint import SINGLE_NAME, Checkpoint
+from pipeline import merging
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError, ModelError
-from pipeline.lora import Adapter
 from pipeline.merging import merge_checkpoint
-from pipeline.models import linear_weights, table_weights
+from pipeline.models.checkpoint import SINGLE_NAME, Checkpoint, row_blocks
+from pipeline.models.lora_adapter import Adapter
+from pipeline.models.sources import linear_weights, table_weights
 from pipeline.nf4 import HeldInNf4, rows_together
 from pipeline.quantization.stream import Variants, quantize_checkpoint
 from tests.conftest import ARCHITECTURES
@@ -108,8 +108,8 @@ BEYOND = {
 def test_whatever_else_an_adapter_carries_is_merged_as_peft_merges_it(tiny_model, trained, tmp_path, monkeypatch, what):
     from peft import PeftModel
 
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 20_000)  # every weight in several blocks
-    monkeypatch.setattr(blocks, "TILE_ELEMENTS", 3000)
+    monkeypatch.setattr(row_blocks, "BLOCK_BYTES", 20_000)  # every weight in several blocks
+    monkeypatch.setattr(row_blocks, "TILE_ELEMENTS", 3000)
     base = tiny_model("llama")
     adapter = trained(base, **BEYOND[what])
     merge_checkpoint(base, adapter, tmp_path, "bf16")
@@ -129,8 +129,8 @@ def test_blocks_of_rows_of_any_size_give_the_same_weights(tiny_model, trained, t
     for kind in ("bf16", "nf4"):
         merge_checkpoint(base, adapter, tmp_path / kind, kind, linear_weights(base))
         with monkeypatch.context() as small:
-            small.setattr(blocks, "BLOCK_BYTES", 5000)
-            small.setattr(blocks, "TILE_ELEMENTS", 1000)
+            small.setattr(row_blocks, "BLOCK_BYTES", 5000)
+            small.setattr(row_blocks, "TILE_ELEMENTS", 1000)
             merge_checkpoint(base, adapter, tmp_path / f"{kind}-small", kind, linear_weights(base))
         whole, apart = Checkpoint(tmp_path / kind), Checkpoint(tmp_path / f"{kind}-small")
         for name in whole:  # a product of other shapes may sum in another order
@@ -260,7 +260,7 @@ def test_tokenizer_and_template_come_along_and_progress_ends(tiny_model, trained
 @pytest.mark.parametrize(
     "architecture, dtype, adapter_of, block",
     [
-        ("llama", "bfloat16", {}, blocks.BLOCK_BYTES),  # untied, with biases
+        ("llama", "bfloat16", {}, row_blocks.BLOCK_BYTES),  # untied, with biases
         ("llama", "bfloat16", {"use_dora": True, "modules_to_save": ["lm_head", "embed_tokens"]}, 20_000),
         ("qwen3", "bfloat16", {}, 20_000),  # tied
         ("smollm3", "float32", {}, 20_000),  # NF4's blocks go on from row to row; the merge rounds to bf16
@@ -270,8 +270,8 @@ def test_tokenizer_and_template_come_along_and_progress_ends(tiny_model, trained
 def test_variants_made_in_the_merges_pass_are_those_of_the_merged_model_to_the_last_byte(
     tiny_model, trained, tmp_path, monkeypatch, kind, architecture, dtype, adapter_of, block
 ):
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", block)
-    monkeypatch.setattr(blocks, "TILE_ELEMENTS", 3000)
+    monkeypatch.setattr(row_blocks, "BLOCK_BYTES", block)
+    monkeypatch.setattr(row_blocks, "TILE_ELEMENTS", 3000)
     monkeypatch.setattr(merging, "SHARD_BYTES", 200_000)
     base, adapter = tiny_model(architecture, dtype), trained(tiny_model(architecture), **adapter_of)
     linear, tables = linear_weights(base), table_weights(base)

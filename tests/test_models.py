@@ -9,9 +9,9 @@ import torch
 
 from pipeline.config.schema import Model
 from pipeline.errors import ModelError
-from pipeline.models import check_source, copy_companions, fetch, linear_weights, read_config
-from pipeline.origin import Origin
-from pipeline.packaged import unpack_gguf
+from pipeline.models.packaged_gguf import unpack_gguf
+from pipeline.models.provenance import Origin
+from pipeline.models.sources import check_source, copy_companions, fetch, linear_weights, read_config
 from tests.conftest import ARCHITECTURES
 
 

@@ -11,11 +11,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from pipeline.checkpoint import Checkpoint
 from pipeline.kernels import pages, step
 from pipeline.kernels.growing import GrowingLayer
 from pipeline.kernels.pages import Room
 from pipeline.loading import load
+from pipeline.models.checkpoint import Checkpoint
 from pipeline.process import ALLOCATOR
 from tests.conftest import write_tokenizer
 

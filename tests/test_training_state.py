@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.checkpoint import read_header
 from pipeline.errors import CheckpointError
+from pipeline.models.checkpoint import read_header
 from pipeline.training_state import load_state, random_state, save_state, set_random_state
 
 

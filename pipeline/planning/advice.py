@@ -97,6 +97,6 @@ def _with(config: Config, changes: Iterable[Change]) -> Config:
 
 
 def _is_on_hub(config: Config) -> bool:
-    from pipeline.models import is_local
+    from pipeline.models.sources import is_local
 
     return not config.model.source.startswith("package:") and not is_local(config.model.source)

@@ -1,6 +1,6 @@
 """What the first bytes of a model's files say: names, shapes and types of its tensors. Imports neither torch nor gguf.
 
-`pipeline.checkpoint` reads the same headers to bring the tensors, and holds them to account; here nothing but
+`pipeline.models.checkpoint` reads the same headers to bring the tensors, and holds them to account; here nothing but
 sizes is wanted, and quickly.
 """
 

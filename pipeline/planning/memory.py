@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import Config, Lora, Train, VariantSpec
-from pipeline.layouts import layout
+from pipeline.models.layer_layouts import layout
 from pipeline.planning.model import Sizes
 from pipeline.system.hardware import compute_bytes_here, cores
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from pipeline.config.schema import PACKAGE_SOURCE, Lora, Model
 from pipeline.errors import CheckpointError, ModelError
 from pipeline.hub.download import in_one_line
-from pipeline.models import (
+from pipeline.models.packaged_gguf import find_packaged
+from pipeline.models.safe_loading import check_config
+from pipeline.models.sources import (
     ADAPTER_FILES,
     belongs_to_checkpoint,
     check_source,
@@ -20,8 +22,6 @@ from pipeline.models import (
     is_local,
     read_config,
 )
-from pipeline.opening import check_config
-from pipeline.packaged import find_packaged
 from pipeline.planning.headers import Tensor, gguf_header, safetensors_header
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"

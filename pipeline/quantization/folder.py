@@ -10,10 +10,10 @@ from types import ModuleType
 
 import torch
 
-from pipeline.checkpoint import CheckpointWriter
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import QuantizationError
-from pipeline.models import copy_companions, read_config
+from pipeline.models.checkpoint import CheckpointWriter
+from pipeline.models.sources import copy_companions, read_config
 from pipeline.quantization.formats import format_of
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.rounding import rounding

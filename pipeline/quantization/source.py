@@ -10,9 +10,9 @@ from typing import Protocol
 
 import torch
 
-from pipeline.checkpoint import SHARD_BYTES, TensorInfo
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import MissingExtra, ModelError, QuantizationError
+from pipeline.models.checkpoint import SHARD_BYTES, TensorInfo
 from pipeline.quantization.formats import format_of
 from pipeline.quantization.grid import Grid
 

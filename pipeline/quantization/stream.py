@@ -2,7 +2,7 @@
 
 Every weight comes by once, in blocks of rows; each block is rounded for every variant
 that was asked for and goes to its place in that variant's files. All cores work on
-blocks of their own (`pipeline.blocks`), and the bytes do not depend on who was first.
+blocks of their own (`pipeline.models.checkpoint.row_blocks`), and the bytes do not depend on who was first.
 The tensors are a checkpoint's, or come out of a merge (`pipeline.merging`).
 
 Here is only who gets which rows. What becomes of them is the business of each variant's
@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 
-from pipeline.blocks import Take, are_finite, blocks_of, in_disk_order, in_parallel, tiles
-from pipeline.checkpoint import SHARD_BYTES, Checkpoint
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError, MissingExtra, ModelError, QuantizationError
+from pipeline.models.checkpoint import SHARD_BYTES, Checkpoint
+from pipeline.models.checkpoint.row_blocks import Take, are_finite, blocks_of, in_disk_order, in_parallel, tiles
 from pipeline.quantization.folder import SafetensorsFolder
 from pipeline.quantization.formats.gguf import check_quantizer
 from pipeline.quantization.gguf_file import GgufFile

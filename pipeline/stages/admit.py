@@ -14,7 +14,7 @@ from pipeline.errors import GateError
 from pipeline.escalation import best
 from pipeline.events import Events
 from pipeline.gates import judge, limits, tell
-from pipeline.models import stored_bytes
+from pipeline.models.sources import stored_bytes
 from pipeline.stages import Outcome, quantize
 from pipeline.stages.inputs import full_model, model_bytes
 from pipeline.stages.quantize import files_of, parameters
@@ -172,7 +172,7 @@ def _summary(result: dict, source: int) -> dict:
 def _open(file: Path) -> None:
     """Raise where llama.cpp does not open the file, or, where that is not installed, where it is not whole."""
     from pipeline import llama_cpp
-    from pipeline.gguf_keys import read_header
+    from pipeline.models.gguf_metadata import read_header
 
     if llama_cpp.is_installed():
         llama_cpp.check(file)

@@ -11,7 +11,7 @@ from pipeline import opponent
 from pipeline.config.schema import Config
 from pipeline.events import Events
 from pipeline.live import Live
-from pipeline.opening import open_tokenizer
+from pipeline.models.safe_loading import open_tokenizer
 from pipeline.stages import Outcome
 from pipeline.system.libraries import versions
 from pipeline.workspace import Workspace

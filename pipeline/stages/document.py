@@ -15,8 +15,8 @@ from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.events import Events
-from pipeline.gguf_keys import read_dialogue
 from pipeline.hub import CARD, LINEAGE, LocalFile
+from pipeline.models.gguf_metadata import read_dialogue
 from pipeline.stages import Outcome
 from pipeline.stages.admit import is_withheld
 from pipeline.system.files import fingerprint, read_json, write_bytes
@@ -249,7 +249,7 @@ def _about(
     mirrors: Mapping[str, str] | None = None,
 ) -> About:
     from pipeline.cards import About
-    from pipeline.origin import has_chat_template
+    from pipeline.models.provenance import has_chat_template
 
     location = config.publish.repo or workspace.release.as_posix()
     files = gguf_files(workspace, variants)

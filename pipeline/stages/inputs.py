@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 from pipeline.config.schema import Config
 from pipeline.data import general_text
 from pipeline.events import Events
-from pipeline.models import stored_bytes
+from pipeline.models.sources import stored_bytes
 from pipeline.system.files import fingerprint, read_json, write_json
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
-    from pipeline.low_disk import PassingCheckpoint
+    from pipeline.models.checkpoint.shard_stream import PassingCheckpoint
 
 
 def model_depends(config: Config, workspace: Workspace) -> dict:
@@ -42,7 +42,7 @@ def text_depends(config: Config, workspace: Workspace) -> object:
 
 def base_model(config: Config, workspace: Workspace, events: Events) -> Path:
     """The folder of the base model. A branch that moves on the Hub is read once, and then stays where it was."""
-    from pipeline.models import digest_here, fetch, is_local, model_digest
+    from pipeline.models.sources import digest_here, fetch, is_local, model_digest
 
     settings, source = config.model.model_dump(), config.model.source
     here = model_digest(workspace.hashes_of(source)) if is_local(source) else None
@@ -62,7 +62,7 @@ def base_model(config: Config, workspace: Workspace, events: Events) -> Path:
 
 def adapter(config: Config, workspace: Workspace, events: Events) -> Path:
     """The folder of the adapter to merge: the one that was trained here, or the one that was brought."""
-    from pipeline.models import fetch_adapter
+    from pipeline.models.sources import fetch_adapter
 
     if config.merge.adapter is None:
         return workspace.adapter
@@ -90,7 +90,7 @@ def shard_by_shard(
     if not config.model.low_disk:
         yield None
         return
-    from pipeline.low_disk import PassingCheckpoint
+    from pipeline.models.checkpoint.shard_stream import PassingCheckpoint
 
     tell = functools.partial(events.progress, what="fetching, rounding and writing")
     scratch, revision = workspace.folder / "shards.partial", workspace.base_revision(config.model.model_dump())

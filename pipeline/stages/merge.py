@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from pipeline.config.schema import Config
 from pipeline.errors import CheckpointError, ModelError, QuantizationError
 from pipeline.events import Events
-from pipeline.opening import open_tokenizer
+from pipeline.models.safe_loading import open_tokenizer
 from pipeline.stages import Outcome
 from pipeline.stages.inputs import adapter, adapter_depends, base_model, model_depends
 from pipeline.stages.quantize import keep_written, to_write
@@ -49,7 +49,7 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
     from pipeline.merging import copy_adapter, merge_checkpoint
-    from pipeline.models import linear_weights
+    from pipeline.models.sources import linear_weights
     from pipeline.system.libraries import quiet_progress_bars
 
     quiet_progress_bars()
@@ -119,8 +119,8 @@ def _supplied_template(base: Path, workspace: Workspace) -> str | None:
 def _compare(config: Config, workspace: Workspace, events: Events, base: Path, folders: dict[str, Path]) -> dict:
     """Loss on held-out text of the live adapter and of each merged model, and KL(live || merged)."""
     from pipeline import heads, measure, texts
-    from pipeline.checkpoint import Checkpoint
     from pipeline.loading import load
+    from pipeline.models.checkpoint import Checkpoint
 
     tokenizer = texts.with_template(open_tokenizer(base), workspace)
     model = live_model(config, base, workspace.adapter)

@@ -20,7 +20,7 @@ from pickle import UnpicklingError
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.events import Events
-from pipeline.opening import open_tokenizer
+from pipeline.models.safe_loading import open_tokenizer
 from pipeline.stages import Outcome
 from pipeline.stages.inputs import base_model, model_depends, without_limit
 from pipeline.stages.quantize import check_variants
@@ -200,7 +200,7 @@ def _is_whole(checkpoint: Path) -> bool:
 
     Each kind is known to be whole by its end, for what other processes write is not in the first one's word.
     """
-    from pipeline.checkpoint import read_header
+    from pipeline.models.checkpoint import read_header
     from pipeline.training import ON_DISK
 
     if not (checkpoint / ON_DISK).is_file():

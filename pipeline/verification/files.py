@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from pipeline.hub import LINEAGE
-from pipeline.models import TOKENIZER_FILES
+from pipeline.models.sources import TOKENIZER_FILES
 from pipeline.verification.claims import ADAPTER, Claims, File, is_gguf
 from pipeline.verification.findings import Finding, Verdict, right, unknown, wrong
 from pipeline.verification.places import Place

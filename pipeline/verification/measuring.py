@@ -22,8 +22,8 @@ from pipeline.config.schema import REPO_ID, Config
 from pipeline.data import load_examples, write_examples
 from pipeline.data.sources import is_builtin, names_a_file
 from pipeline.errors import UserError
-from pipeline.models import read_config
-from pipeline.opening import check_config
+from pipeline.models.safe_loading import check_config
+from pipeline.models.sources import read_config
 from pipeline.process import as_a_user, with_own_package
 from pipeline.system.files import read_json, write_json
 from pipeline.system.libraries import versions

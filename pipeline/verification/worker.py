@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.schema import Config
 from pipeline.errors import CheckpointError, DataError, MissingExtra, UserError
-from pipeline.models import read_config
-from pipeline.opening import open_model, open_tokenizer
+from pipeline.models.safe_loading import open_model, open_tokenizer
+from pipeline.models.sources import read_config
 from pipeline.system.files import read_json, write_json
 from pipeline.system.libraries import quiet, quiet_progress_bars
 from pipeline.workspace import Workspace
@@ -132,9 +132,9 @@ def _adapter(request: dict) -> dict:
     """Does the adapter load, and fit the model at the root, which is of the same shape as its base?"""
     from peft import PeftModel
 
-    from pipeline.blocks import are_finite
-    from pipeline.checkpoint import Checkpoint
-    from pipeline.lora import Adapter
+    from pipeline.models.checkpoint import Checkpoint
+    from pipeline.models.checkpoint.row_blocks import are_finite
+    from pipeline.models.lora_adapter import Adapter
 
     folder, root = Path(request["folder"]), Path(request["reference"])
     adapter, base = Adapter.read(folder), Checkpoint(root)
@@ -182,8 +182,8 @@ def _unknown_format(folder: Path) -> str | None:
 
 def _check_whole(request: dict, folder: Path) -> None:
     """Raise where the files are not whole, so that no library could load them."""
-    from pipeline.checkpoint import Checkpoint
-    from pipeline.gguf_keys import read_header
+    from pipeline.models.checkpoint import Checkpoint
+    from pipeline.models.gguf_metadata import read_header
 
     if request["file"]:
         read_header(Path(request["file"]))

@@ -21,7 +21,7 @@ import pipeline.cards as package
 from pipeline.cards import About, folder_card, markdown, mirror_card, model_card, plot_quality
 from pipeline.cards.own_text import keep_own_text
 from pipeline.config.schema import REPO_ID
-from pipeline.origin import has_chat_template
+from pipeline.models.provenance import has_chat_template
 from tests.cards.sample import (
     BOTH,
     GGUF,

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import CheckpointError
-from pipeline.gguf_keys import read_dialogue
 from pipeline.modelfile import modelfile
+from pipeline.models.gguf_metadata import read_dialogue
 
 gguf = pytest.importorskip("gguf")
 
@@ -233,7 +233,7 @@ def test_what_is_no_gguf_or_only_half_of_one_is_named(tmp_path, file):
 
 def test_a_written_file_tells_its_template_stops_and_sampling(tiny_model, tmp_path):
     from pipeline.config.schema import VariantSpec
-    from pipeline.models import linear_weights
+    from pipeline.models.sources import linear_weights
     from pipeline.quantization.stream import quantize_checkpoint
 
     source = tmp_path / "model"

@@ -10,9 +10,9 @@ import subprocess
 import pytest
 import torch
 
-from pipeline.checkpoint import CheckpointWriter
 from pipeline.errors import CheckpointError
 from pipeline.events import Events, read_events
+from pipeline.models.checkpoint import CheckpointWriter
 from pipeline.system.files import no_room, write_json
 from tests.faults.conftest import SETTINGS
 from tests.faults.runs import WHO, write

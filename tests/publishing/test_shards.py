@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from pipeline import merging
-from pipeline.checkpoint import Checkpoint, CheckpointWriter, read_header
 from pipeline.config.schema import VariantSpec
-from pipeline.models import linear_weights
+from pipeline.models.checkpoint import Checkpoint, CheckpointWriter, read_header
+from pipeline.models.sources import linear_weights
 from pipeline.quantization.stream import quantize_checkpoint
 
 SHARD, HEADER = 200_000, 20_000

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.checkpoint import Checkpoint
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import ModelError, QuantizationError
-from pipeline.models import linear_weights, refuse_other_matrices
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.sources import linear_weights, refuse_other_matrices
 from pipeline.quantization.stream import quantize_checkpoint
 
 COMMON = {

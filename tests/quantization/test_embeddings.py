@@ -8,13 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline import heads, measure
-from pipeline.checkpoint import SINGLE_NAME, Checkpoint
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import ModelError, QuantizationError
 from pipeline.kernels.plain import PlainLinear
 from pipeline.kernels.table import Int8Embedding
 from pipeline.loading import _load_stock, load
-from pipeline.models import linear_weights, table_weights
+from pipeline.models.checkpoint import SINGLE_NAME, Checkpoint
+from pipeline.models.sources import linear_weights, table_weights
 from pipeline.quantization.formats.torchao import INT8
 from pipeline.quantization.rounding import rounding
 from pipeline.quantization.stream import quantize_checkpoint, unfit

@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.checkpoint import SINGLE_NAME
 from pipeline.config.schema import Config, VariantSpec
 from pipeline.errors import CheckpointError, QuantizationError
 from pipeline.events import Events, read_events
-from pipeline.models import linear_weights, table_weights
+from pipeline.models.checkpoint import SINGLE_NAME
+from pipeline.models.sources import linear_weights, table_weights
 from pipeline.quantization import kquants_file as kquants
 from pipeline.quantization.stream import Variants, quantize_checkpoint
 from pipeline.stages import quantize

@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.checkpoint import Checkpoint
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import QuantizationError
 from pipeline.loading import load
-from pipeline.models import linear_weights
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.sources import linear_weights
 from pipeline.quantization.formats.torchao import INT8
 from pipeline.quantization.rounding import rounding
 from pipeline.quantization.stream import quantize_checkpoint

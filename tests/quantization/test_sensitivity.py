@@ -10,7 +10,7 @@ from pipeline import heads, measure, sensitivity, texts
 from pipeline.config.builders import quantize_config
 from pipeline.errors import ConfigError, ModelError, QuantizationError
 from pipeline.loading import load
-from pipeline.models import linear_weights
+from pipeline.models.sources import linear_weights
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.rounding import rounding
 from pipeline.reporter import Reporter

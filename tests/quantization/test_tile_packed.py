@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline import blocks, kernels
-from pipeline.checkpoint import SINGLE_NAME, Checkpoint
+from pipeline import kernels
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import ModelError
 from pipeline.kernels import cuda
 from pipeline.loading import load
-from pipeline.models import linear_weights, table_weights
+from pipeline.models.checkpoint import SINGLE_NAME, Checkpoint, row_blocks
+from pipeline.models.sources import linear_weights, table_weights
 from pipeline.quantization.formats import storage, tile_packed
 from pipeline.quantization.grid import Grid, GroupQuantized
 from pipeline.quantization.rounding import rounding
@@ -211,8 +211,8 @@ def test_stock_transformers_loads_the_tiles_and_runs_them_on_a_card(releases, tm
 
 @pytest.mark.parametrize("block, tile", [(1, 1), (1000, 10_000), (10**9, 500)])
 def test_the_size_of_the_blocks_does_not_show_in_the_files(tiny_model, releases, tmp_path, monkeypatch, block, tile):
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", block)
-    monkeypatch.setattr(blocks, "TILE_ELEMENTS", tile)
+    monkeypatch.setattr(row_blocks, "BLOCK_BYTES", block)
+    monkeypatch.setattr(row_blocks, "TILE_ELEMENTS", tile)
     source = tiny_model("llama")
     specs = [VariantSpec(name="int4", packing="tile_packed").resolved(), VariantSpec(name="int8").resolved()]
     output = {spec.name: tmp_path / spec.name for spec in specs}

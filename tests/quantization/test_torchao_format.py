@@ -10,13 +10,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pipeline import blocks
-from pipeline.checkpoint import SINGLE_NAME, Checkpoint
 from pipeline.config import catalog
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import QuantizationError
 from pipeline.kernels.rounded import int8_products_are_exact
-from pipeline.models import linear_weights
+from pipeline.models.checkpoint import SINGLE_NAME, Checkpoint, row_blocks
+from pipeline.models.sources import linear_weights
 from pipeline.quantization.formats import format_of, storage
 from pipeline.quantization.formats.torchao import unpack
 from pipeline.quantization.grid import Grid
@@ -404,8 +403,8 @@ def test_the_files_are_as_small_as_promised(tmp_path, spec, width, limit):
 
 @pytest.mark.parametrize("block, tile", [(1, 1), (1000, 10_000), (10_000, 1000), (10**9, 500)])
 def test_the_size_of_the_blocks_does_not_show_in_the_files(tiny_model, tmp_path, monkeypatch, block, tile):
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", block)
-    monkeypatch.setattr(blocks, "TILE_ELEMENTS", tile)
+    monkeypatch.setattr(row_blocks, "BLOCK_BYTES", block)
+    monkeypatch.setattr(row_blocks, "TILE_ELEMENTS", tile)
     source = tiny_model("llama")
     quantize(source, tmp_path, {"name": "int4", "rounding": "rtn"}, "int8")
     monkeypatch.undo()

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from pipeline.config.loader import load_config, shipped_configs
 from pipeline.config.schema import Config
-from pipeline.models import linear_weights
+from pipeline.models.sources import linear_weights
 from pipeline.quantization.formats import storage
 from tests.run.conftest import RECIPES
 

@@ -18,7 +18,7 @@ from pipeline.data import load_examples
 from pipeline.errors import DataError
 from pipeline.events import Events
 from pipeline.live import Live
-from pipeline.models import digest_here
+from pipeline.models.sources import digest_here
 from pipeline.stages.inputs import base_model
 from pipeline.workspace import Workspace
 from tests.hub import LoopbackHub

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint import Checkpoint
 from pipeline.cli import main
 from pipeline.config.builders import quantize_config
 from pipeline.errors import ConfigError, StageFailed
+from pipeline.models.checkpoint import Checkpoint
 from pipeline.run import run
 from pipeline.workspace import Workspace
 from tests.hub import LoopbackHub

@@ -7,9 +7,9 @@ import json
 import pytest
 import yaml
 
-from pipeline.checkpoint import Checkpoint
 from pipeline.config.loader import load_config, parse_config
-from pipeline.models import linear_weights
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.sources import linear_weights
 from tests.run.conftest import RECIPES
 
 # Run on demand; in every suite the published run answers for them.

@@ -46,8 +46,8 @@ def test_both_merges_are_compared_with_the_live_adapter_and_the_better_is_kept(e
 
 
 def test_no_layer_is_left_out_where_the_group_size_does_not_divide(unpublished):
-    from pipeline.checkpoint import Checkpoint
-    from pipeline.models import linear_weights
+    from pipeline.models.checkpoint import Checkpoint
+    from pipeline.models.sources import linear_weights
 
     linear = linear_weights(unpublished.release)
     for variant in ("int8", "int4"):

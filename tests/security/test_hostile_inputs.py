@@ -101,7 +101,7 @@ def test_a_name(survives, place, name, of):
     from pipeline.data.sources import locate
     from pipeline.launch import read_launch
     from pipeline.loading import locate as find_model
-    from pipeline.models import check_adapter, check_source
+    from pipeline.models.sources import check_adapter, check_source
     from pipeline.workspace import Workspace
 
     tree = {"name": "tiny", "model": {"source": "user/model"}, "data": {"source": "x.jsonl"}}
@@ -159,7 +159,7 @@ WEIGHTS = {
 
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_the_header_of_weights(survives, place, name):
-    from pipeline.checkpoint import Checkpoint
+    from pipeline.models.checkpoint import Checkpoint
     from pipeline.planning.headers import safetensors_header
 
     (place / "model.safetensors").write_bytes(WEIGHTS[name])
@@ -188,7 +188,7 @@ INDEXES = [
 
 @pytest.mark.parametrize("file", INDEXES, ids=repr)
 def test_an_index_that_points_elsewhere(survives, place, file):
-    from pipeline.checkpoint import Checkpoint
+    from pipeline.models.checkpoint import Checkpoint
     from pipeline.planning.model import _shards
 
     content = json.dumps({"weight_map": {"w": file}})
@@ -225,7 +225,7 @@ FILES_OF_LLAMA_CPP = {
 
 @pytest.mark.parametrize("name", FILES_OF_LLAMA_CPP)
 def test_a_file_for_llama_cpp(survives, place, name):
-    from pipeline.gguf_keys import read_dialogue, read_header
+    from pipeline.models.gguf_metadata import read_dialogue, read_header
     from pipeline.planning.headers import gguf_header
 
     path = place / "x.gguf"
@@ -290,7 +290,7 @@ OURS = "---\nlicense: mit\ntags:\n- int8\nmodel-index:\n- name: x\n  results: []
 @pytest.mark.parametrize("name", CARDS)
 def test_the_metadata_of_a_card(survives, place, name):
     from pipeline.cards.front_matter import merge, only
-    from pipeline.origin import read_origin
+    from pipeline.models.provenance import read_origin
 
     survives(lambda: merge("license: mit\ntags: [int8]\n", CARDS[name]))
     survives(lambda: only(CARDS[name], ["license"]))
@@ -335,7 +335,7 @@ def test_an_adapter(survives, place, name):
     import torch
     from safetensors.torch import save_file
 
-    from pipeline.lora import Adapter
+    from pipeline.models.lora_adapter import Adapter
 
     factors = {"lora_A": torch.ones(2, 4), "lora_B": torch.ones(4, 2)}
     save_file(
@@ -346,7 +346,7 @@ def test_an_adapter(survives, place, name):
 
 
 def test_an_adapter_that_is_a_pickle(survives, place):
-    from pipeline.models import check_adapter
+    from pipeline.models.sources import check_adapter
 
     (place / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (place / "adapter_model.bin").write_bytes(PICKLE)
@@ -424,7 +424,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_configuration_of_a_model(survives, place, tiny_model, name):
-    from pipeline.models import check_source, linear_weights
+    from pipeline.models.sources import check_source, linear_weights
 
     more, reason = SETTINGS[name]
     folder = own_copy(tiny_model, place)
@@ -452,7 +452,7 @@ TOKENIZERS = {
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_settings_of_a_tokenizer(survives, place, tiny_model, name):
     from pipeline.loading import locate
-    from pipeline.opening import open_tokenizer
+    from pipeline.models.safe_loading import open_tokenizer
 
     folder = own_copy(tiny_model, place)
     content = json.loads((folder / "tokenizer_config.json").read_text())
@@ -467,7 +467,7 @@ def test_the_settings_of_a_tokenizer(survives, place, tiny_model, name):
 
 @pytest.mark.parametrize("content", [b"", PICKLE, DEEP, b"{}", b'{"model": {"type": "x"}}', b"[]"], ids=range(6))
 def test_a_tokenizer(survives, place, tiny_model, content):
-    from pipeline.opening import open_tokenizer
+    from pipeline.models.safe_loading import open_tokenizer
 
     folder = own_copy(tiny_model, place)
     (folder / "tokenizer.json").write_bytes(content)
@@ -475,7 +475,7 @@ def test_a_tokenizer(survives, place, tiny_model, content):
 
 
 def test_a_tokenizer_that_can_do_without_its_code_is_published_without_it(place, tiny_model):
-    from pipeline.models import copy_companions
+    from pipeline.models.sources import copy_companions
 
     folder = own_copy(tiny_model, place)
     content = json.loads((folder / "tokenizer_config.json").read_text())
@@ -491,7 +491,7 @@ def test_a_tokenizer_that_can_do_without_its_code_is_published_without_it(place,
 
 @pytest.mark.parametrize("name", ["LICENSE", "tokenizer.json", "chat_template.jinja", "generation_config.json"])
 def test_a_link_to_a_private_file_is_not_published(survives, place, tiny_model, name):
-    from pipeline.models import copy_companions
+    from pipeline.models.sources import copy_companions
 
     (place.parent / "private").write_text("not for you")
     folder = own_copy(tiny_model, place)
@@ -531,7 +531,7 @@ def test_training_does_not_open_a_pickle_either(survives, place, tiny_model):
 
 def test_an_adapter_beside_a_model_does_not_lead_to_another(survives, place, tiny_model):
     from pipeline.loading import locate
-    from pipeline.models import check_source
+    from pipeline.models.sources import check_source
 
     folder = own_copy(tiny_model, place)
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/else", "peft_type": "LORA"}')
@@ -565,7 +565,7 @@ TEMPLATES = [
 @pytest.mark.parametrize("template", TEMPLATES, ids=range(len(TEMPLATES)))
 def test_a_chat_template(survives, place, tiny_model, template):
     from pipeline.data.chat import ChatTemplate
-    from pipeline.opening import open_tokenizer
+    from pipeline.models.safe_loading import open_tokenizer
     from pipeline.turns import find_turns
 
     tokenizer = open_tokenizer(tiny_model("llama"))
@@ -602,7 +602,7 @@ FILES = [
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_in_a_repository_that_is_not_fetched(name):
-    from pipeline.models import belongs_to_checkpoint
+    from pipeline.models.sources import belongs_to_checkpoint
 
     assert not belongs_to_checkpoint(name) or name == "..json"
 

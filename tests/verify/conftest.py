@@ -132,7 +132,7 @@ def _do(workspace: Workspace, key: str, work: Callable) -> None:
 def _measured(folder: Path, config: Config) -> dict:
     from pipeline import measure, texts
     from pipeline.loading import load
-    from pipeline.models import stored_bytes
+    from pipeline.models.sources import stored_bytes
 
     model, tokenizer = load(folder, device="cpu")
     sequences = texts.general(config, tokenizer)

@@ -173,7 +173,7 @@ def test_the_tokenizer_of_one_variant_changed_and_the_hash_rewritten(release, tm
 def test_a_gguf_is_measured_in_llama_cpp_again(release, tmp_path):
     pytest.importorskip("llama_cpp")
     from pipeline.config.schema import VariantSpec
-    from pipeline.models import linear_weights, table_weights
+    from pipeline.models.sources import linear_weights, table_weights
     from pipeline.quantization.stream import quantize_checkpoint
 
     name, path, root = "gguf-q8_0", "gguf/demo-Q8_0.gguf", release.folder

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from pipeline.config.schema import VariantSpec
-from pipeline.models import linear_weights, table_weights
+from pipeline.models.sources import linear_weights, table_weights
 from pipeline.process import with_own_package
 from pipeline.quantization.stream import quantize_checkpoint
 from pipeline.system.files import sha256

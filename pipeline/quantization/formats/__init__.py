@@ -26,9 +26,9 @@ from types import ModuleType
 
 import torch
 
-from pipeline.checkpoint import Checkpoint
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import VariantSpec
+from pipeline.models.checkpoint import Checkpoint
 from pipeline.quantization.formats import gguf, tile_packed, torchao
 from pipeline.quantization.grid import GroupQuantized
 

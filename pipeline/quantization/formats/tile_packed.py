@@ -22,10 +22,10 @@ from collections.abc import Collection, Iterable, Mapping
 
 import torch
 
-from pipeline.checkpoint import Checkpoint
 from pipeline.config.catalog import GROUP_SIZES
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError
+from pipeline.models.checkpoint import Checkpoint
 from pipeline.quantization.formats import torchao
 from pipeline.quantization.grid import Grid, GroupQuantized
 

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pipeline.checkpoint import Checkpoint
 from pipeline.config.catalog import GROUP_SIZES, VARIANTS
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError, ModelError, QuantizationError
-from pipeline.models import PLAIN_TABLE, embedding_kind
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.sources import PLAIN_TABLE, embedding_kind
 from pipeline.quantization.grid import Grid, GroupQuantized, fitting_group_size, pack_nibbles, unpack_nibbles
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import torch
 
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import VariantSpec
-from pipeline.models import linear_weights, table_weights
+from pipeline.models.sources import linear_weights, table_weights
 from pipeline.quantization.stream import quantize_checkpoint
 
 TYPES = [name for name, variant in VARIANTS.items() if variant.format == "gguf" and not variant.quantizer]

@@ -8,11 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline import blocks
-from pipeline.checkpoint import SINGLE_NAME
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import MissingExtra, ModelError, QuantizationError
-from pipeline.models import linear_weights, table_weights
+from pipeline.models.checkpoint import SINGLE_NAME, row_blocks
+from pipeline.models.sources import linear_weights, table_weights
 from pipeline.quantization.source import unfit
 from pipeline.quantization.stream import Variants, quantize_checkpoint
 from tests.quantization.gguf.conftest import TYPES
@@ -31,8 +30,8 @@ def quantize(source, folder, *variants, **options):
 
 @pytest.mark.parametrize("block, tile", [(2000, 10_000), (10**9, 500)])
 def test_one_pass_in_any_blocks_makes_the_same_files(tiny_model, written, tmp_path, monkeypatch, block, tile):
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", block)
-    monkeypatch.setattr(blocks, "TILE_ELEMENTS", tile)
+    monkeypatch.setattr(row_blocks, "BLOCK_BYTES", block)
+    monkeypatch.setattr(row_blocks, "TILE_ELEMENTS", tile)
     source = tiny_model("llama")
     quantize(source, tmp_path, "int8", "int4", *TYPES)
     monkeypatch.undo()

@@ -4,9 +4,9 @@ import struct
 
 import pytest
 
-from pipeline import gguf_keys
 from pipeline.errors import CheckpointError
-from pipeline.gguf_keys import read_dialogue, read_header
+from pipeline.models import gguf_metadata
+from pipeline.models.gguf_metadata import read_dialogue, read_header
 from tests.quantization.gguf.conftest import TYPES
 
 NUMBER, TEXT, ARRAY = 4, 8, 9
@@ -30,7 +30,7 @@ def test_it_is_what_the_official_package_reads(tiny_model, written, variant):
 def test_the_types_of_k_quants_are_as_large_as_the_official_package_says():
     gguf = pytest.importorskip("gguf")
     sizes = {kind.value: (kind.name, *gguf.GGML_QUANT_SIZES[kind]) for kind in gguf.GGMLQuantizationType}
-    assert gguf_keys._TYPES.items() <= sizes.items()
+    assert gguf_metadata._TYPES.items() <= sizes.items()
 
 
 def text(value):

@@ -8,11 +8,11 @@ import subprocess
 import pytest
 from safetensors.torch import load_file, save_file
 
-from pipeline.checkpoint import SINGLE_NAME
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import MissingExtra, QuantizationError
-from pipeline.models import linear_weights
+from pipeline.models.checkpoint import SINGLE_NAME
+from pipeline.models.sources import linear_weights
 from pipeline.quantization import kquants_file as kquants
 from pipeline.quantization.source import unfit
 from pipeline.quantization.stream import Variants

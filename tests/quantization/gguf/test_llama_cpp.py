@@ -8,11 +8,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pipeline import llama_cpp
-from pipeline.checkpoint import SINGLE_NAME
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import ModelError, QuantizationError
 from pipeline.loading import load_dequantized
-from pipeline.models import linear_weights, table_weights
+from pipeline.models.checkpoint import SINGLE_NAME
+from pipeline.models.sources import linear_weights, table_weights
 from pipeline.quantization.formats import gguf
 from pipeline.quantization.formats.gguf import check
 from pipeline.quantization.formats.gguf.names import ARCHITECTURES, BIASES

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from pipeline import measure
-from pipeline.checkpoint import Checkpoint
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError, ModelError
 from pipeline.loading import load, load_dequantized
-from pipeline.models import linear_weights, table_weights
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.sources import linear_weights, table_weights
 from pipeline.quantization.formats import gguf
 from pipeline.quantization.formats.gguf.reader import GgufWeights
 from pipeline.quantization.rounding import rounding

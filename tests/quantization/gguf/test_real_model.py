@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config.schema import Model
-from pipeline.models import fetch
+from pipeline.models.sources import fetch
 from tests.quantization.gguf.conftest import TYPES
 from tests.quantization.gguf.test_llama_cpp import OFF, off
 from tests.quantization.gguf.test_llama_cpp import reference as dequantized

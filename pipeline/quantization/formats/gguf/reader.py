@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.blocks import tiles
-from pipeline.checkpoint import TensorInfo
 from pipeline.errors import CheckpointError
-from pipeline.gguf_keys import read_header
+from pipeline.models.checkpoint import TensorInfo
+from pipeline.models.checkpoint.row_blocks import tiles
+from pipeline.models.gguf_metadata import read_header
 from pipeline.quantization.formats.gguf.blocks import PLAIN
 from pipeline.quantization.formats.gguf.names import architecture_named, as_in_checkpoint, library, stored_names
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from pipeline.checkpoint.header import DTYPE_NAMES, INDEX_NAME, SHARD_BYTES, SINGLE_NAME, TensorInfo
-from pipeline.checkpoint.placing import is_covered, put
 from pipeline.errors import CheckpointError
+from pipeline.models.checkpoint.header import DTYPE_NAMES, INDEX_NAME, SHARD_BYTES, SINGLE_NAME, TensorInfo
+from pipeline.models.checkpoint.placing import is_covered, put
 from pipeline.system.files import write_json
 
 

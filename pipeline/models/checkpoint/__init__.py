@@ -5,7 +5,7 @@ rows, and an output's headers are planned before its first byte is written, so t
 every piece has its place. Format: https://github.com/huggingface/safetensors#format
 """
 
-from pipeline.checkpoint.header import (
+from pipeline.models.checkpoint.header import (
     DTYPES,
     INDEX_NAME,
     SHARD_BYTES,
@@ -15,8 +15,8 @@ from pipeline.checkpoint.header import (
     header_length,
     read_header,
 )
-from pipeline.checkpoint.reader import Checkpoint, shard_files
-from pipeline.checkpoint.writer import CheckpointWriter
+from pipeline.models.checkpoint.reader import Checkpoint, shard_files
+from pipeline.models.checkpoint.writer import CheckpointWriter
 
 __all__ = [
     "DTYPES",

@@ -9,7 +9,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from pipeline.errors import MissingExtra, ModelError
-from pipeline.origin import Origin, text, texts
+from pipeline.models.provenance import Origin, text, texts
 from pipeline.system.command_names import install
 from pipeline.system.files import replace_folder
 from pipeline.system.libraries import is_installed, quiet
@@ -73,7 +73,7 @@ def dequantize(file: Path, folder: Path, off_grid: bool = True) -> None:
     """Write the model in a GGUF as an ordinary bf16 checkpoint.
 
     Args:
-        off_grid: reorder its channels, as `pipeline.regrid` does.
+        off_grid: reorder its channels, as `pipeline.models.channel_shuffle` does.
 
     Raises:
         ModelError: for an architecture whose channels cannot be reordered here.
@@ -81,7 +81,7 @@ def dequantize(file: Path, folder: Path, off_grid: bool = True) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    from pipeline.regrid import reorder_channels
+    from pipeline.models.channel_shuffle import reorder_channels
 
     model = AutoModelForCausalLM.from_pretrained(
         file.parent,

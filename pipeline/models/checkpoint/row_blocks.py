@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from pipeline.checkpoint import Checkpoint
+from pipeline.models.checkpoint import Checkpoint
 from pipeline.system.hardware import cores
 
 # Bytes of a weight that are read at a time: long enough for a disk, and a small part of any memory.

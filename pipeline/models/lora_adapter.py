@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from pipeline.blocks import tiles
-from pipeline.checkpoint import Checkpoint
 from pipeline.errors import ModelError
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.checkpoint.row_blocks import tiles
 
 PREFIX = "base_model.model."
 # What an adapter may carry beyond this; none of it is merged here.

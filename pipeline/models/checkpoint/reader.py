@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from pipeline.checkpoint.header import INDEX_NAME, SINGLE_NAME, TensorInfo, once_each, read_header
 from pipeline.errors import CheckpointError
+from pipeline.models.checkpoint.header import INDEX_NAME, SINGLE_NAME, TensorInfo, once_each, read_header
 
 _NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 

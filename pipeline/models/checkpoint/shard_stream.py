@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from pipeline.checkpoint import Checkpoint, TensorInfo, check_header, header_length, read_header, shard_files
 from pipeline.errors import CheckpointError
 from pipeline.hub.download import in_one_line, meter
 from pipeline.hub.retry import insist
+from pipeline.models.checkpoint import Checkpoint, TensorInfo, check_header, header_length, read_header, shard_files
 from pipeline.system.files import empty_folder, sha256
 
 SHARDS_AT_A_TIME = 2

@@ -8,8 +8,8 @@ from pathlib import Path
 from pipeline.errors import ModelError
 from pipeline.hub.download import in_one_line
 from pipeline.hub.retry import insist
-from pipeline.models import ADAPTER_FILES, read_config
-from pipeline.opening import check_config
+from pipeline.models.safe_loading import check_config
+from pipeline.models.sources import ADAPTER_FILES, read_config
 from pipeline.system.command_names import command
 
 

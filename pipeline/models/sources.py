@@ -16,10 +16,10 @@ from pipeline.config.catalog import GROUP_SIZES
 from pipeline.config.schema import PACKAGE_SOURCE, REPO_ID, Model
 from pipeline.errors import ModelError
 from pipeline.hub.download import download
-from pipeline.layouts import Layout, layout
-from pipeline.opening import check_beside, check_config, open_config, read_settings
-from pipeline.origin import Origin, read_origin
-from pipeline.packaged import find_packaged, unpack_gguf
+from pipeline.models.layer_layouts import Layout, layout
+from pipeline.models.packaged_gguf import find_packaged, unpack_gguf
+from pipeline.models.provenance import Origin, read_origin
+from pipeline.models.safe_loading import check_beside, check_config, open_config, read_settings
 from pipeline.system.files import fingerprint, sha256
 
 # Everything at a repository's root that belongs to a checkpoint, and no pickle among it.
@@ -118,7 +118,7 @@ def fetch_adapter(
 def linear_weights(folder: Path) -> dict[str, tuple[int, int]]:
     """Return names and shapes (N, K) of the weights that may be quantized: linear layers without the output head.
 
-    `pipeline.layouts` tells them for well-known architectures; other models are built with transformers, on the
+    `pipeline.models.layer_layouts` tells them for well-known architectures; other models are built with transformers, on the
     meta device, which takes seconds to import and no memory for weights.
 
     Raises:

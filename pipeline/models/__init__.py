@@ -1,0 +1,1 @@
+"""Base models: find, check and open them safely; read and write their checkpoints."""
