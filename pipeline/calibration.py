@@ -234,7 +234,7 @@ def _roundings() -> Iterator[tuple[str, float]]:
     from pipeline.config.schema import VariantSpec
     from pipeline.models.checkpoint.row_blocks import in_parallel
     from pipeline.quantization.formats import format_of
-    from pipeline.quantization.rounding import rounding
+    from pipeline.quantization.roundings import rounding
     from pipeline.system.hardware import cores
 
     rows = torch.randn(256, 2048, dtype=torch.bfloat16) * 0.02

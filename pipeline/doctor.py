@@ -132,7 +132,7 @@ def kernels() -> dict[str, str]:
 
     from pipeline.kernels import linear, runs_as_stored
     from pipeline.quantization.formats.torchao import INT8, grouped
-    from pipeline.quantization.rounding import rounding
+    from pipeline.quantization.roundings import rounding
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = {}

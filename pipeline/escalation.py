@@ -40,7 +40,7 @@ def ladder(asked: VariantSpec, linear: Shapes, tables: Shapes, folder: Path) -> 
         linear, tables: as `models.linear_weights` and `models.table_weights` find them.
         folder: of the full-precision model, which not every variant can be made of.
     """
-    from pipeline.quantization.source import unfit
+    from pipeline.quantization.layers import unfit
 
     specs = [(spec, 0.0) for spec in _specs(asked) if not unfit(spec, linear, folder)]
     if asked.name == "int4" and asked.packing != "tile_packed" and not asked.int8:
@@ -112,7 +112,7 @@ def best(tried: Sequence[Mapping]) -> Mapping:
 def _bytes(spec: VariantSpec, share: float, linear: Shapes, tables: Shapes) -> float:
     """Bytes of linear layers and tables; what else a model has is the same in all its variants."""
     from pipeline.quantization.formats import format_of
-    from pipeline.quantization.source import layer_grids
+    from pipeline.quantization.layers import layer_grids
 
     if VARIANTS[spec.name].format == "gguf":  # whose rungs are of one size
         return 0.0

@@ -97,7 +97,7 @@ def sensitivity(
     from pipeline.loading import device_named, load
     from pipeline.models.sources import linear_weights
     from pipeline.offloading import check_fits
-    from pipeline.quantization.source import layer_grids
+    from pipeline.quantization.layers import layer_grids
 
     linear = linear_weights(folder)
     grids, _ = layer_grids(spec.model_copy(update={"keep": []}), linear)
@@ -156,6 +156,6 @@ def draw(layers: list[dict], title: str, path: Path) -> None:
 
 def _rounded(weight: torch.Tensor, grid: object, how: str) -> torch.Tensor:
     """The numbers that a weight becomes in a variant; rounded where its rows lie."""
-    from pipeline.quantization.rounding import rounding
+    from pipeline.quantization.roundings import rounding
 
     return rounding(how)(weight.cpu(), grid).dequantize(weight.dtype).to(weight.device)

@@ -101,7 +101,7 @@ def make(folder: Path, size: str, sides: list[str]) -> None:
     quiet()
     from pipeline.config.schema import VariantSpec
     from pipeline.models.sources import linear_weights, table_weights
-    from pipeline.quantization.stream import quantize_checkpoint
+    from pipeline.quantization.writer import quantize_checkpoint
 
     if not (folder / "config.json").is_file():
         random_checkpoint(folder, size, shards=1)
@@ -225,7 +225,7 @@ def layers() -> list[dict]:
     from pipeline.kernels.products import FEW_ROWS, many_rows, product_dtype
     from pipeline.quantization.formats.torchao import INT8
     from pipeline.quantization.grid import Grid
-    from pipeline.quantization.rounding import rounding
+    from pipeline.quantization.roundings import rounding
 
     def least(function, x) -> float:
         times = []

@@ -95,7 +95,7 @@ def make(folder: Path, scratch: Path, types: list[str]) -> dict[tuple[str, str],
     """The files by type and by what filled them."""
     from pipeline.config.schema import VariantSpec
     from pipeline.models.sources import linear_weights, table_weights
-    from pipeline.quantization.stream import quantize_checkpoint
+    from pipeline.quantization.writer import quantize_checkpoint
 
     linear, tables = linear_weights(folder), table_weights(folder)
     made = {}

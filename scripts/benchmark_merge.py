@@ -56,7 +56,7 @@ linear = linear_weights(base)
 variants = None
 if rounding := sys.argv[5:]:
     from pipeline.config.schema import VariantSpec
-    from pipeline.quantization.stream import Variants
+    from pipeline.quantization.writer import Variants
 
     specs = [VariantSpec(name="int8").resolved(), VariantSpec(name="int4", rounding=rounding[0]).resolved()]
     variants = Variants(specs, {s.name: output / s.name for s in specs}, linear)

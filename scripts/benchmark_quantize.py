@@ -29,7 +29,7 @@ quiet()
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import VariantSpec
 from pipeline.models.sources import linear_weights, table_weights
-from pipeline.quantization.stream import quantize_checkpoint
+from pipeline.quantization.writer import quantize_checkpoint
 
 source, output, rounding, names = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4].split(",")
 takes = {name: VARIANTS[name].bits < 8 and rounding in VARIANTS[name].roundings for name in names}

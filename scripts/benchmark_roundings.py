@@ -59,7 +59,7 @@ def measure(source: str, scratch: Path, every: int) -> list[dict]:
     from pipeline.models.sources import fetch, linear_weights
     from pipeline.quantization.formats.torchao import grid
     from pipeline.quantization.grid import fitting_group_size
-    from pipeline.quantization.rounding import rounding
+    from pipeline.quantization.roundings import rounding
 
     folder, _ = fetch(Model(source=source), scratch / "model")
     model = open_model(folder, dtype=torch.bfloat16)

@@ -144,7 +144,7 @@ def quantized(tmp_path_factory) -> Callable[..., Path]:
     """
     from pipeline.config.schema import VariantSpec
     from pipeline.models.sources import linear_weights, table_weights
-    from pipeline.quantization.stream import quantize_checkpoint
+    from pipeline.quantization.writer import quantize_checkpoint
 
     made: dict[tuple, Path] = {}
 
@@ -173,7 +173,7 @@ def dequantized() -> Callable:
     from pipeline.kernels.plain import quicken_linears
     from pipeline.models.sources import linear_weights
     from pipeline.quantization.formats import format_of
-    from pipeline.quantization.rounding import rounding
+    from pipeline.quantization.roundings import rounding
 
     def make(source: Path, variant: str, keep: tuple[str, ...] = (), **spec):
         asked = VariantSpec(name=variant, **spec).resolved()

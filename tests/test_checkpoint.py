@@ -418,7 +418,7 @@ def test_of_a_damaged_checkpoint_nothing_is_made(model_copy, tmp_path, verb, hur
     from pipeline.errors import UserError
     from pipeline.merging import merge_checkpoint
     from pipeline.models.sources import linear_weights
-    from pipeline.quantization.stream import quantize_checkpoint
+    from pipeline.quantization.writer import quantize_checkpoint
 
     change, said = HURT[hurt]
     linear, path, out = linear_weights(model_copy), model_copy / SINGLE_NAME, tmp_path / "out"
@@ -434,7 +434,7 @@ def test_of_a_damaged_checkpoint_nothing_is_made(model_copy, tmp_path, verb, hur
 def test_a_checkpoint_that_is_cut_while_it_is_read_leaves_no_weights(model_copy, tmp_path, monkeypatch):
     from pipeline.config.schema import VariantSpec
     from pipeline.models.sources import linear_weights
-    from pipeline.quantization.stream import quantize_checkpoint
+    from pipeline.quantization.writer import quantize_checkpoint
 
     def cut(done, total):
         with open(model_copy / SINGLE_NAME, "r+b") as file:

@@ -7,7 +7,7 @@ from pipeline import kernels
 from pipeline.kernels import cpu, cuda, products
 from pipeline.quantization.formats.torchao import INT8
 from pipeline.quantization.grid import Grid, GroupQuantized
-from pipeline.quantization.rounding import rounding
+from pipeline.quantization.roundings import rounding
 
 CPU = torch.device("cpu")
 SWITCHES = (cpu.INT8_KERNEL_TOKENS, cpu.INT8_GROUP_KERNEL_TOKENS, cpu.INT4_KERNEL_TOKENS)

@@ -16,7 +16,7 @@ from pipeline.models import layer_layouts, sources
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.layer_layouts import ARCHITECTURES, layout
 from pipeline.models.sources import PLAIN_TABLE, embedding_kind, linear_weights, refuse_other_matrices, table_weights
-from pipeline.quantization.stream import quantize_checkpoint
+from pipeline.quantization.writer import quantize_checkpoint
 from tests.conftest import ARCHITECTURES as WRITTEN
 
 SIZES = {
@@ -207,7 +207,7 @@ import sys
 from pathlib import Path
 from pipeline.config.schema import VariantSpec
 from pipeline.models.sources import linear_weights, refuse_other_matrices, table_weights
-from pipeline.quantization.stream import quantize_checkpoint
+from pipeline.quantization.writer import quantize_checkpoint
 
 output, *sources = map(Path, sys.argv[1:])
 specs = [VariantSpec(name=name).resolved() for name in ("int8", "int4")]

@@ -17,7 +17,7 @@ from pipeline.models.checkpoint import SINGLE_NAME, Checkpoint, row_blocks
 from pipeline.models.lora_adapter import Adapter
 from pipeline.models.sources import linear_weights, table_weights
 from pipeline.nf4 import HeldInNf4, rows_together
-from pipeline.quantization.stream import Variants, quantize_checkpoint
+from pipeline.quantization.writer import Variants, quantize_checkpoint
 from tests.conftest import ARCHITECTURES
 
 RANK, ALPHA = 4, 12

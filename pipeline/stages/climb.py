@@ -129,7 +129,7 @@ class Climb:
 
     def _make(self, spec: VariantSpec, label: str) -> None:
         from pipeline.models.sources import linear_weights, table_weights
-        from pipeline.quantization.stream import Variants
+        from pipeline.quantization.writer import Variants
 
         tables = table_weights(self._full) if spec.embeddings == "int8" else {}
         folders, linear = {self._name: empty_folder(self._folder)}, linear_weights(self._full)

@@ -26,7 +26,7 @@ from pipeline.system.libraries import versions
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
-    from pipeline.quantization.stream import VariantFiles, Variants
+    from pipeline.quantization.writer import VariantFiles, Variants
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 

@@ -24,7 +24,7 @@ from pipeline.system.libraries import is_installed, versions
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
-    from pipeline.quantization.stream import VariantFiles, Variants
+    from pipeline.quantization.writer import VariantFiles, Variants
 
 LIBRARIES = {  # whose versions can change the bytes of what a format or a quantizer makes
     "torchao": ("torch", "torchao", "transformers"),
@@ -121,7 +121,7 @@ def to_write(
         ModelError: where none can be made of such a model.
     """
     from pipeline.models.sources import refuse_other_matrices, table_weights
-    from pipeline.quantization.stream import Variants, unfit
+    from pipeline.quantization.writer import Variants, unfit
 
     for name in names:  # files of an earlier try make room
         shutil.rmtree(workspace.quantized / name, ignore_errors=True)

@@ -234,7 +234,7 @@ def test_what_is_no_gguf_or_only_half_of_one_is_named(tmp_path, file):
 def test_a_written_file_tells_its_template_stops_and_sampling(tiny_model, tmp_path):
     from pipeline.config.schema import VariantSpec
     from pipeline.models.sources import linear_weights
-    from pipeline.quantization.stream import quantize_checkpoint
+    from pipeline.quantization.writer import quantize_checkpoint
 
     source = tmp_path / "model"
     shutil.copytree(tiny_model("llama"), source)

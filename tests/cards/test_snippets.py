@@ -32,7 +32,7 @@ print("layers:", sorted({{type(m.weight).__name__ for m in model.modules() if is
 @pytest.fixture(scope="module")
 def release(tmp_path_factory) -> Path:
     """A tiny random Llama at the root and its variants in folders, as a run leaves them."""
-    from pipeline.quantization.stream import quantize_checkpoint
+    from pipeline.quantization.writer import quantize_checkpoint
 
     folder = tmp_path_factory.mktemp("release")
     _tokenizer().save_pretrained(folder)
@@ -141,7 +141,7 @@ def _check_logits(path: Path, folder: Path) -> None:
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_the_int4_snippet_takes_int8_embeddings_too(release, tmp_path, tied):
     from pipeline.models.sources import table_weights
-    from pipeline.quantization.stream import quantize_checkpoint
+    from pipeline.quantization.writer import quantize_checkpoint
 
     model = transformers.AutoModelForCausalLM.from_pretrained(release, dtype="auto", tie_word_embeddings=tied)
     if tied:
@@ -190,7 +190,7 @@ def gguf(release) -> Path:
     """A variant of GGUF in the same release."""
     pytest.importorskip("gguf")
     from pipeline.models.sources import table_weights
-    from pipeline.quantization.stream import quantize_checkpoint
+    from pipeline.quantization.writer import quantize_checkpoint
 
     spec, made = VariantSpec(name="gguf-q8_0").resolved(), {"gguf-q8_0": release / "gguf"}
     quantize_checkpoint(release, [spec], made, linear_weights(release), tables=table_weights(release), name="demo")

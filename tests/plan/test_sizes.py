@@ -74,7 +74,7 @@ def test_gguf_is_as_large_as_planned(tiny_model, tmp_path, variant):
     from gguf import GGUFReader
 
     from pipeline.models.sources import linear_weights, table_weights
-    from pipeline.quantization.stream import Variants
+    from pipeline.quantization.writer import Variants
 
     folder = tiny_model("qwen3")
     spec = VariantSpec(name=variant).resolved()
@@ -91,7 +91,7 @@ def test_gguf_is_as_large_as_planned(tiny_model, tmp_path, variant):
 def test_k_quants_are_about_as_large_as_planned(tiny_model, tmp_path, variant):
     pytest.importorskip("llama_cpp")
     from pipeline.models.sources import linear_weights
-    from pipeline.quantization.stream import Variants
+    from pipeline.quantization.writer import Variants
 
     folder = tiny_model("llama", hidden_size=256, intermediate_size=768)
     spec = VariantSpec(name=variant).resolved()

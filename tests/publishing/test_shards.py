@@ -12,7 +12,7 @@ from pipeline import merging
 from pipeline.config.schema import VariantSpec
 from pipeline.models.checkpoint import Checkpoint, CheckpointWriter, read_header
 from pipeline.models.sources import linear_weights
-from pipeline.quantization.stream import quantize_checkpoint
+from pipeline.quantization.writer import quantize_checkpoint
 
 SHARD, HEADER = 200_000, 20_000
 

@@ -13,7 +13,7 @@ from pipeline.config.schema import VariantSpec
 from pipeline.errors import ModelError, QuantizationError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.sources import linear_weights, refuse_other_matrices
-from pipeline.quantization.stream import quantize_checkpoint
+from pipeline.quantization.writer import quantize_checkpoint
 
 COMMON = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,

@@ -16,8 +16,8 @@ from pipeline.loading import _load_stock, load
 from pipeline.models.checkpoint import SINGLE_NAME, Checkpoint
 from pipeline.models.sources import linear_weights, table_weights
 from pipeline.quantization.formats.torchao import INT8
-from pipeline.quantization.rounding import rounding
-from pipeline.quantization.stream import quantize_checkpoint, unfit
+from pipeline.quantization.roundings import rounding
+from pipeline.quantization.writer import quantize_checkpoint, unfit
 from tests.conftest import ARCHITECTURES
 
 PLAIN = [kind for kind in ARCHITECTURES if kind != "gemma3_text"]  # whose embedding only looks up

@@ -12,8 +12,8 @@ from pipeline.errors import CheckpointError, QuantizationError
 from pipeline.events import Events, read_events
 from pipeline.models.checkpoint import SINGLE_NAME
 from pipeline.models.sources import linear_weights, table_weights
-from pipeline.quantization import kquants_file as kquants
-from pipeline.quantization.stream import Variants, quantize_checkpoint
+from pipeline.quantization.formats.gguf import k_quants as kquants
+from pipeline.quantization.writer import Variants, quantize_checkpoint
 from pipeline.stages import quantize
 from pipeline.workspace import Workspace
 

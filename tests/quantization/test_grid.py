@@ -16,7 +16,7 @@ from pipeline.quantization.grid import (
     pack_nibbles,
     unpack_nibbles,
 )
-from pipeline.quantization.rounding import rounding
+from pipeline.quantization.roundings import rounding
 
 GRIDS = [
     Grid(bits, group, zero, dtype)

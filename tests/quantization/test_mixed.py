@@ -10,8 +10,8 @@ from pipeline.loading import load
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.sources import linear_weights
 from pipeline.quantization.formats.torchao import INT8
-from pipeline.quantization.rounding import rounding
-from pipeline.quantization.stream import quantize_checkpoint
+from pipeline.quantization.roundings import rounding
+from pipeline.quantization.writer import quantize_checkpoint
 from tests.conftest import ARCHITECTURES
 
 IDS = torch.arange(3, 90).unsqueeze(0)

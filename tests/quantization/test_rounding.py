@@ -6,7 +6,7 @@ import torch
 from pipeline.config.catalog import VARIANTS
 from pipeline.quantization.formats.torchao import INT8
 from pipeline.quantization.grid import Grid
-from pipeline.quantization.rounding import rounding
+from pipeline.quantization.roundings import rounding
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 INT4 = Grid(4, 32, "float", torch.bfloat16)

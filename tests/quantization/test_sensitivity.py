@@ -12,7 +12,7 @@ from pipeline.errors import ConfigError, ModelError, QuantizationError
 from pipeline.loading import load
 from pipeline.models.sources import linear_weights
 from pipeline.quantization.grid import Grid
-from pipeline.quantization.rounding import rounding
+from pipeline.quantization.roundings import rounding
 from pipeline.reporter import Reporter
 
 LAYER = "model.layers.1.mlp.down_proj"

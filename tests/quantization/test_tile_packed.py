@@ -17,8 +17,8 @@ from pipeline.models.checkpoint import SINGLE_NAME, Checkpoint, row_blocks
 from pipeline.models.sources import linear_weights, table_weights
 from pipeline.quantization.formats import storage, tile_packed
 from pipeline.quantization.grid import Grid, GroupQuantized
-from pipeline.quantization.rounding import rounding
-from pipeline.quantization.stream import quantize_checkpoint
+from pipeline.quantization.roundings import rounding
+from pipeline.quantization.writer import quantize_checkpoint
 from tests.quantization.test_torchao_format import IDS, assert_same_headers
 
 SHAPES = [(8, 1024), (16, 32), (24, 576), (40, 2048), (3, 96), (17, 1056), (272, 160)]

@@ -19,8 +19,8 @@ from pipeline.models.sources import linear_weights
 from pipeline.quantization.formats import format_of, storage
 from pipeline.quantization.formats.torchao import unpack
 from pipeline.quantization.grid import Grid
-from pipeline.quantization.rounding import rounding
-from pipeline.quantization.stream import quantize_checkpoint, unfit
+from pipeline.quantization.roundings import rounding
+from pipeline.quantization.writer import quantize_checkpoint, unfit
 
 VARIANTS = [name for name, variant in catalog.VARIANTS.items() if variant.format == "torchao"]
 KEPT = ("model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj")

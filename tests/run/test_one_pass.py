@@ -12,7 +12,7 @@ from pipeline.config.builders import merge_config
 from pipeline.config.schema import VariantSpec
 from pipeline.events import Events, read_events
 from pipeline.models.sources import linear_weights
-from pipeline.quantization.stream import quantize_checkpoint
+from pipeline.quantization.writer import quantize_checkpoint
 from pipeline.stages import merge, quantize
 from pipeline.system.files import read_json
 from pipeline.workspace import Workspace

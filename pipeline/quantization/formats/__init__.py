@@ -4,7 +4,7 @@ grid(spec, width)                the grid of a layer with `width` columns
 check(spec, folder)              raises where a model cannot be stored so
 TABLE                            the grid of embeddings and output heads, where they are quantized
 
-Formats of safetensors (`torchao`, `tile_packed`), which `pipeline.quantization.folder` writes, also have
+Formats of safetensors (`torchao`, `tile_packed`), which `pipeline.quantization.safetensors_output` writes, also have
 
 together(grid)                   rows of a weight in one row of its stored codes
 plan(name, shape, grid)          the stored tensors of a weight, before any is written
@@ -17,7 +17,7 @@ read(checkpoint, name, shape)    a stored weight as GroupQuantized
 unpack(weight)                   the same of a weight that transformers loaded
 tensor(weight, dtype)            the inverse of `unpack`
 
-`gguf` is a file of its own kind, which `pipeline.quantization.gguf_file` writes and its module `reader` reads.
+`gguf` is a file of its own kind, which `pipeline.quantization.formats.gguf.file` writes and its module `reader` reads.
 """
 
 from __future__ import annotations

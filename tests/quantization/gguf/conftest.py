@@ -10,7 +10,7 @@ import torch
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import VariantSpec
 from pipeline.models.sources import linear_weights, table_weights
-from pipeline.quantization.stream import quantize_checkpoint
+from pipeline.quantization.writer import quantize_checkpoint
 
 TYPES = [name for name, variant in VARIANTS.items() if variant.format == "gguf" and not variant.quantizer]
 # What of each architecture llama.cpp can compute: SmolLM3's fourth layers are without rotary embeddings.

@@ -9,7 +9,7 @@ from pipeline.config.schema import VariantSpec
 from pipeline.errors import QuantizationError
 from pipeline.quantization.formats import gguf
 from pipeline.quantization.formats.gguf.blocks import pack, plain, row_bytes
-from pipeline.quantization.rounding import rounding
+from pipeline.quantization.roundings import rounding
 
 official = pytest.importorskip("gguf")
 QUANTIZED = [(name, how) for name, variant in VARIANTS.items() if variant.format == "gguf" for how in variant.roundings]

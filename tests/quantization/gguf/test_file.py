@@ -12,8 +12,8 @@ from pipeline.config.schema import VariantSpec
 from pipeline.errors import MissingExtra, ModelError, QuantizationError
 from pipeline.models.checkpoint import SINGLE_NAME, row_blocks
 from pipeline.models.sources import linear_weights, table_weights
-from pipeline.quantization.source import unfit
-from pipeline.quantization.stream import Variants, quantize_checkpoint
+from pipeline.quantization.layers import unfit
+from pipeline.quantization.writer import Variants, quantize_checkpoint
 from tests.quantization.gguf.conftest import TYPES
 
 

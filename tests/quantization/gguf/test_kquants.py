@@ -13,9 +13,9 @@ from pipeline.config.schema import VariantSpec
 from pipeline.errors import MissingExtra, QuantizationError
 from pipeline.models.checkpoint import SINGLE_NAME
 from pipeline.models.sources import linear_weights
-from pipeline.quantization import kquants_file as kquants
-from pipeline.quantization.source import unfit
-from pipeline.quantization.stream import Variants
+from pipeline.quantization.formats.gguf import k_quants as kquants
+from pipeline.quantization.layers import unfit
+from pipeline.quantization.writer import Variants
 from tests.quantization.gguf.conftest import MODELS
 from tests.quantization.gguf.test_llama_cpp import IDS, off, reference
 

@@ -16,7 +16,7 @@ from pipeline.models.sources import linear_weights, table_weights
 from pipeline.quantization.formats import gguf
 from pipeline.quantization.formats.gguf import check
 from pipeline.quantization.formats.gguf.names import ARCHITECTURES, BIASES
-from pipeline.quantization.rounding import rounding
+from pipeline.quantization.roundings import rounding
 from tests.quantization.gguf.conftest import MODELS, TYPES
 
 IDS = [7, 200, 31, 64, 5, 5, 90, 12, 250, 33, 2, 149] * 3  # more than Gemma's sliding window

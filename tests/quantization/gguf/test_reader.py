@@ -13,7 +13,7 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.sources import linear_weights, table_weights
 from pipeline.quantization.formats import gguf
 from pipeline.quantization.formats.gguf.reader import GgufWeights
-from pipeline.quantization.rounding import rounding
+from pipeline.quantization.roundings import rounding
 from pipeline.system import hardware
 from tests.compute_watch import BF16Products
 from tests.quantization.gguf.conftest import MODELS, TYPES

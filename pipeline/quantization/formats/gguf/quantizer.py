@@ -1,6 +1,6 @@
 """llama.cpp's quantizer as a process: `python -P quantizer.py SOURCE TARGET TYPE`.
 
-Started by `pipeline.quantization.kquants_file` alone, and by its path, so that it imports nothing
+Started by `pipeline.quantization.formats.gguf.k_quants` alone, and by its path, so that it imports nothing
 but llama-cpp-python. Prints a line "DONE TOTAL" for each tensor; what goes wrong goes to standard error.
 """
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from pipeline.quantization.grid import Grid, GroupQuantized, assemble, choose_codes, in_groups
-from pipeline.quantization.rounding.rtn import SMALLEST_STEP, full_range
+from pipeline.quantization.roundings.rtn import SMALLEST_STEP, full_range
 
 P = 0.7
 BETA = 10.0

@@ -16,8 +16,8 @@ from pipeline.models.checkpoint import CheckpointWriter
 from pipeline.models.sources import copy_companions, read_config
 from pipeline.quantization.formats import format_of
 from pipeline.quantization.grid import Grid
-from pipeline.quantization.rounding import rounding
-from pipeline.quantization.source import Source, Tell, VariantFiles, layer_grids, named
+from pipeline.quantization.layers import Source, Tell, VariantFiles, layer_grids, named
+from pipeline.quantization.roundings import rounding
 
 nearest = rounding("rtn")
 

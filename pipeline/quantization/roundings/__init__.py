@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from pipeline.quantization.grid import Grid, GroupQuantized
-from pipeline.quantization.rounding import hqq, rtn, search
+from pipeline.quantization.roundings import hqq, rtn, search
 
 Rounding = Callable[[torch.Tensor, Grid], GroupQuantized]
 

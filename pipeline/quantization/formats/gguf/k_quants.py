@@ -23,8 +23,8 @@ from pipeline.models.gguf_metadata import read_header
 from pipeline.models.sources import copy_terms
 from pipeline.quantization.formats.gguf import quantizer, type_name
 from pipeline.quantization.formats.gguf.blocks import PLAIN
-from pipeline.quantization.gguf_file import GgufFile
-from pipeline.quantization.source import Source, Tell, VariantFiles
+from pipeline.quantization.formats.gguf.file import GgufFile
+from pipeline.quantization.layers import Source, Tell, VariantFiles
 
 _FAILURE = re.compile(r"GGML_ASSERT|error|failed", re.IGNORECASE)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from pipeline.quantization.grid import Grid, GroupQuantized, assemble, choose_codes, in_groups
-from pipeline.quantization.rounding.rtn import SMALLEST_STEP, full_range
+from pipeline.quantization.roundings.rtn import SMALLEST_STEP, full_range
 
 NARROWER = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of the full range
 FITS = 4  # from each of them

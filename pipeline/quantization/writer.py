@@ -24,11 +24,11 @@ from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError, MissingExtra, ModelError, QuantizationError
 from pipeline.models.checkpoint import SHARD_BYTES, Checkpoint
 from pipeline.models.checkpoint.row_blocks import Take, are_finite, blocks_of, in_disk_order, in_parallel, tiles
-from pipeline.quantization.folder import SafetensorsFolder
 from pipeline.quantization.formats.gguf import check_quantizer
-from pipeline.quantization.gguf_file import GgufFile
-from pipeline.quantization.kquants_file import FullFile, KQuantsFile
-from pipeline.quantization.source import Output, Shapes, Source, Tell, Tensors, VariantFiles, unfit
+from pipeline.quantization.formats.gguf.file import GgufFile
+from pipeline.quantization.formats.gguf.k_quants import FullFile, KQuantsFile
+from pipeline.quantization.layers import Output, Shapes, Source, Tell, Tensors, VariantFiles, unfit
+from pipeline.quantization.safetensors_output import SafetensorsFolder
 
 __all__ = ["VariantFiles", "Variants", "quantize_checkpoint", "unfit"]
 

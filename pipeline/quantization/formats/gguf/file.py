@@ -22,8 +22,8 @@ from pipeline.quantization.formats.gguf.blocks import PLAIN, pack, plain, row_by
 from pipeline.quantization.formats.gguf.header import Description, describe
 from pipeline.quantization.formats.gguf.names import as_stored, library, rows_together, stored_names
 from pipeline.quantization.grid import Grid
-from pipeline.quantization.rounding import rounding
-from pipeline.quantization.source import Source, Tell, VariantFiles, layer_grids
+from pipeline.quantization.layers import Source, Tell, VariantFiles, layer_grids
+from pipeline.quantization.roundings import rounding
 
 nearest = rounding("rtn")
 _KINDS = {dtype: kind for kind, dtype in PLAIN.items()} | {torch.float64: "F32"}  # of what is stored as it is
