@@ -11,14 +11,14 @@ from pipeline.config.loader import load_config
 from pipeline.run import run  # after the module of that name, so that `pipeline.run` is the function
 
 if TYPE_CHECKING:
-    from pipeline.loading import load
+    from pipeline.inference.load import load
 
 __all__ = ["load", "load_config", "run"]
 
 
 def __getattr__(name: str):
     if name == "load":  # brings transformers in, so only when it is asked for
-        from pipeline.loading import load
+        from pipeline.inference.load import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

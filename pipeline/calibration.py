@@ -168,8 +168,8 @@ def _is_linear(name: str, module) -> bool:
 
 def _as_loaded(model) -> None:
     """Let a model multiply as `pipeline.load` has it."""
-    from pipeline.kernels.float32_mode import quicken_products
-    from pipeline.kernels.plain import quicken_linears
+    from pipeline.inference.kernels.float32_mode import quicken_products
+    from pipeline.inference.kernels.plain import quicken_linears
 
     if model.device.type == "cpu":
         quicken_linears(model)
@@ -181,7 +181,7 @@ def _as_trained(model):
     from peft import LoraConfig, get_peft_model
     from trl.trainer.utils import add_fused_lm_head
 
-    from pipeline.kernels.training import quicken_training
+    from pipeline.inference.kernels.training import quicken_training
 
     add_fused_lm_head(model)
     adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))

@@ -21,7 +21,7 @@ def chat(source: str, variant: str | None, device: str, new_tokens: int, console
         MissingExtra: for a variant of llama.cpp's, where llama-cpp-python is not installed.
     """
     from pipeline.errors import ModelError
-    from pipeline.loading import is_gguf
+    from pipeline.inference.load import is_gguf
 
     with console.status("loading"):
         if is_gguf(variant):
@@ -49,7 +49,7 @@ def chat(source: str, variant: str | None, device: str, new_tokens: int, console
 
 def _in_transformers(source: str, variant: str | None, device: str, new_tokens: int) -> tuple[Answer, str]:
     from pipeline.errors import ModelError
-    from pipeline.loading import load
+    from pipeline.inference.load import load
 
     model, tokenizer = load(source, variant, device)
     if tokenizer.chat_template is None:
@@ -71,9 +71,9 @@ def _in_transformers(source: str, variant: str | None, device: str, new_tokens: 
 
 def _in_llama_cpp(source: str, variant: str, new_tokens: int) -> Answer:
     """With the tokenizer, the template and the stop tokens of the file, as llama.cpp's own programs have them."""
-    from pipeline import llama_cpp
     from pipeline.errors import ModelError
-    from pipeline.loading import locate_file
+    from pipeline.inference import llama_cpp
+    from pipeline.inference.load import locate_file
     from pipeline.system import hardware
 
     api = llama_cpp.library()

@@ -130,7 +130,7 @@ def kernels() -> dict[str, str]:
     """The layer that a quantized weight gets on the device that stages use; as stored, or as plain dequantized."""
     import torch
 
-    from pipeline.kernels import linear, runs_as_stored
+    from pipeline.inference.kernels import linear, runs_as_stored
     from pipeline.quantization.formats.torchao import INT8, grouped
     from pipeline.quantization.roundings import rounding
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from pipeline.data.encode import Encoded
-    from pipeline.llama_cpp import Reader
+    from pipeline.inference.llama_cpp import Reader
     from pipeline.measure import Estimate, Progress, Scores
 
 PROBE_TOKENS = 64
@@ -64,7 +64,7 @@ def evaluate(
         ModelError: if the stock loader, or llama.cpp, cannot load the files, or where both loaders
             run and do not agree.
     """
-    from pipeline import llama_cpp
+    from pipeline.inference import llama_cpp
     from pipeline.system import hardware
 
     def tell(what: str):
@@ -91,10 +91,11 @@ def _in_transformers(
     """The figures of a folder with safetensors, or of a GGUF's dequantized weights, which have no speed."""
     import torch
 
-    from pipeline import heads, measure, texts
-    from pipeline.kernels.products import product_dtype
-    from pipeline.loading import load, load_dequantized
-    from pipeline.offloading import is_offloaded
+    from pipeline import measure, texts
+    from pipeline.inference import output_head
+    from pipeline.inference.kernels.products import product_dtype
+    from pipeline.inference.load import load, load_dequantized
+    from pipeline.inference.offload import is_offloaded
     from pipeline.system import hardware
 
     where = {"device": config.evaluate.device, "offload": offload}
@@ -104,14 +105,14 @@ def _in_transformers(
     if reference is None:
         texts.plan(config, workspace, model, tokenizer)
     sequences = texts.all_texts(config, workspace, tokenizer)
-    head_name = heads.head_name(model) if reference is None else None
-    head, softcap = heads.head_matrix(model).to("cpu"), heads.softcap(model.config)
+    head_name = output_head.head_name(model) if reference is None else None
+    head, softcap = output_head.head_matrix(model).to("cpu"), output_head.softcap(model.config)
     scored = {text: measure.score(model, part, tell(f"{text} text")) for text, part in sequences.items()}
     samples = []
     if in_full and not offloaded:
         tell("sample answers")(0, 1)
         samples = measure.answers(model, tokenizer, config.evaluate.prompts)
-    device = str(heads.device_of(model))
+    device = str(output_head.device_of(model))
     compute_dtype = hardware.dtype_name(product_dtype(model.dtype) if device == "cpu" else model.dtype)
     parameters = model.num_parameters()
     ids = sequences[texts.GENERAL][0].input_ids[:PROBE_TOKENS]
@@ -159,7 +160,8 @@ def _in_llama_cpp(
 ) -> dict:
     """The figures of a GGUF file, given the tokens that the full-precision model was given."""
 
-    from pipeline import heads, llama_cpp, measure, texts
+    from pipeline import measure, texts
+    from pipeline.inference import llama_cpp, output_head
     from pipeline.probe import probe
 
     tokenizer = texts.with_template(open_tokenizer(reference), workspace)
@@ -168,9 +170,9 @@ def _in_llama_cpp(
     questions = [measure.question(tokenizer, prompt)["input_ids"][0].tolist() for prompt in prompts]
     longest = [len(s.input_ids) for part in sequences.values() for s in part]
     longest += [len(question) + measure.ANSWER_TOKENS for question in questions]
-    head, softcap = _reference_head(reference, workspace), heads.softcap(open_config(reference))
+    head, softcap = _reference_head(reference, workspace), output_head.softcap(open_config(reference))
     quality = {}
-    with llama_cpp.opened(file, max(longest), heads.LOGIT_ELEMENTS) as reader:
+    with llama_cpp.opened(file, max(longest), output_head.LOGIT_ELEMENTS) as reader:
         if reader.vocabulary != len(head):
             raise ModelError(f"{file}: has {reader.vocabulary} tokens, and the full-precision model {len(head)}")
         others = [s.input_ids for s in sequences.get(texts.HELD_OUT, ())[:CHECKED_SEQUENCES]] + questions
@@ -266,8 +268,8 @@ def _speed(folder: Path, ids: list[int], loaders: tuple[str, ...], device: str) 
 
 def _stock_is_right(folder: Path, device: str) -> bool:
     """Return False for a variant that torchao multiplies as int8 on a CPU whose int8 products are wrong."""
-    from pipeline.kernels.rounded import int8_products_are_exact
-    from pipeline.loading import device_named
+    from pipeline.inference.kernels.rounded import int8_products_are_exact
+    from pipeline.inference.load import device_named
     from pipeline.quantization.formats import torchao
 
     on_cpu = device_named(device).type == "cpu"

@@ -20,15 +20,15 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.data.chat import on_one_day
 from pipeline.errors import ModelError
-from pipeline.heads import Head, check_head, device_of, head_of, logits_of
+from pipeline.inference.output_head import Head, check_head, device_of, head_of, logits_of
+from pipeline.inference.throughput import NEW_TOKENS, PROMPT_TOKENS, REPEATS, tokens_per_second
 from pipeline.models.safe_loading import open_config
-from pipeline.timing import NEW_TOKENS, PROMPT_TOKENS, REPEATS, tokens_per_second
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
     from pipeline.data.encode import Encoded
-    from pipeline.llama_cpp import Reader
+    from pipeline.inference.llama_cpp import Reader
     from pipeline.quantization.grid import GroupQuantized
 
 BATCH_TOKENS = 2048

@@ -74,6 +74,6 @@ def check_shared(config: Config, launch: Launch | None) -> None:
 def _check_device(name: str) -> None:
     """Raise where a device that was named is not there; `auto` and `cpu` are, and need no heavy import to be found."""
     if name not in ("auto", "cpu"):
-        from pipeline.loading import device_named
+        from pipeline.inference.load import device_named
 
         device_named(name)

@@ -73,9 +73,9 @@ def main() -> None:
 
 
 def _in_llama_cpp(path: Path) -> dict:
-    from pipeline import llama_cpp
+    from pipeline.inference import llama_cpp
+    from pipeline.inference.throughput import NEW_TOKENS, PROMPT_TOKENS
     from pipeline.system import hardware
-    from pipeline.timing import NEW_TOKENS, PROMPT_TOKENS
 
     llama_cpp.library()
     hardware.reset_peak_memory()
@@ -91,19 +91,20 @@ def _in_transformers(folder: str, loader: str, tokens: list[int], out: Path, dev
     import torch
     from safetensors.torch import save_file
 
-    from pipeline import loading, measure
+    from pipeline import measure
+    from pipeline.inference import load
     from pipeline.models.safe_loading import open_model
     from pipeline.system import hardware
     from pipeline.system.libraries import quiet_progress_bars
 
     quiet_progress_bars()
-    device = loading.device_named(device).type
+    device = load.device_named(device).type
     hardware.reset_peak_memory()
     start = time.perf_counter()
     if loader == "stock":
         model = open_model(folder, dtype="auto", device_map=device if device != "cpu" else None)
     else:
-        model, _ = loading.load(folder, device=device)
+        model, _ = load.load(folder, device=device)
     figures = {"loader": loader, "device": device, "load_seconds": time.perf_counter() - start, "runs": False}
     ids = torch.tensor([tokens], device=model.device)
     try:

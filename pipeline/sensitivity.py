@@ -93,10 +93,11 @@ def sensitivity(
         QuantizationError: where a layer fits no grid.
         TooLarge: where there is something to measure, and the model is larger than the memory.
     """
-    from pipeline import heads, measure, texts
-    from pipeline.loading import device_named, load
+    from pipeline import measure, texts
+    from pipeline.inference import output_head
+    from pipeline.inference.load import device_named, load
+    from pipeline.inference.offload import check_fits
     from pipeline.models.sources import linear_weights
-    from pipeline.offloading import check_fits
     from pipeline.quantization.layers import layer_grids
 
     linear = linear_weights(folder)
@@ -113,7 +114,7 @@ def sensitivity(
         tell(len(found), len(linear), "measuring layers")
         model, tokenizer = load(folder, device=config.evaluate.device)
         sequences = texts.general(config, tokenizer)
-        full, head = measure.score(model, sequences), heads.head_matrix(model)
+        full, head = measure.score(model, sequences), output_head.head_matrix(model)
         for name in missing:
             weight = model.get_parameter(name)
             kept = weight.data
@@ -122,7 +123,7 @@ def sensitivity(
                 scores = measure.score(model, sequences)
             finally:
                 weight.data = kept
-            compared = measure.divergence(scores, head, full, head, heads.softcap(model.config))
+            compared = measure.divergence(scores, head, full, head, output_head.softcap(model.config))
             found[name] = {"kl": asdict(compared["kl"]), "rise": asdict(measure.rise(scores, full))}
             write_json(record, {"about": about, "layers": found})
             tell(len(found), len(linear), "measuring layers")

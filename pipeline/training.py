@@ -25,7 +25,7 @@ from pipeline.config.schema import Config, Train
 from pipeline.data.encode import NO_LOSS, EncodedSet
 from pipeline.errors import UserError
 from pipeline.events import Events
-from pipeline.kernels.training import quicken_training
+from pipeline.inference.kernels.training import quicken_training
 from pipeline.launch import share
 from pipeline.nf4 import load_base
 from pipeline.system import hardware

@@ -221,8 +221,8 @@ def layers() -> list[dict]:
     quiet()
     import torch
 
-    from pipeline.kernels import cpu
-    from pipeline.kernels.products import FEW_ROWS, many_rows, product_dtype
+    from pipeline.inference.kernels import cpu
+    from pipeline.inference.kernels.products import FEW_ROWS, many_rows, product_dtype
     from pipeline.quantization.formats.torchao import INT8
     from pipeline.quantization.grid import Grid
     from pipeline.quantization.roundings import rounding

@@ -58,17 +58,18 @@ def measure_all(source: str, scratch: Path, types: list[str], tokens: int) -> It
     quiet()
     import torch
 
-    from pipeline import heads, measure
+    from pipeline import measure
     from pipeline.config.schema import Model
     from pipeline.data import general_text
     from pipeline.data.encode import encode_text
+    from pipeline.inference import output_head
     from pipeline.models.safe_loading import open_model, open_tokenizer
     from pipeline.models.sources import fetch
 
     folder, _ = fetch(Model(source=source), scratch / "model")
     windows = encode_text(general_text("builtin:python-topics"), open_tokenizer(folder), WINDOW, tokens)
     model = open_model(folder, dtype=torch.bfloat16).eval()
-    reference, head = measure.score(model, windows), heads.head_matrix(model).clone()
+    reference, head = measure.score(model, windows), output_head.head_matrix(model).clone()
     del model
     made = make(folder, scratch, types)
     for kind in types:
@@ -113,7 +114,7 @@ def make(folder: Path, scratch: Path, types: list[str]) -> dict[tuple[str, str],
 
 def by_llama_cpp(source: Path, target: Path, kind: str) -> Path:
     """Quantized by llama.cpp, with embeddings as ours have them."""
-    from pipeline import llama_cpp
+    from pipeline.inference import llama_cpp
 
     api = llama_cpp.library()
     settings = api.llama_model_quantize_default_params()
@@ -135,9 +136,10 @@ def refuse_unlike(files: list[Path]) -> None:
 
 def score(path: Path, windows: list, reference, head):
     """What llama.cpp says of the text with a file, and how that compares with the full-precision model."""
-    from pipeline import heads, llama_cpp, measure
+    from pipeline import measure
+    from pipeline.inference import llama_cpp, output_head
 
-    with llama_cpp.opened(path, WINDOW, heads.LOGIT_ELEMENTS) as reader:
+    with llama_cpp.opened(path, WINDOW, output_head.LOGIT_ELEMENTS) as reader:
         return measure.compare_logits(measure.counted_logits(reader, windows), windows, reference, head)
 
 

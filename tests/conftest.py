@@ -169,8 +169,8 @@ def dequantized() -> Callable:
     from transformers import AutoModelForCausalLM
 
     from pipeline.config.schema import VariantSpec
-    from pipeline.kernels.float32_mode import quicken_products
-    from pipeline.kernels.plain import quicken_linears
+    from pipeline.inference.kernels.float32_mode import quicken_products
+    from pipeline.inference.kernels.plain import quicken_linears
     from pipeline.models.sources import linear_weights
     from pipeline.quantization.formats import format_of
     from pipeline.quantization.roundings import rounding

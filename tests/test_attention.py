@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from pipeline.kernels import attention
-from pipeline.loading import load
+from pipeline.inference.kernels import attention
+from pipeline.inference.load import load
 from tests.conftest import ARCHITECTURES, write_tokenizer
 
 

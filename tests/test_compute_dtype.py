@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline import kernels, measure
-from pipeline.kernels import products
-from pipeline.kernels.float32_mode import Float32Products, quicken_products
-from pipeline.kernels.plain import PlainLinear, quicken_linears
-from pipeline.loading import load
+from pipeline import measure
+from pipeline.inference import kernels
+from pipeline.inference.kernels import products
+from pipeline.inference.kernels.float32_mode import Float32Products, quicken_products
+from pipeline.inference.kernels.plain import PlainLinear, quicken_linears
+from pipeline.inference.load import load
 from pipeline.quantization.formats.torchao import INT8
 from pipeline.system import hardware
 from tests.compute_watch import BF16Products

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pipeline import kernels
-from pipeline.kernels import cpu, cuda, products
+from pipeline.inference import kernels
+from pipeline.inference.kernels import cpu, cuda, products
 from pipeline.quantization.formats.torchao import INT8
 from pipeline.quantization.grid import Grid, GroupQuantized
 from pipeline.quantization.roundings import rounding

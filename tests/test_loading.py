@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline import kernels, loading
-from pipeline.assembly import assemble
 from pipeline.errors import ModelError
-from pipeline.loading import load, locate
+from pipeline.inference import kernels, load
+from pipeline.inference.assemble import assemble
+from pipeline.inference.load import load, locate
 from pipeline.models.checkpoint import SINGLE_NAME, Checkpoint
 from tests.conftest import ARCHITECTURES, write_tokenizer
 
@@ -105,7 +105,7 @@ def test_layers_that_were_kept_stay_ordinary(tiny_model, quantized, variant):
 def test_it_computes_bit_for_bit_what_the_stock_loader_and_repacking_give(tiny_model, quantized, architecture, variant):
     root = quantized(tiny_model(architecture), variant)
     model, tokenizer = load(root, variant)
-    stock = loading._load_stock(root / variant, torch.device("cpu")).eval()
+    stock = load._load_stock(root / variant, torch.device("cpu")).eval()
     kernels.quicken(stock)
     assert layer_types(model) == layer_types(stock)
     for repeat in (1, 4):
@@ -192,7 +192,7 @@ def test_pack_reports_what_it_put_in(tiny_model, quantized):
 
     root = quantized(tiny_model("llama"), "int4", keep=["*.down_proj"])
     model = AutoModelForCausalLM.from_pretrained(root / "int4", dtype="auto")
-    assert loading.pack(model, torch.device("cpu")) == {"Int4Linear": 12}
+    assert load.pack(model, torch.device("cpu")) == {"Int4Linear": 12}
 
 
 def test_layers_that_run_as_they_are_stored_are_left_alone(tiny_model, quantized, monkeypatch):
@@ -201,7 +201,7 @@ def test_layers_that_run_as_they_are_stored_are_left_alone(tiny_model, quantized
     monkeypatch.setattr(kernels, "runs_as_stored", lambda weight, device: True)
     root = quantized(tiny_model("llama"), "int8")
     model = AutoModelForCausalLM.from_pretrained(root / "int8", dtype="auto")
-    assert loading.pack(model, torch.device("cpu")) == {"Int8Tensor": 14}
+    assert load.pack(model, torch.device("cpu")) == {"Int8Tensor": 14}
     assert type(model.model.layers[0].mlp.up_proj.weight.data).__name__ == "Int8Tensor"
 
 

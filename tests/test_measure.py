@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pipeline import heads, measure
+from pipeline import measure
 from pipeline.data.encode import Encoded
 from pipeline.errors import ModelError
+from pipeline.inference import output_head
 from pipeline.measure import Estimate, Scores
 
 LENGTHS = (40, 7, 23, 2, 64, 23)
@@ -105,7 +106,7 @@ def test_logits_are_computed_in_pieces_without_a_trace(model, other, monkeypatch
         return a.nll, measure.divergence(a, head(model), b, head(other))["kl"].value
 
     (nll, kl) = figures()
-    monkeypatch.setattr(heads, "LOGIT_ELEMENTS", 272 * 3)
+    monkeypatch.setattr(output_head, "LOGIT_ELEMENTS", 272 * 3)
     assert torch.allclose(figures()[0], nll, atol=1e-5) and figures()[1] == pytest.approx(kl, rel=1e-5)
 
 
@@ -234,7 +235,7 @@ def test_a_softcap_on_the_logits_is_part_of_every_figure():
         build("gemma2", final_logit_softcapping=2.0),
         build("gemma2", final_logit_softcapping=2.0, query_pre_attn_scalar=4),
     )
-    name, softcap = heads.head_name(a), heads.softcap(a.config)
+    name, softcap = output_head.head_name(a), output_head.softcap(a.config)
     assert (name, softcap) == ("model.embed_tokens.weight", 2.0)
     reference, scores = measure.score(a, text()), measure.score(b, text())
     logits, targets = counted_logits(a, text())
@@ -299,12 +300,12 @@ def test_the_output_matrix_is_found_in_the_checkpoint(tiny_model, architecture, 
     model = from_stock(folder, torch.bfloat16)
     if adapter:
         model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
-    assert (heads.head_name(model), heads.softcap(model.config)) == (name, None)
+    assert (output_head.head_name(model), output_head.softcap(model.config)) == (name, None)
     assert torch.equal(Checkpoint(folder).read(name), model.get_output_embeddings().weight)
 
 
 def test_speed_is_measured_within_the_positions_that_a_model_has(tiny_model):
-    from pipeline.loading import load
+    from pipeline.inference.load import load
 
     model, _ = load(tiny_model("llama", max_position_embeddings=48))
     figures = measure.speed(model, prompt_tokens=256, new_tokens=32, repeats=1)
@@ -313,7 +314,7 @@ def test_speed_is_measured_within_the_positions_that_a_model_has(tiny_model):
 
 
 def test_answers_are_greedy_and_without_the_prompt(tiny_model):
-    from pipeline.loading import load
+    from pipeline.inference.load import load
 
     model, tokenizer = load(tiny_model("llama"))
     first, again = (measure.answers(model, tokenizer, ["Hello?", "Who?"], new_tokens=8) for _ in range(2))

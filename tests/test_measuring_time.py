@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import texts
 from pipeline.config.schema import Config
-from pipeline.timing import tokens_per_second
+from pipeline.inference.throughput import tokens_per_second
 from pipeline.workspace import Workspace
 
 

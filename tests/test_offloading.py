@@ -6,13 +6,14 @@ import sys
 import pytest
 import torch
 
-from pipeline import heads, measure
+from pipeline import measure
 from pipeline.config.schema import Config
 from pipeline.errors import ModelError
 from pipeline.evaluation import evaluate
 from pipeline.events import Events
-from pipeline.loading import load
-from pipeline.offloading import WEIGHTS_SHARE, fits, is_offloaded
+from pipeline.inference import output_head
+from pipeline.inference.load import load
+from pipeline.inference.offload import WEIGHTS_SHARE, fits, is_offloaded
 from pipeline.system.hardware import _free_in_groups, free_bytes
 from pipeline.workspace import Workspace
 from scripts.benchmarks import random_checkpoint
@@ -25,7 +26,7 @@ IN_LITTLE_MEMORY = """
 import sys
 import torch, transformers, torchao, accelerate
 from pipeline import machine, measure
-from pipeline.loading import load
+from pipeline.inference.load import load
 from tests.test_measure import text
 before = machine.peak_memory_bytes()
 model, _ = load(sys.argv[1], offload=True)
@@ -42,8 +43,8 @@ def test_a_model_scores_bit_for_bit_as_it_does_in_memory(any_model):
     there, _ = load(any_model)
     offloaded, _ = load(any_model, offload=True)
     assert is_offloaded(offloaded) and not is_offloaded(there)
-    assert torch.equal(heads.head_matrix(offloaded), heads.head_matrix(there))
-    assert heads.head_name(offloaded) == heads.head_name(there)
+    assert torch.equal(output_head.head_matrix(offloaded), output_head.head_matrix(there))
+    assert output_head.head_name(offloaded) == output_head.head_name(there)
     assert same(measure.score(offloaded, text()), measure.score(there, text()))
     assert all(parameter.is_meta for parameter in offloaded.parameters())  # nothing stayed behind
 
@@ -61,7 +62,9 @@ def test_a_variant_scores_bit_for_bit_as_the_numbers_in_its_files_do(any_model, 
 def test_a_quantized_table_counts_for_embedding_and_head(tiny_model, quantized, architecture):
     root = quantized(tiny_model(architecture), "int8", embeddings="int8")
     offloaded, packed = (load(root, "int8", offload=offload)[0] for offload in (True, False))
-    assert torch.allclose(heads.head_matrix(offloaded).float(), heads.head_matrix(packed).dequantize(), rtol=0.01)
+    assert torch.allclose(
+        output_head.head_matrix(offloaded).float(), output_head.head_matrix(packed).dequantize(), rtol=0.01
+    )
     ours, theirs = (measure.perplexity(measure.score(model, text())).value for model in (offloaded, packed))
     assert ours == pytest.approx(theirs, rel=0.02)
 
@@ -109,7 +112,7 @@ def test_tensors_under_other_names_cannot_be_offloaded_and_that_is_said(tmp_path
 def test_large_output_heads_are_used_piece_by_piece_without_a_trace(tiny_model, monkeypatch):
     model, _ = load(tiny_model("llama"))
     whole = measure.score(model, text())
-    monkeypatch.setattr(heads, "HEAD_ELEMENTS", 160 * 100)
+    monkeypatch.setattr(output_head, "HEAD_ELEMENTS", 160 * 100)
     pieces = measure.score(model, text())
     assert torch.allclose(whole.nll, pieces.nll, atol=1e-5) and torch.equal(whole.choice, pieces.choice)
 

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from pipeline.kernels import pages, step
-from pipeline.kernels.growing import GrowingLayer
-from pipeline.kernels.pages import Room
-from pipeline.loading import load
+from pipeline.inference.kernels import pages, step
+from pipeline.inference.kernels.growing import GrowingLayer
+from pipeline.inference.kernels.pages import Room
+from pipeline.inference.load import load
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.process import ALLOCATOR
 from tests.conftest import write_tokenizer
@@ -272,7 +272,7 @@ def test_tensors_of_a_room_lie_in_it_one_after_the_other_where_kernels_can_read_
 def test_what_was_freed_goes_back_to_the_system_where_a_stage_keeps_its_memory(cold):
     program = """
 import torch
-from pipeline.kernels.pages import give_back
+from pipeline.inference.kernels.pages import give_back
 held = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
 blocks = [torch.ones(1 << 20, dtype=torch.uint8) for _ in range(200)]
 full, blocks = held(), blocks[::2]

@@ -13,9 +13,9 @@ from trl.trainer.utils import add_fused_lm_head
 from pipeline import measure
 from pipeline.config.schema import Config
 from pipeline.data.encode import NO_LOSS, Encoded, EncodedSet
-from pipeline.kernels import training
-from pipeline.kernels.attention import MODELS
-from pipeline.kernels.training import quicken_layers, quicken_training
+from pipeline.inference.kernels import training
+from pipeline.inference.kernels.attention import MODELS
+from pipeline.inference.kernels.training import quicken_layers, quicken_training
 from pipeline.stages.merge import live_model
 from pipeline.system import hardware
 from pipeline.training import new_trainer

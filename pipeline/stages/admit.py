@@ -171,7 +171,7 @@ def _summary(result: dict, source: int) -> dict:
 
 def _open(file: Path) -> None:
     """Raise where llama.cpp does not open the file, or, where that is not installed, where it is not whole."""
-    from pipeline import llama_cpp
+    from pipeline.inference import llama_cpp
     from pipeline.models.gguf_metadata import read_header
 
     if llama_cpp.is_installed():

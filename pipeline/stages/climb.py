@@ -95,7 +95,7 @@ class Climb:
 
     def _spec(self, rung: Rung) -> VariantSpec | None:
         """How a rung is made; None where that depends on which layers suffer most, and the memory is too small."""
-        from pipeline.offloading import TooLarge
+        from pipeline.inference.offload import TooLarge
 
         try:
             return with_layers(rung, self._layers(rung.spec)) if rung.share else rung.spec

@@ -60,7 +60,7 @@ def _compare(config: Config, workspace: Workspace, events: Events, compared: Liv
     from pipeline import measure
     from pipeline.comparable import untouched
     from pipeline.data import read_examples
-    from pipeline.loading import load
+    from pipeline.inference.load import load
 
     fingerprint = workspace.read_measurement("data")["fingerprint"]
     examples, said = untouched(read_examples(workspace.data / "held_out.jsonl"), fingerprint, compared)
@@ -97,7 +97,7 @@ def _compare(config: Config, workspace: Workspace, events: Events, compared: Liv
 
 
 def _tokenizer(source: object, revision: str | None) -> PreTrainedTokenizerBase:
-    from pipeline.loading import locate
+    from pipeline.inference.load import locate
 
     return open_tokenizer(locate(source, revision=revision))
 

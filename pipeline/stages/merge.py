@@ -118,15 +118,16 @@ def _supplied_template(base: Path, workspace: Workspace) -> str | None:
 
 def _compare(config: Config, workspace: Workspace, events: Events, base: Path, folders: dict[str, Path]) -> dict:
     """Loss on held-out text of the live adapter and of each merged model, and KL(live || merged)."""
-    from pipeline import heads, measure, texts
-    from pipeline.loading import load
+    from pipeline import measure, texts
+    from pipeline.inference import output_head
+    from pipeline.inference.load import load
     from pipeline.models.checkpoint import Checkpoint
 
     tokenizer = texts.with_template(open_tokenizer(base), workspace)
     model = live_model(config, base, workspace.adapter)
     texts.plan(config, workspace, model, tokenizer)
     sequences = texts.held_out(config, workspace, tokenizer)
-    head_name, softcap = heads.head_name(model), heads.softcap(model.config)
+    head_name, softcap = output_head.head_name(model), output_head.softcap(model.config)
     live = measure.score(model, sequences, lambda d, t: events.progress(d, t, "measuring the live adapter"))
     del model
     result: dict = {"live": {"loss": asdict(measure.mean(live.nll, live.sequence)), "tokens": len(live.nll)}}
@@ -135,7 +136,7 @@ def _compare(config: Config, workspace: Workspace, events: Events, base: Path, f
         model, _ = load(folder, offload="auto")
         what = f"measuring the merge into {kind}"
         scores = measure.score(model, sequences, lambda d, t, what=what: events.progress(d, t, what))
-        head = heads.head_matrix(model).cpu().clone()
+        head = output_head.head_matrix(model).cpu().clone()
         del model
         losses[kind] = scores.nll
         result[kind] = {
@@ -159,7 +160,7 @@ def live_model(config: Config, base: Path, adapter: Path):
     """The base as training held it, with the adapter on top and not merged."""
     from peft import PeftModel
 
-    from pipeline.kernels.training import quicken_layers
+    from pipeline.inference.kernels.training import quicken_layers
     from pipeline.nf4 import load_base
     from pipeline.system import hardware
 

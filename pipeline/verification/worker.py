@@ -48,8 +48,9 @@ def look(request: dict) -> dict:
 
 def _measured(request: dict) -> dict:
     """Perplexity by text, as `results.json` has it, with what else is needed to compare it."""
-    from pipeline import llama_cpp, measure, texts
-    from pipeline.loading import load, load_dequantized
+    from pipeline import measure, texts
+    from pipeline.inference import llama_cpp
+    from pipeline.inference.load import load, load_dequantized
 
     config, folder = Config.model_validate(request["config"]), Path(request["folder"])
     workspace, file = Workspace(request["workspace"]), request["file"]
@@ -120,7 +121,7 @@ def _in_llama_cpp(reader, sequences: list[Encoded], text: str) -> Scores:
 def _run_once(model) -> None:
     import torch
 
-    from pipeline.heads import device_of
+    from pipeline.inference.output_head import device_of
 
     with torch.no_grad():
         logits = model(torch.tensor([[0, 1, 2, 3]], device=device_of(model)), use_cache=False).logits

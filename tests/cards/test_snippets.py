@@ -161,7 +161,7 @@ def test_the_int4_snippet_takes_int8_embeddings_too(release, tmp_path, tied):
 
 
 def pipeline_logits(folder: Path):
-    from pipeline.loading import load
+    from pipeline.inference.load import load
 
     with torch.no_grad():
         return load(folder, device="cpu")[0](torch.tensor([PROMPT])).logits.float()

@@ -114,7 +114,7 @@ def test_stock_transformers_computes_what_the_codes_mean(stock, model_of, dequan
 def test_what_the_loader_packs_computes_what_the_int4_codes_mean(model_of, dequantized, tmp_path, architecture):
     from transformers import AutoModelForCausalLM
 
-    from pipeline.loading import pack
+    from pipeline.inference.load import pack
 
     quantize(model_of(architecture), tmp_path, "int4")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "int4", dtype="auto").eval()

@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline import kernels
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import ModelError
-from pipeline.kernels import rounded
-from pipeline.loading import load
+from pipeline.inference import kernels
+from pipeline.inference.kernels import rounded
+from pipeline.inference.load import load
 
 IDS = torch.tensor([[7, 100, 31, 64, 5, 5, 90, 12]])
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline import heads, measure
+from pipeline import measure
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import ModelError, QuantizationError
-from pipeline.kernels.plain import PlainLinear
-from pipeline.kernels.table import Int8Embedding
-from pipeline.loading import _load_stock, load
+from pipeline.inference import output_head
+from pipeline.inference.kernels.plain import PlainLinear
+from pipeline.inference.kernels.table import Int8Embedding
+from pipeline.inference.load import _load_stock, load
 from pipeline.models.checkpoint import SINGLE_NAME, Checkpoint
 from pipeline.models.sources import linear_weights, table_weights
 from pipeline.quantization.formats.torchao import INT8
@@ -120,7 +121,7 @@ def test_its_output_matrix_is_found_for_measuring(release, tied):
     model, _ = load(release("int8", {}, tied), "int8")
     name = sorted(table_weights(release("int8", {}, tied)))[0 if not tied else -1]
     stored = Checkpoint(release("int8", {}, tied)).read(name)
-    assert torch.equal(heads.head_matrix(model).dequantize(), rounding("rtn")(stored, INT8).dequantize())
+    assert torch.equal(output_head.head_matrix(model).dequantize(), rounding("rtn")(stored, INT8).dequantize())
     assert len(measure.score(model, text()).nll) > 0
 
 

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import QuantizationError
-from pipeline.loading import load
+from pipeline.inference.load import load
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.sources import linear_weights
 from pipeline.quantization.formats.torchao import INT8

@@ -6,10 +6,11 @@ import shutil
 import pytest
 import torch
 
-from pipeline import heads, measure, sensitivity, texts
+from pipeline import measure, sensitivity, texts
 from pipeline.config.builders import quantize_config
 from pipeline.errors import ConfigError, ModelError, QuantizationError
-from pipeline.loading import load
+from pipeline.inference import output_head
+from pipeline.inference.load import load
 from pipeline.models.sources import linear_weights
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.roundings import rounding
@@ -58,7 +59,7 @@ def test_a_layers_figure_is_that_of_the_model_with_this_layer_alone_rounded(mode
     found = sensitivity.report(config, tmp_path / "out", Reporter())
     loaded, tokenizer = load(model, device="cpu")
     sequences = texts.general(config, tokenizer)
-    full, head = measure.score(loaded, sequences), heads.head_matrix(loaded)
+    full, head = measure.score(loaded, sequences), output_head.head_matrix(loaded)
     weight = loaded.get_submodule(LAYER).weight
     grid = Grid(4, 64, "float", torch.bfloat16)
     weight.data = rounding("search")(weight.data, grid).dequantize(weight.dtype)
@@ -101,7 +102,7 @@ def test_a_model_larger_than_the_memory_is_refused_before_it_is_loaded(model, as
     (spec,) = config.quantize.variants
     size = (model / "model.safetensors").stat().st_size
     monkeypatch.setattr("pipeline.system.hardware.free_bytes", lambda device: size)
-    monkeypatch.setattr("pipeline.loading.load", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr("pipeline.inference.load.load", lambda *_, **__: pytest.fail("it was loaded"))
     with pytest.raises(ModelError, match=rf"take [\d,]+ bytes, and may take 75% of the {size:,} that are free"):
         sensitivity.sensitivity(config, spec, model, record, lambda *_: None)
     assert not record.exists()

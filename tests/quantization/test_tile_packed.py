@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline import kernels
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import ModelError
-from pipeline.kernels import cuda
-from pipeline.loading import load
+from pipeline.inference import kernels
+from pipeline.inference.kernels import cuda
+from pipeline.inference.load import load
 from pipeline.models.checkpoint import SINGLE_NAME, Checkpoint, row_blocks
 from pipeline.models.sources import linear_weights, table_weights
 from pipeline.quantization.formats import storage, tile_packed

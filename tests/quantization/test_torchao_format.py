@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.config import catalog
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import QuantizationError
-from pipeline.kernels.rounded import int8_products_are_exact
+from pipeline.inference.kernels.rounded import int8_products_are_exact
 from pipeline.models.checkpoint import SINGLE_NAME, Checkpoint, row_blocks
 from pipeline.models.sources import linear_weights
 from pipeline.quantization.formats import format_of, storage

@@ -99,8 +99,8 @@ NAMES = [
 def test_a_name(survives, place, name, of):
     from pipeline.config.loader import parse_config
     from pipeline.data.sources import locate
+    from pipeline.inference.load import locate as find_model
     from pipeline.launch import read_launch
-    from pipeline.loading import locate as find_model
     from pipeline.models.sources import check_adapter, check_source
     from pipeline.workspace import Workspace
 
@@ -451,7 +451,7 @@ TOKENIZERS = {
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_settings_of_a_tokenizer(survives, place, tiny_model, name):
-    from pipeline.loading import locate
+    from pipeline.inference.load import locate
     from pipeline.models.safe_loading import open_tokenizer
 
     folder = own_copy(tiny_model, place)
@@ -504,7 +504,7 @@ def test_a_link_to_a_private_file_is_not_published(survives, place, tiny_model, 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.safetensors"])
 def test_weights_that_are_pickles(survives, place, tiny_model, name):
-    from pipeline.loading import load
+    from pipeline.inference.load import load
 
     folder = own_copy(tiny_model, place)
     (folder / "model.safetensors").rename(folder / "other.safetensors")
@@ -530,7 +530,7 @@ def test_training_does_not_open_a_pickle_either(survives, place, tiny_model):
 
 
 def test_an_adapter_beside_a_model_does_not_lead_to_another(survives, place, tiny_model):
-    from pipeline.loading import locate
+    from pipeline.inference.load import locate
     from pipeline.models.sources import check_source
 
     folder = own_copy(tiny_model, place)

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from pipeline import llama_cpp
 from pipeline.config.schema import Config
 from pipeline.errors import CheckpointError, ModelError
 from pipeline.events import Events
+from pipeline.inference import llama_cpp
 from pipeline.stages import admit, quantize
 from pipeline.system.files import fingerprint
 from pipeline.workspace import Workspace

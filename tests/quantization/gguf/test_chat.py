@@ -7,7 +7,7 @@ from rich.console import Console
 
 from pipeline import chat
 from pipeline.errors import ModelError
-from pipeline.loading import load, locate_file
+from pipeline.inference.load import load, locate_file
 from pipeline.system import hardware
 
 

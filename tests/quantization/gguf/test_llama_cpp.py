@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pipeline import llama_cpp
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import ModelError, QuantizationError
-from pipeline.loading import load_dequantized
+from pipeline.inference import llama_cpp
+from pipeline.inference.load import load_dequantized
 from pipeline.models.checkpoint import SINGLE_NAME
 from pipeline.models.sources import linear_weights, table_weights
 from pipeline.quantization.formats import gguf

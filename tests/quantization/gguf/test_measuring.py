@@ -11,13 +11,14 @@ import torch
 from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import heads, llama_cpp, measure
+from pipeline import measure
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import Config
 from pipeline.errors import MissingExtra, ModelError
 from pipeline.evaluation import _check_tokens, evaluate
 from pipeline.events import Events
-from pipeline.loading import load_dequantized
+from pipeline.inference import llama_cpp, output_head
+from pipeline.inference.load import load_dequantized
 from pipeline.probe import probe
 from pipeline.system import hardware
 from pipeline.workspace import Workspace
@@ -41,10 +42,12 @@ def figures(written):
 
     def make(source, variant):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-        reference, head = measure.score(model, text()), heads.head_matrix(model)
+        reference, head = measure.score(model, text()), output_head.head_matrix(model)
         with llama_cpp.opened(written(source, variant), 64) as reader:
             logits = measure.counted_logits(reader, text())
-            scores, compared = measure.compare_logits(logits, text(), reference, head, heads.softcap(model.config))
+            scores, compared = measure.compare_logits(
+                logits, text(), reference, head, output_head.softcap(model.config)
+            )
         return measure.perplexity(reference), measure.perplexity(scores), compared
 
     return make
@@ -68,7 +71,7 @@ def test_dequantized_weights_have_the_same_figures(tiny_model, written, figures)
     original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     scores, reference = (measure.score(m, text()) for m in (model, original))
     assert found.value == pytest.approx(measure.perplexity(scores).value, rel=0.02)
-    expected = measure.divergence(scores, heads.head_matrix(model), reference, heads.head_matrix(original))
+    expected = measure.divergence(scores, output_head.head_matrix(model), reference, output_head.head_matrix(original))
     assert compared["kl"].value == pytest.approx(expected["kl"].value, rel=0.1)
 
 
@@ -86,7 +89,7 @@ def test_what_transformers_finds_comes_out_of_its_logits_as_well(tiny_model):
         for changes in ({}, {"initializer_range": 0.12})
     )
     reference, scores = measure.score(a, text()), measure.score(b, text())
-    expected = measure.divergence(scores, heads.head_matrix(b), reference, heads.head_matrix(a))
+    expected = measure.divergence(scores, output_head.head_matrix(b), reference, output_head.head_matrix(a))
 
     def pieces():
         with torch.no_grad():
@@ -96,7 +99,7 @@ def test_what_transformers_finds_comes_out_of_its_logits_as_well(tiny_model):
 
     told = []
     found, compared = measure.compare_logits(
-        pieces(), text(), reference, heads.head_matrix(a), on_progress=lambda *state: told.append(state)
+        pieces(), text(), reference, output_head.head_matrix(a), on_progress=lambda *state: told.append(state)
     )
     assert torch.allclose(found.nll, scores.nll, atol=1e-4) and torch.equal(found.choice, scores.choice)
     assert torch.equal(found.sequence, scores.sequence) and told[-1] == (len(found.nll), len(found.nll))
@@ -104,7 +107,7 @@ def test_what_transformers_finds_comes_out_of_its_logits_as_well(tiny_model):
         assert compared[name].value == pytest.approx(estimate.value, rel=1e-3)
         assert compared[name].stderr == pytest.approx(estimate.stderr, rel=1e-3)
     with pytest.raises(ModelError, match="not scored on the same tokens"):
-        measure.compare_logits(pieces(), text(seed=1), reference, heads.head_matrix(a))
+        measure.compare_logits(pieces(), text(seed=1), reference, output_head.head_matrix(a))
 
 
 def test_a_tokenizer_that_llama_cpp_does_not_follow_is_told_in_one_line(tiny_model, written):

@@ -8,7 +8,7 @@ import torch
 from pipeline import measure
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError, ModelError
-from pipeline.loading import load, load_dequantized
+from pipeline.inference.load import load, load_dequantized
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.sources import linear_weights, table_weights
 from pipeline.quantization.formats import gguf

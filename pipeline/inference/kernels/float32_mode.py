@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from pipeline.kernels.products import FEW_ROWS, many_rows, product_dtype
+from pipeline.inference.kernels.products import FEW_ROWS, many_rows, product_dtype
 
 _LEFT_OPERAND = {  # of each function that multiplies: the place and the name of the argument that has the rows
     functional.linear: (0, "input"),

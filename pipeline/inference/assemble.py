@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pipeline import kernels
 from pipeline.errors import ModelError
-from pipeline.kernels.table import Int8Embedding
+from pipeline.inference import kernels
+from pipeline.inference.kernels.table import Int8Embedding
 from pipeline.models.checkpoint import Checkpoint, TensorInfo
 from pipeline.models.safe_loading import open_config
 from pipeline.quantization.formats import stored_weights, torchao

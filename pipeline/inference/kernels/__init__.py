@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pipeline.kernels import cpu, cuda
-from pipeline.kernels.attention import quicken_attention
-from pipeline.kernels.float32_mode import quicken_products
-from pipeline.kernels.plain import quicken_linears
-from pipeline.kernels.rounded import correct_rounded
+from pipeline.inference.kernels import cpu, cuda
+from pipeline.inference.kernels.attention import quicken_attention
+from pipeline.inference.kernels.float32_mode import quicken_products
+from pipeline.inference.kernels.plain import quicken_linears
+from pipeline.inference.kernels.rounded import correct_rounded
 from pipeline.quantization.grid import GroupQuantized
 
 if TYPE_CHECKING:

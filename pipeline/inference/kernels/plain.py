@@ -10,7 +10,7 @@ import threading
 
 import torch
 
-from pipeline.kernels.products import FEW_ROWS, many_rows, product_dtype
+from pipeline.inference.kernels.products import FEW_ROWS, many_rows, product_dtype
 
 
 class PlainLinear(torch.nn.Linear):

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from pipeline.kernels.attention import MODELS
-from pipeline.kernels.float32_mode import quicken_products
-from pipeline.kernels.products import float32_product, row_blocks
+from pipeline.inference.kernels.attention import MODELS
+from pipeline.inference.kernels.float32_mode import quicken_products
+from pipeline.inference.kernels.products import float32_product, row_blocks
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -249,7 +249,7 @@ def _quicken_loss(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Replace trl's fused output head, where the head is a matrix with at most a soft cap behind it."""
     from trl.trainer.utils import FusedCausalLMOutput
 
-    from pipeline.heads import softcap
+    from pipeline.inference.output_head import softcap
 
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     scales = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")

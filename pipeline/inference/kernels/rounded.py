@@ -12,7 +12,7 @@ from types import MethodType
 
 import torch
 
-from pipeline.kernels.products import float32_product, row_blocks
+from pipeline.inference.kernels.products import float32_product, row_blocks
 
 
 @cache

@@ -45,7 +45,7 @@ def load(
         revision: branch, tag or commit of a repository.
         offload: for measuring in little memory: leave the weights in their files, and read each layer's
             anew whenever it computes. `auto` does so where the model does not fit into the memory.
-            The model's own `device` is then `meta`; `pipeline.heads.device_of` tells where it computes.
+            The model's own `device` is then `meta`; `pipeline.inference.output_head.device_of` tells where it computes.
 
     Raises:
         ModelError: where there is no such model or variant, or it is one for llama.cpp.
@@ -72,7 +72,7 @@ def load_dequantized(
         MissingExtra: where the package `gguf` is not installed.
     """
     quiet()
-    from pipeline.assembly import own_type
+    from pipeline.inference.assemble import own_type
     from pipeline.models.checkpoint import Checkpoint
     from pipeline.quantization.formats.gguf.reader import GgufWeights
 
@@ -90,10 +90,10 @@ def _load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from safetensors import SafetensorError
 
-    from pipeline import kernels
-    from pipeline.assembly import assemble
-    from pipeline.kernels.step import quicken_decoding
-    from pipeline.offloading import assemble_offloaded, fits
+    from pipeline.inference import kernels
+    from pipeline.inference.assemble import assemble
+    from pipeline.inference.kernels.step import quicken_decoding
+    from pipeline.inference.offload import assemble_offloaded, fits
 
     quiet_progress_bars()
     try:
@@ -132,7 +132,7 @@ def pack(model: PreTrainedModel, device: torch.device) -> dict[str, int]:
     """
     import torch
 
-    from pipeline.assembly import place
+    from pipeline.inference.assemble import place
 
     used: dict[str, int] = {}
     for name, module in list(model.named_modules()):

@@ -20,8 +20,8 @@ from types import ModuleType
 import numpy as np
 
 from pipeline.errors import MissingExtra, ModelError
+from pipeline.inference.throughput import PROMPT_TOKENS, tokens_per_second
 from pipeline.system import hardware, libraries
-from pipeline.timing import PROMPT_TOKENS, tokens_per_second
 
 BATCH = 512  # positions computed at a time, as llama.cpp itself does, unless their logits are too many
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR

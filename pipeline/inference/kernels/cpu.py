@@ -12,7 +12,7 @@ from functools import cache
 
 import torch
 
-from pipeline.kernels.products import float32_product, product_dtype, row_blocks
+from pipeline.inference.kernels.products import float32_product, product_dtype, row_blocks
 from pipeline.quantization.grid import GroupQuantized, in_groups
 
 # Tokens up to which the kernels are faster than dequantizing; `scripts/benchmark_decode.py --layers` measures it. The

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from pipeline.kernels.cpu import Int4Linear, Int8Linear, PackedLinear
-from pipeline.kernels.pages import Room, give_back
+from pipeline.inference.kernels.cpu import Int4Linear, Int8Linear, PackedLinear
+from pipeline.inference.kernels.pages import Room, give_back
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from pipeline.kernels.growing import GrowingLayer
+    from pipeline.inference.kernels.growing import GrowingLayer
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 # Their blocks are: norm, attention with rotary positions, norm, gated MLP. Tests compare each with transformers' own.
@@ -128,7 +128,7 @@ class Step:
             return None
         if getattr(backbone.config, "output_hidden_states", False) or torch.is_autocast_enabled("cpu"):
             return None
-        from pipeline.kernels.growing import growing
+        from pipeline.inference.kernels.growing import growing
 
         layers = growing(cache, len(self.blocks), given.shape[0]) if self.unchanged() else None
         if layers is None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pipeline.errors import ModelError
-from pipeline.kernels.products import float32_product
+from pipeline.inference.kernels.products import float32_product
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

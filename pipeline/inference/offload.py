@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pipeline.assembly import (
+from pipeline.errors import ModelError
+from pipeline.inference.assemble import (
     Formats,
     Weights,
     computing_type,
@@ -25,8 +26,7 @@ from pipeline.assembly import (
     skeleton,
     tie_weights,
 )
-from pipeline.errors import ModelError
-from pipeline.kernels.plain import quicken_linears
+from pipeline.inference.kernels.plain import quicken_linears
 from pipeline.models.checkpoint.row_blocks import tiles
 from pipeline.models.safe_loading import open_config
 from pipeline.models.sources import stored_bytes
