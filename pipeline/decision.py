@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.chance import MARGIN, quantile
 from pipeline.changes import Inputs, changes, changes_beside, inputs_of, made_with
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, WorkspaceError
+from pipeline.evaluation.student_t import MARGIN, quantile
 from pipeline.live import Live, read_live
 from pipeline.opponent import own_weights
 from pipeline.stages import merge, train

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.alone import alone, refuse_beside_job
-from pipeline.chance import MARGIN
 from pipeline.config.schema import Config
 from pipeline.decision import Decision, Matter, Outcome, better, check, look, tell
 from pipeline.errors import GateError, StageFailed
+from pipeline.evaluation.student_t import MARGIN
 from pipeline.events import Events
 from pipeline.live import Live, read_live
 from pipeline.opponent import note, own_weights

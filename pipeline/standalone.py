@@ -21,7 +21,7 @@ from pipeline.config.catalog import VARIANTS, variant_names
 from pipeline.config.loader import explain, read_yaml
 from pipeline.config.schema import PACKAGE_SOURCE, Config, Model, Quantize, repository_id, run_name
 from pipeline.errors import ConfigError, HubError, Interrupted, UserError
-from pipeline.gates import limits
+from pipeline.evaluation.gates import limits
 from pipeline.hub import CARD, LINEAGE, check_root
 from pipeline.models.hub_inspection import inspect
 from pipeline.models.sources import check_source, is_local

@@ -166,7 +166,8 @@ def run_one(side: str, folder: Path, prompt: int, new: int) -> dict[str, float]:
         from pipeline.system.libraries import quiet
 
         quiet()
-        from pipeline import load, measure
+        from pipeline import load
+        from pipeline.evaluation import metrics
         from pipeline.models.safe_loading import open_model
 
         place = folder if side in UNQUANTIZED else folder / folder_of(side)
@@ -174,7 +175,7 @@ def run_one(side: str, folder: Path, prompt: int, new: int) -> dict[str, float]:
             model = open_model(place, dtype="float32" if side == "float32" else "auto")
         else:
             model, _ = load(place, device="cpu")
-        speed = measure.speed(model, prompt, new)
+        speed = metrics.speed(model, prompt, new)
         speed = {"prefill": speed["prefill_tokens_per_second"], "decode": speed["decode_tokens_per_second"]}
     figures = {f"{key} tokens/s": value for key, value in speed.items()}
     return {**figures, "peak MB": hardware.peak_memory_bytes() / 1e6}

@@ -58,10 +58,10 @@ def measure_all(source: str, scratch: Path, types: list[str], tokens: int) -> It
     quiet()
     import torch
 
-    from pipeline import measure
     from pipeline.config.schema import Model
     from pipeline.data import general_text
     from pipeline.data.encode import encode_text
+    from pipeline.evaluation import metrics
     from pipeline.inference import output_head
     from pipeline.models.safe_loading import open_model, open_tokenizer
     from pipeline.models.sources import fetch
@@ -69,7 +69,7 @@ def measure_all(source: str, scratch: Path, types: list[str], tokens: int) -> It
     folder, _ = fetch(Model(source=source), scratch / "model")
     windows = encode_text(general_text("builtin:python-topics"), open_tokenizer(folder), WINDOW, tokens)
     model = open_model(folder, dtype=torch.bfloat16).eval()
-    reference, head = measure.score(model, windows), output_head.head_matrix(model).clone()
+    reference, head = metrics.score(model, windows), output_head.head_matrix(model).clone()
     del model
     made = make(folder, scratch, types)
     for kind in types:
@@ -79,10 +79,10 @@ def measure_all(source: str, scratch: Path, types: list[str], tokens: int) -> It
             scores, compared = score(made[kind, by], windows, reference, head)
             own = own or scores
             values = {
-                "perplexity": measure.perplexity(scores),
-                "rise": measure.rise(scores, reference),
+                "perplexity": metrics.perplexity(scores),
+                "rise": metrics.rise(scores, reference),
                 "kl": compared["kl"],
-                "against_own": measure.rise(scores, own),
+                "against_own": metrics.rise(scores, own),
             }
             yield {
                 "type": kind.upper(),
@@ -136,11 +136,11 @@ def refuse_unlike(files: list[Path]) -> None:
 
 def score(path: Path, windows: list, reference, head):
     """What llama.cpp says of the text with a file, and how that compares with the full-precision model."""
-    from pipeline import measure
+    from pipeline.evaluation import metrics
     from pipeline.inference import llama_cpp, output_head
 
     with llama_cpp.opened(path, WINDOW, output_head.LOGIT_ELEMENTS) as reader:
-        return measure.compare_logits(measure.counted_logits(reader, windows), windows, reference, head)
+        return metrics.compare_logits(metrics.counted_logits(reader, windows), windows, reference, head)
 
 
 if __name__ == "__main__":

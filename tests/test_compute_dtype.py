@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline import measure
+from pipeline.evaluation import metrics
 from pipeline.inference import kernels
 from pipeline.inference.kernels import products
 from pipeline.inference.kernels.float32_mode import Float32Products, quicken_products
@@ -43,14 +43,14 @@ def off(result: torch.Tensor, expected: torch.Tensor) -> float:
     return float((result.float() - expected.float()).norm() / expected.float().norm())
 
 
-def read_and_score(model) -> measure.Scores:
+def read_and_score(model) -> metrics.Scores:
     """Read a prompt, write after it, and score texts: all that inference multiplies."""
     ids = torch.arange(80).view(1, 80) % 250
     with torch.no_grad():
         out = model(ids, use_cache=True)
         model(ids[:, :1], past_key_values=out.past_key_values)
         model(ids[:, :40].expand(2, -1), attention_mask=(torch.arange(80).view(2, 40) > 7).long())
-    return measure.score(model, text())
+    return metrics.score(model, text())
 
 
 @pytest.mark.parametrize("architecture, kind", LOADED)
@@ -67,9 +67,9 @@ def test_a_loaded_model_multiplies_no_many_rows_in_half_precision(
         assert any(product.rows <= products.FEW_ROWS for product in seen.products)
     monkeypatch.setenv(hardware.COMPUTE_DTYPE, "bfloat16")
     with BF16Products() as seen:
-        expected = measure.score(load(root, variant)[0], text())
+        expected = metrics.score(load(root, variant)[0], text())
     assert seen.many_rows
-    assert measure.perplexity(scores).value == pytest.approx(measure.perplexity(expected).value, rel=0.02)
+    assert metrics.perplexity(scores).value == pytest.approx(metrics.perplexity(expected).value, rel=0.02)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -90,10 +90,10 @@ def test_an_offloaded_model_multiplies_no_many_rows_in_half_precision(float32, t
     model, _ = load(root, variant, offload=True)
     with torch.no_grad(), BF16Products() as seen:
         model(torch.arange(80).view(1, 80))
-        scores = measure.score(model, text())
+        scores = metrics.score(model, text())
     assert not seen.many_rows
-    whole = measure.score(load(root, variant)[0], text())
-    assert measure.perplexity(scores).value == pytest.approx(measure.perplexity(whole).value, rel=0.02)
+    whole = metrics.score(load(root, variant)[0], text())
+    assert metrics.perplexity(scores).value == pytest.approx(metrics.perplexity(whole).value, rel=0.02)
 
 
 SHAPE = {

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from pipeline.config.schema import VariantSpec
-from pipeline.escalation import Rung, best, distance, ladder, with_layers
+from pipeline.evaluation.escalation import Rung, best, distance, ladder, with_layers
 from pipeline.models.sources import linear_weights, table_weights
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from pipeline.chance import quantile
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import Config
-from pipeline.gates import judge, limits, tell
+from pipeline.evaluation.gates import judge, limits, tell
+from pipeline.evaluation.student_t import quantile
 from pipeline.stages import admit, quantize
 from pipeline.workspace import Workspace
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pipeline import measure
 from pipeline.data.encode import Encoded
 from pipeline.errors import ModelError
+from pipeline.evaluation import metrics
+from pipeline.evaluation.metrics import Estimate, Scores
 from pipeline.inference import output_head
-from pipeline.measure import Estimate, Scores
 
 LENGTHS = (40, 7, 23, 2, 64, 23)
 
@@ -62,13 +62,13 @@ def head(model) -> torch.Tensor:
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=str)
 def test_perplexity_is_exp_of_the_mean_cross_entropy(any_model, dtype, tolerance):
     model = from_stock(any_model, dtype)
-    scores = measure.score(model, text())
+    scores = metrics.score(model, text())
     expected = functional.cross_entropy(*counted_logits(model, text()))
-    assert measure.perplexity(scores).value == pytest.approx(math.exp(expected), rel=tolerance)
+    assert metrics.perplexity(scores).value == pytest.approx(math.exp(expected), rel=tolerance)
 
 
 def test_tokens_that_do_not_count_and_first_tokens_are_left_out(model):
-    scores = measure.score(model, text())
+    scores = metrics.score(model, text())
     assert len(scores.nll) == sum(label != -100 for s in text() for label in s.labels[1:])
     assert scores.sequence.unique().tolist() == list(range(len(LENGTHS)))
     assert scores.hidden.shape == (len(scores.nll), 160)
@@ -79,22 +79,22 @@ def test_tokens_that_do_not_count_and_first_tokens_are_left_out(model):
 def test_a_label_on_the_first_token_changes_nothing(model):
     sequences = text()
     with_first = [Encoded(s.input_ids, [s.input_ids[0], *s.labels[1:]]) for s in sequences]
-    assert torch.equal(measure.score(model, sequences).nll, measure.score(model, with_first).nll)
+    assert torch.equal(metrics.score(model, sequences).nll, metrics.score(model, with_first).nll)
 
 
 @pytest.mark.parametrize("budget", [1, 50, 10_000])
 def test_padding_and_batching_change_nothing(model, monkeypatch, budget):
-    alone = [measure.score(model, [sequence]) for sequence in text()]
-    monkeypatch.setattr(measure, "BATCH_TOKENS", budget)
-    together = measure.score(model, text())
+    alone = [metrics.score(model, [sequence]) for sequence in text()]
+    monkeypatch.setattr(metrics, "BATCH_TOKENS", budget)
+    together = metrics.score(model, text())
     assert torch.allclose(together.nll, torch.cat([s.nll for s in alone]), atol=1e-4)
     assert torch.equal(together.choice, torch.cat([s.choice for s in alone]))
     assert torch.allclose(together.hidden, torch.cat([s.hidden for s in alone]), atol=1e-4)
 
 
 def test_batches_hold_every_sequence_once_and_no_more_than_they_may(monkeypatch):
-    monkeypatch.setattr(measure, "BATCH_TOKENS", 50)
-    batches = measure._batches(text())
+    monkeypatch.setattr(metrics, "BATCH_TOKENS", 50)
+    batches = metrics._batches(text())
     assert sorted(i for batch in batches for i in batch) == list(range(len(LENGTHS)))
     assert all(len(b) == 1 or len(b) * max(LENGTHS[i] for i in b) <= 50 for b in batches)
     assert len(batches) < len(LENGTHS)
@@ -102,8 +102,8 @@ def test_batches_hold_every_sequence_once_and_no_more_than_they_may(monkeypatch)
 
 def test_logits_are_computed_in_pieces_without_a_trace(model, other, monkeypatch):
     def figures():
-        a, b = measure.score(model, text()), measure.score(other, text())
-        return a.nll, measure.divergence(a, head(model), b, head(other))["kl"].value
+        a, b = metrics.score(model, text()), metrics.score(other, text())
+        return a.nll, metrics.divergence(a, head(model), b, head(other))["kl"].value
 
     (nll, kl) = figures()
     monkeypatch.setattr(output_head, "LOGIT_ELEMENTS", 272 * 3)
@@ -114,51 +114,51 @@ def test_the_standard_error_is_that_of_sequences_as_clusters():
     generator = torch.Generator().manual_seed(1)
     sequence = torch.tensor([4] * 3 + [7] * 5 + [9] * 2 + [20] * 6)
     values = torch.rand(16, generator=generator)
-    estimate, average = measure.mean(values, sequence), float(values.double().mean())
+    estimate, average = metrics.mean(values, sequence), float(values.double().mean())
     sums = [sum(float(v) - average for v, s in zip(values, sequence, strict=True) if s == c) for c in (4, 7, 9, 20)]
     assert estimate.value == pytest.approx(average)
     assert estimate.stderr == pytest.approx(math.sqrt(4 / 3 * sum(x * x for x in sums)) / 16)
 
 
 def test_tokens_that_go_together_do_not_make_the_error_smaller():
-    one_each = measure.mean(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.arange(4))
-    hundred_each = measure.mean(
+    one_each = metrics.mean(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.arange(4))
+    hundred_each = metrics.mean(
         torch.tensor([1.0, 2.0, 3.0, 4.0]).repeat_interleave(100), torch.arange(4).repeat_interleave(100)
     )
     assert hundred_each.stderr == pytest.approx(one_each.stderr)
 
 
 def test_more_sequences_do():
-    few = measure.mean(torch.rand(50), torch.arange(50))
+    few = metrics.mean(torch.rand(50), torch.arange(50))
     values = torch.rand(50, generator=torch.Generator().manual_seed(0))
-    few, many = (measure.mean(values.repeat(n), torch.arange(50 * n)) for n in (1, 16))
+    few, many = (metrics.mean(values.repeat(n), torch.arange(50 * n)) for n in (1, 16))
     assert many.stderr == pytest.approx(few.stderr / 4, rel=0.02)
 
 
 def test_one_sequence_has_no_known_error():
-    estimate = measure.mean(torch.rand(30), torch.zeros(30, dtype=torch.long))
+    estimate = metrics.mean(torch.rand(30), torch.zeros(30, dtype=torch.long))
     assert math.isnan(estimate.stderr) and 0 < estimate.value < 1
 
 
 def test_the_error_of_perplexity_is_that_of_the_loss_times_perplexity(model):
-    scores = measure.score(model, text())
-    loss, perplexity = measure.mean(scores.nll, scores.sequence), measure.perplexity(scores)
+    scores = metrics.score(model, text())
+    loss, perplexity = metrics.mean(scores.nll, scores.sequence), metrics.perplexity(scores)
     assert perplexity.stderr == pytest.approx(perplexity.value * loss.stderr) and loss.stderr > 0
 
 
 def test_a_model_does_not_diverge_from_itself(model):
-    scores = measure.score(model, text())
-    found = measure.divergence(scores, head(model), scores, head(model))
+    scores = metrics.score(model, text())
+    found = metrics.divergence(scores, head(model), scores, head(model))
     assert found["kl"] == Estimate(0, 0) and found["agreement"] == Estimate(1, 0)
 
 
 def test_divergence_is_that_of_the_full_distributions_from_the_reference(model, other):
-    reference, scores = measure.score(model, text()), measure.score(other, text())
-    found = measure.divergence(scores, head(other), reference, head(model))
+    reference, scores = metrics.score(model, text()), metrics.score(other, text())
+    found = metrics.divergence(scores, head(other), reference, head(model))
     p, q = (counted_logits(m, text())[0].log_softmax(-1) for m in (model, other))
     expected = functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
     assert found["kl"].value == pytest.approx(float(expected.mean()), rel=1e-4)
-    assert found["kl"].stderr == pytest.approx(measure.mean(expected, scores.sequence).stderr, rel=1e-3)
+    assert found["kl"].stderr == pytest.approx(metrics.mean(expected, scores.sequence).stderr, rel=1e-3)
     backwards = functional.kl_div(p, q, log_target=True, reduction="none").sum(-1).mean()
     assert abs(float(backwards) - float(expected.mean())) > 1e-3 * float(expected.mean())
     same = (p.argmax(-1) == q.argmax(-1)).float()
@@ -166,9 +166,9 @@ def test_divergence_is_that_of_the_full_distributions_from_the_reference(model, 
 
 
 def test_scores_of_other_tokens_are_not_compared(model):
-    a, b = measure.score(model, text()), measure.score(model, text(LENGTHS[:-1]))
+    a, b = metrics.score(model, text()), metrics.score(model, text(LENGTHS[:-1]))
     with pytest.raises(ModelError, match="not scored on the same tokens"):
-        measure.divergence(a, head(model), b, head(model))
+        metrics.divergence(a, head(model), b, head(model))
 
 
 def scores_of(nll: torch.Tensor, sequence: torch.Tensor) -> Scores:
@@ -176,24 +176,24 @@ def scores_of(nll: torch.Tensor, sequence: torch.Tensor) -> Scores:
 
 
 def test_the_rise_is_the_ratio_of_the_perplexities(model, other):
-    reference, scores = measure.score(model, text()), measure.score(other, text())
-    ratio = measure.perplexity(scores).value / measure.perplexity(reference).value
-    assert measure.rise(scores, reference).value == pytest.approx(ratio - 1, rel=1e-5)
+    reference, scores = metrics.score(model, text()), metrics.score(other, text())
+    ratio = metrics.perplexity(scores).value / metrics.perplexity(reference).value
+    assert metrics.rise(scores, reference).value == pytest.approx(ratio - 1, rel=1e-5)
 
 
 def test_the_rise_is_paired_so_that_what_both_find_hard_adds_no_error():
     generator = torch.Generator().manual_seed(0)
     hard, sequence = torch.rand(200, generator=generator) * 10, torch.arange(40).repeat_interleave(5)
-    steady = measure.rise(scores_of(hard + 0.01, sequence), scores_of(hard, sequence))
+    steady = metrics.rise(scores_of(hard + 0.01, sequence), scores_of(hard, sequence))
     assert steady.value == pytest.approx(math.exp(0.01) - 1, rel=1e-3) and steady.stderr < 1e-6
     noise = torch.randn(200, generator=generator) * 0.1
-    noisy = measure.rise(scores_of(hard + noise, sequence), scores_of(hard, sequence))
-    difference = measure.mean(noise, sequence)
+    noisy = metrics.rise(scores_of(hard + noise, sequence), scores_of(hard, sequence))
+    difference = metrics.mean(noise, sequence)
     assert noisy.stderr == pytest.approx(math.exp(difference.value) * difference.stderr, rel=1e-3)
 
 
 def test_scores_survive_the_disk(model, tmp_path):
-    scores = measure.score(model, text())
+    scores = metrics.score(model, text())
     scores.save(tmp_path / "deep" / "scores.safetensors")
     back = Scores.load(tmp_path / "deep" / "scores.safetensors")
     for part in ("nll", "choice", "sequence", "hidden"):
@@ -202,7 +202,7 @@ def test_scores_survive_the_disk(model, tmp_path):
 
 def test_progress_counts_tokens_to_the_end(model):
     seen = []
-    measure.score(model, text(), lambda done, total: seen.append((done, total)))
+    metrics.score(model, text(), lambda done, total: seen.append((done, total)))
     assert seen[-1] == (sum(LENGTHS), sum(LENGTHS)) and seen == sorted(seen)
 
 
@@ -211,7 +211,7 @@ def test_progress_counts_tokens_to_the_end(model):
 )
 def test_a_text_without_a_token_that_counts_is_refused(model, sequences):
     with pytest.raises(ModelError, match="no token that counts"):
-        measure.score(model, sequences)
+        metrics.score(model, sequences)
 
 
 def build(kind: str, **changes):
@@ -237,13 +237,13 @@ def test_a_softcap_on_the_logits_is_part_of_every_figure():
     )
     name, softcap = output_head.head_name(a), output_head.softcap(a.config)
     assert (name, softcap) == ("model.embed_tokens.weight", 2.0)
-    reference, scores = measure.score(a, text()), measure.score(b, text())
+    reference, scores = metrics.score(a, text()), metrics.score(b, text())
     logits, targets = counted_logits(a, text())
-    assert measure.mean(reference.nll, reference.sequence).value == pytest.approx(
+    assert metrics.mean(reference.nll, reference.sequence).value == pytest.approx(
         float(functional.cross_entropy(logits, targets)), rel=1e-5
     )
     p, q = logits.log_softmax(-1), counted_logits(b, text())[0].log_softmax(-1)
-    found = measure.divergence(scores, head(b), reference, head(a), softcap)
+    found = metrics.divergence(scores, head(b), reference, head(a), softcap)
     assert found["kl"].value == pytest.approx(
         float(functional.kl_div(q, p, log_target=True, reduction="batchmean")), rel=1e-3
     )
@@ -259,30 +259,30 @@ def test_a_softcap_on_the_logits_is_part_of_every_figure():
 )
 def test_a_head_that_does_more_is_refused_by_the_models_name(kind, changes, said):
     with pytest.raises(ModelError, match=f"^{kind}: {said}"):
-        measure.score(build(kind, **changes), text())
+        metrics.score(build(kind, **changes), text())
 
 
 def test_a_broken_model_is_refused_and_not_measured(tiny_model):
     model = from_stock(tiny_model("llama"))
     model.model.norm.weight.data[3] = float("nan")
     with pytest.raises(ModelError, match="logits are not finite"):
-        measure.score(model, text())
+        metrics.score(model, text())
 
 
 def test_a_model_under_an_adapter_is_scored_with_the_adapter(tiny_model):
     from peft import LoraConfig, get_peft_model
 
-    plain = measure.score(from_stock(tiny_model("qwen3")), text())
+    plain = metrics.score(from_stock(tiny_model("qwen3")), text())
     model = get_peft_model(
         from_stock(tiny_model("qwen3")), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     )
-    assert torch.allclose(measure.score(model, text()).nll, plain.nll, atol=1e-5)  # B is still zero
+    assert torch.allclose(metrics.score(model, text()).nll, plain.nll, atol=1e-5)  # B is still zero
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    scores = measure.score(model.eval(), text())
+    scores = metrics.score(model.eval(), text())
     expected = functional.cross_entropy(*counted_logits(model, text()))
-    assert measure.mean(scores.nll, scores.sequence).value == pytest.approx(float(expected), rel=1e-5)
+    assert metrics.mean(scores.nll, scores.sequence).value == pytest.approx(float(expected), rel=1e-5)
     assert not torch.allclose(scores.nll, plain.nll, atol=1e-2)
 
 
@@ -308,7 +308,7 @@ def test_speed_is_measured_within_the_positions_that_a_model_has(tiny_model):
     from pipeline.inference.load import load
 
     model, _ = load(tiny_model("llama", max_position_embeddings=48))
-    figures = measure.speed(model, prompt_tokens=256, new_tokens=32, repeats=1)
+    figures = metrics.speed(model, prompt_tokens=256, new_tokens=32, repeats=1)
     assert (figures["prompt_tokens"], figures["new_tokens"]) == (24, 24)
     assert figures["prefill_tokens_per_second"] > 0 and figures["decode_tokens_per_second"] > 0
 
@@ -317,6 +317,6 @@ def test_answers_are_greedy_and_without_the_prompt(tiny_model):
     from pipeline.inference.load import load
 
     model, tokenizer = load(tiny_model("llama"))
-    first, again = (measure.answers(model, tokenizer, ["Hello?", "Who?"], new_tokens=8) for _ in range(2))
+    first, again = (metrics.answers(model, tokenizer, ["Hello?", "Who?"], new_tokens=8) for _ in range(2))
     assert first == again and [a["prompt"] for a in first] == ["Hello?", "Who?"]
     assert all("im_start" not in a["answer"] and "Hello" not in a["answer"] for a in first)

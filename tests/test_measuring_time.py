@@ -7,8 +7,8 @@ import itertools
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import texts
 from pipeline.config.schema import Config
+from pipeline.evaluation import texts
 from pipeline.inference.throughput import tokens_per_second
 from pipeline.workspace import Workspace
 

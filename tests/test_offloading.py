@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 
-from pipeline import measure
 from pipeline.config.schema import Config
 from pipeline.errors import ModelError
-from pipeline.evaluation import evaluate
+from pipeline.evaluation import metrics
+from pipeline.evaluation.evaluate import evaluate
 from pipeline.events import Events
 from pipeline.inference import output_head
 from pipeline.inference.load import load
@@ -35,7 +35,7 @@ print(before, machine.peak_memory_bytes())
 """
 
 
-def same(ours: measure.Scores, theirs: measure.Scores) -> bool:
+def same(ours: metrics.Scores, theirs: metrics.Scores) -> bool:
     return all(torch.equal(getattr(ours, part), getattr(theirs, part)) for part in ("nll", "choice", "hidden"))
 
 
@@ -45,17 +45,17 @@ def test_a_model_scores_bit_for_bit_as_it_does_in_memory(any_model):
     assert is_offloaded(offloaded) and not is_offloaded(there)
     assert torch.equal(output_head.head_matrix(offloaded), output_head.head_matrix(there))
     assert output_head.head_name(offloaded) == output_head.head_name(there)
-    assert same(measure.score(offloaded, text()), measure.score(there, text()))
+    assert same(metrics.score(offloaded, text()), metrics.score(there, text()))
     assert all(parameter.is_meta for parameter in offloaded.parameters())  # nothing stayed behind
 
 
 @pytest.mark.parametrize("variant", ["int8", "int4"])
 def test_a_variant_scores_bit_for_bit_as_the_numbers_in_its_files_do(any_model, quantized, dequantized, variant):
     offloaded, _ = load(quantized(any_model, variant), variant, offload=True)
-    scores = measure.score(offloaded, text())
-    assert same(scores, measure.score(dequantized(any_model, variant), text()))
-    packed = measure.score(load(quantized(any_model, variant), variant)[0], text())
-    assert measure.perplexity(scores).value == pytest.approx(measure.perplexity(packed).value, rel=0.02)
+    scores = metrics.score(offloaded, text())
+    assert same(scores, metrics.score(dequantized(any_model, variant), text()))
+    packed = metrics.score(load(quantized(any_model, variant), variant)[0], text())
+    assert metrics.perplexity(scores).value == pytest.approx(metrics.perplexity(packed).value, rel=0.02)
 
 
 @pytest.mark.parametrize("architecture", PLAIN)
@@ -65,7 +65,7 @@ def test_a_quantized_table_counts_for_embedding_and_head(tiny_model, quantized, 
     assert torch.allclose(
         output_head.head_matrix(offloaded).float(), output_head.head_matrix(packed).dequantize(), rtol=0.01
     )
-    ours, theirs = (measure.perplexity(measure.score(model, text())).value for model in (offloaded, packed))
+    ours, theirs = (metrics.perplexity(metrics.score(model, text())).value for model in (offloaded, packed))
     assert ours == pytest.approx(theirs, rel=0.02)
 
 
@@ -111,9 +111,9 @@ def test_tensors_under_other_names_cannot_be_offloaded_and_that_is_said(tmp_path
 
 def test_large_output_heads_are_used_piece_by_piece_without_a_trace(tiny_model, monkeypatch):
     model, _ = load(tiny_model("llama"))
-    whole = measure.score(model, text())
+    whole = metrics.score(model, text())
     monkeypatch.setattr(output_head, "HEAD_ELEMENTS", 160 * 100)
-    pieces = measure.score(model, text())
+    pieces = metrics.score(model, text())
     assert torch.allclose(whole.nll, pieces.nll, atol=1e-5) and torch.equal(whole.choice, pieces.choice)
 
 

@@ -10,9 +10,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.utils import add_fused_lm_head
 
-from pipeline import measure
 from pipeline.config.schema import Config
 from pipeline.data.encode import NO_LOSS, Encoded, EncodedSet
+from pipeline.evaluation import metrics
 from pipeline.inference.kernels import training
 from pipeline.inference.kernels.attention import MODELS
 from pipeline.inference.kernels.training import quicken_layers, quicken_training
@@ -227,7 +227,7 @@ def test_training_multiplies_many_rows_in_the_compute_type_alone(any_model, tmp_
     trainer.save_model(str(tmp_path / "adapter"))
     live = live_model(config, any_model, tmp_path / "adapter")
     with BF16Products() as seen:
-        measure.score(live, examples)
+        metrics.score(live, examples)
     assert bool(seen.many_rows) == (compute == "bfloat16")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.cards import markdown
 from pipeline.cards.about import TEXTS, About, place
 from pipeline.cards.markdown import Markdown, code, count, estimate, listed, percent, plain, table, unit
-from pipeline.gates import SAID, is_unsure
+from pipeline.evaluation.gates import SAID, is_unsure
 
 _OPTIONS = {"group_size": "groups of {}", "rounding": "rounding {}", "embeddings": "embeddings {}"}
 

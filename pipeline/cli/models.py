@@ -103,7 +103,7 @@ def sensitivity(
 ) -> None:
     """Measure what quantizing each linear layer alone costs; goes on where it was stopped."""
     from pipeline.config.builders import quantize_config
-    from pipeline.sensitivity import report
+    from pipeline.evaluation.sensitivity import report
 
     output = output or Path(f"{Path(source).name}-sensitivity")
     asked = [f"evaluate.max_tokens={tokens}", *(settings or ())]

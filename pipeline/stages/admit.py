@@ -11,9 +11,9 @@ from pathlib import Path
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import Config, VariantSpec
 from pipeline.errors import GateError
-from pipeline.escalation import best
+from pipeline.evaluation.escalation import best
+from pipeline.evaluation.gates import judge, limits, tell
 from pipeline.events import Events
-from pipeline.gates import judge, limits, tell
 from pipeline.models.sources import stored_bytes
 from pipeline.stages import Outcome, quantize
 from pipeline.stages.inputs import full_model, model_bytes
@@ -90,7 +90,7 @@ def _measured(config: Config, workspace: Workspace, events: Events, name: str, f
         workspace.take_back(f"quantize/{name}", workspace.release / VARIANTS[name].folder, folder)
     result = {"size_bytes": stored_bytes(folder)}
     if config.evaluate:
-        from pipeline.evaluation import evaluate
+        from pipeline.evaluation.evaluate import evaluate
 
         result = evaluate(name, folder, config, workspace, events, full)
     elif VARIANTS[name].format == "gguf":

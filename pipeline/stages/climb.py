@@ -13,9 +13,9 @@ from pathlib import Path
 
 from pipeline.config.schema import Config, VariantSpec
 from pipeline.errors import UserError
-from pipeline.escalation import Rung, ladder, with_layers
+from pipeline.evaluation.escalation import Rung, ladder, with_layers
+from pipeline.evaluation.gates import judge, limits
 from pipeline.events import Events
-from pipeline.gates import judge, limits
 from pipeline.stages.quantize import note_written
 from pipeline.system.files import empty_folder, fingerprint, read_json, replace_folder, write_json
 from pipeline.workspace import Workspace
@@ -106,7 +106,7 @@ class Climb:
             return None
 
     def _layers(self, spec: VariantSpec) -> list[dict]:
-        from pipeline.sensitivity import TOKENS, sensitivity
+        from pipeline.evaluation.sensitivity import TOKENS, sensitivity
 
         tokens = min(self._config.evaluate.max_tokens, TOKENS)
         evaluate = self._config.evaluate.model_copy(update={"max_tokens": tokens})
@@ -116,7 +116,7 @@ class Climb:
 
     def _measure(self, spec: VariantSpec, label: str) -> dict | None:
         """The figures of one way to make the variant; None where this model cannot be made so."""
-        from pipeline.evaluation import evaluate
+        from pipeline.evaluation.evaluate import evaluate
 
         try:
             self._make(spec, label)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from pipeline.data import Example
     from pipeline.data.encode import Encoded
-    from pipeline.measure import Estimate, Scores
+    from pipeline.evaluation.metrics import Estimate, Scores
 
 LIBRARIES = ("torch", "transformers")
 RESULT = "retraining"  # the measurement, and the key in the results and the lineage
@@ -57,9 +57,9 @@ def _compare(config: Config, workspace: Workspace, events: Events, compared: Liv
     The loss is in nats a token. Models with other tokens are compared in bits a byte of what was to be learned.
     All that is said of one prompt goes together, so the errors are those of a sample of prompts.
     """
-    from pipeline import measure
     from pipeline.comparable import untouched
     from pipeline.data import read_examples
+    from pipeline.evaluation import metrics
     from pipeline.inference.load import load
 
     fingerprint = workspace.read_measurement("data")["fingerprint"]
@@ -72,12 +72,12 @@ def _compare(config: Config, workspace: Workspace, events: Events, compared: Liv
     for name, (source, revision) in sides.items():
         tell = functools.partial(events.progress, what=f"measuring the {name} model")
         model, _ = load(source, revision=revision, device=config.evaluate.device, offload="auto")
-        scores[name] = measure.score(model, [s for e in encoded[name] for s in e], tell)
-        device = str(measure.device_of(model))
+        scores[name] = metrics.score(model, [s for e in encoded[name] for s in e], tell)
+        device = str(metrics.device_of(model))
         del model
     if by_token:
         values = {name: s.nll for name, s in scores.items()}
-        mean = functools.partial(measure.mean, sequence=chosen.prompts_of(scores["new"], "new"))
+        mean = functools.partial(metrics.mean, sequence=chosen.prompts_of(scores["new"], "new"))
     else:
         values = {name: chosen.bits(s, name) for name, s in scores.items()}
         mean = functools.partial(_per_byte, sizes=chosen.sizes)
@@ -163,7 +163,7 @@ def _choose(config: Config, examples: tuple[Example, ...], tokenizers: dict[str,
 
 def _per_byte(values: torch.Tensor, sizes: torch.Tensor) -> Estimate:
     """The sum of `values` over that of `sizes`, and its error as a ratio estimator over prompts; both (P,)."""
-    from pipeline.measure import Estimate
+    from pipeline.evaluation.metrics import Estimate
 
     ratio = float(values.sum() / sizes.sum())
     residual = (values - ratio * sizes).square().sum()

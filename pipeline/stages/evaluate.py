@@ -26,7 +26,7 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
 
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
-    from pipeline.evaluation import evaluate
+    from pipeline.evaluation.evaluate import evaluate
 
     full = full_model(config, workspace, events)
     models = {reference(config): full, "base": base_model(config, workspace, events)}

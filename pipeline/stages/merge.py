@@ -110,7 +110,7 @@ def _kinds(config: Config) -> tuple[str, ...]:
 
 def _supplied_template(base: Path, workspace: Workspace) -> str | None:
     """The chat template that training supplied, which belongs to the model from now on."""
-    from pipeline.texts import with_template
+    from pipeline.evaluation.texts import with_template
 
     tokenizer = open_tokenizer(base)
     return None if tokenizer.chat_template else with_template(tokenizer, workspace).chat_template
@@ -118,7 +118,7 @@ def _supplied_template(base: Path, workspace: Workspace) -> str | None:
 
 def _compare(config: Config, workspace: Workspace, events: Events, base: Path, folders: dict[str, Path]) -> dict:
     """Loss on held-out text of the live adapter and of each merged model, and KL(live || merged)."""
-    from pipeline import measure, texts
+    from pipeline.evaluation import metrics, texts
     from pipeline.inference import output_head
     from pipeline.inference.load import load
     from pipeline.models.checkpoint import Checkpoint
@@ -128,23 +128,23 @@ def _compare(config: Config, workspace: Workspace, events: Events, base: Path, f
     texts.plan(config, workspace, model, tokenizer)
     sequences = texts.held_out(config, workspace, tokenizer)
     head_name, softcap = output_head.head_name(model), output_head.softcap(model.config)
-    live = measure.score(model, sequences, lambda d, t: events.progress(d, t, "measuring the live adapter"))
+    live = metrics.score(model, sequences, lambda d, t: events.progress(d, t, "measuring the live adapter"))
     del model
-    result: dict = {"live": {"loss": asdict(measure.mean(live.nll, live.sequence)), "tokens": len(live.nll)}}
+    result: dict = {"live": {"loss": asdict(metrics.mean(live.nll, live.sequence)), "tokens": len(live.nll)}}
     live_head, losses = Checkpoint(base).read(head_name), {}
     for kind, folder in folders.items():
         model, _ = load(folder, offload="auto")
         what = f"measuring the merge into {kind}"
-        scores = measure.score(model, sequences, lambda d, t, what=what: events.progress(d, t, what))
+        scores = metrics.score(model, sequences, lambda d, t, what=what: events.progress(d, t, what))
         head = output_head.head_matrix(model).cpu().clone()
         del model
         losses[kind] = scores.nll
         result[kind] = {
-            "loss": asdict(measure.mean(scores.nll, scores.sequence)),
-            "loss_above_live": asdict(measure.mean(scores.nll - live.nll, live.sequence)),
-            "kl": asdict(measure.divergence(scores, head, live, live_head, softcap)["kl"]),
+            "loss": asdict(metrics.mean(scores.nll, scores.sequence)),
+            "loss_above_live": asdict(metrics.mean(scores.nll - live.nll, live.sequence)),
+            "kl": asdict(metrics.divergence(scores, head, live, live_head, softcap)["kl"]),
         }
-    result["nf4_minus_bf16"] = asdict(measure.mean(losses["nf4"] - losses["bf16"], live.sequence))
+    result["nf4_minus_bf16"] = asdict(metrics.mean(losses["nf4"] - losses["bf16"], live.sequence))
     return result
 
 

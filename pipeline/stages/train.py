@@ -128,11 +128,12 @@ def _prepare(config: Config, workspace: Workspace, events: Events, team: Team) -
 
     One process of each machine writes; the others read what it left.
     """
-    from pipeline import comparable, texts
+    from pipeline import comparable
     from pipeline.data import load_examples, write_examples
     from pipeline.data.chat import supply_template
     from pipeline.data.describe import describe, report, samples
     from pipeline.data.encode import encode_examples
+    from pipeline.evaluation import texts
 
     events.progress(0, 1, "reading the data")  # first, since a bad row should not wait for a long download
     workspace.data.mkdir(exist_ok=True)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pipeline.gates import judge, limits
+from pipeline.evaluation.gates import judge, limits
 from pipeline.hub import LINEAGE
 from pipeline.lineage import own_version
 from pipeline.verification.claims import ADAPTER, Claims

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from pipeline.data.encode import Encoded
-    from pipeline.measure import Scores
+    from pipeline.evaluation.metrics import Scores
 
 OUTDATED, DAMAGED, MISSING, FAILED = "outdated", "damaged", "missing", "failed"  # why a model could not be measured
 
@@ -48,7 +48,7 @@ def look(request: dict) -> dict:
 
 def _measured(request: dict) -> dict:
     """Perplexity by text, as `results.json` has it, with what else is needed to compare it."""
-    from pipeline import measure, texts
+    from pipeline.evaluation import metrics, texts
     from pipeline.inference import llama_cpp
     from pipeline.inference.load import load, load_dequantized
 
@@ -70,12 +70,12 @@ def _measured(request: dict) -> dict:
         reference = request["reference"]
         model, tokenizer = load_dequantized(Path(file), Path(reference), **where) if file else load(folder, **where)
         sequences, problems = _texts(config, workspace, tokenizer, request["texts"])
-        scored = {text: measure.score(model, part, _teller(text)) for text, part in sequences.items()}
+        scored = {text: metrics.score(model, part, _teller(text)) for text, part in sequences.items()}
         if not scored:
             _run_once(model)
     quality = {}
     for text, scores in scored.items():
-        perplexity = measure.perplexity(scores)
+        perplexity = metrics.perplexity(scores)
         quality[text] = {"digest": texts.digest(sequences[text]), "perplexity": perplexity.value}
     return {"quality": quality, "problems": problems}
 
@@ -84,7 +84,7 @@ def _texts(
     config: Config, workspace: Workspace, tokenizer: PreTrainedTokenizerBase, wanted: list[str]
 ) -> tuple[dict[str, list[Encoded]], dict[str, str]]:
     """The texts that can be had, and why others cannot."""
-    from pipeline import texts
+    from pipeline.evaluation import texts
 
     texts.with_template(tokenizer, workspace)
     config = texts.within_time(config, workspace)
@@ -104,18 +104,18 @@ def _texts(
 def _in_llama_cpp(reader, sequences: list[Encoded], text: str) -> Scores:
     import torch
 
-    from pipeline import measure
+    from pipeline.evaluation import metrics
 
-    targets = torch.tensor([label for s in sequences for label in s.labels[1:] if label != measure.IGNORED])
-    counts = torch.tensor([sum(label != measure.IGNORED for label in s.labels[1:]) for s in sequences])
+    targets = torch.tensor([label for s in sequences for label in s.labels[1:] if label != metrics.IGNORED])
+    counts = torch.tensor([sum(label != metrics.IGNORED for label in s.labels[1:]) for s in sequences])
     nll, start = torch.empty(len(targets)), 0
-    for logits in measure.counted_logits(reader, sequences):
+    for logits in metrics.counted_logits(reader, sequences):
         rows = slice(start, start + len(logits))
-        nll[rows] = measure.token_losses(logits, targets[rows])
+        nll[rows] = metrics.token_losses(logits, targets[rows])
         start = rows.stop
         _tell(start, len(targets), f"{text} text")
     sequence = torch.arange(len(sequences)).repeat_interleave(counts)
-    return measure.Scores(nll, torch.empty_like(targets), sequence, hidden=None)
+    return metrics.Scores(nll, torch.empty_like(targets), sequence, hidden=None)
 
 
 def _run_once(model) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.config.catalog import GROUP_SIZES, VARIANTS, resolve_variants
 from pipeline.errors import ConfigError
-from pipeline.gates import limits
+from pipeline.evaluation.gates import limits
 from pipeline.wizard.asking import Question, one_of, yes_or_no
 from pipeline.wizard.draft import Draft
 from pipeline.wizard.model import recipe_tree

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from pipeline.cards import About
 from pipeline.config.schema import Config
-from pipeline.gates import judge
+from pipeline.evaluation.gates import judge
 
 BOTH = ("int8", "int4")
 GGUF = ("gguf-q8_0", "gguf-q4_0")

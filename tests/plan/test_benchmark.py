@@ -40,7 +40,7 @@ def plan() -> Plan:
 )
 def test_a_stage_is_known_by_the_command_that_starts_it(benchmark, stage, variants, name):
     assert benchmark.step_of(process._command(None, ("runs/x", stage, *variants))) == name
-    assert benchmark.step_of(["python", "-m", "pipeline.probe", "runs/x", "stock"]) is None
+    assert benchmark.step_of(["python", "-m", "pipeline.evaluation.load_probe", "runs/x", "stock"]) is None
 
 
 def test_every_stage_and_variant_has_a_row_and_one_that_was_not_seen_fails(benchmark, plan):

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from pipeline.errors import ConfigError, HubError, ModelError, StageFailed, UserError
-from pipeline.gates import limits
+from pipeline.evaluation.gates import limits
 from pipeline.standalone import configure, quantize, read_task, read_tasks
 from pipeline.standing import standing
 from pipeline.trackers.spaces import keep_in, space_at

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline import measure
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import ModelError, QuantizationError
+from pipeline.evaluation import metrics
 from pipeline.inference import output_head
 from pipeline.inference.kernels.plain import PlainLinear
 from pipeline.inference.kernels.table import Int8Embedding
@@ -122,7 +122,7 @@ def test_its_output_matrix_is_found_for_measuring(release, tied):
     name = sorted(table_weights(release("int8", {}, tied)))[0 if not tied else -1]
     stored = Checkpoint(release("int8", {}, tied)).read(name)
     assert torch.equal(output_head.head_matrix(model).dequantize(), rounding("rtn")(stored, INT8).dequantize())
-    assert len(measure.score(model, text()).nll) > 0
+    assert len(metrics.score(model, text()).nll) > 0
 
 
 def test_a_tied_table_that_is_stored_twice_is_refused_by_name(tiny_model, tmp_path):

@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 
-from pipeline import measure, sensitivity, texts
 from pipeline.config.builders import quantize_config
 from pipeline.errors import ConfigError, ModelError, QuantizationError
+from pipeline.evaluation import metrics, sensitivity, texts
 from pipeline.inference import output_head
 from pipeline.inference.load import load
 from pipeline.models.sources import linear_weights
@@ -59,14 +59,14 @@ def test_a_layers_figure_is_that_of_the_model_with_this_layer_alone_rounded(mode
     found = sensitivity.report(config, tmp_path / "out", Reporter())
     loaded, tokenizer = load(model, device="cpu")
     sequences = texts.general(config, tokenizer)
-    full, head = measure.score(loaded, sequences), output_head.head_matrix(loaded)
+    full, head = metrics.score(loaded, sequences), output_head.head_matrix(loaded)
     weight = loaded.get_submodule(LAYER).weight
     grid = Grid(4, 64, "float", torch.bfloat16)
     weight.data = rounding("search")(weight.data, grid).dequantize(weight.dtype)
-    scores = measure.score(loaded, sequences)
+    scores = metrics.score(loaded, sequences)
     (told,) = (layer for layer in found["layers"] if layer["name"] == LAYER)
-    assert told["rise"]["value"] == pytest.approx(measure.rise(scores, full).value)
-    assert told["kl"]["value"] == pytest.approx(measure.divergence(scores, head, full, head)["kl"].value)
+    assert told["rise"]["value"] == pytest.approx(metrics.rise(scores, full).value)
+    assert told["kl"]["value"] == pytest.approx(metrics.divergence(scores, head, full, head)["kl"].value)
     assert told["weights"] == weight.numel()
 
 

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.chance import quantile
 from pipeline.changes import Inputs
 from pipeline.config.loader import parse_config
 from pipeline.data import Example, load_examples, write_examples
 from pipeline.decision import better
 from pipeline.errors import DataError, ModelError
+from pipeline.evaluation.metrics import mean
+from pipeline.evaluation.student_t import quantile
 from pipeline.events import Events
 from pipeline.live import Live
-from pipeline.measure import mean
 from pipeline.opponent import note
 from pipeline.stages import compare
 from pipeline.workspace import Workspace

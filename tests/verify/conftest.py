@@ -130,7 +130,7 @@ def _do(workspace: Workspace, key: str, work: Callable) -> None:
 
 
 def _measured(folder: Path, config: Config) -> dict:
-    from pipeline import measure, texts
+    from pipeline.evaluation import texts
     from pipeline.inference.load import load
     from pipeline.models.sources import stored_bytes
 

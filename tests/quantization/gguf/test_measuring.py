@@ -11,15 +11,15 @@ import torch
 from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import measure
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import Config
 from pipeline.errors import MissingExtra, ModelError
-from pipeline.evaluation import _check_tokens, evaluate
+from pipeline.evaluation import metrics
+from pipeline.evaluation.evaluate import _check_tokens, evaluate
+from pipeline.evaluation.load_probe import probe
 from pipeline.events import Events
 from pipeline.inference import llama_cpp, output_head
 from pipeline.inference.load import load_dequantized
-from pipeline.probe import probe
 from pipeline.system import hardware
 from pipeline.workspace import Workspace
 from tests.quantization.gguf.conftest import MODELS
@@ -42,13 +42,13 @@ def figures(written):
 
     def make(source, variant):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-        reference, head = measure.score(model, text()), output_head.head_matrix(model)
+        reference, head = metrics.score(model, text()), output_head.head_matrix(model)
         with llama_cpp.opened(written(source, variant), 64) as reader:
-            logits = measure.counted_logits(reader, text())
-            scores, compared = measure.compare_logits(
+            logits = metrics.counted_logits(reader, text())
+            scores, compared = metrics.compare_logits(
                 logits, text(), reference, head, output_head.softcap(model.config)
             )
-        return measure.perplexity(reference), measure.perplexity(scores), compared
+        return metrics.perplexity(reference), metrics.perplexity(scores), compared
 
     return make
 
@@ -69,9 +69,9 @@ def test_dequantized_weights_have_the_same_figures(tiny_model, written, figures)
     _, found, compared = figures(source, "gguf-q4_0")
     model, _ = load_dequantized(written(source, "gguf-q4_0"), source)
     original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    scores, reference = (measure.score(m, text()) for m in (model, original))
-    assert found.value == pytest.approx(measure.perplexity(scores).value, rel=0.02)
-    expected = measure.divergence(scores, output_head.head_matrix(model), reference, output_head.head_matrix(original))
+    scores, reference = (metrics.score(m, text()) for m in (model, original))
+    assert found.value == pytest.approx(metrics.perplexity(scores).value, rel=0.02)
+    expected = metrics.divergence(scores, output_head.head_matrix(model), reference, output_head.head_matrix(original))
     assert compared["kl"].value == pytest.approx(expected["kl"].value, rel=0.1)
 
 
@@ -79,8 +79,8 @@ def test_dequantized_weights_have_the_same_figures(tiny_model, written, figures)
 def test_k_quants_are_read_back_as_llama_cpp_has_them(tiny_model, written, figures, variant):
     source = tiny_model("llama", "float32", hidden_size=256, intermediate_size=512)
     _, found, _ = figures(source, variant)
-    scores = measure.score(load_dequantized(written(source, variant), source)[0], text())
-    assert found.value == pytest.approx(measure.perplexity(scores).value, rel=0.02)
+    scores = metrics.score(load_dequantized(written(source, variant), source)[0], text())
+    assert found.value == pytest.approx(metrics.perplexity(scores).value, rel=0.02)
 
 
 def test_what_transformers_finds_comes_out_of_its_logits_as_well(tiny_model):
@@ -88,8 +88,8 @@ def test_what_transformers_finds_comes_out_of_its_logits_as_well(tiny_model):
         AutoModelForCausalLM.from_pretrained(tiny_model("llama", **changes), dtype=torch.float32).eval()
         for changes in ({}, {"initializer_range": 0.12})
     )
-    reference, scores = measure.score(a, text()), measure.score(b, text())
-    expected = measure.divergence(scores, output_head.head_matrix(b), reference, output_head.head_matrix(a))
+    reference, scores = metrics.score(a, text()), metrics.score(b, text())
+    expected = metrics.divergence(scores, output_head.head_matrix(b), reference, output_head.head_matrix(a))
 
     def pieces():
         with torch.no_grad():
@@ -98,7 +98,7 @@ def test_what_transformers_finds_comes_out_of_its_logits_as_well(tiny_model):
                 yield from b(torch.tensor([sequence.input_ids])).logits[0, :-1][counted].split(5)
 
     told = []
-    found, compared = measure.compare_logits(
+    found, compared = metrics.compare_logits(
         pieces(), text(), reference, output_head.head_matrix(a), on_progress=lambda *state: told.append(state)
     )
     assert torch.allclose(found.nll, scores.nll, atol=1e-4) and torch.equal(found.choice, scores.choice)
@@ -107,7 +107,7 @@ def test_what_transformers_finds_comes_out_of_its_logits_as_well(tiny_model):
         assert compared[name].value == pytest.approx(estimate.value, rel=1e-3)
         assert compared[name].stderr == pytest.approx(estimate.stderr, rel=1e-3)
     with pytest.raises(ModelError, match="not scored on the same tokens"):
-        measure.compare_logits(pieces(), text(seed=1), reference, output_head.head_matrix(a))
+        metrics.compare_logits(pieces(), text(seed=1), reference, output_head.head_matrix(a))
 
 
 def test_a_tokenizer_that_llama_cpp_does_not_follow_is_told_in_one_line(tiny_model, written):
@@ -190,11 +190,11 @@ def test_every_token_of_an_answer_is_the_likeliest_of_the_dequantized_weights(ti
 
 
 def test_it_stops_where_transformers_does(tiny_model, model_copy):
-    assert measure.stop_tokens(tiny_model("gemma3_text")) == {259}
+    assert metrics.stop_tokens(tiny_model("gemma3_text")) == {259}
     (model_copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [258, 256]}))
-    assert measure.stop_tokens(model_copy) == {256, 258}
+    assert metrics.stop_tokens(model_copy) == {256, 258}
     (model_copy / "generation_config.json").unlink()
-    assert measure.stop_tokens(model_copy) == {258}
+    assert metrics.stop_tokens(model_copy) == {258}
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.999], ids=str)

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from pipeline import measure
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError, ModelError
+from pipeline.evaluation import metrics
 from pipeline.inference.load import load, load_dequantized
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.sources import linear_weights, table_weights
@@ -93,7 +93,7 @@ def test_it_multiplies_no_many_rows_in_half_precision_if_the_machine_computes_in
     source = tiny_model("llama")
     model, _ = load_dequantized(written(source, "gguf-q8_0"), source, offload=offload)
     with BF16Products() as seen:
-        measure.score(model, text())
+        metrics.score(model, text())
     assert not seen.many_rows
 
 

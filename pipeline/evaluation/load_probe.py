@@ -1,7 +1,7 @@
 """One model, one loader, one fresh process: does it load, does it run, how fast, in how much memory?
 
-    python -m pipeline.probe FOLDER stock|pipeline IDS.json OUT auto|cpu|cuda
-    python -m pipeline.probe FILE.gguf llama.cpp IDS.json OUT auto
+    python -m pipeline.evaluation.load_probe FOLDER stock|pipeline IDS.json OUT auto|cpu|cuda
+    python -m pipeline.evaluation.load_probe FILE.gguf llama.cpp IDS.json OUT auto
 
 Writes OUT/probe.json, and except for llama.cpp OUT/logits.safetensors for the tokens in IDS.json.
 With `stock` nothing but transformers (and torchao behind it) touches the files, and with
@@ -47,7 +47,17 @@ def probe(folder: Path, loader: str, ids: Sequence[int] = (), device: str = "aut
     with tempfile.TemporaryDirectory() as scratch:
         ids_path, out = Path(scratch) / "ids.json", Path(scratch)
         ids_path.write_text(json.dumps(list(ids)))
-        command = [sys.executable, "-P", "-m", "pipeline.probe", str(folder), loader, str(ids_path), str(out), device]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "pipeline.evaluation.load_probe",
+            str(folder),
+            loader,
+            str(ids_path),
+            str(out),
+            device,
+        ]
         # As a user would start it: without the allocator settings that stages run under.
         plain = with_own_package(as_a_user())
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=plain)
@@ -91,7 +101,7 @@ def _in_transformers(folder: str, loader: str, tokens: list[int], out: Path, dev
     import torch
     from safetensors.torch import save_file
 
-    from pipeline import measure
+    from pipeline.evaluation import metrics
     from pipeline.inference import load
     from pipeline.models.safe_loading import open_model
     from pipeline.system import hardware
@@ -113,7 +123,7 @@ def _in_transformers(folder: str, loader: str, tokens: list[int], out: Path, dev
     except Exception as error:  # the kernel that the stock library wants may not exist on this machine
         figures["reason"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     else:
-        figures |= {"runs": True, **measure.speed(model)}
+        figures |= {"runs": True, **metrics.speed(model)}
         save_file({"logits": logits.contiguous()}, out / "logits.safetensors")
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else hardware.peak_memory_bytes()
     return figures | {"peak_memory_bytes": peak}

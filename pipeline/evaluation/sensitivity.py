@@ -93,7 +93,7 @@ def sensitivity(
         QuantizationError: where a layer fits no grid.
         TooLarge: where there is something to measure, and the model is larger than the memory.
     """
-    from pipeline import measure, texts
+    from pipeline.evaluation import metrics, texts
     from pipeline.inference import output_head
     from pipeline.inference.load import device_named, load
     from pipeline.inference.offload import check_fits
@@ -114,17 +114,17 @@ def sensitivity(
         tell(len(found), len(linear), "measuring layers")
         model, tokenizer = load(folder, device=config.evaluate.device)
         sequences = texts.general(config, tokenizer)
-        full, head = measure.score(model, sequences), output_head.head_matrix(model)
+        full, head = metrics.score(model, sequences), output_head.head_matrix(model)
         for name in missing:
             weight = model.get_parameter(name)
             kept = weight.data
             try:
                 weight.data = _rounded(kept, grids[name][1], spec.rounding)
-                scores = measure.score(model, sequences)
+                scores = metrics.score(model, sequences)
             finally:
                 weight.data = kept
-            compared = measure.divergence(scores, head, full, head, output_head.softcap(model.config))
-            found[name] = {"kl": asdict(compared["kl"]), "rise": asdict(measure.rise(scores, full))}
+            compared = metrics.divergence(scores, head, full, head, output_head.softcap(model.config))
+            found[name] = {"kl": asdict(compared["kl"]), "rise": asdict(metrics.rise(scores, full))}
             write_json(record, {"about": about, "layers": found})
             tell(len(found), len(linear), "measuring layers")
     return [{"name": n.removesuffix(".weight"), "weights": math.prod(linear[n]), **found[n]} for n in linear]

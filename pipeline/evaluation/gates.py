@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from pipeline.chance import MARGIN, quantile
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import Quantize
+from pipeline.evaluation.student_t import MARGIN, quantile
 
 SAID = {
     "rise": "perplexity rises by {}",

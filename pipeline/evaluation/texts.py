@@ -39,7 +39,7 @@ def plan(config: Config, workspace: Workspace, model: PreTrainedModel, tokenizer
     The first model of a run that is measured on this machine reads a little of the general text twice; the second time
     shows how long a token takes. All models of the run are then measured on the same tokens.
     """
-    from pipeline import measure
+    from pipeline.evaluation import metrics
 
     asked = _asked(config)
     timed = {"model": config.model.model_dump(mode="json"), "machine": hardware.cpu_name(), "cores": hardware.cores()}
@@ -47,9 +47,9 @@ def plan(config: Config, workspace: Workspace, model: PreTrainedModel, tokenizer
     if asked["max_minutes"] is None or (kept.get("asked") == asked and kept.get("timed") == timed):
         return
     sample = encode_text(general_text(config.evaluate.general), tokenizer, SAMPLE_TOKENS, SAMPLE_TOKENS)
-    measure.score(model, sample)
+    metrics.score(model, sample)
     start = time.perf_counter()
-    measure.score(model, sample)
+    metrics.score(model, sample)
     seconds = COMPARED * (time.perf_counter() - start) / sum(len(s.input_ids) for s in sample)
     fitting = 60 * asked["max_minutes"] / ((2 if config.data else 1) * seconds)
     tokens = max(FEWEST_TOKENS, int(fitting) // WINDOWS * WINDOWS)

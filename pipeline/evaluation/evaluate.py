@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from pipeline.data.encode import Encoded
+    from pipeline.evaluation.metrics import Estimate, Progress, Scores
     from pipeline.inference.llama_cpp import Reader
-    from pipeline.measure import Estimate, Progress, Scores
 
 PROBE_TOKENS = 64
 CHECKED_CHARACTERS, CHECKED_SEQUENCES = 50_000, 8  # of general and held-out text, cut by llama.cpp as well
@@ -91,7 +91,7 @@ def _in_transformers(
     """The figures of a folder with safetensors, or of a GGUF's dequantized weights, which have no speed."""
     import torch
 
-    from pipeline import measure, texts
+    from pipeline.evaluation import metrics, texts
     from pipeline.inference import output_head
     from pipeline.inference.kernels.products import product_dtype
     from pipeline.inference.load import load, load_dequantized
@@ -107,11 +107,11 @@ def _in_transformers(
     sequences = texts.all_texts(config, workspace, tokenizer)
     head_name = output_head.head_name(model) if reference is None else None
     head, softcap = output_head.head_matrix(model).to("cpu"), output_head.softcap(model.config)
-    scored = {text: measure.score(model, part, tell(f"{text} text")) for text, part in sequences.items()}
+    scored = {text: metrics.score(model, part, tell(f"{text} text")) for text, part in sequences.items()}
     samples = []
     if in_full and not offloaded:
         tell("sample answers")(0, 1)
-        samples = measure.answers(model, tokenizer, config.evaluate.prompts)
+        samples = metrics.answers(model, tokenizer, config.evaluate.prompts)
     device = str(output_head.device_of(model))
     compute_dtype = hardware.dtype_name(product_dtype(model.dtype) if device == "cpu" else model.dtype)
     parameters = model.num_parameters()
@@ -128,8 +128,8 @@ def _in_transformers(
     else:
         theirs, quality = _reference_head(reference, workspace), {}
         for text, scores in scored.items():
-            other = measure.Scores.load(_reference_scores(text, workspace))
-            compared = measure.divergence(scores, head, other, theirs, softcap, tell("divergence"))
+            other = metrics.Scores.load(_reference_scores(text, workspace))
+            compared = metrics.divergence(scores, head, other, theirs, softcap, tell("divergence"))
             quality[text] = _quality(text, sequences[text], scores, config, other, compared)
 
     quantized = "quantization_config" in read_json(folder / "config.json", {})
@@ -160,16 +160,16 @@ def _in_llama_cpp(
 ) -> dict:
     """The figures of a GGUF file, given the tokens that the full-precision model was given."""
 
-    from pipeline import measure, texts
+    from pipeline.evaluation import metrics, texts
+    from pipeline.evaluation.load_probe import probe
     from pipeline.inference import llama_cpp, output_head
-    from pipeline.probe import probe
 
     tokenizer = texts.with_template(open_tokenizer(reference), workspace)
     sequences = texts.all_texts(config, workspace, tokenizer)
     prompts = config.evaluate.prompts if in_full else []
-    questions = [measure.question(tokenizer, prompt)["input_ids"][0].tolist() for prompt in prompts]
+    questions = [metrics.question(tokenizer, prompt)["input_ids"][0].tolist() for prompt in prompts]
     longest = [len(s.input_ids) for part in sequences.values() for s in part]
-    longest += [len(question) + measure.ANSWER_TOKENS for question in questions]
+    longest += [len(question) + metrics.ANSWER_TOKENS for question in questions]
     head, softcap = _reference_head(reference, workspace), output_head.softcap(open_config(reference))
     quality = {}
     with llama_cpp.opened(file, max(longest), output_head.LOGIT_ELEMENTS) as reader:
@@ -179,13 +179,13 @@ def _in_llama_cpp(
         sample = unicodedata.normalize("NFC", general_text(config.evaluate.general)[:CHECKED_CHARACTERS])
         _check_tokens(reader, tokenizer, [sample, *(tokenizer.decode(ids) for ids in others)])
         for text, part in sequences.items():
-            other = measure.Scores.load(_reference_scores(text, workspace))
-            logits = measure.counted_logits(reader, part)
-            scores, compared = measure.compare_logits(logits, part, other, head, softcap, tell(f"{text} text"))
+            other = metrics.Scores.load(_reference_scores(text, workspace))
+            logits = metrics.counted_logits(reader, part)
+            scores, compared = metrics.compare_logits(logits, part, other, head, softcap, tell(f"{text} text"))
             quality[text] = _quality(text, part, scores, config, other, compared)
         tell("sample answers")(0, 1)
-        stops = measure.stop_tokens(reference)
-        replies = [reader.answer(question, stops, measure.ANSWER_TOKENS) for question in questions]
+        stops = metrics.stop_tokens(reference)
+        replies = [reader.answer(question, stops, metrics.ANSWER_TOKENS) for question in questions]
     if in_full:
         tell("speed and memory, in a fresh process")(0, 1)
     return {
@@ -225,16 +225,16 @@ def _quality(
     reference: Scores | None = None,
     compared: Mapping[str, Estimate] | None = None,
 ) -> dict:
-    from pipeline import measure, texts
+    from pipeline.evaluation import metrics, texts
 
     return {
         "text": config.data.source if text == texts.HELD_OUT else config.evaluate.general,
         "tokens": len(scores.nll),
         "sequences": int(scores.sequence.unique().numel()),
         "digest": texts.digest(sequences),
-        "loss": asdict(measure.mean(scores.nll, scores.sequence)),
-        "perplexity": asdict(measure.perplexity(scores)),
-        **({} if reference is None else {"rise": asdict(measure.rise(scores, reference))}),
+        "loss": asdict(metrics.mean(scores.nll, scores.sequence)),
+        "perplexity": asdict(metrics.perplexity(scores)),
+        **({} if reference is None else {"rise": asdict(metrics.rise(scores, reference))}),
         **{name: asdict(value) for name, value in (compared or {}).items()},
     }
 
@@ -251,7 +251,7 @@ def _reference_head(reference: Path, workspace: Workspace) -> torch.Tensor:
 
 def _speed(folder: Path, ids: list[int], loaders: tuple[str, ...], device: str) -> dict:
     """Figures by loader; where both run, their logits must agree."""
-    from pipeline.probe import probe
+    from pipeline.evaluation.load_probe import probe
 
     probes = {loader: probe(folder, loader, ids, device) for loader in loaders}
     figures = {("pipeline.load" if loader == "pipeline" else loader): p.figures for loader, p in probes.items()}

@@ -1,0 +1,1 @@
+"""Measure models on text, and decide what a variant may lose."""
