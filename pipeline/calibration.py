@@ -181,7 +181,7 @@ def _as_trained(model):
     from peft import LoraConfig, get_peft_model
     from trl.trainer.utils import add_fused_lm_head
 
-    from pipeline.inference.kernels.training import quicken_training
+    from pipeline.training.fused_layers import quicken_training
 
     add_fused_lm_head(model)
     adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
@@ -212,8 +212,8 @@ def _nf4(device: torch.device) -> tuple[float, float]:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     from pipeline.models.checkpoint.row_blocks import in_parallel
-    from pipeline.nf4 import HeldInNf4
     from pipeline.system.hardware import cores
+    from pipeline.training.nf4_base import HeldInNf4
 
     weight = torch.randn(1024, 2048, dtype=torch.bfloat16)
     codes, state = quantize_4bit(weight.to(device), quant_type="nf4", compress_statistics=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pipeline import data
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
-from pipeline.launch import Launch, share
 from pipeline.models import sources
 from pipeline.stages import quantize
 from pipeline.system import hardware
+from pipeline.training.accelerate_launch import Launch, share
 
 
 def preflight(

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from pipeline.errors import Interrupted, StageFailed
 from pipeline.events import Events
-from pipeline.launch import Launch
 from pipeline.reporter import Reporter
+from pipeline.training.accelerate_launch import Launch
 from pipeline.workspace import Workspace
 
 GRACE_SECONDS = 20.0

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, WorkspaceError
-from pipeline.launch import Launch
 from pipeline.preflight import preflight
 from pipeline.reporter import Reporter
 from pipeline.stages import publish
 from pipeline.steps import Steps, stages_before_variants
+from pipeline.training.accelerate_launch import Launch
 from pipeline.workspace import HIDDEN, Workspace
 
 

@@ -9,13 +9,13 @@ from pipeline.config.schema import Config
 from pipeline.errors import Interrupted, StageFailed, UserError
 from pipeline.events import Events
 from pipeline.forwarding import Forwarder
-from pipeline.launch import Launch
 from pipeline.process import run_stage
 from pipeline.reporter import Reporter
 from pipeline.stages import STEPS, admit, compare, document, evaluate, merge, publish, quantize, train
 from pipeline.system.command_names import command
 from pipeline.system.files import fingerprint
 from pipeline.trackers import opener
+from pipeline.training.accelerate_launch import Launch
 from pipeline.workspace import Entry, Workspace
 
 MODULES = {

@@ -48,7 +48,7 @@ import sys
 from pathlib import Path
 from pipeline.system.libraries import quiet
 quiet()
-from pipeline.merging import merge_checkpoint
+from pipeline.training.merge import merge_checkpoint
 from pipeline.models.sources import linear_weights
 
 base, adapter, output, kind = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]

@@ -71,7 +71,7 @@ OURS = (
     + """
 from pipeline.config.schema import Config
 from pipeline.data.encode import Encoded, EncodedSet
-from pipeline.training import new_trainer
+from pipeline.training.trainers.sft import new_trainer
 
 class Silent:
     def progress(self, *_): ...

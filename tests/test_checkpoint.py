@@ -416,9 +416,9 @@ HURT = {
 def test_of_a_damaged_checkpoint_nothing_is_made(model_copy, tmp_path, verb, hurt):
     from pipeline.config.schema import VariantSpec
     from pipeline.errors import UserError
-    from pipeline.merging import merge_checkpoint
     from pipeline.models.sources import linear_weights
     from pipeline.quantization.writer import quantize_checkpoint
+    from pipeline.training.merge import merge_checkpoint
 
     change, said = HURT[hurt]
     linear, path, out = linear_weights(model_copy), model_copy / SINGLE_NAME, tmp_path / "out"

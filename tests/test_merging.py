@@ -9,15 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline import merging
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError, ModelError
-from pipeline.merging import merge_checkpoint
 from pipeline.models.checkpoint import SINGLE_NAME, Checkpoint, row_blocks
 from pipeline.models.lora_adapter import Adapter
 from pipeline.models.sources import linear_weights, table_weights
-from pipeline.nf4 import HeldInNf4, rows_together
 from pipeline.quantization.writer import Variants, quantize_checkpoint
+from pipeline.training import merge
+from pipeline.training.merge import merge_checkpoint
+from pipeline.training.nf4_base import HeldInNf4, rows_together
 from tests.conftest import ARCHITECTURES
 
 RANK, ALPHA = 4, 12
@@ -272,7 +272,7 @@ def test_variants_made_in_the_merges_pass_are_those_of_the_merged_model_to_the_l
 ):
     monkeypatch.setattr(row_blocks, "BLOCK_BYTES", block)
     monkeypatch.setattr(row_blocks, "TILE_ELEMENTS", 3000)
-    monkeypatch.setattr(merging, "SHARD_BYTES", 200_000)
+    monkeypatch.setattr(merge, "SHARD_BYTES", 200_000)
     base, adapter = tiny_model(architecture, dtype), trained(tiny_model(architecture), **adapter_of)
     linear, tables = linear_weights(base), table_weights(base)
     packing = "tile_packed" if architecture == "qwen3" else "plain"  # tiles take eight rows in one

@@ -11,14 +11,14 @@ from transformers import AutoTokenizer, TrainerControl, TrainerState, TrainingAr
 
 from pipeline.config.schema import Config
 from pipeline.data.encode import Encoded, EncodedSet
-from pipeline.time_limit import PLAN, TimeLimit
-from pipeline.training import new_trainer
+from pipeline.training.time_limit import PLAN, TimeLimit
+from pipeline.training.trainers.sft import new_trainer
 
 
 class Clock:
     def __init__(self, monkeypatch):
         self.now = 100.0
-        monkeypatch.setattr("pipeline.time_limit.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("pipeline.training.time_limit.time.monotonic", lambda: self.now)
 
 
 class Loop:

@@ -13,12 +13,12 @@ from trl.trainer.utils import add_fused_lm_head
 from pipeline.config.schema import Config
 from pipeline.data.encode import NO_LOSS, Encoded, EncodedSet
 from pipeline.evaluation import metrics
-from pipeline.inference.kernels import training
 from pipeline.inference.kernels.attention import MODELS
-from pipeline.inference.kernels.training import quicken_layers, quicken_training
 from pipeline.stages.merge import live_model
 from pipeline.system import hardware
-from pipeline.training import new_trainer
+from pipeline.training import fused_layers
+from pipeline.training.fused_layers import quicken_layers, quicken_training
+from pipeline.training.trainers.sft import new_trainer
 from tests.compute_watch import BF16Products
 
 TOKENS = 40
@@ -149,7 +149,7 @@ def test_disabled_adapter_gives_the_base_model(tiny_model):
 
 
 def test_nf4_layer_multiplies_with_the_weights_that_merging_uses(tiny_model, monkeypatch):
-    from pipeline.nf4 import HeldInNf4, load_base
+    from pipeline.training.nf4_base import HeldInNf4, load_base
 
     folder = tiny_model("qwen3")
     lora = LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM")
@@ -167,8 +167,8 @@ def test_nf4_layer_multiplies_with_the_weights_that_merging_uses(tiny_model, mon
 def test_blocks_of_a_wide_weight_add_up(tiny_model, monkeypatch):
     folder = tiny_model("llama")
     plain, ours = adapted(folder), adapted(folder)
-    monkeypatch.setattr(training, "BLOCK_ELEMENTS", 2000)
-    monkeypatch.setattr(training, "LOGIT_ELEMENTS", 2000)
+    monkeypatch.setattr(fused_layers, "BLOCK_ELEMENTS", 2000)
+    monkeypatch.setattr(fused_layers, "LOGIT_ELEMENTS", 2000)
     quicken_training(ours, torch.float32)
     assert_same(step(ours, inputs()), step(plain, inputs()), 1e-4)
 

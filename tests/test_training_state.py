@@ -11,7 +11,7 @@ import torch
 
 from pipeline.errors import CheckpointError
 from pipeline.models.checkpoint import read_header
-from pipeline.training_state import load_state, random_state, save_state, set_random_state
+from pipeline.training.resume_state import load_state, random_state, save_state, set_random_state
 
 
 @pytest.fixture

@@ -156,13 +156,13 @@ def _launch(accelerate: str | None, machine_rank: int | None, main_process_ip: s
         if machine_rank is not None or main_process_ip is not None:
             raise ConfigError("--machine-rank and --main-process-ip: of use with --accelerate only")
         return None
-    from pipeline.launch import read_launch
+    from pipeline.training.accelerate_launch import read_launch
 
     return read_launch(accelerate, machine_rank, main_process_ip)
 
 
 def _join(config, launch, runs: Path, as_json: bool) -> None:
-    from pipeline.joining import join
+    from pipeline.training.worker_node import join
 
     workspace = join(config, launch, runs, terminal_reporter(as_json))
     if as_json:

@@ -3,7 +3,7 @@
 Every weight comes by once, in blocks of rows; each block is rounded for every variant
 that was asked for and goes to its place in that variant's files. All cores work on
 blocks of their own (`pipeline.models.checkpoint.row_blocks`), and the bytes do not depend on who was first.
-The tensors are a checkpoint's, or come out of a merge (`pipeline.merging`).
+The tensors are a checkpoint's, or come out of a merge (`pipeline.training.merge`).
 
 Here is only who gets which rows. What becomes of them is the business of each variant's
 output: a folder of safetensors, or a GGUF file.

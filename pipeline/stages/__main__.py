@@ -26,7 +26,7 @@ from pipeline.logs import print_without_tokens, wait_for
 from pipeline.stages import STEPS
 from pipeline.system.files import no_room
 from pipeline.system.libraries import quiet
-from pipeline.team import Team, is_echo
+from pipeline.training.distributed import Team, is_echo
 from pipeline.workspace import Workspace
 
 PROGRESS_SECONDS = 0.2

@@ -48,9 +48,9 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
 
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
-    from pipeline.merging import copy_adapter, merge_checkpoint
     from pipeline.models.sources import linear_weights
     from pipeline.system.libraries import quiet_progress_bars
+    from pipeline.training.merge import copy_adapter, merge_checkpoint
 
     quiet_progress_bars()
     base, lora = base_model(config, workspace, events), adapter(config, workspace, events)
@@ -160,9 +160,9 @@ def live_model(config: Config, base: Path, adapter: Path):
     """The base as training held it, with the adapter on top and not merged."""
     from peft import PeftModel
 
-    from pipeline.inference.kernels.training import quicken_layers
-    from pipeline.nf4 import load_base
     from pipeline.system import hardware
+    from pipeline.training.fused_layers import quicken_layers
+    from pipeline.training.nf4_base import load_base
 
     model = PeftModel.from_pretrained(load_base(base, config.train.method == "qlora"), adapter).eval()
     if model.device.type == "cpu":

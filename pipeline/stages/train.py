@@ -27,7 +27,7 @@ from pipeline.stages.quantize import check_variants
 from pipeline.system import hardware
 from pipeline.system.files import empty_folder, fingerprint, read_json, replace_folder
 from pipeline.system.libraries import versions
-from pipeline.team import Meeting, Team
+from pipeline.training.distributed import Meeting, Team
 from pipeline.workspace import Workspace
 
 HELD_OUT_TOKENS = 8192  # that the held-out loss is taken on while training; the model is measured on its own later
@@ -61,7 +61,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     from transformers import set_seed
 
     from pipeline.system.libraries import quiet_progress_bars
-    from pipeline.training import new_trainer, whole_adapter
+    from pipeline.training.trainers.sft import new_trainer, whole_adapter
 
     quiet_progress_bars()
     team = Team.here()
@@ -180,7 +180,7 @@ def _checkpoints(config: Config, workspace: Workspace, depends_on: str, team: Te
     Where the model is divided, so is a checkpoint, and then it counts only for as many processes.
     All machines use machine 0's folder, which lies beside their own.
     """
-    from pipeline.training import divided
+    from pipeline.training.trainers.sft import divided
 
     run = workspace.folder.parent / config.name if team.machine else workspace.folder
     checkpoints = Workspace(run).checkpoints
@@ -202,7 +202,7 @@ def _is_whole(checkpoint: Path) -> bool:
     Each kind is known to be whole by its end, for what other processes write is not in the first one's word.
     """
     from pipeline.models.checkpoint import read_header
-    from pipeline.training import ON_DISK
+    from pipeline.training.trainers.sft import ON_DISK
 
     if not (checkpoint / ON_DISK).is_file():
         return False
@@ -224,7 +224,7 @@ def _train(trainer, checkpoints: Path, meeting: Meeting) -> int | None:
     """Train to the end; the step of the checkpoint that it went on from, if there was one."""
     from transformers.trainer_utils import get_last_checkpoint
 
-    from pipeline.training import count_on
+    from pipeline.training.trainers.sft import count_on
 
     found = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     last = meeting.told(Path(found).name if found else None)
@@ -245,7 +245,7 @@ def _train(trainer, checkpoints: Path, meeting: Meeting) -> int | None:
 
 
 def _save_adapter(trainer, weights: dict | None, workspace: Workspace) -> None:
-    from pipeline.merging import make_portable
+    from pipeline.training.merge import make_portable
 
     partial = empty_folder(workspace.folder / "adapter.partial")
     trainer.model.save_pretrained(partial, state_dict=weights)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import merging
 from pipeline.config.schema import VariantSpec
 from pipeline.models.checkpoint import Checkpoint, CheckpointWriter, read_header
 from pipeline.models.sources import linear_weights
 from pipeline.quantization.writer import quantize_checkpoint
+from pipeline.training import merge
 
 SHARD, HEADER = 200_000, 20_000
 
@@ -42,8 +42,8 @@ def test_a_merge_begins_a_new_shard_when_one_is_full(tiny_model, tmp_path, monke
     base = tiny_model("llama")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules=["q_proj"]))
     model.save_pretrained(tmp_path / "adapter")
-    monkeypatch.setattr(merging, "SHARD_BYTES", SHARD)
-    merging.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "merged", "bf16", linear_weights(base))
+    monkeypatch.setattr(merge, "SHARD_BYTES", SHARD)
+    merge.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "merged", "bf16", linear_weights(base))
     shards, merged = shards_of(tmp_path / "merged"), Checkpoint(tmp_path / "merged")
     largest = max(info.nbytes for info in Checkpoint(base).values())
     assert len(shards) > 1 and all(s.stat().st_size <= max(SHARD, largest) + HEADER for s in shards)

@@ -9,7 +9,7 @@ import torch
 
 from pipeline.config.schema import Config
 from pipeline.data.encode import NO_LOSS, Encoded, EncodedSet
-from pipeline.training import new_trainer
+from pipeline.training.trainers.sft import new_trainer
 from tests.conftest import ARCHITECTURES
 from tests.run.conftest import RECIPES
 

@@ -17,7 +17,7 @@ import pytest
 
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, MissingExtra
-from pipeline.launch import Launch, read_launch, share, shipped_launches
+from pipeline.training.accelerate_launch import Launch, read_launch, share, shipped_launches
 from tests.run.conftest import REPOSITORY, Place, write_place
 
 TWO = ("--accelerate", "cpu-two")
@@ -286,8 +286,8 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from pipeline.nf4 import load_base
-from pipeline.training import whole_adapter
+from pipeline.training.nf4_base import load_base
+from pipeline.training.trainers.sft import whole_adapter
 
 def make(divided):
     torch.manual_seed(0)

@@ -195,12 +195,12 @@ def test_an_adapter_that_breaks_the_model_is_named_and_nothing_is_made(tmp_path,
 
 def test_a_merge_that_ends_in_the_middle_leaves_nothing_to_be_taken(merged, monkeypatch):
     """Of an earlier merge either: its variants are not those of the model that comes."""
-    from pipeline import merging
+    from pipeline.training import merge
 
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(merging.Adapter, "apply", stop)
+    monkeypatch.setattr(merge.Adapter, "apply", stop)
     with pytest.raises(KeyboardInterrupt):
         merged.merge()
     assert not list(merged.workspace.quantized.rglob("*.safetensors*"))

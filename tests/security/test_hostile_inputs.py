@@ -100,8 +100,8 @@ def test_a_name(survives, place, name, of):
     from pipeline.config.loader import parse_config
     from pipeline.data.sources import locate
     from pipeline.inference.load import locate as find_model
-    from pipeline.launch import read_launch
     from pipeline.models.sources import check_adapter, check_source
+    from pipeline.training.accelerate_launch import read_launch
     from pipeline.workspace import Workspace
 
     tree = {"name": "tiny", "model": {"source": "user/model"}, "data": {"source": "x.jsonl"}}
@@ -392,7 +392,7 @@ LAUNCHES = [
 
 @pytest.mark.parametrize("content", LAUNCHES, ids=range(len(LAUNCHES)))
 def test_a_file_for_accelerate(survives, place, content):
-    from pipeline.launch import read_launch
+    from pipeline.training.accelerate_launch import read_launch
 
     (place / "launch.yaml").write_text(content)
     assert survives(lambda: read_launch("launch.yaml")) and not (place / "owned").exists()
@@ -514,7 +514,7 @@ def test_weights_that_are_pickles(survives, place, tiny_model, name):
 
 def test_training_does_not_open_a_pickle_either(survives, place, tiny_model):
     from pipeline.errors import ModelError
-    from pipeline.nf4 import load_base
+    from pipeline.training.nf4_base import load_base
 
     folder = own_copy(tiny_model, place)
     (folder / "model.safetensors").rename(folder / "other.safetensors")

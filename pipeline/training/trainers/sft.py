@@ -25,13 +25,13 @@ from pipeline.config.schema import Config, Train
 from pipeline.data.encode import NO_LOSS, EncodedSet
 from pipeline.errors import UserError
 from pipeline.events import Events
-from pipeline.inference.kernels.training import quicken_training
-from pipeline.launch import share
-from pipeline.nf4 import load_base
 from pipeline.system import hardware
 from pipeline.system.files import sync_all, write_text
-from pipeline.time_limit import TimeLimit
-from pipeline.training_state import load_state, random_state, save_state, set_random_state
+from pipeline.training.accelerate_launch import share
+from pipeline.training.fused_layers import quicken_training
+from pipeline.training.nf4_base import load_base
+from pipeline.training.resume_state import load_state, random_state, save_state, set_random_state
+from pipeline.training.time_limit import TimeLimit
 
 TRAINING_STATE = "training_state.safetensors"  # in a checkpoint: the optimizer and the schedule
 

@@ -33,8 +33,8 @@ from pipeline.models.checkpoint.row_blocks import (
 )
 from pipeline.models.lora_adapter import Adapter
 from pipeline.models.sources import ADAPTER_FILES, copy_companions, read_config
-from pipeline.nf4 import HeldInNf4, rows_together
 from pipeline.quantization.writer import VariantFiles, Variants
+from pipeline.training.nf4_base import HeldInNf4, rows_together
 
 
 def merge_checkpoint(

@@ -8,11 +8,11 @@ from pipeline import data
 from pipeline.config.schema import Config
 from pipeline.errors import Interrupted
 from pipeline.events import Unheard
-from pipeline.launch import Launch
 from pipeline.models import sources
 from pipeline.preflight import check_shared
 from pipeline.process import run_stage
 from pipeline.reporter import Reporter
+from pipeline.training.accelerate_launch import Launch
 from pipeline.workspace import Entry, Workspace
 
 GRACE_SECONDS = 2.0  # nothing is lost here; while machines have not met, nothing ends by being asked to
