@@ -23,7 +23,7 @@ def preflight(
     Raises:
         UserError: naming it.
     """
-    from pipeline.trackers.trackio import check as check_tracking
+    from pipeline.tracking.trackers.trackio import check as check_tracking
 
     hardware.check_compute_dtype()
     check_shared(config, launch)

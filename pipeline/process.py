@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import Interrupted, StageFailed
-from pipeline.events import Events
 from pipeline.reporter import Reporter
+from pipeline.tracking.events import Events
 from pipeline.training.accelerate_launch import Launch
 from pipeline.workspace import Workspace
 

@@ -19,13 +19,13 @@ from pipeline.config.schema import Config
 from pipeline.decision import Decision, Matter, Outcome, better, check, look, tell
 from pipeline.errors import GateError, StageFailed
 from pipeline.evaluation.student_t import MARGIN
-from pipeline.events import Events
 from pipeline.live import Live, read_live
 from pipeline.opponent import note, own_weights
 from pipeline.preflight import preflight
 from pipeline.reporter import Reporter
 from pipeline.stages.compare import RESULT
 from pipeline.steps import Steps
+from pipeline.tracking.events import Events
 from pipeline.workspace import Workspace
 
 ROUNDS = 3  # how often others may publish while this run compares

@@ -29,7 +29,7 @@ from pipeline.reporter import Reporter
 from pipeline.run import run
 from pipeline.standing import Standing, is_same_model, standing
 from pipeline.system.redaction import file_name
-from pipeline.trackers.spaces import keep_in, space_at
+from pipeline.tracking.trackers.spaces import keep_in, space_at
 from pipeline.workspace import Workspace
 
 GROUP_SIZE = 128  # of variants that are in groups, unless asked for otherwise

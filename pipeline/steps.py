@@ -7,14 +7,14 @@ import time
 
 from pipeline.config.schema import Config
 from pipeline.errors import Interrupted, StageFailed, UserError
-from pipeline.events import Events
-from pipeline.forwarding import Forwarder
 from pipeline.process import run_stage
 from pipeline.reporter import Reporter
 from pipeline.stages import STEPS, admit, compare, document, evaluate, merge, publish, quantize, train
 from pipeline.system.command_names import command
 from pipeline.system.files import fingerprint
-from pipeline.trackers import opener
+from pipeline.tracking.events import Events
+from pipeline.tracking.forwarder import Forwarder
+from pipeline.tracking.trackers import opener
 from pipeline.training.accelerate_launch import Launch
 from pipeline.workspace import Entry, Workspace
 

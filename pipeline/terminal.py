@@ -112,7 +112,7 @@ class TerminalReporter(Reporter):
 
 def summary(console: Console, config: Config, workspace: Workspace) -> None:
     """The figures of a finished run, and what to do next."""
-    from pipeline.trackers.trackio import dashboard_hint
+    from pipeline.tracking.trackers.trackio import dashboard_hint
 
     results = read_json(workspace.results_path, {})
     there = [v for v in VARIANTS if v in results and (workspace.release / VARIANTS[v].folder).is_dir()]

@@ -10,11 +10,11 @@ from pipeline.config.schema import Config
 from pipeline.errors import ModelError
 from pipeline.evaluation import metrics
 from pipeline.evaluation.evaluate import evaluate
-from pipeline.events import Events
 from pipeline.inference import output_head
 from pipeline.inference.load import load
 from pipeline.inference.offload import WEIGHTS_SHARE, fits, is_offloaded
 from pipeline.system.hardware import _free_in_groups, free_bytes
+from pipeline.tracking.events import Events
 from pipeline.workspace import Workspace
 from scripts.benchmarks import random_checkpoint
 from tests.conftest import write_tokenizer

@@ -77,7 +77,7 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Show what is finished, and what happened."""
-    from pipeline.events import read_events
+    from pipeline.tracking.events import read_events
     from pipeline.workspace import Workspace
 
     workspace = Workspace.open(folder)
@@ -97,7 +97,7 @@ def sync(
 ) -> None:
     """Send Trackio what it missed of a run, without running anything."""
     from pipeline.config.loader import load_config
-    from pipeline.trackers import sync as send_missed
+    from pipeline.tracking.trackers import sync as send_missed
     from pipeline.workspace import Workspace
 
     workspace = Workspace.open(folder)

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Literal
 from pipeline.config.schema import Config
 from pipeline.data import general_text
 from pipeline.errors import ModelError
-from pipeline.events import Events
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.safe_loading import open_config, open_tokenizer
 from pipeline.models.sources import stored_bytes
 from pipeline.system.files import read_json, write_json
+from pipeline.tracking.events import Events
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:

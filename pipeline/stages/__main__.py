@@ -20,12 +20,12 @@ import traceback
 from pathlib import Path
 
 from pipeline.errors import UserError, WorkspaceError
-from pipeline.events import Events, Unheard, one_line
 from pipeline.hub.retry import show_waits
 from pipeline.logs import print_without_tokens, wait_for
 from pipeline.stages import STEPS
 from pipeline.system.files import no_room
 from pipeline.system.libraries import quiet
+from pipeline.tracking.events import Events, Unheard, one_line
 from pipeline.training.distributed import Team, is_echo
 from pipeline.workspace import Workspace
 

@@ -13,13 +13,13 @@ from pipeline.config.schema import Config, VariantSpec
 from pipeline.errors import GateError
 from pipeline.evaluation.escalation import best
 from pipeline.evaluation.gates import judge, limits, tell
-from pipeline.events import Events
 from pipeline.models.sources import stored_bytes
 from pipeline.stages import Outcome, quantize
 from pipeline.stages.inputs import full_model, model_bytes
 from pipeline.stages.quantize import files_of, parameters
 from pipeline.system.files import fingerprint, read_json, states, write_json
 from pipeline.system.libraries import versions
+from pipeline.tracking.events import Events
 from pipeline.workspace import Workspace
 
 __all__ = ["depends", "is_withheld", "parameters", "run"]

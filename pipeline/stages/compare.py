@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from pipeline import opponent
 from pipeline.config.schema import Config
-from pipeline.events import Events
 from pipeline.live import Live
 from pipeline.models.safe_loading import open_tokenizer
 from pipeline.stages import Outcome
 from pipeline.system.libraries import versions
+from pipeline.tracking.events import Events
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
-from pipeline.events import Events
 from pipeline.hub import CARD, LINEAGE, LocalFile
 from pipeline.models.gguf_metadata import read_dialogue
 from pipeline.stages import Outcome
 from pipeline.stages.admit import is_withheld
 from pipeline.system.files import fingerprint, read_json, write_bytes
+from pipeline.tracking.events import Events
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:

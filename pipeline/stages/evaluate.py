@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pipeline.config.schema import Config
-from pipeline.events import Events
 from pipeline.stages import Outcome
 from pipeline.stages.inputs import base_model, full_model, made_from, reference, text_depends, without_limit
 from pipeline.system.libraries import versions
+from pipeline.tracking.events import Events
 from pipeline.workspace import Workspace
 
 LIBRARIES = ("torch", "transformers")

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.schema import Config
 from pipeline.data import general_text
-from pipeline.events import Events
 from pipeline.models.sources import stored_bytes
 from pipeline.system.files import fingerprint, read_json, write_json
+from pipeline.tracking.events import Events
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:

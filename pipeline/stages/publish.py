@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.schema import Config
 from pipeline.errors import HubError, UserError
-from pipeline.events import STAGES, Events, read_events
 from pipeline.hub import CARD
 from pipeline.opponent import check_is_compared
 from pipeline.stages import Outcome
@@ -27,6 +26,7 @@ from pipeline.stages.document import (
     written_digests,
 )
 from pipeline.system.command_names import command
+from pipeline.tracking.events import STAGES, Events, read_events
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import Config, VariantSpec
 from pipeline.errors import MissingExtra, QuantizationError
-from pipeline.events import Events, one_line
 from pipeline.stages import Outcome
 from pipeline.stages.inputs import full_model, made_from, shard_by_shard, text_depends
 from pipeline.system.files import empty_folder, read_json, replace_folder, states, write_json
 from pipeline.system.libraries import is_installed, versions
+from pipeline.tracking.events import Events, one_line
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:

@@ -19,7 +19,6 @@ from pickle import UnpicklingError
 
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
-from pipeline.events import Events
 from pipeline.models.safe_loading import open_tokenizer
 from pipeline.stages import Outcome
 from pipeline.stages.inputs import base_model, model_depends, without_limit
@@ -27,6 +26,7 @@ from pipeline.stages.quantize import check_variants
 from pipeline.system import hardware
 from pipeline.system.files import empty_folder, fingerprint, read_json, replace_folder
 from pipeline.system.libraries import versions
+from pipeline.tracking.events import Events
 from pipeline.training.distributed import Meeting, Team
 from pipeline.workspace import Workspace
 

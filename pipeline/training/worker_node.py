@@ -7,11 +7,11 @@ from pathlib import Path
 from pipeline import data
 from pipeline.config.schema import Config
 from pipeline.errors import Interrupted
-from pipeline.events import Unheard
 from pipeline.models import sources
 from pipeline.preflight import check_shared
 from pipeline.process import run_stage
 from pipeline.reporter import Reporter
+from pipeline.tracking.events import Unheard
 from pipeline.training.accelerate_launch import Launch
 from pipeline.workspace import Entry, Workspace
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from pipeline.errors import HubError, TrackError
 from pipeline.hub import HubAway, check_access, check_token
-from pipeline.trackers.places import TOKEN_VARIABLE
+from pipeline.tracking.trackers.places import TOKEN_VARIABLE
 from pipeline.wizard.asking import Question, yes_or_no
 from pipeline.wizard.draft import Draft
 
@@ -31,7 +31,7 @@ def _take_private(draft: Draft, answer: str) -> None:
 
 
 def _take_track(draft: Draft, answer: str) -> None:
-    from pipeline.trackers.trackio import check
+    from pipeline.tracking.trackers.trackio import check
 
     if answer.lower() == HERE:
         return draft.set({"track.space": None, "track.server": None})

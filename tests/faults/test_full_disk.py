@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from pipeline.errors import CheckpointError
-from pipeline.events import Events, read_events
 from pipeline.models.checkpoint import CheckpointWriter
 from pipeline.system.files import no_room, write_json
+from pipeline.tracking.events import Events, read_events
 from tests.faults.conftest import SETTINGS
 from tests.faults.runs import WHO, write
 from tests.faults.sameness import differences

@@ -7,9 +7,9 @@ import json
 import pytest
 
 from pipeline.errors import HubError
-from pipeline.events import Events
 from pipeline.stages import admit, publish
 from pipeline.system.files import fingerprint
+from pipeline.tracking.events import Events
 from pipeline.workspace import Entry
 from tests.publishing.conftest import REPO, sent_bytes, uploads
 

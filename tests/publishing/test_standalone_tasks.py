@@ -10,7 +10,7 @@ from pipeline.errors import ConfigError, HubError, ModelError, StageFailed, User
 from pipeline.evaluation.gates import limits
 from pipeline.standalone import configure, quantize, read_task, read_tasks
 from pipeline.standing import standing
-from pipeline.trackers.spaces import keep_in, space_at
+from pipeline.tracking.trackers.spaces import keep_in, space_at
 from tests.hub.store import Repository
 
 WEIGHTS = {"model.safetensors": b"weights"}

@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.config.schema import Config, VariantSpec
 from pipeline.errors import CheckpointError, QuantizationError
-from pipeline.events import Events, read_events
 from pipeline.models.checkpoint import SINGLE_NAME
 from pipeline.models.sources import linear_weights, table_weights
 from pipeline.quantization.formats.gguf import k_quants as kquants
 from pipeline.quantization.writer import Variants, quantize_checkpoint
 from pipeline.stages import quantize
+from pipeline.tracking.events import Events, read_events
 from pipeline.workspace import Workspace
 
 pytest.importorskip("gguf")

@@ -17,10 +17,10 @@ from pipeline.decision import better
 from pipeline.errors import DataError, ModelError
 from pipeline.evaluation.metrics import mean
 from pipeline.evaluation.student_t import quantile
-from pipeline.events import Events
 from pipeline.live import Live
 from pipeline.opponent import note
 from pipeline.stages import compare
+from pipeline.tracking.events import Events
 from pipeline.workspace import Workspace
 
 

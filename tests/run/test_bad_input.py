@@ -12,8 +12,8 @@ import yaml
 from pipeline.cli import main
 from pipeline.config.schema import Config
 from pipeline.errors import ModelError
-from pipeline.events import Events
 from pipeline.stages import train
+from pipeline.tracking.events import Events
 from pipeline.workspace import Workspace
 
 GOOD = {

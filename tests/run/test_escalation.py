@@ -9,10 +9,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from pipeline.config.schema import Config
-from pipeline.events import Events
 from pipeline.stages import Outcome, admit, evaluate, quantize
 from pipeline.stages.document import render
 from pipeline.system.files import fingerprint
+from pipeline.tracking.events import Events
 from pipeline.workspace import Entry, Workspace
 
 LAYER = "model.layers.1.mlp.down_proj"

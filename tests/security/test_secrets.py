@@ -16,7 +16,7 @@ import pytest
 from pipeline.cli import main
 from pipeline.ending import plain_errors
 from pipeline.errors import UserError, holds_secret, redact
-from pipeline.events import Events, one_line, read_events
+from pipeline.tracking.events import Events, one_line, read_events
 from pipeline.workspace import Workspace
 from tests.security.conftest import HUB_TOKEN, SECRETS, TOKEN, WRITE_TOKEN
 

@@ -19,9 +19,9 @@ import pytest
 
 from pipeline.config.loader import parse_config
 from pipeline.config.schema import Config
-from pipeline.events import Events
-from pipeline.forwarding import Forwarder
-from pipeline.trackers import opener
+from pipeline.tracking.events import Events
+from pipeline.tracking.forwarder import Forwarder
+from pipeline.tracking.trackers import opener
 
 TOKEN = "writeTokenOfTheTests-0123456789"
 REPOSITORY = Path(__file__).parents[2]
@@ -143,7 +143,7 @@ def eventually(condition: Callable[[], bool], seconds: float = 10) -> None:
 
 def assert_once_each(rows: list[dict], records: list[dict]) -> None:
     """Nothing missing, nothing twice, nothing changed."""
-    from pipeline.trackers.trackio import as_metrics
+    from pipeline.tracking.trackers.trackio import as_metrics
 
     logs = [json.loads(r["metrics"]) for r in rows if "metrics" in r]
     alerts = [json.loads(r["text"]) for r in rows if "text" in r]

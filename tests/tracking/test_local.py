@@ -10,8 +10,8 @@ from datetime import UTC, datetime
 
 import pytest
 
-from pipeline.trackers import sync
-from pipeline.trackers.trackio import dashboard_hint
+from pipeline.tracking.trackers import sync
+from pipeline.tracking.trackers.trackio import dashboard_hint
 from pipeline.workspace import Workspace
 from tests.tracking.conftest import REPOSITORY, Run, assert_once_each, configuration, stored_rows
 

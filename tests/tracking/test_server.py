@@ -8,10 +8,10 @@ import time
 import pytest
 
 from pipeline.errors import TrackError
-from pipeline.forwarding import Spool
-from pipeline.trackers import sync
-from pipeline.trackers.places import Server
-from pipeline.trackers.trackio import TrackioTracker, dashboard_hint
+from pipeline.tracking.forwarder import Spool
+from pipeline.tracking.trackers import sync
+from pipeline.tracking.trackers.places import Server
+from pipeline.tracking.trackers.trackio import TrackioTracker, dashboard_hint
 from pipeline.workspace import Workspace
 from tests.tracking.conftest import TOKEN, Run, assert_once_each, configuration, eventually
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from pipeline.errors import TrackError
-from pipeline.forwarding import Forwarder
-from pipeline.trackers import sync
-from pipeline.trackers.trackio import check, dashboard_hint
+from pipeline.tracking.forwarder import Forwarder
+from pipeline.tracking.trackers import sync
+from pipeline.tracking.trackers.trackio import check, dashboard_hint
 from pipeline.workspace import Workspace
 from tests.hub import LoopbackHub
 from tests.hub.server import User

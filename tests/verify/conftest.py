@@ -12,8 +12,8 @@ import pytest
 
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import Config
-from pipeline.events import Events
 from pipeline.system.files import read_json, sha256
+from pipeline.tracking.events import Events
 from pipeline.verification import Finding, Verdict, Verification, verify
 from pipeline.workspace import Entry, Workspace
 

@@ -24,9 +24,9 @@ from trl import SFTConfig, SFTTrainer
 from pipeline.config.schema import Config, Train
 from pipeline.data.encode import NO_LOSS, EncodedSet
 from pipeline.errors import UserError
-from pipeline.events import Events
 from pipeline.system import hardware
 from pipeline.system.files import sync_all, write_text
+from pipeline.tracking.events import Events
 from pipeline.training.accelerate_launch import share
 from pipeline.training.fused_layers import quicken_training
 from pipeline.training.nf4_base import load_base

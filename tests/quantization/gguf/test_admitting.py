@@ -6,10 +6,10 @@ import pytest
 
 from pipeline.config.schema import Config
 from pipeline.errors import CheckpointError, ModelError
-from pipeline.events import Events
 from pipeline.inference import llama_cpp
 from pipeline.stages import admit, quantize
 from pipeline.system.files import fingerprint
+from pipeline.tracking.events import Events
 from pipeline.workspace import Workspace
 
 pytest.importorskip("gguf")

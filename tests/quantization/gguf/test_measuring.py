@@ -17,10 +17,10 @@ from pipeline.errors import MissingExtra, ModelError
 from pipeline.evaluation import metrics
 from pipeline.evaluation.evaluate import _check_tokens, evaluate
 from pipeline.evaluation.load_probe import probe
-from pipeline.events import Events
 from pipeline.inference import llama_cpp, output_head
 from pipeline.inference.load import load_dequantized
 from pipeline.system import hardware
+from pipeline.tracking.events import Events
 from pipeline.workspace import Workspace
 from tests.quantization.gguf.conftest import MODELS
 from tests.test_measure import text

@@ -1,7 +1,7 @@
 """Stage events: appended to the workspace's spool first, sent to trackers from there.
 
 A stage's process only appends to `events.jsonl`; the process that started it forwards
-the spool (`pipeline.forwarding`). A record is one line of JSON: an event
+the spool (`pipeline.tracking.forwarder`). A record is one line of JSON: an event
 
     {"time": ..., "run": ..., "event": "merge_completed", "stage": "merge", ...}
 

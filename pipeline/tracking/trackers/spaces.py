@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from pipeline.errors import HubError, TrackError
 from pipeline.hub import HubAway, check_token
 from pipeline.hub.retry import persist
-from pipeline.trackers.places import Server
+from pipeline.tracking.trackers.places import Server
 
 CHECK_SECONDS = 4.0
 DATASET_VARIABLE = "TRACKIO_DATASET_ID"

@@ -27,10 +27,10 @@ import sys
 from datetime import UTC, datetime
 
 from pipeline.config.schema import Config, Track
-from pipeline.forwarding import Item
 from pipeline.hub import HubAway
-from pipeline.trackers.places import Local, Place, Server, check_write_token
-from pipeline.trackers.spaces import Space, find
+from pipeline.tracking.forwarder import Item
+from pipeline.tracking.trackers.places import Local, Place, Server, check_write_token
+from pipeline.tracking.trackers.spaces import Space, find
 
 
 def check(track: Track) -> None:

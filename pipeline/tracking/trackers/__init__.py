@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.config.schema import Config
-from pipeline.forwarding import Forwarder, Opener, Tracker
+from pipeline.tracking.forwarder import Forwarder, Opener, Tracker
 from pipeline.workspace import Workspace
 
 
@@ -11,7 +11,7 @@ def opener(config: Config) -> Opener:
     """What a `Forwarder` opens the run's tracker with. Trackio is imported only then."""
 
     def open_tracker(run_id: str, began: float) -> Tracker:
-        from pipeline.trackers.trackio import TrackioTracker, place_of
+        from pipeline.tracking.trackers.trackio import TrackioTracker, place_of
 
         return TrackioTracker(config, place_of(config.track), run_id, began)
 

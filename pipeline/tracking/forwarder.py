@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline.errors import TrackError
-from pipeline.events import one_line, read_events
+from pipeline.tracking.events import one_line, read_events
 
 BATCH = 200  # records in one request
 FIRST_RETRY, LAST_RETRY = 0.5, 30.0  # seconds between attempts on a tracker that is away

@@ -1,0 +1,1 @@
+"""Record what every stage does, and send it to experiment trackers."""
