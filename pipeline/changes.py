@@ -18,7 +18,7 @@ from pipeline.hub.download import in_one_line
 from pipeline.hub.retry import insist
 from pipeline.live import Live
 from pipeline.models import sources
-from pipeline.standing import is_same_model, standing
+from pipeline.publishing.remote_release import is_same_model, standing
 from pipeline.system.redaction import file_name
 
 NOT_FOR_THE_MODEL = {"data": {"revision"}, "model": {"revision", "low_disk"}, "train": {"checkpoint_every"}}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.errors import HubError
-from pipeline.standing import Standing, standing
+from pipeline.publishing.remote_release import Standing, standing
 from pipeline.system.files import fingerprint
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from pipeline.errors import HubError
 from pipeline.hub import Tree
 from pipeline.live import Live, live_in, weights_of
-from pipeline.standing import Standing
+from pipeline.publishing.remote_release import Standing
 from pipeline.system.files import read_json, write_json
 from pipeline.workspace import Workspace
 

@@ -25,9 +25,9 @@ from pipeline.evaluation.gates import limits
 from pipeline.hub import CARD, LINEAGE, check_root
 from pipeline.models.hub_inspection import inspect
 from pipeline.models.sources import check_source, is_local
+from pipeline.publishing.remote_release import Standing, is_same_model, standing
 from pipeline.reporter import Reporter
 from pipeline.run import run
-from pipeline.standing import Standing, is_same_model, standing
 from pipeline.system.redaction import file_name
 from pipeline.tracking.trackers.spaces import keep_in, space_at
 from pipeline.workspace import Workspace

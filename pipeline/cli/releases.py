@@ -56,7 +56,7 @@ def rollback(
     as_json: AsJson = False,
 ) -> None:
     """Make an older release of a repository its head again; people's own files and texts stay."""
-    from pipeline.rollback import rollback as go_back
+    from pipeline.publishing.rollback import rollback as go_back
 
     done = go_back(repo, to)
     if as_json:

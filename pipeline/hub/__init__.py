@@ -7,10 +7,10 @@ true of the very tree that it makes.
 """
 
 from pipeline.hub.auth import check_access, check_token, could_be_token, create
-from pipeline.hub.publishing import Commit, check_destination, check_root, publish
-from pipeline.hub.releases import Release, release_of, releases, tag_release
 from pipeline.hub.retry import HubAway
 from pipeline.hub.tree import CARD, LINEAGE, Content, Copy, Lineage, LocalFile, RemoteFile, Tree, read_tree
+from pipeline.publishing.commit import Commit, check_destination, check_root, publish
+from pipeline.publishing.tags import Release, release_of, releases, tag_release
 
 __all__ = [
     "CARD",

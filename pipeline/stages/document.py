@@ -23,7 +23,7 @@ from pipeline.tracking.events import Events
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
-    from pipeline.cards import About
+    from pipeline.publishing.cards import About
 
 PICTURE = "assets/quality_vs_size.png"
 GGUF = "gguf"  # the folder
@@ -81,10 +81,10 @@ def render(
         existing: the documents that are there; what people wrote into a README.md stays.
         mirrors: variant -> the repository that holds it at its root, where there is one.
     """
-    from pipeline.cards import folder_card, model_card, plot_quality
-    from pipeline.cards.readmes import merged
-    from pipeline.lineage import lineage
-    from pipeline.modelfile import MODELFILE, modelfile
+    from pipeline.publishing.cards import folder_card, model_card, plot_quality
+    from pipeline.publishing.cards.readmes import merged
+    from pipeline.publishing.lineage import lineage
+    from pipeline.publishing.ollama import MODELFILE, modelfile
 
     about = _about(config, workspace, variants, withheld(config, workspace), mirrors)
     by_folder = folders(variants)
@@ -106,10 +106,10 @@ def render(
 
 def render_mirror(config: Config, workspace: Workspace, variant: str, existing: Existing) -> dict[str, bytes]:
     """The documents of the repository that has one variant at its root."""
-    from pipeline.cards import mirror_card
-    from pipeline.cards.readmes import merged
-    from pipeline.lineage import lineage
-    from pipeline.modelfile import MODELFILE, modelfile
+    from pipeline.publishing.cards import mirror_card
+    from pipeline.publishing.cards.readmes import merged
+    from pipeline.publishing.lineage import lineage
+    from pipeline.publishing.ollama import MODELFILE, modelfile
 
     about, repo = _about(config, workspace, (variant,)), config.publish.mirrors[variant]
     documents = {CARD: merged(mirror_card(about, variant, repo).encode(), existing(CARD))}
@@ -153,7 +153,7 @@ def set_aside(workspace: Workspace, documents: Mapping[str, bytes]) -> dict[str,
     Returns:
         Path in the release -> that of the copy beside it, such as `README.md.local`.
     """
-    from pipeline.modelfile import MODELFILE
+    from pipeline.publishing.ollama import MODELFILE
 
     aside = {}
     for path, document in documents.items():
@@ -170,7 +170,7 @@ def set_aside(workspace: Workspace, documents: Mapping[str, bytes]) -> dict[str,
 
 def _says_all_of(document: bytes, here: bytes, name: str) -> bool:
     """Is what people wrote into what is `here` in `document` too? Only cards are merged."""
-    from pipeline.cards.readmes import merged
+    from pipeline.publishing.cards.readmes import merged
 
     if name != CARD:
         return document == here
@@ -223,7 +223,7 @@ def _take_out(workspace: Workspace, variant: str, stay: tuple[str, ...], keep_fi
     Args:
         keep_figures: of one that was withheld, which has left only its documents there.
     """
-    from pipeline.modelfile import MODELFILE
+    from pipeline.publishing.ollama import MODELFILE
 
     folder = VARIANTS[variant].folder
     if not keep_figures:
@@ -248,8 +248,8 @@ def _about(
     kept_out: tuple[str, ...] = (),
     mirrors: Mapping[str, str] | None = None,
 ) -> About:
-    from pipeline.cards import About
     from pipeline.models.provenance import has_chat_template
+    from pipeline.publishing.cards import About
 
     location = config.publish.repo or workspace.release.as_posix()
     files = gguf_files(workspace, variants)

@@ -137,7 +137,7 @@ def _mirrors(
 
 def still_there(config: Config, kept_out: Collection[str]) -> list[str]:
     """A line for each repository that still has variants that are withheld now, where nothing is published."""
-    from pipeline.standing import standing
+    from pipeline.publishing.remote_release import standing
 
     repo = config.publish.repo
     try:
@@ -200,7 +200,7 @@ def _commit(
 ) -> Commit:
     """Bring one repository to `contents`, in a commit or a pull request."""
     from pipeline import hub
-    from pipeline.cards.readmes import left_behind
+    from pipeline.publishing.cards.readmes import left_behind
 
     def check(tree: Tree) -> None:
         if repo == config.publish.repo:

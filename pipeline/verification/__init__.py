@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from pipeline.errors import UserError
 from pipeline.hub import LINEAGE
-from pipeline.lineage import own_version
+from pipeline.publishing.lineage import own_version
 from pipeline.verification.claims import Claims, Malformed, read_claims
 from pipeline.verification.findings import DEFECTS_FOUND, Finding, Verdict, Verification, right, unknown, wrong
 from pipeline.verification.places import NoRelease, Place, open_place

@@ -14,15 +14,15 @@ from difflib import SequenceMatcher
 from itertools import zip_longest
 from pathlib import Path
 
-from pipeline.cards import PLOT, About, folder_card, mirror_card, model_card, plot_quality
-from pipeline.cards.readmes import merged
 from pipeline.errors import UserError
 from pipeline.hub import CARD
-from pipeline.lineage import own_version
-from pipeline.modelfile import MODELFILE, modelfile
 from pipeline.models.gguf_metadata import read_dialogue
 from pipeline.models.provenance import has_chat_template
-from pipeline.snippets import blocks
+from pipeline.publishing.cards import PLOT, About, folder_card, mirror_card, model_card, plot_quality
+from pipeline.publishing.cards.readmes import merged
+from pipeline.publishing.lineage import own_version
+from pipeline.publishing.ollama import MODELFILE, modelfile
+from pipeline.publishing.snippets import blocks
 from pipeline.stages.document import folders
 from pipeline.verification.claims import Claims, is_gguf
 from pipeline.verification.findings import Finding, right, unknown, wrong

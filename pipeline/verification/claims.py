@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import Config
 from pipeline.hub import LINEAGE
-from pipeline.lineage import SCHEMA
+from pipeline.publishing.lineage import SCHEMA
 
 MOST_BYTES = 32_000_000  # of a lineage; ours are of some ten thousand
 ROOT, ADAPTER = "merged", "adapter"  # models of a release, besides its variants

@@ -12,11 +12,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline import snippets
-from pipeline.cards import About
 from pipeline.config.catalog import VARIANTS
 from pipeline.hub import CARD
-from pipeline.lineage import own_version
+from pipeline.publishing import snippets
+from pipeline.publishing.cards import About
+from pipeline.publishing.lineage import own_version
 from pipeline.system.libraries import is_installed
 from pipeline.verification.cards import Cards, local, rendered
 from pipeline.verification.claims import ADAPTER, ROOT, Claims, is_gguf

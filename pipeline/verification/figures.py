@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.evaluation.gates import judge, limits
 from pipeline.hub import LINEAGE
-from pipeline.lineage import own_version
+from pipeline.publishing.lineage import own_version
 from pipeline.verification.claims import ADAPTER, Claims
 from pipeline.verification.findings import Finding, right, wrong
 from pipeline.verification.places import Place

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
-from pipeline.cards.markdown import one_line
 from pipeline.errors import redact
+from pipeline.publishing.cards.markdown import one_line
 
 DEFECTS_FOUND = 3  # the exit code; 1 and 2 are those of every verb
 LONGEST = 600  # characters of a line; what a hostile release says is cut off

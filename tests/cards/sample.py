@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from pipeline.cards import About
 from pipeline.config.schema import Config
 from pipeline.evaluation.gates import judge
+from pipeline.publishing.cards import About
 
 BOTH = ("int8", "int4")
 GGUF = ("gguf-q8_0", "gguf-q4_0")

@@ -17,11 +17,11 @@ from huggingface_hub import ModelCard
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-import pipeline.cards as package
-from pipeline.cards import About, folder_card, markdown, mirror_card, model_card, plot_quality
-from pipeline.cards.own_text import keep_own_text
+import pipeline.publishing.cards as package
 from pipeline.config.schema import REPO_ID
 from pipeline.models.provenance import has_chat_template
+from pipeline.publishing.cards import About, folder_card, markdown, mirror_card, model_card, plot_quality
+from pipeline.publishing.cards.own_text import keep_own_text
 from tests.cards.sample import (
     BOTH,
     GGUF,
@@ -849,7 +849,7 @@ def test_a_chat_template_is_found_in_either_of_its_places(tmp_path):
 
 @pytest.mark.usefixtures("cold")
 def test_importing_the_card_is_light():
-    code = "import sys, pipeline.cards; print({'torch', 'transformers', 'matplotlib'} & set(sys.modules))"
+    code = "import sys, pipeline.publishing.cards; print({'torch', 'transformers', 'matplotlib'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

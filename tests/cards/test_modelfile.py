@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import CheckpointError
-from pipeline.modelfile import modelfile
 from pipeline.models.gguf_metadata import read_dialogue
+from pipeline.publishing.ollama import modelfile
 
 gguf = pytest.importorskip("gguf")
 

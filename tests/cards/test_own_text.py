@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.cards.own_text import END, START, keep_own_text, note
+from pipeline.publishing.cards.own_text import END, START, keep_own_text, note
 
 OURS = f"""---
 library_name: transformers

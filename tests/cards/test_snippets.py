@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import snippets as snippets_of_cards
-from pipeline.cards import folder_card, mirror_card, model_card
 from pipeline.config.schema import VariantSpec
 from pipeline.models.sources import linear_weights
-from pipeline.snippets import blocks
+from pipeline.publishing import snippets as snippets_of_cards
+from pipeline.publishing.cards import folder_card, mirror_card, model_card
+from pipeline.publishing.snippets import blocks
 from tests.cards.sample import BOTH, about, config, gguf_about, replaced, results
 
 torch = pytest.importorskip("torch")

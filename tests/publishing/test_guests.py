@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from pipeline.cards.own_text import END, START
 from pipeline.errors import HubError
-from pipeline.rollback import rollback
+from pipeline.publishing.cards.own_text import END, START
+from pipeline.publishing.rollback import rollback
 from pipeline.workspace import HIDDEN, Workspace
 from tests.cards import sample
 from tests.publishing.conftest import BOTH, REPO, FakeRun

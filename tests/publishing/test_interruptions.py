@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.errors import HubError
 from pipeline.hub import retry
-from pipeline.rollback import rollback
+from pipeline.publishing.rollback import rollback
 from tests.hub.faults import Faults
 from tests.publishing.conftest import REPO, TOKEN, FakeRun, weights
 

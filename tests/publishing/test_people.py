@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from pipeline.cards.own_text import END, START
 from pipeline.errors import UserError
+from pipeline.publishing.cards.own_text import END, START
 from tests.publishing.conftest import REPO
 
 MINE = "\n## A word of mine\n\nAsk me before you use it for medicine.\n"

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from pipeline.cards.own_text import END, START
 from pipeline.errors import HubError
-from pipeline.rollback import rollback
+from pipeline.publishing.cards.own_text import END, START
+from pipeline.publishing.rollback import rollback
 from tests.publishing.conftest import REPO, sent_bytes, uploads, weights
 
 MINE = "\n## A word of mine\n"

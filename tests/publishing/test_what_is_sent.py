@@ -100,7 +100,7 @@ def test_a_file_of_somebody_else_in_the_way_is_named_and_left(hub, finished):
 
 
 def test_progress_tells_files_and_bytes_and_ends_with_all_of_them(hub, finished, monkeypatch):
-    monkeypatch.setattr("pipeline.hub.upload.BATCH_BYTES", 0)
+    monkeypatch.setattr("pipeline.publishing.upload.BATCH_BYTES", 0)
     finished.publish()
     told = [report for report in finished.progress if "sending" in report[2]]
     done, totals = [d for d, _, _ in told], {t for _, t, _ in told}
@@ -109,7 +109,7 @@ def test_progress_tells_files_and_bytes_and_ends_with_all_of_them(hub, finished,
 
 
 def test_progress_moves_within_a_large_file(hub, finished, monkeypatch):
-    monkeypatch.setattr("pipeline.hub.upload.WATCH_SECONDS", 0.02)
+    monkeypatch.setattr("pipeline.publishing.upload.WATCH_SECONDS", 0.02)
     size = 40_000_000
     finished.make("quantize/int8", {"int8/model.safetensors": bytes(size), "int8/config.json": b"{}"})
     hub.fault(r"PUT ", stall=0.3)

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.errors import HubError
 from pipeline.hub import check_destination
-from pipeline.rollback import rollback
+from pipeline.publishing.rollback import rollback
 from tests.publishing.conftest import REPO, FakeRun, make_run
 
 MIRROR = "ada/tiny-int8"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cards.own_text import END, START
+from pipeline.publishing.cards.own_text import END, START
 from tests.hub import LoopbackHub
 from tests.run.conftest import REPOSITORY, TOKEN, Place
 

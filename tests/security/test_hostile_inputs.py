@@ -289,8 +289,8 @@ OURS = "---\nlicense: mit\ntags:\n- int8\nmodel-index:\n- name: x\n  results: []
 
 @pytest.mark.parametrize("name", CARDS)
 def test_the_metadata_of_a_card(survives, place, name):
-    from pipeline.cards.front_matter import merge, only
     from pipeline.models.provenance import read_origin
+    from pipeline.publishing.cards.front_matter import merge, only
 
     survives(lambda: merge("license: mit\ntags: [int8]\n", CARDS[name]))
     survives(lambda: only(CARDS[name], ["license"]))
@@ -303,7 +303,7 @@ def test_the_metadata_of_a_card(survives, place, name):
     "text", ["", "---", "---\n---", "<!--" * 5000, "```" * 5000, ESCAPES, "\ufeff---\na: b\n---", TOKEN]
 )
 def test_the_text_of_a_card(survives, text):
-    from pipeline.cards.own_text import keep_own_text, our_part, their_part
+    from pipeline.publishing.cards.own_text import keep_own_text, our_part, their_part
 
     def read():
         rendered = f"{OURS}<!-- tunepress:begin -->\nwords\n<!-- tunepress:end -->\n"
@@ -566,7 +566,7 @@ TEMPLATES = [
 def test_a_chat_template(survives, place, tiny_model, template):
     from pipeline.data.chat import ChatTemplate
     from pipeline.models.safe_loading import open_tokenizer
-    from pipeline.turns import find_turns
+    from pipeline.publishing.ollama_template import find_turns
 
     tokenizer = open_tokenizer(tiny_model("llama"))
     tokenizer.chat_template = template

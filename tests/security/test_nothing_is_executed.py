@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.cards.front_matter import _Loader
 from pipeline.config.loader import _StrictLoader
+from pipeline.publishing.cards.front_matter import _Loader
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(path for folder in ("pipeline", "scripts") for path in (ROOT / folder).rglob("*.py"))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.cards import markdown
-from pipeline.cards.about import TEXTS, About, place
-from pipeline.cards.markdown import Markdown, code, count, estimate, listed, percent, plain, table, unit
 from pipeline.evaluation.gates import SAID, is_unsure
+from pipeline.publishing.cards import markdown
+from pipeline.publishing.cards.about import TEXTS, About, place
+from pipeline.publishing.cards.markdown import Markdown, code, count, estimate, listed, percent, plain, table, unit
 
 _OPTIONS = {"group_size": "groups of {}", "rounding": "rounding {}", "embeddings": "embeddings {}"}
 

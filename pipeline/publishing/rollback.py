@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import hub
-from pipeline.cards.readmes import brought_back, left_behind
 from pipeline.config.schema import REPO_ID
 from pipeline.errors import HubError
-from pipeline.hub import Commit, Content, Copy, Release, Tree, release_of, releases
+from pipeline.hub import Commit, Content, Copy, Release, Tree, release_of
 from pipeline.hub.retry import persist
+from pipeline.publishing import tags
+from pipeline.publishing.cards.readmes import brought_back, left_behind
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def rollback(repo: str, to: str | None = None) -> Rollback:
 
 
 def _target(repo: str, to: str | None) -> Release:
-    known = releases(repo)
+    known = tags(repo)
     if to is not None:
         found = next((release for release in known if release.tag == to), None)
         if found is None:

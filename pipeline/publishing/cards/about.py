@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.cards.markdown import Markdown, code, escape
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import PACKAGE_SOURCE, REPO_ID, Config
-from pipeline.lineage import hub_sources
+from pipeline.publishing.cards.markdown import Markdown, code, escape
+from pipeline.publishing.lineage import hub_sources
 from pipeline.system.redaction import file_name
 
 ROOT, BASE = "merged", "base"  # keys of the results: the model at the root, and the one that all began with

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.cards.own_text import keep_own_text, our_part, section_only, their_part
 from pipeline.errors import UserError
 from pipeline.hub import CARD, Content, Tree
+from pipeline.publishing.cards.own_text import keep_own_text, our_part, section_only, their_part
 
 
 def merged(rendered: bytes, existing: bytes | None, guest: bool = False) -> bytes:

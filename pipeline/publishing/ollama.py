@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pipeline.config.catalog import VARIANTS
 from pipeline.models.gguf_metadata import Dialogue, read_dialogue
-from pipeline.turns import Turns, find_turns
+from pipeline.publishing.ollama_template import Turns, find_turns
 
 MODELFILE = "Modelfile"
 _QUOTES = '"""'

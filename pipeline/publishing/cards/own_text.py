@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from pipeline.cards import front_matter
+from pipeline.publishing.cards import front_matter
 
 START, END = "<!-- tunepress:start -->", "<!-- tunepress:end -->"
 _NEWLINE = re.compile(r"\r\n|\r|\n")

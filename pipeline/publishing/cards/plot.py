@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.cards import markdown
-from pipeline.cards.about import BASE, ROOT, TEXTS, About
-from pipeline.cards.markdown import Markdown, number
+from pipeline.publishing.cards import markdown
+from pipeline.publishing.cards.about import BASE, ROOT, TEXTS, About
+from pipeline.publishing.cards.markdown import Markdown, number
 
 PLOT = Markdown("assets/quality_vs_size.png")
 # Told apart with any kind of colour vision (Okabe and Ito).

@@ -12,12 +12,12 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pipeline.cards import markdown
-from pipeline.cards.about import ROOT, TEXTS, About, is_gguf
-from pipeline.cards.front_matter import SOURCE
-from pipeline.cards.markdown import one_line
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import REPO_ID
+from pipeline.publishing.cards import markdown
+from pipeline.publishing.cards.about import ROOT, TEXTS, About, is_gguf
+from pipeline.publishing.cards.front_matter import SOURCE
+from pipeline.publishing.cards.markdown import one_line
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData

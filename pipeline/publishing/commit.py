@@ -11,7 +11,7 @@ from pipeline.errors import HubError
 from pipeline.hub.auth import keyless
 from pipeline.hub.retry import persist, say
 from pipeline.hub.tree import CARD, LINEAGE, Content, Copy, Lineage, LocalFile, Tree, read_tree, size_of
-from pipeline.hub.upload import Progress, send
+from pipeline.publishing.upload import Progress, send
 
 Render = Callable[[Tree], Mapping[str, Content]]
 

@@ -1,7 +1,7 @@
 """Results -> the card of a release, of each folder of variants in it, and of each variant's mirror.
 
 Every figure in a card is read from `results.json` or the configuration and passes
-through a format of `pipeline.cards.markdown`; what was not measured is left out. The words
+through a format of `pipeline.publishing.cards.markdown`; what was not measured is left out. The words
 are in `templates/`, where nothing but markdown and escaped text can be printed.
 
 There are three kinds of release: a model fine-tuned here, one with an adapter that was trained
@@ -16,16 +16,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from pipeline.cards import about as names
-from pipeline.cards import markdown
-from pipeline.cards.about import ROOT, About, is_gguf
-from pipeline.cards.markdown import Markdown, code, escape, listed, number
-from pipeline.cards.metadata import metadata
-from pipeline.cards.own_text import END, START, note
-from pipeline.cards.plot import PLOT, plot_quality, points
-from pipeline.cards.tables import Models, tables
 from pipeline.config.catalog import DATA_FORMS, VARIANTS
-from pipeline.modelfile import MODELFILE, default_variant
+from pipeline.publishing.cards import about as names
+from pipeline.publishing.cards import markdown
+from pipeline.publishing.cards.about import ROOT, About, is_gguf
+from pipeline.publishing.cards.markdown import Markdown, code, escape, listed, number
+from pipeline.publishing.cards.metadata import metadata
+from pipeline.publishing.cards.own_text import END, START, note
+from pipeline.publishing.cards.plot import PLOT, plot_quality, points
+from pipeline.publishing.cards.tables import Models, tables
+from pipeline.publishing.ollama import MODELFILE, default_variant
 from pipeline.system.resources import shipped_folder
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.cards import markdown
-from pipeline.cards.about import BASE, ROOT, TEXTS, About, is_gguf
-from pipeline.cards.markdown import Markdown, code, estimate, listed, number, size, table
-from pipeline.cards.verdicts import ladders, ladders_in_vain, missed, withheld
 from pipeline.config.catalog import VARIANTS
+from pipeline.publishing.cards import markdown
+from pipeline.publishing.cards.about import BASE, ROOT, TEXTS, About, is_gguf
+from pipeline.publishing.cards.markdown import Markdown, code, estimate, listed, number, size, table
+from pipeline.publishing.cards.verdicts import ladders, ladders_in_vain, missed, withheld
 
 Models = dict[str, Markdown]
 LOADERS = {

@@ -1,0 +1,1 @@
+"""Write cards and lineage, and publish a release to the Hub."""
