@@ -16,7 +16,7 @@ from pipeline.errors import DataError
 from pipeline.live import Live
 from pipeline.opponent import noted
 from pipeline.system.command_names import command
-from pipeline.workspace import Workspace
+from pipeline.workflow.workspace import Workspace
 
 FEWEST = 16  # prompts; from fewer the error of a difference is hardly known
 

@@ -14,10 +14,10 @@ from pipeline.evaluation.student_t import MARGIN, quantile
 from pipeline.live import Live, read_live
 from pipeline.opponent import own_weights
 from pipeline.publishing.remote_release import standing
-from pipeline.stages import merge, train
 from pipeline.system.command_names import command
 from pipeline.system.files import fingerprint, read_json, write_json
-from pipeline.workspace import Workspace
+from pipeline.workflow.stages import merge, train
+from pipeline.workflow.workspace import Workspace
 
 WIDEST = 10.0
 

@@ -14,7 +14,7 @@ from pipeline.hub import Tree
 from pipeline.live import Live, live_in, weights_of
 from pipeline.publishing.remote_release import Standing
 from pipeline.system.files import read_json, write_json
-from pipeline.workspace import Workspace
+from pipeline.workflow.workspace import Workspace
 
 if TYPE_CHECKING:
     from pipeline.changes import Inputs

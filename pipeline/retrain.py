@@ -21,12 +21,12 @@ from pipeline.errors import GateError, StageFailed
 from pipeline.evaluation.student_t import MARGIN
 from pipeline.live import Live, read_live
 from pipeline.opponent import note, own_weights
-from pipeline.preflight import preflight
-from pipeline.reporter import Reporter
-from pipeline.stages.compare import RESULT
-from pipeline.steps import Steps
 from pipeline.tracking.events import Events
-from pipeline.workspace import Workspace
+from pipeline.workflow.preflight import preflight
+from pipeline.workflow.reporter import Reporter
+from pipeline.workflow.runner import Steps
+from pipeline.workflow.stages.compare_published import RESULT
+from pipeline.workflow.workspace import Workspace
 
 ROUNDS = 3  # how often others may publish while this run compares
 
@@ -48,7 +48,7 @@ def retrain(
 
     Raises:
         Busy: where another retraining of the repository is under way on this machine, or as a Job of this user.
-        UserError: as `pipeline.run` does; the repository is then as it was.
+        UserError: as `pipeline.workflow.run` does; the repository is then as it was.
     """
     check(config, margin)
     with alone(config.publish.repo):

@@ -16,10 +16,10 @@ from rich.table import Table
 
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import Config
-from pipeline.reporter import Reporter
 from pipeline.system.command_names import command
 from pipeline.system.files import read_json
-from pipeline.workspace import Entry, Workspace
+from pipeline.workflow.reporter import Reporter
+from pipeline.workflow.workspace import Entry, Workspace
 
 QUIET_SECONDS = 30.0  # between progress lines where there is no terminal
 

@@ -132,8 +132,8 @@ def measure(config: Config, root: Path) -> dict[str, dict]:
     Raises:
         UserError: where anything fails but a gate.
     """
-    from pipeline.run import run
     from pipeline.terminal import TerminalReporter
+    from pipeline.workflow.run import run
 
     failure = None
     try:

@@ -3,7 +3,7 @@
     python scripts/benchmark_plan.py [--only CASE]... [--scratch DIR] [--json FILE]
 
 Each case is a configuration on a random model, or the demo's real one, of which some verbs are run as a user runs
-them. The stages run in processes of their own, with the settings that `pipeline.process` gives them; what counts is
+them. The stages run in processes of their own, with the settings that `pipeline.workflow.stage_process` gives them; what counts is
 the most that a stage's process and its children had resident together: PASS where the plan is within a quarter of it.
 The case `plans` times `tunepress plan` of every shipped configuration as a process, its imports included, with
 metadata from the hub on loopback: PASS below 8 s. Takes an hour on two cores; exits with 1 where anything fails, and
@@ -190,10 +190,10 @@ class Watch:
 
 
 def step_of(words: list[str]) -> str | None:
-    """`python -m pipeline.stages FOLDER STAGE [VARIANT ...]` -> the stage, or the variant that is let in."""
-    if "pipeline.stages" not in words:
+    """`python -m pipeline.workflow.stages FOLDER STAGE [VARIANT ...]` -> the stage, or the variant that is let in."""
+    if "pipeline.workflow.stages" not in words:
         return None
-    stage, *variants = words[words.index("pipeline.stages") + 2 :]
+    stage, *variants = words[words.index("pipeline.workflow.stages") + 2 :]
     return variants[0] if stage == "admit" else stage
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.process import OF_STAGES
+from pipeline.workflow.stage_process import OF_STAGES
 
 AS_STAGES = OF_STAGES  # what `tunepress` itself starts its work with
 ROOT = Path(__file__).parents[1]

@@ -84,8 +84,8 @@ def quantize(
 
 
 def _one(options: dict) -> int:
-    from pipeline.standalone import quantize, read_task
     from pipeline.terminal import summary
+    from pipeline.workflow.hub_variants import quantize, read_task
 
     reporter = _reporter()
     workspace = quantize(read_task(options, "options"), reporter=reporter)
@@ -95,7 +95,7 @@ def _one(options: dict) -> int:
 
 
 def _all(path: Path, options: dict) -> int:
-    from pipeline.standalone import quantize_all, read_tasks
+    from pipeline.workflow.hub_variants import quantize_all, read_tasks
 
     tasks = read_tasks(path, options)
     problems = quantize_all(tasks, reporter=_reporter())

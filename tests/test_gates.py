@@ -6,8 +6,8 @@ from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import Config
 from pipeline.evaluation.gates import judge, limits, tell
 from pipeline.evaluation.student_t import quantile
-from pipeline.stages import admit, quantize
-from pipeline.workspace import Workspace
+from pipeline.workflow.stages import measure_variant, quantize
+from pipeline.workflow.workspace import Workspace
 
 
 def configured(**quantize) -> Config:
@@ -93,7 +93,7 @@ def test_a_limit_changes_the_verdict_and_not_what_is_made_or_measured(tmp_path):
     def depends(**given):
         config = configured(variants=[{"name": "int4", **given}])
         with Workspace.claim(tmp_path / "m", config) as workspace:
-            return [stage.depends(config, workspace, ("int4",)) for stage in (quantize, admit)]
+            return [stage.depends(config, workspace, ("int4",)) for stage in (quantize, measure_variant)]
 
     (made, judged), (made_so, judged_so) = depends(), depends(gate={"rise": 0.2})
     assert made == made_so and judged != judged_so
@@ -102,4 +102,4 @@ def test_a_limit_changes_the_verdict_and_not_what_is_made_or_measured(tmp_path):
 def test_without_measuring_there_is_no_gate(tmp_path):
     config = configured(variants=["int4"]).model_copy(update={"evaluate": None})
     with Workspace.claim(tmp_path / "m", config) as workspace:
-        assert "gate" not in admit.depends(config, workspace, ("int4",))
+        assert "gate" not in measure_variant.depends(config, workspace, ("int4",))

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.config.schema import Config
 from pipeline.evaluation import texts
 from pipeline.inference.throughput import tokens_per_second
-from pipeline.workspace import Workspace
+from pipeline.workflow.workspace import Workspace
 
 
 def config_for(**evaluate) -> Config:

@@ -15,7 +15,7 @@ from pipeline.inference.load import load
 from pipeline.inference.offload import WEIGHTS_SHARE, fits, is_offloaded
 from pipeline.system.hardware import _free_in_groups, free_bytes
 from pipeline.tracking.events import Events
-from pipeline.workspace import Workspace
+from pipeline.workflow.workspace import Workspace
 from scripts.benchmarks import random_checkpoint
 from tests.conftest import write_tokenizer
 from tests.quantization.test_embeddings import PLAIN

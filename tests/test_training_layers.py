@@ -14,11 +14,11 @@ from pipeline.config.schema import Config
 from pipeline.data.encode import NO_LOSS, Encoded, EncodedSet
 from pipeline.evaluation import metrics
 from pipeline.inference.kernels.attention import MODELS
-from pipeline.stages.merge import live_model
 from pipeline.system import hardware
 from pipeline.training import fused_layers
 from pipeline.training.fused_layers import quicken_layers, quicken_training
 from pipeline.training.trainers.sft import new_trainer
+from pipeline.workflow.stages.merge import live_model
 from tests.compute_watch import BF16Products
 
 TOKENS = 40

@@ -36,7 +36,7 @@ def show_plan(config, device: str | None, runs: Path, as_json: bool) -> None:
     from pipeline.planning import make_plan
     from pipeline.planning.report import as_json as plain
     from pipeline.planning.report import show
-    from pipeline.preflight import check_inputs
+    from pipeline.workflow.preflight import check_inputs
 
     check_inputs(config)
     made = make_plan(config, device, runs)

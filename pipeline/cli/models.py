@@ -130,7 +130,7 @@ def chat(
 
 
 def _run_midway(config, output: Path, as_json: bool) -> None:
-    from pipeline.run import run as run_all
+    from pipeline.workflow.run import run as run_all
 
     reporter = terminal_reporter(as_json)
     workspace = run_all(config, reporter=reporter, output=output)

@@ -22,9 +22,9 @@ def publish(
     """Publish what is finished, now or again; only what changed is sent."""
     from pipeline.config.loader import load_config
     from pipeline.errors import ConfigError
-    from pipeline.run import run as run_all
-    from pipeline.run import run_one
-    from pipeline.workspace import HIDDEN, Workspace
+    from pipeline.workflow.run import run as run_all
+    from pipeline.workflow.run import run_one
+    from pipeline.workflow.workspace import HIDDEN, Workspace
 
     settings = [f"publish.repo={repo}"] if repo else []
     for key, value in (("private", private), ("create_pr", create_pr)):

@@ -33,7 +33,7 @@ def run(
     """Do the whole job, from a base model and a data set to a release; goes on where it stopped."""
     from pipeline.config.loader import load_config
     from pipeline.errors import ConfigError
-    from pipeline.run import run as run_all
+    from pipeline.workflow.run import run as run_all
 
     loaded = load_config(config, settings or ())
     launch = _launch(accelerate, machine_rank, main_process_ip)
@@ -78,7 +78,7 @@ def status(
 ) -> None:
     """Show what is finished, and what happened."""
     from pipeline.tracking.events import read_events
-    from pipeline.workspace import Workspace
+    from pipeline.workflow.workspace import Workspace
 
     workspace = Workspace.open(folder)
     events = [e for e in read_events(workspace.events_path)[0] if "event" in e]
@@ -98,7 +98,7 @@ def sync(
     """Send Trackio what it missed of a run, without running anything."""
     from pipeline.config.loader import load_config
     from pipeline.tracking.trackers import sync as send_missed
-    from pipeline.workspace import Workspace
+    from pipeline.workflow.workspace import Workspace
 
     workspace = Workspace.open(folder)
     sent = send_missed(workspace, load_config(workspace.config_path, settings or ()))
@@ -110,9 +110,9 @@ def clean(
     as_json: AsJson = False,
 ) -> None:
     """Remove what a release does not need: checkpoints, unpacked base models, what was interrupted."""
-    from pipeline.cleaning import clean as remove
     from pipeline.terminal import size
-    from pipeline.workspace import Workspace
+    from pipeline.workflow.cleanup import clean as remove
+    from pipeline.workflow.workspace import Workspace
 
     workspace = Workspace.open(folder)
     freed, removed = remove(workspace)
@@ -126,7 +126,7 @@ def run_stage(
     stage: str, config: str, settings: list[str] | None, runs: Path, as_json: bool, launch: object = None
 ) -> None:
     from pipeline.config.loader import load_config
-    from pipeline.run import run_one
+    from pipeline.workflow.run import run_one
 
     workspace = run_one(load_config(config, settings or ()), stage, runs, terminal_reporter(as_json), launch=launch)
     if as_json:

@@ -3,7 +3,7 @@
     quantize_config("user/model", "out", ["int8", "int4"])
     merge_config("user/model", "./adapter", "out")
 
-`pipeline.run.run(config, output="out")` does the rest, with the same events, cards and ledger.
+`pipeline.workflow.run.run(config, output="out")` does the rest, with the same events, cards and ledger.
 """
 
 from __future__ import annotations

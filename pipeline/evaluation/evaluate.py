@@ -21,7 +21,7 @@ from pipeline.models.safe_loading import open_config, open_tokenizer
 from pipeline.models.sources import stored_bytes
 from pipeline.system.files import read_json, write_json
 from pipeline.tracking.events import Events
-from pipeline.workspace import Workspace
+from pipeline.workflow.workspace import Workspace
 
 if TYPE_CHECKING:
     import torch

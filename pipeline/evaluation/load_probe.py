@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import ModelError
-from pipeline.process import as_a_user, with_own_package
 from pipeline.system.libraries import quiet
+from pipeline.workflow.stage_process import as_a_user, with_own_package
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from pipeline.system.libraries import quiet
 if TYPE_CHECKING:
     import torch
 
-    from pipeline.reporter import Reporter
+    from pipeline.workflow.reporter import Reporter
 
 TOKENS = 2048  # of general text, for every layer; what is compared is paired, so that few are enough
 RECORD, RESULT, PICTURE = "sensitivity.partial.json", "sensitivity.json", "sensitivity.png"

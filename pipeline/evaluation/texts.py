@@ -19,7 +19,7 @@ from pipeline.data.describe import SUPPLIED_TEMPLATE
 from pipeline.data.encode import Encoded, encode_examples, encode_text
 from pipeline.errors import DataError
 from pipeline.system import hardware
-from pipeline.workspace import Workspace
+from pipeline.workflow.workspace import Workspace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from pipeline.system.files import sha256
 
 if TYPE_CHECKING:
-    from pipeline.workspace import Digest
+    from pipeline.workflow.workspace import Digest
 
 LINEAGE = "tunepress.json"
 CARD = "README.md"

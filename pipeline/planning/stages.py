@@ -59,7 +59,7 @@ class Variants:
 
 
 def stages_of(config: Config, sizes: Sizes, machine: Machine, data_bytes: int | None, adapter: int) -> list[Stage]:
-    """The stages in the order in which `pipeline.run` does them.
+    """The stages in the order in which `pipeline.workflow.run` does them.
 
     Args:
         data_bytes: what a data set on the Hub sends; 0 for one that is here.
@@ -87,7 +87,7 @@ def stages_of(config: Config, sizes: Sizes, machine: Machine, data_bytes: int | 
 
 
 def kinds(config: Config) -> tuple[str, ...]:
-    """The bases that are merged into, as `pipeline.stages.merge` chooses them."""
+    """The bases that are merged into, as `pipeline.workflow.stages.merge` chooses them."""
     if config.merge.base != "auto":
         return (config.merge.base,)
     return ("nf4", "bf16") if config.data and config.train.method == "qlora" else ("bf16",)

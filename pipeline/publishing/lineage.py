@@ -12,7 +12,7 @@ from pipeline.config.schema import REPO_ID, Config
 from pipeline.data.sources import names_a_file
 from pipeline.system.libraries import STACK, versions
 from pipeline.system.redaction import file_name
-from pipeline.workspace import Workspace
+from pipeline.workflow.workspace import Workspace
 
 if TYPE_CHECKING:
     from pipeline.hub import LocalFile

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.process import as_a_user, with_own_package
+from pipeline.workflow.stage_process import as_a_user, with_own_package
 
 _FENCE = re.compile(r"(`{3,})(\w*)\Z")
 

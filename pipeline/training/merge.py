@@ -4,7 +4,7 @@ Variants of the result can be made on the way: what is written is then rounded f
 
 Training with QLoRA saw dequantized NF4 weights, so there are two bases to merge into:
 the original one, and the NF4 one as training saw it. Which is better is measured, not
-assumed (`pipeline.stages.merge`).
+assumed (`pipeline.workflow.stages.merge`).
 """
 
 from __future__ import annotations

@@ -8,12 +8,12 @@ from pipeline import data
 from pipeline.config.schema import Config
 from pipeline.errors import Interrupted
 from pipeline.models import sources
-from pipeline.preflight import check_shared
-from pipeline.process import run_stage
-from pipeline.reporter import Reporter
 from pipeline.tracking.events import Unheard
 from pipeline.training.accelerate_launch import Launch
-from pipeline.workspace import Entry, Workspace
+from pipeline.workflow.preflight import check_shared
+from pipeline.workflow.reporter import Reporter
+from pipeline.workflow.stage_process import run_stage
+from pipeline.workflow.workspace import Entry, Workspace
 
 GRACE_SECONDS = 2.0  # nothing is lost here; while machines have not met, nothing ends by being asked to
 

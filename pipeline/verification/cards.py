@@ -23,10 +23,10 @@ from pipeline.publishing.cards.readmes import merged
 from pipeline.publishing.lineage import own_version
 from pipeline.publishing.ollama import MODELFILE, modelfile
 from pipeline.publishing.snippets import blocks
-from pipeline.stages.document import folders
 from pipeline.verification.claims import Claims, is_gguf
 from pipeline.verification.findings import Finding, right, unknown, wrong
 from pipeline.verification.places import Place
+from pipeline.workflow.stages.render import folders
 
 LONGEST_CARD = 20_000  # lines; ours have some hundreds, and finding what differs takes long
 MOST_LINES = 5  # of a card that are shown; a card that is another altogether would fill the screen
@@ -77,7 +77,7 @@ def rendered(about: About, claims: Claims) -> dict[str, str]:
 
 
 def about_release(claims: Claims, place: Place, chats: bool) -> About:
-    """What the cards are about, which is what `pipeline.stages.document` knew when it wrote them."""
+    """What the cards are about, which is what `pipeline.workflow.stages.render` knew when it wrote them."""
     config, variants = claims.config, claims.variants
     there = (place.read(CARD) or b"").decode(errors="replace")
     mirrors = {v: repo for v, repo in config.publish.mirrors.items() if v in variants and _links_to(there, repo)}

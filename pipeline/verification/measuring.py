@@ -24,7 +24,6 @@ from pipeline.data.sources import is_builtin, names_a_file
 from pipeline.errors import UserError
 from pipeline.models.safe_loading import check_config
 from pipeline.models.sources import read_config
-from pipeline.process import as_a_user, with_own_package
 from pipeline.system.files import read_json, write_json
 from pipeline.system.libraries import versions
 from pipeline.verification.again import how_to_make
@@ -32,7 +31,8 @@ from pipeline.verification.claims import ADAPTER, ROOT, Claims, is_gguf
 from pipeline.verification.findings import Finding, outdated, right, unknown, wrong
 from pipeline.verification.places import Place, Tell
 from pipeline.verification.worker import DAMAGED, MISSING, OUTDATED
-from pipeline.workspace import Workspace
+from pipeline.workflow.stage_process import as_a_user, with_own_package
+from pipeline.workflow.workspace import Workspace
 
 TOLERANCE = 0.01  # of a perplexity
 LONGEST_REASON = 160  # characters; libraries list all that they do know

@@ -13,7 +13,7 @@ from pipeline.hub import LINEAGE, Tree, read_tree
 from pipeline.hub.download import download, in_one_line
 from pipeline.system.files import sha256
 from pipeline.verification.claims import MOST_BYTES, Malformed, check_path
-from pipeline.workspace import HIDDEN, Workspace
+from pipeline.workflow.workspace import HIDDEN, Workspace
 
 NOT_OURS = (HIDDEN, ".git", ".cache")  # folders beside a release: of its run, of git, of the Hub's client
 

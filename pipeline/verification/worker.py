@@ -18,7 +18,7 @@ from pipeline.models.safe_loading import open_model, open_tokenizer
 from pipeline.models.sources import read_config
 from pipeline.system.files import read_json, write_json
 from pipeline.system.libraries import quiet, quiet_progress_bars
-from pipeline.workspace import Workspace
+from pipeline.workflow.workspace import Workspace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -37,7 +37,7 @@ def check_variants(config: Config, sizes: Sizes) -> None:
         ModelError: where llama.cpp does not know it.
         MissingExtra: where what writes them is not installed.
     """
-    from pipeline.stages.quantize import check_extras
+    from pipeline.workflow.stages.quantize import check_extras
 
     check_extras(config)
     if any(VARIANTS[spec.name].format == "gguf" for spec in config.quantize.variants):

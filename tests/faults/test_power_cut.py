@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.system.files import place_files, replace_folder, write_text
-from pipeline.workspace import Workspace
+from pipeline.workflow.workspace import Workspace
 from tests.cards import sample
 from tests.faults.power_cut import hasty
 from tests.faults.runs import SPY

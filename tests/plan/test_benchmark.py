@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import process
 from pipeline.config.schema import Config
 from pipeline.planning import memory
 from pipeline.planning.devices import Machine
 from pipeline.planning.plan import Plan
 from pipeline.planning.stages import stages_of
+from pipeline.workflow import stage_process
 from tests.plan.conftest import shapes_of
 from tests.plan.test_sizes import sizes_of
 
@@ -39,7 +39,7 @@ def plan() -> Plan:
     [("train", (), "train"), ("quantize", ("int8", "int4"), "quantize"), ("admit", ("int4",), "int4")],
 )
 def test_a_stage_is_known_by_the_command_that_starts_it(benchmark, stage, variants, name):
-    assert benchmark.step_of(process._command(None, ("runs/x", stage, *variants))) == name
+    assert benchmark.step_of(stage_process._command(None, ("runs/x", stage, *variants))) == name
     assert benchmark.step_of(["python", "-m", "pipeline.evaluation.load_probe", "runs/x", "stock"]) is None
 
 

@@ -11,10 +11,10 @@ import pytest
 from huggingface_hub import constants
 
 from pipeline.config.schema import Config
-from pipeline.stages import Outcome, publish
 from pipeline.system.files import write_bytes
 from pipeline.tracking.events import Events, read_events
-from pipeline.workspace import Entry, Workspace
+from pipeline.workflow.stages import Outcome, publish
+from pipeline.workflow.workspace import Entry, Workspace
 from tests.cards import sample
 from tests.hub import LoopbackHub
 

@@ -155,7 +155,7 @@ def test_gguf_made_anew_puts_away_its_old_files_and_no_others(shared, tmp_path):
 
 
 def test_of_gguf_alone_what_the_file_says_decides_whether_it_chats(hub, shared):
-    from pipeline.stages.document import render
+    from pipeline.workflow.stages.render import render
 
     documents = render(shared.config, shared.workspace, (Q4_0,), lambda path: None)
     assert "create_chat_completion" in documents["gguf/README.md"].decode()

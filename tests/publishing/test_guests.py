@@ -9,7 +9,7 @@ import pytest
 from pipeline.errors import HubError
 from pipeline.publishing.cards.own_text import END, START
 from pipeline.publishing.rollback import rollback
-from pipeline.workspace import HIDDEN, Workspace
+from pipeline.workflow.workspace import HIDDEN, Workspace
 from tests.cards import sample
 from tests.publishing.conftest import BOTH, REPO, FakeRun
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from pipeline.stages import publish
-from pipeline.workspace import HIDDEN, Workspace
+from pipeline.workflow.stages import publish
+from pipeline.workflow.workspace import HIDDEN, Workspace
 from tests.cards import sample
 from tests.publishing.conftest import BOTH, REPO, FakeRun, weights
 

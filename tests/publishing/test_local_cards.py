@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.stages import document
+from pipeline.workflow.stages import render
 from tests.publishing.conftest import REPO, FakeRun
 
 MINE = "\n## A word of mine\n"
@@ -112,7 +112,7 @@ def test_a_publish_that_the_hub_refuses_leaves_every_local_document_as_it_was(hu
 def test_where_nothing_is_left_of_a_release_our_documents_go_and_peoples_stay(hub, finished):
     finished.publish()
     write_into(finished, "int8/README.md")
-    document.withdraw(finished.config, finished.workspace)
+    render.withdraw(finished.config, finished.workspace)
     left = {path.relative_to(finished.release).as_posix() for path in finished.release.rglob("*") if path.is_file()}
     assert not {"README.md", "tunepress.json", "int4/README.md", "assets/quality_vs_size.png"} & left
     assert "int8/README.md" in left and "int8/model.safetensors" not in left

@@ -7,10 +7,10 @@ import json
 import pytest
 
 from pipeline.errors import HubError
-from pipeline.stages import admit, publish
 from pipeline.system.files import fingerprint
 from pipeline.tracking.events import Events
-from pipeline.workspace import Entry
+from pipeline.workflow.stages import measure_variant, publish
+from pipeline.workflow.workspace import Entry
 from tests.publishing.conftest import REPO, sent_bytes, uploads
 
 MIRROR = "ada/tiny-int8"
@@ -43,7 +43,7 @@ def test_one_whose_variant_is_withheld_now_is_told_of(hub, mirrored):
     mirrored.publish()
     config, workspace, shown = mirrored.config, mirrored.workspace, []
     workspace.remove("quantize/int8", ())
-    depends_on = fingerprint(admit.depends(config, workspace, ("int8",)))
+    depends_on = fingerprint(measure_variant.depends(config, workspace, ("int8",)))
     workspace.record("quantize/int8", Entry(depends_on, {}, {"withheld": "it lost too much"}))
     publish.run(config, workspace, Events(workspace.events_path, config.name, on_show=shown.extend), ("int4",))
     assert "int8/model.safetensors" not in hub.files(REPO) and "model.safetensors" in hub.files(MIRROR)

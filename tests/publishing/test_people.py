@@ -58,12 +58,12 @@ def test_a_card_that_people_wrote_before_us_is_kept_and_ours_is_added(hub, finis
 
 
 def test_text_added_to_the_local_card_goes_along_with_the_first_publish(hub, finished):
-    from pipeline.stages import document
+    from pipeline.workflow.stages import render
 
-    document.run(finished.config, finished.workspace, finished.pen(), ("int8", "int4"))
+    render.run(finished.config, finished.workspace, finished.pen(), ("int8", "int4"))
     card = finished.release / "README.md"
     card.write_text(card.read_text() + MINE)
-    document.run(finished.config, finished.workspace, finished.pen(), ("int8", "int4"))
+    render.run(finished.config, finished.workspace, finished.pen(), ("int8", "int4"))
     assert card.read_text().endswith(MINE)
     finished.publish()
     assert hub.read(REPO, "README.md").decode().endswith(MINE)

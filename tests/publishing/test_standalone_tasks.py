@@ -9,8 +9,8 @@ import pytest
 from pipeline.errors import ConfigError, HubError, ModelError, StageFailed, UserError
 from pipeline.evaluation.gates import limits
 from pipeline.publishing.remote_release import standing
-from pipeline.standalone import configure, quantize, read_task, read_tasks
 from pipeline.tracking.trackers.spaces import keep_in, space_at
+from pipeline.workflow.hub_variants import configure, quantize, read_task, read_tasks
 from tests.hub.store import Repository
 
 WEIGHTS = {"model.safetensors": b"weights"}

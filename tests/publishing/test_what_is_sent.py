@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import HubError
-from pipeline.workspace import Digest
+from pipeline.workflow.workspace import Digest
 from tests.hub.store import Entry
 from tests.publishing.conftest import REPO, sent_bytes, uploads, weights
 

@@ -13,9 +13,9 @@ from pipeline.models.checkpoint import SINGLE_NAME
 from pipeline.models.sources import linear_weights, table_weights
 from pipeline.quantization.formats.gguf import k_quants as kquants
 from pipeline.quantization.writer import Variants, quantize_checkpoint
-from pipeline.stages import quantize
 from pipeline.tracking.events import Events, read_events
-from pipeline.workspace import Workspace
+from pipeline.workflow.stages import quantize
+from pipeline.workflow.workspace import Workspace
 
 pytest.importorskip("gguf")
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}

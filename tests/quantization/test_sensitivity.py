@@ -14,7 +14,7 @@ from pipeline.inference.load import load
 from pipeline.models.sources import linear_weights
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.roundings import rounding
-from pipeline.reporter import Reporter
+from pipeline.workflow.reporter import Reporter
 
 LAYER = "model.layers.1.mlp.down_proj"
 

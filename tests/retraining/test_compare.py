@@ -19,9 +19,9 @@ from pipeline.evaluation.metrics import mean
 from pipeline.evaluation.student_t import quantile
 from pipeline.live import Live
 from pipeline.opponent import note
-from pipeline.stages import compare
 from pipeline.tracking.events import Events
-from pipeline.workspace import Workspace
+from pipeline.workflow.stages import compare_published
+from pipeline.workflow.workspace import Workspace
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def held_out(tmp_path):
             shutil.copytree(new, workspace.release, dirs_exist_ok=True)
             there = Live(str(live), None, "model", {"results": {"data": {"fingerprint": data.fingerprint}}})
             note(workspace, there, Inputs(config, "base", "data"))
-            compare.run(config, workspace, Events(workspace.events_path, "tiny"), ())
+            compare_published.run(config, workspace, Events(workspace.events_path, "tiny"), ())
             return workspace.read_measurement("retraining")
 
     return measure

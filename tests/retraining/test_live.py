@@ -18,9 +18,9 @@ from pipeline.data import load_examples
 from pipeline.errors import DataError
 from pipeline.live import Live
 from pipeline.models.sources import digest_here
-from pipeline.stages.inputs import base_model
 from pipeline.tracking.events import Events
-from pipeline.workspace import Workspace
+from pipeline.workflow.stages.inputs import base_model
+from pipeline.workflow.workspace import Workspace
 from tests.hub import LoopbackHub
 from tests.run.conftest import REPOSITORY, TOKEN
 

@@ -244,10 +244,10 @@ def test_accelerate_understands_the_files_that_come_along(name):
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
     launch = Launch(shipped_launches()[name], processes=4, main_process_ip="10.0.0.1")
-    command = launch.command("pipeline.stages", "runs/x", "train")
+    command = launch.command("pipeline.workflow.stages", "runs/x", "train")
     assert command[2:4] == ["-m", "accelerate.commands.launch"]
     asked, _, _ = _validate_launch_command(launch_command_parser().parse_args(command[4:]))
-    assert asked.num_processes == 4 and asked.module and asked.training_script == "pipeline.stages"
+    assert asked.num_processes == 4 and asked.module and asked.training_script == "pipeline.workflow.stages"
     assert asked.training_script_args == ["runs/x", "train"]
     kinds = {"fsdp-qlora": "use_fsdp", "deepspeed-zero3": "use_deepspeed"}
     assert [k for k in ("multi_gpu", "use_fsdp", "use_deepspeed") if getattr(asked, k)] == [

@@ -12,9 +12,9 @@ import yaml
 from pipeline.cli import main
 from pipeline.config.schema import Config
 from pipeline.errors import ModelError
-from pipeline.stages import train
 from pipeline.tracking.events import Events
-from pipeline.workspace import Workspace
+from pipeline.workflow.stages import train
+from pipeline.workflow.workspace import Workspace
 
 GOOD = {
     "name": "tiny",

@@ -9,11 +9,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from pipeline.config.schema import Config
-from pipeline.stages import Outcome, admit, evaluate, quantize
-from pipeline.stages.document import render
 from pipeline.system.files import fingerprint
 from pipeline.tracking.events import Events
-from pipeline.workspace import Entry, Workspace
+from pipeline.workflow.stages import Outcome, evaluate, measure_variant, quantize
+from pipeline.workflow.stages.render import render
+from pipeline.workflow.workspace import Entry, Workspace
 
 LAYER = "model.layers.1.mlp.down_proj"
 
@@ -45,8 +45,8 @@ class Trying:
         events = Events(self.workspace.events_path, "m", progress, self.shown.extend)
         quantize.run(config, self.workspace, events, ("int4",))
         self.told.clear()
-        outcome = admit.run(config, self.workspace, events, ("int4",))
-        depends_on = fingerprint(admit.depends(config, self.workspace, ("int4",)))
+        outcome = measure_variant.run(config, self.workspace, events, ("int4",))
+        depends_on = fingerprint(measure_variant.depends(config, self.workspace, ("int4",)))
         entry = Entry(depends_on, self.workspace.digests(outcome.outputs), outcome.summary)
         self.workspace.record("quantize/int4", entry)
         return outcome

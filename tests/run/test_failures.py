@@ -100,7 +100,7 @@ def _stage_of(place: Place) -> int:
     """Return the process of the stage that runs there."""
     for process in processes_in(place.folder):
         with contextlib.suppress(OSError):  # it has ended
-            if b"pipeline.stages" in Path(f"/proc/{process}/cmdline").read_bytes():
+            if b"pipeline.workflow.stages" in Path(f"/proc/{process}/cmdline").read_bytes():
                 return process
     raise AssertionError("no stage is running")
 

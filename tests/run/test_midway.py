@@ -13,8 +13,8 @@ from pipeline.cli import main
 from pipeline.config.builders import quantize_config
 from pipeline.errors import ConfigError, StageFailed
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.run import run
-from pipeline.workspace import Workspace
+from pipeline.workflow.run import run
+from pipeline.workflow.workspace import Workspace
 from tests.hub import LoopbackHub
 from tests.run.conftest import TOKEN, Place
 

@@ -12,10 +12,10 @@ from pipeline.config.builders import merge_config
 from pipeline.config.schema import VariantSpec
 from pipeline.models.sources import linear_weights
 from pipeline.quantization.writer import quantize_checkpoint
-from pipeline.stages import merge, quantize
 from pipeline.system.files import read_json
 from pipeline.tracking.events import Events, read_events
-from pipeline.workspace import Workspace
+from pipeline.workflow.stages import merge, quantize
+from pipeline.workflow.workspace import Workspace
 from tests.run.conftest import Place, write_place
 
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from pipeline.cli import main
 from pipeline.config.loader import load_config
 from pipeline.errors import UserError
-from pipeline.preflight import preflight
-from pipeline.workspace import Workspace
+from pipeline.workflow.preflight import preflight
+from pipeline.workflow.workspace import Workspace
 from tests.security.conftest import SECRETS, TOKEN, watching
 from tests.security.test_configurations import ANY, NAMES, NUMBERS, QUIET
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pipeline.config.loader import dump_config, load_config, parse_config
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
-from pipeline.workspace import Workspace
+from pipeline.workflow.workspace import Workspace
 from tests.security.conftest import SECRETS, TOKEN, watching
 
 NAMES = st.one_of(

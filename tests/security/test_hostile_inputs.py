@@ -102,7 +102,7 @@ def test_a_name(survives, place, name, of):
     from pipeline.inference.load import locate as find_model
     from pipeline.models.sources import check_adapter, check_source
     from pipeline.training.accelerate_launch import read_launch
-    from pipeline.workspace import Workspace
+    from pipeline.workflow.workspace import Workspace
 
     tree = {"name": "tiny", "model": {"source": "user/model"}, "data": {"source": "x.jsonl"}}
     checks = {
@@ -621,7 +621,7 @@ LEDGERS = ["../../private", "/etc/passwd", "release/../../../private", ".."]
 @pytest.mark.parametrize("path", LEDGERS)
 @pytest.mark.parametrize("folder", ["runs/tiny", "out/.tunepress"])
 def test_a_ledger_that_names_files_of_others(survives, place, path, folder):
-    from pipeline.workspace import Workspace
+    from pipeline.workflow.workspace import Workspace
 
     (place / "private").write_text("x")
     workspace = Workspace(place / folder)

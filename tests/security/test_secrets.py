@@ -17,13 +17,13 @@ from pipeline.cli import main
 from pipeline.ending import plain_errors
 from pipeline.errors import UserError, holds_secret, redact
 from pipeline.tracking.events import Events, one_line, read_events
-from pipeline.workspace import Workspace
+from pipeline.workflow.workspace import Workspace
 from tests.security.conftest import HUB_TOKEN, SECRETS, TOKEN, WRITE_TOKEN
 
 ROOT = Path(__file__).parents[2]
 LIKE_A_STAGE = """
 import os, signal, sys, threading
-from pipeline.logs import print_without_tokens, wait_for
+from pipeline.workflow.stage_log import print_without_tokens, wait_for
 
 writer = print_without_tokens(os.dup(1))
 {body}
@@ -175,7 +175,7 @@ def test_a_run_that_fails_with_a_token_leaves_none(place, tiny_model, monkeypatc
             time.sleep(0.05)
         told = process.stdout.read()
     assert process.returncode == 2 and "Traceback" not in told and "chat template" in told, told
-    assert any("pipeline.stages" in line for line in seen)
+    assert any("pipeline.workflow.stages" in line for line in seen)
     kept = [path for path in (place / "runs").rglob("*") if path.is_file() and path.parent.name != "data"]
     assert {"config.yaml", "events.jsonl", "train.log"} <= {path.name for path in kept}
     for text in (told, *seen, *(path.read_text(errors="replace") for path in kept)):

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.tracking.trackers import sync
 from pipeline.tracking.trackers.trackio import dashboard_hint
-from pipeline.workspace import Workspace
+from pipeline.workflow.workspace import Workspace
 from tests.tracking.conftest import REPOSITORY, Run, assert_once_each, configuration, stored_rows
 
 

@@ -12,7 +12,7 @@ from pipeline.tracking.forwarder import Spool
 from pipeline.tracking.trackers import sync
 from pipeline.tracking.trackers.places import Server
 from pipeline.tracking.trackers.trackio import TrackioTracker, dashboard_hint
-from pipeline.workspace import Workspace
+from pipeline.workflow.workspace import Workspace
 from tests.tracking.conftest import TOKEN, Run, assert_once_each, configuration, eventually
 
 

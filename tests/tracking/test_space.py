@@ -8,7 +8,7 @@ from pipeline.errors import TrackError
 from pipeline.tracking.forwarder import Forwarder
 from pipeline.tracking.trackers import sync
 from pipeline.tracking.trackers.trackio import check, dashboard_hint
-from pipeline.workspace import Workspace
+from pipeline.workflow.workspace import Workspace
 from tests.hub import LoopbackHub
 from tests.hub.server import User
 from tests.tracking.conftest import Run, TrackioServer, assert_once_each, configuration

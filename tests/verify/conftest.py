@@ -15,7 +15,7 @@ from pipeline.config.schema import Config
 from pipeline.system.files import read_json, sha256
 from pipeline.tracking.events import Events
 from pipeline.verification import Finding, Verdict, Verification, verify
-from pipeline.workspace import Entry, Workspace
+from pipeline.workflow.workspace import Entry, Workspace
 
 BOTH = ("int8", "int4")
 TOPICS = "builtin:python-topics"
@@ -90,7 +90,7 @@ def release(made, tmp_path) -> Release:
 
 def make_release(folder: Path, base: Path, variants: Sequence[object] = ("int8", {"name": "int4", "group_size": 32})):
     """The workspace of a run whose stages were done in this process; of its models only the quality is measured."""
-    from pipeline.stages import document, merge, quantize
+    from pipeline.workflow.stages import merge, quantize, render
 
     _write_adapter(base, folder / "adapter")
     config = Config.model_validate(
@@ -120,7 +120,7 @@ def make_release(folder: Path, base: Path, variants: Sequence[object] = ("int8",
         files = workspace.place(made, target, f"quantize/{name}")
         workspace.record(f"quantize/{name}", Entry("", workspace.digests(files)))
         workspace.write_measurement(name, figures)
-    _do(workspace, "document", lambda: document.run(config, workspace, events, names))
+    _do(workspace, "document", lambda: render.run(config, workspace, events, names))
     return workspace
 
 

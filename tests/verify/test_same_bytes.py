@@ -9,9 +9,9 @@ from pathlib import Path
 
 from pipeline.config.schema import VariantSpec
 from pipeline.models.sources import linear_weights, table_weights
-from pipeline.process import with_own_package
 from pipeline.quantization.writer import quantize_checkpoint
 from pipeline.system.files import sha256
+from pipeline.workflow.stage_process import with_own_package
 
 NAMES = ("int8", "int8-dynamic", "int4", "gguf-q4_0")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.config.schema import Config
 from pipeline.tracking.forwarder import Forwarder, Opener, Tracker
-from pipeline.workspace import Workspace
+from pipeline.workflow.workspace import Workspace
 
 
 def opener(config: Config) -> Opener:

@@ -7,10 +7,10 @@ import pytest
 from pipeline.config.schema import Config
 from pipeline.errors import CheckpointError, ModelError
 from pipeline.inference import llama_cpp
-from pipeline.stages import admit, quantize
 from pipeline.system.files import fingerprint
 from pipeline.tracking.events import Events
-from pipeline.workspace import Workspace
+from pipeline.workflow.stages import measure_variant, quantize
+from pipeline.workflow.workspace import Workspace
 
 pytest.importorskip("gguf")
 NAME = "gguf-q4_0"
@@ -35,7 +35,7 @@ def test_a_file_that_opens_is_admitted_and_its_size_told(made, monkeypatch, is_i
     workspace = made[1]
     (written,) = (workspace.quantized / NAME).glob("*.gguf")
     size = written.stat().st_size
-    outcome = admit.run(*made)
+    outcome = measure_variant.run(*made)
     result = json.loads(workspace.results_path.read_text())[NAME]
     assert (result["file"], result["size_bytes"]) == ("m-Q4_0.gguf", size)
     assert 0.3 < result["ratio"] < 0.4 and "quality" not in result
@@ -53,7 +53,7 @@ def test_a_damaged_file_stays_outside(made, monkeypatch, is_installed, error):
     (written,) = (workspace.quantized / NAME).glob("*.gguf")
     written.write_bytes(written.read_bytes()[:-5000])
     with pytest.raises(error, match=r"m-Q4_0\.gguf: (llama\.cpp cannot load it|not a whole GGUF file)"):
-        admit.run(*made)
+        measure_variant.run(*made)
     assert not (workspace.release / "gguf").exists()
 
 
@@ -64,9 +64,9 @@ def test_what_measures_it_is_part_of_what_it_depends_on(made, monkeypatch):
 
     def states():
         found = [(measured, NAME), (measured, "int8"), (config, NAME)]
-        return [fingerprint(admit.depends(asked, workspace, (name,))) for asked, name in found]
+        return [fingerprint(measure_variant.depends(asked, workspace, (name,))) for asked, name in found]
 
     before = states()
-    monkeypatch.setattr(admit, "versions", lambda *names: dict.fromkeys(names, "another"))
+    monkeypatch.setattr(measure_variant, "versions", lambda *names: dict.fromkeys(names, "another"))
     changed = [old != new for old, new in zip(before, states(), strict=True)]
     assert changed == [True, False, False]

@@ -158,9 +158,9 @@ def test_a_model_without_a_tokenizer_is_refused_in_one_line(model_copy):
 
 def test_only_its_own_libraries_can_change_a_variant(tmp_path):
     from pipeline.config.loader import parse_config
-    from pipeline.stages.quantize import depends
     from pipeline.system.libraries import versions
-    from pipeline.workspace import Workspace
+    from pipeline.workflow.stages.quantize import depends
+    from pipeline.workflow.workspace import Workspace
 
     own = {
         "int8": {"torch", "torchao", "transformers"},

@@ -21,7 +21,7 @@ from pipeline.inference import llama_cpp, output_head
 from pipeline.inference.load import load_dequantized
 from pipeline.system import hardware
 from pipeline.tracking.events import Events
-from pipeline.workspace import Workspace
+from pipeline.workflow.workspace import Workspace
 from tests.quantization.gguf.conftest import MODELS
 from tests.test_measure import text
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, WorkspaceError
-from pipeline.preflight import preflight
-from pipeline.reporter import Reporter
-from pipeline.stages import publish
-from pipeline.steps import Steps, stages_before_variants
 from pipeline.training.accelerate_launch import Launch
-from pipeline.workspace import HIDDEN, Workspace
+from pipeline.workflow.preflight import preflight
+from pipeline.workflow.reporter import Reporter
+from pipeline.workflow.runner import Steps, stages_before_variants
+from pipeline.workflow.stages import publish
+from pipeline.workflow.workspace import HIDDEN, Workspace
 
 
 def run(

@@ -14,13 +14,13 @@ from pipeline.errors import GateError
 from pipeline.evaluation.escalation import best
 from pipeline.evaluation.gates import judge, limits, tell
 from pipeline.models.sources import stored_bytes
-from pipeline.stages import Outcome, quantize
-from pipeline.stages.inputs import full_model, model_bytes
-from pipeline.stages.quantize import files_of, parameters
 from pipeline.system.files import fingerprint, read_json, states, write_json
 from pipeline.system.libraries import versions
 from pipeline.tracking.events import Events
-from pipeline.workspace import Workspace
+from pipeline.workflow.stages import Outcome, quantize
+from pipeline.workflow.stages.inputs import full_model, model_bytes
+from pipeline.workflow.stages.quantize import files_of, parameters
+from pipeline.workflow.workspace import Workspace
 
 __all__ = ["depends", "is_withheld", "parameters", "run"]
 
@@ -106,7 +106,7 @@ def _escalated(config: Config, workspace: Workspace, events: Events, name: str, 
 
     Where none does, the figures of the one that came nearest.
     """
-    from pipeline.stages.climb import Climb
+    from pipeline.workflow.stages.escalate import Climb
 
     asked = config.quantize.spec(name)
     if result["gate"]["passed"] and result["variant"] == asked.making():

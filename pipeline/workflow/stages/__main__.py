@@ -1,6 +1,6 @@
-"""The process of one stage: `python -m pipeline.stages FOLDER STAGE [VARIANT ...]`.
+"""The process of one stage: `python -m pipeline.workflow.stages FOLDER STAGE [VARIANT ...]`.
 
-Started by `pipeline.process`, by itself or several at once through `accelerate launch`. Sends the
+Started by `pipeline.workflow.stage_process`, by itself or several at once through `accelerate launch`. Sends the
 stage's events, reports over standard input, which is a socket, and ends when its parent does: the
 parent holds the other end. Of several, the first alone sends events; what fails in any of them is
 reported, and the parent sends the failure event.
@@ -21,17 +21,17 @@ from pathlib import Path
 
 from pipeline.errors import UserError, WorkspaceError
 from pipeline.hub.retry import show_waits
-from pipeline.logs import print_without_tokens, wait_for
-from pipeline.stages import STEPS
 from pipeline.system.files import no_room
 from pipeline.system.libraries import quiet
 from pipeline.tracking.events import Events, Unheard, one_line
 from pipeline.training.distributed import Team, is_echo
-from pipeline.workspace import Workspace
+from pipeline.workflow.stage_log import print_without_tokens, wait_for
+from pipeline.workflow.stages import STEPS
+from pipeline.workflow.workspace import Workspace
 
 PROGRESS_SECONDS = 0.2
 _held: list[object] = []
-GRACE_SECONDS = 20.0  # as long as `pipeline.process` gives a stage that it asks to end
+GRACE_SECONDS = 20.0  # as long as `pipeline.workflow.stage_process` gives a stage that it asks to end
 
 
 class Terminated(BaseException):
@@ -58,7 +58,7 @@ def main() -> int:
         if team.hosts:
             _wait_for_former(workspace)
         quiet()
-        module = importlib.import_module(f"pipeline.stages.{stage}")
+        module = importlib.import_module(f"pipeline.workflow.stages.{stage}")
         if step.starts:
             for variant in about:
                 events.emit(step.verb, "started", variant, **module.parameters(config, variant))

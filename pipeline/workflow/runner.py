@@ -7,19 +7,30 @@ import time
 
 from pipeline.config.schema import Config
 from pipeline.errors import Interrupted, StageFailed, UserError
-from pipeline.process import run_stage
-from pipeline.reporter import Reporter
-from pipeline.stages import STEPS, admit, compare, document, evaluate, merge, publish, quantize, train
 from pipeline.system.command_names import command
 from pipeline.system.files import fingerprint
 from pipeline.tracking.events import Events
 from pipeline.tracking.forwarder import Forwarder
 from pipeline.tracking.trackers import opener
 from pipeline.training.accelerate_launch import Launch
-from pipeline.workspace import Entry, Workspace
+from pipeline.workflow.reporter import Reporter
+from pipeline.workflow.stage_process import run_stage
+from pipeline.workflow.stages import (
+    STEPS,
+    compare_published,
+    evaluate,
+    measure_variant,
+    merge,
+    publish,
+    quantize,
+    render,
+    train,
+)
+from pipeline.workflow.workspace import Entry, Workspace
 
 MODULES = {
-    m.__name__.rpartition(".")[2]: m for m in (train, merge, evaluate, compare, quantize, admit, document, publish)
+    m.__name__.rpartition(".")[2]: m
+    for m in (train, merge, evaluate, compare_published, quantize, measure_variant, render, publish)
 }
 
 
@@ -162,7 +173,7 @@ class Steps:
 
     def withdraw_documents(self) -> None:
         """Leave no documents of an earlier release where nothing of it is left."""
-        document.withdraw(self._config, self._workspace)
+        render.withdraw(self._config, self._workspace)
 
     def require(self, stage: str) -> None:
         """Raise where a step that `stage` builds on is missing or out of date."""

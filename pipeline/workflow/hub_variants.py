@@ -26,11 +26,11 @@ from pipeline.hub import CARD, LINEAGE, check_root
 from pipeline.models.hub_inspection import inspect
 from pipeline.models.sources import check_source, is_local
 from pipeline.publishing.remote_release import Standing, is_same_model, standing
-from pipeline.reporter import Reporter
-from pipeline.run import run
 from pipeline.system.redaction import file_name
 from pipeline.tracking.trackers.spaces import keep_in, space_at
-from pipeline.workspace import Workspace
+from pipeline.workflow.reporter import Reporter
+from pipeline.workflow.run import run
+from pipeline.workflow.workspace import Workspace
 
 GROUP_SIZE = 128  # of variants that are in groups, unless asked for otherwise
 

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 from pipeline.config.schema import Config
 from pipeline.errors import CheckpointError, ModelError, QuantizationError
 from pipeline.models.safe_loading import open_tokenizer
-from pipeline.stages import Outcome
-from pipeline.stages.inputs import adapter, adapter_depends, base_model, model_depends
-from pipeline.stages.quantize import keep_written, to_write
 from pipeline.system.files import empty_folder
 from pipeline.system.libraries import versions
 from pipeline.tracking.events import Events
-from pipeline.workspace import Workspace
+from pipeline.workflow.stages import Outcome
+from pipeline.workflow.stages.inputs import adapter, adapter_depends, base_model, model_depends
+from pipeline.workflow.stages.quantize import keep_written, to_write
+from pipeline.workflow.workspace import Workspace
 
 if TYPE_CHECKING:
     from pipeline.quantization.writer import VariantFiles, Variants

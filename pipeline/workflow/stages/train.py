@@ -20,15 +20,15 @@ from pickle import UnpicklingError
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.models.safe_loading import open_tokenizer
-from pipeline.stages import Outcome
-from pipeline.stages.inputs import base_model, model_depends, without_limit
-from pipeline.stages.quantize import check_variants
 from pipeline.system import hardware
 from pipeline.system.files import empty_folder, fingerprint, read_json, replace_folder
 from pipeline.system.libraries import versions
 from pipeline.tracking.events import Events
 from pipeline.training.distributed import Meeting, Team
-from pipeline.workspace import Workspace
+from pipeline.workflow.stages import Outcome
+from pipeline.workflow.stages.inputs import base_model, model_depends, without_limit
+from pipeline.workflow.stages.quantize import check_variants
+from pipeline.workflow.workspace import Workspace
 
 HELD_OUT_TOKENS = 8192  # that the held-out loss is taken on while training; the model is measured on its own later
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "tokenizers")

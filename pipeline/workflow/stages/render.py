@@ -16,11 +16,11 @@ from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.hub import CARD, LINEAGE, LocalFile
 from pipeline.models.gguf_metadata import read_dialogue
-from pipeline.stages import Outcome
-from pipeline.stages.admit import is_withheld
 from pipeline.system.files import fingerprint, read_json, write_bytes
 from pipeline.tracking.events import Events
-from pipeline.workspace import Workspace
+from pipeline.workflow.stages import Outcome
+from pipeline.workflow.stages.measure_variant import is_withheld
+from pipeline.workflow.workspace import Workspace
 
 if TYPE_CHECKING:
     from pipeline.publishing.cards import About

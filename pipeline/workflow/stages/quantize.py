@@ -1,6 +1,6 @@
 """Write the files of every variant asked for, in one pass over the full-precision checkpoint.
 
-They lie in `quantized/` until `pipeline.stages.admit` has loaded and measured them. What was made
+They lie in `quantized/` until `pipeline.workflow.stages.measure_variant` has loaded and measured them. What was made
 already and still holds, as where the merge has made it in its own pass, is not made again.
 """
 
@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import Config, VariantSpec
 from pipeline.errors import MissingExtra, QuantizationError
-from pipeline.stages import Outcome
-from pipeline.stages.inputs import full_model, made_from, shard_by_shard, text_depends
 from pipeline.system.files import empty_folder, read_json, replace_folder, states, write_json
 from pipeline.system.libraries import is_installed, versions
 from pipeline.tracking.events import Events, one_line
-from pipeline.workspace import Workspace
+from pipeline.workflow.stages import Outcome
+from pipeline.workflow.stages.inputs import full_model, made_from, shard_by_shard, text_depends
+from pipeline.workflow.workspace import Workspace
 
 if TYPE_CHECKING:
     from pipeline.quantization.writer import VariantFiles, Variants

@@ -6,9 +6,9 @@ from pipeline import data
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
 from pipeline.models import sources
-from pipeline.stages import quantize
 from pipeline.system import hardware
 from pipeline.training.accelerate_launch import Launch, share
+from pipeline.workflow.stages import quantize
 
 
 def preflight(

@@ -7,7 +7,7 @@ A stage is a module with
     run(config, workspace, events, variants)        does it, and returns an `Outcome`
 
 It reads what earlier stages left in the workspace, writes under a temporary name,
-renames, and says what it made. It runs in a process of its own (`pipeline.process`).
+renames, and says what it made. It runs in a process of its own (`pipeline.workflow.stage_process`).
 Heavy libraries are imported inside `run`, so that asking what a stage depends on is quick.
 """
 

@@ -11,10 +11,10 @@ from pipeline import opponent
 from pipeline.config.schema import Config
 from pipeline.live import Live
 from pipeline.models.safe_loading import open_tokenizer
-from pipeline.stages import Outcome
 from pipeline.system.libraries import versions
 from pipeline.tracking.events import Events
-from pipeline.workspace import Workspace
+from pipeline.workflow.stages import Outcome
+from pipeline.workflow.workspace import Workspace
 
 if TYPE_CHECKING:
     import torch

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pipeline.config.schema import Config
-from pipeline.stages import Outcome
-from pipeline.stages.inputs import base_model, full_model, made_from, reference, text_depends, without_limit
 from pipeline.system.libraries import versions
 from pipeline.tracking.events import Events
-from pipeline.workspace import Workspace
+from pipeline.workflow.stages import Outcome
+from pipeline.workflow.stages.inputs import base_model, full_model, made_from, reference, text_depends, without_limit
+from pipeline.workflow.workspace import Workspace
 
 LIBRARIES = ("torch", "transformers")
 

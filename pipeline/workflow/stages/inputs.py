@@ -17,7 +17,7 @@ from pipeline.data import general_text
 from pipeline.models.sources import stored_bytes
 from pipeline.system.files import fingerprint, read_json, write_json
 from pipeline.tracking.events import Events
-from pipeline.workspace import Workspace
+from pipeline.workflow.workspace import Workspace
 
 if TYPE_CHECKING:
     from pipeline.models.checkpoint.shard_stream import PassingCheckpoint

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pipeline.config.schema import Config
-from pipeline.workspace import Entry, Workspace
+from pipeline.workflow.workspace import Entry, Workspace
 
 
 class Reporter:
-    """Called by `pipeline.run`, from one thread."""
+    """Called by `pipeline.workflow.run`, from one thread."""
 
     def begin(self, config: Config, workspace: Workspace) -> None:
         """A run starts."""

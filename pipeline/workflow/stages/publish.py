@@ -11,8 +11,10 @@ from pipeline.config.schema import Config
 from pipeline.errors import HubError, UserError
 from pipeline.hub import CARD
 from pipeline.opponent import check_is_compared
-from pipeline.stages import Outcome
-from pipeline.stages.document import (
+from pipeline.system.command_names import command
+from pipeline.tracking.events import STAGES, Events, read_events
+from pipeline.workflow.stages import Outcome
+from pipeline.workflow.stages.render import (
     depends,
     folders,
     local,
@@ -25,9 +27,7 @@ from pipeline.stages.document import (
     write,
     written_digests,
 )
-from pipeline.system.command_names import command
-from pipeline.tracking.events import STAGES, Events, read_events
-from pipeline.workspace import Workspace
+from pipeline.workflow.workspace import Workspace
 
 if TYPE_CHECKING:
     from pipeline.hub import Commit, Content, Tree

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import Interrupted, StageFailed
-from pipeline.reporter import Reporter
 from pipeline.tracking.events import Events
 from pipeline.training.accelerate_launch import Launch
-from pipeline.workspace import Workspace
+from pipeline.workflow.reporter import Reporter
+from pipeline.workflow.workspace import Workspace
 
 GRACE_SECONDS = 20.0
 POLL_SECONDS = 0.2
@@ -65,7 +65,7 @@ def run_stage(
     """Run one stage to its end.
 
     Args:
-        stage: module under `pipeline.stages`.
+        stage: module under `pipeline.workflow.stages`.
         verb: whose events it sends; the parent sends the failure event of a killed stage.
         reporter: is told of its progress, and shows what it has to show.
         on_tick: called a few times a second, to forward events and to redraw.
@@ -123,9 +123,9 @@ def run_stage(
 
 def _command(launch: Launch | None, arguments: tuple[str, ...]) -> list[str]:
     if launch:
-        return launch.command("pipeline.stages", *arguments)
+        return launch.command("pipeline.workflow.stages", *arguments)
     # -P: the folder that the user stands in may have a `pipeline` of its own.
-    return [sys.executable, "-P", "-m", "pipeline.stages", *arguments]
+    return [sys.executable, "-P", "-m", "pipeline.workflow.stages", *arguments]
 
 
 def as_a_user() -> dict[str, str]:
@@ -135,7 +135,7 @@ def as_a_user() -> dict[str, str]:
 
 def with_own_package(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment in which `python -P` finds this very package, installed or not."""
-    paths = [str(Path(__file__).resolve().parents[1]), environment.get("PYTHONPATH", "")]
+    paths = [str(Path(__file__).resolve().parents[2]), environment.get("PYTHONPATH", "")]
     return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 

@@ -15,10 +15,10 @@ from pipeline.config.schema import Config, VariantSpec
 from pipeline.errors import UserError
 from pipeline.evaluation.escalation import Rung, ladder, with_layers
 from pipeline.evaluation.gates import judge, limits
-from pipeline.stages.quantize import note_written
 from pipeline.system.files import empty_folder, fingerprint, read_json, replace_folder, write_json
 from pipeline.tracking.events import Events
-from pipeline.workspace import Workspace
+from pipeline.workflow.stages.quantize import note_written
+from pipeline.workflow.workspace import Workspace
 
 
 class Climb:

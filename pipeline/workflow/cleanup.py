@@ -6,7 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-from pipeline.workspace import Workspace
+from pipeline.workflow.workspace import Workspace
 
 # What our own writing leaves where it is interrupted; people's files may have names much like these.
 LEFT_BEHIND = re.compile(
