@@ -57,7 +57,7 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Say what this machine has: devices, kernels, versions, disk, login; and measure how fast it is, for plans."""
-    from pipeline.doctor import examine, show
+    from pipeline.planning.doctor import examine, show
 
     found = examine(runs, calibrate, lambda what: console(stderr=True).print(f"[dim]measuring: {what}[/]"))
     if as_json:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.calibration import Calibration, read_calibration
 from pipeline.config.schema import Config
 from pipeline.planning import memory, timing
 from pipeline.planning.advice import Change, advise
+from pipeline.planning.benchmark import Calibration, read_calibration
 from pipeline.planning.data import DataSize, data_size, steps
 from pipeline.planning.devices import Machine, named, this_machine
 from pipeline.planning.model import Sizes, adapter_sizes, read_sizes

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from pipeline.calibration import Calibration
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import Config, VariantSpec
+from pipeline.planning.benchmark import Calibration
 from pipeline.planning.model import Sizes
 from pipeline.planning.stages import Stage, kinds
 

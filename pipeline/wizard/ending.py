@@ -7,10 +7,10 @@ from pathlib import Path
 
 import yaml
 
-from pipeline.calibration import keep, measure, read_calibration
 from pipeline.config.loader import load_config
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, UserError, WorkspaceError
+from pipeline.planning.benchmark import keep, measure, read_calibration
 from pipeline.system.files import write_text
 from pipeline.wizard.asking import Question, yes_or_no
 from pipeline.wizard.draft import Draft

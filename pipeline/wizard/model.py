@@ -66,7 +66,7 @@ def _tell(draft: Draft) -> None:
 
 def gpu_advice() -> list[str]:
     """What must be set or installed for a GPU of this machine; torch is asked only where it may find one."""
-    from pipeline.doctor import devices, missing_gpu
+    from pipeline.planning.doctor import devices, missing_gpu
 
     if not may_have_gpu():
         return [advice] if (advice := missing_gpu()) else []

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import calibration, doctor
-from pipeline.calibration import ROUNDINGS, Calibration
 from pipeline.config.loader import load_config
-from pipeline.planning import Plan, devices, make_plan
+from pipeline.planning import Plan, benchmark, devices, doctor, make_plan
+from pipeline.planning.benchmark import ROUNDINGS, Calibration
 from pipeline.planning.devices import this_machine
 from pipeline.planning.report import as_json
 from pipeline.system import hardware
@@ -132,10 +131,10 @@ def test_figures_of_another_processor_with_as_many_cores_are_of_another_machine(
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"version": 1}', '{"version": 0, "train": 1}'])
 def test_a_damaged_calibration_is_as_good_as_none(tmp_path, monkeypatch, content):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    calibration.keep(FIGURES)
-    assert calibration.read_calibration() == FIGURES
-    calibration.path().write_text(content)
-    assert calibration.read_calibration() is None
+    benchmark.keep(FIGURES)
+    assert benchmark.read_calibration() == FIGURES
+    benchmark.path().write_text(content)
+    assert benchmark.read_calibration() is None
 
 
 def test_slower_figures_make_longer_times(tmp_path, monkeypatch):
@@ -145,12 +144,12 @@ def test_slower_figures_make_longer_times(tmp_path, monkeypatch):
     config = load_config("demo")
     limit = 60 * config.train.max_minutes
     unlimited = config.model_copy(update={"train": config.train.model_copy(update={"max_minutes": None})})
-    calibration.keep(here)
+    benchmark.keep(here)
     usual = make_plan(unlimited).seconds
-    calibration.keep(replace(here, train=here.train / 2))
+    benchmark.keep(replace(here, train=here.train / 2))
     slower = make_plan(unlimited).seconds
     assert slower["train"] > 1.8 * usual["train"] and slower["quantize"] == usual["quantize"]
-    calibration.keep(replace(here, train=here.train / 1000))
+    benchmark.keep(replace(here, train=here.train / 1000))
     assert limit < make_plan(config).seconds["train"] < limit + 60
 
 
@@ -158,7 +157,7 @@ def test_slower_figures_make_longer_times(tmp_path, monkeypatch):
 def measured(tmp_path, monkeypatch):
     """This machine's speed is known."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    calibration.keep(replace(FIGURES, place=this_machine(Path("runs")).name))
+    benchmark.keep(replace(FIGURES, place=this_machine(Path("runs")).name))
 
 
 def told(plan: Plan) -> str:

@@ -11,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.calibration import Calibration, measure, path, read_calibration
-from pipeline.calibration import keep as keep_calibration
 from pipeline.errors import HubError, WorkspaceError, redact
+from pipeline.planning.benchmark import Calibration, measure, path, read_calibration
+from pipeline.planning.benchmark import keep as keep_calibration
 from pipeline.planning.devices import existing, hub_cache, this_machine
 from pipeline.system import command_names, hardware
 from pipeline.system.libraries import is_installed, quiet, versions
