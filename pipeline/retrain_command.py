@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 
 from pipeline.cli.options import RUNS, ConfigArgument, Root, Settings
-from pipeline.decision import MARGIN, WIDEST
+from pipeline.retraining.decision import MARGIN, WIDEST
 
 if TYPE_CHECKING:
-    from pipeline.decision_report import Summary
+    from pipeline.retraining.report import Summary
 
 HELP = "\n\n".join(
     (
@@ -76,8 +76,8 @@ def retrain(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object; the rest goes to stderr.")] = False,
 ) -> None:
     from pipeline.config.loader import load_config
-    from pipeline.decision_report import Summary, markdown, markdown_of_failure, plain
     from pipeline.errors import UserError
+    from pipeline.retraining.report import Summary, markdown, markdown_of_failure, plain
 
     summaries = Summary.open(summary)
     subject = config
@@ -85,7 +85,7 @@ def retrain(
         loaded = load_config(config, [*(settings or ()), *(["publish.create_pr=true"] if pull_request else ())])
         subject = loaded.publish.repo or loaded.name
         if on is Place.jobs:
-            from pipeline.jobs import Job
+            from pipeline.retraining.hf_jobs import Job
 
             job = Job(loaded, flavor, timeout, package, margin, force)
             told = job.run(runs, lambda line: print(line, file=_out(as_json), flush=True), wait)
@@ -93,7 +93,7 @@ def retrain(
         else:
             from rich.console import Console
 
-            from pipeline.retrain import retrain as decide
+            from pipeline.retraining.retrain import retrain as decide
             from pipeline.terminal import TerminalReporter
 
             reporter = TerminalReporter(Console(file=_out(as_json), highlight=False, soft_wrap=True))

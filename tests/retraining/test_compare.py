@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.changes import Inputs
 from pipeline.config.loader import parse_config
 from pipeline.data import Example, load_examples, write_examples
-from pipeline.decision import better
 from pipeline.errors import DataError, ModelError
 from pipeline.evaluation.metrics import mean
 from pipeline.evaluation.student_t import quantile
-from pipeline.live import Live
-from pipeline.opponent import note
+from pipeline.retraining.baseline import note
+from pipeline.retraining.decision import better
+from pipeline.retraining.input_changes import Inputs
+from pipeline.retraining.published_model import Live
 from pipeline.tracking.events import Events
 from pipeline.workflow.stages import compare_published
 from pipeline.workflow.workspace import Workspace

@@ -13,10 +13,10 @@ import yaml
 from huggingface_hub import constants
 
 from pipeline import retrain_command
-from pipeline.alone import alone, refuse_beside_job
-from pipeline.changes import inputs_of
 from pipeline.config.loader import load_config
 from pipeline.hub import HubAway
+from pipeline.retraining.input_changes import inputs_of
+from pipeline.retraining.lock import alone, refuse_beside_job
 from tests.hub import LoopbackHub
 from tests.run.conftest import TOKEN, Place, write_place
 
@@ -52,7 +52,7 @@ def hub(tmp_path, monkeypatch):
         )
         monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr("pipeline.job_log.POLL_SECONDS", 0.01)
+        monkeypatch.setattr("pipeline.retraining.hf_job_log.POLL_SECONDS", 0.01)
         hub.jobs.log = ["Installed 99 packages", json.dumps(DECISION), "tunepress: exit code 3"]
         hub.put("ada/base", {"config.json": b"{}"})
         rows = [json.dumps({"prompt": f"p{n}", "completion": f"c{n}"}) for n in range(40)]

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.changes import Inputs, changes, changes_beside, inputs_of, settings
-from pipeline.comparable import untouched
 from pipeline.config.loader import parse_config
 from pipeline.data import load_examples
 from pipeline.errors import DataError
-from pipeline.live import Live
 from pipeline.models.sources import digest_here
+from pipeline.retraining.eligible_prompts import untouched
+from pipeline.retraining.input_changes import Inputs, changes, changes_beside, inputs_of, settings
+from pipeline.retraining.published_model import Live
 from pipeline.tracking.events import Events
 from pipeline.workflow.stages.inputs import base_model
 from pipeline.workflow.workspace import Workspace
@@ -176,8 +176,8 @@ def test_a_release_that_does_not_say_how_it_was_split_may_know_examples_which_is
 ASK = """
 import json, sys
 from pipeline.config.loader import parse_config
-from pipeline.changes import changes, inputs_of
-from pipeline.live import Live
+from pipeline.retraining.input_changes import changes, inputs_of
+from pipeline.retraining.published_model import Live
 tree, lineage = json.load(sys.stdin)
 found = inputs_of(parse_config(tree, ""))
 told = list(changes(Live("ada/tiny", "b" * 40, "model", lineage), found)) if lineage else None

@@ -8,8 +8,8 @@ import shutil
 
 import pytest
 
-from pipeline.decision import Record
-from pipeline.decision_report import Summary
+from pipeline.retraining.decision import Record
+from pipeline.retraining.report import Summary
 from tests.retraining.conftest import BASE, IDENTITY, PUBLISHER_TOKEN, REPO, as_options, kill
 from tests.run.conftest import TOKEN
 

@@ -7,10 +7,10 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from pipeline import opponent
 from pipeline.config.schema import Config
-from pipeline.live import Live
 from pipeline.models.safe_loading import open_tokenizer
+from pipeline.retraining import baseline
+from pipeline.retraining.published_model import Live
 from pipeline.system.libraries import versions
 from pipeline.tracking.events import Events
 from pipeline.workflow.stages import Outcome
@@ -33,7 +33,7 @@ def parameters(config: Config, variant: str | None) -> dict:
 
 
 def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict:
-    compared, inputs = opponent.noted(workspace)
+    compared, inputs = baseline.noted(workspace)
     return {
         "live": compared and compared.model,
         "inputs": inputs,
@@ -45,9 +45,9 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
     """Without a live model there is only recorded what the new one was made of."""
-    compared, inputs = opponent.noted(workspace)
+    compared, inputs = baseline.noted(workspace)
     figures = _compare(config, workspace, events, compared) if compared else {}
-    content = {"inputs": inputs, "weights": opponent.own_weights(workspace), **figures}
+    content = {"inputs": inputs, "weights": baseline.own_weights(workspace), **figures}
     return Outcome((workspace.write_measurement(RESULT, content),), {"compared": bool(compared)})
 
 
@@ -57,10 +57,10 @@ def _compare(config: Config, workspace: Workspace, events: Events, compared: Liv
     The loss is in nats a token. Models with other tokens are compared in bits a byte of what was to be learned.
     All that is said of one prompt goes together, so the errors are those of a sample of prompts.
     """
-    from pipeline.comparable import untouched
     from pipeline.data import read_examples
     from pipeline.evaluation import metrics
     from pipeline.inference.load import load
+    from pipeline.retraining.eligible_prompts import untouched
 
     fingerprint = workspace.read_measurement("data")["fingerprint"]
     examples, said = untouched(read_examples(workspace.data / "held_out.jsonl"), fingerprint, compared)
@@ -139,8 +139,8 @@ def _choose(config: Config, examples: tuple[Example, ...], tokenizers: dict[str,
     """
     import torch
 
-    from pipeline.comparable import FEWEST, fitting, prompts, too_few
     from pipeline.data.encode import NO_LOSS
+    from pipeline.retraining.eligible_prompts import FEWEST, fitting, prompts, too_few
 
     encoded: dict[str, list[list[Encoded]]] = {name: [] for name in tokenizers}
     numbers: dict[str, int] = {}

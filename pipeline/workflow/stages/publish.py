@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pipeline.config.schema import Config
 from pipeline.errors import HubError, UserError
 from pipeline.hub import CARD
-from pipeline.opponent import check_is_compared
+from pipeline.retraining.baseline import check_is_compared
 from pipeline.system.command_names import command
 from pipeline.tracking.events import STAGES, Events, read_events
 from pipeline.workflow.stages import Outcome

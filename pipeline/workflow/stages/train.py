@@ -128,12 +128,12 @@ def _prepare(config: Config, workspace: Workspace, events: Events, team: Team) -
 
     One process of each machine writes; the others read what it left.
     """
-    from pipeline import comparable
     from pipeline.data import load_examples, write_examples
     from pipeline.data.chat import supply_template
     from pipeline.data.describe import describe, report, samples
     from pipeline.data.encode import encode_examples
     from pipeline.evaluation import texts
+    from pipeline.retraining import eligible_prompts
 
     events.progress(0, 1, "reading the data")  # first, since a bad row should not wait for a long download
     workspace.data.mkdir(exist_ok=True)
@@ -145,7 +145,7 @@ def _prepare(config: Config, workspace: Workspace, events: Events, team: Team) -
             skipped.unlink()
         write_examples(workspace.data / "held_out.jsonl", data.held_out)
     # Too little to measure on, or to compare with a live model on, should not be found out after training.
-    compared = comparable.check_prompts(workspace, data)
+    compared = eligible_prompts.check_prompts(workspace, data)
     base = base_model(config, workspace, events)
     check_variants(config, base)
     tokenizer = open_tokenizer(base)
@@ -164,7 +164,7 @@ def _prepare(config: Config, workspace: Workspace, events: Events, team: Team) -
     if not encoded["training"].examples:
         longest = config.train.max_length
         raise UserError(f"train.max_length {longest}: leaves no answer in any example; make it larger")
-    comparable.check_tokens(config, compared, tokenizer)
+    eligible_prompts.check_tokens(config, compared, tokenizer)
     texts.chosen(config, encoded["held-out"].examples)
     texts.general(config, tokenizer)
     description = describe(data, encoded, tokenizer)

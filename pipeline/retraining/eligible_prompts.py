@@ -13,8 +13,8 @@ from pipeline.data import DataSet, Example
 from pipeline.data.encode import EncodedSet, encode_examples
 from pipeline.data.splitting import place
 from pipeline.errors import DataError
-from pipeline.live import Live
-from pipeline.opponent import noted
+from pipeline.retraining.baseline import noted
+from pipeline.retraining.published_model import Live
 from pipeline.system.command_names import command
 from pipeline.workflow.workspace import Workspace
 

@@ -14,13 +14,13 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.alone import alone, refuse_beside_job
 from pipeline.config.schema import Config
-from pipeline.decision import Decision, Matter, Outcome, better, check, look, tell
 from pipeline.errors import GateError, StageFailed
 from pipeline.evaluation.student_t import MARGIN
-from pipeline.live import Live, read_live
-from pipeline.opponent import note, own_weights
+from pipeline.retraining.baseline import note, own_weights
+from pipeline.retraining.decision import Decision, Matter, Outcome, better, check, look, tell
+from pipeline.retraining.lock import alone, refuse_beside_job
+from pipeline.retraining.published_model import Live, read_live
 from pipeline.tracking.events import Events
 from pipeline.workflow.preflight import preflight
 from pipeline.workflow.reporter import Reporter

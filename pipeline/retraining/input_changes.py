@@ -16,9 +16,9 @@ from pipeline.data.sources import is_builtin, locate
 from pipeline.errors import ModelError
 from pipeline.hub.download import in_one_line
 from pipeline.hub.retry import insist
-from pipeline.live import Live
 from pipeline.models import sources
 from pipeline.publishing.remote_release import is_same_model, standing
+from pipeline.retraining.published_model import Live
 from pipeline.system.redaction import file_name
 
 NOT_FOR_THE_MODEL = {"data": {"revision"}, "model": {"revision", "low_disk"}, "train": {"checkpoint_every"}}

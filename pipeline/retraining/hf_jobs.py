@@ -12,18 +12,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.alone import IN_A_JOB, alone, labels, refuse_beside_job
 from pipeline.config.loader import dump_config
 from pipeline.config.schema import PACKAGE_SOURCE, Config
 from pipeline.data.sources import is_builtin, locate
-from pipeline.decision import Matter, check, look
-from pipeline.decision_report import plain
 from pipeline.errors import ConfigError, HubError, UserError, redact
 from pipeline.hub import HubAway, check_token
 from pipeline.hub.auth import keyless, who_is
 from pipeline.hub.retry import persist
-from pipeline.job_log import JobLog
 from pipeline.models.sources import is_local
+from pipeline.retraining.decision import Matter, check, look
+from pipeline.retraining.hf_job_log import JobLog
+from pipeline.retraining.lock import IN_A_JOB, alone, labels, refuse_beside_job
+from pipeline.retraining.report import plain
 
 IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"
 TIMEOUT = re.compile(r"\d+(\.\d+)?[smhd]?\Z")

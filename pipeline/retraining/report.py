@@ -7,9 +7,9 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipeline.decision import Decision
 from pipeline.errors import ConfigError
 from pipeline.evaluation.student_t import quantile
+from pipeline.retraining.decision import Decision
 
 GITHUB = "GITHUB_STEP_SUMMARY"
 TITLES = {"published": "Published", "not_better": "Not better, so nothing was published", "skipped": "Skipped"}

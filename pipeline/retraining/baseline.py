@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import HubError
 from pipeline.hub import Tree
-from pipeline.live import Live, live_in, weights_of
 from pipeline.publishing.remote_release import Standing
+from pipeline.retraining.published_model import Live, live_in, weights_of
 from pipeline.system.files import read_json, write_json
 from pipeline.workflow.workspace import Workspace
 
 if TYPE_CHECKING:
-    from pipeline.changes import Inputs
+    from pipeline.retraining.input_changes import Inputs
 
 
 def note(workspace: Workspace, live: Live | None, inputs: Inputs) -> None:

@@ -1,0 +1,1 @@
+"""Train again when inputs changed, and publish only what is better."""
