@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.ending import plain_errors
+from pipeline.cli.exit_codes import plain_errors
 from pipeline.errors import ConfigError, ModelError, StageFailed
 from pipeline.system.files import empty_folder, read_json, write_json
 
@@ -132,7 +132,7 @@ def measure(config: Config, root: Path) -> dict[str, dict]:
     Raises:
         UserError: where anything fails but a gate.
     """
-    from pipeline.terminal import TerminalReporter
+    from pipeline.cli.terminal import TerminalReporter
     from pipeline.workflow.run import run
 
     failure = None

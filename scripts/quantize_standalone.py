@@ -84,7 +84,7 @@ def quantize(
 
 
 def _one(options: dict) -> int:
-    from pipeline.terminal import summary
+    from pipeline.cli.terminal import summary
     from pipeline.workflow.hub_variants import quantize, read_task
 
     reporter = _reporter()
@@ -108,14 +108,14 @@ def _all(path: Path, options: dict) -> int:
 def _reporter():
     from rich.console import Console
 
-    from pipeline.terminal import TerminalReporter
+    from pipeline.cli.terminal import TerminalReporter
 
     return TerminalReporter(Console(highlight=False, soft_wrap=True))
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(CLONE))  # a clone needs no installation
-    from pipeline.ending import plain_errors
+    from pipeline.cli.exit_codes import plain_errors
 
     with plain_errors("quantize_standalone"):
         app()

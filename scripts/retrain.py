@@ -11,7 +11,7 @@ Needs tunepress installed (`pip install .`); `--help` tells the rest.
 
 from __future__ import annotations
 
-from pipeline.retrain_command import main
+from pipeline.cli.retrain import main
 
 if __name__ == "__main__":
     main()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from pipeline.cli import machine, models, releases, runs, wizard
+from pipeline.cli import machine, models, releases, runs
+from pipeline.cli.wizard import command
 
 app = typer.Typer(
     name="tunepress",
@@ -17,7 +18,7 @@ VERBS = (
     runs.run, runs.train, models.merge, runs.evaluate, models.quantize, releases.publish, runs.status, runs.sync,
     releases.rollback, releases.verify, runs.clean, models.chat, models.sensitivity, machine.schema, machine.plan,
     machine.doctor,
-    wizard.wizard,
+    command.wizard,
 )  # fmt: skip
 for verb in VERBS:
     app.command()(verb)
@@ -25,7 +26,7 @@ for verb in VERBS:
 
 def main() -> None:
     """The `tunepress` command: a line and an exit code for what a user can mend, a traceback for our bugs."""
-    from pipeline.ending import plain_errors
+    from pipeline.cli.exit_codes import plain_errors
 
     with plain_errors("tunepress"):
         app()

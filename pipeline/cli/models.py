@@ -124,7 +124,7 @@ def chat(
     new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
 ) -> None:
     """Talk to a model. Ends with an empty line, Ctrl-D or Ctrl-C."""
-    from pipeline.chat import chat as talk
+    from pipeline.cli.chat import chat as talk
 
     talk(model, variant, device, new_tokens, console())
 

@@ -25,6 +25,6 @@ def console(stderr: bool = False):
 
 
 def terminal_reporter(as_json: bool):
-    from pipeline.terminal import TerminalReporter
+    from pipeline.cli.terminal import TerminalReporter
 
     return TerminalReporter(console(stderr=as_json))

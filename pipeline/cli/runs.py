@@ -85,7 +85,7 @@ def status(
     if as_json:
         print(json.dumps({"ledger": states(workspace), "events": events}))
         return
-    from pipeline.terminal import show_status
+    from pipeline.cli.terminal import show_status
 
     show_status(console(), workspace, events[-last:] if last else [])
 
@@ -110,7 +110,7 @@ def clean(
     as_json: AsJson = False,
 ) -> None:
     """Remove what a release does not need: checkpoints, unpacked base models, what was interrupted."""
-    from pipeline.terminal import size
+    from pipeline.cli.terminal import size
     from pipeline.workflow.cleanup import clean as remove
     from pipeline.workflow.workspace import Workspace
 
@@ -140,7 +140,7 @@ def conclude(config, workspace, as_json: bool, reporter) -> None:
         results = read_json(workspace.results_path, {})
         print(json.dumps({"run": str(workspace.folder), "release": str(workspace.release), "results": results}))
         return
-    from pipeline.terminal import summary
+    from pipeline.cli.terminal import summary
 
     summary(reporter.console, config, workspace)
 

@@ -184,7 +184,7 @@ def show(console: Console, found: dict) -> None:
 
 
 def _lines(found: dict) -> Iterator[tuple[str, str]]:
-    from pipeline.terminal import size
+    from pipeline.cli.terminal import size
 
     about, hub, kept = found["machine"], found["hub"], found["calibration"]
     yield "System", f"{about['system']}, {about['cores']} cores, {size(found['memory_free_bytes'])} of memory free"
@@ -218,7 +218,7 @@ def _compute(dtype: str) -> str:
 
 
 def _speed(kept: dict) -> str:
-    from pipeline.terminal import size
+    from pipeline.cli.terminal import size
 
     figures = kept["figures"]
     if not figures:

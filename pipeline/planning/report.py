@@ -83,7 +83,7 @@ def show(console: Console, plan: Plan) -> None:
     """The plan as a page of text."""
     from rich.markup import escape
 
-    from pipeline.terminal import size
+    from pipeline.cli.terminal import size
 
     for label, line in _head(plan):
         console.print(f"[bold]{label:<8}[/]{escape(line)}")
@@ -101,7 +101,7 @@ def show(console: Console, plan: Plan) -> None:
 
 
 def _head(plan: Plan) -> Iterator[tuple[str, str]]:
-    from pipeline.terminal import size
+    from pipeline.cli.terminal import size
 
     model, data, machine, config = plan.model, plan.data, plan.machine, plan.config
     where = {"hub": f"{size(model.fetched_bytes)} on the Hub", "folder": f"{size(model.file_bytes)} in a folder"}
@@ -131,7 +131,7 @@ def _table(plan: Plan):
     from rich.box import SIMPLE
     from rich.table import Table
 
-    from pipeline.terminal import clock, size
+    from pipeline.cli.terminal import clock, size
 
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     has_gpu = plan.machine.has_gpu
@@ -154,7 +154,7 @@ def _table(plan: Plan):
 
 
 def _notes(plan: Plan) -> Iterator[str]:
-    from pipeline.terminal import size
+    from pipeline.cli.terminal import size
 
     disk = f"disk: {size(plan.disk_bytes)} at most in the run's folder"
     yield disk + (f", {size(plan.cached_bytes)} more in the Hub's cache" if plan.cached_bytes else "")
@@ -175,7 +175,7 @@ def _notes(plan: Plan) -> Iterator[str]:
 
 def tell_time(plan: Plan) -> str:
     """How long it takes and what is not in that, or why that is not known: `about 3:20, without the network`."""
-    from pipeline.terminal import clock
+    from pipeline.cli.terminal import clock
 
     if plan.why_no_times:
         return plan.why_no_times
@@ -185,7 +185,7 @@ def tell_time(plan: Plan) -> str:
 
 def tell_shortage(short: Shortage) -> str:
     """`train needs 9.1 GB of GPU memory, there are 8.0 GB`."""
-    from pipeline.terminal import size
+    from pipeline.cli.terminal import size
 
     return f"{short.stage} needs {size(short.need)} of {short.what}, there are {size(short.have)}"
 

@@ -33,7 +33,7 @@ SECRETS = ("TRACKIO_WRITE_TOKEN",)  # besides the Hub's, where they are set
 # A Job is a failure where it does not end with 0, and "not better" is none.
 SCRIPT = """
 cd "$(mktemp -d)" && printf %s "$TUNEPRESS_CONFIG" > run.yaml
-uv run --no-project --python 3.12 --with "$TUNEPRESS_PACKAGE" python -m pipeline.retrain_command run.yaml --json "$@"
+uv run --no-project --python 3.12 --with "$TUNEPRESS_PACKAGE" python -m pipeline.cli.retrain run.yaml --json "$@"
 code=$?
 echo "tunepress: exit code $code"
 case $code in 3|4) exit 0 ;; esac

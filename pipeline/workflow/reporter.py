@@ -1,4 +1,4 @@
-"""What a run tells whoever watches. The base class keeps silent; `pipeline.terminal` speaks."""
+"""What a run tells whoever watches. The base class keeps silent; `pipeline.cli.terminal` speaks."""
 
 from __future__ import annotations
 

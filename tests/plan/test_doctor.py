@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cli.wizard import summary
 from pipeline.config.loader import load_config
 from pipeline.planning import Plan, benchmark, devices, doctor, make_plan
 from pipeline.planning.benchmark import ROUNDINGS, Calibration
 from pipeline.planning.devices import this_machine
 from pipeline.planning.report import as_json
 from pipeline.system import hardware
-from pipeline.wizard import summary
 from tests.hub import LoopbackHub
 from tests.plan.conftest import Planner
 from tests.run.conftest import TOKEN

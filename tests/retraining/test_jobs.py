@@ -12,7 +12,7 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from pipeline import retrain_command
+from pipeline.cli import retrain
 from pipeline.config.loader import load_config
 from pipeline.hub import HubAway
 from pipeline.retraining.input_changes import inputs_of
@@ -82,7 +82,7 @@ def submit(place, monkeypatch, capsys) -> Callable:
             monkeypatch.setenv(name, value)
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            retrain_command.main()
+            retrain.main()
         out, err = capsys.readouterr()
         return SimpleNamespace(returncode=ended.value.code, stdout=out, stderr=err)
 
@@ -118,7 +118,7 @@ def test_the_jobs_script_runs_the_command_on_that_configuration_and_tells_its_ex
     assert (tmp_path / "run.yaml").read_text() == spec["environment"]["TUNEPRESS_CONFIG"]
     asked = (tmp_path / "asked").read_text()
     assert asked.startswith(f"run --no-project --python 3.12 --with tunepress @ {PACKAGE} ")
-    assert asked.endswith(" -m pipeline.retrain_command run.yaml --json --margin 2\n")
+    assert asked.endswith(" -m pipeline.cli.retrain run.yaml --json --margin 2\n")
 
 
 def test_the_command_follows_the_log_and_ends_as_the_job_did(submit, hub, place):

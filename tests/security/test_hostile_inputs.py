@@ -371,7 +371,7 @@ ANSWERS = [
 
 @pytest.mark.parametrize("content", ANSWERS, ids=range(len(ANSWERS)))
 def test_answers_that_a_wizard_left(survives, place, content):
-    from pipeline.wizard.session import read_answers
+    from pipeline.cli.wizard.session import read_answers
 
     (place / "wizard-answers.yaml").write_bytes(content)
     assert survives(lambda: read_answers(place / "wizard-answers.yaml")) and not (place / "owned").exists()

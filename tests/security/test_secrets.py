@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli import main
-from pipeline.ending import plain_errors
+from pipeline.cli.exit_codes import plain_errors
 from pipeline.errors import UserError, holds_secret, redact
 from pipeline.tracking.events import Events, one_line, read_events
 from pipeline.workflow.workspace import Workspace

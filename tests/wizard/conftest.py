@@ -18,9 +18,9 @@ import pytest
 from huggingface_hub import constants
 from rich.console import Console
 
+from pipeline.cli.wizard import wizard
 from pipeline.config.loader import load_config
 from pipeline.config.schema import Config
-from pipeline.wizard import wizard
 from tests.hub import LoopbackHub
 from tests.run.conftest import REPOSITORY, TOKEN, Place
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from pipeline.cli.wizard import QUESTIONS, wizard
+from pipeline.cli.wizard.draft import Draft
 from pipeline.config.loader import load_config
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.planning.devices import this_machine
-from pipeline.wizard import QUESTIONS, wizard
-from pipeline.wizard.draft import Draft
 from tests.plan.test_doctor import FIGURES
 from tests.run.conftest import TOKEN
 from tests.wizard.conftest import BOBS, FINE, READS, write_rows
@@ -189,7 +189,8 @@ def test_a_session_that_is_finished_leaves_no_answers_behind(ask):
 def test_a_machine_is_not_measured_again_unless_an_option_says_so(ask, monkeypatch):
     measured = []
     monkeypatch.setattr(
-        "pipeline.wizard.ending.measure", lambda place, tell: measured.append(place) or replace(FIGURES, place=place)
+        "pipeline.cli.wizard.finish.measure",
+        lambda place, tell: measured.append(place) or replace(FIGURES, place=place),
     )
     for _ in range(2):
         Path("wizard-answers.yaml").write_text("model: ./model\ndata: rows.jsonl\ncalibrate: yes\n")
@@ -226,7 +227,7 @@ def test_a_wrong_answer_is_one_line_for_people(desk):
 
 
 def test_figures_that_cannot_be_kept_are_no_reason_to_stop(ask, monkeypatch, capsys):
-    monkeypatch.setattr("pipeline.wizard.ending.measure", lambda place, tell: FIGURES)
+    monkeypatch.setattr("pipeline.cli.wizard.finish.measure", lambda place, tell: FIGURES)
     Path("file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", "file")
     assert ask(model="./model", data="rows.jsonl", calibrate="yes").name == "model"

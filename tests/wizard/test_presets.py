@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from pipeline.cli.wizard.presets import PROFILES, QUANTIZATIONS
 from pipeline.config.loader import parse_config
 from pipeline.config.schema import Quantize
-from pipeline.wizard.presets import PROFILES, QUANTIZATIONS
 
 TREE = {"name": "x", "model": {"source": "ada/base"}, "data": {"source": "ada/rows"}}
 

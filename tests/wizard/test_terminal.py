@@ -10,8 +10,8 @@ import pytest
 import yaml
 from rich.console import Console
 
+from pipeline.cli.wizard import QUESTIONS, wizard
 from pipeline.config.loader import load_config
-from pipeline.wizard import QUESTIONS, wizard
 from tests.run.conftest import TOKEN
 from tests.wizard.conftest import READS
 
@@ -200,7 +200,7 @@ def test_a_bug_of_ours_keeps_what_was_typed_too(desk, monkeypatch):
     monkeypatch.chdir(desk.folder)
     monkeypatch.setattr(sys, "stdin", Typed("./model\n"))
     broken = replace(QUESTIONS[1], default=lambda draft: str(1 / 0))
-    monkeypatch.setattr("pipeline.wizard.session.QUESTIONS", (QUESTIONS[0], broken))
+    monkeypatch.setattr("pipeline.cli.wizard.session.QUESTIONS", (QUESTIONS[0], broken))
     with pytest.raises(ZeroDivisionError):
         wizard(Console(), {})
     assert yaml.safe_load((desk.folder / "wizard-answers.yaml").read_text()) == {"model": "./model"}

@@ -5,7 +5,7 @@ import shutil
 import pytest
 from rich.console import Console
 
-from pipeline import chat
+from pipeline.cli import chat
 from pipeline.errors import ModelError
 from pipeline.inference.load import load, locate_file
 from pipeline.system import hardware

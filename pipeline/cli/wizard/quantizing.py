@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from pipeline.cli.wizard.compatibility import check_quantizable, check_variants, suited
+from pipeline.cli.wizard.draft import Draft
+from pipeline.cli.wizard.model import recipe_tree
+from pipeline.cli.wizard.presets import PROFILES, QUANTIZATIONS, told
+from pipeline.cli.wizard.prompts import Question, one_of, yes_or_no
 from pipeline.config.catalog import GROUP_SIZES, VARIANTS, resolve_variants
 from pipeline.errors import ConfigError
 from pipeline.evaluation.gates import limits
-from pipeline.wizard.asking import Question, one_of, yes_or_no
-from pipeline.wizard.draft import Draft
-from pipeline.wizard.model import recipe_tree
-from pipeline.wizard.presets import PROFILES, QUANTIZATIONS, told
-from pipeline.wizard.suited import check_quantizable, check_variants, suited
 
 AS_THE_RECIPE, NONE = "recipe", "none"
 GATES = {

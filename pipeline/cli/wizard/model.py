@@ -6,13 +6,13 @@ from pathlib import Path
 
 import yaml
 
+from pipeline.cli.wizard.draft import Draft
+from pipeline.cli.wizard.presets import FOR_ITS_DATA
+from pipeline.cli.wizard.prompts import Question
+from pipeline.cli.wizard.summary import millions
 from pipeline.config.loader import shipped_configs
 from pipeline.planning.devices import may_have_gpu
 from pipeline.planning.model import read_sizes
-from pipeline.wizard.asking import Question
-from pipeline.wizard.draft import Draft
-from pipeline.wizard.presets import FOR_ITS_DATA
-from pipeline.wizard.summary import millions
 
 DEFAULT = "demo"
 
@@ -51,7 +51,7 @@ def recipe_tree(recipe: str, own_data: bool = True) -> dict:
 
 def _tell(draft: Draft) -> None:
     """What was found: the model, the machine, and what a GPU that is not used needs."""
-    from pipeline.terminal import size
+    from pipeline.cli.terminal import size
 
     sizes, machine = draft.sizes, draft.machine
     fetched = sizes.fetched_bytes - sizes.here_bytes

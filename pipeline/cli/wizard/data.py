@@ -7,6 +7,9 @@ import itertools
 import re
 from collections.abc import Iterator
 
+from pipeline.cli.wizard.draft import Draft
+from pipeline.cli.wizard.model import recipe_tree
+from pipeline.cli.wizard.prompts import GoBack, Question
 from pipeline.config.catalog import DATA_FORMS
 from pipeline.config.schema import Data
 from pipeline.data.files import Table, open_file
@@ -16,9 +19,6 @@ from pipeline.data.rows import BadRow, columns_of, shorten
 from pipeline.data.sources import BUILTIN, check_settings, is_builtin, locate
 from pipeline.data.splitting import split
 from pipeline.errors import ConfigError, DataError
-from pipeline.wizard.asking import GoBack, Question
-from pipeline.wizard.draft import Draft
-from pipeline.wizard.model import recipe_tree
 
 SHOWN_ROWS, CHECKED_ROWS = 3, 10
 ANOTHER = "another"

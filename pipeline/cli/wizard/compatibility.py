@@ -5,11 +5,11 @@ What needs a look at the architecture imports torch, so it is taken only where s
 
 from __future__ import annotations
 
+from pipeline.cli.wizard.draft import Draft
 from pipeline.config.catalog import GROUP_SIZES, VARIANTS
 from pipeline.config.schema import Config
 from pipeline.errors import ModelError
 from pipeline.planning.model import Sizes
-from pipeline.wizard.draft import Draft
 
 EXPERTS = ".experts."  # in the names of weights, some of which are stacked in the model
 

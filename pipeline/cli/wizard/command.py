@@ -57,8 +57,8 @@ def wizard(
     option: set HF_TOKEN, log in with hf auth login, or be asked for it without echo.
     """
     given = {key.replace("_", "-"): value for key, value in locals().items() if key not in _NO_ANSWERS}
-    from pipeline.wizard import wizard as ask
-    from pipeline.wizard.session import Stopped
+    from pipeline.cli.wizard import wizard as ask
+    from pipeline.cli.wizard.session import Stopped
 
     answers = {key: _text(value) for key, value in given.items() if value is not None}
     try:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from pipeline.cli.wizard.draft import Draft
 from pipeline.errors import ConfigError, UserError, redact
-from pipeline.wizard.draft import Draft
 
 if TYPE_CHECKING:
     from rich.console import Console

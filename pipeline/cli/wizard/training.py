@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from pipeline.cli.wizard.draft import Draft
+from pipeline.cli.wizard.presets import PROFILES, told
+from pipeline.cli.wizard.prompts import Question, one_of
 from pipeline.errors import ConfigError
 from pipeline.planning.advice import smaller_batches
-from pipeline.wizard.asking import Question, one_of
-from pipeline.wizard.draft import Draft
-from pipeline.wizard.presets import PROFILES, told
 
 PASSES_COUNT = "no"
 LEAST_LENGTH = 32  # tokens; a chat template alone takes half of them

@@ -7,7 +7,7 @@ an interrupted session left, it takes the same way; what is kept of a session is
 them: they stay in the environment of this process and of the run that it becomes.
 """
 
-from pipeline.wizard.questions import QUESTIONS
-from pipeline.wizard.session import wizard
+from pipeline.cli.wizard.questions import QUESTIONS
+from pipeline.cli.wizard.session import wizard
 
 __all__ = ["QUESTIONS", "wizard"]

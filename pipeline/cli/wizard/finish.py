@@ -7,14 +7,14 @@ from pathlib import Path
 
 import yaml
 
+from pipeline.cli.wizard.draft import Draft
+from pipeline.cli.wizard.prompts import Question, yes_or_no
+from pipeline.cli.wizard.summary import show_summary
 from pipeline.config.loader import load_config
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, UserError, WorkspaceError
 from pipeline.planning.benchmark import keep, measure, read_calibration
 from pipeline.system.files import write_text
-from pipeline.wizard.asking import Question, yes_or_no
-from pipeline.wizard.draft import Draft
-from pipeline.wizard.summary import show_summary
 
 
 def _default_name(draft: Draft) -> str:

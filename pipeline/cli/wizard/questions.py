@@ -1,12 +1,12 @@
 """All questions, in the order in which they are asked."""
 
-from pipeline.wizard import destination, ending, model, quantizing, rows, training
+from pipeline.cli.wizard import data, destination, finish, model, quantizing, training
 
 QUESTIONS = (
     *model.QUESTIONS,
-    *rows.QUESTIONS,
+    *data.QUESTIONS,
     *training.QUESTIONS,
     *destination.QUESTIONS,
     *quantizing.QUESTIONS,
-    *ending.QUESTIONS,
+    *finish.QUESTIONS,
 )

@@ -6,11 +6,11 @@ import contextlib
 import os
 from collections.abc import Callable
 
+from pipeline.cli.wizard.draft import Draft
+from pipeline.cli.wizard.prompts import Question, yes_or_no
 from pipeline.errors import HubError, TrackError
 from pipeline.hub import HubAway, check_access, check_token
 from pipeline.tracking.trackers.places import TOKEN_VARIABLE
-from pipeline.wizard.asking import Question, yes_or_no
-from pipeline.wizard.draft import Draft
 
 NOWHERE, HERE = "none", "local"
 HUB = ("HF_TOKEN", "Hub token that may write")

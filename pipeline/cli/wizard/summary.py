@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pipeline.cli.wizard.draft import Draft
 from pipeline.config.schema import Config
 from pipeline.planning import Plan, make_plan
 from pipeline.planning.memory import wanted
 from pipeline.planning.report import tell_shortage, tell_time
-from pipeline.wizard.draft import Draft
 
 
 def show_summary(draft: Draft) -> Plan:
@@ -22,7 +22,7 @@ def show_summary(draft: Draft) -> Plan:
 
 
 def _lines(plan: Plan) -> Iterator[tuple[str, str]]:
-    from pipeline.terminal import size
+    from pipeline.cli.terminal import size
 
     config = plan.config
     yield "Model", f"{config.model.source}, {millions(plan.model.parameters)} million parameters"
@@ -64,7 +64,7 @@ def _variants(config: Config) -> str:
 
 
 def _published(plan: Plan) -> str:
-    from pipeline.terminal import size
+    from pipeline.cli.terminal import size
 
     publish = plan.config.publish
     if publish.repo is None:
@@ -74,7 +74,7 @@ def _published(plan: Plan) -> str:
 
 
 def _memory(plan: Plan) -> str:
-    from pipeline.terminal import size
+    from pipeline.cli.terminal import size
 
     host = max((wanted(stage.host) for stage in plan.stages), default=0)
     gpu = max((wanted(stage.gpu) for stage in plan.stages), default=0)

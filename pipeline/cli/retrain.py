@@ -93,8 +93,8 @@ def retrain(
         else:
             from rich.console import Console
 
+            from pipeline.cli.terminal import TerminalReporter
             from pipeline.retraining.retrain import retrain as decide
-            from pipeline.terminal import TerminalReporter
 
             reporter = TerminalReporter(Console(file=_out(as_json), highlight=False, soft_wrap=True))
             decision = decide(loaded, runs, margin=margin, force=force, reporter=reporter)
@@ -119,7 +119,7 @@ def _out(as_json: bool) -> TextIO:
 
 def main() -> None:
     """A line and an exit code for what a user can mend, a traceback for our bugs."""
-    from pipeline.ending import plain_errors
+    from pipeline.cli.exit_codes import plain_errors
 
     with plain_errors("retrain"):
         app()

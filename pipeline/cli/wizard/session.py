@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from pipeline.cli.wizard.draft import Draft
+from pipeline.cli.wizard.prompts import Asker, escaped, yes_or_no
+from pipeline.cli.wizard.questions import QUESTIONS
 from pipeline.config.loader import read_yaml
 from pipeline.errors import ConfigError, redact
 from pipeline.system.command_names import command
 from pipeline.system.files import write_text
-from pipeline.wizard.asking import Asker, escaped, yes_or_no
-from pipeline.wizard.draft import Draft
-from pipeline.wizard.questions import QUESTIONS
 
 if TYPE_CHECKING:
     from rich.console import Console
