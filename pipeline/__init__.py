@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pipeline.config.loader import load_config
-from pipeline.workflow.run import run  # after the module of that name, so that `pipeline.workflow.run` is the function
+from pipeline.workflow.run import run
 
 if TYPE_CHECKING:
     from pipeline.inference.load import load

@@ -3,8 +3,8 @@
     python scripts/benchmark_plan.py [--only CASE]... [--scratch DIR] [--json FILE]
 
 Each case is a configuration on a random model, or the demo's real one, of which some verbs are run as a user runs
-them. The stages run in processes of their own, with the settings that `pipeline.workflow.stage_process` gives them; what counts is
-the most that a stage's process and its children had resident together: PASS where the plan is within a quarter of it.
+them. The stages run in processes of their own, with the settings that `workflow.stage_process` gives them. The most
+that a stage's process and its children had resident together counts: PASS if the plan is within a quarter of it.
 The case `plans` times `tunepress plan` of every shipped configuration as a process, its imports included, with
 metadata from the hub on loopback: PASS below 8 s. Takes an hour on two cores; exits with 1 where anything fails, and
 where a stage of the verbs that were run was not seen.
@@ -248,9 +248,9 @@ def time_plans(folder: Path) -> list[dict]:
     """A row for every shipped configuration: the seconds that its plan takes."""
     quiet()
     sys.path.insert(0, str(benchmarks.ROOT))  # the hub on loopback is the tests' own
-    from tests.hub import LoopbackHub
-    from tests.plan.conftest import Planner, put_recipes
-    from tests.run.conftest import TOKEN
+    from tests.planning.conftest import Planner, put_recipes
+    from tests.support.hub import LoopbackHub
+    from tests.workflow.conftest import TOKEN
 
     place, rows = Planner(folder), []
     folder.mkdir()

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the tests' hub and tin
 
 def main() -> int:
     from tests.conftest import write_model
-    from tests.faults.runs import disturbed, undisturbed
+    from tests.e2e.faults.runs import disturbed, undisturbed
 
     arguments = _arguments()
     scratch = Path(tempfile.mkdtemp(prefix="kill-and-resume-", dir=arguments.scratch))

@@ -24,7 +24,7 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 
 from pipeline.system.libraries import quiet  # noqa: E402
-from tests.warm import COLD, WarmPython, is_possible  # noqa: E402
+from tests.support.warm import COLD, WarmPython, is_possible  # noqa: E402
 
 quiet()
 

@@ -118,7 +118,7 @@ def fetch_adapter(
 def linear_weights(folder: Path) -> dict[str, tuple[int, int]]:
     """Return names and shapes (N, K) of the weights that may be quantized: linear layers without the output head.
 
-    `pipeline.models.layer_layouts` tells them for well-known architectures; other models are built with transformers, on the
+    `models.layer_layouts` tells them for well-known architectures; other models are built with transformers, on the
     meta device, which takes seconds to import and no memory for weights.
 
     Raises:

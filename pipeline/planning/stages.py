@@ -183,7 +183,7 @@ def _admit(config: Config, sizes: Sizes, machine: Machine, spec: VariantSpec, st
 
 
 def _measured(config: Config, sizes: Sizes, machine: Machine, name: str, weights: int) -> Stage:
-    """The memory of measuring a model; one that does not fit is measured from its files, by `pipeline.inference.offload`.
+    """The memory of measuring a model; one that does not fit is measured from its files, by `inference.offload`.
 
     A GPU that is asked for where there is none is short of all the memory it would need.
     """

@@ -6,13 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from pipeline.config.schema import Data
 from pipeline.data import load_examples
-from tests.hub import LoopbackHub
+from tests.support import REPOSITORY
+from tests.support.hub import LoopbackHub
 
 pytest.importorskip("datasets")
 
@@ -57,7 +57,7 @@ def load(cases, **environment):
         [sys.executable, "-c", SCRIPT],
         input=json.dumps(cases),
         env={**os.environ, **environment},
-        cwd=Path(__file__).parents[2],
+        cwd=REPOSITORY,
         capture_output=True,
         text=True,
         timeout=300,

@@ -5,13 +5,13 @@ import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from pipeline.config.schema import Data
 from pipeline.data import Example, check_source, general_text, load_examples, read_examples, write_examples
 from pipeline.errors import DataError
+from tests.support import REPOSITORY
 
 
 def write(path, pairs):
@@ -163,9 +163,7 @@ def test_good_sources_pass_the_check_without_network_torch_or_datasets(tmp_path,
         f"load_examples(Data(source={source!r}))\n"
         "print({'torch', 'datasets', 'transformers', 'huggingface_hub'} & set(sys.modules))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
-    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=REPOSITORY)
     assert result.stdout.strip() == "set()"
 
 

@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -13,6 +12,7 @@ from pipeline.config.schema import Data
 from pipeline.data import load_examples
 from pipeline.data.python_docs import python_docs
 from pipeline.errors import DataError
+from tests.support import REPOSITORY
 
 SOURCE = "builtin:python-docs"
 
@@ -74,7 +74,7 @@ def test_two_fresh_processes_build_the_same_set(data):
             capture_output=True,
             text=True,
             check=True,
-            cwd=Path(__file__).parents[2],
+            cwd=REPOSITORY,
             env={**os.environ, "PYTHONHASHSEED": seed},
         )
         assert result.stdout.split() == [data.fingerprint, "False"]

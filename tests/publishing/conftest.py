@@ -15,8 +15,8 @@ from pipeline.system.files import write_bytes
 from pipeline.tracking.events import Events, read_events
 from pipeline.workflow.stages import Outcome, publish
 from pipeline.workflow.workspace import Entry, Workspace
-from tests.cards import sample
-from tests.hub import LoopbackHub
+from tests.publishing.cards import sample
+from tests.support.hub import LoopbackHub
 
 TOKEN = "hf_tunepressSecretForTests0123456789"
 OTHER_TOKEN = "hf_somebodyElse0123456789"

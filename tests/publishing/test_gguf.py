@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cards import sample
+from tests.publishing.cards import sample
 from tests.publishing.conftest import BOTH, REPO, FakeRun
 
 gguf = pytest.importorskip("gguf")

@@ -10,7 +10,7 @@ from pipeline.errors import HubError
 from pipeline.publishing.cards.own_text import END, START
 from pipeline.publishing.rollback import rollback
 from pipeline.workflow.workspace import HIDDEN, Workspace
-from tests.cards import sample
+from tests.publishing.cards import sample
 from tests.publishing.conftest import BOTH, REPO, FakeRun
 
 ROOT = {"config.json": b"{}", "model.safetensors": b"theirs"}

@@ -8,17 +8,15 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 from pipeline.errors import HubError
 from pipeline.hub import retry
 from pipeline.publishing.rollback import rollback
-from tests.hub.faults import Faults
 from tests.publishing.conftest import REPO, TOKEN, FakeRun, weights
-
-ROOT = Path(__file__).parents[2]
+from tests.support import REPOSITORY
+from tests.support.hub.faults import Faults
 
 
 @pytest.fixture
@@ -73,7 +71,7 @@ def test_a_killed_process_leaves_what_it_sent_to_the_next_one(hub, tmp_path):
     shas = [hashlib.sha256(content).hexdigest() for content in contents]
     third = threading.Event()
     hub.fault(rf"PUT .*{shas[2]}", first=third.set, stall=60)
-    env = {**os.environ, **hub.env_for(TOKEN, tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, **hub.env_for(TOKEN, tmp_path / "home"), "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-P", "-c", PUBLISH, str(folder), REPO]
     with subprocess.Popen(command, env=env) as process:
         assert third.wait(30), process.poll()

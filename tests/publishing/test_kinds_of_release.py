@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.workflow.stages import publish
 from pipeline.workflow.workspace import HIDDEN, Workspace
-from tests.cards import sample
+from tests.publishing.cards import sample
 from tests.publishing.conftest import BOTH, REPO, FakeRun, weights
 
 

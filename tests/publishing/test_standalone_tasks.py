@@ -11,7 +11,7 @@ from pipeline.evaluation.gates import limits
 from pipeline.publishing.remote_release import standing
 from pipeline.tracking.trackers.spaces import keep_in, space_at
 from pipeline.workflow.hub_variants import configure, quantize, read_task, read_tasks
-from tests.hub.store import Repository
+from tests.support.hub.store import Repository
 
 WEIGHTS = {"model.safetensors": b"weights"}
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}

@@ -10,8 +10,8 @@ import pytest
 
 from pipeline.errors import HubError
 from pipeline.workflow.workspace import Digest
-from tests.hub.store import Entry
 from tests.publishing.conftest import REPO, sent_bytes, uploads, weights
+from tests.support.hub.store import Entry
 
 
 def test_the_repository_becomes_the_release_to_the_byte(hub, finished):

@@ -116,7 +116,7 @@ def test_a_head_without_a_kernel_is_saved_as_it_was_stored(tiny_model, quantized
 
 @TIED
 def test_its_output_matrix_is_found_for_measuring(release, tied):
-    from tests.test_measure import text
+    from tests.evaluation.test_metrics import text
 
     model, _ = load(release("int8", {}, tied), "int8")
     name = sorted(table_weights(release("int8", {}, tied)))[0 if not tied else -1]

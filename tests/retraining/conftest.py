@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub import LoopbackHub
-from tests.run.conftest import REPOSITORY, TOKEN, Place, processes_in, write_place
+from tests.support.hub import LoopbackHub
+from tests.workflow.conftest import REPOSITORY, TOKEN, Place, processes_in, write_place
 
 REPO, BASE = "ada/tiny", "ada/base"
 PUBLISHER_TOKEN, IDENTITY = "hf_jwt_ofATrustedPublisher.0123", "an identity token of the CI"

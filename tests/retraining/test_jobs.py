@@ -17,8 +17,8 @@ from pipeline.config.loader import load_config
 from pipeline.hub import HubAway
 from pipeline.retraining.input_changes import inputs_of
 from pipeline.retraining.lock import alone, refuse_beside_job
-from tests.hub import LoopbackHub
-from tests.run.conftest import TOKEN, Place, write_place
+from tests.support.hub import LoopbackHub
+from tests.workflow.conftest import TOKEN, Place, write_place
 
 PACKAGE = "git+https://github.com/ada/training@0123abc"
 FIGURES = {

@@ -21,8 +21,8 @@ from pipeline.retraining.published_model import Live
 from pipeline.tracking.events import Events
 from pipeline.workflow.stages.inputs import base_model
 from pipeline.workflow.workspace import Workspace
-from tests.hub import LoopbackHub
-from tests.run.conftest import REPOSITORY, TOKEN
+from tests.support.hub import LoopbackHub
+from tests.workflow.conftest import REPOSITORY, TOKEN
 
 
 @pytest.fixture

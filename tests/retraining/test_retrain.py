@@ -11,7 +11,7 @@ import pytest
 from pipeline.retraining.decision import Record
 from pipeline.retraining.report import Summary
 from tests.retraining.conftest import BASE, IDENTITY, PUBLISHER_TOKEN, REPO, as_options, kill
-from tests.run.conftest import TOKEN
+from tests.workflow.conftest import TOKEN
 
 pytestmark = pytest.mark.timeout(1800)  # the story is told in the first test
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-WORKFLOWS = Path(__file__).parents[2] / ".github" / "workflows"
+from tests.support import REPOSITORY
+
+WORKFLOWS = REPOSITORY / ".github" / "workflows"
 
 
 def workflow(name: str) -> dict:

@@ -24,7 +24,6 @@ from pipeline.tracking.forwarder import Forwarder
 from pipeline.tracking.trackers import opener
 
 TOKEN = "writeTokenOfTheTests-0123456789"
-REPOSITORY = Path(__file__).parents[2]
 
 _SERVE = (
     "import sys, uvicorn\n"

@@ -145,7 +145,7 @@ def test_an_address_that_never_answers_costs_a_run_no_time(tmp_path):
 
 
 def test_what_answers_but_is_no_trackio_is_told_as_such(tmp_path):
-    from tests.hub import LoopbackHub
+    from tests.support.hub import LoopbackHub
 
     with LoopbackHub(tmp_path / "hub", {}) as hub:
         run = Run(tmp_path / "run", configuration(server=hub.url))

@@ -9,8 +9,8 @@ from pipeline.tracking.forwarder import Forwarder
 from pipeline.tracking.trackers import sync
 from pipeline.tracking.trackers.trackio import check, dashboard_hint
 from pipeline.workflow.workspace import Workspace
-from tests.hub import LoopbackHub
-from tests.hub.server import User
+from tests.support.hub import LoopbackHub
+from tests.support.hub.server import User
 from tests.tracking.conftest import Run, TrackioServer, assert_once_each, configuration
 
 ADA, READER, BEN = "hf_adaWritesInTests0123", "hf_adaReadsInTests01234", "hf_benWritesInTests0123"

@@ -22,8 +22,8 @@ from pipeline.inference.load import load_dequantized
 from pipeline.system import hardware
 from pipeline.tracking.events import Events
 from pipeline.workflow.workspace import Workspace
+from tests.evaluation.test_metrics import text
 from tests.quantization.gguf.conftest import MODELS
-from tests.test_measure import text
 
 pytest.importorskip("llama_cpp")
 IDS = [7, 200, 31, 64, 5, 5, 90, 12, 250, 33, 2, 149]

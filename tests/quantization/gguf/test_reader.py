@@ -15,9 +15,9 @@ from pipeline.quantization.formats import gguf
 from pipeline.quantization.formats.gguf.reader import GgufWeights
 from pipeline.quantization.roundings import rounding
 from pipeline.system import hardware
-from tests.compute_watch import BF16Products
+from tests.evaluation.test_metrics import text
 from tests.quantization.gguf.conftest import MODELS, TYPES
-from tests.test_measure import text
+from tests.support.compute_watch import BF16Products
 
 pytest.importorskip("gguf")
 PLAIN = {"gguf-f16": torch.float16, "gguf-bf16": torch.bfloat16}

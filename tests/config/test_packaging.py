@@ -1,0 +1,52 @@
+"""The wheel carries what the command needs, and works without the clone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.support import REPOSITORY
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, REPOSITORY],
+        check=True,
+        timeout=300,
+    )
+    return next(folder.glob("tunepress-*.whl"))
+
+
+def test_every_module_config_and_template_is_in_it(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    modules = {p.relative_to(REPOSITORY).as_posix() for p in (REPOSITORY / "pipeline").rglob("*.py")}
+    folder = REPOSITORY / "configs"
+    configs = {f"pipeline/configs/{p.relative_to(folder)}" for p in folder.rglob("*.yaml")}
+    templates = {f"pipeline/templates/{p.name}" for p in (REPOSITORY / "templates").glob("*.jinja")}
+    assert configs and templates
+    assert modules | configs | templates <= names
+    assert not [name for name in names if name.startswith("tests/")]
+
+
+def test_installed_it_finds_its_recipes_and_templates(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = (
+        "from pipeline.config.loader import load_config, shipped_configs\n"
+        "from pipeline.system.resources import shipped_folder\n"
+        "assert str(shipped_folder('templates')).startswith({!r})\n"
+        "print(load_config('demo').name, sorted(shipped_configs()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code.format(str(tmp_path))], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("demo")

@@ -1,0 +1,158 @@
+"""A model that does not fit is measured all the same, from its files, and says what it would say in memory."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pipeline.config.schema import Config
+from pipeline.errors import ModelError
+from pipeline.evaluation import metrics
+from pipeline.evaluation.evaluate import evaluate
+from pipeline.inference import output_head
+from pipeline.inference.load import load
+from pipeline.inference.offload import WEIGHTS_SHARE, fits, is_offloaded
+from pipeline.system.hardware import _free_in_groups, free_bytes
+from pipeline.tracking.events import Events
+from pipeline.workflow.workspace import Workspace
+from scripts.benchmarks import random_checkpoint
+from tests.conftest import write_tokenizer
+from tests.evaluation.test_metrics import text
+from tests.quantization.test_embeddings import PLAIN
+
+CPU = torch.device("cpu")
+IN_LITTLE_MEMORY = """
+import sys
+import torch, transformers, torchao, accelerate
+from pipeline import machine, measure
+from pipeline.inference.load import load
+from tests.evaluation.test_metrics import text
+before = machine.peak_memory_bytes()
+model, _ = load(sys.argv[1], offload=True)
+measure.score(model, text((512,)))
+print(before, machine.peak_memory_bytes())
+"""
+
+
+def same(ours: metrics.Scores, theirs: metrics.Scores) -> bool:
+    return all(torch.equal(getattr(ours, part), getattr(theirs, part)) for part in ("nll", "choice", "hidden"))
+
+
+def test_a_model_scores_bit_for_bit_as_it_does_in_memory(any_model):
+    there, _ = load(any_model)
+    offloaded, _ = load(any_model, offload=True)
+    assert is_offloaded(offloaded) and not is_offloaded(there)
+    assert torch.equal(output_head.head_matrix(offloaded), output_head.head_matrix(there))
+    assert output_head.head_name(offloaded) == output_head.head_name(there)
+    assert same(metrics.score(offloaded, text()), metrics.score(there, text()))
+    assert all(parameter.is_meta for parameter in offloaded.parameters())  # nothing stayed behind
+
+
+@pytest.mark.parametrize("variant", ["int8", "int4"])
+def test_a_variant_scores_bit_for_bit_as_the_numbers_in_its_files_do(any_model, quantized, dequantized, variant):
+    offloaded, _ = load(quantized(any_model, variant), variant, offload=True)
+    scores = metrics.score(offloaded, text())
+    assert same(scores, metrics.score(dequantized(any_model, variant), text()))
+    packed = metrics.score(load(quantized(any_model, variant), variant)[0], text())
+    assert metrics.perplexity(scores).value == pytest.approx(metrics.perplexity(packed).value, rel=0.02)
+
+
+@pytest.mark.parametrize("architecture", PLAIN)
+def test_a_quantized_table_counts_for_embedding_and_head(tiny_model, quantized, architecture):
+    root = quantized(tiny_model(architecture), "int8", embeddings="int8")
+    offloaded, packed = (load(root, "int8", offload=offload)[0] for offload in (True, False))
+    assert torch.allclose(
+        output_head.head_matrix(offloaded).float(), output_head.head_matrix(packed).dequantize(), rtol=0.01
+    )
+    ours, theirs = (metrics.perplexity(metrics.score(model, text())).value for model in (offloaded, packed))
+    assert ours == pytest.approx(theirs, rel=0.02)
+
+
+def test_it_is_offloaded_where_it_does_not_fit_and_only_there(any_model):
+    size = sum(path.stat().st_size for path in any_model.glob("*.safetensors"))
+    assert fits(any_model, CPU, int(size / WEIGHTS_SHARE) + 2) and not fits(
+        any_model, CPU, int(size / WEIGHTS_SHARE) - 2
+    )
+    assert fits(any_model, CPU) and not is_offloaded(load(any_model, offload="auto")[0])
+
+
+def test_the_limit_of_a_control_group_counts(tmp_path):
+    group = tmp_path / "fs/job/step"
+    group.mkdir(parents=True)
+    (tmp_path / "cgroup").write_text("0::/job/step\n")
+    for folder, limit in ((group, "max"), (group.parent, "5000")):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text("3000\n")
+        (folder / "memory.stat").write_text("anon 2000\ninactive_file 400\n")
+    assert list(_free_in_groups(tmp_path / "fs", tmp_path / "cgroup")) == [2400]
+    (tmp_path / "cgroup").write_text("5:cpu:/job/step\n4:memory:/job/step\n")
+    old = tmp_path / "fs/memory/job/step"
+    old.mkdir(parents=True)
+    (old / "memory.limit_in_bytes").write_text("900\n")
+    (old / "memory.usage_in_bytes").write_text("1000\n")
+    (old / "memory.stat").write_text("total_inactive_file 50\n")
+    assert list(_free_in_groups(tmp_path / "fs", tmp_path / "cgroup")) == [0]
+    assert free_bytes(CPU) > 0
+
+
+def test_tensors_under_other_names_cannot_be_offloaded_and_that_is_said(tmp_path):
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    config = MixtralConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=272, num_local_experts=2, dtype="bfloat16",
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    with pytest.raises(ModelError, match="does not fit into the memory, and cannot be read piece by piece"):
+        load(tmp_path, offload=True)
+
+
+def test_large_output_heads_are_used_piece_by_piece_without_a_trace(tiny_model, monkeypatch):
+    model, _ = load(tiny_model("llama"))
+    whole = metrics.score(model, text())
+    monkeypatch.setattr(output_head, "HEAD_ELEMENTS", 160 * 100)
+    pieces = metrics.score(model, text())
+    assert torch.allclose(whole.nll, pieces.nll, atol=1e-5) and torch.equal(whole.choice, pieces.choice)
+
+
+@pytest.fixture
+def measured(tmp_path, tiny_model, quantized):
+    """`measured(offload)`: a model and its int4 variant, measured as a run does; (workspace, reference, variant)."""
+    root = quantized(tiny_model("llama"), "int4")
+    (tmp_path / "general.txt").write_text("The quick brown fox jumps over the lazy dog near the river bank. " * 20)
+    evaluated = {"general": str(tmp_path / "general.txt"), "max_tokens": 512, "prompts": ["Hello?"]}
+    tree = {"name": "m", "model": {"source": str(root)}, "data": None, "evaluate": evaluated}
+    config = Config.model_validate(tree)
+
+    def make(offload):
+        with Workspace.claim(tmp_path / str(offload), config) as workspace:
+            events = Events(workspace.events_path, "m")
+            base = evaluate("base", root, config, workspace, events, offload=offload)
+            variant = evaluate("int4", root / "int4", config, workspace, events, root, offload=offload)
+        return base, variant
+
+    return make
+
+
+@pytest.mark.slow
+def test_what_was_offloaded_has_quality_and_neither_speed_nor_answers(measured):
+    base, variant = measured(True)
+    ordinary, packed = measured(False)
+    assert base["quality"] == ordinary["quality"]
+    kl, expected = (found["quality"]["general"]["kl"]["value"] for found in (variant, packed))
+    assert kl == pytest.approx(expected, rel=0.1)
+    for found in (base, variant):
+        assert found["offloaded"] is True and found["speed"] == {} and found["answers"] == []
+    assert "offloaded" not in ordinary and ordinary["speed"]["stock"]["runs"] and ordinary["answers"]
+
+
+@pytest.mark.slow
+def test_measuring_takes_far_less_memory_than_the_model(tmp_path):
+    """1.1 B parameters, 2.2 GB in bf16."""
+    folder = random_checkpoint(tmp_path / "model", "1.1b", 3)
+    done = subprocess.run([sys.executable, "-c", IN_LITTLE_MEMORY, str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    before, peak = map(int, done.stdout.split()[-2:])
+    assert peak - before < 0.4 * sum(path.stat().st_size for path in folder.glob("*.safetensors"))

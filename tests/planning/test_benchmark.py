@@ -1,0 +1,56 @@
+"""The benchmark of plans sees every stage that it runs, and fails where it missed one."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+from pipeline.config.schema import Config
+from pipeline.planning import memory
+from pipeline.planning.devices import Machine
+from pipeline.planning.plan import Plan
+from pipeline.planning.stages import stages_of
+from pipeline.workflow import stage_process
+from tests.planning.conftest import shapes_of
+from tests.planning.test_sizes import sizes_of
+from tests.support import REPOSITORY
+
+SCRIPTS = REPOSITORY / "scripts"
+VERBS = ("train", "merge", "evaluate", "quantize")
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module("benchmark_plan")
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    config = Config.model_validate({"name": "x", "model": {"source": "ada/base"}, "data": {"source": "ada/rows"}})
+    sizes, here = sizes_of(shapes_of("qwen3-1.7b")), Machine("here", host_bytes=10**12)
+    stages = stages_of(config, sizes, here, 0, 10**6)
+    return Plan(config, here, sizes, None, 10**6, None, stages, [], [], {}, None)
+
+
+@pytest.mark.parametrize(
+    ("stage", "variants", "name"),
+    [("train", (), "train"), ("quantize", ("int8", "int4"), "quantize"), ("admit", ("int4",), "int4")],
+)
+def test_a_stage_is_known_by_the_command_that_starts_it(benchmark, stage, variants, name):
+    assert benchmark.step_of(stage_process._command(None, ("runs/x", stage, *variants))) == name
+    assert benchmark.step_of(["python", "-m", "pipeline.evaluation.load_probe", "runs/x", "stock"]) is None
+
+
+def test_every_stage_and_variant_has_a_row_and_one_that_was_not_seen_fails(benchmark, plan):
+    peaks = {stage.name: memory.total(stage.host) for stage in plan.stages}
+    rows = benchmark.compare("x", plan, VERBS, peaks)
+    assert [row["stage"] for row in rows] == [*VERBS, "int8", "int4"] and all(row["passes"] for row in rows)
+    del peaks["int8"]
+    assert [row["stage"] for row in benchmark.compare("x", plan, VERBS, peaks) if not row["passes"]] == ["int8"]
+
+
+def test_a_plan_that_is_off_by_more_than_a_quarter_fails(benchmark, plan):
+    peaks = {stage.name: int(memory.total(stage.host) / 1.3) for stage in plan.stages}
+    assert not any(row["passes"] for row in benchmark.compare("x", plan, VERBS, peaks))

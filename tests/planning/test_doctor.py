@@ -1,0 +1,221 @@
+"""`tunepress doctor`: what this machine has, who is logged in, and how fast it is."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.cli.wizard import summary
+from pipeline.config.loader import load_config
+from pipeline.planning import Plan, benchmark, devices, doctor, make_plan
+from pipeline.planning.benchmark import ROUNDINGS, Calibration
+from pipeline.planning.devices import this_machine
+from pipeline.planning.report import as_json
+from pipeline.system import hardware
+from tests.planning.conftest import Planner
+from tests.support.hub import LoopbackHub
+from tests.workflow.conftest import TOKEN
+
+FIGURES = Calibration(
+    place="this machine",
+    train=1e9,
+    forward=4e9,
+    exact=1e9,
+    decode_bytes=1e10,
+    rounding={f"{name}/{how}": 1e8 for name, how in ROUNDINGS},
+    nf4_bytes=1e8,
+    nf4_weights=1e9,
+    disk_write=1e8,
+    start_seconds=5.0,
+)
+
+
+def examined(place: Planner) -> dict:
+    return json.loads(place.tunepress("doctor", "--no-calibrate", "--json").stdout)
+
+
+def test_it_tells_devices_kernels_versions_and_disk(place):
+    found = examined(place)
+    assert found["devices"][-1]["kind"] == "cpu" and found["devices"][-1]["capability"]
+    assert set(found["kernels"]) == {"int8", "int8, in groups", "int4"}
+    assert {"python", "torch", "transformers", "trackio"} <= found["versions"].keys()
+    assert found["disk"]["runs"]["free_bytes"] > 0 and found["disk"]["hub_cache"]["folder"].startswith(
+        str(place.folder)
+    )
+    assert found["extras"]["gguf"] is True and found["trackio"]["folder"].endswith("trackio")
+
+
+@pytest.mark.parametrize(
+    ("role", "writes_to", "may_write"),
+    [("write", (), True), ("read", (), False), ("fineGrained", (), False), ("fineGrained", ("ada/mine",), True)],
+)
+def test_it_knows_who_is_logged_in_and_never_tells_the_token(tmp_path, role, writes_to, may_write):
+    with LoopbackHub(tmp_path / "hub", {TOKEN: {"name": "ada", "role": role, "writes_to": writes_to}}) as hub:
+        place = Planner(tmp_path, hub)
+        done = place.tunepress("doctor", "--no-calibrate", "--json")
+    hub_says = json.loads(done.stdout)["hub"]
+    assert (hub_says["name"], hub_says["may_write"], hub_says["problem"]) == ("ada", may_write, None)
+    assert TOKEN not in done.stdout and TOKEN not in done.stderr
+
+
+@pytest.mark.parametrize("dtype", hardware.COMPUTE_DTYPES)
+def test_it_tells_the_compute_type(place, monkeypatch, dtype):
+    monkeypatch.setenv(hardware.COMPUTE_DTYPE, dtype)
+    assert examined(place)["compute_dtype"] == dtype
+    assert f"Compute     {dtype}" in place.tunepress("doctor", "--no-calibrate").stdout
+
+
+def test_without_a_network_it_says_so_in_one_line_and_goes_on(tmp_path):
+    with LoopbackHub(tmp_path / "hub", {TOKEN: {"name": "ada"}}) as hub:
+        place = Planner(tmp_path, hub)
+    found = examined(place)  # the hub is gone
+    assert "could not be reached" in found["hub"]["problem"] and "\n" not in found["hub"]["problem"]
+    assert TOKEN not in json.dumps(found) and found["versions"]
+
+
+def test_people_get_a_page_and_without_a_login_it_says_how_to_log_in(tmp_path):
+    page = Planner(tmp_path).tunepress("doctor", "--no-calibrate").stdout
+    assert f"Compute     {hardware.dtype_name(hardware.compute_dtype('cpu'))}" in page
+    assert "hf auth login" in page and "Int4Linear" in page and "run: tunepress doctor --calibrate" in page
+
+
+@pytest.mark.slow  # it measures
+def test_what_it_measured_is_kept_and_gives_a_plan_its_times(place):
+    before = place.plan("demo")
+    assert before["seconds"] is None and any("doctor" in note for note in before["notes"])
+    measured = json.loads(place.tunepress("doctor", "--calibrate", "--json").stdout)["calibration"]
+    assert measured["is_of_here"] and all(value for value in measured["figures"].values())
+    after = place.plan("demo")
+    assert after["seconds"] == pytest.approx(sum(stage["seconds"] for stage in after["stages"]))
+    assert place.plan("demo", "--device", "l4-24gb")["seconds"] is None  # nothing was measured there
+    kept = json.loads(place.tunepress("doctor", "--json").stdout)["calibration"]
+    assert kept == measured  # it is measured once
+
+
+def test_where_nothing_can_be_kept_or_measured_that_is_a_line_and_it_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "measure", lambda place, tell: replace(FIGURES, place=place))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    found = doctor.examine(tmp_path, calibrate=True)
+    assert found["versions"] and found["calibration"]["is_of_here"]
+    lines = dict(doctor._lines(found))
+    assert "the figures are not kept" in lines["Speed"] and "calibration.json cannot be written" in lines["Speed"]
+
+
+def test_a_folder_that_cannot_be_written_gives_no_figures_and_a_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.chdir("/proc")  # which not even root can write to
+    found = doctor.examine(tmp_path, calibrate=True)
+    assert found["versions"] and found["calibration"]["figures"] is None
+    assert dict(doctor._lines(found))["Speed"].startswith("not measured: the folder that you stand in cannot be")
+
+
+def test_figures_of_another_machine_give_no_times(place):
+    file = place.folder / "cache" / "tunepress" / "calibration.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({**FIGURES.__dict__, "place": "another"}))
+    plan = place.plan("demo")
+    assert plan["seconds"] is None and any("has changed" in note for note in plan["notes"])
+
+
+def test_figures_of_another_processor_with_as_many_cores_are_of_another_machine(tmp_path, monkeypatch):
+    ours = this_machine(tmp_path).name
+    monkeypatch.setattr("pipeline.system.hardware.cpu_name", lambda: "Abacus 1")
+    theirs = this_machine(tmp_path).name
+    assert "Abacus 1" in theirs and not replace(FIGURES, place=ours).is_of(theirs)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"version": 1}', '{"version": 0, "train": 1}'])
+def test_a_damaged_calibration_is_as_good_as_none(tmp_path, monkeypatch, content):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    benchmark.keep(FIGURES)
+    assert benchmark.read_calibration() == FIGURES
+    benchmark.path().write_text(content)
+    assert benchmark.read_calibration() is None
+
+
+def test_slower_figures_make_longer_times(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    here = replace(FIGURES, place=this_machine(Path("runs")).name)
+    config = load_config("demo")
+    limit = 60 * config.train.max_minutes
+    unlimited = config.model_copy(update={"train": config.train.model_copy(update={"max_minutes": None})})
+    benchmark.keep(here)
+    usual = make_plan(unlimited).seconds
+    benchmark.keep(replace(here, train=here.train / 2))
+    slower = make_plan(unlimited).seconds
+    assert slower["train"] > 1.8 * usual["train"] and slower["quantize"] == usual["quantize"]
+    benchmark.keep(replace(here, train=here.train / 1000))
+    assert limit < make_plan(config).seconds["train"] < limit + 60
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """This machine's speed is known."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    benchmark.keep(replace(FIGURES, place=this_machine(Path("runs")).name))
+
+
+def told(plan: Plan) -> str:
+    (line,) = [note for note in as_json(plan)["notes"] if note.startswith("time: ")]
+    return line
+
+
+def test_where_the_steps_are_not_known_there_is_no_time_for_the_whole_run(measured, tmp_path, tiny_model):
+    (tmp_path / "rows.json").write_text(json.dumps([{"prompt": "a", "completion": "b"}] * 9))  # rows are not counted
+    own = [f"data.source={tmp_path / 'rows.json'}", f"model.source={tiny_model('llama')}", "train.packing=false"]
+    unknown, known = (make_plan(load_config("demo", [*own, f"train.max_steps={n}"])) for n in ("null", "60"))
+    assert "train" not in unknown.seconds and unknown.seconds["merge"] == known.seconds["merge"]
+    assert unknown.total_seconds is None and as_json(unknown)["seconds"] is None
+    assert "without train, whose steps are not known, and without the network" in told(unknown)
+    assert known.total_seconds == sum(known.seconds.values()) and "train" in known.seconds
+    assert "train" not in told(known)
+    assert "whose steps are not known" in dict(summary._lines(unknown))["Takes"]
+
+
+def test_a_model_that_is_measured_layer_by_layer_gets_no_time_of_one_in_memory(measured, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.system.hardware.free_host_bytes", lambda: 300_000_000)
+    plan = make_plan(load_config("demo"))
+    assert plan.total_seconds is None and not {"evaluate"} & plan.seconds.keys()
+    assert "without evaluate, which reads its model from the disk again and again" in told(plan)
+
+
+def test_measuring_on_another_device_than_the_one_whose_speed_is_known_has_no_time(measured):
+    plan = make_plan(load_config("demo", ["evaluate.device=cuda"]))  # nothing here has one
+    assert not {"evaluate", "int8", "int4"} & plan.seconds.keys() and "quantize" in plan.seconds
+
+
+def test_of_a_gpu_only_what_others_leave_free_counts(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(devices, "may_have_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Abacus 1")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * 10**9, 80 * 10**9))
+    assert devices.gpu_here() == ("Abacus 1", 3 * 10**9)
+
+
+def test_an_amd_gpu_is_told_what_to_set_only_where_torch_has_no_kernels_for_it(monkeypatch):
+    monkeypatch.delenv("HSA_OVERRIDE_GFX_VERSION", raising=False)
+    assert "HSA_OVERRIDE_GFX_VERSION=10.3.0" in doctor.rocm_advice("gfx1031")
+    assert "HSA_OVERRIDE_GFX_VERSION=11.0.0" in doctor.rocm_advice("gfx1103")
+    assert doctor.rocm_advice("gfx1100") is None and doctor.rocm_advice("gfx90a:sramecc+:xnack-") is None
+    monkeypatch.setenv("HSA_OVERRIDE_GFX_VERSION", "10.3.0")
+    assert doctor.rocm_advice("gfx1031") is None
+
+
+@pytest.mark.parametrize(("driver", "words"), [("kfd", "AMD"), ("nvidiactl", "NVIDIA")])
+def test_a_gpu_that_torch_does_not_use_is_told_of(tmp_path, driver, words):
+    assert doctor.missing_gpu(tmp_path) is None
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / driver).touch()
+    assert words in doctor.missing_gpu(tmp_path)
+
+
+def test_rocm_without_its_driver_is_told_of(tmp_path):
+    (tmp_path / "opt" / "rocm").mkdir(parents=True)
+    assert "load the amdgpu driver" in doctor.missing_gpu(tmp_path)

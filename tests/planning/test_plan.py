@@ -1,0 +1,217 @@
+"""`tunepress plan`: what a run takes, from metadata alone."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from huggingface_hub import DatasetInfo
+
+from pipeline.config.loader import shipped_configs
+from pipeline.config.schema import Data
+from pipeline.planning.data import fetched_bytes, split_figures
+from tests.config.test_values import MODELS
+from tests.planning.conftest import put_hollow
+
+# Runs the command as it is, and says whether torch came in on the way.
+WITHOUT_TORCH = """
+import sys
+sys.argv = ["tunepress", "plan", "qwen3-1.7b", "--json"]
+from pipeline.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert end.code in (None, 0, 3), end.code  # 3 where it does not fit this machine
+print(sorted({"torch", "transformers", "datasets"} & sys.modules.keys()))
+"""
+
+
+def test_there_is_a_model_here_for_every_shipped_recipe():
+    assert set(shipped_configs()) == {*MODELS, "demo"}
+
+
+@pytest.mark.parametrize("recipe", MODELS)
+def test_a_recipe_is_planned_without_its_weights_and_nothing_is_written(place, hub, recipe):
+    before, asked = place.files(), len(hub.requests)
+    plan = place.plan(recipe, "--set", "publish.repo=ada/mine")
+    assert plan["model"]["parameters"] == MODELS[recipe][0]
+    assert plan["model"]["bf16_bytes"] == 2 * MODELS[recipe][0]
+    weights = [r for r in hub.requests[asked:] if r.method == "GET" and r.path.endswith(".safetensors")]
+    assert weights and {r.status for r in weights} == {206}  # single ranges, the headers
+    assert place.files() == before
+    _names_every_stage_and_what_each_holds(plan)
+
+
+def _names_every_stage_and_what_each_holds(plan: dict) -> None:
+    stages = {stage["stage"]: stage for stage in plan["stages"]}
+    assert list(stages) == ["train", "merge", "evaluate", "quantize", "int8", "int4", "publish"]
+    assert {"weights", "adapter and optimizer", "activations", "logits"} <= stages["train"]["memory"].keys()
+    assert stages["train"]["fetched_bytes"] == plan["model"]["fetched_bytes"] > plan["model"]["bf16_bytes"]
+    made = plan["model"]["bf16_bytes"] + sum(stages["quantize"]["writes"].values())
+    assert stages["publish"]["uploaded_bytes"] == pytest.approx(made + 4 * plan["adapter_parameters"], rel=0.001)
+    assert plan["disk_bytes"] > made
+
+
+@pytest.mark.usefixtures("cold")
+def test_it_does_not_need_torch(place):
+    place.folder.joinpath("runs").mkdir()
+    assert place.python(f"import sys; sys.path.insert(0, {place.env['PYTHONPATH']!r})\n{WITHOUT_TORCH}").endswith(
+        "[]\n"
+    )
+
+
+def test_the_demo_is_planned_from_the_header_of_its_package(place):
+    plan = place.plan("demo")
+    assert plan["model"]["parameters"] == 134_515_008
+    assert plan["stages"][0]["writes"]["unpacked base model"] > plan["model"]["bf16_bytes"]
+    assert plan["data"]["steps"] == 60
+
+
+def test_a_dry_run_is_the_same_plan_and_does_nothing(place):
+    before = place.files()
+    dry = place.planned("run", "tinyllama-1.1b", "--dry-run")
+    plan = place.plan("tinyllama-1.1b")
+    for found in (dry, plan):  # of which others may take something meanwhile
+        found |= {"machine": None, "shortages": None, "fits": None, "changes": None}
+    assert dry == plan and place.files() == before
+
+
+def test_a_dry_run_in_several_processes_is_refused_in_one_line(place):
+    done = place.tunepress("run", "tinyllama-1.1b", "--dry-run", "--accelerate", "cpu-two", check=2)
+    assert "--dry-run: plans one process" in done.stderr and len(done.stderr.splitlines()) == 1
+    done = place.tunepress("run", "tinyllama-1.1b", "--dry-run", "--accelerate", "ddq", check=2)
+    assert "--accelerate ddq: no such file" in done.stderr
+
+
+def test_people_get_a_page(place):
+    page = place.tunepress("plan", "qwen3-4b", "--device", "h100-80gb").stdout
+    assert "4.02 G parameters" in page and "h100-80gb" in page and "fits" in page
+    assert "no times, for nothing was measured on that machine" in page
+    assert "formulas" in page  # what is said of GPUs was not measured
+
+
+def test_what_does_not_fit_gets_settings_with_which_it_does(place):
+    large = ("--set", "train.method=lora", "--set", "train.batch_size=8", "--set", "train.max_length=8192")
+    plan = place.plan("qwen3-4b", "--device", "rtx-3060-12gb", *large)
+    assert not plan["fits"]
+    assert {(short["stage"], short["what"]) for short in plan["shortages"]} >= {("train", "GPU memory")}
+    told = [word for change in plan["changes"] for word in ("--set", change["setting"])]
+    assert told
+    again = place.plan("qwen3-4b", "--device", "rtx-3060-12gb", *large, *told)
+    assert again["fits"] and not again["changes"]
+
+
+def test_every_change_that_is_advised_is_needed(place):
+    large = ("--set", "train.batch_size=8", "--set", "train.max_length=4096")
+    plan = place.plan("qwen3-4b", "--device", "rtx-3060-12gb", *large)
+    settings = {change["key"]: change["setting"] for change in plan["changes"]}
+    assert settings
+    for left_out in settings.keys() - {"train.accumulate"}:  # which only keeps the step as large as it was
+        told = [word for key, setting in settings.items() if key != left_out for word in ("--set", setting)]
+        assert not place.plan("qwen3-4b", "--device", "rtx-3060-12gb", *large, *told)["fits"], left_out
+
+
+def test_a_model_that_fits_nowhere_is_said_to(place, hub):
+    shapes = {"model.embed_tokens.weight": (128256, 16384)}
+    shapes |= {f"model.layers.{i}.mlp.up_proj.weight": (53248, 16384) for i in range(126)}
+    put_hollow(hub, "ada/giant", shapes, {"model_type": "llama"})
+    plan = place.plan("qwen3-4b", "--set", "model.source=ada/giant", "--device", "rtx-3060-12gb")
+    assert not plan["fits"] and plan["changes"] == []
+
+
+def test_an_unknown_device_is_refused_with_those_that_are_known(place):
+    done = place.tunepress("plan", "demo", "--device", "abacus", check=2)
+    assert "abacus" in done.stderr and "h100-80gb" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [("ada/nothing", "no such model"), ("ada/packed", "already quantized"), ("ada/pickled", "no .safetensors")],
+)
+def test_a_model_that_cannot_be_had_is_refused_in_one_line(place, hub, source, words):
+    packed = json.dumps({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}).encode()
+    hub.put("ada/packed", {"config.json": packed, "model.safetensors": b"\0" * 64})
+    hub.put("ada/pickled", {"config.json": b'{"model_type": "llama"}', "pytorch_model.bin": b"\0"})
+    done = place.tunepress("plan", "qwen3-4b", "--set", f"model.source={source}", check=2)
+    assert len(done.stderr.splitlines()) == 1 and source in done.stderr and words in done.stderr
+
+
+def test_a_header_that_is_none_is_refused_in_one_line(place, hub):
+    hub.put("ada/broken", {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"\xff" * 64})
+    done = place.tunepress("plan", "qwen3-4b", "--set", "model.source=ada/broken", check=2)
+    assert len(done.stderr.splitlines()) == 1 and "model.safetensors: not a safetensors file" in done.stderr
+
+
+def test_a_gated_model_is_refused_with_the_way_in(place, hub):
+    put_hollow(hub, "eve/gated", {"model.embed_tokens.weight": (8, 8)}, {"model_type": "llama"})
+    hub.repo("eve/gated").gated = True
+    done = place.tunepress("plan", "qwen3-4b", "--set", "model.source=eve/gated", check=2)
+    assert len(done.stderr.splitlines()) == 1 and "accept its terms" in done.stderr
+
+
+def test_rows_are_counted_and_steps_follow_from_them(place):
+    rows = [
+        {"prompt": f"What is {n}?", "completion": "It is a number, as far as one can tell. " * 10} for n in range(400)
+    ]
+    place.folder.joinpath("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = place.plan("tinyllama-1.1b", "--set", "data.source=rows.jsonl", "--set", "train.packing=false")["data"]
+    assert told["examples"] == 400 and told["how"] == "lines counted"
+    assert told["steps"] == -(-380 // 8)  # a twentieth is held out, four rows at a time, twice
+
+
+def test_a_data_sets_card_says_how_much_it_holds():
+    def told(card: object, **data) -> int | None:
+        return (split_figures(card, Data(source="ada/told", **data)) or {}).get("num_examples")
+
+    one = {"splits": [{"name": "train", "num_examples": 5000}, {"name": "test", "num_examples": 50}]}
+    assert (told(one), told(one, split="test"), told(one, split="all")) == (5000, 50, None)
+    two = [{"config_name": "de", "splits": [{"name": "train", "num_examples": 7}]}, {"config_name": "en"}]
+    assert (told(two, subset="de"), told(two, subset="en")) == (7, None)
+    assert [told(card) for card in (None, "much", [3], [{"splits": 4}], {"splits": ["train"]})] == [None] * 5
+
+
+def test_a_data_set_that_does_not_say_how_much_it_holds_is_said_not_to(place, hub):
+    hub.put("ada/untold", {"rows.jsonl": b"{}\n"}, repo_type="dataset")
+    untold = place.plan("tinyllama-1.1b", "--set", "data.source=ada/untold")["data"]
+    assert untold["examples"] is None and untold["steps"] is None and "does not say" in untold["how"]
+
+
+def test_of_one_subset_among_several_the_card_says_how_much_is_fetched_or_nobody_does():
+    def fetched(card: dict, **data) -> int | None:
+        files = [{"rfilename": "README.md", "size": 5}, {"rfilename": "large.jsonl", "size": 10**9}]
+        about = {"id": "ada/many", "private": False, "disabled": False, "downloads": 0, "likes": 0, "tags": []}
+        return fetched_bytes(DatasetInfo(**about, siblings=files, cardData=card), Data(source="ada/many", **data))
+
+    sizes = {"dataset_info": [{"config_name": "easy", "download_size": 77}, {"config_name": "hard"}]}
+    folders = {"configs": [{"config_name": name, "data_files": f"{name}/*"} for name in ("easy", "hard")]}
+    one = {"configs": folders["configs"][:1], "dataset_info": {"download_size": 3}}
+    assert fetched({}) == fetched(one) == 10**9
+    assert fetched(sizes, subset="easy") == 77
+    assert [fetched(sizes, subset="hard"), fetched({}, subset="easy"), fetched(sizes), fetched(folders)] == [None] * 4
+
+
+def test_a_small_subset_of_a_large_data_set_is_not_said_to_need_the_room_of_all(place, hub):
+    hub.put("ada/large", {"rows.jsonl": b"{}\n" * 999}, repo_type="dataset")
+    data = ("tinyllama-1.1b", "--set", "data.source=ada/large")
+    plan = place.plan(*data, "--set", "data.subset=easy")
+    assert plan["data"]["fetched_bytes"] is None and "data: how much the Hub sends is not known" in plan["notes"]
+    assert place.plan(*data)["fetched_bytes"] == plan["fetched_bytes"] + 3 * 999
+
+
+def test_what_this_machine_lacks_for_the_run_does_not_keep_it_from_planning(place):
+    """A GPU, a tracking server's token: another machine may have them. What is wrong in itself is still refused."""
+    elsewhere = ("--set", "evaluate.device=cuda", "--set", "track.server=http://127.0.0.1:9")
+    assert place.plan("qwen3-1.7b", "--device", "h100-80gb", *elsewhere)["fits"]
+    here = place.plan("qwen3-1.7b", *elsewhere)
+    assert here["machine"]["gpu_bytes"] or not here["fits"]
+    both = ("--set", "train.method=lora", "--set", "merge.base=nf4")
+    assert "never saw NF4" in place.tunepress("plan", "qwen3-1.7b", *both, check=2).stderr
+    assert "rows.jsonl" in place.tunepress("plan", "qwen3-1.7b", "--set", "data.source=./rows.jsonl", check=2).stderr
+
+
+def test_what_is_in_the_cache_is_not_fetched_again(place, hub):
+    put_hollow(hub, "ada/small", {"model.embed_tokens.weight": (64, 8)}, {"model_type": "llama"})
+    settings = ("qwen3-4b", "--set", "model.source=ada/small")
+    missing = place.plan(*settings)["fetched_bytes"]
+    place.python("from huggingface_hub import hf_hub_download as get; get('ada/small', 'model.safetensors')")
+    assert place.plan(*settings)["fetched_bytes"] < missing

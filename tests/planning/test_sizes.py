@@ -1,0 +1,201 @@
+"""Sizes in a plan are those of the files that are made, and memory grows with what it is said to grow with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.schema import Config, Lora, Model, Train, VariantSpec
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.planning import memory
+from pipeline.planning.advice import advise
+from pipeline.planning.devices import Machine
+from pipeline.planning.headers import Tensor, gguf_header
+from pipeline.planning.model import Sizes, read_sizes
+from pipeline.planning.plan import shortages
+from pipeline.planning.stages import stages_of
+from pipeline.planning.variants import stored_bytes
+from tests.planning.conftest import shapes_of
+
+HERE = Machine("here", host_bytes=10**12)
+GPU = Machine("a GPU", gpu_bytes=10**12)
+
+
+def sizes_of(shapes: dict, **more) -> Sizes:
+    tensors = {name: Tensor(shape) for name, shape in shapes.items()}
+    return Sizes(**{"kind": "folder", "tensors": tensors, "file_bytes": 2 * 10**9, **more})
+
+
+def midway(**model) -> Config:
+    tree = {"name": "x", "model": {"source": "ada/base", **model}, "data": None, "evaluate": None}
+    return Config.model_validate(tree)
+
+
+def config(source: Path | str = "ada/base", **sections) -> Config:
+    return Config.model_validate(
+        {"name": "x", "model": {"source": str(source)}, "data": {"source": "ada/rows"}, **sections}
+    )
+
+
+@pytest.fixture(scope="module")
+def qwen() -> Sizes:
+    return sizes_of(shapes_of("qwen3-1.7b"))
+
+
+def test_a_folder_is_read_by_its_headers(any_model):
+    sizes, checkpoint = read_sizes(Model(source=str(any_model))), Checkpoint(any_model)
+    from pipeline.models.sources import linear_weights, table_weights
+
+    assert {name: t.shape for name, t in sizes.tensors.items()} == {name: t.shape for name, t in checkpoint.items()}
+    assert sizes.linear == linear_weights(any_model)
+    if "gemma" not in any_model.name:
+        assert sizes.tables.keys() >= table_weights(any_model).keys()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [{"name": "int8"}, {"name": "int8", "group_size": 32}, {"name": "int4"}, {"name": "int4", "group_size": 32},
+     {"name": "int4", "packing": "tile_packed"}, {"name": "int4", "embeddings": "int8"},
+     {"name": "int4", "int8": ["*.down_proj", "*.0.*.q_proj"]}],
+)  # fmt: skip
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_variants_are_as_large_as_planned(tiny_model, quantized, architecture, spec):
+    folder = tiny_model(architecture)
+    made = Checkpoint(quantized(folder, **{"variant" if k == "name" else k: v for k, v in spec.items()}) / spec["name"])
+    assert (
+        stored_bytes(read_sizes(Model(source=str(folder))), VariantSpec(**spec).resolved(), merged=True) == made.nbytes
+    )
+
+
+@pytest.mark.parametrize("variant", ["gguf-f16", "gguf-q8_0", "gguf-q4_0", "gguf-q5_1"])
+def test_gguf_is_as_large_as_planned(tiny_model, tmp_path, variant):
+    from gguf import GGUFReader
+
+    from pipeline.models.sources import linear_weights, table_weights
+    from pipeline.quantization.writer import Variants
+
+    folder = tiny_model("qwen3")
+    spec = VariantSpec(name=variant).resolved()
+    Variants([spec], {variant: tmp_path}, linear_weights(folder), table_weights(folder)).make_of(folder)
+    made = sum(tensor.n_bytes for tensor in GGUFReader(next(tmp_path.glob("*.gguf"))).tensors)
+    assert stored_bytes(read_sizes(Model(source=str(folder))), spec, merged=True) == made
+    with open(next(tmp_path.glob("*.gguf")), "rb") as file:
+        fields, tensors = gguf_header("it", file)
+    assert fields["general.architecture"] == "qwen3"
+    assert sum(t.numel for t in tensors.values()) == read_sizes(Model(source=str(folder))).parameters
+
+
+@pytest.mark.parametrize("variant", ["gguf-q4_k_m", "gguf-q6_k"])
+def test_k_quants_are_about_as_large_as_planned(tiny_model, tmp_path, variant):
+    pytest.importorskip("llama_cpp")
+    from pipeline.models.sources import linear_weights
+    from pipeline.quantization.writer import Variants
+
+    folder = tiny_model("llama", hidden_size=256, intermediate_size=768)
+    spec = VariantSpec(name=variant).resolved()
+    Variants([spec], {variant: tmp_path}, linear_weights(folder)).make_of(folder)
+    with open(next(tmp_path.glob("*.gguf")), "rb") as file:
+        gguf_header("it", file)
+        made = (tmp_path / file.name).stat().st_size - file.tell()
+    assert stored_bytes(read_sizes(Model(source=str(folder))), spec, merged=True) == pytest.approx(made, rel=0.1)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
+def test_an_adapter_is_as_large_as_pefts(tiny_model, targets):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny_model("qwen3")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=4, target_modules=targets))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    sizes = read_sizes(Model(source=str(folder)))
+    assert memory.adapter_parameters(sizes, Lora(rank=4, target_modules=targets)) == trained
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_what_is_advised_takes_less_memory(qwen, on_gpu):
+    def held(**train) -> int:
+        return sum(memory.wanted(need) for need in memory.training(qwen, Train(**train), on_gpu))
+
+    usual = held()
+    assert held(batch_size=2) < usual and held(max_length=512) < usual and held(lora=Lora(rank=4)) < usual
+    assert held(method="lora") > usual
+
+
+def test_gradient_checkpointing_keeps_activations_small_on_a_gpu(qwen):
+    here, _ = memory.training(qwen, Train(), on_gpu=False)
+    _, gpu = memory.training(qwen, Train(), on_gpu=True)
+    assert gpu["activations"] < here["activations"] / 5
+
+
+def test_quantizing_takes_the_same_memory_whatever_the_model(qwen):
+    specs = [VariantSpec(name="int8").resolved()]
+    assert memory.quantizing(qwen, specs) == memory.quantizing(sizes_of(shapes_of("qwen3-4b")), specs)
+
+
+def test_one_base_is_merged_once_and_makes_the_variants_along(qwen):
+    both, one = (
+        {s.name: s for s in stages_of(config(merge={"base": base}), qwen, HERE, 0, 10**6)} for base in ("auto", "nf4")
+    )
+    assert both["merge"].temporary and "quantize" in both
+    assert not one["merge"].temporary and "quantize" not in one
+    assert any(name.startswith("int4") for name in one["merge"].writes)
+
+
+def test_with_little_disk_two_shards_lie_here_and_are_advised(tmp_path):
+    sizes = sizes_of(shapes_of("qwen3-4b"), kind="hub", shard_bytes=10**9, fetched_bytes=8 * 10**9)
+    whole, by_shard = (stages_of(midway(low_disk=low), sizes, HERE, 0, 0) for low in (False, True))
+    assert (whole[0].caches, by_shard[0].caches) == (8 * 10**9, 0)
+    assert not whole[0].temporary and sum(by_shard[0].temporary.values()) == 2 * 10**9
+    tight = replace(HERE, disk_free=12 * 10**9, cache_free=12 * 10**9, one_disk=True)
+    assert [short.what for short in shortages(whole, tight)] == ["disk"] and not shortages(by_shard, tight)
+    changes = advise(midway(), lambda asked: bool(shortages(stages_of(asked, sizes, tight, 0, 0), tight)))
+    assert [change.setting for change in changes] == ["model.low_disk=true"]
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(10000, 1), (3, 1), (6, 5), (7, 3)])
+def test_smaller_batches_that_are_advised_leave_a_step_as_it_is(batch_size, accumulate):
+    asked = config(train={"batch_size": batch_size, "accumulate": accumulate})
+    for most in (1, 2, 600):
+        changes = {c.key: c.value for c in advise(asked, lambda config, most=most: config.train.batch_size > most)}
+        assert changes.get("train.batch_size", batch_size) <= max(most, 1)
+        if changes:
+            assert changes["train.batch_size"] * changes["train.accumulate"] == batch_size * accumulate
+
+
+def test_a_model_that_does_not_fit_is_measured_from_its_files(qwen):
+    small, large = (
+        {s.name: s for s in stages_of(config(), qwen, machine, 0, 10**6)}["evaluate"]
+        for machine in (Machine("small", host_bytes=3 * 10**9), HERE)
+    )
+    assert "layer by layer" in small.notes[0] and not large.notes
+    assert memory.total(small.host) < memory.total(large.host) / 2
+
+
+def test_models_are_measured_where_the_configuration_says(qwen):
+    def measured(device: str, machine: Machine) -> list:
+        asked = config(evaluate={"device": device})
+        return [s for s in stages_of(asked, qwen, machine, 0, 10**6) if s.name in ("evaluate", "int8", "int4")]
+
+    assert all(stage.gpu for stage in measured("auto", GPU) + measured("cuda", GPU))
+    on_cpu = measured("cpu", GPU)
+    assert not any(stage.gpu for stage in on_cpu)
+    assert [s.host for s in on_cpu] == [s.host for s in measured("auto", HERE)]
+
+
+def test_a_gpu_that_is_asked_for_and_not_there_is_short_and_the_way_out_is_advised(qwen):
+    def short(asked: Config) -> list:
+        return shortages(stages_of(asked, qwen, HERE, 0, 10**6), HERE)
+
+    asked = config(evaluate={"device": "cuda"})
+    assert {(s.stage, s.what, s.have) for s in short(asked)} == {
+        (stage, "GPU memory", 0) for stage in ("evaluate", "int8", "int4")
+    }
+    assert [c.setting for c in advise(asked, lambda config: bool(short(config)))] == ["evaluate.device=auto"]
+
+
+def test_training_and_measuring_are_on_the_gpu_and_merging_and_quantizing_are_not(qwen):
+    stages = {s.name: s for s in stages_of(config(merge={"base": "bf16"}), qwen, GPU, 0, 10**6)}
+    assert {name for name, stage in stages.items() if stage.gpu} == {"train", "evaluate", "int8", "int4"}

@@ -1,0 +1,222 @@
+"""Defects that somebody might plant, or a disk might: each is found, and the line names it."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from pipeline.verification import DEFECTS_FOUND, Verdict
+from tests.verification.conftest import BOTH, told
+
+
+def only(verification) -> str:
+    """The one defect that was found."""
+    (defect,) = told(verification)
+    assert verification.exit_code == DEFECTS_FOUND == 3
+    return defect
+
+
+def test_what_nobody_touched_has_no_defect(release):
+    found = release.verify()
+    assert told(found) == [] and found.exit_code == 0
+    assert told(found, Verdict.unknown) == []
+    right = told(found, Verdict.right)
+    assert {f"card {path}: says what the lineage says" for path in ("README.md", "int8/README.md")} <= set(right)
+    assert any(line.startswith("files int4/: ") for line in right)
+
+
+def test_a_flipped_bit(release):
+    data = bytearray((release.folder / "int4/model.safetensors").read_bytes())
+    data[-100] ^= 4
+    release.write("int4/model.safetensors", bytes(data))
+    assert only(release.verify()).startswith("files int4/model.safetensors: changed: sha256 ")
+
+
+def test_two_variants_swapped(release):
+    first, second = (release.folder / name / "model.safetensors" for name in BOTH)
+    os.rename(first, release.folder / "aside")
+    os.rename(second, first)
+    os.rename(release.folder / "aside", second)
+    assert told(release.verify()) == [
+        "files int4/model.safetensors: swapped: it holds what int8/model.safetensors should hold",
+        "files int8/model.safetensors: swapped: it holds what int4/model.safetensors should hold",
+    ]
+
+
+def test_a_file_cut_short(release):
+    data = (release.folder / "model.safetensors").read_bytes()
+    release.write("model.safetensors", data[:-1000])
+    assert only(release.verify()).startswith(f"files model.safetensors: cut short: {len(data) - 1000:,} bytes")
+
+
+def test_a_file_that_is_gone(release):
+    (release.folder / "adapter/adapter_model.safetensors").unlink()
+    assert only(release.verify()) == "files adapter/adapter_model.safetensors: missing"
+
+
+def test_a_card_that_is_gone(release):
+    (release.folder / "int8/README.md").unlink()
+    assert only(release.verify()) == "files int8/README.md: missing"
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("int8/model-00001-of-00002.safetensors", "weights that the lineage does not name"),
+        ("pytorch_model.bin", "a pickle, which the lineage does not name"),
+        ("int4/modeling_own.py", "code, which the lineage does not name"),
+        ("adapter_config.json", "would be loaded with the model, and the lineage does not name it"),
+        ("int4/added_tokens.json", "would be loaded with the model, and the lineage does not name it"),
+        (
+            "int4/additional_chat_templates/tool_use.jinja",
+            "would be loaded with the model, and the lineage does not name it",
+        ),
+    ],
+)
+def test_what_would_be_loaded_and_is_not_named(release, path, why):
+    (release.folder / path).parent.mkdir(exist_ok=True)
+    release.write(path, b"{}")
+    assert only(release.verify()).startswith(f"files {path}: {why}")
+
+
+def test_a_file_of_which_the_lineage_says_nothing_any_more(release):
+    path, content = "adapter/adapter_config.json", release.lineage()
+    del content["files"][path]
+    release.write_lineage(content)
+    release.replace(path, '"lora_alpha"', '"lora_beta"')
+    assert only(release.verify()).startswith(f"files {path}: would be loaded with the model, and the lineage does not")
+
+
+def test_a_card_of_which_the_lineage_says_nothing_any_more(release):
+    path, content = "int8/README.md", release.lineage()
+    content["documents"].remove(path)
+    release.write_lineage(content)
+    (release.folder / path).unlink()
+    assert only(release.verify()).startswith(f"card {path}: belongs to a release with these models")
+
+
+def test_the_tokenizer_changed(release):
+    release.replace("int4/tokenizer.json", '"<|im_end|>"', '"<|im_ond|>"')
+    assert only(release.verify()).startswith("files int4/tokenizer.json: changed")
+
+
+def test_the_configuration_of_a_model_changed(release):
+    release.replace("config.json", '"num_hidden_layers": 2', '"num_hidden_layers": 1')
+    assert only(release.verify()).startswith("files config.json: changed")
+
+
+def figure(release, path: str) -> str:
+    """The perplexity of int4, as the table of a card has it."""
+    row = next(line for line in release.read(path).splitlines() if line.startswith("|") and "int4/" in line)
+    return next(cell.strip() for cell in row.split("|") if "±" in cell)
+
+
+@pytest.mark.parametrize("path", ["README.md", "int4/README.md"])
+def test_a_figure_in_a_card_changed(release, path):
+    right = figure(release, path)
+    wrong = right.replace(right[0], str(int(right[0]) % 9 + 1), 1)
+    release.replace(path, f"| {right} |", f"| {wrong} |")
+    said, true = (text.replace("\xa0", " ") for text in (wrong, right))
+    expected = f'card {path}: in the row of **`int4/`**, says "{said}", and by the lineage it is "{true}"'
+    assert only(release.verify()) == expected
+
+
+def test_a_figure_in_the_metadata_changed(release):
+    release.replace("README.md", "value: ", "value: 1")
+    assert only(release.verify()).startswith('card README.md: says "')
+
+
+def test_a_figure_in_the_lineage_changed(release):
+    content = release.lineage()
+    content["results"]["int4"]["quality"]["general"]["perplexity"]["value"] *= 0.5
+    release.write_lineage(content)
+    found = release.verify()
+    assert {line.split()[1] for line in told(found)} == {"README.md:", "int4/README.md:"}
+    assert told(found, Verdict.unknown)[0].startswith("card assets/quality_vs_size.png: is not, dot for dot, what")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"size_bytes": 1000}, "int4: size_bytes is 1000, and its files have "),
+        (
+            {"quality": {"rise": {"value": 0.001, "stderr": 0.0001}}},
+            "int4: the rise on general text is 0.001, and its p",
+        ),
+        (
+            {"gate": {"limits": {"rise": 0.5}}},
+            "int4: was held to the limits {'rise': 0.5}, and its configuration has {",
+        ),
+        ({"gate": {"passed": True}}, "int4: passes its gate, which does not follow from its figures"),
+    ],
+)
+def test_figures_and_cards_changed_together_so_that_they_contradict_others(release, change, says):
+    content = release.lineage()
+    figures, root = (content["results"][name] for name in ("int4", "merged"))
+    quality = figures["quality"]["general"]
+    value = quality["perplexity"]["value"] / root["quality"]["general"]["perplexity"]["value"] - 1
+    figures["gate"] = {"limits": {"rise": 0.05}, "passed": False, "checks": []} | change.get("gate", {})
+    quality["rise"] = {"value": value, "stderr": 1.0}
+    quality |= change.get("quality", {})
+    figures["size_bytes"] = change.get("size_bytes", figures["size_bytes"])
+    release.write_lineage(content)
+    release.rewrite_cards()
+    assert any(line.startswith(f"figures tunepress.json: {says}") for line in told(release.verify()))
+
+
+def test_the_base_model_changed_where_no_card_says_it(release):
+    content = release.lineage()
+    content["base"]["hub_id"] = "ada/other"
+    release.write_lineage(content)
+    assert only(release.verify()) == (
+        "figures tunepress.json: 'base' is not what its configuration or its results have"
+    )
+
+
+def test_our_part_of_a_card_taken_out(release):
+    release.write("README.md", "# Nothing of tunepress here\n")
+    assert "does not say" in told(release.verify())[0]
+
+
+def test_a_snippet_changed(release):
+    release.replace("int8/README.md", 'dtype="auto"', 'dtype="auto", trust_remote_code=True')
+    assert "trust_remote_code" in only(release.verify())
+
+
+def test_what_people_wrote_themselves_is_no_defect(release):
+    card = release.read("README.md").replace("pipeline_tag: text-generation", "pipeline_tag: text-generation\nx: 1")
+    release.write("README.md", f"{card}\n\nMy own words: perplexity 0.1\n")
+    release.write("notes.txt", "mine")
+    (release.folder / "onnx").mkdir()
+    release.write("onnx/model.onnx", b"mine too")
+    found = release.verify()
+    assert told(found) == [] and found.exit_code == 0
+    assert told(found, Verdict.unknown) == ["files onnx/model.onnx: not of this release, so nothing is known of it"]
+
+
+def test_words_of_another_version_are_no_defect_and_its_figures_are(release):
+    content = release.lineage()
+    content["made_with"]["tunepress"] = "0.0.1"
+    release.write_lineage(content)
+    release.replace("int4/README.md", "## Limits", "## Bounds")
+    found = release.verify()
+    assert told(found) == []
+    assert "other words than tunepress" in told(found, Verdict.unknown)[0]
+    right = figure(release, "int4/README.md")
+    release.replace("int4/README.md", f"| {right} |", "| 1.0 ± 0.1 |")
+    assert "1.0 ± 0.1" in only(release.verify())
+
+
+def test_it_is_told_as_json(release, capsys):
+    from pipeline.cli import app
+
+    (release.folder / "config.json").unlink()
+    with pytest.raises(SystemExit) as ended:
+        app(["verify", str(release.folder), "--no-measure", "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert ended.value.code == printed["exit_code"] == 3 and printed["defects"] == 1
+    assert {"check": "files", "subject": "config.json", "verdict": "defect", "message": "missing"} in printed[
+        "findings"
+    ]
