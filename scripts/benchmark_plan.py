@@ -194,7 +194,7 @@ def step_of(words: list[str]) -> str | None:
     if "pipeline.workflow.stages" not in words:
         return None
     stage, *variants = words[words.index("pipeline.workflow.stages") + 2 :]
-    return variants[0] if stage == "admit" else stage
+    return variants[0] if stage == "measure_variant" else stage
 
 
 def _processes() -> tuple[dict[int, int], dict[int, list[int]]]:

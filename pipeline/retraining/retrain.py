@@ -86,7 +86,7 @@ class _Retraining:
             if not is_there:
                 record = replace(record, live=live and live.model, state="running", comparison=None, url=None, job=None)
                 record.write(path)
-            for stage in ("train", "merge", *(() if is_there else ("compare",))):
+            for stage in ("train", "merge", *(() if is_there else ("compare_published",))):
                 steps.do(stage)
             comparison = workspace.read_measurement(RESULT)
             if live and not is_there:

@@ -73,7 +73,7 @@ def run(
                 reporter.show(publish.still_there(config, steps.withheld()))
             steps.raise_failures()
         again = published and publish_again and not steps.did("publish")
-        steps.do("publish" if published else "document", steps.admitted(variants), again)
+        steps.do("publish" if published else "render", steps.admitted(variants), again)
         steps.raise_failures()
     return workspace
 
@@ -103,7 +103,7 @@ def run_one(
             for variant in variants:
                 steps.try_admit(variant)
             if config.merges or steps.admitted(variants):
-                steps.do("document", steps.admitted(variants))
+                steps.do("render", steps.admitted(variants))
             else:
                 _leave_no_documents(steps, variants)
         elif stage == "publish":

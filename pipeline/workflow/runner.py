@@ -122,10 +122,10 @@ class Steps:
 
         Its failure keeps nothing else back.
         """
-        if variant not in self._written and not self.holds("admit", (variant,)):
+        if variant not in self._written and not self.holds("measure_variant", (variant,)):
             return False  # its files could not be written, which has been told
         try:
-            self.do("admit", (variant,))
+            self.do("measure_variant", (variant,))
         except StageFailed as failure:
             self._failures.append(failure)
             return False
@@ -164,7 +164,7 @@ class Steps:
 
     def judged(self, variants: tuple[str, ...]) -> tuple[str, ...]:
         """Those of these variants that were let in or withheld, and of which nothing has changed since."""
-        return tuple(v for v in variants if self.holds("admit", (v,)))
+        return tuple(v for v in variants if self.holds("measure_variant", (v,)))
 
     def would_lose(self, variants: tuple[str, ...]) -> bool:
         """Would publishing now take one of these out of the release that is only to be judged anew?"""
@@ -185,7 +185,7 @@ class Steps:
 
     def require_variant(self, variant: str) -> None:
         """Raise where a variant that the configuration asks for is missing or out of date."""
-        if not self.holds("admit", (variant,)):
+        if not self.holds("measure_variant", (variant,)):
             again = command("quantize", "CONFIG")
             raise UserError(f"publish: {variant} is not made, or its settings or libraries changed; run: {again}")
 
@@ -208,7 +208,7 @@ class Steps:
 
     def _is_in(self, variant: str) -> bool:
         """Is a variant that was judged in the release? What keeps it out is told at the end."""
-        reason = self._workspace.ledger()[_key("admit", (variant,))].summary.get("withheld")
+        reason = self._workspace.ledger()[_key("measure_variant", (variant,))].summary.get("withheld")
         if reason:
             self._withheld[variant] = StageFailed(f"quantize {variant}: {reason}", 2, "")
         return reason is None
@@ -222,4 +222,4 @@ class Steps:
 
 
 def _key(stage: str, variants: tuple[str, ...]) -> str:
-    return f"quantize/{variants[0]}" if stage == "admit" else stage
+    return f"quantize/{variants[0]}" if stage == "measure_variant" else stage

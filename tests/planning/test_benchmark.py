@@ -36,7 +36,7 @@ def plan() -> Plan:
 
 @pytest.mark.parametrize(
     ("stage", "variants", "name"),
-    [("train", (), "train"), ("quantize", ("int8", "int4"), "quantize"), ("admit", ("int4",), "int4")],
+    [("train", (), "train"), ("quantize", ("int8", "int4"), "quantize"), ("measure_variant", ("int4",), "int4")],
 )
 def test_a_stage_is_known_by_the_command_that_starts_it(benchmark, stage, variants, name):
     assert benchmark.step_of(stage_process._command(None, ("runs/x", stage, *variants))) == name

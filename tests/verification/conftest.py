@@ -120,7 +120,7 @@ def make_release(folder: Path, base: Path, variants: Sequence[object] = ("int8",
         files = workspace.place(made, target, f"quantize/{name}")
         workspace.record(f"quantize/{name}", Entry("", workspace.digests(files)))
         workspace.write_measurement(name, figures)
-    _do(workspace, "document", lambda: render.run(config, workspace, events, names))
+    _do(workspace, "render", lambda: render.run(config, workspace, events, names))
     return workspace
 
 

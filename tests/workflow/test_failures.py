@@ -65,7 +65,7 @@ def test_a_failed_publish_is_told_and_the_release_stays_whole(copied, tmp_path):
     from tests.support.hub import LoopbackHub
     from tests.workflow.conftest import TOKEN
 
-    _forget(copied, "document")
+    _forget(copied, "render")
     with LoopbackHub(tmp_path / "hub", {TOKEN: {"name": "ada", "role": "write"}}) as hub:
         copied.hub = hub
         hub.fault(r"POST .*/commit/", status=403, times=100)

@@ -83,7 +83,7 @@ def test_a_removed_variant_is_made_again_and_nothing_else(copied):
     shutil.rmtree(copied.release / "int4")
     copied.tunepress("run", "tiny.yaml")
     after = copied.ledger()
-    assert {k for k in after if after[k] != before[k]} == {"quantize/int4", "document"}
+    assert {k for k in after if after[k] != before[k]} == {"quantize/int4", "render"}
     assert {e.get("variant") for e in copied.events()[files:]} == {"int4"}
     assert after["quantize/int4"]["outputs"]["release/int4/model.safetensors"]["sha256"] == digest
     assert (copied.release / "int4" / "README.md").is_file()
@@ -94,7 +94,7 @@ def test_a_changed_setting_redoes_its_stage_and_what_follows(copied):
     before = copied.ledger()
     copied.tunepress("run", "tiny.yaml", "--set", "quantize.variants=[int8, {name: int4, rounding: rtn}]")
     after = copied.ledger()
-    assert {k for k in after if after[k] != before[k]} == {"quantize/int4", "document"}
+    assert {k for k in after if after[k] != before[k]} == {"quantize/int4", "render"}
     assert copied.results()["int4"]["variant"]["rounding"] == "rtn"
 
 

@@ -41,9 +41,11 @@ STEPS = {
     "train": Step("train"),
     "merge": Step("merge"),
     "evaluate": Step("evaluate"),
-    "compare": Step("evaluate", starts=False, completes=False),  # with the model that a repository has; retraining
+    "compare_published": Step(
+        "evaluate", starts=False, completes=False
+    ),  # with the model that a repository has; retraining
     "quantize": Step("quantize", completes=False),  # writes the files of all variants ...
-    "admit": Step("quantize", starts=False),  # ... of which each is then measured and let in
-    "document": Step(None, starts=False, completes=False),
+    "measure_variant": Step("quantize", starts=False),  # ... of which each is then measured and let in
+    "render": Step(None, starts=False, completes=False),
     "publish": Step("publish"),
 }

@@ -214,7 +214,7 @@ def written_digests(workspace: Workspace, path: str, *steps: str) -> set[str]:
 def _is_as_written(workspace: Workspace, path: str) -> bool:
     """Is a document of the release's folder as tunepress wrote it?"""
     digest = hashlib.sha256(local(workspace, path) or b"").hexdigest()
-    return digest in written_digests(workspace, path, "publish", "document")
+    return digest in written_digests(workspace, path, "publish", "render")
 
 
 def _take_out(workspace: Workspace, variant: str, stay: tuple[str, ...], keep_figures: bool) -> None:

@@ -98,13 +98,19 @@ def test_a_disk_that_is_full_in_any_stage_is_one_line_and_more_room_completes_th
     undisturbed, _ = whole
     variant = sum(-(-path.stat().st_size // PAGE) * PAGE for path in (undisturbed.release / "int4").iterdir())
     # kB: room to begin with, but not for what is made. Of a variant first not for its files, then not for its figures.
-    rooms = [("train", 32), ("merge", 32), ("evaluate", 32), ("quantize", 32), ("admit", variant // 1024 + 12)]
+    rooms = [
+        ("train", 32),
+        ("merge", 32),
+        ("evaluate", 32),
+        ("quantize", 32),
+        ("measure_variant", variant // 1024 + 12),
+    ]
     disk = Disk(tmp_path / "place/work/runs", 64 * 1024)
     try:
         with LoopbackHub(tmp_path / "place/hub", WHO) as hub:
             place = write(tmp_path / "place", tiny_model("qwen3"), hub, **SETTINGS)
             for stage, room in (*rooms, ("publish", 16)):
-                verb = "quantize" if stage == "admit" else stage
+                verb = "quantize" if stage == "measure_variant" else stage
                 if stage == "quantize":
                     shutil.rmtree(place.run_folder / "quantized")  # which the merge has made in its own pass
                 disk.fill(but=room)
@@ -112,7 +118,7 @@ def test_a_disk_that_is_full_in_any_stage_is_one_line_and_more_room_completes_th
                 (line,) = done.stderr.strip().splitlines()
                 assert re.search(rf"^tunepress: ({verb}|int4|document)\b.*(the disk is full|No space left)", line), line
                 if verb == "quantize":
-                    assert (place.run_folder / "quantized/int4.json").exists() == (stage == "admit")
+                    assert (place.run_folder / "quantized/int4.json").exists() == (stage == "measure_variant")
                 disk.make_room()
                 if stage != "quantize":
                     place.tunepress(verb, place.config.name)
