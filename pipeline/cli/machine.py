@@ -66,8 +66,11 @@ def doctor(
         show(console(), found)
 
 
-def schema() -> None:
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print all keys as tables, for reading.")] = False,
+) -> None:
     """Print the JSON schema of the configuration, for editors and for machines."""
+    from pipeline.config import document
     from pipeline.config.schema import Config
 
-    print(json.dumps(Config.model_json_schema(), indent=2))
+    print(document.markdown() if markdown else json.dumps(Config.model_json_schema(), indent=2))

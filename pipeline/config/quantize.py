@@ -11,24 +11,30 @@ from pipeline.config.catalog import VARIANTS, resolve_variants, variant_names
 
 
 class Gate(Section):
-    """How far a variant may be from the model in full precision, on every text; what is not set stays as it was."""
+    """The limits of what a variant may lose against the model in full precision, on each text."""
 
-    rise: Real | None = Field(default=None, gt=0, description="of perplexity, as a share: 0.05 for 5 %")
-    kl: Real | None = Field(default=None, gt=0, description="KL divergence, nats a token")
-    disagreement: Real | None = Field(default=None, gt=0, le=1, description="share of tokens with another first choice")
+    rise: Real | None = Field(default=None, gt=0, description="rise of perplexity, as a share: 0.05 is 5 %")
+    kl: Real | None = Field(default=None, gt=0, description="KL divergence, in nats per token")
+    disagreement: Real | None = Field(
+        default=None, gt=0, le=1, description="share of tokens for which the first choice differs"
+    )
 
 
 class VariantSpec(Section):
-    name: str
-    group_size: Whole | None = None
-    rounding: str | None = None
+    """A variant: a name alone, or a mapping of these keys."""
+
+    name: str = Field(description="name of a variant, or an alias")
+    group_size: Whole | None = Field(default=None, description="columns that share a scale")
+    rounding: str | None = Field(default=None, description="how weights are rounded")
     embeddings: Literal["keep", "int8"] | None = Field(
-        default=None, description="the embedding and the output head: as they are, or in 8 bits (GGUF's default)"
+        default=None, description="embedding and output head: unchanged, or in 8 bits (the default of GGUF)"
     )
-    packing: str | None = Field(default=None, description="order of int4 codes: plain, or tile_packed for CUDA")
-    keep: list[str] = Field(default=[], description="layers left in bf16: whole names, with * and ?")
-    int8: list[str] = Field(default=[], description="layers of int4 in 8 bits: whole names, with * and ?")
-    gate: Gate = Field(default=Gate(), description="limits of this variant alone, over those of quantize.gate")
+    packing: str | None = Field(default=None, description="order of the codes of int4: `plain`, or `tile_packed`")
+    keep: list[str] = Field(default=[], description="layers to leave in bf16: full names, `*` and `?` allowed")
+    int8: list[str] = Field(
+        default=[], description="layers of int4 to store in 8 bits: full names, `*` and `?` allowed"
+    )
+    gate: Gate = Field(default=Gate(), description="limits for this variant only; they override `quantize.gate`")
 
     @model_validator(mode="before")
     @classmethod
@@ -96,12 +102,16 @@ def _expand_aliases(value: Any) -> Any:
 
 
 class Quantize(Section):
+    """The variants to make, and what they may lose."""
+
     variants: Annotated[list[VariantSpec], BeforeValidator(_expand_aliases)] = Field(
-        default=[VariantSpec(name="int8"), VariantSpec(name="int4")], validate_default=True
+        default=[VariantSpec(name="int8"), VariantSpec(name="int4")],
+        validate_default=True,
+        description="names of variants, or mappings with options",
     )
-    gate: Gate = Field(default=Gate(), description="limits of all variants, over those of the catalog")
+    gate: Gate = Field(default=Gate(), description="limits for all variants; they override those of the catalogue")
     on_gate_failure: Literal["withhold", "warn", "escalate"] = Field(
-        default="withhold", description="what becomes of a variant that misses its limits"
+        default="withhold", description="what to do with a variant that misses its limits"
     )
 
     @field_validator("variants")

@@ -28,10 +28,12 @@ PACKAGE_SOURCE = re.compile(r"package:([A-Za-z_]\w*)/([\w.-]+\.gguf)\Z", re.ASCI
 
 
 class Model(Section):
-    source: str = Field(min_length=1, description="Hub id, folder, or package:NAME/FILE.gguf")
+    """The base model."""
+
+    source: str = Field(min_length=1, description="Hub id, folder, or `package:NAME/FILE.gguf`")
     revision: str | None = Field(default=None, min_length=1, description="branch, tag or commit on the Hub")
-    trust_remote_code: bool = False
-    low_disk: bool = Field(default=False, description="quantize shard by shard, each removed when it was read")
+    trust_remote_code: bool = Field(default=False, description="must stay false: a model's own code is never run")
+    low_disk: bool = Field(default=False, description="fetch and quantize one shard at a time, then remove the shard")
 
     @field_validator("source")
     @classmethod
@@ -49,23 +51,33 @@ class Model(Section):
 
 
 class Data(Section):
-    source: str = Field(min_length=1, description="file, Hub id, or builtin:python-docs")
+    """The data set. `data: null` makes a run without training."""
+
+    source: str = Field(min_length=1, description="file, Hub id, or `builtin:python-docs`")
     subset: str | None = Field(default=None, min_length=1, description="configuration of a data set on the Hub")
     revision: str | None = Field(default=None, min_length=1, description="branch, tag or commit on the Hub")
-    split: str = Field(default="train", min_length=1)
-    form: Literal["auto", *DATA_FORMS] = "auto"  # type: ignore[valid-type]
-    columns: dict[str, str] = Field(default={}, description="a form's column -> its name in this data set")
-    on_bad_row: Literal["refuse", "skip"] = "refuse"
-    held_out: Real = Field(default=0.05, gt=0, lt=0.9, description="share kept out of training")
+    split: str = Field(default="train", min_length=1, description="split of a data set on the Hub")
+    form: Literal["auto", *DATA_FORMS] = Field(  # type: ignore[valid-type]
+        default="auto", description="form of the rows; `auto` finds it from the columns"
+    )
+    columns: dict[str, str] = Field(default={}, description="a column of the form -> its name in this data set")
+    on_bad_row: Literal["refuse", "skip"] = Field(
+        default="refuse", description="stop at a row that cannot be used, or leave it out and count it"
+    )
+    held_out: Real = Field(default=0.05, gt=0, lt=0.9, description="share of the examples kept out of training")
     limit: Count | None = Field(default=None, description="use at most this many examples")
-    seed: Seed = 0
+    seed: Seed = Field(default=0, description="seed of the split, and of the choice that `limit` makes")
 
 
 class Lora(Section):
-    rank: Count = 16
-    alpha: Real = Field(default=32, gt=0)
-    dropout: Real = Field(default=0.05, ge=0, lt=1)
-    target_modules: str | list[str] = "all-linear"
+    """The LoRA adapter."""
+
+    rank: Count = Field(default=16, description="rank of the two matrices of each layer")
+    alpha: Real = Field(default=32, gt=0, description="scale of the adapter: its product is times alpha / rank")
+    dropout: Real = Field(default=0.05, ge=0, lt=1, description="dropout on the adapter's input")
+    target_modules: str | list[str] = Field(
+        default="all-linear", description="`all-linear`, a list of module names, or a regular expression"
+    )
 
     @field_validator("target_modules")
     @classmethod
@@ -82,46 +94,74 @@ class Lora(Section):
 
 
 class Train(Section):
-    method: Literal["qlora", "lora"] = "qlora"
-    lora: Lora = Lora()
-    epochs: Real = Field(default=1, gt=0, le=1000)
-    max_steps: Count | None = None
-    max_minutes: Real | None = Field(default=None, gt=0, le=100_000, description="stop training after this time")
-    batch_size: Count = 4
-    accumulate: Count = 4
-    learning_rate: Rate = 2.0e-4
-    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
-    warmup: Real = Field(default=0.03, ge=0, lt=1, description="share of the steps")
-    max_length: Count = Field(default=1024, description="tokens per training sequence")
-    packing: bool = True
-    loss_on: Literal["auto", "assistant", "completion", "all"] = "auto"
-    optimizer: Literal["auto", "adamw", "paged_adamw_8bit"] = "auto"
-    checkpoint_every: Count = 100
-    evaluate_every: Count = 100
-    seed: Seed = 0
+    """Fine-tuning."""
+
+    method: Literal["qlora", "lora"] = Field(
+        default="qlora", description="train on a base in 4 bits (NF4), or on the base in bf16"
+    )
+    lora: Lora = Field(default=Lora(), description="the adapter")
+    epochs: Real = Field(default=1, gt=0, le=1000, description="passes over the training examples")
+    max_steps: Count | None = Field(default=None, description="stop after this many optimizer steps")
+    max_minutes: Real | None = Field(
+        default=None, gt=0, le=100_000, description="train as many steps as fit in this time"
+    )
+    batch_size: Count = Field(default=4, description="sequences in one forward pass")
+    accumulate: Count = Field(default=4, description="forward passes for one optimizer step")
+    learning_rate: Rate = Field(default=2.0e-4, description="highest learning rate")
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
+        default="cosine", description="how the learning rate changes after the warm-up"
+    )
+    warmup: Real = Field(default=0.03, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    max_length: Count = Field(default=1024, description="tokens in one training sequence; longer ones are cut")
+    packing: bool = Field(default=True, description="put several short examples into one sequence")
+    loss_on: Literal["auto", "assistant", "completion", "all"] = Field(
+        default="auto", description="tokens that count: all answers, the last answer, or the whole text"
+    )
+    optimizer: Literal["auto", "adamw", "paged_adamw_8bit"] = Field(
+        default="auto", description="`auto` takes the 8-bit one on CUDA"
+    )
+    checkpoint_every: Count = Field(default=100, description="steps between two checkpoints")
+    evaluate_every: Count = Field(default=100, description="steps between two measurements of the held-out loss")
+    seed: Seed = Field(default=0, description="seed of the adapter's first weights and of the order of examples")
 
 
 class Merge(Section):
-    base: Literal["auto", "nf4", "bf16"] = "auto"
-    adapter: str | None = Field(default=None, min_length=1, description="trained elsewhere: a folder, or a Hub id")
+    """The merge of the adapter into the base model."""
+
+    base: Literal["auto", "nf4", "bf16"] = Field(
+        default="auto", description="base to merge into; `auto` tries both after QLoRA and keeps the better one"
+    )
+    adapter: str | None = Field(
+        default=None, min_length=1, description="an adapter trained elsewhere: a folder, or a Hub id"
+    )
 
 
 class Evaluate(Section):
-    general: str = Field(default="builtin:python-topics", description="general text: builtin, a .txt file")
-    max_tokens: Whole = Field(default=16384, ge=256, description="tokens measured of each text")
+    """The measurements. `evaluate: null` measures nothing, for runs that neither train nor publish."""
+
+    general: str = Field(
+        default="builtin:python-topics", description="general text: `builtin:python-topics`, or a .txt file"
+    )
+    max_tokens: Whole = Field(default=16384, ge=256, description="tokens of each text to measure on")
     max_minutes: Real | None = Field(
         default=None, gt=0, le=100_000, description="measure each model on fewer tokens if they would take longer"
     )
-    prompts: list[str] = Field(default=[], description="questions whose answers the card shows")
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where models are measured")
+    prompts: list[str] = Field(default=[], description="questions; the card shows the answers")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="device that models are measured on")
 
 
 class Publish(Section):
-    repo: str | None = Field(default=None, description="USER/NAME on the Hub")
-    private: bool = True
-    commits: Literal["per_stage", "single"] = "per_stage"
+    """The repository on the Hub."""
+
+    repo: str | None = Field(default=None, description="USER/NAME on the Hub; without it nothing is published")
+    private: bool = Field(default=True, description="visibility of a new repository")
+    commits: Literal["per_stage", "single"] = Field(
+        default="per_stage", description="publish after every stage, or once at the end"
+    )
     create_pr: bool = Field(default=False, description="open a pull request instead of committing to the main branch")
-    mirrors: dict[str, str] = Field(default={}, description="variant -> a repository that has it at its root")
+    mirrors: dict[str, str] = Field(
+        default={}, description="a variant -> a repository that holds this variant at its root"
+    )
 
     @field_validator("repo")
     @classmethod
@@ -180,9 +220,13 @@ def _has_host(address: str) -> bool:
 
 
 class Track(Section):
-    project: str = Field(default="tunepress", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """The experiment tracker, Trackio."""
+
+    project: str = Field(
+        default="tunepress", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Trackio project of the run"
+    )
     space: str | None = Field(default=None, description="USER/NAME of a Space that shows the dashboard")
-    server: str | None = Field(default=None, description="address of a Trackio server of your own")
+    server: str | None = Field(default=None, description="address of your own Trackio server")
 
     @field_validator("space")
     @classmethod
@@ -204,21 +248,20 @@ class Track(Section):
 
 
 class Config(Section):
-    """Everything a run needs to know. Same content, same run.
+    """The configuration of a run. The same content gives the same run.
 
-    Without `data` nothing is trained: the model is quantized as it is, or with `merge.adapter` in it.
-    Without `evaluate` nothing is measured, which only a run without training may ask for.
+    With `data: null` nothing is trained: the model is quantized as it is, or after merging `merge.adapter`.
     """
 
-    name: str = Field(description="the run's folder, and the Trackio run")
-    model: Model
-    data: Data | None
-    train: Train = Train()
-    merge: Merge = Merge()
-    evaluate: Evaluate | None = Evaluate()
-    quantize: Quantize = Quantize()
-    publish: Publish = Publish()
-    track: Track = Track()
+    name: str = Field(description="name of the run's folder below `runs/`, and of the run in Trackio")
+    model: Model = Field(description="the base model")
+    data: Data | None = Field(description="the data set")
+    train: Train = Field(default=Train(), description="fine-tuning")
+    merge: Merge = Field(default=Merge(), description="merging the adapter")
+    evaluate: Evaluate | None = Field(default=Evaluate(), description="measuring")
+    quantize: Quantize = Field(default=Quantize(), description="the variants")
+    publish: Publish = Field(default=Publish(), description="the repository on the Hub")
+    track: Track = Field(default=Track(), description="the experiment tracker")
 
     @field_validator("name")
     @classmethod
