@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
+import sys
 from urllib.parse import quote
 
-from pipeline.system.command_names import install
+LAUNCHED_BY = "TUNEPRESS_COMMAND"  # set by launch.sh; already quoted for a shell
 
 # Tokens of the Hub and of its cousins, wherever they turn up.
 _TOKEN_SHAPES = re.compile(
@@ -106,6 +108,12 @@ class StageFailed(UserError):
     def __init__(self, message: str, exit_code: int, log: object):
         super().__init__(message if exit_code == 2 else f"{message} (log: {log})")
         self.exit_code = exit_code
+
+
+def install(*words: str) -> str:
+    """Return the pip command that installs packages into this environment."""
+    pip = f"{shlex.quote(sys.executable)} -m pip" if LAUNCHED_BY in os.environ else "pip"
+    return " ".join([pip, "install", *(shlex.quote(word) for word in words)])
 
 
 def is_unreachable(error: BaseException) -> bool:

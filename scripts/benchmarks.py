@@ -14,9 +14,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.workflow.stage_process import OF_STAGES
+from pipeline.system.process_environment import STAGE_SETTINGS
 
-AS_STAGES = OF_STAGES  # what `tunepress` itself starts its work with
+AS_STAGES = STAGE_SETTINGS  # what `tunepress` itself starts its work with
 ROOT = Path(__file__).parents[1]
 # Widths of a tiny and a small model for trying things out, SmolLM2-135M, TinyLlama-1.1B and Llama-3-8B.
 SIZES = {

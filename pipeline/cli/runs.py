@@ -10,6 +10,7 @@ import typer
 
 from pipeline.cli.machine import show_plan
 from pipeline.cli.options import RUNS, AsJson, ConfigArgument, Root, Settings, console, terminal_reporter
+from pipeline.system.text_format import size
 
 Accelerate = Annotated[
     str | None,
@@ -110,7 +111,6 @@ def clean(
     as_json: AsJson = False,
 ) -> None:
     """Remove what a release does not need: checkpoints, unpacked base models, what was interrupted."""
-    from pipeline.cli.terminal import size
     from pipeline.workflow.cleanup import clean as remove
     from pipeline.workflow.workspace import Workspace
 

@@ -18,6 +18,7 @@ from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import Config
 from pipeline.system.command_names import command
 from pipeline.system.files import read_json
+from pipeline.system.text_format import clock, size
 from pipeline.workflow.reporter import Reporter
 from pipeline.workflow.workspace import Entry, Workspace
 
@@ -157,15 +158,6 @@ def _how_measured(results: dict) -> str:
     )
 
 
-def size(count: float) -> str:
-    """Bytes as people write them: 164 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit in ("B", "kB", "MB") else f"{count:.2f} {unit}"
-        count /= 1000
-    raise AssertionError
-
-
 def _figures(result: dict) -> list[str]:
     quality = result.get("quality", {})
     speeds = result.get("speed", {})
@@ -218,12 +210,6 @@ def _perplexities(figures: dict) -> list[str]:
         if value := figures.get(f"{text}_perplexity"):
             return [f"{text.replace('_', '-')} perplexity {value:.2f}"]
     return []
-
-
-def clock(seconds: float) -> str:
-    """Seconds as people write them: 4.2s, 3m07s."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}m{rest:02d}s" if minutes else f"{seconds:.1f}s"
 
 
 def show_status(console: Console, workspace: Workspace, events: list[dict]) -> None:

@@ -19,8 +19,7 @@ from typing import Any
 
 from pipeline.data.json_array import JsonRows, read_array
 from pipeline.data.rows import BadRow, shorten
-from pipeline.errors import DataError
-from pipeline.system.command_names import install
+from pipeline.errors import DataError, install
 
 Row = tuple[str, Any]  # ("line 3" or "row 3", what the row holds, or the BadRow that it is)
 

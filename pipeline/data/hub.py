@@ -17,9 +17,8 @@ from typing import Any
 from pipeline.config.schema import Data
 from pipeline.data.files import Row, Table
 from pipeline.data.rows import shorten
-from pipeline.errors import DataError, is_unreachable
+from pipeline.errors import DataError, install, is_unreachable
 from pipeline.hub.retry import insist
-from pipeline.system.command_names import install
 
 _COMMIT = re.compile(r"[0-9a-f]{40}\Z")
 _TIMEOUT = 10.0  # seconds

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pipeline.errors import ModelError
 from pipeline.system.libraries import quiet
-from pipeline.workflow.stage_process import as_a_user, with_own_package
+from pipeline.system.process_environment import user_environment, with_own_package
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def probe(folder: Path, loader: str, ids: Sequence[int] = (), device: str = "aut
             device,
         ]
         # As a user would start it: without the allocator settings that stages run under.
-        plain = with_own_package(as_a_user())
+        plain = with_own_package(user_environment())
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=plain)
         result = out / "probe.json"
         if done.returncode < 0:

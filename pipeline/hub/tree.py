@@ -7,12 +7,8 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from pipeline.system.files import sha256
-
-if TYPE_CHECKING:
-    from pipeline.workflow.workspace import Digest
+from pipeline.system.files import Digest, sha256
 
 LINEAGE = "tunepress.json"
 CARD = "README.md"

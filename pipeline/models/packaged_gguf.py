@@ -8,9 +8,8 @@ import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from pipeline.errors import MissingExtra, ModelError
+from pipeline.errors import MissingExtra, ModelError, install
 from pipeline.models.provenance import Origin, text, texts
-from pipeline.system.command_names import install
 from pipeline.system.files import replace_folder
 from pipeline.system.libraries import is_installed, quiet
 

@@ -17,6 +17,7 @@ from pipeline.planning.benchmark import keep as keep_calibration
 from pipeline.planning.devices import existing, hub_cache, this_machine
 from pipeline.system import command_names, hardware
 from pipeline.system.libraries import is_installed, quiet, versions
+from pipeline.system.text_format import size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -184,8 +185,6 @@ def show(console: Console, found: dict) -> None:
 
 
 def _lines(found: dict) -> Iterator[tuple[str, str]]:
-    from pipeline.cli.terminal import size
-
     about, hub, kept = found["machine"], found["hub"], found["calibration"]
     yield "System", f"{about['system']}, {about['cores']} cores, {size(found['memory_free_bytes'])} of memory free"
     for device in found["devices"]:
@@ -218,8 +217,6 @@ def _compute(dtype: str) -> str:
 
 
 def _speed(kept: dict) -> str:
-    from pipeline.cli.terminal import size
-
     figures = kept["figures"]
     if not figures:
         return kept["problem"] or f"not measured; run: {command_names.command('doctor', '--calibrate')}"

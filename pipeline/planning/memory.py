@@ -24,8 +24,8 @@ SKELETON = 130 * MB  # of transformers, if it has to build the model to find its
 CUDA_LIBRARIES = 2500 * MB  # main memory that a CUDA build of torch takes on top
 CUDA_CONTEXT = 700 * MB  # GPU memory that is gone before the first tensor
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8  # a code, a scale of 8 bits for 64, a scale of those for 256 of them
-# Stages keep what they free (`process.ALLOCATOR`): blocks of other sizes leave holes between what is held, and
-# what a layer computes with on its way lies there too.
+# Stages keep the memory that they free (`process_environment.ALLOCATOR`). Blocks of other sizes leave holes in it,
+# and the intermediate results of a layer lie there too.
 HOLES = 1.5
 MEASURING_HOLES = 1.1  # of scoring and comparing one model after another
 COMPARED_HOLES = 1.3  # of three models one after the other, which all work in blocks of the same sizes

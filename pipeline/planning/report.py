@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pipeline.planning import memory
 from pipeline.planning.plan import Plan, Shortage
 from pipeline.planning.stages import Stage, disk_peaks
+from pipeline.system.text_format import clock, size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -83,8 +84,6 @@ def show(console: Console, plan: Plan) -> None:
     """The plan as a page of text."""
     from rich.markup import escape
 
-    from pipeline.cli.terminal import size
-
     for label, line in _head(plan):
         console.print(f"[bold]{label:<8}[/]{escape(line)}")
     console.print(_table(plan))
@@ -101,8 +100,6 @@ def show(console: Console, plan: Plan) -> None:
 
 
 def _head(plan: Plan) -> Iterator[tuple[str, str]]:
-    from pipeline.cli.terminal import size
-
     model, data, machine, config = plan.model, plan.data, plan.machine, plan.config
     where = {"hub": f"{size(model.fetched_bytes)} on the Hub", "folder": f"{size(model.file_bytes)} in a folder"}
     came = where.get(model.kind, f"{size(model.file_bytes)} in a package")
@@ -131,8 +128,6 @@ def _table(plan: Plan):
     from rich.box import SIMPLE
     from rich.table import Table
 
-    from pipeline.cli.terminal import clock, size
-
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     has_gpu = plan.machine.has_gpu
     for column in ("", "fetches", "reads", "writes", "for a while", "sends", "memory", "GPU", "time"):
@@ -154,8 +149,6 @@ def _table(plan: Plan):
 
 
 def _notes(plan: Plan) -> Iterator[str]:
-    from pipeline.cli.terminal import size
-
     disk = f"disk: {size(plan.disk_bytes)} at most in the run's folder"
     yield disk + (f", {size(plan.cached_bytes)} more in the Hub's cache" if plan.cached_bytes else "")
     if plan.uploaded_bytes:
@@ -175,8 +168,6 @@ def _notes(plan: Plan) -> Iterator[str]:
 
 def tell_time(plan: Plan) -> str:
     """How long it takes and what is not in that, or why that is not known: `about 3:20, without the network`."""
-    from pipeline.cli.terminal import clock
-
     if plan.why_no_times:
         return plan.why_no_times
     without = [*(f"{stage}, {why}" for stage, why in plan.untimed.items()), "the network"]
@@ -185,8 +176,6 @@ def tell_time(plan: Plan) -> str:
 
 def tell_shortage(short: Shortage) -> str:
     """`train needs 9.1 GB of GPU memory, there are 8.0 GB`."""
-    from pipeline.cli.terminal import size
-
     return f"{short.stage} needs {size(short.need)} of {short.what}, there are {size(short.have)}"
 
 

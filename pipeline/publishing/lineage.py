@@ -15,7 +15,7 @@ from pipeline.system.redaction import file_name
 from pipeline.workflow.workspace import Workspace
 
 if TYPE_CHECKING:
-    from pipeline.hub import LocalFile
+    from pipeline.hub.tree import LocalFile
 
 SCHEMA = 1
 

@@ -7,8 +7,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.hub import LINEAGE, Tree, read_tree
 from pipeline.hub.retry import persist
+from pipeline.hub.tree import LINEAGE, Tree, read_tree
 from pipeline.models.sources import model_digest
 
 

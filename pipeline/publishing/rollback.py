@@ -10,13 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import hub
 from pipeline.config.schema import REPO_ID
 from pipeline.errors import HubError
-from pipeline.hub import Commit, Content, Copy, Release, Tree, release_of
+from pipeline.hub.auth import check_access
 from pipeline.hub.retry import persist
-from pipeline.publishing import tags
+from pipeline.hub.tree import CARD, LINEAGE, Content, Copy, Tree, read_tree
 from pipeline.publishing.cards.readmes import brought_back, left_behind
+from pipeline.publishing.commit import Commit, publish
+from pipeline.publishing.tags import Release, release_of, releases
 
 
 @dataclass(frozen=True)
@@ -42,29 +43,29 @@ def rollback(repo: str, to: str | None = None) -> Rollback:
     """
     if not REPO_ID.match(repo):
         raise HubError(f"{repo}: a repository is written USER/NAME")
-    hub.check_access(repo)
+    check_access(repo)
     target = persist(repo, lambda: _target(repo, to))
-    old = persist(repo, lambda: hub.read_tree(repo, target.commit))
+    old = persist(repo, lambda: read_tree(repo, target.commit))
     if not persist(repo, lambda: old.ours):
-        raise HubError(f"{repo}: {target.tag} has no {hub.LINEAGE} that says what to go back to")
+        raise HubError(f"{repo}: {target.tag} has no {LINEAGE} that says what to go back to")
 
     def contents(tree: Tree) -> dict[str, Content]:
         wanted = {path: _content(old, path, tree) for path in sorted(old.ours)}
         return {**wanted, **left_behind(tree, wanted)}
 
-    commit = hub.publish(repo, contents, f"Back to {target.tag}", way_out="run the rollback again")
+    commit = publish(repo, contents, f"Back to {target.tag}", way_out="run the rollback again")
     return Rollback(target.tag, commit)
 
 
 def _target(repo: str, to: str | None) -> Release:
-    known = tags(repo)
+    known = releases(repo)
     if to is not None:
         found = next((release for release in known if release.tag == to), None)
         if found is None:
             there = ", ".join(release.tag for release in known) or "none"
             raise HubError(f"{repo}: no release {to}; tagged releases: {there}")
         return found
-    now = release_of(repo, hub.read_tree(repo).head, known)
+    now = release_of(repo, read_tree(repo).head, known)
     older = [release for release in known if now is None or release.number < now.number]
     if not older:
         others = ", ".join(release.tag for release in known if release != now) or "none"
@@ -74,6 +75,6 @@ def _target(repo: str, to: str | None) -> Release:
 
 def _content(old: Tree, path: str, tree: Tree) -> Content:
     """A file of the older release; of a card only our part of it."""
-    if Path(path).name != hub.CARD:
+    if Path(path).name != CARD:
         return Copy(old.head, path, old.files[path])
     return brought_back(old.read(path), tree.read(path))

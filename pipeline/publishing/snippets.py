@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.workflow.stage_process import as_a_user, with_own_package
+from pipeline.system.process_environment import user_environment, with_own_package
 
 _FENCE = re.compile(r"(`{3,})(\w*)\Z")
 
@@ -42,7 +42,9 @@ def run(
     """
     script = folder / "snippet.py"
     script.write_text(code, encoding="utf-8")
-    plain = {k: v for k, v in as_a_user().items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"} | dict(more or {})
+    plain = (
+        {k: v for k, v in user_environment().items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"} | dict(more or {})
+    )
     return subprocess.run(
         [sys.executable, script.name],
         cwd=folder,

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from pipeline.errors import HubError
-from pipeline.hub import Tree
+from pipeline.hub.tree import Tree
 from pipeline.publishing.remote_release import Standing
 from pipeline.retraining.published_model import Live, live_in, weights_of
 from pipeline.system.files import read_json, write_json

@@ -16,9 +16,8 @@ from pipeline.config.loader import dump_config
 from pipeline.config.schema import PACKAGE_SOURCE, Config
 from pipeline.data.sources import is_builtin, locate
 from pipeline.errors import ConfigError, HubError, UserError, redact
-from pipeline.hub import HubAway, check_token
-from pipeline.hub.auth import keyless, who_is
-from pipeline.hub.retry import persist
+from pipeline.hub.auth import check_token, keyless, who_is
+from pipeline.hub.retry import HubAway, persist
 from pipeline.models.sources import is_local
 from pipeline.retraining.decision import Matter, check, look
 from pipeline.retraining.hf_job_log import JobLog

@@ -7,7 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-LAUNCHED_BY = "TUNEPRESS_COMMAND"  # set by launch.sh; already as a shell takes it
+from pipeline.errors import LAUNCHED_BY
 
 
 def command(*words: object) -> str:
@@ -19,9 +19,3 @@ def login() -> str:
     """The Hub's own command that keeps a token, which .venv has and the PATH of people who use launch.sh has not."""
     hf = shlex.quote(str(Path(sys.executable).with_name("hf"))) if LAUNCHED_BY in os.environ else "hf"
     return f"{hf} auth login"
-
-
-def install(*words: str) -> str:
-    """The pip command that installs into the environment that this runs in."""
-    pip = f"{shlex.quote(sys.executable)} -m pip" if LAUNCHED_BY in os.environ else "pip"
-    return " ".join([pip, "install", *(shlex.quote(word) for word in words)])

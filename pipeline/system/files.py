@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import DiskFull, UserError, WorkspaceError
@@ -18,6 +19,15 @@ from pipeline.errors import DiskFull, UserError, WorkspaceError
 _NO_ROOM = re.compile(
     r"No space left|os error 28|[Dd]isk is full|[Qq]uota exceeded|PytorchStreamWriter failed|inline_container"
 )
+
+
+@dataclass(frozen=True)
+class Digest:
+    """A file's content by hash. `size` in bytes and `mtime_ns` only save hashing a file that did not change."""
+
+    sha256: str
+    size: int
+    mtime_ns: int
 
 
 def no_room(error: BaseException | None, folder: str | Path = ".") -> DiskFull | None:

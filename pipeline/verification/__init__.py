@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pipeline.errors import UserError
-from pipeline.hub import LINEAGE
+from pipeline.hub.tree import LINEAGE
 from pipeline.publishing.lineage import own_version
 from pipeline.verification.claims import Claims, Malformed, read_claims
 from pipeline.verification.findings import DEFECTS_FOUND, Finding, Verdict, Verification, right, unknown, wrong

@@ -15,7 +15,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.hub import CARD
+from pipeline.hub.tree import CARD
 from pipeline.models.gguf_metadata import read_dialogue
 from pipeline.models.provenance import has_chat_template
 from pipeline.publishing.cards import PLOT, About, folder_card, mirror_card, model_card, plot_quality

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import Config
-from pipeline.hub import LINEAGE
+from pipeline.hub.tree import LINEAGE
 from pipeline.publishing.lineage import SCHEMA
 
 MOST_BYTES = 32_000_000  # of a lineage; ours are of some ten thousand

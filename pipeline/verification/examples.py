@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.config.catalog import VARIANTS
-from pipeline.hub import CARD
+from pipeline.hub.tree import CARD
 from pipeline.publishing import snippets
 from pipeline.publishing.cards import About
 from pipeline.publishing.lineage import own_version

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.evaluation.gates import judge, limits
-from pipeline.hub import LINEAGE
+from pipeline.hub.tree import LINEAGE
 from pipeline.publishing.lineage import own_version
 from pipeline.verification.claims import ADAPTER, Claims
 from pipeline.verification.findings import Finding, right, wrong

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from pipeline.hub import LINEAGE
+from pipeline.hub.tree import LINEAGE
 from pipeline.models.sources import TOKENIZER_FILES
 from pipeline.verification.claims import ADAPTER, Claims, File, is_gguf
 from pipeline.verification.findings import Finding, Verdict, right, unknown, wrong

@@ -26,12 +26,12 @@ from pipeline.models.safe_loading import check_config
 from pipeline.models.sources import read_config
 from pipeline.system.files import read_json, write_json
 from pipeline.system.libraries import versions
+from pipeline.system.process_environment import user_environment, with_own_package
 from pipeline.verification.again import how_to_make
 from pipeline.verification.claims import ADAPTER, ROOT, Claims, is_gguf
 from pipeline.verification.findings import Finding, outdated, right, unknown, wrong
 from pipeline.verification.places import Place, Tell
 from pipeline.verification.worker import DAMAGED, MISSING, OUTDATED
-from pipeline.workflow.stage_process import as_a_user, with_own_package
 from pipeline.workflow.workspace import Workspace
 
 TOLERANCE = 0.01  # of a perplexity
@@ -204,7 +204,7 @@ def in_fresh_process(request: dict, scratch: Path, tell: Tell) -> dict:
     result.unlink(missing_ok=True)
     write_json(asked, request)
     tell(0, 1, "loading")
-    plain = as_a_user() | {"HF_HUB_OFFLINE": "1"}
+    plain = user_environment() | {"HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-P", "-m", "pipeline.verification.worker", str(asked), str(result)]
     with open(scratch / "log", "w+", encoding="utf-8", errors="replace") as log:
         child = subprocess.Popen(

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pipeline.config.schema import REPO_ID
 from pipeline.errors import ModelError, WorkspaceError
-from pipeline.hub import LINEAGE, Tree, read_tree
 from pipeline.hub.download import download, in_one_line
+from pipeline.hub.tree import LINEAGE, Tree, read_tree
 from pipeline.system.files import sha256
 from pipeline.verification.claims import MOST_BYTES, Malformed, check_path
 from pipeline.workflow.workspace import HIDDEN, Workspace

@@ -22,9 +22,10 @@ from pipeline.config.loader import explain, read_yaml
 from pipeline.config.schema import PACKAGE_SOURCE, Config, Model, Quantize, repository_id, run_name
 from pipeline.errors import ConfigError, HubError, Interrupted, UserError
 from pipeline.evaluation.gates import limits
-from pipeline.hub import CARD, LINEAGE, check_root
+from pipeline.hub.tree import CARD, LINEAGE
 from pipeline.models.hub_inspection import inspect
 from pipeline.models.sources import check_source, is_local
+from pipeline.publishing.commit import check_root
 from pipeline.publishing.remote_release import Standing, is_same_model, standing
 from pipeline.system.redaction import file_name
 from pipeline.tracking.trackers.spaces import keep_in, space_at

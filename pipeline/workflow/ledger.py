@@ -7,16 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.errors import WorkspaceError
-from pipeline.system.files import read_json
-
-
-@dataclass(frozen=True)
-class Digest:
-    """A file as the ledger knows it; `mtime_ns` only saves hashing what did not change."""
-
-    sha256: str
-    size: int
-    mtime_ns: int
+from pipeline.system.files import Digest, read_json
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ def preflight(
             _check_device(config.evaluate.device)
     check_tracking(config.track)
     if need_hub and config.publish.repo:
-        from pipeline.hub import check_access, check_destination
+        from pipeline.hub.auth import check_access
+        from pipeline.publishing.commit import check_destination
 
         for repo in (config.publish.repo, *config.publish.mirrors.values()):
             check_access(repo, config.publish.create_pr)

@@ -16,11 +16,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import Interrupted, StageFailed
+from pipeline.system.process_environment import STAGE_SETTINGS, with_own_package
 from pipeline.tracking.events import Events
 from pipeline.training.accelerate_launch import Launch
 from pipeline.workflow.reporter import Reporter
@@ -28,17 +29,6 @@ from pipeline.workflow.workspace import Workspace
 
 GRACE_SECONDS = 20.0
 POLL_SECONDS = 0.2
-
-# glibc gives every large block back to the system at once, and the next one costs page faults
-# again; training on a CPU spends more time on those than on arithmetic. Keep the memory.
-ALLOCATOR = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
-# oneDNN and torch's layer above it keep a program of a megabyte or two for each of the last 1024 shapes that were
-# multiplied, and every step of training brings new lengths.
-OF_STAGES = {
-    "GLIBC_TUNABLES": ALLOCATOR,
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
-    "LRU_CACHE_CAPACITY": "64",
-}
 
 
 @dataclass(frozen=True)
@@ -89,7 +79,7 @@ def run_stage(
             stdout=log,
             stderr=log,
             start_new_session=True,
-            env={**OF_STAGES, **with_own_package(os.environ), **more},
+            env={**STAGE_SETTINGS, **with_own_package(os.environ), **more},
         )
     theirs.close()
     messages = _Messages(ours, reporter)
@@ -126,17 +116,6 @@ def _command(launch: Launch | None, arguments: tuple[str, ...]) -> list[str]:
         return launch.command("pipeline.workflow.stages", *arguments)
     # -P: the folder that the user stands in may have a `pipeline` of its own.
     return [sys.executable, "-P", "-m", "pipeline.workflow.stages", *arguments]
-
-
-def as_a_user() -> dict[str, str]:
-    """Return the environment without what stages run under, as a user would start a process."""
-    return {name: value for name, value in os.environ.items() if OF_STAGES.get(name) != value}
-
-
-def with_own_package(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment in which `python -P` finds this very package, installed or not."""
-    paths = [str(Path(__file__).resolve().parents[2]), environment.get("PYTHONPATH", "")]
-    return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def _watch(child: subprocess.Popen, messages: _Messages, on_tick: Callable[[], None], grace: float) -> bool:

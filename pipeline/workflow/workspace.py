@@ -23,11 +23,11 @@ from pathlib import Path
 from pipeline.config.loader import dump_config, load_config
 from pipeline.config.schema import Config
 from pipeline.errors import WorkspaceError
-from pipeline.system.files import place_files, read_json, sha256, sync, write_json, write_text
+from pipeline.system.files import Digest, place_files, read_json, sha256, sync, write_json, write_text
 from pipeline.system.redaction import without_private
-from pipeline.workflow.ledger import Digest, Entry, read_ledger
+from pipeline.workflow.ledger import Entry, read_ledger
 
-__all__ = ["HIDDEN", "Digest", "Entry", "Workspace"]
+__all__ = ["HIDDEN", "Entry", "Workspace"]
 
 HIDDEN = ".tunepress"  # the run's folder inside a result that was asked for by name
 

@@ -16,7 +16,7 @@ from pipeline.inference.kernels.growing import GrowingLayer
 from pipeline.inference.kernels.pages import Room
 from pipeline.inference.load import load
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.workflow.stage_process import ALLOCATOR
+from pipeline.system.process_environment import ALLOCATOR
 from tests.conftest import write_tokenizer
 
 SHAPE = {

@@ -53,12 +53,14 @@ def test_after_too_many_broken_connections_the_error_is_one_line_and_the_next_pu
 
 PUBLISH = """
 import sys
-from pipeline import hub
-from pipeline.hub import LocalFile, upload
+from pipeline.hub.auth import create
+from pipeline.publishing.commit import publish
+from pipeline.hub.tree import LocalFile
+from pipeline.publishing import upload
 from pathlib import Path
 upload.BATCH_BYTES = 0
-hub.create(sys.argv[2], True)
-hub.publish(sys.argv[2], lambda tree: {p.name: LocalFile.of(p) for p in sorted(Path(sys.argv[1]).iterdir())}, "release")
+create(sys.argv[2], True)
+publish(sys.argv[2], lambda tree: {p.name: LocalFile.of(p) for p in sorted(Path(sys.argv[1]).iterdir())}, "release")
 """
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import HubError
-from pipeline.workflow.workspace import Digest
+from pipeline.system.files import Digest
 from tests.publishing.conftest import REPO, sent_bytes, uploads, weights
 from tests.support.hub.store import Entry
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.errors import HubError
-from pipeline.hub import check_destination
+from pipeline.publishing.commit import check_destination
 from pipeline.publishing.rollback import rollback
 from tests.publishing.conftest import REPO, FakeRun, make_run
 

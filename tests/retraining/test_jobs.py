@@ -14,7 +14,7 @@ from huggingface_hub import constants
 
 from pipeline.cli import retrain
 from pipeline.config.loader import load_config
-from pipeline.hub import HubAway
+from pipeline.hub.retry import HubAway
 from pipeline.retraining.input_changes import inputs_of
 from pipeline.retraining.lock import alone, refuse_beside_job
 from tests.support.hub import LoopbackHub

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.schema import Config
-from pipeline.errors import HubError, MissingExtra
-from pipeline.hub import check_token
+from pipeline.errors import LAUNCHED_BY, HubError, MissingExtra
+from pipeline.hub.auth import check_token
 from pipeline.planning import make_plan
-from pipeline.system.command_names import LAUNCHED_BY, command
+from pipeline.system.command_names import command
 
 TREE = {"name": "tiny", "data": None, "quantize": {"variants": []}}
 

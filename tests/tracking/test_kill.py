@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from tests.tracking.conftest import REPOSITORY, Run, assert_once_each, configuration, stored_rows
+from tests.support import REPOSITORY
+from tests.tracking.conftest import Run, assert_once_each, configuration, stored_rows
 
 # Goes on training from the step in argv, faster than a real run, until it is killed.
 _WORK = """

@@ -13,7 +13,8 @@ import pytest
 from pipeline.tracking.trackers import sync
 from pipeline.tracking.trackers.trackio import dashboard_hint
 from pipeline.workflow.workspace import Workspace
-from tests.tracking.conftest import REPOSITORY, Run, assert_once_each, configuration, stored_rows
+from tests.support import REPOSITORY
+from tests.tracking.conftest import Run, assert_once_each, configuration, stored_rows
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pipeline.config.schema import VariantSpec
 from pipeline.models.sources import linear_weights, table_weights
 from pipeline.quantization.writer import quantize_checkpoint
 from pipeline.system.files import sha256
-from pipeline.workflow.stage_process import with_own_package
+from pipeline.system.process_environment import with_own_package
 
 NAMES = ("int8", "int8-dynamic", "int4", "gguf-q4_0")
 

@@ -80,7 +80,7 @@ def _text(value: str | bool) -> str:
 
 def _become_run(config: Path, runs: Path) -> None:
     """This process becomes the run, which so gets the token that was typed, and nobody else does."""
-    from pipeline.workflow.stage_process import with_own_package
+    from pipeline.system.process_environment import with_own_package
 
     sys.stdout.flush()
     sys.stderr.flush()

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pipeline.cli.wizard.draft import Draft
 from pipeline.cli.wizard.prompts import Question, yes_or_no
 from pipeline.errors import HubError, TrackError
-from pipeline.hub import HubAway, check_access, check_token
+from pipeline.hub.auth import check_access, check_token
+from pipeline.hub.retry import HubAway
 from pipeline.tracking.trackers.places import TOKEN_VARIABLE
 
 NOWHERE, HERE = "none", "local"

@@ -28,7 +28,7 @@ def _default_name(draft: Draft) -> str:
 def _take_name(draft: Draft, answer: str) -> None:
     config = draft.config({"name": answer})
     if config.publish.repo:
-        from pipeline.hub import check_destination
+        from pipeline.publishing.commit import check_destination
 
         check_destination(config.publish.repo, config.name)
     draft.set({"name": answer})

@@ -13,6 +13,7 @@ from pipeline.cli.wizard.summary import millions
 from pipeline.config.loader import shipped_configs
 from pipeline.planning.devices import may_have_gpu
 from pipeline.planning.model import read_sizes
+from pipeline.system.text_format import size
 
 DEFAULT = "demo"
 
@@ -51,8 +52,6 @@ def recipe_tree(recipe: str, own_data: bool = True) -> dict:
 
 def _tell(draft: Draft) -> None:
     """What was found: the model, the machine, and what a GPU that is not used needs."""
-    from pipeline.cli.terminal import size
-
     sizes, machine = draft.sizes, draft.machine
     fetched = sizes.fetched_bytes - sizes.here_bytes
     come = f"; {size(fetched)} to fetch" if fetched else ""

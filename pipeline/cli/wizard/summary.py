@@ -9,6 +9,7 @@ from pipeline.config.schema import Config
 from pipeline.planning import Plan, make_plan
 from pipeline.planning.memory import wanted
 from pipeline.planning.report import tell_shortage, tell_time
+from pipeline.system.text_format import size
 
 
 def show_summary(draft: Draft) -> Plan:
@@ -22,8 +23,6 @@ def show_summary(draft: Draft) -> Plan:
 
 
 def _lines(plan: Plan) -> Iterator[tuple[str, str]]:
-    from pipeline.cli.terminal import size
-
     config = plan.config
     yield "Model", f"{config.model.source}, {millions(plan.model.parameters)} million parameters"
     yield "Data", f"{config.data.source}{_rows(plan)}"
@@ -64,8 +63,6 @@ def _variants(config: Config) -> str:
 
 
 def _published(plan: Plan) -> str:
-    from pipeline.cli.terminal import size
-
     publish = plan.config.publish
     if publish.repo is None:
         return "nothing; it stays on this machine"
@@ -74,8 +71,6 @@ def _published(plan: Plan) -> str:
 
 
 def _memory(plan: Plan) -> str:
-    from pipeline.cli.terminal import size
-
     host = max((wanted(stage.host) for stage in plan.stages), default=0)
     gpu = max((wanted(stage.gpu) for stage in plan.stages), default=0)
     told = f"{size(host)} of memory"

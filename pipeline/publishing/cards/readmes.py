@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.hub import CARD, Content, Tree
+from pipeline.hub.tree import CARD, Content, Tree
 from pipeline.publishing.cards.own_text import keep_own_text, our_part, section_only, their_part
 
 

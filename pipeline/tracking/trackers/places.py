@@ -11,7 +11,7 @@ import sqlite3
 from typing import Any, Protocol
 
 from pipeline.errors import TrackError, redact
-from pipeline.hub import could_be_token
+from pipeline.hub.auth import could_be_token
 
 API_VERSION = 1
 CONNECT_SECONDS, ANSWER_SECONDS = 4.0, 15.0

@@ -14,8 +14,8 @@ import re
 from urllib.parse import urlsplit
 
 from pipeline.errors import HubError, TrackError
-from pipeline.hub import HubAway, check_token
-from pipeline.hub.retry import persist
+from pipeline.hub.auth import check_token
+from pipeline.hub.retry import HubAway, persist
 from pipeline.tracking.trackers.places import Server
 
 CHECK_SECONDS = 4.0

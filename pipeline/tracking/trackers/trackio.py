@@ -27,7 +27,7 @@ import sys
 from datetime import UTC, datetime
 
 from pipeline.config.schema import Config, Track
-from pipeline.hub import HubAway
+from pipeline.hub.retry import HubAway
 from pipeline.tracking.forwarder import Item
 from pipeline.tracking.trackers.places import Local, Place, Server, check_write_token
 from pipeline.tracking.trackers.spaces import Space, find

@@ -5,11 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pipeline.config.schema import Config
 from pipeline.errors import HubError, UserError
-from pipeline.hub import CARD
+from pipeline.hub.auth import check_access, create
+from pipeline.hub.retry import persist
+from pipeline.hub.tree import CARD, Content, Tree, read_tree
+from pipeline.publishing.cards.readmes import left_behind
+from pipeline.publishing.commit import Commit, check_destination, check_root, publish
+from pipeline.publishing.remote_release import standing
+from pipeline.publishing.tags import tag_release
 from pipeline.retraining.baseline import check_is_compared
 from pipeline.system.command_names import command
 from pipeline.tracking.events import STAGES, Events, read_events
@@ -29,9 +34,6 @@ from pipeline.workflow.stages.render import (
 )
 from pipeline.workflow.workspace import Workspace
 
-if TYPE_CHECKING:
-    from pipeline.hub import Commit, Content, Tree
-
 __all__ = ["depends", "parameters", "run", "still_there"]
 
 
@@ -44,12 +46,10 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
 
     What the Hub refuses of a mirror or a tag is told at the end, when all that it takes is there.
     """
-    from pipeline import hub
-
     repo, settings = config.publish.repo, config.publish
     events.progress(0, 1, f"asking the Hub about {repo}")
-    hub.check_access(repo, settings.create_pr)
-    private = hub.create(repo, settings.private)
+    check_access(repo, settings.create_pr)
+    private = create(repo, settings.private)
     commits, problems = _mirrors(config, workspace, events, variants, private)
     there = {v: m for v, m in settings.mirrors.items() if v in variants and (m in commits or _is_mirror(config, m))}
     commits[repo], paths = _main(config, workspace, events, variants, there)
@@ -57,7 +57,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     if _is_finished(config, (*variants, *withheld(config, workspace))):
         for place, commit in commits.items():
             try:
-                tag = hub.tag_release(place, commit.oid)
+                tag = tag_release(place, commit.oid)
             except HubError as error:
                 problems.append(f"published, but not tagged: {error}")
     if left := _left_mirrors(config, withheld(config, workspace)):
@@ -79,15 +79,13 @@ def _main(
     config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...], mirrors: Mapping[str, str]
 ) -> tuple[Commit, list[Path]]:
     """Publish the release; the commit, and the documents as they then are in the release's folder."""
-    from pipeline import hub
-
     repo, documents = config.publish.repo, {}
     # Read once and written at the end: what is rendered for one tree must not be taken for people's text at the next.
     here = {path: local(workspace, path) for path in (CARD, *(f"{folder}/{CARD}" for folder in folders(variants)))}
 
     def contents(tree: Tree) -> dict[str, Content]:
         if not config.merges:
-            hub.check_root(tree)
+            check_root(tree)
         documents.clear()
         existing = {path: _existing(workspace, tree, path, card) for path, card in here.items()}
         documents.update(render(config, workspace, variants, existing.get, mirrors))
@@ -119,9 +117,6 @@ def _mirrors(
     config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...], private: bool
 ) -> tuple[dict[str, Commit], list[str]]:
     """Publish the mirrors of these variants; the commits, and what went wrong with the others."""
-    from pipeline.hub import check_destination, read_tree
-    from pipeline.hub.retry import persist
-
     commits, problems = {}, []
     wanted = {variant: mirror for variant, mirror in config.publish.mirrors.items() if variant in variants}
     if wanted:  # before there are mirrors of it
@@ -137,8 +132,6 @@ def _mirrors(
 
 def still_there(config: Config, kept_out: Collection[str]) -> list[str]:
     """A line for each repository that still has variants that are withheld now, where nothing is published."""
-    from pipeline.publishing.remote_release import standing
-
     repo = config.publish.repo
     try:
         there = standing(repo)
@@ -165,9 +158,6 @@ def _left_mirrors(config: Config, kept_out: Collection[str]) -> list[str]:
 
 def _is_mirror(config: Config, mirror: str) -> bool:
     """Does a repository that could not be brought up to date hold a mirror of this run's all the same?"""
-    from pipeline.hub import read_tree
-    from pipeline.hub.retry import persist
-
     try:
         there = persist(mirror, lambda: read_tree(mirror).lineage)
     except HubError:
@@ -180,16 +170,14 @@ def _mirror(config: Config, workspace: Workspace, events: Events, variant: str, 
 
     Its files cannot be copied there on the Hub, so they are sent again.
     """
-    from pipeline import hub
-
     mirror = config.publish.mirrors[variant]
 
     def contents(tree: Tree) -> dict[str, Content]:
         return {**mirror_files(workspace, variant), **render_mirror(config, workspace, variant, tree.read)}
 
     events.progress(0, 1, f"asking the Hub about {mirror}")
-    hub.check_access(mirror, config.publish.create_pr)
-    hub.create(mirror, private)
+    check_access(mirror, config.publish.create_pr)
+    create(mirror, private)
     commit = _commit(config, workspace, events, mirror, contents, variant)
     _tell(config, workspace, events, mirror, commit, [("quantize", variant)])
     return commit
@@ -199,8 +187,6 @@ def _commit(
     config: Config, workspace: Workspace, events: Events, repo: str, contents: Callable[[Tree], dict], what: str
 ) -> Commit:
     """Bring one repository to `contents`, in a commit or a pull request."""
-    from pipeline import hub
-    from pipeline.publishing.cards.readmes import left_behind
 
     def check(tree: Tree) -> None:
         if repo == config.publish.repo:
@@ -211,12 +197,12 @@ def _commit(
         return {**wanted, **left_behind(tree, wanted)}
 
     if not config.publish.create_pr:
-        return hub.publish(repo, whole, f"{config.name}: {what}", progress=events.progress, check=check)
+        return publish(repo, whole, f"{config.name}: {what}", progress=events.progress, check=check)
     last = workspace.ledger().get("publish")
     known = last.summary.get("pull_request") if last and last.summary.get("repo") == repo else None
     title = f"{config.name}: release by tunepress"  # by which it is found again, so not what is in it
     proposal = {"create_pr": True, "pull_request": known}
-    return hub.publish(repo, whole, title, progress=events.progress, check=check, **proposal)
+    return publish(repo, whole, title, progress=events.progress, check=check, **proposal)
 
 
 def _is_finished(config: Config, judged: tuple[str, ...]) -> bool:

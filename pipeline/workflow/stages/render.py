@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
-from pipeline.hub import CARD, LINEAGE, LocalFile
+from pipeline.hub.tree import CARD, LINEAGE, LocalFile
 from pipeline.models.gguf_metadata import read_dialogue
 from pipeline.system.files import fingerprint, read_json, write_bytes
 from pipeline.tracking.events import Events
