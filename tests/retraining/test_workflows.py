@@ -103,10 +103,14 @@ def test_a_machine_that_only_starts_a_job_installs_no_cuda():
     assert index == f"${{{{ {is_job} && 'https://download.pytorch.org/whl/cpu' || '' }}}}"
 
 
-def test_ci_runs_the_test_command_of_the_readme_and_keeps_what_pip_fetched():
-    readme = (WORKFLOWS.parents[1] / "README.md").read_text()
+def test_ci_runs_the_check_and_test_commands_of_the_readme_and_caches_packages():
+    repository = WORKFLOWS.parents[1]
+    readme = (repository / "README.md").read_text()
     commands = [step["run"] for step in steps("ci.yml", "test") if "run" in step]
-    assert commands == ["./launch.sh --test"] and commands[0] in readme
+    assert commands == ["./launch.sh --check", "./launch.sh --test"]
+    assert all(command in readme for command in commands)
+    lines = (repository / ".ci" / "run").read_text().splitlines()
+    assert [line.removeprefix("exec ") for line in lines[-2:]] == commands
     assert {"push", "pull_request"} <= set(workflow("ci.yml")["on"])
     setup = next(step["with"] for step in steps("ci.yml", "test") if "setup-python" in step.get("uses", ""))
     assert setup["cache"] == "pip"
