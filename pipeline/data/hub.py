@@ -18,7 +18,7 @@ from pipeline.config.schema import Data
 from pipeline.data.files import Row, Table
 from pipeline.data.rows import shorten
 from pipeline.errors import DataError, install, is_unreachable
-from pipeline.hub.retry import insist
+from pipeline.hub.retry import retry
 
 _COMMIT = re.compile(r"[0-9a-f]{40}\Z")
 _TIMEOUT = 10.0  # seconds
@@ -56,14 +56,14 @@ def open_hub(data: Data) -> HubSource:
     try:
         # What may be on this machine already is not waited for.
         attempts = 1 if _may_be_cached(data.source, datasets.config.HF_DATASETS_CACHE) else None
-        info = insist(data.source, lambda: _info(data), attempts=attempts)
+        info = retry(data.source, lambda: _info(data), attempts=attempts)
         pinned, card = info.sha, info.card_data
     except Exception as error:
         if not (is_unreachable(error) and _may_be_cached(data.source, datasets.config.HF_DATASETS_CACHE)):
             raise DataError(f"{data.source}: {reason(error, data)}") from None
     with _in_one_line(data):
         options = {"name": data.subset, "split": data.split, "revision": pinned or data.revision}
-        rows = insist(data.source, lambda: datasets.load_dataset(data.source, **options))
+        rows = retry(data.source, lambda: datasets.load_dataset(data.source, **options))
     revision = _commit_read(rows)
     _check_what_was_read(data, pinned, revision, rows.info.config_name)
     subset = data.subset or (rows.info.config_name if rows.info.config_name != "default" else None)
@@ -84,7 +84,7 @@ def commit_of(data: Data) -> str:
         DataError: if it cannot be had; the message says why, and what to do.
     """
     with _in_one_line(data):
-        return insist(data.source, lambda: _info(data)).sha
+        return retry(data.source, lambda: _info(data)).sha
 
 
 def _info(data: Data) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from pipeline.errors import HubError
-from pipeline.hub.retry import HubAway, persist, status_of
+from pipeline.hub.retry import HubAway, retry_or_explain, status_of
 from pipeline.system.command_names import login
 
 ANSWER_SECONDS = 10.0
@@ -44,7 +44,7 @@ def _check_keyless(repo: str) -> None:
     if keyless() != repo:
         raise HubError(f"{repo}: HF_OIDC_RESOURCE is {keyless()}, and a keyless login may write there alone")
     try:
-        persist(repo, get_token)
+        retry_or_explain(repo, get_token)
     except OIDCError as error:
         raise HubError(f"{repo}: no keyless login: {error}") from None
     except HubAway:
@@ -72,7 +72,7 @@ def check_token(place: str, owner: str | None, attempts: int = ATTEMPTS) -> str:
     token = get_token()
     if token is None:
         raise HubError(f"{place}: no Hub token; set HF_TOKEN or run: {login()}")
-    who = persist(place, lambda: who_is(place, token), attempts=attempts)
+    who = retry_or_explain(place, lambda: who_is(place, token), attempts=attempts)
     names = [who.get("name"), *(o.get("name") for o in who.get("orgs", []))]
     if owner is not None and owner.casefold() not in [str(name).casefold() for name in names]:
         raise HubError(f"{place}: this token belongs to {names[0]}, who cannot write to {owner}/")
@@ -149,4 +149,4 @@ def create(repo: str, private: bool) -> bool:
             api.create_repo(repo, private=private, exist_ok=True)
             return private
 
-    return persist(repo, attempt)
+    return retry_or_explain(repo, attempt)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import HubError, ModelError, UserError, is_unreachable, redact
-from pipeline.hub.retry import insist
+from pipeline.hub.retry import retry
 from pipeline.system.command_names import login
 from pipeline.system.files import sync
 
@@ -43,7 +43,7 @@ def download(
 
     with in_one_line(repo, revision, "not a folder here, and the Hub could not be read"):
         files_metadata = on_progress is not None
-        info = insist(repo, lambda: HfApi().model_info(repo, revision=revision, files_metadata=files_metadata))
+        info = retry(repo, lambda: HfApi().model_info(repo, revision=revision, files_metadata=files_metadata))
         sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
         chosen = choose(list(sizes))
         check_names(repo, chosen)
@@ -51,7 +51,7 @@ def download(
         for name in chosen:
             tell = meter(lambda fresh, before=done: on_progress(before + fresh, total)) if on_progress else None
             options = {"revision": info.sha, "tqdm_class": tell}
-            path = Path(insist(repo, lambda name=name, options=options: hf_hub_download(repo, name, **options)))
+            path = Path(retry(repo, lambda name=name, options=options: hf_hub_download(repo, name, **options)))
             sync(path)  # the client leaves that to the system, and never looks into a file that it has
             done += sizes[name]
             folder = path.parents[name.count("/")]

@@ -1,9 +1,8 @@
-"""What goes wrong with the Hub: what passes by itself is tried again, the rest is told in one line."""
+"""Retries of requests to the Hub, and one line for each error that stays."""
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator
 from http.client import responses
 from typing import TypeVar
@@ -22,81 +21,87 @@ _log = logging.getLogger(__name__)
 
 
 class HubAway(HubError):
-    """The Hub did not answer, or was unwell each time that it was asked."""
+    """No answer from the Hub, or an answer that says the Hub is unwell, in every attempt."""
 
 
-def persist(
+def retry_or_explain(
     place: str,
     work: Callable[[], T],
     *,
-    way_out: str = "try again later",
-    passing: tuple[type[Exception], ...] = (),
+    advice: str = "try again later",
+    also_retried: tuple[type[Exception], ...] = (),
     attempts: int | None = None,
 ) -> T:
-    """`insist`, with one line for people where it comes to nothing.
+    """Call `retry`, and explain the error that stays in one line.
 
     Args:
-        way_out: what people can do where it never passed.
+        advice: what people can do if every attempt fails.
 
     Raises:
-        HubAway: where the Hub did not answer in any of these attempts.
-        HubError: where the Hub refuses.
+        HubAway: if the Hub did not answer in any attempt.
+        HubError: if the Hub refuses.
     """
     try:
-        return insist(place, work, passing=passing, attempts=attempts)
+        return retry(place, work, also_retried=also_retried, attempts=attempts)
     except HubError:
         raise
     except Exception as error:
         code = status_of(error)
-        if not _passes(error, passing):
+        if not _is_worth_retry(error, also_retried):
             raise _explained(place, error) from None
         if code in (409, 412):
-            raise HubError(f"{place}: others kept committing to it; {way_out}") from None
-        what = "the Hub could not be reached" if code is None else "the Hub is unwell"
-        asked = _asked(error)
+            raise HubError(f"{place}: others kept committing to it; {advice}") from None
+        problem = "the Hub could not be reached" if code is None else "the Hub is unwell"
+        asked = _asked_seconds(error)
         pause = f"; it asks to be left alone for {asked:.0f} s" if asked > LONGEST_ASKED_SECONDS else ""
-        raise HubAway(f"{place}: {what} ({say(error)}){pause}; {way_out}") from None
+        raise HubAway(f"{place}: {problem} ({say(error)}){pause}; {advice}") from None
 
 
-def insist(
+def retry(
     place: str,
     work: Callable[[], T],
     *,
-    passing: tuple[type[Exception], ...] = (),
+    also_retried: tuple[type[Exception], ...] = (),
     attempts: int | None = None,
 ) -> T:
-    """What `work` returns, done again where it fails for a reason that may pass.
+    """Return what `work` returns; call it again after errors that may pass.
 
-    Each wait is shown, and twice as long as the one before it, or as long as the Hub asks for. How often, and how
-    long the first wait is, can be set in TUNEPRESS_HUB_ATTEMPTS and TUNEPRESS_HUB_WAIT (seconds).
+    Each wait is shown. It is twice as long as the one before, or as long as the Hub asks for. The number of attempts
+    and the first wait (seconds) can be set in TUNEPRESS_HUB_ATTEMPTS and TUNEPRESS_HUB_WAIT.
 
     Args:
-        place: the repository, or what of the configuration names it; what is shown begins with it.
-        passing: errors that may pass besides those of the connection and the Hub's own.
+        place: the repository or the configuration's name for it; each shown line begins with it.
+        also_retried: errors that may pass, in addition to those of the connection and of the Hub.
 
     Raises:
-        Exception: what `work` raised last.
+        Exception: the last error of `work`.
     """
+    from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential
+
+    def should_retry(error: BaseException) -> bool:
+        if not isinstance(error, Exception) or isinstance(error, HubError):
+            return False
+        return _asked_seconds(error) <= LONGEST_ASKED_SECONDS and _is_worth_retry(error, also_retried)
+
+    def show(state: RetryCallState) -> None:
+        then = f"again in {state.next_action.sleep:.0f} s ({state.attempt_number + 1} of {most})"
+        _log.warning("%s: %s; %s", place, _in_short(state.outcome.exception()), then)
+
     prepare()
     most = attempts or max(1, int(setting("TUNEPRESS_HUB_ATTEMPTS", ATTEMPTS)))
-    wait = setting("TUNEPRESS_HUB_WAIT", WAIT_SECONDS)
-    for attempt in range(1, most + 1):
-        try:
-            return work()
-        except HubError:
-            raise
-        except Exception as error:
-            asked = _asked(error)
-            if attempt == most or asked > LONGEST_ASKED_SECONDS or not _passes(error, passing):
-                raise
-            pause = max(min(wait * 2 ** (attempt - 1), LONGEST_WAIT_SECONDS), asked)
-            _log.warning("%s: %s; again in %.0f s (%d of %d)", place, _in_short(error), pause, attempt + 1, most)
-        time.sleep(pause)
-    raise AssertionError  # the last attempt returns or raises
+    backoff = wait_exponential(setting("TUNEPRESS_HUB_WAIT", WAIT_SECONDS), max=LONGEST_WAIT_SECONDS)
+    retrying = Retrying(
+        stop=stop_after_attempt(most),
+        retry=retry_if_exception(should_retry),
+        wait=lambda state: max(backoff(state), _asked_seconds(state.outcome.exception())),
+        before_sleep=show,
+        reraise=True,
+    )
+    return retrying(work)
 
 
 def show_waits(show: Callable[[list[str]], None]) -> None:
-    """Have what is waited for in this process be shown by `show`, a line each time."""
+    """Pass a line about each wait of this process to `show`."""
 
     class Shown(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -107,7 +112,7 @@ def show_waits(show: Callable[[list[str]], None]) -> None:
 
 
 def _in_short(error: Exception) -> str:
-    """What keeps us waiting."""
+    """Return the reason of a wait."""
     code = status_of(error)
     if code is None:
         return f"the Hub could not be reached ({say(error)})"
@@ -116,8 +121,8 @@ def _in_short(error: Exception) -> str:
     return f"the Hub is unwell ({' '.join(filter(None, (str(code), responses.get(code))))})"
 
 
-def _asked(error: BaseException) -> float:
-    """Seconds that the Hub asks to be left alone for."""
+def _asked_seconds(error: BaseException) -> float:
+    """Return the seconds that the Hub asks clients to wait."""
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import parse_ratelimit_headers
 
@@ -132,21 +137,18 @@ def _asked(error: BaseException) -> float:
     return 0.0
 
 
-def _passes(error: Exception, passing: tuple[type[Exception], ...]) -> bool:
-    """Is it worth another attempt, or one of `passing`? A token that is refused stays refused."""
-    return may_pass(error) or (isinstance(error, passing) and status_of(error) != 401)
-
-
-def may_pass(error: Exception) -> bool:
-    """Is it worth another attempt? 412 and 409 say that others were quicker, and passing is what they do."""
+def _is_worth_retry(error: Exception, also_retried: tuple[type[Exception], ...]) -> bool:
+    """Return True if the error may pass. 409 and 412 mean that others committed first; 401 never passes."""
     code = status_of(error)
+    if isinstance(error, also_retried) and code != 401:
+        return True
     if code is not None:
         return code in (408, 409, 412, 429) or code >= 500
     return any(is_unreachable(cause) for cause in _causes(error))
 
 
 def _explained(place: str, error: Exception) -> Exception:
-    """What to tell people of the Hub's refusal; any other error comes back as it is, for a bug keeps its traceback."""
+    """Return a refusal of the Hub in plain words; any other error unchanged, so that a bug keeps its traceback."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     code = status_of(error)
@@ -162,7 +164,7 @@ def _explained(place: str, error: Exception) -> Exception:
 
 
 def status_of(error: BaseException | None) -> int | None:
-    """The HTTP status that the Hub answered with, if it answered."""
+    """Return the HTTP status of the Hub's answer, or None without one."""
     from huggingface_hub.errors import HfHubHTTPError
 
     for cause in _causes(error):
@@ -172,11 +174,12 @@ def status_of(error: BaseException | None) -> int | None:
 
 
 def say(error: BaseException | str | None) -> str:
+    """Return an error in one line, without secrets and at most 200 characters long."""
     return redact(" ".join(str(error).split()))[:200]
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what it was raised from: the client wraps what happens to an upload."""
+    """Yield the error and its causes: the client wraps the errors of an upload."""
     while error is not None:
         yield error
         error = error.__cause__

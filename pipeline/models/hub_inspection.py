@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.errors import ModelError
 from pipeline.hub.download import in_one_line
-from pipeline.hub.retry import insist
+from pipeline.hub.retry import retry
 from pipeline.models.safe_loading import check_config
 from pipeline.models.sources import ADAPTER_FILES, read_config
 from pipeline.system.command_names import command
@@ -28,13 +28,13 @@ def inspect(repo: str, revision: str | None = None) -> str:
 
     with in_one_line(repo, revision, "not a folder here, and the Hub could not be read"):
         try:
-            info = insist(repo, lambda: HfApi().model_info(repo, revision=revision))
+            info = retry(repo, lambda: HfApi().model_info(repo, revision=revision))
         except RepositoryNotFoundError as error:
             if not isinstance(error, GatedRepoError) and _is_dataset(repo):
                 raise ModelError(f"{repo}: a data set, and no model") from None
             raise
         _check_files(repo, {s.rfilename for s in info.siblings or []})
-        config = insist(repo, lambda: hf_hub_download(repo, "config.json", revision=info.sha))
+        config = retry(repo, lambda: hf_hub_download(repo, "config.json", revision=info.sha))
         check_config(repo, read_config(Path(config).parent))
     return info.sha
 

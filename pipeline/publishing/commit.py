@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.errors import HubError
 from pipeline.hub.auth import keyless
-from pipeline.hub.retry import persist, say
+from pipeline.hub.retry import retry_or_explain, say
 from pipeline.hub.tree import CARD, LINEAGE, Content, Copy, Lineage, LocalFile, Tree, read_tree, size_of
 from pipeline.publishing.upload import Progress, send
 
@@ -54,7 +54,7 @@ def publish(
     create_pr: bool = False,
     pull_request: int | None = None,
     check: Callable[[Tree], None] = lambda tree: None,
-    way_out: str = "run again to publish what is missing",
+    advice: str = "run again to publish what is missing",
 ) -> Commit:
     """Bring a repository to the files that `render` makes, in one commit, or in none if they are there already.
 
@@ -66,7 +66,7 @@ def publish(
             title `message`, or a new one.
         pull_request: number of the pull request to update, if it is still open and whatever its title.
         check: looks at the main branch before each attempt, and raises where nothing is to be done on top of that.
-        way_out: what people can do where the Hub stays away.
+        advice: what people can do where the Hub stays away.
 
     Raises:
         HubError: where another run's release or a file of somebody else's is in the way, or after a bounded
@@ -83,7 +83,7 @@ def publish(
         tried.append(branch.change)
         return _commit(repo, branch, operations, message)
 
-    return persist(repo, attempt, way_out=way_out)
+    return retry_or_explain(repo, attempt, advice=advice)
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def check_destination(repo: str, run: str, mirror_of: str | None = None) -> None
         with contextlib.suppress(RepositoryNotFoundError):
             _check_holder(read_tree(repo), Lineage(run, mirror_of))
 
-    persist(repo, attempt)
+    retry_or_explain(repo, attempt)
 
 
 def check_root(tree: Tree) -> None:

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.hub.retry import persist
+from pipeline.hub.retry import retry_or_explain
 from pipeline.hub.tree import LINEAGE, Tree, read_tree
 from pipeline.models.sources import model_digest
 
@@ -54,7 +54,7 @@ def standing(repo: str, revision: str | None = None) -> Standing | None:
         except (RepositoryNotFoundError, RevisionNotFoundError):
             return None
 
-    return persist(repo, attempt)
+    return retry_or_explain(repo, attempt)
 
 
 def is_same_model(repo: str, commit: str, other: str) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline.config.schema import REPO_ID
 from pipeline.errors import HubError
 from pipeline.hub.auth import check_access
-from pipeline.hub.retry import persist
+from pipeline.hub.retry import retry_or_explain
 from pipeline.hub.tree import CARD, LINEAGE, Content, Copy, Tree, read_tree
 from pipeline.publishing.cards.readmes import brought_back, left_behind
 from pipeline.publishing.commit import Commit, publish
@@ -44,16 +44,16 @@ def rollback(repo: str, to: str | None = None) -> Rollback:
     if not REPO_ID.match(repo):
         raise HubError(f"{repo}: a repository is written USER/NAME")
     check_access(repo)
-    target = persist(repo, lambda: _target(repo, to))
-    old = persist(repo, lambda: read_tree(repo, target.commit))
-    if not persist(repo, lambda: old.ours):
+    target = retry_or_explain(repo, lambda: _target(repo, to))
+    old = retry_or_explain(repo, lambda: read_tree(repo, target.commit))
+    if not retry_or_explain(repo, lambda: old.ours):
         raise HubError(f"{repo}: {target.tag} has no {LINEAGE} that says what to go back to")
 
     def contents(tree: Tree) -> dict[str, Content]:
         wanted = {path: _content(old, path, tree) for path in sorted(old.ours)}
         return {**wanted, **left_behind(tree, wanted)}
 
-    commit = publish(repo, contents, f"Back to {target.tag}", way_out="run the rollback again")
+    commit = publish(repo, contents, f"Back to {target.tag}", advice="run the rollback again")
     return Rollback(target.tag, commit)
 
 

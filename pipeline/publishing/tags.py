@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from pipeline.hub.retry import persist
+from pipeline.hub.retry import retry_or_explain
 from pipeline.hub.tree import LINEAGE
 
 TAG = re.compile(r"release-([1-9]\d*)\Z")
@@ -63,7 +63,7 @@ def tag_release(repo: str, commit: str) -> str:
             HfApi().create_tag(repo, tag=found.tag, revision=commit)
         return found.tag
 
-    return persist(repo, attempt, way_out="publish again to tag it")
+    return retry_or_explain(repo, attempt, advice="publish again to tag it")
 
 
 def _number(release: Release) -> int:

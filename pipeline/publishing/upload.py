@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.hub.retry import persist
+from pipeline.hub.retry import retry_or_explain
 from pipeline.hub.tree import LocalFile, digest, size_of
 
 if TYPE_CHECKING:
@@ -48,13 +48,13 @@ def send(
         chosen = [operations[path] for path in batch]
         local = [c.path for path in batch if isinstance(c := contents[path], LocalFile)]
         with _watched(local, lambda read, done=done, what=what: progress(done + read, total, what)):
-            persist(
+            retry_or_explain(
                 repo,
                 lambda chosen=chosen: HfApi().preupload_lfs_files(
                     repo, chosen, revision=revision, create_pr=create_pr, num_threads=THREADS, free_memory=False
                 ),
-                way_out="run again to publish what is missing",
-                passing=(RuntimeError,),  # what either way of uploading makes of a connection that breaks
+                advice="run again to publish what is missing",
+                also_retried=(RuntimeError,),  # what either way of uploading makes of a connection that breaks
             )
         done, files = done + sum(once[path] for path in batch), files + len(batch)
     progress(total, total, f"sending to {repo}, {len(once)} files are there")

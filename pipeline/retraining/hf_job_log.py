@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from pipeline.errors import HubError, redact
-from pipeline.hub.retry import persist
+from pipeline.hub.retry import retry_or_explain
 
 EXIT_CODE = re.compile(r"tunepress: exit code (\d+)\s*\Z")
 POLL_SECONDS = 2.0
@@ -49,7 +49,7 @@ class JobLog:
 
         while True:
             self._take()
-            job = persist(self._repo, lambda: HfApi().inspect_job(**self._about), attempts=PATIENCE)
+            job = retry_or_explain(self._repo, lambda: HfApi().inspect_job(**self._about), attempts=PATIENCE)
             if job.status.stage not in ("RUNNING", "SCHEDULING"):
                 break
             time.sleep(POLL_SECONDS)
@@ -62,7 +62,7 @@ class JobLog:
     def _take(self) -> None:
         """Read on, as far as the Hub gives it; its client tries more than once."""
         with contextlib.suppress(HubError):
-            persist(self._repo, self._read_on, attempts=1)
+            retry_or_explain(self._repo, self._read_on, attempts=1)
 
     def _read_on(self) -> None:
         """From the first line that was not read."""

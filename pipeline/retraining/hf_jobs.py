@@ -17,7 +17,7 @@ from pipeline.config.schema import PACKAGE_SOURCE, Config
 from pipeline.data.sources import is_builtin, locate
 from pipeline.errors import ConfigError, HubError, UserError, redact
 from pipeline.hub.auth import check_token, keyless, who_is
-from pipeline.hub.retry import HubAway, persist
+from pipeline.hub.retry import HubAway, retry_or_explain
 from pipeline.models.sources import is_local
 from pipeline.retraining.decision import Matter, check, look
 from pipeline.retraining.hf_job_log import JobLog
@@ -130,10 +130,10 @@ class Job:
         from huggingface_hub import HfApi
 
         repo = config.publish.repo
-        who = persist(repo, lambda: who_is(repo, token)["name"])
+        who = retry_or_explain(repo, lambda: who_is(repo, token)["name"])
         secrets = {"HF_TOKEN": token, **{name: os.environ[name] for name in SECRETS if os.environ.get(name)}}
         options = ["--margin", f"{self.margin:g}", *(["--force"] if self.force else [])]
-        started = persist(
+        started = retry_or_explain(
             repo,
             lambda: HfApi().run_job(
                 image=IMAGE,

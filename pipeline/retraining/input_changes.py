@@ -15,7 +15,7 @@ from pipeline.data import load_examples
 from pipeline.data.sources import is_builtin, locate
 from pipeline.errors import ModelError
 from pipeline.hub.download import in_one_line
-from pipeline.hub.retry import insist
+from pipeline.hub.retry import retry
 from pipeline.models import sources
 from pipeline.publishing.remote_release import is_same_model, standing
 from pipeline.retraining.published_model import Live
@@ -110,7 +110,7 @@ def _base_commit(config: Config) -> str | None:
     if PACKAGE_SOURCE.match(source) or sources.is_local(source):
         return None
     with in_one_line(source, config.model.revision, "the Hub could not be asked"):
-        return insist(source, lambda: HfApi().model_info(source, revision=config.model.revision)).sha
+        return retry(source, lambda: HfApi().model_info(source, revision=config.model.revision)).sha
 
 
 def _digest_at(source: str, commit: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pipeline.errors import UserError, WorkspaceError
 from pipeline.hub.auth import keyless, who_is
-from pipeline.hub.retry import persist, status_of
+from pipeline.hub.retry import retry_or_explain, status_of
 
 LABEL = "tunepress-retraining"
 IN_A_JOB = "TUNEPRESS_CONFIG"  # set in the environment of a Job, which is not in its own way
@@ -82,5 +82,5 @@ def refuse_beside_job(repo: str) -> None:
                 return None
             raise
 
-    if url := persist(repo, attempt):
+    if url := retry_or_explain(repo, attempt):
         raise Busy(f"{repo}: another retraining of it is running as a Job: {url}")

@@ -16,7 +16,7 @@ import torch
 
 from pipeline.errors import CheckpointError
 from pipeline.hub.download import in_one_line, meter
-from pipeline.hub.retry import insist
+from pipeline.hub.retry import retry
 from pipeline.models.checkpoint import Checkpoint, TensorInfo, check_header, header_length, read_header, shard_files
 from pipeline.system.files import empty_folder, sha256
 
@@ -62,7 +62,7 @@ class PassingCheckpoint(Checkpoint):
 
         self._repo, self._revision, self._scratch, self._on_progress = repo, revision, scratch, on_progress
         with in_one_line(repo, revision, "the headers of its shards could not be read"):
-            info = insist(repo, lambda: HfApi().model_info(repo, revision=revision, files_metadata=True))
+            info = retry(repo, lambda: HfApi().model_info(repo, revision=revision, files_metadata=True))
             found = info.siblings or []
             remote = {s.rfilename: _Shard(s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else None) for s in found}
             expected = shard_files(folder, lambda path: path.name in remote)
@@ -137,7 +137,7 @@ class PassingCheckpoint(Checkpoint):
         tell(0)
         with in_one_line(self._repo, self._revision, f"{shard.name} could not be fetched"):
             options = {"revision": self._revision, "local_dir": self._scratch, "tqdm_class": meter(tell)}
-            insist(self._repo, lambda: hf_hub_download(self._repo, shard.name, **options))
+            retry(self._repo, lambda: hf_hub_download(self._repo, shard.name, **options))
         announced = {name: info for name, info in self.items() if info.path == path}
         if (shard.sha256 and sha256(path) != shard.sha256) or read_header(path)[0] != announced:
             raise CheckpointError(f"{self._repo}: {shard.name} is not the file that the Hub announced; fetch it again")
@@ -163,4 +163,4 @@ class PassingCheckpoint(Checkpoint):
             hf_raise_for_status(response)
             return response.content
 
-        return insist(self._repo, attempt)
+        return retry(self._repo, attempt)

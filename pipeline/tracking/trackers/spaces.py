@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from pipeline.errors import HubError, TrackError
 from pipeline.hub.auth import check_token
-from pipeline.hub.retry import HubAway, persist
+from pipeline.hub.retry import HubAway, retry_or_explain
 from pipeline.tracking.trackers.places import Server
 
 CHECK_SECONDS = 4.0
@@ -51,7 +51,7 @@ def find(space: str) -> tuple[str, str]:
     place = f"track.space {space}"
     try:
         token = check_token(place, space.split("/")[0], attempts=1)
-        return persist(place, lambda: _address(space, token), attempts=1).rstrip("/"), token
+        return retry_or_explain(place, lambda: _address(space, token), attempts=1).rstrip("/"), token
     except HubAway:
         raise
     except HubError as error:
@@ -109,7 +109,7 @@ def _served_at(name: str, known: list[str]) -> str:
 
     place = f"https://{name}.hf.space"
     for space in known:
-        if persist(place, lambda space=space: is_it(space), attempts=1):
+        if retry_or_explain(place, lambda space=space: is_it(space), attempts=1):
             return space
     raise TrackError(f"{place}: does not tell whose Space it is; give https://huggingface.co/spaces/USER/NAME")
 
@@ -133,4 +133,4 @@ def keep_in(space: str, dataset: str) -> None:
         if known is None or known.value != dataset:
             api.add_space_variable(space, DATASET_VARIABLE, dataset)
 
-    persist(f"track.space {space}", attempt)
+    retry_or_explain(f"track.space {space}", attempt)

@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.config.schema import Config
 from pipeline.errors import HubError, UserError
 from pipeline.hub.auth import check_access, create
-from pipeline.hub.retry import persist
+from pipeline.hub.retry import retry_or_explain
 from pipeline.hub.tree import CARD, Content, Tree, read_tree
 from pipeline.publishing.cards.readmes import left_behind
 from pipeline.publishing.commit import Commit, check_destination, check_root, publish
@@ -121,7 +121,7 @@ def _mirrors(
     wanted = {variant: mirror for variant, mirror in config.publish.mirrors.items() if variant in variants}
     if wanted:  # before there are mirrors of it
         check_destination(config.publish.repo, config.name)
-        persist(config.publish.repo, lambda: check_is_compared(workspace, read_tree(config.publish.repo)))
+        retry_or_explain(config.publish.repo, lambda: check_is_compared(workspace, read_tree(config.publish.repo)))
     for variant, mirror in wanted.items():
         try:
             commits[mirror] = _mirror(config, workspace, events, variant, private)
@@ -159,7 +159,7 @@ def _left_mirrors(config: Config, kept_out: Collection[str]) -> list[str]:
 def _is_mirror(config: Config, mirror: str) -> bool:
     """Does a repository that could not be brought up to date hold a mirror of this run's all the same?"""
     try:
-        there = persist(mirror, lambda: read_tree(mirror).lineage)
+        there = retry_or_explain(mirror, lambda: read_tree(mirror).lineage)
     except HubError:
         return False
     return (there.run, there.mirror_of) == (config.name, config.publish.repo)
