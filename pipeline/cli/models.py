@@ -103,11 +103,15 @@ def sensitivity(
 ) -> None:
     """Measure what quantizing each linear layer alone costs; goes on where it was stopped."""
     from pipeline.config.builders import quantize_config
+    from pipeline.config.schema import MeasuredRun
+    from pipeline.errors import ConfigError
     from pipeline.evaluation.sensitivity import report
 
     output = output or Path(f"{Path(source).name}-sensitivity")
     asked = [f"evaluate.max_tokens={tokens}", *(settings or ())]
     config = quantize_config(source, output, [variant], measure=True, revision=revision, settings=asked)
+    if not isinstance(config, MeasuredRun):
+        raise ConfigError("evaluate: null, so nothing is measured. Try: leave out --set evaluate=null")
     found = report(config, output, terminal_reporter(as_json))
     if as_json:
         print(json.dumps(found))

@@ -52,7 +52,11 @@ def load_config(source: str | Path, settings: Sequence[str] = ()) -> Config:
 
 
 def parse_config(tree: dict, origin: str, settings: Sequence[str] = ()) -> Config:
-    """A `Config` from plain data and `key=value` overrides; `origin` is named in errors."""
+    """Return the configuration from plain data and `key=value` overrides.
+
+    Raises:
+        ConfigError: if a value is refused. The error names `origin`.
+    """
     for setting in settings:
         _apply(tree, setting)
     try:

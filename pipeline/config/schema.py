@@ -16,8 +16,8 @@ from pipeline.config.catalog import DATA_FORMS, VARIANTS
 from pipeline.config.quantize import Quantize, VariantSpec
 
 __all__ = [
-    "Config", "Data", "Evaluate", "Lora", "Merge", "Model", "PACKAGE_SOURCE", "Publish", "Quantize", "REPO_ID",
-    "RUN_NAME", "Track", "Train", "VariantSpec", "repository_id", "run_name",
+    "Config", "Data", "Evaluate", "Lora", "MeasuredRun", "Merge", "Model", "PACKAGE_SOURCE", "Publish", "Quantize",
+    "REPO_ID", "RUN_NAME", "Track", "Train", "TrainingRun", "VariantSpec", "repository_id", "run_name",
 ]  # fmt: skip
 
 # The Hub's own rules: no "--" and "..", no ".git" at the end, and no name that begins or ends in a mark.
@@ -283,9 +283,22 @@ class Config(Section):
         missing = sorted(self.publish.mirrors.keys() - {spec.name for spec in self.quantize.variants})
         if missing:
             raise ValueError(f"publish.mirrors: {missing[0]} is not among quantize.variants")
-        return self
+        kind = TrainingRun if self.data else MeasuredRun if self.evaluate else Config
+        return self if isinstance(self, kind) else kind.model_construct(self.model_fields_set, **dict(self))
 
     @property
     def merges(self) -> bool:
-        """Is there an adapter, so that the release has a model of its own at its root?"""
+        """Return True if an adapter is merged, so that the release has a model of its own at its root."""
         return self.data is not None or self.merge.adapter is not None
+
+
+class MeasuredRun(Config):
+    """The configuration of a run that measures its models. Reading a `Config` returns this type if it applies."""
+
+    evaluate: Evaluate = Evaluate()
+
+
+class TrainingRun(MeasuredRun):
+    """The configuration of a run that trains, and therefore also measures. Reading a `Config` returns this type too."""
+
+    data: Data

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pipeline.config.schema import Config
+from pipeline.config.schema import MeasuredRun
 from pipeline.data import general_text
 from pipeline.errors import ModelError
 from pipeline.models.checkpoint import Checkpoint
@@ -39,7 +39,7 @@ LOGIT_TOLERANCE = 0.05  # relative; kernels and dequantized weights differ by bf
 def evaluate(
     label: str,
     folder: Path,
-    config: Config,
+    config: MeasuredRun,
     workspace: Workspace,
     events: Events,
     reference: Path | None = None,
@@ -81,7 +81,7 @@ def evaluate(
 def _in_transformers(
     folder: Path,
     file: Path | None,
-    config: Config,
+    config: MeasuredRun,
     workspace: Workspace,
     reference: Path | None,
     offload: bool | Literal["auto"],
@@ -152,7 +152,7 @@ def _in_transformers(
 
 def _in_llama_cpp(
     file: Path,
-    config: Config,
+    config: MeasuredRun,
     workspace: Workspace,
     reference: Path,
     tell: Callable[[str], Progress],
@@ -221,14 +221,14 @@ def _quality(
     text: str,
     sequences: Sequence[Encoded],
     scores: Scores,
-    config: Config,
+    config: MeasuredRun,
     reference: Scores | None = None,
     compared: Mapping[str, Estimate] | None = None,
 ) -> dict:
     from pipeline.evaluation import metrics, texts
 
     return {
-        "text": config.data.source if text == texts.HELD_OUT else config.evaluate.general,
+        "text": config.data.source if config.data and text == texts.HELD_OUT else config.evaluate.general,
         "tokens": len(scores.nll),
         "sequences": int(scores.sequence.unique().numel()),
         "digest": texts.digest(sequences),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.catalog import VARIANTS
-from pipeline.config.schema import Config, VariantSpec
+from pipeline.config.schema import MeasuredRun, VariantSpec
 from pipeline.errors import QuantizationError
 from pipeline.system.files import fingerprint, read_json, states, write_json
 from pipeline.system.libraries import quiet
@@ -29,7 +29,7 @@ RECORD, RESULT, PICTURE = "sensitivity.partial.json", "sensitivity.json", "sensi
 Tell = Callable[[int, int, str], None]
 
 
-def report(config: Config, output: Path, reporter: Reporter) -> dict:
+def report(config: MeasuredRun, output: Path, reporter: Reporter) -> dict:
     """What `tunepress sensitivity` finds of `config.model` and the one variant asked for: JSON and a picture.
 
     Raises:
@@ -75,7 +75,7 @@ def check(spec: VariantSpec) -> None:
 
 
 def sensitivity(
-    config: Config, spec: VariantSpec, folder: Path, record: Path, tell: Tell, made_of: object = None
+    config: MeasuredRun, spec: VariantSpec, folder: Path, record: Path, tell: Tell, made_of: object = None
 ) -> list[dict]:
     """Measure every linear layer of the full-precision model in `folder`.
 

@@ -10,9 +10,9 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, MeasuredRun, TrainingRun
 from pipeline.data import general_text, read_examples
 from pipeline.data.chat import supply_template
 from pipeline.data.describe import SUPPLIED_TEMPLATE
@@ -32,8 +32,10 @@ FEWEST_TOKENS = 1024  # that figures are taken from, however long that takes
 COMPARED = 1.5  # the time that scoring and comparing a variant take, in that of scoring a model
 HELD_OUT, GENERAL = "held_out", "general"
 
+AnyRun = TypeVar("AnyRun", bound=Config)
 
-def plan(config: Config, workspace: Workspace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+
+def plan(config: MeasuredRun, workspace: Workspace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Choose how many tokens of each text are measured, if `evaluate.max_minutes` limits the time, once for a run.
 
     The first model of a run that is measured on this machine reads a little of the general text twice; the second time
@@ -57,28 +59,28 @@ def plan(config: Config, workspace: Workspace, model: PreTrainedModel, tokenizer
     workspace.write_measurement("texts", {"asked": asked, "max_tokens": tokens, "timed": timed})
 
 
-def within_time(config: Config, workspace: Workspace) -> Config:
+def within_time(config: AnyRun, workspace: Workspace) -> AnyRun:
     """Return the configuration with as many tokens to measure on as this run's plan allows, if it has one."""
     kept = workspace.read_measurement("texts")
-    if config.evaluate is None or kept.get("asked") != _asked(config):
+    if not isinstance(config, MeasuredRun) or kept.get("asked") != _asked(config):
         return config
     tokens = min(kept["max_tokens"], config.evaluate.max_tokens)
     evaluate = config.evaluate.model_copy(update={"max_tokens": tokens})
     return config.model_copy(update={"evaluate": evaluate})
 
 
-def _asked(config: Config) -> dict:
+def _asked(config: MeasuredRun) -> dict:
     return config.evaluate.model_dump(include={"max_tokens", "max_minutes"})
 
 
-def held_out(config: Config, workspace: Workspace, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+def held_out(config: TrainingRun, workspace: Workspace, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
     """Held-out examples, whole ones, up to `evaluate.max_tokens` tokens of input."""
     config = within_time(config, workspace)
     examples = read_examples(workspace.data / "held_out.jsonl")
     return chosen(config, encode_examples(examples, tokenizer, config.train.loss_on, config.train.max_length).examples)
 
 
-def chosen(config: Config, encoded: Sequence[Encoded], max_tokens: int | None = None) -> list[Encoded]:
+def chosen(config: TrainingRun, encoded: Sequence[Encoded], max_tokens: int | None = None) -> list[Encoded]:
     """Those of the held-out examples that are measured on.
 
     Args:
@@ -101,7 +103,7 @@ def chosen(config: Config, encoded: Sequence[Encoded], max_tokens: int | None = 
     return taken
 
 
-def general(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+def general(config: MeasuredRun, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
     """General text in windows, up to `evaluate.max_tokens` tokens.
 
     Raises:
@@ -115,9 +117,11 @@ def general(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]
     return windows
 
 
-def all_texts(config: Config, workspace: Workspace, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Encoded]]:
+def all_texts(
+    config: MeasuredRun, workspace: Workspace, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[Encoded]]:
     """The texts by name; held-out text only where there is a data set."""
-    kept = {HELD_OUT: held_out(config, workspace, tokenizer)} if config.data else {}
+    kept = {HELD_OUT: held_out(config, workspace, tokenizer)} if isinstance(config, TrainingRun) else {}
     return kept | {GENERAL: general(within_time(config, workspace), tokenizer)}
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline.config.catalog import VARIANTS
-from pipeline.config.schema import Config, Lora, Train, VariantSpec
+from pipeline.config.schema import Config, Lora, MeasuredRun, Train, VariantSpec
 from pipeline.models.layer_layouts import layout
 from pipeline.planning.model import Sizes
 from pipeline.system.hardware import compute_bytes_here, cores
@@ -129,7 +129,7 @@ def merging(sizes: Sizes, config: Config, kinds: tuple[str, ...], variants: int,
     need = passing(sizes, LIBRARIES["merge"], variants)
     if "nf4" in kinds:
         need["weights in NF4"] = int(cores() * sizes.widest * 0.7)
-    if len(kinds) == 1:
+    if len(kinds) == 1 or not isinstance(config, MeasuredRun):
         return need, {}
     live = held_weights(sizes, in_nf4=True) + 4 * adapter_parameters(sizes, config.train.lora)
     weights = max(live, sizes.bf16_bytes) if on_gpu else live

@@ -107,7 +107,7 @@ def make_plan(config: Config, device: str | None = None, runs: Path = Path("runs
 
     adapter, stages, short = lay_out(config)
     changes = advise(config, lambda asked: bool(lay_out(asked)[2])) if short else []
-    planned_steps = steps(config.data, config.train, data) if data else None
+    planned_steps = steps(config.data, config.train, data) if config.data and data else None
     calibration, why_not = _calibration(machine)
     seconds = timing.seconds(calibration, config, sizes, stages, planned_steps) if calibration else {}
     return Plan(

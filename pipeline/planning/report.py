@@ -34,7 +34,7 @@ def as_json(plan: Plan) -> dict:
         "adapter_parameters": plan.adapter_parameters,
         "data": data
         and {
-            "source": plan.config.data.source,
+            "source": plan.config.data and plan.config.data.source,
             "examples": data.examples,
             "tokens": data.tokens,
             "how": data.how,
@@ -112,7 +112,7 @@ def _head(plan: Plan) -> Iterator[tuple[str, str]]:
     )
     if plan.adapter_parameters:
         yield "Adapter", f"{_count(plan.adapter_parameters)} parameters"
-    if data:
+    if config.data and data:
         rows = "an unknown number of examples" if data.examples is None else f"about {data.examples} examples"
         tokens = "" if data.tokens is None else f", about {_count(data.tokens)} tokens"
         taken = "steps not known" if plan.steps is None else f"{plan.steps} steps"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from pipeline.config.catalog import VARIANTS
-from pipeline.config.schema import Config, VariantSpec
+from pipeline.config.schema import Config, MeasuredRun, TrainingRun, VariantSpec
 from pipeline.planning import memory
 from pipeline.planning.devices import Machine
 from pipeline.planning.memory import Need
@@ -69,15 +69,15 @@ def stages_of(config: Config, sizes: Sizes, machine: Machine, data_bytes: int | 
     variants = Variants(specs, {s.name: stored_bytes(sizes, s, config.merges) for s in specs})
     model = sizes.bf16_bytes if config.merges else sizes.file_bytes
     stages = []
-    if config.data:
+    if isinstance(config, TrainingRun):
         stages.append(_train(config, sizes, machine, data_bytes or 0, adapter))
     if config.merges:
         stages.append(_merge(config, sizes, machine, variants, adapter))
-    if config.evaluate:
+    if isinstance(config, MeasuredRun):
         stages.append(_evaluate(config, sizes, machine, model))
     if specs and not _made_by_merge(config):
         stages.append(_quantize(config, sizes, variants, model))
-    if config.evaluate:
+    if isinstance(config, MeasuredRun):
         stages += (_admit(config, sizes, machine, spec, variants.bytes[spec.name]) for spec in specs)
     if config.publish.repo:
         stages.append(_publish(config, sizes, variants, model, adapter))
@@ -146,7 +146,7 @@ def _merge(config: Config, sizes: Sizes, machine: Machine, variants: Variants, a
     )
 
 
-def _evaluate(config: Config, sizes: Sizes, machine: Machine, model: int) -> Stage:
+def _evaluate(config: MeasuredRun, sizes: Sizes, machine: Machine, model: int) -> Stage:
     texts = 2 if config.data else 1
     states = {"reference for comparisons": 2 * sizes.hidden * config.evaluate.max_tokens * texts}
     reads = {"model": model, **({"base": sizes.bf16_bytes} if config.merges else {})}
@@ -170,7 +170,7 @@ def _before_k_quants(sizes: Sizes, variants: Variants) -> dict[str, int]:
     return {"the model as GGUF": count * sizes.bf16_bytes} if count else {}
 
 
-def _admit(config: Config, sizes: Sizes, machine: Machine, spec: VariantSpec, stored: int) -> Stage:
+def _admit(config: MeasuredRun, sizes: Sizes, machine: Machine, spec: VariantSpec, stored: int) -> Stage:
     if VARIANTS[spec.name].format != "gguf":
         stage = _measured(config, sizes, machine, spec.name, stored)
     elif is_installed("llama_cpp"):
@@ -182,7 +182,7 @@ def _admit(config: Config, sizes: Sizes, machine: Machine, spec: VariantSpec, st
     return replace(stage, reads={"variant": stored})
 
 
-def _measured(config: Config, sizes: Sizes, machine: Machine, name: str, weights: int) -> Stage:
+def _measured(config: MeasuredRun, sizes: Sizes, machine: Machine, name: str, weights: int) -> Stage:
     """The memory of measuring a model; one that does not fit is measured from its files, by `inference.offload`.
 
     A GPU that is asked for where there is none is short of all the memory it would need.
@@ -198,7 +198,7 @@ def _measured(config: Config, sizes: Sizes, machine: Machine, name: str, weights
     return Stage(name, host=memory.probed(host, weights, on_gpu), gpu=gpu, untimed=why)
 
 
-def _measures_on_gpu(config: Config, machine: Machine) -> bool:
+def _measures_on_gpu(config: MeasuredRun, machine: Machine) -> bool:
     return machine.has_gpu if config.evaluate.device == "auto" else config.evaluate.device == "cuda"
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from pipeline.config.catalog import VARIANTS
-from pipeline.config.schema import Config, VariantSpec
+from pipeline.config.schema import Config, MeasuredRun, TrainingRun, VariantSpec
 from pipeline.planning.benchmark import Calibration
 from pipeline.planning.model import Sizes
 from pipeline.planning.stages import Stage, kinds
@@ -26,23 +26,23 @@ def seconds(
     for stage in stages:
         if stage.untimed:
             continue
-        if stage.name == "train" and steps is not None:
+        if stage.name == "train" and steps is not None and isinstance(config, TrainingRun):
             times["train"] = _training(found, config, sizes, steps)
         elif stage.name == "merge":
             times["merge"] = _merging(found, config, sizes, stage)
-        elif stage.name == "evaluate":
+        elif stage.name == "evaluate" and isinstance(config, MeasuredRun):
             models = 2 if config.merges else 1
             times["evaluate"] = found.start_seconds + models * _measured(found, config, sizes, sizes.bf16_bytes, 1)
         elif stage.name == "quantize":
             times["quantize"] = found.start_seconds + _rounding(found, sizes, specs.values()) + _written(found, stage)
-        elif stage.name in specs:
+        elif stage.name in specs and isinstance(config, MeasuredRun):
             loaders = 1 if VARIANTS[stage.name].format == "gguf" else 2
             stored = stage.reads["variant"]
             times[stage.name] = found.start_seconds + _measured(found, config, sizes, stored, loaders)
     return times
 
 
-def _training(found: Calibration, config: Config, sizes: Sizes, steps: int) -> float:
+def _training(found: Calibration, config: TrainingRun, sizes: Sizes, steps: int) -> float:
     train = config.train
     tokens = train.batch_size * train.max_length
     weights = sizes.linear_parameters + sizes.vocabulary * sizes.hidden
@@ -60,7 +60,7 @@ def _merging(found: Calibration, config: Config, sizes: Sizes, stage: Stage) -> 
     time = found.start_seconds + _written(found, stage)
     if "nf4" in bases:
         time += 2 * sizes.linear_parameters / found.nf4_bytes
-    if len(bases) == 1:
+    if len(bases) == 1 or not isinstance(config, MeasuredRun):
         return time + _rounding(found, sizes, config.quantize.variants)
     return time + 3 * _scored(found, sizes, HELD_OUT_SHARE * config.evaluate.max_tokens, compared=True)
 
@@ -82,7 +82,7 @@ def _written(found: Calibration, stage: Stage) -> float:
     return (sum(stage.writes.values()) + sum(stage.temporary.values())) / found.disk_write
 
 
-def _measured(found: Calibration, config: Config, sizes: Sizes, weights: int, loaders: int) -> float:
+def _measured(found: Calibration, config: MeasuredRun, sizes: Sizes, weights: int, loaders: int) -> float:
     """Both texts scored and compared, answers, and a probe for each loader."""
     texts = 1 + HELD_OUT_SHARE if config.data else 1
     time = _scored(found, sizes, texts * config.evaluate.max_tokens, compared=True)

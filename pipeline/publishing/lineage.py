@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.catalog import VARIANTS
-from pipeline.config.schema import REPO_ID, Config
+from pipeline.config.schema import REPO_ID, Config, TrainingRun
 from pipeline.data.sources import names_a_file
 from pipeline.system.libraries import STACK, versions
 from pipeline.system.redaction import file_name
@@ -43,7 +43,7 @@ def lineage(
         **({"mirror_of": mirror_of} if mirror_of else {}),
         "base": results.get("origin", {}),
         **({"adapter": results["adapter"]} if "adapter" in results else {}),
-        **({"data": _data(config, results)} if config.data else {}),
+        **({"data": _data(config, results)} if isinstance(config, TrainingRun) else {}),
         "configuration": json.loads(config.model_dump_json(exclude={"track"})),
         **({"merged_into": results["merge"].get("base")} if "merge" in results else {}),
         "files": {name: {"sha256": f.sha256, "size": f.size} for name, f in sorted(files.items())},
@@ -72,7 +72,7 @@ def hub_sources(results: Mapping[str, Any]) -> set[str]:
     return {source for source in found if isinstance(source, str) and REPO_ID.match(source)}
 
 
-def _data(config: Config, results: dict) -> dict:
+def _data(config: TrainingRun, results: dict) -> dict:
     """Which data was trained on: what was asked for, and over it what was found."""
     asked = config.data.model_dump(include={"source", "subset", "revision", "split", "form"})
     found = {k: results.get("data", {}).get(k) for k in (*asked, "fingerprint", "license")}

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, TrainingRun
 from pipeline.errors import ConfigError, WorkspaceError
 from pipeline.evaluation.student_t import MARGIN, quantile
 from pipeline.publishing.remote_release import standing
@@ -89,7 +89,7 @@ class Matter:
         folder: of the run.
     """
 
-    config: Config
+    config: TrainingRun
     inputs: Inputs
     live: Live | None
     news: tuple[str, ...]
@@ -176,7 +176,7 @@ def _record_path(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.retraining.json")
 
 
-def look(config: Config, root: str | Path) -> Matter:
+def look(config: TrainingRun, root: str | Path) -> Matter:
     """What is to be decided by a retraining, from the repository, the inputs and the record under `root`."""
     live, inputs = read_live(config.publish.repo), inputs_of(config)
     folder = Path(root) / config.name
@@ -187,9 +187,13 @@ def look(config: Config, root: str | Path) -> Matter:
     return Matter(config, inputs, live, news, record, folder)
 
 
-def check(config: Config, margin: float) -> None:
-    """Raise where this is nothing to retrain by."""
-    if config.data is None or config.publish.repo is None:
+def check(config: Config, margin: float) -> TrainingRun:
+    """Return the configuration if a model can be retrained by it.
+
+    Raises:
+        ConfigError: if it has no data or no repository, trains on its own result, or the margin is out of range.
+    """
+    if not isinstance(config, TrainingRun) or config.publish.repo is None:
         missing = "data" if config.data is None else "publish.repo"
         raise ConfigError(f"{missing}: not set; retraining trains on data, and publishes what is better")
     if config.model.source.lower() == config.publish.repo.lower():
@@ -199,6 +203,7 @@ def check(config: Config, margin: float) -> None:
         )
     if not 0 <= margin <= WIDEST:
         raise ConfigError(f"margin {margin:g}: is not from 0 to {WIDEST:g} standard errors")
+    return config
 
 
 def better(comparison: dict, margin: float) -> bool:

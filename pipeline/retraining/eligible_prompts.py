@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, TrainingRun
 from pipeline.data import DataSet, Example
 from pipeline.data.encode import EncodedSet, encode_examples
 from pipeline.data.splitting import place
@@ -83,7 +83,7 @@ def fitting(
             yield example, encoded
 
 
-def too_few(config: Config, there: int, all_of: int) -> DataError:
+def too_few(config: TrainingRun, there: int, all_of: int) -> DataError:
     return DataError(
         f"{config.data.source}: to compare takes held-out examples of {FEWEST} prompts, and of {all_of} those of "
         f"{there} fit into train.max_length {config.train.max_length} tokens; raise data.held_out or train.max_length"
@@ -100,7 +100,7 @@ def check_prompts(workspace: Workspace, data: DataSet) -> tuple[Example, ...]:
     return untouched(data.held_out, data.fingerprint, compared)[0] if compared else ()
 
 
-def check_tokens(config: Config, examples: tuple[Example, ...], tokenizer: Any) -> None:
+def check_tokens(config: TrainingRun, examples: tuple[Example, ...], tokenizer: Any) -> None:
     """The same with tokens at hand; there is nothing to check where `check_prompts` found none.
 
     Raises:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config.loader import dump_config
-from pipeline.config.schema import PACKAGE_SOURCE, Config
+from pipeline.config.schema import PACKAGE_SOURCE, Config, TrainingRun
 from pipeline.data.sources import is_builtin, locate
 from pipeline.errors import ConfigError, HubError, UserError, redact
 from pipeline.hub.auth import check_token, keyless, who_is
@@ -83,13 +83,14 @@ class Job:
             HubError: where the Hub refuses.
             JobFailed: where it came to no decision; with the Job's own exit code where it told one.
         """
-        repo, package = self._check()
+        config, package = self._check()
+        repo = config.publish.repo
         if keyless():
             raise HubError(f"{repo}: a keyless login cannot start Jobs; set HF_TOKEN instead of HF_OIDC_RESOURCE")
         token = check_token(repo, None if self.config.publish.create_pr else repo.split("/")[0])
         with alone(repo):  # until it is started, and then it is found by its labels
             refuse_beside_job(repo)
-            matter = self._read_end(look(self.config, root), say)
+            matter = self._read_end(look(config, root), say)
             if not self.force and (settled := matter.settled(self.margin)):
                 return plain(settled)
             started = self._start(matter.inputs.config, package, token)
@@ -181,10 +182,9 @@ class Job:
         needed = ",".join(extra for extra, is_needed in extras.items() if is_needed)
         return f"tunepress{f'[{needed}]' if needed else ''} @ {package}"
 
-    def _check(self) -> tuple[str, str]:
-        """Refuse what is only on this machine; the repository, and what the Job installs."""
-        config, package = self.config, self._package()
-        check(config, self.margin)
+    def _check(self) -> tuple[TrainingRun, str]:
+        """Refuse what is only on this machine; return the configuration, and what the Job installs."""
+        config, package = check(self.config, self.margin), self._package()
         if not TIMEOUT.match(self.timeout):
             raise ConfigError(f"--timeout {self.timeout}: write it as 90m, 6h or 1d")
         here = {
@@ -197,7 +197,7 @@ class Job:
                 section, name = key.split(".")
                 value = getattr(getattr(config, section), name)
                 raise ConfigError(f"{key} {value}: is on this machine, where a Job cannot read it; put it on the Hub")
-        return config.publish.repo, package
+        return config, package
 
 
 def _keep(keep: Callable, say: Callable[[str], None], *what: dict, **known: dict) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from pipeline.config.schema import PACKAGE_SOURCE, Config
+from pipeline.config.schema import PACKAGE_SOURCE, Config, MeasuredRun, TrainingRun
 from pipeline.data import load_examples
 from pipeline.data.sources import is_builtin, locate
 from pipeline.errors import ModelError
@@ -34,17 +34,17 @@ class Inputs:
         data: the commit of the data set, or where it is none on the Hub, the fingerprint of its examples.
     """
 
-    config: Config
+    config: TrainingRun
     base: str
     data: str
 
     def to_dict(self) -> dict:
         """All that a comparison depends on besides the model that it is with."""
-        measured = self.config.evaluate and self.config.evaluate.max_tokens
-        return {"base": self.base, "data": self.data, "settings": settings(self.config), "max_tokens": measured}
+        tokens = self.config.evaluate.max_tokens
+        return {"base": self.base, "data": self.data, "settings": settings(self.config), "max_tokens": tokens}
 
 
-def inputs_of(config: Config) -> Inputs:
+def inputs_of(config: TrainingRun) -> Inputs:
     """What a run would be made of now. Of what lies on the Hub only the commit is asked, and the hashes of files."""
     base, data = _base_commit(config), _data_commit(config)
     update = {
@@ -67,7 +67,7 @@ def settings(config: Config) -> dict[str, object]:
     return flat
 
 
-def settings_beside(config: Config) -> dict[str, object]:
+def settings_beside(config: MeasuredRun) -> dict[str, object]:
     """The part of a configuration that makes what is published beside the model, and its figures, as dotted keys."""
     flat: dict[str, object] = {"publish.mirrors": config.publish.mirrors}
     _flatten("quantize", config.quantize.model_dump(), flat)
@@ -94,13 +94,13 @@ def changes(live: Live, inputs: Inputs) -> tuple[str, ...]:
     return tuple(found)
 
 
-def made_with(live: Live) -> Config:
+def made_with(live: Live) -> TrainingRun:
     """The configuration of the run that made the live model.
 
     Raises:
         ValidationError, KeyError: where another version of tunepress wrote it.
     """
-    return Config.model_validate(live.lineage["configuration"])
+    return TrainingRun.model_validate(live.lineage["configuration"])
 
 
 def _base_commit(config: Config) -> str | None:
@@ -120,7 +120,7 @@ def _digest_at(source: str, commit: str) -> str:
     return there.model
 
 
-def _data_commit(config: Config) -> str | None:
+def _data_commit(config: TrainingRun) -> str | None:
     from pipeline.data.hub import commit_of
 
     source = config.data.source

@@ -50,7 +50,7 @@ def retrain(
         Busy: where another retraining of the repository is under way on this machine, or as a Job of this user.
         UserError: as `pipeline.workflow.run` does; the repository is then as it was.
     """
-    check(config, margin)
+    config = check(config, margin)
     with alone(config.publish.repo):
         preflight(config)
         refuse_beside_job(config.publish.repo)

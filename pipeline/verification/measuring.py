@@ -103,7 +103,7 @@ def find_texts(claims: Claims, place: Place, folder: Path) -> Texts:
     config = claims.config
     if place.run:
         own = place.run.config()
-        config = config.model_copy(update={"data": own.data, "evaluate": own.evaluate or config.evaluate})
+        config = Config.model_validate({**dict(config), "data": own.data, "evaluate": own.evaluate or config.evaluate})
     workspace, problems = Workspace(folder), {}
     workspace.data.mkdir(parents=True)
     if isinstance(claims.get("texts", "max_tokens"), int):

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from pipeline.config.catalog import VARIANTS
-from pipeline.config.loader import dump_config, load_config, shipped_configs
-from pipeline.config.schema import Config
+from pipeline.config.loader import dump_config, load_config, parse_config, shipped_configs
+from pipeline.config.schema import Config, MeasuredRun, TrainingRun
 from pipeline.errors import ConfigError
 
 SMALLEST = "name: demo\nmodel: {source: user/model}\ndata: {source: tickets.jsonl}\n"
@@ -352,3 +352,19 @@ def test_a_configuration_does_not_change(load):
 def test_dumped_configurations_are_plain_yaml(load):
     tree = yaml.safe_load(dump_config(load(SMALLEST)))
     assert tree["train"]["lora"] == {"rank": 16, "alpha": 32.0, "dropout": 0.05, "target_modules": "all-linear"}
+
+
+@pytest.mark.parametrize(
+    ("sections", "kind"),
+    [
+        ({"data": {"source": "rows.jsonl"}}, TrainingRun),
+        ({"data": None}, MeasuredRun),
+        ({"data": None, "evaluate": None}, Config),
+    ],
+)
+def test_a_configuration_has_the_type_of_its_run_and_the_same_yaml(sections, kind):
+    tree = {"name": "x", "model": {"source": "a/b"}, **sections}
+    config = parse_config(tree, "x.yaml")
+    assert type(config) is kind
+    assert list(config.model_dump()) == list(Config.model_fields)
+    assert parse_config(yaml.safe_load(dump_config(config)), "x.yaml") == config

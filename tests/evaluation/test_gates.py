@@ -100,6 +100,6 @@ def test_a_limit_changes_the_verdict_and_not_what_is_made_or_measured(tmp_path):
 
 
 def test_without_measuring_there_is_no_gate(tmp_path):
-    config = configured(variants=["int4"]).model_copy(update={"evaluate": None})
+    config = Config.model_validate(configured(variants=["int4"]).model_dump() | {"data": None, "evaluate": None})
     with Workspace.claim(tmp_path / "m", config) as workspace:
         assert "gate" not in measure_variant.depends(config, workspace, ("int4",))

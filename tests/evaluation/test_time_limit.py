@@ -36,7 +36,7 @@ def test_plan_is_made_again_for_another_model_and_not_for_another_text(model_and
 
 
 def test_configuration_that_measures_nothing_is_left_as_it_is(workspace):
-    config = config_for().model_copy(update={"evaluate": None})
+    config = Config.model_validate(config_for().model_dump() | {"data": None, "evaluate": None})
     workspace.write_measurement("texts", {"asked": None, "max_tokens": 1})
     assert texts.within_time(config, workspace) is config
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from pipeline.config.loader import parse_config
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, TrainingRun
 from pipeline.data.sources import BUILTIN
 from pipeline.errors import ConfigError
 from pipeline.planning.advice import advise
@@ -85,14 +85,16 @@ class Draft:
     def machine(self) -> Machine:
         return this_machine(self.runs)
 
-    def config(self, settings: Settings | None = None) -> Config:
+    def config(self, settings: Settings | None = None) -> TrainingRun:
         """The configuration with further settings; what is not answered yet has its default.
 
         Raises:
             ConfigError: where a setting is refused.
         """
         tree = {"name": "unnamed", "data": {"source": BUILTIN}, **_changed(self.tree, settings or {})}
-        return parse_config(tree, "wizard")
+        config = parse_config(tree, "wizard")
+        assert isinstance(config, TrainingRun), "the wizard always names a data set"
+        return config
 
     def set(self, settings: Settings) -> None:
         """Keep settings.

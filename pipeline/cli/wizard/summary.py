@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pipeline.cli.wizard.draft import Draft
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, TrainingRun
 from pipeline.planning import Plan, make_plan
 from pipeline.planning.memory import wanted
 from pipeline.planning.report import tell_shortage, tell_time
@@ -14,18 +14,18 @@ from pipeline.system.text_format import size
 
 def show_summary(draft: Draft) -> Plan:
     """Tell what the configuration that was written asks for."""
-    plan = make_plan(draft.config(), runs=draft.runs)
+    config = draft.config()
+    plan = make_plan(config, runs=draft.runs)
     draft.tell("")
-    for label, line in _lines(plan):
+    for label, line in _lines(config, plan):
         draft.tell(f"{label:<10}{line}")
     draft.tell(f"{'File':<10}{draft.written}")
     return plan
 
 
-def _lines(plan: Plan) -> Iterator[tuple[str, str]]:
-    config = plan.config
+def _lines(config: TrainingRun, plan: Plan) -> Iterator[tuple[str, str]]:
     yield "Model", f"{config.model.source}, {millions(plan.model.parameters)} million parameters"
-    yield "Data", f"{config.data.source}{_rows(plan)}"
+    yield "Data", f"{config.data.source}{_rows(plan, config.data.limit)}"
     train = config.train
     steps = "steps not known" if plan.steps is None else f"{plan.steps} steps"
     sequences = f"{train.batch_size} x {train.accumulate} sequences of up to {train.max_length} tokens"
@@ -46,10 +46,9 @@ def millions(count: int) -> str:
     return f"{count / 1e6:,.{0 if count >= 10**7 else 1}f}"
 
 
-def _rows(plan: Plan) -> str:
+def _rows(plan: Plan, limit: int | None) -> str:
     if plan.data is None or plan.data.examples is None:
         return ""
-    limit = plan.config.data.limit
     return f", {min(plan.data.examples, limit) if limit else plan.data.examples:,} examples ({plan.data.how})"
 
 

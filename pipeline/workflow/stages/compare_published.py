@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, TrainingRun
 from pipeline.models.safe_loading import open_tokenizer
 from pipeline.retraining import baseline
 from pipeline.retraining.published_model import Live
@@ -32,18 +32,18 @@ def parameters(config: Config, variant: str | None) -> dict:
     return {}
 
 
-def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict:
+def depends(config: TrainingRun, workspace: Workspace, variants: tuple[str, ...]) -> dict:
     compared, inputs = baseline.noted(workspace)
     return {
         "live": compared and compared.model,
         "inputs": inputs,
-        "device": config.evaluate and config.evaluate.device,
+        "device": config.evaluate.device,
         "after": workspace.state_of("train", "merge"),
         "versions": versions(*LIBRARIES),
     }
 
 
-def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
+def run(config: TrainingRun, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
     """Without a live model there is only recorded what the new one was made of."""
     compared, inputs = baseline.noted(workspace)
     figures = _compare(config, workspace, events, compared) if compared else {}
@@ -51,7 +51,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     return Outcome((workspace.write_measurement(RESULT, content),), {"compared": bool(compared)})
 
 
-def _compare(config: Config, workspace: Workspace, events: Events, compared: Live) -> dict:
+def _compare(config: TrainingRun, workspace: Workspace, events: Events, compared: Live) -> dict:
     """The loss of both models and the difference, paired by token; or by prompt, where their tokens are not the same.
 
     The loss is in nats a token. Models with other tokens are compared in bits a byte of what was to be learned.
@@ -131,7 +131,9 @@ class _Chosen:
         return bits.index_add_(0, self.prompts_of(scores, name), scores.nll.double() / math.log(2))
 
 
-def _choose(config: Config, examples: tuple[Example, ...], tokenizers: dict[str, PreTrainedTokenizerBase]) -> _Chosen:
+def _choose(
+    config: TrainingRun, examples: tuple[Example, ...], tokenizers: dict[str, PreTrainedTokenizerBase]
+) -> _Chosen:
     """Those of the examples that both models read whole, up to `evaluate.max_tokens` tokens of the new model's.
 
     Raises:

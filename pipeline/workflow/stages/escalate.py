@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from pipeline.config.schema import Config, VariantSpec
+from pipeline.config.schema import MeasuredRun, VariantSpec
 from pipeline.errors import UserError
 from pipeline.evaluation.escalation import Rung, ladder, with_layers
 from pipeline.evaluation.gates import judge, limits
@@ -30,7 +30,7 @@ class Climb:
     """
 
     def __init__(
-        self, config: Config, workspace: Workspace, events: Events, name: str, full: Path, measured_by: str
+        self, config: MeasuredRun, workspace: Workspace, events: Events, name: str, full: Path, measured_by: str
     ) -> None:
         self._config, self._workspace, self._events = config, workspace, events
         self._name, self._full, self._measured_by = name, full, measured_by

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.config.schema import Config
+from pipeline.config.schema import MeasuredRun
 from pipeline.system.libraries import versions
 from pipeline.tracking.events import Events
 from pipeline.workflow.stages import Outcome
@@ -12,11 +12,11 @@ from pipeline.workflow.workspace import Workspace
 LIBRARIES = ("torch", "transformers")
 
 
-def parameters(config: Config, variant: str | None) -> dict:
+def parameters(config: MeasuredRun, variant: str | None) -> dict:
     return {"general": config.evaluate.general, "max_tokens": config.evaluate.max_tokens}
 
 
-def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict:
+def depends(config: MeasuredRun, workspace: Workspace, variants: tuple[str, ...]) -> dict:
     return {
         "evaluate": without_limit(config.evaluate.model_dump()),
         "general": text_depends(config, workspace),
@@ -25,7 +25,7 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
     }
 
 
-def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
+def run(config: MeasuredRun, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
     from pipeline.evaluation.evaluate import evaluate
 
     full = full_model(config, workspace, events)

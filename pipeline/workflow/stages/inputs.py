@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, MeasuredRun
 from pipeline.data import general_text
 from pipeline.models.sources import stored_bytes
 from pipeline.system.files import fingerprint, read_json, write_json
@@ -34,7 +34,7 @@ def adapter_depends(config: Config, workspace: Workspace) -> dict:
     return workspace.hashes_of(config.merge.adapter) if config.merge.adapter else {}
 
 
-def text_depends(config: Config, workspace: Workspace) -> object:
+def text_depends(config: MeasuredRun, workspace: Workspace) -> object:
     """The general text that is measured on: the hash of its file, or of what this Python brings."""
     source = config.evaluate.general
     return fingerprint(general_text(source)) if source.startswith("builtin:") else workspace.hashes_of(source)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.config.catalog import VARIANTS
-from pipeline.config.schema import Config, VariantSpec
+from pipeline.config.schema import Config, MeasuredRun, VariantSpec
 from pipeline.errors import GateError
 from pipeline.evaluation.escalation import best
 from pipeline.evaluation.gates import judge, limits, tell
@@ -47,7 +47,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     source = model_bytes(config, workspace, full)
     result = _measured(config, workspace, events, name, full)
     refusal, missed = None, None
-    if config.evaluate:
+    if isinstance(config, MeasuredRun):
         result["gate"] = judge(result["quality"], limits(config.quantize, name))
         if config.quantize.on_gate_failure == "escalate":
             result = _escalated(config, workspace, events, name, full, result)
@@ -89,7 +89,7 @@ def _measured(config: Config, workspace: Workspace, events: Events, name: str, f
     if not folder.is_dir():
         workspace.take_back(f"quantize/{name}", workspace.release / VARIANTS[name].folder, folder)
     result = {"size_bytes": stored_bytes(folder)}
-    if config.evaluate:
+    if isinstance(config, MeasuredRun):
         from pipeline.evaluation.evaluate import evaluate
 
         result = evaluate(name, folder, config, workspace, events, full)
@@ -101,7 +101,7 @@ def _measured(config: Config, workspace: Workspace, events: Events, name: str, f
     return result | made
 
 
-def _escalated(config: Config, workspace: Workspace, events: Events, name: str, full: Path, result: dict) -> dict:
+def _escalated(config: MeasuredRun, workspace: Workspace, events: Events, name: str, full: Path, result: dict) -> dict:
     """The result of the smallest way to make the variant that passes, whose files then are the variant's.
 
     Where none does, the figures of the one that came nearest.

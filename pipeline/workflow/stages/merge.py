@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, TrainingRun
 from pipeline.errors import CheckpointError, ModelError, QuantizationError
 from pipeline.models.safe_loading import open_tokenizer
 from pipeline.system.files import empty_folder
@@ -62,7 +62,11 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     for kind, folder in folders.items():
         merge = partial(merge_checkpoint, base, lora, folder, kind, linear, template=template)
         made = _merge(merge, f"merging into the {kind} base", events, along)
-    comparison = _compare(config, workspace, events, base, folders) if len(folders) > 1 else {}
+    comparison = (
+        _compare(config, workspace, events, base, folders)
+        if isinstance(config, TrainingRun) and len(folders) > 1
+        else {}
+    )
     chosen = _better(comparison) if comparison else next(iter(folders))
 
     release = folders.pop(chosen)
@@ -116,7 +120,7 @@ def _supplied_template(base: Path, workspace: Workspace) -> str | None:
     return None if tokenizer.chat_template else with_template(tokenizer, workspace).chat_template
 
 
-def _compare(config: Config, workspace: Workspace, events: Events, base: Path, folders: dict[str, Path]) -> dict:
+def _compare(config: TrainingRun, workspace: Workspace, events: Events, base: Path, folders: dict[str, Path]) -> dict:
     """Loss on held-out text of the live adapter and of each merged model, and KL(live || merged)."""
     from pipeline.evaluation import metrics, texts
     from pipeline.inference import output_head

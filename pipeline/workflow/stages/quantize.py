@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.catalog import VARIANTS
-from pipeline.config.schema import Config, VariantSpec
+from pipeline.config.schema import Config, MeasuredRun, VariantSpec
 from pipeline.errors import MissingExtra, QuantizationError
 from pipeline.system.files import empty_folder, read_json, replace_folder, states, write_json
 from pipeline.system.libraries import is_installed, versions
@@ -45,10 +45,9 @@ def parameters(config: Config, variant: str | None) -> dict:
 
 
 def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict:
-    measured = config.evaluate and {
-        "evaluate": config.evaluate.model_dump(),
-        "general": text_depends(config, workspace),
-    }
+    measured = None
+    if isinstance(config, MeasuredRun):
+        measured = {"evaluate": config.evaluate.model_dump(), "general": text_depends(config, workspace)}
     return {
         "specs": [config.quantize.spec(v).making() for v in variants],
         "measured": measured,

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, TrainingRun
 from pipeline.errors import UserError
 from pipeline.models.safe_loading import open_tokenizer
 from pipeline.system import hardware
@@ -34,7 +34,7 @@ HELD_OUT_TOKENS = 8192  # that the held-out loss is taken on while training; the
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "tokenizers")
 
 
-def parameters(config: Config, variant: str | None) -> dict:
+def parameters(config: TrainingRun, variant: str | None) -> dict:
     return {
         "model": config.model.source,
         "data": config.data.source,
@@ -45,7 +45,7 @@ def parameters(config: Config, variant: str | None) -> dict:
     }
 
 
-def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict:
+def depends(config: TrainingRun, workspace: Workspace, variants: tuple[str, ...]) -> dict:
     train = without_limit(config.train.model_dump(exclude={"checkpoint_every"}))
     return {
         "model": model_depends(config, workspace),
@@ -56,7 +56,7 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
     }
 
 
-def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
+def run(config: TrainingRun, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
     import torch
     from transformers import set_seed
 
@@ -123,7 +123,7 @@ class _Prepared:
     description: dict
 
 
-def _prepare(config: Config, workspace: Workspace, events: Events, team: Team) -> _Prepared:
+def _prepare(config: TrainingRun, workspace: Workspace, events: Events, team: Team) -> _Prepared:
     """Read the data, fetch the model, tokenize, and show what will be trained on.
 
     One process of each machine writes; the others read what it left.
