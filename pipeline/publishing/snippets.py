@@ -1,41 +1,30 @@
-"""The code in a card: found, and run as it stands, in a process and a folder of its own."""
+"""Code blocks of a card, and a process of its own that runs one as it stands."""
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.system.process_environment import user_environment, with_own_package
+from markdown_it import MarkdownIt
 
-_FENCE = re.compile(r"(`{3,})(\w*)\Z")
+from pipeline.system.process_environment import user_environment, with_own_package
 
 
 def blocks(card: str) -> list[str]:
-    """The Python in a card, in its order; not what stands in a longer fence, as a model's answer does."""
-    found, fence, language, lines = [], "", "", []
-    for line in card.split("\n"):
-        mark = _FENCE.match(line)
-        if not fence and mark:
-            (fence, language), lines = mark.groups(), []
-        elif fence and mark and mark[1].startswith(fence) and not mark[2]:
-            if language == "python":
-                found.append("\n".join(lines))
-            fence = ""
-        else:
-            lines.append(line)
-    return found
+    """Return the Python code blocks of a card, in order, without those inside a longer fence (a model's answer)."""
+    fences = (token for token in MarkdownIt().parse(card) if token.type == "fence" and token.info == "python")
+    return [fence.content.removesuffix("\n") for fence in fences]
 
 
 def run(
     code: str, folder: Path, with_tunepress: bool = False, more: Mapping[str, str] | None = None, seconds: float = 3600
 ) -> subprocess.CompletedProcess:
-    """Run `code` in `folder`, without a network, and without tunepress unless it needs that.
+    """Run `code` in `folder`, without a network, and without tunepress unless the code needs it.
 
     Args:
-        more: environment variables, which come last.
+        more: environment variables that override all others.
 
     Raises:
         subprocess.TimeoutExpired: after `seconds`.

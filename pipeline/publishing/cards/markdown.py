@@ -83,8 +83,13 @@ def fence(text: object, length: int) -> Markdown:
     text = _clean(text).replace("\r\n", "\n").replace("\r", "\n").strip()
     if len(text) > length:
         text = text[:length].rstrip() + " …"
-    marks = "`" * max(3, _longest_run(text) + 1)
+    marks = fence_marks(text)
     return Markdown(f"{marks}text\n{text}\n{marks}")
+
+
+def fence_marks(text: str) -> str:
+    """Return the shortest fence that `text` cannot close."""
+    return "`" * max(3, _longest_run(text) + 1)
 
 
 def python_literal(text: object) -> Markdown:

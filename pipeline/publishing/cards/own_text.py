@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 
 from pipeline.publishing.cards import front_matter
+from pipeline.publishing.cards.markdown import fence_marks
 
 START, END = "<!-- tunepress:start -->", "<!-- tunepress:end -->"
 _NEWLINE = re.compile(r"\r\n|\r|\n")
@@ -104,7 +105,7 @@ def _parts(card: str) -> tuple[str | None, str]:
 
 
 def _as_code(metadata: str, newline: str) -> str:
-    marks = "`" * max(3, 1 + max(map(len, re.findall("`+", metadata)), default=0))
+    marks = fence_marks(metadata)
     return newline.join([_UNREADABLE, "", f"{marks}yaml", metadata, marks, "", ""])
 
 
