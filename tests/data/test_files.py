@@ -263,7 +263,7 @@ def test_a_bad_row_far_down_is_found_where_it_is(tmp_path, kind):
     assert f", {where or 'row 4322 (line 8644)'}: `completion` is empty" in str(caught.value)
 
 
-def test_an_item_longer_than_a_piece_of_the_file_is_read_whole(tmp_path):
+def test_a_long_item_of_an_array_is_read_whole(tmp_path):
     texts = [random.Random(i).choice(["é", "\\", '"', "1"]) * size for i, size in enumerate((5, 700_000, 3, 2_000_000))]
     rows = [{"text": f"{i} {text}", "n": 10**i} for i, text in enumerate(texts)]
     for content in (json.dumps(rows), json.dumps(rows, ensure_ascii=False)):
@@ -338,13 +338,12 @@ JSON = st.recursive(
 
 @given(
     rows=st.lists(JSON, max_size=5),
-    piece=st.integers(1, 40),
     indent=st.none() | st.integers(0, 2),
     ascii_only=st.booleans(),
     wrapped=st.booleans(),
 )
 @settings(deadline=None, max_examples=200)
-def test_an_array_is_read_the_same_wherever_its_pieces_end(tmp_path_factory, rows, piece, indent, ascii_only, wrapped):
+def test_an_array_gives_the_rows_that_were_written(tmp_path_factory, rows, indent, ascii_only, wrapped):
     content = json.dumps({"data": rows} if wrapped else rows, indent=indent, ensure_ascii=ascii_only)
     try:
         content = content.encode()
@@ -352,8 +351,17 @@ def test_an_array_is_read_the_same_wherever_its_pieces_end(tmp_path_factory, row
         return
     path = tmp_path_factory.mktemp("array") / "a.json"
     path.write_bytes(content)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.data.json_array._PIECE", piece)
-        found = list(read_array(path, "a.json", closing="}" if wrapped else ""))
+    found = list(read_array(path, "a.json", closing="}" if wrapped else ""))
     assert [row for _, row in found] == rows
     assert [where.split(" (")[0] for where, _ in found] == [f"row {n}" for n in range(1, len(rows) + 1)]
+
+
+@pytest.mark.parametrize(("wrapped", "rows"), [(False, ".[]"), (True, ".data[]")])
+def test_an_array_too_large_for_memory_is_refused_with_the_way_to_json_lines(tmp_path, monkeypatch, wrapped, rows):
+    monkeypatch.setattr("pipeline.data.json_array.LARGEST_BYTES", 50)
+    content = json.dumps({"data": pairs(1, 2)} if wrapped else pairs(1, 2))
+    source = write(tmp_path, "a.json", content)
+    with pytest.raises(DataError) as caught:
+        load_examples(Data(source=source))
+    assert "too large for a JSON array" in str(caught.value)
+    assert f"Try: jq -c '{rows}' {source} > " in str(caught.value)
