@@ -248,9 +248,10 @@ def time_plans(folder: Path) -> list[dict]:
     """A row for every shipped configuration: the seconds that its plan takes."""
     quiet()
     sys.path.insert(0, str(benchmarks.ROOT))  # the hub on loopback is the tests' own
-    from tests.planning.conftest import Planner, put_recipes
     from tests.support.hub import LoopbackHub
-    from tests.workflow.conftest import TOKEN
+    from tests.support.planning import Planner
+    from tests.support.recipes import put_recipes
+    from tests.support.runs import TOKEN
 
     place, rows = Planner(folder), []
     folder.mkdir()

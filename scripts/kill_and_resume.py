@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the tests' hub and tin
 
 
 def main() -> int:
-    from tests.conftest import write_model
     from tests.e2e.faults.runs import disturbed, undisturbed
+    from tests.support.models import write_model
 
     arguments = _arguments()
     scratch = Path(tempfile.mkdtemp(prefix="kill-and-resume-", dir=arguments.scratch))

@@ -22,8 +22,14 @@ from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
+from filelock import FileLock  # noqa: E402
+from huggingface_hub import constants  # noqa: E402
 
 from pipeline.system.libraries import quiet  # noqa: E402
+from tests.support.fake_runs import FakeRun, make_run  # noqa: E402
+from tests.support.hub import LoopbackHub  # noqa: E402
+from tests.support.models import ARCHITECTURES, write_model  # noqa: E402
+from tests.support.runs import OTHER_TOKEN, TOKEN, Place, run_recipe  # noqa: E402
 from tests.support.warm import COLD, WarmPython, is_possible  # noqa: E402
 
 quiet()
@@ -40,62 +46,6 @@ def pytest_configure(config):
         os.environ[WARM] = str(warm.program)
     if WARM in os.environ and (is_worker or not has_workers):
         sys.executable = os.environ[WARM]
-
-
-ARCHITECTURES = ("llama", "qwen3", "smollm3", "gemma3_text")
-
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-# Gemma's: a beginning of text before everything, a system message inside the first question, roles that must
-# alternate, content trimmed, and an answer that ends in another token than the text.
-GEMMA_TEMPLATE = (
-    "{{ bos_token }}{% set first = messages[0]['content'] + '\n\n' if messages[0]['role'] == 'system' else '' %}"
-    "{% for m in (messages[1:] if first else messages) %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Roles must alternate') }}{% endif %}"
-    "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
-    "{{ first if loop.first else '' }}{{ m['content'] | trim }}{{ '<end_of_turn>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
-)
-GEMMA_SPECIAL = ("<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>", "<pad>")
-VOCABULARY = 272
-
-# Widths that 128 does not divide, so that every layer's group size has to be found.
-_COMMON = {
-    "vocab_size": VOCABULARY,
-    "num_hidden_layers": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "bos_token_id": 256,
-    "eos_token_id": 258,
-    "pad_token_id": 256,
-    "initializer_range": 0.1,
-}
-_SHAPES = {
-    "llama": {
-        "hidden_size": 160, "intermediate_size": 192, "num_attention_heads": 4,
-        "tie_word_embeddings": False, "attention_bias": True,
-    },
-    "qwen2": {
-        "hidden_size": 96, "intermediate_size": 320, "num_attention_heads": 4, "tie_word_embeddings": False,
-    },
-    "qwen3": {
-        "hidden_size": 96, "intermediate_size": 320, "num_attention_heads": 4, "head_dim": 32,
-        "tie_word_embeddings": True,
-    },
-    "smollm3": {
-        "hidden_size": 160, "intermediate_size": 224, "num_attention_heads": 4,
-        "tie_word_embeddings": True, "no_rope_layer_interval": 2,
-    },
-    "gemma3_text": {
-        "hidden_size": 96, "intermediate_size": 320, "num_attention_heads": 4, "num_key_value_heads": 1,
-        "head_dim": 32, "query_pre_attn_scalar": 32, "tie_word_embeddings": True,
-        "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"],
-        "eos_token_id": 259, "pad_token_id": 260,
-    },
-}  # fmt: skip
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -211,41 +161,54 @@ def model_copy(tiny_model, tmp_path) -> Path:
     return Path(shutil.copytree(tiny_model("llama"), tmp_path / "model"))
 
 
-def write_model(folder: Path, architecture: str, dtype: str = "bfloat16", **changes) -> None:
-    """A random checkpoint with a tokenizer, in a folder that is made."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(architecture, **{**_COMMON, **_SHAPES[architecture], **changes})
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:  # biases begin at 0 and norms at 1, and would hide what goes wrong with them
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.to(getattr(torch, dtype)).save_pretrained(folder)
-    write_tokenizer(folder, architecture)
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub that this process talks to as ada."""
+    with LoopbackHub(tmp_path / "hub", {TOKEN: {"name": "ada"}, OTHER_TOKEN: {"name": "bob"}}) as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield hub
 
 
-def write_tokenizer(folder: Path, architecture: str | None = None) -> None:
-    """A tokenizer of single bytes, with a chat template: ChatML, or Gemma's."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
+@pytest.fixture
+def finished(tmp_path) -> FakeRun:
+    """A fine-tuned run with both variants, not yet published."""
+    return make_run(tmp_path / "runs" / "demo")
 
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    if architecture == "gemma3_text":
-        special, template = GEMMA_SPECIAL, GEMMA_TEMPLATE
-        named = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
-    else:
-        special, template = SPECIAL, CHAT_TEMPLATE
-        named = {"bos_token": SPECIAL[0], "eos_token": SPECIAL[2], "pad_token": SPECIAL[0]}
-    tokenizer.add_special_tokens(list(special))
-    if architecture == "gemma3_text":
-        first = ("<bos>", tokenizer.token_to_id("<bos>"))
-        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[first])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
-    fast.chat_template = template
-    fast.save_pretrained(folder)
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory, tiny_model):
+    """`finished_run("qwen3-1.7b")` is a finished run of that recipe without a repository, made once for all workers."""
+    ours = tmp_path_factory.getbasetemp()
+    shared = ours.parent if "PYTEST_XDIST_WORKER" in os.environ else ours
+
+    def make(recipe: str) -> Place:
+        place = Place(shared / f"run-{recipe}")
+        with FileLock(f"{place.folder}.lock"):
+            if not place.config.is_file():  # which is written last
+                shutil.rmtree(place.folder, ignore_errors=True)
+                run_recipe(place.folder, recipe, tiny_model)
+        return place
+
+    return make
+
+
+@pytest.fixture(params=["qwen3-1.7b", pytest.param("gemma-3-1b", marks=pytest.mark.slow)])
+def each_run(request, finished_run) -> Place:
+    """A finished run on each of two architectures in turn; not to be changed."""
+    return finished_run(request.param)
+
+
+@pytest.fixture
+def unpublished(finished_run) -> Place:
+    """A finished run that is not published; not to be changed."""
+    return finished_run("qwen3-1.7b")
+
+
+@pytest.fixture
+def copied(unpublished, tmp_path) -> Place:
+    """A finished run that a test may change."""
+    return unpublished.copy(tmp_path / "copy")

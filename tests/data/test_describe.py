@@ -20,7 +20,7 @@ WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    from tests.conftest import write_tokenizer
+    from tests.support.models import write_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(folder)

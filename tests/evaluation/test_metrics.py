@@ -11,20 +11,9 @@ from pipeline.errors import ModelError
 from pipeline.evaluation import metrics
 from pipeline.evaluation.metrics import Estimate, Scores
 from pipeline.inference import output_head
+from tests.support.models import random_text
 
 LENGTHS = (40, 7, 23, 2, 64, 23)
-
-
-def text(lengths=LENGTHS, seed: int = 0, vocabulary: int = 272) -> list[Encoded]:
-    """Sequences of random tokens of which about a third does not count."""
-    generator = torch.Generator().manual_seed(seed)
-    sequences = []
-    for length in lengths:
-        ids = torch.randint(0, vocabulary, (length,), generator=generator)
-        labels = torch.where(torch.rand(length, generator=generator) < 0.3, -100, ids)
-        labels[0], labels[-1] = -100, ids[-1]
-        sequences.append(Encoded(ids.tolist(), labels.tolist()))
-    return sequences
 
 
 def from_stock(folder, dtype=torch.float32):
@@ -62,31 +51,31 @@ def head(model) -> torch.Tensor:
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=str)
 def test_perplexity_is_exp_of_the_mean_cross_entropy(any_model, dtype, tolerance):
     model = from_stock(any_model, dtype)
-    scores = metrics.score(model, text())
-    expected = functional.cross_entropy(*counted_logits(model, text()))
+    scores = metrics.score(model, random_text())
+    expected = functional.cross_entropy(*counted_logits(model, random_text()))
     assert metrics.perplexity(scores).value == pytest.approx(math.exp(expected), rel=tolerance)
 
 
 def test_tokens_that_do_not_count_and_first_tokens_are_left_out(model):
-    scores = metrics.score(model, text())
-    assert len(scores.nll) == sum(label != -100 for s in text() for label in s.labels[1:])
+    scores = metrics.score(model, random_text())
+    assert len(scores.nll) == sum(label != -100 for s in random_text() for label in s.labels[1:])
     assert scores.sequence.unique().tolist() == list(range(len(LENGTHS)))
     assert scores.hidden.shape == (len(scores.nll), 160)
-    counts = [sum(label != -100 for label in s.labels) for s in text()]
+    counts = [sum(label != -100 for label in s.labels) for s in random_text()]
     assert torch.bincount(scores.sequence).tolist() == counts
 
 
 def test_a_label_on_the_first_token_changes_nothing(model):
-    sequences = text()
+    sequences = random_text()
     with_first = [Encoded(s.input_ids, [s.input_ids[0], *s.labels[1:]]) for s in sequences]
     assert torch.equal(metrics.score(model, sequences).nll, metrics.score(model, with_first).nll)
 
 
 @pytest.mark.parametrize("budget", [1, 50, 10_000])
 def test_padding_and_batching_change_nothing(model, monkeypatch, budget):
-    alone = [metrics.score(model, [sequence]) for sequence in text()]
+    alone = [metrics.score(model, [sequence]) for sequence in random_text()]
     monkeypatch.setattr(metrics, "BATCH_TOKENS", budget)
-    together = metrics.score(model, text())
+    together = metrics.score(model, random_text())
     assert torch.allclose(together.nll, torch.cat([s.nll for s in alone]), atol=1e-4)
     assert torch.equal(together.choice, torch.cat([s.choice for s in alone]))
     assert torch.allclose(together.hidden, torch.cat([s.hidden for s in alone]), atol=1e-4)
@@ -94,7 +83,7 @@ def test_padding_and_batching_change_nothing(model, monkeypatch, budget):
 
 def test_batches_hold_every_sequence_once_and_no_more_than_they_may(monkeypatch):
     monkeypatch.setattr(metrics, "BATCH_TOKENS", 50)
-    batches = metrics._batches(text())
+    batches = metrics._batches(random_text())
     assert sorted(i for batch in batches for i in batch) == list(range(len(LENGTHS)))
     assert all(len(b) == 1 or len(b) * max(LENGTHS[i] for i in b) <= 50 for b in batches)
     assert len(batches) < len(LENGTHS)
@@ -102,7 +91,7 @@ def test_batches_hold_every_sequence_once_and_no_more_than_they_may(monkeypatch)
 
 def test_logits_are_computed_in_pieces_without_a_trace(model, other, monkeypatch):
     def figures():
-        a, b = metrics.score(model, text()), metrics.score(other, text())
+        a, b = metrics.score(model, random_text()), metrics.score(other, random_text())
         return a.nll, metrics.divergence(a, head(model), b, head(other))["kl"].value
 
     (nll, kl) = figures()
@@ -141,21 +130,21 @@ def test_one_sequence_has_no_known_error():
 
 
 def test_the_error_of_perplexity_is_that_of_the_loss_times_perplexity(model):
-    scores = metrics.score(model, text())
+    scores = metrics.score(model, random_text())
     loss, perplexity = metrics.mean(scores.nll, scores.sequence), metrics.perplexity(scores)
     assert perplexity.stderr == pytest.approx(perplexity.value * loss.stderr) and loss.stderr > 0
 
 
 def test_a_model_does_not_diverge_from_itself(model):
-    scores = metrics.score(model, text())
+    scores = metrics.score(model, random_text())
     found = metrics.divergence(scores, head(model), scores, head(model))
     assert found["kl"] == Estimate(0, 0) and found["agreement"] == Estimate(1, 0)
 
 
 def test_divergence_is_that_of_the_full_distributions_from_the_reference(model, other):
-    reference, scores = metrics.score(model, text()), metrics.score(other, text())
+    reference, scores = metrics.score(model, random_text()), metrics.score(other, random_text())
     found = metrics.divergence(scores, head(other), reference, head(model))
-    p, q = (counted_logits(m, text())[0].log_softmax(-1) for m in (model, other))
+    p, q = (counted_logits(m, random_text())[0].log_softmax(-1) for m in (model, other))
     expected = functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
     assert found["kl"].value == pytest.approx(float(expected.mean()), rel=1e-4)
     assert found["kl"].stderr == pytest.approx(metrics.mean(expected, scores.sequence).stderr, rel=1e-3)
@@ -166,7 +155,7 @@ def test_divergence_is_that_of_the_full_distributions_from_the_reference(model, 
 
 
 def test_scores_of_other_tokens_are_not_compared(model):
-    a, b = metrics.score(model, text()), metrics.score(model, text(LENGTHS[:-1]))
+    a, b = metrics.score(model, random_text()), metrics.score(model, random_text(LENGTHS[:-1]))
     with pytest.raises(ModelError, match="not scored on the same tokens"):
         metrics.divergence(a, head(model), b, head(model))
 
@@ -176,7 +165,7 @@ def scores_of(nll: torch.Tensor, sequence: torch.Tensor) -> Scores:
 
 
 def test_the_rise_is_the_ratio_of_the_perplexities(model, other):
-    reference, scores = metrics.score(model, text()), metrics.score(other, text())
+    reference, scores = metrics.score(model, random_text()), metrics.score(other, random_text())
     ratio = metrics.perplexity(scores).value / metrics.perplexity(reference).value
     assert metrics.rise(scores, reference).value == pytest.approx(ratio - 1, rel=1e-5)
 
@@ -193,7 +182,7 @@ def test_the_rise_is_paired_so_that_what_both_find_hard_adds_no_error():
 
 
 def test_scores_survive_the_disk(model, tmp_path):
-    scores = metrics.score(model, text())
+    scores = metrics.score(model, random_text())
     scores.save(tmp_path / "deep" / "scores.safetensors")
     back = Scores.load(tmp_path / "deep" / "scores.safetensors")
     for part in ("nll", "choice", "sequence", "hidden"):
@@ -202,7 +191,7 @@ def test_scores_survive_the_disk(model, tmp_path):
 
 def test_progress_counts_tokens_to_the_end(model):
     seen = []
-    metrics.score(model, text(), lambda done, total: seen.append((done, total)))
+    metrics.score(model, random_text(), lambda done, total: seen.append((done, total)))
     assert seen[-1] == (sum(LENGTHS), sum(LENGTHS)) and seen == sorted(seen)
 
 
@@ -237,12 +226,12 @@ def test_a_softcap_on_the_logits_is_part_of_every_figure():
     )
     name, softcap = output_head.head_name(a), output_head.softcap(a.config)
     assert (name, softcap) == ("model.embed_tokens.weight", 2.0)
-    reference, scores = metrics.score(a, text()), metrics.score(b, text())
-    logits, targets = counted_logits(a, text())
+    reference, scores = metrics.score(a, random_text()), metrics.score(b, random_text())
+    logits, targets = counted_logits(a, random_text())
     assert metrics.mean(reference.nll, reference.sequence).value == pytest.approx(
         float(functional.cross_entropy(logits, targets)), rel=1e-5
     )
-    p, q = logits.log_softmax(-1), counted_logits(b, text())[0].log_softmax(-1)
+    p, q = logits.log_softmax(-1), counted_logits(b, random_text())[0].log_softmax(-1)
     found = metrics.divergence(scores, head(b), reference, head(a), softcap)
     assert found["kl"].value == pytest.approx(
         float(functional.kl_div(q, p, log_target=True, reduction="batchmean")), rel=1e-3
@@ -259,29 +248,29 @@ def test_a_softcap_on_the_logits_is_part_of_every_figure():
 )
 def test_a_head_that_does_more_is_refused_by_the_models_name(kind, changes, said):
     with pytest.raises(ModelError, match=f"^{kind}: {said}"):
-        metrics.score(build(kind, **changes), text())
+        metrics.score(build(kind, **changes), random_text())
 
 
 def test_a_broken_model_is_refused_and_not_measured(tiny_model):
     model = from_stock(tiny_model("llama"))
     model.model.norm.weight.data[3] = float("nan")
     with pytest.raises(ModelError, match="logits are not finite"):
-        metrics.score(model, text())
+        metrics.score(model, random_text())
 
 
 def test_a_model_under_an_adapter_is_scored_with_the_adapter(tiny_model):
     from peft import LoraConfig, get_peft_model
 
-    plain = metrics.score(from_stock(tiny_model("qwen3")), text())
+    plain = metrics.score(from_stock(tiny_model("qwen3")), random_text())
     model = get_peft_model(
         from_stock(tiny_model("qwen3")), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     )
-    assert torch.allclose(metrics.score(model, text()).nll, plain.nll, atol=1e-5)  # B is still zero
+    assert torch.allclose(metrics.score(model, random_text()).nll, plain.nll, atol=1e-5)  # B is still zero
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    scores = metrics.score(model.eval(), text())
-    expected = functional.cross_entropy(*counted_logits(model, text()))
+    scores = metrics.score(model.eval(), random_text())
+    expected = functional.cross_entropy(*counted_logits(model, random_text()))
     assert metrics.mean(scores.nll, scores.sequence).value == pytest.approx(float(expected), rel=1e-5)
     assert not torch.allclose(scores.nll, plain.nll, atol=1e-2)
 

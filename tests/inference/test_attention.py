@@ -7,7 +7,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pipeline.inference.kernels import attention
 from pipeline.inference.load import load
-from tests.conftest import ARCHITECTURES, write_tokenizer
+from tests.support.models import ARCHITECTURES, write_tokenizer
 
 
 class Layer(torch.nn.Module):

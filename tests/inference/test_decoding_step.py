@@ -17,7 +17,7 @@ from pipeline.inference.kernels.pages import Room
 from pipeline.inference.load import load
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.system.process_environment import ALLOCATOR
-from tests.conftest import write_tokenizer
+from tests.support.models import relative_error, write_tokenizer
 
 SHAPE = {
     "hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
@@ -90,10 +90,6 @@ def written(model, prompt, count, mask=None, quick=True):
     return torch.stack(logits)
 
 
-def off(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
-
-
 @pytest.mark.parametrize("batch, padded", [(1, False), (1, True), (3, False), (3, True)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -106,7 +102,7 @@ def test_it_says_what_the_ordinary_way_says(release, steps, kind, variant, dtype
         mask[-1, :5] = 0
     ours, theirs = (written(model, ids(batch, 12), 6, mask, quick) for quick in (True, False))
     assert steps == [False] + 6 * [True]
-    assert off(ours[1:], theirs[1:]) < TOLERANCE[dtype]
+    assert relative_error(ours[1:], theirs[1:]) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("variant, kind", [("int8", step.JoinedInt8), ("int4", step.JoinedInt4)])
@@ -206,7 +202,7 @@ def test_copies_and_models_of_another_type_compute_with_their_own_weights(releas
         parameter.zero_()
     assert torch.equal(written(other, ids(1, 5), 3), expected)
     torch.nn.Module.float(other)  # which transformers forbids for quantized models
-    assert off(written(other, ids(1, 5), 3), written(other, ids(1, 5), 3, quick=False)) < 1e-4
+    assert relative_error(written(other, ids(1, 5), 3), written(other, ids(1, 5), 3, quick=False)) < 1e-4
     assert all(steps[1:4]) and all(steps[5:8])
 
 

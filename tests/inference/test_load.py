@@ -13,7 +13,7 @@ from pipeline.inference import load as loading
 from pipeline.inference.assemble import assemble
 from pipeline.inference.load import load, locate
 from pipeline.models.checkpoint import SINGLE_NAME, Checkpoint
-from tests.conftest import ARCHITECTURES, write_tokenizer
+from tests.support.models import ARCHITECTURES, relative_error, write_tokenizer
 
 PROMPT = "Tell me about the sea, and about ships."
 VARIANTS = ("int8", "int4")
@@ -23,10 +23,6 @@ def logits(model, tokenizer, repeat: int = 1) -> torch.Tensor:
     ids = torch.tensor([tokenizer(PROMPT * repeat)["input_ids"]])
     with torch.no_grad():
         return model(ids).logits.float()
-
-
-def off(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
 
 
 def layer_types(model) -> set[str]:
@@ -43,16 +39,16 @@ def test_a_variant_computes_what_its_numbers_mean(
     model, tokenizer = load(quantized(source, variant), variant)
     assert layer_types(model) == {kind}
     expected = logits(dequantized(source, variant), tokenizer, repeat)
-    assert off(logits(model, tokenizer, repeat), expected) < 0.03
+    assert relative_error(logits(model, tokenizer, repeat), expected) < 0.03
     # Far nearer to the numbers in the files than those are to the original.
-    assert off(expected, logits(load(source)[0], tokenizer, repeat)) > 0.03 or variant == "int8"
+    assert relative_error(expected, logits(load(source)[0], tokenizer, repeat)) > 0.03 or variant == "int8"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_in_float32_it_computes_them_to_float32_precision(tiny_model, quantized, dequantized, variant):
     source = tiny_model("llama", "float32")
     model, tokenizer = load(quantized(source, variant), variant)
-    assert off(logits(model, tokenizer), logits(dequantized(source, variant), tokenizer)) < 1e-4
+    assert relative_error(logits(model, tokenizer), logits(dequantized(source, variant), tokenizer)) < 1e-4
 
 
 def test_the_root_is_the_full_precision_model_itself(any_model):
@@ -90,7 +86,7 @@ def test_layers_without_a_kernel_become_ordinary_ones_of_the_models_type(
     model, tokenizer = load(quantized(source, variant), variant)
     assert layer_types(model) == {"PlainLinear"}
     assert model.model.layers[0].mlp.up_proj.weight.dtype == getattr(torch, dtype)
-    assert off(logits(model, tokenizer), logits(dequantized(source, variant), tokenizer)) < 1e-3
+    assert relative_error(logits(model, tokenizer), logits(dequantized(source, variant), tokenizer)) < 1e-3
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -174,7 +170,7 @@ def test_checkpoints_that_name_their_tensors_otherwise_go_through_the_stock_load
     assert assemble(root / (variant or ""), torch.device("cpu")) is None
     model, tokenizer = load(root, variant)
     expected = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "mixtral"), tokenizer)
-    assert off(logits(model, tokenizer), expected) < (0.2 if variant == "int4" else 0.03)
+    assert relative_error(logits(model, tokenizer), expected) < (0.2 if variant == "int4" else 0.03)
 
 
 @pytest.mark.parametrize("part", ["qdata", "scale", "zero_point"])

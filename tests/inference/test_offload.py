@@ -17,9 +17,7 @@ from pipeline.system.hardware import _free_in_groups, free_bytes
 from pipeline.tracking.events import Events
 from pipeline.workflow.workspace import Workspace
 from scripts.benchmarks import random_checkpoint
-from tests.conftest import write_tokenizer
-from tests.evaluation.test_metrics import text
-from tests.quantization.test_embeddings import PLAIN
+from tests.support.models import LOOKUP_EMBEDDINGS, random_text, write_tokenizer
 
 CPU = torch.device("cpu")
 IN_LITTLE_MEMORY = """
@@ -27,10 +25,10 @@ import sys
 import torch, transformers, torchao, accelerate
 from pipeline import machine, measure
 from pipeline.inference.load import load
-from tests.evaluation.test_metrics import text
+from tests.support.models import random_text
 before = machine.peak_memory_bytes()
 model, _ = load(sys.argv[1], offload=True)
-measure.score(model, text((512,)))
+measure.score(model, random_text((512,)))
 print(before, machine.peak_memory_bytes())
 """
 
@@ -45,27 +43,27 @@ def test_a_model_scores_bit_for_bit_as_it_does_in_memory(any_model):
     assert is_offloaded(offloaded) and not is_offloaded(there)
     assert torch.equal(output_head.head_matrix(offloaded), output_head.head_matrix(there))
     assert output_head.head_name(offloaded) == output_head.head_name(there)
-    assert same(metrics.score(offloaded, text()), metrics.score(there, text()))
+    assert same(metrics.score(offloaded, random_text()), metrics.score(there, random_text()))
     assert all(parameter.is_meta for parameter in offloaded.parameters())  # nothing stayed behind
 
 
 @pytest.mark.parametrize("variant", ["int8", "int4"])
 def test_a_variant_scores_bit_for_bit_as_the_numbers_in_its_files_do(any_model, quantized, dequantized, variant):
     offloaded, _ = load(quantized(any_model, variant), variant, offload=True)
-    scores = metrics.score(offloaded, text())
-    assert same(scores, metrics.score(dequantized(any_model, variant), text()))
-    packed = metrics.score(load(quantized(any_model, variant), variant)[0], text())
+    scores = metrics.score(offloaded, random_text())
+    assert same(scores, metrics.score(dequantized(any_model, variant), random_text()))
+    packed = metrics.score(load(quantized(any_model, variant), variant)[0], random_text())
     assert metrics.perplexity(scores).value == pytest.approx(metrics.perplexity(packed).value, rel=0.02)
 
 
-@pytest.mark.parametrize("architecture", PLAIN)
+@pytest.mark.parametrize("architecture", LOOKUP_EMBEDDINGS)
 def test_a_quantized_table_counts_for_embedding_and_head(tiny_model, quantized, architecture):
     root = quantized(tiny_model(architecture), "int8", embeddings="int8")
     offloaded, packed = (load(root, "int8", offload=offload)[0] for offload in (True, False))
     assert torch.allclose(
         output_head.head_matrix(offloaded).float(), output_head.head_matrix(packed).dequantize(), rtol=0.01
     )
-    ours, theirs = (metrics.perplexity(metrics.score(model, text())).value for model in (offloaded, packed))
+    ours, theirs = (metrics.perplexity(metrics.score(model, random_text())).value for model in (offloaded, packed))
     assert ours == pytest.approx(theirs, rel=0.02)
 
 
@@ -111,9 +109,9 @@ def test_tensors_under_other_names_cannot_be_offloaded_and_that_is_said(tmp_path
 
 def test_large_output_heads_are_used_piece_by_piece_without_a_trace(tiny_model, monkeypatch):
     model, _ = load(tiny_model("llama"))
-    whole = metrics.score(model, text())
+    whole = metrics.score(model, random_text())
     monkeypatch.setattr(output_head, "HEAD_ELEMENTS", 160 * 100)
-    pieces = metrics.score(model, text())
+    pieces = metrics.score(model, random_text())
     assert torch.allclose(whole.nll, pieces.nll, atol=1e-5) and torch.equal(whole.choice, pieces.choice)
 
 

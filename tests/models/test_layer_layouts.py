@@ -17,7 +17,7 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.layer_layouts import ARCHITECTURES, layout
 from pipeline.models.sources import PLAIN_TABLE, embedding_kind, linear_weights, refuse_other_matrices, table_weights
 from pipeline.quantization.writer import quantize_checkpoint
-from tests.conftest import ARCHITECTURES as WRITTEN
+from tests.support.models import ARCHITECTURES as WRITTEN
 
 SIZES = {
     "vocab_size": 272,

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.models.checkpoint import INDEX_NAME, Checkpoint, CheckpointWriter
 from tests.support.hub import LoopbackHub
-from tests.workflow.conftest import TOKEN, Place
+from tests.support.runs import TOKEN, Place
 
 SHARD_BYTES = 150_000
 ASKED = ("--variants", "int8,int4", "--set", "track.project=tests", "--set", "quantize.on_gate_failure=warn")

@@ -12,7 +12,7 @@ from pipeline.errors import ModelError
 from pipeline.models.packaged_gguf import unpack_gguf
 from pipeline.models.provenance import Origin
 from pipeline.models.sources import check_source, copy_companions, fetch, linear_weights, read_config
-from tests.conftest import ARCHITECTURES
+from tests.support.models import ARCHITECTURES
 
 
 def refusal(source, **options) -> str:

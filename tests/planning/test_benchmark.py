@@ -12,9 +12,9 @@ from pipeline.planning.devices import Machine
 from pipeline.planning.plan import Plan
 from pipeline.planning.stages import stages_of
 from pipeline.workflow import stage_process
-from tests.planning.conftest import shapes_of
-from tests.planning.test_sizes import sizes_of
 from tests.support import REPOSITORY
+from tests.support.planning import sizes_of
+from tests.support.recipes import shapes_of
 
 SCRIPTS = REPOSITORY / "scripts"
 VERBS = ("train", "merge", "evaluate", "quantize")

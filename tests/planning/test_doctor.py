@@ -11,26 +11,12 @@ import pytest
 from pipeline.cli.wizard import summary
 from pipeline.config.loader import load_config
 from pipeline.planning import Plan, benchmark, devices, doctor, make_plan
-from pipeline.planning.benchmark import ROUNDINGS, Calibration
 from pipeline.planning.devices import this_machine
 from pipeline.planning.report import as_json
 from pipeline.system import hardware
-from tests.planning.conftest import Planner
 from tests.support.hub import LoopbackHub
-from tests.workflow.conftest import TOKEN
-
-FIGURES = Calibration(
-    place="this machine",
-    train=1e9,
-    forward=4e9,
-    exact=1e9,
-    decode_bytes=1e10,
-    rounding={f"{name}/{how}": 1e8 for name, how in ROUNDINGS},
-    nf4_bytes=1e8,
-    nf4_weights=1e9,
-    disk_write=1e8,
-    start_seconds=5.0,
-)
+from tests.support.planning import FIGURES, Planner
+from tests.support.runs import TOKEN
 
 
 def examined(place: Planner) -> dict:

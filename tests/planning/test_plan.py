@@ -10,8 +10,7 @@ from huggingface_hub import DatasetInfo
 from pipeline.config.loader import shipped_configs
 from pipeline.config.schema import Data
 from pipeline.planning.data import fetched_bytes, split_figures
-from tests.config.test_values import MODELS
-from tests.planning.conftest import put_hollow
+from tests.support.recipes import MODELS, put_hollow
 
 # Runs the command as it is, and says whether torch came in on the way.
 WITHOUT_TORCH = """

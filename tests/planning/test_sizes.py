@@ -12,20 +12,16 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.planning import memory
 from pipeline.planning.advice import advise
 from pipeline.planning.devices import Machine
-from pipeline.planning.headers import Tensor, gguf_header
+from pipeline.planning.headers import gguf_header
 from pipeline.planning.model import Sizes, read_sizes
 from pipeline.planning.plan import shortages
 from pipeline.planning.stages import stages_of
 from pipeline.planning.variants import stored_bytes
-from tests.planning.conftest import shapes_of
+from tests.support.planning import sizes_of
+from tests.support.recipes import shapes_of
 
 HERE = Machine("here", host_bytes=10**12)
 GPU = Machine("a GPU", gpu_bytes=10**12)
-
-
-def sizes_of(shapes: dict, **more) -> Sizes:
-    tensors = {name: Tensor(shape) for name, shape in shapes.items()}
-    return Sizes(**{"kind": "folder", "tensors": tensors, "file_bytes": 2 * 10**9, **more})
 
 
 def midway(**model) -> Config:

@@ -1,121 +1,43 @@
-"""A finished run with tiny files, and a Hub to publish it to."""
+"""Runs that are published to a Hub on loopback: with mirrors, with GGUF files, beside their source."""
 
 from __future__ import annotations
 
-import os
-import random
-from dataclasses import dataclass
-from pathlib import Path
-
 import pytest
-from huggingface_hub import constants
 
-from pipeline.config.schema import Config
-from pipeline.system.files import write_bytes
-from pipeline.tracking.events import Events, read_events
-from pipeline.workflow.stages import Outcome, publish
-from pipeline.workflow.workspace import Entry, Workspace
-from tests.publishing.cards import sample
-from tests.support.hub import LoopbackHub
-
-TOKEN = "hf_tunepressSecretForTests0123456789"
-OTHER_TOKEN = "hf_somebodyElse0123456789"
-REPO = "ada/tiny"
-BOTH = ("int8", "int4")
-TOKENIZER = b'{"model": "bytes"}'
+from pipeline.workflow.workspace import HIDDEN, Workspace
+from tests.support import sample
+from tests.support.fake_runs import MIRROR, REPO, SOURCE_FILES, TERMS, WITH_GGUF, FakeRun, gguf_bytes
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A Hub that this process talks to as ada."""
-    with LoopbackHub(tmp_path / "hub", {TOKEN: {"name": "ada"}, OTHER_TOKEN: {"name": "bob"}}) as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield hub
-
-
-@dataclass
-class FakeRun:
-    """The workspace of a run whose models are a few random bytes; all else about it is real."""
-
-    workspace: Workspace
-    config: Config
-
-    @property
-    def release(self) -> Path:
-        return self.workspace.release
-
-    def make(self, step: str, files: dict[str, bytes]) -> None:
-        """Put files into the release, as the outputs of a step."""
-        for path, content in files.items():
-            write_bytes(self.release / path, content)
-        paths = [self.release / path for path in files]
-        self.workspace.record(step, Entry(step, self.workspace.digests(paths)))
-
-    def make_variant(self, name: str) -> None:
-        """Let a variant into the release, measured."""
-        files = {"config.json": b'{"q": "%s"}' % name.encode(), "tokenizer.json": TOKENIZER}
-        files["model.safetensors"] = random.Random(name).randbytes(3000)
-        self.make(f"quantize/{name}", {f"{name}/{path}": content for path, content in files.items()})
-        self.workspace.write_measurement(name, sample.results()[name])
-
-    def configure(self, **changes) -> None:
-        """Change keys of `publish`, or whole sections."""
-        sections = {k: changes.pop(k) for k in list(changes) if k in Config.model_fields}
-        tree = self.config.model_dump() | sections
-        tree["publish"] = {**tree["publish"], **changes}
-        self.config = Config.model_validate(tree)
-
-    def publish(self, variants: tuple[str, ...] = BOTH) -> dict:
-        """Do the stage in this process and keep the ledger, as a run does; the stage's summary."""
-        outcome: Outcome = publish.run(self.config, self.workspace, self.pen(), variants)
-        self.workspace.record("publish", Entry("", self.workspace.digests(outcome.outputs), outcome.summary))
-        return outcome.summary
-
-    def pen(self) -> Events:
-        return Events(self.workspace.events_path, self.config.name, lambda *report: self.progress.append(report))
-
-    def events(self, name: str) -> list[dict]:
-        return [e for e in read_events(self.workspace.events_path)[0] if e["event"] == name]
-
-    def __post_init__(self):
-        self.progress: list[tuple[int, int, str]] = []
-
-
-def weights(size: int = 3000) -> bytes:
-    return os.urandom(size)
-
-
-@pytest.fixture
-def finished(tmp_path) -> FakeRun:
-    """A fine-tuned run with both variants, not yet published."""
-    return make_run(tmp_path / "runs" / "demo")
-
-
-def make_run(folder: Path) -> FakeRun:
-    config = sample.config(publish={"repo": REPO})
-    run = FakeRun(Workspace(folder), config)
-    found = sample.results()
-    if "base" in found["training"]:
-        found["origin"] = found["training"].pop("base")
-    for name, figures in found.items():
-        run.workspace.write_measurement(name, figures)
-    adapter = {"adapter/adapter_config.json": b"{}", "adapter/adapter_model.safetensors": weights(500)}
-    root = {"config.json": b"{}", "tokenizer.json": TOKENIZER, "model.safetensors": weights(5000)}
-    run.make("merge", root | adapter)
-    for name in BOTH:
-        run.make_variant(name)
+def guest(hub, tmp_path) -> FakeRun:
+    """Variants of a model, made to be published beside it."""
+    revision = hub.put(REPO, SOURCE_FILES)
+    run = FakeRun(
+        Workspace(tmp_path / "out" / HIDDEN),
+        sample.config(data=None, model={"source": REPO}, publish={"repo": REPO, "commits": "single"}),
+    )
+    origin = {"source": REPO, "name": REPO, "hub_id": REPO, "revision": revision, "license": "mit"}
+    run.workspace.write_measurement("origin", origin)
+    run.workspace.write_measurement("base", sample.results()["merged"])
+    run.make_variant("int8")
+    run.make_variant("int4")
     return run
 
 
-def sent_bytes(hub: LoopbackHub, since: int = 0) -> int:
-    """Bytes that clients sent to the Hub, in requests of any kind."""
-    return sum(request.body_bytes for request in hub.requests[since:])
+@pytest.fixture
+def shared(finished, tmp_path) -> FakeRun:
+    """A run with int8 and two variants of GGUF, each of which brought the terms of use."""
+    for variant in sample.GGUF:
+        files = {sample.GGUF_FILES[variant]: gguf_bytes(tmp_path, variant), "LICENSE": TERMS}
+        finished.make(f"quantize/{variant}", {f"gguf/{name}": content for name, content in files.items()})
+        finished.workspace.write_measurement(variant, sample.gguf_results()[variant])
+    finished.configure(quantize={"variants": list(WITH_GGUF)})
+    return finished
 
 
-def uploads(hub: LoopbackHub, since: int = 0) -> list[int]:
-    """Sizes of the large files that reached the Hub whole."""
-    return [r.body_bytes for r in hub.requests[since:] if r.method == "PUT" and r.status == 200]
+@pytest.fixture
+def mirrored(finished):
+    """The run with a mirror of int8, not yet published."""
+    finished.configure(mirrors={"int8": MIRROR})
+    return finished

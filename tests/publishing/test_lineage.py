@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.publishing.conftest import REPO
+from tests.support.fake_runs import REPO
 
 
 @pytest.mark.parametrize("is_there", [True, False])

@@ -11,16 +11,7 @@ from pipeline.system.files import fingerprint
 from pipeline.tracking.events import Events
 from pipeline.workflow.stages import measure_variant, publish
 from pipeline.workflow.workspace import Entry
-from tests.publishing.conftest import REPO, sent_bytes, uploads
-
-MIRROR = "ada/tiny-int8"
-
-
-@pytest.fixture
-def mirrored(finished):
-    """The run with a mirror of int8, not yet published."""
-    finished.configure(mirrors={"int8": MIRROR})
-    return finished
+from tests.support.fake_runs import MIRROR, REPO, sent_bytes, uploads
 
 
 def test_the_variant_is_at_the_root_with_a_card_and_a_lineage_of_its_own(hub, mirrored):

@@ -7,7 +7,8 @@ import json
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 
-from tests.publishing.conftest import BOTH, OTHER_TOKEN, REPO, sent_bytes
+from tests.support.fake_runs import BOTH, REPO, sent_bytes
+from tests.support.runs import OTHER_TOKEN
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from pipeline.models.sources import linear_weights, table_weights
 from pipeline.quantization.formats.torchao import INT8
 from pipeline.quantization.roundings import rounding
 from pipeline.quantization.writer import quantize_checkpoint, unfit
-from tests.conftest import ARCHITECTURES
+from tests.support.models import ARCHITECTURES, relative_error
 
 PLAIN = [kind for kind in ARCHITECTURES if kind != "gemma3_text"]  # whose embedding only looks up
 
@@ -32,10 +32,6 @@ TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def logits(model) -> torch.Tensor:
     with torch.no_grad():
         return model(IDS).logits.float()
-
-
-def off(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
 
 
 @pytest.fixture
@@ -69,7 +65,7 @@ def test_it_computes_what_its_numbers_mean(release, dequantized, architecture, v
     for name in table_weights(root):
         weight = expected.get_parameter(name)
         weight.data = rounding("rtn")(weight.data, INT8).dequantize(weight.dtype)
-    assert off(logits(model), logits(expected)) < 0.03
+    assert relative_error(logits(model), logits(expected)) < 0.03
     with torch.no_grad():
         looked_up = model.get_input_embeddings()(IDS), expected.get_input_embeddings()(IDS)
     assert torch.equal(*looked_up)
@@ -85,7 +81,7 @@ def test_stock_transformers_loads_it_tied_as_it_was(release, variant, options, t
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     assert isinstance(table.data, Int8Tensor) and isinstance(head.data, Int8Tensor) and (table is head) == tied
     if variant == "int8":  # which stock torchao computes with on a CPU
-        assert off(logits(model), logits(load(root, variant)[0])) < 0.03
+        assert relative_error(logits(model), logits(load(root, variant)[0])) < 0.03
 
 
 @TIED
@@ -116,13 +112,13 @@ def test_a_head_without_a_kernel_is_saved_as_it_was_stored(tiny_model, quantized
 
 @TIED
 def test_its_output_matrix_is_found_for_measuring(release, tied):
-    from tests.evaluation.test_metrics import text
+    from tests.support.models import random_text
 
     model, _ = load(release("int8", {}, tied), "int8")
     name = sorted(table_weights(release("int8", {}, tied)))[0 if not tied else -1]
     stored = Checkpoint(release("int8", {}, tied)).read(name)
     assert torch.equal(output_head.head_matrix(model).dequantize(), rounding("rtn")(stored, INT8).dequantize())
-    assert len(metrics.score(model, text()).nll) > 0
+    assert len(metrics.score(model, random_text()).nll) > 0
 
 
 def test_a_tied_table_that_is_stored_twice_is_refused_by_name(tiny_model, tmp_path):

@@ -16,19 +16,15 @@ from pipeline.inference.load import load
 from pipeline.models.checkpoint import SINGLE_NAME, Checkpoint, row_blocks
 from pipeline.models.sources import linear_weights, table_weights
 from pipeline.quantization.formats import storage, tile_packed
-from pipeline.quantization.grid import Grid, GroupQuantized
+from pipeline.quantization.grid import GroupQuantized
 from pipeline.quantization.roundings import rounding
 from pipeline.quantization.writer import quantize_checkpoint
-from tests.quantization.test_torchao_format import IDS, assert_same_headers
+from tests.support.checkpoints import assert_same_headers
+from tests.support.grids import int4, weight_on_grid
 
+IDS = torch.tensor([[7, 200, 31, 64, 5, 5, 90, 12, 250, 33, 2, 149]])
 SHAPES = [(8, 1024), (16, 32), (24, 576), (40, 2048), (3, 96), (17, 1056), (272, 160)]
 needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
-
-
-def quantized(rows: int, width: int, group_size: int = 32) -> GroupQuantized:
-    generator = torch.Generator().manual_seed(rows * width)
-    weight = torch.randn(rows, width, generator=generator).bfloat16() * 0.1
-    return rounding("rtn")(weight, Grid(4, group_size, "float", torch.bfloat16))
 
 
 def same(a: GroupQuantized, b: GroupQuantized) -> bool:
@@ -62,7 +58,7 @@ def as_tensor_cores_read(tiles: torch.Tensor, scale_and_zero: torch.Tensor, grou
 
 @pytest.mark.parametrize("rows, width", SHAPES)
 def test_packing_is_undone_exactly(rows, width):
-    weight = quantized(rows, width)
+    weight = weight_on_grid(int4(), rows, width)
     tiles, scale_and_zero = tile_packed.to_tiles(weight)
     assert same(tile_packed.from_tiles(tiles, scale_and_zero, (rows, width), 32), weight)
 
@@ -72,7 +68,7 @@ def test_packing_is_undone_exactly(rows, width):
 def test_what_tensor_cores_read_is_the_weight_and_the_padding_is_zero(rows, width, group_size):
     if width % group_size:
         width = -(-width // group_size) * group_size
-    weight = quantized(rows, width, group_size)
+    weight = weight_on_grid(int4(group_size), rows, width)
     tiles, scale_and_zero = tile_packed.to_tiles(weight)
     assert tiles.is_contiguous() and scale_and_zero.is_contiguous()
     read = as_tensor_cores_read(tiles, scale_and_zero, group_size)
@@ -83,7 +79,7 @@ def test_what_tensor_cores_read_is_the_weight_and_the_padding_is_zero(rows, widt
 
 @pytest.mark.parametrize("rows", [8, 24, 19])
 def test_blocks_of_rows_give_the_rows_of_the_whole(rows):
-    weight = quantized(rows, 64)
+    weight = weight_on_grid(int4(), rows, 64)
     grid, (whole,) = weight.grid, tile_packed.rows("a.weight", weight).values()
     for first in range(0, rows, tile_packed.together(grid)):
         part = slice(first, first + tile_packed.together(grid))
@@ -93,7 +89,7 @@ def test_blocks_of_rows_give_the_rows_of_the_whole(rows):
 
 
 def test_the_layer_for_cuda_holds_these_tiles_and_gives_back_what_it_was_made_from():
-    weight = quantized(17, 160)
+    weight = weight_on_grid(int4(), 17, 160)
     layer = cuda.Int4Linear(weight, None)
     tiles, scale_and_zero = tile_packed.to_tiles(weight)
     assert torch.equal(layer.packed, tiles) and torch.equal(layer.scale_and_zero, scale_and_zero)
@@ -103,7 +99,7 @@ def test_the_layer_for_cuda_holds_these_tiles_and_gives_back_what_it_was_made_fr
 @needs_card
 @pytest.mark.parametrize("rows, width", [shape for shape in SHAPES if shape[0] % 8 == 0])
 def test_torch_packs_the_same_codes_into_the_same_tiles(rows, width):
-    codes = torch.nn.functional.pad(quantized(rows, width).codes, (0, -width % 1024)).cuda()
+    codes = torch.nn.functional.pad(weight_on_grid(int4(), rows, width).codes, (0, -width % 1024)).cuda()
     unsigned = (codes + 8).to(torch.uint8)
     theirs = torch.ops.aten._convert_weight_to_int4pack((unsigned[:, ::2] << 4 | unsigned[:, 1::2]).contiguous(), 8)
     assert torch.equal(tile_packed.pack_codes(codes), theirs)

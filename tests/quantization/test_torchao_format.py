@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from pipeline.quantization.formats.torchao import unpack
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.roundings import rounding
 from pipeline.quantization.writer import quantize_checkpoint, unfit
+from tests.support.checkpoints import assert_same_headers
 
 VARIANTS = [name for name, variant in catalog.VARIANTS.items() if variant.format == "torchao"]
 KEPT = ("model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj")
@@ -253,22 +253,6 @@ def test_the_int8_folder_is_what_transformers_saves_itself(
     configs = [json.loads((folder / "config.json").read_text()) for folder in (ours, tmp_path)]
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
     assert configs[0] == {**configs[1], "transformers_version": configs[0]["transformers_version"]}
-
-
-def assert_same_headers(ours: Path, saved: Path) -> None:
-    """Does the header of a folder of ours say what that of a folder saved by transformers says?"""
-    with safe_open(ours / SINGLE_NAME, "pt") as first, safe_open(saved / SINGLE_NAME, "pt") as second:
-        written, theirs, stored = plain(first.metadata()), plain(second.metadata()), set(second.keys())
-    for name in [n for n in theirs["tensor_names"] if theirs[n] == {"_type": "Tensor"} and n not in stored]:
-        del theirs[name]  # a tied head, which it describes and does not store
-        theirs["tensor_names"].remove(name)
-    assert written == theirs
-
-
-def plain(metadata: dict[str, str]) -> dict:
-    """Metadata with its JSON read, and the one list in it that has no order."""
-    content = {key: value if key == "format" else json.loads(value) for key, value in metadata.items()}
-    return content | {"tensor_names": sorted(content["tensor_names"])}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -14,12 +14,9 @@ from pipeline.inference.kernels.plain import PlainLinear, quicken_linears
 from pipeline.inference.load import load
 from pipeline.quantization.formats.torchao import INT8
 from pipeline.system import hardware
-from tests.conftest import ARCHITECTURES
-from tests.evaluation.test_metrics import text
-from tests.inference.test_kernels import int4, int8
-from tests.inference.test_kernels import quantized as weight_on_grid
-from tests.quantization.test_embeddings import PLAIN
 from tests.support.compute_watch import BF16Products
+from tests.support.grids import int4, int8, weight_on_grid
+from tests.support.models import ARCHITECTURES, LOOKUP_EMBEDDINGS, random_text, relative_error
 
 VARIANTS = {
     "bf16": None,
@@ -29,7 +26,7 @@ VARIANTS = {
     "int8 tables": {"embeddings": "int8"},
     "int8, a layer kept": {"keep": ["*.down_proj"]},
 }
-LOADED = [(a, k) for k in VARIANTS for a in (PLAIN if k == "int8 tables" else ARCHITECTURES)]
+LOADED = [(a, k) for k in VARIANTS for a in (LOOKUP_EMBEDDINGS if k == "int8 tables" else ARCHITECTURES)]
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -39,10 +36,6 @@ def float32(monkeypatch):
     monkeypatch.setenv(hardware.COMPUTE_DTYPE, "float32")
 
 
-def off(result: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((result.float() - expected.float()).norm() / expected.float().norm())
-
-
 def read_and_score(model) -> metrics.Scores:
     """Read a prompt, write after it, and score texts: all that inference multiplies."""
     ids = torch.arange(80).view(1, 80) % 250
@@ -50,7 +43,7 @@ def read_and_score(model) -> metrics.Scores:
         out = model(ids, use_cache=True)
         model(ids[:, :1], past_key_values=out.past_key_values)
         model(ids[:, :40].expand(2, -1), attention_mask=(torch.arange(80).view(2, 40) > 7).long())
-    return metrics.score(model, text())
+    return metrics.score(model, random_text())
 
 
 @pytest.mark.parametrize("architecture, kind", LOADED)
@@ -67,7 +60,7 @@ def test_a_loaded_model_multiplies_no_many_rows_in_half_precision(
         assert any(product.rows <= products.FEW_ROWS for product in seen.products)
     monkeypatch.setenv(hardware.COMPUTE_DTYPE, "bfloat16")
     with BF16Products() as seen:
-        expected = metrics.score(load(root, variant)[0], text())
+        expected = metrics.score(load(root, variant)[0], random_text())
     assert seen.many_rows
     assert metrics.perplexity(scores).value == pytest.approx(metrics.perplexity(expected).value, rel=0.02)
 
@@ -90,9 +83,9 @@ def test_an_offloaded_model_multiplies_no_many_rows_in_half_precision(float32, t
     model, _ = load(root, variant, offload=True)
     with torch.no_grad(), BF16Products() as seen:
         model(torch.arange(80).view(1, 80))
-        scores = metrics.score(model, text())
+        scores = metrics.score(model, random_text())
     assert not seen.many_rows
-    whole = metrics.score(load(root, variant)[0], text())
+    whole = metrics.score(load(root, variant)[0], random_text())
     assert metrics.perplexity(scores).value == pytest.approx(metrics.perplexity(whole).value, rel=0.02)
 
 
@@ -118,7 +111,7 @@ def test_architectures_of_every_kind_of_attention_and_experts(float32, kind):
     with torch.no_grad(), BF16Products() as seen:
         logits = model(ids, attention_mask=mask).logits
     assert not seen.many_rows
-    assert off(logits[mask.bool()], expected[mask.bool()]) < 0.02
+    assert relative_error(logits[mask.bool()], expected[mask.bool()]) < 0.02
 
 
 def test_a_model_leaves_the_mode_when_it_fails(float32, tiny_model):
@@ -139,7 +132,8 @@ def test_packed_layers_lose_nothing_in_float32(float32, grid, dtype):
     with BF16Products() as seen:
         result = kernels.linear(weight, None, torch.device("cpu"))._many(x)
     assert not seen.products
-    assert off(result, x.double() @ weight.dequantize().double().T) < (2e-3 if dtype == torch.bfloat16 else 3e-4)
+    limit = 2e-3 if dtype == torch.bfloat16 else 3e-4
+    assert relative_error(result, x.double() @ weight.dequantize().double().T) < limit
 
 
 def plain_layer(dtype: torch.dtype, bias: bool = True) -> torch.nn.Linear:
@@ -160,7 +154,8 @@ def test_an_ordinary_layer_computes_what_it_did(monkeypatch, compute, dtype, bia
     expected = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)
     result = layer(x)
     assert result.dtype == dtype and result.shape == (*shape[:-1], 160) and torch.backends.mkldnn.enabled
-    assert not x.numel() or off(result, expected) < {torch.float32: 1e-6, torch.float16: 1e-3}.get(dtype, 5e-3)
+    limit = {torch.float32: 1e-6, torch.float16: 1e-3}.get(dtype, 5e-3)
+    assert not x.numel() or relative_error(result, expected) < limit
 
 
 def test_an_ordinary_layer_is_saved_and_trained_as_it_was(float32):
@@ -203,4 +198,4 @@ def test_products_in_the_mode_have_gradients(float32):
     left, right = (torch.randn(40, 40, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
     with Float32Products():
         left.matmul(right).sum().backward()
-    assert off(left.grad, right.detach().float().sum(1).expand(40, 40)) < 0.01
+    assert relative_error(left.grad, right.detach().float().sum(1).expand(40, 40)) < 0.01

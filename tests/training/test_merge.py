@@ -18,7 +18,7 @@ from pipeline.quantization.writer import Variants, quantize_checkpoint
 from pipeline.training import merge
 from pipeline.training.merge import merge_checkpoint
 from pipeline.training.nf4_base import HeldInNf4, rows_together
-from tests.conftest import ARCHITECTURES
+from tests.support.models import ARCHITECTURES
 
 RANK, ALPHA = 4, 12
 HALF_ULP = 2**-8  # relative, of bf16

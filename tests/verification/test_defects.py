@@ -8,7 +8,7 @@ import os
 import pytest
 
 from pipeline.verification import DEFECTS_FOUND, Verdict
-from tests.verification.conftest import BOTH, told
+from tests.support.releases import BOTH, told
 
 
 def only(verification) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.system.files import sha256
 from tests.support.hub import LoopbackHub
-from tests.workflow.conftest import TOKEN, Place, write_place
+from tests.support.runs import TOKEN, Place, write_place
 
 ANY = {"rise": 100.0, "kl": 100.0}  # limits that a variant of any model meets
 LOOSE, TIGHT = "quantize.gate.kl=100", "quantize.gate.kl=1e-9"

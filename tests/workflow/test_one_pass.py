@@ -16,7 +16,7 @@ from pipeline.system.files import read_json
 from pipeline.tracking.events import Events, read_events
 from pipeline.workflow.stages import merge, quantize
 from pipeline.workflow.workspace import Workspace
-from tests.workflow.conftest import Place, write_place
+from tests.support.runs import Place, write_place
 
 
 @pytest.fixture(scope="module")

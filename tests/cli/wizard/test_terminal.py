@@ -12,8 +12,8 @@ from rich.console import Console
 
 from pipeline.cli.wizard import QUESTIONS, wizard
 from pipeline.config.loader import load_config
-from tests.cli.wizard.conftest import READS
-from tests.workflow.conftest import TOKEN
+from tests.support.runs import TOKEN
+from tests.support.wizard import READS
 
 WRITE_TOKEN = "write-token-0123456789"
 UNMEASURED = ("Measure this machine", "no")

@@ -1,11 +1,8 @@
-"""A run that nobody disturbs, and a release of a few random bytes with a hub to publish it to."""
+"""A run that nobody disturbs."""
 
 import pytest
 
-from tests.e2e.faults.runs import undisturbed
-from tests.publishing.conftest import finished, hub  # noqa: F401
-
-SETTINGS = {"method": "lora", "variants": ["int4"]}
+from tests.e2e.faults.runs import SETTINGS, undisturbed
 
 
 @pytest.fixture(scope="package")

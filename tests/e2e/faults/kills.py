@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.workflow.conftest import Place, processes_in
+from tests.support.runs import Place, processes_in
 
 POLL_SECONDS = 0.005
 ENDING_SECONDS = 60.0  # within which what a killed run had started has to be gone

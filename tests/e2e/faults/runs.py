@@ -10,10 +10,12 @@ from pathlib import Path
 
 from tests.e2e.faults.kills import Moment, Timeline, kill_at, left
 from tests.e2e.faults.sameness import differences
+from tests.support import REPOSITORY
 from tests.support.hub import LoopbackHub
-from tests.workflow.conftest import REPOSITORY, TOKEN, Place, write_place
+from tests.support.runs import TOKEN, Place, write_place
 
 SPY = Path(__file__).parent / "spy"
+SETTINGS = {"method": "lora", "variants": ["int4"]}
 WHO = {TOKEN: {"name": "ada", "role": "write"}}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.verification import Verdict, verify
-from tests.workflow.conftest import Place
+from tests.support.runs import Place
 
 # What two runs of the same thing may differ in: times, speeds, memory, and that one of them was resumed.
 VOLATILE = re.compile(r"seconds|per_second|runtime|peak_memory|resumed_from_step|^(finished|mtime_ns)$")

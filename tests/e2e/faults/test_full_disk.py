@@ -14,8 +14,7 @@ from pipeline.errors import CheckpointError
 from pipeline.models.checkpoint import CheckpointWriter
 from pipeline.system.files import no_room, write_json
 from pipeline.tracking.events import Events, read_events
-from tests.e2e.faults.conftest import SETTINGS
-from tests.e2e.faults.runs import WHO, write
+from tests.e2e.faults.runs import SETTINGS, WHO, write
 from tests.e2e.faults.sameness import differences
 from tests.support.hub import LoopbackHub
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.e2e.faults.conftest import SETTINGS
 from tests.e2e.faults.power_cut import hasty
-from tests.e2e.faults.runs import disturbed
+from tests.e2e.faults.runs import SETTINGS, disturbed
 from tests.e2e.faults.sameness import differences
 
 

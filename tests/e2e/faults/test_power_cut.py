@@ -13,7 +13,7 @@ from pipeline.system.files import place_files, replace_folder, write_text
 from pipeline.workflow.workspace import Workspace
 from tests.e2e.faults.power_cut import hasty
 from tests.e2e.faults.runs import SPY
-from tests.publishing.cards import sample
+from tests.support import sample
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import struct
 import pytest
 
 from pipeline.config.schema import Data, Model
-from tests.e2e.security.conftest import HUB_TOKEN, TOKEN, WRITE_TOKEN, watching
+from tests.support.audit_watch import HUB_TOKEN, TOKEN, WRITE_TOKEN, watching
 
 
 class Owned:

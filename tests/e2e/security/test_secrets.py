@@ -18,8 +18,8 @@ from pipeline.cli.exit_codes import plain_errors
 from pipeline.errors import UserError, holds_secret, redact
 from pipeline.tracking.events import Events, one_line, read_events
 from pipeline.workflow.workspace import Workspace
-from tests.e2e.security.conftest import HUB_TOKEN, SECRETS, TOKEN, WRITE_TOKEN
 from tests.support import REPOSITORY
+from tests.support.audit_watch import HUB_TOKEN, SECRETS, TOKEN, WRITE_TOKEN
 
 LIKE_A_STAGE = """
 import os, signal, sys, threading

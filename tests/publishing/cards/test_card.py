@@ -21,7 +21,8 @@ from pipeline.config.schema import REPO_ID
 from pipeline.models.provenance import has_chat_template
 from pipeline.publishing.cards import About, folder_card, markdown, mirror_card, model_card, plot_quality
 from pipeline.publishing.cards.own_text import keep_own_text
-from tests.publishing.cards.sample import (
+from tests.support import REPOSITORY
+from tests.support.sample import (
     BOTH,
     GGUF,
     ON_HUB,
@@ -43,7 +44,6 @@ from tests.publishing.cards.sample import (
     variants_about,
     variants_results,
 )
-from tests.support import REPOSITORY
 
 CONTROLS = re.compile("[\x00-\x1f\u2028\u202e\ud800]")
 HOSTILE = (

@@ -11,7 +11,7 @@ from pipeline.models.sources import linear_weights
 from pipeline.publishing import snippets as snippets_of_cards
 from pipeline.publishing.cards import folder_card, mirror_card, model_card
 from pipeline.publishing.snippets import blocks
-from tests.publishing.cards.sample import BOTH, about, config, gguf_about, replaced, results
+from tests.support.sample import BOTH, about, config, gguf_about, replaced, results
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -7,20 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import VariantSpec
 from pipeline.models.sources import linear_weights, table_weights
 from pipeline.quantization.writer import quantize_checkpoint
-
-TYPES = [name for name, variant in VARIANTS.items() if variant.format == "gguf" and not variant.quantizer]
-# What of each architecture llama.cpp can compute: SmolLM3's fourth layers are without rotary embeddings.
-MODELS = {
-    "llama": {},
-    "qwen2": {},
-    "qwen3": {},
-    "smollm3": {"num_hidden_layers": 4, "no_rope_layer_interval": 4},
-    "gemma3_text": {},
-}
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from pipeline.models.checkpoint import SINGLE_NAME, row_blocks
 from pipeline.models.sources import linear_weights, table_weights
 from pipeline.quantization.layers import unfit
 from pipeline.quantization.writer import Variants, quantize_checkpoint
-from tests.quantization.gguf.conftest import TYPES
+from tests.support.gguf_files import TYPES
 
 
 def quantize(source, folder, *variants, **options):

@@ -7,7 +7,7 @@ import pytest
 from pipeline.errors import CheckpointError
 from pipeline.models import gguf_metadata
 from pipeline.models.gguf_metadata import read_dialogue, read_header
-from tests.quantization.gguf.conftest import TYPES
+from tests.support.gguf_files import TYPES
 
 NUMBER, TEXT, ARRAY = 4, 8, 9
 

@@ -16,8 +16,8 @@ from pipeline.models.sources import linear_weights
 from pipeline.quantization.formats.gguf import k_quants as kquants
 from pipeline.quantization.layers import unfit
 from pipeline.quantization.writer import Variants
-from tests.quantization.gguf.conftest import MODELS
-from tests.quantization.gguf.test_llama_cpp import IDS, off, reference
+from tests.support.gguf_files import IDS, MODELS, expected_logits
+from tests.support.models import relative_error
 
 pytest.importorskip("llama_cpp")
 KQUANTS = [name for name, variant in VARIANTS.items() if variant.quantizer]
@@ -70,7 +70,7 @@ def test_all_of_a_pass_are_made_of_one_file(tiny_model, tmp_path, monkeypatch, b
 def test_llama_cpp_computes_with_it_what_the_model_does(tiny_model, tmp_path, logits, architecture):
     source = tiny_model(architecture, **MODELS[architecture])
     quantize(source, tmp_path, "gguf-q6_k").make_of(source)
-    assert off(logits(tmp_path / "tiny-Q6_K.gguf", IDS), reference(source)) < 0.06
+    assert relative_error(logits(tmp_path / "tiny-Q6_K.gguf", IDS), expected_logits(source)) < 0.06
 
 
 def test_what_its_blocks_do_not_divide_is_stored_otherwise_and_said(tiny_model, tmp_path):

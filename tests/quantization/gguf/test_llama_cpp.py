@@ -5,24 +5,17 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import ModelError, QuantizationError
 from pipeline.inference import llama_cpp
 from pipeline.inference.load import load_dequantized
 from pipeline.models.checkpoint import SINGLE_NAME
-from pipeline.models.sources import linear_weights, table_weights
-from pipeline.quantization.formats import gguf
 from pipeline.quantization.formats.gguf import check
 from pipeline.quantization.formats.gguf.names import ARCHITECTURES, BIASES
-from pipeline.quantization.roundings import rounding
-from tests.quantization.gguf.conftest import MODELS, TYPES
+from tests.support.gguf_files import IDS, MODELS, OFF, OFF_QUANTIZED, TYPES, expected_logits
+from tests.support.models import relative_error
 
-IDS = [7, 200, 31, 64, 5, 5, 90, 12, 250, 33, 2, 149] * 3  # more than Gemma's sliding window
-# llama.cpp rounds what goes into a product as well: to float16, to bfloat16, or to 8 bits in groups.
-OFF = {"gguf-f16": 0.003, "gguf-bf16": 0.015}
-OFF_QUANTIZED = 0.05
 ROPES = {
     "llama3": {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
                "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
@@ -31,31 +24,12 @@ ROPES = {
 }  # fmt: skip
 
 
-def reference(folder, variant=None, ids=IDS, **options):
-    """Logits of transformers in float32, of the numbers that the variant's codes mean if one is named."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
-    spec = VariantSpec(name=variant, **options).resolved() if variant else None
-    if spec and spec.rounding:
-        for name in linear_weights(folder):
-            weight = model.get_parameter(name)
-            grid = gguf.grid(spec, weight.shape[1])
-            weight.data = rounding(spec.rounding)(weight.data, grid).dequantize()
-        for name in table_weights(folder) if spec.embeddings == "int8" else ():
-            weight = model.get_parameter(name)
-            weight.data = rounding("rtn")(weight.data, gguf.TABLE).dequantize()
-    return model(torch.tensor([ids])).logits[0]
-
-
-def off(found, expected):
-    return float((found - expected).norm() / expected.norm())
-
-
 @pytest.mark.parametrize("variant", TYPES)
 @pytest.mark.parametrize("architecture", MODELS)
 def test_it_computes_what_transformers_does(tiny_model, written, logits, architecture, variant):
     source = tiny_model(architecture, **MODELS[architecture])
-    found, expected = logits(written(source, variant), IDS), reference(source, variant)
-    assert off(found, expected) < OFF.get(variant, OFF_QUANTIZED)
+    found, expected = logits(written(source, variant), IDS), expected_logits(source, variant)
+    assert relative_error(found, expected) < OFF.get(variant, OFF_QUANTIZED)
     if variant == "gguf-f16":
         assert (found - expected).abs().max() < 1e-2
 
@@ -67,7 +41,7 @@ def test_an_output_head_is_stored_where_it_is_one(tiny_model, written, logits, a
     source = tiny_model(architecture, **MODELS[architecture], tie_word_embeddings=tied)
     path = written(source, variant)
     assert (b"output.weight" in path.read_bytes().replace(b"attn_output.weight", b"")) != tied
-    assert off(logits(path, IDS), reference(source, variant)) < OFF.get(variant, OFF_QUANTIZED)
+    assert relative_error(logits(path, IDS), expected_logits(source, variant)) < OFF.get(variant, OFF_QUANTIZED)
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +61,11 @@ def test_a_head_that_is_stored_beside_the_embedding_is_the_head_whatever_the_con
     both, written, logits, variant
 ):
     path, ids = written(both, variant), torch.tensor([IDS])
-    found, expected = logits(path, IDS), reference(both)
-    assert off(found, expected) < (0.3 if variant == "gguf-q4_k_m" else OFF_QUANTIZED)
+    found, expected = logits(path, IDS), expected_logits(both)
+    assert relative_error(found, expected) < (0.3 if variant == "gguf-q4_k_m" else OFF_QUANTIZED)
     for offload in (False, True):
         with torch.no_grad():
-            assert off(load_dequantized(path, both, offload=offload)[0](ids).logits[0].float(), found) < 0.05
+            assert relative_error(load_dequantized(path, both, offload=offload)[0](ids).logits[0].float(), found) < 0.05
 
 
 def test_a_stored_head_is_quantized_as_the_embedding_is(both, written):
@@ -105,7 +79,7 @@ def test_a_stored_head_is_quantized_as_the_embedding_is(both, written):
 def test_other_roundings_and_plain_embeddings_are_read_as_well(tiny_model, written, logits, options):
     source = tiny_model("llama")
     found = logits(written(source, "gguf-q4_1", **options), IDS)
-    assert off(found, reference(source, "gguf-q4_1", **options)) < OFF_QUANTIZED
+    assert relative_error(found, expected_logits(source, "gguf-q4_1", **options)) < OFF_QUANTIZED
 
 
 def test_layers_that_are_kept_stay_as_they_are(tiny_model, written):
@@ -124,10 +98,10 @@ def test_layers_that_are_kept_stay_as_they_are(tiny_model, written):
 )
 def test_scaled_rotary_embeddings_are_scaled_alike(tiny_model, written, logits, architecture, rope):
     source = tiny_model(architecture, **MODELS[architecture], rope_parameters=ROPES[rope])
-    plain = reference(tiny_model(architecture, **MODELS[architecture]))
-    found, expected = logits(written(source, "gguf-f16"), IDS), reference(source)
-    assert off(plain, expected) > 0.02  # or nothing is seen of the scaling
-    assert off(found, expected) < OFF["gguf-f16"]
+    plain = expected_logits(tiny_model(architecture, **MODELS[architecture]))
+    found, expected = logits(written(source, "gguf-f16"), IDS), expected_logits(source)
+    assert relative_error(plain, expected) > 0.02  # or nothing is seen of the scaling
+    assert relative_error(found, expected) < OFF["gguf-f16"]
 
 
 def test_gemmas_two_rotary_bases_are_both_stored(tiny_model, written, logits):
@@ -136,7 +110,7 @@ def test_gemmas_two_rotary_bases_are_both_stored(tiny_model, written, logits):
         "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
     }
     source = tiny_model("gemma3_text", rope_parameters=both)
-    assert off(logits(written(source, "gguf-f16"), IDS), reference(source)) < OFF["gguf-f16"]
+    assert relative_error(logits(written(source, "gguf-f16"), IDS), expected_logits(source)) < OFF["gguf-f16"]
 
 
 def with_biases(folder, *layers):
@@ -163,7 +137,7 @@ def test_the_biases_that_are_written_are_those_that_llama_cpp_loads(tiny_model, 
 
 def test_biases_of_the_mlp_are_computed_with(tiny_model, written, logits):
     source = tiny_model("llama", mlp_bias=True)
-    assert off(logits(written(source, "gguf-f16"), IDS), reference(source)) < OFF["gguf-f16"]
+    assert relative_error(logits(written(source, "gguf-f16"), IDS), expected_logits(source)) < OFF["gguf-f16"]
 
 
 REFUSED = [

@@ -15,9 +15,9 @@ from pipeline.quantization.formats import gguf
 from pipeline.quantization.formats.gguf.reader import GgufWeights
 from pipeline.quantization.roundings import rounding
 from pipeline.system import hardware
-from tests.evaluation.test_metrics import text
-from tests.quantization.gguf.conftest import MODELS, TYPES
 from tests.support.compute_watch import BF16Products
+from tests.support.gguf_files import MODELS, TYPES
+from tests.support.models import random_text
 
 pytest.importorskip("gguf")
 PLAIN = {"gguf-f16": torch.float16, "gguf-bf16": torch.bfloat16}
@@ -93,7 +93,7 @@ def test_it_multiplies_no_many_rows_in_half_precision_if_the_machine_computes_in
     source = tiny_model("llama")
     model, _ = load_dequantized(written(source, "gguf-q8_0"), source, offload=offload)
     with BF16Products() as seen:
-        metrics.score(model, text())
+        metrics.score(model, random_text())
     assert not seen.many_rows
 
 

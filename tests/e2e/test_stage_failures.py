@@ -1,0 +1,146 @@
+"""Each stage made to fail in turn, a run stopped, a stage killed: what is told, and that nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.runs import Place, stage_process_of, wait_for_training, write_place
+
+
+def _forget(place: Place, *keys: str) -> None:
+    import json
+
+    ledger = place.ledger()
+    for key in keys:
+        del ledger[key]
+    (place.run_folder / "ledger.json").write_text(json.dumps(ledger))
+    (place.run_folder / "events.jsonl").unlink()
+    shutil.rmtree(place.folder / "trackio")
+
+
+# A file where the stage wants to make a folder: nothing that a check before the run could see.
+IN_THE_WAY = {
+    "training": ("train", ["train"], "adapter.partial"),
+    "merge": ("merge", ["merge"], "merged-nf4.partial"),
+    "evaluation": ("evaluate", ["evaluate"], "measurements/reference"),
+    "quantization": ("quantize/int8", ["quantize/int8", "quantize/int4"], "quantized"),
+}
+
+
+@pytest.mark.parametrize("stage", IN_THE_WAY)
+def test_a_stage_that_fails_says_so_in_one_line_in_the_events_and_in_trackio(copied, stage):
+    _, keys, name = IN_THE_WAY[stage]
+    _forget(copied, *keys)
+    path = copied.run_folder / name
+    shutil.rmtree(path, ignore_errors=True)
+    path.write_text("in the way")
+    done = copied.tunepress("run", "tiny.yaml", check=1)
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("tunepress: ") and "Traceback" not in done.stdout
+    failed = [e for e in copied.events() if e["event"] == f"{stage}_failed"]
+    assert failed and failed[0]["error"] in ("FileExistsError", "NotADirectoryError") and failed[0]["message"]
+    alerts = [a for a in copied.alerts() if a["title"] == f"{stage}_failed"]
+    assert alerts and alerts[0]["level"] == "error"
+
+
+def test_after_the_cause_is_gone_the_same_command_finishes_the_run(copied):
+    _forget(copied, "merge")
+    (copied.run_folder / "merged-nf4.partial").write_text("in the way")
+    copied.tunepress("run", "tiny.yaml", check=1)
+    (copied.run_folder / "merged-nf4.partial").unlink()
+    copied.tunepress("run", "tiny.yaml")
+    assert "training_started" not in copied.names()
+    assert "merge_completed" in copied.names()
+
+
+def test_a_failed_publish_is_told_and_the_release_stays_whole(copied, tmp_path):
+    from tests.support.hub import LoopbackHub
+    from tests.support.runs import TOKEN
+
+    _forget(copied, "render")
+    with LoopbackHub(tmp_path / "hub", {TOKEN: {"name": "ada", "role": "write"}}) as hub:
+        copied.hub = hub
+        hub.fault(r"POST .*/commit/", status=403, times=100)
+        done = copied.tunepress("run", "tiny.yaml", "--set", "publish.repo=ada/tiny", check=2)
+        assert "ada/tiny" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+        assert "publish_failed" in [a["title"] for a in copied.alerts()]
+        assert (copied.release / "int4" / "model.safetensors").is_file()
+
+
+def _start(place: Place) -> subprocess.Popen:
+    return subprocess.Popen(
+        place.command("run", "tiny.yaml", "--set", "train.max_steps=400"),
+        cwd=place.folder,
+        env=place.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _ends(pid: int) -> bool:
+    for _ in range(100):
+        if (
+            not Path(f"/proc/{pid}").exists()
+            or "Z" in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        ):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.usefixtures("cold")
+@pytest.mark.parametrize(("how", "error", "code"), [("ctrl-c", "KeyboardInterrupt", 130), ("kill -9", "Killed", 1)])
+def test_a_run_that_is_stopped_reports_it_and_resumes_from_its_checkpoint(tmp_path, tiny_model, how, error, code):
+    place = write_place(tmp_path, tiny_model("llama"), train={"max_steps": 400, "checkpoint_every": 1})
+    process = _start(place)
+    wait_for_training(place, process)
+    while not list((place.run_folder / "checkpoints").glob("*/checkpoint-*/on-disk")):
+        time.sleep(0.05)
+    child = stage_process_of(place)
+    if how == "ctrl-c":
+        process.send_signal(signal.SIGINT)
+    else:
+        os.kill(child, signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert len(err.strip().splitlines()) == 1
+    assert _ends(child)
+    assert place.names()[-1] == "training_failed"
+    assert place.events()[-1]["error"] == error
+    assert "training_failed" in [alert["title"] for alert in place.alerts()]
+    assert not (place.run_folder / "adapter").exists()
+
+
+def test_a_stage_ends_when_the_process_that_started_it_is_killed(tmp_path, tiny_model):
+    place = write_place(tmp_path, tiny_model("llama"), train={"max_steps": 400})
+    process = _start(place)
+    wait_for_training(place, process)
+    child = stage_process_of(place)
+    process.kill()
+    process.communicate()
+    assert _ends(child)
+    assert place.names() == ["training_started", "training_failed"]
+
+
+def test_training_resumes_with_optimizer_state_and_ends_as_if_undisturbed(tmp_path, tiny_model):
+    settings = {"max_steps": 30, "checkpoint_every": 5, "evaluate_every": 30}
+    places = [write_place(tmp_path / name, tiny_model("llama"), train=settings) for name in ("whole", "stopped")]
+    places[0].tunepress("train", "tiny.yaml")
+    process = subprocess.Popen(places[1].command("train", "tiny.yaml"), cwd=places[1].folder, env=places[1].env)
+    while not list((places[1].run_folder / "checkpoints").glob("*/checkpoint-1*/on-disk")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(stage_process_of(places[1]), signal.SIGKILL)
+    assert process.wait() == 1
+    places[1].tunepress("train", "tiny.yaml")
+    assert places[1].results()["training"]["resumed_from_step"] >= 10
+    whole, stopped = ((p.run_folder / "adapter" / "adapter_model.safetensors").read_bytes() for p in places)
+    assert whole == stopped

@@ -1,0 +1,42 @@
+"""Every kind of release that tunepress publishes is what its lineage says, right after it was published."""
+
+from __future__ import annotations
+
+from pipeline.verification import Verdict, verify
+from tests.support.fake_runs import MIRROR, REPO, SOURCE_CARD, WITH_GGUF
+from tests.support.releases import told
+
+MADE_UP = "figures tunepress.json:"  # which have nothing to do with the few bytes that stand for models here
+
+
+def check(release: str) -> list[str]:
+    """What could not be checked; nothing else is found."""
+    found = verify(release, measure=False)
+    assert [line for line in told(found) if not line.startswith(MADE_UP)] == []
+    assert sum(line.startswith("card ") for line in told(found, Verdict.right)) >= 1
+    return told(found, Verdict.unknown)
+
+
+def test_a_fine_tuned_model_on_the_hub_and_here(hub, finished):
+    finished.publish()
+    assert check(REPO) == check(str(finished.release)) == []
+
+
+def test_a_mirror_and_the_repository_that_it_mirrors(hub, mirrored):
+    mirrored.publish()
+    assert check(REPO) == check(MIRROR) == []
+
+
+def test_guests_in_the_repository_of_their_source(hub, guest):
+    hub.put(REPO, {"README.md": SOURCE_CARD})
+    guest.publish()
+    assert check(REPO) == ["files model.safetensors: not of this release, so nothing is known of it"]
+
+
+def test_gguf_whose_files_are_here_or_not_fetched(hub, shared):
+    shared.publish(WITH_GGUF)
+    assert check(str(shared.release)) == []
+    assert check(REPO) == ["card gguf/Modelfile: follows from the GGUF files, which were not fetched"]
+    (shared.release / "gguf/Modelfile").write_text("FROM ./demo-Q4_0.gguf\n")
+    found = verify(str(shared.release), measure=False)
+    assert told(found)[-1] == "card gguf/Modelfile: is not what follows from the GGUF files beside it"

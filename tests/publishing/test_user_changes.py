@@ -1,0 +1,121 @@
+"""What people do in a repository, before, between and during publishes, stays."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.publishing.cards.own_text import END, START
+from tests.support.fake_runs import REPO
+
+MINE = "\n## A word of mine\n\nAsk me before you use it for medicine.\n"
+
+
+def commit_requests(hub, since: int = 0) -> list[int]:
+    """The answers to requests for a commit."""
+    return [r.status for r in hub.requests[since:] if r.method == "POST" and "/commit/" in r.path]
+
+
+def test_a_file_added_by_hand_survives(hub, finished):
+    finished.publish()
+    hub.put(REPO, {"notes.md": b"mine", "int8/benchmarks.csv": b"1,2"})
+    finished.publish(("int8",))
+    finished.make_variant("int4")
+    finished.publish()
+    assert hub.read(REPO, "notes.md") == b"mine" and hub.read(REPO, "int8/benchmarks.csv") == b"1,2"
+
+
+def test_a_section_added_to_a_card_by_hand_survives_what_we_publish_after_it(hub, finished):
+    finished.publish(("int8",))
+    for card in ("README.md", "int8/README.md"):
+        hub.put(REPO, {card: hub.read(REPO, card) + MINE.encode()})
+    finished.make_variant("int4")
+    finished.publish()
+    for card in ("README.md", "int8/README.md"):
+        text = hub.read(REPO, card).decode()
+        assert text.endswith(MINE) and text.count(START) == text.count(END) == 1, card
+        assert (finished.release / card).read_text() == text
+    assert "int4/" in hub.read(REPO, "README.md").decode().split(END)[0]
+
+
+def test_with_text_by_hand_publishing_again_still_sends_nothing(hub, finished):
+    finished.publish()
+    hub.put(REPO, {"README.md": hub.read(REPO, "README.md") + MINE.encode()})
+    commits = hub.commits(REPO)
+    assert finished.publish()["files_sent"] == 0
+    assert hub.commits(REPO) == commits
+    assert MINE in (finished.release / "README.md").read_text()
+
+
+def test_a_card_that_people_wrote_before_us_is_kept_and_ours_is_added(hub, finished):
+    hub.put(REPO, {"README.md": b"---\nlicense: mit\nthumbnail: cat.png\n---\n# Our project\n"})
+    finished.publish()
+    text = hub.read(REPO, "README.md").decode()
+    assert "# Our project\n" in text and "thumbnail: cat.png" in text and START in text
+    assert finished.publish()["files_sent"] == 0
+
+
+def test_text_added_to_the_local_card_goes_along_with_the_first_publish(hub, finished):
+    from pipeline.workflow.stages import render
+
+    render.run(finished.config, finished.workspace, finished.pen(), ("int8", "int4"))
+    card = finished.release / "README.md"
+    card.write_text(card.read_text() + MINE)
+    render.run(finished.config, finished.workspace, finished.pen(), ("int8", "int4"))
+    assert card.read_text().endswith(MINE)
+    finished.publish()
+    assert hub.read(REPO, "README.md").decode().endswith(MINE)
+
+
+def test_text_added_to_the_local_card_goes_along_with_a_later_publish_too(hub, finished):
+    finished.publish()
+    for card in ("README.md", "int8/README.md"):
+        (finished.release / card).write_text((finished.release / card).read_text() + MINE)
+    assert finished.publish()["files_sent"] == 2
+    for card in ("README.md", "int8/README.md"):
+        assert hub.read(REPO, card).decode().endswith(MINE)
+        assert hub.read(REPO, card) == (finished.release / card).read_bytes()
+
+
+def test_where_both_were_written_into_the_text_on_the_hub_goes_before_the_local_one(hub, finished):
+    finished.publish()
+    (finished.release / "README.md").write_text("# Something else\n")
+    hub.put(REPO, {"README.md": hub.read(REPO, "README.md") + MINE.encode()})
+    finished.publish()
+    assert (finished.release / "README.md").read_bytes() == hub.read(REPO, "README.md")
+    assert MINE.encode() in hub.read(REPO, "README.md")
+
+
+def test_of_a_variants_card_that_goes_only_our_part_goes(hub, finished):
+    finished.publish()
+    hub.put(REPO, {"int4/README.md": hub.read(REPO, "int4/README.md") + MINE.encode()})
+    finished.publish(("int8",))
+    assert hub.read(REPO, "int4/README.md").decode() == MINE.strip() + "\n"
+    assert [name for name in hub.files(REPO) if name.startswith("int4/")] == ["int4/README.md"]
+    commits = hub.commits(REPO)
+    finished.publish(("int8",))
+    assert hub.commits(REPO) == commits
+
+
+def test_a_commit_that_slips_in_leads_to_one_more_attempt_and_to_a_true_card(hub, finished):
+    finished.publish(("int8",))
+    edited = hub.read(REPO, "README.md") + MINE.encode()
+    hub.fault(r"POST .*/commit/main", first=lambda: hub.put(REPO, {"README.md": edited, "notes.md": b"mine"}))
+    requests = len(hub.requests)
+    finished.make_variant("int4")
+    finished.publish()
+    assert commit_requests(hub, requests) == [412, 200]
+    text = hub.read(REPO, "README.md").decode()
+    assert text.endswith(MINE) and "int4/" in text.split(END)[0] and hub.read(REPO, "notes.md") == b"mine"
+    assert "int4" in json.loads(hub.read(REPO, "tunepress.json"))["results"]
+    puts = [r.path for r in hub.requests[requests:] if r.method == "PUT"]
+    assert len(puts) == len(set(puts))
+
+
+def test_a_card_that_is_no_text_is_told_of_and_left(hub, finished):
+    hub.put(REPO, {"README.md": b"# Caf\xe9\n"})
+    with pytest.raises(UserError, match="not UTF-8"):
+        finished.publish()
+    assert hub.read(REPO, "README.md") == b"# Caf\xe9\n" and len(hub.files(REPO)) == 2

@@ -1,0 +1,221 @@
+"""What of a live model is another now, and which held-out examples it cannot have seen."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.loader import parse_config
+from pipeline.data import load_examples
+from pipeline.errors import DataError
+from pipeline.models.sources import digest_here
+from pipeline.retraining.eligible_prompts import untouched
+from pipeline.retraining.input_changes import Inputs, changes, changes_beside, inputs_of, settings
+from pipeline.retraining.published_model import Live
+from pipeline.tracking.events import Events
+from pipeline.workflow.stages.inputs import base_model
+from pipeline.workflow.workspace import Workspace
+from tests.support import REPOSITORY
+from tests.support.hub import LoopbackHub
+from tests.support.runs import TOKEN
+
+
+@pytest.fixture
+def configure(tmp_path):
+    """`configure(rows, **keys of data)`: a configuration for so many rows in a file of their own."""
+
+    def make(rows: int, first: int = 0, **data):
+        path = tmp_path / f"rows-{first}-{rows}.jsonl"
+        numbers = range(first, first + rows)
+        path.write_text("".join(json.dumps({"prompt": f"p{n}", "completion": f"c{n}"}) + "\n" for n in numbers))
+        return parse_config(
+            {"name": "tiny", "model": {"source": "ada/base"}, "data": {"source": str(path), **data}}, ""
+        )
+
+    return make
+
+
+def published(config, base: str = "a" * 40) -> Live:
+    """The release that a run of this configuration would have left, as far as it is asked."""
+    data = load_examples(config.data)
+    told = {"fingerprint": data.fingerprint, "trained_from": data.trained_from}
+    lineage = {
+        "base": {"revision": base},
+        "data": {"fingerprint": data.fingerprint},
+        "configuration": json.loads(config.model_dump_json()),
+        "results": {"data": told},
+    }
+    return Live("ada/tiny", "b" * 40, "model", lineage)
+
+
+def inputs(config, base: str = "a" * 40) -> Inputs:
+    pinned = config.model_copy(update={"model": config.model.model_copy(update={"revision": base})})
+    return Inputs(pinned, base, load_examples(config.data).fingerprint)
+
+
+def test_the_same_inputs_are_no_change_wherever_the_files_lie(configure, tmp_path):
+    config = configure(50)
+    (tmp_path / "elsewhere").mkdir()
+    moved = tmp_path / "elsewhere" / "rows-0-50.jsonl"
+    moved.write_bytes((tmp_path / "rows-0-50.jsonl").read_bytes())
+    elsewhere = config.model_copy(update={"data": config.data.model_copy(update={"source": str(moved)})})
+    assert changes(published(config), inputs(elsewhere)) == ()
+
+
+def test_each_input_that_changed_is_named(configure):
+    live = published(configure(50))
+    seed, rows = configure(50, seed=3), configure(51)
+    assert [line.split(":")[0] for line in changes(live, inputs(seed))] == ["data rows-0-50.jsonl", "data.seed"]
+    assert [line.split(":")[0] for line in changes(live, inputs(rows))] == ["data rows-0-51.jsonl", "data.source"]
+
+
+def test_settings_that_make_no_other_model_are_no_change(configure):
+    config = configure(50)
+    other = {"quantize": {"variants": []}, "publish": {"repo": "ada/tiny"}, "train": {"checkpoint_every": 7}}
+    other["evaluate"] = {"max_tokens": 512, "general": "/elsewhere/general.txt", "device": "cpu"}
+    tree = json.loads(config.model_dump_json())
+    changed = parse_config({**tree, **{k: {**tree[k], **v} for k, v in other.items()}}, "")
+    assert settings(changed) == settings(config)
+    beside = changes_beside(published(config), Inputs(changed, "base", "data"))
+    assert beside == ("quantize.variants", "evaluate.general", "evaluate.max_tokens")
+    assert changes_beside(published(config), Inputs(config, "base", "data")) == ()
+
+
+def test_a_base_in_a_folder_is_its_weights_configuration_and_tokenizer_and_not_what_else_lies_there(tmp_path):
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_text(name)
+    before = digest_here(str(tmp_path))
+    for name in ("README.md", "tunepress.json", "requirements.txt", "results.json"):
+        (tmp_path / name).write_text(name)
+    assert digest_here(str(tmp_path)) == before
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "generation_config.json"):
+        (tmp_path / name).write_text("other")
+        assert digest_here(str(tmp_path)) != before
+        before = digest_here(str(tmp_path))
+
+
+def test_a_run_records_which_base_in_a_folder_it_was_made_of(configure, tiny_model, tmp_path):
+    base = Path(shutil.copytree(tiny_model("llama"), tmp_path / "base"))
+    tree = json.loads(configure(50).model_dump_json())
+    config = parse_config({**tree, "model": {"source": str(base)}}, "")
+    live = published(config)
+    with Workspace.claim(tmp_path / "tiny", config) as workspace:
+        for heat in (0.5, 0.6):  # also where the folder is known, and the model in it another one
+            base_model(config, workspace, Events(workspace.events_path, "tiny"))
+            live.lineage["base"] = workspace.read_measurement("origin")
+            assert changes(live, inputs_of(config)) == ()
+            (base / "generation_config.json").write_text(json.dumps({"temperature": heat}))
+            (told,) = changes(live, inputs_of(config))
+            assert told.startswith("base model base: ")
+
+
+def test_what_a_comparison_depends_on_is_part_of_what_it_is_remembered_for(configure):
+    config = configure(50)
+    more = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"max_tokens": 99999})})
+    assert inputs(config).to_dict() != inputs(more).to_dict()
+    assert changes(published(config), inputs(more)) == ()
+
+
+def test_that_prompts_are_told_apart_word_for_word_is_said_where_the_data_is_another(configure, tmp_path):
+    live = published(configure(200, held_out=0.4))
+    path = tmp_path / "with-system-prompts.jsonl"
+    rows = ({"system": "Be brief.", "prompt": f"p{n}", "completion": f"c{n}"} for n in range(200))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    other = parse_config(
+        {"name": "tiny", "model": {"source": "ada/base"}, "data": {"source": str(path), "held_out": 0.4}}, ""
+    )
+    data = load_examples(other.data)
+    kept, said = untouched(data.held_out, data.fingerprint, live)
+    asked = {example.messages[-2]["content"] for example in kept}
+    known = {example.messages[-2]["content"] for example in load_examples(configure(200, held_out=0.4).data).train}
+    assert asked & known  # which is why it has to be said
+    assert "word for word" in said and "it may know the question" in said
+
+
+@pytest.mark.parametrize("grown", [510, 600, 1000, 4000])
+@pytest.mark.parametrize("held_out", [0.05, 0.3])
+def test_of_grown_data_only_examples_are_compared_on_that_the_live_model_never_saw(configure, grown, held_out):
+    old, new = (load_examples(configure(rows, held_out=held_out).data) for rows in (500, grown))
+    live = published(configure(500, held_out=held_out))
+    kept, said = untouched(new.held_out, new.fingerprint, live)
+    assert not set(map(str, kept)) & set(map(str, old.train))
+    assert len(kept) == len(new.held_out) or "left out" in said
+    assert len(kept) >= 0.5 * len(new.held_out)  # the split holds as data grows, so most of it is usable
+
+
+def test_of_the_same_data_all_held_out_examples_are_compared_on(configure):
+    data = load_examples(configure(50, held_out=0.4).data)
+    assert untouched(data.held_out, data.fingerprint, published(configure(50, held_out=0.4)))[0] == data.held_out
+
+
+def test_too_few_examples_to_compare_on_are_counted(configure):
+    data = load_examples(configure(50, held_out=0.3).data)
+    with pytest.raises(DataError, match="of 16 prompts, and they are of 15; raise data.held_out"):
+        untouched(data.held_out, data.fingerprint, published(configure(50, held_out=0.3)))
+
+
+def test_another_seed_leaves_too_little_that_neither_model_saw(configure):
+    new = load_examples(configure(200, seed=1, held_out=0.1).data)
+    with pytest.raises(DataError, match="set data.seed to its 0"):
+        untouched(new.held_out, new.fingerprint, published(configure(200, held_out=0.1)))
+
+
+def test_a_release_that_does_not_say_how_it_was_split_may_know_examples_which_is_said(configure):
+    live = published(configure(50, held_out=0.4))
+    del live.lineage["results"]["data"]["trained_from"]
+    new = load_examples(configure(60, held_out=0.4).data)
+    kept, said = untouched(new.held_out, new.fingerprint, live)
+    assert kept == new.held_out and "may have been trained on some" in said
+
+
+ASK = """
+import json, sys
+from pipeline.config.loader import parse_config
+from pipeline.retraining.input_changes import changes, inputs_of
+from pipeline.retraining.published_model import Live
+tree, lineage = json.load(sys.stdin)
+found = inputs_of(parse_config(tree, ""))
+told = list(changes(Live("ada/tiny", "b" * 40, "model", lineage), found)) if lineage else None
+print(json.dumps([found.config.model.revision, found.config.data.revision, told]))
+"""
+
+
+def test_on_the_hub_a_new_commit_counts_only_where_it_brings_other_examples(tmp_path):
+    rows = [json.dumps({"prompt": f"p{n}", "completion": f"c{n}"}) for n in range(40)]
+    config = {"name": "tiny", "model": {"source": "ada/base"}, "data": {"source": "ada/rows"}}
+
+    def ask(lineage: dict | None) -> list:
+        env = {**os.environ, **hub.env_for(TOKEN, tmp_path / "hf"), "PYTHONPATH": str(REPOSITORY)}
+        done = subprocess.run(
+            [sys.executable, "-c", ASK], input=json.dumps([config, lineage]), env=env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    with LoopbackHub(tmp_path / "hub", {TOKEN: {"name": "ada"}}) as hub:
+        base = hub.put("ada/base", {"config.json": b"{}"})
+        data = hub.put("ada/rows", {"rows.jsonl": "\n".join(rows).encode()}, repo_type="dataset")
+        assert ask(None) == [base, data, None]
+        path = tmp_path / "rows.jsonl"
+        path.write_text("\n".join(rows))
+        fingerprint = load_examples(parse_config({**config, "data": {"source": str(path)}}, "").data).fingerprint
+        configuration = json.loads(parse_config(config, "").model_dump_json())
+        lineage = {"base": {"revision": base}, "data": {"revision": data, "fingerprint": fingerprint}}
+        lineage |= {"configuration": configuration, "results": {}}
+        assert ask(lineage)[2] == []
+        hub.put("ada/base", {"README.md": b"# Base\n", "requirements.txt": b"torch\n"})
+        assert ask(lineage)[2] == []
+        other = hub.put("ada/base", {"config.json": b'{"other": 1}'})
+        assert ask(lineage)[2] == [f"base model base: {base[:12]} -> {other[:12]}"]
+        lineage["base"]["revision"] = other
+        hub.put("ada/rows", {"README.md": b"# Rows\n"}, repo_type="dataset")
+        assert ask(lineage)[2] == []
+        hub.put("ada/rows", {"rows.jsonl": "\n".join(rows[1:]).encode()}, repo_type="dataset")
+        (told,) = ask(lineage)[2]
+        assert told.startswith(f"data rows: {fingerprint[:12]} -> ")

@@ -1,0 +1,150 @@
+"""A real Trackio server on loopback that can be stopped and started again, and spools that grow."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from pipeline.config.loader import parse_config
+from pipeline.config.schema import Config
+from pipeline.tracking.events import Events
+from pipeline.tracking.forwarder import Forwarder
+from pipeline.tracking.trackers import opener
+
+TOKEN = "writeTokenOfTheTests-0123456789"
+
+_SERVE = (
+    "import sys, uvicorn\n"
+    "from trackio.server import build_starlette_app_only\n"
+    "app, _ = build_starlette_app_only()\n"
+    "uvicorn.run(app, host='127.0.0.1', port=int(sys.argv[1]), log_level='warning')\n"
+)
+
+
+def stored_rows(folder: Path, project: str) -> list[dict]:
+    """Everything a Trackio folder holds of a project, as plain rows in the order of storing."""
+    if not (folder / f"{project}.db").exists():
+        return []
+    database = sqlite3.connect(folder / f"{project}.db")
+    database.row_factory = sqlite3.Row
+    try:
+        return [dict(r) for t in ("metrics", "alerts") for r in database.execute(f"select * from {t} order by id")]
+    except sqlite3.OperationalError as error:
+        assert "no such table" in str(error)  # it is just being made
+        return []
+    finally:
+        database.close()
+
+
+@dataclass
+class TrackioServer:
+    """Trackio's own server in a process of its own. `more` is added to its environment."""
+
+    folder: Path
+    more: dict = field(default_factory=dict)
+    port: int = 0
+    _process: subprocess.Popen | None = None
+
+    def __post_init__(self):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> TrackioServer:
+        plain = {k: v for k, v in os.environ.items() if not k.startswith("TRACKIO_")}
+        env = plain | {"TRACKIO_DIR": str(self.folder), "TRACKIO_WRITE_TOKEN": TOKEN} | self.more
+        self._process = subprocess.Popen([sys.executable, "-c", _SERVE, str(self.port)], env=env)
+        eventually(self._answers, seconds=30)
+        return self
+
+    def stop(self) -> None:
+        if self._process:
+            self._process.send_signal(signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def rows(self, project: str = "tests") -> list[dict]:
+        return stored_rows(self.folder, project)
+
+    def forget(self, table: str, where: str) -> None:
+        """Lose rows of the stopped server's database."""
+        database = sqlite3.connect(self.folder / "tests.db")
+        with database:
+            assert database.execute(f"delete from {table} where {where}").rowcount > 0
+        database.close()
+
+    def _answers(self) -> bool:
+        assert self._process.poll() is None
+        try:
+            return httpx.get(f"{self.url}/version").is_success
+        except httpx.HTTPError:
+            return False
+
+
+@dataclass
+class Run:
+    """A spool that grows as in a run, and what forwards it."""
+
+    folder: Path
+    config: Config
+
+    def __post_init__(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.spool = self.folder / "events.jsonl"
+        self.events = Events(self.spool, self.config.name)
+
+    def train(self, first: int, last: int) -> None:
+        """The records of a training's steps."""
+        if first == 1:
+            self.events.emit("train", "started", parameters=10)
+        for step in range(first, last + 1):
+            self.events.metrics({"train/loss": 1 / step}, step)
+
+    def finish(self) -> None:
+        self.events.emit("train", "completed", seconds=1.5)
+        self.events.emit("quantize", "completed", "int8", bytes=123)
+
+    def forwarder(self, **options) -> Forwarder:
+        return Forwarder(self.spool, opener(self.config), **options)
+
+    def records(self) -> list[dict]:
+        return [json.loads(line) for line in self.spool.read_text().splitlines()]
+
+
+def configuration(name: str = "tiny", **track) -> Config:
+    tree = {"name": name, "model": {"source": "a/b"}, "data": {"source": "c/d"}}
+    return parse_config(tree | {"track": {"project": "tests"} | track}, "test")
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 10) -> None:
+    """Wait until it holds, but not for ever."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came to pass"
+        time.sleep(0.02)
+
+
+def assert_once_each(rows: list[dict], records: list[dict]) -> None:
+    """Nothing missing, nothing twice, nothing changed."""
+    from pipeline.tracking.trackers.trackio import as_metrics
+
+    logs = [json.loads(r["metrics"]) for r in rows if "metrics" in r]
+    alerts = [json.loads(r["text"]) for r in rows if "text" in r]
+    key = json.dumps
+    assert sorted(map(key, logs)) == sorted(key(as_metrics(r)) for r in records)
+    assert sorted(map(key, alerts)) == sorted(key(r) for r in records if "event" in r)

@@ -1,0 +1,181 @@
+"""A Trackio server of one's own: what it is sent, and what happens when it goes and comes back."""
+
+from __future__ import annotations
+
+import socket
+import time
+
+import pytest
+
+from pipeline.errors import TrackError
+from pipeline.tracking.forwarder import Spool
+from pipeline.tracking.trackers import sync
+from pipeline.tracking.trackers.places import Server
+from pipeline.tracking.trackers.trackio import TrackioTracker, dashboard_hint
+from pipeline.workflow.workspace import Workspace
+from tests.support.trackio_server import TOKEN, Run, assert_once_each, configuration, eventually
+
+
+def test_a_finished_run_is_there_once_in_one_run_of_its_name_with_its_steps(run, server):
+    run.train(1, 30)
+    run.finish()
+    forwarder = run.forwarder()
+    forwarder.close()
+    assert forwarder.problem is None
+    rows = server.rows()
+    assert_once_each(rows, run.records())
+    assert {r["run_name"] for r in rows} == {"tiny"} and len({r["run_id"] for r in rows}) == 1
+    assert [r["step"] for r in rows if "metrics" in r] == [0, *range(1, 31), 30, 30]
+    assert {r["level"] for r in rows if "text" in r} == {"info"}
+
+
+def test_stopped_during_a_run_and_started_again_later_it_misses_nothing_and_has_nothing_twice(run, server):
+    run.train(1, 20)
+    forwarder = run.forwarder()
+    forwarder.forward()
+    eventually(lambda: len(server.rows()) == 22)
+    server.stop()
+    run.train(21, 40)
+    forwarder.forward()
+    eventually(lambda: forwarder.problem is not None)
+    assert f"127.0.0.1:{server.port}" in forwarder.problem
+    run.train(41, 60)
+    server.start()
+    eventually(lambda: len(server.rows()) == 62)  # during the same run, with nobody asking for it
+    run.finish()
+    forwarder.close()
+    assert forwarder.problem is None
+    assert_once_each(server.rows(), run.records())
+
+
+def test_stopped_until_the_run_is_over_the_next_run_sends_what_it_missed(run, server):
+    server.stop()
+    run.train(1, 20)
+    forwarder = run.forwarder()
+    forwarder.forward()
+    forwarder.close()
+    assert forwarder.problem
+    server.start()
+    run.finish()
+    forwarder = run.forwarder()
+    forwarder.close()
+    assert forwarder.problem is None
+    assert_once_each(server.rows(), run.records())
+
+
+def test_sync_sends_what_was_missed_and_then_nothing(run, server):
+    server.stop()
+    run.train(1, 250)  # more than one request
+    run.finish()
+    workspace = Workspace(run.folder)
+    with pytest.raises(TrackError, match="no answer"):
+        sync(workspace, run.config)
+    server.start()
+    assert sync(workspace, run.config) == 253
+    assert sync(workspace, run.config) == 0
+    assert_once_each(server.rows(), run.records())
+
+
+@pytest.mark.parametrize(("table", "where"), [("metrics", "step in (3, 11)"), ("alerts", "true")])
+def test_rows_that_the_server_lost_are_sent_again(run, server, table, where):
+    run.train(1, 20)
+    forwarder = run.forwarder()
+    forwarder.forward()
+    eventually(lambda: len(server.rows()) == 22)
+    server.stop()
+    server.forget(table, where)
+    server.start()
+    run.finish()
+    forwarder.close()
+    assert forwarder.problem is None
+    assert_once_each(server.rows(), run.records())
+
+
+def test_records_that_are_sent_again_are_stored_once(run, server):
+    run.train(1, 5)
+    for _ in range(3):  # as after a kill between storing and knowing of it
+        spool = Spool(run.spool)
+        items = spool.read()
+        tracker = TrackioTracker(run.config, Server(server.url), spool.id, spool.began)
+        tracker.send(items)
+        assert tracker.stored() == (6, 1)
+    assert_once_each(server.rows(), run.records())
+
+
+def test_a_run_begun_anew_does_not_draw_over_the_old_curve(run, server):
+    for _ in range(2):
+        run.train(1, 3)
+        run.forwarder().close()
+        run.spool.unlink()
+    rows = server.rows()
+    assert {r["run_name"] for r in rows} == {"tiny"}
+    curves = {run_id: [r["step"] for r in rows if r["run_id"] == run_id and "metrics" in r] for run_id in _ids(rows)}
+    assert list(curves.values()) == [[0, 1, 2, 3]] * 2
+
+
+def test_a_loss_that_is_no_number_stops_nothing(run, server):
+    run.events.metrics({"train/loss": float("nan"), "train/grad_norm": float("inf")}, 1)
+    run.finish()
+    forwarder = run.forwarder()
+    forwarder.close()
+    assert forwarder.problem is None
+    assert_once_each(server.rows(), run.records())
+
+
+def test_a_failure_is_an_error_and_names_itself(run, server):
+    run.events.failed("train", None, ValueError("no luck"))
+    run.forwarder().close()
+    alert = next(r for r in server.rows() if "text" in r)
+    assert (alert["title"], alert["level"]) == ("training_failed", "error")
+    assert '"message":"no luck"' in alert["text"]
+
+
+def test_an_address_that_never_answers_costs_a_run_no_time(tmp_path):
+    with socket.create_server(("127.0.0.1", 0), backlog=1) as silent:
+        run = Run(tmp_path / "run", configuration(server=f"http://127.0.0.1:{silent.getsockname()[1]}"))
+        forwarder = run.forwarder(patience=0.5)
+        start = time.monotonic()
+        for step in range(1, 101):
+            run.train(step, step)
+            forwarder.forward()
+        assert time.monotonic() - start < 1.5
+        forwarder.close()
+        assert time.monotonic() - start < 3
+        assert "no answer" in forwarder.problem
+
+
+def test_what_answers_but_is_no_trackio_is_told_as_such(tmp_path):
+    from tests.support.hub import LoopbackHub
+
+    with LoopbackHub(tmp_path / "hub", {}) as hub:
+        run = Run(tmp_path / "run", configuration(server=hub.url))
+        run.train(1, 2)
+        forwarder = run.forwarder()
+        forwarder.close()
+    assert hub.url in forwarder.problem
+
+
+def test_a_wrong_token_is_refused_in_one_line_and_shown_nowhere(run, server, monkeypatch, capfd):
+    monkeypatch.setenv("TRACKIO_WRITE_TOKEN", "aWrongToken-987654321")
+    run.train(1, 2)
+    forwarder = run.forwarder()
+    forwarder.close()
+    assert "write_token" in forwarder.problem and "\n" not in forwarder.problem
+    assert server.rows() == []
+    monkeypatch.setenv("TRACKIO_WRITE_TOKEN", TOKEN)
+    forwarder = run.forwarder()
+    forwarder.close()
+    assert forwarder.problem is None and len(server.rows()) == 4
+    told = "".join(capfd.readouterr()) + run.spool.read_text() + str(server.rows())
+    written = b"".join(p.read_bytes() for p in run.folder.parent.rglob("*") if p.is_file())
+    for token in (TOKEN, "aWrongToken-987654321"):
+        assert token not in told and token.encode() not in written
+
+
+def test_the_dashboard_is_at_the_servers_address():
+    config = configuration(server="https://trackio.example.org/")
+    assert dashboard_hint(config) == "https://trackio.example.org/?project=tests"
+
+
+def _ids(rows: list[dict]) -> list[str]:
+    return list(dict.fromkeys(r["run_id"] for r in rows))

@@ -1,0 +1,181 @@
+"""A dashboard in a Space. Here the Space is Trackio's own server in the mode it has there, on loopback."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.errors import TrackError
+from pipeline.tracking.forwarder import Forwarder
+from pipeline.tracking.trackers import sync
+from pipeline.tracking.trackers.trackio import check, dashboard_hint
+from pipeline.workflow.workspace import Workspace
+from tests.support.hub import LoopbackHub
+from tests.support.hub.server import User
+from tests.support.trackio_server import Run, TrackioServer, assert_once_each, configuration
+
+ADA, READER, BEN = "hf_adaWritesInTests0123", "hf_adaReadsInTests01234", "hf_benWritesInTests0123"
+BOARD = "ada/board"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub that knows Ada, her token that only reads, and Ben. Ada's token is the one in use."""
+    who = {ADA: {"name": "ada"}, READER: {"name": "ada", "role": "read"}, BEN: {"name": "ben"}}
+    with LoopbackHub(tmp_path / "hub", who) as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_TOKEN", ADA)
+        monkeypatch.delenv("TRACKIO_WRITE_TOKEN")
+        yield hub
+
+
+@pytest.fixture
+def space(hub, tmp_path):
+    """The program of the Space ada/board."""
+    more = {
+        "SYSTEM": "spaces",
+        "SPACE_AUTHOR_NAME": "ada",
+        "SPACE_REPO_NAME": "board",
+        "HF_TOKEN": "hf_spacesOwnInTests01234",
+    }
+    server = TrackioServer(tmp_path / "server", more).start()
+    hub.store.create("space", BOARD).host = server.url
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def stranger(tmp_path):
+    """A program that notes what it is sent."""
+    with LoopbackHub(tmp_path / "stranger", {}) as program:
+        yield program
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    run = Run(tmp_path / "run", configuration(space=BOARD))
+    run.train(1, 10)
+    run.finish()
+    return run
+
+
+def forwarded(run: Run) -> Forwarder:
+    forwarder = run.forwarder()
+    forwarder.close()
+    return forwarder
+
+
+def kept_by(space: TrackioServer) -> list[dict]:
+    """What it holds, read when it is stopped, for in a Space it keeps its database to itself."""
+    space.stop()
+    return space.rows()
+
+
+def test_a_run_is_there_once_with_the_hub_token_of_who_may_write(run, space, hub):
+    assert forwarded(run).problem is None
+    assert forwarded(run).problem is None
+    assert any(r.path.endswith("/auth-check/write") and r.status == 200 for r in hub.requests)
+    assert_once_each(kept_by(space), run.records())
+
+
+def test_a_member_of_the_organization_may_write(run, space, hub):
+    hub.users[ADA] = User("ann", "write", ("ada",))
+    assert forwarded(run).problem is None
+    assert_once_each(kept_by(space), run.records())
+
+
+def test_the_token_of_somebody_else_is_not_sent_and_not_shown(run, stranger, hub, monkeypatch):
+    hub.store.create("space", BOARD).host = stranger.url
+    monkeypatch.setenv("HF_TOKEN", BEN)
+    problem = forwarded(run).problem
+    assert problem.startswith(f"track.space {BOARD}: ") and "belongs to ben" in problem and BEN not in problem
+    assert stranger.requests == []
+
+
+def test_sync_sends_no_token_to_a_space_of_a_stranger_either(run, stranger, hub):
+    hub.store.create("space", "eve/board").host = stranger.url
+    with pytest.raises(TrackError, match="track.space eve/board: this token belongs to ada"):
+        sync(Workspace(run.folder), configuration(space="eve/board"))
+    assert stranger.requests == []
+
+
+def test_no_token_is_sent_while_the_hub_cannot_be_asked(run, stranger, hub):
+    hub.store.create("space", BOARD).host = stranger.url
+    hub.fault("GET /api/spaces/", status=503, times=10)
+    assert "no token is sent" in forwarded(run).problem
+    assert stranger.requests == []
+
+
+def test_a_space_that_is_asleep_gets_it_when_it_answers_again(run, space):
+    space.stop()
+    assert "no answer" in forwarded(run).problem
+    space.start()
+    assert forwarded(run).problem is None
+    assert_once_each(kept_by(space), run.records())
+
+
+def test_a_space_that_is_not_there_is_told_with_how_to_make_it_and_not_made(run, hub):
+    problem = forwarded(run).problem
+    assert problem.startswith(f"track.space {BOARD}: there is no such Space; make a Gradio Space")
+    assert {r.method for r in hub.requests} == {"GET"}
+    with pytest.raises(TrackError, match="there is no such Space"):
+        check(run.config.track)
+
+
+def test_a_space_that_is_frozen_is_told_as_such(run, hub, stranger):
+    space = hub.store.create("space", BOARD)
+    space.host, space.sdk = stranger.url, "static"
+    assert "frozen" in forwarded(run).problem and stranger.requests == []
+
+
+def test_a_space_is_reached_where_the_hub_says_and_shown_on_its_page(run, hub, stranger):
+    hub.store.create("space", BOARD).host = stranger.url
+    forwarded(run)
+    assert [r.path for r in stranger.requests] == ["/version"]
+    assert dashboard_hint(run.config) == f"https://huggingface.co/spaces/{BOARD}"
+
+
+def test_who_may_write_passes_the_check(hub):
+    hub.store.create("space", BOARD).host = "https://ada-board.hf.space"
+    check(configuration(space=BOARD).track)
+
+
+@pytest.mark.parametrize(
+    ("token", "reason"),
+    [
+        (READER, "the token may only read"),
+        (BEN, "belongs to ben, who cannot write"),
+        ("hf_nobodyKnowsThis0123", "the Hub does not know this token"),
+        ("", "no Hub token"),
+    ],
+)
+def test_a_token_that_surely_cannot_write_is_refused_before_the_run(hub, monkeypatch, token, reason):
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(TrackError, match=reason) as refused:
+        check(configuration(space=BOARD).track)
+    assert BOARD in str(refused.value) and refused.value.exit_code == 2
+    assert not token or token not in str(refused.value)
+
+
+def test_a_hub_that_does_not_answer_is_no_reason_not_to_run(hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    check(configuration(space=BOARD).track)
+
+
+@pytest.mark.parametrize(("token", "reason"), [(None, "no write token"), (" ", "no write token"), ("a\nb", "blanks")])
+def test_a_server_needs_a_write_token_before_the_run(monkeypatch, token, reason):
+    monkeypatch.delenv("TRACKIO_WRITE_TOKEN")
+    if token is not None:
+        monkeypatch.setenv("TRACKIO_WRITE_TOKEN", token)
+    with pytest.raises(TrackError, match=reason) as refused:
+        check(configuration(server="https://trackio.example.org").track)
+    assert "TRACKIO_WRITE_TOKEN" in str(refused.value) and refused.value.exit_code == 2
+
+
+def test_a_server_that_is_away_is_no_reason_not_to_run():
+    check(configuration(server="http://127.0.0.1:9").track)
+
+
+def test_a_run_on_this_machine_needs_no_token(monkeypatch):
+    monkeypatch.delenv("TRACKIO_WRITE_TOKEN")
+    check(configuration().track)

@@ -1,0 +1,194 @@
+"""Models are loaded again in fresh processes, measured, and their snippets run; what only that tells is found."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.verification import Verdict
+from pipeline.verification.claims import read_claims
+from pipeline.verification.examples import programs, run_examples
+from pipeline.verification.files import check_files, sound_models
+from pipeline.verification.measuring import Cuts, find_texts, judged, request_for
+from pipeline.verification.places import open_place
+from pipeline.verification.worker import look
+from tests.support.releases import line, told
+
+
+def measured(release, model: str, folder: Path) -> list[str]:
+    """The lines about one model, which is looked at in this process."""
+    return all_measured(release, (model,), folder)
+
+
+def all_measured(release, models: tuple[str, ...], folder: Path) -> list[str]:
+    place = open_place(str(release.folder), None, lambda done, total, what: None)
+    claims, cut, found = read_claims(place.lineage()), Cuts(), []
+    texts = find_texts(claims, place, folder / "texts")
+    for model in models:
+        found += judged(claims, place, model, look(request_for(claims, place, model, texts)), cut)
+    return [line(finding) for finding in (*found, *cut.findings())]
+
+
+def test_a_whole_release_that_nobody_touched(release):
+    found = release.verify(measure=True)
+    assert told(found) == [] and told(found, Verdict.unknown) == []
+    right = told(found, Verdict.right)
+    for model in ("merged", "int8", "int4"):
+        assert any(line.startswith(f"measured {model}, general text: perplexity ") for line in right)
+    stock, ours = "with stock libraries: runs", "with tunepress: runs"
+    ran = [line for line in right if line.startswith("snippets ")]
+    variants = [f"snippets {name}: {how}" for name in ("int8", "int4") for how in (stock, ours)]
+    assert ran == [f"snippets merged: {stock}", *variants]
+    assert "measured adapter: loads and runs" in right
+    assert found.exit_code == 0
+
+
+def test_scales_moved_and_the_hash_rewritten(release, tmp_path):
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    path = release.folder / "int4/model.safetensors"
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    for name in tensors:
+        if name.endswith("_weight_scale"):
+            tensors[name] = tensors[name] * torch.tensor(1.3, dtype=tensors[name].dtype)
+    save_file(tensors, path, metadata)
+    release.own("int4/model.safetensors")
+    assert told(release.verify()) == []
+    (found,) = measured(release, "int4", tmp_path)
+    assert found.startswith("measured int4, general text: perplexity is ") and "cards claim" in found
+
+
+def test_a_lineage_and_cards_that_lie_together(release, tmp_path):
+    content = release.lineage()
+    content["results"]["int8"]["quality"]["general"]["perplexity"]["value"] *= 0.9
+    release.write_lineage(content)
+    (found,) = measured(release, "int8", tmp_path)
+    assert found.startswith("measured int8, general text: perplexity is ")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [("Int4WeightOnlyConfig", "Int3WeightOnlyConfig", "Int3WeightOnlyConfig"), ('"torchao"', '"torchao2"', "torchao2")],
+)
+def test_a_format_of_another_version_is_told_from_damage(release, tmp_path, old, new, says):
+    release.replace("int4/config.json", old, new)
+    release.own("int4/config.json")
+    (found,) = measured(release, "int4", tmp_path)
+    assert (
+        found.startswith("measured int4: not damaged, but made for other versions of the libraries") and says in found
+    )
+    command = f"tunepress quantize {release.folder} --output again --set 'quantize.variants=[" + '{"name": "int4"'
+    assert command in found and '"group_size": 32' in found
+
+
+def test_a_file_cut_short_whose_hash_was_rewritten_is_damage(release, tmp_path):
+    path = release.folder / "int8/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-64])
+    release.own("int8/model.safetensors")
+    (found,) = measured(release, "int8", tmp_path)
+    assert found.startswith("measured int8: damaged, though its hash is the lineage's: ")
+    assert found.endswith(f"tunepress quantize {release.folder} --output again --variants int8")
+
+
+def test_an_adapter_that_does_not_fit(release, tmp_path):
+    release.replace("adapter/adapter_config.json", '"r": 4', '"r": 8')
+    release.own("adapter/adapter_config.json")
+    (found,) = measured(release, "adapter", tmp_path)
+    assert found.startswith("measured adapter: ") and "rank 8" in found
+
+
+def test_a_model_whose_files_changed_is_not_loaded(release):
+    release.replace("config.json", "LlamaForCausalLM", "OtherForCausalLM")
+    place = open_place(str(release.folder), None, lambda done, total, what: None)
+    claims = read_claims(place.lineage())
+    assert sound_models(claims, check_files(claims, place)) == ["int8", "int4"]  # the adapter is loaded onto the root
+
+
+def test_only_our_own_snippets_are_run(release, tmp_path):
+    from pipeline.verification.cards import render
+
+    evil = f"open({str(tmp_path / 'ran')!r}, 'w')"
+    release.replace("int8/README.md", "```python\nimport torch", f"```python\n{evil}\nimport torch")
+    place = open_place(str(release.folder), None, lambda done, total, what: None)
+    claims = read_claims(place.lineage())
+    (found,) = run_examples(claims, place, render(claims, place), ["int8"])
+    assert line(found) == "snippets int8: not run: the card has others than follow from the lineage"
+    claims = replace(claims, made_with={**claims.made_with, "tunepress": "0.0.1"})
+    (found,) = run_examples(claims, place, render(claims, place), ["int8"])
+    assert found.verdict is Verdict.unknown and "made with 0.0.1" in found.message
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_snippets_of_a_release_that_tells_of_a_withheld_variant_are_run(release):
+    from pipeline.verification.cards import render
+
+    content = release.lineage()
+    content["configuration"]["quantize"]["variants"].append({"name": "int8-dynamic"})
+    missed = {"text": "general", "figure": "kl", "value": 0.5, "stderr": 0.01, "limit": 0.1, "passed": False}
+    verdict = {"passed": False, "withheld": True, "limits": {"kl": 0.1}, "checks": [missed]}
+    content["results"]["withheld"] = {"int8-dynamic": {**content["results"]["int8"], "gate": verdict}}
+    release.write_lineage(content)
+    release.rewrite_cards()
+    assert "`int8-dynamic/` was **tried and withheld**" in release.read("README.md")
+    place = open_place(str(release.folder), None, lambda done, total, what: None)
+    claims = read_claims(place.lineage())
+    assert told(release.verify()) == []
+    found = [line(finding) for finding in run_examples(claims, place, render(claims, place), ["merged"])]
+    assert found == ["snippets merged: with stock libraries: runs"]
+
+
+def test_blocks_are_put_together_as_a_reader_would():
+    load, ours = "model = 1\ntokenizer = 2", "from pipeline import load\nmodel, tokenizer = load('x')"
+    assert programs([load, ours, "print(model)"]) == [f"{load}\nprint(model)", f"{ours}\nprint(model)"]
+    assert programs(["model = Llama()"]) == ["model = Llama()"]
+
+
+def test_a_text_that_is_another_one_here_is_not_compared(release, tmp_path):
+    content = json.loads(release.read("tunepress.json"))
+    content["results"]["int8"]["quality"]["general"]["digest"] = "other"
+    release.write_lineage(content)
+    (found,) = measured(release, "int8", tmp_path)
+    assert "cut into other tokens here" in found
+
+
+def test_the_tokenizer_of_one_variant_changed_and_the_hash_rewritten(release, tmp_path):
+    path = "int4/tokenizer.json"
+    content = json.loads(release.read(path))
+    words = content["model"]["vocab"]
+    words["e"], words["t"] = words["t"], words["e"]
+    release.write(path, json.dumps(content))
+    release.own(path)
+    found = all_measured(release, ("merged", "int4"), tmp_path)
+    assert found[-1] == (
+        "measured int4, general text: cut into other tokens than by the other models: another tokenizer"
+    )
+
+
+def test_a_gguf_is_measured_in_llama_cpp_again(release, tmp_path):
+    pytest.importorskip("llama_cpp")
+    from pipeline.config.schema import VariantSpec
+    from pipeline.models.sources import linear_weights, table_weights
+    from pipeline.quantization.writer import quantize_checkpoint
+
+    name, path, root = "gguf-q8_0", "gguf/demo-Q8_0.gguf", release.folder
+    spec, to = VariantSpec(name=name).resolved(), {name: root / "gguf"}
+    quantize_checkpoint(root, [spec], to, linear_weights(root), tables=table_weights(root), name="demo")
+    release.own(path)
+    content = release.lineage()
+    content["configuration"]["quantize"]["variants"].append(spec.model_dump())
+    content["results"][name] = {"file": "demo-Q8_0.gguf", "loader": "llama.cpp"}
+    content["results"][name]["quality"] = content["results"]["merged"]["quality"]  # eight bits are as good, nearly
+    release.write_lineage(content)
+    (found,) = measured(release, name, tmp_path / "first")
+    assert found.startswith(f"measured {name}, general text: perplexity ") and "claimed" in found
+    data = (root / path).read_bytes()
+    release.write(path, data[:-1000])
+    release.own(path)
+    (found,) = measured(release, name, tmp_path / "second")
+    assert found.startswith(f"measured {name}: damaged, though its hash is the lineage's: ")
