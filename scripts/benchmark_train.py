@@ -73,10 +73,6 @@ from pipeline.config.schema import Config
 from pipeline.data.encode import Encoded, EncodedSet
 from pipeline.training.trainers.sft import new_trainer
 
-class Silent:
-    def progress(self, *_): ...
-    def metrics(self, *_): ...
-
 set_seed(0)
 config = Config.model_validate({
     "name": "benchmark", "model": {"source": str(folder)}, "data": {"source": "unused"},
@@ -85,7 +81,7 @@ config = Config.model_validate({
 })
 encoded = [Encoded(ids, [-100, *ids[1:]]) for ids in sequences]
 parts = {"training": EncodedSet(encoded, 0, 0, 0, 0), "held-out": EncodedSet([], 0, 0, 0, 0)}
-finish(new_trainer(config, folder, AutoTokenizer.from_pretrained(folder), parts, output, Silent()))
+finish(new_trainer(config, folder, AutoTokenizer.from_pretrained(folder), parts, output))
 """
 )
 PLAIN = (

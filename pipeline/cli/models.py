@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -112,7 +113,10 @@ def sensitivity(
     config = quantize_config(source, output, [variant], measure=True, revision=revision, settings=asked)
     if not isinstance(config, MeasuredRun):
         raise ConfigError("evaluate: null, so nothing is measured. Try: leave out --set evaluate=null")
-    found = report(config, output, terminal_reporter(as_json))
+    reporter, start = terminal_reporter(as_json), time.monotonic()
+    reporter.started("sensitivity")
+    found = report(config, output, reporter.progress)
+    reporter.wrote("sensitivity", time.monotonic() - start)
     if as_json:
         print(json.dumps(found))
         return

@@ -102,7 +102,7 @@ def sync(
     from pipeline.workflow.workspace import Workspace
 
     workspace = Workspace.open(folder)
-    sent = send_missed(workspace, load_config(workspace.config_path, settings or ()))
+    sent = send_missed(workspace.events_path, load_config(workspace.config_path, settings or ()))
     print(json.dumps({"run": str(workspace.folder), "sent": sent}) if as_json else f"{sent} records sent")
 
 
@@ -162,7 +162,7 @@ def _launch(accelerate: str | None, machine_rank: int | None, main_process_ip: s
 
 
 def _join(config, launch, runs: Path, as_json: bool) -> None:
-    from pipeline.training.worker_node import join
+    from pipeline.workflow.worker_node import join
 
     workspace = join(config, launch, runs, terminal_reporter(as_json))
     if as_json:

@@ -1,7 +1,7 @@
 """Everything that is said of one model: quality on both texts, speed, memory, size, answers.
 
 A model is always measured through its files. The full-precision model is the reference; what
-it said of the texts is kept in the workspace, so that a variant can be compared without it.
+it said of the texts is kept in files, so that a variant can be compared without it.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.safe_loading import open_config, open_tokenizer
 from pipeline.models.sources import stored_bytes
 from pipeline.system.files import read_json, write_json
-from pipeline.tracking.events import Events
-from pipeline.workflow.workspace import Workspace
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
     from pipeline.data.encode import Encoded
-    from pipeline.evaluation.metrics import Estimate, Progress, Scores
+    from pipeline.evaluation.metrics import Estimate, Scores
+    from pipeline.evaluation.texts import RunTexts
     from pipeline.inference.llama_cpp import Reader
+
+Progress = Callable[[int, int, str], None]
+Count = Callable[[int, int], None]
 
 PROBE_TOKENS = 64
 CHECKED_CHARACTERS, CHECKED_SEQUENCES = 50_000, 8  # of general and held-out text, cut by llama.cpp as well
@@ -40,8 +42,8 @@ def evaluate(
     label: str,
     folder: Path,
     config: MeasuredRun,
-    workspace: Workspace,
-    events: Events,
+    run_texts: RunTexts,
+    progress: Progress,
     reference: Path | None = None,
     offload: bool | Literal["auto"] = "auto",
     in_full: bool = True,
@@ -52,6 +54,7 @@ def evaluate(
     be that of the disk, and an answer would read the whole model for every token.
 
     Args:
+        progress: called with how much is done, of how much, and what.
         reference: the full-precision model to compare it with, measured before; None if it is this one.
         offload: as `pipeline.load` takes it.
         in_full: measure speed too, and let it answer; else quality alone.
@@ -68,13 +71,13 @@ def evaluate(
     from pipeline.system import hardware
 
     def tell(what: str):
-        return lambda done, total: events.progress(done, total, f"{label}: {what}")
+        return lambda done, total: progress(done, total, f"{label}: {what}")
 
     file = next(folder.glob("*.gguf"), None)
     if file is not None and llama_cpp.is_installed():
-        found = _in_llama_cpp(file, config, workspace, reference, tell, in_full)
+        found = _in_llama_cpp(file, config, run_texts, reference, tell, in_full)
     else:
-        found = _in_transformers(folder, file, config, workspace, reference, offload, tell, in_full)
+        found = _in_transformers(folder, file, config, run_texts, reference, offload, tell, in_full)
     return {"size_bytes": stored_bytes(folder), **found, "machine": hardware.describe()}
 
 
@@ -82,10 +85,10 @@ def _in_transformers(
     folder: Path,
     file: Path | None,
     config: MeasuredRun,
-    workspace: Workspace,
+    run_texts: RunTexts,
     reference: Path | None,
     offload: bool | Literal["auto"],
-    tell: Callable[[str], Progress],
+    tell: Callable[[str], Count],
     in_full: bool,
 ) -> dict:
     """The figures of a folder with safetensors, or of a GGUF's dequantized weights, which have no speed."""
@@ -101,10 +104,10 @@ def _in_transformers(
     where = {"device": config.evaluate.device, "offload": offload}
     model, tokenizer = load_dequantized(file, reference, **where) if file else load(folder, **where)
     offloaded = is_offloaded(model)
-    texts.with_template(tokenizer, workspace)
+    texts.with_template(tokenizer, run_texts)
     if reference is None:
-        texts.plan(config, workspace, model, tokenizer)
-    sequences = texts.all_texts(config, workspace, tokenizer)
+        run_texts = texts.planned(config, run_texts, model, tokenizer)
+    sequences = texts.all_texts(config, run_texts, tokenizer)
     head_name = output_head.head_name(model) if reference is None else None
     head, softcap = output_head.head_matrix(model).to("cpu"), output_head.softcap(model.config)
     scored = {text: metrics.score(model, part, tell(f"{text} text")) for text, part in sequences.items()}
@@ -121,14 +124,14 @@ def _in_transformers(
         torch.cuda.empty_cache()  # the probes load the model again, in processes of their own
 
     if reference is None:
-        write_json(workspace.measurements / "reference" / "head.json", {"name": head_name})
+        write_json(run_texts.reference / "head.json", {"name": head_name})
         for text, scores in scored.items():
-            scores.save(_reference_scores(text, workspace))
+            scores.save(run_texts.reference_scores(text))
         quality = {text: _quality(text, sequences[text], scores, config) for text, scores in scored.items()}
     else:
-        theirs, quality = _reference_head(reference, workspace), {}
+        theirs, quality = _reference_head(reference, run_texts), {}
         for text, scores in scored.items():
-            other = metrics.Scores.load(_reference_scores(text, workspace))
+            other = metrics.Scores.load(run_texts.reference_scores(text))
             compared = metrics.divergence(scores, head, other, theirs, softcap, tell("divergence"))
             quality[text] = _quality(text, sequences[text], scores, config, other, compared)
 
@@ -153,9 +156,9 @@ def _in_transformers(
 def _in_llama_cpp(
     file: Path,
     config: MeasuredRun,
-    workspace: Workspace,
+    run_texts: RunTexts,
     reference: Path,
-    tell: Callable[[str], Progress],
+    tell: Callable[[str], Count],
     in_full: bool,
 ) -> dict:
     """The figures of a GGUF file, given the tokens that the full-precision model was given."""
@@ -164,13 +167,13 @@ def _in_llama_cpp(
     from pipeline.evaluation.load_probe import probe
     from pipeline.inference import llama_cpp, output_head
 
-    tokenizer = texts.with_template(open_tokenizer(reference), workspace)
-    sequences = texts.all_texts(config, workspace, tokenizer)
+    tokenizer = texts.with_template(open_tokenizer(reference), run_texts)
+    sequences = texts.all_texts(config, run_texts, tokenizer)
     prompts = config.evaluate.prompts if in_full else []
     questions = [metrics.question(tokenizer, prompt)["input_ids"][0].tolist() for prompt in prompts]
     longest = [len(s.input_ids) for part in sequences.values() for s in part]
     longest += [len(question) + metrics.ANSWER_TOKENS for question in questions]
-    head, softcap = _reference_head(reference, workspace), output_head.softcap(open_config(reference))
+    head, softcap = _reference_head(reference, run_texts), output_head.softcap(open_config(reference))
     quality = {}
     with llama_cpp.opened(file, max(longest), output_head.LOGIT_ELEMENTS) as reader:
         if reader.vocabulary != len(head):
@@ -179,7 +182,7 @@ def _in_llama_cpp(
         sample = unicodedata.normalize("NFC", general_text(config.evaluate.general)[:CHECKED_CHARACTERS])
         _check_tokens(reader, tokenizer, [sample, *(tokenizer.decode(ids) for ids in others)])
         for text, part in sequences.items():
-            other = metrics.Scores.load(_reference_scores(text, workspace))
+            other = metrics.Scores.load(run_texts.reference_scores(text))
             logits = metrics.counted_logits(reader, part)
             scores, compared = metrics.compare_logits(logits, part, other, head, softcap, tell(f"{text} text"))
             quality[text] = _quality(text, part, scores, config, other, compared)
@@ -239,14 +242,9 @@ def _quality(
     }
 
 
-def _reference_scores(text: str, workspace: Workspace) -> Path:
-    """Where what the full-precision model said of a text is kept."""
-    return workspace.measurements / "reference" / f"{text}.safetensors"
-
-
-def _reference_head(reference: Path, workspace: Workspace) -> torch.Tensor:
+def _reference_head(reference: Path, run_texts: RunTexts) -> torch.Tensor:
     """The output matrix of the full-precision model."""
-    return Checkpoint(reference).read(read_json(workspace.measurements / "reference" / "head.json", {})["name"])
+    return Checkpoint(reference).read(read_json(run_texts.reference / "head.json", {})["name"])
 
 
 def _speed(folder: Path, ids: list[int], loaders: tuple[str, ...], device: str) -> dict:

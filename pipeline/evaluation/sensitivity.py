@@ -21,34 +21,29 @@ from pipeline.system.libraries import quiet
 if TYPE_CHECKING:
     import torch
 
-    from pipeline.workflow.reporter import Reporter
-
 TOKENS = 2048  # of general text, for every layer; what is compared is paired, so that few are enough
 RECORD, RESULT, PICTURE = "sensitivity.partial.json", "sensitivity.json", "sensitivity.png"
 
 Tell = Callable[[int, int, str], None]
 
 
-def report(config: MeasuredRun, output: Path, reporter: Reporter) -> dict:
+def report(config: MeasuredRun, output: Path, tell: Tell) -> dict:
     """What `tunepress sensitivity` finds of `config.model` and the one variant asked for: JSON and a picture.
 
     Raises:
         UserError: where there is no such model, or the variant has no grid.
     """
     import tempfile
-    import time
 
     from pipeline.models.sources import fetch
 
     quiet()
     (spec,) = config.quantize.variants
     check(spec)
-    start = time.monotonic()
-    reporter.started("sensitivity")
     with tempfile.TemporaryDirectory() as scratch:
-        folder, origin = fetch(config.model, Path(scratch), lambda d, t: reporter.progress(d, t, "fetching the model"))
+        folder, origin = fetch(config.model, Path(scratch), lambda d, t: tell(d, t, "fetching the model"))
         made_of = origin.source if folder.is_relative_to(scratch) else None  # unpacked anew each time, and the same
-        layers = sensitivity(config, spec, folder, output / RECORD, reporter.progress, made_of)
+        layers = sensitivity(config, spec, folder, output / RECORD, tell, made_of)
     found = {
         "model": {"source": origin.source, "revision": origin.revision},
         "variant": spec.making(),
@@ -59,7 +54,6 @@ def report(config: MeasuredRun, output: Path, reporter: Reporter) -> dict:
     write_json(output / RESULT, found)
     (output / RECORD).unlink()
     draw(layers, f"{origin.name}: one layer at a time in {spec.name}", output / PICTURE)
-    reporter.wrote("sensitivity", time.monotonic() - start)
     return found
 
 

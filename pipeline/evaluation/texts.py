@@ -9,17 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from pipeline.config.schema import Config, MeasuredRun, TrainingRun
 from pipeline.data import general_text, read_examples
 from pipeline.data.chat import supply_template
-from pipeline.data.describe import SUPPLIED_TEMPLATE
 from pipeline.data.encode import Encoded, encode_examples, encode_text
 from pipeline.errors import DataError
 from pipeline.system import hardware
-from pipeline.workflow.workspace import Workspace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,8 +35,35 @@ HELD_OUT, GENERAL = "held_out", "general"
 AnyRun = TypeVar("AnyRun", bound=Config)
 
 
-def plan(config: MeasuredRun, workspace: Workspace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Choose how many tokens of each text are measured, if `evaluate.max_minutes` limits the time, once for a run.
+@dataclass(frozen=True)
+class RunTexts:
+    """The texts that all models of a run are measured on, and the folder with the reference's scores.
+
+    Attributes:
+        held_out: JSON Lines file of the held-out examples.
+        reference: folder for the scores of the full-precision model.
+        template_was_supplied: True if the base model has no chat template and training supplied one.
+        plan: the number of tokens that fit into `evaluate.max_minutes`; empty before it was planned.
+        keep_plan: stores a new plan for the models that are measured later.
+    """
+
+    held_out: Path
+    reference: Path
+    template_was_supplied: bool = False
+    plan: Mapping = field(default_factory=dict)
+    keep_plan: Callable[[dict], None] = lambda plan: None
+
+    def reference_scores(self, text: str) -> Path:
+        """Return the file with the scores of the full-precision model on a text."""
+        return self.reference / f"{text}.safetensors"
+
+
+def planned(
+    config: MeasuredRun, texts: RunTexts, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> RunTexts:
+    """Return the texts with a plan of how many tokens are measured, made once for a run.
+
+    There is a plan only if `evaluate.max_minutes` limits the time.
 
     The first model of a run that is measured on this machine reads a little of the general text twice; the second time
     shows how long a token takes. All models of the run are then measured on the same tokens.
@@ -45,9 +72,9 @@ def plan(config: MeasuredRun, workspace: Workspace, model: PreTrainedModel, toke
 
     asked = _asked(config)
     timed = {"model": config.model.model_dump(mode="json"), "machine": hardware.cpu_name(), "cores": hardware.cores()}
-    kept = workspace.read_measurement("texts")
+    kept = texts.plan
     if asked["max_minutes"] is None or (kept.get("asked") == asked and kept.get("timed") == timed):
-        return
+        return texts
     sample = encode_text(general_text(config.evaluate.general), tokenizer, SAMPLE_TOKENS, SAMPLE_TOKENS)
     metrics.score(model, sample)
     start = time.perf_counter()
@@ -56,12 +83,13 @@ def plan(config: MeasuredRun, workspace: Workspace, model: PreTrainedModel, toke
     fitting = 60 * asked["max_minutes"] / ((2 if config.data else 1) * seconds)
     tokens = max(FEWEST_TOKENS, int(fitting) // WINDOWS * WINDOWS)
     tokens = min(tokens, asked["max_tokens"])
-    workspace.write_measurement("texts", {"asked": asked, "max_tokens": tokens, "timed": timed})
+    plan = {"asked": asked, "max_tokens": tokens, "timed": timed}
+    texts.keep_plan(plan)
+    return replace(texts, plan=plan)
 
 
-def within_time(config: AnyRun, workspace: Workspace) -> AnyRun:
-    """Return the configuration with as many tokens to measure on as this run's plan allows, if it has one."""
-    kept = workspace.read_measurement("texts")
+def within_time(config: AnyRun, kept: Mapping) -> AnyRun:
+    """Return the configuration with as many tokens to measure on as the plan `kept` allows."""
     if not isinstance(config, MeasuredRun) or kept.get("asked") != _asked(config):
         return config
     tokens = min(kept["max_tokens"], config.evaluate.max_tokens)
@@ -73,10 +101,10 @@ def _asked(config: MeasuredRun) -> dict:
     return config.evaluate.model_dump(include={"max_tokens", "max_minutes"})
 
 
-def held_out(config: TrainingRun, workspace: Workspace, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+def held_out(config: TrainingRun, texts: RunTexts, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
     """Held-out examples, whole ones, up to `evaluate.max_tokens` tokens of input."""
-    config = within_time(config, workspace)
-    examples = read_examples(workspace.data / "held_out.jsonl")
+    config = within_time(config, texts.plan)
+    examples = read_examples(texts.held_out)
     return chosen(config, encode_examples(examples, tokenizer, config.train.loss_on, config.train.max_length).examples)
 
 
@@ -117,12 +145,10 @@ def general(config: MeasuredRun, tokenizer: PreTrainedTokenizerBase) -> list[Enc
     return windows
 
 
-def all_texts(
-    config: MeasuredRun, workspace: Workspace, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, list[Encoded]]:
+def all_texts(config: MeasuredRun, texts: RunTexts, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Encoded]]:
     """The texts by name; held-out text only where there is a data set."""
-    kept = {HELD_OUT: held_out(config, workspace, tokenizer)} if isinstance(config, TrainingRun) else {}
-    return kept | {GENERAL: general(within_time(config, workspace), tokenizer)}
+    kept = {HELD_OUT: held_out(config, texts, tokenizer)} if isinstance(config, TrainingRun) else {}
+    return kept | {GENERAL: general(within_time(config, texts.plan), tokenizer)}
 
 
 def digest(sequences: Sequence[Encoded]) -> str:
@@ -133,8 +159,8 @@ def digest(sequences: Sequence[Encoded]) -> str:
     return told.hexdigest()[:24]
 
 
-def with_template(tokenizer: PreTrainedTokenizerBase, workspace: Workspace) -> PreTrainedTokenizerBase:
+def with_template(tokenizer: PreTrainedTokenizerBase, texts: RunTexts) -> PreTrainedTokenizerBase:
     """The tokenizer as training had it: with the chat template that was supplied where the base has none."""
-    if workspace.read_measurement("data").get("template") == SUPPLIED_TEMPLATE:
+    if texts.template_was_supplied:
         supply_template(tokenizer)
     return tokenizer

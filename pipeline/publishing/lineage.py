@@ -12,7 +12,6 @@ from pipeline.config.schema import REPO_ID, Config, TrainingRun
 from pipeline.data.sources import names_a_file
 from pipeline.system.libraries import STACK, versions
 from pipeline.system.redaction import file_name
-from pipeline.workflow.workspace import Workspace
 
 if TYPE_CHECKING:
     from pipeline.hub.tree import LocalFile
@@ -22,7 +21,6 @@ SCHEMA = 1
 
 def lineage(
     config: Config,
-    workspace: Workspace,
     results: dict,
     files: Mapping[str, LocalFile],
     documents: Collection[str],

@@ -10,12 +10,12 @@ from typing import Any, Literal
 from pipeline.config.schema import Config, TrainingRun
 from pipeline.errors import ConfigError, WorkspaceError
 from pipeline.evaluation.student_t import MARGIN, quantile
+from pipeline.publishing.published_model import Live, read_live
 from pipeline.publishing.remote_release import standing
-from pipeline.retraining.baseline import own_weights
 from pipeline.retraining.input_changes import Inputs, changes, changes_beside, inputs_of, made_with
-from pipeline.retraining.published_model import Live, read_live
 from pipeline.system.command_names import command
 from pipeline.system.files import fingerprint, read_json, write_json
+from pipeline.workflow.baseline import own_weights
 from pipeline.workflow.stages import merge, train
 from pipeline.workflow.workspace import Workspace
 

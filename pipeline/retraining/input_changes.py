@@ -17,8 +17,8 @@ from pipeline.errors import ModelError
 from pipeline.hub.download import in_one_line
 from pipeline.hub.retry import retry
 from pipeline.models import sources
+from pipeline.publishing.published_model import Live
 from pipeline.publishing.remote_release import is_same_model, standing
-from pipeline.retraining.published_model import Live
 from pipeline.system.redaction import file_name
 
 NOT_FOR_THE_MODEL = {"data": {"revision"}, "model": {"revision", "low_disk"}, "train": {"checkpoint_every"}}

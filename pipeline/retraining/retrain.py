@@ -17,11 +17,11 @@ from pathlib import Path
 from pipeline.config.schema import Config
 from pipeline.errors import GateError, StageFailed
 from pipeline.evaluation.student_t import MARGIN
-from pipeline.retraining.baseline import note, own_weights
+from pipeline.publishing.published_model import Live, read_live
 from pipeline.retraining.decision import Decision, Matter, Outcome, better, check, look, tell
 from pipeline.retraining.lock import alone, refuse_beside_job
-from pipeline.retraining.published_model import Live, read_live
 from pipeline.tracking.events import Events
+from pipeline.workflow.baseline import note, own_weights
 from pipeline.workflow.preflight import preflight
 from pipeline.workflow.reporter import Reporter
 from pipeline.workflow.runner import Steps
@@ -82,7 +82,7 @@ class _Retraining:
         # The commit is there already where only what comes after it was cut short.
         is_there = bool(live) and record.state == "better" and live.weights == own_weights(workspace)
         for attempt in range(ROUNDS):
-            note(workspace, live, inputs)
+            note(workspace, live, inputs.to_dict())
             if not is_there:
                 record = replace(record, live=live and live.model, state="running", comparison=None, url=None, job=None)
                 record.write(path)

@@ -18,6 +18,7 @@ from pipeline.models.safe_loading import open_model, open_tokenizer
 from pipeline.models.sources import read_config
 from pipeline.system.files import read_json, write_json
 from pipeline.system.libraries import quiet, quiet_progress_bars
+from pipeline.workflow.stages.inputs import run_texts
 from pipeline.workflow.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -86,10 +87,11 @@ def _texts(
     """The texts that can be had, and why others cannot."""
     from pipeline.evaluation import texts
 
-    texts.with_template(tokenizer, workspace)
-    config = texts.within_time(config, workspace)
+    kept = run_texts(workspace)
+    texts.with_template(tokenizer, kept)
+    config = texts.within_time(config, kept.plan)
     made = {
-        texts.HELD_OUT: lambda: texts.held_out(config, workspace, tokenizer),
+        texts.HELD_OUT: lambda: texts.held_out(config, kept, tokenizer),
         texts.GENERAL: lambda: texts.general(config, tokenizer),
     }
     found, problems = {}, {}

@@ -14,7 +14,7 @@ from pipeline.inference import output_head
 from pipeline.inference.load import load
 from pipeline.inference.offload import WEIGHTS_SHARE, fits, is_offloaded
 from pipeline.system.hardware import _free_in_groups, free_bytes
-from pipeline.tracking.events import Events
+from pipeline.workflow.stages.inputs import run_texts
 from pipeline.workflow.workspace import Workspace
 from scripts.benchmarks import random_checkpoint
 from tests.support.models import LOOKUP_EMBEDDINGS, random_text, write_tokenizer
@@ -126,9 +126,8 @@ def measured(tmp_path, tiny_model, quantized):
 
     def make(offload):
         with Workspace.claim(tmp_path / str(offload), config) as workspace:
-            events = Events(workspace.events_path, "m")
-            base = evaluate("base", root, config, workspace, events, offload=offload)
-            variant = evaluate("int4", root / "int4", config, workspace, events, root, offload=offload)
+            base = evaluate("base", root, config, run_texts(workspace), print, offload=offload)
+            variant = evaluate("int4", root / "int4", config, run_texts(workspace), print, root, offload=offload)
         return base, variant
 
     return make

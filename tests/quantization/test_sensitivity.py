@@ -14,7 +14,6 @@ from pipeline.inference.load import load
 from pipeline.models.sources import linear_weights
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.roundings import rounding
-from pipeline.workflow.reporter import Reporter
 
 LAYER = "model.layers.1.mlp.down_proj"
 
@@ -45,7 +44,7 @@ def model(tiny_model, tmp_path_factory):
 
 
 def test_the_layer_that_suffers_is_found_and_told_in_json_and_picture(model, asked, tmp_path):
-    found = sensitivity.report(asked(model), tmp_path / "out", Reporter())
+    found = sensitivity.report(asked(model), tmp_path / "out", print)
     assert json.loads((tmp_path / "out" / "sensitivity.json").read_text()) == found
     assert [layer["name"] + ".weight" for layer in found["layers"]] == list(linear_weights(model))
     worst = max(found["layers"], key=lambda layer: layer["kl"]["value"])
@@ -56,7 +55,7 @@ def test_the_layer_that_suffers_is_found_and_told_in_json_and_picture(model, ask
 
 def test_a_layers_figure_is_that_of_the_model_with_this_layer_alone_rounded(model, asked, tmp_path):
     config = asked(model)
-    found = sensitivity.report(config, tmp_path / "out", Reporter())
+    found = sensitivity.report(config, tmp_path / "out", print)
     loaded, tokenizer = load(model, device="cpu")
     sequences = texts.general(config, tokenizer)
     full, head = metrics.score(loaded, sequences), output_head.head_matrix(loaded)
@@ -110,6 +109,6 @@ def test_a_model_larger_than_the_memory_is_refused_before_it_is_loaded(model, as
 
 def test_what_has_no_grid_or_is_no_variant_is_refused(model, asked, tmp_path):
     with pytest.raises(QuantizationError, match="gguf-q4_k_m: its layers are not rounded here one by one; choose one"):
-        sensitivity.report(asked(model, "gguf-q4_k_m"), tmp_path / "out", Reporter())
+        sensitivity.report(asked(model, "gguf-q4_k_m"), tmp_path / "out", print)
     with pytest.raises(ConfigError, match="int5: allowed are"):
         asked(model, "int5")

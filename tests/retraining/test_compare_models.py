@@ -15,11 +15,11 @@ from pipeline.data import Example, load_examples, write_examples
 from pipeline.errors import DataError, ModelError
 from pipeline.evaluation.metrics import mean
 from pipeline.evaluation.student_t import quantile
-from pipeline.retraining.baseline import note
+from pipeline.publishing.published_model import Live
 from pipeline.retraining.decision import better
 from pipeline.retraining.input_changes import Inputs
-from pipeline.retraining.published_model import Live
 from pipeline.tracking.events import Events
+from pipeline.workflow.baseline import note
 from pipeline.workflow.stages import compare_published
 from pipeline.workflow.workspace import Workspace
 
@@ -45,7 +45,7 @@ def held_out(tmp_path):
             workspace.write_measurement("data", {"fingerprint": data.fingerprint})
             shutil.copytree(new, workspace.release, dirs_exist_ok=True)
             there = Live(str(live), None, "model", {"results": {"data": {"fingerprint": data.fingerprint}}})
-            note(workspace, there, Inputs(config, "base", "data"))
+            note(workspace, there, Inputs(config, "base", "data").to_dict())
             compare_published.run(config, workspace, Events(workspace.events_path, "tiny"), ())
             return workspace.read_measurement("retraining")
 

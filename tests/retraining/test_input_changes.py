@@ -14,10 +14,10 @@ import pytest
 from pipeline.config.loader import parse_config
 from pipeline.data import load_examples
 from pipeline.errors import DataError
+from pipeline.evaluation.eligible_prompts import untouched
 from pipeline.models.sources import digest_here
-from pipeline.retraining.eligible_prompts import untouched
+from pipeline.publishing.published_model import Live
 from pipeline.retraining.input_changes import Inputs, changes, changes_beside, inputs_of, settings
-from pipeline.retraining.published_model import Live
 from pipeline.tracking.events import Events
 from pipeline.workflow.stages.inputs import base_model
 from pipeline.workflow.workspace import Workspace
@@ -131,7 +131,7 @@ def test_that_prompts_are_told_apart_word_for_word_is_said_where_the_data_is_ano
         {"name": "tiny", "model": {"source": "ada/base"}, "data": {"source": str(path), "held_out": 0.4}}, ""
     )
     data = load_examples(other.data)
-    kept, said = untouched(data.held_out, data.fingerprint, live)
+    kept, said = compared(data, live)
     asked = {example.messages[-2]["content"] for example in kept}
     known = {example.messages[-2]["content"] for example in load_examples(configure(200, held_out=0.4).data).train}
     assert asked & known  # which is why it has to be said
@@ -143,7 +143,7 @@ def test_that_prompts_are_told_apart_word_for_word_is_said_where_the_data_is_ano
 def test_of_grown_data_only_examples_are_compared_on_that_the_live_model_never_saw(configure, grown, held_out):
     old, new = (load_examples(configure(rows, held_out=held_out).data) for rows in (500, grown))
     live = published(configure(500, held_out=held_out))
-    kept, said = untouched(new.held_out, new.fingerprint, live)
+    kept, said = compared(new, live)
     assert not set(map(str, kept)) & set(map(str, old.train))
     assert len(kept) == len(new.held_out) or "left out" in said
     assert len(kept) >= 0.5 * len(new.held_out)  # the split holds as data grows, so most of it is usable
@@ -151,26 +151,26 @@ def test_of_grown_data_only_examples_are_compared_on_that_the_live_model_never_s
 
 def test_of_the_same_data_all_held_out_examples_are_compared_on(configure):
     data = load_examples(configure(50, held_out=0.4).data)
-    assert untouched(data.held_out, data.fingerprint, published(configure(50, held_out=0.4)))[0] == data.held_out
+    assert compared(data, published(configure(50, held_out=0.4)))[0] == data.held_out
 
 
 def test_too_few_examples_to_compare_on_are_counted(configure):
     data = load_examples(configure(50, held_out=0.3).data)
     with pytest.raises(DataError, match="of 16 prompts, and they are of 15; raise data.held_out"):
-        untouched(data.held_out, data.fingerprint, published(configure(50, held_out=0.3)))
+        compared(data, published(configure(50, held_out=0.3)))
 
 
 def test_another_seed_leaves_too_little_that_neither_model_saw(configure):
     new = load_examples(configure(200, seed=1, held_out=0.1).data)
     with pytest.raises(DataError, match="set data.seed to its 0"):
-        untouched(new.held_out, new.fingerprint, published(configure(200, held_out=0.1)))
+        compared(new, published(configure(200, held_out=0.1)))
 
 
 def test_a_release_that_does_not_say_how_it_was_split_may_know_examples_which_is_said(configure):
     live = published(configure(50, held_out=0.4))
     del live.lineage["results"]["data"]["trained_from"]
     new = load_examples(configure(60, held_out=0.4).data)
-    kept, said = untouched(new.held_out, new.fingerprint, live)
+    kept, said = compared(new, live)
     assert kept == new.held_out and "may have been trained on some" in said
 
 
@@ -178,7 +178,7 @@ ASK = """
 import json, sys
 from pipeline.config.loader import parse_config
 from pipeline.retraining.input_changes import changes, inputs_of
-from pipeline.retraining.published_model import Live
+from pipeline.publishing.published_model import Live
 tree, lineage = json.load(sys.stdin)
 found = inputs_of(parse_config(tree, ""))
 told = list(changes(Live("ada/tiny", "b" * 40, "model", lineage), found)) if lineage else None
@@ -219,3 +219,7 @@ def test_on_the_hub_a_new_commit_counts_only_where_it_brings_other_examples(tmp_
         hub.put("ada/rows", {"rows.jsonl": "\n".join(rows[1:]).encode()}, repo_type="dataset")
         (told,) = ask(lineage)[2]
         assert told.startswith(f"data rows: {fingerprint[:12]} -> ")
+
+
+def compared(data, live):
+    return untouched(data.held_out, data.fingerprint, live.repo, live.lineage)

@@ -12,7 +12,6 @@ import pytest
 
 from pipeline.tracking.trackers import sync
 from pipeline.tracking.trackers.trackio import dashboard_hint
-from pipeline.workflow.workspace import Workspace
 from tests.support import REPOSITORY
 from tests.support.trackio_server import Run, assert_once_each, configuration, stored_rows
 
@@ -101,7 +100,7 @@ def test_nothing_is_printed_for_the_terminal_belongs_to_the_run(local, capfd):
 
 
 def test_sync_of_a_run_without_events_sends_nothing(tmp_path):
-    assert sync(Workspace(tmp_path / "run"), configuration()) == 0
+    assert sync(tmp_path / "run" / "events.jsonl", configuration()) == 0
 
 
 def test_a_line_that_a_power_cut_tore_is_left_out_and_the_rest_arrives(local):

@@ -69,10 +69,10 @@ def test_sync_sends_what_was_missed_and_then_nothing(run, server):
     run.finish()
     workspace = Workspace(run.folder)
     with pytest.raises(TrackError, match="no answer"):
-        sync(workspace, run.config)
+        sync(workspace.events_path, run.config)
     server.start()
-    assert sync(workspace, run.config) == 253
-    assert sync(workspace, run.config) == 0
+    assert sync(workspace.events_path, run.config) == 253
+    assert sync(workspace.events_path, run.config) == 0
     assert_once_each(server.rows(), run.records())
 
 

@@ -8,7 +8,6 @@ from pipeline.errors import TrackError
 from pipeline.tracking.forwarder import Forwarder
 from pipeline.tracking.trackers import sync
 from pipeline.tracking.trackers.trackio import check, dashboard_hint
-from pipeline.workflow.workspace import Workspace
 from tests.support.hub import LoopbackHub
 from tests.support.hub.server import User
 from tests.support.trackio_server import Run, TrackioServer, assert_once_each, configuration
@@ -95,7 +94,7 @@ def test_the_token_of_somebody_else_is_not_sent_and_not_shown(run, stranger, hub
 def test_sync_sends_no_token_to_a_space_of_a_stranger_either(run, stranger, hub):
     hub.store.create("space", "eve/board").host = stranger.url
     with pytest.raises(TrackError, match="track.space eve/board: this token belongs to ada"):
-        sync(Workspace(run.folder), configuration(space="eve/board"))
+        sync(run.folder / "events.jsonl", configuration(space="eve/board"))
     assert stranger.requests == []
 
 

@@ -218,7 +218,7 @@ def test_training_multiplies_many_rows_in_the_compute_type_alone(any_model, tmp_
     torch.manual_seed(0)
     examples = [Encoded(ids, [NO_LOSS, *ids[1:]]) for ids in torch.randint(0, 250, (8, 30)).tolist()]
     parts = {name: EncodedSet(examples, 0, 0, 0, 0) for name in ("training", "held-out")}
-    trainer = new_trainer(config, any_model, AutoTokenizer.from_pretrained(any_model), parts, tmp_path, Silent())
+    trainer = new_trainer(config, any_model, AutoTokenizer.from_pretrained(any_model), parts, tmp_path)
     with BF16Products() as seen:
         trainer.train()
         trainer.evaluate()
@@ -261,12 +261,6 @@ def test_architectures_of_other_kinds_train_in_float32(monkeypatch, kind):
     assert abs(float(found.loss) / float(expected.loss) - 1) < 0.01
     for name, gradient in gradients.items():
         assert torch.cosine_similarity(gradient.flatten(), exact_gradients[name].flatten(), dim=0) > 0.95, name
-
-
-class Silent:
-    def progress(self, *_): ...
-
-    def metrics(self, *_): ...
 
 
 def test_other_architectures_keep_transformers_attention(tiny_model):

@@ -39,7 +39,7 @@ def test_packed_examples_are_seen_as_they_are_alone(tiny_model, tmp_path, exampl
     )  # fmt: skip
     encoded = {"training": examples, "held-out": examples}
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    trainer = new_trainer(config, folder, tokenizer, encoded, tmp_path, None)
+    trainer = new_trainer(config, folder, tokenizer, encoded, tmp_path)
     backbone, seen = trainer.model.get_base_model().base_model, []
     hook = backbone.register_forward_hook(lambda module, arguments, output: seen.append(output[0]))
     with torch.no_grad():

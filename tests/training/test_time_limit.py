@@ -136,15 +136,9 @@ def test_real_training_stops_in_time_and_reaches_the_end_of_its_schedule(tiny_mo
         }
     )  # fmt: skip
     trainer = new_trainer(config, folder, AutoTokenizer.from_pretrained(folder), {"training": part, "held-out": part},
-                          tmp_path, _Silent())  # fmt: skip
+                          tmp_path)  # fmt: skip
     trainer.train()
     plan = json.loads((tmp_path / PLAN).read_text())
     assert 3 <= trainer.state.global_step <= plan["steps"] < 100_000
     if trainer.state.global_step == plan["steps"]:
         assert trainer.lr_scheduler.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
-
-
-class _Silent:
-    def progress(self, *_): ...
-
-    def metrics(self, *_): ...

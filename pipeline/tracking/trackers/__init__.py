@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pipeline.config.schema import Config
 from pipeline.tracking.forwarder import Forwarder, Opener, Tracker
-from pipeline.workflow.workspace import Workspace
 
 
 def opener(config: Config) -> Opener:
@@ -18,8 +19,8 @@ def opener(config: Config) -> Opener:
     return open_tracker
 
 
-def sync(workspace: Workspace, config: Config) -> int:
-    """Send what the tracker has missed of a run, without running anything.
+def sync(spool: Path, config: Config) -> int:
+    """Send the records of a run's `events.jsonl` that the tracker does not have yet.
 
     Returns:
         How many records were sent; 0 where the tracker has them all.
@@ -27,4 +28,4 @@ def sync(workspace: Workspace, config: Config) -> int:
     Raises:
         TrackError: where it cannot be reached, or refuses.
     """
-    return Forwarder(workspace.events_path, opener(config)).send_all()
+    return Forwarder(spool, opener(config)).send_all()

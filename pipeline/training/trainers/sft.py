@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -26,7 +26,6 @@ from pipeline.data.encode import NO_LOSS, EncodedSet
 from pipeline.errors import UserError
 from pipeline.system import hardware
 from pipeline.system.files import sync_all, write_text
-from pipeline.tracking.events import Events
 from pipeline.training.accelerate_launch import share
 from pipeline.training.fused_layers import quicken_training
 from pipeline.training.nf4_base import load_base
@@ -44,14 +43,17 @@ def new_trainer(
     tokenizer,
     encoded: dict[str, EncodedSet],
     output: Path,
-    events: Events,
     processes: int = 1,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    metrics: Callable[[dict[str, float], int], None] = lambda values, step: None,
 ) -> Trainer:
     """A trainer of the base model in folder `base`, its LoRA adapter in float32, with the run's settings.
 
     Args:
         encoded: the examples of `training` and of `held-out` as tokens.
         output: folder of its checkpoints.
+        progress: called with how much is done, of how much, and what.
+        metrics: called with figures to plot and their step.
         processes: how many train together.
 
     Raises:
@@ -119,7 +121,7 @@ def new_trainer(
             eval_dataset=evaluation,
             processing_class=tokenizer,
             peft_config=lora,
-            callbacks=[_Reports(events), *_time_limit(settings, encoded), _OnDisk()],
+            callbacks=[_Reports(progress, metrics), *_time_limit(settings, encoded), _OnDisk()],
         )
     except ValueError as error:
         if "target modules" not in str(error).lower():
@@ -297,12 +299,12 @@ class _OnDisk(TrainerCallback):
 class _Reports(TrainerCallback):
     """Progress and figures of the loop, as events; trl's own integrations stay off."""
 
-    def __init__(self, events: Events):
-        self._events, self._batches = events, 0
+    def __init__(self, progress: Callable, metrics: Callable):
+        self._progress, self._metrics, self._batches = progress, metrics, 0
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         self._batches += 1
-        self._events.progress(self._batches, len(eval_dataloader), "held-out loss")
+        self._progress(self._batches, len(eval_dataloader), "held-out loss")
 
     def on_evaluate(self, args, state, control, **kwargs):
         self._batches = 0
@@ -310,7 +312,7 @@ class _Reports(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         loss = next((row["loss"] for row in reversed(state.log_history) if "loss" in row), None)
         shown = f", loss {loss:.3f}" if loss is not None else ""
-        self._events.progress(state.global_step, state.max_steps, f"step {state.global_step}/{state.max_steps}{shown}")
+        self._progress(state.global_step, state.max_steps, f"step {state.global_step}/{state.max_steps}{shown}")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero:
@@ -322,4 +324,4 @@ class _Reports(TrainerCallback):
                 split, _, name = key.partition("_") if key.startswith("eval_") else ("train", "", key)
                 values[f"{split}/{'mean_loss' if name == 'train_loss' else name.removeprefix('train_')}"] = value
         if values:
-            self._events.metrics(values, state.global_step)
+            self._metrics(values, state.global_step)

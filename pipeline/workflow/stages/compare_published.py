@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.schema import Config, TrainingRun
 from pipeline.models.safe_loading import open_tokenizer
-from pipeline.retraining import baseline
-from pipeline.retraining.published_model import Live
+from pipeline.publishing.published_model import Live
 from pipeline.system.libraries import versions
 from pipeline.tracking.events import Events
+from pipeline.workflow import baseline
 from pipeline.workflow.stages import Outcome
 from pipeline.workflow.workspace import Workspace
 
@@ -59,11 +59,12 @@ def _compare(config: TrainingRun, workspace: Workspace, events: Events, compared
     """
     from pipeline.data import read_examples
     from pipeline.evaluation import metrics
+    from pipeline.evaluation.eligible_prompts import untouched
     from pipeline.inference.load import load
-    from pipeline.retraining.eligible_prompts import untouched
 
     fingerprint = workspace.read_measurement("data")["fingerprint"]
-    examples, said = untouched(read_examples(workspace.data / "held_out.jsonl"), fingerprint, compared)
+    held_out = read_examples(workspace.data / "held_out.jsonl")
+    examples, said = untouched(held_out, fingerprint, compared.repo, compared.lineage)
     sides = {"new": (workspace.release, None), "live": (compared.repo, compared.head)}
     tokenizers = {name: _tokenizer(*place) for name, place in sides.items()}
     chosen = _choose(config, examples, tokenizers)
@@ -142,7 +143,7 @@ def _choose(
     import torch
 
     from pipeline.data.encode import NO_LOSS
-    from pipeline.retraining.eligible_prompts import FEWEST, fitting, prompts, too_few
+    from pipeline.evaluation.eligible_prompts import FEWEST, fitting, prompts, too_few
 
     encoded: dict[str, list[list[Encoded]]] = {name: [] for name in tokenizers}
     numbers: dict[str, int] = {}

@@ -17,6 +17,7 @@ from pipeline.evaluation.escalation import Rung, ladder, with_layers
 from pipeline.evaluation.gates import judge, limits
 from pipeline.system.files import empty_folder, fingerprint, read_json, replace_folder, write_json
 from pipeline.tracking.events import Events
+from pipeline.workflow.stages.inputs import run_texts
 from pipeline.workflow.stages.quantize import note_written
 from pipeline.workflow.workspace import Workspace
 
@@ -123,7 +124,7 @@ class Climb:
         except UserError as error:
             self._events.show([f"{label}: {error}"])
             return None
-        arguments = (self._folder, self._config, self._workspace, self._events, self._full)
+        arguments = (self._folder, self._config, run_texts(self._workspace), self._events.progress, self._full)
         self.know(spec, evaluate(label, *arguments, in_full=False), self._made[1])
         return self._known[fingerprint(spec.making())]
 

@@ -6,7 +6,15 @@ from pipeline.config.schema import MeasuredRun
 from pipeline.system.libraries import versions
 from pipeline.tracking.events import Events
 from pipeline.workflow.stages import Outcome
-from pipeline.workflow.stages.inputs import base_model, full_model, made_from, reference, text_depends, without_limit
+from pipeline.workflow.stages.inputs import (
+    base_model,
+    full_model,
+    made_from,
+    reference,
+    run_texts,
+    text_depends,
+    without_limit,
+)
 from pipeline.workflow.workspace import Workspace
 
 LIBRARIES = ("torch", "transformers")
@@ -32,7 +40,9 @@ def run(config: MeasuredRun, workspace: Workspace, events: Events, variants: tup
     models = {reference(config): full, "base": base_model(config, workspace, events)}
     outputs, summary = [workspace.measurements / "reference"], {}
     for label, folder in models.items():
-        result = evaluate(label, folder, config, workspace, events, None if label == reference(config) else full)
+        result = evaluate(
+            label, folder, config, run_texts(workspace), events.progress, None if label == reference(config) else full
+        )
         outputs.append(workspace.write_measurement(label, result))
         if label == reference(config) and workspace.read_measurement("texts"):
             outputs.append(workspace.measurements / "texts.json")

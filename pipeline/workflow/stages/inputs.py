@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.schema import Config, MeasuredRun
 from pipeline.data import general_text
+from pipeline.data.describe import SUPPLIED_TEMPLATE
+from pipeline.evaluation.texts import RunTexts
 from pipeline.models.sources import stored_bytes
 from pipeline.system.files import fingerprint, read_json, write_json
 from pipeline.tracking.events import Events
@@ -107,6 +109,17 @@ def model_bytes(config: Config, workspace: Workspace, folder: Path) -> int:
 
 def _passed(workspace: Workspace) -> Path:
     return workspace.quantized / "passed.json"
+
+
+def run_texts(workspace: Workspace) -> RunTexts:
+    """Return the texts that the models of this run are measured on."""
+    return RunTexts(
+        held_out=workspace.data / "held_out.jsonl",
+        reference=workspace.measurements / "reference",
+        template_was_supplied=workspace.read_measurement("data").get("template") == SUPPLIED_TEMPLATE,
+        plan=workspace.read_measurement("texts"),
+        keep_plan=functools.partial(workspace.write_measurement, "texts"),
+    )
 
 
 def reference(config: Config) -> str:

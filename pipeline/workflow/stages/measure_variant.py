@@ -18,7 +18,7 @@ from pipeline.system.files import fingerprint, read_json, states, write_json
 from pipeline.system.libraries import versions
 from pipeline.tracking.events import Events
 from pipeline.workflow.stages import Outcome, quantize
-from pipeline.workflow.stages.inputs import full_model, model_bytes
+from pipeline.workflow.stages.inputs import full_model, model_bytes, run_texts
 from pipeline.workflow.stages.quantize import files_of, parameters
 from pipeline.workflow.workspace import Workspace
 
@@ -92,7 +92,7 @@ def _measured(config: Config, workspace: Workspace, events: Events, name: str, f
     if isinstance(config, MeasuredRun):
         from pipeline.evaluation.evaluate import evaluate
 
-        result = evaluate(name, folder, config, workspace, events, full)
+        result = evaluate(name, folder, config, run_texts(workspace), events.progress, full)
     elif VARIANTS[name].format == "gguf":
         (file,) = folder.glob("*.gguf")
         _open(file)

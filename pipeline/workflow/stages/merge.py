@@ -21,7 +21,7 @@ from pipeline.system.files import empty_folder
 from pipeline.system.libraries import versions
 from pipeline.tracking.events import Events
 from pipeline.workflow.stages import Outcome
-from pipeline.workflow.stages.inputs import adapter, adapter_depends, base_model, model_depends
+from pipeline.workflow.stages.inputs import adapter, adapter_depends, base_model, model_depends, run_texts
 from pipeline.workflow.stages.quantize import keep_written, to_write
 from pipeline.workflow.workspace import Workspace
 
@@ -117,7 +117,7 @@ def _supplied_template(base: Path, workspace: Workspace) -> str | None:
     from pipeline.evaluation.texts import with_template
 
     tokenizer = open_tokenizer(base)
-    return None if tokenizer.chat_template else with_template(tokenizer, workspace).chat_template
+    return None if tokenizer.chat_template else with_template(tokenizer, run_texts(workspace)).chat_template
 
 
 def _compare(config: TrainingRun, workspace: Workspace, events: Events, base: Path, folders: dict[str, Path]) -> dict:
@@ -127,10 +127,10 @@ def _compare(config: TrainingRun, workspace: Workspace, events: Events, base: Pa
     from pipeline.inference.load import load
     from pipeline.models.checkpoint import Checkpoint
 
-    tokenizer = texts.with_template(open_tokenizer(base), workspace)
+    known = run_texts(workspace)
+    tokenizer = texts.with_template(open_tokenizer(base), known)
     model = live_model(config, base, workspace.adapter)
-    texts.plan(config, workspace, model, tokenizer)
-    sequences = texts.held_out(config, workspace, tokenizer)
+    sequences = texts.held_out(config, texts.planned(config, known, model, tokenizer), tokenizer)
     head_name, softcap = output_head.head_name(model), output_head.softcap(model.config)
     live = metrics.score(model, sequences, lambda d, t: events.progress(d, t, "measuring the live adapter"))
     del model

@@ -15,9 +15,9 @@ from pipeline.publishing.cards.readmes import left_behind
 from pipeline.publishing.commit import Commit, check_destination, check_root, publish
 from pipeline.publishing.remote_release import standing
 from pipeline.publishing.tags import tag_release
-from pipeline.retraining.baseline import check_is_compared
 from pipeline.system.command_names import command
 from pipeline.tracking.events import STAGES, Events, read_events
+from pipeline.workflow.baseline import check_is_compared
 from pipeline.workflow.stages import Outcome
 from pipeline.workflow.stages.render import (
     depends,

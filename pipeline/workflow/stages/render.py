@@ -100,7 +100,7 @@ def render(
         if not about.is_guest and plot_quality(about, variants, picture):
             documents[PICTURE] = picture.read_bytes()
     files = release_files(workspace, variants)
-    documents[LINEAGE] = lineage(config, workspace, about.results, files, documents.keys())
+    documents[LINEAGE] = lineage(config, about.results, files, documents.keys())
     return documents
 
 
@@ -116,7 +116,7 @@ def render_mirror(config: Config, workspace: Workspace, variant: str, existing: 
     if gguf := gguf_files(workspace, (variant,)):
         documents[MODELFILE] = modelfile(gguf).encode()
     files, home = mirror_files(workspace, variant), config.publish.repo
-    documents[LINEAGE] = lineage(config, workspace, about.results, files, documents.keys(), mirror_of=home)
+    documents[LINEAGE] = lineage(config, about.results, files, documents.keys(), mirror_of=home)
     return documents
 
 

@@ -25,6 +25,7 @@ from pipeline.system.files import empty_folder, fingerprint, read_json, replace_
 from pipeline.system.libraries import versions
 from pipeline.tracking.events import Events
 from pipeline.training.distributed import Meeting, Team
+from pipeline.workflow import baseline
 from pipeline.workflow.stages import Outcome
 from pipeline.workflow.stages.inputs import base_model, model_depends, without_limit
 from pipeline.workflow.stages.quantize import check_variants
@@ -77,7 +78,16 @@ def run(config: TrainingRun, workspace: Workspace, events: Events, variants: tup
     if compute_dtype == "float16":
         events.show(["computing in float16: this GPU has no bfloat16 instructions (compute capability below 8.0)"])
     checkpoints = _checkpoints(config, workspace, depends_on, team)
-    trainer = new_trainer(config, prepared.base, prepared.tokenizer, prepared.encoded, checkpoints, events, team.size)
+    trainer = new_trainer(
+        config,
+        prepared.base,
+        prepared.tokenizer,
+        prepared.encoded,
+        checkpoints,
+        team.size,
+        events.progress,
+        events.metrics,
+    )
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     resumed_from = _train(trainer, checkpoints, meeting)
     adapter = whole_adapter(trainer)
@@ -132,8 +142,7 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, team: Te
     from pipeline.data.chat import supply_template
     from pipeline.data.describe import describe, report, samples
     from pipeline.data.encode import encode_examples
-    from pipeline.evaluation import texts
-    from pipeline.retraining import eligible_prompts
+    from pipeline.evaluation import eligible_prompts, texts
 
     events.progress(0, 1, "reading the data")  # first, since a bad row should not wait for a long download
     workspace.data.mkdir(exist_ok=True)
@@ -145,7 +154,10 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, team: Te
             skipped.unlink()
         write_examples(workspace.data / "held_out.jsonl", data.held_out)
     # Too little to measure on, or to compare with a live model on, should not be found out after training.
-    compared = eligible_prompts.check_prompts(workspace, data)
+    published, _ = baseline.noted(workspace)
+    compared = ()
+    if published:
+        compared, _ = eligible_prompts.untouched(data.held_out, data.fingerprint, published.repo, published.lineage)
     base = base_model(config, workspace, events)
     check_variants(config, base)
     tokenizer = open_tokenizer(base)

@@ -20,7 +20,7 @@ from pipeline.evaluation.load_probe import probe
 from pipeline.inference import llama_cpp, output_head
 from pipeline.inference.load import load_dequantized
 from pipeline.system import hardware
-from pipeline.tracking.events import Events
+from pipeline.workflow.stages.inputs import run_texts
 from pipeline.workflow.workspace import Workspace
 from tests.support.gguf_files import MODELS
 from tests.support.models import random_text
@@ -250,13 +250,14 @@ def measured(tmp_path_factory, tiny_model, written):
     config, file = Config.model_validate(tree), written(source, "gguf-q4_0")
     with pytest.MonkeyPatch.context() as patch, Workspace.claim(folder / "run", config) as workspace:
         patch.setattr(hardware, "cores", lambda: 1)
-        events, found = Events(workspace.events_path, "m"), {}
-        evaluate("base", source, config, workspace, events)
+        found = {}
+        kept = run_texts(workspace)
+        evaluate("base", source, config, kept, print)
         with pytest.raises(ModelError, match="into other tokens"):
-            evaluate("gguf-q4_0", file.parent, config, workspace, events, in_lower_case(source, folder / "lower"))
+            evaluate("gguf-q4_0", file.parent, config, kept, print, in_lower_case(source, folder / "lower"))
         for is_installed in (True, False):
             patch.setattr(llama_cpp, "is_installed", lambda there=is_installed: there)
-            result = evaluate("gguf-q4_0", file.parent, config, workspace, events, source)
+            result = evaluate("gguf-q4_0", file.parent, config, kept, print, source)
             found[result["loader"]] = result
     return file, found
 

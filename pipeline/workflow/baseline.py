@@ -7,22 +7,18 @@ retraining left that was stopped binds retrainings alone.
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from pipeline.errors import HubError
 from pipeline.hub.tree import Tree
+from pipeline.publishing.published_model import Live, live_in, weights_of
 from pipeline.publishing.remote_release import Standing
-from pipeline.retraining.published_model import Live, live_in, weights_of
 from pipeline.system.files import read_json, write_json
 from pipeline.workflow.workspace import Workspace
 
-if TYPE_CHECKING:
-    from pipeline.retraining.input_changes import Inputs
 
-
-def note(workspace: Workspace, live: Live | None, inputs: Inputs) -> None:
-    """Leave in the workspace what the run is compared with, and what it is made of."""
-    about = {"live": asdict(live) if live else None, "inputs": inputs.to_dict()}
+def note(workspace: Workspace, live: Live | None, inputs: dict) -> None:
+    """Write to the workspace which published model the run is compared with, and the inputs of the run."""
+    about = {"live": asdict(live) if live else None, "inputs": inputs}
     write_json(workspace.opponent_path, about)
 
 

@@ -5,30 +5,31 @@ Answers to one prompt go together, so it is prompts that are counted, not exampl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.config.schema import Config, TrainingRun
-from pipeline.data import DataSet, Example
+from pipeline.data import Example
 from pipeline.data.encode import EncodedSet, encode_examples
 from pipeline.data.splitting import place
 from pipeline.errors import DataError
-from pipeline.retraining.baseline import noted
-from pipeline.retraining.published_model import Live
 from pipeline.system.command_names import command
-from pipeline.workflow.workspace import Workspace
 
 FEWEST = 16  # prompts; from fewer the error of a difference is hardly known
 
 
-def untouched(held_out: tuple[Example, ...], data: str, live: Live) -> tuple[tuple[Example, ...], str]:
-    """The held-out examples whose prompts the live model was not trained on either.
+def untouched(
+    held_out: tuple[Example, ...], data: str, repo: str, lineage: Mapping[str, Any]
+) -> tuple[tuple[Example, ...], str]:
+    """Return the held-out examples whose prompts the published model was not trained on either.
 
     Prompts are told apart word for word: the question of an old example below a new system prompt is another one.
 
     Args:
         held_out: of this run, none of which it trains on.
         data: the fingerprint of this run's examples.
+        repo: USER/NAME of the published model.
+        lineage: its `tunepress.json`.
 
     Returns:
         The examples, and what can be said of them.
@@ -36,10 +37,10 @@ def untouched(held_out: tuple[Example, ...], data: str, live: Live) -> tuple[tup
     Raises:
         DataError: where they have too few prompts to compare on.
     """
-    theirs, there = live.results.get("data") or {}, prompts(held_out)
+    theirs, there = (lineage.get("results") or {}).get("data") or {}, prompts(held_out)
     if there < FEWEST:
         raise DataError(
-            f"{live.repo}: to compare with it takes held-out examples of {FEWEST} prompts, and they are of {there}; "
+            f"{repo}: to compare with it takes held-out examples of {FEWEST} prompts, and they are of {there}; "
             "raise data.held_out"
         )
     if theirs.get("fingerprint") == data:
@@ -49,11 +50,11 @@ def untouched(held_out: tuple[Example, ...], data: str, live: Live) -> tuple[tup
             "the live release does not say how its data was split, so it may have been trained on some of "
             "these examples, which speaks for it"
         )
-    seed = live.lineage["configuration"]["data"]["seed"]
+    seed = lineage["configuration"]["data"]["seed"]
     kept = tuple(e for e in held_out if place(e, seed) < theirs["trained_from"])
     if prompts(kept) < FEWEST:
         raise DataError(
-            f"{live.repo}: to compare with it takes held-out examples of {FEWEST} prompts, and of {there} only "
+            f"{repo}: to compare with it takes held-out examples of {FEWEST} prompts, and of {there} only "
             f"{prompts(kept)} were surely held out from the live model too; set data.seed to its {seed}, raise "
             f"data.held_out, or publish without comparing: {command('run')}"
         )
@@ -90,21 +91,11 @@ def too_few(config: TrainingRun, there: int, all_of: int) -> DataError:
     )
 
 
-def check_prompts(workspace: Workspace, data: DataSet) -> tuple[Example, ...]:
-    """The examples that a training that is to be compared will be compared on, as far as is known without tokens.
-
-    Raises:
-        DataError: where they are too few, which should not be found out after training.
-    """
-    compared, _ = noted(workspace)
-    return untouched(data.held_out, data.fingerprint, compared)[0] if compared else ()
-
-
 def check_tokens(config: TrainingRun, examples: tuple[Example, ...], tokenizer: Any) -> None:
-    """The same with tokens at hand; there is nothing to check where `check_prompts` found none.
+    """Check that enough prompts fit into the training length; without examples there is nothing to check.
 
     Raises:
-        DataError: where those that fit are too few.
+        DataError: if the examples that fit have too few prompts.
     """
     found: set[str] = set()
     for example, _ in fitting(config, examples, {"new": tokenizer}):
