@@ -7,6 +7,8 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.markup import escape
 
+from pipeline.config.catalog import LLAMA_CPP
+
 Messages = list[dict[str, str]]
 Answer = Callable[[Messages], str]  # prints the answer while it comes
 
@@ -21,10 +23,10 @@ def chat(source: str, variant: str | None, device: str, new_tokens: int, console
         MissingExtra: for a variant of llama.cpp's, where llama-cpp-python is not installed.
     """
     from pipeline.errors import ModelError
-    from pipeline.inference.load import is_gguf
+    from pipeline.inference.load import engine_of
 
     with console.status("loading"):
-        if is_gguf(variant):
+        if engine_of(variant) == LLAMA_CPP:
             if device not in ("auto", "cpu"):
                 raise ModelError(f"{variant}: llama.cpp runs it here, on the CPU; leave out --device")
             answer, where = _in_llama_cpp(source, variant, new_tokens), "cpu in llama.cpp"

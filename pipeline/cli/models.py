@@ -11,6 +11,7 @@ import typer
 
 from pipeline.cli.options import RUNS, AsJson, Root, Settings, console, terminal_reporter
 from pipeline.cli.runs import conclude, run_stage
+from pipeline.config.catalog import DEFAULT_VARIANTS
 
 Output = Annotated[Path | None, typer.Option("--output", help="A new folder, which becomes the release.")]
 Variants = Annotated[str | None, typer.Option("--variants", help="int8, int4, both; several with commas.")]
@@ -93,7 +94,7 @@ def quantize(
 
 def sensitivity(
     source: Annotated[str, typer.Argument(metavar="MODEL", help="A Hub id, or a folder.")],
-    variant: Annotated[str, typer.Option("--variant", help="How a layer is quantized.")] = "int4",
+    variant: Annotated[str, typer.Option("--variant", help="How a layer is quantized.")] = DEFAULT_VARIANTS[-1],
     output: Annotated[
         Path | None, typer.Option("--output", help="A folder for figures and picture; by default NAME-sensitivity.")
     ] = None,

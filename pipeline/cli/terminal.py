@@ -14,8 +14,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pipeline.config.catalog import VARIANTS
+from pipeline.config.catalog import LLAMA_CPP, TRANSFORMERS, VARIANTS
 from pipeline.config.schema import Config
+from pipeline.inference.loaders import TIMED
 from pipeline.system.command_names import command
 from pipeline.system.files import read_json
 from pipeline.system.text_format import clock, size
@@ -130,7 +131,7 @@ def summary(console: Console, config: Config, workspace: Workspace) -> None:
         console.print(table)
     console.print(f"[dim]{_how_measured(results)}[/]")
     console.print(f"\nRelease    {escape(str(workspace.release))}")
-    chosen = [v for v in shown if VARIANTS[v].format != "gguf"] or shown
+    chosen = [v for v in shown if VARIANTS[v].engine == TRANSFORMERS] or shown
     chosen = ("--variant", chosen[-1]) if chosen else ()
     run = workspace.release if workspace.release in workspace.folder.parents else workspace.folder
     console.print(f"Talk to it {escape(command('chat', run, *chosen))}")
@@ -150,7 +151,7 @@ def _how_measured(results: dict) -> str:
         return "nothing was measured; publishing does that, and so does tunepress quantize --measure"
     counted = " and ".join(f"{q['tokens']} {text.replace('_', '-')}" for text, q in quality.items())
     text = "held-out" if "held_out" in quality else "general"
-    others = ", GGUF by llama.cpp" if any("llama.cpp" in r.get("speed", ()) for r in results.values()) else ""
+    others = ", GGUF by llama.cpp" if any(LLAMA_CPP in r.get("speed", ()) for r in results.values()) else ""
     return (
         f"ppl: perplexity, ± one standard error, on {counted} tokens. KL: to the full-precision model, {text} text, in "
         f"nats a token. decode: batch 1, variants by pipeline.load{others}. memory: of a fresh process that loads and "
@@ -161,7 +162,7 @@ def _how_measured(results: dict) -> str:
 def _figures(result: dict) -> list[str]:
     quality = result.get("quality", {})
     speeds = result.get("speed", {})
-    speed = next((speeds[loader] for loader in ("pipeline.load", "stock", "llama.cpp") if speeds.get(loader)), {})
+    speed = next((speeds[loader] for loader in TIMED if speeds.get(loader)), {})
 
     compared = next((q["kl"] for q in quality.values() if "kl" in q), None)  # held-out text first, where there is
 

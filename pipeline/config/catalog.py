@@ -1,103 +1,245 @@
-"""What tunepress can make and read, as plain tables. Imports nothing heavy.
+"""The catalogue: plain rows of data about everything that tunepress can make and read. Imports nothing heavy.
 
-A new rounding, format or data form is one file and one row here.
+A variant is one row here. Its format is an entry of `pipeline.quantization.formats`, its roundings are
+entries of `pipeline.quantization.roundings`. Everything that the wizard, `--help`, planning and cards ask
+about a variant stands in its row, so that they need not import torch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
-# Columns that may share a scale: what the int4 kernels of torch take on a CPU and on CUDA.
+# Columns that may share a scale: the sizes that the int4 kernels of torch take on a CPU and on CUDA.
 GROUP_SIZES = (32, 64, 128, 256)
+
+TRANSFORMERS, LLAMA_CPP = "transformers", "llama.cpp"  # engines that run variants
+NEAREST = "rtn"  # the rounding that other roundings are compared with
+EIGHT_BITS = "int8"  # the value of `embeddings`, and the option for single layers, that mean eight bits a row
+GGUF = "gguf"  # the format of llama.cpp, and the folder of its files
+KEEP = "keep"  # the value of `embeddings` that leaves them as they are
+
+
+@dataclass(frozen=True)
+class Packing:
+    """An order in which the codes of a variant can be stored.
+
+    Attributes:
+        format: the entry of `pipeline.quantization.formats` that writes it.
+        snippet: the card's template of the code that loads it.
+        mixes: True if single layers can be stored in eight bits beside it.
+    """
+
+    format: str
+    snippet: str
+    mixes: bool = False
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A kind of quantized model that a repository can carry in a folder of its own."""
+    """A kind of quantized model that a repository can carry beside the merged model.
+
+    Attributes:
+        format: the entry of `pipeline.quantization.formats` that writes it, unless its packing names another.
+        bits: width of a code.
+        group_size: the default number of columns that share a scale; None for one scale a row.
+        roundings: the allowed roundings; the first is the default. Empty if the format takes weights directly.
+        rise: the limit for the relative rise of perplexity, unless another limit is set.
+        zero: the kind of zero point of its grid, as `quantization.grid.Grid` names it.
+        packings: the allowed packings by name; the first is the default.
+        group_sizes: the group sizes that can be asked for.
+        embeddings: the default treatment of embedding and output head; None if the quantizer chooses.
+        rounds_inputs: True if its layers round their inputs as well, token by token.
+        quantizer: the library whose own quantizer makes it; it takes none of these options.
+        libraries: distributions whose versions can change the bytes.
+        requires: (module, extra) of the optional packages that writing needs.
+        engine: the engine that runs and measures it.
+        measured_with: distributions of the engine whose versions can change the figures.
+        suffix: the ending of its only file; None for a folder that transformers opens.
+        file_type: the engine's name for the type of its weights, such as `Q4_0`.
+        shared_folder: the folder that it shares with other variants; None for a folder of its own.
+        snippet: the card's template of the code that loads it, unless its packing names another.
+        stored_as: the card's template that says how it is stored.
+    """
 
     name: str
     format: str
     bits: int
-    group_size: int | None  # the default; None for one scale a row
-    roundings: tuple[str, ...]  # the first is the default
-    rise: float  # by how much of itself perplexity may rise, unless another limit is set
-    packings: tuple[str, ...] = ()  # the orders that codes can be stored in; the first is the default
-    group_sizes: tuple[int, ...] = GROUP_SIZES  # those that can be asked for
-    # What becomes of the embedding and the output head, unless asked for otherwise; None: the quantizer chooses.
-    embeddings: str | None = "keep"
-    quantizer: str | None = None  # a library's own, which takes none of these options
+    group_size: int | None
+    roundings: tuple[str, ...]
+    rise: float
+    zero: str = "none"
+    packings: Mapping[str, Packing] = field(default_factory=dict)
+    group_sizes: tuple[int, ...] = GROUP_SIZES
+    embeddings: str | None = KEEP
+    rounds_inputs: bool = False
+    quantizer: str | None = None
+    libraries: tuple[str, ...] = ("torch", "torchao", "transformers")
+    requires: tuple[tuple[str, str], ...] = ()
+    engine: str = TRANSFORMERS
+    measured_with: tuple[str, ...] = ()
+    suffix: str | None = None
+    file_type: str | None = None
+    shared_folder: str | None = None
+    snippet: str = "snippet_stock.py.jinja"
+    stored_as: str | None = None
 
     @property
     def folder(self) -> str:
-        return "gguf" if self.format == "gguf" else self.name
+        """The folder in a release."""
+        return self.shared_folder or self.name
 
     @property
-    def gguf_type(self) -> str | None:
-        """What llama.cpp calls the type of its weights, such as `Q4_0`; None of variants that are not for it."""
-        return self.name.removeprefix("gguf-").upper() if self.format == "gguf" else None
+    def is_one_file(self) -> bool:
+        """Return True if it is one file with weights and tokenizer, and not a folder that transformers opens."""
+        return self.suffix is not None
+
+    def format_of(self, packing: str | None) -> str:
+        """Return the format of a packing (None: the variant's own format)."""
+        return self.packings[packing].format if packing in self.packings else self.format
 
 
-def _gguf(name: str, bits: int, *roundings: str) -> Variant:
-    """GGUF has groups of 32 in every type that is filled here, and Q8_0 for embeddings; 16 bits are not rounded."""
-    if not roundings:
-        return Variant(f"gguf-{name}", "gguf", bits, None, (), 0.01, group_sizes=())
-    rise = 0.02 if bits == 8 else 0.05
-    return Variant(f"gguf-{name}", "gguf", bits, 32, roundings, rise, group_sizes=(32,), embeddings="int8")
+VARIANTS: dict[str, Variant] = {}
+
+# Phrases for cards: how a rounding works.
+ROUNDINGS: dict[str, str] = {}
+
+
+def register(variant: Variant) -> None:
+    """Add a variant to the catalogue."""
+    VARIANTS[variant.name] = variant
+
+
+def register_rounding(name: str, zeros: tuple[str, ...], said: str) -> None:
+    """Add a rounding, and offer it with every variant whose grid it can fill.
+
+    Args:
+        zeros: the kinds of zero point that it can fill.
+        said: a phrase for cards, such as "rounded to nearest".
+    """
+    ROUNDINGS[name] = said
+    for variant in list(VARIANTS.values()):
+        if variant.roundings and variant.zero in zeros and name not in variant.roundings:
+            register(replace(variant, roundings=(*variant.roundings, name)))
+
+
+register_rounding(NEAREST, ("none", "integer", "float"), "rounded to nearest")
+register_rounding("hqq", ("none", "float"), "rounded by HQQ without data")
+register_rounding("search", ("none", "float"), "scales fitted by least squares, without data")
+
+
+def _gguf(name: str, bits: int, *roundings: str, zero: str = "none") -> Variant:
+    """Return a type of GGUF: groups of 32, embeddings in Q8_0; 16 bits are not rounded, K-quants choose themselves."""
+    groups = {"group_size": 32, "group_sizes": (32,), "embeddings": EIGHT_BITS}
+    return Variant(
+        name=f"gguf-{name}",
+        format=GGUF,
+        bits=bits,
+        roundings=roundings,
+        rise={16: 0.01, 8: 0.02}.get(bits, 0.05),
+        zero=zero,
+        libraries=("torch", "gguf", "transformers"),
+        requires=(("gguf", "gguf"),),
+        engine=LLAMA_CPP,
+        measured_with=("llama-cpp-python",),
+        suffix=".gguf",
+        file_type=name.upper(),
+        shared_folder=GGUF,
+        **(groups if roundings else {"group_size": None, "group_sizes": ()}),
+    )
 
 
 def _k_quants(name: str, bits: int) -> Variant:
-    return Variant(f"gguf-{name}", "gguf", bits, None, (), 0.05, group_sizes=(), embeddings=None, quantizer="llama.cpp")
-
-
-VARIANTS = {
-    v.name: v
-    for v in (
-        Variant(
-            name="int8",
-            format="torchao",
-            bits=8,
-            group_size=None,
-            roundings=("rtn", "hqq"),
-            rise=0.02,
-        ),
-        Variant(
-            name="int8-dynamic",
-            format="torchao",
-            bits=8,
-            group_size=None,
-            roundings=("rtn", "hqq"),
-            rise=0.02,
-            group_sizes=(),
-        ),
-        Variant(
-            name="int4",
-            format="torchao",
-            bits=4,
-            group_size=64,
-            roundings=("search", "hqq", "rtn"),
-            rise=0.05,
-            packings=("plain", "tile_packed"),
-        ),
-        _gguf("f16", 16),
-        _gguf("bf16", 16),
-        _gguf("q8_0", 8, "rtn", "hqq", "search"),
-        _gguf("q4_0", 4, "search", "hqq", "rtn"),
-        _gguf("q4_1", 4, "search", "hqq", "rtn"),
-        _gguf("q5_0", 5, "search", "hqq", "rtn"),
-        _gguf("q5_1", 5, "search", "hqq", "rtn"),
-        _k_quants("q4_k_m", 4),
-        _k_quants("q5_k_m", 5),
-        _k_quants("q6_k", 6),
+    plain = _gguf(name, bits)
+    return replace(
+        plain,
+        embeddings=None,
+        quantizer=LLAMA_CPP,
+        libraries=(*plain.libraries, *plain.measured_with),
+        requires=(*plain.requires, ("llama_cpp", "llama-cpp")),
     )
+
+
+register(
+    Variant(
+        name="int8",
+        format="torchao",
+        bits=8,
+        group_size=None,
+        roundings=(NEAREST, "hqq"),
+        rise=0.02,
+        stored_as="stored_as_int8.md.jinja",
+    )
+)
+register(
+    Variant(
+        name="int8-dynamic",
+        format="torchao",
+        bits=8,
+        group_size=None,
+        roundings=(NEAREST, "hqq"),
+        rise=0.02,
+        group_sizes=(),
+        rounds_inputs=True,
+        stored_as="stored_as_int8-dynamic.md.jinja",
+    )
+)
+register(
+    Variant(
+        name="int4",
+        format="torchao",
+        bits=4,
+        group_size=64,
+        roundings=("search", "hqq", NEAREST),
+        rise=0.05,
+        zero="float",
+        packings={
+            "plain": Packing("torchao", "snippet_int4.py.jinja", mixes=True),
+            "tile_packed": Packing("tile_packed", "snippet_int4_tiles.py.jinja"),
+        },
+        stored_as="stored_as_int4.md.jinja",
+    )
+)
+register(_gguf("f16", 16))
+register(_gguf("bf16", 16))
+register(_gguf("q8_0", 8, NEAREST, "hqq", "search"))
+register(_gguf("q4_0", 4, "search", "hqq", NEAREST))
+register(_gguf("q4_1", 4, "search", "hqq", NEAREST, zero="float"))
+register(_gguf("q5_0", 5, "search", "hqq", NEAREST))
+register(_gguf("q5_1", 5, "search", "hqq", NEAREST, zero="float"))
+register(_k_quants("q4_k_m", 4))
+register(_k_quants("q5_k_m", 5))
+register(_k_quants("q6_k", 6))
+
+DEFAULT_VARIANTS = ("int8", "int4")  # the variants that are made unless others are asked for
+
+# Ready sets of variants by their purpose, for the wizard: a line for people, and `quantize.variants`.
+PRESETS: dict[str, tuple[str, tuple[dict, ...]]] = {
+    "balanced": (
+        "int8 and int4 in groups of 64: about half and a third of the size",
+        ({"name": "int8"}, {"name": "int4", "group_size": 64}),
+    ),
+    "high_quality": (
+        "int8 and int4 in groups of 32: somewhat larger, and loses least",
+        ({"name": "int8"}, {"name": "int4", "group_size": 32}),
+    ),
+    "edge": (
+        "int4 in groups of 128 and embeddings in 8 bits: the smallest, for CPUs and small devices",
+        ({"name": "int4", "group_size": 128, "embeddings": EIGHT_BITS},),
+    ),
+    "gpu_optimized": (
+        "int8 and int4 stored in the order of CUDA's tensor cores, in groups of 128",
+        ({"name": "int8"}, {"name": "int4", "group_size": 128, "packing": "tile_packed"}),
+    ),
 }
 
 ALIASES = {
     "int8_weight_only": ("int8",),
     "int4_weight_only": ("int4",),
     "int8_dynamic": ("int8-dynamic",),
-    "both": ("int8", "int4"),
-    # As people who use llama.cpp write them; bf16 and f16 say too little of what is wanted.
-    **{name.removeprefix("gguf-"): (name,) for name, v in VARIANTS.items() if v.format == "gguf" and v.bits < 16},
+    "both": DEFAULT_VARIANTS,
+    # The names that people who use llama.cpp write. bf16 and f16 do not say that GGUF is wanted.
+    **{v.file_type.lower(): (v.name,) for v in VARIANTS.values() if v.file_type and v.bits < 16},
 }
 
 DATA_FORMS = {
@@ -110,7 +252,7 @@ DATA_FORMS = {
 
 
 def resolve_variants(name: str) -> tuple[str, ...]:
-    """The variants that `name` (a variant or an alias, in any case) stands for.
+    """Return the variants that `name` (a variant or an alias, in any case) stands for.
 
     Raises:
         KeyError: if there is no such variant.
@@ -122,5 +264,10 @@ def resolve_variants(name: str) -> tuple[str, ...]:
 
 
 def variant_names() -> str:
-    """Everything `resolve_variants` takes, for messages."""
+    """Return everything that `resolve_variants` takes, for messages."""
     return ", ".join([*VARIANTS, *ALIASES])
+
+
+def is_one_file(model: str) -> bool:
+    """Return True if a model of a release is a variant that is one file."""
+    return model in VARIANTS and VARIANTS[model].is_one_file

@@ -7,7 +7,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from pipeline.config.base import Real, Section, Whole
-from pipeline.config.catalog import VARIANTS, resolve_variants, variant_names
+from pipeline.config.catalog import (
+    DEFAULT_VARIANTS,
+    EIGHT_BITS,
+    KEEP,
+    VARIANTS,
+    Variant,
+    resolve_variants,
+    variant_names,
+)
 
 
 class Gate(Section):
@@ -26,7 +34,7 @@ class VariantSpec(Section):
     name: str = Field(description="name of a variant, or an alias")
     group_size: Whole | None = Field(default=None, description="columns that share a scale")
     rounding: str | None = Field(default=None, description="how weights are rounded")
-    embeddings: Literal["keep", "int8"] | None = Field(
+    embeddings: Literal[KEEP, EIGHT_BITS] | None = Field(  # type: ignore[valid-type]
         default=None, description="embedding and output head: unchanged, or in 8 bits (the default of GGUF)"
     )
     packing: str | None = Field(default=None, description="order of the codes of int4: `plain`, or `tile_packed`")
@@ -45,8 +53,8 @@ class VariantSpec(Section):
     def _fits_the_catalog(self) -> VariantSpec:
         if self.name not in VARIANTS:
             raise ValueError(f"allowed are {variant_names()}")
-        variant = VARIANTS[self.name]
-        options = ("group_size", "rounding", "embeddings", "packing", "keep", "int8")
+        variant = self.variant
+        options = [option for option in type(self).model_fields if option not in ("name", "gate")]
         if variant.quantizer and (given := [option for option in options if getattr(self, option)]):
             raise ValueError(
                 f"{given[0]}: {self.name} is made by {variant.quantizer}'s own quantizer, which takes none"
@@ -54,11 +62,11 @@ class VariantSpec(Section):
         if self.group_size is not None and self.group_size not in variant.group_sizes:
             allowed = ", ".join(map(str, variant.group_sizes)) or f"none, for {self.name} has no groups"
             raise ValueError(f"group_size {self.group_size}: allowed are {allowed}")
-        if self.embeddings == "int8" and not variant.roundings:
+        if self.quantizes_embeddings and not variant.roundings:
             raise ValueError(f"embeddings int8: {self.name} is not quantized")
         if self.rounding is not None and self.rounding not in variant.roundings:
             raise ValueError(f"rounding {self.rounding!r}: allowed for {self.name} are {', '.join(variant.roundings)}")
-        if self.int8 and (self.name != "int4" or self.packing == "tile_packed"):
+        if self.int8 and not self.mixes:
             raise ValueError("int8: layers in 8 bits go with int4 in its plain packing")
         if self.packing is not None and not variant.packings:
             raise ValueError(f"{self.name} is stored in one way and takes no packing")
@@ -66,13 +74,35 @@ class VariantSpec(Section):
             raise ValueError(f"packing {self.packing!r}: allowed for {self.name} are {', '.join(variant.packings)}")
         return self
 
+    @property
+    def variant(self) -> Variant:
+        """The row of the catalogue."""
+        return VARIANTS[self.name]
+
+    @property
+    def format(self) -> str:
+        """The entry of `pipeline.quantization.formats` that writes it."""
+        return self.variant.format_of(self.packing)
+
+    @property
+    def quantizes_embeddings(self) -> bool:
+        """Return True if the embedding and the output head are stored in eight bits."""
+        return self.embeddings == EIGHT_BITS
+
+    @property
+    def mixes(self) -> bool:
+        """Return True if single layers can be stored in eight bits."""
+        default = next(iter(self.variant.packings.values()), None)
+        packing = self.variant.packings.get(self.packing or "", default)
+        return packing is not None and packing.mixes
+
     def making(self) -> dict:
         """All of it that the variant's files depend on, as plain data."""
-        return self.model_dump(exclude={"gate"} if self.int8 else {"gate", "int8"})
+        return self.model_dump(exclude={"gate"} if self.int8 else {"gate", EIGHT_BITS})
 
     def resolved(self) -> VariantSpec:
         """The same with the defaults of the catalog filled in."""
-        variant = VARIANTS[self.name]
+        variant = self.variant
         return self.model_copy(
             update={
                 "group_size": self.group_size or variant.group_size,
@@ -105,7 +135,7 @@ class Quantize(Section):
     """The variants to make, and what they may lose."""
 
     variants: Annotated[list[VariantSpec], BeforeValidator(_expand_aliases)] = Field(
-        default=[VariantSpec(name="int8"), VariantSpec(name="int4")],
+        default=[VariantSpec(name=name) for name in DEFAULT_VARIANTS],
         validate_default=True,
         description="names of variants, or mappings with options",
     )

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config.catalog import GROUP_SIZES, VARIANTS
+from pipeline.config.catalog import EIGHT_BITS, GROUP_SIZES, KEEP, NEAREST
 from pipeline.config.schema import VariantSpec
 
 SHARES = (0.05, 0.1, 0.2, 0.4, 0.6)  # of the linear layers' weights, those that suffer most, in eight bits
@@ -43,7 +43,7 @@ def ladder(asked: VariantSpec, linear: Shapes, tables: Shapes, folder: Path) -> 
     from pipeline.quantization.layers import unfit
 
     specs = [(spec, 0.0) for spec in _specs(asked) if not unfit(spec, linear, folder)]
-    if asked.name == "int4" and asked.packing != "tile_packed" and not asked.int8:
+    if asked.mixes and not asked.int8:
         finest = [spec for spec, _ in specs if spec.rounding == _best_rounding(asked)][-1]
         specs += [(finest, share) for share in SHARES]
     rungs = [Rung(spec, share, _bytes(spec, share, linear, tables)) for spec, share in specs]
@@ -52,27 +52,27 @@ def ladder(asked: VariantSpec, linear: Shapes, tables: Shapes, folder: Path) -> 
 
 def _specs(asked: VariantSpec) -> list[VariantSpec]:
     """As asked, in another rounding, in smaller groups, and these with embeddings in eight bits."""
-    variant = VARIANTS[asked.name]
+    variant = asked.variant
     others, best = _other_roundings(asked), _best_rounding(asked)
     found = [asked, *(_changed(asked, rounding=how) for how in others)]
-    if variant.format == "torchao" and variant.group_sizes:
+    if len(variant.group_sizes) > 1:
         widest = asked.group_size or 2 * max(GROUP_SIZES)
         sizes = sorted((size for size in variant.group_sizes if size < widest), reverse=True)
         found += [_changed(asked, rounding=best, group_size=size) for size in sizes]
         found += [_changed(asked, rounding=how, group_size=sizes[-1]) for how in others if sizes and how != best]
-    if variant.format == "torchao" and asked.embeddings == "keep":
-        found.append(_changed(found[-1], rounding=best, embeddings="int8"))
+    if asked.embeddings == KEEP and not variant.is_one_file:
+        found.append(_changed(found[-1], rounding=best, embeddings=EIGHT_BITS))
     return found
 
 
 def _other_roundings(asked: VariantSpec) -> list[str]:
-    return [how for how in VARIANTS[asked.name].roundings if how not in (asked.rounding, "rtn")]
+    return [how for how in asked.variant.roundings if how not in (asked.rounding, NEAREST)]
 
 
 def _best_rounding(asked: VariantSpec) -> str | None:
     """What smaller groups are tried with: as asked for, unless that is the plain one and there is a better."""
     others = _other_roundings(asked)
-    return others[0] if asked.rounding == "rtn" and others else asked.rounding
+    return others[0] if asked.rounding == NEAREST and others else asked.rounding
 
 
 def _changed(spec: VariantSpec, **changes: object) -> VariantSpec:
@@ -114,7 +114,7 @@ def _bytes(spec: VariantSpec, share: float, linear: Shapes, tables: Shapes) -> f
     from pipeline.quantization.formats import format_of
     from pipeline.quantization.layers import layer_grids
 
-    if VARIANTS[spec.name].format == "gguf":  # whose rungs are of one size
+    if spec.variant.is_one_file:  # whose rungs are of one size
         return 0.0
     form, (grids, kept) = format_of(spec), layer_grids(spec, linear)
     stored = sum(_planned(form, name, shape, grid) for name, (shape, grid) in grids.items())

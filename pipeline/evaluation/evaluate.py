@@ -13,9 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from pipeline.config.catalog import LLAMA_CPP
 from pipeline.config.schema import MeasuredRun
 from pipeline.data import general_text
 from pipeline.errors import ModelError
+from pipeline.inference.loaders import DEQUANTIZED, PACKED, STOCK, only_file
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.safe_loading import open_config, open_tokenizer
 from pipeline.models.sources import stored_bytes
@@ -73,7 +75,7 @@ def evaluate(
     def tell(what: str):
         return lambda done, total: progress(done, total, f"{label}: {what}")
 
-    file = next(folder.glob("*.gguf"), None)
+    file = only_file(folder)
     if file is not None and llama_cpp.is_installed():
         found = _in_llama_cpp(file, config, run_texts, reference, tell, in_full)
     else:
@@ -136,7 +138,7 @@ def _in_transformers(
             quality[text] = _quality(text, sequences[text], scores, config, other, compared)
 
     quantized = "quantization_config" in read_json(folder / "config.json", {})
-    loaders = ("stock", "pipeline") if quantized else ("stock",)
+    loaders = (STOCK, PACKED) if quantized else (STOCK,)
     timed = in_full and not offloaded and file is None
     if timed:
         tell("speed and memory, in fresh processes")(0, 1)
@@ -145,7 +147,7 @@ def _in_transformers(
         **({"file": file.name} if file else {}),
         "device": device,
         "compute_dtype": compute_dtype,
-        "loader": "dequantized" if file else "pipeline.load",
+        "loader": DEQUANTIZED if file else PACKED,
         **({"offloaded": True} if offloaded else {}),
         "quality": quality,
         "speed": _speed(folder, ids, loaders, config.evaluate.device) if timed else {},
@@ -194,9 +196,9 @@ def _in_llama_cpp(
     return {
         "file": file.name,
         "device": "cpu",
-        "loader": "llama.cpp",
+        "loader": LLAMA_CPP,
         "quality": quality,
-        "speed": {"llama.cpp": probe(file, "llama.cpp").figures} if in_full else {},
+        "speed": {LLAMA_CPP: probe(file, LLAMA_CPP).figures} if in_full else {},
         "answers": [
             {"prompt": prompt, "answer": tokenizer.decode(reply, skip_special_tokens=True).strip()}
             for prompt, reply in zip(prompts, replies, strict=True)
@@ -252,15 +254,15 @@ def _speed(folder: Path, ids: list[int], loaders: tuple[str, ...], device: str) 
     from pipeline.evaluation.load_probe import probe
 
     probes = {loader: probe(folder, loader, ids, device) for loader in loaders}
-    figures = {("pipeline.load" if loader == "pipeline" else loader): p.figures for loader, p in probes.items()}
-    if len(probes) == 2 and not probes["pipeline"].runs:
-        raise ModelError(f"{folder}: does not run with pipeline.load: {probes['pipeline'].figures['reason']}")
-    if len(probes) == 2 and probes["stock"].runs and _stock_is_right(folder, device):
-        ours, theirs = probes["pipeline"].logits, probes["stock"].logits
+    figures = {loader: p.figures for loader, p in probes.items()}
+    if len(probes) == 2 and not probes[PACKED].runs:
+        raise ModelError(f"{folder}: does not run with {PACKED}: {probes[PACKED].figures['reason']}")
+    if len(probes) == 2 and probes[STOCK].runs and _stock_is_right(folder, device):
+        ours, theirs = probes[PACKED].logits, probes[STOCK].logits
         difference = float((ours - theirs).norm() / theirs.norm())
         if difference > LOGIT_TOLERANCE:
-            raise ModelError(f"{folder}: logits of pipeline.load differ from the stock loader's by {difference:.1%}")
-        figures["pipeline.load"]["logits_off_stock"] = difference
+            raise ModelError(f"{folder}: logits of {PACKED} differ from the stock loader's by {difference:.1%}")
+        figures[PACKED]["logits_off_stock"] = difference
     return figures
 
 

@@ -1,6 +1,6 @@
 """One model, one loader, one fresh process: does it load, does it run, how fast, in how much memory?
 
-    python -m pipeline.evaluation.load_probe FOLDER stock|pipeline IDS.json OUT auto|cpu|cuda
+    python -m pipeline.evaluation.load_probe FOLDER stock|pipeline.load IDS.json OUT auto|cpu|cuda
     python -m pipeline.evaluation.load_probe FILE.gguf llama.cpp IDS.json OUT auto
 
 Writes OUT/probe.json, and except for llama.cpp OUT/logits.safetensors for the tokens in IDS.json.
@@ -19,7 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.config.catalog import LLAMA_CPP
 from pipeline.errors import ModelError
+from pipeline.inference.loaders import STOCK
 from pipeline.system.libraries import quiet
 from pipeline.system.process_environment import user_environment, with_own_package
 
@@ -75,7 +77,7 @@ def probe(folder: Path, loader: str, ids: Sequence[int] = (), device: str = "aut
 
 def main() -> None:
     path, loader, ids_path, out, device = sys.argv[1:]
-    if loader == "llama.cpp":
+    if loader == LLAMA_CPP:
         figures = _in_llama_cpp(Path(path))
     else:
         figures = _in_transformers(path, loader, json.loads(Path(ids_path).read_text()), Path(out), device)
@@ -92,7 +94,7 @@ def _in_llama_cpp(path: Path) -> dict:
     start = time.perf_counter()
     with llama_cpp.opened(path, PROMPT_TOKENS + NEW_TOKENS) as reader:
         seconds = time.perf_counter() - start
-        figures = {"loader": "llama.cpp", "device": "cpu", "load_seconds": seconds, "runs": True, **reader.speed()}
+        figures = {"loader": LLAMA_CPP, "device": "cpu", "load_seconds": seconds, "runs": True, **reader.speed()}
         return figures | {"peak_memory_bytes": hardware.peak_memory_bytes()}
 
 
@@ -111,7 +113,7 @@ def _in_transformers(folder: str, loader: str, tokens: list[int], out: Path, dev
     device = load.device_named(device).type
     hardware.reset_peak_memory()
     start = time.perf_counter()
-    if loader == "stock":
+    if loader == STOCK:
         model = open_model(folder, dtype="auto", device_map=device if device != "cpu" else None)
     else:
         model, _ = load.load(folder, device=device)

@@ -19,6 +19,7 @@ from types import ModuleType
 
 import numpy as np
 
+from pipeline.config.catalog import LLAMA_CPP
 from pipeline.errors import MissingExtra, ModelError
 from pipeline.inference.throughput import PROMPT_TOKENS, tokens_per_second
 from pipeline.system import hardware, libraries
@@ -42,7 +43,7 @@ def library() -> ModuleType:
         MissingExtra: where it is not installed.
     """
     if not is_installed():
-        raise MissingExtra("llama.cpp", "llama-cpp")
+        raise MissingExtra(LLAMA_CPP, "llama-cpp")
     import llama_cpp
 
     _listen()

@@ -10,14 +10,13 @@ import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pipeline.config.catalog import VARIANTS, resolve_variants
-from pipeline.config.schema import REPO_ID, VariantSpec
+from pipeline.config.catalog import TRANSFORMERS, VARIANTS, resolve_variants
+from pipeline.config.schema import REPO_ID
 from pipeline.errors import CheckpointError, ModelError
 from pipeline.hub.download import download
 from pipeline.models.safe_loading import check_beside, check_code, open_config, open_model, open_tokenizer
 from pipeline.models.sources import belongs_to_checkpoint, read_config
 from pipeline.quantization.formats import unpack
-from pipeline.quantization.formats.gguf import type_name
 from pipeline.system.libraries import quiet, quiet_progress_bars
 
 if TYPE_CHECKING:
@@ -54,8 +53,8 @@ def load(
         >>> model, tokenizer = load("user/model", variant="int4")
     """
     quiet()
-    if is_gguf(variant):
-        raise ModelError(f"{variant}: is for llama.cpp, not for transformers; {_opening(source, variant)}")
+    if variant is not None and (engine := engine_of(variant)) != TRANSFORMERS:
+        raise ModelError(f"{variant}: is for {engine}, not for transformers; {_opening(source, variant)}")
     return _load(locate(source, variant, revision), device_named(device), offload)
 
 
@@ -162,13 +161,13 @@ def locate(source: str | Path, variant: str | None = None, revision: str | None 
     return folder
 
 
-def is_gguf(variant: str | None) -> bool:
-    """Is it one for llama.cpp?
+def engine_of(variant: str | None) -> str:
+    """Return the engine that runs a variant; None is the full-precision model.
 
     Raises:
-        ModelError: where there is no such variant.
+        ModelError: if there is no such variant.
     """
-    return variant is not None and VARIANTS[_name(variant)].format == "gguf"
+    return TRANSFORMERS if variant is None else VARIANTS[_name(variant)].engine
 
 
 def locate_file(source: str | Path, variant: str, revision: str | None = None) -> Path:
@@ -181,14 +180,14 @@ def locate_file(source: str | Path, variant: str, revision: str | None = None) -
     if path := _local(source):
         found = sorted(path.glob(pattern))
         if not found:
-            there = ", ".join(sorted(p.name for p in path.glob("gguf/*.gguf")))
+            there = ", ".join(sorted(p.name for p in path.glob(_any_file(variant))))
             raise ModelError(f"{path}: no {pattern}; files for llama.cpp there: {there or 'none'}")
         return found[0]
 
     def choose(names: list[str]) -> list[str]:
         wanted = sorted(fnmatch.filter(names, pattern))[:1]
         if not wanted:
-            there = ", ".join(sorted(fnmatch.filter(names, "gguf/*.gguf")))
+            there = ", ".join(sorted(fnmatch.filter(names, _any_file(variant))))
             raise ModelError(f"{source}: no {pattern}; files for llama.cpp there: {there or 'none'}")
         return wanted
 
@@ -204,8 +203,13 @@ def _opening(source: str | Path, variant: str) -> str:
 
 
 def _pattern(variant: str) -> str:
-    name = _name(variant)
-    return f"{VARIANTS[name].folder}/*-{type_name(VariantSpec(name=name))}.gguf"
+    found = VARIANTS[_name(variant)]
+    return f"{found.folder}/*-{found.file_type}{found.suffix}"
+
+
+def _any_file(variant: str) -> str:
+    found = VARIANTS[_name(variant)]
+    return f"{found.folder}/*{found.suffix}"
 
 
 def _name(variant: str) -> str:

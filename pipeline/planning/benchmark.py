@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.config.catalog import DEFAULT_VARIANTS, VARIANTS
 from pipeline.errors import WorkspaceError
 from pipeline.system.files import read_json, write_json
 from pipeline.system.hardware import compute_dtype
@@ -29,7 +30,7 @@ MODEL = {
     "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 12,
     "num_key_value_heads": 4, "vocab_size": 8000, "max_position_embeddings": 2048,
 }  # fmt: skip
-ROUNDINGS = (("int8", "rtn"), ("int8", "hqq"), ("int4", "rtn"), ("int4", "search"), ("int4", "hqq"))
+ROUNDINGS = tuple((name, how) for name in DEFAULT_VARIANTS for how in VARIANTS[name].roundings)
 FILE_BYTES = 256_000_000
 
 Tell = Callable[[str], None]

@@ -11,19 +11,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.config.catalog import DEFAULT_VARIANTS, NEAREST
 from pipeline.errors import HubError, WorkspaceError, redact
 from pipeline.planning.benchmark import Calibration, measure, path, read_calibration
 from pipeline.planning.benchmark import keep as keep_calibration
 from pipeline.planning.devices import existing, hub_cache, this_machine
 from pipeline.system import command_names, hardware
-from pipeline.system.libraries import is_installed, quiet, versions
+from pipeline.system.libraries import EXTRAS, OURS, is_installed, quiet, versions
 from pipeline.system.text_format import size
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-EXTRAS = {"gguf": ("gguf",), "llama-cpp": ("llama_cpp",), "test": ("pytest", "hypothesis", "xdist")}
-OURS = ("tunepress", "huggingface_hub", "trackio", "gguf", "llama-cpp-python")
 # AMD GPUs whose kernels torch's builds lack, and those that run in their place: gfx1031 runs what is made for gfx1030.
 AS_OTHERS = {"gfx103": "10.3.0", "gfx110": "11.0.0"}
 BUILT_FOR = ("gfx1030", "gfx1100", "gfx1101", "gfx1102")
@@ -137,8 +136,9 @@ def kernels() -> dict[str, str]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = {}
-    for name, grid in (("int8", INT8), ("int8, in groups", grouped(8, 64)), ("int4", grouped(4, 64))):
-        weight = rounding("rtn")(torch.ones(64, 1024, dtype=torch.bfloat16), grid)
+    eight, four = DEFAULT_VARIANTS
+    for name, grid in ((eight, INT8), (f"{eight}, in groups", grouped(8, 64)), (four, grouped(4, 64))):
+        weight = rounding(NEAREST)(torch.ones(64, 1024, dtype=torch.bfloat16), grid)
         layer = None if runs_as_stored(weight, device) else linear(weight, None, device)
         stored = "as stored, on torchao's kernel" if runs_as_stored(weight, device) else "dequantized, without a kernel"
         found[name] = stored if layer is None else type(layer).__name__

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import Config, Lora, MeasuredRun, Train, VariantSpec
 from pipeline.models.layer_layouts import layout
 from pipeline.planning.model import Sizes
@@ -148,7 +147,7 @@ def quantizing(sizes: Sizes, specs: Sequence[VariantSpec]) -> Need:
     """The pass, and llama.cpp's quantizer in a process of its own, which takes a tensor at a time, in float32."""
     skeleton = 0 if layout(sizes.config) else SKELETON
     need = passing(sizes, LIBRARIES["quantize"] + skeleton, len(specs))
-    if any(VARIANTS[spec.name].quantizer for spec in specs):
+    if any(spec.variant.quantizer for spec in specs):
         need["llama.cpp's quantizer"] = PROBE + 8 * max(tensor.numel for tensor in sizes.tensors.values())
     return need
 

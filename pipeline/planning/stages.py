@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from pipeline.config.catalog import VARIANTS
+from pipeline.config.catalog import TRANSFORMERS
 from pipeline.config.schema import Config, MeasuredRun, TrainingRun, VariantSpec
 from pipeline.planning import memory
 from pipeline.planning.devices import Machine
@@ -166,12 +166,12 @@ def _quantize(config: Config, sizes: Sizes, variants: Variants, model: int) -> S
 
 def _before_k_quants(sizes: Sizes, variants: Variants) -> dict[str, int]:
     """The whole model as GGUF, which llama.cpp makes each K-quants variant of."""
-    count = sum(1 for spec in variants.specs if VARIANTS[spec.name].quantizer)
+    count = sum(1 for spec in variants.specs if spec.variant.quantizer)
     return {"the model as GGUF": count * sizes.bf16_bytes} if count else {}
 
 
 def _admit(config: MeasuredRun, sizes: Sizes, machine: Machine, spec: VariantSpec, stored: int) -> Stage:
-    if VARIANTS[spec.name].format != "gguf":
+    if spec.variant.engine == TRANSFORMERS:
         stage = _measured(config, sizes, machine, spec.name, stored)
     elif is_installed("llama_cpp"):
         stage = Stage(spec.name, host=memory.in_llama_cpp(sizes, stored, config.evaluate.max_tokens))

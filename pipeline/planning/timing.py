@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from pipeline.config.catalog import VARIANTS
+from pipeline.config.catalog import DEFAULT_VARIANTS, NEAREST, VARIANTS
 from pipeline.config.schema import Config, MeasuredRun, TrainingRun, VariantSpec
 from pipeline.planning.benchmark import Calibration
 from pipeline.planning.model import Sizes
@@ -36,7 +36,7 @@ def seconds(
         elif stage.name == "quantize":
             times["quantize"] = found.start_seconds + _rounding(found, sizes, specs.values()) + _written(found, stage)
         elif stage.name in specs and isinstance(config, MeasuredRun):
-            loaders = 1 if VARIANTS[stage.name].format == "gguf" else 2
+            loaders = 1 if VARIANTS[stage.name].is_one_file else 2
             stored = stage.reads["variant"]
             times[stage.name] = found.start_seconds + _measured(found, config, sizes, stored, loaders)
     return times
@@ -71,11 +71,12 @@ def _rounding(found: Calibration, sizes: Sizes, specs) -> float:
 
 def _rate(found: Calibration, spec: VariantSpec) -> float:
     """Bytes a second; GGUF's grids are as much work as ours of as many bits."""
+    eight, four = DEFAULT_VARIANTS
     if spec.rounding is None:
-        return found.rounding["int8/rtn"]
-    kind = "int8" if VARIANTS[spec.name].bits == 8 else "int4"
+        return found.rounding[f"{eight}/{NEAREST}"]
+    kind = eight if spec.variant.bits == VARIANTS[eight].bits else four
     known = found.rounding.get(f"{kind}/{spec.rounding}")
-    return known or found.rounding["int4/search"]
+    return known or found.rounding[f"{four}/{VARIANTS[four].roundings[0]}"]
 
 
 def _written(found: Calibration, stage: Stage) -> float:

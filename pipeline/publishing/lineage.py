@@ -36,7 +36,7 @@ def lineage(
     """
     content = {
         "schema": SCHEMA,
-        "made_with": {"tunepress": own_version(), **versions(*STACK, *_makers_of_gguf(results))},
+        "made_with": {"tunepress": own_version(), **versions(*STACK, *_libraries(results))},
         "run": config.name,
         **({"mirror_of": mirror_of} if mirror_of else {}),
         "base": results.get("origin", {}),
@@ -52,10 +52,11 @@ def lineage(
     return (json.dumps(_portable(content, local), indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _makers_of_gguf(results: Mapping[str, Any]) -> tuple[str, ...]:
-    """What GGUF is written and measured with, where there is any."""
-    is_there = any(name in results and variant.format == "gguf" for name, variant in VARIANTS.items())
-    return ("gguf", "llama-cpp-python") if is_there else ()
+def _libraries(results: Mapping[str, Any]) -> list[str]:
+    """Return the further distributions that the variants are written and measured with."""
+    made = [variant for name, variant in VARIANTS.items() if name in results]
+    used = (library for variant in made for library in (*variant.libraries, *variant.measured_with))
+    return [library for library in dict.fromkeys(used) if library not in STACK]
 
 
 def hub_sources(results: Mapping[str, Any]) -> set[str]:

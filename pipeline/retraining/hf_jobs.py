@@ -177,9 +177,8 @@ class Job:
                 f"--package {_without_login(package) if package else 'is not given'}: a Job can install "
                 "git+https://HOST/USER/REPOSITORY@COMMIT, or a wheel at https://, with no password and no ? in it"
             )
-        names = [spec.name for spec in self.config.quantize.variants]
-        extras = {"gguf": any(n.startswith("gguf") for n in names), "llama-cpp": any("_k" in n for n in names)}
-        needed = ",".join(extra for extra, is_needed in extras.items() if is_needed)
+        variants = [spec.variant for spec in self.config.quantize.variants]
+        needed = ",".join(sorted({extra for variant in variants for _, extra in variant.requires}))
         return f"tunepress{f'[{needed}]' if needed else ''} @ {package}"
 
     def _check(self) -> tuple[TrainingRun, str]:

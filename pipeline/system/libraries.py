@@ -10,6 +10,9 @@ import warnings
 
 # Those whose version can change the bytes or the numbers of a release.
 STACK = ("torch", "transformers", "peft", "trl", "bitsandbytes", "torchao", "datasets", "accelerate", "tokenizers")
+# Further distributions whose versions the diagnosis shows, and the modules of each extra.
+OURS = ("tunepress", "huggingface_hub", "trackio", "gguf", "llama-cpp-python")
+EXTRAS = {"gguf": ("gguf",), "llama-cpp": ("llama_cpp",), "test": ("pytest", "hypothesis", "xdist")}
 
 
 def versions(*names: str) -> dict[str, str]:

@@ -14,6 +14,7 @@ from difflib import SequenceMatcher
 from itertools import zip_longest
 from pathlib import Path
 
+from pipeline.config.catalog import is_one_file
 from pipeline.errors import UserError
 from pipeline.hub.tree import CARD
 from pipeline.models.gguf_metadata import read_dialogue
@@ -23,7 +24,7 @@ from pipeline.publishing.cards.readmes import merged
 from pipeline.publishing.lineage import own_version
 from pipeline.publishing.ollama import MODELFILE, modelfile
 from pipeline.publishing.snippets import blocks
-from pipeline.verification.claims import Claims, is_gguf
+from pipeline.verification.claims import Claims
 from pipeline.verification.findings import Finding, right, unknown, wrong
 from pipeline.verification.places import Place
 from pipeline.workflow.stages.render import folders
@@ -88,7 +89,7 @@ def about_release(claims: Claims, place: Place, chats: bool) -> About:
         results=dict(claims.results),
         chats=chats,
         mirrors={} if claims.mirror_of else mirrors,
-        files={v: Path(claims.gguf_file(v)).name for v in variants if is_gguf(v)},
+        files={v: Path(claims.file_of(v)).name for v in variants if is_one_file(v)},
     )
 
 
@@ -207,7 +208,7 @@ def _cut(line: str, around: int) -> str:
 def check_modelfiles(claims: Claims, place: Place) -> Iterator[Finding]:
     """Is each Modelfile what follows from the GGUF files beside it?"""
     for path in (path for path in claims.documents if Path(path).name == MODELFILE):
-        files = {v: place.folder / claims.gguf_file(v) for v in claims.variants if is_gguf(v)}
+        files = {v: place.folder / claims.file_of(v) for v in claims.variants if is_one_file(v)}
         there = place.read(path)
         if there is None:
             continue

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.config.catalog import VARIANTS
+from pipeline.config.catalog import VARIANTS, is_one_file
 from pipeline.config.schema import Config
 from pipeline.hub.tree import LINEAGE
 from pipeline.publishing.lineage import SCHEMA
@@ -64,7 +64,7 @@ class Claims:
         return tuple(name for name in dict.fromkeys((*asked, *VARIANTS)) if name in self.results and self._holds(name))
 
     def _holds(self, variant: str) -> bool:
-        file = self.gguf_file(variant) if is_gguf(variant) else f"{self.prefix(variant)}config.json"
+        file = self.file_of(variant) if is_one_file(variant) else f"{self.prefix(variant)}config.json"
         return file in self.files
 
     @property
@@ -82,7 +82,7 @@ class Claims:
     @property
     def reference(self) -> str | None:
         """The model whose tokenizer an adapter and GGUF are looked at with: the root, or else a packed variant."""
-        return ROOT if self.has_root else next((v for v in self.variants if not is_gguf(v)), None)
+        return ROOT if self.has_root else next((v for v in self.variants if not is_one_file(v)), None)
 
     def prefix(self, model: str) -> str:
         """What the paths of a model's files begin with."""
@@ -94,13 +94,13 @@ class Claims:
         """The files of a model, and no others in its folder: of GGUF its own file alone."""
         prefix = self.prefix(model)
         there = {p: f for p, f in self.files.items() if p.startswith(prefix) and "/" not in p.removeprefix(prefix)}
-        if not is_gguf(model):
+        if not is_one_file(model):
             return there
-        own = self.gguf_file(model)
-        return {path: file for path, file in there.items() if path == own or not path.endswith(".gguf")}
+        own, suffix = self.file_of(model), VARIANTS[model].suffix
+        return {path: file for path, file in there.items() if path == own or not path.endswith(suffix)}
 
-    def gguf_file(self, model: str) -> str | None:
-        """The path of a GGUF; None where its figures name none of the release's files."""
+    def file_of(self, model: str) -> str | None:
+        """Return the path of a variant that is one file; None if its figures name no file of the release."""
         path = f"{self.prefix(model)}{self.get(model, 'file')}"
         return path if path in self.files else None
 
@@ -110,10 +110,6 @@ class Claims:
         for key in keys:
             found = found.get(key) if isinstance(found, Mapping) else None
         return found
-
-
-def is_gguf(model: str) -> bool:
-    return model in VARIANTS and VARIANTS[model].format == "gguf"
 
 
 def read_claims(content: bytes) -> Claims:

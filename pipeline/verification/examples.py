@@ -12,14 +12,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.config.catalog import VARIANTS
+from pipeline.config.catalog import VARIANTS, is_one_file
 from pipeline.hub.tree import CARD
 from pipeline.publishing import snippets
 from pipeline.publishing.cards import About
 from pipeline.publishing.lineage import own_version
 from pipeline.system.libraries import is_installed
 from pipeline.verification.cards import Cards, local, rendered
-from pipeline.verification.claims import ADAPTER, ROOT, Claims, is_gguf
+from pipeline.verification.claims import ADAPTER, ROOT, Claims
 from pipeline.verification.findings import Finding, right, unknown, wrong
 from pipeline.verification.places import Place
 
@@ -34,7 +34,7 @@ def run_examples(claims: Claims, place: Place, cards: Cards, models: list[str]) 
         if not ours or not set(expected) <= set(there):
             yield _others(claims, model)
             continue
-        if is_gguf(model) and not is_installed("llama_cpp"):
+        if is_one_file(model) and not is_installed("llama_cpp"):
             yield unknown("snippets", model, "not run: needs llama-cpp-python")
             continue
         for number, code in enumerate(programs(ours), 1):

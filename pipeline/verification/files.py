@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from pipeline.config.catalog import is_one_file
 from pipeline.hub.tree import LINEAGE
 from pipeline.models.sources import TOKENIZER_FILES
-from pipeline.verification.claims import ADAPTER, Claims, File, is_gguf
+from pipeline.verification.claims import ADAPTER, Claims, File
 from pipeline.verification.findings import Finding, Verdict, right, unknown, wrong
 from pipeline.verification.places import Place
 
@@ -101,11 +102,11 @@ def sound_models(claims: Claims, found: list[Finding]) -> list[str]:
     bad = {finding.subject for finding in found if finding.verdict is Verdict.wrong}
 
     def is_sound(model: str) -> bool:
-        others = claims.files.keys() - claims.files_of(model).keys() if is_gguf(model) else set()
+        others = claims.files.keys() - claims.files_of(model).keys() if is_one_file(model) else set()
         folders = {path[: path.rfind("/") + 1].removesuffix(TEMPLATES) for path in bad - others}
         if claims.prefix(model) in folders:
             return False
-        needs = claims.reference if is_gguf(model) or model == ADAPTER else None
+        needs = claims.reference if is_one_file(model) or model == ADAPTER else None
         return needs is None or is_sound(needs)
 
     return [model for model in claims.models if is_sound(model)]

@@ -18,17 +18,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.catalog import is_one_file
 from pipeline.config.schema import REPO_ID, Config
 from pipeline.data import load_examples, write_examples
 from pipeline.data.sources import is_builtin, names_a_file
 from pipeline.errors import UserError
+from pipeline.inference.loaders import DEQUANTIZED, default_loader
 from pipeline.models.safe_loading import check_config
 from pipeline.models.sources import read_config
 from pipeline.system.files import read_json, write_json
 from pipeline.system.libraries import versions
 from pipeline.system.process_environment import user_environment, with_own_package
 from pipeline.verification.again import how_to_make
-from pipeline.verification.claims import ADAPTER, ROOT, Claims, is_gguf
+from pipeline.verification.claims import ADAPTER, ROOT, Claims
 from pipeline.verification.findings import Finding, outdated, right, unknown, wrong
 from pipeline.verification.places import Place, Tell
 from pipeline.verification.worker import DAMAGED, MISSING, OUTDATED
@@ -142,7 +144,7 @@ def _bring_held_out(claims: Claims, place: Place, config: Config, workspace: Wor
 def refused(claims: Claims, place: Place, model: str) -> str | None:
     """Why a model is not even begun with: it names code, or a format that tunepress never writes."""
     folder = place.folder / claims.prefix(model)
-    if is_gguf(model) or model == ADAPTER:
+    if is_one_file(model) or model == ADAPTER:
         return None
     try:
         config = read_config(folder)
@@ -166,9 +168,9 @@ def _measured(claims: Claims, place: Place, model: str, texts: Texts, scratch: P
 
 def _cannot_be_had(claims: Claims, place: Place, model: str) -> str | None:
     """What it takes to measure a model and is not in the release."""
-    if (is_gguf(model) or model == ADAPTER) and claims.reference is None:
+    if (is_one_file(model) or model == ADAPTER) and claims.reference is None:
         return "needs the full-precision model's tokenizer, which is not in this release"
-    if claims.get(model, "loader") == "dequantized" and not claims.has_root:
+    if claims.get(model, "loader") == DEQUANTIZED and not claims.has_root:
         return "was measured by its dequantized weights, which takes the full-precision model"
     return None
 
@@ -179,9 +181,9 @@ def request_for(claims: Claims, place: Place, model: str, texts: Texts) -> dict:
     return {
         "model": model,
         "folder": str(folder),
-        "file": str(place.folder / claims.gguf_file(model)) if is_gguf(model) else None,
+        "file": str(place.folder / claims.file_of(model)) if is_one_file(model) else None,
         "reference": str(place.folder / claims.prefix(reference)) if reference else None,
-        "loader": claims.get(model, "loader") or ("llama.cpp" if is_gguf(model) else "pipeline.load"),
+        "loader": claims.get(model, "loader") or default_loader(model),
         "config": texts.config.model_dump(mode="json"),
         "workspace": str(texts.workspace.folder),
         "texts": [text for text in texts.names if claims.get(model, "quality", text)],

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.config.catalog import LLAMA_CPP
 from pipeline.config.schema import Config
 from pipeline.errors import CheckpointError, DataError, MissingExtra, UserError
 from pipeline.models.safe_loading import open_model, open_tokenizer
@@ -55,7 +56,7 @@ def _measured(request: dict) -> dict:
 
     config, folder = Config.model_validate(request["config"]), Path(request["folder"])
     workspace, file = Workspace(request["workspace"]), request["file"]
-    if request["loader"] == "llama.cpp":
+    if request["loader"] == LLAMA_CPP:
         if not llama_cpp.is_installed():
             raise MissingExtra(f"{request['model']}: measuring it in llama.cpp", "llama-cpp")
         tokenizer = open_tokenizer(Path(request["reference"]))

@@ -6,7 +6,7 @@ What needs a look at the architecture imports torch, so it is taken only where s
 from __future__ import annotations
 
 from pipeline.cli.wizard.draft import Draft
-from pipeline.config.catalog import GROUP_SIZES, VARIANTS
+from pipeline.config.catalog import EIGHT_BITS, GROUP_SIZES, TRANSFORMERS
 from pipeline.config.schema import Config
 from pipeline.errors import ModelError
 from pipeline.planning.model import Sizes
@@ -40,15 +40,16 @@ def check_variants(config: Config, sizes: Sizes) -> None:
     from pipeline.workflow.stages.quantize import check_extras
 
     check_extras(config)
-    if any(VARIANTS[spec.name].format == "gguf" for spec in config.quantize.variants):
-        from pipeline.quantization.formats.gguf.names import architecture
+    for spec in config.quantize.variants:
+        if spec.variant.engine != TRANSFORMERS:  # transformers knows every model that can be read here
+            from pipeline.quantization.formats import format_of
 
-        architecture(sizes.model_type)
+            format_of(spec).check_architecture(sizes.model_type)
 
 
 def suited(draft: Draft, variants: list[dict]) -> list[dict]:
     """The same variants, with embeddings as they are where those cannot be quantized."""
-    if not any(variant.get("embeddings") == "int8" for variant in variants):
+    if not any(variant.get("embeddings") == EIGHT_BITS for variant in variants):
         return variants
     from pipeline.models.sources import PLAIN_TABLE, embedding_kind
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pipeline.cli.wizard.compatibility import check_quantizable, check_variants, suited
 from pipeline.cli.wizard.draft import Draft
 from pipeline.cli.wizard.model import recipe_tree
-from pipeline.cli.wizard.presets import PROFILES, QUANTIZATIONS, told
+from pipeline.cli.wizard.presets import PROFILES
 from pipeline.cli.wizard.prompts import Question, one_of, yes_or_no
-from pipeline.config.catalog import GROUP_SIZES, VARIANTS, resolve_variants
+from pipeline.config.catalog import DEFAULT_VARIANTS, GGUF, GROUP_SIZES, PRESETS, VARIANTS, resolve_variants
 from pipeline.errors import ConfigError
 from pipeline.evaluation.gates import limits
 
@@ -17,7 +17,7 @@ GATES = {
     "warn": "published with a warning",
     "escalate": "made in better ways, larger ones too, until one loses little enough, which takes a while",
 }
-GGUF = {name.removeprefix("gguf-"): name for name, variant in VARIANTS.items() if variant.format == "gguf"}
+TYPES = {v.file_type.lower(): v.name for v in VARIANTS.values() if v.format == GGUF and v.file_type}
 
 
 def _wanted(draft: Draft) -> bool:
@@ -35,8 +35,9 @@ def _take_quantize(draft: Draft, answer: str) -> None:
 
 def _about_quantization(draft: Draft) -> str:
     recipe = [f"{AS_THE_RECIPE}: as {draft.recipe} has it"] if draft.recipe else []
+    presets = [f"{name}: {about}" for name, (about, _) in PRESETS.items()]
     by_name = "Which: int8 (for GPUs), int4 (for CPUs), both; several with commas; or one of these:"
-    return "\n  ".join([by_name, *told(QUANTIZATIONS), *recipe])
+    return "\n  ".join([by_name, *presets, *recipe])
 
 
 def _default_quantization(draft: Draft) -> str:
@@ -50,8 +51,8 @@ def _take_quantization(draft: Draft, answer: str) -> None:
     if word == AS_THE_RECIPE and draft.recipe:
         asked = recipe_tree(draft.recipe)["quantize"]["variants"]
         variants = [item if isinstance(item, dict) else {"name": item} for item in asked]
-    elif word in QUANTIZATIONS:
-        variants = list(QUANTIZATIONS[word].variants)
+    elif word in PRESETS:
+        variants = list(PRESETS[word][1])
     else:
         variants = [{"name": name} for name in _names(answer)]
     _set_variants(draft, suited(draft, variants))
@@ -63,7 +64,7 @@ def _names(answer: str) -> list[str]:
         try:
             names += [name for name in resolve_variants(part) if name not in names]
         except KeyError:
-            allowed = ", ".join([*QUANTIZATIONS, "int8", "int4", "both"])
+            allowed = ", ".join([*PRESETS, *DEFAULT_VARIANTS, "both"])
             raise ConfigError(f"{part!r}: no preset and no variant; allowed are {allowed}") from None
     if not names:
         raise ConfigError(f"{answer!r}: names no variant; to make none, use --no-quantize")
@@ -82,18 +83,21 @@ def _variants(draft: Draft) -> list[dict]:
     return draft.tree["quantize"]["variants"]
 
 
-def _int4(draft: Draft) -> dict | None:
-    return next((variant for variant in _variants(draft) if variant["name"] == "int4"), None)
+def _in_groups(item: dict) -> bool:
+    """Return True if a variant is in groups, and their size can be chosen."""
+    variant = VARIANTS[item["name"]]
+    return variant.group_size is not None and len(variant.group_sizes) > 1
 
 
 def _default_group_size(draft: Draft) -> str:
-    return str(_int4(draft).get("group_size") or VARIANTS["int4"].group_size)
+    item = next(filter(_in_groups, _variants(draft)))
+    return str(item.get("group_size") or VARIANTS[item["name"]].group_size)
 
 
 def _take_group_size(draft: Draft, answer: str) -> None:
     if not answer.isdecimal():
         raise ConfigError(f"group size {answer!r}: allowed are {', '.join(map(str, GROUP_SIZES))}")
-    variants = [{**v, "group_size": int(answer)} if v["name"] == "int4" else v for v in _variants(draft)]
+    variants = [{**v, "group_size": int(answer)} if _in_groups(v) else v for v in _variants(draft)]
     _set_variants(draft, variants)
 
 
@@ -101,12 +105,12 @@ def _take_gguf(draft: Draft, answer: str) -> None:
     if answer.lower() == NONE:
         return
     names = []
-    for part in filter(None, (part.strip().lower().removeprefix("gguf-") for part in answer.split(","))):
-        if part not in GGUF:
-            raise ConfigError(f"{part!r}: no GGUF type; allowed are {NONE}, {', '.join(GGUF)}")
-        names.append(GGUF[part])
+    for part in filter(None, (part.strip().lower().removeprefix(f"{GGUF}-") for part in answer.split(","))):
+        if part not in TYPES:
+            raise ConfigError(f"{part!r}: no GGUF type; allowed are {NONE}, {', '.join(TYPES)}")
+        names.append(TYPES[part])
     if not names:
-        raise ConfigError(f"{answer!r}: names no GGUF type; allowed are {NONE}, {', '.join(GGUF)}")
+        raise ConfigError(f"{answer!r}: names no GGUF type; allowed are {NONE}, {', '.join(TYPES)}")
     there = [variant["name"] for variant in _variants(draft)]
     _set_variants(draft, _variants(draft) + [{"name": n} for n in dict.fromkeys(names) if n not in there])
 
@@ -145,12 +149,12 @@ QUESTIONS = (
         lambda draft: "Weights that share a scale: 32 loses least, 256 is smallest.",
         _default_group_size,
         _take_group_size,
-        lambda draft: draft.quantizes and _int4(draft) is not None,
+        lambda draft: draft.quantizes and any(map(_in_groups, _variants(draft))),
     ),
     Question(
-        "gguf",
+        GGUF,
         "GGUF",
-        lambda draft: f"Files for llama.cpp and Ollama, with commas: {', '.join(GGUF)}; or {NONE}.",
+        lambda draft: f"Files for llama.cpp and Ollama, with commas: {', '.join(TYPES)}; or {NONE}.",
         lambda draft: NONE,
         _take_gguf,
         _wanted,

@@ -56,7 +56,7 @@ def _variants(config: Config) -> str:
     """`int8, int4 in groups of 64`."""
     told = []
     for spec in config.quantize.variants:
-        groups = f" in groups of {spec.group_size}" if spec.group_size and not spec.name.startswith("gguf") else ""
+        groups = f" in groups of {spec.group_size}" if spec.group_size and not spec.variant.is_one_file else ""
         told.append(spec.name + groups)
     return ", ".join(told) or "nothing"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.cli.wizard.draft import Draft
-from pipeline.cli.wizard.presets import PROFILES, told
+from pipeline.cli.wizard.presets import PROFILES
 from pipeline.cli.wizard.prompts import Question, one_of
 from pipeline.errors import ConfigError
 from pipeline.planning.advice import smaller_batches
@@ -13,7 +13,8 @@ LEAST_LENGTH = 32  # tokens; a chat template alone takes half of them
 
 
 def _about_profile(draft: Draft) -> str:
-    return "\n  ".join(["How large a step is, and how small the result:", *told(PROFILES)])
+    profiles = [f"{name}: {profile.about}" for name, profile in PROFILES.items()]
+    return "\n  ".join(["How large a step is, and how small the result:", *profiles])
 
 
 def _default_profile(draft: Draft) -> str:

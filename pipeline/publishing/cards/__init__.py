@@ -16,10 +16,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.catalog import DATA_FORMS, VARIANTS
+from pipeline.config.catalog import DATA_FORMS, VARIANTS, is_one_file
 from pipeline.publishing.cards import about as names
 from pipeline.publishing.cards import markdown
-from pipeline.publishing.cards.about import ROOT, About, is_gguf
+from pipeline.publishing.cards.about import ROOT, About
 from pipeline.publishing.cards.markdown import Markdown, code, escape, listed, number
 from pipeline.publishing.cards.metadata import metadata
 from pipeline.publishing.cards.own_text import END, START, note
@@ -87,10 +87,10 @@ def _render(template: str, about: About, models: Models, front: ModelCardData, a
         "reference": about.reference,
         "models": models,
         "variants": variants,
-        "packed": [v for v in variants if not is_gguf(v)],
-        "gguf": [v for v in variants if is_gguf(v)],
+        "packed": [v for v in variants if not is_one_file(v)],
+        "gguf": [v for v in variants if is_one_file(v)],
         "quantizes": any(VARIANTS[v].bits < 16 for v in variants),
-        "types": {v: Markdown(VARIANTS[v].gguf_type or "") for v in variants},
+        "types": {v: Markdown(VARIANTS[v].file_type or "") for v in variants},
         "folders": {v: Markdown(VARIANTS[v].folder) for v in variants},
         "files": files,
         "default": default_variant(files) if files else None,

@@ -105,14 +105,10 @@ class About:
         return link(self.repo) if self.repo else code(file_name(self.location))
 
 
-def is_gguf(model: str) -> bool:
-    return model in VARIANTS and VARIANTS[model].format == "gguf"
-
-
 def place(variant: str) -> Markdown:
     """Where a variant lies in the release; several share the folder of GGUF."""
     folder = code(f"{VARIANTS[variant].folder}/")
-    kind = VARIANTS[variant].gguf_type
+    kind = VARIANTS[variant].file_type
     return Markdown(f"{folder} {kind}") if kind else folder
 
 

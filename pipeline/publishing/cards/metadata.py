@@ -12,10 +12,10 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pipeline.config.catalog import VARIANTS
+from pipeline.config.catalog import TRANSFORMERS, VARIANTS, is_one_file
 from pipeline.config.schema import REPO_ID
 from pipeline.publishing.cards import markdown
-from pipeline.publishing.cards.about import ROOT, TEXTS, About, is_gguf
+from pipeline.publishing.cards.about import ROOT, TEXTS, About
 from pipeline.publishing.cards.front_matter import SOURCE
 from pipeline.publishing.cards.markdown import one_line
 
@@ -50,14 +50,14 @@ def metadata(about: About, models: Sequence[str], whole: bool = False) -> ModelC
     named = models[1:] if whole else models if len(models) > 1 else ()
     method = [about.config.train.method] if about.get("training") else []
     measured = [r for model in models for r in _measured(about, model, model in named)]
-    loads = any(not is_gguf(model) for model in models if model != ROOT or about.reference == ROOT)
+    loads = any(not is_one_file(model) for model in models if model != ROOT or about.reference == ROOT)
     return ModelCardData(
         base_model=parent,
         base_model_relation=relation if parent else None,
         datasets=[about.data_repo] if about.data_repo else None,
         language=list(dict.fromkeys(w for w in languages if re.fullmatch("[a-z]{2,3}|code", w))) or None,
         **_license(about),
-        library_name="transformers" if loads else "gguf",
+        library_name=TRANSFORMERS if loads else VARIANTS[variants[0]].format,
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys(["tunepress", *method, *(VARIANTS[v].format for v in variants), *variants])),
         model_name=one_line(about.name) if measured else None,

@@ -8,18 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.config.catalog import VARIANTS
+from pipeline.config.catalog import VARIANTS, is_one_file
+from pipeline.inference.loaders import TIMED
 from pipeline.publishing.cards import markdown
-from pipeline.publishing.cards.about import BASE, ROOT, TEXTS, About, is_gguf
+from pipeline.publishing.cards.about import BASE, ROOT, TEXTS, About
 from pipeline.publishing.cards.markdown import Markdown, code, estimate, listed, number, size, table
 from pipeline.publishing.cards.verdicts import ladders, ladders_in_vain, missed, withheld
 
 Models = dict[str, Markdown]
-LOADERS = {
-    "pipeline.load": Markdown("`pipeline.load`"),
-    "stock": Markdown("stock transformers"),
-    "llama.cpp": Markdown("llama.cpp"),
-}
+LOADERS = {loader: Markdown(phrase) for loader, phrase in TIMED.items()}
 _WRITING, _READING, _MEMORY = "decode_tokens_per_second", "prefill_tokens_per_second", "peak_memory_bytes"
 _AHEAD = 0.95  # a model leads in speed or memory if the next one is further behind than runs differ
 
@@ -198,7 +195,7 @@ def read_by(about: About, models: Models) -> dict[str, list[Markdown]]:
     found: dict[str, list[Markdown]] = {}
     for model, name in models.items():
         loader = about.get(model, "loader")
-        if is_gguf(model) and isinstance(loader, str) and about.get(model, "quality"):
+        if is_one_file(model) and isinstance(loader, str) and about.get(model, "quality"):
             found.setdefault(loader, []).append(name)
     return found
 

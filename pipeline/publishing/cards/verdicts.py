@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.config.catalog import EIGHT_BITS
 from pipeline.evaluation.gates import SAID, is_unsure
 from pipeline.publishing.cards import markdown
 from pipeline.publishing.cards.about import TEXTS, About, place
@@ -67,7 +68,7 @@ def _ladder(tried: Sequence[Mapping[str, Any]]) -> Markdown:
 def _options(spec: Mapping[str, Any]) -> Markdown:
     """How a variant was made that is not there to be looked at."""
     values = {key: plain(spec.get(key)) or code(spec.get(key) or "") for key in _OPTIONS}
-    eight = unit(count(len(spec.get("int8") or ()) or None), "layers in eight bits")
+    eight = unit(count(len(spec.get(EIGHT_BITS) or ()) or None), "layers in eight bits")
     return listed([*(Markdown(_OPTIONS[key].format(value)) for key, value in values.items() if value), eight])
 
 

@@ -26,7 +26,6 @@ from types import ModuleType
 
 import torch
 
-from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import VariantSpec
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.quantization.formats import gguf, tile_packed, torchao
@@ -42,7 +41,7 @@ def storage(name: str) -> ModuleType:
 
 def format_of(spec: VariantSpec) -> ModuleType:
     """The format that a variant is written in."""
-    return storage("tile_packed" if spec.packing == "tile_packed" else VARIANTS[spec.name].format)
+    return storage(spec.format)
 
 
 def stored_weights(checkpoint: Checkpoint) -> dict[str, ModuleType]:

@@ -132,7 +132,7 @@ class Climb:
         from pipeline.models.sources import linear_weights, table_weights
         from pipeline.quantization.writer import Variants
 
-        tables = table_weights(self._full) if spec.embeddings == "int8" else {}
+        tables = table_weights(self._full) if spec.quantizes_embeddings else {}
         folders, linear = {self._name: empty_folder(self._folder)}, linear_weights(self._full)
         tell = functools.partial(self._events.progress, what=f"{label}: rounding and writing")
         about = {"name": self._config.name, "license": self._workspace.read_measurement("origin").get("license")}

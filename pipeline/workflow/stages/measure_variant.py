@@ -13,6 +13,7 @@ from pipeline.config.schema import Config, MeasuredRun, VariantSpec
 from pipeline.errors import GateError
 from pipeline.evaluation.escalation import best
 from pipeline.evaluation.gates import judge, limits, tell
+from pipeline.inference.loaders import only_file
 from pipeline.models.sources import stored_bytes
 from pipeline.system.files import fingerprint, read_json, states, write_json
 from pipeline.system.libraries import versions
@@ -68,8 +69,9 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
 def _measured_by(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict:
     """What the figures of these variants depend on."""
     found = quantize.depends(config, workspace, variants)
-    if config.evaluate and any(VARIANTS[name].format == "gguf" for name in variants):
-        found["measured_in"] = versions("llama-cpp-python")
+    engines = {library for name in variants for library in VARIANTS[name].measured_with}
+    if config.evaluate and engines:
+        found["measured_in"] = versions(*sorted(engines))
     return found
 
 
@@ -93,8 +95,7 @@ def _measured(config: Config, workspace: Workspace, events: Events, name: str, f
         from pipeline.evaluation.evaluate import evaluate
 
         result = evaluate(name, folder, config, run_texts(workspace), events.progress, full)
-    elif VARIANTS[name].format == "gguf":
-        (file,) = folder.glob("*.gguf")
+    elif file := only_file(folder):
         _open(file)
         result["file"] = file.name
     write_json(path, {"about": about, "result": result})

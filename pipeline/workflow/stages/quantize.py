@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config.catalog import VARIANTS
+from pipeline.config.catalog import KEEP, VARIANTS
 from pipeline.config.schema import Config, MeasuredRun, VariantSpec
 from pipeline.errors import MissingExtra, QuantizationError
 from pipeline.system.files import empty_folder, read_json, replace_folder, states, write_json
@@ -26,22 +26,12 @@ from pipeline.workflow.workspace import Workspace
 if TYPE_CHECKING:
     from pipeline.quantization.writer import VariantFiles, Variants
 
-LIBRARIES = {  # whose versions can change the bytes of what a format or a quantizer makes
-    "torchao": ("torch", "torchao", "transformers"),
-    "gguf": ("torch", "gguf", "transformers"),
-    "llama.cpp": ("llama-cpp-python",),
-}
-
-EXTRAS = {  # what writes a format, or quantizes for it: the module, and what to install
-    "gguf": ("gguf", "gguf"),
-    "llama.cpp": ("llama_cpp", "llama-cpp"),
-}
-
 
 def parameters(config: Config, variant: str | None) -> dict:
     spec = config.quantize.spec(variant)
     given = spec.model_dump(include={"group_size", "rounding", "embeddings", "packing"})
-    return {k: v for k, v in given.items() if v not in (None, "keep", "plain")}
+    unsaid = (None, KEEP, next(iter(spec.variant.packings), None))
+    return {k: v for k, v in given.items() if v not in unsaid}
 
 
 def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict:
@@ -83,9 +73,9 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
 def check_extras(config: Config) -> None:
     """Raise MissingExtra where what writes a variant is not installed."""
     for spec in config.quantize.variants:
-        for need in (VARIANTS[spec.name].format, VARIANTS[spec.name].quantizer):
-            if need in EXTRAS and not is_installed(EXTRAS[need][0]):
-                raise MissingExtra(spec.name, EXTRAS[need][1])
+        for module, extra in spec.variant.requires:
+            if not is_installed(module):
+                raise MissingExtra(spec.name, extra)
 
 
 def check_variants(config: Config, model: Path) -> None:
@@ -128,7 +118,7 @@ def to_write(
     wanted = [config.quantize.spec(name) for name in names]
     refused = {spec.name: problem for spec in wanted if (problem := unfit(spec, linear, model))}
     specs = [spec for spec in wanted if spec.name not in refused]
-    tables = table_weights(model) if any(spec.embeddings == "int8" for spec in specs) else {}
+    tables = table_weights(model) if any(spec.quantizes_embeddings for spec in specs) else {}
     folders = {spec.name: empty_folder(_partial(workspace, spec.name)) for spec in specs}
     license = workspace.read_measurement("origin").get("license")
     tell = events.progress
@@ -187,8 +177,7 @@ def is_released(workspace: Workspace, name: str) -> bool:
 
 
 def _versions(variants: Sequence[str]) -> dict[str, str]:
-    makers = {maker for name in variants for maker in (VARIANTS[name].format, VARIANTS[name].quantizer) if maker}
-    return versions(*sorted(library for maker in makers for library in LIBRARIES[maker]))
+    return versions(*sorted({library for name in variants for library in VARIANTS[name].libraries}))
 
 
 def _partial(workspace: Workspace, name: str) -> Path:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config.catalog import VARIANTS
+from pipeline.config.catalog import VARIANTS, is_one_file
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.hub.tree import CARD, LINEAGE, LocalFile
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from pipeline.publishing.cards import About
 
 PICTURE = "assets/quality_vs_size.png"
-GGUF = "gguf"  # the folder
 
 Existing = Callable[[str], bytes | None]  # path -> what is there now, in which people may have written
 
@@ -93,8 +92,9 @@ def render(
     documents = {
         path: merged(card.encode(), existing(path), about.is_guest and path == CARD) for path, card in cards.items()
     }
-    if GGUF in by_folder:
-        documents[f"{GGUF}/{MODELFILE}"] = modelfile(gguf_files(workspace, variants)).encode()
+    for folder, those in by_folder.items():
+        if alone := only_files(workspace, those):
+            documents[f"{folder}/{MODELFILE}"] = modelfile(alone).encode()
     with tempfile.TemporaryDirectory() as scratch:
         picture = Path(scratch) / "picture.png"
         if not about.is_guest and plot_quality(about, variants, picture):
@@ -113,8 +113,8 @@ def render_mirror(config: Config, workspace: Workspace, variant: str, existing: 
 
     about, repo = _about(config, workspace, (variant,)), config.publish.mirrors[variant]
     documents = {CARD: merged(mirror_card(about, variant, repo).encode(), existing(CARD))}
-    if gguf := gguf_files(workspace, (variant,)):
-        documents[MODELFILE] = modelfile(gguf).encode()
+    if alone := only_files(workspace, (variant,)):
+        documents[MODELFILE] = modelfile(alone).encode()
     files, home = mirror_files(workspace, variant), config.publish.repo
     documents[LINEAGE] = lineage(config, about.results, files, documents.keys(), mirror_of=home)
     return documents
@@ -135,10 +135,10 @@ def folders(variants: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def gguf_files(workspace: Workspace, variants: tuple[str, ...]) -> dict[str, Path]:
-    """The GGUF file of each variant that is one."""
-    made = {variant: mirror_files(workspace, variant).values() for variant in folders(variants).get(GGUF, ())}
-    return {v: file.path for v, files in made.items() for file in files if file.path.suffix == ".gguf"}
+def only_files(workspace: Workspace, variants: tuple[str, ...]) -> dict[str, Path]:
+    """Return the file of each variant that is one file."""
+    made = {variant: mirror_files(workspace, variant).values() for variant in variants if is_one_file(variant)}
+    return {v: f.path for v, files in made.items() for f in files if f.path.suffix == VARIANTS[v].suffix}
 
 
 def local(workspace: Workspace, path: str) -> bytes | None:
@@ -252,7 +252,7 @@ def _about(
     from pipeline.publishing.cards import About
 
     location = config.publish.repo or workspace.release.as_posix()
-    files = gguf_files(workspace, variants)
+    files = only_files(workspace, variants)
     chats = any(has_chat_template(workspace.release / folder) for folder in ("", *folders(variants)))
     chats = chats or any(read_dialogue(file).template for file in files.values())
     results, names = _results(workspace, variants, kept_out), {variant: file.name for variant, file in files.items()}

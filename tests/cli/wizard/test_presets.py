@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.cli.wizard.presets import PROFILES, QUANTIZATIONS
+from pipeline.cli.wizard.presets import PROFILES
+from pipeline.config.catalog import DEFAULT_VARIANTS, PRESETS
 from pipeline.config.loader import parse_config
 from pipeline.config.schema import Quantize
 
 TREE = {"name": "x", "model": {"source": "ada/base"}, "data": {"source": "ada/rows"}}
 
 
-@pytest.mark.parametrize("name", QUANTIZATIONS)
+@pytest.mark.parametrize("name", PRESETS)
 def test_every_quantization_is_a_valid_one(name):
-    asked = QUANTIZATIONS[name].variants
+    asked = PRESETS[name][1]
     assert [spec.name for spec in Quantize(variants=list(asked)).variants] == [variant["name"] for variant in asked]
 
 
@@ -22,9 +23,9 @@ def test_every_profile_is_a_valid_configuration_with_sixteen_sequences_a_step(na
     settings = [f"{key}={value}" for key, value in PROFILES[name].settings.items()]
     train = parse_config(dict(TREE), name, settings).train
     assert train.batch_size * train.accumulate == 16
-    assert PROFILES[name].quantization in (*QUANTIZATIONS, "int8", "int4")
+    assert PROFILES[name].quantization in (*PRESETS, *DEFAULT_VARIANTS)
 
 
 def test_standard_is_what_a_configuration_has_by_default():
     assert PROFILES["standard"].settings == {}
-    assert Quantize(variants=list(QUANTIZATIONS["balanced"].variants)) == Quantize()
+    assert Quantize(variants=list(PRESETS["balanced"][1])) == Quantize()

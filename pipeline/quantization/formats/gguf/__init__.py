@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import MissingExtra, QuantizationError
 from pipeline.quantization.grid import Grid
@@ -39,7 +38,7 @@ TABLE = _GRIDS["Q8_0"]  # of embeddings and output heads, where they are quantiz
 
 def type_name(spec: VariantSpec) -> str:
     """What GGUF calls the type of a variant's weights: `Q4_0` for gguf-q4_0."""
-    return VARIANTS[spec.name].gguf_type
+    return spec.variant.file_type
 
 
 def type_of(grid: Grid) -> str:
@@ -53,7 +52,7 @@ def grid(spec: VariantSpec, width: int) -> Grid | None:
     Raises:
         QuantizationError: where groups of 32 do not divide the width.
     """
-    if VARIANTS[spec.name].group_size is None:
+    if spec.variant.group_size is None:
         return None
     if width % GROUP:
         raise QuantizationError(
@@ -79,5 +78,12 @@ def check(spec: VariantSpec, folder: Path) -> None:
 
 def check_quantizer(spec: VariantSpec) -> None:
     """Raise MissingExtra where the variant has a quantizer of its own, and that is not installed."""
-    if VARIANTS[spec.name].quantizer and not is_installed("llama_cpp"):
+    if spec.variant.quantizer and not is_installed("llama_cpp"):
         raise MissingExtra(spec.name, "llama-cpp")
+
+
+def check_architecture(kind: str | None) -> None:
+    """Raise ModelError if models of this `model_type` cannot be stored so."""
+    from pipeline.quantization.formats.gguf.names import architecture
+
+    architecture(kind)
