@@ -53,7 +53,7 @@ def write_program(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
-def test_without_arguments_it_starts_the_wizard_where_the_person_stands(launch):
+def test_no_arguments_start_the_wizard_in_the_current_folder(launch):
     assert launch()[-1] == f"tunepress|wizard|in {launch.folder}"
 
 
@@ -65,7 +65,7 @@ def test_a_verb_and_its_arguments_are_passed_on_as_they_are(launch):
     assert launch("run", "my run.yaml", "--set", "a=b c")[-1].startswith("tunepress|run|my run.yaml|--set|a=b c|in")
 
 
-def test_the_demo_runs_where_the_person_stands_and_the_tests_in_the_clone(launch):
+def test_demo_runs_in_the_current_folder_and_tests_run_in_the_clone(launch):
     demo = launch.clone / "configs" / "demo.yaml"
     assert launch("--demo", "--fresh")[-1] == f"tunepress|run|{demo}|--fresh|in {launch.folder}"
     assert launch("--test", "-x")[-1] == f"python|-m|pytest|-x|in {launch.clone}"
@@ -73,13 +73,13 @@ def test_the_demo_runs_where_the_person_stands_and_the_tests_in_the_clone(launch
 
 @pytest.mark.parametrize("command", [["./launch.sh"], ["bash", "launch.sh"], ["bash", "../a clone/launch.sh"]])
 @pytest.mark.parametrize("arguments", [["--demo"], ["status", "runs/demo"]])
-def test_what_people_are_told_to_type_is_found_where_they_stand(launch, command, arguments):
+def test_suggested_command_works_in_the_current_folder(launch, command, arguments):
     told = finished([*command, *arguments], launch.clone).stderr.strip()
     assert told == "./launch.sh"
 
 
 @pytest.mark.parametrize("program", [[], ["bash"]])
-def test_what_people_are_told_to_type_is_found_from_elsewhere_too(launch, program):
+def test_suggested_command_works_from_another_folder(launch, program):
     told = finished([*program, "a clone/launch.sh", "--demo"], launch.folder).stderr.strip()
     elsewhere = launch.folder / "elsewhere"
     elsewhere.mkdir()
@@ -103,12 +103,12 @@ def test_check_runs_only_the_named_checks_and_refuses_an_unknown_name(launch):
     assert "lint: unknown check" in refused
 
 
-def test_it_installs_once(launch):
+def test_installation_happens_once(launch):
     assert any("|pip|install|" in line for line in launch())
     assert len(launch()) == 1
 
 
-def test_it_installs_again_in_a_clone_that_was_moved(launch):
+def test_moved_clone_is_installed_again(launch):
     launch()
     moved = launch.clone.rename(launch.folder / "moved")
     assert "|pip|install|" in finished([moved / "launch.sh"], launch.folder).stdout
@@ -159,7 +159,7 @@ def offline(clone: Path) -> dict[str, str]:
     return {"PYTHON": sys.executable, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(clone)}
 
 
-def test_a_venv_whose_making_was_stopped_is_made_anew(fresh):
+def test_interrupted_venv_is_created_again(fresh):
     command = [fresh / "launch.sh", "status"]
     first = subprocess.Popen(command, cwd=fresh, env={**os.environ, **offline(fresh)}, start_new_session=True)
     python = fresh / ".venv" / "bin" / "python"
@@ -172,7 +172,7 @@ def test_a_venv_whose_making_was_stopped_is_made_anew(fresh):
     assert finished(command, fresh, **offline(fresh)).stdout.splitlines()[-1] == f"{fresh}/.venv status"
 
 
-def test_without_a_python_that_is_new_enough_it_says_so_and_leaves_nothing(fresh):
+def test_old_python_is_refused_and_leaves_no_venv(fresh):
     programs = fresh / "programs"
     programs.mkdir()
     for name in ("python3", "python3.11", "python3.12", "python3.13"):

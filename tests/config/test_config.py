@@ -84,7 +84,7 @@ def value_at(config: Config, key: str):
 
 
 @pytest.mark.parametrize("key", DEFAULTS)
-def test_what_a_file_leaves_out_has_its_default(load, key):
+def test_missing_keys_have_defaults(load, key):
     assert value_at(load(SMALLEST), key) == DEFAULTS[key]
 
 
@@ -217,7 +217,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("addition", BROKEN)
-def test_what_cannot_be_run_is_refused_by_file_key_value_and_what_is_allowed(refusal, addition):
+def test_invalid_value_names_file_key_value_and_allowed_values(refusal, addition):
     message = refusal(SMALLEST + addition + "\n")
     assert "run.yaml" in message
     for part in BROKEN[addition]:
@@ -278,7 +278,7 @@ def test_a_key_that_stands_twice_is_refused_with_its_line(refusal, text):
         (SMALLEST.encode() + "# café\n".encode("latin-1"), "UTF-8"),
     ],
 )
-def test_what_is_not_a_yaml_mapping_is_refused(refusal, text, said):
+def test_non_mapping_yaml_is_refused(refusal, text, said):
     assert said in refusal(text)
 
 
@@ -339,7 +339,7 @@ def test_a_folder_is_no_configuration(tmp_path):
         (SMALLEST, [f"publish.repo={'x' * 60}-{TOKEN}: ]"]),
     ],
 )
-def test_a_token_that_was_pasted_in_is_not_echoed(refusal, text, settings):
+def test_pasted_token_is_not_echoed(refusal, text, settings):
     message = refusal(text, *settings)
     assert not any(TOKEN[i : i + 8] in message for i in range(3, len(TOKEN) - 8))
 

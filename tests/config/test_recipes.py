@@ -60,7 +60,7 @@ def prose(recipe: str) -> str:
     return " ".join(line.partition("#")[2].strip() for line in text_of(recipe).splitlines())
 
 
-def test_every_shipped_recipe_is_checked_here_and_run_on_a_tiny_model():
+def test_every_shipped_recipe_has_a_test_model():
     assert set(MODELS) == set(RECIPES) == set(shipped_configs()) - {"demo"}
 
 
@@ -89,7 +89,7 @@ def test_training_sequences_fit_the_models_positions(recipe):
 
 
 @each_recipe
-def test_what_lora_changes_is_there_and_as_large_as_said(recipe):
+def test_lora_targets_exist_and_have_the_stated_size(recipe):
     trained = lora_weights(recipe)
     share = f"{100 * trained / sizes(recipe)[0]:.1f}".removesuffix(".0")
     assert load_config(recipe).train.lora.target_modules == "all-linear"
@@ -97,7 +97,7 @@ def test_what_lora_changes_is_there_and_as_large_as_said(recipe):
 
 
 @each_recipe
-def test_the_memory_that_a_recipe_speaks_of_is_what_its_sizes_give(recipe):
+def test_memory_in_recipe_comments_matches_the_sizes(recipe):
     (linear, rest), trained = weights(recipe), lora_weights(recipe)
     parts = [linear * NF4_BYTES / 1e9, rest * 2 / 1e9, trained * TRAINED_BYTES / 1e9]
     said = f"{parts[0]:.2f} + {parts[1]:.2f} + {parts[2]:.2f} = {sum(parts):.1f} GB"
@@ -106,7 +106,7 @@ def test_the_memory_that_a_recipe_speaks_of_is_what_its_sizes_give(recipe):
 
 
 @each_recipe
-def test_the_int4_size_that_a_recipe_speaks_of_is_what_its_sizes_give(recipe):
+def test_int4_size_in_recipe_comments_matches_the_sizes(recipe):
     group, linear, rest = load_config(recipe).quantize.spec("int4").group_size, *weights(recipe)
     bits = 4 + 32 / group  # a scale and a zero of 16 bits each for every group
     stored, kept, saved = (f"{x / 1e9:.2f}" for x in (linear * bits / 8, rest * 2, linear * 16 / group / 8))
@@ -123,7 +123,7 @@ def test_every_key_differs_from_its_default_or_has_a_comment(recipe):
 
 
 @each_recipe
-def test_a_gated_model_is_said_to_be_and_how_to_get_it(recipe):
+def test_gated_recipe_model_is_explained(recipe):
     gated = load_config(recipe).model.source.startswith(GATED)
     assert ("Gated: accept" in prose(recipe) and "hf auth login" in prose(recipe)) == gated
     assert ("not gated" in prose(recipe)) != gated

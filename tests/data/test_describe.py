@@ -48,7 +48,7 @@ def pairs(count):
     return [{"prompt": f"Ask {i}", "completion": f"Say {i}"} for i in range(count)]
 
 
-def test_the_description_counts_what_there_is(told):
+def test_description_counts_rows_and_examples(told):
     rows = [*pairs(20), *pairs(3), "{", {"prompt": "long", "completion": "x" * 500}]
     rows += [{"prompt": "y" * 500, "completion": "lost"}]
     description, _ = told([*({**row, "id": 1} if isinstance(row, dict) else row for row in rows)], on_bad_row="skip")
@@ -68,14 +68,14 @@ def test_the_description_counts_what_there_is(told):
     ("count", "expected"),
     [(1, (4, 4, 4, 4)), (2, (4, 4, 5, 5)), (20, (4, 13, 22, 23)), (100, (4, 53, 98, 103))],
 )
-def test_lengths_are_those_of_examples_that_are_there(count, expected):
+def test_reported_lengths_are_those_of_real_examples(count, expected):
     part = EncodedSet([Encoded([0] * (i + 4), []) for i in range(count)], 0, 0, 0, 0)
     data = DataSet("rows.jsonl", "text", (), (), 0, 0, "")
     lengths = describe(data, {"training": part}, tokenizer=None)["splits"]["training"]["lengths"]
     assert tuple(lengths[name] for name in ("min", "median", "p95", "max")) == expected
 
 
-def test_overlap_with_the_held_out_examples_is_counted_and_told(told):
+def test_overlap_with_held_out_examples_is_counted(told):
     same = [{"prompt": f"Ask {i}", "completion": " ".join(WORDS)} for i in range(20)]
     description, lines = told(same, held_out=0.2)
     assert description["overlap"] == {"compared": 4, "same": 4, "near": 4, "run_of_words": 8, "near_from": 0.5}
@@ -102,7 +102,7 @@ def test_the_report_shows_three_examples_with_what_is_learned_marked(told):
     assert [line[0] for line in lines[start + 1 :] if line[0] != " "] == ["1", "2", "3"]
 
 
-def test_the_report_says_what_is_lost_and_what_is_cut(told):
+def test_report_counts_dropped_and_truncated_examples(told):
     rows = pairs(20) + [{"prompt": "long", "completion": "x" * 500}, {"prompt": "y" * 500, "completion": "lost"}]
     _, lines = told(rows + pairs(4) + ["7"] * 8, on_bad_row="skip", held_out=0.01)
     text = "\n".join(lines)
@@ -123,14 +123,14 @@ def test_text_needs_no_template_and_its_windows_are_counted_apart_from_its_examp
     assert not any(line.startswith("template") for line in lines)
 
 
-def test_a_template_that_was_supplied_is_told(told, tokenizer):
+def test_supplied_template_is_reported(told, tokenizer):
     bare = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>")
     supply_template(bare)
     description, lines = told(pairs(10), tokenizer=bare)
     assert description["template"] == "supplied" and any(line.startswith("template") for line in lines)
 
 
-def test_what_is_shown_is_short_and_moves_no_cursor(told):
+def test_shown_examples_are_short_and_escaped(told):
     nasty = "\x1b[2J\x07\r\u202eevil\u2028" + "\n\n".join(f"line {i} " + "w" * 500 for i in range(50))
     messages = [{"role": role, "content": nasty} for role in ("user", "assistant") * 20]
     rows = [{"messages": [{"role": "system", "content": str(i)}, *messages], "\x1bcol": 1} for i in range(4)]
@@ -160,7 +160,7 @@ def test_an_answer_of_which_half_the_runs_of_words_are_in_training_is_near(copie
     assert (found.near, found.same) == (int(is_near), 0)
 
 
-def test_runs_do_not_go_from_one_example_into_the_next_and_may_be_spread_over_several():
+def test_shared_text_runs_do_not_cross_examples():
     long = [f"w{i}" for i in range(24)]
     halves = answers(" ".join(long[:12]), " ".join(long[12:]))
     assert overlap(halves, answers(" ".join(long))).near == 1  # 10 of 17

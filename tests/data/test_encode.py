@@ -125,7 +125,7 @@ def test_a_system_message_is_not_learned(template):
     assert learned(template, example)[0].removeprefix("<think></think>") == "Answer.<|im_end|>"
 
 
-def test_all_is_everything_but_the_first_token():
+def test_loss_on_all_covers_every_token_but_the_first():
     tok = tokenizer(CHATML)
     (sequence,) = encode_examples([TWO_TURNS], tok, "all", 1000).examples
     assert sequence.labels == [NO_LOSS, *sequence.input_ids[1:]]
@@ -137,11 +137,11 @@ def test_a_template_that_strips_the_thinking_of_earlier_turns_is_marked_as_it_re
     assert learned(STRIPS_THINKING, example) == ["Answer one.<|im_end|>", "<think>Well.</think>Answer two.<|im_end|>"]
 
 
-def test_what_a_template_puts_behind_its_generation_prompt_is_learned():
+def test_text_after_the_generation_prompt_is_learned():
     assert learned(STRIPS_THINKING, TWO_TURNS) == [BOTH[0], "<think></think>" + BOTH[1]]
 
 
-def test_thinking_that_stands_where_the_prompt_has_an_empty_block_is_learned():
+def test_thinking_in_place_of_an_empty_block_is_learned():
     example = conversation("Q one?", "Answer one.", "Q two?", "<think>Well.</think>Answer two.")
     first, second = learned(FILLS_THINKING, example)
     assert first == BOTH[0] and second.endswith("Well.</think>Answer two.<|im_end|>") and "assistant" not in second
@@ -177,7 +177,7 @@ def test_answers_of_every_shape_are_learned_whole(answer):
     assert learned(CHATML, conversation(answer, answer)) == [answer + "<|im_end|>"]
 
 
-def test_what_follows_the_last_answer_is_left_out():
+def test_text_after_the_last_answer_is_dropped():
     example = conversation("Question?", "Answer.", "Thanks!")
     tok = tokenizer(CHATML)
     (sequence,) = encode_examples([example], tok, "assistant", 1000).examples
@@ -217,7 +217,7 @@ def test_order_is_kept():
         ("{{ messages | map(attribute='content') | join('|') | length }}{{ messages[-1]['content'] }}", "loss_on: all"),
     ],
 )
-def test_a_template_that_cannot_be_used_is_one_line(template, reason):
+def test_unusable_template_gives_one_line(template, reason):
     tok = tokenizer(template)
     tok.name_or_path = "user/model"
     with pytest.raises(DataError) as caught:
@@ -226,7 +226,7 @@ def test_a_template_that_cannot_be_used_is_one_line(template, reason):
     assert message.startswith("user/model: ") and reason in message and "\n" not in message
 
 
-def test_all_works_where_answers_cannot_be_told():
+def test_loss_on_all_works_if_answers_cannot_be_located():
     template = "{{ messages | map(attribute='content') | join('|') | length }}{{ messages[-1]['content'] }}"
     assert encode_examples([conversation("Q", "Answer")], tokenizer(template), "all", 100).loss_tokens > 0
 
@@ -279,7 +279,7 @@ def test_a_text_is_learned_whole_and_to_its_end(adds_bos, loss_on):
 
 @pytest.mark.parametrize("adds_bos", [False, True])
 @pytest.mark.parametrize("length", [1, 30, 63, 64, 65, 70, 100, 127, 128, 129, 200, 500])
-def test_a_long_text_is_cut_into_windows_and_nothing_of_it_is_lost(adds_bos, length):
+def test_long_text_is_cut_into_windows_without_loss(adds_bos, length):
     tok = tokenizer(None, adds_bos=adds_bos)
     (example,) = texts(length)
     ids = tok(example.text, add_special_tokens=False)["input_ids"] + [tok.eos_token_id]
@@ -341,7 +341,7 @@ def test_answers_are_found_in_the_supplied_template(answer, system):
     assert marked == f"{answer}</s>" * 2
 
 
-def test_what_the_model_is_given_when_it_has_to_answer_is_how_the_conversation_begins():
+def test_inference_prompt_is_a_prefix_of_the_training_conversation():
     tok, messages = supplied(adds_bos=True), list(TWO_TURNS.messages)
     whole = tok.apply_chat_template(messages, tokenize=False)
     whole_ids = tok.apply_chat_template(messages)["input_ids"]

@@ -252,7 +252,7 @@ def test_the_same_rows_are_the_same_data_whatever_kind_of_file_they_came_in(tmp_
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".tsv", ".parquet"])
-def test_a_bad_row_far_down_is_found_where_it_is(tmp_path, kind):
+def test_late_bad_row_is_located(tmp_path, kind):
     rows = [{"prompt": f"p{i}\n", "completion": f"c{i}"} for i in range(5000)]
     rows[4321]["completion"] = " "
     source = as_file(tmp_path, kind, rows)
@@ -272,7 +272,7 @@ def test_a_long_item_of_an_array_is_read_whole(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".tsv", ".parquet"])
-def test_bad_rows_can_be_skipped_and_are_counted_and_told(tmp_path, kind):
+def test_skipped_bad_rows_are_counted_and_reported(tmp_path, kind):
     rows = [{"prompt": f"p{i}", "completion": "" if i % 10 == 3 else f"c{i}"} for i in range(200)]
     skipped = []
     data = load_examples(
@@ -323,7 +323,7 @@ def test_a_file_that_is_broken_beyond_a_row_is_refused_even_when_rows_may_be_ski
             load_examples(Data(source=write(tmp_path, name, content), on_bad_row="skip"))
 
 
-def test_the_first_rows_may_be_bad_where_rows_are_skipped(tmp_path):
+def test_first_rows_may_be_bad_if_rows_are_skipped(tmp_path):
     rows = [{"unknown": 1}] * 12 + pairs(*range(20))
     source = write(tmp_path, "a.jsonl", lines(*rows))
     check_source(Data(source=source, on_bad_row="skip"))

@@ -61,7 +61,7 @@ def test_auto_finds_the_form(tmp_path):
     assert load(tmp_path, GOOD + "\n" + conversation(("user", "q"), ("assistant", "a"))).form == "messages"
 
 
-def test_a_demanded_form_that_is_not_there_names_the_columns_found(tmp_path):
+def test_missing_form_names_the_columns_found(tmp_path):
     with pytest.raises(DataError, match="prompt and completion; found are messages, id"):
         load(tmp_path, GOOD[:-1] + ', "id": 1}', form="prompt_completion")
 
@@ -288,7 +288,7 @@ def test_an_optional_column_under_a_wrong_name_is_found_out_when_no_row_has_it(t
         load(tmp_path, content, columns={"input": "extr"})
 
 
-def test_errors_call_a_column_what_it_is_called_in_the_data(tmp_path):
+def test_errors_use_the_column_names_of_the_data(tmp_path):
     rows = '{"ask": "Q", "reply": "A"}\n{"ask": "R", "reply": null}\n{"ask": "S"}'
     columns = {"prompt": "ask", "completion": "reply"}
     with pytest.raises(DataError, match="line 2: `reply` is the value null"):
@@ -299,6 +299,6 @@ def test_errors_call_a_column_what_it_is_called_in_the_data(tmp_path):
         load(tmp_path, '{"conversations": [{"from": "human"}]}')
 
 
-def test_columns_that_nothing_is_read_from_are_told(tmp_path):
+def test_unused_columns_are_reported(tmp_path):
     rows = "\n".join(json.dumps({"id": i, "prompt": f"p{i}", "completion": "c", "score": 1}) for i in range(3))
     assert load(tmp_path, rows).unused == ("id", "score")

@@ -173,11 +173,11 @@ def test_a_bad_row_is_named_or_skipped(found):
         ("broken JSON", "ada/broken: cannot be loaded"),
     ],
 )
-def test_what_cannot_be_had_is_one_line_with_a_way_out(found, case, reason):
+def test_unavailable_data_set_gives_one_line_with_a_remedy(found, case, reason):
     assert found[case].startswith(reason) and "\n" not in found[case]
 
 
-def test_without_the_network_only_what_was_asked_for_comes_out_of_the_cache(hub, found):
+def test_offline_cache_serves_only_the_requested_revision(hub, found):
     """The library itself takes the newest that it has, whatever revision or subset is asked for."""
     cases = {
         "cached": {"source": "ada/named", "columns": {"question": "ask", "answer": "reply"}},
@@ -198,7 +198,7 @@ def test_without_the_network_only_what_was_asked_for_comes_out_of_the_cache(hub,
     assert "HF_HUB_OFFLINE" in offline["never seen"]
 
 
-def test_a_hub_that_does_not_answer_is_one_line(hub, tmp_path):
+def test_unreachable_hub_gives_one_line(hub, tmp_path):
     found = load({"x": CASES["the newest"]}, **{**hub.environment, "HF_ENDPOINT": "http://127.0.0.1:9",
                                                 "HF_HOME": str(tmp_path)})  # fmt: skip
     assert found["x"].startswith("ada/rows: the Hub cannot be reached (")

@@ -72,7 +72,7 @@ def test_a_prompt_with_more_answers_than_the_share_still_leaves_something_to_hol
 
 
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.89])
-def test_two_examples_are_one_for_training_and_one_held_out(tmp_path, share):
+def test_two_examples_split_one_and_one(tmp_path, share):
     data = load_examples(Data(source=write(tmp_path / "a.jsonl", [("p", "c"), ("q", "d")]), held_out=share))
     assert (len(data.train), len(data.held_out)) == (1, 1)
 
@@ -180,7 +180,7 @@ def test_general_text_can_be_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["missing.txt", "empty.txt", "latin.txt", "page.html", "builtin:novels", "null\0.txt"])
-def test_no_general_text_is_one_line(tmp_path, name):
+def test_missing_general_text_gives_one_line(tmp_path, name):
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(DataError) as caught:

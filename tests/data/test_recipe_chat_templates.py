@@ -91,7 +91,7 @@ def test_a_plain_answer_is_learned_with_its_end_of_turn_and_nothing_of_the_quest
 
 
 @pytest.mark.parametrize("recipe", TEMPLATES)
-def test_earlier_answers_count_too_but_where_thinking_is_stripped_from_them(tokenizer_of, recipe):
+def test_earlier_answers_are_learned_unless_thinking_is_stripped(tokenizer_of, recipe):
     texts = learned(tokenizer_of(recipe), recipe, conversation("One?", "First.", "Two?", "Second."))
     assert "Second." in texts[-1]
     assert ["First." in text for text in texts] == ([False] if recipe == "qwen3-1.7b" else [True, False])

@@ -31,7 +31,7 @@ def test_publishing_goes_to_a_repository_that_was_emptied_meanwhile(on_hub):
     assert "int8/model.safetensors" in on_hub.hub.files("ada/tiny")
 
 
-def test_a_variant_that_is_out_of_date_is_not_taken_off_the_hub_by_publishing(on_hub):
+def test_publishing_keeps_an_outdated_variant_on_the_hub(on_hub):
     config = on_hub.run_folder / "config.yaml"
     settings = config.read_text()
     config.write_text(settings.replace("group_size: 64", "group_size: 32"))
@@ -48,7 +48,7 @@ def test_a_variant_that_is_no_longer_asked_for_leaves_release_and_repository_who
     assert not [name for name in on_hub.hub.files("ada/tiny") if name.startswith("int4/")]
 
 
-def test_a_file_that_somebody_else_put_there_is_never_overwritten(copied, tmp_path):
+def test_foreign_file_is_never_overwritten(copied, tmp_path):
     with LoopbackHub(tmp_path / "hub", {TOKEN: {"name": "ada", "role": "write"}}) as hub:
         copied.hub = hub
         hub.put("ada/tiny", {"config.json": b"mine"}, private=True)
@@ -58,7 +58,7 @@ def test_a_file_that_somebody_else_put_there_is_never_overwritten(copied, tmp_pa
 
 
 @pytest.mark.slow
-def test_another_general_text_is_measured_anew_for_every_model(copied):
+def test_changed_general_text_is_measured_again_for_every_model(copied):
     text = (copied.folder / "general.txt").read_text()
     (copied.folder / "general.txt").write_text(text[::-1])
     before = copied.ledger()
@@ -83,7 +83,7 @@ def _cut(path):
     ],
     ids=["killed after the last step", "killed before it was on the disk", "its optimizer's state cut"],
 )
-def test_training_goes_on_from_the_last_whole_checkpoint_and_ends_as_it_did(tmp_path, tiny_model, damage, step):
+def test_training_resumes_from_the_last_whole_checkpoint_with_the_same_result(tmp_path, tiny_model, damage, step):
     place = write_place(tmp_path, tiny_model("llama"))
     place.tunepress("train", "tiny.yaml")
     (last,) = place.run_folder.glob("checkpoints/*/checkpoint-4")
@@ -161,7 +161,7 @@ def test_too_little_held_out_text_is_found_before_training(tmp_path, tiny_model)
     assert not (place.run_folder / "adapter").exists()
 
 
-def test_a_renamed_run_is_not_taken_for_another(copied):
+def test_renamed_run_is_recognized(copied):
     copied.run_folder.rename(copied.folder / "runs" / "other")
     done = copied.tunepress("publish", "runs/other", "--repo", "ada/tiny", check=2)
     assert "'tiny'" in done.stderr and not copied.run_folder.exists()

@@ -24,7 +24,7 @@ def test_fine_tuning_lowers_perplexity_on_held_out_text_by_more_than_the_errors(
     assert merged["value"] + merged["stderr"] < base["value"] - base["stderr"]
 
 
-def test_int8_is_within_a_percent_and_int4_keeps_what_was_learnt(demo):
+def test_demo_int8_is_within_a_percent_and_int4_keeps_the_training(demo):
     results = demo.results()
     assert abs(results["int8"]["quality"]["held_out"]["rise"]["value"]) < 0.01
     base, merged, int4 = (results[m]["quality"]["held_out"]["loss"]["value"] for m in ("base", "merged", "int4"))

@@ -44,7 +44,7 @@ def test_a_model_is_quantized_into_the_folder_that_was_named(quantized_only):
     assert before["int4"]["variant"]["group_size"] == 32
 
 
-def test_publishing_it_measures_it_first_and_says_so_in_card_and_events(quantized_only):
+def test_publishing_a_merged_model_measures_it_first(quantized_only):
     place, _, _, said = quantized_only
     results = json.loads((place.folder / "out/.tunepress/results.json").read_text())
     assert results["int4"]["quality"]["general"]["kl"]["value"] > 0 and "held_out" not in results["int4"]["quality"]
@@ -61,7 +61,7 @@ def test_publishing_it_measures_it_first_and_says_so_in_card_and_events(quantize
     assert sorted(names) == sorted(a["title"] for a in place.alerts())
 
 
-def test_publishing_it_again_sends_nothing(quantized_only):
+def test_publishing_a_merged_model_again_sends_nothing(quantized_only):
     place, *_ = quantized_only
     commits = place.hub.commits("ada/small")
     assert "nothing to send" in place.tunepress("publish", "out", "--repo", "ada/small").stdout
@@ -69,7 +69,7 @@ def test_publishing_it_again_sends_nothing(quantized_only):
 
 
 @pytest.mark.slow
-def test_a_relative_path_is_measured_and_what_is_made_next_says_nothing_of_it(tmp_path, tiny_model):
+def test_relative_source_path_is_not_recorded(tmp_path, tiny_model):
     place = Place(tmp_path)
     shutil.copytree(tiny_model("llama"), tmp_path / "first")
     shutil.copytree(tiny_model("qwen3"), tmp_path / "second")
@@ -118,7 +118,7 @@ def test_an_adapter_from_elsewhere_is_merged_and_its_model_loads(copied, tmp_pat
     assert str(tmp_path) not in json.dumps(lineage) and str(copied.folder) not in json.dumps(lineage)
 
 
-def test_cleaning_frees_what_the_release_does_not_need_and_the_run_still_holds(copied):
+def test_clean_keeps_the_release_and_the_ledger_valid(copied):
     (copied.run_folder / "merged-nf4.partial").mkdir()
     before = copied.release.stat().st_mtime_ns
     said = json.loads(copied.tunepress("clean", "runs/tiny", "--json").stdout)
@@ -155,7 +155,7 @@ def test_cleaning_frees_what_the_release_does_not_need_and_the_run_still_holds(c
         (("clean", "full"), "not a run's folder"),
     ],
 )
-def test_what_cannot_be_done_is_refused_in_one_line_before_anything_is_written(
+def test_impossible_request_gives_one_line_before_anything_is_written(
     arguments, said, tmp_path, monkeypatch, capfd, tiny_model
 ):
     monkeypatch.chdir(tmp_path)
@@ -188,14 +188,14 @@ def test_a_group_size_goes_to_variants_that_are_in_groups_anyway_if_there_are_an
         quantize_config("user/model", "out", ["int8", "both"])
 
 
-def test_a_size_that_gguf_has_anyway_is_still_given_to_those_that_choose():
+def test_group_size_is_applied_to_variants_that_accept_it():
     config = quantize_config("user/model", "out", ["int8,gguf-q4_0"], group_size=32)
     assert {v.name: v.group_size for v in config.quantize.variants} == {"int8": 32, "gguf-q4_0": 32}
     with pytest.raises(ConfigError, match="group_size 64: allowed are 32"):
         quantize_config("user/model", "out", ["gguf-q4_0"], group_size=64)
 
 
-def test_a_rounding_goes_to_those_that_know_it_gguf_or_not():
+def test_rounding_is_applied_to_variants_that_accept_it():
     config = quantize_config("user/model", "out", ["int8,Q4_1,gguf-f16,q6_k"], rounding="search")
     found = {v.name: v.rounding for v in config.quantize.variants}
     assert found == {"int8": "rtn", "gguf-q4_1": "search", "gguf-f16": None, "gguf-q6_k": None}
@@ -222,7 +222,7 @@ def test_a_finished_run_needs_none_of_its_inputs_to_be_published(copied):
 
 
 @pytest.mark.slow
-def test_people_keep_their_files_and_words_when_a_step_is_done_again(copied):
+def test_user_files_and_text_survive_a_repeated_step(copied):
     """Only what the step made before, and weights that would be taken for its own, go."""
     (copied.release / "int8/notes.md").write_text("mine")
     (copied.release / "photo.old-2024").write_text("mine")
@@ -239,7 +239,7 @@ def test_people_keep_their_files_and_words_when_a_step_is_done_again(copied):
     assert [p.name for p in copied.release.glob("*.safetensors")] == ["model.safetensors"]
 
 
-def test_two_names_for_one_file_are_two_files(tmp_path):
+def test_hard_links_are_counted_as_two_files(tmp_path):
     """As in the Hub's cache, where equal files are links to one."""
     (tmp_path / "blob").write_text("terms")
     folder = tmp_path / "model"
@@ -254,7 +254,7 @@ def test_two_names_for_one_file_are_two_files(tmp_path):
     assert workspace.hashes_of(str(folder)) == hashes
 
 
-def test_where_no_variant_could_be_made_there_is_no_card(tiny_model, tmp_path):
+def test_no_card_is_written_if_no_variant_was_made(tiny_model, tmp_path):
     settings = ["quantize.variants=[{name: int8, keep: [down_proj]}]"]
     config = quantize_config(str(tiny_model("llama")), tmp_path / "out", ["int8"], settings=settings)
     with pytest.raises(StageFailed, match="did you mean"):

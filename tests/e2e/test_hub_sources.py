@@ -35,7 +35,7 @@ def test_model_and_data_come_from_the_hub_with_their_revision_and_licence(hub, t
 
 
 @pytest.mark.parametrize("section", ["model", "data"])
-def test_what_is_not_on_the_hub_is_said_in_one_line(hub, tmp_path, tiny_model, section):
+def test_missing_hub_source_gives_one_line(hub, tmp_path, tiny_model, section):
     place = write_place(tmp_path / "work", tiny_model("llama"), hub)
     done = place.tunepress("train", "tiny.yaml", "--set", f"{section}.source=ada/nothing", check=2)
     assert len(done.stderr.strip().splitlines()) == 1 and "ada/nothing" in done.stderr
@@ -53,7 +53,7 @@ def test_single_commits_publish_everything_at_once(hub, copied):
     )  # fmt: skip
 
 
-def test_a_commit_that_slips_in_between_is_kept_and_ours_follows(hub, copied):
+def test_concurrent_commit_is_kept(hub, copied):
     copied.hub = hub
     hub.put("ada/tiny", {"notes.md": b"mine"}, private=True)
     hub.fault(r"POST .*/commit/", status=412, times=1)

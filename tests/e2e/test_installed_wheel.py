@@ -25,7 +25,7 @@ def wheel(tmp_path_factory) -> Path:
     return next(folder.glob("tunepress-*.whl"))
 
 
-def test_every_module_config_and_template_is_in_it(wheel):
+def test_wheel_contains_every_module_config_and_template(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {p.relative_to(REPOSITORY).as_posix() for p in (REPOSITORY / "pipeline").rglob("*.py")}
     folder = REPOSITORY / "configs"
@@ -36,7 +36,7 @@ def test_every_module_config_and_template_is_in_it(wheel):
     assert not [name for name in names if name.startswith("tests/")]
 
 
-def test_installed_it_finds_its_recipes_and_templates(wheel, tmp_path):
+def test_installed_package_finds_recipes_and_templates(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (
         "from pipeline.config.loader import load_config, shipped_configs\n"

@@ -34,7 +34,7 @@ def test_fine_tuning_lowers_held_out_perplexity(each_run):
     assert merged["value"] + 2 * merged["stderr"] < base["value"] - 2 * base["stderr"]
 
 
-def test_both_merges_are_compared_with_the_live_adapter_and_the_better_is_kept(each_run):
+def test_better_of_both_merges_is_kept(each_run):
     merge = each_run.results()["merge"]
     compared = merge["compared"]
     assert {"live", "nf4", "bf16"} <= set(compared)
@@ -46,7 +46,7 @@ def test_both_merges_are_compared_with_the_live_adapter_and_the_better_is_kept(e
     assert merge["base"] == (("nf4" if gap["value"] < 0 else "bf16") if clear else "nf4")
 
 
-def test_no_layer_is_left_out_where_the_group_size_does_not_divide(unpublished):
+def test_group_size_falls_back_so_that_every_layer_is_quantized(unpublished):
     from pipeline.models.checkpoint import Checkpoint
     from pipeline.models.sources import linear_weights
 
@@ -62,7 +62,7 @@ def test_no_layer_is_left_out_where_the_group_size_does_not_divide(unpublished):
     assert narrow and set(chosen) == narrow and set(chosen.values()) == {32}
 
 
-def test_nothing_in_the_release_names_this_machine(each_run):
+def test_release_contains_no_path_of_this_machine(each_run):
     for path in each_run.release.rglob("*"):
         if path.is_file():
             assert str(each_run.folder).encode() not in path.read_bytes(), path
@@ -120,14 +120,14 @@ def test_a_variant_that_cannot_be_made_is_refused_by_name_and_keeps_nothing_else
     assert "int4/" not in (place.release / "README.md").read_text()
 
 
-def test_plain_lora_merges_into_the_base_it_was_trained_on(tiny_model, tmp_path):
+def test_lora_merges_into_its_own_base(tiny_model, tmp_path):
     place = write_place(tmp_path, tiny_model("qwen3"), train={"method": "lora"}, quantize={"variants": []})
     place.tunepress("train", "tiny.yaml")
     place.tunepress("merge", "tiny.yaml")
     assert place.results()["merge"]["base"] == "bf16"
 
 
-def test_a_stage_alone_names_what_it_needs_first(tiny_model, tmp_path):
+def test_single_stage_names_the_missing_earlier_stage(tiny_model, tmp_path):
     place = write_place(tmp_path, tiny_model("llama"))
     done = place.tunepress("merge", "tiny.yaml", check=2)
     assert "train" in done.stderr
@@ -169,7 +169,7 @@ def test_help_and_schema_answer_without_the_heavy_libraries(tmp_path):
     assert "Usage" in out and out.endswith("loaded: []\n")
 
 
-def test_a_variant_measured_again_on_both_texts_of_the_run_is_what_was_claimed(unpublished, monkeypatch, tmp_path):
+def test_variant_measured_again_has_the_recorded_figures(unpublished, monkeypatch, tmp_path):
     from pipeline.verification.claims import read_claims
     from pipeline.verification.measuring import Cuts, find_texts, judged, request_for
     from pipeline.verification.places import open_place

@@ -79,7 +79,7 @@ def test_variants_go_beside_the_model_and_every_file_that_was_there_stays(added)
     assert len(place.hub.commits("ada/model")) == 3  # the Hub's own, the upload, and one of ours
 
 
-def test_the_card_keeps_every_byte_and_gains_one_section_that_tells_of_the_variants_alone(added):
+def test_existing_card_is_kept_and_gains_one_section(added):
     card = added[0].hub.read("ada/model", "README.md")
     assert outside(card).startswith(CARD) and not outside(card)[len(CARD) :].strip()
     section = card[len(CARD) :].decode()
@@ -95,7 +95,7 @@ def test_each_variant_says_that_its_source_is_at_the_root(added):
     assert "base_model: ada/model" in card and "license: apache-2.0" in card
 
 
-def test_what_was_added_loads_with_stock_transformers_and_with_pipeline_load(added):
+def test_added_variants_load_with_transformers_and_pipeline_load(added):
     code = (
         "import os, sys\n"
         "from transformers import AutoModelForCausalLM\n"
@@ -131,7 +131,7 @@ def test_the_real_trackio_has_every_event(added):
     )
 
 
-def test_run_again_it_sends_nothing(added):
+def test_second_run_sends_nothing(added):
     place = added[0]
     commits, since = place.hub.commits("ada/model"), len(place.hub.requests)
     standalone(place, "ada/model", "ada/model", "--quant-type", "both", "--calibration", "general.txt")
@@ -139,7 +139,7 @@ def test_run_again_it_sends_nothing(added):
 
 
 @pytest.mark.slow
-def test_where_the_runs_folder_was_lost_all_is_made_again_and_no_weights_are_sent_again(added):
+def test_lost_run_folder_is_rebuilt_without_sending_weights_again(added):
     """Also of the variant that is not asked for this time: what the repository has stays a part of the release."""
     place = added[0]
     (place.folder / "runs").rename(place.folder / "runs-lost")
@@ -155,7 +155,7 @@ def test_where_the_runs_folder_was_lost_all_is_made_again_and_no_weights_are_sen
 
 
 @pytest.mark.slow
-def test_several_models_of_which_one_fails_with_a_token_that_is_written_nowhere(place):
+def test_one_failing_model_does_not_stop_the_others_and_no_token_is_written(place):
     """The token comes as an option, and from nowhere else."""
     folder = place.folder / "several"
     folder.mkdir()
@@ -180,7 +180,7 @@ def test_several_models_of_which_one_fails_with_a_token_that_is_written_nowhere(
 
 
 @pytest.mark.slow
-def test_what_loses_more_than_it_may_is_not_published(place):
+def test_variant_that_misses_its_limit_is_not_published(place):
     since = len(place.hub.requests)
     asked = ("ada/model", "ada/strict", "--quant-type", "int8", "--calibration", "general.txt", "--max-kl", "1e-9")
     done = standalone(place, *asked, check=2)
@@ -190,14 +190,14 @@ def test_what_loses_more_than_it_may_is_not_published(place):
     assert sent(place.hub, since) == []
 
 
-def test_nothing_is_published_where_it_is_only_saved(place, tiny_model):
+def test_save_only_publishes_nothing(place, tiny_model):
     since = len(place.hub.requests)
     options = ("--save-only", "--output", "kept", "--quant-type", "int8", "--low-disk")
     standalone(place, "ada/model", *options)
     assert (place.folder / "kept/int8/model.safetensors").is_file() and sent(place.hub, since) == []
 
 
-def test_a_python_without_what_it_needs_is_told_which_has_it(place):
+def test_incomplete_python_names_a_complete_one(place):
     done = subprocess.run([sys.executable, "-I", "-S", SCRIPT], cwd=place.folder, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert f"take {REPOSITORY}/.venv/bin/python, which {REPOSITORY}/launch.sh sets up" in done.stderr

@@ -79,7 +79,7 @@ def test_the_release_loads_in_stock_transformers_with_every_variant(recipe_run):
     assert found[""]["new"] == found["int8"]["new"] == 5
 
 
-def test_its_card_and_lineage_tell_what_was_made_from_what(recipe_run):
+def test_recipe_card_and_lineage_name_every_part(recipe_run):
     recipe, place = recipe_run
     card = (place.release / "README.md").read_text()
     lineage = json.loads((place.release / "tunepress.json").read_text())
@@ -117,7 +117,7 @@ def test_int4_has_the_recipes_groups_wherever_they_divide_the_width(recipe_run):
         assert width // groups == (asked if width % asked == 0 else 32), name
 
 
-def test_int8_is_nearer_to_what_was_merged_than_int4(recipe_run):
+def test_int8_is_nearer_to_the_merged_model_than_int4(recipe_run):
     _, place = recipe_run
     results = place.results()
     kl = {name: results[name]["quality"]["held_out"]["kl"]["value"] for name in ("int8", "int4")}
@@ -203,7 +203,7 @@ def test_trackio_holds_every_event_once_and_the_training_curve_in_the_same_run(p
 
 
 @pytest.mark.parametrize("subfolder", ["", "int8"])
-def test_stock_transformers_loads_it_from_the_hub_and_generates(published, subfolder):
+def test_published_model_loads_in_transformers_and_generates(published, subfolder):
     out = published.python(
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         f"model = AutoModelForCausalLM.from_pretrained('ada/tiny', subfolder={subfolder!r}, dtype='auto')\n"
@@ -214,7 +214,7 @@ def test_stock_transformers_loads_it_from_the_hub_and_generates(published, subfo
     assert int(out.split()[-1]) == len("What is") + 5  # the tokenizer is one of bytes
 
 
-def test_pipeline_load_brings_int4_from_the_hub_and_it_generates_on_a_cpu(published):
+def test_pipeline_load_runs_published_int4_on_a_cpu(published):
     code = (
         "import sys; sys.path.insert(0, {!r})\n"
         "from pipeline import load\n"
@@ -260,7 +260,7 @@ def test_a_finished_run_goes_to_another_repository_in_one_commit(published):
     published.tunepress("publish", "runs/tiny", "--repo", "ada/tiny")
 
 
-def test_what_is_on_the_hub_is_what_its_lineage_and_cards_say(published):
+def test_published_release_verifies(published):
     done = published.tunepress("verify", "ada/tiny", "--no-measure", "--json")
     found = json.loads(done.stdout)
     assert found["defects"] == 0 and {f["verdict"] for f in found["findings"]} == {"ok"}

@@ -64,18 +64,18 @@ def test_the_first_model_is_published_for_there_is_nothing_to_beat(story):
     assert "config.json" in story.place.hub.files(REPO, story.first_commit)
 
 
-def test_where_nothing_changed_nothing_is_trained_and_the_exit_code_says_so(story):
+def test_unchanged_inputs_skip_training_with_their_own_exit_code(story):
     assert (story.unchanged["outcome"], story.unchanged["exit_code"]) == ("skipped", 4)
     assert {request.method for request in story.requests_while_unchanged} <= {"GET", "HEAD"}
     assert story.worse_place.names().count("training_started") == 1  # which shares this past
 
 
-def test_a_second_retraining_of_the_repository_at_once_is_told_to_come_back(story):
+def test_concurrent_retraining_is_refused(story):
     assert story.busy.returncode == 75
     assert REPO in story.busy.stderr and len(story.busy.stderr.strip().splitlines()) == 1
 
 
-def test_one_that_was_killed_left_the_live_model_and_the_next_one_went_on(story):
+def test_killed_retraining_leaves_the_published_model_and_is_resumed(story):
     assert story.head_after_kill == story.first_commit
     assert story.better["outcome"] == "published"
     assert story.place.names().count("training_completed") == 2  # the first, and this one
@@ -100,11 +100,11 @@ def test_a_better_model_is_published_in_one_commit_with_its_lineage(story):
     assert live == pytest.approx(before, rel=1e-3)
 
 
-def test_it_is_said_what_changed_since_the_live_model(story):
+def test_changes_since_the_published_model_are_listed(story):
     assert story.better["changes"] == ["train.max_steps: 4 -> 30", "train.learning_rate: 0.005 -> 0.02"]
 
 
-def test_one_that_is_not_better_changes_nothing_on_the_hub(story):
+def test_worse_model_changes_nothing_on_the_hub(story):
     assert (story.worse["outcome"], story.worse["exit_code"]) == ("not_better", 3)
     assert story.place.hub.commits(REPO)[-len(story.commits) :] == story.commits
     assert story.worse["commit"] is None and story.worse["comparison"]["difference"]["value"] > 0
@@ -112,14 +112,14 @@ def test_one_that_is_not_better_changes_nothing_on_the_hub(story):
     assert gap["value"] == pytest.approx(-mirrored["value"]) and gap["stderr"] == pytest.approx(mirrored["stderr"])
 
 
-def test_what_was_decided_is_not_measured_again(story):
+def test_decided_comparison_is_not_measured_again(story):
     assert (story.worse_again["outcome"], story.worse_again["exit_code"]) == ("not_better", 3)
     assert story.worse_again["comparison"] == story.worse["comparison"]
     assert "measured before" in story.worse_again["reason"]
     assert len(story.worse_place.events()) == story.worse_events
 
 
-def test_the_summary_tells_the_figures_the_rule_and_where_the_result_is(story):
+def test_summary_shows_figures_rule_and_location(story):
     better, unchanged = ((story.place.folder / f"{name}.md").read_text() for name in ("better", "unchanged"))
     worse = (story.worse_place.folder / "worse.md").read_text()
     assert f"Retraining {REPO}: Published" in better and story.better["url"] in better
@@ -148,7 +148,7 @@ def undecided(story, tmp_path):
     return story.place.copy(tmp_path / "copy")
 
 
-def test_a_pull_request_proposes_it_and_leaves_the_main_branch(undecided, story):
+def test_pull_request_leaves_the_main_branch(undecided, story):
     head = undecided.hub.commits(REPO)[0]
     told = undecided.decision("better", "--pull-request", "--summary", "proposed.md")
     assert told["outcome"] == "published" and "/discussions/" in told["url"]
@@ -166,7 +166,7 @@ STRICT = ("--set", "quantize.gate.kl=1e-9", "--set", "quantize.gate.rise=100")
 
 
 @pytest.mark.slow
-def test_a_variant_that_is_withheld_is_left_out_unless_what_is_live_has_it(undecided, story):
+def test_withheld_variant_is_dropped_unless_it_is_published(undecided, story):
     hub, asked = undecided.hub, ("--set", "quantize.variants=[int8]", "--set", "quantize.on_gate_failure=withhold")
     lineage = undecided.lineage(story.first_commit)
     lineage["results"]["int8"] = {}
@@ -182,7 +182,7 @@ def test_a_variant_that_is_withheld_is_left_out_unless_what_is_live_has_it(undec
     assert "int8/model.safetensors" not in hub.files(REPO)
 
 
-def test_where_somebody_publishes_meanwhile_it_is_compared_with_that(undecided):
+def test_concurrent_publish_is_compared_with_the_new_model(undecided):
     hub = undecided.hub
     theirs = {"config.json": hub.read(REPO, "config.json").replace(b"{", b'{"edited": true, ', 1)}
     hub.fault(r"POST .*/commit/main", status=412, first=lambda: hub.put(REPO, theirs))
@@ -194,7 +194,7 @@ def test_where_somebody_publishes_meanwhile_it_is_compared_with_that(undecided):
     assert undecided.decided() == [1.0, 1.0, 1.0]  # in the place that this is a copy of, before, and after
 
 
-def test_what_is_published_and_could_not_be_tagged_is_told_and_tagged_by_the_next(undecided):
+def test_untagged_release_is_reported_and_tagged_by_the_next_run(undecided):
     undecided.hub.fault(r"GET .*/refs", status=403, times=9)
     done = undecided.retrain("better")
     assert done.returncode == 2 and "published, but not tagged" in done.stderr
@@ -204,7 +204,7 @@ def test_what_is_published_and_could_not_be_tagged_is_told_and_tagged_by_the_nex
     assert undecided.hub.commits(REPO) == commits
 
 
-def test_a_commit_whose_answer_was_lost_is_no_other_model(undecided):
+def test_commit_with_lost_answer_is_recognized(undecided):
     before = undecided.hub.commits(REPO)
     undecided.hub.fault(r"POST .*/commit/main", reset=True, after=True)
     told = undecided.decision("better")
@@ -223,7 +223,7 @@ def test_a_first_model_that_was_published_and_not_tagged_is_finished(undecided):
     assert undecided.hub.commits("ada/second") == commits and told["comparison"] is None
 
 
-def test_one_that_was_killed_after_its_commit_is_finished_without_another(undecided, story):
+def test_retraining_killed_after_its_commit_finishes_without_another(undecided, story):
     before_it_is_tagged = r"GET .*/refs"
     undecided.hub.fault(before_it_is_tagged, reset=True, first=lambda: kill(process, undecided))
     process = undecided.start("better", until="publish_started")
@@ -238,7 +238,7 @@ def test_one_that_was_killed_after_its_commit_is_finished_without_another(undeci
     assert undecided.decision("better")["outcome"] == "skipped"
 
 
-def test_what_a_killed_retraining_was_compared_with_does_not_bind_a_run(undecided):
+def test_killed_retraining_does_not_bind_an_ordinary_run(undecided):
     undecided.hub.fault(r"POST .*/commit/main", reset=True, first=lambda: kill(process, undecided))
     process = undecided.start("better", until="publish_started")
     process.communicate()
@@ -249,7 +249,7 @@ def test_what_a_killed_retraining_was_compared_with_does_not_bind_a_run(undecide
 
 
 @pytest.mark.slow
-def test_forced_it_trains_anew_and_leaves_what_people_wrote_into_the_runs_folder(undecided):
+def test_forced_retraining_keeps_user_files_in_the_run_folder(undecided):
     head, trained = undecided.hub.commits(REPO)[0], undecided.ledger()["train"]
     card = undecided.release / "README.md"
     card.write_text(card.read_text() + "\nMy own words.\n")
@@ -288,7 +288,7 @@ def test_a_trusted_publisher_needs_no_stored_token(undecided):
         ({"HF_OIDC_RESOURCE": REPO}, "no keyless login"),
     ],
 )
-def test_a_keyless_login_that_cannot_be_had_is_told_in_a_line(undecided, environment, reason):
+def test_failed_keyless_login_gives_one_line(undecided, environment, reason):
     undecided.environment = {"HF_TOKEN": "", **environment}
     done = undecided.retrain("better")
     assert done.returncode == 2
@@ -300,7 +300,7 @@ def test_a_model_is_not_retrained_from_what_it_is_published_to(undecided):
     assert done.returncode == 2 and f"model.source {REPO}: is publish.repo too" in done.stderr
 
 
-def test_what_else_changed_than_the_model_is_named_with_the_command_that_makes_it(undecided):
+def test_changed_variants_are_named_with_the_command_that_makes_them(undecided):
     """This folder has the better model, and the first one is live."""
     told = undecided.decision("first", "--set", "quantize.variants=[int8]")
     assert (told["outcome"], told["exit_code"]) == ("skipped", 4)
@@ -353,14 +353,14 @@ def test_beside_a_job_of_the_same_repository_nothing_is_trained(undecided):
     assert done.returncode == 75 and "/jobs/ada/1" in done.stderr and undecided.names() == events
 
 
-def test_a_record_that_cannot_be_read_is_none(tmp_path):
+def test_unreadable_record_is_ignored(tmp_path):
     path = tmp_path / ".tiny.retraining.json"
     for content in (b"", b"{", b"[]", b"\xff", b'{"of": "another version"}'):
         path.write_bytes(content)
         assert Record.read(path) == Record()
 
 
-def test_a_lock_that_cannot_be_written_is_told_in_a_line(undecided):
+def test_unwritable_lock_gives_one_line(undecided):
     (undecided.folder / "file").write_text("")
     place = {"HF_HOME": str(undecided.folder / "file" / "home")}
     undecided.environment = place
@@ -368,21 +368,21 @@ def test_a_lock_that_cannot_be_written_is_told_in_a_line(undecided):
     assert done.returncode == 2 and place["HF_HOME"] in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_failure_is_summed_up_where_the_ci_asks_for_it(undecided):
+def test_failure_writes_the_ci_summary(undecided):
     undecided.environment = {"GITHUB_STEP_SUMMARY": str(undecided.folder / "step.md"), "HF_TOKEN": "hf_ofNobodyAtAll"}
     assert undecided.retrain("better").returncode == 2
     told = (undecided.folder / "step.md").read_text()
     assert "Failed" in told and "does not know this token" in told
 
 
-def test_a_summary_that_cannot_be_written_is_told_before_any_work(undecided):
+def test_unwritable_summary_is_refused_before_any_work(undecided):
     before = undecided.names()
     done = undecided.retrain("better", "--force", "--summary", "nowhere/told.md")
     assert done.returncode == 2 and undecided.names() == before
     assert done.stderr.strip() == "retrain: --summary nowhere/told.md: cannot be written (No such file or directory)"
 
 
-def test_a_summary_that_can_no_longer_be_written_leaves_the_decision_as_it_is(tmp_path, monkeypatch):
+def test_late_summary_failure_keeps_the_decision(tmp_path, monkeypatch):
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "step.md"))
     (tmp_path / "ci").mkdir()
     summary = Summary.open(tmp_path / "ci" / "told.md")
@@ -391,7 +391,7 @@ def test_a_summary_that_can_no_longer_be_written_leaves_the_decision_as_it_is(tm
     assert problem.startswith("--summary ") and (tmp_path / "step.md").read_text() == "## Published\n"
 
 
-def test_no_token_is_anywhere_on_this_machine_or_on_the_hub(story):
+def test_retraining_writes_no_token_anywhere(story):
     """`story.place.folder` lies beside the folder that the hub keeps large files in."""
     secrets, hub = (TOKEN.encode(), PUBLISHER_TOKEN.encode()), story.place.hub
     for path in story.place.folder.parent.rglob("*"):

@@ -50,7 +50,7 @@ def test_a_stage_that_fails_says_so_in_one_line_in_the_events_and_in_trackio(cop
     assert alerts and alerts[0]["level"] == "error"
 
 
-def test_after_the_cause_is_gone_the_same_command_finishes_the_run(copied):
+def test_same_command_finishes_the_run_after_the_cause_is_removed(copied):
     _forget(copied, "merge")
     (copied.run_folder / "merged-nf4.partial").write_text("in the way")
     copied.tunepress("run", "tiny.yaml", check=1)

@@ -63,11 +63,11 @@ def trained(tmp_path_factory, tiny_model) -> Place:
     return place
 
 
-def test_two_processes_have_the_loss_curve_of_one(trained):
+def test_two_processes_give_the_loss_curve_of_one(trained):
     assert _agrees(_training(trained), _training(trained, "one"))
 
 
-def test_what_two_processes_do_is_told_once_and_released_once(trained):
+def test_two_processes_report_and_release_once(trained):
     names = trained.names()
     assert len(names) == len(set(names)) and names[:2] == ["training_started", "training_completed"]
     spool = (trained.run_folder / "events.jsonl").read_text().splitlines()
@@ -77,7 +77,7 @@ def test_what_two_processes_do_is_told_once_and_released_once(trained):
     assert (trained.run_folder / "logs" / "train.1.log").is_file()
 
 
-def test_how_it_was_trained_does_not_matter_to_a_finished_run(trained):
+def test_finished_run_does_not_depend_on_the_number_of_processes(trained):
     before = trained.ledger()["train"]
     trained.tunepress("train", "tiny.yaml")
     assert trained.ledger()["train"] == before
@@ -85,7 +85,7 @@ def test_how_it_was_trained_does_not_matter_to_a_finished_run(trained):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("cold")
-def test_killed_then_stopped_then_run_again_it_is_still_the_same_training(tmp_path, tiny_model):
+def test_killed_and_stopped_distributed_training_ends_the_same(tmp_path, tiny_model):
     place = _place(tmp_path, tiny_model("llama"), packing=False, method="lora", epochs=8, learning_rate=0.002)
     place.tunepress("train", "tiny.yaml", "--runs", "one")
     run, pids = _start(place, *TWO)
@@ -108,7 +108,7 @@ def test_killed_then_stopped_then_run_again_it_is_still_the_same_training(tmp_pa
 
 
 @pytest.mark.slow
-def test_two_machines_train_together_and_the_first_has_the_result(tmp_path, tiny_model):
+def test_two_machines_train_together_and_the_first_keeps_the_result(tmp_path, tiny_model):
     place = _place(tmp_path, tiny_model("llama"), packing=True, method="lora", epochs=1)
     nodes = place.folder / "nodes.yaml"
     nodes.write_text(
@@ -131,7 +131,7 @@ def test_two_machines_train_together_and_the_first_has_the_result(tmp_path, tiny
     assert not (other / "adapter").exists() and not (other / "events.jsonl").exists()
 
 
-def test_another_machine_says_whom_it_waits_for_needs_no_tracking_token_and_can_be_stopped(tmp_path, tiny_model):
+def test_worker_machine_names_its_main_machine_and_can_be_stopped(tmp_path, tiny_model):
     place = _place(tmp_path, tiny_model("llama"), packing=True)
     with socket.create_server(("127.0.0.1", 0)) as machine_0:  # which never says anything
         nodes = place.folder / "nodes.yaml"
@@ -165,7 +165,7 @@ main()
 
 
 @pytest.mark.slow
-def test_what_one_process_finds_wrong_is_told_in_its_own_line(tmp_path, tiny_model):
+def test_error_in_one_process_gives_one_line(tmp_path, tiny_model):
     place = _place(tmp_path, tiny_model("llama"), packing=True)
     done = place.tunepress("train", "tiny.yaml", *TWO, "--set", "train.max_length=2", check=2)
     assert done.stderr.startswith("tunepress: train: train.max_length 2: leaves no answer in any example")
@@ -173,7 +173,7 @@ def test_what_one_process_finds_wrong_is_told_in_its_own_line(tmp_path, tiny_mod
     assert [e["error"] for e in place.events() if e["event"] == "training_failed"] == ["UserError"]
 
 
-def test_what_cannot_be_shared_is_said_before_any_work(tmp_path):
+def test_indivisible_batch_is_refused_before_any_work(tmp_path):
     place = _place(tmp_path, tmp_path / "no-model", packing=True)
     done = place.tunepress("run", "tiny.yaml", *TWO, "--set", "train.accumulate=1", check=2)
     assert "train.batch_size 3 x train.accumulate 1: 3 examples a step cannot be shared by 2 processes" in done.stderr
@@ -189,7 +189,7 @@ def test_what_cannot_be_shared_is_said_before_any_work(tmp_path):
         ("cpu-two", 1, "--machine-rank 1: --accelerate cpu-two has 1 machine,"),
     ],
 )
-def test_a_name_or_a_rank_that_is_none_is_refused(name, machine_rank, said):
+def test_invalid_address_or_rank_is_refused(name, machine_rank, said):
     with pytest.raises(ConfigError) as refusal:
         read_launch(name, machine_rank)
     assert str(refusal.value).startswith(said)

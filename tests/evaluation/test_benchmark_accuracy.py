@@ -38,19 +38,19 @@ def test_ways_are_divided_so_that_each_run_makes_a_variant_once(benchmark):
         ("int9", "int9"), ("int8,int4:33", "33"), ("int8,int4:32,int4:32:awq", "awq"),
     ],
 )  # fmt: skip
-def test_what_is_no_way_to_make_a_variant_is_refused_by_name_before_any_work(tmp_path, tiny_model, given, told):
+def test_invalid_variant_option_is_refused_before_any_work(tmp_path, tiny_model, given, told):
     command = [sys.executable, SCRIPTS / "benchmark_accuracy.py", tiny_model("llama"), "--variants", given]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 
-def test_the_frontier_has_what_nothing_smaller_equals(benchmark):
+def test_frontier_keeps_undominated_variants(benchmark):
     points = [(10, 0.0), (5, 1.0), (4, 5.0), (6, 2.0), (4, 6.0), (5, 0.5)]
     assert benchmark.frontier(points) == [(4, 5.0), (5, 0.5), (10, 0.0)]
 
 
-def test_a_reordered_model_says_the_same_and_a_changed_one_does_not(benchmark, tiny_model, tmp_path):
+def test_reordered_model_gives_the_same_logits(benchmark, tiny_model, tmp_path):
     from transformers import AutoModelForCausalLM
 
     source, reordered, changed = tiny_model("llama"), tmp_path / "reordered", tmp_path / "changed"
@@ -68,7 +68,7 @@ def test_a_reordered_model_says_the_same_and_a_changed_one_does_not(benchmark, t
 
 
 @pytest.mark.slow
-def test_two_ways_to_int4_are_measured_beside_one_base_and_drawn(tiny_model, tmp_path):
+def test_two_int4_roundings_are_measured_and_drawn(tiny_model, tmp_path):
     command = [sys.executable, SCRIPTS / "benchmark_accuracy.py", tiny_model("llama"), "--samples", "1"]
     command += ["--variants", "int8,int4:32:hqq,int4:32:rtn", "--set", "quantize.gate.rise=0.0001"]
     done = subprocess.run([*command, "--output", tmp_path], capture_output=True, text=True)

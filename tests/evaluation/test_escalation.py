@@ -18,7 +18,7 @@ def ways(found: list[Rung]) -> list[tuple]:
     return [(r.spec.rounding, r.spec.group_size, r.spec.embeddings, r.share) for r in found]
 
 
-def test_of_int4_there_are_roundings_groups_embeddings_and_layers_in_eight_bits(tiny_model):
+def test_int4_fallbacks_cover_roundings_groups_embeddings_and_mixed_layers(tiny_model):
     found = ways(rungs(tiny_model("llama"), "int4", group_size=64))
     assert set(found) == {
         ("search", 64, "keep", 0), ("hqq", 64, "keep", 0), ("search", 32, "keep", 0), ("hqq", 32, "keep", 0),
@@ -34,7 +34,7 @@ def test_layers_get_eight_bits_in_the_smallest_groups_with_the_best_rounding(tin
 
 
 @pytest.mark.parametrize("asked", [("int4", {}), ("int8", {}), ("int8-dynamic", {})])
-def test_the_smallest_come_first_and_what_was_asked_for_is_among_them(tiny_model, asked):
+def test_fallbacks_are_sorted_by_size_and_include_the_request(tiny_model, asked):
     name, options = asked
     found = rungs(tiny_model("llama"), name, **options)
     assert [r.bytes for r in found] == sorted(r.bytes for r in found) and len(found) > 1
@@ -51,13 +51,13 @@ def test_bytes_are_those_of_the_files_but_for_what_all_variants_have(tiny_model,
     assert len({checkpoint.nbytes - rung.bytes for checkpoint, rung in zip(made, found, strict=True)}) == 1
 
 
-def test_embeddings_stay_where_stock_transformers_could_not_load_them(tiny_model):
+def test_embeddings_stay_if_transformers_could_not_load_them(tiny_model):
     found = rungs(tiny_model("gemma3_text"), "int4")
     assert {r.spec.embeddings for r in found} == {"keep"} and max(r.share for r in found) == 0.6
 
 
 @pytest.mark.parametrize("name", ["gguf-q4_k_m", "gguf-bf16"])
-def test_what_takes_no_options_has_one_rung(tiny_model, name):
+def test_variant_without_options_has_no_fallback(tiny_model, name):
     if name == "gguf-q4_k_m":
         pytest.importorskip("llama_cpp")
     assert len(rungs(tiny_model("llama"), name)) == 1

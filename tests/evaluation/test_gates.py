@@ -56,7 +56,7 @@ def test_the_value_has_to_be_below_the_limit_by_its_error():
     assert judge(quality(-0.2, 0.1), allowed)["passed"]
 
 
-def test_of_few_sequences_the_error_itself_is_hardly_known():
+def test_few_sequences_widen_the_error():
     error = 0.01 / quantile(2, 8)
     assert judge(quality(0.039, error, sequences=8), {"rise": 0.05})["passed"]
     assert judge(quality(0.039, 0.0049, sequences=500), {"rise": 0.05})["passed"]
@@ -72,7 +72,7 @@ def test_every_text_and_every_limit_counts():
     assert judge(quality(0.01, 0.001), {"rise": 0.05, "kl": 0.05, "disagreement": 0.1})["passed"]
 
 
-def test_what_was_missed_is_told_in_one_line_with_figure_and_limit():
+def test_missed_gate_gives_one_line_with_figure_and_limit():
     line = tell(judge(quality(0.121, 0.013), {"rise": 0.05, "kl": 0.03, "disagreement": 0.05}))
     assert line == (
         "perplexity rises by 12.1 ± 1.3 % on general text, and the limit is 5 %; "
@@ -81,7 +81,7 @@ def test_what_was_missed_is_told_in_one_line_with_figure_and_limit():
     )
 
 
-def test_where_only_the_error_is_too_large_more_tokens_are_advised():
+def test_large_error_advises_more_tokens():
     line = tell(judge(quality(0.042, 0.009), {"rise": 0.05}))
     assert line == (
         "perplexity rises by 4.20 ± 0.90 % on general text, which with its error may be more than the limit of 5 %; "
@@ -89,7 +89,7 @@ def test_where_only_the_error_is_too_large_more_tokens_are_advised():
     )
 
 
-def test_a_limit_changes_the_verdict_and_not_what_is_made_or_measured(tmp_path):
+def test_limit_changes_only_the_verdict(tmp_path):
     def depends(**given):
         config = configured(variants=[{"name": "int4", **given}])
         with Workspace.claim(tmp_path / "m", config) as workspace:

@@ -124,7 +124,7 @@ def test_more_sequences_do():
     assert many.stderr == pytest.approx(few.stderr / 4, rel=0.02)
 
 
-def test_one_sequence_has_no_known_error():
+def test_single_sequence_has_no_error():
     estimate = metrics.mean(torch.rand(30), torch.zeros(30, dtype=torch.long))
     assert math.isnan(estimate.stderr) and 0 < estimate.value < 1
 
@@ -170,7 +170,7 @@ def test_the_rise_is_the_ratio_of_the_perplexities(model, other):
     assert metrics.rise(scores, reference).value == pytest.approx(ratio - 1, rel=1e-5)
 
 
-def test_the_rise_is_paired_so_that_what_both_find_hard_adds_no_error():
+def test_rise_is_paired_per_token():
     generator = torch.Generator().manual_seed(0)
     hard, sequence = torch.rand(200, generator=generator) * 10, torch.arange(40).repeat_interleave(5)
     steady = metrics.rise(scores_of(hard + 0.01, sequence), scores_of(hard, sequence))

@@ -164,7 +164,7 @@ def test_binary_content_goes_through_lfs_whatever_its_name(hub, api):
     assert uploaded(hub) == [3]
 
 
-def test_what_the_hub_holds_is_not_sent_again(hub, api):
+def test_known_blobs_are_not_sent_again(hub, api):
     commit(api, {"a/model.safetensors": WEIGHTS})
     commit(api, {"b/model.safetensors": WEIGHTS, "a/model.safetensors": WEIGHTS, "config.json": b"{}"})
     assert uploaded(hub) == [len(WEIGHTS)]
@@ -177,7 +177,7 @@ def test_a_commit_without_changes_is_left_out_by_the_client(hub, api):
     assert again.oid == first.oid and len(hub.commits(REPO)) == 2
 
 
-def test_a_commit_without_changes_is_made_if_it_is_sent_all_the_same(hub, api):
+def test_empty_commit_is_created_if_sent(hub, api):
     before = hub.files(REPO)
     assert send_commit(hub)[0] == 200
     assert hub.files(REPO) == before and len(hub.commits(REPO)) == 2
@@ -218,7 +218,7 @@ def test_upload_folder_and_delete_folder(hub, api, tmp_path):
     assert hub.files(REPO).keys() == {".gitattributes", "config.json"}
 
 
-def test_deleting_what_is_not_there_fails_and_changes_nothing(hub, api):
+def test_deleting_a_missing_file_fails_and_changes_nothing(hub, api):
     with pytest.raises(EntryNotFoundError, match="A file with this name doesn't exist"):
         commit(api, {"config.json": b"{}", "missing.txt": None})
     assert "config.json" not in hub.files(REPO)
@@ -311,7 +311,7 @@ def test_a_card_with_a_bad_base_model_is_refused(hub, api):
 # -- who may do what
 
 
-def test_a_token_that_nobody_has_answers_401(hub, api):
+def test_unknown_token_answers_401(hub, api):
     stranger = client(hub, "hf_wrong")
     for request in (stranger.whoami, lambda: stranger.model_info(REPO), lambda: commit(stranger, {"x": b""})):
         with pytest.raises(HfHubHTTPError) as error:
@@ -454,7 +454,7 @@ def test_a_commit_may_happen_and_its_answer_be_lost(hub, api):
     assert hub.read(REPO, "config.json") == b"{}" and hub.requests[-1].status == 0
 
 
-def test_somebody_else_can_be_first(hub, api):
+def test_concurrent_commit_can_come_first(hub, api):
     head = api.model_info(REPO).sha
     hub.fault(r"POST .*/commit/", first=lambda: hub.put(REPO, {"other.txt": b"slipped in"}))
     with pytest.raises(HfHubHTTPError) as error:
@@ -467,7 +467,7 @@ def test_a_stall_is_only_slow(hub, api):
     assert api.whoami()["name"] == "ann"
 
 
-def test_a_stopped_hub_answers_nobody(tmp_path):
+def test_stopped_hub_does_not_answer(tmp_path):
     with LoopbackHub(tmp_path, TOKENS) as hub:
         api = client(hub, "hf_ann")
         api.whoami()

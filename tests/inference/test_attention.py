@@ -58,7 +58,7 @@ def test_with_a_mask(shared, tokens, kind):
     check(shared, *inputs(8, shared, tokens, 30, torch.float32), mask)
 
 
-def test_what_is_not_causal_stays_so():
+def test_non_causal_attention_stays_non_causal():
     check(4, *inputs(8, 4, 20, 20, torch.float32), None, is_causal=False)
 
 
@@ -74,13 +74,13 @@ def test_padded_batches_write_what_they_write_with_transformers_own(tiny_model, 
     assert torch.equal(*written)
 
 
-def test_it_is_no_part_of_what_is_saved(tiny_model, tmp_path):
+def test_attention_choice_is_not_saved(tiny_model, tmp_path):
     load(tiny_model("llama"))[0].save_pretrained(tmp_path)
     assert "attn" not in (tmp_path / "config.json").read_text()
 
 
 @pytest.mark.parametrize("kind", attention.MODELS)
-def test_every_model_that_gets_it_computes_what_it_did(kind, tmp_path):
+def test_fused_attention_keeps_the_logits_of_every_model(kind, tmp_path):
     from transformers import AutoConfig
 
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}

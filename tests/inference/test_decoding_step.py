@@ -94,7 +94,7 @@ def written(model, prompt, count, mask=None, quick=True):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", step.MODELS)
-def test_it_says_what_the_ordinary_way_says(release, steps, kind, variant, dtype, batch, padded):
+def test_decoding_step_gives_the_logits_of_transformers(release, steps, kind, variant, dtype, batch, padded):
     model, _ = load(release(kind, dtype, variant), variant)
     mask = None
     if padded:
@@ -106,7 +106,7 @@ def test_it_says_what_the_ordinary_way_says(release, steps, kind, variant, dtype
 
 
 @pytest.mark.parametrize("variant, kind", [("int8", step.JoinedInt8), ("int4", step.JoinedInt4)])
-def test_the_layers_of_a_joined_product_hold_views_of_it_and_are_stored_as_ever(release, tmp_path, variant, kind):
+def test_joined_layers_are_views_and_are_saved_unchanged(release, tmp_path, variant, kind):
     folder = release("llama", variant=variant)
     model, tokenizer = load(folder, variant)
     block = model.model._step.blocks[1]
@@ -123,7 +123,7 @@ def test_the_layers_of_a_joined_product_hold_views_of_it_and_are_stored_as_ever(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_generating_writes_what_it_wrote(release, steps, variant):
+def test_generate_output_is_unchanged(release, steps, variant):
     model, _ = load(release("llama", torch.float32, variant), variant)
     prompt, options = ids(2, 9), {"max_new_tokens": 12, "do_sample": False}
     ways = [{}, {"num_beams": 2, "num_return_sequences": 2}, {"prompt_lookup_num_tokens": 3}]
@@ -142,7 +142,7 @@ def test_generating_writes_what_it_wrote(release, steps, variant):
     "what", ["hook", "adapter", "hidden states", "attentions", "gradients", "tuple", "mask", "global"]
 )
 @torch.no_grad()
-def test_what_a_step_cannot_give_comes_from_the_model_itself(release, steps, what):
+def test_unsupported_step_falls_back_to_the_model(release, steps, what):
     model, _ = load(release("llama", variant="int8"), "int8")
     cache = model(ids(1, 5), use_cache=True).past_key_values
     token, seen, options = ids(1, 1), [], {"past_key_values": cache, "use_cache": True}
@@ -212,7 +212,7 @@ def layers(*shape, count=3):
 
 
 @torch.no_grad()
-def test_a_growing_layer_holds_what_a_dynamic_one_holds():
+def test_growing_cache_equals_dynamic_cache():
     theirs = DynamicLayer()
     ours = GrowingLayer()
     rooms = set()
@@ -236,7 +236,7 @@ def test_a_growing_layer_holds_what_a_dynamic_one_holds():
 
 
 @torch.no_grad()
-def test_what_was_cropped_away_is_not_overwritten_for_those_who_kept_it():
+def test_cropped_cache_tensors_are_not_overwritten():
     layer = GrowingLayer()
     for part in layers(1, 2, 3, 4):
         layer.update(*part)
@@ -265,7 +265,7 @@ def test_tensors_of_a_room_lie_in_it_one_after_the_other_where_kernels_can_read_
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about glibc")
-def test_what_was_freed_goes_back_to_the_system_where_a_stage_keeps_its_memory(cold):
+def test_freed_memory_returns_to_the_system(cold):
     program = """
 import torch
 from pipeline.inference.kernels.pages import give_back

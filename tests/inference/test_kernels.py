@@ -121,7 +121,7 @@ def test_int4_takes_any_number_of_rows(rows):
 
 @pytest.mark.parametrize("rows, width", [(64, 256), (100, 192), (1000, 64)])
 @pytest.mark.parametrize("grid", [INT8, int8(64), int4(), int4(64)], ids=["int8", "int8-64", "int4", "int4-64"])
-def test_a_layer_gives_back_what_it_was_made_from(grid, rows, width):
+def test_portable_weight_is_recovered_from_a_layer(grid, rows, width):
     weight = weight_on_grid(grid, rows, width)
     back = kernels.linear(weight, None, CPU).portable()
     assert back.grid == grid and torch.equal(back.codes, weight.codes) and torch.equal(back.scale, weight.scale)
@@ -144,7 +144,7 @@ def test_codes_are_packed_as_torch_packs_them(rows, width):
     assert torch.equal(cpu.pack_int4(codes, cpu.int4_block()), expected.view(torch.uint8))
 
 
-def test_a_packing_that_is_not_known_has_no_layer(monkeypatch):
+def test_unknown_packing_has_no_layer(monkeypatch):
     monkeypatch.setattr(cpu, "int4_block", lambda: None)
     assert kernels.linear(weight_on_grid(int4(), 64, 64), None, CPU) is None
 
@@ -169,7 +169,7 @@ def test_long_float16_inputs_do_not_overflow(tokens):
     assert result.isfinite().all()
 
 
-def test_int8_stays_as_it_is_stored_on_cuda_only():
+def test_int8_keeps_its_layout_only_on_cuda():
     weights = {"int8": weight_on_grid(INT8, 64, 64), "int4": weight_on_grid(int4(), 64, 64)}
     kept = {
         (n, d) for n, w in weights.items() for d in ("cpu", "cuda", "mps") if kernels.runs_as_stored(w, torch.device(d))

@@ -32,7 +32,7 @@ def layer_types(model) -> set[str]:
 @pytest.mark.parametrize("repeat", [1, 4], ids=["short", "long"])
 @pytest.mark.parametrize("variant, kind", [("int8", "Int8Linear"), ("int4", "Int4Linear")])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_variant_computes_what_its_numbers_mean(
+def test_loaded_variant_computes_its_dequantized_weights(
     tiny_model, quantized, dequantized, architecture, variant, kind, repeat
 ):
     source = tiny_model(architecture)
@@ -45,7 +45,7 @@ def test_a_variant_computes_what_its_numbers_mean(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_in_float32_it_computes_them_to_float32_precision(tiny_model, quantized, dequantized, variant):
+def test_loaded_variant_is_exact_in_float32(tiny_model, quantized, dequantized, variant):
     source = tiny_model("llama", "float32")
     model, tokenizer = load(quantized(source, variant), variant)
     assert relative_error(logits(model, tokenizer), logits(dequantized(source, variant), tokenizer)) < 1e-4
@@ -99,7 +99,7 @@ def test_layers_that_were_kept_stay_ordinary(tiny_model, quantized, variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_it_computes_bit_for_bit_what_the_stock_loader_and_repacking_give(tiny_model, quantized, architecture, variant):
+def test_load_equals_stock_loader_with_repacking_bit_for_bit(tiny_model, quantized, architecture, variant):
     root = quantized(tiny_model(architecture), variant)
     model, tokenizer = load(root, variant)
     stock = loading._load_stock(root / variant, torch.device("cpu")).eval()
@@ -116,9 +116,7 @@ def test_it_computes_bit_for_bit_what_the_stock_loader_and_repacking_give(tiny_m
 
 @pytest.mark.parametrize("variant, shard_bytes", [("int8", 10**9), ("int4", 10**9), ("int4", 60_000)])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_loaded_variant_is_saved_as_the_portable_one_again(
-    tiny_model, quantized, tmp_path, architecture, variant, shard_bytes
-):
+def test_loaded_variant_is_saved_as_portable(tiny_model, quantized, tmp_path, architecture, variant, shard_bytes):
     root = quantized(tiny_model(architecture), variant, shard_bytes)
     model, tokenizer = load(root, variant)
     model.save_pretrained(tmp_path)
@@ -192,7 +190,7 @@ def test_pack_reports_what_it_put_in(tiny_model, quantized):
     assert loading.pack(model, torch.device("cpu")) == {"Int4Linear": 12}
 
 
-def test_layers_that_run_as_they_are_stored_are_left_alone(tiny_model, quantized, monkeypatch):
+def test_layers_that_run_as_stored_are_not_repacked(tiny_model, quantized, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setattr(kernels, "runs_as_stored", lambda weight, device: True)
@@ -209,12 +207,12 @@ def test_a_variant_is_found_by_its_other_names(tiny_model, quantized, name):
 
 
 @pytest.mark.parametrize("variant", ["int3", "", "both", "../int4"])
-def test_a_variant_that_nobody_makes_is_refused(tiny_model, quantized, variant):
+def test_unknown_variant_is_refused(tiny_model, quantized, variant):
     with pytest.raises(ModelError, match="not one that tunepress makes"):
         load(quantized(tiny_model("llama"), "int4"), variant)
 
 
-def test_a_variant_that_is_not_there_is_refused_and_those_that_are_named(tiny_model, quantized):
+def test_missing_variant_is_refused_with_the_existing_ones(tiny_model, quantized):
     with pytest.raises(ModelError, match="no model there; variants in .*: int4$"):
         load(quantized(tiny_model("llama"), "int4"), "int8")
 
@@ -227,7 +225,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "source", ["nowhere", "/nowhere/at/all", "a/b/c", "", "user/na me", "~nobody-of-that-name/x", "x" * 5000, "a\nb"]
 )
-def test_what_is_neither_a_folder_nor_a_repository_is_refused_in_one_line(source, tmp_path, monkeypatch):
+def test_invalid_model_location_is_refused_in_one_line(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         ModelError, match="neither a folder here nor a repository|not a folder|no model there"
@@ -237,26 +235,26 @@ def test_what_is_neither_a_folder_nor_a_repository_is_refused_in_one_line(source
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:x", "", "meta", "xla", "cpu:-2"])
-def test_a_device_that_is_none_is_refused(tiny_model, device):
+def test_invalid_device_is_refused(tiny_model, device):
     with pytest.raises(ModelError, match="use auto, cpu, cuda, cuda:N or mps"):
         load(tiny_model("llama"), device=device)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without CUDA")
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
-def test_cuda_is_refused_where_there_is_none(tiny_model, device):
+def test_missing_cuda_is_refused(tiny_model, device):
     with pytest.raises(ModelError, match="torch finds no CUDA here"):
         load(tiny_model("llama"), device=device)
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="is about machines without MPS")
-def test_mps_is_refused_where_there_is_none(tiny_model):
+def test_missing_mps_is_refused(tiny_model):
     with pytest.raises(ModelError, match="torch finds no MPS here"):
         load(tiny_model("llama"), device="mps")
 
 
 @pytest.mark.parametrize("damage", ["cut", "no weights", "unknown model", "no tokenizer"])
-def test_a_damaged_folder_is_one_line_that_names_it(model_copy, damage):
+def test_damaged_folder_gives_one_line(model_copy, damage):
     weights = model_copy / SINGLE_NAME
     if damage == "cut":
         weights.write_bytes(weights.read_bytes()[:5000])
@@ -272,7 +270,7 @@ def test_a_damaged_folder_is_one_line_that_names_it(model_copy, damage):
     assert str(model_copy) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_loading_leaves_the_folder_as_it_was(tiny_model, quantized, tmp_path):
+def test_loading_does_not_change_the_folder(tiny_model, quantized, tmp_path):
     root = shutil.copytree(quantized(tiny_model("llama"), "int4"), tmp_path / "release")
     before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
     load(root, "int4")

@@ -37,7 +37,7 @@ def same(ours: metrics.Scores, theirs: metrics.Scores) -> bool:
     return all(torch.equal(getattr(ours, part), getattr(theirs, part)) for part in ("nll", "choice", "hidden"))
 
 
-def test_a_model_scores_bit_for_bit_as_it_does_in_memory(any_model):
+def test_offloaded_model_scores_bit_for_bit_the_same(any_model):
     there, _ = load(any_model)
     offloaded, _ = load(any_model, offload=True)
     assert is_offloaded(offloaded) and not is_offloaded(there)
@@ -67,7 +67,7 @@ def test_a_quantized_table_counts_for_embedding_and_head(tiny_model, quantized, 
     assert ours == pytest.approx(theirs, rel=0.02)
 
 
-def test_it_is_offloaded_where_it_does_not_fit_and_only_there(any_model):
+def test_model_is_offloaded_only_if_it_does_not_fit(any_model):
     size = sum(path.stat().st_size for path in any_model.glob("*.safetensors"))
     assert fits(any_model, CPU, int(size / WEIGHTS_SHARE) + 2) and not fits(
         any_model, CPU, int(size / WEIGHTS_SHARE) - 2
@@ -134,7 +134,7 @@ def measured(tmp_path, tiny_model, quantized):
 
 
 @pytest.mark.slow
-def test_what_was_offloaded_has_quality_and_neither_speed_nor_answers(measured):
+def test_offloaded_model_has_quality_but_no_speed_or_answers(measured):
     base, variant = measured(True)
     ordinary, packed = measured(False)
     assert base["quality"] == ordinary["quality"]

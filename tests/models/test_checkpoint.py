@@ -58,7 +58,7 @@ def write(folder, tensors, metadata=None, **options) -> None:
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 64, 200, 10**9])
-def test_what_is_written_safetensors_and_this_reader_read_back(tmp_path, shard_bytes):
+def test_written_checkpoint_is_read_by_safetensors_and_by_our_reader(tmp_path, shard_bytes):
     tensors = some_tensors()
     write(tmp_path, tensors, {"note": "kept"}, shard_bytes=shard_bytes)
     ours, theirs = Checkpoint(tmp_path), {}
@@ -74,7 +74,7 @@ def test_what_is_written_safetensors_and_this_reader_read_back(tmp_path, shard_b
     assert (tmp_path / INDEX_NAME).is_file() == (len(files) > 1) == (shard_bytes < 10**9)
 
 
-def test_what_safetensors_wrote_is_read(tmp_path):
+def test_safetensors_file_is_read(tmp_path):
     tensors = some_tensors()
     save_file(tensors, tmp_path / SINGLE_NAME, {"format": "pt"})
     checkpoint = Checkpoint(tmp_path)
@@ -82,7 +82,7 @@ def test_what_safetensors_wrote_is_read(tmp_path):
     assert all(same(checkpoint.read(name), tensor) for name, tensor in tensors.items())
 
 
-def test_what_transformers_wrote_in_shards_is_read(tiny_model, tmp_path):
+def test_transformers_shards_are_read(tiny_model, tmp_path):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype="auto")
@@ -167,7 +167,7 @@ def test_files_get_their_names_only_when_every_byte_is_there(tmp_path):
 
 
 @pytest.mark.parametrize("shard_bytes", [100, 10**9])
-def test_a_write_that_failed_leaves_nothing_and_what_was_there_before_is_still_there(tmp_path, shard_bytes):
+def test_failed_write_keeps_the_old_checkpoint(tmp_path, shard_bytes):
     tensors = some_tensors()
     write(tmp_path, tensors, shard_bytes=shard_bytes)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -190,7 +190,7 @@ def test_rows_come_from_many_threads(tmp_path):
     assert all(torch.equal(rows, tensors[n][f : f + 10]) for rows, (n, f) in zip(read, pieces, strict=True))
 
 
-def test_an_error_inside_is_the_one_that_is_seen(tmp_path):
+def test_inner_error_is_raised(tmp_path):
     with pytest.raises(KeyError, match="mine"), CheckpointWriter(tmp_path, {"t": (torch.float32, (4,))}):
         raise KeyError("mine")
 
@@ -232,7 +232,7 @@ def test_the_same_tensors_give_the_same_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("first, then", [(100, 10**9), (10**9, 100)])
-def test_a_second_write_into_a_folder_is_not_hidden_by_the_first(tmp_path, first, then):
+def test_second_write_replaces_the_first(tmp_path, first, then):
     from transformers.utils import SAFE_WEIGHTS_NAME
 
     write(tmp_path, {name: torch.zeros_like(t) for name, t in some_tensors().items()}, shard_bytes=first)
@@ -241,7 +241,7 @@ def test_a_second_write_into_a_folder_is_not_hidden_by_the_first(tmp_path, first
     assert (tmp_path / SAFE_WEIGHTS_NAME).exists() == (then > 100)  # which transformers would prefer
 
 
-def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+def test_full_disk_gives_one_line(tmp_path, monkeypatch):
     def no_space(*_):
         raise OSError(28, "No space left on device")
 
@@ -394,7 +394,7 @@ TEXTS += ['{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}']
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
-def test_an_index_that_is_none_is_refused(sharded, text):
+def test_invalid_index_is_refused(sharded, text):
     folder, _ = sharded
     (folder / INDEX_NAME).write_text(text)
     with pytest.raises(CheckpointError, match="not an index"):
@@ -413,7 +413,7 @@ HURT = {
 
 @pytest.mark.parametrize("hurt", HURT)
 @pytest.mark.parametrize("verb", ["quantize", "merge"])
-def test_of_a_damaged_checkpoint_nothing_is_made(model_copy, tmp_path, verb, hurt):
+def test_damaged_checkpoint_makes_no_variant(model_copy, tmp_path, verb, hurt):
     from pipeline.config.schema import VariantSpec
     from pipeline.errors import UserError
     from pipeline.models.sources import linear_weights

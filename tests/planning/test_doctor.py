@@ -23,7 +23,7 @@ def examined(place: Planner) -> dict:
     return json.loads(place.tunepress("doctor", "--no-calibrate", "--json").stdout)
 
 
-def test_it_tells_devices_kernels_versions_and_disk(place):
+def test_doctor_reports_devices_kernels_versions_and_disk(place):
     found = examined(place)
     assert found["devices"][-1]["kind"] == "cpu" and found["devices"][-1]["capability"]
     assert set(found["kernels"]) == {"int8", "int8, in groups", "int4"}
@@ -38,7 +38,7 @@ def test_it_tells_devices_kernels_versions_and_disk(place):
     ("role", "writes_to", "may_write"),
     [("write", (), True), ("read", (), False), ("fineGrained", (), False), ("fineGrained", ("ada/mine",), True)],
 )
-def test_it_knows_who_is_logged_in_and_never_tells_the_token(tmp_path, role, writes_to, may_write):
+def test_doctor_reports_the_login_without_the_token(tmp_path, role, writes_to, may_write):
     with LoopbackHub(tmp_path / "hub", {TOKEN: {"name": "ada", "role": role, "writes_to": writes_to}}) as hub:
         place = Planner(tmp_path, hub)
         done = place.tunepress("doctor", "--no-calibrate", "--json")
@@ -48,13 +48,13 @@ def test_it_knows_who_is_logged_in_and_never_tells_the_token(tmp_path, role, wri
 
 
 @pytest.mark.parametrize("dtype", hardware.COMPUTE_DTYPES)
-def test_it_tells_the_compute_type(place, monkeypatch, dtype):
+def test_doctor_reports_the_compute_type(place, monkeypatch, dtype):
     monkeypatch.setenv(hardware.COMPUTE_DTYPE, dtype)
     assert examined(place)["compute_dtype"] == dtype
     assert f"Compute     {dtype}" in place.tunepress("doctor", "--no-calibrate").stdout
 
 
-def test_without_a_network_it_says_so_in_one_line_and_goes_on(tmp_path):
+def test_doctor_reports_a_missing_network_and_continues(tmp_path):
     with LoopbackHub(tmp_path / "hub", {TOKEN: {"name": "ada"}}) as hub:
         place = Planner(tmp_path, hub)
     found = examined(place)  # the hub is gone
@@ -62,14 +62,14 @@ def test_without_a_network_it_says_so_in_one_line_and_goes_on(tmp_path):
     assert TOKEN not in json.dumps(found) and found["versions"]
 
 
-def test_people_get_a_page_and_without_a_login_it_says_how_to_log_in(tmp_path):
+def test_doctor_page_explains_how_to_log_in(tmp_path):
     page = Planner(tmp_path).tunepress("doctor", "--no-calibrate").stdout
     assert f"Compute     {hardware.dtype_name(hardware.compute_dtype('cpu'))}" in page
     assert "hf auth login" in page and "Int4Linear" in page and "run: tunepress doctor --calibrate" in page
 
 
 @pytest.mark.slow  # it measures
-def test_what_it_measured_is_kept_and_gives_a_plan_its_times(place):
+def test_measured_speeds_are_stored_and_used_by_plan(place):
     before = place.plan("demo")
     assert before["seconds"] is None and any("doctor" in note for note in before["notes"])
     measured = json.loads(place.tunepress("doctor", "--calibrate", "--json").stdout)["calibration"]
@@ -81,7 +81,7 @@ def test_what_it_measured_is_kept_and_gives_a_plan_its_times(place):
     assert kept == measured  # it is measured once
 
 
-def test_where_nothing_can_be_kept_or_measured_that_is_a_line_and_it_goes_on(tmp_path, monkeypatch):
+def test_unmeasurable_machine_gives_one_line_and_doctor_continues(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "measure", lambda place, tell: replace(FIGURES, place=place))
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -151,7 +151,7 @@ def told(plan: Plan) -> str:
     return line
 
 
-def test_where_the_steps_are_not_known_there_is_no_time_for_the_whole_run(measured, tmp_path, tiny_model):
+def test_unknown_steps_give_no_total_time(measured, tmp_path, tiny_model):
     (tmp_path / "rows.json").write_text(json.dumps([{"prompt": "a", "completion": "b"}] * 9))  # rows are not counted
     own = [f"data.source={tmp_path / 'rows.json'}", f"model.source={tiny_model('llama')}", "train.packing=false"]
     unknown, known = (make_plan(load_config("demo", [*own, f"train.max_steps={n}"])) for n in ("null", "60"))
@@ -163,19 +163,19 @@ def test_where_the_steps_are_not_known_there_is_no_time_for_the_whole_run(measur
     assert "whose steps are not known" in dict(summary._lines(unknown))["Takes"]
 
 
-def test_a_model_that_is_measured_layer_by_layer_gets_no_time_of_one_in_memory(measured, tmp_path, monkeypatch):
+def test_offloaded_model_has_no_estimated_time(measured, tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.system.hardware.free_host_bytes", lambda: 300_000_000)
     plan = make_plan(load_config("demo"))
     assert plan.total_seconds is None and not {"evaluate"} & plan.seconds.keys()
     assert "without evaluate, which reads its model from the disk again and again" in told(plan)
 
 
-def test_measuring_on_another_device_than_the_one_whose_speed_is_known_has_no_time(measured):
+def test_unknown_device_speed_gives_no_time(measured):
     plan = make_plan(load_config("demo", ["evaluate.device=cuda"]))  # nothing here has one
     assert not {"evaluate", "int8", "int4"} & plan.seconds.keys() and "quantize" in plan.seconds
 
 
-def test_of_a_gpu_only_what_others_leave_free_counts(monkeypatch):
+def test_only_free_gpu_memory_counts(monkeypatch):
     import torch
 
     monkeypatch.setattr(devices, "may_have_gpu", lambda: True)
@@ -185,7 +185,7 @@ def test_of_a_gpu_only_what_others_leave_free_counts(monkeypatch):
     assert devices.gpu_here() == ("Abacus 1", 3 * 10**9)
 
 
-def test_an_amd_gpu_is_told_what_to_set_only_where_torch_has_no_kernels_for_it(monkeypatch):
+def test_amd_gpu_advice_appears_only_without_kernels(monkeypatch):
     monkeypatch.delenv("HSA_OVERRIDE_GFX_VERSION", raising=False)
     assert "HSA_OVERRIDE_GFX_VERSION=10.3.0" in doctor.rocm_advice("gfx1031")
     assert "HSA_OVERRIDE_GFX_VERSION=11.0.0" in doctor.rocm_advice("gfx1103")
@@ -195,13 +195,13 @@ def test_an_amd_gpu_is_told_what_to_set_only_where_torch_has_no_kernels_for_it(m
 
 
 @pytest.mark.parametrize(("driver", "words"), [("kfd", "AMD"), ("nvidiactl", "NVIDIA")])
-def test_a_gpu_that_torch_does_not_use_is_told_of(tmp_path, driver, words):
+def test_unused_gpu_is_reported(tmp_path, driver, words):
     assert doctor.missing_gpu(tmp_path) is None
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev" / driver).touch()
     assert words in doctor.missing_gpu(tmp_path)
 
 
-def test_rocm_without_its_driver_is_told_of(tmp_path):
+def test_rocm_without_driver_is_reported(tmp_path):
     (tmp_path / "opt" / "rocm").mkdir(parents=True)
     assert "load the amdgpu driver" in doctor.missing_gpu(tmp_path)

@@ -25,7 +25,7 @@ print(sorted({"torch", "transformers", "datasets"} & sys.modules.keys()))
 """
 
 
-def test_there_is_a_model_here_for_every_shipped_recipe():
+def test_every_shipped_recipe_has_a_hub_model():
     assert set(shipped_configs()) == {*MODELS, "demo"}
 
 
@@ -52,7 +52,7 @@ def _names_every_stage_and_what_each_holds(plan: dict) -> None:
 
 
 @pytest.mark.usefixtures("cold")
-def test_it_does_not_need_torch(place):
+def test_plan_does_not_import_torch(place):
     place.folder.joinpath("runs").mkdir()
     assert place.python(f"import sys; sys.path.insert(0, {place.env['PYTHONPATH']!r})\n{WITHOUT_TORCH}").endswith(
         "[]\n"
@@ -82,14 +82,14 @@ def test_a_dry_run_in_several_processes_is_refused_in_one_line(place):
     assert "--accelerate ddq: no such file" in done.stderr
 
 
-def test_people_get_a_page(place):
+def test_plan_prints_a_page(place):
     page = place.tunepress("plan", "qwen3-4b", "--device", "h100-80gb").stdout
     assert "4.02 G parameters" in page and "h100-80gb" in page and "fits" in page
     assert "no times, for nothing was measured on that machine" in page
     assert "formulas" in page  # what is said of GPUs was not measured
 
 
-def test_what_does_not_fit_gets_settings_with_which_it_does(place):
+def test_run_that_does_not_fit_gets_settings_that_fit(place):
     large = ("--set", "train.method=lora", "--set", "train.batch_size=8", "--set", "train.max_length=8192")
     plan = place.plan("qwen3-4b", "--device", "rtx-3060-12gb", *large)
     assert not plan["fits"]
@@ -100,7 +100,7 @@ def test_what_does_not_fit_gets_settings_with_which_it_does(place):
     assert again["fits"] and not again["changes"]
 
 
-def test_every_change_that_is_advised_is_needed(place):
+def test_every_advised_change_is_needed(place):
     large = ("--set", "train.batch_size=8", "--set", "train.max_length=4096")
     plan = place.plan("qwen3-4b", "--device", "rtx-3060-12gb", *large)
     settings = {change["key"]: change["setting"] for change in plan["changes"]}
@@ -127,7 +127,7 @@ def test_an_unknown_device_is_refused_with_those_that_are_known(place):
     ("source", "words"),
     [("ada/nothing", "no such model"), ("ada/packed", "already quantized"), ("ada/pickled", "no .safetensors")],
 )
-def test_a_model_that_cannot_be_had_is_refused_in_one_line(place, hub, source, words):
+def test_unavailable_model_is_refused_in_one_line(place, hub, source, words):
     packed = json.dumps({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}).encode()
     hub.put("ada/packed", {"config.json": packed, "model.safetensors": b"\0" * 64})
     hub.put("ada/pickled", {"config.json": b'{"model_type": "llama"}', "pytorch_model.bin": b"\0"})
@@ -135,7 +135,7 @@ def test_a_model_that_cannot_be_had_is_refused_in_one_line(place, hub, source, w
     assert len(done.stderr.splitlines()) == 1 and source in done.stderr and words in done.stderr
 
 
-def test_a_header_that_is_none_is_refused_in_one_line(place, hub):
+def test_invalid_header_is_refused_in_one_line(place, hub):
     hub.put("ada/broken", {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"\xff" * 64})
     done = place.tunepress("plan", "qwen3-4b", "--set", "model.source=ada/broken", check=2)
     assert len(done.stderr.splitlines()) == 1 and "model.safetensors: not a safetensors file" in done.stderr
@@ -169,13 +169,13 @@ def test_a_data_sets_card_says_how_much_it_holds():
     assert [told(card) for card in (None, "much", [3], [{"splits": 4}], {"splits": ["train"]})] == [None] * 5
 
 
-def test_a_data_set_that_does_not_say_how_much_it_holds_is_said_not_to(place, hub):
+def test_data_set_of_unknown_size_is_reported(place, hub):
     hub.put("ada/untold", {"rows.jsonl": b"{}\n"}, repo_type="dataset")
     untold = place.plan("tinyllama-1.1b", "--set", "data.source=ada/untold")["data"]
     assert untold["examples"] is None and untold["steps"] is None and "does not say" in untold["how"]
 
 
-def test_of_one_subset_among_several_the_card_says_how_much_is_fetched_or_nobody_does():
+def test_subset_size_comes_from_the_card():
     def fetched(card: dict, **data) -> int | None:
         files = [{"rfilename": "README.md", "size": 5}, {"rfilename": "large.jsonl", "size": 10**9}]
         about = {"id": "ada/many", "private": False, "disabled": False, "downloads": 0, "likes": 0, "tags": []}
@@ -189,7 +189,7 @@ def test_of_one_subset_among_several_the_card_says_how_much_is_fetched_or_nobody
     assert [fetched(sizes, subset="hard"), fetched({}, subset="easy"), fetched(sizes), fetched(folders)] == [None] * 4
 
 
-def test_a_small_subset_of_a_large_data_set_is_not_said_to_need_the_room_of_all(place, hub):
+def test_small_subset_needs_only_its_own_space(place, hub):
     hub.put("ada/large", {"rows.jsonl": b"{}\n" * 999}, repo_type="dataset")
     data = ("tinyllama-1.1b", "--set", "data.source=ada/large")
     plan = place.plan(*data, "--set", "data.subset=easy")
@@ -197,7 +197,7 @@ def test_a_small_subset_of_a_large_data_set_is_not_said_to_need_the_room_of_all(
     assert place.plan(*data)["fetched_bytes"] == plan["fetched_bytes"] + 3 * 999
 
 
-def test_what_this_machine_lacks_for_the_run_does_not_keep_it_from_planning(place):
+def test_missing_requirements_do_not_stop_planning(place):
     """A GPU, a tracking server's token: another machine may have them. What is wrong in itself is still refused."""
     elsewhere = ("--set", "evaluate.device=cuda", "--set", "track.server=http://127.0.0.1:9")
     assert place.plan("qwen3-1.7b", "--device", "h100-80gb", *elsewhere)["fits"]
@@ -208,7 +208,7 @@ def test_what_this_machine_lacks_for_the_run_does_not_keep_it_from_planning(plac
     assert "rows.jsonl" in place.tunepress("plan", "qwen3-1.7b", "--set", "data.source=./rows.jsonl", check=2).stderr
 
 
-def test_what_is_in_the_cache_is_not_fetched_again(place, hub):
+def test_cached_files_are_not_planned_as_downloads(place, hub):
     put_hollow(hub, "ada/small", {"model.embed_tokens.weight": (64, 8)}, {"model_type": "llama"})
     settings = ("qwen3-4b", "--set", "model.source=ada/small")
     missing = place.plan(*settings)["fetched_bytes"]

@@ -111,7 +111,7 @@ def test_an_adapter_is_as_large_as_pefts(tiny_model, targets):
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
-def test_what_is_advised_takes_less_memory(qwen, on_gpu):
+def test_advice_reduces_memory(qwen, on_gpu):
     def held(**train) -> int:
         return sum(memory.wanted(need) for need in memory.training(qwen, Train(**train), on_gpu))
 
@@ -140,7 +140,7 @@ def test_one_base_is_merged_once_and_makes_the_variants_along(qwen):
     assert any(name.startswith("int4") for name in one["merge"].writes)
 
 
-def test_with_little_disk_two_shards_lie_here_and_are_advised(tmp_path):
+def test_little_disk_advises_shard_streaming(tmp_path):
     sizes = sizes_of(shapes_of("qwen3-4b"), kind="hub", shard_bytes=10**9, fetched_bytes=8 * 10**9)
     whole, by_shard = (stages_of(midway(low_disk=low), sizes, HERE, 0, 0) for low in (False, True))
     assert (whole[0].caches, by_shard[0].caches) == (8 * 10**9, 0)

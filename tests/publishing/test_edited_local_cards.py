@@ -20,7 +20,7 @@ def asides(run: FakeRun) -> list[str]:
     return sorted(p.relative_to(run.release).as_posix() for p in run.release.rglob("*.local*"))
 
 
-def test_it_goes_into_the_pull_request_that_is_open(hub, finished):
+def test_local_card_text_goes_into_the_open_pull_request(hub, finished):
     hub.put(REPO, {"README.md": b"# Our project\n"})
     finished.configure(create_pr=True)
     finished.publish()
@@ -31,7 +31,7 @@ def test_it_goes_into_the_pull_request_that_is_open(hub, finished):
     assert hub.read(REPO, "README.md", "refs/pr/1").decode() == card
 
 
-def test_a_card_that_also_changed_on_the_hub_is_kept_beside_the_new_one(hub, finished):
+def test_card_changed_on_both_sides_is_kept_beside_the_new_one(hub, finished):
     finished.publish()
     for card in ("README.md", "int8/README.md"):
         write_into(finished, card)
@@ -54,7 +54,7 @@ def test_a_copy_that_is_there_already_is_not_overwritten_by_the_next_one(hub, fi
     assert asides(finished) == ["README.md.local", "README.md.local2"] and kept == ["# Mine 0\n", "# Mine 1\n"]
 
 
-def test_where_her_commit_slips_in_the_local_card_is_kept_too(hub, finished):
+def test_concurrent_commit_keeps_the_local_card_aside(hub, finished):
     finished.publish()
     write_into(finished)
     hers = hub.read(REPO, "README.md") + HERS
@@ -64,7 +64,7 @@ def test_where_her_commit_slips_in_the_local_card_is_kept_too(hub, finished):
     assert (finished.release / "README.md.local").read_text().endswith(MINE)
 
 
-def test_what_is_written_while_the_models_are_sent_is_kept(hub, finished):
+def test_text_written_during_the_upload_is_kept_aside(hub, finished):
     finished.publish()
     hub.fault(r"POST .*/commit/", first=lambda: write_into(finished))
     finished.make("quantize/int8", {"int8/config.json": b"changed"})
@@ -80,7 +80,7 @@ def test_the_same_change_on_both_sides_leaves_no_copy(hub, finished):
     assert asides(finished) == [] and (finished.release / "README.md").read_text().endswith(MINE)
 
 
-def test_a_card_that_nobody_wrote_into_leaves_no_copy_when_the_hubs_changed(hub, finished):
+def test_untouched_local_card_leaves_no_copy(hub, finished):
     finished.publish()
     hub.put(REPO, {"README.md": hub.read(REPO, "README.md") + HERS})
     finished.make("quantize/int8", {"int8/config.json": b"changed"})
@@ -88,7 +88,7 @@ def test_a_card_that_nobody_wrote_into_leaves_no_copy_when_the_hubs_changed(hub,
     assert asides(finished) == [] and HERS in (finished.release / "README.md").read_bytes()
 
 
-def test_it_stays_when_its_variant_leaves_the_release(hub, finished):
+def test_card_text_stays_when_its_variant_leaves(hub, finished):
     finished.publish()
     write_into(finished, "int4/README.md")
     finished.publish(("int8",))
@@ -96,7 +96,7 @@ def test_it_stays_when_its_variant_leaves_the_release(hub, finished):
     assert (finished.release / "int4" / "README.md").read_text().endswith(MINE)
 
 
-def test_a_publish_that_the_hub_refuses_leaves_every_local_document_as_it_was(hub, finished):
+def test_refused_publish_keeps_local_documents(hub, finished):
     from pipeline.errors import HubError
 
     finished.publish()
@@ -109,7 +109,7 @@ def test_a_publish_that_the_hub_refuses_leaves_every_local_document_as_it_was(hu
     assert {p: p.read_bytes() for p in before} == before | {changed: b"changed"}
 
 
-def test_where_nothing_is_left_of_a_release_our_documents_go_and_peoples_stay(hub, finished):
+def test_withdrawn_release_keeps_only_user_text(hub, finished):
     finished.publish()
     write_into(finished, "int8/README.md")
     render.withdraw(finished.config, finished.workspace)

@@ -23,7 +23,7 @@ def here(run: FakeRun) -> set[str]:
     return {path.name for path in (run.release / "gguf").iterdir()}
 
 
-def test_they_have_one_folder_one_card_and_one_modelfile(hub, shared):
+def test_gguf_variants_share_folder_card_and_modelfile(hub, shared):
     shared.publish(WITH_GGUF)
     files = {"demo-Q8_0.gguf", "demo-Q4_0.gguf", "LICENSE", "README.md", "Modelfile"}
     assert in_gguf(hub) == here(shared) == files
@@ -40,7 +40,7 @@ def test_they_have_one_folder_one_card_and_one_modelfile(hub, shared):
     assert shared.publish(WITH_GGUF)["files_sent"] == 0 and hub.commits(REPO) == commits
 
 
-def test_a_modelfile_that_people_changed_is_kept_beside_the_new_one(hub, shared):
+def test_edited_modelfile_is_kept_beside_the_new_one(hub, shared):
     shared.publish(WITH_GGUF)
     path, mine = shared.release / "gguf/Modelfile", "PARAMETER num_ctx 8192\n"
     path.write_text(path.read_text() + mine)
@@ -51,7 +51,7 @@ def test_a_modelfile_that_people_changed_is_kept_beside_the_new_one(hub, shared)
     assert not [name for name in hub.files(REPO) if ".local" in name]
 
 
-def test_the_lineage_names_what_makes_gguf_and_only_where_there_is_some(hub, shared):
+def test_lineage_names_the_gguf_library_only_with_gguf(hub, shared):
     shared.publish(WITH_GGUF)
     made_with = [json.loads(hub.read(REPO, "tunepress.json"))["made_with"]]
     shared.publish(("int8",))
@@ -59,7 +59,7 @@ def test_the_lineage_names_what_makes_gguf_and_only_where_there_is_some(hub, sha
     assert "gguf" in made_with[0] and "gguf" not in made_with[1]
 
 
-def test_one_that_leaves_takes_only_its_own_files_with_it(hub, shared):
+def test_leaving_gguf_variant_takes_only_its_own_files(hub, shared):
     shared.publish(WITH_GGUF)
     shared.publish(("int8", Q8_0))
     assert in_gguf(hub) == here(shared) == {"demo-Q8_0.gguf", "LICENSE", "README.md", "Modelfile"}
@@ -68,14 +68,14 @@ def test_one_that_leaves_takes_only_its_own_files_with_it(hub, shared):
     assert shared.workspace.holds(f"quantize/{Q8_0}", f"quantize/{Q8_0}")
 
 
-def test_the_last_one_takes_the_folder_with_it(hub, shared):
+def test_last_gguf_variant_takes_the_folder(hub, shared):
     shared.publish(WITH_GGUF)
     shared.publish(("int8",))
     assert in_gguf(hub) == set() and not (shared.release / "gguf").exists()
     assert "gguf/" not in hub.read(REPO, "README.md").decode()
 
 
-def test_what_people_wrote_there_stays_when_the_last_one_goes(hub, shared):
+def test_user_text_stays_when_the_last_gguf_variant_leaves(hub, shared):
     shared.publish(WITH_GGUF)
     card = shared.release / "gguf" / "README.md"
     card.write_text(card.read_text() + "\nMine.\n")
@@ -111,7 +111,7 @@ def test_a_mirror_has_one_of_them_at_its_root(hub, shared):
     assert MIRROR in hub.read(REPO, "gguf/README.md").decode()
 
 
-def test_gguf_made_anew_puts_away_its_old_files_and_no_others(shared, tmp_path):
+def test_new_gguf_replaces_only_its_own_files(shared, tmp_path):
     made = tmp_path / "quantized"
     made.mkdir()
     (made / "demo-Q4_0.gguf").write_bytes(b"new")
@@ -122,7 +122,7 @@ def test_gguf_made_anew_puts_away_its_old_files_and_no_others(shared, tmp_path):
     assert (shared.release / "gguf" / "LICENSE").read_bytes() == TERMS
 
 
-def test_of_gguf_alone_what_the_file_says_decides_whether_it_chats(hub, shared):
+def test_gguf_file_decides_whether_the_card_shows_chat(hub, shared):
     from pipeline.workflow.stages.render import render
 
     documents = render(shared.config, shared.workspace, (Q4_0,), lambda path: None)

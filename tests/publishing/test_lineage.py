@@ -10,9 +10,7 @@ from tests.support.fake_runs import REPO
 
 
 @pytest.mark.parametrize("is_there", [True, False])
-def test_a_name_is_cut_where_a_file_was_read_and_whole_where_a_repository_was(
-    hub, finished, tmp_path, monkeypatch, is_there
-):
+def test_lineage_shortens_local_paths_and_keeps_hub_names(hub, finished, tmp_path, monkeypatch, is_there):
     monkeypatch.chdir(tmp_path)
     if is_there:
         (tmp_path / "data" / "rows").mkdir(parents=True)

@@ -25,12 +25,12 @@ def test_the_variant_is_at_the_root_with_a_card_and_a_lineage_of_its_own(hub, mi
     assert lineage["mirror_of"] == REPO and "int4" not in lineage["results"]
 
 
-def test_each_points_to_the_other(hub, mirrored):
+def test_mirror_and_main_repository_link_each_other(hub, mirrored):
     mirrored.publish()
     assert MIRROR in hub.read(REPO, "README.md").decode() and REPO in hub.read(MIRROR, "README.md").decode()
 
 
-def test_one_whose_variant_is_withheld_now_is_told_of(hub, mirrored):
+def test_mirror_of_a_withheld_variant_is_reported(hub, mirrored):
     mirrored.publish()
     config, workspace, shown = mirrored.config, mirrored.workspace, []
     workspace.remove("quantize/int8", ())
@@ -41,7 +41,7 @@ def test_one_whose_variant_is_withheld_now_is_told_of(hub, mirrored):
     assert shown == [f"{MIRROR}: still has int8 of an earlier release, which is withheld now; remove it there"]
 
 
-def test_one_that_could_not_be_made_is_not_named(hub, mirrored):
+def test_mirror_that_failed_is_not_linked(hub, mirrored):
     hub.store.create("model", REPO)
     hub.fault(r"POST /api/repos/create", status=403)
     with pytest.raises(HubError, match=rf"^publish.mirrors.int8: {MIRROR}: this token may not write there"):
@@ -51,7 +51,7 @@ def test_one_that_could_not_be_made_is_not_named(hub, mirrored):
     assert MIRROR in hub.read(REPO, "README.md").decode()
 
 
-def test_one_that_is_there_but_could_not_be_brought_up_to_date_is_still_named(hub, mirrored):
+def test_outdated_mirror_is_still_linked(hub, mirrored):
     mirrored.publish()
     mirrored.make("quantize/int8", {"int8/config.json": b"changed"})
     hub.fault(rf"POST .*{MIRROR}/commit/", status=403)
@@ -68,7 +68,7 @@ def test_a_card_of_a_mirror_that_is_no_text_keeps_nothing_else_back(hub, mirrore
 
 
 @pytest.mark.parametrize("private", [True, False])
-def test_it_is_as_private_as_the_main_repository_is(hub, mirrored, private):
+def test_mirror_has_the_visibility_of_the_main_repository(hub, mirrored, private):
     hub.put(REPO, {"notes.md": b"mine"}, private=private)
     mirrored.configure(private=not private)
     mirrored.publish()
@@ -82,7 +82,7 @@ def test_publishing_again_sends_nothing_to_either(hub, mirrored):
     assert (hub.commits(REPO), hub.commits(MIRROR)) == commits and sent_bytes(hub, requests) == 0
 
 
-def test_a_change_of_another_variant_does_not_concern_it(hub, mirrored):
+def test_change_of_another_variant_leaves_the_mirror(hub, mirrored):
     mirrored.publish()
     commits = hub.commits(MIRROR)
     mirrored.make("quantize/int4", {"int4/config.json": b"changed"})
@@ -101,7 +101,7 @@ def test_text_by_hand_stays_in_its_card(hub, mirrored):
     assert hub.read(MIRROR, "README.md").endswith(b"\n## Mine\n") and hub.read(MIRROR, "notes.md") == b"mine"
 
 
-def test_its_push_is_told_with_its_name_and_commit_once(hub, mirrored):
+def test_mirror_push_is_reported_once(hub, mirrored):
     mirrored.publish()
     mirrored.publish()
     told = [e for e in mirrored.events("quantized_model_pushed") if e["repo"] == MIRROR]
@@ -122,7 +122,7 @@ def test_a_mirror_that_fails_is_named_and_keeps_nothing_else_back(hub, mirrored)
     assert "model.safetensors" in hub.files(MIRROR) and uploads(hub, requests) == [3000]
 
 
-def test_a_mirror_of_somebody_else_is_told_with_its_key(hub, mirrored):
+def test_foreign_mirror_is_refused_with_its_key(hub, mirrored):
     mirrored.configure(mirrors={"int8": "bob/tiny"})
     with pytest.raises(HubError, match=r"^publish.mirrors.int8: bob/tiny: .*cannot write to bob/"):
         mirrored.publish()

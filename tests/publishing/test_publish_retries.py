@@ -34,15 +34,13 @@ def arrived(hub) -> Counter:
     return Counter(r.path.rpartition("/")[2] for r in puts)
 
 
-def test_a_connection_that_breaks_between_large_files_costs_only_the_file_it_broke(hub, finished, three):
+def test_broken_connection_resends_only_the_broken_file(hub, finished, three):
     hub.fault(rf"PUT .*{three[1]}", reset=True, times=retry.ATTEMPTS - 1)
     finished.publish()
     assert [arrived(hub)[sha] for sha in three] == [1, 1, 1] and max(arrived(hub).values()) == 1
 
 
-def test_after_too_many_broken_connections_the_error_is_one_line_and_the_next_publish_sends_the_rest(
-    hub, finished, three
-):
+def test_repeated_broken_connections_give_one_line_and_the_next_publish_sends_the_rest(hub, finished, three):
     hub.fault(rf"PUT .*{three[1]}", reset=True, times=10_000)
     with pytest.raises(HubError, match=r"^ada/tiny: the Hub could not be reached .*run again") as error:
         finished.publish()
@@ -65,7 +63,7 @@ publish(sys.argv[2], lambda tree: {p.name: LocalFile.of(p) for p in sorted(Path(
 """
 
 
-def test_a_killed_process_leaves_what_it_sent_to_the_next_one(hub, tmp_path):
+def test_killed_upload_is_continued(hub, tmp_path):
     folder = tmp_path / "files"
     folder.mkdir()
     contents = [weights(100_000 + n) for n in range(3)]
@@ -86,7 +84,7 @@ def test_a_killed_process_leaves_what_it_sent_to_the_next_one(hub, tmp_path):
     assert {f"{n}.safetensors" for n in range(3)} <= set(hub.files(REPO))
 
 
-def test_a_commit_whose_answer_was_lost_is_not_made_twice_and_is_told_as_made(hub, finished):
+def test_commit_with_lost_answer_is_not_repeated(hub, finished):
     hub.fault(r"POST .*/commit/", reset=True, after=True)
     summary = finished.publish()
     assert len(hub.commits(REPO)) == 2 and summary["files_sent"] > 5
@@ -103,21 +101,21 @@ def test_a_hub_that_is_unwell_for_a_moment_is_asked_again(hub, finished, status)
     assert len(hub.commits(REPO)) == 2
 
 
-def test_a_token_that_may_not_write_is_told_at_once(hub, finished):
+def test_read_only_token_is_refused_without_retry(hub, finished):
     hub.fault(r"POST .*/commit/", status=403, times=100)
     with pytest.raises(HubError, match="may not write"):
         finished.publish()
     assert [r.status for r in hub.requests if "/commit/" in r.path] == [403]
 
 
-def test_others_who_keep_committing_are_told_of_after_a_bounded_number_of_attempts(hub, finished: FakeRun):
+def test_concurrent_commits_end_after_a_bounded_number_of_attempts(hub, finished: FakeRun):
     hub.fault(r"POST .*/commit/", status=412, times=1000)
     with pytest.raises(HubError, match="others kept committing"):
         finished.publish()
     assert len([r for r in hub.requests if "/commit/" in r.path]) == retry.ATTEMPTS
 
 
-def test_a_hub_that_stays_unwell_is_told_with_the_way_out_of_what_was_asked(hub, finished):
+def test_failing_hub_gives_one_line_with_the_next_command(hub, finished):
     finished.publish()
     hub.fault(r"GET .*/refs", status=503, times=1000)
     with pytest.raises(
@@ -134,19 +132,19 @@ def test_a_hub_that_stays_unwell_is_told_with_the_way_out_of_what_was_asked(hub,
         rollback(REPO)
 
 
-def test_a_repository_that_is_not_there_is_told_as_such(hub):
+def test_missing_repository_is_named(hub):
     with pytest.raises(HubError, match="^ada/nothing: no such repository, or it is private and this token may not see"):
         rollback("ada/nothing")
 
 
-def test_what_answers_but_is_not_the_hub_is_told_as_such(hub, finished, monkeypatch):
+def test_other_server_is_not_taken_for_the_hub(hub, finished, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"{hub.url}/{REPO}/resolve/main/x?")
     hub.put(REPO, {"x": b"<html>Log in to this network</html>"})
     with pytest.raises(HubError, match=f"^{REPO}: what answers at .* is not the Hub$"):
         finished.publish()
 
 
-def test_metadata_that_the_hub_refuses_is_told_before_anything_is_sent(hub, finished):
+def test_refused_metadata_is_reported_before_anything_is_sent(hub, finished):
     hub.put(REPO, {"README.md": b"---\nbase_model: /home/me/model\n---\n# Mine\n"})
     before = hub.commits(REPO)
     with pytest.raises(HubError, match="metadata of README.md"):

@@ -17,23 +17,23 @@ def check(release: str) -> list[str]:
     return told(found, Verdict.unknown)
 
 
-def test_a_fine_tuned_model_on_the_hub_and_here(hub, finished):
+def test_fine_tuned_model_verifies_here_and_on_the_hub(hub, finished):
     finished.publish()
     assert check(REPO) == check(str(finished.release)) == []
 
 
-def test_a_mirror_and_the_repository_that_it_mirrors(hub, mirrored):
+def test_mirror_and_main_repository_verify(hub, mirrored):
     mirrored.publish()
     assert check(REPO) == check(MIRROR) == []
 
 
-def test_guests_in_the_repository_of_their_source(hub, guest):
+def test_variants_beside_their_source_verify(hub, guest):
     hub.put(REPO, {"README.md": SOURCE_CARD})
     guest.publish()
     assert check(REPO) == ["files model.safetensors: not of this release, so nothing is known of it"]
 
 
-def test_gguf_whose_files_are_here_or_not_fetched(hub, shared):
+def test_gguf_release_verifies_here_and_on_the_hub(hub, shared):
     shared.publish(WITH_GGUF)
     assert check(str(shared.release)) == []
     assert check(REPO) == ["card gguf/Modelfile: follows from the GGUF files, which were not fetched"]

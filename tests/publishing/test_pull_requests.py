@@ -19,7 +19,7 @@ def proposed(hub, finished):
     return finished
 
 
-def test_the_release_is_in_the_pull_request_and_main_as_it_was(hub, proposed):
+def test_pull_request_holds_the_release_and_main_is_unchanged(hub, proposed):
     assert list(hub.files(REPO)) == [".gitattributes"]
     assert {"config.json", "int8/model.safetensors", "README.md"} <= set(hub.files(REPO, "refs/pr/1"))
     assert hub.repo(REPO).tags == {}
@@ -49,7 +49,7 @@ def test_a_change_goes_to_the_same_pull_request(hub, proposed):
 
 
 @pytest.mark.parametrize("title", [None, "Please merge"])
-def test_it_is_found_again_by_its_title_or_by_its_number(hub, proposed, title):
+def test_pull_request_is_found_by_title_or_number(hub, proposed, title):
     if title:
         hub.repo(REPO).discussions[1].title = title
     else:
@@ -61,27 +61,27 @@ def test_it_is_found_again_by_its_title_or_by_its_number(hub, proposed, title):
     assert list(hub.repo(REPO).pull_requests) == [1]
 
 
-def test_after_the_merge_there_is_nothing_to_propose(hub, proposed):
+def test_merged_pull_request_leaves_nothing_to_propose(hub, proposed):
     HfApi().merge_pull_request(REPO, 1)
     commits = hub.commits(REPO)
     assert proposed.publish()["files_sent"] == 0
     assert hub.commits(REPO) == commits and list(hub.repo(REPO).pull_requests) == [1]
 
 
-def test_after_it_was_closed_another_one_is_opened(hub, proposed):
+def test_closed_pull_request_is_followed_by_another(hub, proposed):
     HfApi().change_discussion_status(REPO, 1, "closed")
     proposed.publish()
     assert list(hub.repo(REPO).pull_requests) == [1, 2]
 
 
-def test_a_pull_request_whose_answer_was_lost_is_not_opened_twice(hub, finished):
+def test_pull_request_with_lost_answer_is_not_opened_twice(hub, finished):
     finished.configure(create_pr=True)
     hub.fault(r"POST .*/commit/", reset=True, after=True)
     summary = finished.publish()
     assert list(hub.repo(REPO).pull_requests) == [1] and summary["pull_request"] == 1 and summary["files_sent"] > 5
 
 
-def test_a_pull_request_of_mine_about_something_else_is_left_alone(hub, finished):
+def test_unrelated_pull_request_is_left_alone(hub, finished):
     finished.publish()
     hub.put(REPO, {"notes.md": b"mine"})
     typo = [CommitOperationAdd("notes.md", b"better")]
@@ -93,7 +93,7 @@ def test_a_pull_request_of_mine_about_something_else_is_left_alone(hub, finished
     assert hub.read(REPO, "int8/config.json", "refs/pr/1") != b"changed"
 
 
-def test_somebody_who_does_not_own_the_repository_can_propose_too(hub, finished, monkeypatch):
+def test_other_users_can_propose(hub, finished, monkeypatch):
     hub.put(REPO, {"notes.md": b"mine"})
     monkeypatch.setenv("HF_TOKEN", OTHER_TOKEN)
     finished.configure(create_pr=True)

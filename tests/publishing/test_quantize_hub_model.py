@@ -41,7 +41,7 @@ def variants(config) -> dict:
         ({"quant_types": ["int4", "gguf-f16"]}, {"int4": 128, "gguf-f16": None}),
     ],
 )
-def test_a_group_size_of_128_goes_to_those_that_are_in_groups(hub, asked, found):
+def test_default_group_size_goes_only_to_grouped_variants(hub, asked, found):
     model(hub)
     assert list(variants(configure(task(**asked), None)).items()) == list(found.items())
 
@@ -61,7 +61,7 @@ def test_options_become_the_configuration_of_one_private_commit(hub, tmp_path):
     assert kept.publish.repo is None and kept.evaluate is None and kept.model.low_disk
 
 
-def test_in_its_own_repository_a_model_is_the_same_until_its_files_change(hub):
+def test_own_repository_is_the_same_model_until_its_files_change(hub):
     """Though every publish moves the head, and its author writes into the card."""
     first = model(hub)
     assert configure(task(), standing("ada/model")).model.revision == first
@@ -79,7 +79,7 @@ def test_in_its_own_repository_a_model_is_the_same_until_its_files_change(hub):
     assert configure(task(), standing("ada/model")).model.revision == hub.commits("ada/model")[0]
 
 
-def test_a_variant_that_stays_keeps_the_limits_that_it_was_let_in_with(hub):
+def test_kept_variant_keeps_its_limits(hub):
     first = model(hub)
     told = {"run": "first", "files": {}, "documents": [], "base": {"hub_id": "ada/model", "revision": first}}
     figures = {"variant": {"name": "int4", "group_size": 128}, "gate": {"passed": True, "limits": {"rise": 0.3}}}
@@ -99,7 +99,7 @@ def test_a_variant_that_stays_keeps_the_limits_that_it_was_let_in_with(hub):
 
 
 @pytest.mark.parametrize("policy", ["withhold", "escalate"])
-def test_a_variant_that_was_held_to_no_limits_is_not_taken_out_by_who_asked_for_another(hub, policy):
+def test_variant_without_limits_is_not_removed_by_another_request(hub, policy):
     first = model(hub)
     told = {"run": "first", "files": {}, "documents": [], "base": {"hub_id": "ada/model", "revision": first}}
     told["results"] = {"int4": {"variant": {"name": "int4", "group_size": 128}}}
@@ -110,7 +110,7 @@ def test_a_variant_that_was_held_to_no_limits_is_not_taken_out_by_who_asked_for_
         assert set(variants(configure(task(**accepted), standing("ada/model")))) == {"int8", "int4"}
 
 
-def test_in_another_repository_variants_are_made_again_when_the_model_was_changed_and_not_only_its_card(hub):
+def test_changed_weights_make_variants_again_and_a_changed_card_does_not(hub):
     first = model(hub)
     config = configure(task(repo="ada/other"), None)
     assert config.model.revision == first
@@ -133,7 +133,7 @@ def test_a_revision_is_that_of_a_model_on_the_hub(hub, model_copy):
 
 
 @pytest.mark.parametrize("name", ["int8/notes.txt", "tunepress.json"])
-def test_people_s_files_where_a_variant_is_to_go_are_found_before_any_work(hub, tmp_path, monkeypatch, name):
+def test_user_files_in_the_way_are_found_before_any_work(hub, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     model(hub)
     hub.put("ada/model", {name: b"mine"})
@@ -142,7 +142,7 @@ def test_people_s_files_where_a_variant_is_to_go_are_found_before_any_work(hub, 
     assert not (tmp_path / "runs").exists()
 
 
-def test_people_s_files_beside_a_variant_that_is_there_and_a_card_where_one_is_to_go_are_no_hindrance(hub):
+def test_user_files_beside_a_variant_are_no_obstacle(hub):
     model(hub)
     files = {"int8/model.safetensors": {"sha256": "", "size": 1}}
     told = {"run": "first", "files": files, "documents": [], "base": {"hub_id": "ada/model"}}
@@ -175,7 +175,7 @@ def test_a_repository_of_another_kind_is_refused_without_fetching_its_weights(hu
     assert not [r for r in hub.requests[since:] if "safetensors" in r.path]
 
 
-def test_what_is_not_there_gated_or_a_data_set_is_refused(hub):
+def test_missing_gated_or_data_set_repository_is_refused(hub):
     with pytest.raises(ModelError, match="ada/model: no such model on the Hub"):
         quantize(task())
     hub.put("ada/rows", {"rows.jsonl": b"{}"}, repo_type="dataset")
@@ -219,7 +219,7 @@ def test_what_is_not_there_gated_or_a_data_set_is_refused(hub):
         ({"repo": "bob/model"}, "who cannot write to bob/"),
     ],
 )  # fmt: skip
-def test_options_that_cannot_be_met_are_refused_in_one_line(hub, tmp_path, monkeypatch, options, said):
+def test_impossible_options_are_refused_in_one_line(hub, tmp_path, monkeypatch, options, said):
     monkeypatch.chdir(tmp_path)
     model(hub)
     with pytest.raises(UserError) as refused:
@@ -228,7 +228,7 @@ def test_options_that_cannot_be_met_are_refused_in_one_line(hub, tmp_path, monke
     assert not (tmp_path / "runs").exists()
 
 
-def test_cuda_is_asked_for_in_vain_where_there_is_none(hub, tmp_path, monkeypatch):
+def test_requested_cuda_is_refused_without_cuda(hub, tmp_path, monkeypatch):
     import torch
 
     if torch.cuda.is_available():
@@ -266,7 +266,7 @@ def test_an_address_of_trackio_is_a_spaces_or_a_servers(address, space):
     assert space_at(address) == space
 
 
-def test_whose_space_an_address_with_several_dashes_is_the_hub_says(hub):
+def test_hub_resolves_ambiguous_space_addresses(hub):
     space: Repository = hub.store.create("space", "ada/my.board")
     space.host = "https://ada-my-board.hf.space"
     with pytest.raises(UserError, match="give https://huggingface.co/spaces/USER/NAME"):
@@ -275,7 +275,7 @@ def test_whose_space_an_address_with_several_dashes_is_the_hub_says(hub):
     assert space_at("https://ada-my-board.hf.space") == "ada/my-board"
 
 
-def test_a_space_is_told_once_where_to_keep_its_data(hub):
+def test_space_gets_its_data_repository_once(hub):
     space = hub.store.create("space", "ada/board")
     space.host = "https://ada-board.hf.space"
     for _ in range(2):
@@ -284,7 +284,7 @@ def test_a_space_is_told_once_where_to_keep_its_data(hub):
     assert len([r for r in hub.requests if r.method == "POST"]) == 1
 
 
-def test_a_space_is_told_by_a_run_that_begins_and_not_by_one_that_is_refused(hub, tmp_path, monkeypatch):
+def test_refused_run_does_not_change_the_space(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     space = hub.store.create("space", "ada/board")
     space.host = "http://127.0.0.1:9"

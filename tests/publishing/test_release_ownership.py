@@ -31,7 +31,7 @@ def test_another_runs_repository_is_refused_with_both_names_and_left(hub, finish
     assert hub.commits(REPO) == commits
 
 
-def test_so_it_is_in_a_pull_request(hub, finished, other):
+def test_another_runs_repository_is_refused_in_a_pull_request(hub, finished, other):
     finished.publish()
     other.configure(create_pr=True)
     with pytest.raises(HubError, match="holds run 'demo'"):

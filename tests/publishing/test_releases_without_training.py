@@ -40,14 +40,14 @@ def test_variants_alone_are_published_without_a_model_at_the_root(hub, midway):
     assert (midway.release / "README.md").read_bytes() == hub.read(REPO, "README.md")
 
 
-def test_of_variants_alone_no_stage_is_reported_that_was_not_there(hub, midway):
+def test_variants_only_run_reports_only_its_own_stages(hub, midway):
     midway.publish()
     for event in ("adapter_pushed", "merged_model_pushed"):
         assert midway.events(event) == []
     assert len(midway.events("quantized_model_pushed")) == 2 and len(midway.events("model_card_pushed")) == 1
 
 
-def test_where_all_is_withheld_now_the_repository_that_has_it_is_told_of(hub, midway):
+def test_repository_of_an_entirely_withheld_release_is_reported(hub, midway):
     assert publish.still_there(midway.config, BOTH) == []
     midway.publish(("int4",))
     (line,) = publish.still_there(midway.config, BOTH)
@@ -57,7 +57,7 @@ def test_where_all_is_withheld_now_the_repository_that_has_it_is_told_of(hub, mi
     assert publish.still_there(midway.config, BOTH) == []
 
 
-def test_what_people_put_into_the_folder_of_a_variant_that_goes_stays_there(hub, midway):
+def test_user_files_in_a_removed_variant_folder_stay(hub, midway):
     midway.publish()
     (midway.release / "int4" / "notes.md").write_bytes(b"mine")
     midway.publish(("int8",))
@@ -73,7 +73,7 @@ def test_a_variant_folder_that_we_did_not_make_stays_where_it_is(hub, midway):
     assert other.read_bytes() == b"mine" and "int8-dynamic/model.safetensors" not in hub.files(REPO)
 
 
-def test_a_merged_adapter_from_elsewhere_is_published_with_where_it_came_from(hub, midway, tmp_path):
+def test_foreign_adapter_is_published_with_its_origin(hub, midway, tmp_path):
     adapter = tmp_path / "my-adapter"
     adapter.mkdir()
     midway.configure(merge={"adapter": str(adapter)})

@@ -56,7 +56,7 @@ def test_the_next_number_is_free_whoever_tagged_what(hub, finished):
     assert tags(hub)["release-8"] == hub.commits(REPO)[0]
 
 
-def test_nothing_new_means_no_new_tag_also_where_people_committed_since(hub, finished):
+def test_unchanged_release_gets_no_new_tag(hub, finished):
     release(hub, finished)
     assert finished.publish()["tag"] == "release-1"
     hub.put(REPO, {"README.md": hub.read(REPO, "README.md") + MINE.encode(), "notes.md": b"mine"})
@@ -74,7 +74,7 @@ def test_a_tag_that_failed_is_made_by_the_next_publish(hub, finished):
     assert tags(hub) == {"release-1": head} and hub.commits(REPO)[0] == head
 
 
-def test_a_tag_that_somebody_else_was_quicker_to_take_is_left_to_them(hub, finished):
+def test_tag_taken_by_others_is_left_alone(hub, finished):
     taken = {}
 
     def take():
@@ -114,7 +114,7 @@ def test_rolling_back_again_goes_one_release_further(hub, finished, two):
         rollback(REPO)
 
 
-def test_what_people_put_and_wrote_there_stays_on_the_way_back_and_forth(hub, two):
+def test_user_files_and_text_survive_rollbacks(hub, two):
     hub.put(REPO, {"notes.md": b"mine", "README.md": hub.read(REPO, "README.md") + MINE.encode()})
     for tag, held in (("release-1", two[0]), ("release-2", two[1])):
         rollback(REPO, to=tag)
@@ -127,7 +127,7 @@ def edit(hub, old: str, new: str, path: str = "README.md") -> None:
     hub.put(REPO, {path: text.replace(old, new, 1).encode()})
 
 
-def test_metadata_of_people_stay_as_they_are_now_and_do_not_go_back_too(hub, finished, two):
+def test_rollback_keeps_current_user_metadata(hub, finished, two):
     edit(hub, "---\n", "---\nthumbnail: old.png\nmuted: true\n")
     release(hub, finished, 3003)
     release(hub, finished, 3004)
@@ -138,7 +138,7 @@ def test_metadata_of_people_stay_as_they_are_now_and_do_not_go_back_too(hub, fin
     assert finished.publish() and "thumbnail: new.png" in hub.read(REPO, "README.md").decode()
 
 
-def test_of_an_older_card_only_our_section_comes_back_whatever_people_wrote_of_its_marks(hub, finished, two):
+def test_rollback_restores_only_our_section(hub, finished, two):
     words = f"\nWORDS OF MINE: do not edit between `{START}` and `{END}`.\n"
     hub.put(REPO, {"README.md": hub.read(REPO, "README.md") + words.encode()})
     release(hub, finished, 3003)
@@ -149,7 +149,7 @@ def test_of_an_older_card_only_our_section_comes_back_whatever_people_wrote_of_i
     assert text.count("OTHER WORDS") == 1 and "WORDS OF MINE" not in text and text.count(START) == 2
 
 
-def test_a_card_that_had_no_part_of_ours_stays_as_it_is_now(hub, finished, two):
+def test_rollback_keeps_a_card_without_our_section(hub, finished, two):
     hub.put(REPO, {"int8/README.md": b"# Theirs\n"})
     head, tag = hub.commits(REPO)[0], "release-9"
     hub.repo(REPO).tags[tag] = head
@@ -165,7 +165,7 @@ def test_a_commit_that_slips_into_a_rollback_is_taken_along(hub, two):
     assert contents(hub) == {**two[0], "README.md": two[0]["README.md"] + MINE.encode()}
 
 
-def test_a_file_of_somebody_else_in_the_way_of_a_rollback_is_named_and_left(hub, two):
+def test_foreign_file_stops_a_rollback(hub, two):
     hub.put(REPO, {"old.txt": b"mine"})
     before = contents(hub)
     with pytest.raises(HubError, match="old.txt that tunepress did not put there"):
@@ -173,12 +173,12 @@ def test_a_file_of_somebody_else_in_the_way_of_a_rollback_is_named_and_left(hub,
     assert contents(hub) == before
 
 
-def test_a_release_that_is_not_there_is_told_with_those_that_are(hub, two):
+def test_missing_release_is_refused_with_the_existing_ones(hub, two):
     with pytest.raises(HubError, match=r"ada/tiny: no release release-9; tagged releases: release-1, release-2"):
         rollback(REPO, to="release-9")
 
 
-def test_a_repository_without_releases_is_told_of(hub):
+def test_rollback_without_releases_is_refused(hub):
     hub.put(REPO, {"notes.md": b"mine"})
     with pytest.raises(HubError, match="no release before this one"):
         rollback(REPO)
@@ -188,7 +188,7 @@ def test_a_repository_without_releases_is_told_of(hub):
         rollback("nothing")
 
 
-def test_the_command_tells_what_it_did(hub, two):
+def test_rollback_command_reports_its_result(hub, two):
     from typer.testing import CliRunner
 
     from pipeline.cli import app

@@ -92,7 +92,7 @@ def test_a_variant_that_left_the_release_leaves_the_repository_whole(hub, finish
     assert not (finished.release / "int4").exists()
 
 
-def test_a_file_of_somebody_else_in_the_way_is_named_and_left(hub, finished):
+def test_foreign_file_in_the_way_is_named_and_left(hub, finished):
     hub.put(REPO, {"int8/config.json": b"mine"})
     with pytest.raises(HubError, match=r"int8/config.json that tunepress did not put there"):
         finished.publish()
@@ -128,7 +128,7 @@ def test_the_lineage_lists_every_file_and_no_path_of_this_machine(hub, finished,
     assert lineage["configuration"]["data"]["source"] == "rows.jsonl"
 
 
-def test_the_lineage_tells_neither_where_the_run_is_tracked_nor_where_it_lies(hub, finished):
+def test_lineage_names_neither_tracking_server_nor_local_paths(hub, finished):
     finished.configure(track={"project": "p", "server": "http://10.1.2.3:7860"})
     int8, kernels = finished.workspace.read_measurement("int8"), Path.home() / "kernels" / "mm.so"
     reason = f"OSError: {finished.release}/int8/model.safetensors: {kernels} of {Path.home()}s is missing"

@@ -40,7 +40,7 @@ def test_a_section_added_to_a_card_by_hand_survives_what_we_publish_after_it(hub
     assert "int4/" in hub.read(REPO, "README.md").decode().split(END)[0]
 
 
-def test_with_text_by_hand_publishing_again_still_sends_nothing(hub, finished):
+def test_user_text_does_not_make_a_new_commit(hub, finished):
     finished.publish()
     hub.put(REPO, {"README.md": hub.read(REPO, "README.md") + MINE.encode()})
     commits = hub.commits(REPO)
@@ -79,7 +79,7 @@ def test_text_added_to_the_local_card_goes_along_with_a_later_publish_too(hub, f
         assert hub.read(REPO, card) == (finished.release / card).read_bytes()
 
 
-def test_where_both_were_written_into_the_text_on_the_hub_goes_before_the_local_one(hub, finished):
+def test_text_on_the_hub_wins_over_local_text(hub, finished):
     finished.publish()
     (finished.release / "README.md").write_text("# Something else\n")
     hub.put(REPO, {"README.md": hub.read(REPO, "README.md") + MINE.encode()})
@@ -88,7 +88,7 @@ def test_where_both_were_written_into_the_text_on_the_hub_goes_before_the_local_
     assert MINE.encode() in hub.read(REPO, "README.md")
 
 
-def test_of_a_variants_card_that_goes_only_our_part_goes(hub, finished):
+def test_removed_variant_card_keeps_user_text(hub, finished):
     finished.publish()
     hub.put(REPO, {"int4/README.md": hub.read(REPO, "int4/README.md") + MINE.encode()})
     finished.publish(("int8",))
@@ -99,7 +99,7 @@ def test_of_a_variants_card_that_goes_only_our_part_goes(hub, finished):
     assert hub.commits(REPO) == commits
 
 
-def test_a_commit_that_slips_in_leads_to_one_more_attempt_and_to_a_true_card(hub, finished):
+def test_concurrent_commit_is_retried_and_the_card_stays_true(hub, finished):
     finished.publish(("int8",))
     edited = hub.read(REPO, "README.md") + MINE.encode()
     hub.fault(r"POST .*/commit/main", first=lambda: hub.put(REPO, {"README.md": edited, "notes.md": b"mine"}))
@@ -114,7 +114,7 @@ def test_a_commit_that_slips_in_leads_to_one_more_attempt_and_to_a_true_card(hub
     assert len(puts) == len(set(puts))
 
 
-def test_a_card_that_is_no_text_is_told_of_and_left(hub, finished):
+def test_binary_card_is_refused_and_left(hub, finished):
     hub.put(REPO, {"README.md": b"# Caf\xe9\n"})
     with pytest.raises(UserError, match="not UTF-8"):
         finished.publish()

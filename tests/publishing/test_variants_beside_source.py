@@ -28,7 +28,7 @@ def test_a_card_that_was_there_gains_a_section_and_loses_no_byte(hub, guest):
     assert guest.publish()["bytes_sent"] == 0
 
 
-def test_what_its_author_writes_later_stays_too_and_only_the_section_is_brought_up_to_date(hub, guest):
+def test_later_author_edits_stay_and_only_our_section_is_updated(hub, guest):
     hub.put(REPO, {"README.md": SOURCE_CARD})
     guest.publish()
     edited = hub.read(REPO, "README.md").replace(b"license: mit  # ours", b"license:   apache-2.0") + b"\nMore.\n"
@@ -66,7 +66,7 @@ def test_a_rollback_takes_back_the_section_and_not_its_authors_metadata(hub, gue
     assert set(SOURCE_FILES) <= set(hub.files(REPO)) and "int4/model.safetensors" not in hub.files(REPO)
 
 
-def test_no_picture_is_put_into_somebody_elses_folders(hub, guest):
+def test_picture_is_not_put_into_a_foreign_repository(hub, guest):
     guest.publish()
     assert not [name for name in hub.files(REPO) if name.startswith("assets/")]
     assert "README.md" in json.loads(hub.read(REPO, "tunepress.json"))["documents"]

@@ -45,7 +45,7 @@ def release(tiny_model, quantized):
 
 @TIED
 @pytest.mark.parametrize("variant, options", MADE, ids=NAMES)
-def test_the_file_is_smaller_by_what_the_tables_lose(release, variant, options, tied):
+def test_int8_tables_shrink_the_file(release, variant, options, tied):
     kept, small = (Checkpoint(release(variant, options, tied, embeddings=how) / variant) for how in ("keep", "int8"))
     tables = table_weights(release(variant, options, tied))
     assert len(tables) == (1 if tied else 2)
@@ -56,7 +56,7 @@ def test_the_file_is_smaller_by_what_the_tables_lose(release, variant, options, 
 @TIED
 @pytest.mark.parametrize("variant, options", MADE, ids=NAMES)
 @pytest.mark.parametrize("architecture", PLAIN)
-def test_it_computes_what_its_numbers_mean(release, dequantized, architecture, variant, options, tied):
+def test_int8_embeddings_compute_their_dequantized_values(release, dequantized, architecture, variant, options, tied):
     root = release(variant, options, tied, architecture)
     model, _ = load(root, variant)
     assert isinstance(model.get_input_embeddings(), Int8Embedding)
@@ -73,7 +73,7 @@ def test_it_computes_what_its_numbers_mean(release, dequantized, architecture, v
 
 @TIED
 @pytest.mark.parametrize("variant, options", MADE, ids=NAMES)
-def test_stock_transformers_loads_it_tied_as_it_was(release, variant, options, tied):
+def test_transformers_keeps_the_tied_embeddings(release, variant, options, tied):
     from torchao.quantization import Int8Tensor
 
     root = release(variant, options, tied)
@@ -87,7 +87,7 @@ def test_stock_transformers_loads_it_tied_as_it_was(release, variant, options, t
 @TIED
 @pytest.mark.parametrize("variant, options", MADE, ids=NAMES)
 @pytest.mark.parametrize("way", ["assembled", "stock"])
-def test_it_is_saved_as_the_portable_variant_again(release, tmp_path, variant, options, tied, way):
+def test_loaded_embeddings_are_saved_as_portable(release, tmp_path, variant, options, tied, way):
     folder = release(variant, options, tied) / variant
     if way == "assembled":
         load(folder)[0].save_pretrained(tmp_path)
@@ -111,7 +111,7 @@ def test_a_head_without_a_kernel_is_saved_as_it_was_stored(tiny_model, quantized
 
 
 @TIED
-def test_its_output_matrix_is_found_for_measuring(release, tied):
+def test_output_matrix_is_found_for_measuring(release, tied):
     from tests.support.models import random_text
 
     model, _ = load(release("int8", {}, tied), "int8")

@@ -46,18 +46,18 @@ def test_exactness_is_asked_of_the_largest_numbers():
 
 
 @torch.no_grad()
-def test_its_inputs_are_rounded(tiny_model, quantized):
+def test_int8_dynamic_rounds_its_inputs(tiny_model, quantized):
     source = tiny_model("llama")
     both = [load(quantized(source, name) / name)[0](IDS).logits for name in ("int8", "int8-dynamic")]
     assert not torch.equal(*both)
 
 
-def test_it_is_not_measured_by_its_codes_alone_where_it_does_not_fit(folder):
+def test_offloaded_int8_dynamic_is_not_measured_by_codes_alone(folder):
     with pytest.raises(ModelError, match="round what they are given") as caught:
         load(folder, offload=True)
     assert "\n" not in str(caught.value)
 
 
-def test_it_has_no_groups():
+def test_int8_dynamic_has_no_groups():
     with pytest.raises(ValueError, match="int8-dynamic has no groups"):
         VariantSpec(name="int8-dynamic", group_size=64)

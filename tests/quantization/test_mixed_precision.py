@@ -50,7 +50,7 @@ def test_every_loader_has_each_layer_in_its_bits(tiny_model, quantized, dequanti
     assert float((ours - logits(expected)).norm() / ours.norm()) < 0.03
 
 
-def test_with_layers_left_in_bf16_as_well(tiny_model, quantized):
+def test_mixed_precision_with_kept_layers(tiny_model, quantized):
     from torchao.quantization import Int4Tensor, Int8Tensor
 
     root = quantized(tiny_model("llama"), "int4", int8=["*.down_proj"], keep=["*.o_proj"])
@@ -61,14 +61,14 @@ def test_with_layers_left_in_bf16_as_well(tiny_model, quantized):
     assert type(stock.get_output_embeddings().weight.data) is torch.Tensor
 
 
-def test_it_is_saved_as_it_was_stored(tiny_model, quantized, tmp_path):
+def test_mixed_precision_is_saved_as_stored(tiny_model, quantized, tmp_path):
     folder = quantized(tiny_model("llama"), "int4", int8=EIGHT) / "int4"
     load(folder)[0].save_pretrained(tmp_path)
     before, after = Checkpoint(folder), Checkpoint(tmp_path)
     assert before.keys() == after.keys() and all(torch.equal(before.read(name), after.read(name)) for name in before)
 
 
-def test_what_was_written_says_which_layers_these_are(tiny_model, tmp_path):
+def test_written_configuration_names_the_eight_bit_layers(tiny_model, tmp_path):
     source = tiny_model("llama")
     spec = VariantSpec(name="int4", int8=["*.1.mlp.down_proj"], keep=["*.o_proj"]).resolved()
     made = quantize_checkpoint(source, [spec], {"int4": tmp_path}, linear_weights(source))["int4"]

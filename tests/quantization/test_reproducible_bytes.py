@@ -26,7 +26,7 @@ def hashes(folder: Path) -> dict[str, str]:
     return {p.relative_to(folder).as_posix(): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_another_process_with_other_hashes_of_names_and_other_threads_writes_the_same(tiny_model, tmp_path):
+def test_other_process_hash_seed_and_threads_write_the_same_bytes(tiny_model, tmp_path):
     source = tiny_model("llama")
     make(source, tmp_path / "here")
     imports = "import sys; from pathlib import Path; from tests.quantization.test_reproducible_bytes import make"

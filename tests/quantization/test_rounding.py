@@ -109,7 +109,7 @@ def test_search_fits_scales_of_either_sign_where_there_are_no_zeros(bits):
 
 
 @pytest.mark.parametrize("name", BETTER)
-def test_they_refuse_a_grid_in_which_they_can_move_nothing(name):
+def test_roundings_refuse_a_grid_without_freedom(name):
     with pytest.raises(ValueError, match="float zeros"):
         rounding(name)(weights(), Grid(4, 32, "integer", torch.bfloat16))
 

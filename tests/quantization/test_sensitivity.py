@@ -43,7 +43,7 @@ def model(tiny_model, tmp_path_factory):
     return folder
 
 
-def test_the_layer_that_suffers_is_found_and_told_in_json_and_picture(model, asked, tmp_path):
+def test_most_sensitive_layer_is_in_json_and_picture(model, asked, tmp_path):
     found = sensitivity.report(asked(model), tmp_path / "out", print)
     assert json.loads((tmp_path / "out" / "sensitivity.json").read_text()) == found
     assert [layer["name"] + ".weight" for layer in found["layers"]] == list(linear_weights(model))
@@ -69,7 +69,7 @@ def test_a_layers_figure_is_that_of_the_model_with_this_layer_alone_rounded(mode
     assert told["weights"] == weight.numel()
 
 
-def test_one_that_was_stopped_goes_on_where_it_was(model, asked, tmp_path):
+def test_stopped_sensitivity_run_resumes(model, asked, tmp_path):
     config, record = asked(model), tmp_path / "record.json"
     (spec,) = config.quantize.variants
 
@@ -86,7 +86,7 @@ def test_one_that_was_stopped_goes_on_where_it_was(model, asked, tmp_path):
     sensitivity.sensitivity(config, spec, model, record, stop)  # which has nothing left to measure
 
 
-def test_another_variant_is_measured_anew(model, asked, tmp_path):
+def test_other_variant_is_measured_again(model, asked, tmp_path):
     record, found = tmp_path / "record.json", {}
     for variant in ("int4", "int8"):
         config = asked(model, variant)
@@ -107,7 +107,7 @@ def test_a_model_larger_than_the_memory_is_refused_before_it_is_loaded(model, as
     assert not record.exists()
 
 
-def test_what_has_no_grid_or_is_no_variant_is_refused(model, asked, tmp_path):
+def test_variant_without_grid_is_refused(model, asked, tmp_path):
     with pytest.raises(QuantizationError, match="gguf-q4_k_m: its layers are not rounded here one by one; choose one"):
         sensitivity.report(asked(model, "gguf-q4_k_m"), tmp_path / "out", print)
     with pytest.raises(ConfigError, match="int5: allowed are"):

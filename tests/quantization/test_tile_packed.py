@@ -65,7 +65,7 @@ def test_packing_is_undone_exactly(rows, width):
 
 @pytest.mark.parametrize("rows, width", SHAPES)
 @pytest.mark.parametrize("group_size", [32, 64, 128, 256])
-def test_what_tensor_cores_read_is_the_weight_and_the_padding_is_zero(rows, width, group_size):
+def test_tiles_hold_the_weight_and_zero_padding(rows, width, group_size):
     if width % group_size:
         width = -(-width // group_size) * group_size
     weight = weight_on_grid(int4(group_size), rows, width)
@@ -137,7 +137,7 @@ NAMES = ["llama", "in shards", "tied", "with layers kept", "with embeddings in i
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_is_loaded_as_exactly_what_the_plain_packing_holds(releases, name):
+def test_tiles_load_as_the_plain_packing(releases, name):
     models = [load(releases[name] / packing, "int4")[0] for packing in ("plain", "tile_packed")]
     assert {type(m).__name__ for m in models[1].modules()} == {type(m).__name__ for m in models[0].modules()}
     for layer, other in zip(models[0].modules(), models[1].modules(), strict=True):
@@ -245,7 +245,7 @@ def test_tiles_of_another_shape_are_refused_by_name(releases, tmp_path, part):
             load(tmp_path)
 
 
-def test_int8_beside_it_is_stored_as_ever():
+def test_int8_beside_tiles_is_unchanged():
     weight = rounding("rtn")(torch.randn(16, 64).bfloat16(), storage("torchao").INT8)
     for function, arguments in (
         ("plan", ("a.weight", (16, 64), weight.grid)),

@@ -269,7 +269,7 @@ def test_every_shard_carries_the_whole_metadata(releases, variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_configuration_names_what_was_kept_and_the_head_with_it(releases, variant):
+def test_configuration_names_kept_layers_and_the_head(releases, variant):
     def not_converted(name):
         root, _ = releases[name]
         config = json.loads((root / variant / "config.json").read_text())
@@ -280,7 +280,7 @@ def test_the_configuration_names_what_was_kept_and_the_head_with_it(releases, va
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_what_is_not_a_linear_layer_keeps_its_bytes(releases, variant):
+def test_non_linear_weights_keep_their_bytes(releases, variant):
     root, _ = releases[variant]
     source, result, linear = Checkpoint(root), Checkpoint(root / variant), linear_weights(root)
     others = [name for name in source if name not in linear]
@@ -334,7 +334,7 @@ def test_a_width_that_no_group_size_divides_is_refused_by_name(tiny_model, tmp_p
     assert unfit(VariantSpec(name="int8").resolved(), linear_weights(source)) is None
 
 
-def test_such_layers_can_be_kept(tiny_model, tmp_path):
+def test_unfit_layers_can_be_kept(tiny_model, tmp_path):
     source = tiny_model("llama", hidden_size=80)
     narrow = [name.removesuffix(".weight") for name, (_, width) in linear_weights(source).items() if width == 80]
     made = quantize(source, tmp_path, {"name": "int4", "keep": narrow})["int4"]

@@ -111,14 +111,14 @@ def test_a_quantizer_that_gives_up(tiny_model, make, tmp_path, monkeypatch):
     assert str(failed["gguf-q4_k_m"]).endswith("llama.cpp could not quantize to Q4_K_M: an error")
 
 
-def test_where_all_have_failed_the_rest_of_the_model_is_not_read(tiny_model, change, tmp_path, monkeypatch):
+def test_reading_stops_when_every_variant_failed(tiny_model, change, tmp_path, monkeypatch):
     model, told = change(tiny_model("llama"), lambda tensors: [t.fill_(1e5) for t in tensors.values()]), []
     variants = Variants(specs_of("gguf-f16"), {"gguf-f16": tmp_path / "out"}, linear_weights(model))
     assert variants.make_of(model, lambda *about: told.append(about)) == {}
     assert variants.failed.keys() == {"gguf-f16"} and told[-1][0] < told[-1][1]
 
 
-def test_what_is_wrong_with_the_model_still_stops_everything(tiny_model, make, change):
+def test_model_error_stops_every_variant(tiny_model, make, change):
     def breaks(tensors):
         tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
 
@@ -126,7 +126,7 @@ def test_what_is_wrong_with_the_model_still_stops_everything(tiny_model, make, c
         make(change(tiny_model("llama"), breaks), "int8", "gguf-f16")
 
 
-def test_the_stage_tells_of_it_and_keeps_what_was_made(tiny_model, change, tmp_path):
+def test_stage_reports_a_failed_variant_and_keeps_the_others(tiny_model, change, tmp_path):
     names = ("gguf-f16", "gguf-q4_0")
     tree = {"name": "m", "model": {"source": str(change(tiny_model("llama"), too_large))}, "data": None}
     config = Config.model_validate(tree | {"evaluate": None, "quantize": {"variants": list(names)}})

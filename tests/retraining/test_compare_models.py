@@ -96,7 +96,7 @@ def test_the_error_is_that_of_a_sample_of_prompts(held_out, tiny_model, other):
     assert three["difference"]["stderr"] == pytest.approx(one["difference"]["stderr"], rel=0.2)
 
 
-def test_it_is_compared_where_everything_is_measured(held_out, tiny_model):
+def test_comparison_uses_the_device_of_the_run(held_out, tiny_model):
     if torch.cuda.is_available():
         figures = held_out(tiny_model("llama"), tiny_model("llama"), evaluate={"device": "cpu"})
         assert figures["device"] == "cpu"
@@ -147,7 +147,7 @@ def test_better_is_lower_by_more_than_the_margin_in_errors_of_the_difference(dif
         (2.575829, 15, 2.94671), (2.575829, 60, 2.66028), (3.290527, 20, 3.84952), (0, 15, 0),
     ],
 )  # fmt: skip
-def test_of_few_examples_more_standard_errors_are_asked_by_students_t(normal, freedom, known):
+def test_few_examples_use_students_t(normal, freedom, known):
     assert quantile(normal, freedom + 1) == pytest.approx(known, rel=1e-3)
 
 

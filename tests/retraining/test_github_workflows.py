@@ -66,7 +66,7 @@ def test_a_stored_token_goes_before_the_keyless_login():
 
 
 @pytest.mark.parametrize("name", ["retrain.yml", "ci.yml"])
-def test_what_others_may_write_never_stands_in_a_script(name):
+def test_untrusted_values_never_stand_in_a_script(name):
     for job in workflow(name)["jobs"].values():
         assert all("${{" not in step.get("run", "") for step in job["steps"])
 

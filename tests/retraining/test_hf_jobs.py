@@ -143,7 +143,7 @@ def test_a_job_that_ends_without_a_word_has_failed(submit, hub):
     assert done.returncode == 1 and "the Job ended as ERROR" in done.stderr
 
 
-def test_without_waiting_it_is_only_started(submit, hub):
+def test_job_without_waiting_is_only_started(submit, hub):
     hub.jobs.stage = "SCHEDULING"
     done = submit("--no-wait", "--json")
     assert done.returncode == 0
@@ -176,7 +176,7 @@ def test_a_decision_against_another_model_than_the_one_that_is_live_settles_noth
     assert len(hub.jobs.started) == 2
 
 
-def test_two_that_start_a_job_at_once_do_not_both(submit, hub):
+def test_only_one_of_two_concurrent_starts_makes_a_job(submit, hub):
     with alone("ada/tiny"):
         done = submit()
     assert done.returncode == 75 and not hub.jobs.started
@@ -228,7 +228,7 @@ def test_trouble_with_the_log_is_no_end_of_the_job(submit, hub):
     assert done.stdout.count("Installed 99 packages") == 1
 
 
-def test_a_job_that_cannot_be_asked_after_goes_on_and_its_address_is_told(submit, hub):
+def test_unreachable_job_continues_and_its_address_is_shown(submit, hub):
     hub.fault(r"GET /api/jobs/ada/1$", status=403, times=9)
     done = submit()
     assert done.returncode == 1
@@ -267,7 +267,7 @@ def test_no_job_is_started_where_nothing_changed(submit, hub, place):
     assert submit("--force").returncode == 3 and len(hub.jobs.started) == 1
 
 
-def test_what_a_job_decided_is_remembered_where_it_was_started(submit, hub, place):
+def test_job_decision_is_recorded_locally(submit, hub, place):
     compared(hub, release(hub, place, max_steps=3))
     assert submit().returncode == 3
     again = submit("--json")
@@ -301,7 +301,7 @@ def test_in_a_workflow_of_github_the_job_installs_the_commit_that_it_runs_for(su
         (["--package", "https://example.org/x.whl?token=secret"], "no ? in it"),
     ],
 )
-def test_what_a_job_cannot_reach_is_refused_before_it_is_started(submit, hub, options, named):
+def test_local_inputs_are_refused_before_a_job_starts(submit, hub, options, named):
     done = submit(*options)
     assert done.returncode == 2
     assert named in done.stderr and len(done.stderr.strip().splitlines()) == 1 and "secret" not in done.stderr

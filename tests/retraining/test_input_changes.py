@@ -115,7 +115,7 @@ def test_a_run_records_which_base_in_a_folder_it_was_made_of(configure, tiny_mod
             assert told.startswith("base model base: ")
 
 
-def test_what_a_comparison_depends_on_is_part_of_what_it_is_remembered_for(configure):
+def test_comparison_record_depends_on_its_inputs(configure):
     config = configure(50)
     more = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"max_tokens": 99999})})
     assert inputs(config).to_dict() != inputs(more).to_dict()
@@ -140,7 +140,7 @@ def test_that_prompts_are_told_apart_word_for_word_is_said_where_the_data_is_ano
 
 @pytest.mark.parametrize("grown", [510, 600, 1000, 4000])
 @pytest.mark.parametrize("held_out", [0.05, 0.3])
-def test_of_grown_data_only_examples_are_compared_on_that_the_live_model_never_saw(configure, grown, held_out):
+def test_grown_data_is_compared_on_unseen_examples(configure, grown, held_out):
     old, new = (load_examples(configure(rows, held_out=held_out).data) for rows in (500, grown))
     live = published(configure(500, held_out=held_out))
     kept, said = compared(new, live)
@@ -149,7 +149,7 @@ def test_of_grown_data_only_examples_are_compared_on_that_the_live_model_never_s
     assert len(kept) >= 0.5 * len(new.held_out)  # the split holds as data grows, so most of it is usable
 
 
-def test_of_the_same_data_all_held_out_examples_are_compared_on(configure):
+def test_same_data_is_compared_on_all_held_out_examples(configure):
     data = load_examples(configure(50, held_out=0.4).data)
     assert compared(data, published(configure(50, held_out=0.4)))[0] == data.held_out
 
@@ -160,13 +160,13 @@ def test_too_few_examples_to_compare_on_are_counted(configure):
         compared(data, published(configure(50, held_out=0.3)))
 
 
-def test_another_seed_leaves_too_little_that_neither_model_saw(configure):
+def test_changed_seed_leaves_too_few_unseen_examples(configure):
     new = load_examples(configure(200, seed=1, held_out=0.1).data)
     with pytest.raises(DataError, match="set data.seed to its 0"):
         compared(new, published(configure(200, held_out=0.1)))
 
 
-def test_a_release_that_does_not_say_how_it_was_split_may_know_examples_which_is_said(configure):
+def test_unknown_split_of_a_release_is_stated(configure):
     live = published(configure(50, held_out=0.4))
     del live.lineage["results"]["data"]["trained_from"]
     new = load_examples(configure(60, held_out=0.4).data)

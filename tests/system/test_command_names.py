@@ -23,19 +23,19 @@ def launched(monkeypatch):
     monkeypatch.setenv(LAUNCHED_BY, "/home/ada/a\\ clone/launch.sh")
 
 
-def test_words_are_as_a_shell_takes_them(launched):
+def test_command_words_are_shell_quoted(launched):
     line = command("chat", Path("my runs/demo"))
     words = subprocess.run(["bash", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True).stdout
     assert words.splitlines() == ["/home/ada/a clone/launch.sh", "chat", "my runs/demo"]
 
 
-def test_without_launch_sh_it_is_the_command(monkeypatch):
+def test_plain_command_is_named_without_launch_sh(monkeypatch):
     monkeypatch.delenv(LAUNCHED_BY, raising=False)
     assert command("doctor") == "tunepress doctor"
     assert str(MissingExtra("q", "gguf")).endswith("run: pip install 'tunepress[gguf]'")
 
 
-def test_what_is_missing_is_installed_where_this_runs(launched):
+def test_install_hint_matches_the_running_python(launched):
     assert str(MissingExtra("q", "gguf")).endswith(f"run: {sys.executable} -m pip install 'tunepress[gguf]'")
 
 

@@ -62,7 +62,7 @@ def test_variables_for_trackios_own_client_do_not_send_a_run_elsewhere(local, mo
     assert_once_each(rows_of(local), local.records())
 
 
-def test_on_a_network_file_system_it_goes_to_files_that_the_dashboard_takes_in_once(local, monkeypatch):
+def test_network_file_system_uses_files_that_are_imported_once(local, monkeypatch):
     from trackio.server import import_inbox_once
 
     monkeypatch.setenv("TRACKIO_STORAGE_MODE", "jsonl")

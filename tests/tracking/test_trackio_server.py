@@ -29,7 +29,7 @@ def test_a_finished_run_is_there_once_in_one_run_of_its_name_with_its_steps(run,
     assert {r["level"] for r in rows if "text" in r} == {"info"}
 
 
-def test_stopped_during_a_run_and_started_again_later_it_misses_nothing_and_has_nothing_twice(run, server):
+def test_restarted_server_has_every_record_once(run, server):
     run.train(1, 20)
     forwarder = run.forwarder()
     forwarder.forward()
@@ -48,7 +48,7 @@ def test_stopped_during_a_run_and_started_again_later_it_misses_nothing_and_has_
     assert_once_each(server.rows(), run.records())
 
 
-def test_stopped_until_the_run_is_over_the_next_run_sends_what_it_missed(run, server):
+def test_next_run_sends_missed_records(run, server):
     server.stop()
     run.train(1, 20)
     forwarder = run.forwarder()
@@ -102,7 +102,7 @@ def test_records_that_are_sent_again_are_stored_once(run, server):
     assert_once_each(server.rows(), run.records())
 
 
-def test_a_run_begun_anew_does_not_draw_over_the_old_curve(run, server):
+def test_fresh_start_does_not_overwrite_the_old_curve(run, server):
     for _ in range(2):
         run.train(1, 3)
         run.forwarder().close()
@@ -144,7 +144,7 @@ def test_an_address_that_never_answers_costs_a_run_no_time(tmp_path):
         assert "no answer" in forwarder.problem
 
 
-def test_what_answers_but_is_no_trackio_is_told_as_such(tmp_path):
+def test_other_server_is_not_taken_for_trackio(tmp_path):
     from tests.support.hub import LoopbackHub
 
     with LoopbackHub(tmp_path / "hub", {}) as hub:

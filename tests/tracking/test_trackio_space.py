@@ -83,7 +83,7 @@ def test_a_member_of_the_organization_may_write(run, space, hub):
     assert_once_each(kept_by(space), run.records())
 
 
-def test_the_token_of_somebody_else_is_not_sent_and_not_shown(run, stranger, hub, monkeypatch):
+def test_foreign_token_is_neither_sent_nor_shown(run, stranger, hub, monkeypatch):
     hub.store.create("space", BOARD).host = stranger.url
     monkeypatch.setenv("HF_TOKEN", BEN)
     problem = forwarded(run).problem
@@ -113,7 +113,7 @@ def test_a_space_that_is_asleep_gets_it_when_it_answers_again(run, space):
     assert_once_each(kept_by(space), run.records())
 
 
-def test_a_space_that_is_not_there_is_told_with_how_to_make_it_and_not_made(run, hub):
+def test_missing_space_is_refused_with_the_command_that_makes_it(run, hub):
     problem = forwarded(run).problem
     assert problem.startswith(f"track.space {BOARD}: there is no such Space; make a Gradio Space")
     assert {r.method for r in hub.requests} == {"GET"}
@@ -121,7 +121,7 @@ def test_a_space_that_is_not_there_is_told_with_how_to_make_it_and_not_made(run,
         check(run.config.track)
 
 
-def test_a_space_that_is_frozen_is_told_as_such(run, hub, stranger):
+def test_paused_space_is_reported(run, hub, stranger):
     space = hub.store.create("space", BOARD)
     space.host, space.sdk = stranger.url, "static"
     assert "frozen" in forwarded(run).problem and stranger.requests == []
@@ -134,7 +134,7 @@ def test_a_space_is_reached_where_the_hub_says_and_shown_on_its_page(run, hub, s
     assert dashboard_hint(run.config) == f"https://huggingface.co/spaces/{BOARD}"
 
 
-def test_who_may_write_passes_the_check(hub):
+def test_write_access_passes_the_check(hub):
     hub.store.create("space", BOARD).host = "https://ada-board.hf.space"
     check(configuration(space=BOARD).track)
 

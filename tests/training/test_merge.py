@@ -366,7 +366,7 @@ def test_what_cannot_be_merged_is_refused_by_name(adapter, values):
 @pytest.mark.parametrize(
     "values", [{"init_lora_weights": "gaussian"}, {"init_lora_weights": False}, {"modules_to_save": None}]
 )
-def test_what_makes_no_difference_to_a_merge_is_not(adapter, values):
+def test_harmless_adapter_settings_are_accepted(adapter, values):
     assert len(Adapter.read(adapter(**values)).changes) == 14
 
 
@@ -445,7 +445,7 @@ def test_a_table_that_the_base_uses_twice_is_not_replaced_in_one_of_its_places(t
     assert not (tmp_path / "out").exists()
 
 
-def test_nor_where_a_tied_base_stores_its_table_twice(tiny_model, trained, tmp_path):
+def test_tied_table_stored_twice_is_replaced_in_both_places_or_refused(tiny_model, trained, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(tiny_model("llama"), base)
     adapter = trained(tiny_model("llama"), target_modules=["q_proj", "lm_head"])
@@ -474,7 +474,7 @@ def test_a_layer_that_the_base_lacks_is_refused_by_name(tiny_model, adapter, tmp
 
 
 @pytest.mark.parametrize("whose", ["adapter", "base"])
-def test_values_that_are_not_finite_are_refused_and_whose_they_are_is_said(tiny_model, trained, tmp_path, whose):
+def test_non_finite_values_are_refused_with_their_origin(tiny_model, trained, tmp_path, whose):
     base = shutil.copytree(tiny_model("llama"), tmp_path / "base")
     adapter = shutil.copytree(trained(tiny_model("llama")), tmp_path / "adapter")
     path = adapter / "adapter_model.safetensors" if whose == "adapter" else base / SINGLE_NAME

@@ -26,7 +26,7 @@ def examples():
 
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "llama-3.2-1b"])
-def test_packed_examples_are_seen_as_they_are_alone(tiny_model, tmp_path, examples, architecture):
+def test_packed_examples_do_not_see_each_other(tiny_model, tmp_path, examples, architecture):
     from transformers import AutoTokenizer
 
     name, changes = RECIPES.get(architecture, (architecture, {}))

@@ -72,7 +72,7 @@ def test_values_come_back_as_they_were_and_of_their_kind(path):
     assert read_header(path)[0]  # and whether it is whole can be told by its header
 
 
-def test_what_is_no_number_is_not_stored(path):
+def test_non_numbers_are_not_stored(path):
     with pytest.raises(TypeError, match="a function in a training's state"):
         save_state(path, {"f": test_what_is_no_number_is_not_stored})
     assert not path.exists()

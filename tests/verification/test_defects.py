@@ -18,7 +18,7 @@ def only(verification) -> str:
     return defect
 
 
-def test_what_nobody_touched_has_no_defect(release):
+def test_untouched_release_has_no_defect(release):
     found = release.verify()
     assert told(found) == [] and found.exit_code == 0
     assert told(found, Verdict.unknown) == []
@@ -34,7 +34,7 @@ def test_a_flipped_bit(release):
     assert only(release.verify()).startswith("files int4/model.safetensors: changed: sha256 ")
 
 
-def test_two_variants_swapped(release):
+def test_swapped_variants_are_found(release):
     first, second = (release.folder / name / "model.safetensors" for name in BOTH)
     os.rename(first, release.folder / "aside")
     os.rename(second, first)
@@ -75,7 +75,7 @@ def test_a_card_that_is_gone(release):
         ),
     ],
 )
-def test_what_would_be_loaded_and_is_not_named(release, path, why):
+def test_unnamed_loadable_file_is_found(release, path, why):
     (release.folder / path).parent.mkdir(exist_ok=True)
     release.write(path, b"{}")
     assert only(release.verify()).startswith(f"files {path}: {why}")
@@ -166,7 +166,7 @@ def test_figures_and_cards_changed_together_so_that_they_contradict_others(relea
     assert any(line.startswith(f"figures tunepress.json: {says}") for line in told(release.verify()))
 
 
-def test_the_base_model_changed_where_no_card_says_it(release):
+def test_changed_base_in_the_lineage_is_found(release):
     content = release.lineage()
     content["base"]["hub_id"] = "ada/other"
     release.write_lineage(content)
@@ -175,7 +175,7 @@ def test_the_base_model_changed_where_no_card_says_it(release):
     )
 
 
-def test_our_part_of_a_card_taken_out(release):
+def test_removed_section_of_a_card_is_found(release):
     release.write("README.md", "# Nothing of tunepress here\n")
     assert "does not say" in told(release.verify())[0]
 
@@ -185,7 +185,7 @@ def test_a_snippet_changed(release):
     assert "trust_remote_code" in only(release.verify())
 
 
-def test_what_people_wrote_themselves_is_no_defect(release):
+def test_user_text_is_no_defect(release):
     card = release.read("README.md").replace("pipeline_tag: text-generation", "pipeline_tag: text-generation\nx: 1")
     release.write("README.md", f"{card}\n\nMy own words: perplexity 0.1\n")
     release.write("notes.txt", "mine")
@@ -209,7 +209,7 @@ def test_words_of_another_version_are_no_defect_and_its_figures_are(release):
     assert "1.0 ± 0.1" in only(release.verify())
 
 
-def test_it_is_told_as_json(release, capsys):
+def test_findings_are_printed_as_json(release, capsys):
     from pipeline.cli import app
 
     (release.folder / "config.json").unlink()

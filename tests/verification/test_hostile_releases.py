@@ -46,7 +46,7 @@ def test_a_name_that_leaves_the_folder(release, path, where):
         (b" " * (MOST_BYTES + 1), "a lineage has some ten thousand"),
     ],
 )
-def test_a_lineage_that_is_none(release, content, says):
+def test_invalid_lineage_is_refused(release, content, says):
     release.write("tunepress.json", content)
     found = release.verify()
     (defect,) = told(found)
@@ -105,7 +105,7 @@ def test_files_of_this_machine_are_not_read_for_a_lineage_from_elsewhere(release
     assert texts.names == () and "is not part of a release" in texts.problems["general"]
 
 
-def test_what_is_said_is_nothing_that_a_terminal_obeys(release):
+def test_findings_contain_no_control_characters(release):
     release.replace("README.md", "## Limits", "## Limits \x1b]0;owned\x07[red]")
     found = release.verify()
     assert told(found) and not any("\x1b" in line or "\x07" in line for line in told(found))
@@ -117,7 +117,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(release):
     assert told(release.verify()) == ["files int4/config.json: missing"]
 
 
-def test_there_is_nothing_to_verify(tmp_path, capsys):
+def test_empty_folder_is_refused(tmp_path, capsys):
     with pytest.raises(NoRelease, match="has no tunepress.json"):
         verify(str(tmp_path))
     with pytest.raises(UserError, match="neither a folder here nor a repository") as error:
@@ -127,7 +127,7 @@ def test_there_is_nothing_to_verify(tmp_path, capsys):
         app(["verify", str(tmp_path), "--revision", "main"])
 
 
-def test_nothing_is_measured_or_run_where_the_lineage_is_none(release):
+def test_invalid_lineage_stops_measuring(release):
     release.write("tunepress.json", b"[]")
     assert [line(f) for f in release.verify(measure=True).findings if f.verdict is not Verdict.wrong] == []
 

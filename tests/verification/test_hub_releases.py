@@ -42,7 +42,7 @@ def test_wrong_weights_are_found_before_they_are_fetched(repository, made):
     assert verify(REPO, first, measure=False).exit_code == 0
 
 
-def test_what_is_not_there_is_told_in_one_line(repository):
+def test_missing_repository_gives_one_line(repository):
     with pytest.raises(UserError, match="ada/nothing: no such model on the Hub"):
         verify("ada/nothing")
     with pytest.raises(UserError, match="no revision 'other'"):

@@ -32,7 +32,7 @@ def all_measured(release, models: tuple[str, ...], folder: Path) -> list[str]:
     return [line(finding) for finding in (*found, *cut.findings())]
 
 
-def test_a_whole_release_that_nobody_touched(release):
+def test_untouched_release_is_confirmed_by_measuring(release):
     found = release.verify(measure=True)
     assert told(found) == [] and told(found, Verdict.unknown) == []
     right = told(found, Verdict.right)
@@ -149,7 +149,7 @@ def test_blocks_are_put_together_as_a_reader_would():
     assert programs(["model = Llama()"]) == ["model = Llama()"]
 
 
-def test_a_text_that_is_another_one_here_is_not_compared(release, tmp_path):
+def test_different_local_text_is_not_compared(release, tmp_path):
     content = json.loads(release.read("tunepress.json"))
     content["results"]["int8"]["quality"]["general"]["digest"] = "other"
     release.write_lineage(content)
@@ -157,7 +157,7 @@ def test_a_text_that_is_another_one_here_is_not_compared(release, tmp_path):
     assert "cut into other tokens here" in found
 
 
-def test_the_tokenizer_of_one_variant_changed_and_the_hash_rewritten(release, tmp_path):
+def test_changed_tokenizer_with_rewritten_hash_is_found(release, tmp_path):
     path = "int4/tokenizer.json"
     content = json.loads(release.read(path))
     words = content["model"]["vocab"]

@@ -91,14 +91,14 @@ def none_passes(trying):
     return before, trying.tries(), outcome, trying.result()
 
 
-def test_one_that_was_stopped_goes_on_with_the_try_it_was_at(none_passes):
+def test_stopped_escalation_resumes_at_its_attempt(none_passes):
     before, after, _, result = none_passes
     done = {name for name in before if "try 3" not in name}
     assert done and not done & set(after) and any("try 3" in name for name in after)
     assert len(result["gate"]["tried"]) == len(done | set(after)) + 1  # and as it was asked for
 
 
-def test_where_none_passes_the_best_is_reported_with_its_size_and_withheld(none_passes, trying):
+def test_best_failing_fallback_is_reported_and_withheld(none_passes, trying):
     _, _, outcome, result = none_passes
     tried = result["gate"]["tried"]
     nearest = min(tried, key=lambda rung: max(c["value"] + c["quantile"] * c["stderr"] for c in kl(rung)))
@@ -143,7 +143,7 @@ def test_the_smallest_that_passes_is_taken_and_nothing_known_is_measured_again(o
     assert result["speed"]["pipeline.load"]["runs"] and result["quality"] == passing[0]["quality"]
 
 
-def test_what_is_taken_loads_with_stock_transformers_each_layer_in_its_bits(one_passes, trying):
+def test_chosen_fallback_loads_in_transformers(one_passes, trying):
     from torchao.quantization import Int4Tensor, Int8Tensor
     from transformers import AutoModelForCausalLM
 
@@ -165,7 +165,7 @@ def test_the_card_and_the_lineage_have_every_try(one_passes):
 
 
 @pytest.mark.slow
-def test_a_looser_limit_that_it_meets_as_asked_for_gives_it_as_asked_for(one_passes, trying):
+def test_looser_limit_gives_the_variant_as_requested(one_passes, trying):
     outcome = trying.judge(gate={"rise": 100.0, "kl": 100.0})
     result = trying.result()
     assert outcome.refusal is None and result["gate"]["passed"]
@@ -173,9 +173,7 @@ def test_a_looser_limit_that_it_meets_as_asked_for_gives_it_as_asked_for(one_pas
     assert "tried" not in result["gate"] and trying.tries() == []
 
 
-def test_where_the_memory_is_too_small_to_measure_layers_the_rungs_without_them_are_tried(
-    one_passes, trying, monkeypatch
-):
+def test_small_memory_tries_fallbacks_without_layer_measurement(one_passes, trying, monkeypatch):
     monkeypatch.setattr("pipeline.system.hardware.free_bytes", lambda device: 1000)
     trying.shown.clear()
     trying.judge(gate=IMPOSSIBLE)

@@ -131,13 +131,13 @@ def test_card_and_lineage_tell_of_it_with_its_figures_and_its_limits(withheld):
     assert told["withheld"]["int4"]["quality"] == withheld.results["int4"]["quality"]
 
 
-def test_what_was_judged_is_not_judged_again_and_still_missing(again, withheld):
+def test_withheld_variant_is_not_judged_again(again, withheld):
     assert again.code == 2 and again.stderr == withheld.stderr
     assert "> " not in again.stdout and again.stdout.count("done before") == 6
     assert again.events == []
 
 
-def test_another_limit_lets_it_in_as_it_was_made_and_measured(let_in, withheld):
+def test_looser_limit_admits_without_making_or_measuring_again(let_in, withheld):
     assert let_in.code == 0, let_in.stderr
     assert "int4/model.safetensors" in let_in.files and "withheld" not in let_in.card
     assert let_in.lineage["results"]["int4"]["gate"]["passed"] is True
@@ -145,7 +145,7 @@ def test_another_limit_lets_it_in_as_it_was_made_and_measured(let_in, withheld):
     assert let_in.names("int4")[-2:] == ["quantization_completed", "quantized_model_pushed"]
 
 
-def test_another_limit_for_all_takes_none_of_them_away_meanwhile(judged_anew, let_in, place):
+def test_changed_limit_keeps_variants_until_judged(judged_anew, let_in, place):
     assert judged_anew.code == 0, judged_anew.stderr
     assert judged_anew.names("int4") == ["quantization_started", "quantization_completed", "quantized_model_pushed"]
     assert measured(judged_anew) == measured(let_in) and judged_anew.written == let_in.written
@@ -154,7 +154,7 @@ def test_another_limit_for_all_takes_none_of_them_away_meanwhile(judged_anew, le
     assert since and all("int4/model.safetensors" in place.hub.files("ada/tiny", commit) for commit in since)
 
 
-def test_a_limit_that_it_misses_takes_it_out_again_and_keeps_its_files_apart(taken_back, let_in):
+def test_stricter_limit_withholds_the_variant_and_keeps_its_files(taken_back, let_in):
     assert taken_back.code == 2
     assert not any(name.startswith("int4/") for name in taken_back.files)
     assert "tried and withheld" in taken_back.card

@@ -82,7 +82,7 @@ def test_an_adapter_from_elsewhere_is_merged_and_quantized_at_once(tmp_path, tin
         assert contents(tmp_path / "out" / name) == in_a_pass_of_its_own(tmp_path / "out", name, tmp_path / name)
 
 
-def test_what_cannot_be_made_keeps_neither_the_merge_back_nor_what_can(tmp_path, tiny_model, adapter_of):
+def test_failing_variant_stops_neither_merge_nor_other_variants(tmp_path, tiny_model, adapter_of):
     model, place = tiny_model("llama", intermediate_size=200), Place(tmp_path)  # no group size divides 200
     asked = ("merge", str(model), str(adapter_of(model)), "--output", "out", "--variants", "int4,int8")
     done = place.tunepress(*asked, "--set", "track.project=tests", check=2)
@@ -126,7 +126,7 @@ def merged(tmp_path, tiny_model, adapter_of):
     return stages
 
 
-def test_what_the_merge_has_written_is_taken_as_it_is(merged):
+def test_variants_written_by_the_merge_are_used(merged):
     files, written = merged.quantize()
     assert written == set() and all("model.safetensors" in names for names in files.values())
     assert not list(merged.workspace.folder.rglob("*.partial"))
@@ -143,7 +143,7 @@ def test_what_the_merge_has_written_is_taken_as_it_is(merged):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_was_lost_is_made_again_and_nothing_else(merged, what, lose):
+def test_only_lost_variants_are_made_again(merged, what, lose):
     whole = {name: contents(merged.workspace.quantized / name) for name in ("int8", "int4")}
     lose(merged.workspace.quantized)
     files, written = merged.quantize()
@@ -167,12 +167,12 @@ def test_a_changed_setting_redoes_its_variant_and_no_merge(merged, tmp_path):
     assert changed.quantize()[1] == set()  # nor is that made twice, if it was not let in meanwhile
 
 
-def test_other_libraries_make_it_again(merged, monkeypatch):
+def test_changed_libraries_make_the_variant_again(merged, monkeypatch):
     monkeypatch.setattr(quantize, "versions", lambda *names: dict.fromkeys(names, "0"))
     assert merged.quantize()[1] == {"int8", "int4"}
 
 
-def test_another_merged_model_makes_it_again(merged, tmp_path):
+def test_changed_merged_model_makes_the_variant_again(merged, tmp_path):
     before, _ = merged.quantize()
     weights = merged.workspace.release / "model.safetensors"
     tensors = {name: tensor * 1.5 for name, tensor in load_file(weights).items()}
@@ -208,6 +208,6 @@ def test_a_merge_that_ends_in_the_middle_leaves_nothing_to_be_taken(merged, monk
     assert merged.quantize()[1] == {"int8", "int4"}
 
 
-def test_two_bases_are_compared_before_anything_is_made_of_the_better(unpublished):
+def test_two_bases_are_compared_before_variants_are_made(unpublished):
     assert "variants" not in unpublished.ledger()["merge"]["summary"]
     assert read_json(unpublished.run_folder / "ledger.json", {})["merge"]["summary"]["base"] in ("nf4", "bf16")

@@ -105,7 +105,7 @@ def test_wrong_answers_are_told_in_a_line_and_asked_again(desk):
         assert desk.hidden_in(secret) == [] and secret not in person.screen
 
 
-def test_another_data_set_can_be_named_where_columns_do_not_fit(desk):
+def test_unsuitable_columns_allow_another_data_set(desk):
     with desk.sit_down("--model", "./model", "--no-run") as person:
         person.answers("Data set", "other.jsonl")
         person.answers("Columns")
@@ -154,7 +154,7 @@ def test_ctrl_c_at_the_first_question_keeps_what_was_given_ahead(desk, launch):
     assert yaml.safe_load((desk.folder / "wizard-answers.yaml").read_text()) == {"name": "mine", "epochs": "3"}
 
 
-def test_ctrl_d_where_a_token_is_asked_for_keeps_the_answers_too(desk):
+def test_ctrl_d_at_the_token_prompt_keeps_the_answers(desk):
     with desk.sit_down("--model", "./model", "--data", "rows.jsonl", "--profile", "standard") as person:
         for question in ("Passes over the data", "Steps instead of passes", "Longest sequence", "Sequences at a time"):
             person.answers(question)
@@ -166,7 +166,7 @@ def test_ctrl_d_where_a_token_is_asked_for_keeps_the_answers_too(desk):
         assert person.ends() == 130
 
 
-def test_a_wrong_option_ends_it_and_keeps_the_other_answers(desk):
+def test_wrong_option_ends_the_wizard_and_keeps_the_other_answers(desk):
     with desk.sit_down("--profile", "reckless", "--name", "mine") as person:
         person.answers("Model", "./model")
         person.answers("Data set", "rows.jsonl")
@@ -177,7 +177,7 @@ def test_a_wrong_option_ends_it_and_keeps_the_other_answers(desk):
     assert kept == {"model": "./model", "data": "rows.jsonl", "name": "mine"}
 
 
-def test_where_the_answers_cannot_be_written_they_are_kept_elsewhere(desk, tmp_path, monkeypatch):
+def test_unwritable_answers_are_kept_in_another_folder(desk, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     (desk.folder / "wizard-answers.yaml.partial").mkdir()  # in the way of the file, for root too
     with desk.sit_down() as person:
@@ -196,7 +196,7 @@ class Typed(io.StringIO):
         return True
 
 
-def test_a_bug_of_ours_keeps_what_was_typed_too(desk, monkeypatch):
+def test_internal_error_keeps_the_answers(desk, monkeypatch):
     monkeypatch.chdir(desk.folder)
     monkeypatch.setattr(sys, "stdin", Typed("./model\n"))
     broken = replace(QUESTIONS[1], default=lambda draft: str(1 / 0))
@@ -214,7 +214,7 @@ def test_a_terminal_that_closes_keeps_the_answers_too(desk):
     assert yaml.safe_load((desk.folder / "wizard-answers.yaml").read_text()) == {"model": "./model"}
 
 
-def test_a_file_that_says_something_else_is_not_replaced_without_asking(desk):
+def test_different_existing_file_is_replaced_only_after_asking(desk):
     (desk.folder / "mine.yaml").write_text("precious: true\n")
     answers = {"model": "./model", "data": "rows.jsonl", "profile": "standard", "epochs": "1", "max-steps": "1",
                "max-length": "64", "batch-size": "1", "repo": "none", "track": "local", "name": "mine"}  # fmt: skip

@@ -114,7 +114,7 @@ def test_columns_may_have_spaces_in_their_names(ask):
     assert data.columns == {"question": "The question", "answer": "An answer"}
 
 
-def test_bad_rows_are_left_out_where_that_is_asked_for(ask):
+def test_bad_rows_are_skipped_on_request(ask):
     data = ask(model="./model", data="broken.jsonl on_bad_row=skip").data
     assert (data.source, data.on_bad_row) == ("broken.jsonl", "skip")
     Path("hopeless.jsonl").write_text("{\n" * 20)
@@ -128,14 +128,14 @@ def test_a_file_named_like_a_setting_keeps_its_name_in_what_is_told(ask):
 
 
 @pytest.mark.parametrize("token", ["hf_töken0123456789", "hf_two words0123456789"])
-def test_what_is_no_token_is_told_in_a_line(ask, monkeypatch, token):
+def test_malformed_token_gives_one_line(ask, monkeypatch, token):
     monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(UserError, match="what there is as the Hub's token is none") as refusal:
         ask(model="./model", data="rows.jsonl", repo="ada/mine")
     assert token not in str(refusal.value)
 
 
-def test_what_is_no_token_is_told_where_a_model_is_looked_up_too(ask, monkeypatch):
+def test_malformed_token_gives_one_line_when_a_model_is_looked_up(ask, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_töken0123456789")
     with pytest.raises(UserError, match="ada/base: what there is as the Hub's token is none"):
         ask(model="ada/base", data="rows.jsonl")
@@ -148,7 +148,7 @@ def test_embeddings_that_cannot_be_quantized_are_kept(ask, tiny_model, capsys):
     assert ask(model="./model", data="rows.jsonl", quantization="edge").quantize.spec("int4").embeddings == "int8"
 
 
-def test_gguf_of_a_model_that_it_has_no_place_for_is_caught(ask):
+def test_gguf_of_an_unsupported_architecture_is_refused(ask):
     settings = json.loads(Path("model/config.json").read_text())
     settings |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
     Path("model/config.json").write_text(json.dumps(settings))
@@ -163,7 +163,7 @@ def test_a_mixture_of_experts_is_not_quantized(ask, mixture):
     assert ask(model=str(mixture), data="rows.jsonl", quantize="no").quantize.variants == []
 
 
-def test_a_run_that_does_not_fit_is_not_started_by_default(ask, monkeypatch):
+def test_run_that_does_not_fit_is_not_started_by_default(ask, monkeypatch):
     less = replace(this_machine(Path()), disk_free=1)  # as where others fill the disk while questions are answered
     monkeypatch.setattr("pipeline.planning.plan.this_machine", lambda runs: less)
     answers = {"model": "./model", "data": "rows.jsonl"}
@@ -173,7 +173,7 @@ def test_a_run_that_does_not_fit_is_not_started_by_default(ask, monkeypatch):
     assert not wizard(Console(), {**answers, "run": "no"}, yes=True).start
 
 
-def test_the_file_says_how_to_run_it_in_a_way_that_works(ask, monkeypatch, tmp_path):
+def test_run_command_in_the_written_file_works(ask, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     ask(model="./model", data="rows.jsonl", file="~/mine.yaml")
     assert f": tunepress run {tmp_path}/mine.yaml\n" in (tmp_path / "mine.yaml").read_text()
@@ -186,7 +186,7 @@ def test_a_session_that_is_finished_leaves_no_answers_behind(ask):
     assert not Path("wizard-answers-2.yaml").exists() and Path("mine.yaml").exists()
 
 
-def test_a_machine_is_not_measured_again_unless_an_option_says_so(ask, monkeypatch):
+def test_machine_is_measured_again_only_on_request(ask, monkeypatch):
     measured = []
     monkeypatch.setattr(
         "pipeline.cli.wizard.finish.measure",
@@ -200,7 +200,7 @@ def test_a_machine_is_not_measured_again_unless_an_option_says_so(ask, monkeypat
     assert len(measured) == 2
 
 
-def test_one_token_has_to_serve_the_repository_and_the_space(ask, monkeypatch):
+def test_token_must_write_to_repository_and_space(ask, monkeypatch):
     """The token that a Space needs does not take the place of the one that the repository was checked with."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     asked = []
@@ -221,7 +221,7 @@ def test_the_way_out_is_an_answer_to_the_question_that_is_asked(ask):
             takes[name](draft, answer)
 
 
-def test_a_wrong_answer_is_one_line_for_people(desk):
+def test_wrong_answer_gives_one_line(desk):
     done = desk.wizard("--model", "./model", "--data", "ada/nothing", "--yes", "--no-run", check=2)
     assert "no such data set on the Hub" in done.stderr and done.stderr.count("\n") == 1
 
@@ -249,7 +249,7 @@ def test_a_token_that_may_not_write_there_is_caught(desk, token, repo, line):
     assert line in done.stderr and token not in done.stderr
 
 
-def test_what_a_step_becomes_is_told_where_it_cannot_stay_as_it_is(ask, capsys):
+def test_changed_step_size_is_reported(ask, capsys):
     train = ask(model="./model", data="rows.jsonl", batch_size="8", name="even").train
     assert (train.batch_size, train.accumulate) == (8, 2) and "a step has" not in capsys.readouterr().out
     train = ask(model="./model", data="rows.jsonl", batch_size="3", name="odd").train
@@ -257,7 +257,7 @@ def test_what_a_step_becomes_is_told_where_it_cannot_stay_as_it_is(ask, capsys):
     assert "a step has 15 sequences now, for 16 cannot be taken 3 at a time" in capsys.readouterr().out
 
 
-def test_a_fine_grained_token_writes_where_it_may(desk):
+def test_fine_grained_token_is_checked_per_repository(desk):
     desk.token = FINE
     desk.wizard(*STARTED, "--repo", "ada/mine", "--yes", "--no-run")
     assert load_config(desk.folder / "model.yaml").publish.repo == "ada/mine"
@@ -317,7 +317,7 @@ def test_a_recipe_brings_its_own_values(ask):
     assert (config.train, config.data, config.evaluate) == (recipe.train, recipe.data, recipe.evaluate)
 
 
-def test_what_a_recipe_says_for_its_own_data_is_left_out_with_other_data(ask):
+def test_recipe_settings_for_its_own_data_are_dropped_with_other_data(ask):
     config = ask(model="demo", data="rows.jsonl")
     usual = Config(name="usual", model={"source": "ada/base"}, data={"source": "rows.jsonl"})
     assert config.train.max_steps is None and config.train.max_length == usual.train.max_length

@@ -52,7 +52,7 @@ def disk(tmp_path):
     disk.remove()
 
 
-def test_a_file_stays_as_it_was_and_the_error_names_it(disk):
+def test_full_disk_leaves_the_old_file_and_names_it(disk):
     path = disk.folder / "figures.json"
     write_json(path, {"known": 1})
     disk.fill()
@@ -88,12 +88,12 @@ def test_a_checkpoint_that_does_not_fit_leaves_nothing(disk):
     assert not os.listdir(disk.folder)
 
 
-def test_what_is_no_full_disk_is_not_taken_for_one(disk):
+def test_other_write_errors_are_not_reported_as_full_disk(disk):
     assert no_room(FileNotFoundError(2, "No such file")) is None and no_room(ValueError("full")) is None
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_in_any_stage_is_one_line_and_more_room_completes_the_run(tmp_path, tiny_model, whole):
+def test_full_disk_in_any_stage_gives_one_line_and_the_run_can_be_completed(tmp_path, tiny_model, whole):
     undisturbed, _ = whole
     variant = sum(-(-path.stat().st_size // PAGE) * PAGE for path in (undisturbed.release / "int4").iterdir())
     # kB: room to begin with, but not for what is made. Of a variant first not for its files, then not for its figures.

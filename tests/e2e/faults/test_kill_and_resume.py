@@ -22,7 +22,7 @@ def test_a_run_killed_at_eight_moments_ends_as_if_undisturbed(tmp_path, tiny_mod
     assert sum(killed) >= 7  # the last may come too late on a machine that others use, too
 
 
-def test_a_run_names_and_records_only_what_is_on_the_disk(whole):
+def test_run_records_only_synced_files(whole):
     place, _ = whole
     notes = place.folder / "disk.jsonl"
     named = {Path(json.loads(line)["to"]).name for line in notes.open() if "rename" in line}
@@ -30,7 +30,7 @@ def test_a_run_names_and_records_only_what_is_on_the_disk(whole):
     assert not list(hasty(notes, place.run_folder))
 
 
-def test_an_undisturbed_run_is_what_it_is_compared_with(whole):
+def test_undisturbed_run_equals_itself(whole):
     place, _ = whole
     assert not list(differences(place, place))
 

@@ -64,7 +64,7 @@ def is_complete(hub, run) -> bool:
 
 @each_route
 @pytest.mark.parametrize("kind", PASSING)
-def test_what_passes_is_waited_for_and_the_release_is_complete(hub, published, route, kind):
+def test_temporary_fault_is_retried_until_the_release_is_complete(hub, published, route, kind):
     for fault in PASSING[kind]:
         hub.fault(route, **fault)
     published.publish()
@@ -76,7 +76,7 @@ def test_what_passes_is_waited_for_and_the_release_is_complete(hub, published, r
 
 @each_route
 @pytest.mark.parametrize("fault", STAYING, ids=lambda fault: "-".join(map(str, fault.values())))
-def test_what_stays_leaves_a_whole_release_old_or_new_and_the_next_publish_completes_it(hub, published, route, fault):
+def test_permanent_fault_leaves_a_whole_release_and_the_next_publish_completes_it(hub, published, route, fault):
     before = hub.commits(REPO)
     hub.fault(route, times=1000, **fault)
     if "verify" in route and fault.get("status") != 401:  # what had arrived is not asked about again
@@ -136,7 +136,7 @@ def test_a_repository_is_made_whatever_the_first_answer(hub, finished, fault):
     assert is_complete(hub, finished) and hub.repo(REPO).private
 
 
-def test_each_wait_is_shown_with_how_long_and_how_often(hub, finished, caplog):
+def test_each_retry_wait_is_reported(hub, finished, caplog):
     hub.fault(r"GET /api/whoami-v2", status=503)
     hub.fault(r"POST .*/commit/", status=429, headers={"Retry-After": "1"})
     with caplog.at_level(logging.WARNING, "pipeline.hub.retry"):
@@ -146,7 +146,7 @@ def test_each_wait_is_shown_with_how_long_and_how_often(hub, finished, caplog):
     assert second == "ada/tiny: the Hub is unwell (429 Too Many Requests); again in 1 s (2 of 8)"
 
 
-def test_a_hub_that_asks_for_an_hour_is_not_waited_for(hub, finished):
+def test_long_retry_after_is_not_waited_for(hub, finished):
     hub.fault(r"POST .*/commit/", status=429, headers={"Retry-After": "3600"})
     with pytest.raises(
         HubError, match=r"^ada/tiny: the Hub is unwell .*; it asks to be left alone for 3600 s; run again"
@@ -156,7 +156,7 @@ def test_a_hub_that_asks_for_an_hour_is_not_waited_for(hub, finished):
 
 
 @pytest.mark.parametrize("text", ["soon", "-1", "nan"])
-def test_a_time_that_is_none_is_refused_by_name(hub, finished, monkeypatch, text):
+def test_invalid_wait_time_is_refused(hub, finished, monkeypatch, text):
     monkeypatch.setenv("TUNEPRESS_HUB_WAIT", text)
     with pytest.raises(HubError, match=f"^TUNEPRESS_HUB_WAIT: '{text}' is not a number of at least 0$"):
         finished.publish()

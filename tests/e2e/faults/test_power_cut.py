@@ -25,7 +25,7 @@ from tests.support import sample
         ("write(new); sync(new); os.replace(new, name); sync('.')", None),
     ],
 )
-def test_the_watch_sees_what_is_hasty(tmp_path, code, told):
+def test_spy_detects_unsynced_names(tmp_path, code, told):
     helpers = (
         "import os, pathlib; new, name = 'new', 'name'\n"
         "def write(path, text='a'): pathlib.Path(path).write_text(text)\n"
@@ -59,7 +59,7 @@ def put_file(place: Path) -> None:
 
 
 @pytest.mark.parametrize("put", [put_folder, put_files, put_file])
-def test_killed_before_any_of_its_calls_it_is_whole_or_as_before_and_the_next_attempt_completes_it(tmp_path, put):
+def test_write_killed_before_any_system_call_is_old_or_new_and_can_be_completed(tmp_path, put):
     def tree(place: Path) -> dict[str, str]:
         return {p.relative_to(place).as_posix(): p.read_text() for p in place.rglob("*") if p.is_file()}
 
@@ -82,7 +82,7 @@ def test_killed_before_any_of_its_calls_it_is_whole_or_as_before_and_the_next_at
     assert calls >= 4
 
 
-def test_a_run_begun_anew_and_killed_before_any_of_its_calls_is_begun_anew_by_the_same_command(tmp_path):
+def test_fresh_start_killed_before_any_system_call_can_be_repeated(tmp_path):
     folder, config, calls = tmp_path / "demo", sample.config(), 0
 
     def claim(fresh: bool = True) -> None:

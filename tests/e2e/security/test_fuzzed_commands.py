@@ -107,7 +107,7 @@ def desk(place, tiny_model):
 
 
 @pytest.mark.parametrize("trees, least", [(GOOD, {"taken": 150}), (spoilt(), {"taken": 8, "refused": 100})])
-def test_a_configuration_is_planned_checked_and_kept_or_refused_in_one_line(desk, capfd, monkeypatch, trees, least):
+def test_any_configuration_is_accepted_or_refused_in_one_line(desk, capfd, monkeypatch, trees, least):
     ends: Counter[str] = Counter()
 
     @settings(QUIET, max_examples=225)

@@ -101,7 +101,7 @@ def assert_safe(config: Config, place) -> None:
 
 @QUIET
 @given(tree=TREES)
-def test_any_values(place, tree):
+def test_any_values_are_accepted_or_refused_in_one_line(place, tree):
     with watching(place) as watch:
         config = judged(lambda: parse_config(tree, "x.yaml"))
     assert watch.seen == []
@@ -111,7 +111,7 @@ def test_any_values(place, tree):
 
 @QUIET
 @given(pieces=st.lists(PIECES | st.text(max_size=20), max_size=6), between=st.sampled_from(["\n", " ", ": ", "\n  "]))
-def test_any_text(place, pieces, between):
+def test_any_text_is_accepted_or_refused_in_one_line(place, pieces, between):
     path = place / "x.yaml"
     path.write_bytes(between.join(pieces).encode("utf-8", "surrogatepass"))
     with watching(place) as watch:
@@ -160,7 +160,7 @@ WHERE = [
 @pytest.mark.parametrize("key", WHERE)
 @pytest.mark.parametrize("form", ["{}", "see {}", "https://ada:{}@hub.org/x", "https://hub.org/x?token={}"])
 @pytest.mark.parametrize("secret", SECRETS)
-def test_a_token_is_refused_wherever_it_was_pasted_and_not_repeated(place, key, form, secret):
+def test_token_in_any_key_is_refused_and_not_repeated(place, key, form, secret):
     value = form.format(secret)
     if key in ("evaluate.prompts", "train.lora.target_modules"):
         value = [value]
@@ -182,13 +182,13 @@ def test_a_token_is_refused_wherever_it_was_pasted_and_not_repeated(place, key, 
         "https://trackio.org/?project=x&api_key=0f3c-none-of-the-Hubs",
     ],
 )
-def test_secrets_of_no_known_shape_are_refused_where_secrets_stand(place, key, address):
+def test_unknown_secrets_in_secret_positions_are_refused(place, key, address):
     with pytest.raises(ConfigError) as error:
         parse_config(json.loads(json.dumps(SMALLEST)), "x.yaml", [f"{key}={address}"])
     assert "0f3c" not in str(error.value)
 
 
-def test_a_folder_that_is_called_a_little_like_a_token_is_none(place):
+def test_folder_name_that_resembles_a_token_is_accepted(place):
     tree = SMALLEST | {"model": {"source": "./hf_checkpoints/hf_internal_testing"}}
     assert parse_config(tree, "x.yaml").model.source.endswith("testing")
 

@@ -633,7 +633,7 @@ def test_a_ledger_that_names_files_of_others(survives, place, path, folder):
     assert (place / "private").exists()
 
 
-def test_what_is_watched_for_is_seen(place):
+def test_audit_watch_detects_violations(place):
     with watching(place) as watch:
         (place / "inside").write_text("x")
         (place.parent / "outside").write_text("x")
@@ -644,7 +644,7 @@ def test_what_is_watched_for_is_seen(place):
     assert len(watch.seen) == 4 and all(w in told for w in ("outside", "elsewhere", "pickle.find_class", "os.system"))
 
 
-def test_there_are_a_hundred_of_them():
+def test_at_least_a_hundred_hostile_inputs_are_covered():
     """Of the kinds that may come from anywhere, each; what a configuration may be given is in `test_configurations`."""
     kinds = {
         "names": [*NAMES, *INDEXES, *FILES],

@@ -38,19 +38,19 @@ def test_a_token_is_hidden_in_whatever_form(place, form, secret):
     assert secret not in redact(form.format(secret))
 
 
-def test_secrets_of_no_known_shape_are_hidden_where_secrets_stand():
+def test_unknown_secrets_in_secret_positions_are_redacted():
     told = redact(
         "GET https://ada:pass-word@hub.org/a?X-Amz-Signature=0af9&size=7 with Authorization: Bearer 0123456789ab"
     )
     assert told == "GET https://***@hub.org/a?X-Amz-Signature=***&size=7 with Authorization: Bearer ***"
 
 
-def test_words_are_left_as_they_are():
+def test_ordinary_words_are_not_redacted():
     plain = "see https://hub.org/ada/model?size=7#at, ada@hub.org, eos_token='</s>' and ./hf_models at 1e-3"
     assert redact(plain) == plain and not holds_secret("./hf_internaltestingrandommodels/x")
 
 
-def test_a_secret_with_marks_is_hidden_as_json_and_addresses_write_it(monkeypatch):
+def test_escaped_forms_of_a_secret_are_redacted(monkeypatch):
     monkeypatch.setenv("TRACKIO_WRITE_TOKEN", 'my "own" / token')
     for text in ('my "own" / token', json.dumps('my "own" / token'), "https://x/?a=my%20%22own%22%20%2F%20token"):
         assert "own" not in redact(text)
@@ -60,7 +60,7 @@ def test_a_token_that_is_cut_off_is_hidden_whole(place):
     assert WRITE_TOKEN[:8] not in one_line(ValueError("x" * 480 + WRITE_TOKEN))
 
 
-def test_an_event_of_anything_is_one_line_without_a_token(place):
+def test_events_are_one_line_without_tokens(place):
     events = Events(place / "events.jsonl", "tiny")
     events.failed("train", None, ValueError(f"\x1b[2J \ud800 {TOKEN} {WRITE_TOKEN}\nmore"))
     text = (place / "events.jsonl").read_text()
@@ -68,13 +68,13 @@ def test_an_event_of_anything_is_one_line_without_a_token(place):
     assert read_events(place / "events.jsonl")[0][0]["event"] == "training_failed"
 
 
-def test_what_a_model_learned_is_not_in_its_results(place):
+def test_training_text_is_not_in_results(place):
     workspace = Workspace(place)
     workspace.write_measurement("merged", {"answers": [{"prompt": "Which?", "answer": f"It is {TOKEN}."}]})
     assert TOKEN not in workspace.results_path.read_text() and "Which?" in workspace.results_path.read_text()
 
 
-def test_a_traceback_of_ours_has_no_token_in_it(place, capfd):
+def test_tracebacks_contain_no_token(place, capfd):
     with pytest.raises(SystemExit) as ended, plain_errors("tunepress"):
         try:
             raise ValueError(f"https://ada:{WRITE_TOKEN}@x {HUB_TOKEN}")
@@ -85,7 +85,7 @@ def test_a_traceback_of_ours_has_no_token_in_it(place, capfd):
     assert not any(secret in told for secret in SECRETS)
 
 
-def test_what_a_command_prints_has_no_token_in_it_and_stays_what_programs_read(place, capfd):
+def test_json_output_has_no_token_and_stays_parseable(place, capfd):
     with plain_errors("tunepress"):
         print(json.dumps({"run": "runs/hf_checkpoints", "of": f"https://ada:{WRITE_TOKEN}@x", "by": TOKEN}))
     told = json.loads(capfd.readouterr().out)
@@ -120,7 +120,7 @@ def test_a_command_does_not_repeat_a_token(place, capfd, monkeypatch, words):
     assert [path.name for path in place.iterdir()] == []
 
 
-def test_an_error_is_one_line_that_no_terminal_obeys():
+def test_errors_are_one_line_without_control_characters():
     assert str(UserError("a\nb\x1b[2J\u202e\udcff\x07")) == r"a b\x1b[2J\u202e\udcff\x07"
 
 
@@ -132,7 +132,7 @@ def run(body: str, check: int = 0) -> str:
     return done.stdout
 
 
-def test_a_log_has_no_token_whoever_prints_it():
+def test_logs_contain_no_token():
     body = f"""
 os.write(2, b"of C: {TOKEN}\\n")
 print("of Python: {WRITE_TOKEN}")

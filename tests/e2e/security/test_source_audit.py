@@ -34,13 +34,13 @@ ALLOWED = {
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(REPOSITORY).as_posix())
-def test_a_source_neither_runs_nor_unpickles_what_it_is_given(path):
+def test_source_files_neither_execute_nor_unpickle_input(path):
     name = path.relative_to(REPOSITORY).as_posix()
     found = {(name, what) for what in forbidden(ast.parse(path.read_text()))}
     assert found <= ALLOWED
 
 
-def test_what_is_allowed_is_still_there():
+def test_allowed_exceptions_still_exist():
     """So that the list of exceptions does not outlive them."""
     for name, what in ALLOWED:
         assert what in set(forbidden(ast.parse((REPOSITORY / name).read_text())))
@@ -72,7 +72,7 @@ def test_what_is_allowed_is_still_there():
         "options = {'trust_remote_code': True}",
     ],
 )
-def test_what_is_looked_for_is_found(source):
+def test_source_audit_detects_violations(source):
     assert list(forbidden(ast.parse(source)))
 
 

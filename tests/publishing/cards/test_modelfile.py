@@ -172,7 +172,7 @@ def test_chatml_is_said_in_the_form_of_ollamas_documentation(file):
     assert said["TEMPLATE"] == [form] and "SYSTEM" not in said
 
 
-def test_what_a_template_says_for_the_system_by_itself_becomes_ollamas_default(file):
+def test_default_system_message_of_the_template_is_kept(file):
     assert parsed(modelfile({"gguf-q4_0": file(KIND)}))["SYSTEM"] == ['Be "kind".']
 
 
@@ -220,7 +220,7 @@ def test_stops_and_sampling_are_those_of_the_file(file):
     assert "top_p" not in said and "min_p" not in said
 
 
-def test_what_is_no_gguf_or_only_half_of_one_is_named(tmp_path, file):
+def test_invalid_gguf_is_named(tmp_path, file):
     whole = file(CHATML)
     half = tmp_path / "half.gguf"
     half.write_bytes(whole.read_bytes()[:200])

@@ -83,18 +83,18 @@ def test_text_on_the_markers_lines_stays():
 
 
 @pytest.mark.parametrize("text", ["# Mine", "# Mine\n", "# Mine\n\n"])
-def test_without_a_section_ours_follows_their_text(text):
+def test_section_is_appended_to_user_text(text):
     assert body(kept(text)) == f"{text.removesuffix(chr(10))}\n\n{SECTION}\n"
 
 
-def test_of_several_sections_one_remains():
+def test_duplicate_sections_become_one():
     assert body(kept(f"a\n{OLD}\nb\n{OLD}\nc\n")) == f"a\n{SECTION}\nb\n\nc\n"
 
 
 @pytest.mark.parametrize(
     "text", [f"a\n{START}\nb\n", f"a\n{END}\nb\n", f"a\n{END}\nb\n{START}\nc\n", f"a\n{START}\nb\n{START}\nc\n"]
 )
-def test_markers_without_a_partner_cost_nobody_a_word(text):
+def test_unpaired_markers_lose_no_user_text(text):
     assert body(kept(text)) == f"{text}\n{SECTION}\n"
 
 
@@ -123,14 +123,14 @@ def test_a_code_block_that_was_left_open_is_closed_before_our_section():
     assert body(kept("Mine:\n~~~~sh\nmake\n")) == f"Mine:\n~~~~sh\nmake\n~~~~\n\n{SECTION}\n"
 
 
-def test_a_code_block_that_was_broken_within_our_section_ends_with_it():
+def test_broken_code_block_ends_with_our_section():
     assert body(kept(f"a\n{OLD.replace(chr(10) + '```' + chr(10), chr(10))}\nb\n")) == f"a\n{SECTION}\nb\n"
 
 
 @pytest.mark.parametrize(
     "text", ["# Mine\n\nText.\n", f"# Mine\n\n{OLD}\n\nText.\n", f"---\na: 1\n---\n{OLD}\nText.\n"]
 )
-def test_line_breaks_are_those_of_the_existing_card(text):
+def test_line_endings_follow_the_existing_card(text):
     made = kept(text.replace("\n", "\r\n"))
     assert "\n" not in made.replace("\r\n", "")
     assert made.replace("\r\n", "\n") == kept(text)
@@ -139,12 +139,12 @@ def test_line_breaks_are_those_of_the_existing_card(text):
 # ---- the metadata
 
 
-def test_their_keys_stay_and_ours_are_brought_up_to_date():
+def test_user_keys_stay_and_our_keys_are_updated():
     made = kept("---\nlicense: mit\nthumbnail: me.png\nwidget: [{text: Hi}]\n---\nMine.\n")
     assert metadata(made) == {**metadata(OURS), "thumbnail": "me.png", "widget": [{"text": "Hi"}]}
 
 
-def test_a_license_and_a_language_that_we_do_not_know_stay_as_people_wrote_them():
+def test_user_license_and_language_stay_if_unknown():
     made = kept("---\nlicense: mit\nlanguage: no\n---\nMine.\n", OURS.replace("license: apache-2.0\n", ""))
     assert "\nlicense: mit\nlanguage: no\n" in made
 
@@ -194,7 +194,7 @@ def test_results_of_other_models_and_data_sets_stay():
     assert results_of(made) == {"other": [("a", 1)], "user/a-model": [("org/tickets", 17.1), ("b", 2)]}
 
 
-def test_another_metric_on_the_same_data_stays():
+def test_foreign_metric_on_the_same_data_stays():
     about = result("org/tickets", 3)
     both = {**about, "metrics": [*about["metrics"], {"type": "accuracy", "value": 0.5}]}
     assert results_of(kept(index(("user/a-model", [about, both])))) == {
@@ -202,7 +202,7 @@ def test_another_metric_on_the_same_data_stays():
     }
 
 
-def test_our_own_former_results_go():
+def test_former_results_are_removed():
     former = result("org/earlier", 9, source={"name": "tunepress", "url": "https://huggingface.co/user/a-model"})
     made = kept(index(("user/a-model", [former]), ("former-name", [former]), ("other", [former, result("a", 1)])))
     assert results_of(made) == {"user/a-model": [("org/tickets", 17.1)], "other": [("a", 1)]}
@@ -211,7 +211,7 @@ def test_our_own_former_results_go():
     assert results_of(kept(index(("other", [result("a", 1)])), unmeasured)) == {"other": [("a", 1)]}
 
 
-def test_what_we_wrote_and_nobody_changed_goes_when_we_have_no_value_for_it_any_more():
+def test_untouched_key_without_value_is_removed():
     front = {"license": "mit", "library_name": "transformers"}
     later = yaml.safe_dump(front)
     later = f"---\n{later}---\n{START}\nNew.\n{note(later)}\n{END}\n"
@@ -240,13 +240,13 @@ EDITS = {
 
 
 @pytest.mark.parametrize("old", EDITS)
-def test_what_people_changed_of_our_metadata_stays_as_they_left_it(old):
+def test_user_changes_of_our_metadata_stay(old):
     ours = with_metadata()
     edited = ours.replace(old, EDITS[old], 1)
     assert edited != ours and kept(edited, ours) == edited
 
 
-def test_what_people_changed_stays_where_ours_is_another_now():
+def test_user_changes_stay_if_our_value_changes():
     edited = with_metadata()
     for old, new in EDITS.items():
         edited = edited.replace(old, new, 1)
@@ -255,12 +255,12 @@ def test_what_people_changed_stays_where_ours_is_another_now():
     assert made["language"] == ["en", "de", "fr"] and made["tags"] == ["int8"]
 
 
-def test_to_lists_that_were_there_before_us_ours_is_added():
+def test_existing_lists_are_extended():
     made = metadata(kept("---\nlanguage: de\n---\nMine.\n", with_metadata()))
     assert made["language"] == ["de", "en"]
 
 
-def test_the_name_of_a_license_goes_with_it():
+def test_license_name_goes_with_the_license():
     ours = with_metadata(license="other", license_name="org-research")
     corrected = ours.replace("license: other", "license: mit").replace("license_name: org-research\n", "")
     assert kept(corrected, ours) == corrected
@@ -288,7 +288,7 @@ def test_metadata_that_cannot_be_read_is_moved_into_the_text_word_for_word(their
         "x: &t [mine]\na: 1\ntags: *t\n...",
     ],
 )
-def test_any_way_to_write_metadata_is_understood(theirs):
+def test_any_yaml_style_is_understood(theirs):
     found = metadata(kept(f"---\n{theirs}\n---\nMine.\n"))
     assert found["a"] == 1 and found["tags"] == ["mine", "tunepress", "int8"] and found["license"] == "apache-2.0"
 
@@ -299,7 +299,7 @@ def test_empty_metadata_is_filled(front):
     assert metadata(made) == metadata(OURS) and body(made).startswith("Mine.\n")
 
 
-def test_metadata_that_is_not_closed_is_text():
+def test_unclosed_front_matter_is_text():
     assert body(kept("---\nlicense: mit\n\nMine.\n")).startswith("---\nlicense: mit\n\nMine.\n")
 
 
@@ -325,6 +325,6 @@ def test_whatever_stands_there_the_second_time_changes_nothing(existing):
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(PIECES.filter(lambda piece: END not in piece) | st.text(max_size=5), max_size=14).map("".join))
-def test_without_a_whole_section_every_word_stays(text):
+def test_incomplete_section_keeps_every_word(text):
     text = f"Mine.\n{text}"
     assert body(keep_own_text(OURS, text)).startswith(text)

@@ -27,7 +27,7 @@ def kind_of(variant):
 
 
 @pytest.mark.parametrize("variant, how", QUANTIZED)
-def test_a_quantized_row_means_what_was_chosen(variant, how):
+def test_packed_rows_dequantize_to_the_chosen_values(variant, how):
     spec = VariantSpec(name=variant, rounding=how).resolved()
     grid = gguf.grid(spec, 160)
     block = rounding(how)(weights(), grid)
@@ -56,7 +56,7 @@ def test_a_plain_row_is_rounded_once(kind, shape):
     assert np.array_equal(np.asarray(kept, dtype=np.float32).reshape(shape), expected.numpy())
 
 
-def test_what_float16_cannot_hold_is_refused():
+def test_float16_overflow_is_refused():
     with pytest.raises(QuantizationError, match="float16 cannot hold; take bf16"):
         plain(torch.tensor([[1e6, 0.0]]), "F16")
     grid = gguf.grid(VariantSpec(name="gguf-q4_0").resolved(), 32)

@@ -19,7 +19,7 @@ def release(tiny_model, written, tmp_path):
     return tmp_path / "release"
 
 
-def test_transformers_is_not_asked_and_the_file_is_named(release):
+def test_gguf_chat_does_not_use_transformers(release):
     with pytest.raises(ModelError, match=r"llama-cli -m .*release/gguf/my-model-Q4_0\.gguf$") as caught:
         load(release, "gguf-q4_0")
     assert "\n" not in str(caught.value) and str(caught.value).startswith("gguf-q4_0: is for llama.cpp")
@@ -27,7 +27,7 @@ def test_transformers_is_not_asked_and_the_file_is_named(release):
         load("user/model", "GGUF-Q4_0")
 
 
-def test_a_file_that_is_not_there_is_told_with_those_that_are(release):
+def test_missing_gguf_file_is_named_with_the_existing_ones(release):
     assert locate_file(release, "gguf-q4_0").name == "my-model-Q4_0.gguf"
     (release.parent / "config.yaml").touch()
     assert locate_file(release.parent, "gguf-q4_0").parent == release / "gguf"  # a run's folder stands for it

@@ -41,7 +41,7 @@ def test_one_pass_in_any_blocks_makes_the_same_files(tiny_model, written, tmp_pa
         assert (tmp_path / "gguf" / name).read_bytes() == written(source, variant).read_bytes()
 
 
-def test_it_is_told_how_large_the_weights_are(tiny_model, tmp_path):
+def test_gguf_stream_reports_the_size_of_the_weights(tiny_model, tmp_path):
     source = tiny_model("llama")
     made = quantize(source, tmp_path, "gguf-q4_0", "gguf-bf16")
     tables = sum(rows * width for rows, width in table_weights(source).values())
@@ -62,7 +62,7 @@ def test_a_broken_model_leaves_no_file(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("variant, message", [("gguf-f16", "cannot hold; take bf16"), ("gguf-q8_0", "scale float16")])
-def test_what_a_type_cannot_hold_is_refused_with_the_weights_name(tiny_model, tmp_path, variant, message):
+def test_unstorable_value_is_refused_with_the_weight_name(tiny_model, tmp_path, variant, message):
     source = shutil.copytree(tiny_model("llama"), tmp_path / "model")
     tensors = load_file(source / SINGLE_NAME)
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = 1e9
@@ -100,7 +100,7 @@ def test_a_width_that_groups_of_32_do_not_divide_is_refused(tiny_model):
     assert unfit(VariantSpec(name="gguf-f16").resolved(), linear_weights(source), source) is None
 
 
-def test_without_the_package_the_extra_is_named(tiny_model, tmp_path, monkeypatch):
+def test_missing_gguf_package_names_the_extra(tiny_model, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
     with pytest.raises(MissingExtra, match=r"pip install 'tunepress\[gguf\]'"):
@@ -117,12 +117,12 @@ def test_without_the_package_the_extra_is_named(tiny_model, tmp_path, monkeypatc
     ],
     ids=str,
 )
-def test_what_a_type_does_not_take_is_refused(asked, message):
+def test_unsupported_option_of_a_type_is_refused(asked, message):
     with pytest.raises(ValueError, match=message):
         VariantSpec.model_validate(asked)
 
 
-def test_it_says_what_it_is_and_of_what_types_it_is_made(tiny_model, tmp_path):
+def test_gguf_header_names_model_and_types(tiny_model, tmp_path):
     from gguf import GGUFReader
 
     source = tiny_model("llama")
@@ -140,7 +140,7 @@ def test_it_says_what_it_is_and_of_what_types_it_is_made(tiny_model, tmp_path):
     assert made["gguf-q4_0"].types.keys() == {"Q4_0", "Q8_0", "F32"} and made["int8"].types == {}
 
 
-def test_the_terms_of_use_go_with_it_and_nothing_else(model_copy, tmp_path):
+def test_license_file_goes_with_the_gguf(model_copy, tmp_path):
     (model_copy / "LICENSE").write_text("terms")
     (model_copy / "NOTICE.txt").write_text("notice")
     quantize(model_copy, tmp_path, "gguf-q4_0", "gguf-q8_0")

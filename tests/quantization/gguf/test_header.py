@@ -13,7 +13,7 @@ NUMBER, TEXT, ARRAY = 4, 8, 9
 
 
 @pytest.mark.parametrize("variant", TYPES)
-def test_it_is_what_the_official_package_reads(tiny_model, written, variant):
+def test_header_equals_the_official_reader(tiny_model, written, variant):
     gguf = pytest.importorskip("gguf")
     path = written(tiny_model("llama"), variant)
     theirs, ours = gguf.GGUFReader(path), read_header(path, ["tokenizer.ggml.tokens", "tokenizer.ggml.token_type"])
@@ -89,7 +89,7 @@ def test_a_file_that_is_hostile_is_refused_in_one_line(tmp_path, name):
     assert said in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
-def test_of_a_file_that_is_cut_nothing_is_read(tmp_path, tiny_model, written):
+def test_truncated_file_is_not_read(tmp_path, tiny_model, written):
     content, path = written(tiny_model("llama"), "gguf-q4_0").read_bytes(), tmp_path / "cut.gguf"
     for length in [*range(4, 400, 7), *range(400, len(content), 2999), len(content) - 33]:
         path.write_bytes(content[:length])
@@ -102,7 +102,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         read_header(tmp_path / "x.gguf")
 
 
-def test_a_vocabulary_that_nobody_asked_for_is_passed_over(tmp_path, tiny_model, written):
+def test_unrequested_vocabulary_is_skipped(tmp_path, tiny_model, written):
     path = written(tiny_model("llama"), "gguf-q4_0")
     assert not any(name in read_header(path).keys for name in ("tokenizer.ggml.tokens", "tokenizer.ggml.merges"))
     assert read_dialogue(path).tokens  # which needs it

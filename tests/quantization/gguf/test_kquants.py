@@ -67,20 +67,20 @@ def test_all_of_a_pass_are_made_of_one_file(tiny_model, tmp_path, monkeypatch, b
 
 
 @pytest.mark.parametrize("architecture", MODELS)
-def test_llama_cpp_computes_with_it_what_the_model_does(tiny_model, tmp_path, logits, architecture):
+def test_k_quants_in_llama_cpp_compute_the_model(tiny_model, tmp_path, logits, architecture):
     source = tiny_model(architecture, **MODELS[architecture])
     quantize(source, tmp_path, "gguf-q6_k").make_of(source)
     assert relative_error(logits(tmp_path / "tiny-Q6_K.gguf", IDS), expected_logits(source)) < 0.06
 
 
-def test_what_its_blocks_do_not_divide_is_stored_otherwise_and_said(tiny_model, tmp_path):
+def test_indivisible_rows_are_stored_in_another_type(tiny_model, tmp_path):
     source = tiny_model("llama")  # 160 and 192 columns
     types = quantize(source, tmp_path, "gguf-q4_k_m").make_of(source)["gguf-q4_k_m"].types
     assert "Q5_0" in types and "Q4_K" not in types
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_it_is_made_of_the_weights_as_they_are(tiny_model, tmp_path, dtype, monkeypatch):
+def test_k_quants_are_made_of_unrounded_weights(tiny_model, tmp_path, dtype, monkeypatch):
     from gguf import GGUFReader
 
     source, kinds = tiny_model("llama", dtype, **WIDE), set()
@@ -95,7 +95,7 @@ def test_it_is_made_of_the_weights_as_they_are(tiny_model, tmp_path, dtype, monk
     assert kinds == {"F32", {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[dtype]}
 
 
-def test_its_header_and_its_terms_are_those_of_every_gguf(tiny_model, tmp_path):
+def test_k_quants_share_header_and_license_with_other_gguf(tiny_model, tmp_path):
     from gguf import GGUFReader
 
     source = shutil.copytree(tiny_model("llama", **WIDE), tmp_path / "model")
@@ -118,7 +118,7 @@ def test_a_broken_model_leaves_no_file(tiny_model, tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_what_llama_cpp_says_is_passed_on_in_one_line(tiny_model, written, tmp_path):
+def test_quantizer_error_gives_one_line(tiny_model, written, tmp_path):
     path = written(tiny_model("llama"), "gguf-bf16")
     with pytest.raises(QuantizationError, match=r"llama\.cpp could not quantize to Q4_K_M: .*failed") as caught:
         kquants.quantize(path, tmp_path, "Q4_K_M", lambda *_: None)  # a folder, where it cannot write
@@ -137,7 +137,7 @@ def pretend(tmp_path, monkeypatch):
     return replace
 
 
-def test_its_process_is_killed_where_nobody_waits_for_it(pretend, tmp_path, monkeypatch):
+def test_quantizer_process_ends_with_its_parent(pretend, tmp_path, monkeypatch):
     class Stop(BaseException):
         pass
 
@@ -158,7 +158,7 @@ def test_its_process_is_killed_where_nobody_waits_for_it(pretend, tmp_path, monk
     assert started[0].returncode == -signal.SIGKILL
 
 
-def test_nothing_is_left_where_it_was_stopped(tiny_model, tmp_path):
+def test_stopped_quantizer_leaves_nothing(tiny_model, tmp_path):
     def stop(*about):
         raise KeyboardInterrupt
 
@@ -176,7 +176,7 @@ def test_lines_that_are_no_progress_are_passed_over(pretend, tmp_path):
     assert told == [(1, 2), (2, 2)]
 
 
-def test_much_that_it_complains_of_holds_nothing_up_and_the_reason_is_found_in_it(pretend, tmp_path):
+def test_long_quantizer_output_does_not_block(pretend, tmp_path):
     pretend(
         "import os, sys; sys.stderr.write('a warning\\n' * 100_000); sys.stderr.flush()\n"
         "print('1 2', flush=True); sys.stderr.write('x.cpp:3: GGML_ASSERT(x) failed\\n[New LWP 7]\\n'); os._exit(1)"
@@ -188,7 +188,7 @@ def test_much_that_it_complains_of_holds_nothing_up_and_the_reason_is_found_in_i
         kquants.quantize(tmp_path / "in", tmp_path / "out", "Q4_K_M", lambda *_: None)
 
 
-def test_without_llama_cpp_the_extra_is_named_before_any_work(tiny_model, tmp_path, monkeypatch):
+def test_missing_llama_cpp_names_the_extra_before_any_work(tiny_model, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llama_cpp" else find(name))
     source, spec = tiny_model("llama", **WIDE), VariantSpec(name="gguf-q4_k_m").resolved()

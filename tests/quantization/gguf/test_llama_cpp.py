@@ -26,7 +26,7 @@ ROPES = {
 
 @pytest.mark.parametrize("variant", TYPES)
 @pytest.mark.parametrize("architecture", MODELS)
-def test_it_computes_what_transformers_does(tiny_model, written, logits, architecture, variant):
+def test_llama_cpp_computes_the_logits_of_transformers(tiny_model, written, logits, architecture, variant):
     source = tiny_model(architecture, **MODELS[architecture])
     found, expected = logits(written(source, variant), IDS), expected_logits(source, variant)
     assert relative_error(found, expected) < OFF.get(variant, OFF_QUANTIZED)
@@ -37,7 +37,7 @@ def test_it_computes_what_transformers_does(tiny_model, written, logits, archite
 @pytest.mark.parametrize("variant", ["gguf-f16", "gguf-q4_1"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "smollm3"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_an_output_head_is_stored_where_it_is_one(tiny_model, written, logits, architecture, variant, tied):
+def test_untied_output_head_is_stored(tiny_model, written, logits, architecture, variant, tied):
     source = tiny_model(architecture, **MODELS[architecture], tie_word_embeddings=tied)
     path = written(source, variant)
     assert (b"output.weight" in path.read_bytes().replace(b"attn_output.weight", b"")) != tied
@@ -157,7 +157,7 @@ REFUSED = [
 @pytest.mark.parametrize(
     "architecture, changes, message", REFUSED, ids=lambda value: value if isinstance(value, str) else ""
 )
-def test_what_llama_cpp_computes_otherwise_is_refused_by_name(tiny_model, architecture, changes, message):
+def test_architecture_that_llama_cpp_computes_differently_is_refused(tiny_model, architecture, changes, message):
     source = tiny_model(architecture, **changes)
     with pytest.raises(ModelError, match=message) as caught:
         check(VariantSpec(name="gguf-f16"), source)

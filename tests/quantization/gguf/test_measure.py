@@ -83,7 +83,7 @@ def test_k_quants_are_read_back_as_llama_cpp_has_them(tiny_model, written, figur
     assert found.value == pytest.approx(metrics.perplexity(scores).value, rel=0.02)
 
 
-def test_what_transformers_finds_comes_out_of_its_logits_as_well(tiny_model):
+def test_metrics_equal_those_of_transformers(tiny_model):
     a, b = (
         AutoModelForCausalLM.from_pretrained(tiny_model("llama", **changes), dtype=torch.float32).eval()
         for changes in ({}, {"initializer_range": 0.12})
@@ -122,7 +122,7 @@ def test_a_tokenizer_that_llama_cpp_does_not_follow_is_told_in_one_line(tiny_mod
     assert "\n" not in str(caught.value)
 
 
-def test_beyond_the_positions_that_it_was_made_for_it_computes_as_transformers_does(tiny_model, written):
+def test_long_positions_compute_like_transformers(tiny_model, written):
     source = tiny_model("llama", max_position_embeddings=8)
     path = written(source, "gguf-f16")
     assert llama_cpp.positions(path) == 8
@@ -139,7 +139,7 @@ def all_logits(reader, wanted):
     return list(reader.read(IDS, wanted))
 
 
-def test_no_more_logits_are_held_than_may_be(tiny_model, written):
+def test_held_logits_are_bounded(tiny_model, written):
     path, wanted = written(tiny_model("llama"), "gguf-f16"), [i % 4 != 3 for i in range(len(IDS))]
     with llama_cpp.opened(path, 64) as reader:
         (whole,) = all_logits(reader, wanted)
@@ -152,7 +152,7 @@ def test_no_more_logits_are_held_than_may_be(tiny_model, written):
         assert [piece.shape for piece in all_logits(reader, wanted)] == [(1, VOCABULARY)] * 9
 
 
-def test_nothing_is_left_of_an_earlier_sequence(tiny_model, written):
+def test_sequences_are_independent(tiny_model, written):
     wanted = [True] * len(IDS)
     with llama_cpp.opened(written(tiny_model("gemma3_text"), "gguf-f16"), 64) as reader:
         first, again = (all_logits(reader, wanted)[0] for _ in range(2))
@@ -189,7 +189,7 @@ def test_every_token_of_an_answer_is_the_likeliest_of_the_dequantized_weights(ti
     assert (logits.max(-1).values - chosen).max() < 0.1 * logits.std()
 
 
-def test_it_stops_where_transformers_does(tiny_model, model_copy):
+def test_llama_cpp_stops_at_the_same_token(tiny_model, model_copy):
     assert metrics.stop_tokens(tiny_model("gemma3_text")) == {259}
     (model_copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [258, 256]}))
     assert metrics.stop_tokens(model_copy) == {256, 258}
@@ -198,7 +198,7 @@ def test_it_stops_where_transformers_does(tiny_model, model_copy):
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.999], ids=str)
-def test_a_truncated_file_is_told_in_llama_cpps_words(tiny_model, written, tmp_path, keep):
+def test_truncated_file_gives_the_error_of_llama_cpp(tiny_model, written, tmp_path, keep):
     data, path = written(tiny_model("llama"), "gguf-q4_0").read_bytes(), tmp_path / "cut.gguf"
     llama_cpp.check(written(tiny_model("llama"), "gguf-q4_0"))
     path.write_bytes(data[: int(len(data) * keep)])
@@ -295,7 +295,7 @@ def test_a_variant_is_measured_in_llama_cpp_where_it_is_installed_and_else_dequa
     assert [a["prompt"] for r in found.values() for a in r["answers"]] == ["Hello?"] * 2
 
 
-def test_without_llama_cpp_the_extra_is_named(tmp_path, monkeypatch):
+def test_missing_llama_cpp_names_the_extra(tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llama_cpp" else find(name))
     with pytest.raises(MissingExtra, match=r"pip install 'tunepress\[llama-cpp\]'"):

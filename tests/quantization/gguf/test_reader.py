@@ -67,7 +67,7 @@ def test_the_model_is_whole_and_of_the_type_that_it_was_of(tiny_model, written):
 
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("variant", ["gguf-f16", "gguf-q8_0"])
-def test_where_the_configuration_names_no_type_it_is_the_checkpoints(model_copy, written, variant, offload):
+def test_missing_dtype_comes_from_the_checkpoint(model_copy, written, variant, offload):
     config = json.loads((model_copy / "config.json").read_text())
     (model_copy / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "dtype"}))
     path = written(model_copy, variant)
@@ -75,7 +75,7 @@ def test_where_the_configuration_names_no_type_it_is_the_checkpoints(model_copy,
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
-def test_it_can_stay_in_its_file_while_it_computes(tiny_model, written, architecture):
+def test_model_computes_from_a_mapped_file(tiny_model, written, architecture):
     source, ids = tiny_model(architecture), torch.tensor([[7, 200, 31, 64, 5, 5, 90]])
     with torch.no_grad():
         whole, offloaded = (
@@ -86,9 +86,7 @@ def test_it_can_stay_in_its_file_while_it_computes(tiny_model, written, architec
 
 
 @pytest.mark.parametrize("offload", [False, True])
-def test_it_multiplies_no_many_rows_in_half_precision_if_the_machine_computes_in_float32(
-    tiny_model, written, monkeypatch, offload
-):
+def test_no_half_precision_products_with_float32_compute_type(tiny_model, written, monkeypatch, offload):
     monkeypatch.setenv(hardware.COMPUTE_DTYPE, "float32")
     source = tiny_model("llama")
     model, _ = load_dequantized(written(source, "gguf-q8_0"), source, offload=offload)

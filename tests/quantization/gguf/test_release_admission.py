@@ -28,7 +28,7 @@ def made(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("is_installed", [True, False], ids=["llama.cpp", "gguf"])
-def test_a_file_that_opens_is_admitted_and_its_size_told(made, monkeypatch, is_installed):
+def test_openable_file_is_admitted_with_its_size(made, monkeypatch, is_installed):
     if is_installed:
         pytest.importorskip("llama_cpp")
     monkeypatch.setattr(llama_cpp, "is_installed", lambda: is_installed)
@@ -57,7 +57,7 @@ def test_a_damaged_file_stays_outside(made, monkeypatch, is_installed, error):
     assert not (workspace.release / "gguf").exists()
 
 
-def test_what_measures_it_is_part_of_what_it_depends_on(made, monkeypatch):
+def test_measuring_library_is_part_of_the_fingerprint(made, monkeypatch):
     config, workspace, *_ = made
     asked = {**config.model_dump(), "evaluate": {}, "quantize": {"variants": [NAME, "int8"]}}
     measured = Config.model_validate(asked)
