@@ -154,13 +154,14 @@ def told(plan: Plan) -> str:
 def test_unknown_steps_give_no_total_time(measured, tmp_path, tiny_model):
     (tmp_path / "rows.json").write_text(json.dumps([{"prompt": "a", "completion": "b"}] * 9))  # rows are not counted
     own = [f"data.source={tmp_path / 'rows.json'}", f"model.source={tiny_model('llama')}", "train.packing=false"]
-    unknown, known = (make_plan(load_config("demo", [*own, f"train.max_steps={n}"])) for n in ("null", "60"))
+    configurations = [load_config("demo", [*own, f"train.max_steps={n}"]) for n in ("null", "60")]
+    unknown, known = (make_plan(config) for config in configurations)
     assert "train" not in unknown.seconds and unknown.seconds["merge"] == known.seconds["merge"]
     assert unknown.total_seconds is None and as_json(unknown)["seconds"] is None
     assert "without train, whose steps are not known, and without the network" in told(unknown)
     assert known.total_seconds == sum(known.seconds.values()) and "train" in known.seconds
     assert "train" not in told(known)
-    assert "whose steps are not known" in dict(summary._lines(unknown))["Takes"]
+    assert "whose steps are not known" in dict(summary._lines(configurations[0], unknown))["Takes"]
 
 
 def test_offloaded_model_has_no_estimated_time(measured, tmp_path, monkeypatch):

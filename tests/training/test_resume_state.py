@@ -74,7 +74,7 @@ def test_values_come_back_as_they_were_and_of_their_kind(path):
 
 def test_non_numbers_are_not_stored(path):
     with pytest.raises(TypeError, match="a function in a training's state"):
-        save_state(path, {"f": test_what_is_no_number_is_not_stored})
+        save_state(path, {"f": save_state})
     assert not path.exists()
 
 
