@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.config.catalog import TRANSFORMERS, VARIANTS, resolve_variants
-from pipeline.config.schema import REPO_ID
 from pipeline.errors import CheckpointError, ModelError
 from pipeline.hub.download import download
 from pipeline.models.safe_loading import check_beside, check_code, open_config, open_model, open_tokenizer
-from pipeline.models.sources import belongs_to_checkpoint, read_config
+from pipeline.models.sources import belongs_to_checkpoint, local_folder, read_config
 from pipeline.quantization.formats import unpack
 from pipeline.system.libraries import quiet, quiet_progress_bars
 
@@ -91,7 +90,6 @@ def _load(
 
     from pipeline.inference import kernels
     from pipeline.inference.assemble import assemble
-    from pipeline.inference.kernels.step import quicken_decoding
     from pipeline.inference.offload import assemble_offloaded, fits
 
     quiet_progress_bars()
@@ -106,10 +104,9 @@ def _load(
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(f"{folder}: transformers cannot load it: {reason}") from None
+    model.eval().requires_grad_(False)
     if target.type == "cpu":
         kernels.quicken(model)
-    model.eval().requires_grad_(False)
-    quicken_decoding(model)
     return model, tokenizer
 
 
@@ -221,18 +218,10 @@ def _name(variant: str) -> str:
 
 
 def _local(source: str | Path) -> Path | None:
-    """The folder of a release on this machine; None where `source` is a repository."""
-    try:
-        path = Path(source).expanduser()
-        is_folder = path.is_dir()
-    except (OSError, RuntimeError) as error:  # a name too long for a folder; a home of nobody
-        raise ModelError(f"{str(source)[:80]}: not a folder ({error.args[-1]})") from None
-    if is_folder:
-        is_run = (path / "config.yaml").is_file() and (path / "release").is_dir()
-        return path / "release" if is_run else path  # a run's folder stands for its release
-    if not REPO_ID.match(str(source)):
-        raise ModelError(f"{source}: neither a folder here nor a repository such as user/model")
-    return None
+    """Return the folder of a release on this machine, or None if `source` is a repository."""
+    path = local_folder(str(source))
+    is_run = path and (path / "config.yaml").is_file() and (path / "release").is_dir()
+    return path / "release" if is_run else path  # a run's folder stands for its release
 
 
 def _fetch(repo: str, variant: str | None, revision: str | None) -> Path:

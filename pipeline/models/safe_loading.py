@@ -94,11 +94,23 @@ def read_settings(path: Path) -> dict:
         ModelError: where that is none.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return parse_settings(path, path.read_bytes())
+    except OSError:
         raise ModelError(f"{path}: not readable JSON") from None
+
+
+def parse_settings(place: object, content: bytes) -> dict:
+    """Return a table of settings in JSON; `place` is named in errors.
+
+    Raises:
+        ModelError: if the content is not a JSON object.
+    """
+    try:
+        found = json.loads(content.decode())
+    except (ValueError, RecursionError):
+        raise ModelError(f"{place}: not readable JSON") from None
     if not isinstance(found, dict):
-        raise ModelError(f"{path}: not a table of settings")
+        raise ModelError(f"{place}: not a table of settings")
     return found
 
 

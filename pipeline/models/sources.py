@@ -291,12 +291,30 @@ def belongs_to_checkpoint(name: str) -> bool:
 
 
 def is_local(source: str, key: str = "model.source") -> bool:
-    """Does `source` name a folder on this machine, whether or not it is there?"""
+    """Return True if `source` names a folder on this machine, present or not."""
+    path, is_folder = _as_folder(source, f"{key} {source[:80]!r}")
+    return is_folder or path.is_absolute() or source.startswith((".", "~"))
+
+
+def local_folder(source: str) -> Path | None:
+    """Return the folder that `source` names, or None if it names a repository.
+
+    Raises:
+        ModelError: if it names neither.
+    """
+    path, is_folder = _as_folder(source, source[:80])
+    if not is_folder and not REPO_ID.match(source):
+        raise ModelError(f"{source}: neither a folder here nor a repository such as user/model")
+    return path if is_folder else None
+
+
+def _as_folder(source: str, name: str) -> tuple[Path, bool]:
+    """Return `source` as a path, and True if a folder is there; errors begin with `name`."""
     try:
         path = Path(source).expanduser()
-        return path.is_dir() or path.is_absolute() or source.startswith((".", "~"))
+        return path, path.is_dir()
     except (OSError, RuntimeError) as error:  # a name too long for a folder; a home of nobody
-        raise ModelError(f"{key} {source[:80]!r}: not a folder ({error.args[-1]})") from None
+        raise ModelError(f"{name}: not a folder ({error.args[-1]})") from None
 
 
 def _check_folder(path: Path, need_weights: bool = True) -> None:

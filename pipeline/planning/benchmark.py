@@ -125,13 +125,20 @@ def measure(place: str, tell: Tell = lambda what: None) -> Calibration:
     from peft import get_peft_model  # noqa: F401  of what a stage imports
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from pipeline.inference.kernels import quicken
+
     started = time.perf_counter() - start
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**MODEL)).to(device, torch.bfloat16)
+
+    def build() -> LlamaForCausalLM:
+        return LlamaForCausalLM(LlamaConfig(**MODEL)).to(device, torch.bfloat16)
+
+    model = build().eval().requires_grad_(False)
     weights = sum(m.weight.numel() for n, m in model.named_modules() if _is_linear(n, m))
     ids = torch.randint(0, MODEL["vocab_size"], (1, TOKENS), device=device)
-    _as_loaded(model)
+    if device.type == "cpu":
+        quicken(model)
 
     tell("reading a text")
     forward = weights * TOKENS / _seconds(lambda: _forward(model, ids), device)
@@ -141,7 +148,7 @@ def measure(place: str, tell: Tell = lambda what: None) -> Calibration:
     token = _seconds(lambda: _forward(model, ids[:, :1]), device)
     decode = 2 * (weights + head.numel()) / token
     tell("training")
-    trained = _as_trained(model)
+    trained = _as_trained(build())
     train = (weights + head.numel()) * TOKENS / _seconds(lambda: _step(trained, ids), device)
     tell("NF4")
     nf4, nf4_bytes = _nf4(device)
@@ -165,16 +172,6 @@ def _is_linear(name: str, module) -> bool:
     import torch
 
     return isinstance(module, torch.nn.Linear) and name != "lm_head"
-
-
-def _as_loaded(model) -> None:
-    """Let a model multiply as `pipeline.load` has it."""
-    from pipeline.inference.kernels.float32_mode import quicken_products
-    from pipeline.inference.kernels.plain import quicken_linears
-
-    if model.device.type == "cpu":
-        quicken_linears(model)
-        quicken_products(model)
 
 
 def _as_trained(model):

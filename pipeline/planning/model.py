@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from pipeline.config.schema import PACKAGE_SOURCE, Lora, Model
 from pipeline.errors import CheckpointError, ModelError
 from pipeline.hub.download import in_one_line
 from pipeline.models.packaged_gguf import find_packaged
-from pipeline.models.safe_loading import check_config
+from pipeline.models.safe_loading import check_config, parse_settings
 from pipeline.models.sources import (
     ADAPTER_FILES,
     belongs_to_checkpoint,
@@ -184,7 +183,7 @@ def _on_hub(model: Model) -> Sizes:
     files = repository.files
     if "config.json" not in files:
         raise ModelError(f"{model.source}: no config.json, so this is not a model's repository")
-    config = _json(f"{model.source}/config.json", repository.read("config.json"))
+    config = parse_settings(f"{model.source}/config.json", repository.read("config.json"))
     check_config(model.source, config)
     wanted = {n: size for n, size in files.items() if belongs_to_checkpoint(n)}
     if not any(name.endswith(".safetensors") for name in wanted):
@@ -258,19 +257,9 @@ def _shards(place: str, files: Mapping[str, int], read: Callable[[str], bytes]) 
     if INDEX not in files:
         raise CheckpointError(f"{place}: no {SINGLE} and no {INDEX}; other formats are not read")
     try:
-        names = sorted(set(_json(f"{place}/{INDEX}", read(INDEX))["weight_map"].values()))
+        names = sorted(set(parse_settings(f"{place}/{INDEX}", read(INDEX))["weight_map"].values()))
     except (KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{place}/{INDEX}: not an index with a weight_map") from None
     if missing := [name for name in names if name not in files]:
         raise CheckpointError(f"{place}: {missing[0]} is named by the index, and missing")
     return names
-
-
-def _json(place: str, content: bytes) -> dict:
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError):
-        raise ModelError(f"{place}: not readable JSON") from None
-    if not isinstance(found, dict):
-        raise ModelError(f"{place}: not a model's configuration")
-    return found

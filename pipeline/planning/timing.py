@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from pipeline.config.catalog import DEFAULT_VARIANTS, NEAREST, VARIANTS
 from pipeline.config.schema import Config, MeasuredRun, TrainingRun, VariantSpec
+from pipeline.evaluation.texts import FEWEST_TOKENS
 from pipeline.planning.benchmark import Calibration
 from pipeline.planning.model import Sizes
 from pipeline.planning.stages import Stage, kinds
@@ -14,7 +15,6 @@ from pipeline.planning.stages import Stage, kinds
 HELD_OUT_SHARE = 0.5  # of the tokens that are measured on at most, for there is often less held-out text
 PROBED_TOKENS = (4 * 256, 4 * 32)  # that a probe reads, and writes
 ANSWER_TOKENS = 64
-FEWEST_TOKENS = 1024  # `texts.FEWEST_TOKENS`
 
 
 def seconds(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
@@ -89,7 +88,3 @@ def outdated(check: str, subject: str, message: str) -> Finding:
 
 def unknown(check: str, subject: str, message: str) -> Finding:
     return Finding(check, subject, Verdict.unknown, message)
-
-
-def are_right(findings: Iterable[Finding]) -> bool:
-    return all(finding.verdict is not Verdict.wrong for finding in findings)

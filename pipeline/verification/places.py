@@ -7,10 +7,10 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.config.schema import REPO_ID
 from pipeline.errors import ModelError, WorkspaceError
 from pipeline.hub.download import download, in_one_line
 from pipeline.hub.tree import LINEAGE, Tree, read_tree
+from pipeline.models.sources import local_folder
 from pipeline.system.files import sha256
 from pipeline.verification.claims import MOST_BYTES, Malformed, check_path
 from pipeline.workflow.workspace import HIDDEN, Workspace
@@ -106,19 +106,12 @@ def open_place(source: str, revision: str | None, tell: Tell) -> Place:
         ModelError: where there is no such thing.
         HubError: where the Hub does not answer.
     """
-    try:
-        folder = Path(source).expanduser()
-        is_folder = folder.is_dir()
-    except (OSError, RuntimeError) as error:  # a name too long for a folder; a home of nobody
-        raise ModelError(f"{source[:80]}: not a folder ({error.args[-1]})") from None
-    if is_folder:
+    if folder := local_folder(source):
         if revision:
             raise ModelError(f"{source}: is a folder, which has no revisions; leave out --revision")
         run = _run_of(folder)
         release = run.release if run and run.folder == folder else folder
         return Place(source, release, _sizes(release), run, tell=tell)
-    if not REPO_ID.match(source):
-        raise ModelError(f"{source}: neither a folder here nor a repository such as user/model")
     with in_one_line(source, revision, "not a folder here, and the Hub could not be read"):
         tree = read_tree(source, revision)
     return Place(source, Path(), {path: file.size for path, file in tree.files.items()}, tree=tree, tell=tell)

@@ -11,6 +11,7 @@ from pipeline.inference.kernels.attention import quicken_attention
 from pipeline.inference.kernels.float32_mode import quicken_products
 from pipeline.inference.kernels.plain import quicken_linears
 from pipeline.inference.kernels.rounded import correct_rounded
+from pipeline.inference.kernels.step import quicken_decoding
 from pipeline.quantization.grid import GroupQuantized
 
 if TYPE_CHECKING:
@@ -18,11 +19,12 @@ if TYPE_CHECKING:
 
 
 def quicken(model: PreTrainedModel) -> None:
-    """Let a model that computes on a CPU use the fastest products and attention there; what is saved stays the same."""
+    """Let a model on a CPU use the fastest products, attention and decoding there; what it saves stays the same."""
     quicken_linears(model)
     correct_rounded(model)
     quicken_attention(model)
     quicken_products(model)
+    quicken_decoding(model)
 
 
 def runs_as_stored(weight: GroupQuantized, device: torch.device) -> bool:
