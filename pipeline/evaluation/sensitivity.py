@@ -6,8 +6,9 @@ was measured is kept after each layer, so that a second call goes on where the f
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,7 +44,8 @@ def report(config: MeasuredRun, output: Path, tell: Tell) -> dict:
     with tempfile.TemporaryDirectory() as scratch:
         folder, origin = fetch(config.model, Path(scratch), lambda d, t: tell(d, t, "fetching the model"))
         made_of = origin.source if folder.is_relative_to(scratch) else None  # unpacked anew each time, and the same
-        layers = sensitivity(config, spec, folder, output / RECORD, tell, made_of)
+        known, keep = read_json(output / RECORD, {}), functools.partial(write_json, output / RECORD)
+        layers = sensitivity(config, spec, folder, known, keep, tell, made_of)
     found = {
         "model": {"source": origin.source, "revision": origin.revision},
         "variant": spec.making(),
@@ -69,14 +71,21 @@ def check(spec: VariantSpec) -> None:
 
 
 def sensitivity(
-    config: MeasuredRun, spec: VariantSpec, folder: Path, record: Path, tell: Tell, made_of: object = None
+    config: MeasuredRun,
+    spec: VariantSpec,
+    folder: Path,
+    known: Mapping,
+    keep: Callable[[dict], None],
+    tell: Tell,
+    made_of: object = None,
 ) -> list[dict]:
     """Measure every linear layer of the full-precision model in `folder`.
 
     Args:
         config: `evaluate` says on which general text, on how many tokens of it, and where.
         spec: how a layer is quantized; what it would keep is measured too.
-        record: a file that keeps what was measured, of this model and for these settings.
+        known: what `keep` was given last, if it was ever called.
+        keep: is given what was measured so far, after each layer.
         made_of: what identifies the model; by default the sizes and times of its files.
 
     Returns:
@@ -101,7 +110,6 @@ def sensitivity(
         "evaluate": config.evaluate.model_dump(include={"general", "max_tokens"}),
         "model": fingerprint(made_of or states(sorted(folder.glob("*.safetensors")))),
     }
-    known = read_json(record, {})
     found = known["layers"] if known.get("about") == about else {}
     if missing := [name for name in linear if name not in found]:
         check_fits(folder, device_named(config.evaluate.device), "measuring layer by layer")
@@ -119,7 +127,7 @@ def sensitivity(
                 weight.data = kept
             compared = metrics.divergence(scores, head, full, head, output_head.softcap(model.config))
             found[name] = {"kl": asdict(compared["kl"]), "rise": asdict(metrics.rise(scores, full))}
-            write_json(record, {"about": about, "layers": found})
+            keep({"about": about, "layers": found})
             tell(len(found), len(linear), "measuring layers")
     return [{"name": n.removesuffix(".weight"), "weights": math.prod(linear[n]), **found[n]} for n in linear]
 

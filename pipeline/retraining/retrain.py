@@ -21,7 +21,7 @@ from pipeline.publishing.published_model import Live, read_live
 from pipeline.retraining.decision import Decision, Matter, Outcome, better, check, look, tell
 from pipeline.retraining.lock import alone, refuse_beside_job
 from pipeline.tracking.events import Events
-from pipeline.workflow.baseline import note, own_weights
+from pipeline.workflow.baseline import forget, note, own_weights
 from pipeline.workflow.preflight import preflight
 from pipeline.workflow.reporter import Reporter
 from pipeline.workflow.runner import Steps
@@ -94,7 +94,7 @@ class _Retraining:
                 _tell(workspace, comparison, is_better)
                 if not is_better:
                     replace(record, state="not_better", comparison=comparison).write(path)
-                    workspace.opponent_path.unlink()
+                    forget(workspace)
                     return self._decision("not_better", live, comparison)
             steps.do("evaluate")
             variants = _all_variants(inputs.config, steps, live)
@@ -111,7 +111,7 @@ class _Retraining:
                 live, is_there = now, False
         done = workspace.ledger()["publish"].summary
         replace(record, state="published", url=done["url"]).write(path)
-        workspace.opponent_path.unlink()
+        forget(workspace)
         decision = self._decision("published", live, comparison)
         reason = "; ".join([decision.reason, *map(str, steps.withheld().values())])
         return replace(decision, reason=reason, url=done["url"], commit=done["commit"])

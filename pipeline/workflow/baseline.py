@@ -1,4 +1,4 @@
-"""What a retraining is compared with, left in its run's folder until it is published.
+"""What a retraining is compared with, left in its run's ledger until it is published.
 
 The stages, which are processes of their own, find it there; `Workspace.claim` removes it, so that what a
 retraining left that was stopped binds retrainings alone.
@@ -6,26 +6,30 @@ retraining left that was stopped binds retrainings alone.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from pipeline.errors import HubError
 from pipeline.hub.tree import Tree
 from pipeline.publishing.published_model import Live, live_in, weights_of
 from pipeline.publishing.remote_release import Standing
-from pipeline.system.files import read_json, write_json
 from pipeline.workflow.workspace import Workspace
 
 
 def note(workspace: Workspace, live: Live | None, inputs: dict) -> None:
-    """Write to the workspace which published model the run is compared with, and the inputs of the run."""
+    """Write to the ledger which published model the run is compared with, and the inputs of the run."""
     about = {"live": asdict(live) if live else None, "inputs": inputs}
-    write_json(workspace.opponent_path, about)
+    workspace.update(lambda ledger: replace(ledger, comparison=about))
 
 
 def noted(workspace: Workspace) -> tuple[Live | None, dict]:
     """What `note` left: the live model, and the inputs."""
-    about = read_json(workspace.opponent_path, {"live": None, "inputs": {}})
+    about = workspace.read_ledger().comparison or {"live": None, "inputs": {}}
     return (Live(**about["live"]) if about["live"] else None), about["inputs"]
+
+
+def forget(workspace: Workspace) -> None:
+    """Have the run compared with nothing from now on."""
+    workspace.update(lambda ledger: replace(ledger, comparison=None))
 
 
 def own_weights(workspace: Workspace) -> str:
@@ -42,7 +46,7 @@ def check_is_compared(workspace: Workspace, tree: Tree) -> None:
     Raises:
         HubError: where somebody else has published in between.
     """
-    if not workspace.opponent_path.is_file():
+    if workspace.read_ledger().comparison is None:
         return
     compared, now = noted(workspace)[0], live_in(Standing.of(tree))
     is_ours = now is not None and now.weights == own_weights(workspace)

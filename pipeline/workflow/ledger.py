@@ -1,44 +1,123 @@
-"""`ledger.json`: the finished steps of a run, on what each depends, and the files that it made."""
+"""`ledger.json`: what is done of a run, on what that depends, and what a stopped stage needs to go on.
+
+It is the only place that says what is done. Files that a step made are named by its entry, with their sha256.
+"""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any, Literal
 
 from pipeline.errors import WorkspaceError
-from pipeline.system.files import Digest, read_json
+from pipeline.system.files import Digest, read_json, write_json
+from pipeline.workflow import former_ledger
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One finished step: the fingerprint of all it depends on, and what it made."""
+    """One step: a stage, or a stage for one variant.
 
-    fingerprint: str
+    Attributes:
+        fingerprint: of everything that it depended on when it was last finished.
+        outputs: the files that it made then, by their path in the run's folder.
+        summary: its figures, as plain data.
+        finished: seconds since the epoch.
+        seconds: how long it took.
+        progress: what it needs to go on when it is stopped, and what it need not find out again, as plain data.
+        state: "running" until it is finished for the first time, also if it was stopped.
+    """
+
+    fingerprint: str = ""
     outputs: dict[str, Digest] = field(default_factory=dict)
-    summary: dict = field(default_factory=dict)
-    finished: float = 0.0  # seconds since the epoch
+    summary: dict[str, Any] = field(default_factory=dict)
+    finished: float = 0.0
     seconds: float = 0.0
+    progress: dict[str, Any] = field(default_factory=dict)
+    state: Literal["running", "done"] = "done"
 
 
-def read_ledger(path: Path, bounds: Path) -> dict[str, Entry]:
-    """Finished steps by key, such as `train` or `quantize/int4`; none where there is no ledger.
+@dataclass(frozen=True)
+class BaseModel:
+    """Where the base model lies on this machine.
+
+    Attributes:
+        model: the section of the configuration that it was fetched for.
+        revision: its commit on the Hub.
+        bytes: size of its weights, if these only passed by, shard by shard.
+    """
+
+    model: dict[str, Any]
+    folder: str
+    revision: str | None = None
+    bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The content of `ledger.json`.
+
+    Attributes:
+        steps: by key, such as `train` or `quantize/int4`.
+        inputs: what was read of this machine's own files, by the name that the configuration gives them.
+        base: where the base model lies.
+        comparison: what a retraining compares the run with, until it is published.
+    """
+
+    steps: dict[str, Entry] = field(default_factory=dict)
+    inputs: dict[str, dict[str, Digest]] = field(default_factory=dict)
+    base: BaseModel | None = None
+    comparison: dict[str, Any] | None = None
+
+    def done(self) -> dict[str, Entry]:
+        """Return the steps that were ever finished."""
+        return {key: entry for key, entry in self.steps.items() if entry.state == "done"}
+
+    def with_entry(self, key: str, entry: Entry) -> Ledger:
+        return replace(self, steps={**self.steps, key: entry})
+
+    def without(self, key: str) -> Ledger:
+        return replace(self, steps={k: entry for k, entry in self.steps.items() if k != key})
+
+
+def read_ledger(path: Path, bounds: Path) -> Ledger:
+    """Return the ledger of a run; an empty one if there is none.
 
     What it names is published, moved and removed, so it names nothing outside the folder `bounds`.
 
     Raises:
-        WorkspaceError: where it is not one that was written here.
+        WorkspaceError: if it is not one that was written here.
     """
-    entries = {}
     try:
-        for key, value in read_json(path, {}).items():
-            outputs = {name: Digest(**digest) for name, digest in value.pop("outputs").items()}
-            if not all(_is_within(path.parent / name, bounds) for name in outputs):
-                raise ValueError
-            entries[key] = Entry(outputs=outputs, **value)
+        content = read_json(path, {})
+        if "steps" not in content:
+            content = former_ledger.converted(content, path.parent)
+        ledger = Ledger(
+            steps={key: _entry(**value) for key, value in content["steps"].items()},
+            inputs={name: _digests(files) for name, files in content["inputs"].items()},
+            base=BaseModel(**content["base"]) if content["base"] else None,
+            comparison=content["comparison"],
+        )
+        named = (path.parent / name for entry in ledger.steps.values() for name in entry.outputs)
+        if not all(_is_within(file, bounds) for file in named):
+            raise ValueError
     except (AttributeError, KeyError, TypeError, ValueError):
         raise WorkspaceError(f"{path}: damaged; remove it, and what it recorded is done again") from None
-    return entries
+    return ledger
+
+
+def write_ledger(path: Path, ledger: Ledger) -> None:
+    """Write the ledger, so that it is there whole or as before."""
+    write_json(path, asdict(ledger))
+
+
+def _entry(outputs: dict, **known: Any) -> Entry:
+    return Entry(outputs=_digests(outputs), **known)
+
+
+def _digests(files: dict) -> dict[str, Digest]:
+    return {name: Digest(**digest) for name, digest in files.items()}
 
 
 def _is_within(path: Path, folder: Path) -> bool:

@@ -88,6 +88,7 @@ class Steps:
             if key not in self._done:
                 self._reporter.kept(key)
             return
+        self._workspace.note(key)
         self._reporter.started(key)
         start = time.time()
         try:

@@ -2,7 +2,7 @@
 
 runs/<name>/
   config.yaml      what this run was asked for
-  ledger.json      what is finished, and on what it depends
+  ledger.json      what is done, on what it depends, and what a stopped stage needs to go on
   events.jsonl     everything that happened, in order
   results.json     the figures, the only source of a card's numbers
   base/ data/ checkpoints/ adapter/ quantized/ measurements/ logs/
@@ -13,11 +13,12 @@ Where the result was to go to a folder of its own, the rest lies in that folder'
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config.loader import dump_config, load_config
@@ -25,7 +26,8 @@ from pipeline.config.schema import Config
 from pipeline.errors import WorkspaceError
 from pipeline.system.files import Digest, place_files, read_json, sha256, sync, write_json, write_text
 from pipeline.system.redaction import without_private
-from pipeline.workflow.ledger import Entry, read_ledger
+from pipeline.workflow import former_ledger
+from pipeline.workflow.ledger import BaseModel, Entry, Ledger, read_ledger, write_ledger
 
 __all__ = ["HIDDEN", "Entry", "Workspace"]
 
@@ -41,7 +43,6 @@ class Workspace:
         self.ledger_path = self.folder / "ledger.json"
         self.events_path = self.folder / "events.jsonl"
         self.results_path = self.folder / "results.json"
-        self.opponent_path = self.folder / "live.json"
         self.base = self.folder / "base"
         self.data = self.folder / "data"
         self.checkpoints = self.folder / "checkpoints"
@@ -116,8 +117,12 @@ class Workspace:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def _forget(self, config: Config) -> None:
-        """Drop figures of an earlier configuration that this one will not make anew, and what it was compared with."""
-        self.opponent_path.unlink(missing_ok=True)  # a retraining that was stopped binds retrainings alone
+        """Drop figures of an earlier configuration that this one does not ask for, and what it was compared with."""
+        former = former_ledger.side_files(self.folder)
+        if former or self.read_ledger().comparison:  # a retraining that was stopped binds retrainings alone
+            self.update(lambda ledger: replace(ledger, comparison=None))
+        for path in former:
+            path.unlink()
         asked = {"data": config.data, "training": config.data, "adapter": config.merge.adapter, "merge": config.merges}
         asked["retraining"] = config.data
         asked |= {"base": config.evaluate, "merged": config.evaluate and config.merges}
@@ -140,16 +145,48 @@ class Workspace:
     def config(self) -> Config:
         return load_config(self.config_path)
 
-    def ledger(self) -> dict[str, Entry]:
-        """Finished steps by key, such as `train` or `quantize/int4`."""
+    def read_ledger(self) -> Ledger:
+        """Return all that the ledger has.
+
+        Raises:
+            WorkspaceError: if it is damaged.
+        """
         return read_ledger(self.ledger_path, self.release if self.folder.name == HIDDEN else self.folder)
 
+    def ledger(self) -> dict[str, Entry]:
+        """Return the finished steps by key, such as `train` or `quantize/int4`."""
+        return self.read_ledger().done()
+
+    def update(self, change: Callable[[Ledger], Ledger]) -> None:
+        """Replace the ledger by what `change` makes of it; what other processes change meanwhile is not lost."""
+        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            write_ledger(self.ledger_path, change(self.read_ledger()))
+        finally:
+            os.close(folder)
+
     def record(self, key: str, entry: Entry) -> None:
-        write_json(self.ledger_path, {k: asdict(e) for k, e in {**self.ledger(), key: entry}.items()})
+        """Record a finished step; its progress stays."""
+        self.update(lambda ledger: ledger.with_entry(key, replace(entry, progress=_entry(ledger, key).progress)))
 
     def undo(self, key: str) -> None:
         """Have a step done again; what it made stays until then."""
-        write_json(self.ledger_path, {k: asdict(e) for k, e in self.ledger().items() if k != key})
+        self.update(lambda ledger: ledger.without(key))
+
+    def note(self, key: str, **progress: object) -> None:
+        """Record what a step needs to go on when it is stopped; None removes what was recorded by that name."""
+
+        def noted(ledger: Ledger) -> Ledger:
+            entry = _entry(ledger, key)
+            kept = {name: value for name, value in {**entry.progress, **progress}.items() if value is not None}
+            return ledger.with_entry(key, replace(entry, progress=kept))
+
+        self.update(noted)
+
+    def progress(self, key: str, name: str) -> dict:
+        """Return what `note` recorded; {} if there is nothing."""
+        return _entry(self.read_ledger(), key).progress.get(name, {})
 
     def holds(self, key: str, fingerprint: str) -> bool:
         """Is the step finished, for the same dependencies, with its outputs as it left them?"""
@@ -183,19 +220,17 @@ class Workspace:
         Remembered by size and time, so that gigabytes are read once. What is not there any more is
         taken as it was: a finished run does not need its inputs to be published.
         """
-        path, known = Path(named).expanduser(), read_json(self.folder / "inputs.json", {})
-        before = known.get(named, {})
+        path, before = Path(named).expanduser(), self.read_ledger().inputs.get(named, {})
         if not path.exists():
-            return {name: digest["sha256"] for name, digest in before.items()}
+            return {name: digest.sha256 for name, digest in before.items()}
         found = {}
         for file in sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]:
-            state, last = file.stat(), before.get(file.name, {})
-            same = (last.get("size"), last.get("mtime_ns")) == (state.st_size, state.st_mtime_ns)
-            digest = Digest(last["sha256"] if same else sha256(file), state.st_size, state.st_mtime_ns)
-            found[file.name] = asdict(digest)
+            state, last = file.stat(), before.get(file.name)
+            same = last and (last.size, last.mtime_ns) == (state.st_size, state.st_mtime_ns)
+            found[file.name] = last if same else Digest(sha256(file), state.st_size, state.st_mtime_ns)
         if found != before:
-            write_json(self.folder / "inputs.json", {**known, named: found})
-        return {name: digest["sha256"] for name, digest in found.items()}
+            self.update(lambda ledger: replace(ledger, inputs={**ledger.inputs, named: found}))
+        return {name: digest.sha256 for name, digest in found.items()}
 
     def digests(self, paths: Iterable[Path]) -> dict[str, Digest]:
         """Digests of files, and of all files in folders, by their path in the workspace; they are on the disk then."""
@@ -250,19 +285,25 @@ class Workspace:
 
     def remember_base(self, model: dict, folder: Path, revision: str | None) -> None:
         """Note where the base model lies on this machine; kept out of everything that is published."""
-        write_json(self.folder / "base.json", {"model": model, "folder": str(folder.resolve()), "revision": revision})
+
+        def remembered(ledger: Ledger) -> Ledger:
+            same = ledger.base and (ledger.base.model, ledger.base.revision) == (model, revision)
+            base = BaseModel(model, str(folder.resolve()), revision, ledger.base.bytes if same else None)
+            return replace(ledger, base=base)
+
+        self.update(remembered)
 
     def base_folder(self, model: dict) -> Path | None:
-        """Where the base model lies, if it was brought here for these settings and is still there."""
-        known = read_json(self.folder / "base.json", {})
-        folder = Path(known.get("folder", ""))
-        return folder if known.get("model") == model and (folder / "config.json").is_file() else None
+        """Return where the base model lies, if it was brought here for these settings and is still there."""
+        known = self.read_ledger().base
+        is_there = known and known.model == model and (Path(known.folder) / "config.json").is_file()
+        return Path(known.folder) if is_there else None
 
     def base_revision(self, model: dict) -> str | None:
-        """The commit of the base model that was brought here for these settings."""
-        known = read_json(self.folder / "base.json", {})
-        same = {**known.get("model", {}), "low_disk": None} == {**model, "low_disk": None}  # only its way here differs
-        return known.get("revision") if same else None
+        """Return the commit of the base model that was brought here for these settings."""
+        known = self.read_ledger().base
+        same = known and {**known.model, "low_disk": None} == {**model, "low_disk": None}  # only its way here differs
+        return known.revision if same else None
 
     def write_measurement(self, name: str, content: dict) -> Path:
         """Store one step's figures and put `results.json` together anew."""
@@ -285,3 +326,7 @@ class Workspace:
         order = {name: i for i, name in enumerate(("origin", "data", "training", "adapter", "merge", "base", "merged"))}
         files = sorted(self.measurements.glob("*.json"), key=lambda p: (order.get(p.stem, len(order)), p.stem))
         write_json(self.results_path, {p.stem: read_json(p, {}) for p in files})
+
+
+def _entry(ledger: Ledger, key: str) -> Entry:
+    return ledger.steps.get(key, Entry(state="running"))

@@ -101,7 +101,7 @@ def test_relative_source_path_is_not_recorded(tmp_path, tiny_model):
 
 def test_an_adapter_from_elsewhere_is_merged_and_its_model_loads(copied, tmp_path):
     trained = copied.run_folder / "adapter"
-    base = json.loads((copied.run_folder / "base.json").read_text())["folder"]
+    base = Workspace(copied.run_folder).read_ledger().base.folder
     place, run = Place(tmp_path), copied.results()["merge"]["base"]
     place.tunepress("merge", base, str(trained), "--output", "out", "--base", run, "--set", "track.project=tests")
     ours, theirs = Checkpoint(tmp_path / "out"), Checkpoint(copied.release)

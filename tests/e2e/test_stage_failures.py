@@ -11,16 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.workflow.workspace import Workspace
 from tests.support.runs import Place, stage_process_of, wait_for_training, write_place
 
 
 def _forget(place: Place, *keys: str) -> None:
-    import json
-
-    ledger = place.ledger()
     for key in keys:
-        del ledger[key]
-    (place.run_folder / "ledger.json").write_text(json.dumps(ledger))
+        Workspace(place.run_folder).undo(key)
     (place.run_folder / "events.jsonl").unlink()
     shutil.rmtree(place.folder / "trackio")
 

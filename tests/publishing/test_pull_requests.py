@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -53,9 +51,7 @@ def test_pull_request_is_found_by_title_or_number(hub, proposed, title):
     if title:
         hub.repo(REPO).discussions[1].title = title
     else:
-        path = proposed.workspace.ledger_path
-        ledger = json.loads(path.read_text())
-        path.write_text(json.dumps({key: entry for key, entry in ledger.items() if key != "publish"}))
+        proposed.workspace.undo("publish")
     proposed.make("quantize/int4", {"int4/config.json": b"changed"})
     proposed.publish()
     assert list(hub.repo(REPO).pull_requests) == [1]

@@ -69,8 +69,8 @@ def test_a_layers_figure_is_that_of_the_model_with_this_layer_alone_rounded(mode
     assert told["weights"] == weight.numel()
 
 
-def test_stopped_sensitivity_run_resumes(model, asked, tmp_path):
-    config, record = asked(model), tmp_path / "record.json"
+def test_stopped_sensitivity_run_resumes(model, asked):
+    config, kept = asked(model), []
     (spec,) = config.quantize.variants
 
     def stop(done, total, what):
@@ -78,33 +78,34 @@ def test_stopped_sensitivity_run_resumes(model, asked, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sensitivity.sensitivity(config, spec, model, record, stop)
-    before, steps = json.loads(record.read_text())["layers"], []
-    assert len(before) == 5
-    layers = sensitivity.sensitivity(config, spec, model, record, lambda done, total, what: steps.append(done))
-    assert steps[:2] == [5, 6] and {f"{layers[i]['name']}.weight" for i in range(5)} == before.keys()
-    sensitivity.sensitivity(config, spec, model, record, stop)  # which has nothing left to measure
+        sensitivity.sensitivity(config, spec, model, {}, lambda found: kept.append(json.dumps(found)), stop)
+    known, steps = json.loads(kept[-1]), []
+    before = set(known["layers"])
+    assert len(before) == len(kept) == 5
+    layers = sensitivity.sensitivity(config, spec, model, known, kept.append, lambda done, *_: steps.append(done))
+    assert steps[:2] == [5, 6] and {f"{layers[i]['name']}.weight" for i in range(5)} == before
+    sensitivity.sensitivity(config, spec, model, kept[-1], kept.append, stop)  # which has nothing left to measure
 
 
-def test_other_variant_is_measured_again(model, asked, tmp_path):
-    record, found = tmp_path / "record.json", {}
+def test_other_variant_is_measured_again(model, asked):
+    kept, found = [{}], {}
     for variant in ("int4", "int8"):
         config = asked(model, variant)
         (spec,) = config.quantize.variants
-        layers = sensitivity.sensitivity(config, spec, model, record, lambda *_: None)
+        layers = sensitivity.sensitivity(config, spec, model, kept[-1], kept.append, lambda *_: None)
         found[variant] = sum(layer["kl"]["value"] for layer in layers)
     assert found["int8"] < found["int4"] / 3
 
 
-def test_a_model_larger_than_the_memory_is_refused_before_it_is_loaded(model, asked, tmp_path, monkeypatch):
-    config, record = asked(model), tmp_path / "record.json"
+def test_a_model_larger_than_the_memory_is_refused_before_it_is_loaded(model, asked, monkeypatch):
+    config, kept = asked(model), []
     (spec,) = config.quantize.variants
     size = (model / "model.safetensors").stat().st_size
     monkeypatch.setattr("pipeline.system.hardware.free_bytes", lambda device: size)
     monkeypatch.setattr("pipeline.inference.load.load", lambda *_, **__: pytest.fail("it was loaded"))
     with pytest.raises(ModelError, match=rf"take [\d,]+ bytes, and may take 75% of the {size:,} that are free"):
-        sensitivity.sensitivity(config, spec, model, record, lambda *_: None)
-    assert not record.exists()
+        sensitivity.sensitivity(config, spec, model, {}, kept.append, lambda *_: None)
+    assert not kept
 
 
 def test_variant_without_grid_is_refused(model, asked, tmp_path):

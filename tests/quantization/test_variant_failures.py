@@ -135,7 +135,7 @@ def test_stage_reports_a_failed_variant_and_keeps_the_others(tiny_model, change,
         summary = quantize.run(config, workspace, events, names).summary
         (reason,) = summary["refused"].values()
         assert summary["made"] == ["gguf-q4_0"] and summary["refused"].keys() == {"gguf-f16"}
-        assert {path.name for path in workspace.quantized.iterdir()} == {"gguf-q4_0", "gguf-q4_0.json"}
+        assert {path.name for path in workspace.quantized.iterdir()} == {"gguf-q4_0"}
         (event,) = read_events(workspace.events_path)[0]
     assert (event["event"], event["variant"], event["message"]) == ("quantization_failed", "gguf-f16", reason)
     assert "float16 cannot hold; take bf16 instead" in reason

@@ -99,7 +99,7 @@ def make_release(folder: Path, base: Path, variants: Sequence[object] = ("int8",
         figures = _measured(made, config) | {
             "variant": config.quantize.spec(name).model_dump(),
             "ratio": 0.5,
-            "weights": read_json(workspace.quantized / f"{name}.json", {})["weights"],
+            "weights": workspace.progress(f"quantize/{name}", "written")["weights"],
         }
         files = workspace.place(made, target, f"quantize/{name}")
         workspace.record(f"quantize/{name}", Entry("", workspace.digests(files)))

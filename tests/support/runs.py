@@ -101,7 +101,9 @@ class Place:
         return [{"title": title, "level": level, "record": json.loads(text)} for title, level, text in rows]
 
     def ledger(self) -> dict:
-        return json.loads((self.run_folder / "ledger.json").read_text())
+        """The finished steps."""
+        steps = json.loads((self.run_folder / "ledger.json").read_text())["steps"]
+        return {key: entry for key, entry in steps.items() if entry["state"] == "done"}
 
     def results(self) -> dict:
         return json.loads((self.run_folder / "results.json").read_text())

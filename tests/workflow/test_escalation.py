@@ -179,7 +179,7 @@ def test_small_memory_tries_fallbacks_without_layer_measurement(one_passes, tryi
     trying.judge(gate=IMPOSSIBLE)
     assert any(rung["variant"].get("int8") for rung in trying.result()["gate"]["tried"])  # measured before, and kept
     assert trying.shown == []
-    (trying.workspace.quantized / "int4.sensitivity.json").unlink()
+    trying.workspace.note("quantize/int4", layers=None)
     trying.judge(gate=IMPOSSIBLE)
     tried = [rung["variant"] for rung in trying.result()["gate"]["tried"]]
     assert len(tried) > 2 and not any(spec.get("int8") for spec in tried)

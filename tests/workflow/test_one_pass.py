@@ -12,7 +12,6 @@ from pipeline.config.builders import merge_config
 from pipeline.config.schema import VariantSpec
 from pipeline.models.sources import linear_weights
 from pipeline.quantization.writer import quantize_checkpoint
-from pipeline.system.files import read_json
 from pipeline.tracking.events import Events, read_events
 from pipeline.workflow.stages import merge, quantize
 from pipeline.workflow.workspace import Workspace
@@ -210,4 +209,4 @@ def test_a_merge_that_ends_in_the_middle_leaves_nothing_to_be_taken(merged, monk
 
 def test_two_bases_are_compared_before_variants_are_made(unpublished):
     assert "variants" not in unpublished.ledger()["merge"]["summary"]
-    assert read_json(unpublished.run_folder / "ledger.json", {})["merge"]["summary"]["base"] in ("nf4", "bf16")
+    assert unpublished.ledger()["merge"]["summary"]["base"] in ("nf4", "bf16")

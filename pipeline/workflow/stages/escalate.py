@@ -15,7 +15,7 @@ from pipeline.config.schema import MeasuredRun, VariantSpec
 from pipeline.errors import UserError
 from pipeline.evaluation.escalation import Rung, ladder, with_layers
 from pipeline.evaluation.gates import judge, limits
-from pipeline.system.files import empty_folder, fingerprint, read_json, replace_folder, write_json
+from pipeline.system.files import empty_folder, fingerprint, replace_folder
 from pipeline.tracking.events import Events
 from pipeline.workflow.stages.inputs import run_texts
 from pipeline.workflow.stages.quantize import note_written
@@ -35,8 +35,7 @@ class Climb:
     ) -> None:
         self._config, self._workspace, self._events = config, workspace, events
         self._name, self._full, self._measured_by = name, full, measured_by
-        self._path = workspace.quantized / f"{name}.tried.json"
-        known = read_json(self._path, {})
+        known = workspace.progress(f"quantize/{name}", "tried")
         self._known: dict[str, dict] = known["tried"] if known.get("measured_by") == measured_by else {}
         self._is_too_large = False  # for layers to be measured one by one, which is told once
         self._made: tuple[VariantSpec, dict] | None = None  # whose files lie in the folder of this rung
@@ -45,7 +44,8 @@ class Climb:
         """Keep what was measured of one way to make the variant."""
         figures = {key: result[key] for key in ("size_bytes", "quality")}
         self._known[fingerprint(spec.making())] = {"variant": spec.making(), **figures, "weights": weights}
-        write_json(self._path, {"measured_by": self._measured_by, "tried": self._known})
+        tried = {"measured_by": self._measured_by, "tried": self._known}
+        self._workspace.note(f"quantize/{self._name}", tried=tried)
 
     def climb(self) -> tuple[VariantSpec | None, list[dict]]:
         """Try it as it was asked for, and then rung after rung, the smallest first.
@@ -112,8 +112,9 @@ class Climb:
         tokens = min(self._config.evaluate.max_tokens, TOKENS)
         evaluate = self._config.evaluate.model_copy(update={"max_tokens": tokens})
         config = self._config.model_copy(update={"evaluate": evaluate})
-        record = self._workspace.quantized / f"{self._name}.sensitivity.json"
-        return sensitivity(config, spec, self._full, record, self._tell(f"{self._name}: "))
+        key, tell = f"quantize/{self._name}", self._tell(f"{self._name}: ")
+        known = self._workspace.progress(key, "layers")
+        return sensitivity(config, spec, self._full, known, lambda found: self._workspace.note(key, layers=found), tell)
 
     def _measure(self, spec: VariantSpec, label: str) -> dict | None:
         """The figures of one way to make the variant; None where this model cannot be made so."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from pipeline.data import general_text
 from pipeline.data.describe import SUPPLIED_TEMPLATE
 from pipeline.evaluation.texts import RunTexts
 from pipeline.models.sources import stored_bytes
-from pipeline.system.files import fingerprint, read_json, write_json
+from pipeline.system.files import fingerprint
 from pipeline.tracking.events import Events
 from pipeline.workflow.workspace import Workspace
 
@@ -97,18 +97,14 @@ def shard_by_shard(
     tell = functools.partial(events.progress, what="fetching, rounding and writing")
     scratch, revision = workspace.folder / "shards.partial", workspace.base_revision(config.model.model_dump())
     with PassingCheckpoint(config.model.source, revision, folder, scratch, tell) as checkpoint:
-        write_json(_passed(workspace), {"bytes": checkpoint.file_bytes})
+        workspace.update(lambda ledger: replace(ledger, base=replace(ledger.base, bytes=checkpoint.file_bytes)))
         yield checkpoint
 
 
 def model_bytes(config: Config, workspace: Workspace, folder: Path) -> int:
     """Size of the files of the full-precision model's weights, also where they lie here no more."""
-    passed = read_json(_passed(workspace), {}) if config.model.low_disk else {}
-    return passed.get("bytes") or stored_bytes(folder)
-
-
-def _passed(workspace: Workspace) -> Path:
-    return workspace.quantized / "passed.json"
+    base = workspace.read_ledger().base
+    return (config.model.low_disk and base and base.bytes) or stored_bytes(folder)
 
 
 def run_texts(workspace: Workspace) -> RunTexts:

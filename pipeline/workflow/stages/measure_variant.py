@@ -15,7 +15,7 @@ from pipeline.evaluation.escalation import best
 from pipeline.evaluation.gates import judge, limits, tell
 from pipeline.inference.loaders import only_file
 from pipeline.models.sources import stored_bytes
-from pipeline.system.files import fingerprint, read_json, states, write_json
+from pipeline.system.files import fingerprint, states
 from pipeline.system.libraries import versions
 from pipeline.tracking.events import Events
 from pipeline.workflow.stages import Outcome, quantize
@@ -77,10 +77,10 @@ def _measured_by(config: Config, workspace: Workspace, variants: tuple[str, ...]
 
 def _measured(config: Config, workspace: Workspace, events: Events, name: str, full: Path) -> dict:
     """The figures of a variant's files; measured only where those that are known are not of these files."""
-    path = workspace.quantized / f"{name}.measured.json"
+    key = f"quantize/{name}"
     depends_on = fingerprint(_measured_by(config, workspace, (name,)))
     about = {"depends_on": depends_on, "files": states(files_of(workspace, name))}
-    known, written = read_json(path, {}), read_json(workspace.quantized / f"{name}.json", {})
+    known, written = (workspace.progress(key, kind) for kind in ("measured", "written"))
     made = {
         "variant": written.get("instead") or config.quantize.spec(name).making(),
         "weights": written["weights"],
@@ -89,7 +89,7 @@ def _measured(config: Config, workspace: Workspace, events: Events, name: str, f
         return known["result"] | made
     folder = workspace.quantized / name
     if not folder.is_dir():
-        workspace.take_back(f"quantize/{name}", workspace.release / VARIANTS[name].folder, folder)
+        workspace.take_back(key, workspace.release / VARIANTS[name].folder, folder)
     result = {"size_bytes": stored_bytes(folder)}
     if isinstance(config, MeasuredRun):
         from pipeline.evaluation.evaluate import evaluate
@@ -98,7 +98,7 @@ def _measured(config: Config, workspace: Workspace, events: Events, name: str, f
     elif file := only_file(folder):
         _open(file)
         result["file"] = file.name
-    write_json(path, {"about": about, "result": result})
+    workspace.note(key, measured={"about": about, "result": result})
     return result | made
 
 

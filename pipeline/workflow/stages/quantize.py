@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from pipeline.config.catalog import KEEP, VARIANTS
 from pipeline.config.schema import Config, MeasuredRun, VariantSpec
 from pipeline.errors import MissingExtra, QuantizationError
-from pipeline.system.files import empty_folder, read_json, replace_folder, states, write_json
+from pipeline.system.files import empty_folder, replace_folder, states
 from pipeline.system.libraries import is_installed, versions
 from pipeline.tracking.events import Events, one_line
 from pipeline.workflow.stages import Outcome
@@ -143,12 +143,12 @@ def note_written(
     written = {"about": _about(config, workspace, name, model), "weights": weights}
     if instead:
         written["instead"] = instead.making()
-    write_json(workspace.quantized / f"{name}.json", written)
+    workspace.note(f"quantize/{name}", written=written)
 
 
 def _is_written(config: Config, workspace: Workspace, name: str, model: Path) -> bool:
     """Do whole files of a variant lie there, made as they are to be made now, and of the model as it is now?"""
-    written = read_json(workspace.quantized / f"{name}.json", {})
+    written = workspace.progress(f"quantize/{name}", "written")
     is_as_asked = "instead" not in written or config.quantize.on_gate_failure == "escalate"
     return is_as_asked and written.get("about") == _about(config, workspace, name, model)
 

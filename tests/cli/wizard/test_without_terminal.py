@@ -340,7 +340,7 @@ def test_defaults_alone_make_a_finished_run(desk, hub):
     done = desk.wizard(*given, "--yes")
     assert "Release" in done.stdout
     assert {"README.md", "model.safetensors"} <= hub.files("ada/mine").keys()
-    assert json.loads((desk.folder / "runs" / "model" / "ledger.json").read_text())["publish"]
+    assert json.loads((desk.folder / "runs" / "model" / "ledger.json").read_text())["steps"]["publish"]
     assert desk.hidden_in(TOKEN) == [] and TOKEN not in done.stdout
 
 

@@ -615,6 +615,7 @@ def test_a_repository_with_a_name_that_leaves_its_folder_is_not_fetched(survives
     check_names("user/model", ["config.json", "int8/model.safetensors", ".gitattributes", "..json"])
 
 
+EMPTY_LEDGER = {"steps": {}, "inputs": {}, "base": None, "comparison": None}
 LEDGERS = ["../../private", "/etc/passwd", "release/../../../private", ".."]
 
 
@@ -628,7 +629,7 @@ def test_a_ledger_that_names_files_of_others(survives, place, path, folder):
     workspace.folder.mkdir(parents=True)
     digest = {"sha256": "0" * 64, "size": 1, "mtime_ns": 1}
     entry = {"fingerprint": "", "outputs": {path: digest}, "summary": {}, "finished": 0, "seconds": 0}
-    workspace.ledger_path.write_text(json.dumps({"quantize/int8": entry}))
+    workspace.ledger_path.write_text(json.dumps({**EMPTY_LEDGER, "steps": {"quantize/int8": entry}}))
     assert "damaged" in survives(lambda: workspace.remove("quantize/int8", []))
     assert (place / "private").exists()
 

@@ -50,7 +50,7 @@ def _recorded(ledger: str) -> dict:
     """The files that a ledger records, as they are now, their folders but for its own, and the spool."""
     folder = os.path.dirname(os.path.abspath(ledger))
     with open(ledger) as file:
-        outputs = {path for entry in json.load(file).values() for path in entry["outputs"]}
+        outputs = {path for entry in json.load(file)["steps"].values() for path in entry["outputs"]}
     files = {os.path.normpath(os.path.join(folder, path)) for path in (*outputs, "events.jsonl")}
     there = {path for path in files if os.path.exists(path)}  # the others are about to be made anew
     return {path: _state(path) for path in there | set(map(os.path.dirname, there)) - {folder}}
