@@ -24,7 +24,7 @@ from pipeline.tracking.events import Events
 from pipeline.workflow.baseline import forget, note, own_weights
 from pipeline.workflow.preflight import preflight
 from pipeline.workflow.reporter import Reporter
-from pipeline.workflow.runner import Steps
+from pipeline.workflow.runner import Runner
 from pipeline.workflow.stages.compare_published import RESULT
 from pipeline.workflow.workspace import Workspace
 
@@ -61,12 +61,12 @@ def retrain(
         anew = force and matter.record.state not in ("running", "better")  # one that was stopped goes on
         with (
             Workspace.claim(matter.folder, inputs.config) as workspace,
-            Steps(inputs.config, workspace, reporter or Reporter()) as steps,
+            Runner(inputs.config, workspace, reporter or Reporter()) as runner,
         ):
             if anew:
                 workspace.undo("train")
                 shutil.rmtree(workspace.checkpoints, ignore_errors=True)
-            return _Retraining(matter, margin).decide(workspace, steps)
+            return _Retraining(matter, margin).decide(workspace, runner)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class _Retraining:
     matter: Matter
     margin: float
 
-    def decide(self, workspace: Workspace, steps: Steps) -> Decision:
+    def decide(self, workspace: Workspace, runner: Runner) -> Decision:
         """Train, compare, and publish what is better; compare again where others have published meanwhile."""
         inputs, live, record, path = self.matter.inputs, self.matter.live, self.matter.record, self.matter.path
         # The commit is there already where only what comes after it was cut short.
@@ -87,7 +87,7 @@ class _Retraining:
                 record = replace(record, live=live and live.model, state="running", comparison=None, url=None, job=None)
                 record.write(path)
             for stage in ("train", "merge", *(() if is_there else ("compare_published",))):
-                steps.do(stage)
+                runner.do(stage)
             comparison = workspace.read_measurement(RESULT)
             if live and not is_there:
                 is_better = better(comparison, self.margin)
@@ -96,12 +96,12 @@ class _Retraining:
                     replace(record, state="not_better", comparison=comparison).write(path)
                     forget(workspace)
                     return self._decision("not_better", live, comparison)
-            steps.do("evaluate")
-            variants = _all_variants(inputs.config, steps, live)
+            runner.do("evaluate")
+            variants = _all_variants(inputs.config, runner, live)
             record = replace(record, state="better", comparison=comparison)
             record.write(path)
             try:
-                steps.do("publish", variants, again=True)
+                runner.do("publish", variants, again=True)
                 break
             except StageFailed:
                 now = read_live(inputs.config.publish.repo)
@@ -113,7 +113,7 @@ class _Retraining:
         replace(record, state="published", url=done["url"]).write(path)
         forget(workspace)
         decision = self._decision("published", live, comparison)
-        reason = "; ".join([decision.reason, *map(str, steps.withheld().values())])
+        reason = "; ".join([decision.reason, *map(str, runner.withheld().values())])
         return replace(decision, reason=reason, url=done["url"], commit=done["commit"])
 
     def _decision(self, outcome: Outcome, live: Live | None, comparison: dict) -> Decision:
@@ -122,7 +122,7 @@ class _Retraining:
         return Decision(outcome, self.matter.repo, reason, self.margin, self.matter.news, figures)
 
 
-def _all_variants(config: Config, steps: Steps, live: Live | None) -> tuple[str, ...]:
+def _all_variants(config: Config, runner: Runner, live: Live | None) -> tuple[str, ...]:
     """Every variant that is asked for, made and measured, but for those that missed their gate.
 
     Raises:
@@ -130,17 +130,17 @@ def _all_variants(config: Config, steps: Steps, live: Live | None) -> tuple[str,
         GateError: where one missed its gate that what is live has.
     """
     variants = tuple(spec.name for spec in config.quantize.variants)
-    steps.write_variants(tuple(v for v in variants if v not in steps.judged(variants)))
+    runner.write_variants(variants)
     for variant in variants:
-        steps.try_admit(variant)
-    steps.raise_failures(withheld=False)
-    for variant, line in steps.withheld().items():
+        runner.measure_variant(variant)
+    runner.raise_failures(withheld=False)
+    for variant, line in runner.withheld().items():
         if live and variant in live.results:
             raise GateError(
                 f"{line}; {live.repo} has {variant}, and would lose it: nothing is published; "
                 "set another limit (quantize.gate), or leave that variant out"
             )
-    return steps.admitted(variants)
+    return runner.released(variants)
 
 
 def _tell(workspace: Workspace, comparison: dict, is_better: bool) -> None:

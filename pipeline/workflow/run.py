@@ -1,4 +1,4 @@
-"""The order of the stages of a run."""
+"""A whole run from top to bottom, and single stages of it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pipeline.errors import ConfigError, WorkspaceError
 from pipeline.training.accelerate_launch import Launch
 from pipeline.workflow.preflight import preflight
 from pipeline.workflow.reporter import Reporter
-from pipeline.workflow.runner import Steps, stages_before_variants
-from pipeline.workflow.stages import publish
+from pipeline.workflow.runner import Runner, stages_before_variants
+from pipeline.workflow.stage_process import StartStage, run_stage
+from pipeline.workflow.stages import publish, render
 from pipeline.workflow.workspace import HIDDEN, Workspace
 
 
@@ -25,8 +26,9 @@ def run(
     publish_again: bool = False,
     launch: Launch | None = None,
     begin: Callable[[], None] = lambda: None,
+    start: StartStage = run_stage,
 ) -> Workspace:
-    """The whole job, from what the configuration brings to a release; what is finished already is kept.
+    """Do the whole job, from what the configuration brings to a release; what is finished already is kept.
 
     With `data` that is training, merging, measuring and quantizing; with `merge.adapter` the same
     without training; with neither, the model is quantized as it is.
@@ -35,46 +37,55 @@ def run(
         root: folder under which the run's folder lies.
         fresh: remove what an earlier run of this name left.
         output: folder that becomes the release itself; by default `release/` in the run's folder.
-        publish_again: compare with the repository also where this release was published before.
+        publish_again: compare with the repository even if this release was published before.
         launch: train in several processes; by default in one.
-        begin: done before the first stage, when nothing was found that keeps the run from beginning.
+        begin: called before the first stage, when nothing was found that keeps the run from beginning.
+        start: how a stage is run: by default in a process of its own.
 
     Returns:
         The run's workspace; `workspace.release` is the result.
 
     Raises:
-        UserError: in one line, before any work where that is possible.
-        StageFailed: where a stage failed; running again goes on from there.
+        UserError: in one line, before any work if that is possible.
+        StageFailed: if a stage failed; running again goes on from there.
     """
     preflight(config, launch=launch)
     variants = tuple(spec.name for spec in config.quantize.variants)
-    published = config.publish.repo is not None
+    publishes = config.publish.repo is not None
+    per_stage = publishes and config.publish.commits == "per_stage" and not config.publish.create_pr
     reporter = reporter or Reporter()
     with (
         _claimed(config, root, output, fresh) as workspace,
-        Steps(config, workspace, reporter, launch) as steps,
+        Runner(config, workspace, reporter, launch, start) as runner,
     ):
         begin()
+
+        # Train, merge, evaluate: as far as the configuration asks for it.
         for stage in stages_before_variants(config):
-            steps.do(stage)
-        ready = steps.admitted(variants)
-        per_stage = published and config.publish.commits == "per_stage" and not config.publish.create_pr
-        has_news = steps.did("train", "merge", "evaluate") or not steps.recorded("publish")
+            runner.do(stage)
+
+        # Publish the merged model.
+        has_news = runner.did("train", "merge", "evaluate") or not runner.recorded("publish")
         if per_stage and config.merges and has_news:
-            steps.try_publish(ready)
-        steps.write_variants(tuple(v for v in variants if v not in steps.judged(variants)))
+            runner.try_publish(variants)
+
+        # Quantize, measure and publish each variant.
+        runner.write_variants(variants)
         for variant in variants:
-            is_new = steps.try_admit(variant) and steps.did(f"quantize/{variant}")
-            if per_stage and is_new and not steps.would_lose(variants):
-                steps.try_publish(steps.admitted(variants))
-        if not config.merges and not steps.admitted(variants):
-            _leave_no_documents(steps, variants)
-            if published and steps.withheld():
-                reporter.show(publish.still_there(config, steps.withheld()))
-            steps.raise_failures()
-        again = published and publish_again and not steps.did("publish")
-        steps.do("publish" if published else "render", steps.admitted(variants), again)
-        steps.raise_failures()
+            is_new = runner.measure_variant(variant)
+            if per_stage and is_new:
+                runner.try_publish(variants)
+
+        # Publish the rest, or write the documents of a release that stays here.
+        released = runner.released(variants)
+        if config.merges or released or not variants:
+            again = publishes and publish_again and not runner.did("publish")
+            runner.do("publish" if publishes else "render", released, again)
+        else:
+            _leave_no_documents(config, workspace, runner, variants)
+            if publishes and runner.withheld():
+                reporter.show(publish.still_there(config, runner.withheld()))
+        runner.raise_failures()
     return workspace
 
 
@@ -85,8 +96,17 @@ def run_one(
     reporter: Reporter | None = None,
     output: str | Path | None = None,
     launch: Launch | None = None,
+    start: StartStage = run_stage,
 ) -> Workspace:
-    """One verb of a run alone, and nothing before it: `train`, `merge`, `evaluate`, `quantize` or `publish`."""
+    """Do one verb of a run alone, and nothing before it: `train`, `merge`, `evaluate`, `quantize` or `publish`.
+
+    Args:
+        root, output, launch, start: as `run` takes them.
+
+    Raises:
+        UserError: if the stage is not a part of this run, or what it builds on is missing.
+        StageFailed: if the stage failed.
+    """
     preflight(config, stage != "publish", stage == "train", stage == "publish", launch)
     if stage == "publish" and config.publish.repo is None:
         raise ConfigError("publish.repo: not set, so there is nowhere to publish to; use --repo USER/NAME")
@@ -95,40 +115,40 @@ def run_one(
     variants = tuple(spec.name for spec in config.quantize.variants)
     with (
         _claimed(config, root, output) as workspace,
-        Steps(config, workspace, reporter or Reporter(), launch) as steps,
+        Runner(config, workspace, reporter or Reporter(), launch, start) as runner,
     ):
-        steps.require(stage)
+        runner.require(stage)
         if stage == "quantize":
-            steps.write_variants(tuple(v for v in variants if v not in steps.judged(variants)))
+            runner.write_variants(variants)
             for variant in variants:
-                steps.try_admit(variant)
-            if config.merges or steps.admitted(variants):
-                steps.do("render", steps.admitted(variants))
+                runner.measure_variant(variant)
+            if config.merges or runner.released(variants):
+                runner.do("render", runner.released(variants))
             else:
-                _leave_no_documents(steps, variants)
+                _leave_no_documents(config, workspace, runner, variants)
         elif stage == "publish":
             for variant in variants:
-                steps.require_variant(variant)
+                runner.require_variant(variant)
             # Again, for the repository may have changed, which only the Hub knows.
-            steps.do("publish", steps.admitted(variants), again=True)
+            runner.do("publish", runner.released(variants), again=True)
         else:
-            steps.do(stage)
-        steps.raise_failures()
+            runner.do(stage)
+        runner.raise_failures()
     return workspace
-
-
-def _leave_no_documents(steps: Steps, variants: tuple[str, ...]) -> None:
-    """Where all that there was is withheld now, nothing is left that a card could tell of."""
-    if set(steps.withheld()) == set(variants):
-        steps.withdraw_documents()
 
 
 _WANTED = {"train": "data", "merge": "data and no merge.adapter", "evaluate": "evaluate"}
 
 
+def _leave_no_documents(config: Config, workspace: Workspace, runner: Runner, variants: tuple[str, ...]) -> None:
+    """Take our documents out of a release in which every variant is withheld, so that they tell of nothing."""
+    if set(runner.withheld()) == set(variants):
+        render.withdraw(config, workspace)
+
+
 @contextlib.contextmanager
 def _claimed(config: Config, root: str | Path, output: str | Path | None, fresh: bool = False) -> Iterator[Workspace]:
-    """The run's workspace, locked: a folder of its name under `root`, or hidden inside `output`."""
+    """Yield the run's workspace, locked: a folder of its name under `root`, or hidden inside `output`."""
     folder = Path(root) / config.name if output is None else Path(output) / HIDDEN
     if output is not None:
         there = folder.parent

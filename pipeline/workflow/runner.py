@@ -1,4 +1,4 @@
-"""One step of a run at a time, in a process of its own, and the ledger of what is done."""
+"""One step of a run at a time, and the ledger of what is done."""
 
 from __future__ import annotations
 
@@ -14,41 +14,37 @@ from pipeline.tracking.forwarder import Forwarder
 from pipeline.tracking.trackers import opener
 from pipeline.training.accelerate_launch import Launch
 from pipeline.workflow.reporter import Reporter
-from pipeline.workflow.stage_process import run_stage
-from pipeline.workflow.stages import (
-    STEPS,
-    compare_published,
-    evaluate,
-    measure_variant,
-    merge,
-    publish,
-    quantize,
-    render,
-    train,
-)
+from pipeline.workflow.stage_process import Report, StartStage, run_stage
+from pipeline.workflow.stages import quantize, stage_named
 from pipeline.workflow.workspace import Entry, Workspace
-
-MODULES = {
-    m.__name__.rpartition(".")[2]: m
-    for m in (train, merge, evaluate, compare_published, quantize, measure_variant, render, publish)
-}
 
 
 def stages_before_variants(config: Config) -> tuple[str, ...]:
-    """The stages that this configuration asks for, in order, up to the first variant."""
+    """Return the stages that this configuration asks for, in order, up to the first variant."""
     asked = {"train": config.data, "merge": config.merges, "evaluate": config.evaluate}
     return tuple(stage for stage, wanted in asked.items() if wanted)
 
 
-class Steps:
-    """Does steps of a run, one process each, and keeps the ledger.
+class Runner:
+    """The steps of a run, one after the other, each skipped if the ledger says that it still holds.
 
-    A step is a stage for some variants. Its key in the ledger is the stage's name, or
-    `quantize/VARIANT` for a variant that was admitted.
+    A step is a stage, or a stage for one variant. Its key in the ledger is the stage's name, or `quantize/VARIANT`.
+
+    Args:
+        launch: train in several processes; by default in one.
+        start: how a stage is run: by default in a process of its own.
     """
 
-    def __init__(self, config: Config, workspace: Workspace, reporter: Reporter, launch: Launch | None = None):
-        self._config, self._workspace, self._reporter, self._launch = config, workspace, reporter, launch
+    def __init__(
+        self,
+        config: Config,
+        workspace: Workspace,
+        reporter: Reporter,
+        launch: Launch | None = None,
+        start: StartStage = run_stage,
+    ):
+        self._config, self._workspace, self._reporter = config, workspace, reporter
+        self._launch, self._start = launch, start
         self._events = Events(workspace.events_path, config.name)
         self._failures: list[StageFailed] = []
         self._withheld: dict[str, StageFailed] = {}  # variants that missed their gate
@@ -56,7 +52,7 @@ class Steps:
         self._written: set[str] = set()  # variants whose files this process has made
         self._forwarder = Forwarder(workspace.events_path, opener(config))
 
-    def __enter__(self) -> Steps:
+    def __enter__(self) -> Runner:
         self._reporter.begin(self._config, self._workspace)
         return self
 
@@ -65,25 +61,27 @@ class Steps:
         self._reporter.end(self._forwarder.problem)
 
     def holds(self, stage: str, variants: tuple[str, ...] = ()) -> bool:
-        """Is the step finished, and nothing it depends on changed?"""
+        """Return True if the step is finished, and nothing that it depends on has changed."""
         return self._workspace.holds(_key(stage, variants), self._fingerprint(stage, variants))
 
     def did(self, *keys: str) -> bool:
-        """Was any of these steps done by this process?"""
+        """Return True if this process did any of these steps."""
         return not self._done.isdisjoint(keys)
 
     def recorded(self, key: str) -> bool:
-        """Was the step ever finished, whatever has changed since?"""
+        """Return True if the step was ever finished, whatever has changed since."""
         return key in self._workspace.ledger()
 
     def do(self, stage: str, variants: tuple[str, ...] = (), again: bool = False) -> None:
-        """Do a step, unless it holds and is not to be done again.
+        """Do a step, unless it holds.
+
+        Args:
+            again: do it even if it holds.
 
         Raises:
             StageFailed: with the stage's own line.
         """
-        key = _key(stage, variants)
-        depends_on = self._fingerprint(stage, variants)
+        key, depends_on = _key(stage, variants), self._fingerprint(stage, variants)
         if not again and self._workspace.holds(key, depends_on):
             if key not in self._done:
                 self._reporter.kept(key)
@@ -92,16 +90,7 @@ class Steps:
         self._reporter.started(key)
         start = time.time()
         try:
-            report = run_stage(
-                stage,
-                STEPS[stage].verb,
-                variants,
-                self._workspace,
-                self._events,
-                self._reporter,
-                self._tick,
-                self._launch if stage == "train" else None,
-            )
+            report = self._run(stage, variants)
         except BaseException:
             self._reporter.failed(key)
             raise
@@ -118,35 +107,15 @@ class Steps:
         if report.interrupted:
             raise Interrupted
 
-    def try_admit(self, variant: str) -> bool:
-        """Measure a variant, and let it in unless it misses its gate; True if it is in.
-
-        Its failure keeps nothing else back.
-        """
-        if variant not in self._written and not self.holds("measure_variant", (variant,)):
-            return False  # its files could not be written, which has been told
-        try:
-            self.do("measure_variant", (variant,))
-        except StageFailed as failure:
-            self._failures.append(failure)
-            return False
-        return self._is_in(variant)
-
-    def try_publish(self, variants: tuple[str, ...]) -> None:
-        """Publish what there is so far; if the Hub does not take it now, the last publish will tell."""
-        with contextlib.suppress(StageFailed):
-            self.do("publish", variants)
-
     def write_variants(self, variants: tuple[str, ...]) -> None:
-        """The one pass that writes the files of these variants."""
-        if not variants:
+        """Write the files of those variants that are not measured yet, in one pass; failures are told at the end."""
+        missing = tuple(v for v in variants if not self.holds("measure_variant", (v,)))
+        if not missing:
             return
-        key = f"quantize ({', '.join(variants)})"
+        key = f"quantize ({', '.join(missing)})"
         self._reporter.started(key)
         try:
-            report = run_stage(
-                "quantize", "quantize", variants, self._workspace, self._events, self._reporter, self._tick
-            )
+            report = self._run("quantize", missing)
         except StageFailed as failure:
             self._reporter.failed(key)
             self._failures.append(failure)
@@ -159,25 +128,42 @@ class Steps:
         else:
             self._reporter.failed(key)
 
-    def admitted(self, variants: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of these variants that are in the release."""
-        return tuple(v for v in self.judged(variants) if self._is_in(v))
+    def measure_variant(self, variant: str) -> bool:
+        """Measure a variant, and put it into the release unless it misses its gate; a failure is told at the end.
 
-    def judged(self, variants: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of these variants that were let in or withheld, and of which nothing has changed since."""
-        return tuple(v for v in variants if self.holds("measure_variant", (v,)))
+        Returns:
+            True if that was done now, and the variant is in the release.
+        """
+        if variant not in self._written and not self.holds("measure_variant", (variant,)):
+            return False  # its files could not be written, which has been told
+        try:
+            self.do("measure_variant", (variant,))
+        except StageFailed as failure:
+            self._failures.append(failure)
+            return False
+        return self._is_released(variant) and self.did(f"quantize/{variant}")
 
-    def would_lose(self, variants: tuple[str, ...]) -> bool:
-        """Would publishing now take one of these out of the release that is only to be judged anew?"""
-        waiting = self._written.difference(self.judged(variants))
-        return any(quantize.is_released(self._workspace, variant) for variant in waiting)
+    def try_publish(self, variants: tuple[str, ...]) -> None:
+        """Publish what there is so far; if the Hub does not take it now, the last publish will tell.
 
-    def withdraw_documents(self) -> None:
-        """Leave no documents of an earlier release where nothing of it is left."""
-        render.withdraw(self._config, self._workspace)
+        Nothing is published if that would take a variant out of the repository that is only to be measured again.
+        """
+        waiting = (v for v in self._written if not self.holds("measure_variant", (v,)))
+        if any(quantize.is_released(self._workspace, variant) for variant in waiting):
+            return
+        with contextlib.suppress(StageFailed):
+            self.do("publish", self.released(variants))
+
+    def released(self, variants: tuple[str, ...]) -> tuple[str, ...]:
+        """Return those of these variants that are in the release, and of which nothing has changed since."""
+        return tuple(v for v in variants if self.holds("measure_variant", (v,)) and self._is_released(v))
+
+    def withheld(self) -> dict[str, StageFailed]:
+        """Return the variants that missed their gate and were kept out, with the line that says so."""
+        return dict(self._withheld)
 
     def require(self, stage: str) -> None:
-        """Raise where a step that `stage` builds on is missing or out of date."""
+        """Raise UserError if a step that `stage` builds on is missing or out of date."""
         stages = stages_before_variants(self._config)
         for needed in stages[: stages.index(stage)] if stage in stages else stages:
             if not self.holds(needed):
@@ -185,20 +171,16 @@ class Steps:
                 raise UserError(f"{stage}: {needed} is not done, or its inputs changed; run: {again}")
 
     def require_variant(self, variant: str) -> None:
-        """Raise where a variant that the configuration asks for is missing or out of date."""
+        """Raise UserError if a variant that the configuration asks for is missing or out of date."""
         if not self.holds("measure_variant", (variant,)):
             again = command("quantize", "CONFIG")
             raise UserError(f"publish: {variant} is not made, or its settings or libraries changed; run: {again}")
 
-    def withheld(self) -> dict[str, StageFailed]:
-        """The variants that were not let in since they missed their gate, and the line that says so."""
-        return dict(self._withheld)
-
     def raise_failures(self, withheld: bool = True) -> None:
-        """Tell at the end what failed on the way.
+        """Raise at the end what failed on the way.
 
         Args:
-            withheld: is it a failure that a variant missed its gate?
+            withheld: take a variant that missed its gate for a failure.
         """
         failures = self._failures + (list(self._withheld.values()) if withheld else [])
         if len(failures) == 1:
@@ -207,8 +189,12 @@ class Steps:
             told = "; ".join(str(failure) for failure in failures)
             raise StageFailed(told, max(f.exit_code for f in failures), self._workspace.logs)
 
-    def _is_in(self, variant: str) -> bool:
-        """Is a variant that was judged in the release? What keeps it out is told at the end."""
+    def _run(self, stage: str, variants: tuple[str, ...]) -> Report:
+        launch = self._launch if stage == "train" else None
+        return self._start(stage, variants, self._workspace, self._events, self._reporter, self._tick, launch)
+
+    def _is_released(self, variant: str) -> bool:
+        """Return True if a variant that was measured is in the release; what keeps it out is told at the end."""
         reason = self._workspace.ledger()[_key("measure_variant", (variant,))].summary.get("withheld")
         if reason:
             self._withheld[variant] = StageFailed(f"quantize {variant}: {reason}", 2, "")
@@ -219,7 +205,7 @@ class Steps:
         self._reporter.tick()
 
     def _fingerprint(self, stage: str, variants: tuple[str, ...]) -> str:
-        return fingerprint(MODULES[stage].depends(self._config, self._workspace, variants))
+        return fingerprint(stage_named(stage).depends(self._config, self._workspace, variants))
 
 
 def _key(stage: str, variants: tuple[str, ...]) -> str:

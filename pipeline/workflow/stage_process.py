@@ -19,12 +19,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from pipeline.errors import Interrupted, StageFailed
 from pipeline.system.process_environment import STAGE_SETTINGS, with_own_package
 from pipeline.tracking.events import Events
 from pipeline.training.accelerate_launch import Launch
 from pipeline.workflow.reporter import Reporter
+from pipeline.workflow.stages import REPORTING, tell_failure
 from pipeline.workflow.workspace import Workspace
 
 GRACE_SECONDS = 20.0
@@ -41,9 +43,23 @@ class Report:
     interrupted: bool = False  # it finished, and then the run is to stop
 
 
+class StartStage(Protocol):
+    """A way to run one stage to its end: `run_stage`, or `in_process.run_stage_here`."""
+
+    def __call__(
+        self,
+        stage: str,
+        variants: tuple[str, ...],
+        workspace: Workspace,
+        events: Events,
+        reporter: Reporter,
+        on_tick: Callable[[], None],
+        launch: Launch | None = None,
+    ) -> Report: ...
+
+
 def run_stage(
     stage: str,
-    verb: str,
     variants: tuple[str, ...],
     workspace: Workspace,
     events: Events,
@@ -56,7 +72,6 @@ def run_stage(
 
     Args:
         stage: module under `pipeline.workflow.stages`.
-        verb: whose events it sends; the parent sends the failure event of a killed stage.
         reporter: is told of its progress, and shows what it has to show.
         on_tick: called a few times a second, to forward events and to redraw.
         launch: makes several processes of it; by default it is one.
@@ -94,11 +109,10 @@ def run_stage(
     finished = child.returncode == 0 and messages.outcome is not None
     error = None if finished else messages.error(launch)
     if error and launch:
-        events.emit(
-            verb, "failed", error=error["type"], message=error["message"], seconds=round(time.monotonic() - start, 3)
-        )
+        seconds = round(time.monotonic() - start, 3)
+        events.emit(REPORTING[stage].verb, "failed", error=error["type"], message=error["message"], seconds=seconds)
     if not finished and not error:
-        _tell_all(events, verb, variants, _how_it_ended(child.returncode), start)
+        tell_failure(stage, events, variants, _how_it_ended(child.returncode), time.monotonic() - start)
     if interrupted and not finished:
         raise Interrupted
     if error:
@@ -197,13 +211,6 @@ class _Messages:
             if "finished" in message:
                 self._finished.add(message["finished"])
             self.outcome = message.get("outcome", self.outcome)
-
-
-def _tell_all(events: Events, verb: str | None, variants: tuple[str, ...], reason: str, start: float) -> None:
-    if verb is None:
-        return
-    for variant in (variants if verb == "quantize" else ()) or (None,):
-        events.failed(verb, variant, reason, time.monotonic() - start)
 
 
 def _how_it_ended(code: int) -> str:

@@ -38,9 +38,7 @@ def join(config: TrainingRun, launch: Launch, root: str | Path = "runs", reporte
         reporter.show([f"waiting for machine 0 at {launch.main_process_ip}; stop this if its training is finished"])
         events = Unheard(workspace.events_path, config.name)
         try:
-            report = run_stage(
-                "train", "train", (), workspace, events, reporter, reporter.tick, launch, grace=GRACE_SECONDS
-            )
+            report = run_stage("train", (), workspace, events, reporter, reporter.tick, launch, grace=GRACE_SECONDS)
             reporter.finished(step, Entry("", summary=report.summary, seconds=report.seconds))
         except BaseException:
             reporter.failed(step)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import Config
-from pipeline.system.files import read_json, sha256
+from pipeline.system.files import sha256
 from pipeline.tracking.events import Events
 from pipeline.verification import Finding, Verdict, Verification, verify
 from pipeline.workflow.workspace import Entry, Workspace

@@ -10,7 +10,7 @@ import pytest
 from pipeline.system.files import write_json
 from pipeline.workflow.workspace import Workspace
 from tests.support.hub import LoopbackHub
-from tests.workflow.conftest import TOKEN, Place
+from tests.support.runs import TOKEN, Place
 
 BESIDE = {"written": "", "measured": ".measured"}
 

@@ -9,7 +9,6 @@ reported, and the parent sends the failure event.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
 import signal
@@ -23,10 +22,10 @@ from pipeline.errors import UserError, WorkspaceError
 from pipeline.hub.retry import show_waits
 from pipeline.system.files import no_room
 from pipeline.system.libraries import quiet
-from pipeline.tracking.events import Events, Unheard, one_line
+from pipeline.tracking.events import Events, Unheard
 from pipeline.training.distributed import Team, is_echo
 from pipeline.workflow.stage_log import print_without_tokens, wait_for
-from pipeline.workflow.stages import STEPS
+from pipeline.workflow.stages import failure_of, perform, tell_failure
 from pipeline.workflow.workspace import Workspace
 
 PROGRESS_SECONDS = 0.2
@@ -39,8 +38,8 @@ class Terminated(BaseException):
 
 
 def main() -> int:
-    folder, stage, *variants = sys.argv[1:]
-    step, team = STEPS[stage], Team.here()
+    folder, stage, *names = sys.argv[1:]
+    variants, team = tuple(names), Team.here()
     workspace = Workspace.open(folder)
     writer = _print_to(None if team.leads else workspace.log_of(stage, variants, team.rank))
     report = _Socket()
@@ -52,56 +51,28 @@ def main() -> int:
     shown = (report.progress, report.show) if team.hosts else ()
     events = (Events if team.leads else Unheard)(workspace.events_path, config.name, *shown)
     show_waits(events.show)
-    about = tuple(variants) if step.verb == "quantize" else (None,)
     start = time.monotonic()
     try:
         if team.hosts:
             _wait_for_former(workspace)
         quiet()
-        module = importlib.import_module(f"pipeline.workflow.stages.{stage}")
-        if step.starts:
-            for variant in about:
-                events.emit(step.verb, "started", variant, **module.parameters(config, variant))
-        outcome = module.run(config, workspace, events, tuple(variants))
-        seconds = round(time.monotonic() - start, 3)
-        for variant in about if step.completes else ():
-            if outcome.refusal:
-                events.failed(step.verb, variant, outcome.refusal, seconds)
-            else:
-                events.emit(step.verb, "completed", variant, **{"seconds": seconds, **_plain(outcome.summary)})
+        outcome = perform(stage, config, workspace, events, variants)
         if team.hosts:
             report.send({"outcome": {"outputs": [str(p) for p in outcome.outputs], "summary": outcome.summary}})
         report.send({"finished": team.rank})
         return 0
     except BaseException as problem:
         error = no_room(problem, workspace.folder) or problem
-        if step.verb is not None and (team.size == 1 or orphaned.is_set()):
-            for variant in about:
-                with contextlib.suppress(OSError):  # where the disk is full, the line below has to do
-                    events.failed(step.verb, variant, error, time.monotonic() - start)
-        code = error.exit_code if isinstance(error, UserError) else 1
+        if team.size == 1 or orphaned.is_set():
+            with contextlib.suppress(OSError):  # if the disk is full, the line below has to do
+                tell_failure(stage, events, variants, error, time.monotonic() - start)
         if not isinstance(error, UserError):
             traceback.print_exc()
-        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        where = f"process {team.rank} of {team.size}: " if kind and team.rank else ""
-        what = " ".join((step.verb or stage, *variants))
-        told = {
-            "type": type(error).__name__,
-            "message": f"{where}{one_line(error)}",
-            "told": f"{what}: {where}{kind}{one_line(error)}",
-            "exit_code": code,
-            "rank": team.rank,
-            "echo": is_echo(error),
-        }
-        report.send({"error": told})
-        return code
+        failure = failure_of(stage, variants, error, team.rank, team.size)
+        report.send({"error": {**failure, "echo": is_echo(error)}})
+        return failure["exit_code"]
     finally:
         wait_for(writer)
-
-
-def _plain(summary: dict) -> dict:
-    """The part of a summary that belongs in an event: numbers and short texts, not tables."""
-    return {k: v for k, v in summary.items() if isinstance(v, (int, float, str, bool))}
 
 
 def _wait_for_former(workspace: Workspace) -> None:

@@ -1,0 +1,39 @@
+"""A run whose stages are all done in the process that asks for it."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.config.loader import load_config
+from pipeline.errors import StageFailed
+from pipeline.workflow.in_process import run_stage_here
+from pipeline.workflow.run import run, run_one
+from tests.support.runs import write_place
+
+
+@pytest.fixture
+def place(tiny_model, tmp_path, monkeypatch):
+    small = {"max_tokens": 512, "prompts": []}
+    place = write_place(tmp_path, tiny_model("qwen3"), train={"method": "lora"}, evaluate=small)
+    monkeypatch.chdir(tmp_path)
+    return place
+
+
+def test_run_in_one_process_makes_and_records_what_a_run_does(place, unpublished):
+    workspace = run(load_config(str(place.config)), start=run_stage_here)
+    assert workspace.ledger().keys() == unpublished.ledger().keys()
+    told = place.names()
+    assert [name for name in unpublished.names() if name not in told] == []
+    assert (workspace.release / "int4" / "model.safetensors").is_file()
+    assert place.tunepress("run", "tiny.yaml").stdout.count("done before") == len(workspace.ledger())
+
+
+def test_stage_that_fails_in_the_process_is_told_as_one_in_a_process_of_its_own(place):
+    setting = "train.lora.target_modules=[foo]"  # which only the model can tell to be wrong
+    config = load_config(str(place.config), [setting])
+    with pytest.raises(StageFailed) as here:
+        run_one(config, "train", start=run_stage_here)
+    elsewhere = place.tunepress("train", "tiny.yaml", "--set", setting, check=2)
+    assert elsewhere.stderr.strip() == f"tunepress: {here.value}" and here.value.exit_code == 2
+    first, second = (event for event in place.events() if event["event"] == "training_failed")
+    assert (first["error"], first["message"]) == (second["error"], second["message"])
