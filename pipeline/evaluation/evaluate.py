@@ -21,7 +21,7 @@ from pipeline.inference.loaders import DEQUANTIZED, PACKED, STOCK, only_file
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.safe_loading import open_config, open_tokenizer
 from pipeline.models.sources import stored_bytes
-from pipeline.system.files import read_json, write_json
+from pipeline.system.files import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -126,9 +126,8 @@ def _in_transformers(
         torch.cuda.empty_cache()  # the probes load the model again, in processes of their own
 
     if reference is None:
-        write_json(run_texts.reference / "head.json", {"name": head_name})
         for text, scores in scored.items():
-            scores.save(run_texts.reference_scores(text))
+            scores.save(run_texts.reference_scores(text), head_name)
         quality = {text: _quality(text, sequences[text], scores, config) for text, scores in scored.items()}
     else:
         theirs, quality = _reference_head(reference, run_texts), {}
@@ -246,7 +245,9 @@ def _quality(
 
 def _reference_head(reference: Path, run_texts: RunTexts) -> torch.Tensor:
     """The output matrix of the full-precision model."""
-    return Checkpoint(reference).read(read_json(run_texts.reference / "head.json", {})["name"])
+    from pipeline.evaluation import metrics, texts
+
+    return Checkpoint(reference).read(metrics.Scores.saved_head(run_texts.reference_scores(texts.GENERAL)))
 
 
 def _speed(folder: Path, ids: list[int], loaders: tuple[str, ...], device: str) -> dict:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pipeline.data.chat import on_one_day
@@ -23,6 +24,7 @@ from pipeline.errors import ModelError
 from pipeline.inference.output_head import Head, check_head, device_of, head_of, logits_of
 from pipeline.inference.throughput import NEW_TOKENS, PROMPT_TOKENS, REPEATS, tokens_per_second
 from pipeline.models.safe_loading import open_config
+from pipeline.system.files import read_json
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
@@ -62,13 +64,22 @@ class Scores:
     sequence: torch.Tensor
     hidden: torch.Tensor | None
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, head: str = "") -> None:
+        """Write the scores to a file, with the checkpoint's name for the model's output matrix."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"nll": self.nll, "choice": self.choice, "sequence": self.sequence, "hidden": self.hidden}, path)
+        tensors = {"nll": self.nll, "choice": self.choice, "sequence": self.sequence, "hidden": self.hidden}
+        save_file(tensors, path, {"head": head})
 
     @classmethod
     def load(cls, path: Path) -> Scores:
         return cls(**load_file(path))
+
+    @staticmethod
+    def saved_head(path: Path) -> str:
+        """Return the checkpoint's name for the output matrix of the model whose scores are in a file."""
+        with safe_open(path, "pt") as file:
+            known = (file.metadata() or {}).get("head")
+        return known or read_json(path.with_name("head.json"), {})["name"]  # of an earlier release
 
 
 @torch.no_grad()

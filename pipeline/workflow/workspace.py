@@ -27,7 +27,7 @@ from pipeline.errors import WorkspaceError
 from pipeline.system.files import Digest, place_files, read_json, sha256, sync, write_json, write_text
 from pipeline.system.redaction import without_private
 from pipeline.workflow import former_ledger
-from pipeline.workflow.ledger import BaseModel, Entry, Ledger, read_ledger, write_ledger
+from pipeline.workflow.ledger import Entry, Ledger, read_ledger, write_ledger
 
 __all__ = ["HIDDEN", "Entry", "Workspace"]
 
@@ -214,24 +214,6 @@ class Workspace:
             if key in ledger
         }
 
-    def hashes_of(self, named: str) -> dict[str, str]:
-        """sha256 of a file, or of the files in a folder, by name; {} where there was never anything of that name.
-
-        Remembered by size and time, so that gigabytes are read once. What is not there any more is
-        taken as it was: a finished run does not need its inputs to be published.
-        """
-        path, before = Path(named).expanduser(), self.read_ledger().inputs.get(named, {})
-        if not path.exists():
-            return {name: digest.sha256 for name, digest in before.items()}
-        found = {}
-        for file in sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]:
-            state, last = file.stat(), before.get(file.name)
-            same = last and (last.size, last.mtime_ns) == (state.st_size, state.st_mtime_ns)
-            found[file.name] = last if same else Digest(sha256(file), state.st_size, state.st_mtime_ns)
-        if found != before:
-            self.update(lambda ledger: replace(ledger, inputs={**ledger.inputs, named: found}))
-        return {name: digest.sha256 for name, digest in found.items()}
-
     def digests(self, paths: Iterable[Path]) -> dict[str, Digest]:
         """Digests of files, and of all files in folders, by their path in the workspace; they are on the disk then."""
         files = sorted(f for p in paths for f in (p.rglob("*") if p.is_dir() else [p]) if f.is_file())
@@ -282,28 +264,6 @@ class Workspace:
         ledger = self.ledger()
         made = (path for key in keys if key in ledger for path in ledger[key].outputs)
         return {Path(os.path.normpath(self.folder / path)) for path in made}
-
-    def remember_base(self, model: dict, folder: Path, revision: str | None) -> None:
-        """Note where the base model lies on this machine; kept out of everything that is published."""
-
-        def remembered(ledger: Ledger) -> Ledger:
-            same = ledger.base and (ledger.base.model, ledger.base.revision) == (model, revision)
-            base = BaseModel(model, str(folder.resolve()), revision, ledger.base.bytes if same else None)
-            return replace(ledger, base=base)
-
-        self.update(remembered)
-
-    def base_folder(self, model: dict) -> Path | None:
-        """Return where the base model lies, if it was brought here for these settings and is still there."""
-        known = self.read_ledger().base
-        is_there = known and known.model == model and (Path(known.folder) / "config.json").is_file()
-        return Path(known.folder) if is_there else None
-
-    def base_revision(self, model: dict) -> str | None:
-        """Return the commit of the base model that was brought here for these settings."""
-        known = self.read_ledger().base
-        same = known and {**known.model, "low_disk": None} == {**model, "low_disk": None}  # only its way here differs
-        return known.revision if same else None
 
     def write_measurement(self, name: str, content: dict) -> Path:
         """Store one step's figures and put `results.json` together anew."""

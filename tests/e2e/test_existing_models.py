@@ -14,6 +14,7 @@ from pipeline.config.builders import quantize_config
 from pipeline.errors import ConfigError, StageFailed
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.workflow.run import run
+from pipeline.workflow.stages.inputs import hashes_of
 from pipeline.workflow.workspace import Workspace
 from tests.support.hub import LoopbackHub
 from tests.support.runs import TOKEN, Place
@@ -248,10 +249,10 @@ def test_hard_links_are_counted_as_two_files(tmp_path):
         (folder / name).symlink_to(tmp_path / "blob")
     workspace = Workspace(tmp_path / "run")
     workspace.folder.mkdir()
-    hashes = workspace.hashes_of(str(folder))
+    hashes = hashes_of(workspace, str(folder))
     assert set(hashes) == {"LICENSE", "LICENSE.txt"} and len(set(hashes.values())) == 1
     shutil.rmtree(folder)
-    assert workspace.hashes_of(str(folder)) == hashes
+    assert hashes_of(workspace, str(folder)) == hashes
 
 
 def test_no_card_is_written_if_no_variant_was_made(tiny_model, tmp_path):

@@ -17,8 +17,9 @@ from pipeline.data import general_text
 from pipeline.data.describe import SUPPLIED_TEMPLATE
 from pipeline.evaluation.texts import RunTexts
 from pipeline.models.sources import stored_bytes
-from pipeline.system.files import fingerprint
+from pipeline.system.files import Digest, fingerprint, sha256
 from pipeline.tracking.events import Events
+from pipeline.workflow.ledger import BaseModel, Ledger
 from pipeline.workflow.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -27,19 +28,19 @@ if TYPE_CHECKING:
 
 def model_depends(config: Config, workspace: Workspace) -> dict:
     """The settings of the base model, and the hashes of its files where it is a local folder."""
-    files = workspace.hashes_of(config.model.source)
+    files = hashes_of(workspace, config.model.source)
     return config.model.model_dump(exclude={"low_disk"}) | {"files": files}
 
 
 def adapter_depends(config: Config, workspace: Workspace) -> dict:
     """The hashes of the files of an adapter from elsewhere, where it is a local folder."""
-    return workspace.hashes_of(config.merge.adapter) if config.merge.adapter else {}
+    return hashes_of(workspace, config.merge.adapter) if config.merge.adapter else {}
 
 
 def text_depends(config: MeasuredRun, workspace: Workspace) -> object:
     """The general text that is measured on: the hash of its file, or of what this Python brings."""
     source = config.evaluate.general
-    return fingerprint(general_text(source)) if source.startswith("builtin:") else workspace.hashes_of(source)
+    return fingerprint(general_text(source)) if source.startswith("builtin:") else hashes_of(workspace, source)
 
 
 def base_model(config: Config, workspace: Workspace, events: Events) -> Path:
@@ -47,18 +48,18 @@ def base_model(config: Config, workspace: Workspace, events: Events) -> Path:
     from pipeline.models.sources import digest_here, fetch, is_local, model_digest
 
     settings, source = config.model.model_dump(), config.model.source
-    here = model_digest(workspace.hashes_of(source)) if is_local(source) else None
-    known = workspace.base_folder(settings)
+    here = model_digest(hashes_of(workspace, source)) if is_local(source) else None
+    known = _base_folder(workspace, settings)
     if known and here in (None, workspace.read_measurement("origin").get("digest")):
         return known
-    pinned = workspace.base_revision(settings)
+    pinned = base_revision(config, workspace)
     model = config.model.model_copy(update={"revision": pinned}) if pinned else config.model
     events.progress(0, 1, "fetching the model")
     folder, found = fetch(model, workspace.base, lambda d, t: events.progress(d, t, "fetching the model"))
     # What is on no Hub has no revision, so a digest says later whether it is still the same.
     digest = {} if found.revision else {"digest": here or digest_here(source)}
     workspace.write_measurement("origin", asdict(found) | digest)
-    workspace.remember_base(settings, folder, found.revision)
+    _remember_base(workspace, settings, folder, found.revision)
     return folder.resolve()
 
 
@@ -95,7 +96,7 @@ def shard_by_shard(
     from pipeline.models.checkpoint.shard_stream import PassingCheckpoint
 
     tell = functools.partial(events.progress, what="fetching, rounding and writing")
-    scratch, revision = workspace.folder / "shards.partial", workspace.base_revision(config.model.model_dump())
+    scratch, revision = workspace.folder / "shards.partial", base_revision(config, workspace)
     with PassingCheckpoint(config.model.source, revision, folder, scratch, tell) as checkpoint:
         workspace.update(lambda ledger: replace(ledger, base=replace(ledger.base, bytes=checkpoint.file_bytes)))
         yield checkpoint
@@ -132,3 +133,47 @@ def made_from(config: Config, workspace: Workspace) -> dict:
 def without_limit(section: dict) -> dict:
     """Return a section of the configuration without a limit of time that is not set, as it was before there was one."""
     return {key: value for key, value in section.items() if (key, value) != ("max_minutes", None)}
+
+
+def hashes_of(workspace: Workspace, named: str) -> dict[str, str]:
+    """Return the sha256 of a file, or of the files in a folder, by name; {} if there never was one.
+
+    Remembered by size and time, so that gigabytes are read once. What is not there any more is
+    taken as it was: a finished run does not need its inputs to be published.
+    """
+    path, before = Path(named).expanduser(), workspace.read_ledger().inputs.get(named, {})
+    if not path.exists():
+        return {name: digest.sha256 for name, digest in before.items()}
+    found = {}
+    for file in sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]:
+        state, last = file.stat(), before.get(file.name)
+        same = last and (last.size, last.mtime_ns) == (state.st_size, state.st_mtime_ns)
+        found[file.name] = last if same else Digest(sha256(file), state.st_size, state.st_mtime_ns)
+    if found != before:
+        workspace.update(lambda ledger: replace(ledger, inputs={**ledger.inputs, named: found}))
+    return {name: digest.sha256 for name, digest in found.items()}
+
+
+def _remember_base(workspace: Workspace, model: dict, folder: Path, revision: str | None) -> None:
+    """Note where the base model lies on this machine; kept out of everything that is published."""
+
+    def remembered(ledger: Ledger) -> Ledger:
+        same = ledger.base and (ledger.base.model, ledger.base.revision) == (model, revision)
+        base = BaseModel(model, str(folder.resolve()), revision, ledger.base.bytes if same else None)
+        return replace(ledger, base=base)
+
+    workspace.update(remembered)
+
+
+def _base_folder(workspace: Workspace, model: dict) -> Path | None:
+    """Return where the base model lies, if it was brought here for these settings and is still there."""
+    known = workspace.read_ledger().base
+    is_there = known and known.model == model and (Path(known.folder) / "config.json").is_file()
+    return Path(known.folder) if is_there else None
+
+
+def base_revision(config: Config, workspace: Workspace) -> str | None:
+    """Return the commit of the base model that was brought here for these settings."""
+    known, model = workspace.read_ledger().base, config.model.model_dump()
+    same = known and {**known.model, "low_disk": None} == {**model, "low_disk": None}  # only its way here differs
+    return known.revision if same else None

@@ -20,7 +20,7 @@ from pipeline.system.files import empty_folder, replace_folder, states
 from pipeline.system.libraries import is_installed, versions
 from pipeline.tracking.events import Events, one_line
 from pipeline.workflow.stages import Outcome
-from pipeline.workflow.stages.inputs import full_model, made_from, shard_by_shard, text_depends
+from pipeline.workflow.stages.inputs import base_revision, full_model, made_from, shard_by_shard, text_depends
 from pipeline.workflow.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def _about(config: Config, workspace: Workspace, name: str, model: Path) -> dict
     return {
         "spec": config.quantize.spec(name).making(),
         "versions": _versions((name,)),
-        "revision": workspace.base_revision(config.model.model_dump()),
+        "revision": base_revision(config, workspace),
         "model": states([*sorted(model.glob("*.safetensors")), *model.glob("config.json"), *companions(model)]),
         "files": states(files_of(workspace, name)),
     }

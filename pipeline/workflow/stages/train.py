@@ -27,7 +27,7 @@ from pipeline.tracking.events import Events
 from pipeline.training.distributed import Meeting, Team
 from pipeline.workflow import baseline
 from pipeline.workflow.stages import Outcome
-from pipeline.workflow.stages.inputs import base_model, model_depends, without_limit
+from pipeline.workflow.stages.inputs import base_model, hashes_of, model_depends, without_limit
 from pipeline.workflow.stages.quantize import check_variants
 from pipeline.workflow.workspace import Workspace
 
@@ -50,7 +50,7 @@ def depends(config: TrainingRun, workspace: Workspace, variants: tuple[str, ...]
     train = without_limit(config.train.model_dump(exclude={"checkpoint_every"}))
     return {
         "model": model_depends(config, workspace),
-        "data": config.data.model_dump() | {"files": workspace.hashes_of(config.data.source)},
+        "data": config.data.model_dump() | {"files": hashes_of(workspace, config.data.source)},
         "train": train,
         "versions": versions(*LIBRARIES),
         "python": platform.python_version() if config.data.source.startswith("builtin:") else None,
