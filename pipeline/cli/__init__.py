@@ -1,4 +1,7 @@
-"""The command line: a sub-command per verb, which parses and calls. Nothing heavy is imported before it is needed."""
+"""The command line: one sub-command for each verb, which parses and calls.
+
+Nothing heavy is imported before it is needed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any supported data set -> conversations or texts, split into training and held-out.
+"""Any supported data set -> conversations or texts, split into training and held-out examples.
 
     data_set = load_examples(config.data)
     write_examples("train.jsonl", data_set.train)

@@ -1,4 +1,4 @@
-"""What a configuration will take, before anything of it is done.
+"""Predict what a run will need, before it starts.
 
     plan = make_plan(load_config("demo"))
     plan.fits, plan.disk_bytes, plan.uploaded_bytes

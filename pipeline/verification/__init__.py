@@ -1,4 +1,4 @@
-"""Is a release what it says? `verify` looks at its files, its cards, its models and its snippets.
+"""Verify that a release is what it says: its files, cards, models and snippets.
 
 A release may come from anywhere. Of what lies in it nothing is run, no pickle is opened, and no file beside it is
 looked at; models are loaded only where every file in their folder is one that the lineage names, with its hash.
