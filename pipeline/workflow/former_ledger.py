@@ -17,13 +17,13 @@ def converted(steps: dict[str, Any], folder: Path) -> dict[str, Any]:
         steps: the finished steps by key, as an earlier release wrote them.
         folder: the run's, with the files that it wrote beside them.
     """
-    steps, base = dict(steps), read_json(folder / "base.json", {})
+    steps, base = {**steps}, read_json(folder / "base.json", {})
     if base:
         base["bytes"] = read_json(folder / "quantized" / "passed.json", {}).get("bytes")
     for path, name, kind in _of_variants(folder):
         entry = steps.setdefault(f"quantize/{name}", {"outputs": {}, "state": "running"})
         entry.setdefault("progress", {})[_KINDS[kind]] = read_json(path, {})
-    return {"steps": steps, "inputs": read_json(folder / "inputs.json", {}), "base": base, "comparison": None}
+    return {"steps": steps, "inputs": read_json(folder / "inputs.json", {}), "base": base or None}
 
 
 def side_files(folder: Path) -> list[Path]:

@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import TypeAdapter
+
 from pipeline.errors import WorkspaceError
 from pipeline.system.files import Digest, read_json, write_json
-from pipeline.workflow import former_ledger
+from pipeline.workflow.former_ledger import converted
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,9 @@ class Ledger:
         return replace(self, steps={k: entry for k, entry in self.steps.items() if k != key})
 
 
+_LEDGER = TypeAdapter(Ledger)
+
+
 def read_ledger(path: Path, bounds: Path) -> Ledger:
     """Return the ledger of a run; an empty one if there is none.
 
@@ -91,18 +96,11 @@ def read_ledger(path: Path, bounds: Path) -> Ledger:
     """
     try:
         content = read_json(path, {})
-        if "steps" not in content:
-            content = former_ledger.converted(content, path.parent)
-        ledger = Ledger(
-            steps={key: _entry(**value) for key, value in content["steps"].items()},
-            inputs={name: _digests(files) for name, files in content["inputs"].items()},
-            base=BaseModel(**content["base"]) if content["base"] else None,
-            comparison=content["comparison"],
-        )
+        ledger = _LEDGER.validate_python(content if "steps" in content else converted(content, path.parent))
         named = (path.parent / name for entry in ledger.steps.values() for name in entry.outputs)
         if not all(_is_within(file, bounds) for file in named):
             raise ValueError
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError):
         raise WorkspaceError(f"{path}: damaged; remove it, and what it recorded is done again") from None
     return ledger
 
@@ -110,14 +108,6 @@ def read_ledger(path: Path, bounds: Path) -> Ledger:
 def write_ledger(path: Path, ledger: Ledger) -> None:
     """Write the ledger, so that it is there whole or as before."""
     write_json(path, asdict(ledger))
-
-
-def _entry(outputs: dict, **known: Any) -> Entry:
-    return Entry(outputs=_digests(outputs), **known)
-
-
-def _digests(files: dict) -> dict[str, Digest]:
-    return {name: Digest(**digest) for name, digest in files.items()}
 
 
 def _is_within(path: Path, folder: Path) -> bool:
