@@ -85,7 +85,8 @@ def quantize(
 
 def _one(options: dict) -> int:
     from pipeline.cli.terminal import summary
-    from pipeline.workflow.hub_variants import quantize, read_task
+    from pipeline.workflow.hub_variants import quantize
+    from pipeline.workflow.variant_tasks import read_task
 
     reporter = _reporter()
     workspace = quantize(read_task(options, "options"), reporter=reporter)
@@ -95,7 +96,8 @@ def _one(options: dict) -> int:
 
 
 def _all(path: Path, options: dict) -> int:
-    from pipeline.workflow.hub_variants import quantize_all, read_tasks
+    from pipeline.workflow.hub_variants import quantize_all
+    from pipeline.workflow.variant_tasks import read_tasks
 
     tasks = read_tasks(path, options)
     problems = quantize_all(tasks, reporter=_reporter())

@@ -11,15 +11,10 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
-
-from pipeline.config.base import Real, Section, Whole
-from pipeline.config.builders import quantize_config, variant_specs
-from pipeline.config.catalog import VARIANTS, variant_names
-from pipeline.config.loader import explain, read_yaml
-from pipeline.config.schema import PACKAGE_SOURCE, Config, Model, Quantize, repository_id, run_name
+from pipeline.config.builders import quantize_config
+from pipeline.config.catalog import VARIANTS
+from pipeline.config.schema import PACKAGE_SOURCE, Config, Model, Quantize
 from pipeline.errors import ConfigError, HubError, Interrupted, UserError
 from pipeline.evaluation.gates import limits
 from pipeline.hub.tree import CARD, LINEAGE
@@ -31,73 +26,24 @@ from pipeline.system.redaction import file_name
 from pipeline.tracking.trackers.spaces import keep_in, space_at
 from pipeline.workflow.reporter import Reporter
 from pipeline.workflow.run import run
+from pipeline.workflow.variant_tasks import Task, asked_variants
 from pipeline.workflow.workspace import Workspace
-
-GROUP_SIZE = 128  # of variants that are in groups, unless asked for otherwise
-
-
-class Task(Section):
-    """One model, and what is to become of it: the options of `scripts/quantize_standalone.py`."""
-
-    model: str = Field(min_length=1, description="Hub id, or folder")
-    repo: str | None = Field(default=None, description="USER/NAME to publish to; may be the model's own")
-    quant_types: list[str] = Field(default=["int8_weight_only"], min_length=1)
-    group_size: Whole | None = None
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    private: bool = Field(default=True, description="visibility of a new repository")
-    trackio_url: str | None = Field(default=None, min_length=1)
-    experiment_name: str | None = Field(default=None, description="name of the run")
-    dataset_repo: str | None = Field(default=None, description="where the Space keeps Trackio's data")
-    save_only: bool = False
-    revision: str | None = Field(default=None, min_length=1)
-    output: str | None = Field(default=None, min_length=1, description="folder that becomes the release")
-    calibration: str | None = Field(
-        default=None, min_length=1, description="text to measure on: a .txt file, or builtin:NAME"
-    )
-    low_disk: bool = False
-    max_rise: Real | None = Field(default=None, gt=0, description="of perplexity, as a share")
-    max_kl: Real | None = Field(default=None, gt=0, description="nats a token")
-    on_gate_failure: Literal["withhold", "warn", "escalate"] = "withhold"
-
-    @field_validator("repo", "dataset_repo")
-    @classmethod
-    def _repository(cls, value: str | None) -> str | None:
-        return repository_id(value)
-
-    @field_validator("experiment_name")
-    @classmethod
-    def _name(cls, value: str | None) -> str | None:
-        return None if value is None else run_name(value)
-
-    @model_validator(mode="after")
-    def _options_fit(self) -> Task:
-        if self.repo is None and not self.save_only:
-            raise ValueError("repo: say where to publish to, as USER/NAME, or use --save-only")
-        if self.low_disk and not self.save_only:
-            raise ValueError(
-                "low_disk: what is published is measured, which needs the whole model; use it with --save-only"
-            )
-        if self.low_disk and self.calibration:
-            raise ValueError("calibration: with low_disk nothing is measured; leave one of them out")
-        if self.low_disk and (self.max_rise or self.max_kl):
-            raise ValueError("max_rise, max_kl: with low_disk nothing is measured; leave them or low_disk out")
-        return self
 
 
 def quantize(task: Task, root: str | Path = "runs", reporter: Reporter | None = None) -> Workspace:
-    """Make the variants that a task asks for, measure and publish them; what is there already is not sent again.
+    """Make the variants that a task asks for, measure and publish them; files that are there are not sent again.
 
     Args:
-        root: folder under which the run's folder lies, where the task names no output.
+        root: folder under which the run's folder lies, if the task names no output.
 
     Raises:
-        UserError: in one line, before any work where that is possible.
+        UserError: in one line, before any work if that is possible.
     """
     reporter = reporter or Reporter()
     space, server = _tracking(task)
     there = None if task.save_only else standing(task.repo)
     config = configure(task, there, space, server)
-    if there and (stay := [name for name in _specs(there) if name not in _asked(task)]):
+    if there and (stay := [name for name in _specs(there) if name not in asked_variants(task)]):
         reporter.show([f"{task.repo} has {', '.join(stay)} already, which will stay"])
 
     def tell_the_space() -> None:
@@ -110,16 +56,17 @@ def quantize(task: Task, root: str | Path = "runs", reporter: Reporter | None = 
 
 
 def configure(task: Task, there: Standing | None, space: str | None = None, server: str | None = None) -> Config:
-    """The configuration of a task's run.
+    """Return the configuration of a task's run.
 
     Args:
-        there: what there is in the repository, if that exists.
+        there: the release in the repository, if that exists.
+        space, server: the tracker that events go to besides this machine's own.
 
     Raises:
-        UserError: where the model, the repository or an option is refused.
+        UserError: if the model, the repository or an option is refused.
     """
     check_source(Model(source=task.model, low_disk=task.low_disk))
-    asked = _asked(task)
+    asked = asked_variants(task)
     is_on_hub = not (PACKAGE_SOURCE.match(task.model) or is_local(task.model))
     is_guest = is_on_hub and not task.save_only and task.repo.casefold() == task.model.casefold()
     if task.revision and not is_on_hub:
@@ -152,58 +99,13 @@ def configure(task: Task, there: Standing | None, space: str | None = None, serv
     )
 
 
-def read_task(values: dict[str, Any], origin: str) -> Task:
-    """A task from plain data; `origin` is named in errors.
-
-    Raises:
-        ConfigError: for anything that is wrong with it.
-    """
-    try:
-        task = Task.model_validate(values)
-        Quantize(variants=list(_asked(task).values()))
-    except ValidationError as error:
-        raise ConfigError(f"{origin}: {explain(error, Task)}") from None
-    except ConfigError as error:
-        raise ConfigError(f"{origin}: {error}") from None
-    return task
-
-
-def read_tasks(path: Path, options: dict[str, Any]) -> list[Task]:
-    """The tasks of a YAML file: a list of mappings, each with `model`, `repo` and other fields of `Task`.
-
-    Args:
-        options: what holds for each of them that does not say otherwise.
-
-    Raises:
-        ConfigError: for anything that is wrong with it; nothing is begun then.
-    """
-    try:
-        entries = read_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as a list of models ({error})") from None
-    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise ConfigError(f"{path}: a list of models is written as '- model: USER/MODEL', with 'repo: USER/NAME' below")
-    if repo := options.get("repo"):
-        raise ConfigError(f"{path}: each model of a list has a repo of its own there; leave out {repo}")
-    tasks = [read_task({**options, **entry}, f"{path}: model {n}") for n, entry in enumerate(entries, start=1)]
-    seen: dict[str, int] = {}
-    for n, task in enumerate(tasks, start=1):
-        place = task.output or task.experiment_name or Path(task.repo or task.model).name
-        if place in seen:
-            raise ConfigError(
-                f"{path}: models {seen[place]} and {n} would both be made in {place!r}; give one an experiment_name"
-            )
-        seen[place] = n
-    return tasks
-
-
 def quantize_all(
     tasks: Sequence[Task], root: str | Path = "runs", reporter: Reporter | None = None
 ) -> list[str | None]:
     """Do tasks one after the other; one that fails does not stop those after it.
 
     Returns:
-        For each of them why it failed, or None.
+        For each task why it failed, or None.
     """
     problems: list[str | None] = []
     reporter = reporter or Reporter()
@@ -219,30 +121,20 @@ def quantize_all(
     return problems
 
 
-def _asked(task: Task) -> dict[str, dict]:
-    """The variants that are asked for, as `quantize.variants` takes them."""
-    names = [spec["name"] for spec in variant_specs(task.quant_types, option="--quant-type")]
-    if not names:
-        raise ConfigError(f"--quant-type {','.join(task.quant_types)!r}: names no variant; known are {variant_names()}")
-    in_groups = [name for name in names if VARIANTS[name].group_size and GROUP_SIZE in VARIANTS[name].group_sizes]
-    size = GROUP_SIZE if task.group_size is None and in_groups else task.group_size
-    return {spec["name"]: spec for spec in variant_specs(names, size)}
-
-
 def _specs(there: Standing) -> dict[str, dict]:
-    """What was asked for of each variant that a release has."""
+    """Return the settings of each variant that a release has."""
     results = there.told.get("results") or {}
     return {name: results[name]["variant"] for name in VARIANTS if "variant" in (results.get(name) or {})}
 
 
 def _staying(task: Task, there: Standing) -> dict[str, dict]:
-    """The variants of a release that are not asked for now, as they were made, with the limits that they were held to.
+    """Return the variants of a release that are not asked for now, with the settings and limits of that release.
 
     Raises:
-        ConfigError: where one was published with a warning, or before there were limits, and could be withheld now.
+        ConfigError: if one was published with a warning, or before there were limits, and could be withheld now.
     """
     now, found = Quantize(gate={"rise": task.max_rise, "kl": task.max_kl}), _specs(there)
-    for name in found.keys() - _asked(task).keys():
+    for name in found.keys() - asked_variants(task).keys():
         verdict = there.told["results"][name].get("gate") or {}
         if verdict.get("passed") is False and task.on_gate_failure == "withhold":
             raise ConfigError(
@@ -260,7 +152,7 @@ def _staying(task: Task, there: Standing) -> dict[str, dict]:
 
 
 def _check_place(task: Task, there: Standing, is_guest: bool, variants: Collection[str]) -> None:
-    """Raise where the variants of this model would stand beside another, or replace another's or people's files."""
+    """Raise if the variants would stand beside another model, or would replace files that are not ours."""
     check_root(there.tree)
     name = file_name(task.model) if is_local(task.model) else task.model
     known = there.base.get("hub_id") or there.base.get("source")
@@ -280,20 +172,19 @@ def _check_place(task: Task, there: Standing, is_guest: bool, variants: Collecti
 
 
 def _made_from(repo: str, commit: str, there: Standing | None) -> str:
-    """The commit that a model's variants are made from, which is `commit` or as good as it.
+    """Return the commit that a model's variants are made from: `commit`, or an earlier one with the same model.
 
-    It stays the one that the last release was made from until files of the model itself change: people write
-    into cards, and in the model's own repository every release moves the head.
+    It stays the commit of the last release until files of the model itself change: people write into cards, and in
+    the model's own repository every release moves the head.
     """
     known = there.base.get("revision") if there else None
     if not isinstance(known, str) or known == commit:
         return commit
-
     return known if is_same_model(repo, known, commit) else commit
 
 
 def _tracking(task: Task) -> tuple[str | None, str | None]:
-    """(Space, server) that a task's events go to besides this machine's own Trackio; at most one of them."""
+    """Return the Space and the server that events go to besides this machine's own tracker; at most one is set."""
     space = space_at(task.trackio_url) if task.trackio_url else None
     if task.dataset_repo and space is None:
         raise ConfigError(

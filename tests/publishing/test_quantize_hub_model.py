@@ -10,7 +10,8 @@ from pipeline.errors import ConfigError, HubError, ModelError, StageFailed, User
 from pipeline.evaluation.gates import limits
 from pipeline.publishing.remote_release import standing
 from pipeline.tracking.trackers.spaces import keep_in, space_at
-from pipeline.workflow.hub_variants import configure, quantize, read_task, read_tasks
+from pipeline.workflow.hub_variants import configure, quantize
+from pipeline.workflow.variant_tasks import read_task, read_tasks
 from tests.support.hub.store import Repository
 
 WEIGHTS = {"model.safetensors": b"weights"}

@@ -1,0 +1,120 @@
+"""Tasks for `hub_variants`: one model each, from options or from a YAML file with a list of models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from pipeline.config.base import Real, Section, Whole
+from pipeline.config.builders import variant_specs
+from pipeline.config.catalog import VARIANTS, variant_names
+from pipeline.config.loader import explain, read_yaml
+from pipeline.config.schema import Quantize, repository_id, run_name
+from pipeline.errors import ConfigError
+
+GROUP_SIZE = 128  # of variants that are in groups, unless asked for otherwise
+
+
+class Task(Section):
+    """One model and the variants to make of it: the options of `scripts/quantize_standalone.py`."""
+
+    model: str = Field(min_length=1, description="Hub id, or folder")
+    repo: str | None = Field(default=None, description="USER/NAME to publish to; may be the model's own")
+    quant_types: list[str] = Field(default=["int8_weight_only"], min_length=1)
+    group_size: Whole | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    private: bool = Field(default=True, description="visibility of a new repository")
+    trackio_url: str | None = Field(default=None, min_length=1)
+    experiment_name: str | None = Field(default=None, description="name of the run")
+    dataset_repo: str | None = Field(default=None, description="where the Space keeps Trackio's data")
+    save_only: bool = False
+    revision: str | None = Field(default=None, min_length=1)
+    output: str | None = Field(default=None, min_length=1, description="folder that becomes the release")
+    calibration: str | None = Field(
+        default=None, min_length=1, description="text to measure on: a .txt file, or builtin:NAME"
+    )
+    low_disk: bool = False
+    max_rise: Real | None = Field(default=None, gt=0, description="of perplexity, as a share")
+    max_kl: Real | None = Field(default=None, gt=0, description="nats a token")
+    on_gate_failure: Literal["withhold", "warn", "escalate"] = "withhold"
+
+    @field_validator("repo", "dataset_repo")
+    @classmethod
+    def _repository(cls, value: str | None) -> str | None:
+        return repository_id(value)
+
+    @field_validator("experiment_name")
+    @classmethod
+    def _name(cls, value: str | None) -> str | None:
+        return None if value is None else run_name(value)
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> Task:
+        if self.repo is None and not self.save_only:
+            raise ValueError("repo: say where to publish to, as USER/NAME, or use --save-only")
+        if self.low_disk and not self.save_only:
+            raise ValueError(
+                "low_disk: what is published is measured, which needs the whole model; use it with --save-only"
+            )
+        if self.low_disk and self.calibration:
+            raise ValueError("calibration: with low_disk nothing is measured; leave one of them out")
+        if self.low_disk and (self.max_rise or self.max_kl):
+            raise ValueError("max_rise, max_kl: with low_disk nothing is measured; leave them or low_disk out")
+        return self
+
+
+def read_task(values: dict[str, Any], origin: str) -> Task:
+    """Return a task from plain data; `origin` is named in errors.
+
+    Raises:
+        ConfigError: if anything is wrong with it.
+    """
+    try:
+        task = Task.model_validate(values)
+        Quantize(variants=list(asked_variants(task).values()))
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: {explain(error, Task)}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}") from None
+    return task
+
+
+def read_tasks(path: Path, options: dict[str, Any]) -> list[Task]:
+    """Return the tasks of a YAML file: a list of mappings, each with `model`, `repo` and other fields of `Task`.
+
+    Args:
+        options: fields of each task that does not set them.
+
+    Raises:
+        ConfigError: if anything is wrong with the file.
+    """
+    try:
+        entries = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a list of models ({error})") from None
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise ConfigError(f"{path}: a list of models is written as '- model: USER/MODEL', with 'repo: USER/NAME' below")
+    if repo := options.get("repo"):
+        raise ConfigError(f"{path}: each model of a list has a repo of its own there; leave out {repo}")
+    tasks = [read_task({**options, **entry}, f"{path}: model {n}") for n, entry in enumerate(entries, start=1)]
+    seen: dict[str, int] = {}
+    for n, task in enumerate(tasks, start=1):
+        place = task.output or task.experiment_name or Path(task.repo or task.model).name
+        if place in seen:
+            raise ConfigError(
+                f"{path}: models {seen[place]} and {n} would both be made in {place!r}; give one an experiment_name"
+            )
+        seen[place] = n
+    return tasks
+
+
+def asked_variants(task: Task) -> dict[str, dict]:
+    """Return the variants that are asked for, as `quantize.variants` takes them, by name."""
+    names = [spec["name"] for spec in variant_specs(task.quant_types, option="--quant-type")]
+    if not names:
+        raise ConfigError(f"--quant-type {','.join(task.quant_types)!r}: names no variant; known are {variant_names()}")
+    in_groups = [name for name in names if VARIANTS[name].group_size and GROUP_SIZE in VARIANTS[name].group_sizes]
+    size = GROUP_SIZE if task.group_size is None and in_groups else task.group_size
+    return {spec["name"]: spec for spec in variant_specs(names, size)}
