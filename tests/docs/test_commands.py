@@ -1,8 +1,8 @@
 """Every command in README, docs/ and CONTRIBUTING.md runs, on tiny models, little data and the loopback Hub.
 
-A fenced block of `sh` is a script, `console` is a command with lines that it prints, `python` is a program and `yaml` is
-a configuration or a part of one. A block whose first line is `# NAME.yaml` is that file. After the language a block can
-say `slow` (it runs with `-m slow`) or `skip="reason"` (only its options are checked).
+A fenced block of `sh` is a script, `console` is a command with lines that it prints, and `python` is a program. A block
+of `yaml` is a configuration or a part of one; if its first line is `# NAME.yaml`, it is that file. After the language a
+block can say `slow` (it runs with `-m slow`) or `skip="reason"` (only its options are checked).
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def _with_stand_ins(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory, tiny_model) -> Iterator[Clone]:
-    """A clone with a finished and published demo; `ada/model` is a tiny model on the Hub, `adapter/` one of its adapters."""
+    """A clone with a finished and published demo. `ada/model` is a tiny model on the Hub, `adapter/` is an adapter."""
     folder = tmp_path_factory.mktemp("docs")
     with LoopbackHub(folder / "hub", {TOKEN: {"name": "ada", "role": "write"}}) as hub:
         clone = Clone(folder / "clone", hub)
