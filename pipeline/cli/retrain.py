@@ -9,11 +9,11 @@ import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.options import RUNS, ConfigArgument, Root, Settings
+from pipeline.cli.options import RUNS, AsJson, ConfigArgument, Root, Settings, terminal_reporter
 from pipeline.retraining.decision import MARGIN, WIDEST
 
 if TYPE_CHECKING:
@@ -73,12 +73,13 @@ def retrain(
         bool, typer.Option("--wait/--no-wait", help="Follow the Job to its end, and end as it does; else 0 if started.")
     ] = True,
     runs: Root = RUNS,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object; the rest goes to stderr.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     from pipeline.config.loader import load_config
     from pipeline.errors import UserError
     from pipeline.retraining.report import Summary, markdown, markdown_of_failure, plain
 
+    out = sys.stderr if as_json else sys.stdout  # of progress; the outcome goes to standard output in any case
     summaries = Summary.open(summary)
     subject = config
     try:
@@ -88,15 +89,12 @@ def retrain(
             from pipeline.retraining.hf_jobs import Job
 
             job = Job(loaded, flavor, timeout, package, margin, force)
-            told = job.run(runs, lambda line: print(line, file=_out(as_json), flush=True), wait)
+            told = job.run(runs, lambda line: print(line, file=out, flush=True), wait)
             text = told["summary"]
         else:
-            from rich.console import Console
-
-            from pipeline.cli.terminal import TerminalReporter
             from pipeline.retraining.retrain import retrain as decide
 
-            reporter = TerminalReporter(Console(file=_out(as_json), highlight=False, soft_wrap=True))
+            reporter = terminal_reporter(as_json)
             decision = decide(loaded, runs, margin=margin, force=force, reporter=reporter)
             told, text = plain(decision), markdown(decision)
     except UserError as error:
@@ -110,11 +108,6 @@ def retrain(
 def _append(summaries: Summary, text: str) -> None:
     for problem in summaries.append(text + "\n"):
         print(f"retrain: {problem}", file=sys.stderr)
-
-
-def _out(as_json: bool) -> TextIO:
-    """Where is told what happens; what came of it goes to standard output in any case."""
-    return sys.stderr if as_json else sys.stdout
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from pipeline.config.loader import parse_config
-from pipeline.config.schema import Config, Train
+from pipeline.config.schema import PACKAGE_SOURCE, Config, Train
 
 SHORTEST = 128  # tokens of a training sequence; below, most examples would be cut
 SMALLEST_RANK = 4
@@ -99,4 +99,4 @@ def _with(config: Config, changes: Iterable[Change]) -> Config:
 def _is_on_hub(config: Config) -> bool:
     from pipeline.models.sources import is_local
 
-    return not config.model.source.startswith("package:") and not is_local(config.model.source)
+    return not PACKAGE_SOURCE.match(config.model.source) and not is_local(config.model.source)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import BinaryIO
+from pathlib import Path
 
 from pipeline.errors import CheckpointError
+from pipeline.models.gguf_metadata import read_header
 
 FIRST_BYTES = 100_000  # of a safetensors file, in which most headers end
 LONGEST_HEADER = 100_000_000
@@ -60,9 +61,6 @@ def safetensors_header(name: str, read: Callable[[int, int], bytes]) -> dict[str
         raise CheckpointError(f"{name}: its header does not say what tensors it has") from None
 
 
-# GGUF's types of values: how they are read, and the two that hold others.
-_PLAIN = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
-_TEXT, _ARRAY = 8, 9
 # GGUF's names of a layer's weights, by which adapters and `keep` do not know them.
 _MODULES = {
     "attn_q": "q_proj", "attn_k": "k_proj", "attn_v": "v_proj", "attn_output": "o_proj",
@@ -70,55 +68,17 @@ _MODULES = {
 }  # fmt: skip
 
 
-def gguf_header(name: str, file: BinaryIO) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """The fields of a GGUF (of a list its length alone) and its tensors, named as a checkpoint would name them.
-
-    https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+def gguf_header(path: Path) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """Return the single values of a GGUF, and its tensors by the names that they have in a checkpoint.
 
     Raises:
-        CheckpointError: where that is no GGUF.
+        CheckpointError: if the file is not a whole GGUF.
     """
-    try:
-        magic, version, tensors, fields = _unpack(file, "4sIQQ")
-        if magic != b"GGUF" or version not in (2, 3):
-            raise ValueError
-        found = {_text(file): _value(file, *_unpack(file, "I")) for _ in range(fields)}
-        return found, dict(_gguf_tensors(file, tensors))
-    except (struct.error, ValueError, KeyError, MemoryError, OverflowError, RecursionError, OSError):
-        raise CheckpointError(f"{name}: not a GGUF file, or cut short") from None
-
-
-def _gguf_tensors(file: BinaryIO, count: int) -> Iterator[tuple[str, Tensor]]:
-    for _ in range(count):
-        name, (dimensions,) = _text(file), _unpack(file, "I")
-        shape = _unpack(file, f"{dimensions}Q")[::-1]  # GGUF counts from the innermost
-        _unpack(file, "IQ")
-        yield _checkpoint_name(name), Tensor(tuple(shape))
+    header = read_header(path)
+    return header.keys, {_checkpoint_name(name): Tensor(tensor.shape) for name, tensor in header.tensors.items()}
 
 
 def _checkpoint_name(name: str) -> str:
     name = name.replace("token_embd.", "model.embed_tokens.").replace("blk.", "model.layers.")
     name = "lm_head.weight" if name == "output.weight" else name
     return ".".join(_MODULES.get(part, part) for part in name.split("."))
-
-
-def _unpack(file: BinaryIO, form: str) -> tuple:
-    return struct.unpack(f"<{form}", file.read(struct.calcsize(f"<{form}")))
-
-
-def _text(file: BinaryIO) -> str:
-    return file.read(*_unpack(file, "Q")).decode("utf-8", "replace")
-
-
-def _value(file: BinaryIO, kind: int) -> object:
-    if kind == _TEXT:
-        return _text(file)
-    if kind != _ARRAY:
-        return _unpack(file, _PLAIN[kind])[0]
-    inner, count = _unpack(file, "IQ")
-    if inner in _PLAIN:
-        file.seek(count * struct.calcsize(f"<{_PLAIN[inner]}"), 1)
-    else:
-        for _ in range(count):
-            _value(file, inner)
-    return count

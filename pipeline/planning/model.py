@@ -134,7 +134,7 @@ def read_sizes(model: Model) -> Sizes:
     """
     check_source(model)
     if package := PACKAGE_SOURCE.match(model.source):
-        return _packaged(model.source, find_packaged(*package.groups()))
+        return _packaged(find_packaged(*package.groups()))
     return _in_folder(Path(model.source).expanduser()) if is_local(model.source) else _on_hub(model)
 
 
@@ -149,9 +149,8 @@ def adapter_sizes(source: str) -> dict[str, Tensor]:
     return safetensors_header(name, lambda start, stop: repository.read(name, start, stop))
 
 
-def _packaged(source: str, file: Path) -> Sizes:
-    with open(file, "rb") as opened:
-        fields, tensors = gguf_header(source, opened)
+def _packaged(file: Path) -> Sizes:
+    fields, tensors = gguf_header(file)
     size, kind = file.stat().st_size, fields.get("general.architecture")
     config = {"model_type": OTHERS_IN_GGUF.get(kind, kind)}
     return Sizes("package", tensors, size, other_bytes=4_000_000, shard_bytes=size, config=config)

@@ -187,7 +187,8 @@ def _measured(config: MeasuredRun, sizes: Sizes, machine: Machine, name: str, we
 
     A GPU that is asked for where there is none is short of all the memory it would need.
     """
-    tokens, on_gpu = config.evaluate.max_tokens, _measures_on_gpu(config, machine)
+    tokens, device = config.evaluate.max_tokens, config.evaluate.device
+    on_gpu = machine.has_gpu if device == "auto" else device == "cuda"
     free = machine.gpu_bytes or None if on_gpu else machine.host_bytes
     if free is not None and weights > WEIGHTS_SHARE * free:
         note = "does not fit, so it is measured from its files, layer by layer: quality only, and slowly"
@@ -196,10 +197,6 @@ def _measured(config: MeasuredRun, sizes: Sizes, machine: Machine, name: str, we
     host, gpu = memory.measuring(sizes, weights, on_gpu, tokens)
     why = None if on_gpu == machine.has_gpu else "which does not run where this machine's speed was measured"
     return Stage(name, host=memory.probed(host, weights, on_gpu), gpu=gpu, untimed=why)
-
-
-def _measures_on_gpu(config: MeasuredRun, machine: Machine) -> bool:
-    return machine.has_gpu if config.evaluate.device == "auto" else config.evaluate.device == "cuda"
 
 
 def _publish(config: Config, sizes: Sizes, variants: Variants, model: int, adapter: int) -> Stage:

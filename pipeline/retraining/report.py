@@ -16,7 +16,7 @@ TITLES = {"published": "Published", "not_better": "Not better, so nothing was pu
 
 
 def markdown(decision: Decision) -> str:
-    """The decision, what it rests on, and where the result is."""
+    """Return the decision, its reason and the result's address in Markdown."""
     lines = [f"## Retraining {decision.repo}: {TITLES[decision.outcome]}", "", f"{_sentence(decision.reason)}", ""]
     if decision.url:
         lines += [f"[{decision.url}]({decision.url})", ""]

@@ -81,7 +81,11 @@ def about_release(claims: Claims, place: Place, chats: bool) -> About:
     """What the cards are about, which is what `pipeline.workflow.stages.render` knew when it wrote them."""
     config, variants = claims.config, claims.variants
     there = (place.read(CARD) or b"").decode(errors="replace")
-    mirrors = {v: repo for v, repo in config.publish.mirrors.items() if v in variants and _links_to(there, repo)}
+    mirrors = {
+        v: repo
+        for v, repo in config.publish.mirrors.items()
+        if v in variants and f"(https://huggingface.co/{repo})" in there
+    }
     return About(
         name=config.publish.repo or config.name,
         location=config.publish.repo or said_location(there) or str(place.folder),
@@ -91,10 +95,6 @@ def about_release(claims: Claims, place: Place, chats: bool) -> About:
         mirrors={} if claims.mirror_of else mirrors,
         files={v: Path(claims.file_of(v)).name for v in variants if is_one_file(v)},
     )
-
-
-def _links_to(card: str, repo: str) -> bool:
-    return f"(https://huggingface.co/{repo})" in card
 
 
 def _chats(claims: Claims, place: Place) -> tuple[bool, ...]:

@@ -58,9 +58,10 @@ def wizard(
     """
     given = {key.replace("_", "-"): value for key, value in locals().items() if key not in _NO_ANSWERS}
     from pipeline.cli.wizard import wizard as ask
+    from pipeline.cli.wizard.prompts import answer_text
     from pipeline.cli.wizard.session import Stopped
 
-    answers = {key: _text(value) for key, value in given.items() if value is not None}
+    answers = {key: answer_text(value) for key, value in given.items() if value is not None}
     try:
         written = ask(console(), answers, resume, yes, runs, overwrite)
     except Stopped as stopped:
@@ -72,10 +73,6 @@ def wizard(
 
 
 _NO_ANSWERS = {"yes", "resume", "overwrite", "runs"}
-
-
-def _text(value: str | bool) -> str:
-    return ("yes" if value else "no") if isinstance(value, bool) else value
 
 
 def _become_run(config: Path, runs: Path) -> None:

@@ -27,10 +27,6 @@ def _take_repo(draft: Draft, answer: str) -> None:
     draft.set({"publish.repo": answer})
 
 
-def _take_private(draft: Draft, answer: str) -> None:
-    draft.set({"publish.private": yes_or_no(answer)})
-
-
 def _take_track(draft: Draft, answer: str) -> None:
     from pipeline.tracking.trackers.trackio import check
 
@@ -88,27 +84,28 @@ def _with_token(draft: Draft, token_of: tuple[str, str], instead: str, check: Ca
         raise
 
 
-def _about_repo(draft: Draft) -> str:
-    return f"Where to publish, as USER/NAME on the Hub; {NOWHERE} keeps everything on this machine."
-
-
-def _about_track(draft: Draft) -> str:
-    return (
-        f"Where Trackio shows curves and events: {HERE} (this machine), a Space of yours (USER/NAME), or a server's "
-        "address (https://...)."
-    )
-
-
 QUESTIONS = (
-    Question("repo", "Hub repository", _about_repo, lambda draft: NOWHERE, _take_repo),
+    Question(
+        "repo",
+        "Hub repository",
+        lambda draft: f"Where to publish, as USER/NAME on the Hub; {NOWHERE} keeps everything on this machine.",
+        lambda draft: NOWHERE,
+        _take_repo,
+    ),
     Question(
         "private",
         "Private",
         lambda draft: "Whether only you see a repository that is new; one that is there stays as it is.",
         lambda draft: "yes",
-        _take_private,
+        lambda draft, answer: draft.set({"publish.private": yes_or_no(answer)}),
         lambda draft: draft.config().publish.repo is not None,
         "public",
     ),
-    Question("track", "Trackio", _about_track, lambda draft: HERE, _take_track),
+    Question(
+        "track",
+        "Trackio",
+        lambda draft: f"Place of curves and events: {HERE} (this machine), a Space USER/NAME, or a server's URL.",
+        lambda draft: HERE,
+        _take_track,
+    ),
 )

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
+
 from pipeline.cli.wizard.draft import Draft
 from pipeline.errors import ConfigError, UserError, redact
 
@@ -113,7 +115,7 @@ class Asker:
                 self._refuse(error)
         if self.yes:
             return self._take(question, question.default(draft))
-        self.console.print(f"\n[dim]{escaped(question.about(draft))}[/]")
+        self.console.print(f"\n[dim]{escape(question.about(draft))}[/]")
         while True:
             try:
                 return self._take(question, self._read(question, question.default(draft)))
@@ -123,7 +125,7 @@ class Asker:
                 self._refuse(error)
 
     def _read(self, question: Question, default: str) -> str:
-        self.console.print(f"[bold]{escaped(question.ask)}[/] [cyan]{escaped(f'[{default}]')}[/]: ", end="")
+        self.console.print(f"[bold]{escape(question.ask)}[/] [cyan]{escape(f'[{default}]')}[/]: ", end="")
         sys.stdout.flush()
         line = sys.stdin.readline()
         if not line and self.at_terminal:  # Ctrl-D
@@ -133,7 +135,7 @@ class Asker:
             raise ConfigError(f"{question.ask}: the answers end here; {ways}")
         answer = line.strip() or default
         if not self.at_terminal:  # nobody typed it here
-            self.console.print(escaped(redact(answer)))
+            self.console.print(escape(redact(answer)))
         return answer
 
     def _take(self, question: Question, answer: str) -> str:
@@ -141,7 +143,12 @@ class Asker:
         return answer
 
     def _refuse(self, error: UserError) -> None:
-        self.console.print(f"[red]{escaped(str(error).removeprefix('wizard: '))}[/]")
+        self.console.print(f"[red]{escape(str(error).removeprefix('wizard: '))}[/]")
+
+
+def answer_text(value: object) -> str:
+    """Return a value as the answer that people type."""
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
 def yes_or_no(answer: str) -> bool:
@@ -168,9 +175,3 @@ def one_of(answer: str, choices: Sequence[str]) -> str:
     if word not in choices:
         raise ConfigError(f"{answer!r}: allowed are {', '.join(choices)}")
     return word
-
-
-def escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

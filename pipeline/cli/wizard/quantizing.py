@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 from pipeline.cli.wizard.compatibility import check_quantizable, check_variants, suited
 from pipeline.cli.wizard.draft import Draft
 from pipeline.cli.wizard.model import recipe_tree
@@ -18,10 +20,6 @@ GATES = {
     "escalate": "made in better ways, larger ones too, until one loses little enough, which takes a while",
 }
 TYPES = {v.file_type.lower(): v.name for v in VARIANTS.values() if v.format == GGUF and v.file_type}
-
-
-def _wanted(draft: Draft) -> bool:
-    return draft.quantizes
 
 
 def _take_quantize(draft: Draft, answer: str) -> None:
@@ -116,19 +114,9 @@ def _take_gguf(draft: Draft, answer: str) -> None:
 
 
 def _about_gate(draft: Draft) -> str:
-    allowed = _limits_of(draft)
-    losing = ", ".join(f"{name} {100 * rise:g} %" for name, rise in allowed.items())
-    return f"Where perplexity rises by more than {losing}, a variant is: {'; '.join(map(': '.join, GATES.items()))}."
-
-
-def _limits_of(draft: Draft) -> dict[str, float]:
-    """By how much the perplexity of each variant may rise."""
     quantize = draft.config().quantize
-    return {spec.name: limits(quantize, spec.name)["rise"] for spec in quantize.variants}
-
-
-def _take_gate(draft: Draft, answer: str) -> None:
-    draft.set({"quantize.on_gate_failure": one_of(answer, tuple(GATES))})
+    losing = ", ".join(f"{spec.name} {100 * limits(quantize, spec.name)['rise']:g} %" for spec in quantize.variants)
+    return f"Where perplexity rises by more than {losing}, a variant is: {'; '.join(map(': '.join, GATES.items()))}."
 
 
 QUESTIONS = (
@@ -141,7 +129,12 @@ QUESTIONS = (
         denies="no-quantize",
     ),
     Question(
-        "quantization", "Quantized models", _about_quantization, _default_quantization, _take_quantization, _wanted
+        "quantization",
+        "Quantized models",
+        _about_quantization,
+        _default_quantization,
+        _take_quantization,
+        attrgetter("quantizes"),
     ),
     Question(
         "group-size",
@@ -157,14 +150,14 @@ QUESTIONS = (
         lambda draft: f"Files for llama.cpp and Ollama, with commas: {', '.join(TYPES)}; or {NONE}.",
         lambda draft: NONE,
         _take_gguf,
-        _wanted,
+        attrgetter("quantizes"),
     ),
     Question(
         "gate",
         "Where a variant loses too much",
         _about_gate,
         lambda draft: draft.config().quantize.on_gate_failure,
-        _take_gate,
-        _wanted,
+        lambda draft, answer: draft.set({"quantize.on_gate_failure": one_of(answer, tuple(GATES))}),
+        attrgetter("quantizes"),
     ),
 )

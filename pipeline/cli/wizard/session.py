@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
+from rich.markup import escape
 
 from pipeline.cli.wizard.draft import Draft
-from pipeline.cli.wizard.prompts import Asker, escaped, yes_or_no
+from pipeline.cli.wizard.prompts import Asker, answer_text, yes_or_no
 from pipeline.cli.wizard.questions import QUESTIONS
 from pipeline.config.loader import read_yaml
 from pipeline.errors import ConfigError, redact
@@ -65,7 +66,7 @@ def wizard(
     at_terminal = sys.stdin.isatty() and not yes
     draft = Draft(
         runs=runs,
-        tell=lambda line: console.print(escaped(line)),
+        tell=lambda line: console.print(escape(line)),
         secret=getpass.getpass if at_terminal else None,
         confirm=_confirm(console) if at_terminal else None,
         given=dict(answers),
@@ -113,11 +114,7 @@ def read_answers(path: Path) -> dict[str, str]:
     is_flat = isinstance(found, dict) and not any(isinstance(value, (dict, list)) for value in found.values())
     if not is_flat or not found.keys() <= known:
         raise ConfigError(f"{path}: no answers of the wizard; a configuration is run with: {command('run', path)}")
-    return {name: _as_text(value) for name, value in found.items()}
-
-
-def _as_text(value: object) -> str:
-    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
+    return {name: answer_text(value) for name, value in found.items()}
 
 
 def _leave(draft: Draft, answers: Mapping[str, str], resume: Path | None) -> str:
@@ -149,7 +146,7 @@ def _free(path: Path) -> Path:
 
 def _confirm(console: Console) -> Callable[[str], bool]:
     def ask(what: str) -> bool:
-        console.print(escaped(what), end="")
+        console.print(escape(what), end="")
         sys.stdout.flush()
         with contextlib.suppress(ConfigError):
             return yes_or_no(sys.stdin.readline())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from pipeline.cli.wizard.draft import Draft
 from pipeline.cli.wizard.presets import PROFILES
 from pipeline.cli.wizard.prompts import Question, one_of
@@ -14,7 +16,7 @@ LEAST_LENGTH = 32  # tokens; a chat template alone takes half of them
 
 def _about_profile(draft: Draft) -> str:
     profiles = [f"{name}: {profile.about}" for name, profile in PROFILES.items()]
-    return "\n  ".join(["How large a step is, and how small the result:", *profiles])
+    return "\n  ".join(["Memory use and output size:", *profiles])
 
 
 def _default_profile(draft: Draft) -> str:
@@ -30,14 +32,6 @@ def _take_profile(draft: Draft, answer: str) -> None:
     draft.profile = profile
     if changed := [f"{key}={value}" for key, value in settings.items() if wanted.get(key) != value]:
         draft.tell(f"made smaller to fit this machine: {' '.join(changed)}")
-
-
-def _default_max_steps(draft: Draft) -> str:
-    return str(draft.config().train.max_steps or PASSES_COUNT)
-
-
-def _take_epochs(draft: Draft, answer: str) -> None:
-    draft.set({"train.epochs": _number(answer)})
 
 
 def _take_max_steps(draft: Draft, answer: str) -> None:
@@ -74,14 +68,10 @@ def _take_batch_size(draft: Draft, answer: str) -> None:
 
 
 def _number(answer: str) -> int | float:
-    try:
-        return int(answer)
-    except ValueError:
-        pass
-    try:
-        return float(answer)
-    except ValueError:
-        raise ConfigError(f"{answer!r}: a number is expected") from None
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(answer)
+    raise ConfigError(f"{answer!r}: a number is expected")
 
 
 QUESTIONS = (
@@ -91,13 +81,13 @@ QUESTIONS = (
         "Passes over the data",
         lambda draft: "How often every example is seen; 1 to 3 is usual, more learns by heart.",
         lambda draft: f"{draft.config().train.epochs:g}",
-        _take_epochs,
+        lambda draft, answer: draft.set({"train.epochs": _number(answer)}),
     ),
     Question(
         "max-steps",
         "Steps instead of passes",
-        lambda draft: f"Exactly so many updates, however many passes that is; {PASSES_COUNT}: the passes count.",
-        _default_max_steps,
+        lambda draft: f"Stop after this many optimizer steps; {PASSES_COUNT}: train whole passes.",
+        lambda draft: str(draft.config().train.max_steps or PASSES_COUNT),
         _take_max_steps,
     ),
     Question(
