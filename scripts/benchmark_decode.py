@@ -100,7 +100,7 @@ def make(folder: Path, size: str, sides: list[str]) -> None:
 
     quiet()
     from pipeline.config.schema import VariantSpec
-    from pipeline.models.sources import linear_weights, table_weights
+    from pipeline.models.matrices import linear_weights, table_weights
     from pipeline.quantization.writer import quantize_checkpoint
 
     if not (folder / "config.json").is_file():
@@ -126,7 +126,7 @@ def write_gguf(folder: Path, kind: str) -> None:
     from gguf.quants import quantize
 
     from pipeline.models.checkpoint import Checkpoint
-    from pipeline.models.sources import read_config
+    from pipeline.models.checkpoint_files import read_config
 
     config, weights = read_config(folder), Checkpoint(folder)
     writer = gguf.GGUFWriter(folder / f"{kind}.part", "llama")

@@ -95,7 +95,7 @@ def measure_all(source: str, scratch: Path, types: list[str], tokens: int) -> It
 def make(folder: Path, scratch: Path, types: list[str]) -> dict[tuple[str, str], Path]:
     """The files by type and by what filled them."""
     from pipeline.config.schema import VariantSpec
-    from pipeline.models.sources import linear_weights, table_weights
+    from pipeline.models.matrices import linear_weights, table_weights
     from pipeline.quantization.writer import quantize_checkpoint
 
     linear, tables = linear_weights(folder), table_weights(folder)

@@ -28,7 +28,7 @@ import json, sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from pipeline.models.sources import linear_weights
+from pipeline.models.matrices import linear_weights
 
 base, folder, rank = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 torch.manual_seed(0)
@@ -49,7 +49,7 @@ from pathlib import Path
 from pipeline.system.libraries import quiet
 quiet()
 from pipeline.training.merge import merge_checkpoint
-from pipeline.models.sources import linear_weights
+from pipeline.models.matrices import linear_weights
 
 base, adapter, output, kind = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
 linear = linear_weights(base)

@@ -28,7 +28,7 @@ from pipeline.system.libraries import quiet
 quiet()
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import VariantSpec
-from pipeline.models.sources import linear_weights, table_weights
+from pipeline.models.matrices import linear_weights, table_weights
 from pipeline.quantization.writer import quantize_checkpoint
 
 source, output, rounding, names = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4].split(",")

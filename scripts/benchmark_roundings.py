@@ -55,8 +55,9 @@ def measure(source: str, scratch: Path, every: int) -> list[dict]:
 
     from pipeline.config.catalog import GROUP_SIZES, VARIANTS
     from pipeline.config.schema import Model, VariantSpec
+    from pipeline.models.matrices import linear_weights
     from pipeline.models.safe_loading import open_model, open_tokenizer
-    from pipeline.models.sources import fetch, linear_weights
+    from pipeline.models.sources import fetch
     from pipeline.quantization.formats.torchao import grid
     from pipeline.quantization.grid import fitting_group_size
     from pipeline.quantization.roundings import rounding

@@ -93,7 +93,7 @@ def quantized(tmp_path_factory) -> Callable[..., Path]:
     Keywords go into the `VariantSpec`; `shard_bytes` makes several shards.
     """
     from pipeline.config.schema import VariantSpec
-    from pipeline.models.sources import linear_weights, table_weights
+    from pipeline.models.matrices import linear_weights, table_weights
     from pipeline.quantization.writer import quantize_checkpoint
 
     made: dict[tuple, Path] = {}
@@ -121,7 +121,7 @@ def dequantized() -> Callable:
     from pipeline.config.schema import VariantSpec
     from pipeline.inference.kernels.float32_mode import quicken_products
     from pipeline.inference.kernels.plain import quicken_linears
-    from pipeline.models.sources import linear_weights
+    from pipeline.models.matrices import linear_weights
     from pipeline.quantization.formats import format_of
     from pipeline.quantization.roundings import rounding
 

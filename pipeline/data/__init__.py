@@ -12,9 +12,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.config.schema import Data
-from pipeline.data.files import open_file
+from pipeline.data.files import Table, open_file
 from pipeline.data.forms import Example
 from pipeline.data.reading import OnSkip, Skipped, read_table
 from pipeline.data.sources import check_settings, is_builtin, locate
@@ -85,6 +86,7 @@ def load_examples(data: Data, on_skip: OnSkip | None = None) -> DataSet:
     Raises:
         DataError: if the source cannot be read, a row is malformed, or there is too little to split.
     """
+    known: dict[str, Any]
     if is_builtin(data.source):
         from pipeline.data import python_docs
 
@@ -95,6 +97,7 @@ def load_examples(data: Data, on_skip: OnSkip | None = None) -> DataSet:
     else:
         table, known = _open(data)
         reading = read_table(table, data, on_skip)
+        assert reading.layout is not None, "a table without a good row is refused"
         examples, rows, form = reading.examples, reading.rows, reading.layout.form
         known |= {"skipped": reading.skipped, "unused": reading.layout.unused}
     train, held_out, duplicates = split(examples, data)
@@ -112,7 +115,7 @@ def load_examples(data: Data, on_skip: OnSkip | None = None) -> DataSet:
 
 
 def check_source(data: Data) -> None:
-    """The checks that cost nothing: is it there, can it be read, do the first rows parse?
+    """Raise an error if training on the source is sure to fail, by checks that cost nothing.
 
     Touches no network: of a data set on the Hub only the name is checked.
 
@@ -126,7 +129,7 @@ def check_source(data: Data) -> None:
 
 
 def general_text(source: str) -> str:
-    """The text that general ability is measured on.
+    """Return the text that general ability is measured on.
 
     Args:
         source: `builtin:python-topics`, or the path of a .txt file in UTF-8.
@@ -151,8 +154,8 @@ def general_text(source: str) -> str:
     return text
 
 
-def _open(data: Data) -> tuple:
-    """The source as a table, and what is known about a data set on the Hub."""
+def _open(data: Data) -> tuple[Table, dict[str, Any]]:
+    """Return the source as a table, and what is known about a data set on the Hub."""
     path = locate(data.source)
     check_settings(data, on_hub=path is None)
     if path is not None:

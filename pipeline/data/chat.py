@@ -1,4 +1,4 @@
-"""What a chat template makes of a conversation, and where the answers are in it.
+"""The text that a chat template makes of a conversation, and the places of the answers in it.
 
 Where they are is found out from the template itself, in one of two ways:
 
@@ -63,12 +63,12 @@ def supply_template(tokenizer: Any) -> bool:
 
 
 def is_supplied(tokenizer: Any) -> bool:
-    """Whether a tokenizer's chat template is the one of `supply_template`."""
+    """Return True if a tokenizer's chat template is the one of `supply_template`."""
     return bool(tokenizer.eos_token) and tokenizer.chat_template == _template_for(tokenizer)
 
 
 def beginning(tokenizer: Any) -> list[int]:
-    """The beginning-of-text token, in a list, if this tokenizer puts it before text."""
+    """Return the beginning-of-text token in a list if this tokenizer puts it before text, else an empty list."""
     first = tokenizer("a")["input_ids"][:1]
     return first if first and first == [tokenizer.bos_token_id] else []
 
@@ -101,7 +101,7 @@ class ChatTemplate:
         self._prompts, self.ends_turns = self._try_out()
 
     def render(self, conversation: list[Message], **options: Any) -> Any:
-        """The conversation as text; options go to transformers' `apply_chat_template`.
+        """Return the conversation as text; `options` go to transformers' `apply_chat_template`.
 
         Raises:
             DataError: if the template refuses the conversation.
@@ -117,7 +117,7 @@ class ChatTemplate:
             ) from None
 
     def answers(self, conversation: list[Message], text: str) -> list[Span]:
-        """Where the answers are, each with its end of turn.
+        """Return the places of the answers, each with its end of turn.
 
         Args:
             conversation: messages, the last of them an answer.
@@ -139,7 +139,7 @@ class ChatTemplate:
         return complete
 
     def _marked(self, conversation: list[Message]) -> list[Span]:
-        """The runs of tokens that the template's own `{% generation %}` marks."""
+        """Return the runs of tokens that the template's own `{% generation %}` marks."""
         output = self.render(
             conversation,
             tokenize=True,
@@ -156,7 +156,7 @@ class ChatTemplate:
         return spans
 
     def _probed(self, conversation: list[Message], text: str) -> list[Span]:
-        """The content of every answer that the template shows."""
+        """Return the place of every answer that the template shows."""
         probe = _PROBE
         while probe in text:
             probe += "x"
@@ -175,7 +175,7 @@ class ChatTemplate:
         return spans
 
     def _start(self, earlier: list[Message], before: str, text: str) -> int | None:
-        """Where the answer after `earlier` begins in `text`; `before` is what the probe had before it."""
+        """Return where in `text` the answer after `earlier` begins; the probe had `before` in front of it."""
         if self._prompts and earlier:
             try:
                 prompt, bare = self.render(earlier, add_generation_prompt=True), self.render(earlier)
@@ -188,7 +188,7 @@ class ChatTemplate:
         return len(before) if text.startswith(before) else None
 
     def _try_out(self) -> tuple[bool, bool]:
-        """Whether there is a generation prompt, and whether answers have an end; some templates have neither."""
+        """Return whether there is a generation prompt, and whether answers have an end; some templates have neither."""
         question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}
         try:
             prompts = self.render([question], add_generation_prompt=True) != self.render([question])
@@ -204,9 +204,9 @@ class ChatTemplate:
 
 
 def on_one_day(template: str) -> str:
-    """The template with a fixed date where it asks for today's, as Llama 3.2's and SmolLM3's do.
+    """Return the template with a fixed date if it asks for today's, as those of Llama 3.2 and SmolLM3 do.
 
-    The same data must give the same tokens tomorrow: a resumed run would else train on, and a second
-    measurement would compare, another text.
+    The same data must give the same tokens tomorrow. Otherwise a resumed run would train on another text, and a second
+    measurement would compare another text.
     """
     return re.sub(r"strftime_now\((['\"])(.*?)\1\)", lambda call: repr(_DAY.strftime(call[2])), template)

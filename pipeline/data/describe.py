@@ -1,4 +1,4 @@
-"""What a run trains on, said twice: as plain data for the results, and in lines for a person, before it begins.
+"""The description of training data: plain data for the results, and lines to read before training.
 
     description = describe(data_set, encoded, tokenizer)
     for line in report(description, samples(data_set, encoded, tokenizer)): ...
@@ -30,7 +30,7 @@ _MARKS = ("{+", "+}")  # around what is learned
 
 @dataclass(frozen=True)
 class Samples:
-    """What is shown and never published.
+    """Examples that are shown and never published.
 
     Attributes:
         examples: rendered training examples, each in stretches of (is it learned?, text).
@@ -42,7 +42,7 @@ class Samples:
 
 
 def describe(data_set: DataSet, encoded: dict[str, EncodedSet], tokenizer: Any) -> dict[str, Any]:
-    """The data set in plain values, without any text of its rows.
+    """Return the data set in plain values, without any text of its rows.
 
     Args:
         encoded: "training" and "held-out", as `encode_examples` made them of `data_set`.
@@ -70,7 +70,7 @@ def describe(data_set: DataSet, encoded: dict[str, EncodedSet], tokenizer: Any) 
 
 
 def samples(data_set: DataSet, encoded: dict[str, EncodedSet], tokenizer: Any) -> Samples:
-    """Three training examples as the model will see them, and the first rows that were skipped.
+    """Return three training examples as the model will see them, and the first skipped rows.
 
     Examples are in random order already, so that the first ones are as good as any.
     """
@@ -79,7 +79,7 @@ def samples(data_set: DataSet, encoded: dict[str, EncodedSet], tokenizer: Any) -
 
 
 def report(description: dict[str, Any], samples: Samples) -> list[str]:
-    """What a person should see before training: plain lines, with nothing in them that moves a cursor."""
+    """Return the lines to show before training, free of characters that move a cursor."""
     lines = [_about_rows(description)]
     lines += [f"skipped   {where}: {reason}" for where, reason in samples.skipped[:_SHOWN_SKIPPED]]
     if description["unused_columns"]:
@@ -122,7 +122,7 @@ _SHARES = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
 
 
 def _rank(ordered: Sequence[int], share: float) -> int | None:
-    """The smallest value that at least this share of all does not exceed."""
+    """Return the smallest value that at least this share of all does not exceed."""
     if not ordered:
         return None
     return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]
@@ -174,7 +174,7 @@ def _about_overlap(found: dict[str, Any]) -> str:
 
 
 def _shown(head: str, example: Sequence[tuple[bool, str]]) -> list[str]:
-    """One example in a few lines: the beginning and the end of each stretch, those in the middle left out."""
+    """Return one example in a few lines: the beginning and the end of each stretch, without the middle."""
     if len(example) > _RUNS:
         example = [*example[: _RUNS - 2], (False, "..."), *example[-2:]]
     lines = []
@@ -185,7 +185,7 @@ def _shown(head: str, example: Sequence[tuple[bool, str]]) -> list[str]:
 
 
 def _few(text: str) -> list[str]:
-    """At most five lines of text, and none of them long."""
+    """Return at most five lines of text, none of them long."""
     lines = [line for line in text.splitlines() if line.strip()]
     if len(lines) > 5:
         lines = [*lines[:2], "...", *lines[-2:]]
@@ -193,7 +193,7 @@ def _few(text: str) -> list[str]:
 
 
 def _harmless(line: str) -> str:
-    """Control, formatting and unknown characters as escapes: none may move a cursor or turn text around."""
+    """Return a line with escapes for control, formatting and unknown characters."""
     return "".join(
         character if unicodedata.category(character)[0] not in "CZ" or character == " " else ascii(character)[1:-1]
         for character in line

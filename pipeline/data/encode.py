@@ -1,4 +1,4 @@
-"""Conversations and texts -> token ids, and which of the tokens the loss is taken on."""
+"""Tokens of conversations and texts, with marks for the tokens that the loss is taken on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IdsAndLabels = tuple[list[int], list[int]]  # of one sequence
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sequence: `input_ids`, and as many `labels`: the token's id, or -100 where there is no loss."""
+    """One sequence: `input_ids`, and as many `labels`: the token's id, or -100 for no loss."""
 
     input_ids: list[int]
     labels: list[int]
@@ -30,7 +30,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class EncodedSet:
-    """What conversations or texts became.
+    """The sequences of conversations or texts.
 
     Attributes:
         examples: one sequence for each conversation that was kept, or one or more for each text, in the same order.
@@ -137,7 +137,7 @@ def _teaches(sequence: Encoded) -> bool:
 
 
 def _text_chunks(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Iterator[list[list[IdsAndLabels]]]:
-    """The sequences of every text, some texts at a time."""
+    """Yield the sequences of every text, some texts at a time."""
     first = beginning(tokenizer)
     last = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     step = max(1, max_length - len(first))
@@ -148,7 +148,7 @@ def _text_chunks(examples: Sequence[Example], tokenizer: Any, max_length: int) -
 
 
 def _parts(ids: list[int], step: int) -> list[list[int]]:
-    """Consecutive parts of `step` tokens; no short one at the end if two can share."""
+    """Return consecutive parts of `step` tokens; the last two share their tokens if the last would be short."""
     bounds = [*range(0, len(ids), step), len(ids)]
     if len(bounds) > 2 and bounds[-1] - bounds[-2] < min(SHORTEST_WINDOW, step):
         bounds[-2] = (bounds[-3] + bounds[-1] + 1) // 2
@@ -162,13 +162,13 @@ def _window(ids: list[int]) -> IdsAndLabels:
 def _conversation_chunks(
     examples: Sequence[Example], template: ChatTemplate, loss_on: str
 ) -> Iterator[list[list[IdsAndLabels]]]:
-    """The one sequence of every conversation, some conversations at a time."""
+    """Yield the one sequence of every conversation, some conversations at a time."""
     for start in range(0, len(examples), _CHUNK):
         yield [[sequence] for sequence in _encode_chunk(examples[start : start + _CHUNK], template, loss_on)]
 
 
 def _encode_chunk(examples: Sequence[Example], template: ChatTemplate, loss_on: str) -> Iterator[IdsAndLabels]:
-    """Ids and labels of each conversation, before truncation."""
+    """Yield ids and labels of each conversation, before truncation."""
     texts, spans = [], []
     end_of_text = template.tokenizer.eos_token_id
     ending = [] if template.ends_turns or end_of_text is None else [end_of_text]
@@ -185,7 +185,7 @@ def _encode_chunk(examples: Sequence[Example], template: ChatTemplate, loss_on: 
 
 
 def _label(ids: list[int], offsets: list[Span], spans: list[Span]) -> list[int]:
-    """The ids of all tokens that reach into a span, and -100 for the others; spans are in order."""
+    """Return the ids of all tokens that reach into a span, and -100 for the others; spans are in order."""
     labels = [NO_LOSS] * len(ids)
     remaining = iter(spans)
     span = next(remaining, None)

@@ -1,8 +1,7 @@
-"""Rows out of files: JSON lines, JSON, CSV, TSV and Parquet. Only the ending says which; nothing is guessed.
+"""Rows of files: JSON lines, JSON, CSV, TSV and Parquet, by the ending of the name alone.
 
-A reader gives rows one by one, each with where a person finds it: the line of a file of JSON
-lines, the line in the editor; else the row, counted from the first row of data, and where there
-are lines its line too. A row that cannot be read comes as the `BadRow` that says why; what makes the
+A reader yields rows one by one, each with its place: the line in a file of JSON lines; otherwise the row, counted from
+the first row of data, with its line if there are lines. A row that cannot be read comes as a `BadRow`. What makes the
 rest of the file unreadable is a `DataError`.
 """
 
@@ -32,7 +31,7 @@ _JSON_KINDS = 'a .json file holds an array of objects, {"data": [...]} with such
 
 @dataclass(frozen=True)
 class Table:
-    """A source of rows that is there, and whose beginning can be read.
+    """A source of rows whose beginning can be read.
 
     Attributes:
         name: what errors call it.
@@ -46,7 +45,7 @@ class Table:
 
 
 def open_file(path: Path, name: str) -> Table:
-    """A data file as a table.
+    """Return a data file as a table.
 
     Args:
         path: a file with one of the endings in `ENDINGS`.
@@ -62,7 +61,7 @@ def open_file(path: Path, name: str) -> Table:
 
 
 def read_lines(path: str | os.PathLike, name: str | None = None) -> Iterator[Row]:
-    """The rows of a file of JSON lines, in UTF-8 with or without a byte order mark; blank lines are ignored.
+    """Yield the rows of a file of JSON lines, in UTF-8 with or without a byte order mark; ignore blank lines.
 
     Raises:
         DataError: if the file cannot be read.
@@ -104,7 +103,7 @@ def _open_lines(path: Path, name: str) -> Table:
 
 
 def _open_json(path: Path, name: str) -> Table:
-    """An array, an object that holds one under `data`, or JSON lines: the first characters tell."""
+    """Return an array, an object with an array under `data`, or JSON lines; the first characters tell."""
     with open(path, "rb") as file:
         head = file.read(_HEAD).removeprefix(_BYTE_ORDER_MARK).lstrip()
     opening = re.match(rb'\[|\{\s*"data"\s*:\s*\[', head)
@@ -124,7 +123,7 @@ def _lines_of_json(path: Path, name: str) -> Iterator[Row]:
 
 
 def _holds_columns(row: dict) -> bool:
-    """`{"prompt": ["a", "b"], "completion": ["c", "d"]}`, or with objects for the lists, as pandas writes it."""
+    """Return True for `{"prompt": ["a", "b"], "completion": ["c", "d"]}`, or objects for lists, as pandas writes."""
     return bool(row) and all(
         isinstance(value, dict) or (isinstance(value, list) and value and not isinstance(value[0], dict))
         for value in row.values()
@@ -132,7 +131,7 @@ def _holds_columns(row: dict) -> bool:
 
 
 def _open_separated(path: Path, name: str, delimiter: str) -> Table:
-    """A header and rows of cells between delimiters; a cell in quotes may hold anything, quotes twice."""
+    """Return a table of a header and rows of cells; quoted cells may hold anything, with quotes doubled."""
     header = next(_cells(path, name, delimiter), (0, []))[1]
     if isinstance(header, BadRow):
         raise DataError(f"{name}, header: {header}")
@@ -160,25 +159,26 @@ def _separated(path: Path, name: str, delimiter: str, header: list[str]) -> Iter
     rows = _cells(path, name, delimiter)
     next(rows)
     for number, (line, cells) in enumerate(rows, start=1):
-        if not isinstance(cells, BadRow):
-            if len(cells) == len(header):
-                cells = dict(zip(header, cells, strict=True))
-            else:
-                mark = "tab" if delimiter == "\t" else "comma"
-                cells = BadRow(
-                    f"{len(cells)} cell(s) where the header has {len(header)}; put a cell with a {mark} in it in quotes"
-                )
-        yield f"row {number} (line {line})", cells
+        row: dict[str, str] | BadRow
+        if isinstance(cells, BadRow):
+            row = cells
+        elif len(cells) == len(header):
+            row = dict(zip(header, cells, strict=True))
+        else:
+            mark = "tab" if delimiter == "\t" else "comma"
+            row = BadRow(f"{len(cells)} cell(s) for {len(header)} columns; put a cell with a {mark} in it in quotes")
+        yield f"row {number} (line {line})", row
 
 
 def _cells(path: Path, name: str, delimiter: str) -> Iterator[tuple[int, list[str] | BadRow]]:
-    """The line where each row begins, and its cells; rows of nothing are left out."""
+    """Yield the line on which each row begins, and its cells, without empty rows."""
     csv.field_size_limit(_LONGEST_CELL)
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             rows = csv.reader(file, delimiter=delimiter, strict=True)
             while True:
                 line = rows.line_num + 1
+                cells: list[str] | BadRow
                 try:
                     cells = next(rows)
                     "".join(cells).encode("utf-8")
@@ -227,7 +227,7 @@ def _open_parquet(path: Path, name: str) -> Table:
 
 
 def _plain(batch: Any) -> Iterator[Any]:
-    """A batch's rows as Python values."""
+    """Yield a batch's rows as Python values."""
     try:
         yield from batch.to_pylist()
     except UnicodeDecodeError:  # text that is no UTF-8, which Arrow does not look at

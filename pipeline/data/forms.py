@@ -1,8 +1,7 @@
-"""What a row of a data set may look like, and the conversation or the text it becomes.
+"""The forms that rows of a data set may have, and the conversation or text that a row becomes.
 
-A data form is the columns it needs, those it takes where they are there, and a function from
-their values to an `Example`; it is one entry in `FORMS`. `choose_layout` finds the form of a data
-set, and under which names its columns stand there.
+A data form is one entry in `FORMS`: the columns it needs, optional columns, and a function from their values to an
+`Example`. `choose_layout` finds the form of a data set and the names of its columns.
 """
 
 from __future__ import annotations
@@ -30,19 +29,19 @@ class Example:
 
     @property
     def last_answer(self) -> int:
-        """The index of the last message by the assistant."""
+        """Return the index of the last message by the assistant."""
         return max(i for i, message in enumerate(self.messages) if message["role"] == "assistant")
 
     def canonical(self) -> str:
-        """The same text for the same example, whatever the file looked like."""
+        """Return the same text for the same example, whatever the file looked like."""
         return _canonical(self.messages if self.text is None else {"text": self.text})
 
     def prompt(self) -> str:
-        """Everything before the last answer, in canonical form; a text, which has no prompt, is its own."""
+        """Return everything before the last answer in canonical form; a text is its own prompt."""
         return _canonical(self.messages[: self.last_answer]) if self.text is None else self.canonical()
 
     def learned(self) -> list[str]:
-        """What is to be learned: the answers, or the text."""
+        """Return what is to be learned: the answers, or the text."""
         return [m["content"] for m in self.messages if m["role"] == "assistant"] if self.text is None else [self.text]
 
 
@@ -51,7 +50,7 @@ _canonical = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",
 
 @dataclass(frozen=True)
 class Form:
-    """Columns and what they become.
+    """The columns of a data form, and the function that reads them.
 
     Attributes:
         needed: columns that every row has.
@@ -67,12 +66,13 @@ class Form:
 
     @property
     def columns(self) -> tuple[str, ...]:
+        """Return the needed columns and the optional ones."""
         return self.needed + self.optional
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A row's values by the form's columns, and what the data set calls these."""
+    """The values of a row by the form's columns, and the names of these columns in the data set."""
 
     values: dict[str, Any]
     names: Mapping[str, str]
@@ -92,7 +92,7 @@ def _from_messages(row: _Row) -> Example:
 
 
 def _from_prompt_completion(row: _Row) -> Example:
-    """Two strings, or as trl has it, two lists of messages that continue each other."""
+    """Return the example of two strings or, as in trl, of two lists of messages."""
     turns = []
     for column, role in (("prompt", "user"), ("completion", "assistant")):
         if isinstance(row.values[column], list):
@@ -105,7 +105,7 @@ def _from_prompt_completion(row: _Row) -> Example:
 
 
 def _from_instruction(row: _Row) -> Example:
-    """The input, where there is one, stands below its instruction, with an empty line between them."""
+    """Return the example of an instruction; the input stands below it after an empty line."""
     asked = [row.text("instruction"), *([row.text("input")] if row.has("input") else [])]
     return _conversation(row, _pair("\n\n".join(asked), row.text("output")))
 
@@ -151,7 +151,7 @@ FORMS: dict[str, Form] = {
 
 @dataclass(frozen=True)
 class Layout:
-    """A form, and where its columns are in a data set.
+    """A form, and the names of its columns in a data set.
 
     Attributes:
         form: a key of `FORMS`.
@@ -164,7 +164,7 @@ class Layout:
     unused: tuple[str, ...] = ()
 
     def example(self, row: Any) -> Example:
-        """What a row becomes.
+        """Return the example that a row becomes.
 
         Raises:
             BadRow: if it is malformed.
@@ -178,7 +178,7 @@ class Layout:
 
 
 def choose_layout(columns: Iterable[str], wanted: str, named: Mapping[str, str]) -> Layout:
-    """The form of rows with these columns, and under which names they have the form's columns.
+    """Return the form of rows with these columns, and the names of its columns.
 
     A column is taken under the name that `named` gives it, else under its own, else under another
     common one (`Form.also`). With "auto", plain text is taken only where no other form fits.
@@ -223,7 +223,7 @@ def choose_layout(columns: Iterable[str], wanted: str, named: Mapping[str, str])
 
 
 def check_names(wanted: str, named: Mapping[str, str]) -> None:
-    """Does `data.columns` make sense, whatever the data set looks like?
+    """Raise an error if `data.columns` cannot make sense for any data set.
 
     Raises:
         BadRow: if it names columns that no form has, or one column twice.
@@ -242,7 +242,7 @@ def check_names(wanted: str, named: Mapping[str, str]) -> None:
 
 
 def _optional(column: str, wanted: str) -> bool:
-    """Whether rows may lack a column; then only all of them together can tell that its name is wrong."""
+    """Return True if rows may lack a column; then only all rows together show that its name is wrong."""
     forms = FORMS.values() if wanted == "auto" else (FORMS[wanted],)
     return all(column not in form.needed for form in forms)
 

@@ -1,8 +1,7 @@
 """Data sets on the Hub, read at the one commit that is recorded.
 
-Two habits of the `datasets` library make that more than one call: without the network it takes
-whatever it has in its cache, whichever revision or subset was asked for; and the commit that it read is
-told nowhere but in the name of the cache's folder.
+Two habits of the `datasets` library make this more than one call. Without the network it takes whatever its cache has,
+for any revision or subset. And only the name of the cache's folder tells which commit was read.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class HubSource:
 
     Attributes:
         revision: the commit that is read; None only where the library's cache does not tell.
-        subset: the one that is read; None where there is but one without a name.
+        subset: the one that is read; None if there is but one without a name.
         license, language: what its card says, else None.
     """
 
@@ -42,7 +41,7 @@ class HubSource:
 
 
 def open_hub(data: Data) -> HubSource:
-    """A split of a data set on the Hub, downloaded. No code from its repository is run.
+    """Download a split of a data set on the Hub. No code from its repository is run.
 
     Raises:
         DataError: if it cannot be had; the message says why, and what to do.
@@ -78,7 +77,7 @@ def open_hub(data: Data) -> HubSource:
 
 
 def commit_of(data: Data) -> str:
-    """The commit that a data set on the Hub is at, without downloading it.
+    """Return the commit of a data set on the Hub, without downloading it.
 
     Raises:
         DataError: if it cannot be had; the message says why, and what to do.
@@ -94,7 +93,7 @@ def _info(data: Data) -> Any:
 
 
 def peek(data: Data) -> Table:
-    """The beginning of a split of a data set on the Hub, of which no more is fetched than is read.
+    """Return the beginning of a split of a data set on the Hub; rows are downloaded as they are read.
 
     Raises:
         DataError: if it cannot be had; reading it may raise too.
@@ -120,7 +119,7 @@ def peek(data: Data) -> Table:
 
 @contextmanager
 def _in_one_line(data: Data) -> Iterator[None]:
-    """Whatever the library, the network or the repository came up with, as one line."""
+    """Turn every error of the library, the network or the repository into one line."""
     try:
         yield
     except Exception as error:
@@ -136,14 +135,14 @@ def _read(rows: Any, columns: Sequence[str]) -> Iterator[Row]:
 
 
 def _commit_read(rows: Any) -> str | None:
-    """The commit whose rows these are: it is the name of the folder that the library keeps them in."""
+    """Return the commit that was read: the name of the folder in which the library keeps the rows."""
     folders = {Path(file["filename"]).parent.name for file in rows.cache_files}
     commits = [folder for folder in folders if _COMMIT.match(folder)]
     return commits[0] if len(commits) == len(folders) == 1 else None
 
 
 def _check_what_was_read(data: Data, pinned: str | None, read: str | None, subset: str) -> None:
-    """Out of the cache may come something else than what was asked for."""
+    """Raise an error if the cache gave something other than what was asked for."""
     if pinned is not None:
         if read not in (None, pinned):
             raise DataError(f"{data.source}: commit {pinned[:12]} was asked for and {read[:12]} was read; try again")
@@ -161,7 +160,7 @@ def _check_what_was_read(data: Data, pinned: str | None, read: str | None, subse
 
 
 def reason(error: Exception, data: Data) -> str:
-    """Why a data set cannot be had, and the way out."""
+    """Return why a data set cannot be read, and what to do."""
     text = " ".join(str(error).split())
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if "GatedRepoError" in kinds or "is a gated dataset" in text:
@@ -189,7 +188,7 @@ def reason(error: Exception, data: Data) -> str:
 
 
 def _may_be_cached(source: str, cache: str) -> bool:
-    """Whether the library keeps anything of this owner; else it need not try for half a minute."""
+    """Return True if the library's cache has anything of this owner."""
     owner = source.partition("/")[0]
     return any(Path(cache).expanduser().glob(f"{owner}___*"))
 

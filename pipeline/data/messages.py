@@ -1,7 +1,4 @@
-"""A list of messages in a row, in the two ways that people write them.
-
-`{role, content}`, and ShareGPT's `{from, value}` where its speakers leave no doubt about the role.
-"""
+"""Lists of messages in a row: `{role, content}`, and ShareGPT's `{from, value}` if its speakers are clear."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ Message = dict[str, str]
 
 
 def messages(value: Any, column: str) -> list[Message]:
-    """The messages in a row's column, as `{role, content}` and nothing else.
+    """Return the messages in a row's column, as `{role, content}` and nothing else.
 
     Raises:
         BadRow: if it is no list of messages, or one of them is not what it should be.

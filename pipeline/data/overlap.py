@@ -1,4 +1,4 @@
-"""How much of the held-out examples is in the training examples too.
+"""The overlap of held-out examples with training examples.
 
 No prompt is on both sides (`splitting`), but what the loss is taken on may be: the same answer to another
 question, or a text that was copied and changed a little. Such examples make held-out figures look
@@ -50,7 +50,7 @@ class Overlap:
 
 
 def overlap(train: Iterable[Example], held_out: Sequence[Example]) -> Overlap:
-    """Compare held-out examples with training ones; 100,000 rows take seconds.
+    """Compare held-out examples with training examples; 100,000 rows take seconds.
 
     Memory depends on the held-out examples (20,000 of them at most), not on the training ones.
     """
@@ -59,15 +59,15 @@ def overlap(train: Iterable[Example], held_out: Sequence[Example]) -> Overlap:
     held_out = held_out[:_MOST]
     numbers: dict[str, int] = {}  # word -> number from 1; words that held-out examples have not are all 0
     answers: list[bytes] = []
-    runs, owners = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
+    run_parts, owner_parts = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
     for batch in _batches(held_out):
         for word in itertools.chain.from_iterable(batch):
             numbers.setdefault(word, len(numbers) + 1)
         part, owner = _runs(batch, numbers)
-        runs.append(part)
-        owners.append(owner + len(answers))
+        run_parts.append(part)
+        owner_parts.append(owner + len(answers))
         answers += map(_digest, batch)
-    runs, owners = np.concatenate(runs), np.concatenate(owners)
+    runs, owners = np.concatenate(run_parts), np.concatenate(owner_parts)
     known, places = np.unique(runs, return_inverse=True)
     seen, wanted, same = np.zeros(len(known), bool), set(answers), set()
     for batch in _batches(train):
@@ -83,7 +83,7 @@ def overlap(train: Iterable[Example], held_out: Sequence[Example]) -> Overlap:
 
 
 def _batches(examples: Iterable[Example]) -> Iterator[list[list[str]]]:
-    """The words of what is learned of each example, about a million words at a time."""
+    """Yield the words to be learned of each example, about a million words at a time."""
     batch, size = [], 0
     for example in examples:
         text = "\n".join(example.learned()).lower()
@@ -101,7 +101,7 @@ def _digest(words: list[str]) -> bytes:
 
 
 def _runs(parts: list[list[str]], numbers: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
-    """A 64-bit number for each run of known words, and which part it is in; the same run has the same number."""
+    """Return a 64-bit number for each run of known words, and the part that it is in."""
     import numpy as np
 
     lengths = np.array([len(part) for part in parts], np.int64)

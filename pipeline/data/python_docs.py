@@ -59,7 +59,7 @@ _QUESTIONS = {
 
 
 def python_docs(folder: Path | None = None) -> list[Example]:
-    """One question and answer for every public docstring of the standard library.
+    """Return one question and answer for every public docstring of the standard library.
 
     The sources are parsed, never imported. Order and content depend on nothing but the
     sources: the same Python gives the same examples everywhere.
@@ -87,7 +87,7 @@ def python_docs(folder: Path | None = None) -> list[Example]:
 
 
 def python_topics() -> str:
-    """The long topics of the language reference, in alphabetical order, as one text.
+    """Return the long topics of the language reference, in alphabetical order, as one text.
 
     A topic that is mostly a part of longer ones is left out: text that comes twice is
     easy to predict the second time. About 360,000 characters with Python 3.11.
@@ -113,7 +113,7 @@ def python_topics() -> str:
 
 
 def _modules(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Every public module's file and dotted name, sorted."""
+    """Yield every public module's file and dotted name, sorted."""
     for path in sorted(folder.rglob("*.py"), key=lambda p: p.relative_to(folder).parts):
         *packages, file = path.relative_to(folder).with_suffix("").parts
         parts = packages if file == "__init__" else [*packages, file]
@@ -125,7 +125,7 @@ def _modules(folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _documented(path: Path, module: str) -> Iterator[tuple[str, str, str, str]]:
-    """(kind, dotted name, name with arguments, docstring) of everything public in a file."""
+    """Yield (kind, dotted name, name with arguments, docstring) of everything public in a file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old string escapes in old modules
@@ -137,7 +137,7 @@ def _documented(path: Path, module: str) -> Iterator[tuple[str, str, str, str]]:
     yield from _members(tree, module, inside_class=False)
 
 
-def _docstring(node: ast.AST) -> str:
+def _docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> str:
     return (ast.get_docstring(node) or "").strip()
 
 
@@ -163,7 +163,7 @@ def _kind(function: ast.FunctionDef | ast.AsyncFunctionDef, inside_class: bool) 
 
 
 def _call(function: ast.FunctionDef | ast.AsyncFunctionDef, name: str, inside_class: bool) -> str:
-    """`name(arguments)` the way a caller writes it, or the name alone where that gets long."""
+    """Return `name(arguments)` as a caller writes it, or the name alone if that gets long."""
     decorators, arguments = _decorators(function), function.args
     if any(d.endswith("property") for d in decorators):
         return name
@@ -178,7 +178,7 @@ def _decorators(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
 
 
 def _worth_asking(doc: str) -> bool:
-    """Whether a docstring says something in words, beyond a signature, a link or a session."""
+    """Return True if a docstring has words, beyond a signature, a link or an example."""
     if not _SHORTEST <= len(doc) <= _LONGEST or doc.startswith(">>>"):
         return False
     prose = re.sub(r"\w+://\S+|^[\w.]+\(.*?\)(\s*->.*)?$", " ", doc, flags=re.MULTILINE)
@@ -186,7 +186,7 @@ def _worth_asking(doc: str) -> bool:
 
 
 def _question(kind: str, name: str, call: str) -> str:
-    """One of a few phrasings, chosen by the name."""
+    """Return one of a few phrasings, chosen by the name."""
     phrasings = _QUESTIONS[kind]
     choice = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
     return phrasings[choice % len(phrasings)].format(call)

@@ -1,4 +1,4 @@
-"""The rows of a table -> examples; a bad row ends it, or is skipped, as the configuration says."""
+"""Reading the rows of a table into examples; a bad row ends it or is skipped, as configured."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Skipped:
 
 @dataclass
 class Reading:
-    """What a table's rows became.
+    """The examples of a table, and what was found while reading it.
 
     Attributes:
         layout: the form, and where its columns are; None until a row showed it.
@@ -97,7 +97,7 @@ def _skip(reading: Reading, where: str, reason: str, on_skip: OnSkip | None) -> 
 
 
 def _check_all(table: Table, data: Data, reading: Reading, unseen: set[str]) -> None:
-    """What can only be said of all rows together."""
+    """Raise an error for problems that only show in all rows together."""
     skipped = reading.skipped
     if skipped.total * 2 > reading.rows:
         where, reason = skipped.first[0]

@@ -1,4 +1,4 @@
-"""One row that cannot be used, and how values are shown in the line that says so."""
+"""A row that cannot be used, and the way values are shown in its error."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pipeline.errors import redact
 class BadRow(Exception):
     """A row that nothing can be learned from.
 
-    `str(error)` is one line with the reason and the way out; where the row stands is for the reader
-    of the source to say, who also decides between refusing the data set and skipping the row.
+    `str(error)` is one line with the reason and what to do. The reader of the source adds the place of the row, and
+    decides whether to refuse the data set or to skip the row.
     """
 
     def __init__(self, reason: str):
@@ -20,7 +20,7 @@ class BadRow(Exception):
 
 
 def columns_of(row: Any) -> dict:
-    """`row`, if it has columns.
+    """Return `row` if it has columns.
 
     Raises:
         BadRow: if it is a number, a list, or another thing that JSON may hold.
@@ -31,7 +31,7 @@ def columns_of(row: Any) -> dict:
 
 
 def text(value: Any, what: str) -> str:
-    """`value`, if it is text that says something.
+    """Return `value` if it is text that says something.
 
     Raises:
         BadRow: if it is no text, empty, or not to be written in UTF-8; it calls the value `what`.
@@ -49,13 +49,13 @@ def text(value: Any, what: str) -> str:
 
 
 def kind(value: Any) -> str:
-    """What a value is, in a person's words and JSON's."""
+    """Return the kind of a value in a person's words and JSON's."""
     names = {bool: "the value", int: "the number", float: "the number", str: "the text", list: "the list"}
     return names.get(type(value), "the object" if isinstance(value, dict) else "the value")
 
 
 def shorten(value: Any, longest: int = 60) -> str:
-    """A value for a message: as JSON unless it is text in prose, never longer than `longest`, and harmless to print."""
+    """Return a value for a message: harmless to print, at most `longest` characters, as JSON unless it is prose."""
     shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     shown = redact(shown)[: longest + 1]
     shown = "".join(c if c.isprintable() or c.isspace() else ascii(c)[1:-1] for c in shown)

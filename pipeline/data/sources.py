@@ -1,4 +1,4 @@
-"""Which source a configuration names: a file, a data set on the Hub, or one that every Python has."""
+"""The source that a configuration names: a file, a data set on the Hub, or the builtin one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SUPPORTED = f"supported are {', '.join(ENDINGS)}"
 
 
 def is_builtin(source: str) -> bool:
-    """Whether `source` is the data set that every Python has.
+    """Return True if `source` is the data set that every Python has.
 
     Raises:
         DataError: if it is called builtin, and is not.
@@ -31,7 +31,7 @@ def is_builtin(source: str) -> bool:
 
 
 def locate(source: str) -> Path | None:
-    """The file that `source` names, or None where it names a data set on the Hub.
+    """Return the file that `source` names, or None if it names a data set on the Hub.
 
     Raises:
         DataError: if it is neither, or a file that is not there or of a kind not read here.
@@ -56,12 +56,12 @@ def locate(source: str) -> Path | None:
 
 
 def names_a_file(source: str) -> bool:
-    """Is `source` written like a file, whether or not there is one?"""
+    """Return True if `source` is written like a file, whether or not it exists."""
     return source.startswith((".", "/", "~")) or source.lower().endswith(_FILE_ENDINGS)
 
 
 def check_settings(data: Data, on_hub: bool) -> None:
-    """Do the settings say something about this kind of source?
+    """Raise an error if the settings do not apply to this kind of source.
 
     Raises:
         DataError: if one would be passed over, or names columns that no form has.

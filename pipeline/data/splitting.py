@@ -1,4 +1,4 @@
-"""Examples -> training and held-out ones, the same whatever order they came in."""
+"""The split into training and held-out examples, the same for any order of the rows."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ def split(examples: Sequence[Example], data: Data) -> tuple[Examples, Examples, 
 
 
 def trained_from(train: Iterable[Example], seed: int) -> str:
-    """Where in the order of the split training begins: 16 hex digits.
+    """Return the place in the order of the split at which training begins: 16 hex digits.
 
-    An example that stands before it was not trained on, whether or not it was among the rows: prompts are held
-    out from the beginning of that order on, which depends on nothing but the prompt and the seed. So rows that
-    came in later can be told from those that a model has seen.
+    Prompts are held out from the beginning of that order on, which depends only on the prompt and the seed. An example
+    before this place was not trained on, whether or not it was among the rows. So new rows can be told from those that
+    a model has seen.
     """
     return min((place(example, seed) for example in train), default="")
 
 
 def place(example: Example, seed: int) -> str:
-    """Where an example's prompt stands in the order of the split: 16 hex digits."""
+    """Return the place of an example's prompt in the order of the split: 16 hex digits."""
     return _shuffled(seed, "split", example.prompt()).hex()[:16]
 
 
 def fingerprint(*splits: Iterable[Example]) -> str:
-    """sha256, in hex, over the examples of all splits."""
+    """Return the sha256, in hex, over the examples of all splits."""
     digest = hashlib.sha256()
     for part in splits:
         for example in part:
@@ -78,5 +78,5 @@ def _halves(examples: Sequence[Example], data: Data) -> tuple[Examples, Examples
 
 
 def _shuffled(seed: int, purpose: str, text: str) -> bytes:
-    """A sort key that is as good as random, and the same everywhere."""
+    """Return a sort key that is as good as random, and the same everywhere."""
     return hashlib.sha256(f"{seed}\n{purpose}\n{text}".encode()).digest()

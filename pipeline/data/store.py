@@ -1,4 +1,4 @@
-"""Examples in a file of a run, between its stages."""
+"""The file in which a run keeps its examples between stages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LAYOUTS = {"messages": Layout("messages", {"messages": "messages"}), "text": La
 
 
 def write_examples(path: str | os.PathLike, examples: Iterable[Example]) -> None:
-    """Write examples as JSON lines, `{"messages": [...]}` or `{"text": "..."}` each: the whole file, or no file."""
+    """Write examples as JSON lines, `{"messages": [...]}` or `{"text": "..."}` each, atomically."""
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -19,8 +19,8 @@ from pipeline.data import general_text
 from pipeline.errors import ModelError
 from pipeline.inference.loaders import DEQUANTIZED, PACKED, STOCK, only_file
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.checkpoint_files import stored_bytes
 from pipeline.models.safe_loading import open_config, open_tokenizer
-from pipeline.models.sources import stored_bytes
 from pipeline.system.files import read_json
 
 if TYPE_CHECKING:

@@ -100,7 +100,7 @@ def sensitivity(
     from pipeline.inference import output_head
     from pipeline.inference.load import device_named, load
     from pipeline.inference.offload import check_fits
-    from pipeline.models.sources import linear_weights
+    from pipeline.models.matrices import linear_weights
     from pipeline.quantization.layers import layer_grids
 
     linear = linear_weights(folder)

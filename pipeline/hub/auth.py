@@ -1,4 +1,4 @@
-"""Before anything is sent: a token that may write, and a repository to write to."""
+"""Checks before anything is sent: a token that may write, and a repository to write to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ATTEMPTS = 5  # somebody waits for the first stage to begin
 
 
 def check_access(repo: str, create_pr: bool = False) -> None:
-    """Is there a token, and may it write to `repo`?
+    """Raise an error unless there is a token that may write to `repo`.
 
     Args:
         create_pr: only pull requests will be opened, which others than the owner may do.
@@ -28,11 +28,10 @@ def check_access(repo: str, create_pr: bool = False) -> None:
 
 
 def keyless() -> str | None:
-    """The one repository that this process may write to without a stored token, as a trusted publisher of the Hub.
+    """Return the one repository that this process may write to as a trusted publisher, or None.
 
-    In CI, `HF_OIDC_RESOURCE` lets the Hub's client exchange the job's identity for a token of an hour, and again
-    when it runs out. It belongs to no user: the Hub does not say whose it is, and whoever wrote the settings of
-    the repository has decided what it may do.
+    In CI, `HF_OIDC_RESOURCE` lets the Hub's client exchange the identity of the job for a token of one hour. That token
+    belongs to no user. The settings of the repository decide what it may do.
     """
     return os.environ.get("HF_OIDC_RESOURCE") or None
 
@@ -54,7 +53,7 @@ def _check_keyless(repo: str) -> None:
 
 
 def check_token(place: str, owner: str | None, attempts: int = ATTEMPTS) -> str:
-    """Is there a token, and may it write to what belongs to `owner`?
+    """Return the token if it may write to what belongs to `owner`.
 
     Args:
         place: what it is for; errors begin with it.
@@ -64,7 +63,7 @@ def check_token(place: str, owner: str | None, attempts: int = ATTEMPTS) -> str:
         The token.
 
     Raises:
-        HubAway: where the Hub cannot be asked.
+        HubAway: if the Hub cannot be asked.
         HubError: saying what is wrong with the token, and what to do.
     """
     from huggingface_hub import get_token
@@ -85,7 +84,7 @@ def check_token(place: str, owner: str | None, attempts: int = ATTEMPTS) -> str:
 
 
 def may_write(about: dict, place: str = "", owner: str | None = None) -> bool:
-    """Does a token let its bearer write to what `owner` has, or to the repository `place` itself; to anything?
+    """Return True if a token may write to what `owner` has or to the repository `place`; without both, to anything.
 
     Args:
         about: what the Hub says of the token.
@@ -102,10 +101,10 @@ def may_write(about: dict, place: str = "", owner: str | None = None) -> bool:
 
 
 def who_is(place: str, token: str) -> dict:
-    """Whose token it is, and what it may do; asked once.
+    """Return whose token it is and what it may do. The Hub is asked once.
 
     Raises:
-        HubError: where it is none, the Hub does not know it, or what answers is not the Hub.
+        HubError: if it is none, the Hub does not know it, or what answers is not the Hub.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
@@ -128,12 +127,12 @@ def who_is(place: str, token: str) -> dict:
 
 
 def could_be_token(text: str) -> bool:
-    """Can it stand in a header? What was copied wrongly has blanks or signs of no token's alphabet."""
+    """Return True if a text can stand in a header: blanks and other characters mean that it was copied wrongly."""
     return text.isascii() and text.isprintable() and " " not in text
 
 
 def create(repo: str, private: bool) -> bool:
-    """Make the repository if there is none; the visibility of an existing one stays as it is.
+    """Create the repository if it does not exist; an existing one keeps its visibility.
 
     Returns:
         Whether it is private.

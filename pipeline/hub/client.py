@@ -1,8 +1,7 @@
-"""The Hub's client, made to try each request once and not to wait for ever.
+"""The Hub's client, set up to send each request once and with a time limit.
 
-By itself it has no limit of time for most requests, tries some of them six times within half a minute without a
-word, and sleeps as long as a server tells it to. What is tried again, and after how long, is `pipeline.hub.retry`'s
-to decide and to show.
+By itself the client has no time limit for most requests, repeats some of them silently, and sleeps as long as a server
+tells it to. `pipeline.hub.retry` decides what is sent again, and shows it.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ TIMEOUT_SECONDS = 60.0  # without a byte coming or going; a large commit takes t
 
 
 def setting(name: str, default: float) -> float:
-    """A number of at least 0 from the environment.
+    """Return a number of at least 0 from the environment.
 
     Raises:
-        HubError: where it is none.
+        HubError: if it is none.
     """
     text = os.environ.get(name) or str(default)
     try:
@@ -36,12 +35,12 @@ def setting(name: str, default: float) -> float:
 
 @functools.cache
 def prepare() -> None:
-    """Have all requests of this process that go through the Hub's client be tried once."""
+    """Make the Hub's client send each request of this process once."""
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils._http import default_client_factory  # it has no other name
 
-    def factory():
-        client = default_client_factory()
+    def factory() -> Any:
+        client: Any = default_client_factory()
         client.send = functools.partial(_send, client.send)
         return client
 
@@ -49,7 +48,7 @@ def prepare() -> None:
 
 
 def _send(send: Any, request: Any, **options: Any) -> Any:
-    """What the client's `send` returns; its failures as errors that the client does not take for its own to mend."""
+    """Return the answer to a request; raise failures as errors that the client does not retry by itself."""
     from huggingface_hub.utils import hf_raise_for_status
 
     transport = sys.modules[type(request).__module__.partition(".")[0]].TransportError  # httpx, or what follows it

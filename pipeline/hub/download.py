@@ -1,11 +1,13 @@
-"""Files of one repository on the Hub, at one commit: with progress in bytes, and errors in one line."""
+"""Downloads from one repository on the Hub at one commit, with progress in bytes and errors in one line."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import HubError, ModelError, UserError, is_unreachable, redact
 from pipeline.hub.retry import retry
@@ -15,7 +17,7 @@ from pipeline.system.files import sync
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Where the files lie, which of them there are, and the commit that they are of."""
+    """A downloaded folder, the names of its files, and their commit."""
 
     folder: Path
     names: tuple[str, ...]
@@ -28,7 +30,7 @@ def download(
     revision: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Snapshot:
-    """Bring files of a model's repository into the Hub's cache; those that are there already are not fetched.
+    """Download files of a model's repository into the Hub's cache, except for those that are there already.
 
     Args:
         choose: picks from the repository's file names; may raise to refuse the repository.
@@ -36,8 +38,8 @@ def download(
         on_progress: called with bytes done and bytes in all.
 
     Raises:
-        ModelError: where the repository or the revision is not there, or is not for this user.
-        HubError: where the Hub cannot be reached.
+        ModelError: if the repository or the revision is not there, or is not for this user.
+        HubError: if the Hub cannot be reached.
     """
     from huggingface_hub import HfApi, hf_hub_download
 
@@ -49,17 +51,21 @@ def download(
         check_names(repo, chosen)
         folder, done, total = Path(), 0, sum(sizes[name] for name in chosen)
         for name in chosen:
-            tell = meter(lambda fresh, before=done: on_progress(before + fresh, total)) if on_progress else None
-            options = {"revision": info.sha, "tqdm_class": tell}
-            path = Path(retry(repo, lambda name=name, options=options: hf_hub_download(repo, name, **options)))
+            bar = meter(partial(_tell, on_progress, done, total)) if on_progress else None
+            fetch = partial(hf_hub_download, repo, name, revision=info.sha, tqdm_class=bar)
+            path = Path(str(retry(repo, fetch)))
             sync(path)  # the client leaves that to the system, and never looks into a file that it has
             done += sizes[name]
             folder = path.parents[name.count("/")]
-    return Snapshot(folder, tuple(chosen), info.sha)
+    return Snapshot(folder, tuple(chosen), str(info.sha))
+
+
+def _tell(on_progress: Callable[[int, int], None], before: int, total: int, fresh: int) -> None:
+    on_progress(before + fresh, total)
 
 
 def check_names(repo: str, names: Iterable[str]) -> None:
-    """Refuse a repository with a file that would lie outside its folder.
+    """Raise an error if a repository has a file that would lie outside its folder.
 
     Raises:
         ModelError: naming it.
@@ -71,11 +77,11 @@ def check_names(repo: str, names: Iterable[str]) -> None:
 
 @contextmanager
 def in_one_line(repo: str, revision: str | None, what: str) -> Iterator[None]:
-    """Turn what the Hub's client raises into errors that people can act on; `what` is said where it could not be had.
+    """Turn the errors of the Hub's client into one line; `what` is the problem if no more is known.
 
     Raises:
-        ModelError: where the repository or the revision is not there, or is not for this user.
-        HubError: where the Hub cannot be reached, or its answer cannot be kept.
+        ModelError: if the repository or the revision is not there, or is not for this user.
+        HubError: if the Hub cannot be reached, or its answer cannot be kept.
     """
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -99,15 +105,15 @@ def in_one_line(repo: str, revision: str | None, what: str) -> Iterator[None]:
 
 
 def meter(tell: Callable[[int], None]) -> type:
-    """A progress bar for the Hub's client that draws nothing, and tells how many bytes of a file have come."""
+    """Return a progress bar class for the Hub's client that draws nothing, and tells the bytes received so far."""
     from tqdm import tqdm
 
     class Meter(tqdm):
-        def __init__(self, *arguments, **options):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
             self._come = options.get("initial") or 0
             super().__init__(*arguments, **{**options, "disable": True})
 
-        def update(self, n=1):
+        def update(self, n: float | None = 1) -> None:
             self._come += n or 0
             tell(int(self._come))
 

@@ -83,9 +83,14 @@ def retry(
             return False
         return _asked_seconds(error) <= LONGEST_ASKED_SECONDS and _is_worth_retry(error, also_retried)
 
+    def error_of(state: RetryCallState) -> BaseException:
+        error = state.outcome.exception() if state.outcome else None
+        assert error is not None, "only a failed attempt is waited for"
+        return error
+
     def show(state: RetryCallState) -> None:
-        then = f"again in {state.next_action.sleep:.0f} s ({state.attempt_number + 1} of {most})"
-        _log.warning("%s: %s; %s", place, _in_short(state.outcome.exception()), then)
+        then = f"again in {state.upcoming_sleep:.0f} s ({state.attempt_number + 1} of {most})"
+        _log.warning("%s: %s; %s", place, _in_short(error_of(state)), then)
 
     prepare()
     most = attempts or max(1, int(setting("TUNEPRESS_HUB_ATTEMPTS", ATTEMPTS)))
@@ -93,7 +98,7 @@ def retry(
     retrying = Retrying(
         stop=stop_after_attempt(most),
         retry=retry_if_exception(should_retry),
-        wait=lambda state: max(backoff(state), _asked_seconds(state.outcome.exception())),
+        wait=lambda state: max(backoff(state), _asked_seconds(error_of(state))),
         before_sleep=show,
         reraise=True,
     )
@@ -111,7 +116,7 @@ def show_waits(show: Callable[[list[str]], None]) -> None:
     _log.propagate = False
 
 
-def _in_short(error: Exception) -> str:
+def _in_short(error: BaseException) -> str:
     """Return the reason of a wait."""
     code = status_of(error)
     if code is None:

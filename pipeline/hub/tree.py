@@ -1,4 +1,4 @@
-"""What a repository holds at a commit, and whether that is what it should hold."""
+"""The files of a repository at a commit, and comparing them with what they should be."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file on this machine, and the sha256 of what it holds."""
+    """A file on this machine, and the sha256 of its content."""
 
     path: Path
     size: int
@@ -24,7 +24,7 @@ class LocalFile:
 
     @classmethod
     def of(cls, path: Path, known: Digest | None = None) -> LocalFile:
-        """The file at `path`, which is read only where it is not as it was when `known` was made."""
+        """Return the file at `path`. It is read only if it changed since `known` was made."""
         state = path.stat()
         if known and (known.size, known.mtime_ns) == (state.st_size, state.st_mtime_ns):
             return cls(path, known.size, known.sha256)
@@ -33,7 +33,7 @@ class LocalFile:
 
 @dataclass(frozen=True)
 class Copy:
-    """The content of a file as it is at another commit of the same repository."""
+    """The content of a file at another commit of the same repository."""
 
     revision: str
     path: str
@@ -45,14 +45,14 @@ Content = LocalFile | bytes | Copy
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file as the Hub knows it: `sha256` for LFS files, the git blob's sha1 for the others."""
+    """A file on the Hub: `sha256` for LFS files, the sha1 of the git blob for others."""
 
     size: int
     blob: str
     sha256: str | None
 
     def holds(self, content: Content) -> bool:
-        """Is this the same content? A file is read only where the Hub has it in git itself, and in the same size."""
+        """Return True if the content is the same. A local file is read only if git holds one of the same size."""
         if isinstance(content, Copy):
             return (self.blob, self.sha256) == (content.file.blob, content.file.sha256)
         if size_of(content) != self.size:
@@ -65,9 +65,9 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Lineage:
-    """What of a `tunepress.json` says whose release it belongs to, and which files that has.
+    """The parts of a `tunepress.json` that say whose release it belongs to, and which files that has.
 
-    `run` is None where it is not readable as one of ours, and says nothing.
+    `run` is None if the file is not a readable lineage.
     """
 
     run: str | None = None
@@ -76,6 +76,7 @@ class Lineage:
 
     @classmethod
     def parse(cls, content: bytes) -> Lineage:
+        """Return the lineage in a file; an empty one if the file is not readable as a lineage."""
         try:
             told = json.loads(content)
             paths = [path for path in (*told["files"], *told["documents"]) if isinstance(path, str)]
@@ -87,14 +88,14 @@ class Lineage:
 
 @dataclass(frozen=True)
 class Tree:
-    """A repository's files at a commit."""
+    """The files of a repository at a commit."""
 
     repo: str
     head: str
     files: dict[str, RemoteFile]
 
     def read(self, path: str) -> bytes | None:
-        """The content of a small file; None where there is none."""
+        """Return the content of a small file, or None if it does not exist."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -107,22 +108,22 @@ class Tree:
 
     @functools.cached_property
     def lineage(self) -> Lineage:
-        """What the last release here says of itself; empty where there is none."""
+        """Return the lineage of the last release, or an empty one."""
         return Lineage.parse(self.read(LINEAGE) or b"")
 
     @property
     def ours(self) -> frozenset[str]:
-        """Files here that releases put there, by the lineage of the last one."""
+        """Return the files that releases put there, by the lineage of the last one."""
         return self.lineage.paths & self.files.keys()
 
 
 def read_tree(repo: str, revision: str | None = None) -> Tree:
-    """The files of a repository at the head of its main branch, or at another branch, tag, commit or pull request."""
+    """Return the files of a repository at the head of its main branch, or at a branch, tag, commit or pull request."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
     api = HfApi()
-    head = api.model_info(repo, revision=revision).sha
+    head = str(api.model_info(repo, revision=revision).sha)
     items = api.list_repo_tree(repo, recursive=True, revision=head)
     files = {
         i.path: RemoteFile(i.size, i.blob_id, i.lfs.sha256 if i.lfs else None) for i in items if isinstance(i, RepoFile)
@@ -131,14 +132,16 @@ def read_tree(repo: str, revision: str | None = None) -> Tree:
 
 
 def size_of(content: LocalFile | bytes) -> int:
+    """Return the size of a content in bytes."""
     return len(content) if isinstance(content, bytes) else content.size
 
 
 def digest(content: LocalFile | bytes) -> str:
+    """Return the sha256 of a content, in hex."""
     return hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else content.sha256
 
 
 @functools.lru_cache(maxsize=1024)
 def _digest(path: Path, size: int, mtime_ns: int) -> str:
-    """The sha256 of a file; that of one that did not change is computed once."""
+    """Return the sha256 of a file, computed once while the file does not change."""
     return sha256(path)

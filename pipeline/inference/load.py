@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Literal
 from pipeline.config.catalog import TRANSFORMERS, VARIANTS, resolve_variants
 from pipeline.errors import CheckpointError, ModelError
 from pipeline.hub.download import download
+from pipeline.models.checkpoint_files import belongs_to_checkpoint, read_config
 from pipeline.models.safe_loading import check_beside, check_code, open_config, open_model, open_tokenizer
-from pipeline.models.sources import belongs_to_checkpoint, local_folder, read_config
+from pipeline.models.sources import local_folder
 from pipeline.quantization.formats import unpack
 from pipeline.system.libraries import quiet, quiet_progress_bars
 

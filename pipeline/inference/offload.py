@@ -28,8 +28,8 @@ from pipeline.inference.assemble import (
 )
 from pipeline.inference.kernels.plain import quicken_linears
 from pipeline.models.checkpoint.row_blocks import tiles
+from pipeline.models.checkpoint_files import stored_bytes
 from pipeline.models.safe_loading import open_config
-from pipeline.models.sources import stored_bytes
 from pipeline.quantization.formats import torchao
 from pipeline.quantization.formats.gguf.reader import GgufWeights
 from pipeline.quantization.grid import GroupQuantized

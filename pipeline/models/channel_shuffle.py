@@ -1,20 +1,24 @@
-"""Take weights that were unpacked from a quantized file off their grid, without changing the model.
+"""Reordering of channels, so that dequantized weights leave their grid without changing the model.
 
-Weights dequantized from Q4_1 lie on a grid of 16 steps in blocks of 32 columns. int4
-with the same blocks would look lossless, and would round the small changes of a
-fine-tune back to where they came from. Reordering channels keeps every function the
-network computes, and mixes the blocks, so that int4 does here what it does to any model.
+Weights dequantized from Q4_1 lie on a grid of 16 steps in blocks of 32 columns. int4 with the same blocks would look
+lossless, and would round the small changes of a fine-tune back to where they came from. Reordering channels keeps every
+function the network computes and mixes the blocks, so that int4 does here what it does to any model.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 HANDLED = ("llama",)
 
 
 @torch.no_grad()
-def reorder_channels(model: torch.nn.Module, seed: int = 0) -> None:
+def reorder_channels(model: PreTrainedModel, seed: int = 0) -> None:
     """Permute the residual stream, the MLP's channels and the value heads' channels, in place.
 
     The outputs stay the same up to the rounding of sums that are taken in another order.
@@ -22,7 +26,8 @@ def reorder_channels(model: torch.nn.Module, seed: int = 0) -> None:
     Raises:
         ValueError: for an architecture whose layout is not known here.
     """
-    config = model.config
+    whole: Any = model  # transformers declares no types for the parts of a model
+    config = whole.config
     if config.model_type not in HANDLED:
         raise ValueError(f"{config.model_type}: the layout is not known; known are {', '.join(HANDLED)}")
     generator = torch.Generator().manual_seed(seed)
@@ -40,10 +45,10 @@ def reorder_channels(model: torch.nn.Module, seed: int = 0) -> None:
             weight.copy_(weight[:, order])
 
     stream = shuffled(config.hidden_size)
-    inner = model.model
+    inner = whole.model
     columns(stream, inner.embed_tokens.weight)
     if not config.tie_word_embeddings:
-        columns(stream, model.lm_head.weight)
+        columns(stream, whole.lm_head.weight)
     rows(stream, inner.norm.weight)
     sharing = config.num_attention_heads // config.num_key_value_heads  # query heads on one value head
     for layer in inner.layers:

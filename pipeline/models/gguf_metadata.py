@@ -1,6 +1,6 @@
-"""What a GGUF says of itself: tokenizer, chat template, sampling, where its tensors lie. Needs no library.
+"""The metadata of a GGUF file: tokenizer, chat template, sampling and the places of its tensors.
 
-A file may come from anywhere, so nothing that it says of lengths and numbers is taken on trust.
+This needs no library. A file may come from anywhere, so no length or number in it is trusted.
 
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -37,7 +37,7 @@ SAMPLING = "general.sampling."
 
 @dataclass(frozen=True)
 class Dialogue:
-    """How a GGUF is talked to.
+    """The chat settings of a GGUF file.
 
     Attributes:
         template: its chat template in Jinja, if it has one.
@@ -55,10 +55,10 @@ class Dialogue:
 
 
 def read_dialogue(path: Path) -> Dialogue:
-    """How the GGUF at `path` is talked to; that of a file that did not change is read once.
+    """Return the chat settings of the GGUF file at `path`; a file that did not change is read once.
 
     Raises:
-        CheckpointError: where it is no GGUF, or only the beginning of one.
+        CheckpointError: if it is no GGUF, or only the beginning of one.
     """
     state = path.stat()
     return _read_dialogue(path, state.st_size, state.st_mtime_ns)
@@ -82,7 +82,7 @@ def _read_dialogue(path: Path, size: int, mtime_ns: int) -> Dialogue:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a GGUF: what it is stored as, such as `Q4_0`, its shape, rows first, and where in the file."""
+    """A tensor in a GGUF file: its type, such as `Q4_0`, its shape with rows first, and its place in bytes."""
 
     kind: str
     shape: tuple[int, ...]
@@ -92,7 +92,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Header:
-    """What a GGUF says before its tensors' numbers.
+    """The part of a GGUF file before the numbers of its tensors.
 
     Attributes:
         keys: single values by name, and those arrays that were asked for.
@@ -104,13 +104,13 @@ class Header:
 
 
 def read_header(path: Path, arrays: Collection[str] = ()) -> Header:
-    """The keys of a whole GGUF, and where its tensors lie. No number of them is read.
+    """Return the keys of a complete GGUF file and the places of its tensors, without reading their numbers.
 
     Args:
         arrays: names of arrays to read; others, such as a vocabulary, are passed over.
 
     Raises:
-        CheckpointError: where it is no GGUF, is damaged, or ends before its last tensor.
+        CheckpointError: if it is no GGUF, is damaged, or ends before its last tensor.
     """
     try:
         with _opened(path) as file:
@@ -142,11 +142,11 @@ def _read_keys(path: Path) -> dict[str, Any]:
 
 
 class _Damaged(Exception):
-    """What a file says of itself does not hold."""
+    """A statement of the file that does not hold."""
 
 
 class _File:
-    """A file, read whose end no length in it may pass."""
+    """A file that is never read beyond its end, whatever lengths it states."""
 
     def __init__(self, file: BinaryIO):
         self._file, self.size, self.position = file, os.fstat(file.fileno()).st_size, file.tell()
@@ -186,7 +186,7 @@ def _opened(path: Path) -> Iterator[_File]:
 
 
 def _keys(file: _File, arrays: Collection[str]) -> tuple[int, dict[str, Any]]:
-    """How many tensors there are, and the keys."""
+    """Return the number of tensors, and the keys."""
     version, tensor_count, count = file.read("IQQ")
     if version not in _VERSIONS:
         raise _Damaged(f"version {version} is not read here")
@@ -227,7 +227,7 @@ def _number(kind: int) -> str:
 
 
 def _tensor(file: _File) -> tuple[str, StoredTensor]:
-    """A tensor's name, and the rest of what is said of it, with its place counted from where all of them begin."""
+    """Return a tensor's name and description; its place counts from the start of all tensors."""
     name, (dimensions,) = file.text(LONGEST_NAME), file.read("I")
     if not 1 <= dimensions <= MOST_DIMENSIONS:
         raise _Damaged(f"{name} has {dimensions} dimensions")

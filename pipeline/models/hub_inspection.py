@@ -1,4 +1,4 @@
-"""What a repository on the Hub holds, found out from its metadata and its `config.json`, without its weights."""
+"""Checks of a repository on the Hub by its metadata and `config.json`, without its weights."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 from pipeline.errors import ModelError
 from pipeline.hub.download import in_one_line
 from pipeline.hub.retry import retry
+from pipeline.models.checkpoint_files import ADAPTER_FILES, read_config
 from pipeline.models.safe_loading import check_config
-from pipeline.models.sources import ADAPTER_FILES, read_config
 from pipeline.system.command_names import command
 
 
 def inspect(repo: str, revision: str | None = None) -> str:
-    """Refuse a repository from which no variants can be made, before gigabytes of it are fetched.
+    """Raise an error if no variants can be made from a repository, before gigabytes of it are downloaded.
 
     Returns:
         The commit that `revision`, or the head of the main branch, is.
 
     Raises:
-        ModelError: where it is not there or gated, has no weights that are read, or is of another kind.
-        HubError: where the Hub cannot be reached.
+        ModelError: if it is not there or gated, has no weights that are read, or is of another kind.
+        HubError: if the Hub cannot be reached.
     """
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
@@ -36,7 +36,7 @@ def inspect(repo: str, revision: str | None = None) -> str:
         _check_files(repo, {s.rfilename for s in info.siblings or []})
         config = retry(repo, lambda: hf_hub_download(repo, "config.json", revision=info.sha))
         check_config(repo, read_config(Path(config).parent))
-    return info.sha
+    return str(info.sha)
 
 
 def _is_dataset(repo: str) -> bool:
@@ -46,7 +46,7 @@ def _is_dataset(repo: str) -> bool:
 
 
 def _check_files(repo: str, names: Collection[str]) -> None:
-    """Raise where the root of a repository has no checkpoint of safetensors, saying what it has."""
+    """Raise an error if the root of a repository has no safetensors checkpoint, and say what it has."""
     root = {name for name in names if "/" not in name}
     weights = {name for name in root if name.endswith(".safetensors")} - set(ADAPTER_FILES)
     if "config.json" in root and weights:

@@ -8,25 +8,15 @@ The test compares both answers for every architecture here, and for damaged sett
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from pipeline.models.architectures import ARCHITECTURES, COMMON, PER_LAYER, SIZES, Architecture, is_width
+
 _Shapes = dict[str, tuple[int, int]]
-_Check = Callable[[Any], bool]
 
-MAX_LAYERS, MAX_WIDTH = 1000, 1 << 24  # beyond these a configuration is left to transformers
-
-_ATTENTION = (
-    ("self_attn.q_proj", "queries", "hidden"),
-    ("self_attn.k_proj", "keys", "hidden"),
-    ("self_attn.v_proj", "keys", "hidden"),
-    ("self_attn.o_proj", "hidden", "queries"),
-)
-_DOWN = (("mlp.down_proj", "hidden", "inner"),)
-_GATED = (("mlp.gate_proj", "inner", "hidden"), ("mlp.up_proj", "inner", "hidden"), *_DOWN)
-_JOINED_GATE = (("mlp.gate_up_proj", "both", "hidden"), *_DOWN)
+MAX_LAYERS = 1000  # beyond it a configuration is left to transformers
 
 
 @dataclass(frozen=True)
@@ -44,26 +34,6 @@ class Layout:
     plain_embedding: bool
 
 
-@dataclass(frozen=True)
-class _Architecture:
-    """What a decoder block consists of, and which settings its configuration may have.
-
-    Attributes:
-        block: name, rows and columns of each linear layer, by names of widths.
-        tied: True if the output head is the embedding unless the configuration says otherwise.
-        needs: settings without which it is left to transformers, which has a default of its own for them.
-        has_head_dim: False if heads always share the hidden width, whatever `head_dim` says.
-        settings: further settings that it may have; none of them changes a name or a shape.
-    """
-
-    block: tuple[tuple[str, str, str], ...] = (*_ATTENTION, *_GATED)
-    tied: bool = False
-    needs: tuple[str, ...] = ()
-    has_head_dim: bool = True
-    plain_embedding: bool = True
-    settings: Mapping[str, _Check] = field(default_factory=dict)
-
-
 def layout(config: Mapping[str, Any]) -> Layout | None:
     """Return the layout of a model, or None if anything in its configuration is not recognized.
 
@@ -71,7 +41,7 @@ def layout(config: Mapping[str, Any]) -> Layout | None:
         config: what `config.json` says.
     """
     kind = config.get("model_type")
-    architecture = _ARCHITECTURES.get(kind) if isinstance(kind, str) else None
+    architecture = ARCHITECTURES.get(kind) if isinstance(kind, str) else None
     if architecture is None or not _is_recognized(config, architecture):
         return None
     hidden, heads, vocabulary = (config[key] for key in ("hidden_size", "num_attention_heads", "vocab_size"))
@@ -90,10 +60,10 @@ def layout(config: Mapping[str, Any]) -> Layout | None:
     return Layout(linear, dict.fromkeys(names, (vocabulary, hidden)), architecture.plain_embedding)
 
 
-def _is_recognized(config: Mapping[str, Any], architecture: _Architecture) -> bool:
+def _is_recognized(config: Mapping[str, Any], architecture: Architecture) -> bool:
     """Return True if every setting is known, has a value that transformers takes, and fits the others."""
-    needed = {*_SIZES, *architecture.needs}
-    known = {**_SIZES, **_COMMON, **({"head_dim": _is_width} if architecture.has_head_dim else {})}
+    needed = {*SIZES, *architecture.needs}
+    known = {**SIZES, **COMMON, **({"head_dim": is_width} if architecture.has_head_dim else {})}
     known |= architecture.settings
     if not needed <= config.keys() <= known.keys() or not all(known[key](value) for key, value in config.items()):
         return False
@@ -105,241 +75,5 @@ def _is_recognized(config: Mapping[str, Any], architecture: _Architecture) -> bo
         and heads % config["num_key_value_heads"] == 0
         and config.get("head_dim", hidden // heads) % 2 == 0  # rotary positions turn pairs
         and all(token is None or token < config["vocab_size"] for token in tokens)
-        and all(len(config[key]) == layers for key in _PER_LAYER if config.get(key) is not None)
+        and all(len(config[key]) == layers for key in PER_LAYER if config.get(key) is not None)
     )
-
-
-def _is_whole(value: object) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _is_width(value: object) -> bool:
-    return type(value) is int and 0 < value <= MAX_WIDTH
-
-
-def _is_number(value: object) -> bool:
-    return type(value) is float and math.isfinite(value) and value > 0
-
-
-def _is_number_or_whole(value: object) -> bool:
-    return _is_number(value) or _is_width(value)
-
-
-def _is_share(value: object) -> bool:
-    return type(value) is float and 0 <= value < 1
-
-
-def _is_part(value: object) -> bool:
-    return _is_number(value) and value <= 1
-
-
-def _is_flag(value: object) -> bool:
-    return type(value) is bool
-
-
-def _is_text(value: object) -> bool:
-    return type(value) is str
-
-
-def _is_token(value: object) -> bool:
-    return value is None or _is_whole(value)
-
-
-def _are(check: _Check) -> _Check:
-    return lambda value: type(value) is list and all(map(check, value))
-
-
-def _one_of(*allowed: Any) -> _Check:
-    return lambda value: any(type(value) is type(one) and value == one for one in allowed)
-
-
-def _or_none(check: _Check) -> _Check:
-    return lambda value: value is None or check(value)
-
-
-_ROPE_KEYS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-
-
-def _is_rope(value: object) -> bool:
-    """Return True for rotary parameters in a form that every architecture here takes."""
-    if type(value) is not dict:
-        return False
-    kinds = [value[key] for key in ("rope_type", "type") if key in value]
-    kind = kinds[0] if kinds and all(_one_of(*_ROPE_KEYS)(k) and k == kinds[0] for k in kinds) else None
-    if kind is None:
-        return False
-    numbers = {key: number for key, number in value.items() if key not in ("rope_type", "type")}
-    return (
-        set(_ROPE_KEYS[kind]) <= numbers.keys() <= {*_ROPE_KEYS[kind], "rope_theta", "partial_rotary_factor"}
-        and all(map(_is_number_or_whole, numbers.values()))
-        and _is_part(numbers.get("partial_rotary_factor", 1.0))
-        and _is_width(numbers.get("original_max_position_embeddings", 1))
-        and (kind != "llama3" or numbers["low_freq_factor"] < numbers["high_freq_factor"])
-    )
-
-
-def _is_rope_by_kind(value: object) -> bool:
-    """Return True for rotary parameters of each kind of attention by itself."""
-    return type(value) is dict and value.keys() == set(_KINDS) and all(map(_is_rope, value.values()))
-
-
-_KINDS = ("full_attention", "sliding_attention")
-_PER_LAYER = ("layer_types", "no_rope_layers")
-_ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2")
-_SIZES: dict[str, _Check] = {
-    "model_type": _is_text,
-    "vocab_size": _is_width,
-    "hidden_size": _is_width,
-    "intermediate_size": _is_width,
-    "num_hidden_layers": _is_width,
-    "num_attention_heads": _is_width,
-    "num_key_value_heads": _is_width,
-}
-_COMMON: dict[str, _Check] = {
-    **dict.fromkeys(("_name_or_path", "transformers_version", "unsloth_version"), _is_text),
-    **dict.fromkeys(("use_cache", "tie_word_embeddings", "is_llama_config", "rope_interleaved"), _is_flag),
-    "unsloth_fixed": _is_flag,
-    "transformers.js_config": lambda value: type(value) is dict,
-    **dict.fromkeys(("dtype", "torch_dtype"), _one_of("bfloat16", "float16", "float32")),
-    "architectures": _are(_is_text),
-    "hidden_act": _one_of(*_ACTIVATIONS),
-    "max_position_embeddings": _is_width,
-    "initializer_range": _is_share,
-    "attention_dropout": lambda value: _is_share(value) or _one_of(0)(value),
-    **dict.fromkeys(("pad_token_id", "bos_token_id"), _is_token),
-    "eos_token_id": lambda value: _is_token(value) or _are(_is_whole)(value),
-    "rope_theta": _is_number_or_whole,
-    "rope_scaling": _or_none(_is_rope),
-    "rope_parameters": _is_rope,
-    "pretraining_tp": _is_width,
-}
-_RMS: dict[str, _Check] = {"rms_norm_eps": _is_number}
-_BIAS: dict[str, _Check] = {"attention_bias": _is_flag}
-_SLIDING: dict[str, _Check] = {"sliding_window": _or_none(_is_width)}
-_SLIDING_LAYERS: dict[str, _Check] = {**_SLIDING, "layer_types": _are(_one_of(*_KINDS))}
-_QWEN = _RMS | _SLIDING_LAYERS | {"use_sliding_window": _is_flag, "max_window_layers": _is_width}
-_LLAMA = _RMS | _BIAS | {"mlp_bias": _is_flag}
-_PARTIAL: dict[str, _Check] = {"partial_rotary_factor": _is_part}
-_GEMMA: dict[str, _Check] = {
-    **_RMS,
-    **_BIAS,
-    "hidden_activation": _one_of(*_ACTIVATIONS),
-    "use_bidirectional_attention": _one_of(None, False),
-}
-_GEMMA2: dict[str, _Check] = {
-    **_GEMMA,
-    **_SLIDING_LAYERS,
-    "cache_implementation": _one_of("hybrid"),
-    "query_pre_attn_scalar": _is_width,
-    "final_logit_softcapping": _or_none(_is_number),
-    "attn_logit_softcapping": _or_none(_is_number),
-}
-_GRANITE = ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier")
-
-_ARCHITECTURES: dict[str, _Architecture] = {
-    "llama": _Architecture(settings=_LLAMA),
-    "mistral": _Architecture(settings=_RMS | _SLIDING),
-    "ministral": _Architecture(needs=("head_dim",), settings=_RMS | _SLIDING_LAYERS),
-    "qwen2": _Architecture(settings=_QWEN),
-    "qwen3": _Architecture(needs=("head_dim",), settings=_QWEN | _BIAS),
-    "smollm3": _Architecture(
-        tied=True,
-        needs=("pad_token_id",),
-        settings={
-            **_QWEN,
-            **_LLAMA,
-            "no_rope_layers": _or_none(_are(_one_of(0, 1))),
-            "no_rope_layer_interval": _is_width,
-        },
-    ),
-    # Some versions of transformers scale Gemma's rows in the embedding's own class, others do it in the model.
-    "gemma": _Architecture(tied=True, needs=("head_dim",), plain_embedding=False, settings=_GEMMA),
-    "gemma2": _Architecture(tied=True, needs=("head_dim",), plain_embedding=False, settings=_GEMMA2),
-    "gemma3_text": _Architecture(
-        tied=True,
-        needs=("head_dim",),
-        plain_embedding=False,
-        settings={
-            **_GEMMA2,
-            "rope_local_base_freq": _is_number_or_whole,
-            "rope_parameters": _is_rope_by_kind,
-            "sliding_window_pattern": _is_width,
-            "_sliding_window_pattern": _is_width,
-        },
-    ),
-    "phi3": _Architecture(
-        block=(("self_attn.o_proj", "hidden", "queries"), ("self_attn.qkv_proj", "qkv", "hidden"), *_JOINED_GATE),
-        needs=("pad_token_id",),
-        settings={
-            **_RMS,
-            **_SLIDING,
-            **_BIAS,
-            **_PARTIAL,
-            "rope_scaling": lambda value: value is None,
-            "rope_parameters": lambda value: _is_rope(value) and value.get("rope_type") == "default",
-            "resid_pdrop": _is_share,
-            "embd_pdrop": _is_share,
-            "original_max_position_embeddings": _is_width,
-        },
-    ),
-    "olmo2": _Architecture(needs=("pad_token_id",), settings=_RMS | _BIAS),
-    "olmo3": _Architecture(
-        needs=("pad_token_id",),
-        settings={
-            **_RMS,
-            **_BIAS,
-            **_SLIDING_LAYERS,
-            "rope_parameters": lambda value: _is_rope(value) or _is_rope_by_kind(value),
-        },
-    ),
-    "cohere2": _Architecture(
-        tied=True,
-        settings={
-            **_BIAS,
-            **_SLIDING_LAYERS,
-            "layer_norm_eps": _is_number,
-            "logit_scale": _is_number,
-            "sliding_window_pattern": _is_width,
-            "_sliding_window_pattern": _is_width,
-        },
-    ),
-    "exaone4": _Architecture(
-        settings=_RMS | _SLIDING_LAYERS | {"sliding_window": _is_width, "sliding_window_pattern": _is_width}
-    ),
-    "granite": _Architecture(settings=_LLAMA | dict.fromkeys(_GRANITE, _is_number)),
-    "starcoder2": _Architecture(
-        block=(*_ATTENTION, ("mlp.c_fc", "inner", "hidden"), ("mlp.c_proj", "hidden", "inner")),
-        tied=True,
-        settings={
-            **_SLIDING,
-            "norm_epsilon": _is_number,
-            "use_bias": _is_flag,
-            "residual_dropout": _is_share,
-            "embedding_dropout": _is_share,
-        },
-    ),
-    "stablelm": _Architecture(
-        has_head_dim=False,
-        settings={
-            **_PARTIAL,
-            "layer_norm_eps": _is_number,
-            "use_qkv_bias": _is_flag,
-            "qk_layernorm": _is_flag,
-            "use_parallel_residual": _is_flag,
-            "hidden_dropout": _is_share,
-        },
-    ),
-    "seed_oss": _Architecture(
-        needs=("head_dim", "pad_token_id"),
-        settings=_LLAMA | {"attention_out_bias": _is_flag, "residual_dropout": _is_share},
-    ),
-    "arcee": _Architecture(block=(*_ATTENTION, ("mlp.up_proj", "inner", "hidden"), *_DOWN), settings=_LLAMA),
-    "glm4": _Architecture(
-        block=(*_ATTENTION, *_JOINED_GATE), needs=("head_dim", "pad_token_id"), settings=_RMS | _BIAS | _PARTIAL
-    ),
-}
-ARCHITECTURES = tuple(_ARCHITECTURES)

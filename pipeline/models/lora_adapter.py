@@ -1,7 +1,7 @@
-"""A LoRA adapter as what it does to the tensors of its base model, a few rows at a time.
+"""A LoRA adapter, applied to the tensors of its base model a few rows at a time.
 
-Nothing of the adapter is held in memory: the factors of a weight are read when its rows
-come by, so that an adapter of high rank costs no more than one of low rank.
+The adapter is never held in memory. The factors of a weight are read together with its rows, so that an adapter of high
+rank costs no more than one of low rank.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,7 +35,7 @@ _PART = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magn
 
 @dataclass(frozen=True)
 class Change:
-    """What is done to a weight (N, K): it becomes W + scale * B @ A; with DoRA, its rows in lengths that were learned.
+    """The change of a weight (N, K) to W + scale * B @ A; with DoRA, rows are then scaled to learned lengths.
 
     `a` (r, K), `b` (N, r) and `magnitude` (N,) are names in the adapter's file.
     """
@@ -47,7 +48,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What a peft LoRA adapter does, by the name of the tensor it is done to.
+    """The changes of a peft LoRA adapter, by the names of the tensors that change.
 
     Attributes:
         changes: weights to which a product of factors is added.
@@ -82,7 +83,7 @@ class Adapter:
         return cls(tensors, changes, shifts, replaced)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor that is touched, and the shape it must have."""
+        """Return every changed tensor with the shape that it must have."""
         of = self.tensors
         return {
             **{name: of[stored].shape for name, stored in self.replaced.items()},
@@ -91,7 +92,7 @@ class Adapter:
         }
 
     def apply(self, name: str, rows: torch.Tensor, first: int = 0) -> torch.Tensor:
-        """Rows of a tensor, from row `first` on, as they are with the adapter: in float32, rounded once to bf16."""
+        """Return rows of a tensor, from row `first` on, with the adapter applied: in float32, rounded once to bf16."""
         stop = first + len(rows) if rows.ndim else 0
         if name in self.replaced:
             rows = self.tensors.read_rows(self.replaced[name], first, stop)
@@ -104,11 +105,11 @@ class Adapter:
 
     def _changed(self, change: Change, rows: torch.Tensor, first: int) -> torch.Tensor:
         a, b = self.tensors.read(change.a).float(), self._rows(change.b, first, first + len(rows))
-        length = change.magnitude and self._rows(change.magnitude, first, first + len(rows))
+        length = self._rows(change.magnitude, first, first + len(rows)) if change.magnitude else None
         result = torch.empty(rows.shape, dtype=torch.bfloat16)
         for start, stop in tiles(*rows.shape):
             weight = torch.addmm(rows[start:stop].float(), b[start:stop], a, alpha=change.scale)
-            if change.magnitude:
+            if length is not None:
                 weight *= (length[start:stop] / torch.linalg.vector_norm(weight, dim=1)).unsqueeze(1)
             result[start:stop] = weight
         return result
@@ -141,7 +142,7 @@ def _config(folder: Path) -> dict:
 
 
 def _sorted_out(folder: Path, config: dict, tensors: Checkpoint) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """The file's tensors by module and part, and those that stand for a whole tensor of the base."""
+    """Return the tensors by module and part, and those that replace a whole tensor of the base model."""
     parts: dict[str, dict[str, str]] = {}
     replaced: dict[str, str] = {}
     whole = config.get("modules_to_save") or []
@@ -162,9 +163,9 @@ def _sorted_out(folder: Path, config: dict, tensors: Checkpoint) -> tuple[dict[s
 
 
 def _rank_and_scale(folder: Path, config: dict, module: str) -> tuple[int, float]:
-    """As peft finds them: the first pattern that fits the end of the module's name, else the common value."""
+    """Return rank and scale as peft does: of the first pattern that fits the end of the name, else the common ones."""
 
-    def of(key: str, patterns: Mapping[str, object]) -> object:
+    def of(key: str, patterns: Mapping[str, Any]) -> Any:
         try:
             return next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), config.get(key))
         except re.error:

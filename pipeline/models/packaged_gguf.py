@@ -1,4 +1,4 @@
-"""Models inside installed Python packages: a GGUF, unpacked to an ordinary checkpoint."""
+"""Models inside installed Python packages: a GGUF file, dequantized to an ordinary checkpoint."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pipeline.system.libraries import is_installed, quiet
 
 
 def find_packaged(package: str, file: str) -> Path:
-    """A file inside an installed package.
+    """Return the path of a file inside an installed package.
 
     Raises:
-        ModelError: where there is none.
-        MissingExtra: where what reads it is not installed.
+        ModelError: if there is none.
+        MissingExtra: if what reads it is not installed.
     """
     try:
         spec = importlib.util.find_spec(package)
@@ -49,7 +49,7 @@ def unpack_gguf(source: str, file: Path, folder: Path) -> tuple[Path, Origin]:
 
     stored = GGUFReader(file).fields
 
-    def field(key: str):
+    def field(key: str) -> object:
         return stored[f"general.{key}"].contents() if f"general.{key}" in stored else None
 
     partial = folder.with_name(folder.name + ".partial")
@@ -100,7 +100,7 @@ def dequantize(file: Path, folder: Path, off_grid: bool = True) -> None:
 
 
 def _tidy(folder: Path) -> None:
-    """Drop from the saved JSON what describes this machine and not the model."""
+    """Remove from the saved JSON what describes this machine and not the model."""
     for name, keys in (
         ("config.json", ("_name_or_path", "_model_name_or_path")),
         ("tokenizer_config.json", ("is_local", "local_files_only", "name_or_path")),

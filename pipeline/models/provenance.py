@@ -1,4 +1,4 @@
-"""Where a model came from: what its own card, and its tokenizer, say of it."""
+"""The origin of a model: what its own card and tokenizer say."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model came from, as the card and the lineage tell it. None where nothing says so.
+    """The origin of a model, as the card and the lineage state it; None if nothing states it.
 
-    `changes` says in words what was done to its weights before training, if anything.
+    `changes` says in words how its weights were changed before training, if at all.
     """
 
     source: str
@@ -24,7 +24,7 @@ class Origin:
 
 
 def read_origin(folder: Path, source: str, name: str, revision: str | None = None, hub_id: str | None = None) -> Origin:
-    """What the files in a model's folder say of it; nothing is claimed that they do not say."""
+    """Return the origin that the files in a model's folder state."""
     card = _front_matter(folder / "README.md")
     return Origin(
         source=source,
@@ -37,7 +37,7 @@ def read_origin(folder: Path, source: str, name: str, revision: str | None = Non
 
 
 def has_chat_template(folder: Path) -> bool:
-    """Can the tokenizer in `folder` put a conversation into one text?"""
+    """Return True if the tokenizer in `folder` has a chat template."""
     settings = folder / "tokenizer_config.json"
     if (folder / "chat_template.jinja").is_file():
         return True
@@ -59,11 +59,11 @@ def _front_matter(path: Path) -> dict:
 
 
 def text(value: object) -> str | None:
-    """A value of a card if it is a text."""
+    """Return a value of a card if it is a text, else None."""
     return value if isinstance(value, str) and value else None
 
 
 def texts(value: object) -> tuple[str, ...]:
-    """A value of a card that is a text, or several."""
+    """Return a value of a card that is one text or several."""
     values = [value] if isinstance(value, str) else value if isinstance(value, list) else []
     return tuple(v for v in values if isinstance(v, str))

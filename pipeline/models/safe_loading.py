@@ -1,8 +1,8 @@
-"""Models, tokenizers and configurations opened with transformers, wherever they come from.
+"""Safe opening of models, tokenizers and configurations with transformers.
 
-By itself transformers runs code that a repository names, or asks at the terminal whether it may; fetches a kernel
-that a configuration names, and runs that; opens a pickle where it finds no safetensors; and loads another model
-where an adapter's configuration lies beside one. Here it does none of that.
+By itself transformers runs code that a repository names, or asks for it at the terminal. It also downloads and runs
+kernels that a configuration names, opens a pickle if there are no safetensors, and loads another model if an adapter's
+configuration lies beside one. Here it does none of that.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implemen
 
 
 def open_config(folder: Path) -> PreTrainedConfig:
-    """What `config.json` says.
+    """Return the configuration in a model's folder.
 
     Raises:
-        ModelError: where transformers cannot read it.
+        ModelError: if transformers cannot read it.
     """
     from transformers import AutoConfig
 
@@ -38,10 +38,10 @@ def open_config(folder: Path) -> PreTrainedConfig:
 
 
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model's folder.
+    """Return the tokenizer in a model's folder.
 
     Raises:
-        ModelError: where there is none that transformers can read.
+        ModelError: if there is none that transformers can read.
     """
     from transformers import AutoTokenizer
 
@@ -53,14 +53,14 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def open_model(folder: Path, **options: Any) -> Any:
-    """A causal language model; options go to `from_pretrained`, and so does what it returns and raises."""
+    """Return a causal language model; `options` go to `from_pretrained`, whose results and errors pass through."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, **options)
 
 
 def check_beside(folder: Path) -> None:
-    """Refuse what transformers would follow to other places: what lies beside a checkpoint in its folder.
+    """Raise an error if a file beside the checkpoint would make transformers load something else.
 
     Raises:
         ModelError: naming it.
@@ -74,10 +74,10 @@ def check_beside(folder: Path) -> None:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Refuse a tokenizer that needs code of its own.
+    """Raise an error if a tokenizer needs code of its own.
 
     Raises:
-        ModelError: where it does, or where its settings are not readable.
+        ModelError: if it does, or where its settings are not readable.
     """
     path = folder / "tokenizer_config.json"
     if not path.is_file():
@@ -88,10 +88,10 @@ def check_tokenizer(folder: Path) -> None:
 
 
 def read_settings(path: Path) -> dict:
-    """A table of settings in JSON.
+    """Return a table of settings in JSON.
 
     Raises:
-        ModelError: where that is none.
+        ModelError: if that is none.
     """
     try:
         return parse_settings(path, path.read_bytes())
@@ -115,7 +115,7 @@ def parse_settings(place: object, content: bytes) -> dict:
 
 
 def check_config(place: object, config: dict) -> None:
-    """Is a model of this configuration one that is handled? `place` is named in errors.
+    """Raise an error if models of this configuration are not supported; errors name `place`.
 
     Raises:
         ModelError: saying why it is not.
@@ -135,7 +135,7 @@ def check_config(place: object, config: dict) -> None:
 
 
 def check_code(place: object, config: dict) -> None:
-    """Refuse a model that asks for code of somebody's; `place` is named in errors.
+    """Raise an error if a model asks for code of its own; errors name `place`.
 
     Raises:
         ModelError: naming it.
@@ -148,7 +148,7 @@ def check_code(place: object, config: dict) -> None:
 
 
 def _check_kernels(place: object, config: dict) -> None:
-    """Refuse a configuration that names a kernel of somebody's; `place` is named in errors.
+    """Raise an error if a configuration names a kernel to download and run; errors name `place`.
 
     Raises:
         ModelError: naming it.
@@ -159,7 +159,7 @@ def _check_kernels(place: object, config: dict) -> None:
 
 
 def _entries(tree: dict) -> Iterator[tuple[str, Any]]:
-    """Every key with its value, in tables within tables too."""
+    """Yield every key with its value, also those in nested tables."""
     waiting: list[Any] = [tree]
     while waiting:
         here = waiting.pop()
@@ -171,14 +171,14 @@ def _entries(tree: dict) -> Iterator[tuple[str, Any]]:
 
 
 def _is_known_model(model_type: object) -> bool:
-    """Does transformers have this architecture itself?"""
+    """Return True if transformers itself has this architecture."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     return isinstance(model_type, str) and model_type in CONFIG_MAPPING_NAMES
 
 
 def _is_known_tokenizer(tokenizer_class: object) -> bool:
-    """Does transformers have this tokenizer itself?"""
+    """Return True if transformers itself has this tokenizer."""
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
     return isinstance(tokenizer_class, str) and tokenizer_class_from_name(tokenizer_class) is not None

@@ -1,43 +1,31 @@
-"""Where a model comes from: the Hub, a folder, or a GGUF inside an installed package.
+"""Sources of models: the Hub, a folder, or a GGUF file inside an installed package.
 
-`fetch` brings any of them to a folder that holds an ordinary checkpoint; the rest of
-the house knows only such folders.
+`fetch` brings any of them into a folder that holds an ordinary checkpoint.
 """
 
 from __future__ import annotations
 
-import json
-import re
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.config.catalog import GROUP_SIZES
 from pipeline.config.schema import PACKAGE_SOURCE, REPO_ID, Model
 from pipeline.errors import ModelError
 from pipeline.hub.download import download
-from pipeline.models.layer_layouts import Layout, layout
+from pipeline.models.checkpoint_files import (
+    ADAPTER_FILES,
+    MODEL_FILES,
+    belongs_to_checkpoint,
+    model_digest,
+    read_config,
+)
 from pipeline.models.packaged_gguf import find_packaged, unpack_gguf
 from pipeline.models.provenance import Origin, read_origin
-from pipeline.models.safe_loading import check_beside, check_config, open_config, read_settings
-from pipeline.system.files import fingerprint, sha256
-
-# Everything at a repository's root that belongs to a checkpoint, and no pickle among it.
-CHECKPOINT_FILES = re.compile(r"^([\w.-]+\.(safetensors|json|jinja|model|txt|tiktoken)|README\.md)\Z")
-TERMS_FILES = re.compile(r"^(LICEN[CS]E|USE_POLICY|NOTICE)[\w.-]*\Z", re.IGNORECASE)  # they go where the model goes
-TOKENIZER_FILES = re.compile(
-    r"^(tokenizer[\w.-]*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|"
-    r"chat_template\.jinja|[\w.-]+\.tiktoken)$"
-)
-MODEL_FILES = re.compile(  # those that another model would have otherwise
-    rf"^([\w.-]+\.safetensors(\.index\.json)?|config\.json|generation_config\.json|[\w.-]+\.model)$|{TOKENIZER_FILES.pattern}"
-)
-PLAIN_TABLE = "Embedding"  # the kind of an embedding that looks rows up and does no more
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+from pipeline.models.safe_loading import check_beside, check_config
+from pipeline.system.files import sha256
 
 
 def check_source(model: Model) -> None:
-    """Cheap checks before any work: is there something of that name? No network, no heavy import.
+    """Raise an error if there is no model of that name; uses no network and no heavy imports.
 
     Raises:
         ModelError: naming the source and the way out.
@@ -78,7 +66,7 @@ def fetch(model: Model, folder: Path, on_progress: Callable[[int, int], None] | 
 
 
 def check_adapter(source: str) -> None:
-    """Is there an adapter of that name? No network.
+    """Raise an error if there is no adapter of that name, without the network.
 
     Raises:
         ModelError: naming the source and the way out.
@@ -95,7 +83,7 @@ def check_adapter(source: str) -> None:
 def fetch_adapter(
     source: str, revision: str | None = None, on_progress: Callable[[int, int], None] | None = None
 ) -> tuple[Path, Origin]:
-    """The folder of a LoRA adapter that was trained elsewhere, and where it came from.
+    """Return the folder of a LoRA adapter that was trained elsewhere, and its origin.
 
     A repository may have the adapter at its root or, as ours do, under `adapter/`.
     """
@@ -115,179 +103,12 @@ def fetch_adapter(
     return folder, Origin(source, source, found.revision, hub_id=source)
 
 
-def linear_weights(folder: Path) -> dict[str, tuple[int, int]]:
-    """Return names and shapes (N, K) of the weights that may be quantized: linear layers without the output head.
-
-    `models.layer_layouts` tells them for well-known architectures; other models are built with transformers, on the
-    meta device, which takes seconds to import and no memory for weights.
-
-    Raises:
-        ModelError: if transformers cannot build the model.
-    """
-    if known := _layout(folder):
-        return known.linear
-    import torch
-
-    model = _skeleton(folder)
-    head = model.get_output_embeddings()
-    return {
-        f"{name}.weight": tuple(module.weight.shape)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
-    }
-
-
-def table_weights(folder: Path) -> dict[str, tuple[int, int]]:
-    """Return names and shapes (V, H) of the embedding and of an output head that is a weight of its own.
-
-    Raises:
-        ModelError: if transformers cannot build the model.
-    """
-    if known := _layout(folder):
-        return known.tables
-    model = _skeleton(folder)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tables = (embedding,) if model.config.get_text_config().tie_word_embeddings else (embedding, head)
-    return {f"{n}.weight": tuple(m.weight.shape) for n, m in model.named_modules() if any(m is t for t in tables)}
-
-
-def embedding_kind(model: Path | Mapping) -> str:
-    """Return `PLAIN_TABLE` if the embedding only looks rows up, otherwise the name of its class.
-
-    Args:
-        model: a checkpoint's folder, or what its `config.json` says.
-
-    Raises:
-        ModelError: if transformers cannot build the model.
-    """
-    if (known := _layout(model)) and known.plain_embedding:
-        return PLAIN_TABLE
-    return type(_skeleton(model).get_input_embeddings()).__name__
-
-
-def refuse_other_matrices(model: Path | Mapping) -> None:
-    """Raise where a model computes with large matrices that are no linear layers, such as stacked experts.
-
-    Neither transformers nor this project quantizes those, and a variant that keeps most of the
-    model in bf16 is none.
-
-    Args:
-        model: a checkpoint's folder, or what its `config.json` says.
-
-    Raises:
-        ModelError: naming the first of them.
-    """
-    if _layout(model):
-        return
-    import torch
-
-    known = (torch.nn.Linear, torch.nn.Embedding, torch.nn.modules.conv._ConvNd)
-    for name, module in _skeleton(model).named_modules():
-        for part, parameter in module.named_parameters(recurse=False):
-            is_matrix = parameter.ndim >= 2 and min(parameter.shape[-2:]) >= min(GROUP_SIZES)
-            if is_matrix and not isinstance(module, known):
-                raise ModelError(
-                    f"{_named(model)}: {name}.{part} {tuple(parameter.shape)} belongs to a {type(module).__name__}, "
-                    "not to a linear layer; such models are not quantized"
-                )
-
-
-def _layout(model: Path | Mapping) -> Layout | None:
-    """Return the layout of a well-known architecture, or None if transformers has to build the model."""
-    try:
-        return layout(read_config(model) if isinstance(model, Path) else model)
-    except ModelError:  # transformers says what is wrong with the file
-        return None
-
-
-def _skeleton(model: Path | Mapping):
-    """The model without its weights."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = open_config(model) if isinstance(model, Path) else AutoConfig.for_model(**model)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except ModelError:
-        raise
-    except Exception as error:  # a configuration from anywhere makes it raise anything
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise ModelError(f"{_named(model)}: transformers cannot build this model: {reason}") from None
-
-
-def _named(model: Path | Mapping) -> object:
-    return model if isinstance(model, Path) else model.get("model_type")
-
-
-def stored_bytes(folder: Path) -> int:
-    """Size of a checkpoint's weights on disk, in bytes; of a GGUF's file where it is one."""
-    files = list(folder.glob("*.safetensors")) or folder.glob("*.gguf")
-    return sum(path.stat().st_size for path in files)
-
-
-def model_digest(files: Mapping[str, str]) -> str:
-    """A digest of the model at the root of a folder or repository, from the hashes of all files there by path."""
-    return fingerprint({path: digest for path, digest in files.items() if MODEL_FILES.match(path)})
-
-
 def digest_here(source: str) -> str:
-    """A digest of a model that lies on this machine, in a folder or in an installed package; it is read whole."""
+    """Return a digest of a model on this machine, in a folder or in an installed package, reading all of it."""
     if package := PACKAGE_SOURCE.match(source):
         return sha256(find_packaged(*package.groups()))
     paths = [path for path in Path(source).expanduser().iterdir() if path.is_file()]
     return model_digest({path.name: sha256(path) for path in paths if MODEL_FILES.match(path.name)})
-
-
-def companions(source: Path) -> list[Path]:
-    """The tokenizer, its chat template, the generation settings and the terms of use beside a checkpoint."""
-    return [
-        path
-        for path in sorted(source.iterdir())
-        if TOKENIZER_FILES.match(path.name) or TERMS_FILES.match(path.name) or path.name == "generation_config.json"
-        if path.is_file()
-    ]
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy what belongs to a checkpoint beside its weights and configuration."""
-    for path in companions(source):
-        _copy(path, target / path.name)
-    settings = target / "tokenizer_config.json"
-    if settings.is_file() and "auto_map" in (told := read_settings(settings)):  # code that is not published
-        told.pop("auto_map")
-        settings.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def copy_terms(source: Path, target: Path) -> None:
-    """Copy the terms of use that lie beside a checkpoint, which go where its weights go."""
-    for path in companions(source):
-        if TERMS_FILES.match(path.name):
-            _copy(path, target / path.name)
-
-
-def _copy(path: Path, target: Path) -> None:
-    """Copy a file that will be published: of this folder, or of the Hub's cache, in which all are links.
-
-    Raises:
-        ModelError: for a link to anywhere else, by which any file of this machine could be published.
-    """
-    real, folder = path.resolve(), path.parent.resolve()
-    if folder not in real.parents and real.parent != folder.parents[1] / "blobs":
-        raise ModelError(f"{path}: a link to {real}, outside its folder, and would be published; copy it there")
-    shutil.copyfile(real, target)
-
-
-def read_config(folder: Path) -> dict:
-    """`config.json` of a checkpoint, as plain data."""
-    if not (folder / "config.json").exists():
-        raise ModelError(f"{folder}: no config.json, so this is not a model's folder")
-    return read_settings(folder / "config.json")
-
-
-def belongs_to_checkpoint(name: str) -> bool:
-    """Is a file at a repository's root fetched with a model? An adapter that lies there too is another's."""
-    return name not in ADAPTER_FILES and bool(CHECKPOINT_FILES.match(name) or TERMS_FILES.match(name))
 
 
 def is_local(source: str, key: str = "model.source") -> bool:

@@ -11,16 +11,10 @@ from pathlib import Path
 from pipeline.config.schema import PACKAGE_SOURCE, Lora, Model
 from pipeline.errors import CheckpointError, ModelError
 from pipeline.hub.download import in_one_line
+from pipeline.models.checkpoint_files import ADAPTER_FILES, belongs_to_checkpoint, companions, read_config
 from pipeline.models.packaged_gguf import find_packaged
 from pipeline.models.safe_loading import check_config, parse_settings
-from pipeline.models.sources import (
-    ADAPTER_FILES,
-    belongs_to_checkpoint,
-    check_source,
-    companions,
-    is_local,
-    read_config,
-)
+from pipeline.models.sources import check_source, is_local
 from pipeline.planning.headers import Tensor, gguf_header, safetensors_header
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.hub.retry import retry_or_explain
 from pipeline.hub.tree import LINEAGE, Tree, read_tree
-from pipeline.models.sources import model_digest
+from pipeline.models.checkpoint_files import model_digest
 
 
 @dataclass(frozen=True)

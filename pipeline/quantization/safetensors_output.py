@@ -13,7 +13,7 @@ import torch
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import QuantizationError
 from pipeline.models.checkpoint import CheckpointWriter
-from pipeline.models.sources import copy_companions, read_config
+from pipeline.models.checkpoint_files import copy_companions, read_config
 from pipeline.quantization.formats import format_of
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.layers import Source, Tell, VariantFiles, layer_grids, named

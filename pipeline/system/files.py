@@ -1,4 +1,4 @@
-"""Files and folders of ours: hashed, and written so that they are there whole, or as before, also after a power cut."""
+"""Files and folders of a run: hashes, and writing that a power cut leaves complete or undone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NO_ROOM = re.compile(
 
 @dataclass(frozen=True)
 class Digest:
-    """A file's content by hash. `size` in bytes and `mtime_ns` only save hashing a file that did not change."""
+    """The hash of a file's content. `size` (bytes) and `mtime_ns` save hashing a file that did not change."""
 
     sha256: str
     size: int
@@ -31,7 +31,7 @@ class Digest:
 
 
 def no_room(error: BaseException | None, folder: str | Path = ".") -> DiskFull | None:
-    """What to tell people where an error came of a disk that is full; None where it did not.
+    """Return the error to show if `error` was caused by a full disk, else None.
 
     Args:
         folder: where it was being written, if the error does not say.
@@ -48,24 +48,24 @@ def no_room(error: BaseException | None, folder: str | Path = ".") -> DiskFull |
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
+    """Return the hex digest of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def states(paths: Iterable[Path]) -> dict[str, list[int]]:
-    """Size and time of the last change of files, by name: tells without reading them that they are as they were."""
+    """Return size (bytes) and modification time (ns) by file name, to detect changes without reading the files."""
     return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
 
 
 def fingerprint(content: object) -> str:
-    """A short digest of plain data, the same for the same data."""
+    """Return a short digest of plain data, the same for the same data."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def read_json(path: Path, default: dict) -> dict:
-    """Plain data from a file of ours; `default` where there is none."""
+    """Return the plain data in a JSON file, or `default` if the file does not exist."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -75,16 +75,17 @@ def read_json(path: Path, default: dict) -> dict:
 
 
 def write_json(path: Path, content: object) -> None:
+    """Write plain data as JSON, atomically."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_bytes`, in UTF-8."""
+    """Write a text in UTF-8, atomically."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or as before, also after a power cut."""
+    """Write a file atomically: after a power cut it is complete, or as before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -102,7 +103,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def replace_folder(partial: Path, folder: Path) -> None:
-    """Put a finished folder in its place; the old one is removed only when the new one is complete."""
+    """Put a complete folder in its place; remove the old folder only after that."""
     sync_all(partial)
     folder.parent.mkdir(parents=True, exist_ok=True)
     old = folder.with_name(f"{folder.name}.old")
@@ -116,7 +117,7 @@ def replace_folder(partial: Path, folder: Path) -> None:
 
 
 def place_files(partial: Path, folder: Path) -> None:
-    """Move what a finished folder holds into one that holds other things too; `config.json` comes last."""
+    """Move the content of a complete folder into a folder that holds other things too; `config.json` comes last."""
     folder.mkdir(parents=True, exist_ok=True)
     sync(folder.parent)
     for path in sorted(partial.iterdir(), key=lambda p: p.name == "config.json"):
@@ -130,21 +131,21 @@ def place_files(partial: Path, folder: Path) -> None:
 
 
 def empty_folder(folder: Path) -> Path:
-    """`folder`, there and empty."""
+    """Make `folder`, or empty it, and return it."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
 
 
 def sync_all(folder: Path) -> None:
-    """Have a folder and all that is in it on the disk."""
+    """Flush a folder and everything in it to the disk."""
     for path in (*folder.rglob("*"), folder):
         if path.is_file() or path.is_dir():
             sync(path)
 
 
 def sync(path: Path) -> None:
-    """Have what a file or a folder holds on the disk."""
+    """Flush a file or a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

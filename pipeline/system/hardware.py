@@ -1,4 +1,4 @@
-"""What this machine has, and what a process used of it."""
+"""The hardware of this machine, and the memory that a process used."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WEIGHTS_SHARE = 0.75
 
 
 def describe() -> dict[str, str | int | None]:
-    """The machine in the words that a card uses beside its figures; imports torch."""
+    """Return the machine as the card names it beside its figures; imports torch."""
     import torch
 
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
@@ -100,17 +100,17 @@ def _compute_dtype_of_cpu() -> torch.dtype:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory_bytes() -> int:
-    """Main memory in all, in bytes."""
+    """Return the size of the main memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that a process may still take on `device`, in bytes; None where the system does not tell."""
+    """Return the memory that a process may still take on `device`, in bytes, or None if the system does not tell."""
     if device.type == "cuda":
         import torch
 
@@ -119,7 +119,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def free_host_bytes() -> int | None:
-    """Main memory that a process may still take, in bytes; None where the system does not tell."""
+    """Return the main memory that a process may still take, in bytes, or None if the system does not tell."""
     known = [free for free in (_free_in_system(), *_free_in_groups()) if free is not None]
     return min(known, default=None)
 
@@ -129,7 +129,7 @@ def _free_in_system() -> int | None:
 
 
 def _bytes_in(path: str, key: str) -> int | None:
-    """What a file of the system, in kB, says behind `key`; None where there is none."""
+    """Return the value behind `key` in a file of the system that counts in kB, in bytes; None without that key."""
     with contextlib.suppress(OSError):
         for line in Path(path).read_text().splitlines():
             if line.startswith(key):
@@ -138,9 +138,9 @@ def _bytes_in(path: str, key: str) -> int | None:
 
 
 def _free_in_groups(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
-    """What is left of every limit that a container or a job sets: of this process's control group, and those above.
+    """Yield what each memory limit of this process's control group, and of those above it, leaves free, in bytes.
 
-    A group's page cache counts as used and is given back when needed, so the part of it that lies idle is free.
+    The page cache counts as used but is given back when needed, so its inactive part is free.
     """
     try:
         lines = groups.read_text().splitlines()
@@ -165,13 +165,13 @@ def _free_in_groups(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/p
 
 
 def reset_peak_memory() -> None:
-    """Begin `peak_memory_bytes` anew; on systems that cannot, it goes on from the process's start."""
+    """Reset `peak_memory_bytes`. Systems that cannot do this keep counting from the start of the process."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_bytes() -> int:
-    """The most memory that this process held since the last reset: resident, in bytes."""
+    """Return the peak resident memory of this process since the last reset, in bytes."""
     known = _bytes_in("/proc/self/status", "VmHWM:")
     if known is not None:
         return known
@@ -180,7 +180,7 @@ def peak_memory_bytes() -> int:
 
 
 def cpu_name() -> str:
-    """The processor, as its maker calls it."""
+    """Return the name of the processor."""
     name = _line_in("/proc/cpuinfo", "model name").split(":", 1)[-1].strip()
     return name or platform.processor() or platform.machine()
 

@@ -1,4 +1,4 @@
-"""The heavy libraries: their versions without importing them, and their chatter turned down."""
+"""The heavy libraries: their versions, without importing them, and their log output."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXTRAS = {"gguf": ("gguf",), "llama-cpp": ("llama_cpp",), "test": ("pytest", "hy
 
 
 def versions(*names: str) -> dict[str, str]:
-    """Installed versions by distribution name; what is not installed is left out."""
+    """Return installed versions by distribution name, without those that are not installed."""
     found = {}
     for name in names or STACK:
         try:
@@ -27,15 +27,15 @@ def versions(*names: str) -> dict[str, str]:
 
 
 def is_installed(package: str) -> bool:
-    """Can a package be imported? It is not."""
+    """Return True if a package can be imported, without importing it."""
     return importlib.util.find_spec(package) is not None
 
 
 def quiet() -> None:
-    """Keep import warnings and progress bars of the libraries off the terminal; errors still show.
+    """Silence import warnings and progress bars of the libraries; errors still show.
 
-    torchao warns about CUDA extensions on every machine without CUDA, and torch about
-    torchao's enums; neither is a thing that a user could act on. Call before importing them.
+    torchao warns about CUDA extensions on every machine without CUDA, and torch about torchao's enums. Users cannot act
+    on either. Call this before importing them.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -48,7 +48,7 @@ def quiet() -> None:
 
 
 def quiet_progress_bars() -> None:
-    """The same for bars that transformers and datasets draw by themselves; imports transformers."""
+    """Silence the progress bars that transformers draws by itself; imports transformers."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

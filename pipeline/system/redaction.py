@@ -1,4 +1,4 @@
-"""What is nobody's business: where things lie on this machine, and tokens."""
+"""Redaction of what is private: paths of this machine, and tokens."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pipeline.errors import redact
 
 
 def file_name(path: str) -> str:
-    """The last part of a path that can be read."""
+    """Return the last readable part of a path."""
     return next((part for part in reversed(Path(path).parts) if any(c.isprintable() and c != " " for c in part)), path)
 
 
 def without_private(content: Any, run: Path) -> Any:
-    """Plain data without tokens, in which reasons for a failure name the run's folder by its name, and the home as `~`.
+    """Return plain data without tokens; reasons of failures name the run's folder alone, and the home as `~`.
 
-    Answers of a model are among it, which may have learned a token from its data.
+    The data may hold answers of a model, which can have learned a token from its data.
     """
     if isinstance(content, str):
         return redact(content)
@@ -35,5 +35,5 @@ def _shorten(text: str, run: Path) -> str:
     names = {str(run.resolve()): run.resolve().name, str(run.absolute()): run.absolute().name, str(Path.home()): "~"}
     for folder, name in names.items():
         if len(folder) > 1:
-            text = re.sub(rf"(?<![\w.-]){re.escape(folder)}(?![\w.-])", lambda _, name=name: name, text)
+            text = re.sub(rf"(?<![\w.-]){re.escape(folder)}(?![\w.-])", name.replace("\\", r"\\"), text)
     return text

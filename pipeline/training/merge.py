@@ -31,8 +31,8 @@ from pipeline.models.checkpoint.row_blocks import (
     row_blocks,
     tiles,
 )
+from pipeline.models.checkpoint_files import ADAPTER_FILES, copy_companions, read_config
 from pipeline.models.lora_adapter import Adapter
-from pipeline.models.sources import ADAPTER_FILES, copy_companions, read_config
 from pipeline.quantization.writer import VariantFiles, Variants
 from pipeline.training.nf4_base import HeldInNf4, rows_together
 

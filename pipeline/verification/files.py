@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from pipeline.config.catalog import is_one_file
 from pipeline.hub.tree import LINEAGE
-from pipeline.models.sources import TOKENIZER_FILES
+from pipeline.models.checkpoint_files import TOKENIZER_FILES
 from pipeline.verification.claims import ADAPTER, Claims, File
 from pipeline.verification.findings import Finding, Verdict, right, unknown, wrong
 from pipeline.verification.places import Place

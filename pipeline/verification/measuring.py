@@ -24,8 +24,8 @@ from pipeline.data import load_examples, write_examples
 from pipeline.data.sources import is_builtin, names_a_file
 from pipeline.errors import UserError
 from pipeline.inference.loaders import DEQUANTIZED, default_loader
+from pipeline.models.checkpoint_files import read_config
 from pipeline.models.safe_loading import check_config
-from pipeline.models.sources import read_config
 from pipeline.system.files import read_json, write_json
 from pipeline.system.libraries import versions
 from pipeline.system.process_environment import user_environment, with_own_package

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from pipeline.config.catalog import LLAMA_CPP
 from pipeline.config.schema import Config
 from pipeline.errors import CheckpointError, DataError, MissingExtra, UserError
+from pipeline.models.checkpoint_files import read_config
 from pipeline.models.safe_loading import open_model, open_tokenizer
-from pipeline.models.sources import read_config
 from pipeline.system.files import read_json, write_json
 from pipeline.system.libraries import quiet, quiet_progress_bars
 from pipeline.workflow.stages.inputs import run_texts

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from pipeline.config.loader import load_config, shipped_configs
 from pipeline.config.schema import Config
-from pipeline.models.sources import linear_weights
+from pipeline.models.matrices import linear_weights
 from pipeline.quantization.formats import storage
 from tests.support.recipes import MODELS, RECIPES
 

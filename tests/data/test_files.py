@@ -145,10 +145,10 @@ BAD = {
     "an array that is not UTF-8": ("a.json", b'[{"text": "caf\xe9"}]', ": not UTF-8 behind line 1"),
     "JSON that is a number": ("a.json", "42", ", line 1: the number 42"),
     "a ragged CSV": (
-        "a.csv", 'prompt,completion\n"p\n1",c1\np2,c2,x\n', ", row 2 (line 4): 3 cell(s) where the header has 2",
+        "a.csv", 'prompt,completion\n"p\n1",c1\np2,c2,x\n', ", row 2 (line 4): 3 cell(s) for 2 columns",
     ),
     "a short row of CSV": (
-        "a.csv", "prompt,completion\np1,c1\n\np2\n", ", row 2 (line 4): 1 cell(s) where the header has 2",
+        "a.csv", "prompt,completion\np1,c1\n\np2\n", ", row 2 (line 4): 1 cell(s) for 2 columns",
     ),
     "an empty cell": ("a.csv", "prompt,completion\np1,c1\np2,\n", ", row 2 (line 3): `completion` is empty"),
     "quotes that never close": (

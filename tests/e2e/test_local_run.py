@@ -48,7 +48,7 @@ def test_better_of_both_merges_is_kept(each_run):
 
 def test_group_size_falls_back_so_that_every_layer_is_quantized(unpublished):
     from pipeline.models.checkpoint import Checkpoint
-    from pipeline.models.sources import linear_weights
+    from pipeline.models.matrices import linear_weights
 
     linear = linear_weights(unpublished.release)
     for variant in ("int8", "int4"):

@@ -10,7 +10,7 @@ import yaml
 
 from pipeline.config.loader import load_config, parse_config
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.sources import linear_weights
+from pipeline.models.matrices import linear_weights
 from tests.support.hub import LoopbackHub
 from tests.support.recipes import RECIPES
 from tests.support.runs import TOKEN, run_recipe

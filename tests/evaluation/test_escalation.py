@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.config.schema import VariantSpec
 from pipeline.evaluation.escalation import Rung, best, distance, ladder, with_layers
-from pipeline.models.sources import linear_weights, table_weights
+from pipeline.models.matrices import linear_weights, table_weights
 
 
 def rungs(folder, name: str, **options) -> list[Rung]:

@@ -416,7 +416,7 @@ HURT = {
 def test_damaged_checkpoint_makes_no_variant(model_copy, tmp_path, verb, hurt):
     from pipeline.config.schema import VariantSpec
     from pipeline.errors import UserError
-    from pipeline.models.sources import linear_weights
+    from pipeline.models.matrices import linear_weights
     from pipeline.quantization.writer import quantize_checkpoint
     from pipeline.training.merge import merge_checkpoint
 
@@ -433,7 +433,7 @@ def test_damaged_checkpoint_makes_no_variant(model_copy, tmp_path, verb, hurt):
 
 def test_a_checkpoint_that_is_cut_while_it_is_read_leaves_no_weights(model_copy, tmp_path, monkeypatch):
     from pipeline.config.schema import VariantSpec
-    from pipeline.models.sources import linear_weights
+    from pipeline.models.matrices import linear_weights
     from pipeline.quantization.writer import quantize_checkpoint
 
     def cut(done, total):

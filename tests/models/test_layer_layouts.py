@@ -12,10 +12,12 @@ import torch
 
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import ModelError, QuantizationError
-from pipeline.models import layer_layouts, sources
+from pipeline.models import architectures, matrices
+from pipeline.models.architectures import ARCHITECTURES
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.layer_layouts import ARCHITECTURES, layout
-from pipeline.models.sources import PLAIN_TABLE, embedding_kind, linear_weights, refuse_other_matrices, table_weights
+from pipeline.models.checkpoint_files import read_config
+from pipeline.models.layer_layouts import layout
+from pipeline.models.matrices import PLAIN_TABLE, embedding_kind, linear_weights, refuse_other_matrices, table_weights
 from pipeline.quantization.writer import quantize_checkpoint
 from tests.support.models import ARCHITECTURES as WRITTEN
 
@@ -127,9 +129,7 @@ def test_no_setting_with_any_value_makes_a_layout_that_transformers_does_not_hav
 
 
 def settings_of(kind: str) -> set[str]:
-    return {*layer_layouts._SIZES, *layer_layouts._COMMON, *layer_layouts._ARCHITECTURES[kind].settings, "head_dim"} - {
-        "model_type"
-    }
+    return {*architectures.SIZES, *architectures.COMMON, *ARCHITECTURES[kind].settings, "head_dim"} - {"model_type"}
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_a_configuration_with_anything_unknown_is_left_to_transformers(changes):
 
 
 def test_names_and_shapes_of_written_checkpoints_are_those_of_their_layouts(any_model):
-    checkpoint, known = Checkpoint(any_model), layout(sources.read_config(any_model))
+    checkpoint, known = Checkpoint(any_model), layout(read_config(any_model))
     assert known is not None
     for name, shape in {**known.linear, **known.tables}.items():
         assert checkpoint[name].shape == shape
@@ -172,7 +172,7 @@ def test_all_questions_have_the_same_answers_with_and_without_a_layout(tiny_mode
         return list(linear_weights(folder).items()), list(table_weights(folder).items()), embedding_kind(folder)
 
     quick = answers()
-    monkeypatch.setattr(sources, "layout", lambda config: None)
+    monkeypatch.setattr(matrices, "layout", lambda config: None)
     assert quick == answers()
 
 
@@ -196,7 +196,7 @@ def test_a_damaged_configuration_is_refused_in_one_line_by_transformers(model_co
 def test_a_configuration_that_contradicts_the_checkpoint_is_noticed(model_copy, tmp_path, changes, said):
     path = model_copy / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    assert layout(sources.read_config(model_copy)) is not None
+    assert layout(read_config(model_copy)) is not None
     spec = VariantSpec(name="int8").resolved()
     with pytest.raises(QuantizationError, match=said):
         quantize_checkpoint(model_copy, [spec], {"int8": tmp_path / "out"}, linear_weights(model_copy))
@@ -206,7 +206,7 @@ MAKE = """
 import sys
 from pathlib import Path
 from pipeline.config.schema import VariantSpec
-from pipeline.models.sources import linear_weights, refuse_other_matrices, table_weights
+from pipeline.models.matrices import linear_weights, refuse_other_matrices, table_weights
 from pipeline.quantization.writer import quantize_checkpoint
 
 output, *sources = map(Path, sys.argv[1:])

@@ -9,9 +9,11 @@ import torch
 
 from pipeline.config.schema import Model
 from pipeline.errors import ModelError
+from pipeline.models.checkpoint_files import copy_companions, read_config
+from pipeline.models.matrices import linear_weights
 from pipeline.models.packaged_gguf import unpack_gguf
 from pipeline.models.provenance import Origin
-from pipeline.models.sources import check_source, copy_companions, fetch, linear_weights, read_config
+from pipeline.models.sources import check_source, fetch
 from tests.support.models import ARCHITECTURES
 
 

@@ -43,7 +43,7 @@ def qwen() -> Sizes:
 
 def test_a_folder_is_read_by_its_headers(any_model):
     sizes, checkpoint = read_sizes(Model(source=str(any_model))), Checkpoint(any_model)
-    from pipeline.models.sources import linear_weights, table_weights
+    from pipeline.models.matrices import linear_weights, table_weights
 
     assert {name: t.shape for name, t in sizes.tensors.items()} == {name: t.shape for name, t in checkpoint.items()}
     assert sizes.linear == linear_weights(any_model)
@@ -70,7 +70,7 @@ def test_variants_are_as_large_as_planned(tiny_model, quantized, architecture, s
 def test_gguf_is_as_large_as_planned(tiny_model, tmp_path, variant):
     from gguf import GGUFReader
 
-    from pipeline.models.sources import linear_weights, table_weights
+    from pipeline.models.matrices import linear_weights, table_weights
     from pipeline.quantization.writer import Variants
 
     folder = tiny_model("qwen3")
@@ -86,7 +86,7 @@ def test_gguf_is_as_large_as_planned(tiny_model, tmp_path, variant):
 @pytest.mark.parametrize("variant", ["gguf-q4_k_m", "gguf-q6_k"])
 def test_k_quants_are_about_as_large_as_planned(tiny_model, tmp_path, variant):
     pytest.importorskip("llama_cpp")
-    from pipeline.models.sources import linear_weights
+    from pipeline.models.matrices import linear_weights
     from pipeline.quantization.writer import Variants
 
     folder = tiny_model("llama", hidden_size=256, intermediate_size=768)

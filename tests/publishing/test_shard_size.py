@@ -10,7 +10,7 @@ import torch
 
 from pipeline.config.schema import VariantSpec
 from pipeline.models.checkpoint import Checkpoint, CheckpointWriter, read_header
-from pipeline.models.sources import linear_weights
+from pipeline.models.matrices import linear_weights
 from pipeline.quantization.writer import quantize_checkpoint
 from pipeline.training import merge
 

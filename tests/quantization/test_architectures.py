@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import ModelError, QuantizationError
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.sources import linear_weights, refuse_other_matrices
+from pipeline.models.matrices import linear_weights, refuse_other_matrices
 from pipeline.quantization.writer import quantize_checkpoint
 
 COMMON = {

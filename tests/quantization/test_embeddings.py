@@ -15,7 +15,7 @@ from pipeline.inference.kernels.plain import PlainLinear
 from pipeline.inference.kernels.table import Int8Embedding
 from pipeline.inference.load import _load_stock, load
 from pipeline.models.checkpoint import SINGLE_NAME, Checkpoint
-from pipeline.models.sources import linear_weights, table_weights
+from pipeline.models.matrices import linear_weights, table_weights
 from pipeline.quantization.formats.torchao import INT8
 from pipeline.quantization.roundings import rounding
 from pipeline.quantization.writer import quantize_checkpoint, unfit

@@ -8,7 +8,7 @@ from pipeline.config.schema import VariantSpec
 from pipeline.errors import QuantizationError
 from pipeline.inference.load import load
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.sources import linear_weights
+from pipeline.models.matrices import linear_weights
 from pipeline.quantization.formats.torchao import INT8
 from pipeline.quantization.roundings import rounding
 from pipeline.quantization.writer import quantize_checkpoint

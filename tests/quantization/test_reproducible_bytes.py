@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from pipeline.config.schema import VariantSpec
-from pipeline.models.sources import linear_weights, table_weights
+from pipeline.models.matrices import linear_weights, table_weights
 from pipeline.quantization.writer import quantize_checkpoint
 from pipeline.system.files import sha256
 from pipeline.system.process_environment import with_own_package

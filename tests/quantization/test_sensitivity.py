@@ -11,7 +11,7 @@ from pipeline.errors import ConfigError, ModelError, QuantizationError
 from pipeline.evaluation import metrics, sensitivity, texts
 from pipeline.inference import output_head
 from pipeline.inference.load import load
-from pipeline.models.sources import linear_weights
+from pipeline.models.matrices import linear_weights
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.roundings import rounding
 

@@ -14,7 +14,7 @@ from pipeline.inference import kernels
 from pipeline.inference.kernels import cuda
 from pipeline.inference.load import load
 from pipeline.models.checkpoint import SINGLE_NAME, Checkpoint, row_blocks
-from pipeline.models.sources import linear_weights, table_weights
+from pipeline.models.matrices import linear_weights, table_weights
 from pipeline.quantization.formats import storage, tile_packed
 from pipeline.quantization.grid import GroupQuantized
 from pipeline.quantization.roundings import rounding

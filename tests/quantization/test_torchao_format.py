@@ -14,7 +14,7 @@ from pipeline.config.schema import VariantSpec
 from pipeline.errors import QuantizationError
 from pipeline.inference.kernels.rounded import int8_products_are_exact
 from pipeline.models.checkpoint import SINGLE_NAME, Checkpoint, row_blocks
-from pipeline.models.sources import linear_weights
+from pipeline.models.matrices import linear_weights
 from pipeline.quantization.formats import format_of, storage
 from pipeline.quantization.formats.torchao import unpack
 from pipeline.quantization.grid import Grid

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.config.schema import Config, VariantSpec
 from pipeline.errors import CheckpointError, QuantizationError
 from pipeline.models.checkpoint import SINGLE_NAME
-from pipeline.models.sources import linear_weights, table_weights
+from pipeline.models.matrices import linear_weights, table_weights
 from pipeline.quantization.formats.gguf import k_quants as kquants
 from pipeline.quantization.writer import Variants, quantize_checkpoint
 from pipeline.tracking.events import Events, read_events

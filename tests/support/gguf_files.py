@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import VariantSpec
-from pipeline.models.sources import linear_weights, table_weights
+from pipeline.models.matrices import linear_weights, table_weights
 from pipeline.quantization.formats import gguf
 from pipeline.quantization.roundings import rounding
 

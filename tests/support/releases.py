@@ -116,7 +116,7 @@ def _do(workspace: Workspace, key: str, work: Callable) -> None:
 def _measured(folder: Path, config: Config) -> dict:
     from pipeline.evaluation import metrics, texts
     from pipeline.inference.load import load
-    from pipeline.models.sources import stored_bytes
+    from pipeline.models.checkpoint_files import stored_bytes
 
     model, tokenizer = load(folder, device="cpu")
     sequences = texts.general(config, tokenizer)

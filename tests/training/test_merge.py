@@ -13,7 +13,7 @@ from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError, ModelError
 from pipeline.models.checkpoint import SINGLE_NAME, Checkpoint, row_blocks
 from pipeline.models.lora_adapter import Adapter
-from pipeline.models.sources import linear_weights, table_weights
+from pipeline.models.matrices import linear_weights, table_weights
 from pipeline.quantization.writer import Variants, quantize_checkpoint
 from pipeline.training import merge
 from pipeline.training.merge import merge_checkpoint

@@ -173,7 +173,7 @@ def test_changed_tokenizer_with_rewritten_hash_is_found(release, tmp_path):
 def test_a_gguf_is_measured_in_llama_cpp_again(release, tmp_path):
     pytest.importorskip("llama_cpp")
     from pipeline.config.schema import VariantSpec
-    from pipeline.models.sources import linear_weights, table_weights
+    from pipeline.models.matrices import linear_weights, table_weights
     from pipeline.quantization.writer import quantize_checkpoint
 
     name, path, root = "gguf-q8_0", "gguf/demo-Q8_0.gguf", release.folder

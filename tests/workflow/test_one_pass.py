@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.config.builders import merge_config
 from pipeline.config.schema import VariantSpec
-from pipeline.models.sources import linear_weights
+from pipeline.models.matrices import linear_weights
 from pipeline.quantization.writer import quantize_checkpoint
 from pipeline.tracking.events import Events, read_events
 from pipeline.workflow.stages import merge, quantize

@@ -22,7 +22,7 @@ def check_quantizable(sizes: Sizes) -> None:
     """
     if not any(EXPERTS in name or _is_stack(tensor.shape) for name, tensor in sizes.tensors.items()):
         return
-    from pipeline.models.sources import refuse_other_matrices
+    from pipeline.models.matrices import refuse_other_matrices
 
     try:
         refuse_other_matrices(sizes.config)
@@ -51,7 +51,7 @@ def suited(draft: Draft, variants: list[dict]) -> list[dict]:
     """The same variants, with embeddings as they are where those cannot be quantized."""
     if not any(variant.get("embeddings") == EIGHT_BITS for variant in variants):
         return variants
-    from pipeline.models.sources import PLAIN_TABLE, embedding_kind
+    from pipeline.models.matrices import PLAIN_TABLE, embedding_kind
 
     if (kind := embedding_kind(draft.sizes.config)) == PLAIN_TABLE:
         return variants

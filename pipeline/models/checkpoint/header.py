@@ -1,4 +1,4 @@
-"""The header of a safetensors file: what is believed of it, and only after it was checked."""
+"""The header of a safetensors file, checked before anything in it is used."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,35 +38,36 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says about a tensor: `dtype`, `shape`, and where its bytes lie."""
+    """The description of a tensor in a header: `dtype`, `shape`, and the place of its bytes."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    path: Path | None = None
+    path: Path = Path()
     offset: int = 0  # bytes from the start of the file
 
     @property
     def nbytes(self) -> int:
+        """Return the size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row, which is one index of the first dimension."""
+        """Return the bytes of one row, which is one index of the first dimension."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """The tensors and the metadata of one safetensors file, checked against the file's size.
+    """Return tensors and metadata of a safetensors file, checked against the size of the file.
 
     Raises:
-        CheckpointError: where the header is not one, or offsets overlap, leave gaps, or
+        CheckpointError: if the header is not one, or offsets overlap, leave gaps, or
             disagree with a shape or with the file.
     """
     return check_header(path, *_first_bytes(path))
 
 
 def check_header(path: Path, head: bytes, size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """The same of a file that need not be here: of its first bytes, up to its tensors, and its size in all."""
+    """Return the same from the first bytes of a file up to its tensors, and its whole size in bytes."""
     header, start = _parse(path, head, size), 8 + header_length(path, head, size)
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -82,7 +84,7 @@ def check_header(path: Path, head: bytes, size: int) -> tuple[dict[str, TensorIn
 
 
 def header_length(path: Path, head: bytes, size: int) -> int:
-    """Bytes of the header's JSON, which follows the eight that say so."""
+    """Return the length of the header's JSON in bytes, which the first eight bytes state."""
     length = struct.unpack("<Q", head[:8])[0] if len(head) >= 8 else -1
     if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
         raise CheckpointError(f"{path}: not a safetensors file, or cut short")
@@ -90,7 +92,7 @@ def header_length(path: Path, head: bytes, size: int) -> int:
 
 
 def _first_bytes(path: Path) -> tuple[bytes, int]:
-    """A file up to its tensors, and its size."""
+    """Return the bytes of a file up to its tensors, and the size of the file."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -101,7 +103,7 @@ def _first_bytes(path: Path) -> tuple[bytes, int]:
 
 
 def _parse(path: Path, head: bytes, size: int) -> dict:
-    """The header's JSON."""
+    """Return the header's JSON."""
     try:
         header = json.loads(head[8 : 8 + header_length(path, head, size)], object_pairs_hook=once_each)
     except KeyError as error:
@@ -113,7 +115,7 @@ def _parse(path: Path, head: bytes, size: int) -> dict:
     return header
 
 
-def _entry(path: Path, name: str, entry: object, first: int) -> TensorInfo:
+def _entry(path: Path, name: str, entry: Any, first: int) -> TensorInfo:
     try:
         dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
         start, end = entry["data_offsets"]
@@ -130,7 +132,7 @@ def _entry(path: Path, name: str, entry: object, first: int) -> TensorInfo:
 
 
 def once_each(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """For `json.loads`: a table in which no name stands twice; KeyError with the first that does."""
+    """Return a JSON object for `json.loads`; raise KeyError with the first name that stands twice."""
     table = dict(pairs)
     if len(table) != len(pairs):
         names = [name for name, _ in pairs]

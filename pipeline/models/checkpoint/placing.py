@@ -1,4 +1,4 @@
-"""Bytes at their places in a file whose layout is known beforehand: how they get there, and whether all came."""
+"""Writing bytes at planned places of a file, and checking that all of them arrived."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def put(descriptor: int, data: bytes | memoryview, offset: int, path: Path) -> N
 
 
 def is_covered(spans: Iterable[tuple[int, int]], size: int) -> bool:
-    """Do spans (start, stop) reach from 0 to `size`? What came twice does not stand in for what never came."""
+    """Return True if spans (start, stop) cover 0 to `size`; bytes written twice do not replace missing ones."""
     position = 0
     for start, stop in sorted(spans):
         if start > position:

@@ -1,11 +1,11 @@
-"""The tensors of a checkpoint, brought into memory whole or in blocks of rows; no file is mapped."""
+"""Reading tensors of a checkpoint into memory, whole or in blocks of rows; no file is mapped."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     @classmethod
     def of_files(cls, paths: list[Path]) -> Checkpoint:
-        """The tensors of safetensors files by any name, such as an adapter's."""
+        """Return the tensors of safetensors files with any names, such as an adapter's."""
         checkpoint = cls.__new__(cls)
         checkpoint._open({path: set() for path in paths})
         return checkpoint
@@ -50,7 +50,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
     def __getitem__(self, name: str) -> TensorInfo:
         return self._tensors[name]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 
     def __len__(self) -> int:
@@ -58,19 +58,19 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors together."""
+        """Return the size of all tensors together in bytes."""
         return sum(info.nbytes for info in self.values())
 
     def abandon(self) -> None:
-        """Let go of threads that wait for bytes to come; here none do, for all files are there."""
+        """Release threads that wait for bytes; all files are here, so there are none."""
 
     def read(self, name: str) -> torch.Tensor:
-        """The whole tensor, in memory of its own."""
+        """Return a whole tensor in memory of its own."""
         info = self[name]
         return self._bytes(info, info.offset, info.nbytes).view(info.dtype).reshape(info.shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows `start` to `stop` of a tensor, shape (stop - start, ...)."""
+        """Return rows `start` to `stop` of a tensor, shape (stop - start, ...)."""
         info = self[name]
         if not 0 <= start <= stop <= info.shape[0]:
             raise ValueError(f"{name}: rows {start} to {stop} of {info.shape}")
@@ -79,7 +79,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     def _bytes(self, info: TensorInfo, offset: int, count: int) -> torch.Tensor:
         data = torch.empty(count, dtype=torch.uint8)
-        view, done = memoryview(data.numpy()), 0
+        view, done = data.numpy().data, 0
         try:
             file = os.open(info.path, os.O_RDONLY | os.O_CLOEXEC)
             try:
@@ -96,7 +96,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
 
 def shard_files(folder: Path, is_there: Callable[[Path], bool]) -> dict[Path, set[str]]:
-    """The files of a checkpoint, and the tensors that its index, which lies in `folder`, expects in each."""
+    """Return the files of a checkpoint, each with the tensors that the index in `folder` expects in it."""
     index, single = folder / INDEX_NAME, folder / SINGLE_NAME
     if is_there(single):  # before an index that lies there too, as transformers has it
         return {single: set()}
@@ -121,7 +121,7 @@ def shard_files(folder: Path, is_there: Callable[[Path], bool]) -> dict[Path, se
 
 
 def _counted(shards: Mapping[Path, set[str]]) -> set[Path]:
-    """Every file that the numbers in `model-00001-of-00005.safetensors` and its like say there is."""
+    """Return every file whose existence follows from numbers such as in `model-00001-of-00005.safetensors`."""
     found = set()
     for path in shards:
         if (match := _NUMBERED.fullmatch(path.name)) and len(match[3]) <= 5:

@@ -1,8 +1,8 @@
-"""Work on a checkpoint, cut into blocks of rows and spread over the cores.
+"""Work on a checkpoint in blocks of rows, spread over the cores.
 
-Each thread reads a block, computes and writes its result itself, so that one thread's
-arithmetic runs beside another's reading and writing: torch and the system calls let
-go of the interpreter. As many blocks are in memory as there are threads, and none waits.
+Each thread reads a block, computes, and writes its result. The arithmetic of one thread runs beside the reading and
+writing of another, because torch and the system calls release the interpreter. There are as many blocks in memory as
+threads, and none waits.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ Take = Callable[[str, torch.Tensor, int], None]  # a tensor's name, some of its 
 
 
 def in_disk_order(checkpoint: Checkpoint) -> list[str]:
-    """The names of its tensors, as they lie one after the other."""
+    """Return the names of the tensors in the order of their bytes on disk."""
     return sorted(checkpoint, key=lambda name: (checkpoint[name].path, checkpoint[name].offset))
 
 
 def blocks_of(checkpoint: Checkpoint, name: str, take: Take, together: int = 1) -> Iterator[Job]:
-    """A job for every block of a tensor, which reads it and hands it to `take`; a scalar is handed over whole."""
+    """Yield a job for every block of a tensor, which reads it and passes it to `take`; a scalar is one block."""
     info = checkpoint[name]
     for span in row_blocks(info.shape[0], info.row_bytes, together) if info.shape else [None]:
         yield partial(_hand_over, checkpoint, name, span, take)
@@ -46,12 +46,12 @@ def _hand_over(checkpoint: Checkpoint, name: str, span: tuple[int, int] | None, 
 
 
 def row_blocks(rows: int, row_bytes: int, together: int = 1) -> Iterator[tuple[int, int]]:
-    """First row and row after the last of each block of a stored tensor; `together` rows at least, however wide."""
+    """Yield first row and stop row of each block of a stored tensor, at least `together` rows each."""
     return _spans(rows, BLOCK_BYTES // max(row_bytes, 1), together)
 
 
 def tiles(rows: int, width: int, together: int = 1) -> Iterator[tuple[int, int]]:
-    """The same of a matrix of `rows` by `width` in memory."""
+    """Yield first row and stop row of each tile of a matrix of `rows` by `width` in memory."""
     return _spans(rows, TILE_ELEMENTS // max(width, 1), together)
 
 
@@ -62,7 +62,7 @@ def _spans(rows: int, wanted: int, together: int) -> Iterator[tuple[int, int]]:
 
 
 def are_finite(rows: torch.Tensor) -> bool:
-    """Is every value a number? The outermost tell of all others: NaN wins every comparison, infinity all but that."""
+    """Return True if every value is finite. Minimum and maximum show it: NaN wins every comparison."""
     return not rows.numel() or bool(torch.stack(torch.aminmax(rows)).isfinite().all())
 
 
@@ -73,7 +73,7 @@ def in_parallel(
     threads: int | None = None,
     on_end: Callable[[], None] | None = None,
 ) -> None:
-    """Do every job, each in one of as many threads as there are cores; the first error ends it and is raised.
+    """Run every job in one of as many threads as there are cores; the first error stops all and is raised.
 
     Args:
         jobs: taken one at a time, in order, as threads come free.

@@ -1,7 +1,7 @@
-"""A checkpoint on the Hub that is read while it comes: a shard is fetched, read once, and removed.
+"""A checkpoint on the Hub that is read while it is downloaded: each shard is read once, then removed.
 
-Headers come first, by ranges, so that everything can be planned and refused before a shard is
-here. Then one shard is read while the next one is on its way: there are never more than two.
+Headers come first, by ranges, so that everything is planned and checked before the first shard arrives. One shard is
+read while the next is downloaded: there are never more than two.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,12 +26,12 @@ FIRST_BYTES = 100_000  # of a file, in which most headers end
 
 
 class Abandoned(Exception):
-    """Nobody waits for the shards any more."""
+    """The end of waiting for shards that nobody reads any more."""
 
 
 @dataclass
 class _Shard:
-    """A file on the Hub, and how much of it is still to be read here."""
+    """A file on the Hub, and how much of it is still unread."""
 
     name: str
     size: int
@@ -52,9 +53,9 @@ class PassingCheckpoint(Checkpoint):
     Use as a context manager: entering begins to fetch, leaving ends it and takes away what is left.
 
     Raises:
-        CheckpointError: where a header is none, the index names what is not there, or what came is not what
+        CheckpointError: if a header is none, the index names what is not there, or what came is not what
             was announced; by reading, too.
-        HubError: where the Hub cannot be reached, or breaks off; by reading, too.
+        HubError: if the Hub cannot be reached, or breaks off; by reading, too.
     """
 
     def __init__(self, repo: str, revision: str, folder: Path, scratch: Path, on_progress: Callable[[int, int], None]):
@@ -82,12 +83,13 @@ class PassingCheckpoint(Checkpoint):
         self._thread.start()
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *_: object) -> None:
         self.abandon()
         self._thread.join()
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def abandon(self) -> None:
+        """Stop the download and release threads that wait for a shard."""
         self._fail(Abandoned())
 
     def _fail(self, error: BaseException) -> None:
@@ -136,14 +138,14 @@ class PassingCheckpoint(Checkpoint):
 
         tell(0)
         with in_one_line(self._repo, self._revision, f"{shard.name} could not be fetched"):
-            options = {"revision": self._revision, "local_dir": self._scratch, "tqdm_class": meter(tell)}
-            retry(self._repo, lambda: hf_hub_download(self._repo, shard.name, **options))
+            bar, fetch = meter(tell), partial(hf_hub_download, revision=self._revision, local_dir=self._scratch)
+            retry(self._repo, lambda: fetch(self._repo, shard.name, tqdm_class=bar))
         announced = {name: info for name, info in self.items() if info.path == path}
         if (shard.sha256 and sha256(path) != shard.sha256) or read_header(path)[0] != announced:
             raise CheckpointError(f"{self._repo}: {shard.name} is not the file that the Hub announced; fetch it again")
 
     def _first_bytes(self, path: Path) -> bytes:
-        """A shard's header, with the eight bytes before it."""
+        """Return a shard's header, with the eight bytes before it."""
         shard = self._shards[path]
         head = self._range(shard.name, 0, min(FIRST_BYTES, shard.size))
         end = 8 + header_length(path, head, shard.size)

@@ -1,4 +1,4 @@
-"""Tensors into shards that are planned before the first byte and named when the last one is there."""
+"""Writing tensors into shards that are planned before the first byte and named after the last."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from pipeline.system.files import write_json
 
 
 class CheckpointWriter:
-    """Writes tensors, whole or in rows, in any order and from any number of threads.
+    """A writer of tensors, whole or in rows, in any order and from any number of threads.
 
     Args:
         folder: made if missing. Files get their final names only when every byte is there
@@ -56,7 +57,7 @@ class CheckpointWriter:
     def _start(self, path: Path, tensors: dict[str, TensorInfo], metadata: dict[str, str]) -> None:
         # Wide types first, so that every tensor begins at a multiple of its item size.
         ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
-        header: dict[str, object] = {"__metadata__": metadata}
+        header: dict[str, Any] = {"__metadata__": metadata}
         position = 0
         for name, info in ordered:
             header[name] = {
@@ -68,7 +69,7 @@ class CheckpointWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         for name, info in ordered:
-            start = header[name]["data_offsets"][0]  # type: ignore[index]
+            start = header[name]["data_offsets"][0]
             self._places[name] = TensorInfo(info.dtype, info.shape, path, 8 + len(text) + start)
             self._written[name] = []
         try:
@@ -78,12 +79,12 @@ class CheckpointWriter:
         put(self._files[path], struct.pack("<Q", len(text)) + text, 0, path)
 
     def write(self, name: str, tensor: torch.Tensor, first_row: int = 0) -> None:
-        """Put `tensor` in its place: all of it, or the rows from `first_row` on."""
+        """Write `tensor` to its place: all of it, or the rows from `first_row` on."""
         place = self._places[name]
         fits = tensor.ndim == len(place.shape) and tuple(tensor.shape[1:]) == place.shape[1:]
         if tensor.dtype != place.dtype or not fits:
             raise ValueError(f"{name}: planned as {place.dtype} {place.shape}, got {tensor.dtype} {tensor.shape}")
-        data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
         start = first_row * place.row_bytes
         if start < 0 or start + len(data) > place.nbytes:
             raise ValueError(f"{name}: rows from {first_row} on do not fit into {place.shape}")
@@ -93,7 +94,7 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
                 self._finish()
@@ -126,7 +127,7 @@ class CheckpointWriter:
         write_json(self.folder / INDEX_NAME, index)
 
     def _discard(self) -> None:
-        """Close what is open, and take away the files that never got their names."""
+        """Close open files, and remove those that never got their names."""
         for path, descriptor in self._files.items():
             with contextlib.suppress(OSError):
                 if descriptor >= 0:
@@ -140,7 +141,7 @@ def _partial(path: Path) -> Path:
 
 
 def _distribute(plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], limit: int) -> list[dict[str, TensorInfo]]:
-    """The tensors of each shard, in the plan's order, with at most `limit` bytes in a shard of several."""
+    """Return the tensors of each shard in the plan's order, with at most `limit` bytes in a shard of several."""
     shards: list[dict[str, TensorInfo]] = [{}]
     filled = 0
     for name, (dtype, shape) in plan.items():

@@ -24,7 +24,7 @@ from pipeline.config.catalog import GROUP_SIZES, VARIANTS
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError, ModelError, QuantizationError
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.sources import PLAIN_TABLE, embedding_kind
+from pipeline.models.matrices import PLAIN_TABLE, embedding_kind
 from pipeline.quantization.grid import Grid, GroupQuantized, fitting_group_size, pack_nibbles, unpack_nibbles
 
 if TYPE_CHECKING:

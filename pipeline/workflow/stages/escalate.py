@@ -60,7 +60,7 @@ class Climb:
         return chosen, tried
 
     def _first_that_passes(self) -> tuple[VariantSpec | None, list[dict]]:
-        from pipeline.models.sources import linear_weights, table_weights
+        from pipeline.models.matrices import linear_weights, table_weights
 
         asked, tried = self._config.quantize.spec(self._name), []
         if (as_asked := self._judged(asked, f"{self._name}, as asked for")) and as_asked["gate"]["passed"]:
@@ -130,7 +130,7 @@ class Climb:
         return self._known[fingerprint(spec.making())]
 
     def _make(self, spec: VariantSpec, label: str) -> None:
-        from pipeline.models.sources import linear_weights, table_weights
+        from pipeline.models.matrices import linear_weights, table_weights
         from pipeline.quantization.writer import Variants
 
         tables = table_weights(self._full) if spec.quantizes_embeddings else {}

@@ -16,7 +16,7 @@ from pipeline.config.schema import Config, MeasuredRun
 from pipeline.data import general_text
 from pipeline.data.describe import SUPPLIED_TEMPLATE
 from pipeline.evaluation.texts import RunTexts
-from pipeline.models.sources import stored_bytes
+from pipeline.models.checkpoint_files import stored_bytes
 from pipeline.system.files import Digest, fingerprint, sha256
 from pipeline.tracking.events import Events
 from pipeline.workflow.ledger import BaseModel, Ledger
@@ -45,7 +45,8 @@ def text_depends(config: MeasuredRun, workspace: Workspace) -> object:
 
 def base_model(config: Config, workspace: Workspace, events: Events) -> Path:
     """The folder of the base model. A branch that moves on the Hub is read once, and then stays where it was."""
-    from pipeline.models.sources import digest_here, fetch, is_local, model_digest
+    from pipeline.models.checkpoint_files import model_digest
+    from pipeline.models.sources import digest_here, fetch, is_local
 
     settings, source = config.model.model_dump(), config.model.source
     here = model_digest(hashes_of(workspace, source)) if is_local(source) else None

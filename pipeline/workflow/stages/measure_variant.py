@@ -14,7 +14,7 @@ from pipeline.errors import GateError
 from pipeline.evaluation.escalation import best
 from pipeline.evaluation.gates import judge, limits, tell
 from pipeline.inference.loaders import only_file
-from pipeline.models.sources import stored_bytes
+from pipeline.models.checkpoint_files import stored_bytes
 from pipeline.system.files import fingerprint, states
 from pipeline.system.libraries import versions
 from pipeline.tracking.events import Events

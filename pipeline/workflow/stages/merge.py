@@ -48,7 +48,7 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
 
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
-    from pipeline.models.sources import linear_weights
+    from pipeline.models.matrices import linear_weights
     from pipeline.system.libraries import quiet_progress_bars
     from pipeline.training.merge import copy_adapter, merge_checkpoint
 

@@ -47,7 +47,7 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
 
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
-    from pipeline.models.sources import linear_weights
+    from pipeline.models.matrices import linear_weights
 
     source = full_model(config, workspace, events)
     missing = [name for name in variants if not _is_written(config, workspace, name, source)]
@@ -87,7 +87,7 @@ def check_variants(config: Config, model: Path) -> None:
         ModelError: naming what of the model a format, or all of them, cannot hold.
         MissingExtra: where what writes a variant is not installed.
     """
-    from pipeline.models.sources import refuse_other_matrices
+    from pipeline.models.matrices import refuse_other_matrices
     from pipeline.quantization.formats import format_of
 
     if config.quantize.variants:
@@ -109,7 +109,7 @@ def to_write(
     Raises:
         ModelError: where none can be made of such a model.
     """
-    from pipeline.models.sources import refuse_other_matrices, table_weights
+    from pipeline.models.matrices import refuse_other_matrices, table_weights
     from pipeline.quantization.writer import Variants, unfit
 
     for name in names:  # files of an earlier try make room
@@ -154,7 +154,7 @@ def _is_written(config: Config, workspace: Workspace, name: str, model: Path) ->
 
 
 def _about(config: Config, workspace: Workspace, name: str, model: Path) -> dict:
-    from pipeline.models.sources import companions
+    from pipeline.models.checkpoint_files import companions
 
     return {
         "spec": config.quantize.spec(name).making(),

@@ -421,7 +421,8 @@ SETTINGS = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_configuration_of_a_model(survives, place, tiny_model, name):
-    from pipeline.models.sources import check_source, linear_weights
+    from pipeline.models.matrices import linear_weights
+    from pipeline.models.sources import check_source
 
     more, reason = SETTINGS[name]
     folder = own_copy(tiny_model, place)
@@ -472,7 +473,7 @@ def test_a_tokenizer(survives, place, tiny_model, content):
 
 
 def test_a_tokenizer_that_can_do_without_its_code_is_published_without_it(place, tiny_model):
-    from pipeline.models.sources import copy_companions
+    from pipeline.models.checkpoint_files import copy_companions
 
     folder = own_copy(tiny_model, place)
     content = json.loads((folder / "tokenizer_config.json").read_text())
@@ -488,7 +489,7 @@ def test_a_tokenizer_that_can_do_without_its_code_is_published_without_it(place,
 
 @pytest.mark.parametrize("name", ["LICENSE", "tokenizer.json", "chat_template.jinja", "generation_config.json"])
 def test_a_link_to_a_private_file_is_not_published(survives, place, tiny_model, name):
-    from pipeline.models.sources import copy_companions
+    from pipeline.models.checkpoint_files import copy_companions
 
     (place.parent / "private").write_text("not for you")
     folder = own_copy(tiny_model, place)
@@ -599,7 +600,7 @@ FILES = [
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_in_a_repository_that_is_not_fetched(name):
-    from pipeline.models.sources import belongs_to_checkpoint
+    from pipeline.models.checkpoint_files import belongs_to_checkpoint
 
     assert not belongs_to_checkpoint(name) or name == "..json"
 

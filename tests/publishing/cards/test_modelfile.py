@@ -233,7 +233,7 @@ def test_invalid_gguf_is_named(tmp_path, file):
 
 def test_a_written_file_tells_its_template_stops_and_sampling(tiny_model, tmp_path):
     from pipeline.config.schema import VariantSpec
-    from pipeline.models.sources import linear_weights
+    from pipeline.models.matrices import linear_weights
     from pipeline.quantization.writer import quantize_checkpoint
 
     source = tmp_path / "model"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.schema import VariantSpec
-from pipeline.models.sources import linear_weights
+from pipeline.models.matrices import linear_weights
 from pipeline.publishing import snippets as snippets_of_cards
 from pipeline.publishing.cards import folder_card, mirror_card, model_card
 from pipeline.publishing.snippets import blocks
@@ -140,7 +140,7 @@ def _check_logits(path: Path, folder: Path) -> None:
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_the_int4_snippet_takes_int8_embeddings_too(release, tmp_path, tied):
-    from pipeline.models.sources import table_weights
+    from pipeline.models.matrices import table_weights
     from pipeline.quantization.writer import quantize_checkpoint
 
     model = transformers.AutoModelForCausalLM.from_pretrained(release, dtype="auto", tie_word_embeddings=tied)
@@ -189,7 +189,7 @@ def _dequantized(folder: Path, dtype):
 def gguf(release) -> Path:
     """A variant of GGUF in the same release."""
     pytest.importorskip("gguf")
-    from pipeline.models.sources import table_weights
+    from pipeline.models.matrices import table_weights
     from pipeline.quantization.writer import quantize_checkpoint
 
     spec, made = VariantSpec(name="gguf-q8_0").resolved(), {"gguf-q8_0": release / "gguf"}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.config.schema import VariantSpec
-from pipeline.models.sources import linear_weights, table_weights
+from pipeline.models.matrices import linear_weights, table_weights
 from pipeline.quantization.writer import quantize_checkpoint
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import MissingExtra, ModelError, QuantizationError
 from pipeline.models.checkpoint import SINGLE_NAME, row_blocks
-from pipeline.models.sources import linear_weights, table_weights
+from pipeline.models.matrices import linear_weights, table_weights
 from pipeline.quantization.layers import unfit
 from pipeline.quantization.writer import Variants, quantize_checkpoint
 from tests.support.gguf_files import TYPES

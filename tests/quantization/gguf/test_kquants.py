@@ -12,7 +12,7 @@ from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import MissingExtra, QuantizationError
 from pipeline.models.checkpoint import SINGLE_NAME
-from pipeline.models.sources import linear_weights
+from pipeline.models.matrices import linear_weights
 from pipeline.quantization.formats.gguf import k_quants as kquants
 from pipeline.quantization.layers import unfit
 from pipeline.quantization.writer import Variants

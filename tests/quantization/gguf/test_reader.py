@@ -10,7 +10,7 @@ from pipeline.errors import CheckpointError, ModelError
 from pipeline.evaluation import metrics
 from pipeline.inference.load import load, load_dequantized
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.sources import linear_weights, table_weights
+from pipeline.models.matrices import linear_weights, table_weights
 from pipeline.quantization.formats import gguf
 from pipeline.quantization.formats.gguf.reader import GgufWeights
 from pipeline.quantization.roundings import rounding

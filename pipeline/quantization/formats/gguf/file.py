@@ -16,7 +16,7 @@ from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError, QuantizationError
 from pipeline.models.checkpoint.placing import is_covered, put
-from pipeline.models.sources import copy_terms
+from pipeline.models.checkpoint_files import copy_terms
 from pipeline.quantization.formats.gguf import TABLE, type_name, type_of
 from pipeline.quantization.formats.gguf.blocks import PLAIN, pack, plain, row_bytes
 from pipeline.quantization.formats.gguf.header import Description, describe

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from pipeline.errors import ModelError
+from pipeline.models.checkpoint_files import companions
 from pipeline.models.gguf_metadata import ENDS, SAMPLING
 from pipeline.models.safe_loading import open_config, open_tokenizer
-from pipeline.models.sources import companions
 from pipeline.quantization.formats.gguf.names import BIASES, Architecture, architecture, library
 from pipeline.quantization.formats.gguf.vocabulary import Vocabulary, vocabulary
 from pipeline.system.files import read_json

@@ -19,8 +19,8 @@ import torch
 
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import QuantizationError
+from pipeline.models.checkpoint_files import copy_terms
 from pipeline.models.gguf_metadata import read_header
-from pipeline.models.sources import copy_terms
 from pipeline.quantization.formats.gguf import quantizer, type_name
 from pipeline.quantization.formats.gguf.blocks import PLAIN
 from pipeline.quantization.formats.gguf.file import GgufFile

@@ -1,0 +1,87 @@
+"""The files of a checkpoint beside its weights: which belong to it, their digest, and copying them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipeline.errors import ModelError
+from pipeline.models.safe_loading import read_settings
+from pipeline.system.files import fingerprint
+
+# Everything at a repository's root that belongs to a checkpoint, and no pickle among it.
+CHECKPOINT_FILES = re.compile(r"^([\w.-]+\.(safetensors|json|jinja|model|txt|tiktoken)|README\.md)\Z")
+TERMS_FILES = re.compile(r"^(LICEN[CS]E|USE_POLICY|NOTICE)[\w.-]*\Z", re.IGNORECASE)  # they go where the model goes
+TOKENIZER_FILES = re.compile(
+    r"^(tokenizer[\w.-]*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|"
+    r"chat_template\.jinja|[\w.-]+\.tiktoken)$"
+)
+MODEL_FILES = re.compile(  # those that another model would have otherwise
+    rf"^([\w.-]+\.safetensors(\.index\.json)?|config\.json|generation_config\.json|[\w.-]+\.model)$|{TOKENIZER_FILES.pattern}"
+)
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def stored_bytes(folder: Path) -> int:
+    """Return the size of a checkpoint's weights on disk in bytes, or of its GGUF file."""
+    files = list(folder.glob("*.safetensors")) or folder.glob("*.gguf")
+    return sum(path.stat().st_size for path in files)
+
+
+def model_digest(files: Mapping[str, str]) -> str:
+    """Return a digest of the model at the root of a folder or repository, from the hashes of its files by path."""
+    return fingerprint({path: digest for path, digest in files.items() if MODEL_FILES.match(path)})
+
+
+def companions(source: Path) -> list[Path]:
+    """Return the tokenizer, chat template, generation settings and terms of use beside a checkpoint."""
+    return [
+        path
+        for path in sorted(source.iterdir())
+        if TOKENIZER_FILES.match(path.name) or TERMS_FILES.match(path.name) or path.name == "generation_config.json"
+        if path.is_file()
+    ]
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what belongs to a checkpoint beside its weights and configuration."""
+    for path in companions(source):
+        _copy(path, target / path.name)
+    settings = target / "tokenizer_config.json"
+    if settings.is_file() and "auto_map" in (told := read_settings(settings)):  # code that is not published
+        told.pop("auto_map")
+        settings.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def copy_terms(source: Path, target: Path) -> None:
+    """Copy the terms of use beside a checkpoint, which go with its weights."""
+    for path in companions(source):
+        if TERMS_FILES.match(path.name):
+            _copy(path, target / path.name)
+
+
+def _copy(path: Path, target: Path) -> None:
+    """Copy a file to publish, from its own folder or from the Hub's cache, which consists of links.
+
+    Raises:
+        ModelError: for a link to anywhere else, by which any file of this machine could be published.
+    """
+    real, folder = path.resolve(), path.parent.resolve()
+    if folder not in real.parents and real.parent != folder.parents[1] / "blobs":
+        raise ModelError(f"{path}: a link to {real}, outside its folder, and would be published; copy it there")
+    shutil.copyfile(real, target)
+
+
+def read_config(folder: Path) -> dict:
+    """Return the `config.json` of a checkpoint as plain data."""
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{folder}: no config.json, so this is not a model's folder")
+    return read_settings(folder / "config.json")
+
+
+def belongs_to_checkpoint(name: str) -> bool:
+    """Return True if a file at a repository's root is downloaded with a model; adapter files are not."""
+    return name not in ADAPTER_FILES and bool(CHECKPOINT_FILES.match(name) or TERMS_FILES.match(name))

@@ -1,0 +1,120 @@
+"""The matrices of a model: names and shapes of its linear layers and tables, without reading weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.catalog import GROUP_SIZES
+from pipeline.errors import ModelError
+from pipeline.models.checkpoint_files import read_config
+from pipeline.models.layer_layouts import Layout, layout
+from pipeline.models.safe_loading import open_config
+
+PLAIN_TABLE = "Embedding"  # the kind of an embedding that looks rows up and does no more
+
+
+def linear_weights(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return names and shapes (N, K) of the weights that may be quantized: linear layers without the output head.
+
+    `models.layer_layouts` tells them for well-known architectures; other models are built with transformers, on the
+    meta device, which takes seconds to import and no memory for weights.
+
+    Raises:
+        ModelError: if transformers cannot build the model.
+    """
+    if known := _layout(folder):
+        return known.linear
+    import torch
+
+    model = _skeleton(folder)
+    head = model.get_output_embeddings()
+    return {
+        f"{name}.weight": (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+
+
+def table_weights(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return names and shapes (V, H) of the embedding and of an output head that is a weight of its own.
+
+    Raises:
+        ModelError: if transformers cannot build the model.
+    """
+    if known := _layout(folder):
+        return known.tables
+    model = _skeleton(folder)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tables = (embedding,) if model.config.get_text_config().tie_word_embeddings else (embedding, head)
+    return {f"{n}.weight": tuple(m.weight.shape) for n, m in model.named_modules() if any(m is t for t in tables)}
+
+
+def embedding_kind(model: Path | Mapping) -> str:
+    """Return `PLAIN_TABLE` if the embedding only looks rows up, otherwise the name of its class.
+
+    Args:
+        model: a checkpoint's folder, or what its `config.json` says.
+
+    Raises:
+        ModelError: if transformers cannot build the model.
+    """
+    if (known := _layout(model)) and known.plain_embedding:
+        return PLAIN_TABLE
+    return type(_skeleton(model).get_input_embeddings()).__name__
+
+
+def refuse_other_matrices(model: Path | Mapping) -> None:
+    """Raise an error if a model computes with large matrices outside of linear layers, such as stacked experts.
+
+    Neither transformers nor this project quantizes those, and a variant would keep most of the model in bf16.
+
+
+    Args:
+        model: a checkpoint's folder, or what its `config.json` says.
+
+    Raises:
+        ModelError: naming the first of them.
+    """
+    if _layout(model):
+        return
+    import torch
+
+    known = (torch.nn.Linear, torch.nn.Embedding, torch.nn.modules.conv._ConvNd)
+    for name, module in _skeleton(model).named_modules():
+        for part, parameter in module.named_parameters(recurse=False):
+            is_matrix = parameter.ndim >= 2 and min(parameter.shape[-2:]) >= min(GROUP_SIZES)
+            if is_matrix and not isinstance(module, known):
+                raise ModelError(
+                    f"{_named(model)}: {name}.{part} {tuple(parameter.shape)} belongs to a {type(module).__name__}, "
+                    "not to a linear layer; such models are not quantized"
+                )
+
+
+def _layout(model: Path | Mapping) -> Layout | None:
+    """Return the layout of a well-known architecture, or None if transformers has to build the model."""
+    try:
+        return layout(read_config(model) if isinstance(model, Path) else model)
+    except ModelError:  # transformers says what is wrong with the file
+        return None
+
+
+def _skeleton(model: Path | Mapping) -> Any:
+    """Return the model without its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = open_config(model) if isinstance(model, Path) else AutoConfig.for_model(**model)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ModelError:
+        raise
+    except Exception as error:  # a configuration from anywhere makes it raise anything
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise ModelError(f"{_named(model)}: transformers cannot build this model: {reason}") from None
+
+
+def _named(model: Path | Mapping) -> object:
+    return model if isinstance(model, Path) else model.get("model_type")
