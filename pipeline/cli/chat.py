@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -26,7 +27,7 @@ def chat(source: str, variant: str | None, device: str, new_tokens: int, console
     from pipeline.inference.load import engine_of
 
     with console.status("loading"):
-        if engine_of(variant) == LLAMA_CPP:
+        if variant and engine_of(variant) == LLAMA_CPP:
             if device not in ("auto", "cpu"):
                 raise ModelError(f"{variant}: llama.cpp runs it here, on the CPU; leave out --device")
             answer, where = _in_llama_cpp(source, variant, new_tokens), "cpu in llama.cpp"
@@ -53,6 +54,8 @@ def _in_transformers(source: str, variant: str | None, device: str, new_tokens: 
     from pipeline.errors import ModelError
     from pipeline.inference.load import load
 
+    model: Any
+    tokenizer: Any
     model, tokenizer = load(source, variant, device)
     if tokenizer.chat_template is None:
         raise ModelError(f"{source}: has no chat template, so it cannot be talked to")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.cli.options import RUNS, AsJson, ConfigArgument, Root, Settings, console
+
+if TYPE_CHECKING:
+    from pipeline.config.schema import Config
 
 DOES_NOT_FIT = 3  # and no error; 1 and 2 are those of every verb
 
@@ -31,7 +34,7 @@ def plan(
     show_plan(load_config(config, settings or ()), device, runs, as_json)
 
 
-def show_plan(config, device: str | None, runs: Path, as_json: bool) -> None:
+def show_plan(config: Config, device: str | None, runs: Path, as_json: bool) -> None:
     """Print a configuration's plan, and end with `DOES_NOT_FIT` where that is so."""
     from pipeline.planning import make_plan
     from pipeline.planning.report import as_json as plain

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.cli.options import RUNS, AsJson, Root, Settings, console, terminal_reporter
 from pipeline.cli.runs import conclude, run_stage
 from pipeline.config.catalog import DEFAULT_VARIANTS
+
+if TYPE_CHECKING:
+    from pipeline.config.schema import Config
 
 Output = Annotated[Path | None, typer.Option("--output", help="A new folder, which becomes the release.")]
 Variants = Annotated[str | None, typer.Option("--variants", help="int8, int4, both; several with commas.")]
@@ -138,7 +141,7 @@ def chat(
     talk(model, variant, device, new_tokens, console())
 
 
-def _run_midway(config, output: Path, as_json: bool) -> None:
+def _run_midway(config: Config, output: Path, as_json: bool) -> None:
     from pipeline.workflow.run import run as run_all
 
     reporter = terminal_reporter(as_json)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipeline.cli.terminal import TerminalReporter
 
 ConfigArgument = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe such as demo.")]
 Settings = Annotated[
@@ -18,13 +23,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for 
 RUNS = Path("runs")
 
 
-def console(stderr: bool = False):
+def console(stderr: bool = False) -> Console:
     from rich.console import Console
 
     return Console(file=sys.stderr if stderr else sys.stdout, highlight=False, soft_wrap=True)
 
 
-def terminal_reporter(as_json: bool):
+def terminal_reporter(as_json: bool) -> TerminalReporter:
     from pipeline.cli.terminal import TerminalReporter
 
     return TerminalReporter(console(stderr=as_json))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.cli.options import RUNS, AsJson, Root, console, terminal_reporter
+
+if TYPE_CHECKING:
+    from pipeline.workflow.workspace import Workspace
 
 
 def publish(
@@ -89,12 +92,12 @@ def verify(
     raise typer.Exit(verification.exit_code)
 
 
-def _say_published(workspace, as_json: bool) -> None:
+def _say_published(workspace: Workspace, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"run": str(workspace.folder), "published": workspace.ledger()["publish"].summary}))
 
 
-def _check_name(workspace) -> None:
+def _check_name(workspace: Workspace) -> None:
     from pipeline.errors import WorkspaceError
 
     if workspace.config().name != workspace.folder.resolve().name:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.cli.machine import show_plan
 from pipeline.cli.options import RUNS, AsJson, ConfigArgument, Root, Settings, console, terminal_reporter
 from pipeline.system.text_format import size
+
+if TYPE_CHECKING:
+    from pipeline.cli.terminal import TerminalReporter
+    from pipeline.config.schema import Config
+    from pipeline.training.accelerate_launch import Launch
+    from pipeline.workflow.workspace import Workspace
 
 Accelerate = Annotated[
     str | None,
@@ -123,7 +129,7 @@ def clean(
 
 
 def run_stage(
-    stage: str, config: str, settings: list[str] | None, runs: Path, as_json: bool, launch: object = None
+    stage: str, config: str, settings: list[str] | None, runs: Path, as_json: bool, launch: Launch | None = None
 ) -> None:
     from pipeline.config.loader import load_config
     from pipeline.workflow.run import run_one
@@ -133,7 +139,7 @@ def run_stage(
         print(json.dumps({"run": str(workspace.folder), "ledger": states(workspace)}))
 
 
-def conclude(config, workspace, as_json: bool, reporter) -> None:
+def conclude(config: Config, workspace: Workspace, as_json: bool, reporter: TerminalReporter) -> None:
     if as_json:
         from pipeline.system.files import read_json
 
@@ -145,11 +151,11 @@ def conclude(config, workspace, as_json: bool, reporter) -> None:
     summary(reporter.console, config, workspace)
 
 
-def states(workspace) -> dict:
+def states(workspace: Workspace) -> dict:
     return {key: {"seconds": e.seconds, "summary": e.summary} for key, e in workspace.ledger().items()}
 
 
-def _launch(accelerate: str | None, machine_rank: int | None, main_process_ip: str | None):
+def _launch(accelerate: str | None, machine_rank: int | None, main_process_ip: str | None) -> Launch | None:
     from pipeline.errors import ConfigError
 
     if accelerate is None:
@@ -161,7 +167,7 @@ def _launch(accelerate: str | None, machine_rank: int | None, main_process_ip: s
     return read_launch(accelerate, machine_rank, main_process_ip)
 
 
-def _join(config, launch, runs: Path, as_json: bool) -> None:
+def _join(config: Config, launch: Launch, runs: Path, as_json: bool) -> None:
     from pipeline.workflow.worker_node import join
 
     workspace = join(config, launch, runs, terminal_reporter(as_json))

@@ -11,7 +11,7 @@ import time
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from pipeline.config.catalog import LLAMA_CPP, TRANSFORMERS, VARIANTS
@@ -32,7 +32,7 @@ class TerminalReporter(Reporter):
     def __init__(self, console: Console):
         self.console = console
         self._bar: Progress | None = None
-        self._task = None
+        self._task = TaskID(0)
         self._phase = ""
         self._start = 0.0
         self._last_line = 0.0
@@ -132,9 +132,9 @@ def summary(console: Console, config: Config, workspace: Workspace) -> None:
     console.print(f"[dim]{_how_measured(results)}[/]")
     console.print(f"\nRelease    {escape(str(workspace.release))}")
     chosen = [v for v in shown if VARIANTS[v].engine == TRANSFORMERS] or shown
-    chosen = ("--variant", chosen[-1]) if chosen else ()
+    option = ("--variant", chosen[-1]) if chosen else ()
     run = workspace.release if workspace.release in workspace.folder.parents else workspace.folder
-    console.print(f"Talk to it {escape(command('chat', run, *chosen))}")
+    console.print(f"Talk to it {escape(command('chat', run, *option))}")
     console.print(f"Dashboard  {escape(dashboard_hint(config))}")
     if config.publish.repo is None:
         console.print(f"Publish    {escape(command('publish', run, '--repo', 'USER/NAME'))}")
@@ -162,7 +162,7 @@ def _how_measured(results: dict) -> str:
 def _figures(result: dict) -> list[str]:
     quality = result.get("quality", {})
     speeds = result.get("speed", {})
-    speed = next((speeds[loader] for loader in TIMED if speeds.get(loader)), {})
+    speed: dict = next((speeds[loader] for loader in TIMED if speeds.get(loader)), {})
 
     compared = next((q["kl"] for q in quality.values() if "kl" in q), None)  # held-out text first, where there is
 

@@ -120,7 +120,7 @@ def variant_specs(
             )
     specs = []
     for name in names:
-        options = {"group_size": group_size if name in in_groups else None}
+        options: dict[str, object] = {"group_size": group_size if name in in_groups else None}
         options["rounding"] = rounding if name in rounded else None
         options["packing"] = packing if name in packed else None
         specs.append({"name": name} | {key: value for key, value in options.items() if value is not None})

@@ -96,7 +96,8 @@ class Variant:
 
     def format_of(self, packing: str | None) -> str:
         """Return the format of a packing (None: the variant's own format)."""
-        return self.packings[packing].format if packing in self.packings else self.format
+        found = self.packings.get(packing or "")
+        return found.format if found else self.format
 
 
 VARIANTS: dict[str, Variant] = {}

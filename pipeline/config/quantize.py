@@ -121,7 +121,7 @@ def _expand_aliases(value: Any) -> Any:
         return value
     expanded = []
     for item in value:
-        name = item.get("name") if isinstance(item, dict) else item
+        name: Any = item.get("name") if isinstance(item, dict) else item
         try:
             names = resolve_variants(name)
         except (KeyError, AttributeError):  # left for the check that can say where it stands

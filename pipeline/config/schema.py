@@ -163,6 +163,12 @@ class Publish(Section):
         default={}, description="a variant -> a repository that holds this variant at its root"
     )
 
+    @property
+    def target(self) -> str:
+        """Return the repository of a run that publishes."""
+        assert self.repo is not None, "only runs that publish have a target"
+        return self.repo
+
     @field_validator("repo")
     @classmethod
     def _repo(cls, value: str | None) -> str | None:

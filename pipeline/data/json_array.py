@@ -63,7 +63,7 @@ def read_array(path: str | os.PathLike, name: str, closing: str = "") -> Iterato
 
     text = _read(Path(path), name, ".data[]" if closing else ".[]")
     parser, number, line, counted = JsonRows(), 0, 1, 0
-    at = _SPACE.match(text, text.index("[") + 1).end()
+    at = _after_space(text, text.index("[") + 1)
     ended = text.startswith("]", at)
     at += ended
     while not ended:
@@ -78,11 +78,11 @@ def read_array(path: str | os.PathLike, name: str, closing: str = "") -> Iterato
         except ValueError as problem:
             raise error(where, shorten(str(problem), 120)) from None
         yield where, value
-        at = _SPACE.match(text, at).end()
+        at = _after_space(text, at)
         if not text.startswith((",", "]"), at):
             raise error(where, "a comma or the end of the array is missing behind it")
         ended = text[at] == "]"
-        at = _SPACE.match(text, at + 1).end()
+        at = _after_space(text, at + 1)
         if not ended and text.startswith("]", at):
             raise error(where, "a comma behind the last row; remove it")
     if text[at:].strip(" \t\n\r") != closing:
@@ -103,3 +103,9 @@ def _read(path: Path, name: str, rows: str) -> str:
     except UnicodeDecodeError as error:
         line = 1 + content.count(b"\n", 0, error.start)
         raise DataError(f"{name}: not UTF-8 behind line {line}; save the file as UTF-8") from None
+
+
+def _after_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    assert found is not None, "the pattern also matches no characters"
+    return found.end()

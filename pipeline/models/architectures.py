@@ -47,6 +47,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def is_width(value: Any) -> bool:
+    """Return True for a whole number from 1 to `MAX_WIDTH`."""
     return type(value) is int and 0 < value <= MAX_WIDTH
 
 

@@ -12,8 +12,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config.catalog import DEFAULT_VARIANTS, VARIANTS
 from pipeline.errors import WorkspaceError
@@ -22,6 +23,9 @@ from pipeline.system.hardware import compute_dtype
 
 if TYPE_CHECKING:
     import torch
+
+    from pipeline.quantization.grid import Grid
+    from pipeline.quantization.roundings import Rounding
 
 VERSION = 2
 LONGEST = 1.5  # seconds that one thing is measured for, at least once
@@ -131,8 +135,9 @@ def measure(place: str, tell: Tell = lambda what: None) -> Calibration:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
 
-    def build() -> LlamaForCausalLM:
-        return LlamaForCausalLM(LlamaConfig(**MODEL)).to(device, torch.bfloat16)
+    def build() -> Any:
+        model: Any = LlamaForCausalLM(LlamaConfig.from_dict(MODEL))
+        return model.to(device, torch.bfloat16)
 
     model = build().eval().requires_grad_(False)
     weights = sum(m.weight.numel() for n, m in model.named_modules() if _is_linear(n, m))
@@ -168,7 +173,7 @@ def measure(place: str, tell: Tell = lambda what: None) -> Calibration:
     )
 
 
-def _is_linear(name: str, module) -> bool:
+def _is_linear(name: str, module: object) -> bool:
     import torch
 
     return isinstance(module, torch.nn.Linear) and name != "lm_head"
@@ -188,14 +193,14 @@ def _as_trained(model):
     return adapted.train()
 
 
-def _forward(model, ids: torch.Tensor) -> None:
+def _forward(model: Any, ids: torch.Tensor) -> None:
     import torch
 
     with torch.no_grad():
         model(ids, use_cache=False, logits_to_keep=1)
 
 
-def _step(model, ids: torch.Tensor) -> None:
+def _step(model: Any, ids: torch.Tensor) -> None:
     import torch
 
     with torch.autocast(ids.device.type, compute_dtype(ids.device), enabled=ids.device.type != "cpu"):
@@ -218,7 +223,7 @@ def _nf4(device: torch.device) -> tuple[float, float]:
     back = weight.numel() / _seconds(lambda: dequantize_4bit(codes, state), device)
 
     def held() -> int:
-        HeldInNf4([weight], tuple(weight.shape)).rows(0, len(weight))
+        HeldInNf4([weight], (1024, 2048)).rows(0, len(weight))
         return weight.nbytes
 
     jobs = [held] * cores()
@@ -236,16 +241,17 @@ def _roundings() -> Iterator[tuple[str, float]]:
     from pipeline.system.hardware import cores
 
     rows = torch.randn(256, 2048, dtype=torch.bfloat16) * 0.02
+
+    def job(fill: Rounding, grid: Grid) -> int:
+        fill(rows, grid)
+        return rows.nbytes
+
     for name, how in ROUNDINGS:
         spec = VariantSpec(name=name, rounding=how).resolved()
         grid, fill = format_of(spec).grid(spec, rows.shape[1]), rounding(how)
 
-        def job(fill=fill, grid=grid) -> int:
-            fill(rows, grid)
-            return rows.nbytes
-
-        jobs = [job] * cores()
-        seconds = _seconds(lambda jobs=jobs: in_parallel(jobs, 0), torch.device("cpu"))
+        jobs = [partial(job, fill, grid)] * cores()
+        seconds = _seconds(partial(in_parallel, jobs, 0), torch.device("cpu"))
         yield f"{name}/{how}", len(jobs) * rows.nbytes / seconds
 
 
@@ -278,7 +284,8 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
         return time.perf_counter() - start
 
     timed()
-    times, begun = [], time.perf_counter()
+    times: list[float] = []
+    begun = time.perf_counter()
     while not times or (len(times) < 5 and time.perf_counter() - begun < LONGEST):
         times.append(timed())
     return min(times)

@@ -66,7 +66,7 @@ def steps(data: Data, train: Train, size: DataSize) -> int | None:
         return None
     used = min(1.0, data.limit / size.examples) if data.limit and size.examples else 1.0
     share = used * (1 - data.held_out)
-    rows = share * (size.tokens / train.max_length if train.packing else size.examples)
+    rows = share * (size.tokens / train.max_length if train.packing else size.examples or 0)
     return math.ceil(max(1.0, rows / (train.batch_size * train.accumulate)) * train.epochs)
 
 
@@ -119,12 +119,12 @@ def split_figures(found: object, data: Data) -> dict | None:
 
 def fetched_bytes(info: DatasetInfo, data: Data) -> int | None:
     """What the Hub sends: a subset with all its splits. Which files are of which subset is not looked up."""
-    sizes, files = (_subsets(getattr(info.card_data, key, None)) for key in ("dataset_info", "configs"))
-    if data.subset or max(len(sizes), len(files)) > 1:
+    sizes, configs = (_subsets(getattr(info.card_data, key, None)) for key in ("dataset_info", "configs"))
+    if data.subset or max(len(sizes), len(configs)) > 1:
         said = [subset.get("download_size") for subset in _named(sizes, data)]
         return said[0] if said and isinstance(said[0], int) else None
-    files = (s for s in info.siblings or [] if Path(s.rfilename).suffix.lower() in ENDINGS)
-    return sum(s.size or 0 for s in files) or None
+    files = [s for s in info.siblings or [] if Path(s.rfilename).suffix.lower() in ENDINGS]
+    return sum(int(s.size or 0) for s in files) or None
 
 
 def _subsets(found: object) -> list[dict]:

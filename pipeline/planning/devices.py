@@ -81,7 +81,7 @@ def this_machine(runs: Path) -> Machine:
     runs, cache = existing(runs), existing(hub_cache())
     return Machine(
         name=", ".join(filter(None, (hardware.cpu_name(), f"{hardware.cores()} cores", gpu_name, computing))),
-        gpu_bytes=gpu[1] if gpu else 0,
+        gpu_bytes=(gpu[1] or 0) if gpu else 0,
         host_bytes=hardware.memory_bytes() if free is None else free,
         disk_free=shutil.disk_usage(runs).free,
         cache_free=shutil.disk_usage(cache).free,
@@ -90,7 +90,7 @@ def this_machine(runs: Path) -> Machine:
     )
 
 
-def gpu_here() -> tuple[str, int] | None:
+def gpu_here() -> tuple[str, int | None] | None:
     """Name and free memory in bytes of the GPU that stages would use; None where there is none.
 
     Asking takes some of it, `memory.CUDA_CONTEXT` at most, until this process ends; that is not added again.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from pipeline.config.schema import PACKAGE_SOURCE, Lora, Model
 from pipeline.errors import CheckpointError, ModelError
@@ -46,7 +47,7 @@ class Sizes:
     other_bytes: int = 0
     shard_bytes: int = 0
     revision: str | None = None
-    config: Mapping[str, object] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def model_type(self) -> str | None:
@@ -146,7 +147,7 @@ def adapter_sizes(source: str) -> dict[str, Tensor]:
 def _packaged(file: Path) -> Sizes:
     fields, tensors = gguf_header(file)
     size, kind = file.stat().st_size, fields.get("general.architecture")
-    config = {"model_type": OTHERS_IN_GGUF.get(kind, kind)}
+    config = {"model_type": OTHERS_IN_GGUF.get(str(kind), kind)}
     return Sizes("package", tensors, size, other_bytes=4_000_000, shard_bytes=size, config=config)
 
 

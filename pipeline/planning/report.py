@@ -12,6 +12,7 @@ from pipeline.system.text_format import clock, size
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 UNMEASURED_GPU = "GPU memory is from formulas, and was not compared with a GPU yet; leave some room"
 
@@ -124,7 +125,7 @@ def _head(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "On", f"{machine.name}: {', '.join(has)}"
 
 
-def _table(plan: Plan):
+def _table(plan: Plan) -> Table:
     from rich.box import SIMPLE
     from rich.table import Table
 

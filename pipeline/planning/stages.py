@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from pipeline.config.catalog import TRANSFORMERS
@@ -192,8 +192,8 @@ def _measured(config: MeasuredRun, sizes: Sizes, machine: Machine, name: str, we
     free = machine.gpu_bytes or None if on_gpu else machine.host_bytes
     if free is not None and weights > WEIGHTS_SHARE * free:
         note = "does not fit, so it is measured from its files, layer by layer: quality only, and slowly"
-        why = "which reads its model from the disk again and again"
-        return Stage(name, host=memory.offloaded(sizes, tokens), notes=(note,), untimed=why)
+        slow = "which reads its model from the disk again and again"
+        return Stage(name, host=memory.offloaded(sizes, tokens), notes=(note,), untimed=slow)
     host, gpu = memory.measuring(sizes, weights, on_gpu, tokens)
     why = None if on_gpu == machine.has_gpu else "which does not run where this machine's speed was measured"
     return Stage(name, host=memory.probed(host, weights, on_gpu), gpu=gpu, untimed=why)
@@ -207,7 +207,7 @@ def _publish(config: Config, sizes: Sizes, variants: Variants, model: int, adapt
     return Stage("publish", uploads=sent, host={"libraries": 150 * memory.MB})
 
 
-def disk_peaks(stages: list[Stage]) -> Iterator[tuple[str, int]]:
+def disk_peaks(stages: Iterable[Stage]) -> Iterator[tuple[str, int]]:
     """For each stage, what lies in the run's folder at most while it works."""
     lying = 0
     for stage in stages:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from pipeline.config.catalog import DEFAULT_VARIANTS, NEAREST, VARIANTS
 from pipeline.config.schema import Config, MeasuredRun, TrainingRun, VariantSpec
@@ -65,7 +65,7 @@ def _merging(found: Calibration, config: Config, sizes: Sizes, stage: Stage) -> 
     return time + 3 * _scored(found, sizes, HELD_OUT_SHARE * config.evaluate.max_tokens, compared=True)
 
 
-def _rounding(found: Calibration, sizes: Sizes, specs) -> float:
+def _rounding(found: Calibration, sizes: Sizes, specs: Iterable[VariantSpec]) -> float:
     return sum(2 * sizes.linear_parameters / _rate(found, spec) for spec in specs)
 
 

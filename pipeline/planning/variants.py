@@ -33,11 +33,11 @@ def stored_bytes(sizes: Sizes, spec: VariantSpec, merged: bool) -> int:
             if gguf:
                 count += _gguf_bits(spec, tensor.shape[1]) / 8 * tensor.numel
             else:
-                count += _int8(*tensor.shape, None) if _is_named(spec.int8, name) else _torchao(spec, *tensor.shape)
+                count += _int8(tensor.shape, None) if _is_named(spec.int8, name) else _torchao(spec, tensor.shape)
         elif name in sizes.tables and VARIANTS[spec.name].quantizer:  # which gives them its best type
             count += _gguf_bits(VariantSpec(name="gguf-q6_k"), tensor.shape[1]) / 8 * tensor.numel
         elif name in sizes.tables and spec.embeddings == "int8":
-            count += TABLE_BITS / 8 * tensor.numel if gguf else _int8(*tensor.shape, None)
+            count += TABLE_BITS / 8 * tensor.numel if gguf else _int8(tensor.shape, None)
         elif gguf and len(tensor.shape) == 1:
             count += 4 * tensor.numel
         elif gguf and not _rounds(spec):
@@ -47,16 +47,18 @@ def stored_bytes(sizes: Sizes, spec: VariantSpec, merged: bool) -> int:
     return int(count)
 
 
-def _torchao(spec: VariantSpec, rows: int, width: int) -> float:
+def _torchao(spec: VariantSpec, shape: tuple[int, ...]) -> float:
     if spec.name != "int4":
-        return _int8(rows, width, spec.group_size)
+        return _int8(shape, spec.group_size)
+    rows, width = shape
     group = _group(spec.group_size, width)
     if spec.packing == "tile_packed":
         rows, width = -(-rows // TILE_ROWS) * TILE_ROWS, -(-width // TILE_COLUMNS) * TILE_COLUMNS
     return rows * width / 2 + 4 * rows * width / group  # codes of half a byte, scale and zero in bf16
 
 
-def _int8(rows: int, width: int, group_size: int | None) -> float:
+def _int8(shape: tuple[int, ...], group_size: int | None) -> float:
+    rows, width = shape
     groups = width // _group(group_size, width) if group_size else 1
     return rows * width + 5 * rows * groups  # a float32 scale and a byte of zeros
 

@@ -98,7 +98,7 @@ class Matter:
 
     @property
     def repo(self) -> str:
-        return self.inputs.config.publish.repo
+        return self.inputs.config.publish.target
 
     @property
     def path(self) -> Path:
@@ -115,12 +115,12 @@ class Matter:
             if beside := changes_beside(live, self.inputs):
                 reason = (
                     f"of what makes the model nothing changed since {live.head[:12]}, which is live; "
-                    f"{', '.join(beside)} did, and {self._way_to_the_rest()}"
+                    f"{', '.join(beside)} did, and {self._way_to_the_rest(live)}"
                 )
             return Decision("skipped", self.repo, reason, margin)
         if live is None or record.live != live.model:
             return None
-        if record.state == "not_better" and not better(record.comparison, margin):
+        if record.state == "not_better" and record.comparison and not better(record.comparison, margin):
             reason = f"{tell(record.comparison, margin)} (measured before, on the same inputs)"
             return Decision("not_better", self.repo, reason, margin, self.news, record.comparison)
         if record.state == "published":
@@ -128,9 +128,9 @@ class Matter:
             return Decision("skipped", self.repo, reason, margin, self.news)
         return None
 
-    def _way_to_the_rest(self) -> str:
+    def _way_to_the_rest(self, live: Live) -> str:
         """How to make what is published beside the live model, without another model coming of it."""
-        options = self._options_of_the_live_model()
+        options = self._options_of_the_live_model(live)
         if options is None:
             return (
                 f"{self.folder} cannot make that without training again, which is compared before it is published: "
@@ -138,13 +138,13 @@ class Matter:
             )
         return f"for that run: {command('run', 'CONFIG')}{options}"
 
-    def _options_of_the_live_model(self) -> str | None:
+    def _options_of_the_live_model(self, live: Live) -> str | None:
         """Options with which `tunepress run` keeps the model in the run's folder; None where that is not the live one.
 
         The live model was made of commits, where the configuration may name none.
         """
-        made, workspace, config = made_with(self.live), Workspace(self.folder), self.config
-        if own_weights(workspace) != self.live.weights:
+        made, workspace, config = made_with(live), Workspace(self.folder), self.config
+        if own_weights(workspace) != live.weights:
             return None
         pinned = {name: getattr(made, name).revision for name in ("model", "data")}
         update = {n: getattr(config, n).model_copy(update={"revision": r}) for n, r in pinned.items()}
@@ -178,11 +178,12 @@ def _record_path(folder: Path) -> Path:
 
 def look(config: TrainingRun, root: str | Path) -> Matter:
     """What is to be decided by a retraining, from the repository, the inputs and the record under `root`."""
-    live, inputs = read_live(config.publish.repo), inputs_of(config)
+    repo, inputs = config.publish.target, inputs_of(config)
+    live = read_live(repo)
     folder = Path(root) / config.name
     record = Record.read(_record_path(folder))
-    if (record.repo, record.inputs) != (config.publish.repo, inputs.to_dict()):
-        record = Record(config.publish.repo, inputs.to_dict())
+    if (record.repo, record.inputs) != (repo, inputs.to_dict()):
+        record = Record(repo, inputs.to_dict())
     news = changes(live, inputs) if live else ("there is no live model yet",)
     return Matter(config, inputs, live, news, record, folder)
 

@@ -84,7 +84,7 @@ class Job:
             JobFailed: where it came to no decision; with the Job's own exit code where it told one.
         """
         config, package = self._check()
-        repo = config.publish.repo
+        repo = config.publish.target
         if keyless():
             raise HubError(f"{repo}: a keyless login cannot start Jobs; set HF_TOKEN instead of HF_OIDC_RESOURCE")
         token = check_token(repo, None if self.config.publish.create_pr else repo.split("/")[0])
@@ -130,7 +130,7 @@ class Job:
         """
         from huggingface_hub import HfApi
 
-        repo = config.publish.repo
+        repo = config.publish.target
         who = retry_or_explain(repo, lambda: who_is(repo, token)["name"])
         secrets = {"HF_TOKEN": token, **{name: os.environ[name] for name in SECRETS if os.environ.get(name)}}
         options = ["--margin", f"{self.margin:g}", *(["--force"] if self.force else [])]

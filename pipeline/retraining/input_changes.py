@@ -59,7 +59,7 @@ def inputs_of(config: TrainingRun) -> Inputs:
 def settings(config: Config) -> dict[str, object]:
     """The part of a configuration that makes the model, as dotted keys; of paths the last part, as lineages have it."""
     sections = {name: getattr(config, name).model_dump() for name in ("model", "data", "train", "merge")}
-    flat = {}
+    flat: dict[str, object] = {}
     for name, section in sections.items():
         _flatten(name, {k: v for k, v in section.items() if k not in NOT_FOR_THE_MODEL.get(name, ())}, flat)
     for key in ("model.source", "data.source"):

@@ -51,9 +51,9 @@ def retrain(
         UserError: as `pipeline.workflow.run` does; the repository is then as it was.
     """
     config = check(config, margin)
-    with alone(config.publish.repo):
+    with alone(config.publish.target):
         preflight(config)
-        refuse_beside_job(config.publish.repo)
+        refuse_beside_job(config.publish.target)
         matter = look(config, root)
         if not force and (settled := matter.settled(margin)):
             return settled
@@ -80,11 +80,13 @@ class _Retraining:
         """Train, compare, and publish what is better; compare again where others have published meanwhile."""
         inputs, live, record, path = self.matter.inputs, self.matter.live, self.matter.record, self.matter.path
         # The commit is there already where only what comes after it was cut short.
-        is_there = bool(live) and record.state == "better" and live.weights == own_weights(workspace)
+        is_there = live is not None and record.state == "better" and live.weights == own_weights(workspace)
         for attempt in range(ROUNDS):
             note(workspace, live, inputs.to_dict())
             if not is_there:
-                record = replace(record, live=live and live.model, state="running", comparison=None, url=None, job=None)
+                record = replace(
+                    record, live=live.model if live else None, state="running", comparison=None, url=None, job=None
+                )
                 record.write(path)
             for stage in ("train", "merge", *(() if is_there else ("compare_published",))):
                 runner.do(stage)
@@ -104,7 +106,7 @@ class _Retraining:
                 runner.do("publish", variants, again=True)
                 break
             except StageFailed:
-                now = read_live(inputs.config.publish.repo)
+                now = read_live(inputs.config.publish.target)
                 is_ours = now and now.weights == own_weights(workspace)  # it is only tagging that failed
                 if attempt == ROUNDS - 1 or is_ours or (now and now.model) == (live and live.model):
                     raise

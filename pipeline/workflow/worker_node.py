@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline import data
-from pipeline.config.schema import TrainingRun
+from pipeline.config.schema import Config, TrainingRun
 from pipeline.errors import Interrupted
 from pipeline.models import sources
 from pipeline.tracking.events import Unheard
@@ -18,7 +18,7 @@ from pipeline.workflow.workspace import Entry, Workspace
 GRACE_SECONDS = 2.0  # nothing is lost here; while machines have not met, nothing ends by being asked to
 
 
-def join(config: TrainingRun, launch: Launch, root: str | Path = "runs", reporter: Reporter | None = None) -> Workspace:
+def join(config: Config, launch: Launch, root: str | Path = "runs", reporter: Reporter | None = None) -> Workspace:
     """Train along with machine 0, which does the rest of the run and has all that it makes.
 
     Returns:
@@ -29,6 +29,7 @@ def join(config: TrainingRun, launch: Launch, root: str | Path = "runs", reporte
         StageFailed: where training failed, here or elsewhere.
     """
     check_shared(config, launch)
+    assert isinstance(config, TrainingRun), "check_shared refuses a run without data"
     sources.check_source(config.model)
     data.check_source(config.data)
     reporter, step = reporter or Reporter(), f"train (machine {launch.machine_rank} of {launch.machines})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,7 +15,7 @@ INTERRUPTED = 130
 Text = str | None
 
 
-def _answer(help: str, *names: str):
+def _answer(help: str, *names: str) -> Any:
     return typer.Option(*names, help=help, rich_help_panel="Answers", show_default=False)
 
 

@@ -53,7 +53,7 @@ def suited(draft: Draft, variants: list[dict]) -> list[dict]:
         return variants
     from pipeline.models.matrices import PLAIN_TABLE, embedding_kind
 
-    if (kind := embedding_kind(draft.sizes.config)) == PLAIN_TABLE:
+    if (kind := embedding_kind(draft.model_sizes.config)) == PLAIN_TABLE:
         return variants
     draft.tell(f"embeddings stay as they are, for those of this model ({kind}) cannot be stored in 8 bits")
     return [{key: value for key, value in variant.items() if key != "embeddings"} for variant in variants]

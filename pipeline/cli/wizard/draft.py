@@ -70,6 +70,12 @@ class Draft:
         return self.recipe is not None and self.tree["data"]["source"] == BUILTIN
 
     @property
+    def model_sizes(self) -> Sizes:
+        """Return the sizes of the base model, which is the first question."""
+        assert self.sizes is not None, "the model is asked for first"
+        return self.sizes
+
+    @property
     def interactive(self) -> bool:
         return self.secret is not None
 
@@ -137,8 +143,8 @@ class Draft:
         return {**settings, **{change.key: change.value for change in changes}}
 
     def _short(self, config: Config) -> list[Shortage]:
-        adapter = adapter_parameters(self.sizes, config.train.lora)
-        return shortages(stages_of(config, self.sizes, self.machine, 0, adapter), self.machine)
+        adapter = adapter_parameters(self.model_sizes, config.train.lora)
+        return shortages(stages_of(config, self.model_sizes, self.machine, 0, adapter), self.machine)
 
 
 def _changed(tree: dict, settings: Settings) -> dict:

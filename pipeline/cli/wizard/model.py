@@ -52,12 +52,12 @@ def recipe_tree(recipe: str, own_data: bool = True) -> dict:
 
 def _tell(draft: Draft) -> None:
     """What was found: the model, the machine, and what a GPU that is not used needs."""
-    sizes, machine = draft.sizes, draft.machine
+    sizes, machine = draft.model_sizes, draft.machine
     fetched = sizes.fetched_bytes - sizes.here_bytes
     come = f"; {size(fetched)} to fetch" if fetched else ""
     draft.tell(f"{millions(sizes.parameters)} million parameters, {size(sizes.bf16_bytes)} in bf16{come}")
     has = [f"{size(machine.gpu_bytes)} of GPU memory"] if machine.has_gpu else []
-    has += [f"{size(machine.host_bytes)} of memory free", f"{size(machine.disk_free)} of disk free"]
+    has += [f"{size(machine.host_bytes or 0)} of memory free", f"{size(machine.disk_free or 0)} of disk free"]
     draft.tell(f"{machine.name}: {', '.join(has)}")
     for advice in gpu_advice():
         draft.tell(advice)

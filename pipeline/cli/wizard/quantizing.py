@@ -25,7 +25,7 @@ TYPES = {v.file_type.lower(): v.name for v in VARIANTS.values() if v.format == G
 def _take_quantize(draft: Draft, answer: str) -> None:
     quantizes = yes_or_no(answer)
     if quantizes:
-        check_quantizable(draft.sizes)
+        check_quantizable(draft.model_sizes)
     draft.quantizes = quantizes
     if not draft.quantizes:
         draft.set({"quantize.variants": []})
@@ -72,7 +72,7 @@ def _names(answer: str) -> list[str]:
 def _set_variants(draft: Draft, variants: list[dict]) -> None:
     settings = {"quantize.variants": variants}
     config = draft.config(settings)
-    check_variants(config, draft.sizes)
+    check_variants(config, draft.model_sizes)
     draft.check_fits(config)
     draft.set(settings)
 

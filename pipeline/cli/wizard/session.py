@@ -95,6 +95,7 @@ def wizard(
             f"{draft.written}: is written and not started, for this machine has too little for it; change it as "
             f"said above, or start it as it is: {draft.command('run', draft.written)}"
         )
+    assert draft.written is not None, "the last question writes the configuration"
     return Written(draft.written, draft.start)
 
 
