@@ -29,7 +29,7 @@ from pipeline.system.libraries import quiet
 quiet()
 import torch
 from transformers import AutoTokenizer, TrainerCallback, set_seed
-from pipeline import machine
+from pipeline.system import hardware
 
 folder, output, asked = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 draw = random.Random(0)
@@ -55,14 +55,14 @@ def finish(trainer):
     set_seed(0)
     watch = Steps()
     trainer.add_callback(watch)
-    machine.reset_peak_memory()
+    hardware.reset_peak_memory()
     trainer.train()
     seconds = statistics.median(watch.seconds[1:])
     on_gpu = trainer.args.device.type == "cuda"
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     print(json.dumps({
         "tokens_per_second": asked["batch"] * asked["length"] / seconds,
-        "held_bytes": torch.cuda.max_memory_allocated() if on_gpu else machine.peak_memory_bytes(),
+        "held_bytes": torch.cuda.max_memory_allocated() if on_gpu else hardware.peak_memory_bytes(),
         "losses": [round(float(loss), 3) for loss in losses],
     }))
 """

@@ -24,13 +24,6 @@ def on_hub(copied, tmp_path):
         yield copied
 
 
-def test_publishing_goes_to_a_repository_that_was_emptied_meanwhile(on_hub):
-    on_hub.hub.put("ada/tiny", {"int8/model.safetensors": None})
-    done = on_hub.tunepress("publish", "runs/tiny", "--repo", "ada/tiny", "--json")
-    assert json.loads(done.stdout)["published"]["files_sent"] == 1
-    assert "int8/model.safetensors" in on_hub.hub.files("ada/tiny")
-
-
 def test_publishing_keeps_an_outdated_variant_on_the_hub(on_hub):
     config = on_hub.run_folder / "config.yaml"
     settings = config.read_text()
@@ -46,15 +39,6 @@ def test_a_variant_that_is_no_longer_asked_for_leaves_release_and_repository_who
     on_hub.tunepress("run", "tiny.yaml", *settings)
     assert not (on_hub.release / "int4").exists() and "int4" not in on_hub.results()
     assert not [name for name in on_hub.hub.files("ada/tiny") if name.startswith("int4/")]
-
-
-def test_foreign_file_is_never_overwritten(copied, tmp_path):
-    with LoopbackHub(tmp_path / "hub", {TOKEN: {"name": "ada", "role": "write"}}) as hub:
-        copied.hub = hub
-        hub.put("ada/tiny", {"config.json": b"mine"}, private=True)
-        done = copied.tunepress("publish", "runs/tiny", "--repo", "ada/tiny", check=2)
-        assert "config.json" in done.stderr and len(done.stderr.strip().splitlines()) == 1
-        assert hub.read("ada/tiny", "config.json") == b"mine" and len(hub.files("ada/tiny")) <= 2
 
 
 @pytest.mark.slow

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 
-from pipeline.cli import main
 from pipeline.config.builders import quantize_config
-from pipeline.errors import ConfigError, StageFailed
+from pipeline.errors import StageFailed
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.workflow.run import run
 from pipeline.workflow.stages.inputs import hashes_of
@@ -60,13 +57,6 @@ def test_publishing_a_merged_model_measures_it_first(quantized_only):
     assert {"evaluation_started", "evaluation_completed", "quantized_model_pushed", "model_card_pushed"} <= set(names)
     assert said["published"]["repo"] == "ada/small"
     assert sorted(names) == sorted(a["title"] for a in place.alerts())
-
-
-def test_publishing_a_merged_model_again_sends_nothing(quantized_only):
-    place, *_ = quantized_only
-    commits = place.hub.commits("ada/small")
-    assert "nothing to send" in place.tunepress("publish", "out", "--repo", "ada/small").stdout
-    assert place.hub.commits("ada/small") == commits
 
 
 @pytest.mark.slow
@@ -128,87 +118,6 @@ def test_clean_keeps_the_release_and_the_ledger_valid(copied):
     again = copied.tunepress("run", "tiny.yaml").stdout
     assert again.count("done before") == 6 and "> " not in again
     assert copied.tunepress("clean", "runs/tiny").stdout == "nothing to remove\n"
-
-
-@pytest.mark.parametrize(
-    "arguments, said",
-    [
-        (("quantize", "MODEL"), "--output DIR"),
-        (("quantize", "MODEL", "--output", "full"), "full: has other things in it; choose a new folder"),
-        (
-            ("quantize", "MODEL", "--output", "out", "--variants", "int5"),
-            "--variants int5: allowed are int8, int8-dynamic, int4",
-        ),
-        (("quantize", "MODEL", "--output", "out", "--group-size", "48"), "group_size 48: allowed are 32, 64, 128, 256"),
-        (
-            ("quantize", "MODEL", "--output", "out", "--variants", "int8", "--rounding", "search"),
-            "none of int8 takes it",
-        ),
-        (("quantize", "MODEL", "--output", "out", "--rounding", "awq"), "--rounding awq: none of"),
-        (("quantize", "./nowhere", "--output", "out"), "no such folder"),
-        (("quantize", "demo", "--output", "out"), "is a configuration"),
-        (("quantize", "MODEL", "--output", "out", "--set", "publish.repo=ada/x"), "what is published is measured"),
-        (("merge", "demo", "--base", "nf4"), "demo: is a configuration, which says base itself"),
-        (("merge", "MODEL", "--output", "out"), "merge BASE ADAPTER --output DIR"),
-        (("merge", "MODEL", "./nowhere", "--output", "out"), "merge.adapter './nowhere': has no adapter_config.json"),
-        (("merge", "MODEL", "MODEL", "--output", "out", "--base", "fp8"), "merge.base"),
-        (("publish", "full", "--repo", "ada/x"), "not a run's folder"),
-        (("clean", "full"), "not a run's folder"),
-    ],
-)
-def test_impossible_request_gives_one_line_before_anything_is_written(
-    arguments, said, tmp_path, monkeypatch, capfd, tiny_model
-):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "thesis.txt").write_text("mine")
-    monkeypatch.setattr(
-        sys, "argv", ["tunepress", *(str(tiny_model("llama")) if a == "MODEL" else a for a in arguments)]
-    )
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    (line,) = capfd.readouterr().err.strip().splitlines()
-    assert exit_.value.code == 2 and said in line
-    assert not Path("out").exists() and [p.name for p in Path("full").iterdir()] == ["thesis.txt"]
-
-
-@pytest.mark.parametrize(
-    "variants, sizes",
-    [
-        ("both", {"int8": None, "int4": 128}),
-        ("int8", {"int8": 128}),
-        ("int4", {"int4": 128}),
-        ("int4,q8_0,q4_k_m", {"int4": 128, "gguf-q8_0": 32, "gguf-q4_k_m": None}),
-        ("int8,gguf-q4_0,gguf-f16", {"int8": 128, "gguf-q4_0": 32, "gguf-f16": None}),
-    ],
-)
-def test_a_group_size_goes_to_variants_that_are_in_groups_anyway_if_there_are_any(variants, sizes):
-    config = quantize_config("user/model", "out", [variants], group_size=128)
-    assert {v.name: v.group_size for v in config.quantize.variants} == sizes
-    with pytest.raises(ConfigError, match="each variant can be asked for once"):
-        quantize_config("user/model", "out", ["int8", "both"])
-
-
-def test_group_size_is_applied_to_variants_that_accept_it():
-    config = quantize_config("user/model", "out", ["int8,gguf-q4_0"], group_size=32)
-    assert {v.name: v.group_size for v in config.quantize.variants} == {"int8": 32, "gguf-q4_0": 32}
-    with pytest.raises(ConfigError, match="group_size 64: allowed are 32"):
-        quantize_config("user/model", "out", ["gguf-q4_0"], group_size=64)
-
-
-def test_rounding_is_applied_to_variants_that_accept_it():
-    config = quantize_config("user/model", "out", ["int8,Q4_1,gguf-f16,q6_k"], rounding="search")
-    found = {v.name: v.rounding for v in config.quantize.variants}
-    assert found == {"int8": "rtn", "gguf-q4_1": "search", "gguf-f16": None, "gguf-q6_k": None}
-    with pytest.raises(ConfigError, match="--rounding hqq: none of gguf-q6_k takes it; known are none"):
-        quantize_config("user/model", "out", ["q6_k"], rounding="hqq")
-
-
-def test_a_packing_goes_only_to_variants_that_can_be_stored_in_several():
-    config = quantize_config("user/model", "out", ["both"], packing="tile_packed")
-    assert [(v.name, v.packing) for v in config.quantize.variants] == [("int8", None), ("int4", "tile_packed")]
-    with pytest.raises(ConfigError, match="--packing tile_packed: none of int8 takes it"):
-        quantize_config("user/model", "out", ["int8"], packing="tile_packed")
 
 
 def test_a_finished_run_needs_none_of_its_inputs_to_be_published(copied):

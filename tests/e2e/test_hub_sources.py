@@ -53,15 +53,6 @@ def test_single_commits_publish_everything_at_once(hub, copied):
     )  # fmt: skip
 
 
-def test_concurrent_commit_is_kept(hub, copied):
-    copied.hub = hub
-    hub.put("ada/tiny", {"notes.md": b"mine"}, private=True)
-    hub.fault(r"POST .*/commit/", status=412, times=1)
-    copied.tunepress("publish", "runs/tiny", "--repo", "ada/tiny")
-    assert hub.read("ada/tiny", "notes.md") == b"mine"
-    assert "int8/model.safetensors" in hub.files("ada/tiny")
-
-
 @pytest.mark.parametrize(("token", "words"), [("read", "may only read"), ("other", "belongs to eve")])
 def test_a_token_that_may_not_write_is_refused_before_any_work(tmp_path, tiny_model, token, words):
     tokens = {TOKEN: {"name": "ada" if token == "read" else "eve", "role": "read" if token == "read" else "write"}}

@@ -117,25 +117,9 @@ def test_int4_has_the_recipes_groups_wherever_they_divide_the_width(recipe_run):
         assert width // groups == (asked if width % asked == 0 else 32), name
 
 
-def test_int8_is_nearer_to_the_merged_model_than_int4(recipe_run):
-    _, place = recipe_run
-    results = place.results()
-    kl = {name: results[name]["quality"]["held_out"]["kl"]["value"] for name in ("int8", "int4")}
-    assert 0 <= kl["int8"] < kl["int4"]
-
-
-def test_the_release_holds_root_adapter_variants_cards_and_lineage(published):
-    for name in (
-        "config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "README.md", "tunepress.json",
-        "adapter/adapter_model.safetensors", "adapter/adapter_config.json",
-        "int8/model.safetensors", "int8/README.md", "int4/model.safetensors", "int4/README.md",
-    ):  # fmt: skip
-        assert (published.release / name).is_file(), name
-    assert not (published.release / "adapter_config.json").exists()
-
-
 def test_the_repository_is_private_and_is_the_release_to_the_byte(published):
     assert published.hub.repo("ada/tiny").private
+    assert not (published.release / "adapter_config.json").exists()  # which would hijack loading with `subfolder`
     local = {p.relative_to(published.release).as_posix(): p for p in published.release.rglob("*") if p.is_file()}
     assert set(published.hub.files("ada/tiny")) - {".gitattributes"} == set(local)
     for name, path in local.items():
@@ -234,14 +218,6 @@ def test_the_token_is_nowhere(published, tmp_path):
     for path in published.folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
             assert TOKEN.encode() not in path.read_bytes(), path
-
-
-def test_publishing_again_sends_nothing_and_makes_no_commit(published):
-    commits, uploads = published.hub.commits("ada/tiny"), len([r for r in published.hub.requests if r.method == "PUT"])
-    done = published.tunepress("publish", "runs/tiny", "--repo", "ada/tiny", "--json")
-    assert json.loads(done.stdout)["published"]["files_sent"] == 0
-    assert published.hub.commits("ada/tiny") == commits
-    assert len([r for r in published.hub.requests if r.method == "PUT"]) == uploads
 
 
 def test_running_again_does_nothing(published):

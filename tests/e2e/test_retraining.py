@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 
 import pytest
 
-from pipeline.retraining.decision import Record
-from pipeline.retraining.report import Summary
 from tests.support.hub import LoopbackHub
 from tests.support.retraining import BASE, IDENTITY, PUBLISHER_TOKEN, REPO, Retraining, Story, as_options, kill
 from tests.support.runs import TOKEN, write_place
@@ -353,13 +350,6 @@ def test_beside_a_job_of_the_same_repository_nothing_is_trained(undecided):
     assert done.returncode == 75 and "/jobs/ada/1" in done.stderr and undecided.names() == events
 
 
-def test_unreadable_record_is_ignored(tmp_path):
-    path = tmp_path / ".tiny.retraining.json"
-    for content in (b"", b"{", b"[]", b"\xff", b'{"of": "another version"}'):
-        path.write_bytes(content)
-        assert Record.read(path) == Record()
-
-
 def test_unwritable_lock_gives_one_line(undecided):
     (undecided.folder / "file").write_text("")
     place = {"HF_HOME": str(undecided.folder / "file" / "home")}
@@ -380,15 +370,6 @@ def test_unwritable_summary_is_refused_before_any_work(undecided):
     done = undecided.retrain("better", "--force", "--summary", "nowhere/told.md")
     assert done.returncode == 2 and undecided.names() == before
     assert done.stderr.strip() == "retrain: --summary nowhere/told.md: cannot be written (No such file or directory)"
-
-
-def test_late_summary_failure_keeps_the_decision(tmp_path, monkeypatch):
-    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "step.md"))
-    (tmp_path / "ci").mkdir()
-    summary = Summary.open(tmp_path / "ci" / "told.md")
-    shutil.rmtree(tmp_path / "ci")
-    (problem,) = summary.append("## Published\n")
-    assert problem.startswith("--summary ") and (tmp_path / "step.md").read_text() == "## Published\n"
 
 
 def test_retraining_writes_no_token_anywhere(story):

@@ -45,16 +45,10 @@ def test_a_stage_that_fails_says_so_in_one_line_in_the_events_and_in_trackio(cop
     assert failed and failed[0]["error"] in ("FileExistsError", "NotADirectoryError") and failed[0]["message"]
     alerts = [a for a in copied.alerts() if a["title"] == f"{stage}_failed"]
     assert alerts and alerts[0]["level"] == "error"
-
-
-def test_same_command_finishes_the_run_after_the_cause_is_removed(copied):
-    _forget(copied, "merge")
-    (copied.run_folder / "merged-nf4.partial").write_text("in the way")
-    copied.tunepress("run", "tiny.yaml", check=1)
-    (copied.run_folder / "merged-nf4.partial").unlink()
-    copied.tunepress("run", "tiny.yaml")
-    assert "training_started" not in copied.names()
-    assert "merge_completed" in copied.names()
+    if stage == "merge":  # with the cause gone, the same command finishes the run
+        path.unlink()
+        copied.tunepress("run", "tiny.yaml")
+        assert "training_started" not in copied.names() and "merge_completed" in copied.names()
 
 
 def test_a_failed_publish_is_told_and_the_release_stays_whole(copied, tmp_path):
@@ -125,19 +119,3 @@ def test_a_stage_ends_when_the_process_that_started_it_is_killed(tmp_path, tiny_
     process.communicate()
     assert _ends(child)
     assert place.names() == ["training_started", "training_failed"]
-
-
-def test_training_resumes_with_optimizer_state_and_ends_as_if_undisturbed(tmp_path, tiny_model):
-    settings = {"max_steps": 30, "checkpoint_every": 5, "evaluate_every": 30}
-    places = [write_place(tmp_path / name, tiny_model("llama"), train=settings) for name in ("whole", "stopped")]
-    places[0].tunepress("train", "tiny.yaml")
-    process = subprocess.Popen(places[1].command("train", "tiny.yaml"), cwd=places[1].folder, env=places[1].env)
-    while not list((places[1].run_folder / "checkpoints").glob("*/checkpoint-1*/on-disk")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.kill(stage_process_of(places[1]), signal.SIGKILL)
-    assert process.wait() == 1
-    places[1].tunepress("train", "tiny.yaml")
-    assert places[1].results()["training"]["resumed_from_step"] >= 10
-    whole, stopped = ((p.run_folder / "adapter" / "adapter_model.safetensors").read_bytes() for p in places)
-    assert whole == stopped

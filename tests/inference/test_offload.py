@@ -23,13 +23,14 @@ CPU = torch.device("cpu")
 IN_LITTLE_MEMORY = """
 import sys
 import torch, transformers, torchao, accelerate
-from pipeline import machine, measure
+from pipeline.evaluation import metrics
 from pipeline.inference.load import load
+from pipeline.system import hardware
 from tests.support.models import random_text
-before = machine.peak_memory_bytes()
+before = hardware.peak_memory_bytes()
 model, _ = load(sys.argv[1], offload=True)
-measure.score(model, random_text((512,)))
-print(before, machine.peak_memory_bytes())
+metrics.score(model, random_text((512,)))
+print(before, hardware.peak_memory_bytes())
 """
 
 

@@ -51,14 +51,6 @@ def test_edited_modelfile_is_kept_beside_the_new_one(hub, shared):
     assert not [name for name in hub.files(REPO) if ".local" in name]
 
 
-def test_lineage_names_the_gguf_library_only_with_gguf(hub, shared):
-    shared.publish(WITH_GGUF)
-    made_with = [json.loads(hub.read(REPO, "tunepress.json"))["made_with"]]
-    shared.publish(("int8",))
-    made_with.append(json.loads(hub.read(REPO, "tunepress.json"))["made_with"])
-    assert "gguf" in made_with[0] and "gguf" not in made_with[1]
-
-
 def test_leaving_gguf_variant_takes_only_its_own_files(hub, shared):
     shared.publish(WITH_GGUF)
     shared.publish(("int8", Q8_0))
@@ -70,17 +62,21 @@ def test_leaving_gguf_variant_takes_only_its_own_files(hub, shared):
 
 def test_last_gguf_variant_takes_the_folder(hub, shared):
     shared.publish(WITH_GGUF)
+    assert "gguf" in json.loads(hub.read(REPO, "tunepress.json"))["made_with"]
     shared.publish(("int8",))
+    assert "gguf" not in json.loads(hub.read(REPO, "tunepress.json"))["made_with"]
     assert in_gguf(hub) == set() and not (shared.release / "gguf").exists()
     assert "gguf/" not in hub.read(REPO, "README.md").decode()
 
 
-def test_user_text_stays_when_the_last_gguf_variant_leaves(hub, shared):
+def test_user_text_stays_when_gguf_variants_leave(hub, shared):
     shared.publish(WITH_GGUF)
-    card = shared.release / "gguf" / "README.md"
-    card.write_text(card.read_text() + "\nMine.\n")
-    changed = shared.release / "gguf" / "Modelfile"
-    changed.write_text(changed.read_text() + "PARAMETER num_ctx 4096\n")
+    hub.put(REPO, {"gguf/README.md": hub.read(REPO, "gguf/README.md") + b"\n## Hers\n"})
+    shared.publish(("int8", Q8_0))
+    assert hub.read(REPO, "gguf/README.md").endswith(b"\n## Hers\n")
+    for name, mine in (("README.md", "\nMine.\n"), ("Modelfile", "PARAMETER num_ctx 4096\n")):
+        path = shared.release / "gguf" / name
+        path.write_text(path.read_text() + mine)
     shared.publish(("int8",))
     assert here(shared) == {"README.md", "Modelfile"}
 
@@ -92,13 +88,6 @@ def test_a_modelfile_that_was_there_before_is_refused_and_left(hub, shared):
     with pytest.raises(HubError, match=r"has a gguf/Modelfile that tunepress did not put there"):
         shared.publish(WITH_GGUF)
     assert hub.read(REPO, "gguf/Modelfile") == b"FROM ./mine.gguf\n"
-
-
-def test_text_in_their_card_stays(hub, shared):
-    shared.publish(WITH_GGUF)
-    hub.put(REPO, {"gguf/README.md": hub.read(REPO, "gguf/README.md") + b"\n## Hers\n"})
-    shared.publish(("int8", Q8_0))
-    assert hub.read(REPO, "gguf/README.md").endswith(b"\n## Hers\n")
 
 
 def test_a_mirror_has_one_of_them_at_its_root(hub, shared):

@@ -23,10 +23,6 @@ def test_the_variant_is_at_the_root_with_a_card_and_a_lineage_of_its_own(hub, mi
     lineage = json.loads(hub.read(MIRROR, "tunepress.json"))
     assert {*lineage["files"], *lineage["documents"], "tunepress.json", ".gitattributes"} == files
     assert lineage["mirror_of"] == REPO and "int4" not in lineage["results"]
-
-
-def test_mirror_and_main_repository_link_each_other(hub, mirrored):
-    mirrored.publish()
     assert MIRROR in hub.read(REPO, "README.md").decode() and REPO in hub.read(MIRROR, "README.md").decode()
 
 
@@ -75,11 +71,14 @@ def test_mirror_has_the_visibility_of_the_main_repository(hub, mirrored, private
     assert hub.repo(MIRROR).private == private
 
 
-def test_publishing_again_sends_nothing_to_either(hub, mirrored):
+def test_mirror_is_sent_and_reported_once(hub, mirrored):
     mirrored.publish()
     commits, requests = (hub.commits(REPO), hub.commits(MIRROR)), len(hub.requests)
     assert mirrored.publish()["files_sent"] == 0
     assert (hub.commits(REPO), hub.commits(MIRROR)) == commits and sent_bytes(hub, requests) == 0
+    pushed = mirrored.events("quantized_model_pushed")
+    assert [(e["variant"], e["commit"]) for e in pushed if e["repo"] == MIRROR] == [("int8", commits[1][0])]
+    assert len([e for e in pushed if e["repo"] == REPO]) == 2
 
 
 def test_change_of_another_variant_leaves_the_mirror(hub, mirrored):
@@ -99,14 +98,6 @@ def test_text_by_hand_stays_in_its_card(hub, mirrored):
     mirrored.make("quantize/int8", {"int8/config.json": b"changed"})
     mirrored.publish()
     assert hub.read(MIRROR, "README.md").endswith(b"\n## Mine\n") and hub.read(MIRROR, "notes.md") == b"mine"
-
-
-def test_mirror_push_is_reported_once(hub, mirrored):
-    mirrored.publish()
-    mirrored.publish()
-    told = [e for e in mirrored.events("quantized_model_pushed") if e["repo"] == MIRROR]
-    assert [(e["variant"], e["commit"]) for e in told] == [("int8", hub.commits(MIRROR)[0])]
-    assert len([e for e in mirrored.events("quantized_model_pushed") if e["repo"] == REPO]) == 2
 
 
 def test_a_mirror_that_fails_is_named_and_keeps_nothing_else_back(hub, mirrored):

@@ -132,11 +132,6 @@ def test_failing_hub_gives_one_line_with_the_next_command(hub, finished):
         rollback(REPO)
 
 
-def test_missing_repository_is_named(hub):
-    with pytest.raises(HubError, match="^ada/nothing: no such repository, or it is private and this token may not see"):
-        rollback("ada/nothing")
-
-
 def test_other_server_is_not_taken_for_the_hub(hub, finished, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"{hub.url}/{REPO}/resolve/main/x?")
     hub.put(REPO, {"x": b"<html>Log in to this network</html>"})

@@ -17,18 +17,15 @@ def proposed(hub, finished):
     return finished
 
 
-def test_pull_request_holds_the_release_and_main_is_unchanged(hub, proposed):
+def test_pull_request_holds_the_release_and_is_reported_and_main_is_unchanged(hub, proposed):
     assert list(hub.files(REPO)) == [".gitattributes"]
     assert {"config.json", "int8/model.safetensors", "README.md"} <= set(hub.files(REPO, "refs/pr/1"))
     assert hub.repo(REPO).tags == {}
-
-
-def test_events_and_summary_carry_the_address_of_the_pull_request(hub, proposed):
+    assert proposed.summary["url"] == f"{hub.url}/{REPO}/discussions/1"
     for event in ("merged_model_pushed", "quantized_model_pushed", "model_card_pushed"):
         for record in proposed.events(event):
-            assert (record["url"], record["pull_request"]) == (f"{hub.url}/{REPO}/discussions/1", 1)
+            assert (record["url"], record["pull_request"]) == (proposed.summary["url"], 1)
             assert record["commit"] == hub.commits(REPO, "refs/pr/1")[0]
-    assert proposed.summary["url"] == f"{hub.url}/{REPO}/discussions/1"
 
 
 def test_publishing_again_sends_nothing_and_opens_nothing(hub, proposed):

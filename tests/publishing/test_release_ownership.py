@@ -26,17 +26,14 @@ def test_another_runs_repository_is_refused_with_both_names_and_left(hub, finish
     line = (
         rf"^{REPO}: holds run 'demo', and this is run 'other'; use another repository, or give this run the same name$"
     )
-    with pytest.raises(HubError, match=line):
-        other.publish()
-    assert hub.commits(REPO) == commits
-
-
-def test_another_runs_repository_is_refused_in_a_pull_request(hub, finished, other):
-    finished.publish()
-    other.configure(create_pr=True)
-    with pytest.raises(HubError, match="holds run 'demo'"):
-        other.publish()
-    assert not hub.repo(REPO).pull_requests
+    other.configure(mirrors={"int8": "ada/other-int8"})
+    for create_pr in (False, True):
+        other.configure(create_pr=create_pr)
+        with pytest.raises(HubError, match=line):
+            other.publish()
+    assert hub.commits(REPO) == commits and not hub.repo(REPO).pull_requests
+    with pytest.raises(KeyError):
+        hub.repo("ada/other-int8")
 
 
 def test_a_run_that_was_given_the_same_name_replaces_it(hub, finished, other):
@@ -55,15 +52,6 @@ def test_the_mirror_of_another_run_is_refused_and_the_main_repository_is_publish
     with pytest.raises(HubError, match=f"^publish.mirrors.int8: {line}use another repository$"):
         other.publish()
     assert hub.commits(MIRROR) == commits and MIRROR not in hub.read("ada/other", "README.md").decode()
-
-
-def test_no_mirror_is_made_of_a_repository_that_is_refused(hub, finished, other):
-    finished.publish()
-    other.configure(mirrors={"int8": "ada/other-int8"})
-    with pytest.raises(HubError, match="holds run 'demo'"):
-        other.publish()
-    with pytest.raises(KeyError):
-        hub.repo("ada/other-int8")
 
 
 def test_a_destination_can_be_asked_about_before_there_is_anything_to_publish(hub, finished):

@@ -110,6 +110,8 @@ def test_rolling_back_again_goes_one_release_further(hub, finished, two):
     release(hub, finished, 3003)
     assert [rollback(REPO).tag, rollback(REPO).tag] == ["release-2", "release-1"]
     assert contents(hub) == two[0]
+    with pytest.raises(HubError, match=r"ada/tiny: no release release-9; tagged releases: release-1, release-2"):
+        rollback(REPO, to="release-9")
     with pytest.raises(HubError, match=r"no release before release-1; others to go to: release-2, release-3"):
         rollback(REPO)
 
@@ -173,16 +175,11 @@ def test_foreign_file_stops_a_rollback(hub, two):
     assert contents(hub) == before
 
 
-def test_missing_release_is_refused_with_the_existing_ones(hub, two):
-    with pytest.raises(HubError, match=r"ada/tiny: no release release-9; tagged releases: release-1, release-2"):
-        rollback(REPO, to="release-9")
-
-
 def test_rollback_without_releases_is_refused(hub):
     hub.put(REPO, {"notes.md": b"mine"})
     with pytest.raises(HubError, match="no release before this one"):
         rollback(REPO)
-    with pytest.raises(HubError, match="ada/nothing"):
+    with pytest.raises(HubError, match="^ada/nothing: no such repository, or it is private and this"):
         rollback("ada/nothing")
     with pytest.raises(HubError, match="nothing: a repository is written USER/NAME"):
         rollback("nothing")

@@ -22,13 +22,15 @@ def test_the_repository_becomes_the_release_to_the_byte(hub, finished):
         assert hub.read(REPO, name) == path.read_bytes(), name
 
 
-def test_publishing_again_sends_not_a_byte_and_makes_no_commit(hub, finished):
+def test_publishing_again_sends_only_what_the_hub_lacks(hub, finished):
     finished.publish()
     commits, requests = hub.commits(REPO), len(hub.requests)
     summary = finished.publish()
     assert (summary["files_sent"], summary["bytes_sent"]) == (0, 0)
     assert sent_bytes(hub, requests) == 0 and {r.method for r in hub.requests[requests:]} == {"GET"}
     assert hub.commits(REPO) == commits
+    hub.put(REPO, {"int8/model.safetensors": None})
+    assert finished.publish()["files_sent"] == 1 and "int8/model.safetensors" in hub.files(REPO)
 
 
 def test_publishing_from_another_copy_of_the_same_run_sends_nothing(hub, finished, tmp_path):

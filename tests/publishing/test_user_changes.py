@@ -18,15 +18,6 @@ def commit_requests(hub, since: int = 0) -> list[int]:
     return [r.status for r in hub.requests[since:] if r.method == "POST" and "/commit/" in r.path]
 
 
-def test_a_file_added_by_hand_survives(hub, finished):
-    finished.publish()
-    hub.put(REPO, {"notes.md": b"mine", "int8/benchmarks.csv": b"1,2"})
-    finished.publish(("int8",))
-    finished.make_variant("int4")
-    finished.publish()
-    assert hub.read(REPO, "notes.md") == b"mine" and hub.read(REPO, "int8/benchmarks.csv") == b"1,2"
-
-
 def test_a_section_added_to_a_card_by_hand_survives_what_we_publish_after_it(hub, finished):
     finished.publish(("int8",))
     for card in ("README.md", "int8/README.md"):
@@ -38,15 +29,6 @@ def test_a_section_added_to_a_card_by_hand_survives_what_we_publish_after_it(hub
         assert text.endswith(MINE) and text.count(START) == text.count(END) == 1, card
         assert (finished.release / card).read_text() == text
     assert "int4/" in hub.read(REPO, "README.md").decode().split(END)[0]
-
-
-def test_user_text_does_not_make_a_new_commit(hub, finished):
-    finished.publish()
-    hub.put(REPO, {"README.md": hub.read(REPO, "README.md") + MINE.encode()})
-    commits = hub.commits(REPO)
-    assert finished.publish()["files_sent"] == 0
-    assert hub.commits(REPO) == commits
-    assert MINE in (finished.release / "README.md").read_text()
 
 
 def test_a_card_that_people_wrote_before_us_is_kept_and_ours_is_added(hub, finished):
@@ -77,15 +59,6 @@ def test_text_added_to_the_local_card_goes_along_with_a_later_publish_too(hub, f
     for card in ("README.md", "int8/README.md"):
         assert hub.read(REPO, card).decode().endswith(MINE)
         assert hub.read(REPO, card) == (finished.release / card).read_bytes()
-
-
-def test_text_on_the_hub_wins_over_local_text(hub, finished):
-    finished.publish()
-    (finished.release / "README.md").write_text("# Something else\n")
-    hub.put(REPO, {"README.md": hub.read(REPO, "README.md") + MINE.encode()})
-    finished.publish()
-    assert (finished.release / "README.md").read_bytes() == hub.read(REPO, "README.md")
-    assert MINE.encode() in hub.read(REPO, "README.md")
 
 
 def test_removed_variant_card_keeps_user_text(hub, finished):

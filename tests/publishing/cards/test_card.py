@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -851,23 +850,3 @@ def test_importing_the_card_is_light():
     code = "import sys, pipeline.publishing.cards; print({'torch', 'transformers', 'matplotlib'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
-
-
-def test_the_templates_are_found_in_an_installed_package(tmp_path):
-    shutil.copytree(REPOSITORY / "pipeline", tmp_path / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "pipeline" / "templates").mkdir()
-    for template in (REPOSITORY / "templates").glob("*.jinja"):  # what the package's metadata names
-        shutil.copy(template, tmp_path / "pipeline" / "templates")
-    (tmp_path / "config.yaml").write_text("{name: a, model: {source: org/base}, data: {source: org/data}}")
-    code = "from pipeline import cards, config_file, shipped\n"
-    code += "a = cards.About('n', 'u/m', config_file.load_config('config.yaml'), {})\n"
-    code += "print(shipped.shipped_folder('templates'), cards.model_card(a, ['int8', 'int4']), cards.END)"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": ""},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.startswith(str(tmp_path / "pipeline" / "templates")) and package.END in done.stdout

@@ -219,7 +219,8 @@ def test_llama_cpp_says_nothing_on_the_terminal(tiny_model, written, tmp_path):
     path = written(tiny_model("llama"), "gguf-q4_0")
     (tmp_path / "cut.gguf").write_bytes(path.read_bytes()[:5000])
     code = (
-        "import sys; from pathlib import Path; from pipeline import llama_cpp; from pipeline.errors import ModelError\n"
+        "import sys; from pathlib import Path\n"
+        "from pipeline.errors import ModelError; from pipeline.inference import llama_cpp\n"
         "with llama_cpp.opened(Path(sys.argv[1]), 64) as reader: reader.answer([7, 5], set(), 3)\n"
         "try: llama_cpp.check(Path(sys.argv[2]))\n"
         "except ModelError: print('refused', 'torch' in sys.modules)\n"

@@ -183,3 +183,38 @@ def refused_before_training(folder, tree: dict, reason: str) -> None:
         with pytest.raises(ModelError, match=reason):
             train.run(Config.model_validate(tree), workspace, Events(workspace.events_path, "tiny"), ())
         assert not workspace.checkpoints.exists() and not workspace.adapter.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("quantize", "MODEL"), "--output DIR"),
+        (("quantize", "MODEL", "--output", "full"), "full: has other things in it; choose a new folder"),
+        (
+            ("quantize", "MODEL", "--output", "out", "--variants", "int5"),
+            "--variants int5: allowed are int8, int8-dynamic, int4",
+        ),
+        (("quantize", "MODEL", "--output", "out", "--group-size", "48"), "group_size 48: allowed are 32, 64, 128, 256"),
+        (
+            ("quantize", "MODEL", "--output", "out", "--variants", "int8", "--rounding", "search"),
+            "none of int8 takes it",
+        ),
+        (("quantize", "MODEL", "--output", "out", "--rounding", "awq"), "--rounding awq: none of"),
+        (("quantize", "./nowhere", "--output", "out"), "no such folder"),
+        (("quantize", "demo", "--output", "out"), "is a configuration"),
+        (("quantize", "MODEL", "--output", "out", "--set", "publish.repo=ada/x"), "what is published is measured"),
+        (("merge", "demo", "--base", "nf4"), "demo: is a configuration, which says base itself"),
+        (("merge", "MODEL", "--output", "out"), "merge BASE ADAPTER --output DIR"),
+        (("merge", "MODEL", "./nowhere", "--output", "out"), "merge.adapter './nowhere': has no adapter_config.json"),
+        (("merge", "MODEL", "MODEL", "--output", "out", "--base", "fp8"), "merge.base"),
+        (("publish", "full", "--repo", "ada/x"), "not a run's folder"),
+        (("clean", "full"), "not a run's folder"),
+    ],
+)
+def test_impossible_request_gives_one_line_before_anything_is_written(tunepress, tiny_model, arguments, said):
+    full = tunepress.folder / "full"
+    full.mkdir()
+    (full / "thesis.txt").write_text("mine")
+    code, (line,) = tunepress(*(str(tiny_model("llama")) if a == "MODEL" else a for a in arguments))
+    assert code == 2 and said in line
+    assert not (tunepress.folder / "out").exists() and [p.name for p in full.iterdir()] == ["thesis.txt"]

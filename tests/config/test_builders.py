@@ -1,0 +1,47 @@
+"""Configurations made of command-line options: each option goes to the variants that accept it."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.config.builders import quantize_config
+from pipeline.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    "variants, sizes",
+    [
+        ("both", {"int8": None, "int4": 128}),
+        ("int8", {"int8": 128}),
+        ("int4", {"int4": 128}),
+        ("int4,q8_0,q4_k_m", {"int4": 128, "gguf-q8_0": 32, "gguf-q4_k_m": None}),
+        ("int8,gguf-q4_0,gguf-f16", {"int8": 128, "gguf-q4_0": 32, "gguf-f16": None}),
+    ],
+)
+def test_a_group_size_goes_to_variants_that_are_in_groups_anyway_if_there_are_any(variants, sizes):
+    config = quantize_config("user/model", "out", [variants], group_size=128)
+    assert {v.name: v.group_size for v in config.quantize.variants} == sizes
+    with pytest.raises(ConfigError, match="each variant can be asked for once"):
+        quantize_config("user/model", "out", ["int8", "both"])
+
+
+def test_group_size_is_applied_to_variants_that_accept_it():
+    config = quantize_config("user/model", "out", ["int8,gguf-q4_0"], group_size=32)
+    assert {v.name: v.group_size for v in config.quantize.variants} == {"int8": 32, "gguf-q4_0": 32}
+    with pytest.raises(ConfigError, match="group_size 64: allowed are 32"):
+        quantize_config("user/model", "out", ["gguf-q4_0"], group_size=64)
+
+
+def test_rounding_is_applied_to_variants_that_accept_it():
+    config = quantize_config("user/model", "out", ["int8,Q4_1,gguf-f16,q6_k"], rounding="search")
+    found = {v.name: v.rounding for v in config.quantize.variants}
+    assert found == {"int8": "rtn", "gguf-q4_1": "search", "gguf-f16": None, "gguf-q6_k": None}
+    with pytest.raises(ConfigError, match="--rounding hqq: none of gguf-q6_k takes it; known are none"):
+        quantize_config("user/model", "out", ["q6_k"], rounding="hqq")
+
+
+def test_a_packing_goes_only_to_variants_that_can_be_stored_in_several():
+    config = quantize_config("user/model", "out", ["both"], packing="tile_packed")
+    assert [(v.name, v.packing) for v in config.quantize.variants] == [("int8", None), ("int4", "tile_packed")]
+    with pytest.raises(ConfigError, match="--packing tile_packed: none of int8 takes it"):
+        quantize_config("user/model", "out", ["int8"], packing="tile_packed")
