@@ -29,6 +29,22 @@ class Digest:
     size: int
     mtime_ns: int
 
+    @classmethod
+    def of(cls, path: Path) -> Digest:
+        """Return the digest of a file, which is read."""
+        state = path.stat()
+        return cls(sha256(path), state.st_size, state.st_mtime_ns)
+
+    def holds(self, path: Path) -> bool:
+        """Return True if a file is there and has this content; it is read only if its time is another."""
+        try:
+            state = path.stat()
+        except OSError:
+            return False
+        if state.st_size != self.size:
+            return False
+        return state.st_mtime_ns == self.mtime_ns or sha256(path) == self.sha256
+
 
 def no_room(error: BaseException | None, folder: str | Path = ".") -> DiskFull | None:
     """Return the error to show if `error` was caused by a full disk, else None.

@@ -1,4 +1,4 @@
-"""Remove from a run's folder what neither its release nor another run of it needs."""
+"""Remove from a run's folder what its release does not need, and what a run can make again."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.workflow.workspace import Workspace
 
-# What our own writing leaves where it is interrupted; people's files may have names much like these.
+# Names that our own writing leaves if it is interrupted; people's files may have names much like these.
 LEFT_BEHIND = re.compile(
     r"(adapter|base|merged-(nf4|bf16)|shards|[\w-]+\.(json|yaml|md|png))\.partial|(adapter|base)\.old"
 )
@@ -17,20 +17,18 @@ LEFT_BEHIND = re.compile(
 def clean(workspace: Workspace) -> tuple[int, list[str]]:
     """Remove checkpoints, unpacked base models, and what interrupted stages left.
 
-    Everything that is recorded as finished stays, so the run still holds; a base model that is
+    Everything that is recorded as finished stays, so the run still holds. A base model that is
     needed again is fetched again.
 
     Returns:
-        Bytes that were freed, and what was removed.
+        Bytes that were freed, and the names of what was removed.
 
     Raises:
-        WorkspaceError: where a run is working in the folder.
+        WorkspaceError: if a run is working in the folder.
     """
     freed, removed = 0, []
     with workspace.lock():
-        places = [workspace.base, workspace.checkpoints]
-        if workspace.quantized.is_dir():  # beside variants' files it has notes, which spare measuring them again
-            places += [path for path in workspace.quantized.iterdir() if path.is_dir()]
+        places = [workspace.base, workspace.checkpoints, *workspace.quantized.glob("*")]
         for folder in {workspace.folder, workspace.release}:
             places += [path for path in folder.iterdir() if LEFT_BEHIND.fullmatch(path.name)]
         for place in places:

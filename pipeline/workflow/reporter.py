@@ -1,4 +1,4 @@
-"""What a run tells whoever watches. The base class keeps silent; `pipeline.cli.terminal` speaks."""
+"""Reports of a run to people. The base class is silent; `pipeline.cli.terminal` prints."""
 
 from __future__ import annotations
 
@@ -7,34 +7,34 @@ from pipeline.workflow.workspace import Entry, Workspace
 
 
 class Reporter:
-    """Called by `pipeline.workflow.run`, from one thread."""
+    """The receiver of a run's reports, called from one thread."""
 
     def begin(self, config: Config, workspace: Workspace) -> None:
-        """A run starts."""
+        """Report that a run starts."""
 
     def kept(self, step: str) -> None:
-        """A step was finished before and still holds."""
+        """Report that a step was finished before and still holds."""
 
     def started(self, step: str) -> None:
-        """A step starts."""
+        """Report that a step starts."""
 
     def progress(self, done: int, total: int, what: str) -> None:
-        """The running step has done `done` of `total`; `what` it is doing."""
+        """Report that the running step has done `done` of `total`, and what it is doing."""
 
     def show(self, lines: list[str]) -> None:
-        """The running step has something to show, such as the data it is about to train on."""
+        """Show lines of the running step, such as samples of the training data."""
 
     def tick(self) -> None:
-        """A few times a second while a step runs."""
+        """Redraw; called a few times a second while a step runs."""
 
     def wrote(self, step: str, seconds: float) -> None:
-        """The variants' files are written; each is still to be measured."""
+        """Report that the variants' files are written; each is still to be measured."""
 
     def finished(self, step: str, entry: Entry) -> None:
-        """A step is finished."""
+        """Report that a step is finished."""
 
     def failed(self, step: str) -> None:
-        """A step failed or was stopped; the reason comes as an exception."""
+        """Report that a step failed or was stopped; the reason comes as an exception."""
 
     def end(self, tracker_problem: str | None) -> None:
-        """The run is over, whatever its outcome."""
+        """Report that the run is over, whatever its outcome."""

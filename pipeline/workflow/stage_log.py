@@ -1,4 +1,4 @@
-"""What a process prints, libraries in C included, on its way into a file: without tokens."""
+"""The output of a process, that of C libraries included, written to a file without tokens."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import time
 
 from pipeline.errors import redact
 
-LONGEST = 1 << 20  # bytes of a line that are waited for
-OVERLAP = 4096  # of a longer one: more than a token has
-PATIENCE = 2.0  # seconds that the end of a process waits for what it printed
+LONGEST = 1 << 20  # bytes of an unfinished line that are held back
+OVERLAP = 4096  # bytes of a longer line that are held back: more than a token has
+PATIENCE = 2.0  # seconds that the end of a process waits for its output to be written
 
 _BREAK = re.compile(rb"(?<=[\n\r])")
 
 
 def print_without_tokens(file: int) -> int:
-    """From now on what this process prints goes to the open `file`, and no token with it.
+    """Write the output of this process to the open `file` from now on, without tokens.
 
-    A process of its own does that, so that the last words of one that is killed are kept. To be called while there
+    A process of its own does the writing, so that the last words of a killed process are kept. Call this while there
     are no threads.
 
     Returns:
-        The id of that process.
+        The id of the writing process.
     """
     reads, writes = os.pipe()
     for stream in (sys.stdout, sys.stderr):
@@ -40,7 +40,7 @@ def print_without_tokens(file: int) -> int:
 
 
 def wait_for(writer: int) -> None:
-    """Print no more, and see what was printed into the file; what other processes still print is not waited for."""
+    """End the output of this process, and wait until it is written; output of other processes is not waited for."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     nothing = os.open(os.devnull, os.O_WRONLY)

@@ -1,9 +1,9 @@
-"""A stage in a process of its own: started, watched, and its end told.
+"""A stage in a process of its own: start it, watch it, and report its end.
 
 Its memory comes back when it ends, and a kill by the system still yields its failure
 event. The child reports over its standard input, which is a socket (progress, outcome, error),
 writes its chatter to `logs/`, and ends when this process does. Where `accelerate launch` makes
-several processes of a stage, they share that socket, and what failed is told by this process.
+several processes of a stage, they share that socket, and this process reports the failure.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Report:
-    """What a finished stage said of itself."""
+    """The report of a finished stage."""
 
     outputs: list[Path]
     summary: dict
@@ -71,15 +71,15 @@ def run_stage(
     """Run one stage to its end.
 
     Args:
-        stage: module under `pipeline.workflow.stages`.
-        reporter: is told of its progress, and shows what it has to show.
+        stage: name of a module in `pipeline.workflow.stages`.
+        reporter: receives its progress, and the lines that it shows.
         on_tick: called a few times a second, to forward events and to redraw.
         launch: makes several processes of it; by default it is one.
         grace: seconds that it may take to end after it was asked to.
 
     Raises:
-        StageFailed: with the stage's own message; its exit code is 2 where the user can mend it.
-        Interrupted: after the stage has ended, where Ctrl-C or SIGTERM came.
+        StageFailed: with the stage's own message; its exit code is 2 if the user can correct the cause.
+        Interrupted: after the stage has ended, if Ctrl-C or SIGTERM came.
     """
     workspace.logs.mkdir(parents=True, exist_ok=True)
     log_path = workspace.log_of(stage, variants)
@@ -133,7 +133,7 @@ def _command(launch: Launch | None, arguments: tuple[str, ...]) -> list[str]:
 
 
 def _watch(child: subprocess.Popen, messages: _Messages, on_tick: Callable[[], None], grace: float) -> bool:
-    """Wait for the child; pass SIGINT and SIGTERM on to it. True if one came."""
+    """Wait for the child, and pass SIGINT and SIGTERM on to it. Return True if one came."""
     stopping: list[float] = []
 
     def stop(number, frame):
@@ -157,7 +157,7 @@ def _watch(child: subprocess.Popen, messages: _Messages, on_tick: Callable[[], N
 
 
 class _Messages:
-    """Lines of JSON from the socket that the child, or several, write to."""
+    """Lines of JSON from the socket that the child, or several children, write to."""
 
     def __init__(self, end: socket.socket, reporter: Reporter):
         self._socket, self._reporter = end, reporter
@@ -181,7 +181,7 @@ class _Messages:
         self._selector.close()
 
     def error(self, launch: Launch | None) -> dict | None:
-        """What went wrong first, as far as any process could tell: the cause, not what others saw of it."""
+        """Return the first failure that a process reported: the cause, not its consequences in other processes."""
         causes = [error for error in self._errors if not error["echo"]]
         silent = set(launch.ranks_here) - self._finished - {e["rank"] for e in self._errors} if launch else set()
         if not causes and silent and (self._errors or self._finished):
@@ -215,7 +215,7 @@ class _Messages:
 
 def _how_it_ended(code: int) -> str:
     if code == -signal.SIGKILL:
-        return "killed by the system (SIGKILL), most often for want of memory; run it again with smaller settings"
+        return "killed by the system (SIGKILL), most often because memory ran out; run it again with smaller settings"
     if code < 0:
         return f"ended by signal {signal.Signals(-code).name}"
     return f"ended with exit code {code} and no result"

@@ -1,4 +1,4 @@
-"""A run's folder: where everything lies, what is finished, and how files get there whole.
+"""A run's folder: its parts, its ledger and its figures.
 
 runs/<name>/
   config.yaml      what this run was asked for
@@ -8,7 +8,7 @@ runs/<name>/
   base/ data/ checkpoints/ adapter/ quantized/ measurements/ logs/
   release/         the result: the tree of the repository
 
-Where the result was to go to a folder of its own, the rest lies in that folder's `.tunepress/`.
+If the result was asked for in a folder of its own, the rest lies in that folder's `.tunepress/`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from pipeline.config.loader import dump_config, load_config
 from pipeline.config.schema import Config
 from pipeline.errors import WorkspaceError
-from pipeline.system.files import Digest, place_files, read_json, sha256, sync, write_json, write_text
+from pipeline.system.files import Digest, place_files, read_json, sync, write_json, write_text
 from pipeline.system.redaction import without_private
 from pipeline.workflow import former_ledger
 from pipeline.workflow.ledger import Entry, Ledger, read_ledger, write_ledger
@@ -35,7 +35,7 @@ HIDDEN = ".tunepress"  # the run's folder inside a result that was asked for by 
 
 
 class Workspace:
-    """A run's folder, by its parts. Holds no state: what it knows is in the files."""
+    """A run's folder, by its parts. The object holds no state: all state is in the files."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -52,21 +52,26 @@ class Workspace:
         self.logs = self.folder / "logs"
         self.release = self.folder.parent if self.folder.name == HIDDEN else self.folder / "release"
 
+    @property
+    def _bounds(self) -> Path:
+        """The folder with everything of the run: its own, or that of its result if it lies in there."""
+        return self.release if self.folder.name == HIDDEN else self.folder
+
     def log_of(self, stage: str, variants: Iterable[str] = (), rank: int = 0) -> Path:
-        """What a process of a stage prints; `rank` tells those of one training apart."""
+        """Return the file for the output of a stage's process; `rank` tells the processes of one training apart."""
         name = "-".join((stage, *variants))
         return self.logs / f"{name}.{rank}.log" if rank else self.logs / f"{name}.log"
 
     @classmethod
     @contextmanager
     def claim(cls, folder: str | Path, config: Config, fresh: bool = False) -> Iterator[Workspace]:
-        """The folder of `config`'s run, for this process alone, with the configuration written into it.
+        """Yield the folder of `config`'s run, locked for this process, with the configuration written into it.
 
         Args:
             fresh: remove what an earlier run left there.
 
         Raises:
-            WorkspaceError: where another process works on it, or the folder cannot be had.
+            WorkspaceError: if another process works on it, or the folder cannot be written.
         """
         workspace = cls(folder)
         with workspace.lock():
@@ -78,7 +83,7 @@ class Workspace:
         """Keep other processes out of the run's folder.
 
         Raises:
-            WorkspaceError: where another process works on it, or the folder cannot be had.
+            WorkspaceError: if another process works on it, or the folder cannot be written.
         """
         from filelock import FileLock, Timeout
 
@@ -109,7 +114,7 @@ class Workspace:
             raise WorkspaceError(f"{self.folder}: cannot be written ({error.strerror})") from None
 
     def _empty(self) -> None:
-        """Remove what an earlier run left, but for its configuration, by which it is known as a run's folder."""
+        """Remove what an earlier run left, except its configuration, which marks the folder as a run's."""
         others = [path for path in self.folder.iterdir() if not path.name.startswith(self.config_path.name)]
         if others and not self.config_path.is_file():
             raise WorkspaceError(f"{self.folder}: not a run's folder, so --fresh does not remove it")
@@ -117,9 +122,9 @@ class Workspace:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def _forget(self, config: Config) -> None:
-        """Drop figures of an earlier configuration that this one does not ask for, and what it was compared with."""
+        """Remove figures that this configuration does not ask for, what the run was compared with, and former files."""
         former = former_ledger.side_files(self.folder)
-        if former or self.read_ledger().comparison:  # a retraining that was stopped binds retrainings alone
+        if former or self.read_ledger().comparison:  # a retraining that was stopped binds only retrainings
             self.update(lambda ledger: replace(ledger, comparison=None))
         for path in former:
             path.unlink()
@@ -131,10 +136,10 @@ class Workspace:
 
     @classmethod
     def open(cls, folder: str | Path) -> Workspace:
-        """An existing run, by its own folder or by that of its result.
+        """Return an existing run, by its own folder or by that of its result.
 
         Raises:
-            WorkspaceError: where there is none.
+            WorkspaceError: if there is none.
         """
         for workspace in (cls(folder), cls(Path(folder) / HIDDEN)):
             with suppress(OSError):  # a name too long for a folder
@@ -143,6 +148,7 @@ class Workspace:
         raise WorkspaceError(f"{folder}: not a run's folder; it has no config.yaml")
 
     def config(self) -> Config:
+        """Return the configuration that the run was last asked for."""
         return load_config(self.config_path)
 
     def read_ledger(self) -> Ledger:
@@ -151,7 +157,7 @@ class Workspace:
         Raises:
             WorkspaceError: if it is damaged.
         """
-        return read_ledger(self.ledger_path, self.release if self.folder.name == HIDDEN else self.folder)
+        return read_ledger(self.ledger_path, self._bounds)
 
     def ledger(self) -> dict[str, Entry]:
         """Return the finished steps by key, such as `train` or `quantize/int4`."""
@@ -189,24 +195,14 @@ class Workspace:
         return _entry(self.read_ledger(), key).progress.get(name, {})
 
     def holds(self, key: str, fingerprint: str) -> bool:
-        """Is the step finished, for the same dependencies, with its outputs as it left them?"""
+        """Return True if the step is finished, for the same dependencies, with its outputs as it left them."""
         entry = self.ledger().get(key)
         if entry is None or entry.fingerprint != fingerprint:
             return False
-        return all(self._is_as_left(self.folder / path, digest) for path, digest in entry.outputs.items())
-
-    @staticmethod
-    def _is_as_left(path: Path, digest: Digest) -> bool:
-        try:
-            state = path.stat()
-        except OSError:
-            return False
-        if state.st_size != digest.size:
-            return False
-        return state.st_mtime_ns == digest.mtime_ns or sha256(path) == digest.sha256
+        return all(digest.holds(self.folder / path) for path, digest in entry.outputs.items())
 
     def state_of(self, *keys: str) -> dict:
-        """What later steps depend on: the steps' outputs by hash. Figures, which vary, are left out."""
+        """Return what later steps depend on: the steps' outputs by hash, without figures, which vary."""
         ledger = self.ledger()
         return {
             key: {p: d.sha256 for p, d in ledger[key].outputs.items() if not p.startswith("measurements/")}
@@ -215,22 +211,22 @@ class Workspace:
         }
 
     def digests(self, paths: Iterable[Path]) -> dict[str, Digest]:
-        """Digests of files, and of all files in folders, by their path in the workspace; they are on the disk then."""
+        """Return the digests of files, and of all files in folders, by path in the run's folder.
+
+        The files are on the disk when this returns, also after a power cut.
+        """
         files = sorted(f for p in paths for f in (p.rglob("*") if p.is_dir() else [p]) if f.is_file())
         for path in {*files, *(file.parent for file in files)}:
             sync(path)
-        return {
-            Path(os.path.relpath(f, self.folder)).as_posix(): Digest(sha256(f), f.stat().st_size, f.stat().st_mtime_ns)
-            for f in files
-        }
+        return {Path(os.path.relpath(f, self.folder)).as_posix(): Digest.of(f) for f in files}
 
     def place(self, partial: Path, folder: Path, key: str) -> list[Path]:
-        """Put a step's finished files into the release, where people may have files of their own.
+        """Move a step's finished files into the release, beside files that people may have put there.
 
-        Files that the step had made before, and weights that would be taken for these, go.
+        Files that the step had made before are removed, and weights that a library would load instead.
 
         Returns:
-            Where the files are now.
+            The files in their new place.
         """
         made = {folder / path.relative_to(partial) for path in partial.rglob("*") if path.is_file()}
         place_files(partial, folder)
@@ -243,12 +239,12 @@ class Workspace:
         return sorted(made)
 
     def placed(self, key: str) -> list[Path]:
-        """The files of a step that lie in the release, as far as they are still there."""
+        """Return the files of a step that are still in the release."""
         made = (path for path in self._outputs(key) if self.release in path.parents)
         return sorted(path for path in made if path.parent != self.measurements and path.is_file())
 
     def take_back(self, key: str, placed_in: Path, folder: Path) -> None:
-        """Move what `place` put into the release out of it again; what is another step's too stays there as well."""
+        """Move the files of a step out of the release into `folder`; files of another step too are copied."""
         others = self._outputs(*(self.ledger().keys() - {key}))
         for path in self.placed(key):
             to = folder / path.relative_to(placed_in)
@@ -256,7 +252,7 @@ class Workspace:
             shutil.copy2(path, to) if path in others else os.replace(path, to)
 
     def remove(self, key: str, stay: Iterable[str]) -> None:
-        """Remove the files of a step from the release, but for those that one of the steps `stay` has made too."""
+        """Remove the files of a step from the release, except those that one of the steps `stay` has made too."""
         for path in self._outputs(key) - self._outputs(*stay):
             path.unlink(missing_ok=True)
 
@@ -266,23 +262,23 @@ class Workspace:
         return {Path(os.path.normpath(self.folder / path)) for path in made}
 
     def write_measurement(self, name: str, content: dict) -> Path:
-        """Store one step's figures and put `results.json` together anew."""
+        """Store one step's figures, and write `results.json` again."""
         path = self.measurements / f"{name}.json"
-        run = self.release if self.folder.name == HIDDEN else self.folder
-        write_json(path, without_private(content, run))
+        write_json(path, without_private(content, self._bounds))
         self.assemble_results()
         return path
 
     def drop_measurement(self, name: str) -> None:
-        """Remove figures of what is no longer there."""
+        """Remove figures of a model that is no longer there."""
         (self.measurements / f"{name}.json").unlink(missing_ok=True)
         self.assemble_results()
 
     def read_measurement(self, name: str) -> dict:
+        """Return one step's figures; {} if there are none."""
         return read_json(self.measurements / f"{name}.json", {})
 
     def assemble_results(self) -> None:
-        """`results.json` from the measurements there are; what was not measured is not in it."""
+        """Write `results.json` from the measurements; a model that was not measured is not in it."""
         order = {name: i for i, name in enumerate(("origin", "data", "training", "adapter", "merge", "base", "merged"))}
         files = sorted(self.measurements.glob("*.json"), key=lambda p: (order.get(p.stem, len(order)), p.stem))
         write_json(self.results_path, {p.stem: read_json(p, {}) for p in files})

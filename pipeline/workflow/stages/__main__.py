@@ -2,8 +2,8 @@
 
 Started by `pipeline.workflow.stage_process`, by itself or several at once through `accelerate launch`. Sends the
 stage's events, reports over standard input, which is a socket, and ends when its parent does: the
-parent holds the other end. Of several, the first alone sends events; what fails in any of them is
-reported, and the parent sends the failure event.
+parent holds the other end. Of several processes only the first sends events; each reports its failure,
+and the parent sends the failure event.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ GRACE_SECONDS = 20.0  # as long as `pipeline.workflow.stage_process` gives a sta
 
 
 class Terminated(BaseException):
-    """SIGTERM came, or the parent went away."""
+    """The end of a stage by SIGTERM, or because the parent is gone."""
 
 
 def main() -> int:
@@ -76,10 +76,10 @@ def main() -> int:
 
 
 def _wait_for_former(workspace: Workspace) -> None:
-    """Let the stage end whose run was killed; it may still be about to take away what it had half done.
+    """Wait for the stage of a killed run to end; it may still be removing what it had half done.
 
     Raises:
-        WorkspaceError: where it does not.
+        WorkspaceError: if it does not end.
     """
     from filelock import FileLock, Timeout
 
@@ -104,13 +104,13 @@ def _end_with_parent(orphaned: threading.Event) -> None:
 
 
 def _print_to(path: Path | None) -> int:
-    """Everything that this process prints goes to a file of its own, or where it went; the process that writes it."""
+    """Send the output of this process to a file of its own, or where it went; return the id of the writing process."""
     with open(path, "wb") if path else open(os.dup(1), "wb") as log:
         return print_without_tokens(log.fileno())
 
 
 class _Socket:
-    """The way back to the parent. Progress is thinned out; what cannot be written is not missed."""
+    """The way back to the parent. Progress is thinned out; a message that cannot be written is dropped."""
 
     def __init__(self):
         self._file = os.fdopen(os.dup(sys.stdin.fileno()), "w", encoding="utf-8", buffering=1)

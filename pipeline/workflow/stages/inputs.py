@@ -17,7 +17,7 @@ from pipeline.data import general_text
 from pipeline.data.describe import SUPPLIED_TEMPLATE
 from pipeline.evaluation.texts import RunTexts
 from pipeline.models.checkpoint_files import stored_bytes
-from pipeline.system.files import Digest, fingerprint, sha256
+from pipeline.system.files import Digest, fingerprint
 from pipeline.tracking.events import Events
 from pipeline.workflow.ledger import BaseModel, Ledger
 from pipeline.workflow.workspace import Workspace
@@ -149,7 +149,7 @@ def hashes_of(workspace: Workspace, named: str) -> dict[str, str]:
     for file in sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]:
         state, last = file.stat(), before.get(file.name)
         same = last and (last.size, last.mtime_ns) == (state.st_size, state.st_mtime_ns)
-        found[file.name] = last if same else Digest(sha256(file), state.st_size, state.st_mtime_ns)
+        found[file.name] = last if same else Digest.of(file)
     if found != before:
         workspace.update(lambda ledger: replace(ledger, inputs={**ledger.inputs, named: found}))
     return {name: digest.sha256 for name, digest in found.items()}
