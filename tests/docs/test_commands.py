@@ -217,13 +217,27 @@ def test_options_of_commands_that_cannot_run_here_exist(block):
             _parse(words)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_within_sentences_exist(page):
+    for token in MarkdownIt().parse(page.read_text(encoding="utf-8")):
+        for code in (part.content for part in token.children or () if part.type == "code_inline"):
+            program, *words = shlex.split(code) if code.startswith(("tunepress ", "./launch.sh ")) else [""]
+            if words and words[0].isidentifier() and not words[0].isupper():
+                _parse([word for word in words if word != "--help"])
+            elif program == "./launch.sh" and words[0] != "VERB":
+                assert f"./launch.sh {words[0]} " in (REPOSITORY / "launch.sh").read_text(), code
+
+
 def _parse(words: list[str]) -> None:
-    """Let the command line read words of `tunepress`, which fails for an unknown verb or option."""
+    """Let the command line read words of `tunepress`; fail for an unknown verb or option."""
     from pipeline.cli import app
 
-    group = typer.main.get_command(app)
-    verb = group.commands[words[0]]
-    verb.make_context(words[0], list(words[1:]))
+    verb = typer.main.get_command(app).commands[words[0]]
+    try:
+        verb.make_context(words[0], list(words[1:]))
+    except Exception as error:
+        if type(error).__name__ != "MissingParameter":  # a sentence may leave arguments out
+            raise
 
 
 def test_every_language_of_a_block_is_checked():
