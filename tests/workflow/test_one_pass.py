@@ -137,7 +137,7 @@ def test_variants_written_by_the_merge_are_used(merged):
         ("weights that are gone", lambda quantized: (quantized / "int4/model.safetensors").unlink()),
         ("a tokenizer that is gone", lambda quantized: (quantized / "int4/tokenizer.json").unlink()),
         ("a folder that is gone", lambda quantized: shutil.rmtree(quantized / "int4")),
-        ("no note of what it is", lambda quantized: (quantized / "int4.json").unlink()),
+        ("no note of what it is", lambda quantized: Workspace(quantized.parent).note("quantize/int4", written=None)),
         ("half of the weights", lambda quantized: cut(quantized / "int4/model.safetensors")),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
