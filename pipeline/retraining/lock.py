@@ -1,7 +1,7 @@
-"""Never two retrainings of one repository at once, as far as this machine and the Hub's list of Jobs can tell.
+"""Locks that keep two retrainings of one repository from running at once, on this machine or as a Job of this user.
 
-Others are not seen: on another machine, or in a Job of another user or one that the token may not list. What they
-publish meanwhile is seen, and compared with before anything is published.
+Retrainings on other machines, in Jobs of other users, and in Jobs that the token may not list are not seen. If one
+of them publishes meanwhile, this one compares with its model before it publishes anything.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pipeline.hub.auth import keyless, who_is
 from pipeline.hub.retry import retry_or_explain, status_of
 
 LABEL = "tunepress-retraining"
-IN_A_JOB = "TUNEPRESS_CONFIG"  # set in the environment of a Job, which is not in its own way
+IN_A_JOB = "TUNEPRESS_CONFIG"  # set in the environment of a Job, which does not refuse to run beside itself
 
 
 class Busy(UserError):
@@ -30,8 +30,8 @@ def alone(repo: str) -> Iterator[None]:
     """Keep other retrainings of a repository from running on this machine.
 
     Raises:
-        Busy: where one does.
-        WorkspaceError: where the lock cannot be written.
+        Busy: if one runs.
+        WorkspaceError: if the lock cannot be written.
     """
     from filelock import FileLock, Timeout
     from huggingface_hub import constants
@@ -56,16 +56,16 @@ def alone(repo: str) -> Iterator[None]:
 
 
 def labels(repo: str) -> dict[str, str]:
-    """What the Jobs that retrain a repository are found by."""
+    """Return the labels of Jobs that retrain a repository."""
     return {LABEL: repo.replace("/", "--").lower()}
 
 
 def refuse_beside_job(repo: str) -> None:
-    """Raise where a Job of this user retrains the repository, if the token may list Jobs.
+    """Raise if a Job of this user retrains the repository. Nothing is checked if the token may not list Jobs.
 
     Raises:
         Busy: naming the Job.
-        HubAway: where the Hub cannot be asked.
+        HubAway: if the Hub cannot be asked.
     """
     from huggingface_hub import HfApi, get_token
 

@@ -1,7 +1,7 @@
-"""What a retraining is compared with, left in its run's ledger until it is published.
+"""The published model that a retraining is compared with, in the run's ledger until the run is published.
 
-The stages, which are processes of their own, find it there; `Workspace.claim` removes it, so that what a
-retraining left that was stopped binds retrainings alone.
+The stages, which are processes of their own, read it there. `Workspace.claim` removes it, so that a retraining
+that was stopped binds only retrainings.
 """
 
 from __future__ import annotations
@@ -16,35 +16,35 @@ from pipeline.workflow.workspace import Workspace
 
 
 def note(workspace: Workspace, live: Live | None, inputs: dict) -> None:
-    """Write to the ledger which published model the run is compared with, and the inputs of the run."""
+    """Record which published model the run is compared with, and the inputs of the run."""
     about = {"live": asdict(live) if live else None, "inputs": inputs}
     workspace.update(lambda ledger: replace(ledger, comparison=about))
 
 
 def noted(workspace: Workspace) -> tuple[Live | None, dict]:
-    """What `note` left: the live model, and the inputs."""
+    """Return what `note` recorded: the published model, and the inputs."""
     about = workspace.read_ledger().comparison or {"live": None, "inputs": {}}
     return (Live(**about["live"]) if about["live"] else None), about["inputs"]
 
 
 def forget(workspace: Workspace) -> None:
-    """Have the run compared with nothing from now on."""
+    """Remove what `note` recorded."""
     workspace.update(lambda ledger: replace(ledger, comparison=None))
 
 
 def own_weights(workspace: Workspace) -> str:
-    """A digest of the run's own model's weights, to be compared with that of a release."""
+    """Return a digest of the weights of the run's own model, comparable with that of a release."""
     files = workspace.state_of("merge").get("merge", {})
     return weights_of({path.removeprefix("release/"): sha256 for path, sha256 in files.items()})
 
 
 def check_is_compared(workspace: Workspace, tree: Tree) -> None:
-    """Refuse to publish on top of another model than the one that this run was compared with, if it was with any.
+    """Raise if the repository has another model than the one that this run was compared with.
 
-    Its own is none: it is there where the answer to a commit was lost.
+    The run's own model is accepted: it is there if the answer to a commit was lost.
 
     Raises:
-        HubError: where somebody else has published in between.
+        HubError: if somebody else has published in between.
     """
     if workspace.read_ledger().comparison is None:
         return
