@@ -26,6 +26,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,8 @@ from rich.table import Table
 
 from pipeline.cli.exit_codes import plain_errors
 from pipeline.errors import ConfigError, ModelError, StageFailed
-from pipeline.system.files import empty_folder, read_json, write_json
+from pipeline.evaluation.results import Answer, ModelResult, Results, Speed, VariantSettings
+from pipeline.system.files import empty_folder, write_json
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
@@ -64,14 +66,14 @@ def benchmark(arguments: argparse.Namespace) -> int:
     source = str(output / "as-packed") if arguments.grid == "on" else arguments.model
     configs = [configure(source, name, specs, arguments) for specs in rounds(ways(arguments.variants))]
     grid = check_grid(arguments.model, arguments.grid, output)
-    found: dict[str, dict] = {}
+    found: dict[str, ModelResult] = {}
     for number, config in enumerate(configs, 1):
         root = output / f"round-{number}"
         if not root.exists() and number > 1:  # which has measured the model in full precision already
             shutil.copytree(output / "round-1", root)
         found |= measure(config, root)
     rows = [row(label, result) for label, result in found.items()]
-    show(rows, [(label, result["answers"]) for label, result in found.items() if "answers" in result], grid)
+    show(rows, [(label, result.answers) for label, result in found.items() if result.answers], grid)
     write_json(output / "accuracy.json", {"model": arguments.model, "grid": grid, "ways": rows})
     draw(rows, name, output / "accuracy.png")
     Console(soft_wrap=True).print(output / "accuracy.json", output / "accuracy.png", sep="\n")
@@ -123,7 +125,7 @@ def configure(source: str, name: str, specs: list[dict], arguments: argparse.Nam
     return quantize_config(source, name, [], measure=True, revision=arguments.revision, settings=given)
 
 
-def measure(config: Config, root: Path) -> dict[str, dict]:
+def measure(config: Config, root: Path) -> dict[str, ModelResult]:
     """One run: what was measured of the model in full precision, of each variant, and of what was tried instead.
 
     Returns:
@@ -140,32 +142,34 @@ def measure(config: Config, root: Path) -> dict[str, dict]:
         run(config, root, reporter=TerminalReporter(Console(highlight=False, soft_wrap=True)))
     except StageFailed as problem:  # which a variant that is withheld is, too
         failure = problem
-    results = read_json(root / config.name / "results.json", {})
-    if failure and not all(spec.name in results for spec in config.quantize.variants):
+    results = Results.read(root / config.name / "results.json")
+    if failure and not all(spec.name in results.variants for spec in config.quantize.variants):
         raise failure
     found = {"base": results["base"]}
     for spec in config.quantize.variants:
         result = results[spec.name]
-        found[_label(result["variant"])] = result
-        tried = (rung for rung in result["gate"].get("tried", ()) if rung["variant"] != result["variant"])
-        found |= {f"{TRIED}{_label(rung['variant'])}": rung for rung in tried}
+        found[_label(result.variant)] = result
+        tried = (way for way in result.gate.tried if way.variant != result.variant)
+        found |= {f"{TRIED}{_label(way.variant)}": way for way in tried}
     return found
 
 
-def row(label: str, found: dict) -> dict:
+def row(label: str, found: ModelResult) -> dict:
     """What the table, the picture and accuracy.json say of one way to store the model."""
-    (quality,) = found["quality"].values()
-    speed = found.get("speed", {})
-    speed = speed.get("pipeline.load") or speed.get("llama.cpp") or speed.get("stock") or {}
-    about = {"way": label.removeprefix(TRIED), "tried": label.startswith(TRIED), "size_bytes": found["size_bytes"]}
-    about |= {name: quality.get(name) for name in ("tokens", "perplexity", "rise", "kl", "agreement")}
-    runs = speed.get("runs")
+    (quality,) = found.quality.values()
+    speed = found.fastest or Speed()
+    estimates = {"perplexity": quality.perplexity, "rise": quality.rise, "kl": quality.kl}
+    estimates["agreement"] = quality.agreement
     return {
-        **about,
-        "peak_memory_bytes": speed.get("peak_memory_bytes"),
-        "first_token_seconds": speed["prompt_tokens"] / speed["prefill_tokens_per_second"] if runs else None,
-        "token_seconds": 1 / speed["decode_tokens_per_second"] if runs else None,
-        "passed": found["gate"]["passed"] if "gate" in found else None,
+        "way": label.removeprefix(TRIED),
+        "tried": label.startswith(TRIED),
+        "size_bytes": found.size_bytes,
+        "tokens": quality.tokens,
+        **{name: estimate and asdict(estimate) for name, estimate in estimates.items()},
+        "peak_memory_bytes": speed.peak_memory_bytes,
+        "first_token_seconds": speed.prompt_tokens / speed.prefill_tokens_per_second if speed.runs else None,
+        "token_seconds": 1 / speed.decode_tokens_per_second if speed.runs else None,
+        "passed": found.gate.passed if found.gate else None,
     }
 
 
@@ -212,7 +216,7 @@ def logits_moved(one: Path, other: Path) -> dict:
     return {"tokens": logits[0].shape[0], "moved": float(moved), "same_first_choice": float(same)}
 
 
-def show(rows: list[dict], answers: list[tuple[str, list[dict]]], grid: dict | None) -> None:
+def show(rows: list[dict], answers: list[tuple[str, Sequence[Answer]]], grid: dict | None) -> None:
     """The tables."""
     console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else WIDTH)
     if grid:
@@ -235,10 +239,10 @@ def show(rows: list[dict], answers: list[tuple[str, list[dict]]], grid: dict | N
             {True: "PASS", False: "FAIL", None: ""}[found["passed"]],
         )
     console.print(table)
-    for number, question in enumerate(answer["prompt"] for answer in answers[0][1]):
+    for number, question in enumerate(answer.prompt for answer in answers[0][1]):
         console.print(f"\n[bold]{escape(question)}[/]")
         for label, given in answers:
-            console.print(f"[dim]{label}:[/] {escape(' '.join(given[number]['answer'].split()))}")
+            console.print(f"[dim]{label}:[/] {escape(' '.join(given[number].answer.split()))}")
 
 
 def draw(rows: list[dict], title: str, path: Path) -> None:
@@ -285,11 +289,11 @@ def _rise(found: dict) -> float:
     return found["rise"]["value"] if found["rise"] else 0.0
 
 
-def _label(variant: dict) -> str:
+def _label(variant: VariantSettings) -> str:
     """`int4 g32 hqq`, with what else is special about it."""
-    parts = [variant["name"], f"g{variant['group_size']}" if variant["group_size"] else "", variant["rounding"] or ""]
-    parts.append("embeddings int8" if variant["embeddings"] == "int8" else "")
-    parts.append(f"{len(variant['int8'])} layers int8" if variant.get("int8") else "")
+    parts = [variant.name, f"g{variant.group_size}" if variant.group_size else "", variant.rounding]
+    parts.append("embeddings int8" if variant.embeddings == "int8" else "")
+    parts.append(f"{len(variant.int8)} layers int8" if variant.int8 else "")
     return " ".join(filter(None, parts))
 
 

@@ -81,7 +81,7 @@ def measure_all(source: str, scratch: Path, types: list[str], tokens: int) -> It
             values = {
                 "perplexity": metrics.perplexity(scores),
                 "rise": metrics.rise(scores, reference),
-                "kl": compared["kl"],
+                "kl": compared.kl,
                 "against_own": metrics.rise(scores, own),
             }
             yield {

@@ -16,9 +16,8 @@ from rich.table import Table
 
 from pipeline.config.catalog import LLAMA_CPP, TRANSFORMERS, VARIANTS
 from pipeline.config.schema import Config
-from pipeline.inference.loaders import TIMED
+from pipeline.evaluation.results import BASE, GENERAL, HELD_OUT, MERGED, TEXTS, ModelResult, Quality, Results, Speed
 from pipeline.system.command_names import command
-from pipeline.system.files import read_json
 from pipeline.system.text_format import clock, size
 from pipeline.workflow.reporter import Reporter
 from pipeline.workflow.workspace import Entry, Workspace
@@ -116,12 +115,12 @@ def summary(console: Console, config: Config, workspace: Workspace) -> None:
     """The figures of a finished run, and what to do next."""
     from pipeline.tracking.trackers.trackio import dashboard_hint
 
-    results = read_json(workspace.results_path, {})
-    there = [v for v in VARIANTS if v in results and (workspace.release / VARIANTS[v].folder).is_dir()]
-    shown = [v for v in there if not results[v].get("gate", {}).get("withheld")]
+    results = Results.read(workspace.results_path)
+    there = [v for v in VARIANTS if v in results.variants and (workspace.release / VARIANTS[v].folder).is_dir()]
+    shown = [v for v in there if not (results[v].gate and results[v].gate.withheld)]
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     titles = ("", "size", "held-out ppl", "general ppl", "KL", "decode", "memory")
-    rows = [(name, *_figures(results[name])) for name in ("base", "merged", *shown) if name in results]
+    rows = [(name, *_figures(results[name])) for name in (BASE, MERGED, *shown) if name in results.models]
     measured = [column for column in zip(titles, *rows, strict=True) if set(column[1:]) != {"-"}]
     for title, *_ in measured:
         table.add_column(title, justify="left" if not title else "right", no_wrap=True)
@@ -144,14 +143,15 @@ def summary(console: Console, config: Config, workspace: Workspace) -> None:
         console.print(f"Published  {constants.ENDPOINT}/{config.publish.repo}")
 
 
-def _how_measured(results: dict) -> str:
-    """What the columns of the summary mean, as far as they were measured."""
-    quality = next((r["quality"] for r in results.values() if isinstance(r, dict) and "quality" in r), None)
+def _how_measured(results: Results) -> str:
+    """Return what the columns of the summary mean, as far as they were measured."""
+    models = results.models.values()
+    quality = next((model.quality for model in models if model.quality), None)
     if not quality:
         return "nothing was measured; publishing does that, and so does tunepress quantize --measure"
-    counted = " and ".join(f"{q['tokens']} {text.replace('_', '-')}" for text, q in quality.items())
-    text = "held-out" if "held_out" in quality else "general"
-    others = ", GGUF by llama.cpp" if any(LLAMA_CPP in r.get("speed", ()) for r in results.values()) else ""
+    counted = " and ".join(f"{q.tokens} {TEXTS[text]}" for text, q in quality.items())
+    text = TEXTS[HELD_OUT if HELD_OUT in quality else GENERAL]
+    others = ", GGUF by llama.cpp" if any(LLAMA_CPP in model.speed for model in models) else ""
     return (
         f"ppl: perplexity, ± one standard error, on {counted} tokens. KL: to the full-precision model, {text} text, in "
         f"nats a token. decode: batch 1, variants by pipeline.load{others}. memory: of a fresh process that loads and "
@@ -159,24 +159,21 @@ def _how_measured(results: dict) -> str:
     )
 
 
-def _figures(result: dict) -> list[str]:
-    quality = result.get("quality", {})
-    speeds = result.get("speed", {})
-    speed: dict = next((speeds[loader] for loader in TIMED if speeds.get(loader)), {})
+def _figures(result: ModelResult) -> list[str]:
+    speed = result.fastest or Speed()
+    compared = next((q.kl for q in result.quality.values() if q.kl), None)  # held-out text comes first
 
-    compared = next((q["kl"] for q in quality.values() if "kl" in q), None)  # held-out text first, where there is
-
-    def perplexity(text: str) -> str:
-        value = quality.get(text, {}).get("perplexity")
-        return f"{value['value']:.2f} ± {value['stderr']:.2f}" if value else "-"
+    def perplexity(quality: Quality) -> str:
+        found = quality.perplexity
+        return f"{found.value:.2f} ± {found.stderr:.2f}" if found else "-"
 
     return [
-        size(result["size_bytes"]),
-        perplexity("held_out"),
-        perplexity("general"),
-        f"{compared['value']:.4f}" if compared else "-",
-        f"{speed['decode_tokens_per_second']:.1f} tok/s" if speed.get("runs") else "-",
-        size(speed["peak_memory_bytes"]) if "peak_memory_bytes" in speed else "-",
+        size(result.size_bytes),
+        perplexity(result.on(HELD_OUT)),
+        perplexity(result.on(GENERAL)),
+        f"{compared.value:.4f}" if compared else "-",
+        f"{speed.decode_tokens_per_second:.1f} tok/s" if speed.decode_tokens_per_second else "-",
+        size(speed.peak_memory_bytes) if speed.peak_memory_bytes else "-",
     ]
 
 

@@ -13,6 +13,7 @@ from pipeline.data import Example
 from pipeline.data.encode import EncodedSet, encode_examples
 from pipeline.data.splitting import place
 from pipeline.errors import DataError
+from pipeline.evaluation.results import Data, Results
 from pipeline.system.command_names import command
 
 FEWEST = 16  # prompts; from fewer the error of a difference is hardly known
@@ -37,21 +38,21 @@ def untouched(
     Raises:
         DataError: where they have too few prompts to compare on.
     """
-    theirs, there = (lineage.get("results") or {}).get("data") or {}, prompts(held_out)
+    theirs, there = Results.of_lineage(lineage, repo).data or Data(), prompts(held_out)
     if there < FEWEST:
         raise DataError(
             f"{repo}: to compare with it takes held-out examples of {FEWEST} prompts, and they are of {there}; "
             "raise data.held_out"
         )
-    if theirs.get("fingerprint") == data:
+    if theirs.fingerprint == data:
         return held_out, "neither model was trained on these prompts"
-    if not theirs.get("trained_from"):
+    if not theirs.trained_from:
         return held_out, (
             "the live release does not say how its data was split, so it may have been trained on some of "
             "these examples, which speaks for it"
         )
     seed = lineage["configuration"]["data"]["seed"]
-    kept = tuple(e for e in held_out if place(e, seed) < theirs["trained_from"])
+    kept = tuple(e for e in held_out if place(e, seed) < theirs.trained_from)
     if prompts(kept) < FEWEST:
         raise DataError(
             f"{repo}: to compare with it takes held-out examples of {FEWEST} prompts, and of {there} only "

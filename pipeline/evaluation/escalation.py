@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pipeline.config.catalog import EIGHT_BITS, GROUP_SIZES, KEEP, NEAREST
 from pipeline.config.schema import VariantSpec
+from pipeline.evaluation.results import Check, LayerLoss, ModelResult, Verdict
 
 SHARES = (0.05, 0.1, 0.2, 0.4, 0.6)  # of the linear layers' weights, those that suffer most, in eight bits
 
@@ -79,34 +80,34 @@ def _changed(spec: VariantSpec, **changes: object) -> VariantSpec:
     return VariantSpec.model_validate(spec.model_dump() | changes)
 
 
-def with_layers(rung: Rung, layers: Iterable[Mapping]) -> VariantSpec:
+def with_layers(rung: Rung, layers: Iterable[LayerLoss]) -> VariantSpec:
     """The rung's variant with its share of the weights in eight bits: where each costs most, for its size.
 
     Args:
         layers: as `sensitivity` has measured them.
     """
-    order = sorted(layers, key=lambda layer: layer["kl"]["value"] / layer["weights"], reverse=True)
-    wanted, names = rung.share * sum(layer["weights"] for layer in order), []
+    order = sorted(layers, key=lambda layer: layer.kl.value / layer.weights, reverse=True)
+    wanted, names = rung.share * sum(layer.weights for layer in order), []
     for layer in order:
         if wanted <= 0:
             break
-        names.append(layer["name"])
-        wanted -= layer["weights"]
+        names.append(layer.name)
+        wanted -= layer.weights
     return _changed(rung.spec, int8=sorted(names))
 
 
-def distance(verdict: Mapping) -> float:
+def distance(verdict: Verdict) -> float:
     """How far a variant is from passing: the worst of its figures, error included, as a multiple of its limit."""
-    return max((_upper(check) / check["limit"] for check in verdict["checks"]), default=math.inf)
+    return max((_upper(check) / check.limit for check in verdict.checks), default=math.inf)
 
 
-def _upper(check: Mapping) -> float:
-    return check["value"] + check["quantile"] * check["stderr"]
+def _upper(check: Check) -> float:
+    return check.value + check.quantile * check.stderr
 
 
-def best(tried: Sequence[Mapping]) -> Mapping:
+def best(tried: Sequence[ModelResult]) -> ModelResult:
     """Of rungs none of which passed, the one that came nearest."""
-    return min(tried, key=lambda rung: distance(rung["gate"]))
+    return min(tried, key=lambda rung: distance(rung.gate))
 
 
 def _bytes(spec: VariantSpec, share: float, linear: Shapes, tables: Shapes) -> float:

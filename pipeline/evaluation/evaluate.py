@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,6 +16,7 @@ from pipeline.config.catalog import LLAMA_CPP
 from pipeline.config.schema import MeasuredRun
 from pipeline.data import general_text
 from pipeline.errors import ModelError
+from pipeline.evaluation.results import Answer, Machine, ModelResult, Quality, Speed
 from pipeline.inference.loaders import DEQUANTIZED, PACKED, STOCK, only_file
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.checkpoint_files import stored_bytes
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from pipeline.data.encode import Encoded
-    from pipeline.evaluation.metrics import Estimate, Scores
+    from pipeline.evaluation.metrics import Divergence, Scores
     from pipeline.evaluation.texts import RunTexts
     from pipeline.inference.llama_cpp import Reader
 
@@ -49,7 +49,7 @@ def evaluate(
     reference: Path | None = None,
     offload: bool | Literal["auto"] = "auto",
     in_full: bool = True,
-) -> dict:
+) -> ModelResult:
     """Measure the model in `folder`.
 
     One that does not fit into the memory is offloaded: only its quality is measured then, for its speed would
@@ -62,8 +62,8 @@ def evaluate(
         in_full: measure speed too, and let it answer; else quality alone.
 
     Returns:
-        Plain data for `results.json`: size, quality per text, speed per loader, answers. A GGUF is measured in
-        llama.cpp where that is installed, else by its dequantized weights; `loader` says which.
+        Size, quality per text, speed per loader, answers. A GGUF is measured in llama.cpp if that is installed, else
+        by its dequantized weights; `loader` says which.
 
     Raises:
         ModelError: if the stock loader, or llama.cpp, cannot load the files, or where both loaders
@@ -80,7 +80,7 @@ def evaluate(
         found = _in_llama_cpp(file, config, run_texts, reference, tell, in_full)
     else:
         found = _in_transformers(folder, file, config, run_texts, reference, offload, tell, in_full)
-    return {"size_bytes": stored_bytes(folder), **found, "machine": hardware.describe()}
+    return found.changed(size_bytes=stored_bytes(folder), machine=Machine(**hardware.describe()))
 
 
 def _in_transformers(
@@ -92,7 +92,7 @@ def _in_transformers(
     offload: bool | Literal["auto"],
     tell: Callable[[str], Count],
     in_full: bool,
-) -> dict:
+) -> ModelResult:
     """The figures of a folder with safetensors, or of a GGUF's dequantized weights, which have no speed."""
     import torch
 
@@ -136,22 +136,23 @@ def _in_transformers(
             compared = metrics.divergence(scores, head, other, theirs, softcap, tell("divergence"))
             quality[text] = _quality(text, sequences[text], scores, config, other, compared)
 
+    about: dict = {"file": file.name} if file else {}
     quantized = "quantization_config" in read_json(folder / "config.json", {})
     loaders = (STOCK, PACKED) if quantized else (STOCK,)
     timed = in_full and not offloaded and file is None
     if timed:
         tell("speed and memory, in fresh processes")(0, 1)
-    return {
-        **({} if quantized or file else {"parameters": parameters}),
-        **({"file": file.name} if file else {}),
-        "device": device,
-        "compute_dtype": compute_dtype,
-        "loader": DEQUANTIZED if file else PACKED,
+    about |= {} if quantized or file else {"parameters": parameters}
+    return ModelResult(
+        **about,
         **({"offloaded": True} if offloaded else {}),
-        "quality": quality,
-        "speed": _speed(folder, ids, loaders, config.evaluate.device) if timed else {},
-        "answers": samples,
-    }
+        device=device,
+        compute_dtype=compute_dtype,
+        loader=DEQUANTIZED if file else PACKED,
+        quality=quality,
+        speed=_speed(folder, ids, loaders, config.evaluate.device) if timed else {},
+        answers=tuple(samples),
+    )
 
 
 def _in_llama_cpp(
@@ -161,7 +162,7 @@ def _in_llama_cpp(
     reference: Path,
     tell: Callable[[str], Count],
     in_full: bool,
-) -> dict:
+) -> ModelResult:
     """The figures of a GGUF file, given the tokens that the full-precision model was given."""
 
     from pipeline.evaluation import metrics, texts
@@ -192,17 +193,17 @@ def _in_llama_cpp(
         replies = [reader.answer(question, stops, metrics.ANSWER_TOKENS) for question in questions]
     if in_full:
         tell("speed and memory, in a fresh process")(0, 1)
-    return {
-        "file": file.name,
-        "device": "cpu",
-        "loader": LLAMA_CPP,
-        "quality": quality,
-        "speed": {LLAMA_CPP: probe(file, LLAMA_CPP).figures} if in_full else {},
-        "answers": [
-            {"prompt": prompt, "answer": tokenizer.decode(reply, skip_special_tokens=True).strip()}
+    return ModelResult(
+        file=file.name,
+        device="cpu",
+        loader=LLAMA_CPP,
+        quality=quality,
+        speed={LLAMA_CPP: probe(file, LLAMA_CPP).figures} if in_full else {},
+        answers=tuple(
+            Answer(prompt=prompt, answer=tokenizer.decode(reply, skip_special_tokens=True).strip())
             for prompt, reply in zip(prompts, replies, strict=True)
-        ],
-    }
+        ),
+    )
 
 
 def _check_tokens(reader: Reader, tokenizer: PreTrainedTokenizerBase, samples: Iterable[str]) -> None:
@@ -227,20 +228,22 @@ def _quality(
     scores: Scores,
     config: MeasuredRun,
     reference: Scores | None = None,
-    compared: Mapping[str, Estimate] | None = None,
-) -> dict:
+    compared: Divergence | None = None,
+) -> Quality:
     from pipeline.evaluation import metrics, texts
 
-    return {
-        "text": config.data.source if config.data and text == texts.HELD_OUT else config.evaluate.general,
-        "tokens": len(scores.nll),
-        "sequences": int(scores.sequence.unique().numel()),
-        "digest": texts.digest(sequences),
-        "loss": asdict(metrics.mean(scores.nll, scores.sequence)),
-        "perplexity": asdict(metrics.perplexity(scores)),
-        **({} if reference is None else {"rise": asdict(metrics.rise(scores, reference))}),
-        **{name: asdict(value) for name, value in (compared or {}).items()},
-    }
+    against = {}
+    if reference and compared:
+        against = {"rise": metrics.rise(scores, reference), "kl": compared.kl, "agreement": compared.agreement}
+    return Quality(
+        text=config.data.source if config.data and text == texts.HELD_OUT else config.evaluate.general,
+        tokens=len(scores.nll),
+        sequences=int(scores.sequence.unique().numel()),
+        digest=texts.digest(sequences),
+        loss=metrics.mean(scores.nll, scores.sequence),
+        perplexity=metrics.perplexity(scores),
+        **against,
+    )
 
 
 def _reference_head(reference: Path, run_texts: RunTexts) -> torch.Tensor:
@@ -250,20 +253,21 @@ def _reference_head(reference: Path, run_texts: RunTexts) -> torch.Tensor:
     return Checkpoint(reference).read(metrics.Scores.saved_head(run_texts.reference_scores(texts.GENERAL)))
 
 
-def _speed(folder: Path, ids: list[int], loaders: tuple[str, ...], device: str) -> dict:
-    """Figures by loader; where both run, their logits must agree."""
+def _speed(folder: Path, ids: list[int], loaders: tuple[str, ...], device: str) -> dict[str, Speed]:
+    """Return the figures by loader. If both run, their logits must agree."""
     from pipeline.evaluation.load_probe import probe
 
     probes = {loader: probe(folder, loader, ids, device) for loader in loaders}
-    figures = {loader: p.figures for loader, p in probes.items()}
-    if len(probes) == 2 and not probes[PACKED].runs:
-        raise ModelError(f"{folder}: does not run with {PACKED}: {probes[PACKED].figures['reason']}")
-    if len(probes) == 2 and probes[STOCK].runs and _stock_is_right(folder, device):
-        ours, theirs = probes[PACKED].logits, probes[STOCK].logits
-        difference = float((ours - theirs).norm() / theirs.norm())
+    figures = {loader: found.figures for loader, found in probes.items()}
+    ours = figures.get(PACKED)
+    if ours and not ours.runs:
+        raise ModelError(f"{folder}: does not run with {PACKED}: {ours.reason}")
+    if ours and figures[STOCK].runs and _stock_is_right(folder, device):
+        logits, stock = probes[PACKED].logits, probes[STOCK].logits
+        difference = float((logits - stock).norm() / stock.norm())
         if difference > LOGIT_TOLERANCE:
             raise ModelError(f"{folder}: logits of {PACKED} differ from the stock loader's by {difference:.1%}")
-        figures[PACKED]["logits_off_stock"] = difference
+        figures[PACKED] = ours.model_copy(update={"logits_off_stock": difference})
     return figures
 
 

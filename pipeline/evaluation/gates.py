@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import Quantize
+from pipeline.evaluation.results import TEXTS, Check, Quality, Verdict
 from pipeline.evaluation.student_t import MARGIN, quantile
 
 SAID = {
@@ -29,58 +30,55 @@ def limits(quantize: Quantize, variant: str) -> dict[str, float]:
     return {"rise": VARIANTS[variant].rise, **said}
 
 
-def judge(quality: Mapping[str, dict], limits: Mapping[str, float]) -> dict:
-    """The verdict on a variant, as plain data.
+def judge(quality: Mapping[str, Quality], limits: Mapping[str, float]) -> Verdict:
+    """Return the verdict on a variant: every limit is checked on every text.
 
     Args:
-        quality: what was measured by text, as `results.json` has it.
-
-    Returns:
-        `passed`, the `limits`, and under `checks` for each text and limit the value, its standard error, how many
-        of these the value has to stay below the limit (`quantile`), and `passed`.
+        quality: what was measured, by text.
     """
-    checks = [_check(text, name, limit, found) for text, found in quality.items() for name, limit in limits.items()]
-    return {"passed": all(check["passed"] for check in checks), "limits": dict(limits), "checks": checks}
+    checks = tuple(
+        _check(text, name, limit, found) for text, found in quality.items() for name, limit in limits.items()
+    )
+    return Verdict(passed=all(check.passed for check in checks), limits=dict(limits), checks=checks)
 
 
-def _check(text: str, name: str, limit: float, found: Mapping) -> dict:
-    known = found["agreement" if name == "disagreement" else name]
-    value = 1 - known["value"] if name == "disagreement" else known["value"]
-    # A few tokens that all agree do not show that all others would.
-    error = max(known["stderr"], 1 / found["tokens"]) if name == "disagreement" else known["stderr"]
-    sequences = found["sequences"]
-    reach = quantile(MARGIN, sequences)
-    passed = value + reach * error <= limit
-    about = {"text": text, "figure": name, "value": value, "stderr": error, "sequences": sequences}
-    return {**about, "quantile": reach, "limit": limit, "passed": passed}
+def _check(text: str, figure: str, limit: float, found: Quality) -> Check:
+    if figure == "disagreement":
+        value = 1 - found.agreement.value
+        # A few tokens that all agree do not show that all others would.
+        error = max(found.agreement.stderr, 1 / found.tokens)
+    else:
+        measured = found.rise if figure == "rise" else found.kl
+        value, error = measured.value, measured.stderr
+    reach = quantile(MARGIN, found.sequences)
+    return Check(
+        text=text,
+        figure=figure,
+        value=value,
+        stderr=error,
+        sequences=found.sequences,
+        quantile=reach,
+        limit=limit,
+        passed=value + reach * error <= limit,
+    )
 
 
-def missed(verdict: Mapping) -> list[dict]:
-    """The checks that were not passed; the value itself may be within the limit, and only its error not."""
-    return [check for check in verdict["checks"] if not check["passed"]]
-
-
-def is_unsure(check: Mapping) -> bool:
-    """Is the value within the limit, and only its error not?"""
-    return check["value"] <= check["limit"]
-
-
-def tell(verdict: Mapping) -> str:
-    """What a variant missed, in one line."""
+def tell(verdict: Verdict) -> str:
+    """Return in one line what a variant missed."""
     told = []
-    for check in missed(verdict):
-        unit = 1 if check["figure"] == "kl" else 100
+    for check in verdict.missed:
+        unit = 1 if check.figure == "kl" else 100
         percent = "" if unit == 1 else " %"
-        said = SAID[check["figure"]].format(_figure(check, unit) + percent)
-        limit = f"{unit * check['limit']:.3g}{percent}"
-        over = "which with its error may be more than the limit of" if is_unsure(check) else "and the limit is"
-        told.append(f"{said} on {check['text'].replace('_', '-')} text, {over} {limit}")
-    unsure = any(map(is_unsure, missed(verdict)))
+        said = SAID[check.figure].format(_figure(check, unit) + percent)
+        limit = f"{unit * check.limit:.3g}{percent}"
+        over = "which with its error may be more than the limit of" if check.is_unsure else "and the limit is"
+        told.append(f"{said} on {TEXTS[check.text]} text, {over} {limit}")
+    unsure = any(check.is_unsure for check in verdict.missed)
     return "; ".join(told) + ("; more tokens (evaluate.max_tokens) may show that it passes" if unsure else "")
 
 
-def _figure(check: Mapping, unit: float) -> str:
-    """`12.1 ± 1.3`: two digits of the error, and as many decimals of the value."""
-    error = unit * check["stderr"]
+def _figure(check: Check, unit: float) -> str:
+    """Return a figure as `12.1 ± 1.3`: two digits of the error, and as many decimals of the value."""
+    error = unit * check.stderr
     decimals = max(0, 1 - math.floor(math.log10(error))) if error else 3
-    return f"{unit * check['value']:.{decimals}f}" + (f" ± {error:.{decimals}f}" if error else "")
+    return f"{unit * check.value:.{decimals}f}" + (f" ± {error:.{decimals}f}" if error else "")

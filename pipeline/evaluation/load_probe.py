@@ -21,6 +21,7 @@ from pathlib import Path
 
 from pipeline.config.catalog import LLAMA_CPP
 from pipeline.errors import ModelError
+from pipeline.evaluation.results import Speed
 from pipeline.inference.loaders import STOCK
 from pipeline.system.libraries import quiet
 from pipeline.system.process_environment import user_environment, with_own_package
@@ -30,12 +31,8 @@ from pipeline.system.process_environment import user_environment, with_own_packa
 class Probe:
     """What a fresh process found. `logits` (T, V) float32 are None where it does not run, and of llama.cpp."""
 
-    figures: dict
+    figures: Speed
     logits: object | None
-
-    @property
-    def runs(self) -> bool:
-        return self.figures["runs"]
 
 
 def probe(folder: Path, loader: str, ids: Sequence[int] = (), device: str = "auto") -> Probe:
@@ -72,7 +69,8 @@ def probe(folder: Path, loader: str, ids: Sequence[int] = (), device: str = "aut
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise ModelError(f"{folder}: does not load with the {loader} loader in a fresh process: {last}")
         logits = out / "logits.safetensors"
-        return Probe(json.loads(result.read_text()), load_file(logits)["logits"] if logits.is_file() else None)
+        figures = Speed.model_validate_json(result.read_text())
+        return Probe(figures, load_file(logits)["logits"] if logits.is_file() else None)
 
 
 def main() -> None:
@@ -81,10 +79,10 @@ def main() -> None:
         figures = _in_llama_cpp(Path(path))
     else:
         figures = _in_transformers(path, loader, json.loads(Path(ids_path).read_text()), Path(out), device)
-    (Path(out) / "probe.json").write_text(json.dumps(figures))
+    (Path(out) / "probe.json").write_text(json.dumps(figures.to_json()))
 
 
-def _in_llama_cpp(path: Path) -> dict:
+def _in_llama_cpp(path: Path) -> Speed:
     from pipeline.inference import llama_cpp
     from pipeline.inference.throughput import NEW_TOKENS, PROMPT_TOKENS
     from pipeline.system import hardware
@@ -94,11 +92,11 @@ def _in_llama_cpp(path: Path) -> dict:
     start = time.perf_counter()
     with llama_cpp.opened(path, PROMPT_TOKENS + NEW_TOKENS) as reader:
         seconds = time.perf_counter() - start
-        figures = {"loader": LLAMA_CPP, "device": "cpu", "load_seconds": seconds, "runs": True, **reader.speed()}
-        return figures | {"peak_memory_bytes": hardware.peak_memory_bytes()}
+        figures = Speed(loader=LLAMA_CPP, device="cpu", load_seconds=seconds, runs=True, **reader.speed())
+        return figures.model_copy(update={"peak_memory_bytes": hardware.peak_memory_bytes()})
 
 
-def _in_transformers(folder: str, loader: str, tokens: list[int], out: Path, device: str) -> dict:
+def _in_transformers(folder: str, loader: str, tokens: list[int], out: Path, device: str) -> Speed:
     quiet()
     import torch
     from safetensors.torch import save_file
@@ -117,18 +115,18 @@ def _in_transformers(folder: str, loader: str, tokens: list[int], out: Path, dev
         model = open_model(folder, dtype="auto", device_map=device if device != "cpu" else None)
     else:
         model, _ = load.load(folder, device=device)
-    figures = {"loader": loader, "device": device, "load_seconds": time.perf_counter() - start, "runs": False}
+    seconds = time.perf_counter() - start
     ids = torch.tensor([tokens], device=model.device)
     try:
         with torch.no_grad():
             logits = model(ids).logits[0].float().cpu()
     except Exception as error:  # the kernel that the stock library wants may not exist on this machine
-        figures["reason"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        found = {"runs": False, "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
     else:
-        figures |= {"runs": True, **metrics.speed(model)}
+        found = {"runs": True, **metrics.speed(model)}
         save_file({"logits": logits.contiguous()}, out / "logits.safetensors")
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else hardware.peak_memory_bytes()
-    return figures | {"peak_memory_bytes": peak}
+    return Speed(loader=loader, device=device, load_seconds=seconds, **found, peak_memory_bytes=peak)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.data.chat import on_one_day
 from pipeline.errors import ModelError
+from pipeline.evaluation.results import Answer, Estimate
 from pipeline.inference.output_head import Head, check_head, device_of, head_of, logits_of
 from pipeline.inference.throughput import NEW_TOKENS, PROMPT_TOKENS, REPEATS, tokens_per_second
 from pipeline.models.safe_loading import open_config
@@ -41,11 +42,11 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A measured value and its standard error."""
+class Divergence:
+    """How far a model is from the reference: nats a token, and the share of tokens with the same first choice."""
 
-    value: float
-    stderr: float
+    kl: Estimate
+    agreement: Estimate
 
 
 @dataclass(frozen=True)
@@ -158,8 +159,8 @@ def divergence(
     reference_head: torch.Tensor,
     softcap: float | None = None,
     on_progress: Progress | None = None,
-) -> dict[str, Estimate]:
-    """KL(reference || model) in nats a token, and how often both have the same first choice.
+) -> Divergence:
+    """Return KL(reference || model), and how often both have the same first choice.
 
     Args:
         head, reference_head: output matrices (V, H) that turn hidden states into logits.
@@ -193,8 +194,8 @@ def compare_logits(
     reference_head: torch.Tensor,
     softcap: float | None = None,
     on_progress: Progress | None = None,
-) -> tuple[Scores, dict[str, Estimate]]:
-    """What `score` and `divergence` find, of a model that gives its logits and nothing else.
+) -> tuple[Scores, Divergence]:
+    """Return what `score` and `divergence` find, of a model that gives its logits and nothing else.
 
     Args:
         logits: (n, V) float32, at every counted token of `sequences` in order, some at a time.
@@ -236,12 +237,9 @@ def _kl(theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
     return (target.exp() * (target - log_q)).sum(-1)
 
 
-def _compared(scores: Scores, reference: Scores, kl: torch.Tensor) -> dict[str, Estimate]:
+def _compared(scores: Scores, reference: Scores, kl: torch.Tensor) -> Divergence:
     agreement = (scores.choice == reference.choice).float()
-    return {
-        "kl": mean(kl, scores.sequence),
-        "agreement": mean(agreement, scores.sequence),
-    }
+    return Divergence(mean(kl, scores.sequence), mean(agreement, scores.sequence))
 
 
 def rise(scores: Scores, reference: Scores) -> Estimate:
@@ -279,8 +277,8 @@ def speed(
 @torch.no_grad()
 def answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], new_tokens: int = ANSWER_TOKENS
-) -> list[dict[str, str]]:
-    """Greedy answers, without sampling, so that they differ only where the models do.
+) -> list[Answer]:
+    """Return greedy answers, without sampling, so that they differ only where the models do.
 
     A model without a chat template goes on from the prompt as it stands.
     """
@@ -291,7 +289,7 @@ def answers(
             **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id or 0
         )
         text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        found.append({"prompt": prompt, "answer": text.strip()})
+        found.append(Answer(prompt=prompt, answer=text.strip()))
     return found
 
 

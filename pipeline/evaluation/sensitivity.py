@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import MeasuredRun, VariantSpec
 from pipeline.errors import QuantizationError
+from pipeline.evaluation.results import LayerLoss
 from pipeline.system.files import fingerprint, read_json, states, write_json
 from pipeline.system.libraries import quiet
 
@@ -51,7 +51,7 @@ def report(config: MeasuredRun, output: Path, tell: Tell) -> dict:
         "variant": spec.making(),
         "text": config.evaluate.general,
         "max_tokens": config.evaluate.max_tokens,
-        "layers": layers,
+        "layers": [layer.to_json() for layer in layers],
     }
     write_json(output / RESULT, found)
     (output / RECORD).unlink()
@@ -78,7 +78,7 @@ def sensitivity(
     keep: Callable[[dict], None],
     tell: Tell,
     made_of: object = None,
-) -> list[dict]:
+) -> list[LayerLoss]:
     """Measure every linear layer of the full-precision model in `folder`.
 
     Args:
@@ -89,8 +89,7 @@ def sensitivity(
         made_of: what identifies the model; by default the sizes and times of its files.
 
     Returns:
-        For each layer, in the model's order: `name`, its number of `weights`, and `kl` (nats a token) and `rise` (of
-        perplexity, as a share) with their standard errors.
+        The loss by each layer, in the model's order.
 
     Raises:
         QuantizationError: where a layer fits no grid.
@@ -126,25 +125,25 @@ def sensitivity(
             finally:
                 weight.data = kept
             compared = metrics.divergence(scores, head, full, head, output_head.softcap(model.config))
-            found[name] = {"kl": asdict(compared["kl"]), "rise": asdict(metrics.rise(scores, full))}
+            found[name] = LayerLoss(kl=compared.kl, rise=metrics.rise(scores, full)).to_json()
             keep({"about": about, "layers": found})
             tell(len(found), len(linear), "measuring layers")
-    return [{"name": n.removesuffix(".weight"), "weights": math.prod(linear[n]), **found[n]} for n in linear]
+    return [LayerLoss(name=n.removesuffix(".weight"), weights=math.prod(linear[n]), **found[n]) for n in linear]
 
 
-def draw(layers: list[dict], title: str, path: Path) -> None:
+def draw(layers: list[LayerLoss], title: str, path: Path) -> None:
     """A picture: KL divergence by the layer's place in the model, a colour for each kind of layer."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.2), dpi=160, layout="constrained")
     canvas, axes = FigureCanvasAgg(figure), figure.subplots()
-    kinds = list(dict.fromkeys(layer["name"].rpartition(".")[2] for layer in layers))
+    kinds = list(dict.fromkeys(layer.name.rpartition(".")[2] for layer in layers))
     for kind in kinds:
-        of_kind = [(i, layer) for i, layer in enumerate(layers) if layer["name"].rpartition(".")[2] == kind]
+        of_kind = [(i, layer) for i, layer in enumerate(layers) if layer.name.rpartition(".")[2] == kind]
         axes.errorbar(
-            [i for i, _ in of_kind], [layer["kl"]["value"] for _, layer in of_kind],
-            yerr=[layer["kl"]["stderr"] for _, layer in of_kind], fmt="o", markersize=4, elinewidth=0.8, label=kind,
+            [i for i, _ in of_kind], [layer.kl.value for _, layer in of_kind],
+            yerr=[layer.kl.stderr for _, layer in of_kind], fmt="o", markersize=4, elinewidth=0.8, label=kind,
         )  # fmt: skip
     axes.set_yscale("log")
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")

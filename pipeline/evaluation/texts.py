@@ -19,6 +19,7 @@ from pipeline.data import general_text, read_examples
 from pipeline.data.chat import supply_template
 from pipeline.data.encode import Encoded, encode_examples, encode_text
 from pipeline.errors import DataError
+from pipeline.evaluation.results import GENERAL, HELD_OUT
 from pipeline.system import hardware
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ WINDOW, WINDOWS = 1024, 16
 SAMPLE_TOKENS = 256  # of general text that show how fast a model is measured
 FEWEST_TOKENS = 1024  # that figures are taken from, however long that takes
 COMPARED = 1.5  # the time that scoring and comparing a variant take, in that of scoring a model
-HELD_OUT, GENERAL = "held_out", "general"
 
 AnyRun = TypeVar("AnyRun", bound=Config)
 

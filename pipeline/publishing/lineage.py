@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import REPO_ID, Config, TrainingRun
 from pipeline.data.sources import names_a_file
+from pipeline.evaluation.results import Data, Results
 from pipeline.system.libraries import STACK, versions
 from pipeline.system.redaction import file_name
 
@@ -21,7 +22,7 @@ SCHEMA = 1
 
 def lineage(
     config: Config,
-    results: dict,
+    results: Results,
     files: Mapping[str, LocalFile],
     documents: Collection[str],
     mirror_of: str | None = None,
@@ -39,43 +40,44 @@ def lineage(
         "made_with": {"tunepress": own_version(), **versions(*STACK, *_libraries(results))},
         "run": config.name,
         **({"mirror_of": mirror_of} if mirror_of else {}),
-        "base": results.get("origin", {}),
-        **({"adapter": results["adapter"]} if "adapter" in results else {}),
+        "base": results.origin.to_json(),
+        **({"adapter": results.adapter.to_json()} if results.adapter else {}),
         **({"data": _data(config, results)} if isinstance(config, TrainingRun) else {}),
         "configuration": json.loads(config.model_dump_json(exclude={"track"})),
-        **({"merged_into": results["merge"].get("base")} if "merge" in results else {}),
+        **({"merged_into": results.merge.base} if results.merge else {}),
         "files": {name: {"sha256": f.sha256, "size": f.size} for name, f in sorted(files.items())},
         "documents": sorted(documents),
-        "results": results,
+        "results": results.to_json(),
     }
     local = _sources(config) - hub_sources(results)
     return (json.dumps(_portable(content, local), indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _libraries(results: Mapping[str, Any]) -> list[str]:
+def _libraries(results: Results) -> list[str]:
     """Return the further distributions that the variants are written and measured with."""
-    made = [variant for name, variant in VARIANTS.items() if name in results]
+    made = [variant for name, variant in VARIANTS.items() if name in results.variants]
     used = (library for variant in made for library in (*variant.libraries, *variant.measured_with))
     return [library for library in dict.fromkeys(used) if library not in STACK]
 
 
-def hub_sources(results: Mapping[str, Any]) -> set[str]:
+def hub_sources(results: Results) -> set[str]:
     """The repositories on the Hub that something was read from, as it was recorded when it was read.
 
     Whether a name is one of a repository or of a file cannot be told later, when the file may be gone.
     """
-    found = {(results.get(key) or {}).get("hub_id") for key in ("origin", "adapter")}
-    data = results.get("data") or {}
-    if (data.get("revision") or data.get("split")) and not names_a_file(str(data.get("source"))):
-        found.add(data.get("source"))
-    return {source for source in found if isinstance(source, str) and REPO_ID.match(source)}
+    found = {origin.hub_id for origin in (results.origin, results.adapter) if origin}
+    data = results.data
+    if data and (data.revision or data.split) and not names_a_file(str(data.source)):
+        found.add(data.source)
+    return {source for source in found if source and REPO_ID.match(source)}
 
 
-def _data(config: TrainingRun, results: dict) -> dict:
-    """Which data was trained on: what was asked for, and over it what was found."""
-    asked = config.data.model_dump(include={"source", "subset", "revision", "split", "form"})
-    found = {k: results.get("data", {}).get(k) for k in (*asked, "fingerprint", "license")}
-    return {**asked, **{k: v for k, v in found.items() if v is not None}}
+def _data(config: TrainingRun, results: Results) -> dict:
+    """Return which data was trained on: what was asked for, and over it what was found."""
+    keys = {"source", "subset", "revision", "split", "form"}
+    recorded = results.data or Data()
+    found = recorded.model_dump(include=keys | {"fingerprint", "license"}, exclude_none=True)
+    return {**config.data.model_dump(include=keys), **found}
 
 
 def _sources(config: Config) -> set[str]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.errors import HubError
+from pipeline.evaluation.results import Results
 from pipeline.publishing.remote_release import Standing, standing
 from pipeline.system.files import fingerprint
 
@@ -26,8 +27,8 @@ class Live:
     lineage: dict
 
     @property
-    def results(self) -> dict:
-        return self.lineage.get("results") or {}
+    def results(self) -> Results:
+        return Results.of_lineage(self.lineage, self.repo)
 
     @property
     def weights(self) -> str:

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.evaluation.results import Results
 from pipeline.hub.retry import retry_or_explain
 from pipeline.hub.tree import LINEAGE, Tree, read_tree
 from pipeline.models.checkpoint_files import model_digest
@@ -27,6 +28,11 @@ class Standing:
     def run(self) -> str | None:
         """The run whose release it is; None where there is none of ours."""
         return self.tree.lineage.run
+
+    @functools.cached_property
+    def results(self) -> Results:
+        """The figures of its release."""
+        return Results.of_lineage(self.told, self.tree.repo)
 
     @property
     def base(self) -> dict[str, Any]:

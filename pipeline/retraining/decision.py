@@ -7,8 +7,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from pipeline.config.schema import Config, TrainingRun
 from pipeline.errors import ConfigError, WorkspaceError
+from pipeline.evaluation.results import Comparison
 from pipeline.evaluation.student_t import MARGIN, quantile
 from pipeline.publishing.published_model import Live, read_live
 from pipeline.publishing.remote_release import standing
@@ -42,7 +45,7 @@ class Decision:
     reason: str
     margin: float = MARGIN
     changes: tuple[str, ...] = ()
-    comparison: dict | None = None
+    comparison: Comparison | None = None
     url: str | None = None
     commit: str | None = None
 
@@ -63,7 +66,7 @@ class Record:
     inputs: dict = field(default_factory=dict)
     live: str | None = None
     state: Literal["new", "running", "better", "not_better", "published"] = "new"
-    comparison: dict | None = None
+    comparison: Comparison | None = None
     url: str | None = None
     job: dict | None = None
 
@@ -71,12 +74,14 @@ class Record:
     def read(cls, path: Path) -> Record:
         """The record at `path`; an empty one where there is none that can be read."""
         try:
-            return cls(**read_json(path, {}))
-        except (WorkspaceError, TypeError, OSError):
+            told = read_json(path, {})
+            figures = told.get("comparison")
+            return cls(**told | {"comparison": Comparison.model_validate(figures) if figures else None})
+        except (WorkspaceError, TypeError, OSError, ValidationError):
             return cls()
 
     def write(self, path: Path) -> None:
-        write_json(path, asdict(self))
+        write_json(path, asdict(self) | {"comparison": self.comparison and self.comparison.to_json()})
 
 
 @dataclass(frozen=True)
@@ -158,9 +163,9 @@ class Matter:
 
     def remember(self, told: dict) -> Matter:
         """Keep what was decided in a Job, from the decision as JSON has it, for the model that it was compared with."""
-        figures = told.get("comparison")
+        figures = Comparison.model_validate(told["comparison"]) if told.get("comparison") else None
         if told["outcome"] == "published" or (told["outcome"] == "not_better" and figures):
-            there = standing(self.repo, figures["compared_with"]["commit"]) if figures else None
+            there = standing(self.repo, figures.compared_with.commit) if figures else None
             made = {"state": told["outcome"], "comparison": figures, "url": told.get("url")}
             return self.keep(**made, live=there and there.model, job=None)
         return self.keep(job=None)
@@ -207,19 +212,19 @@ def check(config: Config, margin: float) -> TrainingRun:
     return config
 
 
-def better(comparison: dict, margin: float) -> bool:
+def better(comparison: Comparison, margin: float) -> bool:
     """Is the new model's loss lower by more than `margin` standard errors of the difference?"""
-    difference = comparison["difference"]
-    return difference["value"] < -quantile(margin, comparison["prompts"]) * difference["stderr"]
+    difference = comparison.difference
+    return difference.value < -quantile(margin, comparison.prompts) * difference.stderr
 
 
-def tell(comparison: dict, margin: float) -> str:
+def tell(comparison: Comparison, margin: float) -> str:
     """A comparison in one line."""
-    gap = comparison["difference"]
-    direction = "lower" if gap["value"] < 0 else "higher"
+    gap = comparison.difference
+    direction = "lower" if gap.value < 0 else "higher"
     verdict = "better" if better(comparison, margin) else "not better"
     return (
-        f"{verdict}: the loss is {direction} by {abs(gap['value']):.4f} ± {gap['stderr']:.4f} {comparison['unit']} on "
-        f"the answers to {comparison['prompts']} prompts, and counts as better if lower by more than "
-        f"{quantile(margin, comparison['prompts']):.2f} standard errors"
+        f"{verdict}: the loss is {direction} by {abs(gap.value):.4f} ± {gap.stderr:.4f} {comparison.unit} on "
+        f"the answers to {comparison.prompts} prompts, and counts as better if lower by more than "
+        f"{quantile(margin, comparison.prompts):.2f} standard errors"
     )

@@ -129,10 +129,10 @@ def _data_commit(config: TrainingRun) -> str | None:
 
 def _changed_base(live: Live, inputs: Inputs) -> list[str]:
     source, now = inputs.config.model.source, inputs.config.model.revision
-    base, told = live.lineage.get("base") or {}, live.results.get("retraining")
+    base, told = live.lineage.get("base") or {}, live.results.retraining
     then, known = base.get("revision"), base.get("digest")
-    if told and told.get("weights") == live.weights:  # it holds for the very model that it was recorded of
-        known = told["inputs"].get("base")
+    if told and told.weights == live.weights:  # it holds for the very model that it was recorded of
+        known = told.inputs.get("base")
     if known == inputs.base or (now and now == then):
         return []
     if now and then and is_same_model(source, then, now):  # the new commit changed no more than a card

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.errors import ConfigError
+from pipeline.evaluation.results import Comparison
 from pipeline.evaluation.student_t import quantile
 from pipeline.retraining.decision import Decision
 
@@ -34,7 +35,9 @@ def markdown_of_failure(subject: str, line: str) -> str:
 
 def plain(decision: Decision) -> dict:
     """The decision as JSON has it."""
-    return {**asdict(decision), "exit_code": decision.exit_code, "summary": markdown(decision)}
+    figures = decision.comparison and decision.comparison.to_json()
+    more = {"exit_code": decision.exit_code, "summary": markdown(decision)}
+    return asdict(decision) | {"comparison": figures} | more
 
 
 @dataclass(frozen=True)
@@ -71,29 +74,28 @@ class Summary:
         return problems
 
 
-def _table(comparison: dict, margin: float) -> list[str]:
-    unit = comparison["unit"]
+def _table(comparison: Comparison, margin: float) -> list[str]:
+    in_nats = comparison.unit == "nats per token"
     rows = [
-        f"| | {unit} |" + (" perplexity |" if unit == "nats per token" else ""),
-        "|---|---:|" + ("---:|" if unit == "nats per token" else ""),
+        f"| | {comparison.unit} |" + (" perplexity |" if in_nats else ""),
+        "|---|---:|" + ("---:|" if in_nats else ""),
     ]
-    for name in ("new", "live"):
-        value = comparison[name]
-        row = f"| {name} | {value['value']:.4f} ± {value['stderr']:.4f} |"
-        if unit == "nats per token":
-            perplexity = math.exp(value["value"])
-            row += f" {perplexity:.3f} ± {perplexity * value['stderr']:.3f} |"
+    for name, loss in (("new", comparison.new), ("live", comparison.live)):
+        row = f"| {name} | {loss.value:.4f} ± {loss.stderr:.4f} |"
+        if in_nats:
+            perplexity = math.exp(loss.value)
+            row += f" {perplexity:.3f} ± {perplexity * loss.stderr:.3f} |"
         rows.append(row)
-    gap, there = comparison["difference"], comparison["compared_with"]
-    rows.append(f"| new - live | {gap['value']:+.4f} ± {gap['stderr']:.4f} |" + (" |" * (unit == "nats per token")))
+    gap = comparison.difference
+    rows.append(f"| new - live | {gap.value:+.4f} ± {gap.stderr:.4f} |" + (" |" * in_nats))
     how = (
-        f"Loss on {comparison['tokens']} tokens of {comparison['examples']} held-out examples with "
-        f"{comparison['prompts']} different prompts, paired by {comparison['paired_by']}; ± one standard error of a "
-        f"sample of prompts. {_sentence(comparison['note'])} Live is commit `{there['commit'][:12]}`. The rule: better "
-        f"if lower by more than {quantile(margin, comparison['prompts']):.2f} standard errors of the difference "
-        f"({margin:g} of many prompts)."
+        f"Loss on {comparison.tokens} tokens of {comparison.examples} held-out examples with "
+        f"{comparison.prompts} different prompts, paired by {comparison.paired_by}; ± one standard error of a "
+        f"sample of prompts. {_sentence(comparison.note)} Live is commit `{comparison.compared_with.commit[:12]}`. "
+        f"The rule: better if lower by more than {quantile(margin, comparison.prompts):.2f} standard errors of the "
+        f"difference ({margin:g} of many prompts)."
     )
-    if comparison["paired_by"] == "prompt":
+    if comparison.paired_by == "prompt":
         how += " The models have different tokens, so bits per byte of what was to be learned are compared."
     return [*rows, "", how, ""]
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pipeline.config.schema import Config
 from pipeline.errors import GateError, StageFailed
+from pipeline.evaluation.results import Comparison
 from pipeline.evaluation.student_t import MARGIN
 from pipeline.publishing.published_model import Live, read_live
 from pipeline.retraining.decision import Decision, Matter, Outcome, better, check, look, tell
@@ -90,7 +91,7 @@ class _Retraining:
                 record.write(path)
             for stage in ("train", "merge", *(() if is_there else ("compare_published",))):
                 runner.do(stage)
-            comparison = workspace.read_measurement(RESULT)
+            comparison = Comparison.model_validate(workspace.read_measurement(RESULT))
             if live and not is_there:
                 is_better = better(comparison, self.margin)
                 _tell(workspace, comparison, is_better)
@@ -118,8 +119,8 @@ class _Retraining:
         reason = "; ".join([decision.reason, *map(str, runner.withheld().values())])
         return replace(decision, reason=reason, url=done["url"], commit=done["commit"])
 
-    def _decision(self, outcome: Outcome, live: Live | None, comparison: dict) -> Decision:
-        figures = comparison if "difference" in comparison else None
+    def _decision(self, outcome: Outcome, live: Live | None, comparison: Comparison) -> Decision:
+        figures = comparison if comparison.difference else None
         reason = tell(figures, self.margin) if figures else "the first model of this repository"
         return Decision(outcome, self.matter.repo, reason, self.margin, self.matter.news, figures)
 
@@ -137,7 +138,7 @@ def _all_variants(config: Config, runner: Runner, live: Live | None) -> tuple[st
         runner.measure_variant(variant)
     runner.raise_failures(withheld=False)
     for variant, line in runner.withheld().items():
-        if live and variant in live.results:
+        if live and variant in live.results.variants:
             raise GateError(
                 f"{line}; {live.repo} has {variant}, and would lose it: nothing is published; "
                 "set another limit (quantize.gate), or leave that variant out"
@@ -145,10 +146,11 @@ def _all_variants(config: Config, runner: Runner, live: Live | None) -> tuple[st
     return runner.released(variants)
 
 
-def _tell(workspace: Workspace, comparison: dict, is_better: bool) -> None:
+def _tell(workspace: Workspace, comparison: Comparison, is_better: bool) -> None:
     """The decision as metrics beside the training's own."""
-    figures = {name: comparison[name]["value"] for name in ("new", "live", "difference")}
-    figures |= {"stderr": comparison["difference"]["stderr"], "decided": float(is_better)}
+    gap = comparison.difference
+    figures = {"new": comparison.new.value, "live": comparison.live.value, "difference": gap.value}
+    figures |= {"stderr": gap.stderr, "decided": float(is_better)}
     step = workspace.read_measurement("training").get("steps", 0)
     name = workspace.config().name
     Events(workspace.events_path, name).metrics({f"retraining/{key}": value for key, value in figures.items()}, step)

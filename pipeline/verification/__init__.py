@@ -59,7 +59,7 @@ def _findings(place: Place, measure: bool):
     yield right("lineage", LINEAGE, f"{len(claims.files)} files and {len(claims.models)} models are named")
     found = check_files(claims, place)
     yield from found
-    if claims.config is None:
+    if claims.unread:
         yield _unread(claims)
         return
     models = sound_models(claims, found)
@@ -71,9 +71,9 @@ def _findings(place: Place, measure: bool):
 
 
 def _unread(claims: Claims) -> Finding:
-    """Another version's configuration is no defect; of our own it is one."""
+    """Return a finding: what another version wrote may be unreadable here; what this version wrote may not."""
     made_with, own = claims.made_with.get("tunepress"), own_version()
-    problem = f"its configuration cannot be read ({claims.unread}), so cards and models were not looked at"
+    problem = f"cannot be read ({claims.unread}), so cards and models were not looked at"
     if made_with == own:
         return wrong("lineage", LINEAGE, problem)
     return unknown("lineage", LINEAGE, f"{problem}; it was made with tunepress {made_with}, and this is {own}")
@@ -106,9 +106,8 @@ def _cards_and_models(claims: Claims, place: Place, models: list[str], measure: 
         cards = render(claims, place)
         picture = list(check_picture(claims, place, cards.about))
         figures = list(check_figures(claims, place))
-    except Exception as error:  # results of any form, in templates made for ours
-        reason = str(error) if isinstance(error, UserError) else type(error).__name__
-        yield wrong("card", LINEAGE, f"no card follows from its results ({reason})")
+    except UserError as error:
+        yield wrong("card", LINEAGE, f"no card follows from its results ({error})")
         return
     yield from figures
     yield from check_cards(claims, place, cards)

@@ -7,6 +7,7 @@ import shlex
 
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import VariantSpec
+from pipeline.evaluation.results import Origin
 from pipeline.verification.claims import ADAPTER, Claims
 from pipeline.verification.places import Place
 
@@ -21,8 +22,9 @@ def how_to_make(claims: Claims, place: Place, model: str) -> str:
         return _quantize(asked.get(model, VariantSpec(name=model).resolved()), base, revision)
     if model == ADAPTER or claims.config.data:
         return "train again, with tunepress run and the configuration that tunepress.json has"
-    adapter = _word(claims.get("adapter", "hub_id") or claims.get("adapter", "source"), "ADAPTER")
-    kind = claims.get("merge", "base")
+    trained = claims.results.adapter or Origin()
+    adapter = _word(trained.hub_id or trained.source, "ADAPTER")
+    kind = claims.results.merge.base if claims.results.merge else None
     how = ["--base", kind] if kind in ("nf4", "bf16") else []
     words = ["tunepress", "merge", base, adapter, "--output", "again", *how]
     return shlex.join([*words, *(["--revision", revision] if revision else [])])
@@ -39,12 +41,12 @@ def _quantize(spec: VariantSpec, source: str, revision: str | None) -> str:
 
 def _base(claims: Claims) -> tuple[str, str | None]:
     """The base model, and its commit where it is on the Hub."""
-    hub_id, revision = claims.get("origin", "hub_id"), claims.get("origin", "revision")
-    is_pinned = hub_id and isinstance(revision, str) and not revision.startswith("-")
-    source = hub_id or claims.get("origin", "source") or claims.config.model.source
-    return _word(source, "MODEL"), revision if is_pinned else None
+    origin = claims.results.origin
+    is_pinned = origin.hub_id and origin.revision and not origin.revision.startswith("-")
+    source = origin.hub_id or origin.source or claims.config.model.source
+    return _word(source, "MODEL"), origin.revision if is_pinned else None
 
 
-def _word(said: object, otherwise: str) -> str:
-    """What a lineage says, where it cannot be taken for an option by somebody who copies the line."""
-    return said if isinstance(said, str) and said and not said.startswith("-") else otherwise
+def _word(said: str | None, otherwise: str) -> str:
+    """Return what a lineage says, unless a shell would take it for an option."""
+    return said if said and not said.startswith("-") else otherwise

@@ -90,7 +90,7 @@ def about_release(claims: Claims, place: Place, chats: bool) -> About:
         name=config.publish.repo or config.name,
         location=config.publish.repo or said_location(there) or str(place.folder),
         config=config,
-        results=dict(claims.results),
+        results=claims.results,
         chats=chats,
         mirrors={} if claims.mirror_of else mirrors,
         files={v: Path(claims.file_of(v)).name for v in variants if is_one_file(v)},
@@ -130,9 +130,7 @@ def local(about: About, place: Place) -> About:
 
     What models answered is left out, so that there is no code but that of the templates.
     """
-    silent = {"answers": []}
-    results = {k: v | silent if isinstance(v, dict) and "answers" in v else v for k, v in about.results.items()}
-    return replace(about, location=str(place.folder.resolve()), results=results)
+    return replace(about, location=str(place.folder.resolve()), results=about.results.without_answers())
 
 
 def check_cards(claims: Claims, place: Place, cards: Cards) -> Iterator[Finding]:

@@ -9,19 +9,23 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from pipeline.config.catalog import VARIANTS, is_one_file
 from pipeline.config.schema import Config
+from pipeline.evaluation.results import MERGED, Results, first_problem
 from pipeline.hub.tree import LINEAGE
 from pipeline.publishing.lineage import SCHEMA
 
 MOST_BYTES = 32_000_000  # of a lineage; ours are of some ten thousand
-ROOT, ADAPTER = "merged", "adapter"  # models of a release, besides its variants
+ROOT, ADAPTER = MERGED, "adapter"  # models of a release, besides its variants
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 _PART = re.compile(r"(?!\.{1,2}\Z)[^\\/:\x00-\x1f\x7f]{1,255}\Z")
+
+
+T = TypeVar("T", bound=BaseModel)
 
 
 class Malformed(Exception):
@@ -43,15 +47,16 @@ class Claims:
     Attributes:
         files: what the release consists of, by path in it.
         documents: paths of what stands beside them for people.
-        results: every figure; what is in it is not checked for its form.
-        config: None where this tunepress cannot read the configuration, and `unread` says why.
+        results: every figure; empty if they cannot be read.
+        config: of the run; None if it cannot be read.
+        unread: why the configuration or the results cannot be read; empty if both can.
         made_with: versions of the libraries.
         mirror_of: the repository whose variant stands here at the root.
     """
 
     files: Mapping[str, File]
     documents: tuple[str, ...]
-    results: Mapping[str, Any]
+    results: Results
     config: Config | None
     unread: str
     made_with: Mapping[str, str]
@@ -61,7 +66,9 @@ class Claims:
     def variants(self) -> tuple[str, ...]:
         """Those that are here and have figures, in the order of the configuration, which the cards have too."""
         asked = [spec.name for spec in self.config.quantize.variants] if self.config else []
-        return tuple(name for name in dict.fromkeys((*asked, *VARIANTS)) if name in self.results and self._holds(name))
+        return tuple(
+            name for name in dict.fromkeys((*asked, *VARIANTS)) if name in self.results.variants and self._holds(name)
+        )
 
     def _holds(self, variant: str) -> bool:
         file = self.file_of(variant) if is_one_file(variant) else f"{self.prefix(variant)}config.json"
@@ -101,15 +108,8 @@ class Claims:
 
     def file_of(self, model: str) -> str | None:
         """Return the path of a variant that is one file; None if its figures name no file of the release."""
-        path = f"{self.prefix(model)}{self.get(model, 'file')}"
+        path = f"{self.prefix(model)}{self.results[model].file}"
         return path if path in self.files else None
-
-    def get(self, *keys: str) -> Any:
-        """A value in the results; None where there is none, or something else than a table on the way."""
-        found: Any = self.results
-        for key in keys:
-            found = found.get(key) if isinstance(found, Mapping) else None
-        return found
 
 
 def read_claims(content: bytes) -> Claims:
@@ -129,13 +129,14 @@ def read_claims(content: bytes) -> Claims:
     if told.get("schema") != SCHEMA:
         raise Malformed(f"of schema {told.get('schema')!r}, and this tunepress reads {SCHEMA}; install the newest")
     made_with, mirror_of = _table(told, "made_with"), told.get("mirror_of")
-    config, unread = _configuration(_table(told, "configuration"))
+    config, config_problem = _read(Config, told, "configuration")
+    results, results_problem = _read(Results, told, "results")
     return Claims(
         files={path: _file(path, about) for path, about in _table(told, "files").items()},
         documents=_documents(told.get("documents")),
-        results=_table(told, "results"),
+        results=results or Results(),
         config=config,
-        unread=unread,
+        unread=config_problem or results_problem,
         made_with={name: version for name, version in made_with.items() if isinstance(version, str)},
         mirror_of=mirror_of if isinstance(mirror_of, str) else None,
     )
@@ -169,9 +170,11 @@ def check_path(path: str) -> None:
         raise Malformed(f"names a file {path!r}, which is no name in a release; nothing of it is looked at")
 
 
-def _configuration(told: dict) -> tuple[Config | None, str]:
+def _read(form: type[T], told: dict, key: str) -> tuple[T | None, str]:
+    """Return a part of the lineage, or None and why it cannot be read."""
     try:
-        return Config.model_validate(told), ""
-    except (ValidationError, RecursionError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": "nested too deeply"}
-        return None, f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        return form.model_validate(_table(told, key)), ""
+    except ValidationError as error:
+        return None, f"{key}.{first_problem(error)}"
+    except RecursionError:
+        return None, f"{key}: nested too deeply"

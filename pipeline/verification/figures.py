@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.evaluation.gates import judge, limits
+from pipeline.evaluation.results import BASE, MERGED, TEXTS
 from pipeline.hub.tree import LINEAGE
 from pipeline.publishing.lineage import own_version
 from pipeline.verification.claims import ADAPTER, Claims
@@ -18,11 +19,7 @@ CLOSE = 1e-4  # of a perplexity; single losses are kept in float32
 
 
 def check_figures(claims: Claims, place: Place) -> Iterator[Finding]:
-    """A line for each statement that another one contradicts.
-
-    Raises:
-        Exception: of any kind, where the results are of a form that ours never have.
-    """
+    """Yield a line for each statement that another one contradicts."""
     problems = [*_twice_told(claims, json.loads(place.lineage()))]
     for model in (model for model in claims.models if model != ADAPTER):
         problems += [f"{model}: {problem}" for problem in (*_size(claims, model), *_rises(claims, model))]
@@ -35,12 +32,13 @@ def check_figures(claims: Claims, place: Place) -> Iterator[Finding]:
 
 
 def _twice_told(claims: Claims, told: Mapping[str, Any]) -> Iterator[str]:
-    """What stands in the lineage for itself, and in its configuration or results too."""
+    """Yield what stands in the lineage for itself, and differs from its configuration or results."""
+    results = claims.results
     there = {
         "run": claims.config.name,
-        "base": claims.get("origin") or {},
-        ADAPTER: claims.get(ADAPTER),
-        "merged_into": claims.get("merge", "base"),
+        "base": results.origin.to_json(),
+        ADAPTER: results.adapter and results.adapter.to_json(),
+        "merged_into": results.merge and results.merge.base,
     }
     for key, value in there.items():
         if told.get(key) != value:
@@ -48,30 +46,30 @@ def _twice_told(claims: Claims, told: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _size(claims: Claims, model: str) -> Iterator[str]:
-    said = claims.get(model, "size_bytes")
-    files = claims.files_of(model).items()
+    said, files = claims.results[model].size_bytes, claims.files_of(model).items()
     weights = [file.size for path, file in files if path.endswith((".safetensors", ".gguf"))]
     if said is not None and said != sum(weights):
         yield f"size_bytes is {said}, and its files have {sum(weights)}"
 
 
 def _rises(claims: Claims, model: str) -> Iterator[str]:
-    """Perplexity rises by the quotient of two that stand there too."""
-    for text in claims.get(model, "quality") or ():
-        said = claims.get(model, "quality", text, "rise", "value")
-        of = "merged" if claims.config.merges else "base"
-        now, before = (claims.get(name, "quality", text, "perplexity", "value") for name in (model, of))
-        if None not in (said, now, before) and not math.isclose(1 + said, now / before, rel_tol=CLOSE):
-            yield f"the rise on {text} text is {said:.5g}, and its perplexities make it {now / before - 1:.5g}"
+    """Yield each rise of perplexity that is not the quotient of two perplexities that stand there too."""
+    reference = claims.results[MERGED if claims.config.merges else BASE]
+    for text, quality in claims.results[model].quality.items():
+        said, now, before = quality.rise, quality.perplexity, reference.on(text).perplexity
+        if said and now and before and not math.isclose(1 + said.value, now.value / before.value, rel_tol=CLOSE):
+            rise = now.value / before.value - 1
+            about = f"the rise on {TEXTS.get(text, text)} text"
+            yield f"{about} is {said.value:.5g}, and its perplexities make it {rise:.5g}"
 
 
 def _verdict(claims: Claims, variant: str) -> Iterator[str]:
-    """Limits follow from the configuration, and with these, whether the figures pass."""
-    verdict = claims.get(variant, "gate")
-    if verdict is None or claims.made_with.get("tunepress") != own_version():
+    """Yield a verdict that does not follow from the configuration's limits and the figures."""
+    result = claims.results[variant]
+    if result.gate is None or claims.made_with.get("tunepress") != own_version():
         return
     allowed = limits(claims.config.quantize, variant)
-    if verdict["limits"] != allowed:
-        yield f"was held to the limits {verdict['limits']}, and its configuration has {allowed}"
-    elif verdict["passed"] != judge(claims.get(variant, "quality"), allowed)["passed"]:
-        yield f"{'passes' if verdict['passed'] else 'misses'} its gate, which does not follow from its figures"
+    if result.gate.limits != allowed:
+        yield f"was held to the limits {result.gate.limits}, and its configuration has {allowed}"
+    elif result.gate.passed != judge(result.quality, allowed).passed:
+        yield f"{'passes' if result.gate.passed else 'misses'} its gate, which does not follow from its figures"

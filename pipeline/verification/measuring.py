@@ -16,13 +16,13 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pipeline.config.catalog import is_one_file
 from pipeline.config.schema import REPO_ID, Config
 from pipeline.data import load_examples, write_examples
 from pipeline.data.sources import is_builtin, names_a_file
 from pipeline.errors import UserError
+from pipeline.evaluation.results import GENERAL, HELD_OUT, TEXTS, Data
 from pipeline.inference.loaders import DEQUANTIZED, default_loader
 from pipeline.models.checkpoint_files import read_config
 from pipeline.models.safe_loading import check_config
@@ -38,7 +38,6 @@ from pipeline.workflow.workspace import Workspace
 
 TOLERANCE = 0.01  # of a perplexity
 LONGEST_REASON = 160  # characters; libraries list all that they do know
-HELD_OUT, GENERAL = "held_out", "general"
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Cuts:
 
     def findings(self) -> Iterator[Finding]:
         for model, text in self.other:
-            subject = f"{model}, {text.replace('_', '-')} text"
+            subject = f"{model}, {TEXTS[text]} text"
             if text in self.same:
                 yield wrong("measured", subject, "cut into other tokens than by the other models: another tokenizer")
             else:
@@ -87,7 +86,7 @@ def measure_models(claims: Claims, place: Place, models: list[str]) -> Iterator[
     with tempfile.TemporaryDirectory(prefix="tunepress-verify-") as scratch:
         texts = find_texts(claims, place, Path(scratch) / "texts")
         for text, problem in texts.problems.items():
-            yield unknown("measured", f"{text.replace('_', '-')} text", problem)
+            yield unknown("measured", f"{TEXTS[text]} text", problem)
         cut = Cuts()
         for model in models:
             if problem := refused(claims, place, model):
@@ -108,9 +107,9 @@ def find_texts(claims: Claims, place: Place, folder: Path) -> Texts:
         config = Config.model_validate({**dict(config), "data": own.data, "evaluate": own.evaluate or config.evaluate})
     workspace, problems = Workspace(folder), {}
     workspace.data.mkdir(parents=True)
-    if isinstance(claims.get("texts", "max_tokens"), int):
-        write_json(workspace.measurements / "texts.json", claims.get("texts"))
-    measured = [t for t in (HELD_OUT, GENERAL) if any(claims.get(model, "quality", t) for model in claims.models)]
+    if claims.results.texts:
+        write_json(workspace.measurements / "texts.json", claims.results.texts.to_json())
+    measured = [text for text in TEXTS if any(text in claims.results[model].quality for model in claims.models)]
     wanted = measured if config.evaluate else []
     if HELD_OUT in wanted and (problem := _bring_held_out(claims, place, config, workspace)):
         problems[HELD_OUT] = problem
@@ -122,19 +121,19 @@ def find_texts(claims: Claims, place: Place, folder: Path) -> Texts:
 
 def _bring_held_out(claims: Claims, place: Place, config: Config, workspace: Workspace) -> str | None:
     """Put the held-out examples into `workspace`; why they cannot be had, if so."""
-    data = claims.get("data") if isinstance(claims.get("data"), dict) else {}
-    write_json(workspace.measurements / "data.json", {"template": data.get("template")})
+    data = claims.results.data or Data()
+    write_json(workspace.measurements / "data.json", {"template": data.template})
     kept = workspace.data / "held_out.jsonl"
     if place.run and (place.run.data / kept.name).is_file():
         shutil.copyfile(place.run.data / kept.name, kept)
         return None
     source = config.data.source if config.data else ""
     try:
-        on_hub = bool(REPO_ID.match(source)) and not names_a_file(source) and isinstance(data.get("revision"), str)
+        on_hub = bool(REPO_ID.match(source)) and not names_a_file(source) and bool(data.revision)
         if not on_hub and not is_builtin(source):
             return f"the file {source} is not part of a release; verify the run's folder to measure on it"
         place.tell(0, 1, f"reading {source}")
-        pinned = config.data.model_copy(update={"revision": data["revision"]}) if on_hub else config.data
+        pinned = config.data.model_copy(update={"revision": data.revision}) if on_hub else config.data
         write_examples(kept, load_examples(pinned).held_out)
     except UserError as error:
         return str(error)
@@ -170,7 +169,7 @@ def _cannot_be_had(claims: Claims, place: Place, model: str) -> str | None:
     """What it takes to measure a model and is not in the release."""
     if (is_one_file(model) or model == ADAPTER) and claims.reference is None:
         return "needs the full-precision model's tokenizer, which is not in this release"
-    if claims.get(model, "loader") == DEQUANTIZED and not claims.has_root:
+    if claims.results[model].loader == DEQUANTIZED and not claims.has_root:
         return "was measured by its dequantized weights, which takes the full-precision model"
     return None
 
@@ -183,10 +182,10 @@ def request_for(claims: Claims, place: Place, model: str, texts: Texts) -> dict:
         "folder": str(folder),
         "file": str(place.folder / claims.file_of(model)) if is_one_file(model) else None,
         "reference": str(place.folder / claims.prefix(reference)) if reference else None,
-        "loader": claims.get(model, "loader") or default_loader(model),
+        "loader": claims.results[model].loader or default_loader(model),
         "config": texts.config.model_dump(mode="json"),
         "workspace": str(texts.workspace.folder),
-        "texts": [text for text in texts.names if claims.get(model, "quality", text)],
+        "texts": [text for text in texts.names if text in claims.results[model].quality],
     }
 
 
@@ -272,14 +271,14 @@ def _other_versions(claims: Claims) -> str:
 
 def _compared(claims: Claims, model: str, found: dict, cut: Cuts) -> Iterator[Finding]:
     for text, problem in found["problems"].items():
-        yield unknown("measured", f"{model}, {text.replace('_', '-')} text", problem)
+        yield unknown("measured", f"{model}, {TEXTS[text]} text", problem)
     for text, figures in found["quality"].items():
-        claimed, said = claims.get(model, "quality", text), text.replace("_", "-")
-        value, now = _value(claimed), figures["perplexity"]
-        subject = f"{model}, {said} text"
-        if value is None:
+        claimed, now = claims.results[model].on(text), figures["perplexity"]
+        subject = f"{model}, {TEXTS[text]} text"
+        value = claimed.perplexity.value if claimed.perplexity else 0
+        if not value > 0:  # which NaN is not, either
             yield wrong("measured", subject, "the lineage has no perplexity that is a number")
-        elif claimed.get("digest") != figures["digest"]:
+        elif claimed.digest != figures["digest"]:
             cut.other.append((model, text))
         else:
             cut.same.add(text)
@@ -290,10 +289,3 @@ def _beside(subject: str, now: float, claimed: float) -> Finding:
     if abs(now / claimed - 1) <= TOLERANCE:
         return right("measured", subject, f"perplexity {now:.5g}, claimed {claimed:.5g}")
     return wrong("measured", subject, f"perplexity is {now:.5g}, and the lineage and its cards claim {claimed:.5g}")
-
-
-def _value(claimed: Any) -> float | None:
-    perplexity = claimed.get("perplexity") if isinstance(claimed, dict) else None
-    value = perplexity.get("value") if isinstance(perplexity, dict) else None
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if is_number and value > 0 else None

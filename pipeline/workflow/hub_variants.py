@@ -17,6 +17,7 @@ from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import PACKAGE_SOURCE, Config, Model, Quantize
 from pipeline.errors import ConfigError, HubError, Interrupted, UserError
 from pipeline.evaluation.gates import limits
+from pipeline.evaluation.results import Verdict
 from pipeline.hub.tree import CARD, LINEAGE
 from pipeline.models.hub_inspection import inspect
 from pipeline.models.sources import check_source, is_local
@@ -123,8 +124,8 @@ def quantize_all(
 
 def _specs(there: Standing) -> dict[str, dict]:
     """Return the settings of each variant that a release has."""
-    results = there.told.get("results") or {}
-    return {name: results[name]["variant"] for name in VARIANTS if "variant" in (results.get(name) or {})}
+    made = {name: result.variant for name, result in there.results.variants.items()}
+    return {name: variant.to_json() for name in VARIANTS if (variant := made.get(name))}
 
 
 def _staying(task: Task, there: Standing) -> dict[str, dict]:
@@ -135,19 +136,19 @@ def _staying(task: Task, there: Standing) -> dict[str, dict]:
     """
     now, found = Quantize(gate={"rise": task.max_rise, "kl": task.max_kl}), _specs(there)
     for name in found.keys() - asked_variants(task).keys():
-        verdict = there.told["results"][name].get("gate") or {}
-        if verdict.get("passed") is False and task.on_gate_failure == "withhold":
+        verdict = there.results[name].gate or Verdict()
+        if verdict.passed is False and task.on_gate_failure == "withhold":
             raise ConfigError(
                 f"{task.repo}: has {name}, which misses its gate and was published with a warning, and would lose it; "
                 "say --on-gate-failure warn, or ask for it too (--quant-type)"
             )
-        if "limits" not in verdict and task.on_gate_failure != "warn":
+        if not verdict.limits and task.on_gate_failure != "warn":
             raise ConfigError(
                 f"{task.repo}: has {name}, which was published without being held to limits, and could lose it; "
                 "say --on-gate-failure warn, or ask for it too (--quant-type)"
             )
-        if "limits" in verdict and verdict["limits"] != limits(now, name):
-            found[name] = {**found[name], "gate": verdict["limits"]}
+        if verdict.limits and verdict.limits != limits(now, name):
+            found[name] = {**found[name], "gate": verdict.limits}
     return found
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from pipeline.config.schema import VariantSpec
 from pipeline.evaluation.escalation import Rung, best, distance, ladder, with_layers
+from pipeline.evaluation.results import Check, Estimate, LayerLoss, ModelResult, Verdict
 from pipeline.models.matrices import linear_weights, table_weights
 
 
@@ -65,7 +66,7 @@ def test_variant_without_options_has_no_fallback(tiny_model, name):
 
 def test_layers_that_cost_most_for_their_size_get_eight_bits_until_the_share_is_full():
     kl = {"a": (100, 0.1), "b": (100, 0.4), "c": (800, 0.8), "d": (1000, 0.1)}
-    layers = [{"name": n, "weights": w, "kl": {"value": v, "stderr": 0.0}} for n, (w, v) in kl.items()]
+    layers = [LayerLoss(name=n, weights=w, kl=Estimate(v, 0.0)) for n, (w, v) in kl.items()]
     spec = VariantSpec(name="int4").resolved()
     chosen = [with_layers(Rung(spec, share, 0), layers).int8 for share in (0.05, 0.1, 0.4, 0.5)]
     assert chosen == [["b"], ["a", "b"], ["a", "b", "c"], ["a", "b", "c"]]
@@ -73,9 +74,10 @@ def test_layers_that_cost_most_for_their_size_get_eight_bits_until_the_share_is_
 
 def test_the_nearest_is_the_one_whose_worst_figure_is_least_above_its_limit():
     def verdict(*figures):
-        return {"checks": [{"value": v, "stderr": 0.01, "quantile": 2.0, "limit": limit} for v, limit in figures]}
+        checks = (Check(value=v, stderr=0.01, quantile=2.0, limit=limit) for v, limit in figures)
+        return Verdict(checks=tuple(checks))
 
     assert distance(verdict((0.08, 0.05), (0.01, 0.3))) == pytest.approx(2.0)
-    assert distance({"checks": []}) == math.inf
-    rungs = [{"n": 1, "gate": verdict((0.08, 0.05), (0.0, 1))}, {"n": 2, "gate": verdict((0.04, 0.05), (0.5, 0.4))}]
-    assert best(rungs)["n"] == 2
+    assert distance(verdict()) == math.inf
+    ways = [ModelResult(gate=verdict(*figures)) for figures in (((0.08, 0.05), (0.0, 1)), ((0.04, 0.05), (0.5, 0.4)))]
+    assert best(ways) is ways[1]

@@ -5,6 +5,7 @@ import pytest
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import Config
 from pipeline.evaluation.gates import judge, limits, tell
+from pipeline.evaluation.results import Estimate, Quality
 from pipeline.evaluation.student_t import quantile
 from pipeline.workflow.stages import measure_variant, quantize
 from pipeline.workflow.workspace import Workspace
@@ -15,9 +16,9 @@ def configured(**quantize) -> Config:
     return Config.model_validate(tree)
 
 
-def quality(rise: float, stderr: float, sequences: int = 1000, **more: dict) -> dict:
-    known = {"kl": {"value": 0.04, "stderr": 0.001}, "agreement": {"value": 0.93, "stderr": 0.01}, **more}
-    return {"general": {"sequences": sequences, "tokens": 1000, "rise": {"value": rise, "stderr": stderr}, **known}}
+def quality(rise: float, stderr: float, sequences: int = 1000, **more: Estimate) -> dict[str, Quality]:
+    known = {"kl": Estimate(0.04, 0.001), "agreement": Estimate(0.93, 0.01)} | more
+    return {"general": Quality(sequences=sequences, tokens=1000, rise=Estimate(rise, stderr), **known)}
 
 
 @pytest.mark.parametrize(
@@ -36,9 +37,9 @@ def test_every_variant_has_a_limit():
 
 
 def test_a_few_tokens_that_all_agree_do_not_show_that_all_others_would():
-    agreed = {"agreement": {"value": 1.0, "stderr": 0.0}}
-    assert judge(quality(0.0, 0.0, **agreed), {"disagreement": 0.005})["passed"]
-    assert not judge(quality(0.0, 0.0, **agreed), {"disagreement": 0.001})["passed"]
+    agreed = {"agreement": Estimate(1.0, 0.0)}
+    assert judge(quality(0.0, 0.0, **agreed), {"disagreement": 0.005}).passed
+    assert not judge(quality(0.0, 0.0, **agreed), {"disagreement": 0.001}).passed
 
 
 def test_a_limit_of_one_variant_is_over_that_of_all_and_that_over_the_catalogs():
@@ -50,26 +51,26 @@ def test_a_limit_of_one_variant_is_over_that_of_all_and_that_over_the_catalogs()
 
 def test_the_value_has_to_be_below_the_limit_by_its_error():
     allowed = {"rise": 0.05}
-    assert judge(quality(0.04, 0.0049), allowed)["passed"]
-    assert not judge(quality(0.04, 0.0051), allowed)["passed"]
-    assert not judge(quality(0.051, 0.0), allowed)["passed"]
-    assert judge(quality(-0.2, 0.1), allowed)["passed"]
+    assert judge(quality(0.04, 0.0049), allowed).passed
+    assert not judge(quality(0.04, 0.0051), allowed).passed
+    assert not judge(quality(0.051, 0.0), allowed).passed
+    assert judge(quality(-0.2, 0.1), allowed).passed
 
 
 def test_few_sequences_widen_the_error():
     error = 0.01 / quantile(2, 8)
-    assert judge(quality(0.039, error, sequences=8), {"rise": 0.05})["passed"]
-    assert judge(quality(0.039, 0.0049, sequences=500), {"rise": 0.05})["passed"]
-    assert not judge(quality(0.039, 0.0049, sequences=8), {"rise": 0.05})["passed"]
+    assert judge(quality(0.039, error, sequences=8), {"rise": 0.05}).passed
+    assert judge(quality(0.039, 0.0049, sequences=500), {"rise": 0.05}).passed
+    assert not judge(quality(0.039, 0.0049, sequences=8), {"rise": 0.05}).passed
 
 
 def test_every_text_and_every_limit_counts():
     held_out, general = quality(0.01, 0.001)["general"], quality(0.2, 0.001)["general"]
     verdict = judge({"held_out": held_out, "general": general}, {"rise": 0.05})
-    assert [(c["text"], c["passed"]) for c in verdict["checks"]] == [("held_out", True), ("general", False)]
-    assert not judge(quality(0.01, 0.001), {"rise": 0.05, "kl": 0.03})["passed"]
-    assert not judge(quality(0.01, 0.001), {"rise": 0.05, "disagreement": 0.08})["passed"]
-    assert judge(quality(0.01, 0.001), {"rise": 0.05, "kl": 0.05, "disagreement": 0.1})["passed"]
+    assert [(c.text, c.passed) for c in verdict.checks] == [("held_out", True), ("general", False)]
+    assert not judge(quality(0.01, 0.001), {"rise": 0.05, "kl": 0.03}).passed
+    assert not judge(quality(0.01, 0.001), {"rise": 0.05, "disagreement": 0.08}).passed
+    assert judge(quality(0.01, 0.001), {"rise": 0.05, "kl": 0.05, "disagreement": 0.1}).passed
 
 
 def test_missed_gate_gives_one_line_with_figure_and_limit():

@@ -9,7 +9,8 @@ from torch.nn import functional
 from pipeline.data.encode import Encoded
 from pipeline.errors import ModelError
 from pipeline.evaluation import metrics
-from pipeline.evaluation.metrics import Estimate, Scores
+from pipeline.evaluation.metrics import Scores
+from pipeline.evaluation.results import Estimate
 from pipeline.inference import output_head
 from tests.support.models import random_text
 
@@ -92,7 +93,7 @@ def test_batches_hold_every_sequence_once_and_no_more_than_they_may(monkeypatch)
 def test_logits_are_computed_in_pieces_without_a_trace(model, other, monkeypatch):
     def figures():
         a, b = metrics.score(model, random_text()), metrics.score(other, random_text())
-        return a.nll, metrics.divergence(a, head(model), b, head(other))["kl"].value
+        return a.nll, metrics.divergence(a, head(model), b, head(other)).kl.value
 
     (nll, kl) = figures()
     monkeypatch.setattr(output_head, "LOGIT_ELEMENTS", 272 * 3)
@@ -138,7 +139,7 @@ def test_the_error_of_perplexity_is_that_of_the_loss_times_perplexity(model):
 def test_a_model_does_not_diverge_from_itself(model):
     scores = metrics.score(model, random_text())
     found = metrics.divergence(scores, head(model), scores, head(model))
-    assert found["kl"] == Estimate(0, 0) and found["agreement"] == Estimate(1, 0)
+    assert found.kl == Estimate(0, 0) and found.agreement == Estimate(1, 0)
 
 
 def test_divergence_is_that_of_the_full_distributions_from_the_reference(model, other):
@@ -146,12 +147,12 @@ def test_divergence_is_that_of_the_full_distributions_from_the_reference(model, 
     found = metrics.divergence(scores, head(other), reference, head(model))
     p, q = (counted_logits(m, random_text())[0].log_softmax(-1) for m in (model, other))
     expected = functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
-    assert found["kl"].value == pytest.approx(float(expected.mean()), rel=1e-4)
-    assert found["kl"].stderr == pytest.approx(metrics.mean(expected, scores.sequence).stderr, rel=1e-3)
+    assert found.kl.value == pytest.approx(float(expected.mean()), rel=1e-4)
+    assert found.kl.stderr == pytest.approx(metrics.mean(expected, scores.sequence).stderr, rel=1e-3)
     backwards = functional.kl_div(p, q, log_target=True, reduction="none").sum(-1).mean()
     assert abs(float(backwards) - float(expected.mean())) > 1e-3 * float(expected.mean())
     same = (p.argmax(-1) == q.argmax(-1)).float()
-    assert found["agreement"].value == pytest.approx(float(same.mean()))
+    assert found.agreement.value == pytest.approx(float(same.mean()))
 
 
 def test_scores_of_other_tokens_are_not_compared(model):
@@ -233,7 +234,7 @@ def test_a_softcap_on_the_logits_is_part_of_every_figure():
     )
     p, q = logits.log_softmax(-1), counted_logits(b, random_text())[0].log_softmax(-1)
     found = metrics.divergence(scores, head(b), reference, head(a), softcap)
-    assert found["kl"].value == pytest.approx(
+    assert found.kl.value == pytest.approx(
         float(functional.kl_div(q, p, log_target=True, reduction="batchmean")), rel=1e-3
     )
 
@@ -307,5 +308,5 @@ def test_answers_are_greedy_and_without_the_prompt(tiny_model):
 
     model, tokenizer = load(tiny_model("llama"))
     first, again = (metrics.answers(model, tokenizer, ["Hello?", "Who?"], new_tokens=8) for _ in range(2))
-    assert first == again and [a["prompt"] for a in first] == ["Hello?", "Who?"]
-    assert all("im_start" not in a["answer"] and "Hello" not in a["answer"] for a in first)
+    assert first == again and [a.prompt for a in first] == ["Hello?", "Who?"]
+    assert all("im_start" not in a.answer and "Hello" not in a.answer for a in first)

@@ -65,7 +65,7 @@ def test_a_layers_figure_is_that_of_the_model_with_this_layer_alone_rounded(mode
     scores = metrics.score(loaded, sequences)
     (told,) = (layer for layer in found["layers"] if layer["name"] == LAYER)
     assert told["rise"]["value"] == pytest.approx(metrics.rise(scores, full).value)
-    assert told["kl"]["value"] == pytest.approx(metrics.divergence(scores, head, full, head)["kl"].value)
+    assert told["kl"]["value"] == pytest.approx(metrics.divergence(scores, head, full, head).kl.value)
     assert told["weights"] == weight.numel()
 
 

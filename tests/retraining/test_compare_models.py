@@ -14,6 +14,7 @@ from pipeline.config.loader import parse_config
 from pipeline.data import Example, load_examples, write_examples
 from pipeline.errors import DataError, ModelError
 from pipeline.evaluation.metrics import mean
+from pipeline.evaluation.results import Comparison, Estimate
 from pipeline.evaluation.student_t import quantile
 from pipeline.publishing.published_model import Live
 from pipeline.retraining.decision import better
@@ -123,7 +124,7 @@ def test_models_with_other_tokens_are_compared_in_bits_per_byte_of_the_answers(h
 def test_a_model_is_no_better_than_itself(held_out, tiny_model):
     figures = held_out(tiny_model("llama"), tiny_model("llama"))
     assert figures["difference"] == {"value": 0.0, "stderr": 0.0}
-    assert not better(figures, margin=0)
+    assert not better(Comparison.model_validate(figures), margin=0)
 
 
 def test_examples_that_do_not_fit_are_left_out_and_with_too_few_there_is_no_comparing(held_out, tiny_model):
@@ -137,7 +138,7 @@ def test_examples_that_do_not_fit_are_left_out_and_with_too_few_there_is_no_comp
 )
 def test_better_is_lower_by_more_than_the_margin_in_errors_of_the_difference(difference, margin, is_better):
     value, stderr = difference
-    assert better({"difference": {"value": value, "stderr": stderr}, "prompts": 1000}, margin) is is_better
+    assert better(Comparison(difference=Estimate(value, stderr), prompts=1000), margin) is is_better
 
 
 @pytest.mark.parametrize(
@@ -158,5 +159,5 @@ def test_models_that_are_equal_pass_for_better_as_rarely_on_few_examples_as_on_m
     for _ in range(4000):
         gap = torch.randn(16).repeat_interleave(25) * 0.1 + torch.randn(400) * 0.3
         difference = mean(gap, sequence)
-        passed += better({"difference": vars(difference), "prompts": 16}, 2)
+        passed += better(Comparison(difference=difference, prompts=16), 2)
     assert passed / 4000 == pytest.approx(0.0228, abs=0.006)  # what lies beyond two standard errors; 2.5 of its own

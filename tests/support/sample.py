@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from pipeline.config.schema import Config
 from pipeline.evaluation.gates import judge
+from pipeline.evaluation.results import ModelResult, Results
 from pipeline.publishing.cards import About
 
 BOTH = ("int8", "int4")
@@ -222,7 +223,7 @@ def gated_results() -> dict:
         ("int4", {"rise": 0.123, "kl": 0.0171, "disagreement": 0.352}),
     ):
         known = {key: found[variant][key] for key in ("variant", "size_bytes", "quality")}
-        verdict = judge(known["quality"], allowed)
+        verdict = judge(ModelResult.model_validate(known).quality, allowed).to_json()
         other = known | {"variant": known["variant"] | {"int8": ["a", "b", "c"]}, "size_bytes": 171_000_321}
         tried = [rung | {"gate": verdict} for rung in (known, other)]
         found[variant]["gate"] = verdict | {"withheld": variant == "int4", "tried": tried}
@@ -268,7 +269,8 @@ def config(**changes: Any) -> Config:
 
 
 def about(found: dict | None = None, **changes: Any) -> About:
-    given = {"name": "a-model", "location": "user/a-model", "config": config(), "results": found or results()}
+    figures = Results.model_validate(found or results())
+    given = {"name": "a-model", "location": "user/a-model", "config": config(), "results": figures}
     return About(**(given | changes))
 
 

@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.catalog import DATA_FORMS, VARIANTS, is_one_file
+from pipeline.evaluation.results import TEXTS, Data, Training
 from pipeline.publishing.cards import about as names
 from pipeline.publishing.cards import markdown
 from pipeline.publishing.cards.about import ROOT, About
@@ -68,7 +69,8 @@ def _render(template: str, about: About, models: Models, front: ModelCardData, a
         above: what stands before our section, whose headings are then one level deeper.
     """
     made = markdown.environment(shipped_folder("templates"))
-    seen = [n for row in about.get("training", "history") or () if (n := number(row.get("num_tokens")))]
+    history = (about.results.training or Training()).history
+    seen = [n for row in history if (n := number(row.get("num_tokens")))]
     prompts = about.config.evaluate.prompts if about.config.evaluate else []
     variants = [m for m in models if m in VARIANTS]
     files = {v: about.files[v] for v in variants if v in about.files}
@@ -95,15 +97,15 @@ def _render(template: str, about: About, models: Models, front: ModelCardData, a
         "files": files,
         "default": default_variant(files) if files else None,
         "modelfile": MODELFILE,
-        "base": names.model_source(about.get("origin"), about.config.model.source),
-        "adapter": names.model_source(about.get("adapter"), about.config.merge.adapter),
-        "is_on_hub": bool(about.get("origin", "hub_id")),
+        "base": names.model_source(about.results.origin, about.config.model.source),
+        "adapter": names.model_source(about.results.adapter, about.config.merge.adapter),
+        "is_on_hub": bool(about.results.origin.hub_id),
         "data_is_on_hub": bool(about.data_repo),
         "is_requantized": _is_requantized(about),
         "tokens_seen": markdown.count(max(seen, default=None)),
         "data": _data(about),
         "text_source": about.text_source,
-        "texts": names.TEXTS,
+        "texts": TEXTS,
         **tables(about, models),
     }
     body = made.get_template(template).render(**given | more)
@@ -116,17 +118,17 @@ def _render(template: str, about: About, models: Models, front: ModelCardData, a
 
 def _data(about: About) -> dict[str, Any]:
     """What is known of the training data, with its names in words."""
-    known = about.get("data") or {}
+    known = about.results.data or Data()
     forms = DATA_FORMS | {"builtin": "conversations made from what Python brings along"}
     templates = {"supplied": "supplied by tunepress, since the base model has none"}
-    form, template = known.get("form"), known.get("template")
-    return known | {
+    form, template = known.form, known.template
+    return dict(known) | {
         "source": about.text_source(about.data_source) if about.data_source else None,
         "form": Markdown(forms[form]) if form in forms else code(form) if form else None,
         "template": templates.get(template, template),
-        "revision": code(str(known["revision"])[:12]) if known.get("revision") else None,
+        "revision": code(known.revision[:12]) if known.revision else None,
         "columns": listed(Markdown(f"{code(ours)} from {code(theirs)}") for ours, theirs in _columns(about)),
-        "unused": listed(code(column) for column in known.get("unused_columns") or ()),
+        "unused": listed(code(column) for column in known.unused_columns),
     }
 
 
@@ -139,5 +141,4 @@ def _columns(about: About) -> list[tuple[str, str]]:
 
 
 def _is_requantized(about: About) -> bool:
-    source = about.get("origin", "source") or about.config.model.source
-    return isinstance(source, str) and source.lower().endswith(".gguf")
+    return (about.results.origin.source or about.config.model.source).lower().endswith(".gguf")

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import PACKAGE_SOURCE, REPO_ID, Config
+from pipeline.evaluation.results import BASE, MERGED, Origin, Results
 from pipeline.publishing.cards.markdown import Markdown, code, escape
 from pipeline.publishing.lineage import hub_sources
 from pipeline.system.redaction import file_name
 
-ROOT, BASE = "merged", "base"  # keys of the results: the model at the root, and the one that all began with
-TEXTS = {"held_out": "held-out", "general": "general"}
+ROOT = MERGED  # the model at the root of a release, if it has one
 _BUILTIN = {
     "builtin:python-docs": "docstrings of Python's standard library",
     "builtin:python-topics": "topics of Python's language reference",
@@ -31,7 +30,7 @@ class About:
         name: the title.
         location: where the release is: `user/model`, or a folder's path.
         config: the configuration of the run.
-        results: the content of `results.json`; any key may be missing.
+        results: the figures of the models in the release; any of them may be missing.
         chats: has the tokenizer a chat template?
         mirrors: variant -> the repository that holds it at its root; only those that are there already.
         files: variant of GGUF -> the name of its file.
@@ -40,17 +39,10 @@ class About:
     name: str
     location: str
     config: Config
-    results: dict
+    results: Results
     chats: bool = True
     mirrors: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
-
-    def get(self, *keys: str) -> Any:
-        """A value in the results, or None where it was not measured."""
-        found: Any = self.results
-        for key in keys:
-            found = found.get(key) if isinstance(found, dict) else None
-        return found
 
     @property
     def reference(self) -> str:
@@ -65,9 +57,8 @@ class About:
     @property
     def is_guest(self) -> bool:
         """Do the variants go into the repository of the very model that they are made of, whose card is another's?"""
-        home = self.get("origin", "hub_id")
-        ours = self.repo if self.reference != ROOT else None
-        return isinstance(home, str) and ours is not None and home.casefold() == ours.casefold()
+        home, ours = self.results.origin.hub_id, self.repo if self.reference != ROOT else None
+        return bool(home and ours) and home.casefold() == ours.casefold()
 
     def models(self, variants: Sequence[str], with_base: bool = True) -> dict[str, Markdown]:
         """The models that a card tells about, in its order: key in the results -> name."""
@@ -80,7 +71,8 @@ class About:
     @property
     def data_source(self) -> str | None:
         """What was trained on, by the name that it was read by."""
-        return self.get("data", "source") or (self.config.data.source if self.config.data else None)
+        recorded = self.results.data.source if self.results.data else None
+        return recorded or (self.config.data.source if self.config.data else None)
 
     @property
     def data_repo(self) -> str | None:
@@ -118,21 +110,21 @@ def link(repo: str, kind: str = "", revision: object = None) -> Markdown:
     return Markdown(f"[{escape(repo)}](https://huggingface.co/{kind}{repo}){at}")
 
 
-def model_source(found: dict | None, configured: str | None = None) -> Markdown:
+def model_source(found: Origin | None, configured: str | None = None) -> Markdown:
     """Where a model or an adapter can be found; of a folder on someone's disk only its name.
 
     Args:
         found: what was recorded when it was read.
         configured: by what name it is asked for, where nothing was.
     """
-    found = found if isinstance(found, dict) else {}
-    source, hub = str(found.get("source") or configured or ""), found.get("hub_id") or ""
-    if REPO_ID.fullmatch(str(hub)):
-        return link(hub, revision=found.get("revision"))
+    origin = found or Origin()
+    source, hub = origin.source or configured or "", origin.hub_id or ""
+    if REPO_ID.fullmatch(hub):
+        return link(hub, revision=origin.revision)
     if package := PACKAGE_SOURCE.match(source):
         place = Markdown(f"{code(package[2])} of the Python package {code(package[1])}")
-    elif found:
+    elif origin.source:
         place = Markdown(f"the local folder {code(file_name(source))}")
     else:
         place = code(source if REPO_ID.match(source) else file_name(source))
-    return Markdown(f"{escape(found['name'])} ({place})") if found.get("name") else place
+    return Markdown(f"{escape(origin.name)} ({place})") if origin.name else place

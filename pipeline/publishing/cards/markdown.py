@@ -141,16 +141,21 @@ def number(value: object) -> float | int | None:
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
 
 
-def rounded(estimate: object, scale: float = 1) -> tuple[float, float | None, int] | None:
-    """(value, standard error, decimals): as many decimals as show two digits of the error, or four of the value."""
-    if not isinstance(estimate, dict) or number(estimate.get("value")) is None:
+def rounded(measured: object, scale: float = 1) -> tuple[float, float | None, int] | None:
+    """Return (value, standard error, decimals): decimals that show two digits of the error, or four of the value.
+
+    Args:
+        measured: an `Estimate`, or anything else that has a value and a standard error.
+    """
+    known = number(getattr(measured, "value", None))
+    if known is None:
         return None
-    value, error = estimate["value"] * scale, (number(estimate.get("stderr")) or 0) * scale
+    value, error = known * scale, (number(getattr(measured, "stderr", None)) or 0) * scale
     return value, error or None, _decimals(error, 2) if error else _decimals(value, 4)
 
 
 def estimate(measured: object, percent: bool = False, sign: str = "") -> Markdown | None:
-    """A value and its standard error, `{"value": 12.3456, "stderr": 0.05123}` -> 12.346 ± 0.051."""
+    """Return a value and its standard error: `Estimate(12.3456, 0.05123)` -> 12.346 ± 0.051."""
     found = rounded(measured, 100 if percent else 1)
     if found is None:
         return None

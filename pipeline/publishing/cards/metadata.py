@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.catalog import TRANSFORMERS, VARIANTS, is_one_file
 from pipeline.config.schema import REPO_ID
+from pipeline.evaluation.results import TEXTS
 from pipeline.publishing.cards import markdown
-from pipeline.publishing.cards.about import ROOT, TEXTS, About
+from pipeline.publishing.cards.about import ROOT, About
 from pipeline.publishing.cards.front_matter import SOURCE
 from pipeline.publishing.cards.markdown import one_line
 
@@ -45,10 +46,11 @@ def metadata(about: About, models: Sequence[str], whole: bool = False) -> ModelC
     from huggingface_hub import ModelCardData
 
     parent, relation = _parent(about, whole)
-    languages = [one_line(w) for w in (*(about.get("origin", "languages") or ()), about.get("data", "language")) if w]
+    origin, data = about.results.origin, about.results.data
+    languages = [one_line(w) for w in (*origin.languages, data and data.language) if w]
     variants = [model for model in models if model in VARIANTS]
     named = models[1:] if whole else models if len(models) > 1 else ()
-    method = [about.config.train.method] if about.get("training") else []
+    method = [about.config.train.method] if about.results.training else []
     measured = [r for model in models for r in _measured(about, model, model in named)]
     loads = any(not is_one_file(model) for model in models if model != ROOT or about.reference == ROOT)
     return ModelCardData(
@@ -67,7 +69,7 @@ def metadata(about: About, models: Sequence[str], whole: bool = False) -> ModelC
 
 def _parent(about: About, whole: bool) -> tuple[str | None, str]:
     """What this derives from, where that is on the Hub, and how."""
-    base = one_line(about.get("origin", "hub_id") or "")
+    base = one_line(about.results.origin.hub_id or "")
     base = base if REPO_ID.fullmatch(base) and not (whole and about.is_guest) else None
     if about.reference != ROOT:
         return base, "quantized"
@@ -76,7 +78,7 @@ def _parent(about: About, whole: bool) -> tuple[str | None, str]:
 
 def _license(about: About) -> dict[str, str]:
     """The base model's, in the form in which the Hub takes it; nothing where it names none."""
-    name = one_line(about.get("origin", "license") or "").lower()
+    name = one_line(about.results.origin.license or "").lower()
     if name in _LICENSES.split():
         return {"license": name}
     return {"license": "other", "license_name": name} if re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name) else {}
@@ -88,8 +90,9 @@ def _measured(about: About, model: str, named: bool) -> list[EvalResult]:
 
     found = []
     for text, name in TEXTS.items():
-        if measured := markdown.rounded(about.get(model, "quality", text, "perplexity")):
-            source = about.public_name(one_line(about.get(model, "quality", text, "text") or name))
+        quality = about.results[model].on(text)
+        if measured := markdown.rounded(quality.perplexity):
+            source = about.public_name(one_line(quality.text or name))
             data = {"dataset_type": source, "dataset_name": f"{source}, {name} text", "dataset_config": name}
             metric = {"metric_type": "perplexity", "metric_value": round(measured[0], measured[2])}
             if named:

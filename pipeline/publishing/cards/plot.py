@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.evaluation.results import BASE, TEXTS
 from pipeline.publishing.cards import markdown
-from pipeline.publishing.cards.about import BASE, ROOT, TEXTS, About
-from pipeline.publishing.cards.markdown import Markdown, number
+from pipeline.publishing.cards.about import ROOT, About
+from pipeline.publishing.cards.markdown import Markdown
 
 PLOT = Markdown("assets/quality_vs_size.png")
 # Told apart with any kind of colour vision (Okabe and Ito).
@@ -34,9 +35,10 @@ def points(about: About, variants: Sequence[str]) -> dict[str, list[Point]]:
     for text in TEXTS:
         found = []
         for model in dict.fromkeys((about.reference, *variants, BASE)):
-            measured = markdown.rounded(about.get(model, "quality", text, "perplexity"))
-            if measured and (stored := number(about.get(model, "size_bytes"))):
-                found.append(Point(model, names.get(model, model), stored, measured[0], measured[1]))
+            result = about.results[model]
+            measured = markdown.rounded(result.on(text).perplexity)
+            if measured and result.size_bytes:
+                found.append(Point(model, names.get(model, model), result.size_bytes, measured[0], measured[1]))
         shown = {point.model for point in found}
         if about.reference in shown and shown & set(variants):
             panels[text] = found

@@ -9,35 +9,36 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline.config.catalog import VARIANTS, is_one_file
+from pipeline.evaluation.results import BASE, HELD_OUT, TEXTS, Speed
 from pipeline.inference.loaders import TIMED
 from pipeline.publishing.cards import markdown
-from pipeline.publishing.cards.about import BASE, ROOT, TEXTS, About
+from pipeline.publishing.cards.about import ROOT, About
 from pipeline.publishing.cards.markdown import Markdown, code, estimate, listed, number, size, table
 from pipeline.publishing.cards.verdicts import ladders, ladders_in_vain, missed, withheld
 
 Models = dict[str, Markdown]
 LOADERS = {loader: Markdown(phrase) for loader, phrase in TIMED.items()}
-_WRITING, _READING, _MEMORY = "decode_tokens_per_second", "prefill_tokens_per_second", "peak_memory_bytes"
 _AHEAD = 0.95  # a model leads in speed or memory if the next one is further behind than runs differ
 
 
 def summary(about: About, models: Models) -> Markdown:
     """One row for each model: what it costs and how good it is."""
-    text = next((t for t in TEXTS if about.get(about.reference, "quality", t)), "held_out")
+    text = next((t for t in TEXTS if t in about.results[about.reference].quality), HELD_OUT)
     ours = models[about.reference]
     rows = []
     for model, name in models.items():
-        quality, fast = about.get(model, "quality", text) or {}, _fastest(about, model) or {}
+        result = about.results[model]
+        quality, fast = result.on(text), result.fastest or Speed()
         rows.append(
             [
                 Markdown(f"**{name}**") if model in (about.reference, *VARIANTS) else name,
-                size(about.get(model, "size_bytes")),
-                markdown.share(about.get(model, "ratio")),
-                estimate(quality.get("perplexity")),
-                estimate(quality.get("kl")),
-                estimate(quality.get("agreement"), percent=True),
-                markdown.decimal(fast.get(_WRITING)),
-                size(fast.get(_MEMORY)),
+                size(result.size_bytes),
+                markdown.share(result.ratio),
+                estimate(quality.perplexity),
+                estimate(quality.kl),
+                estimate(quality.agreement, percent=True),
+                markdown.decimal(fast.decode_tokens_per_second),
+                size(fast.peak_memory_bytes),
             ]
         )
     measured = ("Perplexity", f"KL from the {ours}", "Same first choice", "Tokens per second", "Peak memory")
@@ -52,12 +53,9 @@ def quality(about: About, models: Models) -> list[tuple[str, Markdown]]:
     for text in TEXTS:
         rows = []
         for model, name in models.items():
-            q = about.get(model, "quality", text) or {}
-            rise, agreement = (
-                estimate(q.get("rise"), percent=True, sign="+"),
-                estimate(q.get("agreement"), percent=True),
-            )
-            rows.append([name, estimate(q.get("perplexity")), rise, estimate(q.get("kl")), agreement])
+            q = about.results[model].on(text)
+            rise, agreement = estimate(q.rise, percent=True, sign="+"), estimate(q.agreement, percent=True)
+            rows.append([name, estimate(q.perplexity), rise, estimate(q.kl), agreement])
         if shown := table(headers, rows):
             found.append((text, shown))
     return found
@@ -68,9 +66,9 @@ def speed(about: About, models: Models) -> Markdown:
     reasons, rows = failures(about, models), []
     for model, name in models.items():
         for loader, shown in LOADERS.items():
-            probe = about.get(model, "speed", loader) or {}
-            figures = [markdown.decimal(probe.get(key)) for key in ("load_seconds", _READING, _WRITING)]
-            figures.append(size(probe.get(_MEMORY)))
+            probe = about.results[model].speed.get(loader) or Speed()
+            seconds = (probe.load_seconds, probe.prefill_tokens_per_second, probe.decode_tokens_per_second)
+            figures = [*map(markdown.decimal, seconds), size(probe.peak_memory_bytes)]
             if mark := reasons.get((model, loader)):
                 figures = [figures[0], *[mark[0]] * (len(figures) - 1)]
             rows.append([Markdown(f"{name}, {shown}"), *figures])
@@ -84,8 +82,9 @@ def failures(about: About, models: Models) -> dict[tuple[str, str], tuple[Markdo
     found: dict[tuple[str, str], tuple[Markdown, Markdown]] = {}
     for model, name in models.items():
         for loader, shown in LOADERS.items():
-            if about.get(model, "speed", loader, "runs") is False:
-                mark, reason = f"({chr(ord('a') + len(found))})", about.get(model, "speed", loader, "reason") or ""
+            probe = about.results[model].speed.get(loader) or Speed()
+            if probe.runs is False:
+                mark, reason = f"({chr(ord('a') + len(found))})", probe.reason or ""
                 why = f"could not run it: {code(reason[:160] or 'no reason given')}"
                 if "mslk" in reason:
                     why = "cannot compute with it: the kernel for that is in the package `mslk`, for CUDA"
@@ -99,12 +98,12 @@ def failures(about: About, models: Models) -> dict[tuple[str, str], tuple[Markdo
 def leads(about: About, models: Models) -> dict[str, list[Markdown]]:
     """Model -> in what it is ahead of all others that lie in the release, measured beside each other."""
     release = [m for m in models if m != BASE]
-    fast = {m: _fastest(about, m) or {} for m in release}
-    loads: dict[str, dict[str, Any]] = {
-        "smallest to download": {m: about.get(m, "size_bytes") for m in release},
-        "smallest in memory": {m: fast[m].get(_MEMORY) for m in release},
-        "fastest at writing": {m: _inverse(fast[m].get(_WRITING)) for m in release},
-        "fastest at reading": {m: _inverse(fast[m].get(_READING)) for m in release},
+    fast = {m: about.results[m].fastest or Speed() for m in release}
+    loads: dict[str, dict[str, float | None]] = {
+        "smallest to download": {m: about.results[m].size_bytes for m in release},
+        "smallest in memory": {m: fast[m].peak_memory_bytes for m in release},
+        "fastest at writing": {m: _inverse(fast[m].decode_tokens_per_second) for m in release},
+        "fastest at reading": {m: _inverse(fast[m].prefill_tokens_per_second) for m in release},
     }
     found: dict[str, list[Markdown]] = {m: [] for m in release}
     if len(machines(about, {m: models[m] for m in release})) > 1:
@@ -122,7 +121,8 @@ def _nearest(about: About, variants: list[str]) -> str | None:
     """The one of several variants whose divergence is the smallest on every text, by more than twice its error."""
     winners: set[str | None] = set()
     for text in TEXTS:
-        known = [(e[0], e[1] or 0, v) for v in variants if (e := markdown.rounded(about.get(v, "quality", text, "kl")))]
+        measured = {v: markdown.rounded(about.results[v].on(text).kl) for v in variants}
+        known = [(e[0], e[1] or 0, v) for v, e in measured.items() if e]
         if len(known) > 1:
             (low, error, first), (high, other, _) = sorted(known)[:2]
             sure = len(known) == len(variants) and high - low > 2 * (error**2 + other**2) ** 0.5
@@ -135,7 +135,7 @@ def rises(about: About, models: Models) -> dict[str, list[Markdown]]:
     found: dict[str, list[Markdown]] = {}
     for model in (m for m in models if m in VARIANTS):
         for text, name in TEXTS.items():
-            rise = about.get(model, "quality", text, "rise")
+            rise = about.results[model].on(text).rise
             if known := markdown.rounded(rise, 100):
                 value, error, _ = known
                 sure = f" ({'more' if abs(value) > 2 * error else 'no more'} than twice the error)" if error else ""
@@ -149,10 +149,10 @@ def ways(about: About, models: Models) -> dict[str, list[Markdown]]:
     found: dict[str, list[Markdown]] = {}
     for model in models:
         for loader, shown in LOADERS.items():
-            probe = about.get(model, "speed", loader) or {}
-            memory, writing = size(probe.get(_MEMORY)), markdown.decimal(probe.get(_WRITING))
-            if probe.get("runs") and memory and writing:
-                of = Markdown("of GPU memory" if probe.get("device") == "cuda" else "of memory")
+            probe = about.results[model].speed.get(loader) or Speed()
+            memory, writing = size(probe.peak_memory_bytes), markdown.decimal(probe.decode_tokens_per_second)
+            if probe.runs and memory and writing:
+                of = Markdown("of GPU memory" if probe.device == "cuda" else "of memory")
                 found.setdefault(model, []).append(Markdown(f"{memory} {of} and {writing} tokens/s with {shown}"))
     return found
 
@@ -161,11 +161,11 @@ def machines(about: About, models: Models) -> list[Markdown]:
     """The machines that measured, each once; which model on which, where there are several."""
     used: dict[str, list[Markdown]] = {}
     for model, name in models.items():
-        if machine := about.get(model, "machine"):
-            cores, memory = markdown.count(machine.get("cores")), size(machine.get("memory_bytes"))
-            known = [machine[k] for k in ("gpu", "cpu", "cpu_capability") if machine.get(k)]
+        if machine := about.results[model].machine:
+            cores, memory = markdown.count(machine.cores), size(machine.memory_bytes)
+            known = [name for name in (machine.gpu, machine.cpu, machine.cpu_capability) if name]
             known += [f"{cores} cores"] * bool(cores) + [f"{memory} of memory"] * bool(memory)
-            if dtype := about.get(model, "compute_dtype"):
+            if dtype := about.results[model].compute_dtype:
                 known.append(f"computed in {dtype}")
             used.setdefault(listed(known), []).append(name)
     return [Markdown(m if len(used) == 1 else f"{listed(who)} on {m}") for m, who in used.items()]
@@ -175,16 +175,16 @@ def answers(about: About, models: Models) -> list[tuple[str, list[tuple[Markdown
     """(prompt, [(who, answer)]), with those who said the same together."""
     found: dict[str, dict[str, list[str]]] = {}
     for model, name in models.items():
-        for sample in about.get(model, "answers") or ():
-            prompt, answer = sample.get("prompt"), sample.get("answer")
-            if isinstance(prompt, str) and isinstance(answer, str):
-                found.setdefault(prompt, {}).setdefault(answer, []).append(name)
+        for sample in about.results[model].answers:
+            if sample.prompt is not None and sample.answer is not None:
+                found.setdefault(sample.prompt, {}).setdefault(sample.answer, []).append(name)
     return [(prompt, [(listed(who), said) for said, who in by.items()]) for prompt, by in found.items()]
 
 
 def faded(about: About, models: Models) -> list[Markdown]:
     """The variants whose loss on held-out text is nearer to the base model's than to the root's."""
-    loss = {m: number(about.get(m, "quality", "held_out", "loss", "value")) or 0 for m in (BASE, ROOT, *models)}
+    measured = {m: about.results[m].on(HELD_OUT).loss for m in (BASE, ROOT, *models)}
+    loss = {m: number(found.value) or 0 if found else 0 for m, found in measured.items()}
     middle = (loss[BASE] + loss[ROOT]) / 2
     known = 0 < loss[ROOT] < loss[BASE]
     return [name for m, name in models.items() if known and m in VARIANTS and loss[m] > middle]
@@ -194,15 +194,15 @@ def read_by(about: About, models: Models) -> dict[str, list[Markdown]]:
     """For GGUF: what its quality was measured with, llama.cpp or dequantized weights -> the variants."""
     found: dict[str, list[Markdown]] = {}
     for model, name in models.items():
-        loader = about.get(model, "loader")
-        if is_one_file(model) and isinstance(loader, str) and about.get(model, "quality"):
-            found.setdefault(loader, []).append(name)
+        result = about.results[model]
+        if is_one_file(model) and result.loader and result.quality:
+            found.setdefault(result.loader, []).append(name)
     return found
 
 
 def offloaded(about: About, models: Models) -> list[Markdown]:
     """The models whose weights stayed in their files while they were measured."""
-    return [name for model, name in models.items() if about.get(model, "offloaded")]
+    return [name for model, name in models.items() if about.results[model].offloaded]
 
 
 def tables(about: About, models: Models) -> dict[str, Any]:
@@ -213,11 +213,5 @@ def tables(about: About, models: Models) -> dict[str, Any]:
     return {maker.__name__: maker(about, models) for maker in makers}
 
 
-def _inverse(value: Any) -> float | None:
+def _inverse(value: float | None) -> float | None:
     return 1 / value if number(value) else None
-
-
-def _fastest(about: About, model: str) -> dict | None:
-    """What was measured with our loader, or with the stock one where ours did nothing else; of GGUF by llama.cpp."""
-    probes = (about.get(model, "speed", loader) for loader in LOADERS)
-    return next((p for p in probes if p and p.get("runs")), None)

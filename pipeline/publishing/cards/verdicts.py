@@ -3,86 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from pipeline.config.catalog import EIGHT_BITS
-from pipeline.evaluation.gates import SAID, is_unsure
+from pipeline.evaluation.gates import SAID
+from pipeline.evaluation.results import TEXTS, Check, ModelResult, VariantSettings, Verdict
 from pipeline.publishing.cards import markdown
-from pipeline.publishing.cards.about import TEXTS, About, place
+from pipeline.publishing.cards.about import About, place
 from pipeline.publishing.cards.markdown import Markdown, code, count, estimate, listed, percent, plain, table, unit
-
-_OPTIONS = {"group_size": "groups of {}", "rounding": "rounding {}", "embeddings": "embeddings {}"}
 
 
 def missed(about: About, models: Mapping[str, Markdown]) -> list[tuple[Markdown, Markdown]]:
-    """(name, what it missed) of the variants that were let in with a warning."""
-    return [
-        (name, _told(about.get(model, "gate")))
-        for model, name in models.items()
-        if about.get(model, "gate", "passed") is False
-    ]
+    """Return (name, what it missed) of the variants that were let in with a warning."""
+    verdicts = ((name, about.results[model].gate) for model, name in models.items())
+    return [(name, _told(gate)) for name, gate in verdicts if gate and gate.passed is False]
 
 
 def withheld(about: About, models: Mapping[str, Markdown]) -> list[tuple[Markdown, Markdown, Markdown]]:
-    """(name, what it was, what it missed) of the variants that were tried and are not in the release."""
+    """Return (name, what it was, what it missed) of the variants that were tried and are not in the release."""
     found = []
-    for variant in about.get("withheld") or ():
-        size, ratio, spec, verdict = (
-            about.get("withheld", variant, key) for key in ("size_bytes", "ratio", "variant", "gate")
-        )
-        share = unit(markdown.share(ratio), f"of the {models[about.reference]}")
-        found.append((place(variant), listed([markdown.size(size), share, _options(spec or {})]), _told(verdict)))
+    for variant, result in about.results.withheld.items():
+        share = unit(markdown.share(result.ratio), f"of the {models[about.reference]}")
+        what = listed([markdown.size(result.size_bytes), share, _options(result.variant)])
+        found.append((place(variant), what, _told(result.gate)))
     return found
 
 
 def ladders(about: About, models: Mapping[str, Markdown]) -> list[tuple[Markdown, Markdown]]:
-    """(name, table) of the variants that were made in several ways until one passed."""
-    tried = {model: about.get(model, "gate", "tried") for model in models}
-    return [(models[model], _ladder(rungs)) for model, rungs in tried.items() if rungs]
+    """Return (name, table) of the variants that were made in several ways until one passed."""
+    tried = ((name, about.results[model].gate) for model, name in models.items())
+    return [(name, _ladder(gate.tried)) for name, gate in tried if gate and gate.tried]
 
 
 def ladders_in_vain(about: About, models: Mapping[str, Markdown]) -> list[tuple[Markdown, Markdown]]:
-    """(name, table) of the variants of which none of several ways passed."""
-    tried = {variant: about.get("withheld", variant, "gate", "tried") for variant in about.get("withheld") or ()}
-    return [(place(variant), _ladder(rungs)) for variant, rungs in tried.items() if rungs]
+    """Return (name, table) of the variants of which none of several ways passed."""
+    tried = ((place(variant), result.gate) for variant, result in about.results.withheld.items())
+    return [(name, _ladder(gate.tried)) for name, gate in tried if gate and gate.tried]
 
 
-def _ladder(tried: Sequence[Mapping[str, Any]]) -> Markdown:
-    """One row for each way, in the order in which they were tried."""
+def _ladder(tried: Sequence[ModelResult]) -> Markdown:
+    """Return a table with one row for each way, in the order in which they were tried."""
     headers, rows = ["", "Weights"], []
-    texts = [text for text in TEXTS if any(text in (rung.get("quality") or {}) for rung in tried)]
+    texts = [text for text in TEXTS if any(text in way.quality for way in tried)]
     for text in texts:
         headers += [f"Rise on {TEXTS[text]} text", f"KL on {TEXTS[text]} text"]
-    for rung in tried:
-        measured = [(rung.get("quality") or {}).get(text) or {} for text in texts]
-        figures = [
-            figure
-            for q in measured
-            for figure in (estimate(q.get("rise"), percent=True, sign="+"), estimate(q.get("kl")))
-        ]
-        passed = Markdown("passes") if (rung.get("gate") or {}).get("passed") else Markdown("misses")
-        rows.append([_options(rung.get("variant") or {}), markdown.size(rung.get("size_bytes")), *figures, passed])
+    for way in tried:
+        figures = []
+        for text in texts:
+            figures += [estimate(way.on(text).rise, percent=True, sign="+"), estimate(way.on(text).kl)]
+        passed = Markdown("passes") if way.gate and way.gate.passed else Markdown("misses")
+        rows.append([_options(way.variant), markdown.size(way.size_bytes), *figures, passed])
     return table([*headers, "Gate"], rows)
 
 
-def _options(spec: Mapping[str, Any]) -> Markdown:
-    """How a variant was made that is not there to be looked at."""
-    values = {key: plain(spec.get(key)) or code(spec.get(key) or "") for key in _OPTIONS}
-    eight = unit(count(len(spec.get(EIGHT_BITS) or ()) or None), "layers in eight bits")
-    return listed([*(Markdown(_OPTIONS[key].format(value)) for key, value in values.items() if value), eight])
+def _options(variant: VariantSettings | None) -> Markdown:
+    """Return how a variant was made that is not there to be looked at."""
+    made = variant or VariantSettings()
+    options = (
+        markdown.said("groups of {}", plain(made.group_size)),
+        markdown.said("rounding {}", code(made.rounding or "")),
+        markdown.said("embeddings {}", code(made.embeddings or "")),
+        unit(count(len(made.int8) or None), "layers in eight bits"),
+    )
+    return listed(options)
 
 
-def _told(verdict: Any) -> Markdown:
-    """What was missed of a verdict, by how much."""
-    checks = (verdict or {}).get("checks") or ()
-    return listed((_check(check) for check in checks if check.get("passed") is False), "; ")
+def _told(verdict: Verdict | None) -> Markdown:
+    """Return what was missed of a verdict, and by how much."""
+    return listed((_check(check) for check in verdict.missed), "; ") if verdict else Markdown("")
 
 
-def _check(check: Mapping[str, Any]) -> Markdown | None:
-    said, is_share = SAID.get(check.get("figure")), check.get("figure") != "kl"
-    limit = (percent if is_share else plain)(check.get("limit"))
-    figure, text = estimate(check, percent=is_share), TEXTS.get(check.get("text"))
+def _check(check: Check) -> Markdown | None:
+    said, is_share = SAID.get(check.figure), check.figure != "kl"
+    limit = (percent if is_share else plain)(check.limit)
+    figure, text = estimate(check, percent=is_share), TEXTS.get(check.text)
     if not (said and figure and limit and text):
         return None
-    over = "which with its error may be more than the limit of" if is_unsure(check) else "and the limit is"
+    over = "which with its error may be more than the limit of" if check.is_unsure else "and the limit is"
     return Markdown(f"{said.format(figure)} on {text} text, {over} {limit}")

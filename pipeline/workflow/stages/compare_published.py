@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipeline.config.schema import Config, TrainingRun
+from pipeline.evaluation.results import ComparedWith, Comparison, Estimate
 from pipeline.models.safe_loading import open_tokenizer
 from pipeline.publishing.published_model import Live
 from pipeline.system.libraries import versions
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from pipeline.data import Example
     from pipeline.data.encode import Encoded
-    from pipeline.evaluation.metrics import Estimate, Scores
+    from pipeline.evaluation.metrics import Scores
 
 LIBRARIES = ("torch", "transformers")
 RESULT = "retraining"  # the measurement, and the key in the results and the lineage
@@ -46,13 +47,15 @@ def depends(config: TrainingRun, workspace: Workspace, variants: tuple[str, ...]
 def run(config: TrainingRun, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
     """Without a live model there is only recorded what the new one was made of."""
     compared, inputs = baseline.noted(workspace)
-    figures = _compare(config, workspace, events, compared) if compared else {}
-    content = {"inputs": inputs, "weights": baseline.own_weights(workspace), **figures}
-    return Outcome((workspace.write_measurement(RESULT, content),), {"compared": bool(compared)})
+    made_of = Comparison(inputs=inputs, weights=baseline.own_weights(workspace))
+    found = _compare(config, workspace, events, compared, made_of) if compared else made_of
+    return Outcome((workspace.write_measurement(RESULT, found.to_json()),), {"compared": bool(compared)})
 
 
-def _compare(config: TrainingRun, workspace: Workspace, events: Events, compared: Live) -> dict:
-    """The loss of both models and the difference, paired by token; or by prompt, where their tokens are not the same.
+def _compare(
+    config: TrainingRun, workspace: Workspace, events: Events, compared: Live, made_of: Comparison
+) -> Comparison:
+    """Return the loss of both models and the difference, paired by token, or by prompt if their tokens differ.
 
     The loss is in nats a token. Models with other tokens are compared in bits a byte of what was to be learned.
     All that is said of one prompt goes together, so the errors are those of a sample of prompts.
@@ -82,19 +85,21 @@ def _compare(config: TrainingRun, workspace: Workspace, events: Events, compared
     else:
         values = {name: chosen.bits(s, name) for name, s in scores.items()}
         mean = functools.partial(_per_byte, sizes=chosen.sizes)
-    return {
-        "compared_with": {"repo": compared.repo, "commit": compared.head},
-        "unit": "nats per token" if by_token else "bits per byte",
-        "paired_by": "token" if by_token else "prompt",
-        "new": asdict(mean(values["new"])),
-        "live": asdict(mean(values["live"])),
-        "difference": asdict(mean(values["new"] - values["live"])),
-        "tokens": len(scores["new"].nll),
-        "examples": len(encoded["new"]),
-        "prompts": len(chosen.sizes),
-        "note": said,
-        "device": device,
-    }
+    return Comparison(
+        inputs=made_of.inputs,
+        weights=made_of.weights,
+        compared_with=ComparedWith(repo=compared.repo, commit=compared.head),
+        unit="nats per token" if by_token else "bits per byte",
+        paired_by="token" if by_token else "prompt",
+        new=mean(values["new"]),
+        live=mean(values["live"]),
+        difference=mean(values["new"] - values["live"]),
+        tokens=len(scores["new"].nll),
+        examples=len(encoded["new"]),
+        prompts=len(chosen.sizes),
+        note=said,
+        device=device,
+    )
 
 
 def _tokenizer(source: object, revision: str | None) -> PreTrainedTokenizerBase:
@@ -166,8 +171,6 @@ def _choose(
 
 def _per_byte(values: torch.Tensor, sizes: torch.Tensor) -> Estimate:
     """The sum of `values` over that of `sizes`, and its error as a ratio estimator over prompts; both (P,)."""
-    from pipeline.evaluation.metrics import Estimate
-
     ratio = float(values.sum() / sizes.sum())
     residual = (values - ratio * sizes).square().sum()
     return Estimate(ratio, math.sqrt(len(sizes) / (len(sizes) - 1) * float(residual)) / float(sizes.sum()))

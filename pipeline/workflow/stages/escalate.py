@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from pipeline.config.schema import MeasuredRun, VariantSpec
 from pipeline.errors import UserError
 from pipeline.evaluation.escalation import Rung, ladder, with_layers
 from pipeline.evaluation.gates import judge, limits
+from pipeline.evaluation.results import LayerLoss, ModelResult, StoredWeights, VariantSettings
 from pipeline.system.files import empty_folder, fingerprint, replace_folder
 from pipeline.tracking.events import Events
 from pipeline.workflow.stages.inputs import run_texts
@@ -36,22 +37,27 @@ class Climb:
         self._config, self._workspace, self._events = config, workspace, events
         self._name, self._full, self._measured_by = name, full, measured_by
         known = workspace.progress(f"quantize/{name}", "tried")
-        self._known: dict[str, dict] = known["tried"] if known.get("measured_by") == measured_by else {}
+        kept = known["tried"] if known.get("measured_by") == measured_by else {}
+        self._known = {key: ModelResult.model_validate(result) for key, result in kept.items()}
         self._is_too_large = False  # for layers to be measured one by one, which is told once
-        self._made: tuple[VariantSpec, dict] | None = None  # whose files lie in the folder of this rung
+        self._made: tuple[VariantSpec, StoredWeights] | None = None  # whose files lie in the folder of this rung
 
-    def know(self, spec: VariantSpec, result: Mapping, weights: Mapping) -> None:
-        """Keep what was measured of one way to make the variant."""
-        figures = {key: result[key] for key in ("size_bytes", "quality")}
-        self._known[fingerprint(spec.making())] = {"variant": spec.making(), **figures, "weights": weights}
-        tried = {"measured_by": self._measured_by, "tried": self._known}
-        self._workspace.note(f"quantize/{self._name}", tried=tried)
+    def know(self, spec: VariantSpec, result: ModelResult) -> None:
+        """Keep the size and the quality that one way to make the variant has."""
+        self._known[fingerprint(spec.making())] = ModelResult(
+            size_bytes=result.size_bytes,
+            quality=result.quality,
+            variant=VariantSettings(**spec.making()),
+            weights=result.weights,
+        )
+        known = {key: result.to_json() for key, result in self._known.items()}
+        self._workspace.note(f"quantize/{self._name}", tried={"measured_by": self._measured_by, "tried": known})
 
-    def climb(self) -> tuple[VariantSpec | None, list[dict]]:
+    def climb(self) -> tuple[VariantSpec | None, list[ModelResult]]:
         """Try it as it was asked for, and then rung after rung, the smallest first.
 
         Returns:
-            The first that passed, or None; and all that were tried, as plain data with their verdicts.
+            The first that passed, or None; and all that were tried, with their verdicts.
         """
         chosen, tried = self._first_that_passes()
         if chosen is None or self._made and self._made[0] != chosen:
@@ -59,11 +65,11 @@ class Climb:
             self._made = None
         return chosen, tried
 
-    def _first_that_passes(self) -> tuple[VariantSpec | None, list[dict]]:
+    def _first_that_passes(self) -> tuple[VariantSpec | None, list[ModelResult]]:
         from pipeline.models.matrices import linear_weights, table_weights
 
         asked, tried = self._config.quantize.spec(self._name), []
-        if (as_asked := self._judged(asked, f"{self._name}, as asked for")) and as_asked["gate"]["passed"]:
+        if (as_asked := self._judged(asked, f"{self._name}, as asked for")) and as_asked.gate.passed:
             return asked, [as_asked]  # as in a run that has tried nothing else yet, also where there is a smaller one
         rungs = ladder(asked, linear_weights(self._full), table_weights(self._full), self._full)
         for number, rung in enumerate(rungs, 1):
@@ -72,14 +78,14 @@ class Climb:
             if found is None:
                 continue
             tried.append(found)
-            if found["gate"]["passed"]:
+            if found.gate.passed:
                 return spec, tried
         return None, tried
 
-    def _judged(self, spec: VariantSpec, label: str) -> dict | None:
+    def _judged(self, spec: VariantSpec, label: str) -> ModelResult | None:
         """The figures of one way to make the variant, with their verdict; measured only where they are not known."""
         known = self._known.get(fingerprint(spec.making())) or self._measure(spec, label)
-        return known and {**known, "gate": judge(known["quality"], limits(self._config.quantize, self._name))}
+        return known and known.changed(gate=judge(known.quality, limits(self._config.quantize, self._name)))
 
     def adopt(self, spec: VariantSpec) -> None:
         """Let files made so be those of the variant; they are yet to be measured in full."""
@@ -88,7 +94,7 @@ class Climb:
         replace_folder(self._folder, self._workspace.quantized / self._name)
         is_as_asked = spec.making() == self._config.quantize.spec(self._name).making()
         instead = None if is_as_asked else spec
-        note_written(self._config, self._workspace, self._name, self._made[1], self._full, instead)
+        note_written(self._config, self._workspace, self._name, self._made[1].to_json(), self._full, instead)
 
     @property
     def _folder(self) -> Path:
@@ -106,7 +112,7 @@ class Climb:
             self._is_too_large = True
             return None
 
-    def _layers(self, spec: VariantSpec) -> list[dict]:
+    def _layers(self, spec: VariantSpec) -> list[LayerLoss]:
         from pipeline.evaluation.sensitivity import TOKENS, sensitivity
 
         tokens = min(self._config.evaluate.max_tokens, TOKENS)
@@ -116,7 +122,7 @@ class Climb:
         known = self._workspace.progress(key, "layers")
         return sensitivity(config, spec, self._full, known, lambda found: self._workspace.note(key, layers=found), tell)
 
-    def _measure(self, spec: VariantSpec, label: str) -> dict | None:
+    def _measure(self, spec: VariantSpec, label: str) -> ModelResult | None:
         """The figures of one way to make the variant; None where this model cannot be made so."""
         from pipeline.evaluation.evaluate import evaluate
 
@@ -126,7 +132,7 @@ class Climb:
             self._events.show([f"{label}: {error}"])
             return None
         arguments = (self._folder, self._config, run_texts(self._workspace), self._events.progress, self._full)
-        self.know(spec, evaluate(label, *arguments, in_full=False), self._made[1])
+        self.know(spec, evaluate(label, *arguments, in_full=False).changed(weights=self._made[1]))
         return self._known[fingerprint(spec.making())]
 
     def _make(self, spec: VariantSpec, label: str) -> None:
@@ -141,7 +147,7 @@ class Climb:
         made = variants.make_of(self._full, tell)
         for error in variants.failed.values():
             raise error
-        self._made = spec, asdict(made[self._name])
+        self._made = spec, StoredWeights(**asdict(made[self._name]))
 
     def _tell(self, before: str) -> Callable[[int, int, str], None]:
         return lambda done, total, what: self._events.progress(done, total, before + what)

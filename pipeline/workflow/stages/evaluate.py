@@ -43,10 +43,10 @@ def run(config: MeasuredRun, workspace: Workspace, events: Events, variants: tup
         result = evaluate(
             label, folder, config, run_texts(workspace), events.progress, None if label == reference(config) else full
         )
-        outputs.append(workspace.write_measurement(label, result))
+        outputs.append(workspace.write_measurement(label, result.to_json()))
         if label == reference(config) and workspace.read_measurement("texts"):
             outputs.append(workspace.measurements / "texts.json")
-        for text, figures in result["quality"].items():
-            summary[f"{label}_{text}_perplexity"] = figures["perplexity"]["value"]
-        summary["compute_dtype"] = result["compute_dtype"]
+        for text, figures in result.quality.items():
+            summary[f"{label}_{text}_perplexity"] = figures.perplexity.value
+        summary["compute_dtype"] = result.compute_dtype
     return Outcome(tuple(outputs), summary)

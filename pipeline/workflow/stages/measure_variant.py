@@ -13,6 +13,7 @@ from pipeline.config.schema import Config, MeasuredRun, VariantSpec
 from pipeline.errors import GateError
 from pipeline.evaluation.escalation import best
 from pipeline.evaluation.gates import judge, limits, tell
+from pipeline.evaluation.results import ModelResult, StoredWeights, VariantSettings, Verdict
 from pipeline.inference.loaders import only_file
 from pipeline.models.checkpoint_files import stored_bytes
 from pipeline.system.files import fingerprint, states
@@ -49,17 +50,17 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     result = _measured(config, workspace, events, name, full)
     refusal, missed = None, None
     if isinstance(config, MeasuredRun):
-        result["gate"] = judge(result["quality"], limits(config.quantize, name))
+        result = result.changed(gate=judge(result.quality, limits(config.quantize, name)))
         if config.quantize.on_gate_failure == "escalate":
             result = _escalated(config, workspace, events, name, full, result)
-        verdict = result["gate"]
-        missed = None if verdict["passed"] else tell(verdict)
-        verdict["withheld"] = bool(missed) and config.quantize.on_gate_failure != "warn"
-        if verdict["withheld"]:
+        missed = None if result.gate.passed else tell(result.gate)
+        withheld = bool(missed) and config.quantize.on_gate_failure != "warn"
+        result = result.changed(gate=result.gate.model_copy(update={"withheld": withheld}))
+        if withheld:
             refusal = GateError(f"withheld: {missed}{_told_of_tries(result)}")
-    result["ratio"] = result["size_bytes"] / source
+    result = result.changed(ratio=result.size_bytes / source)
     files = _leave_out(workspace, name) if refusal else _let_in(workspace, name)
-    measured = workspace.write_measurement(name, result)
+    measured = workspace.write_measurement(name, result.to_json())
     summary = _summary(result, source)
     if missed:
         summary |= {"withheld": str(refusal)} if refusal else {"missed": missed}
@@ -75,34 +76,36 @@ def _measured_by(config: Config, workspace: Workspace, variants: tuple[str, ...]
     return found
 
 
-def _measured(config: Config, workspace: Workspace, events: Events, name: str, full: Path) -> dict:
+def _measured(config: Config, workspace: Workspace, events: Events, name: str, full: Path) -> ModelResult:
     """The figures of a variant's files; measured only where those that are known are not of these files."""
     key = f"quantize/{name}"
     depends_on = fingerprint(_measured_by(config, workspace, (name,)))
     about = {"depends_on": depends_on, "files": states(files_of(workspace, name))}
     known, written = (workspace.progress(key, kind) for kind in ("measured", "written"))
     made = {
-        "variant": written.get("instead") or config.quantize.spec(name).making(),
-        "weights": written["weights"],
+        "variant": VariantSettings(**(written.get("instead") or config.quantize.spec(name).making())),
+        "weights": StoredWeights(**written["weights"]),
     }
     if known.get("about") == about:
-        return known["result"] | made
+        return ModelResult.model_validate(known["result"]).changed(**made)
     folder = workspace.quantized / name
     if not folder.is_dir():
         workspace.take_back(key, workspace.release / VARIANTS[name].folder, folder)
-    result = {"size_bytes": stored_bytes(folder)}
+    result = ModelResult(size_bytes=stored_bytes(folder))
     if isinstance(config, MeasuredRun):
         from pipeline.evaluation.evaluate import evaluate
 
         result = evaluate(name, folder, config, run_texts(workspace), events.progress, full)
     elif file := only_file(folder):
         _open(file)
-        result["file"] = file.name
-    workspace.note(key, measured={"about": about, "result": result})
-    return result | made
+        result = result.changed(file=file.name)
+    workspace.note(key, measured={"about": about, "result": result.to_json()})
+    return result.changed(**made)
 
 
-def _escalated(config: MeasuredRun, workspace: Workspace, events: Events, name: str, full: Path, result: dict) -> dict:
+def _escalated(
+    config: MeasuredRun, workspace: Workspace, events: Events, name: str, full: Path, result: ModelResult
+) -> ModelResult:
     """The result of the smallest way to make the variant that passes, whose files then are the variant's.
 
     Where none does, the figures of the one that came nearest.
@@ -110,34 +113,35 @@ def _escalated(config: MeasuredRun, workspace: Workspace, events: Events, name: 
     from pipeline.workflow.stages.escalate import Climb
 
     asked = config.quantize.spec(name)
-    if result["gate"]["passed"] and result["variant"] == asked.making():
+    if result.gate.passed and result.variant.to_json() == asked.making():
         return result
-    made = VariantSpec.model_validate(result["variant"])
+    made = VariantSpec.model_validate(result.variant.to_json())
     measured_by = _measured_by(config, workspace, (name,))
     climb = Climb(config, workspace, events, name, full, fingerprint(measured_by))
-    climb.know(made, result, result["weights"])
+    climb.know(made, result)
     chosen, tried = climb.climb()
     if chosen is None:
         nearest = best(tried)
-        return {**nearest, "gate": {**nearest["gate"], "tried": _in_short(tried)}}
+        return nearest.changed(gate=_with_tries(nearest.gate, tried))
     if chosen.making() != made.making():
         climb.adopt(chosen)
         result = _measured(config, workspace, events, name, full)
-    verdict = judge(result["quality"], limits(config.quantize, name))
+    verdict = judge(result.quality, limits(config.quantize, name))
     if chosen.making() == asked.making():
-        return {**result, "gate": verdict}
-    return {**result, "gate": {**verdict, "tried": _in_short(tried)}}
+        return result.changed(gate=verdict)
+    return result.changed(gate=_with_tries(verdict, tried))
 
 
-def _in_short(tried: list[dict]) -> list[dict]:
-    return [{key: rung[key] for key in ("variant", "size_bytes", "quality", "gate")} for rung in tried]
+def _with_tries(verdict: Verdict, tried: list[ModelResult]) -> Verdict:
+    short = [ModelResult(size_bytes=t.size_bytes, quality=t.quality, variant=t.variant, gate=t.gate) for t in tried]
+    return verdict.model_copy(update={"tried": tuple(short)})
 
 
-def _told_of_tries(result: dict) -> str:
-    tried = result["gate"].get("tried", ())
+def _told_of_tries(result: ModelResult) -> str:
+    tried = result.gate.tried
     if len(tried) < 2:
         return ""
-    return f"; that is the best of {len(tried)} ways to make it, and takes {result['size_bytes']:,} bytes"
+    return f"; that is the best of {len(tried)} ways to make it, and takes {result.size_bytes:,} bytes"
 
 
 def _let_in(workspace: Workspace, name: str) -> list[Path]:
@@ -158,15 +162,14 @@ def _leave_out(workspace: Workspace, name: str) -> list[Path]:
     return []
 
 
-def _summary(result: dict, source: int) -> dict:
-    quality = result.get("quality", {})
+def _summary(result: ModelResult, source: int) -> dict:
     return {
         "bytes_before": source,
-        "bytes_after": result["size_bytes"],
-        "ratio": round(result["ratio"], 4),
-        **{f"{text}_perplexity": q["perplexity"]["value"] for text, q in quality.items()},
-        **{f"{text}_kl": q["kl"]["value"] for text, q in quality.items()},
-        **({"compute_dtype": result["compute_dtype"]} if "compute_dtype" in result else {}),
+        "bytes_after": result.size_bytes,
+        "ratio": round(result.ratio, 4),
+        **{f"{text}_perplexity": q.perplexity.value for text, q in result.quality.items()},
+        **{f"{text}_kl": q.kl.value for text, q in result.quality.items()},
+        **({"compute_dtype": result.compute_dtype} if result.compute_dtype else {}),
     }
 
 

@@ -9,13 +9,13 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.schema import Config, TrainingRun
 from pipeline.errors import CheckpointError, ModelError, QuantizationError
+from pipeline.evaluation.results import Merge, MergeComparison, MergeLoss
 from pipeline.models.safe_loading import open_tokenizer
 from pipeline.system.files import empty_folder
 from pipeline.system.libraries import versions
@@ -62,12 +62,10 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     for kind, folder in folders.items():
         merge = partial(merge_checkpoint, base, lora, folder, kind, linear, template=template)
         made = _merge(merge, f"merging into the {kind} base", events, along)
-    comparison = (
-        _compare(config, workspace, events, base, folders)
-        if isinstance(config, TrainingRun) and len(folders) > 1
-        else {}
-    )
-    chosen = _better(comparison) if comparison else next(iter(folders))
+    comparison = MergeComparison()
+    if isinstance(config, TrainingRun) and len(folders) > 1:
+        comparison = _compare(config, workspace, events, base, folders)
+    chosen = _better(comparison) if comparison.nf4_minus_bf16 else next(iter(folders))
 
     release = folders.pop(chosen)
     copy_adapter(lora, release / "adapter", workspace.read_measurement("origin")["hub_id"])
@@ -76,9 +74,8 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     keep_written(config, workspace, made, workspace.release)
     for folder in folders.values():
         shutil.rmtree(folder)
-    measured = workspace.write_measurement(
-        "merge", {"base": chosen, "asked": config.merge.base, "compared": comparison}
-    )
+    found = Merge(base=chosen, asked=config.merge.base, compared=comparison)
+    measured = workspace.write_measurement("merge", found.to_json())
     return Outcome((*files, measured), {"base": chosen} | ({"variants": ", ".join(made)} if made else {}))
 
 
@@ -120,8 +117,10 @@ def _supplied_template(base: Path, workspace: Workspace) -> str | None:
     return None if tokenizer.chat_template else with_template(tokenizer, run_texts(workspace)).chat_template
 
 
-def _compare(config: TrainingRun, workspace: Workspace, events: Events, base: Path, folders: dict[str, Path]) -> dict:
-    """Loss on held-out text of the live adapter and of each merged model, and KL(live || merged)."""
+def _compare(
+    config: TrainingRun, workspace: Workspace, events: Events, base: Path, folders: dict[str, Path]
+) -> MergeComparison:
+    """Return the loss on held-out text of the live adapter and of each merged model, and KL(live || merged)."""
     from pipeline.evaluation import metrics, texts
     from pipeline.inference import output_head
     from pipeline.inference.load import load
@@ -134,7 +133,7 @@ def _compare(config: TrainingRun, workspace: Workspace, events: Events, base: Pa
     head_name, softcap = output_head.head_name(model), output_head.softcap(model.config)
     live = metrics.score(model, sequences, lambda d, t: events.progress(d, t, "measuring the live adapter"))
     del model
-    result: dict = {"live": {"loss": asdict(metrics.mean(live.nll, live.sequence)), "tokens": len(live.nll)}}
+    result = {"live": MergeLoss(loss=metrics.mean(live.nll, live.sequence), tokens=len(live.nll))}
     live_head, losses = Checkpoint(base).read(head_name), {}
     for kind, folder in folders.items():
         model, _ = load(folder, offload="auto")
@@ -143,21 +142,21 @@ def _compare(config: TrainingRun, workspace: Workspace, events: Events, base: Pa
         head = output_head.head_matrix(model).cpu().clone()
         del model
         losses[kind] = scores.nll
-        result[kind] = {
-            "loss": asdict(metrics.mean(scores.nll, scores.sequence)),
-            "loss_above_live": asdict(metrics.mean(scores.nll - live.nll, live.sequence)),
-            "kl": asdict(metrics.divergence(scores, head, live, live_head, softcap)["kl"]),
-        }
-    result["nf4_minus_bf16"] = asdict(metrics.mean(losses["nf4"] - losses["bf16"], live.sequence))
-    return result
+        result[kind] = MergeLoss(
+            loss=metrics.mean(scores.nll, scores.sequence),
+            loss_above_live=metrics.mean(scores.nll - live.nll, live.sequence),
+            kl=metrics.divergence(scores, head, live, live_head, softcap).kl,
+        )
+    gap = metrics.mean(losses["nf4"] - losses["bf16"], live.sequence)
+    return MergeComparison(**result, nf4_minus_bf16=gap)
 
 
-def _better(comparison: dict) -> str:
+def _better(comparison: MergeComparison) -> str:
     """The base with the lower held-out loss; within the error, the one closer to the live adapter."""
-    gap = comparison["nf4_minus_bf16"]
-    if abs(gap["value"]) > 2 * gap["stderr"]:
-        return "nf4" if gap["value"] < 0 else "bf16"
-    return min(("nf4", "bf16"), key=lambda kind: comparison[kind]["kl"]["value"])
+    gap = comparison.nf4_minus_bf16
+    if abs(gap.value) > 2 * gap.stderr:
+        return "nf4" if gap.value < 0 else "bf16"
+    return "nf4" if comparison.nf4.kl.value <= comparison.bf16.kl.value else "bf16"
 
 
 def live_model(config: Config, base: Path, adapter: Path):

@@ -139,9 +139,9 @@ def still_there(config: Config, kept_out: Collection[str]) -> list[str]:
         return [
             f"{repo}: may still have {', '.join(kept_out)} of an earlier release, for it could not be read: {error}"
         ]
-    results = (there.told.get("results") or {}) if there and there.run == config.name else {}
+    there_too = there.results.variants if there and there.run == config.name else {}
     back = command("rollback", repo)
-    left = ", ".join(variant for variant in kept_out if variant in results)
+    left = ", ".join(variant for variant in kept_out if variant in there_too)
     told = f"{repo}: still has {left} of an earlier release, withheld now; remove it there, or go back with: {back}"
     return [*([told] if left else []), *_left_mirrors(config, kept_out)]
 

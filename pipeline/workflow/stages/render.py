@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 from pipeline.config.catalog import VARIANTS, is_one_file
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
+from pipeline.evaluation.results import Results
 from pipeline.hub.tree import CARD, LINEAGE, LocalFile
 from pipeline.models.gguf_metadata import read_dialogue
-from pipeline.system.files import fingerprint, read_json, write_bytes
+from pipeline.system.files import fingerprint, write_bytes
 from pipeline.tracking.events import Events
 from pipeline.workflow.stages import Outcome
 from pipeline.workflow.stages.measure_variant import is_withheld
@@ -40,7 +41,7 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
     return {
         "publish": config.publish.model_dump(),
         "variants": list(variants),
-        "results": fingerprint(results),
+        "results": fingerprint(results.to_json()),
         "after": workspace.state_of(*keys),
     }
 
@@ -259,8 +260,5 @@ def _about(
     return About(config.publish.repo or config.name, location, config, results, chats, mirrors or {}, names)
 
 
-def _results(workspace: Workspace, variants: tuple[str, ...], kept_out: tuple[str, ...]) -> dict:
-    """The figures of what is in the release, and under `withheld` of what was kept out; others stay out of its card."""
-    results = read_json(workspace.results_path, {})
-    found = {name: value for name, value in results.items() if name not in VARIANTS or name in variants}
-    return found | ({"withheld": {name: results[name] for name in kept_out}} if kept_out else {})
+def _results(workspace: Workspace, variants: tuple[str, ...], kept_out: tuple[str, ...]) -> Results:
+    return Results.read(workspace.results_path).released(variants, kept_out)

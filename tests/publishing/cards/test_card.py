@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from huggingface_hub import ModelCard
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import pipeline.publishing.cards as package
 from pipeline.config.schema import REPO_ID
+from pipeline.evaluation.results import Estimate, Results
 from pipeline.models.provenance import has_chat_template
 from pipeline.publishing.cards import About, folder_card, markdown, mirror_card, model_card, plot_quality
 from pipeline.publishing.cards.own_text import keep_own_text
@@ -61,7 +62,7 @@ KINDS = {
 
 
 def cards(given: About) -> dict[str, str]:
-    variants = [v for v in (*BOTH, *GGUF) if v in given.results]
+    variants = [v for v in (*BOTH, *GGUF) if v in given.results.variants]
     folders = [[v] for v in variants if v in BOTH] + ([list(GGUF)] if GGUF[0] in variants else [])
     mirrors = {f"mirror of {v}": mirror_card(given, v, f"user/a-model-{v}") for v in variants}
     return {"model": model_card(given, variants), **{f[0]: folder_card(given, f) for f in folders}, **mirrors}
@@ -98,14 +99,15 @@ def numbers(text: str) -> set[str]:
 def known_numbers(given: About) -> set[str]:
     """Every number of the results and the configuration, in every format that a card has."""
     train = given.config.train
-    tree = {"r": given.results, "c": given.config.model_dump(), "batch": train.batch_size * train.accumulate}
+    tree = {"r": given.results.to_json(), "c": given.config.model_dump(), "batch": train.batch_size * train.accumulate}
     formats = (markdown.count, markdown.decimal, markdown.plain, markdown.share)
     formats += (markdown.size, markdown.parameters, markdown.duration, markdown.percent)
     shown: list = []
     for place in paths(tree):
         value = functools.reduce(lambda inner, key: inner[key], place, tree)
         if isinstance(value, dict):
-            shown += [markdown.estimate(value), markdown.estimate(value, percent=True)]
+            measured = Estimate(value.get("value"), value.get("stderr"))
+            shown += [markdown.estimate(measured), markdown.estimate(measured, percent=True)]
         if isinstance(value, (dict, list)):
             value = len(value)
         shown += [form(value) for form in formats] if markdown.number(value) is not None else [str(value)]
@@ -270,14 +272,13 @@ def test_memory_of_a_gpu_is_called_so():
 @pytest.mark.parametrize(
     ("measured", "shown"),
     [
-        (estimate(17.126, 1.36), "17.1 ± 1.4"),
-        (estimate(1234.5, 0.0213), "1,234.500 ± 0.021"),
-        (estimate(1234.5, 250.0), "1,234 ± 250"),
-        (estimate(-0.0332, 0.0129), "−0.033 ± 0.013"),
-        (estimate(12.3456, 0.0), "12.35"),
-        (estimate(12.3456, math.nan), "12.35"),
-        (estimate(math.nan, 1.0), None),
-        (estimate(True, 1.0), None),
+        (Estimate(17.126, 1.36), "17.1 ± 1.4"),
+        (Estimate(1234.5, 0.0213), "1,234.500 ± 0.021"),
+        (Estimate(1234.5, 250.0), "1,234 ± 250"),
+        (Estimate(-0.0332, 0.0129), "−0.033 ± 0.013"),
+        (Estimate(12.3456, 0.0), "12.35"),
+        (Estimate(12.3456, math.nan), "12.35"),
+        (Estimate(math.nan, 1.0), None),
         ({}, None),
         (None, None),
     ],
@@ -287,7 +288,7 @@ def test_a_value_shows_as_many_digits_as_its_error_allows(measured, shown):
 
 
 def test_a_percentage_carries_its_sign():
-    assert markdown.estimate(estimate(0.0029, 0.0011), percent=True, sign="+") == "+0.29 ± 0.11 %".replace(
+    assert markdown.estimate(Estimate(0.0029, 0.0011), percent=True, sign="+") == "+0.29 ± 0.11 %".replace(
         " ", "\u00a0"
     )
 
@@ -693,6 +694,7 @@ def test_card_does_not_depend_on_the_current_folder(tmp_path, monkeypatch, is_th
     assert "adapter poet (the local folder `poet`)" in model_card(merged, BOTH)
     found["data"] |= {"revision": "0123456789abcdef", "split": "train"}
     found["origin"]["hub_id"], found["adapter"]["hub_id"] = names[1:]
+    trained, merged = (replace(given, results=Results.model_validate(found)) for given in (trained, merged))
     assert data(model_card(trained, BOTH))["datasets"] == ["data/rows"]
     for name, text in zip(names, 2 * [model_card(trained, BOTH)] + [model_card(merged, BOTH)], strict=True):
         assert f"huggingface.co/{'datasets/' if name == names[0] else ''}{name})" in text
@@ -711,7 +713,7 @@ def test_a_source_with_the_ending_of_a_file_is_no_data_set_on_the_hub():
 def with_texts(text: str, kind: str) -> About:
     """Everything that a data set, a model or a prompt can bring, replaced by `text`."""
     given = KINDS[kind]()
-    found = copy.deepcopy(given.results)
+    found = given.results.to_json()
     brought = {"name": text, "license": text, "languages": [text], "source": "/x/" + text, "changes": text}
     found["origin"] |= brought | {"hub_id": text, "revision": text}
     if "data" in found:
