@@ -55,23 +55,6 @@ def _with(**sections) -> dict:
 
 CONFIGURATIONS = {
     "an unknown key": (_with(train={"epoch": 2}), ["x.yaml", "train.epoch", "epochs"]),
-    "an unknown section": (_with(trian={}), ["x.yaml", "trian", "train"]),
-    "a missing section": ({"name": "tiny", "data": {"source": "rows.jsonl"}}, ["x.yaml", "model", "missing"]),
-    "a number out of range": (_with(train={"epochs": -1}), ["train.epochs", "-1", "greater than 0"]),
-    "a word for a number": (_with(train={"batch_size": "four"}), ["train.batch_size", "four"]),
-    "a yes for a number": (_with(train={"max_steps": True}), ["train.max_steps", "true"]),
-    "an infinite rate": (_with(train={"learning_rate": float("inf")}), ["train.learning_rate"]),
-    "a method that is none": (_with(train={"method": "magic"}), ["train.method", "magic", "qlora", "lora"]),
-    "the head as a target": (_with(train={"lora": {"target_modules": ["lm_head"]}}), ["target_modules", "lm_head"]),
-    "a run's name with spaces": (_with(name="my run"), ["name", "my run"]),
-    "a run's name that climbs": (_with(name="../up"), ["name", "../up"]),
-    "a variant that is none": (_with(quantize={"variants": ["int3"]}), ["int3", "int8", "int4"]),
-    "a variant twice": (_with(quantize={"variants": ["int8", "both"]}), ["variants", "once"]),
-    "a group size that no kernel takes": (
-        _with(quantize={"variants": [{"name": "int4", "group_size": 48}]}), ["48", "32, 64, 128, 256"],
-    ),
-    "a packing for int8": (_with(quantize={"variants": [{"name": "int8", "packing": "plain"}]}), ["int8", "packing"]),
-    "a repository with spaces": (_with(publish={"repo": "my name/x"}), ["publish.repo", "my name/x", "USER/NAME"]),
     "a base that plain LoRA never saw": (
         _with(train={"method": "lora"}, merge={"base": "nf4"}), ["merge.base", "nf4", "lora"],
     ),
@@ -96,27 +79,11 @@ def test_a_broken_configuration_gives_one_line_and_begins_nothing(tunepress, nam
     assert not (tunepress.folder / "runs").exists()
 
 
-DATA = {
-    "an empty file": ("", ["no rows"]),
-    "a row that is no JSON": ('{"prompt": "a", "completion": }\n', ["line 1", "JSON"]),
-    "a row that is a list": ("[1]\n", ["line 1"]),
-    "columns of no known form": ('{"question_text": "a", "reply": "b"}\n', ["question_text"]),
-    "an answer that is a number": ('{"prompt": "a", "completion": 3}\n', ["line 1", "completion"]),
-    "an answer that is empty": ('{"prompt": "a", "completion": ""}\n', ["line 1", "completion"]),
-    "a conversation without an answer": ('{"messages": [{"role": "user", "content": "a"}]}\n', ["line 1", "assistant"]),
-    "a role that is none": ('{"messages": [{"role": "king", "content": "a"}]}\n', ["line 1", "king"]),
-    "bytes that are no text": (b"\xff\xfe\x00\x01\n", ["UTF-8"]),
-}
-
-
-@pytest.mark.parametrize("name", DATA)
-def test_a_broken_data_file_gives_one_line_with_its_row_and_begins_nothing(tunepress, name):
-    content, words = DATA[name]
-    (tunepress.folder / "rows.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+def test_a_broken_data_file_gives_one_line_with_its_row_and_begins_nothing(tunepress):
+    (tunepress.folder / "rows.jsonl").write_text('{"prompt": "a", "completion": }\n')
     tunepress.write(GOOD)
-    code, lines = tunepress("run", "x.yaml")
-    assert (code, len(lines)) == (2, 1), lines
-    assert "rows.jsonl" in lines[0] and all(word in lines[0] for word in words), lines[0]
+    code, (line,) = tunepress("run", "x.yaml")
+    assert code == 2 and all(word in line for word in ("rows.jsonl", "line 1", "JSON"))
     assert not (tunepress.folder / "runs").exists()
 
 
@@ -137,12 +104,6 @@ def test_a_wrong_argument_gives_one_line(tunepress, arguments, words):
     code, lines = tunepress(*arguments)
     assert (code, len(lines)) == (2, 1), lines
     assert all(word in lines[0] for word in words), lines[0]
-
-
-def test_a_token_that_was_pasted_into_a_configuration_is_not_repeated(tunepress):
-    tunepress.write(_with(publish={"repo": "hf_abcdefghijklmnopqrstuvwxyz/x y"}))
-    _, lines = tunepress("run", "x.yaml")
-    assert "hf_abc" not in lines[0]
 
 
 @pytest.mark.parametrize(

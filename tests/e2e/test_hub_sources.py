@@ -10,12 +10,6 @@ from tests.support.hub import LoopbackHub
 from tests.support.runs import TOKEN, write_place
 
 
-@pytest.fixture
-def hub(tmp_path):
-    with LoopbackHub(tmp_path / "hub", {TOKEN: {"name": "ada", "role": "write"}}) as hub:
-        yield hub
-
-
 def test_model_and_data_come_from_the_hub_with_their_revision_and_licence(hub, tmp_path, tiny_model):
     files = {p.name: p.read_bytes() for p in tiny_model("llama").iterdir()}
     hub.put("ada/base", {**files, "README.md": b"---\nlicense: mit\nlanguage: en\n---\n# Base\n", "pickle.bin": b"no"})

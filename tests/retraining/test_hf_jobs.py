@@ -17,7 +17,6 @@ from pipeline.config.loader import load_config
 from pipeline.hub.retry import HubAway
 from pipeline.retraining.input_changes import inputs_of
 from pipeline.retraining.lock import alone, refuse_beside_job
-from tests.support.hub import LoopbackHub
 from tests.support.runs import TOKEN, Place, write_place
 
 PACKAGE = "git+https://github.com/ada/training@0123abc"
@@ -43,21 +42,15 @@ DECISION = {
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A Hub that this process talks to, whose Jobs come to `DECISION`; nobody waits long before another attempt."""
-    with LoopbackHub(tmp_path / "hub", {TOKEN: {"name": "ada"}}) as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf"))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr("pipeline.retraining.hf_job_log.POLL_SECONDS", 0.01)
-        hub.jobs.log = ["Installed 99 packages", json.dumps(DECISION), "tunepress: exit code 3"]
-        hub.put("ada/base", {"config.json": b"{}"})
-        rows = [json.dumps({"prompt": f"p{n}", "completion": f"c{n}"}) for n in range(40)]
-        hub.put("ada/rows", {"rows.jsonl": "\n".join(rows).encode()}, repo_type="dataset")
-        yield hub
+def hub(hub, tmp_path, monkeypatch):
+    """The Hub with Jobs that come to `DECISION`, and no long wait before another attempt."""
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr("pipeline.retraining.hf_job_log.POLL_SECONDS", 0.01)
+    hub.jobs.log = ["Installed 99 packages", json.dumps(DECISION), "tunepress: exit code 3"]
+    hub.put("ada/base", {"config.json": b"{}"})
+    rows = [json.dumps({"prompt": f"p{n}", "completion": f"c{n}"}) for n in range(40)]
+    hub.put("ada/rows", {"rows.jsonl": "\n".join(rows).encode()}, repo_type="dataset")
+    return hub
 
 
 @pytest.fixture
