@@ -1,4 +1,4 @@
-"""What tests share: tiny checkpoints of real architectures, and quiet libraries that cannot reach the Hub."""
+"""Fixtures for all tests: tiny checkpoints, finished runs, a Hub, and libraries that cannot reach the real Hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user can get wrong: one clear line, exit code 2, and nothing begun."""
+"""User errors: one clear line, exit code 2, and no work started."""
 
 from __future__ import annotations
 

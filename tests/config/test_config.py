@@ -1,4 +1,4 @@
-"""A configuration says exactly what will run; one that does not is refused in one line that helps."""
+"""Configuration files: defaults, overrides, and one helpful line for everything invalid."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The shipped recipes' values fit the models that they name, and say why they are what they are."""
+"""The shipped recipes: values that fit their models, and comments that state true sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said about a data set before training and in the results: true, and without a word of its rows."""
+"""The description of a data set: true counts, and no text of its rows."""
 
 from __future__ import annotations
 

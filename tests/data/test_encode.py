@@ -1,4 +1,4 @@
-"""The loss is taken on answers and their ends, whatever the chat template; checked by decoding what is marked."""
+"""Encoding: the loss is on answers and their ends, with any chat template."""
 
 import pytest
 

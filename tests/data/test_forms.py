@@ -1,4 +1,4 @@
-"""Rows in every form become conversations; malformed ones are refused in one line that says where."""
+"""Forms of rows: each becomes a conversation, and a malformed row is refused with its place."""
 
 import json
 

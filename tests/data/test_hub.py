@@ -1,4 +1,4 @@
-"""Data sets on the Hub are read at the one commit that is recorded; served by the Hub of the tests, over HTTP."""
+"""Data sets on the Hub: read over HTTP at one recorded commit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sources are found or refused; splits are the same everywhere and share nothing."""
+"""Sources and splits: found or refused, and the same split on every machine."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The docstrings of the standard library make a data set that is the same everywhere and repeats nothing."""
+"""The data set of the standard library's docstrings: the same on every machine, without repetition."""
 
 import os
 import re

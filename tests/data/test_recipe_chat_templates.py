@@ -1,4 +1,4 @@
-"""What the chat templates of the recipes' models make of a conversation, and what of it is learned."""
+"""Chat templates of the recipes' models: what they render, and which tokens are learned."""
 
 from __future__ import annotations
 

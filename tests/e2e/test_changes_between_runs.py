@@ -1,4 +1,4 @@
-"""What happens between runs: files that change, half-written ones, trackers and repositories that come and go."""
+"""Changes between runs: edited and damaged files, and trackers and repositories that come and go."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whoever has a model, or an adapter, enters midway, and gets the same folders, cards and events."""
+"""Runs that start from an existing model or adapter: the same folders, cards and events."""
 
 from __future__ import annotations
 

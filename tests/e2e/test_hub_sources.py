@@ -1,4 +1,4 @@
-"""A model and a data set from the Hub, and a release that goes there in one commit."""
+"""Models and data sets from the Hub, and a release in a single commit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The wheel carries what the command needs, and works without the clone."""
+"""The wheel: complete, and usable without the clone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run on one's own machine: its result, what a second run does, and what a change redoes."""
+"""A run on one machine: its results, a second run, and what a changed setting repeats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`scripts/quantize_standalone.py`: variants of a model that is on the Hub already, beside the model itself."""
+"""`scripts/quantize_standalone.py`: variants added beside a model that is on the Hub."""
 
 from __future__ import annotations
 

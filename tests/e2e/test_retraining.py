@@ -1,4 +1,4 @@
-"""Retraining: what is better is published, what is not changes nothing, and being killed loses nothing."""
+"""Retraining: only a better model is published, and a kill loses nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each stage made to fail in turn, a run stopped, a stage killed: what is told, and that nothing is lost."""
+"""Failing, stopped and killed stages: one line, the right events, and nothing lost."""
 
 from __future__ import annotations
 

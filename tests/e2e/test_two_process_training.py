@@ -1,4 +1,4 @@
-"""Training in two processes on the CPU: the same training, told of once; and what happens when one ends early."""
+"""Training in two processes: the same loss curve, one report, and clean ends."""
 
 from __future__ import annotations
 

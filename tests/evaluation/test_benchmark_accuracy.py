@@ -1,4 +1,4 @@
-"""The benchmark of accuracy: what it is asked for, what it draws, and a reordered model that is still the same."""
+"""The accuracy benchmark: its options, its plot, and a reordered model with the same logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ladder of a variant: what is on it, in which order, and which layers get eight bits."""
+"""Fallbacks of a variant: which there are, in which order, and which layers get eight bits."""
 
 import math
 

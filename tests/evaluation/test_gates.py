@@ -1,4 +1,4 @@
-"""A variant passes where it is shown to be within its limits, error included; the limits are those nearest to it."""
+"""Gates: a variant passes if it is within its limits, error included."""
 
 import pytest
 

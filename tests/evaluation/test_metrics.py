@@ -1,4 +1,4 @@
-"""Every figure equals the one that its definition gives, computed here in another way."""
+"""Metrics: every figure equals an independent computation of its definition."""
 
 import math
 

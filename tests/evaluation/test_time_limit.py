@@ -1,4 +1,4 @@
-"""Measuring within a limit of time: fewer tokens, the same for every model of a run; and speed in few rounds."""
+"""Measuring within a time limit: fewer tokens, the same for every model of a run."""
 
 from __future__ import annotations
 

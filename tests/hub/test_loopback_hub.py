@@ -1,4 +1,4 @@
-"""The real client against the loopback hub: what works on the Hub works here, what fails there fails here."""
+"""The real client against the loopback Hub: the same successes and failures as on the Hub."""
 
 import hashlib
 import io

@@ -1,4 +1,4 @@
-"""Attention on a CPU computes what transformers' own does, whatever the shapes and the mask."""
+"""Attention on a CPU: the same result as transformers for every shape and mask."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A step of decoding says what transformers' own way says, and leaves the model what it was."""
+"""The fast decoding step: the logits of transformers, and an unchanged model."""
 
 import copy
 import os

@@ -1,4 +1,4 @@
-"""Packed layers compute what `dequantize` says, for any number of tokens, wherever the weights lie in memory."""
+"""Packed layers: the product with the dequantized weight, for any number of tokens."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""`load` gives a model that computes what the published numbers mean, or says in one line why it cannot."""
+"""`load`: a model that computes the published numbers, or one line with the reason."""
 
 import shutil
 from pathlib import Path

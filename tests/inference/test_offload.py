@@ -1,4 +1,4 @@
-"""A model that does not fit is measured all the same, from its files, and says what it would say in memory."""
+"""Offloaded models: measured from their files, with the figures they have in memory."""
 
 import subprocess
 import sys

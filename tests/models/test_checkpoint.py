@@ -1,4 +1,4 @@
-"""What is written is what safetensors reads, and back; a damaged file is named and never half believed."""
+"""Checkpoints: written and read as safetensors does, and damaged files refused by name."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Layouts from `config.json` alone are those of the models that transformers builds, or there is none."""
+"""Layer layouts from `config.json` alone: those of transformers' models, or none."""
 
 import copy
 import json

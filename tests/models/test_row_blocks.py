@@ -1,4 +1,4 @@
-"""Work in blocks: every row once, on as many threads as asked, the first error raised, and nothing left running."""
+"""Work in blocks of rows: each row once, bounded threads, and the first error raised."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""A model is quantized shard by shard: the same bytes, and never more than two shards on the disk."""
+"""Quantizing shard by shard: the same bytes with at most two shards on the disk."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A model's source is checked before any work, and only the layers that may be quantized are named."""
+"""Model sources: checked before any work, and the layers that may be quantized."""
 
 import json
 import shutil

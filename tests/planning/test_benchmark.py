@@ -1,4 +1,4 @@
-"""The benchmark of plans sees every stage that it runs, and fails where it missed one."""
+"""The benchmark of plans: it sees every stage, and fails if it missed one."""
 
 from __future__ import annotations
 

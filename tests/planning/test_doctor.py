@@ -1,4 +1,4 @@
-"""`tunepress doctor`: what this machine has, who is logged in, and how fast it is."""
+"""`tunepress doctor`: the machine, the login and the measured speeds."""
 
 from __future__ import annotations
 

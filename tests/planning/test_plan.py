@@ -1,4 +1,4 @@
-"""`tunepress plan`: what a run takes, from metadata alone."""
+"""`tunepress plan`: what a run will need, from metadata alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes in a plan are those of the files that are made, and memory grows with what it is said to grow with."""
+"""Planned sizes: those of the files that are made, and memory that grows with its causes."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Publishing, against the hub on loopback and with the real client, in this process."""
+"""Tests of publishing, in this process, with the real client against the loopback Hub."""

@@ -1,4 +1,4 @@
-"""Text that people write into a card of the release's folder is published, or kept beside it, and never lost."""
+"""Text that users write into local cards: published, or kept beside the card, and never lost."""
 
 from __future__ import annotations
 

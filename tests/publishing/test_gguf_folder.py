@@ -1,4 +1,4 @@
-"""Variants of GGUF share a folder, its card, its Modelfile and the terms of use; each can go without the others."""
+"""The folder of GGUF variants: one card, Modelfile and license, and variants that leave one by one."""
 
 from __future__ import annotations
 

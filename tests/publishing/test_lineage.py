@@ -1,4 +1,4 @@
-"""`tunepress.json` names what is on the Hub, and of what is not only the name, wherever it is written."""
+"""Names in `tunepress.json`: whole for the Hub, without the path for local files."""
 
 from __future__ import annotations
 

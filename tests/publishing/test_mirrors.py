@@ -1,4 +1,4 @@
-"""A variant in a repository of its own, beside the one that has everything."""
+"""Mirrors: a variant in a repository of its own, beside the main one."""
 
 from __future__ import annotations
 

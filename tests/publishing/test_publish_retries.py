@@ -1,4 +1,4 @@
-"""Publishing goes on where it was cut off, and ends after a bounded number of attempts."""
+"""Retries while publishing: uploads continue, and attempts are bounded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every kind of release that tunepress publishes is what its lineage says, right after it was published."""
+"""Published releases of every kind: they verify right after publishing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A release that is proposed in a pull request."""
+"""Releases proposed in a pull request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the standalone script asks for, and what it refuses before any work."""
+"""Tasks of `quantize_standalone`: their options, and what is refused before any work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A repository that holds another run's release is refused, for ours would replace it without a trace."""
+"""Repositories that hold another run's release: refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Releases that were not trained here: an adapter from elsewhere merged, or variants alone."""
+"""Releases without training: a merged foreign adapter, or variants alone."""
 
 from __future__ import annotations
 

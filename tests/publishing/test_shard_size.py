@@ -1,4 +1,4 @@
-"""No published file is larger than 5 GB: what is larger is written in shards."""
+"""Shards: no published file is larger than 5 GB."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finished releases are tagged, and an older one can be made the head again."""
+"""Tags of finished releases, and rollbacks to an earlier one."""
 
 from __future__ import annotations
 

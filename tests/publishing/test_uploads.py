@@ -1,4 +1,4 @@
-"""What a publish sends: what changed, once, and nothing else."""
+"""Uploads: only changed content, once, and nothing else."""
 
 from __future__ import annotations
 

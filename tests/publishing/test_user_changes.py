@@ -1,4 +1,4 @@
-"""What people do in a repository, before, between and during publishes, stays."""
+"""User changes in a repository before, between and during publishes: kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Variants in the repository of the very model that they are made of: a guest in somebody else's house."""
+"""Variants published into the repository of their own source model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every decoder is quantized whole, as stock transformers reads it back, or refused by name beforehand."""
+"""Architectures: every decoder is quantized whole and read by transformers, or refused by name."""
 
 import json
 import subprocess

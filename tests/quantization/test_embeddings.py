@@ -1,4 +1,4 @@
-"""`embeddings: int8`: the table in a byte a weight, tied where it was tied, and the same model to every loader."""
+"""`embeddings: int8`: one byte a weight, ties kept, and the same model in every loader."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A grid's numbers are what their definition says, and a rounded weight is as near as its grid allows."""
+"""Grids: numbers by definition, and weights rounded to the nearest code."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""int8-dynamic is torchao's, inputs rounded and all: it is computed in another way only where torch is wrong."""
+"""int8-dynamic: torchao's computation, corrected only if torch is wrong."""
 
 import pytest
 import torch

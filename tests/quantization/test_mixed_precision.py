@@ -1,4 +1,4 @@
-"""int4 with some layers in eight bits: the same model to every loader, and stock transformers loads it as it lies."""
+"""int4 with some layers in eight bits: the same model in every loader."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The same inputs give the same files, hash for hash: whoever makes a variant again gets what was published."""
+"""Reproducible files: the same inputs give the same bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Roundings: int8 is torchao's to the last bit, the others beat the nearest, and rows never influence each other."""
+"""Roundings: int8 equals torchao, the others beat rounding to nearest, and rows are independent."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Each layer is quantized alone, measured, and put back; what was measured is not measured again."""
+"""Sensitivity: each layer quantized alone and measured once."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""int4 as tiles for tensor cores: made without a card in the order that they read, and undone without one."""
+"""int4 tiles for tensor cores: packed and unpacked without a GPU."""
 
 import json
 import subprocess

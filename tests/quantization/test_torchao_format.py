@@ -1,4 +1,4 @@
-"""The written folders are what transformers and torchao write themselves, and load with them in a fresh process."""
+"""The torchao format: files as transformers and torchao write them, loaded in a fresh process."""
 
 import json
 import subprocess

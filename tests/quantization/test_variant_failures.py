@@ -1,4 +1,4 @@
-"""What keeps one variant from being made keeps no other back, and leaves nothing of its own."""
+"""A variant that cannot be made: no effect on the others, and no files left."""
 
 import importlib.util
 import shutil

@@ -1,4 +1,4 @@
-"""Two models on the same examples: paired by token, or where their tokens differ, by example in bits per byte."""
+"""Comparison of two models: paired by token, or by example in bits per byte."""
 
 from __future__ import annotations
 

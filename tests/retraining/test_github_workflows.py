@@ -1,4 +1,4 @@
-"""The workflows of GitHub: what starts them, what they may do, and what their steps make of exit codes."""
+"""GitHub workflows: triggers, permissions, and the meaning of exit codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Retraining as a Hugging Face Job: what is asked of the Hub, and what is made of what the Job says."""
+"""Retraining as a Hugging Face Job: the request, and the reading of its log."""
 
 from __future__ import annotations
 

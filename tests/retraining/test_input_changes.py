@@ -1,4 +1,4 @@
-"""What of a live model is another now, and which held-out examples it cannot have seen."""
+"""Changed inputs of a published model, and held-out examples that it cannot have seen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records of decisions and summaries for CI: what is unreadable or unwritable does no harm."""
+"""Records of decisions and summaries for CI: harmless if unreadable or unwritable."""
 
 from __future__ import annotations
 

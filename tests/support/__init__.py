@@ -1,4 +1,4 @@
-"""What tests share: the loopback Hub, a warm Python, and watchers."""
+"""Support for tests: the loopback Hub, a warm Python, tiny models, runs, releases and watches."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Eyes on this process: what it writes, starts and unpickles while a test gives it something hostile."""
+"""A watch on this process: what it writes, starts and unpickles."""
 
 from __future__ import annotations
 

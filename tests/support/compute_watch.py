@@ -1,4 +1,4 @@
-"""A watch that sees which matrix products torch computes, in which type, and for how many rows."""
+"""A watch on the matrix products of torch: their types and numbers of rows."""
 
 from __future__ import annotations
 

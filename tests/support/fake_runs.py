@@ -1,4 +1,4 @@
-"""Finished runs whose models are a few random bytes, and what a Hub was sent of them."""
+"""Finished runs whose models are a few random bytes, and what a Hub received of them."""
 
 from __future__ import annotations
 

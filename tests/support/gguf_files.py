@@ -1,4 +1,4 @@
-"""Models that llama.cpp can compute, and the logits that it has to find."""
+"""Models that llama.cpp can compute, and the logits that are expected of it."""
 
 from __future__ import annotations
 

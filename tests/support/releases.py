@@ -1,4 +1,4 @@
-"""A small release, made once as a run makes it: a merged model, its adapter, int8 and int4, measured, with cards."""
+"""A small measured release with cards: a merged model, its adapter, int8 and int4."""
 
 from __future__ import annotations
 

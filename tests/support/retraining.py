@@ -1,4 +1,4 @@
-"""A model's life on the hub of the tests: published, retrained in vain and with success, killed on the way."""
+"""Commands and facts of a retraining story on the loopback Hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results of runs that never were, in the shape in which the stages write them, and ways to change them."""
+"""Sample results in the form that the stages write, and ways to change them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A process that was forked from the warm Python is like one of a Python that was just started."""
+"""Processes forked from the warm Python: like those of a fresh one."""
 
 from __future__ import annotations
 

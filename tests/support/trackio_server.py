@@ -1,4 +1,4 @@
-"""A real Trackio server on loopback that can be stopped and started again, and spools that grow."""
+"""A real Trackio server on loopback that can be stopped, and spools that grow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people are told to type is what they have: the command, or the launch.sh that they came by."""
+"""Suggested commands: those that the user has, the command or launch.sh."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On a machine that computes in float32 nothing multiplies many rows in half precision, and results stay the same."""
+"""The float32 compute type: no half-precision products of many rows, and the same results."""
 
 import threading
 

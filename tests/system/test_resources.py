@@ -1,4 +1,4 @@
-"""Templates and recipes are found in a clone and in an installed package."""
+"""Templates and recipes in a clone and in an installed package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""kill -9 of the process that forwards, at any moment, wherever Trackio is."""
+"""A forwarder killed with -9 at any moment: every record arrives once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Trackio server of one's own: what it is sent, and what happens when it goes and comes back."""
+"""A self-hosted Trackio server: what it receives, and how it recovers."""
 
 from __future__ import annotations
 

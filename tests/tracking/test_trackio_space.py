@@ -1,4 +1,4 @@
-"""A dashboard in a Space. Here the Space is Trackio's own server in the mode it has there, on loopback."""
+"""A dashboard in a Space, played by Trackio's own server in that mode."""
 
 from __future__ import annotations
 

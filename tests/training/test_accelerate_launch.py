@@ -1,4 +1,4 @@
-"""Configurations of accelerate: which are understood, which are refused, and how a step is shared."""
+"""Configurations of accelerate: understood or refused, and the sharing of a step."""
 
 from __future__ import annotations
 

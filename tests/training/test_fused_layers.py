@@ -1,4 +1,4 @@
-"""The functions that train on a CPU compute what the libraries' own layers compute, and keep less."""
+"""Fused layers for training on a CPU: the results of the libraries' layers, with less memory."""
 
 from __future__ import annotations
 

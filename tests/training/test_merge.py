@@ -1,4 +1,4 @@
-"""A merged model is the base plus the adapter's change, rounded once; what cannot be merged is refused by name."""
+"""Merging: the base plus the adapter's change, rounded once, and refusals by name."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Examples that are packed into one row for training do not see each other, on any of the recipes' architectures."""
+"""Examples packed into one row: they do not see each other on any recipe's architecture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training goes on from: the same as it was, and no pickle."""
+"""The state that training resumes from: restored exactly, without pickles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training within a limit of time: the plan, its schedule, and going on with both."""
+"""Training within a time limit: the plan, its schedule, and resuming."""
 
 from __future__ import annotations
 

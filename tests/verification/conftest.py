@@ -1,4 +1,4 @@
-"""A small release, made once as a run makes it: a merged model, its adapter, int8 and int4, measured, with cards."""
+"""A small measured release to verify, and copies of it to damage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Defects that somebody might plant, or a disk might: each is found, and the line names it."""
+"""Defects in a release, planted or by accident: each is found and named."""
 
 from __future__ import annotations
 

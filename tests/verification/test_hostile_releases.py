@@ -1,4 +1,4 @@
-"""A release may come from anywhere: what it is not to do it does not get to do, and a line says so."""
+"""Hostile releases: nothing of theirs runs, and one line names the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A repository is judged by what the Hub tells of its files before anything large is fetched."""
+"""Releases on the Hub: judged by metadata before anything large is fetched."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models are loaded again in fresh processes, measured, and their snippets run; what only that tells is found."""
+"""Measuring a release again in fresh processes, and running its snippets."""
 
 from __future__ import annotations
 

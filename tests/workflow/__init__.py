@@ -1,1 +1,1 @@
-"""Whole runs, as a user would make them."""
+"""Tests of the workflow: its stages, its ledger, and whole runs in this process."""

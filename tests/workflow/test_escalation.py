@@ -1,4 +1,4 @@
-"""Where a variant misses its gate, other ways to make it are tried, the smallest first, until one passes."""
+"""Escalation: a variant that misses its gate gets the smallest fallback that passes."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""A variant that misses its gate is kept out of the release and said so; another limit needs only another verdict."""
+"""A variant that misses its gate: withheld and reported; a changed limit changes only the verdict."""
 
 from __future__ import annotations
 

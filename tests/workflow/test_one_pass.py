@@ -1,4 +1,4 @@
-"""Where there is one base to merge into, the merge writes the variants as well, and the run takes what still holds."""
+"""Merging and quantizing in one pass, and the reuse of what still holds."""
 
 from __future__ import annotations
 

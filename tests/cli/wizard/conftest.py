@@ -1,4 +1,4 @@
-"""A desk with data and a model to sit down at, and a Hub that knows several tokens."""
+"""A folder with data and a model, and a Hub that knows several tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What presets set is allowed, and is what they say."""
+"""Presets of the wizard: valid configurations with the stated values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A person at a terminal: from the first question to a release on the Hub, with wrong answers on the way."""
+"""The wizard at a terminal, from the first question to a release, with wrong answers in between."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers in a pipe, as options, and by default: the same checks, and exit code 2 where one fails."""
+"""The wizard with piped answers, options and defaults: the same checks, and exit code 2 on an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that nobody disturbs."""
+"""An undisturbed run to compare with."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""kill -9 of a run at chosen moments of its life, and the same command again.
+"""Kills of a run at chosen moments, followed by the same command again.
 
 A moment lies between two events of a run that nobody disturbed: so long after the first of them. So the
 moments fall into the same parts of the work on a quick machine and on a slow one.

@@ -1,4 +1,4 @@
-"""What a power cut would leave, from the notes of the spy in every process of a run."""
+"""The state that a power cut would leave, from the notes of the spy in each process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tiny runs that are killed: what they are, one that is not disturbed, and those that are."""
+"""Tiny runs for fault tests: an undisturbed one, and killed ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is a run that was killed and resumed what it would have been undisturbed?"""
+"""Comparison of a killed and resumed run with an undisturbed one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A disk that is full, wherever a run has got to: one line, nothing corrupt, and more room completes it."""
+"""A full disk at any stage: one line, nothing damaged, and the run completes after space is freed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that is killed with -9 and resumed ends as one that nobody disturbed.
+"""A run killed with -9 and resumed: the same result as an undisturbed run.
 
 Eight of the forty moments of `scripts/kill_and_resume.py`, all of one run, which costs less than a run each; and what
 a power cut would leave of the undisturbed one.

@@ -1,4 +1,4 @@
-"""Whatever goes wrong on whichever route to the Hub: a complete release, or the untouched one before it."""
+"""Network faults on every route to the Hub: a complete release, or the untouched earlier one."""
 
 from __future__ import annotations
 

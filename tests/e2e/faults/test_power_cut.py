@@ -1,4 +1,4 @@
-"""After a power cut there is what was had on the disk before, and no more: every name and record comes after that."""
+"""Power cuts: names and records appear only after their files are synced to the disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Eyes on this process: what it writes, starts and unpickles while a test gives it something hostile."""
+"""A folder with secrets in the environment, and a watch on what this process does with hostile input."""
 
 from __future__ import annotations
 

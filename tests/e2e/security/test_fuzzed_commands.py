@@ -1,4 +1,4 @@
-"""Configurations as people have them, good and bad: through the commands that look at one, and into a run's folder."""
+"""Generated configurations, valid and invalid, through the commands that read one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any text as a configuration: a run's settings, or one line that says why not; nothing else happens."""
+"""Any text as a configuration: a valid run, or one line with the reason; no side effects."""
 
 from __future__ import annotations
 

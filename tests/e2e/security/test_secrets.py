@@ -1,4 +1,4 @@
-"""No token is written anywhere, whoever prints it: into logs, tracebacks, errors, events or results."""
+"""Secrets: no token reaches logs, tracebacks, errors, events or results."""
 
 from __future__ import annotations
 

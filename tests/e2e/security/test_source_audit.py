@@ -1,4 +1,4 @@
-"""What the sources may not say: nothing in them opens a pickle, runs text, or lets a library run a model's own code."""
+"""An audit of the source code: no pickles, no evaluated text, no remote code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A card is true for the files it lies beside, names only what was measured, and cannot be talked into anything."""
+"""Model cards: true for the files beside them, only measured figures, and safe with any text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ollama is told of turns only what is proven to be what the chat template does, and reads it as it was meant."""
+"""Modelfiles for Ollama: only turns that match the chat template, read as intended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The code in a card runs as it stands, with stock libraries alone, and computes what the files say."""
+"""Snippets on cards: they run as printed, with stock libraries, and compute what the files hold."""
 
 from __future__ import annotations
 

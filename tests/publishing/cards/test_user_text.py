@@ -1,4 +1,4 @@
-"""What people wrote into a card stays when a release is published again, and ours is brought up to date."""
+"""User text on a card: kept when a release is published again, while our section is updated."""
 
 from __future__ import annotations
 

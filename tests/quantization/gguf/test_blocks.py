@@ -1,4 +1,4 @@
-"""Packed rows are what the official package reads as the numbers that were chosen, to the last bit."""
+"""Packed GGUF rows: the official package reads the chosen numbers, bit for bit."""
 
 import numpy as np
 import pytest

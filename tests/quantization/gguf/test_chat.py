@@ -1,4 +1,4 @@
-"""Variants for llama.cpp are talked to in llama.cpp; whoever asks transformers for one is told how to open it."""
+"""Chat with GGUF variants: in llama.cpp, with a hint for users of transformers."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""A GGUF comes out of the same pass as the other variants: the same bytes however it is cut, or no file at all."""
+"""GGUF files: written in the common pass, the same bytes for any block size, or no file."""
 
 import importlib.util
 import json

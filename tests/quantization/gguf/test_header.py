@@ -1,4 +1,4 @@
-"""What a GGUF says of its tensors is read as the official package reads it; nothing it says is taken on trust."""
+"""GGUF headers: read as the official package reads them, without trust in their values."""
 
 import struct
 

@@ -1,4 +1,4 @@
-"""K-quants are what llama.cpp's own quantizer makes of the model, or there is no file at all."""
+"""K-quants: the output of llama.cpp's own quantizer, or no file."""
 
 import importlib.util
 import shutil

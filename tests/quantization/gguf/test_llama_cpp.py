@@ -1,4 +1,4 @@
-"""llama.cpp loads every type of every architecture, and computes what transformers does with the same numbers."""
+"""GGUF in llama.cpp: every type and architecture computes the logits of transformers."""
 
 import shutil
 

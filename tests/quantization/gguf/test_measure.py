@@ -1,4 +1,4 @@
-"""A GGUF's figures in llama.cpp are those of its numbers, and what llama.cpp does not run is told in one line."""
+"""Measuring GGUF in llama.cpp: figures of its numbers, and one line for unsupported files."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""What is read back from a GGUF is what the checkpoint had, by its names and in its order, as the codes mean it."""
+"""Reading GGUF back: the names, order and values of the checkpoint."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A GGUF comes into the release only after it was opened; which library measured it is part of what it depends on."""
+"""Admission of GGUF to a release: only after it was opened, with the measuring library recorded."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""llama.cpp cuts every text, and every chat, into the token ids that transformers has for it."""
+"""Vocabularies: llama.cpp and transformers give the same token ids."""
 
 import json
 import shutil
