@@ -18,48 +18,32 @@ UNMEASURED_GPU = "GPU memory is from formulas, and was not compared with a GPU y
 
 
 def as_json(plan: Plan) -> dict:
-    """The plan as plain data: bytes, seconds, parameters."""
-    model, data, machine = plan.model, plan.data, plan.machine
-    peaks = dict(disk_peaks(plan.stages))
+    """Return the plan as plain data: bytes, seconds, parameters."""
+    config, data, peaks = plan.config, plan.data, dict(disk_peaks(plan.stages))
+    model = ("revision", "parameters", "linear_parameters", "bf16_bytes", "fetched_bytes", "here_bytes")
     return {
-        "name": plan.config.name,
-        "model": {
-            "source": plan.config.model.source,
-            "revision": model.revision,
-            "parameters": model.parameters,
-            "linear_parameters": model.linear_parameters,
-            "bf16_bytes": model.bf16_bytes,
-            "fetched_bytes": model.fetched_bytes,
-            "here_bytes": model.here_bytes,
-        },
+        "name": config.name,
+        "model": {"source": config.model.source, **_values(plan.model, *model)},
         "adapter_parameters": plan.adapter_parameters,
         "data": data
         and {
-            "source": plan.config.data and plan.config.data.source,
-            "examples": data.examples,
-            "tokens": data.tokens,
-            "how": data.how,
-            "fetched_bytes": data.fetched_bytes,
+            "source": config.data and config.data.source,
+            **_values(data, "examples", "tokens", "how", "fetched_bytes"),
             "steps": plan.steps,
         },
-        "machine": {
-            "name": machine.name,
-            "gpu_bytes": machine.gpu_bytes,
-            "host_bytes": machine.host_bytes,
-            "disk_free": machine.disk_free,
-            "cache_free": machine.cache_free,
-        },
+        "machine": _values(plan.machine, "name", "gpu_bytes", "host_bytes", "disk_free", "cache_free"),
         "stages": [_stage(stage, peaks[stage.name], plan.seconds.get(stage.name)) for stage in plan.stages],
-        "disk_bytes": plan.disk_bytes,
-        "fetched_bytes": plan.fetched_bytes,
-        "cached_bytes": plan.cached_bytes,
-        "uploaded_bytes": plan.uploaded_bytes,
+        **_values(plan, "disk_bytes", "fetched_bytes", "cached_bytes", "uploaded_bytes"),
         "seconds": plan.total_seconds,
         "fits": plan.fits,
         "shortages": [vars(shortage) for shortage in plan.shortages],
         "changes": [vars(change) | {"setting": change.setting} for change in plan.changes],
         "notes": list(_notes(plan)),
     }
+
+
+def _values(of: object, *names: str) -> dict:
+    return {name: getattr(of, name) for name in names}
 
 
 def _stage(stage: Stage, disk: int, seconds: float | None) -> dict:

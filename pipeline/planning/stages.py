@@ -14,6 +14,7 @@ from pipeline.planning.model import Sizes
 from pipeline.planning.variants import stored_bytes
 from pipeline.system.hardware import WEIGHTS_SHARE
 from pipeline.system.libraries import is_installed
+from pipeline.workflow.stages.merge import merge_bases
 
 CARDS = 200_000  # bytes of cards, picture and lineage
 KEPT_CHECKPOINTS = 3  # of training: two, and the one that is being written
@@ -86,16 +87,9 @@ def stages_of(config: Config, sizes: Sizes, machine: Machine, data_bytes: int | 
     return stages
 
 
-def kinds(config: Config) -> tuple[str, ...]:
-    """The bases that are merged into, as `pipeline.workflow.stages.merge` chooses them."""
-    if config.merge.base != "auto":
-        return (config.merge.base,)
-    return ("nf4", "bf16") if config.data and config.train.method == "qlora" else ("bf16",)
-
-
 def _made_by_merge(config: Config) -> bool:
     """Are the variants made in the merge's own pass?"""
-    return config.merges and len(kinds(config)) == 1
+    return config.merges and len(merge_bases(config)) == 1
 
 
 def _with_the_model(stage: Stage, config: Config, sizes: Sizes) -> Stage:
@@ -127,7 +121,7 @@ def _train(config: Config, sizes: Sizes, machine: Machine, data_bytes: int, adap
 
 
 def _merge(config: Config, sizes: Sizes, machine: Machine, variants: Variants, adapter: int) -> Stage:
-    bases, along = kinds(config), len(variants.specs) if _made_by_merge(config) else 0
+    bases, along = merge_bases(config), len(variants.specs) if _made_by_merge(config) else 0
     host, gpu = memory.merging(sizes, config, bases, along, machine.has_gpu)
     made = {"release": sizes.bf16_bytes + sizes.other_bytes, "adapter in the release": 4 * adapter}
     if along:

@@ -10,7 +10,8 @@ from pipeline.config.schema import Config, MeasuredRun, TrainingRun, VariantSpec
 from pipeline.evaluation.texts import FEWEST_TOKENS
 from pipeline.planning.benchmark import Calibration
 from pipeline.planning.model import Sizes
-from pipeline.planning.stages import Stage, kinds
+from pipeline.planning.stages import Stage
+from pipeline.workflow.stages.merge import merge_bases
 
 HELD_OUT_SHARE = 0.5  # of the tokens that are measured on at most, for there is often less held-out text
 PROBED_TOKENS = (4 * 256, 4 * 32)  # that a probe reads, and writes
@@ -56,7 +57,7 @@ def _training(found: Calibration, config: TrainingRun, sizes: Sizes, steps: int)
 
 
 def _merging(found: Calibration, config: Config, sizes: Sizes, stage: Stage) -> float:
-    bases = kinds(config)
+    bases = merge_bases(config)
     time = found.start_seconds + _written(found, stage)
     if "nf4" in bases:
         time += 2 * sizes.linear_parameters / found.nf4_bytes

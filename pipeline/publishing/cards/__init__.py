@@ -118,7 +118,7 @@ def _render(template: str, about: About, models: Models, front: ModelCardData, a
 
 def _data(about: About) -> dict[str, Any]:
     """What is known of the training data, with its names in words."""
-    known = about.results.data or Data()
+    known, columns = about.results.data or Data(), about.config.data.columns if about.config.data else {}
     forms = DATA_FORMS | {"builtin": "conversations made from what Python brings along"}
     templates = {"supplied": "supplied by tunepress, since the base model has none"}
     form, template = known.form, known.template
@@ -127,17 +127,13 @@ def _data(about: About) -> dict[str, Any]:
         "form": Markdown(forms[form]) if form in forms else code(form) if form else None,
         "template": templates.get(template, template),
         "revision": code(known.revision[:12]) if known.revision else None,
-        "columns": listed(Markdown(f"{code(ours)} from {code(theirs)}") for ours, theirs in _columns(about)),
+        "columns": listed(Markdown(f"{code(ours)} from {code(theirs)}") for ours, theirs in columns.items()),
         "unused": listed(code(column) for column in known.unused_columns),
     }
 
 
 def _links(mirrors: Mapping[str, str]) -> dict[str, Markdown]:
     return {variant: names.link(repo) for variant, repo in mirrors.items()}
-
-
-def _columns(about: About) -> list[tuple[str, str]]:
-    return list(about.config.data.columns.items()) if about.config.data else []
 
 
 def _is_requantized(about: About) -> bool:

@@ -73,12 +73,11 @@ def merge(ours: str, theirs: str, newline: str = "\n", written: Mapping[str, str
 def only(metadata: str, keys: Collection[str]) -> str:
     """`metadata` without the keys that are not among `keys`; empty where it cannot be read."""
     try:
-        node, found = _read(metadata)
+        _, found = _read(metadata)
     except UNREADABLE:
         return ""
     wanted = {key: value for key, value in found.items() if key in keys} if isinstance(found, dict) else {}
-    edited = _edited(metadata, node, found, wanted, "\n") if wanted and len(node.value) == len(found) else None
-    return edited if edited is not None and _says(edited, wanted) else _dump(wanted, "\n") if wanted else ""
+    return _dump(wanted, "\n") if wanted else ""
 
 
 def _read(text: str) -> tuple[yaml.Node | None, Any]:

@@ -73,7 +73,7 @@ def escape(text: object) -> Markdown:
 def code(text: object) -> Markdown:
     """`text` as inline code."""
     text = one_line(text)
-    fence = "`" * (_longest_run(text) + 1)
+    fence = fence_marks(text, 1)
     space = " " if text.startswith("`") or text.endswith("`") else ""
     return Markdown(f"{fence}{space}{text}{space}{fence}" if text else "")
 
@@ -87,9 +87,9 @@ def fence(text: object, length: int) -> Markdown:
     return Markdown(f"{marks}text\n{text}\n{marks}")
 
 
-def fence_marks(text: str) -> str:
-    """Return the shortest fence that `text` cannot close."""
-    return "`" * max(3, _longest_run(text) + 1)
+def fence_marks(text: str, least: int = 3) -> str:
+    """Return the shortest fence that `text` cannot close, of `least` marks or more."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
 def python_literal(text: object) -> Markdown:
@@ -224,7 +224,3 @@ def _decimals(value: float, digits: int) -> int:
 def _clean(text: object) -> str:
     text = str(text).encode("utf-8", "replace").decode("utf-8")
     return _UNWANTED.sub("", text).replace("<!--", "<! --")
-
-
-def _longest_run(text: str) -> int:
-    return max(map(len, re.findall("`+", text)), default=0)

@@ -118,16 +118,12 @@ def _with_section(text: str, section: str, newline: str, found: list[tuple[int, 
     if found:
         between = [text[end:begin] for (_, end), (begin, _) in zip(found, [*found[1:], (len(text), 0)], strict=True)]
         return text[: found[0][0]] + section + "".join(between)
-    lines = [_ended(text, newline)]
+    lines = [text if text.endswith(("\r", "\n")) or not text else text + newline]
     if open_fence:
         lines.append(open_fence + newline)
     if text.strip():
         lines.append(newline)
     return "".join([*lines, section, newline])
-
-
-def _ended(text: str, newline: str) -> str:
-    return text if text.endswith(("\r", "\n")) or not text else text + newline
 
 
 def _sections(text: str) -> tuple[list[tuple[int, int]], str]:

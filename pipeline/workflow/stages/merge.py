@@ -55,7 +55,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     quiet_progress_bars()
     base, lora = base_model(config, workspace, events), adapter(config, workspace, events)
     linear, template = linear_weights(base), _supplied_template(base, workspace)
-    folders = {kind: empty_folder(workspace.folder / f"merged-{kind}.partial") for kind in _kinds(config)}
+    folders = {kind: empty_folder(workspace.folder / f"merged-{kind}.partial") for kind in merge_bases(config)}
     # Which of two bases the variants are to be made of is not known before both are compared.
     along = _variants_along(config, workspace, events, base, linear) if len(folders) == 1 else None
     made = {}
@@ -102,8 +102,8 @@ def _merge(merge: Callable, what: str, events: Events, along: Variants | None) -
     return merge(on_progress=lambda d, t: events.progress(d, t, what))
 
 
-def _kinds(config: Config) -> tuple[str, ...]:
-    """The bases to merge into. What an adapter from elsewhere was trained on is not known: bf16, as is usual."""
+def merge_bases(config: Config) -> tuple[str, ...]:
+    """Return the bases to merge into: bf16 for an adapter from elsewhere, whose own base type is unknown."""
     if config.merge.base != "auto":
         return (config.merge.base,)
     return ("nf4", "bf16") if config.data and config.train.method == "qlora" else ("bf16",)
