@@ -71,7 +71,8 @@ OURS = (
     + """
 from pipeline.config.schema import Config
 from pipeline.data.encode import Encoded, EncodedSet
-from pipeline.training.trainers.sft import new_trainer
+from pipeline.training.trainers import Job
+from pipeline.training.trainers.sft import build
 
 set_seed(0)
 config = Config.model_validate({
@@ -81,7 +82,7 @@ config = Config.model_validate({
 })
 encoded = [Encoded(ids, [-100, *ids[1:]]) for ids in sequences]
 parts = {"training": EncodedSet(encoded, 0, 0, 0, 0), "held-out": EncodedSet([], 0, 0, 0, 0)}
-finish(new_trainer(config, folder, AutoTokenizer.from_pretrained(folder), parts, output))
+finish(build(config, folder, AutoTokenizer.from_pretrained(folder), parts, Job(output)))
 """
 )
 PLAIN = (

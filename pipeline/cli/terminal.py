@@ -19,6 +19,7 @@ from pipeline.config.schema import Config
 from pipeline.evaluation.results import BASE, GENERAL, HELD_OUT, MERGED, TEXTS, ModelResult, Quality, Results, Speed
 from pipeline.system.command_names import command
 from pipeline.system.text_format import clock, size
+from pipeline.tracking.trackers import tracker
 from pipeline.workflow.reporter import Reporter
 from pipeline.workflow.workspace import Entry, Workspace
 
@@ -32,11 +33,13 @@ class TerminalReporter(Reporter):
         self.console = console
         self._bar: Progress | None = None
         self._task = TaskID(0)
+        self._tracker = "The tracker"
         self._phase = ""
         self._start = 0.0
         self._last_line = 0.0
 
     def begin(self, config: Config, workspace: Workspace) -> None:
+        self._tracker = tracker(config.track.tracker).LABEL
         added = config.data.source if config.data else config.merge.adapter
         made_of = "  +  ".join(filter(None, (config.model.source, added)))
         self.console.print(f"[bold]{escape(config.name)}[/]  {escape(made_of)}")
@@ -96,7 +99,7 @@ class TerminalReporter(Reporter):
         self._stop_bar()
         if tracker_problem:
             self.console.print(
-                f"[yellow]![/] Trackio has not got everything ({escape(tracker_problem)}); "
+                f"[yellow]![/] {self._tracker} has not got everything ({escape(tracker_problem)}); "
                 f"the rest is kept, and sent with the next run or by: {command('sync', 'RUN')}"
             )
 
@@ -113,8 +116,6 @@ class TerminalReporter(Reporter):
 
 def summary(console: Console, config: Config, workspace: Workspace) -> None:
     """The figures of a finished run, and what to do next."""
-    from pipeline.tracking.trackers.trackio import dashboard_hint
-
     results = Results.read(workspace.results_path)
     there = [v for v in VARIANTS if v in results.variants and (workspace.release / VARIANTS[v].folder).is_dir()]
     shown = [v for v in there if not (results[v].gate and results[v].gate.withheld)]
@@ -134,7 +135,7 @@ def summary(console: Console, config: Config, workspace: Workspace) -> None:
     option = ("--variant", chosen[-1]) if chosen else ()
     run = workspace.release if workspace.release in workspace.folder.parents else workspace.folder
     console.print(f"Talk to it {escape(command('chat', run, *option))}")
-    console.print(f"Dashboard  {escape(dashboard_hint(config))}")
+    console.print(f"Dashboard  {escape(tracker(config.track.tracker).dashboard(config))}")
     if config.publish.repo is None:
         console.print(f"Publish    {escape(command('publish', run, '--repo', 'USER/NAME'))}")
     else:

@@ -6,25 +6,28 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
-from urllib.parse import urlsplit
+from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, ValidatorFunctionWrapHandler, field_validator, model_validator
 
 from pipeline.config.base import Count, Rate, Real, Section, Seed, Whole
 from pipeline.config.catalog import DATA_FORMS, VARIANTS
+from pipeline.config.names import PACKAGE_SOURCE, REPO_ID, RUN_NAME, repository_id, run_name
 from pipeline.config.quantize import Quantize, VariantSpec
+from pipeline.config.track import TRACK_SECTIONS, Track, TrackioSettings
+from pipeline.config.training_catalog import (
+    DEFAULT_TRAINER,
+    METHODS,
+    NF4_BASE,
+    SMALLEST_METHOD,
+    TRAINERS,
+    UNCHANGED_BASE,
+)
 
 __all__ = [
     "Config", "Data", "Evaluate", "Lora", "MeasuredRun", "Merge", "Model", "PACKAGE_SOURCE", "Publish", "Quantize",
     "REPO_ID", "RUN_NAME", "Track", "Train", "TrainingRun", "VariantSpec", "repository_id", "run_name",
 ]  # fmt: skip
-
-# The Hub's own rules: no "--" and "..", no ".git" at the end, and no name that begins or ends in a mark.
-_REPO_PART = r"[A-Za-z0-9]([\w.-]{0,94}\w)?"
-REPO_ID = re.compile(rf"(?!.*(--|\.\.|\.git\Z)){_REPO_PART}/{_REPO_PART}\Z", re.ASCII)
-RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}\Z")
-PACKAGE_SOURCE = re.compile(r"package:([A-Za-z_]\w*)/([\w.-]+\.gguf)\Z", re.ASCII)
 
 
 class Model(Section):
@@ -93,11 +96,21 @@ class Lora(Section):
         return value
 
 
+def _is_default_trainer(name: object) -> bool:
+    """Return True for the trainer that configurations without `train.trainer` mean; it is left out of files."""
+    return name == DEFAULT_TRAINER
+
+
 class Train(Section):
     """Fine-tuning."""
 
-    method: Literal["qlora", "lora"] = Field(
-        default="qlora", description="train on a base in 4 bits (NF4), or on the base in bf16"
+    trainer: str = Field(
+        default=DEFAULT_TRAINER,
+        exclude_if=_is_default_trainer,
+        description="kind of fine-tuning; `sft` learns the answers",
+    )
+    method: Literal[*METHODS] = Field(  # type: ignore[valid-type]
+        default=SMALLEST_METHOD.name, description="train on a base in 4 bits (NF4), or on the base in bf16"
     )
     lora: Lora = Field(default=Lora(), description="the adapter")
     epochs: Real = Field(default=1, gt=0, le=1000, description="passes over the training examples")
@@ -124,11 +137,18 @@ class Train(Section):
     evaluate_every: Count = Field(default=100, description="steps between two measurements of the held-out loss")
     seed: Seed = Field(default=0, description="seed of the adapter's first weights and of the order of examples")
 
+    @field_validator("trainer")
+    @classmethod
+    def _trainer(cls, value: str) -> str:
+        if value not in TRAINERS:
+            raise ValueError(f"{value!r} is no trainer; allowed are {', '.join(TRAINERS)}")
+        return value
+
 
 class Merge(Section):
     """The merge of the adapter into the base model."""
 
-    base: Literal["auto", "nf4", "bf16"] = Field(
+    base: Literal["auto", NF4_BASE, UNCHANGED_BASE] = Field(  # type: ignore[valid-type]
         default="auto", description="base to merge into; `auto` tries both after QLoRA and keeps the better one"
     )
     adapter: str | None = Field(
@@ -194,65 +214,6 @@ class Publish(Section):
         return self
 
 
-def repository_id(value: str | None) -> str | None:
-    """`value`, if it is one that the Hub takes.
-
-    Raises:
-        ValueError: saying how it is written.
-    """
-    if value is not None and not REPO_ID.match(value):
-        raise ValueError("a repository is written USER/NAME, with letters, digits, '-', '_' and '.'")
-    return value
-
-
-def run_name(value: str) -> str:
-    """`value`, if a run can be called that.
-
-    Raises:
-        ValueError: saying how it is written.
-    """
-    if not RUN_NAME.match(value):
-        raise ValueError("a run's name has letters, digits, '.', '_' and '-', and no spaces")
-    return value
-
-
-def _has_host(address: str) -> bool:
-    """Can an address be taken apart into a host and, where it has one, a port?"""
-    try:
-        parts = urlsplit(address)
-        return bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        return False
-
-
-class Track(Section):
-    """The experiment tracker, Trackio."""
-
-    project: str = Field(
-        default="tunepress", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Trackio project of the run"
-    )
-    space: str | None = Field(default=None, description="USER/NAME of a Space that shows the dashboard")
-    server: str | None = Field(default=None, description="address of your own Trackio server")
-
-    @field_validator("space")
-    @classmethod
-    def _space(cls, value: str | None) -> str | None:
-        return repository_id(value)
-
-    @field_validator("server")
-    @classmethod
-    def _server(cls, value: str | None) -> str | None:
-        if value is not None and not (re.match(r"https?://[^\s@?#]+\Z", value) and _has_host(value)):
-            raise ValueError("an address such as https://trackio.example.org; its token goes in TRACKIO_WRITE_TOKEN")
-        return value
-
-    @model_validator(mode="after")
-    def _one_place(self) -> Track:
-        if self.space and self.server:
-            raise ValueError("a Space or a server, not both")
-        return self
-
-
 class Config(Section):
     """The configuration of a run. The same content gives the same run.
 
@@ -267,7 +228,17 @@ class Config(Section):
     evaluate: Evaluate | None = Field(default=Evaluate(), description="measuring")
     quantize: Quantize = Field(default=Quantize(), description="the variants")
     publish: Publish = Field(default=Publish(), description="the repository on the Hub")
-    track: Track = Field(default=Track(), description="the experiment tracker")
+    track: SerializeAsAny[TrackioSettings] = Field(default=TrackioSettings(), description="the experiment tracker")
+
+    @field_validator("track", mode="wrap")
+    @classmethod
+    def _section_of_its_tracker(cls, value: Any, read: ValidatorFunctionWrapHandler) -> Track:
+        """Return the section of the tracker that is named; Trackio's own refuses names that are not known."""
+        if isinstance(value, Track):
+            return value
+        named = value.get("tracker") if isinstance(value, dict) else None
+        section = TRACK_SECTIONS.get(named) if isinstance(named, str) else None
+        return section.model_validate(value) if section else read(value)
 
     @field_validator("name")
     @classmethod

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from pipeline.config.loader import parse_config
 from pipeline.config.schema import PACKAGE_SOURCE, Config, Train
+from pipeline.config.training_catalog import METHODS, SMALLEST_METHOD, UNCHANGED_BASE
 
 SHORTEST = 128  # tokens of a training sequence; below, most examples would be cut
 SMALLEST_RANK = 4
@@ -52,10 +53,11 @@ def _ladder(config: Config) -> Iterator[list[Change]]:
     if config.evaluate and config.evaluate.device == "cuda":
         yield [Change("evaluate.device", "auto", "models are measured on the GPU where there is one, else on the CPU")]
     if config.data:
-        if train.method == "lora":
-            yield [Change("train.method", "qlora", "the base in NF4, a quarter of bf16")]
+        if METHODS[train.method].bits > SMALLEST_METHOD.bits:
+            yield [Change("train.method", SMALLEST_METHOD.name, SMALLEST_METHOD.said)]
         if config.merge.base == "auto":
-            yield [Change("merge.base", "bf16", "one merged model on the disk at a time, and none compared in memory")]
+            why = "one merged model on the disk at a time, and none compared in memory"
+            yield [Change("merge.base", UNCHANGED_BASE, why)]
         for size, accumulate in smaller_batches(train):
             yield [
                 Change("train.batch_size", size, "fewer sequences at a time"),

@@ -19,6 +19,7 @@ from pipeline.planning.devices import existing, hub_cache, this_machine
 from pipeline.system import command_names, hardware
 from pipeline.system.libraries import EXTRAS, OURS, is_installed, quiet, versions
 from pipeline.system.text_format import size
+from pipeline.tracking.trackers import TRACKERS, tracker
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,7 +53,7 @@ def examine(runs: Path, calibrate: bool | None = None, tell: Callable[[str], Non
         "extras": {name: all(map(is_installed, needs)) for name, needs in EXTRAS.items()},
         "disk": _disk(runs),
         "hub": login(),
-        "trackio": {"folder": _trackio_folder(), "write_token_set": bool(os.environ.get("TRACKIO_WRITE_TOKEN"))},
+        **{name: tracker(name).state() for name in TRACKERS},
         "calibration": {
             "file": str(path()),
             "figures": known and asdict(known),
@@ -170,12 +171,6 @@ def _disk(runs: Path) -> dict[str, dict]:
     return {name: {"folder": str(p), "free_bytes": shutil.disk_usage(existing(p)).free} for name, p in places.items()}
 
 
-def _trackio_folder() -> str:
-    from huggingface_hub import constants
-
-    return os.environ.get("TRACKIO_DIR") or str(Path(constants.HF_HOME) / "trackio")
-
-
 def show(console: Console, found: dict) -> None:
     """The same as a page of text."""
     from rich.markup import escape
@@ -203,7 +198,8 @@ def _lines(found: dict) -> Iterator[tuple[str, str]]:
     granted = " to what it is granted" if hub.get("role") == "fineGrained" else ""
     writes = f"may write{granted}" if hub.get("may_write") else "may only read"
     yield "Hub", hub["problem"] or f"{hub['name']}; the token {writes}"
-    yield "Trackio", found["trackio"]["folder"]
+    for name in TRACKERS:
+        yield tracker(name).LABEL, found[name]["folder"]
     yield "Speed", _speed(kept)
 
 

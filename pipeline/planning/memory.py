@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline.config.schema import Config, Lora, MeasuredRun, Train, VariantSpec
+from pipeline.config.training_catalog import METHODS, NF4_BASE
 from pipeline.models.layer_layouts import layout
 from pipeline.planning.model import Sizes
 from pipeline.system.hardware import compute_bytes_here, cores
@@ -69,7 +70,7 @@ def held_weights(sizes: Sizes, in_nf4: bool, other_bytes: int = 2) -> int:
 
 def training(sizes: Sizes, train: Train, on_gpu: bool) -> tuple[Need, Need]:
     """Main memory and GPU memory of the training stage. On a GPU gradients are checkpointed, on a CPU not."""
-    in_nf4 = train.method == "qlora"
+    in_nf4 = METHODS[train.method].in_nf4
     tokens, adapter = train.batch_size * train.max_length, adapter_parameters(sizes, train.lora)
     small_states = on_gpu and train.optimizer != "adamw" or train.optimizer == "paged_adamw_8bit"
     held = {
@@ -119,14 +120,14 @@ def _kept_on_gpu(sizes: Sizes, train: Train) -> int:
     """
     plain = 8 * sizes.hidden + 8 * sizes.attention + 6 * sizes.intermediate
     inputs = sum(width for _, width in sizes.trained(train.lora).values()) // sizes.layers
-    dropped = 0 if train.lora.dropout == 0 else 2 if train.method == "qlora" else 4
+    dropped = METHODS[train.method].dropout_bytes if train.lora.dropout else 0
     return plain + inputs * (2 + dropped)
 
 
 def merging(sizes: Sizes, config: Config, kinds: tuple[str, ...], variants: int, on_gpu: bool) -> tuple[Need, Need]:
     """The pass over the files, and the comparison of two bases where there is one."""
     need = passing(sizes, LIBRARIES["merge"], variants)
-    if "nf4" in kinds:
+    if NF4_BASE in kinds:
         need["weights in NF4"] = int(cores() * sizes.widest * 0.7)
     if len(kinds) == 1 or not isinstance(config, MeasuredRun):
         return need, {}

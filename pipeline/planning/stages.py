@@ -14,7 +14,7 @@ from pipeline.planning.model import Sizes
 from pipeline.planning.variants import stored_bytes
 from pipeline.system.hardware import WEIGHTS_SHARE
 from pipeline.system.libraries import is_installed
-from pipeline.workflow.stages.merge import merge_bases
+from pipeline.training.trainers import merge_bases
 
 CARDS = 200_000  # bytes of cards, picture and lineage
 KEPT_CHECKPOINTS = 3  # of training: two, and the one that is being written

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Sequence
 
 from pipeline.config.catalog import DEFAULT_VARIANTS, NEAREST, VARIANTS
 from pipeline.config.schema import Config, MeasuredRun, TrainingRun, VariantSpec
+from pipeline.config.training_catalog import METHODS, NF4_BASE
 from pipeline.evaluation.texts import FEWEST_TOKENS
 from pipeline.planning.benchmark import Calibration
 from pipeline.planning.model import Sizes
 from pipeline.planning.stages import Stage
-from pipeline.workflow.stages.merge import merge_bases
+from pipeline.training.trainers import merge_bases
 
 HELD_OUT_SHARE = 0.5  # of the tokens that are measured on at most, for there is often less held-out text
 PROBED_TOKENS = (4 * 256, 4 * 32)  # that a probe reads, and writes
@@ -48,7 +49,7 @@ def _training(found: Calibration, config: TrainingRun, sizes: Sizes, steps: int)
     tokens = train.batch_size * train.max_length
     weights = sizes.linear_parameters + sizes.vocabulary * sizes.hidden
     step = tokens * weights / found.train
-    if train.method == "qlora":
+    if METHODS[train.method].in_nf4:
         step += 2 * sizes.linear_parameters / found.nf4_weights
     measured = 1 + steps // train.evaluate_every
     held_out = HELD_OUT_SHARE * config.evaluate.max_tokens * weights / found.forward
@@ -59,7 +60,7 @@ def _training(found: Calibration, config: TrainingRun, sizes: Sizes, steps: int)
 def _merging(found: Calibration, config: Config, sizes: Sizes, stage: Stage) -> float:
     bases = merge_bases(config)
     time = found.start_seconds + _written(found, stage)
-    if "nf4" in bases:
+    if NF4_BASE in bases:
         time += 2 * sizes.linear_parameters / found.nf4_bytes
     if len(bases) == 1 or not isinstance(config, MeasuredRun):
         return time + _rounding(found, sizes, config.quantize.variants)

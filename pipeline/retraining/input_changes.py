@@ -90,7 +90,8 @@ def changes(live: Live, inputs: Inputs) -> tuple[str, ...]:
     except (ValidationError, KeyError, AttributeError):
         return (*found, "configuration: the live model's is of another version of tunepress")
     now = settings(inputs.config)
-    found += [f"{k}: {then.get(k)} -> {v}" for k, v in now.items() if then.get(k) != v]
+    keys = [key for key in {**now, **then} if then.get(key) != now.get(key)]
+    found += [f"{key}: {then.get(key, 'default')} -> {now.get(key, 'default')}" for key in keys]
     return tuple(found)
 
 

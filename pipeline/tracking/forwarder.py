@@ -41,8 +41,8 @@ class Item:
         return "event" in self.record
 
 
-class Tracker(Protocol):
-    """Where events are shown. Any exception means: not now, try again later."""
+class Connection(Protocol):
+    """An open tracker of one run. Any exception means: not now, try again later."""
 
     def send(self, items: list[Item]) -> None:
         """Store these, once each, however often they are sent; they are stored when it returns."""
@@ -52,7 +52,7 @@ class Tracker(Protocol):
 
 
 # The spool's identity, and the time of its first record in seconds since the epoch -> the tracker
-Opener = Callable[[str, float], Tracker]
+Opener = Callable[[str, float], Connection]
 
 
 class Spool:

@@ -7,8 +7,13 @@ import datetime
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
 
 # A download takes as long as it takes; whoever dies meanwhile ends the wait by that.
 PATIENCE = datetime.timedelta(days=7)
@@ -100,3 +105,27 @@ def is_echo(error: BaseException) -> bool:
     return type(error).__name__ in _ECHOES or (
         isinstance(error, RuntimeError) and any(word in text for word in _ECHOED) and "out of memory" not in text
     )
+
+
+def divided() -> str | None:
+    """Return what divides the model among the processes, `fsdp` or `deepspeed`; None if nothing does."""
+    from accelerate.utils import parse_flag_from_env
+
+    kinds = {"fsdp": "ACCELERATE_USE_FSDP", "deepspeed": "ACCELERATE_USE_DEEPSPEED"}
+    return next((kind for kind, variable in kinds.items() if parse_flag_from_env(variable)), None)
+
+
+def whole_adapter(model: PeftModel) -> dict[str, torch.Tensor] | None:
+    """Return the trained weights by name, put together from the parts in all processes.
+
+    Every process must call it. The result is None if the model holds its weights whole.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if divided() == "fsdp":
+        return {name: p.full_tensor().detach().cpu() for name, p in trained.items()}
+    if divided() == "deepspeed":
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters(list(trained.values())):
+            return {name: p.detach().cpu().clone() for name, p in trained.items()}
+    return None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pipeline import data
 from pipeline.config.schema import Config
+from pipeline.config.training_catalog import METHODS
 from pipeline.errors import ConfigError
 from pipeline.models import sources
 from pipeline.system import hardware
+from pipeline.tracking.trackers import tracker
 from pipeline.training.accelerate_launch import Launch, share
 from pipeline.workflow.stages import quantize
 
@@ -23,8 +25,6 @@ def preflight(
     Raises:
         UserError: naming it.
     """
-    from pipeline.tracking.trackers.trackio import check as check_tracking
-
     hardware.check_compute_dtype()
     check_shared(config, launch)
     check_inputs(config, need_inputs, need_data)
@@ -32,7 +32,7 @@ def preflight(
         quantize.check_extras(config)
         if config.evaluate:
             _check_device(config.evaluate.device)
-    check_tracking(config.track)
+    tracker(config.track.tracker).check(config.track)
     if need_hub and config.publish.repo:
         from pipeline.hub.auth import check_access
         from pipeline.publishing.commit import check_destination
@@ -56,8 +56,12 @@ def check_inputs(config: Config, need_model: bool = True, need_data: bool = True
             data.general_text(config.evaluate.general)
     if config.data and need_data:
         data.check_source(config.data)
-    if config.data and config.train.method == "lora" and config.merge.base == "nf4":
-        raise ConfigError("merge.base nf4: train.method lora never saw NF4 weights; use auto or bf16")
+    bases = METHODS[config.train.method].merge_bases
+    if config.data and config.merge.base not in ("auto", *bases):
+        raise ConfigError(
+            f"merge.base {config.merge.base}: train.method {config.train.method} never saw such weights; "
+            f"use auto or {' or '.join(bases)}"
+        )
 
 
 def check_shared(config: Config, launch: Launch | None) -> None:

@@ -193,7 +193,6 @@ def test_a_4_bit_model_divided_by_fsdp_gives_its_adapter_back_whole(tmp_path, ti
 
 DIVIDED = """
 import sys
-import types
 from pathlib import Path
 
 import torch
@@ -202,7 +201,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from pipeline.training.nf4_base import load_base
-from pipeline.training.trainers.sft import whole_adapter
+from pipeline.training.distributed import whole_adapter
 
 def make(divided):
     torch.manual_seed(0)
@@ -223,7 +222,7 @@ fully_shard(divided, mesh=mesh)
 loss = divided(input_ids=ids, labels=ids).loss
 loss.backward()
 assert abs(loss - expected) < 1e-3, (loss, expected)
-weights = whole_adapter(types.SimpleNamespace(model=divided))
+weights = whole_adapter(divided)
 trained = {name: p for name, p in plain.named_parameters() if p.requires_grad}
 assert weights.keys() == trained.keys() and all(torch.equal(weights[name], p) for name, p in trained.items())
 held = [p.to_local().numel() / p.numel() for p in divided.parameters() if p.numel() > 1000]

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 import pytest
 
 from pipeline.tracking.trackers import sync
-from pipeline.tracking.trackers.trackio import dashboard_hint
+from pipeline.tracking.trackers.trackio import dashboard
 from tests.support import REPOSITORY
 from tests.support.trackio_server import Run, assert_once_each, configuration, stored_rows
 
@@ -117,5 +117,5 @@ def test_a_line_that_a_power_cut_tore_is_left_out_and_the_rest_arrives(local):
 
 def test_the_dashboard_is_opened_by_a_command_with_the_folder_of_this_environment(monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", "/somewhere")
-    hint = dashboard_hint(configuration())
+    hint = dashboard(configuration())
     assert hint.startswith("TRACKIO_DIR=/somewhere ") and hint.endswith("trackio show --project tests")

@@ -11,7 +11,7 @@ from pipeline.errors import TrackError
 from pipeline.tracking.forwarder import Spool
 from pipeline.tracking.trackers import sync
 from pipeline.tracking.trackers.places import Server
-from pipeline.tracking.trackers.trackio import TrackioTracker, dashboard_hint
+from pipeline.tracking.trackers.trackio import TrackioTracker, dashboard
 from pipeline.workflow.workspace import Workspace
 from tests.support.trackio_server import TOKEN, Run, assert_once_each, configuration, eventually
 
@@ -174,7 +174,7 @@ def test_a_wrong_token_is_refused_in_one_line_and_shown_nowhere(run, server, mon
 
 def test_the_dashboard_is_at_the_servers_address():
     config = configuration(server="https://trackio.example.org/")
-    assert dashboard_hint(config) == "https://trackio.example.org/?project=tests"
+    assert dashboard(config) == "https://trackio.example.org/?project=tests"
 
 
 def _ids(rows: list[dict]) -> list[str]:

@@ -7,7 +7,7 @@ import pytest
 from pipeline.errors import TrackError
 from pipeline.tracking.forwarder import Forwarder
 from pipeline.tracking.trackers import sync
-from pipeline.tracking.trackers.trackio import check, dashboard_hint
+from pipeline.tracking.trackers.trackio import check, dashboard
 from tests.support.hub import LoopbackHub
 from tests.support.hub.server import User
 from tests.support.trackio_server import Run, TrackioServer, assert_once_each, configuration
@@ -131,7 +131,7 @@ def test_a_space_is_reached_where_the_hub_says_and_shown_on_its_page(run, hub, s
     hub.store.create("space", BOARD).host = stranger.url
     forwarded(run)
     assert [r.path for r in stranger.requests] == ["/version"]
-    assert dashboard_hint(run.config) == f"https://huggingface.co/spaces/{BOARD}"
+    assert dashboard(run.config) == f"https://huggingface.co/spaces/{BOARD}"
 
 
 def test_write_access_passes_the_check(hub):

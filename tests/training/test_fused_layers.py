@@ -17,7 +17,8 @@ from pipeline.inference.kernels.attention import MODELS
 from pipeline.system import hardware
 from pipeline.training import fused_layers
 from pipeline.training.fused_layers import quicken_layers, quicken_training
-from pipeline.training.trainers.sft import new_trainer
+from pipeline.training.trainers import Job
+from pipeline.training.trainers.sft import build
 from pipeline.workflow.stages.merge import live_model
 from tests.support.compute_watch import BF16Products
 
@@ -218,7 +219,7 @@ def test_training_multiplies_many_rows_in_the_compute_type_alone(any_model, tmp_
     torch.manual_seed(0)
     examples = [Encoded(ids, [NO_LOSS, *ids[1:]]) for ids in torch.randint(0, 250, (8, 30)).tolist()]
     parts = {name: EncodedSet(examples, 0, 0, 0, 0) for name in ("training", "held-out")}
-    trainer = new_trainer(config, any_model, AutoTokenizer.from_pretrained(any_model), parts, tmp_path)
+    trainer = build(config, any_model, AutoTokenizer.from_pretrained(any_model), parts, Job(tmp_path))
     with BF16Products() as seen:
         trainer.train()
         trainer.evaluate()

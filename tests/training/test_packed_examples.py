@@ -9,7 +9,8 @@ import torch
 
 from pipeline.config.schema import Config
 from pipeline.data.encode import NO_LOSS, Encoded, EncodedSet
-from pipeline.training.trainers.sft import new_trainer
+from pipeline.training.trainers import Job
+from pipeline.training.trainers.sft import build
 from tests.support.models import ARCHITECTURES, relative_error
 from tests.support.recipes import RECIPES
 
@@ -39,7 +40,7 @@ def test_packed_examples_do_not_see_each_other(tiny_model, tmp_path, examples, a
     )  # fmt: skip
     encoded = {"training": examples, "held-out": examples}
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    trainer = new_trainer(config, folder, tokenizer, encoded, tmp_path)
+    trainer = build(config, folder, tokenizer, encoded, Job(tmp_path))
     backbone, seen = trainer.model.get_base_model().base_model, []
     hook = backbone.register_forward_hook(lambda module, arguments, output: seen.append(output[0]))
     with torch.no_grad():

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, TrainerControl, TrainerState, TrainingAr
 from pipeline.config.schema import Config
 from pipeline.data.encode import Encoded, EncodedSet
 from pipeline.training.time_limit import PLAN, TimeLimit
-from pipeline.training.trainers.sft import new_trainer
+from pipeline.training.trainers import Job
+from pipeline.training.trainers.sft import build
 
 
 class Clock:
@@ -135,8 +136,8 @@ def test_real_training_stops_in_time_and_reaches_the_end_of_its_schedule(tiny_mo
                       "max_steps": 100_000, "max_minutes": 0.05},
         }
     )  # fmt: skip
-    trainer = new_trainer(config, folder, AutoTokenizer.from_pretrained(folder), {"training": part, "held-out": part},
-                          tmp_path)  # fmt: skip
+    trainer = build(config, folder, AutoTokenizer.from_pretrained(folder), {"training": part, "held-out": part},
+                    Job(tmp_path))  # fmt: skip
     trainer.train()
     plan = json.loads((tmp_path / PLAN).read_text())
     assert 3 <= trainer.state.global_step <= plan["steps"] < 100_000

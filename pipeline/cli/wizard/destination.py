@@ -11,6 +11,7 @@ from pipeline.cli.wizard.prompts import Question, yes_or_no
 from pipeline.errors import HubError, TrackError
 from pipeline.hub.auth import check_access, check_token
 from pipeline.hub.retry import HubAway
+from pipeline.tracking.trackers import tracker
 from pipeline.tracking.trackers.places import TOKEN_VARIABLE
 
 NOWHERE, HERE = "none", "local"
@@ -28,8 +29,6 @@ def _take_repo(draft: Draft, answer: str) -> None:
 
 
 def _take_track(draft: Draft, answer: str) -> None:
-    from pipeline.tracking.trackers.trackio import check
-
     if answer.lower() == HERE:
         return draft.set({"track.space": None, "track.server": None})
     is_server = "://" in answer
@@ -42,10 +41,10 @@ def _take_track(draft: Draft, answer: str) -> None:
             check_token(f"track.space {answer}", answer.split("/")[0], attempts=1)
             if config.publish.repo:
                 check_access(config.publish.repo)
-        check(config.track)
+        tracker(config.track.tracker).check(config.track)
 
     if is_server:
-        _with_token(draft, SERVER, HERE, lambda: check(config.track))
+        _with_token(draft, SERVER, HERE, lambda: tracker(config.track.tracker).check(config.track))
     else:
         _with_token(draft, HUB, HERE, check_space)
     draft.set(settings)

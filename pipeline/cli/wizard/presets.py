@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pipeline.config.catalog import DEFAULT_VARIANTS
+from pipeline.config.training_catalog import SMALLEST_METHOD, UNCHANGED_BASE
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,13 @@ PROFILES = {
         "4 bits, for 32 GB of memory and no large GPU: 1 sequence of 256 tokens, a small adapter, one merged model "
         "at a time, and weights that are read from the disk where memory is short",
         {
-            "train.method": "qlora",
+            "train.method": SMALLEST_METHOD.name,
             "train.max_length": 256,
             "train.batch_size": 1,
             "train.accumulate": 16,
             "train.lora.rank": 8,
             "train.lora.alpha": 16,
-            "merge.base": "bf16",
+            "merge.base": UNCHANGED_BASE,
         },
         "edge",
     ),

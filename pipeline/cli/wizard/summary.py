@@ -10,6 +10,7 @@ from pipeline.planning import Plan, make_plan
 from pipeline.planning.memory import wanted
 from pipeline.planning.report import tell_shortage, tell_time
 from pipeline.system.text_format import size
+from pipeline.tracking.trackers import tracker
 
 
 def show_summary(draft: Draft) -> Plan:
@@ -32,7 +33,8 @@ def _lines(config: TrainingRun, plan: Plan) -> Iterator[tuple[str, str]]:
     yield "Training", f"{train.method}, {steps} of {sequences}"
     yield "Quantized", _variants(config)
     yield "Published", _published(plan)
-    yield "Trackio", config.track.space or config.track.server or "on this machine"
+    shown_by = tracker(config.track.tracker)
+    yield shown_by.LABEL, shown_by.place(config.track)
     fetched = f", {size(plan.fetched_bytes)} to fetch" if plan.fetched_bytes else ""
     yield "Needs", f"{_memory(plan)}, {size(plan.disk_bytes)} of disk{fetched}"
     yield "Takes", tell_time(plan)

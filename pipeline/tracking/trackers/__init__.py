@@ -1,31 +1,69 @@
-"""Places where events are shown."""
+"""Experiment trackers. A tracker is one module here, and one section in `pipeline.config.track`."""
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
+from typing import Protocol, cast
 
 from pipeline.config.schema import Config
-from pipeline.tracking.forwarder import Forwarder, Opener, Tracker
+from pipeline.config.track import Track
+from pipeline.tracking.forwarder import Connection, Forwarder, Opener
+
+# The module of each tracker by the name that `track.tracker` has.
+TRACKERS = {"trackio": "pipeline.tracking.trackers.trackio"}
+
+
+class Tracker(Protocol):
+    """The module of a tracker."""
+
+    LABEL: str  # its name for people
+
+    def check(self, track: Track) -> None:
+        """Refuse settings that cannot work. A server that does not answer now is no reason to refuse.
+
+        Raises:
+            TrackError: if a token is missing or may not write.
+        """
+
+    def connect(self, config: Config, run_id: str, began: float) -> Connection:
+        """Connect to the tracker for one run.
+
+        Args:
+            run_id: identity of the run, 32 hex digits.
+            began: seconds since the epoch.
+
+        Raises:
+            TrackError: if it does not answer.
+        """
+
+    def dashboard(self, config: Config) -> str:
+        """Return the address of the dashboard, or the command that opens it."""
+
+    def place(self, track: Track) -> str:
+        """Return in a few words where the tracker shows a run."""
+
+    def state(self) -> dict:
+        """Return what the tracker finds on this machine, as plain data with a `folder`."""
+
+
+def tracker(name: str) -> Tracker:
+    """Import and return the module of a tracker."""
+    return cast(Tracker, importlib.import_module(TRACKERS[name]))
 
 
 def opener(config: Config) -> Opener:
-    """What a `Forwarder` opens the run's tracker with. Trackio is imported only then."""
-
-    def open_tracker(run_id: str, began: float) -> Tracker:
-        from pipeline.tracking.trackers.trackio import TrackioTracker, place_of
-
-        return TrackioTracker(config, place_of(config.track), run_id, began)
-
-    return open_tracker
+    """Return the function by which a `Forwarder` connects to the tracker of a run, imported only then."""
+    return lambda run_id, began: tracker(config.track.tracker).connect(config, run_id, began)
 
 
 def sync(spool: Path, config: Config) -> int:
     """Send the records of a run's `events.jsonl` that the tracker does not have yet.
 
     Returns:
-        How many records were sent; 0 where the tracker has them all.
+        The number of records that were sent.
 
     Raises:
-        TrackError: where it cannot be reached, or refuses.
+        TrackError: if the tracker cannot be reached, or refuses.
     """
     return Forwarder(spool, opener(config)).send_all()

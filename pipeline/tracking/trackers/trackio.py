@@ -26,14 +26,17 @@ import shutil
 import sys
 from datetime import UTC, datetime
 
-from pipeline.config.schema import Config, Track
+from pipeline.config.schema import Config
+from pipeline.config.track import TrackioSettings
 from pipeline.hub.retry import HubAway
 from pipeline.tracking.forwarder import Item
-from pipeline.tracking.trackers.places import Local, Place, Server, check_write_token
+from pipeline.tracking.trackers.places import TOKEN_VARIABLE, Local, Place, Server, check_write_token
 from pipeline.tracking.trackers.spaces import Space, find
 
+LABEL = "Trackio"
 
-def check(track: Track) -> None:
+
+def check(track: TrackioSettings) -> None:
     """Refuse what surely cannot work. A place that does not answer now is no reason: it gets the events later.
 
     Raises:
@@ -46,7 +49,25 @@ def check(track: Track) -> None:
             find(track.space)
 
 
-def place_of(track: Track) -> Place:
+def connect(config: Config, run_id: str, began: float) -> TrackioTracker:
+    """Return an open tracker of one run."""
+    return TrackioTracker(config, place_of(config.track), run_id, began)
+
+
+def place(track: TrackioSettings) -> str:
+    """Return in a few words where a run is shown."""
+    return track.space or track.server or "on this machine"
+
+
+def state() -> dict:
+    """Return the folder of Trackio's data on this machine, and whether a write token is set."""
+    from huggingface_hub import constants
+
+    folder = os.environ.get("TRACKIO_DIR") or os.path.join(constants.HF_HOME, "trackio")
+    return {"folder": folder, "write_token_set": bool(os.environ.get(TOKEN_VARIABLE))}
+
+
+def place_of(track: TrackioSettings) -> Place:
     """Where the configuration wants a run to be shown."""
     if track.server:
         return Server(track.server)
@@ -111,7 +132,7 @@ def as_metrics(record: dict) -> dict[str, float | str]:
     return metrics
 
 
-def dashboard_hint(config: Config) -> str:
+def dashboard(config: Config) -> str:
     """The dashboard's address, or the command that opens it from here and with this environment."""
     track = config.track
     if track.server:

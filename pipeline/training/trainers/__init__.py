@@ -1,1 +1,75 @@
-"""Training methods, one module each."""
+"""Trainers: kinds of fine-tuning. A trainer is one module, and one row in `training_catalog.TRAINERS`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
+
+from pipeline.config.schema import Config, TrainingRun
+from pipeline.config.training_catalog import METHODS, TRAINERS, UNCHANGED_BASE
+
+if TYPE_CHECKING:
+    import transformers
+    from transformers import PreTrainedTokenizerBase
+
+    from pipeline.data.encode import EncodedSet
+
+
+@dataclass(frozen=True)
+class Job:
+    """The work of one process of a training.
+
+    Attributes:
+        output: folder of the checkpoints.
+        processes: the number of processes that train together.
+        progress: called with how much is done, of how much, and what.
+        metrics: called with figures to plot and their step.
+    """
+
+    output: Path
+    processes: int = 1
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None
+    metrics: Callable[[dict[str, float], int], None] = lambda values, step: None
+
+
+class Trainer(Protocol):
+    """The module of a trainer."""
+
+    def build(
+        self,
+        config: TrainingRun,
+        model: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        data: dict[str, EncodedSet],
+        job: Job,
+    ) -> transformers.Trainer:
+        """Return the training loop for the base model in folder `model`, with a peft adapter on it.
+
+        Args:
+            data: the tokens of the `training` and the `held-out` examples.
+
+        Raises:
+            UserError: if this model cannot be trained with these settings.
+        """
+
+
+def trainer_module(config: TrainingRun) -> Trainer:
+    """Import and return the module of the trainer that a configuration names."""
+    return cast(Trainer, importlib.import_module(TRAINERS[config.train.trainer].module))
+
+
+def merge_bases(config: Config) -> tuple[str, ...]:
+    """Return the bases that the adapter is merged into; if there are several, they are compared.
+
+    It is not known on which base an adapter from elsewhere was trained. Such an adapter is merged into the unchanged
+    base, as is usual.
+    """
+    if config.merge.base != "auto":
+        return (config.merge.base,)
+    if not isinstance(config, TrainingRun):
+        return (UNCHANGED_BASE,)
+    possible = METHODS[config.train.method].merge_bases
+    return tuple(base for base in possible if base in TRAINERS[config.train.trainer].merge_bases)

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.schema import Config, TrainingRun
+from pipeline.config.training_catalog import METHODS
 from pipeline.errors import CheckpointError, ModelError, QuantizationError
 from pipeline.evaluation.results import Merge, MergeComparison, MergeLoss
 from pipeline.models.safe_loading import open_tokenizer
 from pipeline.system.files import empty_folder
 from pipeline.system.libraries import versions
 from pipeline.tracking.events import Events
+from pipeline.training.trainers import merge_bases
 from pipeline.workflow.stages import Outcome
 from pipeline.workflow.stages.inputs import adapter, adapter_depends, base_model, model_depends, run_texts
 from pipeline.workflow.stages.quantize import keep_written, to_write
@@ -102,13 +104,6 @@ def _merge(merge: Callable, what: str, events: Events, along: Variants | None) -
     return merge(on_progress=lambda d, t: events.progress(d, t, what))
 
 
-def merge_bases(config: Config) -> tuple[str, ...]:
-    """Return the bases to merge into: bf16 for an adapter from elsewhere, whose own base type is unknown."""
-    if config.merge.base != "auto":
-        return (config.merge.base,)
-    return ("nf4", "bf16") if config.data and config.train.method == "qlora" else ("bf16",)
-
-
 def _supplied_template(base: Path, workspace: Workspace) -> str | None:
     """The chat template that training supplied, which belongs to the model from now on."""
     from pipeline.evaluation.texts import with_template
@@ -167,7 +162,7 @@ def live_model(config: Config, base: Path, adapter: Path):
     from pipeline.training.fused_layers import quicken_layers
     from pipeline.training.nf4_base import load_base
 
-    model = PeftModel.from_pretrained(load_base(base, config.train.method == "qlora"), adapter).eval()
+    model = PeftModel.from_pretrained(load_base(base, METHODS[config.train.method].in_nf4), adapter).eval()
     if model.device.type == "cpu":
         quicken_layers(model, hardware.compute_dtype("cpu"))
     return model

@@ -6,25 +6,25 @@ quantization (QLoRA, Dettmers et al., 2023); computes in what this machine is fa
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
 import shutil
 import time
-import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 
+from pipeline.config.catalog import DATA_FORMS
 from pipeline.config.schema import Config, TrainingRun
-from pipeline.errors import UserError
+from pipeline.config.training_catalog import TRAINERS
+from pipeline.errors import DataError, UserError
 from pipeline.models.safe_loading import open_tokenizer
 from pipeline.system import hardware
-from pipeline.system.files import empty_folder, fingerprint, read_json, replace_folder
+from pipeline.system.files import empty_folder, fingerprint, replace_folder
 from pipeline.system.libraries import versions
 from pipeline.tracking.events import Events
-from pipeline.training.distributed import Meeting, Team
+from pipeline.training.distributed import Meeting, Team, divided, whole_adapter
 from pipeline.workflow import baseline
 from pipeline.workflow.stages import Outcome
 from pipeline.workflow.stages.inputs import base_model, hashes_of, model_depends, without_limit
@@ -62,7 +62,7 @@ def run(config: TrainingRun, workspace: Workspace, events: Events, variants: tup
     from transformers import set_seed
 
     from pipeline.system.libraries import quiet_progress_bars
-    from pipeline.training.trainers.sft import new_trainer, whole_adapter
+    from pipeline.training.trainers import Job, trainer_module
 
     quiet_progress_bars()
     team = Team.here()
@@ -78,21 +78,14 @@ def run(config: TrainingRun, workspace: Workspace, events: Events, variants: tup
     if compute_dtype == "float16":
         events.show(["computing in float16: this GPU has no bfloat16 instructions (compute capability below 8.0)"])
     checkpoints = _checkpoints(config, workspace, depends_on, team)
-    trainer = new_trainer(
-        config,
-        prepared.base,
-        prepared.tokenizer,
-        prepared.encoded,
-        checkpoints,
-        team.size,
-        events.progress,
-        events.metrics,
-    )
+    job = Job(checkpoints, team.size, events.progress, events.metrics)
+    trainer = trainer_module(config).build(config, prepared.base, prepared.tokenizer, prepared.encoded, job)
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     resumed_from = _train(trainer, checkpoints, meeting)
-    adapter = whole_adapter(trainer)
-    losses, held_out_losses = (
-        [row[key] for row in trainer.state.log_history if key in row] for key in ("loss", "eval_loss")
+    adapter = whole_adapter(trainer.model)
+    metric = TRAINERS[config.train.trainer].metric
+    losses, held_out_losses, figures = (
+        [row[key] for row in trainer.state.log_history if key in row] for key in ("loss", "eval_loss", metric)
     )
     if not all(map(math.isfinite, (*losses, *held_out_losses))):
         raise UserError(
@@ -104,6 +97,7 @@ def run(config: TrainingRun, workspace: Workspace, events: Events, variants: tup
         "steps": trainer.state.global_step,
         "train_loss": sum(losses) / len(losses),
         "held_out_loss": held_out_losses[-1] if held_out_losses else None,
+        **({} if metric == "eval_loss" or not figures else {metric.replace("eval_", "held_out_", 1): figures[-1]}),
         "trainable_parameters": trainable,
         "seconds_training": round(time.monotonic() - start, 1),
         "compute_dtype": compute_dtype,
@@ -153,6 +147,12 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, team: Te
         if not data.skipped.total:
             skipped.unlink()
         write_examples(workspace.data / "held_out.jsonl", data.held_out)
+    forms = TRAINERS[config.train.trainer].forms
+    if data.form in DATA_FORMS and data.form not in forms:
+        raise DataError(
+            f"{config.data.source}: has the form {data.form}, and train.trainer {config.train.trainer} takes only "
+            f"{', '.join(forms)}. Try: another trainer, or set data.form"
+        )
     # Too little to measure on, or to compare with a live model on, should not be found out after training.
     published, _ = baseline.noted(workspace)
     compared = ()
@@ -192,7 +192,7 @@ def _checkpoints(config: Config, workspace: Workspace, depends_on: str, team: Te
     Where the model is divided, so is a checkpoint, and then it counts only for as many processes.
     All machines use machine 0's folder, which lies beside their own.
     """
-    from pipeline.training.trainers.sft import divided
+    from pipeline.training.checkpoints import is_whole
 
     run = workspace.folder.parent / config.name if team.machine else workspace.folder
     checkpoints = Workspace(run).checkpoints
@@ -203,40 +203,16 @@ def _checkpoints(config: Config, workspace: Workspace, depends_on: str, team: Te
         if other != own:
             shutil.rmtree(other)
     for checkpoint in own.glob("checkpoint-*"):
-        if not _is_whole(checkpoint):
+        if not is_whole(checkpoint):
             shutil.rmtree(checkpoint)
     return own
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Was a checkpoint written to its end? After a kill, a full disk or a power cut there are files missing, or cut.
-
-    Each kind is known to be whole by its end, for what other processes write is not in the first one's word.
-    """
-    from pipeline.models.checkpoint import read_header
-    from pipeline.training.trainers.sft import ON_DISK
-
-    if not (checkpoint / ON_DISK).is_file():
-        return False
-    try:
-        read_json(checkpoint / "trainer_state.json", {})["global_step"]  # the last one
-        for path in (p for p in checkpoint.rglob("*") if p.is_file()):
-            if path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
-                return False
-            if path.suffix == ".json":
-                json.loads(path.read_bytes())
-            if path.suffix == ".safetensors":
-                read_header(path)
-    except (KeyError, ValueError, UserError):
-        return False
-    return True
 
 
 def _train(trainer, checkpoints: Path, meeting: Meeting) -> int | None:
     """Train to the end; the step of the checkpoint that it went on from, if there was one."""
     from transformers.trainer_utils import get_last_checkpoint
 
-    from pipeline.training.trainers.sft import count_on
+    from pipeline.training.checkpoints import count_on
 
     found = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     last = meeting.told(Path(found).name if found else None)

@@ -1,0 +1,71 @@
+"""The settings of experiment trackers. A tracker has a section here, and an entry in `pipeline.tracking.trackers`."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.config.base import Section
+from pipeline.config.names import repository_id
+
+DEFAULT_TRACKER = "trackio"
+
+
+def _has_host(address: str) -> bool:
+    """Return True if an address has a host and, if it has a port, a valid one."""
+    try:
+        parts = urlsplit(address)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
+def _is_default(name: object) -> bool:
+    """Return True for the tracker that configurations without `track.tracker` mean; it is left out of files."""
+    return name == DEFAULT_TRACKER
+
+
+class Track(Section):
+    """The settings that every experiment tracker has."""
+
+    tracker: str = Field(default=DEFAULT_TRACKER, exclude_if=_is_default, description="experiment tracker")
+    project: str = Field(
+        default="tunepress", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the tracker's project"
+    )
+
+    @field_validator("tracker")
+    @classmethod
+    def _tracker(cls, value: str) -> str:
+        if value not in TRACK_SECTIONS:
+            raise ValueError(f"{value!r} is no tracker; allowed are {', '.join(TRACK_SECTIONS)}")
+        return value
+
+
+class TrackioSettings(Track):
+    """Trackio on this machine, in a Space of the Hub, or on a server."""
+
+    space: str | None = Field(default=None, description="USER/NAME of a Space that shows the dashboard")
+    server: str | None = Field(default=None, description="address of your own Trackio server")
+
+    @field_validator("space")
+    @classmethod
+    def _space(cls, value: str | None) -> str | None:
+        return repository_id(value)
+
+    @field_validator("server")
+    @classmethod
+    def _server(cls, value: str | None) -> str | None:
+        if value is not None and not (re.match(r"https?://[^\s@?#]+\Z", value) and _has_host(value)):
+            raise ValueError("an address such as https://trackio.example.org; its token goes in TRACKIO_WRITE_TOKEN")
+        return value
+
+    @model_validator(mode="after")
+    def _one_place(self) -> TrackioSettings:
+        if self.space and self.server:
+            raise ValueError("a Space or a server, not both")
+        return self
+
+
+TRACK_SECTIONS: dict[str, type[Track]] = {DEFAULT_TRACKER: TrackioSettings}

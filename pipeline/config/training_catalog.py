@@ -1,0 +1,66 @@
+"""The catalogue of training: methods that hold the base model, and trainers (kinds of fine-tuning)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.config.catalog import DATA_FORMS
+
+UNCHANGED_BASE, NF4_BASE = "bf16", "nf4"  # types of the base model's linear layers, in training and in merging
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to hold the base model while an adapter is trained on it.
+
+    Attributes:
+        base: the type of its linear layers in memory.
+        bits: width of a weight in that type.
+        merge_bases: the bases that the adapter can be merged into; the first is the one that training saw.
+        dropout_bytes: bytes that a GPU keeps of each number that goes through the adapter's dropout.
+        said: a phrase for people who look for a way to save memory.
+    """
+
+    name: str
+    base: str
+    bits: int
+    merge_bases: tuple[str, ...]
+    dropout_bytes: int
+    said: str
+
+    @property
+    def in_nf4(self) -> bool:
+        """Return True if the base is held in NF4."""
+        return self.base == NF4_BASE
+
+
+METHODS = {
+    m.name: m
+    for m in (
+        Method("qlora", NF4_BASE, 4, (NF4_BASE, UNCHANGED_BASE), 2, "the base in NF4, a quarter of bf16"),
+        Method("lora", UNCHANGED_BASE, 16, (UNCHANGED_BASE,), 4, "the base in bf16"),
+    )
+}
+SMALLEST_METHOD = min(METHODS.values(), key=lambda method: method.bits)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A kind of fine-tuning.
+
+    Attributes:
+        module: the entry of `pipeline.training.trainers` that builds its training loop.
+        forms: the data forms that it takes.
+        metric: the figure on held-out examples, as the log of the training loop names it.
+        merge_bases: the bases that its adapter can be merged into.
+    """
+
+    name: str
+    module: str
+    forms: tuple[str, ...]
+    metric: str
+    merge_bases: tuple[str, ...] = (NF4_BASE, UNCHANGED_BASE)
+
+
+TRAINERS = {t.name: t for t in (Trainer("sft", "pipeline.training.trainers.sft", tuple(DATA_FORMS), "eval_loss"),)}
+DEFAULT_TRAINER = next(iter(TRAINERS))
