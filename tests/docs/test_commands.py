@@ -256,3 +256,10 @@ def test_links_between_pages_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_paths_that_pages_name_exist():
+    named = re.compile(r"`((?:pipeline|scripts|tests|docs|configs|templates)/[\w./-]+)`")
+    for page in PAGES:
+        for path in named.findall(page.read_text(encoding="utf-8")):
+            assert "NAME" in path or (REPOSITORY / path).exists(), f"{page.name}: {path}"
