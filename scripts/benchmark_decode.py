@@ -224,7 +224,7 @@ def layers() -> list[dict]:
 
     from pipeline.inference.kernels import cpu
     from pipeline.inference.kernels.products import FEW_ROWS, many_rows, product_dtype
-    from pipeline.quantization.formats.torchao import INT8
+    from pipeline.quantization.formats.torchao.format import INT8
     from pipeline.quantization.grid import Grid
     from pipeline.quantization.roundings import rounding
 
@@ -249,7 +249,7 @@ def layers() -> list[dict]:
             row |= {"bf16": few, "kernel": few, "dequantize": many}
             rows.append({**row, "taken": "kernel" if len(x) <= FEW_ROWS else "dequantize"})
         for grid in (INT8, Grid(8, 64, "none", torch.float32), Grid(4, 64, "float", torch.bfloat16)):
-            layer = cpu.linear(rounding("rtn")(weight, grid), None)
+            layer = cpu.linear(rounding("rtn").round(weight, grid), None)
             for x in sizes:
                 row = {"shape": f"{shape[0]}x{shape[1]}", "bits": grid.bits, "group": grid.group_size or "row"}
                 row["tokens"] = len(x)

@@ -53,13 +53,12 @@ def measure(source: str, scratch: Path, every: int) -> list[dict]:
     quiet()
     import torch
 
-    from pipeline.config.catalog import GROUP_SIZES, VARIANTS
+    from pipeline.config.catalog import GROUP_SIZES, VARIANTS, fitting_group_size
     from pipeline.config.schema import Model, VariantSpec
     from pipeline.models.matrices import linear_weights
     from pipeline.models.safe_loading import open_model, open_tokenizer
     from pipeline.models.sources import fetch
-    from pipeline.quantization.formats.torchao import grid
-    from pipeline.quantization.grid import fitting_group_size
+    from pipeline.quantization.formats.torchao.format import FORMAT
     from pipeline.quantization.roundings import rounding
 
     folder, _ = fetch(Model(source=source), scratch / "model")
@@ -74,7 +73,7 @@ def measure(source: str, scratch: Path, every: int) -> list[dict]:
         for name in sorted(VARIANTS["int4"].roundings, key=lambda n: n != "rtn"):
             start, output, weight = time.perf_counter(), 0.0, 0.0
             for layer, w in weights.items():
-                quantized = rounding(name)(w, grid(VariantSpec(name="int4", group_size=size), w.shape[1]))
+                quantized = rounding(name).round(w, FORMAT.grid(VariantSpec(name="int4", group_size=size), w.shape[1]))
                 error, exact, square = quantized.dequantize() - w.float(), w.float(), squares[layer]
                 output += float(((error @ square) * error).sum() / ((exact @ square) * exact).sum()) / len(weights)
                 weight += float(error.square().sum() / exact.square().sum()) / len(weights)

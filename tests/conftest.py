@@ -133,7 +133,7 @@ def dequantized() -> Callable:
                 continue
             weight = model.get_parameter(name)
             grid = format_of(asked).grid(asked, weight.shape[1])
-            weight.data = rounding(asked.rounding)(weight.data, grid).dequantize(weight.dtype)
+            weight.data = rounding(asked.rounding).round(weight.data, grid).dequantize(weight.dtype)
         quicken_linears(model)
         quicken_products(model)
         return model

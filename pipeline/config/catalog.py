@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from enum import Enum
 
 # Columns that may share a scale: the sizes that the int4 kernels of torch take on a CPU and on CUDA.
 GROUP_SIZES = (32, 64, 128, 256)
@@ -100,33 +101,59 @@ class Variant:
         return found.format if found else self.format
 
 
-VARIANTS: dict[str, Variant] = {}
+class Need(Enum):
+    """What a rounding must know of a layer's inputs, besides the layer's weights."""
 
-# Phrases for cards: how a rounding works.
-ROUNDINGS: dict[str, str] = {}
-
-
-def register(variant: Variant) -> None:
-    """Add a variant to the catalogue."""
-    VARIANTS[variant.name] = variant
+    NOTHING = "nothing"
+    SECOND_MOMENTS = "second moments"
+    GRAM_MATRIX = "gram matrix"
 
 
-def register_rounding(name: str, zeros: tuple[str, ...], said: str) -> None:
-    """Add a rounding, and offer it with every variant whose grid it can fill.
+@dataclass(frozen=True)
+class Rounding:
+    """A way to put weights on a grid.
 
-    Args:
+    Attributes:
+        module: the module with its function `round`, as `pipeline.quantization.roundings` describes it.
         zeros: the kinds of zero point that it can fill.
-        said: a phrase for cards, such as "rounded to nearest".
+        said: a phrase for cards.
+        needs: the statistics that it rounds with.
     """
-    ROUNDINGS[name] = said
+
+    name: str
+    module: str
+    zeros: tuple[str, ...]
+    said: str
+    needs: Need = Need.NOTHING
+
+
+VARIANTS: dict[str, Variant] = {}
+ROUNDINGS: dict[str, Rounding] = {}
+
+
+def register(entry: Variant | Rounding) -> None:
+    """Add a variant, or a rounding, which every variant then offers whose grid it can fill."""
+    if isinstance(entry, Variant):
+        VARIANTS[entry.name] = entry
+        return
+    ROUNDINGS[entry.name] = entry
     for variant in list(VARIANTS.values()):
-        if variant.roundings and variant.zero in zeros and name not in variant.roundings:
-            register(replace(variant, roundings=(*variant.roundings, name)))
+        if variant.roundings and variant.zero in entry.zeros and entry.name not in variant.roundings:
+            VARIANTS[variant.name] = replace(variant, roundings=(*variant.roundings, entry.name))
 
 
-register_rounding(NEAREST, ("none", "integer", "float"), "rounded to nearest")
-register_rounding("hqq", ("none", "float"), "rounded by HQQ without data")
-register_rounding("search", ("none", "float"), "scales fitted by least squares, without data")
+def remove(name: str) -> None:
+    """Take a variant or a rounding out of the catalogue again."""
+    VARIANTS.pop(name, None)
+    if ROUNDINGS.pop(name, None):
+        for variant in list(VARIANTS.values()):
+            VARIANTS[variant.name] = replace(variant, roundings=tuple(r for r in variant.roundings if r != name))
+
+
+_ROUNDINGS = "pipeline.quantization.roundings"
+register(Rounding(NEAREST, f"{_ROUNDINGS}.rtn", ("none", "integer", "float"), "rounded to nearest"))
+register(Rounding("hqq", f"{_ROUNDINGS}.hqq", ("none", "float"), "rounded by HQQ without data"))
+register(Rounding("search", f"{_ROUNDINGS}.search", ("none", "float"), "scales fitted by least squares, without data"))
 
 
 def _gguf(name: str, bits: int, *roundings: str, zero: str = "none") -> Variant:
@@ -272,3 +299,8 @@ def variant_names() -> str:
 def is_one_file(model: str) -> bool:
     """Return True if a model of a release is a variant that is one file."""
     return model in VARIANTS and VARIANTS[model].is_one_file
+
+
+def fitting_group_size(width: int, wanted: int) -> int | None:
+    """Return the largest allowed group size that divides `width` and is at most `wanted`; None if none does."""
+    return next((size for size in sorted(GROUP_SIZES, reverse=True) if size <= wanted and width % size == 0), None)

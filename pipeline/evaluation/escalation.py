@@ -111,22 +111,13 @@ def best(tried: Sequence[ModelResult]) -> ModelResult:
 
 
 def _bytes(spec: VariantSpec, share: float, linear: Shapes, tables: Shapes) -> float:
-    """Bytes of linear layers and tables; what else a model has is the same in all its variants."""
-    from pipeline.quantization.formats import format_of
-    from pipeline.quantization.layers import layer_grids
+    """Return the bytes of linear layers and tables; other tensors take the same in all variants of a model."""
+    from pipeline.quantization.formats import matches, sizes, stored_bytes
 
-    if spec.variant.is_one_file:  # whose rungs are of one size
-        return 0.0
-    form, (grids, kept) = format_of(spec), layer_grids(spec, linear)
-    stored = sum(_planned(form, name, shape, grid) for name, (shape, grid) in grids.items())
-    eight = sum(_planned(form, name, linear[name], form.TABLE) for name in grids)
-    rest = 2 * sum(math.prod(linear[name]) for name in kept)
-    if spec.embeddings == "int8":
-        rest += sum(_planned(form, name, shape, form.TABLE) for name, shape in tables.items())
-    else:
-        rest += 2 * sum(math.prod(shape) for shape in tables.values())
-    return (1 - share) * stored + share * eight + rest
-
-
-def _planned(form, name: str, shape: tuple[int, int], grid) -> int:
-    return sum(dtype.itemsize * math.prod(size) for dtype, size in form.plan(name, shape, grid).values())
+    tensors = {name: (tuple(shape), 2) for name, shape in {**linear, **tables}.items()}
+    stored = stored_bytes(spec, tensors, linear, tables)
+    if not share:
+        return stored
+    layers = [shape for name, shape in linear.items() if not matches(spec.keep, name)]
+    by = sizes(spec)
+    return stored + share * sum(by.table_bytes(spec, shape) - by.layer_bytes(spec, shape) for shape in layers)

@@ -275,7 +275,7 @@ def _stock_is_right(folder: Path, device: str) -> bool:
     """Return False for a variant that torchao multiplies as int8 on a CPU whose int8 products are wrong."""
     from pipeline.inference.kernels.rounded import int8_products_are_exact
     from pipeline.inference.load import device_named
-    from pipeline.quantization.formats import torchao
+    from pipeline.quantization.formats import rounds_inputs
 
     on_cpu = device_named(device).type == "cpu"
-    return not (on_cpu and torchao.rounds_activations(open_config(folder)) and not int8_products_are_exact())
+    return not (on_cpu and rounds_inputs(open_config(folder)) and not int8_products_are_exact())

@@ -16,6 +16,7 @@ from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import MeasuredRun, VariantSpec
 from pipeline.errors import QuantizationError
 from pipeline.evaluation.results import LayerLoss
+from pipeline.quantization.statistics import check_collected
 from pipeline.system.files import fingerprint, read_json, states, write_json
 from pipeline.system.libraries import quiet
 
@@ -68,6 +69,7 @@ def check(spec: VariantSpec) -> None:
     if spec.rounding is None:
         can = ", ".join(name for name, variant in VARIANTS.items() if variant.roundings)
         raise QuantizationError(f"{spec.name}: its layers are not rounded here one by one; choose one of {can}")
+    check_collected([spec])
 
 
 def sensitivity(
@@ -160,4 +162,4 @@ def _rounded(weight: torch.Tensor, grid: object, how: str) -> torch.Tensor:
     """The numbers that a weight becomes in a variant; rounded where its rows lie."""
     from pipeline.quantization.roundings import rounding
 
-    return rounding(how)(weight.cpu(), grid).dequantize(weight.dtype).to(weight.device)
+    return rounding(how).round(weight.cpu(), grid).dequantize(weight.dtype).to(weight.device)

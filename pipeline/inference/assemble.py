@@ -10,7 +10,6 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Set
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,19 +19,18 @@ from pipeline.inference import kernels
 from pipeline.inference.kernels.table import Int8Embedding
 from pipeline.models.checkpoint import Checkpoint, TensorInfo
 from pipeline.models.safe_loading import open_config
-from pipeline.quantization.formats import stored_weights, torchao
-from pipeline.quantization.formats.gguf.reader import GgufWeights
+from pipeline.quantization.formats import FileWeights, Format, rounds_inputs, stored_weights
 from pipeline.quantization.grid import GroupQuantized
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 Stored = Callable[[], GroupQuantized]
-Weights = Checkpoint | GgufWeights
-Formats = dict[str, ModuleType]  # a quantized weight's name -> the format that it is stored in
+Weights = Checkpoint | FileWeights
+Formats = dict[str, Format]  # a quantized weight's name -> the format that it is stored in
 
 
-def assemble(folder: Path, device: torch.device, weights: GgufWeights | None = None) -> PreTrainedModel | None:
+def assemble(folder: Path, device: torch.device, weights: FileWeights | None = None) -> PreTrainedModel | None:
     """The variant in a folder on `device`, its quantized layers packed for it.
 
     Args:
@@ -50,7 +48,7 @@ def assemble(folder: Path, device: torch.device, weights: GgufWeights | None = N
         OSError, ValueError: whatever transformers says of a configuration that it cannot use.
     """
     config = open_config(folder)
-    if torchao.rounds_activations(config):
+    if rounds_inputs(config):
         return None
     is_quantized = getattr(config, "quantization_config", None) is not None
     built = skeleton(folder, config, weights) if is_quantized or weights is not None else None
@@ -74,7 +72,7 @@ def assemble(folder: Path, device: torch.device, weights: GgufWeights | None = N
 
 
 def skeleton(
-    folder: Path, config: PretrainedConfig, weights: GgufWeights | None = None
+    folder: Path, config: PretrainedConfig, weights: FileWeights | None = None
 ) -> tuple[PreTrainedModel, Weights, Formats] | None:
     """The model of a folder on the meta device, its checkpoint, and the formats of what lies there quantized.
 
@@ -123,7 +121,7 @@ def refuse_gaps(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> No
 
 
 def place(
-    model: PreTrainedModel, name: str, weight: GroupQuantized, device: torch.device, again: Stored, form: ModuleType
+    model: PreTrainedModel, name: str, weight: GroupQuantized, device: torch.device, again: Stored, form: Format
 ) -> str:
     """Put the fastest layer there is for `weight` in the place of the layer `name`.
 
@@ -136,7 +134,7 @@ def place(
     """
     layer, dtype = model.get_submodule(name), model.dtype
     if isinstance(layer, torch.nn.Embedding):
-        return _place_table(model, name, weight, device)
+        return _place_table(model, name, weight, device, form)
     bias = None if layer.bias is None else layer.bias.data.to(device)
     if kernels.runs_as_stored(weight, device):
         layer.weight = torch.nn.Parameter(form.tensor(weight, dtype).to(device), requires_grad=False)
@@ -153,20 +151,20 @@ def place(
     return type(new).__name__
 
 
-def _place_table(model: PreTrainedModel, name: str, weight: GroupQuantized, device: torch.device) -> str:
+def _place_table(model: PreTrainedModel, name: str, weight: GroupQuantized, device: torch.device, form: Format) -> str:
     """Put an int8 embedding in its place, and where it is tied the output head, on the same codes."""
     head = model.get_output_embeddings()
     weight = weight.to(device)
     embedding = Int8Embedding(weight, model.dtype)
-    _save_as(embedding, embedding.portable, model.dtype, torchao)
+    _save_as(embedding, embedding.portable, model.dtype, form)
     model.set_submodule(name, embedding)
     if model.config.get_text_config().tie_word_embeddings:
-        place(model, _name_of(model, head), weight, device, embedding.portable, torchao)
+        place(model, _name_of(model, head), weight, device, embedding.portable, form)
         model.get_output_embeddings().register_state_dict_post_hook(_leave_out_weight)
     return type(embedding).__name__
 
 
-def _save_as(layer: torch.nn.Module, stored: Stored, dtype: torch.dtype, form: ModuleType) -> None:
+def _save_as(layer: torch.nn.Module, stored: Stored, dtype: torch.dtype, form: Format) -> None:
     """Let a packed layer's weight stand in state dicts as it is stored in files."""
     layer.register_state_dict_post_hook(
         lambda module, state, prefix, _: state.update({f"{prefix}weight": form.tensor(stored(), dtype)})
@@ -212,7 +210,7 @@ def _attach_quantizer(model: PreTrainedModel) -> None:
     quantizer.postprocess_model(model)
 
 
-def _put_layer(model: PreTrainedModel, name: str, checkpoint: Weights, device: torch.device, form: ModuleType) -> None:
+def _put_layer(model: PreTrainedModel, name: str, checkpoint: Weights, device: torch.device, form: Format) -> None:
     module, shape = name.rpartition(".")[0], tuple(_owner(model, name).weight.shape)
     again = functools.partial(form.read, checkpoint, name, shape)
     place(model, module, again(), device, again, form)

@@ -16,14 +16,12 @@ from pipeline.hub.download import download
 from pipeline.models.checkpoint_files import belongs_to_checkpoint, read_config
 from pipeline.models.safe_loading import check_beside, check_code, open_config, open_model, open_tokenizer
 from pipeline.models.sources import local_folder
-from pipeline.quantization.formats import unpack
+from pipeline.quantization.formats import FileWeights, format_of_file, unpack
 from pipeline.system.libraries import quiet, quiet_progress_bars
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from pipeline.quantization.formats.gguf.reader import GgufWeights
 
 
 def load(
@@ -73,19 +71,18 @@ def load_dequantized(
     quiet()
     from pipeline.inference.assemble import own_type
     from pipeline.models.checkpoint import Checkpoint
-    from pipeline.quantization.formats.gguf.reader import GgufWeights
 
     config = open_config(folder)
     try:
         checkpoint = Checkpoint(folder)
-        weights = GgufWeights(file, checkpoint, own_type(config, checkpoint.values()))
+        weights = format_of_file(file).weights_of_file(file, checkpoint, own_type(config, checkpoint.values()))
     except CheckpointError as error:
         raise ModelError(str(error)) from None
     return _load(folder, device_named(device), offload, weights)
 
 
 def _load(
-    folder: Path, target: torch.device, offload: bool | Literal["auto"], weights: GgufWeights | None = None
+    folder: Path, target: torch.device, offload: bool | Literal["auto"], weights: FileWeights | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from safetensors import SafetensorError
 

@@ -30,8 +30,7 @@ from pipeline.inference.kernels.plain import quicken_linears
 from pipeline.models.checkpoint.row_blocks import tiles
 from pipeline.models.checkpoint_files import stored_bytes
 from pipeline.models.safe_loading import open_config
-from pipeline.quantization.formats import torchao
-from pipeline.quantization.formats.gguf.reader import GgufWeights
+from pipeline.quantization.formats import FileWeights, rounds_inputs
 from pipeline.quantization.grid import GroupQuantized
 from pipeline.system import hardware
 from pipeline.system.hardware import WEIGHTS_SHARE
@@ -62,7 +61,7 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         return len(self._shapes)
 
 
-def assemble_offloaded(folder: Path, device: torch.device, weights: GgufWeights | None = None) -> PreTrainedModel:
+def assemble_offloaded(folder: Path, device: torch.device, weights: FileWeights | None = None) -> PreTrainedModel:
     """The model or the variant in a folder, computing on `device` with weights that stay in their files.
 
     It computes with plain layers: those of a variant have the dequantized weights.
@@ -78,7 +77,7 @@ def assemble_offloaded(folder: Path, device: torch.device, weights: GgufWeights 
     from accelerate import cpu_offload
 
     config = open_config(folder)
-    if torchao.rounds_activations(config):
+    if rounds_inputs(config):
         raise ModelError(
             f"{folder}: does not fit into the memory, and torchao computes layers that round what they "
             "are given only where the model is whole; use a machine with more memory"

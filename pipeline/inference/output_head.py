@@ -23,15 +23,15 @@ def head_matrix(model: PreTrainedModel) -> torch.Tensor | GroupQuantized:
     """The output matrix (V, H) as the model computes with it, on its device, also where it stays in its file."""
     from accelerate.utils import align_module_device
 
-    from pipeline.quantization.formats import storage
+    from pipeline.quantization.formats import unpack
 
     layer = model.get_output_embeddings()
     if hasattr(layer, "portable"):
         return layer.portable()
     with align_module_device(layer):
         weight = layer.weight.detach()
-    stored = storage("torchao").unpack(weight)
-    return weight if stored is None else stored
+    stored = unpack(weight)
+    return weight if stored is None else stored[0]
 
 
 def head_name(model: PreTrainedModel) -> str:

@@ -248,7 +248,7 @@ def _roundings() -> Iterator[tuple[str, float]]:
 
     for name, how in ROUNDINGS:
         spec = VariantSpec(name=name, rounding=how).resolved()
-        grid, fill = format_of(spec).grid(spec, rows.shape[1]), rounding(how)
+        grid, fill = format_of(spec).grid(spec, rows.shape[1]), rounding(how).round
 
         jobs = [partial(job, fill, grid)] * cores()
         seconds = _seconds(partial(in_parallel, jobs, 0), torch.device("cpu"))

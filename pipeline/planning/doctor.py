@@ -132,14 +132,14 @@ def kernels() -> dict[str, str]:
     import torch
 
     from pipeline.inference.kernels import linear, runs_as_stored
-    from pipeline.quantization.formats.torchao import INT8, grouped
+    from pipeline.quantization.formats.torchao.format import INT8, grouped
     from pipeline.quantization.roundings import rounding
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = {}
     eight, four = DEFAULT_VARIANTS
     for name, grid in ((eight, INT8), (f"{eight}, in groups", grouped(8, 64)), (four, grouped(4, 64))):
-        weight = rounding(NEAREST)(torch.ones(64, 1024, dtype=torch.bfloat16), grid)
+        weight = rounding(NEAREST).round(torch.ones(64, 1024, dtype=torch.bfloat16), grid)
         layer = None if runs_as_stored(weight, device) else linear(weight, None, device)
         stored = "as stored, on torchao's kernel" if runs_as_stored(weight, device) else "dequantized, without a kernel"
         found[name] = stored if layer is None else type(layer).__name__

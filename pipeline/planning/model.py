@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.schema import PACKAGE_SOURCE, Lora, Model
+from pipeline.config.schema import PACKAGE_SOURCE, Lora, Model, VariantSpec
 from pipeline.errors import CheckpointError, ModelError
 from pipeline.hub.download import in_one_line
 from pipeline.models.checkpoint_files import ADAPTER_FILES, belongs_to_checkpoint, companions, read_config
@@ -17,6 +17,7 @@ from pipeline.models.packaged_gguf import find_packaged
 from pipeline.models.safe_loading import check_config, parse_settings
 from pipeline.models.sources import check_source, is_local
 from pipeline.planning.headers import Tensor, gguf_header, safetensors_header
+from pipeline.quantization.formats import stored_bytes
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TABLES = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|lm_head|embed_out)\.weight$")
@@ -117,6 +118,15 @@ class Sizes:
             return {n: s for n, s in self.linear.items() if re.fullmatch(wanted, n.removesuffix(".weight"))}
         names = tuple(f".{name}.weight" for name in wanted)
         return {n: s for n, s in self.linear.items() if f".{n}".endswith(names)}
+
+    def stored_bytes(self, spec: VariantSpec, merged: bool) -> int:
+        """Return the bytes of a variant's weights, by its format's arithmetic.
+
+        Args:
+            merged: True if it is made of a merged model, which is in bf16, and not of the base as it is stored.
+        """
+        tensors = {name: (t.shape, 2 if merged else t.item_bytes) for name, t in self.tensors.items()}
+        return stored_bytes(spec, tensors, self.linear, self.tables)
 
 
 def read_sizes(model: Model) -> Sizes:

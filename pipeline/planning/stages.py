@@ -11,7 +11,6 @@ from pipeline.planning import memory
 from pipeline.planning.devices import Machine
 from pipeline.planning.memory import Need
 from pipeline.planning.model import Sizes
-from pipeline.planning.variants import stored_bytes
 from pipeline.system.hardware import WEIGHTS_SHARE
 from pipeline.system.libraries import is_installed
 from pipeline.training.trainers import merge_bases
@@ -67,7 +66,7 @@ def stages_of(config: Config, sizes: Sizes, machine: Machine, data_bytes: int | 
         adapter: parameters of the adapter that is merged, trained here or elsewhere.
     """
     specs = tuple(config.quantize.variants)
-    variants = Variants(specs, {s.name: stored_bytes(sizes, s, config.merges) for s in specs})
+    variants = Variants(specs, {s.name: sizes.stored_bytes(s, config.merges) for s in specs})
     model = sizes.bf16_bytes if config.merges else sizes.file_bytes
     stages = []
     if isinstance(config, TrainingRun):

@@ -12,8 +12,6 @@ from typing import Literal
 
 import torch
 
-from pipeline.config.catalog import GROUP_SIZES
-
 
 @dataclass(frozen=True)
 class Grid:
@@ -125,11 +123,6 @@ def assemble(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | Non
     """Put grouped weights (N, G, g) on the grid with the given stored scales and zeros."""
     codes = choose_codes(groups, scale, zero, grid).to(torch.int8 if grid.signed else torch.uint8)
     return GroupQuantized(codes.flatten(1), scale, zero, grid)
-
-
-def fitting_group_size(width: int, wanted: int) -> int | None:
-    """The largest allowed group size that divides `width` and is at most `wanted`; None if none does."""
-    return next((size for size in sorted(GROUP_SIZES, reverse=True) if size <= wanted and width % size == 0), None)
 
 
 def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:

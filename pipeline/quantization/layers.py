@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from pipeline.config.catalog import EIGHT_BITS, KEEP
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import MissingExtra, ModelError, QuantizationError
 from pipeline.models.checkpoint import SHARD_BYTES, TensorInfo
 from pipeline.quantization.formats import format_of
 from pipeline.quantization.grid import Grid
+from pipeline.quantization.statistics import Collected
 
 Tensors = Mapping[str, TensorInfo]  # the full-precision model, by dtypes and shapes
 Shapes = Mapping[str, tuple[int, int]]  # name of a weight -> (N, K)
@@ -34,6 +36,7 @@ class Source:
         template: the chat template that belongs to the model, where it is not in the folder yet.
         name: what the model is called in files that have a name of their own.
         license: of the model, where it is known.
+        statistics: of the layers' inputs, by weight; empty if no rounding needs them.
     """
 
     tensors: Tensors
@@ -43,6 +46,7 @@ class Source:
     template: str | None = None
     name: str = "model"
     license: str | None = None
+    statistics: Collected = field(default_factory=dict)
     shard_bytes: int = SHARD_BYTES
 
 
@@ -66,6 +70,11 @@ class Output(Protocol):
     """
 
     spec: VariantSpec
+    made_of: Sequence[Output] = ()  # other files that it is made of, which must be open when rows come
+    is_temporary: bool = False  # True if it is only what others are made of
+
+    def remove(self) -> None:
+        """Remove a temporary file."""
 
     def rounds(self, name: str) -> bool:
         """Are this tensor's rows put on a grid, so that they should come in tiles that a cache holds?"""
@@ -98,7 +107,7 @@ def layer_grids(spec: VariantSpec, linear: Shapes) -> tuple[Grids, list[str]]:
     Raises:
         QuantizationError: where `keep` or `int8` names no layer, or a layer fits no grid.
     """
-    kept, eight = named(spec, "keep", linear), named(spec, "int8", linear)
+    kept, eight = named(spec, KEEP, linear), named(spec, EIGHT_BITS, linear)
     grids, form = {}, format_of(spec)
     for name in (n for n in linear if n not in kept):
         try:

@@ -6,33 +6,34 @@ import json
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
+from pipeline.config.catalog import EIGHT_BITS, NEAREST
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import QuantizationError
 from pipeline.models.checkpoint import CheckpointWriter
 from pipeline.models.checkpoint_files import copy_companions, read_config
-from pipeline.quantization.formats import format_of
+from pipeline.quantization.formats import format_of, storage
+from pipeline.quantization.formats.safetensors import SafetensorsFormat
 from pipeline.quantization.grid import Grid
-from pipeline.quantization.layers import Source, Tell, VariantFiles, layer_grids, named
+from pipeline.quantization.layers import Output, Source, Tell, VariantFiles, layer_grids, named
 from pipeline.quantization.roundings import rounding
 
-nearest = rounding("rtn")
+nearest = rounding(NEAREST)
 
 
-class SafetensorsFolder:
+class SafetensorsFolder(Output):
     """One output of the pass: its grids, its open files, and the scales it still collects."""
 
     def __init__(self, spec: VariantSpec, folder: Path, source: Source):
         self.spec, self.folder, self.source = spec, folder, source
         self.format = format_of(spec)
         self.format.check(spec, source.folder)
-        self.round = rounding(spec.rounding)
+        self.rounding = rounding(spec.rounding)
         self.grids, self.kept = layer_grids(spec, source.linear)
-        self.eight = [name for name in named(spec, "int8", source.linear) if name in self.grids]
-        self.tables = _tables(source) if spec.embeddings == "int8" else []
+        self.eight = [name for name in named(spec, EIGHT_BITS, source.linear) if name in self.grids]
+        self.tables = _tables(source) if spec.quantizes_embeddings else []
         self.grids |= {name: (source.tables[name], self.format.TABLE) for name in self.tables}
         self._scales: dict[str, dict[int, tuple]] = {}  # of weights whose last rows are not there yet
         self._lock = threading.Lock()
@@ -70,7 +71,8 @@ class SafetensorsFolder:
         """Round and write some rows of a weight; its scales and zeros follow when the last of its rows is there."""
         (rows, _), grid = self.grids[name]
         # At eight bits a row the nearest is good enough, and not every rounding knows such a grid.
-        block = (nearest if name in self.tables or name in self.eight else self.round)(weight, grid)
+        chosen = nearest if name in self.tables or name in self.eight else self.rounding
+        block = chosen.round(weight, grid, self.source.statistics.get(name))
         for part, tensor in self.format.rows(name, block).items():
             self.writer.write(part, tensor, first_row // self.format.together(grid))
         with self._lock:
@@ -102,7 +104,7 @@ class SafetensorsFolder:
         other = {n: size for n, size in other.items() if size != asked}
         before = sum(self.source.tensors[name].nbytes for name in self.grids)
         stored = _stored_bytes(self.grids, self.format)
-        unpadded = _stored_bytes(self.grids, format_of(self.spec.model_copy(update={"packing": None})))
+        unpadded = _stored_bytes(self.grids, storage(self.spec.variant.format))
         return VariantFiles(stored, before, stored - unpadded, other, tuple(self.kept), {}, tuple(self.eight))
 
 
@@ -118,6 +120,6 @@ def _tables(source: Source) -> list[str]:
     return sorted(source.tables)
 
 
-def _stored_bytes(grids: Mapping[str, tuple[tuple, Grid]], form: ModuleType) -> int:
+def _stored_bytes(grids: Mapping[str, tuple[tuple, Grid]], form: SafetensorsFormat) -> int:
     parts = (part for name, (shape, grid) in grids.items() for part in form.plan(name, shape, grid).values())
     return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in parts)

@@ -19,16 +19,14 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError, MissingExtra, ModelError, QuantizationError
 from pipeline.models.checkpoint import SHARD_BYTES, Checkpoint
 from pipeline.models.checkpoint.row_blocks import Take, are_finite, blocks_of, in_disk_order, in_parallel, tiles
-from pipeline.quantization.formats.gguf import check_quantizer
-from pipeline.quantization.formats.gguf.file import GgufFile
-from pipeline.quantization.formats.gguf.k_quants import FullFile, KQuantsFile
+from pipeline.quantization.equivalences import Equivalence
+from pipeline.quantization.formats import format_of
 from pipeline.quantization.layers import Output, Shapes, Source, Tell, Tensors, VariantFiles, unfit
-from pipeline.quantization.safetensors_output import SafetensorsFolder
+from pipeline.quantization.statistics import Collected, check_collected
 
 __all__ = ["VariantFiles", "Variants", "quantize_checkpoint", "unfit"]
 
@@ -47,6 +45,8 @@ class Variants:
         name: what the model is called in files that have a name of their own.
         license: of the model, where it is known.
         tell: is told of what takes its time after the pass: what is done, what there is in all, and what this is.
+        statistics: of the layers' inputs, by weight, for roundings that need them.
+        equivalences: variant name -> the change of the weights before they are rounded.
     """
 
     def __init__(
@@ -59,10 +59,13 @@ class Variants:
         name: str = "model",
         license: str | None = None,
         tell: Tell | None = None,
+        statistics: Collected | None = None,
+        equivalences: Mapping[str, Equivalence] | None = None,
     ):
         self.specs, self._output, self._shard_bytes = specs, output or {}, shard_bytes
         self._name, self._license, self._tell = name, license, tell
         self._linear, self._tables = linear or {}, tables or {}
+        self._statistics, self._equivalences = statistics or {}, equivalences or {}
         self.failed: dict[str, Exception] = {}  # why a variant could not be made, by its name
         self._outputs: dict[Output, list[str]] = {}  # what is written, and the variants that need it
 
@@ -83,27 +86,30 @@ class Variants:
         if self.specs:
             _check(tensors, {**self._linear, **self._tables})
         source = Source(
-            tensors, folder, self._linear, self._tables, template, self._name, self._license, self._shard_bytes
+            tensors,
+            folder,
+            self._linear,
+            self._tables,
+            template,
+            self._name,
+            self._license,
+            self._statistics,
+            self._shard_bytes,
         )
         with ExitStack() as stack:
-            for spec in sorted(self.specs, key=lambda spec: VARIANTS[spec.name].quantizer is not None):
+            for spec in sorted(self.specs, key=lambda spec: spec.variant.quantizer is not None):
                 with self._apart([spec.name]):
                     self._open(spec, source, stack)
             yield self._take
 
     def _open(self, spec: VariantSpec, source: Source, stack: ExitStack) -> None:
-        """Open a variant's files; for K-quants those they are made of, which all of them share."""
-        folder, variant = Path(self._output[spec.name]), VARIANTS[spec.name]
-        if not variant.quantizer:
-            output = (GgufFile if variant.format == "gguf" else SafetensorsFolder)(spec, folder, source)
-        else:
-            check_quantizer(spec)
-            full = next((o for o in self._outputs if isinstance(o, GgufFile) and o.is_whole), None)
-            if full is None:
-                full = FullFile(spec, folder, source)
-                self._enter(full, stack)
-            self._outputs[full].append(spec.name)
-            output = KQuantsFile(spec, folder, full)
+        """Open a variant's files, and before them the files that they are made of, which variants may share."""
+        check_collected([spec], self._statistics)
+        output = format_of(spec).output(spec, Path(self._output[spec.name]), source, self._outputs)
+        for made_of in output.made_of:
+            if made_of not in self._outputs:
+                self._enter(made_of, stack)
+            self._outputs[made_of].append(spec.name)
         self._enter(output, stack)
         self._outputs[output].append(spec.name)
 
@@ -145,12 +151,18 @@ class Variants:
         for output in wanted:
             if output not in rounding:
                 with self._apart(self._outputs[output]):
-                    output.take(name, rows, first)
+                    output.take(name, self._changed(output, name, rows, first), first)
         if rounding:
             for start, end in tiles(*rows.shape, self.together(name)):
                 for output in rounding:
                     with self._apart(self._outputs[output]):
-                        output.take(name, rows[start:end], first + start)
+                        part = self._changed(output, name, rows[start:end], first + start)
+                        output.take(name, part, first + start)
+
+    def _changed(self, output: Output, name: str, rows: torch.Tensor, first: int) -> torch.Tensor:
+        """Return rows as the equivalence of an output's variant has them."""
+        equivalence = self._equivalences.get(output.spec.name)
+        return rows if equivalence is None else equivalence.apply(name, rows, first)
 
     def make_of(
         self,
@@ -181,14 +193,14 @@ class Variants:
         made = {}
         try:
             for output in self._outputs:
-                if not isinstance(output, FullFile) and output.spec.name not in self.failed:
+                if not output.is_temporary and output.spec.name not in self.failed:
                     with self._apart([output.spec.name]):
                         output.finish(model, self._tell)
                         made[output.spec.name] = output.describe()
         finally:
             for output in self._outputs:
-                if isinstance(output, FullFile):
-                    output.path.unlink(missing_ok=True)
+                if output.is_temporary:
+                    output.remove()
         return {spec.name: made[spec.name] for spec in self.specs if spec.name in made}
 
 

@@ -5,7 +5,7 @@ import torch
 
 from pipeline.inference import kernels
 from pipeline.inference.kernels import cpu, cuda, products
-from pipeline.quantization.formats.torchao import INT8
+from pipeline.quantization.formats.torchao.format import INT8
 from pipeline.quantization.grid import Grid, GroupQuantized
 from tests.support.grids import int4, int8, weight_on_grid
 from tests.support.models import relative_error

@@ -17,7 +17,6 @@ from pipeline.planning.headers import gguf_header
 from pipeline.planning.model import Sizes, read_sizes
 from pipeline.planning.plan import shortages
 from pipeline.planning.stages import stages_of
-from pipeline.planning.variants import stored_bytes
 from tests.support.planning import sizes_of
 from tests.support.recipes import shapes_of
 
@@ -62,7 +61,7 @@ def test_variants_are_as_large_as_planned(tiny_model, quantized, architecture, s
     folder = tiny_model(architecture)
     made = Checkpoint(quantized(folder, **{"variant" if k == "name" else k: v for k, v in spec.items()}) / spec["name"])
     assert (
-        stored_bytes(read_sizes(Model(source=str(folder))), VariantSpec(**spec).resolved(), merged=True) == made.nbytes
+        read_sizes(Model(source=str(folder))).stored_bytes(VariantSpec(**spec).resolved(), merged=True) == made.nbytes
     )
 
 
@@ -77,7 +76,7 @@ def test_gguf_is_as_large_as_planned(tiny_model, tmp_path, variant):
     spec = VariantSpec(name=variant).resolved()
     Variants([spec], {variant: tmp_path}, linear_weights(folder), table_weights(folder)).make_of(folder)
     made = sum(tensor.n_bytes for tensor in GGUFReader(next(tmp_path.glob("*.gguf"))).tensors)
-    assert stored_bytes(read_sizes(Model(source=str(folder))), spec, merged=True) == made
+    assert read_sizes(Model(source=str(folder))).stored_bytes(spec, merged=True) == made
     fields, tensors = gguf_header(next(tmp_path.glob("*.gguf")))
     assert fields["general.architecture"] == "qwen3"
     assert sum(t.numel for t in tensors.values()) == read_sizes(Model(source=str(folder))).parameters
@@ -93,7 +92,7 @@ def test_k_quants_are_about_as_large_as_planned(tiny_model, tmp_path, variant):
     spec = VariantSpec(name=variant).resolved()
     Variants([spec], {variant: tmp_path}, linear_weights(folder)).make_of(folder)
     made = sum(tensor.nbytes for tensor in read_header(next(tmp_path.glob("*.gguf"))).tensors.values())
-    assert stored_bytes(read_sizes(Model(source=str(folder))), spec, merged=True) == pytest.approx(made, rel=0.1)
+    assert read_sizes(Model(source=str(folder))).stored_bytes(spec, merged=True) == pytest.approx(made, rel=0.1)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])

@@ -16,7 +16,7 @@ from pipeline.inference.kernels.table import Int8Embedding
 from pipeline.inference.load import _load_stock, load
 from pipeline.models.checkpoint import SINGLE_NAME, Checkpoint
 from pipeline.models.matrices import linear_weights, table_weights
-from pipeline.quantization.formats.torchao import INT8
+from pipeline.quantization.formats.torchao.format import INT8
 from pipeline.quantization.roundings import rounding
 from pipeline.quantization.writer import quantize_checkpoint, unfit
 from tests.support.models import ARCHITECTURES, relative_error
@@ -64,7 +64,7 @@ def test_int8_embeddings_compute_their_dequantized_values(release, dequantized, 
     expected = dequantized(root, variant, **options)
     for name in table_weights(root):
         weight = expected.get_parameter(name)
-        weight.data = rounding("rtn")(weight.data, INT8).dequantize(weight.dtype)
+        weight.data = rounding("rtn").round(weight.data, INT8).dequantize(weight.dtype)
     assert relative_error(logits(model), logits(expected)) < 0.03
     with torch.no_grad():
         looked_up = model.get_input_embeddings()(IDS), expected.get_input_embeddings()(IDS)
@@ -117,7 +117,7 @@ def test_output_matrix_is_found_for_measuring(release, tied):
     model, _ = load(release("int8", {}, tied), "int8")
     name = sorted(table_weights(release("int8", {}, tied)))[0 if not tied else -1]
     stored = Checkpoint(release("int8", {}, tied)).read(name)
-    assert torch.equal(output_head.head_matrix(model).dequantize(), rounding("rtn")(stored, INT8).dequantize())
+    assert torch.equal(output_head.head_matrix(model).dequantize(), rounding("rtn").round(stored, INT8).dequantize())
     assert len(metrics.score(model, random_text()).nll) > 0
 
 

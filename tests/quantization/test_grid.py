@@ -5,13 +5,12 @@ import itertools
 import pytest
 import torch
 
-from pipeline.config.catalog import GROUP_SIZES
+from pipeline.config.catalog import GROUP_SIZES, fitting_group_size
 from pipeline.quantization.grid import (
     Grid,
     GroupQuantized,
     assemble,
     choose_codes,
-    fitting_group_size,
     in_groups,
     pack_nibbles,
     unpack_nibbles,
@@ -43,7 +42,7 @@ def weights(seed: int, rows: int = 6, width: int = 96) -> torch.Tensor:
 
 
 def rtn(weight: torch.Tensor, grid: Grid) -> GroupQuantized:
-    return rounding("rtn")(weight, grid)
+    return rounding("rtn").round(weight, grid)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pipeline.errors import QuantizationError
 from pipeline.inference.load import load
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.matrices import linear_weights
-from pipeline.quantization.formats.torchao import INT8
+from pipeline.quantization.formats.torchao.format import INT8
 from pipeline.quantization.roundings import rounding
 from pipeline.quantization.writer import quantize_checkpoint
 from tests.support.models import ARCHITECTURES
@@ -45,7 +45,7 @@ def test_every_loader_has_each_layer_in_its_bits(tiny_model, quantized, dequanti
     original = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     for name in filter(in_eight, linear_weights(source)):
         weight = original.get_parameter(name).data
-        expected.get_parameter(name).data = rounding("rtn")(weight, INT8).dequantize(weight.dtype)
+        expected.get_parameter(name).data = rounding("rtn").round(weight, INT8).dequantize(weight.dtype)
     ours = logits(load(root, "int4")[0])
     assert float((ours - logits(expected)).norm() / ours.norm()) < 0.03
 

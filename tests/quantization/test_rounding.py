@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.config.catalog import VARIANTS
-from pipeline.quantization.formats.torchao import INT8
+from pipeline.quantization.formats.torchao.format import INT8
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.roundings import rounding
 
@@ -47,7 +47,7 @@ def test_int8_is_bit_identical_to_torchao(dtype, size):
     layer = torch.nn.Linear(192, 48, bias=False, dtype=dtype)
     layer.weight.data = weight.clone()
     quantize_(layer, Int8WeightOnlyConfig())
-    theirs, ours = layer.weight, rounding("rtn")(weight, INT8)
+    theirs, ours = layer.weight, rounding("rtn").round(weight, INT8)
     assert torch.equal(ours.codes, theirs.qdata)
     assert torch.equal(ours.scale, theirs.scale) and ours.scale.dtype == theirs.scale.dtype
     assert ours.zero is None and not theirs.zero_point.any()
@@ -65,7 +65,7 @@ def test_int8_in_groups_is_bit_identical_to_torchao(dtype, group_size, size):
     layer = torch.nn.Linear(192, 48, bias=False, dtype=dtype)
     layer.weight.data = weight.clone()
     quantize_(layer, Int8WeightOnlyConfig(granularity=PerGroup(group_size)))
-    theirs, ours = layer.weight, rounding("rtn")(weight, Grid(8, group_size, "none", torch.float32))
+    theirs, ours = layer.weight, rounding("rtn").round(weight, Grid(8, group_size, "none", torch.float32))
     assert torch.equal(ours.codes, theirs.qdata) and torch.equal(ours.scale, theirs.scale.float())
     assert torch.equal(ours.dequantize(dtype), theirs.dequantize())
 
@@ -75,7 +75,7 @@ def test_int8_in_groups_is_bit_identical_to_torchao(dtype, group_size, size):
 @pytest.mark.parametrize("name", BETTER)
 def test_the_better_roundings_have_a_smaller_mean_error_than_rounding_to_nearest(name, seed, group_size):
     grid, weight = Grid(4, group_size, "float", torch.bfloat16), weights(seed, width=256)
-    ours, nearest = ((rounding(n)(weight, grid).dequantize() - weight).abs().mean() for n in (name, "rtn"))
+    ours, nearest = ((rounding(n).round(weight, grid).dequantize() - weight).abs().mean() for n in (name, "rtn"))
     assert ours < 0.99 * nearest
 
 
@@ -83,7 +83,8 @@ def test_the_better_roundings_have_a_smaller_mean_error_than_rounding_to_nearest
 def test_hqq_makes_no_group_worse(seed):
     weight = weights(seed)
     hqq, rtn = (
-        (rounding(name)(weight, INT4).dequantize() - weight).abs().view(48, -1, 32).mean(-1) for name in ("hqq", "rtn")
+        (rounding(name).round(weight, INT4).dequantize() - weight).abs().view(48, -1, 32).mean(-1)
+        for name in ("hqq", "rtn")
     )
     assert (hqq <= rtn * (1 + 1e-5)).all()
 
@@ -93,7 +94,7 @@ def test_hqq_makes_no_group_worse(seed):
 )
 def test_hqq_fits_the_scales_of_a_grid_without_zeros(grid):
     weight = weights()
-    hqq, rtn = ((rounding(name)(weight, grid).dequantize() - weight).abs() for name in ("hqq", "rtn"))
+    hqq, rtn = ((rounding(name).round(weight, grid).dequantize() - weight).abs() for name in ("hqq", "rtn"))
     groups = 192 // grid.group(192)
     assert (hqq.view(48, groups, -1).mean(-1) <= rtn.view(48, groups, -1).mean(-1) * (1 + 1e-5)).all()
     assert hqq.mean() < 0.999 * rtn.mean()
@@ -102,7 +103,7 @@ def test_hqq_fits_the_scales_of_a_grid_without_zeros(grid):
 @pytest.mark.parametrize("bits", [4, 5, 8])
 def test_search_fits_scales_of_either_sign_where_there_are_no_zeros(bits):
     weight, grid = weights(), Grid(bits, 32, "none", torch.float16)
-    found, rtn = (rounding(name)(weight, grid) for name in ("search", "rtn"))
+    found, rtn = (rounding(name).round(weight, grid) for name in ("search", "rtn"))
     error, nearest = ((q.dequantize() - weight).square().view(48, 6, 32).mean(-1) for q in (found, rtn))
     assert (error <= nearest * (1 + 1e-5)).all() and error.mean() < 0.9 * nearest.mean()
     assert (found.scale < 0).any() and (found.scale > 0).any() and (found.codes == grid.lowest).any()
@@ -111,7 +112,7 @@ def test_search_fits_scales_of_either_sign_where_there_are_no_zeros(bits):
 @pytest.mark.parametrize("name", BETTER)
 def test_roundings_refuse_a_grid_without_freedom(name):
     with pytest.raises(ValueError, match="float zeros"):
-        rounding(name)(weights(), Grid(4, 32, "integer", torch.bfloat16))
+        rounding(name).round(weights(), Grid(4, 32, "integer", torch.bfloat16))
 
 
 def parts(quantized) -> tuple[torch.Tensor, ...]:
@@ -125,8 +126,8 @@ def test_blocks_of_rows_give_what_the_whole_gives(name, grid, block):
     # Groups for which hqq has nothing to improve must not stop, nor be carried on by, the others.
     weight[::3] = torch.linspace(-1, 1, 192)
     weight[1] = 0.25
-    whole = rounding(name)(weight, grid)
-    pieces = [rounding(name)(weight[i : i + block], grid) for i in range(0, 48, block)]
+    whole = rounding(name).round(weight, grid)
+    pieces = [rounding(name).round(weight[i : i + block], grid) for i in range(0, 48, block)]
     for together, apart in zip(parts(whole), zip(*map(parts, pieces), strict=True), strict=True):
         assert torch.equal(together, torch.cat(apart))
 
@@ -138,7 +139,7 @@ def test_the_same_weight_gives_the_same_codes_however_many_threads(name, grid):
         results = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            results.append(parts(rounding(name)(weight, grid)))
+            results.append(parts(rounding(name).round(weight, grid)))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -147,7 +148,7 @@ def test_the_same_weight_gives_the_same_codes_however_many_threads(name, grid):
 @pytest.mark.parametrize("name, grid", CASES, ids=str)
 def test_the_weight_itself_is_left_as_it_was(name, grid):
     weight = weights()
-    rounding(name)(weight, grid)
+    rounding(name).round(weight, grid)
     assert torch.equal(weight, weights())
 
 
@@ -155,11 +156,13 @@ def test_the_weight_itself_is_left_as_it_was(name, grid):
 @pytest.mark.parametrize("name, grid", [case for case in CASES if case[1].zero != "none"], ids=str)
 def test_bf16_weights_are_rounded_as_their_float32_values_are(name, grid):
     weight = weights().bfloat16()
-    for a, b in zip(parts(rounding(name)(weight, grid)), parts(rounding(name)(weight.float(), grid)), strict=True):
+    for a, b in zip(
+        parts(rounding(name).round(weight, grid)), parts(rounding(name).round(weight.float(), grid)), strict=True
+    ):
         assert torch.equal(a, b)
 
 
 def test_every_rounding_in_the_catalog_exists():
     named = {name for variant in VARIANTS.values() for name in variant.roundings}
     assert "rtn" in named
-    assert all(callable(rounding(name)) for name in named)
+    assert all(callable(rounding(name).round) for name in named)

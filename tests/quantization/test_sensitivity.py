@@ -61,7 +61,7 @@ def test_a_layers_figure_is_that_of_the_model_with_this_layer_alone_rounded(mode
     full, head = metrics.score(loaded, sequences), output_head.head_matrix(loaded)
     weight = loaded.get_submodule(LAYER).weight
     grid = Grid(4, 64, "float", torch.bfloat16)
-    weight.data = rounding("search")(weight.data, grid).dequantize(weight.dtype)
+    weight.data = rounding("search").round(weight.data, grid).dequantize(weight.dtype)
     scores = metrics.score(loaded, sequences)
     (told,) = (layer for layer in found["layers"] if layer["name"] == LAYER)
     assert told["rise"]["value"] == pytest.approx(metrics.rise(scores, full).value)

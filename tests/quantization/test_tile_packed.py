@@ -15,7 +15,8 @@ from pipeline.inference.kernels import cuda
 from pipeline.inference.load import load
 from pipeline.models.checkpoint import SINGLE_NAME, Checkpoint, row_blocks
 from pipeline.models.matrices import linear_weights, table_weights
-from pipeline.quantization.formats import storage, tile_packed
+from pipeline.quantization.formats import storage
+from pipeline.quantization.formats.tile_packed import format as tile_packed
 from pipeline.quantization.grid import GroupQuantized
 from pipeline.quantization.roundings import rounding
 from pipeline.quantization.writer import quantize_checkpoint
@@ -80,11 +81,11 @@ def test_tiles_hold_the_weight_and_zero_padding(rows, width, group_size):
 @pytest.mark.parametrize("rows", [8, 24, 19])
 def test_blocks_of_rows_give_the_rows_of_the_whole(rows):
     weight = weight_on_grid(int4(), rows, 64)
-    grid, (whole,) = weight.grid, tile_packed.rows("a.weight", weight).values()
-    for first in range(0, rows, tile_packed.together(grid)):
-        part = slice(first, first + tile_packed.together(grid))
+    grid, (whole,) = weight.grid, tile_packed.FORMAT.rows("a.weight", weight).values()
+    for first in range(0, rows, tile_packed.FORMAT.together(grid)):
+        part = slice(first, first + tile_packed.FORMAT.together(grid))
         block = GroupQuantized(weight.codes[part], weight.scale[part], weight.zero[part], grid)
-        (tiles,) = tile_packed.rows("a.weight", block).values()
+        (tiles,) = tile_packed.FORMAT.rows("a.weight", block).values()
         assert torch.equal(tiles, whole[first // 8 : first // 8 + 1])
 
 
@@ -195,7 +196,7 @@ def test_stock_transformers_loads_the_tiles_and_runs_them_on_a_card(releases, tm
     tiled = [n for n in found if n.endswith(".weight")]
     assert len(tiled) == 14 - 2 * (name == "with layers kept")
     for weight in tiled:
-        qdata, scale_and_zero = tile_packed.part_names(weight)
+        qdata, scale_and_zero = tile_packed.FORMAT.part_names(weight)
         assert torch.equal(found[weight], stored.read(qdata))
         assert torch.equal(found[weight.replace(".weight", ".sz")], stored.read(scale_and_zero))
     if torch.cuda.is_available():
@@ -246,7 +247,7 @@ def test_tiles_of_another_shape_are_refused_by_name(releases, tmp_path, part):
 
 
 def test_int8_beside_tiles_is_unchanged():
-    weight = rounding("rtn")(torch.randn(16, 64).bfloat16(), storage("torchao").INT8)
+    weight = rounding("rtn").round(torch.randn(16, 64).bfloat16(), storage("torchao").TABLE)
     for function, arguments in (
         ("plan", ("a.weight", (16, 64), weight.grid)),
         ("rows", ("a.weight", weight)),

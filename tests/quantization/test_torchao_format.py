@@ -16,7 +16,7 @@ from pipeline.inference.kernels.rounded import int8_products_are_exact
 from pipeline.models.checkpoint import SINGLE_NAME, Checkpoint, row_blocks
 from pipeline.models.matrices import linear_weights
 from pipeline.quantization.formats import format_of, storage
-from pipeline.quantization.formats.torchao import unpack
+from pipeline.quantization.formats.torchao.format import FORMAT as TORCHAO
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.roundings import rounding
 from pipeline.quantization.writer import quantize_checkpoint, unfit
@@ -218,9 +218,9 @@ def test_int4_is_loaded_there_as_exactly_the_codes_that_were_chosen(stock, relea
     layers = [layer for layer, kind in found["types"].items() if kind == "Int4Tensor"]
     for layer in layers:
         weight = source.read(f"{layer}.weight")
-        ours = rounding(spec.rounding)(weight, storage("torchao").grid(spec, weight.shape[1]))
+        ours = rounding(spec.rounding).round(weight, storage("torchao").grid(spec, weight.shape[1]))
         qdata, scale, zero = (tensors[f"{layer}.{part}"] for part in ("qdata", "scale", "zero_point"))
-        theirs = unpack(Int4Tensor(qdata, scale, zero, [1, ours.grid.group_size], weight.shape))
+        theirs = TORCHAO.unpack(Int4Tensor(qdata, scale, zero, [1, ours.grid.group_size], weight.shape))
         assert theirs.grid == ours.grid
         assert torch.equal(theirs.codes, ours.codes)
         assert torch.equal(theirs.scale, ours.scale) and torch.equal(theirs.zero, ours.zero)
@@ -419,7 +419,7 @@ def test_progress_counts_the_bytes_of_the_source_to_the_end(tiny_model, tmp_path
 def test_an_ordinary_weight_is_not_mistaken_for_a_quantized_one(grid):
     from torchao.quantization import Int4Tensor, Int8Tensor
 
-    weight = rounding("rtn")(torch.randn(32, 64), grid)
+    weight = rounding("rtn").round(torch.randn(32, 64), grid)
     stored = storage("torchao").rows("a.weight", weight) | storage("torchao").rest(
         "a.weight", weight.scale, weight.zero, grid
     )
@@ -428,6 +428,6 @@ def test_an_ordinary_weight_is_not_mistaken_for_a_quantized_one(grid):
         loaded = Int8Tensor(qdata, scale, [1, 64], torch.bfloat16, zero_point=zero)
     else:
         loaded = Int4Tensor(qdata, scale, zero, [1, 32], torch.Size((32, 64)))
-    back = unpack(loaded)
+    back = TORCHAO.unpack(loaded)
     assert back.grid == grid and torch.equal(back.dequantize(), weight.dequantize())
-    assert unpack(torch.randn(32, 64)) is None
+    assert TORCHAO.unpack(torch.randn(32, 64)) is None

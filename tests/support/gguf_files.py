@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import VariantSpec
 from pipeline.models.matrices import linear_weights, table_weights
-from pipeline.quantization.formats import gguf
+from pipeline.quantization.formats.gguf.format import FORMAT as GGUF
 from pipeline.quantization.roundings import rounding
 
 TYPES = [name for name, variant in VARIANTS.items() if variant.format == "gguf" and not variant.quantizer]
@@ -33,9 +33,9 @@ def expected_logits(folder, variant=None, ids=IDS, **options):
     if spec and spec.rounding:
         for name in linear_weights(folder):
             weight = model.get_parameter(name)
-            grid = gguf.grid(spec, weight.shape[1])
-            weight.data = rounding(spec.rounding)(weight.data, grid).dequantize()
+            grid = GGUF.grid(spec, weight.shape[1])
+            weight.data = rounding(spec.rounding).round(weight.data, grid).dequantize()
         for name in table_weights(folder) if spec.embeddings == "int8" else ():
             weight = model.get_parameter(name)
-            weight.data = rounding("rtn")(weight.data, gguf.TABLE).dequantize()
+            weight.data = rounding("rtn").round(weight.data, GGUF.TABLE).dequantize()
     return model(torch.tensor([ids])).logits[0]

@@ -18,4 +18,4 @@ def int8(group_size: int = 32) -> Grid:
 
 def weight_on_grid(grid: Grid, rows: int, width: int) -> GroupQuantized:
     generator = torch.Generator().manual_seed(rows * width)
-    return rounding("rtn")(torch.randn(rows, width, generator=generator).bfloat16() * 0.1, grid)
+    return rounding("rtn").round(torch.randn(rows, width, generator=generator).bfloat16() * 0.1, grid)

@@ -12,7 +12,7 @@ from pipeline.inference.kernels import products
 from pipeline.inference.kernels.float32_mode import Float32Products, quicken_products
 from pipeline.inference.kernels.plain import PlainLinear, quicken_linears
 from pipeline.inference.load import load
-from pipeline.quantization.formats.torchao import INT8
+from pipeline.quantization.formats.torchao.format import INT8
 from pipeline.system import hardware
 from tests.support.compute_watch import BF16Products
 from tests.support.grids import int4, int8, weight_on_grid

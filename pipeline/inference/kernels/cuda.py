@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.quantization.formats import tile_packed
+from pipeline.quantization.formats.tile_packed.format import from_tiles, to_tiles
+from pipeline.quantization.formats.tile_packed.sizes import WIDTH_MULTIPLE
 from pipeline.quantization.grid import GroupQuantized
 
 
@@ -31,7 +32,7 @@ class Int4Linear(torch.nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.codes.shape
         self.group_size = weight.grid.group_size
-        packed, scale_and_zero = tile_packed.to_tiles(weight)
+        packed, scale_and_zero = to_tiles(weight)
         self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("scale_and_zero", scale_and_zero, persistent=False)
         self.register_buffer("bias", bias)
@@ -39,11 +40,11 @@ class Int4Linear(torch.nn.Module):
     def portable(self) -> GroupQuantized:
         """The codes, scales and zeros that the layer was made from."""
         shape = (self.out_features, self.in_features)
-        return tile_packed.from_tiles(self.packed, self.scale_and_zero, shape, self.group_size)
+        return from_tiles(self.packed, self.scale_and_zero, shape, self.group_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, self.in_features).to(torch.bfloat16)
-        flat = torch.nn.functional.pad(flat, (0, -self.in_features % tile_packed.WIDTH_MULTIPLE)).contiguous()
+        flat = torch.nn.functional.pad(flat, (0, -self.in_features % WIDTH_MULTIPLE)).contiguous()
         y = torch.ops.aten._weight_int4pack_mm(flat, self.packed, self.group_size, self.scale_and_zero)
         y = y[:, : self.out_features].to(x.dtype).reshape(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias

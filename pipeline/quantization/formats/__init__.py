@@ -1,57 +1,190 @@
-"""Where codes are stored. Each format is a module; all of them have
+"""How codes are stored. A format is a package or a module; one line of `_ENTRIES` registers it.
 
-grid(spec, width)                the grid of a layer with `width` columns
-check(spec, folder)              raises where a model cannot be stored so
-TABLE                            the grid of embeddings and output heads, where they are quantized
+`FORMAT` in its module is an object with everything of `Format`. Its module of sizes tells how many bytes
+weights take, by the arithmetic that the format writes with, and imports no torch, so that planning is quick:
 
-Formats of safetensors (`torchao`, `tile_packed`), which `pipeline.quantization.safetensors_output` writes, also have
-
-together(grid)                   rows of a weight in one row of its stored codes
-plan(name, shape, grid)          the stored tensors of a weight, before any is written
-rows(name, block)                what a block of rows gives at once
-rest(name, scale, zero, grid)    what is stored once the whole weight is known
-metadata(spec, grids, ...)       what every file's header carries
-quantization_config(...)         what config.json carries
-part_names(name)                 the names of a weight's stored tensors
-read(checkpoint, name, shape)    a stored weight as GroupQuantized
-unpack(weight)                   the same of a weight that transformers loaded
-tensor(weight, dtype)            the inverse of `unpack`
-
-`gguf` is a file of its own kind, which `pipeline.quantization.formats.gguf.file` writes and its module `reader` reads.
+    layer_bytes(spec, shape)                the weight (N, K) of a layer that is quantized
+    table_bytes(spec, shape)                an embedding, an output head, or a layer in eight bits
+    plain_bytes(spec, shape, item_bytes)    a tensor that is not quantized; `item_bytes` each in the source
 """
 
 from __future__ import annotations
 
-from types import ModuleType
+import fnmatch
+import importlib
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
+from pipeline.config.catalog import VARIANTS
+from pipeline.config.quantize import VariantSpec
 
-from pipeline.config.schema import VariantSpec
-from pipeline.models.checkpoint import Checkpoint
-from pipeline.quantization.formats import gguf, tile_packed, torchao
-from pipeline.quantization.grid import GroupQuantized
+if TYPE_CHECKING:
+    import torch
 
-_SAFETENSORS: dict[str, ModuleType] = {"torchao": torchao, "tile_packed": tile_packed}
+    from pipeline.models.checkpoint import Checkpoint, TensorInfo
+    from pipeline.quantization.grid import Grid, GroupQuantized
+    from pipeline.quantization.layers import Output, Source
+
+# name -> the module of the format, and the module of its sizes
+_ENTRIES = {
+    "torchao": (f"{__name__}.torchao.format", f"{__name__}.torchao.sizes"),
+    "tile_packed": (f"{__name__}.tile_packed.format", f"{__name__}.tile_packed.sizes"),
+    "gguf": (f"{__name__}.gguf.format", f"{__name__}.gguf.sizes"),
+}
 
 
-def storage(name: str) -> ModuleType:
-    """The format of that name in the catalog, or of a packing that is a format of its own."""
-    return gguf if name == "gguf" else _SAFETENSORS[name]
+class FileWeights(Protocol):
+    """The tensors of a file by their names in the checkpoint that it was made of, dequantized one by one."""
+
+    path: Path
+    dtype: torch.dtype  # what was quantized has this type
+
+    def read(self, name: str) -> torch.Tensor: ...
+
+    def __getitem__(self, name: str) -> TensorInfo: ...
+
+    def keys(self) -> Any: ...
+
+    def items(self) -> Any: ...
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def __len__(self) -> int: ...
 
 
-def format_of(spec: VariantSpec) -> ModuleType:
-    """The format that a variant is written in."""
+class Format(Protocol):
+    """A way to store variants. Formats derive from this class, and get what it does."""
+
+    TABLE: Grid  # of embeddings, output heads and layers in eight bits
+
+    def check(self, spec: VariantSpec, folder: Path) -> None:
+        """Raise ModelError or MissingExtra if the model in `folder` cannot be stored so; its weights are not read."""
+
+    def check_architecture(self, kind: str | None) -> None:
+        """Raise ModelError if models with this `model_type` cannot be stored so."""
+
+    def grid(self, spec: VariantSpec, width: int) -> Grid | None:
+        """Return the grid of a layer with `width` columns; None if the format takes weights directly.
+
+        Raises:
+            QuantizationError: if no group size divides the width.
+        """
+
+    def output(self, spec: VariantSpec, folder: Path, source: Source, others: Iterable[Output]) -> Output:
+        """Return what writes a variant into `folder`.
+
+        Args:
+            others: what is written in the same pass already; the new one may be made of it.
+        """
+
+    def weights(self, checkpoint: Checkpoint) -> Collection[str]:
+        """Return the names of the weights that a checkpoint of safetensors holds in this format."""
+        return ()
+
+    def part_names(self, name: str) -> list[str]:
+        """Return the names of the tensors that the weight `name` is stored as."""
+        return [name]
+
+    def read(self, checkpoint: Checkpoint, name: str, shape: tuple[int, int]) -> GroupQuantized:
+        """Return the stored weight of a layer of `shape` (N, K).
+
+        Raises:
+            CheckpointError: if its stored parts are not those of such a layer.
+        """
+
+    def unpack(self, weight: torch.Tensor) -> GroupQuantized | None:
+        """Return portable codes of a weight that transformers loaded; None for any other tensor."""
+        return None
+
+    def tensor(self, weight: GroupQuantized, dtype: torch.dtype) -> torch.Tensor:
+        """Return a weight as transformers loads it and saves it: the inverse of `unpack`."""
+
+    def rounds_inputs(self, config: Any) -> bool:
+        """Return True if layers of this model round their inputs too, so that only the stock loader runs it."""
+        return False
+
+    def weights_of_file(self, path: Path, names: Iterable[str], dtype: torch.dtype) -> FileWeights:
+        """Return the weights of a file that was made of a checkpoint with tensors of these names.
+
+        Raises:
+            CheckpointError: if it is damaged, or has other tensors.
+            MissingExtra: if the package that reads it is not installed.
+        """
+
+
+def register(name: str, module: str, sizes: str | None = None) -> None:
+    """Add a format: the module with its `FORMAT`, and that of its sizes if it is another one."""
+    _ENTRIES[name] = (module, sizes or module)
+
+
+def remove(name: str) -> None:
+    """Take a format out of the registry again."""
+    del _ENTRIES[name]
+
+
+def storage(name: str) -> Format:
+    """Return the format of that name; its module is imported now."""
+    return importlib.import_module(_ENTRIES[name][0]).FORMAT
+
+
+def format_of(spec: VariantSpec) -> Format:
+    """Return the format that a variant is written in."""
     return storage(spec.format)
 
 
-def stored_weights(checkpoint: Checkpoint) -> dict[str, ModuleType]:
-    """The quantized weights that a checkpoint holds: name -> the format that each is in."""
-    ends = {part.rpartition("._weight_qdata")[0] for part in checkpoint if part.endswith("._weight_qdata")}
-    names = [f"{module}.weight" for module in ends]
-    return {n: tile_packed if set(tile_packed.part_names(n)) <= checkpoint.keys() else torchao for n in names}
+def format_of_file(path: Path) -> Format:
+    """Return the format of a variant that is one file, by its ending."""
+    return storage(next(variant.format for variant in VARIANTS.values() if variant.suffix == path.suffix))
 
 
-def unpack(weight: torch.Tensor) -> tuple[GroupQuantized, ModuleType] | None:
-    """A weight as transformers loaded it, as portable codes, and the format that it was in; None for others."""
-    found = ((form.unpack(weight), form) for form in _SAFETENSORS.values())
-    return next((entry for entry in found if entry[0] is not None), None)
+def stored_weights(checkpoint: Checkpoint | FileWeights) -> dict[str, Format]:
+    """Return the quantized weights that a checkpoint holds: name -> the format of each."""
+    return {name: form for form in map(storage, _ENTRIES) for name in form.weights(checkpoint)}
+
+
+def unpack(weight: torch.Tensor) -> tuple[GroupQuantized, Format] | None:
+    """Return portable codes of a weight that transformers loaded, and the format of it; None for other tensors."""
+    found = ((form.unpack(weight), form) for form in map(storage, _ENTRIES))
+    return next(((codes, form) for codes, form in found if codes is not None), None)
+
+
+def rounds_inputs(config: Any) -> bool:
+    """Return True if layers of a model with this configuration round their inputs, in any format."""
+    return any(form.rounds_inputs(config) for form in map(storage, _ENTRIES))
+
+
+def sizes(spec: VariantSpec) -> Any:
+    """Return the module that tells how many bytes weights of a variant take."""
+    return importlib.import_module(_ENTRIES[spec.format][1])
+
+
+def stored_bytes(
+    spec: VariantSpec,
+    tensors: Mapping[str, tuple[tuple[int, ...], float]],
+    linear: Collection[str],
+    tables: Collection[str],
+) -> int:
+    """Return the bytes of a variant's weights.
+
+    Args:
+        tensors: name -> shape, and bytes of an element in the source.
+        linear: names of the weights to quantize.
+        tables: names of the embedding and the output head.
+    """
+    by, count = sizes(spec), 0.0
+    for name, (shape, item_bytes) in tensors.items():
+        if name in linear and not matches(spec.keep, name):
+            count += (by.table_bytes if matches(spec.int8, name) else by.layer_bytes)(spec, shape)
+        elif name in tables and (spec.quantizes_embeddings or spec.variant.quantizer):
+            count += by.table_bytes(spec, shape)
+        else:
+            count += by.plain_bytes(spec, shape, item_bytes)
+    return int(count)
+
+
+def matches(patterns: list[str], name: str) -> bool:
+    """Return True if one of these patterns names the layer of a weight."""
+    return any(fnmatch.fnmatchcase(name.removesuffix(".weight"), pattern) for pattern in patterns)

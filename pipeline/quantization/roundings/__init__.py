@@ -1,19 +1,31 @@
-"""How a weight is put on a grid. Every rounding is `round_weight(weight, grid)`."""
+"""Ways to put a weight on a grid: a module each, and a row each in `pipeline.config.catalog.ROUNDINGS`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from typing import Protocol, cast
 
 import torch
 
+from pipeline.config.catalog import ROUNDINGS
 from pipeline.quantization.grid import Grid, GroupQuantized
-from pipeline.quantization.roundings import hqq, rtn, search
+from pipeline.quantization.statistics import Statistics
 
-Rounding = Callable[[torch.Tensor, Grid], GroupQuantized]
 
-_ROUNDINGS: dict[str, Rounding] = {"rtn": rtn.round_weight, "hqq": hqq.round_weight, "search": search.round_weight}
+class Rounding(Protocol):
+    """A module that rounds weights."""
+
+    def round(self, rows: torch.Tensor, grid: Grid, statistics: Statistics | None = None) -> GroupQuantized:
+        """Put rows (n, K) of a weight, of any float type, on `grid`. Rows must not influence each other.
+
+        Args:
+            statistics: of the layer's inputs; None if nothing was collected.
+
+        Raises:
+            ValueError: if it cannot fill the grid's kind of zero point.
+        """
 
 
 def rounding(name: str) -> Rounding:
-    """The rounding of that name in the catalog; it takes (N, K) weights, any rows of them."""
-    return _ROUNDINGS[name]
+    """Return the rounding with that name in the catalogue; its module is imported now."""
+    return cast(Rounding, importlib.import_module(ROUNDINGS[name].module))

@@ -12,6 +12,7 @@ import torch
 
 from pipeline.quantization.grid import Grid, GroupQuantized, assemble, choose_codes, in_groups
 from pipeline.quantization.roundings.rtn import SMALLEST_STEP, full_range
+from pipeline.quantization.statistics import Statistics
 
 P = 0.7
 BETA = 10.0
@@ -19,18 +20,18 @@ KAPPA = 1.01
 ITERATIONS = 20
 
 
-def round_weight(weight: torch.Tensor, grid: Grid) -> GroupQuantized:
-    """Put a weight (N, K) on a grid with a float zero, or with none. Rows do not influence each other.
+def round(rows: torch.Tensor, grid: Grid, statistics: Statistics | None = None) -> GroupQuantized:
+    """Put rows (N, K) of a weight on a grid with a float zero, or with none. Rows do not influence each other.
 
     Where there is no zero to move, the scale is fitted in its stead. What moves is rounded as it will
     be stored in every iteration, and each group keeps the best it met, so that what is optimised
     is what will be stored.
     """
     if grid.zero == "none":
-        return _without_zero(weight, grid)
+        return _without_zero(rows, grid)
     if grid.zero != "float":
         raise ValueError(f"hqq moves float zeros or scales; the grid has zero={grid.zero!r}")
-    groups = in_groups(weight, grid).float()
+    groups = in_groups(rows, grid).float()
     scale, zero = full_range(groups, grid)
     step = scale.float().unsqueeze(-1)
     best_zero, best_error = zero, torch.full(zero.shape, torch.inf, device=zero.device)

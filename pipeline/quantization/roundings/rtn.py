@@ -9,14 +9,15 @@ from __future__ import annotations
 import torch
 
 from pipeline.quantization.grid import Grid, GroupQuantized, assemble, in_groups
+from pipeline.quantization.statistics import Statistics
 
 # The smallest step; a group of equal weights has no range to divide by. torchao's choice.
 SMALLEST_STEP = torch.finfo(torch.float32).eps
 
 
-def round_weight(weight: torch.Tensor, grid: Grid) -> GroupQuantized:
-    """Put a weight (N, K) on `grid`. Rows do not influence each other."""
-    groups = in_groups(weight, grid)
+def round(rows: torch.Tensor, grid: Grid, statistics: Statistics | None = None) -> GroupQuantized:
+    """Put rows (N, K) of a weight on `grid`. Rows do not influence each other."""
+    groups = in_groups(rows, grid)
     scale, zero = full_range(groups, grid)
     return assemble(groups, scale, zero, grid)
 

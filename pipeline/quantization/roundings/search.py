@@ -12,22 +12,23 @@ import torch
 
 from pipeline.quantization.grid import Grid, GroupQuantized, assemble, choose_codes, in_groups
 from pipeline.quantization.roundings.rtn import SMALLEST_STEP, full_range
+from pipeline.quantization.statistics import Statistics
 
 NARROWER = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of the full range
 FITS = 4  # from each of them
 
 
-def round_weight(weight: torch.Tensor, grid: Grid) -> GroupQuantized:
-    """Put a weight (N, K) on a grid with a float zero, or with none. Rows do not influence each other.
+def round(rows: torch.Tensor, grid: Grid, statistics: Statistics | None = None) -> GroupQuantized:
+    """Put rows (N, K) of a weight on a grid with a float zero, or with none. Rows do not influence each other.
 
     Scales and zeros are rounded to the grid's `scale_dtype` before a candidate is judged,
     so that what is compared is what would be stored.
     """
     if grid.zero == "none":
-        return _without_zero(weight, grid)
+        return _without_zero(rows, grid)
     if grid.zero != "float":
         raise ValueError(f"search fits float zeros or scales; the grid has zero={grid.zero!r}")
-    groups = in_groups(weight, grid).float()
+    groups = in_groups(rows, grid).float()
     full, _ = full_range(groups, grid)
     lowest, highest = torch.aminmax(groups, dim=-1)
     middle_code = (grid.lowest + grid.highest) / 2

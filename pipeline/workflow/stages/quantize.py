@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from pipeline.config.catalog import KEEP, VARIANTS
 from pipeline.config.schema import Config, MeasuredRun, VariantSpec
 from pipeline.errors import MissingExtra, QuantizationError
+from pipeline.quantization.statistics import check_collected
 from pipeline.system.files import empty_folder, replace_folder, states
 from pipeline.system.libraries import is_installed, versions
 from pipeline.tracking.events import Events, one_line
@@ -72,6 +73,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
 
 def check_extras(config: Config) -> None:
     """Raise MissingExtra where what writes a variant is not installed."""
+    check_collected(config.quantize.variants)
     for spec in config.quantize.variants:
         for module, extra in spec.variant.requires:
             if not is_installed(module):

@@ -7,8 +7,8 @@ import torch
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import QuantizationError
-from pipeline.quantization.formats import gguf
 from pipeline.quantization.formats.gguf.blocks import pack, plain, row_bytes
+from pipeline.quantization.formats.gguf.format import FORMAT as GGUF
 from pipeline.quantization.roundings import rounding
 
 official = pytest.importorskip("gguf")
@@ -23,14 +23,14 @@ def weights(dtype=torch.bfloat16):
 
 
 def kind_of(variant):
-    return official.GGMLQuantizationType[gguf.type_name(VariantSpec(name=variant))]
+    return official.GGMLQuantizationType[VariantSpec(name=variant).variant.file_type]
 
 
 @pytest.mark.parametrize("variant, how", QUANTIZED)
 def test_packed_rows_dequantize_to_the_chosen_values(variant, how):
     spec = VariantSpec(name=variant, rounding=how).resolved()
-    grid = gguf.grid(spec, 160)
-    block = rounding(how)(weights(), grid)
+    grid = GGUF.grid(spec, 160)
+    block = rounding(how).round(weights(), grid)
     packed = pack(block)
     assert packed.dtype == torch.uint8 and packed.shape == (48, row_bytes("", 160, grid))
     assert len(packed.flatten()) == 48 * official.quants.quant_shape_to_byte_shape((160,), kind_of(variant))[0]
@@ -40,10 +40,10 @@ def test_packed_rows_dequantize_to_the_chosen_values(variant, how):
 
 @pytest.mark.parametrize("variant, how", [(v, how) for v, how in QUANTIZED if how != "rtn"])
 def test_the_chosen_numbers_are_as_close_as_those_of_the_official_package(variant, how):
-    grid, weight = gguf.grid(VariantSpec(name=variant).resolved(), 160), weights(torch.float32)
+    grid, weight = GGUF.grid(VariantSpec(name=variant).resolved(), 160), weights(torch.float32)
     theirs = official.quants.quantize(weight.numpy(), kind_of(variant))
     error = (torch.from_numpy(official.quants.dequantize(theirs, kind_of(variant))) - weight).square().mean()
-    assert (rounding(how)(weight, grid).dequantize() - weight).square().mean() < 1.1 * error
+    assert (rounding(how).round(weight, grid).dequantize() - weight).square().mean() < 1.1 * error
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
@@ -59,6 +59,6 @@ def test_a_plain_row_is_rounded_once(kind, shape):
 def test_float16_overflow_is_refused():
     with pytest.raises(QuantizationError, match="float16 cannot hold; take bf16"):
         plain(torch.tensor([[1e6, 0.0]]), "F16")
-    grid = gguf.grid(VariantSpec(name="gguf-q4_0").resolved(), 32)
+    grid = GGUF.grid(VariantSpec(name="gguf-q4_0").resolved(), 32)
     with pytest.raises(QuantizationError, match="scale float16 cannot hold"):
-        pack(rounding("rtn")(torch.full((1, 32), 1e7), grid))
+        pack(rounding("rtn").round(torch.full((1, 32), 1e7), grid))

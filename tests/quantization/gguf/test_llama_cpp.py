@@ -11,7 +11,7 @@ from pipeline.errors import ModelError, QuantizationError
 from pipeline.inference import llama_cpp
 from pipeline.inference.load import load_dequantized
 from pipeline.models.checkpoint import SINGLE_NAME
-from pipeline.quantization.formats.gguf import check
+from pipeline.quantization.formats.gguf.format import FORMAT as GGUF
 from pipeline.quantization.formats.gguf.names import ARCHITECTURES, BIASES
 from tests.support.gguf_files import IDS, MODELS, OFF, OFF_QUANTIZED, TYPES, expected_logits
 from tests.support.models import relative_error
@@ -160,5 +160,5 @@ REFUSED = [
 def test_architecture_that_llama_cpp_computes_differently_is_refused(tiny_model, architecture, changes, message):
     source = tiny_model(architecture, **changes)
     with pytest.raises(ModelError, match=message) as caught:
-        check(VariantSpec(name="gguf-f16"), source)
+        GGUF.check(VariantSpec(name="gguf-f16"), source)
     assert str(source) in str(caught.value) and "\n" not in str(caught.value)

@@ -11,7 +11,7 @@ from pipeline.evaluation import metrics
 from pipeline.inference.load import load, load_dequantized
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.matrices import linear_weights, table_weights
-from pipeline.quantization.formats import gguf
+from pipeline.quantization.formats.gguf.format import FORMAT as GGUF
 from pipeline.quantization.formats.gguf.reader import GgufWeights
 from pipeline.quantization.roundings import rounding
 from pipeline.system import hardware
@@ -35,9 +35,9 @@ def meaning(source, variant):
     for name in checkpoint:
         weight = checkpoint.read(name).float()
         if name in tables:
-            found[name] = rounding("rtn")(weight, gguf.TABLE).dequantize()
+            found[name] = rounding("rtn").round(weight, GGUF.TABLE).dequantize()
         elif name in linear and spec.rounding:
-            found[name] = rounding(spec.rounding)(weight, gguf.grid(spec, weight.shape[1])).dequantize()
+            found[name] = rounding(spec.rounding).round(weight, GGUF.grid(spec, weight.shape[1])).dequantize()
         else:
             found[name] = weight.to(PLAIN[variant]).float() if variant in PLAIN and weight.ndim == 2 else weight
     return found

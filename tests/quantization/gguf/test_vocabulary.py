@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import ModelError
-from pipeline.quantization.formats.gguf import check
+from pipeline.quantization.formats.gguf.format import FORMAT as GGUF
 from pipeline.quantization.formats.gguf.vocabulary import vocabulary
 from tests.support.models import CHAT_TEMPLATE, GEMMA_TEMPLATE
 
@@ -168,12 +168,12 @@ def test_every_token_that_ends_an_answer_is_named(tiny_model, written, opened, t
 def test_words_added_where_a_space_comes_first_are_refused_for_they_are_looked_for_with_it(tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model("llama", vocab_size=SIZE), tmp_path / "model")
     write(folder, *KINDS["llama-2"]())
-    check(SPEC, folder)
+    GGUF.check(SPEC, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["own_word"])
     tokenizer.save_pretrained(folder)
     with pytest.raises(ModelError, match="'own_word'"):
-        check(SPEC, folder)
+        GGUF.check(SPEC, folder)
 
 
 def change(key, value):
@@ -195,7 +195,7 @@ def test_a_tokenizer_that_composes_characters_is_taken(tiny_model, tmp_path):
     for normalizer in ({"type": "NFC"}, {"type": "Sequence", "normalizers": []}):
         about = json.loads((folder / "tokenizer.json").read_text())
         (folder / "tokenizer.json").write_text(json.dumps(about | {"normalizer": normalizer}))
-        check(SPEC, folder)
+        GGUF.check(SPEC, folder)
 
 
 REFUSED = {
@@ -226,5 +226,5 @@ def test_a_tokenizer_that_llama_cpp_cannot_follow_is_refused(tiny_model, tmp_pat
     apply(about)
     (folder / "tokenizer.json").write_text(json.dumps(about))
     with pytest.raises(ModelError, match=message) as caught:
-        check(SPEC, folder)
+        GGUF.check(SPEC, folder)
     assert str(folder) in str(caught.value)

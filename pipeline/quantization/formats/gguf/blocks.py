@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 
 from pipeline.errors import QuantizationError
+from pipeline.quantization.formats.gguf import sizes
 from pipeline.quantization.grid import Grid, GroupQuantized
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -26,8 +27,7 @@ def row_bytes(kind: str, width: int, grid: Grid | None = None) -> int:
     """Bytes of a row of `width` columns in a plain type, or on `grid`."""
     if grid is None:
         return PLAIN[kind].itemsize * width
-    numbers = 4 if grid.zero == "float" else 2
-    return (numbers + grid.bits * grid.group_size // 8) * (width // grid.group_size)
+    return sizes.row_bytes(grid.bits, 2 if grid.zero == "float" else 1, width)
 
 
 def plain(rows: torch.Tensor, kind: str) -> torch.Tensor:

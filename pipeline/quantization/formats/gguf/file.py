@@ -12,20 +12,20 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config.catalog import VARIANTS
+from pipeline.config.catalog import NEAREST
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError, QuantizationError
 from pipeline.models.checkpoint.placing import is_covered, put
 from pipeline.models.checkpoint_files import copy_terms
-from pipeline.quantization.formats.gguf import TABLE, type_name, type_of
 from pipeline.quantization.formats.gguf.blocks import PLAIN, pack, plain, row_bytes
+from pipeline.quantization.formats.gguf.format import FORMAT, type_of
 from pipeline.quantization.formats.gguf.header import Description, describe
 from pipeline.quantization.formats.gguf.names import as_stored, library, rows_together, stored_names
 from pipeline.quantization.grid import Grid
-from pipeline.quantization.layers import Source, Tell, VariantFiles, layer_grids
+from pipeline.quantization.layers import Output, Source, Tell, VariantFiles, layer_grids
 from pipeline.quantization.roundings import rounding
 
-nearest = rounding("rtn")
+nearest = rounding(NEAREST)
 _KINDS = {dtype: kind for kind, dtype in PLAIN.items()} | {torch.float64: "F32"}  # of what is stored as it is
 TABLES = ("token_embd.weight", "output.weight")  # the embedding, and the output head where it is stored
 
@@ -45,7 +45,7 @@ class Place:
         return self.row_bytes * self.shape[0]
 
 
-class GgufFile:
+class GgufFile(Output):
     """One output of the pass: `<model>-<TYPE>.gguf` in a folder of its own or among others.
 
     The file gets its name only when every byte is there and on the disk; after an error nothing of it is left.
@@ -54,15 +54,15 @@ class GgufFile:
     def __init__(self, spec: VariantSpec, folder: Path, source: Source):
         self.spec, self.source = spec, source
         self.path = folder / self.file_name(spec, source)
-        self.round = rounding(spec.rounding) if spec.rounding else None
+        self.rounding = rounding(spec.rounding) if spec.rounding else nearest
         self.grids, self.kept = layer_grids(spec, source.linear)
-        self.about = describe(source.folder, source.name, type_name(spec), source.template, source.license)
+        self.about = describe(source.folder, source.name, spec.variant.file_type, source.template, source.license)
         of, tensors = self.about.architecture, source.tensors
         self.names = stored_names(of, self.about.layers, tensors)
         tables = [name for name, target in self.names.items() if target in TABLES]
-        self.tables = set(tables) if spec.embeddings == "int8" else set()
+        self.tables = set(tables) if spec.quantizes_embeddings else set()
         for name in self.tables:
-            self.grids[name] = (tensors[name].shape, TABLE)
+            self.grids[name] = (tensors[name].shape, FORMAT.TABLE)
         planned = {target: self._plan(name) for name, target in self.names.items()}
         extra = self.about.tensors.items()
         count = sum(math.prod(tensors[name].shape) for name in self.names)
@@ -86,14 +86,14 @@ class GgufFile:
 
     @staticmethod
     def file_name(spec: VariantSpec, source: Source) -> str:
-        return f"{source.name}-{type_name(spec)}.gguf"
+        return f"{source.name}-{spec.variant.file_type}.gguf"
 
     def _plan(self, name: str) -> Place:
         info, (_, grid) = self.source.tensors[name], self.grids.get(name, (None, None))
         if grid is not None:
             kind = type_of(grid)
-        elif len(info.shape) > 1 and VARIANTS[self.spec.name].bits == 16 and name not in self.kept:
-            kind = type_name(self.spec)  # F16 or BF16
+        elif len(info.shape) > 1 and self.spec.variant.bits == 16 and name not in self.kept:
+            kind = self.spec.variant.file_type  # F16 or BF16
         else:
             kind = "F32" if len(info.shape) == 1 else _KINDS.get(info.dtype, "")
         if not kind or not 1 <= len(info.shape) <= 2:
@@ -124,7 +124,8 @@ class GgufFile:
             else:
                 # At eight bits the nearest is good enough for tables. In float32, since a scale that the
                 # weight's own bfloat16 can hold is further off than one of float16.
-                data = pack((nearest if name in self.tables else self.round)(rows.float(), place.grid))
+                chosen = nearest if name in self.tables else self.rounding
+                data = pack(chosen.round(rows.float(), place.grid, self.source.statistics.get(name)))
         except QuantizationError as error:
             raise QuantizationError(f"{name}: {error}") from None
         self._write(self.names[name], data, first)

@@ -21,27 +21,33 @@ from pipeline.config.schema import VariantSpec
 from pipeline.errors import QuantizationError
 from pipeline.models.checkpoint_files import copy_terms
 from pipeline.models.gguf_metadata import read_header
-from pipeline.quantization.formats.gguf import quantizer, type_name
+from pipeline.quantization.formats.gguf import quantizer
 from pipeline.quantization.formats.gguf.blocks import PLAIN
 from pipeline.quantization.formats.gguf.file import GgufFile
-from pipeline.quantization.layers import Source, Tell, VariantFiles
+from pipeline.quantization.layers import Output, Source, Tell, VariantFiles
 
 _FAILURE = re.compile(r"GGML_ASSERT|error|failed", re.IGNORECASE)
 
 
 class FullFile(GgufFile):
-    """The model in its own types, which all K-quants of a pass are made of; whoever asked for it removes it."""
+    """The model in its own types, which all K-quants of a pass are made of."""
+
+    is_temporary = True
 
     @staticmethod
     def file_name(spec: VariantSpec, source: Source) -> str:
         return f"{source.name}.gguf.full"
 
+    def remove(self) -> None:
+        """Remove the file."""
+        self.path.unlink(missing_ok=True)
 
-class KQuantsFile:
+
+class KQuantsFile(Output):
     """One output of the pass, which takes nothing in it: `finish` makes the file of a whole one."""
 
     def __init__(self, spec: VariantSpec, folder: Path, full: GgufFile):
-        self.spec, self.full = spec, full
+        self.spec, self.full, self.made_of = spec, full, (full,)
         self.path = folder / GgufFile.file_name(spec, full.source)
 
     def __enter__(self) -> KQuantsFile:
@@ -65,7 +71,9 @@ class KQuantsFile:
         what = f"quantizing {self.spec.name} with llama.cpp"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            quantize(self.full.path, partial, type_name(self.spec), lambda d, t: tell(d, t, what) if tell else None)
+            quantize(
+                self.full.path, partial, self.spec.variant.file_type, lambda d, t: tell(d, t, what) if tell else None
+            )
             os.replace(partial, self.path)
         except OSError as error:
             raise QuantizationError(f"{self.path}: cannot be written ({error.strerror})") from None

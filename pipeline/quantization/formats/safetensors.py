@@ -1,0 +1,55 @@
+"""Formats of safetensors: folders with a header, config.json and tokenizer, which transformers opens."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from pipeline.config.schema import VariantSpec
+from pipeline.quantization.formats import Format
+from pipeline.quantization.grid import Grid, GroupQuantized
+from pipeline.quantization.layers import Output, Source
+
+
+class SafetensorsFormat(Format):
+    """A format that `pipeline.quantization.safetensors_output` writes, part by part."""
+
+    def output(self, spec: VariantSpec, folder: Path, source: Source, others: Iterable[Output]) -> Output:
+        """Return what writes a variant into `folder`."""
+        from pipeline.quantization.safetensors_output import SafetensorsFolder
+
+        return SafetensorsFolder(spec, folder, source)
+
+    def together(self, grid: Grid) -> int:
+        """Return the rows of a weight that one row of its stored codes holds."""
+        return 1
+
+    @abstractmethod
+    def plan(self, name: str, shape: tuple[int, int], grid: Grid) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Return the stored tensors of the weight `name` of `shape` (N, K): name -> (dtype, shape)."""
+
+    @abstractmethod
+    def rows(self, name: str, block: GroupQuantized) -> dict[str, torch.Tensor]:
+        """Return the codes of a block of rows as they are stored."""
+
+    @abstractmethod
+    def rest(self, name: str, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) -> dict[str, torch.Tensor]:
+        """Return scales and zeros (N, G) of a whole weight as they are stored."""
+
+    @abstractmethod
+    def metadata(
+        self,
+        spec: VariantSpec,
+        grids: Mapping[str, tuple[tuple[int, int], Grid]],
+        plain: Iterable[str],
+        dtypes: Mapping[str, torch.dtype],
+        tables: Collection[str],
+    ) -> dict[str, str]:
+        """Return the metadata of every file's header, as `torchao.header.metadata` describes it."""
+
+    @abstractmethod
+    def quantization_config(self, spec: VariantSpec, kept: list[str], tables: list[str], eight: list[str]) -> dict:
+        """Return the `quantization_config` of config.json, as `torchao.header.quantization_config` describes it."""
