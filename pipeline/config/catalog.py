@@ -28,11 +28,15 @@ class Packing:
     Attributes:
         format: the entry of `pipeline.quantization.formats` that writes it.
         snippet: the card's template of the code that loads it.
+        usage: the card's template that says where it runs.
+        said: a phrase for cards.
         mixes: True if single layers can be stored in eight bits beside it.
     """
 
     format: str
     snippet: str
+    usage: str
+    said: str = ""
     mixes: bool = False
 
 
@@ -60,7 +64,9 @@ class Variant:
         file_type: the engine's name for the type of its weights, such as `Q4_0`.
         shared_folder: the folder that it shares with other variants; None for a folder of its own.
         snippet: the card's template of the code that loads it, unless its packing names another.
+        usage: the card's template that says where it runs, unless its packing names another.
         stored_as: the card's template that says how it is stored.
+        said: a phrase for cards that does so, if there is no template.
     """
 
     name: str
@@ -83,7 +89,9 @@ class Variant:
     file_type: str | None = None
     shared_folder: str | None = None
     snippet: str = "snippet_stock.py.jinja"
+    usage: str = "runs_stock.md.jinja"
     stored_as: str | None = None
+    said: str = ""
 
     @property
     def folder(self) -> str:
@@ -222,8 +230,13 @@ register(
         rise=0.05,
         zero="float",
         packings={
-            "plain": Packing("torchao", "snippet_int4.py.jinja", mixes=True),
-            "tile_packed": Packing("tile_packed", "snippet_int4_tiles.py.jinja"),
+            "plain": Packing("torchao", "snippet_int4.py.jinja", "runs_int4.md.jinja", mixes=True),
+            "tile_packed": Packing(
+                "tile_packed",
+                "snippet_int4_tiles.py.jinja",
+                "runs_int4_tiles.md.jinja",
+                "stored in the tiles that the tensor cores of CUDA cards read",
+            ),
         },
         stored_as="stored_as_int4.md.jinja",
     )

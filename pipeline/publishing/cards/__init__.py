@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.catalog import DATA_FORMS, VARIANTS, is_one_file
+from pipeline.config.catalog import DATA_FORMS, EIGHT_BITS, LLAMA_CPP, ROUNDINGS, VARIANTS, is_one_file
 from pipeline.evaluation.results import TEXTS, Data, Training
+from pipeline.inference.loaders import TIMED
 from pipeline.publishing.cards import about as names
 from pipeline.publishing.cards import markdown
 from pipeline.publishing.cards.about import ROOT, About
@@ -92,6 +93,11 @@ def _render(template: str, about: About, models: Models, front: ModelCardData, a
         "packed": [v for v in variants if not is_one_file(v)],
         "gguf": [v for v in variants if is_one_file(v)],
         "quantizes": any(VARIANTS[v].bits < 16 for v in variants),
+        "catalog": VARIANTS,
+        "roundings": {name: Markdown(rounding.said) for name, rounding in ROUNDINGS.items()},
+        "eight_bits": EIGHT_BITS,
+        "llama_cpp": LLAMA_CPP,
+        "loaders": list(TIMED),
         "types": {v: Markdown(VARIANTS[v].file_type or "") for v in variants},
         "folders": {v: Markdown(VARIANTS[v].folder) for v in variants},
         "files": files,

@@ -1,0 +1,30 @@
+"""Runs that only quantize, with what a module of this folder adds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import ModuleType
+
+import yaml
+
+from tests.support import REPOSITORY
+from tests.support.runs import Place
+
+SITE = Path(__file__).parent / "site"
+
+
+def quantizing(folder: Path, model: Path, variant: object, *extensions: ModuleType) -> Place:
+    """Write `tiny.yaml`, which makes and measures one variant; its commands register the extensions first."""
+    (folder / "general.txt").write_text("The quick brown fox jumps over the lazy dog near the river bank. " * 40)
+    tree = {
+        "name": "tiny",
+        "model": {"source": str(model)},
+        "data": None,
+        "evaluate": {"general": "general.txt", "max_tokens": 512, "prompts": []},
+        "quantize": {"variants": [variant], "on_gate_failure": "warn"},
+        "track": {"project": "tests"},
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    names = ",".join(module.__name__ for module in extensions)
+    return Place(folder, None, {"PYTHONPATH": os.pathsep.join((str(REPOSITORY), str(SITE))), "EXTENSIONS": names})
