@@ -49,7 +49,7 @@ def __getattr__(name: str):
     if name != "FORMAT":
         raise AttributeError(name)
     from pipeline.models.checkpoint import CheckpointWriter
-    from pipeline.models.sources import copy_companions
+    from pipeline.models.checkpoint_files import copy_companions
     from pipeline.quantization.layers import Output, VariantFiles
 
     class SignsFolder(Output):

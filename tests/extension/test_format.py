@@ -24,11 +24,8 @@ def place(tmp_path_factory, tiny_model) -> Place:
 def test_format_is_planned_with_the_bytes_that_it_writes(place):
     plan = json.loads(place.tunepress("plan", "tiny.yaml", "--json").stdout)
     written = (place.release / "signs" / "model.safetensors").stat().st_size
-    assert (
-        0.95 * written
-        < next(stage for stage in plan["stages"] if stage["name"] == "quantize")["writes"]["signs"]
-        < 1.05 * written
-    )
+    (stage,) = (stage for stage in plan["stages"] if stage["stage"] == "quantize")
+    assert 0.95 * written < stage["writes"]["signs"] < 1.05 * written + 10**6  # and the tokenizer
 
 
 def test_format_is_written_and_measured(place):

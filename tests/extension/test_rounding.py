@@ -10,7 +10,7 @@ from pipeline.config.catalog import Need
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import QuantizationError
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.sources import linear_weights
+from pipeline.models.matrices import linear_weights
 from pipeline.quantization.formats import storage
 from pipeline.quantization.statistics import Statistics, needed
 from pipeline.quantization.writer import Variants
