@@ -117,7 +117,8 @@ def chosen(config: TrainingRun, encoded: Sequence[Encoded], max_tokens: int | No
     Raises:
         DataError: for less than two, since an error cannot be estimated from one.
     """
-    taken, tokens = [], 0
+    taken: list[Encoded] = []
+    tokens = 0
     for example in encoded:
         tokens += len(example.input_ids)
         if len(taken) >= 2 and tokens > (max_tokens or config.evaluate.max_tokens):

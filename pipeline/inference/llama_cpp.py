@@ -16,6 +16,7 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -55,7 +56,7 @@ def _listen():
     import llama_cpp
 
     @llama_cpp.llama_log_callback
-    def listener(level: int, text: bytes, _) -> None:
+    def listener(level: int, text: bytes, _: object) -> None:
         if level == _ERROR:
             _complaints.append(_SAID_BY.sub("", text.decode(errors="replace").strip()))
 
@@ -74,7 +75,7 @@ def check(path: Path) -> None:
     api, reached = library(), []
 
     @api.llama_progress_callback
-    def stop(progress: float, _) -> bool:  # called when all is found and the numbers are to be read
+    def stop(progress: float, _: object) -> bool:  # called when all is found and the numbers are to be read
         reached.append(progress)
         return False
 
@@ -102,7 +103,7 @@ def positions(path: Path) -> int:
     return int(value.value)
 
 
-def _load(path: Path, **settings) -> int:
+def _load(path: Path, **settings: object) -> int:
     """The address of the loaded model."""
     api = library()
     asked = api.llama_model_default_params()
@@ -156,7 +157,7 @@ def opened(path: Path, positions: int, logits: int | None = None) -> Iterator[Re
 class Reader:
     """A model that reads one sequence of tokens at a time. Made by `opened`, and good as long as that is open."""
 
-    def __init__(self, path: Path, model: int, context: int, batch, at_a_time: int, vocabulary: int):
+    def __init__(self, path: Path, model: int, context: int, batch: Any, at_a_time: int, vocabulary: int):
         self.path, self.at_a_time, self.vocabulary = path, at_a_time, vocabulary
         self.limit = library().llama_model_n_ctx_train(model)
         self._model, self._context, self._batch, self._position = model, context, batch, 0
@@ -217,7 +218,8 @@ class Reader:
     def answer(self, tokens: Sequence[int], stops: Collection[int], new_tokens: int) -> list[int]:
         """Greedily, what comes after `tokens`, up to one of `stops`, which is not part of it."""
         self.begin()
-        found, token = [], self.next_token(tokens)
+        found: list[int] = []
+        token = self.next_token(tokens)
         while token not in stops and len(found) < new_tokens:
             found.append(token)
             if len(found) < new_tokens:

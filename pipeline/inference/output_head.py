@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,9 +25,10 @@ def head_matrix(model: PreTrainedModel) -> torch.Tensor | GroupQuantized:
 
     from pipeline.quantization.formats import unpack
 
-    layer = model.get_output_embeddings()
+    layer: Any = model.get_output_embeddings()
     if hasattr(layer, "portable"):
-        return layer.portable()
+        portable: GroupQuantized = layer.portable()
+        return portable
     with align_module_device(layer):
         weight = layer.weight.detach()
     stored = unpack(weight)
@@ -36,7 +37,7 @@ def head_matrix(model: PreTrainedModel) -> torch.Tensor | GroupQuantized:
 
 def head_name(model: PreTrainedModel) -> str:
     """The checkpoint's name for the output matrix of a full-precision model."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # under an adapter
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # under an adapter
     head = inner.get_output_embeddings()
     name = next(name for name, module in inner.named_modules() if module is head) + ".weight"
     # A tied head is stored under the embedding's name.

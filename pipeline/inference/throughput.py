@@ -33,7 +33,8 @@ def tokens_per_second(
     limit = limit or prompt_tokens + new_tokens
     new_tokens = min(new_tokens, limit // 2)
     prompt_tokens = min(prompt_tokens, limit - new_tokens)
-    prefills, steps = [], []
+    prefills: list[float] = []
+    steps: list[list[float]] = []
     for _ in range(repeats + 1):
         begun = now()
         state = read(prompt_tokens)

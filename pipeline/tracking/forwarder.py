@@ -90,25 +90,27 @@ class Forwarder:
 
     def __init__(self, spool: Path, open_tracker: Opener, patience: float = PATIENCE):
         self._path, self._open, self._patience = spool, open_tracker, patience
-        self._spool, self._tracker = Spool(spool), None
+        self._spool = Spool(spool)
+        self._tracker: Tracker | None = None
         self._waiting: list[Item] = []
         self._news, self._closing = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self.problem: str | None = None
 
-    def forward(self) -> None:
-        """Say that there may be something new; returns at once."""
+    def forward(self) -> threading.Thread:
+        """Say that there may be something new, and return the thread that sends it at once."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="forwarder", daemon=True)
             self._thread.start()
         self._news.set()
+        return self._thread
 
     def close(self) -> None:
         """Send the rest, as far as the tracker's answers allow in bearable time; `problem` says what remained."""
         self._closing.set()
-        self.forward()
-        self._thread.join(self._patience)
-        if self._thread.is_alive():
+        thread = self.forward()
+        thread.join(self._patience)
+        if thread.is_alive():
             self.problem = self.problem or f"no answer within {self._patience:g} seconds"
 
     def send_all(self) -> int:
@@ -157,6 +159,7 @@ class Forwarder:
         sent = 0
         while self._waiting:
             batch = self._waiting[:BATCH]
+            assert self._tracker is not None, "what waits was read after it was opened"
             self._tracker.send(batch)
             del self._waiting[:BATCH]
             sent += len(batch)
@@ -168,8 +171,8 @@ class Forwarder:
         items = self._spool.read()
         if not items:
             return
-        self._tracker = self._open(self._spool.id, self._spool.began)
-        held = _held(items, self._tracker.stored()) if known else 0
+        self._tracker = tracker = self._open(self._spool.id, self._spool.began)
+        held = _held(items, tracker.stored()) if known else 0
         self._waiting = items[held:]
 
     def _is_stored(self) -> bool:

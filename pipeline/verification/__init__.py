@@ -6,7 +6,7 @@ looked at; models are loaded only where every file in their folder is one that t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from pipeline.errors import UserError
 from pipeline.hub.tree import LINEAGE
@@ -48,7 +48,7 @@ def verify(
     return Verification(place.name, place.revision, tuple(findings))
 
 
-def _findings(place: Place, measure: bool):
+def _findings(place: Place, measure: bool) -> Iterator[Finding]:
     from pipeline.verification.files import check_files, sound_models
 
     try:
@@ -95,7 +95,7 @@ def _bring(claims: Claims, place: Place, models: list[str]) -> list[Finding]:
     return found
 
 
-def _cards_and_models(claims: Claims, place: Place, models: list[str], measure: bool):
+def _cards_and_models(claims: Claims, place: Place, models: list[str], measure: bool) -> Iterator[Finding]:
     from pipeline.verification.cards import check_cards, check_modelfiles, check_picture, render
     from pipeline.verification.examples import run_examples
     from pipeline.verification.figures import check_figures

@@ -93,7 +93,7 @@ def about_release(claims: Claims, place: Place, chats: bool) -> About:
         results=claims.results,
         chats=chats,
         mirrors={} if claims.mirror_of else mirrors,
-        files={v: Path(claims.file_of(v)).name for v in variants if is_one_file(v)},
+        files={v: Path(file).name for v in variants if is_one_file(v) and (file := claims.file_of(v))},
     )
 
 
@@ -183,7 +183,9 @@ class Difference:
 
     def _cells(self) -> tuple[str, str, str] | None:
         """Of two rows of a table about the same: what they are about, and the first cells that differ."""
-        there, expected = (line.split("|") if line.startswith("|") else [] for line in (self.there, self.expected))
+        there, expected = (
+            line.split("|") if line and line.startswith("|") else [] for line in (self.there, self.expected)
+        )
         if len(there) != len(expected) or there[:2] != expected[:2]:
             return None
         pairs = zip(there, expected, strict=True)
@@ -197,7 +199,8 @@ def _differences(there: str, expected: str) -> Iterator[Difference]:
             yield from (Difference(a, b) for a, b in zip_longest(theirs[i:j], ours[m:n]))
 
 
-def _cut(line: str, around: int) -> str:
+def _cut(line: str | None, around: int) -> str:
+    line = line or ""
     start = max(0, around - AROUND)
     text = line[start : around + AROUND]
     return f"{'...' if start else ''}{text}{'...' if around + AROUND < len(line) else ''}"
@@ -206,7 +209,7 @@ def _cut(line: str, around: int) -> str:
 def check_modelfiles(claims: Claims, place: Place) -> Iterator[Finding]:
     """Is each Modelfile what follows from the GGUF files beside it?"""
     for path in (path for path in claims.documents if Path(path).name == MODELFILE):
-        files = {v: place.folder / claims.file_of(v) for v in claims.variants if is_one_file(v)}
+        files = {v: place.folder / file for v in claims.variants if is_one_file(v) and (file := claims.file_of(v))}
         there = place.read(path)
         if there is None:
             continue

@@ -48,7 +48,7 @@ class Claims:
         files: what the release consists of, by path in it.
         documents: paths of what stands beside them for people.
         results: every figure; empty if they cannot be read.
-        config: of the run; None if it cannot be read.
+        configuration: of the run; None if it cannot be read.
         unread: why the configuration or the results cannot be read; empty if both can.
         made_with: versions of the libraries.
         mirror_of: the repository whose variant stands here at the root.
@@ -57,15 +57,21 @@ class Claims:
     files: Mapping[str, File]
     documents: tuple[str, ...]
     results: Results
-    config: Config | None
+    configuration: Config | None
     unread: str
     made_with: Mapping[str, str]
     mirror_of: str | None
 
     @property
+    def config(self) -> Config:
+        """Return the configuration of a lineage whose configuration could be read."""
+        assert self.configuration is not None, "an unread configuration is reported before anything asks for it"
+        return self.configuration
+
+    @property
     def variants(self) -> tuple[str, ...]:
         """Those that are here and have figures, in the order of the configuration, which the cards have too."""
-        asked = [spec.name for spec in self.config.quantize.variants] if self.config else []
+        asked = [spec.name for spec in self.configuration.quantize.variants] if self.configuration else []
         return tuple(
             name for name in dict.fromkeys((*asked, *VARIANTS)) if name in self.results.variants and self._holds(name)
         )
@@ -104,6 +110,7 @@ class Claims:
         if not is_one_file(model):
             return there
         own, suffix = self.file_of(model), VARIANTS[model].suffix
+        assert suffix is not None, "a variant that is one file has a suffix"
         return {path: file for path, file in there.items() if path == own or not path.endswith(suffix)}
 
     def file_of(self, model: str) -> str | None:
@@ -135,7 +142,7 @@ def read_claims(content: bytes) -> Claims:
         files={path: _file(path, about) for path, about in _table(told, "files").items()},
         documents=_documents(told.get("documents")),
         results=results or Results(),
-        config=config,
+        configuration=config,
         unread=config_problem or results_problem,
         made_with={name: version for name, version in made_with.items() if isinstance(version, str)},
         mirror_of=mirror_of if isinstance(mirror_of, str) else None,

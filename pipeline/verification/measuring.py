@@ -89,8 +89,8 @@ def measure_models(claims: Claims, place: Place, models: list[str]) -> Iterator[
             yield unknown("measured", f"{TEXTS[text]} text", problem)
         cut = Cuts()
         for model in models:
-            if problem := refused(claims, place, model):
-                yield wrong("measured", model, problem)
+            if refusal := refused(claims, place, model):
+                yield wrong("measured", model, refusal)
             else:
                 yield from _measured(claims, place, model, texts, Path(scratch), cut)
         yield from cut.findings()
@@ -113,7 +113,7 @@ def find_texts(claims: Claims, place: Place, folder: Path) -> Texts:
     wanted = measured if config.evaluate else []
     if HELD_OUT in wanted and (problem := _bring_held_out(claims, place, config, workspace)):
         problems[HELD_OUT] = problem
-    if GENERAL in wanted and not place.run and not config.evaluate.general.startswith("builtin:"):
+    if GENERAL in wanted and not place.run and config.evaluate and not config.evaluate.general.startswith("builtin:"):
         source = config.evaluate.general
         problems[GENERAL] = f"the file {source} is not part of a release; verify the run's folder to measure on it"
     return Texts(config, workspace, tuple(t for t in wanted if t not in problems), problems)
@@ -133,6 +133,7 @@ def _bring_held_out(claims: Claims, place: Place, config: Config, workspace: Wor
         if not on_hub and not is_builtin(source):
             return f"the file {source} is not part of a release; verify the run's folder to measure on it"
         place.tell(0, 1, f"reading {source}")
+        assert config.data is not None, "its source was looked at above"
         pinned = config.data.model_copy(update={"revision": data.revision}) if on_hub else config.data
         write_examples(kept, load_examples(pinned).held_out)
     except UserError as error:
@@ -176,11 +177,11 @@ def _cannot_be_had(claims: Claims, place: Place, model: str) -> str | None:
 
 def request_for(claims: Claims, place: Place, model: str, texts: Texts) -> dict:
     """What `pipeline.verification.worker` is told of a model."""
-    folder, reference = place.folder / claims.prefix(model), claims.reference
+    folder, reference, file = place.folder / claims.prefix(model), claims.reference, claims.file_of(model)
     return {
         "model": model,
         "folder": str(folder),
-        "file": str(place.folder / claims.file_of(model)) if is_one_file(model) else None,
+        "file": str(place.folder / file) if is_one_file(model) and file else None,
         "reference": str(place.folder / claims.prefix(reference)) if reference else None,
         "loader": claims.results[model].loader or default_loader(model),
         "config": texts.config.model_dump(mode="json"),
@@ -217,7 +218,7 @@ def in_fresh_process(request: dict, scratch: Path, tell: Tell) -> dict:
             env=with_own_package(plain),
         )
         try:
-            for line in child.stdout:
+            for line in child.stdout or ():
                 if report := _report(line):
                     tell(*report)
             code = child.wait()

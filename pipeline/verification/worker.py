@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config.catalog import LLAMA_CPP
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, MeasuredRun, TrainingRun
 from pipeline.errors import CheckpointError, DataError, MissingExtra, UserError
 from pipeline.models.checkpoint_files import read_config
 from pipeline.models.safe_loading import open_model, open_tokenizer
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from pipeline.data.encode import Encoded
     from pipeline.evaluation.metrics import Scores
+    from pipeline.inference.llama_cpp import Reader
 
 OUTDATED, DAMAGED, MISSING, FAILED = "outdated", "damaged", "missing", "failed"  # why a model could not be measured
 
@@ -68,9 +70,11 @@ def _measured(request: dict) -> dict:
                 reader.begin()
                 next(iter(reader.read([0, 1], [True, True])))
     else:
-        where = {"device": config.evaluate.device if config.evaluate else "auto", "offload": "auto"}
-        reference = request["reference"]
-        model, tokenizer = load_dequantized(Path(file), Path(reference), **where) if file else load(folder, **where)
+        device = config.evaluate.device if config.evaluate else "auto"
+        if file:
+            model, tokenizer = load_dequantized(Path(file), Path(request["reference"]), device, offload="auto")
+        else:
+            model, tokenizer = load(folder, device=device, offload="auto")
         sequences, problems = _texts(config, workspace, tokenizer, request["texts"])
         scored = {text: metrics.score(model, part, _teller(text)) for text, part in sequences.items()}
         if not scored:
@@ -91,20 +95,23 @@ def _texts(
     kept = run_texts(workspace)
     texts.with_template(tokenizer, kept)
     config = texts.within_time(config, kept.plan)
-    made = {
-        texts.HELD_OUT: lambda: texts.held_out(config, kept, tokenizer),
-        texts.GENERAL: lambda: texts.general(config, tokenizer),
-    }
     found, problems = {}, {}
     for text in wanted:
         try:
-            found[text] = made[text]()
+            if text == texts.HELD_OUT:
+                if not isinstance(config, TrainingRun):
+                    raise DataError("the configuration names no data, so there is no held-out text")
+                found[text] = texts.held_out(config, kept, tokenizer)
+            else:
+                if not isinstance(config, MeasuredRun):
+                    raise DataError("the configuration measures nothing, so there is no general text")
+                found[text] = texts.general(config, tokenizer)
         except DataError as error:
             problems[text] = str(error)
     return found, problems
 
 
-def _in_llama_cpp(reader, sequences: list[Encoded], text: str) -> Scores:
+def _in_llama_cpp(reader: Reader, sequences: list[Encoded], text: str) -> Scores:
     import torch
 
     from pipeline.evaluation import metrics
@@ -121,7 +128,7 @@ def _in_llama_cpp(reader, sequences: list[Encoded], text: str) -> Scores:
     return metrics.Scores(nll, torch.empty_like(targets), sequence, hidden=None)
 
 
-def _run_once(model) -> None:
+def _run_once(model: Any) -> None:
     import torch
 
     from pipeline.inference.output_head import device_of
@@ -197,7 +204,7 @@ def _check_whole(request: dict, folder: Path) -> None:
         Checkpoint(folder)
 
 
-def _teller(text: str):
+def _teller(text: str) -> Callable[[int, int], None]:
     return lambda done, total: _tell(done, total, f"{text} text")
 
 

@@ -128,9 +128,15 @@ class Workspace:
             self.update(lambda ledger: replace(ledger, comparison=None))
         for path in former:
             path.unlink()
-        asked = {"data": config.data, "training": config.data, "adapter": config.merge.adapter, "merge": config.merges}
+        asked: dict[str, object] = {
+            "data": config.data,
+            "training": config.data,
+            "adapter": config.merge.adapter,
+            "merge": config.merges,
+        }
         asked["retraining"] = config.data
-        asked |= {"base": config.evaluate, "merged": config.evaluate and config.merges}
+        measured = config.evaluate is not None
+        asked |= {"base": measured, "merged": measured and config.merges}
         for name in (name for name, wanted in asked.items() if not wanted):
             (self.measurements / f"{name}.json").unlink(missing_ok=True)
 

@@ -7,7 +7,8 @@ token; a prompt goes through in pieces, each with the keys up to its end.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -34,7 +35,7 @@ def attend(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     is_causal: bool | None = None,
-    **others,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """What `transformers.integrations.sdpa_attention.sdpa_attention_forward` computes.
 
@@ -46,6 +47,7 @@ def attend(
 
     tokens, causal = query.shape[2], getattr(module, "is_causal", True) if is_causal is None else is_causal
     asked = any(others.get(name) for name in ("dropout", "softcap", "output_attentions"))
+    way: Callable[..., torch.Tensor] | None
     if asked or query.device.type != "cpu" or _brings_tensors(others):
         way = None
     elif tokens == 1 and (attention_mask is None or attention_mask.shape[1] == 1):
@@ -64,11 +66,13 @@ def _brings_tensors(others: dict) -> bool:
     return any(others.get(name) is not None for name in ("position_bias", "cache"))
 
 
-def _suits_pieces(query, key, value) -> bool:
+def _suits_pieces(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     return query.shape[1] > key.shape[1] and query.shape[2] <= LONGEST and key.shape[3] == value.shape[3]
 
 
-def _one_token(query, key, value, mask, scaling) -> torch.Tensor:
+def _one_token(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
+) -> torch.Tensor:
     """For one token nothing lies in the future, so positions need not be masked from each other."""
     rows = query.unflatten(1, (key.shape[1], -1)).squeeze(3)
     if rows.shape[2] == 1 and query.dtype != torch.float32:
@@ -77,7 +81,9 @@ def _one_token(query, key, value, mask, scaling) -> torch.Tensor:
     return result[:, :, : query.shape[1] // key.shape[1]].flatten(1, 2).unsqueeze(2)
 
 
-def _prompt(query, key, value, _, scaling) -> torch.Tensor:
+def _prompt(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: torch.Tensor | None, scaling: float | None
+) -> torch.Tensor:
     """Causal attention of all positions to themselves and those before."""
     batch, heads, length, _ = query.shape
     groups = heads // key.shape[1]

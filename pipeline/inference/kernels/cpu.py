@@ -56,6 +56,7 @@ class PackedLinear(torch.nn.Module):
     """
 
     kernel_tokens: int
+    bias: torch.Tensor | None
 
     def __init__(self, weight: GroupQuantized, bias: torch.Tensor | None):
         super().__init__()
@@ -70,7 +71,15 @@ class PackedLinear(torch.nn.Module):
         return y if self.bias is None else y + self.bias
 
     def portable(self) -> GroupQuantized:
-        """The codes, scales and zeros that the layer was made from."""
+        """Return the codes, scales and zeros that the layer was made from."""
+        raise NotImplementedError
+
+    def _few(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the product with at most `kernel_tokens` rows."""
+        raise NotImplementedError
+
+    def _many(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the product with any number of rows."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -86,6 +95,8 @@ class Int8Linear(PackedLinear):
     """
 
     kernel_tokens = INT8_KERNEL_TOKENS
+    codes: torch.Tensor
+    scale: torch.Tensor
 
     def __init__(self, weight: GroupQuantized, bias: torch.Tensor | None):
         super().__init__(weight, bias)
@@ -119,6 +130,8 @@ class Int8GroupLinear(PackedLinear):
     """
 
     kernel_tokens = INT8_GROUP_KERNEL_TOKENS
+    codes: torch.Tensor
+    scale: torch.Tensor
 
     def __init__(self, weight: GroupQuantized, bias: torch.Tensor | None):
         super().__init__(weight, bias)
@@ -161,21 +174,29 @@ class Int4Linear(PackedLinear):
     """
 
     kernel_tokens = INT4_KERNEL_TOKENS
+    packed: torch.Tensor
+    scale_and_zero: torch.Tensor
+    group_size: int
+    _packed_rows: int
 
     def __init__(self, weight: GroupQuantized, bias: torch.Tensor | None):
         super().__init__(weight, bias)
+        packed_rows, group_size = int4_block(), weight.grid.group_size
+        assert packed_rows and group_size, "`linear` makes no such layer otherwise"
+        self._packed_rows, self.group_size = packed_rows, group_size
         padding = -self.out_features % _ROW_MULTIPLE
         rows = torch.nn.functional.pad
         codes = rows(weight.codes, (0, 0, 0, padding)) if padding else weight.codes
         packed = torch.empty(len(codes), self.in_features // 2, dtype=torch.uint8)
         for block in row_blocks(len(codes), self.in_features):
-            packed[block] = pack_int4(codes[block], int4_block())
+            packed[block] = pack_int4(codes[block], self._packed_rows)
+        assert weight.zero is not None, "int4 has zeros"
         scale, zero = (rows(t.T, (0, padding)) for t in (weight.scale, weight.zero))
         self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("scale_and_zero", torch.stack((scale, zero), dim=-1).contiguous(), persistent=False)
 
     def portable(self) -> GroupQuantized:
-        half = int4_block() // 2
+        half = self._packed_rows // 2
         columns = self.packed.view(-1, self.in_features, half)
         codes = torch.cat((columns & 0xF, columns >> 4), dim=-1).view(torch.int8) + self.grid.lowest
         codes = codes.transpose(1, 2).reshape(-1, self.in_features)
@@ -183,11 +204,11 @@ class Int4Linear(PackedLinear):
         return GroupQuantized(codes[: self.out_features], scale, zero, self.grid)
 
     def _few(self, x: torch.Tensor) -> torch.Tensor:
-        y = _int4(x, self.packed, self.scale_and_zero, self.grid.group_size)
+        y = _int4(x, self.packed, self.scale_and_zero, self.group_size)
         return y if y.shape[1] == self.out_features else y[:, : self.out_features]
 
     def _many(self, x: torch.Tensor) -> torch.Tensor:
-        dtype, group, rows = product_dtype(x.dtype), self.grid.group_size, len(self.packed)
+        dtype, group, rows = product_dtype(x.dtype), self.group_size, len(self.packed)
         x, y = x.to(dtype), x.new_empty(len(x), rows)
         scale, zero = (t.contiguous() for t in self.scale_and_zero.to(dtype).unbind(-1))
         scale = scale / 16  # `_columns` leaves codes in the high half of a byte
@@ -202,7 +223,7 @@ class Int4Linear(PackedLinear):
 
     def _columns(self, rows: slice, room: torch.Tensor) -> torch.Tensor:
         """16 times the signed codes of `rows`, transposed (K, rows), written to `room`."""
-        size = int4_block()
+        size = self._packed_rows
         packed = self.packed[rows].view(-1, self.in_features, size // 2).permute(1, 0, 2)
         signed = (packed ^ 0x88).view(torch.int8)  # a nibble less eight, in two's complement
         columns = room.view(self.in_features, -1, 2, size // 2)

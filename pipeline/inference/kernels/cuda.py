@@ -28,9 +28,14 @@ class Int4Linear(torch.nn.Module):
     of zero. Packing needs no card, so a layer is made where its weight is, and moved.
     """
 
+    packed: torch.Tensor
+    scale_and_zero: torch.Tensor
+    bias: torch.Tensor | None
+
     def __init__(self, weight: GroupQuantized, bias: torch.Tensor | None):
         super().__init__()
         self.out_features, self.in_features = weight.codes.shape
+        assert weight.grid.group_size is not None, "int4 has groups"
         self.group_size = weight.grid.group_size
         packed, scale_and_zero = to_tiles(weight)
         self.register_buffer("packed", packed, persistent=False)

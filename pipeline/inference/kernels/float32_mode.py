@@ -8,12 +8,16 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from pipeline.inference.kernels.products import FEW_ROWS, many_rows, product_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _LEFT_OPERAND = {  # of each function that multiplies: the place and the name of the argument that has the rows
     functional.linear: (0, "input"),
@@ -32,12 +36,14 @@ class Float32Products(TorchFunctionMode):
     Inputs are converted, and the result is converted back once. Products on other devices are not changed.
     """
 
-    def __torch_function__(self, function: Callable, types, arguments=(), options=None):
+    def __torch_function__(
+        self, function: Callable, types: Any, arguments: tuple = (), options: dict | None = None
+    ) -> Any:
         options = options or {}
         if function not in _LEFT_OPERAND or "out" in options:
             return function(*arguments, **options)
         place, name = _LEFT_OPERAND[function]
-        left = arguments[place] if place < len(arguments) else options.get(name)
+        left: Any = arguments[place] if place < len(arguments) else options.get(name)
         if not _is_slow(left):
             return function(*arguments, **options)
         values = [*arguments, *options.values()]
@@ -57,7 +63,7 @@ def _is_slow(x: object) -> bool:
     return x.shape[-2] > FEW_ROWS and product_dtype(x.dtype) != x.dtype
 
 
-def _exact(value: object) -> object:
+def _exact(value: Any) -> Any:
     is_half = isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16)
     return value.float() if is_half else value
 
@@ -68,7 +74,7 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     return many_rows(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
 
 
-def _grouped(x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor, **_) -> torch.Tensor:
+def _grouped(x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor, **_: object) -> torch.Tensor:
     """Return the rows of x (T, K) up to each offset times the matrix of that group in weight (G, K, N): (T, N)."""
     y, first = x.new_zeros(len(x), weight.shape[2]), 0
     for last, matrix in zip(offs.tolist(), weight, strict=True):
@@ -78,7 +84,7 @@ def _grouped(x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor, **_) -> 
     return y
 
 
-def quicken_products(model: torch.nn.Module) -> None:
+def quicken_products(model: PreTrainedModel) -> None:
     """Let the decoder of a model that computes on a CPU read many tokens in `Float32Products`, if it needs that.
 
     A step of few tokens is computed as it is.
@@ -94,7 +100,7 @@ def quicken_products(model: torch.nn.Module) -> None:
         entered.modes = [*getattr(entered, "modes", ()), mode]
         mode.__enter__()
 
-    def leave(*_) -> None:
+    def leave(*_: object) -> None:
         entered.modes.pop().__exit__(None, None, None)
 
     model.base_model.register_forward_pre_hook(enter, with_kwargs=True)

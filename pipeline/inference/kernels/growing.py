@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -15,6 +17,11 @@ class GrowingLayer(DynamicLayer):
     copies them to a new room. So a view that somebody keeps is never overwritten.
     """
 
+    keys: torch.Tensor
+    values: torch.Tensor
+    _keys: torch.Tensor
+    _values: torch.Tensor
+    _shown: torch.Tensor | None = None  # the keys that `show` set last
     _room: torch.Tensor | None = None  # (B, 2 H, capacity, D): first all keys, then all values
 
     @classmethod
@@ -22,10 +29,13 @@ class GrowingLayer(DynamicLayer):
         """Return a layer with the keys and values of `layer`, which is initialized."""
         new = cls()
         new.device, new.is_initialized = layer.device, True
+        assert layer.keys is not None and layer.values is not None
         new.keys, new.values = layer.keys, layer.values
         return new
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write new keys and values (B, H, T, D) behind the others; return all of them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -60,6 +70,7 @@ class GrowingLayer(DynamicLayer):
     def append(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the keys and values (B, 2 H, D) of one position, which there is room for; return all of them."""
         length = self.keys.shape[2]
+        assert self._room is not None, "make_room comes first"
         self._room.select(2, length).copy_(states)
         return self.show(length + 1)
 
@@ -73,14 +84,15 @@ def growing(cache: object, layers: int, batch: int) -> list[GrowingLayer] | None
     """Return the first layers of a cache, made able to grow; None if it is another kind of cache, or is empty."""
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False) or len(cache.layers) < layers:
         return None
-    found = cache.layers[:layers]
+    found: list[Any] = cache.layers[:layers]
     for number, layer in enumerate(found):
+        keys, values = layer.keys, layer.values
         if layer.__class__ is not GrowingLayer:
-            if layer.__class__ is not DynamicLayer or not layer.is_initialized or layer.keys.dim() != 4:
+            if layer.__class__ is not DynamicLayer or not layer.is_initialized or keys.dim() != 4:
                 return None
-            if layer.keys.shape != layer.values.shape or layer.keys.shape[0] != batch:
+            if keys.shape != values.shape or keys.shape[0] != batch:
                 return None
             found[number] = cache.layers[number] = GrowingLayer.of(layer)
-        elif not layer.is_initialized or layer.keys.dim() != 4:
+        elif not layer.is_initialized or keys.dim() != 4:
             return None
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import cache
 from types import MethodType
+from typing import Any
 
 import torch
 
@@ -27,14 +28,14 @@ def correct_rounded(model: torch.nn.Module) -> None:
     for layer in model.modules():
         rounds = getattr(getattr(layer, "weight", None), "act_quant_kwargs", None) is not None
         if rounds and isinstance(layer, torch.nn.Linear) and not int8_products_are_exact():
-            layer.forward = MethodType(_forward, layer)
+            layer.__dict__["forward"] = MethodType(_forward, layer)
 
 
 def _forward(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """Compute what the layer of torchao does: rounded x (..., K) times transposed codes (N, K), scaled, plus bias."""
     from torchao.quantization.quantize_.common.quantize_tensor_kwargs import _choose_quant_func_and_quantize_tensor
 
-    weight = layer.weight
+    weight: Any = layer.weight  # a tensor of torchao
     rounded = _choose_quant_func_and_quantize_tensor(x, weight.act_quant_kwargs)
     flat = rounded.qdata.reshape(-1, x.shape[-1]).float()
     parts = [float32_product(flat, weight.qdata[rows].float()) for rows in row_blocks(*weight.qdata.shape)]

@@ -15,12 +15,12 @@ import types
 from collections.abc import Callable, Sequence
 from itertools import repeat
 from operator import contains, getitem, is_
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from pipeline.inference.kernels.cpu import Int4Linear, Int8Linear, PackedLinear
+from pipeline.inference.kernels.cpu import Int4Linear, Int8GroupLinear, Int8Linear, PackedLinear
 from pipeline.inference.kernels.pages import Room, give_back
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ _ALIGNMENT = 64
 
 def quicken_decoding(model: PreTrainedModel) -> None:
     """Let a model on a CPU that is of a known kind write single tokens by `Step`. What it stores stays as it is."""
-    backbone = model.base_model
+    backbone: Any = model.base_model
     if model.config.model_type not in MODELS or model.device.type != "cpu" or not hasattr(backbone, "layers"):
         return
     backbone.forward = types.MethodType(_wrapped(type(backbone).forward), backbone)
@@ -49,7 +49,7 @@ def quicken_decoding(model: PreTrainedModel) -> None:
 @functools.cache
 def _wrapped(ordinary: Callable) -> Callable:
     @functools.wraps(ordinary)
-    def forward(self, *args, **kwargs):
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         step = self.__dict__.get("_step")
         output = step(self, *args, **kwargs) if step is not None else None
         return ordinary(self, *args, **kwargs) if output is None else output
@@ -57,7 +57,7 @@ def _wrapped(ordinary: Callable) -> Callable:
     return forward
 
 
-def _apply(self, *args, **kwargs):
+def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:
     """What moves a model or changes its type gives its layers other tensors, and the step is made of those."""
     type(self)._apply(self, *args, **kwargs)
     step = self.__dict__.get("_step")
@@ -70,7 +70,7 @@ def _apply(self, *args, **kwargs):
 class Step:
     """The blocks of a model, made ready for single tokens."""
 
-    def __init__(self, backbone: torch.nn.Module):
+    def __init__(self, backbone: Any):
         self.dtype = backbone.norm.weight.dtype
         self.window = getattr(backbone.config, "sliding_window", None) or math.inf
         packed = [module for module in backbone.layers.modules() if isinstance(module, PackedLinear)]
@@ -109,7 +109,7 @@ class Step:
 
     def __call__(
         self,
-        backbone: torch.nn.Module,
+        backbone: Any,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
@@ -117,8 +117,8 @@ class Step:
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         past_key_values: object = None,
-        **others,
-    ):
+        **others: Any,
+    ) -> Any:
         """Return what the model's own `forward` does; None if that has to do it."""
         cache = past_key_values if cache is None else cache
         given = input_ids if inputs_embeds is None else inputs_embeds
@@ -165,7 +165,7 @@ def _output_type() -> tuple[type, str]:
     return Output, "cache" if "cache" in Output.__dataclass_fields__ else "past_key_values"
 
 
-def _output(hidden: torch.Tensor, cache: object):
+def _output(hidden: torch.Tensor, cache: object) -> Any:
     kind, name = _output_type()
     return kind(last_hidden_state=hidden, **{name: cache})
 
@@ -182,7 +182,7 @@ def _asks(others: dict, use_cache: bool | None) -> bool:
     )
 
 
-def _mask(given: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | bool | None:
+def _mask(given: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | Literal[False] | None:
     """Return a mask (B, 1, 1, L), True where a position is seen; None if all are; False for another kind of mask."""
     if given is None:
         return None
@@ -196,7 +196,7 @@ def _mask(given: torch.Tensor | None, batch: int, length: int) -> torch.Tensor |
 class Norm:
     """RMSNorm: the mean square in float32, as the model's own has it."""
 
-    def __init__(self, module: torch.nn.Module, dtype: torch.dtype):
+    def __init__(self, module: Any, dtype: torch.dtype):
         self.weight, self.eps = module.weight, module.variance_epsilon
         self.width = self.weight.shape[-1]
         self.nothing = torch.zeros(1, self.width, dtype=dtype)
@@ -218,7 +218,7 @@ def scaled(x: torch.Tensor, eps: float) -> torch.Tensor:
 class Block:
     """One decoder block: its weights, and what is to be done with them."""
 
-    def __init__(self, layer: torch.nn.Module, dtype: torch.dtype, room: Room):
+    def __init__(self, layer: Any, dtype: torch.dtype, room: Room):
         attention, mlp = layer.self_attn, layer.mlp
         self.before_attention = Norm(layer.input_layernorm, dtype)
         self.before_mlp = Norm(layer.post_attention_layernorm, dtype)
@@ -271,13 +271,14 @@ class Block:
         return self.down(self.activation(gate).mul_(up)).add_(hidden)
 
 
-def product(layers: Sequence[torch.nn.Module], dtype: torch.dtype, room: Room) -> Product:
+def product(layers: Sequence[Any], dtype: torch.dtype, room: Room) -> Product:
     """Return x (T, K) -> x times the transposed weights of all `layers`, side by side (T, N); one product if possible.
 
     Packed layers that can be joined hold views of the joined weight afterwards, which lies in `room`.
     """
     if dtype == torch.bfloat16:
-        for kind, joined in ((Int8Linear, JoinedInt8), (Int4Linear, JoinedInt4)):
+        kinds: tuple[tuple[type, Any], ...] = ((Int8Linear, JoinedInt8), (Int4Linear, JoinedInt4))
+        for kind, joined in kinds:
             if all(type(layer) is kind for layer in layers) and joined.suits(layers):
                 return joined(layers, room)
     return layers[0].forward if len(layers) == 1 else Separate(layers)
@@ -286,7 +287,7 @@ def product(layers: Sequence[torch.nn.Module], dtype: torch.dtype, room: Room) -
 class Separate:
     """Layers that have no joined product."""
 
-    def __init__(self, layers: Sequence[torch.nn.Module]):
+    def __init__(self, layers: Sequence[Any]):
         self.layers = list(layers)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -295,7 +296,10 @@ class Separate:
 
 def _large(layer: PackedLinear) -> list[torch.Tensor]:
     """Return the tensors of a packed layer that are read at every token."""
-    return [layer.packed, layer.scale_and_zero] if isinstance(layer, Int4Linear) else [layer.codes]
+    if isinstance(layer, Int4Linear):
+        return [layer.packed, layer.scale_and_zero]
+    assert isinstance(layer, (Int8Linear, Int8GroupLinear))
+    return [layer.codes]
 
 
 def _places(layers: Sequence[PackedLinear]) -> list[int]:

@@ -13,6 +13,9 @@ class Int8Embedding(torch.nn.Module):
     torchao's own tensor makes weights of the whole table at every look-up.
     """
 
+    codes: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(self, weight: GroupQuantized, dtype: torch.dtype):
         super().__init__()
         self.num_embeddings, self.embedding_dim = weight.codes.shape

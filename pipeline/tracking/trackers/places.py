@@ -73,7 +73,8 @@ class Local:
             config=logs[0].get("config"),
         )
         columns = ("title", "text", "level", "step", "timestamp", "alert_id")
-        self._storage.bulk_alert(**run, **{f"{name}s": [alert[name] for alert in alerts] for name in columns})
+        lists: dict[str, Any] = {f"{name}s": [alert[name] for alert in alerts] for name in columns}
+        self._storage.bulk_alert(**run, **lists)
 
     def _explained(self, error: Exception) -> TrackError:
         return TrackError(f"{self._folder}: Trackio's database cannot be used ({error})")

@@ -11,6 +11,7 @@ checks, against a hub on loopback. What has not: reaching a Space at its real ad
 from __future__ import annotations
 
 import re
+from functools import partial
 from urllib.parse import urlsplit
 
 from pipeline.errors import HubError, TrackError
@@ -109,7 +110,7 @@ def _served_at(name: str, known: list[str]) -> str:
 
     place = f"https://{name}.hf.space"
     for space in known:
-        if retry_or_explain(place, lambda space=space: is_it(space), attempts=1):
+        if retry_or_explain(place, partial(is_it, space), attempts=1):
             return space
     raise TrackError(f"{place}: does not tell whose Space it is; give https://huggingface.co/spaces/USER/NAME")
 

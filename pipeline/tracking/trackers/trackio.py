@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import numbers
 import os
 import shutil
 import sys
@@ -127,7 +126,7 @@ def as_metrics(record: dict) -> dict[str, float | str]:
     prefix = "/".join(filter(None, (record["stage"], record.get("variant"))))
     metrics: dict[str, float | str] = {f"{prefix}/{record['event'].rpartition('_')[2]}": 1}
     for key, value in record.items():
-        if isinstance(value, numbers.Real) and not isinstance(value, bool) and key != "time":
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and key != "time":
             metrics[f"{prefix}/{key}"] = _spelt(value)
     return metrics
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config.schema import Config, TrainingRun
 from pipeline.config.training_catalog import METHODS
@@ -116,6 +116,8 @@ def _compare(
     config: TrainingRun, workspace: Workspace, events: Events, base: Path, folders: dict[str, Path]
 ) -> MergeComparison:
     """Return the loss on held-out text of the live adapter and of each merged model, and KL(live || merged)."""
+    import torch
+
     from pipeline.evaluation import metrics, texts
     from pipeline.inference import output_head
     from pipeline.inference.load import load
@@ -132,9 +134,11 @@ def _compare(
     live_head, losses = Checkpoint(base).read(head_name), {}
     for kind, folder in folders.items():
         model, _ = load(folder, offload="auto")
-        what = f"measuring the merge into {kind}"
-        scores = metrics.score(model, sequences, lambda d, t, what=what: events.progress(d, t, what))
-        head = output_head.head_matrix(model).cpu().clone()
+        tell = partial(events.progress, what=f"measuring the merge into {kind}")
+        scores = metrics.score(model, sequences, tell)
+        head = output_head.head_matrix(model)
+        assert isinstance(head, torch.Tensor), "a merged model is not quantized"
+        head = head.cpu().clone()
         del model
         losses[kind] = scores.nll
         result[kind] = MergeLoss(
@@ -154,7 +158,7 @@ def _better(comparison: MergeComparison) -> str:
     return "nf4" if comparison.nf4.kl.value <= comparison.bf16.kl.value else "bf16"
 
 
-def live_model(config: Config, base: Path, adapter: Path):
+def live_model(config: Config, base: Path, adapter: Path) -> Any:
     """The base as training held it, with the adapter on top and not merged."""
     from peft import PeftModel
 

@@ -46,7 +46,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
 
     What the Hub refuses of a mirror or a tag is told at the end, when all that it takes is there.
     """
-    repo, settings = config.publish.repo, config.publish
+    repo, settings = config.publish.target, config.publish
     events.progress(0, 1, f"asking the Hub about {repo}")
     check_access(repo, settings.create_pr)
     private = create(repo, settings.private)
@@ -79,7 +79,8 @@ def _main(
     config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...], mirrors: Mapping[str, str]
 ) -> tuple[Commit, list[Path]]:
     """Publish the release; the commit, and the documents as they then are in the release's folder."""
-    repo, documents = config.publish.repo, {}
+    repo = config.publish.target
+    documents: dict[str, bytes] = {}
     # Read once and written at the end: what is rendered for one tree must not be taken for people's text at the next.
     here = {path: local(workspace, path) for path in (CARD, *(f"{folder}/{CARD}" for folder in folders(variants)))}
 
@@ -120,8 +121,8 @@ def _mirrors(
     commits, problems = {}, []
     wanted = {variant: mirror for variant, mirror in config.publish.mirrors.items() if variant in variants}
     if wanted:  # before there are mirrors of it
-        check_destination(config.publish.repo, config.name)
-        retry_or_explain(config.publish.repo, lambda: check_is_compared(workspace, read_tree(config.publish.repo)))
+        check_destination(config.publish.target, config.name)
+        retry_or_explain(config.publish.target, lambda: check_is_compared(workspace, read_tree(config.publish.target)))
     for variant, mirror in wanted.items():
         try:
             commits[mirror] = _mirror(config, workspace, events, variant, private)
@@ -132,7 +133,7 @@ def _mirrors(
 
 def still_there(config: Config, kept_out: Collection[str]) -> list[str]:
     """A line for each repository that still has variants that are withheld now, where nothing is published."""
-    repo = config.publish.repo
+    repo = config.publish.target
     try:
         there = standing(repo)
     except HubError as error:
@@ -162,7 +163,7 @@ def _is_mirror(config: Config, mirror: str) -> bool:
         there = retry_or_explain(mirror, lambda: read_tree(mirror).lineage)
     except HubError:
         return False
-    return (there.run, there.mirror_of) == (config.name, config.publish.repo)
+    return (there.run, there.mirror_of) == (config.name, config.publish.target)
 
 
 def _mirror(config: Config, workspace: Workspace, events: Events, variant: str, private: bool) -> Commit:
@@ -189,7 +190,7 @@ def _commit(
     """Bring one repository to `contents`, in a commit or a pull request."""
 
     def check(tree: Tree) -> None:
-        if repo == config.publish.repo:
+        if repo == config.publish.target:
             check_is_compared(workspace, tree)
 
     def whole(tree: Tree) -> dict[str, Content]:
@@ -201,8 +202,7 @@ def _commit(
     last = workspace.ledger().get("publish")
     known = last.summary.get("pull_request") if last and last.summary.get("repo") == repo else None
     title = f"{config.name}: release by tunepress"  # by which it is found again, so not what is in it
-    proposal = {"create_pr": True, "pull_request": known}
-    return publish(repo, whole, title, progress=events.progress, check=check, **proposal)
+    return publish(repo, whole, title, progress=events.progress, check=check, create_pr=True, pull_request=known)
 
 
 def _is_finished(config: Config, judged: tuple[str, ...]) -> bool:

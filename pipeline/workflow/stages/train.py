@@ -12,8 +12,10 @@ import platform
 import shutil
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config.catalog import DATA_FORMS
 from pipeline.config.schema import Config, TrainingRun
@@ -30,6 +32,9 @@ from pipeline.workflow.stages import Outcome
 from pipeline.workflow.stages.inputs import base_model, hashes_of, model_depends, without_limit
 from pipeline.workflow.stages.quantize import check_variants
 from pipeline.workflow.workspace import Workspace
+
+if TYPE_CHECKING:
+    from pipeline.data.forms import Example
 
 HELD_OUT_TOKENS = 8192  # that the held-out loss is taken on while training; the model is measured on its own later
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "tokenizers")
@@ -155,7 +160,7 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, team: Te
         )
     # Too little to measure on, or to compare with a live model on, should not be found out after training.
     published, _ = baseline.noted(workspace)
-    compared = ()
+    compared: tuple[Example, ...] = ()
     if published:
         compared, _ = eligible_prompts.untouched(data.held_out, data.fingerprint, published.repo, published.lineage)
     base = base_model(config, workspace, events)
@@ -169,7 +174,7 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, team: Te
             tokenizer,
             config.train.loss_on,
             config.train.max_length,
-            lambda d, t, name=name: events.progress(d, t, f"tokenizing {name} examples"),
+            partial(events.progress, what=f"tokenizing {name} examples"),
         )
         for name, examples in (("training", data.train), ("held-out", data.held_out))
     }
@@ -232,7 +237,7 @@ def _train(trainer, checkpoints: Path, meeting: Meeting) -> int | None:
     return int(last.rpartition("-")[2]) if last else None
 
 
-def _save_adapter(trainer, weights: dict | None, workspace: Workspace) -> None:
+def _save_adapter(trainer: Any, weights: dict | None, workspace: Workspace) -> None:
     from pipeline.training.merge import make_portable
 
     partial = empty_folder(workspace.folder / "adapter.partial")
@@ -242,5 +247,5 @@ def _save_adapter(trainer, weights: dict | None, workspace: Workspace) -> None:
     replace_folder(partial, workspace.adapter)
 
 
-def _just_evaluated(state) -> bool:
+def _just_evaluated(state: Any) -> bool:
     return any("eval_loss" in row and row["step"] == state.global_step for row in state.log_history)

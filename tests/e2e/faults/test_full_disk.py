@@ -105,7 +105,7 @@ def test_full_disk_in_any_stage_gives_one_line_and_the_run_can_be_completed(tmp_
         ("quantize", 32),
         ("measure_variant", variant // 1024 + 12),
     ]
-    disk = Disk(tmp_path / "place/work/runs", 64 * 1024)
+    disk = Disk(tmp_path / "place" / "work" / "runs", 64 * 1024)
     try:
         with LoopbackHub(tmp_path / "place/hub", WHO) as hub:
             place = write(tmp_path / "place", tiny_model("qwen3"), hub, **SETTINGS)
