@@ -1,7 +1,7 @@
-"""The YAML at the top of a card: ours merged into one that people edited, with no word of theirs lost.
+"""YAML metadata of a card: ours merged into metadata that people edited, without losing theirs.
 
-What does not change stays byte for byte, comments and order included; only the lines of
-keys whose value changes are written anew.
+Only the lines of changed keys are written again. All other lines stay byte for byte, with comments and order.
+`ruamel.yaml` is no substitute: it drops the comments behind a value that is replaced, and changes spacing.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import yaml
 
 from pipeline.config.catalog import VARIANTS
 
-# What PyYAML raises for a text from anywhere: also an `!!int` that is none, or a 30th of February.
+# Errors of PyYAML for any text, such as an `!!int` that is not a number, or a 30th of February.
 UNREADABLE = (yaml.YAMLError, ValueError, RecursionError, LookupError, TypeError, AttributeError)
-SOURCE = "tunepress"  # the name under which our results stand in a model index
+SOURCE = "tunepress"  # the source of our results in a model index
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads words as the Hub does, by YAML 1.2: `no` is a language, and a date is a text."""
+    """A loader that follows YAML 1.2, as the Hub does: `no` is a language, and a date is a text."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -35,24 +35,24 @@ _Loader.add_implicit_resolver(
 
 
 def digests(metadata: str) -> dict[str, str]:
-    """A short digest of the value of each key, by which it is known later whether people changed it."""
+    """Return a short digest of the value of each key, which reveals people's later changes."""
     found = yaml.load(metadata, Loader=_Loader) or {}
     return {key: _digest(value) for key, value in found.items()}
 
 
 def merge(ours: str, theirs: str, newline: str = "\n", written: Mapping[str, str] | None = None) -> str | None:
-    """`theirs` with our keys brought up to date, and every other key of theirs as it was.
+    """Return `theirs` with our keys updated; every other key stays unchanged.
 
-    What we wrote the last time is replaced, or goes where we have no value any more. What people changed since
-    stays as they left it, a licence they corrected say; where ours is another than then, it is added to their
-    lists. So it is to lists that were there before us (`tags` lose the names of variants that are gone); of other
-    keys that both have ours counts. `model-index` keeps the results that are not ours.
+    A value that we wrote the last time is replaced, or removed if we have none now. A value that people changed
+    since then stays; if our value changed too, it is added to their list. Lists that people had before us are
+    extended as well (`tags` lose the names of removed variants). For other keys that both have, ours counts.
+    `model-index` keeps results that are not ours.
 
     Args:
-        written: the digests of what we wrote the last time.
+        written: the digests of the values that we wrote the last time.
 
     Returns:
-        None where `theirs` cannot be read: no YAML, no mapping, or a key twice.
+        The merged metadata, or None if `theirs` cannot be read: no YAML, no mapping, or a key twice.
     """
     try:
         node, found = _read(theirs)
@@ -71,7 +71,7 @@ def merge(ours: str, theirs: str, newline: str = "\n", written: Mapping[str, str
 
 
 def only(metadata: str, keys: Collection[str]) -> str:
-    """`metadata` without the keys that are not among `keys`; empty where it cannot be read."""
+    """Return the entries of `metadata` with these keys; empty if the metadata cannot be read."""
     try:
         _, found = _read(metadata)
     except UNREADABLE:
@@ -81,7 +81,7 @@ def only(metadata: str, keys: Collection[str]) -> str:
 
 
 def _read(text: str) -> tuple[yaml.Node | None, Any]:
-    """A text as YAML has it, and what that says, if that can be written again: a number may have too many digits."""
+    """Return the node and the value of a YAML text. Raise if the value cannot be dumped (a number of many digits)."""
     node, found = yaml.compose(text, Loader=_Loader), yaml.load(text, Loader=_Loader)
     _dump(found, "\n")
     return node, found
@@ -103,7 +103,7 @@ def _merged(ours: dict, theirs: dict, written: Mapping[str, str]) -> dict:
 
 
 def _kept(key: str, ours: Any, theirs: Any, written: str | None) -> Any:
-    """What becomes of a value that people wrote or changed; `written` is the digest of ours the last time."""
+    """Return the merged value of a key that people wrote or changed; `written` is the digest of our last value."""
     if key == "model-index":
         return ours
     if written == _digest(ours):
@@ -116,7 +116,7 @@ def _kept(key: str, ours: Any, theirs: Any, written: str | None) -> Any:
 
 
 def _index(ours: list, theirs: Any) -> list:
-    """A model index with our results and those of theirs that we did not put there; ours stand where they stood."""
+    """Return a model index with our results in their old places, and every result that is not ours."""
     mine, found = {entry["name"]: entry for entry in ours}, []
     measured = [result for entry in ours for result in entry["results"]]
     for entry in theirs if isinstance(theirs, list) else []:
@@ -136,12 +136,12 @@ def _is_ours(result: Any) -> bool:
 
 
 def _covers(new: Any, old: Any) -> bool:
-    """Does `new` say all that `old` says, perhaps with other numbers?"""
+    """Return True if `new` has every metric of `old` for the same task and data."""
     return _place(new) == _place(old) and _metrics(old) <= _metrics(new)
 
 
 def _place(result: Any) -> Any:
-    """The task and the data that a result is about."""
+    """Return the task and the data of a result."""
     try:
         about = result["dataset"]
         return [result["task"]["type"], *(about.get(key) for key in ("type", "config", "split", "revision"))]
@@ -155,7 +155,7 @@ def _metrics(result: Any) -> set[str]:
 
 
 def _edited(text: str, node: yaml.Node | None, old: dict, new: dict, newline: str) -> str | None:
-    """`text` with only the lines of changed keys written anew; None where keys do not begin lines."""
+    """Return `text` with the lines of changed keys written again; None if keys do not begin lines."""
     starts = [key.start_mark.index for key, _ in node.value] if node else [len(text)]
     if node and (node.flow_style or any(index and text[index - 1] not in "\r\n" for index in starts)):
         return None

@@ -1,6 +1,6 @@
-"""The card of a repository in which people wrote text of their own: only our part of it changes.
+"""Cards with text that people wrote: only our section and our metadata change.
 
-Our part stands between two HTML comments, each on a line of people's text or of its own.
+Our section stands between two HTML comments. Each may share a line with people's text.
 """
 
 from __future__ import annotations
@@ -23,22 +23,21 @@ _UNREADABLE = "The metadata of this card could not be read, and was moved here:"
 
 
 def note(metadata: str) -> str:
-    """A line for our section that says which metadata we wrote, so that people's changes can be told from ours."""
+    """Return a line for our section with a digest of each metadata value, which reveals people's later changes."""
     digests = front_matter.digests(metadata).items()
     return " ".join(["<!-- tunepress:metadata", *(f"{key}={digest}" for key, digest in digests), "-->"])
 
 
 def keep_own_text(rendered: str, existing: str) -> str:
-    """`existing` with our section and our metadata replaced by those of `rendered`, and the rest as it is.
+    """Return `existing` with our section and metadata replaced by those of `rendered`; all other text stays.
 
-    A section goes from a start marker to the end marker that comes next. Where there are several, the first is
-    replaced and the others go. A marker without a partner, and one that stands in code, is text like any other.
-    Without a section, ours follows at the end, after a code block that was left open is closed. Line breaks are
-    those of `existing`. Metadata that cannot be read (no YAML, no mapping, a key twice) moves, word for word,
-    into a code block at the top of the text, where its author finds it, and ours takes its place.
-    Where `rendered` has no metadata, not a byte before the section changes.
+    A section goes from a start marker to the next end marker. Of several sections, the first is replaced and the
+    others are removed. A marker in code or without a partner is ordinary text. If there is no section, ours is
+    appended, after an open code block is closed. Line breaks are those of `existing`. Unreadable metadata (no YAML,
+    no mapping, a key twice) moves unchanged into a code block at the top of the text, and ours takes its place.
+    If `rendered` has no metadata, every byte before the section stays.
 
-    Applied twice it gives, byte for byte, what it gives when applied once.
+    A second call with the same arguments changes nothing.
     """
     if not existing.strip("\ufeff \t\r\n"):
         return rendered
@@ -50,7 +49,7 @@ def keep_own_text(rendered: str, existing: str) -> str:
     before = existing.removesuffix(body)
     section = _NEWLINE.sub(newline, section)
     body = _with_section(body, section, newline, found, open_fence)
-    while len((again := _sections(body))[0]) > 1:  # what was around one that went may be one now
+    while len((again := _sections(body))[0]) > 1:  # text around a removed section may form a new one
         body = _with_section(body, section, newline, *again)
     if ours is None:
         return before + body
@@ -61,7 +60,7 @@ def keep_own_text(rendered: str, existing: str) -> str:
 
 
 def section_only(rendered: str, existing: str) -> str:
-    """`rendered` without its metadata, unless `existing` has metadata from us."""
+    """Return `rendered` without its metadata, unless `existing` has metadata from us."""
     _, theirs = _ours(existing)
     if not existing.strip("\ufeff \t\r\n") or _written(theirs):
         return rendered
@@ -69,7 +68,7 @@ def section_only(rendered: str, existing: str) -> str:
 
 
 def our_part(card: str) -> str | None:
-    """What of a published card is ours: its section, and the metadata that we wrote; None where it has no section."""
+    """Return our section of a published card with the metadata that we wrote; None if it has no section."""
     metadata, section = _ours(card)
     if not section:
         return None
@@ -81,7 +80,7 @@ def our_part(card: str) -> str | None:
 
 
 def their_part(card: str) -> str:
-    """What people wrote into a card beside our section and the metadata; empty where they wrote nothing."""
+    """Return the text of a card without our section and the metadata; empty if people wrote nothing."""
     metadata, body = _parts(card.removeprefix("\ufeff"))
     for begin, end in reversed(_sections(body)[0]):
         line_end = found.end() if (found := _NEWLINE.match(body, end)) else end
@@ -92,14 +91,14 @@ def their_part(card: str) -> str:
 
 
 def _ours(card: str) -> tuple[str | None, str]:
-    """(metadata, our section or "")"""
+    """Return the metadata, and our section or ""."""
     metadata, body = _parts(card.removeprefix("\ufeff"))
     found, _ = _sections(body)
     return metadata, body[slice(*found[0])] if found else ""
 
 
 def _parts(card: str) -> tuple[str | None, str]:
-    """(metadata without its dashes, everything after it)"""
+    """Return the metadata without its dashes, and everything after it."""
     front = _FRONT.match(card)
     return (front[1], card[front.end() :]) if front else (None, card)
 
@@ -127,9 +126,9 @@ def _with_section(text: str, section: str, newline: str, found: list[tuple[int, 
 
 
 def _sections(text: str) -> tuple[list[tuple[int, int]], str]:
-    """(begin, end) of every section, and the fence of a code block that `text` leaves open, or "".
+    """Return (begin, end) of every section, and the fence of a code block that `text` leaves open, or "".
 
-    Code blocks are minded between sections only: one that somebody broke within a section ends with it.
+    Only code blocks between sections count: a broken one inside a section ends with the section.
     """
     found: list[tuple[int, int]] = []
     begin, fence = None, ""

@@ -1,4 +1,4 @@
-"""README.md files, in which people may write beside us: what is theirs stays when ours changes or goes."""
+"""README.md files that people may edit: their text stays if ours changes or goes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pipeline.publishing.cards.own_text import keep_own_text, our_part, section_
 
 
 def merged(rendered: bytes, existing: bytes | None, guest: bool = False) -> bytes:
-    """`rendered`, with what people wrote into `existing`.
+    """Return `rendered` with the text that people wrote into `existing`.
 
     Args:
-        guest: is the card another model's, whose metadata is its author's?
+        guest: True if the card belongs to another model, whose author owns the metadata.
 
     Raises:
-        UserError: where that is no text.
+        UserError: if `existing` is not UTF-8.
     """
     if existing is None:
         return rendered
@@ -26,7 +26,7 @@ def merged(rendered: bytes, existing: bytes | None, guest: bool = False) -> byte
 
 
 def brought_back(old: bytes, existing: bytes | None) -> bytes:
-    """A README.md of an older release: our part as it was then, with what people have written beside it now."""
+    """Return a README.md of an older release with our part of then, and people's text of now."""
     ours = our_part(_decode(old))
     if ours is None:
         return old if existing is None else existing
@@ -34,7 +34,7 @@ def brought_back(old: bytes, existing: bytes | None) -> bytes:
 
 
 def left_behind(tree: Tree, wanted: Mapping[str, Content]) -> dict[str, bytes]:
-    """What people wrote into those README.md that are to go; it stays there when our part of them goes."""
+    """Return people's text in the README.md files that a commit removes; it stays when our part goes."""
     gone = [path for path in tree.ours - wanted.keys() if Path(path).name == CARD]
     parts = {path: their_part(_decode(tree.read(path) or b"")) for path in sorted(gone)}
     return {path: f"{part}\n".encode() for path, part in parts.items() if part}
@@ -44,4 +44,4 @@ def _decode(content: bytes) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError:
-        raise UserError(f"the {CARD} that is there is not UTF-8; save it as UTF-8, and run again") from None
+        raise UserError(f"{CARD}: not UTF-8. Try: save it as UTF-8, and run again") from None
