@@ -16,6 +16,10 @@ os.environ["TUNEPRESS_HUB_WAIT"] = "0.01"  # seconds before a second attempt, he
 for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TUNEPRESS_COMMAND"):
     os.environ.pop(variable, None)
 
+from pipeline.system.libraries import quiet  # noqa: E402
+
+quiet()  # before a Hugging Face library reads whether it may show progress
+
 import shutil  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Callable  # noqa: E402
@@ -25,14 +29,11 @@ import pytest  # noqa: E402
 from filelock import FileLock  # noqa: E402
 from huggingface_hub import constants  # noqa: E402
 
-from pipeline.system.libraries import quiet  # noqa: E402
 from tests.support.fake_runs import FakeRun, make_run  # noqa: E402
 from tests.support.hub import LoopbackHub  # noqa: E402
 from tests.support.models import ARCHITECTURES, write_model  # noqa: E402
 from tests.support.runs import OTHER_TOKEN, TOKEN, Place, run_recipe  # noqa: E402
 from tests.support.warm import COLD, WarmPython, is_possible  # noqa: E402
-
-quiet()
 
 WARM = "PYTEST_WARM_PYTHON"  # names the program that stands for Python, for workers
 
