@@ -91,7 +91,7 @@ class Forwarder:
     def __init__(self, spool: Path, open_tracker: Opener, patience: float = PATIENCE):
         self._path, self._open, self._patience = spool, open_tracker, patience
         self._spool = Spool(spool)
-        self._tracker: Tracker | None = None
+        self._tracker: Connection | None = None
         self._waiting: list[Item] = []
         self._news, self._closing = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
