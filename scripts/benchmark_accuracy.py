@@ -36,7 +36,8 @@ from rich.table import Table
 
 from pipeline.cli.exit_codes import plain_errors
 from pipeline.errors import ConfigError, ModelError, StageFailed
-from pipeline.evaluation.results import Answer, ModelResult, Results, Speed, VariantSettings
+from pipeline.evaluation.model_result import Answer, ModelResult, Speed, VariantSettings
+from pipeline.evaluation.results import Results
 from pipeline.system.files import empty_folder, write_json
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from rich.table import Table
 
 from pipeline.config.catalog import LLAMA_CPP, TRANSFORMERS, VARIANTS
 from pipeline.config.schema import Config
-from pipeline.evaluation.results import BASE, GENERAL, HELD_OUT, MERGED, TEXTS, ModelResult, Quality, Results, Speed
+from pipeline.evaluation.model_result import GENERAL, HELD_OUT, TEXTS, ModelResult, Quality, Speed
+from pipeline.evaluation.results import BASE, MERGED, Results
 from pipeline.system.command_names import command
 from pipeline.system.text_format import clock, size
 from pipeline.tracking.trackers import tracker

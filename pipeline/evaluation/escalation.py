@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pipeline.config.catalog import EIGHT_BITS, GROUP_SIZES, KEEP, NEAREST
 from pipeline.config.schema import VariantSpec
-from pipeline.evaluation.results import Check, LayerLoss, ModelResult, Verdict
+from pipeline.evaluation.model_result import Check, LayerLoss, ModelResult, Verdict
 
 SHARES = (0.05, 0.1, 0.2, 0.4, 0.6)  # of the linear layers' weights, those that suffer most, in eight bits
 

@@ -16,7 +16,7 @@ from pipeline.config.catalog import LLAMA_CPP
 from pipeline.config.schema import MeasuredRun
 from pipeline.data import general_text
 from pipeline.errors import ModelError
-from pipeline.evaluation.results import Answer, Machine, ModelResult, Quality, Speed
+from pipeline.evaluation.model_result import Answer, Machine, ModelResult, Quality, Speed
 from pipeline.inference.loaders import DEQUANTIZED, PACKED, STOCK, only_file
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.checkpoint_files import stored_bytes

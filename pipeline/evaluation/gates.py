@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import Quantize
-from pipeline.evaluation.results import TEXTS, Check, Quality, Verdict
+from pipeline.evaluation.model_result import TEXTS, Check, Quality, Verdict
 from pipeline.evaluation.student_t import MARGIN, quantile
 
 SAID = {

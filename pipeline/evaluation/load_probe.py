@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pipeline.config.catalog import LLAMA_CPP
 from pipeline.errors import ModelError
-from pipeline.evaluation.results import Speed
+from pipeline.evaluation.model_result import Speed
 from pipeline.inference.loaders import STOCK
 from pipeline.system.libraries import quiet
 from pipeline.system.process_environment import user_environment, with_own_package

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.data.chat import on_one_day
 from pipeline.errors import ModelError
-from pipeline.evaluation.results import Answer, Estimate
+from pipeline.evaluation.model_result import Answer, Estimate
 from pipeline.inference.output_head import Head, check_head, device_of, head_of, logits_of
 from pipeline.inference.throughput import NEW_TOKENS, PROMPT_TOKENS, REPEATS, tokens_per_second
 from pipeline.models.safe_loading import open_config

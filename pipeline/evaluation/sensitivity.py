@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import MeasuredRun, VariantSpec
 from pipeline.errors import QuantizationError
-from pipeline.evaluation.results import LayerLoss
+from pipeline.evaluation.model_result import LayerLoss
 from pipeline.quantization.statistics import check_collected
 from pipeline.system.files import fingerprint, read_json, states, write_json
 from pipeline.system.libraries import quiet

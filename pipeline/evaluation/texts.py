@@ -19,7 +19,7 @@ from pipeline.data import general_text, read_examples
 from pipeline.data.chat import supply_template
 from pipeline.data.encode import Encoded, encode_examples, encode_text
 from pipeline.errors import DataError
-from pipeline.evaluation.results import GENERAL, HELD_OUT
+from pipeline.evaluation.model_result import GENERAL, HELD_OUT
 from pipeline.system import hardware
 
 if TYPE_CHECKING:

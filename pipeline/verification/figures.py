@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.evaluation.gates import judge, limits
-from pipeline.evaluation.results import BASE, MERGED, TEXTS
+from pipeline.evaluation.model_result import TEXTS
+from pipeline.evaluation.results import BASE, MERGED
 from pipeline.hub.tree import LINEAGE
 from pipeline.publishing.lineage import own_version
 from pipeline.verification.claims import ADAPTER, Claims

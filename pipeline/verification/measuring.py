@@ -22,7 +22,8 @@ from pipeline.config.schema import REPO_ID, Config
 from pipeline.data import load_examples, write_examples
 from pipeline.data.sources import is_builtin, names_a_file
 from pipeline.errors import UserError
-from pipeline.evaluation.results import GENERAL, HELD_OUT, TEXTS, Data
+from pipeline.evaluation.model_result import GENERAL, HELD_OUT, TEXTS
+from pipeline.evaluation.results import Data
 from pipeline.inference.loaders import DEQUANTIZED, default_loader
 from pipeline.models.checkpoint_files import read_config
 from pipeline.models.safe_loading import check_config

@@ -17,7 +17,7 @@ from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import PACKAGE_SOURCE, Config, Model, Quantize
 from pipeline.errors import ConfigError, HubError, Interrupted, UserError
 from pipeline.evaluation.gates import limits
-from pipeline.evaluation.results import Verdict
+from pipeline.evaluation.model_result import Verdict
 from pipeline.hub.tree import CARD, LINEAGE
 from pipeline.models.hub_inspection import inspect
 from pipeline.models.sources import check_source, is_local

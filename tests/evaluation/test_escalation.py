@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.config.schema import VariantSpec
 from pipeline.evaluation.escalation import Rung, best, distance, ladder, with_layers
-from pipeline.evaluation.results import Check, Estimate, LayerLoss, ModelResult, Verdict
+from pipeline.evaluation.model_result import Check, Estimate, LayerLoss, ModelResult, Verdict
 from pipeline.models.matrices import linear_weights, table_weights
 
 

@@ -5,7 +5,7 @@ import pytest
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import Config
 from pipeline.evaluation.gates import judge, limits, tell
-from pipeline.evaluation.results import Estimate, Quality
+from pipeline.evaluation.model_result import Estimate, Quality
 from pipeline.evaluation.student_t import quantile
 from pipeline.workflow.stages import measure_variant, quantize
 from pipeline.workflow.workspace import Workspace

@@ -10,7 +10,7 @@ from pipeline.data.encode import Encoded
 from pipeline.errors import ModelError
 from pipeline.evaluation import metrics
 from pipeline.evaluation.metrics import Scores
-from pipeline.evaluation.results import Estimate
+from pipeline.evaluation.model_result import Estimate
 from pipeline.inference import output_head
 from tests.support.models import random_text
 

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from pipeline.errors import HubError, WorkspaceError
-from pipeline.evaluation.results import Estimate, ModelResult, Results, Speed
+from pipeline.evaluation.model_result import Estimate, ModelResult, Speed
+from pipeline.evaluation.results import Results
 from pipeline.system.files import write_json
 from tests.support import sample
 

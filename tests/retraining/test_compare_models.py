@@ -14,7 +14,8 @@ from pipeline.config.loader import parse_config
 from pipeline.data import Example, load_examples, write_examples
 from pipeline.errors import DataError, ModelError
 from pipeline.evaluation.metrics import mean
-from pipeline.evaluation.results import Comparison, Estimate
+from pipeline.evaluation.model_result import Estimate
+from pipeline.evaluation.results import Comparison
 from pipeline.evaluation.student_t import quantile
 from pipeline.publishing.published_model import Live
 from pipeline.retraining.decision import better

@@ -10,7 +10,8 @@ from pydantic import BaseModel
 
 from pipeline.config.schema import Config
 from pipeline.evaluation.gates import judge
-from pipeline.evaluation.results import ModelResult, Results
+from pipeline.evaluation.model_result import ModelResult
+from pipeline.evaluation.results import Results
 from pipeline.publishing.cards import About
 
 BOTH = ("int8", "int4")

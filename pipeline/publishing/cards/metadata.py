@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.catalog import TRANSFORMERS, VARIANTS, is_one_file
 from pipeline.config.schema import REPO_ID
-from pipeline.evaluation.results import TEXTS
+from pipeline.evaluation.model_result import TEXTS
 from pipeline.publishing.cards import markdown
 from pipeline.publishing.cards.about import ROOT, About
 from pipeline.publishing.cards.front_matter import SOURCE

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.evaluation.results import BASE, TEXTS
+from pipeline.evaluation.model_result import TEXTS
+from pipeline.evaluation.results import BASE
 from pipeline.publishing.cards import markdown
 from pipeline.publishing.cards.about import ROOT, About
 from pipeline.publishing.cards.markdown import Markdown

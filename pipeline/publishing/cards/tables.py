@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline.config.catalog import VARIANTS, is_one_file
-from pipeline.evaluation.results import BASE, HELD_OUT, TEXTS, Speed
+from pipeline.evaluation.model_result import HELD_OUT, TEXTS, Speed
+from pipeline.evaluation.results import BASE
 from pipeline.inference.loaders import TIMED
 from pipeline.publishing.cards import markdown
 from pipeline.publishing.cards.about import ROOT, About

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from pipeline.evaluation.gates import SAID
-from pipeline.evaluation.results import TEXTS, Check, ModelResult, VariantSettings, Verdict
+from pipeline.evaluation.model_result import TEXTS, Check, ModelResult, VariantSettings, Verdict
 from pipeline.publishing.cards import markdown
 from pipeline.publishing.cards.about import About, place
 from pipeline.publishing.cards.markdown import Markdown, code, count, estimate, listed, percent, plain, table, unit

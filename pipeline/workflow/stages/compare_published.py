@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipeline.config.schema import Config, TrainingRun
-from pipeline.evaluation.results import ComparedWith, Comparison, Estimate
+from pipeline.evaluation.model_result import Estimate
+from pipeline.evaluation.results import ComparedWith, Comparison
 from pipeline.models.safe_loading import open_tokenizer
 from pipeline.publishing.published_model import Live
 from pipeline.system.libraries import versions

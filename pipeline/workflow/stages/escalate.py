@@ -15,7 +15,7 @@ from pipeline.config.schema import MeasuredRun, VariantSpec
 from pipeline.errors import UserError
 from pipeline.evaluation.escalation import Rung, ladder, with_layers
 from pipeline.evaluation.gates import judge, limits
-from pipeline.evaluation.results import LayerLoss, ModelResult, StoredWeights, VariantSettings
+from pipeline.evaluation.model_result import LayerLoss, ModelResult, StoredWeights, VariantSettings
 from pipeline.system.files import empty_folder, fingerprint, replace_folder
 from pipeline.tracking.events import Events
 from pipeline.workflow.stages.inputs import run_texts

@@ -13,7 +13,7 @@ from pipeline.config.schema import Config, MeasuredRun, VariantSpec
 from pipeline.errors import GateError
 from pipeline.evaluation.escalation import best
 from pipeline.evaluation.gates import judge, limits, tell
-from pipeline.evaluation.results import ModelResult, StoredWeights, VariantSettings, Verdict
+from pipeline.evaluation.model_result import ModelResult, StoredWeights, VariantSettings, Verdict
 from pipeline.inference.loaders import only_file
 from pipeline.models.checkpoint_files import stored_bytes
 from pipeline.system.files import fingerprint, states
