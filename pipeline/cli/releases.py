@@ -81,7 +81,7 @@ def verify(
     Exit codes: 0 it is, as far as can be told here; 3 it has defects; 2 there is nothing to verify.
     """
     from pipeline.verification import verify as look
-    from pipeline.verification.report import Report
+    from pipeline.verification.terminal_report import Report
 
     with Report(console(stderr=as_json)) as report:
         verification = look(source, revision, measure, report.progress, report.found)

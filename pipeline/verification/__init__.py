@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from pipeline.errors import UserError
 from pipeline.hub.tree import LINEAGE
 from pipeline.publishing.lineage import own_version
-from pipeline.verification.claims import Claims, Malformed, read_claims
 from pipeline.verification.findings import DEFECTS_FOUND, Finding, Verdict, Verification, right, unknown, wrong
-from pipeline.verification.places import NoRelease, Place, open_place
+from pipeline.verification.lineage_claims import Claims, Malformed, read_claims
+from pipeline.verification.location import NoRelease, Place, open_place
 
 __all__ = ["DEFECTS_FOUND", "Finding", "NoRelease", "Verdict", "Verification", "verify"]
 
@@ -49,7 +49,7 @@ def verify(
 
 
 def _findings(place: Place, measure: bool) -> Iterator[Finding]:
-    from pipeline.verification.files import check_files, sound_models
+    from pipeline.verification.check_files import check_files, sound_models
 
     try:
         claims = read_claims(place.lineage())
@@ -96,10 +96,10 @@ def _bring(claims: Claims, place: Place, models: list[str]) -> list[Finding]:
 
 
 def _cards_and_models(claims: Claims, place: Place, models: list[str], measure: bool) -> Iterator[Finding]:
-    from pipeline.verification.cards import check_cards, check_modelfiles, check_picture, render
-    from pipeline.verification.examples import run_examples
-    from pipeline.verification.figures import check_figures
-    from pipeline.verification.measuring import measure_models
+    from pipeline.verification.check_cards import check_cards, check_modelfiles, check_picture, render
+    from pipeline.verification.check_figures import check_figures
+    from pipeline.verification.measure_again import measure_models
+    from pipeline.verification.run_snippets import run_examples
 
     place.tell(0, 1, "rendering the cards again")
     try:

@@ -1,4 +1,4 @@
-"""What was found about a release: a line each, and what they come to together."""
+"""The findings about a release, one line each, and their sum."""
 
 from __future__ import annotations
 

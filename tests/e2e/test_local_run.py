@@ -170,10 +170,10 @@ def test_help_and_schema_answer_without_the_heavy_libraries(tmp_path):
 
 
 def test_variant_measured_again_has_the_recorded_figures(unpublished, monkeypatch, tmp_path):
-    from pipeline.verification.claims import read_claims
-    from pipeline.verification.measuring import Cuts, find_texts, judged, request_for
-    from pipeline.verification.places import open_place
-    from pipeline.verification.worker import look
+    from pipeline.verification.lineage_claims import read_claims
+    from pipeline.verification.location import open_place
+    from pipeline.verification.measure_again import Cuts, find_texts, judged, request_for
+    from pipeline.verification.measure_process import look
 
     monkeypatch.chdir(unpublished.folder)  # where its configuration has its files
     place = open_place("runs/tiny", None, lambda done, total, what: None)

@@ -47,9 +47,9 @@ class Release:
 
     def rewrite_cards(self) -> None:
         """Have the cards say what the lineage says now."""
-        from pipeline.verification.cards import about_release, rendered
-        from pipeline.verification.claims import read_claims
-        from pipeline.verification.places import open_place
+        from pipeline.verification.check_cards import about_release, rendered
+        from pipeline.verification.lineage_claims import read_claims
+        from pipeline.verification.location import open_place
 
         place = open_place(str(self.folder), None, lambda done, total, what: None)
         claims = read_claims(place.lineage())

@@ -10,9 +10,9 @@ import pytest
 from pipeline.cli import app
 from pipeline.errors import UserError
 from pipeline.verification import NoRelease, Verdict, verify
-from pipeline.verification.claims import MOST_BYTES
-from pipeline.verification.measuring import find_texts, refused
-from pipeline.verification.places import open_place
+from pipeline.verification.lineage_claims import MOST_BYTES
+from pipeline.verification.location import open_place
+from pipeline.verification.measure_again import find_texts, refused
 from tests.support.releases import line, told
 
 OUTSIDE = ("../secret", "/etc/hostname", "int8/../../secret", "int8//x", "a\\b", "C:x", "", ".", "int8/\u0000", "x/..")
@@ -136,7 +136,7 @@ def test_invalid_lineage_stops_measuring(release):
 
 
 def opened(release):
-    from pipeline.verification.claims import read_claims
+    from pipeline.verification.lineage_claims import read_claims
 
     place = open_place(str(release.folder), None, lambda done, total, what: None)
     return place, read_claims(place.lineage())

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from pipeline.verification import Verdict
-from pipeline.verification.claims import read_claims
-from pipeline.verification.examples import programs, run_examples
-from pipeline.verification.files import check_files, sound_models
-from pipeline.verification.measuring import Cuts, find_texts, judged, request_for
-from pipeline.verification.places import open_place
-from pipeline.verification.worker import look
+from pipeline.verification.check_files import check_files, sound_models
+from pipeline.verification.lineage_claims import read_claims
+from pipeline.verification.location import open_place
+from pipeline.verification.measure_again import Cuts, find_texts, judged, request_for
+from pipeline.verification.measure_process import look
+from pipeline.verification.run_snippets import programs, run_examples
 from tests.support.releases import line, told
 
 
@@ -111,7 +111,7 @@ def test_a_model_whose_files_changed_is_not_loaded(release):
 
 
 def test_only_our_own_snippets_are_run(release, tmp_path):
-    from pipeline.verification.cards import render
+    from pipeline.verification.check_cards import render
 
     evil = f"open({str(tmp_path / 'ran')!r}, 'w')"
     release.replace("int8/README.md", "```python\nimport torch", f"```python\n{evil}\nimport torch")
@@ -126,7 +126,7 @@ def test_only_our_own_snippets_are_run(release, tmp_path):
 
 
 def test_the_snippets_of_a_release_that_tells_of_a_withheld_variant_are_run(release):
-    from pipeline.verification.cards import render
+    from pipeline.verification.check_cards import render
 
     content = release.lineage()
     content["configuration"]["quantize"]["variants"].append({"name": "int8-dynamic"})

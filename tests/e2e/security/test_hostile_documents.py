@@ -19,7 +19,7 @@ LINEAGES = [
 @pytest.mark.parametrize("content", LINEAGES, ids=range(len(LINEAGES)))
 def test_lineage_is_read_or_refused(survives, content):
     from pipeline.hub.tree import Lineage
-    from pipeline.verification.claims import Malformed, read_claims
+    from pipeline.verification.lineage_claims import Malformed, read_claims
 
     def read():
         found = Lineage.parse(content)

@@ -1,4 +1,4 @@
-"""Do the statements of a lineage agree with each other, and with its files? Some figures follow from others."""
+"""The check of the figures: statements of a lineage that follow from others, or from its files, must agree."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pipeline.evaluation.model_result import TEXTS
 from pipeline.evaluation.results import BASE, MERGED
 from pipeline.hub.tree import LINEAGE
 from pipeline.publishing.lineage import own_version
-from pipeline.verification.claims import ADAPTER, Claims
 from pipeline.verification.findings import Finding, right, wrong
-from pipeline.verification.places import Place
+from pipeline.verification.lineage_claims import ADAPTER, Claims
+from pipeline.verification.location import Place
 
 CLOSE = 1e-4  # of a perplexity; single losses are kept in float32
 

@@ -1,6 +1,6 @@
-"""One model of a release, in a process of its own: does it load, and what is its perplexity now?
+"""The process that loads one model of a release and measures its perplexity.
 
-    python -m pipeline.verification.worker REQUEST.json RESULT.json
+    python -m pipeline.verification.measure_process REQUEST.json RESULT.json
 
 Prints how far it is, as lines of JSON. Loads nothing but safetensors and GGUF, and runs no code of a model's own.
 """
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def look(request: dict) -> dict:
-    """What `pipeline.verification.measuring` asks of a model: its figures, or `problem` and `reason`."""
+    """What `pipeline.verification.measure_again` asks of a model: its figures, or `problem` and `reason`."""
     try:
         return _adapter(request) if request["model"] == "adapter" else _measured(request)
     except MissingExtra as error:

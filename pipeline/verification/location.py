@@ -1,4 +1,4 @@
-"""Where a release lies: a folder here, or a repository on the Hub at one commit, of which little is fetched."""
+"""The location of a release: a folder, or a repository on the Hub at one commit, from which little is fetched."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.hub.download import download, in_one_line
 from pipeline.hub.tree import LINEAGE, Tree, read_tree
 from pipeline.models.sources import local_folder
 from pipeline.system.files import sha256
-from pipeline.verification.claims import MOST_BYTES, Malformed, check_path
+from pipeline.verification.lineage_claims import MOST_BYTES, Malformed, check_path
 from pipeline.workflow.workspace import HIDDEN, Workspace
 
 NOT_OURS = (HIDDEN, ".git", ".cache")  # folders beside a release: of its run, of git, of the Hub's client

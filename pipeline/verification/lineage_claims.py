@@ -1,6 +1,6 @@
-"""What a release says of itself in `tunepress.json`, which may come from anywhere and is checked before it is believed.
+"""The statements of a release about itself in `tunepress.json`, checked for their form before they are used.
 
-Of file names only those are taken that stay in the release's folder.
+A lineage may come from anywhere. A file name that leaves the release's folder makes it malformed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The command that makes a model of a release again, from what its lineage says of it."""
+"""The command line that makes a model of a release again, as its lineage describes it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import shlex
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import VariantSpec
 from pipeline.evaluation.results import Origin
-from pipeline.verification.claims import ADAPTER, Claims
-from pipeline.verification.places import Place
+from pipeline.verification.lineage_claims import ADAPTER, Claims
+from pipeline.verification.location import Place
 
 
 def how_to_make(claims: Claims, place: Place, model: str) -> str:

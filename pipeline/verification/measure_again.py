@@ -1,4 +1,4 @@
-"""Every model of a release loaded in a process of its own, and its perplexity measured again.
+"""The second measurement of a release: each model is loaded in a fresh process, and its perplexity is compared.
 
 How near is the same figure? Weights and tokens are the same to the bit, so its standard error has no part in it: what
 differs is how and in which order is summed, by kernels, threads, batches and devices. That moves single losses both
@@ -30,11 +30,11 @@ from pipeline.models.safe_loading import check_config
 from pipeline.system.files import read_json, write_json
 from pipeline.system.libraries import versions
 from pipeline.system.process_environment import user_environment, with_own_package
-from pipeline.verification.again import how_to_make
-from pipeline.verification.claims import ADAPTER, ROOT, Claims
 from pipeline.verification.findings import Finding, outdated, right, unknown, wrong
-from pipeline.verification.places import Place, Tell
-from pipeline.verification.worker import DAMAGED, MISSING, OUTDATED
+from pipeline.verification.lineage_claims import ADAPTER, ROOT, Claims
+from pipeline.verification.location import Place, Tell
+from pipeline.verification.measure_process import DAMAGED, MISSING, OUTDATED
+from pipeline.verification.remake_command import how_to_make
 from pipeline.workflow.workspace import Workspace
 
 TOLERANCE = 0.01  # of a perplexity
@@ -177,7 +177,7 @@ def _cannot_be_had(claims: Claims, place: Place, model: str) -> str | None:
 
 
 def request_for(claims: Claims, place: Place, model: str, texts: Texts) -> dict:
-    """What `pipeline.verification.worker` is told of a model."""
+    """Return what `pipeline.verification.measure_process` is told of a model."""
     folder, reference, file = place.folder / claims.prefix(model), claims.reference, claims.file_of(model)
     return {
         "model": model,
@@ -202,13 +202,13 @@ def judged(claims: Claims, place: Place, model: str, found: dict, cut: Cuts) -> 
 
 
 def in_fresh_process(request: dict, scratch: Path, tell: Tell) -> dict:
-    """What `pipeline.verification.worker` found; `problem` and `reason` where that is nothing."""
+    """What `pipeline.verification.measure_process` found; `problem` and `reason` where that is nothing."""
     asked, result = scratch / "request.json", scratch / "result.json"
     result.unlink(missing_ok=True)
     write_json(asked, request)
     tell(0, 1, "loading")
     plain = user_environment() | {"HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-P", "-m", "pipeline.verification.worker", str(asked), str(result)]
+    command = [sys.executable, "-P", "-m", "pipeline.verification.measure_process", str(asked), str(result)]
     with open(scratch / "log", "w+", encoding="utf-8", errors="replace") as log:
         child = subprocess.Popen(
             command,

@@ -1,4 +1,4 @@
-"""A verification on a terminal: a line for each finding, and a bar for what is being looked at."""
+"""The report of a verification on a terminal: one line for each finding, and a progress bar."""
 
 from __future__ import annotations
 

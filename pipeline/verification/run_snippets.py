@@ -1,4 +1,4 @@
-"""The snippets of the cards, each run as it stands, in a fresh process.
+"""The check of the snippets: each code block of a card is run as it stands, in a fresh process.
 
 Only what we would write ourselves is run: a snippet in a card has to be, byte for byte, the one that follows from
 the lineage. It is then run on the files that were verified, whatever place the card names.
@@ -18,10 +18,10 @@ from pipeline.publishing import snippets
 from pipeline.publishing.cards import About
 from pipeline.publishing.lineage import own_version
 from pipeline.system.libraries import is_installed
-from pipeline.verification.cards import Cards, local, rendered
-from pipeline.verification.claims import ADAPTER, ROOT, Claims
+from pipeline.verification.check_cards import Cards, local, rendered
 from pipeline.verification.findings import Finding, right, unknown, wrong
-from pipeline.verification.places import Place
+from pipeline.verification.lineage_claims import ADAPTER, ROOT, Claims
+from pipeline.verification.location import Place
 
 SECONDS = 3600  # a large model on a small processor; then it is given up
 

@@ -1,4 +1,4 @@
-"""Is every file there that the lineage names, and as it says; and is nothing beside them that would be loaded?"""
+"""The check of the files: all that the lineage names, by hash, and none beside them that a loader would take."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pipeline.config.catalog import is_one_file
 from pipeline.hub.tree import LINEAGE
 from pipeline.models.checkpoint_files import TOKENIZER_FILES
-from pipeline.verification.claims import ADAPTER, Claims, File
 from pipeline.verification.findings import Finding, Verdict, right, unknown, wrong
-from pipeline.verification.places import Place
+from pipeline.verification.lineage_claims import ADAPTER, Claims, File
+from pipeline.verification.location import Place
 
 # What loaders run, and what they take besides what the lineage names, by its name alone.
 PICKLES = re.compile(r".*\.(bin|pt|pth|pkl|pickle|ckpt|joblib|h5|msgpack|npy|npz)\Z", re.IGNORECASE)

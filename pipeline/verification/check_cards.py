@@ -1,6 +1,6 @@
-"""Do the cards say what the lineage's results say? Each is rendered again, and what is ours of it compared.
+"""The check of the cards: each is rendered again from the lineage, and our section of it is compared.
 
-What people wrote beside our part is theirs, and no defect.
+Text that people wrote beside our section is no defect.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from pipeline.publishing.cards.readmes import merged
 from pipeline.publishing.lineage import own_version
 from pipeline.publishing.ollama import MODELFILE, modelfile
 from pipeline.publishing.snippets import blocks
-from pipeline.verification.claims import Claims
 from pipeline.verification.findings import Finding, right, unknown, wrong
-from pipeline.verification.places import Place
+from pipeline.verification.lineage_claims import Claims
+from pipeline.verification.location import Place
 from pipeline.workflow.stages.render import folders
 
 LONGEST_CARD = 20_000  # lines; ours have some hundreds, and finding what differs takes long
