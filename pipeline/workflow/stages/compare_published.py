@@ -1,4 +1,4 @@
-"""Score the new model and the live one on the same held-out examples, and estimate the difference."""
+"""Score the new model and the published one on the same held-out examples, and estimate the difference."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def depends(config: TrainingRun, workspace: Workspace, variants: tuple[str, ...]
 
 
 def run(config: TrainingRun, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
-    """Without a live model there is only recorded what the new one was made of."""
+    """Compare with the published model, if there is one, and record what the new model was made of."""
     compared, inputs = baseline.noted(workspace)
     made_of = Comparison(inputs=inputs, weights=baseline.own_weights(workspace))
     found = _compare(config, workspace, events, compared, made_of) if compared else made_of
@@ -111,7 +111,7 @@ def _tokenizer(source: object, revision: str | None) -> PreTrainedTokenizerBase:
 
 @dataclass(frozen=True)
 class _Chosen:
-    """What both models are scored on. E is the number of examples, P that of their prompts.
+    """The examples that both models are scored on: E examples with P prompts.
 
     Attributes:
         encoded: the sequences of each example by model.
@@ -124,14 +124,14 @@ class _Chosen:
     sizes: torch.Tensor
 
     def prompts_of(self, scores: Scores, name: str) -> torch.Tensor:
-        """Which prompt each token belongs to, (T,): a text may be several sequences, a prompt have several answers."""
+        """Return the prompt of each token, (T,): a text may be several sequences, a prompt may have several answers."""
         import torch
 
         example = torch.tensor([i for i, sequences in enumerate(self.encoded[name]) for _ in sequences])
         return self.prompt[example[scores.sequence]]
 
     def bits(self, scores: Scores, name: str) -> torch.Tensor:
-        """Bits that a model needs for the examples of each prompt, (P,)."""
+        """Return the bits that a model needs for the examples of each prompt, (P,)."""
         import torch
 
         bits = torch.zeros_like(self.sizes)
@@ -141,7 +141,7 @@ class _Chosen:
 def _choose(
     config: TrainingRun, examples: tuple[Example, ...], tokenizers: dict[str, PreTrainedTokenizerBase]
 ) -> _Chosen:
-    """Those of the examples that both models read whole, up to `evaluate.max_tokens` tokens of the new model's.
+    """Return the examples that both models read whole, up to `evaluate.max_tokens` tokens of the new model's.
 
     Raises:
         DataError: for too few prompts.
@@ -171,7 +171,7 @@ def _choose(
 
 
 def _per_byte(values: torch.Tensor, sizes: torch.Tensor) -> Estimate:
-    """The sum of `values` over that of `sizes`, and its error as a ratio estimator over prompts; both (P,)."""
+    """Return the sum of `values` over that of `sizes`, both (P,), with its error as a ratio estimator over prompts."""
     ratio = float(values.sum() / sizes.sum())
     residual = (values - ratio * sizes).square().sum()
     return Estimate(ratio, math.sqrt(len(sizes) / (len(sizes) - 1) * float(residual)) / float(sizes.sum()))

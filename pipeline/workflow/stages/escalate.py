@@ -70,7 +70,7 @@ class Climb:
 
         asked, tried = self._config.quantize.spec(self._name), []
         if (as_asked := self._judged(asked, f"{self._name}, as asked for")) and as_asked.gate.passed:
-            return asked, [as_asked]  # as in a run that has tried nothing else yet, also where there is a smaller one
+            return asked, [as_asked]  # as in a run that has tried nothing else yet, even if another way is smaller
         rungs = ladder(asked, linear_weights(self._full), table_weights(self._full), self._full)
         for number, rung in enumerate(rungs, 1):
             spec = self._spec(rung)
@@ -83,12 +83,12 @@ class Climb:
         return None, tried
 
     def _judged(self, spec: VariantSpec, label: str) -> ModelResult | None:
-        """The figures of one way to make the variant, with their verdict; measured only where they are not known."""
+        """Return the figures of one way to make the variant, with their verdict; measure them if need be."""
         known = self._known.get(fingerprint(spec.making())) or self._measure(spec, label)
         return known and known.changed(gate=judge(known.quality, limits(self._config.quantize, self._name)))
 
     def adopt(self, spec: VariantSpec) -> None:
-        """Let files made so be those of the variant; they are yet to be measured in full."""
+        """Make the variant's files in this way; they are yet to be measured in full."""
         if self._made is None or self._made[0] != spec:
             self._make(spec, self._name)
         replace_folder(self._folder, self._workspace.quantized / self._name)
@@ -101,7 +101,7 @@ class Climb:
         return self._workspace.quantized / f"{self._name}.partial"
 
     def _spec(self, rung: Rung) -> VariantSpec | None:
-        """How a rung is made; None where that depends on which layers suffer most, and the memory is too small."""
+        """Return how a rung is made; None if memory is too small to measure which layers suffer most."""
         from pipeline.inference.offload import TooLarge
 
         try:
@@ -123,7 +123,7 @@ class Climb:
         return sensitivity(config, spec, self._full, known, lambda found: self._workspace.note(key, layers=found), tell)
 
     def _measure(self, spec: VariantSpec, label: str) -> ModelResult | None:
-        """The figures of one way to make the variant; None where this model cannot be made so."""
+        """Return the figures of one way to make the variant; None if this model cannot be made so."""
         from pipeline.evaluation.evaluate import evaluate
 
         try:

@@ -1,6 +1,6 @@
-"""What stages start from: the base model, an adapter from elsewhere, the model that variants are made of.
+"""The inputs of stages: the base model, an adapter from elsewhere, the model that variants are made of, texts.
 
-Whatever of it is not on this machine (any more) is fetched, as it was the first time.
+An input that is not on this machine any more is fetched again, in the same revision.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipeline.evaluation.texts import RunTexts
 from pipeline.models.checkpoint_files import stored_bytes
 from pipeline.system.files import Digest, fingerprint
 from pipeline.tracking.events import Events
-from pipeline.workflow.ledger import BaseModel, Ledger
+from pipeline.workflow.ledger import BaseModel
 from pipeline.workflow.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -27,32 +27,33 @@ if TYPE_CHECKING:
 
 
 def model_depends(config: Config, workspace: Workspace) -> dict:
-    """The settings of the base model, and the hashes of its files where it is a local folder."""
+    """Return the settings of the base model, and the hashes of its files if it is a local folder."""
     files = hashes_of(workspace, config.model.source)
     return config.model.model_dump(exclude={"low_disk"}) | {"files": files}
 
 
 def adapter_depends(config: Config, workspace: Workspace) -> dict:
-    """The hashes of the files of an adapter from elsewhere, where it is a local folder."""
+    """Return the hashes of the files of an adapter from elsewhere, if it is a local folder."""
     return hashes_of(workspace, config.merge.adapter) if config.merge.adapter else {}
 
 
 def text_depends(config: MeasuredRun, workspace: Workspace) -> object:
-    """The general text that is measured on: the hash of its file, or of what this Python brings."""
+    """Return the hash of the general text: of its file, or of the text that this Python has."""
     source = config.evaluate.general
     return fingerprint(general_text(source)) if source.startswith("builtin:") else hashes_of(workspace, source)
 
 
 def base_model(config: Config, workspace: Workspace, events: Events) -> Path:
-    """The folder of the base model. A branch that moves on the Hub is read once, and then stays where it was."""
+    """Return the folder of the base model, fetched if need be. A branch on the Hub stays at its first commit."""
     from pipeline.models.checkpoint_files import model_digest
     from pipeline.models.sources import digest_here, fetch, is_local
 
     settings, source = config.model.model_dump(), config.model.source
     here = model_digest(hashes_of(workspace, source)) if is_local(source) else None
-    known = _base_folder(workspace, settings)
-    if known and here in (None, workspace.read_measurement("origin").get("digest")):
-        return known
+    known = workspace.read_ledger().base
+    is_there = known and known.model == settings and (Path(known.folder) / "config.json").is_file()
+    if is_there and here in (None, workspace.read_measurement("origin").get("digest")):
+        return Path(known.folder)
     pinned = base_revision(config, workspace)
     model = config.model.model_copy(update={"revision": pinned}) if pinned else config.model
     events.progress(0, 1, "fetching the model")
@@ -60,12 +61,14 @@ def base_model(config: Config, workspace: Workspace, events: Events) -> Path:
     # What is on no Hub has no revision, so a digest says later whether it is still the same.
     digest = {} if found.revision else {"digest": here or digest_here(source)}
     workspace.write_measurement("origin", asdict(found) | digest)
-    _remember_base(workspace, settings, folder, found.revision)
+    is_same = known and (known.model, known.revision) == (settings, found.revision)
+    base = BaseModel(settings, str(folder.resolve()), found.revision, known.bytes if is_same else None)
+    workspace.update(lambda ledger: replace(ledger, base=base))
     return folder.resolve()
 
 
 def adapter(config: Config, workspace: Workspace, events: Events) -> Path:
-    """The folder of the adapter to merge: the one that was trained here, or the one that was brought."""
+    """Return the folder of the adapter to merge: trained here, or fetched from elsewhere."""
     from pipeline.models.sources import fetch_adapter
 
     if config.merge.adapter is None:
@@ -82,7 +85,7 @@ def adapter(config: Config, workspace: Workspace, events: Events) -> Path:
 
 
 def full_model(config: Config, workspace: Workspace, events: Events) -> Path:
-    """The full-precision model that variants are made of and compared with."""
+    """Return the full-precision model that variants are made of and compared with."""
     return workspace.release if config.merges else base_model(config, workspace, events)
 
 
@@ -90,7 +93,7 @@ def full_model(config: Config, workspace: Workspace, events: Events) -> Path:
 def shard_by_shard(
     config: Config, workspace: Workspace, events: Events, folder: Path
 ) -> Iterator[PassingCheckpoint | None]:
-    """The checkpoint of a model whose weights never lie here together; None where they do, in `folder`."""
+    """Yield the checkpoint of a model whose weights only pass by; None if they all lie in `folder`."""
     if not config.model.low_disk:
         yield None
         return
@@ -104,7 +107,7 @@ def shard_by_shard(
 
 
 def model_bytes(config: Config, workspace: Workspace, folder: Path) -> int:
-    """Size of the files of the full-precision model's weights, also where they lie here no more."""
+    """Return the size of the full-precision model's weights, even if they only passed by."""
     base = workspace.read_ledger().base
     return (config.model.low_disk and base and base.bytes) or stored_bytes(folder)
 
@@ -121,25 +124,25 @@ def run_texts(workspace: Workspace) -> RunTexts:
 
 
 def reference(config: Config) -> str:
-    """The key, in the results, of the model that others are compared with."""
+    """Return the key, in the results, of the model that others are compared with."""
     return "merged" if config.merges else "base"
 
 
 def made_from(config: Config, workspace: Workspace) -> dict:
-    """What the full-precision model depends on: earlier steps' outputs, and what came from elsewhere."""
+    """Return what the full-precision model depends on: earlier steps' outputs, and inputs from elsewhere."""
     steps = workspace.state_of("train", "merge") if config.merges else {}
     return steps | ({} if config.data else {"model": model_depends(config, workspace)})
 
 
 def without_limit(section: dict) -> dict:
-    """Return a section of the configuration without a limit of time that is not set, as it was before there was one."""
+    """Return a section of the configuration without an unset limit of time, so that earlier fingerprints still hold."""
     return {key: value for key, value in section.items() if (key, value) != ("max_minutes", None)}
 
 
 def hashes_of(workspace: Workspace, named: str) -> dict[str, str]:
     """Return the sha256 of a file, or of the files in a folder, by name; {} if there never was one.
 
-    Remembered by size and time, so that gigabytes are read once. What is not there any more is
+    They are remembered by size and time, so that gigabytes are read once. A file that is gone is
     taken as it was: a finished run does not need its inputs to be published.
     """
     path, before = Path(named).expanduser(), workspace.read_ledger().inputs.get(named, {})
@@ -153,24 +156,6 @@ def hashes_of(workspace: Workspace, named: str) -> dict[str, str]:
     if found != before:
         workspace.update(lambda ledger: replace(ledger, inputs={**ledger.inputs, named: found}))
     return {name: digest.sha256 for name, digest in found.items()}
-
-
-def _remember_base(workspace: Workspace, model: dict, folder: Path, revision: str | None) -> None:
-    """Note where the base model lies on this machine; kept out of everything that is published."""
-
-    def remembered(ledger: Ledger) -> Ledger:
-        same = ledger.base and (ledger.base.model, ledger.base.revision) == (model, revision)
-        base = BaseModel(model, str(folder.resolve()), revision, ledger.base.bytes if same else None)
-        return replace(ledger, base=base)
-
-    workspace.update(remembered)
-
-
-def _base_folder(workspace: Workspace, model: dict) -> Path | None:
-    """Return where the base model lies, if it was brought here for these settings and is still there."""
-    known = workspace.read_ledger().base
-    is_there = known and known.model == model and (Path(known.folder) / "config.json").is_file()
-    return Path(known.folder) if is_there else None
 
 
 def base_revision(config: Config, workspace: Workspace) -> str | None:

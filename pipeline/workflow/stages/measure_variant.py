@@ -1,4 +1,4 @@
-"""Load one variant back, measure it, and let it into the release, unless it misses its gate.
+"""Load one variant back, measure it, and put it into the release unless it misses its gate.
 
 Without `evaluate` nothing is measured, and there is no gate; a GGUF is only opened. What was measured is kept, so
 that another limit needs no more than another verdict.
@@ -36,7 +36,7 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
 
 
 def is_withheld(config: Config, workspace: Workspace, name: str) -> bool:
-    """Was a variant, as it is asked for now, measured and kept out of the release?"""
+    """Return True if a variant with its present settings was measured and kept out of the release."""
     entry = workspace.ledger().get(f"quantize/{name}")
     if entry is None or "withheld" not in entry.summary:
         return False
@@ -68,7 +68,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
 
 
 def _measured_by(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict:
-    """What the figures of these variants depend on."""
+    """Return what the figures of these variants depend on."""
     found = quantize.depends(config, workspace, variants)
     engines = {library for name in variants for library in VARIANTS[name].measured_with}
     if config.evaluate and engines:
@@ -77,7 +77,7 @@ def _measured_by(config: Config, workspace: Workspace, variants: tuple[str, ...]
 
 
 def _measured(config: Config, workspace: Workspace, events: Events, name: str, full: Path) -> ModelResult:
-    """The figures of a variant's files; measured only where those that are known are not of these files."""
+    """Return the figures of a variant's files. They are measured unless those in the ledger are of these files."""
     key = f"quantize/{name}"
     depends_on = fingerprint(_measured_by(config, workspace, (name,)))
     about = {"depends_on": depends_on, "files": states(files_of(workspace, name))}
@@ -106,7 +106,7 @@ def _measured(config: Config, workspace: Workspace, events: Events, name: str, f
 def _escalated(
     config: MeasuredRun, workspace: Workspace, events: Events, name: str, full: Path, result: ModelResult
 ) -> ModelResult:
-    """The result of the smallest way to make the variant that passes, whose files then are the variant's.
+    """Return the result of the smallest way to make the variant that passes, and make that way's files the variant's.
 
     Where none does, the figures of the one that came nearest.
     """
@@ -145,7 +145,7 @@ def _told_of_tries(result: ModelResult) -> str:
 
 
 def _let_in(workspace: Workspace, name: str) -> list[Path]:
-    """Put a variant's files into the release, unless they are there; where they are then."""
+    """Put a variant's files into the release, unless they are there. Return their paths in it."""
     apart, key = workspace.quantized / name, f"quantize/{name}"
     if not apart.is_dir():
         return workspace.placed(key)
@@ -153,7 +153,7 @@ def _let_in(workspace: Workspace, name: str) -> list[Path]:
 
 
 def _leave_out(workspace: Workspace, name: str) -> list[Path]:
-    """Leave no files of a variant in the release; those that were measured are kept apart."""
+    """Take a variant's files out of the release, and keep those that were measured apart."""
     apart, key = workspace.quantized / name, f"quantize/{name}"
     if apart.is_dir():
         workspace.remove(key, workspace.ledger().keys() - {key})
@@ -174,7 +174,7 @@ def _summary(result: ModelResult, source: int) -> dict:
 
 
 def _open(file: Path) -> None:
-    """Raise where llama.cpp does not open the file, or, where that is not installed, where it is not whole."""
+    """Raise if llama.cpp does not open the file, or, if llama.cpp is not installed, if the file is not whole."""
     from pipeline.inference import llama_cpp
     from pipeline.models.gguf_metadata import read_header
 

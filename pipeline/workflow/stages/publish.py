@@ -1,4 +1,4 @@
-"""Bring the repository, and the mirrors, to the release with the given variants: in one commit each, or in none."""
+"""Publish the release with the given variants, and its mirrors: each in one commit, or in none if it is there."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def parameters(config: Config, variant: str | None) -> dict:
 
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
-    """Mirrors go first, for the main card names those that are there.
+    """Publish the mirrors, and then the release, whose card names the mirrors that are there.
 
     What the Hub refuses of a mirror or a tag is told at the end, when all that it takes is there.
     """
@@ -78,7 +78,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
 def _main(
     config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...], mirrors: Mapping[str, str]
 ) -> tuple[Commit, list[Path]]:
-    """Publish the release; the commit, and the documents as they then are in the release's folder."""
+    """Publish the release. Return the commit, and the documents in the release's folder."""
     repo = config.publish.target
     documents: dict[str, bytes] = {}
     # Read once and written at the end: what is rendered for one tree must not be taken for people's text at the next.
@@ -103,9 +103,9 @@ def _main(
 
 
 def _existing(workspace: Workspace, tree: Tree, path: str, here: bytes | None) -> bytes | None:
-    """The card that people may have written into: the repository's, which others have read already.
+    """Return the card that people may have written into: the repository's, which others have read already.
 
-    The local one only where the repository has none, or still has the one of the last publish.
+    The local card counts only if the repository has none, or still has the card of the last publish.
     """
     there = tree.read(path)
     if here is None or there is None:
@@ -117,7 +117,7 @@ def _existing(workspace: Workspace, tree: Tree, path: str, here: bytes | None) -
 def _mirrors(
     config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...], private: bool
 ) -> tuple[dict[str, Commit], list[str]]:
-    """Publish the mirrors of these variants; the commits, and what went wrong with the others."""
+    """Publish the mirrors of these variants. Return the commits, and the problems of the others."""
     commits, problems = {}, []
     wanted = {variant: mirror for variant, mirror in config.publish.mirrors.items() if variant in variants}
     if wanted:  # before there are mirrors of it
@@ -132,7 +132,7 @@ def _mirrors(
 
 
 def still_there(config: Config, kept_out: Collection[str]) -> list[str]:
-    """A line for each repository that still has variants that are withheld now, where nothing is published."""
+    """Return a line for each repository that still has variants that are withheld now, if nothing is published."""
     repo = config.publish.target
     try:
         there = standing(repo)
@@ -148,7 +148,7 @@ def still_there(config: Config, kept_out: Collection[str]) -> list[str]:
 
 
 def _left_mirrors(config: Config, kept_out: Collection[str]) -> list[str]:
-    """Mirrors are repositories of people's own, and not emptied; they have to know what is in one."""
+    """Return a line for each mirror with a variant that is withheld now, for we do not empty mirrors."""
     mirrors = {variant: config.publish.mirrors[variant] for variant in kept_out if variant in config.publish.mirrors}
     return [
         f"{mirror}: still has {variant} of an earlier release, which is withheld now; remove it there"
@@ -158,7 +158,7 @@ def _left_mirrors(config: Config, kept_out: Collection[str]) -> list[str]:
 
 
 def _is_mirror(config: Config, mirror: str) -> bool:
-    """Does a repository that could not be brought up to date hold a mirror of this run's all the same?"""
+    """Return True if a repository that could not be updated holds a mirror of this run."""
     try:
         there = retry_or_explain(mirror, lambda: read_tree(mirror).lineage)
     except HubError:
@@ -187,7 +187,7 @@ def _mirror(config: Config, workspace: Workspace, events: Events, variant: str, 
 def _commit(
     config: Config, workspace: Workspace, events: Events, repo: str, contents: Callable[[Tree], dict], what: str
 ) -> Commit:
-    """Bring one repository to `contents`, in a commit or a pull request."""
+    """Publish `contents` to one repository, in a commit or a pull request."""
 
     def check(tree: Tree) -> None:
         if repo == config.publish.target:
@@ -206,7 +206,7 @@ def _commit(
 
 
 def _is_finished(config: Config, judged: tuple[str, ...]) -> bool:
-    """Is this a whole release, to be tagged? One in a pull request is only proposed."""
+    """Return True if this is a whole release, to be tagged. A release in a pull request is only proposed."""
     return not config.publish.create_pr and {spec.name for spec in config.quantize.variants} <= set(judged)
 
 
@@ -223,7 +223,7 @@ def _tell(
     commit: Commit,
     stages: list[tuple[str, str | None]],
 ) -> None:
-    """Report what each of these stages, (verb, variant), made as being on the Hub, once."""
+    """Send the push event of each of these stages, (verb, variant), once."""
     asked = {"train": config.data, "merge": config.merges, "evaluate": config.evaluate, "quantize": True}
     for verb, variant in stages:
         if asked[verb] and not _is_pushed(workspace, verb, variant, repo):
@@ -233,7 +233,7 @@ def _tell(
 
 
 def _is_pushed(workspace: Workspace, verb: str, variant: str | None, repo: str) -> bool:
-    """Was what this stage made last already reported as being on the Hub?"""
+    """Return True if the push event of what this stage made last was sent already."""
     stage, pushed = STAGES[verb]
     is_there = False
     for record in read_events(workspace.events_path)[0]:

@@ -1,7 +1,7 @@
 """Write the files of every variant asked for, in one pass over the full-precision checkpoint.
 
-They lie in `quantized/` until `pipeline.workflow.stages.measure_variant` has loaded and measured them. What was made
-already and still holds, as where the merge has made it in its own pass, is not made again.
+They lie in `quantized/` until `pipeline.workflow.stages.measure_variant` has loaded and measured them. Files that
+still hold are not made again, such as those that the merge made in its own pass.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
 
 
 def check_extras(config: Config) -> None:
-    """Raise MissingExtra where what writes a variant is not installed."""
+    """Raise MissingExtra if a package that writes a variant is not installed."""
     check_collected(config.quantize.variants)
     for spec in config.quantize.variants:
         for module, extra in spec.variant.requires:
@@ -81,13 +81,13 @@ def check_extras(config: Config) -> None:
 
 
 def check_variants(config: Config, model: Path) -> None:
-    """Can such a model be stored as every variant that is asked for? Nobody should be told only after training.
+    """Raise if the model cannot be stored as a variant that is asked for, which people should know before training.
 
     A layer that no group size divides is another matter: it keeps one variant back, and the model in bf16 none.
 
     Raises:
         ModelError: naming what of the model a format, or all of them, cannot hold.
-        MissingExtra: where what writes a variant is not installed.
+        MissingExtra: if a package that writes a variant is not installed.
     """
     from pipeline.models.matrices import refuse_other_matrices
     from pipeline.quantization.formats import format_of
@@ -106,10 +106,10 @@ def to_write(
     model: Path,
     linear: Mapping[str, tuple[int, int]],
 ) -> tuple[Variants, dict[str, str]]:
-    """What makes these variants of a model, and why some of them cannot be made.
+    """Return what makes these variants of a model, and why some of them cannot be made.
 
     Raises:
-        ModelError: where none can be made of such a model.
+        ModelError: if none can be made of such a model.
     """
     from pipeline.models.matrices import refuse_other_matrices, table_weights
     from pipeline.quantization.writer import Variants, unfit
@@ -128,7 +128,7 @@ def to_write(
 
 
 def keep_written(config: Config, workspace: Workspace, made: Mapping[str, VariantFiles], model: Path) -> None:
-    """Give finished files their place, and note what they are and what they were made of."""
+    """Move finished files to their place, and record what they were made of."""
     for name, files in made.items():
         replace_folder(_partial(workspace, name), workspace.quantized / name)
         note_written(config, workspace, name, asdict(files), model)
@@ -137,10 +137,10 @@ def keep_written(config: Config, workspace: Workspace, made: Mapping[str, Varian
 def note_written(
     config: Config, workspace: Workspace, name: str, weights: dict, model: Path, instead: VariantSpec | None = None
 ) -> None:
-    """Note what a variant's finished files are, and what they were made of.
+    """Record what a variant's finished files are, and what they were made of.
 
     Args:
-        instead: how they were made, where that is not as was asked.
+        instead: how they were made, if not as was asked.
     """
     written = {"about": _about(config, workspace, name, model), "weights": weights}
     if instead:
@@ -149,7 +149,7 @@ def note_written(
 
 
 def _is_written(config: Config, workspace: Workspace, name: str, model: Path) -> bool:
-    """Do whole files of a variant lie there, made as they are to be made now, and of the model as it is now?"""
+    """Return True if a variant's files are whole, with the present settings, and of the present model."""
     written = workspace.progress(f"quantize/{name}", "written")
     is_as_asked = "instead" not in written or config.quantize.on_gate_failure == "escalate"
     return is_as_asked and written.get("about") == _about(config, workspace, name, model)
@@ -168,13 +168,13 @@ def _about(config: Config, workspace: Workspace, name: str, model: Path) -> dict
 
 
 def files_of(workspace: Workspace, name: str) -> list[Path]:
-    """The newest files of a variant: apart, until they are let in, or where the release has them."""
+    """Return the newest files of a variant: apart until they are measured, else in the release."""
     apart = workspace.quantized / name
     return sorted(apart.iterdir()) if apart.is_dir() else workspace.placed(f"quantize/{name}")
 
 
 def is_released(workspace: Workspace, name: str) -> bool:
-    """Does the release have a variant's newest files?"""
+    """Return True if the release has a variant's newest files."""
     return not (workspace.quantized / name).is_dir() and bool(workspace.placed(f"quantize/{name}"))
 
 

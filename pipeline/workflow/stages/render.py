@@ -55,12 +55,12 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
 
 
 def withheld(config: Config, workspace: Workspace) -> tuple[str, ...]:
-    """The variants that were made and measured, and missed their gate."""
+    """Return the variants that were made and measured, and missed their gate."""
     return tuple(spec.name for spec in config.quantize.variants if is_withheld(config, workspace, spec.name))
 
 
 def release_files(workspace: Workspace, variants: tuple[str, ...]) -> dict[str, LocalFile]:
-    """The models of a release with these variants, by path in the repository; read where the ledger is outdated."""
+    """Return the model files of a release with these variants by path; files that changed since are hashed again."""
     ledger = workspace.ledger()
     prefix = Path(os.path.relpath(workspace.release, workspace.folder)).as_posix() + "/"
     steps = [ledger[key] for key in ("merge", *(f"quantize/{v}" for v in variants)) if key in ledger]
@@ -75,11 +75,11 @@ def render(
     existing: Existing,
     mirrors: Mapping[str, str] | None = None,
 ) -> dict[str, bytes]:
-    """The documents of a release that holds exactly these variants.
+    """Return the documents of a release that holds exactly these variants.
 
     Args:
         existing: the documents that are there; what people wrote into a README.md stays.
-        mirrors: variant -> the repository that holds it at its root, where there is one.
+        mirrors: variant -> the repository that holds it at its root, if there is one.
     """
     from pipeline.publishing.cards import folder_card, model_card, plot_quality
     from pipeline.publishing.cards.readmes import merged
@@ -106,7 +106,7 @@ def render(
 
 
 def render_mirror(config: Config, workspace: Workspace, variant: str, existing: Existing) -> dict[str, bytes]:
-    """The documents of the repository that has one variant at its root."""
+    """Return the documents of the repository that has one variant at its root."""
     from pipeline.publishing.cards import mirror_card
     from pipeline.publishing.cards.readmes import merged
     from pipeline.publishing.lineage import lineage
@@ -122,13 +122,13 @@ def render_mirror(config: Config, workspace: Workspace, variant: str, existing: 
 
 
 def mirror_files(workspace: Workspace, variant: str) -> dict[str, LocalFile]:
-    """A variant's files as they stand at the root of a repository of its own."""
+    """Return a variant's files by path in a repository of its own."""
     files, prefix = release_files(workspace, (variant,)).items(), f"{VARIANTS[variant].folder}/"
     return {path.removeprefix(prefix): file for path, file in files if path.startswith(prefix)}
 
 
 def folders(variants: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """The folders that variants lie in, and which of them lie in each."""
+    """Return the folders of these variants, with the variants in each."""
     found: dict[str, tuple[str, ...]] = {}
     for variant in variants:
         folder = VARIANTS[variant].folder
@@ -143,13 +143,13 @@ def only_files(workspace: Workspace, variants: tuple[str, ...]) -> dict[str, Pat
 
 
 def local(workspace: Workspace, path: str) -> bytes | None:
-    """A document of the release's folder, if it is there."""
+    """Return a document of the release's folder, if it is there."""
     file = workspace.release / path
     return file.read_bytes() if file.is_file() else None
 
 
 def set_aside(workspace: Workspace, documents: Mapping[str, bytes]) -> dict[str, str]:
-    """Copy each local card and Modelfile in which people wrote what `documents` do not say, before `write` replaces it.
+    """Copy each local card and Modelfile with text of people that `documents` lack, before `write` replaces it.
 
     Returns:
         Path in the release -> that of the copy beside it, such as `README.md.local`.
@@ -170,7 +170,7 @@ def set_aside(workspace: Workspace, documents: Mapping[str, bytes]) -> dict[str,
 
 
 def _says_all_of(document: bytes, here: bytes, name: str) -> bool:
-    """Is what people wrote into what is `here` in `document` too? Only cards are merged."""
+    """Return True if `document` has everything that people wrote into `here`. Only cards are merged."""
     from pipeline.publishing.cards.readmes import merged
 
     if name != CARD:
@@ -182,7 +182,7 @@ def _says_all_of(document: bytes, here: bytes, name: str) -> bool:
 
 
 def write(config: Config, workspace: Workspace, documents: dict[str, bytes], variants: tuple[str, ...]) -> list[Path]:
-    """Put documents into the release, each whole, and take out variants of ours that are no longer part of it."""
+    """Write documents into the release, and remove variants that are no longer part of it."""
     kept_out = withheld(config, workspace)
     for name in VARIANTS.keys() - set(variants):
         _take_out(workspace, name, variants, keep_figures=name in kept_out)
@@ -198,7 +198,7 @@ def write(config: Config, workspace: Workspace, documents: dict[str, bytes], var
 
 
 def withdraw(config: Config, workspace: Workspace) -> None:
-    """Take our documents out of a release in which nothing is left that they could tell of."""
+    """Remove our documents from a release in which no model is left."""
     write(config, workspace, {}, ())
     for path in (CARD, LINEAGE):
         if _is_as_written(workspace, path):
@@ -206,20 +206,20 @@ def withdraw(config: Config, workspace: Workspace) -> None:
 
 
 def written_digests(workspace: Workspace, path: str, *steps: str) -> set[str]:
-    """The sha256 of a document as these steps left it in the release."""
+    """Return the sha256 of a document as each of these steps left it in the release."""
     ledger = workspace.ledger()
     name = Path(os.path.relpath(workspace.release / path, workspace.folder)).as_posix()
     return {ledger[step].outputs[name].sha256 for step in steps if step in ledger and name in ledger[step].outputs}
 
 
 def _is_as_written(workspace: Workspace, path: str) -> bool:
-    """Is a document of the release's folder as tunepress wrote it?"""
+    """Return True if a document of the release's folder is as tunepress wrote it."""
     digest = hashlib.sha256(local(workspace, path) or b"").hexdigest()
     return digest in written_digests(workspace, path, "publish", "render")
 
 
 def _take_out(workspace: Workspace, variant: str, stay: tuple[str, ...], keep_figures: bool) -> None:
-    """Remove a variant from the release's folder; what is another's too, and what people put or wrote there, stays.
+    """Remove a variant from the release's folder, except files of another variant and files of people.
 
     Args:
         keep_figures: of one that was withheld, which has left only its documents there.

@@ -19,6 +19,8 @@ def hasty(notes: Path, folder: Path) -> Iterator[str]:
                 if tuple(state) not in on_disk:
                     yield f"{note['to']}: came before {path} was on the disk"
             if note["to"].endswith("ledger.json"):
-                yield from (f"{name}: its name was not on the disk before the ledger's" for name in unsettled.values())
+                named = {name for path in note["states"] for name in (path, *map(str, Path(path).parents))}
+                hasty_names = [name for name in unsettled.values() if name in named]  # the ledger tells of no other
+                yield from (f"{name}: its name was not on the disk before the ledger's" for name in hasty_names)
             unsettled[note["parent"]] = note["to"]
     yield from (f"{name}: its name was never had on the disk" for name in unsettled.values())
