@@ -19,6 +19,8 @@ class Method:
         merge_bases: the bases that the adapter can be merged into; the first is the one that training saw.
         dropout_bytes: bytes that a GPU keeps of each number that goes through the adapter's dropout.
         said: a phrase for people who look for a way to save memory.
+        title: its name in cards.
+        about: what it trains, for cards.
     """
 
     name: str
@@ -27,6 +29,8 @@ class Method:
     merge_bases: tuple[str, ...]
     dropout_bytes: int
     said: str
+    title: str
+    about: str
 
     @property
     def in_nf4(self) -> bool:
@@ -37,8 +41,26 @@ class Method:
 METHODS = {
     m.name: m
     for m in (
-        Method("qlora", NF4_BASE, 4, (NF4_BASE, UNCHANGED_BASE), 2, "the base in NF4, a quarter of bf16"),
-        Method("lora", UNCHANGED_BASE, 16, (UNCHANGED_BASE,), 4, "the base in bf16"),
+        Method(
+            "qlora",
+            NF4_BASE,
+            4,
+            (NF4_BASE, UNCHANGED_BASE),
+            2,
+            "the base in NF4, a quarter of bf16",
+            "QLoRA",
+            "a LoRA adapter, trained on the base in NF4",
+        ),
+        Method(
+            "lora",
+            UNCHANGED_BASE,
+            16,
+            (UNCHANGED_BASE,),
+            4,
+            "the base in bf16",
+            "LoRA",
+            "an adapter, trained on the base in bf16",
+        ),
     )
 }
 SMALLEST_METHOD = min(METHODS.values(), key=lambda method: method.bits)

@@ -11,7 +11,7 @@ STOCK = "stock"  # transformers alone
 DEQUANTIZED = "dequantized"  # transformers, with the dequantized weights of a file for another engine
 
 # Loaders whose speed is measured: key -> phrase for cards. The first that runs stands for the model.
-TIMED = {PACKED: "`pipeline.load`", STOCK: "stock transformers", LLAMA_CPP: "llama.cpp"}
+TIMED = {PACKED: "`pipeline.load`", STOCK: "stock transformers", LLAMA_CPP: LLAMA_CPP}
 
 
 def default_loader(model: str) -> str:

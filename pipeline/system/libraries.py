@@ -10,6 +10,8 @@ import warnings
 
 # Those whose version can change the bytes or the numbers of a release.
 STACK = ("torch", "transformers", "peft", "trl", "bitsandbytes", "torchao", "datasets", "accelerate", "tokenizers")
+# Those whose version can change the figures of a model that is measured again.
+MEASURING = ("torch", "torchao", "transformers", "peft", "llama-cpp-python")
 # Further distributions whose versions the diagnosis shows, and the modules of each extra.
 OURS = ("tunepress", "huggingface_hub", "trackio", "gguf", "llama-cpp-python")
 EXTRAS = {"gguf": ("gguf",), "llama-cpp": ("llama_cpp",), "test": ("pytest", "hypothesis", "xdist")}

@@ -28,7 +28,7 @@ from pipeline.inference.loaders import DEQUANTIZED, default_loader
 from pipeline.models.checkpoint_files import read_config
 from pipeline.models.safe_loading import check_config
 from pipeline.system.files import read_json, write_json
-from pipeline.system.libraries import versions
+from pipeline.system.libraries import MEASURING, versions
 from pipeline.system.process_environment import user_environment, with_own_package
 from pipeline.verification.findings import Finding, outdated, right, unknown, wrong
 from pipeline.verification.lineage_claims import ADAPTER, ROOT, Claims
@@ -266,7 +266,7 @@ def _failed(claims: Claims, place: Place, model: str, found: dict) -> Finding:
 
 def _other_versions(claims: Claims) -> str:
     """The libraries that load models, where they are others than those it was made with."""
-    names = ("torch", "torchao", "transformers", "peft", "llama-cpp-python")
+    names = MEASURING
     now, then = versions(*names), claims.made_with
     return ", ".join(f"{n} {then[n]}, now {now[n]}" for n in names if n in then and n in now and then[n] != now[n])
 

@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.catalog import DATA_FORMS, EIGHT_BITS, LLAMA_CPP, ROUNDINGS, VARIANTS, is_one_file
+from pipeline.config.training_catalog import METHODS
 from pipeline.evaluation.model_result import TEXTS
 from pipeline.evaluation.results import Data, Training
 from pipeline.inference.loaders import TIMED
@@ -92,9 +93,10 @@ def _render(template: str, about: About, models: Models, front: ModelCardData, a
         "models": models,
         "variants": variants,
         "packed": [v for v in variants if not is_one_file(v)],
-        "gguf": [v for v in variants if is_one_file(v)],
+        "in_one_file": [v for v in variants if is_one_file(v)],
         "quantizes": any(VARIANTS[v].bits < 16 for v in variants),
         "catalog": VARIANTS,
+        "methods": METHODS,
         "roundings": {name: Markdown(rounding.said) for name, rounding in ROUNDINGS.items()},
         "eight_bits": EIGHT_BITS,
         "llama_cpp": LLAMA_CPP,
