@@ -254,26 +254,6 @@ register(_k_quants("q6_k", 6))
 
 DEFAULT_VARIANTS = ("int8", "int4")  # the variants that are made unless others are asked for
 
-# Ready sets of variants by their purpose, for the wizard: a line for people, and `quantize.variants`.
-PRESETS: dict[str, tuple[str, tuple[dict, ...]]] = {
-    "balanced": (
-        "int8 and int4 in groups of 64: about half and a third of the size",
-        ({"name": "int8"}, {"name": "int4", "group_size": 64}),
-    ),
-    "high_quality": (
-        "int8 and int4 in groups of 32: somewhat larger, and loses least",
-        ({"name": "int8"}, {"name": "int4", "group_size": 32}),
-    ),
-    "edge": (
-        "int4 in groups of 128 and embeddings in 8 bits: the smallest, for CPUs and small devices",
-        ({"name": "int4", "group_size": 128, "embeddings": EIGHT_BITS},),
-    ),
-    "gpu_optimized": (
-        "int8 and int4 stored in the order of CUDA's tensor cores, in groups of 128",
-        ({"name": "int8"}, {"name": "int4", "group_size": 128, "packing": "tile_packed"}),
-    ),
-}
-
 ALIASES = {
     "int8_weight_only": ("int8",),
     "int4_weight_only": ("int4",),

@@ -9,7 +9,8 @@ from pipeline.cli.wizard.draft import Draft
 from pipeline.cli.wizard.model import recipe_tree
 from pipeline.cli.wizard.presets import PROFILES
 from pipeline.cli.wizard.prompts import Question, one_of, yes_or_no
-from pipeline.config.catalog import DEFAULT_VARIANTS, GGUF, GROUP_SIZES, PRESETS, VARIANTS, resolve_variants
+from pipeline.config.catalog import DEFAULT_VARIANTS, GGUF, GROUP_SIZES, VARIANTS, resolve_variants
+from pipeline.config.presets import PRESETS
 from pipeline.errors import ConfigError
 from pipeline.evaluation.gates import limits
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from pipeline.cli.wizard.presets import PROFILES
-from pipeline.config.catalog import DEFAULT_VARIANTS, PRESETS
+from pipeline.config.catalog import DEFAULT_VARIANTS
 from pipeline.config.loader import parse_config
+from pipeline.config.presets import PRESETS
 from pipeline.config.schema import Quantize
 
 TREE = {"name": "x", "model": {"source": "ada/base"}, "data": {"source": "ada/rows"}}
