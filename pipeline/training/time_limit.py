@@ -1,25 +1,23 @@
 """Training within a limit of time: as many steps as fit, with a schedule that is planned for them.
 
-The first steps show how long one takes. The plan is kept beside the checkpoints, with the time that is used, so that a
-training that goes on keeps to it.
+The first steps show how long one takes. The plan is recorded with the time that is used, so that a training that
+goes on keeps to it.
 """
 
 from __future__ import annotations
 
 import time
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from transformers import TrainerCallback, get_scheduler
 
 from pipeline.errors import UserError
-from pipeline.system.files import read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-PLAN = "time_plan.json"  # in the folder of a training's checkpoints
 WARM_UP_STEPS, TIMED_STEPS = 1, 2  # the first step also fills caches, so its time says little
 FORWARD_SHARE = 0.5  # of a step's time, that a forward pass over as many tokens takes at most
 
@@ -30,16 +28,25 @@ class TimeLimit(TrainerCallback):
     Args:
         minutes: from the first step on. The plan leaves time for the evaluations; a step that is late does not.
         evaluation_steps: tokens that each evaluation reads, in those of a training step.
+        known: the last plan that `keep` was given, if this training was stopped.
+        keep: records a plan: the number of `steps`, and the `seconds` that are used.
     """
 
-    def __init__(self, minutes: float, evaluation_steps: float):
+    def __init__(
+        self,
+        minutes: float,
+        evaluation_steps: float,
+        known: Mapping[str, float] | None = None,
+        keep: Callable[[dict[str, float]], None] = lambda plan: None,
+    ):
         self._limit, self._evaluation_steps = 60 * minutes, evaluation_steps
+        self._known, self._record = known or {}, keep
         self._planned: int | None = None
         self._start = self._timed_from = 0.0
         self._first_step = 0
 
     def on_train_begin(self, args, state: TrainerState, control, lr_scheduler=None, **_):
-        kept = _told(args, read_json(Path(args.output_dir) / PLAN, {}))
+        kept = _told(args, self._known)
         self._start = time.monotonic() - kept.get("seconds", 0.0)
         self._first_step, self._planned = state.global_step, kept.get("steps")
         if self._planned is not None:
@@ -55,14 +62,14 @@ class TimeLimit(TrainerCallback):
             seconds = (time.monotonic() - self._timed_from) / TIMED_STEPS
             self._planned = _told(args, min(state.max_steps, state.global_step + self._more_steps(seconds, args)))
             self._follow(args, state, lr_scheduler)
-            self._keep(args, state)
+            self._keep(state)
         if state.global_step >= state.max_steps:
             control.should_training_stop = True
         elif _told(args, self._used() >= self._limit):
             control.should_training_stop = control.should_save = True
 
     def on_save(self, args, state, control, **_):
-        self._keep(args, state)
+        self._keep(state)
 
     def _used(self) -> float:
         return time.monotonic() - self._start
@@ -87,11 +94,9 @@ class TimeLimit(TrainerCallback):
             group["lr"] = value
         lr_scheduler._last_lr = rates  # it has no other name
 
-    def _keep(self, args, state: TrainerState) -> None:
+    def _keep(self, state: TrainerState) -> None:
         if state.is_world_process_zero:
-            folder = Path(args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / PLAN, {"steps": self._planned, "seconds": round(self._used(), 1)})
+            self._record({"steps": self._planned, "seconds": round(self._used(), 1)})
 
 
 def _told(args: TrainingArguments, value):

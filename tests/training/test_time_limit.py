@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 
 import pytest
@@ -11,7 +10,7 @@ from transformers import AutoTokenizer, TrainerControl, TrainerState, TrainingAr
 
 from pipeline.config.schema import Config
 from pipeline.data.encode import Encoded, EncodedSet
-from pipeline.training.time_limit import PLAN, TimeLimit
+from pipeline.training.time_limit import TimeLimit
 from pipeline.training.trainers import Job
 from pipeline.training.trainers.sft import build
 
@@ -61,12 +60,13 @@ def every(seconds: float):
 
 def test_as_many_steps_are_planned_as_fit_and_the_schedule_ends_with_them(monkeypatch, tmp_path):
     clock = Clock(monkeypatch)
-    loop = Loop(tmp_path, TimeLimit(minutes=10, evaluation_steps=0), steps=5000)
+    plans = []
+    loop = Loop(tmp_path, TimeLimit(minutes=10, evaluation_steps=0, keep=plans.append), steps=5000)
     rates = loop.run(clock, every(6.0))
     assert loop.state.global_step == loop.state.max_steps == 100
     assert rates[-1] == pytest.approx(0, abs=1e-9)
     assert max(rates) == rates[9] == 1.0  # a tenth of the planned steps warms up
-    assert json.loads((tmp_path / PLAN).read_text())["steps"] == 100
+    assert [plan["steps"] for plan in plans] == [100]
 
 
 def test_first_step_does_not_count_for_the_plan(monkeypatch, tmp_path):
@@ -100,24 +100,26 @@ def test_steps_that_take_longer_than_planned_end_at_the_limit(monkeypatch, tmp_p
 
 def test_training_that_goes_on_after_its_time_takes_no_step_more(monkeypatch, tmp_path):
     clock = Clock(monkeypatch)
-    first = Loop(tmp_path, TimeLimit(minutes=1, evaluation_steps=0), steps=5000)
+    plans = []
+    first = Loop(tmp_path, TimeLimit(minutes=1, evaluation_steps=0, keep=plans.append), steps=5000)
     first.run(clock, iter([6.0] * 3 + [600.0]))
     assert first.control.should_save and first.state.global_step == 4
     first.limit.on_save(first.args, first.state, first.control)
-    again = Loop(tmp_path, TimeLimit(minutes=1, evaluation_steps=0), steps=5000, done=4)
+    again = Loop(tmp_path, TimeLimit(minutes=1, evaluation_steps=0, known=plans[-1]), steps=5000, done=4)
     assert again.state.max_steps == again.state.global_step == 4
 
 
 def test_training_that_goes_on_keeps_the_plan_and_the_time_that_was_used(monkeypatch, tmp_path):
     clock = Clock(monkeypatch)
-    first = Loop(tmp_path, TimeLimit(minutes=10, evaluation_steps=0), steps=5000)
+    plans = []
+    first = Loop(tmp_path, TimeLimit(minutes=10, evaluation_steps=0, keep=plans.append), steps=5000)
     for _ in range(40):
         clock.now += 6.0
         first._step()
         first.limit.on_step_end(first.args, first.state, first.control, lr_scheduler=first.schedule)
     first.limit.on_save(first.args, first.state, first.control)
     clock.now += 9999.0  # it lay there for a while
-    again = Loop(tmp_path, TimeLimit(minutes=10, evaluation_steps=0), steps=5000, done=40)
+    again = Loop(tmp_path, TimeLimit(minutes=10, evaluation_steps=0, known=plans[-1]), steps=5000, done=40)
     assert again.state.max_steps == 100
     assert again.optimizer.param_groups[0]["lr"] == pytest.approx(first.optimizer.param_groups[0]["lr"])
     again.run(clock, every(12.0))
@@ -126,7 +128,7 @@ def test_training_that_goes_on_keeps_the_plan_and_the_time_that_was_used(monkeyp
 
 def test_real_training_stops_in_time_and_reaches_the_end_of_its_schedule(tiny_model, tmp_path):
     folder = tiny_model("llama")
-    draw = random.Random(0)
+    draw, plans = random.Random(0), []
     ids = [[draw.randrange(250) for _ in range(40)] for _ in range(64)]
     part = EncodedSet([Encoded(i, [-100, *i[1:]]) for i in ids], 0, 0, 0, 0)
     config = Config.model_validate(
@@ -137,9 +139,9 @@ def test_real_training_stops_in_time_and_reaches_the_end_of_its_schedule(tiny_mo
         }
     )  # fmt: skip
     trainer = build(config, folder, AutoTokenizer.from_pretrained(folder), {"training": part, "held-out": part},
-                    Job(tmp_path))  # fmt: skip
+                    Job(tmp_path, keep_time_plan=plans.append))  # fmt: skip
     trainer.train()
-    plan = json.loads((tmp_path / PLAN).read_text())
+    plan = plans[-1]
     assert 3 <= trainer.state.global_step <= plan["steps"] < 100_000
     if trainer.state.global_step == plan["steps"]:
         assert trainer.lr_scheduler.get_last_lr()[0] == pytest.approx(0, abs=1e-9)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -27,12 +27,16 @@ class Job:
         processes: the number of processes that train together.
         progress: called with how much is done, of how much, and what.
         metrics: called with figures to plot and their step.
+        time_plan: what `keep_time_plan` was last called with, if this training was stopped (`training.time_limit`).
+        keep_time_plan: records how many steps fit into `train.max_minutes`, and how much time is used.
     """
 
     output: Path
     processes: int = 1
     progress: Callable[[int, int, str], None] = lambda done, total, what: None
     metrics: Callable[[dict[str, float], int], None] = lambda values, step: None
+    time_plan: Mapping[str, float] = field(default_factory=dict)
+    keep_time_plan: Callable[[dict[str, float]], None] = lambda plan: None
 
 
 class Trainer(Protocol):

@@ -110,7 +110,7 @@ def build(
             eval_dataset=evaluation,
             processing_class=tokenizer,
             peft_config=lora,
-            callbacks=[Reports(job.progress, job.metrics), *_time_limit(settings, data), OnDisk()],
+            callbacks=[Reports(job.progress, job.metrics), *_time_limit(settings, data, job), OnDisk()],
         )
     except ValueError as error:
         if "target modules" not in str(error).lower():
@@ -128,14 +128,15 @@ def build(
     return trainer
 
 
-def _time_limit(settings: Train, encoded: dict[str, EncodedSet]) -> list[TimeLimit]:
+def _time_limit(settings: Train, encoded: dict[str, EncodedSet], job: Job) -> list[TimeLimit]:
     if settings.max_minutes is None:
         return []
     held_out = sum(len(example.input_ids) for example in encoded["held-out"].examples)
     examples = encoded["training"].examples
     # Packed sequences are full; others are as long as their examples, which are shorter than `max_length`.
     length = settings.max_length if settings.packing else sum(len(e.input_ids) for e in examples) / len(examples)
-    return [TimeLimit(settings.max_minutes, held_out / (length * settings.batch_size * settings.accumulate))]
+    steps = held_out / (length * settings.batch_size * settings.accumulate)
+    return [TimeLimit(settings.max_minutes, steps, job.time_plan, job.keep_time_plan)]
 
 
 class SftTrainer(SafeCheckpoints, SFTTrainer):

@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from pipeline.config.training_catalog import TRAINERS
 from pipeline.errors import DataError, UserError
 from pipeline.models.safe_loading import open_tokenizer
 from pipeline.system import hardware
-from pipeline.system.files import empty_folder, fingerprint, replace_folder
+from pipeline.system.files import empty_folder, fingerprint, read_json, replace_folder
 from pipeline.system.libraries import versions
 from pipeline.tracking.events import Events
 from pipeline.training.distributed import Meeting, Team, divided, whole_adapter
@@ -83,7 +84,8 @@ def run(config: TrainingRun, workspace: Workspace, events: Events, variants: tup
     if compute_dtype == "float16":
         events.show(["computing in float16: this GPU has no bfloat16 instructions (compute capability below 8.0)"])
     checkpoints = _checkpoints(config, workspace, depends_on, team)
-    job = Job(checkpoints, team.size, events.progress, events.metrics)
+    plan, keep_plan = _time_plan(workspace, checkpoints)
+    job = Job(checkpoints, team.size, events.progress, events.metrics, plan, keep_plan)
     trainer = trainer_module(config).build(config, prepared.base, prepared.tokenizer, prepared.encoded, job)
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     resumed_from = _train(trainer, checkpoints, meeting)
@@ -211,6 +213,14 @@ def _checkpoints(config: Config, workspace: Workspace, depends_on: str, team: Te
         if not is_whole(checkpoint):
             shutil.rmtree(checkpoint)
     return own
+
+
+def _time_plan(workspace: Workspace, checkpoints: Path) -> tuple[dict, Callable[[dict], None]]:
+    """Return the plan of a stopped training with these checkpoints, and a function that records another plan."""
+    known = workspace.progress("train", "time_plan") if checkpoints.is_dir() else {}
+    if known.get("checkpoints") != checkpoints.name:
+        known = read_json(checkpoints / "time_plan.json", {})  # of an earlier release
+    return known, lambda plan: workspace.note("train", time_plan={"checkpoints": checkpoints.name, **plan})
 
 
 def _train(trainer, checkpoints: Path, meeting: Meeting) -> int | None:
