@@ -86,7 +86,8 @@ class Runner:
             if key not in self._done:
                 self._reporter.kept(key)
             return
-        self._workspace.note(key)
+        if key not in self._workspace.read_ledger().steps:
+            self._workspace.note(key)  # as running
         self._reporter.started(key)
         start = time.time()
         try:
