@@ -184,7 +184,7 @@ def _as_trained(model):
     from peft import LoraConfig, get_peft_model
     from trl.trainer.utils import add_fused_lm_head
 
-    from pipeline.training.fused_layers import quicken_training
+    from pipeline.training.fused_loss import quicken_training
 
     add_fused_lm_head(model)
     adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))

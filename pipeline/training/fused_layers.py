@@ -1,11 +1,9 @@
 """A LoRA training step on a CPU, in less time and memory than the libraries' own layers take.
 
 peft computes a layer and its adapter one after the other, and autograd keeps the inputs of both, converted to the
-adapter's float32. trl scores every position with the output head, and again for the gradient. Here
+adapter's float32. Here
 
 - a frozen layer and its adapter are one function. It keeps its input once, however many layers share it;
-- only positions whose label counts go through the output head, once, and what is kept is their gradient;
-- packed sequences attend to themselves only, instead of to all tokens of the step under a mask;
 - everything is multiplied in the compute type. Weights stay stored as they are: NF4, or bfloat16.
 
 The numbers are those of the libraries up to rounding. GPUs, and models divided among processes, keep the way of the
@@ -18,32 +16,17 @@ from types import MethodType
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from pipeline.inference.kernels.attention import MODELS
 from pipeline.inference.kernels.float32_mode import quicken_products
-from pipeline.inference.kernels.products import float32_product, row_blocks
+from pipeline.inference.kernels.products import float32_product, many_rows, row_blocks
+from pipeline.training.packed_attention import quicken_packed_attention
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
-    from transformers import PreTrainedModel
 
 BLOCK_ELEMENTS = 1 << 22  # weights in the compute type at a time: 16 MB of float32
-LOGIT_ELEMENTS = 1 << 23  # logits at a time: 32 MB of float32
-PACKED_ATTENTION = "packed_on_cpu"  # by which transformers knows it
-
-
-def quicken_training(model: PeftModel, dtype: torch.dtype) -> None:
-    """Make a model with LoRA adapters on a CPU train in `dtype`, with the functions of this module.
-
-    Call it after trl's trainer has prepared the model, whose loss it replaces.
-
-    Args:
-        dtype: bfloat16 or float32, the compute type.
-    """
-    quicken_layers(model, dtype)
-    _quicken_loss(model.get_base_model(), dtype)
 
 
 def quicken_layers(model: PeftModel, dtype: torch.dtype) -> None:
@@ -71,7 +54,7 @@ def quicken_layers(model: PeftModel, dtype: torch.dtype) -> None:
     if not known:  # some multiply with the weights of their layers themselves
         quicken_products(base)
     elif base.config._attn_implementation == "sdpa":
-        _quicken_packed_attention(base)
+        quicken_packed_attention(base)
 
 
 def _is_plain_adapter(layer: torch.nn.Module) -> bool:
@@ -219,22 +202,24 @@ def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def _times_transposed(x: torch.Tensor, layer: torch.nn.Linear) -> torch.Tensor:
     """Return x (..., K) times the transposed weight of a layer, (..., N), in its compute type."""
-    flat, weight = x.to(layer.compute_dtype).reshape(-1, x.shape[-1]), _weight(layer)
-    if flat.dtype == torch.float32:
-        parts = [float32_product(flat, weight[rows].float()) for rows in row_blocks(*weight.shape, BLOCK_ELEMENTS)]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-    else:
-        y = flat @ weight.to(flat.dtype).T
-    return y.view(*x.shape[:-1], -1)
+    flat = x.to(layer.compute_dtype).reshape(-1, x.shape[-1])
+    return times_transposed(flat, _weight(layer)).view(*x.shape[:-1], -1)
+
+
+def times_transposed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return x (T, K) times a transposed weight (N, K) of any floating type, (T, N), in the type of `x`."""
+    if x.dtype == torch.float32:
+        return many_rows(x, weight, elements=BLOCK_ELEMENTS)
+    return x @ weight.to(x.dtype).T
 
 
 def _times(gradient: torch.Tensor, layer: torch.nn.Linear) -> torch.Tensor:
     """Return a gradient (..., N) times the weight of a layer, (..., K), in its compute type."""
     flat, weight = gradient.to(layer.compute_dtype).reshape(-1, gradient.shape[-1]), _weight(layer)
-    return _sum_of_rows(flat, weight).view(*gradient.shape[:-1], -1)
+    return sum_of_rows(flat, weight).view(*gradient.shape[:-1], -1)
 
 
-def _sum_of_rows(factors: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def sum_of_rows(factors: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return factors (T, N) times a weight (N, K) of any floating type, in the type of the factors."""
     if factors.dtype != torch.float32:
         return factors @ weight.to(factors.dtype)
@@ -243,126 +228,3 @@ def _sum_of_rows(factors: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         part = float32_product(factors[:, rows], weight[rows].float().T)
         result = part if result is None else result.add_(part)
     return result
-
-
-def _quicken_loss(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Replace trl's fused output head, where the head is a matrix with at most a soft cap behind it."""
-    from trl.trainer.utils import FusedCausalLMOutput
-
-    from pipeline.inference.output_head import softcap
-
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    scales = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-    scaled = any(getattr(config, name, None) not in (None, 1.0) for name in scales)
-    plain = head is not None and head.bias is None and not head.weight.requires_grad
-    if scaled or not plain or getattr(config, "output_router_logits", False):
-        return
-    trls_forward = model.forward
-
-    def forward(self, *arguments, fused_lm_head: bool = False, labels: torch.Tensor | None = None, **settings):
-        if not fused_lm_head or settings.get("shift_labels") is not None:
-            return trls_forward(*arguments, fused_lm_head=fused_lm_head, labels=labels, **settings)
-        count = settings.pop("num_items_in_batch", None)
-        settings["use_cache"] = False  # with a cache, transformers would not look for packed sequences
-        states = self.base_model(*arguments, **settings)[0][:, :-1]
-        mask = labels[:, 1:] != -100
-        found = _TokenLogProbs.apply(states[mask], head.weight, labels[:, 1:][mask], softcap(config), dtype)
-        log_probs, entropy, is_top1 = (values.new_zeros(mask.shape).masked_scatter(mask, values) for values in found)
-        loss = -log_probs.sum() / (mask.sum().clamp(min=1) if count is None else count)
-        return FusedCausalLMOutput(loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask)
-
-    model.forward = MethodType(forward, model)
-
-
-class _TokenLogProbs(torch.autograd.Function):
-    """Log-probabilities of tokens, the entropy there, and whether each token is the likeliest one.
-
-    Shapes: states (T, H), head (V, H), targets (T) -> three of (T); logits are never held for all tokens. What is kept
-    for the backward pass is the gradient of each log-probability, (T, H).
-    """
-
-    @staticmethod
-    def forward(ctx, states, head, targets, softcap, dtype):
-        log_probs, entropy = states.new_empty(2, len(states), dtype=torch.float32)
-        first = torch.empty(len(states), dtype=torch.bool)
-        gradient = torch.empty(states.shape, dtype=dtype) if ctx.needs_input_grad[0] else None
-        step = max(1, LOGIT_ELEMENTS // len(head))
-        for start in range(0, len(states), step):
-            rows = slice(start, start + step)
-            logits, chosen = _logits(states[rows].to(dtype), head), targets[rows, None]
-            bounded = None
-            if softcap is not None:
-                bounded = logits.div_(softcap).tanh_()
-                logits = bounded * softcap
-            first[rows] = logits.argmax(-1) == chosen.squeeze(1)
-            logits -= logits.amax(-1, keepdim=True)
-            of_chosen = logits.gather(1, chosen).squeeze(1)
-            probabilities = logits.exp()
-            total = probabilities.sum(-1, keepdim=True)
-            probabilities /= total
-            scale = total.squeeze(1).log()
-            log_probs[rows] = of_chosen - scale
-            entropy[rows] = scale - torch.bmm(probabilities[:, None], logits[:, :, None]).view(-1)
-            if gradient is None:
-                continue
-            slope = probabilities.neg_()
-            slope.scatter_add_(1, chosen, slope.new_ones(chosen.shape))
-            if bounded is not None:
-                slope *= 1 - bounded.square_()
-            gradient[rows] = _sum_of_rows(slope.to(dtype), head.detach())
-        ctx.save_for_backward(gradient)
-        ctx.dtype = states.dtype
-        ctx.mark_non_differentiable(entropy, first)
-        return log_probs, entropy, first
-
-    @staticmethod
-    def backward(ctx, of_log_probs, *_):
-        (gradient,) = ctx.saved_tensors
-        return (gradient * of_log_probs[:, None]).to(ctx.dtype), None, None, None, None
-
-
-def _logits(states: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """Return states (T, H) times the transposed head (V, H) in float32, (T, V), multiplied in the states' type."""
-    if states.dtype != torch.float32:
-        return (states @ head.detach().to(states.dtype).T).float()
-    result = torch.empty(len(states), len(head))
-    for rows in row_blocks(*head.shape, BLOCK_ELEMENTS):
-        result[:, rows] = float32_product(states, head.detach()[rows].float())
-    return result
-
-
-def _quicken_packed_attention(model: PreTrainedModel) -> None:
-    """Let each sequence that is packed with others into one row attend to itself alone."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(PACKED_ATTENTION, _attend_packed)
-    AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
-    model.set_attn_implementation(PACKED_ATTENTION)
-
-
-def _attend_packed(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **others):
-    """Compute what transformers' sdpa attention computes for one row of packed sequences, sequence by sequence.
-
-    Shapes: query (1, H, T, D), key and value (1, H', T, D), mask (1, 1, T, T) of booleans. `cu_seq_lens_q` tells where
-    sequences begin. Anything else goes to transformers' own function.
-    """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    bounds = others.get("cu_seq_lens_q")
-    asked = dropout or any(others.get(name) is not None for name in ("softcap", "position_bias"))
-    packed = bounds is not None and len(query) == 1 and attention_mask is not None and key.shape[2] == bounds[-1]
-    if not packed or asked or attention_mask.dtype != torch.bool:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others
-        )
-    lengths = bounds.diff().tolist()
-    sequences = zip(*(states.split(lengths, 2) for states in (query, key, value)), lengths, strict=True)
-    parts, first = [], 0
-    for q, k, v, length in sequences:
-        rows = slice(first, first + length)
-        shares = {"enable_gqa": query.shape[1] != key.shape[1]}
-        mask = attention_mask[:, :, rows, rows]
-        parts.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, **shares))
-        first += length
-    return torch.cat([part.transpose(1, 2) for part in parts], 1), None

@@ -1,4 +1,4 @@
-"""Runs that only quantize, with what a module of this folder adds."""
+"""Runs with what a module of this folder adds."""
 
 from __future__ import annotations
 
@@ -26,5 +26,11 @@ def quantizing(folder: Path, model: Path, variant: object, *extensions: ModuleTy
         "track": {"project": "tests"},
     }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
-    names = ",".join(module.__name__ for module in extensions)
-    return Place(folder, None, {"PYTHONPATH": os.pathsep.join((str(REPOSITORY), str(SITE))), "EXTENSIONS": names})
+    return with_extensions(Place(folder), *extensions)
+
+
+def with_extensions(place: Place, *extensions: ModuleType) -> Place:
+    """Return `place`, whose commands register the extensions first, in all of their processes."""
+    place.more_env["PYTHONPATH"] = os.pathsep.join((str(REPOSITORY), str(SITE)))
+    place.more_env["EXTENSIONS"] = ",".join(module.__name__ for module in extensions)
+    return place

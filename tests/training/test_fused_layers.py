@@ -15,8 +15,9 @@ from pipeline.data.encode import NO_LOSS, Encoded, EncodedSet
 from pipeline.evaluation import metrics
 from pipeline.inference.kernels.attention import MODELS
 from pipeline.system import hardware
-from pipeline.training import fused_layers
-from pipeline.training.fused_layers import quicken_layers, quicken_training
+from pipeline.training import fused_layers, fused_loss
+from pipeline.training.fused_layers import quicken_layers
+from pipeline.training.fused_loss import quicken_training
 from pipeline.training.trainers import Job
 from pipeline.training.trainers.sft import build
 from pipeline.workflow.stages.merge import live_model
@@ -169,7 +170,7 @@ def test_blocks_of_a_wide_weight_add_up(tiny_model, monkeypatch):
     folder = tiny_model("llama")
     plain, ours = adapted(folder), adapted(folder)
     monkeypatch.setattr(fused_layers, "BLOCK_ELEMENTS", 2000)
-    monkeypatch.setattr(fused_layers, "LOGIT_ELEMENTS", 2000)
+    monkeypatch.setattr(fused_loss, "LOGIT_ELEMENTS", 2000)
     quicken_training(ours, torch.float32)
     assert_same(step(ours, inputs()), step(plain, inputs()), 1e-4)
 

@@ -42,11 +42,16 @@ def row_blocks(rows: int, width: int, elements: int | None = None) -> list[slice
     return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
 
 
-def many_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def many_rows(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, elements: int | None = None
+) -> torch.Tensor:
     """Return x (T, K) times the transposed weight (N, K) plus bias (N), on a CPU, in the type of `x`: (T, N).
 
     If this machine has no fast product for that type, blocks of the weight are converted to float32. Every sum and its
     bias stay in float32 until the result is rounded once. The product cannot be differentiated.
+
+    Args:
+        elements: the largest number of weights in a block (`BLOCK_ELEMENTS`).
     """
     dtype = product_dtype(x.dtype)
     if dtype != torch.float32:
@@ -54,8 +59,11 @@ def many_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
     if weight.dtype == torch.float32:
         y = float32_product(x, weight)
         return y if bias is None else y.add_(bias)
-    x32, y = x.float(), x.new_empty(len(x), len(weight))
-    blocks = row_blocks(*weight.shape)
+    x32, blocks = x.float(), row_blocks(*weight.shape, elements)
+    if len(blocks) == 1:
+        y = float32_product(x32, weight.float())
+        return (y if bias is None else y.add_(bias)).to(x.dtype)
+    y = x.new_empty(len(x), len(weight))
     room = torch.empty(blocks[0].stop, weight.shape[1])
     for rows in blocks:
         part = float32_product(x32, room[: rows.stop - rows.start].copy_(weight[rows]))

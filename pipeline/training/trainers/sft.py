@@ -28,7 +28,7 @@ from pipeline.training.callbacks import OnDisk, Reports
 from pipeline.training.checkpoints import SafeCheckpoints
 from pipeline.training.distributed import divided
 from pipeline.training.even_batches import Filled, with_blanks
-from pipeline.training.fused_layers import quicken_training
+from pipeline.training.fused_loss import quicken_training
 from pipeline.training.nf4_base import load_base
 from pipeline.training.time_limit import TimeLimit
 from pipeline.training.trainers import Job

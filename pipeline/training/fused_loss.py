@@ -1,0 +1,107 @@
+"""The loss of a LoRA training step on a CPU: only positions whose label counts go through the output head, once.
+
+trl scores every position, and again for the gradient. Here the gradient of each counted position is kept instead.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import TYPE_CHECKING
+
+import torch
+
+from pipeline.training.fused_layers import quicken_layers, sum_of_rows, times_transposed
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+LOGIT_ELEMENTS = 1 << 23  # logits at a time: 32 MB of float32
+
+
+def quicken_training(model: PeftModel, dtype: torch.dtype) -> None:
+    """Make a model with LoRA adapters on a CPU train in `dtype`, with fused layers and a fused loss.
+
+    Call it after trl's trainer has prepared the model, whose loss it replaces.
+
+    Args:
+        dtype: bfloat16 or float32, the compute type.
+    """
+    quicken_layers(model, dtype)
+    quicken_loss(model.get_base_model(), dtype)
+
+
+def quicken_loss(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Replace trl's fused output head, where the head is a matrix with at most a soft cap behind it."""
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    from pipeline.inference.output_head import softcap
+
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    scales = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+    scaled = any(getattr(config, name, None) not in (None, 1.0) for name in scales)
+    plain = head is not None and head.bias is None and not head.weight.requires_grad
+    if scaled or not plain or getattr(config, "output_router_logits", False):
+        return
+    trls_forward = model.forward
+
+    def forward(self, *arguments, fused_lm_head: bool = False, labels: torch.Tensor | None = None, **settings):
+        if not fused_lm_head or settings.get("shift_labels") is not None:
+            return trls_forward(*arguments, fused_lm_head=fused_lm_head, labels=labels, **settings)
+        count = settings.pop("num_items_in_batch", None)
+        settings["use_cache"] = False  # with a cache, transformers would not look for packed sequences
+        states = self.base_model(*arguments, **settings)[0][:, :-1]
+        mask = labels[:, 1:] != -100
+        found = _TokenLogProbs.apply(states[mask], head.weight, labels[:, 1:][mask], softcap(config), dtype)
+        log_probs, entropy, is_top1 = (values.new_zeros(mask.shape).masked_scatter(mask, values) for values in found)
+        loss = -log_probs.sum() / (mask.sum().clamp(min=1) if count is None else count)
+        return FusedCausalLMOutput(loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask)
+
+    model.forward = MethodType(forward, model)
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """Log-probabilities of tokens, the entropy there, and whether each token is the likeliest one.
+
+    Shapes: states (T, H), head (V, H), targets (T) -> three of (T); logits are never held for all tokens. What is kept
+    for the backward pass is the gradient of each log-probability, (T, H).
+    """
+
+    @staticmethod
+    def forward(ctx, states, head, targets, softcap, dtype):
+        log_probs, entropy = states.new_empty(2, len(states), dtype=torch.float32)
+        first = torch.empty(len(states), dtype=torch.bool)
+        gradient = torch.empty(states.shape, dtype=dtype) if ctx.needs_input_grad[0] else None
+        step = max(1, LOGIT_ELEMENTS // len(head))
+        for start in range(0, len(states), step):
+            rows = slice(start, start + step)
+            logits, chosen = times_transposed(states[rows].to(dtype), head.detach()).float(), targets[rows, None]
+            bounded = None
+            if softcap is not None:
+                bounded = logits.div_(softcap).tanh_()
+                logits = bounded * softcap
+            first[rows] = logits.argmax(-1) == chosen.squeeze(1)
+            logits -= logits.amax(-1, keepdim=True)
+            of_chosen = logits.gather(1, chosen).squeeze(1)
+            probabilities = logits.exp()
+            total = probabilities.sum(-1, keepdim=True)
+            probabilities /= total
+            scale = total.squeeze(1).log()
+            log_probs[rows] = of_chosen - scale
+            entropy[rows] = scale - torch.bmm(probabilities[:, None], logits[:, :, None]).view(-1)
+            if gradient is None:
+                continue
+            slope = probabilities.neg_()
+            slope.scatter_add_(1, chosen, slope.new_ones(chosen.shape))
+            if bounded is not None:
+                slope *= 1 - bounded.square_()
+            gradient[rows] = sum_of_rows(slope.to(dtype), head.detach())
+        ctx.save_for_backward(gradient)
+        ctx.dtype = states.dtype
+        ctx.mark_non_differentiable(entropy, first)
+        return log_probs, entropy, first
+
+    @staticmethod
+    def backward(ctx, of_log_probs, *_):
+        (gradient,) = ctx.saved_tensors
+        return (gradient * of_log_probs[:, None]).to(ctx.dtype), None, None, None, None
