@@ -22,7 +22,7 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _plain(cls, value: Any, info: ValidationInfo) -> Any:
-        """It is written to files, terminals and cards: no token may go there, and nothing that a terminal obeys."""
+        """Refuse tokens and characters that a terminal obeys: values go to files, terminals and cards."""
         for text in _texts(value):
             if holds_secret(text):
                 raise ValueError("a token stands in it, and would be published; set HF_TOKEN or TRACKIO_WRITE_TOKEN")
@@ -32,7 +32,7 @@ class Section(BaseModel):
 
 
 def _texts(value: Any) -> list[str]:
-    """The texts of a value; those of a section are its own."""
+    """Return the texts of a value; those of a section are its own."""
     values = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
     return [text for text in values if isinstance(text, str)]
 

@@ -96,7 +96,7 @@ def variant_specs(
     packing: str | None = None,
     option: str = "--variants",
 ) -> list[dict]:
-    """What is asked for, as `quantize.variants` takes it; `option` is what errors call it.
+    """Return the variants asked for, as `quantize.variants` takes them; errors call the option `option`.
 
     Raises:
         ConfigError: for an unknown name, and an option that none of the variants takes.

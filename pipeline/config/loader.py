@@ -20,7 +20,7 @@ from pipeline.system.resources import shipped_folder
 
 
 def shipped_configs() -> dict[str, Path]:
-    """The ready recipes, by name, from a clone and from an installed wheel alike."""
+    """Return the shipped recipes by name, from a clone and from an installed wheel."""
     return {p.stem: p for p in sorted(shipped_folder("configs").glob("*.yaml"))}
 
 
@@ -66,7 +66,7 @@ def parse_config(tree: dict, origin: str, settings: Sequence[str] = ()) -> Confi
 
 
 def dump_config(config: Config) -> str:
-    """The configuration as YAML, every default written out."""
+    """Return the configuration as YAML, with every default written out."""
     return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, allow_unicode=True)
 
 
@@ -86,10 +86,10 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def read_yaml(text: str, origin: str) -> Any:
-    """What a YAML text says; `origin` is named in errors.
+    """Return the content of a YAML text; errors name `origin`.
 
     Raises:
-        ConfigError: where it is not valid, or has a key twice.
+        ConfigError: if it is not valid, or has a key twice.
     """
     try:
         return yaml.load(text, Loader=_StrictLoader)
@@ -120,7 +120,7 @@ def _apply(tree: dict, setting: str) -> None:
 
 
 def explain(error: ValidationError, known: type[BaseModel] = Config) -> str:
-    """The first thing that is wrong, in one line; `known` is what was read."""
+    """Return the first problem in one line; `known` is the type that was read."""
     first, *rest = error.errors(include_url=False)
     key = ".".join(str(part) for part in first["loc"] if part not in ("str", "list[str]"))
     if first["type"] == "extra_forbidden":
@@ -136,7 +136,7 @@ def explain(error: ValidationError, known: type[BaseModel] = Config) -> str:
 
 
 def _show(value: Any, depth: int = 2) -> str:
-    """A value as YAML has it on one line. Aliases can make a small file stand for a huge or endless value."""
+    """Return a value as YAML on one line. Aliases can make a small file stand for a huge or endless value."""
     if isinstance(value, dict):
         few = [f"{key}: {_show(v, depth - 1)}" for key, v in list(value.items())[:4]] if depth else []
         return "{" + ", ".join(few + ["..."] * (len(few) < len(value))) + "}"

@@ -101,7 +101,7 @@ class VariantSpec(Section):
         return self.model_dump(exclude={"gate"} if self.int8 else {"gate", EIGHT_BITS})
 
     def resolved(self) -> VariantSpec:
-        """The same with the defaults of the catalog filled in."""
+        """Return the same variant with the defaults of the catalogue filled in."""
         variant = self.variant
         return self.model_copy(
             update={
@@ -153,4 +153,5 @@ class Quantize(Section):
         return [v.resolved() for v in value]
 
     def spec(self, name: str) -> VariantSpec:
+        """Return the variant of that name."""
         return next(v for v in self.variants if v.name == name)
