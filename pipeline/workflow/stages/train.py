@@ -94,7 +94,7 @@ def run(config: TrainingRun, workspace: Workspace, events: Events, variants: tup
     losses, held_out_losses, figures = (
         [row[key] for row in trainer.state.log_history if key in row] for key in ("loss", "eval_loss", metric)
     )
-    if not all(map(math.isfinite, (*losses, *held_out_losses))):
+    if not all(map(math.isfinite, (*losses, *held_out_losses, *figures))):
         raise UserError(
             f"train.learning_rate {config.train.learning_rate}: training diverged, its loss is not a number; lower it"
         )
