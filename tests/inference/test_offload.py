@@ -138,12 +138,12 @@ def measured(tmp_path, tiny_model, quantized):
 def test_offloaded_model_has_quality_but_no_speed_or_answers(measured):
     base, variant = measured(True)
     ordinary, packed = measured(False)
-    assert base["quality"] == ordinary["quality"]
-    kl, expected = (found["quality"]["general"]["kl"]["value"] for found in (variant, packed))
+    assert base.quality == ordinary.quality
+    kl, expected = (found.on("general").kl.value for found in (variant, packed))
     assert kl == pytest.approx(expected, rel=0.1)
     for found in (base, variant):
-        assert found["offloaded"] is True and found["speed"] == {} and found["answers"] == []
-    assert "offloaded" not in ordinary and ordinary["speed"]["stock"]["runs"] and ordinary["answers"]
+        assert found.offloaded is True and found.speed == {} and found.answers == ()
+    assert ordinary.offloaded is None and ordinary.speed["stock"].runs and ordinary.answers
 
 
 @pytest.mark.slow

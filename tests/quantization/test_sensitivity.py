@@ -83,7 +83,7 @@ def test_stopped_sensitivity_run_resumes(model, asked):
     before = set(known["layers"])
     assert len(before) == len(kept) == 5
     layers = sensitivity.sensitivity(config, spec, model, known, kept.append, lambda done, *_: steps.append(done))
-    assert steps[:2] == [5, 6] and {f"{layers[i]['name']}.weight" for i in range(5)} == before
+    assert steps[:2] == [5, 6] and {f"{layers[i].name}.weight" for i in range(5)} == before
     sensitivity.sensitivity(config, spec, model, kept[-1], kept.append, stop)  # which has nothing left to measure
 
 
@@ -93,7 +93,7 @@ def test_other_variant_is_measured_again(model, asked):
         config = asked(model, variant)
         (spec,) = config.quantize.variants
         layers = sensitivity.sensitivity(config, spec, model, kept[-1], kept.append, lambda *_: None)
-        found[variant] = sum(layer["kl"]["value"] for layer in layers)
+        found[variant] = sum(layer.kl.value for layer in layers)
     assert found["int8"] < found["int4"] / 3
 
 

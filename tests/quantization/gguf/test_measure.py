@@ -233,12 +233,13 @@ def test_llama_cpp_says_nothing_on_the_terminal(tiny_model, written, tmp_path):
 @pytest.mark.usefixtures("cold")
 def test_speed_and_memory_are_those_of_a_fresh_process(tiny_model, written):
     found = probe(written(tiny_model("llama", max_position_embeddings=48), "gguf-q8_0"), "llama.cpp")
-    assert found.runs and found.logits is None
-    assert found.figures["loader"] == "llama.cpp" and found.figures["device"] == "cpu"
-    assert (found.figures["prompt_tokens"], found.figures["new_tokens"]) == (24, 24)
+    speed = found.figures
+    assert speed.runs and found.logits is None
+    assert speed.loader == "llama.cpp" and speed.device == "cpu"
+    assert (speed.prompt_tokens, speed.new_tokens) == (24, 24)
     for key in ("load_seconds", "prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory_bytes"):
-        assert found.figures[key] > 0
-    assert found.figures["peak_memory_bytes"] < 200_000_000  # torch alone takes more
+        assert getattr(speed, key) > 0
+    assert speed.peak_memory_bytes < 200_000_000  # torch alone takes more
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +260,7 @@ def measured(tmp_path_factory, tiny_model, written):
         for is_installed in (True, False):
             patch.setattr(llama_cpp, "is_installed", lambda there=is_installed: there)
             result = evaluate("gguf-q4_0", file.parent, config, kept, print, source)
-            found[result["loader"]] = result
+            found[result.loader] = result
     return file, found
 
 
@@ -274,10 +275,9 @@ def test_a_variant_is_measured_in_llama_cpp_where_it_is_installed_and_else_dequa
     file, found = measured
     assert list(found) == ["llama.cpp", "dequantized"]
     for result in found.values():
-        assert result["file"] == file.name and result["size_bytes"] == file.stat().st_size
-        assert result["device"] == "cpu" and result["machine"] and "parameters" not in result
-        quality = result["quality"]["general"]
-        assert set(quality) == {
+        assert result.file == file.name and result.size_bytes == file.stat().st_size
+        assert result.device == "cpu" and result.machine and "parameters" not in result.to_json()
+        assert set(result.on("general").to_json()) == {
             "text",
             "tokens",
             "sequences",
@@ -288,12 +288,12 @@ def test_a_variant_is_measured_in_llama_cpp_where_it_is_installed_and_else_dequa
             "kl",
             "agreement",
         }
-    ours, plain = (result["quality"]["general"] for result in found.values())
-    assert (ours["tokens"], ours["sequences"]) == (plain["tokens"], plain["sequences"])
-    assert ours["perplexity"]["value"] == pytest.approx(plain["perplexity"]["value"], rel=0.02)
-    assert ours["kl"]["value"] == pytest.approx(plain["kl"]["value"], rel=0.2)
-    assert found["llama.cpp"]["speed"]["llama.cpp"]["runs"] and found["dequantized"]["speed"] == {}
-    assert [a["prompt"] for r in found.values() for a in r["answers"]] == ["Hello?"] * 2
+    ours, plain = (result.on("general") for result in found.values())
+    assert (ours.tokens, ours.sequences) == (plain.tokens, plain.sequences)
+    assert ours.perplexity.value == pytest.approx(plain.perplexity.value, rel=0.02)
+    assert ours.kl.value == pytest.approx(plain.kl.value, rel=0.2)
+    assert found["llama.cpp"].speed["llama.cpp"].runs and found["dequantized"].speed == {}
+    assert [a.prompt for r in found.values() for a in r.answers] == ["Hello?"] * 2
 
 
 def test_missing_llama_cpp_names_the_extra(tmp_path, monkeypatch):
