@@ -15,6 +15,8 @@ def hasty(notes: Path, folder: Path) -> Iterator[str]:
             on_disk.add(tuple(note["state"]))
             unsettled.pop(note["state"][0], None)
         elif folder in Path(note["to"]).parents:
+            # What moves on needs no place on the disk where it was.
+            unsettled = {parent: name for parent, name in unsettled.items() if name != note["source"]}
             for path, state in note["states"].items():
                 if tuple(state) not in on_disk:
                     yield f"{note['to']}: came before {path} was on the disk"

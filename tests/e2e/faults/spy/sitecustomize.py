@@ -40,7 +40,8 @@ def _noting_rename(rename):
         if os.path.basename(target) == "ledger.json":
             about |= _recorded(source)
         parent = os.stat(os.path.dirname(os.path.abspath(target))).st_ino
-        _note(did="rename", to=os.path.abspath(target), parent=parent, states=about)
+        there = {"source": os.path.abspath(source), "to": os.path.abspath(target)}
+        _note(did="rename", parent=parent, states=about, **there)
         rename(source, target, **options)
 
     return noting
