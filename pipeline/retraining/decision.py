@@ -13,8 +13,7 @@ from pipeline.config.schema import Config, TrainingRun
 from pipeline.errors import ConfigError, WorkspaceError
 from pipeline.evaluation.results import Comparison
 from pipeline.evaluation.student_t import MARGIN, quantile
-from pipeline.publishing.published_model import Live, read_live
-from pipeline.publishing.remote_release import standing
+from pipeline.publishing.published_model import PublishedModel, read_published, with_full_model
 from pipeline.retraining.input_changes import Inputs, changes, changes_beside, inputs_of, made_with
 from pipeline.system.command_names import command
 from pipeline.system.files import fingerprint, read_json, write_json
@@ -96,7 +95,7 @@ class Matter:
 
     config: TrainingRun
     inputs: Inputs
-    live: Live | None
+    live: PublishedModel | None
     news: tuple[str, ...]
     record: Record
     folder: Path
@@ -133,7 +132,7 @@ class Matter:
             return Decision("skipped", self.repo, reason, margin, self.news)
         return None
 
-    def _way_to_the_rest(self, live: Live) -> str:
+    def _way_to_the_rest(self, live: PublishedModel) -> str:
         """How to make what is published beside the live model, without another model coming of it."""
         options = self._options_of_the_live_model(live)
         if options is None:
@@ -143,7 +142,7 @@ class Matter:
             )
         return f"for that run: {command('run', 'CONFIG')}{options}"
 
-    def _options_of_the_live_model(self, live: Live) -> str | None:
+    def _options_of_the_live_model(self, live: PublishedModel) -> str | None:
         """Options with which `tunepress run` keeps the model in the run's folder; None where that is not the live one.
 
         The live model was made of commits, where the configuration may name none.
@@ -165,7 +164,7 @@ class Matter:
         """Keep what was decided in a Job, from the decision as JSON has it, for the model that it was compared with."""
         figures = Comparison.model_validate(told["comparison"]) if told.get("comparison") else None
         if told["outcome"] == "published" or (told["outcome"] == "not_better" and figures):
-            there = standing(self.repo, figures.compared_with.commit) if figures else None
+            there = read_published(self.repo, figures.compared_with.commit) if figures else None
             made = {"state": told["outcome"], "comparison": figures, "url": told.get("url")}
             return self.keep(**made, live=there and there.model, job=None)
         return self.keep(job=None)
@@ -184,7 +183,7 @@ def _record_path(folder: Path) -> Path:
 def look(config: TrainingRun, root: str | Path) -> Matter:
     """What is to be decided by a retraining, from the repository, the inputs and the record under `root`."""
     repo, inputs = config.publish.target, inputs_of(config)
-    live = read_live(repo)
+    live = with_full_model(read_published(repo))
     folder = Path(root) / config.name
     record = Record.read(_record_path(folder))
     if (record.repo, record.inputs) != (repo, inputs.to_dict()):

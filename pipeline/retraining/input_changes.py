@@ -17,8 +17,7 @@ from pipeline.errors import ModelError
 from pipeline.hub.download import in_one_line
 from pipeline.hub.retry import retry
 from pipeline.models import sources
-from pipeline.publishing.published_model import Live
-from pipeline.publishing.remote_release import is_same_model, standing
+from pipeline.publishing.published_model import PublishedModel, is_same_model, read_published
 from pipeline.system.redaction import file_name
 
 NOT_FOR_THE_MODEL = {"data": {"revision"}, "model": {"revision", "low_disk"}, "train": {"checkpoint_every"}}
@@ -76,13 +75,13 @@ def settings_beside(config: MeasuredRun) -> dict[str, object]:
     return flat | {"evaluate.general": general if ":" in general else file_name(general)}
 
 
-def changes_beside(live: Live, inputs: Inputs) -> tuple[str, ...]:
+def changes_beside(live: PublishedModel, inputs: Inputs) -> tuple[str, ...]:
     """The keys of what else is published with the model that are not as they were, where `changes` finds nothing."""
     was, now = (settings_beside(c) for c in (made_with(live), inputs.config))
     return tuple(key for key in now if was.get(key) != now[key])
 
 
-def changes(live: Live, inputs: Inputs) -> tuple[str, ...]:
+def changes(live: PublishedModel, inputs: Inputs) -> tuple[str, ...]:
     """What a new run would be made of that the live model was not: a line each; none where it is all the same."""
     found = [*_changed_base(live, inputs), *_changed_data(live, inputs)]
     try:
@@ -95,7 +94,7 @@ def changes(live: Live, inputs: Inputs) -> tuple[str, ...]:
     return tuple(found)
 
 
-def made_with(live: Live) -> TrainingRun:
+def made_with(live: PublishedModel) -> TrainingRun:
     """The configuration of the run that made the live model.
 
     Raises:
@@ -115,7 +114,7 @@ def _base_commit(config: Config) -> str | None:
 
 
 def _digest_at(source: str, commit: str) -> str:
-    there = standing(source, commit)
+    there = read_published(source, commit)
     if there is None:
         raise ModelError(f"model.source {source}: the commit {commit[:12]} went away while it was read; try again")
     return there.model
@@ -128,7 +127,7 @@ def _data_commit(config: TrainingRun) -> str | None:
     return None if is_builtin(source) or locate(source) else commit_of(config.data)
 
 
-def _changed_base(live: Live, inputs: Inputs) -> list[str]:
+def _changed_base(live: PublishedModel, inputs: Inputs) -> list[str]:
     source, now = inputs.config.model.source, inputs.config.model.revision
     base, told = live.lineage.get("base") or {}, live.results.retraining
     then, known = base.get("revision"), base.get("digest")
@@ -141,7 +140,7 @@ def _changed_base(live: Live, inputs: Inputs) -> list[str]:
     return [f"base model {file_name(source)}: {_short(then or known)} -> {_short(now or inputs.base)}"]
 
 
-def _changed_data(live: Live, inputs: Inputs) -> list[str]:
+def _changed_data(live: PublishedModel, inputs: Inputs) -> list[str]:
     theirs, source = live.lineage.get("data") or {}, inputs.config.data.source
     if inputs.data in (theirs.get("revision"), theirs.get("fingerprint")):
         return []

@@ -18,7 +18,7 @@ from pipeline.config.schema import Config
 from pipeline.errors import GateError, StageFailed
 from pipeline.evaluation.results import Comparison
 from pipeline.evaluation.student_t import MARGIN
-from pipeline.publishing.published_model import Live, read_live
+from pipeline.publishing.published_model import PublishedModel, read_published, with_full_model
 from pipeline.retraining.decision import Decision, Matter, Outcome, better, check, look, tell
 from pipeline.retraining.lock import alone, refuse_beside_job
 from pipeline.tracking.events import Events
@@ -107,7 +107,7 @@ class _Retraining:
                 runner.do("publish", variants, again=True)
                 break
             except StageFailed:
-                now = read_live(inputs.config.publish.target)
+                now = with_full_model(read_published(inputs.config.publish.target))
                 is_ours = now and now.weights == own_weights(workspace)  # it is only tagging that failed
                 if attempt == ROUNDS - 1 or is_ours or (now and now.model) == (live and live.model):
                     raise
@@ -119,13 +119,13 @@ class _Retraining:
         reason = "; ".join([decision.reason, *map(str, runner.withheld().values())])
         return replace(decision, reason=reason, url=done["url"], commit=done["commit"])
 
-    def _decision(self, outcome: Outcome, live: Live | None, comparison: Comparison) -> Decision:
+    def _decision(self, outcome: Outcome, live: PublishedModel | None, comparison: Comparison) -> Decision:
         figures = comparison if comparison.difference else None
         reason = tell(figures, self.margin) if figures else "the first model of this repository"
         return Decision(outcome, self.matter.repo, reason, self.margin, self.matter.news, figures)
 
 
-def _all_variants(config: Config, runner: Runner, live: Live | None) -> tuple[str, ...]:
+def _all_variants(config: Config, runner: Runner, live: PublishedModel | None) -> tuple[str, ...]:
     """Every variant that is asked for, made and measured, but for those that missed their gate.
 
     Raises:

@@ -6,25 +6,25 @@ that was stopped binds only retrainings.
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from pipeline.errors import HubError
 from pipeline.hub.tree import Tree
-from pipeline.publishing.published_model import Live, live_in, weights_of
-from pipeline.publishing.remote_release import Standing
+from pipeline.publishing.published_model import PublishedModel, weights_digest, with_full_model
 from pipeline.workflow.workspace import Workspace
 
 
-def note(workspace: Workspace, live: Live | None, inputs: dict) -> None:
+def note(workspace: Workspace, published: PublishedModel | None, inputs: dict) -> None:
     """Record which published model the run is compared with, and the inputs of the run."""
-    about = {"live": asdict(live) if live else None, "inputs": inputs}
+    about = {"published": published.to_json() if published else None, "inputs": inputs}
     workspace.update(lambda ledger: replace(ledger, comparison=about))
 
 
-def noted(workspace: Workspace) -> tuple[Live | None, dict]:
+def noted(workspace: Workspace) -> tuple[PublishedModel | None, dict]:
     """Return what `note` recorded: the published model, and the inputs."""
-    about = workspace.read_ledger().comparison or {"live": None, "inputs": {}}
-    return (Live(**about["live"]) if about["live"] else None), about["inputs"]
+    about = workspace.read_ledger().comparison or {"published": None, "inputs": {}}
+    published = about["published"]
+    return (PublishedModel.from_json(published) if published else None), about["inputs"]
 
 
 def forget(workspace: Workspace) -> None:
@@ -35,7 +35,7 @@ def forget(workspace: Workspace) -> None:
 def own_weights(workspace: Workspace) -> str:
     """Return a digest of the weights of the run's own model, comparable with that of a release."""
     files = workspace.state_of("merge").get("merge", {})
-    return weights_of({path.removeprefix("release/"): sha256 for path, sha256 in files.items()})
+    return weights_digest({path.removeprefix("release/"): sha256 for path, sha256 in files.items()})
 
 
 def check_is_compared(workspace: Workspace, tree: Tree) -> None:
@@ -48,7 +48,7 @@ def check_is_compared(workspace: Workspace, tree: Tree) -> None:
     """
     if workspace.read_ledger().comparison is None:
         return
-    compared, now = noted(workspace)[0], live_in(Standing.of(tree))
+    compared, now = noted(workspace)[0], with_full_model(PublishedModel.of(tree))
     is_ours = now is not None and now.weights == own_weights(workspace)
     if not is_ours and (compared.model if compared else None) != (now.model if now else None):
         raise HubError(f"{tree.repo}: has another model than the one that this was compared with; retrain again")

@@ -22,7 +22,7 @@ from pipeline.hub.tree import CARD, LINEAGE
 from pipeline.models.hub_inspection import inspect
 from pipeline.models.sources import check_source, is_local
 from pipeline.publishing.commit import check_root
-from pipeline.publishing.remote_release import Standing, is_same_model, standing
+from pipeline.publishing.published_model import PublishedModel, is_same_model, read_published
 from pipeline.system.redaction import file_name
 from pipeline.tracking.trackers.spaces import keep_in, space_at
 from pipeline.workflow.reporter import Reporter
@@ -42,7 +42,7 @@ def quantize(task: Task, root: str | Path = "runs", reporter: Reporter | None = 
     """
     reporter = reporter or Reporter()
     space, server = _tracking(task)
-    there = None if task.save_only else standing(task.repo)
+    there = None if task.save_only else read_published(task.repo)
     config = configure(task, there, space, server)
     if there and (stay := [name for name in _specs(there) if name not in asked_variants(task)]):
         reporter.show([f"{task.repo} has {', '.join(stay)} already, which will stay"])
@@ -56,7 +56,7 @@ def quantize(task: Task, root: str | Path = "runs", reporter: Reporter | None = 
     )
 
 
-def configure(task: Task, there: Standing | None, space: str | None = None, server: str | None = None) -> Config:
+def configure(task: Task, there: PublishedModel | None, space: str | None = None, server: str | None = None) -> Config:
     """Return the configuration of a task's run.
 
     Args:
@@ -122,13 +122,13 @@ def quantize_all(
     return problems
 
 
-def _specs(there: Standing) -> dict[str, dict]:
+def _specs(there: PublishedModel) -> dict[str, dict]:
     """Return the settings of each variant that a release has."""
     made = {name: result.variant for name, result in there.results.variants.items()}
     return {name: variant.to_json() for name in VARIANTS if (variant := made.get(name))}
 
 
-def _staying(task: Task, there: Standing) -> dict[str, dict]:
+def _staying(task: Task, there: PublishedModel) -> dict[str, dict]:
     """Return the variants of a release that are not asked for now, with the settings and limits of that release.
 
     Raises:
@@ -152,7 +152,7 @@ def _staying(task: Task, there: Standing) -> dict[str, dict]:
     return found
 
 
-def _check_place(task: Task, there: Standing, is_guest: bool, variants: Collection[str]) -> None:
+def _check_place(task: Task, there: PublishedModel, is_guest: bool, variants: Collection[str]) -> None:
     """Raise if the variants would stand beside another model, or would replace files that are not ours."""
     check_root(there.tree)
     name = file_name(task.model) if is_local(task.model) else task.model
@@ -172,7 +172,7 @@ def _check_place(task: Task, there: Standing, is_guest: bool, variants: Collecti
         raise HubError(f"{task.repo}: has a {taken[0]} that tunepress did not put there; choose another repository")
 
 
-def _made_from(repo: str, commit: str, there: Standing | None) -> str:
+def _made_from(repo: str, commit: str, there: PublishedModel | None) -> str:
     """Return the commit that a model's variants are made from: `commit`, or an earlier one with the same model.
 
     It stays the commit of the last release until files of the model itself change: people write into cards, and in

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.errors import ConfigError, HubError, ModelError, StageFailed, UserError
 from pipeline.evaluation.gates import limits
-from pipeline.publishing.remote_release import standing
+from pipeline.publishing.published_model import read_published
 from pipeline.tracking.trackers.spaces import keep_in, space_at
 from pipeline.workflow.hub_variants import configure, quantize
 from pipeline.workflow.variant_tasks import read_task, read_tasks
@@ -65,19 +65,19 @@ def test_options_become_the_configuration_of_one_private_commit(hub, tmp_path):
 def test_own_repository_is_the_same_model_until_its_files_change(hub):
     """Though every publish moves the head, and its author writes into the card."""
     first = model(hub)
-    assert configure(task(), standing("ada/model")).model.revision == first
+    assert configure(task(), read_published("ada/model")).model.revision == first
     told = {"run": "first", "files": {}, "documents": ["README.md"], "base": {"hub_id": "ada/model", "revision": first}}
     gate = {"passed": True, "limits": {"rise": 0.05}}
     told["results"] = {"int4": {"variant": {"name": "int4", "group_size": 32}, "gate": gate}}
     hub.put("ada/model", {"tunepress.json": json.dumps(told).encode(), "README.md": b"# Mine\n"})
-    config = configure(task(), standing("ada/model"))
+    config = configure(task(), read_published("ada/model"))
     assert (config.model.revision, config.name) == (first, "first")
     assert list(variants(config).items()) == [("int8", None), ("int4", 32)]  # in one order, whichever came first
-    assert variants(configure(task(quant_types=["int4"]), standing("ada/model"))) == {"int4": 128}
+    assert variants(configure(task(quant_types=["int4"]), read_published("ada/model"))) == {"int4": 128}
     second = hub.put("ada/model", {"model.safetensors": b"other weights"})
-    assert configure(task(), standing("ada/model")).model.revision == second
+    assert configure(task(), read_published("ada/model")).model.revision == second
     hub.put("ada/model", {"tunepress.json": json.dumps(told | {"base": {"hub_id": "ada/model"}}).encode()})
-    assert configure(task(), standing("ada/model")).model.revision == hub.commits("ada/model")[0]
+    assert configure(task(), read_published("ada/model")).model.revision == hub.commits("ada/model")[0]
 
 
 def test_kept_variant_keeps_its_limits(hub):
@@ -88,7 +88,7 @@ def test_kept_variant_keeps_its_limits(hub):
     def again(**options):
         told["results"] = {"int4": figures}
         hub.put("ada/model", {"tunepress.json": json.dumps(told).encode()})
-        return configure(task(**options), standing("ada/model")).quantize
+        return configure(task(**options), read_published("ada/model")).quantize
 
     assert limits(again(), "int4") == {"rise": 0.3} and limits(again(), "int8") == {"rise": 0.02}
     assert limits(again(quant_types=["both"]), "int4") == {"rise": 0.05}
@@ -106,9 +106,9 @@ def test_variant_without_limits_is_not_removed_by_another_request(hub, policy):
     told["results"] = {"int4": {"variant": {"name": "int4", "group_size": 128}}}
     hub.put("ada/model", {"tunepress.json": json.dumps(told).encode()})
     with pytest.raises(ConfigError, match="ada/model: has int4, which was published without being held to limits"):
-        configure(task(on_gate_failure=policy), standing("ada/model"))
+        configure(task(on_gate_failure=policy), read_published("ada/model"))
     for accepted in ({"on_gate_failure": "warn"}, {"on_gate_failure": policy, "quant_types": ["both"]}):
-        assert set(variants(configure(task(**accepted), standing("ada/model")))) == {"int8", "int4"}
+        assert set(variants(configure(task(**accepted), read_published("ada/model")))) == {"int8", "int4"}
 
 
 def test_changed_weights_make_variants_again_and_a_changed_card_does_not(hub):
@@ -118,11 +118,11 @@ def test_changed_weights_make_variants_again_and_a_changed_card_does_not(hub):
     told = {"run": "other", "files": {}, "documents": [], "base": {"hub_id": "ada/model", "revision": first}}
     hub.put("ada/other", {"tunepress.json": json.dumps(told).encode()})
     hub.put("ada/model", {"README.md": b"# Mine\n"})
-    assert configure(task(repo="ada/other"), standing("ada/other")) == config.model_copy(
+    assert configure(task(repo="ada/other"), read_published("ada/other")) == config.model_copy(
         update={"name": "other", "publish": config.publish}
     )
     second = hub.put("ada/model", {"model.safetensors": b"other weights"})
-    assert configure(task(repo="ada/other"), standing("ada/other")).model.revision == second
+    assert configure(task(repo="ada/other"), read_published("ada/other")).model.revision == second
 
 
 def test_a_revision_is_that_of_a_model_on_the_hub(hub, model_copy):
@@ -149,7 +149,7 @@ def test_user_files_beside_a_variant_are_no_obstacle(hub):
     told = {"run": "first", "files": files, "documents": [], "base": {"hub_id": "ada/model"}}
     mine = {"int8/notes.txt": b"mine", "int4/README.md": b"soon"}
     hub.put("ada/model", {"tunepress.json": json.dumps(told).encode(), "int8/model.safetensors": b"x", **mine})
-    configure(task(quant_types=["both"]), standing("ada/model"))
+    configure(task(quant_types=["both"]), read_published("ada/model"))
 
 
 @pytest.mark.parametrize(

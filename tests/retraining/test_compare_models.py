@@ -17,7 +17,8 @@ from pipeline.evaluation.metrics import mean
 from pipeline.evaluation.model_result import Estimate
 from pipeline.evaluation.results import Comparison
 from pipeline.evaluation.student_t import quantile
-from pipeline.publishing.published_model import Live
+from pipeline.hub.tree import Tree
+from pipeline.publishing.published_model import PublishedModel
 from pipeline.retraining.decision import better
 from pipeline.retraining.input_changes import Inputs
 from pipeline.tracking.events import Events
@@ -46,7 +47,7 @@ def held_out(tmp_path):
             write_examples(workspace.data / "held_out.jsonl", data.held_out)
             workspace.write_measurement("data", {"fingerprint": data.fingerprint})
             shutil.copytree(new, workspace.release, dirs_exist_ok=True)
-            there = Live(str(live), None, "model", {"results": {"data": {"fingerprint": data.fingerprint}}})
+            there = PublishedModel(Tree(str(live), None, {}), {"results": {"data": {"fingerprint": data.fingerprint}}})
             note(workspace, there, Inputs(config, "base", "data").to_dict())
             compare_published.run(config, workspace, Events(workspace.events_path, "tiny"), ())
             return workspace.read_measurement("retraining")

@@ -15,8 +15,9 @@ from pipeline.config.loader import parse_config
 from pipeline.data import load_examples
 from pipeline.errors import DataError
 from pipeline.evaluation.eligible_prompts import untouched
+from pipeline.hub.tree import Tree
 from pipeline.models.sources import digest_here
-from pipeline.publishing.published_model import Live
+from pipeline.publishing.published_model import PublishedModel
 from pipeline.retraining.input_changes import Inputs, changes, changes_beside, inputs_of, settings
 from pipeline.tracking.events import Events
 from pipeline.workflow.stages.inputs import base_model
@@ -41,7 +42,7 @@ def configure(tmp_path):
     return make
 
 
-def published(config, base: str = "a" * 40) -> Live:
+def published(config, base: str = "a" * 40) -> PublishedModel:
     """The release that a run of this configuration would have left, as far as it is asked."""
     data = load_examples(config.data)
     told = {"fingerprint": data.fingerprint, "trained_from": data.trained_from}
@@ -51,7 +52,7 @@ def published(config, base: str = "a" * 40) -> Live:
         "configuration": json.loads(config.model_dump_json()),
         "results": {"data": told},
     }
-    return Live("ada/tiny", "b" * 40, "model", lineage)
+    return PublishedModel(Tree("ada/tiny", "b" * 40, {}), lineage)
 
 
 def inputs(config, base: str = "a" * 40) -> Inputs:
@@ -178,10 +179,11 @@ ASK = """
 import json, sys
 from pipeline.config.loader import parse_config
 from pipeline.retraining.input_changes import changes, inputs_of
-from pipeline.publishing.published_model import Live
+from pipeline.hub.tree import Tree
+from pipeline.publishing.published_model import PublishedModel
 tree, lineage = json.load(sys.stdin)
 found = inputs_of(parse_config(tree, ""))
-told = list(changes(Live("ada/tiny", "b" * 40, "model", lineage), found)) if lineage else None
+told = list(changes(PublishedModel(Tree("ada/tiny", "b" * 40, {}), lineage), found)) if lineage else None
 print(json.dumps([found.config.model.revision, found.config.data.revision, told]))
 """
 

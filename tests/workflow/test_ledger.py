@@ -26,7 +26,7 @@ def workspace(tmp_path) -> Workspace:
 def test_ledger_is_read_as_it_was_written(tmp_path):
     entry = Entry("f", {"adapter/a": Digest("0" * 64, 1, 2)}, {"steps": 3}, 4.0, 5.0, {"plan": {"steps": 6}})
     ledger = Ledger(
-        {"train": entry}, {"rows": {"rows": Digest("1" * 64, 3, 4)}}, BaseModel({}, "/model"), {"live": None}
+        {"train": entry}, {"rows": {"rows": Digest("1" * 64, 3, 4)}}, BaseModel({}, "/model"), {"published": None}
     )
     write_ledger(tmp_path / "ledger.json", ledger)
     assert read_ledger(tmp_path / "ledger.json", tmp_path) == ledger

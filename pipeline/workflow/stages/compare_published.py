@@ -11,7 +11,7 @@ from pipeline.config.schema import Config, TrainingRun
 from pipeline.evaluation.model_result import Estimate
 from pipeline.evaluation.results import ComparedWith, Comparison
 from pipeline.models.safe_loading import open_tokenizer
-from pipeline.publishing.published_model import Live
+from pipeline.publishing.published_model import PublishedModel
 from pipeline.system.libraries import versions
 from pipeline.tracking.events import Events
 from pipeline.workflow import baseline
@@ -54,7 +54,7 @@ def run(config: TrainingRun, workspace: Workspace, events: Events, variants: tup
 
 
 def _compare(
-    config: TrainingRun, workspace: Workspace, events: Events, compared: Live, made_of: Comparison
+    config: TrainingRun, workspace: Workspace, events: Events, compared: PublishedModel, made_of: Comparison
 ) -> Comparison:
     """Return the loss of both models and the difference, paired by token, or by prompt if their tokens differ.
 

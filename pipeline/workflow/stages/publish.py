@@ -13,7 +13,7 @@ from pipeline.hub.retry import retry_or_explain
 from pipeline.hub.tree import CARD, Content, Tree, read_tree
 from pipeline.publishing.cards.readmes import left_behind
 from pipeline.publishing.commit import Commit, check_destination, check_root, publish
-from pipeline.publishing.remote_release import standing
+from pipeline.publishing.published_model import read_published
 from pipeline.publishing.tags import tag_release
 from pipeline.system.command_names import command
 from pipeline.tracking.events import STAGES, Events, read_events
@@ -135,7 +135,7 @@ def still_there(config: Config, kept_out: Collection[str]) -> list[str]:
     """Return a line for each repository that still has variants that are withheld now, if nothing is published."""
     repo = config.publish.target
     try:
-        there = standing(repo)
+        there = read_published(repo)
     except HubError as error:
         return [
             f"{repo}: may still have {', '.join(kept_out)} of an earlier release, for it could not be read: {error}"
