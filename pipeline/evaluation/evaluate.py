@@ -164,7 +164,6 @@ def _in_llama_cpp(
     in_full: bool,
 ) -> ModelResult:
     """The figures of a GGUF file, given the tokens that the full-precision model was given."""
-
     from pipeline.evaluation import metrics, texts
     from pipeline.evaluation.load_probe import probe
     from pipeline.inference import llama_cpp, output_head

@@ -145,7 +145,7 @@ def mean(values: torch.Tensor, sequence: torch.Tensor) -> Estimate:
 
 
 def perplexity(scores: Scores) -> Estimate:
-    """exp of the mean loss; its error by the delta method."""
+    """Exp of the mean loss; its error by the delta method."""
     loss = mean(scores.nll, scores.sequence)
     value = math.exp(loss.value)
     return Estimate(value, value * loss.stderr)

@@ -184,12 +184,12 @@ def _as_trained(model):
     from peft import LoraConfig, get_peft_model
     from trl.trainer.utils import add_fused_lm_head
 
-    from pipeline.training.fused_loss import quicken_training
+    from pipeline.training.fused_loss import fuse_training_step
 
     add_fused_lm_head(model)
     adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     if model.device.type == "cpu":
-        quicken_training(adapted, compute_dtype("cpu"))
+        fuse_training_step(adapted, compute_dtype("cpu"))
     return adapted.train()
 
 
@@ -216,14 +216,14 @@ def _nf4(device: torch.device) -> tuple[float, float]:
 
     from pipeline.models.checkpoint.row_blocks import in_parallel
     from pipeline.system.hardware import cores
-    from pipeline.training.nf4_base import HeldInNf4
+    from pipeline.training.nf4_base import Nf4Weight
 
     weight = torch.randn(1024, 2048, dtype=torch.bfloat16)
     codes, state = quantize_4bit(weight.to(device), quant_type="nf4", compress_statistics=True)
     back = weight.numel() / _seconds(lambda: dequantize_4bit(codes, state), device)
 
     def held() -> int:
-        HeldInNf4([weight], (1024, 2048)).rows(0, len(weight))
+        Nf4Weight([weight], (1024, 2048)).rows(0, len(weight))
         return weight.nbytes
 
     jobs = [held] * cores()

@@ -1,8 +1,7 @@
-"""Training in several processes: what `accelerate launch` is asked for, and whether a configuration can be shared out.
+"""Training in several processes: the settings of `accelerate launch`, and the share of each process in a step.
 
-The file is one of accelerate's own (https://huggingface.co/docs/accelerate, `accelerate config`), or the
-name of one that comes along in `configs/accelerate/`. It says where training runs and not what is trained:
-a step sees the same examples, so a finished training holds wherever it was done.
+The settings come from a file of `accelerate config` (https://huggingface.co/docs/accelerate), or from a shipped file
+in `configs/accelerate/`. They say on which processes training runs. A step sees the same examples on any of them.
 """
 
 from __future__ import annotations
@@ -12,37 +11,51 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, MissingExtra
 from pipeline.system.libraries import is_installed
 from pipeline.system.resources import shipped_folder
 
+if TYPE_CHECKING:
+    from accelerate.commands.config.config_args import ClusterConfig
+
 KINDS = ("MULTI_GPU", "FSDP", "DEEPSPEED")
 NO_CONFIGURATION = "not a configuration of accelerate, which has distributed_type: MULTI_GPU and the like"
-PORT = 29500  # where machines meet if nobody says otherwise, as in accelerate
+PORT = 29500  # the default port of machine 0, as in accelerate
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Processes that train together: `processes` in all, evenly on `machines`, of which this is `machine_rank`."""
+    """The processes that train together.
+
+    Attributes:
+        file: the accelerate configuration.
+        processes: number of processes on all machines, the same number on each.
+        machines: number of machines.
+        machine_rank: number of this machine, from 0.
+        main_process_ip: address of machine 0.
+        main_process_port: port of machine 0; 0 for any free port.
+        on_cpu: True if GPUs are not used.
+    """
 
     file: Path
     processes: int
     machines: int = 1
     machine_rank: int = 0
     main_process_ip: str | None = None
-    main_process_port: int = 0  # 0: any that is free
+    main_process_port: int = 0
     on_cpu: bool = False
 
     @property
     def ranks_here(self) -> range:
-        """Ranks of the processes on this machine."""
+        """The ranks of the processes on this machine."""
         here = self.processes // self.machines
         return range(self.machine_rank * here, (self.machine_rank + 1) * here)
 
     def command(self, module: str, *arguments: str) -> list[str]:
-        """The command line that runs `python -m module arguments` in each process."""
+        """Return the command line that runs `python -m module arguments` in each process."""
         options = {
             "--config_file": self.file,
             "--num_processes": self.processes,
@@ -56,28 +69,28 @@ class Launch:
         return [sys.executable, "-P", "-m", "accelerate.commands.launch", *words, "--module", module, *arguments]
 
     def environment(self) -> dict[str, str]:
-        """What the processes find in their environment besides accelerate's own."""
-        # The folder that the user stands in may have a `pipeline` of its own; accelerate passes no -P on.
+        """Return the environment variables of the processes, beside those of accelerate."""
+        # The working folder may have a `pipeline` of its own, and accelerate does not pass -P on.
         own = {"TUNEPRESS_PROCESSES": str(self.processes), "PYTHONSAFEPATH": "1"}
         return own | ({"CUDA_VISIBLE_DEVICES": ""} if self.on_cpu else {})
 
 
 def shipped_launches() -> dict[str, Path]:
-    """accelerate's configurations that come along, by name."""
+    """Return the shipped accelerate configurations by name."""
     return {p.stem: p for p in sorted((shipped_folder("configs") / "accelerate").glob("*.yaml"))}
 
 
 def read_launch(named: str, machine_rank: int | None = None, main_process_ip: str | None = None) -> Launch:
-    """What an accelerate configuration asks for; imports torch.
+    """Read and check an accelerate configuration; imports torch.
 
     Args:
-        named: path of a file that accelerate reads, or the name of one that comes along.
-        machine_rank: which of several machines this is, if the file does not say.
-        main_process_ip: address of machine 0, likewise.
+        named: path of a file that accelerate reads, or the name of a shipped one.
+        machine_rank: number of this machine; None for the number in the file.
+        main_process_ip: address of machine 0; None for the address in the file.
 
     Raises:
-        ConfigError: where there is no such file, or it asks for what cannot be done here.
-        MissingExtra: where it needs a package that is not installed.
+        ConfigError: if there is no such file, or if this machine cannot do what it says.
+        MissingExtra: if it needs a package that is not installed.
     """
     asked, path = _read(named)
     about = f"--accelerate {named}"
@@ -103,11 +116,11 @@ def read_launch(named: str, machine_rank: int | None = None, main_process_ip: st
     return Launch(path, processes, machines, rank, address, port, asked.use_cpu)
 
 
-def share(config: Config, processes: int) -> tuple[int, int]:
-    """Batch size and accumulation of each of so many processes, for the same examples in a step as in one.
+def split_step(config: Config, processes: int) -> tuple[int, int]:
+    """Return batch size and accumulation of each process, so that a step sees the same examples as in one process.
 
     Raises:
-        ConfigError: where a step's examples cannot be divided evenly.
+        ConfigError: if the examples of a step cannot be divided evenly.
     """
     train = config.train
     step = train.batch_size * train.accumulate
@@ -116,12 +129,12 @@ def share(config: Config, processes: int) -> tuple[int, int]:
             f"train.batch_size {train.batch_size} x train.accumulate {train.accumulate}: {step} examples a step "
             f"cannot be shared by {processes} processes; make one of them a multiple of {processes}"
         )
-    common = math.gcd(train.accumulate, processes)  # accumulation is time that is saved; smaller batches cost some
+    common = math.gcd(train.accumulate, processes)  # less accumulation saves time; smaller batches cost time
     return train.batch_size // (processes // common), train.accumulate // common
 
 
-def _read(named: str):
-    """accelerate's own reading of the file, and where it lies."""
+def _read(named: str) -> tuple[ClusterConfig, Path]:
+    """Return an accelerate configuration and the path of its file."""
     import yaml
     from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 
@@ -131,7 +144,7 @@ def _read(named: str):
         raise ConfigError(f"--accelerate {named}: no such file; shipped are {', '.join(shipped)}")
     try:
         asked = load_config_from_file(str(path))
-    except (TypeError, AttributeError):  # a key is missing, or there are none at all
+    except (TypeError, AttributeError):  # a key is missing, or the file is no mapping
         raise ConfigError(f"--accelerate {named}: {NO_CONFIGURATION}") from None
     except (ValueError, OSError, RecursionError, LookupError, yaml.YAMLError) as error:
         raise ConfigError(f"--accelerate {named}: accelerate cannot read it: {error}") from None
@@ -140,8 +153,12 @@ def _read(named: str):
     return asked, path.resolve()
 
 
-def _check_values(asked, about: str) -> None:
-    """Are the values that are used here what they should be? accelerate takes any, and fails on them later."""
+def _check_values(asked: ClusterConfig, about: str) -> None:
+    """Check the types of the values, because accelerate takes any and fails later.
+
+    Raises:
+        ConfigError: naming the key and the value.
+    """
     for key, least in (("num_machines", 1), ("num_processes", -1), ("machine_rank", 0)):
         value = getattr(asked, key)
         if type(value) is not int or value < least:
@@ -155,8 +172,8 @@ def _check_values(asked, about: str) -> None:
         raise ConfigError(f"{about}: fsdp_config {asked.fsdp_config!r}: must hold settings, such as fsdp_version: 2")
 
 
-def _count(asked, about: str) -> int:
-    """Processes on all machines: as many as the file says, else one for each GPU."""
+def _count(asked: ClusterConfig, about: str) -> int:
+    """Return the number of processes on all machines: that of the file, else one for each GPU."""
     import torch
 
     machines, gpus = asked.num_machines, 0 if asked.use_cpu else torch.cuda.device_count()

@@ -1,6 +1,6 @@
 """Checkpoints of a training in safetensors and JSON, without pickles.
 
-A model that is divided among processes is the exception: accelerate writes and reads its checkpoints.
+The exception is a sharded model: accelerate writes and reads its checkpoints.
 """
 
 from __future__ import annotations
@@ -8,64 +8,67 @@ from __future__ import annotations
 import json
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
+
+from transformers import PreTrainedModel, Trainer
 
 from pipeline.errors import UserError
 from pipeline.models.checkpoint import read_header
 from pipeline.system.files import read_json
-from pipeline.training.distributed import divided
+from pipeline.training.distributed import sharding
 from pipeline.training.resume_state import load_state, random_state, save_state, set_random_state
 
 if TYPE_CHECKING:
     from trl import SFTTrainer
 
 TRAINING_STATE = "training_state.safetensors"  # in a checkpoint: the optimizer and the schedule
-ON_DISK = "on-disk"  # a file in a checkpoint that is written when all others were on the disk
+ON_DISK = "on-disk"  # the file in a checkpoint that is written after all others are on the disk
 
 
-class SafeCheckpoints:
-    """A mixin for transformers' Trainer that writes and reads checkpoints without pickles."""
+class SafeCheckpoints(Trainer):
+    """A trainer that writes and reads checkpoints without pickles."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        self.model.save_pretrained(output_dir, state_dict=state_dict, is_main_process=self.args.should_save)
+        model, main = cast(PreTrainedModel, self.model), self.args.should_save
+        model.save_pretrained(cast(str, output_dir), state_dict=state_dict, is_main_process=main)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if divided():
+        if sharding():
             super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
+        elif self.args.should_save and self.optimizer and self.lr_scheduler:
             state = {"optimizer": self.optimizer.state_dict(), "schedule": self.lr_scheduler.state_dict()}
             save_state(Path(output_dir) / TRAINING_STATE, state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if divided():
+        if sharding():
             super()._load_optimizer_and_scheduler(checkpoint)
-        elif checkpoint is not None:
+        elif checkpoint is not None and self.optimizer and self.lr_scheduler:
             state = load_state(Path(checkpoint) / TRAINING_STATE)
             self.optimizer.load_state_dict(state["optimizer"])
             self.lr_scheduler.load_state_dict(state["schedule"])
 
     def _save_rng_state(self, output_dir: str) -> None:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)  # the leader may not have come to it yet
+        Path(output_dir).mkdir(parents=True, exist_ok=True)  # the main process may not have made it yet
         save_state(self._random_state_file(output_dir), random_state())
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self._random_state_file(checkpoint).is_file():  # or there were fewer processes
+        if checkpoint is not None and self._random_state_file(checkpoint).is_file():  # else fewer processes wrote it
             set_random_state(load_state(self._random_state_file(checkpoint)))
 
     def _random_state_file(self, checkpoint: str) -> Path:
         return Path(checkpoint) / f"random_state_{self.args.process_index}.safetensors"
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Return True if a checkpoint was written to its end.
+def is_complete(checkpoint: Path) -> bool:
+    """Return True if a checkpoint was written completely.
 
     After a kill, a full disk or a power cut, files may be missing or cut. Every file is checked by its kind, because
-    the mark of the first process says nothing about the files of other processes.
+    the file `on-disk` of the main process says nothing about the files of other processes.
     """
     if not (checkpoint / ON_DISK).is_file():
         return False
     try:
-        read_json(checkpoint / "trainer_state.json", {})["global_step"]  # the last one
+        read_json(checkpoint / "trainer_state.json", {})["global_step"]  # the last file of transformers
         for path in (p for p in checkpoint.rglob("*") if p.is_file()):
             if path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
                 return False
@@ -78,8 +81,8 @@ def is_whole(checkpoint: Path) -> bool:
     return True
 
 
-def count_on(trainer: SFTTrainer, checkpoint: Path) -> None:
-    """Continue the count of tokens from a checkpoint; trl would start at zero again."""
+def restore_token_count(trainer: SFTTrainer, checkpoint: Path) -> None:
+    """Continue the count of tokens from a checkpoint, which trl would start at zero."""
     rows = json.loads((checkpoint / "trainer_state.json").read_bytes())["log_history"]
     seen = next((row["num_tokens"] for row in reversed(rows) if "num_tokens" in row), 0)
-    trainer._total_train_tokens = seen  # it has no other name
+    trainer._total_train_tokens = seen  # trl has no public name for it

@@ -1,4 +1,4 @@
-"""Blank examples that fill the last batches, so that all processes of a training take the same number of batches."""
+"""Blank examples that complete the last batches, so that every process takes the same number of batches."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch.utils.data import Sampler
 from pipeline.data.encode import NO_LOSS
 
 
-class Filled(Sampler):
-    """The order of another sampler, followed by more indices."""
+class PaddedSampler(Sampler):
+    """A sampler with the order of another one, followed by more indices."""
 
     def __init__(self, sampler: SeedableRandomSampler, more: list[int]):
         self._sampler, self._more = sampler, more
@@ -25,11 +25,12 @@ class Filled(Sampler):
         yield from self._more
 
     def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch."""
         self._sampler.set_epoch(epoch)
 
 
-def with_blanks(dataset: Dataset, count: int) -> Dataset:
-    """Return a data set with `count` examples added at its end in which no token counts."""
+def add_blank_examples(dataset: Dataset, count: int) -> Dataset:
+    """Return a data set with `count` more examples at its end, in which no token counts."""
     if not count:
         return dataset
     token = dataset[0]["input_ids"][0]

@@ -1,63 +1,66 @@
-"""A LoRA training step on a CPU, in less time and memory than the libraries' own layers take.
+"""Fused layers for LoRA training on a CPU: less time and memory than the layers of the libraries.
 
-peft computes a layer and its adapter one after the other, and autograd keeps the inputs of both, converted to the
-adapter's float32. Here
+peft computes a layer and its adapter one after the other. Autograd keeps the inputs of both, in float32. Here
 
-- a frozen layer and its adapter are one function. It keeps its input once, however many layers share it;
-- everything is multiplied in the compute type. Weights stay stored as they are: NF4, or bfloat16.
+- a frozen layer and its adapter are one function, which keeps its input once even if several layers share it;
+- everything is multiplied in the compute type, while weights stay stored in NF4 or bfloat16.
 
-The numbers are those of the libraries up to rounding. GPUs, and models divided among processes, keep the way of the
-libraries.
+The results equal those of the libraries up to rounding. GPUs and sharded models use the layers of the libraries.
 """
 
 from __future__ import annotations
 
+from functools import reduce
 from types import MethodType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 
 from pipeline.inference.kernels.attention import MODELS
 from pipeline.inference.kernels.float32_mode import quicken_products
 from pipeline.inference.kernels.products import float32_product, many_rows, row_blocks
-from pipeline.training.packed_attention import quicken_packed_attention
+from pipeline.training.packed_attention import use_packed_attention
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora import Linear as AdaptedLinear
+    from transformers import PreTrainedModel
 
-BLOCK_ELEMENTS = 1 << 22  # weights in the compute type at a time: 16 MB of float32
+BLOCK_ELEMENTS = 1 << 22  # converted weights in memory at a time: 16 MB of float32
 
 
-def quicken_layers(model: PeftModel, dtype: torch.dtype) -> None:
-    """Make the layers and adapters of a model on a CPU compute in `dtype`, whatever their weights are stored in.
+def fuse_layers(model: PeftModel, dtype: torch.dtype) -> None:
+    """Make the layers and adapters of a model on a CPU compute in `dtype`, for any stored type of weights.
 
-    In float32, what is neither a linear layer nor an embedding (norms, convolutions, stacked experts) is converted
-    once.
+    For float32, other modules (norms, convolutions, stacked experts) are converted once.
+
+    Args:
+        model: the model, on a CPU.
+        dtype: the compute type: bfloat16 or float32.
     """
-    base = model.get_base_model()
+    base = cast("PreTrainedModel", model.get_base_model())
     head, known = base.get_output_embeddings(), base.config.model_type in MODELS
     for layer in model.modules():
         if _is_plain_adapter(layer):
-            layer.forward = MethodType(_adapted, layer)
+            layer.forward = MethodType(_adapted, layer)  # type: ignore[method-assign]  # of this one layer
         elif known and all(hasattr(layer, part) for part in ("gate_proj", "up_proj", "down_proj", "act_fn")):
             layer.forward = MethodType(_feed_forward, layer)
         elif isinstance(layer, torch.nn.Linear) and not layer.weight.requires_grad:
-            layer.forward = MethodType(_frozen, layer)
-            layer.compute_dtype = dtype
+            layer.forward = MethodType(_frozen, layer)  # type: ignore[method-assign]  # of this one layer
+            layer.compute_dtype = dtype  # type: ignore[assignment]  # torch declares attributes as tensors or modules
         elif isinstance(layer, torch.nn.Embedding):
             layer.register_forward_hook(lambda _, __, states: states.to(dtype))
         elif dtype == torch.float32 and layer is not head:
             for parameter in layer.parameters(recurse=False):
                 if parameter.dtype in (torch.bfloat16, torch.float16):
                     parameter.data = parameter.data.float()
-    if not known:  # some multiply with the weights of their layers themselves
+    if not known:  # some architectures multiply with weights outside their linear layers
         quicken_products(base)
     elif base.config._attn_implementation == "sdpa":
-        quicken_packed_attention(base)
+        use_packed_attention(base)
 
 
-def _is_plain_adapter(layer: torch.nn.Module) -> bool:
+def _is_plain_adapter(layer: torch.nn.Module) -> TypeGuard[AdaptedLinear]:
     """Return True if a layer is a frozen linear layer with one LoRA adapter and nothing else."""
     from peft.tuners.lora import LoraLayer
 
@@ -70,52 +73,59 @@ def _is_plain_adapter(layer: torch.nn.Module) -> bool:
 
 
 def _frozen(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """Compute what a frozen linear layer computes, with its weight in NF4 or in any floating type."""
+    """Compute a frozen linear layer, with its weight in NF4 or in any floating type."""
     return _with_bias(_FrozenProduct.apply(x, layer), layer)
 
 
-def _adapted(layer: LoraLayer, x: torch.Tensor, *arguments, **settings) -> torch.Tensor:
-    """Compute what a linear layer with a LoRA adapter computes: x W^T + b + scaling * dropout(x) A^T B^T."""
+def _adapted(layer: AdaptedLinear, x: torch.Tensor, *arguments: Any, **settings: Any) -> torch.Tensor:
+    """Compute a linear layer with a LoRA adapter: x W^T + b + scaling * dropout(x) A^T B^T."""
     if layer.disable_adapters or layer.merged or arguments or settings:
         return type(layer).forward(layer, x, *arguments, **settings)
-    return _with_bias(_AdaptedProduct.apply(x, *_factors(layer), _Terms(layer, x)), layer.get_base_layer())
+    return _with_bias(_AdaptedProduct.apply(x, *_factors(layer), _AdaptedTerms(layer, x)), _base_layer(layer))
 
 
-def _feed_forward(block: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Compute what the gated feed-forward part of a decoder block computes."""
+def _feed_forward(block: Any, x: torch.Tensor) -> torch.Tensor:
+    """Compute the gated feed-forward part of a decoder block."""
     gate, up, layer = block.gate_proj(x), block.up_proj(x), block.down_proj
     if not _is_plain_adapter(layer) or layer.disable_adapters or layer.merged:
         return layer(block.act_fn(gate) * up)
-    y = _GatedProduct.apply(gate, up, *_factors(layer), _Terms(layer, gate), block.act_fn)
-    return _with_bias(y, layer.get_base_layer())
+    y = _GatedProduct.apply(gate, up, *_factors(layer), _AdaptedTerms(layer, gate), block.act_fn)
+    return _with_bias(y, _base_layer(layer))
 
 
-def _factors(layer: LoraLayer) -> tuple[torch.Tensor, torch.Tensor]:
+def _base_layer(layer: AdaptedLinear) -> torch.nn.Linear:
+    return cast(torch.nn.Linear, layer.get_base_layer())
+
+
+def _factors(layer: AdaptedLinear) -> tuple[torch.Tensor, torch.Tensor]:
     (name,) = layer.lora_A
-    return layer.lora_A[name].weight, layer.lora_B[name].weight
+    a, b = layer.lora_A[name], layer.lora_B[name]
+    return cast(torch.Tensor, a.weight), cast(torch.Tensor, b.weight)
 
 
 def _with_bias(y: torch.Tensor, layer: torch.nn.Linear) -> torch.Tensor:
     return y if layer.bias is None else y + layer.bias.to(y.dtype)
 
 
-class _Terms:
-    """What a layer with an adapter computes besides its input: the frozen layer, and the dropout that was drawn."""
+class _AdaptedTerms:
+    """The constants of one call of a layer with an adapter: the frozen layer, the scale and the drawn dropout."""
 
-    def __init__(self, layer: LoraLayer, x: torch.Tensor):
+    def __init__(self, layer: AdaptedLinear, x: torch.Tensor):
         (name,) = layer.lora_A
-        self.layer, self.scaling = layer.get_base_layer(), layer.scaling[name]
+        self.layer, self.scaling = _base_layer(layer), layer.scaling[name]
         self.share = getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0
         self.kept = torch.empty(x.shape, dtype=torch.bool).bernoulli_(1 - self.share) if self.share else None
 
     def forward(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return y (..., N) for x (..., K), and x A^T (T, r), which the backward pass needs again."""
+        """Return y (..., N) for x (..., K), and x A^T (T, r) for the backward pass."""
         low = _product(_flat(self.dropped(x)), a.to(x.dtype))
         y = _times_transposed(x, self.layer)
         _flat(y).addmm_(low, b.to(x.dtype).T, alpha=self.scaling)
         return y, low
 
-    def backward(self, gradient, x, a, b, low) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(
+        self, gradient: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, low: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the gradients of x, A and B."""
         rows = _flat(gradient.to(x.dtype))
         narrow = _product(rows, b.to(x.dtype).T) * self.scaling
@@ -137,20 +147,20 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """x (..., K) times the transposed weight (N, K) of a frozen layer. Keeps nothing for the backward pass."""
+    """The product of x (..., K) and the transposed weight (N, K) of a frozen layer; keeps nothing for its gradient."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, layer: torch.nn.Linear) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, layer: torch.nn.Linear) -> torch.Tensor:
         ctx.layer = layer
         return _times_transposed(x, layer)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return _times(gradient, ctx.layer), None
 
 
 class _AdaptedProduct(torch.autograd.Function):
-    """The same plus scaling * (x A^T) B^T, with A (r, K) and B (N, r) in float32, which are trained."""
+    """The frozen product plus scaling * (x A^T) B^T, with the trained A (r, K) and B (N, r) in float32."""
 
     @staticmethod
     def forward(ctx, x, a, b, terms):
@@ -166,7 +176,7 @@ class _AdaptedProduct(torch.autograd.Function):
 
 
 class _GatedProduct(torch.autograd.Function):
-    """The same of activation(gate) * up, which is computed again for the backward pass instead of being kept."""
+    """The adapted product of activation(gate) * up, which the backward pass computes again instead of keeping it."""
 
     @staticmethod
     def forward(ctx, gate, up, a, b, terms, activation):
@@ -186,7 +196,7 @@ class _GatedProduct(torch.autograd.Function):
 
 
 def _weight(layer: torch.nn.Linear) -> torch.Tensor:
-    """Return the weight (N, K) of a frozen layer as training sees it: NF4 as bfloat16, anything else as stored."""
+    """Return the weight (N, K) of a frozen layer as training sees it: NF4 as bfloat16, other types as stored."""
     state = getattr(layer.weight, "quant_state", None)
     if state is None:
         return layer.weight.detach()
@@ -202,7 +212,7 @@ def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def _times_transposed(x: torch.Tensor, layer: torch.nn.Linear) -> torch.Tensor:
     """Return x (..., K) times the transposed weight of a layer, (..., N), in its compute type."""
-    flat = x.to(layer.compute_dtype).reshape(-1, x.shape[-1])
+    flat = x.to(cast(torch.dtype, layer.compute_dtype)).reshape(-1, x.shape[-1])
     return times_transposed(flat, _weight(layer)).view(*x.shape[:-1], -1)
 
 
@@ -215,7 +225,8 @@ def times_transposed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def _times(gradient: torch.Tensor, layer: torch.nn.Linear) -> torch.Tensor:
     """Return a gradient (..., N) times the weight of a layer, (..., K), in its compute type."""
-    flat, weight = gradient.to(layer.compute_dtype).reshape(-1, gradient.shape[-1]), _weight(layer)
+    dtype, weight = cast(torch.dtype, layer.compute_dtype), _weight(layer)
+    flat = gradient.to(dtype).reshape(-1, gradient.shape[-1])
     return sum_of_rows(flat, weight).view(*gradient.shape[:-1], -1)
 
 
@@ -223,8 +234,6 @@ def sum_of_rows(factors: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return factors (T, N) times a weight (N, K) of any floating type, in the type of the factors."""
     if factors.dtype != torch.float32:
         return factors @ weight.to(factors.dtype)
-    result = None
-    for rows in row_blocks(*weight.shape, BLOCK_ELEMENTS):
-        part = float32_product(factors[:, rows], weight[rows].float().T)
-        result = part if result is None else result.add_(part)
-    return result
+    count, width = weight.shape
+    blocks = row_blocks(count, width, BLOCK_ELEMENTS)
+    return reduce(torch.Tensor.add_, (float32_product(factors[:, rows], weight[rows].float().T) for rows in blocks))

@@ -1,38 +1,39 @@
-"""The loss of a LoRA training step on a CPU: only positions whose label counts go through the output head, once.
+"""A fused loss for LoRA training on a CPU: only counted positions go through the output head, and only once.
 
-trl scores every position, and again for the gradient. Here the gradient of each counted position is kept instead.
+trl scores every position, and scores it again for the gradient. Here the gradient of each counted position is kept.
 """
 
 from __future__ import annotations
 
 from types import MethodType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from pipeline.training.fused_layers import quicken_layers, sum_of_rows, times_transposed
+from pipeline.training.fused_layers import fuse_layers, sum_of_rows, times_transposed
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-LOGIT_ELEMENTS = 1 << 23  # logits at a time: 32 MB of float32
+LOGIT_ELEMENTS = 1 << 23  # logits in memory at a time: 32 MB of float32
 
 
-def quicken_training(model: PeftModel, dtype: torch.dtype) -> None:
+def fuse_training_step(model: PeftModel, dtype: torch.dtype) -> None:
     """Make a model with LoRA adapters on a CPU train in `dtype`, with fused layers and a fused loss.
 
-    Call it after trl's trainer has prepared the model, whose loss it replaces.
+    Call it after trl's trainer has prepared the model, because it replaces trl's loss.
 
     Args:
-        dtype: bfloat16 or float32, the compute type.
+        model: the model, on a CPU.
+        dtype: the compute type: bfloat16 or float32.
     """
-    quicken_layers(model, dtype)
-    quicken_loss(model.get_base_model(), dtype)
+    fuse_layers(model, dtype)
+    fuse_loss(cast("PreTrainedModel", model.get_base_model()), dtype)
 
 
-def quicken_loss(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Replace trl's fused output head, where the head is a matrix with at most a soft cap behind it."""
+def fuse_loss(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Replace trl's fused output head, if the head is a matrix with at most a soft cap after it."""
     from trl.trainer.utils import FusedCausalLMOutput
 
     from pipeline.inference.output_head import softcap
@@ -43,13 +44,19 @@ def quicken_loss(model: PreTrainedModel, dtype: torch.dtype) -> None:
     plain = head is not None and head.bias is None and not head.weight.requires_grad
     if scaled or not plain or getattr(config, "output_router_logits", False):
         return
-    trls_forward = model.forward
+    trl_forward = model.forward
 
-    def forward(self, *arguments, fused_lm_head: bool = False, labels: torch.Tensor | None = None, **settings):
-        if not fused_lm_head or settings.get("shift_labels") is not None:
-            return trls_forward(*arguments, fused_lm_head=fused_lm_head, labels=labels, **settings)
+    def forward(
+        self: PreTrainedModel,
+        *arguments: Any,
+        fused_lm_head: bool = False,
+        labels: torch.Tensor | None = None,
+        **settings: Any,
+    ) -> FusedCausalLMOutput:
+        if labels is None or not fused_lm_head or settings.get("shift_labels") is not None:
+            return trl_forward(*arguments, fused_lm_head=fused_lm_head, labels=labels, **settings)
         count = settings.pop("num_items_in_batch", None)
-        settings["use_cache"] = False  # with a cache, transformers would not look for packed sequences
+        settings["use_cache"] = False  # with a cache, transformers does not look for packed sequences
         states = self.base_model(*arguments, **settings)[0][:, :-1]
         mask = labels[:, 1:] != -100
         found = _TokenLogProbs.apply(states[mask], head.weight, labels[:, 1:][mask], softcap(config), dtype)
@@ -61,10 +68,10 @@ def quicken_loss(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """Log-probabilities of tokens, the entropy there, and whether each token is the likeliest one.
+    """Log-probabilities of tokens, the entropy of each distribution, and whether each token is the most likely one.
 
-    Shapes: states (T, H), head (V, H), targets (T) -> three of (T); logits are never held for all tokens. What is kept
-    for the backward pass is the gradient of each log-probability, (T, H).
+    Shapes: states (T, H), head (V, H), targets (T) -> three of (T). Logits are never in memory for all tokens. For the
+    backward pass the gradient of each log-probability is kept, (T, H).
     """
 
     @staticmethod

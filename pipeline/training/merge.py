@@ -1,10 +1,9 @@
-"""An adapter added into a base model in one pass over its files: W + scale * B @ A, in bf16.
+"""The merge of an adapter into a base model, in one pass over its files: W + scale * B @ A, in bf16.
 
-Variants of the result can be made on the way: what is written is then rounded for them as well.
+Variants of the merged model can be written in the same pass.
 
-Training with QLoRA saw dequantized NF4 weights, so there are two bases to merge into:
-the original one, and the NF4 one as training saw it. Which is better is measured, not
-assumed (`pipeline.workflow.stages.merge`).
+QLoRA training sees dequantized NF4 weights, so there are two bases to merge into: the original one, and the NF4 one.
+The stage `pipeline.workflow.stages.merge` measures which one is better.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from pipeline.models.checkpoint.row_blocks import (
 from pipeline.models.checkpoint_files import ADAPTER_FILES, copy_companions, read_config
 from pipeline.models.lora_adapter import Adapter
 from pipeline.quantization.writer import VariantFiles, Variants
-from pipeline.training.nf4_base import HeldInNf4, rows_together
+from pipeline.training.nf4_base import Nf4Weight, row_multiple
 
 
 def merge_checkpoint(
@@ -50,16 +49,20 @@ def merge_checkpoint(
     """Write the merged model, with its configuration and tokenizer, to `output`, and variants of it to their folders.
 
     Args:
-        kind: `bf16` merges into the base as it is; `nf4` into what NF4 training saw of it.
-        linear: weights that training held in NF4, which is every linear layer but the head.
-        template: a chat template that training supplied, since the base has none.
-        variants: are made in the same pass, to the last byte as they would be made of the merged model.
+        base: folder of the base model.
+        adapter_folder: folder of the adapter.
+        output: folder of the merged model.
+        kind: `bf16` merges into the base as it is, and `nf4` into its weights as NF4 training saw them.
+        linear: names of the weights that training held in NF4: every linear layer but the head.
+        on_progress: called with the bytes that are done, and all bytes.
+        template: a chat template that training supplied because the base has none.
+        variants: the variants to write in the same pass, with the bytes that the merged model would give.
 
     Raises:
-        ModelError: where the adapter changes a weight that the base lacks or has in another
-            shape, or, for nf4, where a linear layer is not in the checkpoint; where values are not finite.
-        QuantizationError: where a weight that variants quantize is missing. What else keeps one of them from
-            being made is in `variants.failed`.
+        ModelError: if the adapter does not fit the base, if a linear layer is missing (for nf4), or if values are not
+            finite.
+        QuantizationError: if a weight that variants quantize is missing. Other problems of a variant are in
+            `variants.failed`.
     """
     checkpoint, adapter, variants = Checkpoint(base), Adapter.read(adapter_folder), variants or Variants()
     _check_fit(checkpoint, base, adapter, adapter_folder)
@@ -92,7 +95,7 @@ def merge_checkpoint(
 
 def _describe(base: Path, output: Path, template: str | None) -> None:
     """Write the merged model's configuration and tokenizer."""
-    # Paths of this machine, and code that is not published, stay behind.
+    # Paths of this machine and code that is not published are left out.
     dropped = ("_name_or_path", "_model_name_or_path", "auto_map")
     config = {k: v for k, v in read_config(base).items() if k not in dropped}
     config["dtype"] = "bfloat16"
@@ -115,31 +118,31 @@ def _check_fit(checkpoint: Checkpoint, base: Path, adapter: Adapter, folder: Pat
     for name in (*adapter.replaced, *adapter.changes):
         shape = checkpoint[name].shape
         if len(shape) == 2 and shape[0] >= (config.get("vocab_size") or 0) and shapes.count(shape) <= stored:
-            # peft trains it in one of its two places only, and no tied model can hold both.
+            # peft trains only one of its two uses, and a tied model cannot hold both.
             raise ModelError(f"{folder}: changes {name!r}, which {base} uses twice, as embedding and as output head")
 
 
 def _jobs(checkpoint: Checkpoint, held: Collection[str], take: Take, together: Callable[[str], int]) -> Iterator[Job]:
-    """Every block of every tensor, in the order of the disk; a weight that was `held` in NF4 is one job."""
+    """Yield a job for each block of each tensor, in the order of the disk; a weight `held` in NF4 is one job."""
     for name in in_disk_order(checkpoint):
         if name in held:
-            yield partial(_hand_over_held, checkpoint, name, take, together(name))
+            yield partial(_take_nf4, checkpoint, name, take, together(name))
         else:
             yield from blocks_of(checkpoint, name, take, together(name))
 
 
-def _hand_over_held(checkpoint: Checkpoint, name: str, take: Take, together: int) -> int:
+def _take_nf4(checkpoint: Checkpoint, name: str, take: Take, together: int) -> int:
     (rows, width), row_bytes = checkpoint[name].shape, checkpoint[name].row_bytes
-    together = max(together, rows_together(rows, width))  # where the latter is more than 1, it is all rows
+    together = max(together, row_multiple(rows, width))
     pieces = (checkpoint.read_rows(name, *span) for span in tiles(rows, width, together))
-    weight = HeldInNf4(pieces, (rows, width))
+    weight = Nf4Weight(pieces, (rows, width))
     for first, stop in row_blocks(rows, row_bytes, together):
         take(name, weight.rows(first, stop), first)
     return checkpoint[name].nbytes
 
 
 def copy_adapter(source: Path, target: Path, hub_id: str | None) -> None:
-    """An adapter's two files, without what describes the machine it was trained on."""
+    """Copy the two files of an adapter, without the values that describe the machine it was trained on."""
     target.mkdir(parents=True)
     for name in ADAPTER_FILES:
         shutil.copyfile(source / name, target / name)
@@ -147,10 +150,10 @@ def copy_adapter(source: Path, target: Path, hub_id: str | None) -> None:
 
 
 def make_portable(adapter: Path, hub_id: str | None) -> None:
-    """An adapter's configuration as it is on any machine, and the same each time.
+    """Rewrite the configuration of an adapter so that it is the same on every machine.
 
-    peft writes the base model's path on this machine into it, where a Hub id or nothing belongs, and names of
-    modules in the order of a set, which is another in every process.
+    peft writes the local path of the base model instead of its Hub id, and module names in the order of a set, which
+    differs between processes.
     """
     path = adapter / "adapter_config.json"
     content = json.loads(path.read_text(encoding="utf-8"))

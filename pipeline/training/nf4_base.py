@@ -1,4 +1,4 @@
-"""NF4 with double quantization: how QLoRA training holds a base model (Dettmers et al., 2023)."""
+"""NF4 with double quantization, in which QLoRA training holds a base model (Dettmers et al., 2023)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ BLOCK = 64  # weights that share a scale
 SCALE_BLOCK = 256  # scales that share a scale of their own
 
 
-def load_base(folder: Path, in_nf4: bool, divided: bool = False) -> PreTrainedModel:
-    """The base model as training holds it: linear layers in NF4 (or all in bf16), on the GPU where there is one.
+def load_base(folder: Path, in_nf4: bool, sharded: bool = False) -> PreTrainedModel:
+    """Load the base model for training: linear layers in NF4, or all layers in bf16; on the GPU if there is one.
 
     Args:
-        divided: it will be divided among processes (FSDP, DeepSpeed), which can only be done with
-            floating-point tensors: the same 4-bit codes are then held as bf16, four to a number.
+        folder: the base model.
+        in_nf4: hold linear layers in NF4.
+        sharded: True if FSDP or DeepSpeed will shard the model. They can only shard floating-point tensors, so four
+            4-bit codes are then held in one bf16 number.
     """
     from transformers import BitsAndBytesConfig
     from transformers.integrations import is_deepspeed_zero3_enabled
@@ -33,9 +35,9 @@ def load_base(folder: Path, in_nf4: bool, divided: bool = False) -> PreTrainedMo
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=hardware.compute_dtype("cuda" if torch.cuda.is_available() else "cpu"),
-        bnb_4bit_quant_storage=torch.bfloat16 if divided else torch.uint8,
+        bnb_4bit_quant_storage=torch.bfloat16 if sharded else torch.uint8,
     )
-    whole_on_gpu = torch.cuda.is_available() and not is_deepspeed_zero3_enabled()  # which divides it while it loads
+    whole_on_gpu = torch.cuda.is_available() and not is_deepspeed_zero3_enabled()  # which shards it while it loads
     model = open_model(
         folder,
         dtype=torch.bfloat16,
@@ -45,25 +47,27 @@ def load_base(folder: Path, in_nf4: bool, divided: bool = False) -> PreTrainedMo
     if in_nf4 and model.device.type == "cpu":
         for parameter in model.parameters():
             if parameter.is_floating_point():
-                parameter.data = parameter.data.clone()  # or the whole file stays mapped for what is left of it
+                parameter.data = parameter.data.clone()  # else the whole file stays mapped
     for module in model.modules():
-        # On CPUs with AVX512-BF16 bitsandbytes repacks weights in place at the first evaluation:
-        # its scales lose precision, widths that 64 does not divide fail, and what comes after
-        # trains on other numbers. The ordinary path has none of this.
+        # On CPUs with AVX512-BF16 bitsandbytes repacks weights in place at the first evaluation. Scales then lose
+        # precision, widths that 64 does not divide fail, and later steps train on other numbers.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
 
 
-class HeldInNf4:
-    """A weight (N, K) as NF4 training held it, from which rows come back in bf16.
+class Nf4Weight:
+    """A weight (N, K) in NF4, as training held it, with rows that can be read in bf16.
 
-    Scales of blocks of 64 are quantized in their turn, about the mean of them all, so every
-    row has to be seen before any comes back. What is held meanwhile is half a byte a weight.
+    The scales of blocks of 64 are quantized too, relative to their mean, so every row is read first. Meanwhile a
+    weight takes half a byte.
+
+    Args:
+        pieces: the rows in order; the number of rows of each but the last is a multiple of `row_multiple`.
+        shape: (N, K).
     """
 
     def __init__(self, pieces: Iterable[torch.Tensor], shape: tuple[int, int]):
-        """`pieces` are the weight's rows in order, each a multiple of `rows_together` but the last."""
         from bitsandbytes.functional import dequantize_blockwise, quantize_4bit, quantize_blockwise
 
         self.shape = shape
@@ -80,7 +84,7 @@ class HeldInNf4:
         self._scale = dequantize_blockwise(quantized, state) + offset
 
     def rows(self, first: int, stop: int) -> torch.Tensor:
-        """Rows `first`, which `rows_together` divides, to `stop`, as training computed with them."""
+        """Return the rows from `first`, a multiple of `row_multiple`, up to `stop`, (stop - first, K) in bf16."""
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         width = self.shape[1]
@@ -91,9 +95,9 @@ class HeldInNf4:
         return dequantize_4bit(codes.unsqueeze(1), state)
 
 
-def rows_together(rows: int, width: int) -> int:
-    """Pieces of a weight are multiples of so many rows: any, where blocks of NF4 end with the rows, else all of them.
+def row_multiple(rows: int, width: int) -> int:
+    """Return the number of rows that must be quantized together: 1 if no block crosses rows, else all rows.
 
-    Where a block goes on in the next row, what bitsandbytes' CPU kernel makes of it depends on the whole shape.
+    If a block crosses rows, the result of bitsandbytes' CPU kernel depends on the whole shape.
     """
     return rows if width % BLOCK else 1

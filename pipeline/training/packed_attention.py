@@ -1,8 +1,8 @@
-"""Attention of packed sequences on a CPU: each sequence attends to itself, without a mask over the whole row."""
+"""Attention of packed sequences on a CPU, without a mask over the whole row."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -10,11 +10,11 @@ from torch.nn.functional import scaled_dot_product_attention
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PACKED_ATTENTION = "packed_on_cpu"  # the name that transformers knows it by
+PACKED_ATTENTION = "packed_on_cpu"  # its name in transformers
 
 
-def quicken_packed_attention(model: PreTrainedModel) -> None:
-    """Let each sequence that is packed with others into one row attend to itself alone."""
+def use_packed_attention(model: PreTrainedModel) -> None:
+    """Make each sequence in a packed row attend only to itself."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -23,18 +23,27 @@ def quicken_packed_attention(model: PreTrainedModel) -> None:
     model.set_attn_implementation(PACKED_ATTENTION)
 
 
-def _attend_packed(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **others):
-    """Compute what transformers' sdpa attention computes for one row of packed sequences, sequence by sequence.
+def _attend_packed(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **others: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Compute sdpa attention for one row of packed sequences, sequence by sequence.
 
-    Shapes: query (1, H, T, D), key and value (1, H', T, D), mask (1, 1, T, T) of booleans. `cu_seq_lens_q` tells where
-    sequences begin. Anything else goes to transformers' own function.
+    Shapes: query (1, H, T, D), key and value (1, H', T, D), mask (1, 1, T, T) of booleans. `cu_seq_lens_q` has the
+    positions at which sequences begin. Any other input goes to transformers' own function.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     bounds = others.get("cu_seq_lens_q")
-    asked = dropout or any(others.get(name) is not None for name in ("softcap", "position_bias"))
-    packed = bounds is not None and len(query) == 1 and attention_mask is not None and key.shape[2] == bounds[-1]
-    if not packed or asked or attention_mask.dtype != torch.bool:
+    more = dropout or any(others.get(name) is not None for name in ("softcap", "position_bias"))
+    packed = bounds is not None and len(query) == 1 and key.shape[2] == bounds[-1]
+    if bounds is None or not packed or more or attention_mask is None or attention_mask.dtype != torch.bool:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others
         )

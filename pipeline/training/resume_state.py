@@ -1,6 +1,6 @@
-"""What a training goes on from besides its weights, in safetensors: no pickle, as torch would write.
+"""The state that a training resumes from beside its weights, in safetensors instead of torch's pickles.
 
-A state is plain data with tensors in it: those are stored as they are, and what is around them as JSON in the header.
+A state is plain data with tensors in it. Tensors are stored as they are, and everything else as JSON in the header.
 """
 
 from __future__ import annotations
@@ -19,31 +19,37 @@ from pipeline.errors import CheckpointError
 
 
 def save_state(path: Path, state: Any) -> None:
-    """Write tables, lists, tuples, numbers, texts, tensors and numpy's arrays; another value is a TypeError."""
+    """Write a state of dictionaries, lists, tuples, numbers, texts, tensors and numpy arrays.
+
+    Raises:
+        TypeError: for any other value.
+    """
     tensors: dict[int, tuple[int, torch.Tensor]] = {}
     plan = _plan(state, tensors)
     stored = {str(number): tensor.detach().cpu().contiguous() for number, tensor in tensors.values()}
-    # Views into one storage, which the format does not take.
+    # The format does not take two views of one storage.
     owners = {tensor.untyped_storage().data_ptr(): name for name, tensor in stored.items()}
     stored = {name: t if owners[t.untyped_storage().data_ptr()] == name else t.clone() for name, t in stored.items()}
     save_file(stored, path, metadata={"state": json.dumps(plan)})
 
 
 def load_state(path: Path) -> Any:
-    """What `save_state` wrote; tensors are on the CPU.
+    """Return the state that `save_state` wrote, with tensors on the CPU.
 
     Raises:
-        CheckpointError: where that is not there, or is another kind of file.
+        CheckpointError: if the file is missing, damaged or of another kind.
     """
     try:
         with safe_open(path, framework="pt") as file:
             return _value(json.loads(file.metadata()["state"]), file)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise CheckpointError(f"{path}: damaged, or of another kind; remove its folder to go on without it") from None
+        raise CheckpointError(
+            f"{path}: damaged, or of another kind. Try: remove its folder to resume without it"
+        ) from None
 
 
 def random_state() -> dict:
-    """Where the generators of random numbers of this process are."""
+    """Return the states of all random number generators of this process."""
     on_gpu = torch.cuda.is_available()
     return {
         "python": random.getstate(),
@@ -54,7 +60,7 @@ def random_state() -> dict:
 
 
 def set_random_state(state: dict) -> None:
-    """Put them where they were; that of a GPU only where there was one, and is."""
+    """Restore the states of all random number generators; that of a GPU only if there was one and is one."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["cpu"])
@@ -63,7 +69,7 @@ def set_random_state(state: dict) -> None:
 
 
 def _plan(value: Any, tensors: dict[int, tuple[int, torch.Tensor]]) -> Any:
-    """A value as JSON has it: [its kind, what it consists of]; tensors, each once, by their number."""
+    """Return a value as JSON: [kind, content]; a tensor is replaced by its number in `tensors`."""
     if isinstance(value, torch.Tensor):
         return ["tensor", tensors.setdefault(id(value), (len(tensors), value))[0]]
     if isinstance(value, np.ndarray):

@@ -1,35 +1,35 @@
-"""Training within a limit of time: as many steps as fit, with a schedule that is planned for them.
+"""Training within a time limit: as many steps as fit, with a schedule that ends with the last step.
 
-The first steps show how long one takes. The plan is recorded with the time that is used, so that a training that
-goes on keeps to it.
+The first steps show how long a step takes. The plan is recorded with the used time, so that a resumed training
+follows the same plan.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import Any, TypeVar
 
 import torch
-from transformers import TrainerCallback, get_scheduler
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
 
 from pipeline.errors import UserError
 
-if TYPE_CHECKING:
-    from transformers import TrainerControl, TrainerState, TrainingArguments
+WARM_UP_STEPS, TIMED_STEPS = 1, 2  # the first step also fills caches, so it takes longer than others
+FORWARD_SHARE = 0.5  # longest time of a forward pass, as a share of the time of a training step on the same tokens
 
-WARM_UP_STEPS, TIMED_STEPS = 1, 2  # the first step also fills caches, so its time says little
-FORWARD_SHARE = 0.5  # of a step's time, that a forward pass over as many tokens takes at most
+Value = TypeVar("Value")
 
 
 class TimeLimit(TrainerCallback):
     """Plan the steps that fit into some minutes, and stop at the end of a step if they took longer than planned.
 
     Args:
-        minutes: from the first step on. The plan leaves time for the evaluations; a step that is late does not.
-        evaluation_steps: tokens that each evaluation reads, in those of a training step.
-        known: the last plan that `keep` was given, if this training was stopped.
-        keep: records a plan: the number of `steps`, and the `seconds` that are used.
+        minutes: the limit, from the first step on; evaluations are planned in.
+        evaluation_steps: tokens that each evaluation reads, divided by the tokens of a training step.
+        known: the last recorded plan, if this training was stopped.
+        keep: records a plan: the number of `steps`, and the used `seconds`.
     """
 
     def __init__(
@@ -45,62 +45,71 @@ class TimeLimit(TrainerCallback):
         self._start = self._timed_from = 0.0
         self._first_step = 0
 
-    def on_train_begin(self, args, state: TrainerState, control, lr_scheduler=None, **_):
-        kept = _told(args, self._known)
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Continue the recorded plan, if there is one."""
+        kept = _broadcast(args, self._known)
         self._start = time.monotonic() - kept.get("seconds", 0.0)
-        self._first_step, self._planned = state.global_step, kept.get("steps")
-        if self._planned is not None:
-            self._follow(args, state, lr_scheduler)
-        if _told(args, self._used() >= self._limit):
+        self._first_step = state.global_step
+        if (steps := kept.get("steps")) is not None:
+            self._follow(int(steps), args, state, kwargs["lr_scheduler"])
+        if _broadcast(args, self._used() >= self._limit):
             state.max_steps = min(state.max_steps, state.global_step) or 1
 
-    def on_step_end(self, args, state: TrainerState, control: TrainerControl, lr_scheduler=None, **_):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Plan the steps after the timed ones, and stop at the end of the plan or of the time."""
         done = state.global_step - self._first_step
         if done == WARM_UP_STEPS:
             self._timed_from = time.monotonic()
         if self._planned is None and done == WARM_UP_STEPS + TIMED_STEPS:
             seconds = (time.monotonic() - self._timed_from) / TIMED_STEPS
-            self._planned = _told(args, min(state.max_steps, state.global_step + self._more_steps(seconds, args)))
-            self._follow(args, state, lr_scheduler)
+            steps = min(state.max_steps, state.global_step + self._more_steps(seconds, args))
+            self._follow(_broadcast(args, steps), args, state, kwargs["lr_scheduler"])
             self._keep(state)
         if state.global_step >= state.max_steps:
             control.should_training_stop = True
-        elif _told(args, self._used() >= self._limit):
+        elif _broadcast(args, self._used() >= self._limit):
             control.should_training_stop = control.should_save = True
 
-    def on_save(self, args, state, control, **_):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Record the plan beside the checkpoint."""
         self._keep(state)
 
     def _used(self) -> float:
         return time.monotonic() - self._start
 
     def _more_steps(self, seconds: float, args: TrainingArguments) -> int:
-        """Return how many more steps fit if each takes so many seconds, with the evaluations between and after them."""
+        """Return how many more steps of `seconds` each fit, together with their evaluations."""
         evaluation = FORWARD_SHARE * self._evaluation_steps * seconds
         left = self._limit - self._used() - evaluation
-        return max(0, int(left / (seconds + evaluation / args.eval_steps)))
+        return max(0, int(left / (seconds + evaluation / (args.eval_steps or math.inf))))
 
-    def _follow(self, args, state: TrainerState, lr_scheduler) -> None:
-        """Set the end of training and its learning rates to those of the plan."""
+    def _follow(self, steps: int, args: TrainingArguments, state: TrainerState, lr_scheduler: Any) -> None:
+        """Let training end after `steps` steps, and its learning rates with it."""
+        self._planned = steps
         if not hasattr(lr_scheduler, "lr_lambdas"):
-            raise UserError("train.max_minutes: DeepSpeed's own schedule cannot be planned; take it out of its file")
-        state.max_steps = self._planned
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)  # only to have the schedule's curve
-        planned = get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(self._planned), self._planned)
+            raise UserError(
+                "train.max_minutes: a schedule in a DeepSpeed file cannot be planned. Try: remove it from the file"
+            )
+        state.max_steps = steps
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)  # only carries the curve of the rates
+        planned = get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps)
         rate = planned.lr_lambdas[0]
         lr_scheduler.lr_lambdas = [rate] * len(lr_scheduler.lr_lambdas)
         rates = [base * rate(lr_scheduler.last_epoch) for base in lr_scheduler.base_lrs]
         for group, value in zip(lr_scheduler.optimizer.param_groups, rates, strict=True):
             group["lr"] = value
-        lr_scheduler._last_lr = rates  # it has no other name
+        lr_scheduler._last_lr = rates  # torch has no public name for it
 
     def _keep(self, state: TrainerState) -> None:
         if state.is_world_process_zero:
-            self._record({"steps": self._planned, "seconds": round(self._used(), 1)})
+            plan = {} if self._planned is None else {"steps": self._planned}
+            self._record({**plan, "seconds": round(self._used(), 1)})
 
 
-def _told(args: TrainingArguments, value):
-    """Return what the first process says, in every process."""
+def _broadcast(args: TrainingArguments, value: Value) -> Value:
+    """Return the value of the main process, in every process."""
     if args.world_size == 1:
         return value
     from accelerate.utils import broadcast_object_list

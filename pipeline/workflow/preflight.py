@@ -9,7 +9,7 @@ from pipeline.errors import ConfigError
 from pipeline.models import sources
 from pipeline.system import hardware
 from pipeline.tracking.trackers import tracker
-from pipeline.training.accelerate_launch import Launch, share
+from pipeline.training.accelerate_launch import Launch, split_step
 from pipeline.workflow.stages import quantize
 
 
@@ -73,7 +73,7 @@ def check_shared(config: Config, launch: Launch | None) -> None:
     if launch and config.data is None:
         raise ConfigError("--accelerate: this configuration has no data, so there is nothing to train")
     if launch:
-        share(config, launch.processes)
+        split_step(config, launch.processes)
 
 
 def _check_device(name: str) -> None:

@@ -201,7 +201,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from pipeline.training.nf4_base import load_base
-from pipeline.training.distributed import whole_adapter
+from pipeline.training.distributed import gather_adapter
 
 def make(divided):
     torch.manual_seed(0)
@@ -222,7 +222,7 @@ fully_shard(divided, mesh=mesh)
 loss = divided(input_ids=ids, labels=ids).loss
 loss.backward()
 assert abs(loss - expected) < 1e-3, (loss, expected)
-weights = whole_adapter(divided)
+weights = gather_adapter(divided)
 trained = {name: p for name, p in plain.named_parameters() if p.requires_grad}
 assert weights.keys() == trained.keys() and all(torch.equal(weights[name], p) for name, p in trained.items())
 held = [p.to_local().numel() / p.numel() for p in divided.parameters() if p.numel() > 1000]

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, MissingExtra
-from pipeline.training.accelerate_launch import Launch, read_launch, share, shipped_launches
+from pipeline.training.accelerate_launch import Launch, read_launch, shipped_launches, split_step
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_accelerate_understands_the_shipped_files(name):
     [(4, 4, 2, (4, 2)), (4, 1, 2, (2, 1)), (4, 6, 4, (2, 3)), (2, 3, 6, (1, 1)), (8, 1, 8, (1, 1))],
 )
 def test_step_has_as_many_examples_in_any_number_of_processes(batch_size, accumulate, processes, shared):
-    assert share(_config(batch_size, accumulate), processes) == shared
+    assert split_step(_config(batch_size, accumulate), processes) == shared
     assert shared[0] * shared[1] * processes == batch_size * accumulate
 
 

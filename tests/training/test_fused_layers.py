@@ -16,8 +16,8 @@ from pipeline.evaluation import metrics
 from pipeline.inference.kernels.attention import MODELS
 from pipeline.system import hardware
 from pipeline.training import fused_layers, fused_loss
-from pipeline.training.fused_layers import quicken_layers
-from pipeline.training.fused_loss import quicken_training
+from pipeline.training.fused_layers import fuse_layers
+from pipeline.training.fused_loss import fuse_training_step
 from pipeline.training.trainers import Job
 from pipeline.training.trainers.sft import build
 from pipeline.workflow.stages.merge import live_model
@@ -84,7 +84,7 @@ def assert_same(ours, theirs, tolerance):
 def test_step_in_float32_gives_the_libraries_numbers(any_model, kind):
     given = {"batch": inputs, "packed": packed}[kind]()
     plain, ours = adapted(any_model), adapted(any_model)
-    quicken_training(ours, torch.float32)
+    fuse_training_step(ours, torch.float32)
     found, expected = step(ours, given), step(plain, given)
     assert_same(found, expected, 1e-4)
     assert torch.equal(found[0].is_top1.bool(), expected[0].is_top1.bool())
@@ -93,7 +93,7 @@ def test_step_in_float32_gives_the_libraries_numbers(any_model, kind):
 def test_step_keeps_weights_as_stored_and_computes_in_float32(tiny_model):
     folder = tiny_model("llama")
     ours, exact = adapted(folder, torch.bfloat16), adapted(folder)
-    quicken_training(ours, torch.float32)
+    fuse_training_step(ours, torch.float32)
     stored = {name: p.dtype for name, p in ours.named_parameters() if p.ndim > 1 and "lora" not in name}
     assert set(stored.values()) == {torch.bfloat16}
     assert_same(step(ours, inputs()), step(exact, inputs()), 1e-4)
@@ -102,7 +102,7 @@ def test_step_keeps_weights_as_stored_and_computes_in_float32(tiny_model):
 def test_step_in_bfloat16_is_close_to_float32(tiny_model):
     folder = tiny_model("llama")
     ours, exact = adapted(folder, torch.bfloat16), adapted(folder)
-    quicken_training(ours, torch.bfloat16)
+    fuse_training_step(ours, torch.bfloat16)
     (found, gradients), (expected, exact_gradients) = step(ours, inputs()), step(exact, inputs())
     assert abs(float(found.loss) / float(expected.loss) - 1) < 0.01
     for name, gradient in gradients.items():
@@ -112,13 +112,13 @@ def test_step_in_bfloat16_is_close_to_float32(tiny_model):
 def test_adapter_on_some_layers_trains_those_alone(tiny_model):
     folder, targets = tiny_model("llama"), ["q_proj", "up_proj"]
     plain, ours = adapted(folder, targets=targets), adapted(folder, targets=targets)
-    quicken_training(ours, torch.float32)
+    fuse_training_step(ours, torch.float32)
     assert_same(step(ours, inputs()), step(plain, inputs()), 1e-4)
 
 
 def test_dropout_drops_the_adapters_input_and_nothing_else(tiny_model):
     model = adapted(tiny_model("llama"), dropout=0.5)
-    quicken_training(model, torch.float32)
+    fuse_training_step(model, torch.float32)
     layer = next(m for m in model.modules() if hasattr(m, "lora_A") and m.base_layer.in_features == 160)
     x = torch.randn(1, TOKENS, 160, requires_grad=True)
     torch.manual_seed(3)
@@ -144,23 +144,23 @@ def test_dropout_drops_the_adapters_input_and_nothing_else(tiny_model):
 def test_disabled_adapter_gives_the_base_model(tiny_model):
     folder = tiny_model("llama")
     model, base = adapted(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    quicken_layers(model.eval(), torch.float32)
+    fuse_layers(model.eval(), torch.float32)
     ids = inputs()["input_ids"]
     with torch.no_grad(), model.disable_adapter():
         torch.testing.assert_close(model(ids).logits, base(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_nf4_layer_multiplies_with_the_weights_that_merging_uses(tiny_model, monkeypatch):
-    from pipeline.training.nf4_base import HeldInNf4, load_base
+    from pipeline.training.nf4_base import Nf4Weight, load_base
 
     folder = tiny_model("qwen3")
     lora = LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM")
     model = get_peft_model(load_base(folder, in_nf4=True), lora)
-    quicken_layers(model, torch.float32)
+    fuse_layers(model, torch.float32)
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     name = "model.layers.0.mlp.up_proj"
     weight = stock.get_submodule(name).weight.data
-    expected = HeldInNf4([weight], tuple(weight.shape)).rows(0, len(weight)).float()
+    expected = Nf4Weight([weight], tuple(weight.shape)).rows(0, len(weight)).float()
     x = torch.randn(3, weight.shape[1])
     layer = model.get_base_model().get_submodule(name)
     torch.testing.assert_close(layer.get_base_layer()(x), x @ expected.T, rtol=1e-5, atol=1e-5)
@@ -171,13 +171,13 @@ def test_blocks_of_a_wide_weight_add_up(tiny_model, monkeypatch):
     plain, ours = adapted(folder), adapted(folder)
     monkeypatch.setattr(fused_layers, "BLOCK_ELEMENTS", 2000)
     monkeypatch.setattr(fused_loss, "LOGIT_ELEMENTS", 2000)
-    quicken_training(ours, torch.float32)
+    fuse_training_step(ours, torch.float32)
     assert_same(step(ours, inputs()), step(plain, inputs()), 1e-4)
 
 
 def test_packed_sequences_do_not_see_each_other(any_model):
     model = adapted(any_model).eval()
-    quicken_training(model, torch.float32)
+    fuse_training_step(model, torch.float32)
     given = packed()
     alone = {"input_ids": given["input_ids"][:, 19:], "labels": given["labels"][:, 19:], "fused_lm_head": True}
     with torch.no_grad():
@@ -188,7 +188,7 @@ def test_packed_sequences_do_not_see_each_other(any_model):
 def test_step_keeps_less_for_the_backward_pass(tiny_model):
     folder = tiny_model("llama")
     plain, ours = adapted(folder, dropout=0.05), adapted(folder, dropout=0.05)
-    quicken_training(ours, torch.float32)
+    fuse_training_step(ours, torch.float32)
 
     def kept_bytes(model) -> int:
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -258,7 +258,7 @@ def test_architectures_of_other_kinds_train_in_float32(monkeypatch, kind):
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-    quicken_training(models[0], torch.float32)
+    fuse_training_step(models[0], torch.float32)
     (found, gradients), (expected, exact_gradients) = step(models[0], inputs()), step(models[1], inputs())
     assert abs(float(found.loss) / float(expected.loss) - 1) < 0.01
     for name, gradient in gradients.items():
@@ -271,5 +271,5 @@ def test_other_architectures_keep_transformers_attention(tiny_model):
     model.get_base_model().config.model_type = "unknown"
     before = copy.copy(model.get_base_model().config._attn_implementation)
     assert "unknown" not in MODELS
-    quicken_layers(model, torch.float32)
+    fuse_layers(model, torch.float32)
     assert model.get_base_model().config._attn_implementation == before

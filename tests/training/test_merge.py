@@ -17,7 +17,7 @@ from pipeline.models.matrices import linear_weights, table_weights
 from pipeline.quantization.writer import Variants, quantize_checkpoint
 from pipeline.training import merge
 from pipeline.training.merge import merge_checkpoint
-from pipeline.training.nf4_base import HeldInNf4, rows_together
+from pipeline.training.nf4_base import Nf4Weight, row_multiple
 from tests.support.models import ARCHITECTURES
 
 RANK, ALPHA = 4, 12
@@ -211,9 +211,9 @@ def test_a_weight_seen_in_pieces_is_held_in_nf4_to_the_last_bit_as_if_seen_whole
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     weight = torch.randn(shape).bfloat16()
-    step = times * rows_together(*shape)
+    step = times * row_multiple(*shape)
     cuts = [(first, min(first + step, shape[0])) for first in range(0, shape[0], step)]
-    held = HeldInNf4((weight[a:b] for a, b in cuts), shape)
+    held = Nf4Weight((weight[a:b] for a, b in cuts), shape)
     whole = dequantize_4bit(*quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
     assert torch.equal(torch.cat([held.rows(a, b) for a, b in cuts]), whole)
     assert not torch.equal(whole, weight)

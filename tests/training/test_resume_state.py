@@ -82,5 +82,5 @@ def test_non_numbers_are_not_stored(path):
 def test_a_damaged_state_is_refused_in_one_line(path, content):
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="damaged, or of another kind; remove its folder"):
+    with pytest.raises(CheckpointError, match="damaged, or of another kind. Try: remove its folder"):
         load_state(path)

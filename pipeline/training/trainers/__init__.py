@@ -27,8 +27,8 @@ class Job:
         processes: the number of processes that train together.
         progress: called with how much is done, of how much, and what.
         metrics: called with figures to plot and their step.
-        time_plan: what `keep_time_plan` was last called with, if this training was stopped (`training.time_limit`).
-        keep_time_plan: records how many steps fit into `train.max_minutes`, and how much time is used.
+        time_plan: the last recorded plan, if this training was stopped (`training.time_limit`).
+        keep_time_plan: records the steps that fit into `train.max_minutes`, and the used time.
     """
 
     output: Path

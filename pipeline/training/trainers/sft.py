@@ -1,15 +1,14 @@
-"""trl's trainer with a run's settings, made to do in several processes what it does in one.
+"""Supervised fine-tuning with trl, with the same result in one process and in several.
 
-Each process takes every n-th batch, so a step sees the same examples in any number of processes. Where
-the last step of an epoch does not go round, accelerate would repeat examples; here the rest is filled
-with blanks, which have nothing that counts. The held-out loss is that of a counted token, over all
-of them: it depends on no division into batches.
+Each process takes every n-th batch, so a step sees the same examples in any number of processes. accelerate would
+repeat examples to complete the last step of an epoch. Here blank examples complete the step; no token of them counts.
+The held-out loss is the mean over all counted tokens, so it does not depend on the batches.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
@@ -23,18 +22,20 @@ from pipeline.config.training_catalog import METHODS
 from pipeline.data.encode import EncodedSet
 from pipeline.errors import UserError
 from pipeline.system import hardware
-from pipeline.training.accelerate_launch import share
-from pipeline.training.callbacks import OnDisk, Reports
+from pipeline.training.accelerate_launch import split_step
+from pipeline.training.callbacks import ProgressReporter, SyncCheckpoints
 from pipeline.training.checkpoints import SafeCheckpoints
-from pipeline.training.distributed import divided
-from pipeline.training.even_batches import Filled, with_blanks
-from pipeline.training.fused_loss import quicken_training
+from pipeline.training.distributed import sharding
+from pipeline.training.even_batches import PaddedSampler, add_blank_examples
+from pipeline.training.fused_loss import fuse_training_step
 from pipeline.training.nf4_base import load_base
 from pipeline.training.time_limit import TimeLimit
 from pipeline.training.trainers import Job
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
+    from transformers.trainer_utils import EvalLoopOutput
 
 
 def build(
@@ -43,14 +44,18 @@ def build(
     """Return the training loop of the base model in folder `model`, with its LoRA adapter in float32.
 
     Args:
+        config: the run; `config.train` has the settings.
+        model: folder of the base model.
+        tokenizer: the tokenizer that made the tokens.
         data: the tokens of the `training` and the `held-out` examples.
+        job: the work of this process.
 
     Raises:
         UserError: if the model has none of the layers that are to be trained.
     """
     settings, on_gpu = config.train, torch.cuda.is_available()
     dtype = hardware.compute_dtype("cuda" if on_gpu else "cpu")
-    batch_size, accumulate = share(config, job.processes)
+    batch_size, accumulate = split_step(config, job.processes)
     datasets = {
         name: Dataset.from_dict(
             {"input_ids": [e.input_ids for e in part.examples], "labels": [e.labels for e in part.examples]}
@@ -59,7 +64,7 @@ def build(
         if part.examples
     }
     optimizer = {"adamw": "adamw_torch", "paged_adamw_8bit": "paged_adamw_8bit"}.get(
-        settings.optimizer, "paged_adamw_8bit" if on_gpu and not divided() else "adamw_torch"
+        settings.optimizer, "paged_adamw_8bit" if on_gpu and not sharding() else "adamw_torch"
     )
     evaluation = datasets.get("held-out")
     args = SFTConfig(
@@ -95,13 +100,13 @@ def build(
     )
     lora = LoraConfig(
         r=settings.lora.rank,
-        lora_alpha=settings.lora.alpha,
+        lora_alpha=settings.lora.alpha,  # type: ignore[arg-type]  # peft also takes fractions
         lora_dropout=settings.lora.dropout,
         target_modules=settings.lora.target_modules,
         task_type="CAUSAL_LM",
     )
-    # After the arguments, which prepare a model's way to be divided while it loads.
-    base = load_base(model, METHODS[settings.method].in_nf4, divided() is not None)
+    # After SFTConfig, which prepares DeepSpeed to shard the model while it loads.
+    base = load_base(model, METHODS[settings.method].in_nf4, sharding() is not None)
     try:
         trainer = SftTrainer(
             model=base,
@@ -110,7 +115,11 @@ def build(
             eval_dataset=evaluation,
             processing_class=tokenizer,
             peft_config=lora,
-            callbacks=[Reports(job.progress, job.metrics), *_time_limit(settings, data, job), OnDisk()],
+            callbacks=[
+                ProgressReporter(job.progress, job.metrics),
+                *_time_limit(settings, data, job),
+                SyncCheckpoints(),
+            ],
         )
     except ValueError as error:
         if "target modules" not in str(error).lower():
@@ -118,13 +127,14 @@ def build(
         raise UserError(
             f"train.lora.target_modules {settings.lora.target_modules}: the model has no such layers"
         ) from None
-    # trl puts a 4-bit model's adapter into bf16, where small updates are rounded away, and a resumed
-    # one is in float32 again: then it would not be the same training.
-    for parameter in trainer.model.parameters():
+    # trl holds the adapter of a 4-bit model in bf16, which rounds small updates away. A resumed adapter is in float32,
+    # so the resumed training would differ.
+    adapted = cast("PeftModel", trainer.model)
+    for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    if not on_gpu and not divided():
-        quicken_training(trainer.model, dtype)
+    if not on_gpu and not sharding():
+        fuse_training_step(adapted, dtype)
     return trainer
 
 
@@ -133,51 +143,63 @@ def _time_limit(settings: Train, encoded: dict[str, EncodedSet], job: Job) -> li
         return []
     held_out = sum(len(example.input_ids) for example in encoded["held-out"].examples)
     examples = encoded["training"].examples
-    # Packed sequences are full; others are as long as their examples, which are shorter than `max_length`.
+    # Packed sequences have `max_length` tokens; others are as long as their examples.
     length = settings.max_length if settings.packing else sum(len(e.input_ids) for e in examples) / len(examples)
     steps = held_out / (length * settings.batch_size * settings.accumulate)
     return [TimeLimit(settings.max_minutes, steps, job.time_plan, job.keep_time_plan)]
 
 
 class SftTrainer(SafeCheckpoints, SFTTrainer):
-    """Takes token ids and labels, as `pipeline.data` makes them."""
+    """A trl trainer of token ids and labels, as `pipeline.data` makes them."""
 
-    def __init__(self, **settings):
+    train_dataset: Dataset
+    eval_dataset: Dataset | None
+
+    def __init__(self, **settings: Any):
         super().__init__(**settings)
         self._examples, self._blanks, processes = len(self.train_dataset), 0, self.accelerator.num_processes
         if processes == 1:
             return
         self._blanks = -self._examples % (self.args.per_device_train_batch_size * processes)
-        self.train_dataset = with_blanks(self.train_dataset, min(self._blanks, 1))
+        self.train_dataset = add_blank_examples(self.train_dataset, min(self._blanks, 1))
         if self.eval_dataset is not None:
             together = self.args.per_device_eval_batch_size * processes
-            self.eval_dataset = with_blanks(self.eval_dataset, -len(self.eval_dataset) % together)
+            self.eval_dataset = add_blank_examples(self.eval_dataset, -len(self.eval_dataset) % together)
 
-    def _get_train_sampler(self, train_dataset=None) -> Sampler:
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         if not self._blanks:
             return super()._get_train_sampler(train_dataset)
-        # The order that accelerate gives an ordinary sampler, and after it the blank, which lies at the end.
+        # accelerate's order of the examples, and then the blank example, which is the last of the data set.
         order = SeedableRandomSampler(range(self._examples), data_seed=self.args.data_seed)
-        return Filled(order, [self._examples] * self._blanks)
+        return PaddedSampler(order, [self._examples] * self._blanks)
 
-    def _run_epoch(self, **settings):  # it has no other name
+    def _run_epoch(self, *arguments: Any, **settings: Any) -> None:
         if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(**settings)
-        else:  # by itself it takes a step more where it goes on from the checkpoint of the last one
+            super()._run_epoch(*arguments, **settings)
+        else:  # transformers takes one step too many after it resumes from the checkpoint of the last step
             self.control.should_training_stop = True
 
-    def evaluation_loop(self, *arguments, **settings):
+    def evaluation_loop(self, *arguments: Any, **settings: Any) -> EvalLoopOutput:
+        """Evaluate, and replace the loss by the mean over all counted tokens, in nats."""
         self._loss_of_all, self._counted = 0.0, 0
         output = super().evaluation_loop(*arguments, **settings)
         prefix = settings.get("metric_key_prefix", "eval")
-        output.metrics[f"{prefix}_loss"] = float(self._loss_of_all / self._counted)
-        return output
+        loss = float(self._loss_of_all / self._counted)
+        return output._replace(metrics={**(output.metrics or {}), f"{prefix}_loss": loss})
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, None, None]:
+        """Return the loss of one batch, and count its tokens in all processes."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             counted = self._get_num_items_in_batch([inputs], self.args.device)  # in all processes
-            # As in training, the mean over processes is the loss of a token.
+            assert counted is not None, "the batch has labels"
+            # As in training, the mean over processes is the loss per token.
             loss = self.compute_loss(model, inputs, num_items_in_batch=counted).detach()
         self._loss_of_all += float(self.accelerator.reduce(loss.clone(), "mean") * counted)
         self._counted += int(counted)

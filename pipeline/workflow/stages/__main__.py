@@ -23,7 +23,7 @@ from pipeline.hub.retry import show_waits
 from pipeline.system.files import no_room
 from pipeline.system.libraries import quiet
 from pipeline.tracking.events import Events, Unheard
-from pipeline.training.distributed import Team, is_echo
+from pipeline.training.distributed import TrainingProcess, is_caused_by_other_process
 from pipeline.workflow.stage_log import print_without_tokens, wait_for
 from pipeline.workflow.stages import failure_of, perform, tell_failure
 from pipeline.workflow.workspace import Workspace
@@ -39,37 +39,37 @@ class Terminated(BaseException):
 
 def main() -> int:
     folder, stage, *names = sys.argv[1:]
-    variants, team = tuple(names), Team.here()
+    variants, process = tuple(names), TrainingProcess.current()
     workspace = Workspace.open(folder)
-    writer = _print_to(None if team.leads else workspace.log_of(stage, variants, team.rank))
+    writer = _print_to(None if process.is_main else workspace.log_of(stage, variants, process.rank))
     report = _Socket()
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     orphaned = threading.Event()
     threading.Thread(target=_end_with_parent, args=(orphaned,), daemon=True).start()
     config = workspace.config()
-    shown = (report.progress, report.show) if team.hosts else ()
-    events = (Events if team.leads else Unheard)(workspace.events_path, config.name, *shown)
+    shown = (report.progress, report.show) if process.is_local_main else ()
+    events = (Events if process.is_main else Unheard)(workspace.events_path, config.name, *shown)
     show_waits(events.show)
     start = time.monotonic()
     try:
-        if team.hosts:
+        if process.is_local_main:
             _wait_for_former(workspace)
         quiet()
         outcome = perform(stage, config, workspace, events, variants)
-        if team.hosts:
+        if process.is_local_main:
             report.send({"outcome": {"outputs": [str(p) for p in outcome.outputs], "summary": outcome.summary}})
-        report.send({"finished": team.rank})
+        report.send({"finished": process.rank})
         return 0
     except BaseException as problem:
         error = no_room(problem, workspace.folder) or problem
-        if team.size == 1 or orphaned.is_set():
+        if process.size == 1 or orphaned.is_set():
             with contextlib.suppress(OSError):  # if the disk is full, the line below has to do
                 tell_failure(stage, events, variants, error, time.monotonic() - start)
         if not isinstance(error, UserError):
             traceback.print_exc()
-        failure = failure_of(stage, variants, error, team.rank, team.size)
-        report.send({"error": {**failure, "echo": is_echo(error)}})
+        failure = failure_of(stage, variants, error, process.rank, process.size)
+        report.send({"error": {**failure, "echo": is_caused_by_other_process(error)}})
         return failure["exit_code"]
     finally:
         wait_for(writer)

@@ -163,10 +163,10 @@ def live_model(config: Config, base: Path, adapter: Path) -> Any:
     from peft import PeftModel
 
     from pipeline.system import hardware
-    from pipeline.training.fused_layers import quicken_layers
+    from pipeline.training.fused_layers import fuse_layers
     from pipeline.training.nf4_base import load_base
 
     model = PeftModel.from_pretrained(load_base(base, METHODS[config.train.method].in_nf4), adapter).eval()
     if model.device.type == "cpu":
-        quicken_layers(model, hardware.compute_dtype("cpu"))
+        fuse_layers(model, hardware.compute_dtype("cpu"))
     return model

@@ -27,7 +27,7 @@ from pipeline.system import hardware
 from pipeline.system.files import empty_folder, fingerprint, read_json, replace_folder
 from pipeline.system.libraries import versions
 from pipeline.tracking.events import Events
-from pipeline.training.distributed import Meeting, Team, divided, whole_adapter
+from pipeline.training.distributed import ProcessGroup, TrainingProcess, gather_adapter, sharding
 from pipeline.workflow import baseline
 from pipeline.workflow.stages import Outcome
 from pipeline.workflow.stages.inputs import base_model, hashes_of, model_depends, without_limit
@@ -71,25 +71,25 @@ def run(config: TrainingRun, workspace: Workspace, events: Events, variants: tup
     from pipeline.training.trainers import Job, trainer_module
 
     quiet_progress_bars()
-    team = Team.here()
-    meeting = team.meet()
-    with meeting.host_first():
-        prepared = _prepare(config, workspace, events, team)
+    process = TrainingProcess.current()
+    group = process.join_group()
+    with group.local_main_first():
+        prepared = _prepare(config, workspace, events, process)
         depends_on = fingerprint(depends(config, workspace, ()))
-    if meeting.told(depends_on) != depends_on:
-        raise UserError(f"machine {team.machine}: its settings, data, model or libraries are not machine 0's")
+    if group.broadcast(depends_on) != depends_on:
+        raise UserError(f"machine {process.machine}: its settings, data, model or libraries are not machine 0's")
     set_seed(config.train.seed)
     start = time.monotonic()
     compute_dtype = hardware.dtype_name(hardware.compute_dtype("cuda" if torch.cuda.is_available() else "cpu"))
     if compute_dtype == "float16":
         events.show(["computing in float16: this GPU has no bfloat16 instructions (compute capability below 8.0)"])
-    checkpoints = _checkpoints(config, workspace, depends_on, team)
+    checkpoints = _checkpoints(config, workspace, depends_on, process)
     plan, keep_plan = _time_plan(workspace, checkpoints)
-    job = Job(checkpoints, team.size, events.progress, events.metrics, plan, keep_plan)
+    job = Job(checkpoints, process.size, events.progress, events.metrics, plan, keep_plan)
     trainer = trainer_module(config).build(config, prepared.base, prepared.tokenizer, prepared.encoded, job)
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    resumed_from = _train(trainer, checkpoints, meeting)
-    adapter = whole_adapter(trainer.model)
+    resumed_from = _train(trainer, checkpoints, group)
+    adapter = gather_adapter(trainer.model)
     metric = TRAINERS[config.train.trainer].metric
     losses, held_out_losses, figures = (
         [row[key] for row in trainer.state.log_history if key in row] for key in ("loss", "eval_loss", metric)
@@ -98,7 +98,7 @@ def run(config: TrainingRun, workspace: Workspace, events: Events, variants: tup
         raise UserError(
             f"train.learning_rate {config.train.learning_rate}: training diverged, its loss is not a number; lower it"
         )
-    if team.leads:
+    if process.is_main:
         _save_adapter(trainer, adapter, workspace)
     summary = {
         "steps": trainer.state.global_step,
@@ -113,10 +113,10 @@ def run(config: TrainingRun, workspace: Workspace, events: Events, variants: tup
         **summary,
         "resumed_from_step": resumed_from,
         "device": trainer.args.device.type,
-        "processes": team.size,
+        "processes": process.size,
         "history": [row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row],
     }
-    if not team.leads:
+    if not process.is_main:
         return Outcome((), summary)
     workspace.write_measurement("data", prepared.description)
     workspace.write_measurement("training", measured)
@@ -134,7 +134,7 @@ class _Prepared:
     description: dict
 
 
-def _prepare(config: TrainingRun, workspace: Workspace, events: Events, team: Team) -> _Prepared:
+def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process: TrainingProcess) -> _Prepared:
     """Read the data, fetch the model, tokenize, and show what will be trained on.
 
     One process of each machine writes; the others read what it left.
@@ -148,9 +148,9 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, team: Te
     events.progress(0, 1, "reading the data")  # first, since a bad row should not wait for a long download
     workspace.data.mkdir(exist_ok=True)
     skipped = workspace.data / "skipped.txt"
-    with open(skipped if team.hosts else os.devnull, "w", encoding="utf-8") as log:
+    with open(skipped if process.is_local_main else os.devnull, "w", encoding="utf-8") as log:
         data = load_examples(config.data, lambda where, reason: print(f"{where}: {reason}", file=log))
-    if team.hosts:
+    if process.is_local_main:
         if not data.skipped.total:
             skipped.unlink()
         write_examples(workspace.data / "held_out.jsonl", data.held_out)
@@ -193,24 +193,24 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, team: Te
     return _Prepared(base, tokenizer, encoded, description)
 
 
-def _checkpoints(config: Config, workspace: Workspace, depends_on: str, team: Team) -> Path:
+def _checkpoints(config: Config, workspace: Workspace, depends_on: str, process: TrainingProcess) -> Path:
     """The folder of this training's checkpoints; a checkpoint counts only for the settings it was made with.
 
-    Where the model is divided, so is a checkpoint, and then it counts only for as many processes.
+    The checkpoint of a sharded model counts only for the same number of processes.
     All machines use machine 0's folder, which lies beside their own.
     """
-    from pipeline.training.checkpoints import is_whole
+    from pipeline.training.checkpoints import is_complete
 
-    run = workspace.folder.parent / config.name if team.machine else workspace.folder
+    run = workspace.folder.parent / config.name if process.machine else workspace.folder
     checkpoints = Workspace(run).checkpoints
-    own = checkpoints / (f"{depends_on}-{divided()}-{team.size}" if divided() else depends_on)
-    if not team.leads:
+    own = checkpoints / (f"{depends_on}-{sharding()}-{process.size}" if sharding() else depends_on)
+    if not process.is_main:
         return own
     for other in checkpoints.glob("*"):
         if other != own:
             shutil.rmtree(other)
     for checkpoint in own.glob("checkpoint-*"):
-        if not is_whole(checkpoint):
+        if not is_complete(checkpoint):
             shutil.rmtree(checkpoint)
     return own
 
@@ -223,19 +223,19 @@ def _time_plan(workspace: Workspace, checkpoints: Path) -> tuple[dict, Callable[
     return known, lambda plan: workspace.note("train", time_plan={"checkpoints": checkpoints.name, **plan})
 
 
-def _train(trainer, checkpoints: Path, meeting: Meeting) -> int | None:
+def _train(trainer, checkpoints: Path, group: ProcessGroup) -> int | None:
     """Train to the end; the step of the checkpoint that it went on from, if there was one."""
     from transformers.trainer_utils import get_last_checkpoint
 
-    from pipeline.training.checkpoints import count_on
+    from pipeline.training.checkpoints import restore_token_count
 
     found = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    last = meeting.told(Path(found).name if found else None)
+    last = group.broadcast(Path(found).name if found else None)
     if last and not (checkpoints / last / "trainer_state.json").is_file():
         raise UserError(f"{checkpoints / last}: machine 0 goes on from this checkpoint, which is not to be seen here; "
                         "all machines need the same runs folder")  # fmt: skip
     if last:
-        count_on(trainer, checkpoints / last)
+        restore_token_count(trainer, checkpoints / last)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoints / last) if last else None)
     except UnpicklingError:  # of FSDP's files, which are opened with `weights_only`
