@@ -105,8 +105,12 @@ class Variant:
 
     def format_of(self, packing: str | None) -> str:
         """Return the format of a packing (None: the variant's own format)."""
-        found = self.packings.get(packing or "")
+        found = self.packing(packing)
         return found.format if found else self.format
+
+    def packing(self, name: str | None) -> Packing | None:
+        """Return the packing with that name, or the default one; None if the variant has no packings."""
+        return self.packings.get(name or "", next(iter(self.packings.values()), None))
 
 
 class Need(Enum):

@@ -92,8 +92,7 @@ class VariantSpec(Section):
     @property
     def mixes(self) -> bool:
         """Return True if single layers can be stored in eight bits."""
-        default = next(iter(self.variant.packings.values()), None)
-        packing = self.variant.packings.get(self.packing or "", default)
+        packing = self.variant.packing(self.packing)
         return packing is not None and packing.mixes
 
     def making(self) -> dict:

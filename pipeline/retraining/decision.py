@@ -76,7 +76,7 @@ class Record:
             told = read_json(path, {})
             figures = told.get("comparison")
             return cls(**told | {"comparison": Comparison.model_validate(figures) if figures else None})
-        except (WorkspaceError, TypeError, OSError, ValidationError):
+        except (WorkspaceError, AttributeError, TypeError, OSError, ValidationError):
             return cls()
 
     def write(self, path: Path) -> None:
