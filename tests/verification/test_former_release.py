@@ -18,7 +18,6 @@ def former(release) -> Release:
     """The documents of version 0.1 beside the models of today, which have the same bytes and may have other hashes."""
     shutil.copytree(FORMER, release.folder, dirs_exist_ok=True)
     content = release.lineage()
-    content["made_with"]["tunepress"] = "0.0.1"  # another version than this one, so that wording may differ
     release.write_lineage(content)
     for path in content["files"]:
         release.own(path)
