@@ -1,7 +1,7 @@
-"""Stage events: appended to the workspace's spool first, sent to trackers from there.
+"""Stage events: appended to the spool of the run first, sent to a tracker from there.
 
-A stage's process only appends to `events.jsonl`; the process that started it forwards
-the spool (`pipeline.tracking.forwarder`). A record is one line of JSON: an event
+A stage's process only appends to the spool, `events.jsonl`. The process that started the stage sends
+the spool to the tracker (`pipeline.tracking.forwarder`). A record is one line of JSON: an event
 
     {"time": ..., "run": ..., "event": "merge_completed", "stage": "merge", ...}
 
@@ -21,7 +21,7 @@ from typing import Literal
 from pipeline.errors import UserError, printable, redact
 from pipeline.system.files import sync
 
-# verb -> (what its events call the stage, the name of its push event)
+# verb -> (the stage's name in events, the name of its push event)
 STAGES = {
     "train": ("training", "adapter_pushed"),
     "merge": ("merge", "merged_model_pushed"),
@@ -33,13 +33,13 @@ Kind = Literal["started", "completed", "pushed", "failed"]
 
 
 class Events:
-    """The pen with which a run writes its spool.
+    """The writer of a run's spool.
 
     Args:
         path: the workspace's `events.jsonl`.
         run: name of the run, in every record.
-        on_progress: shows progress (done, total, what) to whoever watches; nothing is stored.
-        on_show: shows lines to whoever watches; nothing is stored.
+        on_progress: shows progress (done, total, activity) to people; nothing is stored.
+        on_show: shows lines to people; nothing is stored.
     """
 
     def __init__(
@@ -53,27 +53,29 @@ class Events:
         self._on_progress, self._on_show = on_progress, on_show
 
     def emit(self, verb: str, kind: Kind, variant: str | None = None, **fields: object) -> None:
-        """Append an event of a stage; it is on disk when this returns."""
+        """Append an event of a stage to the spool, and flush it to the disk."""
         stage, pushed = STAGES[verb]
         event = pushed if kind == "pushed" else f"{stage}_{kind}"
         about = {"event": event, "stage": stage} | ({"variant": variant} if variant else {})
         self._append(about | fields)
 
     def failed(self, verb: str, variant: str | None, error: BaseException | str, seconds: float = 0.0) -> None:
-        """Append the failure event of a stage; `error` may be a plain reason, such as a signal's name."""
+        """Append the failure event of a stage; `error` may be a plain reason, such as the name of a signal."""
         kind = "Killed" if isinstance(error, str) else type(error).__name__
         message = error if isinstance(error, str) else one_line(error)
         self.emit(verb, "failed", variant, error=kind, message=message, seconds=round(seconds, 3))
 
     def metrics(self, values: dict[str, float], step: int) -> None:
-        """Append figures to plot, such as the training loss at a step."""
+        """Append figures to plot, such as the training loss at an optimizer step."""
         self._append({"metrics": values, "step": step})
 
     def progress(self, done: int, total: int, what: str = "") -> None:
+        """Show that `done` of `total` is done, and what is being done."""
         if self._on_progress:
             self._on_progress(done, total, what)
 
     def show(self, lines: list[str]) -> None:
+        """Show lines to people."""
         if self._on_show:
             self._on_show(lines)
 
@@ -94,21 +96,21 @@ class Events:
             os.close(descriptor)
 
 
-class Unheard(Events):
-    """The pen of a process that trains along with the one that writes: nothing is appended."""
+class SilentEvents(Events):
+    """The events of a process that trains beside the one that writes the spool: they are not stored."""
 
     def _append(self, record: dict) -> None:
         pass
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message in one line, without secrets and of a bearable length."""
+    """Return an error's message in one line, without secrets, cut to 500 characters unless it is for people."""
     text = printable(redact(" ".join(str(error).split())) or type(error).__name__)
     return text if isinstance(error, UserError) or len(text) <= 500 else text[:497] + "..."
 
 
 def read_events(path: Path, offset: int = 0) -> tuple[list[dict], int]:
-    """Records from a byte offset on, and the offset after the last whole line."""
+    """Return the records from a byte offset on, and the offset after the last whole line."""
     if not path.is_file():
         return [], 0
     with open(path, "rb") as file:
@@ -120,5 +122,5 @@ def read_events(path: Path, offset: int = 0) -> tuple[list[dict], int]:
         try:
             records.append(json.loads(line))
         except ValueError:
-            continue  # torn by a power cut; what it said is lost
+            continue  # cut off by a power failure; its content is lost
     return records, offset + len(whole)

@@ -1,9 +1,8 @@
-"""From the spool to a tracker: every record once and in order, and never in the run's way.
+"""Transfer of the spool to a tracker: every record once and in order, without delaying the run.
 
-`events.jsonl` is the truth. A record's identity follows from the spool alone, and a tracker
-keeps a record that it is sent twice only once; so what is not known to have arrived is sent
-again, after an outage and after a kill alike, and nothing about it has to be remembered.
-All of it happens in a thread, for a tracker may be slow, or at an address that never answers.
+The id of a record follows from the spool alone, and a tracker stores each id once. After an outage or a kill,
+records that may not have arrived are therefore sent again, and no state has to be kept.
+A thread does the sending, because a tracker may be slow or never answer.
 """
 
 from __future__ import annotations
@@ -21,15 +20,16 @@ from pipeline.tracking.events import one_line, read_events
 
 BATCH = 200  # records in one request
 FIRST_RETRY, LAST_RETRY = 0.5, 30.0  # seconds between attempts on a tracker that is away
-PATIENCE = 10.0  # seconds that the end of a run waits for a tracker
+CLOSE_SECONDS = 10.0  # seconds that the end of a run waits for a tracker
 
 
 @dataclass(frozen=True)
 class Item:
-    """A record of the spool on its way.
+    """A record of the spool, ready to be sent.
 
-    id: 32 hex digits, the same whenever this record is sent and no other's.
-    step: the training step it belongs to; for an event, the last one before it.
+    Attributes:
+        id: 32 hex digits, unique to this record and the same whenever it is sent.
+        step: the training step of the record; for an event, the last one before it.
     """
 
     id: str
@@ -38,25 +38,26 @@ class Item:
 
     @property
     def is_event(self) -> bool:
+        """Return True if this is an event, and not metrics of training."""
         return "event" in self.record
 
 
 class Connection(Protocol):
-    """An open tracker of one run. Any exception means: not now, try again later."""
+    """An open tracker of one run. After any exception the forwarder tries again later."""
 
     def send(self, items: list[Item]) -> None:
-        """Store these, once each, however often they are sent; they are stored when it returns."""
+        """Store each of these records once, however often it is sent, before this returns."""
 
     def stored(self) -> tuple[int, int] | None:
-        """How many records, and how many of them events, it holds of this run; None if it cannot know."""
+        """Return how many records of this run are stored, and how many of them are events; None if unknown."""
 
 
-# The spool's identity, and the time of its first record in seconds since the epoch -> the tracker
+# (id of the spool, time of its first record in seconds since the epoch) -> the tracker
 Opener = Callable[[str, float], Connection]
 
 
 class Spool:
-    """Reads `events.jsonl` on from where it had got to. A spool that begins anew is another spool."""
+    """A reader of `events.jsonl` that goes on at the place it has reached. A new file is another spool."""
 
     def __init__(self, path: Path):
         self._path, self._offset, self._step = path, 0, 0
@@ -64,7 +65,7 @@ class Spool:
         self.records = self.events = 0  # read so far
 
     def read(self) -> list[Item]:
-        """What has been written since."""
+        """Return the records that were written since the last call."""
         records, self._offset = read_events(self._path, self._offset)
         return [self._number(record) for record in records]
 
@@ -80,16 +81,19 @@ class Spool:
 
 
 class Forwarder:
-    """Sends a spool to a tracker while it grows.
+    """The sender of a growing spool to a tracker.
 
     Args:
         spool: the workspace's `events.jsonl`.
         open_tracker: connects; called again after every failure.
-        patience: seconds that `close` waits at most.
+        close_seconds: the longest time that `close` waits.
+
+    Attributes:
+        problem: why the last attempt failed; None if it did not.
     """
 
-    def __init__(self, spool: Path, open_tracker: Opener, patience: float = PATIENCE):
-        self._path, self._open, self._patience = spool, open_tracker, patience
+    def __init__(self, spool: Path, open_tracker: Opener, close_seconds: float = CLOSE_SECONDS):
+        self._path, self._open, self._close_seconds = spool, open_tracker, close_seconds
         self._spool = Spool(spool)
         self._tracker: Connection | None = None
         self._waiting: list[Item] = []
@@ -98,7 +102,7 @@ class Forwarder:
         self.problem: str | None = None
 
     def forward(self) -> threading.Thread:
-        """Say that there may be something new, and return the thread that sends it at once."""
+        """Wake the thread that sends new records, and return it."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="forwarder", daemon=True)
             self._thread.start()
@@ -106,28 +110,29 @@ class Forwarder:
         return self._thread
 
     def close(self) -> None:
-        """Send the rest, as far as the tracker's answers allow in bearable time; `problem` says what remained."""
+        """Send the rest within `close_seconds`; `problem` says why records remained."""
         self._closing.set()
         thread = self.forward()
-        thread.join(self._patience)
+        thread.join(self._close_seconds)
         if thread.is_alive():
-            self.problem = self.problem or f"no answer within {self._patience:g} seconds"
+            self.problem = self.problem or f"no answer within {self._close_seconds:g} seconds"
 
     def send_all(self) -> int:
-        """Send what is missing, here and now, and see that it arrived.
+        """Send all missing records in this thread, and check that they are stored.
 
         Returns:
             How many records were sent.
 
         Raises:
-            Exception: whatever the tracker raises; TrackError where it does not keep what it is sent.
+            TrackError: if the tracker does not store the records.
+            Exception: any other error of the tracker.
         """
         sent = self._send_new()
         if not self._is_stored():
-            self._begin_anew(known=False)
+            self._reopen(skip_stored=False)
             sent += self._send_waiting()
             if not self._is_stored():
-                raise TrackError("it did not keep what it was sent")
+                raise TrackError("the tracker did not store the records")
         return sent
 
     def _work(self) -> None:
@@ -137,7 +142,7 @@ class Forwarder:
             try:
                 self.send_all() if last else self._send_new()
                 self.problem, pause = None, FIRST_RETRY
-            except Exception as error:  # whatever a tracker throws, the run goes on
+            except Exception as error:  # the run goes on after any error of a tracker
                 self.problem, self._tracker = one_line(error), None
             if last:
                 return
@@ -150,7 +155,7 @@ class Forwarder:
 
     def _send_new(self) -> int:
         if self._tracker is None:
-            self._begin_anew()
+            self._reopen()
         else:
             self._waiting += self._spool.read()
         return self._send_waiting()
@@ -159,21 +164,20 @@ class Forwarder:
         sent = 0
         while self._waiting:
             batch = self._waiting[:BATCH]
-            assert self._tracker is not None, "what waits was read after it was opened"
+            assert self._tracker is not None, "records wait only after the tracker was opened"
             self._tracker.send(batch)
             del self._waiting[:BATCH]
             sent += len(batch)
         return sent
 
-    def _begin_anew(self, known: bool = True) -> None:
-        """Read the spool from its beginning; what a newly opened tracker says it holds is left out if `known`."""
+    def _reopen(self, skip_stored: bool = True) -> None:
+        """Open the tracker, and read the spool from its beginning; leave out stored records if `skip_stored`."""
         self._spool = Spool(self._path)
         items = self._spool.read()
         if not items:
             return
         self._tracker = tracker = self._open(self._spool.id, self._spool.began)
-        held = _held(items, tracker.stored()) if known else 0
-        self._waiting = items[held:]
+        self._waiting = items[_stored_first(items, tracker.stored()) if skip_stored else 0 :]
 
     def _is_stored(self) -> bool:
         if self._tracker is None:
@@ -182,8 +186,8 @@ class Forwarder:
         return stored is None or (stored[0] >= self._spool.records and stored[1] >= self._spool.events)
 
 
-def _held(items: list[Item], stored: tuple[int, int] | None) -> int:
-    """How many of the first items a tracker holds: as many as it says, if that many hold as many events; else none."""
+def _stored_first(items: list[Item], stored: tuple[int, int] | None) -> int:
+    """Return how many of the first items are stored; 0 if the tracker's two counts fit no such number."""
     if stored is None:
         return 0
     records, events = stored

@@ -8,7 +8,7 @@ from pipeline import data
 from pipeline.config.schema import Config, TrainingRun
 from pipeline.errors import Interrupted
 from pipeline.models import sources
-from pipeline.tracking.events import Unheard
+from pipeline.tracking.events import SilentEvents
 from pipeline.training.accelerate_launch import Launch
 from pipeline.workflow.preflight import check_shared
 from pipeline.workflow.reporter import Reporter
@@ -37,7 +37,7 @@ def join(config: Config, launch: Launch, root: str | Path = "runs", reporter: Re
         reporter.begin(config, workspace)
         reporter.started(step)
         reporter.show([f"waiting for machine 0 at {launch.main_process_ip}; stop this if its training is finished"])
-        events = Unheard(workspace.events_path, config.name)
+        events = SilentEvents(workspace.events_path, config.name)
         try:
             report = run_stage("train", (), workspace, events, reporter, reporter.tick, launch, grace=GRACE_SECONDS)
             reporter.finished(step, Entry("", summary=report.summary, seconds=report.seconds))

@@ -263,14 +263,14 @@ def test_a_repository_with_another_model_is_not_mixed_up_with_this_one(hub):
         ("http://127.0.0.1:7860", None),
     ],
 )
-def test_an_address_of_trackio_is_a_spaces_or_a_servers(address, space):
+def test_trackio_address_names_a_space_or_a_server(address, space):
     assert space_at(address) == space
 
 
 def test_hub_resolves_ambiguous_space_addresses(hub):
     space: Repository = hub.store.create("space", "ada/my.board")
     space.host = "https://ada-my-board.hf.space"
-    with pytest.raises(UserError, match="give https://huggingface.co/spaces/USER/NAME"):
+    with pytest.raises(UserError, match="Try: https://huggingface.co/spaces/USER/NAME"):
         space_at("https://ada-my-board.hf.space")
     hub.store.create("space", "ada/my-board").host = "https://ada-my-board.hf.space"
     assert space_at("https://ada-my-board.hf.space") == "ada/my-board"

@@ -98,7 +98,7 @@ class TrackioServer:
 
 @dataclass
 class Run:
-    """A spool that grows as in a run, and what forwards it."""
+    """A growing spool as in a run, and its forwarder."""
 
     folder: Path
     config: Config
@@ -109,7 +109,7 @@ class Run:
         self.events = Events(self.spool, self.config.name)
 
     def train(self, first: int, last: int) -> None:
-        """The records of a training's steps."""
+        """Write the records of these training steps."""
         if first == 1:
             self.events.emit("train", "started", parameters=10)
         for step in range(first, last + 1):
@@ -122,6 +122,12 @@ class Run:
     def forwarder(self, **options) -> Forwarder:
         return Forwarder(self.spool, opener(self.config), **options)
 
+    def send(self, **options) -> str | None:
+        """Send the spool as the end of a run does, and return the problem if there was one."""
+        forwarder = self.forwarder(**options)
+        forwarder.close()
+        return forwarder.problem
+
     def records(self) -> list[dict]:
         return [json.loads(line) for line in self.spool.read_text().splitlines()]
 
@@ -132,15 +138,15 @@ def configuration(name: str = "tiny", **track) -> Config:
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 10) -> None:
-    """Wait until it holds, but not for ever."""
+    """Wait until a condition holds; fail after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it never came to pass"
+        assert time.monotonic() < end, "the condition never held"
         time.sleep(0.02)
 
 
 def assert_once_each(rows: list[dict], records: list[dict]) -> None:
-    """Nothing missing, nothing twice, nothing changed."""
+    """Check that each record is stored once, unchanged."""
     from pipeline.tracking.trackers.trackio import as_metrics
 
     logs = [json.loads(r["metrics"]) for r in rows if "metrics" in r]

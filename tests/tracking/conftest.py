@@ -1,4 +1,4 @@
-"""A Trackio server of this user's own, and a run that it shows."""
+"""A self-hosted Trackio server, and a run that it shows."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ def server(tmp_path):
 
 @pytest.fixture
 def run(server, tmp_path) -> Run:
-    """A run that is shown by the server."""
+    """A run that the server shows."""
     return Run(tmp_path / "run", configuration(server=server.url))

@@ -1,4 +1,4 @@
-"""A forwarder killed with -9 at any moment: every record arrives once."""
+"""A forwarder killed by SIGKILL at any moment: every record arrives once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from tests.support import REPOSITORY
 from tests.support.trackio_server import Run, assert_once_each, configuration, stored_rows
 
-# Goes on training from the step in argv, faster than a real run, until it is killed.
+# Training from the step in argv, faster than a real run, until it is killed.
 _WORK = """
 import sys, time
 from pathlib import Path
@@ -41,7 +41,7 @@ assert forwarder.problem is None, forwarder.problem
 
 
 @pytest.mark.parametrize("place", ["local", "server"])
-def test_events_and_metrics_are_there_once_after_kills_at_any_moment(place, request, tmp_path):
+def test_every_record_is_stored_once_after_kills_at_any_moment(place, request, tmp_path):
     server = request.getfixturevalue("server") if place == "server" else None
     address = [server.url] if server else []
     folder = server.folder if server else tmp_path / "trackio"

@@ -18,7 +18,7 @@ from tests.support.trackio_server import Run, assert_once_each, configuration, s
 
 @pytest.fixture
 def local(tmp_path) -> Run:
-    """A run in a project of its own, for Trackio chooses its folder once in a process."""
+    """A run in a project of its own, because Trackio chooses its folder once a process."""
     return Run(tmp_path / "run", configuration(project=tmp_path.name))
 
 
@@ -28,25 +28,23 @@ def rows_of(run: Run) -> list[dict]:
     return stored_rows(TRACKIO_DIR, run.config.track.project)
 
 
-def test_a_run_is_there_once_with_the_times_at_which_things_happened(local):
+def test_run_is_stored_once_with_the_times_of_its_records(local):
     local.train(1, 20)
     local.finish()
     for _ in range(2):
-        forwarder = local.forwarder()
-        forwarder.close()
-        assert forwarder.problem is None
+        assert local.send() is None
     rows, records = rows_of(local), local.records()
     assert_once_each(rows, records)
     times = [datetime.fromtimestamp(r["time"], UTC).isoformat() for r in records]
     assert [r["timestamp"] for r in rows if "metrics" in r] == times
 
 
-def test_trackios_own_reader_finds_the_events_and_what_the_run_is_made_of(local):
+def test_trackio_api_finds_events_and_settings(local):
     import trackio
 
     local.train(1, 2)
     local.finish()
-    local.forwarder().close()
+    local.send()
     (run,) = trackio.Api().runs(local.config.track.project)
     assert run.name == "tiny"
     assert {"model": "a/b", "data": "c/d", "method": "qlora"}.items() <= run.config.items()
@@ -54,11 +52,11 @@ def test_trackios_own_reader_finds_the_events_and_what_the_run_is_made_of(local)
     assert sorted(titles) == ["quantization_completed", "training_completed", "training_started"]
 
 
-def test_variables_for_trackios_own_client_do_not_send_a_run_elsewhere(local, monkeypatch):
+def test_variables_of_trackio_client_have_no_effect(local, monkeypatch):
     monkeypatch.setenv("TRACKIO_SERVER_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("TRACKIO_SPACE_ID", "ada/board")
     local.train(1, 2)
-    local.forwarder().close()
+    local.send()
     assert_once_each(rows_of(local), local.records())
 
 
@@ -68,16 +66,14 @@ def test_network_file_system_uses_files_that_are_imported_once(local, monkeypatc
     monkeypatch.setenv("TRACKIO_STORAGE_MODE", "jsonl")
     local.train(1, 5)
     local.finish()
-    for _ in range(2):  # it cannot be asked what it has, and is sent everything again
-        forwarder = local.forwarder()
-        forwarder.close()
-        assert forwarder.problem is None
+    for _ in range(2):  # the stored records are unknown, so all are sent again
+        assert local.send() is None
     assert rows_of(local) == []
     import_inbox_once()
     assert_once_each(rows_of(local), local.records())
 
 
-def test_a_folder_that_cannot_be_used_is_named_in_one_line(local, tmp_path):
+def test_unusable_folder_is_named_in_one_line(local, tmp_path):
     (tmp_path / "trackio").write_text("in the way")
     local.train(1, 2)
     code = (
@@ -92,10 +88,10 @@ def test_a_folder_that_cannot_be_used_is_named_in_one_line(local, tmp_path):
     assert done.stdout.count("\n") == 1
 
 
-def test_nothing_is_printed_for_the_terminal_belongs_to_the_run(local, capfd):
+def test_sending_prints_nothing(local, capfd):
     local.train(1, 3)
     local.finish()
-    local.forwarder().close()
+    local.send()
     assert "".join(capfd.readouterr()) == ""
 
 
@@ -103,19 +99,19 @@ def test_sync_of_a_run_without_events_sends_nothing(tmp_path):
     assert sync(tmp_path / "run" / "events.jsonl", configuration()) == 0
 
 
-def test_a_line_that_a_power_cut_tore_is_left_out_and_the_rest_arrives(local):
+def test_unfinished_line_is_skipped_and_the_rest_arrives(local):
     local.train(1, 2)
     with open(local.spool, "a") as spool:
         spool.write('{"time": 1, "run": "ti')
-    local.forwarder().close()
-    local.finish()  # the torn line becomes a line of its own
-    local.forwarder().close()
+    local.send()
+    local.finish()  # the unfinished line becomes a line of its own
+    local.send()
     whole = [json.loads(line) for line in local.spool.read_text().splitlines() if line.endswith("}")]
     assert len(whole) == 5
     assert_once_each(rows_of(local), whole)
 
 
-def test_the_dashboard_is_opened_by_a_command_with_the_folder_of_this_environment(monkeypatch):
+def test_dashboard_command_names_the_folder_of_the_environment(monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", "/somewhere")
     hint = dashboard(configuration())
     assert hint.startswith("TRACKIO_DIR=/somewhere ") and hint.endswith("trackio show --project tests")

@@ -16,12 +16,10 @@ from pipeline.workflow.workspace import Workspace
 from tests.support.trackio_server import TOKEN, Run, assert_once_each, configuration, eventually
 
 
-def test_a_finished_run_is_there_once_in_one_run_of_its_name_with_its_steps(run, server):
+def test_finished_run_is_stored_once_with_its_name_and_steps(run, server):
     run.train(1, 30)
     run.finish()
-    forwarder = run.forwarder()
-    forwarder.close()
-    assert forwarder.problem is None
+    assert run.send() is None
     rows = server.rows()
     assert_once_each(rows, run.records())
     assert {r["run_name"] for r in rows} == {"tiny"} and len({r["run_id"] for r in rows}) == 1
@@ -41,7 +39,7 @@ def test_restarted_server_has_every_record_once(run, server):
     assert f"127.0.0.1:{server.port}" in forwarder.problem
     run.train(41, 60)
     server.start()
-    eventually(lambda: len(server.rows()) == 62)  # during the same run, with nobody asking for it
+    eventually(lambda: len(server.rows()) == 62)  # by the same forwarder, without another call
     run.finish()
     forwarder.close()
     assert forwarder.problem is None
@@ -51,15 +49,10 @@ def test_restarted_server_has_every_record_once(run, server):
 def test_next_run_sends_missed_records(run, server):
     server.stop()
     run.train(1, 20)
-    forwarder = run.forwarder()
-    forwarder.forward()
-    forwarder.close()
-    assert forwarder.problem
+    assert run.send()
     server.start()
     run.finish()
-    forwarder = run.forwarder()
-    forwarder.close()
-    assert forwarder.problem is None
+    assert run.send() is None
     assert_once_each(server.rows(), run.records())
 
 
@@ -93,7 +86,7 @@ def test_rows_that_the_server_lost_are_sent_again(run, server, table, where):
 
 def test_records_that_are_sent_again_are_stored_once(run, server):
     run.train(1, 5)
-    for _ in range(3):  # as after a kill between storing and knowing of it
+    for _ in range(3):  # as after a kill before the answer arrived
         spool = Spool(run.spool)
         items = spool.read()
         tracker = TrackioTracker(run.config, Server(server.url), spool.id, spool.began)
@@ -105,35 +98,36 @@ def test_records_that_are_sent_again_are_stored_once(run, server):
 def test_fresh_start_does_not_overwrite_the_old_curve(run, server):
     for _ in range(2):
         run.train(1, 3)
-        run.forwarder().close()
+        run.send()
         run.spool.unlink()
     rows = server.rows()
     assert {r["run_name"] for r in rows} == {"tiny"}
-    curves = {run_id: [r["step"] for r in rows if r["run_id"] == run_id and "metrics" in r] for run_id in _ids(rows)}
+    curves: dict[str, list[int]] = {}
+    for row in rows:
+        if "metrics" in row:
+            curves.setdefault(row["run_id"], []).append(row["step"])
     assert list(curves.values()) == [[0, 1, 2, 3]] * 2
 
 
-def test_a_loss_that_is_no_number_stops_nothing(run, server):
+def test_nan_and_infinite_metrics_are_sent(run, server):
     run.events.metrics({"train/loss": float("nan"), "train/grad_norm": float("inf")}, 1)
     run.finish()
-    forwarder = run.forwarder()
-    forwarder.close()
-    assert forwarder.problem is None
+    assert run.send() is None
     assert_once_each(server.rows(), run.records())
 
 
-def test_a_failure_is_an_error_and_names_itself(run, server):
+def test_failure_is_an_alert_at_level_error(run, server):
     run.events.failed("train", None, ValueError("no luck"))
-    run.forwarder().close()
+    run.send()
     alert = next(r for r in server.rows() if "text" in r)
     assert (alert["title"], alert["level"]) == ("training_failed", "error")
     assert '"message":"no luck"' in alert["text"]
 
 
-def test_an_address_that_never_answers_costs_a_run_no_time(tmp_path):
+def test_silent_server_does_not_delay_a_run(tmp_path):
     with socket.create_server(("127.0.0.1", 0), backlog=1) as silent:
         run = Run(tmp_path / "run", configuration(server=f"http://127.0.0.1:{silent.getsockname()[1]}"))
-        forwarder = run.forwarder(patience=0.5)
+        forwarder = run.forwarder(close_seconds=0.5)
         start = time.monotonic()
         for step in range(1, 101):
             run.train(step, step)
@@ -144,38 +138,29 @@ def test_an_address_that_never_answers_costs_a_run_no_time(tmp_path):
         assert "no answer" in forwarder.problem
 
 
-def test_other_server_is_not_taken_for_trackio(tmp_path):
+def test_other_server_is_refused(tmp_path):
     from tests.support.hub import LoopbackHub
 
     with LoopbackHub(tmp_path / "hub", {}) as hub:
         run = Run(tmp_path / "run", configuration(server=hub.url))
         run.train(1, 2)
-        forwarder = run.forwarder()
-        forwarder.close()
-    assert hub.url in forwarder.problem
+        assert hub.url in run.send()
 
 
-def test_a_wrong_token_is_refused_in_one_line_and_shown_nowhere(run, server, monkeypatch, capfd):
+def test_wrong_token_is_refused_in_one_line_and_never_shown(run, server, monkeypatch, capfd):
     monkeypatch.setenv("TRACKIO_WRITE_TOKEN", "aWrongToken-987654321")
     run.train(1, 2)
-    forwarder = run.forwarder()
-    forwarder.close()
-    assert "write_token" in forwarder.problem and "\n" not in forwarder.problem
+    problem = run.send()
+    assert "write_token" in problem and "\n" not in problem
     assert server.rows() == []
     monkeypatch.setenv("TRACKIO_WRITE_TOKEN", TOKEN)
-    forwarder = run.forwarder()
-    forwarder.close()
-    assert forwarder.problem is None and len(server.rows()) == 4
+    assert run.send() is None and len(server.rows()) == 4
     told = "".join(capfd.readouterr()) + run.spool.read_text() + str(server.rows())
     written = b"".join(p.read_bytes() for p in run.folder.parent.rglob("*") if p.is_file())
     for token in (TOKEN, "aWrongToken-987654321"):
         assert token not in told and token.encode() not in written
 
 
-def test_the_dashboard_is_at_the_servers_address():
+def test_dashboard_is_at_the_address_of_the_server():
     config = configuration(server="https://trackio.example.org/")
     assert dashboard(config) == "https://trackio.example.org/?project=tests"
-
-
-def _ids(rows: list[dict]) -> list[str]:
-    return list(dict.fromkeys(r["run_id"] for r in rows))

@@ -1,11 +1,10 @@
-"""A dashboard in a Space, played by Trackio's own server in that mode."""
+"""A dashboard in a Space: Trackio's own server in its mode for Spaces."""
 
 from __future__ import annotations
 
 import pytest
 
 from pipeline.errors import TrackError
-from pipeline.tracking.forwarder import Forwarder
 from pipeline.tracking.trackers import sync
 from pipeline.tracking.trackers.trackio import check, dashboard
 from tests.support.hub import LoopbackHub
@@ -45,7 +44,7 @@ def space(hub, tmp_path):
 
 @pytest.fixture
 def stranger(tmp_path):
-    """A program that notes what it is sent."""
+    """A program that records its requests."""
     with LoopbackHub(tmp_path / "stranger", {}) as program:
         yield program
 
@@ -58,40 +57,34 @@ def run(tmp_path) -> Run:
     return run
 
 
-def forwarded(run: Run) -> Forwarder:
-    forwarder = run.forwarder()
-    forwarder.close()
-    return forwarder
-
-
 def kept_by(space: TrackioServer) -> list[dict]:
-    """What it holds, read when it is stopped, for in a Space it keeps its database to itself."""
+    """Stop the Space, whose database is locked until then, and return its rows."""
     space.stop()
     return space.rows()
 
 
-def test_a_run_is_there_once_with_the_hub_token_of_who_may_write(run, space, hub):
-    assert forwarded(run).problem is None
-    assert forwarded(run).problem is None
+def test_run_is_stored_once_with_the_hub_token_of_the_writer(run, space, hub):
+    assert run.send() is None
+    assert run.send() is None
     assert any(r.path.endswith("/auth-check/write") and r.status == 200 for r in hub.requests)
     assert_once_each(kept_by(space), run.records())
 
 
-def test_a_member_of_the_organization_may_write(run, space, hub):
+def test_member_of_the_organization_may_write(run, space, hub):
     hub.users[ADA] = User("ann", "write", ("ada",))
-    assert forwarded(run).problem is None
+    assert run.send() is None
     assert_once_each(kept_by(space), run.records())
 
 
 def test_foreign_token_is_neither_sent_nor_shown(run, stranger, hub, monkeypatch):
     hub.store.create("space", BOARD).host = stranger.url
     monkeypatch.setenv("HF_TOKEN", BEN)
-    problem = forwarded(run).problem
+    problem = run.send()
     assert problem.startswith(f"track.space {BOARD}: ") and "belongs to ben" in problem and BEN not in problem
     assert stranger.requests == []
 
 
-def test_sync_sends_no_token_to_a_space_of_a_stranger_either(run, stranger, hub):
+def test_sync_sends_no_token_to_the_space_of_a_stranger(run, stranger, hub):
     hub.store.create("space", "eve/board").host = stranger.url
     with pytest.raises(TrackError, match="track.space eve/board: this token belongs to ada"):
         sync(run.folder / "events.jsonl", configuration(space="eve/board"))
@@ -101,35 +94,35 @@ def test_sync_sends_no_token_to_a_space_of_a_stranger_either(run, stranger, hub)
 def test_no_token_is_sent_while_the_hub_cannot_be_asked(run, stranger, hub):
     hub.store.create("space", BOARD).host = stranger.url
     hub.fault("GET /api/spaces/", status=503, times=10)
-    assert "no token is sent" in forwarded(run).problem
+    assert "no token is sent" in run.send()
     assert stranger.requests == []
 
 
-def test_a_space_that_is_asleep_gets_it_when_it_answers_again(run, space):
+def test_sleeping_space_gets_the_records_when_it_answers_again(run, space):
     space.stop()
-    assert "no answer" in forwarded(run).problem
+    assert "no answer" in run.send()
     space.start()
-    assert forwarded(run).problem is None
+    assert run.send() is None
     assert_once_each(kept_by(space), run.records())
 
 
-def test_missing_space_is_refused_with_the_command_that_makes_it(run, hub):
-    problem = forwarded(run).problem
-    assert problem.startswith(f"track.space {BOARD}: there is no such Space; make a Gradio Space")
+def test_missing_space_is_refused_with_the_way_to_make_it(run, hub):
+    problem = run.send()
+    assert problem.startswith(f"track.space {BOARD}: no such Space on the Hub. Try: a new Gradio Space")
     assert {r.method for r in hub.requests} == {"GET"}
-    with pytest.raises(TrackError, match="there is no such Space"):
+    with pytest.raises(TrackError, match="no such Space"):
         check(run.config.track)
 
 
-def test_paused_space_is_reported(run, hub, stranger):
+def test_static_space_is_refused(run, hub, stranger):
     space = hub.store.create("space", BOARD)
     space.host, space.sdk = stranger.url, "static"
-    assert "frozen" in forwarded(run).problem and stranger.requests == []
+    assert "static, so it takes no data" in run.send() and stranger.requests == []
 
 
-def test_a_space_is_reached_where_the_hub_says_and_shown_on_its_page(run, hub, stranger):
+def test_space_is_reached_at_the_address_that_the_hub_names(run, hub, stranger):
     hub.store.create("space", BOARD).host = stranger.url
-    forwarded(run)
+    run.send()
     assert [r.path for r in stranger.requests] == ["/version"]
     assert dashboard(run.config) == f"https://huggingface.co/spaces/{BOARD}"
 
@@ -148,7 +141,7 @@ def test_write_access_passes_the_check(hub):
         ("", "no Hub token"),
     ],
 )
-def test_a_token_that_surely_cannot_write_is_refused_before_the_run(hub, monkeypatch, token, reason):
+def test_token_that_cannot_write_is_refused_before_the_run(hub, monkeypatch, token, reason):
     monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(TrackError, match=reason) as refused:
         check(configuration(space=BOARD).track)
@@ -156,13 +149,17 @@ def test_a_token_that_surely_cannot_write_is_refused_before_the_run(hub, monkeyp
     assert not token or token not in str(refused.value)
 
 
-def test_a_hub_that_does_not_answer_is_no_reason_not_to_run(hub, monkeypatch):
+@pytest.mark.parametrize("place", [{"space": BOARD}, {"server": "http://127.0.0.1:9"}, {}])
+def test_place_that_does_not_answer_is_not_refused(hub, monkeypatch, place):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    check(configuration(space=BOARD).track)
+    monkeypatch.setenv("TRACKIO_WRITE_TOKEN", "aTokenOfThisServer-0123")
+    check(configuration(**place).track)
 
 
-@pytest.mark.parametrize(("token", "reason"), [(None, "no write token"), (" ", "no write token"), ("a\nb", "blanks")])
-def test_a_server_needs_a_write_token_before_the_run(monkeypatch, token, reason):
+@pytest.mark.parametrize(
+    ("token", "reason"), [(None, "no write token"), (" ", "no write token"), ("a\nb", "invalid characters")]
+)
+def test_server_needs_a_write_token_before_the_run(monkeypatch, token, reason):
     monkeypatch.delenv("TRACKIO_WRITE_TOKEN")
     if token is not None:
         monkeypatch.setenv("TRACKIO_WRITE_TOKEN", token)
@@ -171,10 +168,6 @@ def test_a_server_needs_a_write_token_before_the_run(monkeypatch, token, reason)
     assert "TRACKIO_WRITE_TOKEN" in str(refused.value) and refused.value.exit_code == 2
 
 
-def test_a_server_that_is_away_is_no_reason_not_to_run():
-    check(configuration(server="http://127.0.0.1:9").track)
-
-
-def test_a_run_on_this_machine_needs_no_token(monkeypatch):
+def test_run_on_this_machine_needs_no_token(monkeypatch):
     monkeypatch.delenv("TRACKIO_WRITE_TOKEN")
     check(configuration().track)

@@ -20,7 +20,7 @@ class Tracker(Protocol):
     LABEL: str  # its name for people
 
     def check(self, track: Track) -> None:
-        """Refuse settings that cannot work. A server that does not answer now is no reason to refuse.
+        """Raise if settings cannot work; a server that does not answer now gets the events later.
 
         Raises:
             TrackError: if a token is missing or may not write.
@@ -41,10 +41,10 @@ class Tracker(Protocol):
         """Return the address of the dashboard, or the command that opens it."""
 
     def place(self, track: Track) -> str:
-        """Return in a few words where the tracker shows a run."""
+        """Return the name of the place that shows a run."""
 
     def state(self) -> dict:
-        """Return what the tracker finds on this machine, as plain data with a `folder`."""
+        """Return the tracker's state on this machine, as plain data with a `folder`."""
 
 
 def tracker(name: str) -> Tracker:
@@ -53,7 +53,7 @@ def tracker(name: str) -> Tracker:
 
 
 def opener(config: Config) -> Opener:
-    """Return the function by which a `Forwarder` connects to the tracker of a run, imported only then."""
+    """Return the function that connects a `Forwarder` to the tracker of a run, and imports the tracker only then."""
     return lambda run_id, began: tracker(config.track.tracker).connect(config, run_id, began)
 
 

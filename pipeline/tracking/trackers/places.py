@@ -1,6 +1,6 @@
-"""Where Trackio's data lies: this machine's database, or behind the HTTP interface of a server.
+"""Places for Trackio's data: the database on this machine, or a server with an HTTP interface.
 
-A log or an alert is a dictionary as Trackio's interface (version 1) takes it. A place keeps
+A log or an alert is a dictionary as Trackio's interface (version 1) takes it. A place stores
 one row for each `log_id` and each `alert_id`, however often it is sent.
 """
 
@@ -19,22 +19,23 @@ TOKEN_VARIABLE = "TRACKIO_WRITE_TOKEN"
 
 
 class Place(Protocol):
-    """All methods raise TrackError where the place does not do what it is asked."""
+    """A place for Trackio's data. All methods raise TrackError if the place does not answer or refuses."""
 
     def open(self) -> None:
-        """Find out whether it is there."""
+        """Connect to the place."""
 
     def store(self, logs: list[dict], alerts: list[dict]) -> None:
-        """Keep these entries of one run."""
+        """Store entries of one run."""
 
     def count(self, project: str, run_id: str) -> tuple[int, int] | None:
-        """Logs and alerts that it holds of a run; None if it cannot be asked."""
+        """Return how many logs and alerts of a run are stored; None if that is unknown."""
 
 
 class Local:
-    """The database in TRACKIO_DIR. On network file systems, as Trackio does, files that its dashboard takes in."""
+    """The database in TRACKIO_DIR; on a network file system, files that Trackio's dashboard imports."""
 
     def open(self) -> None:
+        """Import Trackio, and choose between database and files as Trackio does."""
         from trackio import fragments, utils
         from trackio.sqlite_storage import SQLiteStorage
 
@@ -44,6 +45,7 @@ class Local:
         self._files = fragments.FragmentWriter() if in_files else None
 
     def store(self, logs: list[dict], alerts: list[dict]) -> None:
+        """Store entries of one run."""
         try:
             if self._files:
                 records = [self._fragments.metric_record(log) for log in logs]
@@ -54,6 +56,7 @@ class Local:
             raise self._explained(error) from None
 
     def count(self, project: str, run_id: str) -> tuple[int, int] | None:
+        """Return how many logs and alerts of a run are stored; None of files, which Trackio imports later."""
         if self._files:
             return None
         try:
@@ -83,31 +86,34 @@ class Local:
 class Server:
     """A Trackio server over HTTP, with the write token of the environment.
 
-    Addresses that answer with a redirect are refused, for the token must not go to another one.
+    An address that redirects is refused, because the token must not go to another address.
     """
 
     def __init__(self, address: str):
-        self._address, self._where = address.rstrip("/"), f"track.server {address}"
+        self._address, self._label = address.rstrip("/"), f"track.server {address}"
 
     def headers(self) -> dict[str, str]:
-        """Says who we are."""
+        """Return the headers with the token."""
         return {"x-trackio-write-token": check_write_token(self._address)}
 
     def open(self) -> None:
+        """Connect, and check the version of the interface."""
         import httpx
 
         limits = httpx.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS)
         self._client = httpx.Client(headers=self.headers(), timeout=limits)
         version = self._request("GET", "version").get("api_version")
         if version != API_VERSION:
-            raise TrackError(f"{self._where}: speaks version {version} of Trackio's interface, not {API_VERSION}")
+            raise TrackError(f"{self._label}: has version {version} of Trackio's interface, not {API_VERSION}")
 
     def store(self, logs: list[dict], alerts: list[dict]) -> None:
+        """Store entries of one run."""
         self._call("bulk_log", logs=logs, hf_token=None)
         if alerts:
             self._call("bulk_alert", alerts=alerts, hf_token=None)
 
     def count(self, project: str, run_id: str) -> tuple[int, int] | None:
+        """Return how many logs and alerts of a run are stored."""
         summary = self._call("get_run_summary", project=project, run_id=run_id)
         return summary["num_logs"], len(self._call("get_alerts", project=project, run_id=run_id))
 
@@ -120,29 +126,32 @@ class Server:
         try:
             answer = self._client.request(method, f"{self._address}/{path}", json=body)
         except httpx.HTTPError as error:
-            raise TrackError(f"{self._where}: no answer ({str(error) or type(error).__name__})") from None
+            raise TrackError(f"{self._label}: no answer ({str(error) or type(error).__name__})") from None
         if answer.is_redirect:
-            raise TrackError(f"{self._where}: moved to {answer.headers['location']}; name that address")
+            location = answer.headers["location"]
+            raise TrackError(f"{self._label}: moved to {location}. Try: --set track.server={location}")
         try:
             content = answer.json()
         except ValueError:
             content = None
         if not isinstance(content, dict):
-            raise TrackError(f"{self._where}: no Trackio server answers there (status {answer.status_code})")
+            raise TrackError(f"{self._label}: no Trackio server answers at this address (status {answer.status_code})")
         if answer.is_error or content.get("error"):
-            raise TrackError(f"{self._where}: {redact(str(content.get('error') or answer.status_code))}")
+            raise TrackError(f"{self._label}: {redact(str(content.get('error') or answer.status_code))}")
         return content
 
 
 def check_write_token(address: str) -> str:
-    """The write token of the environment.
+    """Return the write token of the environment.
 
     Raises:
-        TrackError: where there is none, or one that no server could have given.
+        TrackError: if it is missing, or contains invalid characters.
     """
     token = os.environ.get(TOKEN_VARIABLE, "").strip()
     if not token:
-        raise TrackError(f"track.server {address}: no write token; set {TOKEN_VARIABLE} to the one that server has")
+        raise TrackError(f"track.server {address}: no write token. Try: export {TOKEN_VARIABLE}=TOKEN_OF_THAT_SERVER")
     if not could_be_token(token):
-        raise TrackError(f"track.server {address}: {TOKEN_VARIABLE} is not a token; it has blanks or other signs in it")
+        raise TrackError(
+            f"track.server {address}: the write token contains invalid characters. Try: export {TOKEN_VARIABLE}=TOKEN"
+        )
     return token

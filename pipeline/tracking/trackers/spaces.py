@@ -1,11 +1,10 @@
 """A Trackio dashboard in a Space of the Hub.
 
-The Space's program takes the Hub token of who writes to it, so it gets one only where the Hub says that the
-Space is there, where it answers, and that it belongs to whom the token belongs to. Spaces are not made here:
-Trackio, when it makes one, leaves the token in it as a secret, which a dashboard does not need.
+The program of a Space receives the writer's Hub token. It is sent only if the Hub confirms that the Space exists,
+at which address it answers, and that the token's owner may write to it. Spaces are not created here: Trackio would
+leave the token in a new Space as a secret, which a dashboard does not need.
 
-What has run here: the conversation, with Trackio's own server in the mode that it has in a Space, and the
-checks, against a hub on loopback. What has not: reaching a Space at its real address.
+Tested against Trackio's own server in its mode for Spaces, and a hub on loopback, but not against a real Space.
 """
 
 from __future__ import annotations
@@ -21,33 +20,35 @@ from pipeline.tracking.trackers.places import Server
 
 CHECK_SECONDS = 4.0
 DATASET_VARIABLE = "TRACKIO_DATASET_ID"
-BY_HAND = "make a Gradio Space whose requirements.txt says trackio, and whose app.py: import trackio; trackio.show()"
+HOW_TO_MAKE = "a new Gradio Space with trackio in requirements.txt, and with app.py: import trackio; trackio.show()"
 
 
 class Space(Server):
-    """The server that runs in a Space."""
+    """The Trackio server in a Space."""
 
     def __init__(self, space: str):
-        super().__init__("")  # the Hub names its address when it is opened
-        self._space, self._where, self._token = space, f"track.space {space}", ""
+        super().__init__("")  # `open` asks the Hub for the address
+        self._space, self._label, self._token = space, f"track.space {space}", ""
 
     def headers(self) -> dict[str, str]:
+        """Return the headers with the Hub token."""
         return {"authorization": f"Bearer {self._token}"}
 
     def open(self) -> None:
+        """Ask the Hub for the address, and connect to it."""
         try:
             self._address, self._token = find(self._space)
         except HubAway as error:
-            raise TrackError(f"{error}; no token is sent to a Space that the Hub does not know") from None
+            raise TrackError(f"{error}; no token is sent to a Space that the Hub does not confirm") from None
         super().open()
 
 
 def find(space: str) -> tuple[str, str]:
-    """The address at which the Hub serves a Space's program, and the token that may write there.
+    """Return the address of a Space's program on the Hub, and the token that may write to it.
 
     Raises:
-        HubAway: where the Hub cannot be asked.
-        TrackError: where there is no such Space, it takes no data, or the token may not write to it.
+        HubAway: if the Hub does not answer.
+        TrackError: if the Space does not exist, takes no data, or refuses the token.
     """
     place = f"track.space {space}"
     try:
@@ -66,39 +67,39 @@ def _address(space: str, token: str) -> str:
     try:
         found = HfApi(token=token).space_info(space, timeout=CHECK_SECONDS)
     except RepositoryNotFoundError:
-        raise TrackError(f"track.space {space}: there is no such Space; {BY_HAND}") from None
+        raise TrackError(f"track.space {space}: no such Space on the Hub. Try: {HOW_TO_MAKE}") from None
     if found.sdk == "static":
-        raise TrackError(f"track.space {space}: frozen, it takes no data; name another one")
+        raise TrackError(f"track.space {space}: static, so it takes no data. Try: --set track.space=USER/OTHER")
     if not found.host:
-        raise TrackError(f"track.space {space}: the Hub does not say where its program answers; look at its page")
+        page = f"https://huggingface.co/spaces/{space}"
+        raise TrackError(f"track.space {space}: has no running program. Try: open {page} and start it")
     return found.host
 
 
 def space_at(address: str) -> str | None:
-    """The Space USER/NAME that an address belongs to: its page on the Hub, or its program's; None for other servers.
+    """Return the Space USER/NAME of an address: its page on the Hub, or its program; None for other servers.
 
     Raises:
-        TrackError: where it is no address, or another page of the Hub; where that of a program does not tell whose
-            it is, and the Hub neither.
+        TrackError: if the address is invalid, another page of the Hub, or a program whose Space cannot be found.
     """
     try:
         parts = urlsplit(address)
     except ValueError:
-        raise TrackError(f"{address}: not an address such as https://huggingface.co/spaces/USER/NAME") from None
+        raise TrackError(f"{address}: not an address. Try: https://huggingface.co/spaces/USER/NAME") from None
     if parts.hostname in ("huggingface.co", "hf.co"):
         if page := re.match(r"/spaces/([^/]+/[^/]+)", parts.path):
             return page[1]
-        raise TrackError(f"{address}: not the page of a Space; that is https://huggingface.co/spaces/USER/NAME")
+        raise TrackError(f"{address}: not the page of a Space. Try: https://huggingface.co/spaces/USER/NAME")
     name = (parts.hostname or "").removesuffix(".hf.space")
     if name == parts.hostname or not name:
         return None
     words = name.split("-")
-    known = ["/".join(("-".join(words[:n]), "-".join(words[n:]))) for n in range(1, len(words))]
-    return known[0] if len(known) == 1 else _served_at(name, known)
+    candidates = ["/".join(("-".join(words[:n]), "-".join(words[n:]))) for n in range(1, len(words))]
+    return candidates[0] if len(candidates) == 1 else _served_at(name, candidates)
 
 
-def _served_at(name: str, known: list[str]) -> str:
-    """Which of these Spaces the Hub serves at `name`.hf.space, where a '-' may stand for '/', '_' or '.' too."""
+def _served_at(name: str, candidates: list[str]) -> str:
+    """Return which of these Spaces the Hub serves at `name`.hf.space; a '-' may stand for '/', '_' or '.' too."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -109,20 +110,20 @@ def _served_at(name: str, known: list[str]) -> str:
             return False
 
     place = f"https://{name}.hf.space"
-    for space in known:
+    for space in candidates:
         if retry_or_explain(place, partial(is_it, space), attempts=1):
             return space
-    raise TrackError(f"{place}: does not tell whose Space it is; give https://huggingface.co/spaces/USER/NAME")
+    raise TrackError(f"{place}: does not name its Space. Try: https://huggingface.co/spaces/USER/NAME")
 
 
 def keep_in(space: str, dataset: str) -> None:
-    """Let the Trackio in a Space keep its data in a data set, by the variable that Trackio itself sets for that.
+    """Set the variable by which the Trackio in a Space keeps its data in a data set.
 
-    A Space that is told something new starts again, so it is told once.
+    A Space restarts if a variable changes, so it is set only if it differs.
 
     Raises:
-        HubError: where the Hub does not take it.
-        TrackError: where there is no such Space, or the token may not write to it.
+        HubError: if the Hub refuses.
+        TrackError: if the Space does not exist, or refuses the token.
     """
     from huggingface_hub import HfApi
 

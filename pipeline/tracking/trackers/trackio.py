@@ -1,18 +1,17 @@
-"""Trackio: events as metrics to plot and as alerts to read, in one run with the training's curves.
+"""Trackio: events as metrics to plot and as alerts to read, in one run with the curves of training.
 
-`quantization_completed` for int8 becomes the metric `quantization/int8/completed = 1`
-with its numbers beside it, and an alert whose title is the event's name and whose text
-is the record as compact JSON.
+`quantization_completed` for a variant NAME becomes the metric `quantization/NAME/completed = 1`
+with its numbers, and an alert. The alert's title is the name of the event, its text the record as compact JSON.
 
 Trackio's own client queues in memory, forgets alerts that a server misses, and gives every
-call a new random id. Here the ids follow from the spool: Trackio keeps one row for each id,
-in its database and behind its HTTP interface alike, so sending again is harmless.
+call a new random id. Here the ids follow from the spool. Trackio stores one row for each id,
+in its database and behind its HTTP interface, so sending again is harmless.
 
-A run keeps the name of its configuration. The run's identity is that of its spool, so that one
-begun anew with `--fresh` is a second run of the same name, with its own curve and `_Created`.
-Trackio stamps metrics that come over HTTP with the time of their arrival; their step tells the order.
-Variables that steer Trackio's own client (TRACKIO_SPACE_ID, TRACKIO_SERVER_URL,
-TRACKIO_WEBHOOK_URL) have no effect: the configuration says where a run goes.
+A run has the name of its configuration and the id of its spool. With `--fresh` it is therefore
+a second run of the same name, with its own curve and `_Created`.
+Trackio gives metrics that come over HTTP the time of their arrival; their step keeps the order.
+Variables of Trackio's own client (TRACKIO_SPACE_ID, TRACKIO_SERVER_URL,
+TRACKIO_WEBHOOK_URL) have no effect: the configuration names the place of a run.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ LABEL = "Trackio"
 
 
 def check(track: TrackioSettings) -> None:
-    """Refuse what surely cannot work. A place that does not answer now is no reason: it gets the events later.
+    """Raise if settings cannot work. A place that does not answer now gets the events later.
 
     Raises:
-        TrackError: no token, one that cannot write, or no such Space.
+        TrackError: if the token is missing or may not write, or the Space does not exist.
     """
     if track.server:
         check_write_token(track.server)
@@ -50,11 +49,14 @@ def check(track: TrackioSettings) -> None:
 
 def connect(config: Config, run_id: str, began: float) -> TrackioTracker:
     """Return an open tracker of one run."""
-    return TrackioTracker(config, place_of(config.track), run_id, began)
+    track = config.track
+    if track.server:
+        return TrackioTracker(config, Server(track.server), run_id, began)
+    return TrackioTracker(config, Space(track.space) if track.space else Local(), run_id, began)
 
 
 def place(track: TrackioSettings) -> str:
-    """Return in a few words where a run is shown."""
+    """Return the name of the place that shows a run."""
     return track.space or track.server or "on this machine"
 
 
@@ -66,23 +68,16 @@ def state() -> dict:
     return {"folder": folder, "write_token_set": bool(os.environ.get(TOKEN_VARIABLE))}
 
 
-def place_of(track: TrackioSettings) -> Place:
-    """Where the configuration wants a run to be shown."""
-    if track.server:
-        return Server(track.server)
-    return Space(track.space) if track.space else Local()
-
-
 class TrackioTracker:
     """One run of one Trackio project.
 
     Args:
-        place: where that is.
-        run_id: identity of the run, 32 hex digits.
-        began: when it began, in seconds since the epoch.
+        place: the place of the project.
+        run_id: id of the run, 32 hex digits.
+        began: start of the run, in seconds since the epoch.
 
     Raises:
-        TrackError: where the place does not answer.
+        TrackError: if the place does not answer.
     """
 
     def __init__(self, config: Config, place: Place, run_id: str, began: float):
@@ -93,13 +88,13 @@ class TrackioTracker:
         place.open()
 
     def send(self, items: list[Item]) -> None:
-        """Store records, each once."""
+        """Store each of these records once."""
         logs = [self._log(item) for item in items]
         logs[0]["config"] = self._config
         self._place.store(logs, [self._alert(item) for item in items if item.is_event])
 
     def stored(self) -> tuple[int, int] | None:
-        """How many records, and how many of them events, there are of this run."""
+        """Return how many records of this run are stored, and how many of them are events; None if unknown."""
         return self._place.count(self._project, self._run_id)
 
     def _log(self, item: Item) -> dict:
@@ -117,22 +112,22 @@ class TrackioTracker:
 
 
 def as_metrics(record: dict) -> dict[str, float | str]:
-    """A record's numbers: those of training under their own names, those of an event under `stage[/variant]/`.
+    """Return a record's numbers: of training under their own names, of an event under `stage[/variant]/`.
 
-    What is no finite number is spelt the way Trackio spells it.
+    NaN and infinity are strings, as in Trackio.
     """
     if "metrics" in record:
-        return {key: _spelt(value) for key, value in record["metrics"].items()}
+        return {key: _plain_number(value) for key, value in record["metrics"].items()}
     prefix = "/".join(filter(None, (record["stage"], record.get("variant"))))
     metrics: dict[str, float | str] = {f"{prefix}/{record['event'].rpartition('_')[2]}": 1}
     for key, value in record.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool) and key != "time":
-            metrics[f"{prefix}/{key}"] = _spelt(value)
+            metrics[f"{prefix}/{key}"] = _plain_number(value)
     return metrics
 
 
 def dashboard(config: Config) -> str:
-    """The dashboard's address, or the command that opens it from here and with this environment."""
+    """Return the address of the dashboard, or the command that opens it with this environment."""
     track = config.track
     if track.server:
         return f"{track.server.rstrip('/')}/?project={track.project}"
@@ -145,14 +140,14 @@ def dashboard(config: Config) -> str:
 
 
 def _settings(config: Config) -> dict:
-    """What the dashboard's table of runs shows."""
+    """Return the settings that the dashboard's table of runs shows."""
     settings = {"model": config.model.source, "adapter": config.merge.adapter}
     if config.data:
         settings |= {"data": config.data.source, "method": config.train.method}
     return {key: value for key, value in settings.items() if value}
 
 
-def _spelt(value: float) -> float | str:
+def _plain_number(value: float) -> float | str:
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

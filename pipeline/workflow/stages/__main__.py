@@ -22,7 +22,7 @@ from pipeline.errors import UserError, WorkspaceError
 from pipeline.hub.retry import show_waits
 from pipeline.system.files import no_room
 from pipeline.system.libraries import quiet
-from pipeline.tracking.events import Events, Unheard
+from pipeline.tracking.events import Events, SilentEvents
 from pipeline.training.distributed import TrainingProcess, is_caused_by_other_process
 from pipeline.workflow.stage_log import print_without_tokens, wait_for
 from pipeline.workflow.stages import failure_of, perform, tell_failure
@@ -49,7 +49,7 @@ def main() -> int:
     threading.Thread(target=_end_with_parent, args=(orphaned,), daemon=True).start()
     config = workspace.config()
     shown = (report.progress, report.show) if process.is_local_main else ()
-    events = (Events if process.is_main else Unheard)(workspace.events_path, config.name, *shown)
+    events = (Events if process.is_main else SilentEvents)(workspace.events_path, config.name, *shown)
     show_waits(events.show)
     start = time.monotonic()
     try:
