@@ -167,7 +167,7 @@ def run_one(side: str, folder: Path, prompt: int, new: int) -> dict[str, float]:
 
         quiet()
         from pipeline import load
-        from pipeline.evaluation import metrics
+        from pipeline.evaluation.generation import speed as measure_speed
         from pipeline.models.safe_loading import open_model
 
         place = folder if side in UNQUANTIZED else folder / folder_of(side)
@@ -175,14 +175,14 @@ def run_one(side: str, folder: Path, prompt: int, new: int) -> dict[str, float]:
             model = open_model(place, dtype="float32" if side == "float32" else "auto")
         else:
             model, _ = load(place, device="cpu")
-        speed = metrics.speed(model, prompt, new)
+        speed = measure_speed(model, prompt, new)
         speed = {"prefill": speed["prefill_tokens_per_second"], "decode": speed["decode_tokens_per_second"]}
     figures = {f"{key} tokens/s": value for key, value in speed.items()}
     return {**figures, "peak MB": hardware.peak_memory_bytes() / 1e6}
 
 
 def run_llama_cpp(path: Path, prompt: int, new: int) -> dict[str, float]:
-    """Read and write as `measure.speed` does: one round to warm up, then three."""
+    """Read and write as `generation.speed` does: one round to warm up, then three."""
     import ctypes
 
     import llama_cpp

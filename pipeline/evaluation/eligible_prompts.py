@@ -1,6 +1,6 @@
-"""Which held-out examples two models can be compared on: prompts new to both, that both read whole.
+"""The held-out examples that two models can be compared on: prompts that are new to both, and that both read whole.
 
-Answers to one prompt go together, so it is prompts that are counted, not examples.
+Answers to one prompt depend on each other, so prompts are counted, not examples.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from pipeline.errors import DataError
 from pipeline.evaluation.results import Data, Results
 from pipeline.system.command_names import command
 
-FEWEST = 16  # prompts; from fewer the error of a difference is hardly known
+FEWEST = 16  # prompts; fewer give no reliable error of a difference
 
 
 def untouched(
     held_out: tuple[Example, ...], data: str, repo: str, lineage: Mapping[str, Any]
 ) -> tuple[tuple[Example, ...], str]:
-    """Return the held-out examples whose prompts the published model was not trained on either.
+    """Return the held-out examples with prompts that the published model was not trained on either.
 
-    Prompts are told apart word for word: the question of an old example below a new system prompt is another one.
+    Prompts are compared word for word: an old question below a new system prompt is a new prompt.
 
     Args:
-        held_out: of this run, none of which it trains on.
-        data: the fingerprint of this run's examples.
+        held_out: the held-out examples of this run.
+        data: the fingerprint of the data of this run.
         repo: USER/NAME of the published model.
         lineage: its `tunepress.json`.
 
     Returns:
-        The examples, and what can be said of them.
+        The examples, and a remark about them.
 
     Raises:
-        DataError: where they have too few prompts to compare on.
+        DataError: if they have too few prompts.
     """
     theirs, there = Results.of_lineage(lineage, repo).data or Data(), prompts(held_out)
     if there < FEWEST:
@@ -68,14 +68,14 @@ def untouched(
 
 
 def prompts(examples: tuple[Example, ...]) -> int:
-    """How many different prompts examples have."""
+    """Return the number of different prompts."""
     return len({example.prompt() for example in examples})
 
 
 def fitting(
     config: Config, examples: tuple[Example, ...], tokenizers: dict[str, Any]
 ) -> Iterator[tuple[Example, dict[str, EncodedSet]]]:
-    """The examples that every model reads whole, with their tokens by the tokenizer's name."""
+    """Yield the examples that no tokenizer truncates, with their tokens by the name of the tokenizer."""
     for example in examples:
         encoded = {
             name: encode_examples((example,), tokenizer, config.train.loss_on, config.train.max_length)
@@ -86,6 +86,7 @@ def fitting(
 
 
 def too_few(config: TrainingRun, there: int, all_of: int) -> DataError:
+    """Return the error for too few prompts that fit: `there` of `all_of`."""
     return DataError(
         f"{config.data.source}: to compare takes held-out examples of {FEWEST} prompts, and of {all_of} those of "
         f"{there} fit into train.max_length {config.train.max_length} tokens; raise data.held_out or train.max_length"
@@ -93,7 +94,7 @@ def too_few(config: TrainingRun, there: int, all_of: int) -> DataError:
 
 
 def check_tokens(config: TrainingRun, examples: tuple[Example, ...], tokenizer: Any) -> None:
-    """Check that enough prompts fit into the training length; without examples there is nothing to check.
+    """Check that enough prompts fit into the training length, if there are examples at all.
 
     Raises:
         DataError: if the examples that fit have too few prompts.

@@ -1,7 +1,7 @@
-"""What is tried where a variant misses its gate, and which of it is taken.
+"""The fallbacks of a variant that misses its gate.
 
-A ladder of other ways to make the variant: another rounding, smaller groups, embeddings in eight bits where that is
-smaller, the most sensitive layers in eight bits. They are tried from the smallest on, in bytes, until one passes.
+A fallback makes the variant with another rounding, smaller groups, embeddings in eight bits or the most sensitive
+layers in eight bits. Fallbacks are tried in the order of their bytes until one passes.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ from pathlib import Path
 
 from pipeline.config.catalog import EIGHT_BITS, GROUP_SIZES, KEEP, NEAREST
 from pipeline.config.schema import VariantSpec
-from pipeline.evaluation.model_result import Check, LayerLoss, ModelResult, Verdict
+from pipeline.evaluation.model_result import LayerLoss, ModelResult, Verdict
 
-SHARES = (0.05, 0.1, 0.2, 0.4, 0.6)  # of the linear layers' weights, those that suffer most, in eight bits
+SHARES = (0.05, 0.1, 0.2, 0.4, 0.6)  # of the weights of linear layers, to store in eight bits
 
 Shapes = Mapping[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class Rung:
+class Fallback:
     """One way to make a variant.
 
     Attributes:
-        share: of the linear layers' weights, that are to be in eight bits; which these are is to be measured.
-        bytes: of all weights, as far as is known before these layers are.
+        spec: its settings, without the layers in eight bits.
+        share: share of the weights of linear layers to store in eight bits; `with_layers` chooses the layers.
+        bytes: expected bytes of all weights.
     """
 
     spec: VariantSpec
@@ -34,12 +35,14 @@ class Rung:
     bytes: float
 
 
-def ladder(asked: VariantSpec, linear: Shapes, tables: Shapes, folder: Path) -> list[Rung]:
-    """The ways to make a variant, the smallest first, that asked for among them.
+def fallbacks(asked: VariantSpec, linear: Shapes, tables: Shapes, folder: Path) -> list[Fallback]:
+    """Return the ways to make a variant, the smallest first; the requested one is among them.
 
     Args:
-        linear, tables: as `models.linear_weights` and `models.table_weights` find them.
-        folder: of the full-precision model, which not every variant can be made of.
+        asked: the requested variant.
+        linear: shapes of the linear layers, as `models.matrices.linear_weights` returns them.
+        tables: shapes of the embeddings and the output head, as `models.matrices.table_weights` returns them.
+        folder: folder of the full-precision model.
     """
     from pipeline.quantization.layers import unfit
 
@@ -47,12 +50,12 @@ def ladder(asked: VariantSpec, linear: Shapes, tables: Shapes, folder: Path) -> 
     if asked.mixes and not asked.int8:
         finest = [spec for spec, _ in specs if spec.rounding == _best_rounding(asked)][-1]
         specs += [(finest, share) for share in SHARES]
-    rungs = [Rung(spec, share, _bytes(spec, share, linear, tables)) for spec, share in specs]
-    return sorted(rungs, key=lambda rung: rung.bytes)
+    found = [Fallback(spec, share, _bytes(spec, share, linear, tables)) for spec, share in specs]
+    return sorted(found, key=lambda fallback: fallback.bytes)
 
 
 def _specs(asked: VariantSpec) -> list[VariantSpec]:
-    """As asked, in another rounding, in smaller groups, and these with embeddings in eight bits."""
+    """Return the variant as requested, in other roundings, in smaller groups, and with embeddings in eight bits."""
     variant = asked.variant
     others, best = _other_roundings(asked), _best_rounding(asked)
     found = [asked, *(_changed(asked, rounding=how) for how in others)]
@@ -71,7 +74,7 @@ def _other_roundings(asked: VariantSpec) -> list[str]:
 
 
 def _best_rounding(asked: VariantSpec) -> str | None:
-    """What smaller groups are tried with: as asked for, unless that is the plain one and there is a better."""
+    """Return the rounding for smaller groups: the requested one, or a better one than rounding to nearest."""
     others = _other_roundings(asked)
     return others[0] if asked.rounding == NEAREST and others else asked.rounding
 
@@ -80,34 +83,32 @@ def _changed(spec: VariantSpec, **changes: object) -> VariantSpec:
     return VariantSpec.model_validate(spec.model_dump() | changes)
 
 
-def with_layers(rung: Rung, layers: Iterable[LayerLoss]) -> VariantSpec:
-    """The rung's variant with its share of the weights in eight bits: where each costs most, for its size.
+def with_layers(fallback: Fallback, layers: Iterable[LayerLoss]) -> VariantSpec:
+    """Return the variant of a fallback with its share of weights in eight bits, where they lose most for their size.
 
     Args:
-        layers: as `sensitivity` has measured them.
+        fallback: the fallback.
+        layers: the measured loss of each layer.
     """
     order = sorted(layers, key=lambda layer: layer.kl.value / layer.weights, reverse=True)
-    wanted, names = rung.share * sum(layer.weights for layer in order), []
+    wanted, names = fallback.share * sum(layer.weights for layer in order), []
     for layer in order:
         if wanted <= 0:
             break
         names.append(layer.name)
         wanted -= layer.weights
-    return _changed(rung.spec, int8=sorted(names))
+    return _changed(fallback.spec, int8=sorted(names))
 
 
 def distance(verdict: Verdict) -> float:
-    """How far a variant is from passing: the worst of its figures, error included, as a multiple of its limit."""
-    return max((_upper(check) / check.limit for check in verdict.checks), default=math.inf)
-
-
-def _upper(check: Check) -> float:
-    return check.value + check.quantile * check.stderr
+    """Return the largest of a variant's figures, error included, as a multiple of its limit."""
+    uppers = ((check.value + check.quantile * check.stderr) / check.limit for check in verdict.checks)
+    return max(uppers, default=math.inf)
 
 
 def best(tried: Sequence[ModelResult]) -> ModelResult:
-    """Of rungs none of which passed, the one that came nearest."""
-    return min(tried, key=lambda rung: distance(rung.gate))
+    """Return the fallback that came nearest to its limits, if none passed."""
+    return min(tried, key=lambda fallback: distance(fallback.gate or Verdict()))
 
 
 def _bytes(spec: VariantSpec, share: float, linear: Shapes, tables: Shapes) -> float:

@@ -1,7 +1,7 @@
-"""Everything that is said of one model: quality on both texts, speed, memory, size, answers.
+"""The evaluation of one model: quality on both texts, speed, memory, size and answers.
 
-A model is always measured through its files. The full-precision model is the reference; what
-it said of the texts is kept in files, so that a variant can be compared without it.
+A model is always measured through its files. The full-precision model is the reference. Its scores are kept in files,
+so that a variant can be compared without loading the reference.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from pipeline.config.catalog import LLAMA_CPP
 from pipeline.config.schema import MeasuredRun
@@ -36,8 +36,8 @@ Progress = Callable[[int, int, str], None]
 Count = Callable[[int, int], None]
 
 PROBE_TOKENS = 64
-CHECKED_CHARACTERS, CHECKED_SEQUENCES = 50_000, 8  # of general and held-out text, cut by llama.cpp as well
-LOGIT_TOLERANCE = 0.05  # relative; kernels and dequantized weights differ by bf16 rounding, layer upon layer
+CHECKED_CHARACTERS, CHECKED_SEQUENCES = 50_000, 8  # of general and held-out text, for which tokens are compared
+LOGIT_TOLERANCE = 0.05  # relative; kernels differ by bf16 rounding in each layer
 
 
 def evaluate(
@@ -52,35 +52,38 @@ def evaluate(
 ) -> ModelResult:
     """Measure the model in `folder`.
 
-    One that does not fit into the memory is offloaded: only its quality is measured then, for its speed would
-    be that of the disk, and an answer would read the whole model for every token.
+    A model that does not fit into memory is offloaded. Then only its quality is measured, because speed and answers
+    would depend on the disk.
 
     Args:
+        label: its name in progress lines.
+        folder: the folder of its files.
+        config: the run.
+        run_texts: the texts to measure on.
         progress: called with how much is done, of how much, and what.
-        reference: the full-precision model to compare it with, measured before; None if it is this one.
+        reference: folder of the full-precision model, measured before; None if it is this one.
         offload: as `pipeline.load` takes it.
-        in_full: measure speed too, and let it answer; else quality alone.
+        in_full: measure speed and answers too.
 
     Returns:
-        Size, quality per text, speed per loader, answers. A GGUF is measured in llama.cpp if that is installed, else
-        by its dequantized weights; `loader` says which.
+        Size, quality per text, speed per loader, answers. A GGUF is measured in llama.cpp if it is installed, else by
+        its dequantized weights; `loader` names which.
 
     Raises:
-        ModelError: if the stock loader, or llama.cpp, cannot load the files, or where both loaders
-            run and do not agree.
+        ModelError: if a loader cannot load the files, or if two loaders disagree.
     """
     from pipeline.inference import llama_cpp
     from pipeline.system import hardware
 
-    def tell(what: str):
+    def tell(what: str) -> Count:
         return lambda done, total: progress(done, total, f"{label}: {what}")
 
     file = only_file(folder)
-    if file is not None and llama_cpp.is_installed():
+    if file is not None and reference is not None and llama_cpp.is_installed():
         found = _in_llama_cpp(file, config, run_texts, reference, tell, in_full)
     else:
         found = _in_transformers(folder, file, config, run_texts, reference, offload, tell, in_full)
-    return found.changed(size_bytes=stored_bytes(folder), machine=Machine(**hardware.describe()))
+    return found.changed(size_bytes=stored_bytes(folder), machine=Machine.model_validate(hardware.describe()))
 
 
 def _in_transformers(
@@ -93,30 +96,33 @@ def _in_transformers(
     tell: Callable[[str], Count],
     in_full: bool,
 ) -> ModelResult:
-    """The figures of a folder with safetensors, or of a GGUF's dequantized weights, which have no speed."""
+    """Return the figures of a folder with safetensors, or of the dequantized weights of a GGUF, without speed."""
     import torch
 
-    from pipeline.evaluation import metrics, texts
+    from pipeline.evaluation import generation, metrics, texts
     from pipeline.inference import output_head
     from pipeline.inference.kernels.products import product_dtype
     from pipeline.inference.load import load, load_dequantized
     from pipeline.inference.offload import is_offloaded
     from pipeline.system import hardware
 
-    where = {"device": config.evaluate.device, "offload": offload}
-    model, tokenizer = load_dequantized(file, reference, **where) if file else load(folder, **where)
+    device: str = config.evaluate.device
+    if file and reference:
+        model, tokenizer = load_dequantized(file, reference, device, offload)
+    else:
+        model, tokenizer = load(folder, device=device, offload=offload)
     offloaded = is_offloaded(model)
     texts.with_template(tokenizer, run_texts)
     if reference is None:
         run_texts = texts.planned(config, run_texts, model, tokenizer)
     sequences = texts.all_texts(config, run_texts, tokenizer)
-    head_name = output_head.head_name(model) if reference is None else None
+    head_name = output_head.head_name(model) if reference is None else ""
     head, softcap = output_head.head_matrix(model).to("cpu"), output_head.softcap(model.config)
     scored = {text: metrics.score(model, part, tell(f"{text} text")) for text, part in sequences.items()}
     samples = []
     if in_full and not offloaded:
         tell("sample answers")(0, 1)
-        samples = metrics.answers(model, tokenizer, config.evaluate.prompts)
+        samples = generation.answers(model, tokenizer, config.evaluate.prompts)
     device = str(output_head.device_of(model))
     compute_dtype = hardware.dtype_name(product_dtype(model.dtype) if device == "cpu" else model.dtype)
     parameters = model.num_parameters()
@@ -136,16 +142,12 @@ def _in_transformers(
             compared = metrics.divergence(scores, head, other, theirs, softcap, tell("divergence"))
             quality[text] = _quality(text, sequences[text], scores, config, other, compared)
 
-    about: dict = {"file": file.name} if file else {}
     quantized = "quantization_config" in read_json(folder / "config.json", {})
     loaders = (STOCK, PACKED) if quantized else (STOCK,)
     timed = in_full and not offloaded and file is None
     if timed:
         tell("speed and memory, in fresh processes")(0, 1)
-    about |= {} if quantized or file else {"parameters": parameters}
-    return ModelResult(
-        **about,
-        **({"offloaded": True} if offloaded else {}),
+    found = ModelResult(
         device=device,
         compute_dtype=compute_dtype,
         loader=DEQUANTIZED if file else PACKED,
@@ -153,6 +155,8 @@ def _in_transformers(
         speed=_speed(folder, ids, loaders, config.evaluate.device) if timed else {},
         answers=tuple(samples),
     )
+    about = {"file": file.name} if file else {} if quantized else {"parameters": parameters}
+    return found.changed(**about, **({"offloaded": True} if offloaded else {}))
 
 
 def _in_llama_cpp(
@@ -163,33 +167,33 @@ def _in_llama_cpp(
     tell: Callable[[str], Count],
     in_full: bool,
 ) -> ModelResult:
-    """The figures of a GGUF file, given the tokens that the full-precision model was given."""
-    from pipeline.evaluation import metrics, texts
+    """Return the figures of a GGUF file, on the same tokens as the full-precision model."""
+    from pipeline.evaluation import generation, metrics, texts
     from pipeline.evaluation.load_probe import probe
     from pipeline.inference import llama_cpp, output_head
 
     tokenizer = texts.with_template(open_tokenizer(reference), run_texts)
     sequences = texts.all_texts(config, run_texts, tokenizer)
     prompts = config.evaluate.prompts if in_full else []
-    questions = [metrics.question(tokenizer, prompt)["input_ids"][0].tolist() for prompt in prompts]
+    questions = [generation.question(tokenizer, prompt)["input_ids"][0].tolist() for prompt in prompts]
     longest = [len(s.input_ids) for part in sequences.values() for s in part]
-    longest += [len(question) + metrics.ANSWER_TOKENS for question in questions]
+    longest += [len(question) + generation.ANSWER_TOKENS for question in questions]
     head, softcap = _reference_head(reference, run_texts), output_head.softcap(open_config(reference))
     quality = {}
     with llama_cpp.opened(file, max(longest), output_head.LOGIT_ELEMENTS) as reader:
         if reader.vocabulary != len(head):
-            raise ModelError(f"{file}: has {reader.vocabulary} tokens, and the full-precision model {len(head)}")
+            raise ModelError(f"{file}: has {reader.vocabulary} tokens, but the full-precision model has {len(head)}")
         others = [s.input_ids for s in sequences.get(texts.HELD_OUT, ())[:CHECKED_SEQUENCES]] + questions
         sample = unicodedata.normalize("NFC", general_text(config.evaluate.general)[:CHECKED_CHARACTERS])
-        _check_tokens(reader, tokenizer, [sample, *(tokenizer.decode(ids) for ids in others)])
+        _check_tokens(reader, tokenizer, [sample, *(cast(str, tokenizer.decode(ids)) for ids in others)])
         for text, part in sequences.items():
             other = metrics.Scores.load(run_texts.reference_scores(text))
             logits = metrics.counted_logits(reader, part)
             scores, compared = metrics.compare_logits(logits, part, other, head, softcap, tell(f"{text} text"))
             quality[text] = _quality(text, part, scores, config, other, compared)
         tell("sample answers")(0, 1)
-        stops = metrics.stop_tokens(reference)
-        replies = [reader.answer(question, stops, metrics.ANSWER_TOKENS) for question in questions]
+        stops = generation.stop_tokens(reference)
+        replies = [reader.answer(question, stops, generation.ANSWER_TOKENS) for question in questions]
     if in_full:
         tell("speed and memory, in a fresh process")(0, 1)
     return ModelResult(
@@ -199,17 +203,17 @@ def _in_llama_cpp(
         quality=quality,
         speed={LLAMA_CPP: probe(file, LLAMA_CPP).figures} if in_full else {},
         answers=tuple(
-            Answer(prompt=prompt, answer=tokenizer.decode(reply, skip_special_tokens=True).strip())
+            Answer(prompt=prompt, answer=generation.text_of(tokenizer, reply))
             for prompt, reply in zip(prompts, replies, strict=True)
         ),
     )
 
 
 def _check_tokens(reader: Reader, tokenizer: PreTrainedTokenizerBase, samples: Iterable[str]) -> None:
-    """Raise where llama.cpp cuts a text into other tokens than the model was measured with.
+    """Check that llama.cpp and the tokenizer of the model cut texts into the same tokens.
 
     Raises:
-        ModelError: with the tokens from where they differ on.
+        ModelError: with the text at the first difference.
     """
     for text in samples:
         ours, theirs = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], reader.cut(text)
@@ -217,7 +221,7 @@ def _check_tokens(reader: Reader, tokenizer: PreTrainedTokenizerBase, samples: I
             same = len(os.path.commonprefix([ours, theirs]))
             raise ModelError(
                 f"{reader.path}: llama.cpp cuts {tokenizer.decode(ours[same : same + 8])!r} into other tokens than the "
-                "model's tokenizer does; leave out the variants for llama.cpp"
+                "model's tokenizer. Try: leave out the variants for llama.cpp"
             )
 
 
@@ -246,14 +250,14 @@ def _quality(
 
 
 def _reference_head(reference: Path, run_texts: RunTexts) -> torch.Tensor:
-    """The output matrix of the full-precision model."""
+    """Return the output matrix (V, H) of the full-precision model."""
     from pipeline.evaluation import metrics, texts
 
     return Checkpoint(reference).read(metrics.Scores.saved_head(run_texts.reference_scores(texts.GENERAL)))
 
 
 def _speed(folder: Path, ids: list[int], loaders: tuple[str, ...], device: str) -> dict[str, Speed]:
-    """Return the figures by loader. If both run, their logits must agree."""
+    """Return the figures by loader; if both loaders run, their logits must agree."""
     from pipeline.evaluation.load_probe import probe
 
     probes = {loader: probe(folder, loader, ids, device) for loader in loaders}
@@ -263,6 +267,7 @@ def _speed(folder: Path, ids: list[int], loaders: tuple[str, ...], device: str) 
         raise ModelError(f"{folder}: does not run with {PACKED}: {ours.reason}")
     if ours and figures[STOCK].runs and _stock_is_right(folder, device):
         logits, stock = probes[PACKED].logits, probes[STOCK].logits
+        assert logits is not None and stock is not None, "a model that runs has logits"
         difference = float((logits - stock).norm() / stock.norm())
         if difference > LOGIT_TOLERANCE:
             raise ModelError(f"{folder}: logits of {PACKED} differ from the stock loader's by {difference:.1%}")

@@ -1,9 +1,8 @@
-"""Is a variant good enough to be published, given the error of the measurement?
+"""The gate: limits that a variant must keep to be published, error of the measurement included.
 
-A variant is held against limits on how far it may be from the model in full precision, on every text that was
-measured. It passes where `value + quantile * stderr <= limit`: a test of non-inferiority on differences that are
-paired token by token, with whole sequences as the units. So it has to be shown that a variant is good enough; that
-nothing was shown against it does not do.
+A variant passes if `value + quantile * stderr <= limit` on every text. This is a test of non-inferiority to the
+full-precision model, on differences that are paired token by token, with whole sequences as units. So the measurement
+must show that a variant is good enough.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ SAID = {
 
 
 def limits(quantize: Quantize, variant: str) -> dict[str, float]:
-    """What a variant may lose at most: `rise` of perplexity and `disagreement` as shares, `kl` in nats a token."""
+    """Return the limits of a variant: `rise` of perplexity and `disagreement` as shares, `kl` in nats per token."""
     layers = (quantize.gate, quantize.spec(variant).gate)
     said = {name: value for layer in layers for name, value in layer.model_dump().items() if value is not None}
     return {"rise": VARIANTS[variant].rise, **said}
@@ -34,7 +33,8 @@ def judge(quality: Mapping[str, Quality], limits: Mapping[str, float]) -> Verdic
     """Return the verdict on a variant: every limit is checked on every text.
 
     Args:
-        quality: what was measured, by text.
+        quality: the measured quality, by text.
+        limits: the limits, by figure.
     """
     checks = tuple(
         _check(text, name, limit, found) for text, found in quality.items() for name, limit in limits.items()
@@ -43,13 +43,12 @@ def judge(quality: Mapping[str, Quality], limits: Mapping[str, float]) -> Verdic
 
 
 def _check(text: str, figure: str, limit: float, found: Quality) -> Check:
+    measured = {"rise": found.rise, "kl": found.kl, "disagreement": found.agreement}[figure]
+    assert measured and found.tokens and found.sequences, f"{text}: {figure} was not measured"
+    value, error = measured.value, measured.stderr
     if figure == "disagreement":
-        value = 1 - found.agreement.value
-        # A few tokens that all agree do not show that all others would.
-        error = max(found.agreement.stderr, 1 / found.tokens)
-    else:
-        measured = found.rise if figure == "rise" else found.kl
-        value, error = measured.value, measured.stderr
+        # If all of a few tokens agree, that does not show that all others would.
+        value, error = 1 - value, max(error, 1 / found.tokens)
     reach = quantile(MARGIN, found.sequences)
     return Check(
         text=text,
@@ -64,21 +63,21 @@ def _check(text: str, figure: str, limit: float, found: Quality) -> Check:
 
 
 def tell(verdict: Verdict) -> str:
-    """Return in one line what a variant missed."""
-    told = []
+    """Return one line with the limits that a variant missed."""
+    parts = []
     for check in verdict.missed:
         unit = 1 if check.figure == "kl" else 100
         percent = "" if unit == 1 else " %"
-        said = SAID[check.figure].format(_figure(check, unit) + percent)
+        said = SAID[str(check.figure)].format(_figure(check, unit) + percent)
         limit = f"{unit * check.limit:.3g}{percent}"
         over = "which with its error may be more than the limit of" if check.is_unsure else "and the limit is"
-        told.append(f"{said} on {TEXTS[check.text]} text, {over} {limit}")
+        parts.append(f"{said} on {TEXTS[str(check.text)]} text, {over} {limit}")
     unsure = any(check.is_unsure for check in verdict.missed)
-    return "; ".join(told) + ("; more tokens (evaluate.max_tokens) may show that it passes" if unsure else "")
+    return "; ".join(parts) + ("; more tokens (evaluate.max_tokens) may show that it passes" if unsure else "")
 
 
 def _figure(check: Check, unit: float) -> str:
-    """Return a figure as `12.1 ± 1.3`: two digits of the error, and as many decimals of the value."""
+    """Return a figure such as `12.1 ± 1.3`: two digits of the error, and the same number of decimals for the value."""
     error = unit * check.stderr
     decimals = max(0, 1 - math.floor(math.log10(error))) if error else 3
     return f"{unit * check.value:.{decimals}f}" + (f" ± {error:.{decimals}f}" if error else "")

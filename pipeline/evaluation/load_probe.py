@@ -1,11 +1,10 @@
-"""One model, one loader, one fresh process: does it load, does it run, how fast, in how much memory?
+"""A probe: one loader loads and runs one model in a fresh process, and measures speed and memory.
 
     python -m pipeline.evaluation.load_probe FOLDER stock|pipeline.load IDS.json OUT auto|cpu|cuda
     python -m pipeline.evaluation.load_probe FILE.gguf llama.cpp IDS.json OUT auto
 
-Writes OUT/probe.json, and except for llama.cpp OUT/logits.safetensors for the tokens in IDS.json.
-With `stock` nothing but transformers (and torchao behind it) touches the files, and with
-`llama.cpp` nothing but that; torch is then not even imported.
+It writes OUT/probe.json, and OUT/logits.safetensors for the tokens in IDS.json unless the loader is llama.cpp.
+The loader `stock` is transformers with torchao alone. For `llama.cpp` torch is not imported.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.config.catalog import LLAMA_CPP
 from pipeline.errors import ModelError
@@ -26,20 +26,29 @@ from pipeline.inference.loaders import STOCK
 from pipeline.system.libraries import quiet
 from pipeline.system.process_environment import user_environment, with_own_package
 
+if TYPE_CHECKING:
+    import torch
+
 
 @dataclass(frozen=True)
 class Probe:
-    """What a fresh process found. `logits` (T, V) float32 are None where it does not run, and of llama.cpp."""
+    """The result of a probe; `logits` (T, V) float32 are None for llama.cpp and for a model that does not run."""
 
     figures: Speed
-    logits: object | None
+    logits: torch.Tensor | None
 
 
 def probe(folder: Path, loader: str, ids: Sequence[int] = (), device: str = "auto") -> Probe:
     """Load and run a model in a fresh process.
 
+    Args:
+        folder: the model: a folder, or the file of a variant that is one file.
+        loader: the key of a loader, as `pipeline.inference.loaders` names it.
+        ids: tokens whose logits are returned.
+        device: `auto`, `cpu` or `cuda`.
+
     Raises:
-        ModelError: if it does not even load; a folder that does not load is not published.
+        ModelError: if the model does not load.
     """
     from safetensors.torch import load_file
 
@@ -57,13 +66,13 @@ def probe(folder: Path, loader: str, ids: Sequence[int] = (), device: str = "aut
             str(out),
             device,
         ]
-        # As a user would start it: without the allocator settings that stages run under.
+        # The environment of a user, without the allocator settings of stages.
         plain = with_own_package(user_environment())
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=plain)
         result = out / "probe.json"
         if done.returncode < 0:
             raise ModelError(
-                f"{folder}: killed (signal {-done.returncode}) while it was loaded alone; is memory short?"
+                f"{folder}: killed while loading (signal {-done.returncode}). Try: free memory, or use a larger machine"
             )
         if done.returncode != 0 or not result.is_file():
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -74,6 +83,7 @@ def probe(folder: Path, loader: str, ids: Sequence[int] = (), device: str = "aut
 
 
 def main() -> None:
+    """Probe the model that the arguments name."""
     path, loader, ids_path, out, device = sys.argv[1:]
     if loader == LLAMA_CPP:
         figures = _in_llama_cpp(Path(path))
@@ -92,8 +102,8 @@ def _in_llama_cpp(path: Path) -> Speed:
     start = time.perf_counter()
     with llama_cpp.opened(path, PROMPT_TOKENS + NEW_TOKENS) as reader:
         seconds = time.perf_counter() - start
-        figures = Speed(loader=LLAMA_CPP, device="cpu", load_seconds=seconds, runs=True, **reader.speed())
-        return figures.model_copy(update={"peak_memory_bytes": hardware.peak_memory_bytes()})
+        about = {"loader": LLAMA_CPP, "device": "cpu", "load_seconds": seconds, "runs": True, **reader.speed()}
+        return Speed.model_validate(about | {"peak_memory_bytes": hardware.peak_memory_bytes()})
 
 
 def _in_transformers(folder: str, loader: str, tokens: list[int], out: Path, device: str) -> Speed:
@@ -101,7 +111,7 @@ def _in_transformers(folder: str, loader: str, tokens: list[int], out: Path, dev
     import torch
     from safetensors.torch import save_file
 
-    from pipeline.evaluation import metrics
+    from pipeline.evaluation.generation import speed
     from pipeline.inference import load
     from pipeline.models.safe_loading import open_model
     from pipeline.system import hardware
@@ -112,7 +122,7 @@ def _in_transformers(folder: str, loader: str, tokens: list[int], out: Path, dev
     hardware.reset_peak_memory()
     start = time.perf_counter()
     if loader == STOCK:
-        model = open_model(folder, dtype="auto", device_map=device if device != "cpu" else None)
+        model = open_model(Path(folder), dtype="auto", device_map=device if device != "cpu" else None)
     else:
         model, _ = load.load(folder, device=device)
     seconds = time.perf_counter() - start
@@ -120,13 +130,17 @@ def _in_transformers(folder: str, loader: str, tokens: list[int], out: Path, dev
     try:
         with torch.no_grad():
             logits = model(ids).logits[0].float().cpu()
-    except Exception as error:  # the kernel that the stock library wants may not exist on this machine
-        found = {"runs": False, "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+    except Exception as error:  # the machine may lack its kernel
+        found: dict[str, object] = {
+            "runs": False,
+            "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
+        }
     else:
-        found = {"runs": True, **metrics.speed(model)}
+        found = {"runs": True, **speed(model)}
         save_file({"logits": logits.contiguous()}, out / "logits.safetensors")
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else hardware.peak_memory_bytes()
-    return Speed(loader=loader, device=device, load_seconds=seconds, **found, peak_memory_bytes=peak)
+    about = {"loader": loader, "device": device, "load_seconds": seconds, "peak_memory_bytes": peak}
+    return Speed.model_validate(about | found)
 
 
 if __name__ == "__main__":

@@ -1,41 +1,35 @@
-"""Perplexity, KL divergence, agreement, speed and sample answers of a loaded model.
+"""Perplexity, KL divergence and agreement of a loaded model.
 
-A model is scored once: its loss at every counted token, its first choice, and its last
-hidden states. The reference's hidden states are kept on disk; what a variant is compared
-with is computed from them and the reference's output head, so that the reference and the
-variant are never in memory together and no logits are stored.
+A model is scored once: its loss at every counted token, its first choice, and its last hidden states. The hidden states
+of the reference are kept on disk, and its logits are computed from them. So the reference and a variant are never in
+memory together, and no logits are stored.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pipeline.data.chat import on_one_day
 from pipeline.errors import ModelError
-from pipeline.evaluation.model_result import Answer, Estimate
+from pipeline.evaluation.model_result import Estimate
 from pipeline.inference.output_head import Head, check_head, device_of, head_of, logits_of
-from pipeline.inference.throughput import NEW_TOKENS, PROMPT_TOKENS, REPEATS, tokens_per_second
-from pipeline.models.safe_loading import open_config
 from pipeline.system.files import read_json
 
 if TYPE_CHECKING:
-    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from pipeline.data.encode import Encoded
     from pipeline.inference.llama_cpp import Reader
     from pipeline.quantization.grid import GroupQuantized
 
 BATCH_TOKENS = 2048
-ANSWER_TOKENS = 64
 IGNORED = -100
 
 Progress = Callable[[int, int], None]
@@ -43,7 +37,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far a model is from the reference: nats a token, and the share of tokens with the same first choice."""
+    """The distance of a model from the reference: `kl` in nats per token, and `agreement` as a share of tokens."""
 
     kl: Estimate
     agreement: Estimate
@@ -51,13 +45,13 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model said of a text. T is the number of counted tokens.
+    """The scores of a model on a text with T counted tokens.
 
     Attributes:
         nll: (T,) float32, negative log-likelihood of each token in nats.
-        choice: (T,) int64, the token that the model held likeliest.
-        sequence: (T,) int64, which sequence a token belongs to.
-        hidden: (T, H), the last hidden states, from which the logits follow; None of a model that does not tell them.
+        choice: (T,) int64, the most likely token for the model.
+        sequence: (T,) int64, the number of the sequence of each token.
+        hidden: (T, H), the last hidden states, which give the logits; None for llama.cpp, which does not show them.
     """
 
     nll: torch.Tensor
@@ -65,19 +59,26 @@ class Scores:
     sequence: torch.Tensor
     hidden: torch.Tensor | None
 
+    @property
+    def states(self) -> torch.Tensor:
+        """The last hidden states of a model that shows them, (T, H)."""
+        assert self.hidden is not None, "only scores of `score` have hidden states"
+        return self.hidden
+
     def save(self, path: Path, head: str = "") -> None:
-        """Write the scores to a file, with the checkpoint's name for the model's output matrix."""
+        """Write the scores to a file, with the name of the output matrix in the checkpoint."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {"nll": self.nll, "choice": self.choice, "sequence": self.sequence, "hidden": self.hidden}
+        tensors = {"nll": self.nll, "choice": self.choice, "sequence": self.sequence, "hidden": self.states}
         save_file(tensors, path, {"head": head})
 
     @classmethod
     def load(cls, path: Path) -> Scores:
+        """Return the scores in a file."""
         return cls(**load_file(path))
 
     @staticmethod
     def saved_head(path: Path) -> str:
-        """Return the checkpoint's name for the output matrix of the model whose scores are in a file."""
+        """Return the name of the output matrix in the checkpoint of the scored model."""
         with safe_open(path, "pt") as file:
             known = (file.metadata() or {}).get("head")
         return known or read_json(path.with_name("head.json"), {})["name"]  # of an earlier release
@@ -88,8 +89,8 @@ def score(model: PreTrainedModel, sequences: Sequence[Encoded], on_progress: Pro
     """Score every counted token (label not -100) of `sequences`.
 
     Raises:
-        ModelError: where the model's logits are not its hidden states times its head, or are
-            not finite, and where no token counts.
+        ModelError: if the logits are not hidden states times the output matrix, if they are not finite, or if no token
+            counts.
     """
     backbone, head, device = _backbone(model), head_of(model), device_of(model)
     if not any(label != IGNORED for s in sequences for label in s.labels[1:]):
@@ -99,7 +100,7 @@ def score(model: PreTrainedModel, sequences: Sequence[Encoded], on_progress: Pro
     counts = torch.tensor([sum(label != IGNORED for label in s.labels[1:]) for s in sequences])
     starts = (counts.cumsum(0) - counts).tolist()
     sequence = torch.arange(len(sequences)).repeat_interleave(counts)
-    # All at once: what is kept of each batch by itself would keep the memory of the batch, among which it lies.
+    # One tensor for all batches: a small tensor from each batch would keep the memory of the batch.
     nll, choice = torch.empty(len(sequence)), torch.empty(len(sequence), dtype=torch.long)
     hidden = None
     for batch in _batches(sequences):
@@ -129,10 +130,9 @@ def score(model: PreTrainedModel, sequences: Sequence[Encoded], on_progress: Pro
 
 
 def mean(values: torch.Tensor, sequence: torch.Tensor) -> Estimate:
-    """The mean over tokens, with a standard error that allows for tokens of one sequence going together.
+    """Return the mean over tokens, with a standard error for tokens that depend on each other within a sequence.
 
-    The error is that of a ratio estimator with sequences as clusters: tokens of one
-    text are not independent, and a naive error would be too small.
+    The error is that of a ratio estimator with sequences as clusters. That of independent tokens would be too small.
     """
     values = values.double()
     _, cluster = sequence.unique(return_inverse=True)
@@ -145,7 +145,7 @@ def mean(values: torch.Tensor, sequence: torch.Tensor) -> Estimate:
 
 
 def perplexity(scores: Scores) -> Estimate:
-    """Exp of the mean loss; its error by the delta method."""
+    """Return the exponential of the mean loss, with an error by the delta method."""
     loss = mean(scores.nll, scores.sequence)
     value = math.exp(loss.value)
     return Estimate(value, value * loss.stderr)
@@ -156,20 +156,28 @@ def divergence(
     scores: Scores,
     head: torch.Tensor | GroupQuantized,
     reference: Scores,
-    reference_head: torch.Tensor,
+    reference_head: torch.Tensor | GroupQuantized,
     softcap: float | None = None,
     on_progress: Progress | None = None,
 ) -> Divergence:
-    """Return KL(reference || model), and how often both have the same first choice.
+    """Return KL(reference || model), and the share of tokens at which both have the same first choice.
 
     Args:
-        head, reference_head: output matrices (V, H) that turn hidden states into logits.
+        scores: the scores of the model.
+        head: its output matrix (V, H).
+        reference: the scores of the reference on the same text.
+        reference_head: its output matrix (V, H).
+        softcap: the bound that both models put on their logits.
+        on_progress: called with the compared tokens, and all tokens.
+
+    Raises:
+        ModelError: if the models were scored on different tokens.
     """
-    kl = torch.empty(len(scores.nll))  # at once: a small tensor kept of every tile would keep the tile's memory
+    kl = torch.empty(len(scores.nll))  # one tensor for all tiles, as in `score`
     heads = (Head(head, softcap), Head(reference_head, softcap))
     _refuse_other_tokens(scores.sequence, reference)
     for (rows, ours), (_, theirs) in zip(
-        logits_of(heads[0], scores.hidden), logits_of(heads[1], reference.hidden), strict=True
+        logits_of(heads[0], scores.states), logits_of(heads[1], reference.states), strict=True
     ):
         kl[rows] = _kl(theirs, ours).cpu()
         if on_progress:
@@ -178,7 +186,7 @@ def divergence(
 
 
 def counted_logits(reader: Reader, sequences: Sequence[Encoded]) -> Iterator[torch.Tensor]:
-    """Logits (n, V) float32 of llama.cpp at every counted token of `sequences` in order, some at a time."""
+    """Yield the logits of llama.cpp at the counted tokens of `sequences` in order, in parts (n, V) float32."""
     for sequence in sequences:
         counted = [label != IGNORED for label in sequence.labels[1:]]  # position t predicts token t + 1
         reader.begin()
@@ -191,17 +199,22 @@ def compare_logits(
     logits: Iterable[torch.Tensor],
     sequences: Sequence[Encoded],
     reference: Scores,
-    reference_head: torch.Tensor,
+    reference_head: torch.Tensor | GroupQuantized,
     softcap: float | None = None,
     on_progress: Progress | None = None,
 ) -> tuple[Scores, Divergence]:
-    """Return what `score` and `divergence` find, of a model that gives its logits and nothing else.
+    """Return scores and divergence of a model that shows only its logits.
 
     Args:
-        logits: (n, V) float32, at every counted token of `sequences` in order, some at a time.
+        logits: the logits at the counted tokens of `sequences` in order, in parts (n, V) float32.
+        sequences: the text.
+        reference: the scores of the reference on the same text.
+        reference_head: its output matrix (V, H).
+        softcap: the bound that the reference puts on its logits.
+        on_progress: called with the compared tokens, and all tokens.
 
     Raises:
-        ModelError: where the reference was scored on other tokens.
+        ModelError: if the reference was scored on different tokens.
     """
     targets = torch.tensor([label for s in sequences for label in s.labels[1:] if label != IGNORED])
     counts = torch.tensor([sum(label != IGNORED for label in s.labels[1:]) for s in sequences])
@@ -213,7 +226,7 @@ def compare_logits(
         rows = slice(start, start + len(ours))
         nll[rows] = token_losses(ours, targets[rows])
         choice[rows] = ours.argmax(-1)
-        kl[rows] = _kl(head(reference.hidden[rows]), ours)
+        kl[rows] = _kl(head(reference.states[rows]), ours)
         start = rows.stop
         if on_progress:
             on_progress(start, len(targets))
@@ -223,16 +236,16 @@ def compare_logits(
 
 def _refuse_other_tokens(sequence: torch.Tensor, reference: Scores) -> None:
     if not torch.equal(sequence, reference.sequence):
-        raise ModelError("the two models were not scored on the same tokens; score both again")
+        raise ModelError("the two models were not scored on the same tokens. Try: score both again")
 
 
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood (n,) in nats of `targets` (n,) under logits (n, V)."""
+    """Return the negative log-likelihood (n,) in nats of `targets` (n,) under logits (n, V)."""
     return -logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
 
 
 def _kl(theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
-    """KL(theirs || ours) of logits (n, V), (n,)."""
+    """Return KL(theirs || ours), (n,), of logits (n, V)."""
     target, log_q = theirs.log_softmax(-1), ours.log_softmax(-1)
     return (target.exp() * (target - log_q)).sum(-1)
 
@@ -243,88 +256,19 @@ def _compared(scores: Scores, reference: Scores, kl: torch.Tensor) -> Divergence
 
 
 def rise(scores: Scores, reference: Scores) -> Estimate:
-    """The relative rise in perplexity over the reference, paired token by token."""
+    """Return the relative rise of perplexity over the reference, paired token by token."""
     difference = mean(scores.nll - reference.nll, scores.sequence)
     ratio = math.exp(difference.value)
     return Estimate(ratio - 1, ratio * difference.stderr)
 
 
-@torch.no_grad()
-def speed(
-    model: PreTrainedModel,
-    prompt_tokens: int = PROMPT_TOKENS,
-    new_tokens: int = NEW_TOKENS,
-    repeats: int = REPEATS,
-) -> dict[str, float]:
-    """Tokens per second at batch 1: reading a prompt, and writing after it. Medians.
-
-    Prompt and answer are shortened to what the model's positions hold.
-    """
-    generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(0, model.config.vocab_size, (1, prompt_tokens), generator=generator).to(model.device)
-
-    def read(count: int):
-        return model(prompt[:, :count], use_cache=True, logits_to_keep=1)
-
-    def write(out):
-        token = out.logits[:, -1:].argmax(-1)
-        return model(token, past_key_values=out.past_key_values, use_cache=True)
-
-    limit = getattr(model.config, "max_position_embeddings", None)
-    return tokens_per_second(read, write, limit, prompt_tokens, new_tokens, repeats, lambda: _now(model))
-
-
-@torch.no_grad()
-def answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], new_tokens: int = ANSWER_TOKENS
-) -> list[Answer]:
-    """Return greedy answers, without sampling, so that they differ only where the models do.
-
-    A model without a chat template goes on from the prompt as it stands.
-    """
-    found = []
-    for prompt in prompts:
-        inputs = question(tokenizer, prompt).to(model.device)
-        output = model.generate(
-            **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id or 0
-        )
-        text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        found.append(Answer(prompt=prompt, answer=text.strip()))
-    return found
-
-
-def question(tokenizer: PreTrainedTokenizerBase, prompt: str) -> BatchEncoding:
-    """What a model is given to answer `prompt`: `input_ids` (1, T) and their mask."""
-    if not tokenizer.chat_template:
-        return tokenizer(prompt, return_tensors="pt")
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}],
-        chat_template=on_one_day(tokenizer.get_chat_template()),
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-    )
-
-
-def stop_tokens(folder: Path) -> set[int]:
-    """The tokens at which the model in `folder` ends an answer in transformers."""
-    from transformers import GenerationConfig
-
-    if (folder / "generation_config.json").is_file():
-        settings = GenerationConfig.from_pretrained(folder)
-    else:
-        settings = GenerationConfig.from_model_config(open_config(folder))
-    ends = settings.eos_token_id
-    return set(ends) if isinstance(ends, list) else {ends} - {None}
-
-
 def _backbone(model: PreTrainedModel) -> torch.nn.Module:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     return inner.base_model
 
 
 def _batches(sequences: Sequence[Encoded]) -> list[list[int]]:
-    """Sequences of similar length together, at most BATCH_TOKENS with their padding."""
+    """Return batches of sequences with similar lengths, each of at most BATCH_TOKENS with its padding."""
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].input_ids))
     batches: list[list[int]] = [[]]
     for index in order:  # ascending, so the newest is the longest
@@ -332,9 +276,3 @@ def _batches(sequences: Sequence[Encoded]) -> list[list[int]]:
             batches.append([])
         batches[-1].append(index)
     return batches
-
-
-def _now(model: PreTrainedModel) -> float:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()

@@ -1,7 +1,6 @@
-"""What is known of one model, typed: quality, speed, size, settings, and the verdict of its gate.
+"""The typed results of one model: quality, speed, size, settings, and the verdict of its gate.
 
-A key that a file does not have is None or empty here, so that results of earlier versions are read. A key that this
-version does not know is kept and written again.
+Keys that a file of an earlier version lacks are None or empty. Keys of later versions are kept and written again.
 """
 
 from __future__ import annotations
@@ -41,14 +40,14 @@ Texts = Annotated[tuple[Text, ...], List]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A measured value and its standard error; NaN is a figure that is not known."""
+    """A measured value and its standard error; an unknown figure is NaN."""
 
     value: Figure = math.nan
     stderr: Figure = math.nan
 
 
 class Record(BaseModel):
-    """A part of the results. Values do not change; unknown keys are kept."""
+    """A part of the results; it is immutable and keeps unknown keys."""
 
     model_config = ConfigDict(extra="allow", frozen=True, ser_json_inf_nan="constants")
 
@@ -58,13 +57,13 @@ class Record(BaseModel):
 
 
 class Quality(Record):
-    """What was measured on one text.
+    """The quality on one text.
 
     Attributes:
-        digest: of the text as tokens; figures of the same digest can be compared.
-        loss: nats a token.
-        rise: of perplexity over the full-precision model's, as a share of it; paired token by token.
-        kl: divergence from the full-precision model, nats a token.
+        digest: digest of the text as tokens; figures with the same digest can be compared.
+        loss: mean loss in nats per token.
+        rise: relative rise of perplexity over the full-precision model, paired token by token.
+        kl: KL divergence from the full-precision model in nats per token.
         agreement: share of tokens at which both models have the same first choice.
     """
 
@@ -80,11 +79,11 @@ class Quality(Record):
 
 
 class Speed(Record):
-    """What a fresh process found that loads a model with one loader: seconds, tokens a second, bytes.
+    """The speed and memory of one loader in a fresh process: seconds, tokens per second, bytes.
 
     Attributes:
-        runs: False of a model that loads, but cannot be computed with; `reason` says why.
-        logits_off_stock: relative difference from the stock loader's logits.
+        runs: False if the model loads, but does not run; `reason` says why.
+        logits_off_stock: relative difference from the logits of the stock loader.
     """
 
     loader: Text | None = None
@@ -101,7 +100,7 @@ class Speed(Record):
 
 
 class Answer(Record):
-    """A prompt and what a model made of it."""
+    """A prompt and the answer of a model."""
 
     prompt: Text | None = None
     answer: Text | None = None
@@ -119,7 +118,7 @@ class Machine(Record):
 
 
 class VariantSettings(Record):
-    """How a variant was made, as `VariantSpec.making` tells it."""
+    """The settings of a variant, as `VariantSpec.making` returns them."""
 
     name: Text | None = None
     group_size: Count | None = None
@@ -131,7 +130,7 @@ class VariantSettings(Record):
 
 
 class StoredWeights(Record):
-    """What became of a variant's layers: bytes, and names of those that are not stored as the others are."""
+    """The stored layers of a variant: bytes, and the names of layers that are stored differently from the others."""
 
     weight_bytes: Count | None = None
     source_bytes: Count | None = None
@@ -143,7 +142,7 @@ class StoredWeights(Record):
 
 
 class Check(Record):
-    """One figure held against one limit; `quantile` is the number of standard errors that it must stay below it."""
+    """One figure and its limit; `value + quantile * stderr` must not exceed `limit`."""
 
     text: Text | None = None
     figure: Text | None = None
@@ -156,12 +155,12 @@ class Check(Record):
 
     @property
     def is_unsure(self) -> bool:
-        """Return True if the value is within the limit and only its error is not."""
+        """Return True if the value is within the limit, and only its error may exceed it."""
         return self.value <= self.limit
 
 
 class Verdict(Record):
-    """Whether a variant passed its gate, and the ways to make it that were tried."""
+    """The verdict of a gate on a variant, and the fallbacks that were tried."""
 
     passed: Flag | None = None
     limits: Annotated[dict[str, Number], Table] = {}
@@ -176,15 +175,15 @@ class Verdict(Record):
 
 
 class ModelResult(Record):
-    """Everything that is known of one model: what it is, what it costs, and how good it is.
+    """All results of one model.
 
     Attributes:
-        file: name of its GGUF file, if it is one.
-        loader: what `quality` was measured with.
-        offloaded: True if its weights stayed in their files meanwhile.
+        file: name of its file, for a variant that is one file.
+        loader: the loader that measured `quality`.
+        offloaded: True if weights stayed on the disk during the measurement.
         quality: by text.
         speed: by loader.
-        ratio: its bytes as a share of the full-precision model's.
+        ratio: its bytes as a share of those of the full-precision model.
     """
 
     size_bytes: Count | None = None
@@ -205,26 +204,26 @@ class ModelResult(Record):
 
     @property
     def fastest(self) -> Speed | None:
-        """The speed that stands for the model: that of the first loader that runs it."""
+        """The speed of the first loader that runs the model."""
         probes = (self.speed.get(loader) for loader in TIMED)
         return next((probe for probe in probes if probe and probe.runs), None)
 
     def on(self, text: str) -> Quality:
-        """Return what was measured on a text; nothing in it is known if it was not."""
+        """Return the quality on a text; an empty one if the model was not measured on it."""
         return self.quality.get(text) or Quality()
 
     def changed(self, **figures: Any) -> ModelResult:
-        """Return the same result with other or more figures."""
+        """Return the result with these figures replaced."""
         return self.model_copy(update=figures)
 
 
 class LayerLoss(Record):
     """What a model loses if one layer alone is quantized: divergence in nats a token, and rise of perplexity."""
 
-    name: Text | None = None
-    weights: Count | None = None
-    kl: Estimate | None = None
-    rise: Estimate | None = None
+    name: Text = ""
+    weights: Count = 0
+    kl: Estimate = Estimate()
+    rise: Estimate = Estimate()
 
 
 Verdict.model_rebuild()

@@ -1,8 +1,7 @@
-"""Figures of a run, typed: the content of `results.json` and of the results in a lineage.
+"""The typed results of a run: the content of `results.json`, and of the results in a lineage.
 
-This module and `model_result` alone know the keys of the files. What earlier versions wrote is read here too: a key
-that a file does not have is None or empty, and a key that this version does not know is kept and written again.
-`to_json` therefore returns what was read, without a change.
+Only this module and `model_result` know the keys of the files. Files of earlier and later versions can be read: missing
+keys are None or empty, and unknown keys are kept. So `to_json` returns exactly the content that was read.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _FIRST = ("origin", "data", "training", "adapter", "merge", BASE, MERGED)  # in 
 
 
 class Origin(Record):
-    """Where a model or an adapter came from, as it was recorded when it was read."""
+    """The origin of a model or an adapter."""
 
     source: Text | None = None
     name: Text | None = None
@@ -47,7 +46,7 @@ class Origin(Record):
 
 
 class Overlap(Record):
-    """How many held-out examples the training data know."""
+    """Counts of held-out examples that are also in the training data."""
 
     compared: Count | None = None
     same: Count | None = None
@@ -66,7 +65,7 @@ class Lengths(Record):
 
 
 class Split(Record):
-    """Counts of the examples that were trained on, or held out."""
+    """Counts of the training examples, or of the held-out examples."""
 
     examples: Count | None = None
     sequences: Count | None = None
@@ -79,7 +78,7 @@ class Split(Record):
 
 
 class Data(Record):
-    """The data set that was trained on."""
+    """The data set of the training."""
 
     source: Text | None = None
     subset: Text | None = None
@@ -100,7 +99,7 @@ class Data(Record):
 
 
 class Training(Record):
-    """How the adapter was trained."""
+    """The training of the adapter."""
 
     steps: Count | None = None
     train_loss: Number | None = None
@@ -141,19 +140,19 @@ class Merge(Record):
 
 
 class ComparedWith(Record):
-    """The release that a retrained model was compared with."""
+    """The published release that a retrained model was compared with."""
 
     repo: Text | None = None
     commit: Text | None = None
 
 
 class Comparison(Record):
-    """A retrained model beside the published one; only `inputs` and `weights` are known if there was none.
+    """The comparison of a retrained model with the published one; only `inputs` and `weights` are set without one.
 
     Attributes:
-        inputs: what the new model was made of.
-        weights: digest of the new model's weights.
-        unit: of `new`, `live` and `difference`, which are losses.
+        inputs: the inputs of the new model.
+        weights: digest of the weights of the new model.
+        unit: unit of the losses `new`, `live` and `difference`.
     """
 
     inputs: dict[str, Any] = {}
@@ -181,10 +180,10 @@ class Results(Record):
     """Every figure of a run.
 
     Attributes:
-        base: the model that all began with.
-        merged: the model with the adapter in its weights.
-        variants: by name; in the file they stand beside `base` and `merged`.
-        withheld: variants that were measured and kept out of the release.
+        base: the base model.
+        merged: the merged model.
+        variants: by name; in the file their keys are beside `base` and `merged`.
+        withheld: measured variants that are not in the release.
     """
 
     origin: Annotated[Origin, Part] = Origin()
@@ -209,7 +208,7 @@ class Results(Record):
 
     @classmethod
     def read(cls, path: Path) -> Results:
-        """Return the results in a file; empty ones if there is no file.
+        """Return the results in a file, or empty ones if there is no file.
 
         Raises:
             WorkspaceError: if the file is damaged.
@@ -239,30 +238,30 @@ class Results(Record):
         return first | dict(sorted(found.items())) | withheld
 
     def __getitem__(self, model: str) -> ModelResult:
-        """Return what is known of a model; nothing is if it was not measured."""
+        """Return the results of a model, or empty ones if it was not measured."""
         return self.models.get(model) or ModelResult()
 
     @property
     def models(self) -> dict[str, ModelResult]:
-        """The models that there are figures of, by name."""
+        """The measured models by name."""
         own = {BASE: self.base, MERGED: self.merged}
         return {name: result for name, result in own.items() if result} | self.variants
 
     def released(self, variants: Iterable[str], withheld: Iterable[str] = ()) -> Results:
-        """Return the results of a release with exactly these variants; others stay out of its card."""
+        """Return the results of a release with exactly these variants."""
         update: dict[str, Any] = {"variants": {v: self.variants[v] for v in variants if v in self.variants}}
         if kept_out := {v: self.variants[v] for v in withheld}:
             update["withheld"] = kept_out
         return self.model_copy(update=update)
 
     def without_answers(self) -> Results:
-        """Return the same results without what models answered."""
+        """Return the results without the answers of models."""
         silent = {name: result.changed(answers=()) for name, result in self.models.items()}
         own = {name: silent.pop(name) for name in (BASE, MERGED) if name in silent}
         return self.model_copy(update=own | {"variants": silent})
 
 
 def first_problem(error: ValidationError) -> str:
-    """Return in one line what makes a file unreadable."""
+    """Return the first problem of a file in one line."""
     problem = error.errors()[0]
     return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"

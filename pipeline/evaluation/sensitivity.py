@@ -1,7 +1,7 @@
-"""How much a model loses when one linear layer alone is quantized, for every linear layer in turn.
+"""Sensitivity: the loss of a model if one linear layer alone is quantized, for each linear layer.
 
-The model is in memory once. A layer's weight is rounded, the general text is scored, and the weight is put back. What
-was measured is kept after each layer, so that a second call goes on where the first was stopped.
+The model is in memory once. The weight of a layer is rounded, the general text is scored, and the weight is restored.
+Results are recorded after each layer, so that a stopped measurement resumes.
 """
 
 from __future__ import annotations
@@ -23,17 +23,24 @@ from pipeline.system.libraries import quiet
 if TYPE_CHECKING:
     import torch
 
-TOKENS = 2048  # of general text, for every layer; what is compared is paired, so that few are enough
+    from pipeline.quantization.grid import Grid
+
+TOKENS = 2048  # of general text, for each layer; few are enough because comparisons are paired
 RECORD, RESULT, PICTURE = "sensitivity.partial.json", "sensitivity.json", "sensitivity.png"
 
 Tell = Callable[[int, int, str], None]
 
 
 def report(config: MeasuredRun, output: Path, tell: Tell) -> dict:
-    """What `tunepress sensitivity` finds of `config.model` and the one variant asked for: JSON and a picture.
+    """Measure `config.model` with its one variant; write JSON and a picture, and return the content of the JSON.
+
+    Args:
+        config: the model, the variant and the text.
+        output: folder of the results.
+        tell: called with how much is done, of how much, and what.
 
     Raises:
-        UserError: where there is no such model, or the variant has no grid.
+        UserError: if there is no such model, or if the variant has no grid.
     """
     import tempfile
 
@@ -44,7 +51,7 @@ def report(config: MeasuredRun, output: Path, tell: Tell) -> dict:
     check(spec)
     with tempfile.TemporaryDirectory() as scratch:
         folder, origin = fetch(config.model, Path(scratch), lambda d, t: tell(d, t, "fetching the model"))
-        made_of = origin.source if folder.is_relative_to(scratch) else None  # unpacked anew each time, and the same
+        made_of = origin.source if folder.is_relative_to(scratch) else None  # the same model, unpacked again
         known, keep = read_json(output / RECORD, {}), functools.partial(write_json, output / RECORD)
         layers = sensitivity(config, spec, folder, known, keep, tell, made_of)
     found = {
@@ -61,14 +68,14 @@ def report(config: MeasuredRun, output: Path, tell: Tell) -> dict:
 
 
 def check(spec: VariantSpec) -> None:
-    """Raise where a variant's layers are not put on a grid here.
+    """Check that single layers of a variant can be rounded.
 
     Raises:
         QuantizationError: naming the variant.
     """
     if spec.rounding is None:
         can = ", ".join(name for name, variant in VARIANTS.items() if variant.roundings)
-        raise QuantizationError(f"{spec.name}: its layers are not rounded here one by one; choose one of {can}")
+        raise QuantizationError(f"{spec.name}: its layers cannot be rounded one by one. Try: one of {can}")
     check_collected([spec])
 
 
@@ -84,18 +91,20 @@ def sensitivity(
     """Measure every linear layer of the full-precision model in `folder`.
 
     Args:
-        config: `evaluate` says on which general text, on how many tokens of it, and where.
-        spec: how a layer is quantized; what it would keep is measured too.
-        known: what `keep` was given last, if it was ever called.
-        keep: is given what was measured so far, after each layer.
-        made_of: what identifies the model; by default the sizes and times of its files.
+        config: `config.evaluate` has the general text, the number of tokens and the device.
+        spec: the variant; layers that it keeps are measured too.
+        folder: folder of the full-precision model.
+        known: the last recorded results, if there are any.
+        keep: records the results after each layer.
+        tell: called with how much is done, of how much, and what.
+        made_of: a value that identifies the model; None for the sizes and times of its files.
 
     Returns:
-        The loss by each layer, in the model's order.
+        The loss of each layer, in the order of the model.
 
     Raises:
-        QuantizationError: where a layer fits no grid.
-        TooLarge: where there is something to measure, and the model is larger than the memory.
+        QuantizationError: if a layer fits no grid.
+        TooLarge: if a layer is not measured yet and the model is larger than the memory.
     """
     from pipeline.evaluation import metrics, texts
     from pipeline.inference import output_head
@@ -122,7 +131,7 @@ def sensitivity(
             weight = model.get_parameter(name)
             kept = weight.data
             try:
-                weight.data = _rounded(kept, grids[name][1], spec.rounding)
+                weight.data = _rounded(kept, grids[name][1], str(spec.rounding))
                 scores = metrics.score(model, sequences)
             finally:
                 weight.data = kept
@@ -134,7 +143,7 @@ def sensitivity(
 
 
 def draw(layers: list[LayerLoss], title: str, path: Path) -> None:
-    """A picture: KL divergence by the layer's place in the model, a colour for each kind of layer."""
+    """Draw the KL divergence by the position of the layer, with a colour for each kind of layer."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -158,8 +167,8 @@ def draw(layers: list[LayerLoss], title: str, path: Path) -> None:
     canvas.print_png(path, metadata={"Software": None})
 
 
-def _rounded(weight: torch.Tensor, grid: object, how: str) -> torch.Tensor:
-    """The numbers that a weight becomes in a variant; rounded where its rows lie."""
+def _rounded(weight: torch.Tensor, grid: Grid, how: str) -> torch.Tensor:
+    """Return a weight (N, K) after rounding, in its own type and on its own device."""
     from pipeline.quantization.roundings import rounding
 
     return rounding(how).round(weight.cpu(), grid).dequantize(weight.dtype).to(weight.device)

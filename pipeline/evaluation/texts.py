@@ -1,7 +1,7 @@
 """The texts that every model of a run is measured on, as tokens.
 
-Held-out text is the data set's own split, with the loss mask of training; general text
-is what the configuration names, cut into windows.
+Held-out text is the held-out split of the data set, with the loss mask of training. General text is the text that the
+configuration names, cut into windows.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ from pipeline.system import hardware
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Tokens of general text that a model sees at once; fewer where there would not be this many windows,
-# since an error cannot be estimated from one.
+# Tokens of a window of general text. A short text has shorter windows, because an error needs several windows.
 WINDOW, WINDOWS = 1024, 16
-SAMPLE_TOKENS = 256  # of general text that show how fast a model is measured
-FEWEST_TOKENS = 1024  # that figures are taken from, however long that takes
-COMPARED = 1.5  # the time that scoring and comparing a variant take, in that of scoring a model
+SAMPLE_TOKENS = 256  # of general text, to time the measurement
+FEWEST_TOKENS = 1024  # measured even if they take longer than the limit
+COMPARED = 1.5  # time to score and compare a variant, relative to the time to score a model
 
 AnyRun = TypeVar("AnyRun", bound=Config)
 
@@ -43,8 +42,8 @@ class RunTexts:
         held_out: JSON Lines file of the held-out examples.
         reference: folder for the scores of the full-precision model.
         template_was_supplied: True if the base model has no chat template and training supplied one.
-        plan: the number of tokens that fit into `evaluate.max_minutes`; empty before it was planned.
-        keep_plan: stores a new plan for the models that are measured later.
+        plan: the number of tokens that fit into `evaluate.max_minutes`; empty before there is a plan.
+        keep_plan: stores a plan for the models that are measured later.
     """
 
     held_out: Path
@@ -63,10 +62,8 @@ def planned(
 ) -> RunTexts:
     """Return the texts with a plan of how many tokens are measured, made once for a run.
 
-    There is a plan only if `evaluate.max_minutes` limits the time.
-
-    The first model of a run that is measured on this machine reads a little of the general text twice; the second time
-    shows how long a token takes. All models of the run are then measured on the same tokens.
+    There is a plan only if `evaluate.max_minutes` limits the time. The first model that is measured reads a part of the
+    general text twice, and the second time shows how long a token takes. All models are measured on the same tokens.
     """
     from pipeline.evaluation import metrics
 
@@ -102,20 +99,22 @@ def _asked(config: MeasuredRun) -> dict:
 
 
 def held_out(config: TrainingRun, texts: RunTexts, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
-    """Held-out examples, whole ones, up to `evaluate.max_tokens` tokens of input."""
+    """Return the held-out examples to measure on, up to `evaluate.max_tokens` tokens of input."""
     config = within_time(config, texts.plan)
     examples = read_examples(texts.held_out)
     return chosen(config, encode_examples(examples, tokenizer, config.train.loss_on, config.train.max_length).examples)
 
 
 def chosen(config: TrainingRun, encoded: Sequence[Encoded], max_tokens: int | None = None) -> list[Encoded]:
-    """Those of the held-out examples that are measured on.
+    """Return the first held-out examples, up to a number of tokens.
 
     Args:
-        max_tokens: of their input; `evaluate.max_tokens` if not given.
+        config: the run.
+        encoded: all held-out examples.
+        max_tokens: tokens of their input; None for `evaluate.max_tokens`.
 
     Raises:
-        DataError: for less than two, since an error cannot be estimated from one.
+        DataError: if there are fewer than two examples, because one gives no error.
     """
     taken: list[Encoded] = []
     tokens = 0
@@ -127,33 +126,33 @@ def chosen(config: TrainingRun, encoded: Sequence[Encoded], max_tokens: int | No
     if len(taken) < 2:
         raise DataError(
             f"{config.data.source}: fewer than two held-out examples have an answer within train.max_length "
-            f"{config.train.max_length} tokens; raise data.held_out, train.max_length or evaluate.max_tokens"
+            f"({config.train.max_length} tokens). Try: raise data.held_out, train.max_length or evaluate.max_tokens"
         )
     return taken
 
 
 def general(config: MeasuredRun, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
-    """General text in windows, up to `evaluate.max_tokens` tokens.
+    """Return the general text in windows, up to `evaluate.max_tokens` tokens.
 
     Raises:
-        DataError: for a text of less than two windows.
+        DataError: if the text is shorter than two windows.
     """
     text = general_text(config.evaluate.general)
     tokens = min(config.evaluate.max_tokens, len(tokenizer(text, add_special_tokens=False)["input_ids"]))
     windows = encode_text(text, tokenizer, min(WINDOW, max(2, tokens // WINDOWS)), config.evaluate.max_tokens)
     if len(windows) < 2:
-        raise DataError(f"evaluate.general {config.evaluate.general}: too short to measure on; give a longer text")
+        raise DataError(f"evaluate.general {config.evaluate.general}: too short to measure on. Try: a longer text")
     return windows
 
 
 def all_texts(config: MeasuredRun, texts: RunTexts, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Encoded]]:
-    """The texts by name; held-out text only where there is a data set."""
+    """Return the texts by name; there is held-out text only if there is a data set."""
     kept = {HELD_OUT: held_out(config, texts, tokenizer)} if isinstance(config, TrainingRun) else {}
     return kept | {GENERAL: general(within_time(config, texts.plan), tokenizer)}
 
 
 def digest(sequences: Sequence[Encoded]) -> str:
-    """A digest of a text as tokens, and of which of them count: two figures of the same one can be compared."""
+    """Return a digest of a text as tokens and labels; figures with the same digest can be compared."""
     told = hashlib.sha256()
     for sequence in sequences:
         told.update(json.dumps([sequence.input_ids, sequence.labels]).encode())
@@ -161,7 +160,7 @@ def digest(sequences: Sequence[Encoded]) -> str:
 
 
 def with_template(tokenizer: PreTrainedTokenizerBase, texts: RunTexts) -> PreTrainedTokenizerBase:
-    """The tokenizer as training had it: with the chat template that was supplied where the base has none."""
+    """Return the tokenizer of training: with the supplied chat template, if the base model has none."""
     if texts.template_was_supplied:
         supply_template(tokenizer)
     return tokenizer

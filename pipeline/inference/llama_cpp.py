@@ -227,7 +227,7 @@ class Reader:
         return found
 
     def speed(self) -> dict[str, float]:
-        """Tokens per second, as `pipeline.evaluation.metrics.speed` has them."""
+        """Tokens per second, as `pipeline.evaluation.generation.speed` has them."""
         choose = random.Random(0)
         prompt = [choose.randrange(self.vocabulary) for _ in range(PROMPT_TOKENS)]
 

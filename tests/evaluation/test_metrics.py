@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from pipeline.data.encode import Encoded
 from pipeline.errors import ModelError
-from pipeline.evaluation import metrics
+from pipeline.evaluation import generation, metrics
 from pipeline.evaluation.metrics import Scores
 from pipeline.evaluation.model_result import Estimate
 from pipeline.inference import output_head
@@ -298,7 +298,7 @@ def test_speed_is_measured_within_the_positions_that_a_model_has(tiny_model):
     from pipeline.inference.load import load
 
     model, _ = load(tiny_model("llama", max_position_embeddings=48))
-    figures = metrics.speed(model, prompt_tokens=256, new_tokens=32, repeats=1)
+    figures = generation.speed(model, prompt_tokens=256, new_tokens=32, repeats=1)
     assert (figures["prompt_tokens"], figures["new_tokens"]) == (24, 24)
     assert figures["prefill_tokens_per_second"] > 0 and figures["decode_tokens_per_second"] > 0
 
@@ -307,6 +307,6 @@ def test_answers_are_greedy_and_without_the_prompt(tiny_model):
     from pipeline.inference.load import load
 
     model, tokenizer = load(tiny_model("llama"))
-    first, again = (metrics.answers(model, tokenizer, ["Hello?", "Who?"], new_tokens=8) for _ in range(2))
+    first, again = (generation.answers(model, tokenizer, ["Hello?", "Who?"], new_tokens=8) for _ in range(2))
     assert first == again and [a.prompt for a in first] == ["Hello?", "Who?"]
     assert all("im_start" not in a.answer and "Hello" not in a.answer for a in first)

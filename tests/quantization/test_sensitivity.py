@@ -109,7 +109,7 @@ def test_a_model_larger_than_the_memory_is_refused_before_it_is_loaded(model, as
 
 
 def test_variant_without_grid_is_refused(model, asked, tmp_path):
-    with pytest.raises(QuantizationError, match="gguf-q4_k_m: its layers are not rounded here one by one; choose one"):
+    with pytest.raises(QuantizationError, match="gguf-q4_k_m: its layers cannot be rounded one by one. Try: one"):
         sensitivity.report(asked(model, "gguf-q4_k_m"), tmp_path / "out", print)
     with pytest.raises(ConfigError, match="int5: allowed are"):
         asked(model, "int5")

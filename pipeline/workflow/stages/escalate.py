@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pipeline.config.schema import MeasuredRun, VariantSpec
 from pipeline.errors import UserError
-from pipeline.evaluation.escalation import Rung, ladder, with_layers
+from pipeline.evaluation.escalation import Fallback, fallbacks, with_layers
 from pipeline.evaluation.gates import judge, limits
 from pipeline.evaluation.model_result import LayerLoss, ModelResult, StoredWeights, VariantSettings
 from pipeline.system.files import empty_folder, fingerprint, replace_folder
@@ -71,7 +71,7 @@ class Climb:
         asked, tried = self._config.quantize.spec(self._name), []
         if (as_asked := self._judged(asked, f"{self._name}, as asked for")) and as_asked.gate.passed:
             return asked, [as_asked]  # as in a run that has tried nothing else yet, even if another way is smaller
-        rungs = ladder(asked, linear_weights(self._full), table_weights(self._full), self._full)
+        rungs = fallbacks(asked, linear_weights(self._full), table_weights(self._full), self._full)
         for number, rung in enumerate(rungs, 1):
             spec = self._spec(rung)
             found = spec and self._judged(spec, f"{self._name}, try {number} of {len(rungs)}")
@@ -100,7 +100,7 @@ class Climb:
     def _folder(self) -> Path:
         return self._workspace.quantized / f"{self._name}.partial"
 
-    def _spec(self, rung: Rung) -> VariantSpec | None:
+    def _spec(self, rung: Fallback) -> VariantSpec | None:
         """Return how a rung is made; None if memory is too small to measure which layers suffer most."""
         from pipeline.inference.offload import TooLarge
 

@@ -16,6 +16,7 @@ from pipeline.config.schema import Config
 from pipeline.errors import MissingExtra, ModelError
 from pipeline.evaluation import metrics
 from pipeline.evaluation.evaluate import _check_tokens, evaluate
+from pipeline.evaluation.generation import stop_tokens
 from pipeline.evaluation.load_probe import probe
 from pipeline.inference import llama_cpp, output_head
 from pipeline.inference.load import load_dequantized
@@ -190,11 +191,11 @@ def test_every_token_of_an_answer_is_the_likeliest_of_the_dequantized_weights(ti
 
 
 def test_llama_cpp_stops_at_the_same_token(tiny_model, model_copy):
-    assert metrics.stop_tokens(tiny_model("gemma3_text")) == {259}
+    assert stop_tokens(tiny_model("gemma3_text")) == {259}
     (model_copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [258, 256]}))
-    assert metrics.stop_tokens(model_copy) == {256, 258}
+    assert stop_tokens(model_copy) == {256, 258}
     (model_copy / "generation_config.json").unlink()
-    assert metrics.stop_tokens(model_copy) == {258}
+    assert stop_tokens(model_copy) == {258}
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.999], ids=str)
