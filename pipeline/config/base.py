@@ -1,4 +1,4 @@
-"""What every part of a configuration is: unknown keys, tokens and control characters are refused in it."""
+"""The base class of all sections of a configuration, and the types of their numbers."""
 
 from __future__ import annotations
 
@@ -9,36 +9,38 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 
 from pipeline.errors import holds_secret
 
-# Of terminals, of text direction, and halves of characters.
+# Control characters of terminals and of text direction, and halves of surrogate pairs.
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _BREAKS = str.maketrans("\n\t", "  ")
 
 
 class Section(BaseModel):
-    """A part of the configuration: unknown keys are refused, values do not change."""
+    """A section of the configuration; it is immutable and refuses unknown keys, tokens and control characters."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
 
     @field_validator("*")
     @classmethod
     def _plain(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse tokens and characters that a terminal obeys: values go to files, terminals and cards."""
+        """Refuse tokens and control characters, because values are written to files, terminals and cards."""
         for text in _texts(value):
             if holds_secret(text):
-                raise ValueError("a token stands in it, and would be published; set HF_TOKEN or TRACKIO_WRITE_TOKEN")
+                raise ValueError(
+                    "it contains a token, which would be published. Try: set HF_TOKEN or TRACKIO_WRITE_TOKEN"
+                )
             if _CONTROLS.search(text if info.field_name != "prompts" else text.translate(_BREAKS)):
-                raise ValueError("a control character, or half a character, stands in it")
+                raise ValueError("it contains a control character or half a character")
         return value
 
 
 def _texts(value: Any) -> list[str]:
-    """Return the texts of a value; those of a section are its own."""
+    """Return the texts in a value, but not those of a section, which checks its own."""
     values = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
     return [text for text in values if isinstance(text, str)]
 
 
 def _not_bool(value: Any) -> Any:
-    """YAML's `yes` and `true` are no numbers, whatever Python thinks."""
+    """Refuse `yes` and `true`, which Python takes for numbers."""
     if isinstance(value, bool):
         raise ValueError("a number is expected")
     return value

@@ -1,9 +1,9 @@
-"""Configurations for those who enter midway: with a model to quantize, or with an adapter to merge.
+"""Configurations from command-line options: for quantizing a model, or for merging an adapter.
 
     quantize_config("user/model", "out", ["int8", "int4"])
     merge_config("user/model", "./adapter", "out")
 
-`pipeline.workflow.run.run(config, output="out")` does the rest, with the same events, cards and ledger.
+`pipeline.workflow.run.run(config, output="out")` runs them, with the same events, cards and ledger.
 """
 
 from __future__ import annotations
@@ -30,17 +30,22 @@ def quantize_config(
     packing: str | None = None,
     low_disk: bool = False,
 ) -> Config:
-    """Make variants of a full-precision model, and nothing else.
+    """Return a configuration that makes variants of a full-precision model, and nothing else.
 
     Args:
         source: Hub id, or folder.
-        variants: names or aliases; `rounding` and `packing` go to those that know them, `group_size` to
-            those in groups anyway (int4), or to all where none of them is, but not to those with one size only (GGUF).
-        settings: `key=value`, for whatever else a configuration has.
-        low_disk: fetch shard by shard, and remove each when it was read.
+        output: folder of the run; its name is the name of the run.
+        variants: names or aliases.
+        group_size: columns that share a scale, for the variants that `variant_specs` chooses.
+        rounding: the rounding, for variants that take it.
+        measure: measure the model and its variants.
+        revision: branch, tag or commit on the Hub.
+        settings: `key=value` for other keys of a configuration.
+        packing: the packing, for variants that take it.
+        low_disk: fetch and quantize one shard at a time, then remove the shard.
 
     Raises:
-        ConfigError: naming the option and what is allowed.
+        ConfigError: naming the option and the allowed values.
     """
     specs = variant_specs(variants, group_size, rounding, packing)
     more = {"model": {"source": source, "revision": revision, "low_disk": True}} if low_disk else {}
@@ -57,12 +62,20 @@ def merge_config(
     revision: str | None = None,
     settings: Sequence[str] = (),
 ) -> Config:
-    """Merge an adapter that was trained elsewhere, and make variants of the result if any are asked for.
+    """Return a configuration that merges an adapter that was trained elsewhere, and makes variants of the result.
 
     Args:
         base: Hub id, or folder, of the model that the adapter was trained on.
         adapter: Hub id, or folder.
-        kind: `bf16` (which `auto` stands for here), or `nf4` for what QLoRA training saw.
+        output: folder of the run; its name is the name of the run.
+        kind: base to merge into: `bf16`, `auto` for the same, or `nf4` for the weights that QLoRA training saw.
+        variants: names or aliases.
+        measure: measure the models.
+        revision: branch, tag or commit of the base on the Hub.
+        settings: `key=value` for other keys of a configuration.
+
+    Raises:
+        ConfigError: naming the option and the allowed values.
     """
     merge = {"base": kind, "adapter": adapter}
     return _config(base, output, variant_specs(variants or []), measure, revision, {"merge": merge}, settings)
@@ -96,10 +109,20 @@ def variant_specs(
     packing: str | None = None,
     option: str = "--variants",
 ) -> list[dict]:
-    """Return the variants asked for, as `quantize.variants` takes them; errors call the option `option`.
+    """Return variants as `quantize.variants` takes them.
+
+    `rounding` and `packing` go to the variants that take them. `group_size` goes to the variants that have groups by
+    default, or to all if none has, but not to variants with only one size.
+
+    Args:
+        variants: names or aliases, separated by commas.
+        group_size: columns that share a scale.
+        rounding: name of a rounding.
+        packing: name of a packing.
+        option: the option that errors name.
 
     Raises:
-        ConfigError: for an unknown name, and an option that none of the variants takes.
+        ConfigError: for an unknown name, or an option that no variant takes.
     """
     names: list[str] = []
     for given in (name.strip() for listed in variants for name in listed.split(",") if name.strip()):

@@ -1,8 +1,7 @@
-"""The catalogue: plain rows of data about everything that tunepress can make and read. Imports nothing heavy.
+"""The catalogue of variants, roundings and data forms, as plain rows of data. It imports nothing heavy.
 
-A variant is one row here. Its format is an entry of `pipeline.quantization.formats`, its roundings are
-entries of `pipeline.quantization.roundings`. Everything that the wizard, `--help`, planning and cards ask
-about a variant stands in its row, so that they need not import torch.
+A variant is one row. Its format is an entry of `pipeline.quantization.formats`, and its roundings are entries of
+`pipeline.quantization.roundings`. The wizard, `--help`, planning and cards read the row, so they do not import torch.
 """
 
 from __future__ import annotations
@@ -11,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-# Columns that may share a scale: the sizes that the int4 kernels of torch take on a CPU and on CUDA.
+# Numbers of columns that can share a scale: those of torch's int4 kernels on a CPU and on CUDA.
 GROUP_SIZES = (32, 64, 128, 256)
 
 TRANSFORMERS, LLAMA_CPP = "transformers", "llama.cpp"  # engines that run variants
 NEAREST = "rtn"  # the rounding that other roundings are compared with
-EIGHT_BITS = "int8"  # the value of `embeddings`, and the option for single layers, that mean eight bits a row
+EIGHT_BITS = "int8"  # the value of `embeddings`, and the key for single layers, for eight bits with a scale per row
 GGUF = "gguf"  # the format of llama.cpp, and the folder of its files
 KEEP = "keep"  # the value of `embeddings` that leaves them as they are
 
@@ -30,7 +29,7 @@ class Packing:
         snippet: the card's template of the code that loads it.
         usage: the card's template that says where it runs.
         said: a phrase for cards.
-        mixes: True if single layers can be stored in eight bits beside it.
+        mixes: True if single layers can be stored in eight bits.
     """
 
     format: str
@@ -47,15 +46,15 @@ class Variant:
     Attributes:
         format: the entry of `pipeline.quantization.formats` that writes it, unless its packing names another.
         bits: width of a code.
-        group_size: the default number of columns that share a scale; None for one scale a row.
+        group_size: the default number of columns that share a scale; None for one scale per row.
         roundings: the allowed roundings; the first is the default. Empty if the format takes weights directly.
-        rise: the limit for the relative rise of perplexity, unless another limit is set.
+        rise: the default limit for the relative rise of perplexity.
         zero: the kind of zero point of its grid, as `quantization.grid.Grid` names it.
         packings: the allowed packings by name; the first is the default.
-        group_sizes: the group sizes that can be asked for.
+        group_sizes: the allowed group sizes.
         embeddings: the default treatment of embedding and output head; None if the quantizer chooses.
         rounds_inputs: True if its layers round their inputs as well, token by token.
-        quantizer: the library whose own quantizer makes it; it takes none of these options.
+        quantizer: the library that quantizes it with its own settings; it takes no options.
         libraries: distributions whose versions can change the bytes.
         requires: (module, extra) of the optional packages that writing needs.
         engine: the engine that runs and measures it.
@@ -66,7 +65,7 @@ class Variant:
         snippet: the card's template of the code that loads it, unless its packing names another.
         usage: the card's template that says where it runs, unless its packing names another.
         stored_as: the card's template that says how it is stored.
-        said: a phrase for cards that does so, if there is no template.
+        said: a phrase for cards, if there is no such template.
     """
 
     name: str
@@ -95,12 +94,12 @@ class Variant:
 
     @property
     def folder(self) -> str:
-        """The folder in a release."""
+        """The name of its folder in a release."""
         return self.shared_folder or self.name
 
     @property
     def is_one_file(self) -> bool:
-        """Return True if it is one file with weights and tokenizer, and not a folder that transformers opens."""
+        """Return True if the variant is one file instead of a folder that transformers opens."""
         return self.suffix is not None
 
     def format_of(self, packing: str | None) -> str:
@@ -114,7 +113,7 @@ class Variant:
 
 
 class Need(Enum):
-    """What a rounding must know of a layer's inputs, besides the layer's weights."""
+    """The statistics of a layer's inputs that a rounding needs."""
 
     NOTHING = "nothing"
     SECOND_MOMENTS = "second moments"
@@ -144,7 +143,7 @@ ROUNDINGS: dict[str, Rounding] = {}
 
 
 def register(entry: Variant | Rounding) -> None:
-    """Add a variant, or a rounding, which every variant then offers whose grid it can fill."""
+    """Add a variant, or a rounding. A rounding becomes available to each variant with a grid that it can fill."""
     if isinstance(entry, Variant):
         VARIANTS[entry.name] = entry
         return
@@ -155,7 +154,7 @@ def register(entry: Variant | Rounding) -> None:
 
 
 def remove(name: str) -> None:
-    """Take a variant or a rounding out of the catalogue again."""
+    """Remove a variant or a rounding."""
     VARIANTS.pop(name, None)
     if ROUNDINGS.pop(name, None):
         for variant in list(VARIANTS.values()):
@@ -169,7 +168,7 @@ register(Rounding("search", f"{_ROUNDINGS}.search", ("none", "float"), "scales f
 
 
 def _gguf(name: str, bits: int, *roundings: str, zero: str = "none") -> Variant:
-    """Return a type of GGUF: groups of 32, embeddings in Q8_0; 16 bits are not rounded, K-quants choose themselves."""
+    """Return a GGUF variant: with groups of 32 and embeddings in Q8_0 if it has roundings."""
     groups = {"group_size": 32, "group_sizes": (32,), "embeddings": EIGHT_BITS}
     return Variant(
         name=f"gguf-{name}",
@@ -190,6 +189,7 @@ def _gguf(name: str, bits: int, *roundings: str, zero: str = "none") -> Variant:
 
 
 def _k_quants(name: str, bits: int) -> Variant:
+    """Return a GGUF variant that llama.cpp quantizes with its own settings."""
     plain = _gguf(name, bits)
     return replace(
         plain,
@@ -212,13 +212,9 @@ register(
     )
 )
 register(
-    Variant(
+    replace(
+        VARIANTS[EIGHT_BITS],
         name="int8-dynamic",
-        format="torchao",
-        bits=8,
-        group_size=None,
-        roundings=(NEAREST, "hqq"),
-        rise=0.02,
         group_sizes=(),
         rounds_inputs=True,
         stored_as="stored_as_int8-dynamic.md.jinja",
@@ -256,14 +252,14 @@ register(_k_quants("q4_k_m", 4))
 register(_k_quants("q5_k_m", 5))
 register(_k_quants("q6_k", 6))
 
-DEFAULT_VARIANTS = ("int8", "int4")  # the variants that are made unless others are asked for
+DEFAULT_VARIANTS = ("int8", "int4")
 
 ALIASES = {
     "int8_weight_only": ("int8",),
     "int4_weight_only": ("int4",),
     "int8_dynamic": ("int8-dynamic",),
     "both": DEFAULT_VARIANTS,
-    # The names that people who use llama.cpp write. bf16 and f16 do not say that GGUF is wanted.
+    # The names of llama.cpp, except bf16 and f16, which do not imply GGUF.
     **{v.file_type.lower(): (v.name,) for v in VARIANTS.values() if v.file_type and v.bits < 16},
 }
 
@@ -277,7 +273,7 @@ DATA_FORMS = {
 
 
 def resolve_variants(name: str) -> tuple[str, ...]:
-    """Return the variants that `name` (a variant or an alias, in any case) stands for.
+    """Return the variants of a name: of a variant or an alias, in any case.
 
     Raises:
         KeyError: if there is no such variant.
@@ -289,12 +285,12 @@ def resolve_variants(name: str) -> tuple[str, ...]:
 
 
 def variant_names() -> str:
-    """Return everything that `resolve_variants` takes, for messages."""
+    """Return all names that `resolve_variants` takes, for messages."""
     return ", ".join([*VARIANTS, *ALIASES])
 
 
 def is_one_file(model: str) -> bool:
-    """Return True if a model of a release is a variant that is one file."""
+    """Return True if `model`, a model of a release, is a variant in one file."""
     return model in VARIANTS and VARIANTS[model].is_one_file
 
 

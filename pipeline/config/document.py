@@ -39,7 +39,7 @@ def markdown() -> str:
 
 
 def _variants() -> list[str]:
-    """Return one row of the last table for each variant of the catalogue, and the aliases below it."""
+    """Return the rows of the table of variants, and a line of aliases."""
     rows = []
     for variant in VARIANTS.values():
         sizes = [size for size in variant.group_sizes if size != variant.group_size]
@@ -53,7 +53,7 @@ def _variants() -> list[str]:
 
 
 def _sections(model: type[BaseModel], prefix: str = "") -> list[tuple[str, type[BaseModel]]]:
-    """Return every section below a model with its dotted key, in the order of the schema."""
+    """Return all sections below a model with their dotted keys, in the order of the schema."""
     found = []
     for name, field in model.model_fields.items():
         for kind in _models(field.annotation):

@@ -1,6 +1,6 @@
-"""Configurations from YAML files: strict reading, `--set`, and the recipes that come along.
+"""Configurations from YAML files: strict reading, `--set`, and the shipped recipes.
 
-`load_config("demo.yaml", ["train.epochs=2"])` gives a `Config`.
+`load_config("demo.yaml", ["train.epochs=2"])` returns a `Config`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipeline.system.resources import shipped_folder
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Return the shipped recipes by name, from a clone and from an installed wheel."""
+    """Return the shipped recipes by name, in a clone and in an installed wheel."""
     return {p.stem: p for p in sorted(shipped_folder("configs").glob("*.yaml"))}
 
 
@@ -29,10 +29,10 @@ def load_config(source: str | Path, settings: Sequence[str] = ()) -> Config:
 
     Args:
         source: path of a YAML file, or the name of a shipped recipe such as `demo`.
-        settings: `key=value` overrides, keys dotted, values YAML.
+        settings: `key=value` overrides, with dotted keys and YAML values.
 
     Raises:
-        ConfigError: for anything that is wrong with it.
+        ConfigError: if the file cannot be read, or if a value is refused.
     """
     path = Path(source)
     try:
@@ -71,7 +71,7 @@ def dump_config(config: Config) -> str:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML in which a key that stands twice is an error, not the last one winning."""
+    """A safe YAML loader that refuses a key that occurs twice in a mapping."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -80,7 +80,7 @@ class _StrictLoader(yaml.SafeLoader):
                 continue
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} occurs twice", problem_mark=key_node.start_mark)
             seen.add(key if isinstance(key, str) else id(key_node))
         return super().construct_mapping(node, deep)
 
@@ -100,7 +100,7 @@ def read_yaml(text: str, origin: str) -> Any:
         where = f":{mark.line + 1}" if mark and "\n" in text else ""
         raise ConfigError(f"{origin}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
     except (ValueError, LookupError, AttributeError, TypeError) as error:
-        # PyYAML's constructors, for a 30th of February, an `!!int` that is none, and the like.
+        # Errors of PyYAML's constructors, for example for a 30th of February.
         reason = error if isinstance(error, ValueError) else "a value that does not fit its tag"
         raise ConfigError(f"{origin}: not valid YAML: {reason}") from None
 
@@ -120,14 +120,19 @@ def _apply(tree: dict, setting: str) -> None:
 
 
 def explain(error: ValidationError, known: type[BaseModel] = Config) -> str:
-    """Return the first problem in one line; `known` is the type that was read."""
+    """Return the first problem in one line.
+
+    Args:
+        error: the error of pydantic.
+        known: the type that was read, for suggestions of keys.
+    """
     first, *rest = error.errors(include_url=False)
     key = ".".join(str(part) for part in first["loc"] if part not in ("str", "list[str]"))
     if first["type"] == "extra_forbidden":
         message = f"{key}: unknown key{_did_you_mean(first['loc'], known)}"
     elif first["type"] == "missing":
         message = f"{key}: missing, and it has no default"
-    elif not key:  # a rule about several sections, which names them itself
+    elif not key:  # a rule about several sections names them itself
         message = first["msg"].removeprefix("Value error, ")
     else:
         reason = first["msg"].removeprefix("Value error, ")
@@ -136,7 +141,7 @@ def explain(error: ValidationError, known: type[BaseModel] = Config) -> str:
 
 
 def _show(value: Any, depth: int = 2) -> str:
-    """Return a value as YAML on one line. Aliases can make a small file stand for a huge or endless value."""
+    """Return the beginning of a value in one line, because aliases can make a value huge or endless."""
     if isinstance(value, dict):
         few = [f"{key}: {_show(v, depth - 1)}" for key, v in list(value.items())[:4]] if depth else []
         return "{" + ", ".join(few + ["..."] * (len(few) < len(value))) + "}"
@@ -149,14 +154,14 @@ def _show(value: Any, depth: int = 2) -> str:
 
 
 def cut(text: str) -> str:
-    """At most 80 characters of a text that an error repeats."""
+    """Return at most 80 characters of a text, for an error."""
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _did_you_mean(location: tuple, whole: type[BaseModel]) -> str:
     section = whole
     for part in location[:-1]:
-        if isinstance(part, int):  # the lists of sections are those of variants
+        if isinstance(part, int):  # variants are the only list of sections
             section = VariantSpec
         elif part in section.model_fields:
             kind = section.model_fields[part].annotation

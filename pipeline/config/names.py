@@ -1,10 +1,10 @@
-"""The names of repositories, runs and packaged models: how they are written."""
+"""The allowed names of repositories, runs and packaged models."""
 
 from __future__ import annotations
 
 import re
 
-# The Hub's own rules: no "--" and "..", no ".git" at the end, and no name that begins or ends in a mark.
+# The rules of the Hub: no "--" and "..", no ".git" at the end, and no mark at the beginning or end of a name.
 _REPO_PART = r"[A-Za-z0-9]([\w.-]{0,94}\w)?"
 REPO_ID = re.compile(rf"(?!.*(--|\.\.|\.git\Z)){_REPO_PART}/{_REPO_PART}\Z", re.ASCII)
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}\Z")
@@ -12,10 +12,10 @@ PACKAGE_SOURCE = re.compile(r"package:([A-Za-z_]\w*)/([\w.-]+\.gguf)\Z", re.ASCI
 
 
 def repository_id(value: str | None) -> str | None:
-    """Return `value` if the Hub takes it as the name of a repository.
+    """Return `value` if the Hub accepts it as the name of a repository.
 
     Raises:
-        ValueError: with a line that says how it is written.
+        ValueError: with the rules for names.
     """
     if value is not None and not REPO_ID.match(value):
         raise ValueError("a repository is written USER/NAME, with letters, digits, '-', '_' and '.'")
@@ -26,7 +26,7 @@ def run_name(value: str) -> str:
     """Return `value` if a run can have this name.
 
     Raises:
-        ValueError: with a line that says how it is written.
+        ValueError: with the rules for names.
     """
     if not RUN_NAME.match(value):
         raise ValueError("a run's name has letters, digits, '.', '_' and '-', and no spaces")

@@ -1,10 +1,10 @@
-"""Ready sets of variants by their purpose, which the wizard offers; part of the catalogue."""
+"""Presets: sets of variants by purpose, for the wizard."""
 
 from __future__ import annotations
 
 from pipeline.config.catalog import EIGHT_BITS
 
-# name -> a line for people, and the value of `quantize.variants`
+# name -> a description, and the value of `quantize.variants`
 PRESETS: dict[str, tuple[str, tuple[dict, ...]]] = {
     "balanced": (
         "int8 and int4 in groups of 64: about half and a third of the size",

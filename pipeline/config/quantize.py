@@ -1,4 +1,4 @@
-"""The part of a configuration that says which variants are made, how, and how much they may lose."""
+"""The section `quantize` of a configuration: the variants, their options and their limits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.config.catalog import (
 
 
 class Gate(Section):
-    """The limits of what a variant may lose against the model in full precision, on each text."""
+    """The limits for the loss of a variant against the full-precision model, on each text."""
 
     rise: Real | None = Field(default=None, gt=0, description="rise of perplexity, as a share: 0.05 is 5 %")
     kl: Real | None = Field(default=None, gt=0, description="KL divergence, in nats per token")
@@ -34,7 +34,7 @@ class VariantSpec(Section):
     name: str = Field(description="name of a variant, or an alias")
     group_size: Whole | None = Field(default=None, description="columns that share a scale")
     rounding: str | None = Field(default=None, description="how weights are rounded")
-    embeddings: Literal[KEEP, EIGHT_BITS] | None = Field(  # type: ignore[valid-type]
+    embeddings: Literal[KEEP, EIGHT_BITS] | None = Field(  # type: ignore[valid-type]  # the catalogue has the names
         default=None, description="embedding and output head: unchanged, or in 8 bits (the default of GGUF)"
     )
     packing: str | None = Field(default=None, description="order of the codes of int4: `plain`, or `tile_packed`")
@@ -76,7 +76,7 @@ class VariantSpec(Section):
 
     @property
     def variant(self) -> Variant:
-        """The row of the catalogue."""
+        """Its row of the catalogue."""
         return VARIANTS[self.name]
 
     @property
@@ -96,11 +96,11 @@ class VariantSpec(Section):
         return packing is not None and packing.mixes
 
     def making(self) -> dict:
-        """All of it that the variant's files depend on, as plain data."""
+        """Return the settings that the files of the variant depend on, as plain data."""
         return self.model_dump(exclude={"gate"} if self.int8 else {"gate", EIGHT_BITS})
 
     def resolved(self) -> VariantSpec:
-        """Return the same variant with the defaults of the catalogue filled in."""
+        """Return the variant with the defaults of the catalogue filled in."""
         variant = self.variant
         return self.model_copy(
             update={
@@ -113,7 +113,7 @@ class VariantSpec(Section):
 
 
 def _expand_aliases(value: Any) -> Any:
-    """`both` and friends become the variants they stand for; a single name becomes a list."""
+    """Replace aliases by their variants, and a single name by a list."""
     if isinstance(value, (str, dict)):
         value = [value]
     if not isinstance(value, list):
@@ -123,7 +123,7 @@ def _expand_aliases(value: Any) -> Any:
         name: Any = item.get("name") if isinstance(item, dict) else item
         try:
             names = resolve_variants(name)
-        except (KeyError, AttributeError):  # left for the check that can say where it stands
+        except (KeyError, AttributeError):  # refused by the check of `VariantSpec`, which names the position
             expanded.append(item)
             continue
         expanded += [{**item, "name": n} if isinstance(item, dict) else n for n in names]
@@ -131,7 +131,7 @@ def _expand_aliases(value: Any) -> Any:
 
 
 class Quantize(Section):
-    """The variants to make, and what they may lose."""
+    """The variants to make, and their limits."""
 
     variants: Annotated[list[VariantSpec], BeforeValidator(_expand_aliases)] = Field(
         default=[VariantSpec(name=name) for name in DEFAULT_VARIANTS],

@@ -1,6 +1,6 @@
-"""The one typed run configuration: what can be set, its defaults, and what is allowed.
+"""The typed configuration of a run: its keys, their defaults and their allowed values.
 
-`pipeline.config.loader` reads it from YAML, and says in one line what is wrong with it.
+`pipeline.config.loader` reads it from YAML and reports the first problem in one line.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Data(Section):
     subset: str | None = Field(default=None, min_length=1, description="configuration of a data set on the Hub")
     revision: str | None = Field(default=None, min_length=1, description="branch, tag or commit on the Hub")
     split: str = Field(default="train", min_length=1, description="split of a data set on the Hub")
-    form: Literal["auto", *DATA_FORMS] = Field(  # type: ignore[valid-type]
+    form: Literal["auto", *DATA_FORMS] = Field(  # type: ignore[valid-type]  # the catalogue has the names
         default="auto", description="form of the rows; `auto` finds it from the columns"
     )
     columns: dict[str, str] = Field(default={}, description="a column of the form -> its name in this data set")
@@ -88,7 +88,7 @@ class Lora(Section):
         names = [value] if isinstance(value, str) else value
         if not names or "lm_head" in names:
             raise ValueError("'all-linear' or a list of module names; lm_head cannot be trained here")
-        if isinstance(value, str):  # which peft takes for a pattern
+        if isinstance(value, str):  # peft takes a text for a pattern
             try:
                 re.compile(value)
             except (re.error, RecursionError, OverflowError) as error:
@@ -97,7 +97,7 @@ class Lora(Section):
 
 
 def _is_default_trainer(name: object) -> bool:
-    """Return True for the trainer that configurations without `train.trainer` mean; it is left out of files."""
+    """Return True for the default trainer, which is left out of files."""
     return name == DEFAULT_TRAINER
 
 
@@ -109,7 +109,7 @@ class Train(Section):
         exclude_if=_is_default_trainer,
         description="kind of fine-tuning; `sft` learns the answers",
     )
-    method: Literal[*METHODS] = Field(  # type: ignore[valid-type]
+    method: Literal[*METHODS] = Field(  # type: ignore[valid-type]  # the catalogue has the names
         default=SMALLEST_METHOD.name, description="train on a base in 4 bits (NF4), or on the base in bf16"
     )
     lora: Lora = Field(default=Lora(), description="the adapter")
@@ -148,7 +148,7 @@ class Train(Section):
 class Merge(Section):
     """The merge of the adapter into the base model."""
 
-    base: Literal["auto", NF4_BASE, UNCHANGED_BASE] = Field(  # type: ignore[valid-type]
+    base: Literal["auto", NF4_BASE, UNCHANGED_BASE] = Field(  # type: ignore[valid-type]  # the catalogue has the names
         default="auto", description="base to merge into; `auto` tries both after QLoRA and keeps the better one"
     )
     adapter: str | None = Field(
@@ -185,7 +185,7 @@ class Publish(Section):
 
     @property
     def target(self) -> str:
-        """Return the repository of a run that publishes."""
+        """The repository of a run that publishes."""
         assert self.repo is not None, "only runs that publish have a target"
         return self.repo
 
@@ -233,7 +233,7 @@ class Config(Section):
     @field_validator("track", mode="wrap")
     @classmethod
     def _section_of_its_tracker(cls, value: Any, read: ValidatorFunctionWrapHandler) -> Track:
-        """Return the section of the tracker that is named; Trackio's own refuses names that are not known."""
+        """Return the section of the named tracker; the default section refuses unknown names."""
         if isinstance(value, Track):
             return value
         named = value.get("tracker") if isinstance(value, dict) else None
@@ -270,12 +270,12 @@ class Config(Section):
 
 
 class MeasuredRun(Config):
-    """The configuration of a run that measures its models. Reading a `Config` returns this type if it applies."""
+    """The configuration of a run that measures its models; reading a `Config` returns this type if it applies."""
 
     evaluate: Evaluate = Evaluate()
 
 
 class TrainingRun(MeasuredRun):
-    """The configuration of a run that trains, and therefore also measures. Reading a `Config` returns this type too."""
+    """The configuration of a run that trains and measures; reading a `Config` returns this type if it applies."""
 
     data: Data

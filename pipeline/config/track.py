@@ -1,4 +1,4 @@
-"""The settings of experiment trackers. A tracker has a section here, and an entry in `pipeline.tracking.trackers`."""
+"""The settings of experiment trackers. A tracker has a section here and an entry in `pipeline.tracking.trackers`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _has_host(address: str) -> bool:
 
 
 def _is_default(name: object) -> bool:
-    """Return True for the tracker that configurations without `track.tracker` mean; it is left out of files."""
+    """Return True for the default tracker, which is left out of files."""
     return name == DEFAULT_TRACKER
 
 

@@ -1,4 +1,4 @@
-"""The catalogue of training: methods that hold the base model, and trainers (kinds of fine-tuning)."""
+"""The catalogue of training: methods (types of the frozen base model) and trainers (kinds of fine-tuning)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Method:
 
     Attributes:
         base: the type of its linear layers in memory.
-        bits: width of a weight in that type.
-        merge_bases: the bases that the adapter can be merged into; the first is the one that training saw.
-        dropout_bytes: bytes that a GPU keeps of each number that goes through the adapter's dropout.
-        said: a phrase for people who look for a way to save memory.
+        bits: bits per weight of that type.
+        merge_bases: the bases to merge the adapter into; training saw the first.
+        dropout_bytes: bytes that a GPU keeps for each input of the adapter's dropout.
+        said: a phrase for advice on memory.
         title: its name in cards.
-        about: what it trains, for cards.
+        about: its description in cards.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Trainer:
     Attributes:
         module: the entry of `pipeline.training.trainers` that builds its training loop.
         forms: the data forms that it takes.
-        metric: the figure on held-out examples, as the log of the training loop names it.
+        metric: its figure on held-out examples, by its key in the log of the training loop.
         merge_bases: the bases that its adapter can be merged into.
     """
 
