@@ -69,11 +69,19 @@ def test_as_many_steps_are_planned_as_fit_and_the_schedule_ends_with_them(monkey
     assert [plan["steps"] for plan in plans] == [100]
 
 
-def test_first_step_does_not_count_for_the_plan(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("asked", "seconds", "done", "planned"),
+    [
+        (5000, [60.0, *[6.0] * 1000], 91, 91),  # the first step does not count for the plan
+        (30, [6.0] * 1000, 30, 30),  # all steps fit
+        (5000, [6.0] * 3 + [60.0] * 1000, 13, 100),  # steps take longer than planned
+    ],
+)
+def test_training_ends_at_the_plan_or_at_the_limit(monkeypatch, tmp_path, asked, seconds, done, planned):
     clock = Clock(monkeypatch)
-    loop = Loop(tmp_path, TimeLimit(minutes=10, evaluation_steps=0), steps=5000)
-    loop.run(clock, iter([60.0, *[6.0] * 10_000]))
-    assert loop.state.global_step == 91
+    loop = Loop(tmp_path, TimeLimit(minutes=10, evaluation_steps=0), steps=asked)
+    loop.run(clock, iter(seconds))
+    assert (loop.state.global_step, loop.state.max_steps) == (done, planned)
 
 
 def test_time_is_left_for_evaluations(monkeypatch, tmp_path):
@@ -82,20 +90,6 @@ def test_time_is_left_for_evaluations(monkeypatch, tmp_path):
     loop.run(clock, every(6.0))
     evaluations = 1 + loop.state.global_step // 20
     assert 540 < loop.state.global_step * 6 + evaluations * 60 <= 620
-
-
-def test_training_that_is_short_enough_is_left_as_it_is(monkeypatch, tmp_path):
-    clock = Clock(monkeypatch)
-    loop = Loop(tmp_path, TimeLimit(minutes=10, evaluation_steps=0), steps=30)
-    loop.run(clock, every(6.0))
-    assert loop.state.global_step == 30
-
-
-def test_steps_that_take_longer_than_planned_end_at_the_limit(monkeypatch, tmp_path):
-    clock = Clock(monkeypatch)
-    loop = Loop(tmp_path, TimeLimit(minutes=10, evaluation_steps=0), steps=5000)
-    loop.run(clock, iter([6.0] * 3 + [60.0] * 1000))
-    assert loop.state.global_step == 13 and loop.state.max_steps == 100
 
 
 def test_training_that_goes_on_after_its_time_takes_no_step_more(monkeypatch, tmp_path):
