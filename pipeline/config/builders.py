@@ -138,9 +138,8 @@ def variant_specs(
     for option, value, takers in (("rounding", rounding, rounded), ("packing", packing, packed)):
         if value is not None and names and not takers:
             known = dict.fromkeys(one for name in names for one in getattr(VARIANTS[name], f"{option}s"))
-            raise ConfigError(
-                f"--{option} {value}: none of {', '.join(names)} takes it; known are {', '.join(known) or 'none'}"
-            )
+            advice = ", ".join(known) or f"leave out --{option}"
+            raise ConfigError(f"--{option} {value}: none of {', '.join(names)} takes it. Try: {advice}")
     specs = []
     for name in names:
         options: dict[str, object] = {"group_size": group_size if name in in_groups else None}

@@ -39,7 +39,9 @@ def load_config(source: str | Path, settings: Sequence[str] = ()) -> Config:
         if not path.exists() and str(source).removesuffix(".yaml") in shipped_configs():
             path = shipped_configs()[str(source).removesuffix(".yaml")]
         if not path.is_file():
-            raise ConfigError(f"{source}: no such configuration file; shipped are {', '.join(shipped_configs())}")
+            raise ConfigError(
+                f"{source}: no such configuration file. Try: a path, or one of {', '.join(shipped_configs())}"
+            )
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not a text file in UTF-8") from None
@@ -47,7 +49,7 @@ def load_config(source: str | Path, settings: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{cut(str(path))}: cannot be read ({error.strerror})") from None
     tree = read_yaml(text, str(path))
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: a configuration is a mapping of keys to values, such as 'name: my-run'")
+        raise ConfigError(f"{path}: not a mapping of keys to values. Try: 'name: my-run'")
     return parse_config(tree, str(path), settings)
 
 
@@ -109,7 +111,7 @@ def _apply(tree: dict, setting: str) -> None:
     key, separator, text = setting.partition("=")
     setting = cut(redact(setting))
     if not separator or not key.strip():
-        raise ConfigError(f"--set {setting}: write it as key=value, for example train.epochs=2")
+        raise ConfigError(f"--set {setting}: not of the form key=value. Try: --set train.epochs=2")
     value = read_yaml(text, f"--set {setting}")
     *parents, last = key.strip().split(".")
     for name in parents:

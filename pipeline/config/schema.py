@@ -208,9 +208,9 @@ class Publish(Section):
     @model_validator(mode="after")
     def _mirrors_fit(self) -> Publish:
         if self.mirrors and self.repo is None:
-            raise ValueError("mirrors: need a main repository that they mirror; set publish.repo")
+            raise ValueError("mirrors: need a main repository. Try: set publish.repo")
         if self.repo in self.mirrors.values():
-            raise ValueError(f"mirrors: {self.repo} is the repository itself; a mirror needs one of its own")
+            raise ValueError(f"mirrors: {self.repo} is the main repository. Try: another repository for the mirror")
         return self
 
 
@@ -250,13 +250,15 @@ class Config(Section):
         if self.data and self.merge.adapter:
             raise ValueError("data and merge.adapter: train an adapter, or bring one, not both")
         if self.data and self.evaluate is None:
-            raise ValueError("evaluate: a model that is trained is measured too; leave the key out for the defaults")
+            raise ValueError("evaluate: a trained model must be measured. Try: leave out the key")
         if self.publish.repo and self.evaluate is None:
-            raise ValueError("evaluate: what is published is measured; leave the key out, or use --measure")
+            raise ValueError("evaluate: a published model must be measured. Try: leave out the key, or use --measure")
         if self.model.low_disk and self.merges:
-            raise ValueError("model.low_disk: for quantizing a model as it is; training and merging need all of it")
+            raise ValueError("model.low_disk: training and merging need the whole model. Try: model.low_disk=false")
         if self.model.low_disk and self.evaluate:
-            raise ValueError("model.low_disk: measuring needs the whole model; leave out --measure (evaluate: null)")
+            raise ValueError(
+                "model.low_disk: measuring needs the whole model. Try: leave out --measure (evaluate: null)"
+            )
         missing = sorted(self.publish.mirrors.keys() - {spec.name for spec in self.quantize.variants})
         if missing:
             raise ValueError(f"publish.mirrors: {missing[0]} is not among quantize.variants")

@@ -41,30 +41,29 @@ def untouched(
     theirs, there = Results.of_lineage(lineage, repo).data or Data(), prompts(held_out)
     if there < FEWEST:
         raise DataError(
-            f"{repo}: to compare with it takes held-out examples of {FEWEST} prompts, and they are of {there}; "
-            "raise data.held_out"
+            f"{repo}: too few held-out prompts to compare with it ({there}; {FEWEST} are needed). Try: raise data.held_out"
         )
     if theirs.fingerprint == data:
         return held_out, "neither model was trained on these prompts"
     if not theirs.trained_from:
         return held_out, (
-            "the live release does not say how its data was split, so it may have been trained on some of "
-            "these examples, which speaks for it"
+            "the published model does not record how its data was split, so it may have been trained on some of these "
+            "examples, which is to its advantage"
         )
     seed = lineage["configuration"]["data"]["seed"]
     kept = tuple(e for e in held_out if place(e, seed) < theirs.trained_from)
     if prompts(kept) < FEWEST:
         raise DataError(
-            f"{repo}: to compare with it takes held-out examples of {FEWEST} prompts, and of {there} only "
-            f"{prompts(kept)} were surely held out from the live model too; set data.seed to its {seed}, raise "
-            f"data.held_out, or publish without comparing: {command('run')}"
+            f"{repo}: too few held-out prompts that the published model surely was not trained on "
+            f"({prompts(kept)}; {FEWEST} are needed). Try: set data.seed to {seed}, raise data.held_out, or publish without "
+            f"comparing: {command('run')}"
         )
     said = (
-        "neither model was trained on these prompts, word for word; the data is not what the live model was trained "
-        "on, and where prompts changed only their form, such as their system prompt, it may know the question"
+        "neither model was trained on these prompts, word for word; the data has changed since the published model, and "
+        "if only the form of a prompt changed, such as its system prompt, it may know the question"
     )
     left_out = len(held_out) - len(kept)
-    return kept, f"{said}; {left_out} held-out examples were left out, which it may know" if left_out else said
+    return kept, f"{said}; {left_out} held-out examples that it may know were left out" if left_out else said
 
 
 def prompts(examples: tuple[Example, ...]) -> int:
@@ -88,8 +87,8 @@ def fitting(
 def too_few(config: TrainingRun, there: int, all_of: int) -> DataError:
     """Return the error for too few prompts that fit: `there` of `all_of`."""
     return DataError(
-        f"{config.data.source}: to compare takes held-out examples of {FEWEST} prompts, and of {all_of} those of "
-        f"{there} fit into train.max_length {config.train.max_length} tokens; raise data.held_out or train.max_length"
+        f"{config.data.source}: too few of {all_of} held-out prompts fit into train.max_length "
+        f"{config.train.max_length} tokens ({there}; {FEWEST} are needed). Try: raise data.held_out or train.max_length"
     )
 
 

@@ -111,7 +111,7 @@ def read_launch(named: str, machine_rank: int | None = None, main_process_ip: st
         raise ConfigError(f"--machine-rank {rank}: {about} has {machines} machine{'s' * (machines > 1)}, from 0 on")
     address = main_process_ip or asked.main_process_ip
     if machines > 1 and not address:
-        raise ConfigError(f"{about}: several machines need the address of machine 0; use --main-process-ip")
+        raise ConfigError(f"{about}: several machines need the address of machine 0. Try: --main-process-ip")
     port = asked.main_process_port or (PORT if machines > 1 else 0)
     return Launch(path, processes, machines, rank, address, port, asked.use_cpu)
 
@@ -127,7 +127,7 @@ def split_step(config: Config, processes: int) -> tuple[int, int]:
     if step % processes:
         raise ConfigError(
             f"train.batch_size {train.batch_size} x train.accumulate {train.accumulate}: {step} examples a step "
-            f"cannot be shared by {processes} processes; make one of them a multiple of {processes}"
+            f"cannot be shared by {processes} processes. Try: make one of them a multiple of {processes}"
         )
     common = math.gcd(train.accumulate, processes)  # less accumulation saves time; smaller batches cost time
     return train.batch_size // (processes // common), train.accumulate // common
@@ -141,7 +141,7 @@ def _read(named: str) -> tuple[ClusterConfig, Path]:
     shipped = shipped_launches()
     path = shipped.get(named, Path(named)) if not os.path.isfile(named) else Path(named)
     if not os.path.isfile(path):
-        raise ConfigError(f"--accelerate {named}: no such file; shipped are {', '.join(shipped)}")
+        raise ConfigError(f"--accelerate {named}: no such file. Try: a path, or one of {', '.join(shipped)}")
     try:
         asked = load_config_from_file(str(path))
     except (TypeError, AttributeError):  # a key is missing, or the file is no mapping

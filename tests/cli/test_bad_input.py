@@ -163,7 +163,7 @@ def refused_before_training(folder, tree: dict, reason: str) -> None:
         (("quantize", "MODEL", "--output", "out", "--rounding", "awq"), "--rounding awq: none of"),
         (("quantize", "./nowhere", "--output", "out"), "no such folder"),
         (("quantize", "demo", "--output", "out"), "is a configuration"),
-        (("quantize", "MODEL", "--output", "out", "--set", "publish.repo=ada/x"), "what is published is measured"),
+        (("quantize", "MODEL", "--output", "out", "--set", "publish.repo=ada/x"), "a published model must be measured"),
         (("merge", "demo", "--base", "nf4"), "demo: is a configuration, which says base itself"),
         (("merge", "MODEL", "--output", "out"), "merge BASE ADAPTER --output DIR"),
         (("merge", "MODEL", "./nowhere", "--output", "out"), "merge.adapter './nowhere': has no adapter_config.json"),

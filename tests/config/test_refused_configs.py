@@ -170,7 +170,9 @@ def test_a_setting_that_cannot_be_applied_is_refused(refusal, setting, said):
 
 @pytest.mark.parametrize("missing", ["nowhere.yaml", "", "/", "nowhere\0.yaml", "x" * 5000])
 def test_a_file_that_cannot_be_read_is_refused_and_the_recipes_named(missing):
-    with pytest.raises(ConfigError, match="no such configuration file; shipped are .*demo|cannot be read") as caught:
+    with pytest.raises(
+        ConfigError, match="no such configuration file. Try: a path, or one of .*demo|cannot be read"
+    ) as caught:
         load_config(missing)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 

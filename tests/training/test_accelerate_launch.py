@@ -12,7 +12,7 @@ from pipeline.training.accelerate_launch import Launch, read_launch, shipped_lau
 @pytest.mark.parametrize(
     ("name", "machine_rank", "said"),
     [
-        ("ddq", None, "--accelerate ddq: no such file; shipped are cpu-two, ddp, deepspeed-zero3,"),
+        ("ddq", None, "--accelerate ddq: no such file. Try: a path, or one of cpu-two, ddp, deepspeed-zero3,"),
         ("cpu-two", 1, "--machine-rank 1: --accelerate cpu-two has 1 machine,"),
     ],
 )
