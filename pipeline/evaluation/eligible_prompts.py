@@ -41,7 +41,8 @@ def untouched(
     theirs, there = Results.of_lineage(lineage, repo).data or Data(), prompts(held_out)
     if there < FEWEST:
         raise DataError(
-            f"{repo}: too few held-out prompts to compare with it ({there}; {FEWEST} are needed). Try: raise data.held_out"
+            f"{repo}: too few held-out prompts to compare with it ({there}; {FEWEST} are needed). "
+            "Try: raise data.held_out"
         )
     if theirs.fingerprint == data:
         return held_out, "neither model was trained on these prompts"
@@ -55,12 +56,12 @@ def untouched(
     if prompts(kept) < FEWEST:
         raise DataError(
             f"{repo}: too few held-out prompts that the published model surely was not trained on "
-            f"({prompts(kept)}; {FEWEST} are needed). Try: set data.seed to {seed}, raise data.held_out, or publish without "
-            f"comparing: {command('run')}"
+            f"({prompts(kept)}; {FEWEST} are needed). "
+            f"Try: set data.seed to {seed}, raise data.held_out, or publish without comparing: {command('run')}"
         )
     said = (
-        "neither model was trained on these prompts, word for word; the data has changed since the published model, and "
-        "if only the form of a prompt changed, such as its system prompt, it may know the question"
+        "neither model was trained on these prompts, word for word; the data has changed since the published model, "
+        "and if only the form of a prompt changed, such as its system prompt, it may know the question"
     )
     left_out = len(held_out) - len(kept)
     return kept, f"{said}; {left_out} held-out examples that it may know were left out" if left_out else said
