@@ -1,4 +1,4 @@
-"""One atomic commit that brings a repository to what it should hold, or none."""
+"""One atomic commit that brings a repository to the files it should hold."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Render = Callable[[Tree], Mapping[str, Content]]
 
 @dataclass(frozen=True)
 class Change:
-    """What a commit has to do."""
+    """The files that a commit adds or replaces, and those that it deletes."""
 
     add: dict[str, Content]
     delete: tuple[str, ...]
@@ -32,9 +32,11 @@ NOTHING = Change({}, ())
 
 @dataclass(frozen=True)
 class Commit:
-    """What `publish` did: the head after it, and the files it changed (none: nothing had to be sent).
+    """The head after `publish`, and the files that changed.
 
-    `pull_request` is the number of the pull request that holds it, where it is not on the main branch.
+    Attributes:
+        sent: paths of the files that were added or replaced; empty if the repository held them already.
+        pull_request: number of the pull request that holds the commit; None if the main branch holds it.
     """
 
     oid: str
@@ -50,34 +52,36 @@ def publish(
     render: Render,
     message: str,
     *,
-    progress: Progress = lambda done, total, what: None,
+    progress: Progress = lambda done, total, text: None,
     create_pr: bool = False,
     pull_request: int | None = None,
     check: Callable[[Tree], None] = lambda tree: None,
     advice: str = "run again to publish what is missing",
 ) -> Commit:
-    """Bring a repository to the files that `render` makes, in one commit, or in none if they are there already.
+    """Bring a repository to the files that `render` returns, in one commit. If it holds them, commit nothing.
 
     Args:
-        render: all files that are ours, by path in the repository, for the tree that the commit will change.
-            Called again when the head has moved, and for a pull request. A README.md of its making has to keep
-            what people wrote into the one that is there; any other file that is there and not ours is refused.
-        create_pr: commit to a pull request instead of the main branch: to the open one that this user gave the
-            title `message`, or a new one.
-        pull_request: number of the pull request to update, if it is still open and whatever its title.
-        check: looks at the main branch before each attempt, and raises where nothing is to be done on top of that.
-        advice: what people can do where the Hub stays away.
+        render: returns all our files by path, for the tree that the commit will change. It is called again after
+            the head has moved, and for a pull request. Its README.md files must keep the text of people; any other
+            file of people is refused.
+        create_pr: commit to a pull request instead of the main branch: the open one that this user gave the title
+            `message`, or a new one.
+        pull_request: number of the pull request to update if it is still open, whatever its title.
+        check: called with the main branch before each attempt; raises if the commit must not be made on top of it.
+        advice: the next step to suggest if the Hub does not answer.
 
     Raises:
-        HubError: where another run's release or a file of somebody else's is in the way, or after a bounded
-            number of attempts; the repository is then as it was.
+        HubError: if another run's release or a file of people is in the way, or after the last retry. The repository
+            is then unchanged.
     """
     tried = [NOTHING]
 
     def attempt() -> Commit:
         branch = _choose(repo, render, message, create_pr, pull_request, check)
         if not branch.change:
-            return _done(repo, branch.tree.head, tried[-1], branch.number)  # not nothing where the answer was lost
+            return _done(
+                repo, branch.tree.head, tried[-1], branch.number
+            )  # if the Hub's answer was lost, the commit is there already
         _check_card(repo, branch.change)
         operations = _operations(repo, branch, progress)
         tried.append(branch.change)
@@ -88,7 +92,7 @@ def publish(
 
 @dataclass(frozen=True)
 class _Branch:
-    """Where a commit goes, and what it has to do there: to main, to pull request `number`, or to a new one."""
+    """The target of a commit (main, pull request `number`, or a new one), and the change that it needs."""
 
     tree: Tree
     change: Change
@@ -103,7 +107,7 @@ class _Branch:
 def _choose(
     repo: str, render: Render, title: str, create_pr: bool, known: int | None, check: Callable[[Tree], None]
 ) -> _Branch:
-    """The main branch, or where something has to change and only a proposal is wanted, a pull request."""
+    """Return the main branch, or a pull request if one is wanted and something has to change."""
     tree = read_tree(repo)
     check(tree)
     change = difference(tree, render(tree))
@@ -117,7 +121,7 @@ def _choose(
 
 
 def _operations(repo: str, branch: _Branch, progress: Progress) -> list:
-    """Send what is to be added, and say what the commit does."""
+    """Upload the files to add, and return the operations of the commit."""
     from huggingface_hub import CommitOperationCopy, CommitOperationDelete
 
     add, delete = branch.change.add, branch.change.delete
@@ -145,26 +149,26 @@ def _commit(repo: str, branch: _Branch, operations: list, message: str) -> Commi
 
 
 def difference(tree: Tree, wanted: Mapping[str, Content]) -> Change:
-    """What has to be done to a tree of the Hub so that it holds `wanted`, and of ours nothing else.
+    """Return the change after which `wanted` are the only files of ours in a tree of the Hub.
 
     Raises:
-        HubError: where another run's release, or a file that is not ours, is in the way.
+        HubError: if another run's release, or a file that is not ours, is in the way.
     """
     lineage = wanted.get(LINEAGE)
-    if isinstance(lineage, bytes):  # and no copy: an older release here may have had another name
+    if isinstance(lineage, bytes):  # a copy is of an older release here, whose run may have had another name
         _check_holder(tree, Lineage.parse(lineage))
     foreign = sorted(p for p in (wanted.keys() & tree.files.keys()) - tree.ours if Path(p).name != CARD)
     if foreign:
-        raise HubError(f"{tree.repo}: has a {foreign[0]} that tunepress did not put there; choose another repository")
+        raise HubError(f"{tree.repo}: tunepress did not put {foreign[0]} there. Try: another repository")
     changed = {p: c for p, c in wanted.items() if p not in tree.files or not tree.files[p].holds(c)}
     return Change(changed, tuple(sorted(tree.ours - wanted.keys())))
 
 
 def check_destination(repo: str, run: str, mirror_of: str | None = None) -> None:
-    """Find out before any work whether a repository can take a run's release; one that is not there yet can.
+    """Raise if a repository cannot take a run's release. A repository that does not exist yet can.
 
     Raises:
-        HubError: where it holds another run's release, or the Hub does not say.
+        HubError: if the repository holds another run's release, or the Hub does not answer.
     """
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -176,26 +180,26 @@ def check_destination(repo: str, run: str, mirror_of: str | None = None) -> None
 
 
 def check_root(tree: Tree) -> None:
-    """Refuse a repository whose last release has a model at its root, which one of variants alone would remove.
+    """Raise if the last release has a model at the root, which a release of variants alone would remove.
 
     Raises:
-        HubError: naming it.
+        HubError: with the name of that release.
     """
     if any("/" not in path and path.endswith(".safetensors") for path in tree.ours):
         raise HubError(
-            f"{tree.repo}: holds {_named(tree.lineage)} with a model at the root, and this has variants alone; "
-            "ask that run for them (quantize.variants), or use another repository"
+            f"{tree.repo}: holds {_named(tree.lineage)} with a model at the root, and this release has variants only. "
+            "Try: add them to that run (quantize.variants), or another repository"
         )
 
 
 def _check_holder(tree: Tree, wanted: Lineage) -> None:
-    """Refuse a repository that holds another run's release, which ours would replace without a trace."""
+    """Raise if the repository holds another run's release, which ours would replace without a trace."""
     there = tree.lineage
     if there.run is None or (there.run, there.mirror_of) == (wanted.run, wanted.mirror_of):
         return
     raise HubError(
-        f"{tree.repo}: holds {_named(there)}, and this is {_named(wanted)}; use another repository"
-        + (", or give this run the same name" if there.mirror_of == wanted.mirror_of else "")
+        f"{tree.repo}: holds {_named(there)}, and this is {_named(wanted)}. Try: another repository"
+        + (", or the same name for this run" if there.mirror_of == wanted.mirror_of else "")
     )
 
 
@@ -204,18 +208,18 @@ def _named(lineage: Lineage) -> str:
 
 
 def _open_pull_request(repo: str, title: str, known: int | None) -> int | None:
-    """The open pull request to go on with."""
+    """Return the number of the open pull request to update; None if a new one is needed."""
     from huggingface_hub import HfApi
 
     api = HfApi()
-    me = None if keyless() else api.whoami()["name"]  # and then only by its number: others may use the title too
+    me = None if keyless() else api.whoami()["name"]  # others may use the title too
     found = list(api.get_repo_discussions(repo, discussion_type="pull_request", discussion_status="open"))
     numbers = [d.num for d in found if d.author == me and d.title == title]
     return known if known in [d.num for d in found] else max(numbers, default=None)
 
 
 def _check_card(repo: str, change: Change) -> None:
-    """Let the Hub look at the card's metadata before gigabytes are sent, and not after."""
+    """Have the Hub check the card's metadata before gigabytes are uploaded."""
     from huggingface_hub import constants
     from huggingface_hub.errors import BadRequestError
     from huggingface_hub.utils import get_session, hf_raise_for_status
@@ -224,14 +228,14 @@ def _check_card(repo: str, change: Change) -> None:
     if not isinstance(card, (bytes, LocalFile)):
         return
     text = (card if isinstance(card, bytes) else card.path.read_bytes()).decode(errors="replace")
-    # Not by the client's own function, which stumbles where there is no answer.
+    # The client's own function fails if the Hub does not answer.
     body, headers = {"repoType": "model", "content": text}, {"Accept": "text/plain"}
     try:
         answer = get_session().post(f"{constants.ENDPOINT}/api/validate-yaml", json=body, headers=headers)
         hf_raise_for_status(answer)
     except BadRequestError as error:
         told = error.response.text if error.response is not None else str(error)
-        raise HubError(f"{repo}: the Hub refuses the metadata of {CARD} ({say(told)}); mend it there") from None
+        raise HubError(f"{repo}: the Hub refuses the metadata of {CARD} ({say(told)}). Try: correct it there") from None
 
 
 def _done(repo: str, head: str, change: Change, pull_request: int | None) -> Commit:

@@ -1,4 +1,4 @@
-"""`tunepress.json`: where every byte of a release came from."""
+"""`tunepress.json`: the origin of every byte of a release."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def lineage(
     documents: Collection[str],
     mirror_of: str | None = None,
 ) -> bytes:
-    """The lineage of a release as JSON.
+    """Return the lineage of a release as JSON.
 
     Args:
-        results: the figures of the models in this release, as `results.json` has them.
-        files: what the release consists of besides its documents, by path in it.
-        documents: paths of the documents beside this one, which hold the same figures for people.
-        mirror_of: the repository whose variant stands here at the root.
+        results: the figures of the models in this release.
+        files: the files of the models, by path in the release.
+        documents: paths of the other documents, which show the same figures to people.
+        mirror_of: the repository whose variant this release has at its root.
     """
     content = {
         "schema": SCHEMA,
@@ -61,9 +61,9 @@ def _libraries(results: Results) -> list[str]:
 
 
 def hub_sources(results: Results) -> set[str]:
-    """The repositories on the Hub that something was read from, as it was recorded when it was read.
+    """Return the repositories on the Hub that models and data were read from, as recorded at that time.
 
-    Whether a name is one of a repository or of a file cannot be told later, when the file may be gone.
+    A name alone does not tell a repository from a file that is gone by now.
     """
     found = {origin.hub_id for origin in (results.origin, results.adapter) if origin}
     data = results.data
@@ -73,7 +73,7 @@ def hub_sources(results: Results) -> set[str]:
 
 
 def _data(config: TrainingRun, results: Results) -> dict:
-    """Return which data was trained on: what was asked for, and over it what was found."""
+    """Return the data of the training: the configuration, overridden by the recorded facts."""
     keys = {"source", "subset", "revision", "split", "form"}
     recorded = results.data or Data()
     found = recorded.model_dump(include=keys | {"fingerprint", "license"}, exclude_none=True)
@@ -81,7 +81,7 @@ def _data(config: TrainingRun, results: Results) -> dict:
 
 
 def _sources(config: Config) -> set[str]:
-    """What the configuration names that may lie on this machine."""
+    """Return the sources of the configuration that may be files on this machine."""
     named = (
         config.model.source,
         config.data and config.data.source,
@@ -92,7 +92,7 @@ def _sources(config: Config) -> set[str]:
 
 
 def _portable(content: Any, local: Collection[str]) -> Any:
-    """`content` with the names of local files and folders instead of their paths on this machine."""
+    """Return `content` with only the names of local files and folders, without their paths on this machine."""
     if isinstance(content, dict):
         return {key: _portable(value, local) for key, value in content.items()}
     if isinstance(content, list):
@@ -103,7 +103,7 @@ def _portable(content: Any, local: Collection[str]) -> Any:
 
 
 def own_version() -> str:
-    """The installed version of tunepress; "source" where it runs from a clone that is not installed."""
+    """Return the installed version of tunepress; "source" if it runs from a clone that is not installed."""
     try:
         return version("tunepress")
     except PackageNotFoundError:

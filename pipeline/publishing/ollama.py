@@ -1,8 +1,8 @@
-"""`Modelfile`, by which Ollama makes a model of a GGUF: its file, its turns, where answers end.
+"""The `Modelfile` from which Ollama makes a model: the GGUF file, the chat template, the stop texts.
 
-What it says is read from the GGUF itself, so that it holds for that file wherever it was made. The chat
-template, which is Jinja, is said in Ollama's language only where that is proven to give the same texts.
-Ollama's parser takes a text in quotes as it is; there is no way to write three quotes in one.
+Its content comes from the GGUF file alone. The chat template, which is Jinja, is translated into Ollama's
+language only if both are proven to give the same texts. Ollama's parser reads a quoted text unchanged, so
+that a text with three quotes cannot be written.
 
 https://docs.ollama.com/modelfile
 """
@@ -19,7 +19,7 @@ from pipeline.publishing.ollama_template import Turns, find_turns
 
 MODELFILE = "Modelfile"
 _QUOTES = '"""'
-_PARAMETERS = {  # of Ollama, and what a GGUF calls them
+_PARAMETERS = {  # name in Ollama: name in GGUF
     "temperature": "temp",
     "top_p": "top_p",
     "top_k": "top_k",
@@ -29,13 +29,13 @@ _PARAMETERS = {  # of Ollama, and what a GGUF calls them
 
 
 def modelfile(files: Mapping[str, Path]) -> str:
-    """The Modelfile that lies beside GGUF files.
+    """Return the Modelfile for GGUF files in one folder.
 
     Args:
-        files: variant -> its file. The first that is quantized is the one that Ollama takes.
+        files: variant -> its file. Ollama takes the first that is quantized.
 
     Raises:
-        CheckpointError: where one is no GGUF.
+        CheckpointError: if a file is not GGUF.
     """
     chosen = default_variant(files)
     dialogue = read_dialogue(files[chosen])
@@ -49,7 +49,7 @@ def modelfile(files: Mapping[str, Path]) -> str:
 
 
 def default_variant(variants: Mapping[str, object]) -> str:
-    """The one that people are to take who do not choose: the first that is quantized."""
+    """Return the recommended variant: the first that is quantized, or else the first."""
     return next((v for v in variants if VARIANTS[v].bits < 16), next(iter(variants)))
 
 
@@ -71,18 +71,18 @@ def _say(template: str, tokens: tuple[tuple[str, str], ...], first: str) -> tupl
     told = _in_go(turns) if turns else None
     default = turns.default if turns else None
     quoted, system = _quoted(told) if told else None, _quoted(default) if default else None
-    unsaid = default is not None and system is None  # nothing, with its marks, is no SYSTEM to Ollama
+    unsaid = default is not None and system is None  # Ollama takes an empty text for no SYSTEM
     return (None, None) if unsaid else (quoted, system)
 
 
 def _told(dialogue: Dialogue) -> tuple[str | None, str | None]:
-    """The chat template, and what the system says by default, in Ollama's language; None where it cannot say that."""
+    """Return the chat template and the default system text in Ollama's language; None if it cannot express them."""
     first = dialogue.tokens.get("bos_token", "") if dialogue.adds_first else ""
     return _say(dialogue.template or "", tuple(dialogue.tokens.items()), first)
 
 
 def _in_go(turns: Turns) -> str | None:
-    """Turns as a template of Go; None where their texts would be taken for its marks."""
+    """Return turns as a template of Go; None if their texts contain its marks."""
     texts = (turns.begin, turns.between, turns.answer, *(text for pair in turns.around.values() for text in pair))
     if any(mark in text for text in texts for mark in "{}"):
         return None
@@ -107,7 +107,7 @@ def _any_turn(turns: Turns) -> str:
 
 
 def _quoted(text: str) -> str | None:
-    """A text as a Modelfile has it; None where it cannot be said."""
+    """Return a text in the quotes of a Modelfile; None if it cannot be quoted."""
     if _QUOTES in text or "\r" in text:
         return None
     return f"{_QUOTES}{text}{_QUOTES}" if '"' in text or "\n" in text else f'"{text}"'

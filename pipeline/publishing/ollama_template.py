@@ -1,7 +1,7 @@
-"""What a chat template puts around each turn of a conversation, where that is all that it does.
+"""The texts that a chat template puts around each turn of a conversation.
 
-It is found by rendering probes, and proven by putting other conversations together from it: of a template
-that does anything else, such as telling the date, that fails.
+They are found by rendering probes. Then other conversations are put together from them and compared with the
+template's own rendering. The comparison fails if the template does anything else, such as telling the date.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 Conversation = list[dict[str, str]]
 Render = Callable[[Conversation, bool], str]  # a conversation, with the beginning of an answer or not -> text
@@ -19,15 +20,15 @@ _DAYS = (datetime(2026, 1, 1), datetime(2031, 12, 30))
 
 @dataclass(frozen=True)
 class Turns:
-    """What a chat template writes around turns, in the order in which it stands.
+    """The texts that a chat template writes around turns.
 
     Attributes:
         begin: before the first turn.
-        around: role -> before and behind its text.
-        between: between two turns, besides.
-        answer: behind the last turn, where an answer begins.
-        inside: is the system's turn a part of the user's first one, between what is before it and its text?
-        default: what the system says where a conversation does not tell.
+        around: role -> text before and after each of its turns.
+        between: between two turns, in addition.
+        answer: after the last turn, at the beginning of an answer.
+        inside: True if the system's turn is a part of the user's first one.
+        default: the system's text in a conversation without one.
     """
 
     begin: str
@@ -38,7 +39,7 @@ class Turns:
     default: str | None = None
 
     def put_together(self, conversation: Conversation) -> str:
-        """A conversation that ends with a question, as the template renders it."""
+        """Return a conversation that ends with a question, as the template renders it."""
         if self.default is not None and conversation[0]["role"] != "system":
             conversation = [{"role": "system", "content": self.default}, *conversation]
         if self.inside and conversation[0]["role"] == "system":
@@ -50,17 +51,17 @@ class Turns:
 
 
 def find_turns(template: str, tokens: Mapping[str, str], first: str = "") -> Turns | None:
-    """What a chat template in Jinja writes around turns; None where that is not all that it does.
+    """Return the texts that a Jinja chat template writes around turns; None if it does anything else.
 
     Args:
         tokens: the special tokens that it may write, such as `bos_token`.
-        first: with what every text begins that is given to the model; the template's own is taken off.
+        first: the text that is put before every prompt, so that the template's own copy is removed.
     """
     renders = [_renderer(template, tokens, first, day) for day in _DAYS]
     try:
         found = _derive(renders[0])
         is_so = all(found.put_together(c) == render(c, True) for render in renders for c in _conversations())
-    except Exception:  # of a template, which may refuse a conversation in any way, or leave out what was said
+    except Exception:  # a template may refuse a conversation in any way
         return None
     return found if is_so else None
 
@@ -68,20 +69,20 @@ def find_turns(template: str, tokens: Mapping[str, str], first: str = "") -> Tur
 def _renderer(template: str, tokens: Mapping[str, str], first: str, day: datetime) -> Render:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    given = {**tokens, "strftime_now": lambda form: day.strftime(form)}
+    given: dict[str, Any] = {**tokens, "strftime_now": day.strftime}
 
     def render(conversation: Conversation, asks: bool) -> str:
-        (text,), _ = render_jinja_template([conversation], chat_template=template, add_generation_prompt=asks, **given)
-        return text.removeprefix(first)
+        made: Any = render_jinja_template([conversation], chat_template=template, add_generation_prompt=asks, **given)
+        return made[0][0].removeprefix(first)  # the library says str, and returns the texts and their masks
 
     return render
 
 
 def _derive(render: Render) -> Turns:
-    """What `render` writes around probes, as if it were the same around everything.
+    """Return the texts that `render` writes around probes.
 
     Raises:
-        ValueError: where it does not show each of them once.
+        ValueError: if it does not show each probe exactly once.
     """
     user, answered = {"role": "user", "content": _FIRST}, {"role": "assistant", "content": _ANSWER}
     alone = render([user], False)
@@ -102,7 +103,7 @@ def _derive(render: Render) -> Turns:
     )
     if not system_behind.endswith(between + user_before):
         if between:
-            raise ValueError("a system's turn in the user's, and something between turns")
+            raise ValueError("the system's turn is in the user's, and there is text between turns")
         around["system"] = (system_before.removeprefix(begin + user_before), system_behind)
         return Turns(begin, around, between, answer, inside=True)
     system_behind = system_behind.removesuffix(between + user_before)
@@ -115,18 +116,18 @@ def _derive(render: Render) -> Turns:
 
 
 def _cut(text: str, *probes: str) -> list[str]:
-    """What stands before, between and behind the probes."""
+    """Return the texts before, between and after the probes."""
     parts = []
     for probe in probes:
         part, found, text = text.partition(probe)
         if not found or probe in text:
-            raise ValueError(f"{probe} is not there once")
+            raise ValueError(f"{probe}: not exactly once in the text")
         parts.append(part)
     return [*parts, text]
 
 
 def _conversations() -> list[Conversation]:
-    """Some of one to three questions, with and without a system's turn."""
+    """Return conversations of one to three questions, with and without a system's turn."""
     said = ("What is 2 + 2?", "Four.", 'And *why*?\n\nSay it in "two" lines.', "It is\nso.", "<b>Tschüß</b> {{ x }}")
     turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
     talks = [turns[:count] for count in (1, 3, 5)]

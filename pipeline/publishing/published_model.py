@@ -106,7 +106,7 @@ def with_full_model(published: PublishedModel | None) -> PublishedModel | None:
     if published is None or "config.json" not in published.tree.files:
         return None
     if published.run is None:
-        raise HubError(f"{published.repo}: holds a config.json that tunepress did not publish. Try: another repository")
+        raise HubError(f"{published.repo}: tunepress did not put config.json there. Try: another repository")
     return published
 
 

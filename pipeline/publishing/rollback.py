@@ -1,8 +1,8 @@
-"""Make an older release of a repository the head of its main branch again, in one commit.
+"""The return to an older release of a repository, in one commit on the main branch.
 
-What the newer release put there and the older did not have goes; people's own files, and what they
-wrote into the cards, stay. No new tag is made: the old one names this release, and another
-rollback goes one release further back. Publishing again brings the newer release back.
+Files that only the newer release has are removed. Files of people, and their text in the cards, stay. There is
+no new tag, because the old one names this release; another rollback goes one release further back. Publishing
+again brings the newer release back.
 """
 
 from __future__ import annotations
@@ -32,22 +32,23 @@ def rollback(repo: str, to: str | None = None) -> Rollback:
     """Bring `repo` back to a tagged release.
 
     Args:
-        to: its tag; by default the release before the one that is there now.
+        to: its tag; by default the release before the current one.
 
     Returns:
-        What was done; where that release was there already, the head as it was and nothing sent.
+        The release and the commit; nothing is sent if that release is the current one.
 
     Raises:
-        HubError: where there is no such repository or release, a file of somebody else's is in the way,
-            or the Hub refuses.
+        HubError: if there is no such repository or release, a file of people is in the way, or the Hub refuses.
     """
     if not REPO_ID.match(repo):
-        raise HubError(f"{repo}: a repository is written USER/NAME")
+        raise HubError(f"{repo}: not a repository. Try: USER/NAME")
     check_access(repo)
     target = retry_or_explain(repo, lambda: _target(repo, to))
     old = retry_or_explain(repo, lambda: read_tree(repo, target.commit))
     if not retry_or_explain(repo, lambda: old.ours):
-        raise HubError(f"{repo}: {target.tag} has no {LINEAGE} that says what to go back to")
+        raise HubError(
+            f"{repo}: {target.tag} has no readable {LINEAGE}, so its files are unknown. Try: another release (--to)"
+        )
 
     def contents(tree: Tree) -> dict[str, Content]:
         wanted = {path: _content(old, path, tree) for path in sorted(old.ours)}
@@ -63,18 +64,18 @@ def _target(repo: str, to: str | None) -> Release:
         found = next((release for release in known if release.tag == to), None)
         if found is None:
             there = ", ".join(release.tag for release in known) or "none"
-            raise HubError(f"{repo}: no release {to}; tagged releases: {there}")
+            raise HubError(f"{repo}: no release with this tag ({to}). Tagged releases: {there}")
         return found
     now = release_of(repo, read_tree(repo).head, known)
     older = [release for release in known if now is None or release.number < now.number]
     if not older:
         others = ", ".join(release.tag for release in known if release != now) or "none"
-        raise HubError(f"{repo}: no release before {now.tag if now else 'this one'}; others to go to: {others}")
+        raise HubError(f"{repo}: no release before {now.tag if now else 'the current one'}. Other releases: {others}")
     return older[-1]
 
 
 def _content(old: Tree, path: str, tree: Tree) -> Content:
-    """A file of the older release; of a card only our part of it."""
+    """Return a file of the older release. A card gets our part of then, and people's text of now."""
     if Path(path).name != CARD:
         return Copy(old.head, path, old.files[path])
-    return brought_back(old.read(path), tree.read(path))
+    return brought_back(old.read(path) or b"", tree.read(path))

@@ -1,4 +1,4 @@
-"""Code blocks of a card, and a process of its own that runs one as it stands."""
+"""The code blocks of a card, and a separate process that runs one unchanged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.system.process_environment import user_environment, with_own_packa
 
 
 def blocks(card: str) -> list[str]:
-    """Return the Python code blocks of a card, in order, without those inside a longer fence (a model's answer)."""
+    """Return the Python code blocks of a card in order, without those inside another block, such as an answer."""
     fences = (token for token in MarkdownIt().parse(card) if token.type == "fence" and token.info == "python")
     return [fence.content.removesuffix("\n") for fence in fences]
 
@@ -21,7 +21,7 @@ def blocks(card: str) -> list[str]:
 def run(
     code: str, folder: Path, with_tunepress: bool = False, more: Mapping[str, str] | None = None, seconds: float = 3600
 ) -> subprocess.CompletedProcess:
-    """Run `code` in `folder`, without a network, and without tunepress unless the code needs it.
+    """Run `code` in `folder` without a network. It can import tunepress only with `with_tunepress`.
 
     Args:
         more: environment variables that override all others.

@@ -1,7 +1,7 @@
-"""Finished releases are tagged: release-1, release-2, ...
+"""Tags of finished releases: release-1, release-2, ...
 
-Two commits hold the same release if their lineage is the same, which has the hash of every file.
-So text that people add to a card makes no new release, and going back to an old one makes none either.
+Two commits hold the same release if their lineage is the same, which has the hash of every file. Text that
+people add to a card, or a return to an old release, therefore makes no new release.
 """
 
 from __future__ import annotations
@@ -24,19 +24,21 @@ class Release:
 
     @property
     def tag(self) -> str:
+        """Return the name of the tag."""
         return f"release-{self.number}"
 
 
 def releases(repo: str) -> list[Release]:
-    """The tagged releases of a repository, oldest first."""
+    """Return the tagged releases of a repository, oldest first."""
     from huggingface_hub import HfApi
 
     tags = HfApi().list_repo_refs(repo).tags
-    return sorted((Release(int(m[1]), t.target_commit) for t in tags if (m := TAG.match(t.name))), key=_number)
+    found = [Release(int(m[1]), t.target_commit) for t in tags if (m := TAG.match(t.name))]
+    return sorted(found, key=lambda release: release.number)
 
 
 def release_of(repo: str, commit: str, known: list[Release]) -> Release | None:
-    """The newest tagged release that is the same as the one at `commit`."""
+    """Return the newest tagged release that is the same as the one at `commit`."""
     exact = [release for release in known if release.commit == commit]
     if exact:
         return exact[-1]
@@ -48,10 +50,10 @@ def tag_release(repo: str, commit: str) -> str:
     """Tag the release at `commit` with the next free number, unless it has a tag.
 
     Returns:
-        Its tag.
+        The tag.
 
     Raises:
-        HubError: where the Hub does not take it; the commit is as it was, and a later publish tags it.
+        HubError: if the Hub refuses. The commit stays, and a later publish tags it.
     """
     from huggingface_hub import HfApi
 
@@ -66,13 +68,10 @@ def tag_release(repo: str, commit: str) -> str:
     return retry_or_explain(repo, attempt, advice="publish again to tag it")
 
 
-def _number(release: Release) -> int:
-    return release.number
-
-
 def _lineage(repo: str, commit: str) -> str | None:
-    """The git blob of the lineage at a commit."""
+    """Return the git blob of the lineage at a commit."""
     from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
 
     items = HfApi().list_repo_tree(repo, revision=commit)
-    return next((item.blob_id for item in items if item.path == LINEAGE), None)
+    return next((item.blob_id for item in items if isinstance(item, RepoFile) and item.path == LINEAGE), None)

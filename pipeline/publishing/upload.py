@@ -1,12 +1,13 @@
-"""Bytes on their way to the Hub, ahead of the commit that names them.
+"""The upload of large files to the Hub, before the commit that names them.
 
-Files go a few at a time. What has arrived is not sent again, whatever becomes of the
-commit or of this process: the Hub says so when it is asked about the same content.
+Files are sent in batches. A file that has arrived is not sent again, even if the commit or this process fails:
+the Hub is asked first whether it has the content.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -29,10 +30,10 @@ Progress = Callable[[int, int, str], None]
 def send(
     repo: str, contents: Mapping[str, LocalFile | bytes], revision: str | None, create_pr: bool, progress: Progress
 ) -> list[CommitOperationAdd]:
-    """Upload what belongs into large file storage, each content once.
+    """Upload the files that belong into large file storage, each content once.
 
     Returns:
-        The operations that add all of `contents`, for a commit.
+        The operations of a commit that add all of `contents`.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -43,22 +44,28 @@ def send(
     once = {path: size_of(contents[path]) for path in contents if path in first.values()}
     total, done, files = sum(once.values()), 0, 0
     for batch in _batches(once):
-        what = f"sending to {repo}, {batch[0]} ({files + 1} of {len(once)})"
-        progress(done, total, what)
-        chosen = [operations[path] for path in batch]
+        text = f"sending to {repo}, {batch[0]} ({files + 1} of {len(once)})"
+        progress(done, total, text)
+        upload = functools.partial(
+            HfApi().preupload_lfs_files,
+            repo,
+            [operations[path] for path in batch],
+            revision=revision,
+            create_pr=create_pr,
+            num_threads=THREADS,
+            free_memory=False,
+        )
         local = [c.path for path in batch if isinstance(c := contents[path], LocalFile)]
-        with _watched(local, lambda read, done=done, what=what: progress(done + read, total, what)):
-            retry_or_explain(
-                repo,
-                lambda chosen=chosen: HfApi().preupload_lfs_files(
-                    repo, chosen, revision=revision, create_pr=create_pr, num_threads=THREADS, free_memory=False
-                ),
-                advice="run again to publish what is missing",
-                also_retried=(RuntimeError,),  # what either way of uploading makes of a connection that breaks
-            )
+        with _watched(local, functools.partial(_tell, progress, done, total, text)):
+            # Either way of uploading turns a broken connection into a RuntimeError.
+            retry_or_explain(repo, upload, advice="run again to publish what is missing", also_retried=(RuntimeError,))
         done, files = done + sum(once[path] for path in batch), files + len(batch)
     progress(total, total, f"sending to {repo}, {len(once)} files are there")
     return list(operations.values())
+
+
+def _tell(progress: Progress, done: int, total: int, text: str, read: int) -> None:
+    progress(done + read, total, text)
 
 
 def _batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:
@@ -74,10 +81,10 @@ def _batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def _watched(paths: Collection[Path], tell: Callable[[int], None]) -> Iterator[None]:
-    """Tell now and then how many bytes of these files were read, which happens as they are sent.
+    """Call `tell` at intervals with the number of bytes that were read of these files to send them.
 
-    The client's own bars draw on a terminal and nowhere else. Where the system does not say
-    how far an open file is read, nothing is told.
+    The client's own bars draw on a terminal only. If the system does not tell the position in an open file, the
+    number stays 0.
     """
     stop, read = threading.Event(), dict.fromkeys((str(p.resolve()) for p in paths), 0)
 
@@ -98,7 +105,7 @@ def _watched(paths: Collection[Path], tell: Callable[[int], None]) -> Iterator[N
 
 
 def _open_files() -> Iterator[tuple[str, int]]:
-    """(path, position) of the files that this process has open, on systems that tell."""
+    """Yield (path, position in bytes) of each file that this process has open, if the system tells."""
     with contextlib.suppress(OSError):
         for descriptor in os.listdir("/proc/self/fd"):
             with contextlib.suppress(OSError, ValueError):

@@ -24,7 +24,7 @@ def test_another_runs_repository_is_refused_with_both_names_and_left(hub, finish
     finished.publish()
     commits = hub.commits(REPO)
     line = (
-        rf"^{REPO}: holds run 'demo', and this is run 'other'; use another repository, or give this run the same name$"
+        rf"^{REPO}: holds run 'demo', and this is run 'other'. Try: another repository, or the same name for this run$"
     )
     other.configure(mirrors={"int8": "ada/other-int8"})
     for create_pr in (False, True):
@@ -48,8 +48,8 @@ def test_the_mirror_of_another_run_is_refused_and_the_main_repository_is_publish
     finished.publish()
     other.configure(repo="ada/other", mirrors={"int8": MIRROR})
     commits = hub.commits(MIRROR)
-    line = rf"{MIRROR}: holds run 'demo' as a mirror of {REPO}, and this is run 'other' as a mirror of ada/other; "
-    with pytest.raises(HubError, match=f"^publish.mirrors.int8: {line}use another repository$"):
+    line = rf"{MIRROR}: holds run 'demo' as a mirror of {REPO}, and this is run 'other' as a mirror of ada/other. "
+    with pytest.raises(HubError, match=f"^publish.mirrors.int8: {line}Try: another repository$"):
         other.publish()
     assert hub.commits(MIRROR) == commits and MIRROR not in hub.read("ada/other", "README.md").decode()
 

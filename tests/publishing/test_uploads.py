@@ -96,7 +96,7 @@ def test_a_variant_that_left_the_release_leaves_the_repository_whole(hub, finish
 
 def test_foreign_file_in_the_way_is_named_and_left(hub, finished):
     hub.put(REPO, {"int8/config.json": b"mine"})
-    with pytest.raises(HubError, match=r"int8/config.json that tunepress did not put there"):
+    with pytest.raises(HubError, match="tunepress did not put int8/config.json there"):
         finished.publish()
     assert hub.read(REPO, "int8/config.json") == b"mine" and len(hub.files(REPO)) == 2
 

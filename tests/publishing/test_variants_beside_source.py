@@ -78,6 +78,6 @@ def test_variants_alone_never_take_the_place_of_a_release_with_a_model(hub, fini
     finished.publish()
     before = hub.commits(REPO)
     guest.configure(name=finished.config.name)
-    with pytest.raises(HubError, match="with a model at the root, and this has variants alone"):
+    with pytest.raises(HubError, match="with a model at the root, and this release has variants only"):
         guest.publish()
     assert hub.commits(REPO) == before

@@ -1,12 +1,12 @@
-"""Results -> the card of a release, of each folder of variants in it, and of each variant's mirror.
+"""The cards of a release, of each folder of variants in it, and of each mirror.
 
-Every figure in a card is read from `results.json` or the configuration and passes
-through a format of `pipeline.publishing.cards.markdown`; what was not measured is left out. The words
-are in `templates/`, where nothing but markdown and escaped text can be printed.
+Every figure comes from `results.json` or the configuration, through a format of
+`pipeline.publishing.cards.markdown`. A figure that was not measured is left out. The words are in `templates/`,
+which can print only markdown and escaped text.
 
-There are three kinds of release: a model fine-tuned here, one with an adapter that was trained
-elsewhere, and variants alone. The last has no model at its root, and is compared with its source.
-Where it is a guest in the repository of its source, its card is a section of that model's card.
+There are three kinds of release: a model fine-tuned here, one with an adapter that was trained elsewhere, and
+variants only. The last has no model at its root, and is compared with its source. In the repository of its source,
+its card is a section of that model's card.
 """
 
 from __future__ import annotations
@@ -36,40 +36,46 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
 _HEADING = re.compile(r"(?P<block>^(`{3,})\w*\n.*?\n\2$)|^(?=#+ )", re.DOTALL | re.MULTILINE)
-_BLANKS = re.compile(r"(?P<block>^(`{3,})\w+\n.*?\n\2$)|\n{3,}", re.DOTALL | re.MULTILINE)  # and blocks, left alone
+_BLANKS = re.compile(r"(?P<block>^(`{3,})\w+\n.*?\n\2$)|\n{3,}", re.DOTALL | re.MULTILINE)
 
 __all__ = ["END", "PLOT", "START", "About", "folder_card", "mirror_card", "model_card", "plot_quality"]
 
 
 def model_card(about: About, variants: Sequence[str]) -> str:
-    """README.md of a repository that holds the root model, if there is one, and exactly these variants."""
+    """Return the README.md of a repository with the root model, if there is one, and exactly these variants."""
     front = metadata(about, [ROOT, *variants], whole=True)
     if about.is_guest:
         return _render("model_card.md.jinja", about, about.models(variants), front, above=f"# {escape(about.name)}\n\n")
-    more = {"plot": PLOT if points(about, variants) else None, "mirrors": _links(about.mirrors)}
+    more: dict[str, Any] = {"plot": PLOT if points(about, variants) else None, "mirrors": _links(about.mirrors)}
     return _render("model_card.md.jinja", about, about.models(variants), front, **more)
 
 
 def folder_card(about: About, variants: Sequence[str]) -> str:
-    """README.md in the folder of one variant, or of several where that is GGUF's."""
-    more = {"subject": VARIANTS[variants[0]].folder, "mirrors": _links(about.mirrors)}
+    """Return the README.md in the folder of one or several variants."""
+    more: dict[str, Any] = {"subject": VARIANTS[variants[0]].folder, "mirrors": _links(about.mirrors)}
     models = about.models(variants, with_base=False)
     return _render("folder_card.md.jinja", about, models, metadata(about, variants), **more)
 
 
 def mirror_card(about: About, variant: str, repo: str) -> str:
-    """README.md of a repository `repo` that holds nothing but one variant, at its root."""
+    """Return the README.md of a repository `repo` that holds one variant at its root."""
     front = metadata(replace(about, name=repo), [variant])
     models = about.models([variant], with_base=False) | {variant: code(variant)}
-    more = {"subject": variant, "title": repo, "snippets_from": repo, "snippets_on_hub": True, "at_root": True}
+    more: dict[str, Any] = {
+        "subject": variant,
+        "title": repo,
+        "snippets_from": repo,
+        "snippets_on_hub": True,
+        "at_root": True,
+    }
     return _render("mirror_card.md.jinja", about, models, front, **more)
 
 
 def _render(template: str, about: About, models: Models, front: ModelCardData, above: str = "", **more: Any) -> str:
-    """A card.
+    """Return a card.
 
     Args:
-        above: what stands before our section, whose headings are then one level deeper.
+        above: text before our section, whose headings are then one level deeper.
     """
     made = markdown.environment(shipped_folder("templates"))
     history = (about.results.training or Training()).history
@@ -126,7 +132,7 @@ def _render(template: str, about: About, models: Models, front: ModelCardData, a
 
 
 def _data(about: About) -> dict[str, Any]:
-    """What is known of the training data, with its names in words."""
+    """Return the known facts about the training data, with its names in words."""
     known, columns = about.results.data or Data(), about.config.data.columns if about.config.data else {}
     forms = DATA_FORMS | {"builtin": "conversations made from what Python brings along"}
     templates = {"supplied": "supplied by tunepress, since the base model has none"}
@@ -134,7 +140,7 @@ def _data(about: About) -> dict[str, Any]:
     return dict(known) | {
         "source": about.text_source(about.data_source) if about.data_source else None,
         "form": Markdown(forms[form]) if form in forms else code(form) if form else None,
-        "template": templates.get(template, template),
+        "template": templates.get(template or "", template),
         "revision": code(known.revision[:12]) if known.revision else None,
         "columns": listed(Markdown(f"{code(ours)} from {code(theirs)}") for ours, theirs in columns.items()),
         "unused": listed(code(column) for column in known.unused_columns),

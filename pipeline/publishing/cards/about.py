@@ -1,7 +1,4 @@
-"""What a card is about: results, configuration, and the names of models and sources as markdown.
-
-Every figure in a card is read from here, from `results.json` or the configuration.
-"""
+"""The subject of a card: results, configuration, and the names of models and sources in markdown."""
 
 from __future__ import annotations
 
@@ -24,16 +21,16 @@ _BUILTIN = {
 
 @dataclass(frozen=True)
 class About:
-    """What a card is about.
+    """The subject of a card.
 
     Attributes:
         name: the title.
-        location: where the release is: `user/model`, or a folder's path.
+        location: `user/model`, or the path of the release's folder.
         config: the configuration of the run.
         results: the figures of the models in the release; any of them may be missing.
-        chats: has the tokenizer a chat template?
-        mirrors: variant -> the repository that holds it at its root; only those that are there already.
-        files: variant of GGUF -> the name of its file.
+        chats: True if the tokenizer has a chat template.
+        mirrors: variant -> the repository that holds it at its root, if that exists already.
+        files: variant that is one file -> the name of that file.
     """
 
     name: str
@@ -46,22 +43,22 @@ class About:
 
     @property
     def reference(self) -> str:
-        """The key of the full-precision model that variants are compared with."""
+        """Return the key of the full-precision model that variants are compared with."""
         return ROOT if self.config.merges else BASE
 
     @property
     def repo(self) -> str | None:
-        """The release's repository on the Hub, if it has one."""
+        """Return the release's repository on the Hub, if it has one."""
         return self.location if self.location == self.config.publish.repo else None
 
     @property
     def is_guest(self) -> bool:
-        """Do the variants go into the repository of the very model that they are made of, whose card is another's?"""
-        home, ours = self.results.origin.hub_id, self.repo if self.reference != ROOT else None
-        return bool(home and ours) and home.casefold() == ours.casefold()
+        """Return True if variants go into the repository of their source, whose card belongs to its author."""
+        home, ours = self.results.origin.hub_id or "", self.repo or ""
+        return self.reference != ROOT and ours != "" and home.casefold() == ours.casefold()
 
     def models(self, variants: Sequence[str], with_base: bool = True) -> dict[str, Markdown]:
-        """The models that a card tells about, in its order: key in the results -> name."""
+        """Return the models of a card in its order: key in the results -> name."""
         found = {BASE: Markdown("root" if self.is_guest else "base model")}
         found = found if with_base or self.reference == BASE else {}
         if self.reference == ROOT:
@@ -70,17 +67,17 @@ class About:
 
     @property
     def data_source(self) -> str | None:
-        """What was trained on, by the name that it was read by."""
+        """Return the source of the training data, as it was named when it was read."""
         recorded = self.results.data.source if self.results.data else None
         return recorded or (self.config.data.source if self.config.data else None)
 
     @property
     def data_repo(self) -> str | None:
-        """The data set on the Hub that was trained on, if it was one."""
+        """Return the training data set on the Hub, if it is one."""
         return self.data_source if self.data_source in hub_sources(self.results) else None
 
     def text_source(self, source: str) -> Markdown:
-        """Where a text or a data set comes from; of a file on someone's disk only its name."""
+        """Return the origin of a text or data set. A local file is named without its folder."""
         if source in _BUILTIN:
             return Markdown(f"{_BUILTIN[source]} ({code(source)})")
         return (
@@ -88,34 +85,34 @@ class About:
         )
 
     def public_name(self, source: str) -> str:
-        """The same for metadata: a name that tells nothing about the machine."""
+        """Return a source for metadata: a name that reveals nothing about the machine."""
         return source if source in _BUILTIN or source == self.data_repo else file_name(source)
 
     @property
     def home(self) -> Markdown:
-        """The release, named in a card: a link, or the folder's name."""
+        """Return the release for a card: a link, or the folder's name."""
         return link(self.repo) if self.repo else code(file_name(self.location))
 
 
 def place(variant: str) -> Markdown:
-    """Where a variant lies in the release; several share the folder of GGUF."""
+    """Return the folder of a variant, and its file type if several variants share that folder."""
     folder = code(f"{VARIANTS[variant].folder}/")
     kind = VARIANTS[variant].file_type
     return Markdown(f"{folder} {kind}") if kind else folder
 
 
 def link(repo: str, kind: str = "", revision: object = None) -> Markdown:
-    """A repository on the Hub, `kind` being "datasets/" for one of data, at the revision that was used."""
+    """Return a link to a repository on the Hub, at a revision. `kind` is "datasets/" for data sets."""
     at = f" at revision {code(str(revision)[:12])}" if revision else ""
     return Markdown(f"[{escape(repo)}](https://huggingface.co/{kind}{repo}){at}")
 
 
 def model_source(found: Origin | None, configured: str | None = None) -> Markdown:
-    """Where a model or an adapter can be found; of a folder on someone's disk only its name.
+    """Return the origin of a model or adapter. A local folder is named without its path.
 
     Args:
-        found: what was recorded when it was read.
-        configured: by what name it is asked for, where nothing was.
+        found: the record from when it was read.
+        configured: the name in the configuration, if nothing was recorded.
     """
     origin = found or Origin()
     source, hub = origin.source or configured or "", origin.hub_id or ""

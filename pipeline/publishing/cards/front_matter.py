@@ -157,7 +157,9 @@ def _metrics(result: Any) -> set[str]:
 def _edited(text: str, node: yaml.Node | None, old: dict, new: dict, newline: str) -> str | None:
     """Return `text` with the lines of changed keys written again; None if keys do not begin lines."""
     starts = [key.start_mark.index for key, _ in node.value] if node else [len(text)]
-    if node and (node.flow_style or any(index and text[index - 1] not in "\r\n" for index in starts)):
+    if isinstance(node, yaml.MappingNode) and (
+        node.flow_style or any(index and text[index - 1] not in "\r\n" for index in starts)
+    ):
         return None
     blocks = [text[: starts[0]]]
     for key, start, end in zip(old, starts, [*starts[1:], len(text)], strict=bool(node)):

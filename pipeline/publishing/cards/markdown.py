@@ -1,8 +1,7 @@
-"""Figures and other people's texts as markdown: formats for the first, escaping for the second.
+"""Formats for figures, and escaping for other people's texts, in markdown.
 
-A figure that was not measured (missing, null, not finite) formats to None. Names,
-prompts and answers come from data sets and models; here they lose the power to be
-anything but text.
+A figure that was not measured (missing, null, not finite) becomes None. Names, prompts and answers come from data
+sets and models; escaped, they can be nothing but text.
 """
 
 from __future__ import annotations
@@ -25,25 +24,25 @@ _ESCAPES = str.maketrans(
 
 
 class Markdown(str):
-    """Text that is markdown already, and is not escaped again."""
+    """Text that is markdown already and is not escaped again."""
 
 
 def only_formatted(value: object) -> Markdown:
-    """What a template may print: markdown, or a text, which is escaped.
+    """Return markdown unchanged, and other text escaped. A template prints nothing else.
 
     Raises:
-        TypeError: for a number without a format, and for what is missing.
+        TypeError: if `value` is missing, or a number without a format.
     """
     if isinstance(value, str):
         return value if isinstance(value, Markdown) else escape(value)
-    raise TypeError(f"{value!r} stands in a card without a format")
+    raise TypeError(f"{value!r}: printed in a card without a format")
 
 
 @functools.cache
 def environment(folder: Path) -> Environment:
-    """Templates that know the formats of this module as filters, and print through `only_formatted`.
+    """Return the environment of templates: its filters are our formats, and it prints through `only_formatted`.
 
-    They may ask for what is missing, and find it false; to print it is an error.
+    A missing value is false in a condition, and an error when printed.
     """
     from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 
@@ -61,17 +60,17 @@ def environment(folder: Path) -> Environment:
 
 
 def one_line(text: object) -> str:
-    """`text` without control characters, line breaks, HTML comments, or halves of characters."""
+    """Return `text` without control characters, line breaks, HTML comments and broken characters."""
     return " ".join(_clean(text).split())
 
 
 def escape(text: object) -> Markdown:
-    """`text` in a paragraph or a cell, showing as it is. To stand anywhere but at the start of a line."""
+    """Return `text` escaped for a paragraph or a cell. It must not be the start of a line."""
     return Markdown(one_line(text).translate(_ESCAPES).replace("www.", "www\\."))
 
 
 def code(text: object) -> Markdown:
-    """`text` as inline code."""
+    """Return `text` as inline code."""
     text = one_line(text)
     fence = fence_marks(text, 1)
     space = " " if text.startswith("`") or text.endswith("`") else ""
@@ -79,7 +78,7 @@ def code(text: object) -> Markdown:
 
 
 def fence(text: object, length: int) -> Markdown:
-    """`text` as a block, cut to `length` characters, between fences that it cannot close."""
+    """Return `text`, cut to `length` characters, as a code block that it cannot close."""
     text = _clean(text).replace("\r\n", "\n").replace("\r", "\n").strip()
     if len(text) > length:
         text = text[:length].rstrip() + " …"
@@ -93,13 +92,13 @@ def fence_marks(text: str, least: int = 3) -> str:
 
 
 def python_literal(text: object) -> Markdown:
-    """`text` as a string literal of Python, for a code block."""
+    """Return `text` as a string literal of Python, for a code block."""
     literal = repr(str(text)).replace("<!--", r"\x3c!--")
     return Markdown(literal if set("\"'") & set(literal[1:-1]) else f'"{literal[1:-1]}"')
 
 
 def shell_word(text: object) -> Markdown:
-    """`text` as one word of a shell, for a code block."""
+    """Return `text` as one word of a shell, for a code block."""
     text = str(text)
     if text.isprintable() and "<!--" not in text and "`" not in text:
         return Markdown(shlex.quote(text))
@@ -108,24 +107,27 @@ def shell_word(text: object) -> Markdown:
 
 
 def listed(values: Iterable[object], between: str = ", ") -> Markdown:
-    """Those of several things that are known, one after the other."""
+    """Return the known ones of several values, joined."""
     return Markdown(between.join(only_formatted(value) for value in values if value))
 
 
 def unit(value: Markdown | None, words: str) -> Markdown | None:
-    """A formatted figure with what it counts; None stays None."""
+    """Return a formatted figure with its unit; None stays None."""
     return None if value is None else Markdown(f"{value} {words}")
 
 
 def said(words: str, *values: object) -> Markdown | None:
-    """`words` of a template with values in their places; None where one of them is not known."""
+    """Return `words` with values in their places; None if a value is not known."""
     return Markdown(words.format(*map(only_formatted, values))) if all(values) else None
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str | None]], align: str = "---:") -> Markdown:
-    """A table without the rows and columns that hold nothing; empty where that leaves nothing.
+    """Return a table without its empty rows and columns; an empty text if nothing is left.
 
-    A cell is markdown, a text, or nothing; the headers are markdown. `align` is for all columns but the first.
+    Args:
+        headers: markdown.
+        rows: cells of markdown, text or None.
+        align: alignment of all columns except the first.
     """
     rows = [[only_formatted(cell) if cell else None for cell in row] for row in rows if any(row[1:])]
     keep = [0, *(i for i in range(1, len(headers)) if any(row[i] for row in rows))]
@@ -137,7 +139,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str | None]], align: s
 
 
 def number(value: object) -> float | int | None:
-    """`value` if it is a finite number."""
+    """Return `value` if it is a finite number, else None."""
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
 
 
@@ -165,59 +167,61 @@ def estimate(measured: object, percent: bool = False, sign: str = "") -> Markdow
 
 
 def count(value: object) -> Markdown | None:
-    """12345 -> 12,345."""
-    return None if number(value) is None else Markdown(f"{int(value):,}")
+    """Format a count: 12345 -> 12,345."""
+    return None if (known := number(value)) is None else Markdown(f"{int(known):,}")
 
 
 def decimal(value: object) -> Markdown | None:
-    """Three digits: 12.345 -> 12.3."""
-    return None if number(value) is None else Markdown(f"{value:,.{_decimals(value, 3)}f}".replace("-", "−"))
+    """Format a figure with three digits: 12.345 -> 12.3."""
+    known = number(value)
+    return None if known is None else Markdown(f"{known:,.{_decimals(known, 3)}f}".replace("-", "−"))
 
 
 def plain(value: object) -> Markdown | None:
-    """A setting as it was written: 0.0002 -> 0.0002, 32.0 -> 32."""
+    """Format a setting as it was written: 0.0002 -> 0.0002, 32.0 -> 32."""
     return None if number(value) is None else Markdown(f"{value:.10g}")
 
 
 def share(value: object) -> Markdown | None:
-    """0.457 -> 46 %."""
-    return None if number(value) is None else _unbroken(f"{100 * value:,.{max(0, _decimals(100 * value, 2))}f} %")
+    """Format a share: 0.457 -> 46 %."""
+    known = number(value)
+    return None if known is None else _unbroken(f"{100 * known:,.{_decimals(100 * known, 2)}f} %")
 
 
 def percent(value: object) -> Markdown | None:
-    """A share as it was set: 0.05 -> 5 %."""
-    return None if number(value) is None else _unbroken(f"{100 * value:.10g} %")
+    """Format a share as it was set: 0.05 -> 5 %."""
+    return None if (known := number(value)) is None else _unbroken(f"{100 * known:.10g} %")
 
 
 def size(value: object) -> Markdown | None:
-    """Bytes in decimal units: 123456789 -> 123 MB."""
+    """Format bytes in decimal units: 123456789 -> 123 MB."""
     return _in_units(value, ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes")))
 
 
 def parameters(value: object) -> Markdown | None:
-    """134515008 -> 135 million."""
+    """Format a number of parameters: 134515008 -> 135 million."""
     return _in_units(value, ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")))
 
 
 def duration(seconds: object) -> Markdown | None:
-    """213.3 -> 3.56 minutes."""
+    """Format a time in seconds: 213.3 -> 3.56 minutes."""
     return _in_units(seconds, ((3600, "hours"), (60, "minutes"), (1, "seconds")))
 
 
 def _in_units(value: object, units: Sequence[tuple[float, str]]) -> Markdown | None:
-    if number(value) is None:
+    if (known := number(value)) is None:
         return None
-    factor, unit = next((u for u in units if value >= u[0]), units[-1])
-    return _unbroken(f"{decimal(value / factor)} {unit}")
+    factor, unit = next((u for u in units if known >= u[0]), units[-1])
+    return _unbroken(f"{decimal(known / factor)} {unit}")
 
 
 def _unbroken(figure: str) -> Markdown:
-    """A figure that stays in one line, with a minus that is as wide as a plus."""
+    """Return a figure that stays on one line, with a minus as wide as a plus."""
     return Markdown(figure.replace(" ", "\u00a0").replace("-", "−"))
 
 
 def _decimals(value: float, digits: int) -> int:
-    """How many decimals show `digits` digits of `value`."""
+    """Return the number of decimals that show `digits` digits of `value`."""
     return min(max(digits - 1 - math.floor(math.log10(abs(value))), 0), 12) if value else 0
 
 

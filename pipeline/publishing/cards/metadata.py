@@ -1,16 +1,14 @@
-"""The YAML at the top of a card: what the Hub reads of it.
+"""The YAML at the top of a card, which the Hub reads.
 
-The measured figures stand in `model-index`. The Hub's newer form, `.eval_results/*.yaml`, is not
-written: each of its entries names a data set that is registered on the Hub as a benchmark, and one
-of that benchmark's tasks. Perplexity on a run's own held-out text has neither, and an entry that
-pointed elsewhere would be an invention.
+The measured figures are in `model-index`. The Hub's newer form, `.eval_results/*.yaml`, is not written. Each of its
+entries names a benchmark that is registered on the Hub, and perplexity on a run's own text belongs to none.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config.catalog import TRANSFORMERS, VARIANTS, is_one_file
 from pipeline.config.schema import REPO_ID
@@ -23,7 +21,7 @@ from pipeline.publishing.cards.markdown import one_line
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
 
-# The names that the Hub takes; it refuses a card with another one.
+# The names that the Hub accepts; it refuses a card with another one.
 _LICENSES = """
     afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
     bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5
@@ -37,11 +35,11 @@ _LICENSES = """
 
 
 def metadata(about: About, models: Sequence[str], whole: bool = False) -> ModelCardData:
-    """The front matter of a card.
+    """Return the metadata of a card.
 
     Args:
-        models: what it is about, by keys of the results.
-        whole: is it that of the release, whose first model is the root?
+        models: the models of the card, by their keys in the results.
+        whole: True for the card of the whole release, whose first model is the root.
     """
     from huggingface_hub import ModelCardData
 
@@ -68,16 +66,16 @@ def metadata(about: About, models: Sequence[str], whole: bool = False) -> ModelC
 
 
 def _parent(about: About, whole: bool) -> tuple[str | None, str]:
-    """What this derives from, where that is on the Hub, and how."""
-    base = one_line(about.results.origin.hub_id or "")
-    base = base if REPO_ID.fullmatch(base) and not (whole and about.is_guest) else None
+    """Return the parent model, if it is on the Hub, and the relation to it."""
+    name = one_line(about.results.origin.hub_id or "")
+    base = name if REPO_ID.fullmatch(name) and not (whole and about.is_guest) else None
     if about.reference != ROOT:
         return base, "quantized"
     return (base, "finetune") if whole else (about.repo, "quantized")
 
 
-def _license(about: About) -> dict[str, str]:
-    """The base model's, in the form in which the Hub takes it; nothing where it names none."""
+def _license(about: About) -> dict[str, Any]:
+    """Return the base model's license in the Hub's form; empty if it names none."""
     name = one_line(about.results.origin.license or "").lower()
     if name in _LICENSES.split():
         return {"license": name}
@@ -85,7 +83,7 @@ def _license(about: About) -> dict[str, str]:
 
 
 def _measured(about: About, model: str, named: bool) -> list[EvalResult]:
-    """Perplexities of one model; they carry its name where the card is not about it alone."""
+    """Return the perplexities of one model, with its name if `named`."""
     from huggingface_hub import EvalResult
 
     found = []
@@ -93,8 +91,12 @@ def _measured(about: About, model: str, named: bool) -> list[EvalResult]:
         quality = about.results[model].on(text)
         if measured := markdown.rounded(quality.perplexity):
             source = about.public_name(one_line(quality.text or name))
-            data = {"dataset_type": source, "dataset_name": f"{source}, {name} text", "dataset_config": name}
-            metric = {"metric_type": "perplexity", "metric_value": round(measured[0], measured[2])}
+            data: dict[str, Any] = {
+                "dataset_type": source,
+                "dataset_name": f"{source}, {name} text",
+                "dataset_config": name,
+            }
+            metric: dict[str, Any] = {"metric_type": "perplexity", "metric_value": round(measured[0], measured[2])}
             if named:
                 metric["metric_name"] = f"perplexity of {model}"
             if about.repo:

@@ -41,9 +41,9 @@ def keep_own_text(rendered: str, existing: str) -> str:
     """
     if not existing.strip("\ufeff \t\r\n"):
         return rendered
-    newline = found[0] if (found := _NEWLINE.search(existing)) else "\n"
+    newline = first[0] if (first := _NEWLINE.search(existing)) else "\n"
     ours, section = _ours(rendered)
-    theirs, body = _parts(existing.removeprefix("\ufeff"))  # before the first line it would hide the metadata
+    theirs, body = _parts(existing.removeprefix("\ufeff"))  # a byte order mark would hide the metadata
     found, open_fence = _sections(body)
     written = _written(body[slice(*found[0])]) if found else {}
     before = existing.removesuffix(body)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pipeline.evaluation.model_result import TEXTS
 from pipeline.evaluation.results import BASE
@@ -12,15 +13,18 @@ from pipeline.publishing.cards import markdown
 from pipeline.publishing.cards.about import ROOT, About
 from pipeline.publishing.cards.markdown import Markdown
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 PLOT = Markdown("assets/quality_vs_size.png")
-# Told apart with any kind of colour vision (Okabe and Ito).
+# Distinct with any kind of color vision (Okabe and Ito).
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _GREY = "#767676"
 
 
 @dataclass(frozen=True)
 class Point:
-    """A model in the picture: its name, bytes of its weights, perplexity and standard error."""
+    """A model in the picture: key, label, bytes of its weights, perplexity and standard error."""
 
     model: str
     label: str
@@ -30,7 +34,7 @@ class Point:
 
 
 def points(about: About, variants: Sequence[str]) -> dict[str, list[Point]]:
-    """Text -> the reference and at least one variant, and the base model where it is another one."""
+    """Return the points by text. A text counts if the reference and at least one variant were measured on it."""
     panels = {}
     names = {ROOT: "root", BASE: "base model"}
     for text in TEXTS:
@@ -73,19 +77,28 @@ def plot_quality(about: About, variants: Sequence[str], path: Path) -> bool:
     return True
 
 
-def _draw(axes, panel: list[Point], reference: str, unit: float) -> None:
+def _draw(axes: Axes, panel: list[Point], reference: str, unit: float) -> None:
     level = next(point.value for point in panel if point.model == reference)
     axes.axhline(level, color=_COLORS[0], linewidth=1, linestyle=(0, (4, 3)), alpha=0.6, zorder=1)
     drawn = [point for point in panel if point.model != BASE or reference == BASE]
     colors = {point.model: _COLORS[i % len(_COLORS)] for i, point in enumerate(drawn)}
     for point in panel:
         color, x = colors.get(point.model, _GREY), point.stored / unit
-        is_beside = point.model in colors  # the base model is as large as the root, so that its name goes left
-        bars = {"capsize": 3, "elinewidth": 1.2, "markersize": 7, "mfc": color if is_beside else "white"}
+        is_beside = point.model in colors  # the base model is as large as the root, so its name goes left
+        bars: dict[str, Any] = {
+            "capsize": 3,
+            "elinewidth": 1.2,
+            "markersize": 7,
+            "mfc": color if is_beside else "white",
+        }
         axes.errorbar(x, point.value, yerr=point.error, fmt="o", color=color, zorder=3 if is_beside else 2, **bars)
-        place = {"xytext": (9 if is_beside else -9, 0), "ha": "left" if is_beside else "right", "va": "center"}
+        place: dict[str, Any] = {
+            "xytext": (9 if is_beside else -9, 0),
+            "ha": "left" if is_beside else "right",
+            "va": "center",
+        }
         box = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1}
-        text = {"color": color, "fontsize": 9, "linespacing": 1.3, "bbox": box}
+        text: dict[str, Any] = {"color": color, "fontsize": 9, "linespacing": 1.3, "bbox": box}
         axes.annotate(
             f"{point.label}\n{point.value:.4g}", (x, point.value), textcoords="offset points", **place, **text
         )

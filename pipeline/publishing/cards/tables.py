@@ -1,6 +1,6 @@
-"""The figures of a card, put side by side, and what follows from them.
+"""The tables of a card, and the statements that follow from them.
 
-`models` is what `About.models` gives: the models that the card tells about, and their names.
+`models` is the result of `About.models`: the models of the card and their names.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _AHEAD = 0.95  # a model leads in speed or memory if the next one is further beh
 
 
 def summary(about: About, models: Models) -> Markdown:
-    """One row for each model: what it costs and how good it is."""
+    """Return a table of size, quality, speed and memory, with one row for each model."""
     text = next((t for t in TEXTS if t in about.results[about.reference].quality), HELD_OUT)
     ours = models[about.reference]
     rows = []
@@ -47,7 +47,7 @@ def summary(about: About, models: Models) -> Markdown:
 
 
 def quality(about: About, models: Models) -> list[tuple[str, Markdown]]:
-    """(text, table) for each text that was measured on."""
+    """Return (text, table of quality) for each text that was measured on."""
     ours = models[about.reference]
     headers = ["", "Perplexity", f"Rise over the {ours}", "KL divergence, nats a token", "Same first choice"]
     found = []
@@ -63,7 +63,7 @@ def quality(about: About, models: Models) -> list[tuple[str, Markdown]]:
 
 
 def speed(about: About, models: Models) -> Markdown:
-    """One row for each model and loader."""
+    """Return a table of speed and memory, with one row for each model and loader."""
     reasons, rows = failures(about, models), []
     for model, name in models.items():
         for loader, shown in LOADERS.items():
@@ -79,7 +79,7 @@ def speed(about: About, models: Models) -> Markdown:
 
 
 def failures(about: About, models: Models) -> dict[tuple[str, str], tuple[Markdown, Markdown]]:
-    """(model, loader) that loads but does not run -> the mark in its cells, and the line that explains it."""
+    """Return the mark in the table and its explanation by (model, loader) that loads but does not run."""
     found: dict[tuple[str, str], tuple[Markdown, Markdown]] = {}
     for model, name in models.items():
         for loader, shown in LOADERS.items():
@@ -97,7 +97,7 @@ def failures(about: About, models: Models) -> dict[tuple[str, str], tuple[Markdo
 
 
 def leads(about: About, models: Models) -> dict[str, list[Markdown]]:
-    """Model -> in what it is ahead of all others that lie in the release, measured beside each other."""
+    """Return the titles by model: in what it is clearly ahead of all others in the release."""
     release = [m for m in models if m != BASE]
     fast = {m: about.results[m].fastest or Speed() for m in release}
     loads: dict[str, dict[str, float | None]] = {
@@ -108,7 +108,7 @@ def leads(about: About, models: Models) -> dict[str, list[Markdown]]:
     }
     found: dict[str, list[Markdown]] = {m: [] for m in release}
     if len(machines(about, {m: models[m] for m in release})) > 1:
-        loads = dict(list(loads.items())[:1])  # different machines say nothing about each other
+        loads = dict(list(loads.items())[:1])  # figures of different machines are not comparable
     for title, values in loads.items():
         order = sorted((v, m) for m, value in values.items() if (v := number(value)) is not None)
         if len(order) == len(release) > 1 and order[0][0] < _AHEAD * order[1][0]:
@@ -119,7 +119,7 @@ def leads(about: About, models: Models) -> dict[str, list[Markdown]]:
 
 
 def _nearest(about: About, variants: list[str]) -> str | None:
-    """The one of several variants whose divergence is the smallest on every text, by more than twice its error."""
+    """Return the variant with the smallest divergence on every text, by more than twice its error."""
     winners: set[str | None] = set()
     for text in TEXTS:
         measured = {v: markdown.rounded(about.results[v].on(text).kl) for v in variants}
@@ -132,7 +132,7 @@ def _nearest(about: About, variants: list[str]) -> str | None:
 
 
 def rises(about: About, models: Models) -> dict[str, list[Markdown]]:
-    """Variant -> for each text: how its perplexity differs from the reference's, and whether that is beyond doubt."""
+    """Return the rise of perplexity on each text by variant, and whether it is more than twice its error."""
     found: dict[str, list[Markdown]] = {}
     for model in (m for m in models if m in VARIANTS):
         for text, name in TEXTS.items():
@@ -146,7 +146,7 @@ def rises(about: About, models: Models) -> dict[str, list[Markdown]]:
 
 
 def ways(about: About, models: Models) -> dict[str, list[Markdown]]:
-    """Model -> for each way in which it ran: loader, device, memory and speed."""
+    """Return memory and speed with each loader by model."""
     found: dict[str, list[Markdown]] = {}
     for model in models:
         for loader, shown in LOADERS.items():
@@ -159,7 +159,7 @@ def ways(about: About, models: Models) -> dict[str, list[Markdown]]:
 
 
 def machines(about: About, models: Models) -> list[Markdown]:
-    """The machines that measured, each once; which model on which, where there are several."""
+    """Return the machines that measured, with their models if there are several machines."""
     used: dict[str, list[Markdown]] = {}
     for model, name in models.items():
         if machine := about.results[model].machine:
@@ -173,7 +173,7 @@ def machines(about: About, models: Models) -> list[Markdown]:
 
 
 def answers(about: About, models: Models) -> list[tuple[str, list[tuple[Markdown, str]]]]:
-    """(prompt, [(who, answer)]), with those who said the same together."""
+    """Return (prompt, [(models, answer)]); models with the same answer are together."""
     found: dict[str, dict[str, list[str]]] = {}
     for model, name in models.items():
         for sample in about.results[model].answers:
@@ -183,7 +183,7 @@ def answers(about: About, models: Models) -> list[tuple[str, list[tuple[Markdown
 
 
 def faded(about: About, models: Models) -> list[Markdown]:
-    """The variants whose loss on held-out text is nearer to the base model's than to the root's."""
+    """Return the variants whose loss on held-out text is nearer to the base model's than to the merged model's."""
     measured = {m: about.results[m].on(HELD_OUT).loss for m in (BASE, ROOT, *models)}
     loss = {m: number(found.value) or 0 if found else 0 for m, found in measured.items()}
     middle = (loss[BASE] + loss[ROOT]) / 2
@@ -192,7 +192,7 @@ def faded(about: About, models: Models) -> list[Markdown]:
 
 
 def read_by(about: About, models: Models) -> dict[str, list[Markdown]]:
-    """For GGUF: what its quality was measured with, llama.cpp or dequantized weights -> the variants."""
+    """Return the variants that are one file, by the loader that measured their quality."""
     found: dict[str, list[Markdown]] = {}
     for model, name in models.items():
         result = about.results[model]
@@ -202,12 +202,12 @@ def read_by(about: About, models: Models) -> dict[str, list[Markdown]]:
 
 
 def offloaded(about: About, models: Models) -> list[Markdown]:
-    """The models whose weights stayed in their files while they were measured."""
+    """Return the models whose weights stayed in their files while they were measured."""
     return [name for model, name in models.items() if about.results[model].offloaded]
 
 
 def tables(about: About, models: Models) -> dict[str, Any]:
-    """All of it, by name, for the templates."""
+    """Return the results of all these functions by name, for the templates."""
     makers: tuple[Callable[[About, Models], Any], ...]
     makers = (summary, quality, speed, leads, rises, ways, machines, answers, faded, failures, offloaded, read_by)
     makers += (missed, withheld, ladders, ladders_in_vain)
@@ -215,4 +215,4 @@ def tables(about: About, models: Models) -> dict[str, Any]:
 
 
 def _inverse(value: float | None) -> float | None:
-    return 1 / value if number(value) else None
+    return 1 / known if (known := number(value)) else None

@@ -1,4 +1,4 @@
-"""What a card says of variants that missed their gate: those that are there all the same, and those that are not."""
+"""The lines of a card about variants that missed their gate, published with a warning or withheld."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from pipeline.publishing.cards.markdown import Markdown, code, count, estimate, 
 
 
 def missed(about: About, models: Mapping[str, Markdown]) -> list[tuple[Markdown, Markdown]]:
-    """Return (name, what it missed) of the variants that were let in with a warning."""
+    """Return (name, missed limits) of the variants that are published with a warning."""
     verdicts = ((name, about.results[model].gate) for model, name in models.items())
     return [(name, _told(gate)) for name, gate in verdicts if gate and gate.passed is False]
 
 
 def withheld(about: About, models: Mapping[str, Markdown]) -> list[tuple[Markdown, Markdown, Markdown]]:
-    """Return (name, what it was, what it missed) of the variants that were tried and are not in the release."""
+    """Return (name, description, missed limits) of the variants that were made and withheld."""
     found = []
     for variant, result in about.results.withheld.items():
         share = unit(markdown.share(result.ratio), f"of the {models[about.reference]}")
-        what = listed([markdown.size(result.size_bytes), share, _options(result.variant)])
-        found.append((place(variant), what, _told(result.gate)))
+        described = listed([markdown.size(result.size_bytes), share, _options(result.variant)])
+        found.append((place(variant), described, _told(result.gate)))
     return found
 
 
 def ladders(about: About, models: Mapping[str, Markdown]) -> list[tuple[Markdown, Markdown]]:
-    """Return (name, table) of the variants that were made in several ways until one passed."""
+    """Return (name, table) of the variants that were made in several ways until one passed its gate."""
     tried = ((name, about.results[model].gate) for model, name in models.items())
     return [(name, _ladder(gate.tried)) for name, gate in tried if gate and gate.tried]
 
 
 def ladders_in_vain(about: About, models: Mapping[str, Markdown]) -> list[tuple[Markdown, Markdown]]:
-    """Return (name, table) of the variants of which none of several ways passed."""
+    """Return (name, table) of the variants that were made in several ways, none of which passed."""
     tried = ((place(variant), result.gate) for variant, result in about.results.withheld.items())
     return [(name, _ladder(gate.tried)) for name, gate in tried if gate and gate.tried]
 
 
 def _ladder(tried: Sequence[ModelResult]) -> Markdown:
-    """Return a table with one row for each way, in the order in which they were tried."""
+    """Return a table with one row for each way to make a variant, in the order of the attempts."""
     headers, rows = ["", "Weights"], []
     texts = [text for text in TEXTS if any(text in way.quality for way in tried)]
     for text in texts:
@@ -55,7 +55,7 @@ def _ladder(tried: Sequence[ModelResult]) -> Markdown:
 
 
 def _options(variant: VariantSettings | None) -> Markdown:
-    """Return how a variant was made that is not there to be looked at."""
+    """Return the settings that a variant was made with."""
     made = variant or VariantSettings()
     options = (
         markdown.said("groups of {}", plain(made.group_size)),
@@ -67,14 +67,14 @@ def _options(variant: VariantSettings | None) -> Markdown:
 
 
 def _told(verdict: Verdict | None) -> Markdown:
-    """Return what was missed of a verdict, and by how much."""
+    """Return the missed limits of a verdict, each with its figure."""
     return listed((_check(check) for check in verdict.missed), "; ") if verdict else Markdown("")
 
 
 def _check(check: Check) -> Markdown | None:
-    said, is_share = SAID.get(check.figure), check.figure != "kl"
+    said, is_share = SAID.get(check.figure or ""), check.figure != "kl"
     limit = (percent if is_share else plain)(check.limit)
-    figure, text = estimate(check, percent=is_share), TEXTS.get(check.text)
+    figure, text = estimate(check, percent=is_share), TEXTS.get(check.text or "")
     if not (said and figure and limit and text):
         return None
     over = "which with its error may be more than the limit of" if check.is_unsure else "and the limit is"
