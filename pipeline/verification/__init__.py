@@ -1,7 +1,7 @@
-"""Verify that a release is what it says: its files, cards, models and snippets.
+"""Verify a release: its files, cards, models and snippets must agree with its lineage.
 
-A release may come from anywhere. Of what lies in it nothing is run, no pickle is opened, and no file beside it is
-looked at; models are loaded only where every file in their folder is one that the lineage names, with its hash.
+A release may be hostile. None of its code is run, no pickle is opened, and no file outside it is read. A model is
+loaded only if every file in its folder has the hash that the lineage names.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ def verify(
     Args:
         source: a repository, a folder with a release, or a run's folder.
         revision: branch, tag or commit of a repository.
-        measure: load the models, measure them and run the snippets; else only files and cards are looked at, and of a
-            repository no weights are fetched.
-        tell: called with done, in all, and what, while it goes on.
-        on_finding: called with each finding as it comes.
+        measure: True to load and measure the models and run the snippets. Otherwise only files and cards are
+            checked, and no weights are downloaded.
+        tell: progress callback, called with (done, total, text).
+        on_finding: called with each finding at once.
 
     Raises:
-        NoRelease: where there is no lineage.
-        UserError: where there is no such repository or folder, or the Hub does not answer.
+        NoRelease: if there is no lineage.
+        UserError: if there is no such repository or folder, or the Hub does not answer.
     """
-    place = open_place(source, revision, tell or (lambda done, total, what: None))
+    place = open_place(source, revision, tell or (lambda done, total, text: None))
     findings = []
     for finding in _findings(place, measure):
         findings.append(finding)
@@ -56,7 +56,7 @@ def _findings(place: Place, measure: bool) -> Iterator[Finding]:
     except Malformed as error:
         yield wrong("lineage", LINEAGE, str(error))
         return
-    yield right("lineage", LINEAGE, f"{len(claims.files)} files and {len(claims.models)} models are named")
+    yield right("lineage", LINEAGE, f"names {len(claims.files)} files and {len(claims.models)} models")
     found = check_files(claims, place)
     yield from found
     if claims.unread:
@@ -71,16 +71,16 @@ def _findings(place: Place, measure: bool) -> Iterator[Finding]:
 
 
 def _unread(claims: Claims) -> Finding:
-    """Return a finding: what another version wrote may be unreadable here; what this version wrote may not."""
+    """Return the finding about an unreadable lineage: a defect only if this version wrote it."""
     made_with, own = claims.made_with.get("tunepress"), own_version()
-    problem = f"cannot be read ({claims.unread}), so cards and models were not looked at"
+    problem = f"cannot be read ({claims.unread}), so cards and models were not checked"
     if made_with == own:
         return wrong("lineage", LINEAGE, problem)
-    return unknown("lineage", LINEAGE, f"{problem}; it was made with tunepress {made_with}, and this is {own}")
+    return unknown("lineage", LINEAGE, f"{problem}; made with tunepress {made_with}, checked with {own}")
 
 
 def _bring(claims: Claims, place: Place, models: list[str]) -> list[Finding]:
-    """Fetch what must be loaded, and see that it arrived as it was sent."""
+    """Download the files of these models, and return a finding for each that arrived damaged."""
     paths = sorted({path for model in models for path in claims.files_of(model)})
     if place.tree is None:
         return []
@@ -89,9 +89,11 @@ def _bring(claims: Claims, place: Place, models: list[str]) -> list[Finding]:
     for path in paths:
         if place.digest_here(path) != claims.files[path].sha256:
             lies = place.folder / path
-            found.append(wrong("files", path, f"arrived damaged; remove {lies.resolve()}, and verify again"))
+            found.append(
+                wrong("files", path, f"damaged by the download. Try: remove {lies.resolve()} and verify again")
+            )
         done += claims.files[path].size
-        place.tell(done, total, "checking what has arrived")
+        place.tell(done, total, "checking the downloaded files")
     return found
 
 
@@ -107,7 +109,7 @@ def _cards_and_models(claims: Claims, place: Place, models: list[str], measure: 
         picture = list(check_picture(claims, place, cards.about))
         figures = list(check_figures(claims, place))
     except UserError as error:
-        yield wrong("card", LINEAGE, f"no card follows from its results ({error})")
+        yield wrong("card", LINEAGE, f"no card can be rendered from its results ({error})")
         return
     yield from figures
     yield from check_cards(claims, place, cards)
@@ -117,7 +119,7 @@ def _cards_and_models(claims: Claims, place: Place, models: list[str], measure: 
         return
     for model in claims.models:
         if model not in models:
-            yield unknown("measured", model, "not loaded, for its files, or those it takes, are not the lineage's")
+            yield unknown("measured", model, "not loaded: its files, or files that it needs, differ from the lineage")
     failed = set()
     for finding in measure_models(claims, place, models):
         if finding.verdict in (Verdict.wrong, Verdict.outdated):

@@ -1,6 +1,6 @@
-"""The check of the cards: each is rendered again from the lineage, and our section of it is compared.
+"""The check of the cards: each is rendered again from the lineage, and our section is compared.
 
-Text that people wrote beside our section is no defect.
+Text that people wrote outside our section is no defect.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from pipeline.verification.lineage_claims import Claims
 from pipeline.verification.location import Place
 from pipeline.workflow.stages.render import folders
 
-LONGEST_CARD = 20_000  # lines; ours have some hundreds, and finding what differs takes long
-MOST_LINES = 5  # of a card that are shown; a card that is another altogether would fill the screen
-AROUND = 60  # characters shown on each side of where two lines begin to differ
+LONGEST_CARD = 20_000  # lines; ours have hundreds, and comparing takes long
+MOST_LINES = 5  # differences that are shown for one card
+AROUND = 60  # characters shown on each side of the first difference
 _FIGURE = re.compile(r"\|.*\d|\s*(- )?value:")
 
 
 @dataclass(frozen=True)
 class Cards:
-    """The cards of a release as the lineage has them.
+    """The cards of a release, rendered from its lineage.
 
     Attributes:
-        about: what they are rendered from.
-        expected: path -> what is to stand there, with what people wrote beside it.
+        about: the subject of the cards.
+        expected: path -> the expected text, with people's own text in it.
     """
 
     about: About
@@ -49,10 +49,10 @@ class Cards:
 
 
 def render(claims: Claims, place: Place) -> Cards:
-    """The cards, rendered from the lineage as they were when it was written.
+    """Return the cards, rendered again from the lineage.
 
     Raises:
-        Exception: of any kind, where the results are of a form that ours never have.
+        UserError: if the results do not give a card.
     """
     found = [_render(claims, place, chats) for chats in _chats(claims, place)]
     return next((c for c in found if all(place.read(p) in (None, s.encode()) for p, s in c.expected.items())), found[0])
@@ -69,7 +69,7 @@ def _render(claims: Claims, place: Place, chats: bool) -> Cards:
 
 
 def rendered(about: About, claims: Claims) -> dict[str, str]:
-    """The text of every card, without what people wrote."""
+    """Return the text of every card by path, without people's text."""
     variants = claims.variants
     if claims.mirror_of:
         return {CARD: mirror_card(about, variants[0], about.config.publish.mirrors[variants[0]])}
@@ -78,7 +78,7 @@ def rendered(about: About, claims: Claims) -> dict[str, str]:
 
 
 def about_release(claims: Claims, place: Place, chats: bool) -> About:
-    """What the cards are about, which is what `pipeline.workflow.stages.render` knew when it wrote them."""
+    """Return the subject of the cards, as `pipeline.workflow.stages.render` had it."""
     config, variants = claims.config, claims.variants
     there = (place.read(CARD) or b"").decode(errors="replace")
     mirrors = {
@@ -98,7 +98,7 @@ def about_release(claims: Claims, place: Place, chats: bool) -> About:
 
 
 def _chats(claims: Claims, place: Place) -> tuple[bool, ...]:
-    """Has the tokenizer a chat template? Where only GGUF files could tell that were not fetched, perhaps."""
+    """Return whether the tokenizer has a chat template; both answers if only GGUF files on the Hub could tell."""
     prefixes = {claims.prefix(model) for model in claims.models}
     if any(has_chat_template(place.folder / prefix) for prefix in prefixes):
         return (True,)
@@ -109,7 +109,7 @@ def _chats(claims: Claims, place: Place) -> tuple[bool, ...]:
 
 
 def said_location(card: str) -> str | None:
-    """The folder that a card's snippets load from, in which the release lay when the card was written."""
+    """Return the folder that a card's snippets load from; None if they name none."""
     for block in blocks(card):
         try:
             tree = ast.parse(block)
@@ -126,25 +126,25 @@ def said_location(card: str) -> str | None:
 
 
 def local(about: About, place: Place) -> About:
-    """The same for the files that were verified, wherever they lie now: its snippets load these and nothing else.
+    """Return `about` with the folder of the verified files, so that its snippets load only these.
 
-    What models answered is left out, so that there is no code but that of the templates.
+    Answers of models are left out, so that all code comes from the templates.
     """
     return replace(about, location=str(place.folder.resolve()), results=about.results.without_answers())
 
 
 def check_cards(claims: Claims, place: Place, cards: Cards) -> Iterator[Finding]:
-    """A line for each figure or word of ours that is not as the lineage has it; one for each card that is right."""
+    """Yield a finding for each figure or line of ours that differs from the lineage, or one for a correct card."""
     is_same_version = claims.made_with.get("tunepress") == own_version()
     for path, expected in cards.expected.items():
         there = place.read(path)
         if path not in claims.documents:
             found = wrong if is_same_version else unknown
-            yield found("card", path, "belongs to a release with these models, and the lineage does not name it")
+            yield found("card", path, "belongs to these models, and the lineage does not name it")
         if there is None:
-            continue  # which was told, here or with the files
+            continue  # the check of the files reports it
         if there.count(b"\n") > LONGEST_CARD:
-            yield wrong("card", path, f"more than {LONGEST_CARD:,} lines, which were not read")
+            yield wrong("card", path, f"not read: more than {LONGEST_CARD:,} lines")
             continue
         lines = list(_differences(there.decode(errors="replace"), expected))
         figures = [line for line in lines if line.is_figure]
@@ -152,37 +152,39 @@ def check_cards(claims: Claims, place: Place, cards: Cards) -> Iterator[Finding]
         for line in shown[:MOST_LINES]:
             yield wrong("card", path, line.told())
         if len(shown) > MOST_LINES:
-            yield wrong("card", path, f"and {len(shown) - MOST_LINES} more lines are not as the lineage has them")
+            yield wrong("card", path, f"{len(shown) - MOST_LINES} more lines differ from the lineage")
         if lines and not shown:
             made_with = claims.made_with.get("tunepress", "another version")
-            yield unknown("card", path, f"other words than tunepress {own_version()} writes, made with {made_with}")
+            yield unknown("card", path, f"other words than those of tunepress {own_version()}: made with {made_with}")
         if not lines:
-            yield right("card", path, "says what the lineage says")
+            yield right("card", path, "agrees with the lineage")
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A line of a card, and what should stand there; None where there is no such line."""
+    """A line of a card and the expected line; None stands for no line."""
 
     there: str | None
     expected: str | None
 
     @property
     def is_figure(self) -> bool:
+        """Return True if either line has a figure."""
         return any(line is not None and _FIGURE.match(line) for line in (self.there, self.expected))
 
     def told(self) -> str:
+        """Return the difference in words."""
         if self.there is None:
-            return f'does not say "{_cut(self.expected, 0)}", which follows from the lineage'
+            return f'lacks "{_cut(self.expected, 0)}", which follows from the lineage'
         if self.expected is None:
             return f'says "{_cut(self.there, 0)}", which does not follow from the lineage'
         if cells := self._cells():
-            return f'in the row of {cells[0]}, says "{cells[1]}", and by the lineage it is "{cells[2]}"'
+            return f'row {cells[0]} says "{cells[1]}"; by the lineage it is "{cells[2]}"'
         first = next((i for i, (a, b) in enumerate(zip(self.there, self.expected, strict=False)) if a != b), 0)
-        return f'says "{_cut(self.there, first)}", and by the lineage it is "{_cut(self.expected, first)}"'
+        return f'says "{_cut(self.there, first)}"; by the lineage it is "{_cut(self.expected, first)}"'
 
     def _cells(self) -> tuple[str, str, str] | None:
-        """Of two rows of a table about the same: what they are about, and the first cells that differ."""
+        """Return (first cell, cell, expected cell) of the first difference in the same row of a table."""
         there, expected = (
             line.split("|") if line and line.startswith("|") else [] for line in (self.there, self.expected)
         )
@@ -207,14 +209,14 @@ def _cut(line: str | None, around: int) -> str:
 
 
 def check_modelfiles(claims: Claims, place: Place) -> Iterator[Finding]:
-    """Is each Modelfile what follows from the GGUF files beside it?"""
+    """Yield a finding for each Modelfile, which must follow from the GGUF files beside it."""
     for path in (path for path in claims.documents if Path(path).name == MODELFILE):
         files = {v: place.folder / file for v in claims.variants if is_one_file(v) and (file := claims.file_of(v))}
         there = place.read(path)
         if there is None:
             continue
         if not files or not all(file.is_file() for file in files.values()):
-            yield unknown("card", path, "follows from the GGUF files, which were not fetched")
+            yield unknown("card", path, "not checked: the GGUF files were not downloaded")
             continue
         try:
             is_right = there.decode(errors="replace") == modelfile(files)
@@ -222,21 +224,23 @@ def check_modelfiles(claims: Claims, place: Place) -> Iterator[Finding]:
             yield wrong("card", path, str(error))
             continue
         if is_right:
-            yield right("card", path, "says what the GGUF files say")
+            yield right("card", path, "agrees with the GGUF files")
         else:
-            yield wrong("card", path, "is not what follows from the GGUF files beside it")
+            yield wrong("card", path, "does not follow from the GGUF files beside it")
 
 
 def check_picture(claims: Claims, place: Place, about: About) -> Iterator[Finding]:
-    """Is the picture the one that these figures draw? Where it is not, another matplotlib may have drawn it."""
+    """Yield a finding about the picture. Another version of matplotlib may draw it differently."""
     there = place.read(PLOT)
     if PLOT not in claims.documents or there is None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         drawn = Path(scratch) / "picture.png"
         if plot_quality(about, claims.variants, drawn) and drawn.read_bytes() == there:
-            yield right("card", PLOT, "shows what the lineage says")
+            yield right("card", PLOT, "agrees with the lineage")
         else:
             yield unknown(
-                "card", PLOT, "is not, dot for dot, what these figures draw here; another matplotlib may be why"
+                "card",
+                PLOT,
+                "other pixels than these figures give here; another version of matplotlib may be the reason",
             )

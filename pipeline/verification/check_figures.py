@@ -1,4 +1,4 @@
-"""The check of the figures: statements of a lineage that follow from others, or from its files, must agree."""
+"""The check of the figures: a figure that follows from other figures or from the files must agree with them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CLOSE = 1e-4  # of a perplexity; single losses are kept in float32
 
 
 def check_figures(claims: Claims, place: Place) -> Iterator[Finding]:
-    """Yield a line for each statement that another one contradicts."""
+    """Yield a finding for each contradiction in the lineage, or one if there is none."""
     problems = [*_twice_told(claims, json.loads(place.lineage()))]
     for model in (model for model in claims.models if model != ADAPTER):
         problems += [f"{model}: {problem}" for problem in (*_size(claims, model), *_rises(claims, model))]
@@ -33,7 +33,7 @@ def check_figures(claims: Claims, place: Place) -> Iterator[Finding]:
 
 
 def _twice_told(claims: Claims, told: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what stands in the lineage for itself, and differs from its configuration or results."""
+    """Yield each entry of the lineage that differs from its copy in the configuration or results."""
     results = claims.results
     there = {
         "run": claims.config.name,
@@ -43,25 +43,25 @@ def _twice_told(claims: Claims, told: Mapping[str, Any]) -> Iterator[str]:
     }
     for key, value in there.items():
         if told.get(key) != value:
-            yield f"{key!r} is not what its configuration or its results have"
+            yield f"{key!r} differs from its configuration or results"
 
 
 def _size(claims: Claims, model: str) -> Iterator[str]:
     said, files = claims.results[model].size_bytes, claims.files_of(model).items()
     weights = [file.size for path, file in files if path.endswith((".safetensors", ".gguf"))]
     if said is not None and said != sum(weights):
-        yield f"size_bytes is {said}, and its files have {sum(weights)}"
+        yield f"size_bytes is {said}; its files have {sum(weights)}"
 
 
 def _rises(claims: Claims, model: str) -> Iterator[str]:
-    """Yield each rise of perplexity that is not the quotient of two perplexities that stand there too."""
+    """Yield each rise of perplexity that is not the quotient of the two perplexities."""
     reference = claims.results[MERGED if claims.config.merges else BASE]
     for text, quality in claims.results[model].quality.items():
         said, now, before = quality.rise, quality.perplexity, reference.on(text).perplexity
         if said and now and before and not math.isclose(1 + said.value, now.value / before.value, rel_tol=CLOSE):
             rise = now.value / before.value - 1
             about = f"the rise on {TEXTS.get(text, text)} text"
-            yield f"{about} is {said.value:.5g}, and its perplexities make it {rise:.5g}"
+            yield f"{about} is {said.value:.5g}; by its perplexities it is {rise:.5g}"
 
 
 def _verdict(claims: Claims, variant: str) -> Iterator[str]:
@@ -71,6 +71,6 @@ def _verdict(claims: Claims, variant: str) -> Iterator[str]:
         return
     allowed = limits(claims.config.quantize, variant)
     if result.gate.limits != allowed:
-        yield f"was held to the limits {result.gate.limits}, and its configuration has {allowed}"
+        yield f"was judged by the limits {result.gate.limits}; its configuration has {allowed}"
     elif result.gate.passed != judge(result.quality, allowed).passed:
         yield f"{'passes' if result.gate.passed else 'misses'} its gate, which does not follow from its figures"

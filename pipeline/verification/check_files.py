@@ -1,4 +1,4 @@
-"""The check of the files: all that the lineage names, by hash, and none beside them that a loader would take."""
+"""The check of the files: each has the hash in the lineage, and no other file would be loaded."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from pipeline.verification.findings import Finding, Verdict, right, unknown, wro
 from pipeline.verification.lineage_claims import ADAPTER, Claims, File
 from pipeline.verification.location import Place
 
-# What loaders run, and what they take besides what the lineage names, by its name alone.
+# Files that loaders run, or load by their names alone.
 PICKLES = re.compile(r".*\.(bin|pt|pth|pkl|pickle|ckpt|joblib|h5|msgpack|npy|npz)\Z", re.IGNORECASE)
 CODE = re.compile(r".*\.(py|pyc|so|dll)\Z", re.IGNORECASE)
 WEIGHTS = re.compile(r".*\.(safetensors|safetensors\.index\.json|bin\.index\.json|gguf|onnx)\Z", re.IGNORECASE)
-LARGEST_DOCUMENT = 2_000_000  # bytes; others are not read
-TEMPLATES = "additional_chat_templates/"  # all that lie in it beside a tokenizer are taken
+LARGEST_DOCUMENT = 2_000_000  # bytes; larger ones are not read
+TEMPLATES = "additional_chat_templates/"  # a tokenizer loads every file in it
 SETTINGS = re.compile(r"(config|generation_config|adapter_config|processor_config|preprocessor_config)\.json\Z")
 
 
 def check_files(claims: Claims, place: Place) -> list[Finding]:
-    """A line for every file that is not as it should be, and one for each folder in which all are.
+    """Return a finding for each wrong file, and one for each folder in which all files are correct.
 
-    Of a repository, hashes that the Hub tells are looked at first; what it does not tell them of is small, and fetched.
+    The Hub tells the hashes of large files. Small files of a repository are downloaded.
     """
     small = [path for path in claims.files if path in place.sizes and not place.is_large(path)]
-    whole = [path for path in small if place.sizes[path] == claims.files[path].size]  # others need not be read
+    whole = [path for path in small if place.sizes[path] == claims.files[path].size]  # the others are wrong anyway
     documents = [path for path in claims.documents if path in place.sizes]
     too_large = [path for path in documents if place.sizes[path] > LARGEST_DOCUMENT]
     place.bring([LINEAGE, *whole, *(path for path in documents if path not in too_large)])
-    found = [wrong("files", path, f"{place.sizes[path]:,} bytes, which no document of ours has") for path in too_large]
+    found = [wrong("files", path, f"{place.sizes[path]:,} bytes, more than any document of ours") for path in too_large]
     total, done = sum(file.size for file in claims.files.values()), 0
     for path, file in claims.files.items():
         if problem := _problem(claims, place, path, file):
@@ -45,30 +45,30 @@ def check_files(claims: Claims, place: Place) -> list[Finding]:
 
 def _problem(claims: Claims, place: Place, path: str, file: File) -> str | None:
     if PICKLES.match(path):
-        return "the lineage names a pickle, which tunepress never writes and never loads"
+        return "a pickle, which tunepress never writes and never loads"
     if path not in place.sizes:
         return "missing"
     there = place.sizes[path]
     if there != file.size:
         is_anothers = any(there == other.size for other in claims.files.values())
         other = _whose(claims, path, place.digest(path)) if is_anothers else None
-        what = "cut short" if there < file.size else "longer than it was"
-        return other or f"{what}: {there:,} bytes, and the lineage says {file.size:,}"
+        problem = "cut short" if there < file.size else "longer than published"
+        return other or f"{problem}: {there:,} bytes; by the lineage {file.size:,}"
     digest = place.digest(path)
     if digest == file.sha256:
         return None
-    what = f"changed: sha256 {str(digest)[:12]}..., and the lineage says {file.sha256[:12]}..."
-    return _whose(claims, path, digest) or what
+    changed = f"changed: sha256 {str(digest)[:12]}...; by the lineage {file.sha256[:12]}..."
+    return _whose(claims, path, digest) or changed
 
 
 def _whose(claims: Claims, path: str, digest: str | None) -> str | None:
-    """What to say of a file that holds what another should hold."""
+    """Return the problem of a file that holds the content of another one."""
     other = next((name for name, file in claims.files.items() if file.sha256 == digest and name != path), None)
-    return f"swapped: it holds what {other} should hold" if other else None
+    return f"swapped: it has the content of {other}" if other else None
 
 
 def _unnamed(claims: Claims, place: Place) -> Iterator[Finding]:
-    """What lies in the release's own folders, is not named, and would be loaded, or looks as if it would."""
+    """Yield a finding for each file that the lineage does not name and that would be loaded, or looks so."""
     ours = {claims.prefix(model) for model in claims.models}
     ours |= {path[: path.rfind("/") + 1] for path in claims.files}
     named = {*claims.files, *claims.documents, LINEAGE}
@@ -77,15 +77,15 @@ def _unnamed(claims: Claims, place: Place) -> Iterator[Finding]:
         is_template = folder.endswith(TEMPLATES) and folder.removesuffix(TEMPLATES) in ours and name.endswith(".jinja")
         if folder not in ours and not is_template:
             if PICKLES.match(name) or WEIGHTS.match(name):
-                yield unknown("files", path, "not of this release, so nothing is known of it")
+                yield unknown("files", path, "not part of this release, so nothing is known about it")
         elif PICKLES.match(name):
-            yield wrong("files", path, "a pickle, which the lineage does not name; loading one can run anything")
+            yield wrong("files", path, "a pickle that the lineage does not name; loading it can run any code")
         elif CODE.match(name):
-            yield wrong("files", path, "code, which the lineage does not name; tunepress publishes none, and runs none")
+            yield wrong("files", path, "code that the lineage does not name; tunepress publishes and runs none")
         elif WEIGHTS.match(name):
             yield wrong("files", path, "weights that the lineage does not name")
         elif is_template or SETTINGS.match(name) or TOKENIZER_FILES.match(name):
-            yield wrong("files", path, "would be loaded with the model, and the lineage does not name it")
+            yield wrong("files", path, "loaded with the model, and not named by the lineage")
 
 
 def _all_right(claims: Claims, found: list[Finding]) -> Iterator[Finding]:
@@ -98,7 +98,7 @@ def _all_right(claims: Claims, found: list[Finding]) -> Iterator[Finding]:
 
 
 def sound_models(claims: Claims, found: list[Finding]) -> list[str]:
-    """The models that may be loaded: nothing was found in their folders, nor in those of models that they take."""
+    """Return the models that may be loaded: their folders, and those of models that they need, have no defect."""
     bad = {finding.subject for finding in found if finding.verdict is Verdict.wrong}
 
     def is_sound(model: str) -> bool:

@@ -1,4 +1,4 @@
-"""The findings about a release, one line each, and their sum."""
+"""The findings about a release, one line each, and the result of all of them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pipeline.errors import redact
 from pipeline.publishing.cards.markdown import one_line
 
 DEFECTS_FOUND = 3  # the exit code; 1 and 2 are those of every verb
-LONGEST = 600  # characters of a line; what a hostile release says is cut off
+LONGEST = 600  # characters of a line; a hostile release may write more
 
 
 class Verdict(StrEnum):
-    """`unknown` is what could not be looked at here, which speaks neither for the release nor against it."""
+    """The verdict of a finding. `unknown` stands for a check that is not possible here."""
 
     right = "ok"
     wrong = "defect"
@@ -23,12 +23,12 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One line.
+    """The result of one check, shown as one line.
 
     Attributes:
-        check: what was looked at: lineage, files, figures, card, measured, snippets.
-        subject: of what: a path in the release, or a model.
-        message: for people; of a release that may be hostile, so without anything that a terminal would obey.
+        check: lineage, files, figures, card, measured or snippets.
+        subject: a path in the release, or a model.
+        message: text for people, without characters that a terminal would obey.
     """
 
     check: str
@@ -44,10 +44,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verification:
-    """A release, and all that was found about it.
+    """A release and all findings about it.
 
     Attributes:
-        release: the repository or the folder, as it was asked for.
+        release: the repository or the folder, as the user named it.
         revision: the commit of a repository.
     """
 
@@ -57,13 +57,16 @@ class Verification:
 
     @property
     def defects(self) -> tuple[Finding, ...]:
+        """Return the findings that speak against the release."""
         return tuple(f for f in self.findings if f.verdict in (Verdict.wrong, Verdict.outdated))
 
     @property
     def exit_code(self) -> int:
+        """Return the exit code of `tunepress verify`."""
         return DEFECTS_FOUND if self.defects else 0
 
     def to_dict(self) -> dict:
+        """Return the content of `tunepress verify --json`."""
         found = [asdict(finding) for finding in self.findings]
         return {
             "release": self.release,
@@ -75,16 +78,20 @@ class Verification:
 
 
 def right(check: str, subject: str, message: str) -> Finding:
+    """Return a finding that speaks for the release."""
     return Finding(check, subject, Verdict.right, message)
 
 
 def wrong(check: str, subject: str, message: str) -> Finding:
+    """Return a defect."""
     return Finding(check, subject, Verdict.wrong, message)
 
 
 def outdated(check: str, subject: str, message: str) -> Finding:
+    """Return a finding about a model that needs other versions of the libraries."""
     return Finding(check, subject, Verdict.outdated, message)
 
 
 def unknown(check: str, subject: str, message: str) -> Finding:
+    """Return a finding about a check that is not possible here."""
     return Finding(check, subject, Verdict.unknown, message)

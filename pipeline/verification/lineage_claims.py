@@ -1,4 +1,4 @@
-"""The statements of a release about itself in `tunepress.json`, checked for their form before they are used.
+"""The claims of a release about itself in `tunepress.json`, checked for their form before use.
 
 A lineage may come from anywhere. A file name that leaves the release's folder makes it malformed.
 """
@@ -19,7 +19,7 @@ from pipeline.evaluation.results import MERGED, Results, first_problem
 from pipeline.hub.tree import LINEAGE
 from pipeline.publishing.lineage import SCHEMA
 
-MOST_BYTES = 32_000_000  # of a lineage; ours are of some ten thousand
+MOST_BYTES = 32_000_000  # of a lineage; ours have tens of thousands
 ROOT, ADAPTER = MERGED, "adapter"  # models of a release, besides its variants
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 _PART = re.compile(r"(?!\.{1,2}\Z)[^\\/:\x00-\x1f\x7f]{1,255}\Z")
@@ -29,12 +29,12 @@ T = TypeVar("T", bound=BaseModel)
 
 
 class Malformed(Exception):
-    """The lineage is not one of ours, or not any more. `str(error)` says in one line what is wrong with it."""
+    """A lineage that tunepress cannot have written. `str(error)` is the reason, in one line."""
 
 
 @dataclass(frozen=True)
 class File:
-    """A file as the lineage has it."""
+    """The hash and the size in bytes of a file, as the lineage claims."""
 
     sha256: str
     size: int
@@ -45,13 +45,13 @@ class Claims:
     """A lineage that was checked for its form.
 
     Attributes:
-        files: what the release consists of, by path in it.
-        documents: paths of what stands beside them for people.
+        files: the files of the models, by path in the release.
+        documents: paths of the documents for people.
         results: every figure; empty if they cannot be read.
-        configuration: of the run; None if it cannot be read.
-        unread: why the configuration or the results cannot be read; empty if both can.
+        configuration: the configuration of the run; None if it cannot be read.
+        unread: the reason why configuration or results cannot be read; empty if both can.
         made_with: versions of the libraries.
-        mirror_of: the repository whose variant stands here at the root.
+        mirror_of: the repository whose variant this release has at its root.
     """
 
     files: Mapping[str, File]
@@ -70,7 +70,7 @@ class Claims:
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """Those that are here and have figures, in the order of the configuration, which the cards have too."""
+        """Return the variants with files and figures, in the order of the configuration and the cards."""
         asked = [spec.name for spec in self.configuration.quantize.variants] if self.configuration else []
         return tuple(
             name for name in dict.fromkeys((*asked, *VARIANTS)) if name in self.results.variants and self._holds(name)
@@ -82,29 +82,29 @@ class Claims:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Everything here that can be loaded: the root, its adapter, the variants."""
+        """Return everything that can be loaded: the root, its adapter, the variants."""
         root = (ROOT,) if self.has_root else ()
         adapter = (ADAPTER,) if f"{ADAPTER}/adapter_config.json" in self.files else ()
         return (*root, *adapter, *self.variants)
 
     @property
     def has_root(self) -> bool:
-        """Is the full-precision model here?"""
+        """Return True if the release has the full-precision model."""
         return "config.json" in self.files and not self.mirror_of
 
     @property
     def reference(self) -> str | None:
-        """The model whose tokenizer an adapter and GGUF are looked at with: the root, or else a packed variant."""
+        """Return the model whose tokenizer an adapter and GGUF need: the root, or else a packed variant."""
         return ROOT if self.has_root else next((v for v in self.variants if not is_one_file(v)), None)
 
     def prefix(self, model: str) -> str:
-        """What the paths of a model's files begin with."""
+        """Return the beginning of the paths of a model's files."""
         if model == ROOT or self.mirror_of:
             return ""
         return f"{ADAPTER if model == ADAPTER else VARIANTS[model].folder}/"
 
     def files_of(self, model: str) -> dict[str, File]:
-        """The files of a model, and no others in its folder: of GGUF its own file alone."""
+        """Return the files of a model, without those of other variants in its folder."""
         prefix = self.prefix(model)
         there = {p: f for p, f in self.files.items() if p.startswith(prefix) and "/" not in p.removeprefix(prefix)}
         if not is_one_file(model):
@@ -120,13 +120,13 @@ class Claims:
 
 
 def read_claims(content: bytes) -> Claims:
-    """A lineage.
+    """Return the claims of a lineage.
 
     Raises:
-        Malformed: where it is none.
+        Malformed: if the content is not a lineage.
     """
     if len(content) > MOST_BYTES:
-        raise Malformed(f"{len(content):,} bytes; a lineage has some ten thousand, and this was not read")
+        raise Malformed(f"not read: {len(content):,} bytes, more than any lineage of ours")
     try:
         told = json.loads(content)
     except (ValueError, RecursionError):
@@ -134,7 +134,7 @@ def read_claims(content: bytes) -> Claims:
     if not isinstance(told, dict):
         raise Malformed("not a lineage")
     if told.get("schema") != SCHEMA:
-        raise Malformed(f"of schema {told.get('schema')!r}, and this tunepress reads {SCHEMA}; install the newest")
+        raise Malformed(f"schema {told.get('schema')!r}, but this tunepress reads {SCHEMA}. Try: the newest tunepress")
     made_with, mirror_of = _table(told, "made_with"), told.get("mirror_of")
     config, config_problem = _read(Config, told, "configuration")
     results, results_problem = _read(Results, told, "results")
@@ -172,9 +172,9 @@ def _documents(paths: Any) -> tuple[str, ...]:
 
 
 def check_path(path: str) -> None:
-    """Raise Malformed where a path leaves the release's folder, or has what no file of ours has in its name."""
+    """Raise Malformed if a path leaves the release's folder, or has characters that no file of ours has."""
     if not all(_PART.match(part) for part in path.split("/")) or path == LINEAGE:
-        raise Malformed(f"names a file {path!r}, which is no name in a release; nothing of it is looked at")
+        raise Malformed(f"names a file {path!r}, which cannot be in a release; nothing else was checked")
 
 
 def _read(form: type[T], told: dict, key: str) -> tuple[T | None, str]:

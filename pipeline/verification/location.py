@@ -1,4 +1,4 @@
-"""The location of a release: a folder, or a repository on the Hub at one commit, from which little is fetched."""
+"""The location of a release: a folder, or a repository on the Hub at one commit."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from pipeline.system.files import sha256
 from pipeline.verification.lineage_claims import MOST_BYTES, Malformed, check_path
 from pipeline.workflow.workspace import HIDDEN, Workspace
 
-NOT_OURS = (HIDDEN, ".git", ".cache")  # folders beside a release: of its run, of git, of the Hub's client
+NOT_OURS = (HIDDEN, ".git", ".cache")  # folders of the run, of git, and of the Hub's client
 
-Tell = Callable[[int, int, str], None]  # done, in all, what
+Tell = Callable[[int, int, str], None]  # done, total, text
 
 
 class NoRelease(ModelError):
-    """There is nothing here that tunepress published or made."""
+    """A folder or repository without a release of tunepress."""
 
 
 @dataclass
 class Place:
-    """A release's files.
+    """The files of a release.
 
     Attributes:
-        name: as it was asked for.
-        folder: where files lie that are here.
-        sizes: bytes of every file that is there, by path.
-        run: the run that made it, where it lies here too.
-        tree: of a repository.
+        name: the source, as the user named it.
+        folder: the folder of the files on this machine.
+        sizes: bytes of every file of the release, by path.
+        run: the run that made the release, if it is on this machine.
+        tree: the files of a repository; None for a folder.
     """
 
     name: str
@@ -41,74 +41,75 @@ class Place:
     sizes: dict[str, int]
     run: Workspace | None = None
     tree: Tree | None = None
-    tell: Tell = lambda done, total, what: None
+    tell: Tell = lambda done, total, text: None
     _digests: dict[str, str] = field(default_factory=dict)
 
     @property
     def revision(self) -> str | None:
+        """Return the commit of a repository."""
         return self.tree.head if self.tree else None
 
     def lineage(self) -> bytes:
-        """The content of `tunepress.json`.
+        """Return the content of `tunepress.json`.
 
         Raises:
-            NoRelease: where there is none.
-            Malformed: where it is too large to be one.
+            NoRelease: if there is none.
+            Malformed: if it is too large.
         """
         if LINEAGE not in self.sizes:
-            raise NoRelease(f"{self.name}: has no {LINEAGE}, so there is nothing to verify it by; tunepress writes one")
+            raise NoRelease(f"{self.name}: has no {LINEAGE}, so it is not a release of tunepress")
         if self.sizes[LINEAGE] > MOST_BYTES:
-            raise Malformed(f"{self.sizes[LINEAGE]:,} bytes; a lineage has some ten thousand, and this was not read")
+            raise Malformed(f"not read: {self.sizes[LINEAGE]:,} bytes, more than any lineage of ours")
         self.bring([LINEAGE])
         return (self.folder / LINEAGE).read_bytes()
 
     def digest(self, path: str) -> str | None:
-        """The sha256 of a file; None where it lies on the Hub alone, which tells that only of large ones."""
+        """Return the sha256 of a file; None for a small file that is only on the Hub."""
         if self.tree and self.tree.files[path].sha256:
             return self.tree.files[path].sha256
         return self.digest_here(path)
 
     def digest_here(self, path: str) -> str | None:
-        """The sha256 of a file as it is on this machine; None where it is not."""
+        """Return the sha256 of a file on this machine; None if it is not here."""
         if path not in self._digests and (self.folder / path).is_file():
             self._digests[path] = sha256(self.folder / path)
         return self._digests.get(path)
 
     def is_large(self, path: str) -> bool:
-        """Is it one that the Hub tells the hash of, so that it can be judged before it is fetched?"""
+        """Return True if the Hub tells the sha256 of a file before it is downloaded."""
         return self.tree is not None and self.tree.files[path].sha256 is not None
 
     def bring(self, paths: Collection[str]) -> None:
-        """Let these files lie here; those of a repository are fetched.
+        """Download these files if they are in a repository.
 
         Raises:
-            HubError: where the Hub does not give them.
+            HubError: if the download fails.
         """
         if self.tree is None:
             return
         wanted = {path for path in paths if path in self.sizes}
         for path in wanted:
             check_path(path) if path != LINEAGE else None
-        tell = lambda done, total: self.tell(done, total, "fetching")  # noqa: E731
+        tell = lambda done, total: self.tell(done, total, "downloading")  # noqa: E731
         found = download(self.name, lambda names: [n for n in names if n in wanted], self.tree.head, tell)
         self.folder = found.folder if found.names else self.folder
 
     def read(self, path: str) -> bytes | None:
-        """A small file that was brought; None where there is none."""
+        """Return the content of a small file on this machine; None if it is not here."""
         file = self.folder / path
         return file.read_bytes() if path in self.sizes and file.is_file() else None
 
 
 def open_place(source: str, revision: str | None, tell: Tell) -> Place:
-    """The release that `source` names: a folder, a run's folder, or a repository.
+    """Return the location of a release: a folder, a run's folder, or a repository.
 
     Raises:
-        ModelError: where there is no such thing.
-        HubError: where the Hub does not answer.
+        ModelError: if there is no such folder or repository.
+        HubError: if the Hub does not answer.
     """
     if folder := local_folder(source):
         if revision:
-            raise ModelError(f"{source}: is a folder, which has no revisions; leave out --revision")
+            raise ModelError(f"{source}: a folder has no revisions. Try: without --revision")
         run = _run_of(folder)
         release = run.release if run and run.folder == folder else folder
         return Place(source, release, _sizes(release), run, tell=tell)
@@ -118,7 +119,7 @@ def open_place(source: str, revision: str | None, tell: Tell) -> Place:
 
 
 def _run_of(folder: Path) -> Workspace | None:
-    """The run whose folder this is, or whose release lies there."""
+    """Return the run whose folder or release this is; None if there is none."""
     for run in (folder, folder / HIDDEN, folder.absolute().parent):
         try:
             workspace = Workspace.open(run)
@@ -130,7 +131,7 @@ def _run_of(folder: Path) -> Workspace | None:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Every ordinary file in a folder, by its path there; folders that are links are not entered."""
+    """Return the size of every ordinary file in a folder by its path, without entering linked folders."""
     found = {}
     for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name not in NOT_OURS]

@@ -1,9 +1,8 @@
 """The second measurement of a release: each model is loaded in a fresh process, and its perplexity is compared.
 
-How near is the same figure? Weights and tokens are the same to the bit, so its standard error has no part in it: what
-differs is how and in which order is summed, by kernels, threads, batches and devices. That moves single losses both
-ways, and the mean of hundreds of them by some tenths of a percent at most. `TOLERANCE` is above that, and below what
-would matter to anybody: it is half of what int8 may lose. What moves a perplexity by less is not found by measuring.
+Weights and tokens are the same to the bit, so the standard error plays no part. Kernels, threads, batches and devices
+only change the order of summation, which moves the mean loss by some tenths of a percent at most. `TOLERANCE` is
+above that, and half of what int8 may lose. A change that moves a perplexity by less is not found by measuring.
 """
 
 from __future__ import annotations
@@ -38,18 +37,18 @@ from pipeline.verification.remake_command import how_to_make
 from pipeline.workflow.workspace import Workspace
 
 TOLERANCE = 0.01  # of a perplexity
-LONGEST_REASON = 160  # characters; libraries list all that they do know
+LONGEST_REASON = 160  # characters; some libraries list everything that they support
 
 
 @dataclass(frozen=True)
 class Texts:
-    """What is measured on.
+    """The texts to measure on.
 
     Attributes:
-        config: the run's, with sources as they are found here.
-        workspace: holds the held-out examples.
-        names: of the texts that can be had.
-        problems: text -> why it cannot be had.
+        config: the configuration of the run, with the sources on this machine.
+        workspace: a workspace with the held-out examples.
+        names: names of the texts that are available.
+        problems: text -> the reason why it is not available.
     """
 
     config: Config
@@ -60,30 +59,31 @@ class Texts:
 
 @dataclass
 class Cuts:
-    """Which texts models cut into the tokens that they were measured on, and which into others.
+    """The texts that give the same tokens as in the first measurement, and those that give others.
 
-    All models of a release have one tokenizer. Where another Python has other texts, or another library other tokens,
-    that is so for all of them; where it is so for some, their tokenizer was changed.
+    All models of a release have one tokenizer. Another Python has other texts, and another library other tokens, for
+    all of them. If only some models differ, their tokenizer was changed.
     """
 
     same: set[str] = field(default_factory=set)
     other: list[tuple[str, str]] = field(default_factory=list)  # (model, text)
 
     def findings(self) -> Iterator[Finding]:
+        """Yield a finding for each model and text with other tokens."""
         for model, text in self.other:
             subject = f"{model}, {TEXTS[text]} text"
             if text in self.same:
-                yield wrong("measured", subject, "cut into other tokens than by the other models: another tokenizer")
+                yield wrong("measured", subject, "other tokens than with the other models: another tokenizer")
             else:
                 yield unknown(
                     "measured",
                     subject,
-                    "cut into other tokens here than when it was measured (another Python?), so not compared",
+                    "not compared: other tokens here than in the first measurement (another Python?)",
                 )
 
 
 def measure_models(claims: Claims, place: Place, models: list[str]) -> Iterator[Finding]:
-    """A line for every model and text: what was measured, and whether it is what the release says."""
+    """Yield a finding for each model and text: does the perplexity agree with the claim?"""
     with tempfile.TemporaryDirectory(prefix="tunepress-verify-") as scratch:
         texts = find_texts(claims, place, Path(scratch) / "texts")
         for text, problem in texts.problems.items():
@@ -98,9 +98,9 @@ def measure_models(claims: Claims, place: Place, models: list[str]) -> Iterator[
 
 
 def find_texts(claims: Claims, place: Place, folder: Path) -> Texts:
-    """The texts that figures were measured on, as far as they can be had again.
+    """Return the texts of the first measurement that are available here.
 
-    Files on this machine are read only for a run that lies here: a lineage from elsewhere is not to name them.
+    Files on this machine are read only if the run is on it too. A lineage from elsewhere must not name them.
     """
     config = claims.config
     if place.run:
@@ -116,12 +116,12 @@ def find_texts(claims: Claims, place: Place, folder: Path) -> Texts:
         problems[HELD_OUT] = problem
     if GENERAL in wanted and not place.run and config.evaluate and not config.evaluate.general.startswith("builtin:"):
         source = config.evaluate.general
-        problems[GENERAL] = f"the file {source} is not part of a release; verify the run's folder to measure on it"
+        problems[GENERAL] = f"the file {source} is not part of a release. Try: verify the run's folder"
     return Texts(config, workspace, tuple(t for t in wanted if t not in problems), problems)
 
 
 def _bring_held_out(claims: Claims, place: Place, config: Config, workspace: Workspace) -> str | None:
-    """Put the held-out examples into `workspace`; why they cannot be had, if so."""
+    """Put the held-out examples into `workspace`. Return the reason if they are not available."""
     data = claims.results.data or Data()
     write_json(workspace.measurements / "data.json", {"template": data.template})
     kept = workspace.data / "held_out.jsonl"
@@ -132,7 +132,7 @@ def _bring_held_out(claims: Claims, place: Place, config: Config, workspace: Wor
     try:
         on_hub = bool(REPO_ID.match(source)) and not names_a_file(source) and bool(data.revision)
         if not on_hub and not is_builtin(source):
-            return f"the file {source} is not part of a release; verify the run's folder to measure on it"
+            return f"the file {source} is not part of a release. Try: verify the run's folder"
         place.tell(0, 1, f"reading {source}")
         assert config.data is not None, "its source was looked at above"
         pinned = config.data.model_copy(update={"revision": data.revision}) if on_hub else config.data
@@ -143,7 +143,7 @@ def _bring_held_out(claims: Claims, place: Place, config: Config, workspace: Wor
 
 
 def refused(claims: Claims, place: Place, model: str) -> str | None:
-    """Why a model is not even begun with: it names code, or a format that tunepress never writes."""
+    """Return the reason why a model must not be loaded: it names code, or the root is quantized."""
     folder = place.folder / claims.prefix(model)
     if is_one_file(model) or model == ADAPTER:
         return None
@@ -168,16 +168,16 @@ def _measured(claims: Claims, place: Place, model: str, texts: Texts, scratch: P
 
 
 def _cannot_be_had(claims: Claims, place: Place, model: str) -> str | None:
-    """What it takes to measure a model and is not in the release."""
+    """Return the reason why a model cannot be measured with the files of the release."""
     if (is_one_file(model) or model == ADAPTER) and claims.reference is None:
-        return "needs the full-precision model's tokenizer, which is not in this release"
+        return "not measured: needs the full-precision model's tokenizer, which is not in this release"
     if claims.results[model].loader == DEQUANTIZED and not claims.has_root:
-        return "was measured by its dequantized weights, which takes the full-precision model"
+        return "not measured: its dequantized weights need the full-precision model"
     return None
 
 
 def request_for(claims: Claims, place: Place, model: str, texts: Texts) -> dict:
-    """Return what `pipeline.verification.measure_process` is told of a model."""
+    """Return the request about a model for `pipeline.verification.measure_process`."""
     folder, reference, file = place.folder / claims.prefix(model), claims.reference, claims.file_of(model)
     return {
         "model": model,
@@ -192,7 +192,7 @@ def request_for(claims: Claims, place: Place, model: str, texts: Texts) -> dict:
 
 
 def judged(claims: Claims, place: Place, model: str, found: dict, cut: Cuts) -> Iterator[Finding]:
-    """What follows from what the worker found; `cut` keeps what is only to be told when all models were looked at."""
+    """Yield the findings that follow from the worker's answer. `cut` keeps those that need all models."""
     if "problem" in found:
         yield _failed(claims, place, model, found)
         return
@@ -202,7 +202,7 @@ def judged(claims: Claims, place: Place, model: str, found: dict, cut: Cuts) -> 
 
 
 def in_fresh_process(request: dict, scratch: Path, tell: Tell) -> dict:
-    """What `pipeline.verification.measure_process` found; `problem` and `reason` where that is nothing."""
+    """Return the answer of `pipeline.verification.measure_process`: figures, or `problem` and `reason`."""
     asked, result = scratch / "request.json", scratch / "result.json"
     result.unlink(missing_ok=True)
     write_json(asked, request)
@@ -229,7 +229,7 @@ def in_fresh_process(request: dict, scratch: Path, tell: Tell) -> dict:
         if code or not result.is_file():
             log.seek(0)
             last = (log.read().strip().splitlines() or [f"exit code {code}"])[-1]
-            reason = f"killed (signal {-code}), perhaps for want of memory" if code < 0 else last
+            reason = f"killed (signal {-code}), perhaps out of memory" if code < 0 else last
             return {"problem": "killed" if code < 0 else "failed", "reason": reason}
     return read_json(result, {})
 
@@ -238,20 +238,18 @@ def _report(line: str) -> tuple[int, int, str] | None:
     try:
         done, total, what = json.loads(line)
     except (ValueError, TypeError):
-        return None  # a library's own chatter
+        return None  # a line of a library
     return done, total, str(what)
 
 
 def _failed(claims: Claims, place: Place, model: str, found: dict) -> Finding:
-    """Damage, or other libraries than it was made for? Its files are as the lineage has them, or it were not loaded."""
+    """Return the finding about a model that cannot be measured: damaged, or made for other libraries."""
     problem, reason = found["problem"], found["reason"]
     reason = reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}..."
-    again = how_to_make(claims, place, model)
+    again = f"Try: {how_to_make(claims, place, model)}"
     if problem == DAMAGED:
-        return wrong("measured", model, f"damaged, though its hash is the lineage's: {reason}; make it again: {again}")
-    if problem == MISSING:
-        return unknown("measured", model, reason)
-    if problem == "killed":
+        return wrong("measured", model, f"damaged, although its hash agrees with the lineage: {reason}. {again}")
+    if problem in (MISSING, "killed"):
         return unknown("measured", model, reason)
     changed = _other_versions(claims)
     if problem == OUTDATED or changed:
@@ -259,16 +257,15 @@ def _failed(claims: Claims, place: Place, model: str, found: dict) -> Finding:
         return outdated(
             "measured",
             model,
-            f"not damaged, but made for other versions of the libraries{since}: {reason}; make it again: {again}",
+            f"not damaged, but made for other versions of the libraries{since}: {reason}. {again}",
         )
-    return wrong("measured", model, f"does not load or run: {reason}; make it again: {again}")
+    return wrong("measured", model, f"does not load or run: {reason}. {again}")
 
 
 def _other_versions(claims: Claims) -> str:
-    """The libraries that load models, where they are others than those it was made with."""
-    names = MEASURING
-    now, then = versions(*names), claims.made_with
-    return ", ".join(f"{n} {then[n]}, now {now[n]}" for n in names if n in then and n in now and then[n] != now[n])
+    """Return the libraries that load models and have other versions here than in the lineage."""
+    now, then = versions(*MEASURING), claims.made_with
+    return ", ".join(f"{n} {then[n]}, now {now[n]}" for n in MEASURING if n in then and n in now and then[n] != now[n])
 
 
 def _compared(claims: Claims, model: str, found: dict, cut: Cuts) -> Iterator[Finding]:
@@ -278,8 +275,8 @@ def _compared(claims: Claims, model: str, found: dict, cut: Cuts) -> Iterator[Fi
         claimed, now = claims.results[model].on(text), figures["perplexity"]
         subject = f"{model}, {TEXTS[text]} text"
         value = claimed.perplexity.value if claimed.perplexity else 0
-        if not value > 0:  # which NaN is not, either
-            yield wrong("measured", subject, "the lineage has no perplexity that is a number")
+        if not value > 0:  # false for NaN too
+            yield wrong("measured", subject, "the lineage has no valid perplexity")
         elif claimed.digest != figures["digest"]:
             cut.other.append((model, text))
         else:
@@ -290,4 +287,4 @@ def _compared(claims: Claims, model: str, found: dict, cut: Cuts) -> Iterator[Fi
 def _beside(subject: str, now: float, claimed: float) -> Finding:
     if abs(now / claimed - 1) <= TOLERANCE:
         return right("measured", subject, f"perplexity {now:.5g}, claimed {claimed:.5g}")
-    return wrong("measured", subject, f"perplexity is {now:.5g}, and the lineage and its cards claim {claimed:.5g}")
+    return wrong("measured", subject, f"perplexity is {now:.5g}; lineage and cards claim {claimed:.5g}")

@@ -2,7 +2,7 @@
 
     python -m pipeline.verification.measure_process REQUEST.json RESULT.json
 
-Prints how far it is, as lines of JSON. Loads nothing but safetensors and GGUF, and runs no code of a model's own.
+Prints its progress as lines of JSON. Loads only safetensors and GGUF, and runs no code of the model.
 """
 
 from __future__ import annotations
@@ -30,28 +30,34 @@ if TYPE_CHECKING:
     from pipeline.evaluation.metrics import Scores
     from pipeline.inference.llama_cpp import Reader
 
-OUTDATED, DAMAGED, MISSING, FAILED = "outdated", "damaged", "missing", "failed"  # why a model could not be measured
+OUTDATED, DAMAGED, MISSING, FAILED = (
+    "outdated",
+    "damaged",
+    "missing",
+    "failed",
+)  # reasons why a model could not be measured
 
 
 def main() -> None:
+    """Answer the request in the first file, and write the answer into the second."""
     quiet()
     quiet_progress_bars()
     write_json(Path(sys.argv[2]), look(read_json(Path(sys.argv[1]), {})))
 
 
 def look(request: dict) -> dict:
-    """What `pipeline.verification.measure_again` asks of a model: its figures, or `problem` and `reason`."""
+    """Return the figures of a model, or `problem` and `reason` if it cannot be measured."""
     try:
         return _adapter(request) if request["model"] == "adapter" else _measured(request)
     except MissingExtra as error:
         return {"problem": MISSING, "reason": str(error)}
-    except Exception as error:  # whatever libraries make of files that are not for them
+    except Exception as error:  # libraries raise anything for files that are not for them
         problem, reason = _why(request, error)
         return {"problem": problem, "reason": reason}
 
 
 def _measured(request: dict) -> dict:
-    """Perplexity by text, as `results.json` has it, with what else is needed to compare it."""
+    """Return perplexity and digest of the tokens by text, and the reasons for missing texts."""
     from pipeline.evaluation import metrics, texts
     from pipeline.inference import llama_cpp
     from pipeline.inference.load import load, load_dequantized
@@ -89,7 +95,7 @@ def _measured(request: dict) -> dict:
 def _texts(
     config: Config, workspace: Workspace, tokenizer: PreTrainedTokenizerBase, wanted: list[str]
 ) -> tuple[dict[str, list[Encoded]], dict[str, str]]:
-    """The texts that can be had, and why others cannot."""
+    """Return the encoded texts, and the reasons why others are not available."""
     from pipeline.evaluation import texts
 
     kept = run_texts(workspace)
@@ -140,7 +146,7 @@ def _run_once(model: Any) -> None:
 
 
 def _adapter(request: dict) -> dict:
-    """Does the adapter load, and fit the model at the root, which is of the same shape as its base?"""
+    """Raise if the adapter does not load, or does not fit the model at the root."""
     from peft import PeftModel
 
     from pipeline.models.checkpoint import Checkpoint
@@ -151,7 +157,7 @@ def _adapter(request: dict) -> dict:
     adapter, base = Adapter.read(folder), Checkpoint(root)
     for name, shape in adapter.shapes().items():
         if name not in base or base[name].shape != shape:
-            raise CheckpointError(f"changes {name!r} of {shape}, which the model at the root does not have so")
+            raise CheckpointError(f"changes {name!r} of shape {shape}, which the model at the root does not have")
     for name in adapter.tensors:
         if not are_finite(adapter.tensors.read(name).float()):
             raise CheckpointError(f"{name!r} is not finite")
@@ -161,7 +167,7 @@ def _adapter(request: dict) -> dict:
 
 
 def _why(request: dict, error: Exception) -> tuple[str, str]:
-    """Is it the files, or are they for other libraries? And what was said."""
+    """Return the kind of problem (damaged files, other libraries, or a failure) and its reason."""
     reason = " ".join(str(error).split()) or type(error).__name__
     folder = Path(request["folder"])
     try:
@@ -174,7 +180,7 @@ def _why(request: dict, error: Exception) -> tuple[str, str]:
 
 
 def _unknown_format(folder: Path) -> str | None:
-    """What of a model's configuration the libraries installed here do not know."""
+    """Return the part of a model's configuration that the installed libraries do not know."""
     from transformers import CONFIG_MAPPING
     from transformers.quantizers.auto import AutoQuantizationConfig
 
@@ -187,12 +193,12 @@ def _unknown_format(folder: Path) -> str | None:
         try:
             AutoQuantizationConfig.from_dict(dict(quantization))
         except Exception as error:
-            return f"its quantization_config is not known: {str(error).splitlines()[0] if str(error) else error!r}"
+            return f"unknown quantization_config: {str(error).splitlines()[0] if str(error) else error!r}"
     return None
 
 
 def _check_whole(request: dict, folder: Path) -> None:
-    """Raise where the files are not whole, so that no library could load them."""
+    """Raise if the files are damaged, so that no library can load them."""
     from pipeline.models.checkpoint import Checkpoint
     from pipeline.models.gguf_metadata import read_header
 

@@ -1,4 +1,4 @@
-"""The command line that makes a model of a release again, as its lineage describes it."""
+"""The command line that makes a model of a release again from its lineage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.verification.location import Place
 
 
 def how_to_make(claims: Claims, place: Place, model: str) -> str:
-    """A command line; for the model at the root and its adapter, from what those were made."""
+    """Return the command line that makes a model again."""
     base, revision = _base(claims)
     if model in VARIANTS:
         if claims.has_root:
@@ -21,7 +21,7 @@ def how_to_make(claims: Claims, place: Place, model: str) -> str:
         asked = {spec.name: spec for spec in claims.config.quantize.variants}
         return _quantize(asked.get(model, VariantSpec(name=model).resolved()), base, revision)
     if model == ADAPTER or claims.config.data:
-        return "train again, with tunepress run and the configuration that tunepress.json has"
+        return "tunepress run, with the configuration in tunepress.json"
     trained = claims.results.adapter or Origin()
     adapter = _word(trained.hub_id or trained.source, "ADAPTER")
     kind = claims.results.merge.base if claims.results.merge else None
@@ -40,7 +40,7 @@ def _quantize(spec: VariantSpec, source: str, revision: str | None) -> str:
 
 
 def _base(claims: Claims) -> tuple[str, str | None]:
-    """The base model, and its commit where it is on the Hub."""
+    """Return the base model, and its commit if it is on the Hub."""
     origin = claims.results.origin
     is_pinned = origin.hub_id and origin.revision and not origin.revision.startswith("-")
     source = origin.hub_id or origin.source or claims.config.model.source
@@ -48,5 +48,5 @@ def _base(claims: Claims) -> tuple[str, str | None]:
 
 
 def _word(said: str | None, otherwise: str) -> str:
-    """Return what a lineage says, unless a shell would take it for an option."""
+    """Return a word of the lineage, or `otherwise` if a shell would take it for an option."""
     return said if said and not said.startswith("-") else otherwise

@@ -1,7 +1,7 @@
-"""The check of the snippets: each code block of a card is run as it stands, in a fresh process.
+"""The check of the snippets: each code block of a card is run unchanged, in a fresh process.
 
-Only what we would write ourselves is run: a snippet in a card has to be, byte for byte, the one that follows from
-the lineage. It is then run on the files that were verified, whatever place the card names.
+A snippet is run only if it is, byte for byte, the one that follows from the lineage. It then loads the verified
+files instead of the location in the card.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from pipeline.verification.findings import Finding, right, unknown, wrong
 from pipeline.verification.lineage_claims import ADAPTER, ROOT, Claims
 from pipeline.verification.location import Place
 
-SECONDS = 3600  # a large model on a small processor; then it is given up
+SECONDS = 3600  # enough for a large model on a small processor
 
 
 def run_examples(claims: Claims, place: Place, cards: Cards, models: list[str]) -> Iterator[Finding]:
-    """A line for every snippet that loads one of these models."""
+    """Yield a finding for each snippet that loads one of these models."""
     for model in (model for model in models if model != ADAPTER):
         expected, ours = of_model(cards.about, claims, model), of_model(local(cards.about, place), claims, model)
         there = snippets.blocks((place.read(card_of(claims, model)) or b"").decode(errors="replace"))
@@ -43,20 +43,20 @@ def run_examples(claims: Claims, place: Place, cards: Cards, models: list[str]) 
 
 
 def _others(claims: Claims, model: str) -> Finding:
-    """Of a card whose snippets are not those that would be written now: of another version's they need not be."""
+    """Return the finding about other snippets: a defect only if this version wrote the card."""
     made_with, own = claims.made_with.get("tunepress"), own_version()
     if made_with == own:
-        return wrong("snippets", model, "not run: the card has others than follow from the lineage")
-    return unknown("snippets", model, f"not run: other code than tunepress {own} writes, made with {made_with}")
+        return wrong("snippets", model, "not run: they do not follow from the lineage")
+    return unknown("snippets", model, f"not run: other code than that of tunepress {own}: made with {made_with}")
 
 
 def card_of(claims: Claims, model: str) -> str:
-    """The card that has a model's snippets and no other's, or for the root, the main card."""
+    """Return the path of the card with a model's snippets."""
     return CARD if model == ROOT or claims.mirror_of else f"{VARIANTS[model].folder}/{CARD}"
 
 
 def of_model(about: About, claims: Claims, model: str) -> list[str]:
-    """The code of the card about one model."""
+    """Return the code blocks about one model."""
     blocks = snippets.blocks(rendered(about, claims)[card_of(claims, model)])
     if model != ROOT:
         return blocks
@@ -65,7 +65,7 @@ def of_model(about: About, claims: Claims, model: str) -> list[str]:
 
 
 def programs(blocks: list[str]) -> list[str]:
-    """Blocks put together so that each runs: one that loads a model, and after it what is done with it."""
+    """Return programs: each block that loads a model, followed by the blocks that use it."""
     loads = [block for block in blocks if _assigns(block, "model")]
     uses = [block for block in blocks if not _assigns(block, "model")]
     return ["\n".join([load, *(uses if _assigns(load, "tokenizer") else ())]) for load in loads]
@@ -78,15 +78,15 @@ def _assigns(code: str, name: str) -> bool:
 
 def _run(model: str, code: str, place: Place) -> Finding:
     with_tunepress = "from pipeline import load" in code
-    what = "with tunepress" if with_tunepress else "with stock libraries"
+    means = "with tunepress" if with_tunepress else "with stock libraries"
     with tempfile.TemporaryDirectory(prefix="tunepress-snippet-") as folder:
         try:
             done = snippets.run(code, Path(folder), with_tunepress, seconds=SECONDS)
         except subprocess.TimeoutExpired:
-            return unknown("snippets", model, f"{what}: not finished within {SECONDS // 60} minutes")
+            return unknown("snippets", model, f"{means}: not finished within {SECONDS // 60} minutes")
     if done.returncode < 0:
-        return unknown("snippets", model, f"{what}: killed (signal {-done.returncode}), perhaps for want of memory")
+        return unknown("snippets", model, f"{means}: killed (signal {-done.returncode}), perhaps out of memory")
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return wrong("snippets", model, f"{what}: does not run: {last}")
-    return right("snippets", model, f"{what}: runs")
+        return wrong("snippets", model, f"{means}: does not run: {last}")
+    return right("snippets", model, f"{means}: runs")

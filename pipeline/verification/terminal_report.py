@@ -19,7 +19,7 @@ _MARKS = {
 
 
 class Report:
-    """Draws on `console` while it is open; where that is no terminal, the lines alone."""
+    """A report on `console`: findings, and on a terminal also a progress bar while it is open."""
 
     def __init__(self, console: Console):
         self._console = console
@@ -32,7 +32,7 @@ class Report:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("looking", total=None)
+        self._task = self._bar.add_task("reading", total=None)
 
     def __enter__(self) -> Report:
         self._bar.start()
@@ -43,15 +43,18 @@ class Report:
     ) -> None:
         self._bar.stop()
 
-    def progress(self, done: int, total: int, what: str) -> None:
+    def progress(self, done: int, total: int, text: str) -> None:
+        """Show the progress of the current step."""
         known = {"completed": done, "total": total} if total > 1 else {"total": None}
-        self._bar.update(self._task, description=escape(what), **known)
+        self._bar.update(self._task, description=escape(text), **known)
 
     def found(self, finding: Finding) -> None:
+        """Print a finding."""
         told = f"{finding.check:<9} {finding.subject:<34} {finding.message}"
         self._console.print(f"{_MARKS[finding.verdict]} {escape(told)}")
 
     def end(self, verification: Verification) -> None:
+        """Print the result of all findings."""
         number, checked = len(verification.defects), len(verification.findings)
         at = f" at {verification.revision[:12]}" if verification.revision else ""
         release = f"[bold]{escape(verification.release)}[/]{at}"
@@ -59,5 +62,5 @@ class Report:
             self._console.print(f"\n{release}: [red]{number} defect{'s' if number > 1 else ''}[/] in {checked} lines")
             return
         left = sum(finding.verdict is Verdict.unknown for finding in verification.findings)
-        beside = f", {left} things could not be checked" if left else ""
+        beside = f", {left} checks were not possible" if left else ""
         self._console.print(f"\n{release}: [green]untouched[/]{beside}")

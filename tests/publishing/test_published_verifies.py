@@ -10,7 +10,7 @@ MADE_UP = "figures tunepress.json:"  # which have nothing to do with the few byt
 
 
 def check(release: str) -> list[str]:
-    """What could not be checked; nothing else is found."""
+    """Return the checks that were not possible; there is no other finding."""
     found = verify(release, measure=False)
     assert [line for line in told(found) if not line.startswith(MADE_UP)] == []
     assert sum(line.startswith("card ") for line in told(found, Verdict.right)) >= 1
@@ -30,13 +30,13 @@ def test_mirror_and_main_repository_verify(hub, mirrored):
 def test_variants_beside_their_source_verify(hub, guest):
     hub.put(REPO, {"README.md": SOURCE_CARD})
     guest.publish()
-    assert check(REPO) == ["files model.safetensors: not of this release, so nothing is known of it"]
+    assert check(REPO) == ["files model.safetensors: not part of this release, so nothing is known about it"]
 
 
 def test_gguf_release_verifies_here_and_on_the_hub(hub, shared):
     shared.publish(WITH_GGUF)
     assert check(str(shared.release)) == []
-    assert check(REPO) == ["card gguf/Modelfile: follows from the GGUF files, which were not fetched"]
+    assert check(REPO) == ["card gguf/Modelfile: not checked: the GGUF files were not downloaded"]
     (shared.release / "gguf/Modelfile").write_text("FROM ./demo-Q4_0.gguf\n")
     found = verify(str(shared.release), measure=False)
     assert told(found)[-1] == "card gguf/Modelfile: is not what follows from the GGUF files beside it"

@@ -1,4 +1,4 @@
-"""Defects in a release, planted or by accident: each is found and named."""
+"""Defects in a release: each is found and named."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.releases import BOTH, told
 
 
 def only(verification) -> str:
-    """The one defect that was found."""
+    """Return the only defect."""
     (defect,) = told(verification)
     assert verification.exit_code == DEFECTS_FOUND == 3
     return defect
@@ -23,11 +23,11 @@ def test_untouched_release_has_no_defect(release):
     assert told(found) == [] and found.exit_code == 0
     assert told(found, Verdict.unknown) == []
     right = told(found, Verdict.right)
-    assert {f"card {path}: says what the lineage says" for path in ("README.md", "int8/README.md")} <= set(right)
+    assert {f"card {path}: agrees with the lineage" for path in ("README.md", "int8/README.md")} <= set(right)
     assert any(line.startswith("files int4/: ") for line in right)
 
 
-def test_a_flipped_bit(release):
+def test_flipped_bit_is_found(release):
     data = bytearray((release.folder / "int4/model.safetensors").read_bytes())
     data[-100] ^= 4
     release.write("int4/model.safetensors", bytes(data))
@@ -40,38 +40,34 @@ def test_swapped_variants_are_found(release):
     os.rename(second, first)
     os.rename(release.folder / "aside", second)
     assert told(release.verify()) == [
-        "files int4/model.safetensors: swapped: it holds what int8/model.safetensors should hold",
-        "files int8/model.safetensors: swapped: it holds what int4/model.safetensors should hold",
+        "files int4/model.safetensors: swapped: it has the content of int8/model.safetensors",
+        "files int8/model.safetensors: swapped: it has the content of int4/model.safetensors",
     ]
 
 
-def test_a_file_cut_short(release):
+def test_truncated_file_is_found(release):
     data = (release.folder / "model.safetensors").read_bytes()
     release.write("model.safetensors", data[:-1000])
     assert only(release.verify()).startswith(f"files model.safetensors: cut short: {len(data) - 1000:,} bytes")
 
 
-def test_a_file_that_is_gone(release):
-    (release.folder / "adapter/adapter_model.safetensors").unlink()
-    assert only(release.verify()) == "files adapter/adapter_model.safetensors: missing"
-
-
-def test_a_card_that_is_gone(release):
-    (release.folder / "int8/README.md").unlink()
-    assert only(release.verify()) == "files int8/README.md: missing"
+@pytest.mark.parametrize("path", ["adapter/adapter_model.safetensors", "int8/README.md"])
+def test_missing_file_is_found(release, path):
+    (release.folder / path).unlink()
+    assert only(release.verify()) == f"files {path}: missing"
 
 
 @pytest.mark.parametrize(
     ("path", "why"),
     [
         ("int8/model-00001-of-00002.safetensors", "weights that the lineage does not name"),
-        ("pytorch_model.bin", "a pickle, which the lineage does not name"),
-        ("int4/modeling_own.py", "code, which the lineage does not name"),
-        ("adapter_config.json", "would be loaded with the model, and the lineage does not name it"),
-        ("int4/added_tokens.json", "would be loaded with the model, and the lineage does not name it"),
+        ("pytorch_model.bin", "a pickle that the lineage does not name"),
+        ("int4/modeling_own.py", "code that the lineage does not name"),
+        ("adapter_config.json", "loaded with the model, and not named by the lineage"),
+        ("int4/added_tokens.json", "loaded with the model, and not named by the lineage"),
         (
             "int4/additional_chat_templates/tool_use.jinja",
-            "would be loaded with the model, and the lineage does not name it",
+            "loaded with the model, and not named by the lineage",
         ),
     ],
 )
@@ -81,78 +77,82 @@ def test_unnamed_loadable_file_is_found(release, path, why):
     assert only(release.verify()).startswith(f"files {path}: {why}")
 
 
-def test_a_file_of_which_the_lineage_says_nothing_any_more(release):
+def test_file_removed_from_the_lineage_is_found(release):
     path, content = "adapter/adapter_config.json", release.lineage()
     del content["files"][path]
     release.write_lineage(content)
     release.replace(path, '"lora_alpha"', '"lora_beta"')
-    assert only(release.verify()).startswith(f"files {path}: would be loaded with the model, and the lineage does not")
+    assert only(release.verify()).startswith(f"files {path}: loaded with the model, and not named by the lineage")
 
 
-def test_a_card_of_which_the_lineage_says_nothing_any_more(release):
+def test_card_removed_from_the_lineage_is_found(release):
     path, content = "int8/README.md", release.lineage()
     content["documents"].remove(path)
     release.write_lineage(content)
     (release.folder / path).unlink()
-    assert only(release.verify()).startswith(f"card {path}: belongs to a release with these models")
+    assert only(release.verify()).startswith(f"card {path}: belongs to these models")
 
 
-def test_the_tokenizer_changed(release):
-    release.replace("int4/tokenizer.json", '"<|im_end|>"', '"<|im_ond|>"')
-    assert only(release.verify()).startswith("files int4/tokenizer.json: changed")
-
-
-def test_the_configuration_of_a_model_changed(release):
-    release.replace("config.json", '"num_hidden_layers": 2', '"num_hidden_layers": 1')
-    assert only(release.verify()).startswith("files config.json: changed")
+@pytest.mark.parametrize(
+    ("path", "old", "new"),
+    [
+        ("int4/tokenizer.json", '"<|im_end|>"', '"<|im_ond|>"'),
+        ("config.json", '"num_hidden_layers": 2', '"num_hidden_layers": 1'),
+    ],
+)
+def test_changed_file_is_found(release, path, old, new):
+    release.replace(path, old, new)
+    assert only(release.verify()).startswith(f"files {path}: changed")
 
 
 def figure(release, path: str) -> str:
-    """The perplexity of int4, as the table of a card has it."""
+    """Return the perplexity of int4 in the table of a card."""
     row = next(line for line in release.read(path).splitlines() if line.startswith("|") and "int4/" in line)
     return next(cell.strip() for cell in row.split("|") if "±" in cell)
 
 
 @pytest.mark.parametrize("path", ["README.md", "int4/README.md"])
-def test_a_figure_in_a_card_changed(release, path):
+def test_changed_figure_in_a_card_is_found(release, path):
     right = figure(release, path)
     wrong = right.replace(right[0], str(int(right[0]) % 9 + 1), 1)
     release.replace(path, f"| {right} |", f"| {wrong} |")
     said, true = (text.replace("\xa0", " ") for text in (wrong, right))
-    expected = f'card {path}: in the row of **`int4/`**, says "{said}", and by the lineage it is "{true}"'
+    expected = f'card {path}: row **`int4/`** says "{said}"; by the lineage it is "{true}"'
     assert only(release.verify()) == expected
 
 
-def test_a_figure_in_the_metadata_changed(release):
+def test_changed_figure_in_the_metadata_is_found(release):
     release.replace("README.md", "value: ", "value: 1")
     assert only(release.verify()).startswith('card README.md: says "')
 
 
-def test_a_figure_in_the_lineage_changed(release):
+def test_changed_figure_in_the_lineage_is_found(release):
     content = release.lineage()
     content["results"]["int4"]["quality"]["general"]["perplexity"]["value"] *= 0.5
     release.write_lineage(content)
     found = release.verify()
     assert {line.split()[1] for line in told(found)} == {"README.md:", "int4/README.md:"}
-    assert told(found, Verdict.unknown)[0].startswith("card assets/quality_vs_size.png: is not, dot for dot, what")
+    assert told(found, Verdict.unknown)[0].startswith(
+        "card assets/quality_vs_size.png: other pixels than these figures give here"
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"size_bytes": 1000}, "int4: size_bytes is 1000, and its files have "),
+        ({"size_bytes": 1000}, "int4: size_bytes is 1000; its files have "),
         (
             {"quality": {"rise": {"value": 0.001, "stderr": 0.0001}}},
-            "int4: the rise on general text is 0.001, and its p",
+            "int4: the rise on general text is 0.001; by its p",
         ),
         (
             {"gate": {"limits": {"rise": 0.5}}},
-            "int4: was held to the limits {'rise': 0.5}, and its configuration has {",
+            "int4: was judged by the limits {'rise': 0.5}; its configuration has {",
         ),
         ({"gate": {"passed": True}}, "int4: passes its gate, which does not follow from its figures"),
     ],
 )
-def test_figures_and_cards_changed_together_so_that_they_contradict_others(release, change, says):
+def test_figure_that_contradicts_others_is_found(release, change, says):
     content = release.lineage()
     figures, root = (content["results"][name] for name in ("int4", "merged"))
     quality = figures["quality"]["general"]
@@ -170,17 +170,15 @@ def test_changed_base_in_the_lineage_is_found(release):
     content = release.lineage()
     content["base"]["hub_id"] = "ada/other"
     release.write_lineage(content)
-    assert only(release.verify()) == (
-        "figures tunepress.json: 'base' is not what its configuration or its results have"
-    )
+    assert only(release.verify()) == ("figures tunepress.json: 'base' differs from its configuration or results")
 
 
 def test_removed_section_of_a_card_is_found(release):
     release.write("README.md", "# Nothing of tunepress here\n")
-    assert "does not say" in told(release.verify())[0]
+    assert "lacks" in told(release.verify())[0]
 
 
-def test_a_snippet_changed(release):
+def test_changed_snippet_is_found(release):
     release.replace("int8/README.md", 'dtype="auto"', 'dtype="auto", trust_remote_code=True')
     assert "trust_remote_code" in only(release.verify())
 
@@ -193,17 +191,19 @@ def test_user_text_is_no_defect(release):
     release.write("onnx/model.onnx", b"mine too")
     found = release.verify()
     assert told(found) == [] and found.exit_code == 0
-    assert told(found, Verdict.unknown) == ["files onnx/model.onnx: not of this release, so nothing is known of it"]
+    assert told(found, Verdict.unknown) == [
+        "files onnx/model.onnx: not part of this release, so nothing is known about it"
+    ]
 
 
-def test_words_of_another_version_are_no_defect_and_its_figures_are(release):
+def test_card_of_another_version_may_have_other_words_but_no_other_figures(release):
     content = release.lineage()
     content["made_with"]["tunepress"] = "0.0.1"
     release.write_lineage(content)
     release.replace("int4/README.md", "## Limits", "## Bounds")
     found = release.verify()
     assert told(found) == []
-    assert "other words than tunepress" in told(found, Verdict.unknown)[0]
+    assert "other words than those of tunepress" in told(found, Verdict.unknown)[0]
     right = figure(release, "int4/README.md")
     release.replace("int4/README.md", f"| {right} |", "| 1.0 ± 0.1 |")
     assert "1.0 ± 0.1" in only(release.verify())

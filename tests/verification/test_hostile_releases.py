@@ -20,7 +20,7 @@ OUTSIDE = ("../secret", "/etc/hostname", "int8/../../secret", "int8//x", "a\\b",
 
 @pytest.mark.parametrize("path", OUTSIDE)
 @pytest.mark.parametrize("where", ["files", "documents"])
-def test_a_name_that_leaves_the_folder(release, path, where):
+def test_name_that_leaves_the_folder_is_refused(release, path, where):
     (release.folder.parent / "secret").write_text("not for you")
     content = release.lineage()
     if where == "files":
@@ -40,10 +40,10 @@ def test_a_name_that_leaves_the_folder(release, path, where):
         (b"\xff\xfe{", "not readable JSON"),
         (b"[" * 200_000, "not readable JSON"),
         (b"[]", "not a lineage"),
-        (b"{}", "of schema None"),
-        (b'{"schema": 2}', "of schema 2, and this tunepress reads 1"),
+        (b"{}", "schema None"),
+        (b'{"schema": 2}', "schema 2, but this tunepress reads 1"),
         (b'{"schema": 1, "made_with": []}', "has no table 'made_with'"),
-        (b" " * (MOST_BYTES + 1), "a lineage has some ten thousand"),
+        (b" " * (MOST_BYTES + 1), "more than any lineage of ours"),
     ],
 )
 def test_invalid_lineage_is_refused(release, content, says):
@@ -54,14 +54,14 @@ def test_invalid_lineage_is_refused(release, content, says):
 
 
 @pytest.mark.parametrize("about", [None, [], {"sha256": "x", "size": 1}, {"sha256": "0" * 64, "size": True}])
-def test_a_file_without_a_hash(release, about):
+def test_file_without_a_hash_is_refused(release, about):
     content = release.lineage()
     content["files"]["config.json"] = about
     release.write_lineage(content)
     assert "has no sha256 and size of 'config.json'" in told(release.verify())[0]
 
 
-def test_a_configuration_that_asks_for_code(release):
+def test_configuration_that_asks_for_code_is_not_read(release):
     content = release.lineage()
     content["configuration"]["model"]["trust_remote_code"] = True
     release.write_lineage(content)
@@ -71,16 +71,16 @@ def test_a_configuration_that_asks_for_code(release):
 @pytest.mark.parametrize(
     "value", ["a text", [], 7, {"quality": []}, {"size_bytes": "7"}, {"quality": {"general": {"perplexity": "7"}}}]
 )
-def test_results_of_any_form_end_in_lines(release, value):
+def test_results_of_any_form_give_one_defect(release, value):
     content = release.lineage()
     content["results"]["int8"] = content["results"]["origin"] = value
     release.write_lineage(content)
     found = release.verify()
     (defect,) = told(found)
-    assert defect.startswith("lineage tunepress.json: cannot be read (results.") and "not looked at" in defect
+    assert defect.startswith("lineage tunepress.json: cannot be read (results.") and "not checked" in defect
 
 
-def test_a_model_that_names_code_of_its_own_is_not_loaded(release):
+def test_model_that_names_its_own_code_is_not_loaded(release):
     config = json.loads(release.read("int8/config.json"))
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
     release.write("int8/config.json", json.dumps(config))
@@ -91,13 +91,13 @@ def test_a_model_that_names_code_of_its_own_is_not_loaded(release):
     )
 
 
-def test_a_pickle_that_the_lineage_names(release):
+def test_pickle_that_the_lineage_names_is_refused(release):
     release.write("int8/extra.bin", b"x")
     release.own("int8/extra.bin")
     assert "never writes and never loads" in told(release.verify())[0]
 
 
-def test_files_of_this_machine_are_not_read_for_a_lineage_from_elsewhere(release):
+def test_local_files_are_not_read_for_a_lineage_from_elsewhere(release):
     private = release.folder.parent / "private.txt"
     private.write_text("private words " * 100)
     content = release.lineage()
@@ -114,7 +114,7 @@ def test_findings_contain_no_control_characters(release):
     assert told(found) and not any("\x1b" in line or "\x07" in line for line in told(found))
 
 
-def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(release):
+def test_pipe_instead_of_a_file_does_not_block(release):
     (release.folder / "int4/config.json").unlink()
     os.mkfifo(release.folder / "int4/config.json")
     assert told(release.verify()) == ["files int4/config.json: missing"]
@@ -126,7 +126,7 @@ def test_empty_folder_is_refused(tmp_path, capsys):
     with pytest.raises(UserError, match="neither a folder here nor a repository") as error:
         verify("no such/thing/at all")
     assert error.value.exit_code == 2
-    with pytest.raises(UserError, match="a folder, which has no revisions"):
+    with pytest.raises(UserError, match="a folder has no revisions"):
         app(["verify", str(tmp_path), "--revision", "main"])
 
 

@@ -46,7 +46,7 @@ def test_untouched_release_is_confirmed_by_measuring(release):
     assert found.exit_code == 0
 
 
-def test_scales_moved_and_the_hash_rewritten(release, tmp_path):
+def test_changed_scales_with_rewritten_hash_are_measured(release, tmp_path):
     import torch
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -64,7 +64,7 @@ def test_scales_moved_and_the_hash_rewritten(release, tmp_path):
     assert found.startswith("measured int4, general text: perplexity is ") and "cards claim" in found
 
 
-def test_a_lineage_and_cards_that_lie_together(release, tmp_path):
+def test_false_figure_in_lineage_and_cards_is_measured(release, tmp_path):
     content = release.lineage()
     content["results"]["int8"]["quality"]["general"]["perplexity"]["value"] *= 0.9
     release.write_lineage(content)
@@ -76,7 +76,7 @@ def test_a_lineage_and_cards_that_lie_together(release, tmp_path):
     ("old", "new", "says"),
     [("Int4WeightOnlyConfig", "Int3WeightOnlyConfig", "Int3WeightOnlyConfig"), ('"torchao"', '"torchao2"', "torchao2")],
 )
-def test_a_format_of_another_version_is_told_from_damage(release, tmp_path, old, new, says):
+def test_format_of_another_version_is_not_reported_as_damage(release, tmp_path, old, new, says):
     release.replace("int4/config.json", old, new)
     release.own("int4/config.json")
     (found,) = measured(release, "int4", tmp_path)
@@ -87,23 +87,23 @@ def test_a_format_of_another_version_is_told_from_damage(release, tmp_path, old,
     assert command in found and '"group_size": 32' in found
 
 
-def test_a_file_cut_short_whose_hash_was_rewritten_is_damage(release, tmp_path):
+def test_truncated_file_with_rewritten_hash_is_damage(release, tmp_path):
     path = release.folder / "int8/model.safetensors"
     path.write_bytes(path.read_bytes()[:-64])
     release.own("int8/model.safetensors")
     (found,) = measured(release, "int8", tmp_path)
-    assert found.startswith("measured int8: damaged, though its hash is the lineage's: ")
+    assert found.startswith("measured int8: damaged, although its hash agrees with the lineage: ")
     assert found.endswith(f"tunepress quantize {release.folder} --output again --variants int8")
 
 
-def test_an_adapter_that_does_not_fit(release, tmp_path):
+def test_adapter_that_does_not_fit_is_a_defect(release, tmp_path):
     release.replace("adapter/adapter_config.json", '"r": 4', '"r": 8')
     release.own("adapter/adapter_config.json")
     (found,) = measured(release, "adapter", tmp_path)
     assert found.startswith("measured adapter: ") and "rank 8" in found
 
 
-def test_a_model_whose_files_changed_is_not_loaded(release):
+def test_model_with_changed_files_is_not_loaded(release):
     release.replace("config.json", "LlamaForCausalLM", "OtherForCausalLM")
     place = open_place(str(release.folder), None, lambda done, total, what: None)
     claims = read_claims(place.lineage())
@@ -118,14 +118,14 @@ def test_only_our_own_snippets_are_run(release, tmp_path):
     place = open_place(str(release.folder), None, lambda done, total, what: None)
     claims = read_claims(place.lineage())
     (found,) = run_examples(claims, place, render(claims, place), ["int8"])
-    assert line(found) == "snippets int8: not run: the card has others than follow from the lineage"
+    assert line(found) == "snippets int8: not run: they do not follow from the lineage"
     claims = replace(claims, made_with={**claims.made_with, "tunepress": "0.0.1"})
     (found,) = run_examples(claims, place, render(claims, place), ["int8"])
     assert found.verdict is Verdict.unknown and "made with 0.0.1" in found.message
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_snippets_of_a_release_that_tells_of_a_withheld_variant_are_run(release):
+def test_snippets_run_if_the_card_names_a_withheld_variant(release):
     from pipeline.verification.check_cards import render
 
     content = release.lineage()
@@ -143,7 +143,7 @@ def test_the_snippets_of_a_release_that_tells_of_a_withheld_variant_are_run(rele
     assert found == ["snippets merged: with stock libraries: runs"]
 
 
-def test_blocks_are_put_together_as_a_reader_would():
+def test_blocks_that_use_a_model_follow_each_block_that_loads_it():
     load, ours = "model = 1\ntokenizer = 2", "from pipeline import load\nmodel, tokenizer = load('x')"
     assert programs([load, ours, "print(model)"]) == [f"{load}\nprint(model)", f"{ours}\nprint(model)"]
     assert programs(["model = Llama()"]) == ["model = Llama()"]
@@ -154,7 +154,7 @@ def test_different_local_text_is_not_compared(release, tmp_path):
     content["results"]["int8"]["quality"]["general"]["digest"] = "other"
     release.write_lineage(content)
     (found,) = measured(release, "int8", tmp_path)
-    assert "cut into other tokens here" in found
+    assert "not compared: other tokens here" in found
 
 
 def test_changed_tokenizer_with_rewritten_hash_is_found(release, tmp_path):
@@ -165,12 +165,10 @@ def test_changed_tokenizer_with_rewritten_hash_is_found(release, tmp_path):
     release.write(path, json.dumps(content))
     release.own(path)
     found = all_measured(release, ("merged", "int4"), tmp_path)
-    assert found[-1] == (
-        "measured int4, general text: cut into other tokens than by the other models: another tokenizer"
-    )
+    assert found[-1] == ("measured int4, general text: other tokens than with the other models: another tokenizer")
 
 
-def test_a_gguf_is_measured_in_llama_cpp_again(release, tmp_path):
+def test_gguf_is_measured_again_in_llama_cpp(release, tmp_path):
     pytest.importorskip("llama_cpp")
     from pipeline.config.schema import VariantSpec
     from pipeline.models.matrices import linear_weights, table_weights
@@ -191,4 +189,4 @@ def test_a_gguf_is_measured_in_llama_cpp_again(release, tmp_path):
     release.write(path, data[:-1000])
     release.own(path)
     (found,) = measured(release, name, tmp_path / "second")
-    assert found.startswith(f"measured {name}: damaged, though its hash is the lineage's: ")
+    assert found.startswith(f"measured {name}: damaged, although its hash agrees with the lineage: ")
