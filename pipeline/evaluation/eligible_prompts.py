@@ -19,7 +19,7 @@ from pipeline.system.command_names import command
 FEWEST = 16  # prompts; fewer give no reliable error of a difference
 
 
-def untouched(
+def unseen_examples(
     held_out: tuple[Example, ...], data: str, repo: str, lineage: Mapping[str, Any]
 ) -> tuple[tuple[Example, ...], str]:
     """Return the held-out examples with prompts that the published model was not trained on either.
@@ -38,7 +38,7 @@ def untouched(
     Raises:
         DataError: if they have too few prompts.
     """
-    theirs, there = Results.of_lineage(lineage, repo).data or Data(), prompts(held_out)
+    theirs, there = Results.of_lineage(lineage, repo).data or Data(), count_prompts(held_out)
     if there < FEWEST:
         raise DataError(
             f"{repo}: too few held-out prompts to compare with it ({there}; {FEWEST} are needed). "
@@ -53,10 +53,10 @@ def untouched(
         )
     seed = lineage["configuration"]["data"]["seed"]
     kept = tuple(e for e in held_out if place(e, seed) < theirs.trained_from)
-    if prompts(kept) < FEWEST:
+    if count_prompts(kept) < FEWEST:
         raise DataError(
             f"{repo}: too few held-out prompts that the published model surely was not trained on "
-            f"({prompts(kept)}; {FEWEST} are needed). "
+            f"({count_prompts(kept)}; {FEWEST} are needed). "
             f"Try: set data.seed to {seed}, raise data.held_out, or publish without comparing: {command('run')}"
         )
     said = (
@@ -67,12 +67,12 @@ def untouched(
     return kept, f"{said}; {left_out} held-out examples that it may know were left out" if left_out else said
 
 
-def prompts(examples: tuple[Example, ...]) -> int:
+def count_prompts(examples: tuple[Example, ...]) -> int:
     """Return the number of different prompts."""
     return len({example.prompt() for example in examples})
 
 
-def fitting(
+def encode_untruncated(
     config: Config, examples: tuple[Example, ...], tokenizers: dict[str, Any]
 ) -> Iterator[tuple[Example, dict[str, EncodedSet]]]:
     """Yield the examples that no tokenizer truncates, with their tokens by the name of the tokenizer."""
@@ -85,7 +85,7 @@ def fitting(
             yield example, encoded
 
 
-def too_few(config: TrainingRun, there: int, all_of: int) -> DataError:
+def too_few_prompts(config: TrainingRun, there: int, all_of: int) -> DataError:
     """Return the error for too few prompts that fit: `there` of `all_of`."""
     return DataError(
         f"{config.data.source}: too few of {all_of} held-out prompts fit into train.max_length "
@@ -100,9 +100,9 @@ def check_tokens(config: TrainingRun, examples: tuple[Example, ...], tokenizer: 
         DataError: if the examples that fit have too few prompts.
     """
     found: set[str] = set()
-    for example, _ in fitting(config, examples, {"new": tokenizer}):
+    for example, _ in encode_untruncated(config, examples, {"new": tokenizer}):
         found.add(example.prompt())
         if len(found) == FEWEST:
             return
     if examples:
-        raise too_few(config, len(found), prompts(examples))
+        raise too_few_prompts(config, len(found), count_prompts(examples))

@@ -112,9 +112,9 @@ def _in_transformers(
     else:
         model, tokenizer = load(folder, device=device, offload=offload)
     offloaded = is_offloaded(model)
-    texts.with_template(tokenizer, run_texts)
+    texts.restore_template(tokenizer, run_texts)
     if reference is None:
-        run_texts = texts.planned(config, run_texts, model, tokenizer)
+        run_texts = texts.plan_tokens(config, run_texts, model, tokenizer)
     sequences = texts.all_texts(config, run_texts, tokenizer)
     head_name = output_head.head_name(model) if reference is None else ""
     head, softcap = output_head.head_matrix(model).to("cpu"), output_head.softcap(model.config)
@@ -172,7 +172,7 @@ def _in_llama_cpp(
     from pipeline.evaluation.load_probe import probe
     from pipeline.inference import llama_cpp, output_head
 
-    tokenizer = texts.with_template(open_tokenizer(reference), run_texts)
+    tokenizer = texts.restore_template(open_tokenizer(reference), run_texts)
     sequences = texts.all_texts(config, run_texts, tokenizer)
     prompts = config.evaluate.prompts if in_full else []
     questions = [generation.question(tokenizer, prompt)["input_ids"][0].tolist() for prompt in prompts]

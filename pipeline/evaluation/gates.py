@@ -62,7 +62,7 @@ def _check(text: str, figure: str, limit: float, found: Quality) -> Check:
     )
 
 
-def tell(verdict: Verdict) -> str:
+def describe_missed(verdict: Verdict) -> str:
     """Return one line with the limits that a variant missed."""
     parts = []
     for check in verdict.missed:

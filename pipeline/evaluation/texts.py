@@ -57,7 +57,7 @@ class RunTexts:
         return self.reference / f"{text}.safetensors"
 
 
-def planned(
+def plan_tokens(
     config: MeasuredRun, texts: RunTexts, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> RunTexts:
     """Return the texts with a plan of how many tokens are measured, made once for a run.
@@ -85,7 +85,7 @@ def planned(
     return replace(texts, plan=plan)
 
 
-def within_time(config: AnyRun, kept: Mapping) -> AnyRun:
+def apply_plan(config: AnyRun, kept: Mapping) -> AnyRun:
     """Return the configuration with as many tokens to measure on as the plan `kept` allows."""
     if not isinstance(config, MeasuredRun) or kept.get("asked") != _asked(config):
         return config
@@ -100,12 +100,14 @@ def _asked(config: MeasuredRun) -> dict:
 
 def held_out(config: TrainingRun, texts: RunTexts, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
     """Return the held-out examples to measure on, up to `evaluate.max_tokens` tokens of input."""
-    config = within_time(config, texts.plan)
+    config = apply_plan(config, texts.plan)
     examples = read_examples(texts.held_out)
-    return chosen(config, encode_examples(examples, tokenizer, config.train.loss_on, config.train.max_length).examples)
+    return first_examples(
+        config, encode_examples(examples, tokenizer, config.train.loss_on, config.train.max_length).examples
+    )
 
 
-def chosen(config: TrainingRun, encoded: Sequence[Encoded], max_tokens: int | None = None) -> list[Encoded]:
+def first_examples(config: TrainingRun, encoded: Sequence[Encoded], max_tokens: int | None = None) -> list[Encoded]:
     """Return the first held-out examples, up to a number of tokens.
 
     Args:
@@ -148,7 +150,7 @@ def general(config: MeasuredRun, tokenizer: PreTrainedTokenizerBase) -> list[Enc
 def all_texts(config: MeasuredRun, texts: RunTexts, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Encoded]]:
     """Return the texts by name; there is held-out text only if there is a data set."""
     kept = {HELD_OUT: held_out(config, texts, tokenizer)} if isinstance(config, TrainingRun) else {}
-    return kept | {GENERAL: general(within_time(config, texts.plan), tokenizer)}
+    return kept | {GENERAL: general(apply_plan(config, texts.plan), tokenizer)}
 
 
 def digest(sequences: Sequence[Encoded]) -> str:
@@ -159,7 +161,7 @@ def digest(sequences: Sequence[Encoded]) -> str:
     return told.hexdigest()[:24]
 
 
-def with_template(tokenizer: PreTrainedTokenizerBase, texts: RunTexts) -> PreTrainedTokenizerBase:
+def restore_template(tokenizer: PreTrainedTokenizerBase, texts: RunTexts) -> PreTrainedTokenizerBase:
     """Return the tokenizer of training: with the supplied chat template, if the base model has none."""
     if texts.template_was_supplied:
         supply_template(tokenizer)

@@ -99,8 +99,8 @@ def _texts(
     from pipeline.evaluation import texts
 
     kept = run_texts(workspace)
-    texts.with_template(tokenizer, kept)
-    config = texts.within_time(config, kept.plan)
+    texts.restore_template(tokenizer, kept)
+    config = texts.apply_plan(config, kept.plan)
     found, problems = {}, {}
     for text in wanted:
         try:

@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import Config
-from pipeline.evaluation.gates import judge, limits, tell
+from pipeline.evaluation.gates import describe_missed, judge, limits
 from pipeline.evaluation.model_result import Estimate, Quality
 from pipeline.evaluation.student_t import quantile
 from pipeline.workflow.stages import measure_variant, quantize
@@ -74,7 +74,7 @@ def test_every_text_and_every_limit_counts():
 
 
 def test_missed_gate_gives_one_line_with_figure_and_limit():
-    line = tell(judge(quality(0.121, 0.013), {"rise": 0.05, "kl": 0.03, "disagreement": 0.05}))
+    line = describe_missed(judge(quality(0.121, 0.013), {"rise": 0.05, "kl": 0.03, "disagreement": 0.05}))
     assert line == (
         "perplexity rises by 12.1 ± 1.3 % on general text, and the limit is 5 %; "
         "KL divergence is 0.0400 ± 0.0010 nats a token on general text, and the limit is 0.03; "
@@ -83,7 +83,7 @@ def test_missed_gate_gives_one_line_with_figure_and_limit():
 
 
 def test_large_error_advises_more_tokens():
-    line = tell(judge(quality(0.042, 0.009), {"rise": 0.05}))
+    line = describe_missed(judge(quality(0.042, 0.009), {"rise": 0.05}))
     assert line == (
         "perplexity rises by 4.20 ± 0.90 % on general text, which with its error may be more than the limit of 5 %; "
         "more tokens (evaluate.max_tokens) may show that it passes"

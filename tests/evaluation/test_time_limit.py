@@ -26,25 +26,25 @@ def tokens_of(config: Config, workspace: Workspace, tokenizer) -> int:
 
 def test_plan_is_made_again_for_another_model_and_not_for_another_text(model_and_tokenizer, workspace):
     config = config_for(max_tokens=2048, max_minutes=0.00001)
-    texts.planned(config, run_texts(workspace), *model_and_tokenizer)
+    texts.plan_tokens(config, run_texts(workspace), *model_and_tokenizer)
     kept = workspace.read_measurement("texts")
     workspace.write_measurement("texts", kept | {"max_tokens": 512})
     other_text = config.evaluate.model_copy(update={"general": "builtin:other"})
     assert (
-        texts.within_time(
+        texts.apply_plan(
             config.model_copy(update={"evaluate": other_text}), workspace.read_measurement("texts")
         ).evaluate.max_tokens
         == 512
     )
     larger = config.model_copy(update={"model": config.model.model_copy(update={"source": "larger/larger"})})
-    texts.planned(larger, run_texts(workspace), *model_and_tokenizer)
+    texts.plan_tokens(larger, run_texts(workspace), *model_and_tokenizer)
     assert workspace.read_measurement("texts")["max_tokens"] == 1024
 
 
 def test_configuration_that_measures_nothing_is_left_as_it_is(workspace):
     config = Config.model_validate(config_for().model_dump() | {"data": None, "evaluate": None})
     workspace.write_measurement("texts", {"asked": None, "max_tokens": 1})
-    assert texts.within_time(config, workspace.read_measurement("texts")) is config
+    assert texts.apply_plan(config, workspace.read_measurement("texts")) is config
 
 
 @pytest.fixture
@@ -63,17 +63,17 @@ def model_and_tokenizer(tiny_model):
 @pytest.mark.parametrize(("minutes", "tokens"), [(0.00001, 1024), (100, 2048), (None, 2048)])
 def test_as_many_tokens_are_measured_as_fit(model_and_tokenizer, workspace, minutes, tokens):
     config = config_for(max_tokens=2048, max_minutes=minutes)
-    texts.planned(config, run_texts(workspace), *model_and_tokenizer)
+    texts.plan_tokens(config, run_texts(workspace), *model_and_tokenizer)
     assert tokens_of(config, workspace, model_and_tokenizer[1]) == tokens
 
 
 def test_plan_is_made_once_and_holds_for_what_was_asked(model_and_tokenizer, workspace):
     asked = {"max_tokens": 2048, "max_minutes": 0.00001}
-    texts.planned(config_for(**asked), run_texts(workspace), *model_and_tokenizer)
+    texts.plan_tokens(config_for(**asked), run_texts(workspace), *model_and_tokenizer)
     kept = workspace.read_measurement("texts")
     assert kept["max_tokens"] == 1024
     workspace.write_measurement("texts", kept | {"max_tokens": 512})
-    texts.planned(config_for(**asked), run_texts(workspace), *model_and_tokenizer)
+    texts.plan_tokens(config_for(**asked), run_texts(workspace), *model_and_tokenizer)
     assert tokens_of(config_for(**asked), workspace, model_and_tokenizer[1]) == 512
     assert tokens_of(config_for(max_tokens=768), workspace, model_and_tokenizer[1]) == 768
 

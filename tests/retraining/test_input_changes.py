@@ -14,7 +14,7 @@ import pytest
 from pipeline.config.loader import parse_config
 from pipeline.data import load_examples
 from pipeline.errors import DataError
-from pipeline.evaluation.eligible_prompts import untouched
+from pipeline.evaluation.eligible_prompts import unseen_examples
 from pipeline.hub.tree import Tree
 from pipeline.models.sources import digest_here
 from pipeline.publishing.published_model import PublishedModel
@@ -224,4 +224,4 @@ def test_on_the_hub_a_new_commit_counts_only_where_it_brings_other_examples(tmp_
 
 
 def compared(data, live):
-    return untouched(data.held_out, data.fingerprint, live.repo, live.lineage)
+    return unseen_examples(data.held_out, data.fingerprint, live.repo, live.lineage)

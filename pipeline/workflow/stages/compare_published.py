@@ -63,12 +63,12 @@ def _compare(
     """
     from pipeline.data import read_examples
     from pipeline.evaluation import metrics
-    from pipeline.evaluation.eligible_prompts import untouched
+    from pipeline.evaluation.eligible_prompts import unseen_examples
     from pipeline.inference.load import load
 
     fingerprint = workspace.read_measurement("data")["fingerprint"]
     held_out = read_examples(workspace.data / "held_out.jsonl")
-    examples, said = untouched(held_out, fingerprint, compared.repo, compared.lineage)
+    examples, said = unseen_examples(held_out, fingerprint, compared.repo, compared.lineage)
     sides = {"new": (workspace.release, None), "live": (compared.repo, compared.head)}
     tokenizers = {name: _tokenizer(*place) for name, place in sides.items()}
     chosen = _choose(config, examples, tokenizers)
@@ -149,12 +149,12 @@ def _choose(
     import torch
 
     from pipeline.data.encode import NO_LOSS
-    from pipeline.evaluation.eligible_prompts import FEWEST, fitting, prompts, too_few
+    from pipeline.evaluation.eligible_prompts import FEWEST, count_prompts, encode_untruncated, too_few_prompts
 
     encoded: dict[str, list[list[Encoded]]] = {name: [] for name in tokenizers}
     numbers: dict[str, int] = {}
     prompt, sizes, tokens = [], [], 0
-    for example, both in fitting(config, examples, tokenizers):
+    for example, both in encode_untruncated(config, examples, tokenizers):
         tokens += both["new"].tokens
         if len(numbers) >= FEWEST and tokens > config.evaluate.max_tokens:
             break
@@ -164,7 +164,7 @@ def _choose(
         prompt.append(numbers.setdefault(example.prompt(), len(numbers)))
         sizes.append(len(tokenizers["new"].decode(counted, skip_special_tokens=True).encode()))
     if len(numbers) < FEWEST:
-        raise too_few(config, len(numbers), prompts(examples))
+        raise too_few_prompts(config, len(numbers), count_prompts(examples))
     of_prompts = torch.zeros(len(numbers), dtype=torch.float64)
     of_prompts.index_add_(0, torch.tensor(prompt), torch.tensor(sizes, dtype=torch.float64))
     return _Chosen(encoded, torch.tensor(prompt), of_prompts)

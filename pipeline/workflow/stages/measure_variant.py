@@ -12,7 +12,7 @@ from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import Config, MeasuredRun, VariantSpec
 from pipeline.errors import GateError
 from pipeline.evaluation.escalation import best
-from pipeline.evaluation.gates import judge, limits, tell
+from pipeline.evaluation.gates import describe_missed, judge, limits
 from pipeline.evaluation.model_result import ModelResult, StoredWeights, VariantSettings, Verdict
 from pipeline.inference.loaders import only_file
 from pipeline.models.checkpoint_files import stored_bytes
@@ -53,7 +53,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
         result = result.changed(gate=judge(result.quality, limits(config.quantize, name)))
         if config.quantize.on_gate_failure == "escalate":
             result = _escalated(config, workspace, events, name, full, result)
-        missed = None if result.gate.passed else tell(result.gate)
+        missed = None if result.gate.passed else describe_missed(result.gate)
         withheld = bool(missed) and config.quantize.on_gate_failure != "warn"
         result = result.changed(gate=result.gate.model_copy(update={"withheld": withheld}))
         if withheld:

@@ -106,10 +106,10 @@ def _merge(merge: Callable, what: str, events: Events, along: Variants | None) -
 
 def _supplied_template(base: Path, workspace: Workspace) -> str | None:
     """The chat template that training supplied, which belongs to the model from now on."""
-    from pipeline.evaluation.texts import with_template
+    from pipeline.evaluation.texts import restore_template
 
     tokenizer = open_tokenizer(base)
-    return None if tokenizer.chat_template else with_template(tokenizer, run_texts(workspace)).chat_template
+    return None if tokenizer.chat_template else restore_template(tokenizer, run_texts(workspace)).chat_template
 
 
 def _compare(
@@ -124,9 +124,9 @@ def _compare(
     from pipeline.models.checkpoint import Checkpoint
 
     known = run_texts(workspace)
-    tokenizer = texts.with_template(open_tokenizer(base), known)
+    tokenizer = texts.restore_template(open_tokenizer(base), known)
     model = live_model(config, base, workspace.adapter)
-    sequences = texts.held_out(config, texts.planned(config, known, model, tokenizer), tokenizer)
+    sequences = texts.held_out(config, texts.plan_tokens(config, known, model, tokenizer), tokenizer)
     head_name, softcap = output_head.head_name(model), output_head.softcap(model.config)
     live = metrics.score(model, sequences, lambda d, t: events.progress(d, t, "measuring the live adapter"))
     del model

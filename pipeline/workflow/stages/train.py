@@ -164,7 +164,9 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
     published, _ = baseline.noted(workspace)
     compared: tuple[Example, ...] = ()
     if published:
-        compared, _ = eligible_prompts.untouched(data.held_out, data.fingerprint, published.repo, published.lineage)
+        compared, _ = eligible_prompts.unseen_examples(
+            data.held_out, data.fingerprint, published.repo, published.lineage
+        )
     base = base_model(config, workspace, events)
     check_variants(config, base)
     tokenizer = open_tokenizer(base)
@@ -184,11 +186,11 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
         longest = config.train.max_length
         raise UserError(f"train.max_length {longest}: leaves no answer in any example; make it larger")
     eligible_prompts.check_tokens(config, compared, tokenizer)
-    texts.chosen(config, encoded["held-out"].examples)
+    texts.first_examples(config, encoded["held-out"].examples)
     texts.general(config, tokenizer)
     description = describe(data, encoded, tokenizer)
     events.show(report(description, samples(data, encoded, tokenizer)))
-    watched = texts.chosen(config, encoded["held-out"].examples, HELD_OUT_TOKENS)
+    watched = texts.first_examples(config, encoded["held-out"].examples, HELD_OUT_TOKENS)
     encoded["held-out"] = replace(encoded["held-out"], examples=watched)
     return _Prepared(base, tokenizer, encoded, description)
 
