@@ -3,8 +3,7 @@
     plan = make_plan(load_config("demo"))
     plan.fits, plan.disk_bytes, plan.uploaded_bytes
 
-Sizes come from metadata: headers, and what the Hub says of a repository. Nothing here imports torch, but to ask a
-GPU that is there for its memory.
+Sizes come from metadata: file headers and the Hub's answers. torch is imported only to ask a GPU for its memory.
 """
 
 from pipeline.planning.plan import Plan, Shortage, make_plan

@@ -1,7 +1,7 @@
-"""How fast this machine is, measured by `tunepress doctor` and kept for plans.
+"""The speed of this machine, measured by `tunepress doctor` and kept for plans.
 
-A tiny model of ordinary shape is trained and run, weights are rounded, a file is written: some seconds of each of
-the things that stages spend their time on. Times of a plan are these figures times its sizes.
+For some seconds each, a tiny model is trained and run, weights are rounded and a file is written. A plan divides its
+sizes by these speeds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pipeline.quantization.roundings import Rounding
 
 VERSION = 2
-LONGEST = 1.5  # seconds that one thing is measured for, at least once
+LONGEST_SECONDS = 1.5  # for one measurement, which runs at least once
 TOKENS = 512
 MODEL = {
     "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 12,
@@ -41,20 +41,20 @@ Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """Figures of one machine.
+class Speeds:
+    """Measured speeds of one machine, per second.
 
     Attributes:
-        place: what they were measured on, as `planning.devices` names it.
-        train: weights times tokens a second of training an adapter, with those of the output head.
-        nf4_weights: weights a second that come back from NF4.
-        forward: weights of linear layers times tokens a second of reading a text.
-        exact: the same of the output head, in float32, as texts are scored with.
-        decode_bytes: bytes of weights a second of writing, token by token.
-        rounding: bytes a second of a bf16 model that become `int4/search` and its like.
-        nf4_bytes: bytes a second of a bf16 model that become NF4 and come back, for merging.
-        disk_write: bytes a second that reach the disk.
-        start_seconds: until a process has imported what a stage needs.
+        place: the machine's name, as in `planning.devices`.
+        train: weights times tokens while an adapter is trained, output head included.
+        nf4_weights: weights dequantized from NF4.
+        forward: weights of linear layers times tokens while a text is read.
+        exact: weights of the output head times tokens in float32, which texts are scored in.
+        decode_bytes: bytes of weights read while tokens are generated one by one.
+        rounding: bytes of a bf16 model that are rounded, by variant and rounding (`int4/search`).
+        nf4_bytes: bytes of a bf16 model that are quantized to NF4 and back, for merging.
+        disk_write: bytes written to the disk.
+        start_seconds: seconds until a process has imported the libraries of a stage.
     """
 
     place: str
@@ -69,12 +69,9 @@ class Calibration:
     start_seconds: float
     version: int = VERSION
 
-    def is_of(self, place: str) -> bool:
-        return self.place == place
-
 
 def path() -> Path:
-    """Where the figures are kept: the user's cache folder on this platform."""
+    """Return the file of the speeds, in the user's cache folder."""
     if sys.platform == "darwin":
         root = Path.home() / "Library" / "Caches"
     else:
@@ -82,51 +79,52 @@ def path() -> Path:
     return root / "tunepress" / "calibration.json"
 
 
-def read_calibration() -> Calibration | None:
-    """What was kept, if it can be read and is of this version; anything else is measured anew."""
+def read_speeds() -> Speeds | None:
+    """Return the kept speeds; None if they are missing, unreadable or from another version."""
     try:
         found = read_json(path(), {})
     except (WorkspaceError, OSError):
         return None
-    known = {field.name for field in fields(Calibration)}
+    known = {field.name for field in fields(Speeds)}
     if not isinstance(found, dict) or found.get("version") != VERSION or found.keys() != known:
         return None
-    return Calibration(**found)
+    return Speeds(**found)
 
 
-def keep(calibration: Calibration) -> None:
-    """Keep figures for plans.
+def save_speeds(speeds: Speeds) -> None:
+    """Save speeds for plans.
 
     Raises:
-        WorkspaceError: where they cannot be written.
+        WorkspaceError: if the file cannot be written.
     """
     try:
-        write_json(path(), asdict(calibration))
+        write_json(path(), asdict(speeds))
     except OSError as error:
         raise WorkspaceError(
-            f"the figures are not kept: {path()} cannot be written ({error.strerror}); XDG_CACHE_HOME says where to"
+            f"{path()}: cannot be written, so the speeds are not kept ({error.strerror}). "
+            "Try: set XDG_CACHE_HOME to another folder"
         ) from None
 
 
-def measure(place: str, tell: Tell = lambda what: None) -> Calibration:
-    """Measure this machine, in some twenty seconds.
+def measure(place: str, tell: Tell) -> Speeds:
+    """Return the speeds of this machine, measured in about twenty seconds.
 
     Args:
-        place: its name.
-        tell: is told what is being measured.
+        place: the machine's name.
+        tell: receives the name of each measurement when it starts.
 
     Raises:
-        WorkspaceError: where nothing can be written in the folder that one stands in.
+        WorkspaceError: if the current folder cannot be written.
     """
     from pipeline.system.libraries import quiet
 
-    tell("the disk")  # first, for it may be that it cannot be
+    tell("the disk")  # first, because it may fail
     disk_write = _disk()
     tell("starting the libraries")
     start = time.perf_counter()
     quiet()
     import torch
-    from peft import get_peft_model  # noqa: F401  of what a stage imports
+    from peft import get_peft_model  # noqa: F401  a stage imports it, so its time counts
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from pipeline.inference.kernels import quicken
@@ -149,7 +147,7 @@ def measure(place: str, tell: Tell = lambda what: None) -> Calibration:
     forward = weights * TOKENS / _seconds(lambda: _forward(model, ids), device)
     head, states = model.lm_head.weight.float(), torch.randn(TOKENS, MODEL["hidden_size"], device=device)
     exact = head.numel() * TOKENS / _seconds(lambda: torch.nn.functional.linear(states, head), device)
-    tell("writing one")
+    tell("generating a text")
     token = _seconds(lambda: _forward(model, ids[:, :1]), device)
     decode = 2 * (weights + head.numel()) / token
     tell("training")
@@ -159,7 +157,7 @@ def measure(place: str, tell: Tell = lambda what: None) -> Calibration:
     nf4, nf4_bytes = _nf4(device)
     tell("rounding")
     rounding = dict(_roundings())
-    return Calibration(
+    return Speeds(
         place=place,
         train=train,
         nf4_weights=nf4,
@@ -179,8 +177,8 @@ def _is_linear(name: str, module: object) -> bool:
     return isinstance(module, torch.nn.Linear) and name != "lm_head"
 
 
-def _as_trained(model):
-    """Return a model with an adapter that multiplies as training has it."""
+def _as_trained(model: Any) -> Any:
+    """Return a model with an adapter, computed as in training."""
     from peft import LoraConfig, get_peft_model
     from trl.trainer.utils import add_fused_lm_head
 
@@ -210,7 +208,7 @@ def _step(model: Any, ids: torch.Tensor) -> None:
 
 
 def _nf4(device: torch.device) -> tuple[float, float]:
-    """Weights a second that come back from NF4, and bytes a second of a bf16 model that go there and back."""
+    """Return the weights per second from NF4, and the bytes per second of a bf16 model to NF4 and back."""
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
@@ -232,6 +230,7 @@ def _nf4(device: torch.device) -> tuple[float, float]:
 
 
 def _roundings() -> Iterator[tuple[str, float]]:
+    """Yield `variant/rounding` and the bytes per second of a bf16 model that it rounds."""
     import torch
 
     from pipeline.config.schema import VariantSpec
@@ -242,38 +241,37 @@ def _roundings() -> Iterator[tuple[str, float]]:
 
     rows = torch.randn(256, 2048, dtype=torch.bfloat16) * 0.02
 
-    def job(fill: Rounding, grid: Grid) -> int:
-        fill(rows, grid)
+    def job(fill: Rounding, grid: Grid | None) -> int:
+        assert grid is not None, "the default variants are stored on a grid"
+        fill.round(rows, grid)
         return rows.nbytes
 
     for name, how in ROUNDINGS:
         spec = VariantSpec(name=name, rounding=how).resolved()
-        grid, fill = format_of(spec).grid(spec, rows.shape[1]), rounding(how).round
-
-        jobs = [partial(job, fill, grid)] * cores()
+        jobs = [partial(job, rounding(how), format_of(spec).grid(spec, rows.shape[1]))] * cores()
         seconds = _seconds(partial(in_parallel, jobs, 0), torch.device("cpu"))
         yield f"{name}/{how}", len(jobs) * rows.nbytes / seconds
 
 
 def _disk() -> float:
-    """Bytes a second that reach the disk under the folder that one stands in, where runs are."""
+    """Return the bytes per second written to the disk of the current folder, which holds the runs."""
     block = os.urandom(1 << 22)
     try:
         with tempfile.TemporaryFile(dir=".") as file:
             start, written = time.perf_counter(), 0
-            while written < FILE_BYTES and time.perf_counter() - start < LONGEST:
+            while written < FILE_BYTES and time.perf_counter() - start < LONGEST_SECONDS:
                 written += file.write(block)
             file.flush()
             os.fsync(file.fileno())
             return written / (time.perf_counter() - start)
     except OSError as error:
         raise WorkspaceError(
-            f"not measured: the folder that you stand in cannot be written ({error.strerror}); go to where runs may be"
+            f"{os.getcwd()}: cannot be written, so nothing was measured ({error.strerror}). Try: another folder"
         ) from None
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """The shortest time that some work takes, of a few after one to warm up."""
+    """Return the shortest of a few timed calls, after one call to warm up."""
     import torch
 
     def timed() -> float:
@@ -286,6 +284,6 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
     timed()
     times: list[float] = []
     begun = time.perf_counter()
-    while not times or (len(times) < 5 and time.perf_counter() - begun < LONGEST):
+    while not times or (len(times) < 5 and time.perf_counter() - begun < LONGEST_SECONDS):
         times.append(timed())
     return min(times)

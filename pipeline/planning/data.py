@@ -1,4 +1,4 @@
-"""How much there is to train on, as far as that can be told without reading it all; estimates, and said to be."""
+"""The size of a data set, estimated without reading all of it."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
     from huggingface_hub import DatasetInfo
 
 BYTES_A_TOKEN = 4  # of English text, roughly; other languages and code have fewer
-TEMPLATE_TOKENS = 15  # that a chat template puts around an example, roughly
-SAMPLE_BYTES = 1_000_000  # of a file, whose lines stand for all of them
-# The docstrings of Python 3.11's standard library; reading them takes longer than a plan may.
+TEMPLATE_TOKENS = 15  # roughly; a chat template adds them to each example
+SAMPLE_BYTES = 1_000_000  # of a file, to estimate its number of lines
+# Examples and bytes of the docstrings of Python 3.11's standard library, because reading them takes too long here.
 BUILTIN = (4300, 1_540_000)
 _TIMEOUT = 10.0  # seconds
 
 
 @dataclass(frozen=True)
 class DataSize:
-    """What a data set holds.
+    """The size of a data set; None for an unknown figure.
 
     Attributes:
-        examples: rows; None where that is not known.
-        text_bytes: of all rows; None where that is not known.
-        how: how these were come by, in a few words.
-        fetched_bytes: what the Hub sends; None where that is not known.
+        examples: number of rows.
+        text_bytes: bytes of all rows.
+        how: the source of these figures, in a few words.
+        fetched_bytes: bytes to download from the Hub.
     """
 
     examples: int | None
@@ -40,17 +40,17 @@ class DataSize:
 
     @property
     def tokens(self) -> int | None:
-        """Of all rows, in a chat template."""
+        """Return the tokens of all rows, chat template included."""
         if self.text_bytes is None:
             return None
         return self.text_bytes // BYTES_A_TOKEN + TEMPLATE_TOKENS * (self.examples or 0)
 
 
 def data_size(data: Data) -> DataSize:
-    """The size of a data set, before `data.limit`.
+    """Return the size of a data set, before `data.limit`.
 
     Raises:
-        DataError: where it is not there.
+        DataError: if the data set does not exist.
     """
     if is_builtin(data.source):
         return DataSize(*BUILTIN, "estimated for Python's own documentation")
@@ -59,7 +59,7 @@ def data_size(data: Data) -> DataSize:
 
 
 def steps(data: Data, train: Train, size: DataSize) -> int | None:
-    """How many times training updates the adapter; None where that is not known."""
+    """Return the number of optimizer steps; None if it is not known."""
     if train.max_steps is not None:
         return train.max_steps
     if size.tokens is None or (size.examples is None and (data.limit or not train.packing)):
@@ -77,7 +77,7 @@ def _in_file(path: Path) -> DataSize:
 
         found = parquet.read_metadata(path)
         groups = (found.row_group(i).total_byte_size for i in range(found.num_row_groups))
-        return DataSize(found.num_rows, sum(groups), "from the file's own figures")
+        return DataSize(found.num_rows, sum(groups), "from the file's metadata")
     with open(path, "rb") as file:
         sample = file.read(SAMPLE_BYTES)
     if kind == ".json":
@@ -103,11 +103,11 @@ def _on_hub(data: Data) -> DataSize:
     fetched = fetched_bytes(info, data)
     if told := split_figures(found, data):
         return DataSize(told.get("num_examples"), told.get("num_bytes"), "from the data set's card", fetched)
-    return DataSize(None, None, "its card does not say how much it holds", fetched)
+    return DataSize(None, None, "its card does not say its size", fetched)
 
 
 def split_figures(found: object, data: Data) -> dict | None:
-    """What a data set's card says of the split that is asked for."""
+    """Return the card's figures of the configured split; None if the card has none."""
     subsets = _subsets(found)
     for subset in _named(subsets, data) or subsets[:1]:
         splits = subset.get("splits")
@@ -118,7 +118,7 @@ def split_figures(found: object, data: Data) -> dict | None:
 
 
 def fetched_bytes(info: DatasetInfo, data: Data) -> int | None:
-    """What the Hub sends: a subset with all its splits. Which files are of which subset is not looked up."""
+    """Return the bytes to download: a subset with all its splits; None if the card does not say."""
     sizes, configs = (_subsets(getattr(info.card_data, key, None)) for key in ("dataset_info", "configs"))
     if data.subset or max(len(sizes), len(configs)) > 1:
         said = [subset.get("download_size") for subset in _named(sizes, data)]

@@ -1,4 +1,4 @@
-"""What a plan is held against: this machine, or a GPU by its name."""
+"""The machines that a run is planned for: this one, or a GPU by its name."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from pipeline.system import hardware
 
 GIB = 1024**3
 
-# What torch finds on a GPU of that name, in GiB: less than what the box says, for the driver and error
-# correction take a part.
+# GiB that torch finds on such a GPU. The driver and error correction take a part of the advertised memory.
 DEVICES = {
     "t4-16gb": 14.6,
     "l4-24gb": 22.0,
@@ -36,15 +35,16 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to run on. Bytes; None where it is not known.
+    """A machine by its memory and disks. Bytes; None if not known.
 
     Attributes:
-        name: processor, cores and GPU, which tell machines apart whose speed differs; or the GPU that was named.
-        gpu_bytes: memory of one GPU that can be used; 0 where there is none.
-        host_bytes: main memory that can be used.
-        disk_free: free on the disk of the runs' folder; None for other machines.
-        cache_free: free on the disk of the Hub's cache.
-        is_here: whether it is this machine, for whose speed there may be a calibration.
+        name: processor, cores and GPU, which decide its speed; or the name of a GPU of the table.
+        gpu_bytes: usable memory of one GPU; 0 without a GPU.
+        host_bytes: usable main memory.
+        disk_free: free space on the disk of the runs' folder.
+        cache_free: free space on the disk of the Hub's cache.
+        one_disk: True if both are the same disk.
+        is_here: True for this machine, whose speed may have been measured.
     """
 
     name: str
@@ -57,28 +57,29 @@ class Machine:
 
     @property
     def has_gpu(self) -> bool:
+        """Return True if a GPU is there."""
         return self.gpu_bytes > 0
 
 
-def named(name: str) -> Machine:
-    """A GPU of the table, whatever machine it is in.
+def gpu_by_name(name: str) -> Machine:
+    """Return a GPU of the table, in a machine of which nothing else is known.
 
     Raises:
-        ConfigError: where there is none of that name.
+        ConfigError: if the table has no such name.
     """
     key = name.strip().lower()
     if key not in DEVICES:
-        raise ConfigError(f"--device {name}: not known; known are {', '.join(DEVICES)}")
+        raise ConfigError(f"--device: unknown device ({name}). Try: one of {', '.join(DEVICES)}")
     return Machine(key, gpu_bytes=int(DEVICES[key] * GIB))
 
 
 def this_machine(runs: Path) -> Machine:
-    """The machine that this runs on; torch is imported only where a GPU may be found with it."""
+    """Return the machine that this runs on; torch is imported only if it may find a GPU."""
     gpu = gpu_here()
     gpu_name = gpu[0] if gpu else "without a GPU"
     computing = f"computing in {asked}" if (asked := os.environ.get(hardware.COMPUTE_DTYPE)) else ""
     free = hardware.free_host_bytes()
-    runs, cache = existing(runs), existing(hub_cache())
+    runs, cache = nearest_folder(runs), nearest_folder(hub_cache())
     return Machine(
         name=", ".join(filter(None, (hardware.cpu_name(), f"{hardware.cores()} cores", gpu_name, computing))),
         gpu_bytes=(gpu[1] or 0) if gpu else 0,
@@ -91,9 +92,9 @@ def this_machine(runs: Path) -> Machine:
 
 
 def gpu_here() -> tuple[str, int | None] | None:
-    """Name and free memory in bytes of the GPU that stages would use; None where there is none.
+    """Return name and free bytes of the GPU that stages use; None without a GPU.
 
-    Asking takes some of it, `memory.CUDA_CONTEXT` at most, until this process ends; that is not added again.
+    The question itself takes up to `memory.CUDA_CONTEXT` of that memory until this process ends.
     """
     if not may_have_gpu():
         return None
@@ -105,7 +106,7 @@ def gpu_here() -> tuple[str, int | None] | None:
 
 
 def may_have_gpu() -> bool:
-    """Could torch find one? Neither without a driver nor with a build for processors alone."""
+    """Return True if torch may find a GPU: there is a driver, and torch is not a CPU build."""
     driver = any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/proc/driver/nvidia"))
     try:
         return driver and "+cpu" not in importlib.metadata.version("torch")
@@ -114,13 +115,13 @@ def may_have_gpu() -> bool:
 
 
 def hub_cache() -> Path:
-    """Where the Hub's client keeps models."""
+    """Return the folder of the Hub's cache."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
 
 
-def existing(path: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
+def nearest_folder(path: Path) -> Path:
+    """Return the folder, or the nearest existing one above it."""
     path = path.absolute()
     return next(folder for folder in (path, *path.parents) if folder.is_dir())

@@ -1,4 +1,4 @@
-"""What this machine has: devices, kernels, versions, disk, login. And how fast it is, which is kept for plans."""
+"""The doctor's report: devices, kernels, versions, disk, login and speed of this machine."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.catalog import DEFAULT_VARIANTS, NEAREST
 from pipeline.errors import HubError, WorkspaceError, redact
-from pipeline.planning.benchmark import Calibration, measure, path, read_calibration
-from pipeline.planning.benchmark import keep as keep_calibration
-from pipeline.planning.devices import existing, hub_cache, this_machine
+from pipeline.planning.benchmark import Speeds, measure, path, read_speeds, save_speeds
+from pipeline.planning.devices import hub_cache, nearest_folder, this_machine
 from pipeline.system import command_names, hardware
 from pipeline.system.libraries import EXTRAS, OURS, is_installed, quiet, versions
 from pipeline.system.text_format import size
@@ -24,25 +23,24 @@ from pipeline.tracking.trackers import TRACKERS, tracker
 if TYPE_CHECKING:
     from rich.console import Console
 
-# AMD GPUs whose kernels torch's builds lack, and those that run in their place: gfx1031 runs what is made for gfx1030.
+# AMD GPUs without kernels in torch's builds, and the version whose kernels they run: gfx1031 runs those of gfx1030.
 AS_OTHERS = {"gfx103": "10.3.0", "gfx110": "11.0.0"}
 BUILT_FOR = ("gfx1030", "gfx1100", "gfx1101", "gfx1102")
 
 
 def examine(runs: Path, calibrate: bool | None = None, tell: Callable[[str], None] = lambda what: None) -> dict:
-    """Everything there is to say, as plain data; no token among it.
+    """Return the whole report as plain data, without any token.
 
     Args:
-        runs: the folder of the runs, for the space there is.
-        calibrate: measure; None where that was not done here yet.
-        tell: is told what is being measured.
+        runs: the folder of the runs, for its free space.
+        calibrate: True to measure the speed; None to measure it once on each machine.
+        tell: receives the name of each measurement when it starts.
     """
     quiet()
     here = this_machine(runs)
-    place = here.name
-    known, problem = read_calibration(), None
-    if calibrate or (calibrate is None and (known is None or not known.is_of(place))):
-        known, problem = _measured(place, tell)
+    known, problem = read_speeds(), None
+    if calibrate or (calibrate is None and (known is None or known.place != here.name)):
+        known, problem = _measured(here.name, tell)
     return {
         "machine": hardware.describe(),
         "memory_free_bytes": here.host_bytes,
@@ -57,25 +55,25 @@ def examine(runs: Path, calibrate: bool | None = None, tell: Callable[[str], Non
         "calibration": {
             "file": str(path()),
             "figures": known and asdict(known),
-            "is_of_here": known is not None and known.is_of(place),
+            "is_of_here": known is not None and known.place == here.name,
             "problem": problem,
         },
     }
 
 
-def _measured(place: str, tell: Callable[[str], None]) -> tuple[Calibration | None, str | None]:
-    """New figures, and in one line why they could not be had, or kept."""
-    figures = None
+def _measured(place: str, tell: Callable[[str], None]) -> tuple[Speeds | None, str | None]:
+    """Return new speeds, and the problem if they could not be measured or saved."""
+    speeds = None
     try:
-        figures = measure(place, tell)
-        keep_calibration(figures)
+        speeds = measure(place, tell)
+        save_speeds(speeds)
     except WorkspaceError as error:
-        return figures, str(error)
-    return figures, None
+        return speeds, str(error)
+    return speeds, None
 
 
 def devices() -> list[dict]:
-    """The devices that torch finds, the one that stages use first, and what must be set for a GPU it does not find."""
+    """Return the devices that torch finds, the one for stages first, with advice for an unused GPU."""
     import torch
 
     found = []
@@ -92,43 +90,41 @@ def devices() -> list[dict]:
     elif advice := missing_gpu():
         found.append({"kind": "unused", "name": "a GPU that torch does not use", "advice": advice})
     if torch.backends.mps.is_available():
-        found.append({"kind": "mps", "name": "Apple GPU", "advice": "for chat; stages do not use it"})
+        found.append({"kind": "mps", "name": "Apple GPU", "advice": "for chat only"})
     capability = torch.backends.cpu.get_cpu_capability()
     cpu = {"kind": "cpu", "name": hardware.describe()["cpu"], "capability": capability, "cores": hardware.cores()}
     return [*found, cpu]
 
 
 def missing_gpu(root: Path = Path("/")) -> str | None:
-    """What to do where there is a GPU's driver and torch finds no GPU; None where there is no driver either."""
+    """Return what to do if there is a GPU driver but torch finds no GPU; None without a driver."""
     build = importlib.metadata.version("torch")
     if (root / "dev/kfd").exists():
         if "rocm" not in build:
-            return f"an AMD GPU, and torch {build} is not built for it: install one of PyTorch's builds for ROCm"
+            return f"AMD GPU: torch {build} is not built for it. Try: install a ROCm build of PyTorch"
         if not os.access(root / "dev/kfd", os.R_OK | os.W_OK):
-            return "an AMD GPU that you may not open: join the groups render and video, and log in again"
-        return "an AMD GPU that torch does not find; see what rocminfo says"
+            return "AMD GPU: no permission to open it. Try: join the groups render and video, and log in again"
+        return "AMD GPU: torch does not find it. Try: rocminfo"
     if (root / "dev/nvidiactl").exists():
         if "+cpu" in build:
-            return f"an NVIDIA GPU, and torch {build} is not built for it: install an ordinary build of torch"
-        return "an NVIDIA GPU that torch does not find; see what nvidia-smi says, the driver may be too old"
+            return f"NVIDIA GPU: torch {build} is not built for it. Try: install a CUDA build of PyTorch"
+        return "NVIDIA GPU: torch does not find it, perhaps because the driver is too old. Try: nvidia-smi"
     if (root / "opt/rocm").is_dir():
-        return (
-            "ROCm is installed and there is no /dev/kfd: load the amdgpu driver; for a container, pass it that device"
-        )
+        return "ROCm: no /dev/kfd. Try: load the amdgpu driver, or pass that device to the container"
     return None
 
 
 def rocm_advice(architecture: str) -> str | None:
-    """What must be set for an AMD GPU that torch finds; None where nothing must."""
+    """Return what to set for an AMD GPU that torch finds; None if nothing must be set."""
     name = architecture.split(":")[0]
     version = next((v for prefix, v in AS_OTHERS.items() if name.startswith(prefix)), None)
     if version is None or name in BUILT_FOR or os.environ.get("HSA_OVERRIDE_GFX_VERSION"):
         return None
-    return f"set HSA_OVERRIDE_GFX_VERSION={version}, for torch brings no kernels for {name}"
+    return f"{name}: torch has no kernels for it. Try: set HSA_OVERRIDE_GFX_VERSION={version}"
 
 
 def kernels() -> dict[str, str]:
-    """The layer that a quantized weight gets on the device that stages use; as stored, or as plain dequantized."""
+    """Return the layer of each kind of quantized weight on the device that stages use."""
     import torch
 
     from pipeline.inference.kernels import linear, runs_as_stored
@@ -147,19 +143,19 @@ def kernels() -> dict[str, str]:
 
 
 def login() -> dict:
-    """Who is logged in to the Hub, and whether that token may write; or why that is not known, in one line."""
+    """Return the Hub user and whether the token may write, or the problem in one line."""
     from huggingface_hub import get_token
 
     from pipeline.hub.auth import may_write, who_is
 
     token = get_token()
     if token is None:
-        return {"name": None, "may_write": False, "problem": f"no token; set HF_TOKEN or run: {command_names.login()}"}
+        return {"name": None, "may_write": False, "problem": f"no token. Try: set HF_TOKEN, or {command_names.login()}"}
     try:
         who = who_is("the Hub", token)
     except HubError as error:
         return {"name": None, "may_write": None, "problem": str(error)}
-    except Exception as error:  # whatever the transport raises where there is no network
+    except Exception as error:  # the transport has many errors for a missing network
         reason = redact(" ".join(str(error).split()))[:200] or type(error).__name__
         return {"name": None, "may_write": None, "problem": f"the Hub could not be reached ({reason})"}
     about = who.get("auth", {}).get("accessToken", {})
@@ -168,11 +164,13 @@ def login() -> dict:
 
 def _disk(runs: Path) -> dict[str, dict]:
     places = {"runs": runs.absolute(), "hub_cache": hub_cache()}
-    return {name: {"folder": str(p), "free_bytes": shutil.disk_usage(existing(p)).free} for name, p in places.items()}
+    return {
+        name: {"folder": str(p), "free_bytes": shutil.disk_usage(nearest_folder(p)).free} for name, p in places.items()
+    }
 
 
 def show(console: Console, found: dict) -> None:
-    """The same as a page of text."""
+    """Print the report as a page of text."""
     from rich.markup import escape
 
     for label, line in _lines(found):
@@ -204,18 +202,17 @@ def _lines(found: dict) -> Iterator[tuple[str, str]]:
 
 
 def _compute(dtype: str) -> str:
-    """Return the compute type, and what it is for if it is not the type in which models are stored."""
+    """Return the compute type, with the reason if it is not bfloat16."""
     if os.environ.get(hardware.COMPUTE_DTYPE):
         return f"{dtype} for products of many rows, set by {hardware.COMPUTE_DTYPE}"
-    return (
-        dtype if dtype == "bfloat16" else f"{dtype} for products of many rows; bfloat16 has no fast instructions here"
-    )
+    slow = " for products of many rows; bfloat16 has no fast instructions here"
+    return dtype if dtype == "bfloat16" else dtype + slow
 
 
 def _speed(kept: dict) -> str:
     figures = kept["figures"]
     if not figures:
-        return kept["problem"] or f"not measured; run: {command_names.command('doctor', '--calibrate')}"
+        return kept["problem"] or f"not measured. Try: {command_names.command('doctor', '--calibrate')}"
     told = (
         f"training {figures['train'] / 1e9:.3g}, reading {figures['forward'] / 1e9:.3g} G weights x tokens/s; "
         f"decoding {size(figures['decode_bytes'])}/s; int4 {size(figures['rounding']['int4/search'])}/s; "
@@ -223,4 +220,6 @@ def _speed(kept: dict) -> str:
     )
     if kept["problem"]:
         return f"{told}; {kept['problem']}"
-    return f"{told}, kept in {kept['file']}" + ("" if kept["is_of_here"] else "; of another machine, measure anew")
+    return f"{told}, kept in {kept['file']}" + (
+        "" if kept["is_of_here"] else "; measured on another machine. Try: doctor --calibrate"
+    )

@@ -1,7 +1,6 @@
-"""What the first bytes of a model's files say: names, shapes and types of its tensors. Imports neither torch nor gguf.
+"""Names, shapes and types of tensors from the headers of a model's files, without torch or gguf.
 
-`pipeline.models.checkpoint` reads the same headers to bring the tensors, and holds them to account; here nothing but
-sizes is wanted, and quickly.
+`pipeline.models.checkpoint` reads the same headers with all its checks to bring the tensors themselves.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from pathlib import Path
 from pipeline.errors import CheckpointError
 from pipeline.models.gguf_metadata import read_header
 
-FIRST_BYTES = 100_000  # of a safetensors file, in which most headers end
+FIRST_BYTES = 100_000  # of a safetensors file; most headers end in them
 LONGEST_HEADER = 100_000_000
 ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "BF16": 2, "F16": 2,
@@ -26,29 +25,31 @@ ITEM_BYTES = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor by its shape, and the bytes of one of its values where it is stored."""
+    """The shape of a tensor, and the stored bytes of one of its values."""
 
     shape: tuple[int, ...]
     item_bytes: int = 2
 
     @property
     def numel(self) -> int:
+        """Return the number of values."""
         return math.prod(self.shape)
 
 
 def safetensors_header(name: str, read: Callable[[int, int], bytes]) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+    """Return the tensors of a safetensors file.
 
     Args:
-        read: gives bytes from the first position up to the second, or as many as there are.
+        name: the file, for errors.
+        read: returns the bytes from the first position up to the second, or up to the end of the file.
 
     Raises:
-        CheckpointError: where that is no header.
+        CheckpointError: if the header is invalid.
     """
     head = read(0, FIRST_BYTES)
     length = struct.unpack("<Q", head[:8])[0] if len(head) >= 8 else -1
     if not 2 <= length <= LONGEST_HEADER:
-        raise CheckpointError(f"{name}: not a safetensors file, or cut short")
+        raise CheckpointError(f"{name}: not a safetensors file, or truncated")
     if 8 + length > len(head):
         head += read(len(head), 8 + length)
     try:
@@ -58,10 +59,10 @@ def safetensors_header(name: str, read: Callable[[int, int], bytes]) -> dict[str
             raise ValueError
         return {n: Tensor(tuple(e["shape"]), ITEM_BYTES[e["dtype"]]) for n, e in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise CheckpointError(f"{name}: its header does not say what tensors it has") from None
+        raise CheckpointError(f"{name}: its safetensors header is invalid") from None
 
 
-# GGUF's names of a layer's weights, by which adapters and `keep` do not know them.
+# GGUF's names of a layer's weights, and the names in a checkpoint, which adapters and `keep` use.
 _MODULES = {
     "attn_q": "q_proj", "attn_k": "k_proj", "attn_v": "v_proj", "attn_output": "o_proj",
     "ffn_gate": "gate_proj", "ffn_up": "up_proj", "ffn_down": "down_proj",
@@ -69,7 +70,7 @@ _MODULES = {
 
 
 def gguf_header(path: Path) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """Return the single values of a GGUF, and its tensors by the names that they have in a checkpoint.
+    """Return the metadata of a GGUF, and its tensors by their names in a checkpoint.
 
     Raises:
         CheckpointError: if the file is not a whole GGUF.

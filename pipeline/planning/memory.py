@@ -1,8 +1,8 @@
-"""What stages hold in memory: weights, optimizer, activations, caches. Bytes, by part.
+"""Memory of stages in bytes, by part: weights, optimizer, activations, caches.
 
-The counts follow what the libraries keep for the backward pass (seen with torch's saved-tensor hooks), and the
-constants what processes were measured to hold; `scripts/benchmark_plan.py` holds both against real stages.
-What is said of CUDA is from the same formulas, and has not been measured.
+The counts follow the tensors that the libraries keep for the backward pass, seen with torch's saved-tensor hooks. The
+constants were measured on processes; `scripts/benchmark_plan.py` compares both with real stages. CUDA has the same
+formulas, and was not measured.
 """
 
 from __future__ import annotations
@@ -18,50 +18,51 @@ from pipeline.system.hardware import compute_bytes_here, cores
 Need = dict[str, int]  # part -> bytes
 
 MB = 1_000_000
-# Of processes that have imported what a stage uses and done nothing yet, on a CPU build of torch.
+# Of idle processes that have imported a stage's libraries, with a CPU build of torch.
 LIBRARIES = {"train": 580 * MB, "merge": 390 * MB, "compare": 510 * MB, "evaluate": 390 * MB, "quantize": 240 * MB}
-SKELETON = 130 * MB  # of transformers, if it has to build the model to find its linear layers
-CUDA_LIBRARIES = 2500 * MB  # main memory that a CUDA build of torch takes on top
-CUDA_CONTEXT = 700 * MB  # GPU memory that is gone before the first tensor
-NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8  # a code, a scale of 8 bits for 64, a scale of those for 256 of them
-# Stages keep the memory that they free (`process_environment.ALLOCATOR`). Blocks of other sizes leave holes in it,
-# and the intermediate results of a layer lie there too.
+SKELETON = 130 * MB  # of transformers, if it must build the model to find its linear layers
+CUDA_LIBRARIES = 2500 * MB  # additional main memory of a CUDA build of torch
+CUDA_CONTEXT = 700 * MB  # GPU memory in use before the first tensor
+NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8  # a code, an 8-bit scale for 64 codes, a scale for 256 scales
+# Stages keep the memory that they free (`process_environment.ALLOCATOR`). These factors count its holes, which blocks
+# of other sizes leave, and a layer's intermediate results.
 HOLES = 1.5
-MEASURING_HOLES = 1.1  # of scoring and comparing one model after another
-COMPARED_HOLES = 1.3  # of three models one after the other, which all work in blocks of the same sizes
+MEASURING_HOLES = 1.1  # while models are scored and compared one after another
+COMPARED_HOLES = 1.3  # while three models with blocks of the same sizes follow one another
 CUDA_HOLES = 1.15  # torch's own allocator fills its blocks better
-MAPPED = "pages of the files"  # count as resident, and are given back where memory is short
-LOSS_TOKENS, LOSS_COLUMNS = 4096, 32768  # of the tile of logits that trl computes at a time on a GPU
+MAPPED = "pages of the files"  # count as resident; the system takes them back if memory is short
+LOSS_TOKENS, LOSS_COLUMNS = 4096, 32768  # of one tile of logits, as trl computes them on a GPU
 TRAINED_LOGITS = 1 << 23  # `training.fused_loss.LOGIT_ELEMENTS`
-TRAINED_LOGIT_BYTES = 14  # each of them: float32 three times over, or twice and the tile in bf16
-SCORED_TOKENS = 2048  # `measure.BATCH_TOKENS`
-LOGITS = 1 << 24  # `heads.LOGIT_ELEMENTS`
-LOGITS_BYTES = 30  # each of them: float32, seven and a half times over, while two models are compared
-HEAD = 1 << 25  # `heads.HEAD_ELEMENTS`
-LLAMA_CPP = 100 * MB  # of a process that has no torch; the stage has closed the file by then
-PROBE = 70 * MB  # what a probe computes with
-BLOCK = 4 * MB  # `blocks.BLOCK_BYTES`
+TRAINED_LOGIT_BYTES = 14  # per logit: float32 three times, or twice and the tile in bf16
+SCORED_TOKENS = 2048  # `evaluation.metrics.BATCH_TOKENS`
+LOGITS = 1 << 24  # `inference.output_head.LOGIT_ELEMENTS`
+LOGITS_BYTES = 30  # per logit: float32 seven and a half times, while two models are compared
+HEAD = 1 << 25  # `inference.output_head.HEAD_ELEMENTS`
+LLAMA_CPP = 100 * MB  # of a process without torch; the stage has closed the file before
+PROBE = 70 * MB  # for the work of a load probe
+BLOCK = 4 * MB  # `row_blocks.BLOCK_BYTES`
 
 
 def total(need: Need) -> int:
+    """Return the bytes of all parts."""
     return sum(need.values())
 
 
 def wanted(need: Need) -> int:
-    """What has to be free for it: all but what the system can take back."""
+    """Return the bytes that must be free: all parts except pages that the system can take back."""
     return total(need) - need.get(MAPPED, 0)
 
 
 def adapter_parameters(sizes: Sizes, lora: Lora) -> int:
-    """Parameters of a LoRA adapter: a factor of rank columns and one of rank rows for each layer."""
+    """Return the parameters of a LoRA adapter: two factors of its rank for each layer."""
     return sum(lora.rank * (rows + width) for rows, width in sizes.trained(lora).values())
 
 
 def held_weights(sizes: Sizes, in_nf4: bool, other_bytes: int = 2) -> int:
-    """The base as training holds it: linear layers in NF4 or bf16, embeddings in bf16.
+    """Return the bytes of the base in training: linear layers in NF4 or bf16, embeddings in bf16.
 
     Args:
-        other_bytes: of a number of everything else, which a CPU holds in its compute type.
+        other_bytes: bytes of each other number, which a CPU holds in its compute type.
     """
     tables = sum(rows * width for rows, width in sizes.tables.values())
     others = sizes.parameters - sizes.linear_parameters - tables
@@ -69,7 +70,7 @@ def held_weights(sizes: Sizes, in_nf4: bool, other_bytes: int = 2) -> int:
 
 
 def training(sizes: Sizes, train: Train, on_gpu: bool) -> tuple[Need, Need]:
-    """Main memory and GPU memory of the training stage. On a GPU gradients are checkpointed, on a CPU not."""
+    """Return main memory and GPU memory of training; only a GPU has gradient checkpointing."""
     in_nf4 = METHODS[train.method].in_nf4
     tokens, adapter = train.batch_size * train.max_length, adapter_parameters(sizes, train.lora)
     small_states = on_gpu and train.optimizer != "adamw" or train.optimizer == "paged_adamw_8bit"
@@ -80,11 +81,11 @@ def training(sizes: Sizes, train: Train, on_gpu: bool) -> tuple[Need, Need]:
     if not on_gpu:
         layer = tokens * _kept_on_cpu(sizes, train, compute_bytes_here())
         held["activations"] = int(HOLES * sizes.layers * layer)
-        held["mask"] = tokens**2 if train.packing else 0  # of booleans, for all packed sequences together
+        held["mask"] = tokens**2 if train.packing else 0  # booleans for all packed sequences together
         held["logits"] = min(tokens * sizes.vocabulary, TRAINED_LOGITS) * TRAINED_LOGIT_BYTES
         return {"libraries": LIBRARIES["train"], **held}, {}
     layer = tokens * _kept_on_gpu(sizes, train)
-    # Packed sequences lie in one row, so that every token has a place in the mask for every other.
+    # Packed sequences lie in one row, so the mask has an entry for every pair of tokens.
     mask = 2 * (tokens**2 if train.packing else tokens * train.max_length)
     held["activations"] = int(CUDA_HOLES * (2 * sizes.hidden * tokens * sizes.layers + 2 * layer + 3 * mask))
     held["logits"] = 2 * min(tokens, LOSS_TOKENS) * min(sizes.vocabulary, LOSS_COLUMNS) + 8 * sizes.hidden * tokens
@@ -94,11 +95,11 @@ def training(sizes: Sizes, train: Train, on_gpu: bool) -> tuple[Need, Need]:
 
 
 def _kept_on_cpu(sizes: Sizes, train: Train, width: int) -> int:
-    """Bytes that one layer keeps of one token for the backward pass, with the functions of `kernels.training`.
+    """Return the bytes per token that one layer keeps for the backward pass, with our fused layers.
 
-    Two norms keep what they are given in float32, and in the compute type what they give; attention its queries, keys,
-    values and result, the result once more as the next layer takes it, and a mask; the feed-forward part its two
-    halves. An adapter that drops out keeps a boolean for each number of its input.
+    Two norms keep their input in float32 and their output in the compute type. Attention keeps queries, keys, values,
+    a mask, and its result twice. The feed-forward part keeps its two halves. An adapter with dropout keeps a boolean
+    for each number of its input.
 
     Args:
         width: bytes of a number in the compute type.
@@ -112,11 +113,11 @@ def _kept_on_cpu(sizes: Sizes, train: Train, width: int) -> int:
 
 
 def _kept_on_gpu(sizes: Sizes, train: Train) -> int:
-    """The same with the layers of the libraries.
+    """Return the bytes per token that one layer of transformers keeps for the backward pass.
 
-    Two norms keep float32; attention its queries, keys, values (repeated for all heads) and result; the
-    feed-forward part its gate, the activated gate, and the other half; an adapter its input in bf16, and
-    where it drops out, the mask of that, as wide as the type that it is computed in.
+    Two norms keep float32. Attention keeps queries, keys and values (repeated for all heads), and its result. The
+    feed-forward part keeps its gate, the activated gate and the other half. An adapter keeps its input in bf16, and
+    with dropout a mask in the type that it is computed in.
     """
     plain = 8 * sizes.hidden + 8 * sizes.attention + 6 * sizes.intermediate
     inputs = sum(width for _, width in sizes.trained(train.lora).values()) // sizes.layers
@@ -125,7 +126,7 @@ def _kept_on_gpu(sizes: Sizes, train: Train) -> int:
 
 
 def merging(sizes: Sizes, config: Config, kinds: tuple[str, ...], variants: int, on_gpu: bool) -> tuple[Need, Need]:
-    """The pass over the files, and the comparison of two bases where there is one."""
+    """Return main memory and GPU memory of the merge, and of comparing two bases if both are merged."""
     need = passing(sizes, LIBRARIES["merge"], variants)
     if NF4_BASE in kinds:
         need["weights in NF4"] = int(cores() * sizes.widest * 0.7)
@@ -135,17 +136,17 @@ def merging(sizes: Sizes, config: Config, kinds: tuple[str, ...], variants: int,
     weights = max(live, sizes.bf16_bytes) if on_gpu else live
     host, gpu = measuring(sizes, weights, on_gpu, config.evaluate.max_tokens, COMPARED_HOLES)
     host["libraries"] += LIBRARIES["compare"] - LIBRARIES["evaluate"]
-    # On a CPU the live adapter's base comes first, then either merge through a mapping of its files.
+    # On a CPU the base with its adapter comes first, then each merged model, mapped from its files.
     return max(need, host if on_gpu else host | {MAPPED: sizes.bf16_bytes}, key=total), gpu
 
 
 def passing(sizes: Sizes, libraries: int, variants: int) -> Need:
-    """One pass over the files: a block in each thread, and what is made of it on its way, whatever the model's size."""
+    """Return the memory of one pass over the files: a block and its results in each thread."""
     return {"libraries": libraries, "blocks": cores() * BLOCK * (8 + variants)}
 
 
 def quantizing(sizes: Sizes, specs: Sequence[VariantSpec]) -> Need:
-    """The pass, and llama.cpp's quantizer in a process of its own, which takes a tensor at a time, in float32."""
+    """Return the memory of the pass, and of llama.cpp's quantizer, which takes one float32 tensor at a time."""
     skeleton = 0 if layout(sizes.config) else SKELETON
     need = passing(sizes, LIBRARIES["quantize"] + skeleton, len(specs))
     if any(spec.variant.quantizer for spec in specs):
@@ -156,9 +157,13 @@ def quantizing(sizes: Sizes, specs: Sequence[VariantSpec]) -> Need:
 def measuring(
     sizes: Sizes, weights: int, on_gpu: bool, max_tokens: int, holes: float = MEASURING_HOLES
 ) -> tuple[Need, Need]:
-    """Scoring texts with a model that holds so many bytes of weights, and comparing it with another one.
+    """Return main memory and GPU memory of scoring texts with a model, and comparing it with a reference.
 
-    The other's hidden states and output head are in memory then, the other itself is not.
+    Only the reference's hidden states and output head are in memory.
+
+    Args:
+        weights: bytes of the model.
+        holes: factor for the holes in the memory.
     """
     layer = SCORED_TOKENS * (10 * sizes.hidden + 8 * sizes.attention + 6 * sizes.intermediate)
     table = sizes.vocabulary * sizes.hidden
@@ -167,7 +172,7 @@ def measuring(
         "output heads": 4 * min(HEAD, table) + 2 * table,
         "hidden states": 2 * 2 * 2 * sizes.hidden * max_tokens,
     }
-    if on_gpu:  # where texts are scored; models are compared in main memory
+    if on_gpu:  # texts are scored there, but models are compared in main memory
         gpu = {"weights": weights, "activations": layer, "logits": 16 * LOGITS, "output head": 4 * min(HEAD, table)}
         return {"libraries": LIBRARIES["evaluate"] + CUDA_LIBRARIES, **work}, {"CUDA itself": CUDA_CONTEXT, **gpu}
     work = {part: int(holes * count) for part, count in {"activations": layer, **work}.items()}
@@ -175,20 +180,20 @@ def measuring(
 
 
 def probed(host: Need, weights: int, on_gpu: bool) -> Need:
-    """The same stage while a fresh process loads the model once more, to measure its speed.
+    """Return a stage's memory while a fresh process loads the model again to measure its speed.
 
-    On a CPU the stage has the weights still: its output head lies in the same mapping.
+    On a CPU the stage still has the weights, because its output head lies in the same mapping.
     """
     fresh = LIBRARIES["evaluate"] + PROBE + (CUDA_LIBRARIES if on_gpu else weights)
     return host | {"a fresh process": fresh}
 
 
 def in_llama_cpp(sizes: Sizes, stored: int, max_tokens: int) -> Need:
-    """A GGUF measured through llama.cpp, on the CPU: the stage holds the file, and so does a fresh process after it."""
+    """Return the memory of measuring a GGUF in llama.cpp: the stage, then a fresh process, holds the file."""
     return measuring(sizes, stored, False, max_tokens)[0] | {"a fresh process": LLAMA_CPP}
 
 
 def offloaded(sizes: Sizes, max_tokens: int) -> Need:
-    """Measuring a model from its files: the weights of the widest layer, and those of the output head."""
+    """Return the memory of measuring a model from its files: the widest layer and the output head."""
     widest = 2 * max(sizes.widest, sizes.vocabulary * sizes.hidden)
     return measuring(sizes, 2 * widest, False, max_tokens)[0]

@@ -1,4 +1,4 @@
-"""How large a model is, from its metadata: of a repository without its weights, of files by their headers."""
+"""The sizes of a model, from file headers and the Hub's metadata."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from pipeline.quantization.formats import stored_bytes
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TABLES = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|lm_head|embed_out)\.weight$")
-OTHERS_IN_GGUF = {"gemma3": "gemma3_text"}  # GGUF's name of an architecture, and transformers' where it has another
+GGUF_MODEL_TYPES = {"gemma3": "gemma3_text"}  # architectures that transformers names differently
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """A base model by the sizes of its parts. Bytes.
+    """A base model by the sizes of its parts, in bytes.
 
     Attributes:
-        kind: `hub`, `folder`, or `package` for a GGUF that is unpacked.
-        tensors: all that are stored, by name.
-        config: what `config.json` says; of a package the kind of model alone.
-        fetched_bytes: what the Hub sends; 0 for what is here.
-        here_bytes: what of that lies in the Hub's cache already.
-        file_bytes: what is read from here: the weights' files, or the package's.
-        other_bytes: tokenizer and terms, which go where the model goes.
+        kind: `hub`, `folder`, or `package` for a GGUF inside a Python package.
+        tensors: all stored tensors, by name.
+        file_bytes: the files of weights.
+        fetched_bytes: all files to download from the Hub; 0 for a local model.
+        here_bytes: the part of them that is in the Hub's cache.
+        other_bytes: tokenizer and license, which are copied with the model.
         shard_bytes: the largest file of weights.
+        config: content of `config.json`; for a package only the model type.
     """
 
     kind: str
@@ -52,65 +52,71 @@ class Sizes:
 
     @property
     def model_type(self) -> str | None:
-        """As transformers calls it."""
+        """Return the model type that transformers uses."""
         return self.config.get("model_type")
 
     @cached_property
     def tables(self) -> dict[str, tuple[int, int]]:
-        """The embedding and, where it is stored, the output head: (V, H)."""
+        """Return the shapes (V, H) of the embedding and of the output head, if that is stored."""
         return {n: t.shape for n, t in self.tensors.items() if TABLES.search(n) and len(t.shape) == 2}
 
     @cached_property
     def linear(self) -> dict[str, tuple[int, int]]:
-        """The weights (N, K) that are quantized and get adapters: matrices that are no tables."""
+        """Return the shapes (N, K) of the weights that are quantized and get adapters."""
         return {n: t.shape for n, t in self.tensors.items() if len(t.shape) == 2 and n not in self.tables}
 
     @cached_property
     def parameters(self) -> int:
+        """Return the number of stored values."""
         return sum(t.numel for t in self.tensors.values())
 
     @cached_property
     def linear_parameters(self) -> int:
+        """Return the parameters of all linear layers."""
         return sum(rows * width for rows, width in self.linear.values())
 
     @property
     def bf16_bytes(self) -> int:
+        """Return the bytes of the model in bf16."""
         return 2 * self.parameters
 
     @cached_property
     def layers(self) -> int:
+        """Return the number of decoder layers."""
         return len({match[1] for name in self.linear if (match := _LAYER.search(name))}) or 1
 
     @cached_property
     def vocabulary(self) -> int:
+        """Return the number of tokens in the vocabulary."""
         return max((rows for rows, _ in self.tables.values()), default=1)
 
     @cached_property
     def hidden(self) -> int:
+        """Return the width of the hidden states."""
         return max((width for _, width in self.tables.values()), default=1)
 
     @cached_property
     def intermediate(self) -> int:
-        """Width between the two halves of a layer's feed-forward part."""
+        """Return the inner width of a layer's feed-forward part."""
         return max((max(shape) for shape in self.linear.values()), default=self.hidden)
 
     @cached_property
     def attention(self) -> int:
-        """Width of all heads together."""
+        """Return the width of all attention heads together."""
         return next((rows for name, (rows, _) in self.linear.items() if name.endswith("q_proj.weight")), self.hidden)
 
     @cached_property
     def keys(self) -> int:
-        """Width of the heads of the keys together, and of the values."""
+        """Return the width of all key heads together, which is that of the value heads."""
         return next((rows for name, (rows, _) in self.linear.items() if name.endswith("k_proj.weight")), self.attention)
 
     @cached_property
     def widest(self) -> int:
-        """Parameters of the largest linear layer."""
+        """Return the parameters of the largest linear layer."""
         return max((rows * width for rows, width in self.linear.values()), default=1)
 
     def trained(self, lora: Lora) -> dict[str, tuple[int, int]]:
-        """The layers that get an adapter."""
+        """Return the shapes of the layers that get an adapter."""
         wanted = lora.target_modules
         if wanted == "all-linear":
             return self.linear
@@ -123,19 +129,19 @@ class Sizes:
         """Return the bytes of a variant's weights, by its format's arithmetic.
 
         Args:
-            merged: True if it is made of a merged model, which is in bf16, and not of the base as it is stored.
+            merged: True if it is made from a merged model, which is in bf16; False for the base as stored.
         """
         tensors = {name: (t.shape, 2 if merged else t.item_bytes) for name, t in self.tensors.items()}
         return stored_bytes(spec, tensors, self.linear, self.tables)
 
 
 def read_sizes(model: Model) -> Sizes:
-    """The sizes of the model that a configuration names. Nothing is written, and no weights are fetched.
+    """Return the sizes of a configured model, without writing anything or downloading weights.
 
     Raises:
-        ModelError: where it is not there, or not handled.
-        CheckpointError: where its headers are none.
-        HubError: where the Hub cannot be reached.
+        ModelError: if the model does not exist or is not supported.
+        CheckpointError: if its headers are invalid.
+        HubError: if the Hub cannot be reached.
     """
     check_source(model)
     if package := PACKAGE_SOURCE.match(model.source):
@@ -144,20 +150,20 @@ def read_sizes(model: Model) -> Sizes:
 
 
 def adapter_sizes(source: str) -> dict[str, Tensor]:
-    """The tensors of an adapter that was trained elsewhere: a folder, or a repository."""
+    """Return the tensors of an adapter in a folder or a Hub repository."""
     if is_local(source, "merge.adapter"):
         return _header_of(Path(source).expanduser() / ADAPTER_FILES[1])
     repository = _Repository(source, None)
     name = next((n for n in (ADAPTER_FILES[1], f"adapter/{ADAPTER_FILES[1]}") if n in repository.files), None)
     if name is None:
-        raise ModelError(f"{source}: has no {ADAPTER_FILES[1]}, neither at its root nor under adapter/")
+        raise ModelError(f"{source}: no {ADAPTER_FILES[1]} at its root or in adapter/")
     return safetensors_header(name, lambda start, stop: repository.read(name, start, stop))
 
 
 def _packaged(file: Path) -> Sizes:
     fields, tensors = gguf_header(file)
     size, kind = file.stat().st_size, fields.get("general.architecture")
-    config = {"model_type": OTHERS_IN_GGUF.get(str(kind), kind)}
+    config = {"model_type": GGUF_MODEL_TYPES.get(str(kind), kind)}
     return Sizes("package", tensors, size, other_bytes=4_000_000, shard_bytes=size, config=config)
 
 
@@ -186,12 +192,12 @@ def _on_hub(model: Model) -> Sizes:
     repository = _Repository(model.source, model.revision)
     files = repository.files
     if "config.json" not in files:
-        raise ModelError(f"{model.source}: no config.json, so this is not a model's repository")
+        raise ModelError(f"{model.source}: not a model repository (no config.json)")
     config = parse_settings(f"{model.source}/config.json", repository.read("config.json"))
     check_config(model.source, config)
     wanted = {n: size for n, size in files.items() if belongs_to_checkpoint(n)}
     if not any(name.endswith(".safetensors") for name in wanted):
-        raise ModelError(f"{model.source}: no .safetensors at its root; pickled weights are not read")
+        raise ModelError(f"{model.source}: no .safetensors at its root, and pickled weights are not read")
     shards = _shards(model.source, files, repository.read)
     tensors = repository.headers(shards)
     sizes = [files[name] for name in shards]
@@ -209,7 +215,7 @@ def _on_hub(model: Model) -> Sizes:
 
 
 class _Repository:
-    """Files of a model on the Hub at one commit, of which single bytes are read; nothing is put into the cache."""
+    """The files of a Hub repository at one commit, read in byte ranges without the cache."""
 
     def __init__(self, repo: str, revision: str | None):
         from huggingface_hub import HfApi
@@ -221,7 +227,7 @@ class _Repository:
         self.files = {s.rfilename: s.size or 0 for s in info.siblings or []}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """A file, or its bytes from `start` up to `stop`."""
+        """Return a file's bytes from `start` up to `stop`, or up to its end."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -238,7 +244,7 @@ class _Repository:
         return answer.content
 
     def headers(self, shards: list[str]) -> dict[str, Tensor]:
-        """The tensors of several files, which are asked for at once."""
+        """Return the tensors of several files, whose headers are read at the same time."""
         from concurrent.futures import ThreadPoolExecutor
 
         def header(name: str) -> dict[str, Tensor]:
@@ -248,14 +254,14 @@ class _Repository:
             return {name: tensor for found in pool.map(header, shards) for name, tensor in found.items()}
 
     def is_here(self, name: str) -> bool:
-        """Does the Hub's cache have it?"""
+        """Return True if the Hub's cache has the file."""
         from huggingface_hub import try_to_load_from_cache
 
         return isinstance(try_to_load_from_cache(self.repo, name, revision=self.revision), str)
 
 
 def _shards(place: str, files: Mapping[str, int], read: Callable[[str], bytes]) -> list[str]:
-    """The files that hold a checkpoint's weights: the single one, or those that the index names."""
+    """Return the files of a checkpoint's weights: the single one, or those of the index."""
     if SINGLE in files:
         return [SINGLE]
     if INDEX not in files:
@@ -265,5 +271,5 @@ def _shards(place: str, files: Mapping[str, int], read: Callable[[str], bytes]) 
     except (KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{place}/{INDEX}: not an index with a weight_map") from None
     if missing := [name for name in names if name not in files]:
-        raise CheckpointError(f"{place}: {missing[0]} is named by the index, and missing")
+        raise CheckpointError(f"{place}: {missing[0]} is missing, but the index names it")
     return names

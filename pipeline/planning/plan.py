@@ -1,4 +1,4 @@
-"""The plan of a configuration: what its stages take, what of it fits where, and what to change where it does not."""
+"""The plan of a configuration: needs of its stages, shortages and advice."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 from pipeline.config.schema import Config
 from pipeline.planning import memory, timing
 from pipeline.planning.advice import Change, advise
-from pipeline.planning.benchmark import Calibration, read_calibration
+from pipeline.planning.benchmark import Speeds, read_speeds
 from pipeline.planning.data import DataSize, data_size, steps
-from pipeline.planning.devices import Machine, named, this_machine
+from pipeline.planning.devices import Machine, gpu_by_name, this_machine
 from pipeline.planning.model import Sizes, adapter_sizes, read_sizes
 from pipeline.planning.stages import Stage, disk_peaks, stages_of
 from pipeline.system.command_names import command
 
-UNTIMED = ("publish",)  # takes the network's time
+UNTIMED = ("publish",)  # its time is the network's
 
 
 @dataclass(frozen=True)
 class Shortage:
-    """Something that there is not enough of; `have` and `need` in bytes."""
+    """A shortage of memory or disk in a stage; `need` and `have` in bytes."""
 
     stage: str
     what: str  # main memory, GPU memory, disk
@@ -31,11 +31,12 @@ class Shortage:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run of a configuration takes. Bytes and seconds; None where that is not known.
+    """The needs of a run, in bytes and seconds; None if not known.
 
     Attributes:
-        seconds: by stage, of those whose time is known; empty where nothing was measured on that machine.
-        changes: settings with which everything fits; empty where it fits as it is, or with none that are known.
+        changes: settings with which the run fits; empty if it fits already, or if no known settings help.
+        seconds: the known times by stage; empty if the machine was not measured.
+        why_no_times: the reason that no times are known; None if the machine was measured.
     """
 
     config: Config
@@ -52,55 +53,60 @@ class Plan:
 
     @property
     def fits(self) -> bool:
+        """Return True if nothing is short."""
         return not self.shortages
 
     @property
     def untimed(self) -> dict[str, str]:
-        """The stages whose time is not known though the machine's speed is, each with the reason: `which ...`."""
+        """Return the stages without a time on a measured machine, each with its reason: `which ...`."""
         unknown = () if self.why_no_times else (s for s in self.stages if s.name not in self.seconds)
         return {s.name: s.untimed or "whose steps are not known" for s in unknown if s.name not in UNTIMED}
 
     @property
     def total_seconds(self) -> float | None:
-        """Of the whole run without the network; None where that of one of its stages is not known."""
+        """Return the time of the whole run without the network; None if a stage's time is not known."""
         return None if self.why_no_times or self.untimed else sum(self.seconds.values())
 
     @property
     def disk_bytes(self) -> int:
-        """What lies in the run's folder at most, at one time."""
+        """Return the largest size of the run's folder at any time."""
         return max((peak for _, peak in disk_peaks(self.stages)), default=0)
 
     @property
     def fetched_bytes(self) -> int:
+        """Return the bytes to download from the Hub."""
         return sum(stage.fetches for stage in self.stages)
 
     @property
     def cached_bytes(self) -> int:
+        """Return the downloaded bytes that stay in the Hub's cache."""
         return sum(stage.caches for stage in self.stages)
 
     @property
     def uploaded_bytes(self) -> int:
+        """Return the bytes to upload to the Hub."""
         return sum(stage.uploads for stage in self.stages)
 
 
 def make_plan(config: Config, device: str | None = None, runs: Path = Path("runs")) -> Plan:
-    """Look up sizes, and say what follows from them. Writes nothing, and fetches no weights.
+    """Return the plan of a configuration, without writing anything or downloading weights.
 
     Args:
-        device: a GPU by its name, of whatever machine; by default this machine.
+        device: the name of a GPU to plan for; None for this machine.
+        runs: the folder of the runs, for its free space.
 
     Raises:
-        UserError: where the model or the data cannot be had, or no such device is known.
+        UserError: if the model, the data or the device does not exist.
     """
-    machine = named(device) if device else this_machine(runs)
+    machine = gpu_by_name(device) if device else this_machine(runs)
     sizes = read_sizes(config.model)
     data = data_size(config.data) if config.data else None
-    brought = None
+    given = None
     if config.merge.adapter:
-        brought = sum(tensor.numel for tensor in adapter_sizes(config.merge.adapter).values())
+        given = sum(tensor.numel for tensor in adapter_sizes(config.merge.adapter).values())
 
     def lay_out(asked: Config) -> tuple[int, list[Stage], list[Shortage]]:
-        adapter = brought if brought is not None else memory.adapter_parameters(sizes, asked.train.lora)
+        adapter = given if given is not None else memory.adapter_parameters(sizes, asked.train.lora)
         fetched = data.fetched_bytes if data else 0
         stages = stages_of(asked, sizes, machine, fetched, adapter if asked.merges else 0)
         return adapter, stages, shortages(stages, machine)
@@ -108,8 +114,8 @@ def make_plan(config: Config, device: str | None = None, runs: Path = Path("runs
     adapter, stages, short = lay_out(config)
     changes = advise(config, lambda asked: bool(lay_out(asked)[2])) if short else []
     planned_steps = steps(config.data, config.train, data) if config.data and data else None
-    calibration, why_not = _calibration(machine)
-    seconds = timing.seconds(calibration, config, sizes, stages, planned_steps) if calibration else {}
+    speeds, why_not = _speeds(machine)
+    seconds = timing.seconds(speeds, config, sizes, stages, planned_steps) if speeds else {}
     return Plan(
         config, machine, sizes, data, adapter if config.merges else 0, planned_steps, stages, short, changes, seconds,
         why_not,
@@ -117,7 +123,7 @@ def make_plan(config: Config, device: str | None = None, runs: Path = Path("runs
 
 
 def shortages(stages: Sequence[Stage], machine: Machine) -> list[Shortage]:
-    """What there is not enough of, stage by stage; of what is not known, nothing is said."""
+    """Return the shortages of memory and disk, stage by stage; unknown sizes of the machine never fall short."""
     found = []
     for stage in stages:
         for what, need, have in (
@@ -138,13 +144,12 @@ def shortages(stages: Sequence[Stage], machine: Machine) -> list[Shortage]:
     return found
 
 
-def _calibration(machine: Machine) -> tuple[Calibration | None, str | None]:
-    """What was measured on this machine, or why there is nothing."""
+def _speeds(machine: Machine) -> tuple[Speeds | None, str | None]:
+    """Return the speeds measured on the machine, or the reason that there are none."""
     if not machine.is_here:
-        return None, "no times, for nothing was measured on that machine"
-    found = read_calibration()
-    if found is None:
-        return None, f"no times, for nothing was measured here yet; run: {command('doctor', '--calibrate')}"
-    if not found.is_of(machine.name):
-        return None, f"no times, for this machine has changed; run: {command('doctor', '--calibrate')}"
-    return found, None
+        return None, "no times: the speed of that machine was not measured"
+    found = read_speeds()
+    if found is not None and found.place == machine.name:
+        return found, None
+    why = "has changed" if found else "was not measured yet"
+    return None, f"no times: this machine {why}. Try: {command('doctor', '--calibrate')}"

@@ -1,4 +1,4 @@
-"""A plan for people, and for machines."""
+"""The report of a plan, as JSON and as a page of text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-UNMEASURED_GPU = "GPU memory is from formulas, and was not compared with a GPU yet; leave some room"
+UNMEASURED_GPU = "GPU memory comes from formulas that were not compared with a GPU; leave some room"
 
 
 def as_json(plan: Plan) -> dict:
@@ -66,17 +66,17 @@ def _stage(stage: Stage, disk: int, seconds: float | None) -> dict:
 
 
 def show(console: Console, plan: Plan) -> None:
-    """The plan as a page of text."""
+    """Print the plan as a page of text."""
     from rich.markup import escape
 
     for label, line in _head(plan):
         console.print(f"[bold]{label:<8}[/]{escape(line)}")
     console.print(_table(plan))
     for stage in plan.stages:
-        for where, need in (("memory", stage.host), ("GPU memory", stage.gpu)):
+        for kind, need in (("memory", stage.host), ("GPU memory", stage.gpu)):
             if need:
                 parts = ", ".join(f"{part} {size(count)}" for part, count in need.items() if count)
-                console.print(f"[dim]{stage.name}, {where}: {escape(parts)}[/]")
+                console.print(f"[dim]{stage.name}, {kind}: {escape(parts)}[/]")
     console.print()
     for line in _notes(plan):
         console.print(f"[dim]{escape(line)}[/]")
@@ -86,10 +86,10 @@ def show(console: Console, plan: Plan) -> None:
 
 def _head(plan: Plan) -> Iterator[tuple[str, str]]:
     model, data, machine, config = plan.model, plan.data, plan.machine, plan.config
-    where = {"hub": f"{size(model.fetched_bytes)} on the Hub", "folder": f"{size(model.file_bytes)} in a folder"}
-    came = where.get(model.kind, f"{size(model.file_bytes)} in a package")
+    places = {"hub": f"{size(model.fetched_bytes)} on the Hub", "folder": f"{size(model.file_bytes)} in a folder"}
+    came = places.get(model.kind, f"{size(model.file_bytes)} in a package")
     if model.here_bytes:
-        came += f", of which {size(model.here_bytes)} are here"
+        came += f", {size(model.here_bytes)} of it in the cache"
     yield "Run", config.name
     yield (
         "Model",
@@ -115,7 +115,7 @@ def _table(plan: Plan) -> Table:
 
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     has_gpu = plan.machine.has_gpu
-    for column in ("", "fetches", "reads", "writes", "for a while", "sends", "memory", "GPU", "time"):
+    for column in ("", "download", "reads", "writes", "temporary", "upload", "memory", "GPU", "time"):
         if column != "GPU" or has_gpu:
             table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for stage in plan.stages:
@@ -137,14 +137,14 @@ def _notes(plan: Plan) -> Iterator[str]:
     disk = f"disk: {size(plan.disk_bytes)} at most in the run's folder"
     yield disk + (f", {size(plan.cached_bytes)} more in the Hub's cache" if plan.cached_bytes else "")
     if plan.uploaded_bytes:
-        how = "as the run goes on" if plan.config.publish.commits == "per_stage" else "at the end"
-        yield f"sent to {plan.config.publish.repo}: {size(plan.uploaded_bytes)}, {how}; again only what changed"
+        how = "during the run" if plan.config.publish.commits == "per_stage" else "at the end"
+        yield f"upload to {plan.config.publish.repo}: {size(plan.uploaded_bytes)}, {how}; later only changed files"
     for stage in plan.stages:
         for note in stage.notes:
             yield f"{stage.name}: {note}"
     if plan.data and plan.data.fetched_bytes is None:
-        yield "data: how much the Hub sends is not known"
-    yield plan.why_no_times or f"time: {tell_time(plan)}, from what was measured on this machine"
+        yield "data: the size of the download is not known"
+    yield plan.why_no_times or f"time: {tell_time(plan)}, from the measured speed of this machine"
     if plan.machine.has_gpu:
         yield UNMEASURED_GPU
     if plan.machine.has_gpu and plan.machine.host_bytes is None:
@@ -152,7 +152,7 @@ def _notes(plan: Plan) -> Iterator[str]:
 
 
 def tell_time(plan: Plan) -> str:
-    """How long it takes and what is not in that, or why that is not known: `about 3:20, without the network`."""
+    """Return the time and what it leaves out, or the reason for no time: `about 3:20, without the network`."""
     if plan.why_no_times:
         return plan.why_no_times
     without = [*(f"{stage}, {why}" for stage, why in plan.untimed.items()), "the network"]
@@ -160,8 +160,8 @@ def tell_time(plan: Plan) -> str:
 
 
 def tell_shortage(short: Shortage) -> str:
-    """`train needs 9.1 GB of GPU memory, there are 8.0 GB`."""
-    return f"{short.stage} needs {size(short.need)} of {short.what}, there are {size(short.have)}"
+    """Return a shortage in words: `train: not enough GPU memory (needs 9.1 GB, has 8.0 GB)`."""
+    return f"{short.stage}: not enough {short.what} (needs {size(short.need)}, has {size(short.have)})"
 
 
 def _verdict(plan: Plan) -> Iterator[str]:
@@ -171,17 +171,17 @@ def _verdict(plan: Plan) -> Iterator[str]:
         yield "[green]fits[/]"
         return
     for short in plan.shortages:
-        yield f"[red]does not fit[/]: {tell_shortage(short)}"
+        yield f"[red]does not fit[/]  {tell_shortage(short)}"
     if not plan.changes:
-        yield "No change of settings that is known here makes it fit: take a smaller model, or a larger machine."
+        yield "No known settings make it fit. Try: a smaller model, or a larger machine"
         return
-    yield "With these changes it fits:"
+    yield "It fits with these changes:"
     for change in plan.changes:
         yield f"  --set {escape(change.setting)}   [dim]{escape(change.why)}[/]"
 
 
 def _count(number: int) -> str:
-    """Numbers as people write them: 135 M."""
+    """Return a number as people write it: `135 M`."""
     for unit, scale in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if number >= scale:
             return f"{number / scale:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""What each stage of a configuration reads, writes, sends and holds in memory."""
+"""The needs of each stage of a configuration: disk, network and memory."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from pipeline.system.libraries import is_installed
 from pipeline.training.trainers import merge_bases
 
 CARDS = 200_000  # bytes of cards, picture and lineage
-KEPT_CHECKPOINTS = 3  # of training: two, and the one that is being written
+KEPT_CHECKPOINTS = 3  # of training: two, and the one being written
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage by what it takes. Bytes, by what they are for.
+    """The needs of one stage, in bytes by purpose.
 
     Attributes:
         name: `train`, `merge`, `evaluate`, `quantize`, a variant's name, `publish`.
-        fetches: comes from the Hub: of a model what its cache lacks, or with little disk all; of a data set all,
-            whether or not the cache has it, which is not looked up.
-        caches: what of that stays in the Hub's cache.
-        reads: is read from the disk.
-        writes: stays after the run, in its folder.
-        temporary: is there only while the stage works.
-        uploads: is sent to the Hub.
-        host, gpu: memory at the peak; empty where none of it is used.
-        notes: what else is to be known of it.
-        untimed: why nothing can be said of its time, where that is so: `which ...`.
+        fetches: downloads from the Hub: files of a model that the cache lacks, or all with `model.low_disk`; all of a
+            data set, because its cache is not looked up.
+        caches: the part of the downloads that stays in the Hub's cache.
+        reads: reads from the disk.
+        writes: files that stay in the run's folder.
+        temporary: files that exist only during the stage.
+        uploads: uploads to the Hub.
+        host: main memory at its peak.
+        gpu: GPU memory at its peak.
+        notes: remarks for people.
+        untimed: the reason that its time cannot be estimated: `which ...`.
     """
 
     name: str
@@ -50,23 +51,18 @@ class Stage:
     untimed: str | None = None
 
 
-@dataclass(frozen=True)
-class Variants:
-    """The variants of a configuration and their sizes in bytes."""
-
-    specs: tuple[VariantSpec, ...]
-    bytes: Mapping[str, int]
-
-
 def stages_of(config: Config, sizes: Sizes, machine: Machine, data_bytes: int | None, adapter: int) -> list[Stage]:
-    """The stages in the order in which `pipeline.workflow.run` does them.
+    """Return the stages in the order of `pipeline.workflow.run`.
 
     Args:
-        data_bytes: what a data set on the Hub sends; 0 for one that is here.
-        adapter: parameters of the adapter that is merged, trained here or elsewhere.
+        config: the configuration.
+        sizes: the sizes of its base model.
+        machine: the machine to plan for.
+        data_bytes: download of the data set; 0 for a local one, None if not known.
+        adapter: parameters of the adapter to merge.
     """
-    specs = tuple(config.quantize.variants)
-    variants = Variants(specs, {s.name: sizes.stored_bytes(s, config.merges) for s in specs})
+    specs = config.quantize.variants
+    variants = {spec.name: sizes.stored_bytes(spec, config.merges) for spec in specs}
     model = sizes.bf16_bytes if config.merges else sizes.file_bytes
     stages = []
     if isinstance(config, TrainingRun):
@@ -78,20 +74,20 @@ def stages_of(config: Config, sizes: Sizes, machine: Machine, data_bytes: int | 
     if specs and not _made_by_merge(config):
         stages.append(_quantize(config, sizes, variants, model))
     if isinstance(config, MeasuredRun):
-        stages += (_admit(config, sizes, machine, spec, variants.bytes[spec.name]) for spec in specs)
+        stages += (_measure_variant(config, sizes, machine, spec, variants[spec.name]) for spec in specs)
     if config.publish.repo:
         stages.append(_publish(config, sizes, variants, model, adapter))
-    if stages:  # whichever comes first brings the model
-        stages[0] = _with_the_model(stages[0], config, sizes)
+    if stages:  # the first one downloads or unpacks the model
+        stages[0] = _with_model(stages[0], config, sizes)
     return stages
 
 
 def _made_by_merge(config: Config) -> bool:
-    """Are the variants made in the merge's own pass?"""
+    """Return True if the merge makes the variants in the same pass."""
     return config.merges and len(merge_bases(config)) == 1
 
 
-def _with_the_model(stage: Stage, config: Config, sizes: Sizes) -> Stage:
+def _with_model(stage: Stage, config: Config, sizes: Sizes) -> Stage:
     if sizes.kind == "package":
         base = {"unpacked base model": sizes.bf16_bytes + sizes.other_bytes}
         unpacking = {"libraries": memory.LIBRARIES["train"], "weights in float32": 6 * sizes.parameters}
@@ -119,15 +115,15 @@ def _train(config: Config, sizes: Sizes, machine: Machine, data_bytes: int, adap
     )
 
 
-def _merge(config: Config, sizes: Sizes, machine: Machine, variants: Variants, adapter: int) -> Stage:
-    bases, along = merge_bases(config), len(variants.specs) if _made_by_merge(config) else 0
+def _merge(config: Config, sizes: Sizes, machine: Machine, variants: Mapping[str, int], adapter: int) -> Stage:
+    bases, along = merge_bases(config), len(variants) if _made_by_merge(config) else 0
     host, gpu = memory.merging(sizes, config, bases, along, machine.has_gpu)
     made = {"release": sizes.bf16_bytes + sizes.other_bytes, "adapter in the release": 4 * adapter}
     if along:
-        made |= {f"{name}, not measured yet": count for name, count in variants.bytes.items()}
+        made |= {f"{name}, not measured yet": count for name, count in variants.items()}
     other = {"the other base's merge": sizes.bf16_bytes} if len(bases) > 1 else {}
-    between = _before_k_quants(sizes, variants) if along else {}
-    notes = ("merged into two bases, which are compared; merge.base: nf4 or bf16 asks for one",) if other else ()
+    between = _before_k_quants(config, sizes) if along else {}
+    notes = ("both bases are merged and compared; set merge.base to choose one",) if other else ()
     return Stage(
         "merge",
         reads={"model": sizes.bf16_bytes * len(bases)},
@@ -147,61 +143,61 @@ def _evaluate(config: MeasuredRun, sizes: Sizes, machine: Machine, model: int) -
     return replace(_measured(config, sizes, machine, "evaluate", weights), reads=reads, writes=states)
 
 
-def _quantize(config: Config, sizes: Sizes, variants: Variants, model: int) -> Stage:
+def _quantize(config: Config, sizes: Sizes, variants: Mapping[str, int], model: int) -> Stage:
     return Stage(
         "quantize",
         reads={"model": model},
-        writes={name: count + sizes.other_bytes for name, count in variants.bytes.items()},
-        temporary=_before_k_quants(sizes, variants),
-        host=memory.quantizing(sizes, variants.specs),
+        writes={name: count + sizes.other_bytes for name, count in variants.items()},
+        temporary=_before_k_quants(config, sizes),
+        host=memory.quantizing(sizes, config.quantize.variants),
     )
 
 
-def _before_k_quants(sizes: Sizes, variants: Variants) -> dict[str, int]:
-    """The whole model as GGUF, which llama.cpp makes each K-quants variant of."""
-    count = sum(1 for spec in variants.specs if spec.variant.quantizer)
+def _before_k_quants(config: Config, sizes: Sizes) -> dict[str, int]:
+    """Return the bytes of the unquantized GGUF files that llama.cpp makes K-quants from."""
+    count = sum(1 for spec in config.quantize.variants if spec.variant.quantizer)
     return {"the model as GGUF": count * sizes.bf16_bytes} if count else {}
 
 
-def _admit(config: MeasuredRun, sizes: Sizes, machine: Machine, spec: VariantSpec, stored: int) -> Stage:
+def _measure_variant(config: MeasuredRun, sizes: Sizes, machine: Machine, spec: VariantSpec, stored: int) -> Stage:
     if spec.variant.engine == TRANSFORMERS:
         stage = _measured(config, sizes, machine, spec.name, stored)
     elif is_installed("llama_cpp"):
         stage = Stage(spec.name, host=memory.in_llama_cpp(sizes, stored, config.evaluate.max_tokens))
     else:
         stage = _measured(config, sizes, machine, spec.name, sizes.bf16_bytes)
-        slow = "without llama.cpp it is measured by its dequantized weights, and has no speed"
+        slow = "llama.cpp is missing, so the dequantized weights are measured, without a speed"
         stage = replace(stage, notes=(*stage.notes, slow))
     return replace(stage, reads={"variant": stored})
 
 
 def _measured(config: MeasuredRun, sizes: Sizes, machine: Machine, name: str, weights: int) -> Stage:
-    """The memory of measuring a model; one that does not fit is measured from its files, by `inference.offload`.
+    """Return the stage that measures a model; `inference.offload` measures one that does not fit.
 
-    A GPU that is asked for where there is none is short of all the memory it would need.
+    If the configured GPU does not exist, all its memory is short.
     """
     tokens, device = config.evaluate.max_tokens, config.evaluate.device
     on_gpu = machine.has_gpu if device == "auto" else device == "cuda"
     free = machine.gpu_bytes or None if on_gpu else machine.host_bytes
     if free is not None and weights > WEIGHTS_SHARE * free:
-        note = "does not fit, so it is measured from its files, layer by layer: quality only, and slowly"
-        slow = "which reads its model from the disk again and again"
+        note = "does not fit, so its quality is measured from its files, slowly, layer by layer"
+        slow = "which reads its model from the disk many times"
         return Stage(name, host=memory.offloaded(sizes, tokens), notes=(note,), untimed=slow)
     host, gpu = memory.measuring(sizes, weights, on_gpu, tokens)
-    why = None if on_gpu == machine.has_gpu else "which does not run where this machine's speed was measured"
+    why = None if on_gpu == machine.has_gpu else "which runs on a device whose speed was not measured"
     return Stage(name, host=memory.probed(host, weights, on_gpu), gpu=gpu, untimed=why)
 
 
-def _publish(config: Config, sizes: Sizes, variants: Variants, model: int, adapter: int) -> Stage:
-    sent = sum(variants.bytes.values()) + len(variants.specs) * sizes.other_bytes + CARDS
+def _publish(config: Config, sizes: Sizes, variants: Mapping[str, int], model: int, adapter: int) -> Stage:
+    sent = sum(variants.values()) + len(variants) * sizes.other_bytes + CARDS
     if config.merges:
         sent += model + 4 * adapter + sizes.other_bytes
-    sent += sum(variants.bytes.get(name, 0) + sizes.other_bytes for name in config.publish.mirrors)
+    sent += sum(variants.get(name, 0) + sizes.other_bytes for name in config.publish.mirrors)
     return Stage("publish", uploads=sent, host={"libraries": 150 * memory.MB})
 
 
 def disk_peaks(stages: Iterable[Stage]) -> Iterator[tuple[str, int]]:
-    """For each stage, what lies in the run's folder at most while it works."""
+    """Yield each stage's name and the largest size of the run's folder during the stage."""
     lying = 0
     for stage in stages:
         lying += sum(stage.writes.values())

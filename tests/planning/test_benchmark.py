@@ -1,4 +1,4 @@
-"""The benchmark of plans: it sees every stage, and fails if it missed one."""
+"""The benchmark of plans: it measures every stage, and fails if one is missing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def plan() -> Plan:
     ("stage", "variants", "name"),
     [("train", (), "train"), ("quantize", ("int8", "int4"), "quantize"), ("measure_variant", ("int4",), "int4")],
 )
-def test_a_stage_is_known_by_the_command_that_starts_it(benchmark, stage, variants, name):
+def test_benchmark_recognizes_a_stage_by_its_command(benchmark, stage, variants, name):
     assert benchmark.step_of(stage_process._command(None, ("runs/x", stage, *variants))) == name
     assert benchmark.step_of(["python", "-m", "pipeline.evaluation.load_probe", "runs/x", "stock"]) is None
 
@@ -51,6 +51,6 @@ def test_unmeasured_stage_fails_the_benchmark(benchmark, plan):
     assert [row["stage"] for row in benchmark.compare("x", plan, VERBS, peaks) if not row["passes"]] == ["int8"]
 
 
-def test_a_plan_that_is_off_by_more_than_a_quarter_fails(benchmark, plan):
+def test_plan_that_is_wrong_by_more_than_a_quarter_fails(benchmark, plan):
     peaks = {stage.name: int(memory.total(stage.host) / 1.3) for stage in plan.stages}
     assert not any(row["passes"] for row in benchmark.compare("x", plan, VERBS, peaks))

@@ -15,7 +15,7 @@ from pipeline.planning.devices import this_machine
 from pipeline.planning.report import as_json
 from pipeline.system import hardware
 from tests.support.hub import LoopbackHub
-from tests.support.planning import FIGURES, Planner
+from tests.support.planning import SPEEDS, Planner
 from tests.support.runs import TOKEN
 
 
@@ -65,10 +65,10 @@ def test_doctor_reports_a_missing_network_and_continues(tmp_path):
 def test_doctor_page_explains_how_to_log_in(tmp_path):
     page = Planner(tmp_path).tunepress("doctor", "--no-calibrate").stdout
     assert f"Compute     {hardware.dtype_name(hardware.compute_dtype('cpu'))}" in page
-    assert "hf auth login" in page and "Int4Linear" in page and "run: tunepress doctor --calibrate" in page
+    assert "hf auth login" in page and "Int4Linear" in page and "Try: tunepress doctor --calibrate" in page
 
 
-@pytest.mark.slow  # it measures
+@pytest.mark.slow
 def test_measured_speeds_are_stored_and_used_by_plan(place):
     before = place.plan("demo")
     assert before["seconds"] is None and any("doctor" in note for note in before["notes"])
@@ -76,74 +76,71 @@ def test_measured_speeds_are_stored_and_used_by_plan(place):
     assert measured["is_of_here"] and all(value for value in measured["figures"].values())
     after = place.plan("demo")
     assert after["seconds"] == pytest.approx(sum(stage["seconds"] for stage in after["stages"]))
-    assert place.plan("demo", "--device", "l4-24gb")["seconds"] is None  # nothing was measured there
-    kept = json.loads(place.tunepress("doctor", "--json").stdout)["calibration"]
-    assert kept == measured  # it is measured once
+    assert place.plan("demo", "--device", "l4-24gb")["seconds"] is None  # whose speed was not measured
+    assert json.loads(place.tunepress("doctor", "--json").stdout)["calibration"] == measured  # only once
 
 
-def test_unmeasurable_machine_gives_one_line_and_doctor_continues(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "measure", lambda place, tell: replace(FIGURES, place=place))
+def test_unsaved_speeds_give_one_line_and_doctor_continues(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "measure", lambda place, tell: replace(SPEEDS, place=place))
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     found = doctor.examine(tmp_path, calibrate=True)
     assert found["versions"] and found["calibration"]["is_of_here"]
-    lines = dict(doctor._lines(found))
-    assert "the figures are not kept" in lines["Speed"] and "calibration.json cannot be written" in lines["Speed"]
+    assert "calibration.json: cannot be written, so the speeds are not kept" in dict(doctor._lines(found))["Speed"]
 
 
-def test_a_folder_that_cannot_be_written_gives_no_figures_and_a_line(tmp_path, monkeypatch):
+def test_unwritable_folder_gives_no_speeds_and_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.chdir("/proc")  # which not even root can write to
     found = doctor.examine(tmp_path, calibrate=True)
     assert found["versions"] and found["calibration"]["figures"] is None
-    assert dict(doctor._lines(found))["Speed"].startswith("not measured: the folder that you stand in cannot be")
+    assert dict(doctor._lines(found))["Speed"].startswith("/proc: cannot be written, so nothing was measured")
 
 
-def test_figures_of_another_machine_give_no_times(place):
+def test_speeds_of_another_machine_give_no_times(place):
     file = place.folder / "cache" / "tunepress" / "calibration.json"
     file.parent.mkdir(parents=True)
-    file.write_text(json.dumps({**FIGURES.__dict__, "place": "another"}))
+    file.write_text(json.dumps({**SPEEDS.__dict__, "place": "another"}))
     plan = place.plan("demo")
     assert plan["seconds"] is None and any("has changed" in note for note in plan["notes"])
 
 
-def test_figures_of_another_processor_with_as_many_cores_are_of_another_machine(tmp_path, monkeypatch):
+def test_machine_name_tells_processors_with_as_many_cores_apart(tmp_path, monkeypatch):
     ours = this_machine(tmp_path).name
     monkeypatch.setattr("pipeline.system.hardware.cpu_name", lambda: "Abacus 1")
-    theirs = this_machine(tmp_path).name
-    assert "Abacus 1" in theirs and not replace(FIGURES, place=ours).is_of(theirs)
+    assert "Abacus 1" in (theirs := this_machine(tmp_path).name) and theirs != ours
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"version": 1}', '{"version": 0, "train": 1}'])
-def test_a_damaged_calibration_is_as_good_as_none(tmp_path, monkeypatch, content):
+def test_damaged_speeds_are_ignored(tmp_path, monkeypatch, content):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    benchmark.keep(FIGURES)
-    assert benchmark.read_calibration() == FIGURES
+    benchmark.save_speeds(SPEEDS)
+    assert benchmark.read_speeds() == SPEEDS
     benchmark.path().write_text(content)
-    assert benchmark.read_calibration() is None
+    assert benchmark.read_speeds() is None
 
 
-def test_slower_figures_make_longer_times(tmp_path, monkeypatch):
+def test_slower_speeds_make_longer_times(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    here = replace(FIGURES, place=this_machine(Path("runs")).name)
+    here = replace(SPEEDS, place=this_machine(Path("runs")).name)
     config = load_config("demo")
     limit = 60 * config.train.max_minutes
     unlimited = config.model_copy(update={"train": config.train.model_copy(update={"max_minutes": None})})
-    benchmark.keep(here)
+    benchmark.save_speeds(here)
     usual = make_plan(unlimited).seconds
-    benchmark.keep(replace(here, train=here.train / 2))
+    benchmark.save_speeds(replace(here, train=here.train / 2))
     slower = make_plan(unlimited).seconds
     assert slower["train"] > 1.8 * usual["train"] and slower["quantize"] == usual["quantize"]
-    benchmark.keep(replace(here, train=here.train / 1000))
+    benchmark.save_speeds(replace(here, train=here.train / 1000))
     assert limit < make_plan(config).seconds["train"] < limit + 60
 
 
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
-    """This machine's speed is known."""
+    """Give this machine a known speed."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    benchmark.keep(replace(FIGURES, place=this_machine(Path("runs")).name))
+    benchmark.save_speeds(replace(SPEEDS, place=this_machine(Path("runs")).name))
 
 
 def told(plan: Plan) -> str:
@@ -168,7 +165,7 @@ def test_offloaded_model_has_no_estimated_time(measured, tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.system.hardware.free_host_bytes", lambda: 300_000_000)
     plan = make_plan(load_config("demo"))
     assert plan.total_seconds is None and not {"evaluate"} & plan.seconds.keys()
-    assert "without evaluate, which reads its model from the disk again and again" in told(plan)
+    assert "without evaluate, which reads its model from the disk many times" in told(plan)
 
 
 def test_unknown_device_speed_gives_no_time(measured):

@@ -1,4 +1,4 @@
-"""`tunepress plan`: what a run will need, from metadata alone."""
+"""`tunepress plan`: the needs of a run, from metadata alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.config.schema import Data
 from pipeline.planning.data import fetched_bytes, split_figures
 from tests.support.recipes import MODELS, put_hollow
 
-# Runs the command as it is, and says whether torch came in on the way.
+# Runs the command, and prints which of these libraries it imported.
 WITHOUT_TORCH = """
 import sys
 sys.argv = ["tunepress", "plan", "qwen3-1.7b", "--json"]
@@ -20,7 +20,7 @@ from pipeline.cli import main
 try:
     main()
 except SystemExit as end:
-    assert end.code in (None, 0, 3), end.code  # 3 where it does not fit this machine
+    assert end.code in (None, 0, 3), end.code  # 3 if it does not fit this machine
 print(sorted({"torch", "transformers", "datasets"} & sys.modules.keys()))
 """
 
@@ -30,7 +30,7 @@ def test_every_shipped_recipe_has_a_hub_model():
 
 
 @pytest.mark.parametrize("recipe", MODELS)
-def test_a_recipe_is_planned_without_its_weights_and_nothing_is_written(place, hub, recipe):
+def test_recipe_is_planned_without_weights_or_written_files(place, hub, recipe):
     before, asked = place.files(), len(hub.requests)
     plan = place.plan(recipe, "--set", "publish.repo=ada/mine")
     assert plan["model"]["parameters"] == MODELS[recipe][0]
@@ -38,10 +38,6 @@ def test_a_recipe_is_planned_without_its_weights_and_nothing_is_written(place, h
     weights = [r for r in hub.requests[asked:] if r.method == "GET" and r.path.endswith(".safetensors")]
     assert weights and {r.status for r in weights} == {206}  # single ranges, the headers
     assert place.files() == before
-    _names_every_stage_and_what_each_holds(plan)
-
-
-def _names_every_stage_and_what_each_holds(plan: dict) -> None:
     stages = {stage["stage"]: stage for stage in plan["stages"]}
     assert list(stages) == ["train", "merge", "evaluate", "quantize", "int8", "int4", "publish"]
     assert {"weights", "adapter and optimizer", "activations", "logits"} <= stages["train"]["memory"].keys()
@@ -59,23 +55,23 @@ def test_plan_does_not_import_torch(place):
     )
 
 
-def test_the_demo_is_planned_from_the_header_of_its_package(place):
+def test_demo_is_planned_from_the_header_in_its_package(place):
     plan = place.plan("demo")
     assert plan["model"]["parameters"] == 134_515_008
     assert plan["stages"][0]["writes"]["unpacked base model"] > plan["model"]["bf16_bytes"]
     assert plan["data"]["steps"] == 60
 
 
-def test_a_dry_run_is_the_same_plan_and_does_nothing(place):
+def test_dry_run_prints_the_plan_and_writes_nothing(place):
     before = place.files()
-    dry = place.planned("run", "tinyllama-1.1b", "--dry-run")
+    dry = place.plan("tinyllama-1.1b", "--dry-run", verb="run")
     plan = place.plan("tinyllama-1.1b")
-    for found in (dry, plan):  # of which others may take something meanwhile
+    for found in (dry, plan):  # other processes may take some of its memory
         found |= {"machine": None, "shortages": None, "fits": None, "changes": None}
     assert dry == plan and place.files() == before
 
 
-def test_a_dry_run_in_several_processes_is_refused_in_one_line(place):
+def test_dry_run_in_several_processes_is_refused_in_one_line(place):
     done = place.tunepress("run", "tinyllama-1.1b", "--dry-run", "--accelerate", "cpu-two", check=2)
     assert "--dry-run: plans one process" in done.stderr and len(done.stderr.splitlines()) == 1
     done = place.tunepress("run", "tinyllama-1.1b", "--dry-run", "--accelerate", "ddq", check=2)
@@ -85,8 +81,8 @@ def test_a_dry_run_in_several_processes_is_refused_in_one_line(place):
 def test_plan_prints_a_page(place):
     page = place.tunepress("plan", "qwen3-4b", "--device", "h100-80gb").stdout
     assert "4.02 G parameters" in page and "h100-80gb" in page and "fits" in page
-    assert "no times, for nothing was measured on that machine" in page
-    assert "formulas" in page  # what is said of GPUs was not measured
+    assert "no times: the speed of that machine was not measured" in page
+    assert "GPU memory comes from formulas" in page
 
 
 def test_run_that_does_not_fit_gets_settings_that_fit(place):
@@ -105,12 +101,12 @@ def test_every_advised_change_is_needed(place):
     plan = place.plan("qwen3-4b", "--device", "rtx-3060-12gb", *large)
     settings = {change["key"]: change["setting"] for change in plan["changes"]}
     assert settings
-    for left_out in settings.keys() - {"train.accumulate"}:  # which only keeps the step as large as it was
+    for left_out in settings.keys() - {"train.accumulate"}:  # which only keeps the step's size
         told = [word for key, setting in settings.items() if key != left_out for word in ("--set", setting)]
         assert not place.plan("qwen3-4b", "--device", "rtx-3060-12gb", *large, *told)["fits"], left_out
 
 
-def test_a_model_that_fits_nowhere_is_said_to(place, hub):
+def test_model_that_fits_nowhere_gets_no_advice(place, hub):
     shapes = {"model.embed_tokens.weight": (128256, 16384)}
     shapes |= {f"model.layers.{i}.mlp.up_proj.weight": (53248, 16384) for i in range(126)}
     put_hollow(hub, "ada/giant", shapes, {"model_type": "llama"})
@@ -118,7 +114,7 @@ def test_a_model_that_fits_nowhere_is_said_to(place, hub):
     assert not plan["fits"] and plan["changes"] == []
 
 
-def test_an_unknown_device_is_refused_with_those_that_are_known(place):
+def test_unknown_device_is_refused_with_the_known_ones(place):
     done = place.tunepress("plan", "demo", "--device", "abacus", check=2)
     assert "abacus" in done.stderr and "h100-80gb" in done.stderr and len(done.stderr.splitlines()) == 1
 
@@ -141,14 +137,14 @@ def test_invalid_header_is_refused_in_one_line(place, hub):
     assert len(done.stderr.splitlines()) == 1 and "model.safetensors: not a safetensors file" in done.stderr
 
 
-def test_a_gated_model_is_refused_with_the_way_in(place, hub):
+def test_gated_model_is_refused_with_the_way_to_get_access(place, hub):
     put_hollow(hub, "eve/gated", {"model.embed_tokens.weight": (8, 8)}, {"model_type": "llama"})
     hub.repo("eve/gated").gated = True
     done = place.tunepress("plan", "qwen3-4b", "--set", "model.source=eve/gated", check=2)
     assert len(done.stderr.splitlines()) == 1 and "accept its terms" in done.stderr
 
 
-def test_rows_are_counted_and_steps_follow_from_them(place):
+def test_steps_follow_from_the_counted_rows(place):
     rows = [
         {"prompt": f"What is {n}?", "completion": "It is a number, as far as one can tell. " * 10} for n in range(400)
     ]
@@ -158,7 +154,7 @@ def test_rows_are_counted_and_steps_follow_from_them(place):
     assert told["steps"] == -(-380 // 8)  # a twentieth is held out, four rows at a time, twice
 
 
-def test_a_data_sets_card_says_how_much_it_holds():
+def test_split_size_comes_from_the_card():
     def told(card: object, **data) -> int | None:
         return (split_figures(card, Data(source="ada/told", **data)) or {}).get("num_examples")
 
@@ -193,12 +189,12 @@ def test_small_subset_needs_only_its_own_space(place, hub):
     hub.put("ada/large", {"rows.jsonl": b"{}\n" * 999}, repo_type="dataset")
     data = ("tinyllama-1.1b", "--set", "data.source=ada/large")
     plan = place.plan(*data, "--set", "data.subset=easy")
-    assert plan["data"]["fetched_bytes"] is None and "data: how much the Hub sends is not known" in plan["notes"]
+    assert plan["data"]["fetched_bytes"] is None and "data: the size of the download is not known" in plan["notes"]
     assert place.plan(*data)["fetched_bytes"] == plan["fetched_bytes"] + 3 * 999
 
 
 def test_missing_requirements_do_not_stop_planning(place):
-    """A GPU, a tracking server's token: another machine may have them. What is wrong in itself is still refused."""
+    """Another machine may have a GPU or a token, but a wrong configuration is still refused."""
     elsewhere = ("--set", "evaluate.device=cuda", "--set", "track.server=http://127.0.0.1:9")
     assert place.plan("qwen3-1.7b", "--device", "h100-80gb", *elsewhere)["fits"]
     here = place.plan("qwen3-1.7b", *elsewhere)

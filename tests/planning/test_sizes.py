@@ -1,4 +1,4 @@
-"""Planned sizes: those of the files that are made, and memory that grows with its causes."""
+"""Planned sizes: equal to those of written files, with memory that grows with its causes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HERE = Machine("here", host_bytes=10**12)
 GPU = Machine("a GPU", gpu_bytes=10**12)
 
 
-def midway(**model) -> Config:
+def quantize_only(**model) -> Config:
     tree = {"name": "x", "model": {"source": "ada/base", **model}, "data": None, "evaluate": None}
     return Config.model_validate(tree)
 
@@ -40,7 +40,7 @@ def qwen() -> Sizes:
     return sizes_of(shapes_of("qwen3-1.7b"))
 
 
-def test_a_folder_is_read_by_its_headers(any_model):
+def test_folder_sizes_come_from_headers(any_model):
     sizes, checkpoint = read_sizes(Model(source=str(any_model))), Checkpoint(any_model)
     from pipeline.models.matrices import linear_weights, table_weights
 
@@ -57,7 +57,7 @@ def test_a_folder_is_read_by_its_headers(any_model):
      {"name": "int4", "int8": ["*.down_proj", "*.0.*.q_proj"]}],
 )  # fmt: skip
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
-def test_variants_are_as_large_as_planned(tiny_model, quantized, architecture, spec):
+def test_variant_has_the_planned_size(tiny_model, quantized, architecture, spec):
     folder = tiny_model(architecture)
     made = Checkpoint(quantized(folder, **{"variant" if k == "name" else k: v for k, v in spec.items()}) / spec["name"])
     assert (
@@ -66,7 +66,7 @@ def test_variants_are_as_large_as_planned(tiny_model, quantized, architecture, s
 
 
 @pytest.mark.parametrize("variant", ["gguf-f16", "gguf-q8_0", "gguf-q4_0", "gguf-q5_1"])
-def test_gguf_is_as_large_as_planned(tiny_model, tmp_path, variant):
+def test_gguf_has_the_planned_size(tiny_model, tmp_path, variant):
     from gguf import GGUFReader
 
     from pipeline.models.matrices import linear_weights, table_weights
@@ -83,7 +83,7 @@ def test_gguf_is_as_large_as_planned(tiny_model, tmp_path, variant):
 
 
 @pytest.mark.parametrize("variant", ["gguf-q4_k_m", "gguf-q6_k"])
-def test_k_quants_are_about_as_large_as_planned(tiny_model, tmp_path, variant):
+def test_k_quants_have_about_the_planned_size(tiny_model, tmp_path, variant):
     pytest.importorskip("llama_cpp")
     from pipeline.models.matrices import linear_weights
     from pipeline.quantization.writer import Variants
@@ -96,7 +96,7 @@ def test_k_quants_are_about_as_large_as_planned(tiny_model, tmp_path, variant):
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
-def test_an_adapter_is_as_large_as_pefts(tiny_model, targets):
+def test_adapter_has_the_size_of_pefts_adapter(tiny_model, targets):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -123,12 +123,12 @@ def test_gradient_checkpointing_keeps_activations_small_on_a_gpu(qwen):
     assert gpu["activations"] < here["activations"] / 5
 
 
-def test_quantizing_takes_the_same_memory_whatever_the_model(qwen):
+def test_quantizing_memory_does_not_depend_on_the_model(qwen):
     specs = [VariantSpec(name="int8").resolved()]
     assert memory.quantizing(qwen, specs) == memory.quantizing(sizes_of(shapes_of("qwen3-4b")), specs)
 
 
-def test_one_base_is_merged_once_and_makes_the_variants_along(qwen):
+def test_single_base_merge_makes_the_variants_in_its_pass(qwen):
     both, one = (
         {s.name: s for s in stages_of(config(merge={"base": base}), qwen, HERE, 0, 10**6)} for base in ("auto", "nf4")
     )
@@ -139,17 +139,17 @@ def test_one_base_is_merged_once_and_makes_the_variants_along(qwen):
 
 def test_little_disk_advises_shard_streaming(tmp_path):
     sizes = sizes_of(shapes_of("qwen3-4b"), kind="hub", shard_bytes=10**9, fetched_bytes=8 * 10**9)
-    whole, by_shard = (stages_of(midway(low_disk=low), sizes, HERE, 0, 0) for low in (False, True))
+    whole, by_shard = (stages_of(quantize_only(low_disk=low), sizes, HERE, 0, 0) for low in (False, True))
     assert (whole[0].caches, by_shard[0].caches) == (8 * 10**9, 0)
     assert not whole[0].temporary and sum(by_shard[0].temporary.values()) == 2 * 10**9
     tight = replace(HERE, disk_free=12 * 10**9, cache_free=12 * 10**9, one_disk=True)
     assert [short.what for short in shortages(whole, tight)] == ["disk"] and not shortages(by_shard, tight)
-    changes = advise(midway(), lambda asked: bool(shortages(stages_of(asked, sizes, tight, 0, 0), tight)))
+    changes = advise(quantize_only(), lambda asked: bool(shortages(stages_of(asked, sizes, tight, 0, 0), tight)))
     assert [change.setting for change in changes] == ["model.low_disk=true"]
 
 
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(10000, 1), (3, 1), (6, 5), (7, 3)])
-def test_smaller_batches_that_are_advised_leave_a_step_as_it_is(batch_size, accumulate):
+def test_advised_batch_size_keeps_the_size_of_a_step(batch_size, accumulate):
     asked = config(train={"batch_size": batch_size, "accumulate": accumulate})
     for most in (1, 2, 600):
         changes = {c.key: c.value for c in advise(asked, lambda config, most=most: config.train.batch_size > most)}
@@ -158,7 +158,7 @@ def test_smaller_batches_that_are_advised_leave_a_step_as_it_is(batch_size, accu
             assert changes["train.batch_size"] * changes["train.accumulate"] == batch_size * accumulate
 
 
-def test_a_model_that_does_not_fit_is_measured_from_its_files(qwen):
+def test_model_that_does_not_fit_is_measured_from_its_files(qwen):
     small, large = (
         {s.name: s for s in stages_of(config(), qwen, machine, 0, 10**6)}["evaluate"]
         for machine in (Machine("small", host_bytes=3 * 10**9), HERE)
@@ -167,7 +167,7 @@ def test_a_model_that_does_not_fit_is_measured_from_its_files(qwen):
     assert memory.total(small.host) < memory.total(large.host) / 2
 
 
-def test_models_are_measured_where_the_configuration_says(qwen):
+def test_models_are_measured_on_the_configured_device(qwen):
     def measured(device: str, machine: Machine) -> list:
         asked = config(evaluate={"device": device})
         return [s for s in stages_of(asked, qwen, machine, 0, 10**6) if s.name in ("evaluate", "int8", "int4")]
@@ -178,7 +178,7 @@ def test_models_are_measured_where_the_configuration_says(qwen):
     assert [s.host for s in on_cpu] == [s.host for s in measured("auto", HERE)]
 
 
-def test_a_gpu_that_is_asked_for_and_not_there_is_short_and_the_way_out_is_advised(qwen):
+def test_missing_gpu_is_a_shortage_with_advice(qwen):
     def short(asked: Config) -> list:
         return shortages(stages_of(asked, qwen, HERE, 0, 10**6), HERE)
 
@@ -189,6 +189,6 @@ def test_a_gpu_that_is_asked_for_and_not_there_is_short_and_the_way_out_is_advis
     assert [c.setting for c in advise(asked, lambda config: bool(short(config)))] == ["evaluate.device=auto"]
 
 
-def test_training_and_measuring_are_on_the_gpu_and_merging_and_quantizing_are_not(qwen):
+def test_only_training_and_measuring_use_the_gpu(qwen):
     stages = {s.name: s for s in stages_of(config(merge={"base": "bf16"}), qwen, GPU, 0, 10**6)}
     assert {name for name, stage in stages.items() if stage.gpu} == {"train", "evaluate", "int8", "int4"}

@@ -1,15 +1,15 @@
-"""A place to plan in, sizes and speeds to plan with."""
+"""A place to plan in, with sizes and speeds."""
 
 from __future__ import annotations
 
 import json
 
-from pipeline.planning.benchmark import ROUNDINGS, Calibration
+from pipeline.planning.benchmark import ROUNDINGS, Speeds
 from pipeline.planning.headers import Tensor
 from pipeline.planning.model import Sizes
 from tests.support.runs import Place
 
-FIGURES = Calibration(
+SPEEDS = Speeds(
     place="this machine",
     train=1e9,
     forward=4e9,
@@ -24,18 +24,15 @@ FIGURES = Calibration(
 
 
 class Planner(Place):
-    """A place whose caches are its own too, so that everything that is written shows."""
+    """A place with its own caches, so that every written file shows."""
 
     @property
     def env(self) -> dict[str, str]:
         return {**super().env, "XDG_CACHE_HOME": str(self.folder / "cache")}
 
-    def plan(self, *arguments: str) -> dict:
-        return self.planned("plan", *arguments)
-
-    def planned(self, *arguments: str) -> dict:
-        """What a verb plans; its exit code says whether that fits."""
-        done = self.tunepress(*arguments, "--json", check=None)
+    def plan(self, *arguments: str, verb: str = "plan") -> dict:
+        """Return the plan of a verb, after comparing its exit code."""
+        done = self.tunepress(verb, *arguments, "--json", check=None)
         assert done.returncode in (0, 3), done.stderr
         plan = json.loads(done.stdout)
         assert plan["fits"] == (done.returncode == 0)

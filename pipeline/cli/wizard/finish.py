@@ -13,7 +13,7 @@ from pipeline.cli.wizard.summary import show_summary
 from pipeline.config.loader import load_config
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, UserError, WorkspaceError
-from pipeline.planning.benchmark import keep, measure, read_calibration
+from pipeline.planning.benchmark import measure, read_speeds, save_speeds
 from pipeline.system.files import write_text
 
 
@@ -75,16 +75,15 @@ def _to_be_measured(draft: Draft) -> bool:
     """Not a second time, unless an option says so."""
     if "calibrate" in draft.given:
         return True
-    known = read_calibration()
-    measured = known is not None and known.is_of(draft.machine.name)
-    return not measured and (draft.interactive or draft.is_known("calibrate"))
+    known = read_speeds()
+    return (known is None or known.place != draft.machine.name) and (draft.interactive or draft.is_known("calibrate"))
 
 
 def _take_calibrate(draft: Draft, answer: str) -> None:
     if not yes_or_no(answer):
         return
     try:
-        keep(measure(draft.machine.name, lambda what: draft.tell(f"measuring: {what}")))
+        save_speeds(measure(draft.machine.name, lambda what: draft.tell(f"measuring: {what}")))
     except WorkspaceError as error:  # which is no reason not to go on
         draft.tell(str(error))
 

@@ -16,7 +16,7 @@ from pipeline.config.loader import load_config
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.planning.devices import this_machine
-from tests.support.planning import FIGURES
+from tests.support.planning import SPEEDS
 from tests.support.runs import TOKEN
 from tests.support.wizard import BOBS, FINE, READS, write_rows
 
@@ -80,9 +80,9 @@ def test_answers_that_end_early_are_told(desk):
         ({"data": "broken.jsonl"}, "broken.jsonl, line 1: not valid JSON"),
         ({"profile": "reckless"}, "allowed are standard, conservative, aggressive, extreme"),
         ({"epochs": "many"}, "a number is expected"),
-        ({"max_length": "100000000"}, "of main memory, there are"),
+        ({"max_length": "100000000"}, "not enough main memory"),
         ({"max_length": "1"}, "1: too short for a question and an answer"),
-        ({"batch_size": "1000000"}, "of main memory, there are"),
+        ({"batch_size": "1000000"}, "not enough main memory"),
         ({"repo": "my model"}, "a repository is written USER/NAME"),
         ({"repo": "ada/mine"}, "no Hub token"),
         ({"track": "my space"}, "a repository is written USER/NAME"),
@@ -190,7 +190,7 @@ def test_machine_is_measured_again_only_on_request(ask, monkeypatch):
     measured = []
     monkeypatch.setattr(
         "pipeline.cli.wizard.finish.measure",
-        lambda place, tell: measured.append(place) or replace(FIGURES, place=place),
+        lambda place, tell: measured.append(place) or replace(SPEEDS, place=place),
     )
     for _ in range(2):
         Path("wizard-answers.yaml").write_text("model: ./model\ndata: rows.jsonl\ncalibrate: yes\n")
@@ -227,11 +227,11 @@ def test_wrong_answer_gives_one_line(desk):
 
 
 def test_figures_that_cannot_be_kept_are_no_reason_to_stop(ask, monkeypatch, capsys):
-    monkeypatch.setattr("pipeline.cli.wizard.finish.measure", lambda place, tell: FIGURES)
+    monkeypatch.setattr("pipeline.cli.wizard.finish.measure", lambda place, tell: SPEEDS)
     Path("file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", "file")
     assert ask(model="./model", data="rows.jsonl", calibrate="yes").name == "model"
-    assert "the figures are not kept" in capsys.readouterr().out
+    assert "so the speeds are not kept" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
