@@ -1,7 +1,4 @@
-"""The command line: one sub-command for each verb, which parses and calls.
-
-Nothing heavy is imported before it is needed.
-"""
+"""The command line: one sub-command for each verb, which parses, imports and calls."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Fine-tune a language model, merge it, quantize it and publish it, with every number measured.",
+    help="Fine-tune, merge, quantize and publish a language model, with every published number measured.",
 )
 VERBS = (
     runs.run, runs.train, models.merge, runs.evaluate, models.quantize, releases.publish, runs.status, runs.sync,
@@ -28,7 +25,7 @@ for verb in VERBS:
 
 
 def main() -> None:
-    """The `tunepress` command: a line and an exit code for what a user can mend, a traceback for our bugs."""
+    """Run the `tunepress` command."""
     from pipeline.cli.exit_codes import plain_errors
 
     with plain_errors("tunepress"):

@@ -1,4 +1,4 @@
-"""Talk to a model on the terminal."""
+"""A conversation with a model on the terminal."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from rich.markup import escape
 from pipeline.config.catalog import LLAMA_CPP
 
 Messages = list[dict[str, str]]
-Answer = Callable[[Messages], str]  # prints the answer while it comes
+Answer = Callable[[Messages], str]  # prints the answer while it is generated
 
-CONTEXT = 8192  # tokens of a talk in llama.cpp at most, which sets memory aside for all of them
+CONTEXT = 8192  # most tokens of a conversation in llama.cpp, which reserves memory for all of them
 
 
 def chat(source: str, variant: str | None, device: str, new_tokens: int, console: Console) -> None:
-    """Read questions, stream answers, until an empty line or the end of the input.
+    """Read questions and print answers, until an empty line or the end of the input.
 
     Raises:
-        ModelError: where there is no such model or variant, or where it has no chat template.
-        MissingExtra: for a variant of llama.cpp's, where llama-cpp-python is not installed.
+        ModelError: if the model or the variant does not exist, or has no chat template.
+        MissingExtra: if the variant needs llama-cpp-python and that is not installed.
     """
     from pipeline.errors import ModelError
     from pipeline.inference.load import engine_of
 
-    with console.status("loading"):
+    with console.status("loading the model"):
         if variant and engine_of(variant) == LLAMA_CPP:
             if device not in ("auto", "cpu"):
-                raise ModelError(f"{variant}: llama.cpp runs it here, on the CPU; leave out --device")
-            answer, where = _in_llama_cpp(source, variant, new_tokens), "cpu in llama.cpp"
+                raise ModelError(f"{variant}: llama.cpp runs it on the CPU only. Try: leave out --device")
+            answer, place = _in_llama_cpp(source, variant, new_tokens), "cpu in llama.cpp"
         else:
-            answer, where = _in_transformers(source, variant, device, new_tokens)
-    console.print(f"[dim]{escape(source)} {variant or ''} on {where}; an empty line ends it[/]")
+            answer, place = _in_transformers(source, variant, device, new_tokens)
+    console.print(f"[dim]{escape(source)} {variant or ''} on {place}; an empty line ends the chat[/]")
     messages: Messages = []
     while True:
         try:
@@ -45,7 +45,7 @@ def chat(source: str, variant: str | None, device: str, new_tokens: int, console
         messages.append({"role": "user", "content": question})
         try:
             messages.append({"role": "assistant", "content": answer(messages)})
-        except KeyboardInterrupt:  # stops this answer, not the talk
+        except KeyboardInterrupt:  # stops this answer, not the chat
             messages.pop()
             console.print()
 
@@ -58,7 +58,7 @@ def _in_transformers(source: str, variant: str | None, device: str, new_tokens: 
     tokenizer: Any
     model, tokenizer = load(source, variant, device)
     if tokenizer.chat_template is None:
-        raise ModelError(f"{source}: has no chat template, so it cannot be talked to")
+        raise ModelError(f"{source}: no chat template, so the model cannot chat")
     from transformers import TextStreamer
 
     def answer(messages: Messages) -> str:
@@ -75,7 +75,7 @@ def _in_transformers(source: str, variant: str | None, device: str, new_tokens: 
 
 
 def _in_llama_cpp(source: str, variant: str, new_tokens: int) -> Answer:
-    """With the tokenizer, the template and the stop tokens of the file, as llama.cpp's own programs have them."""
+    """Return answers of llama.cpp, with the tokenizer, chat template and stop tokens of the file."""
     from pipeline.errors import ModelError
     from pipeline.inference import llama_cpp
     from pipeline.inference.load import locate_file
@@ -87,7 +87,7 @@ def _in_llama_cpp(source: str, variant: str, new_tokens: int) -> Answer:
     context = min(CONTEXT, llama_cpp.positions(path))
     model = api.Llama(str(path), n_ctx=context, n_threads=hardware.cores(), n_gpu_layers=0, verbose=False)
     if "tokenizer.chat_template" not in model.metadata:
-        raise ModelError(f"{path}: has no chat template, so it cannot be talked to")
+        raise ModelError(f"{path}: no chat template, so the model cannot chat")
 
     def answer(messages: Messages) -> str:
         parts = []
@@ -95,7 +95,7 @@ def _in_llama_cpp(source: str, variant: str, new_tokens: int) -> Answer:
             for piece in model.create_chat_completion(messages, max_tokens=new_tokens, stream=True):
                 parts.append(piece["choices"][0]["delta"].get("content") or "")
                 print(parts[-1], end="", flush=True)
-        except ValueError as error:  # the talk has become longer than the context
+        except ValueError as error:  # the chat has become longer than the context
             raise ModelError(f"{path}: {error}") from None
         print()
         return "".join(parts)

@@ -1,4 +1,4 @@
-"""How each of our commands ends: in a line and an exit code for what a user can mend, in a traceback for our bugs."""
+"""The end of every command: one line and an exit code for user errors, a traceback for bugs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pipeline.errors import UserError, redact, redact_output
 
 @contextlib.contextmanager
 def plain_errors(program: str) -> Iterator[None]:
-    """Run a command's work; no token is printed meanwhile, by whatever prints it."""
+    """Run a command, report its errors and remove tokens from all its output."""
     from pipeline.hub.retry import show_waits
     from pipeline.system.files import no_room
 
     out, err = _Redacted(sys.stdout, redact_output), _Redacted(sys.stderr, redact)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        # Whoever looks on is told why nothing happens; else the one line of an error stands alone.
+        # Only a terminal shows the waits; elsewhere the line of an error stands alone.
         show_waits(lambda lines: print(*lines, sep="\n", file=sys.stderr) if sys.stderr.isatty() else None)
         try:
             yield
@@ -38,7 +38,7 @@ def _end(program: str, error: UserError) -> NoReturn:
 
 
 class _Redacted:
-    """A stream like another, to which no token is written."""
+    """A stream that removes tokens from everything written to it."""
 
     def __init__(self, stream: TextIO, hide: Callable[[str], str]):
         self._stream, self._hide = stream, hide

@@ -1,4 +1,4 @@
-"""The verbs that look before anything is done: `plan`, `doctor` and `schema`."""
+"""The verbs that change nothing: `plan`, `doctor` and `schema`."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from pipeline.cli.options import RUNS, AsJson, ConfigArgument, Root, Settings, c
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
 
-DOES_NOT_FIT = 3  # and no error; 1 and 2 are those of every verb
+DOES_NOT_FIT = 3  # exit code, without an error
 
 
 def plan(
     config: ConfigArgument,
     device: Annotated[
-        str | None, typer.Option("--device", help="A GPU to plan for, such as h100-80gb; by default this machine.")
+        str | None, typer.Option("--device", help="GPU to plan for, such as h100-80gb (default: this machine).")
     ] = None,
     settings: Settings = None,
     runs: Root = RUNS,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a run will read, write, send and hold in memory, whether it fits, and what to change if not.
+    """Show the disk, network and memory that a run needs, and settings that make it fit.
 
-    Exit codes: 0 it fits; 3 it does not; 2 there is no plan, for something that you can mend.
+    Exit codes: 0 it fits; 3 it does not fit; 2 an error that you can correct.
     """
     from pipeline.config.loader import load_config
 
@@ -35,7 +35,11 @@ def plan(
 
 
 def show_plan(config: Config, device: str | None, runs: Path, as_json: bool) -> None:
-    """Print a configuration's plan, and end with `DOES_NOT_FIT` where that is so."""
+    """Print the plan of a configuration.
+
+    Raises:
+        typer.Exit: with `DOES_NOT_FIT` if the run does not fit.
+    """
     from pipeline.planning import make_plan
     from pipeline.planning.report import as_json as plain
     from pipeline.planning.report import show
@@ -54,12 +58,12 @@ def show_plan(config: Config, device: str | None, runs: Path, as_json: bool) -> 
 def doctor(
     calibrate: Annotated[
         bool | None,
-        typer.Option("--calibrate/--no-calibrate", help="Measure how fast it is; by default once on each machine."),
+        typer.Option("--calibrate/--no-calibrate", help="Measure the speed (default: once on each machine)."),
     ] = None,
     runs: Root = RUNS,
     as_json: AsJson = False,
 ) -> None:
-    """Say what this machine has: devices, kernels, versions, disk, login; and measure how fast it is, for plans."""
+    """Show devices, kernels, versions, disk and login of this machine, and measure its speed for plans."""
     from pipeline.planning.doctor import examine, show
 
     found = examine(runs, calibrate, lambda what: console(stderr=True).print(f"[dim]measuring: {what}[/]"))
@@ -70,9 +74,9 @@ def doctor(
 
 
 def schema(
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print all keys as tables, for reading.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print all keys as Markdown tables.")] = False,
 ) -> None:
-    """Print the JSON schema of the configuration, for editors and for machines."""
+    """Print the JSON schema of the configuration, for editors and programs."""
     from pipeline.config import document
     from pipeline.config.schema import Config
 

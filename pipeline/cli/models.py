@@ -1,4 +1,4 @@
-"""The verbs that take any model: what is made of it, and talking to it."""
+"""The verbs that take any model: `merge`, `quantize`, `sensitivity` and `chat`."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from pipeline.config.catalog import DEFAULT_VARIANTS
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
 
-Output = Annotated[Path | None, typer.Option("--output", help="A new folder, which becomes the release.")]
-Variants = Annotated[str | None, typer.Option("--variants", help="int8, int4, both; several with commas.")]
-Measure = Annotated[bool, typer.Option("--measure", help="Load back and measure; publishing does so in any case.")]
+Output = Annotated[Path | None, typer.Option("--output", help="New folder for the release.")]
+Variants = Annotated[str | None, typer.Option("--variants", help="int8, int4 or both; separate several with commas.")]
+Measure = Annotated[bool, typer.Option("--measure", help="Load back and measure the result; publishing always does.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of the model on the Hub.")]
 
 
 def merge(
-    source: Annotated[str, typer.Argument(metavar="CONFIG|BASE", help="A run's configuration, or a base model.")],
-    adapter: Annotated[str | None, typer.Argument(help="An adapter trained elsewhere: a folder, or a Hub id.")] = None,
+    source: Annotated[str, typer.Argument(metavar="CONFIG|BASE", help="A configuration, or a base model.")],
+    adapter: Annotated[str | None, typer.Argument(help="An adapter: a folder, or a Hub id.")] = None,
     output: Output = None,
-    base: Annotated[str | None, typer.Option("--base", help="Merge into bf16 (the default), or nf4.")] = None,
+    base: Annotated[str | None, typer.Option("--base", help="bf16 (default) or nf4.")] = None,
     variants: Variants = None,
     measure: Measure = False,
     revision: Revision = None,
@@ -34,7 +34,7 @@ def merge(
     runs: Root = RUNS,
     as_json: AsJson = False,
 ) -> None:
-    """Only merge the run's adapter; or merge an adapter from elsewhere: merge BASE ADAPTER --output DIR."""
+    """Merge the adapter of a run; or any adapter, with: merge BASE ADAPTER --output DIR."""
     if _is_config(source):
         _refuse(
             source,
@@ -50,33 +50,33 @@ def merge(
     from pipeline.errors import ConfigError
 
     if adapter is None or output is None:
-        raise ConfigError(f"merge {source}: write it as merge BASE ADAPTER --output DIR, or merge CONFIG.yaml")
+        raise ConfigError(f"merge {source}: arguments are missing. Try: merge BASE ADAPTER --output DIR")
     asked = [variants] if variants else []
-    _run_midway(
-        merge_config(source, adapter, output, base or "auto", asked, measure, revision, settings or ()), output, as_json
-    )
+    config = merge_config(source, adapter, output, base or "auto", asked, measure, revision, settings or ())
+    _run_into(output, config, as_json)
 
 
 def quantize(
-    source: Annotated[str, typer.Argument(metavar="CONFIG|MODEL", help="A run's configuration, or any model.")],
+    source: Annotated[str, typer.Argument(metavar="CONFIG|MODEL", help="A configuration, or any model.")],
     output: Output = None,
     variants: Variants = None,
     group_size: Annotated[
-        int | None, typer.Option("--group-size", help="32, 64, 128 or 256, for int4 (int8 if alone).")
+        int | None,
+        typer.Option("--group-size", help="32, 64, 128 or 256, for int4; for int8 if it is the only variant."),
     ] = None,
     rounding: Annotated[str | None, typer.Option("--rounding", help="search, hqq or rtn.")] = None,
-    packing: Annotated[str | None, typer.Option("--packing", help="plain, or tile_packed for CUDA; for int4.")] = None,
+    packing: Annotated[str | None, typer.Option("--packing", help="plain, or tile_packed for CUDA; only int4.")] = None,
     measure: Measure = False,
     revision: Revision = None,
     low_disk: Annotated[
         bool,
-        typer.Option("--low-disk", help="Fetch shard by shard, and remove each when it was read."),
+        typer.Option("--low-disk", help="Download one shard after the other, and remove each after reading it."),
     ] = False,
     settings: Settings = None,
     runs: Root = RUNS,
     as_json: AsJson = False,
 ) -> None:
-    """Only make the run's variants; or those of any model: quantize MODEL --output DIR --variants int8,int4."""
+    """Quantize the variants of a run; or of any model, with: quantize MODEL --output DIR."""
     given = {"variants": variants, "group_size": group_size, "rounding": rounding, "packing": packing}
     if _is_config(source):
         _refuse(source, output=output, measure=measure or None, revision=revision, low_disk=low_disk or None, **given)
@@ -84,29 +84,33 @@ def quantize(
     from pipeline.config.builders import quantize_config
     from pipeline.errors import ConfigError
 
-    told = [name for name, value in given.items() if value is not None]
-    if told and any(setting.startswith("quantize.variants") for setting in settings or ()):
-        raise ConfigError(f"--{told[0].replace('_', '-')} and --set quantize.variants: say it in one way")
+    named = [name for name, value in given.items() if value is not None]
+    if named and any(setting.startswith("quantize.variants") for setting in settings or ()):
+        raise ConfigError(
+            f"--{named[0].replace('_', '-')}: given together with --set quantize.variants. Try: only one of them"
+        )
     if output is None:
-        raise ConfigError(f"quantize {source}: say where to, with --output DIR, or name a configuration (.yaml)")
+        raise ConfigError(f"quantize {source}: no folder for the release. Try: --output DIR")
     config = quantize_config(
         source, output, [variants or "both"], group_size, rounding, measure, revision, settings or (), packing, low_disk
     )
-    _run_midway(config, output, as_json)
+    _run_into(output, config, as_json)
 
 
 def sensitivity(
     source: Annotated[str, typer.Argument(metavar="MODEL", help="A Hub id, or a folder.")],
-    variant: Annotated[str, typer.Option("--variant", help="How a layer is quantized.")] = DEFAULT_VARIANTS[-1],
+    variant: Annotated[
+        str, typer.Option("--variant", help="Variant that each layer is quantized to.")
+    ] = DEFAULT_VARIANTS[-1],
     output: Annotated[
-        Path | None, typer.Option("--output", help="A folder for figures and picture; by default NAME-sensitivity.")
+        Path | None, typer.Option("--output", help="Folder of the results (default: NAME-sensitivity).")
     ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", help="Of general text, for every layer.", min=256)] = 2048,
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens of general text for each layer.", min=256)] = 2048,
     revision: Revision = None,
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure what quantizing each linear layer alone costs; goes on where it was stopped."""
+    """Measure the loss from quantizing each linear layer alone; resumes after a stop."""
     from pipeline.config.builders import quantize_config
     from pipeline.config.schema import MeasuredRun
     from pipeline.errors import ConfigError
@@ -126,22 +130,26 @@ def sensitivity(
         return
     for layer in sorted(found["layers"], key=lambda layer: -layer["kl"]["value"])[:10]:
         print(f"{layer['name']:<40} KL {layer['kl']['value']:.2e} ± {layer['kl']['stderr']:.0e} nats a token")
-    print(f"All {len(found['layers'])} layers: {output}/sensitivity.json, and a picture beside it")
+    print(f"All {len(found['layers'])} layers: {output}/sensitivity.json, with a picture beside it")
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="A repository USER/NAME, a run such as runs/demo, or a model's folder.")],
-    variant: Annotated[str | None, typer.Option(help="int8, int4, gguf-q4_0, ...; without it the full model.")] = None,
+    model: Annotated[
+        str, typer.Argument(help="A repository USER/NAME, a run such as runs/demo, or a folder with a model.")
+    ],
+    variant: Annotated[
+        str | None, typer.Option(help="int8, int4, gguf-q4_0, ... (default: the full-precision model).")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
-    new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
+    new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 256,
 ) -> None:
-    """Talk to a model. Ends with an empty line, Ctrl-D or Ctrl-C."""
+    """Chat with a model. An empty line, Ctrl-D or Ctrl-C ends the chat."""
     from pipeline.cli.chat import chat as talk
 
     talk(model, variant, device, new_tokens, console())
 
 
-def _run_midway(config: Config, output: Path, as_json: bool) -> None:
+def _run_into(output: Path, config: Config, as_json: bool) -> None:
     from pipeline.workflow.run import run as run_all
 
     reporter = terminal_reporter(as_json)
@@ -150,16 +158,18 @@ def _run_midway(config: Config, output: Path, as_json: bool) -> None:
 
 
 def _is_config(source: str) -> bool:
-    """Is a verb's argument a configuration (a YAML file, or a shipped recipe), and not a model?"""
+    """Return True if an argument is a YAML file or a shipped recipe, and not a model."""
     from pipeline.config.loader import shipped_configs
 
     return source.endswith((".yaml", ".yml")) or (source in shipped_configs() and not Path(source).is_dir())
 
 
 def _refuse(config: str, **options: object) -> None:
-    """Options for a model do not change what a configuration says."""
+    """Raise ConfigError if options for a model are given with a configuration."""
     from pipeline.errors import ConfigError
 
     given = next((name for name, value in options.items() if value is not None), None)
     if given:
-        raise ConfigError(f"{config}: is a configuration, which says {given.replace('_', ' ')} itself; use --set")
+        raise ConfigError(
+            f"{config}: a configuration, so --{given.replace('_', '-')} does not apply. Try: --set KEY=VALUE"
+        )

@@ -1,4 +1,4 @@
-"""What the modules of the command line share: options that several verbs take, and the terminal."""
+"""The options that several verbs take, and the terminal."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ if TYPE_CHECKING:
 
     from pipeline.cli.terminal import TerminalReporter
 
-ConfigArgument = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe such as demo.")]
+ConfigArgument = Annotated[str, typer.Argument(help="A YAML file, or a shipped recipe such as demo.")]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a key, such as train.epochs=2. Repeatable."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key, such as train.epochs=2; repeatable."),
 ]
-Root = Annotated[Path, typer.Option("--runs", help="Folder that the run's folder lies in.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines; the rest goes to stderr.")]
+Root = Annotated[Path, typer.Option("--runs", help="Folder of all runs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object; everything else goes to stderr.")]
 RUNS = Path("runs")
 
 
 def console(stderr: bool = False) -> Console:
+    """Return a console on standard output or standard error."""
     from rich.console import Console
 
     return Console(file=sys.stderr if stderr else sys.stdout, highlight=False, soft_wrap=True)
 
 
 def terminal_reporter(as_json: bool) -> TerminalReporter:
+    """Return a reporter on standard output; on standard error if JSON goes to standard output."""
     from pipeline.cli.terminal import TerminalReporter
 
     return TerminalReporter(console(stderr=as_json))

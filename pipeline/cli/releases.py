@@ -1,4 +1,4 @@
-"""The verbs of releases: publish one, take it back, and see whether it is what it says."""
+"""The verbs of releases: `publish`, `rollback` and `verify`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 def publish(
     source: Annotated[str, typer.Argument(help="A finished run, a folder made by merge or quantize, or a CONFIG.")],
-    repo: Annotated[str | None, typer.Option("--repo", metavar="USER/NAME", help="Where to.")] = None,
+    repo: Annotated[str | None, typer.Option("--repo", metavar="USER/NAME", help="Repository to publish to.")] = None,
     private: Annotated[bool | None, typer.Option("--private/--public", help="Visibility of a new repository.")] = None,
-    create_pr: Annotated[bool | None, typer.Option(help="Open a pull request instead, or again not.")] = None,
+    create_pr: Annotated[bool | None, typer.Option(help="Open a pull request instead of committing.")] = None,
     runs: Root = RUNS,
     as_json: AsJson = False,
 ) -> None:
-    """Publish what is finished, now or again; only what changed is sent."""
+    """Publish a release, and upload only changed files."""
     from pipeline.config.loader import load_config
     from pipeline.errors import ConfigError
     from pipeline.workflow.run import run as run_all
@@ -36,7 +36,7 @@ def publish(
     if Path(source).is_dir():
         workspace = Workspace.open(source)
         source = str(workspace.config_path)
-        if workspace.config().evaluate is None:  # what is published is what was measured
+        if workspace.config().evaluate is None:  # only measured models are published
             settings += ["evaluate={}", "model.low_disk=false"]
         if workspace.folder.name == HIDDEN:
             output = workspace.release
@@ -45,20 +45,23 @@ def publish(
             runs = workspace.folder.resolve().parent
     loaded = load_config(source, settings)
     if loaded.publish.repo is None:
-        raise ConfigError("publish.repo: not set, so there is nowhere to publish to; use --repo USER/NAME")
-    if loaded.data is None:  # it may have to be measured first
+        raise ConfigError("publish.repo: not set. Try: --repo USER/NAME")
+    if loaded.data is None:  # the model may not be measured yet
         workspace = run_all(loaded, runs, reporter=terminal_reporter(as_json), output=output, publish_again=True)
     else:
         workspace = run_one(loaded, "publish", runs, terminal_reporter(as_json))
-    _say_published(workspace, as_json)
+    if as_json:
+        print(json.dumps({"run": str(workspace.folder), "published": workspace.ledger()["publish"].summary}))
 
 
 def rollback(
     repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="A repository that tunepress published to.")],
-    to: Annotated[str | None, typer.Option("--to", metavar="TAG", help="By default the release before.")] = None,
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="TAG", help="Tag of the release (default: the previous one).")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make an older release of a repository its head again; people's own files and texts stay."""
+    """Restore an older release of a repository, and keep files and texts of other people."""
     from pipeline.publishing.rollback import rollback as go_back
 
     done = go_back(repo, to)
@@ -72,13 +75,16 @@ def verify(
     source: Annotated[str, typer.Argument(metavar="REPO|FOLDER", help="A repository USER/NAME, a release, or a run.")],
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a repository.")] = None,
     measure: Annotated[
-        bool, typer.Option("--measure/--no-measure", help="Load and measure models, run snippets; or files and cards.")
+        bool,
+        typer.Option(
+            "--measure/--no-measure", help="Load and measure models and run snippets; or check only files and cards."
+        ),
     ] = True,
     as_json: AsJson = False,
 ) -> None:
-    """See whether a release is what it says: hashes, cards, every model loaded and measured again, snippets run.
+    """Check hashes and cards of a release, measure every model again, and run the card's snippets.
 
-    Exit codes: 0 it is, as far as can be told here; 3 it has defects; 2 there is nothing to verify.
+    Exit codes: 0 no defects found; 3 defects found; 2 nothing to verify.
     """
     from pipeline.verification import verify as look
     from pipeline.verification.terminal_report import Report
@@ -92,14 +98,9 @@ def verify(
     raise typer.Exit(verification.exit_code)
 
 
-def _say_published(workspace: Workspace, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({"run": str(workspace.folder), "published": workspace.ledger()["publish"].summary}))
-
-
 def _check_name(workspace: Workspace) -> None:
     from pipeline.errors import WorkspaceError
 
     if workspace.config().name != workspace.folder.resolve().name:
         name = workspace.config().name
-        raise WorkspaceError(f"{workspace.folder}: holds the run {name!r}; give the folder that name again")
+        raise WorkspaceError(f"{workspace.folder}: holds the run {name!r}. Try: rename the folder to {name}")

@@ -1,7 +1,4 @@
-"""The command line of retraining, for `scripts/retrain.py` and, where only the package is, `python -m`.
-
-Parses and calls; nothing heavy is imported before it is needed.
-"""
+"""The command line of retraining, for `scripts/retrain.py` and `python -m pipeline.cli.retrain`."""
 
 from __future__ import annotations
 
@@ -19,67 +16,73 @@ from pipeline.retraining.decision import MARGIN, WIDEST
 if TYPE_CHECKING:
     from pipeline.retraining.report import Summary
 
-HELP = "\n\n".join(
-    (
-        "Train again, and publish only if the new model beats the one that the repository has.",
-        "Both are measured in this run, on held-out examples whose prompts, word for word, neither was trained on, and "
-        "paired token by token (models with other tokens: in bits per byte, by prompt). The rule: better, if the loss "
-        "is lower by more than --margin standard errors of the difference; of few prompts by some more, after "
-        "Student's t, and fewer than 16 are not enough. Where there is no live model yet, the new one is published.",
-        "Exit codes: 0 published; 3 not better, and nothing changed; 4 skipped, since neither data, base nor "
-        "the settings that make the model changed (for other variants or mirrors it says what to run); 2 failed, and "
-        "you can mend it; 1 failed; 75 another retraining of the repository is running; 130 stopped.",
-        "What failed or was stopped has left the live model as it was, unless it says otherwise; the same command "
-        "goes on from there.",
-    )
-)
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 class Place(StrEnum):
+    """Machines that a retraining runs on."""
+
     here = "here"
     jobs = "hf-jobs"
 
 
-@app.command(help=HELP)
+@app.command()
 def retrain(
     config: ConfigArgument,
     settings: Settings = None,
     margin: Annotated[
-        float, typer.Option(min=0, max=WIDEST, help="Standard errors that the loss has to be lower by.")
+        float, typer.Option(min=0, max=WIDEST, help="Standard errors by which the loss must be lower.")
     ] = MARGIN,
     force: Annotated[
         bool,
-        typer.Option("--force", help="Train anew where nothing changed or it was decided; the run's files stay else."),
+        typer.Option("--force", help="Train again even if nothing changed, or the decision was already made."),
     ] = False,
     pull_request: Annotated[
         bool, typer.Option("--pull-request", help="Open a pull request on the Hub instead of committing.")
     ] = False,
     summary: Annotated[
-        Path | None, typer.Option(help="Append a Markdown summary to this file; to GITHUB_STEP_SUMMARY in any case.")
+        Path | None, typer.Option(help="Append a Markdown summary to this file; GITHUB_STEP_SUMMARY always gets it.")
     ] = None,
     on: Annotated[Place, typer.Option(help="This machine, or a Hugging Face Job.")] = Place.here,
-    flavor: Annotated[str, typer.Option(help="Hardware of the Job; see: hf jobs hardware")] = "a10g-large",
-    timeout: Annotated[str, typer.Option(help="Longest time of the Job, as 90m, 6h or 1d.")] = "6h",
+    flavor: Annotated[str, typer.Option(help="Hardware of the Job; list it with: hf jobs hardware")] = "a10g-large",
+    timeout: Annotated[str, typer.Option(help="Time limit of the Job, such as 90m, 6h or 1d.")] = "6h",
     package: Annotated[
         str | None,
         typer.Option(
             metavar="GIT|WHEEL",
-            help="What the Job installs: git+https://...@COMMIT, or a wheel's address. In GitHub Actions this commit.",
+            help="Package for the Job: git+https://...@COMMIT or a wheel's URL. GitHub Actions: this commit.",
         ),
     ] = None,
     wait: Annotated[
-        bool, typer.Option("--wait/--no-wait", help="Follow the Job to its end, and end as it does; else 0 if started.")
+        bool,
+        typer.Option(
+            "--wait/--no-wait", help="Wait for the Job and return its exit code; or return 0 when it has started."
+        ),
     ] = True,
     runs: Root = RUNS,
     as_json: AsJson = False,
 ) -> None:
+    """Train again, and publish only if the new model beats the published model.
+
+    This run measures both models on held-out examples. Their prompts are in the training data of neither model. The
+    losses are compared token by token; models with different tokenizers are compared in bits per byte, by prompt.
+
+    The new model is better if its loss is lower by more than --margin standard errors of the difference. For few
+    prompts the margin is wider, by Student's t; at least 16 prompts are needed. If nothing is published yet, the new
+    model is published.
+
+    Exit codes: 0 published; 3 not better, so nothing changed; 4 skipped, because data, base model and training
+    settings did not change; 2 an error that you can correct; 1 failed; 75 another retraining of the repository is
+    running; 130 stopped.
+
+    After a failure or a stop the published model is unchanged, unless the message says otherwise. The same command
+    continues the run.
+    """
     from pipeline.config.loader import load_config
     from pipeline.errors import UserError
     from pipeline.retraining.report import Summary, markdown, markdown_of_failure, plain
 
-    out = sys.stderr if as_json else sys.stdout  # of progress; the outcome goes to standard output in any case
+    out = sys.stderr if as_json else sys.stdout  # for progress; the result always goes to standard output
     summaries = Summary.open(summary)
     subject = config
     try:
@@ -111,7 +114,7 @@ def _append(summaries: Summary, text: str) -> None:
 
 
 def main() -> None:
-    """A line and an exit code for what a user can mend, a traceback for our bugs."""
+    """Run the `retrain` command."""
     from pipeline.cli.exit_codes import plain_errors
 
     with plain_errors("retrain"):

@@ -1,4 +1,4 @@
-"""The verbs of a run by its configuration or its folder: to do it, or a part of it, and to look after it."""
+"""The verbs of a run: `run`, `train`, `evaluate`, `status`, `sync` and `clean`."""
 
 from __future__ import annotations
 
@@ -22,22 +22,24 @@ Accelerate = Annotated[
     str | None,
     typer.Option(metavar="NAME|FILE", help="Train in several processes: ddp, fsdp-qlora, ..., or accelerate's YAML."),
 ]
-MachineRank = Annotated[int | None, typer.Option(help="Which of several machines this is; 0 does all but training.")]
-MainProcessIp = Annotated[str | None, typer.Option(help="Address of machine 0, where machines meet.")]
+MachineRank = Annotated[
+    int | None, typer.Option(help="Number of this machine; machine 0 also does everything but training.")
+]
+MainProcessIp = Annotated[str | None, typer.Option(help="Address of machine 0.")]
 
 
 def run(
     config: ConfigArgument,
     settings: Settings = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Remove what an earlier run of this name left.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what that will take, as plan.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Remove an earlier run of this name first.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan.")] = False,
     accelerate: Accelerate = None,
     machine_rank: MachineRank = None,
     main_process_ip: MainProcessIp = None,
     runs: Root = RUNS,
     as_json: AsJson = False,
 ) -> None:
-    """Do the whole job, from a base model and a data set to a release; goes on where it stopped."""
+    """Run every stage, from base model and data set to a release; continues a stopped run."""
     from pipeline.config.loader import load_config
     from pipeline.errors import ConfigError
     from pipeline.workflow.run import run as run_all
@@ -45,7 +47,7 @@ def run(
     loaded = load_config(config, settings or ())
     launch = _launch(accelerate, machine_rank, main_process_ip)
     if dry_run and launch:
-        raise ConfigError("--dry-run: plans one process, and nothing for --accelerate yet; leave one of them out")
+        raise ConfigError("--dry-run: plans one process, without --accelerate. Try: leave out one of them")
     if dry_run:
         return show_plan(loaded, None, runs, as_json)
     if launch and launch.machine_rank:
@@ -64,7 +66,7 @@ def train(
     runs: Root = RUNS,
     as_json: AsJson = False,
 ) -> None:
-    """Only fine-tune: data and base model to an adapter."""
+    """Only train the adapter of a run."""
     launch = _launch(accelerate, machine_rank, main_process_ip)
     if launch and launch.machine_rank:
         from pipeline.config.loader import load_config
@@ -74,16 +76,16 @@ def train(
 
 
 def evaluate(config: ConfigArgument, settings: Settings = None, runs: Root = RUNS, as_json: AsJson = False) -> None:
-    """Only measure the run's full-precision model and its base."""
+    """Only measure the merged model and the base model of a run."""
     run_stage("evaluate", config, settings, runs, as_json)
 
 
 def status(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
-    last: Annotated[int, typer.Option(help="How many events to show.", min=0)] = 20,
+    last: Annotated[int, typer.Option(help="Number of events to show.", min=0)] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """Show what is finished, and what happened."""
+    """Show the finished stages and the last events of a run."""
     from pipeline.tracking.events import read_events
     from pipeline.workflow.workspace import Workspace
 
@@ -102,7 +104,7 @@ def sync(
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
-    """Send Trackio what it missed of a run, without running anything."""
+    """Send the tracker all records of a run that it missed."""
     from pipeline.config.loader import load_config
     from pipeline.tracking.trackers import sync as send_missed
     from pipeline.workflow.workspace import Workspace
@@ -116,7 +118,7 @@ def clean(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
     as_json: AsJson = False,
 ) -> None:
-    """Remove what a release does not need: checkpoints, unpacked base models, what was interrupted."""
+    """Remove files that a release does not need: checkpoints, unpacked base models, partial files."""
     from pipeline.workflow.cleanup import clean as remove
     from pipeline.workflow.workspace import Workspace
 
@@ -131,6 +133,7 @@ def clean(
 def run_stage(
     stage: str, config: str, settings: list[str] | None, runs: Path, as_json: bool, launch: Launch | None = None
 ) -> None:
+    """Run one stage of a configuration."""
     from pipeline.config.loader import load_config
     from pipeline.workflow.run import run_one
 
@@ -140,6 +143,7 @@ def run_stage(
 
 
 def conclude(config: Config, workspace: Workspace, as_json: bool, reporter: TerminalReporter) -> None:
+    """Print the results of a run."""
     if as_json:
         from pipeline.system.files import read_json
 
@@ -152,6 +156,7 @@ def conclude(config: Config, workspace: Workspace, as_json: bool, reporter: Term
 
 
 def states(workspace: Workspace) -> dict:
+    """Return the ledger's seconds and summary of each finished step."""
     return {key: {"seconds": e.seconds, "summary": e.summary} for key, e in workspace.ledger().items()}
 
 
@@ -160,7 +165,7 @@ def _launch(accelerate: str | None, machine_rank: int | None, main_process_ip: s
 
     if accelerate is None:
         if machine_rank is not None or main_process_ip is not None:
-            raise ConfigError("--machine-rank and --main-process-ip: of use with --accelerate only")
+            raise ConfigError("--machine-rank, --main-process-ip: need --accelerate")
         return None
     from pipeline.training.accelerate_launch import read_launch
 

@@ -1,7 +1,6 @@
-"""A run on a terminal: one line a step, a bar with the time left for the step that runs.
+"""The progress of a run on a terminal: one line for each step, and a bar with the time left.
 
-Where the output is no terminal (CI, a pipe) there are the same lines without a bar, and
-now and then one that says how far a long step is.
+Without a terminal (CI, a pipe) lines of progress replace the bar.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from pipeline.tracking.trackers import tracker
 from pipeline.workflow.reporter import Reporter
 from pipeline.workflow.workspace import Entry, Workspace
 
-QUIET_SECONDS = 30.0  # between progress lines where there is no terminal
+QUIET_SECONDS = 30.0  # between progress lines without a terminal
 
 
 class TerminalReporter(Reporter):
-    """Draws on `console`; give it one that writes to standard error where the output is for a machine."""
+    """Progress on a console, which writes to standard error if the output is JSON."""
 
     def __init__(self, console: Console):
         self.console = console
@@ -40,6 +39,7 @@ class TerminalReporter(Reporter):
         self._last_line = 0.0
 
     def begin(self, config: Config, workspace: Workspace) -> None:
+        """Print the run's name, inputs and folder."""
         self._tracker = tracker(config.track.tracker).LABEL
         added = config.data.source if config.data else config.merge.adapter
         made_of = "  +  ".join(filter(None, (config.model.source, added)))
@@ -47,9 +47,11 @@ class TerminalReporter(Reporter):
         self.console.print(f"[dim]{escape(str(workspace.folder))}[/]")
 
     def kept(self, step: str) -> None:
+        """Print a step that was finished earlier."""
         self.console.print(f"[dim]= {step:<24} done before[/]")
 
     def started(self, step: str) -> None:
+        """Show that a step starts."""
         self._start = self._last_line = time.monotonic()
         self._phase = ""
         if not self.console.is_terminal:
@@ -72,9 +74,10 @@ class TerminalReporter(Reporter):
         self._bar.start()
 
     def progress(self, done: int, total: int, what: str) -> None:
+        """Show the progress of the current step."""
         phase = "".join(c for c in what if not c.isdigit())
         if self._bar is not None:
-            if phase.split(",")[0] != self._phase:  # another thing is being done: its time left is another
+            if phase.split(",")[0] != self._phase:  # another phase has its own time left
                 self._bar.reset(self._task)
             self._bar.update(self._task, completed=done, total=total if total > 1 else None, description=escape(what))
         elif not self.console.is_terminal and time.monotonic() - self._last_line > QUIET_SECONDS:
@@ -83,25 +86,30 @@ class TerminalReporter(Reporter):
         self._phase = phase.split(",")[0]
 
     def show(self, lines: list[str]) -> None:
+        """Print lines below the current step."""
         for line in lines:
             self.console.print(f"  [dim]{escape(line)}[/]")
 
     def wrote(self, step: str, seconds: float) -> None:
+        """Print a step that has written files which are not measured yet."""
         self._done(step, seconds, "files written")
 
     def finished(self, step: str, entry: Entry) -> None:
+        """Print a finished step with its figures."""
         self._done(step, entry.seconds, _tell(entry.summary), "withheld" not in entry.summary)
 
     def failed(self, step: str) -> None:
+        """Print a failed step."""
         self._stop_bar()
         self.console.print(f"[red]x[/] {step:<24} {clock(time.monotonic() - self._start)}")
 
     def end(self, tracker_problem: str | None) -> None:
+        """Print the tracker's problem, if it missed records."""
         self._stop_bar()
         if tracker_problem:
             self.console.print(
-                f"[yellow]![/] {self._tracker} has not got everything ({escape(tracker_problem)}); "
-                f"the rest is kept, and sent with the next run or by: {command('sync', 'RUN')}"
+                f"[yellow]![/] {self._tracker}: missed records, which the next run sends ({escape(tracker_problem)}). "
+                f"Try: {command('sync', 'RUN')}"
             )
 
     def _done(self, step: str, seconds: float, text: str, well: bool = True) -> None:
@@ -116,10 +124,10 @@ class TerminalReporter(Reporter):
 
 
 def summary(console: Console, config: Config, workspace: Workspace) -> None:
-    """The figures of a finished run, and what to do next."""
+    """Print the figures of a finished run and the next commands."""
     results = Results.read(workspace.results_path)
     there = [v for v in VARIANTS if v in results.variants and (workspace.release / VARIANTS[v].folder).is_dir()]
-    shown = [v for v in there if not (results[v].gate and results[v].gate.withheld)]
+    shown = [v for v in there if not ((gate := results[v].gate) and gate.withheld)]
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     titles = ("", "size", "held-out ppl", "general ppl", "KL", "decode", "memory")
     rows = [(name, *_figures(results[name])) for name in (BASE, MERGED, *shown) if name in results.models]
@@ -135,7 +143,7 @@ def summary(console: Console, config: Config, workspace: Workspace) -> None:
     chosen = [v for v in shown if VARIANTS[v].engine == TRANSFORMERS] or shown
     option = ("--variant", chosen[-1]) if chosen else ()
     run = workspace.release if workspace.release in workspace.folder.parents else workspace.folder
-    console.print(f"Talk to it {escape(command('chat', run, *option))}")
+    console.print(f"Chat       {escape(command('chat', run, *option))}")
     console.print(f"Dashboard  {escape(tracker(config.track.tracker).dashboard(config))}")
     if config.publish.repo is None:
         console.print(f"Publish    {escape(command('publish', run, '--repo', 'USER/NAME'))}")
@@ -146,11 +154,11 @@ def summary(console: Console, config: Config, workspace: Workspace) -> None:
 
 
 def _how_measured(results: Results) -> str:
-    """Return what the columns of the summary mean, as far as they were measured."""
+    """Return the meaning of the measured columns."""
     models = results.models.values()
     quality = next((model.quality for model in models if model.quality), None)
     if not quality:
-        return "nothing was measured; publishing does that, and so does tunepress quantize --measure"
+        return f"nothing was measured. Try: {command('quantize', '--measure')}"
     counted = " and ".join(f"{q.tokens} {TEXTS[text]}" for text, q in quality.items())
     text = TEXTS[HELD_OUT if HELD_OUT in quality else GENERAL]
     others = ", GGUF by llama.cpp" if any(LLAMA_CPP in model.speed for model in models) else ""
@@ -170,7 +178,7 @@ def _figures(result: ModelResult) -> list[str]:
         return f"{found.value:.2f} ± {found.stderr:.2f}" if found else "-"
 
     return [
-        size(result.size_bytes),
+        size(result.size_bytes) if result.size_bytes is not None else "-",
         perplexity(result.on(HELD_OUT)),
         perplexity(result.on(GENERAL)),
         f"{compared.value:.4f}" if compared else "-",
@@ -180,7 +188,7 @@ def _figures(result: ModelResult) -> list[str]:
 
 
 def _tell(figures: dict) -> str:
-    """A step's figures in a few words."""
+    """Return the figures of a step in a few words."""
     if "held_out_loss" in figures:
         return f"{figures['steps']} steps, held-out loss {figures['held_out_loss'] or float('nan'):.3f}"
     if "merged_held_out_perplexity" in figures:
@@ -213,7 +221,7 @@ def _perplexities(figures: dict) -> list[str]:
 
 
 def show_status(console: Console, workspace: Workspace, events: list[dict]) -> None:
-    """The ledger and the last events of a run."""
+    """Print the ledger and the last events of a run."""
     table = Table(title=f"{workspace.folder}", title_justify="left")
     for column in ("step", "finished", "took", ""):
         table.add_column(column)

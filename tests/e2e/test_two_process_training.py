@@ -175,7 +175,7 @@ def test_indivisible_batch_is_refused_before_any_work(tmp_path):
     done = place.tunepress("run", "tiny.yaml", *TWO, "--set", "train.accumulate=1", check=2)
     assert "train.batch_size 3 x train.accumulate 1: 3 examples a step cannot be shared by 2 processes" in done.stderr
     done = place.tunepress("run", "tiny.yaml", "--machine-rank", "1", check=2)
-    assert done.stderr == "tunepress: --machine-rank and --main-process-ip: of use with --accelerate only\n"
+    assert done.stderr == "tunepress: --machine-rank, --main-process-ip: need --accelerate\n"
     assert not place.run_folder.exists()
 
 
