@@ -76,7 +76,7 @@ _NO_ANSWERS = {"yes", "resume", "overwrite", "runs"}
 
 
 def _become_run(config: Path, runs: Path) -> None:
-    """This process becomes the run, which so gets the token that was typed, and nobody else does."""
+    """Replace this process by the run. Only the run gets the token that was typed."""
     from pipeline.system.process_environment import with_own_package
 
     sys.stdout.flush()

@@ -48,7 +48,7 @@ def check_variants(config: Config, sizes: Sizes) -> None:
 
 
 def suited(draft: Draft, variants: list[dict]) -> list[dict]:
-    """The same variants, with embeddings as they are where those cannot be quantized."""
+    """Return the variants, with embeddings kept if this model's cannot be quantized."""
     if not any(variant.get("embeddings") == EIGHT_BITS for variant in variants):
         return variants
     from pipeline.models.matrices import PLAIN_TABLE, embedding_kind

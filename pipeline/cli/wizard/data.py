@@ -83,7 +83,7 @@ def _look_at(draft: Draft, data: Data) -> str | None:
 
 
 def _section(answer: str) -> dict:
-    """The source, and the settings that stand behind it."""
+    """Return the source and the settings that follow it."""
     settings: dict[str, object] = {}
     while found := _SETTING.search(answer):
         settings[found[1]] = int(found[2]) if found[1] == "limit" and found[2].isdecimal() else found[2]
@@ -93,7 +93,7 @@ def _section(answer: str) -> dict:
 
 @contextlib.contextmanager
 def _in_its_words() -> Iterator[None]:
-    """What a configuration would call its settings, as they are typed here."""
+    """Name settings in errors as they are typed here, and not as a configuration names them."""
     try:
         yield
     except (ConfigError, DataError) as error:
@@ -117,7 +117,7 @@ def _open(data: Data) -> Table:
 
 
 def _first_rows(table: Table, data: Data) -> list:
-    """The first rows as they stand, without bad ones where those are skipped.
+    """Return the first rows as they are, without bad ones if those are skipped.
 
     Raises:
         DataError: where there are none, or one cannot be read and is not to be skipped.
@@ -152,7 +152,7 @@ def _shown(row: object) -> str:
 
 
 def _tell_form(draft: Draft, table: Table, data: Data) -> None:
-    """The first rows are read as training will read them; where there are no more, they are split as for training.
+    """Read the first rows as training will. If there are no more rows, split them as training will.
 
     Raises:
         DataError: where one of them cannot be used, or there are too few.

@@ -77,22 +77,24 @@ class Draft:
 
     @property
     def interactive(self) -> bool:
+        """Return True if somebody can be asked."""
         return self.secret is not None
 
     def is_known(self, name: str) -> bool:
-        """Need a question not be asked, since its answer is known beforehand?"""
+        """Return True if the answer of this question is known beforehand."""
         return name in self.given or name in self.remembered
 
     def command(self, *words: object) -> str:
-        """A command as people type it here, with this folder of the runs."""
+        """Return a command as people type it here, with this folder of runs."""
         return command(*words, *([] if self.runs == Path("runs") else ["--runs", self.runs]))
 
     @cached_property
     def machine(self) -> Machine:
+        """Return what this machine has, measured once."""
         return this_machine(self.runs)
 
     def config(self, settings: Settings | None = None) -> TrainingRun:
-        """The configuration with further settings; what is not answered yet has its default.
+        """Return the configuration with further settings. Open questions have their defaults.
 
         Raises:
             ConfigError: where a setting is refused.
@@ -112,10 +114,11 @@ class Draft:
         self.tree = _changed(self.tree, settings)
 
     def fits(self, config: Config) -> bool:
+        """Return True if this machine has the memory and the disk for a run."""
         return not self._short(config)
 
     def check_fits(self, config: Config) -> None:
-        """Is there the memory and the disk for this?
+        """Raise an error if this machine lacks the memory or the disk for a run.
 
         Raises:
             ConfigError: naming what there is not enough of, and what helps.
@@ -129,7 +132,7 @@ class Draft:
         raise ConfigError(f"{first}; no settings known here make it fit: take a smaller model, or a larger machine")
 
     def fitting(self, settings: Settings) -> dict[str, object]:
-        """These settings, and on top of them those with which the run fits this machine.
+        """Return these settings, and those that make the run fit this machine.
 
         Raises:
             ConfigError: where none are known.

@@ -40,7 +40,7 @@ def _take(draft: Draft, answer: str) -> None:
 
 
 def recipe_tree(recipe: str, own_data: bool = True) -> dict:
-    """What a shipped recipe sets; with other data than its own, without the data and what is said for them alone."""
+    """Return the settings of a shipped recipe; without the data and their settings if `own_data` is False."""
     tree = yaml.safe_load(shipped_configs()[recipe].read_text(encoding="utf-8"))
     del tree["name"]
     if not own_data:
@@ -51,7 +51,7 @@ def recipe_tree(recipe: str, own_data: bool = True) -> dict:
 
 
 def _tell(draft: Draft) -> None:
-    """What was found: the model, the machine, and what a GPU that is not used needs."""
+    """Print the model, the machine, and how to use a GPU that is not used yet."""
     sizes, machine = draft.model_sizes, draft.machine
     fetched = sizes.fetched_bytes - sizes.here_bytes
     come = f"; {size(fetched)} to fetch" if fetched else ""
@@ -64,7 +64,7 @@ def _tell(draft: Draft) -> None:
 
 
 def gpu_advice() -> list[str]:
-    """What must be set or installed for a GPU of this machine; torch is asked only where it may find one."""
+    """Return how to use an unused GPU of this machine. Torch is imported only if there may be one."""
     from pipeline.planning.doctor import devices, missing_gpu
 
     if not may_have_gpu():

@@ -39,11 +39,12 @@ class Question:
     denies: str | None = None
 
     def option(self, answer: str) -> str:
-        """The option that gives an answer."""
+        """Return the command-line option that gives this answer."""
         return f"--{self.denies if self.denies and answer == 'no' else self.name}"
 
     @property
     def options(self) -> str:
+        """Return the command-line options of this question, for messages."""
         return f"--{self.name}" + (f" or --{self.denies}" if self.denies else "")
 
 
@@ -102,7 +103,7 @@ class Asker:
                 raise
 
     def _ask(self, question: Question) -> str:
-        """The answer, which was taken."""
+        """Ask until an answer is accepted, and return it."""
         draft = self.draft
         if question.name in draft.given:
             return self._take(question, draft.given[question.name])
@@ -152,7 +153,7 @@ def answer_text(value: object) -> str:
 
 
 def yes_or_no(answer: str) -> bool:
-    """What an answer to such a question means.
+    """Return True if the answer means yes.
 
     Raises:
         ConfigError: where it is neither.
@@ -166,7 +167,7 @@ def yes_or_no(answer: str) -> bool:
 
 
 def one_of(answer: str, choices: Sequence[str]) -> str:
-    """The choice that an answer names.
+    """Return the choice that an answer names.
 
     Raises:
         ConfigError: where it names none.

@@ -100,7 +100,7 @@ def wizard(
 
 
 def read_answers(path: Path) -> dict[str, str]:
-    """The answers that a session left.
+    """Return the answers that an interrupted session left.
 
     Raises:
         ConfigError: where the file holds none.
@@ -138,7 +138,7 @@ def _leave(draft: Draft, answers: Mapping[str, str], resume: Path | None) -> str
 
 
 def _free(path: Path) -> Path:
-    """The path, or the next one that is not taken."""
+    """Return the path, or the next free one if it exists."""
     number, free = 2, path
     while free.exists():
         free, number = path.with_stem(f"{path.stem}-{number}"), number + 1
@@ -158,7 +158,7 @@ def _confirm(console: Console) -> Callable[[str], bool]:
 
 @contextlib.contextmanager
 def _signals_as_interrupts() -> Iterator[None]:
-    """A closed terminal and a request to end keep the answers too."""
+    """Treat a closed terminal and a request to end as an interrupt, so that the answers are kept."""
 
     def stop(number, frame):
         raise KeyboardInterrupt

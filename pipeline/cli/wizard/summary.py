@@ -45,6 +45,7 @@ def _lines(config: TrainingRun, plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def millions(count: int) -> str:
+    """Return a count in millions, with one decimal if it is below ten millions."""
     return f"{count / 1e6:,.{0 if count >= 10**7 else 1}f}"
 
 

@@ -20,7 +20,7 @@ def _about_profile(draft: Draft) -> str:
 
 
 def _default_profile(draft: Draft) -> str:
-    """The first that fits this machine as it is; else the last, whose sizes are made smaller still."""
+    """Return the first profile that fits this machine; else the last one, whose sizes are reduced further."""
     return next((n for n, p in PROFILES.items() if draft.fits(draft.config(p.settings))), list(PROFILES)[-1])
 
 
