@@ -398,7 +398,7 @@ def test_tried_fallbacks_are_listed_even_for_withheld_variants():
 
 
 def test_gate_warning_is_on_every_card_of_the_variant():
-    line = "**`int8/` misses its gate, and is here all the same: perplexity rises by 0.412 ± 0.046 % on held-out text, "
+    line = "**`int8/` misses its gate and is published with a warning: perplexity rises by 0.412 ± 0.046 % on held-out "
     for name, text in cards(gated_about()).items():
         assert (line if name in ("model", "int8") else "**`int8` misses its gate") in plain(text)
     assert "misses its gate" not in model_card(about(), BOTH)
@@ -540,7 +540,7 @@ def test_rounding_of_each_file_is_stated(variant, rounding, said):
 def test_gguf_only_card_does_not_mention_transformers():
     text = model_card(only_gguf_about(), GGUF)
     assert data(text)["library_name"] == "gguf" and data(text)["base_model"] == "org/base"
-    for word in ("torchao", "from pipeline import load", "AutoModelForCausalLM", "Where tunepress is installed"):
+    for word in ("torchao", "from pipeline import load", "AutoModelForCausalLM", "If tunepress is installed"):
         assert word not in text
     assert "in a folder of their own" in text
     with_root = model_card(gguf_about(), GGUF)
