@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli.options import RUNS, AsJson, ConfigArgument, Root, Settings, terminal_reporter
-from pipeline.retraining.decision import MARGIN, WIDEST
+from pipeline.retraining.decision import LARGEST_MARGIN, MARGIN
 
 if TYPE_CHECKING:
     from pipeline.retraining.report import Summary
@@ -31,7 +31,7 @@ def retrain(
     config: ConfigArgument,
     settings: Settings = None,
     margin: Annotated[
-        float, typer.Option(min=0, max=WIDEST, help="Standard errors by which the loss must be lower.")
+        float, typer.Option(min=0, max=LARGEST_MARGIN, help="Standard errors by which the loss must be lower.")
     ] = MARGIN,
     force: Annotated[
         bool,

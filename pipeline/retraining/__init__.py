@@ -1,1 +1,1 @@
-"""Train again when inputs changed, and publish only what is better."""
+"""Retraining of a published model: train if its inputs changed, and publish only a better model."""

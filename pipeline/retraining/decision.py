@@ -1,4 +1,4 @@
-"""Whether a new model is better than the live one: the rule, what is known before, and what came of it."""
+"""Decision about a new model: the rule, the record of the last retraining, and the outcome."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipeline.workflow.baseline import own_weights
 from pipeline.workflow.stages import merge, train
 from pipeline.workflow.workspace import Workspace
 
-WIDEST = 10.0
+LARGEST_MARGIN = 10.0
 
 Outcome = Literal["published", "not_better", "skipped"]
 EXIT_CODES: dict[Outcome, int] = {"published": 0, "not_better": 3, "skipped": 4}
@@ -29,14 +29,15 @@ EXIT_CODES: dict[Outcome, int] = {"published": 0, "not_better": 3, "skipped": 4}
 
 @dataclass(frozen=True)
 class Decision:
-    """What came of a retraining.
+    """The outcome of a retraining.
 
     Attributes:
         reason: one line for people.
-        changes: what the new model was made of that the live one was not.
-        comparison: the figures of both models, as the lineage has them under `results.retraining`; None where
-            there was nothing to compare.
-        url, commit: what was published; None where nothing was.
+        margin: standard errors by which the new model's loss had to be lower.
+        changes: inputs of the new model that differ from those of the published model.
+        comparison: figures of both models, as the lineage has them under `results.retraining`; None if there was
+            nothing to compare.
+        url, commit: of the published commit; None if nothing was published.
     """
 
     outcome: Outcome
@@ -50,15 +51,17 @@ class Decision:
 
     @property
     def exit_code(self) -> int:
+        """Return the exit code of the command."""
         return EXIT_CODES[self.outcome]
 
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of the last retraining: of these inputs, for this repository and its live model, it came so far.
+    """The record of the last retraining of a repository with these inputs.
 
     Attributes:
-        job: the Job that it was started as, and whose end was not read: its id, namespace and url.
+        live: digest of the published model that it was compared with.
+        job: the Job that runs it and whose end was not read yet: its id, namespace and url.
     """
 
     repo: str = ""
@@ -71,26 +74,28 @@ class Record:
 
     @classmethod
     def read(cls, path: Path) -> Record:
-        """The record at `path`; an empty one where there is none that can be read."""
+        """Return the record in a file; an empty one if it cannot be read."""
         try:
-            told = read_json(path, {})
-            figures = told.get("comparison")
-            return cls(**told | {"comparison": Comparison.model_validate(figures) if figures else None})
+            content = read_json(path, {})
+            figures = content.get("comparison")
+            return cls(**content | {"comparison": Comparison.model_validate(figures) if figures else None})
         except (WorkspaceError, AttributeError, TypeError, OSError, ValidationError):
             return cls()
 
     def write(self, path: Path) -> None:
+        """Write the record to a file."""
         write_json(path, asdict(self) | {"comparison": self.comparison and self.comparison.to_json()})
 
 
 @dataclass(frozen=True)
 class Matter:
-    """What is to be decided, and what is known of it before anything is trained.
+    """A possible retraining: its inputs, the published model, and the record, before anything is trained.
 
     Attributes:
-        config: as it was asked for.
-        news: what a new model would be made of that the live one was not; none where nothing has to be decided.
-        folder: of the run.
+        config: the configuration, before commits are filled in.
+        live: the published model.
+        news: inputs of a new model that differ from those of the published model.
+        folder: the run's folder.
     """
 
     config: TrainingRun
@@ -102,25 +107,23 @@ class Matter:
 
     @property
     def repo(self) -> str:
+        """Return the repository that is published to."""
         return self.inputs.config.publish.target
 
     @property
     def path(self) -> Path:
-        """Where the record is kept."""
+        """Return the path of the record."""
         return _record_path(self.folder)
 
     def settled(self, margin: float) -> Decision | None:
-        """The decision, where nothing has to be trained for it."""
+        """Return the decision if it needs no training, else None."""
         live, record = self.live, self.record
-        if record.state == "better":  # it has only to be finished
+        if record.state == "better":  # only publishing is left
             return None
         if live and not self.news:
-            reason = f"neither base, data nor settings of the model changed since {live.head[:12]}, which is live"
+            reason = f"base, data and settings of the model are unchanged since the published commit {live.head[:12]}"
             if beside := changes_beside(live, self.inputs):
-                reason = (
-                    f"of what makes the model nothing changed since {live.head[:12]}, which is live; "
-                    f"{', '.join(beside)} did, and {self._way_to_the_rest(live)}"
-                )
+                reason = f"{reason}, but {', '.join(beside)} changed. {self._how_to_publish_the_rest(live)}"
             return Decision("skipped", self.repo, reason, margin)
         if live is None or record.live != live.model:
             return None
@@ -128,24 +131,21 @@ class Matter:
             reason = f"{tell(record.comparison, margin)} (measured before, on the same inputs)"
             return Decision("not_better", self.repo, reason, margin, self.news, record.comparison)
         if record.state == "published":
-            reason = f"the model made of this was published before, and is not live: {record.url}"
+            reason = f"the model with these inputs was published before and replaced since: {record.url}"
             return Decision("skipped", self.repo, reason, margin, self.news)
         return None
 
-    def _way_to_the_rest(self, live: PublishedModel) -> str:
-        """How to make what is published beside the live model, without another model coming of it."""
-        options = self._options_of_the_live_model(live)
+    def _how_to_publish_the_rest(self, live: PublishedModel) -> str:
+        """Return how to publish changed variants and figures of the same model."""
+        options = self._options_to_keep_model(live)
         if options is None:
-            return (
-                f"{self.folder} cannot make that without training again, which is compared before it is published: "
-                "use --force"
-            )
-        return f"for that run: {command('run', 'CONFIG')}{options}"
+            return f"The published model is not in {self.folder}, so it must be trained again. Try: --force"
+        return f"Try: {command('run', 'CONFIG')}{options}"
 
-    def _options_of_the_live_model(self, live: PublishedModel) -> str | None:
-        """Options with which `tunepress run` keeps the model in the run's folder; None where that is not the live one.
+    def _options_to_keep_model(self, live: PublishedModel) -> str | None:
+        """Return options for `tunepress run` to reuse the model in the run's folder; None if it is not published.
 
-        The live model was made of commits, where the configuration may name none.
+        The published model was made of certain commits, which the configuration may not name.
         """
         made, workspace, config = made_with(live), Workspace(self.folder), self.config
         if own_weights(workspace) != live.weights:
@@ -160,17 +160,18 @@ class Matter:
         root = "" if self.folder.parent == Path("runs") else f" --runs {shlex.quote(str(self.folder.parent))}"
         return root + "".join(f" --set {name}.revision={r or 'null'}" for name, r in asked.items())
 
-    def remember(self, told: dict) -> Matter:
-        """Keep what was decided in a Job, from the decision as JSON has it, for the model that it was compared with."""
-        figures = Comparison.model_validate(told["comparison"]) if told.get("comparison") else None
-        if told["outcome"] == "published" or (told["outcome"] == "not_better" and figures):
-            there = read_published(self.repo, figures.compared_with.commit) if figures else None
-            made = {"state": told["outcome"], "comparison": figures, "url": told.get("url")}
+    def remember(self, decision: dict) -> Matter:
+        """Record the decision of a Job, given as JSON, for the model that it was compared with."""
+        figures = Comparison.model_validate(decision["comparison"]) if decision.get("comparison") else None
+        if decision["outcome"] == "published" or (decision["outcome"] == "not_better" and figures):
+            compared = figures and figures.compared_with
+            there = read_published(self.repo, compared.commit) if compared else None
+            made = {"state": decision["outcome"], "comparison": figures, "url": decision.get("url")}
             return self.keep(**made, live=there and there.model, job=None)
         return self.keep(job=None)
 
     def keep(self, **known: Any) -> Matter:
-        """Keep more in the record."""
+        """Change fields of the record, and write it."""
         record = replace(self.record, **known)
         record.write(self.path)
         return replace(self, record=record)
@@ -181,22 +182,22 @@ def _record_path(folder: Path) -> Path:
 
 
 def look(config: TrainingRun, root: str | Path) -> Matter:
-    """What is to be decided by a retraining, from the repository, the inputs and the record under `root`."""
+    """Return the possible retraining, from the repository, the inputs and the record under `root`."""
     repo, inputs = config.publish.target, inputs_of(config)
     live = with_full_model(read_published(repo))
     folder = Path(root) / config.name
     record = Record.read(_record_path(folder))
     if (record.repo, record.inputs) != (repo, inputs.to_dict()):
         record = Record(repo, inputs.to_dict())
-    news = changes(live, inputs) if live else ("there is no live model yet",)
+    news = changes(live, inputs) if live else ("no model is published yet",)
     return Matter(config, inputs, live, news, record, folder)
 
 
 def check(config: Config, margin: float) -> TrainingRun:
-    """Return the configuration if a model can be retrained by it.
+    """Return the configuration if it can retrain a model.
 
     Raises:
-        ConfigError: if it has no data or no repository, trains on its own result, or the margin is out of range.
+        ConfigError: if it has no data or no repository, trains its own result, or the margin is out of range.
     """
     if not isinstance(config, TrainingRun) or config.publish.repo is None:
         missing = "data" if config.data is None else "publish.repo"
@@ -206,24 +207,26 @@ def check(config: Config, margin: float) -> TrainingRun:
             f"model.source {config.model.source}: is publish.repo too, so that each model would be trained from the "
             "last one; publish to another repository"
         )
-    if not 0 <= margin <= WIDEST:
-        raise ConfigError(f"margin {margin:g}: is not from 0 to {WIDEST:g} standard errors")
+    if not 0 <= margin <= LARGEST_MARGIN:
+        raise ConfigError(f"margin {margin:g}: is not from 0 to {LARGEST_MARGIN:g} standard errors")
     return config
 
 
 def better(comparison: Comparison, margin: float) -> bool:
-    """Is the new model's loss lower by more than `margin` standard errors of the difference?"""
-    difference = comparison.difference
-    return difference.value < -quantile(margin, comparison.prompts) * difference.stderr
+    """Return True if the new model's loss is lower by more than `margin` standard errors of the difference."""
+    difference, prompts = comparison.difference, comparison.prompts
+    assert difference and prompts, "two models were compared"
+    return difference.value < -quantile(margin, prompts) * difference.stderr
 
 
 def tell(comparison: Comparison, margin: float) -> str:
-    """A comparison in one line."""
-    gap = comparison.difference
+    """Return a comparison in one line."""
+    gap, prompts = comparison.difference, comparison.prompts
+    assert gap and prompts, "two models were compared"
     direction = "lower" if gap.value < 0 else "higher"
     verdict = "better" if better(comparison, margin) else "not better"
     return (
         f"{verdict}: the loss is {direction} by {abs(gap.value):.4f} ± {gap.stderr:.4f} {comparison.unit} on "
-        f"the answers to {comparison.prompts} prompts, and counts as better if lower by more than "
-        f"{quantile(margin, comparison.prompts):.2f} standard errors"
+        f"the answers to {prompts} prompts, and counts as better if lower by more than "
+        f"{quantile(margin, prompts):.2f} standard errors"
     )

@@ -1,4 +1,4 @@
-"""What a Job of the Hub says: its log, as far as the Hub gives it, and the decision in it."""
+"""Log of a Job on the Hub, and the decision in it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ from pipeline.hub.retry import retry_or_explain
 
 EXIT_CODE = re.compile(r"tunepress: exit code (\d+)\s*\Z")
 POLL_SECONDS = 2.0
-LAST_LOOKS = 3  # at the log of a Job that has ended without its exit code in it
-PATIENCE = 12  # times that the Hub is asked how a Job is, over some minutes; it goes on meanwhile
+FINAL_READS = 3  # of the log of a Job that has ended, if its exit code is not there yet
+STATUS_ATTEMPTS = 12  # over some minutes, in which the Job goes on
 
 
 class JobLog:
-    """What a Job says.
+    """The log of a Job.
+
+    Args:
+        started: the Job's `id`, `namespace` and `repo`.
+        say: takes the lines of the log.
 
     Attributes:
-        told: the decision, as it printed it.
-        code: the exit code of the command that it ran.
+        told: the decision that the Job printed.
+        code: the exit code of its command.
         complaint: its last error.
     """
 
@@ -36,36 +40,36 @@ class JobLog:
 
     @property
     def decision(self) -> dict | None:
-        """What it decided, if it ended with that."""
+        """Return the decision if the Job ended with its exit code."""
         return self.told if self.told and self.code == self.told.get("exit_code") else None
 
     def follow(self) -> str:
-        """Read the log until the Job has ended; how it ended. What the Hub leaves out of a log is no end of the Job.
+        """Read the log until the Job has ended, and return its final status. A log that ends early is read again.
 
         Raises:
-            HubError: where the Hub does not say how the Job is.
+            HubError: if the Hub does not return the status of the Job.
         """
         from huggingface_hub import HfApi
 
         while True:
             self._take()
-            job = retry_or_explain(self._repo, lambda: HfApi().inspect_job(**self._about), attempts=PATIENCE)
+            job = retry_or_explain(self._repo, lambda: HfApi().inspect_job(**self._about), attempts=STATUS_ATTEMPTS)
             if job.status.stage not in ("RUNNING", "SCHEDULING"):
                 break
             time.sleep(POLL_SECONDS)
-        for _ in range(LAST_LOOKS):  # it may have ended while its log could not be read
+        for _ in range(FINAL_READS):  # the Job may have ended while its log could not be read
             if self.code is None:
                 time.sleep(POLL_SECONDS)
                 self._take()
         return f"{job.status.stage}{f' ({job.status.message})' if job.status.message else ''}"
 
     def _take(self) -> None:
-        """Read on, as far as the Hub gives it; its client tries more than once."""
+        """Read the new part of the log if the Hub answers; the client of the Hub retries."""
         with contextlib.suppress(HubError):
             retry_or_explain(self._repo, self._read_on, attempts=1)
 
     def _read_on(self) -> None:
-        """From the first line that was not read."""
+        """Read the lines after the last one that was read."""
         from huggingface_hub import HfApi
 
         for number, line in enumerate(HfApi().fetch_job_logs(**self._about, follow=True)):
@@ -84,7 +88,7 @@ class JobLog:
 
 
 def _decision_in(line: str) -> dict | None:
-    """The decision that a line is; a line that was cut is text as any other."""
+    """Return the decision in a line; None if the line is other text, or an incomplete decision."""
     try:
         return json.loads(line) if line.startswith('{"outcome"') else None
     except ValueError:

@@ -1,7 +1,7 @@
-"""A retraining as a Hugging Face Job: a machine of the Hub's that installs tunepress and runs the same command.
+"""Retraining as a Hugging Face Job: a machine of the Hub installs tunepress and runs the same command.
 
-The configuration goes along in the environment, tokens as the Job's secrets, and neither on the command line.
-A Job's status knows success and failure only, so the exit code and the decision are read from its log.
+The configuration is passed in the environment, and tokens as secrets of the Job, never on the command line.
+The status of a Job is only success or failure, so the exit code and the decision are read from its log.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from pipeline.retraining.report import plain
 
 IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"
 TIMEOUT = re.compile(r"\d+(\.\d+)?[smhd]?\Z")
-PACKAGE = re.compile(r"(git\+)?https://[^\s/@?]+/[^\s?]+\Z")  # no password or token in it, for it is not kept secret
-SECRETS = ("TRACKIO_WRITE_TOKEN",)  # besides the Hub's, where they are set
+PACKAGE = re.compile(r"(git\+)?https://[^\s/@?]+/[^\s?]+\Z")  # without a password or token, because it is not secret
+SECRETS = ("TRACKIO_WRITE_TOKEN",)  # passed if they are set, like the Hub token
 
-# A Job is a failure where it does not end with 0, and "not better" is none.
+# The Hub takes every exit code but 0 for a failure, and "not better" and "skipped" are not failures.
 SCRIPT = """
 cd "$(mktemp -d)" && printf %s "$TUNEPRESS_CONFIG" > run.yaml
 uv run --no-project --python 3.12 --with "$TUNEPRESS_PACKAGE" python -m pipeline.cli.retrain run.yaml --json "$@"
@@ -50,13 +50,14 @@ class JobFailed(UserError):
 
 @dataclass(frozen=True)
 class Job:
-    """A retraining to be run elsewhere.
+    """A retraining on a machine of the Hub.
 
     Attributes:
-        flavor: hardware, as the Hub names it.
+        flavor: the Hub's name of the hardware.
         timeout: the longest time, such as 6h.
-        package: what the Job installs, `git+https://...@COMMIT` or a wheel's address; None for the commit that a
+        package: address of tunepress for the Job, `git+https://...@COMMIT` or a wheel; None for the commit that a
             GitHub workflow runs for.
+        margin, force: as in `retrain`.
     """
 
     config: Config
@@ -67,45 +68,45 @@ class Job:
     force: bool
 
     def run(self, root: str | Path, say: Callable[[str], None], wait: bool = True) -> dict:
-        """Start it, where it is not decided already, and follow it to its end.
+        """Start the Job, unless the decision is known already, and follow it to its end.
 
         Args:
-            root: folder under which is kept what was decided.
-            say: takes the lines of its log.
-            wait: follow it; else it is only started.
+            root: parent of the folder with the record.
+            say: takes the lines of the Job's log.
+            wait: follow the Job; otherwise only start it.
 
         Returns:
-            The decision, as the Job printed it; of one that is only started, what `_start` returns.
+            The decision that the Job printed; without `wait` the result of `_start`.
 
         Raises:
-            ConfigError: where the Job could not reach what it needs.
-            Busy: where a Job retrains this repository already.
-            HubError: where the Hub refuses.
-            JobFailed: where it came to no decision; with the Job's own exit code where it told one.
+            ConfigError: if the Job could not reach an input.
+            Busy: if a Job retrains this repository already.
+            HubError: if the Hub refuses.
+            JobFailed: if the Job ends without a decision; with the Job's exit code if it is known.
         """
         config, package = self._check()
         repo = config.publish.target
         if keyless():
             raise HubError(f"{repo}: a keyless login cannot start Jobs; set HF_TOKEN instead of HF_OIDC_RESOURCE")
         token = check_token(repo, None if self.config.publish.create_pr else repo.split("/")[0])
-        with alone(repo):  # until it is started, and then it is found by its labels
+        with alone(repo):  # until the Job is started; from then on its labels show it
             refuse_beside_job(repo)
             matter = self._read_end(look(config, root), say)
             if not self.force and (settled := matter.settled(self.margin)):
                 return plain(settled)
             started = self._start(matter.inputs.config, package, token)
-            _keep(matter.keep, say, job={key: started[key] for key in ("id", "namespace", "url")})
+            _record(matter.keep, say, job={key: started[key] for key in ("id", "namespace", "url")})
         if not wait:
             return started
         told = self._end_of(started, say)
-        _keep(matter.remember, say, told)
+        _record(matter.remember, say, told)
         return {**told, "job": started["url"]}
 
     def _read_end(self, matter: Matter, say: Callable[[str], None]) -> Matter:
-        """What is known with what the last Job for these inputs came to, where nobody waited for it.
+        """Record the decision of the last Job for these inputs if nobody waited for it.
 
         Raises:
-            HubAway: where the Hub does not say, for then another one might be paid for the same.
+            HubAway: if the Hub does not answer, because a second Job would cost money for the same work.
         """
         job = matter.record.job
         if job is None:
@@ -123,10 +124,10 @@ class Job:
         return matter.keep(job=None)
 
     def _start(self, config: Config, package: str, token: str) -> dict:
-        """Start it, on these very inputs.
+        """Start the Job with exactly these inputs.
 
         Returns:
-            What to tell: as a decision has it, the outcome being "started", and the Job's `id` and `namespace`.
+            The keys of a decision with the outcome "started", and the `id` and `namespace` of the Job.
         """
         from huggingface_hub import HfApi
 
@@ -146,7 +147,7 @@ class Job:
                 labels=labels(repo),
                 namespace=who,
             ),
-            attempts=1,  # whether it was started is not known after an answer that was lost
+            attempts=1,  # after a lost answer nobody knows if the Job was started
         )
         reason = f"started as a Job on {self.flavor}: {started.url}"
         summary = f"## Retraining {repo}: Started\n\n[{started.url}]({started.url}) on {self.flavor}.\n"
@@ -154,7 +155,7 @@ class Job:
         return {"outcome": "started", "repo": repo, "reason": reason, "exit_code": 0, "summary": summary, **about}
 
     def _end_of(self, started: dict, say: Callable[[str], None]) -> dict:
-        """Follow a Job; the decision that it printed."""
+        """Follow a Job, and return the decision that it printed."""
         say(started["reason"])
         log = JobLog(started, say)
         goes_on = f"the Job goes on: {started['url']}; to stop it: hf jobs cancel {started['id']}"
@@ -182,7 +183,7 @@ class Job:
         return f"tunepress{f'[{needed}]' if needed else ''} @ {package}"
 
     def _check(self) -> tuple[TrainingRun, str]:
-        """Refuse what is only on this machine; return the configuration, and what the Job installs."""
+        """Return the configuration and the package for the Job; raise if an input is only on this machine."""
         config, package = check(self.config, self.margin), self._package()
         if not TIMEOUT.match(self.timeout):
             raise ConfigError(f"--timeout {self.timeout}: write it as 90m, 6h or 1d")
@@ -195,19 +196,19 @@ class Job:
             if is_here:
                 section, name = key.split(".")
                 value = getattr(getattr(config, section), name)
-                raise ConfigError(f"{key} {value}: is on this machine, where a Job cannot read it; put it on the Hub")
+                raise ConfigError(f"{key} {value}: only on this machine, so a Job cannot read it. Try: upload it")
         return config, package
 
 
-def _keep(keep: Callable, say: Callable[[str], None], *what: dict, **known: dict) -> None:
-    """Keep what is known of a Job; that goes on, or is decided, all the same."""
+def _record(write: Callable, say: Callable[[str], None], *decision: dict, **known: dict) -> None:
+    """Write the record of a Job; if that fails, tell it and go on, because the Job does not depend on it."""
     try:
-        keep(*what, **known)
+        write(*decision, **known)
     except (OSError, HubError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        say(f"what became of the Job cannot be kept ({reason}), so the next call may start another for the same")
+        say(f"the state of the Job cannot be recorded ({reason}), so the next call may start the same Job again")
 
 
 def _without_login(address: str) -> str:
-    """An address as it may be shown: before an @ of its host stands a password, and after a ? perhaps a token."""
+    """Return an address without a password before the @ of its host, and without a possible token after a ?."""
     return redact(re.sub(r"\?.*", "?***", re.sub(r"//[^\s/]*@", "//***@", address)))

@@ -1,7 +1,7 @@
-"""What a run would be made of, and what of that the live model was not made of.
+"""Inputs of a run, and how they differ from those of the published model.
 
-Asking costs a few requests and a reading of the data, and where the base model lies in a folder here or in a
-Python package, of all its files; nothing is trained, and no weights are fetched.
+This takes a few requests and reads the data. A base model in a local folder or a Python package is read in full.
+Nothing is trained, and no weights are downloaded.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ NOT_FOR_THE_MODEL = {"data": {"revision"}, "model": {"revision", "low_disk"}, "t
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run would be made of.
+    """The inputs of a run.
 
     Attributes:
-        config: with the revisions of what is on the Hub put in, so that the run is of these.
-        base: a digest of the base model's files.
-        data: the commit of the data set, or where it is none on the Hub, the fingerprint of its examples.
+        config: the configuration with the present commits of the Hub, so that the run uses these.
+        base: digest of the base model's files.
+        data: commit of the data set; if it is not on the Hub, the fingerprint of its examples.
     """
 
     config: TrainingRun
@@ -38,13 +38,13 @@ class Inputs:
     data: str
 
     def to_dict(self) -> dict:
-        """All that a comparison depends on besides the model that it is with."""
+        """Return everything that a comparison depends on, except the published model."""
         tokens = self.config.evaluate.max_tokens
         return {"base": self.base, "data": self.data, "settings": settings(self.config), "max_tokens": tokens}
 
 
 def inputs_of(config: TrainingRun) -> Inputs:
-    """What a run would be made of now. Of what lies on the Hub only the commit is asked, and the hashes of files."""
+    """Return the present inputs of a run. From the Hub only commits and hashes of files are read."""
     base, data = _base_commit(config), _data_commit(config)
     update = {
         "model": config.model.model_copy(update={"revision": base or config.model.revision}),
@@ -56,7 +56,7 @@ def inputs_of(config: TrainingRun) -> Inputs:
 
 
 def settings(config: Config) -> dict[str, object]:
-    """The part of a configuration that makes the model, as dotted keys; of paths the last part, as lineages have it."""
+    """Return the settings that determine the model, by dotted key; of paths only the name, as in lineages."""
     sections = {name: getattr(config, name).model_dump() for name in ("model", "data", "train", "merge")}
     flat: dict[str, object] = {}
     for name, section in sections.items():
@@ -67,7 +67,7 @@ def settings(config: Config) -> dict[str, object]:
 
 
 def settings_beside(config: MeasuredRun) -> dict[str, object]:
-    """The part of a configuration that makes what is published beside the model, and its figures, as dotted keys."""
+    """Return the settings of variants and figures, which do not change the model, by dotted key."""
     flat: dict[str, object] = {"publish.mirrors": config.publish.mirrors}
     _flatten("quantize", config.quantize.model_dump(), flat)
     _flatten("evaluate", config.evaluate.model_dump(exclude={"device"}), flat)
@@ -76,18 +76,18 @@ def settings_beside(config: MeasuredRun) -> dict[str, object]:
 
 
 def changes_beside(live: PublishedModel, inputs: Inputs) -> tuple[str, ...]:
-    """The keys of what else is published with the model that are not as they were, where `changes` finds nothing."""
+    """Return the changed keys of `settings_beside`; call this only if `changes` is empty."""
     was, now = (settings_beside(c) for c in (made_with(live), inputs.config))
     return tuple(key for key in now if was.get(key) != now[key])
 
 
 def changes(live: PublishedModel, inputs: Inputs) -> tuple[str, ...]:
-    """What a new run would be made of that the live model was not: a line each; none where it is all the same."""
+    """Return one line for each input that differs from the inputs of the published model."""
     found = [*_changed_base(live, inputs), *_changed_data(live, inputs)]
     try:
         then = settings(made_with(live))
     except (ValidationError, KeyError, AttributeError):
-        return (*found, "configuration: the live model's is of another version of tunepress")
+        return (*found, "configuration: the published model was made by another version of tunepress")
     now = settings(inputs.config)
     keys = [key for key in {**now, **then} if then.get(key) != now.get(key)]
     found += [f"{key}: {then.get(key, 'default')} -> {now.get(key, 'default')}" for key in keys]
@@ -95,10 +95,10 @@ def changes(live: PublishedModel, inputs: Inputs) -> tuple[str, ...]:
 
 
 def made_with(live: PublishedModel) -> TrainingRun:
-    """The configuration of the run that made the live model.
+    """Return the configuration of the run that made the published model.
 
     Raises:
-        ValidationError, KeyError: where another version of tunepress wrote it.
+        ValidationError, KeyError: if another version of tunepress wrote it.
     """
     return TrainingRun.model_validate(live.lineage["configuration"])
 
@@ -116,7 +116,7 @@ def _base_commit(config: Config) -> str | None:
 def _digest_at(source: str, commit: str) -> str:
     there = read_published(source, commit)
     if there is None:
-        raise ModelError(f"model.source {source}: the commit {commit[:12]} went away while it was read; try again")
+        raise ModelError(f"model.source {source}: the commit {commit[:12]} disappeared while it was read. Try: again")
     return there.model
 
 
@@ -131,11 +131,11 @@ def _changed_base(live: PublishedModel, inputs: Inputs) -> list[str]:
     source, now = inputs.config.model.source, inputs.config.model.revision
     base, told = live.lineage.get("base") or {}, live.results.retraining
     then, known = base.get("revision"), base.get("digest")
-    if told and told.weights == live.weights:  # it holds for the very model that it was recorded of
+    if told and told.weights == live.weights:  # recorded for exactly this model
         known = told.inputs.get("base")
     if known == inputs.base or (now and now == then):
         return []
-    if now and then and is_same_model(source, then, now):  # the new commit changed no more than a card
+    if now and then and is_same_model(source, then, now):  # the new commit changed only the card
         return []
     return [f"base model {file_name(source)}: {_short(then or known)} -> {_short(now or inputs.base)}"]
 
@@ -144,7 +144,7 @@ def _changed_data(live: PublishedModel, inputs: Inputs) -> list[str]:
     theirs, source = live.lineage.get("data") or {}, inputs.config.data.source
     if inputs.data in (theirs.get("revision"), theirs.get("fingerprint")):
         return []
-    now = load_examples(inputs.config.data).fingerprint  # a new commit may have changed no more than a card
+    now = load_examples(inputs.config.data).fingerprint  # a new commit may have changed only the card
     if now == theirs.get("fingerprint"):
         return []
     return [f"data {file_name(source)}: {_short(theirs.get('fingerprint'))} -> {_short(now)}"]

@@ -1,7 +1,7 @@
-"""Locks that keep two retrainings of one repository from running at once, on this machine or as a Job of this user.
+"""Locks against two retrainings of one repository at once, on this machine or as a Job of this user.
 
-Retrainings on other machines, in Jobs of other users, and in Jobs that the token may not list are not seen. If one
-of them publishes meanwhile, this one compares with its model before it publishes anything.
+Retrainings on other machines, Jobs of other users, and Jobs that the token may not list are not detected. If one
+of them publishes first, this one compares with its model before it publishes.
 """
 
 from __future__ import annotations
@@ -42,12 +42,10 @@ def alone(repo: str) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
-        raise Busy(
-            f"{repo}: another retraining of it is running on this machine; try again when it has ended"
-        ) from None
+        raise Busy(f"{repo}: another retraining is running on this machine. Try: again when it has ended") from None
     except OSError as error:
         raise WorkspaceError(
-            f"{folder}: cannot be written ({error.strerror}); set HF_HOME to a folder that can"
+            f"{folder}: cannot be written ({error.strerror}). Try: export HF_HOME=A_WRITABLE_FOLDER"
         ) from None
     try:
         yield
@@ -83,4 +81,4 @@ def refuse_beside_job(repo: str) -> None:
             raise
 
     if url := retry_or_explain(repo, attempt):
-        raise Busy(f"{repo}: another retraining of it is running as a Job: {url}")
+        raise Busy(f"{repo}: another retraining is running as a Job: {url}")

@@ -1,4 +1,4 @@
-"""What came of a retraining, in Markdown for the page that a CI shows, and as plain data for machines."""
+"""Report of a retraining: Markdown for the page of a CI run, and plain data for programs."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def markdown(decision: Decision) -> str:
     if decision.comparison:
         lines += _table(decision.comparison, decision.margin)
     if decision.changes:
-        lines += ["What changed since the live model:", "", *(f"- `{change}`" for change in decision.changes), ""]
+        lines += ["Changed since the published model:", "", *(f"- `{change}`" for change in decision.changes), ""]
     return "\n".join(lines)
 
 
 def markdown_of_failure(subject: str, line: str) -> str:
-    """That it failed, and why; the subject is the repository, or the configuration that names none."""
+    """Return the report of a failure; the subject is the repository, or the configuration if it names none."""
     return f"## Retraining {subject}: Failed\n\n{_sentence(line)}\n"
 
 
 def plain(decision: Decision) -> dict:
-    """The decision as JSON has it."""
+    """Return the decision as plain data for JSON."""
     figures = decision.comparison and decision.comparison.to_json()
     more = {"exit_code": decision.exit_code, "summary": markdown(decision)}
     return asdict(decision) | {"comparison": figures} | more
@@ -42,20 +42,20 @@ def plain(decision: Decision) -> dict:
 
 @dataclass(frozen=True)
 class Summary:
-    """Where a summary goes: to a file that was asked for, and to the one that GitHub names.
+    """The files that a summary is appended to: one from the command line, and one that GitHub names.
 
     Attributes:
-        files: each by how people know it.
+        files: paths by the option or variable that names them.
     """
 
     files: dict[str, Path]
 
     @classmethod
     def open(cls, file: Path | None) -> Summary:
-        """The files, which can be written.
+        """Return the summary after a check that its files can be written.
 
         Raises:
-            ConfigError: where one cannot.
+            ConfigError: if one cannot be written.
         """
         summary = cls({n: Path(p) for n, p in (("--summary", file), (GITHUB, os.environ.get(GITHUB))) if p})
         if problems := summary.append(""):
@@ -63,7 +63,7 @@ class Summary:
         return summary
 
     def append(self, text: str) -> list[str]:
-        """Add to each file; what went wrong, in a line each, for the decision stands all the same."""
+        """Append to each file, and return one line for each problem, because a problem does not change the decision."""
         problems = []
         for name, path in self.files.items():
             try:
@@ -75,24 +75,26 @@ class Summary:
 
 
 def _table(comparison: Comparison, margin: float) -> list[str]:
+    new, live, gap, prompts = comparison.new, comparison.live, comparison.difference, comparison.prompts
+    assert new and live and gap and prompts and comparison.compared_with, "two models were compared"
+    commit = comparison.compared_with.commit or ""
     in_nats = comparison.unit == "nats per token"
     rows = [
         f"| | {comparison.unit} |" + (" perplexity |" if in_nats else ""),
         "|---|---:|" + ("---:|" if in_nats else ""),
     ]
-    for name, loss in (("new", comparison.new), ("live", comparison.live)):
+    for name, loss in (("new", new), ("published", live)):
         row = f"| {name} | {loss.value:.4f} ± {loss.stderr:.4f} |"
         if in_nats:
             perplexity = math.exp(loss.value)
             row += f" {perplexity:.3f} ± {perplexity * loss.stderr:.3f} |"
         rows.append(row)
-    gap = comparison.difference
-    rows.append(f"| new - live | {gap.value:+.4f} ± {gap.stderr:.4f} |" + (" |" * in_nats))
+    rows.append(f"| new - published | {gap.value:+.4f} ± {gap.stderr:.4f} |" + (" |" * in_nats))
     how = (
         f"Loss on {comparison.tokens} tokens of {comparison.examples} held-out examples with "
-        f"{comparison.prompts} different prompts, paired by {comparison.paired_by}; ± one standard error of a "
-        f"sample of prompts. {_sentence(comparison.note)} Live is commit `{comparison.compared_with.commit[:12]}`. "
-        f"The rule: better if lower by more than {quantile(margin, comparison.prompts):.2f} standard errors of the "
+        f"{prompts} different prompts, paired by {comparison.paired_by}; ± one standard error of a "
+        f"sample of prompts. {_sentence(comparison.note or '')} The published model is commit `{commit[:12]}`. "
+        f"The rule: better if lower by more than {quantile(margin, prompts):.2f} standard errors of the "
         f"difference ({margin:g} of many prompts)."
     )
     if comparison.paired_by == "prompt":

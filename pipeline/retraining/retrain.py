@@ -1,11 +1,11 @@
-"""Train again, and publish only what is better than the model that the repository has.
+"""Retraining: train again, and publish only a model that is better than the published one.
 
-Both models are measured in this run, on held-out examples whose prompts neither was trained on, and compared token
-by token; the new one is better where its loss is lower by more than `margin` standard errors of the difference, or
-where these are of few prompts, by as many more as make it no likelier that chance decides.
-Nothing is published before that is decided, and then everything in one commit.
+This run measures both models on held-out examples whose prompts are in neither model's training data, and compares
+them token by token. The new model is better if its loss is lower by more than `margin` standard errors of the
+difference. For few prompts the quantile of Student's t takes the place of `margin`.
+Nothing is published before the decision, and then everything in one commit.
 
-What was decided is kept beside the run's folder, so that asking again with the same inputs trains nothing.
+A record beside the run's folder keeps the decision, so that a call with the same inputs trains nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pipeline.workflow.runner import Runner
 from pipeline.workflow.stages.compare_published import RESULT
 from pipeline.workflow.workspace import Workspace
 
-ROUNDS = 3  # how often others may publish while this run compares
+ATTEMPTS = 3  # to publish, if others publish while this run compares
 
 
 def retrain(
@@ -43,13 +43,13 @@ def retrain(
     """Retrain a published model.
 
     Args:
-        root: folder under which the run's folder lies.
+        root: parent of the run's folder.
         margin: standard errors of the difference by which the new model's loss has to be lower, 0 to 10.
-        force: train anew where nothing has changed, or where it was decided before; all else in the run's folder stays.
+        force: train again even if nothing has changed, or the decision is known; other steps of the run stay.
 
     Raises:
-        Busy: where another retraining of the repository is under way on this machine, or as a Job of this user.
-        UserError: as `pipeline.workflow.run` does; the repository is then as it was.
+        Busy: if another retraining of the repository is running on this machine, or as a Job of this user.
+        UserError: as in `pipeline.workflow.run`; the repository is then unchanged.
     """
     config = check(config, margin)
     with alone(config.publish.target):
@@ -59,12 +59,12 @@ def retrain(
         if not force and (settled := matter.settled(margin)):
             return settled
         inputs = matter.inputs
-        anew = force and matter.record.state not in ("running", "better")  # one that was stopped goes on
+        starts_over = force and matter.record.state not in ("running", "better")  # a stopped retraining goes on
         with (
             Workspace.claim(matter.folder, inputs.config) as workspace,
             Runner(inputs.config, workspace, reporter or Reporter()) as runner,
         ):
-            if anew:
+            if starts_over:
                 workspace.undo("train")
                 shutil.rmtree(workspace.checkpoints, ignore_errors=True)
             return _Retraining(matter, margin).decide(workspace, runner)
@@ -72,17 +72,17 @@ def retrain(
 
 @dataclass(frozen=True)
 class _Retraining:
-    """One retraining, under way."""
+    """A retraining in progress."""
 
     matter: Matter
     margin: float
 
     def decide(self, workspace: Workspace, runner: Runner) -> Decision:
-        """Train, compare, and publish what is better; compare again where others have published meanwhile."""
+        """Train, compare, and publish a better model; compare again if others have published in between."""
         inputs, live, record, path = self.matter.inputs, self.matter.live, self.matter.record, self.matter.path
-        # The commit is there already where only what comes after it was cut short.
+        # The commit exists already if an earlier attempt was interrupted after it.
         is_there = live is not None and record.state == "better" and live.weights == own_weights(workspace)
-        for attempt in range(ROUNDS):
+        for attempt in range(ATTEMPTS):
             note(workspace, live, inputs.to_dict())
             if not is_there:
                 record = replace(
@@ -94,7 +94,7 @@ class _Retraining:
             comparison = Comparison.model_validate(workspace.read_measurement(RESULT))
             if live and not is_there:
                 is_better = better(comparison, self.margin)
-                _tell(workspace, comparison, is_better)
+                _send_metrics(workspace, comparison, is_better)
                 if not is_better:
                     replace(record, state="not_better", comparison=comparison).write(path)
                     forget(workspace)
@@ -108,8 +108,8 @@ class _Retraining:
                 break
             except StageFailed:
                 now = with_full_model(read_published(inputs.config.publish.target))
-                is_ours = now and now.weights == own_weights(workspace)  # it is only tagging that failed
-                if attempt == ROUNDS - 1 or is_ours or (now and now.model) == (live and live.model):
+                is_ours = now and now.weights == own_weights(workspace)  # only tagging failed
+                if attempt == ATTEMPTS - 1 or is_ours or (now and now.model) == (live and live.model):
                     raise
                 live, is_there = now, False
         done = workspace.ledger()["publish"].summary
@@ -126,11 +126,11 @@ class _Retraining:
 
 
 def _all_variants(config: Config, runner: Runner, live: PublishedModel | None) -> tuple[str, ...]:
-    """Every variant that is asked for, made and measured, but for those that missed their gate.
+    """Make and measure every variant, and return those that passed their gate.
 
     Raises:
-        StageFailed: where one fails: what is live has it perhaps, and would lose it.
-        GateError: where one missed its gate that what is live has.
+        StageFailed: if a variant fails, because the published release may have it and would lose it.
+        GateError: if a variant of the published release missed its gate.
     """
     variants = tuple(spec.name for spec in config.quantize.variants)
     runner.write_variants(variants)
@@ -140,16 +140,17 @@ def _all_variants(config: Config, runner: Runner, live: PublishedModel | None) -
     for variant, line in runner.withheld().items():
         if live and variant in live.results.variants:
             raise GateError(
-                f"{line}; {live.repo} has {variant}, and would lose it: nothing is published; "
-                "set another limit (quantize.gate), or leave that variant out"
+                f"{line}; {live.repo} would lose {variant}, so nothing is published. "
+                "Try: another limit (quantize.gate), or leave that variant out"
             )
     return runner.released(variants)
 
 
-def _tell(workspace: Workspace, comparison: Comparison, is_better: bool) -> None:
-    """The decision as metrics beside the training's own."""
-    gap = comparison.difference
-    figures = {"new": comparison.new.value, "live": comparison.live.value, "difference": gap.value}
+def _send_metrics(workspace: Workspace, comparison: Comparison, is_better: bool) -> None:
+    """Send the decision as metrics, beside those of the training."""
+    new, live, gap = comparison.new, comparison.live, comparison.difference
+    assert new and live and gap, "two models were compared"
+    figures = {"new": new.value, "live": live.value, "difference": gap.value}
     figures |= {"stderr": gap.stderr, "decided": float(is_better)}
     step = workspace.read_measurement("training").get("steps", 0)
     name = workspace.config().name

@@ -87,7 +87,7 @@ def read_json(path: Path, default: dict) -> dict:
     except FileNotFoundError:
         return default
     except ValueError:
-        raise WorkspaceError(f"{path}: damaged; remove it, and what it recorded is done again") from None
+        raise WorkspaceError(f"{path}: damaged. Try: remove it; its steps are then done again") from None
 
 
 def write_json(path: Path, content: object) -> None:

@@ -1,1 +1,1 @@
-"""Run the stages of a run, each in a process of its own, and record what is done."""
+"""Stages of a run: each runs in a process of its own, and the ledger records which are finished."""

@@ -1,4 +1,4 @@
-"""Remove from a run's folder what its release does not need, and what a run can make again."""
+"""Removal of files that a run can make again and its release does not need."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from pathlib import Path
 
 from pipeline.workflow.workspace import Workspace
 
-# Names that our own writing leaves if it is interrupted; people's files may have names much like these.
+# Exact names of our own interrupted writes, because people's files may have similar names.
 LEFT_BEHIND = re.compile(
     r"(adapter|base|merged-(nf4|bf16)|shards|[\w-]+\.(json|yaml|md|png))\.partial|(adapter|base)\.old"
 )
 
 
 def clean(workspace: Workspace) -> tuple[int, list[str]]:
-    """Remove checkpoints, unpacked base models, and what interrupted stages left.
+    """Remove checkpoints, unpacked base models, and files of interrupted stages.
 
-    Everything that is recorded as finished stays, so the run still holds. A base model that is
-    needed again is fetched again.
+    Outputs of finished steps stay. A base model is fetched again if a later step needs it.
 
     Returns:
-        Bytes that were freed, and the names of what was removed.
+        Freed bytes, and the names of the removed files and folders.
 
     Raises:
         WorkspaceError: if a run is working in the folder.

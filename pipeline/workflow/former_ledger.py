@@ -1,4 +1,4 @@
-"""Ledgers of earlier releases: finished steps only, and files beside them for the rest."""
+"""Ledgers of version 0.1: finished steps only, with other files beside the ledger for the rest."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _KINDS = {"": "written", "measured": "measured", "tried": "tried", "sensitivity"
 
 
 def converted(steps: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the present form of a ledger.
+    """Return a former ledger in the present form.
 
     Args:
-        steps: the finished steps by key, as an earlier release wrote them.
-        folder: the run's, with the files that it wrote beside them.
+        steps: the finished steps by key, as the former ledger has them.
+        folder: folder of the run, with the files beside the ledger.
     """
     steps, base = {**steps}, read_json(folder / "base.json", {})
     if base:
@@ -27,12 +27,12 @@ def converted(steps: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def side_files(folder: Path) -> list[Path]:
-    """Return the files beside a former ledger, which are of no use when it is converted."""
+    """Return the files beside a former ledger, which are not needed after it is converted."""
     named = [folder / name for name in ("base.json", "inputs.json", "live.json", "quantized/passed.json")]
     return [path for path in (*named, *(path for path, *_ in _of_variants(folder))) if path.is_file()]
 
 
 def _of_variants(folder: Path) -> list[tuple[Path, str, str]]:
-    """Return the files that tell of a variant's files: path, name of the variant, kind."""
+    """Return the side files of variants: path, name of the variant, kind."""
     found = [(path, *path.stem.partition(".")[::2]) for path in (folder / "quantized").glob("*.json")]
     return [(path, name, kind) for path, name, kind in found if kind in _KINDS and name != "passed"]

@@ -1,4 +1,4 @@
-"""A stage in the process that asks for it, for tests and for people who debug a stage."""
+"""A stage in the calling process, for tests and for people who debug a stage."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run_stage_here(
     on_tick: Callable[[], None],
     launch: Launch | None = None,
 ) -> Report:
-    """Run one stage to its end, as `stage_process.run_stage` does, but in this process, which keeps its memory.
+    """Run one stage as `stage_process.run_stage` does, but in this process, which keeps the stage's memory.
 
     Raises:
         StageFailed: with the stage's own message.

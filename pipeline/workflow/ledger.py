@@ -1,6 +1,6 @@
-"""`ledger.json`: what is done of a run, on what that depends, and what a stopped stage needs to go on.
+"""`ledger.json`: the steps of a run, what each depends on, and the progress of stopped steps.
 
-It is the only place that says what is done. Files that a step made are named by its entry, with their sha256.
+Only the ledger says which steps are finished. The entry of a step names its output files, with their sha256.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ class Entry:
     """One step: a stage, or a stage for one variant.
 
     Attributes:
-        fingerprint: of everything that it depended on when it was last finished.
-        outputs: the files that it made then, by their path in the run's folder.
+        fingerprint: of all its dependencies when it last finished.
+        outputs: digests of its output files by their path in the run's folder.
         summary: its figures, as plain data.
         finished: seconds since the epoch.
-        seconds: how long it took.
-        progress: what it needs to go on when it is stopped, and what it need not find out again, as plain data.
-        state: "running" until it is finished for the first time, also if it was stopped.
+        seconds: duration.
+        progress: state that lets a stopped step go on, and results to reuse, as plain data.
+        state: "running" until the step finishes for the first time, even if it was stopped.
     """
 
     fingerprint: str = ""
@@ -42,12 +42,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class BaseModel:
-    """Where the base model lies on this machine.
+    """The base model on this machine.
 
     Attributes:
-        model: the section of the configuration that it was fetched for.
+        model: the section `model` of the configuration that it was fetched for.
+        folder: absolute path.
         revision: its commit on the Hub.
-        bytes: size of its weights, if these only passed by, shard by shard.
+        bytes: size of its weights, if they were read shard by shard and not kept.
     """
 
     model: dict[str, Any]
@@ -62,9 +63,9 @@ class Ledger:
 
     Attributes:
         steps: by key, such as `train` or `quantize/int4`.
-        inputs: what was read of this machine's own files, by the name that the configuration gives them.
-        base: where the base model lies.
-        comparison: what a retraining compares the run with, until it is published.
+        inputs: digests of local input files, by their name in the configuration.
+        base: the base model on this machine.
+        comparison: the published model that a retraining compares with, until the run is published.
     """
 
     steps: dict[str, Entry] = field(default_factory=dict)
@@ -73,13 +74,15 @@ class Ledger:
     comparison: dict[str, Any] | None = None
 
     def done(self) -> dict[str, Entry]:
-        """Return the steps that were ever finished."""
+        """Return the steps that have finished at least once."""
         return {key: entry for key, entry in self.steps.items() if entry.state == "done"}
 
     def with_entry(self, key: str, entry: Entry) -> Ledger:
+        """Return the ledger with this entry added or replaced."""
         return replace(self, steps={**self.steps, key: entry})
 
     def without(self, key: str) -> Ledger:
+        """Return the ledger without this step."""
         return replace(self, steps={k: entry for k, entry in self.steps.items() if k != key})
 
 
@@ -87,12 +90,12 @@ _LEDGER = TypeAdapter(Ledger)
 
 
 def read_ledger(path: Path, bounds: Path) -> Ledger:
-    """Return the ledger of a run; an empty one if there is none.
+    """Return the ledger of a run; an empty one if the file does not exist.
 
-    What it names is published, moved and removed, so it names nothing outside the folder `bounds`.
+    The files it names are published, moved and removed, so all of them must lie in the folder `bounds`.
 
     Raises:
-        WorkspaceError: if it is not one that was written here.
+        WorkspaceError: if it is damaged, or names a file outside `bounds`.
     """
     try:
         content = read_json(path, {})
@@ -101,12 +104,12 @@ def read_ledger(path: Path, bounds: Path) -> Ledger:
         if not all(_is_within(file, bounds) for file in named):
             raise ValueError
     except (AttributeError, TypeError, ValueError):
-        raise WorkspaceError(f"{path}: damaged; remove it, and what it recorded is done again") from None
+        raise WorkspaceError(f"{path}: damaged. Try: remove it; its steps are then done again") from None
     return ledger
 
 
 def write_ledger(path: Path, ledger: Ledger) -> None:
-    """Write the ledger, so that it is there whole or as before."""
+    """Write the ledger as a whole, or leave it unchanged."""
     write_json(path, asdict(ledger))
 
 

@@ -1,4 +1,4 @@
-"""What can be found wrong before any work."""
+"""Checks before a run starts."""
 
 from __future__ import annotations
 
@@ -20,10 +20,16 @@ def preflight(
     need_hub: bool = True,
     launch: Launch | None = None,
 ) -> None:
-    """Everything that can be found wrong before any work.
+    """Check everything that can be checked before a run starts.
+
+    Args:
+        need_inputs: check the model, the texts and the packages that write variants.
+        need_data: check the training data.
+        need_hub: check access to the repositories that are published to.
+        launch: the processes that training is divided among.
 
     Raises:
-        UserError: naming it.
+        UserError: for the first problem.
     """
     hardware.check_compute_dtype()
     check_shared(config, launch)
@@ -43,10 +49,10 @@ def preflight(
 
 
 def check_inputs(config: Config, need_model: bool = True, need_data: bool = True) -> None:
-    """The configuration in itself, the model, the texts and the data; nothing that another machine could have.
+    """Check the configuration, the model, the texts and the data, but nothing that differs between machines.
 
     Raises:
-        UserError: naming what is wrong.
+        UserError: for the first problem.
     """
     if need_model:
         sources.check_source(config.model)
@@ -59,25 +65,25 @@ def check_inputs(config: Config, need_model: bool = True, need_data: bool = True
     bases = METHODS[config.train.method].merge_bases
     if config.data and config.merge.base not in ("auto", *bases):
         raise ConfigError(
-            f"merge.base {config.merge.base}: train.method {config.train.method} never saw such weights; "
-            f"use auto or {' or '.join(bases)}"
+            f"merge.base {config.merge.base}: train.method {config.train.method} does not train on this base. "
+            f"Try: --set merge.base={bases[0]}"
         )
 
 
 def check_shared(config: Config, launch: Launch | None) -> None:
-    """Can training be shared out as it is asked for?
+    """Raise if training cannot be divided among the processes of `launch`.
 
     Raises:
-        ConfigError: where it cannot, or where there is no training.
+        ConfigError: if it cannot, or the run has no training.
     """
     if launch and config.data is None:
-        raise ConfigError("--accelerate: this configuration has no data, so there is nothing to train")
+        raise ConfigError("--accelerate: the configuration has no data, so nothing is trained. Try: without it")
     if launch:
         split_step(config, launch.processes)
 
 
 def _check_device(name: str) -> None:
-    """Raise where a device that was named is not there; `auto` and `cpu` are, and need no heavy import to be found."""
+    """Raise if this machine does not have the device; `auto` and `cpu` always exist and need no heavy import."""
     if name not in ("auto", "cpu"):
         from pipeline.inference.load import device_named
 

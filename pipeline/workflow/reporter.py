@@ -1,4 +1,4 @@
-"""Reports of a run to people. The base class is silent; `pipeline.cli.terminal` prints."""
+"""Reports of a run to people; `pipeline.cli.terminal` prints them."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from pipeline.workflow.workspace import Entry, Workspace
 
 
 class Reporter:
-    """The receiver of a run's reports, called from one thread."""
+    """A silent receiver of a run's reports. All calls come from one thread."""
 
     def begin(self, config: Config, workspace: Workspace) -> None:
         """Report that a run starts."""
 
     def kept(self, step: str) -> None:
-        """Report that a step was finished before and still holds."""
+        """Report that a finished step is still valid and is skipped."""
 
     def started(self, step: str) -> None:
         """Report that a step starts."""
 
     def progress(self, done: int, total: int, what: str) -> None:
-        """Report that the running step has done `done` of `total`, and what it is doing."""
+        """Report that `done` of `total` is done, and the activity of the running step."""
 
     def show(self, lines: list[str]) -> None:
         """Show lines of the running step, such as samples of the training data."""
@@ -28,13 +28,13 @@ class Reporter:
         """Redraw; called a few times a second while a step runs."""
 
     def wrote(self, step: str, seconds: float) -> None:
-        """Report that the variants' files are written; each is still to be measured."""
+        """Report that the files of the variants are written; each is measured next."""
 
     def finished(self, step: str, entry: Entry) -> None:
         """Report that a step is finished."""
 
     def failed(self, step: str) -> None:
-        """Report that a step failed or was stopped; the reason comes as an exception."""
+        """Report that a step failed or was stopped; an exception carries the reason."""
 
     def end(self, tracker_problem: str | None) -> None:
-        """Report that the run is over, whatever its outcome."""
+        """Report that the run has ended, with or without a failure."""

@@ -1,4 +1,4 @@
-"""A whole run from top to bottom, and single stages of it."""
+"""A whole run from its first stage to its last, and single stages of a run."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ def run(
     begin: Callable[[], None] = lambda: None,
     start: StartStage = run_stage,
 ) -> Workspace:
-    """Do the whole job, from what the configuration brings to a release; what is finished already is kept.
+    """Run every stage that the configuration asks for; skip stages that are finished and still valid.
 
-    With `data` that is training, merging, measuring and quantizing; with `merge.adapter` the same
-    without training; with neither, the model is quantized as it is.
+    With `data`: train, merge, measure and quantize. With `merge.adapter`: the same without training.
+    With neither: quantize the model as it is.
 
     Args:
-        root: folder under which the run's folder lies.
-        fresh: remove what an earlier run of this name left.
-        output: folder that becomes the release itself; by default `release/` in the run's folder.
+        root: parent of the run's folder.
+        fresh: remove the files of an earlier run of this name.
+        output: folder that becomes the release; by default `release/` in the run's folder.
         publish_again: compare with the repository even if this release was published before.
         launch: train in several processes; by default in one.
-        begin: called before the first stage, when nothing was found that keeps the run from beginning.
-        start: how a stage is run: by default in a process of its own.
+        begin: called before the first stage, after all checks passed.
+        start: the way to run a stage; by default in a process of its own.
 
     Returns:
         The run's workspace; `workspace.release` is the result.
 
     Raises:
-        UserError: in one line, before any work if that is possible.
-        StageFailed: if a stage failed; running again goes on from there.
+        UserError: in one line, before the first stage if possible.
+        StageFailed: if a stage failed; another run goes on with that stage.
     """
     preflight(config, launch=launch)
     variants = tuple(spec.name for spec in config.quantize.variants)
@@ -65,8 +65,8 @@ def run(
             runner.do(stage)
 
         # Publish the merged model.
-        has_news = runner.did("train", "merge", "evaluate") or not runner.recorded("publish")
-        if per_stage and config.merges and has_news:
+        is_new_model = runner.did("train", "merge", "evaluate") or not runner.recorded("publish")
+        if per_stage and config.merges and is_new_model:
             runner.try_publish(variants)
 
         # Quantize, measure and publish each variant.
@@ -76,13 +76,13 @@ def run(
             if per_stage and is_new:
                 runner.try_publish(variants)
 
-        # Publish the rest, or write the documents of a release that stays here.
+        # Publish the rest, or write the documents of a local release.
         released = runner.released(variants)
         if config.merges or released or not variants:
             again = publishes and publish_again and not runner.did("publish")
             runner.do("publish" if publishes else "render", released, again)
         else:
-            _leave_no_documents(config, workspace, runner, variants)
+            _withdraw_documents(config, workspace, runner, variants)
             if publishes and runner.withheld():
                 reporter.show(publish.still_there(config, runner.withheld()))
         runner.raise_failures()
@@ -98,20 +98,20 @@ def run_one(
     launch: Launch | None = None,
     start: StartStage = run_stage,
 ) -> Workspace:
-    """Do one verb of a run alone, and nothing before it: `train`, `merge`, `evaluate`, `quantize` or `publish`.
+    """Run one verb alone: `train`, `merge`, `evaluate`, `quantize` or `publish`.
 
     Args:
-        root, output, launch, start: as `run` takes them.
+        root, output, launch, start: as in `run`.
 
     Raises:
-        UserError: if the stage is not a part of this run, or what it builds on is missing.
+        UserError: if the stage is not a part of this run, or an earlier stage is missing.
         StageFailed: if the stage failed.
     """
     preflight(config, stage != "publish", stage == "train", stage == "publish", launch)
     if stage == "publish" and config.publish.repo is None:
-        raise ConfigError("publish.repo: not set, so there is nowhere to publish to; use --repo USER/NAME")
+        raise ConfigError("publish.repo: not set. Try: --repo USER/NAME")
     if stage != "publish" and stage not in (*stages_before_variants(config), "quantize"):
-        raise ConfigError(f"{stage}: not a part of this run; its configuration has no {_WANTED[stage]}")
+        raise ConfigError(f"{stage}: not a part of this run; its configuration has no {_REQUIRED[stage]}")
     variants = tuple(spec.name for spec in config.quantize.variants)
     with (
         _claimed(config, root, output) as workspace,
@@ -125,11 +125,11 @@ def run_one(
             if config.merges or runner.released(variants):
                 runner.do("render", runner.released(variants))
             else:
-                _leave_no_documents(config, workspace, runner, variants)
+                _withdraw_documents(config, workspace, runner, variants)
         elif stage == "publish":
             for variant in variants:
                 runner.require_variant(variant)
-            # Again, for the repository may have changed, which only the Hub knows.
+            # Always compare with the Hub, because the repository may have changed.
             runner.do("publish", runner.released(variants), again=True)
         else:
             runner.do(stage)
@@ -137,22 +137,22 @@ def run_one(
     return workspace
 
 
-_WANTED = {"train": "data", "merge": "data and no merge.adapter", "evaluate": "evaluate"}
+_REQUIRED = {"train": "data", "merge": "data and no merge.adapter", "evaluate": "evaluate"}
 
 
-def _leave_no_documents(config: Config, workspace: Workspace, runner: Runner, variants: tuple[str, ...]) -> None:
-    """Take our documents out of a release in which every variant is withheld, so that they tell of nothing."""
+def _withdraw_documents(config: Config, workspace: Workspace, runner: Runner, variants: tuple[str, ...]) -> None:
+    """Remove our documents from a release if every variant is withheld."""
     if set(runner.withheld()) == set(variants):
         render.withdraw(config, workspace)
 
 
 @contextlib.contextmanager
 def _claimed(config: Config, root: str | Path, output: str | Path | None, fresh: bool = False) -> Iterator[Workspace]:
-    """Yield the run's workspace, locked: a folder of its name under `root`, or hidden inside `output`."""
+    """Yield the locked workspace of the run: a folder of its name under `root`, or hidden inside `output`."""
     folder = Path(root) / config.name if output is None else Path(output) / HIDDEN
     if output is not None:
         there = folder.parent
         if there.exists() and not folder.is_dir() and (not there.is_dir() or any(there.iterdir())):
-            raise WorkspaceError(f"{there}: has other things in it; choose a new folder")
+            raise WorkspaceError(f"{there}: contains other files. Try: --output NEW_FOLDER")
     with Workspace.claim(folder, config, fresh) as workspace:
         yield workspace

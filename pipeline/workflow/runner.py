@@ -1,4 +1,4 @@
-"""One step of a run at a time, and the ledger of what is done."""
+"""The runner: it does the steps of a run one after the other, and records them in the ledger."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def stages_before_variants(config: Config) -> tuple[str, ...]:
 
 
 class Runner:
-    """The steps of a run, one after the other, each skipped if the ledger says that it still holds.
+    """The runner of a run's steps. A step that is finished and still valid is skipped.
 
     A step is a stage, or a stage for one variant. Its key in the ledger is the stage's name, or `quantize/VARIANT`.
 
     Args:
         launch: train in several processes; by default in one.
-        start: how a stage is run: by default in a process of its own.
+        start: the way to run a stage; by default in a process of its own.
     """
 
     def __init__(
@@ -49,37 +49,37 @@ class Runner:
         self._failures: list[StageFailed] = []
         self._withheld: dict[str, StageFailed] = {}  # variants that missed their gate
         self._done: set[str] = set()
-        self._written: set[str] = set()  # variants whose files this process has made
+        self._written: set[str] = set()  # variants whose files this process has written
         self._forwarder = Forwarder(workspace.events_path, opener(config))
 
     def __enter__(self) -> Runner:
         self._reporter.begin(self._config, self._workspace)
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._forwarder.close()
         self._reporter.end(self._forwarder.problem)
 
     def holds(self, stage: str, variants: tuple[str, ...] = ()) -> bool:
-        """Return True if the step is finished, and nothing that it depends on has changed."""
+        """Return True if the step is finished and its dependencies have not changed."""
         return self._workspace.holds(_key(stage, variants), self._fingerprint(stage, variants))
 
     def did(self, *keys: str) -> bool:
-        """Return True if this process did any of these steps."""
+        """Return True if this process has done any of these steps."""
         return not self._done.isdisjoint(keys)
 
     def recorded(self, key: str) -> bool:
-        """Return True if the step was ever finished, whatever has changed since."""
+        """Return True if the step has ever finished, even if its dependencies changed later."""
         return key in self._workspace.ledger()
 
     def do(self, stage: str, variants: tuple[str, ...] = (), again: bool = False) -> None:
-        """Do a step, unless it holds.
+        """Do a step unless it is finished and still valid.
 
         Args:
-            again: do it even if it holds.
+            again: do it in any case.
 
         Raises:
-            StageFailed: with the stage's own line.
+            StageFailed: with the stage's own message.
         """
         key, depends_on = _key(stage, variants), self._fingerprint(stage, variants)
         if not again and self._workspace.holds(key, depends_on):
@@ -87,7 +87,7 @@ class Runner:
                 self._reporter.kept(key)
             return
         if key not in self._workspace.read_ledger().steps:
-            self._workspace.note(key)  # as running
+            self._workspace.note(key)  # records the step as running
         self._reporter.started(key)
         start = time.time()
         try:
@@ -109,7 +109,7 @@ class Runner:
             raise Interrupted
 
     def write_variants(self, variants: tuple[str, ...]) -> None:
-        """Write the files of those variants that are not measured yet, in one pass; failures are told at the end."""
+        """Write the files of all variants that are not measured yet, in one pass; `raise_failures` raises failures."""
         missing = tuple(v for v in variants if not self.holds("measure_variant", (v,)))
         if not missing:
             return
@@ -130,13 +130,13 @@ class Runner:
             self._reporter.failed(key)
 
     def measure_variant(self, variant: str) -> bool:
-        """Measure a variant, and put it into the release unless it misses its gate; a failure is told at the end.
+        """Measure a variant, and release it unless it misses its gate; `raise_failures` raises failures.
 
         Returns:
-            True if that was done now, and the variant is in the release.
+            True if it was measured now and is in the release.
         """
         if variant not in self._written and not self.holds("measure_variant", (variant,)):
-            return False  # its files could not be written, which has been told
+            return False  # its files could not be written, which is already a failure
         try:
             self.do("measure_variant", (variant,))
         except StageFailed as failure:
@@ -145,9 +145,9 @@ class Runner:
         return self._is_released(variant) and self.did(f"quantize/{variant}")
 
     def try_publish(self, variants: tuple[str, ...]) -> None:
-        """Publish what there is so far; if the Hub does not take it now, the last publish will tell.
+        """Publish the present state; ignore a failure, because the last publish reports it.
 
-        Nothing is published if that would take a variant out of the repository that is only to be measured again.
+        Nothing is published if that would remove a variant that awaits re-evaluation.
         """
         waiting = (v for v in self._written if not self.holds("measure_variant", (v,)))
         if any(quantize.is_released(self._workspace, variant) for variant in waiting):
@@ -156,46 +156,49 @@ class Runner:
             self.do("publish", self.released(variants))
 
     def released(self, variants: tuple[str, ...]) -> tuple[str, ...]:
-        """Return those of these variants that are in the release, and of which nothing has changed since."""
+        """Return the variants that are in the release and whose dependencies have not changed."""
         return tuple(v for v in variants if self.holds("measure_variant", (v,)) and self._is_released(v))
 
     def withheld(self) -> dict[str, StageFailed]:
-        """Return the variants that missed their gate and were kept out, with the line that says so."""
+        """Return the variants that were withheld because they missed their gate, with the message of each."""
         return dict(self._withheld)
 
     def require(self, stage: str) -> None:
-        """Raise UserError if a step that `stage` builds on is missing or out of date."""
+        """Raise UserError if a step before `stage` is missing or out of date."""
         stages = stages_before_variants(self._config)
         for needed in stages[: stages.index(stage)] if stage in stages else stages:
             if not self.holds(needed):
                 again = command(needed, "CONFIG")
-                raise UserError(f"{stage}: {needed} is not done, or its inputs changed; run: {again}")
+                raise UserError(f"{stage}: {needed} is not done, or its inputs changed. Try: {again}")
 
     def require_variant(self, variant: str) -> None:
-        """Raise UserError if a variant that the configuration asks for is missing or out of date."""
+        """Raise UserError if a variant is missing or out of date."""
         if not self.holds("measure_variant", (variant,)):
             again = command("quantize", "CONFIG")
-            raise UserError(f"publish: {variant} is not made, or its settings or libraries changed; run: {again}")
+            raise UserError(f"publish: {variant} is missing, or its settings or libraries changed. Try: {again}")
 
     def raise_failures(self, withheld: bool = True) -> None:
-        """Raise at the end what failed on the way.
+        """Raise the failures of variants, which did not stop the run.
 
         Args:
-            withheld: take a variant that missed its gate for a failure.
+            withheld: also raise if a variant missed its gate.
+
+        Raises:
+            StageFailed: one error with the messages of all failures.
         """
         failures = self._failures + (list(self._withheld.values()) if withheld else [])
         if len(failures) == 1:
             raise failures[0]
         if failures:
-            told = "; ".join(str(failure) for failure in failures)
-            raise StageFailed(told, max(f.exit_code for f in failures), self._workspace.logs)
+            message = "; ".join(str(failure) for failure in failures)
+            raise StageFailed(message, max(f.exit_code for f in failures), self._workspace.logs)
 
     def _run(self, stage: str, variants: tuple[str, ...]) -> Report:
         launch = self._launch if stage == "train" else None
         return self._start(stage, variants, self._workspace, self._events, self._reporter, self._tick, launch)
 
     def _is_released(self, variant: str) -> bool:
-        """Return True if a variant that was measured is in the release; what keeps it out is told at the end."""
+        """Return True if a measured variant is in the release; otherwise remember why it is withheld."""
         reason = self._workspace.ledger()[_key("measure_variant", (variant,))].summary.get("withheld")
         if reason:
             self._withheld[variant] = StageFailed(f"quantize {variant}: {reason}", 2, "")

@@ -1,4 +1,4 @@
-"""The output of a process, that of C libraries included, written to a file without tokens."""
+"""Log of a stage: the output of its process and of C libraries in it, with tokens removed."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ import time
 
 from pipeline.errors import redact
 
-LONGEST = 1 << 20  # bytes of an unfinished line that are held back
-OVERLAP = 4096  # bytes of a longer line that are held back: more than a token has
-PATIENCE = 2.0  # seconds that the end of a process waits for its output to be written
+LONGEST_LINE = 1 << 20  # bytes of an unfinished line that are buffered
+OVERLAP = 4096  # bytes of a longer line that stay in the buffer: longer than any token
+WAIT_SECONDS = 2.0  # that the end of a process waits for its output to be written
 
 _BREAK = re.compile(rb"(?<=[\n\r])")
 
 
 def print_without_tokens(file: int) -> int:
-    """Write the output of this process to the open `file` from now on, without tokens.
+    """Write the output of this process to an open file from now on, without tokens.
 
-    A process of its own does the writing, so that the last words of a killed process are kept. Call this while there
-    are no threads.
+    Another process does the writing, so that the last output of a killed process is kept. Call this before the
+    first thread starts.
+
+    Args:
+        file: file descriptor.
 
     Returns:
         The id of the writing process.
@@ -40,13 +43,13 @@ def print_without_tokens(file: int) -> int:
 
 
 def wait_for(writer: int) -> None:
-    """End the output of this process, and wait until it is written; output of other processes is not waited for."""
+    """End the output of this process, and wait until it is written, but not for output of other processes."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    nothing = os.open(os.devnull, os.O_WRONLY)
+    null = os.open(os.devnull, os.O_WRONLY)
     for number in (1, 2):
-        os.dup2(nothing, number)
-    end = time.monotonic() + PATIENCE
+        os.dup2(null, number)
+    end = time.monotonic() + WAIT_SECONDS
     while time.monotonic() < end and not os.waitpid(writer, os.WNOHANG)[0]:
         time.sleep(0.005)
 
@@ -54,9 +57,9 @@ def wait_for(writer: int) -> None:
 def _become_writer(reads: int, writes: int, file: int) -> None:
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # it ends after those whose words it writes
+            signal.signal(number, signal.SIG_IGN)  # it must end after the processes that it writes for
         os.close(writes)
-        os.close(0)  # by which a stage's parent knows that it has ended
+        os.close(0)  # otherwise the parent of the stage would not see that the stage has ended
         _copy(reads, file)
     finally:
         os._exit(0)
@@ -66,7 +69,7 @@ def _copy(reads: int, file: int) -> None:
     rest = b""
     while data := os.read(reads, 1 << 16):
         *lines, rest = _BREAK.split(rest + data)
-        if len(rest) > LONGEST:
+        if len(rest) > LONGEST_LINE:
             rest = _without_tokens(rest)
             lines, rest = [*lines, rest[:-OVERLAP]], rest[-OVERLAP:]
         _write(file, b"".join(lines))

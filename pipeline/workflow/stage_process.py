@@ -1,9 +1,9 @@
-"""A stage in a process of its own: start it, watch it, and report its end.
+"""A stage in a process of its own: its start, its messages and its end.
 
-Its memory comes back when it ends, and a kill by the system still yields its failure
-event. The child reports over its standard input, which is a socket (progress, outcome, error),
-writes its chatter to `logs/`, and ends when this process does. Where `accelerate launch` makes
-several processes of a stage, they share that socket, and this process reports the failure.
+The end of the process frees its memory, and a kill by the system still yields a failure event.
+The child sends its messages (progress, outcome, error) over its standard input, which is a socket.
+It writes its output to `logs/`, and ends when this process ends. If `accelerate launch` starts
+several processes for a stage, they share that socket, and this process reports the failure.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Report:
     outputs: list[Path]
     summary: dict
     seconds: float
-    interrupted: bool = False  # it finished, and then the run is to stop
+    interrupted: bool = False  # the stage finished, and the run must stop after it
 
 
 class StartStage(Protocol):
@@ -55,7 +55,9 @@ class StartStage(Protocol):
         reporter: Reporter,
         on_tick: Callable[[], None],
         launch: Launch | None = None,
-    ) -> Report: ...
+    ) -> Report:
+        """Run one stage to its end, with the arguments of `run_stage`."""
+        ...
 
 
 def run_stage(
@@ -72,10 +74,10 @@ def run_stage(
 
     Args:
         stage: name of a module in `pipeline.workflow.stages`.
-        reporter: receives its progress, and the lines that it shows.
+        reporter: receives the stage's progress and lines.
         on_tick: called a few times a second, to forward events and to redraw.
-        launch: makes several processes of it; by default it is one.
-        grace: seconds that it may take to end after it was asked to.
+        launch: starts several processes; by default one.
+        grace: seconds that the stage may take to end after a signal.
 
     Raises:
         StageFailed: with the stage's own message; its exit code is 2 if the user can correct the cause.
@@ -90,7 +92,7 @@ def run_stage(
     with open(log_path, "wb") as log:
         child = subprocess.Popen(
             _command(launch, arguments),
-            stdin=theirs,
+            stdin=theirs.fileno(),
             stdout=log,
             stderr=log,
             start_new_session=True,
@@ -105,30 +107,26 @@ def run_stage(
             child.kill()
             child.wait()
         messages.drain()
-        ours.close()  # upon which processes that may be left of it end too
-    finished = child.returncode == 0 and messages.outcome is not None
-    error = None if finished else messages.error(launch)
-    if error and launch:
-        seconds = round(time.monotonic() - start, 3)
-        events.emit(REPORTING[stage].verb, "failed", error=error["type"], message=error["message"], seconds=seconds)
-    if not finished and not error:
-        tell_failure(stage, events, variants, _how_it_ended(child.returncode), time.monotonic() - start)
-    if interrupted and not finished:
+        ours.close()  # remaining processes of the stage end at this
+    seconds, outcome = time.monotonic() - start, messages.outcome
+    if child.returncode == 0 and outcome is not None:
+        return Report([Path(p) for p in outcome["outputs"]], outcome["summary"], seconds, interrupted)
+    error, ended = messages.error(launch), _how_it_ended(child.returncode)
+    if error and launch and (verb := REPORTING[stage].verb):
+        events.emit(verb, "failed", error=error["type"], message=error["message"], seconds=round(seconds, 3))
+    if not error:
+        tell_failure(stage, events, variants, ended, seconds)
+    if interrupted:
         raise Interrupted
     if error:
-        log_path = workspace.log_of(stage, variants, error["rank"])
-        raise StageFailed(error["told"], error["exit_code"], log_path)
-    if not finished:
-        raise StageFailed(f"{stage}: {_how_it_ended(child.returncode)}", 1, log_path)
-    outcome = messages.outcome
-    outputs = [Path(p) for p in outcome["outputs"]]
-    return Report(outputs, outcome["summary"], time.monotonic() - start, interrupted)
+        raise StageFailed(error["told"], error["exit_code"], workspace.log_of(stage, variants, error["rank"]))
+    raise StageFailed(f"{stage}: {ended}", 1, log_path)
 
 
 def _command(launch: Launch | None, arguments: tuple[str, ...]) -> list[str]:
     if launch:
         return launch.command("pipeline.workflow.stages", *arguments)
-    # -P: the folder that the user stands in may have a `pipeline` of its own.
+    # -P: the current folder may contain another package `pipeline`.
     return [sys.executable, "-P", "-m", "pipeline.workflow.stages", *arguments]
 
 
@@ -136,11 +134,11 @@ def _watch(child: subprocess.Popen, messages: _Messages, on_tick: Callable[[], N
     """Wait for the child, and pass SIGINT and SIGTERM on to it. Return True if one came."""
     stopping: list[float] = []
 
-    def stop(number, frame):
+    def stop(number: int, frame: object) -> None:
         if not stopping:
             child.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
         stopping.append(time.monotonic())
-        if len(stopping) > 2:  # whoever presses Ctrl-C three times means it
+        if len(stopping) > 2:  # the third Ctrl-C ends the stage at once
             child.kill()
 
     old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -157,7 +155,7 @@ def _watch(child: subprocess.Popen, messages: _Messages, on_tick: Callable[[], N
 
 
 class _Messages:
-    """Lines of JSON from the socket that the child, or several children, write to."""
+    """Messages of one or several child processes: lines of JSON on a shared socket."""
 
     def __init__(self, end: socket.socket, reporter: Reporter):
         self._socket, self._reporter = end, reporter
@@ -166,7 +164,7 @@ class _Messages:
         self._selector = selectors.DefaultSelector()
         self._selector.register(end, selectors.EVENT_READ)
         self._errors: list[dict] = []
-        self._finished: set[int] = set()  # ranks of processes that came to their end
+        self._finished: set[int] = set()  # ranks of processes that finished their work
         self.outcome: dict | None = None
 
     def wait(self, seconds: float) -> None:
@@ -181,10 +179,10 @@ class _Messages:
         self._selector.close()
 
     def error(self, launch: Launch | None) -> dict | None:
-        """Return the first failure that a process reported: the cause, not its consequences in other processes."""
+        """Return the first failure that is a cause, and not the consequence of another process's failure."""
         causes = [error for error in self._errors if not error["echo"]]
         silent = set(launch.ranks_here) - self._finished - {e["rank"] for e in self._errors} if launch else set()
-        if not causes and silent and (self._errors or self._finished):
+        if launch and not causes and silent and (self._errors or self._finished):
             rank = min(silent)
             message = f"process {rank} of {launch.processes} {_how_it_ended(-signal.SIGKILL)}"
             return {"type": "Killed", "message": message, "told": f"train: {message}", "exit_code": 1, "rank": rank}
@@ -201,7 +199,7 @@ class _Messages:
             try:
                 message = json.loads(line)
             except ValueError:
-                continue  # two processes wrote at once; both have it in their logs
+                continue  # two processes wrote at once; their logs have both messages
             if "progress" in message:
                 self._reporter.progress(*message["progress"])
             if "show" in message:
@@ -215,7 +213,7 @@ class _Messages:
 
 def _how_it_ended(code: int) -> str:
     if code == -signal.SIGKILL:
-        return "killed by the system (SIGKILL), most often because memory ran out; run it again with smaller settings"
+        return "killed by the system (SIGKILL), most often because memory ran out. Try: smaller settings"
     if code < 0:
         return f"ended by signal {signal.Signals(-code).name}"
     return f"ended with exit code {code} and no result"

@@ -66,14 +66,14 @@ class Task(Section):
 
 
 def read_task(values: dict[str, Any], origin: str) -> Task:
-    """Return a task from plain data; `origin` is named in errors.
+    """Return a task from plain data; errors name its `origin`.
 
     Raises:
-        ConfigError: if anything is wrong with it.
+        ConfigError: if a field is invalid.
     """
     try:
         task = Task.model_validate(values)
-        Quantize(variants=list(asked_variants(task).values()))
+        Quantize.model_validate({"variants": list(asked_variants(task).values())})
     except ValidationError as error:
         raise ConfigError(f"{origin}: {explain(error, Task)}") from None
     except ConfigError as error:
@@ -88,7 +88,7 @@ def read_tasks(path: Path, options: dict[str, Any]) -> list[Task]:
         options: fields of each task that does not set them.
 
     Raises:
-        ConfigError: if anything is wrong with the file.
+        ConfigError: if the file is invalid.
     """
     try:
         entries = read_yaml(path.read_text(encoding="utf-8"), str(path))
@@ -111,7 +111,7 @@ def read_tasks(path: Path, options: dict[str, Any]) -> list[Task]:
 
 
 def asked_variants(task: Task) -> dict[str, dict]:
-    """Return the variants that are asked for, as `quantize.variants` takes them, by name."""
+    """Return the requested variants by name, in the form of `quantize.variants`."""
     names = [spec["name"] for spec in variant_specs(task.quant_types, option="--quant-type")]
     if not names:
         raise ConfigError(f"--quant-type {','.join(task.quant_types)!r}: names no variant; known are {variant_names()}")

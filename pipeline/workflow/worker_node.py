@@ -1,4 +1,4 @@
-"""What another machine than the first does of a run: its part of the training, and nothing else."""
+"""A run on another machine than the first: it takes part in training and does nothing else."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from pipeline.workflow.reporter import Reporter
 from pipeline.workflow.stage_process import run_stage
 from pipeline.workflow.workspace import Entry, Workspace
 
-GRACE_SECONDS = 2.0  # nothing is lost here; while machines have not met, nothing ends by being asked to
+GRACE_SECONDS = 2.0  # short: nothing is lost here, and before the machines have met, no signal ends the process
 
 
 def join(config: Config, launch: Launch, root: str | Path = "runs", reporter: Reporter | None = None) -> Workspace:
-    """Train along with machine 0, which does the rest of the run and has all that it makes.
+    """Train together with machine 0, which does the rest of the run and stores its outputs.
 
     Returns:
-        A folder beside the run's, with the logs of this machine.
+        A workspace beside the run's, with the logs of this machine.
 
     Raises:
-        UserError: in one line, before any work where that is possible.
-        StageFailed: where training failed, here or elsewhere.
+        UserError: in one line, before the training if possible.
+        StageFailed: if training failed on any machine.
     """
     check_shared(config, launch)
     assert isinstance(config, TrainingRun), "check_shared refuses a run without data"

@@ -1,14 +1,14 @@
-"""A run's folder: its parts, its ledger and its figures.
+"""Folder of a run: its parts, its ledger and its figures.
 
 runs/<name>/
-  config.yaml      what this run was asked for
-  ledger.json      what is done, on what it depends, and what a stopped stage needs to go on
-  events.jsonl     everything that happened, in order
+  config.yaml      the configuration
+  ledger.json      the steps, what they depend on, and the progress of stopped steps
+  events.jsonl     the events, in order
   results.json     the figures, the only source of a card's numbers
   base/ data/ checkpoints/ adapter/ quantized/ measurements/ logs/
-  release/         the result: the tree of the repository
+  release/         the result: the files of the repository
 
-If the result was asked for in a folder of its own, the rest lies in that folder's `.tunepress/`.
+If `--output` names the folder of the result, all other files lie in its subfolder `.tunepress/`.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from pipeline.workflow.ledger import Entry, Ledger, read_ledger, write_ledger
 
 __all__ = ["HIDDEN", "Entry", "Workspace"]
 
-HIDDEN = ".tunepress"  # the run's folder inside a result that was asked for by name
+HIDDEN = ".tunepress"  # the run's folder inside the folder that `--output` names
 
 
 class Workspace:
-    """A run's folder, by its parts. The object holds no state: all state is in the files."""
+    """The folder of a run. The object has no state of its own: all state is in the files."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -54,24 +54,24 @@ class Workspace:
 
     @property
     def _bounds(self) -> Path:
-        """The folder with everything of the run: its own, or that of its result if it lies in there."""
+        """The folder that contains all files of the run."""
         return self.release if self.folder.name == HIDDEN else self.folder
 
     def log_of(self, stage: str, variants: Iterable[str] = (), rank: int = 0) -> Path:
-        """Return the file for the output of a stage's process; `rank` tells the processes of one training apart."""
+        """Return the file for the output of a stage's process with this rank."""
         name = "-".join((stage, *variants))
         return self.logs / f"{name}.{rank}.log" if rank else self.logs / f"{name}.log"
 
     @classmethod
     @contextmanager
     def claim(cls, folder: str | Path, config: Config, fresh: bool = False) -> Iterator[Workspace]:
-        """Yield the folder of `config`'s run, locked for this process, with the configuration written into it.
+        """Lock the folder of a run for this process, write the configuration into it, and yield it.
 
         Args:
-            fresh: remove what an earlier run left there.
+            fresh: remove the files of an earlier run.
 
         Raises:
-            WorkspaceError: if another process works on it, or the folder cannot be written.
+            WorkspaceError: if another process uses the folder, or it cannot be written.
         """
         workspace = cls(folder)
         with workspace.lock():
@@ -83,7 +83,7 @@ class Workspace:
         """Keep other processes out of the run's folder.
 
         Raises:
-            WorkspaceError: if another process works on it, or the folder cannot be written.
+            WorkspaceError: if another process uses the folder, or it cannot be written.
         """
         from filelock import FileLock, Timeout
 
@@ -94,18 +94,18 @@ class Workspace:
             (self.folder if hidden else root).mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout:
-            raise WorkspaceError(f"{self.folder}: another tunepress is working on this run; wait for it") from None
+            raise WorkspaceError(f"{self.folder}: in use by another tunepress. Try: wait until it ends") from None
         except OSError as error:
-            raise WorkspaceError(f"{root}: runs cannot be written there ({error.strerror})") from None
+            raise WorkspaceError(f"{root}: cannot be written ({error.strerror})") from None
         with lock:
-            lock.release()  # `with` has taken it a second time
+            lock.release()  # `with` acquired it a second time
             yield
 
     def _prepare(self, config: Config, fresh: bool) -> None:
         if fresh and self.folder.is_dir():
             self._empty()
         if self.folder.exists() and not self.folder.is_dir():
-            raise WorkspaceError(f"{self.folder}: a file is in the way of the run's folder")
+            raise WorkspaceError(f"{self.folder}: is a file, not the folder of a run. Try: another name or --runs")
         try:
             self.folder.mkdir(exist_ok=True)
             write_text(self.config_path, dump_config(config))
@@ -114,17 +114,17 @@ class Workspace:
             raise WorkspaceError(f"{self.folder}: cannot be written ({error.strerror})") from None
 
     def _empty(self) -> None:
-        """Remove what an earlier run left, except its configuration, which marks the folder as a run's."""
+        """Remove the files of an earlier run, except its configuration, which marks the folder as a run's."""
         others = [path for path in self.folder.iterdir() if not path.name.startswith(self.config_path.name)]
         if others and not self.config_path.is_file():
-            raise WorkspaceError(f"{self.folder}: not a run's folder, so --fresh does not remove it")
+            raise WorkspaceError(f"{self.folder}: not the folder of a run, so --fresh does not empty it")
         for path in others:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def _forget(self, config: Config) -> None:
-        """Remove figures that this configuration does not ask for, what the run was compared with, and former files."""
+        """Remove figures that this configuration does not ask for, an old comparison, and side files."""
         former = former_ledger.side_files(self.folder)
-        if former or self.read_ledger().comparison:  # a retraining that was stopped binds only retrainings
+        if former or self.read_ledger().comparison:  # the comparison of a stopped retraining must not bind other runs
             self.update(lambda ledger: replace(ledger, comparison=None))
         for path in former:
             path.unlink()
@@ -142,23 +142,23 @@ class Workspace:
 
     @classmethod
     def open(cls, folder: str | Path) -> Workspace:
-        """Return an existing run, by its own folder or by that of its result.
+        """Return an existing run, by its own folder or the folder of its result.
 
         Raises:
-            WorkspaceError: if there is none.
+            WorkspaceError: if the folder contains no run.
         """
         for workspace in (cls(folder), cls(Path(folder) / HIDDEN)):
             with suppress(OSError):  # a name too long for a folder
                 if workspace.config_path.is_file():
                     return workspace
-        raise WorkspaceError(f"{folder}: not a run's folder; it has no config.yaml")
+        raise WorkspaceError(f"{folder}: not the folder of a run (no config.yaml)")
 
     def config(self) -> Config:
-        """Return the configuration that the run was last asked for."""
+        """Return the configuration of the last run."""
         return load_config(self.config_path)
 
     def read_ledger(self) -> Ledger:
-        """Return all that the ledger has.
+        """Return the whole ledger.
 
         Raises:
             WorkspaceError: if it is damaged.
@@ -170,7 +170,7 @@ class Workspace:
         return self.read_ledger().done()
 
     def update(self, change: Callable[[Ledger], Ledger]) -> None:
-        """Replace the ledger by what `change` makes of it; what other processes change meanwhile is not lost."""
+        """Apply `change` to the ledger, locked against changes by other processes."""
         folder = os.open(self.folder, os.O_RDONLY)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)
@@ -179,15 +179,15 @@ class Workspace:
             os.close(folder)
 
     def record(self, key: str, entry: Entry) -> None:
-        """Record a finished step; its progress stays."""
+        """Record a finished step, and keep its progress."""
         self.update(lambda ledger: ledger.with_entry(key, replace(entry, progress=_entry(ledger, key).progress)))
 
     def undo(self, key: str) -> None:
-        """Have a step done again; what it made stays until then."""
+        """Remove a step from the ledger so that it is done again; its files stay until then."""
         self.update(lambda ledger: ledger.without(key))
 
     def note(self, key: str, **progress: object) -> None:
-        """Record what a step needs to go on when it is stopped; None removes what was recorded by that name."""
+        """Record progress of a step by name, which lets it go on after a stop; None removes an entry."""
 
         def noted(ledger: Ledger) -> Ledger:
             entry = _entry(ledger, key)
@@ -197,18 +197,18 @@ class Workspace:
         self.update(noted)
 
     def progress(self, key: str, name: str) -> dict:
-        """Return what `note` recorded; {} if there is nothing."""
+        """Return the progress that `note` recorded; {} if there is none."""
         return _entry(self.read_ledger(), key).progress.get(name, {})
 
     def holds(self, key: str, fingerprint: str) -> bool:
-        """Return True if the step is finished, for the same dependencies, with its outputs as it left them."""
+        """Return True if the step finished with the same dependencies and its outputs are unchanged."""
         entry = self.ledger().get(key)
         if entry is None or entry.fingerprint != fingerprint:
             return False
         return all(digest.holds(self.folder / path) for path, digest in entry.outputs.items())
 
     def state_of(self, *keys: str) -> dict:
-        """Return what later steps depend on: the steps' outputs by hash, without figures, which vary."""
+        """Return the output hashes of these steps, which later steps depend on; figures vary, so they are left out."""
         ledger = self.ledger()
         return {
             key: {p: d.sha256 for p, d in ledger[key].outputs.items() if not p.startswith("measurements/")}
@@ -219,7 +219,7 @@ class Workspace:
     def digests(self, paths: Iterable[Path]) -> dict[str, Digest]:
         """Return the digests of files, and of all files in folders, by path in the run's folder.
 
-        The files are on the disk when this returns, also after a power cut.
+        The files are flushed to the disk first, so that they survive a power failure.
         """
         files = sorted(f for p in paths for f in (p.rglob("*") if p.is_dir() else [p]) if f.is_file())
         for path in {*files, *(file.parent for file in files)}:
@@ -227,16 +227,16 @@ class Workspace:
         return {Path(os.path.relpath(f, self.folder)).as_posix(): Digest.of(f) for f in files}
 
     def place(self, partial: Path, folder: Path, key: str) -> list[Path]:
-        """Move a step's finished files into the release, beside files that people may have put there.
+        """Move the finished files of a step into the release, and leave people's files there.
 
-        Files that the step had made before are removed, and weights that a library would load instead.
+        Earlier files of the step are removed, and weights that a library would load instead.
 
         Returns:
-            The files in their new place.
+            The new paths.
         """
         made = {folder / path.relative_to(partial) for path in partial.rglob("*") if path.is_file()}
         place_files(partial, folder)
-        stale = self._outputs(key) - self._outputs(*(self.ledger().keys() - {key}))  # variants share terms of use
+        stale = self._outputs(key) - self._outputs(*(self.ledger().keys() - {key}))  # variants share license files
         if any(path.suffix == ".safetensors" for path in made):
             stale |= set(folder.glob("*.safetensors*"))
         for path in stale - made:
@@ -250,7 +250,7 @@ class Workspace:
         return sorted(path for path in made if path.parent != self.measurements and path.is_file())
 
     def take_back(self, key: str, placed_in: Path, folder: Path) -> None:
-        """Move the files of a step out of the release into `folder`; files of another step too are copied."""
+        """Move the files of a step out of the release into `folder`; copy those that another step has too."""
         others = self._outputs(*(self.ledger().keys() - {key}))
         for path in self.placed(key):
             to = folder / path.relative_to(placed_in)
@@ -258,7 +258,7 @@ class Workspace:
             shutil.copy2(path, to) if path in others else os.replace(path, to)
 
     def remove(self, key: str, stay: Iterable[str]) -> None:
-        """Remove the files of a step from the release, except those that one of the steps `stay` has made too."""
+        """Remove the files of a step from the release, except those that a step in `stay` has too."""
         for path in self._outputs(key) - self._outputs(*stay):
             path.unlink(missing_ok=True)
 
@@ -268,23 +268,23 @@ class Workspace:
         return {Path(os.path.normpath(self.folder / path)) for path in made}
 
     def write_measurement(self, name: str, content: dict) -> Path:
-        """Store one step's figures, and write `results.json` again."""
+        """Store the figures of one step, and write `results.json`."""
         path = self.measurements / f"{name}.json"
         write_json(path, without_private(content, self._bounds))
         self.assemble_results()
         return path
 
     def drop_measurement(self, name: str) -> None:
-        """Remove figures of a model that is no longer there."""
+        """Remove the figures of a model that no longer exists."""
         (self.measurements / f"{name}.json").unlink(missing_ok=True)
         self.assemble_results()
 
     def read_measurement(self, name: str) -> dict:
-        """Return one step's figures; {} if there are none."""
+        """Return the figures of one step; {} if there are none."""
         return read_json(self.measurements / f"{name}.json", {})
 
     def assemble_results(self) -> None:
-        """Write `results.json` from the measurements; a model that was not measured is not in it."""
+        """Write `results.json` from the measurements."""
         order = {name: i for i, name in enumerate(("origin", "data", "training", "adapter", "merge", "base", "merged"))}
         files = sorted(self.measurements.glob("*.json"), key=lambda p: (order.get(p.stem, len(order)), p.stem))
         write_json(self.results_path, {p.stem: read_json(p, {}) for p in files})

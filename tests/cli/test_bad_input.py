@@ -150,7 +150,7 @@ def refused_before_training(folder, tree: dict, reason: str) -> None:
     "arguments, said",
     [
         (("quantize", "MODEL"), "--output DIR"),
-        (("quantize", "MODEL", "--output", "full"), "full: has other things in it; choose a new folder"),
+        (("quantize", "MODEL", "--output", "full"), "full: contains other files. Try: --output NEW_FOLDER"),
         (
             ("quantize", "MODEL", "--output", "out", "--variants", "int5"),
             "--variants int5: allowed are int8, int8-dynamic, int4",
@@ -174,8 +174,8 @@ def refused_before_training(folder, tree: dict, reason: str) -> None:
         (("merge", "MODEL", "--output", "out"), "merge BASE ADAPTER --output DIR"),
         (("merge", "MODEL", "./nowhere", "--output", "out"), "merge.adapter './nowhere': has no adapter_config.json"),
         (("merge", "MODEL", "MODEL", "--output", "out", "--base", "fp8"), "merge.base"),
-        (("publish", "full", "--repo", "ada/x"), "not a run's folder"),
-        (("clean", "full"), "not a run's folder"),
+        (("publish", "full", "--repo", "ada/x"), "not the folder of a run"),
+        (("clean", "full"), "not the folder of a run"),
     ],
 )
 def test_impossible_request_gives_one_line_before_anything_is_written(tunepress, tiny_model, arguments, said):

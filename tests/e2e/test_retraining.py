@@ -121,7 +121,7 @@ def test_summary_shows_figures_rule_and_location(story):
     worse = (story.worse_place.folder / "worse.md").read_text()
     assert f"Retraining {REPO}: Published" in better and story.better["url"] in better
     gap = story.better["comparison"]["difference"]
-    assert f"| new - live | {gap['value']:+.4f} ± {gap['stderr']:.4f} |" in better
+    assert f"| new - published | {gap['value']:+.4f} ± {gap['stderr']:.4f} |" in better
     assert (
         "2.17 standard errors of the difference (2 of many prompts)" in better
         and story.first_commit[:12] in better
@@ -170,7 +170,7 @@ def test_withheld_variant_is_dropped_unless_it_is_published(undecided, story):
     head = hub.put(REPO, {"tunepress.json": json.dumps(lineage).encode()})
     done = undecided.retrain("better", *asked, *STRICT)
     assert done.returncode == 2 and hub.commits(REPO)[0] == head
-    assert "quantize int8: withheld: KL divergence is" in done.stderr and "would lose it" in done.stderr
+    assert "quantize int8: withheld: KL divergence is" in done.stderr and "would lose int8" in done.stderr
     del lineage["results"]["int8"]
     hub.put(REPO, {"tunepress.json": json.dumps(lineage).encode()})
     told = undecided.decision("better", *asked, *STRICT)
@@ -301,7 +301,7 @@ def test_changed_variants_are_named_with_the_command_that_makes_them(undecided):
     """This folder has the better model, and the first one is live."""
     told = undecided.decision("first", "--set", "quantize.variants=[int8]")
     assert (told["outcome"], told["exit_code"]) == ("skipped", 4)
-    assert "quantize.variants did, and runs/tiny cannot make that without training again" in told["reason"]
+    assert "quantize.variants changed. The published model is not in runs/tiny" in told["reason"]
     assert "tunepress run" not in told["reason"]
 
 
@@ -312,7 +312,7 @@ def test_the_command_that_makes_the_rest_keeps_the_model_that_is_live(story, tmp
     place.hub.put(BASE, {"README.md": b"# Base, with a new card\n"})  # another commit than the one it was made of
     rest = ("--set", "quantize.variants=[int8]")
     told = place.decision("better", *rest)
-    _, command = told["reason"].split("for that run: tunepress ")
+    _, command = told["reason"].split("Try: tunepress ")
     assert f"--set model.revision={place.lineage()['base']['revision']}" in command
     events = place.names()
     place.tunepress(*shlex.split(command.replace("CONFIG", "tiny.yaml")), *as_options("better"), *rest)

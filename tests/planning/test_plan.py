@@ -200,7 +200,7 @@ def test_missing_requirements_do_not_stop_planning(place):
     here = place.plan("qwen3-1.7b", *elsewhere)
     assert here["machine"]["gpu_bytes"] or not here["fits"]
     both = ("--set", "train.method=lora", "--set", "merge.base=nf4")
-    assert "never saw such weights" in place.tunepress("plan", "qwen3-1.7b", *both, check=2).stderr
+    assert "does not train on this base" in place.tunepress("plan", "qwen3-1.7b", *both, check=2).stderr
     assert "rows.jsonl" in place.tunepress("plan", "qwen3-1.7b", "--set", "data.source=./rows.jsonl", check=2).stderr
 
 

@@ -54,5 +54,5 @@ def test_merge_bases_are_those_of_method_and_trainer(other_trainer):
 
 def test_base_that_training_never_saw_is_refused():
     config = config_for(train={"method": "lora"}, merge={"base": NF4_BASE})
-    with pytest.raises(ConfigError, match="merge.base nf4: train.method lora never saw such weights"):
+    with pytest.raises(ConfigError, match="merge.base nf4: train.method lora does not train on this base"):
         check_inputs(config, need_model=False, need_data=False)

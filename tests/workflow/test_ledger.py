@@ -48,7 +48,7 @@ def test_ledger_is_read_as_it_was_written(tmp_path):
 )
 def test_damaged_ledger_is_refused_by_name(workspace, content):
     write_text(workspace.ledger_path, content)
-    with pytest.raises(WorkspaceError, match=f"^{workspace.ledger_path}: damaged; remove it"):
+    with pytest.raises(WorkspaceError, match=f"^{workspace.ledger_path}: damaged. Try: remove it"):
         workspace.ledger()
 
 

@@ -1,8 +1,8 @@
-"""One verb each, all with the same shape: the Protocol `Stage`, which each module here provides.
+"""Stages of a run: each module here does one verb and has the functions of the Protocol `Stage`.
 
-A stage reads what earlier stages left in the workspace, writes under a temporary name, renames, and says what it
-made. It runs in a process of its own (`pipeline.workflow.stage_process`). Heavy libraries are imported inside `run`,
-so that asking what a stage depends on is quick.
+A stage reads the outputs of earlier stages in the workspace, writes under a temporary name, renames, and returns an
+`Outcome`. It runs in a process of its own (`pipeline.workflow.stage_process`). Heavy libraries are imported inside
+`run`, so that the dependencies of a stage are found quickly.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a stage made.
+    """The result of a stage.
 
     Attributes:
         outputs: files, or whole folders, in the workspace.
         summary: its figures, as plain data.
-        refusal: why what was made is not taken; the stage's end is then a failure in the events.
+        refusal: why its result is not released; the events then report a failure.
     """
 
     outputs: tuple[Path, ...] = ()
@@ -40,22 +40,22 @@ class Stage(Protocol):
     """One verb of a run."""
 
     def parameters(self, config: Config, variant: str | None) -> dict[str, Any]:
-        """Return what the stage's start event tells."""
+        """Return the fields of the stage's start event."""
 
     def depends(self, config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict[str, Any]:
-        """Return plain data: the same data, the same result."""
+        """Return the stage's dependencies as plain data: equal dependencies give an equal result."""
 
     def run(self, config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
         """Do the stage.
 
         Raises:
-            UserError: if people can mend what keeps it from being done.
+            UserError: if the user can correct the cause of a failure.
         """
 
 
 @dataclass(frozen=True)
 class Reporting:
-    """How a stage appears in the events: as which verb, and which of the verb's events it sends."""
+    """The events of a stage: its verb, and which of the verb's events it sends."""
 
     verb: str | None
     starts: bool = True
@@ -80,53 +80,54 @@ def stage_named(name: str) -> Stage:
 
 
 def perform(name: str, config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
-    """Do a stage in this process, and send its events, but for that of its failure (`tell_failure`)."""
+    """Do a stage in this process, and send its events, except its failure event (`tell_failure`)."""
     stage, reporting, start = stage_named(name), REPORTING[name], time.monotonic()
-    if reporting.starts:
-        for variant in _told_of(reporting, variants):
+    if reporting.verb and reporting.starts:
+        for variant in _subjects(reporting.verb, variants):
             events.emit(reporting.verb, "started", variant, **stage.parameters(config, variant))
     outcome = stage.run(config, workspace, events, variants)
     seconds = round(time.monotonic() - start, 3)
-    for variant in _told_of(reporting, variants) if reporting.completes else ():
-        if outcome.refusal:
-            events.failed(reporting.verb, variant, outcome.refusal, seconds)
-        else:
-            events.emit(reporting.verb, "completed", variant, **{"seconds": seconds, **_short(outcome.summary)})
+    if reporting.verb and reporting.completes:
+        for variant in _subjects(reporting.verb, variants):
+            if outcome.refusal:
+                events.failed(reporting.verb, variant, outcome.refusal, seconds)
+            else:
+                events.emit(reporting.verb, "completed", variant, **{"seconds": seconds, **_short(outcome.summary)})
     return outcome
 
 
 def tell_failure(
     name: str, events: Events, variants: tuple[str, ...], error: BaseException | str, seconds: float
 ) -> None:
-    """Send the failure event of a stage, once for each variant that it was about."""
-    reporting = REPORTING[name]
-    for variant in _told_of(reporting, variants) if reporting.verb else ():
-        events.failed(reporting.verb, variant, error, seconds)
+    """Send the failure event of a stage, once for each of its variants."""
+    if verb := REPORTING[name].verb:
+        for variant in _subjects(verb, variants):
+            events.failed(verb, variant, error, seconds)
 
 
 def failure_of(name: str, variants: tuple[str, ...], error: BaseException, rank: int = 0, size: int = 1) -> dict:
-    """Return what the process that started a stage tells of its failure, as plain data.
+    """Return the failure of a stage as plain data, for the process that started the stage.
 
     Args:
-        rank: of the process that failed, if a stage has several.
-        size: how many processes it has.
+        rank: rank of the failed process.
+        size: number of processes of the stage.
     """
     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
     place = f"process {rank} of {size}: " if kind and rank else ""
-    what = " ".join((REPORTING[name].verb or name, *variants))
+    subject = " ".join((REPORTING[name].verb or name, *variants))
     return {
         "type": type(error).__name__,
         "message": f"{place}{one_line(error)}",
-        "told": f"{what}: {place}{kind}{one_line(error)}",
+        "told": f"{subject}: {place}{kind}{one_line(error)}",
         "exit_code": error.exit_code if isinstance(error, UserError) else 1,
         "rank": rank,
     }
 
 
-def _told_of(reporting: Reporting, variants: tuple[str, ...]) -> tuple[str | None, ...]:
-    return variants if reporting.verb == "quantize" else (None,)
+def _subjects(verb: str, variants: tuple[str, ...]) -> tuple[str | None, ...]:
+    return variants if verb == "quantize" else (None,)
 
 
 def _short(summary: dict) -> dict:
-    """Return the part of a summary that belongs in an event: numbers and short texts, not tables."""
+    """Return the numbers and short texts of a summary, which belong in an event, without tables."""
     return {k: v for k, v in summary.items() if isinstance(v, (int, float, str, bool))}

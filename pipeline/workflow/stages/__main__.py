@@ -1,9 +1,9 @@
-"""The process of one stage: `python -m pipeline.workflow.stages FOLDER STAGE [VARIANT ...]`.
+"""Process of one stage: `python -m pipeline.workflow.stages FOLDER STAGE [VARIANT ...]`.
 
-Started by `pipeline.workflow.stage_process`, by itself or several at once through `accelerate launch`. Sends the
-stage's events, reports over standard input, which is a socket, and ends when its parent does: the
-parent holds the other end. Of several processes only the first sends events; each reports its failure,
-and the parent sends the failure event.
+`pipeline.workflow.stage_process` starts it, alone or several at once through `accelerate launch`. It sends the
+stage's events, and reports over standard input, which is a socket. It ends when its parent ends, because the
+parent holds the other end of the socket. Of several processes, only the first sends events. Each reports its
+failure, and the parent sends the failure event.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ GRACE_SECONDS = 20.0  # as long as `pipeline.workflow.stage_process` gives a sta
 
 
 class Terminated(BaseException):
-    """The end of a stage by SIGTERM, or because the parent is gone."""
+    """The end of a stage by SIGTERM, or because its parent has ended."""
 
 
 def main() -> int:
+    """Run the stage that the command line names, and return the exit code."""
     folder, stage, *names = sys.argv[1:]
     variants, process = tuple(names), TrainingProcess.current()
     workspace = Workspace.open(folder)
@@ -64,7 +65,7 @@ def main() -> int:
     except BaseException as problem:
         error = no_room(problem, workspace.folder) or problem
         if process.size == 1 or orphaned.is_set():
-            with contextlib.suppress(OSError):  # if the disk is full, the line below has to do
+            with contextlib.suppress(OSError):  # on a full disk only the message to the parent is left
                 tell_failure(stage, events, variants, error, time.monotonic() - start)
         if not isinstance(error, UserError):
             traceback.print_exc()
@@ -76,7 +77,7 @@ def main() -> int:
 
 
 def _wait_for_former(workspace: Workspace) -> None:
-    """Wait for the stage of a killed run to end; it may still be removing what it had half done.
+    """Wait for the stage of a killed run to end, because it may still be removing unfinished files.
 
     Raises:
         WorkspaceError: if it does not end.
@@ -87,35 +88,35 @@ def _wait_for_former(workspace: Workspace) -> None:
     try:
         lock.acquire(timeout=2 * GRACE_SECONDS)
     except Timeout:
-        raise WorkspaceError(f"{workspace.folder}: a stage of an earlier run is still ending; wait for it") from None
-    _held.append(lock)  # as long as this process lives
+        raise WorkspaceError(f"{workspace.folder}: a stage of an earlier run is still ending. Try: again") from None
+    _held.append(lock)  # until this process ends
 
 
-def _terminate(number, frame) -> None:
-    raise Terminated("asked to end by SIGTERM")
+def _terminate(number: int, frame: object) -> None:
+    raise Terminated("ended by SIGTERM")
 
 
 def _end_with_parent(orphaned: threading.Event) -> None:
-    sys.stdin.buffer.read()  # returns when the parent is gone, or has closed its end
+    sys.stdin.buffer.read()  # returns when the parent has ended, or closed its end
     orphaned.set()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE_SECONDS)
-    os._exit(1)  # it waits inside a library, for another process that has gone too
+    os._exit(1)  # the stage still waits inside a library, for another process that has ended
 
 
 def _print_to(path: Path | None) -> int:
-    """Send the output of this process to a file of its own, or where it went; return the id of the writing process."""
+    """Send the output of this process to `path`, or to its present file; return the id of the writing process."""
     with open(path, "wb") if path else open(os.dup(1), "wb") as log:
         return print_without_tokens(log.fileno())
 
 
 class _Socket:
-    """The way back to the parent. Progress is thinned out; a message that cannot be written is dropped."""
+    """The connection to the parent. Frequent progress is skipped; a message that cannot be written is dropped."""
 
     def __init__(self):
         self._file = os.fdopen(os.dup(sys.stdin.fileno()), "w", encoding="utf-8", buffering=1)
         self._last = 0.0
-        self._lock = threading.Lock()  # a download tells of its progress in a thread of its own
+        self._lock = threading.Lock()  # a download reports its progress from another thread
 
     def send(self, message: dict) -> None:
         with self._lock, contextlib.suppress(OSError):

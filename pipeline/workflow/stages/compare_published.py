@@ -1,10 +1,11 @@
-"""Score the new model and the published one on the same held-out examples, and estimate the difference."""
+"""Stage `compare_published`: the losses of the new and the published model on the same held-out examples."""
 
 from __future__ import annotations
 
 import functools
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.schema import Config, TrainingRun
@@ -31,10 +32,12 @@ RESULT = "retraining"  # the measurement, and the key in the results and the lin
 
 
 def parameters(config: Config, variant: str | None) -> dict:
+    """Return the fields of the start event."""
     return {}
 
 
 def depends(config: TrainingRun, workspace: Workspace, variants: tuple[str, ...]) -> dict:
+    """Return the dependencies as plain data."""
     compared, inputs = baseline.noted(workspace)
     return {
         "live": compared and compared.model,
@@ -46,7 +49,7 @@ def depends(config: TrainingRun, workspace: Workspace, variants: tuple[str, ...]
 
 
 def run(config: TrainingRun, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
-    """Compare with the published model, if there is one, and record what the new model was made of."""
+    """Compare with the published model, if there is one, and record the inputs of the new model."""
     compared, inputs = baseline.noted(workspace)
     made_of = Comparison(inputs=inputs, weights=baseline.own_weights(workspace))
     found = _compare(config, workspace, events, compared, made_of) if compared else made_of
@@ -58,8 +61,8 @@ def _compare(
 ) -> Comparison:
     """Return the loss of both models and the difference, paired by token, or by prompt if their tokens differ.
 
-    The loss is in nats a token. Models with other tokens are compared in bits a byte of what was to be learned.
-    All that is said of one prompt goes together, so the errors are those of a sample of prompts.
+    The loss is in nats a token. Models with different tokens are compared in bits per byte of the target text.
+    Answers to one prompt count as one unit, so the errors are those of a sample of prompts.
     """
     from pipeline.data import read_examples
     from pipeline.evaluation import metrics
@@ -69,7 +72,10 @@ def _compare(
     fingerprint = workspace.read_measurement("data")["fingerprint"]
     held_out = read_examples(workspace.data / "held_out.jsonl")
     examples, said = unseen_examples(held_out, fingerprint, compared.repo, compared.lineage)
-    sides = {"new": (workspace.release, None), "live": (compared.repo, compared.head)}
+    sides: dict[str, tuple[str | Path, str | None]] = {
+        "new": (workspace.release, None),
+        "live": (compared.repo, compared.head),
+    }
     tokenizers = {name: _tokenizer(*place) for name, place in sides.items()}
     chosen = _choose(config, examples, tokenizers)
     encoded, by_token = chosen.encoded, chosen.encoded["new"] == chosen.encoded["live"]
@@ -103,7 +109,7 @@ def _compare(
     )
 
 
-def _tokenizer(source: object, revision: str | None) -> PreTrainedTokenizerBase:
+def _tokenizer(source: str | Path, revision: str | None) -> PreTrainedTokenizerBase:
     from pipeline.inference.load import locate
 
     return open_tokenizer(locate(source, revision=revision))
@@ -115,8 +121,8 @@ class _Chosen:
 
     Attributes:
         encoded: the sequences of each example by model.
-        prompt: (E,) int64, which prompt an example answers.
-        sizes: (P,) float64, bytes to be learned of each prompt's examples.
+        prompt: (E,) int64, number of each example's prompt.
+        sizes: (P,) float64, bytes of the target text of each prompt's examples.
     """
 
     encoded: dict[str, list[list[Encoded]]]
@@ -141,10 +147,10 @@ class _Chosen:
 def _choose(
     config: TrainingRun, examples: tuple[Example, ...], tokenizers: dict[str, PreTrainedTokenizerBase]
 ) -> _Chosen:
-    """Return the examples that both models read whole, up to `evaluate.max_tokens` tokens of the new model's.
+    """Return the examples that fit both models, up to `evaluate.max_tokens` tokens of the new model.
 
     Raises:
-        DataError: for too few prompts.
+        DataError: if there are too few prompts.
     """
     import torch
 
@@ -162,7 +168,7 @@ def _choose(
             encoded[name].append(part.examples)
         counted = [label for sequence in both["new"].examples for label in sequence.labels if label != NO_LOSS]
         prompt.append(numbers.setdefault(example.prompt(), len(numbers)))
-        sizes.append(len(tokenizers["new"].decode(counted, skip_special_tokens=True).encode()))
+        sizes.append(len(str(tokenizers["new"].decode(counted, skip_special_tokens=True)).encode()))
     if len(numbers) < FEWEST:
         raise too_few_prompts(config, len(numbers), count_prompts(examples))
     of_prompts = torch.zeros(len(numbers), dtype=torch.float64)

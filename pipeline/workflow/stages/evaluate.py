@@ -1,4 +1,4 @@
-"""Measure the full-precision model, and the base it came from, on held-out and on general text."""
+"""Stage `evaluate`: the quality of the full-precision model and its base on held-out and general text."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ LIBRARIES = ("torch", "transformers")
 
 
 def parameters(config: MeasuredRun, variant: str | None) -> dict:
+    """Return the fields of the start event."""
     return {"general": config.evaluate.general, "max_tokens": config.evaluate.max_tokens}
 
 
 def depends(config: MeasuredRun, workspace: Workspace, variants: tuple[str, ...]) -> dict:
+    """Return the dependencies as plain data."""
     return {
         "evaluate": without_limit(config.evaluate.model_dump()),
         "general": text_depends(config, workspace),
@@ -34,11 +36,13 @@ def depends(config: MeasuredRun, workspace: Workspace, variants: tuple[str, ...]
 
 
 def run(config: MeasuredRun, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
+    """Measure the full-precision model and the base model."""
     from pipeline.evaluation.evaluate import evaluate
 
     full = full_model(config, workspace, events)
     models = {reference(config): full, "base": base_model(config, workspace, events)}
-    outputs, summary = [workspace.measurements / "reference"], {}
+    outputs = [workspace.measurements / "reference"]
+    summary: dict[str, object] = {}
     for label, folder in models.items():
         result = evaluate(
             label, folder, config, run_texts(workspace), events.progress, None if label == reference(config) else full
@@ -47,6 +51,7 @@ def run(config: MeasuredRun, workspace: Workspace, events: Events, variants: tup
         if label == reference(config) and workspace.read_measurement("texts"):
             outputs.append(workspace.measurements / "texts.json")
         for text, figures in result.quality.items():
+            assert figures.perplexity, "every measured text has a perplexity"
             summary[f"{label}_{text}_perplexity"] = figures.perplexity.value
         summary["compute_dtype"] = result.compute_dtype
     return Outcome(tuple(outputs), summary)

@@ -1,6 +1,6 @@
-"""The inputs of stages: the base model, an adapter from elsewhere, the model that variants are made of, texts.
+"""Inputs of stages: the base model, an adapter from elsewhere, the full-precision model, texts.
 
-An input that is not on this machine any more is fetched again, in the same revision.
+An input that is no longer on this machine is fetched again, in the same revision.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def adapter_depends(config: Config, workspace: Workspace) -> dict:
 
 
 def text_depends(config: MeasuredRun, workspace: Workspace) -> object:
-    """Return the hash of the general text: of its file, or of the text that this Python has."""
+    """Return the hash of the general text: of its file, or of the text of this Python."""
     source = config.evaluate.general
     return fingerprint(general_text(source)) if source.startswith("builtin:") else hashes_of(workspace, source)
 
@@ -58,7 +58,7 @@ def base_model(config: Config, workspace: Workspace, events: Events) -> Path:
     model = config.model.model_copy(update={"revision": pinned}) if pinned else config.model
     events.progress(0, 1, "fetching the model")
     folder, found = fetch(model, workspace.base, lambda d, t: events.progress(d, t, "fetching the model"))
-    # What is on no Hub has no revision, so a digest says later whether it is still the same.
+    # A local model has no revision, so a digest shows later if it has changed.
     digest = {} if found.revision else {"digest": here or digest_here(source)}
     workspace.write_measurement("origin", asdict(found) | digest)
     is_same = known and (known.model, known.revision) == (settings, found.revision)
@@ -93,7 +93,7 @@ def full_model(config: Config, workspace: Workspace, events: Events) -> Path:
 def shard_by_shard(
     config: Config, workspace: Workspace, events: Events, folder: Path
 ) -> Iterator[PassingCheckpoint | None]:
-    """Yield the checkpoint of a model whose weights only pass by; None if they all lie in `folder`."""
+    """Yield the streamed checkpoint of a model whose weights are not kept; None if they all lie in `folder`."""
     if not config.model.low_disk:
         yield None
         return
@@ -107,7 +107,7 @@ def shard_by_shard(
 
 
 def model_bytes(config: Config, workspace: Workspace, folder: Path) -> int:
-    """Return the size of the full-precision model's weights, even if they only passed by."""
+    """Return the size of the full-precision model's weights, even if they were not kept."""
     base = workspace.read_ledger().base
     return (config.model.low_disk and base and base.bytes) or stored_bytes(folder)
 
@@ -129,21 +129,21 @@ def reference(config: Config) -> str:
 
 
 def made_from(config: Config, workspace: Workspace) -> dict:
-    """Return what the full-precision model depends on: earlier steps' outputs, and inputs from elsewhere."""
+    """Return the dependencies of the full-precision model: outputs of earlier steps, and outside inputs."""
     steps = workspace.state_of("train", "merge") if config.merges else {}
     return steps | ({} if config.data else {"model": model_depends(config, workspace)})
 
 
 def without_limit(section: dict) -> dict:
-    """Return a section of the configuration without an unset limit of time, so that earlier fingerprints still hold."""
+    """Return a section of the configuration without an unset time limit, so that earlier fingerprints stay valid."""
     return {key: value for key, value in section.items() if (key, value) != ("max_minutes", None)}
 
 
 def hashes_of(workspace: Workspace, named: str) -> dict[str, str]:
-    """Return the sha256 of a file, or of the files in a folder, by name; {} if there never was one.
+    """Return the sha256 of a file, or of the files in a folder, by name; {} if it never existed.
 
-    They are remembered by size and time, so that gigabytes are read once. A file that is gone is
-    taken as it was: a finished run does not need its inputs to be published.
+    The ledger keeps them by size and time, so that gigabytes are read once. A deleted file
+    counts as unchanged, because a finished run does not need its inputs to be published.
     """
     path, before = Path(named).expanduser(), workspace.read_ledger().inputs.get(named, {})
     if not path.exists():
@@ -159,7 +159,10 @@ def hashes_of(workspace: Workspace, named: str) -> dict[str, str]:
 
 
 def base_revision(config: Config, workspace: Workspace) -> str | None:
-    """Return the commit of the base model that was brought here for these settings."""
+    """Return the commit of the base model that was fetched for these settings."""
     known, model = workspace.read_ledger().base, config.model.model_dump()
-    same = known and {**known.model, "low_disk": None} == {**model, "low_disk": None}  # only its way here differs
+    same = known and {**known.model, "low_disk": None} == {
+        **model,
+        "low_disk": None,
+    }  # this setting does not change the model
     return known.revision if same else None

@@ -1,7 +1,7 @@
-"""Load one variant back, measure it, and put it into the release unless it misses its gate.
+"""Stage `measure_variant`: one variant, loaded back, measured, and released unless it misses its gate.
 
-Without `evaluate` nothing is measured, and there is no gate; a GGUF is only opened. What was measured is kept, so
-that another limit needs no more than another verdict.
+Without `evaluate` nothing is measured, there is no gate, and a GGUF is only opened. Measured figures are kept, so
+that a changed limit needs only a new verdict.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ __all__ = ["depends", "is_withheld", "parameters", "run"]
 
 
 def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict:
+    """Return the dependencies as plain data."""
     found = _measured_by(config, workspace, variants)
     if config.evaluate:
         found["gate"] = [limits(config.quantize, name) for name in variants]
@@ -44,6 +45,7 @@ def is_withheld(config: Config, workspace: Workspace, name: str) -> bool:
 
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
+    """Measure one variant, judge it, and move its files into the release or out of it."""
     (name,) = variants
     full = full_model(config, workspace, events)
     source = model_bytes(config, workspace, full)
@@ -68,7 +70,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
 
 
 def _measured_by(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict:
-    """Return what the figures of these variants depend on."""
+    """Return the dependencies of these variants' figures."""
     found = quantize.depends(config, workspace, variants)
     engines = {library for name in variants for library in VARIANTS[name].measured_with}
     if config.evaluate and engines:
@@ -77,7 +79,7 @@ def _measured_by(config: Config, workspace: Workspace, variants: tuple[str, ...]
 
 
 def _measured(config: Config, workspace: Workspace, events: Events, name: str, full: Path) -> ModelResult:
-    """Return the figures of a variant's files. They are measured unless those in the ledger are of these files."""
+    """Return the figures of a variant's files; measure them unless the ledger has figures of these files."""
     key = f"quantize/{name}"
     depends_on = fingerprint(_measured_by(config, workspace, (name,)))
     about = {"depends_on": depends_on, "files": states(files_of(workspace, name))}
@@ -106,9 +108,9 @@ def _measured(config: Config, workspace: Workspace, events: Events, name: str, f
 def _escalated(
     config: MeasuredRun, workspace: Workspace, events: Events, name: str, full: Path, result: ModelResult
 ) -> ModelResult:
-    """Return the result of the smallest way to make the variant that passes, and make that way's files the variant's.
+    """Return the result of the smallest fallback that passes, and take its files for the variant.
 
-    Where none does, the figures of the one that came nearest.
+    If no fallback passes, return the result of the best one.
     """
     from pipeline.workflow.stages.escalate import Climb
 
@@ -145,7 +147,7 @@ def _told_of_tries(result: ModelResult) -> str:
 
 
 def _let_in(workspace: Workspace, name: str) -> list[Path]:
-    """Put a variant's files into the release, unless they are there. Return their paths in it."""
+    """Move the files of a variant into the release if they are not there, and return their paths."""
     apart, key = workspace.quantized / name, f"quantize/{name}"
     if not apart.is_dir():
         return workspace.placed(key)
@@ -153,7 +155,7 @@ def _let_in(workspace: Workspace, name: str) -> list[Path]:
 
 
 def _leave_out(workspace: Workspace, name: str) -> list[Path]:
-    """Take a variant's files out of the release, and keep those that were measured apart."""
+    """Move the measured files of a variant out of the release."""
     apart, key = workspace.quantized / name, f"quantize/{name}"
     if apart.is_dir():
         workspace.remove(key, workspace.ledger().keys() - {key})

@@ -1,6 +1,6 @@
-"""Merge the adapter: into both bases, compare with the live adapter, keep the better.
+"""Stage `merge`: the adapter merged into both bases, compared with the unmerged adapter, and the better one kept.
 
-Where there is one base only, the variants are made in the same pass over it.
+If there is only one base, the variants are made in the same pass over it.
 """
 
 from __future__ import annotations
@@ -34,11 +34,13 @@ LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 def parameters(config: Config, variant: str | None) -> dict:
+    """Return the fields of the start event."""
     about = {"adapter": config.merge.adapter} if config.merge.adapter else {"method": config.train.method}
     return {"base": config.merge.base, **about}
 
 
 def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict:
+    """Return the dependencies as plain data."""
     brought = {"model": model_depends(config, workspace), "adapter": adapter_depends(config, workspace)}
     trained = {"method": config.train.method, "max_tokens": config.evaluate and config.evaluate.max_tokens}
     return {
@@ -50,6 +52,7 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
 
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
+    """Merge the adapter, and place the merged model in the release."""
     from pipeline.models.matrices import linear_weights
     from pipeline.system.libraries import quiet_progress_bars
     from pipeline.training.merge import copy_adapter, merge_checkpoint
@@ -58,7 +61,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     base, lora = base_model(config, workspace, events), adapter(config, workspace, events)
     linear, template = linear_weights(base), _supplied_template(base, workspace)
     folders = {kind: empty_folder(workspace.folder / f"merged-{kind}.partial") for kind in merge_bases(config)}
-    # Which of two bases the variants are to be made of is not known before both are compared.
+    # With two bases, the base for the variants is known only after the comparison.
     along = _variants_along(config, workspace, events, base, linear) if len(folders) == 1 else None
     made = {}
     for kind, folder in folders.items():
@@ -72,7 +75,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     release = folders.pop(chosen)
     copy_adapter(lora, release / "adapter", workspace.read_measurement("origin")["hub_id"])
     files = workspace.place(release, workspace.release, "merge")
-    workspace.drop_measurement("retraining")  # it is of the model that was there
+    workspace.drop_measurement("retraining")  # of the former model
     keep_written(config, workspace, made, workspace.release)
     for folder in folders.values():
         shutil.rmtree(folder)
@@ -82,7 +85,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
 
 
 def _variants_along(config: Config, workspace: Workspace, events: Events, base: Path, linear: dict) -> Variants | None:
-    """The variants that can be made in the merge's own pass; what keeps others from it, `quantize` will tell."""
+    """Return the variants that can be made in the merge's own pass; `quantize` reports why others cannot."""
     names = [spec.name for spec in config.quantize.variants]
     with suppress(ModelError, OSError):
         variants, _ = to_write(config, workspace, events, names, base, linear)
@@ -91,7 +94,7 @@ def _variants_along(config: Config, workspace: Workspace, events: Events, base: 
 
 
 def _merge(merge: Callable, what: str, events: Events, along: Variants | None) -> dict[str, VariantFiles]:
-    """Merge, with the variants in the same pass; without them where they leave no room, which `quantize` will tell."""
+    """Merge, with the variants in the same pass; if they fail, merge without them, and `quantize` reports the cause."""
     if along:
         also = f"{what}, and writing {' and '.join(spec.name for spec in along.specs)}"
         try:
@@ -105,7 +108,7 @@ def _merge(merge: Callable, what: str, events: Events, along: Variants | None) -
 
 
 def _supplied_template(base: Path, workspace: Workspace) -> str | None:
-    """The chat template that training supplied, which belongs to the model from now on."""
+    """Return the chat template that training supplied and the merged model must have."""
     from pipeline.evaluation.texts import restore_template
 
     tokenizer = open_tokenizer(base)
@@ -115,7 +118,7 @@ def _supplied_template(base: Path, workspace: Workspace) -> str | None:
 def _compare(
     config: TrainingRun, workspace: Workspace, events: Events, base: Path, folders: dict[str, Path]
 ) -> MergeComparison:
-    """Return the loss on held-out text of the live adapter and of each merged model, and KL(live || merged)."""
+    """Return the held-out loss of the unmerged adapter and of each merged model, and KL(unmerged || merged)."""
     import torch
 
     from pipeline.evaluation import metrics, texts
@@ -151,7 +154,7 @@ def _compare(
 
 
 def _better(comparison: MergeComparison) -> str:
-    """The base with the lower held-out loss; within the error, the one closer to the live adapter."""
+    """Return the base with the lower held-out loss; within the error, the one closer to the unmerged adapter."""
     gap = comparison.nf4_minus_bf16
     if abs(gap.value) > 2 * gap.stderr:
         return "nf4" if gap.value < 0 else "bf16"
@@ -159,7 +162,7 @@ def _better(comparison: MergeComparison) -> str:
 
 
 def live_model(config: Config, base: Path, adapter: Path) -> Any:
-    """The base as training held it, with the adapter on top and not merged."""
+    """Return the base model as in training, with the unmerged adapter."""
     from peft import PeftModel
 
     from pipeline.system import hardware

@@ -1,4 +1,4 @@
-"""Publish the release with the given variants, and its mirrors: each in one commit, or in none if it is there."""
+"""Stage `publish`: the release with the given variants, and its mirrors, each in at most one commit."""
 
 from __future__ import annotations
 
@@ -38,13 +38,15 @@ __all__ = ["depends", "parameters", "run", "still_there"]
 
 
 def parameters(config: Config, variant: str | None) -> dict:
+    """Return the fields of the start event."""
     return {"repo": config.publish.repo}
 
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
-    """Publish the mirrors, and then the release, whose card names the mirrors that are there.
+    """Publish the mirrors, and then the release, whose card names the existing mirrors.
 
-    What the Hub refuses of a mirror or a tag is told at the end, when all that it takes is there.
+    Raises:
+        HubError: at the end, with all problems of mirrors and tags; the rest is then published.
     """
     repo, settings = config.publish.target, config.publish
     events.progress(0, 1, f"asking the Hub about {repo}")
@@ -81,7 +83,7 @@ def _main(
     """Publish the release. Return the commit, and the documents in the release's folder."""
     repo = config.publish.target
     documents: dict[str, bytes] = {}
-    # Read once and written at the end: what is rendered for one tree must not be taken for people's text at the next.
+    # Read only once: the documents of a failed attempt must not be taken for people's text in the next attempt.
     here = {path: local(workspace, path) for path in (CARD, *(f"{folder}/{CARD}" for folder in folders(variants)))}
 
     def contents(tree: Tree) -> dict[str, Content]:
@@ -95,7 +97,7 @@ def _main(
     parts = (*(("full model",) if config.merges else ()), *variants)
     commit = _commit(config, workspace, events, repo, contents, ", ".join(parts) or "card")
     for path, copy in set_aside(workspace, documents).items():
-        events.show([f"{path}: the repository has it otherwise; your local text is in {copy}"])
+        events.show([f"{path}: different in the repository; your local text is in {copy}"])
     paths = write(config, workspace, documents, variants)
     stages = [("train", None), ("merge", None), ("evaluate", None), *(("quantize", v) for v in variants)]
     _tell(config, workspace, events, repo, commit, stages)
@@ -103,7 +105,7 @@ def _main(
 
 
 def _existing(workspace: Workspace, tree: Tree, path: str, here: bytes | None) -> bytes | None:
-    """Return the card that people may have written into: the repository's, which others have read already.
+    """Return the card whose text of people is kept: normally the card of the repository.
 
     The local card counts only if the repository has none, or still has the card of the last publish.
     """
@@ -120,7 +122,7 @@ def _mirrors(
     """Publish the mirrors of these variants. Return the commits, and the problems of the others."""
     commits, problems = {}, []
     wanted = {variant: mirror for variant, mirror in config.publish.mirrors.items() if variant in variants}
-    if wanted:  # before there are mirrors of it
+    if wanted:  # checked before any mirror is published
         check_destination(config.publish.target, config.name)
         retry_or_explain(config.publish.target, lambda: check_is_compared(workspace, read_tree(config.publish.target)))
     for variant, mirror in wanted.items():
@@ -132,7 +134,7 @@ def _mirrors(
 
 
 def still_there(config: Config, kept_out: Collection[str]) -> list[str]:
-    """Return a line for each repository that still has variants that are withheld now, if nothing is published."""
+    """Return a line for each repository that still has a variant that is withheld now."""
     repo = config.publish.target
     try:
         there = read_published(repo)
@@ -148,7 +150,7 @@ def still_there(config: Config, kept_out: Collection[str]) -> list[str]:
 
 
 def _left_mirrors(config: Config, kept_out: Collection[str]) -> list[str]:
-    """Return a line for each mirror with a variant that is withheld now, for we do not empty mirrors."""
+    """Return a line for each mirror with a variant that is withheld now, because mirrors are never emptied."""
     mirrors = {variant: config.publish.mirrors[variant] for variant in kept_out if variant in config.publish.mirrors}
     return [
         f"{mirror}: still has {variant} of an earlier release, which is withheld now; remove it there"
@@ -158,7 +160,7 @@ def _left_mirrors(config: Config, kept_out: Collection[str]) -> list[str]:
 
 
 def _is_mirror(config: Config, mirror: str) -> bool:
-    """Return True if a repository that could not be updated holds a mirror of this run."""
+    """Return True if a repository that could not be updated is a mirror of this run."""
     try:
         there = retry_or_explain(mirror, lambda: read_tree(mirror).lineage)
     except HubError:
@@ -167,9 +169,9 @@ def _is_mirror(config: Config, mirror: str) -> bool:
 
 
 def _mirror(config: Config, workspace: Workspace, events: Events, variant: str, private: bool) -> Commit:
-    """Publish a variant at the root of a repository of its own, as private as the main one.
+    """Publish a variant at the root of its own repository, with the visibility of the main one.
 
-    Its files cannot be copied there on the Hub, so they are sent again.
+    The Hub cannot copy files between repositories, so they are sent again.
     """
     mirror = config.publish.mirrors[variant]
 
@@ -201,12 +203,12 @@ def _commit(
         return publish(repo, whole, f"{config.name}: {what}", progress=events.progress, check=check)
     last = workspace.ledger().get("publish")
     known = last.summary.get("pull_request") if last and last.summary.get("repo") == repo else None
-    title = f"{config.name}: release by tunepress"  # by which it is found again, so not what is in it
+    title = f"{config.name}: release by tunepress"  # constant, because the pull request is found by its title
     return publish(repo, whole, title, progress=events.progress, check=check, create_pr=True, pull_request=known)
 
 
 def _is_finished(config: Config, judged: tuple[str, ...]) -> bool:
-    """Return True if this is a whole release, to be tagged. A release in a pull request is only proposed."""
+    """Return True if this is a complete release, which gets a tag. A pull request gets none."""
     return not config.publish.create_pr and {spec.name for spec in config.quantize.variants} <= set(judged)
 
 
@@ -233,7 +235,7 @@ def _tell(
 
 
 def _is_pushed(workspace: Workspace, verb: str, variant: str | None, repo: str) -> bool:
-    """Return True if the push event of what this stage made last was sent already."""
+    """Return True if the push event for the last result of this stage was sent already."""
     stage, pushed = STAGES[verb]
     is_there = False
     for record in read_events(workspace.events_path)[0]:

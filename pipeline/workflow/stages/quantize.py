@@ -1,7 +1,7 @@
-"""Write the files of every variant asked for, in one pass over the full-precision checkpoint.
+"""Stage `quantize`: the files of every requested variant, in one pass over the full-precision checkpoint.
 
-They lie in `quantized/` until `pipeline.workflow.stages.measure_variant` has loaded and measured them. Files that
-still hold are not made again, such as those that the merge made in its own pass.
+They stay in `quantized/` until `pipeline.workflow.stages.measure_variant` has loaded and measured them. Valid files
+are not made again, such as those that the merge made in its own pass.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 
 def parameters(config: Config, variant: str | None) -> dict:
+    """Return the fields of the start event: settings that differ from the variant's defaults."""
+    assert variant, "the events of this stage are about one variant each"
     spec = config.quantize.spec(variant)
     given = spec.model_dump(include={"group_size", "rounding", "embeddings", "packing"})
     unsaid = (None, KEEP, next(iter(spec.variant.packings), None))
@@ -36,6 +38,7 @@ def parameters(config: Config, variant: str | None) -> dict:
 
 
 def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict:
+    """Return the dependencies as plain data."""
     measured = None
     if isinstance(config, MeasuredRun):
         measured = {"evaluate": config.evaluate.model_dump(), "general": text_depends(config, workspace)}
@@ -48,11 +51,12 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
 
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
+    """Write the files of the variants that are missing or out of date."""
     from pipeline.models.matrices import linear_weights
 
     source = full_model(config, workspace, events)
     missing = [name for name in variants if not _is_written(config, workspace, name, source)]
-    refused = {}
+    refused: dict[str, str] = {}
     if missing:
         linear = linear_weights(source)
         order, refused = to_write(config, workspace, events, missing, source, linear)
@@ -60,7 +64,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
             events.failed("quantize", name, QuantizationError(problem))
         if order.specs:
             with shard_by_shard(config, workspace, events, source) as passing:
-                # What passes tells of its coming, which is the slower part.
+                # A streamed checkpoint reports its download, which is the slower part.
                 tell = functools.partial(events.progress, what="rounding and writing") if passing is None else None
                 made = order.make_of(source, tell, passing)
             keep_written(config, workspace, made, source)
@@ -81,12 +85,12 @@ def check_extras(config: Config) -> None:
 
 
 def check_variants(config: Config, model: Path) -> None:
-    """Raise if the model cannot be stored as a variant that is asked for, which people should know before training.
+    """Raise before the training if the model cannot be stored as a requested variant.
 
-    A layer that no group size divides is another matter: it keeps one variant back, and the model in bf16 none.
+    A layer that no group size divides is no error here: it prevents only one variant.
 
     Raises:
-        ModelError: naming what of the model a format, or all of them, cannot hold.
+        ModelError: naming the part of the model that a format cannot store.
         MissingExtra: if a package that writes a variant is not installed.
     """
     from pipeline.models.matrices import refuse_other_matrices
@@ -106,15 +110,15 @@ def to_write(
     model: Path,
     linear: Mapping[str, tuple[int, int]],
 ) -> tuple[Variants, dict[str, str]]:
-    """Return what makes these variants of a model, and why some of them cannot be made.
+    """Return the writer of these variants, and the reason for each variant that cannot be made.
 
     Raises:
-        ModelError: if none can be made of such a model.
+        ModelError: if no variant of this model can be made.
     """
     from pipeline.models.matrices import refuse_other_matrices, table_weights
     from pipeline.quantization.writer import Variants, unfit
 
-    for name in names:  # files of an earlier try make room
+    for name in names:  # frees the space of an earlier attempt
         shutil.rmtree(workspace.quantized / name, ignore_errors=True)
     refuse_other_matrices(model)
     wanted = [config.quantize.spec(name) for name in names]
@@ -128,7 +132,7 @@ def to_write(
 
 
 def keep_written(config: Config, workspace: Workspace, made: Mapping[str, VariantFiles], model: Path) -> None:
-    """Move finished files to their place, and record what they were made of."""
+    """Move finished files to their place, and record their inputs."""
     for name, files in made.items():
         replace_folder(_partial(workspace, name), workspace.quantized / name)
         note_written(config, workspace, name, asdict(files), model)
@@ -137,10 +141,10 @@ def keep_written(config: Config, workspace: Workspace, made: Mapping[str, Varian
 def note_written(
     config: Config, workspace: Workspace, name: str, weights: dict, model: Path, instead: VariantSpec | None = None
 ) -> None:
-    """Record what a variant's finished files are, and what they were made of.
+    """Record the finished files of a variant and their inputs.
 
     Args:
-        instead: how they were made, if not as was asked.
+        instead: the settings they were made with, if a fallback was taken.
     """
     written = {"about": _about(config, workspace, name, model), "weights": weights}
     if instead:
@@ -149,7 +153,7 @@ def note_written(
 
 
 def _is_written(config: Config, workspace: Workspace, name: str, model: Path) -> bool:
-    """Return True if a variant's files are whole, with the present settings, and of the present model."""
+    """Return True if the files of a variant are complete and match the present settings and model."""
     written = workspace.progress(f"quantize/{name}", "written")
     is_as_asked = "instead" not in written or config.quantize.on_gate_failure == "escalate"
     return is_as_asked and written.get("about") == _about(config, workspace, name, model)
@@ -168,13 +172,13 @@ def _about(config: Config, workspace: Workspace, name: str, model: Path) -> dict
 
 
 def files_of(workspace: Workspace, name: str) -> list[Path]:
-    """Return the newest files of a variant: apart until they are measured, else in the release."""
+    """Return the newest files of a variant: in `quantized/` until they are measured, then in the release."""
     apart = workspace.quantized / name
     return sorted(apart.iterdir()) if apart.is_dir() else workspace.placed(f"quantize/{name}")
 
 
 def is_released(workspace: Workspace, name: str) -> bool:
-    """Return True if the release has a variant's newest files."""
+    """Return True if the newest files of a variant are in the release."""
     return not (workspace.quantized / name).is_dir() and bool(workspace.placed(f"quantize/{name}"))
 
 

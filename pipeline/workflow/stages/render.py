@@ -1,4 +1,4 @@
-"""Write the release's documents from its figures: cards, picture, lineage. No model is touched."""
+"""Stage `render`: the documents of a release (cards, picture, lineage), made from its figures without a model."""
 
 from __future__ import annotations
 
@@ -32,10 +32,12 @@ Existing = Callable[[str], bytes | None]  # path -> what is there now, in which 
 
 
 def parameters(config: Config, variant: str | None) -> dict:
+    """Return the fields of the start event."""
     return {}
 
 
 def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict:
+    """Return the dependencies as plain data."""
     results = _results(workspace, variants, withheld(config, workspace))
     keys = ("train", "merge", *(f"quantize/{v}" for v in variants))
     return {
@@ -47,20 +49,21 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
 
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
+    """Write the documents into the local release."""
     documents = render(config, workspace, variants, lambda path: local(workspace, path))
     for path, copy in set_aside(workspace, documents).items():
-        events.show([f"{path}: written anew; what you had changed is in {copy}"])
+        events.show([f"{path}: rewritten; your changed text is in {copy}"])
     paths = write(config, workspace, documents, variants)
     return Outcome(tuple(paths), {"documents": len(paths)})
 
 
 def withheld(config: Config, workspace: Workspace) -> tuple[str, ...]:
-    """Return the variants that were made and measured, and missed their gate."""
+    """Return the measured variants that missed their gate and are not released."""
     return tuple(spec.name for spec in config.quantize.variants if is_withheld(config, workspace, spec.name))
 
 
 def release_files(workspace: Workspace, variants: tuple[str, ...]) -> dict[str, LocalFile]:
-    """Return the model files of a release with these variants by path; files that changed since are hashed again."""
+    """Return the model files of a release with these variants by path; changed files are hashed again."""
     ledger = workspace.ledger()
     prefix = Path(os.path.relpath(workspace.release, workspace.folder)).as_posix() + "/"
     steps = [ledger[key] for key in ("merge", *(f"quantize/{v}" for v in variants)) if key in ledger]
@@ -78,8 +81,8 @@ def render(
     """Return the documents of a release that holds exactly these variants.
 
     Args:
-        existing: the documents that are there; what people wrote into a README.md stays.
-        mirrors: variant -> the repository that holds it at its root, if there is one.
+        existing: the present documents; text of people in a README.md stays.
+        mirrors: variant -> the repository that has it at its root.
     """
     from pipeline.publishing.cards import folder_card, model_card, plot_quality
     from pipeline.publishing.cards.readmes import merged
@@ -143,16 +146,16 @@ def only_files(workspace: Workspace, variants: tuple[str, ...]) -> dict[str, Pat
 
 
 def local(workspace: Workspace, path: str) -> bytes | None:
-    """Return a document of the release's folder, if it is there."""
+    """Return a document of the release's folder, or None."""
     file = workspace.release / path
     return file.read_bytes() if file.is_file() else None
 
 
 def set_aside(workspace: Workspace, documents: Mapping[str, bytes]) -> dict[str, str]:
-    """Copy each local card and Modelfile with text of people that `documents` lack, before `write` replaces it.
+    """Copy local cards and Modelfiles with people's text that `documents` lack, before `write` replaces them.
 
     Returns:
-        Path in the release -> that of the copy beside it, such as `README.md.local`.
+        Path in the release -> path of the copy beside it, such as `README.md.local`.
     """
     from pipeline.publishing.ollama import MODELFILE
 
@@ -170,7 +173,7 @@ def set_aside(workspace: Workspace, documents: Mapping[str, bytes]) -> dict[str,
 
 
 def _says_all_of(document: bytes, here: bytes, name: str) -> bool:
-    """Return True if `document` has everything that people wrote into `here`. Only cards are merged."""
+    """Return True if `document` contains all text of people in `here`. Only cards are merged."""
     from pipeline.publishing.cards.readmes import merged
 
     if name != CARD:
@@ -187,7 +190,7 @@ def write(config: Config, workspace: Workspace, documents: dict[str, bytes], var
     for name in VARIANTS.keys() - set(variants):
         _take_out(workspace, name, variants, keep_figures=name in kept_out)
     workspace.assemble_results()
-    if PICTURE not in documents:  # one of figures that are not there any more
+    if PICTURE not in documents:  # the picture of old figures
         (workspace.release / PICTURE).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not there, or people's own pictures in it
             (workspace.release / PICTURE).parent.rmdir()
@@ -198,7 +201,7 @@ def write(config: Config, workspace: Workspace, documents: dict[str, bytes], var
 
 
 def withdraw(config: Config, workspace: Workspace) -> None:
-    """Remove our documents from a release in which no model is left."""
+    """Remove our documents from a release without a model."""
     write(config, workspace, {}, ())
     for path in (CARD, LINEAGE):
         if _is_as_written(workspace, path):
@@ -206,14 +209,14 @@ def withdraw(config: Config, workspace: Workspace) -> None:
 
 
 def written_digests(workspace: Workspace, path: str, *steps: str) -> set[str]:
-    """Return the sha256 of a document as each of these steps left it in the release."""
+    """Return the sha256 of a document after each of these steps."""
     ledger = workspace.ledger()
     name = Path(os.path.relpath(workspace.release / path, workspace.folder)).as_posix()
     return {ledger[step].outputs[name].sha256 for step in steps if step in ledger and name in ledger[step].outputs}
 
 
 def _is_as_written(workspace: Workspace, path: str) -> bool:
-    """Return True if a document of the release's folder is as tunepress wrote it."""
+    """Return True if a document of the release's folder is unchanged since tunepress wrote it."""
     digest = hashlib.sha256(local(workspace, path) or b"").hexdigest()
     return digest in written_digests(workspace, path, "publish", "render")
 
@@ -222,7 +225,7 @@ def _take_out(workspace: Workspace, variant: str, stay: tuple[str, ...], keep_fi
     """Remove a variant from the release's folder, except files of another variant and files of people.
 
     Args:
-        keep_figures: of one that was withheld, which has left only its documents there.
+        keep_figures: True for a withheld variant, of which only documents are in the release.
     """
     from pipeline.publishing.ollama import MODELFILE
 

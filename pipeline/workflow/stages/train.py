@@ -1,7 +1,7 @@
-"""Fine-tune: NF4 base (or bf16), LoRA on its linear layers, answers as the target.
+"""Stage `train`: fine-tuning of LoRA adapters on the linear layers of an NF4 or bf16 base.
 
-Tokens and loss masks are made by `pipeline.data`, the loop is trl's. NF4 uses double
-quantization (QLoRA, Dettmers et al., 2023); computes in what this machine is fast in.
+`pipeline.data` makes tokens and loss masks, and trl runs the loop. NF4 uses double
+quantization (QLoRA, Dettmers et al., 2023). The compute type is the one that is fast on this machine.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ from pipeline.workflow.workspace import Workspace
 if TYPE_CHECKING:
     from pipeline.data.forms import Example
 
-HELD_OUT_TOKENS = 8192  # that the held-out loss is taken on while training; the model is measured on its own later
+HELD_OUT_TOKENS = 8192  # for the held-out loss during training; a later stage measures the model on more
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "tokenizers")
 
 
 def parameters(config: TrainingRun, variant: str | None) -> dict:
+    """Return the fields of the start event."""
     return {
         "model": config.model.source,
         "data": config.data.source,
@@ -53,6 +54,7 @@ def parameters(config: TrainingRun, variant: str | None) -> dict:
 
 
 def depends(config: TrainingRun, workspace: Workspace, variants: tuple[str, ...]) -> dict:
+    """Return the dependencies as plain data."""
     train = without_limit(config.train.model_dump(exclude={"checkpoint_every"}))
     return {
         "model": model_depends(config, workspace),
@@ -64,6 +66,7 @@ def depends(config: TrainingRun, workspace: Workspace, variants: tuple[str, ...]
 
 
 def run(config: TrainingRun, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
+    """Train the adapter, or go on from the last checkpoint."""
     import torch
     from transformers import set_seed
 
@@ -126,7 +129,7 @@ def run(config: TrainingRun, workspace: Workspace, events: Events, variants: tup
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What training starts from: the base model's folder, its tokenizer, and the examples of both splits as tokens."""
+    """The inputs of training: folder of the base model, its tokenizer, and the tokens of both splits."""
 
     base: Path
     tokenizer: object
@@ -160,7 +163,7 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
             f"{config.data.source}: has the form {data.form}, and train.trainer {config.train.trainer} takes only "
             f"{', '.join(forms)}. Try: another trainer, or set data.form"
         )
-    # Too little to measure on, or to compare with a live model on, should not be found out after training.
+    # Check before the training that there is enough text to measure on, and to compare with a published model.
     published, _ = baseline.noted(workspace)
     compared: tuple[Example, ...] = ()
     if published:
@@ -196,7 +199,7 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
 
 
 def _checkpoints(config: Config, workspace: Workspace, depends_on: str, process: TrainingProcess) -> Path:
-    """The folder of this training's checkpoints; a checkpoint counts only for the settings it was made with.
+    """Return the folder of this training's checkpoints, which are valid only for the same settings.
 
     The checkpoint of a sharded model counts only for the same number of processes.
     All machines use machine 0's folder, which lies beside their own.
@@ -218,7 +221,7 @@ def _checkpoints(config: Config, workspace: Workspace, depends_on: str, process:
 
 
 def _time_plan(workspace: Workspace, checkpoints: Path) -> tuple[dict, Callable[[dict], None]]:
-    """Return the plan of a stopped training with these checkpoints, and a function that records another plan."""
+    """Return the plan of a stopped training with these checkpoints, and a function that records a new plan."""
     known = workspace.progress("train", "time_plan") if checkpoints.is_dir() else {}
     if known.get("checkpoints") != checkpoints.name:
         known = read_json(checkpoints / "time_plan.json", {})  # of an earlier release
@@ -226,7 +229,7 @@ def _time_plan(workspace: Workspace, checkpoints: Path) -> tuple[dict, Callable[
 
 
 def _train(trainer, checkpoints: Path, group: ProcessGroup) -> int | None:
-    """Train to the end; the step of the checkpoint that it went on from, if there was one."""
+    """Train to the end, and return the step of the checkpoint that training went on from, if there was one."""
     from transformers.trainer_utils import get_last_checkpoint
 
     from pipeline.training.checkpoints import restore_token_count
@@ -241,9 +244,7 @@ def _train(trainer, checkpoints: Path, group: ProcessGroup) -> int | None:
     try:
         trainer.train(resume_from_checkpoint=str(checkpoints / last) if last else None)
     except UnpicklingError:  # of FSDP's files, which are opened with `weights_only`
-        raise UserError(
-            f"{checkpoints / last}: holds more than numbers, or is damaged; remove it to go on without it"
-        ) from None
+        raise UserError(f"{checkpoints / last}: damaged, or contains more than numbers. Try: remove it") from None
     if trainer.eval_dataset is not None and not _just_evaluated(trainer.state):
         trainer.evaluate()
     return int(last.rpartition("-")[2]) if last else None
