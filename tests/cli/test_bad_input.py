@@ -162,15 +162,9 @@ def refused_before_training(folder, tree: dict, reason: str) -> None:
         ),
         (("quantize", "MODEL", "--output", "out", "--rounding", "awq"), "--rounding awq: none of"),
         (("quantize", "./nowhere", "--output", "out"), "no such folder"),
-<<<<<<< HEAD
-        (("quantize", "demo", "--output", "out"), "is a configuration"),
-        (("quantize", "MODEL", "--output", "out", "--set", "publish.repo=ada/x"), "a published model must be measured"),
-        (("merge", "demo", "--base", "nf4"), "demo: is a configuration, which says base itself"),
-=======
         (("quantize", "demo", "--output", "out"), "demo: a configuration"),
-        (("quantize", "MODEL", "--output", "out", "--set", "publish.repo=ada/x"), "what is published is measured"),
+        (("quantize", "MODEL", "--output", "out", "--set", "publish.repo=ada/x"), "a published model must be measured"),
         (("merge", "demo", "--base", "nf4"), "demo: a configuration, so --base does not apply"),
->>>>>>> 4e3d5a6 (cli: say in plain English what each verb does and refuses)
         (("merge", "MODEL", "--output", "out"), "merge BASE ADAPTER --output DIR"),
         (("merge", "MODEL", "./nowhere", "--output", "out"), "merge.adapter './nowhere': has no adapter_config.json"),
         (("merge", "MODEL", "MODEL", "--output", "out", "--base", "fp8"), "merge.base"),
