@@ -1,4 +1,4 @@
-"""The command line: one sub-command for each verb, which parses, imports and calls."""
+"""The command line: one sub-command for each verb, which parses and calls."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from pipeline.retraining.decision import LARGEST_MARGIN, MARGIN
 if TYPE_CHECKING:
     from pipeline.retraining.report import Summary
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
 class Place(StrEnum):
