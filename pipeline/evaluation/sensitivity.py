@@ -129,9 +129,10 @@ def sensitivity(
         full, head = metrics.score(model, sequences), output_head.head_matrix(model)
         for name in missing:
             weight = model.get_parameter(name)
-            kept = weight.data
+            kept, grid = weight.data, grids[name][1]
+            assert grid is not None, "variants that are rounded have grids"
             try:
-                weight.data = _rounded(kept, grids[name][1], str(spec.rounding))
+                weight.data = _rounded(kept, grid, str(spec.rounding))
                 scores = metrics.score(model, sequences)
             finally:
                 weight.data = kept

@@ -1,7 +1,7 @@
-"""A model built on the meta device and filled from its files by byte ranges.
+"""Models built on the meta device and filled from their files by byte ranges.
 
-The stock loader maps a file, and every page of it counts as memory; here a tensor is
-read, packed for the machine, and forgotten before the next one.
+The stock loader maps a file, and every mapped page counts as memory. Here each tensor is
+read, packed for the machine and released before the next one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Set
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,21 +31,20 @@ Formats = dict[str, Format]  # a quantized weight's name -> the format that it i
 
 
 def assemble(folder: Path, device: torch.device, weights: FileWeights | None = None) -> PreTrainedModel | None:
-    """The variant in a folder on `device`, its quantized layers packed for it.
+    """Return the variant in a folder on `device`, with its quantized layers packed for that device.
 
     Args:
-        weights: in the place of those in the folder.
+        weights: replace those in the folder.
 
     Returns:
-        None where the stock loader is the better way: for a model that is not quantized, whose
-        mapped pages are its weights, for one that rounds what its layers are given, which torchao
-        computes, and for a checkpoint that names its tensors otherwise than
-        the model does, as that of a mixture of experts may.
+        None if the stock loader is better. That holds for a model that is not quantized, because its mapped pages
+        are its weights. It holds for a model that rounds the inputs of its layers, because torchao computes those.
+        It also holds for a checkpoint with other tensor names than the model, such as a mixture of experts.
 
     Raises:
-        CheckpointError: where the files are damaged, or a quantized weight's parts do not fit its layer.
-        ModelError: where tensors are missing.
-        OSError, ValueError: whatever transformers says of a configuration that it cannot use.
+        CheckpointError: if the files are damaged, or a quantized weight's parts do not fit its layer.
+        ModelError: if tensors are missing.
+        OSError, ValueError: if transformers cannot use the configuration.
     """
     config = open_config(folder)
     if rounds_inputs(config):
@@ -53,7 +52,7 @@ def assemble(folder: Path, device: torch.device, weights: FileWeights | None = N
     is_quantized = getattr(config, "quantization_config", None) is not None
     built = skeleton(folder, config, weights) if is_quantized or weights is not None else None
     if built is None and weights is not None:
-        raise ModelError(f"{weights.path}: names its tensors otherwise than the model in {folder} does")
+        raise ModelError(f"{weights.path}: its tensor names differ from those of the model in {folder}")
     if built is None:
         return None
     model, checkpoint, quantized = built
@@ -74,13 +73,13 @@ def assemble(folder: Path, device: torch.device, weights: FileWeights | None = N
 def skeleton(
     folder: Path, config: PretrainedConfig, weights: FileWeights | None = None
 ) -> tuple[PreTrainedModel, Weights, Formats] | None:
-    """The model of a folder on the meta device, its checkpoint, and the formats of what lies there quantized.
+    """Return the model of a folder on the meta device, its checkpoint, and the formats of its quantized weights.
 
     Args:
-        weights: in the place of those in the folder.
+        weights: replace those in the folder.
 
     Returns:
-        None where the checkpoint names its tensors otherwise than the model does.
+        None if the checkpoint has other tensor names than the model.
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -99,21 +98,22 @@ def skeleton(
 
 
 def own_type(config: PretrainedConfig, tensors: Iterable[TensorInfo]) -> torch.dtype:
-    """What a model computes in: what its configuration says, or else what its first tensor is stored as."""
+    """Return the dtype of the configuration, or else the dtype of the first stored tensor."""
     found = (info.dtype for info in tensors if info.dtype.is_floating_point)
-    return config.dtype or next(found, torch.bfloat16)
+    own: torch.dtype | None = config.dtype  # type: ignore[assignment]  # a string only before transformers reads it
+    return own or next(found, torch.bfloat16)
 
 
 def tie_weights(model: PreTrainedModel, stored: Set[str]) -> None:
-    """Tie what the configuration ties, but what is stored twice and differs, as transformers' own loader does."""
+    """Tie weights as transformers does: a weight that is stored twice and differs stays untied."""
     model.tie_weights(missing_keys=set(model.state_dict()) - stored, recompute_mapping=False)
 
 
 def refuse_gaps(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Raise where a tensor is still without data.
+    """Raise if a tensor still has no data.
 
     Raises:
-        ModelError: naming the first of them.
+        ModelError: with the name of the first one.
     """
     left = [name for name, tensor in tensors if tensor.is_meta]
     if left:
@@ -123,16 +123,17 @@ def refuse_gaps(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> No
 def place(
     model: PreTrainedModel, name: str, weight: GroupQuantized, device: torch.device, again: Stored, form: Format
 ) -> str:
-    """Put the fastest layer there is for `weight` in the place of the layer `name`.
+    """Replace the layer `name` with the fastest layer for `weight`.
 
     Args:
-        again: gives the weight once more, when a layer that keeps no codes is saved.
-        form: the format that it came in, and is saved in.
+        again: returns the weight again when a layer without codes is saved.
+        form: the format in which it was read and is saved.
 
     Returns:
-        Of what kind the layer is, or the stored tensor where that is the fastest.
+        The class name of the new layer, or of the stored tensor if that is the fastest.
     """
-    layer, dtype = model.get_submodule(name), model.dtype
+    layer: Any = model.get_submodule(name)
+    dtype = model.dtype
     if isinstance(layer, torch.nn.Embedding):
         return _place_table(model, name, weight, device, form)
     bias = None if layer.bias is None else layer.bias.data.to(device)
@@ -140,7 +141,7 @@ def place(
         layer.weight = torch.nn.Parameter(form.tensor(weight, dtype).to(device), requires_grad=False)
         layer.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
         return type(layer.weight.data).__name__
-    new = kernels.linear(weight, bias, device)
+    new: Any = kernels.linear(weight, bias, device)
     if new is None:
         rows, width = weight.codes.shape
         new = torch.nn.Linear(width, rows, bias is not None, device="meta")
@@ -152,7 +153,7 @@ def place(
 
 
 def _place_table(model: PreTrainedModel, name: str, weight: GroupQuantized, device: torch.device, form: Format) -> str:
-    """Put an int8 embedding in its place, and where it is tied the output head, on the same codes."""
+    """Replace the embedding with an int8 one. A tied output head shares its codes."""
     head = model.get_output_embeddings()
     weight = weight.to(device)
     embedding = Int8Embedding(weight, model.dtype)
@@ -165,14 +166,14 @@ def _place_table(model: PreTrainedModel, name: str, weight: GroupQuantized, devi
 
 
 def _save_as(layer: torch.nn.Module, stored: Stored, dtype: torch.dtype, form: Format) -> None:
-    """Let a packed layer's weight stand in state dicts as it is stored in files."""
+    """Make state dicts hold the weight of a packed layer as files store it."""
     layer.register_state_dict_post_hook(
         lambda module, state, prefix, _: state.update({f"{prefix}weight": form.tensor(stored(), dtype)})
     )
 
 
 def _leave_out_weight(module: torch.nn.Module, state: dict, prefix: str, _: dict) -> None:
-    """Of a head that is tied nothing is stored but the embedding."""
+    """Leave a tied output head out of state dicts, because the embedding stores its weight."""
     del state[f"{prefix}weight"]
 
 
@@ -201,7 +202,7 @@ def _same_names(model: PreTrainedModel, checkpoint: Weights, quantized: Formats,
 
 
 def _attach_quantizer(model: PreTrainedModel) -> None:
-    """What the stock loader leaves on a quantized model, so that `save_pretrained` knows how to write it."""
+    """Attach the quantizer that `save_pretrained` needs to write a quantized model, as the stock loader does."""
     from transformers.quantizers import AutoHfQuantizer
 
     quantizer = AutoHfQuantizer.from_config(model.config.quantization_config, pre_quantized=True)
@@ -216,11 +217,12 @@ def _put_layer(model: PreTrainedModel, name: str, checkpoint: Weights, device: t
     place(model, module, again(), device, again, form)
 
 
-def _owner(model: PreTrainedModel, name: str) -> torch.nn.Module:
+def _owner(model: PreTrainedModel, name: str) -> Any:
     return model.get_submodule(name.rpartition(".")[0])
 
 
 def put(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> None:
+    """Set the parameter or buffer `name` of a model."""
     module, _, leaf = name.rpartition(".")
     owner = model.get_submodule(module)
     if leaf in owner._parameters:
@@ -230,12 +232,12 @@ def put(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> None:
 
 
 def read(model: PreTrainedModel, name: str, checkpoint: Weights) -> torch.Tensor:
-    """The tensor as the model computes with it."""
+    """Return a stored tensor in the dtype that the model computes with."""
     return checkpoint.read(name).to(computing_type(model, name, checkpoint[name].dtype))
 
 
 def computing_type(model: PreTrainedModel, name: str, stored: torch.dtype) -> torch.dtype:
-    """What a tensor becomes when it is loaded: the model's type unless the model wants it in float32."""
+    """Return the dtype of a loaded tensor: the model's own, or float32 if the model asks for that."""
     if not stored.is_floating_point:
         return stored
     exact = list(model._keep_in_fp32_modules_strict or ())
@@ -245,12 +247,14 @@ def computing_type(model: PreTrainedModel, name: str, stored: torch.dtype) -> to
 
 
 def fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Compute the buffers that no file holds, such as rotary frequencies, the way transformers does."""
+    """Compute the buffers that no file holds, such as rotary frequencies, as transformers does."""
+    module: Any
     for module in model.modules():
         empty = [leaf for leaf, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
         for leaf in empty:
             module._buffers[leaf] = torch.empty_like(module._buffers[leaf], device=device)
         module._is_hf_initialized = not empty
+        parameter: Any
         for parameter in module.parameters(recurse=False):
-            parameter._is_hf_initialized = True  # or it would be drawn anew
+            parameter._is_hf_initialized = True  # or transformers would draw it at random
     model.initialize_weights()

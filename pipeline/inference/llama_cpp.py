@@ -33,15 +33,15 @@ _complaints: list[str] = []  # of llama.cpp, since it was last asked for somethi
 
 
 def is_installed() -> bool:
-    """Is llama-cpp-python there?"""
+    """Return True if llama-cpp-python is installed."""
     return libraries.is_installed("llama_cpp")
 
 
 def library() -> ModuleType:
-    """llama-cpp-python, with llama.cpp's log kept off the terminal.
+    """Return llama-cpp-python, with the log of llama.cpp kept off the terminal.
 
     Raises:
-        MissingExtra: where it is not installed.
+        MissingExtra: if it is not installed.
     """
     if not is_installed():
         raise MissingExtra(LLAMA_CPP, "llama-cpp")
@@ -66,11 +66,11 @@ def _listen():
 
 
 def check(path: Path) -> None:
-    """Does llama.cpp read the file, and find every tensor that it wants? Their numbers are not looked at.
+    """Raise unless llama.cpp reads the file and finds every tensor. The values are not read.
 
     Raises:
-        ModelError: with llama.cpp's own reason, where it does not.
-        MissingExtra: where llama-cpp-python is not installed.
+        ModelError: with the reason that llama.cpp gives.
+        MissingExtra: if llama-cpp-python is not installed.
     """
     api, reached = library(), []
 
@@ -87,11 +87,11 @@ def check(path: Path) -> None:
 
 
 def positions(path: Path) -> int:
-    """Tokens of the longest sequence that a file's model was made for.
+    """Return the tokens of the longest sequence that the model of a file was made for.
 
     Raises:
-        ModelError: with llama.cpp's own reason, where it does not load it.
-        MissingExtra: where llama-cpp-python is not installed.
+        ModelError: if llama.cpp cannot load it, with its reason.
+        MissingExtra: if llama-cpp-python is not installed.
     """
     api = library()
     model, value = _load(path, vocab_only=True, **_UNMAPPED), ctypes.create_string_buffer(64)
@@ -104,7 +104,7 @@ def positions(path: Path) -> int:
 
 
 def _load(path: Path, **settings: object) -> int:
-    """The address of the loaded model."""
+    """Return the address of the loaded model."""
     api = library()
     asked = api.llama_model_default_params()
     for key, value in {"n_gpu_layers": 0, **settings}.items():
@@ -124,16 +124,16 @@ def _reason() -> str:
 
 @contextlib.contextmanager
 def opened(path: Path, positions: int, logits: int | None = None) -> Iterator[Reader]:
-    """The model of a file, on all cores.
+    """Open the model of a file, on all cores.
 
     Args:
-        positions: tokens of the longest sequence that it is to read. Where the model was made for less it
-            computes on, as transformers does.
-        logits: how many of them may be held at a time; at least those of one position are.
+        positions: tokens of the longest sequence. The model computes longer ones than it was made for,
+            as transformers does.
+        logits: the largest number of logits in memory; those of one position always fit.
 
     Raises:
-        ModelError: with llama.cpp's own reason, where it does not load it.
-        MissingExtra: where llama-cpp-python is not installed.
+        ModelError: if llama.cpp cannot load it, with its reason.
+        MissingExtra: if llama-cpp-python is not installed.
     """
     api = library()
     with contextlib.ExitStack() as stack:
@@ -155,7 +155,7 @@ def opened(path: Path, positions: int, logits: int | None = None) -> Iterator[Re
 
 
 class Reader:
-    """A model that reads one sequence of tokens at a time. Made by `opened`, and good as long as that is open."""
+    """A model that reads one sequence of tokens at a time. `opened` makes it and closes it."""
 
     def __init__(self, path: Path, model: int, context: int, batch: Any, at_a_time: int, vocabulary: int):
         self.path, self.at_a_time, self.vocabulary = path, at_a_time, vocabulary
@@ -163,7 +163,7 @@ class Reader:
         self._model, self._context, self._batch, self._position = model, context, batch, 0
 
     def cut(self, text: str) -> list[int]:
-        """The tokens of a text, special ones among them; none is put before or behind it."""
+        """Return the tokens of a text, with special tokens in it recognized and none added."""
         api, data = library(), text.encode()
         room = len(data) + 2  # a space may come first
         tokens = (api.llama_token * room)()
@@ -171,19 +171,19 @@ class Reader:
         return tokens[: api.llama_tokenize(vocabulary, data, len(data), tokens, room, False, True)]
 
     def begin(self) -> None:
-        """Forget what was read."""
+        """Forget all tokens that were read."""
         api = library()
         api.llama_memory_clear(api.llama_get_memory(self._context), True)
         self._position = 0
 
     def read(self, tokens: Sequence[int], wanted: Sequence[bool]) -> Iterator[np.ndarray]:
-        """Read on.
+        """Read more tokens.
 
         Yields:
-            The logits (n, V) float32 after every token that is `wanted`, in order, n being at most `at_a_time`.
+            The logits (n, V) float32 after every `wanted` token, in order; n is at most `at_a_time`.
 
         Raises:
-            ModelError: where llama.cpp does not compute them, or they are not finite.
+            ModelError: if llama.cpp cannot compute them, or they are not finite.
         """
         api, step = library(), self.at_a_time
         for first in range(0, len(tokens), step):
@@ -202,7 +202,7 @@ class Reader:
                 yield logits
 
     def _fill(self, tokens: Sequence[int], places: Collection[int]) -> None:
-        """Put tokens into the batch, and say at which of them logits are wanted."""
+        """Put tokens into the batch, and mark the places that need logits."""
         batch = self._batch
         batch.n_tokens = len(tokens)
         for i, token in enumerate(tokens):
@@ -211,12 +211,12 @@ class Reader:
             batch.logits[i] = i in places
 
     def next_token(self, tokens: Sequence[int]) -> int:
-        """Read on; the likeliest token after that."""
+        """Read more tokens, and return the likeliest next one."""
         (logits,) = self.read(tokens, [False] * (len(tokens) - 1) + [True])
         return int(logits[-1].argmax())
 
     def answer(self, tokens: Sequence[int], stops: Collection[int], new_tokens: int) -> list[int]:
-        """Greedily, what comes after `tokens`, up to one of `stops`, which is not part of it."""
+        """Return the greedy continuation of `tokens`, up to one of `stops`, which is left out."""
         self.begin()
         found: list[int] = []
         token = self.next_token(tokens)
@@ -227,7 +227,7 @@ class Reader:
         return found
 
     def speed(self) -> dict[str, float]:
-        """Tokens per second, as `pipeline.evaluation.generation.speed` has them."""
+        """Return tokens per second, as `pipeline.evaluation.generation.speed` has them."""
         choose = random.Random(0)
         prompt = [choose.randrange(self.vocabulary) for _ in range(PROMPT_TOKENS)]
 

@@ -1,14 +1,15 @@
-"""`load`: a published variant, packed for this machine.
+"""Loading of a published model or variant, packed for this machine.
 
-The portable codes are read layer by layer, and each layer becomes the fastest one there
-is for it here, or an ordinary one with dequantized weights.
+The portable codes are read layer by layer. Each layer becomes the fastest one for this machine,
+or an ordinary one with dequantized weights.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pipeline.config.catalog import TRANSFORMERS, VARIANTS, resolve_variants
 from pipeline.errors import CheckpointError, ModelError
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from pipeline.quantization.grid import GroupQuantized
+
 
 def load(
     source: str | Path,
@@ -31,7 +34,7 @@ def load(
     revision: str | None = None,
     offload: bool | Literal["auto"] = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model and its tokenizer, ready to generate on this machine.
+    """Return a model and its tokenizer, ready to generate on this machine.
 
     Args:
         source: a repository `user/model`, a run's folder, or any folder with a model.
@@ -40,12 +43,12 @@ def load(
             without bfloat16 instructions computes bfloat16 weights in float32, block by block, but a GPU whose
             compute type is float16 (`machine.compute_dtype`) still computes them in bfloat16, slowly.
         revision: branch, tag or commit of a repository.
-        offload: for measuring in little memory: leave the weights in their files, and read each layer's
-            anew whenever it computes. `auto` does so where the model does not fit into the memory.
-            The model's own `device` is then `meta`; `pipeline.inference.output_head.device_of` tells where it computes.
+        offload: leave the weights in their files, and read those of a layer whenever it computes. This is for
+            measuring in little memory. `auto` does so if the model does not fit into the memory.
+            The `device` of the model is then `meta`; `pipeline.inference.output_head.device_of` returns the real one.
 
     Raises:
-        ModelError: where there is no such model or variant, or it is one for llama.cpp.
+        ModelError: if no such model or variant exists, or if it is for llama.cpp.
 
     Example:
         >>> model, tokenizer = load("user/model", variant="int4")
@@ -59,14 +62,14 @@ def load(
 def load_dequantized(
     file: Path, folder: Path, device: str = "auto", offload: bool | Literal["auto"] = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in `folder` with the weights of a GGUF file that was made of it, dequantized.
+    """Return the model in `folder` with the dequantized weights of a GGUF file that was made of it.
 
     Args:
         device, offload: as `load` takes them.
 
     Raises:
-        ModelError: where the file is damaged, or of another model.
-        MissingExtra: where the package `gguf` is not installed.
+        ModelError: if the file is damaged, or of another model.
+        MissingExtra: if the package `gguf` is not installed.
     """
     quiet()
     from pipeline.inference.assemble import own_type
@@ -109,20 +112,20 @@ def _load(
 
 
 def _load_stock(folder: Path, device: torch.device) -> PreTrainedModel:
-    """Through the stock loader, and packed after it where it is quantized."""
+    """Load a model with transformers, and pack its layers if it is quantized."""
     model, report = open_model(folder, dtype="auto", output_loading_info=True)
     if missing := sorted(report["missing_keys"]):
         raise ModelError(f"{folder}: its checkpoint has no {missing[0]!r}; fetch the model again")
     if getattr(model.config, "quantization_config", None) is not None:
         pack(model, device)
-    return model.to(device)
+    return cast(Any, model).to(device)
 
 
 def pack(model: PreTrainedModel, device: torch.device) -> dict[str, int]:
     """Replace every quantized layer of a stock-loaded model, layer by layer, and move it to `device`.
 
     Returns:
-        How many layers each kind of replacement took, for reports.
+        The number of layers by the class name of their replacement.
     """
     import torch
 
@@ -135,14 +138,18 @@ def pack(model: PreTrainedModel, device: torch.device) -> dict[str, int]:
         found = unpack(module.weight.data) if known else None
         if found is not None:
             weight, form = found
-            kind = place(model, name, weight, device, lambda weight=weight: weight, form)
+            kind = place(model, name, weight, device, functools.partial(_same, weight), form)
             used[kind] = used.get(kind, 0) + 1
-    model.to(device)
+    cast(Any, model).to(device)
     return used
 
 
+def _same(weight: GroupQuantized) -> GroupQuantized:
+    return weight
+
+
 def locate(source: str | Path, variant: str | None = None, revision: str | None = None) -> Path:
-    """The folder that holds the files of a model or of one of its variants, fetched if need be."""
+    """Return the folder with the files of a model or of one of its variants; they are downloaded if needed."""
     name = variant and _name(variant)
     if path := _local(source):
         folder = path / name if name else path
@@ -166,10 +173,10 @@ def engine_of(variant: str | None) -> str:
 
 
 def locate_file(source: str | Path, variant: str, revision: str | None = None) -> Path:
-    """The .gguf file of a variant, fetched if need be.
+    """Return the .gguf file of a variant; it is downloaded if needed.
 
     Raises:
-        ModelError: where there is none.
+        ModelError: if there is no such file.
     """
     pattern = _pattern(variant)
     if path := _local(source):
@@ -191,7 +198,7 @@ def locate_file(source: str | Path, variant: str, revision: str | None = None) -
 
 
 def _opening(source: str | Path, variant: str) -> str:
-    """How to open a file of llama.cpp's."""
+    """Return the command or call that opens a variant in llama.cpp."""
     if _local(source):
         return f"open it with: llama-cli -m {locate_file(source, variant)}"
     return f"open it with: llama_cpp.Llama.from_pretrained({str(source)!r}, filename={_pattern(variant)!r})"
@@ -218,8 +225,9 @@ def _name(variant: str) -> str:
 def _local(source: str | Path) -> Path | None:
     """Return the folder of a release on this machine, or None if `source` is a repository."""
     path = local_folder(str(source))
-    is_run = path and (path / "config.yaml").is_file() and (path / "release").is_dir()
-    return path / "release" if is_run else path  # a run's folder stands for its release
+    if path and (path / "config.yaml").is_file() and (path / "release").is_dir():
+        return path / "release"  # of a run's folder
+    return path
 
 
 def _fetch(repo: str, variant: str | None, revision: str | None) -> Path:
@@ -232,14 +240,15 @@ def _fetch(repo: str, variant: str | None, revision: str | None) -> Path:
             raise ModelError(f"{repo}: no variant {variant!r}; there are: {', '.join(there) or 'none'}")
         return [n for n in wanted if belongs_to_checkpoint(n.removeprefix(prefix))]
 
-    return download(repo, choose, revision).folder / prefix
+    folder = download(repo, choose, revision).folder
+    return folder / prefix
 
 
 def device_named(name: str) -> torch.device:
-    """The device of that name; `auto` is CUDA where there is one, else the CPU.
+    """Return the device of that name; `auto` is CUDA if available, else the CPU.
 
     Raises:
-        ModelError: where there is no such device here.
+        ModelError: if this machine has no such device.
     """
     import torch
 

@@ -1,9 +1,8 @@
-"""Models that are larger than the memory: each layer's weights are read from the files when it computes.
+"""Models that are larger than the memory: the weights of a layer are read from the files when it computes.
 
-accelerate's hooks bring a module its weights before its forward pass and take them away after it.
-Where they come from is a mapping of ours, which reads byte ranges of the checkpoint and turns a
-variant's codes into the numbers they mean: nothing is unpacked to a folder first, and the
-memory in use is that of the widest layer, whatever the model's size.
+Hooks of accelerate load the weights of a module before its forward pass and release them after it.
+They come from a mapping that reads byte ranges of the checkpoint and dequantizes codes.
+Nothing is unpacked to a folder first, and the memory in use is that of the widest layer.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class StoredWeights(Mapping[str, torch.Tensor]):
-    """A model's weights by name, read anew whenever one is asked for; nothing is kept."""
+    """The weights of a model by name, read from the files at every access; nothing is kept."""
 
     def __init__(self, model: PreTrainedModel, checkpoint: Weights, quantized: Formats):
         self._model, self._checkpoint, self._quantized = model, checkpoint, quantized
@@ -51,7 +50,8 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         if name not in self._checkpoint and name not in self._quantized:
             name = self._model.all_tied_weights_keys[name]
         if name in self._quantized:
-            return _dequantized(self._quantized[name].read(self._checkpoint, name, shape), self._model.dtype)
+            rows, width = shape
+            return _dequantized(self._quantized[name].read(self._checkpoint, name, (rows, width)), self._model.dtype)
         return read(self._model, name, self._checkpoint)
 
     def __iter__(self) -> Iterator[str]:
@@ -62,17 +62,17 @@ class StoredWeights(Mapping[str, torch.Tensor]):
 
 
 def assemble_offloaded(folder: Path, device: torch.device, weights: FileWeights | None = None) -> PreTrainedModel:
-    """The model or the variant in a folder, computing on `device` with weights that stay in their files.
+    """Return the model or variant in a folder, which computes on `device` with weights that stay in their files.
 
-    It computes with plain layers: those of a variant have the dequantized weights.
+    Its layers are plain ones; those of a variant have dequantized weights.
 
     Args:
-        weights: in the place of those in the folder.
+        weights: replace those in the folder.
 
     Raises:
-        CheckpointError: where the files are damaged.
-        ModelError: where the checkpoint names its tensors otherwise than the model does.
-        OSError, ValueError: whatever transformers says of a configuration that it cannot use.
+        CheckpointError: if the files are damaged.
+        ModelError: if the checkpoint has other tensor names than the model.
+        OSError, ValueError: if transformers cannot use the configuration.
     """
     from accelerate import cpu_offload
 
@@ -105,32 +105,32 @@ def assemble_offloaded(folder: Path, device: torch.device, weights: FileWeights 
 
 
 def is_offloaded(model: torch.nn.Module) -> bool:
-    """Do the weights stay in their files until they are needed?"""
+    """Return True if the weights stay in their files until they are needed."""
     return next(model.parameters()).is_meta
 
 
 def fits(folder: Path, device: torch.device, free: int | None = None) -> bool:
-    """Can the weights of a folder be held in memory, and still be computed with?
+    """Return True if the weights of a folder fit into the memory, with room to compute.
 
     Args:
-        free: bytes that may be used; by default what `device` has free now.
+        free: bytes that may be used; by default the free bytes of `device` now.
     """
     free = hardware.free_bytes(device) if free is None else free
     return free is None or stored_bytes(folder) <= WEIGHTS_SHARE * free
 
 
 class TooLarge(ModelError):
-    """A model that has to be in the memory as a whole does not fit into it."""
+    """A model that does not fit into the memory as a whole."""
 
 
 def check_fits(folder: Path, device: torch.device, why: str) -> None:
-    """Raise where the weights of a folder cannot be held in memory as a whole.
+    """Raise if the weights of a folder do not fit into the memory as a whole.
 
     Args:
-        why: what needs them so, in a few words.
+        why: the reason to hold all of them, in a few words.
 
     Raises:
-        TooLarge: naming their bytes and those that are free.
+        TooLarge: with their bytes and the free bytes.
     """
     free = hardware.free_bytes(device)
     if not fits(folder, device, free):
@@ -142,8 +142,8 @@ def check_fits(folder: Path, device: torch.device, why: str) -> None:
 
 
 def _dequantized(weight: GroupQuantized, dtype: torch.dtype) -> torch.Tensor:
-    """`weight.dequantize(dtype)`, in blocks of rows, for it is computed in float32."""
+    """Return `weight.dequantize(dtype)`, computed in blocks of rows, because it is computed in float32."""
     result = torch.empty(weight.codes.shape, dtype=dtype)
-    for first, stop in tiles(*weight.codes.shape):
+    for first, stop in tiles(len(result), result.shape[1]):
         result[first:stop] = weight.rows(first, stop).dequantize(dtype)
     return result

@@ -1,4 +1,4 @@
-"""The output matrix of a model, by which its last hidden states become logits."""
+"""The output matrix of a model, which maps its last hidden states to logits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEAD_ELEMENTS = 1 << 25  # of the output matrix in float32 at a time
 
 
 def head_matrix(model: PreTrainedModel) -> torch.Tensor | GroupQuantized:
-    """The output matrix (V, H) as the model computes with it, on its device, also where it stays in its file."""
+    """Return the output matrix (V, H) that the model computes with, on its device, also if it is offloaded."""
     from accelerate.utils import align_module_device
 
     from pipeline.quantization.formats import unpack
@@ -36,8 +36,10 @@ def head_matrix(model: PreTrainedModel) -> torch.Tensor | GroupQuantized:
 
 
 def head_name(model: PreTrainedModel) -> str:
-    """The checkpoint's name for the output matrix of a full-precision model."""
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # under an adapter
+    """Return the name of the output matrix in the checkpoint of a full-precision model."""
+    inner: Any = model
+    if hasattr(inner, "get_base_model"):  # under an adapter
+        inner = inner.get_base_model()
     head = inner.get_output_embeddings()
     name = next(name for name, module in inner.named_modules() if module is head) + ".weight"
     # A tied head is stored under the embedding's name.
@@ -45,16 +47,15 @@ def head_name(model: PreTrainedModel) -> str:
 
 
 def device_of(model: PreTrainedModel) -> torch.device:
-    """Where a model computes, which the weights of one that is offloaded do not tell."""
+    """Return the device on which a model computes; the weights of an offloaded one are elsewhere."""
     hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
     return torch.device(hook.execution_device) if hook else model.device
 
 
 class Head:
-    """Hidden states -> logits in float32, so that small differences survive.
+    """The function from hidden states to logits, in float32 so that small differences survive.
 
-    A large matrix is turned into float32 piece by piece whenever it is used: a second one, of
-    twice the size or more, would be more than any layer needs.
+    A large matrix is converted to float32 in pieces at every use, to save memory.
     """
 
     def __init__(self, weight: torch.Tensor | GroupQuantized, softcap: float | None):
@@ -64,6 +65,7 @@ class Head:
         self.softcap = softcap
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        """Return the logits (..., V) float32 of hidden states (..., H)."""
         states, parts = states.float(), []
         for first in range(0, self.rows, self._at_a_time):
             stop = min(first + self._at_a_time, self.rows)
@@ -73,32 +75,32 @@ class Head:
 
 
 def _exactly(weight: torch.Tensor | GroupQuantized, first: int, stop: int) -> torch.Tensor:
-    """Rows of a matrix in float32."""
+    """Return rows of a matrix in float32."""
     return weight[first:stop].float() if isinstance(weight, torch.Tensor) else weight.rows(first, stop).dequantize()
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """A model's own.
+    """Return the output head of a model.
 
     Raises:
-        ModelError: where it is more than a matrix.
+        ModelError: if it is more than a matrix.
     """
-    layer = model.get_output_embeddings()
+    layer: Any = model.get_output_embeddings()
     if getattr(layer, "bias", None) is not None:  # comparing has the matrix alone
         raise ModelError(f"{model.config.model_type}: its output matrix has a bias; not handled yet")
     return Head(head_matrix(model), softcap(model.config))
 
 
 def softcap(config: PretrainedConfig) -> float | None:
-    """The bound that some models put on their logits."""
+    """Return the bound that some models put on their logits."""
     return getattr(config.get_text_config(), "final_logit_softcapping", None)
 
 
 def check_head(model: PreTrainedModel, backbone: torch.nn.Module, head: Head, tokens: Sequence[int]) -> None:
-    """Is all that a model makes of its hidden states what `head` makes of them?
+    """Raise unless `head` gives the logits that the model itself computes from its hidden states.
 
     Raises:
-        ModelError: where it is not, or the logits are not finite.
+        ModelError: if they differ, or the logits are not finite.
     """
     ids = torch.tensor([tokens], device=device_of(model))
     theirs = model(input_ids=ids, use_cache=False).logits.float()

@@ -1,4 +1,4 @@
-"""Tokens per second at batch 1, of whatever reads and writes tokens. Imports nothing heavy."""
+"""Tokens per second at batch size 1. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ def tokens_per_second(
     repeats: int = REPEATS,
     now: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Reading a prompt, and writing after it. Medians over rounds, after one that warms up unless that one is long.
+    """Measure the reading of a prompt and the writing after it, as medians over rounds.
+
+    The first round warms up and is left out, unless it takes long.
 
     Args:
-        read: reads a prompt of so many tokens from its beginning.
-        write: goes on from there by one token.
-        limit: positions that the model has; prompt and answer are shortened to what they hold.
+        read: reads a prompt of that many tokens from its beginning.
+        write: writes one more token.
+        limit: positions of the model; prompt and answer are shortened to fit.
     """
     limit = limit or prompt_tokens + new_tokens
     new_tokens = min(new_tokens, limit // 2)

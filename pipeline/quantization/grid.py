@@ -1,8 +1,7 @@
-"""Integer codes on a grid: what roundings produce and formats store.
+"""Integer codes on a grid, which roundings produce and formats store.
 
-A `Grid` says which numbers a weight may take; `GroupQuantized` is a weight that was
-put on one. `GroupQuantized.dequantize` defines what the numbers mean, for every
-rounding, format and kernel in this project.
+A `Grid` defines the values of a weight. `GroupQuantized` is a weight on a grid.
+`GroupQuantized.dequantize` defines the meaning of the codes for every rounding, format and kernel.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ import torch
 
 @dataclass(frozen=True)
 class Grid:
-    """The numbers that a weight may take.
+    """The values that a weight may take.
 
     Attributes:
         bits: width of a code.
         group_size: columns that share a scale; None means a whole row.
         zero: "none" for w = q * s with signed codes; "integer" for w = (q - z) * s with
             unsigned codes; "float" for w = q * s + z with signed codes and z in `scale_dtype`.
-        scale_dtype: what scales (and float zeros) are stored as.
+        scale_dtype: dtype of stored scales and float zeros.
         from_zero: with a float zero, codes are unsigned and begin at 0, so that the zero is the lowest number
             (GGUF); otherwise they are signed (torchao).
     """
@@ -35,18 +34,21 @@ class Grid:
 
     @property
     def signed(self) -> bool:
+        """Return True if codes may be negative."""
         return self.zero != "integer" and not self.from_zero
 
     @property
     def lowest(self) -> int:
+        """Return the smallest code."""
         return -(1 << (self.bits - 1)) if self.signed else 0
 
     @property
     def highest(self) -> int:
+        """Return the largest code."""
         return self.lowest + (1 << self.bits) - 1
 
     def group(self, width: int) -> int:
-        """Columns per scale in a row of `width` columns."""
+        """Return the columns per scale in a row of `width` columns."""
         return width if self.group_size is None else self.group_size
 
 
@@ -55,10 +57,10 @@ class GroupQuantized:
     """A weight of shape (N, K) as codes on a grid, G groups to a row.
 
     Attributes:
-        codes: (N, K), int8 (uint8 where the grid is unsigned), one code an element.
+        codes: (N, K), int8 (uint8 if the grid is unsigned), one code an element.
         scale: (N, G) in the grid's `scale_dtype`.
         zero: (N, G); `scale_dtype` for a float zero, uint8 for an integer one, None for none.
-        grid: what the three mean.
+        grid: the grid of the codes.
     """
 
     codes: torch.Tensor
@@ -68,53 +70,54 @@ class GroupQuantized:
 
     @property
     def shape(self) -> torch.Size:
+        """Return (N, K)."""
         return self.codes.shape
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight, (N, K): computed in float32, rounded once to `dtype`."""
+        """Return the weight (N, K), computed in float32 and rounded once to `dtype`."""
         rows, width = self.codes.shape
         codes = in_groups(self.codes, self.grid).float()
         scale = self.scale.float().unsqueeze(-1)
-        if self.grid.zero == "float":
-            weight = codes * scale + self.zero.float().unsqueeze(-1)
-        elif self.grid.zero == "integer":
-            weight = (codes - self.zero.float().unsqueeze(-1)) * scale
-        else:
+        if self.zero is None:
             weight = codes * scale
+        elif self.grid.zero == "float":
+            weight = codes * scale + self.zero.float().unsqueeze(-1)
+        else:
+            weight = (codes - self.zero.float().unsqueeze(-1)) * scale
         return weight.view(rows, width).to(dtype)
 
     def rows(self, first: int, stop: int) -> GroupQuantized:
-        """Rows `first` to `stop` of it."""
+        """Return the rows from `first` to `stop`."""
         zero = None if self.zero is None else self.zero[first:stop]
         return GroupQuantized(self.codes[first:stop], self.scale[first:stop], zero, self.grid)
 
     def to(self, device: torch.device | str) -> GroupQuantized:
-        """The same on another device."""
+        """Return the same weight on another device."""
         zero = None if self.zero is None else self.zero.to(device)
         return GroupQuantized(self.codes.to(device), self.scale.to(device), zero, self.grid)
 
 
 def in_groups(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """(N, K) seen as (N, G, K / G), a view."""
+    """View a weight (N, K) as groups (N, G, K / G)."""
     rows, width = weight.shape
     size = grid.group(width)
     return weight.reshape(rows, width // size, size)
 
 
 def choose_codes(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) -> torch.Tensor:
-    """The nearest code of every element, as float32 whole numbers.
+    """Return the nearest code of every element, as whole numbers in float32.
 
     Args:
         groups: (N, G, g) weights, any float type.
         scale, zero: (N, G) as they will be stored, so already in `grid.scale_dtype`.
     """
     inverse = (1.0 / scale.float()).unsqueeze(-1)
-    if grid.zero == "float":
+    if grid.zero == "float" and zero is not None:
         codes = (groups.float() - zero.float().unsqueeze(-1)).mul_(inverse)
     else:
         codes = groups.float() * inverse
     codes = codes.round_()
-    if grid.zero == "integer":
+    if grid.zero == "integer" and zero is not None:
         codes += zero.float().unsqueeze(-1)
     return codes.clamp_(grid.lowest, grid.highest)
 
@@ -126,13 +129,13 @@ def assemble(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | Non
 
 
 def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
-    """(N, K) codes of four bits -> (N, K / 2) bytes as int8, the even column in the low nibble."""
+    """Pack four-bit codes (N, K) to bytes (N, K / 2) int8, with the even column in the low nibble."""
     pairs = codes.contiguous().view(torch.int16)  # the even column in the low byte; torch's machines are little-endian
     return ((pairs >> 4) & 0xF0).bitwise_or_(pairs & 0xF).to(torch.int8)
 
 
 def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
-    """The inverse of `pack_nibbles` for signed codes: (N, K / 2) -> (N, K), int8 in -8..7."""
+    """Unpack bytes (N, K / 2) of `pack_nibbles` to signed codes (N, K), int8 in -8..7."""
     low = (packed << 4) >> 4  # int8 shifts keep the sign
     high = packed >> 4
     return torch.stack((low, high), dim=-1).view(packed.shape[0], -1)

@@ -1,4 +1,4 @@
-"""What is known of a model before its first tensor comes, and which of its weights a variant quantizes."""
+"""The model that a pass reads, and the weights of it that a variant quantizes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -20,22 +20,23 @@ from pipeline.quantization.statistics import Collected
 
 Tensors = Mapping[str, TensorInfo]  # the full-precision model, by dtypes and shapes
 Shapes = Mapping[str, tuple[int, int]]  # name of a weight -> (N, K)
-Tell = Callable[[int, int, str], None]  # called with what is done, with what there is in all, and what this is
-Grids = dict[str, tuple[tuple[int, int], Grid]]  # name of a weight -> its shape, and the grid it is put on
+Tell = Callable[[int, int, str], None]  # called with the units done, the units in all, and the name of the step
+# name of a weight -> its shape and its grid; None if the format takes the weight directly
+Grids = dict[str, tuple[tuple[int, int], Grid | None]]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A full-precision model whose tensors are about to come by.
+    """A full-precision model whose tensors a pass will read.
 
     Attributes:
-        tensors: every tensor that will come, by dtype and shape.
+        tensors: dtype and shape of every tensor.
         folder: holds `config.json` and the tokenizer, with or without the weights.
         linear: weights to quantize, as `models.linear_weights` finds them.
         tables: the embedding and the output head, as `models.table_weights` finds them.
-        template: the chat template that belongs to the model, where it is not in the folder yet.
-        name: what the model is called in files that have a name of their own.
-        license: of the model, where it is known.
+        template: the chat template of the model, if it is not in the folder yet.
+        name: the name of the model in names of files.
+        license: of the model, if it is known.
         statistics: of the layers' inputs, by weight; empty if no rounding needs them.
     """
 
@@ -52,79 +53,81 @@ class Source:
 
 @dataclass(frozen=True)
 class VariantFiles:
-    """What was written for one variant, and how."""
+    """The figures of the files that were written for one variant."""
 
     weight_bytes: int  # stored bytes of the quantized weights
     source_bytes: int  # bytes of the same weights in the source
-    padding_bytes: int  # those of them that only fill up the tiles of a packing
-    group_sizes: dict[str, int]  # layers whose group size is not the one asked for
-    kept: tuple[str, ...]  # layers left as they were, because that was asked for
-    types: dict[str, int]  # tensors in the file of each type of GGUF; of safetensors nothing
-    eight: tuple[str, ...] = ()  # layers of a variant of fewer bits that are in eight, because that was asked for
+    padding_bytes: int  # stored bytes that only fill the tiles of a packing
+    group_sizes: dict[str, int]  # layers with another group size than requested
+    kept: tuple[str, ...]  # layers that `keep` leaves in full precision
+    types: dict[str, int]  # number of tensors by type of GGUF; empty for safetensors
+    eight: tuple[str, ...] = ()  # layers that `int8` stores in eight bits
 
 
 class Output(Protocol):
-    """The files of one variant while they are written; a context manager that leaves them whole, or not there.
+    """The files of one variant during a pass, as a context manager that leaves whole files or none.
 
     Several threads call `take` at once, each with rows of its own.
     """
 
     spec: VariantSpec
-    made_of: Sequence[Output] = ()  # other files that it is made of, which must be open when rows come
-    is_temporary: bool = False  # True if it is only what others are made of
+    made_of: Sequence[Output] = ()  # other outputs that this one is made of; they open first
+    is_temporary: bool = False  # True if only other outputs need it
 
     def remove(self) -> None:
         """Remove a temporary file."""
+        return None
 
     def rounds(self, name: str) -> bool:
-        """Are this tensor's rows put on a grid, so that they should come in tiles that a cache holds?"""
+        """Return True if the rows of a tensor are rounded, so that they come in tiles that fit in a cache."""
 
     def together(self, name: str) -> int:
-        """Rows of a tensor that must come together, or in multiples."""
+        """Return the number of rows that must come together; blocks hold a multiple of it."""
 
     def take(self, name: str, rows: torch.Tensor, first: int) -> None:
-        """Write rows of a tensor, the first of which has the number `first`."""
+        """Write rows of a tensor; `first` is the number of the first one."""
 
     def finish(self, model: Path, tell: Tell | None = None) -> None:
-        """Do what comes after the pass, and put beside the weights what belongs there, from the full-precision
-        model's folder.
+        """Finish the files after the pass, and copy configuration and tokenizer from the folder `model`.
 
         Args:
-            tell: is told of what takes its time.
+            tell: is called with the progress of slow steps.
         """
 
     def describe(self) -> VariantFiles:
-        """What was written."""
+        """Return the figures of the written files."""
 
     def __enter__(self) -> Output: ...
 
-    def __exit__(self, kind, error, trace) -> None: ...
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None: ...
 
 
 def layer_grids(spec: VariantSpec, linear: Shapes) -> tuple[Grids, list[str]]:
-    """The grid of every layer that is to be quantized, and the layers that were asked to stay as they are.
+    """Return the grid of every layer to quantize, and the layers that `keep` leaves in full precision.
 
     Raises:
-        QuantizationError: where `keep` or `int8` names no layer, or a layer fits no grid.
+        QuantizationError: if `keep` or `int8` matches no layer, or a layer fits no grid.
     """
     kept, eight = named(spec, KEEP, linear), named(spec, EIGHT_BITS, linear)
-    grids, form = {}, format_of(spec)
+    grids: Grids = {}
+    form = format_of(spec)
     for name in (n for n in linear if n not in kept):
         try:
-            grids[name] = (linear[name], form.TABLE if name in eight else form.grid(spec, linear[name][1]))
+            grid = form.TABLE if name in eight else form.grid(spec, linear[name][1])
         except QuantizationError as error:
             raise QuantizationError(f"{name}: {error}") from None
+        grids[name] = (linear[name], grid)
     return grids, kept
 
 
 def named(spec: VariantSpec, key: str, linear: Shapes) -> list[str]:
-    """The weights that the patterns of an option name.
+    """Return the weights that the patterns of an option match.
 
     Args:
         key: `keep` or `int8`.
 
     Raises:
-        QuantizationError: where one of them names none.
+        QuantizationError: if a pattern matches no weight.
     """
     names, patterns = [n.removesuffix(".weight") for n in linear], getattr(spec, key)
     for pattern in patterns:
@@ -135,10 +138,10 @@ def named(spec: VariantSpec, key: str, linear: Shapes) -> list[str]:
 
 
 def unfit(spec: VariantSpec, linear: Shapes, folder: Path | None = None) -> str | None:
-    """Why a variant cannot be made of these weights, or None where it can.
+    """Return the reason why a variant cannot be made of these weights, or None if it can.
 
     Args:
-        folder: of the model, which not every format can store.
+        folder: of the model; not every format can store every model.
     """
     try:
         layer_grids(spec, linear)

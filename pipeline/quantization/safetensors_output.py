@@ -1,4 +1,4 @@
-"""A variant as a folder of safetensors, beside the configuration and the tokenizer of the model it was made of."""
+"""A variant as a folder of safetensors, with the configuration and the tokenizer of its model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,14 +25,17 @@ nearest = rounding(NEAREST)
 
 
 class SafetensorsFolder(Output):
-    """One output of the pass: its grids, its open files, and the scales it still collects."""
+    """One output of a pass: its grids, its open files and the scales of unfinished weights."""
 
     def __init__(self, spec: VariantSpec, folder: Path, source: Source):
         self.spec, self.folder, self.source = spec, folder, source
-        self.format = format_of(spec)
+        form = format_of(spec)
+        assert isinstance(form, SafetensorsFormat), "its `output` makes this"
+        self.format = form
         self.format.check(spec, source.folder)
-        self.rounding = rounding(spec.rounding)
-        self.grids, self.kept = layer_grids(spec, source.linear)
+        self.rounding = rounding(spec.rounding or NEAREST)
+        found, self.kept = layer_grids(spec, source.linear)
+        self.grids = {name: (shape, grid) for name, (shape, grid) in found.items() if grid is not None}
         self.eight = [name for name in named(spec, EIGHT_BITS, source.linear) if name in self.grids]
         self.tables = _tables(source) if spec.quantizes_embeddings else []
         self.grids |= {name: (source.tables[name], self.format.TABLE) for name in self.tables}
@@ -52,25 +56,28 @@ class SafetensorsFolder(Output):
         self.writer.__enter__()
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self.writer.__exit__(kind, error, trace)
 
     def rounds(self, name: str) -> bool:
+        """Return True if the tensor is quantized."""
         return name in self.grids
 
     def together(self, name: str) -> int:
+        """Return the number of rows that one row of stored codes holds."""
         return self.format.together(self.grids[name][1]) if name in self.grids else 1
 
     def take(self, name: str, rows: torch.Tensor, first: int) -> None:
+        """Write rows of a tensor; `first` is the number of the first one."""
         if name in self.grids:
             self._round(name, rows, first)
         else:
             self.writer.write(name, rows, first)
 
     def _round(self, name: str, weight: torch.Tensor, first_row: int) -> None:
-        """Round and write some rows of a weight; its scales and zeros follow when the last of its rows is there."""
+        """Round and write rows of a weight. The last rows also write the scales and zeros of all."""
         (rows, _), grid = self.grids[name]
-        # At eight bits a row the nearest is good enough, and not every rounding knows such a grid.
+        # Rounding to nearest is good enough for eight bits a row, and not every rounding can fill such a grid.
         chosen = nearest if name in self.tables or name in self.eight else self.rounding
         block = chosen.round(weight, grid, self.source.statistics.get(name))
         for part, tensor in self.format.rows(name, block).items():
@@ -88,7 +95,7 @@ class SafetensorsFolder(Output):
             self.writer.write(part, tensor)
 
     def finish(self, model: Path, tell: Tell | None = None) -> None:
-        """Put the configuration, the tokenizer and the terms beside the weights."""
+        """Put the configuration, the tokenizer and the license beside the weights."""
         copy_companions(model, self.folder)
         parts = (self.kept, self.tables, self.eight)
         modules = ([name.removesuffix(".weight") for name in names] for names in parts)
@@ -98,21 +105,24 @@ class SafetensorsFolder(Output):
         (self.folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
     def describe(self) -> VariantFiles:
+        """Return the figures of the written files."""
         asked = self.spec.group_size
         layers = self.grids.keys() - self.tables - set(self.eight)
-        other = {n: self.grids[n][1].group_size for n in sorted(layers) if asked}
-        other = {n: size for n, size in other.items() if size != asked}
+        used = {n: self.grids[n][1].group_size for n in sorted(layers) if asked}
+        other = {n: size for n, size in used.items() if size and size != asked}
         before = sum(self.source.tensors[name].nbytes for name in self.grids)
         stored = _stored_bytes(self.grids, self.format)
-        unpadded = _stored_bytes(self.grids, storage(self.spec.variant.format))
+        plain = storage(self.spec.variant.format)
+        assert isinstance(plain, SafetensorsFormat), "another packing of safetensors"
+        unpadded = _stored_bytes(self.grids, plain)
         return VariantFiles(stored, before, stored - unpadded, other, tuple(self.kept), {}, tuple(self.eight))
 
 
 def _tables(source: Source) -> list[str]:
-    """The tables to quantize.
+    """Return the tables to quantize.
 
     Raises:
-        QuantizationError: where a tied one is stored twice, and would be int8 in one of its places only.
+        QuantizationError: if a tied table is stored twice, and only one copy would be int8.
     """
     shapes, known = set(source.tables.values()), source.linear.keys() | source.tables.keys()
     if again := [name for name, info in source.tensors.items() if name not in known and info.shape in shapes]:
@@ -120,6 +130,6 @@ def _tables(source: Source) -> list[str]:
     return sorted(source.tables)
 
 
-def _stored_bytes(grids: Mapping[str, tuple[tuple, Grid]], form: SafetensorsFormat) -> int:
+def _stored_bytes(grids: Mapping[str, tuple[tuple[int, int], Grid]], form: SafetensorsFormat) -> int:
     parts = (part for name, (shape, grid) in grids.items() for part in form.plan(name, shape, grid).values())
     return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in parts)

@@ -1,12 +1,11 @@
 """One pass over a model's tensors, many variants out.
 
-Every weight comes by once, in blocks of rows; each block is rounded for every variant
-that was asked for and goes to its place in that variant's files. All cores work on
-blocks of their own (`pipeline.models.checkpoint.row_blocks`), and the bytes do not depend on who was first.
-The tensors are a checkpoint's, or come out of a merge (`pipeline.training.merge`).
+Every weight is read once, in blocks of rows. Each block is rounded for every variant and
+written to its place in the files of that variant. All cores work on blocks of their own
+(`pipeline.models.checkpoint.row_blocks`), and the bytes do not depend on their order.
+The tensors come from a checkpoint, or from a merge (`pipeline.training.merge`).
 
-Here is only who gets which rows. What becomes of them is the business of each variant's
-output: a folder of safetensors, or a GGUF file.
+This module passes rows to the output of each variant: a folder of safetensors, or a GGUF file.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain, takewhile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,17 +34,17 @@ ROUNDED_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class Variants:
-    """What is made of a model in one pass, and where.
+    """The variants that one pass makes of a model.
 
     Args:
-        specs: what to make; defaults filled in (`VariantSpec.resolved`).
+        specs: the variants, with defaults filled in (`VariantSpec.resolved`).
         output: variant name -> folder to write into.
         linear: weights to quantize, name -> (N, K), as `models.linear_weights` finds them.
         tables: the embedding and the output head, as `models.table_weights` finds them, for
             variants with `embeddings: int8`.
-        name: what the model is called in files that have a name of their own.
-        license: of the model, where it is known.
-        tell: is told of what takes its time after the pass: what is done, what there is in all, and what this is.
+        name: the name of the model in names of files.
+        license: of the model, if it is known.
+        tell: is called with the progress of slow steps after the pass.
         statistics: of the layers' inputs, by weight, for roundings that need them.
         equivalences: variant name -> the change of the weights before they are rounded.
     """
@@ -71,16 +71,16 @@ class Variants:
 
     @contextmanager
     def writing(self, tensors: Tensors, folder: Path, template: str | None = None) -> Iterator[Take]:
-        """Open every variant's files, for what the yielded function takes; they are whole when this is left.
+        """Open the files of every variant, and yield the function that takes rows. On exit the files are whole.
 
         Args:
             folder: holds the model's configuration and tokenizer.
-            template: the model's chat template, where it is not among them yet.
+            template: the chat template of the model, if it is not in the folder yet.
 
-        What fails for one variant is told in `failed`, and nothing of it is left; the others go on.
+        An error of one variant goes to `failed` and leaves none of its files; the others go on.
 
         Raises:
-            QuantizationError: for a weight that the model lacks, or, in the pass, whose values are not finite.
+            QuantizationError: if the model lacks a weight, or values of a weight are not finite.
         """
         self.failed, self._outputs = {}, {}
         if self.specs:
@@ -103,7 +103,7 @@ class Variants:
             yield self._take
 
     def _open(self, spec: VariantSpec, source: Source, stack: ExitStack) -> None:
-        """Open a variant's files, and before them the files that they are made of, which variants may share."""
+        """Open the files of a variant, and before them the shared files that they are made of."""
         check_collected([spec], self._statistics)
         output = format_of(spec).output(spec, Path(self._output[spec.name]), source, self._outputs)
         for made_of in output.made_of:
@@ -117,8 +117,8 @@ class Variants:
         output.__enter__()
         names = self._outputs[output] = []
 
-        def leave(kind, error, trace) -> None:
-            if kind is None and not self._is_wanted(output):  # for what failed it is not to be finished
+        def leave(kind: Any, error: Any, trace: Any) -> None:
+            if kind is None and not self._is_wanted(output):  # a failed variant must leave no file
                 error = self.failed[names[0]]
                 kind, trace = type(error), error.__traceback__
             with self._apart(names):
@@ -128,7 +128,7 @@ class Variants:
 
     @contextmanager
     def _apart(self, names: Sequence[str]) -> Iterator[None]:
-        """What fails here fails for these variants, and keeps no other back."""
+        """Record an error for these variants, and let the others go on."""
         try:
             yield
         except (QuantizationError, CheckpointError, ModelError, MissingExtra, OSError) as error:
@@ -139,11 +139,11 @@ class Variants:
         return any(name not in self.failed for name in self._outputs[output])
 
     def together(self, name: str) -> int:
-        """Rows of a tensor that must come together, or in multiples, for what some format does with them."""
+        """Return the number of rows that must come together for every output; blocks hold a multiple of it."""
         return math.lcm(*(output.together(name) for output in self._outputs))
 
     def _take(self, name: str, rows: torch.Tensor, first: int) -> None:
-        """Bring rows of one tensor to every variant; where they are rounded, as many as a cache holds at a time."""
+        """Pass rows of one tensor to every variant. Rows to round come in tiles that fit in a cache."""
         wanted = [output for output in self._outputs if self._is_wanted(output)]
         rounding = [output for output in wanted if output.rounds(name)]
         if rounding and not are_finite(rows):
@@ -153,14 +153,14 @@ class Variants:
                 with self._apart(self._outputs[output]):
                     output.take(name, self._changed(output, name, rows, first), first)
         if rounding:
-            for start, end in tiles(*rows.shape, self.together(name)):
+            for start, end in tiles(len(rows), rows.shape[1], self.together(name)):
                 for output in rounding:
                     with self._apart(self._outputs[output]):
                         part = self._changed(output, name, rows[start:end], first + start)
                         output.take(name, part, first + start)
 
     def _changed(self, output: Output, name: str, rows: torch.Tensor, first: int) -> torch.Tensor:
-        """Return rows as the equivalence of an output's variant has them."""
+        """Return rows changed by the equivalence of the variant, if it has one."""
         equivalence = self._equivalences.get(output.spec.name)
         return rows if equivalence is None else equivalence.apply(name, rows, first)
 
@@ -170,25 +170,25 @@ class Variants:
         on_progress: Callable[[int, int], None] | None = None,
         checkpoint: Checkpoint | None = None,
     ) -> dict[str, VariantFiles]:
-        """Make them of a full-precision model.
+        """Make the variants of a full-precision model.
 
         Args:
             on_progress: called with bytes done and bytes in all.
-            checkpoint: its tensors, where they do not lie in `source` beside the rest.
+            checkpoint: its tensors, if they are not in `source`.
         """
         checkpoint = Checkpoint(source) if checkpoint is None else checkpoint
         with self.writing(checkpoint, source) as take:
             names = in_disk_order(checkpoint)
             jobs = chain.from_iterable(blocks_of(checkpoint, name, take, self.together(name)) for name in names)
-            jobs = takewhile(lambda _: any(map(self._is_wanted, self._outputs)), jobs)
-            in_parallel(jobs, checkpoint.nbytes, on_progress, on_end=checkpoint.abandon)
+            needed = takewhile(lambda _: any(map(self._is_wanted, self._outputs)), jobs)
+            in_parallel(needed, checkpoint.nbytes, on_progress, on_end=checkpoint.abandon)
         return self.finish(source)
 
     def finish(self, model: Path) -> dict[str, VariantFiles]:
-        """Put beside the weights what comes from the full-precision model's folder: configuration, tokenizer, terms.
+        """Finish every variant with the configuration, tokenizer and license of the full-precision model.
 
         Returns:
-            What was written for every variant that did not fail.
+            The figures of the files of every variant that did not fail.
         """
         made = {}
         try:
@@ -214,7 +214,7 @@ def quantize_checkpoint(
     tables: Shapes | None = None,
     name: str = "model",
 ) -> dict[str, VariantFiles]:
-    """Write every variant of a full-precision checkpoint in one pass, or raise why one of them cannot be made."""
+    """Write every variant of a full-precision checkpoint in one pass; raise if one of them fails."""
     variants = Variants(specs, output, linear, tables, shard_bytes, name)
     made = variants.make_of(Path(source), on_progress)
     for error in variants.failed.values():

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from pipeline.inference.kernels import pages, step
+from pipeline.inference.kernels import joined, pages, step
 from pipeline.inference.kernels.growing import GrowingLayer
 from pipeline.inference.kernels.pages import Room
 from pipeline.inference.load import load
@@ -105,7 +105,7 @@ def test_decoding_step_gives_the_logits_of_transformers(release, steps, kind, va
     assert relative_error(ours[1:], theirs[1:]) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("variant, kind", [("int8", step.JoinedInt8), ("int4", step.JoinedInt4)])
+@pytest.mark.parametrize("variant, kind", [("int8", joined.JoinedInt8), ("int4", joined.JoinedInt4)])
 def test_joined_layers_are_views_and_are_saved_unchanged(release, tmp_path, variant, kind):
     folder = release("llama", variant=variant)
     model, tokenizer = load(folder, variant)

@@ -1,4 +1,4 @@
-"""The fast linear layers that loading puts in: portable codes, packed for this machine."""
+"""Fast layers for loaded models: portable codes, packed for this machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def quicken(model: PreTrainedModel) -> None:
-    """Let a model on a CPU use the fastest products, attention and decoding there; what it saves stays the same."""
+    """Make a model on a CPU use the fastest products, attention and decoding. Its saved files stay the same."""
     quicken_linears(model)
     correct_rounded(model)
     quicken_attention(model)
@@ -28,12 +28,12 @@ def quicken(model: PreTrainedModel) -> None:
 
 
 def runs_as_stored(weight: GroupQuantized, device: torch.device) -> bool:
-    """Is the tensor that the stock loader made already the right kernel? So it is for int8 on CUDA."""
+    """Return True if the tensor of the stock loader is the fastest kernel already, as for int8 on CUDA."""
     return device.type == "cuda" and weight.grid.bits == 8
 
 
 def linear(weight: GroupQuantized, bias: torch.Tensor | None, device: torch.device) -> torch.nn.Module | None:
-    """A linear layer that computes with `weight` on `device`; None where there is no kernel for it."""
+    """Return a linear layer that computes with `weight` on `device`; None if no kernel exists for it."""
     if device.type == "cpu":
         return cpu.linear(weight, bias)
     if device.type == "cuda":

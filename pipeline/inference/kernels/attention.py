@@ -1,8 +1,8 @@
-"""Attention on a CPU through torch's own kernel, asked in the way in which it is fast.
+"""Attention on a CPU through the kernel of torch, with the shapes that it computes fast.
 
-The kernel takes few positions of many heads slowly, and heads that share a key and a value one by one.
-Seen as positions of one head, such heads are the same sums, several times faster for a single new
-token; a prompt goes through in pieces, each with the keys up to its end.
+The kernel is slow for few positions of many heads, and takes heads with a shared key and value one by one.
+When such heads are passed as positions of one head, the sums stay the same. For a single new token that is
+several times faster. A prompt is computed in pieces, each with the keys up to its end.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch.nn.functional import scaled_dot_product_attention
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NAME = "sdpa_on_cpu"  # by which transformers knows it
+NAME = "sdpa_on_cpu"  # registered with transformers
 PIECE = 128  # positions of a prompt that are taken at a time
 LONGEST = 1024  # prompt for which that is faster; `scripts/benchmark_decode.py --prompt N` measures it
-# Where this was compared with transformers' own. Some other models do something else when attention
-# has the name "sdpa", and would not do it under another name.
+# Compared with the attention of transformers. Some other models have special code for attention named "sdpa",
+# and would skip it under another name.
 MODELS = (
     "cohere2", "exaone4", "gemma3_text", "llama", "mistral", "olmo3", "phi3",
     "qwen2", "qwen3", "smollm3",
@@ -37,11 +37,10 @@ def attend(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What `transformers.integrations.sdpa_attention.sdpa_attention_forward` computes.
+    """Compute attention as `transformers.integrations.sdpa_attention.sdpa_attention_forward` does.
 
-    Shapes: query (B, H, T, D), key and value (B, H', L, D) with H' dividing H, mask (B, 1, T, L); the
-    result is (B, T, H, D). A mask that differs between heads, and whatever else is asked for, goes to
-    that function.
+    Shapes: query (B, H, T, D), key and value (B, H', L, D) with H' dividing H, mask (B, 1, T, L).
+    The result is (B, T, H, D). That function computes all other cases, such as masks that differ between heads.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -73,7 +72,7 @@ def _suits_pieces(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
 def _one_token(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
 ) -> torch.Tensor:
-    """For one token nothing lies in the future, so positions need not be masked from each other."""
+    """Compute attention of one token. No causal mask is needed, because no position lies in the future."""
     rows = query.unflatten(1, (key.shape[1], -1)).squeeze(3)
     if rows.shape[2] == 1 and query.dtype != torch.float32:
         rows = rows.expand(-1, -1, 2, -1)  # in half precision two rows take half the time of one
@@ -84,7 +83,7 @@ def _one_token(
 def _prompt(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: torch.Tensor | None, scaling: float | None
 ) -> torch.Tensor:
-    """Causal attention of all positions to themselves and those before."""
+    """Compute causal attention of all positions."""
     batch, heads, length, _ = query.shape
     groups = heads // key.shape[1]
     result = torch.empty_like(query)
@@ -98,7 +97,7 @@ def _prompt(
 
 
 def quicken_attention(model: PreTrainedModel) -> None:
-    """Let a model on a CPU that uses torch's attention use this one."""
+    """Make a model on a CPU use this attention instead of the attention of torch."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 

@@ -29,7 +29,7 @@ _ALIGNMENT = 64  # bytes; what torch's own allocations have, and tensors mapped 
 
 
 def linear(weight: GroupQuantized, bias: torch.Tensor | None) -> torch.nn.Module | None:
-    """The layer for `weight`'s grid; None where torch has no kernel for it."""
+    """Return a layer for the grid of `weight`; None if torch has no kernel for it."""
     width, grid = weight.codes.shape[1], weight.grid
     group = grid.group(width)
     if grid.bits == 8 and grid.zero == "none" and group % _INT8_WIDTH_BLOCK == 0:
@@ -43,7 +43,7 @@ def linear(weight: GroupQuantized, bias: torch.Tensor | None) -> torch.nn.Module
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor`, contiguous and where the kernels can read it; copied only if it is not."""
+    """Return `tensor`, contiguous and aligned for the kernels; it is copied only if needed."""
     if tensor.is_contiguous() and tensor.data_ptr() % _ALIGNMENT == 0:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
@@ -52,7 +52,7 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
 class PackedLinear(torch.nn.Module):
     """y = x W^T + b with W as codes: `_few` for up to `kernel_tokens` inputs, `_many` above.
 
-    What is packed for this machine is no part of a state dict; `portable` gives back what is.
+    State dicts do not hold the packed tensors; `portable` returns the stored ones.
     """
 
     kernel_tokens: int
@@ -65,6 +65,7 @@ class PackedLinear(torch.nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x (..., K) times the transposed weight, plus the bias: (..., N)."""
         flat = x.reshape(-1, self.in_features).contiguous()
         y = self._few(flat) if flat.shape[0] <= self.kernel_tokens else self._many(flat)
         y = y.view(*x.shape[:-1], self.out_features)
@@ -83,6 +84,7 @@ class PackedLinear(torch.nn.Module):
         raise NotImplementedError
 
     def extra_repr(self) -> str:
+        """Return the sizes that `print(model)` shows."""
         group = "" if self.grid.group_size is None else f", group_size={self.grid.group_size}"
         return f"in_features={self.in_features}, out_features={self.out_features}{group}"
 
@@ -105,6 +107,7 @@ class Int8Linear(PackedLinear):
         self._rounded = self.scale
 
     def portable(self) -> GroupQuantized:
+        """Return the codes and scales that the layer was made from."""
         return GroupQuantized(self.codes, self.scale.unsqueeze(-1).to(self.grid.scale_dtype), None, self.grid)
 
     def _few(self, x: torch.Tensor) -> torch.Tensor:
@@ -141,6 +144,7 @@ class Int8GroupLinear(PackedLinear):
         self._rounded = self.scale
 
     def portable(self) -> GroupQuantized:
+        """Return the codes and scales that the layer was made from."""
         codes = self.codes.transpose(0, 1).flatten(1)
         return GroupQuantized(codes, self.scale.T.contiguous().to(self.grid.scale_dtype), None, self.grid)
 
@@ -170,7 +174,7 @@ class Int4Linear(PackedLinear):
     """W as int4 codes packed for this processor, scale and zero per group.
 
     Shapes: packed (N', K / 2) uint8; scale_and_zero (K / group, N', 2) bfloat16; N' is N
-    rounded up to a multiple of 64. Of the packing see `pack_int4`.
+    rounded up to a multiple of 64. `pack_int4` describes the packing.
     """
 
     kernel_tokens = INT4_KERNEL_TOKENS
@@ -196,6 +200,7 @@ class Int4Linear(PackedLinear):
         self.register_buffer("scale_and_zero", torch.stack((scale, zero), dim=-1).contiguous(), persistent=False)
 
     def portable(self) -> GroupQuantized:
+        """Return the codes, scales and zeros that the layer was made from."""
         half = self._packed_rows // 2
         columns = self.packed.view(-1, self.in_features, half)
         codes = torch.cat((columns & 0xF, columns >> 4), dim=-1).view(torch.int8) + self.grid.lowest
@@ -222,7 +227,7 @@ class Int4Linear(PackedLinear):
         return y[:, : self.out_features]
 
     def _columns(self, rows: slice, room: torch.Tensor) -> torch.Tensor:
-        """16 times the signed codes of `rows`, transposed (K, rows), written to `room`."""
+        """Return 16 times the signed codes of `rows`, transposed (K, rows), written to `room`."""
         size = self._packed_rows
         packed = self.packed[rows].view(-1, self.in_features, size // 2).permute(1, 0, 2)
         signed = (packed ^ 0x88).view(torch.int8)  # a nibble less eight, in two's complement
@@ -244,23 +249,23 @@ def _multiply(x: torch.Tensor, block: torch.Tensor, out: torch.Tensor, scale: to
 
 
 def _int8(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """x (T, K) times the transposed weight with `codes` (N, K) and `scale` (N): (T, N)."""
+    """Return x (T, K) times the transposed weight with `codes` (N, K) and `scale` (N): (T, N)."""
     return torch.ops.aten._weight_int8pack_mm(_aligned(x), codes, scale.to(x.dtype))
 
 
 def _int4(x: torch.Tensor, packed: torch.Tensor, scale_and_zero: torch.Tensor, group_size: int) -> torch.Tensor:
-    """x (T, K) times the transposed weight that `Int4Linear` holds so: (T, N')."""
+    """Return x (T, K) times the transposed weight in the packing of `Int4Linear`: (T, N')."""
     return torch.ops.aten._weight_int4pack_mm_for_cpu(
         _aligned(x), packed, group_size, scale_and_zero.to(x.dtype).contiguous()
     )
 
 
 def pack_int4(codes: torch.Tensor, size: int) -> torch.Tensor:
-    """Signed codes (N, K), N a multiple of `size` -> (N, K / 2) uint8, as torch packs `size` rows together.
+    """Pack signed codes (N, K), N a multiple of `size`, to (N, K / 2) uint8, as torch packs `size` rows together.
 
     The bytes of a block go column by column; in each column the low nibbles are the block's
-    first half of rows, the high nibbles its second. torch's own function wants four bytes a
-    code, and takes six times as long.
+    first half of rows, the high nibbles its second. The function of torch needs four bytes a
+    code and six times as long.
     """
     rows, width = codes.shape
     low, high = (codes.view(torch.uint8) + 8).view(-1, 2, size // 2, width).unbind(1)
@@ -269,7 +274,7 @@ def pack_int4(codes: torch.Tensor, size: int) -> torch.Tensor:
 
 @cache
 def int4_block() -> int | None:
-    """How many rows torch packs together here: 64 with AVX-512, 32 with AVX2; None for a packing we do not know."""
+    """Return the rows that torch packs together here: 64 with AVX-512, 32 with AVX2; None for an unknown packing."""
     numbers = torch.arange(_ROW_MULTIPLE * 32, dtype=torch.int32).view(_ROW_MULTIPLE, 32)
     unsigned = (numbers * 7 + numbers // 32 * 3) % 16
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, 1).view(torch.uint8)

@@ -13,7 +13,7 @@ from pipeline.quantization.grid import GroupQuantized
 
 
 def linear(weight: GroupQuantized, bias: torch.Tensor | None, device: torch.device) -> torch.nn.Module | None:
-    """The layer for `weight`; None where this card has no kernel for it."""
+    """Return a layer for `weight`; None if this card has no kernel for it."""
     if weight.grid.bits != 4 or weight.grid.zero != "float" or weight.grid.scale_dtype != torch.bfloat16:
         return None
     if torch.cuda.get_device_capability(device) < (8, 0):
@@ -43,11 +43,12 @@ class Int4Linear(torch.nn.Module):
         self.register_buffer("bias", bias)
 
     def portable(self) -> GroupQuantized:
-        """The codes, scales and zeros that the layer was made from."""
+        """Return the codes, scales and zeros that the layer was made from."""
         shape = (self.out_features, self.in_features)
         return from_tiles(self.packed, self.scale_and_zero, shape, self.group_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x (..., K) times the transposed weight, plus the bias: (..., N)."""
         flat = x.reshape(-1, self.in_features).to(torch.bfloat16)
         flat = torch.nn.functional.pad(flat, (0, -self.in_features % WIDTH_MULTIPLE)).contiguous()
         y = torch.ops.aten._weight_int4pack_mm(flat, self.packed, self.group_size, self.scale_and_zero)

@@ -75,6 +75,7 @@ class GrowingLayer(DynamicLayer):
         return self.show(length + 1)
 
     def show(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Set `keys` and `values` to the first `length` positions, and return them."""
         self.keys = self._shown = self._keys.narrow(2, 0, length)
         self.values = self._values.narrow(2, 0, length)
         return self.keys, self.values

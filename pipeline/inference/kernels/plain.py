@@ -17,6 +17,7 @@ class PlainLinear(torch.nn.Linear):
     """A linear layer with the parameters, the state dict and the results of `torch.nn.Linear`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x (..., K) times the transposed weight, plus the bias: (..., N)."""
         if x.numel() == self.in_features:
             return self._one_row(x)
         if x.numel() <= FEW_ROWS * self.in_features or x.dtype != self.weight.dtype or x.device.type != "cpu":

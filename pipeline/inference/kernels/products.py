@@ -59,7 +59,7 @@ def many_rows(
     if weight.dtype == torch.float32:
         y = float32_product(x, weight)
         return y if bias is None else y.add_(bias)
-    x32, blocks = x.float(), row_blocks(*weight.shape, elements)
+    x32, blocks = x.float(), row_blocks(len(weight), weight.shape[1], elements)
     if len(blocks) == 1:
         y = float32_product(x32, weight.float())
         return (y if bias is None else y.add_(bias)).to(x.dtype)

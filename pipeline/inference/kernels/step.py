@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import repeat
 from operator import contains, getitem, is_
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from pipeline.inference.kernels.cpu import Int4Linear, Int8GroupLinear, Int8Linear, PackedLinear
+from pipeline.inference.kernels.cpu import PackedLinear
+from pipeline.inference.kernels.joined import addresses, product, read_tensors
 from pipeline.inference.kernels.pages import Room, give_back
 
 if TYPE_CHECKING:
@@ -28,12 +29,10 @@ if TYPE_CHECKING:
 
     from pipeline.inference.kernels.growing import GrowingLayer
 
-Product = Callable[[torch.Tensor], torch.Tensor]
 # Their blocks are: norm, attention with rotary positions, norm, gated MLP. Tests compare each with transformers' own.
 MODELS = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 _ROWS = 8  # sequences at a time up to which this was found to be faster
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-_ALIGNMENT = 64
 
 
 def quicken_decoding(model: PreTrainedModel) -> None:
@@ -58,7 +57,7 @@ def _wrapped(ordinary: Callable) -> Callable:
 
 
 def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """What moves a model or changes its type gives its layers other tensors, and the step is made of those."""
+    """Make the step again after the model was moved or cast, because its layers have other tensors then."""
     type(self)._apply(self, *args, **kwargs)
     step = self.__dict__.get("_step")
     if step is not None and not step.holds():
@@ -74,7 +73,7 @@ class Step:
         self.dtype = backbone.norm.weight.dtype
         self.window = getattr(backbone.config, "sliding_window", None) or math.inf
         packed = [module for module in backbone.layers.modules() if isinstance(module, PackedLinear)]
-        room = Room(Room.needed([tensor for layer in packed for tensor in _large(layer)]))
+        room = Room(Room.needed([tensor for layer in packed for tensor in read_tensors(layer)]))
         self.blocks = []
         for layer in backbone.layers:
             self.blocks.append(Block(layer, self.dtype, room))
@@ -94,11 +93,11 @@ class Step:
         self._dicts = [module.__dict__ for module in self._modules]
         self._hooks = [hooks for m in self._modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.rows = min((module.kernel_tokens for module in packed), default=_ROWS)
-        self._packed, self._places = packed, _places(packed)
+        self._packed, self._places = packed, addresses(packed)
 
     def holds(self) -> bool:
         """Return True if the layers still have the tensors that this was made of."""
-        return self.norm.weight.dtype == self.dtype and _places(self._packed) == self._places
+        return self.norm.weight.dtype == self.dtype and addresses(self._packed) == self._places
 
     def unchanged(self) -> bool:
         """Return True if the model's modules are those that this was made of, and nothing listens to their calls."""
@@ -269,85 +268,3 @@ class Block:
         both = self.gate_up(self.before_mlp(hidden))
         gate, up = both.narrow(1, 0, self.inner), both.narrow(1, self.inner, self.inner)
         return self.down(self.activation(gate).mul_(up)).add_(hidden)
-
-
-def product(layers: Sequence[Any], dtype: torch.dtype, room: Room) -> Product:
-    """Return x (T, K) -> x times the transposed weights of all `layers`, side by side (T, N); one product if possible.
-
-    Packed layers that can be joined hold views of the joined weight afterwards, which lies in `room`.
-    """
-    if dtype == torch.bfloat16:
-        kinds: tuple[tuple[type, Any], ...] = ((Int8Linear, JoinedInt8), (Int4Linear, JoinedInt4))
-        for kind, joined in kinds:
-            if all(type(layer) is kind for layer in layers) and joined.suits(layers):
-                return joined(layers, room)
-    return layers[0].forward if len(layers) == 1 else Separate(layers)
-
-
-class Separate:
-    """Layers that have no joined product."""
-
-    def __init__(self, layers: Sequence[Any]):
-        self.layers = list(layers)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([layer.forward(x) for layer in self.layers], dim=-1)
-
-
-def _large(layer: PackedLinear) -> list[torch.Tensor]:
-    """Return the tensors of a packed layer that are read at every token."""
-    if isinstance(layer, Int4Linear):
-        return [layer.packed, layer.scale_and_zero]
-    assert isinstance(layer, (Int8Linear, Int8GroupLinear))
-    return [layer.codes]
-
-
-def _places(layers: Sequence[PackedLinear]) -> list[int]:
-    return [tensor.data_ptr() for layer in layers for tensor in _large(layer)]
-
-
-def _biases(layers: Sequence[PackedLinear]) -> torch.Tensor | None:
-    if all(layer.bias is None for layer in layers):
-        return None
-    return torch.cat([torch.zeros(n.out_features) if n.bias is None else n.bias.float() for n in layers]).bfloat16()
-
-
-class JoinedInt8:
-    """`Int8Linear` layers of the same inputs as one, for bf16."""
-
-    @staticmethod
-    def suits(layers: Sequence[Int8Linear]) -> bool:
-        return all(layer.codes.numel() % _ALIGNMENT == 0 for layer in layers[:-1])
-
-    def __init__(self, layers: Sequence[Int8Linear], room: Room):
-        self.codes = room.cat([layer.codes for layer in layers])
-        self.scale = torch.cat([layer.scale for layer in layers]).bfloat16()
-        self.bias = _biases(layers)
-        for layer, codes in zip(layers, self.codes.split([n.out_features for n in layers]), strict=True):
-            layer.codes = codes
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        y = torch._weight_int8pack_mm(x, self.codes, self.scale)
-        return y if self.bias is None else y.add_(self.bias)
-
-
-class JoinedInt4:
-    """`Int4Linear` layers of the same inputs as one, for bf16."""
-
-    @staticmethod
-    def suits(layers: Sequence[Int4Linear]) -> bool:
-        whole = all(layer.out_features == len(layer.packed) for layer in layers)
-        return whole and len({layer.grid.group_size for layer in layers}) == 1
-
-    def __init__(self, layers: Sequence[Int4Linear], room: Room):
-        self.group_size, self.bias = layers[0].grid.group_size, _biases(layers)
-        rows = [layer.out_features for layer in layers]
-        self.packed = room.cat([layer.packed for layer in layers])
-        self.scale_and_zero = room.cat([layer.scale_and_zero for layer in layers], dim=1)
-        parts = zip(layers, self.packed.split(rows), self.scale_and_zero.split(rows, dim=1), strict=True)
-        for layer, packed, scale_and_zero in parts:
-            layer.packed, layer.scale_and_zero = packed, scale_and_zero
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu.default(x, self.packed, self.group_size, self.scale_and_zero)
-        return y if self.bias is None else y.add_(self.bias)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import fnmatch
 import importlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, ItemsView, Iterable, Iterator, KeysView, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -40,13 +40,16 @@ class FileWeights(Protocol):
     path: Path
     dtype: torch.dtype  # what was quantized has this type
 
-    def read(self, name: str) -> torch.Tensor: ...
+    def read(self, name: str) -> torch.Tensor:
+        """Return the whole tensor, dequantized."""
 
     def __getitem__(self, name: str) -> TensorInfo: ...
 
-    def keys(self) -> Any: ...
+    def keys(self) -> KeysView[str]:
+        """Return the names of the tensors."""
 
-    def items(self) -> Any: ...
+    def items(self) -> ItemsView[str, TensorInfo]:
+        """Return the names, dtypes and shapes of the tensors."""
 
     def __contains__(self, name: object) -> bool: ...
 
@@ -56,7 +59,7 @@ class FileWeights(Protocol):
 
 
 class Format(Protocol):
-    """A way to store variants. Formats derive from this class, and get what it does."""
+    """A way to store variants. Formats derive from this class and inherit its defaults."""
 
     TABLE: Grid  # of embeddings, output heads and layers in eight bits
 
@@ -65,6 +68,7 @@ class Format(Protocol):
 
     def check_architecture(self, kind: str | None) -> None:
         """Raise ModelError if models with this `model_type` cannot be stored so."""
+        return None
 
     def grid(self, spec: VariantSpec, width: int) -> Grid | None:
         """Return the grid of a layer with `width` columns; None if the format takes weights directly.
@@ -74,13 +78,13 @@ class Format(Protocol):
         """
 
     def output(self, spec: VariantSpec, folder: Path, source: Source, others: Iterable[Output]) -> Output:
-        """Return what writes a variant into `folder`.
+        """Return the output that writes a variant into `folder`.
 
         Args:
-            others: what is written in the same pass already; the new one may be made of it.
+            others: the outputs of the same pass so far; the new one may be made of them.
         """
 
-    def weights(self, checkpoint: Checkpoint) -> Collection[str]:
+    def weights(self, checkpoint: Checkpoint | FileWeights) -> Collection[str]:
         """Return the names of the weights that a checkpoint of safetensors holds in this format."""
         return ()
 
@@ -88,12 +92,13 @@ class Format(Protocol):
         """Return the names of the tensors that the weight `name` is stored as."""
         return [name]
 
-    def read(self, checkpoint: Checkpoint, name: str, shape: tuple[int, int]) -> GroupQuantized:
+    def read(self, checkpoint: Checkpoint | FileWeights, name: str, shape: tuple[int, int]) -> GroupQuantized:
         """Return the stored weight of a layer of `shape` (N, K).
 
         Raises:
             CheckpointError: if its stored parts are not those of such a layer.
         """
+        raise TypeError(f"{type(self).__name__} stores no codes in safetensors")
 
     def unpack(self, weight: torch.Tensor) -> GroupQuantized | None:
         """Return portable codes of a weight that transformers loaded; None for any other tensor."""
@@ -101,6 +106,7 @@ class Format(Protocol):
 
     def tensor(self, weight: GroupQuantized, dtype: torch.dtype) -> torch.Tensor:
         """Return a weight as transformers loads it and saves it: the inverse of `unpack`."""
+        raise TypeError(f"{type(self).__name__} has no tensor of transformers")
 
     def rounds_inputs(self, config: Any) -> bool:
         """Return True if layers of this model round their inputs too, so that only the stock loader runs it."""
@@ -113,6 +119,7 @@ class Format(Protocol):
             CheckpointError: if it is damaged, or has other tensors.
             MissingExtra: if the package that reads it is not installed.
         """
+        raise TypeError(f"{type(self).__name__} is no format of one file")
 
 
 def register(name: str, module: str, sizes: str | None = None) -> None:

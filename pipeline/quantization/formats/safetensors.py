@@ -18,7 +18,7 @@ class SafetensorsFormat(Format):
     """A format that `pipeline.quantization.safetensors_output` writes, part by part."""
 
     def output(self, spec: VariantSpec, folder: Path, source: Source, others: Iterable[Output]) -> Output:
-        """Return what writes a variant into `folder`."""
+        """Return the output that writes a variant into `folder`."""
         from pipeline.quantization.safetensors_output import SafetensorsFolder
 
         return SafetensorsFolder(spec, folder, source)

@@ -23,9 +23,8 @@ ITERATIONS = 20
 def round(rows: torch.Tensor, grid: Grid, statistics: Statistics | None = None) -> GroupQuantized:
     """Put rows (N, K) of a weight on a grid with a float zero, or with none. Rows do not influence each other.
 
-    Where there is no zero to move, the scale is fitted in its stead. What moves is rounded as it will
-    be stored in every iteration, and each group keeps the best it met, so that what is optimised
-    is what will be stored.
+    A grid without zeros gets fitted scales instead. Every iteration rounds the fitted value as it will be stored.
+    Each group keeps its best value, so the stored values are those that were optimised.
     """
     if grid.zero == "none":
         return _without_zero(rows, grid)
@@ -33,6 +32,7 @@ def round(rows: torch.Tensor, grid: Grid, statistics: Statistics | None = None) 
         raise ValueError(f"hqq moves float zeros or scales; the grid has zero={grid.zero!r}")
     groups = in_groups(rows, grid).float()
     scale, zero = full_range(groups, grid)
+    assert zero is not None, "the grid has float zeros"
     step = scale.float().unsqueeze(-1)
     best_zero, best_error = zero, torch.full(zero.shape, torch.inf, device=zero.device)
     beta = BETA
@@ -51,7 +51,7 @@ def round(rows: torch.Tensor, grid: Grid, statistics: Statistics | None = None) 
 
 
 def _without_zero(weight: torch.Tensor, grid: Grid) -> GroupQuantized:
-    """The same splitting, with the scale in closed form: the one that brings the codes closest to W - sparse."""
+    """Fit scales in closed form: each brings the codes closest to W - sparse."""
     groups = in_groups(weight, grid)
     scale, _ = full_range(groups, grid)
     groups = groups.float()
@@ -74,6 +74,6 @@ def _without_zero(weight: torch.Tensor, grid: Grid) -> GroupQuantized:
 
 
 def _shrink(error: torch.Tensor, distance: torch.Tensor, beta: float) -> torch.Tensor:
-    """The l_p shrinkage, sign(e) * max(|e| - |e|^(p - 1) / beta, 0), in the place of `error`; `distance` is |e|."""
+    """Overwrite `error` with its l_p shrinkage, sign(e) * max(|e| - |e|^(p - 1) / beta, 0); `distance` is |e|."""
     less = distance.clamp(min=1e-8).pow_(P - 1).div_(beta)
     return error.sign_().mul_(torch.sub(distance, less, out=less).clamp_(min=0))

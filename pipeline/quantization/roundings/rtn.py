@@ -23,7 +23,7 @@ def round(rows: torch.Tensor, grid: Grid, statistics: Statistics | None = None) 
 
 
 def full_range(groups: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scales and zeros (N, G) with which no weight of (N, G, g) is clipped."""
+    """Return scales and zeros (N, G) that clip no weight of (N, G, g)."""
     if grid.zero == "none":
         # In the weight's own type, as torchao does, so that the codes agree to the last bit.
         # The largest is found in float32 where that is exact, because it is faster.

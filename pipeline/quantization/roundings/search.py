@@ -1,9 +1,9 @@
-"""Least squares: the scale and zero of each group that bring its weights closest. No data.
+"""Least squares: the scale and zero with the smallest squared error in each group. No data.
 
 Rounding to nearest spends the codes on the two outermost weights of a group. Here a few
-narrower ranges are tried, and from each of them the scale and zero are fitted to the
-weights by linear regression on their codes, alternating with the choice of codes. Each
-group keeps the best it met, so that it is never further off than with the full range.
+narrower ranges are tried. From each of them, linear regression of the weights on their codes
+gives a scale and a zero, alternating with the choice of codes. Each group keeps its best result,
+so its error is never larger than with the full range.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ FITS = 4  # from each of them
 def round(rows: torch.Tensor, grid: Grid, statistics: Statistics | None = None) -> GroupQuantized:
     """Put rows (N, K) of a weight on a grid with a float zero, or with none. Rows do not influence each other.
 
-    Scales and zeros are rounded to the grid's `scale_dtype` before a candidate is judged,
-    so that what is compared is what would be stored.
+    Scales and zeros are rounded to the grid's `scale_dtype` before candidates are compared,
+    so the comparison uses the values that would be stored.
     """
     if grid.zero == "none":
         return _without_zero(rows, grid)
@@ -45,8 +45,10 @@ def round(rows: torch.Tensor, grid: Grid, statistics: Statistics | None = None) 
 
 
 def _without_zero(weight: torch.Tensor, grid: Grid) -> GroupQuantized:
-    """The same with the scale alone, which may be negative: the outermost weight gets the lowest code,
-    of which there is one more than on the other side of zero."""
+    """Fit scales without zeros. A scale may be negative, so that the outermost weight gets the lowest code.
+
+    There is one more code below zero than above it.
+    """
     groups = in_groups(weight, grid).float()
     lowest, highest = torch.aminmax(groups, dim=-1)
     full = torch.where(-lowest > highest, lowest, highest) / grid.lowest
@@ -65,25 +67,26 @@ def _no_step_of_zero(scale: torch.Tensor) -> torch.Tensor:
 
 
 class _Best:
-    """The best scale and zero (N, G) that each group has met, by squared error."""
+    """The scale and zero (N, G) with the smallest squared error so far, group by group."""
 
     def __init__(self, groups: torch.Tensor, grid: Grid):
         self.groups, self.grid = groups, grid
-        self.scale = self.zero = self.error = None
+        self.scale, self.error = groups.new_empty(0), groups.new_empty(0)
+        self.zero: torch.Tensor | None = None
 
     def consider(self, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
-        """Take a candidate wherever it is better; the codes (N, G, g) that it gives."""
+        """Keep a candidate in the groups that it improves, and return its codes (N, G, g)."""
         codes = choose_codes(self.groups, scale, zero, self.grid)
         on_grid = codes * scale.float().unsqueeze(-1)
         if zero is not None:
             on_grid.add_(zero.float().unsqueeze(-1))
         error = on_grid.sub_(self.groups).square_().sum(dim=-1)
-        if self.error is None:
+        if not len(self.error):
             self.scale, self.zero, self.error = scale, zero, error
         else:
             better = error < self.error
             self.scale = torch.where(better, scale, self.scale)
-            self.zero = None if zero is None else torch.where(better, zero, self.zero)
+            self.zero = None if zero is None or self.zero is None else torch.where(better, zero, self.zero)
             self.error = torch.where(better, error, self.error)
         return codes
 
@@ -91,11 +94,12 @@ class _Best:
 def _fit(
     mean: torch.Tensor, centred: torch.Tensor, codes: torch.Tensor, grid: Grid
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The regression of the weights on their codes, group by group: scales and zeros (N, G).
+    """Return scales and zeros (N, G) from the regression of the weights on their codes, group by group.
 
     Args:
-        mean, centred: of the weights, (N, G, 1), and the weights (N, G, g) less that.
-        codes: (N, G, g), which are lost.
+        mean: of the weights, (N, G, 1).
+        centred: the weights (N, G, g) less their mean.
+        codes: (N, G, g); they are overwritten.
     """
     mean_code = codes.mean(dim=-1, keepdim=True)
     spread = codes.sub_(mean_code)

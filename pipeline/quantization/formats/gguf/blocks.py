@@ -24,17 +24,17 @@ _BITS = 2 ** torch.arange(8, dtype=torch.uint8)
 
 
 def row_bytes(kind: str, width: int, grid: Grid | None = None) -> int:
-    """Bytes of a row of `width` columns in a plain type, or on `grid`."""
+    """Return the bytes of a row of `width` columns in a plain type, or on `grid`."""
     if grid is None:
         return PLAIN[kind].itemsize * width
     return sizes.row_bytes(grid.bits, 2 if grid.zero == "float" else 1, width)
 
 
 def plain(rows: torch.Tensor, kind: str) -> torch.Tensor:
-    """Rows (N, ...) of any float type -> bytes (N, row_bytes) uint8.
+    """Convert rows (N, ...) of any float type to bytes (N, row_bytes) uint8.
 
     Raises:
-        QuantizationError: where float16 cannot hold what is finite in the source.
+        QuantizationError: if float16 cannot hold a finite value.
     """
     stored = rows.to(PLAIN[kind]).contiguous()
     if kind == "F16" and stored.isinf().sum() != rows.isinf().sum():
@@ -43,10 +43,10 @@ def plain(rows: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 def pack(block: GroupQuantized) -> torch.Tensor:
-    """A quantized weight (N, K) -> its rows as bytes (N, row_bytes) uint8.
+    """Convert a quantized weight (N, K) to the bytes of its rows, (N, row_bytes) uint8.
 
     Raises:
-        QuantizationError: where float16 cannot hold a scale or a minimum.
+        QuantizationError: if float16 cannot hold a scale or a minimum.
     """
     grid = block.grid
     rows, groups = block.scale.shape
@@ -54,7 +54,7 @@ def pack(block: GroupQuantized) -> torch.Tensor:
     if not all(part.isfinite().all() for part in numbers):
         raise QuantizationError("has groups whose scale float16 cannot hold")
     parts = [part.contiguous().view(torch.uint8).view(rows, groups, 2) for part in numbers]
-    codes = block.codes.contiguous().view(torch.uint8).view(rows, groups, grid.group_size)
+    codes = block.codes.contiguous().view(torch.uint8).view(rows, groups, sizes.GROUP)
     if grid.bits == 8:
         return torch.cat([*parts, codes], dim=-1).flatten(1)
     codes = codes - grid.lowest if grid.signed else codes  # which wraps around to what is meant

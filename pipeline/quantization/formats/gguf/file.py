@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -32,9 +33,9 @@ TABLES = ("token_embd.weight", "output.weight")  # the embedding, and the output
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies in the file, and as what."""
+    """The place and the type of a tensor in the file."""
 
-    kind: str  # F32, F16, BF16, or what its grid is called
+    kind: str  # F32, F16, BF16, or the name of its grid
     grid: Grid | None
     shape: tuple[int, ...]
     row_bytes: int
@@ -42,13 +43,14 @@ class Place:
 
     @property
     def nbytes(self) -> int:
+        """Return the bytes of the tensor."""
         return self.row_bytes * self.shape[0]
 
 
 class GgufFile(Output):
-    """One output of the pass: `<model>-<TYPE>.gguf` in a folder of its own or among others.
+    """One output of a pass: the file `<model>-<TYPE>.gguf`.
 
-    The file gets its name only when every byte is there and on the disk; after an error nothing of it is left.
+    The file gets its name when every byte is on the disk. After an error no part of it is left.
     """
 
     def __init__(self, spec: VariantSpec, folder: Path, source: Source):
@@ -56,13 +58,14 @@ class GgufFile(Output):
         self.path = folder / self.file_name(spec, source)
         self.rounding = rounding(spec.rounding) if spec.rounding else nearest
         self.grids, self.kept = layer_grids(spec, source.linear)
-        self.about = describe(source.folder, source.name, spec.variant.file_type, source.template, source.license)
+        self.about = describe(source.folder, source.name, spec.variant.file_type or "", source.template, source.license)
         of, tensors = self.about.architecture, source.tensors
         self.names = stored_names(of, self.about.layers, tensors)
         tables = [name for name, target in self.names.items() if target in TABLES]
         self.tables = set(tables) if spec.quantizes_embeddings else set()
         for name in self.tables:
-            self.grids[name] = (tensors[name].shape, FORMAT.TABLE)
+            rows, width = tensors[name].shape
+            self.grids[name] = ((rows, width), FORMAT.TABLE)
         planned = {target: self._plan(name) for name, target in self.names.items()}
         extra = self.about.tensors.items()
         count = sum(math.prod(tensors[name].shape) for name in self.names)
@@ -86,6 +89,7 @@ class GgufFile(Output):
 
     @staticmethod
     def file_name(spec: VariantSpec, source: Source) -> str:
+        """Return the name of the file."""
         return f"{source.name}-{spec.variant.file_type}.gguf"
 
     def _plan(self, name: str) -> Place:
@@ -93,7 +97,7 @@ class GgufFile(Output):
         if grid is not None:
             kind = type_of(grid)
         elif len(info.shape) > 1 and self.spec.variant.bits == 16 and name not in self.kept:
-            kind = self.spec.variant.file_type  # F16 or BF16
+            kind = self.spec.variant.file_type or ""  # F16 or BF16
         else:
             kind = "F32" if len(info.shape) == 1 else _KINDS.get(info.dtype, "")
         if not kind or not 1 <= len(info.shape) <= 2:
@@ -103,17 +107,20 @@ class GgufFile(Output):
 
     @property
     def is_whole(self) -> bool:
-        """Is every matrix stored as the type that it came in?"""
+        """Return True if every matrix is stored in the dtype of the source."""
         tensors = ((self.source.tensors[name], self.places[target]) for name, target in self.names.items())
         return all(len(info.shape) == 1 or _KINDS.get(info.dtype) == place.kind for info, place in tensors)
 
     def rounds(self, name: str) -> bool:
+        """Return True if the tensor is quantized."""
         return name in self.names and self.places[self.names[name]].grid is not None
 
     def together(self, name: str) -> int:
+        """Return the number of rows that are reordered together."""
         return rows_together(self.about.architecture, name, self.about.head_dim)
 
     def take(self, name: str, rows: torch.Tensor, first: int) -> None:
+        """Write rows of a tensor; `first` is the number of the first one."""
         if name not in self.names:
             return
         place = self.places[self.names[name]]
@@ -122,8 +129,8 @@ class GgufFile(Output):
             if place.grid is None:
                 data = plain(rows, place.kind)
             else:
-                # At eight bits the nearest is good enough for tables. In float32, since a scale that the
-                # weight's own bfloat16 can hold is further off than one of float16.
+                # Rounding to nearest is good enough for tables in eight bits. It is done in float32, because a scale
+                # of float16 is more exact than one of bfloat16.
                 chosen = nearest if name in self.tables else self.rounding
                 data = pack(chosen.round(rows.float(), place.grid, self.source.statistics.get(name)))
         except QuantizationError as error:
@@ -131,18 +138,18 @@ class GgufFile(Output):
         self._write(self.names[name], data, first)
 
     def _write(self, target: str, data: torch.Tensor, first: int) -> None:
-        """Put rows as bytes (n, row_bytes) in their place."""
+        """Write rows as bytes (n, row_bytes) to their place."""
         place = self.places[target]
         if data.shape[1] != place.row_bytes or first + len(data) > place.shape[0]:
             raise ValueError(f"{target}: rows from {first} on, {tuple(data.shape)} bytes, do not fit {place}")
-        rows = memoryview(data.contiguous().view(-1).numpy())
+        rows = memoryview(cast(Any, data.contiguous().view(-1).numpy()))  # no `Buffer` before Python 3.12
         put(self._file, rows, place.offset + first * place.row_bytes, self.path)
         self._written[target].append((first, first + len(data)))
 
     def __enter__(self) -> GgufFile:
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         try:
             if kind is None:
                 self._close()
@@ -168,10 +175,11 @@ class GgufFile(Output):
         self._file = -1
 
     def finish(self, model: Path, tell: Tell | None = None) -> None:
-        """Put the terms of use beside the file; the configuration and the tokenizer are in it."""
+        """Put the license beside the file, which holds the configuration and the tokenizer."""
         copy_terms(model, self.path.parent)
 
     def describe(self) -> VariantFiles:
+        """Return the figures of the written file."""
         stored = sum(self.places[self.names[name]].nbytes for name in self.grids)
         before = sum(self.source.tensors[name].nbytes for name in self.grids)
         types = dict(Counter(place.kind for place in self.places.values()))
@@ -179,13 +187,13 @@ class GgufFile(Output):
 
 
 def _lay_out(about: Description, planned: dict[str, Place]) -> tuple[bytes, dict[str, Place]]:
-    """The file's bytes up to its first tensor, and where each tensor goes."""
+    """Return the bytes of the file up to its first tensor, and the place of each tensor."""
     gguf, writer = library(), about.writer
     for name, place in planned.items():
         kind = gguf.GGMLQuantizationType[place.kind]
-        writer.add_tensor_info(name, place.shape, None, place.nbytes, raw_dtype=kind)
+        writer.add_tensor_info(name, place.shape, cast(Any, None), place.nbytes, raw_dtype=kind)  # no numpy dtype
     header = io.BytesIO()
-    writer.fout, writer.state = [header], gguf.gguf_writer.WriterState.EMPTY
+    writer.fout, writer.state = cast(Any, [header]), gguf.gguf_writer.WriterState.EMPTY
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

@@ -77,7 +77,7 @@ class Gguf(Format):
         architecture(kind)
 
     def output(self, spec: VariantSpec, folder: Path, source: Source, others: Iterable[Output]) -> Output:
-        """Return what writes the file; K-quants are made of a whole file of the same pass, which they share."""
+        """Return the output that writes the file; K-quants of a pass share one full file."""
         from pipeline.quantization.formats.gguf.file import GgufFile
         from pipeline.quantization.formats.gguf.k_quants import FullFile, KQuantsFile
 

@@ -1,7 +1,7 @@
-"""What a GGUF says of its model before the weights: shape, rotary embeddings, tokenizer, chat template.
+"""The header of a GGUF file: shape of the model, rotary embeddings, tokenizer, chat template.
 
-Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; where llama.cpp fixes something that a
-configuration could have otherwise, such a configuration is refused.
+Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. A configuration that llama.cpp
+cannot compute is refused.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -37,13 +37,13 @@ _SAMPLING = {  # of `generation_config.json`, and what a GGUF calls them
 
 @dataclass(frozen=True)
 class Description:
-    """A model's header, to which tensors can still be added.
+    """The header of a model, to which tensors can still be added.
 
     Attributes:
         writer: of the package `gguf`, with every key set and no file open.
-        architecture: how llama.cpp has it.
+        architecture: the one of llama.cpp.
         head_dim: channels of a head.
-        tensors: those that no checkpoint holds, float32, by their names in GGUF.
+        tensors: float32 tensors that no checkpoint holds, by their names in GGUF.
     """
 
     writer: GGUFWriter
@@ -56,16 +56,16 @@ class Description:
 def describe(
     folder: Path, name: str, type_name: str, template: str | None = None, license: str | None = None
 ) -> Description:
-    """The header of the model in `folder`.
+    """Return the header of the model in `folder`.
 
     Args:
-        name: what the model is called.
-        type_name: what most of its weights are stored as, such as `Q4_0`.
-        template: its chat template, where it is not in the folder yet.
+        name: of the model.
+        type_name: the type of most weights, such as `Q4_0`.
+        template: its chat template, if it is not in the folder yet.
 
     Raises:
-        ModelError: naming what llama.cpp does not compute as this model does.
-        MissingExtra: where the package `gguf` is not installed.
+        ModelError: if llama.cpp cannot compute this model, with the reason.
+        MissingExtra: if the package `gguf` is not installed.
     """
     gguf = library()
     try:
@@ -95,7 +95,7 @@ def describe(
 
 @functools.lru_cache(maxsize=1)
 def _tokenizer(folder: Path, size: int, states: tuple) -> tuple[PreTrainedTokenizerBase, Vocabulary]:
-    """The tokenizer of a model with `size` rows in its embedding; kept, since all variants of a pass have the same."""
+    """Return the tokenizer of a model with `size` rows in its embedding; cached for the variants of a pass."""
     try:
         tokenizer = open_tokenizer(folder)
     except ModelError as error:
@@ -107,13 +107,13 @@ def _tokenizer(folder: Path, size: int, states: tuple) -> tuple[PreTrainedTokeni
 
 
 def _states(folder: Path) -> tuple:
-    """What changes where a file beside the weights does."""
+    """Return a value that changes when a file beside the weights changes."""
     stats = ((path.name, path.stat()) for path in companions(folder))
     return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
 def _add_shape(writer: GGUFWriter, config: PretrainedConfig, known: Architecture) -> int:
-    """Sizes, norms and windows; the channels of a head."""
+    """Add sizes, norms and windows; return the channels of a head."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
@@ -172,7 +172,7 @@ def _add_gemma(writer: GGUFWriter, config: PretrainedConfig, head_dim: int) -> N
 def _add_positions(
     writer: GGUFWriter, config: PretrainedConfig, known: Architecture, head_dim: int
 ) -> dict[str, torch.Tensor]:
-    """The rotary embeddings; tensors that describe them."""
+    """Add the rotary embeddings; return the tensors that describe them."""
     gguf, rope = library(), config.rope_parameters
     rope = rope.get("full_attention", rope)
     kind = rope.get("rope_type", "default")
@@ -187,7 +187,7 @@ def _add_positions(
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
         plain = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2).float() / head_dim)
         return {"rope_freqs.weight": plain / scaled.float()}
-    odd = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
+    odd: dict[str, Any] = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
     odd |= dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim"))
     if kind not in ("linear", "yarn") or any(rope.get(key) not in (usual, None) for key, usual in odd.items()):
         raise ModelError(f"rope_parameters: {kind} as it is set here is not written as GGUF")
@@ -219,7 +219,7 @@ def _add_tokenizer(
     writer.add_add_eos_token(after)
     stops = _stops(config, tokenizer, folder)
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else config.bos_token_id
-    ids = {"bos": first, "unk": tokenizer.unk_token_id, "pad": tokenizer.pad_token_id}
+    ids: dict[str, int | None] = {"bos": first, "unk": tokenizer.unk_token_id, "pad": tokenizer.pad_token_id}
     ids |= dict(zip(ENDS, stops, strict=False))
     for kind, token in ids.items():
         if token is not None:
@@ -227,7 +227,7 @@ def _add_tokenizer(
 
 
 def _added(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
-    """Whether the tokenizer puts its first token before a text, and its last behind it."""
+    """Return two booleans: the tokenizer adds its first token before a text, and its last after it."""
     bare, whole = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (False, True))
     for before in (False, True):
         for after in (False, True):
@@ -237,7 +237,7 @@ def _added(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
 
 
 def _stops(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[int]:
-    """Every token that ends an answer, the tokenizer's own first."""
+    """Return every token that ends an answer, with that of the tokenizer first."""
     from transformers import GenerationConfig
 
     found = [tokenizer.eos_token_id]
@@ -251,13 +251,15 @@ def _stops(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, folder:
 
 
 def _add_sampling(writer: GGUFWriter, folder: Path) -> None:
-    """What the model's makers recommend for drawing tokens, which llama.cpp goes by where it is not told otherwise."""
+    """Add the sampling settings of the model, which are the defaults of llama.cpp for it."""
     settings = read_json(folder / "generation_config.json", {})
     for key, name in _SAMPLING.items():
         value = settings.get(key)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            add = writer.add_int32 if name == "top_k" else writer.add_float32
-            add(f"{SAMPLING}{name}", int(value) if name == "top_k" else value)
+            if name == "top_k":
+                writer.add_int32(f"{SAMPLING}{name}", int(value))
+            else:
+                writer.add_float32(f"{SAMPLING}{name}", value)
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -1,7 +1,6 @@
-"""K-quants: what the pass writes is the model as it is, and llama.cpp's own quantizer makes the variant of it.
+"""K-quants: the pass writes the model in its own types, and the quantizer of llama.cpp makes the variant.
 
-How llama.cpp spreads its types over a model's tensors is its own business, and part of what people
-expect of such a file; what it chose is read back from the file.
+llama.cpp chooses the type of each tensor, as people expect of such a file. The types are read back from the file.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,12 +30,13 @@ _FAILURE = re.compile(r"GGML_ASSERT|error|failed", re.IGNORECASE)
 
 
 class FullFile(GgufFile):
-    """The model in its own types, which all K-quants of a pass are made of."""
+    """The model in its own types, from which all K-quants of a pass are made."""
 
     is_temporary = True
 
     @staticmethod
     def file_name(spec: VariantSpec, source: Source) -> str:
+        """Return the name of the temporary file."""
         return f"{source.name}.gguf.full"
 
     def remove(self) -> None:
@@ -44,7 +45,7 @@ class FullFile(GgufFile):
 
 
 class KQuantsFile(Output):
-    """One output of the pass, which takes nothing in it: `finish` makes the file of a whole one."""
+    """One output of a pass that takes no rows: `finish` makes the file from a full one."""
 
     def __init__(self, spec: VariantSpec, folder: Path, full: GgufFile):
         self.spec, self.full, self.made_of = spec, full, (full,)
@@ -53,26 +54,31 @@ class KQuantsFile(Output):
     def __enter__(self) -> KQuantsFile:
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         pass
 
     def rounds(self, name: str) -> bool:
-        """Every matrix is to be, so its values have to be finite."""
+        """Return True for every matrix, so that its values are checked."""
         return name in self.full.names and len(self.full.source.tensors[name].shape) > 1
 
     def together(self, name: str) -> int:
+        """Return 1, because no rows are taken."""
         return 1
 
     def take(self, name: str, rows: torch.Tensor, first: int) -> None:
-        pass
+        """Take no rows; the full file has them."""
 
     def finish(self, model: Path, tell: Tell | None = None) -> None:
+        """Quantize the full file with llama.cpp, and put the license beside the result."""
         partial = self.path.with_name(f"{self.path.name}.partial")
         what = f"quantizing {self.spec.name} with llama.cpp"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             quantize(
-                self.full.path, partial, self.spec.variant.file_type, lambda d, t: tell(d, t, what) if tell else None
+                self.full.path,
+                partial,
+                self.spec.variant.file_type or "",
+                lambda d, t: tell(d, t, what) if tell else None,
             )
             os.replace(partial, self.path)
         except OSError as error:
@@ -82,6 +88,7 @@ class KQuantsFile(Output):
         copy_terms(model, self.path.parent)
 
     def describe(self) -> VariantFiles:
+        """Return the figures of the written file."""
         stored = read_header(self.path).tensors
         sizes = {name: tensor.nbytes for name, tensor in stored.items() if tensor.kind not in PLAIN}
         before = sum(
@@ -92,25 +99,25 @@ class KQuantsFile(Output):
 
 
 def quantize(source: Path, target: Path, kind: str, on_progress: Callable[[int, int], None]) -> None:
-    """Let llama.cpp quantize a GGUF; the new file is on the disk when this returns.
+    """Quantize a GGUF with llama.cpp; the new file is on the disk when this returns.
 
-    It works in a process of its own, since a call into it can be neither stopped nor survived where it aborts.
+    It runs in a process of its own, because a call into it cannot be stopped, and may abort the process.
 
     Args:
         kind: such as `Q4_K_M`.
         on_progress: called with tensors done and tensors in all.
 
     Raises:
-        QuantizationError: with llama.cpp's own words.
+        QuantizationError: with the reason that llama.cpp gives.
     """
     command = [sys.executable, "-P", quantizer.__file__, str(source), str(target), kind]
-    # What it complains of goes to a file, since a pipe that nobody empties meanwhile would hold it up.
+    # Errors go to a file, because a pipe that is not read would block the process.
     with (
         tempfile.TemporaryFile() as complaints,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints) as process,
     ):
         try:
-            for line in process.stdout:
+            for line in process.stdout or ():
                 if step := quantizer.STEP.fullmatch(line):
                     on_progress(*map(int, step.groups()))
         except BaseException:
@@ -125,6 +132,6 @@ def quantize(source: Path, target: Path, kind: str, on_progress: Callable[[int, 
 
 
 def _reason(complaints: Iterable[bytes]) -> str | None:
-    """The line that says what went wrong, among those that llama.cpp and what it loads print."""
+    """Return the line with the reason among those that llama.cpp and its libraries print."""
     lines = (line.decode(errors="replace").strip() for line in complaints)
     return next((line for line in lines if _FAILURE.search(line)), None)

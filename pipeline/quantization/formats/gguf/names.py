@@ -1,4 +1,4 @@
-"""The architectures that are written, what llama.cpp calls their tensors, and what it wants of their numbers.
+"""The architectures that are written, and the names, orders and offsets of their tensors in llama.cpp.
 
 Names: gguf-py/gguf/tensor_mapping.py of llama.cpp, through the package `gguf`.
 """
@@ -22,7 +22,7 @@ BIASES = {"attention_bias": (*_INPUTS, "o_proj"), "mlp_bias": _MLP}  # of a conf
 
 @dataclass(frozen=True)
 class Architecture:
-    """How llama.cpp has an architecture of transformers.
+    """An architecture of transformers as llama.cpp computes it.
 
     Attributes:
         name: its name in GGUF.
@@ -50,10 +50,10 @@ ARCHITECTURES = {  # by `model_type` in config.json
 
 
 def library() -> ModuleType:
-    """The package `gguf`.
+    """Return the package `gguf`.
 
     Raises:
-        MissingExtra: where it is not installed.
+        MissingExtra: if it is not installed.
     """
     if not is_installed("gguf"):
         raise MissingExtra("GGUF", "gguf")
@@ -63,10 +63,10 @@ def library() -> ModuleType:
 
 
 def architecture(model_type: str | None) -> Architecture:
-    """The architecture of a `model_type` in config.json.
+    """Return the architecture of a `model_type` in config.json.
 
     Raises:
-        ModelError: naming it, where it is not one of those that are written.
+        ModelError: if it is not written as GGUF.
     """
     if model_type not in ARCHITECTURES:
         raise ModelError(f"{model_type}: not written as GGUF; handled are {', '.join(ARCHITECTURES)}")
@@ -74,10 +74,10 @@ def architecture(model_type: str | None) -> Architecture:
 
 
 def architecture_named(name: str) -> Architecture:
-    """The architecture that GGUF has under a name.
+    """Return the architecture with that name in GGUF.
 
     Raises:
-        ModelError: where none that is written has it.
+        ModelError: if no written architecture has it.
     """
     found = next((known for known in ARCHITECTURES.values() if known.name == name), None)
     if found is None:
@@ -86,13 +86,13 @@ def architecture_named(name: str) -> Architecture:
 
 
 def stored_names(of: Architecture, layers: int, names: Iterable[str]) -> dict[str, str]:
-    """A checkpoint's tensors -> their names in GGUF; what is not stored at all is left out.
+    """Map the tensors of a checkpoint to their names in GGUF; tensors that are not stored are left out.
 
-    An output head that the checkpoint has is stored, whatever its configuration says of tied embeddings: where
-    both are there and differ, transformers computes with both, and so does llama.cpp.
+    An output head in the checkpoint is stored, even if the configuration ties it to the embedding. If both differ,
+    transformers computes with both, and so does llama.cpp.
 
     Raises:
-        QuantizationError: naming a tensor that llama.cpp has no place for.
+        QuantizationError: if llama.cpp has no place for a tensor.
     """
     gguf = library()
     wanted = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == of.name)
@@ -109,12 +109,12 @@ def stored_names(of: Architecture, layers: int, names: Iterable[str]) -> dict[st
 
 
 def rows_together(of: Architecture, name: str, head_dim: int) -> int:
-    """Rows of a tensor that change places with one another."""
+    """Return the number of rows of a tensor that are reordered together."""
     return head_dim if of.pairs and re.search(r"\.self_attn\.[qk]_proj\.", name) else 1
 
 
 def as_stored(of: Architecture, name: str, rows: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows of a tensor, whole heads of them, in llama.cpp's order, and norms with its offset, in float32.
+    """Return rows of whole heads in the order of llama.cpp, and norms with its offset in float32.
 
     With `pairs`, channel i of the first half of a head comes beside channel i of the second.
     """
@@ -127,7 +127,7 @@ def as_stored(of: Architecture, name: str, rows: torch.Tensor, head_dim: int) ->
 
 
 def as_in_checkpoint(of: Architecture, name: str, tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """The inverse of `as_stored`."""
+    """Return a stored tensor as the checkpoint has it: the inverse of `as_stored`."""
     if rows_together(of, name, head_dim) > 1:
         pairs = tensor.reshape(-1, head_dim // 2, 2, *tensor.shape[1:])
         return pairs.transpose(1, 2).reshape(tensor.shape)

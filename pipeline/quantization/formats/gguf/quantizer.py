@@ -19,6 +19,7 @@ _STEP = re.compile(rb"\[\s*(\d+)/\s*(\d+)\]")  # as llama.cpp tells of it
 
 
 def main(source: str, target: str, kind: str) -> int:
+    """Quantize the file `source` to `target`; return 0 if llama.cpp succeeded."""
     import ctypes
 
     import llama_cpp
@@ -30,7 +31,7 @@ def main(source: str, target: str, kind: str) -> int:
                 os.write(1, b"%s %s\n" % step.groups())
             elif level == ERROR:
                 os.write(2, text)
-        except OSError:  # nobody waits for this any more
+        except OSError:  # the parent process has ended
             os._exit(1)
 
     llama_cpp.llama_log_set(log, ctypes.c_void_p(0))

@@ -1,4 +1,4 @@
-"""The weights of a GGUF file by their names in the checkpoint that it was made of, as that had them."""
+"""The weights of a GGUF file by their names in the checkpoint that it was made of."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,24 +22,24 @@ from pipeline.quantization.formats.gguf.names import architecture_named, as_in_c
 class GgufWeights(Mapping[str, TensorInfo]):
     """The tensors of a file, read one by one and dequantized; no page of it stays mapped.
 
-    A mapping from the checkpoint's names to `TensorInfo`; what is quantized has the type `dtype`.
+    A mapping from the names in the checkpoint to `TensorInfo`. Quantized tensors have the type `dtype`.
     """
 
     def __init__(self, path: Path, names: Iterable[str], dtype: torch.dtype):
         """Open a file that was made of a checkpoint with tensors of these names.
 
         Raises:
-            CheckpointError: where it is damaged, or has other tensors.
-            MissingExtra: where the package `gguf` is not installed.
+            CheckpointError: if it is damaged, or has other tensors.
+            MissingExtra: if the package `gguf` is not installed.
         """
         found = read_header(path)
         self.path, self.dtype = path, dtype
-        kind = found.keys.get("general.architecture")
+        kind = str(found.keys.get("general.architecture"))
         self._of = architecture_named(kind)
-        sizes = [found.keys.get(f"{kind}.{key}") for key in ("attention.key_length", "block_count")]
-        if not all(isinstance(size, int) for size in sizes):
-            raise CheckpointError(f"{path}: does not say how large its heads are, or how many layers it has")
-        (self._head_dim, layers), stored = sizes, found.tensors
+        head_dim, layers = (found.keys.get(f"{kind}.{key}") for key in ("attention.key_length", "block_count"))
+        if not isinstance(head_dim, int) or not isinstance(layers, int):
+            raise CheckpointError(f"{path}: has no size of heads or no number of layers")
+        self._head_dim, stored = head_dim, found.tensors
         wanted = stored_names(self._of, layers, names)
         if missing := sorted(set(wanted.values()) - stored.keys()):
             raise CheckpointError(f"{path}: has no {missing[0]!r}; make it again")
@@ -55,7 +56,7 @@ class GgufWeights(Mapping[str, TensorInfo]):
         return len(self._places)
 
     def read(self, name: str) -> torch.Tensor:
-        """The whole tensor."""
+        """Return the whole tensor, dequantized."""
         gguf, place = library(), self._places[name]
         kind, shape, offset = place.kind, place.shape, place.offset
         code = gguf.GGMLQuantizationType[kind]
@@ -74,7 +75,7 @@ class GgufWeights(Mapping[str, TensorInfo]):
 
 def _read(path: Path, offset: int, count: int) -> np.ndarray:
     data = np.empty(count, dtype=np.uint8)
-    view, done = memoryview(data), 0
+    view, done = memoryview(cast(Any, data)), 0  # no `Buffer` before Python 3.12
     try:
         with open(path, "rb", buffering=0) as file:
             while done < count:

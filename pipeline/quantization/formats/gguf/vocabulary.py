@@ -1,4 +1,4 @@
-"""A tokenizer of transformers as llama.cpp has it: tokens, types, merges or scores, and how text is cut before.
+"""A tokenizer of transformers for llama.cpp: tokens, types, merges or scores, and the pre-tokenizer.
 
 llama.cpp has two kinds that matter here: `gpt2` for byte-level BPE, which cuts text by one of a few
 patterns that it knows by name, and `llama` for SentencePiece's BPE, which merges by scores.
@@ -60,10 +60,10 @@ class Vocabulary:
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
-    """The vocabulary of a fast tokenizer, filled up to the `size` of the embedding.
+    """Return the vocabulary of a fast tokenizer, padded to the `size` of the embedding.
 
     Raises:
-        ModelError: where it has more tokens than the model, or does what llama.cpp does not.
+        ModelError: if it has more tokens than the model, or llama.cpp cannot do the same.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError("its tokenizer has no tokenizer.json, from which GGUF's is made")
@@ -95,7 +95,7 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
 
 
 def _tokens(about: dict, size: int) -> tuple[list[str], list[int]]:
-    """Tokens and their types by id."""
+    """Return the tokens and their types by id."""
     by_bytes = about["model"].get("byte_fallback")
     found = {
         i: (text, BYTE if by_bytes and _BYTE.fullmatch(text) else NORMAL) for text, i in about["model"]["vocab"].items()
@@ -122,7 +122,7 @@ def _steps(pre_tokenizer: dict | None) -> list[dict]:
 
 
 def _cut(steps: list[dict], whole_words: bool) -> str:
-    """llama.cpp's name for the way in which byte-level BPE cuts text before it merges."""
+    """Return the name in llama.cpp of the pre-tokenizer of byte-level BPE."""
     found: list[str] = []
     for step in steps:
         if step["type"] == "Digits" and step["individual_digits"]:
@@ -140,7 +140,7 @@ def _cut(steps: list[dict], whole_words: bool) -> str:
 
 
 def _space_first(normalizer: dict | None, steps: list[dict]) -> bool:
-    """Does a tokenizer of SentencePiece's kind put a space before the text?"""
+    """Return True if a SentencePiece tokenizer puts a space before the text."""
     for change in _changes(normalizer):
         if change["type"] == "Prepend" and change["prepend"] == SPACE:
             return True
@@ -151,7 +151,7 @@ def _space_first(normalizer: dict | None, steps: list[dict]) -> bool:
 
 
 def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
-    """A score for each token: the earlier a merge makes it, the higher; what no merge makes comes last."""
+    """Return a score for each token. Tokens of earlier merges score higher; tokens of no merge come last."""
     rank: dict[str, int] = {}
     for number, pair in enumerate(merges):
         rank.setdefault("".join(pair), number)

@@ -26,6 +26,7 @@ from pipeline.config.catalog import GROUP_SIZES
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.quantization.formats import FileWeights
 from pipeline.quantization.formats.tile_packed import sizes
 from pipeline.quantization.formats.torchao import header
 from pipeline.quantization.formats.torchao.format import Torchao, grouped, stored_as, typed
@@ -47,7 +48,7 @@ class TilePacked(Torchao):
         """Return the stored tensors of the weight `name` of `shape` (N, K): name -> (dtype, shape)."""
         if grid.bits != 4:
             return super().plan(name, shape, grid)
-        return typed(stored_as(name, PARTS), sizes.parts(tuple(shape), grid.group(shape[1])))
+        return typed(stored_as(name, PARTS), sizes.parts(shape, grid.group(shape[1])))
 
     def rows(self, name: str, block: GroupQuantized) -> dict[str, torch.Tensor]:
         """Return the codes of a block of rows as stored; a block begins at a multiple of `together` rows."""
@@ -78,7 +79,7 @@ class TilePacked(Torchao):
             found[name] = header.entry("Int4TilePackedTo4dTensor", data, *PARTS)
         return found | {"tensor_names": json.dumps(json.loads(found["tensor_names"]) + list(tiled))}
 
-    def weights(self, checkpoint: Checkpoint) -> Collection[str]:
+    def weights(self, checkpoint: Checkpoint | FileWeights) -> Collection[str]:
         """Return the names of the weights that a checkpoint holds in this format."""
         ends = [part.removesuffix("._weight_qdata") for part in checkpoint if part.endswith("._weight_qdata")]
         return [f"{module}.weight" for module in ends if f"{module}._weight_scale_and_zero" in checkpoint]
@@ -87,7 +88,7 @@ class TilePacked(Torchao):
         """Return the names of the tensors that the int4 weight `name` is stored as."""
         return list(stored_as(name, PARTS).values())
 
-    def read(self, checkpoint: Checkpoint, name: str, shape: tuple[int, int]) -> GroupQuantized:
+    def read(self, checkpoint: Checkpoint | FileWeights, name: str, shape: tuple[int, int]) -> GroupQuantized:
         """Return the codes, scales and zeros of a stored int4 weight, for a layer of `shape` (N, K)."""
         qdata, scale_and_zero = self.part_names(name)
         found = {n: (checkpoint[n].dtype, checkpoint[n].shape) for n in (qdata, scale_and_zero)}

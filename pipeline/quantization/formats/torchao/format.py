@@ -25,6 +25,7 @@ from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError, ModelError, QuantizationError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.matrices import PLAIN_TABLE, embedding_kind
+from pipeline.quantization.formats import FileWeights
 from pipeline.quantization.formats.safetensors import SafetensorsFormat
 from pipeline.quantization.formats.torchao import header, sizes
 from pipeline.quantization.grid import Grid, GroupQuantized, pack_nibbles, unpack_nibbles
@@ -80,7 +81,7 @@ class Torchao(SafetensorsFormat):
 
     def plan(self, name: str, shape: tuple[int, int], grid: Grid) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Return the stored tensors of the weight `name` of `shape` (N, K): name -> (dtype, shape)."""
-        return typed(stored_as(name, PARTS), sizes.parts(tuple(shape), grid.bits, grid.group(shape[1])))
+        return typed(stored_as(name, PARTS), sizes.parts(shape, grid.bits, grid.group(shape[1])))
 
     def rows(self, name: str, block: GroupQuantized) -> dict[str, torch.Tensor]:
         """Return the codes of a block of rows as they are stored."""
@@ -109,7 +110,7 @@ class Torchao(SafetensorsFormat):
         """Return the `quantization_config` of config.json."""
         return header.quantization_config(spec, self.packing, kept, tables, eight)
 
-    def weights(self, checkpoint: Checkpoint) -> Collection[str]:
+    def weights(self, checkpoint: Checkpoint | FileWeights) -> Collection[str]:
         """Return the names of the weights that a checkpoint holds in this format."""
         ends = [part.removesuffix("._weight_qdata") for part in checkpoint if part.endswith("._weight_qdata")]
         return [f"{module}.weight" for module in ends if f"{module}._weight_scale_and_zero" not in checkpoint]
@@ -118,7 +119,7 @@ class Torchao(SafetensorsFormat):
         """Return the names of the tensors that the weight `name` is stored as."""
         return list(stored_as(name, PARTS).values())
 
-    def read(self, checkpoint: Checkpoint, name: str, shape: tuple[int, int]) -> GroupQuantized:
+    def read(self, checkpoint: Checkpoint | FileWeights, name: str, shape: tuple[int, int]) -> GroupQuantized:
         """Return the codes, scales and zeros of a stored weight, for a layer of `shape` (N, K)."""
         part = stored_as(name, PARTS)
         found = {n: (checkpoint[n].dtype, checkpoint[n].shape) for n in part.values() if n in checkpoint}
