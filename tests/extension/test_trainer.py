@@ -35,7 +35,7 @@ def test_plan_asks_the_trainer_for_its_merge_bases(place):
         place.tunepress("plan", "tiny.yaml", "--json", "--set", f"train.trainer={name}").stdout
         for name in ("calm", "sft")
     ]
-    assert "merged into two bases" not in plans[0] and "merged into two bases" in plans[1]
+    assert "both bases are merged" not in plans[0] and "both bases are merged" in plans[1]
 
 
 def test_run_trains_with_it_and_merges_into_its_only_base(finished):
