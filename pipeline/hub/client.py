@@ -29,7 +29,7 @@ def setting(name: str, default: float) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise HubError(f"{name}: {text!r} is not a number of at least 0")
+        raise HubError(f"{name}: not a number of at least 0 ({text!r}). Try: unset {name}")
     return value
 
 

@@ -72,7 +72,7 @@ def check_names(repo: str, names: Iterable[str]) -> None:
     """
     for name in names:
         if not all(part not in ("", ".", "..") and part.isprintable() and "\\" not in part for part in name.split("/")):
-            raise ModelError(f"{repo}: has a file {name!r}, which is no name in a repository; nothing of it is fetched")
+            raise ModelError(f"{repo}: unsafe file name ({name!r}); nothing is downloaded. Try: another model")
 
 
 @contextmanager
@@ -90,18 +90,18 @@ def in_one_line(repo: str, revision: str | None, what: str) -> Iterator[None]:
     except UserError:
         raise
     except GatedRepoError:
-        raise ModelError(f"{repo}: gated; accept its terms on the Hub, then log in with: {login()}") from None
+        raise ModelError(f"{repo}: gated. Try: accept its terms on the Hub, then {login()}") from None
     except RevisionNotFoundError:
-        raise ModelError(f"{repo}: no revision {revision!r}") from None
+        raise ModelError(f"{repo}: no such revision ({revision!r}). Try: another revision") from None
     except RepositoryNotFoundError:
-        raise ModelError(f"{repo}: no such model on the Hub, or it is private and you are not logged in") from None
+        raise ModelError(f"{repo}: no such model on the Hub, or it is private. Try: {login()}") from None
     except UnicodeEncodeError:  # nothing but the token goes into a header as it is
-        raise HubError(f"{repo}: what there is as the Hub's token is none; it has signs of no token in it") from None
+        raise HubError(f"{repo}: the Hub token contains invalid characters. Try: {login()}") from None
     except Exception as error:
         if not (isinstance(error, (HfHubHTTPError, OSError)) or is_unreachable(error)):
             raise
         reason = redact(" ".join(str(error).split()))[:200]
-        raise HubError(f"{repo}: {what}: {reason}") from None
+        raise HubError(f"{repo}: {what} ({reason})") from None
 
 
 def meter(tell: Callable[[int], None]) -> type:

@@ -21,14 +21,14 @@ _log = logging.getLogger(__name__)
 
 
 class HubAway(HubError):
-    """No answer from the Hub, or an answer that says the Hub is unwell, in every attempt."""
+    """No answer from the Hub, or an error of the Hub itself, in every attempt."""
 
 
 def retry_or_explain(
     place: str,
     work: Callable[[], T],
     *,
-    advice: str = "try again later",
+    advice: str = "again later",
     also_retried: tuple[type[Exception], ...] = (),
     attempts: int | None = None,
 ) -> T:
@@ -50,11 +50,11 @@ def retry_or_explain(
         if not _is_worth_retry(error, also_retried):
             raise _explained(place, error) from None
         if code in (409, 412):
-            raise HubError(f"{place}: others kept committing to it; {advice}") from None
-        problem = "the Hub could not be reached" if code is None else "the Hub is unwell"
+            raise HubError(f"{place}: other commits arrived in every attempt (HTTP {code}). Try: {advice}") from None
+        problem = "the Hub could not be reached" if code is None else "the Hub has a problem"
         asked = _asked_seconds(error)
-        pause = f"; it asks to be left alone for {asked:.0f} s" if asked > LONGEST_ASKED_SECONDS else ""
-        raise HubAway(f"{place}: {problem} ({say(error)}){pause}; {advice}") from None
+        pause = f"; it asks to wait {asked:.0f} s" if asked > LONGEST_ASKED_SECONDS else ""
+        raise HubAway(f"{place}: {problem} ({say(error)}){pause}. Try: {advice}") from None
 
 
 def retry(
@@ -122,8 +122,8 @@ def _in_short(error: BaseException) -> str:
     if code is None:
         return f"the Hub could not be reached ({say(error)})"
     if code in (409, 412):
-        return "somebody else committed to it"
-    return f"the Hub is unwell ({' '.join(filter(None, (str(code), responses.get(code))))})"
+        return "another commit came first"
+    return f"the Hub has a problem ({' '.join(filter(None, (str(code), responses.get(code))))})"
 
 
 def _asked_seconds(error: BaseException) -> float:
@@ -160,11 +160,11 @@ def _explained(place: str, error: Exception) -> Exception:
     if code is None:
         return error
     if code == 404 and any(isinstance(cause, RepositoryNotFoundError) for cause in _causes(error)):
-        return HubError(f"{place}: no such repository, or it is private and this token may not see it")
+        return HubError(f"{place}: no such repository, or this token cannot see it. Try: {login()}")
     if code == 401:
-        return HubError(f"{place}: the Hub refuses this token; log in again with: {login()}")
+        return HubError(f"{place}: the Hub refuses this token. Try: {login()}")
     if code == 403:
-        return HubError(f"{place}: this token may not write there; use one that may")
+        return HubError(f"{place}: this token cannot write here. Try: {login()}")
     return HubError(f"{place}: the Hub refuses it ({say(error)})")
 
 

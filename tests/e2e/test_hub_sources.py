@@ -47,7 +47,7 @@ def test_single_commits_publish_everything_at_once(hub, copied):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("token", "words"), [("read", "may only read"), ("other", "belongs to eve")])
+@pytest.mark.parametrize(("token", "words"), [("read", "can only read"), ("other", "token of eve cannot write")])
 def test_a_token_that_may_not_write_is_refused_before_any_work(tmp_path, tiny_model, token, words):
     tokens = {TOKEN: {"name": "ada" if token == "read" else "eve", "role": "read" if token == "read" else "write"}}
     with LoopbackHub(tmp_path / "hub", tokens) as hub:

@@ -280,9 +280,12 @@ def test_a_trusted_publisher_needs_no_stored_token(undecided):
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [
-        ({"HF_OIDC_RESOURCE": "ada/other", "HF_OIDC_ID_TOKEN": IDENTITY}, "may write there alone"),
+        (
+            {"HF_OIDC_RESOURCE": "ada/other", "HF_OIDC_ID_TOKEN": IDENTITY},
+            "keyless login is for another repository",
+        ),
         ({"HF_OIDC_RESOURCE": REPO, "HF_OIDC_ID_TOKEN": "of somebody else"}, "Trusted Publishers"),
-        ({"HF_OIDC_RESOURCE": REPO}, "no keyless login"),
+        ({"HF_OIDC_RESOURCE": REPO}, "the keyless login failed"),
     ],
 )
 def test_failed_keyless_login_gives_one_line(undecided, environment, reason):

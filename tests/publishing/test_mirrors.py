@@ -40,7 +40,7 @@ def test_mirror_of_a_withheld_variant_is_reported(hub, mirrored):
 def test_mirror_that_failed_is_not_linked(hub, mirrored):
     hub.store.create("model", REPO)
     hub.fault(r"POST /api/repos/create", status=403)
-    with pytest.raises(HubError, match=rf"^publish.mirrors.int8: {MIRROR}: this token may not write there"):
+    with pytest.raises(HubError, match=rf"^publish.mirrors.int8: {MIRROR}: this token cannot write here"):
         mirrored.publish()
     assert "int8/model.safetensors" in hub.files(REPO) and MIRROR not in hub.read(REPO, "README.md").decode()
     mirrored.publish()
@@ -103,7 +103,7 @@ def test_text_by_hand_stays_in_its_card(hub, mirrored):
 def test_a_mirror_that_fails_is_named_and_keeps_nothing_else_back(hub, mirrored):
     hub.put(MIRROR, {"config.json": b"mine"})
     mirrored.configure(mirrors={"int8": MIRROR, "int4": "ada/tiny-int4"})
-    with pytest.raises(HubError, match=rf"^publish.mirrors.int8: {MIRROR}: has a config.json"):
+    with pytest.raises(HubError, match=rf"^publish.mirrors.int8: {MIRROR}: tunepress did not put config.json there"):
         mirrored.publish()
     assert "int8/model.safetensors" in hub.files(REPO) and "model.safetensors" in hub.files("ada/tiny-int4")
     assert list(hub.repo(REPO).tags) == ["release-1"] and mirrored.events("merged_model_pushed")

@@ -184,10 +184,10 @@ def test_missing_gated_or_data_set_repository_is_refused(hub):
         quantize(task("ada/rows"))
     model(hub, "bob/closed")
     hub.repo("bob/closed").gated = True
-    with pytest.raises(ModelError, match="bob/closed: gated; accept its terms"):
+    with pytest.raises(ModelError, match="bob/closed: gated. Try: accept its terms"):
         quantize(task("bob/closed"))
     model(hub)
-    with pytest.raises(ModelError, match="no revision 'v9'"):
+    with pytest.raises(ModelError, match="no such revision"):
         quantize(task(revision="v9"))
 
 
@@ -209,7 +209,7 @@ def test_missing_gated_or_data_set_repository_is_refused(hub):
         ({"dataset_repo": "ada/data"}, "--dataset-repo ada/data: only a Space"),
         ({"dataset_repo": "ada/data", "trackio_url": "http://localhost:7860"}, "--dataset-repo ada/data: only a Space"),
         ({"trackio_url": "localhost:7860"}, "track.server"),
-        ({"trackio_url": "https://[bad"}, "https://[bad: not an address such as"),
+        ({"trackio_url": "https://[bad"}, "https://[bad: not an address"),
         ({"trackio_url": "https://trackio.example.org:port"}, "track.server"),
         ({"trackio_url": "https://huggingface.co/ada"}, "https://huggingface.co/ada: not the page of a Space"),
         ({"revision": ""}, 'revision: "" is refused'),
@@ -217,7 +217,7 @@ def test_missing_gated_or_data_set_repository_is_refused(hub):
         ({"calibration": "missing.txt"}, "missing.txt"),
         ({"device": "tpu"}, "device: \"tpu\" is refused"),
         ({"quant_type": ["int8"]}, "quant_type: unknown key; did you mean 'quant_types'"),
-        ({"repo": "bob/model"}, "who cannot write to bob/"),
+        ({"repo": "bob/model"}, "cannot write to bob/"),
     ],
 )  # fmt: skip
 def test_impossible_options_are_refused_in_one_line(hub, tmp_path, monkeypatch, options, said):

@@ -80,13 +80,13 @@ def test_foreign_token_is_neither_sent_nor_shown(run, stranger, hub, monkeypatch
     hub.store.create("space", BOARD).host = stranger.url
     monkeypatch.setenv("HF_TOKEN", BEN)
     problem = run.send()
-    assert problem.startswith(f"track.space {BOARD}: ") and "belongs to ben" in problem and BEN not in problem
+    assert problem.startswith(f"track.space {BOARD}: ") and "the Hub token of ben" in problem and BEN not in problem
     assert stranger.requests == []
 
 
 def test_sync_sends_no_token_to_the_space_of_a_stranger(run, stranger, hub):
     hub.store.create("space", "eve/board").host = stranger.url
-    with pytest.raises(TrackError, match="track.space eve/board: this token belongs to ada"):
+    with pytest.raises(TrackError, match="track.space eve/board: the Hub token of ada"):
         sync(run.folder / "events.jsonl", configuration(space="eve/board"))
     assert stranger.requests == []
 
@@ -135,8 +135,8 @@ def test_write_access_passes_the_check(hub):
 @pytest.mark.parametrize(
     ("token", "reason"),
     [
-        (READER, "the token may only read"),
-        (BEN, "belongs to ben, who cannot write"),
+        (READER, "the Hub token can only read"),
+        (BEN, "the Hub token of ben cannot write"),
         ("hf_nobodyKnowsThis0123", "the Hub does not know this token"),
         ("", "no Hub token"),
     ],

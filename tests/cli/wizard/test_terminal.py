@@ -82,7 +82,7 @@ def test_wrong_answers_are_told_in_a_line_and_asked_again(desk):
         person.answers("Hub repository", "my model")
         person.sees("a repository is written USER/NAME")
         person.answers("Hub repository", "ada/mine")
-        person.sees("the token may only read")
+        person.sees("the Hub token can only read")
         person.sees("not shown and not stored")
         person.types("hf_nobodyKnowsThisToken0123456789")
         person.sees("the Hub does not know this token")

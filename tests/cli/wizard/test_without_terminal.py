@@ -130,14 +130,14 @@ def test_a_file_named_like_a_setting_keeps_its_name_in_what_is_told(ask):
 @pytest.mark.parametrize("token", ["hf_töken0123456789", "hf_two words0123456789"])
 def test_malformed_token_gives_one_line(ask, monkeypatch, token):
     monkeypatch.setenv("HF_TOKEN", token)
-    with pytest.raises(UserError, match="what there is as the Hub's token is none") as refusal:
+    with pytest.raises(UserError, match="the Hub token contains invalid characters") as refusal:
         ask(model="./model", data="rows.jsonl", repo="ada/mine")
     assert token not in str(refusal.value)
 
 
 def test_malformed_token_gives_one_line_when_a_model_is_looked_up(ask, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_töken0123456789")
-    with pytest.raises(UserError, match="ada/base: what there is as the Hub's token is none"):
+    with pytest.raises(UserError, match="ada/base: the Hub token contains invalid characters"):
         ask(model="ada/base", data="rows.jsonl")
 
 
@@ -207,7 +207,7 @@ def test_token_must_write_to_repository_and_space(ask, monkeypatch):
     draft = Draft(Path("runs"), asked.append, secret=lambda what: BOBS)
     draft.tree = {"model": {"source": "./model"}, "publish": {"repo": "ada/mine"}}
     take = next(question.take for question in QUESTIONS if question.name == "track")
-    with pytest.raises(UserError, match="ada/mine: this token belongs to bob"):
+    with pytest.raises(UserError, match="ada/mine: the Hub token of bob"):
         take(draft, "bob/board")
     assert os.environ["HF_TOKEN"] == TOKEN and "cannot write to bob/" in asked[0]
 
@@ -237,10 +237,10 @@ def test_figures_that_cannot_be_kept_are_no_reason_to_stop(ask, monkeypatch, cap
 @pytest.mark.parametrize(
     ("token", "repo", "line"),
     [
-        (READS, "ada/mine", "the token may only read"),
+        (READS, "ada/mine", "the Hub token can only read"),
         ("hf_nobody0123456789", "ada/mine", "the Hub does not know this token"),
         (TOKEN, "bob/his", "cannot write to bob/"),
-        (FINE, "lab/model", "the token's permissions do not let it write there"),
+        (FINE, "lab/model", "the Hub token has no permission to write here"),
     ],
 )
 def test_a_token_that_may_not_write_there_is_caught(desk, token, repo, line):
