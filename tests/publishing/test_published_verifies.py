@@ -39,4 +39,4 @@ def test_gguf_release_verifies_here_and_on_the_hub(hub, shared):
     assert check(REPO) == ["card gguf/Modelfile: not checked: the GGUF files were not downloaded"]
     (shared.release / "gguf/Modelfile").write_text("FROM ./demo-Q4_0.gguf\n")
     found = verify(str(shared.release), measure=False)
-    assert told(found)[-1] == "card gguf/Modelfile: is not what follows from the GGUF files beside it"
+    assert told(found)[-1] == "card gguf/Modelfile: does not follow from the GGUF files beside it"
