@@ -200,6 +200,12 @@ class ModelResult(Record):
     variant: VariantSettings | None = None
     weights: StoredWeights | None = None
     gate: Verdict | None = None
+
+    @property
+    def verdict(self) -> Verdict:
+        """The verdict of the gate; an empty one if there was no gate."""
+        return self.gate or Verdict()
+
     ratio: Number | None = None
 
     @property

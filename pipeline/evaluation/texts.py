@@ -50,7 +50,7 @@ class RunTexts:
     reference: Path
     template_was_supplied: bool = False
     plan: Mapping = field(default_factory=dict)
-    keep_plan: Callable[[dict], None] = lambda plan: None
+    keep_plan: Callable[[dict], object] = lambda plan: None
 
     def reference_scores(self, text: str) -> Path:
         """Return the file with the scores of the full-precision model on a text."""

@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -40,7 +39,7 @@ def merge_checkpoint(
     base: Path,
     adapter_folder: Path,
     output: Path,
-    kind: Literal["bf16", "nf4"],
+    kind: str,
     linear: Collection[str] = (),
     on_progress: Callable[[int, int], None] | None = None,
     template: str | None = None,

@@ -11,9 +11,11 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline.config.builders import quantize_config
 from pipeline.config.catalog import VARIANTS
+from pipeline.config.quantize import Gate
 from pipeline.config.schema import PACKAGE_SOURCE, Config, Model, Quantize
 from pipeline.errors import ConfigError, HubError, Interrupted, UserError
 from pipeline.evaluation.gates import limits
@@ -42,13 +44,13 @@ def quantize(task: Task, root: str | Path = "runs", reporter: Reporter | None = 
     """
     reporter = reporter or Reporter()
     space, server = _tracking(task)
-    there = None if task.save_only else read_published(task.repo)
+    there = read_published(task.repo) if task.repo and not task.save_only else None
     config = configure(task, there, space, server)
     if there and (stay := [name for name in _specs(there) if name not in asked_variants(task)]):
         reporter.show([f"{task.repo} has {', '.join(stay)} already, which will stay"])
 
     def tell_the_space() -> None:
-        if task.dataset_repo:
+        if task.dataset_repo and space:
             keep_in(space, task.dataset_repo)
 
     return run(
@@ -69,14 +71,14 @@ def configure(task: Task, there: PublishedModel | None, space: str | None = None
     check_source(Model(source=task.model, low_disk=task.low_disk))
     asked = asked_variants(task)
     is_on_hub = not (PACKAGE_SOURCE.match(task.model) or is_local(task.model))
-    is_guest = is_on_hub and not task.save_only and task.repo.casefold() == task.model.casefold()
+    is_guest = is_on_hub and not task.save_only and (task.repo or "").casefold() == task.model.casefold()
     if task.revision and not is_on_hub:
         raise ConfigError(f"--revision {task.revision}: only models on the Hub have revisions; {task.model} is none")
     commit = inspect(task.model, task.revision) if is_on_hub else None
     if there:
         asked = {**_staying(task, there), **asked}
         _check_place(task, there, is_guest, asked)
-    settings = {
+    settings: dict[str, Any] = {
         "name": task.experiment_name or (there.run if there else None),
         "quantize.variants": [asked[name] for name in VARIANTS if name in asked],  # whatever the order of the options
         "publish.repo": None if task.save_only else task.repo,
@@ -134,7 +136,7 @@ def _staying(task: Task, there: PublishedModel) -> dict[str, dict]:
     Raises:
         ConfigError: if one was published with a warning, or before there were limits, and could be withheld now.
     """
-    now, found = Quantize(gate={"rise": task.max_rise, "kl": task.max_kl}), _specs(there)
+    now, found = Quantize(gate=Gate(rise=task.max_rise, kl=task.max_kl)), _specs(there)
     for name in found.keys() - asked_variants(task).keys():
         verdict = there.results[name].gate or Verdict()
         if verdict.passed is False and task.on_gate_failure == "withhold":

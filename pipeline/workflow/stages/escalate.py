@@ -68,17 +68,20 @@ class Climb:
     def _first_that_passes(self) -> tuple[VariantSpec | None, list[ModelResult]]:
         from pipeline.models.matrices import linear_weights, table_weights
 
-        asked, tried = self._config.quantize.spec(self._name), []
-        if (as_asked := self._judged(asked, f"{self._name}, as asked for")) and as_asked.gate.passed:
+        asked = self._config.quantize.spec(self._name)
+        tried: list[ModelResult] = []
+        if (as_asked := self._judged(asked, f"{self._name}, as asked for")) and as_asked.verdict.passed:
             return asked, [as_asked]  # as in a run that has tried nothing else yet, even if another way is smaller
         rungs = fallbacks(asked, linear_weights(self._full), table_weights(self._full), self._full)
         for number, rung in enumerate(rungs, 1):
             spec = self._spec(rung)
-            found = spec and self._judged(spec, f"{self._name}, try {number} of {len(rungs)}")
+            if spec is None:
+                continue
+            found = self._judged(spec, f"{self._name}, try {number} of {len(rungs)}")
             if found is None:
                 continue
             tried.append(found)
-            if found.gate.passed:
+            if found.verdict.passed:
                 return spec, tried
         return None, tried
 
@@ -89,12 +92,11 @@ class Climb:
 
     def adopt(self, spec: VariantSpec) -> None:
         """Make the variant's files in this way; they are yet to be measured in full."""
-        if self._made is None or self._made[0] != spec:
-            self._make(spec, self._name)
+        made = self._made if self._made and self._made[0] == spec else self._make(spec, self._name)
         replace_folder(self._folder, self._workspace.quantized / self._name)
         is_as_asked = spec.making() == self._config.quantize.spec(self._name).making()
         instead = None if is_as_asked else spec
-        note_written(self._config, self._workspace, self._name, self._made[1].to_json(), self._full, instead)
+        note_written(self._config, self._workspace, self._name, made[1].to_json(), self._full, instead)
 
     @property
     def _folder(self) -> Path:
@@ -127,27 +129,30 @@ class Climb:
         from pipeline.evaluation.evaluate import evaluate
 
         try:
-            self._make(spec, label)
+            _, weights = self._make(spec, label)
         except UserError as error:
             self._events.show([f"{label}: {error}"])
             return None
         arguments = (self._folder, self._config, run_texts(self._workspace), self._events.progress, self._full)
-        self.know(spec, evaluate(label, *arguments, in_full=False).changed(weights=self._made[1]))
+        self.know(spec, evaluate(label, *arguments, in_full=False).changed(weights=weights))
         return self._known[fingerprint(spec.making())]
 
-    def _make(self, spec: VariantSpec, label: str) -> None:
+    def _make(self, spec: VariantSpec, label: str) -> tuple[VariantSpec, StoredWeights]:
         from pipeline.models.matrices import linear_weights, table_weights
         from pipeline.quantization.writer import Variants
 
         tables = table_weights(self._full) if spec.quantizes_embeddings else {}
         folders, linear = {self._name: empty_folder(self._folder)}, linear_weights(self._full)
         tell = functools.partial(self._events.progress, what=f"{label}: rounding and writing")
-        about = {"name": self._config.name, "license": self._workspace.read_measurement("origin").get("license")}
-        variants = Variants([spec], folders, linear, tables, **about, tell=self._events.progress)
+        license = self._workspace.read_measurement("origin").get("license")
+        variants = Variants(
+            [spec], folders, linear, tables, name=self._config.name, license=license, tell=self._events.progress
+        )
         made = variants.make_of(self._full, tell)
         for error in variants.failed.values():
             raise error
-        self._made = spec, StoredWeights(**asdict(made[self._name]))
+        self._made = result = spec, StoredWeights(**asdict(made[self._name]))
+        return result
 
     def _tell(self, before: str) -> Callable[[int, int, str], None]:
         return lambda done, total, what: self._events.progress(done, total, before + what)

@@ -19,7 +19,7 @@ from pipeline.evaluation.texts import RunTexts
 from pipeline.models.checkpoint_files import stored_bytes
 from pipeline.system.files import Digest, fingerprint
 from pipeline.tracking.events import Events
-from pipeline.workflow.ledger import BaseModel
+from pipeline.workflow.ledger import BaseModel, Ledger
 from pipeline.workflow.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ def base_model(config: Config, workspace: Workspace, events: Events) -> Path:
     settings, source = config.model.model_dump(), config.model.source
     here = model_digest(hashes_of(workspace, source)) if is_local(source) else None
     known = workspace.read_ledger().base
-    is_there = known and known.model == settings and (Path(known.folder) / "config.json").is_file()
-    if is_there and here in (None, workspace.read_measurement("origin").get("digest")):
+    is_unchanged = here in (None, workspace.read_measurement("origin").get("digest"))
+    if known and known.model == settings and is_unchanged and (Path(known.folder) / "config.json").is_file():
         return Path(known.folder)
     pinned = base_revision(config, workspace)
     model = config.model.model_copy(update={"revision": pinned}) if pinned else config.model
@@ -61,8 +61,8 @@ def base_model(config: Config, workspace: Workspace, events: Events) -> Path:
     # A local model has no revision, so a digest shows later if it has changed.
     digest = {} if found.revision else {"digest": here or digest_here(source)}
     workspace.write_measurement("origin", asdict(found) | digest)
-    is_same = known and (known.model, known.revision) == (settings, found.revision)
-    base = BaseModel(settings, str(folder.resolve()), found.revision, known.bytes if is_same else None)
+    size = known.bytes if known and (known.model, known.revision) == (settings, found.revision) else None
+    base = BaseModel(settings, str(folder.resolve()), found.revision, size)
     workspace.update(lambda ledger: replace(ledger, base=base))
     return folder.resolve()
 
@@ -101,8 +101,14 @@ def shard_by_shard(
 
     tell = functools.partial(events.progress, what="fetching, rounding and writing")
     scratch, revision = workspace.folder / "shards.partial", base_revision(config, workspace)
+    assert revision, "a model that is read shard by shard comes from a commit on the Hub"
     with PassingCheckpoint(config.model.source, revision, folder, scratch, tell) as checkpoint:
-        workspace.update(lambda ledger: replace(ledger, base=replace(ledger.base, bytes=checkpoint.file_bytes)))
+
+        def with_size(ledger: Ledger) -> Ledger:
+            base = ledger.base and replace(ledger.base, bytes=checkpoint.file_bytes)
+            return replace(ledger, base=base)
+
+        workspace.update(with_size)
         yield checkpoint
 
 
@@ -151,8 +157,8 @@ def hashes_of(workspace: Workspace, named: str) -> dict[str, str]:
     found = {}
     for file in sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]:
         state, last = file.stat(), before.get(file.name)
-        same = last and (last.size, last.mtime_ns) == (state.st_size, state.st_mtime_ns)
-        found[file.name] = last if same else Digest.of(file)
+        same = last if last and (last.size, last.mtime_ns) == (state.st_size, state.st_mtime_ns) else None
+        found[file.name] = same or Digest.of(file)
     if found != before:
         workspace.update(lambda ledger: replace(ledger, inputs={**ledger.inputs, named: found}))
     return {name: digest.sha256 for name, digest in found.items()}
@@ -161,8 +167,7 @@ def hashes_of(workspace: Workspace, named: str) -> dict[str, str]:
 def base_revision(config: Config, workspace: Workspace) -> str | None:
     """Return the commit of the base model that was fetched for these settings."""
     known, model = workspace.read_ledger().base, config.model.model_dump()
-    same = known and {**known.model, "low_disk": None} == {
-        **model,
-        "low_disk": None,
-    }  # this setting does not change the model
-    return known.revision if same else None
+    # The setting `low_disk` does not change the model.
+    if known and {**known.model, "low_disk": None} == {**model, "low_disk": None}:
+        return known.revision
+    return None

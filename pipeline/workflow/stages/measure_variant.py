@@ -55,15 +55,17 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
         result = result.changed(gate=judge(result.quality, limits(config.quantize, name)))
         if config.quantize.on_gate_failure == "escalate":
             result = _escalated(config, workspace, events, name, full, result)
-        missed = None if result.gate.passed else describe_missed(result.gate)
+        missed = None if result.verdict.passed else describe_missed(result.verdict)
         withheld = bool(missed) and config.quantize.on_gate_failure != "warn"
-        result = result.changed(gate=result.gate.model_copy(update={"withheld": withheld}))
+        result = result.changed(gate=result.verdict.model_copy(update={"withheld": withheld}))
         if withheld:
             refusal = GateError(f"withheld: {missed}{_told_of_tries(result)}")
-    result = result.changed(ratio=result.size_bytes / source)
+    assert result.size_bytes is not None, "the files of a variant have a size"
+    ratio = result.size_bytes / source
+    result = result.changed(ratio=ratio)
     files = _leave_out(workspace, name) if refusal else _let_in(workspace, name)
     measured = workspace.write_measurement(name, result.to_json())
-    summary = _summary(result, source)
+    summary = _summary(result, source, ratio)
     if missed:
         summary |= {"withheld": str(refusal)} if refusal else {"missed": missed}
     return Outcome((*files, measured), summary, refusal)
@@ -115,16 +117,17 @@ def _escalated(
     from pipeline.workflow.stages.escalate import Climb
 
     asked = config.quantize.spec(name)
-    if result.gate.passed and result.variant.to_json() == asked.making():
+    settings = (result.variant or VariantSettings()).to_json()
+    if result.verdict.passed and settings == asked.making():
         return result
-    made = VariantSpec.model_validate(result.variant.to_json())
+    made = VariantSpec.model_validate(settings)
     measured_by = _measured_by(config, workspace, (name,))
     climb = Climb(config, workspace, events, name, full, fingerprint(measured_by))
     climb.know(made, result)
     chosen, tried = climb.climb()
     if chosen is None:
         nearest = best(tried)
-        return nearest.changed(gate=_with_tries(nearest.gate, tried))
+        return nearest.changed(gate=_with_tries(nearest.verdict, tried))
     if chosen.making() != made.making():
         climb.adopt(chosen)
         result = _measured(config, workspace, events, name, full)
@@ -140,7 +143,7 @@ def _with_tries(verdict: Verdict, tried: list[ModelResult]) -> Verdict:
 
 
 def _told_of_tries(result: ModelResult) -> str:
-    tried = result.gate.tried
+    tried = result.verdict.tried
     if len(tried) < 2:
         return ""
     return f"; that is the best of {len(tried)} ways to make it, and takes {result.size_bytes:,} bytes"
@@ -164,13 +167,13 @@ def _leave_out(workspace: Workspace, name: str) -> list[Path]:
     return []
 
 
-def _summary(result: ModelResult, source: int) -> dict:
+def _summary(result: ModelResult, source: int, ratio: float) -> dict:
     return {
         "bytes_before": source,
         "bytes_after": result.size_bytes,
-        "ratio": round(result.ratio, 4),
-        **{f"{text}_perplexity": q.perplexity.value for text, q in result.quality.items()},
-        **{f"{text}_kl": q.kl.value for text, q in result.quality.items()},
+        "ratio": round(ratio, 4),
+        **{f"{text}_perplexity": q.perplexity.value for text, q in result.quality.items() if q.perplexity},
+        **{f"{text}_kl": q.kl.value for text, q in result.quality.items() if q.kl},
         **({"compute_dtype": result.compute_dtype} if result.compute_dtype else {}),
     }
 

@@ -155,10 +155,11 @@ def _compare(
 
 def _better(comparison: MergeComparison) -> str:
     """Return the base with the lower held-out loss; within the error, the one closer to the unmerged adapter."""
-    gap = comparison.nf4_minus_bf16
+    gap, nf4, bf16 = comparison.nf4_minus_bf16, comparison.nf4, comparison.bf16
+    assert gap and nf4 and bf16 and nf4.kl and bf16.kl, "both bases were compared"
     if abs(gap.value) > 2 * gap.stderr:
         return "nf4" if gap.value < 0 else "bf16"
-    return "nf4" if comparison.nf4.kl.value <= comparison.bf16.kl.value else "bf16"
+    return "nf4" if nf4.kl.value <= bf16.kl.value else "bf16"
 
 
 def live_model(config: Config, base: Path, adapter: Path) -> Any:

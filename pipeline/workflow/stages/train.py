@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.config.catalog import DATA_FORMS
 from pipeline.config.schema import Config, TrainingRun
@@ -35,6 +35,9 @@ from pipeline.workflow.stages.quantize import check_variants
 from pipeline.workflow.workspace import Workspace
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
     from pipeline.data.forms import Example
 
 HELD_OUT_TOKENS = 8192  # for the held-out loss during training; a later stage measures the model on more
@@ -90,9 +93,10 @@ def run(config: TrainingRun, workspace: Workspace, events: Events, variants: tup
     plan, keep_plan = _time_plan(workspace, checkpoints)
     job = Job(checkpoints, process.size, events.progress, events.metrics, plan, keep_plan)
     trainer = trainer_module(config).build(config, prepared.base, prepared.tokenizer, prepared.encoded, job)
-    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    model = cast("PeftModel", trainer.model)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     resumed_from = _train(trainer, checkpoints, group)
-    adapter = gather_adapter(trainer.model)
+    adapter = gather_adapter(model)
     metric = TRAINERS[config.train.trainer].metric
     losses, held_out_losses, figures = (
         [row[key] for row in trainer.state.log_history if key in row] for key in ("loss", "eval_loss", metric)
@@ -123,8 +127,8 @@ def run(config: TrainingRun, workspace: Workspace, events: Events, variants: tup
         return Outcome((), summary)
     workspace.write_measurement("data", prepared.description)
     workspace.write_measurement("training", measured)
-    figures = (workspace.measurements / f"{name}.json" for name in ("origin", "data", "training"))
-    return Outcome((workspace.adapter, workspace.data, *figures), summary)
+    measurements = (workspace.measurements / f"{name}.json" for name in ("origin", "data", "training"))
+    return Outcome((workspace.adapter, workspace.data, *measurements), summary)
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ class _Prepared:
     """The inputs of training: folder of the base model, its tokenizer, and the tokens of both splits."""
 
     base: Path
-    tokenizer: object
+    tokenizer: PreTrainedTokenizerBase
     encoded: dict
     description: dict
 
@@ -228,7 +232,7 @@ def _time_plan(workspace: Workspace, checkpoints: Path) -> tuple[dict, Callable[
     return known, lambda plan: workspace.note("train", time_plan={"checkpoints": checkpoints.name, **plan})
 
 
-def _train(trainer, checkpoints: Path, group: ProcessGroup) -> int | None:
+def _train(trainer: Any, checkpoints: Path, group: ProcessGroup) -> int | None:
     """Train to the end, and return the step of the checkpoint that training went on from, if there was one."""
     from transformers.trainer_utils import get_last_checkpoint
 
@@ -244,7 +248,8 @@ def _train(trainer, checkpoints: Path, group: ProcessGroup) -> int | None:
     try:
         trainer.train(resume_from_checkpoint=str(checkpoints / last) if last else None)
     except UnpicklingError:  # of FSDP's files, which are opened with `weights_only`
-        raise UserError(f"{checkpoints / last}: damaged, or contains more than numbers. Try: remove it") from None
+        broken = checkpoints / (last or "")
+        raise UserError(f"{broken}: damaged, or contains more than numbers. Try: remove it") from None
     if trainer.eval_dataset is not None and not _just_evaluated(trainer.state):
         trainer.evaluate()
     return int(last.rpartition("-")[2]) if last else None
