@@ -66,7 +66,7 @@ def test_unchanged_release_gets_no_new_tag(hub, finished):
 
 def test_a_tag_that_failed_is_made_by_the_next_publish(hub, finished):
     hub.fault(r"POST .*/tag/", status=403)
-    with pytest.raises(HubError, match="published, but not tagged: ada/tiny: this token may not write"):
+    with pytest.raises(HubError, match="published, but not tagged: ada/tiny: this token cannot write"):
         release(hub, finished)
     head = hub.commits(REPO)[0]
     assert tags(hub) == {} and finished.events("model_card_pushed")
@@ -181,7 +181,7 @@ def test_rollback_without_releases_is_refused(hub):
     hub.put(REPO, {"notes.md": b"mine"})
     with pytest.raises(HubError, match="no release before the current one"):
         rollback(REPO)
-    with pytest.raises(HubError, match="^ada/nothing: no such repository, or it is private and this"):
+    with pytest.raises(HubError, match="^ada/nothing: no such repository, or this token cannot see it"):
         rollback("ada/nothing")
     with pytest.raises(HubError, match="nothing: not a repository. Try: USER/NAME"):
         rollback("nothing")
