@@ -1,6 +1,6 @@
-"""Try other ways to make a variant that misses its gate, each written, loaded back and measured, until one passes.
+"""Escalation of a variant that misses its gate: fallbacks are written, loaded back and measured until one passes.
 
-What was measured of each is kept, so that one that was stopped goes on, and another limit measures only what is new.
+The figures of each fallback are kept, so a stopped run goes on, and a changed limit measures only new fallbacks.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from pipeline.workflow.stages.quantize import note_written
 from pipeline.workflow.workspace import Workspace
 
 
-class Climb:
-    """The ladder of one variant.
+class Escalation:
+    """The escalation of one variant: its settings as requested, then its fallbacks.
 
     Args:
         full: folder of the full-precision model.
-        measured_by: fingerprint of what figures depend on besides how the variant is made.
+        measured_by: fingerprint of the dependencies of the figures, except the settings of the variant.
     """
 
     def __init__(
@@ -39,11 +39,11 @@ class Climb:
         known = workspace.progress(f"quantize/{name}", "tried")
         kept = known["tried"] if known.get("measured_by") == measured_by else {}
         self._known = {key: ModelResult.model_validate(result) for key, result in kept.items()}
-        self._is_too_large = False  # for layers to be measured one by one, which is told once
-        self._made: tuple[VariantSpec, StoredWeights] | None = None  # whose files lie in the folder of this rung
+        self._is_too_large = False  # to measure layers one by one; shown once
+        self._made: tuple[VariantSpec, StoredWeights] | None = None  # with files in `_folder`
 
     def know(self, spec: VariantSpec, result: ModelResult) -> None:
-        """Keep the size and the quality that one way to make the variant has."""
+        """Keep the size and the quality of the variant with these settings."""
         self._known[fingerprint(spec.making())] = ModelResult(
             size_bytes=result.size_bytes,
             quality=result.quality,
@@ -53,11 +53,11 @@ class Climb:
         known = {key: result.to_json() for key, result in self._known.items()}
         self._workspace.note(f"quantize/{self._name}", tried={"measured_by": self._measured_by, "tried": known})
 
-    def climb(self) -> tuple[VariantSpec | None, list[ModelResult]]:
-        """Try it as it was asked for, and then rung after rung, the smallest first.
+    def run(self) -> tuple[VariantSpec | None, list[ModelResult]]:
+        """Try the settings as requested, and then each fallback, the smallest first.
 
         Returns:
-            The first that passed, or None; and all that were tried, with their verdicts.
+            The first settings that passed, or None; and the results of all tries, with their verdicts.
         """
         chosen, tried = self._first_that_passes()
         if chosen is None or self._made and self._made[0] != chosen:
@@ -72,12 +72,12 @@ class Climb:
         tried: list[ModelResult] = []
         if (as_asked := self._judged(asked, f"{self._name}, as asked for")) and as_asked.verdict.passed:
             return asked, [as_asked]  # as in a run that has tried nothing else yet, even if another way is smaller
-        rungs = fallbacks(asked, linear_weights(self._full), table_weights(self._full), self._full)
-        for number, rung in enumerate(rungs, 1):
-            spec = self._spec(rung)
+        ways = fallbacks(asked, linear_weights(self._full), table_weights(self._full), self._full)
+        for number, fallback in enumerate(ways, 1):
+            spec = self._spec(fallback)
             if spec is None:
                 continue
-            found = self._judged(spec, f"{self._name}, try {number} of {len(rungs)}")
+            found = self._judged(spec, f"{self._name}, try {number} of {len(ways)}")
             if found is None:
                 continue
             tried.append(found)
@@ -86,12 +86,12 @@ class Climb:
         return None, tried
 
     def _judged(self, spec: VariantSpec, label: str) -> ModelResult | None:
-        """Return the figures of one way to make the variant, with their verdict; measure them if need be."""
+        """Return the figures of these settings, with their verdict; measure them if there are none."""
         known = self._known.get(fingerprint(spec.making())) or self._measure(spec, label)
         return known and known.changed(gate=judge(known.quality, limits(self._config.quantize, self._name)))
 
     def adopt(self, spec: VariantSpec) -> None:
-        """Make the variant's files in this way; they are yet to be measured in full."""
+        """Make the variant's files with these settings; the caller must measure them in full."""
         made = self._made if self._made and self._made[0] == spec else self._make(spec, self._name)
         replace_folder(self._folder, self._workspace.quantized / self._name)
         is_as_asked = spec.making() == self._config.quantize.spec(self._name).making()
@@ -102,12 +102,12 @@ class Climb:
     def _folder(self) -> Path:
         return self._workspace.quantized / f"{self._name}.partial"
 
-    def _spec(self, rung: Fallback) -> VariantSpec | None:
-        """Return how a rung is made; None if memory is too small to measure which layers suffer most."""
+    def _spec(self, fallback: Fallback) -> VariantSpec | None:
+        """Return the settings of a fallback; None if memory is too small to measure the loss of each layer."""
         from pipeline.inference.offload import TooLarge
 
         try:
-            return with_layers(rung, self._layers(rung.spec)) if rung.share else rung.spec
+            return with_layers(fallback, self._layers(fallback.spec)) if fallback.share else fallback.spec
         except TooLarge as error:
             if not self._is_too_large:
                 self._events.show([f"{self._name}: not tried with its most sensitive layers in eight bits: {error}"])
@@ -125,7 +125,7 @@ class Climb:
         return sensitivity(config, spec, self._full, known, lambda found: self._workspace.note(key, layers=found), tell)
 
     def _measure(self, spec: VariantSpec, label: str) -> ModelResult | None:
-        """Return the figures of one way to make the variant; None if this model cannot be made so."""
+        """Return the figures of these settings; None if the model cannot be made with them."""
         from pipeline.evaluation.evaluate import evaluate
 
         try:

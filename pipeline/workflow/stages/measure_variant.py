@@ -114,7 +114,7 @@ def _escalated(
 
     If no fallback passes, return the result of the best one.
     """
-    from pipeline.workflow.stages.escalate import Climb
+    from pipeline.workflow.stages.escalate import Escalation
 
     asked = config.quantize.spec(name)
     settings = (result.variant or VariantSettings()).to_json()
@@ -122,14 +122,14 @@ def _escalated(
         return result
     made = VariantSpec.model_validate(settings)
     measured_by = _measured_by(config, workspace, (name,))
-    climb = Climb(config, workspace, events, name, full, fingerprint(measured_by))
-    climb.know(made, result)
-    chosen, tried = climb.climb()
+    escalation = Escalation(config, workspace, events, name, full, fingerprint(measured_by))
+    escalation.know(made, result)
+    chosen, tried = escalation.run()
     if chosen is None:
         nearest = best(tried)
         return nearest.changed(gate=_with_tries(nearest.verdict, tried))
     if chosen.making() != made.making():
-        climb.adopt(chosen)
+        escalation.adopt(chosen)
         result = _measured(config, workspace, events, name, full)
     verdict = judge(result.quality, limits(config.quantize, name))
     if chosen.making() == asked.making():
