@@ -51,8 +51,9 @@ def base_model(config: Config, workspace: Workspace, events: Events) -> Path:
     settings, source = config.model.model_dump(), config.model.source
     here = model_digest(hashes_of(workspace, source)) if is_local(source) else None
     known = workspace.read_ledger().base
-    is_unchanged = here in (None, workspace.read_measurement("origin").get("digest"))
-    if known and known.model == settings and is_unchanged and (Path(known.folder) / "config.json").is_file():
+    is_there = known is not None and known.model == settings and (Path(known.folder) / "config.json").is_file()
+    # The order matters: a fetch replaces the measurement, even if it is damaged.
+    if known and is_there and here in (None, workspace.read_measurement("origin").get("digest")):
         return Path(known.folder)
     pinned = base_revision(config, workspace)
     model = config.model.model_copy(update={"revision": pinned}) if pinned else config.model
