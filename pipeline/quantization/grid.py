@@ -126,16 +126,3 @@ def assemble(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | Non
     """Put grouped weights (N, G, g) on the grid with the given stored scales and zeros."""
     codes = choose_codes(groups, scale, zero, grid).to(torch.int8 if grid.signed else torch.uint8)
     return GroupQuantized(codes.flatten(1), scale, zero, grid)
-
-
-def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
-    """Pack four-bit codes (N, K) to bytes (N, K / 2) int8, with the even column in the low nibble."""
-    pairs = codes.contiguous().view(torch.int16)  # the even column in the low byte; torch's machines are little-endian
-    return ((pairs >> 4) & 0xF0).bitwise_or_(pairs & 0xF).to(torch.int8)
-
-
-def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
-    """Unpack bytes (N, K / 2) of `pack_nibbles` to signed codes (N, K), int8 in -8..7."""
-    low = (packed << 4) >> 4  # int8 shifts keep the sign
-    high = packed >> 4
-    return torch.stack((low, high), dim=-1).view(packed.shape[0], -1)

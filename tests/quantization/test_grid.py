@@ -12,8 +12,6 @@ from pipeline.quantization.grid import (
     assemble,
     choose_codes,
     in_groups,
-    pack_nibbles,
-    unpack_nibbles,
 )
 from pipeline.quantization.roundings import rounding
 
@@ -52,28 +50,6 @@ def rtn(weight: torch.Tensor, grid: Grid) -> GroupQuantized:
 def test_codes_are_signed_unless_the_zero_is_a_code(bits, zero, lowest, highest):
     grid = Grid(bits, 32, zero, torch.bfloat16)
     assert (grid.lowest, grid.highest) == (lowest, highest)
-
-
-def test_packing_puts_the_even_column_in_the_low_nibble():
-    assert pack_nibbles(torch.tensor([[1, 2, -1, 7]], dtype=torch.int8)).view(torch.uint8).tolist() == [[0x21, 0x7F]]
-
-
-def test_unpacking_undoes_packing_for_every_pair_of_codes():
-    codes = torch.tensor(list(itertools.product(range(-8, 8), repeat=2)), dtype=torch.int8).view(16, 32)
-    packed = pack_nibbles(codes)
-    assert packed.shape == (16, 16) and packed.dtype == torch.int8
-    assert torch.equal(unpack_nibbles(packed), codes)
-
-
-def test_packing_undoes_unpacking_for_every_byte():
-    packed = torch.arange(-128, 128, dtype=torch.int8).view(8, 32)
-    assert torch.equal(pack_nibbles(unpack_nibbles(packed)), packed)
-
-
-def test_packing_works_on_unsigned_codes_and_on_part_of_a_matrix():
-    codes = torch.arange(16, dtype=torch.uint8).repeat(4, 4)
-    assert torch.equal(unpack_nibbles(pack_nibbles(codes)).view(torch.uint8) & 0xF, codes)
-    assert torch.equal(pack_nibbles(codes[1:3]), pack_nibbles(codes)[1:3])
 
 
 def test_dequantize_is_its_definition_element_by_element(grid):

@@ -1,5 +1,6 @@
 """The torchao format: files as transformers and torchao write them, loaded in a fresh process."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pipeline.models.checkpoint import SINGLE_NAME, Checkpoint, row_blocks
 from pipeline.models.matrices import linear_weights
 from pipeline.quantization.formats import format_of, storage
 from pipeline.quantization.formats.torchao.format import FORMAT as TORCHAO
+from pipeline.quantization.formats.torchao.format import pack_nibbles, unpack_nibbles
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.roundings import rounding
 from pipeline.quantization.writer import quantize_checkpoint, unfit
@@ -431,3 +433,25 @@ def test_an_ordinary_weight_is_not_mistaken_for_a_quantized_one(grid):
     back = TORCHAO.unpack(loaded)
     assert back.grid == grid and torch.equal(back.dequantize(), weight.dequantize())
     assert TORCHAO.unpack(torch.randn(32, 64)) is None
+
+
+def test_packing_puts_the_even_column_in_the_low_nibble():
+    assert pack_nibbles(torch.tensor([[1, 2, -1, 7]], dtype=torch.int8)).view(torch.uint8).tolist() == [[0x21, 0x7F]]
+
+
+def test_unpacking_undoes_packing_for_every_pair_of_codes():
+    codes = torch.tensor(list(itertools.product(range(-8, 8), repeat=2)), dtype=torch.int8).view(16, 32)
+    packed = pack_nibbles(codes)
+    assert packed.shape == (16, 16) and packed.dtype == torch.int8
+    assert torch.equal(unpack_nibbles(packed), codes)
+
+
+def test_packing_undoes_unpacking_for_every_byte():
+    packed = torch.arange(-128, 128, dtype=torch.int8).view(8, 32)
+    assert torch.equal(pack_nibbles(unpack_nibbles(packed)), packed)
+
+
+def test_packing_works_on_unsigned_codes_and_on_part_of_a_matrix():
+    codes = torch.arange(16, dtype=torch.uint8).repeat(4, 4)
+    assert torch.equal(unpack_nibbles(pack_nibbles(codes)).view(torch.uint8) & 0xF, codes)
+    assert torch.equal(pack_nibbles(codes[1:3]), pack_nibbles(codes)[1:3])

@@ -28,7 +28,7 @@ from pipeline.models.matrices import PLAIN_TABLE, embedding_kind
 from pipeline.quantization.formats import FileWeights
 from pipeline.quantization.formats.safetensors import SafetensorsFormat
 from pipeline.quantization.formats.torchao import header, sizes
-from pipeline.quantization.grid import Grid, GroupQuantized, pack_nibbles, unpack_nibbles
+from pipeline.quantization.grid import Grid, GroupQuantized
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -172,3 +172,16 @@ class Torchao(SafetensorsFormat):
 
 
 FORMAT = Torchao()
+
+
+def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
+    """Pack four-bit codes (N, K) to bytes (N, K / 2) int8, with the even column in the low nibble."""
+    pairs = codes.contiguous().view(torch.int16)  # the even column in the low byte; torch's machines are little-endian
+    return ((pairs >> 4) & 0xF0).bitwise_or_(pairs & 0xF).to(torch.int8)
+
+
+def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """Unpack bytes (N, K / 2) of `pack_nibbles` to signed codes (N, K), int8 in -8..7."""
+    low = (packed << 4) >> 4  # int8 shifts keep the sign
+    high = packed >> 4
+    return torch.stack((low, high), dim=-1).view(packed.shape[0], -1)
