@@ -11,13 +11,14 @@ import typer
 
 from pipeline.cli.options import RUNS, AsJson, Root, Settings, console, terminal_reporter
 from pipeline.cli.runs import conclude, run_stage
-from pipeline.config.catalog import DEFAULT_VARIANTS
+from pipeline.config.catalog import DEFAULT_VARIANTS, ROUNDINGS, VARIANTS
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
 
 Output = Annotated[Path | None, typer.Option("--output", help="New folder for the release.")]
-Variants = Annotated[str | None, typer.Option("--variants", help="int8, int4 or both; separate several with commas.")]
+_VARIANTS_HELP = f"{', '.join(VARIANTS)}; or both: {' and '.join(DEFAULT_VARIANTS)}. Separate several with commas."
+Variants = Annotated[str | None, typer.Option("--variants", help=_VARIANTS_HELP)]
 Measure = Annotated[bool, typer.Option("--measure", help="Load back and measure the result; publishing always does.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of the model on the Hub.")]
 
@@ -64,7 +65,7 @@ def quantize(
         int | None,
         typer.Option("--group-size", help="32, 64, 128 or 256, for int4; for int8 if it is the only variant."),
     ] = None,
-    rounding: Annotated[str | None, typer.Option("--rounding", help="search, hqq or rtn.")] = None,
+    rounding: Annotated[str | None, typer.Option("--rounding", help=f"{', '.join(ROUNDINGS)}.")] = None,
     packing: Annotated[str | None, typer.Option("--packing", help="plain, or tile_packed for CUDA; only int4.")] = None,
     measure: Measure = False,
     revision: Revision = None,

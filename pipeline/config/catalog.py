@@ -65,7 +65,7 @@ class Variant:
         snippet: the card's template of the code that loads it, unless its packing names another.
         usage: the card's template that says where it runs, unless its packing names another.
         stored_as: the card's template that says how it is stored.
-        said: a phrase for cards, if there is no such template.
+        said: a phrase for cards that follows "Its", if there is no such template.
     """
 
     name: str
@@ -143,7 +143,10 @@ ROUNDINGS: dict[str, Rounding] = {}
 
 
 def register(entry: Variant | Rounding) -> None:
-    """Add a variant, or a rounding. A rounding becomes available to each variant with a grid that it can fill."""
+    """Add a variant, or a rounding.
+
+    A rounding becomes available to each variant that is registered already and whose grid it can fill.
+    """
     if isinstance(entry, Variant):
         VARIANTS[entry.name] = entry
         return
@@ -251,6 +254,7 @@ register(_gguf("q5_1", 5, "search", "hqq", NEAREST, zero="float"))
 register(_k_quants("q4_k_m", 4))
 register(_k_quants("q5_k_m", 5))
 register(_k_quants("q6_k", 6))
+# A further rounding is registered here, after the variants that offer it.
 
 DEFAULT_VARIANTS = ("int8", "int4")
 

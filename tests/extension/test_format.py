@@ -58,5 +58,9 @@ def test_variant_of_the_format_loads(place):
     assert loaded.stdout.split()[-1:] == ["LlamaForCausalLM"], loaded.stderr
 
 
+def test_help_names_the_variant_of_the_format(place):
+    assert "signs" in place.tunepress("quantize", "--help").stdout
+
+
 def test_format_is_unknown_without_its_registration(place):
     assert "allowed are" in Place(place.folder).tunepress("plan", "tiny.yaml", check=2).stderr

@@ -41,6 +41,7 @@ def test_rounding_is_measured_told_of_in_the_card_and_verified(tmp_path, tiny_mo
     assert place.results()["int4"]["variant"]["rounding"] == "floor"
     assert "rounded down" in (place.release / "int4" / "README.md").read_text()
     assert "int4" in place.tunepress("verify", str(place.release)).stdout
+    assert "floor" in place.tunepress("quantize", "--help").stdout
 
 
 def test_rounding_decides_the_codes(floor, tmp_path, tiny_model):
