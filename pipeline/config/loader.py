@@ -133,7 +133,8 @@ def explain(error: ValidationError, known: type[BaseModel] = Config) -> str:
     if first["type"] == "extra_forbidden":
         message = f"{key}: unknown key{_did_you_mean(first['loc'], known)}"
     elif first["type"] == "missing":
-        message = f"{key}: missing, and it has no default"
+        hint = "; null makes a run without training" if key == "data" else ""
+        message = f"{key}: missing, and it has no default{hint}"
     elif not key:  # a rule about several sections names them itself
         message = first["msg"].removeprefix("Value error, ")
     else:

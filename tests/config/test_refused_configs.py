@@ -87,6 +87,7 @@ def test_invalid_value_names_file_key_value_and_allowed_values(refusal, addition
     "old, new, said",
     [
         ("name: demo", "nmae: demo", "missing"),
+        ("data: {source: tickets.jsonl}\n", "", "null makes a run without training"),
         ("name: demo", "name: my run", "no spaces"),
         ("name: demo", "name: ../up", "no spaces"),
         ("name: demo", 'name: "demo\\n"', "control character"),
