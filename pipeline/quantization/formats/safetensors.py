@@ -52,4 +52,7 @@ class SafetensorsFormat(Format):
 
     @abstractmethod
     def quantization_config(self, spec: VariantSpec, kept: list[str], tables: list[str], eight: list[str]) -> dict:
-        """Return the `quantization_config` of config.json, as `torchao.header.quantization_config` describes it."""
+        """Return the `quantization_config` of config.json, as `torchao.header.quantization_config` describes it.
+
+        Its `quant_method` must be one that transformers knows, or nothing can load the folder.
+        """
