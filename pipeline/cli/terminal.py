@@ -19,6 +19,7 @@ from pipeline.evaluation.model_result import GENERAL, HELD_OUT, TEXTS, ModelResu
 from pipeline.evaluation.results import BASE, MERGED, Results
 from pipeline.system.command_names import command
 from pipeline.system.text_format import clock, size
+from pipeline.tracking.events import alert_level
 from pipeline.tracking.trackers import tracker
 from pipeline.workflow.reporter import Reporter
 from pipeline.workflow.workspace import Entry, Workspace
@@ -236,7 +237,7 @@ def show_status(console: Console, workspace: Workspace, events: list[dict]) -> N
     console.print(table)
     for event in events:
         when = time.strftime("%H:%M:%S", time.localtime(event["time"]))
-        color = "red" if event["event"].endswith("_failed") else "default"
+        color = {"error": "red", "warn": "yellow"}.get(alert_level(event), "default")
         about = {k: v for k, v in event.items() if k not in ("time", "run", "event", "stage")}
         console.print(f"{when}  [{color}]{event['event']:<24}[/] {escape(_plain(about))}")
 

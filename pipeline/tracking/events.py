@@ -30,6 +30,11 @@ STAGES = {
     "publish": ("publish", "model_card_pushed"),
 }
 Kind = Literal["started", "completed", "pushed", "failed"]
+# The `error` of a failure event whose stage was asked to end -> its message. Such a stage can go on.
+STOPPED = {
+    "KeyboardInterrupt": "stopped by the user",
+    "Terminated": "stopped: the run was asked to end (SIGTERM), or its process has ended",
+}
 
 
 class Events:
@@ -62,7 +67,7 @@ class Events:
     def failed(self, verb: str, variant: str | None, error: BaseException | str, seconds: float = 0.0) -> None:
         """Append the failure event of a stage; `error` may be a plain reason, such as the name of a signal."""
         kind = "Killed" if isinstance(error, str) else type(error).__name__
-        message = error if isinstance(error, str) else one_line(error)
+        message = error if isinstance(error, str) else STOPPED.get(kind) or one_line(error)
         self.emit(verb, "failed", variant, error=kind, message=message, seconds=round(seconds, 3))
 
     def metrics(self, values: dict[str, float], step: int) -> None:
@@ -101,6 +106,13 @@ class SilentEvents(Events):
 
     def _append(self, record: dict) -> None:
         pass
+
+
+def alert_level(record: dict) -> Literal["info", "warn", "error"]:
+    """Return how serious an event is: a stage that somebody stopped is no error."""
+    if not record["event"].endswith("_failed"):
+        return "info"
+    return "warn" if record.get("error") in STOPPED else "error"
 
 
 def one_line(error: BaseException) -> str:

@@ -68,16 +68,21 @@ def _whose(claims: Claims, path: str, digest: str | None) -> str | None:
 
 
 def _unnamed(claims: Claims, place: Place) -> Iterator[Finding]:
-    """Yield a finding for each file that the lineage does not name and that would be loaded, or looks so."""
+    """Yield a finding for each file that the lineage does not name and that would be loaded, or looks so.
+
+    A folder in which the lineage names no file gets one finding. In the repository of the source model, other folders
+    and the root are its author's.
+    """
     ours = {claims.prefix(model) for model in claims.models}
     ours |= {path[: path.rfind("/") + 1] for path in claims.files}
     named = {*claims.files, *claims.documents, LINEAGE}
+    foreign: dict[str, list[str]] = {}
     for path in sorted(place.sizes.keys() - named):
         folder, name = path[: path.rfind("/") + 1], path[path.rfind("/") + 1 :]
         is_template = folder.endswith(TEMPLATES) and folder.removesuffix(TEMPLATES) in ours and name.endswith(".jinja")
         if folder not in ours and not is_template:
             if PICKLES.match(name) or WEIGHTS.match(name):
-                yield unknown("files", path, "not part of this release, so nothing is known about it")
+                foreign.setdefault(folder, []).append(path)
         elif PICKLES.match(name):
             yield wrong("files", path, "a pickle that the lineage does not name; loading it can run any code")
         elif CODE.match(name):
@@ -86,6 +91,19 @@ def _unnamed(claims: Claims, place: Place) -> Iterator[Finding]:
             yield wrong("files", path, "weights that the lineage does not name")
         elif is_template or SETTINGS.match(name) or TOKENIZER_FILES.match(name):
             yield wrong("files", path, "loaded with the model, and not named by the lineage")
+    for folder, paths in foreign.items():
+        if _is_in_source(claims, place):
+            for path in paths:
+                yield unknown("files", path, "of the source model, not of this release, so nothing is known about it")
+        else:
+            some = ", ".join(path.removeprefix(folder) for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
+            yield wrong("files", folder or "root", f"models that the lineage does not name ({some})")
+
+
+def _is_in_source(claims: Claims, place: Place) -> bool:
+    """Return True if the release consists of variants in the repository of their source model."""
+    home = claims.results.origin.hub_id
+    return place.tree is not None and not claims.has_root and (home or "").casefold() == place.tree.repo.casefold()
 
 
 def _all_right(claims: Claims, found: list[Finding]) -> Iterator[Finding]:

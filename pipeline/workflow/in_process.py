@@ -6,7 +6,7 @@ import time
 import traceback
 from collections.abc import Callable
 
-from pipeline.errors import StageFailed, UserError
+from pipeline.errors import Interrupted, StageFailed, UserError
 from pipeline.system.files import no_room
 from pipeline.tracking.events import Events
 from pipeline.training.accelerate_launch import Launch
@@ -29,11 +29,15 @@ def run_stage_here(
 
     Raises:
         StageFailed: with the stage's own message.
+        Interrupted: after Ctrl-C.
     """
     config, start = workspace.config(), time.monotonic()
     telling = Events(events.path, events.run, reporter.progress, reporter.show)
     try:
         outcome = perform(stage, config, workspace, telling, variants)
+    except KeyboardInterrupt as stopped:
+        tell_failure(stage, events, variants, stopped, time.monotonic() - start)
+        raise Interrupted from None
     except Exception as problem:
         error = no_room(problem, workspace.folder) or problem
         tell_failure(stage, events, variants, error, time.monotonic() - start)

@@ -23,7 +23,7 @@ from typing import Protocol
 
 from pipeline.errors import Interrupted, StageFailed
 from pipeline.system.process_environment import STAGE_SETTINGS, with_own_package
-from pipeline.tracking.events import Events
+from pipeline.tracking.events import STOPPED, Events
 from pipeline.training.accelerate_launch import Launch
 from pipeline.workflow.reporter import Reporter
 from pipeline.workflow.stages import REPORTING, tell_failure
@@ -113,9 +113,10 @@ def run_stage(
         return Report([Path(p) for p in outcome["outputs"]], outcome["summary"], seconds, interrupted)
     error, ended = messages.error(launch), _how_it_ended(child.returncode)
     if error and launch and (verb := REPORTING[stage].verb):
-        events.emit(verb, "failed", error=error["type"], message=error["message"], seconds=round(seconds, 3))
-    if not error:
-        tell_failure(stage, events, variants, ended, seconds)
+        message = STOPPED.get(error["type"], error["message"])
+        events.emit(verb, "failed", error=error["type"], message=message, seconds=round(seconds, 3))
+    if not error:  # a stage that does not end in time after Ctrl-C is killed
+        tell_failure(stage, events, variants, KeyboardInterrupt() if interrupted else ended, seconds)
     if interrupted:
         raise Interrupted
     if error:

@@ -84,8 +84,13 @@ def _ends(pid: int) -> bool:
 
 
 @pytest.mark.usefixtures("cold")
-@pytest.mark.parametrize(("how", "error", "code"), [("ctrl-c", "KeyboardInterrupt", 130), ("kill -9", "Killed", 1)])
-def test_a_run_that_is_stopped_reports_it_and_resumes_from_its_checkpoint(tmp_path, tiny_model, how, error, code):
+@pytest.mark.parametrize(
+    ("how", "error", "level", "code"),
+    [("ctrl-c", "KeyboardInterrupt", "warn", 130), ("kill -9", "Killed", "error", 1)],
+)
+def test_a_run_that_is_stopped_reports_it_and_resumes_from_its_checkpoint(
+    tmp_path, tiny_model, how, error, level, code
+):
     place = write_place(tmp_path, tiny_model("llama"), train={"max_steps": 400, "checkpoint_every": 1})
     process = _start(place)
     wait_for_training(place, process)
@@ -102,7 +107,8 @@ def test_a_run_that_is_stopped_reports_it_and_resumes_from_its_checkpoint(tmp_pa
     assert _ends(child)
     assert place.names()[-1] == "training_failed"
     assert place.events()[-1]["error"] == error
-    assert "training_failed" in [alert["title"] for alert in place.alerts()]
+    assert (place.events()[-1]["message"] == "stopped by the user") == (how == "ctrl-c")
+    assert ("training_failed", level) in [(alert["title"], alert["level"]) for alert in place.alerts()]
     assert not (place.run_folder / "adapter").exists()
 
 

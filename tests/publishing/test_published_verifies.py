@@ -30,7 +30,9 @@ def test_mirror_and_main_repository_verify(hub, mirrored):
 def test_variants_beside_their_source_verify(hub, guest):
     hub.put(REPO, {"README.md": SOURCE_CARD})
     guest.publish()
-    assert check(REPO) == ["files model.safetensors: not part of this release, so nothing is known about it"]
+    assert check(REPO) == [
+        "files model.safetensors: of the source model, not of this release, so nothing is known about it"
+    ]
 
 
 def test_gguf_release_verifies_here_and_on_the_hub(hub, shared):

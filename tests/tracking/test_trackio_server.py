@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 
@@ -116,12 +117,14 @@ def test_nan_and_infinite_metrics_are_sent(run, server):
     assert_once_each(server.rows(), run.records())
 
 
-def test_failure_is_an_alert_at_level_error(run, server):
-    run.events.failed("train", None, ValueError("no luck"))
+def test_failure_is_an_alert_at_level_error_and_a_stop_by_the_user_a_warning(run, server):
+    for end in (ValueError("no luck"), KeyboardInterrupt(), "killed by the system"):
+        run.events.failed("train", None, end)
     run.send()
-    alert = next(r for r in server.rows() if "text" in r)
-    assert (alert["title"], alert["level"]) == ("training_failed", "error")
-    assert '"message":"no luck"' in alert["text"]
+    alerts = [r for r in server.rows() if "text" in r]
+    assert {alert["title"] for alert in alerts} == {"training_failed"}
+    told = {json.loads(alert["text"])["message"]: alert["level"] for alert in alerts}
+    assert told == {"no luck": "error", "stopped by the user": "warn", "killed by the system": "error"}
 
 
 def test_silent_server_does_not_delay_a_run(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.config.loader import load_config
-from pipeline.errors import StageFailed
+from pipeline.errors import Interrupted, StageFailed
 from pipeline.workflow.in_process import run_stage_here
 from pipeline.workflow.run import run, run_one
 from tests.support.runs import write_place
@@ -37,3 +37,23 @@ def test_stage_that_fails_in_the_process_is_told_as_one_in_a_process_of_its_own(
     assert elsewhere.stderr.strip() == f"tunepress: {here.value}" and here.value.exit_code == 2
     first, second = (event for event in place.events() if event["event"] == "training_failed")
     assert (first["error"], first["message"]) == (second["error"], second["message"])
+
+
+def test_stage_that_ctrl_c_ends_in_the_process_is_told_as_stopped(place, monkeypatch):
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.workflow.in_process.perform", stop)
+    with pytest.raises(Interrupted):
+        run_one(load_config(str(place.config)), "train", start=run_stage_here)
+    stopped = place.events()[-1]
+    assert (stopped["event"], stopped["message"]) == ("training_failed", "stopped by the user")
+
+
+def test_stage_that_is_killed_for_not_ending_after_ctrl_c_is_told_as_stopped(place, monkeypatch):
+    monkeypatch.setattr("pipeline.workflow.stage_process._watch", lambda child, *arguments: child.kill() is None)
+    with pytest.raises(Interrupted):
+        run_one(load_config(str(place.config)), "train")
+    assert [(e["error"], e["message"]) for e in place.events() if e["event"] == "training_failed"] == [
+        ("KeyboardInterrupt", "stopped by the user")
+    ]

@@ -27,6 +27,7 @@ from datetime import UTC, datetime
 from pipeline.config.schema import Config
 from pipeline.config.track import TrackioSettings
 from pipeline.hub.retry import HubAway
+from pipeline.tracking.events import alert_level
 from pipeline.tracking.forwarder import Item
 from pipeline.tracking.trackers.places import TOKEN_VARIABLE, Local, Place, Server, check_write_token
 from pipeline.tracking.trackers.spaces import Space, find
@@ -104,8 +105,8 @@ class TrackioTracker:
     def _alert(self, item: Item) -> dict:
         title = item.record["event"]
         text = json.dumps(item.record, separators=(",", ":"))
-        level = "error" if title.endswith("_failed") else "info"
-        return self._entry(item) | {"title": title, "text": text, "level": level, "alert_id": item.id}
+        about = {"title": title, "text": text, "level": alert_level(item.record), "alert_id": item.id}
+        return self._entry(item) | about
 
     def _entry(self, item: Item) -> dict:
         return self._about | {"step": item.step, "timestamp": _moment(item.record["time"])}
