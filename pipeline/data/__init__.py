@@ -1,6 +1,6 @@
 """Any supported data set -> conversations or texts, split into training and held-out examples.
 
-    data_set = load_examples(config.data)
+    data_set = load_examples(config.data, config.train.loss_on)
     write_examples("train.jsonl", data_set.train)
 
 `pipeline.data.encode` turns them into tokens, `pipeline.data.describe` says what they are. Nothing here
@@ -46,11 +46,12 @@ class DataSet:
         source: as the configuration names it.
         form: the form found: a key of `catalog.DATA_FORMS`, or "builtin".
         train: what to train on, in an order that does not depend on the order of the rows.
-        held_out: what to measure on; shares no prompt with `train`.
+        held_out: what to measure on; no answer in it is learned in the same context in `train`.
         rows: rows read, good and bad.
         duplicates: good rows dropped because the same example came before.
         fingerprint: sha256, in hex, over the examples of both splits.
         trained_from: where in the order of the split training begins; see `splitting.trained_from`.
+        loss_on: the answers that are learned, as in `train.loss_on`.
         license, language: what the source itself says, else None.
         subset, split, revision: of a data set on the Hub; the revision is the commit that was read. Else None.
         skipped: bad rows that were left out.
@@ -65,6 +66,7 @@ class DataSet:
     duplicates: int
     fingerprint: str
     trained_from: str = ""
+    loss_on: str = "auto"
     license: str | None = None
     language: str | None = None
     subset: str | None = None
@@ -74,13 +76,14 @@ class DataSet:
     unused: tuple[str, ...] = ()
 
 
-def load_examples(data: Data, on_skip: OnSkip | None = None) -> DataSet:
+def load_examples(data: Data, loss_on: str = "auto", on_skip: OnSkip | None = None) -> DataSet:
     """Read a data set, drop duplicates, take `data.limit` examples, and split.
 
-    What is trained on depends on the rows, the seed, the limit and the share, and on nothing
-    else: not on the order of the rows, the kind of the file, or the machine.
+    What is trained on depends on the rows, the seed, the limit, the share and the learned answers. It does not depend
+    on the order of the rows, the kind of the file, or the machine.
 
     Args:
+        loss_on: the answers that are learned, as in `train.loss_on`.
         on_skip: called with the place and the reason of every bad row that is left out.
 
     Raises:
@@ -100,7 +103,7 @@ def load_examples(data: Data, on_skip: OnSkip | None = None) -> DataSet:
         assert reading.layout is not None, "a table without a good row is refused"
         examples, rows, form = reading.examples, reading.rows, reading.layout.form
         known |= {"skipped": reading.skipped, "unused": reading.layout.unused}
-    train, held_out, duplicates = split(examples, data)
+    train, held_out, duplicates = split(examples, data, loss_on)
     return DataSet(
         source=data.source,
         form=form,
@@ -109,7 +112,8 @@ def load_examples(data: Data, on_skip: OnSkip | None = None) -> DataSet:
         rows=rows,
         duplicates=duplicates,
         fingerprint=fingerprint(train, held_out),
-        trained_from=trained_from(train, data.seed),
+        trained_from=trained_from(train, data.seed, loss_on),
+        loss_on=loss_on,
         **known,
     )
 

@@ -18,6 +18,7 @@ from pipeline.data import DataSet
 from pipeline.data.chat import is_supplied
 from pipeline.data.encode import NO_LOSS, Encoded, EncodedSet
 from pipeline.data.overlap import NEAR, RUN, overlap
+from pipeline.data.splitting import SPLIT_BY
 
 OWN_TEMPLATE, SUPPLIED_TEMPLATE = "the model's own", "supplied"
 
@@ -61,10 +62,15 @@ def describe(data_set: DataSet, encoded: dict[str, EncodedSet], tokenizer: Any) 
         "unused_columns": list(data_set.unused),
         "fingerprint": data_set.fingerprint,
         "trained_from": data_set.trained_from,
+        "split_by": SPLIT_BY,
         "license": data_set.license,
         "language": data_set.language,
         "template": _template(data_set, tokenizer),
-        "overlap": {**asdict(overlap(data_set.train, data_set.held_out)), "run_of_words": RUN, "near_from": NEAR},
+        "overlap": {
+            **asdict(overlap(data_set.train, data_set.held_out, data_set.loss_on)),
+            "run_of_words": RUN,
+            "near_from": NEAR,
+        },
         "splits": {name: _describe_split(len(examples[name]), part) for name, part in encoded.items()},
     }
 
@@ -86,7 +92,7 @@ def report(description: dict[str, Any], samples: Samples) -> list[str]:
         lines.append(f"unused    columns {', '.join(description['unused_columns'])}")
     for name, part in description["splits"].items():
         lines += _about_split(name, part)
-    lines.append(_about_overlap(description["overlap"]))
+    lines += _about_overlap(description["overlap"])
     if description["template"] == SUPPLIED_TEMPLATE:
         lines.append(
             "template  the model has none: turns are marked in plain text, and the template goes with the model"
@@ -164,13 +170,20 @@ def _about_split(name: str, part: dict[str, Any]) -> list[str]:
     return [*lines, *([f"{'':<9} {'; '.join(said)}"] if said else [])]
 
 
-def _about_overlap(found: dict[str, Any]) -> str:
-    if not found["same"] and not found["near"]:
-        return f"overlap   none of the answers of {found['compared']:,} held-out example(s) found in training"
-    return (
-        f"overlap   of {found['compared']:,} held-out examples, {found['same']:,} have answers that training has too, "
-        f"and {found['near']:,} share at least {found['near_from']:.0%} of their runs of {found['run_of_words']} words"
-    )
+def _about_overlap(found: dict[str, Any]) -> list[str]:
+    lines = [f"overlap   none of the answers of {found['compared']:,} held-out example(s) found in training"]
+    if found["same"] or found["near"]:
+        lines = [
+            f"overlap   of {found['compared']:,} held-out examples, {found['same']:,} have answers that training has "
+            f"too, and {found['near']:,} share at least {found['near_from']:.0%} of their runs of "
+            f"{found['run_of_words']} words"
+        ]
+    if found["trained"]:
+        lines.append(
+            f"{'':<9} {found['trained']:,} of {found['answers']:,} held-out answers are also trained on in exactly "
+            "the same context"
+        )
+    return lines
 
 
 def _shown(head: str, example: Sequence[tuple[bool, str]]) -> list[str]:

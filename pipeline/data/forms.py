@@ -6,6 +6,7 @@ A data form is one entry in `FORMS`: the columns it needs, optional columns, and
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -36,9 +37,50 @@ class Example:
         """Return the same text for the same example, whatever the file looked like."""
         return _canonical(self.messages if self.text is None else {"text": self.text})
 
-    def prompt(self) -> str:
-        """Return everything before the last answer in canonical form; a text is its own prompt."""
-        return _canonical(self.messages[: self.last_answer]) if self.text is None else self.canonical()
+    def answers(self, loss_on: str = "auto") -> list[int]:
+        """Return the indexes of the messages that are learned; `loss_on` as in `train.loss_on`."""
+        found = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+        return found[-1:] if loss_on == "completion" else found
+
+    def prompt(self, loss_on: str = "auto") -> str:
+        """Return everything before the first learned answer in canonical form; a text is its own prompt.
+
+        A greeting before the first question is no answer to anything, so it belongs to the prompt.
+        """
+        return self.prompts(loss_on)[0]
+
+    def prompts(self, loss_on: str = "auto") -> list[str]:
+        """Return everything before each learned answer in canonical form; a text is its own prompt."""
+        if self.text is not None:
+            return [self.canonical()]
+        return [_canonical(self.messages[:i]) for i in self._replies(loss_on)]
+
+    def contexts(self, loss_on: str = "auto") -> list[bytes]:
+        """Return a digest of everything before each learned answer; of a text, that of the text."""
+        beginnings = self._beginnings()
+        return [beginnings[i] for i in self._replies(loss_on)] if self.text is None else beginnings
+
+    def learned_in_context(self, loss_on: str = "auto") -> list[bytes]:
+        """Return a digest of each learned answer with everything before it; of a text, that of the text."""
+        beginnings = self._beginnings()
+        return [beginnings[i + 1] for i in self.answers(loss_on)] if self.text is None else beginnings
+
+    def _beginnings(self) -> list[bytes]:
+        """Return the digests of the first 0, 1, 2, ... messages; of a text, its one digest."""
+        so_far = hashlib.blake2b(digest_size=16)
+        if self.text is not None:
+            so_far.update(self.canonical().encode())
+        digests = [so_far.digest()]
+        for message in self.messages:
+            so_far.update(_canonical(message).encode() + b"\n")
+            digests.append(so_far.digest())
+        return digests
+
+    def _replies(self, loss_on: str) -> list[int]:
+        """Return the learned answers without greetings, or the first one if all are greetings."""
+        asked = next((i for i, message in enumerate(self.messages) if message["role"] in ("user", "tool")), 0)
+        answers = self.answers(loss_on)
+        return [i for i in answers if i > asked] or answers[:1]
 
     def learned(self) -> list[str]:
         """Return what is to be learned: the answers, or the text."""

@@ -1,13 +1,15 @@
 """The overlap of held-out examples with training examples.
 
-No prompt is on both sides (`splitting`), but what the loss is taken on may be: the same answer to another
-question, or a text that was copied and changed a little. Such examples make held-out figures look
-better than they are, so they are counted. Two measures, both on the answers (or the texts) alone, in words
-without case and punctuation:
+`splitting` keeps what is learned in the same context on one side. But training may have the same answer to another
+question, or a text that was copied and changed a little. Such examples make held-out figures look better than they
+are, so they are counted. Two measures compare only the answers (or texts), in words without case and punctuation:
 
 - the same: all answers of a held-out example occur as those of a training example;
 - near: at least half of the runs of 8 words in a held-out example occur somewhere in training. An example with
   fewer than 8 words has no such run, and cannot be near.
+
+A third counts single learned answers: training learns the same answer in exactly the same context. Only greetings at
+the beginning of a conversation can be such answers.
 """
 
 from __future__ import annotations
@@ -36,22 +38,27 @@ _WORD = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|[^\W\u0e00-\u0eff
 
 @dataclass(frozen=True)
 class Overlap:
-    """Counts of held-out examples.
+    """Counts of held-out examples, and of single answers in them.
 
     Attributes:
         compared: held-out examples that were looked at.
         same: those whose answers training has word by word.
         near: those of which training has at least half of the runs of 8 words.
+        answers: learned answers, or texts, in the compared examples.
+        trained: those that training learns too, with exactly the same messages before them.
     """
 
     compared: int
     same: int
     near: int
+    answers: int
+    trained: int
 
 
-def overlap(train: Iterable[Example], held_out: Sequence[Example]) -> Overlap:
+def overlap(train: Sequence[Example], held_out: Sequence[Example], loss_on: str = "auto") -> Overlap:
     """Compare held-out examples with training examples; 100,000 rows take seconds.
 
+    `loss_on` says which answers are learned, as in `train.loss_on`.
     Memory depends on the held-out examples (20,000 of them at most), not on the training ones.
     """
     import numpy as np
@@ -79,7 +86,16 @@ def overlap(train: Iterable[Example], held_out: Sequence[Example]) -> Overlap:
     of_all = np.bincount(owners, minlength=len(held_out))
     of_shared = np.bincount(owners[seen[places]], minlength=len(held_out))
     near = (of_all > 0) & (of_shared >= NEAR * of_all)
-    return Overlap(len(held_out), sum(answer in same for answer in answers), int(near.sum()))
+    learned = [answer for example in held_out for answer in example.learned_in_context(loss_on)]
+    asked = set(learned)
+    trained = {answer for example in train for answer in example.learned_in_context(loss_on) if answer in asked}
+    return Overlap(
+        compared=len(held_out),
+        same=sum(answer in same for answer in answers),
+        near=int(near.sum()),
+        answers=len(learned),
+        trained=sum(answer in trained for answer in learned),
+    )
 
 
 def _batches(examples: Iterable[Example]) -> Iterator[list[list[str]]]:

@@ -1,4 +1,8 @@
-"""The split into training and held-out examples, the same for any order of the rows."""
+"""The split into training and held-out examples, the same for any order of the rows.
+
+Every learned answer counts: two examples that learn an answer in the same context are on the same side. So are the rows
+of a data set with one row for each turn of a conversation, because each row repeats the answers of the rows before.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,16 @@ from pipeline.config.schema import Data
 from pipeline.data.forms import Example
 from pipeline.errors import DataError
 
+SPLIT_BY = "first learned answer"  # recorded, because earlier versions split by the last answer
+
 Examples = tuple[Example, ...]
 
 
-def split(examples: Sequence[Example], data: Data) -> tuple[Examples, Examples, int]:
+def split(examples: Sequence[Example], data: Data, loss_on: str = "auto") -> tuple[Examples, Examples, int]:
     """Drop duplicates, take `data.limit` examples, and hold some out.
 
-    All answers to one prompt go to one side; a text is its own prompt.
+    Args:
+        loss_on: the answers that are learned, as in `train.loss_on`.
 
     Returns:
         Training examples, held-out examples, and how many duplicates were dropped.
@@ -26,23 +33,23 @@ def split(examples: Sequence[Example], data: Data) -> tuple[Examples, Examples, 
     """
     unique = {example.canonical(): example for example in examples}
     kept = sorted(unique, key=lambda text: _shuffled(data.seed, "order", text))[: data.limit]
-    train, held_out = _halves([unique[text] for text in kept], data)
+    train, held_out = _halves([unique[text] for text in kept], data, loss_on)
     return train, held_out, len(examples) - len(unique)
 
 
-def trained_from(train: Iterable[Example], seed: int) -> str:
+def trained_from(train: Iterable[Example], seed: int, loss_on: str = "auto") -> str:
     """Return the place in the order of the split at which training begins: 16 hex digits.
 
     Prompts are held out from the beginning of that order on, which depends only on the prompt and the seed. An example
     before this place was not trained on, whether or not it was among the rows. So new rows can be told from those that
     a model has seen.
     """
-    return min((place(example, seed) for example in train), default="")
+    return min((place(example.prompt(loss_on), seed) for example in train), default="")
 
 
-def place(example: Example, seed: int) -> str:
-    """Return the place of an example's prompt in the order of the split: 16 hex digits."""
-    return _shuffled(seed, "split", example.prompt()).hex()[:16]
+def place(prompt: str, seed: int) -> str:
+    """Return the place of a prompt in the order of the split: 16 hex digits."""
+    return _shuffled(seed, "split", prompt).hex()[:16]
 
 
 def fingerprint(*splits: Iterable[Example]) -> str:
@@ -55,26 +62,56 @@ def fingerprint(*splits: Iterable[Example]) -> str:
     return digest.hexdigest()
 
 
-def _halves(examples: Sequence[Example], data: Data) -> tuple[Examples, Examples]:
-    prompts = [example.prompt() for example in examples]
-    groups = Counter(prompts)
-    if len(groups) < 2:
-        few = f"{len(examples)} different example(s)" if len(examples) < 2 else "all prompts are the same"
-        raise DataError(f"{data.source}: too small to hold something out: {few}; at least 2 different ones are needed")
+def _halves(examples: Sequence[Example], data: Data, loss_on: str) -> tuple[Examples, Examples]:
+    groups = _groups(examples, loss_on)
+    sizes = Counter(groups)
+    if len(sizes) < 2:
+        raise DataError(f"{data.source}: too small to hold something out: {_why_one_group(examples, loss_on)}")
     wanted = max(1, round(data.held_out * len(examples)))
-    order = sorted(groups, key=lambda prompt: _shuffled(data.seed, "split", prompt))
-    chosen: set[str] = set()
+    places: dict[int, bytes] = {}
+    for example, group in zip(examples, groups, strict=True):
+        found = _shuffled(data.seed, "split", example.prompt(loss_on))
+        places[group] = min(found, places.get(group, found))
+    order = sorted(sizes, key=places.__getitem__)
+    chosen: set[int] = set()
     held = 0
-    for prompt in order:
-        if held + groups[prompt] <= wanted and len(chosen) < len(groups) - 1:
-            chosen.add(prompt)
-            held += groups[prompt]
-    if not chosen:  # every prompt has more answers than were to be held out
-        chosen.add(min(order, key=groups.__getitem__))
+    for group in order:
+        if held + sizes[group] <= wanted and len(chosen) < len(sizes) - 1:
+            chosen.add(group)
+            held += sizes[group]
+    if not chosen:  # every group is larger than what was to be held out
+        chosen.add(min(order, key=sizes.__getitem__))
     sides: tuple[list[Example], list[Example]] = ([], [])
-    for example, prompt in zip(examples, prompts, strict=True):
-        sides[prompt in chosen].append(example)
+    for example, group in zip(examples, groups, strict=True):
+        sides[group in chosen].append(example)
     return tuple(sides[0]), tuple(sides[1])
+
+
+def _groups(examples: Sequence[Example], loss_on: str) -> list[int]:
+    """Return the group of each example: examples that learn an answer in the same context share one."""
+    parent = list(range(len(examples)))
+    first: dict[bytes, int] = {}
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    for i, example in enumerate(examples):
+        for context in example.contexts(loss_on):
+            parent[root(i)] = root(first.setdefault(context, i))
+    return [root(i) for i in range(len(examples))]
+
+
+def _why_one_group(examples: Sequence[Example], loss_on: str) -> str:
+    if len(examples) < 2:
+        return f"{len(examples)} different example(s); at least 2 are needed"
+    if all(len(example.answers(loss_on)) < 2 for example in examples):
+        return "all prompts are the same; at least 2 different ones are needed"
+    return (
+        "all conversations begin with the same question, and its answer is learned in each of them. "
+        "Try: --set train.loss_on=completion"
+    )
 
 
 def _shuffled(seed: int, purpose: str, text: str) -> bytes:

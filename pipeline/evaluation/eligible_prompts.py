@@ -17,10 +17,11 @@ from pipeline.evaluation.results import Data, Results
 from pipeline.system.command_names import command
 
 FEWEST = 16  # prompts; fewer give no reliable error of a difference
+SINGLE_ANSWERS = ("builtin", "instruction", "question_answer", "text")  # forms of rows with one answer each
 
 
 def unseen_examples(
-    held_out: tuple[Example, ...], data: str, repo: str, lineage: Mapping[str, Any]
+    held_out: tuple[Example, ...], data: str, repo: str, lineage: Mapping[str, Any], loss_on: str = "auto"
 ) -> tuple[tuple[Example, ...], str]:
     """Return the held-out examples with prompts that the published model was not trained on either.
 
@@ -31,6 +32,7 @@ def unseen_examples(
         data: the fingerprint of the data of this run.
         repo: USER/NAME of the published model.
         lineage: its `tunepress.json`.
+        loss_on: the answers that this run learns, as in `train.loss_on`.
 
     Returns:
         The examples, and a remark about them.
@@ -38,7 +40,7 @@ def unseen_examples(
     Raises:
         DataError: if they have too few prompts.
     """
-    theirs, there = Results.of_lineage(lineage, repo).data or Data(), count_prompts(held_out)
+    theirs, there = Results.of_lineage(lineage, repo).data or Data(), count_prompts(held_out, loss_on)
     if there < FEWEST:
         raise DataError(
             f"{repo}: too few held-out prompts to compare with it ({there}; {FEWEST} are needed). "
@@ -51,25 +53,36 @@ def unseen_examples(
             "the published model does not record how its data was split, so it may have been trained on some of these "
             "examples, which is to its advantage"
         )
-    seed = lineage["configuration"]["data"]["seed"]
-    kept = tuple(e for e in held_out if place(e, seed) < theirs.trained_from)
-    if count_prompts(kept) < FEWEST:
+    settings = lineage["configuration"]
+    seed, learned = settings["data"]["seed"], settings.get("train", {}).get("loss_on", "auto")
+    if not theirs.split_by:  # by an earlier version, which split by the last answer
+        kept = tuple(e for e in held_out if place(e.prompt("completion"), seed) < theirs.trained_from)
+    elif learned == "completion":  # it learned single answers, and the first one says nothing about the others
+        kept = tuple(e for e in held_out if max(place(p, seed) for p in e.prompts(loss_on)) < theirs.trained_from)
+    else:
+        kept = tuple(e for e in held_out if place(e.prompt(learned), seed) < theirs.trained_from)
+    if count_prompts(kept, loss_on) < FEWEST:
         raise DataError(
             f"{repo}: too few held-out prompts that the published model surely was not trained on "
-            f"({count_prompts(kept)}; {FEWEST} are needed). "
+            f"({count_prompts(kept, loss_on)}; {FEWEST} are needed). "
             f"Try: set data.seed to {seed}, raise data.held_out, or publish without comparing: {command('run')}"
         )
     said = (
         "neither model was trained on these prompts, word for word; the data has changed since the published model, "
         "and if only the form of a prompt changed, such as its system prompt, it may know the question"
     )
+    if not theirs.split_by and learned != "completion" and theirs.form not in SINGLE_ANSWERS:
+        said = (
+            "the published model was made by an earlier version, which held out only the last answers of "
+            "conversations, so it may have been trained on earlier answers in these examples, which is to its advantage"
+        )
     left_out = len(held_out) - len(kept)
     return kept, f"{said}; {left_out} held-out examples that it may know were left out" if left_out else said
 
 
-def count_prompts(examples: tuple[Example, ...]) -> int:
+def count_prompts(examples: tuple[Example, ...], loss_on: str = "auto") -> int:
     """Return the number of different prompts."""
-    return len({example.prompt() for example in examples})
+    return len({example.prompt(loss_on) for example in examples})
 
 
 def encode_untruncated(
@@ -101,8 +114,8 @@ def check_tokens(config: TrainingRun, examples: tuple[Example, ...], tokenizer: 
     """
     found: set[str] = set()
     for example, _ in encode_untruncated(config, examples, {"new": tokenizer}):
-        found.add(example.prompt())
+        found.add(example.prompt(config.train.loss_on))
         if len(found) == FEWEST:
             return
     if examples:
-        raise too_few_prompts(config, len(found), count_prompts(examples))
+        raise too_few_prompts(config, len(found), count_prompts(examples, config.train.loss_on))

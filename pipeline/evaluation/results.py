@@ -51,6 +51,8 @@ class Overlap(Record):
     compared: Count | None = None
     same: Count | None = None
     near: Count | None = None
+    answers: Count | None = None
+    trained: Count | None = None
     run_of_words: Count | None = None
     near_from: Number | None = None
 
@@ -91,6 +93,7 @@ class Data(Record):
     unused_columns: Texts = ()
     fingerprint: Text | None = None
     trained_from: Text | None = None
+    split_by: Text | None = None
     license: Text | None = None
     language: Text | None = None
     template: Text | None = None

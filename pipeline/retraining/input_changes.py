@@ -52,7 +52,7 @@ def inputs_of(config: TrainingRun) -> Inputs:
     }
     pinned = config.model_copy(update=update)
     digest = _digest_at(config.model.source, base) if base else sources.digest_here(config.model.source)
-    return Inputs(pinned, digest, data or load_examples(config.data).fingerprint)
+    return Inputs(pinned, digest, data or load_examples(config.data, config.train.loss_on).fingerprint)
 
 
 def settings(config: Config) -> dict[str, object]:
@@ -144,7 +144,8 @@ def _changed_data(live: PublishedModel, inputs: Inputs) -> list[str]:
     theirs, source = live.lineage.get("data") or {}, inputs.config.data.source
     if inputs.data in (theirs.get("revision"), theirs.get("fingerprint")):
         return []
-    now = load_examples(inputs.config.data).fingerprint  # a new commit may have changed only the card
+    # A new commit may have changed only the card.
+    now = load_examples(inputs.config.data, inputs.config.train.loss_on).fingerprint
     if now == theirs.get("fingerprint"):
         return []
     return [f"data {file_name(source)}: {_short(theirs.get('fingerprint'))} -> {_short(now)}"]

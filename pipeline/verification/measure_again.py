@@ -136,7 +136,9 @@ def _bring_held_out(claims: Claims, place: Place, config: Config, workspace: Wor
         place.tell(0, 1, f"reading {source}")
         assert config.data is not None, "its source was looked at above"
         pinned = config.data.model_copy(update={"revision": data.revision}) if on_hub else config.data
-        write_examples(kept, load_examples(pinned).held_out)
+        # Releases that do not say how they were split were split by what precedes the last answer.
+        loss_on = config.train.loss_on if data.split_by else "completion"
+        write_examples(kept, load_examples(pinned, loss_on).held_out)
     except UserError as error:
         return str(error)
     return None

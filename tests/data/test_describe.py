@@ -31,12 +31,12 @@ def tokenizer(tmp_path_factory):
 def told(tmp_path, tokenizer):
     """`told(rows)`: the description of these rows and the lines of its report."""
 
-    def tell(rows, max_length=200, tokenizer=tokenizer, **options):
+    def tell(rows, max_length=200, tokenizer=tokenizer, loss_on="auto", **options):
         path = tmp_path / "rows.jsonl"
         path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
-        data = load_examples(Data(source=str(path), **options))
+        data = load_examples(Data(source=str(path), **options), loss_on)
         splits = {"training": data.train, "held-out": data.held_out}
-        encoded = {name: encode_examples(part, tokenizer, "auto", max_length) for name, part in splits.items()}
+        encoded = {name: encode_examples(part, tokenizer, loss_on, max_length) for name, part in splits.items()}
         description = describe(data, encoded, tokenizer)
         assert json.loads(json.dumps(description)) == description
         return description, report(description, samples(data, encoded, tokenizer))
@@ -78,7 +78,9 @@ def test_reported_lengths_are_those_of_real_examples(count, expected):
 def test_overlap_with_held_out_examples_is_counted(told):
     same = [{"prompt": f"Ask {i}", "completion": " ".join(WORDS)} for i in range(20)]
     description, lines = told(same, held_out=0.2)
-    assert description["overlap"] == {"compared": 4, "same": 4, "near": 4, "run_of_words": 8, "near_from": 0.5}
+    counts = {"compared": 4, "same": 4, "near": 4, "answers": 4, "trained": 0}
+    assert description["overlap"] == {**counts, "run_of_words": 8, "near_from": 0.5}
+    assert description["split_by"] == "first learned answer"
     assert any(
         line.startswith("overlap   of 4 held-out examples, 4 have answers that training has too") for line in lines
     )
@@ -148,7 +150,22 @@ def answers(*texts):
 def test_an_answer_that_training_has_too_is_counted():
     train = answers("Yes!", "It is  Paris, of course.", " ".join(WORDS))
     held_out = answers("yes", "it is Paris of course", "It is Rome.", " ".join(WORDS))
-    assert overlap(train, held_out) == Overlap(compared=4, same=3, near=1)
+    assert overlap(train, held_out) == Overlap(compared=4, same=3, near=1, answers=4, trained=0)
+
+
+def test_single_answers_that_training_has_in_the_same_context_are_counted(told):
+    hello = {"role": "assistant", "content": "Hello!"}
+    rows = [
+        {"messages": [hello, {"role": "user", "content": f"Q{i}"}, {"role": "assistant", "content": f"A{i}"}]}
+        for i in range(20)
+    ]
+    description, lines = told(rows, held_out=0.2)
+    assert (description["overlap"]["answers"], description["overlap"]["trained"]) == (8, 4)
+    assert description["overlap"]["same"] == 0
+    said = "4 of 8 held-out answers are also trained on in exactly the same context"
+    assert any(line.endswith(said) for line in lines)
+    description, _ = told(rows, held_out=0.2, loss_on="completion")
+    assert (description["overlap"]["answers"], description["overlap"]["trained"]) == (4, 0)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +188,7 @@ def test_shared_text_runs_do_not_cross_examples():
 
 def test_writing_without_spaces_is_compared_by_its_characters():
     text = "吾輩は猫である。名前はまだ無い。"
-    assert overlap(answers(f"はい、{text}"), answers(text)) == Overlap(compared=1, same=0, near=1)
+    assert overlap(answers(f"はい、{text}"), answers(text)) == Overlap(compared=1, same=0, near=1, answers=1, trained=0)
 
 
 def test_texts_are_compared_like_answers_and_prompts_are_not():
@@ -179,4 +196,4 @@ def test_texts_are_compared_like_answers_and_prompts_are_not():
     first, second = (Example((question, {"role": "assistant", "content": answer})) for answer in "ab")
     assert overlap([first], [second]).near == 0
     assert overlap([Example(text=" ".join(WORDS) + " more")], [Example(text=" ".join(WORDS))]).near == 1
-    assert overlap([], answers("a")) == Overlap(1, 0, 0) and overlap(answers("a"), []) == Overlap(0, 0, 0)
+    assert overlap([], answers("a")) == Overlap(1, 0, 0, 1, 0) and overlap(answers("a"), []) == Overlap(0, 0, 0, 0, 0)

@@ -13,6 +13,9 @@ from pipeline.data import Example, check_source, general_text, load_examples, re
 from pipeline.errors import DataError
 from tests.support import REPOSITORY
 
+# Of 100 pairs with 5 % held out, so that a published model can be compared with one of a later version.
+FORMER_SPLIT = ("1dcbb76229c8a3bd01af58e34a37554527cb482191a03a9bdd4f0f5ab4e4e0dd", "08c8c10a05c08cd6")
+
 
 def write(path, pairs):
     lines = [json.dumps({"prompt": p, "completion": c}, ensure_ascii=False) for p, c in pairs]
@@ -64,6 +67,72 @@ def test_all_answers_to_one_prompt_are_on_one_side(tmp_path):
         data = load_examples(Data(source=write(tmp_path / "a.jsonl", pairs), held_out=0.3, seed=seed))
         assert not {e.prompt() for e in data.train} & {e.prompt() for e in data.held_out}
         assert len(data.held_out) == 30
+
+
+def turns(*texts, system=None):
+    """The conversation of these texts: a question, its answer, and so on."""
+    roles = ("user", "assistant") * len(texts)
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+    return ([{"role": "system", "content": system}] if system else []) + messages
+
+
+def load_messages(tmp_path, rows, loss_on="auto", **options):
+    path = tmp_path / "messages.jsonl"
+    path.write_text("\n".join(json.dumps({"messages": row}) for row in rows), encoding="utf-8")
+    return load_examples(Data(source=str(path), **options), loss_on)
+
+
+def learned(examples, loss_on="auto"):
+    """Every learned answer with all messages before it."""
+    ends = ([i for i, m in enumerate(e.messages, start=1) if m["role"] == "assistant"] for e in examples)
+    ends = (found[-1:] if loss_on == "completion" else found for found in ends)
+    return {str(e.messages[:end]) for e, found in zip(examples, ends, strict=True) for end in found}
+
+
+@pytest.fixture
+def row_per_turn():
+    """Thirty conversations of four turns with a row for each turn, as exporters of chats write them."""
+    talks = [[f"{word} {n}.{i}" for i in range(4) for word in ("question", "answer")] for n in range(30)]
+    return [turns(*talk[:end]) for talk in talks for end in (2, 4, 6, 8)]
+
+
+def test_no_answer_is_held_out_that_a_longer_row_of_the_conversation_learns(tmp_path, row_per_turn):
+    for seed in range(5):
+        data = load_messages(tmp_path, row_per_turn, held_out=0.2, seed=seed)
+        assert len(data.held_out) == 24
+        assert not learned(data.train) & learned(data.held_out)
+        assert not {e.prompt() for e in data.train} & {e.prompt() for e in data.held_out}
+
+
+def test_rows_of_a_conversation_may_be_apart_if_only_last_answers_are_learned(tmp_path, row_per_turn):
+    data = load_messages(tmp_path, row_per_turn, "completion", held_out=0.2)
+    assert not learned(data.train, "completion") & learned(data.held_out, "completion")
+    assert {e.prompt() for e in data.train} & {e.prompt() for e in data.held_out}
+
+
+def test_conversations_are_told_apart_by_all_messages_before_the_answer(tmp_path):
+    systems = load_messages(tmp_path, [turns("q", "a", system="short"), turns("q", "a", system="long")])
+    assert (len(systems.train), len(systems.held_out)) == (1, 1)
+    earlier = load_messages(tmp_path, [turns("x", "a", "q", "b"), turns("y", "a", "q", "b")], "completion")
+    assert (len(earlier.train), len(earlier.held_out)) == (1, 1)
+
+
+def test_one_greeting_in_front_of_all_conversations_does_not_make_them_one(tmp_path):
+    rows = [[{"role": "assistant", "content": "Hello!"}, *turns(f"q{i}", f"a{i}")] for i in range(10)]
+    data = load_messages(tmp_path, rows, held_out=0.2)
+    assert (len(data.train), len(data.held_out)) == (8, 2)
+
+
+def test_conversations_that_all_begin_with_the_same_learned_answer_are_refused(tmp_path):
+    rows = [turns("example?", "like this", f"q{i}", f"a{i}") for i in range(10)]
+    with pytest.raises(DataError, match="the same question, .* Try: --set train.loss_on=completion"):
+        load_messages(tmp_path, rows)
+    assert len(load_messages(tmp_path, rows, "completion", held_out=0.2).held_out) == 2
+
+
+def test_the_split_of_single_answers_is_that_of_earlier_versions(tmp_path, pairs):
+    data = load_examples(Data(source=write(tmp_path / "a.jsonl", pairs), held_out=0.05))
+    assert (data.fingerprint, data.trained_from) == FORMER_SPLIT
 
 
 def test_a_prompt_with_more_answers_than_the_share_still_leaves_something_to_hold_out(tmp_path):

@@ -45,7 +45,7 @@ def configure(tmp_path):
 def published(config, base: str = "a" * 40) -> PublishedModel:
     """The release that a run of this configuration would have left, as far as it is asked."""
     data = load_examples(config.data)
-    told = {"fingerprint": data.fingerprint, "trained_from": data.trained_from}
+    told = {"fingerprint": data.fingerprint, "trained_from": data.trained_from, "split_by": "first learned answer"}
     lineage = {
         "base": {"revision": base},
         "data": {"fingerprint": data.fingerprint},
@@ -173,6 +173,45 @@ def test_unknown_split_of_a_release_is_stated(configure):
     new = load_examples(configure(60, held_out=0.4).data)
     kept, said = compared(new, live)
     assert kept == new.held_out and "may have been trained on some" in said
+
+
+def turn_by_turn(path, talks, ends=(2, 4, 6)):
+    """A configuration for conversations of three turns, with a row for each turn that ends at one of `ends`."""
+    texts = [[(role, f"{role} {n}.{i}") for i in range(3) for role in ("user", "assistant")] for n in talks]
+    rows = [[{"role": role, "content": text} for role, text in talk[:end]] for talk in texts for end in ends]
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    source = {"source": str(path), "held_out": 0.4}
+    return parse_config({"name": "tiny", "model": {"source": "ada/base"}, "data": source}, "")
+
+
+def test_no_answer_that_the_published_model_learned_is_compared_on(tmp_path):
+    old = turn_by_turn(tmp_path / "old.jsonl", range(100))
+    new = turn_by_turn(tmp_path / "new.jsonl", range(110), ends=(2, 6))
+    kept, said = compared(load_examples(new.data), published(old))
+    known = {str(e.messages[: i + 1]) for e in load_examples(old.data).train for i in e.answers()}
+    assert "neither model was trained on these prompts" in said
+    assert not [e for e in kept for i in e.answers() if str(e.messages[: i + 1]) in known]
+
+
+def test_only_last_answers_learned_by_the_published_model_leave_out_each_answer_that_it_may_know(tmp_path):
+    old = turn_by_turn(tmp_path / "old.jsonl", range(400))
+    old = old.model_copy(update={"train": old.train.model_copy(update={"loss_on": "completion"})})
+    live = published(old)
+    data = load_examples(old.data, "completion")
+    live.lineage["results"]["data"] |= {"fingerprint": data.fingerprint, "trained_from": data.trained_from}
+    new = load_examples(turn_by_turn(tmp_path / "new.jsonl", range(410), ends=(4,)).data)
+    kept, _ = compared(new, live)
+    known = {str(e.messages[: e.last_answer + 1]) for e in data.train}
+    assert not [e for e in kept for i in e.answers() if str(e.messages[: i + 1]) in known]
+
+
+def test_a_release_that_was_split_by_last_answers_is_said_to_know_earlier_ones(tmp_path):
+    live = published(turn_by_turn(tmp_path / "old.jsonl", range(100)))
+    del live.lineage["results"]["data"]["split_by"]
+    data = load_examples(turn_by_turn(tmp_path / "old.jsonl", range(100)).data, "completion")
+    live.lineage["results"]["data"] |= {"fingerprint": data.fingerprint, "trained_from": data.trained_from}
+    _, said = compared(load_examples(turn_by_turn(tmp_path / "new.jsonl", range(110)).data), live)
+    assert "may have been trained on earlier answers" in said and "neither" not in said
 
 
 ASK = """

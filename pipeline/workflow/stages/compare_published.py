@@ -71,7 +71,8 @@ def _compare(
 
     fingerprint = workspace.read_measurement("data")["fingerprint"]
     held_out = read_examples(workspace.data / "held_out.jsonl")
-    examples, said = unseen_examples(held_out, fingerprint, compared.repo, compared.lineage)
+    learned = config.train.loss_on
+    examples, said = unseen_examples(held_out, fingerprint, compared.repo, compared.lineage, learned)
     sides: dict[str, tuple[str | Path, str | None]] = {
         "new": (workspace.release, None),
         "live": (compared.repo, compared.head),
@@ -167,10 +168,10 @@ def _choose(
         for name, part in both.items():
             encoded[name].append(part.examples)
         counted = [label for sequence in both["new"].examples for label in sequence.labels if label != NO_LOSS]
-        prompt.append(numbers.setdefault(example.prompt(), len(numbers)))
+        prompt.append(numbers.setdefault(example.prompt(config.train.loss_on), len(numbers)))
         sizes.append(len(str(tokenizers["new"].decode(counted, skip_special_tokens=True)).encode()))
     if len(numbers) < FEWEST:
-        raise too_few_prompts(config, len(numbers), count_prompts(examples))
+        raise too_few_prompts(config, len(numbers), count_prompts(examples, config.train.loss_on))
     of_prompts = torch.zeros(len(numbers), dtype=torch.float64)
     of_prompts.index_add_(0, torch.tensor(prompt), torch.tensor(sizes, dtype=torch.float64))
     return _Chosen(encoded, torch.tensor(prompt), of_prompts)

@@ -156,7 +156,8 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
     workspace.data.mkdir(exist_ok=True)
     skipped = workspace.data / "skipped.txt"
     with open(skipped if process.is_local_main else os.devnull, "w", encoding="utf-8") as log:
-        data = load_examples(config.data, lambda where, reason: print(f"{where}: {reason}", file=log))
+        on_skip = partial(print, sep=": ", file=log)
+        data = load_examples(config.data, config.train.loss_on, on_skip)
     if process.is_local_main:
         if not data.skipped.total:
             skipped.unlink()
@@ -172,7 +173,7 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
     compared: tuple[Example, ...] = ()
     if published:
         compared, _ = eligible_prompts.unseen_examples(
-            data.held_out, data.fingerprint, published.repo, published.lineage
+            data.held_out, data.fingerprint, published.repo, published.lineage, config.train.loss_on
         )
     base = base_model(config, workspace, events)
     check_variants(config, base)
