@@ -78,6 +78,5 @@ def schema(
 ) -> None:
     """Print the JSON schema of the configuration, for editors and programs."""
     from pipeline.config import document
-    from pipeline.config.schema import Config
 
-    print(document.markdown() if markdown else json.dumps(Config.model_json_schema(), indent=2))
+    print(document.markdown() if markdown else json.dumps(document.json_schema(), indent=2))

@@ -1,11 +1,13 @@
-"""The reference of all configuration keys as Markdown, generated from the schema."""
+"""The JSON schema of the configuration, and the reference of all keys as Markdown that is generated from it."""
 
 from __future__ import annotations
 
 import json
 
 from pydantic import BaseModel
+from pydantic.json_schema import GenerateJsonSchema
 
+from pipeline.config.base import fields, sections_in
 from pipeline.config.catalog import ALIASES, VARIANTS
 from pipeline.config.schema import Config
 
@@ -25,12 +27,18 @@ The first rounding and the first packing are the defaults. The last column is th
 | --- | --- | --- | --- | --- | --- | --- |"""
 
 
+def json_schema() -> dict:
+    """Return the JSON schema of a configuration, for editors and programs."""
+    return {"$schema": GenerateJsonSchema.schema_dialect, **Config.model_json_schema()}
+
+
 def markdown() -> str:
     """Return the page `docs/configuration.md`: one table of keys for each section."""
     schema = Config.model_json_schema()
     keys: dict[type[BaseModel], list[str]] = {}
-    for key, model in _sections(Config):
-        keys.setdefault(model, []).append(f"`{key}`")
+    for key, field in fields(Config):
+        for model in sections_in(field.annotation):
+            keys.setdefault(model, []).append(f"`{key}`")
     parts = [_HEAD, _table(schema)]
     for model, names in keys.items():
         summary = (model.__doc__ or "").strip()
@@ -50,22 +58,6 @@ def _variants() -> list[str]:
         rows.append("| " + " | ".join(cells) + " |")
     aliases = ", ".join(f"`{alias}` ({', '.join(names)})" for alias, names in ALIASES.items())
     return [*rows, "", f"Aliases: {aliases}."]
-
-
-def _sections(model: type[BaseModel], prefix: str = "") -> list[tuple[str, type[BaseModel]]]:
-    """Return all sections below a model with their dotted keys, in the order of the schema."""
-    found = []
-    for name, field in model.model_fields.items():
-        for kind in _models(field.annotation):
-            found += [(f"{prefix}{name}", kind), *_sections(kind, f"{prefix}{name}.")]
-    return found
-
-
-def _models(annotation: object) -> list[type[BaseModel]]:
-    """Return the sections that a field's type names, such as `Data | None` or `list[VariantSpec]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [kind for part in getattr(annotation, "__args__", ()) for kind in _models(part)]
 
 
 def _table(section: dict) -> str:
@@ -90,21 +82,19 @@ def _default(value: object) -> str:
 def _kind(field: dict) -> str:
     """Return the values that a key takes, in words."""
     if "anyOf" in field:
-        return " or ".join(kind for part in field["anyOf"] if (kind := _kind(part)) != "null")
+        alone = [kind for part in field["anyOf"] if "items" not in part and (kind := _kind(part)) != "null"]
+        lists = ["a list of them" for part in field["anyOf"] if "items" in part]
+        return ", ".join([*alone, *lists[:1]]).replace(", a list", ", or a list")
     if "$ref" in field:
         return "section"
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
     if field["type"] == "array":
-        return f"list of {_plural(_kind(field['items']))}"
+        return f"list of {_kind(field['items'])}s"
     if field["type"] == "object":
         return "mapping"
     names = {"string": "text", "integer": "whole number", "number": "number", "boolean": "`true`, `false`"}
     return names.get(field["type"], field["type"]) + _bounds(field)
-
-
-def _plural(kind: str) -> str:
-    return {"text": "texts", "section": "variants"}.get(kind, kind)
 
 
 def _bounds(field: dict) -> str:

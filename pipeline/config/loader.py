@@ -9,12 +9,14 @@ import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config.schema import Config, VariantSpec
+from pipeline.config.aliases import NO_KEY, OUR_KEYS
+from pipeline.config.base import fields
+from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, redact
 from pipeline.system.resources import shipped_folder
 
@@ -122,16 +124,17 @@ def _apply(tree: dict, setting: str) -> None:
 
 
 def explain(error: ValidationError, known: type[BaseModel] = Config) -> str:
-    """Return the first problem in one line.
+    """Return the first problem in one line; unknown keys come first, because they cause others (`nmae`, `name`).
 
     Args:
         error: the error of pydantic.
         known: the type that was read, for suggestions of keys.
     """
-    first, *rest = error.errors(include_url=False)
+    problems = error.errors(include_url=False)
+    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
     key = ".".join(str(part) for part in first["loc"] if part not in ("str", "list[str]"))
     if first["type"] == "extra_forbidden":
-        message = f"{key}: unknown key{_did_you_mean(first['loc'], known)}"
+        message = f"{key}: unknown key; {_instead_of(first['loc'], known)}"
     elif first["type"] == "missing":
         hint = "; null makes a run without training" if key == "data" else ""
         message = f"{key}: missing, and it has no default{hint}"
@@ -140,7 +143,7 @@ def explain(error: ValidationError, known: type[BaseModel] = Config) -> str:
     else:
         reason = first["msg"].removeprefix("Value error, ")
         message = f"{key}: {cut(redact(_show(first['input'])))} is refused: {reason}"
-    return message + (f" (and {len(rest)} more)" if rest else "")
+    return message + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
 
 
 def _show(value: Any, depth: int = 2) -> str:
@@ -161,15 +164,17 @@ def cut(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _did_you_mean(location: tuple, whole: type[BaseModel]) -> str:
-    section = whole
-    for part in location[:-1]:
-        if isinstance(part, int):  # variants are the only list of sections
-            section = VariantSpec
-        elif part in section.model_fields:
-            kind = section.model_fields[part].annotation
-            kinds = (k for k in (kind, *get_args(kind)) if isinstance(k, type) and issubclass(k, BaseModel))
-            section = next(kinds, section)
-    known = list(section.model_fields)
-    close = difflib.get_close_matches(str(location[-1]), known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known here are {', '.join(known)}"
+def _instead_of(location: tuple, whole: type[BaseModel]) -> str:
+    """Return the key that somebody may have meant: a name of another tool, a key elsewhere, or a similar spelling."""
+    name = str(location[-1]).strip().lower().replace("-", "_")
+    keys = dict(fields(whole))
+    places = OUR_KEYS.get(name) if whole is Config else None
+    places = places or tuple(key for key in keys if key.rpartition(".")[2] == name)
+    if places:
+        return "here it is called " + " or ".join(f"{key} ({keys[key].description})" for key in places)
+    if whole is Config and name in NO_KEY:
+        return NO_KEY[name]
+    prefix = "".join(f"{part}." for part in location[:-1] if not isinstance(part, int))
+    beside = [key.removeprefix(prefix) for key in keys if key.rpartition(".")[0] == prefix.rstrip(".")]
+    close = difflib.get_close_matches(str(location[-1]), beside, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known here are {', '.join(beside)}"

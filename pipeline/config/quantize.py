@@ -133,7 +133,10 @@ def _expand_aliases(value: Any) -> Any:
 class Quantize(Section):
     """The variants to make, and their limits."""
 
-    variants: Annotated[list[VariantSpec], BeforeValidator(_expand_aliases)] = Field(
+    variants: Annotated[
+        list[VariantSpec],
+        BeforeValidator(_expand_aliases, json_schema_input_type=list[str | VariantSpec] | str | VariantSpec),
+    ] = Field(
         default=[VariantSpec(name=name) for name in DEFAULT_VARIANTS],
         validate_default=True,
         description="names of variants, or mappings with options",
