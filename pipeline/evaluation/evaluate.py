@@ -18,9 +18,9 @@ from pipeline.data import general_text
 from pipeline.errors import ModelError
 from pipeline.evaluation.model_result import Answer, Machine, ModelResult, Quality, Speed
 from pipeline.inference.loaders import DEQUANTIZED, PACKED, STOCK, only_file
-from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.checkpoint_files import stored_bytes
 from pipeline.models.safe_loading import open_config, open_tokenizer
+from pipeline.models.tensor_names import open_checkpoint
 from pipeline.system.files import read_json
 
 if TYPE_CHECKING:
@@ -253,7 +253,7 @@ def _reference_head(reference: Path, run_texts: RunTexts) -> torch.Tensor:
     """Return the output matrix (V, H) of the full-precision model."""
     from pipeline.evaluation import metrics, texts
 
-    return Checkpoint(reference).read(metrics.Scores.saved_head(run_texts.reference_scores(texts.GENERAL)))
+    return open_checkpoint(reference).read(metrics.Scores.saved_head(run_texts.reference_scores(texts.GENERAL)))
 
 
 def _speed(folder: Path, ids: list[int], loaders: tuple[str, ...], device: str) -> dict[str, Speed]:

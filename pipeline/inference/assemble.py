@@ -19,6 +19,7 @@ from pipeline.inference import kernels
 from pipeline.inference.kernels.table import Int8Embedding
 from pipeline.models.checkpoint import Checkpoint, TensorInfo
 from pipeline.models.safe_loading import open_config
+from pipeline.models.tensor_names import open_checkpoint
 from pipeline.quantization.formats import FileWeights, Format, rounds_inputs, stored_weights
 from pipeline.quantization.grid import GroupQuantized
 
@@ -83,7 +84,8 @@ def skeleton(
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    checkpoint = Checkpoint(folder) if weights is None else weights
+    stored = open_checkpoint if getattr(config, "quantization_config", None) is None else Checkpoint
+    checkpoint = stored(folder) if weights is None else weights
     quantized = stored_weights(checkpoint)
     parts = {part for name, form in quantized.items() for part in form.part_names(name)}
     plain = (info for name, info in checkpoint.items() if name not in parts)

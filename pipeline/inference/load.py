@@ -73,11 +73,11 @@ def load_dequantized(
     """
     quiet()
     from pipeline.inference.assemble import own_type
-    from pipeline.models.checkpoint import Checkpoint
+    from pipeline.models.tensor_names import open_checkpoint
 
     config = open_config(folder)
     try:
-        checkpoint = Checkpoint(folder)
+        checkpoint = open_checkpoint(folder)
         weights = format_of_file(file).weights_of_file(file, checkpoint, own_type(config, checkpoint.values()))
     except CheckpointError as error:
         raise ModelError(str(error)) from None
@@ -113,9 +113,7 @@ def _load(
 
 def _load_stock(folder: Path, device: torch.device) -> PreTrainedModel:
     """Load a model with transformers, and pack its layers if it is quantized."""
-    model, report = open_model(folder, dtype="auto", output_loading_info=True)
-    if missing := sorted(report["missing_keys"]):
-        raise ModelError(f"{folder}: its checkpoint has no {missing[0]!r}; fetch the model again")
+    model = open_model(folder, dtype="auto")
     if getattr(model.config, "quantization_config", None) is not None:
         pack(model, device)
     return cast(Any, model).to(device)

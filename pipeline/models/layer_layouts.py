@@ -1,4 +1,4 @@
-"""The linear layers and tables of well-known decoders, from `config.json` alone and without transformers.
+"""The tensors of well-known decoders, from `config.json` alone and without transformers.
 
 Names and shapes of a checkpoint do not say which of its matrices are linear layers, so this knows architectures by
 name. It answers only if it recognizes every setting and its value. Otherwise it returns nothing, and the caller
@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.models.architectures import ARCHITECTURES, COMMON, PER_LAYER, SIZES, Architecture, is_width
+from pipeline.models.architectures import ARCHITECTURES, COMMON, PER_LAYER, SIZES, Architecture
+from pipeline.models.setting_values import is_width
 
 _Shapes = dict[str, tuple[int, int]]
 
@@ -26,11 +27,13 @@ class Layout:
     Attributes:
         linear: names and shapes (N, K) of the linear layers without the output head.
         tables: names and shapes (V, H) of the embedding and of an output head of its own.
+        vectors: names and lengths of norms and biases.
         plain_embedding: True if the embedding only looks rows up, whatever the version of transformers.
     """
 
     linear: _Shapes
     tables: _Shapes
+    vectors: dict[str, tuple[int]]
     plain_embedding: bool
 
 
@@ -47,7 +50,7 @@ def layout(config: Mapping[str, Any]) -> Layout | None:
     hidden, heads, vocabulary = (config[key] for key in ("hidden_size", "num_attention_heads", "vocab_size"))
     head = config.get("head_dim", hidden // heads)
     inner = config["intermediate_size"]
-    widths = {"hidden": hidden, "inner": inner, "both": 2 * inner}
+    widths = {"hidden": hidden, "inner": inner, "both": 2 * inner, "head": head}
     widths |= {"queries": heads * head, "keys": config["num_key_value_heads"] * head}
     widths["qkv"] = widths["queries"] + 2 * widths["keys"]
     linear = {
@@ -57,7 +60,22 @@ def layout(config: Mapping[str, Any]) -> Layout | None:
     }
     is_tied = config.get("tie_word_embeddings", architecture.tied)
     names = ("model.embed_tokens.weight",) if is_tied else ("model.embed_tokens.weight", "lm_head.weight")
-    return Layout(linear, dict.fromkeys(names, (vocabulary, hidden)), architecture.plain_embedding)
+    tables = dict.fromkeys(names, (vocabulary, hidden))
+    return Layout(linear, tables, _vectors(config, architecture, widths), architecture.plain_embedding)
+
+
+def _vectors(config: Mapping[str, Any], of: Architecture, widths: Mapping[str, int]) -> dict[str, tuple[int]]:
+    """Return names and lengths of the norms and biases of a model."""
+    parts = (".weight", ".bias") if of.norm_bias else (".weight",)
+    norms = (*((name, "hidden") for name in of.norms), *of.other_norms)
+    block = {f"{name}{part}": widths[width] for name, width in norms for part in parts}
+    for name, rows, _ in of.block:
+        if any(name.startswith(begin) and config.get(key, default) for begin, key, default in of.biases):
+            block[f"{name}.bias"] = widths[rows]
+    found = {f"model.norm{part}": (widths["hidden"],) for part in parts}
+    for layer in range(config["num_hidden_layers"]):
+        found |= {f"model.layers.{layer}.{name}": (length,) for name, length in block.items()}
+    return found
 
 
 def _is_recognized(config: Mapping[str, Any], architecture: Architecture) -> bool:

@@ -24,11 +24,11 @@ def linear_weights(folder: Path) -> dict[str, tuple[int, int]]:
     Raises:
         ModelError: if transformers cannot build the model.
     """
-    if known := _layout(folder):
+    if known := model_layout(folder):
         return known.linear
     import torch
 
-    model = _skeleton(folder)
+    model = skeleton(folder)
     head = model.get_output_embeddings()
     return {
         f"{name}.weight": (module.out_features, module.in_features)
@@ -43,9 +43,9 @@ def table_weights(folder: Path) -> dict[str, tuple[int, int]]:
     Raises:
         ModelError: if transformers cannot build the model.
     """
-    if known := _layout(folder):
+    if known := model_layout(folder):
         return known.tables
-    model = _skeleton(folder)
+    model = skeleton(folder)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tables = (embedding,) if model.config.get_text_config().tie_word_embeddings else (embedding, head)
     return {f"{n}.weight": tuple(m.weight.shape) for n, m in model.named_modules() if any(m is t for t in tables)}
@@ -60,9 +60,9 @@ def embedding_kind(model: Path | Mapping) -> str:
     Raises:
         ModelError: if transformers cannot build the model.
     """
-    if (known := _layout(model)) and known.plain_embedding:
+    if (known := model_layout(model)) and known.plain_embedding:
         return PLAIN_TABLE
-    return type(_skeleton(model).get_input_embeddings()).__name__
+    return type(skeleton(model).get_input_embeddings()).__name__
 
 
 def refuse_other_matrices(model: Path | Mapping) -> None:
@@ -77,12 +77,12 @@ def refuse_other_matrices(model: Path | Mapping) -> None:
     Raises:
         ModelError: naming the first of them.
     """
-    if _layout(model):
+    if model_layout(model):
         return
     import torch
 
     known = (torch.nn.Linear, torch.nn.Embedding, torch.nn.modules.conv._ConvNd)
-    for name, module in _skeleton(model).named_modules():
+    for name, module in skeleton(model).named_modules():
         for part, parameter in module.named_parameters(recurse=False):
             is_matrix = parameter.ndim >= 2 and min(parameter.shape[-2:]) >= min(GROUP_SIZES)
             if is_matrix and not isinstance(module, known):
@@ -92,7 +92,7 @@ def refuse_other_matrices(model: Path | Mapping) -> None:
                 )
 
 
-def _layout(model: Path | Mapping) -> Layout | None:
+def model_layout(model: Path | Mapping) -> Layout | None:
     """Return the layout of a well-known architecture, or None if transformers has to build the model."""
     try:
         return layout(read_config(model) if isinstance(model, Path) else model)
@@ -100,8 +100,15 @@ def _layout(model: Path | Mapping) -> Layout | None:
         return None
 
 
-def _skeleton(model: Path | Mapping) -> Any:
-    """Return the model without its weights."""
+def skeleton(model: Path | Mapping) -> Any:
+    """Return the model without its weights, on the meta device.
+
+    Args:
+        model: a checkpoint's folder, or what its `config.json` says.
+
+    Raises:
+        ModelError: if transformers cannot build the model.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -8,7 +8,7 @@ configuration lies beside one. Here it does none of that.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 GENERATES = ("ForCausalLM", "LMHeadModel")  # how the classes of decoders that generate text are called
 # Ways to compute attention and experts that come with torch; any other may be fetched and run.
 _OWN_KERNELS = (None, "eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm")
+SHOWN = 3  # missing tensors that an error names
 _KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 
 
@@ -53,10 +54,30 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def open_model(folder: Path, **options: Any) -> Any:
-    """Return a causal language model; `options` go to `from_pretrained`, whose results and errors pass through."""
+    """Return a causal language model; `options` go to `from_pretrained`, whose errors pass through.
+
+    Raises:
+        ModelError: if tensors are missing, which transformers would draw at random.
+    """
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, **options)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **options
+    )
+    refuse_missing(folder, report["missing_keys"])
+    return model
+
+
+def refuse_missing(folder: Path, names: Collection[str]) -> None:
+    """Raise an error that names missing tensors, if there are any.
+
+    Raises:
+        ModelError: naming the first of them.
+    """
+    if names:
+        shown = ", ".join(repr(name) for name in sorted(names)[:SHOWN])
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        raise ModelError(f"{folder}: its checkpoint has no {shown}{more}, which the model needs; fetch the model again")
 
 
 def check_beside(folder: Path) -> None:

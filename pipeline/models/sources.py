@@ -53,15 +53,23 @@ def fetch(model: Model, folder: Path, on_progress: Callable[[int, int], None] | 
 
     Returns:
         The checkpoint's folder, and where it came from.
+
+    Raises:
+        ModelError: if it is not a model that can be used, such as one without some of its tensors.
     """
+    from pipeline.models.tensor_names import open_checkpoint
+
     if package := PACKAGE_SOURCE.match(model.source):
         return unpack_gguf(model.source, find_packaged(*package.groups()), folder)
     if is_local(model.source):
         path = Path(model.source).expanduser()
         _check_folder(path)
+        open_checkpoint(path)
         return path, read_origin(path, model.source, path.resolve().name)
     path, revision = _download(model, on_progress)
     _check_folder(path, need_weights=not model.low_disk)
+    if not model.low_disk:
+        open_checkpoint(path)
     return path, read_origin(path, model.source, model.source, revision, model.source)
 
 

@@ -23,6 +23,7 @@ from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError, MissingExtra, ModelError, QuantizationError
 from pipeline.models.checkpoint import SHARD_BYTES, Checkpoint
 from pipeline.models.checkpoint.row_blocks import Take, are_finite, blocks_of, in_disk_order, in_parallel, tiles
+from pipeline.models.tensor_names import open_checkpoint
 from pipeline.quantization.equivalences import Equivalence
 from pipeline.quantization.formats import format_of
 from pipeline.quantization.layers import Output, Shapes, Source, Tell, Tensors, VariantFiles, unfit
@@ -174,9 +175,12 @@ class Variants:
 
         Args:
             on_progress: called with bytes done and bytes in all.
-            checkpoint: its tensors, if they are not in `source`.
+            checkpoint: its tensors by the names of the model; by default those in `source`.
+
+        Raises:
+            ModelError: before anything is written, if the model needs tensors that are missing.
         """
-        checkpoint = Checkpoint(source) if checkpoint is None else checkpoint
+        checkpoint = open_checkpoint(source) if checkpoint is None else checkpoint
         with self.writing(checkpoint, source) as take:
             names = in_disk_order(checkpoint)
             jobs = chain.from_iterable(blocks_of(checkpoint, name, take, self.together(name)) for name in names)

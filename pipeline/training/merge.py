@@ -31,6 +31,7 @@ from pipeline.models.checkpoint.row_blocks import (
 )
 from pipeline.models.checkpoint_files import ADAPTER_FILES, copy_companions, read_config
 from pipeline.models.lora_adapter import Adapter
+from pipeline.models.tensor_names import open_checkpoint
 from pipeline.quantization.writer import VariantFiles, Variants
 from pipeline.training.nf4_base import Nf4Weight, row_multiple
 
@@ -58,12 +59,12 @@ def merge_checkpoint(
         variants: the variants to write in the same pass, with the bytes that the merged model would give.
 
     Raises:
-        ModelError: if the adapter does not fit the base, if a linear layer is missing (for nf4), or if values are not
-            finite.
+        ModelError: if the base lacks a tensor, if the adapter does not fit the base, if a linear layer is missing (for
+            nf4), or if values are not finite.
         QuantizationError: if a weight that variants quantize is missing. Other problems of a variant are in
             `variants.failed`.
     """
-    checkpoint, adapter, variants = Checkpoint(base), Adapter.read(adapter_folder), variants or Variants()
+    checkpoint, adapter, variants = open_checkpoint(base), Adapter.read(adapter_folder), variants or Variants()
     _check_fit(checkpoint, base, adapter, adapter_folder)
     if kind == "nf4" and not (linear and set(linear) <= checkpoint.keys()):
         lost = [*sorted(set(linear) - checkpoint.keys()), "every linear layer"][0]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.config.schema import VariantSpec
-from pipeline.errors import ModelError, QuantizationError
+from pipeline.errors import ModelError
 from pipeline.models import architectures, matrices
 from pipeline.models.architectures import ARCHITECTURES
 from pipeline.models.checkpoint import Checkpoint
@@ -73,7 +73,7 @@ def saved(kind: str) -> dict:
 
 
 def built(config: dict) -> tuple | None:
-    """Linear layers, tables and embedding of the model that transformers builds; None if it refuses to."""
+    """Linear layers, tables, embedding and vectors of the model that transformers builds; None if it refuses to."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -88,16 +88,19 @@ def built(config: dict) -> tuple | None:
     others = [n for n, m in modules for p in m.parameters(recurse=False) if p.ndim > 1 and not isinstance(m, known)]
     assert not others, f"{others[0]} is a matrix of no linear layer"
     linear = {n: m.weight.shape for n, m in modules if isinstance(m, torch.nn.Linear) and m is not head}
-    return linear, {n: m.weight.shape for n, m in modules if any(m is t for t in tables)}, type(embedding).__name__
+    vectors = {n: tuple(p.shape) for n, p in model.named_parameters() if p.ndim == 1}
+    shapes = {n: m.weight.shape for n, m in modules if any(m is t for t in tables)}
+    return linear, shapes, type(embedding).__name__, vectors
 
 
 def assert_same(config: dict) -> None:
     found, expected = layout(copy.deepcopy(config)), built(config)
     assert expected is not None, f"transformers refuses {config}"
-    linear, tables, kind = expected
+    linear, tables, kind, vectors = expected
     assert list(found.linear.items()) == [(f"{name}.weight", tuple(shape)) for name, shape in linear.items()]
     assert list(found.tables.items()) == [(f"{name}.weight", tuple(shape)) for name, shape in tables.items()]
     assert kind == PLAIN_TABLE or not found.plain_embedding
+    assert found.vectors == vectors
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -157,10 +160,7 @@ def test_a_configuration_with_anything_unknown_is_left_to_transformers(changes):
 def test_names_and_shapes_of_written_checkpoints_are_those_of_their_layouts(any_model):
     checkpoint, known = Checkpoint(any_model), layout(read_config(any_model))
     assert known is not None
-    for name, shape in {**known.linear, **known.tables}.items():
-        assert checkpoint[name].shape == shape
-    matrices = {name for name, info in checkpoint.items() if len(info.shape) == 2}
-    assert matrices == {*known.linear, *known.tables}
+    assert {name: info.shape for name, info in checkpoint.items()} == known.linear | known.tables | known.vectors
 
 
 @pytest.mark.parametrize("kind", WRITTEN)
@@ -188,9 +188,12 @@ def test_a_damaged_configuration_is_refused_in_one_line_by_transformers(model_co
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"intermediate_size": 224}, r"mlp.gate_proj.weight: the model has a weight of \(224, 160\), the checkpoint"),
-        ({"num_hidden_layers": 3}, r"layers.2.self_attn.q_proj.weight: the model has .* the checkpoint nothing"),
-        ({"head_dim": 32}, r"self_attn.q_proj.weight: the model has a weight of \(128, 160\)"),
+        (
+            {"intermediate_size": 224},
+            r"mlp.gate_proj.weight' is of .*, and of \(224, 160\) in the model",
+        ),
+        ({"num_hidden_layers": 3}, r"its checkpoint has no 'model.layers.2.input_layernorm.weight', .* and 10 more"),
+        ({"head_dim": 32}, r"self_attn.q_proj.weight' is of .* in its checkpoint, and of \(128, 160\) in the model"),
     ],
 )
 def test_a_configuration_that_contradicts_the_checkpoint_is_noticed(model_copy, tmp_path, changes, said):
@@ -198,7 +201,7 @@ def test_a_configuration_that_contradicts_the_checkpoint_is_noticed(model_copy, 
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     assert layout(read_config(model_copy)) is not None
     spec = VariantSpec(name="int8").resolved()
-    with pytest.raises(QuantizationError, match=said):
+    with pytest.raises(ModelError, match=said):
         quantize_checkpoint(model_copy, [spec], {"int8": tmp_path / "out"}, linear_weights(model_copy))
 
 

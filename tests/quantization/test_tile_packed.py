@@ -19,7 +19,7 @@ from pipeline.quantization.formats import storage
 from pipeline.quantization.formats.tile_packed import format as tile_packed
 from pipeline.quantization.grid import GroupQuantized
 from pipeline.quantization.roundings import rounding
-from pipeline.quantization.writer import quantize_checkpoint
+from pipeline.quantization.writer import Variants, quantize_checkpoint
 from tests.support.checkpoints import assert_same_headers
 from tests.support.grids import int4, weight_on_grid
 
@@ -225,7 +225,7 @@ def test_the_padding_is_counted(tmp_path):
     for packing in ("plain", "tile_packed"):
         spec = VariantSpec(name="int4", packing=packing).resolved()
         linear, output = {"layer.weight": (17, 1536)}, {"int4": tmp_path / packing}
-        made[packing] = quantize_checkpoint(tmp_path, [spec], output, linear)["int4"]
+        made[packing] = Variants([spec], output, linear).make_of(tmp_path, checkpoint=Checkpoint(tmp_path))["int4"]
     assert made["plain"].padding_bytes == 0
     added = 24 * 2048 - 17 * 1536
     assert made["tile_packed"].padding_bytes == added // 2 + added // 64 * 4

@@ -21,7 +21,7 @@ from pipeline.quantization.formats.torchao.format import FORMAT as TORCHAO
 from pipeline.quantization.formats.torchao.format import pack_nibbles, unpack_nibbles
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.roundings import rounding
-from pipeline.quantization.writer import quantize_checkpoint, unfit
+from pipeline.quantization.writer import Variants, quantize_checkpoint, unfit
 from tests.support.checkpoints import assert_same_headers
 
 VARIANTS = [name for name, variant in catalog.VARIANTS.items() if variant.format == "torchao"]
@@ -381,7 +381,9 @@ def test_a_layer_that_the_checkpoint_lacks_or_has_in_another_shape_is_refused_by
 def test_the_files_are_as_small_as_promised(tmp_path, spec, width, limit):
     (tmp_path / "config.json").write_text("{}")
     save_file({"layer.weight": torch.randn(64, width).bfloat16() * 0.05}, tmp_path / SINGLE_NAME)
-    (made,) = quantize(tmp_path, tmp_path, spec, linear={"layer.weight": (64, width)}).values()
+    asked = VariantSpec.model_validate({"name": spec} if isinstance(spec, str) else spec).resolved()
+    variants = Variants([asked], {asked.name: tmp_path / asked.name}, {"layer.weight": (64, width)})
+    (made,) = variants.make_of(tmp_path, checkpoint=Checkpoint(tmp_path)).values()
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     assert made.source_bytes == 64 * width * 2
     assert made.weight_bytes == Checkpoint(folder).nbytes <= limit * made.source_bytes

@@ -1,13 +1,31 @@
-"""Comparison of the headers of safetensors files."""
+"""Changed copies of checkpoints, and comparison of the headers of safetensors files."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from pipeline.models.checkpoint import SINGLE_NAME
+
+
+def rewrite(source: Path, folder: Path, change: Callable[[dict], object]) -> Path:
+    """Copy a model to `folder`, and change its tensors, which are given by name."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / SINGLE_NAME)
+    change(tensors)
+    save_file(tensors, folder / SINGLE_NAME, {"format": "pt"})
+    return folder
+
+
+def unprefixed(tensors: dict) -> None:
+    """Name tensors as in a checkpoint that was saved from the bare decoder."""
+    for name in [name for name in tensors if name.startswith("model.")]:
+        tensors[name.removeprefix("model.")] = tensors.pop(name)
 
 
 def assert_same_headers(ours: Path, saved: Path) -> None:

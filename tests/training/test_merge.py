@@ -13,6 +13,7 @@ from pipeline.models.matrices import linear_weights
 from pipeline.training.merge import merge_checkpoint
 from pipeline.training.nf4_base import Nf4Weight, row_multiple
 from tests.support.adapters import ALPHA, RANK, base_model
+from tests.support.checkpoints import rewrite, unprefixed
 from tests.support.models import ARCHITECTURES
 
 HALF_ULP = 2**-8  # relative, of bf16
@@ -199,3 +200,21 @@ def test_tokenizer_and_template_come_along_and_progress_ends(tiny_model, trained
     assert {"tokenizer.json", "chat_template.jinja", "generation_config.json"} <= {p.name for p in tmp_path.iterdir()}
     total = Checkpoint(base).nbytes
     assert seen[-1] == (total, total)
+
+
+def test_a_merge_into_a_base_without_a_norm_is_refused_before_anything_is_written(tiny_model, trained, tmp_path):
+    source = tiny_model("llama")
+    folder = rewrite(source, tmp_path / "base", lambda tensors: tensors.pop("model.norm.weight"))
+    with pytest.raises(ModelError, match="has no 'model.norm.weight'"):
+        merge_checkpoint(folder, trained(source), tmp_path / "merged", "bf16")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_merge_into_a_checkpoint_of_the_bare_decoder_is_that_into_the_model(tiny_model, trained, tmp_path):
+    source = tiny_model("llama")
+    folder = rewrite(source, tmp_path / "base", unprefixed)
+    for kind, base in (("whole", source), ("bare", folder)):
+        merge_checkpoint(base, trained(source), tmp_path / kind, "bf16")
+    whole, bare = (Checkpoint(tmp_path / kind) for kind in ("whole", "bare"))
+    assert whole.keys() == bare.keys()
+    assert all(torch.equal(whole.read(name), bare.read(name)) for name in whole)

@@ -56,6 +56,10 @@ class Checkpoint(Mapping[str, TensorInfo]):
     def __len__(self) -> int:
         return len(self._tensors)
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Give tensors other names: name until now -> new name."""
+        self._tensors = {names.get(name, name): info for name, info in self._tensors.items()}
+
     @property
     def nbytes(self) -> int:
         """Return the size of all tensors together in bytes."""

@@ -124,7 +124,7 @@ def _compare(
     from pipeline.evaluation import metrics, texts
     from pipeline.inference import output_head
     from pipeline.inference.load import load
-    from pipeline.models.checkpoint import Checkpoint
+    from pipeline.models.tensor_names import open_checkpoint
 
     known = run_texts(workspace)
     tokenizer = texts.restore_template(open_tokenizer(base), known)
@@ -134,7 +134,7 @@ def _compare(
     live = metrics.score(model, sequences, lambda d, t: events.progress(d, t, "measuring the live adapter"))
     del model
     result = {"live": MergeLoss(loss=metrics.mean(live.nll, live.sequence), tokens=len(live.nll))}
-    live_head, losses = Checkpoint(base).read(head_name), {}
+    live_head, losses = open_checkpoint(base).read(head_name), {}
     for kind, folder in folders.items():
         model, _ = load(folder, offload="auto")
         tell = partial(events.progress, what=f"measuring the merge into {kind}")

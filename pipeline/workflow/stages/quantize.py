@@ -53,6 +53,7 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
     """Write the files of the variants that are missing or out of date."""
     from pipeline.models.matrices import linear_weights
+    from pipeline.models.tensor_names import open_checkpoint
 
     source = full_model(config, workspace, events)
     missing = [name for name in variants if not _is_written(config, workspace, name, source)]
@@ -66,7 +67,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
             with shard_by_shard(config, workspace, events, source) as passing:
                 # A streamed checkpoint reports its download, which is the slower part.
                 tell = functools.partial(events.progress, what="rounding and writing") if passing is None else None
-                made = order.make_of(source, tell, passing)
+                made = order.make_of(source, tell, open_checkpoint(source, passing))
             keep_written(config, workspace, made, source)
             for name, error in order.failed.items():
                 shutil.rmtree(_partial(workspace, name), ignore_errors=True)
