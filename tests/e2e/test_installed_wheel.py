@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from tests.support import REPOSITORY
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +24,13 @@ def wheel(tmp_path_factory) -> Path:
     return next(folder.glob("tunepress-*.whl"))
 
 
+def test_every_package_is_listed_for_the_wheel():
+    listed = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {p.parent.relative_to(REPOSITORY) for p in (REPOSITORY / "pipeline").rglob("__init__.py")}
+    assert set(listed) - {"pipeline.configs", "pipeline.templates"} == {".".join(p.parts) for p in found}
+
+
+@pytest.mark.slow
 def test_wheel_contains_every_module_config_and_template(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {p.relative_to(REPOSITORY).as_posix() for p in (REPOSITORY / "pipeline").rglob("*.py")}
@@ -36,6 +42,7 @@ def test_wheel_contains_every_module_config_and_template(wheel):
     assert not [name for name in names if name.startswith("tests/")]
 
 
+@pytest.mark.slow
 def test_installed_package_finds_recipes_and_templates(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (

@@ -74,7 +74,7 @@ def test_two_int4_roundings_are_measured_and_drawn(tiny_model, tmp_path):
     done = subprocess.run([*command, "--output", tmp_path], capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     found = json.loads((tmp_path / "accuracy.json").read_text())
-    assert [way["way"] for way in found["ways"]] == ["base", "int8", "int4 g32 hqq", "int4 g32 rtn"]
+    assert [way["way"] for way in found["ways"]] == ["base", "int8 rtn", "int4 g32 hqq", "int4 g32 rtn"]
     assert [way["passed"] for way in found["ways"]][2:] == [False, False] and "FAIL" in done.stdout
     assert all(way["token_seconds"] and way["peak_memory_bytes"] for way in found["ways"])
     assert (tmp_path / "accuracy.png").read_bytes()[:4] == b"\x89PNG"

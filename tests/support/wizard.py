@@ -23,7 +23,7 @@ TOKENS = {
     READS: {"name": "ada", "role": "read"},
     FINE: {"name": "ada", "role": "fineGrained", "writes_to": ["ada/mine"], "orgs": ["lab"]},
 }
-PATIENCE_SECONDS = 500
+PATIENCE_SECONDS = 180
 
 
 @dataclass

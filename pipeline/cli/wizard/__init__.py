@@ -2,9 +2,8 @@
 
     wizard(console, answers={"model": "demo"}, yes=True)
 
-An answer is a line of text with a name. Given ahead as options, read from a pipe, typed, or read from the file that
-an interrupted session left, it takes the same way; what is kept of a session is its answers. Tokens are none of
-them: they stay in the environment of this process and of the run that it becomes.
+An answer is a line of text with a name. Options, a pipe, the keyboard and the file of an interrupted session are
+handled alike. Only answers are saved. Tokens are no answers: they stay in the environment of this process.
 """
 
 from pipeline.cli.wizard.questions import QUESTIONS

@@ -1,4 +1,4 @@
-"""The verb that asks: `wizard`. Every question has an option that answers it ahead."""
+"""The verb `wizard`. Every question has a command-line option that answers it."""
 
 from __future__ import annotations
 
@@ -22,39 +22,40 @@ def _answer(help: str, *names: str) -> Any:
 def wizard(
     model: Annotated[Text, _answer("A recipe, a model on the Hub, or a folder.")] = None,
     data: Annotated[Text, _answer("A file, a data set on the Hub, or builtin:python-docs.")] = None,
-    columns: Annotated[Text, _answer("Such as question=ASK,answer=REPLY; or the name of a form.")] = None,
-    profile: Annotated[Text, _answer("standard, conservative, aggressive, extreme.")] = None,
-    epochs: Annotated[Text, _answer("Passes over the data.")] = None,
-    max_steps: Annotated[Text, _answer("Exactly so many steps instead of passes, or no.")] = None,
-    max_length: Annotated[Text, _answer("Longest sequence, in tokens.")] = None,
-    batch_size: Annotated[Text, _answer("Sequences at a time.")] = None,
-    repo: Annotated[
-        Text, _answer("USER/NAME on the Hub, or none; its token is taken from HF_TOKEN or the login.")
+    columns: Annotated[
+        Text, _answer("Names of columns, such as question=ASK,answer=REPLY, or the name of a form.")
     ] = None,
+    profile: Annotated[Text, _answer("standard, conservative, aggressive, extreme.")] = None,
+    epochs: Annotated[Text, _answer("Number of passes over the data.")] = None,
+    max_steps: Annotated[Text, _answer("Stop after this many optimizer steps; no: train all epochs.")] = None,
+    max_length: Annotated[Text, _answer("Maximum length of a sequence, in tokens.")] = None,
+    batch_size: Annotated[Text, _answer("Sequences at a time.")] = None,
+    repo: Annotated[Text, _answer("USER/NAME on the Hub, or none. The token comes from HF_TOKEN or the login.")] = None,
     private: Annotated[bool | None, _answer("Visibility of a new repository.", "--private/--public")] = None,
-    track: Annotated[Text, _answer("Trackio: local, a Space USER/NAME, or a server's address.")] = None,
+    track: Annotated[Text, _answer("Trackio: local, a Space USER/NAME, or the URL of a server.")] = None,
     quantize: Annotated[bool | None, _answer("Make quantized models.", "--quantize/--no-quantize")] = None,
     quantization: Annotated[Text, _answer("balanced, high_quality, edge, gpu_optimized; or int8, int4, both.")] = None,
     group_size: Annotated[Text, _answer("32, 64, 128 or 256, for int4.")] = None,
     gguf: Annotated[Text, _answer("GGUF types such as q4_0,q8_0, or none.")] = None,
-    gate: Annotated[Text, _answer("A variant that loses too much: withhold, warn, or escalate.")] = None,
-    name: Annotated[Text, _answer("The run's name.")] = None,
+    gate: Annotated[Text, _answer("If a variant fails its gate: withhold, warn, or escalate.")] = None,
+    name: Annotated[Text, _answer("Name of the run.")] = None,
     calibrate: Annotated[
-        bool | None, _answer("Measure how fast this machine is.", "--calibrate/--no-calibrate")
+        bool | None, _answer("Measure the speed of this machine.", "--calibrate/--no-calibrate")
     ] = None,
-    file: Annotated[Text, _answer("Where the configuration is written.")] = None,
-    run: Annotated[bool | None, _answer("Start when everything is answered.", "--run/--no-run")] = None,
+    file: Annotated[Text, _answer("Configuration file to write.")] = None,
+    run: Annotated[bool | None, _answer("Start the run after the last answer.", "--run/--no-run")] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Take the defaults of all other questions.")] = False,
     resume: Annotated[
-        Path | None, typer.Option("--resume", metavar="FILE", help="Go on with the answers that Ctrl-C left.")
+        Path | None,
+        typer.Option("--resume", metavar="FILE", help="Continue with the answers of an interrupted wizard."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a configuration that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing configuration file.")] = False,
     runs: Root = RUNS,
 ) -> None:
-    """Ask for everything a run needs, check each answer at once, write a configuration file, and run it.
+    """Ask for everything that a run needs, write a configuration file, and start the run.
 
-    Answers may also come through a pipe, one a line, where an empty line takes the default. A token is never an
-    option: set HF_TOKEN, log in with hf auth login, or be asked for it without echo.
+    Answers may also come through a pipe: one per line; an empty line takes the default. A token is never an
+    option: set HF_TOKEN, log in with hf auth login, or type it when the wizard asks.
     """
     given = {key.replace("_", "-"): value for key, value in locals().items() if key not in _NO_ANSWERS}
     from pipeline.cli.wizard import wizard as ask
@@ -69,7 +70,7 @@ def wizard(
         raise typer.Exit(INTERRUPTED) from None
     if written.start:
         _become_run(written.path, runs)
-    print(f"{written.path} is written")
+    print(f"wrote {written.path}")
 
 
 _NO_ANSWERS = {"yes", "resume", "overwrite", "runs"}
@@ -81,6 +82,6 @@ def _become_run(config: Path, runs: Path) -> None:
 
     sys.stdout.flush()
     sys.stderr.flush()
-    # -P: the folder that the user stands in may have a `pipeline` of its own.
+    # -P: the current folder may have a `pipeline` of its own.
     command = [sys.executable, "-P", "-m", "pipeline", "run", str(config), "--runs", str(runs)]
     os.execve(sys.executable, command, with_own_package(os.environ))

@@ -1,6 +1,6 @@
-"""Which quantized models a model can have, as far as its metadata tells; training looks at the model itself first.
+"""Checks of the variants that a model can have, from its metadata. Training checks the model itself.
 
-What needs a look at the architecture imports torch, so it is taken only where something may be amiss.
+Checks of the architecture import torch, so they run only if the metadata show a possible problem.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ EXPERTS = ".experts."  # in the names of weights, some of which are stacked in t
 
 
 def check_quantizable(sizes: Sizes) -> None:
-    """Is a model one that is quantized at all?
+    """Raise an error if the model cannot be quantized.
 
     Raises:
-        ModelError: naming the matrices that are none of a linear layer.
+        ModelError: if the model has matrices outside linear layers; the message names them.
     """
     if not any(EXPERTS in name or _is_stack(tensor.shape) for name, tensor in sizes.tensors.items()):
         return
@@ -27,15 +27,15 @@ def check_quantizable(sizes: Sizes) -> None:
     try:
         refuse_other_matrices(sizes.config)
     except ModelError as error:
-        raise ModelError(f"{error}; answer no (--no-quantize) to train it without") from None
+        raise ModelError(f"{error}; or answer no (--no-quantize) to train without quantized models") from None
 
 
 def check_variants(config: Config, sizes: Sizes) -> None:
-    """Can such a model be stored in these formats?
+    """Raise an error if the model cannot be stored in these formats.
 
     Raises:
-        ModelError: where llama.cpp does not know it.
-        MissingExtra: where what writes them is not installed.
+        ModelError: if llama.cpp does not know the architecture.
+        MissingExtra: if a package that writes a format is not installed.
     """
     from pipeline.workflow.stages.quantize import check_extras
 
@@ -55,7 +55,7 @@ def suited(draft: Draft, variants: list[dict]) -> list[dict]:
 
     if (kind := embedding_kind(draft.model_sizes.config)) == PLAIN_TABLE:
         return variants
-    draft.tell(f"embeddings stay as they are, for those of this model ({kind}) cannot be stored in 8 bits")
+    draft.tell(f"embeddings stay in bf16: those of this model ({kind}) cannot be stored in 8 bits")
     return [{key: value for key, value in variant.items() if key != "embeddings"} for variant in variants]
 
 

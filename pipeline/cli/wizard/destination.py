@@ -1,4 +1,4 @@
-"""Where it goes: a repository on the Hub, who may see it, and where Trackio shows the run."""
+"""Questions about the destination: the Hub repository, its visibility, and the place of curves and events."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pipeline.tracking.trackers import tracker
 from pipeline.tracking.trackers.places import TOKEN_VARIABLE
 
 NOWHERE, HERE = "none", "local"
-HUB = ("HF_TOKEN", "Hub token that may write")
-SERVER = (TOKEN_VARIABLE, "Write token of that server")
+HUB = ("HF_TOKEN", "Hub token with write access")
+SERVER = (TOKEN_VARIABLE, "Write token of the server")
 
 
 def _take_repo(draft: Draft, answer: str) -> None:
@@ -36,8 +36,8 @@ def _take_track(draft: Draft, answer: str) -> None:
     config = draft.config(settings)
 
     def check_space() -> None:
-        """One token serves the Space and the repository."""
-        with contextlib.suppress(HubAway):  # it gets its events later
+        """Check the token for the Space and for the repository: both use the same one."""
+        with contextlib.suppress(HubAway):  # events are sent later
             check_token(f"track.space {answer}", answer.split("/")[0], attempts=1)
             if config.publish.repo:
                 check_access(config.publish.repo)
@@ -51,12 +51,12 @@ def _take_track(draft: Draft, answer: str) -> None:
 
 
 def _with_token(draft: Draft, token_of: tuple[str, str], instead: str, check: Callable[[], object]) -> None:
-    """Check access with the token that there is; where that is not enough, ask the person for one, without echo.
+    """Check access with the present token. If it is not enough, ask for another one without echo.
 
-    The token goes into the environment of this process alone, and only where the check accepts it.
+    The token goes only into the environment of this process, and only if the check accepts it.
 
     Args:
-        token_of: the variable that it is taken from, and what it is for people.
+        token_of: the environment variable of the token, and its description for people.
         instead: the answer that needs no token.
     """
     variable, what = token_of
@@ -69,9 +69,9 @@ def _with_token(draft: Draft, token_of: tuple[str, str], instead: str, check: Ca
         if draft.secret is None:
             raise
         draft.tell(str(error))
-    token = draft.secret(f"{what}, not shown and not stored (empty: answer the question anew): ").strip()
+    token = draft.secret(f"{what} (not shown, not stored; press Enter to answer the question again): ").strip()
     if not token:
-        raise HubError(f"without a token nothing can be sent; {instead} keeps it here")
+        raise HubError(f"{variable}: no token, so nothing can be sent. Try: answer {instead} to keep everything here")
     before = os.environ.get(variable)
     os.environ[variable] = token
     try:
@@ -87,14 +87,14 @@ QUESTIONS = (
     Question(
         "repo",
         "Hub repository",
-        lambda draft: f"Where to publish, as USER/NAME on the Hub; {NOWHERE} keeps everything on this machine.",
+        lambda draft: f"Publish to USER/NAME on the Hub, or {NOWHERE} to keep everything on this machine.",
         lambda draft: NOWHERE,
         _take_repo,
     ),
     Question(
         "private",
         "Private",
-        lambda draft: "Whether only you see a repository that is new; one that is there stays as it is.",
+        lambda draft: "A new repository is visible to you only. An existing repository keeps its visibility.",
         lambda draft: "yes",
         lambda draft, answer: draft.set({"publish.private": yes_or_no(answer)}),
         lambda draft: draft.config().publish.repo is not None,
@@ -103,7 +103,7 @@ QUESTIONS = (
     Question(
         "track",
         "Trackio",
-        lambda draft: f"Place of curves and events: {HERE} (this machine), a Space USER/NAME, or a server's URL.",
+        lambda draft: f"Curves and events go to {HERE} (this machine), a Space USER/NAME, or the URL of a server.",
         lambda draft: HERE,
         _take_track,
     ),

@@ -1,4 +1,4 @@
-"""The configuration as far as it is answered, what is known besides, and whether it fits this machine."""
+"""The unfinished configuration of the wizard, and whether it fits this machine."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ Settings = Mapping[str, object]  # dotted keys
 
 @dataclass
 class Draft:
-    """What was answered so far.
+    """The configuration with the answers so far.
 
     Attributes:
         runs: folder of the runs.
         tell: shows a line of text.
-        secret: reads a secret without showing it, "" for none; None where nobody sits at a terminal.
-        confirm: asks yes or no; None there too.
-        given: answers given ahead as options, by the questions' names; a wrong one ends the wizard.
-        remembered: answers of an earlier session; at a terminal a wrong one is asked again.
-        overwrite: a configuration file that is there may be replaced.
-        tree: the configuration as plain data, with what was answered and what a recipe brought.
+        secret: reads a secret without echo, "" for none; None without a terminal.
+        confirm: asks yes or no; None without a terminal.
+        given: answers of the command line, by the names of the questions. A wrong one ends the wizard.
+        remembered: answers of an earlier session. At a terminal, a wrong one is asked again.
+        overwrite: an existing configuration file may be replaced.
+        tree: the configuration as plain data, from the recipe and the answers.
         sizes: of the base model.
-        recipe: the shipped recipe that it began with.
+        recipe: the shipped recipe that was chosen.
         profile: key of `presets.PROFILES`.
         quantizes: quantized models are made.
-        columns_problem: why no form was found for the data set, until its columns are named.
+        columns_problem: why no form fits the data set; None after its columns are named.
         written: the configuration's file.
-        too_large: its plan does not fit this machine.
-        start: the run begins now.
+        too_large: the run does not fit this machine.
+        start: start the run now.
     """
 
     runs: Path
@@ -66,12 +66,12 @@ class Draft:
 
     @property
     def is_recipes_data(self) -> bool:
-        """Does it learn from what the recipe names?"""
+        """Return True if the data set is that of the recipe."""
         return self.recipe is not None and self.tree["data"]["source"] == BUILTIN
 
     @property
     def model_sizes(self) -> Sizes:
-        """Return the sizes of the base model, which is the first question."""
+        """Return the sizes of the base model, known after the first question."""
         assert self.sizes is not None, "the model is asked for first"
         return self.sizes
 
@@ -81,23 +81,23 @@ class Draft:
         return self.secret is not None
 
     def is_known(self, name: str) -> bool:
-        """Return True if the answer of this question is known beforehand."""
+        """Return True if this question was answered on the command line or in an earlier session."""
         return name in self.given or name in self.remembered
 
     def command(self, *words: object) -> str:
-        """Return a command as people type it here, with this folder of runs."""
+        """Return a command to type, with this folder of runs."""
         return command(*words, *([] if self.runs == Path("runs") else ["--runs", self.runs]))
 
     @cached_property
     def machine(self) -> Machine:
-        """Return what this machine has, measured once."""
+        """Return the resources of this machine, read once."""
         return this_machine(self.runs)
 
     def config(self, settings: Settings | None = None) -> TrainingRun:
-        """Return the configuration with further settings. Open questions have their defaults.
+        """Return the configuration with further settings; open questions have their defaults.
 
         Raises:
-            ConfigError: where a setting is refused.
+            ConfigError: if a setting is refused.
         """
         tree = {"name": "unnamed", "data": {"source": BUILTIN}, **_changed(self.tree, settings or {})}
         config = parse_config(tree, "wizard")
@@ -105,10 +105,10 @@ class Draft:
         return config
 
     def set(self, settings: Settings) -> None:
-        """Keep settings.
+        """Store settings.
 
         Raises:
-            ConfigError: where one is refused; then none is kept.
+            ConfigError: if one is refused; then none is stored.
         """
         self.config(settings)
         self.tree = _changed(self.tree, settings)
@@ -121,21 +121,21 @@ class Draft:
         """Raise an error if this machine lacks the memory or the disk for a run.
 
         Raises:
-            ConfigError: naming what there is not enough of, and what helps.
+            ConfigError: if it does; the message names the shortage, and settings that help.
         """
         short = self._short(config)
         if not short:
             return
         first = tell_shortage(short[0])
         if changes := advise(config, lambda asked: not self.fits(asked)):
-            raise ConfigError(f"{first}; it would fit with {' '.join(change.setting for change in changes)}")
-        raise ConfigError(f"{first}; no settings known here make it fit: take a smaller model, or a larger machine")
+            raise ConfigError(f"{first}. Try: {' '.join(change.setting for change in changes)}")
+        raise ConfigError(f"{first}, whatever the settings. Try: a smaller model, or a larger machine")
 
     def fitting(self, settings: Settings) -> dict[str, object]:
-        """Return these settings, and those that make the run fit this machine.
+        """Return these settings, with changes that make the run fit this machine.
 
         Raises:
-            ConfigError: where none are known.
+            ConfigError: if no changes make it fit.
         """
         config = self.config(settings)
         if self.fits(config):

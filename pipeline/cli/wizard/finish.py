@@ -1,4 +1,4 @@
-"""The run's name, the file that is written, how fast the machine is, and whether to begin."""
+"""The last questions: the name of the run, measuring this machine, the configuration file, and the start."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ def _take_name(draft: Draft, answer: str) -> None:
 
 
 def _take_file(draft: Draft, answer: str) -> None:
-    """Write the configuration, unless something else stands there."""
+    """Write the configuration. Ask before another configuration is replaced."""
     path = Path(answer).expanduser()
     if path.suffix not in (".yaml", ".yml"):
-        raise ConfigError(f"{answer}: a configuration's name ends in .yaml")
+        raise ConfigError(f"{answer}: not the name of a configuration file. Try: a name that ends in .yaml")
     if not path.parent.is_dir():
-        raise ConfigError(f"{answer}: there is no folder {path.parent}")
+        raise ConfigError(f"{answer}: the folder {path.parent} does not exist. Try: mkdir -p {path.parent}")
     config = draft.config()
     if path.exists() and not _says(path, config) and not draft.overwrite:
         _ask_to_replace(draft, path)
     tree = {key: draft.tree[key] for key in Config.model_fields if key in draft.tree}
     body = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-    about = f"# Written by the wizard. To run it, or to go on where it stopped: {draft.command('run', path)}\n"
+    about = f"# Written by the wizard. To start or resume this run: {draft.command('run', path)}\n"
     try:
         write_text(path, about + body)
     except OSError as error:
@@ -56,7 +56,7 @@ def _take_file(draft: Draft, answer: str) -> None:
 
 
 def _says(path: Path, config: Config) -> bool:
-    """Is it the same configuration?"""
+    """Return True if the file holds the same configuration."""
     try:
         return load_config(path) == config
     except UserError:
@@ -64,15 +64,15 @@ def _says(path: Path, config: Config) -> bool:
 
 
 def _ask_to_replace(draft: Draft, path: Path) -> None:
-    taken = ConfigError(f"{path}: is there, and says something else; name another file, or use --overwrite")
+    taken = ConfigError(f"{path}: exists with another configuration. Try: another file name, or --overwrite")
     if draft.confirm is None:
         raise taken
-    if not draft.confirm(f"{path} is there, and says something else. Replace it? yes or no [no]: "):
+    if not draft.confirm(f"{path} exists with another configuration. Replace it? yes or no [no]: "):
         raise taken
 
 
 def _to_be_measured(draft: Draft) -> bool:
-    """Not a second time, unless an option says so."""
+    """Return True if this machine was not measured before, or an option asks for it."""
     if "calibrate" in draft.given:
         return True
     known = read_speeds()
@@ -84,7 +84,7 @@ def _take_calibrate(draft: Draft, answer: str) -> None:
         return
     try:
         save_speeds(measure(draft.machine.name, lambda what: draft.tell(f"measuring: {what}")))
-    except WorkspaceError as error:  # which is no reason not to go on
+    except WorkspaceError as error:  # the run does not need the speeds
         draft.tell(str(error))
 
 
@@ -96,14 +96,14 @@ QUESTIONS = (
     Question(
         "name",
         "Name of the run",
-        lambda draft: f"Of its folder in {draft.runs}/, and in Trackio.",
+        lambda draft: f"The run's folder is {draft.runs}/NAME; trackers show the same name.",
         _default_name,
         _take_name,
     ),
     Question(
         "calibrate",
         "Measure this machine",
-        lambda draft: "Takes some twenty seconds, once; without it nothing is said of how long the run takes.",
+        lambda draft: "Needed once to forecast the duration of runs; takes about twenty seconds.",
         lambda draft: "yes" if draft.interactive else "no",
         _take_calibrate,
         _to_be_measured,
@@ -112,14 +112,14 @@ QUESTIONS = (
     Question(
         "file",
         "Configuration file",
-        lambda draft: "Everything answered, to read, change and run again; no token is in it.",
+        lambda draft: "All answers as YAML: read it, change it, run it again. It contains no token.",
         lambda draft: f"{draft.tree['name']}.yaml",
         _take_file,
     ),
     Question(
         "run",
         "Start now",
-        lambda draft: "It can be stopped at any moment, and goes on where it stopped.",
+        lambda draft: "You can stop the run at any time with Ctrl-C, and resume it later.",
         lambda draft: "no" if draft.too_large else "yes",
         _take_run,
         denies="no-run",

@@ -1,4 +1,4 @@
-"""The model: a shipped recipe, a repository on the Hub, or a folder."""
+"""The question about the model: a shipped recipe, a repository on the Hub, or a folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEFAULT = "demo"
 
 def _about(draft: Draft) -> str:
     return (
-        f"What to start from: a recipe ({', '.join(shipped_configs())}), a model on the Hub such as USER/MODEL, "
+        f"The base model: a recipe ({', '.join(shipped_configs())}), a model on the Hub such as USER/MODEL, "
         "or a folder."
     )
 
@@ -54,8 +54,8 @@ def _tell(draft: Draft) -> None:
     """Print the model, the machine, and how to use a GPU that is not used yet."""
     sizes, machine = draft.model_sizes, draft.machine
     fetched = sizes.fetched_bytes - sizes.here_bytes
-    come = f"; {size(fetched)} to fetch" if fetched else ""
-    draft.tell(f"{millions(sizes.parameters)} million parameters, {size(sizes.bf16_bytes)} in bf16{come}")
+    download = f"; {size(fetched)} to download" if fetched else ""
+    draft.tell(f"{millions(sizes.parameters)} million parameters, {size(sizes.bf16_bytes)} in bf16{download}")
     has = [f"{size(machine.gpu_bytes)} of GPU memory"] if machine.has_gpu else []
     has += [f"{size(machine.host_bytes or 0)} of memory free", f"{size(machine.disk_free or 0)} of disk free"]
     draft.tell(f"{machine.name}: {', '.join(has)}")

@@ -1,4 +1,4 @@
-"""How questions are asked: at a terminal, of answers in a pipe, or not at all where they were given ahead."""
+"""Questions and answers: typed at a terminal, read from a pipe, or given on the command line."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Question:
-    """One question.
+    """A question of the wizard.
 
     Attributes:
-        name: of the option that answers it ahead, without the dashes.
+        name: name of the command-line option that answers it, without dashes.
         ask: the question in a few words.
-        about: what the answer means, in one line; a preset has one of its own.
-        default: the answer that an empty line stands for.
-        take: checks an answer and puts it into the draft; raises UserError, and leaves the draft as it was.
-        wanted: is it to be asked, after the answers so far?
-        denies: name of the option that answers no, where that has one of its own.
+        about: the meaning of the answer, in one line.
+        default: the answer if the user presses Enter.
+        take: checks an answer and puts it into the draft. If it raises UserError, the draft is unchanged.
+        wanted: returns True if the answers so far make the question necessary.
+        denies: name of the option that answers "no", if there is one.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Question:
 
 
 class GoBack(Exception):
-    """An earlier question is to be asked again."""
+    """A request to ask an earlier question again."""
 
     def __init__(self, name: str):
         self.name = name
@@ -57,12 +57,12 @@ class GoBack(Exception):
 
 @dataclass
 class Asker:
-    """Asks questions one after the other.
+    """The loop that asks the questions.
 
     Attributes:
-        draft: takes the answers, and has those that are known beforehand.
+        draft: receives the answers, and has those of the command line.
         yes: take the default of everything else.
-        answers: all answers so far, as text; no secrets among them.
+        answers: all answers so far, as text, without secrets.
     """
 
     console: Console
@@ -73,15 +73,15 @@ class Asker:
 
     @property
     def known(self) -> dict[str, str]:
-        """Every answer that is known, whether or not its question was reached."""
+        """Every known answer, also to questions that were not reached yet."""
         return self.draft.remembered | self.draft.given | self.answers
 
     def ask_all(self, questions: Sequence[Question]) -> None:
-        """Ask what is wanted, in order.
+        """Ask the necessary questions in order.
 
         Raises:
-            UserError: for a wrong answer that nobody can be asked for again.
-            KeyboardInterrupt: where the person at the terminal wants to stop.
+            UserError: if an answer is wrong and nobody can be asked again.
+            KeyboardInterrupt: if the user stops.
         """
         at = 0
         while at < len(questions):
@@ -92,14 +92,14 @@ class Asker:
                     self.answers[question.name] = self._ask(question)
                 elif question.name in self.draft.given:
                     option = question.option(self.draft.given[question.name])
-                    raise ConfigError(f"{option}: does not apply to the other answers; leave it out")
+                    raise ConfigError(f"{option}: does not apply to the other answers. Try: leave it out")
             except GoBack as back:
                 at = next(i for i, q in enumerate(questions) if q.name == back.name)
                 for name in (question.name, back.name):
                     for known in (self.answers, self.draft.remembered, self.draft.given):
                         known.pop(name, None)
             except UserError:
-                self.draft.given.pop(question.name, None)  # it is not to be kept with the others
+                self.draft.given.pop(question.name, None)  # a wrong answer is not saved
                 raise
 
     def _ask(self, question: Question) -> str:
@@ -132,10 +132,10 @@ class Asker:
         if not line and self.at_terminal:  # Ctrl-D
             raise KeyboardInterrupt
         if not line:
-            ways = f"give one more line, or {question.options}, or --yes for defaults"
-            raise ConfigError(f"{question.ask}: the answers end here; {ways}")
+            ways = f"one more line, {question.options}, or --yes for the defaults"
+            raise ConfigError(f"{question.ask}: no more answers in the input. Try: {ways}")
         answer = line.strip() or default
-        if not self.at_terminal:  # nobody typed it here
+        if not self.at_terminal:  # show it in the output of a script
             self.console.print(escape(redact(answer)))
         return answer
 
@@ -156,23 +156,23 @@ def yes_or_no(answer: str) -> bool:
     """Return True if the answer means yes.
 
     Raises:
-        ConfigError: where it is neither.
+        ConfigError: if it means neither yes nor no.
     """
     word = answer.strip().lower()
     if word in ("y", "yes", "true"):
         return True
     if word in ("n", "no", "false"):
         return False
-    raise ConfigError(f"{answer!r}: answer yes or no")
+    raise ConfigError(f"{answer!r}: neither yes nor no. Try: yes")
 
 
 def one_of(answer: str, choices: Sequence[str]) -> str:
     """Return the choice that an answer names.
 
     Raises:
-        ConfigError: where it names none.
+        ConfigError: if it names none of them.
     """
     word = answer.strip().lower().replace("-", "_")
     if word not in choices:
-        raise ConfigError(f"{answer!r}: allowed are {', '.join(choices)}")
+        raise ConfigError(f"{answer!r}: not a choice. Try: {', '.join(choices)}")
     return word

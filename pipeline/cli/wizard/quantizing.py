@@ -1,4 +1,4 @@
-"""Quantized models: whether, which, in what groups, GGUF besides, and what becomes of one that loses too much."""
+"""Questions about quantization: which variants, group size, GGUF, and what happens at a failed gate."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from pipeline.evaluation.gates import limits
 
 AS_THE_RECIPE, NONE = "recipe", "none"
 GATES = {
-    "withhold": "kept out, and said so in the card",
+    "withhold": "not published; the card says so",
     "warn": "published with a warning",
-    "escalate": "made in better ways, larger ones too, until one loses little enough, which takes a while",
+    "escalate": "made again with better and larger settings until it passes, which takes a while",
 }
 TYPES = {v.file_type.lower(): v.name for v in VARIANTS.values() if v.format == GGUF and v.file_type}
 
@@ -33,9 +33,9 @@ def _take_quantize(draft: Draft, answer: str) -> None:
 
 
 def _about_quantization(draft: Draft) -> str:
-    recipe = [f"{AS_THE_RECIPE}: as {draft.recipe} has it"] if draft.recipe else []
+    recipe = [f"{AS_THE_RECIPE}: the variants of the recipe {draft.recipe}"] if draft.recipe else []
     presets = [f"{name}: {about}" for name, (about, _) in PRESETS.items()]
-    by_name = "Which: int8 (for GPUs), int4 (for CPUs), both; several with commas; or one of these:"
+    by_name = "int8 (for GPUs), int4 (for CPUs), both, names separated by commas, or one of these presets:"
     return "\n  ".join([by_name, *presets, *recipe])
 
 
@@ -64,9 +64,9 @@ def _names(answer: str) -> list[str]:
             names += [name for name in resolve_variants(part) if name not in names]
         except KeyError:
             allowed = ", ".join([*PRESETS, *DEFAULT_VARIANTS, "both"])
-            raise ConfigError(f"{part!r}: no preset and no variant; allowed are {allowed}") from None
+            raise ConfigError(f"{part!r}: neither a preset nor a variant. Try: {allowed}") from None
     if not names:
-        raise ConfigError(f"{answer!r}: names no variant; to make none, use --no-quantize")
+        raise ConfigError(f"{answer!r}: no variant is named. Try: --no-quantize, to make none")
     return names
 
 
@@ -83,7 +83,7 @@ def _variants(draft: Draft) -> list[dict]:
 
 
 def _in_groups(item: dict) -> bool:
-    """Return True if a variant is in groups, and their size can be chosen."""
+    """Return True if the variant has groups of a size that can be chosen."""
     variant = VARIANTS[item["name"]]
     return variant.group_size is not None and len(variant.group_sizes) > 1
 
@@ -95,7 +95,7 @@ def _default_group_size(draft: Draft) -> str:
 
 def _take_group_size(draft: Draft, answer: str) -> None:
     if not answer.isdecimal():
-        raise ConfigError(f"group size {answer!r}: allowed are {', '.join(map(str, GROUP_SIZES))}")
+        raise ConfigError(f"group size {answer!r}: not supported. Try: {', '.join(map(str, GROUP_SIZES))}")
     variants = [{**v, "group_size": int(answer)} if _in_groups(v) else v for v in _variants(draft)]
     _set_variants(draft, variants)
 
@@ -106,25 +106,25 @@ def _take_gguf(draft: Draft, answer: str) -> None:
     names = []
     for part in filter(None, (part.strip().lower().removeprefix(f"{GGUF}-") for part in answer.split(","))):
         if part not in TYPES:
-            raise ConfigError(f"{part!r}: no GGUF type; allowed are {NONE}, {', '.join(TYPES)}")
+            raise ConfigError(f"{part!r}: not a GGUF type. Try: {NONE}, {', '.join(TYPES)}")
         names.append(TYPES[part])
     if not names:
-        raise ConfigError(f"{answer!r}: names no GGUF type; allowed are {NONE}, {', '.join(TYPES)}")
-    there = [variant["name"] for variant in _variants(draft)]
-    _set_variants(draft, _variants(draft) + [{"name": n} for n in dict.fromkeys(names) if n not in there])
+        raise ConfigError(f"{answer!r}: no GGUF type is named. Try: {NONE}, {', '.join(TYPES)}")
+    present = [variant["name"] for variant in _variants(draft)]
+    _set_variants(draft, _variants(draft) + [{"name": n} for n in dict.fromkeys(names) if n not in present])
 
 
 def _about_gate(draft: Draft) -> str:
     quantize = draft.config().quantize
-    losing = ", ".join(f"{spec.name} {100 * limits(quantize, spec.name)['rise']:g} %" for spec in quantize.variants)
-    return f"Where perplexity rises by more than {losing}, a variant is: {'; '.join(map(': '.join, GATES.items()))}."
+    allowed = ", ".join(f"{spec.name} {100 * limits(quantize, spec.name)['rise']:g} %" for spec in quantize.variants)
+    return f"If perplexity rises by more than {allowed}: {'; '.join(map(': '.join, GATES.items()))}."
 
 
 QUESTIONS = (
     Question(
         "quantize",
         "Make quantized models",
-        lambda draft: "Smaller copies of the model in folders beside it, each measured before it is published.",
+        lambda draft: "Smaller copies of the model, in folders beside it. Each is measured before it is published.",
         lambda draft: "yes",
         _take_quantize,
         denies="no-quantize",
@@ -140,7 +140,7 @@ QUESTIONS = (
     Question(
         "group-size",
         "Group size of int4",
-        lambda draft: "Weights that share a scale: 32 loses least, 256 is smallest.",
+        lambda draft: "Number of weights that share a scale: 32 is most accurate, 256 is smallest.",
         _default_group_size,
         _take_group_size,
         lambda draft: draft.quantizes and any(map(_in_groups, _variants(draft))),
@@ -148,14 +148,14 @@ QUESTIONS = (
     Question(
         GGUF,
         "GGUF",
-        lambda draft: f"Files for llama.cpp and Ollama, with commas: {', '.join(TYPES)}; or {NONE}.",
+        lambda draft: f"Files for llama.cpp and Ollama, separated by commas: {', '.join(TYPES)}; or {NONE}.",
         lambda draft: NONE,
         _take_gguf,
         attrgetter("quantizes"),
     ),
     Question(
         "gate",
-        "Where a variant loses too much",
+        "Failed quality gate",
         _about_gate,
         lambda draft: draft.config().quantize.on_gate_failure,
         lambda draft, answer: draft.set({"quantize.on_gate_failure": one_of(answer, tuple(GATES))}),

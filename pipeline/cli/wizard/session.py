@@ -1,4 +1,4 @@
-"""One session of the wizard: from the first question to a file, or to the answers that an interruption leaves."""
+"""A session of the wizard: it ends with a configuration file, or keeps the answers if it is interrupted."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LEFT = "wizard-answers.yaml"
-OURS = re.compile(r"wizard-answers(-\d+)?\.yaml")  # what such files are called, as many as there are
+OURS = re.compile(r"wizard-answers(-\d+)?\.yaml")  # the names of such files
 
 
 @dataclass(frozen=True)
 class Written:
-    """The configuration that came out, and whether to run it now."""
+    """The configuration that was written, and whether to run it now."""
 
     path: Path
     start: bool
@@ -51,17 +51,17 @@ def wizard(
     runs: Path = Path("runs"),
     overwrite: bool = False,
 ) -> Written:
-    """Ask what is not answered yet, write the configuration, and say whether to begin.
+    """Ask every question without an answer, and write the configuration.
 
     Args:
-        answers: given ahead, by the questions' names.
-        resume: a file of answers that an interrupted session left.
-        yes: take defaults for the rest.
-        overwrite: replace a configuration file that says something else.
+        answers: answers of the command line, by the names of the questions.
+        resume: the file with the answers of an interrupted session.
+        yes: take the defaults of all other questions.
+        overwrite: replace a file that holds another configuration.
 
     Raises:
-        UserError: for a wrong answer where nobody can be asked again.
-        Stopped: by Ctrl-C and the like; the answers are kept in a file.
+        UserError: if an answer is wrong and nobody can be asked again.
+        Stopped: if the user interrupts; the answers are kept in a file.
     """
     at_terminal = sys.stdin.isatty() and not yes
     draft = Draft(
@@ -78,7 +78,7 @@ def wizard(
         with _signals_as_interrupts():
             if at_terminal:
                 console.print(
-                    "Answer, or press Enter for what stands in brackets. Ctrl-C keeps your answers in a file."
+                    "Type an answer, or press Enter for the default in brackets. Ctrl-C saves your answers in a file."
                 )
             asker.ask_all(QUESTIONS)
     except (KeyboardInterrupt, EOFError):  # Ctrl-D where a secret is asked for
@@ -92,49 +92,49 @@ def wizard(
             resume.unlink(missing_ok=True)
     if yes and draft.too_large and not draft.start and not draft.is_known("run"):
         raise ConfigError(
-            f"{draft.written}: is written and not started, for this machine has too little for it; change it as "
-            f"said above, or start it as it is: {draft.command('run', draft.written)}"
+            f"{draft.written}: written but not started: this machine is too small for it. Try: the changes above, "
+            f"or start it unchanged with {draft.command('run', draft.written)}"
         )
     assert draft.written is not None, "the last question writes the configuration"
     return Written(draft.written, draft.start)
 
 
 def read_answers(path: Path) -> dict[str, str]:
-    """Return the answers that an interrupted session left.
+    """Return the answers of an interrupted session.
 
     Raises:
-        ConfigError: where the file holds none.
+        ConfigError: if the file holds no answers.
     """
     try:
         found = read_yaml(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except (ConfigError, UnicodeDecodeError):
-        raise ConfigError(f"{path}: not YAML, so no answers of the wizard") from None
+        raise ConfigError(f"{path}: not a file of wizard answers (not YAML)") from None
     known = {question.name for question in QUESTIONS}
     is_flat = isinstance(found, dict) and not any(isinstance(value, (dict, list)) for value in found.values())
     if not is_flat or not found.keys() <= known:
-        raise ConfigError(f"{path}: no answers of the wizard; a configuration is run with: {command('run', path)}")
+        raise ConfigError(f"{path}: not a file of wizard answers. Try, for a configuration: {command('run', path)}")
     return {name: answer_text(value) for name, value in found.items()}
 
 
 def _leave(draft: Draft, answers: Mapping[str, str], resume: Path | None) -> str:
-    """Keep what was answered, and say how to go on."""
+    """Save the answers, and return a line that says how to continue."""
     if draft.written:
-        return f"stopped; the configuration is written, run it with: {draft.command('run', draft.written)}"
+        return f"stopped. The configuration is written. Run it with: {draft.command('run', draft.written)}"
     if not answers:
-        return "stopped; nothing was answered yet"
+        return "stopped before the first answer"
     body = redact(yaml.safe_dump(dict(answers), sort_keys=False, allow_unicode=True))
     places = [resume or _free(Path(LEFT)), _free(Path(tempfile.gettempdir()) / LEFT)]
     for path in places:
         again = draft.command("wizard", "--resume", path)
-        about = f"# Answers of a wizard that was stopped; no token is among them. Go on with: {again}\n"
+        about = f"# Answers of an interrupted wizard. This file contains no token. Continue with: {again}\n"
         try:
             write_text(path, about + body)
-        except OSError:  # here nothing can be written, or not there either
+        except OSError:  # a folder without write access, or a full disk
             continue
-        return f"stopped; your answers are in {path}, go on with: {again}"
-    return f"stopped; your answers could not be written, neither to {places[0]} nor to {places[1]}"
+        return f"stopped. Your answers are in {path}. Continue with: {again}"
+    return f"stopped. Your answers could not be saved (neither {places[0]} nor {places[1]} can be written)"
 
 
 def _free(path: Path) -> Path:

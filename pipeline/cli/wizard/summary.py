@@ -1,4 +1,4 @@
-"""What will be done, needed and sent, and how long that takes, in a few lines."""
+"""Summary of the planned run: its work, needs, uploads, and duration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.tracking.trackers import tracker
 
 
 def show_summary(draft: Draft) -> Plan:
-    """Tell what the configuration that was written asks for."""
+    """Print a summary of the configuration that was written."""
     config = draft.config()
     plan = make_plan(config, runs=draft.runs)
     draft.tell("")
@@ -28,20 +28,20 @@ def _lines(config: TrainingRun, plan: Plan) -> Iterator[tuple[str, str]]:
     yield "Model", f"{config.model.source}, {millions(plan.model.parameters)} million parameters"
     yield "Data", f"{config.data.source}{_rows(plan, config.data.limit)}"
     train = config.train
-    steps = "steps not known" if plan.steps is None else f"{plan.steps} steps"
+    steps = "unknown number of steps" if plan.steps is None else f"{plan.steps} steps"
     sequences = f"{train.batch_size} x {train.accumulate} sequences of up to {train.max_length} tokens"
     yield "Training", f"{train.method}, {steps} of {sequences}"
     yield "Quantized", _variants(config)
     yield "Published", _published(plan)
     shown_by = tracker(config.track.tracker)
     yield shown_by.LABEL, shown_by.place(config.track)
-    fetched = f", {size(plan.fetched_bytes)} to fetch" if plan.fetched_bytes else ""
+    fetched = f", {size(plan.fetched_bytes)} to download" if plan.fetched_bytes else ""
     yield "Needs", f"{_memory(plan)}, {size(plan.disk_bytes)} of disk{fetched}"
     yield "Takes", tell_time(plan)
     for short in plan.shortages:
         yield "Too large", tell_shortage(short)
     for change in plan.changes:
-        yield "", f"it would fit with --set {change.setting}: {change.why}"
+        yield "", f"Try: --set {change.setting}: {change.why}"
 
 
 def millions(count: int) -> str:
@@ -67,9 +67,9 @@ def _variants(config: Config) -> str:
 def _published(plan: Plan) -> str:
     publish = plan.config.publish
     if publish.repo is None:
-        return "nothing; it stays on this machine"
+        return "nothing; everything stays on this machine"
     visible = "private" if publish.private else "public"
-    return f"{publish.repo} ({visible} if it is new), {size(plan.uploaded_bytes)} to send"
+    return f"{publish.repo} ({visible} if new), {size(plan.uploaded_bytes)} to upload"
 
 
 def _memory(plan: Plan) -> str:

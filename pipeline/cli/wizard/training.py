@@ -1,4 +1,4 @@
-"""How long and how large: profile, passes over the data, sequence length, sequences at a time."""
+"""Questions about training: profile, epochs, steps, sequence length, and batch size."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ def _take_max_steps(draft: Draft, answer: str) -> None:
 
 
 def _take_max_length(draft: Draft, answer: str) -> None:
-    """One sequence at a time of this length must fit; how many do is the next question's."""
+    """Check that one sequence of this length fits. The next question asks for the batch size."""
     length = {"train.max_length": _number(answer)}
     if draft.config(length).train.max_length < LEAST_LENGTH:
-        raise ConfigError(f"{answer}: too short for a question and an answer; at least {LEAST_LENGTH} are needed")
+        raise ConfigError(f"{answer}: too short for a question and an answer. Try: at least {LEAST_LENGTH}")
     draft.check_fits(draft.config({**length, "train.batch_size": 1}))
     draft.set(length)
 
 
 def _default_batch_size(draft: Draft) -> str:
-    """As many as fit, up to what the profile has; where not even one does, that is said when it is taken."""
+    """Return the largest batch size that fits, up to that of the profile, or 1."""
     train = draft.config().train
     sizes = (train.batch_size, *(size for size, _ in smaller_batches(train)))
     return str(next((size for size in sizes if draft.fits(draft.config({"train.batch_size": size}))), 1))
 
 
 def _take_batch_size(draft: Draft, answer: str) -> None:
-    """As many sequences in a step as before, in more or fewer parts; where those cannot be even, nearly as many."""
+    """Set the batch size, and keep the sequences of an optimizer step as near as possible to their number before."""
     before = draft.config().train
     step = before.batch_size * before.accumulate
     size = draft.config({"train.batch_size": _number(answer)}).train.batch_size
@@ -64,43 +64,43 @@ def _take_batch_size(draft: Draft, answer: str) -> None:
     draft.check_fits(draft.config(settings))
     draft.set(settings)
     if size * accumulate != step:
-        draft.tell(f"a step has {size * accumulate} sequences now, for {step} cannot be taken {size} at a time")
+        draft.tell(f"an optimizer step has {size * accumulate} sequences now: {step} is no multiple of {size}")
 
 
 def _number(answer: str) -> int | float:
     for kind in (int, float):
         with contextlib.suppress(ValueError):
             return kind(answer)
-    raise ConfigError(f"{answer!r}: a number is expected")
+    raise ConfigError(f"{answer!r}: not a number. Try: digits only")
 
 
 QUESTIONS = (
     Question("profile", "Profile", _about_profile, _default_profile, _take_profile),
     Question(
         "epochs",
-        "Passes over the data",
-        lambda draft: "How often every example is seen; 1 to 3 is usual, more learns by heart.",
+        "Epochs",
+        lambda draft: "Passes over the data: 1 to 3 is usual; with more, the model learns examples by heart.",
         lambda draft: f"{draft.config().train.epochs:g}",
         lambda draft, answer: draft.set({"train.epochs": _number(answer)}),
     ),
     Question(
         "max-steps",
-        "Steps instead of passes",
-        lambda draft: f"Stop after this many optimizer steps; {PASSES_COUNT}: train whole passes.",
+        "Maximum steps",
+        lambda draft: f"Stop after this many optimizer steps; {PASSES_COUNT}: train all epochs.",
         lambda draft: str(draft.config().train.max_steps or PASSES_COUNT),
         _take_max_steps,
     ),
     Question(
         "max-length",
-        "Longest sequence",
-        lambda draft: "In tokens, of about 4 letters each; longer examples are cut, and memory grows with it.",
+        "Maximum length",
+        lambda draft: "In tokens of about 4 letters. Longer examples are cut; longer sequences need more memory.",
         lambda draft: str(draft.config().train.max_length),
         _take_max_length,
     ),
     Question(
         "batch-size",
-        "Sequences at a time",
-        lambda draft: "More is faster where there is memory for it; the result is much the same.",
+        "Batch size",
+        lambda draft: "Sequences at a time. More is faster if memory allows; the result hardly changes.",
         _default_batch_size,
         _take_batch_size,
     ),

@@ -26,21 +26,21 @@ def test_a_persons_answers_become_a_finished_run_on_the_hub(desk, hub, launch):
         person.sees("question: What is 0 plus 0?")
         person.sees("form question_answer")
         person.answers("Profile")
-        person.answers("Passes over the data")
-        person.answers("Steps instead of passes", "2")
-        person.answers("Longest sequence", "96")
-        person.answers("Sequences at a time", "2")
+        person.answers("Epochs")
+        person.answers("Maximum steps", "2")
+        person.answers("Maximum length", "96")
+        person.answers("Batch size", "2")
         person.answers("Hub repository", "ada/mine")
         person.sees("no Hub token")
-        person.sees("not shown and not stored")
+        person.sees("not shown, not stored")
         person.types(TOKEN)
         person.answers("Private", "yes")
         person.answers("Trackio")
         person.answers("Make quantized models")
         person.answers("Quantized models", "int8")
         person.answers("GGUF")
-        person.sees("Where perplexity rises by more than int8 2 %, a variant is: withhold: kept out")
-        person.answers("Where a variant loses too much", "warn")
+        person.sees("If perplexity rises by more than int8 2 %: withhold: not published")
+        person.answers("Failed quality gate", "warn")
         person.answers("Name of the run", "mine")
         person.answers(*UNMEASURED)
         person.answers("Configuration file")
@@ -67,29 +67,29 @@ def test_wrong_answers_are_told_in_a_line_and_asked_again(desk):
         person.sees("which is not there")
         person.answers("Columns", "question=ask,answer=reply")
         person.answers("Profile", "reckless")
-        person.sees("allowed are standard, conservative, aggressive, extreme")
+        person.sees("Try: standard, conservative, aggressive, extreme")
         person.answers("Profile")
-        person.answers("Passes over the data", "-1")
+        person.answers("Epochs", "-1")
         person.sees("greater than 0")
-        person.answers("Passes over the data")
-        person.answers("Steps instead of passes")
-        person.answers("Longest sequence", "100000000")
+        person.answers("Epochs")
+        person.answers("Maximum steps")
+        person.answers("Maximum length", "100000000")
         person.sees("not enough main memory")
-        person.answers("Longest sequence", "128")
-        person.answers("Sequences at a time", "100000")
+        person.answers("Maximum length", "128")
+        person.answers("Batch size", "100000")
         person.sees("not enough main memory")
-        person.answers("Sequences at a time", "1")
+        person.answers("Batch size", "1")
         person.answers("Hub repository", "my model")
         person.sees("a repository is written USER/NAME")
         person.answers("Hub repository", "ada/mine")
         person.sees("the Hub token can only read")
-        person.sees("not shown and not stored")
+        person.sees("not shown, not stored")
         person.types("hf_nobodyKnowsThisToken0123456789")
         person.sees("the Hub does not know this token")
         person.answers("Hub repository", "none")
         person.answers("Trackio", "https://trackio.example.org")
         person.sees("no write token")
-        person.sees("not shown and not stored")
+        person.sees("not shown, not stored")
         person.types(WRITE_TOKEN)
         person.answers("Make quantized models", "no")
         person.answers("Name of the run")
@@ -120,23 +120,23 @@ def test_ctrl_c_keeps_the_answers_and_resuming_asks_the_rest(desk):
         person.answers("Model", "./model")
         person.answers("Data set", "rows.jsonl")
         person.answers("Profile", "aggressive")
-        person.answers("Passes over the data", "2")
-        person.sees("Steps instead of passes [no]: ")
+        person.answers("Epochs", "2")
+        person.sees("Maximum steps [no]: ")
         person.presses("\x03")
-        person.sees("go on with: tunepress wizard --resume wizard-answers.yaml --runs 'my runs'")
+        person.sees("Continue with: tunepress wizard --resume wizard-answers.yaml --runs 'my runs'")
         assert person.ends() == 130
     kept = yaml.safe_load((desk.folder / "wizard-answers.yaml").read_text())
     typed = {"model": "./model", "data": "rows.jsonl", "profile": "aggressive", "epochs": "2"}
     assert kept == {**typed, "name": "resumed"}
     given = ("--resume", "wizard-answers.yaml", "--runs", "my runs", "--no-run", "--no-calibrate")
     with desk.sit_down(*given) as person:
-        person.answers("Steps instead of passes", "7")
-        assert "Model [" not in person.screen and "Passes over" not in person.screen
-        for question in ("Longest sequence", "Sequences at a time", "Hub repository", "Trackio"):
+        person.answers("Maximum steps", "7")
+        assert "Model [" not in person.screen and "Epochs" not in person.screen
+        for question in ("Maximum length", "Batch size", "Hub repository", "Trackio"):
             person.answers(question)
         for question in ("Make quantized models", "Quantized models", "Group size of int4", "GGUF"):
             person.answers(question)
-        person.answers("Where a variant loses too much")
+        person.answers("Failed quality gate")
         person.answers("Configuration file")
         assert person.ends() == 0
     assert "resumed.yaml --runs 'my runs'" in (desk.folder / "resumed.yaml").read_text()
@@ -156,13 +156,13 @@ def test_ctrl_c_at_the_first_question_keeps_what_was_given_ahead(desk, launch):
 
 def test_ctrl_d_at_the_token_prompt_keeps_the_answers(desk):
     with desk.sit_down("--model", "./model", "--data", "rows.jsonl", "--profile", "standard") as person:
-        for question in ("Passes over the data", "Steps instead of passes", "Longest sequence", "Sequences at a time"):
+        for question in ("Epochs", "Maximum steps", "Maximum length", "Batch size"):
             person.answers(question)
         person.answers("Hub repository", "ada/mine")
-        person.sees("not shown and not stored")
-        person.sees("anew): ")
+        person.sees("not shown, not stored")
+        person.sees("again): ")
         person.presses("\x04")
-        person.sees("go on with: tunepress wizard --resume wizard-answers.yaml")
+        person.sees("Continue with: tunepress wizard --resume wizard-answers.yaml")
         assert person.ends() == 130
 
 
@@ -170,8 +170,8 @@ def test_wrong_option_ends_the_wizard_and_keeps_the_other_answers(desk):
     with desk.sit_down("--profile", "reckless", "--name", "mine") as person:
         person.answers("Model", "./model")
         person.answers("Data set", "rows.jsonl")
-        person.sees("your answers are in wizard-answers.yaml")
-        person.sees("allowed are standard, conservative")
+        person.sees("Your answers are in wizard-answers.yaml")
+        person.sees("Try: standard, conservative")
         assert person.ends() == 2
     kept = yaml.safe_load((desk.folder / "wizard-answers.yaml").read_text())
     assert kept == {"model": "./model", "data": "rows.jsonl", "name": "mine"}
@@ -184,7 +184,7 @@ def test_unwritable_answers_are_kept_in_another_folder(desk, tmp_path, monkeypat
         person.answers("Model", "./model")
         person.sees("Data set [")
         person.presses("\x03")
-        person.sees(f"your answers are in {tmp_path}/wizard-answers.yaml")
+        person.sees(f"Your answers are in {tmp_path}/wizard-answers.yaml")
         assert person.ends() == 130
     assert yaml.safe_load((tmp_path / "wizard-answers.yaml").read_text()) == {"model": "./model"}
 
@@ -223,7 +223,7 @@ def test_different_existing_file_is_replaced_only_after_asking(desk):
         person.answers("Configuration file")
         person.sees("Replace it? yes or no [no]: ")
         person.types("")
-        person.sees("is there, and says something else")
+        person.sees("exists with another configuration")
         assert (desk.folder / "mine.yaml").read_text() == "precious: true\n"
         person.answers("Configuration file")
         person.sees("Replace it?")

@@ -86,5 +86,5 @@ def test_a_file_without_a_chat_template_cannot_be_talked_to(release, talk):
     pytest.importorskip("llama_cpp")
     file = release / "gguf" / "my-model-Q4_0.gguf"
     file.write_bytes(file.read_bytes().replace(b"tokenizer.chat_template", b"tokenizer.chat_xxxxxxxx"))
-    with pytest.raises(ModelError, match="has no chat template"):
+    with pytest.raises(ModelError, match="no chat template, so the model cannot chat"):
         talk(release, "Hello?")
