@@ -138,6 +138,18 @@ class ChatTemplate:
             complete.append((start, start + len(text[start:end].rstrip())))
         return complete
 
+    def end_of_turn(self) -> int | None:
+        """Return the token that ends an answer, which training teaches; None if plain text ends it."""
+        if not self.ends_turns:
+            return self.tokenizer.eos_token_id
+        question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}
+        try:
+            text = self.render([question, answer])
+        except DataError:  # a template that wants something else first
+            return None
+        behind = self.tokenizer(text.rpartition(_PROBE)[2].lstrip(), add_special_tokens=False)["input_ids"]
+        return behind[0] if behind and behind[0] in self.tokenizer.added_tokens_decoder else None
+
     def _marked(self, conversation: list[Message]) -> list[Span]:
         """Return the runs of tokens that the template's own `{% generation %}` marks."""
         output = self.render(

@@ -34,7 +34,6 @@ class Source:
         folder: holds `config.json` and the tokenizer, with or without the weights.
         linear: weights to quantize, as `models.linear_weights` finds them.
         tables: the embedding and the output head, as `models.table_weights` finds them.
-        template: the chat template of the model, if it is not in the folder yet.
         name: the name of the model in names of files.
         license: of the model, if it is known.
         statistics: of the layers' inputs, by weight; empty if no rounding needs them.
@@ -44,7 +43,6 @@ class Source:
     folder: Path
     linear: Shapes
     tables: Shapes = field(default_factory=dict)
-    template: str | None = None
     name: str = "model"
     license: str | None = None
     statistics: Collected = field(default_factory=dict)

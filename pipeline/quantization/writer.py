@@ -71,12 +71,11 @@ class Variants:
         self._outputs: dict[Output, list[str]] = {}  # what is written, and the variants that need it
 
     @contextmanager
-    def writing(self, tensors: Tensors, folder: Path, template: str | None = None) -> Iterator[Take]:
+    def writing(self, tensors: Tensors, folder: Path) -> Iterator[Take]:
         """Open the files of every variant, and yield the function that takes rows. On exit the files are whole.
 
         Args:
             folder: holds the model's configuration and tokenizer.
-            template: the chat template of the model, if it is not in the folder yet.
 
         An error of one variant goes to `failed` and leaves none of its files; the others go on.
 
@@ -91,7 +90,6 @@ class Variants:
             folder,
             self._linear,
             self._tables,
-            template,
             self._name,
             self._license,
             self._statistics,

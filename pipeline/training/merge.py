@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,6 +32,7 @@ from pipeline.models.checkpoint.row_blocks import (
 )
 from pipeline.models.checkpoint_files import ADAPTER_FILES, copy_companions, read_config
 from pipeline.models.lora_adapter import Adapter
+from pipeline.models.safe_loading import read_settings
 from pipeline.models.tensor_names import open_checkpoint
 from pipeline.quantization.writer import VariantFiles, Variants
 from pipeline.training.nf4_base import Nf4Weight, row_multiple
@@ -44,6 +46,7 @@ def merge_checkpoint(
     linear: Collection[str] = (),
     on_progress: Callable[[int, int], None] | None = None,
     template: str | None = None,
+    end_of_turn: int | None = None,
     variants: Variants | None = None,
 ) -> dict[str, VariantFiles]:
     """Write the merged model, with its configuration and tokenizer, to `output`, and variants of it to their folders.
@@ -56,6 +59,7 @@ def merge_checkpoint(
         linear: names of the weights that training held in NF4: every linear layer but the head.
         on_progress: called with the bytes that are done, and all bytes.
         template: a chat template that training supplied because the base has none.
+        end_of_turn: the token that ends an answer in training; generation must stop at it.
         variants: the variants to write in the same pass, with the bytes that the merged model would give.
 
     Raises:
@@ -74,9 +78,11 @@ def merge_checkpoint(
         for name, info in checkpoint.items()
     }
     plan = {name: (info.dtype, info.shape) for name, info in merged.items()}
+    output.mkdir(parents=True, exist_ok=True)
+    _describe(base, output, template, end_of_turn)
     with (
         CheckpointWriter(output, plan, shard_bytes=SHARD_BYTES) as writer,
-        variants.writing(merged, base, template) as quantize,
+        variants.writing(merged, output) as quantize,
     ):
 
         def take(name: str, rows: torch.Tensor, first: int) -> None:
@@ -89,22 +95,37 @@ def merge_checkpoint(
 
         jobs = _jobs(checkpoint, linear if kind == "nf4" else (), take, variants.together)
         in_parallel(jobs, checkpoint.nbytes, on_progress)
-    _describe(base, output, template)
     return variants.finish(output)
 
 
-def _describe(base: Path, output: Path, template: str | None) -> None:
-    """Write the merged model's configuration and tokenizer."""
+def _describe(base: Path, output: Path, template: str | None, end_of_turn: int | None) -> None:
+    """Write the merged model's configuration and tokenizer, with the end of turn among the tokens that end an answer.
+
+    Many a base model has a chat template, and ends generation at another token than the template ends turns with. Such
+    a model would learn to end its turns, and never stop.
+    """
     # Paths of this machine and code that is not published are left out.
     dropped = ("_name_or_path", "_model_name_or_path", "auto_map")
     config = {k: v for k, v in read_config(base).items() if k not in dropped}
     config["dtype"] = "bfloat16"
     config.pop("torch_dtype", None)
+    copy_companions(base, output)
+    settings_file = output / "generation_config.json"
+    settings = read_settings(settings_file) if settings_file.is_file() else config
+    ends = _token_list(settings.get("eos_token_id"))
+    if end_of_turn is not None and end_of_turn not in ends:
+        config["eos_token_id"] = [*ends, end_of_turn] if ends else end_of_turn
+        if settings is not config:
+            settings["eos_token_id"] = config["eos_token_id"]
+            settings_file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
     (output / "config.json").write_text(text + "\n", encoding="utf-8")
-    copy_companions(base, output)
     if template:
         (output / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def _token_list(tokens: Any) -> list:
+    return tokens if isinstance(tokens, list) else [] if tokens is None else [tokens]
 
 
 def _check_fit(checkpoint: Checkpoint, base: Path, adapter: Adapter, folder: Path) -> None:

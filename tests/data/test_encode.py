@@ -364,3 +364,20 @@ def test_no_template_is_supplied_where_a_model_could_not_learn_to_stop():
     tok.name_or_path = "user/model"
     with pytest.raises(DataError, match="^user/model: neither a chat template nor an end-of-text token"):
         supply_template(tok)
+
+
+@pytest.mark.parametrize(
+    "template, end",
+    [
+        (CHATML, "<|im_end|>"),
+        (GENERATION, "<|im_end|>"),
+        (STRIPS_THINKING, "<|im_end|>"),
+        (BRACKETS, "</s>"),
+        (CLOSES, "<|end|>"),
+        (PLAIN, "<s>"),  # the end of text, which is put behind what has no end
+        (PLAIN.replace("+ '\n' }}{% endfor %}", "+ '\n###\n' }}{% endfor %}"), None),
+    ],
+)
+def test_end_of_turn_is_the_token_that_training_puts_after_an_answer(template, end):
+    known = tokenizer(template, eos="<s>")
+    assert ChatTemplate(known).end_of_turn() == (end and known.convert_tokens_to_ids(end))

@@ -218,3 +218,14 @@ def test_a_merge_into_a_checkpoint_of_the_bare_decoder_is_that_into_the_model(ti
     whole, bare = (Checkpoint(tmp_path / kind) for kind in ("whole", "bare"))
     assert whole.keys() == bare.keys()
     assert all(torch.equal(whole.read(name), bare.read(name)) for name in whole)
+
+
+def test_learned_end_of_turn_is_added_to_the_tokens_that_end_an_answer_once(tiny_model, trained, tmp_path):
+    base = tiny_model("llama")  # which ends an answer with 258
+    for name, end in (("known", 258), ("new", 257)):
+        merge_checkpoint(base, trained(base), tmp_path / name, "bf16", end_of_turn=end)
+    for name in ("config.json", "generation_config.json"):
+        known, new = (json.loads((tmp_path / kind / name).read_text()) for kind in ("known", "new"))
+        assert new == {**known, "eos_token_id": [258, 257]} and known["eos_token_id"] == 258
+    own = base / "generation_config.json"
+    assert (tmp_path / "known" / own.name).read_bytes() == own.read_bytes()

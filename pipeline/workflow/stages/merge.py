@@ -59,13 +59,13 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
 
     quiet_progress_bars()
     base, lora = base_model(config, workspace, events), adapter(config, workspace, events)
-    linear, template = linear_weights(base), _supplied_template(base, workspace)
+    linear, (template, end_of_turn) = linear_weights(base), _learned_turns(base, workspace)
     folders = {kind: empty_folder(workspace.folder / f"merged-{kind}.partial") for kind in merge_bases(config)}
     # With two bases, the base for the variants is known only after the comparison.
     along = _variants_along(config, workspace, events, base, linear) if len(folders) == 1 else None
     made = {}
     for kind, folder in folders.items():
-        merge = partial(merge_checkpoint, base, lora, folder, kind, linear, template=template)
+        merge = partial(merge_checkpoint, base, lora, folder, kind, linear, template=template, end_of_turn=end_of_turn)
         made = _merge(merge, f"merging into the {kind} base", events, along)
     comparison = MergeComparison()
     if isinstance(config, TrainingRun) and len(folders) > 1:
@@ -107,12 +107,23 @@ def _merge(merge: Callable, what: str, events: Events, along: Variants | None) -
     return merge(on_progress=lambda d, t: events.progress(d, t, what))
 
 
-def _supplied_template(base: Path, workspace: Workspace) -> str | None:
-    """Return the chat template that training supplied and the merged model must have."""
+def _learned_turns(base: Path, workspace: Workspace) -> tuple[str | None, int | None]:
+    """Return the chat template that training supplied and the token that ends an answer; None if there is none.
+
+    The merged model must have both. It is not known what an adapter from elsewhere was taught.
+    """
+    from pipeline.data.chat import ChatTemplate
     from pipeline.evaluation.texts import restore_template
 
+    data = workspace.read_measurement("data")
+    if not data:
+        return None, None
     tokenizer = open_tokenizer(base)
-    return None if tokenizer.chat_template else restore_template(tokenizer, run_texts(workspace)).chat_template
+    if data.get("template") is None:  # running text, which ends with the end of text
+        return None, tokenizer.eos_token_id
+    had_one = bool(tokenizer.chat_template)
+    restore_template(tokenizer, run_texts(workspace))
+    return None if had_one else tokenizer.chat_template, ChatTemplate(tokenizer).end_of_turn()
 
 
 def _compare(

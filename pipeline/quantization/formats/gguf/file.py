@@ -58,7 +58,7 @@ class GgufFile(Output):
         self.path = folder / self.file_name(spec, source)
         self.rounding = rounding(spec.rounding) if spec.rounding else nearest
         self.grids, self.kept = layer_grids(spec, source.linear)
-        self.about = describe(source.folder, source.name, spec.variant.file_type or "", source.template, source.license)
+        self.about = describe(source.folder, source.name, spec.variant.file_type or "", source.license)
         of, tensors = self.about.architecture, source.tensors
         self.names = stored_names(of, self.about.layers, tensors)
         tables = [name for name, target in self.names.items() if target in TABLES]

@@ -53,15 +53,12 @@ class Description:
     tensors: dict[str, torch.Tensor]
 
 
-def describe(
-    folder: Path, name: str, type_name: str, template: str | None = None, license: str | None = None
-) -> Description:
+def describe(folder: Path, name: str, type_name: str, license: str | None = None) -> Description:
     """Return the header of the model in `folder`.
 
     Args:
         name: of the model.
         type_name: the type of most weights, such as `Q4_0`.
-        template: its chat template, if it is not in the folder yet.
 
     Raises:
         ModelError: if llama.cpp cannot compute this model, with the reason.
@@ -87,7 +84,7 @@ def describe(
         _add_tokenizer(writer, config, tokenizer, words, folder)
     except ModelError as error:
         raise ModelError(f"{folder}: {error}") from None
-    if template := template or _template(tokenizer):
+    if template := _template(tokenizer):
         writer.add_chat_template(template)
     _add_sampling(writer, folder)
     return Description(writer, known, config.num_hidden_layers, head_dim, tensors)
