@@ -64,6 +64,11 @@ class Data(Section):
         default="auto", description="form of the rows; `auto` finds it from the columns"
     )
     columns: dict[str, str] = Field(default={}, description="a column of the form -> its name in this data set")
+    ignore: list[str] = Field(
+        default=[],
+        exclude_if=lambda value: not value,
+        description="columns that are left out on purpose, although they change what a row means",
+    )
     on_bad_row: Literal["refuse", "skip"] = Field(
         default="refuse", description="stop at a row that cannot be used, or leave it out and count it"
     )

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.schema import Data
+from pipeline.data.example import Example
 from pipeline.data.files import Table, open_file
-from pipeline.data.forms import Example
 from pipeline.data.reading import OnSkip, Skipped, read_table
 from pipeline.data.sources import check_settings, is_builtin, locate
 from pipeline.data.splitting import fingerprint, split, trained_from
@@ -55,7 +55,7 @@ class DataSet:
         license, language: what the source itself says, else None.
         subset, split, revision: of a data set on the Hub; the revision is the commit that was read. Else None.
         skipped: bad rows that were left out.
-        unused: columns that nothing was read from.
+        unused: columns, and keys of messages, that nothing was read from.
     """
 
     source: str
@@ -102,7 +102,7 @@ def load_examples(data: Data, loss_on: str = "auto", on_skip: OnSkip | None = No
         reading = read_table(table, data, on_skip)
         assert reading.layout is not None, "a table without a good row is refused"
         examples, rows, form = reading.examples, reading.rows, reading.layout.form
-        known |= {"skipped": reading.skipped, "unused": reading.layout.unused}
+        known |= {"skipped": reading.skipped, "unused": reading.unused}
     train, held_out, duplicates = split(examples, data, loss_on)
     return DataSet(
         source=data.source,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.data.chat import ChatTemplate, Span, beginning
-from pipeline.data.forms import Example
+from pipeline.data.example import Example
 from pipeline.errors import DataError
 
 NO_LOSS = -100  # the label that torch's cross entropy ignores

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.json_array import JsonRows, read_array
-from pipeline.data.rows import BadRow, shorten
+from pipeline.data.rows import BadRow, shorten, without_nulls
 from pipeline.errors import DataError, install
 
 Row = tuple[str, Any]  # ("line 3" or "row 3", what the row holds, or the BadRow that it is)
@@ -227,9 +227,10 @@ def _open_parquet(path: Path, name: str) -> Table:
 
 
 def _plain(batch: Any) -> Iterator[Any]:
-    """Yield a batch's rows as Python values."""
+    """Yield a batch's rows as Python values, without the keys that Arrow filled in."""
     try:
-        yield from batch.to_pylist()
+        for row in batch.to_pylist():
+            yield {column: without_nulls(value) for column, value in row.items()}
     except UnicodeDecodeError:  # text that is no UTF-8, which Arrow does not look at
         for i in range(len(batch)):
             try:

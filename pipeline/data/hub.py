@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.config.schema import Data
 from pipeline.data.files import Row, Table
-from pipeline.data.rows import shorten
+from pipeline.data.rows import shorten, without_nulls
 from pipeline.errors import DataError, install, is_unreachable
 from pipeline.hub.retry import retry
 
@@ -107,14 +107,17 @@ def peek(data: Data) -> Table:
         rows = datasets.load_dataset(
             data.source, name=data.subset, split=data.split, revision=data.revision, streaming=True
         )
-        columns = rows.column_names or tuple(next(iter(rows), {}))
+        if rows.features:
+            rows = rows.decode(False)  # pictures and sound are not looked at
 
     def read(wanted: Sequence[str]) -> Iterator[Row]:
         with _in_one_line(data):
             for number, row in enumerate(rows, start=1):
-                yield f"row {number}", row
+                yield f"row {number}", _plain(row)
 
-    return Table(f"{data.source} ({data.split})", tuple(columns), read)
+    # Rows of JSON lines say their columns only as they are read.
+    columns = tuple(rows.column_names) if rows.column_names else None
+    return Table(f"{data.source} ({data.split})", columns, read)
 
 
 @contextmanager
@@ -129,9 +132,29 @@ def _in_one_line(data: Data) -> Iterator[None]:
 def _read(rows: Any, columns: Sequence[str]) -> Iterator[Row]:
     used = [column for column in rows.column_names if column in columns]
     if used:
-        rows = rows.select_columns(used)  # images and audio beside them are not decoded
+        rows = rows.select_columns(used)
+    for column, feature in rows.features.items():
+        if (undecoded := _undecoded(feature)) is not feature:
+            rows = rows.cast_column(column, undecoded)
     for number, row in enumerate(rows, start=1):
-        yield f"row {number}", row
+        yield f"row {number}", _plain(row)
+
+
+def _undecoded(feature: Any) -> Any:
+    """Return the type of a column without the decoding of pictures and sound, or the same type."""
+    from datasets import Audio, Image, Video
+
+    if isinstance(feature, Audio | Image | Video):
+        return type(feature)(decode=False)
+    inner = getattr(feature, "feature", None)
+    if inner is None or (undecoded := _undecoded(inner)) is inner:
+        return feature
+    return type(feature)(undecoded)
+
+
+def _plain(row: dict) -> dict:
+    """Return a row without the keys of its objects that Arrow filled in."""
+    return {column: without_nulls(value) for column, value in row.items()}
 
 
 def _commit_read(rows: Any) -> str | None:

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipeline.data.forms import Example
+from pipeline.data.example import Example
 
 if TYPE_CHECKING:
     import numpy as np

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.data.forms import Example
+from pipeline.data.example import Example
 from pipeline.errors import DataError
 
 LICENSE = "psf-2.0"

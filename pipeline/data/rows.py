@@ -30,6 +30,21 @@ def columns_of(row: Any) -> dict:
     return row
 
 
+def is_empty(value: Any) -> bool:
+    """Return True if a value says nothing: null, an empty text, list or object."""
+    return value is None or value in ("", [], {}, ())
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a value of an Arrow table without the keys of its objects that are null.
+
+    Arrow gives all objects of a column the same keys. So a null may stand for a key that the file does not have.
+    """
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 def text(value: Any, what: str) -> str:
     """Return `value` if it is text that says something.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.config.schema import REPO_ID, Data
 from pipeline.data.files import ENDINGS
-from pipeline.data.forms import check_names
+from pipeline.data.layout import check_names
 from pipeline.data.rows import BadRow
 from pipeline.errors import DataError
 

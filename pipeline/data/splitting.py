@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from pipeline.config.schema import Data
-from pipeline.data.forms import Example
+from pipeline.data.example import Example
 from pipeline.errors import DataError
 
 SPLIT_BY = "first learned answer"  # recorded, because earlier versions split by the last answer

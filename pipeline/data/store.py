@@ -7,23 +7,30 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from pipeline.data.example import Example
 from pipeline.data.files import read_lines
-from pipeline.data.forms import Example, Layout
+from pipeline.data.layout import Layout
 from pipeline.data.rows import BadRow
 from pipeline.errors import DataError
 
-_LAYOUTS = {"messages": Layout("messages", {"messages": "messages"}), "text": Layout("text", {"text": "text"})}
+_LAYOUTS = {
+    "messages": Layout("messages", {"messages": "messages", "tools": "tools"}),
+    "text": Layout("text", {"text": "text"}),
+}
 
 
 def write_examples(path: str | os.PathLike, examples: Iterable[Example]) -> None:
-    """Write examples as JSON lines, `{"messages": [...]}` or `{"text": "..."}` each, atomically."""
+    """Write examples as JSON lines, `{"messages": [...], "tools": [...]}` or `{"text": "..."}` each, atomically."""
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(unfinished, "w", encoding="utf-8", newline="\n") as file:
             for example in examples:
-                row = {"messages": list(example.messages)} if example.text is None else {"text": example.text}
+                row: dict[str, Any] = {"text": example.text}
+                if example.text is None:
+                    row = {"messages": example.messages} | ({"tools": example.tools} if example.tools else {})
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -276,7 +276,8 @@ def test_skipped_bad_rows_are_counted_and_reported(tmp_path, kind):
     rows = [{"prompt": f"p{i}", "completion": "" if i % 10 == 3 else f"c{i}"} for i in range(200)]
     skipped = []
     data = load_examples(
-        Data(source=as_file(tmp_path, kind, rows), on_bad_row="skip"), lambda where, why: skipped.append((where, why))
+        Data(source=as_file(tmp_path, kind, rows), on_bad_row="skip"),
+        on_skip=lambda where, why: skipped.append((where, why)),
     )
     assert (data.rows, data.skipped.total, len(data.train) + len(data.held_out)) == (200, 20, 180)
     assert data.skipped.first == tuple(skipped[:10]) and len(skipped) == 20

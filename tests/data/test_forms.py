@@ -7,7 +7,8 @@ import pytest
 from pipeline.config.catalog import DATA_FORMS
 from pipeline.config.schema import Data
 from pipeline.data import check_source, load_examples
-from pipeline.data.forms import FORMS, choose_layout
+from pipeline.data.forms import FORMS
+from pipeline.data.layout import choose_layout
 from pipeline.data.rows import BadRow
 from pipeline.errors import DataError
 
@@ -22,6 +23,10 @@ def load(tmp_path, content, name="data.jsonl", **options):
 
 def conversation(*messages):
     return json.dumps({"messages": [dict(zip(("role", "content"), m, strict=True)) for m in messages]})
+
+
+def answer(role="assistant", **keys):
+    return json.dumps({"messages": [{"role": role, "content": "A", **keys}]})
 
 
 def example(row, form="auto", columns=None, **named):
@@ -98,7 +103,16 @@ BAD_ROWS = {
     "a message without content": ('{"messages": [{"role": "user"}]}', "has no `content`; found are role"),
     "an unknown role": (conversation(("bot", "A")), "role bot; allowed are system, user, assistant, tool"),
     "a role that is a list": ('{"messages": [{"role": [], "content": "A"}]}', "role []"),
-    "content that is a list": (conversation(("assistant", [{"type": "text"}])), "text in quotes is expected"),
+    "a part without text": (
+        conversation(("assistant", [{"type": "text"}])),
+        "part 1 of message 1 of `messages` has no `text`",
+    ),
+    "a part that is a picture": (
+        conversation(("user", [{"type": "image_url", "image_url": {"url": "x"}}])),
+        "is the type image_url; only parts of the type text are learned",
+    ),
+    "a part that is text alone": (conversation(("assistant", ["A"])), "is the text A; only parts of the type text"),
+    "no parts": (conversation(("assistant", [])), "message 1 of `messages` is empty"),
     "content that is null": (conversation(("assistant", None)), "null"),
     "content that is a number": (conversation(("assistant", 1)), "the number 1"),
     "empty content": (conversation(("user", ""), ("assistant", "A")), "message 1 of `messages` is empty"),
@@ -107,11 +121,29 @@ BAD_ROWS = {
     "a late system message": (conversation(("user", "Q"), ("system", "S"), ("assistant", "A")), "move it to the front"),
     "characters that move a cursor": (conversation(("\x1b[2J", "A")), "has the role \\x1b[2J; allowed are"),
     "half a character": (conversation(("assistant", "\ud83d")), "half a character (\\ud83d)"),
-    "a call of a tool": (
-        '{"messages": [{"role": "assistant", "content": "A", "tool_calls": [{"id": 1}]}]}',
-        "`tool_calls`, which is not supported",
+    "a call without a name": (
+        answer(tool_calls=[{"id": "1", "function": {"arguments": "{}"}}]),
+        "call 1 of message 1 of `messages` has no name",
     ),
-    "tools": (GOOD[:-1] + ', "tools": [{"name": "f"}]}', "`tools` is not supported"),
+    "a call with broken arguments": (
+        answer(tool_calls=[{"name": "f", "arguments": "{"}]),
+        "the arguments of call 1 of message 1",
+    ),
+    "a call with a list for arguments": (answer(tool_calls=[{"name": "f", "arguments": [1]}]), "an object is expected"),
+    "calls that are text": (answer(tool_calls="call f"), "message 1 of `messages` is not valid JSON: call f"),
+    "a question that calls a tool": (
+        answer(role="user", tool_calls=[{"name": "f"}]),
+        "only a message by the assistant can have it",
+    ),
+    "a question that thinks": (answer(role="user", thinking="Hm"), "only a message by the assistant can have it"),
+    "half a weight": (answer(weight=0.5), "has the weight 0.5; allowed are 0 (not learned) and 1 (learned)"),
+    "no answer with a weight": (answer(weight=0), "every answer has weight 0"),
+    "a message with pictures": (answer(images=["a.png"]), "has `images`, and only text is learned"),
+    "a refusal": (answer(refusal="No."), "has `refusal`, and only text is learned"),
+    "parts that are learned in part": (answer(train_detail=[{"begin_offset": 0}]), "has `train_detail`"),
+    "a tool without a name": (GOOD[:-1] + ', "tools": [{"f": 1}]}', "tool 1 of `tools` has no name; found are f"),
+    "tools that are no JSON": (GOOD[:-1] + ', "tools": "[{"}', "`tools` is not valid JSON"),
+    "a tool that is text": (GOOD[:-1] + ', "tools": "[7]"}', "has the number 7; an object with a name is expected"),
 }
 
 
@@ -134,13 +166,15 @@ def test_a_bad_row_is_refused_in_one_line_that_names_it(tmp_path, line, reason):
         ({"prompt": 3, "completion": "c"}, "`prompt` is the number 3"),
         ({"prompt": "", "completion": "c"}, "`prompt` is empty"),
         ({"prompt": "p", "completion": [{"role": "user", "content": "u"}]}, "no message by the assistant"),
-        ({"prompt": "p", "completion": "x", "tools": [1]}, "`tools` is not supported"),
+        ({"prompt": "p", "completion": "x", "history": "none"}, "a list of [question, answer] is expected"),
+        ({"prompt": "p", "completion": "x", "history": [["q"]]}, "item 1 of `history` is the list"),
+        ({"prompt": "p", "completion": "x", "history": [["q", None]]}, "item 1 of `history` is the value null"),
         ({"prompt": "p", "completion": {"text": "x" * 1000}}, "xxx..."),
     ],
 )
 def test_a_bad_pair_is_refused(row, reason):
     with pytest.raises(BadRow) as caught:
-        example(row, columns=("prompt", "completion"))
+        example(row, columns=("prompt", "completion", "history"))
     assert reason in str(caught.value) and len(str(caught.value)) < 200
 
 
@@ -199,6 +233,102 @@ def test_each_form_becomes_a_conversation(row, form, expected):
     assert example(row).messages == expected
 
 
+PAIR = {"prompt": "Q", "completion": "A"}
+CHAT = {"messages": list(turns("Q", "A"))}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (CHAT | {"images": ["a.png"]}, "`images` belongs to the row, and only text is learned"),
+        (PAIR | {"audio": {"path": "a.wav"}}, "`audio` belongs to the row"),
+        ({"text": "T", "image": {"path": "a.png"}}, "`image` belongs to the row"),
+        (CHAT | {"label": False}, "`label` is false, so people rejected this answer; set data.on_bad_row: skip"),
+        (PAIR | {"label": "False"}, "`label` is false"),
+        (CHAT | {"kto_tag": False}, "`kto_tag` is false"),
+        (CHAT | {"chosen": "A", "rejected": "B"}, "set data.columns: {prompt: messages, completion: chosen}"),
+        (PAIR | {"rejected": "B"}, "`rejected` is one of two answers"),
+        (CHAT | {"rejected_response": "B"}, "`rejected_response` is one of two answers"),
+        (CHAT | {"split": "test"}, "`split` is test, so the row is held back from training"),
+        (PAIR | {"split": "validation"}, "`split` is validation"),
+        (PAIR | {"weight": 0}, "`weight` is 0, and all rows are learned with the weight 1"),
+        (PAIR | {"weight": "0.5"}, "`weight` is 0.5"),
+        (CHAT | {"history": [["Q", "A"]]}, "`history` changes the conversation"),
+        (PAIR | {"context": "C"}, "{instruction: prompt, input: context, output: completion}"),
+        ({"question": "Q", "answer": "A", "context": "C"}, "{instruction: question, input: context, output: answer}"),
+        ({"question": "Q", "answer": "A", "choices": ["A", "B"]}, "`choices` belongs to the question"),
+        ({"instruction": "I", "input": "x", "context": "C", "output": "A"}, "`context` belongs to the question"),
+        (PAIR | {"system": "S", "system_prompt": "T"}, "`system_prompt` changes the conversation"),
+    ],
+)
+def test_columns_that_change_the_meaning_are_refused_by_name(row, reason):
+    with pytest.raises(BadRow) as caught:
+        example(row)
+    assert reason in str(caught.value) and len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        CHAT | {"images": [], "audio": None, "label": True, "split": "train", "weight": 1, "tools": []},
+        PAIR | {"label": "sports", "split": "train_sft", "weight": "70 kg", "context": "", "history": []},
+        {"text": "T", "label": False, "context": "C", "choices": ["A"]},
+        {"question": "Q", "answer": "A", "label": 0, "weight": 1.0, "choices": None},
+    ],
+)
+def test_columns_that_change_nothing_are_left_out(row):
+    needed = {key: row[key] for key in ("messages", "prompt", "completion", "text", "question", "answer") if key in row}
+    assert example(row) == example(needed)
+
+
+def test_a_column_that_is_ignored_on_purpose_is_no_reason_to_refuse(tmp_path):
+    rows = "\n".join(json.dumps(PAIR | {"prompt": c, "images": [c], "history": [["x", "y"]]}) for c in "QR")
+    with pytest.raises(DataError, match=r"line 1: `images` .*set data.ignore: \[images\]"):
+        load(tmp_path, rows)
+    data = load(tmp_path, rows, ignore=["images", "history"])
+    assert [turns(q, "A") in [e.messages for e in data.train + data.held_out] for q in "QR"] == [True, True]
+    assert data.unused == ("images", "history")
+
+
+def test_rejected_answers_are_left_out_if_bad_rows_are_skipped(tmp_path):
+    rows = [PAIR | {"prompt": f"Q{i}", "label": i % 3 > 0} for i in range(9)]
+    data = load(tmp_path, "\n".join(map(json.dumps, rows)), on_bad_row="skip")
+    assert (data.skipped.total, len(data.train + data.held_out)) == (3, 6)
+    assert data.unused == ("label",)
+
+
+@pytest.mark.parametrize(
+    ("row", "named", "expected"),
+    [
+        ({"prompt": "Q", "chosen": "A", "rejected": "B"}, {"completion": "chosen"}, turns("Q", "A")),
+        ({"chosen": list(turns("Q", "A")), "rejected": list(turns("Q", "B"))}, {"messages": "chosen"}, turns("Q", "A")),
+        (
+            {"conversations": [{"from": "human", "value": "Q"}], "chosen": {"from": "gpt", "value": "A"},
+             "rejected": {"from": "gpt", "value": "B"}},
+            {"prompt": "conversations", "completion": "chosen"}, turns("Q", "A"),
+        ),
+    ],
+)  # fmt: skip
+def test_the_better_answer_of_a_preference_is_learned_if_it_is_named(row, named, expected):
+    assert example(row, **named).messages == expected
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "I", "input": "x", "output": "A"},
+        {"instruction": "I\n\nx", "response": "A"},
+        {"prompt": "I\n\nx", "completion": "A"},
+        {"question": "I\n\nx", "answer": "A"},
+    ],
+)
+@pytest.mark.parametrize("shape", [lambda pairs: pairs, json.dumps])
+def test_a_history_stands_before_the_question(row, shape):
+    found = example(row | {"history": shape([["Q1", "A1"], ["Q2", "A2"]]), "system_prompt": "S"})
+    assert found.messages == turns("Q1", "A1", "Q2", "A2", "I\n\nx", "A", system="S")
+    assert found.learned() == ["A1", "A2", "A"]
+
+
 def test_plain_text_stays_text_and_is_its_own_prompt():
     found = example({"text": "Once.\n", "id": 3})
     assert (found.text, found.messages, found.learned()) == ("Once.\n", (), ["Once.\n"])
@@ -224,8 +354,10 @@ def test_text_is_taken_only_where_nothing_else_fits(columns, form):
     [
         (("prompt", "completion", "messages"), "several forms: messages and prompt_completion; set data.form"),
         (("instruction", "output", "question", "answer"), "several forms: instruction and question_answer"),
-        (("question", "answer", "context"), "data.columns: {instruction: question, input: context, output: answer}"),
-        (("prompt", "chosen"), "columns found are prompt, chosen; rename them, or name them in data.columns"),
+        (("prompt", "answers"), "columns found are prompt, answers; rename them, or name them in data.columns"),
+        (("prompt", "chosen", "rejected"), "data.columns: {completion: chosen} or data.columns: {messages: chosen}"),
+        (("chosen", "rejected"), "data.columns: {messages: chosen} or data.columns: {text: chosen}"),
+        (("input", "preferred_output", "non_preferred_output"), "`preferred_output` is one of two answers"),
     ],
 )
 def test_columns_that_leave_a_doubt_are_refused_with_the_way_out(columns, reason):
@@ -237,7 +369,8 @@ def test_columns_that_leave_a_doubt_are_refused_with_the_way_out(columns, reason
 def test_a_form_that_is_demanded_ends_the_doubt():
     for form in ("messages", "prompt_completion"):
         assert choose_layout(("prompt", "completion", "messages"), form, {}).form == form
-    assert choose_layout(("question", "answer", "context"), "question_answer", {}).unused == ("context",)
+    row = {"question": "Q", "answer": "A", "context": "C"}
+    assert choose_layout(row, "question_answer", {}).example(row).messages == turns("Q", "A")
 
 
 @pytest.mark.parametrize(
@@ -302,3 +435,26 @@ def test_errors_use_the_column_names_of_the_data(tmp_path):
 def test_unused_columns_are_reported(tmp_path):
     rows = "\n".join(json.dumps({"id": i, "prompt": f"p{i}", "completion": "c", "score": 1}) for i in range(3))
     assert load(tmp_path, rows).unused == ("id", "score")
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("kind", ["data.jsonl", "data.json"])
+def test_optional_columns_are_taken_from_all_rows(tmp_path, order, kind):
+    rows = [{"instruction": f"I{i}", "response": "A"} for i in range(1500)]
+    rows.append({"instruction": "I", "context": "C", "response": "A", "late": 1})
+    content = json.dumps(rows[::order]) if kind == "data.json" else "\n".join(map(json.dumps, rows[::order]))
+    data = load(tmp_path, content, kind)
+    assert [e.messages for e in data.train + data.held_out if "C" in e.prompt()] == [turns("I\n\nC", "A")]
+    assert data.unused == ("late",)
+
+
+def test_needed_columns_are_those_of_the_first_row(tmp_path):
+    rows = [{"instruction": "I", "response": "A"}, {"instruction": "J", "response": "B", "output": "stdout"}]
+    data = load(tmp_path, "\n".join(map(json.dumps, rows)))
+    assert sorted(e.learned()[0] for e in data.train + data.held_out) == ["A", "B"] and data.unused == ("output",)
+
+
+def test_keys_of_messages_that_are_not_read_are_named(tmp_path):
+    question, reply = {"role": "user", "id": 7, "name": "ada", "weight": 0}, {"role": "assistant", "content": "A"}
+    rows = [{"messages": [question | {"content": f"Q{i}"}, reply | {"id": None, "lang": "en"}]} for i in range(3)]
+    assert load(tmp_path, "\n".join(map(json.dumps, rows))).unused == ("messages.id", "messages.lang")

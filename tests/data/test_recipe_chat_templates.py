@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.config.loader import load_config
 from pipeline.data.encode import NO_LOSS, encode_examples
-from pipeline.data.forms import Example
+from pipeline.data.example import Example
 from pipeline.errors import DataError
 from tests.support.models import write_tokenizer
 

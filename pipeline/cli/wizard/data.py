@@ -13,8 +13,8 @@ from pipeline.cli.wizard.prompts import GoBack, Question
 from pipeline.config.catalog import DATA_FORMS
 from pipeline.config.schema import Data
 from pipeline.data.files import Table, open_file
-from pipeline.data.forms import choose_layout
-from pipeline.data.reading import read_table
+from pipeline.data.layout import choose_layout
+from pipeline.data.reading import find_layout, read_table
 from pipeline.data.rows import BadRow, columns_of, shorten
 from pipeline.data.sources import BUILTIN, check_settings, is_builtin, locate
 from pipeline.data.splitting import split
@@ -23,9 +23,10 @@ from pipeline.errors import ConfigError, DataError
 SHOWN_ROWS, CHECKED_ROWS = 3, 10
 ANOTHER = "another"
 # What may stand behind a source, as `ada/rows subset=easy split=train_sft`.
-_SETTING = re.compile(r"\s+(subset|split|revision|on_bad_row|limit)=(\S+)\Z")
+_SETTING = re.compile(r"\s+(subset|split|revision|on_bad_row|limit|ignore)=(\S+)\Z")
 
-# What errors name as in a configuration, and how it is typed here.
+# Names in errors as a configuration has them, and the way to type them here.
+_WAY_OUT = re.compile(r"set data\.(ignore|on_bad_row): \[?(\w+)\]?")
 _TYPED = {
     "data.columns: {instruction: question, input: context, output: answer}": (
         "--columns instruction=question,input=context,output=answer"
@@ -37,7 +38,7 @@ _TYPED = {
     "correct data.source": "name another",
     "in data.columns": "with --columns",
     "data.columns": "--columns",
-    **{f"data.{name}": name for name in ("subset", "split", "revision", "form", "on_bad_row", "limit")},
+    **{f"data.{name}": name for name in ("subset", "split", "revision", "form", "on_bad_row", "limit", "ignore")},
 }
 
 
@@ -86,7 +87,8 @@ def _section(answer: str) -> dict:
     """Return the source and the settings that follow it."""
     settings: dict[str, object] = {}
     while found := _SETTING.search(answer):
-        settings[found[1]] = int(found[2]) if found[1] == "limit" and found[2].isdecimal() else found[2]
+        value: object = int(found[2]) if found[1] == "limit" and found[2].isdecimal() else found[2]
+        settings[found[1]] = found[2].split(",") if found[1] == "ignore" else value
         answer = answer[: found.start()]
     return {"source": answer, **settings}
 
@@ -101,6 +103,7 @@ def _in_its_words() -> Iterator[None]:
 
 
 def _as_typed(problem: str) -> str:
+    problem = _WAY_OUT.sub(r"write \1=\2 behind the data set's name", problem)
     for said, typed in _TYPED.items():
         problem = problem.replace(said, typed)
     return problem
@@ -133,15 +136,15 @@ def _first_rows(table: Table, data: Data) -> list:
 
 
 def _without_form(table: Table, rows: list, data: Data) -> str | None:
-    """Why no form fits: the columns of all rows, or of the first row; where bad ones are skipped, of any of them."""
-    problem = None
-    for row in rows if table.columns is None and data.on_bad_row == "skip" else rows[:1]:
-        try:
-            choose_layout(columns_of(row) if table.columns is None else table.columns, data.form, data.columns)
-            return None
-        except BadRow as error:
-            problem = problem or f"{table.name}: {error}"
-    return problem
+    """Return the reason why no form fits the columns, or None if one fits."""
+    try:
+        if find_layout(table, data, CHECKED_ROWS) is None:
+            choose_layout(columns_of(rows[0]), data.form, data.columns, data.ignore)  # raises the reason
+    except DataError as error:
+        return str(error)
+    except BadRow as error:
+        return f"{table.name}: {error}"
+    return None
 
 
 def _shown(row: object) -> str:
@@ -164,8 +167,8 @@ def _tell_form(draft: Draft, table: Table, data: Data) -> None:
     if reading.rows < CHECKED_ROWS:
         split(reading.examples, data)
     draft.tell(f"form {reading.layout.form}: {DATA_FORMS[reading.layout.form]}")
-    if reading.layout.unused:
-        draft.tell(f"not used: {', '.join(reading.layout.unused)}")
+    if reading.unused:
+        draft.tell(f"not used: {', '.join(reading.unused)}")
 
 
 def _about_columns(draft: Draft) -> str:

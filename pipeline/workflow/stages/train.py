@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-    from pipeline.data.forms import Example
+    from pipeline.data.example import Example
 
 HELD_OUT_TOKENS = 8192  # for the held-out loss during training; a later stage measures the model on more
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "tokenizers")
