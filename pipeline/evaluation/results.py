@@ -39,6 +39,8 @@ class Origin(Record):
     name: Text | None = None
     revision: Text | None = None
     license: Text | None = None
+    license_name: Text | None = None
+    license_link: Text | None = None
     languages: Texts = ()
     hub_id: Text | None = None
     changes: Text | None = None

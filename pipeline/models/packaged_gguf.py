@@ -43,7 +43,7 @@ def unpack_gguf(source: str, file: Path, folder: Path) -> tuple[Path, Origin]:
         known = json.loads(origin_file.read_text(encoding="utf-8"))
         known["languages"] = tuple(known["languages"])
         if known["source"] == source:
-            return folder, Origin(**{field.name: known[field.name] for field in fields(Origin)})
+            return folder, Origin(**{field.name: known[field.name] for field in fields(Origin) if field.name in known})
     quiet()
     from gguf import GGUFReader
 

@@ -44,12 +44,19 @@ def check_source(model: Model) -> None:
         raise ModelError(f"model.source {model.source!r}: not a folder here, and not a Hub id such as user/model")
 
 
-def fetch(model: Model, folder: Path, on_progress: Callable[[int, int], None] | None = None) -> tuple[Path, Origin]:
+def fetch(
+    model: Model,
+    folder: Path,
+    on_progress: Callable[[int, int], None] | None = None,
+    tell: Callable[[str], object] = print,
+) -> tuple[Path, Origin]:
     """Bring the model to disk as an ordinary checkpoint.
 
     Args:
         folder: where a model that must be converted is put; Hub models stay in the Hub's cache. With
             `model.low_disk` the weights stay on the Hub.
+        on_progress: called with the bytes that are here, and all bytes.
+        tell: called with a line for each key of the model's card that cannot be read.
 
     Returns:
         The checkpoint's folder, and where it came from.
@@ -65,12 +72,12 @@ def fetch(model: Model, folder: Path, on_progress: Callable[[int, int], None] | 
         path = Path(model.source).expanduser()
         _check_folder(path)
         open_checkpoint(path)
-        return path, read_origin(path, model.source, path.resolve().name)
+        return path, read_origin(path, model.source, path.resolve().name, tell=tell)
     path, revision = _download(model, on_progress)
     _check_folder(path, need_weights=not model.low_disk)
     if not model.low_disk:
         open_checkpoint(path)
-    return path, read_origin(path, model.source, model.source, revision, model.source)
+    return path, read_origin(path, model.source, model.source, revision, model.source, tell)
 
 
 def check_adapter(source: str) -> None:

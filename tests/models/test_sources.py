@@ -12,7 +12,7 @@ from pipeline.errors import ModelError
 from pipeline.models.checkpoint_files import copy_companions, read_config
 from pipeline.models.matrices import linear_weights
 from pipeline.models.packaged_gguf import unpack_gguf
-from pipeline.models.provenance import Origin
+from pipeline.models.provenance import Origin, read_origin
 from pipeline.models.sources import check_source, fetch
 from tests.support.models import ARCHITECTURES
 
@@ -48,6 +48,48 @@ def test_origin_in_the_folder_card_is_kept(model_copy, tmp_path):
     (model_copy / "README.md").write_text("---\nlicense: mit\nlanguage: [en, de]\n---\n# Model\n")
     _, origin = fetch(Model(source=str(model_copy)), tmp_path)
     assert (origin.license, origin.languages) == ("mit", ("en", "de"))
+
+
+MALFORMED_INDEX = "model-index:\n- name: x\n  results: [{task: 1}]\n"
+CARDS = {
+    "license of its own": (
+        "license: other\nlicense_name: own-1\nlicense_link: https://own.org/l\n",
+        ("other", "own-1", "https://own.org/l"), (),
+    ),
+    "terms that are copied": ("license: other\nlicense_link: LICENSE.txt\n", ("other", None, "LICENSE.txt"), ()),
+    "several": ("license: [apache-2.0, mit]\nlanguage:\n- en\n- no\n", ("apache-2.0, mit", None, None), ("en", "no")),
+    "Norwegian": ("license: mit\nlanguage: no\n", ("mit", None, None), ("no",)),
+    "a bad index": (f"license: mit\nlanguage: de\n{MALFORMED_INDEX}", ("mit", None, None), ("de",)),
+    "no YAML in one key": ("license: mit\nmodel-index: [\nlanguage: de\n", ("mit", None, None), ("de",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CARDS)
+def test_each_key_of_a_card_is_read_on_its_own(model_copy, tmp_path, what):
+    front, license, languages = CARDS[what]
+    said = []
+    (model_copy / "LICENSE.txt").write_text("Terms.")
+    (model_copy / "README.md").write_text(f"---\n{front}---\n# Model\n")
+    _, origin = fetch(Model(source=str(model_copy)), tmp_path, tell=said.append)
+    assert ((origin.license, origin.license_name, origin.license_link), origin.languages) == (license, languages)
+    assert said == []
+
+
+def test_license_file_that_is_not_copied_is_linked_in_its_repository(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_link: docs/TERMS.md\n---\n")
+    found = [read_origin(tmp_path, "org/base", "base", hub_id=hub).license_link for hub in ("org/base", None)]
+    assert found == ["https://huggingface.co/org/base/blob/main/docs/TERMS.md", None]
+
+
+@pytest.mark.parametrize(
+    "front", ["license: [\nlanguage: de", "license: {a: b}\nlanguage: de", "license: 7\nlanguage: de"]
+)
+def test_key_of_a_card_that_cannot_be_read_is_said(model_copy, tmp_path, front):
+    said = []
+    (model_copy / "README.md").write_text(f"---\n{front}\n---\n")
+    _, origin = fetch(Model(source=str(model_copy)), tmp_path, tell=said.append)
+    assert (origin.license, origin.languages) == (None, ("de",))
+    assert said == [f"{model_copy}: license in its card cannot be read, and is left out of yours"]
 
 
 @pytest.mark.parametrize(

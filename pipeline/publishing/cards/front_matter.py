@@ -15,28 +15,14 @@ from typing import Any
 import yaml
 
 from pipeline.config.catalog import VARIANTS
+from pipeline.system.hub_yaml import UNREADABLE, HubLoader
 
-# Errors of PyYAML for any text, such as an `!!int` that is not a number, or a 30th of February.
-UNREADABLE = (yaml.YAMLError, ValueError, RecursionError, LookupError, TypeError, AttributeError)
 SOURCE = "tunepress"  # the source of our results in a model index
-
-
-class _Loader(yaml.SafeLoader):
-    """A loader that follows YAML 1.2, as the Hub does: `no` is a language, and a date is a text."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, form) for tag, form in rules if not tag.endswith((":bool", ":timestamp"))]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z"), list("tTfF")
-)
 
 
 def digests(metadata: str) -> dict[str, str]:
     """Return a short digest of the value of each key, which reveals people's later changes."""
-    found = yaml.load(metadata, Loader=_Loader) or {}
+    found = yaml.load(metadata, Loader=HubLoader) or {}
     return {key: _digest(value) for key, value in found.items()}
 
 
@@ -62,7 +48,7 @@ def merge(ours: str, theirs: str, newline: str = "\n", written: Mapping[str, str
     keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
     if not isinstance(found, dict) or any(keys.count(key) > 1 for key in keys):
         return None
-    wanted = _merged(yaml.load(ours, Loader=_Loader) or {}, found, written or {})
+    wanted = _merged(yaml.load(ours, Loader=HubLoader) or {}, found, written or {})
     mapped = node is None or isinstance(node, yaml.MappingNode)
     # YAML allows a byte order mark at the beginning of a text alone.
     plain = mapped and keys == list(found) and "\ufeff" not in theirs
@@ -82,7 +68,7 @@ def only(metadata: str, keys: Collection[str]) -> str:
 
 def _read(text: str) -> tuple[yaml.Node | None, Any]:
     """Return the node and the value of a YAML text. Raise if the value cannot be dumped (a number of many digits)."""
-    node, found = yaml.compose(text, Loader=_Loader), yaml.load(text, Loader=_Loader)
+    node, found = yaml.compose(text, Loader=HubLoader), yaml.load(text, Loader=HubLoader)
     _dump(found, "\n")
     return node, found
 
@@ -94,7 +80,8 @@ def _merged(ours: dict, theirs: dict, written: Mapping[str, str]) -> dict:
         changed = key in theirs and key not in untouched
         merged[key] = _kept(key, value, theirs[key], written.get(key)) if changed else value
     if "license" in merged and merged["license"] != ours.get("license") and "license_name" not in theirs:
-        merged.pop("license_name", None)  # it belongs to the license that is ours
+        for key in ("license_name", "license_link"):  # of the license that is ours
+            merged.pop(key, None)
     if "model-index" not in untouched and isinstance(index := merged.get("model-index"), list):
         merged["model-index"] = index = _index(ours.get("model-index") or [], theirs.get("model-index"))
         if not index:
@@ -178,7 +165,7 @@ def _edited(text: str, node: yaml.Node | None, old: dict, new: dict, newline: st
 
 def _says(text: str, wanted: dict) -> bool:
     try:
-        return _dump(yaml.load(text, Loader=_Loader) or {}, "\n") == _dump(wanted, "\n")
+        return _dump(yaml.load(text, Loader=HubLoader) or {}, "\n") == _dump(wanted, "\n")
     except UNREADABLE:
         return False
 

@@ -76,9 +76,17 @@ def _parent(about: About, whole: bool) -> tuple[str | None, str]:
 
 def _license(about: About) -> dict[str, Any]:
     """Return the base model's license in the Hub's form; empty if it names none."""
-    name = one_line(about.results.origin.license or "").lower()
-    if name in _LICENSES.split():
+    origin, known = about.results.origin, _LICENSES.split()
+    name = one_line(origin.license or "").lower()
+    if name == "other":
+        more = {"license_name": origin.license_name, "license_link": origin.license_link}
+        return {"license": name, **{key: one_line(value) for key, value in more.items() if value}}
+    if name in known:
         return {"license": name}
+    several = name.split(", ")
+    if set(several) <= set(known):
+        return {"license": several}
+    name = "-and-".join(several)
     return {"license": "other", "license_name": name} if re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name) else {}
 
 

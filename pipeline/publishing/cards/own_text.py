@@ -9,10 +9,10 @@ import re
 
 from pipeline.publishing.cards import front_matter
 from pipeline.publishing.cards.markdown import fence_marks
+from pipeline.system.hub_yaml import FRONT_MATTER
 
 START, END = "<!-- tunepress:start -->", "<!-- tunepress:end -->"
 _NEWLINE = re.compile(r"\r\n|\r|\n")
-_FRONT = re.compile(r"\s*---[ \t]*(?:\r\n|\r|\n)(?:([\S\s]*?)(?:\r\n|\r|\n))??---[ \t]*(?:\r\n|\r|\n|\Z)")
 _LINE = re.compile(r"([^\r\n]+)(?:\r\n|\r|\n|\Z)")
 _FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*\Z)|~{3,})(.*)")
 _INSIDE = re.compile(r" {4}| {0,3}\t| {0,3}>")  # an indented code block, a quotation
@@ -99,7 +99,7 @@ def _ours(card: str) -> tuple[str | None, str]:
 
 def _parts(card: str) -> tuple[str | None, str]:
     """Return the metadata without its dashes, and everything after it."""
-    front = _FRONT.match(card)
+    front = FRONT_MATTER.match(card)
     return (front[1], card[front.end() :]) if front else (None, card)
 
 

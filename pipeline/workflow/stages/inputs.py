@@ -58,7 +58,8 @@ def base_model(config: Config, workspace: Workspace, events: Events) -> Path:
     pinned = base_revision(config, workspace)
     model = config.model.model_copy(update={"revision": pinned}) if pinned else config.model
     events.progress(0, 1, "fetching the model")
-    folder, found = fetch(model, workspace.base, lambda d, t: events.progress(d, t, "fetching the model"))
+    progress = functools.partial(events.progress, what="fetching the model")
+    folder, found = fetch(model, workspace.base, progress, lambda line: events.show([line]))
     # A local model has no revision, so a digest shows later if it has changed.
     digest = {} if found.revision else {"digest": here or digest_here(source)}
     workspace.write_measurement("origin", asdict(found) | digest)

@@ -618,6 +618,8 @@ def test_a_base_and_a_data_set_on_the_hub_are_named_in_the_metadata():
         ("Apache-2.0", {"license": "apache-2.0"}),
         ("llama3.2", {"license": "llama3.2"}),
         ("qwen-research", {"license": "other", "license_name": "qwen-research"}),
+        ("apache-2.0, mit", {"license": ["apache-2.0", "mit"]}),
+        ("mit, own-1", {"license": "other", "license_name": "mit-and-own-1"}),
         ("see\nLICENSE: file", {}),
         (None, {}),
     ],
@@ -625,6 +627,13 @@ def test_a_base_and_a_data_set_on_the_hub_are_named_in_the_metadata():
 def test_the_license_is_the_base_models_in_the_words_of_the_hub(license, expected):
     found = data(model_card(about(on_hub(license=license)), BOTH))
     assert {key: value for key, value in found.items() if key.startswith("license")} == expected
+
+
+def test_name_and_link_of_a_license_that_the_hub_does_not_list_are_kept():
+    more = {"license_name": "own-1", "license_link": "https://own.org/l"}
+    found = data(model_card(about(on_hub(license="other", **more)), BOTH))
+    assert {key: value for key, value in found.items() if key.startswith("license")} == {"license": "other", **more}
+    assert data(model_card(about(on_hub(languages=["no"])), BOTH))["language"] == ["no", "en"]
 
 
 def test_languages_are_those_that_base_and_data_name():
