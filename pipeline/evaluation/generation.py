@@ -12,7 +12,7 @@ import torch
 from pipeline.data.chat import on_one_day
 from pipeline.evaluation.model_result import Answer
 from pipeline.inference.throughput import NEW_TOKENS, PROMPT_TOKENS, REPEATS, tokens_per_second
-from pipeline.models.safe_loading import open_config
+from pipeline.models.safe_loading import open_generation_config
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
@@ -91,11 +91,5 @@ def question(tokenizer: PreTrainedTokenizerBase, prompt: str) -> BatchEncoding:
 
 def stop_tokens(folder: Path) -> set[int]:
     """Return the tokens at which transformers ends an answer of the model in `folder`."""
-    from transformers import GenerationConfig
-
-    if (folder / "generation_config.json").is_file():
-        settings = GenerationConfig.from_pretrained(folder)
-    else:
-        settings = GenerationConfig.from_model_config(open_config(folder))
-    ends = settings.eos_token_id
+    ends = open_generation_config(folder).eos_token_id
     return set(ends) if isinstance(ends, list) else {ends} - {None}

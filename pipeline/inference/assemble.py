@@ -18,7 +18,7 @@ from pipeline.errors import ModelError
 from pipeline.inference import kernels
 from pipeline.inference.kernels.table import Int8Embedding
 from pipeline.models.checkpoint import Checkpoint, TensorInfo
-from pipeline.models.safe_loading import open_config
+from pipeline.models.safe_loading import open_config, open_generation_config
 from pipeline.models.tensor_names import open_checkpoint
 from pipeline.quantization.formats import FileWeights, Format, rounds_inputs, stored_weights
 from pipeline.quantization.grid import GroupQuantized
@@ -82,7 +82,7 @@ def skeleton(
     Returns:
         None if the checkpoint has other tensor names than the model.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM
 
     stored = open_checkpoint if getattr(config, "quantization_config", None) is None else Checkpoint
     checkpoint = stored(folder) if weights is None else weights
@@ -95,7 +95,7 @@ def skeleton(
     if not _same_names(model, checkpoint, quantized, parts, folder if weights is None else weights.path):
         return None
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        model.generation_config = open_generation_config(folder)
     return model, checkpoint, quantized
 
 

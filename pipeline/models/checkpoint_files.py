@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipeline.errors import ModelError
 from pipeline.models.safe_loading import read_settings
+from pipeline.models.tokenizer_settings import SETTINGS_FILES, real_path, to_publish
 from pipeline.system.files import fingerprint
 
 # Everything at a repository's root that belongs to a checkpoint, and no pickle among it.
@@ -49,30 +50,18 @@ def companions(source: Path) -> list[Path]:
 def copy_companions(source: Path, target: Path) -> None:
     """Copy what belongs to a checkpoint beside its weights and configuration."""
     for path in companions(source):
-        _copy(path, target / path.name)
-    settings = target / "tokenizer_config.json"
-    if settings.is_file() and "auto_map" in (told := read_settings(settings)):  # code that is not published
-        told.pop("auto_map")
-        settings.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        shutil.copyfile(real_path(path), target / path.name)
+    for settings in (target / name for name in SETTINGS_FILES):
+        told = read_settings(settings) if settings.is_file() else {}
+        if (kept := to_publish(told)) != told:
+            settings.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def copy_terms(source: Path, target: Path) -> None:
     """Copy the terms of use beside a checkpoint, which go with its weights."""
     for path in companions(source):
         if TERMS_FILES.match(path.name):
-            _copy(path, target / path.name)
-
-
-def _copy(path: Path, target: Path) -> None:
-    """Copy a file to publish, from its own folder or from the Hub's cache, which consists of links.
-
-    Raises:
-        ModelError: for a link to anywhere else, by which any file of this machine could be published.
-    """
-    real, folder = path.resolve(), path.parent.resolve()
-    if folder not in real.parents and real.parent != folder.parents[1] / "blobs":
-        raise ModelError(f"{path}: a link to {real}, outside its folder, and would be published; copy it there")
-    shutil.copyfile(real, target)
+            shutil.copyfile(real_path(path), target / path.name)
 
 
 def read_config(folder: Path) -> dict:

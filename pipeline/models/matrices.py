@@ -10,7 +10,7 @@ from pipeline.config.catalog import GROUP_SIZES
 from pipeline.errors import ModelError
 from pipeline.models.checkpoint_files import read_config
 from pipeline.models.layer_layouts import Layout, layout
-from pipeline.models.safe_loading import open_config
+from pipeline.models.safe_loading import check_code, open_config
 
 PLAIN_TABLE = "Embedding"  # the kind of an embedding that looks rows up and does no more
 
@@ -113,7 +113,11 @@ def skeleton(model: Path | Mapping) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = open_config(model) if isinstance(model, Path) else AutoConfig.for_model(**model)
+        if isinstance(model, Path):
+            config = open_config(model)
+        else:
+            check_code(_named(model), dict(model))
+            config = AutoConfig.for_model(**model)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except ModelError:

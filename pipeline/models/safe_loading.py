@@ -1,8 +1,8 @@
 """Safe opening of models, tokenizers and configurations with transformers.
 
 By itself transformers runs code that a repository names, or asks for it at the terminal. It also downloads and runs
-kernels that a configuration names, opens a pickle if there are no safetensors, and loads another model if an adapter's
-configuration lies beside one. Here it does none of that.
+kernels that a configuration names, opens a pickle if there are no safetensors, loads another model if an adapter's
+configuration lies beside one, and opens any file that a tokenizer's settings name. Here it does none of that.
 """
 
 from __future__ import annotations
@@ -13,14 +13,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ModelError
+from pipeline.models.tokenizer_settings import (
+    SETTINGS_FILES,
+    allowed,
+    check_links,
+    check_nothing_lost,
+    check_settings,
+    safe_view,
+    settle,
+)
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 GENERATES = ("ForCausalLM", "LMHeadModel")  # how the classes of decoders that generate text are called
 # Ways to compute attention and experts that come with torch; any other may be fetched and run.
 _OWN_KERNELS = (None, "eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm")
 SHOWN = 3  # missing tensors that an error names
+_OTHER_FILES = ("configuration_files", "transformers_weights")  # read instead of those that are checked
 _KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 
 
@@ -28,10 +38,11 @@ def open_config(folder: Path) -> PreTrainedConfig:
     """Return the configuration in a model's folder.
 
     Raises:
-        ModelError: if transformers cannot read it.
+        ModelError: if transformers cannot read it, or it asks for code or for another file.
     """
     from transformers import AutoConfig
 
+    check_code(folder, read_settings(folder / "config.json"))
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a file from anywhere makes it raise anything
@@ -42,25 +53,62 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer in a model's folder.
 
     Raises:
-        ModelError: if there is none that transformers can read.
+        ModelError: if there is none that transformers can read, or its settings name files.
     """
     from transformers import AutoTokenizer
 
     check_tokenizer(folder)
+    if (folder / "config.json").is_file():  # it may name the tokenizer's class
+        config = read_settings(folder / "config.json")
+        check_code(folder, config)
+        _check_tokenizer_class(folder, config.get("tokenizer_class"))
+    found = {name: read_settings(folder / name) for name in SETTINGS_FILES if (folder / name).is_file()}
+    _check_tokenizer_class(folder, found.get(SETTINGS_FILES[0], {}).get("tokenizer_class"))
+    passed = {name: allowed(settings) for name, settings in found.items()}
+    with safe_view(folder, passed) as view:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(view, trust_remote_code=False)
+        except Exception as error:
+            raise _unreadable(folder, "tokenizer", error) from None
+    settle(tokenizer, view, folder)
+    for name, settings in found.items():
+        left_out = {key: value for key, value in settings.items() if key not in passed[name]}
+        check_nothing_lost(folder / name, tokenizer, left_out)
+    return tokenizer
+
+
+def open_generation_config(folder: Path) -> GenerationConfig:
+    """Return how the model in a folder generates: from its own file, or else from its configuration.
+
+    Raises:
+        ModelError: if transformers cannot read it.
+    """
+    from transformers import GenerationConfig
+
+    if not (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_model_config(open_config(folder))
+    check_links(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return GenerationConfig.from_pretrained(folder)
     except Exception as error:
-        raise _unreadable(folder, "tokenizer", error) from None
+        raise _unreadable(folder, "generation_config.json", error) from None
 
 
 def open_model(folder: Path, **options: Any) -> Any:
     """Return a causal language model; `options` go to `from_pretrained`, whose errors pass through.
 
     Raises:
-        ModelError: if tensors are missing, which transformers would draw at random.
+        ModelError: if the model asks for code or for another file, or tensors are missing, which transformers would
+            draw at random.
+        CheckpointError: if its index names a file outside its folder.
     """
     from transformers import AutoModelForCausalLM
 
+    from pipeline.models.checkpoint.reader import shard_files
+
+    check_code(folder, read_settings(folder / "config.json"))
+    check_beside(folder)
+    shard_files(folder, Path.is_file)
     model, report = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **options
     )
@@ -95,17 +143,20 @@ def check_beside(folder: Path) -> None:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Raise an error if a tokenizer needs code of its own.
+    """Raise an error if a tokenizer needs code of its own, or leads to files outside its folder.
 
     Raises:
-        ModelError: if it does, or where its settings are not readable.
+        ModelError: naming the link or the setting, or saying that the settings are not readable.
     """
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return
-    settings = read_settings(path)
-    if settings.get("auto_map") and not _is_known_tokenizer(settings.get("tokenizer_class")):
-        raise ModelError(f"{folder}: its tokenizer needs code of its own, which is never run; choose another model")
+    check_links(folder)
+    for path in (folder / name for name in SETTINGS_FILES):
+        if path.is_file():
+            settings = read_settings(path)
+            check_settings(path, settings)
+            if settings.get("auto_map") and not _is_known_tokenizer(settings.get("tokenizer_class")):
+                raise ModelError(
+                    f"{folder}: its tokenizer needs code of its own, which is never run. Try: another model"
+                )
 
 
 def read_settings(path: Path) -> dict:
@@ -165,6 +216,9 @@ def check_code(place: object, config: dict) -> None:
         raise ModelError(
             f"{place}: the model needs code of its own, which is never run; use one that transformers knows"
         )
+    for key in _OTHER_FILES:
+        if config.get(key):
+            raise ModelError(f"{place}: {key} ({config[key]!r:.60}) names files to read instead. Try: remove it")
     _check_kernels(place, config)
 
 
@@ -198,11 +252,32 @@ def _is_known_model(model_type: object) -> bool:
     return isinstance(model_type, str) and model_type in CONFIG_MAPPING_NAMES
 
 
-def _is_known_tokenizer(tokenizer_class: object) -> bool:
+def _is_known_tokenizer(name: object) -> bool:
     """Return True if transformers itself has this tokenizer."""
+    return isinstance(name, str) and _transformers_class(name) is not None
+
+
+def _check_tokenizer_class(folder: Path, name: object) -> None:
+    """Raise an error if the class of a tokenizer is anything else that transformers has, such as a processor.
+
+    Raises:
+        ModelError: naming it.
+    """
+    from transformers import PreTrainedTokenizerBase
+
+    if name is None:
+        return
+    found = _transformers_class(name) if isinstance(name, str) else name
+    is_tokenizer = isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase)
+    if found is not None and not is_tokenizer and not getattr(found, "is_dummy", False):
+        raise ModelError(f"{folder}: tokenizer_class ({name!r:.60}) is not a tokenizer. Try: another model")
+
+
+def _transformers_class(name: str) -> Any:
+    """Return what transformers has of this name, or a dummy that tells the package it needs; None if it has none."""
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-    return isinstance(tokenizer_class, str) and tokenizer_class_from_name(tokenizer_class) is not None
+    return tokenizer_class_from_name(name)
 
 
 def _unreadable(folder: Path, what: str, error: Exception) -> ModelError:

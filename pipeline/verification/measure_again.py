@@ -25,7 +25,7 @@ from pipeline.evaluation.model_result import GENERAL, HELD_OUT, TEXTS
 from pipeline.evaluation.results import Data
 from pipeline.inference.loaders import DEQUANTIZED, default_loader
 from pipeline.models.checkpoint_files import read_config
-from pipeline.models.safe_loading import check_config
+from pipeline.models.safe_loading import check_beside, check_config
 from pipeline.system.files import read_json, write_json
 from pipeline.system.libraries import MEASURING, versions
 from pipeline.system.process_environment import user_environment, with_own_package
@@ -145,13 +145,14 @@ def _bring_held_out(claims: Claims, place: Place, config: Config, workspace: Wor
 
 
 def refused(claims: Claims, place: Place, model: str) -> str | None:
-    """Return the reason why a model must not be loaded: it names code, or the root is quantized."""
+    """Return the reason why a model must not be loaded: it names code or other files, or the root is quantized."""
     folder = place.folder / claims.prefix(model)
     if is_one_file(model) or model == ADAPTER:
         return None
     try:
         config = read_config(folder)
         check_config(folder.name, {key: value for key, value in config.items() if key != "quantization_config"})
+        check_beside(folder)
     except UserError as error:
         return f"not loaded: {error}"
     quantization = config.get("quantization_config")

@@ -1,4 +1,4 @@
-"""A watch on this process: what it writes, starts and unpickles."""
+"""A watch on this process: what it writes, starts and unpickles, and whether it opens a private file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from pathlib import Path
 TOKEN = "hf_pastedByMistakeWhereItDoesNotBelong42"
 HUB_TOKEN = "hf_theOneInTheEnvironmentOfTheseTests99"
 WRITE_TOKEN = "trackioWritesWithThis-0123456789"
+PASSWORD = "PASSWORD=correct-horse-battery"
 SECRETS = (TOKEN, HUB_TOKEN, WRITE_TOKEN)
+BAIT = "private.env"  # a file with the password, which nobody is to open
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _PATHS = {"os.mkdir": 1, "os.rename": 2, "os.remove": 1, "os.rmdir": 1, "os.symlink": 2, "os.link": 2, "os.truncate": 1}
@@ -41,6 +43,8 @@ class Watch:
             self.seen.append(f"{event} {arguments[:2]}")
         elif event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITES:
             self._note_write(event, arguments[0])
+        elif event == "open" and str(arguments[0]).endswith(BAIT):
+            self.seen.append(f"{event} {arguments[0]}")
         elif event in _PATHS:
             for path in arguments[: _PATHS[event]]:
                 self._note_write(event, path)
@@ -65,7 +69,7 @@ def audit(event: str, arguments: tuple) -> None:
 
 @contextmanager
 def watching(allowed: Path) -> Iterator[Watch]:
-    """See that nothing is written outside `allowed`, no process started, nothing unpickled, nobody called."""
+    """See that nothing is written outside `allowed` or unpickled, no process started, nobody called, no bait opened."""
     watch = Watch(allowed)
     _watchers.append(watch)
     try:

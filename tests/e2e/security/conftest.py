@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import UserError
-from tests.support.audit_watch import HUB_TOKEN, SECRETS, WRITE_TOKEN, audit, watching
+from tests.support.audit_watch import BAIT, HUB_TOKEN, PASSWORD, SECRETS, WRITE_TOKEN, audit, watching
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,10 +20,12 @@ def _eyes():
 
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
-    """A folder to stand in, with tokens in the environment."""
+    """A folder to work in, beside a file with a password, and with tokens in the environment."""
     folder = tmp_path / "work"
     folder.mkdir()
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    (tmp_path / BAIT).write_text(f"[UNK]\n{PASSWORD}\n")
     monkeypatch.setenv("HF_TOKEN", HUB_TOKEN)
     monkeypatch.setenv("TRACKIO_WRITE_TOKEN", WRITE_TOKEN)
     return folder
@@ -44,7 +47,7 @@ def survives(place, capfd) -> Callable:
             assert told.isprintable() and told.strip(), told
             assert len(told) < 4000, told
         out, err = capfd.readouterr()
-        assert not any(secret in text for secret in SECRETS for text in (told or "", out, err))
+        assert not any(secret in text for secret in (*SECRETS, PASSWORD) for text in (told or "", out, err))
         return told
 
     return check

@@ -16,7 +16,7 @@ import torch
 from pipeline.errors import ModelError
 from pipeline.models.checkpoint_files import companions
 from pipeline.models.gguf_metadata import ENDS, SAMPLING
-from pipeline.models.safe_loading import open_config, open_tokenizer
+from pipeline.models.safe_loading import open_config, open_generation_config, open_tokenizer
 from pipeline.quantization.formats.gguf.names import BIASES, Architecture, architecture, library
 from pipeline.quantization.formats.gguf.vocabulary import Vocabulary, vocabulary
 from pipeline.system.files import read_json
@@ -235,10 +235,8 @@ def _added(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
 
 def _stops(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[int]:
     """Return every token that ends an answer, with that of the tokenizer first."""
-    from transformers import GenerationConfig
-
     found = [tokenizer.eos_token_id]
-    settings = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else config
+    settings = open_generation_config(folder) if (folder / "generation_config.json").is_file() else config
     ends = settings.eos_token_id
     found += ends if isinstance(ends, list) else [ends]
     stops = list(dict.fromkeys(token for token in found if token is not None))
