@@ -130,7 +130,9 @@ class Train(Section):
         default="cosine", description="how the learning rate changes after the warm-up"
     )
     warmup: Real = Field(default=0.03, ge=0, lt=1, description="share of the steps in which the learning rate rises")
-    max_length: Count = Field(default=1024, description="tokens in one training sequence; longer ones are cut")
+    max_length: Count = Field(
+        default=1024, description="tokens in one training sequence, at most the model's context; longer ones are cut"
+    )
     packing: bool = Field(default=True, description="put several short examples into one sequence")
     loss_on: Literal["auto", "assistant", "completion", "all"] = Field(
         default="auto", description="tokens that count: all answers, the last answer, or the whole text"

@@ -19,6 +19,7 @@ from pipeline.errors import ModelError
 from pipeline.evaluation.model_result import Answer, Machine, ModelResult, Quality, Speed
 from pipeline.inference.loaders import DEQUANTIZED, PACKED, STOCK, only_file
 from pipeline.models.checkpoint_files import stored_bytes
+from pipeline.models.context import context_length
 from pipeline.models.safe_loading import open_config, open_tokenizer
 from pipeline.models.tensor_names import open_checkpoint
 from pipeline.system.files import read_json
@@ -115,7 +116,7 @@ def _in_transformers(
     texts.restore_template(tokenizer, run_texts)
     if reference is None:
         run_texts = texts.plan_tokens(config, run_texts, model, tokenizer)
-    sequences = texts.all_texts(config, run_texts, tokenizer)
+    sequences = texts.all_texts(config, run_texts, tokenizer, context_length(model.config.to_dict()))
     head_name = output_head.head_name(model) if reference is None else ""
     head, softcap = output_head.head_matrix(model).to("cpu"), output_head.softcap(model.config)
     scored = {text: metrics.score(model, part, tell(f"{text} text")) for text, part in sequences.items()}
@@ -173,12 +174,14 @@ def _in_llama_cpp(
     from pipeline.inference import llama_cpp, output_head
 
     tokenizer = texts.restore_template(open_tokenizer(reference), run_texts)
-    sequences = texts.all_texts(config, run_texts, tokenizer)
+    settings = open_config(reference)
+    context = context_length(settings.to_dict())
+    sequences = texts.all_texts(config, run_texts, tokenizer, context)
     prompts = config.evaluate.prompts if in_full else []
     questions = [generation.question(tokenizer, prompt)["input_ids"][0].tolist() for prompt in prompts]
     longest = [len(s.input_ids) for part in sequences.values() for s in part]
     longest += [len(question) + generation.ANSWER_TOKENS for question in questions]
-    head, softcap = _reference_head(reference, run_texts), output_head.softcap(open_config(reference))
+    head, softcap = _reference_head(reference, run_texts), output_head.softcap(settings)
     quality = {}
     with llama_cpp.opened(file, max(longest), output_head.LOGIT_ELEMENTS) as reader:
         if reader.vocabulary != len(head):
@@ -193,7 +196,8 @@ def _in_llama_cpp(
             quality[text] = _quality(text, part, scores, config, other, compared)
         tell("sample answers")(0, 1)
         stops = generation.stop_tokens(reference)
-        replies = [reader.answer(question, stops, generation.ANSWER_TOKENS) for question in questions]
+        rooms = [generation.answer_room(p, len(q), context) for p, q in zip(prompts, questions, strict=True)]
+        replies = [reader.answer(q, stops, room) for q, room in zip(questions, rooms, strict=True)]
     if in_full:
         tell("speed and memory, in a fresh process")(0, 1)
     return ModelResult(

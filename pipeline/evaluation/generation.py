@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from pipeline.data.chat import on_one_day
+from pipeline.errors import ConfigError
 from pipeline.evaluation.model_result import Answer
 from pipeline.inference.throughput import NEW_TOKENS, PROMPT_TOKENS, REPEATS, tokens_per_second
+from pipeline.models.context import context_length
 from pipeline.models.safe_loading import open_generation_config
 
 if TYPE_CHECKING:
@@ -57,17 +59,44 @@ def answers(
     """Return greedy answers, without sampling, so that answers differ only if models differ.
 
     A model without a chat template continues the prompt as plain text.
+
+    Raises:
+        ConfigError: if a prompt leaves no room for an answer in the model's context.
     """
     found = []
+    context = context_length(model.config.to_dict())
     generate = cast(Any, model.generate)
     for prompt in prompts:
         inputs = question(tokenizer, prompt).to(model.device)
-        output = generate(
-            **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id or 0
-        )
+        room = answer_room(prompt, inputs["input_ids"].shape[1], context, new_tokens)
+        output = generate(**inputs, max_new_tokens=room, do_sample=False, pad_token_id=tokenizer.pad_token_id or 0)
         reply = output[0, inputs["input_ids"].shape[1] :].tolist()
         found.append(Answer(prompt=prompt, answer=text_of(tokenizer, reply)))
     return found
+
+
+def check_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, context: int | None) -> None:
+    """Check that every prompt leaves room for an answer in the model's context.
+
+    Raises:
+        ConfigError: for the first one that does not.
+    """
+    for prompt in prompts:
+        answer_room(prompt, question(tokenizer, prompt)["input_ids"].shape[1], context)
+
+
+def answer_room(prompt: str, prompt_tokens: int, context: int | None, new_tokens: int = ANSWER_TOKENS) -> int:
+    """Return the tokens that an answer may have: `new_tokens`, or those that the context leaves.
+
+    Raises:
+        ConfigError: if the context leaves none.
+    """
+    if context is not None and prompt_tokens >= context:
+        raise ConfigError(
+            f"evaluate.prompts: {prompt[:40]!r} has {prompt_tokens} tokens, and the model's context is {context}. "
+            "Try: a shorter question"
+        )
+    return new_tokens if context is None else min(new_tokens, context - prompt_tokens)
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, reply: list[int]) -> str:

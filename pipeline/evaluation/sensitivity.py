@@ -110,6 +110,7 @@ def sensitivity(
     from pipeline.inference import output_head
     from pipeline.inference.load import device_named, load
     from pipeline.inference.offload import check_fits
+    from pipeline.models.context import context_length
     from pipeline.models.matrices import linear_weights
     from pipeline.quantization.layers import layer_grids
 
@@ -125,7 +126,7 @@ def sensitivity(
         check_fits(folder, device_named(config.evaluate.device), "measuring layer by layer")
         tell(len(found), len(linear), "measuring layers")
         model, tokenizer = load(folder, device=config.evaluate.device)
-        sequences = texts.general(config, tokenizer)
+        sequences = texts.general(config, tokenizer, context_length(model.config.to_dict()))
         full, head = metrics.score(model, sequences), output_head.head_matrix(model)
         for name in missing:
             weight = model.get_parameter(name)

@@ -20,6 +20,7 @@ from pipeline.data.chat import supply_template
 from pipeline.data.encode import Encoded, encode_examples, encode_text
 from pipeline.errors import DataError
 from pipeline.evaluation.model_result import GENERAL, HELD_OUT
+from pipeline.models.context import context_length
 from pipeline.system import hardware
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ def plan_tokens(
     kept = texts.plan
     if asked["max_minutes"] is None or (kept.get("asked") == asked and kept.get("timed") == timed):
         return texts
-    sample = encode_text(general_text(config.evaluate.general), tokenizer, SAMPLE_TOKENS, SAMPLE_TOKENS)
+    window = min(SAMPLE_TOKENS, context_length(model.config.to_dict()) or SAMPLE_TOKENS)
+    sample = encode_text(general_text(config.evaluate.general), tokenizer, window, SAMPLE_TOKENS)
     metrics.score(model, sample)
     start = time.perf_counter()
     metrics.score(model, sample)
@@ -133,24 +135,33 @@ def first_examples(config: TrainingRun, encoded: Sequence[Encoded], max_tokens: 
     return taken
 
 
-def general(config: MeasuredRun, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+def general(config: MeasuredRun, tokenizer: PreTrainedTokenizerBase, context: int | None) -> list[Encoded]:
     """Return the general text in windows, up to `evaluate.max_tokens` tokens.
+
+    Args:
+        config: the run.
+        tokenizer: the model's.
+        context: the longest window that the model reads, in tokens; None if it has no limit.
 
     Raises:
         DataError: if the text is shorter than two windows.
     """
     text = general_text(config.evaluate.general)
     tokens = min(config.evaluate.max_tokens, len(tokenizer(text, add_special_tokens=False)["input_ids"]))
-    windows = encode_text(text, tokenizer, min(WINDOW, max(2, tokens // WINDOWS)), config.evaluate.max_tokens)
+    windows = encode_text(
+        text, tokenizer, min(WINDOW, context or WINDOW, max(2, tokens // WINDOWS)), config.evaluate.max_tokens
+    )
     if len(windows) < 2:
         raise DataError(f"evaluate.general {config.evaluate.general}: too short to measure on. Try: a longer text")
     return windows
 
 
-def all_texts(config: MeasuredRun, texts: RunTexts, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Encoded]]:
-    """Return the texts by name; there is held-out text only if there is a data set."""
+def all_texts(
+    config: MeasuredRun, texts: RunTexts, tokenizer: PreTrainedTokenizerBase, context: int | None
+) -> dict[str, list[Encoded]]:
+    """Return the texts by name, for a model with this context; there is held-out text only if there is a data set."""
     kept = {HELD_OUT: held_out(config, texts, tokenizer)} if isinstance(config, TrainingRun) else {}
-    return kept | {GENERAL: general(apply_plan(config, texts.plan), tokenizer)}
+    return kept | {GENERAL: general(apply_plan(config, texts.plan), tokenizer, context)}
 
 
 def digest(sequences: Sequence[Encoded]) -> str:

@@ -13,6 +13,7 @@ from pipeline.config.schema import PACKAGE_SOURCE, Lora, Model, VariantSpec
 from pipeline.errors import CheckpointError, ModelError
 from pipeline.hub.download import in_one_line
 from pipeline.models.checkpoint_files import ADAPTER_FILES, belongs_to_checkpoint, companions, read_config
+from pipeline.models.context import context_length
 from pipeline.models.packaged_gguf import find_packaged
 from pipeline.models.safe_loading import check_config, parse_settings
 from pipeline.models.sources import check_source, is_local
@@ -37,7 +38,7 @@ class Sizes:
         here_bytes: the part of them that is in the Hub's cache.
         other_bytes: tokenizer and license, which are copied with the model.
         shard_bytes: the largest file of weights.
-        config: content of `config.json`; for a package only the model type.
+        config: content of `config.json`; for a package only the model type and the context.
     """
 
     kind: str
@@ -54,6 +55,11 @@ class Sizes:
     def model_type(self) -> str | None:
         """Return the model type that transformers uses."""
         return self.config.get("model_type")
+
+    @property
+    def context(self) -> int | None:
+        """Return the most tokens that the model reads at once; None for a model without a limit."""
+        return context_length(self.config)
 
     @cached_property
     def tables(self) -> dict[str, tuple[int, int]]:
@@ -163,7 +169,8 @@ def adapter_sizes(source: str) -> dict[str, Tensor]:
 def _packaged(file: Path) -> Sizes:
     fields, tensors = gguf_header(file)
     size, kind = file.stat().st_size, fields.get("general.architecture")
-    config = {"model_type": GGUF_MODEL_TYPES.get(str(kind), kind)}
+    context = fields.get(f"{kind}.context_length")
+    config = {"model_type": GGUF_MODEL_TYPES.get(str(kind), kind), "max_position_embeddings": context}
     return Sizes("package", tensors, size, other_bytes=4_000_000, shard_bytes=size, config=config)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config.schema import Config
+from pipeline.models.context import check_length
 from pipeline.planning import memory, timing
 from pipeline.planning.advice import Change, advise
 from pipeline.planning.benchmark import Speeds, read_speeds
@@ -100,6 +101,8 @@ def make_plan(config: Config, device: str | None = None, runs: Path = Path("runs
     """
     machine = gpu_by_name(device) if device else this_machine(runs)
     sizes = read_sizes(config.model)
+    if config.data:
+        check_length(config.train.max_length, sizes.context)
     data = data_size(config.data) if config.data else None
     given = None
     if config.merge.adapter:

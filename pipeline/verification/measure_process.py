@@ -17,7 +17,8 @@ from pipeline.config.catalog import LLAMA_CPP
 from pipeline.config.schema import Config, MeasuredRun, TrainingRun
 from pipeline.errors import CheckpointError, DataError, MissingExtra, UserError
 from pipeline.models.checkpoint_files import read_config
-from pipeline.models.safe_loading import open_model, open_tokenizer
+from pipeline.models.context import context_length
+from pipeline.models.safe_loading import open_config, open_model, open_tokenizer
 from pipeline.system.files import read_json, write_json
 from pipeline.system.libraries import quiet, quiet_progress_bars
 from pipeline.workflow.stages.inputs import run_texts
@@ -67,8 +68,9 @@ def _measured(request: dict) -> dict:
     if request["loader"] == LLAMA_CPP:
         if not llama_cpp.is_installed():
             raise MissingExtra(f"{request['model']}: measuring it in llama.cpp", "llama-cpp")
-        tokenizer = open_tokenizer(Path(request["reference"]))
-        sequences, problems = _texts(config, workspace, tokenizer, request["texts"])
+        reference = Path(request["reference"])
+        tokenizer, context = open_tokenizer(reference), context_length(open_config(reference).to_dict())
+        sequences, problems = _texts(config, workspace, tokenizer, request["texts"], context)
         longest = max((len(s.input_ids) for part in sequences.values() for s in part), default=16)
         with llama_cpp.opened(Path(file), longest) as reader:
             scored = {text: _in_llama_cpp(reader, part, text) for text, part in sequences.items()}
@@ -81,7 +83,8 @@ def _measured(request: dict) -> dict:
             model, tokenizer = load_dequantized(Path(file), Path(request["reference"]), device, offload="auto")
         else:
             model, tokenizer = load(folder, device=device, offload="auto")
-        sequences, problems = _texts(config, workspace, tokenizer, request["texts"])
+        context = context_length(model.config.to_dict())
+        sequences, problems = _texts(config, workspace, tokenizer, request["texts"], context)
         scored = {text: metrics.score(model, part, _teller(text)) for text, part in sequences.items()}
         if not scored:
             _run_once(model)
@@ -93,7 +96,7 @@ def _measured(request: dict) -> dict:
 
 
 def _texts(
-    config: Config, workspace: Workspace, tokenizer: PreTrainedTokenizerBase, wanted: list[str]
+    config: Config, workspace: Workspace, tokenizer: PreTrainedTokenizerBase, wanted: list[str], context: int | None
 ) -> tuple[dict[str, list[Encoded]], dict[str, str]]:
     """Return the encoded texts, and the reasons why others are not available."""
     from pipeline.evaluation import texts
@@ -111,7 +114,7 @@ def _texts(
             else:
                 if not isinstance(config, MeasuredRun):
                     raise DataError("the configuration measures nothing, so there is no general text")
-                found[text] = texts.general(config, tokenizer)
+                found[text] = texts.general(config, tokenizer, context)
         except DataError as error:
             problems[text] = str(error)
     return found, problems

@@ -21,7 +21,7 @@ def config_for(**evaluate) -> Config:
 
 
 def tokens_of(config: Config, workspace: Workspace, tokenizer) -> int:
-    return sum(len(s.input_ids) for s in texts.all_texts(config, run_texts(workspace), tokenizer)["general"])
+    return sum(len(s.input_ids) for s in texts.all_texts(config, run_texts(workspace), tokenizer, None)["general"])
 
 
 def test_plan_is_made_again_for_another_model_and_not_for_another_text(model_and_tokenizer, workspace):

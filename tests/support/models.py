@@ -63,6 +63,15 @@ _SHAPES = {
         "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"],
         "eos_token_id": 259, "pad_token_id": 260,
     },
+    # Positions that are learned, one vector each: beyond the last one they fail.
+    "opt": {
+        "hidden_size": 96, "ffn_dim": 160, "word_embed_proj_dim": 96, "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+    },
+    "gpt_neo": {
+        "hidden_size": 96, "intermediate_size": 160, "num_layers": 2, "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]], "window_size": 16, "max_position_embeddings": 128,
+    },
 }  # fmt: skip
 LOOKUP_EMBEDDINGS = [kind for kind in ARCHITECTURES if kind != "gemma3_text"]  # Gemma scales what it looks up
 LENGTHS = (40, 7, 23, 2, 64, 23)

@@ -119,7 +119,7 @@ def _measured(folder: Path, config: Config) -> dict:
     from pipeline.models.checkpoint_files import stored_bytes
 
     model, tokenizer = load(folder, device="cpu")
-    sequences = texts.general(config, tokenizer)
+    sequences = texts.general(config, tokenizer, None)
     scores = metrics.score(model, sequences)
     quality = {
         "text": TOPICS,

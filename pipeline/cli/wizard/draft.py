@@ -12,6 +12,7 @@ from pipeline.config.loader import parse_config
 from pipeline.config.schema import Config, TrainingRun
 from pipeline.data.sources import BUILTIN
 from pipeline.errors import ConfigError
+from pipeline.models.context import check_length
 from pipeline.planning.advice import advise
 from pipeline.planning.devices import Machine, this_machine
 from pipeline.planning.memory import adapter_parameters
@@ -118,11 +119,12 @@ class Draft:
         return not self._short(config)
 
     def check_fits(self, config: Config) -> None:
-        """Raise an error if this machine lacks the memory or the disk for a run.
+        """Check that the model takes sequences of this length, and that this machine has the memory and the disk.
 
         Raises:
-            ConfigError: if it does; the message names the shortage, and settings that help.
+            ConfigError: naming the shortage, and settings that help.
         """
+        check_length(config.train.max_length, self.model_sizes.context)
         short = self._short(config)
         if not short:
             return
@@ -132,12 +134,15 @@ class Draft:
         raise ConfigError(f"{first}, whatever the settings. Try: a smaller model, or a larger machine")
 
     def fitting(self, settings: Settings) -> dict[str, object]:
-        """Return these settings, with changes that make the run fit this machine.
+        """Return these settings, with changes that make the run fit the model's context and this machine.
 
         Raises:
             ConfigError: if no changes make it fit.
         """
-        config = self.config(settings)
+        config, context = self.config(settings), self.model_sizes.context
+        if context is not None and config.train.max_length > context:
+            settings = {**settings, "train.max_length": context}
+            config = self.config(settings)
         if self.fits(config):
             return dict(settings)
         changes = advise(config, lambda asked: not self.fits(asked))

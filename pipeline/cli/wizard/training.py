@@ -31,7 +31,7 @@ def _take_profile(draft: Draft, answer: str) -> None:
     draft.set(settings)
     draft.profile = profile
     if changed := [f"{key}={value}" for key, value in settings.items() if wanted.get(key) != value]:
-        draft.tell(f"made smaller to fit this machine: {' '.join(changed)}")
+        draft.tell(f"made smaller to fit this model and this machine: {' '.join(changed)}")
 
 
 def _take_max_steps(draft: Draft, answer: str) -> None:

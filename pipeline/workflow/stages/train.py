@@ -22,7 +22,8 @@ from pipeline.config.catalog import DATA_FORMS
 from pipeline.config.schema import Config, TrainingRun
 from pipeline.config.training_catalog import TRAINERS
 from pipeline.errors import DataError, UserError
-from pipeline.models.safe_loading import open_tokenizer
+from pipeline.models.context import check_length, context_length
+from pipeline.models.safe_loading import open_config, open_tokenizer
 from pipeline.system import hardware
 from pipeline.system.files import empty_folder, fingerprint, read_json, replace_folder
 from pipeline.system.libraries import versions
@@ -150,7 +151,7 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
     from pipeline.data.chat import supply_template
     from pipeline.data.describe import describe, report, samples
     from pipeline.data.encode import encode_examples
-    from pipeline.evaluation import eligible_prompts, texts
+    from pipeline.evaluation import eligible_prompts, generation, texts
 
     events.progress(0, 1, "reading the data")  # first, since a bad row should not wait for a long download
     workspace.data.mkdir(exist_ok=True)
@@ -177,6 +178,8 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
         )
     base = base_model(config, workspace, events)
     check_variants(config, base)
+    context = context_length(open_config(base).to_dict())
+    check_length(config.train.max_length, context)
     tokenizer = open_tokenizer(base)
     if data.form != "text":  # running text is learned as it is
         supply_template(tokenizer)
@@ -195,7 +198,8 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
         raise UserError(f"train.max_length {longest}: leaves no answer in any example; make it larger")
     eligible_prompts.check_tokens(config, compared, tokenizer)
     texts.first_examples(config, encoded["held-out"].examples)
-    texts.general(config, tokenizer)
+    texts.general(config, tokenizer, context)
+    generation.check_prompts(config.evaluate.prompts, tokenizer, context)
     description = describe(data, encoded, tokenizer)
     events.show(report(description, samples(data, encoded, tokenizer)))
     watched = texts.first_examples(config, encoded["held-out"].examples, HELD_OUT_TOKENS)

@@ -80,7 +80,7 @@ def test_answers_that_end_early_are_told(desk):
         ({"data": "broken.jsonl"}, "broken.jsonl, line 1: not valid JSON"),
         ({"profile": "reckless"}, "Try: standard, conservative, aggressive, extreme"),
         ({"epochs": "many"}, "not a number"),
-        ({"max_length": "100000000"}, "not enough main memory"),
+        ({"max_length": "100000000"}, "longer than the model's context of"),
         ({"max_length": "1"}, "1: too short for a question and an answer"),
         ({"batch_size": "1000000"}, "not enough main memory"),
         ({"repo": "my model"}, "a repository is written USER/NAME"),
