@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import MeasuredRun, VariantSpec
+from pipeline.data import general_text
 from pipeline.errors import QuantizationError
 from pipeline.evaluation.model_result import LayerLoss
 from pipeline.quantization.statistics import check_collected
@@ -44,14 +45,16 @@ def report(config: MeasuredRun, output: Path, tell: Tell) -> dict:
     """
     import tempfile
 
-    from pipeline.models.sources import fetch
+    from pipeline.models.sources import digest_here, fetch
 
     quiet()
     (spec,) = config.quantize.variants
     check(spec)
     with tempfile.TemporaryDirectory() as scratch:
         folder, origin = fetch(config.model, Path(scratch), lambda d, t: tell(d, t, "fetching the model"))
-        made_of = origin.source if folder.is_relative_to(scratch) else None  # the same model, unpacked again
+        made_of = origin.revision
+        if folder.is_relative_to(scratch):  # the same model, unpacked again
+            made_of = digest_here(config.model.source)
         known, keep = read_json(output / RECORD, {}), functools.partial(write_json, output / RECORD)
         layers = sensitivity(config, spec, folder, known, keep, tell, made_of)
     found = {
@@ -118,8 +121,9 @@ def sensitivity(
     grids, _ = layer_grids(spec.model_copy(update={"keep": []}), linear)
     about = {
         "spec": {**spec.making(), "keep": []},
-        "evaluate": config.evaluate.model_dump(include={"general", "max_tokens"}),
-        "model": fingerprint(made_of or states(sorted(folder.glob("*.safetensors")))),
+        "text": fingerprint(general_text(config.evaluate.general)),
+        "max_tokens": config.evaluate.max_tokens,
+        "model": fingerprint(made_of or states([*sorted(folder.glob("*.safetensors")), folder / "config.json"])),
     }
     found = known["layers"] if known.get("about") == about else {}
     if missing := [name for name in linear if name not in found]:

@@ -28,6 +28,27 @@ def test_model_and_data_come_from_the_hub_with_their_revision_and_licence(hub, t
     assert not any(r.path.endswith("pickle.bin") for r in hub.requests)
 
 
+def test_stopped_training_goes_on_with_the_rows_that_it_began_with(hub, tmp_path, tiny_model):
+    def put(count: int) -> str:
+        """Commit so many rows, and return the commit."""
+        rows = "".join(json.dumps({"prompt": f"Say {n}.", "completion": f"It is {n}."}) + "\n" for n in range(count))
+        hub.put("ada/rows", {"rows.jsonl": rows.encode()}, repo_type="dataset")
+        return hub.commits("ada/rows", repo_type="dataset")[0]
+
+    first = put(24)
+    model, data = tiny_model("llama"), {"source": "ada/rows", "held_out": 0.25}
+    here, other = (write_place(tmp_path / name, model, hub, data=data, publish={"repo": None}) for name in "ab")
+    here.tunepress("train", "tiny.yaml", "--set", "train.lora.target_modules=[nothing]", check=2)  # after reading
+    second = put(30)
+    here.tunepress("train", "tiny.yaml")
+    other.tunepress("train", "tiny.yaml")
+    told = [(place.results()["data"]["rows"], place.results()["data"]["revision"]) for place in (here, other)]
+    assert told == [(24, first), (30, second)]
+    # Machines compare what names the checkpoints: the rows that were read, not only how they are asked for.
+    names = [[folder.name for folder in (place.run_folder / "checkpoints").iterdir()] for place in (here, other)]
+    assert len(names[0]) == len(names[1]) == 1 and names[0] != names[1]
+
+
 @pytest.mark.parametrize("section", ["model", "data"])
 def test_missing_hub_source_gives_one_line(hub, tmp_path, tiny_model, section):
     place = write_place(tmp_path / "work", tiny_model("llama"), hub)

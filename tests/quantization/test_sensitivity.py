@@ -87,6 +87,16 @@ def test_stopped_sensitivity_run_resumes(model, asked):
     sensitivity.sensitivity(config, spec, model, kept[-1], kept.append, stop)  # which has nothing left to measure
 
 
+def test_other_text_in_the_same_file_is_measured_again(model, asked, tmp_path):
+    config, kept, steps = asked(model), [{}], []
+    (spec,) = config.quantize.variants
+    for text in ("A sleepy cat lies down under the old oak tree. ", "Nobody knows how deep the lake is. "):
+        (tmp_path / "general.txt").write_text(text * 12)
+        steps.clear()
+        sensitivity.sensitivity(config, spec, model, kept[-1], kept.append, lambda done, *_: steps.append(done))
+    assert steps[0] == 0  # nothing that was measured on the first text counts
+
+
 def test_other_variant_is_measured_again(model, asked):
     kept, found = [{}], {}
     for variant in ("int4", "int8"):

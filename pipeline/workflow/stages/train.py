@@ -19,7 +19,7 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.config.catalog import DATA_FORMS
-from pipeline.config.schema import Config, TrainingRun
+from pipeline.config.schema import Config, Data, TrainingRun
 from pipeline.config.training_catalog import TRAINERS
 from pipeline.errors import DataError, UserError
 from pipeline.models.context import check_length, context_length
@@ -82,7 +82,7 @@ def run(config: TrainingRun, workspace: Workspace, events: Events, variants: tup
     group = process.join_group()
     with group.local_main_first():
         prepared = _prepare(config, workspace, events, process)
-        depends_on = fingerprint(depends(config, workspace, ()))
+        depends_on = fingerprint([depends(config, workspace, ()), prepared.content])
     if group.broadcast(depends_on) != depends_on:
         raise UserError(f"machine {process.machine}: its settings, data, model or libraries are not machine 0's")
     set_seed(config.train.seed)
@@ -134,12 +134,21 @@ def run(config: TrainingRun, workspace: Workspace, events: Events, variants: tup
 
 @dataclass(frozen=True)
 class _Prepared:
-    """The inputs of training: folder of the base model, its tokenizer, and the tokens of both splits."""
+    """The inputs of training.
+
+    Attributes:
+        base: folder of the base model.
+        tokenizer: its tokenizer.
+        encoded: the tokens of both splits.
+        description: the description of the data.
+        content: the fingerprint of the examples, and the commit or the digest of the base model.
+    """
 
     base: Path
     tokenizer: PreTrainedTokenizerBase
     encoded: dict
     description: dict
+    content: tuple[str, str]
 
 
 def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process: TrainingProcess) -> _Prepared:
@@ -158,8 +167,9 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
     skipped = workspace.data / "skipped.txt"
     with open(skipped if process.is_local_main else os.devnull, "w", encoding="utf-8") as log:
         on_skip = partial(print, sep=": ", file=log)
-        data = load_examples(config.data, config.train.loss_on, on_skip)
+        data = load_examples(pinned_data(config, workspace), config.train.loss_on, on_skip)
     if process.is_local_main:
+        workspace.note("train", data={"asked": _asked_of_hub(config.data), "revision": data.revision})
         if not data.skipped.total:
             skipped.unlink()
         write_examples(workspace.data / "held_out.jsonl", data.held_out)
@@ -204,7 +214,24 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
     events.show(report(description, samples(data, encoded, tokenizer)))
     watched = texts.first_examples(config, encoded["held-out"].examples, HELD_OUT_TOKENS)
     encoded["held-out"] = replace(encoded["held-out"], examples=watched)
-    return _Prepared(base, tokenizer, encoded, description)
+    origin = workspace.read_measurement("origin")
+    content = (data.fingerprint, origin["revision"] or origin["digest"])
+    return _Prepared(base, tokenizer, encoded, description, content)
+
+
+def pinned_data(config: TrainingRun, workspace: Workspace) -> Data:
+    """Return the settings of the data with the commit that this run has read before.
+
+    A branch on the Hub stays at its first commit, so that a stopped training goes on with the same rows.
+    """
+    known = workspace.progress("train", "data")
+    if known.get("revision") is None or known["asked"] != _asked_of_hub(config.data):
+        return config.data
+    return config.data.model_copy(update={"revision": known["revision"]})
+
+
+def _asked_of_hub(data: Data) -> dict:
+    return data.model_dump(include={"source", "subset", "revision", "split"})
 
 
 def _checkpoints(config: Config, workspace: Workspace, depends_on: str, process: TrainingProcess) -> Path:
