@@ -105,6 +105,7 @@ def _in_transformers(
     from pipeline.inference.kernels.products import product_dtype
     from pipeline.inference.load import load, load_dequantized
     from pipeline.inference.offload import is_offloaded
+    from pipeline.models.vocabulary_size import check_tokens
     from pipeline.system import hardware
 
     device: str = config.evaluate.device
@@ -117,6 +118,9 @@ def _in_transformers(
     if reference is None:
         run_texts = texts.plan_tokens(config, run_texts, model, tokenizer)
     sequences = texts.all_texts(config, run_texts, tokenizer, context_length(model.config.to_dict()))
+    questions = [generation.question(tokenizer, prompt)["input_ids"][0].tolist() for prompt in config.evaluate.prompts]
+    read = [*(sequence.input_ids for part in sequences.values() for sequence in part), *questions]
+    check_tokens(reference or folder, tokenizer, read)
     head_name = output_head.head_name(model) if reference is None else ""
     head, softcap = output_head.head_matrix(model).to("cpu"), output_head.softcap(model.config)
     scored = {text: metrics.score(model, part, tell(f"{text} text")) for text, part in sequences.items()}

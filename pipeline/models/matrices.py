@@ -124,6 +124,8 @@ def skeleton(model: Path | Mapping) -> Any:
         raise
     except Exception as error:  # a configuration from anywhere makes it raise anything
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        if reason.lower().startswith("padding_idx"):
+            reason = "its pad_token_id lies beyond the rows of its embedding. Try: remove that from config.json"
         raise ModelError(f"{_named(model)}: transformers cannot build this model: {reason}") from None
 
 

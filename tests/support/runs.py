@@ -164,7 +164,7 @@ def write_place(folder: Path, model: Path, hub: LoopbackHub | None = None, **cha
         "track": {"project": "tests"},
     }  # fmt: skip
     for section, keys in changes.items():
-        tree[section] = {**tree.get(section, {}), **keys}
+        tree[section] = None if keys is None else {**tree.get(section, {}), **keys}
     place = Place(folder, hub)
     place.config.write_text(yaml.safe_dump(tree))
     return place

@@ -161,6 +161,7 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
     from pipeline.data.describe import describe, report, samples
     from pipeline.data.encode import encode_examples
     from pipeline.evaluation import eligible_prompts, generation, texts
+    from pipeline.models.vocabulary_size import check_tokens, pad_within_embedding
 
     events.progress(0, 1, "reading the data")  # first, since a bad row should not wait for a long download
     workspace.data.mkdir(exist_ok=True)
@@ -191,6 +192,7 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
     context = context_length(open_config(base).to_dict())
     check_length(config.train.max_length, context)
     tokenizer = open_tokenizer(base)
+    pad_within_embedding(tokenizer, base)
     if data.form != "text":  # running text is learned as it is
         supply_template(tokenizer)
     encoded = {
@@ -208,8 +210,10 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
         raise UserError(f"train.max_length {longest}: leaves no answer in any example; make it larger")
     eligible_prompts.check_tokens(config, compared, tokenizer)
     texts.first_examples(config, encoded["held-out"].examples)
-    texts.general(config, tokenizer, context)
+    general = texts.general(config, tokenizer, context)
     generation.check_prompts(config.evaluate.prompts, tokenizer, context)
+    read = (*encoded["training"].examples, *encoded["held-out"].examples, *general)
+    check_tokens(base, tokenizer, (sequence.input_ids for sequence in read))
     description = describe(data, encoded, tokenizer)
     events.show(report(description, samples(data, encoded, tokenizer)))
     watched = texts.first_examples(config, encoded["held-out"].examples, HELD_OUT_TOKENS)
