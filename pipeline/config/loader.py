@@ -124,17 +124,20 @@ def _apply(tree: dict, setting: str) -> None:
 
 
 def explain(error: ValidationError, known: type[BaseModel] = Config) -> str:
-    """Return the first problem in one line; unknown keys come first, because they cause others (`nmae`, `name`).
+    """Return the first problem in one line. A misspelled key comes first, because it causes others (`nmae`, `name`).
 
     Args:
         error: the error of pydantic.
         known: the type that was read, for suggestions of keys.
     """
     problems = error.errors(include_url=False)
-    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
+    meant = {n: _meant(p["loc"], known) for n, p in enumerate(problems) if p["type"] == "extra_forbidden"}
+    place = next((n for n, key in meant.items() if key), 0)
+    first = problems[place]
     key = ".".join(str(part) for part in first["loc"] if part not in ("str", "list[str]"))
-    if first["type"] == "extra_forbidden":
-        message = f"{key}: unknown key; {_instead_of(first['loc'], known)}"
+    if place in meant:
+        beside = ", ".join(_keys_beside(first["loc"], known))
+        message = f"{key}: unknown key; {meant[place] or f'known here are {beside}'}"
     elif first["type"] == "missing":
         hint = "; null makes a run without training" if key == "data" else ""
         message = f"{key}: missing, and it has no default{hint}"
@@ -164,8 +167,12 @@ def cut(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _instead_of(location: tuple, whole: type[BaseModel]) -> str:
-    """Return the key that somebody may have meant: a name of another tool, a key elsewhere, or a similar spelling."""
+def _meant(location: tuple, whole: type[BaseModel]) -> str:
+    """Return the key that an unknown one stands for: by another tool's name, in another section, or misspelled.
+
+    Returns:
+        Words for an error; empty if there is no such key.
+    """
     name = str(location[-1]).strip().lower().replace("-", "_")
     keys = dict(fields(whole))
     places = OUR_KEYS.get(name) if whole is Config else None
@@ -174,7 +181,10 @@ def _instead_of(location: tuple, whole: type[BaseModel]) -> str:
         return "here it is called " + " or ".join(f"{key} ({keys[key].description})" for key in places)
     if whole is Config and name in NO_KEY:
         return NO_KEY[name]
-    prefix = "".join(f"{part}." for part in location[:-1] if not isinstance(part, int))
-    beside = [key.removeprefix(prefix) for key in keys if key.rpartition(".")[0] == prefix.rstrip(".")]
-    close = difflib.get_close_matches(str(location[-1]), beside, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known here are {', '.join(beside)}"
+    close = difflib.get_close_matches(str(location[-1]), _keys_beside(location, whole), n=1)
+    return f"did you mean {close[0]!r}?" if close else ""
+
+
+def _keys_beside(location: tuple, whole: type[BaseModel]) -> list[str]:
+    section = ".".join(part for part in location[:-1] if not isinstance(part, int))
+    return [name for key, _ in fields(whole) for place, _, name in [key.rpartition(".")] if place == section]

@@ -5,7 +5,8 @@ the spool to the tracker (`pipeline.tracking.forwarder`). A record is one line o
 
     {"time": ..., "run": ..., "event": "merge_completed", "stage": "merge", ...}
 
-or training metrics, `{"time": ..., "run": ..., "metrics": {...}, "step": ...}`.
+or metrics, `{"time": ..., "run": ..., "metrics": {...}, "step": ...}`. At the end of a run such a record also has the
+figures of all models side by side: `"models": [{"model": "int8", ...}, ...]`.
 """
 
 from __future__ import annotations
@@ -73,6 +74,18 @@ class Events:
     def metrics(self, values: dict[str, float], step: int) -> None:
         """Append figures to plot, such as the training loss at an optimizer step."""
         self._append({"metrics": values, "step": step})
+
+    def models(self, rows: list[dict], figures: dict[str, float]) -> None:
+        """Append the figures of all models at the last step, unless the spool has the same rows already.
+
+        Args:
+            rows: the figures of one model each, for a table and a picture.
+            figures: the figures to plot.
+        """
+        records = read_events(self.path)[0]
+        if rows != next((record["models"] for record in reversed(records) if "models" in record), []):
+            step = next((record["step"] for record in reversed(records) if "metrics" in record), 0)
+            self._append({"metrics": figures, "step": step, "models": rows})
 
     def progress(self, done: int, total: int, what: str = "") -> None:
         """Show that `done` of `total` is done, and what is being done."""

@@ -6,7 +6,9 @@ import contextlib
 import time
 
 from pipeline.config.schema import Config
-from pipeline.errors import Interrupted, StageFailed, UserError
+from pipeline.errors import Interrupted, StageFailed, UserError, WorkspaceError
+from pipeline.evaluation.overview import headline, side_by_side
+from pipeline.evaluation.results import Results
 from pipeline.system.command_names import command
 from pipeline.system.files import fingerprint
 from pipeline.tracking.events import Events
@@ -57,6 +59,10 @@ class Runner:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if any(key == "evaluate" or key.startswith("quantize/") for key in self._done):
+            with contextlib.suppress(WorkspaceError):  # damaged results; whatever needs them says so
+                rows = side_by_side(Results.read(self._workspace.results_path))
+                self._events.models(rows, headline(rows))
         self._forwarder.close()
         self._reporter.end(self._forwarder.problem)
 

@@ -182,8 +182,10 @@ def test_trackio_holds_every_event_once_and_the_training_curve_in_the_same_run(p
     )
     rows = json.loads(published.python(code))
     assert {run for run, _ in rows} == {"tiny"}
-    merged = {key for _, metrics in rows for key in metrics}
-    assert {"train/loss", "eval/loss", "quantization/int8/completed", "quantization/int4/ratio"} <= merged
+    merged = {key: value for _, metrics in rows for key, value in metrics.items()}
+    assert {"loss", "held_out_loss", "train/loss", "eval/loss", "quantization/int8/completed"} <= merged.keys()
+    assert merged["quantization/int4/completed"]["ratio"] < 1
+    assert [row["model"] for row in merged["models"]["_value"]] == ["base model", "merged model", "int8", "int4"]
 
 
 @pytest.mark.parametrize("subfolder", ["", "int8"])

@@ -123,7 +123,7 @@ def test_failure_is_an_alert_at_level_error_and_a_stop_by_the_user_a_warning(run
     run.send()
     alerts = [r for r in server.rows() if "text" in r]
     assert {alert["title"] for alert in alerts} == {"training_failed"}
-    told = {json.loads(alert["text"])["message"]: alert["level"] for alert in alerts}
+    told = {json.loads(alert["text"].partition("\n")[2])["message"]: alert["level"] for alert in alerts}
     assert told == {"no luck": "error", "stopped by the user": "warn", "killed by the system": "error"}
 
 

@@ -54,6 +54,7 @@ def run(tmp_path) -> Run:
     run = Run(tmp_path / "run", configuration(space=BOARD))
     run.train(1, 10)
     run.finish()
+    run.compare()
     return run
 
 
@@ -68,6 +69,7 @@ def test_run_is_stored_once_with_the_hub_token_of_the_writer(run, space, hub):
     assert run.send() is None
     assert any(r.path.endswith("/auth-check/write") and r.status == 200 for r in hub.requests)
     assert_once_each(kept_by(space), run.records())
+    assert len(list(space.folder.rglob("*.png"))) == 1
 
 
 def test_member_of_the_organization_may_write(run, space, hub):

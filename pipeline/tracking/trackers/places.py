@@ -8,14 +8,40 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pipeline.errors import TrackError, redact
 from pipeline.hub.auth import could_be_token
+from pipeline.system.files import write_bytes
 
 API_VERSION = 1
 CONNECT_SECONDS, ANSWER_SECONDS = 4.0, 15.0
 TOKEN_VARIABLE = "TRACKIO_WRITE_TOKEN"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that a log names.
+
+    Attributes:
+        name: its file name, the same whenever it is sent.
+        png: its content.
+    """
+
+    project: str
+    run: str
+    step: int
+    name: str
+    png: bytes
+
+    def logged(self, caption: str) -> dict:
+        """Return the value that stands for the picture in a log, as Trackio writes it."""
+        from trackio.media.image import TrackioImage
+        from trackio.utils import canonical_project_name
+
+        path = f"{canonical_project_name(self.project)}/{self.run}/{self.step}/{self.name}"
+        return {"_type": TrackioImage.TYPE, "file_path": path, "caption": caption}
 
 
 class Place(Protocol):
@@ -24,8 +50,8 @@ class Place(Protocol):
     def open(self) -> None:
         """Connect to the place."""
 
-    def store(self, logs: list[dict], alerts: list[dict]) -> None:
-        """Store entries of one run."""
+    def store(self, logs: list[dict], alerts: list[dict], pictures: list[Picture]) -> None:
+        """Store entries of one run, and first the pictures that they name."""
 
     def count(self, project: str, run_id: str) -> tuple[int, int] | None:
         """Return how many logs and alerts of a run are stored; None if that is unknown."""
@@ -37,16 +63,20 @@ class Local:
     def open(self) -> None:
         """Import Trackio, and choose between database and files as Trackio does."""
         from trackio import fragments, utils
+        from trackio.media.utils import get_project_media_path
         from trackio.sqlite_storage import SQLiteStorage
 
         mode = os.environ.get("TRACKIO_STORAGE_MODE", "auto").strip().lower()
         in_files = mode == "jsonl" or (mode != "sqlite" and utils.is_network_filesystem(utils.TRACKIO_DIR))
         self._folder, self._storage, self._fragments = utils.TRACKIO_DIR, SQLiteStorage, fragments
+        self._media_folder = get_project_media_path
         self._files = fragments.FragmentWriter() if in_files else None
 
-    def store(self, logs: list[dict], alerts: list[dict]) -> None:
-        """Store entries of one run."""
+    def store(self, logs: list[dict], alerts: list[dict], pictures: list[Picture]) -> None:
+        """Store entries of one run, and first the pictures that they name."""
         try:
+            for picture in pictures:
+                write_bytes(self._media_folder(picture.project, picture.run, picture.step) / picture.name, picture.png)
             if self._files:
                 records = [self._fragments.metric_record(log) for log in logs]
                 self._files.write_local(records + [self._fragments.alert_record(alert) for alert in alerts])
@@ -106,8 +136,10 @@ class Server:
         if version != API_VERSION:
             raise TrackError(f"{self._label}: has version {version} of Trackio's interface, not {API_VERSION}")
 
-    def store(self, logs: list[dict], alerts: list[dict]) -> None:
-        """Store entries of one run."""
+    def store(self, logs: list[dict], alerts: list[dict], pictures: list[Picture]) -> None:
+        """Store entries of one run, and first the pictures that they name."""
+        for picture in pictures:
+            self._upload(picture)
         self._call("bulk_log", logs=logs, hf_token=None)
         if alerts:
             self._call("bulk_alert", alerts=alerts, hf_token=None)
@@ -117,14 +149,26 @@ class Server:
         summary = self._call("get_run_summary", project=project, run_id=run_id)
         return summary["num_logs"], len(self._call("get_alerts", project=project, run_id=run_id))
 
-    def _call(self, name: str, **arguments: object) -> Any:
-        return self._request("POST", f"api/{name}", {"args": [], "kwargs": arguments}).get("data")
+    def _upload(self, picture: Picture) -> None:
+        """Store a picture; sent again, it takes the place of the same picture."""
+        (staged,) = self._request("POST", "api/upload", files={"files": (picture.name, picture.png)})["paths"]
+        upload = {
+            "project": picture.project,
+            "run": picture.run,
+            "step": picture.step,
+            "relative_path": None,
+            "uploaded_file": {"path": staged, "orig_name": picture.name},
+        }
+        self._call("bulk_upload_media", uploads=[upload], hf_token=None)
 
-    def _request(self, method: str, path: str, body: dict | None = None) -> dict:
+    def _call(self, name: str, **arguments: object) -> Any:
+        return self._request("POST", f"api/{name}", json={"args": [], "kwargs": arguments}).get("data")
+
+    def _request(self, method: str, path: str, **body: Any) -> dict:
         import httpx
 
         try:
-            answer = self._client.request(method, f"{self._address}/{path}", json=body)
+            answer = self._client.request(method, f"{self._address}/{path}", **body)
         except httpx.HTTPError as error:
             raise TrackError(f"{self._label}: no answer ({str(error) or type(error).__name__})") from None
         if answer.is_redirect:

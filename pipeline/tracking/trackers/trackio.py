@@ -1,7 +1,10 @@
-"""Trackio: events as metrics to plot and as alerts to read, in one run with the curves of training.
+"""Trackio: the curves of training, the models side by side, and events as alerts, all in one run.
 
-`quantization_completed` for a variant NAME becomes the metric `quantization/NAME/completed = 1`
-with its numbers, and an alert. The alert's title is the name of the event, its text the record as compact JSON.
+A run's page opens on the losses, because Trackio shows names without a prefix first. Trackio draws a bar for each
+number that a run has once, so numbers of events and totals stay together under one name, which it keeps and does not
+draw: `quantization/NAME/completed` holds those of `quantization_completed` for a variant NAME. The figures of all
+models are one table and one picture. An event is also an alert: its title is the name of the event, and its text says
+the run, the variant and the outcome, and in the next line the record as compact JSON.
 
 Trackio's own client queues in memory, forgets alerts that a server misses, and gives every
 call a new random id. Here the ids follow from the spool. Trackio stores one row for each id,
@@ -23,16 +26,31 @@ import os
 import shutil
 import sys
 from datetime import UTC, datetime
+from typing import Any
 
 from pipeline.config.schema import Config
 from pipeline.config.track import TrackioSettings
+from pipeline.evaluation.model_result import TEXTS
+from pipeline.evaluation.overview import NAMES, draw_side_by_side
 from pipeline.hub.retry import HubAway
 from pipeline.tracking.events import alert_level
 from pipeline.tracking.forwarder import Item
-from pipeline.tracking.trackers.places import TOKEN_VARIABLE, Local, Place, Server, check_write_token
+from pipeline.tracking.trackers.places import TOKEN_VARIABLE, Local, Picture, Place, Server, check_write_token
 from pipeline.tracking.trackers.spaces import Space, find
 
 LABEL = "Trackio"
+TABLE, PICTURE = "models", "models/perplexity_against_size"  # their names in a run
+_LOSSES = {"train/loss": "loss", "eval/loss": "held_out_loss"}
+_TOTALS = ("/runtime", "_per_second", "/total_flos", "/mean_loss")  # numbers of training that a run has once
+_FIGURES = {"perplexity": "perplexity", "rise": "rise of perplexity", "kl": "KL divergence", "agreement": "same token"}
+_COLUMNS = {
+    "model": "model",
+    "size_bytes": "weights, MB",
+    **{f"{text}_{key}": f"{name}, {on} text" for text, on in TEXTS.items() for key, name in _FIGURES.items()},
+    "tokens_per_second": "tokens per second",
+    "peak_memory_bytes": "peak memory, MB",
+    "passed": "within its limits",
+}
 
 
 def check(track: TrackioSettings) -> None:
@@ -90,21 +108,26 @@ class TrackioTracker:
 
     def send(self, items: list[Item]) -> None:
         """Store each of these records once."""
-        logs = [self._log(item) for item in items]
+        pictures: list[Picture] = []
+        logs = [self._log(item, pictures) for item in items]
         logs[0]["config"] = self._config
-        self._place.store(logs, [self._alert(item) for item in items if item.is_event])
+        self._place.store(logs, [self._alert(item) for item in items if item.is_event], pictures)
 
     def stored(self) -> tuple[int, int] | None:
         """Return how many records of this run are stored, and how many of them are events; None if unknown."""
         return self._place.count(self._project, self._run_id)
 
-    def _log(self, item: Item) -> dict:
+    def _log(self, item: Item, pictures: list[Picture]) -> dict:
+        """Return a record as a log, and add its picture to `pictures`."""
         metrics = as_metrics(item.record)
+        if png := draw_side_by_side(item.record.get("models", ())):
+            picture = Picture(self._project, self._about["run"], item.step, f"{item.id}.png", png)
+            metrics[PICTURE] = picture.logged(f"{self._about['run']}: perplexity against size")
+            pictures.append(picture)
         return self._entry(item) | {"metrics": metrics, "log_id": item.id}
 
     def _alert(self, item: Item) -> dict:
-        title = item.record["event"]
-        text = json.dumps(item.record, separators=(",", ":"))
+        title, text = item.record["event"], as_text(item.record)
         about = {"title": title, "text": text, "level": alert_level(item.record), "alert_id": item.id}
         return self._entry(item) | about
 
@@ -112,19 +135,49 @@ class TrackioTracker:
         return self._about | {"step": item.step, "timestamp": _moment(item.record["time"])}
 
 
-def as_metrics(record: dict) -> dict[str, float | str]:
-    """Return a record's numbers: of training under their own names, of an event under `stage[/variant]/`.
+def as_metrics(record: dict) -> dict[str, Any]:
+    """Return what a record adds to a run: figures to plot, a table, and what is only kept.
 
     NaN and infinity are strings, as in Trackio.
     """
-    if "metrics" in record:
-        return {key: _plain_number(value) for key, value in record["metrics"].items()}
-    prefix = "/".join(filter(None, (record["stage"], record.get("variant"))))
-    metrics: dict[str, float | str] = {f"{prefix}/{record['event'].rpartition('_')[2]}": 1}
-    for key, value in record.items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and key != "time":
-            metrics[f"{prefix}/{key}"] = _plain_number(value)
-    return metrics
+    if "metrics" not in record:
+        prefix = "/".join(filter(None, (record["stage"], record.get("variant"))))
+        kept = {key: _plain(value) for key, value in record.items() if key not in ("time", "run", "event")}
+        return {f"{prefix}/{record['event'].rpartition('_')[2]}": kept}
+    figures = {key: _plain(value) for key, value in record["metrics"].items()}
+    totals = {key: figures.pop(key) for key in list(figures) if key.endswith(_TOTALS)}
+    losses = {name: figures[key] for key, name in _LOSSES.items() if key in figures}
+    tables = {TABLE: _table(record["models"])} if "models" in record else {}
+    return losses | figures | ({"totals": totals} if totals else {}) | tables
+
+
+def as_text(record: dict) -> str:
+    """Return the text of an event's alert: a sentence for people, and a line of JSON for programs."""
+    outcome = {
+        "started": "started",
+        "completed": f"finished after {record.get('seconds', 0):,.1f} seconds",
+        "pushed": f"sent to {record.get('url') or record.get('repo')}",
+        "failed": f"{record.get('error')}: {record.get('message')}",
+    }[record["event"].rpartition("_")[2]]
+    subject = ", ".join([f"run {record['run']}", *([f"variant {record['variant']}"] if "variant" in record else [])])
+    return f"{subject}: {record['stage']} {outcome}\n{json.dumps(record, separators=(',', ':'))}"
+
+
+def _table(rows: list[dict]) -> dict:
+    """Return the figures of all models as a table of Trackio: a row for each model, a column for each figure."""
+    from trackio import Table
+
+    known = [key for key in _COLUMNS if any(key in row for row in rows)]
+    cells = [[_cell(key, row.get(key)) for key in known] for row in rows]
+    return {"_type": Table.TYPE, "_value": Table(columns=[_COLUMNS[key] for key in known], data=cells).data}
+
+
+def _cell(key: str, value: Any) -> Any:
+    if key == "model":
+        return NAMES.get(value, value)
+    if key == "passed":
+        return {True: "yes", False: "no"}.get(value)
+    return None if value is None else float(f"{value / 1e6 if key.endswith('_bytes') else value:.5g}")
 
 
 def dashboard(config: Config) -> str:
@@ -148,8 +201,8 @@ def _settings(config: Config) -> dict:
     return {key: value for key, value in settings.items() if value}
 
 
-def _plain_number(value: float) -> float | str:
-    if math.isfinite(value):
+def _plain(value: Any) -> Any:
+    if not isinstance(value, float) or math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
