@@ -9,72 +9,29 @@ Where they are is found out from the template itself, in one of two ways:
   earlier turns, add a thinking block, or trim the content are marked right that way.
 
 The end-of-turn token after an answer belongs to it, since a model that never sees it
-never stops; the white space after that token does not.
+never stops; the white space after that token does not. So do the reasoning before it, and its calls of tools.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from datetime import datetime
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
-from pipeline.data.rows import shorten
+from pipeline.data.example import Example, is_learned
+from pipeline.data.messages import Message
+from pipeline.data.rows import BadRow, shorten
+from pipeline.data.template_style import PROBE, Style, find_style, is_plain, on_one_day
+from pipeline.data.tools import Tool
 from pipeline.errors import DataError
 
-_PROBE = "tunepressprobe"
-_DAY = datetime(2026, 1, 1)
-
-# Turns as they stand in plain text, so that a model that knows no turns needs no new tokens for them. The answer
-# begins on a line of its own and is ended by the tokenizer's own end of text, which every model can stop by.
-_SUPPLIED = (
-    "BEGINNING{% for message in messages %}{% if not loop.first %}{{ '\n\n' }}{% endif %}"
-    "{{ '### ' + message['role'] | capitalize + ':\n' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\n\n### Assistant:\n' }}{% endif %}"
-)
-
-Message = dict[str, str]
 Span = tuple[int, int]  # [from, to) in characters of the rendered conversation
 
 
-def supply_template(tokenizer: Any) -> bool:
-    """Give a tokenizer a chat template if it has none: turns marked in plain text, without new tokens.
-
-    The template depends on nothing but the tokenizer, so that every stage of a run supplies the same one; it goes
-    where the tokenizer is saved.
-
-    Returns:
-        Whether it did.
-
-    Raises:
-        DataError: if the tokenizer has no end-of-text token, by which an answer could end.
-    """
-    if tokenizer.chat_template:
-        return False
-    if tokenizer.eos_token is None:
-        name = tokenizer.name_or_path or "the tokenizer"
-        raise DataError(
-            f"{name}: neither a chat template nor an end-of-text token, so a model could not learn to stop; "
-            "choose another model, or data of plain text"
-        )
-    tokenizer.chat_template = _template_for(tokenizer)
-    return True
-
-
-def is_supplied(tokenizer: Any) -> bool:
-    """Return True if a tokenizer's chat template is the one of `supply_template`."""
-    return bool(tokenizer.eos_token) and tokenizer.chat_template == _template_for(tokenizer)
-
-
-def beginning(tokenizer: Any) -> list[int]:
-    """Return the beginning-of-text token in a list if this tokenizer puts it before text, else an empty list."""
-    first = tokenizer("a")["input_ids"][:1]
-    return first if first and first == [tokenizer.bos_token_id] else []
-
-
-def _template_for(tokenizer: Any) -> str:
-    return _SUPPLIED.replace("BEGINNING", "{{ bos_token }}" if beginning(tokenizer) else "")
+class TemplateRefusal(DataError):
+    """A conversation that a chat template refuses, or does not write whole."""
 
 
 class ChatTemplate:
@@ -98,26 +55,67 @@ class ChatTemplate:
             raise DataError(f"{self.name}: not a fast tokenizer; choose a model that has a tokenizer.json")
         self._template = on_one_day(tokenizer.get_chat_template())
         self._says_itself = bool(re.search(r"\{%-?\s*generation\s*-?%\}", self._template))
-        self._prompts, self.ends_turns = self._try_out()
+        self._prompts, self._end = self._try_out()
+        self.ends_turns = self._end != ""
 
-    def render(self, conversation: list[Message], **options: Any) -> Any:
+    def render(self, conversation: Sequence[Message], tools: Sequence[Tool] = (), **options: Any) -> Any:
         """Return the conversation as text; `options` go to transformers' `apply_chat_template`.
 
         Raises:
-            DataError: if the template refuses the conversation.
+            TemplateRefusal: if the template refuses the conversation.
+        """
+        if not is_plain(conversation, tools):
+            conversation = [self._style.shape(message) for message in conversation]
+        return self._render(conversation, tools, **options)
+
+    def render_example(self, example: Example) -> str:
+        """Return a conversation up to its last learned answer as text.
+
+        Raises:
+            TemplateRefusal: if the template refuses the conversation, or leaves out a part of it.
+        """
+        conversation = example.messages[: example.last_answer + 1]
+        if not is_plain(conversation, example.tools) and (part := self._style.missing(conversation, example.tools)):
+            raise TemplateRefusal(
+                f"{self.name}: its chat template does not write {part}, which the conversation has that begins "
+                f"{shorten(conversation[0]['content'])!r}; change the conversation, or choose another model"
+            )
+        return self.render(conversation, example.tools)
+
+    def check(self, example: Example) -> None:
+        """Raise an error if the template refuses an example.
+
+        Raises:
+            BadRow: with the reason.
         """
         try:
-            options = {"chat_template": self._template, "tokenize": False, **options}
-            return self.tokenizer.apply_chat_template(conversation, **options)
-        except Exception as error:  # a template is a program from anywhere, and divides by nothing if it likes
-            raise DataError(
-                f"{self.name}: its chat template refuses the conversation that begins "
-                f"{shorten(conversation[0]['content'])!r}: {shorten(str(error), 120)}; "
-                "change the conversation, or choose another model"
-            ) from None
+            if example.text is None:
+                self.render_example(example)
+        except TemplateRefusal as refusal:
+            raise BadRow(str(refusal)) from None
 
-    def answers(self, conversation: list[Message], text: str) -> list[Span]:
-        """Return the places of the answers, each with its end of turn.
+    def learned_spans(self, example: Example, text: str, loss_on: str) -> list[Span]:
+        """Return the places that the loss is taken on.
+
+        Args:
+            text: the example, rendered.
+            loss_on: "assistant" or "auto" (every answer), "completion" (the last one), or "all" (everything).
+
+        Raises:
+            DataError: if the template does not let answers be told from the rest.
+        """
+        conversation = example.messages[: example.last_answer + 1]
+        if loss_on != "all":
+            answers = self.answers(conversation, text, example.tools)
+            return answers[-1:] if loss_on == "completion" else answers
+        if all("weight" not in message for message in conversation):
+            return [(0, len(text))]
+        left_out = [span for span, is_kept in self._answers(conversation, text, example.tools) if not is_kept]
+        borders = [0, *(border for span in left_out for border in span), len(text)]
+        return list(zip(borders[::2], borders[1::2], strict=True))
+
+    def answers(self, conversation: Sequence[Message], text: str, tools: Sequence[Tool] = ()) -> list[Span]:
+        """Return the places of the learned answers, each with its end of turn.
 
         Args:
             conversation: messages, the last of them an answer.
@@ -126,34 +124,45 @@ class ChatTemplate:
         Raises:
             DataError: if the template does not let answers be told from the rest.
         """
-        spans = self._marked(conversation) if self._says_itself else self._probed(conversation, text)
+        spans = [span for span, is_kept in self._answers(conversation, text, tools) if is_kept]
         if not spans:
             raise self._unmarkable()
-        last = text[spans[-1][1] :].rstrip()
+        return spans
+
+    def _answers(self, conversation: Sequence[Message], text: str, tools: Sequence[Tool]) -> list[tuple[Span, bool]]:
+        """Return the places of all answers, and whether they are learned."""
+        find = self._marked if self._says_itself else self._probed
+        found = find(conversation, text, tools)
+        if not found:
+            raise self._unmarkable()
+        last = text[found[-1][0][1] :].rstrip()
         # Behind the last answer there may be an end of text too, behind the others only the end of turn.
-        ends_of_turn = (last, "".join(re.findall(r"^\s*\S+", last)))
+        ends_of_turn = [last, "".join(re.findall(r"^\s*\S+", last))]
+        if any("tool_calls" in message for message in conversation):  # a call may end in another way
+            ends_of_turn.append(self._end)
         complete = []
-        for start, end in spans:
-            end += next((len(e) for e in ends_of_turn if text.startswith(e, end)), 0)
-            complete.append((start, start + len(text[start:end].rstrip())))
+        for (start, end), is_kept in found:
+            end += next((len(e) for e in ends_of_turn if e and text.startswith(e, end)), 0)
+            complete.append(((start, start + len(text[start:end].rstrip())), is_kept))
         return complete
 
     def end_of_turn(self) -> int | None:
         """Return the token that ends an answer, which training teaches; None if plain text ends it."""
         if not self.ends_turns:
             return self.tokenizer.eos_token_id
-        question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}
+        question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}
         try:
             text = self.render([question, answer])
         except DataError:  # a template that wants something else first
             return None
-        behind = self.tokenizer(text.rpartition(_PROBE)[2].lstrip(), add_special_tokens=False)["input_ids"]
+        behind = self.tokenizer(text.rpartition(PROBE)[2].lstrip(), add_special_tokens=False)["input_ids"]
         return behind[0] if behind and behind[0] in self.tokenizer.added_tokens_decoder else None
 
-    def _marked(self, conversation: list[Message]) -> list[Span]:
+    def _marked(self, conversation: Sequence[Message], text: str, tools: Sequence[Tool]) -> list[tuple[Span, bool]]:
         """Return the runs of tokens that the template's own `{% generation %}` marks."""
         output = self.render(
             conversation,
+            tools,
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
@@ -165,60 +174,118 @@ class ChatTemplate:
             if marked:
                 spans.append((spans.pop()[0], end) if inside else (start, end))
             inside = bool(marked)
-        return spans
+        kept = [is_learned(message) for message in conversation if message["role"] == "assistant"]
+        if all(kept):
+            return [(span, True) for span in spans]
+        if len(kept) != len(spans):  # it cannot be told which run is which answer
+            raise self._unmarkable()
+        return list(zip(spans, kept, strict=True))
 
-    def _probed(self, conversation: list[Message], text: str) -> list[Span]:
+    def _probed(self, conversation: Sequence[Message], text: str, tools: Sequence[Tool]) -> list[tuple[Span, bool]]:
         """Return the place of every answer that the template shows."""
-        probe = _PROBE
+        probe = PROBE
         while probe in text:
             probe += "x"
-        spans = []
+        found = []
         for i, message in enumerate(conversation):
             if message["role"] != "assistant":
                 continue
-            probed = self.render([*conversation[:i], {**message, "content": probe}, *conversation[i + 1 :]])
-            if probe not in probed:
+            around = self._around(conversation, i, tools, probe)
+            if around is None and "tool_calls" not in message:
                 continue  # a turn that this template leaves out
-            before, _, after = probed.partition(probe)
-            start, end = self._start(conversation[:i], before, text), len(text) - len(after)
-            if start is None or start > end or not text.endswith(after) or probe in after:
+            before, after = around or (None, None)
+            end = self._end_of_calls(conversation[: i + 1], text, tools) if "tool_calls" in message else None
+            if end is None and after is not None and text.endswith(after):
+                end = min(len(text) - len(after), self._next_result(conversation, i, text, tools, probe))
+            start = self._start(conversation[:i], before, text, tools)
+            if start is None or end is None or start > end:
                 raise self._unmarkable()
-            spans.append((start, end))
-        return spans
+            found.append(((start, end), is_learned(message)))
+        return found
 
-    def _start(self, earlier: list[Message], before: str, text: str) -> int | None:
+    def _around(
+        self, conversation: Sequence[Message], i: int, tools: Sequence[Tool], probe: str
+    ) -> tuple[str, str] | None:
+        """Return the text before and behind answer `i`, found with a probe in its place; None if it is not shown.
+
+        Instead of a call of a tool there is a plain answer, since a template may write no text beside a call.
+        """
+        thought = probe[::-1]
+        plain = {"role": "assistant", "content": probe}
+        plain |= {"reasoning_content": thought} if "reasoning_content" in conversation[i] else {}
+        try:
+            probed = self.render([*conversation[:i], plain, *conversation[i + 1 :]], tools)
+        except TemplateRefusal:
+            if "tool_calls" in conversation[i]:  # what a tool answers must follow a call
+                return None
+            raise
+        if probe not in probed:
+            return None
+        before, _, after = probed.partition(probe)
+        if probe in after:
+            raise self._unmarkable()
+        return before.partition(thought)[0], after
+
+    def _end_of_calls(self, conversation: Sequence[Message], text: str, tools: Sequence[Tool]) -> int | None:
+        """Return the end of a turn with calls of tools: there the text of what came so far ends."""
+        so_far = self.render(conversation, tools).rstrip()
+        return len(so_far) if text.startswith(so_far) else None
+
+    def _next_result(
+        self, conversation: Sequence[Message], i: int, text: str, tools: Sequence[Tool], probe: str
+    ) -> int:
+        """Return the place in `text` of what a tool answered to message `i`; the end of the text if no tool did."""
+        if "tool_calls" not in conversation[i] or i + 1 == len(conversation) or conversation[i + 1]["role"] != "tool":
+            return len(text)
+        answered = {**conversation[i + 1], "content": probe}
+        before, found, _ = self.render([*conversation[: i + 1], answered, *conversation[i + 2 :]], tools).partition(
+            probe
+        )
+        return len(before) if found else len(text)
+
+    def _start(self, earlier: Sequence[Message], before: str | None, text: str, tools: Sequence[Tool]) -> int | None:
         """Return where in `text` the answer after `earlier` begins; the probe had `before` in front of it."""
         if self._prompts and earlier:
             try:
-                prompt, bare = self.render(earlier, add_generation_prompt=True), self.render(earlier)
+                prompt = self.render(earlier, tools, add_generation_prompt=True)
+                bare = self.render(earlier, tools)
             except DataError:  # some templates want every conversation complete
                 prompt = bare = before
-            if text.startswith(prompt):
+            if prompt is not None and text.startswith(prompt):
                 return len(prompt)
-            if text.startswith(bare):  # thinking in the answer stands where the prompt has an empty one
+            if before is not None and text.startswith(bare):
+                # Thinking in the answer stands where the prompt has an empty one.
                 return len(os.path.commonprefix([before, text]))
-        return len(before) if text.startswith(before) else None
+        return len(before) if before is not None and text.startswith(before) else None
 
-    def _try_out(self) -> tuple[bool, bool]:
-        """Return whether there is a generation prompt, and whether answers have an end; some templates have neither."""
-        question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}
+    def _render(self, conversation: Sequence[Message], tools: Sequence[Tool] = (), **options: Any) -> Any:
+        """Return messages as text, in the shape in which the template takes them."""
+        try:
+            options = {"chat_template": self._template, "tokenize": False, **options}
+            return self.tokenizer.apply_chat_template(list(conversation), tools=list(tools) or None, **options)
+        except Exception as error:  # a template is a program from anywhere, and divides by nothing if it likes
+            raise TemplateRefusal(
+                f"{self.name}: its chat template refuses the conversation that begins "
+                f"{shorten(conversation[0]['content'])!r}: {shorten(str(error), 120)}; "
+                "change the conversation, or choose another model"
+            ) from None
+
+    @cached_property
+    def _style(self) -> Style:
+        """Return the shape in which the template takes calls of tools and reasoning."""
+        return find_style(self._render)
+
+    def _try_out(self) -> tuple[bool, str | None]:
+        """Return whether there is a generation prompt, and the end of an answer; None if it does not show."""
+        question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}
         try:
             prompts = self.render([question], add_generation_prompt=True) != self.render([question])
             text = self.render([question, answer])
         except DataError:  # a template that wants something else first; its own conversations will tell
-            return False, True
-        if _PROBE not in text:
+            return False, None
+        if PROBE not in text:
             raise DataError(f"{self.name}: its chat template does not take plain text; choose another model")
-        return prompts, not text.rstrip().endswith(_PROBE)
+        return prompts, text.rpartition(PROBE)[2].strip()
 
     def _unmarkable(self) -> DataError:
         return DataError(f"{self.name}: its chat template does not tell answers from the rest; set train.loss_on: all")
-
-
-def on_one_day(template: str) -> str:
-    """Return the template with a fixed date if it asks for today's, as those of Llama 3.2 and SmolLM3 do.
-
-    The same data must give the same tokens tomorrow. Otherwise a resumed run would train on another text, and a second
-    measurement would compare another text.
-    """
-    return re.sub(r"strftime_now\((['\"])(.*?)\1\)", lambda call: repr(_DAY.strftime(call[2])), template)

@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.data import DataSet
-from pipeline.data.chat import is_supplied
 from pipeline.data.encode import NO_LOSS, Encoded, EncodedSet
 from pipeline.data.overlap import NEAR, RUN, overlap
 from pipeline.data.splitting import SPLIT_BY
+from pipeline.data.supplied_template import is_supplied
 
 OWN_TEMPLATE, SUPPLIED_TEMPLATE = "the model's own", "supplied"
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.data.chat import ChatTemplate, Span, beginning
+from pipeline.data.chat import ChatTemplate, Span
 from pipeline.data.example import Example
+from pipeline.data.supplied_template import beginning
 from pipeline.errors import DataError
 
 NO_LOSS = -100  # the label that torch's cross entropy ignores
@@ -75,7 +76,7 @@ def encode_examples(
 
     Raises:
         DataError: if the tokenizer has no chat template or is not a fast one, if the template refuses
-            a conversation, or if it cannot be told which part of its output is an answer.
+            a conversation or leaves out a part of it, or if it cannot be told which part of its output is an answer.
     """
     if examples and examples[0].text is not None:
         chunks = _text_chunks(examples, tokenizer, max_length)
@@ -173,10 +174,8 @@ def _encode_chunk(examples: Sequence[Example], template: ChatTemplate, loss_on: 
     end_of_text = template.tokenizer.eos_token_id
     ending = [] if template.ends_turns or end_of_text is None else [end_of_text]
     for example in examples:
-        conversation = list(example.messages[: example.last_answer + 1])
-        text = template.render(conversation)
-        answers = [(0, len(text))] if loss_on == "all" else template.answers(conversation, text)
-        spans.append(answers[-1:] if loss_on == "completion" else answers)
+        text = template.render_example(example)
+        spans.append(template.learned_spans(example, text, loss_on))
         texts.append(text if template.ends_turns else text.rstrip())
     batch = template.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     for ids, offsets, marked in zip(batch["input_ids"], batch["offset_mapping"], spans, strict=True):

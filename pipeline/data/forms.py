@@ -115,8 +115,6 @@ def _conversation(row: RowValues, turns: list[Message]) -> Example:
         if message["role"] == "system" and number > 1:
             raise BadRow(f"message {number} is a system message; move it to the front")
     tools = read_tools(row.values["tools"], f"`{row.names['tools']}`") if row.has("tools") else ()
-    if tools or any({"tool_calls", "reasoning_content", "weight"} & {*message} for message in turns):
-        raise BadRow("tools, reasoning and weights are not supported; remove them, or the row")
     return Example(tuple(turns), tools=tools)
 
 

@@ -23,7 +23,7 @@ def read_tools(value: Any, what: str) -> tuple[Tool, ...]:
     )
 
 
-def read_calls(value: Any, what: str) -> tuple[Call, ...]:
+def read_calls(value: Any, what: str) -> list[Call]:
     """Return the calls of a message: one object or a list of them, or the same as JSON text.
 
     Arguments become an object, because most templates write them as JSON; `""` stands for no arguments.
@@ -38,7 +38,7 @@ def read_calls(value: Any, what: str) -> tuple[Call, ...]:
         arguments = _arguments(function.get("arguments"), told)
         identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         calls.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}} | identity)
-    return tuple(calls)
+    return calls
 
 
 def _objects(value: Any, what: str) -> list[dict]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from pipeline.data.chat import on_one_day
+from pipeline.data.template_style import on_one_day
 from pipeline.errors import ConfigError
 from pipeline.evaluation.model_result import Answer
 from pipeline.inference.throughput import NEW_TOKENS, PROMPT_TOKENS, REPEATS, tokens_per_second

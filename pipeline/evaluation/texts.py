@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pipeline.config.schema import Config, MeasuredRun, TrainingRun
 from pipeline.data import general_text, read_examples
-from pipeline.data.chat import supply_template
 from pipeline.data.encode import Encoded, encode_examples, encode_text
+from pipeline.data.supplied_template import supply_template
 from pipeline.errors import DataError
 from pipeline.evaluation.model_result import GENERAL, HELD_OUT
 from pipeline.models.context import context_length

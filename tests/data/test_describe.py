@@ -8,10 +8,10 @@ import pytest
 
 from pipeline.config.schema import Data
 from pipeline.data import DataSet, Example, load_examples
-from pipeline.data.chat import supply_template
 from pipeline.data.describe import describe, report, samples
 from pipeline.data.encode import Encoded, EncodedSet, encode_examples
 from pipeline.data.overlap import Overlap, overlap
+from pipeline.data.supplied_template import supply_template
 
 transformers = pytest.importorskip("transformers")
 

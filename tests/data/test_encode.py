@@ -3,8 +3,9 @@
 import pytest
 
 from pipeline.data import Example
-from pipeline.data.chat import ChatTemplate, is_supplied, supply_template
+from pipeline.data.chat import ChatTemplate
 from pipeline.data.encode import NO_LOSS, encode_examples, encode_text
+from pipeline.data.supplied_template import is_supplied, supply_template
 from pipeline.errors import DataError
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -214,7 +215,11 @@ def test_order_is_kept():
         (None, "no chat template; choose an instruct model"),
         (BRACKETS, "refuses the conversation that begins 'Be kind.': Roles must alternate"),
         ("{% for m in messages %}{{ m['content'][0]['text'] }}{% endfor %}", "does not take plain text"),
-        ("{{ messages | map(attribute='content') | join('|') | length }}{{ messages[-1]['content'] }}", "loss_on: all"),
+        (
+            "{{ messages | map(attribute='content') | join('|') | length }}"
+            "{% for m in messages %}{{ m['content'] }}{% endfor %}",
+            "loss_on: all",
+        ),
     ],
 )
 def test_unusable_template_gives_one_line(template, reason):

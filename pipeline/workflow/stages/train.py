@@ -157,9 +157,9 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
     One process of each machine writes; the others read what it left.
     """
     from pipeline.data import load_examples, write_examples
-    from pipeline.data.chat import supply_template
     from pipeline.data.describe import describe, report, samples
     from pipeline.data.encode import encode_examples
+    from pipeline.data.supplied_template import supply_template
     from pipeline.evaluation import eligible_prompts, generation, texts
     from pipeline.models.vocabulary_size import check_tokens, pad_within_embedding
 
