@@ -70,6 +70,15 @@ def quantize(
     on_gate_failure: Annotated[
         str | None, typer.Option(help="Where it loses more: withhold the variant (the default), warn, or escalate.")
     ] = None,
+    remove: Annotated[
+        list[str] | None, typer.Option("--remove", metavar="VARIANT", help="Remove this earlier variant. Repeatable.")
+    ] = None,
+    replace: Annotated[
+        bool | None, typer.Option("--replace", help="Remove every variant that --quant-type does not name.")
+    ] = None,
+    replace_adapter: Annotated[
+        bool | None, typer.Option("--replace-adapter", help="Remove an adapter of other people at REPO's root.")
+    ] = None,
 ) -> None:
     options = {name: value for name, value in locals().items() if name not in ("model", "token")}
     options = {name: value for name, value in options.items() if value is not None}

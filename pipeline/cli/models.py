@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.options import RUNS, AsJson, Root, Settings, console, terminal_reporter
+from pipeline.cli.options import RUNS, AsJson, Remove, Replace, Root, Settings, console, terminal_reporter
 from pipeline.cli.runs import conclude, run_stage
 from pipeline.config.catalog import DEFAULT_VARIANTS, ROUNDINGS, VARIANTS
 
@@ -31,6 +31,8 @@ def merge(
     variants: Variants = None,
     measure: Measure = False,
     revision: Revision = None,
+    remove: Remove = None,
+    replace: Replace = False,
     settings: Settings = None,
     runs: Root = RUNS,
     as_json: AsJson = False,
@@ -46,7 +48,7 @@ def merge(
             revision=revision,
             measure=measure or None,
         )
-        return run_stage("merge", source, settings, runs, as_json)
+        return run_stage("merge", source, settings, runs, as_json, remove=remove, replace=replace)
     from pipeline.config.builders import merge_config
     from pipeline.errors import ConfigError
 
@@ -54,7 +56,7 @@ def merge(
         raise ConfigError(f"merge {source}: arguments are missing. Try: merge BASE ADAPTER --output DIR")
     asked = [variants] if variants else []
     config = merge_config(source, adapter, output, base or "auto", asked, measure, revision, settings or ())
-    _run_into(output, config, as_json)
+    _run_into(output, config, as_json, remove, replace)
 
 
 def quantize(
@@ -73,6 +75,8 @@ def quantize(
         bool,
         typer.Option("--low-disk", help="Download one shard after the other, and remove each after reading it."),
     ] = False,
+    remove: Remove = None,
+    replace: Replace = False,
     settings: Settings = None,
     runs: Root = RUNS,
     as_json: AsJson = False,
@@ -81,7 +85,7 @@ def quantize(
     given = {"variants": variants, "group_size": group_size, "rounding": rounding, "packing": packing}
     if _is_config(source):
         _refuse(source, output=output, measure=measure or None, revision=revision, low_disk=low_disk or None, **given)
-        return run_stage("quantize", source, settings, runs, as_json)
+        return run_stage("quantize", source, settings, runs, as_json, remove=remove, replace=replace)
     from pipeline.config.builders import quantize_config
     from pipeline.errors import ConfigError
 
@@ -95,7 +99,7 @@ def quantize(
     config = quantize_config(
         source, output, [variants or "both"], group_size, rounding, measure, revision, settings or (), packing, low_disk
     )
-    _run_into(output, config, as_json)
+    _run_into(output, config, as_json, remove, replace)
 
 
 def sensitivity(
@@ -150,12 +154,13 @@ def chat(
     talk(model, variant, device, new_tokens, console())
 
 
-def _run_into(output: Path, config: Config, as_json: bool) -> None:
+def _run_into(output: Path, config: Config, as_json: bool, remove: list[str] | None, replace: bool) -> None:
+    from pipeline.workflow.kept_variants import removal
     from pipeline.workflow.run import run as run_all
 
     reporter = terminal_reporter(as_json)
-    workspace = run_all(config, reporter=reporter, output=output)
-    conclude(config, workspace, as_json, reporter)
+    workspace = run_all(config, reporter=reporter, output=output, removal=removal(remove or (), replace))
+    conclude(workspace.config(), workspace, as_json, reporter)
 
 
 def _is_config(source: str) -> bool:

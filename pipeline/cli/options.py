@@ -20,6 +20,17 @@ Settings = Annotated[
 ]
 Root = Annotated[Path, typer.Option("--runs", help="Folder of all runs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object; everything else goes to stderr.")]
+Remove = Annotated[
+    list[str] | None,
+    typer.Option("--remove", metavar="VARIANT", help="Remove this variant of an earlier release; repeatable."),
+]
+Replace = Annotated[
+    bool, typer.Option("--replace", help="Remove every variant that the configuration or the options do not name.")
+]
+ReplaceAdapter = Annotated[
+    bool,
+    typer.Option("--replace-adapter", help="Remove an adapter that other people put at the root of the repository."),
+]
 RUNS = Path("runs")
 
 

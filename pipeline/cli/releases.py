@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.options import RUNS, AsJson, Root, console, terminal_reporter
+from pipeline.cli.options import RUNS, AsJson, Remove, Replace, ReplaceAdapter, Root, console, terminal_reporter
 
 if TYPE_CHECKING:
     from pipeline.workflow.workspace import Workspace
@@ -19,16 +19,21 @@ def publish(
     repo: Annotated[str | None, typer.Option("--repo", metavar="USER/NAME", help="Repository to publish to.")] = None,
     private: Annotated[bool | None, typer.Option("--private/--public", help="Visibility of a new repository.")] = None,
     create_pr: Annotated[bool | None, typer.Option(help="Open a pull request instead of committing.")] = None,
+    remove: Remove = None,
+    replace: Replace = False,
+    replace_adapter: ReplaceAdapter = False,
     runs: Root = RUNS,
     as_json: AsJson = False,
 ) -> None:
-    """Publish a release, and upload only changed files."""
+    """Publish a release, and upload only changed files. Variants of earlier releases stay unless you remove them."""
     from pipeline.config.loader import load_config
     from pipeline.errors import ConfigError
+    from pipeline.workflow.kept_variants import removal
     from pipeline.workflow.run import run as run_all
     from pipeline.workflow.run import run_one
     from pipeline.workflow.workspace import HIDDEN, Workspace
 
+    agreed = removal(remove or (), replace, replace_adapter)
     settings = [f"publish.repo={repo}"] if repo else []
     for key, value in (("private", private), ("create_pr", create_pr)):
         settings += [f"publish.{key}={str(value).lower()}"] if value is not None else []
@@ -47,9 +52,11 @@ def publish(
     if loaded.publish.repo is None:
         raise ConfigError("publish.repo: not set. Try: --repo USER/NAME")
     if loaded.data is None:  # the model may not be measured yet
-        workspace = run_all(loaded, runs, reporter=terminal_reporter(as_json), output=output, publish_again=True)
+        workspace = run_all(
+            loaded, runs, reporter=terminal_reporter(as_json), output=output, publish_again=True, removal=agreed
+        )
     else:
-        workspace = run_one(loaded, "publish", runs, terminal_reporter(as_json))
+        workspace = run_one(loaded, "publish", runs, terminal_reporter(as_json), removal=agreed)
     if as_json:
         print(json.dumps({"run": str(workspace.folder), "published": workspace.ledger()["publish"].summary}))
 

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.options import RUNS, AsJson, ConfigArgument, Root, Settings, terminal_reporter
+from pipeline.cli.options import (
+    RUNS,
+    AsJson,
+    ConfigArgument,
+    Remove,
+    Replace,
+    ReplaceAdapter,
+    Root,
+    Settings,
+    terminal_reporter,
+)
 from pipeline.retraining.decision import LARGEST_MARGIN, MARGIN
 
 if TYPE_CHECKING:
@@ -59,6 +69,9 @@ def retrain(
             "--wait/--no-wait", help="Wait for the Job and return its exit code; or return 0 when it has started."
         ),
     ] = True,
+    remove: Remove = None,
+    replace: Replace = False,
+    replace_adapter: ReplaceAdapter = False,
     runs: Root = RUNS,
     as_json: AsJson = False,
 ) -> None:
@@ -81,6 +94,7 @@ def retrain(
     from pipeline.config.loader import load_config
     from pipeline.errors import UserError
     from pipeline.retraining.report import Summary, markdown, markdown_of_failure, plain
+    from pipeline.workflow.kept_variants import removal
 
     out = sys.stderr if as_json else sys.stdout  # for progress; the result always goes to standard output
     summaries = Summary.open(summary)
@@ -88,17 +102,18 @@ def retrain(
     try:
         loaded = load_config(config, [*(settings or ()), *(["publish.create_pr=true"] if pull_request else ())])
         subject = loaded.publish.repo or loaded.name
+        agreed = removal(remove or (), replace, replace_adapter)
         if on is Place.jobs:
             from pipeline.retraining.hf_jobs import Job
 
-            job = Job(loaded, flavor, timeout, package, margin, force)
+            job = Job(loaded, flavor, timeout, package, margin, force, agreed)
             told = job.run(runs, lambda line: print(line, file=out, flush=True), wait)
             text = told["summary"]
         else:
             from pipeline.retraining.retrain import retrain as decide
 
             reporter = terminal_reporter(as_json)
-            decision = decide(loaded, runs, margin=margin, force=force, reporter=reporter)
+            decision = decide(loaded, runs, margin=margin, force=force, removal=agreed, reporter=reporter)
             told, text = plain(decision), markdown(decision)
     except UserError as error:
         _append(summaries, markdown_of_failure(subject, str(error)))

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli.machine import show_plan
-from pipeline.cli.options import RUNS, AsJson, ConfigArgument, Root, Settings, console, terminal_reporter
+from pipeline.cli.options import (
+    RUNS,
+    AsJson,
+    ConfigArgument,
+    Remove,
+    Replace,
+    ReplaceAdapter,
+    Root,
+    Settings,
+    console,
+    terminal_reporter,
+)
 from pipeline.system.text_format import size
 
 if TYPE_CHECKING:
@@ -36,12 +47,16 @@ def run(
     accelerate: Accelerate = None,
     machine_rank: MachineRank = None,
     main_process_ip: MainProcessIp = None,
+    remove: Remove = None,
+    replace: Replace = False,
+    replace_adapter: ReplaceAdapter = False,
     runs: Root = RUNS,
     as_json: AsJson = False,
 ) -> None:
     """Run every stage, from base model and data set to a release; continues a stopped run."""
     from pipeline.config.loader import load_config
     from pipeline.errors import ConfigError
+    from pipeline.workflow.kept_variants import removal
     from pipeline.workflow.run import run as run_all
 
     loaded = load_config(config, settings or ())
@@ -53,7 +68,8 @@ def run(
     if launch and launch.machine_rank:
         return _join(loaded, launch, runs, as_json)
     reporter = terminal_reporter(as_json)
-    workspace = run_all(loaded, runs, fresh, reporter, launch=launch)
+    agreed = removal(remove or (), replace, replace_adapter)
+    workspace = run_all(loaded, runs, fresh, reporter, launch=launch, removal=agreed)
     conclude(loaded, workspace, as_json, reporter)
 
 
@@ -131,13 +147,22 @@ def clean(
 
 
 def run_stage(
-    stage: str, config: str, settings: list[str] | None, runs: Path, as_json: bool, launch: Launch | None = None
+    stage: str,
+    config: str,
+    settings: list[str] | None,
+    runs: Path,
+    as_json: bool,
+    launch: Launch | None = None,
+    remove: list[str] | None = None,
+    replace: bool = False,
 ) -> None:
     """Run one stage of a configuration."""
     from pipeline.config.loader import load_config
+    from pipeline.workflow.kept_variants import removal
     from pipeline.workflow.run import run_one
 
-    workspace = run_one(load_config(config, settings or ()), stage, runs, terminal_reporter(as_json), launch=launch)
+    loaded, agreed = load_config(config, settings or ()), removal(remove or (), replace)
+    workspace = run_one(loaded, stage, runs, terminal_reporter(as_json), launch=launch, removal=agreed)
     if as_json:
         print(json.dumps({"run": str(workspace.folder), "ledger": states(workspace)}))
 

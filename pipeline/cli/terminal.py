@@ -202,8 +202,14 @@ def _tell(figures: dict) -> str:
     if "bytes_after" in figures:
         return ", ".join([size(figures["bytes_after"]), *_perplexities(figures)])
     if "files_sent" in figures:
-        sent = f"{figures['files_sent']} files, {size(figures['bytes_sent'])} sent"
-        return f"{sent if figures['files_sent'] else 'nothing to send'}, {figures['url']}"
+        sent = size(figures["bytes_sent"])
+        sent = f"{sent} in them, of which Xet sent what the Hub lacked" if figures.get("by_xet") else f"{sent} sent"
+        changed = f"{figures['files_sent']} files changed, {sent}"
+        removed = f"removed {figures['removed']}" if "removed" in figures else ""
+        told = [changed if figures["files_sent"] else "nothing to send", removed, figures["url"]]
+        return ", ".join(filter(None, told))
+    if "documents" in figures:
+        return f"removed {figures['removed']}" if "removed" in figures else ""
     if "merged_general_perplexity" in figures:
         base, merged = (figures[f"{m}_general_perplexity"] for m in ("base", "merged"))
         return f"general perplexity {base:.2f} -> {merged:.2f}"

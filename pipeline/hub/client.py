@@ -10,11 +10,21 @@ import functools
 import math
 import os
 import sys
+import threading
 from typing import Any
 
 from pipeline.errors import HubError
 
 TIMEOUT_SECONDS = 60.0  # without a byte coming or going; a large commit takes the Hub half a minute
+
+
+_sent_bytes = 0
+_count = threading.Lock()
+
+
+def sent_bytes() -> int:
+    """Return the bytes in the bodies of all requests of this process that were answered; those of Xet not included."""
+    return _sent_bytes
 
 
 def setting(name: str, default: float) -> float:
@@ -63,4 +73,7 @@ def _send(send: Any, request: Any, **options: Any) -> Any:
     if answer.status_code in (408, 429) or answer.status_code >= 500:
         answer.read()
         hf_raise_for_status(answer)
+    with _count:
+        global _sent_bytes
+        _sent_bytes += int(request.headers.get("Content-Length") or 0)
     return answer

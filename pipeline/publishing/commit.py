@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.errors import HubError
 from pipeline.hub.auth import keyless
+from pipeline.hub.client import sent_bytes
 from pipeline.hub.retry import retry_or_explain, say
 from pipeline.hub.tree import CARD, LINEAGE, Content, Copy, Lineage, LocalFile, Tree, read_tree, size_of
+from pipeline.publishing.removal import NO_REMOVAL, Removal
 from pipeline.publishing.upload import Progress, send
+from pipeline.system.libraries import is_installed
 
 Render = Callable[[Tree], Mapping[str, Content]]
 
@@ -36,6 +39,8 @@ class Commit:
 
     Attributes:
         sent: paths of the files that were added or replaced; empty if the repository held them already.
+        sent_bytes: bytes that were really sent, because the Hub may have some contents already. With Xet that is not
+            known, and these are the sizes of the files.
         pull_request: number of the pull request that holds the commit; None if the main branch holds it.
     """
 
@@ -56,6 +61,7 @@ def publish(
     create_pr: bool = False,
     pull_request: int | None = None,
     check: Callable[[Tree], None] = lambda tree: None,
+    removal: Removal = NO_REMOVAL,
     advice: str = "run again to publish what is missing",
 ) -> Commit:
     """Bring a repository to the files that `render` returns, in one commit. If it holds them, commit nothing.
@@ -68,6 +74,7 @@ def publish(
             `message`, or a new one.
         pull_request: number of the pull request to update if it is still open, whatever its title.
         check: called with the main branch before each attempt; raises if the commit must not be made on top of it.
+        removal: an adapter of other people that it names is removed, too.
         advice: the next step to suggest if the Hub does not answer.
 
     Raises:
@@ -77,7 +84,7 @@ def publish(
     tried = [NOTHING]
 
     def attempt() -> Commit:
-        branch = _choose(repo, render, message, create_pr, pull_request, check)
+        branch = _choose(repo, render, message, create_pr, pull_request, check, removal)
         if not branch.change:
             return _done(
                 repo, branch.tree.head, tried[-1], branch.number
@@ -87,7 +94,18 @@ def publish(
         tried.append(branch.change)
         return _commit(repo, branch, operations, message)
 
-    return retry_or_explain(repo, attempt, advice=advice)
+    before = sent_bytes()
+    commit = retry_or_explain(repo, attempt, advice=advice)
+    if not commit.sent or uses_xet():
+        return commit
+    return replace(commit, sent_bytes=sent_bytes() - before)
+
+
+def uses_xet() -> bool:
+    """Return True if large files are sent by Xet, which sends only the parts that the Hub lacks."""
+    from huggingface_hub import constants
+
+    return not constants.HF_HUB_DISABLE_XET and is_installed("hf_xet")
 
 
 @dataclass(frozen=True)
@@ -105,19 +123,25 @@ class _Branch:
 
 
 def _choose(
-    repo: str, render: Render, title: str, create_pr: bool, known: int | None, check: Callable[[Tree], None]
+    repo: str,
+    render: Render,
+    title: str,
+    create_pr: bool,
+    known: int | None,
+    check: Callable[[Tree], None],
+    removal: Removal,
 ) -> _Branch:
     """Return the main branch, or a pull request if one is wanted and something has to change."""
     tree = read_tree(repo)
     check(tree)
-    change = difference(tree, render(tree))
+    change = difference(tree, render(tree), removal)
     if not (change and create_pr):
         return _Branch(tree, change)
     number = _open_pull_request(repo, title, known)
     if number is None:
         return _Branch(tree, change, opens=True)
     tree = read_tree(repo, f"refs/pr/{number}")
-    return _Branch(tree, difference(tree, render(tree)), number)
+    return _Branch(tree, difference(tree, render(tree), removal), number)
 
 
 def _operations(repo: str, branch: _Branch, progress: Progress) -> list:
@@ -148,7 +172,7 @@ def _commit(repo: str, branch: _Branch, operations: list, message: str) -> Commi
     return _done(repo, made.oid, branch.change, made.pr_num if branch.opens else branch.number)
 
 
-def difference(tree: Tree, wanted: Mapping[str, Content]) -> Change:
+def difference(tree: Tree, wanted: Mapping[str, Content], removal: Removal = NO_REMOVAL) -> Change:
     """Return the change after which `wanted` are the only files of ours in a tree of the Hub.
 
     Raises:
@@ -161,20 +185,36 @@ def difference(tree: Tree, wanted: Mapping[str, Content]) -> Change:
     if foreign:
         raise HubError(f"{tree.repo}: tunepress did not put {foreign[0]} there. Try: another repository")
     changed = {p: c for p, c in wanted.items() if p not in tree.files or not tree.files[p].holds(c)}
-    return Change(changed, tuple(sorted(tree.ours - wanted.keys())))
+    unwanted = (tree.ours | removal.adapter_files(tree)) - wanted.keys()
+    return Change(changed, tuple(sorted(unwanted)))
 
 
-def check_destination(repo: str, run: str, mirror_of: str | None = None) -> None:
+def check_destination(
+    repo: str,
+    run: str,
+    mirror_of: str | None = None,
+    asked: Collection[str] | None = None,
+    removal: Removal = NO_REMOVAL,
+) -> None:
     """Raise if a repository cannot take a run's release. A repository that does not exist yet can.
 
+    Args:
+        asked: the variants of the configuration; None if they are not checked.
+        removal: variants and files that may be removed.
+
     Raises:
-        HubError: if the repository holds another run's release, or the Hub does not answer.
+        HubError: if the repository holds another run's release, or would lose variants, or has an adapter of other
+            people at its root; or if the Hub does not answer.
     """
     from huggingface_hub.errors import RepositoryNotFoundError
 
     def attempt() -> None:
         with contextlib.suppress(RepositoryNotFoundError):
-            _check_holder(read_tree(repo), Lineage(run, mirror_of))
+            tree = read_tree(repo)
+            _check_holder(tree, Lineage(run, mirror_of))
+            if asked is not None:
+                removal.check_variants(tree, asked)
+                removal.check_adapter(tree)
 
     retry_or_explain(repo, attempt)
 

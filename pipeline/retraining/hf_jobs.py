@@ -19,6 +19,8 @@ from pipeline.errors import ConfigError, HubError, UserError, redact
 from pipeline.hub.auth import check_token, keyless, who_is
 from pipeline.hub.retry import HubAway, retry_or_explain
 from pipeline.models.sources import is_local
+from pipeline.publishing.commit import check_destination
+from pipeline.publishing.removal import NO_REMOVAL, Removal
 from pipeline.retraining.decision import Matter, check, look
 from pipeline.retraining.hf_job_log import JobLog
 from pipeline.retraining.lock import IN_A_JOB, alone, labels, refuse_beside_job
@@ -57,7 +59,7 @@ class Job:
         timeout: the longest time, such as 6h.
         package: address of tunepress for the Job, `git+https://...@COMMIT` or a wheel; None for the commit that a
             GitHub workflow runs for.
-        margin, force: as in `retrain`.
+        margin, force, removal: as in `retrain`.
     """
 
     config: Config
@@ -66,6 +68,7 @@ class Job:
     package: str | None
     margin: float
     force: bool
+    removal: Removal = NO_REMOVAL
 
     def run(self, root: str | Path, say: Callable[[str], None], wait: bool = True) -> dict:
         """Start the Job, unless the decision is known already, and follow it to its end.
@@ -91,6 +94,8 @@ class Job:
         token = check_token(repo, None if self.config.publish.create_pr else repo.split("/")[0])
         with alone(repo):  # until the Job is started; from then on its labels show it
             refuse_beside_job(repo)
+            asked = [spec.name for spec in config.quantize.variants]
+            check_destination(repo, config.name, asked=asked, removal=self.removal)
             matter = self._read_end(look(config, root), say)
             if not self.force and (settled := matter.settled(self.margin)):
                 return plain(settled)
@@ -134,7 +139,7 @@ class Job:
         repo = config.publish.target
         who = retry_or_explain(repo, lambda: who_is(repo, token)["name"])
         secrets = {"HF_TOKEN": token, **{name: os.environ[name] for name in SECRETS if os.environ.get(name)}}
-        options = ["--margin", f"{self.margin:g}", *(["--force"] if self.force else [])]
+        options = ["--margin", f"{self.margin:g}", *(["--force"] if self.force else []), *self.removal.options]
         started = retry_or_explain(
             repo,
             lambda: HfApi().run_job(

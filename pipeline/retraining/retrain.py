@@ -19,10 +19,12 @@ from pipeline.errors import GateError, StageFailed
 from pipeline.evaluation.results import Comparison
 from pipeline.evaluation.student_t import MARGIN
 from pipeline.publishing.published_model import PublishedModel, read_published, with_full_model
+from pipeline.publishing.removal import NO_REMOVAL, Removal
 from pipeline.retraining.decision import Decision, Matter, Outcome, better, check, look, tell
 from pipeline.retraining.lock import alone, refuse_beside_job
 from pipeline.tracking.events import Events
 from pipeline.workflow.baseline import forget, note, own_weights
+from pipeline.workflow.kept_variants import note_removal, with_kept_variants
 from pipeline.workflow.preflight import preflight
 from pipeline.workflow.reporter import Reporter
 from pipeline.workflow.runner import Runner
@@ -38,6 +40,7 @@ def retrain(
     *,
     margin: float = MARGIN,
     force: bool = False,
+    removal: Removal = NO_REMOVAL,
     reporter: Reporter | None = None,
 ) -> Decision:
     """Retrain a published model.
@@ -45,15 +48,18 @@ def retrain(
     Args:
         root: parent of the run's folder.
         margin: standard errors of the difference by which the new model's loss has to be lower, 0 to 10.
+        removal: variants of earlier releases to remove; all others stay.
         force: train again even if nothing has changed, or the decision is known; other steps of the run stay.
 
     Raises:
         Busy: if another retraining of the repository is running on this machine, or as a Job of this user.
         UserError: as in `pipeline.workflow.run`; the repository is then unchanged.
     """
+    reporter = reporter or Reporter()
+    config, agreed = with_kept_variants(config, Workspace(Path(root) / config.name), removal, reporter.show)
     config = check(config, margin)
     with alone(config.publish.target):
-        preflight(config)
+        preflight(config, removal=agreed)
         refuse_beside_job(config.publish.target)
         matter = look(config, root)
         if not force and (settled := matter.settled(margin)):
@@ -62,8 +68,9 @@ def retrain(
         starts_over = force and matter.record.state not in ("running", "better")  # a stopped retraining goes on
         with (
             Workspace.claim(matter.folder, inputs.config) as workspace,
-            Runner(inputs.config, workspace, reporter or Reporter()) as runner,
+            Runner(inputs.config, workspace, reporter) as runner,
         ):
+            note_removal(workspace, agreed)
             if starts_over:
                 workspace.undo("train")
                 shutil.rmtree(workspace.checkpoints, ignore_errors=True)
@@ -141,7 +148,7 @@ def _all_variants(config: Config, runner: Runner, live: PublishedModel | None) -
         if live and variant in live.results.variants:
             raise GateError(
                 f"{line}; {live.repo} would lose {variant}, so nothing is published. "
-                "Try: another limit (quantize.gate), or leave that variant out"
+                f"Try: another limit (quantize.gate), or --remove {variant}"
             )
     return runner.released(variants)
 

@@ -27,6 +27,7 @@ from pipeline.publishing.commit import check_root
 from pipeline.publishing.published_model import PublishedModel, is_same_model, read_published
 from pipeline.system.redaction import file_name
 from pipeline.tracking.trackers.spaces import keep_in, space_at
+from pipeline.workflow.kept_variants import removal
 from pipeline.workflow.reporter import Reporter
 from pipeline.workflow.run import run
 from pipeline.workflow.variant_tasks import Task, asked_variants
@@ -46,7 +47,8 @@ def quantize(task: Task, root: str | Path = "runs", reporter: Reporter | None = 
     space, server = _tracking(task)
     there = read_published(task.repo) if task.repo and not task.save_only else None
     config = configure(task, there, space, server)
-    if there and (stay := [name for name in _specs(there) if name not in asked_variants(task)]):
+    agreed = removal(task.remove, task.replace, task.replace_adapter)
+    if there and (stay := [name for name in _staying_specs(task, there) if name not in asked_variants(task)]):
         reporter.show([f"{task.repo} has {', '.join(stay)} already, which will stay"])
 
     def tell_the_space() -> None:
@@ -54,7 +56,13 @@ def quantize(task: Task, root: str | Path = "runs", reporter: Reporter | None = 
             keep_in(space, task.dataset_repo)
 
     return run(
-        config, root, reporter=reporter, output=task.output, publish_again=not task.save_only, begin=tell_the_space
+        config,
+        root,
+        reporter=reporter,
+        output=task.output,
+        publish_again=not task.save_only,
+        removal=agreed,
+        begin=tell_the_space,
     )
 
 
@@ -130,13 +138,21 @@ def _specs(there: PublishedModel) -> dict[str, dict]:
     return {name: variant.to_json() for name in VARIANTS if (variant := made.get(name))}
 
 
+def _staying_specs(task: Task, there: PublishedModel) -> dict[str, dict]:
+    """Return the settings of each variant of a release that is not to be removed."""
+    if task.replace:
+        return {}
+    removed = removal(task.remove).variants
+    return {name: spec for name, spec in _specs(there).items() if name not in removed}
+
+
 def _staying(task: Task, there: PublishedModel) -> dict[str, dict]:
     """Return the variants of a release that are not asked for now, with the settings and limits of that release.
 
     Raises:
         ConfigError: if one was published with a warning, or before there were limits, and could be withheld now.
     """
-    now, found = Quantize(gate=Gate(rise=task.max_rise, kl=task.max_kl)), _specs(there)
+    now, found = Quantize(gate=Gate(rise=task.max_rise, kl=task.max_kl)), _staying_specs(task, there)
     for name in found.keys() - asked_variants(task).keys():
         verdict = there.results[name].gate or Verdict()
         if verdict.passed is False and task.on_gate_failure == "withhold":

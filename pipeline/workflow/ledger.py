@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from pipeline.errors import WorkspaceError
+from pipeline.publishing.removal import Removal
 from pipeline.system.files import Digest, read_json, write_json
 from pipeline.workflow.former_ledger import converted
 
@@ -66,12 +67,14 @@ class Ledger:
         inputs: digests of local input files, by their name in the configuration.
         base: the base model on this machine.
         comparison: the published model that a retraining compares with, until the run is published.
+        removal: removals that were agreed and not published yet.
     """
 
     steps: dict[str, Entry] = field(default_factory=dict)
     inputs: dict[str, dict[str, Digest]] = field(default_factory=dict)
     base: BaseModel | None = None
     comparison: dict[str, Any] | None = None
+    removal: Removal = Removal()
 
     def done(self) -> dict[str, Entry]:
         """Return the steps that have finished at least once."""

@@ -7,6 +7,7 @@ from pipeline.config.schema import Config
 from pipeline.config.training_catalog import METHODS
 from pipeline.errors import ConfigError
 from pipeline.models import sources
+from pipeline.publishing.removal import NO_REMOVAL, Removal
 from pipeline.system import hardware
 from pipeline.tracking.trackers import tracker
 from pipeline.training.accelerate_launch import Launch, split_step
@@ -19,6 +20,7 @@ def preflight(
     need_data: bool = True,
     need_hub: bool = True,
     launch: Launch | None = None,
+    removal: Removal = NO_REMOVAL,
 ) -> None:
     """Check everything that can be checked before a run starts.
 
@@ -27,6 +29,7 @@ def preflight(
         need_data: check the training data.
         need_hub: check access to the repositories that are published to.
         launch: the processes that training is divided among.
+        removal: variants and files of the repository that may be removed.
 
     Raises:
         UserError: for the first problem.
@@ -45,7 +48,8 @@ def preflight(
 
         for repo in (config.publish.repo, *config.publish.mirrors.values()):
             check_access(repo, config.publish.create_pr)
-        check_destination(config.publish.repo, config.name)
+        asked = [spec.name for spec in config.quantize.variants]
+        check_destination(config.publish.repo, config.name, asked=asked, removal=removal)
 
 
 def check_inputs(config: Config, need_model: bool = True, need_data: bool = True) -> None:

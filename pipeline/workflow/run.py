@@ -8,7 +8,9 @@ from pathlib import Path
 
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, WorkspaceError
+from pipeline.publishing.removal import NO_REMOVAL, Removal
 from pipeline.training.accelerate_launch import Launch
+from pipeline.workflow.kept_variants import note_removal, with_kept_variants
 from pipeline.workflow.preflight import preflight
 from pipeline.workflow.reporter import Reporter
 from pipeline.workflow.runner import Runner, stages_before_variants
@@ -25,6 +27,7 @@ def run(
     output: str | Path | None = None,
     publish_again: bool = False,
     launch: Launch | None = None,
+    removal: Removal = NO_REMOVAL,
     begin: Callable[[], None] = lambda: None,
     start: StartStage = run_stage,
 ) -> Workspace:
@@ -39,6 +42,7 @@ def run(
         output: folder that becomes the release; by default `release/` in the run's folder.
         publish_again: compare with the repository even if this release was published before.
         launch: train in several processes; by default in one.
+        removal: variants of earlier releases to remove; all others stay.
         begin: called before the first stage, after all checks passed.
         start: the way to run a stage; by default in a process of its own.
 
@@ -49,15 +53,17 @@ def run(
         UserError: in one line, before the first stage if possible.
         StageFailed: if a stage failed; another run goes on with that stage.
     """
-    preflight(config, launch=launch)
+    reporter = reporter or Reporter()
+    config, agreed = _next_release(config, root, output, removal, reporter, fresh)
+    preflight(config, launch=launch, removal=agreed)
     variants = tuple(spec.name for spec in config.quantize.variants)
     publishes = config.publish.repo is not None
     per_stage = publishes and config.publish.commits == "per_stage" and not config.publish.create_pr
-    reporter = reporter or Reporter()
     with (
         _claimed(config, root, output, fresh) as workspace,
         Runner(config, workspace, reporter, launch, start) as runner,
     ):
+        note_removal(workspace, agreed)
         begin()
 
         # Train, merge, evaluate: as far as the configuration asks for it.
@@ -79,7 +85,7 @@ def run(
         # Publish the rest, or write the documents of a local release.
         released = runner.released(variants)
         if config.merges or released or not variants:
-            again = publishes and publish_again and not runner.did("publish")
+            again = publishes and (publish_again or removal != NO_REMOVAL) and not runner.did("publish")
             runner.do("publish" if publishes else "render", released, again)
         else:
             _withdraw_documents(config, workspace, runner, variants)
@@ -96,18 +102,21 @@ def run_one(
     reporter: Reporter | None = None,
     output: str | Path | None = None,
     launch: Launch | None = None,
+    removal: Removal = NO_REMOVAL,
     start: StartStage = run_stage,
 ) -> Workspace:
     """Run one verb alone: `train`, `merge`, `evaluate`, `quantize` or `publish`.
 
     Args:
-        root, output, launch, start: as in `run`.
+        root, output, launch, removal, start: as in `run`.
 
     Raises:
         UserError: if the stage is not a part of this run, or an earlier stage is missing.
         StageFailed: if the stage failed.
     """
-    preflight(config, stage != "publish", stage == "train", stage == "publish", launch)
+    reporter = reporter or Reporter()
+    config, agreed = _next_release(config, root, output, removal, reporter)
+    preflight(config, stage != "publish", stage == "train", stage == "publish", launch, agreed)
     if stage == "publish" and config.publish.repo is None:
         raise ConfigError("publish.repo: not set. Try: --repo USER/NAME")
     if stage != "publish" and stage not in (*stages_before_variants(config), "quantize"):
@@ -115,8 +124,9 @@ def run_one(
     variants = tuple(spec.name for spec in config.quantize.variants)
     with (
         _claimed(config, root, output) as workspace,
-        Runner(config, workspace, reporter or Reporter(), launch, start) as runner,
+        Runner(config, workspace, reporter, launch, start) as runner,
     ):
+        note_removal(workspace, agreed)
         runner.require(stage)
         if stage == "quantize":
             runner.write_variants(variants)
@@ -146,10 +156,28 @@ def _withdraw_documents(config: Config, workspace: Workspace, runner: Runner, va
         render.withdraw(config, workspace)
 
 
+def _next_release(
+    config: Config,
+    root: str | Path,
+    output: str | Path | None,
+    removal: Removal,
+    reporter: Reporter,
+    fresh: bool = False,
+) -> tuple[Config, Removal]:
+    """Return the configuration with the variants that stay, and the agreed removals."""
+    if fresh:
+        return config, removal
+    return with_kept_variants(config, Workspace(_folder(config, root, output)), removal, reporter.show)
+
+
+def _folder(config: Config, root: str | Path, output: str | Path | None) -> Path:
+    return Path(root) / config.name if output is None else Path(output) / HIDDEN
+
+
 @contextlib.contextmanager
 def _claimed(config: Config, root: str | Path, output: str | Path | None, fresh: bool = False) -> Iterator[Workspace]:
     """Yield the locked workspace of the run: a folder of its name under `root`, or hidden inside `output`."""
-    folder = Path(root) / config.name if output is None else Path(output) / HIDDEN
+    folder = _folder(config, root, output)
     if output is not None:
         there = folder.parent
         if there.exists() and not folder.is_dir() and (not there.is_dir() or any(there.iterdir())):

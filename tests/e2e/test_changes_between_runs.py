@@ -32,9 +32,14 @@ def test_publishing_keeps_an_outdated_variant_on_the_hub(on_hub):
     assert (on_hub.release / "int4").is_dir() and "int4/model.safetensors" in on_hub.hub.files("ada/tiny")
 
 
-def test_a_variant_that_is_no_longer_asked_for_leaves_release_and_repository_whole(on_hub):
+def test_variant_that_is_no_longer_asked_for_stays_until_its_removal_is_asked_for(on_hub):
     settings = ("--set", "quantize.variants=[int8]", "--set", "publish.repo=ada/tiny")
-    on_hub.tunepress("run", "tiny.yaml", *settings)
+    kept = on_hub.tunepress("run", "tiny.yaml", *settings)
+    assert "int4: in the last release, so kept" in kept.stdout and "removed" not in kept.stdout
+    assert (on_hub.release / "int4").is_dir() and "int4" in on_hub.results()
+    assert "int4/model.safetensors" in on_hub.hub.files("ada/tiny")
+    done = on_hub.tunepress("run", "tiny.yaml", *settings, "--remove", "int4")
+    assert "removed int4" in done.stdout
     assert not (on_hub.release / "int4").exists() and "int4" not in on_hub.results()
     assert not [name for name in on_hub.hub.files("ada/tiny") if name.startswith("int4/")]
 

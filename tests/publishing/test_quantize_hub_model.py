@@ -92,6 +92,8 @@ def test_kept_variant_keeps_its_limits(hub):
 
     assert limits(again(), "int4") == {"rise": 0.3} and limits(again(), "int8") == {"rise": 0.02}
     assert limits(again(quant_types=["both"]), "int4") == {"rise": 0.05}
+    for removing in ({"remove": ["int4"]}, {"replace": True}):
+        assert [spec.name for spec in again(**removing).variants] == ["int8"]
     assert again(max_rise=0.3).spec("int4").gate.rise is None  # so that nothing has to be published anew
     figures["gate"] |= {"passed": False, "withheld": False}
     with pytest.raises(ConfigError, match="ada/model: has int4, which misses its gate and was published with a warn"):

@@ -94,6 +94,17 @@ def test_a_variant_that_left_the_release_leaves_the_repository_whole(hub, finish
     assert not (finished.release / "int4").exists()
 
 
+def test_bytes_sent_are_those_that_the_hub_lacked(hub, finished):
+    first = finished.publish()["bytes_sent"]
+    assert sum(uploads(hub)) < first <= sent_bytes(hub)
+    finished.publish(("int8",))
+    finished.make_variant("int4")
+    requests = len(hub.requests)
+    back = finished.publish()
+    assert uploads(hub, requests) == [] and "int4/model.safetensors" in hub.files(REPO)
+    assert 0 < back["bytes_sent"] == sent_bytes(hub, requests) < first
+
+
 def test_foreign_file_in_the_way_is_named_and_left(hub, finished):
     hub.put(REPO, {"int8/config.json": b"mine"})
     with pytest.raises(HubError, match="tunepress did not put int8/config.json there"):

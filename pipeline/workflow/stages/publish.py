@@ -6,18 +6,21 @@ import hashlib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
+from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import Config
 from pipeline.errors import HubError, UserError
 from pipeline.hub.auth import check_access, create
 from pipeline.hub.retry import retry_or_explain
 from pipeline.hub.tree import CARD, Content, Tree, read_tree
 from pipeline.publishing.cards.readmes import left_behind
-from pipeline.publishing.commit import Commit, check_destination, check_root, publish
+from pipeline.publishing.commit import Commit, check_destination, check_root, publish, uses_xet
 from pipeline.publishing.published_model import read_published
+from pipeline.publishing.removal import NO_REMOVAL, published_variants
 from pipeline.publishing.tags import tag_release
 from pipeline.system.command_names import command
 from pipeline.tracking.events import STAGES, Events, read_events
 from pipeline.workflow.baseline import check_is_compared
+from pipeline.workflow.kept_variants import note_removal
 from pipeline.workflow.stages import Outcome
 from pipeline.workflow.stages.render import (
     depends,
@@ -54,7 +57,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     private = create(repo, settings.private)
     commits, problems = _mirrors(config, workspace, events, variants, private)
     there = {v: m for v, m in settings.mirrors.items() if v in variants and (m in commits or _is_mirror(config, m))}
-    commits[repo], paths = _main(config, workspace, events, variants, there)
+    commits[repo], paths, removed = _main(config, workspace, events, variants, there)
     tag = None
     if _is_finished(config, (*variants, *withheld(config, workspace))):
         for place, commit in commits.items():
@@ -71,24 +74,35 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
         "files_sent": sum(len(c.sent) for c in commits.values()),
         "files_deleted": sum(len(c.deleted) for c in commits.values()),
         "bytes_sent": sum(c.sent_bytes for c in commits.values()),
+        **({"by_xet": True} if uses_xet() else {}),
         "variants": ",".join(variants),
+        **({"removed": ", ".join(removed)} if removed else {}),
         **({"tag": tag} if tag else {}),
     }
+    if not settings.create_pr:  # until a pull request is merged, the next publish needs the agreement again
+        note_removal(workspace, NO_REMOVAL)
     return Outcome(tuple(paths), summary)
 
 
 def _main(
     config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...], mirrors: Mapping[str, str]
-) -> tuple[Commit, list[Path]]:
-    """Publish the release. Return the commit, and the documents in the release's folder."""
+) -> tuple[Commit, list[Path], list[str]]:
+    """Publish the release. Return the commit, the documents in the release's folder, and what was removed."""
     repo = config.publish.target
     documents: dict[str, bytes] = {}
+    removal = workspace.read_ledger().removal
+    there: set[str] = set()  # variants that the repository had in any attempt
+    adapters: set[str] = set()
     # Read only once: the documents of a failed attempt must not be taken for people's text in the next attempt.
     here = {path: local(workspace, path) for path in (CARD, *(f"{folder}/{CARD}" for folder in folders(variants)))}
 
     def contents(tree: Tree) -> dict[str, Content]:
         if not config.merges:
             check_root(tree)
+        removal.check_variants(tree, [spec.name for spec in config.quantize.variants])
+        removal.check_adapter(tree)
+        there.update(published_variants(tree))
+        adapters.update(removal.adapter_files(tree))
         documents.clear()
         existing = {path: _existing(workspace, tree, path, card) for path, card in here.items()}
         documents.update(render(config, workspace, variants, existing.get, mirrors))
@@ -101,7 +115,8 @@ def _main(
     paths = write(config, workspace, documents, variants)
     stages = [("train", None), ("merge", None), ("evaluate", None), *(("quantize", v) for v in variants)]
     _tell(config, workspace, events, repo, commit, stages)
-    return commit, paths
+    gone = [v for v in VARIANTS if v in there and v not in variants]
+    return commit, paths, [*gone, *sorted(adapters)] if commit.sent or commit.deleted else []
 
 
 def _existing(workspace: Workspace, tree: Tree, path: str, here: bytes | None) -> bytes | None:
@@ -176,6 +191,7 @@ def _mirror(config: Config, workspace: Workspace, events: Events, variant: str, 
     mirror = config.publish.mirrors[variant]
 
     def contents(tree: Tree) -> dict[str, Content]:
+        workspace.read_ledger().removal.check_adapter(tree)
         return {**mirror_files(workspace, variant), **render_mirror(config, workspace, variant, tree.read)}
 
     events.progress(0, 1, f"asking the Hub about {mirror}")
@@ -199,12 +215,23 @@ def _commit(
         wanted = contents(tree)
         return {**wanted, **left_behind(tree, wanted)}
 
+    removal = workspace.read_ledger().removal
     if not config.publish.create_pr:
-        return publish(repo, whole, f"{config.name}: {what}", progress=events.progress, check=check)
+        message = f"{config.name}: {what}"
+        return publish(repo, whole, message, progress=events.progress, check=check, removal=removal)
     last = workspace.ledger().get("publish")
     known = last.summary.get("pull_request") if last and last.summary.get("repo") == repo else None
     title = f"{config.name}: release by tunepress"  # constant, because the pull request is found by its title
-    return publish(repo, whole, title, progress=events.progress, check=check, create_pr=True, pull_request=known)
+    return publish(
+        repo,
+        whole,
+        title,
+        progress=events.progress,
+        check=check,
+        removal=removal,
+        create_pr=True,
+        pull_request=known,
+    )
 
 
 def _is_finished(config: Config, judged: tuple[str, ...]) -> bool:

@@ -53,8 +53,9 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     documents = render(config, workspace, variants, lambda path: local(workspace, path))
     for path, copy in set_aside(workspace, documents).items():
         events.show([f"{path}: rewritten; your changed text is in {copy}"])
+    gone = [name for name in VARIANTS if name not in variants and workspace.placed(f"quantize/{name}")]
     paths = write(config, workspace, documents, variants)
-    return Outcome(tuple(paths), {"documents": len(paths)})
+    return Outcome(tuple(paths), {"documents": len(paths), **({"removed": ", ".join(gone)} if gone else {})})
 
 
 def withheld(config: Config, workspace: Workspace) -> tuple[str, ...]:
