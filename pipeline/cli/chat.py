@@ -51,19 +51,20 @@ def chat(source: str, variant: str | None, device: str, new_tokens: int, console
 
 
 def _in_transformers(source: str, variant: str | None, device: str, new_tokens: int) -> tuple[Answer, str]:
+    from pipeline.data.template_choice import default_template
     from pipeline.errors import ModelError
     from pipeline.inference.load import load
 
     model: Any
     tokenizer: Any
     model, tokenizer = load(source, variant, device)
-    if tokenizer.chat_template is None:
+    if (template := default_template(tokenizer)) is None:
         raise ModelError(f"{source}: no chat template, so the model cannot chat")
     from transformers import TextStreamer
 
     def answer(messages: Messages) -> str:
         inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            messages, chat_template=template, add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).to(model.device)
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         output = model.generate(

@@ -69,6 +69,12 @@ class Data(Section):
         exclude_if=lambda value: not value,
         description="columns that are left out on purpose, although they change what a row means",
     )
+    chat_template: str | None = Field(
+        default=None,
+        min_length=1,
+        exclude_if=lambda value: value is None,
+        description="one of the model's chat templates by its name, or a file with one",
+    )
     on_bad_row: Literal["refuse", "skip"] = Field(
         default="refuse", description="stop at a row that cannot be used, or leave it out and count it"
     )

@@ -23,6 +23,7 @@ from typing import Any
 from pipeline.data.example import Example, is_learned
 from pipeline.data.messages import Message
 from pipeline.data.rows import BadRow, shorten
+from pipeline.data.template_choice import default_template
 from pipeline.data.template_style import PROBE, Style, find_style, is_plain, on_one_day
 from pipeline.data.tools import Tool
 from pipeline.errors import DataError
@@ -53,7 +54,7 @@ class ChatTemplate:
             )
         if not tokenizer.is_fast:
             raise DataError(f"{self.name}: not a fast tokenizer; choose a model that has a tokenizer.json")
-        self._template = on_one_day(tokenizer.get_chat_template())
+        self._template = on_one_day(default_template(tokenizer) or "")
         self._says_itself = bool(re.search(r"\{%-?\s*generation\s*-?%\}", self._template))
         self._prompts, self._end = self._try_out()
         self.ends_turns = self._end != ""

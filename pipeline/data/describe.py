@@ -21,6 +21,7 @@ from pipeline.data.splitting import SPLIT_BY
 from pipeline.data.supplied_template import is_supplied
 
 OWN_TEMPLATE, SUPPLIED_TEMPLATE = "the model's own", "supplied"
+CHOSEN_TEMPLATE = "chosen with data.chat_template"
 
 _SAMPLES = 3
 _WIDTH = 100  # characters of a line that is shown

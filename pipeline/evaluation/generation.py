@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from pipeline.data.template_choice import default_template
 from pipeline.data.template_style import on_one_day
 from pipeline.errors import ConfigError
 from pipeline.evaluation.model_result import Answer
@@ -106,11 +107,11 @@ def text_of(tokenizer: PreTrainedTokenizerBase, reply: list[int]) -> str:
 
 def question(tokenizer: PreTrainedTokenizerBase, prompt: str) -> BatchEncoding:
     """Return the input of a model that answers `prompt`: `input_ids` (1, T) and their mask."""
-    if not tokenizer.chat_template:
+    if not (template := default_template(tokenizer)):
         return tokenizer(prompt, return_tensors="pt")
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}],
-        chat_template=on_one_day(tokenizer.get_chat_template()),
+        chat_template=on_one_day(template),
         add_generation_prompt=True,
         return_tensors="pt",
         return_dict=True,

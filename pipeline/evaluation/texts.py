@@ -42,6 +42,7 @@ class RunTexts:
     Attributes:
         held_out: JSON Lines file of the held-out examples.
         reference: folder for the scores of the full-precision model.
+        template: the chat template that the configuration chooses for training.
         template_was_supplied: True if the base model has no chat template and training supplied one.
         plan: the number of tokens that fit into `evaluate.max_minutes`; empty before there is a plan.
         keep_plan: stores a plan for the models that are measured later.
@@ -49,6 +50,7 @@ class RunTexts:
 
     held_out: Path
     reference: Path
+    template: str | None = None
     template_was_supplied: bool = False
     plan: Mapping = field(default_factory=dict)
     keep_plan: Callable[[dict], object] = lambda plan: None
@@ -173,7 +175,9 @@ def digest(sequences: Sequence[Encoded]) -> str:
 
 
 def restore_template(tokenizer: PreTrainedTokenizerBase, texts: RunTexts) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of training: with the supplied chat template, if the base model has none."""
-    if texts.template_was_supplied:
+    """Return the tokenizer of training: with the chosen chat template, or the supplied one if the base has none."""
+    if texts.template:
+        tokenizer.chat_template = texts.template
+    elif texts.template_was_supplied:
         supply_template(tokenizer)
     return tokenizer

@@ -232,11 +232,11 @@ def _fetch(repo: str, variant: str | None, revision: str | None) -> Path:
     prefix = f"{variant}/" if variant else ""
 
     def choose(names: list[str]) -> list[str]:
-        wanted = [n for n in names if n.startswith(prefix) and "/" not in n.removeprefix(prefix)]
+        wanted = [n for n in names if n.startswith(prefix) and belongs_to_checkpoint(n.removeprefix(prefix))]
         if f"{prefix}config.json" not in wanted:
             there = sorted({n.split("/")[0] for n in names if n.endswith("/config.json")})
             raise ModelError(f"{repo}: no variant {variant!r}; there are: {', '.join(there) or 'none'}")
-        return [n for n in wanted if belongs_to_checkpoint(n.removeprefix(prefix))]
+        return wanted
 
     folder = download(repo, choose, revision).folder
     return folder / prefix

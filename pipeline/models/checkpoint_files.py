@@ -9,12 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.errors import ModelError
+from pipeline.models.chat_templates import DEFAULT, chat_templates, write_chat_templates
 from pipeline.models.safe_loading import read_settings
-from pipeline.models.tokenizer_settings import SETTINGS_FILES, real_path, to_publish
+from pipeline.models.tokenizer_settings import SETTINGS_FILES, TEMPLATES, real_path, to_publish
 from pipeline.system.files import fingerprint
 
-# Everything at a repository's root that belongs to a checkpoint, and no pickle among it.
-CHECKPOINT_FILES = re.compile(r"^([\w.-]+\.(safetensors|json|jinja|model|txt|tiktoken)|README\.md)\Z")
+# Everything in a repository that belongs to the checkpoint at its root, and no pickle among it.
+CHECKPOINT_FILES = re.compile(
+    rf"^([\w.-]+\.(safetensors|json|jinja|model|txt|tiktoken)|README\.md|{TEMPLATES}/[\w.-]+\.jinja)\Z"
+)
 TERMS_FILES = re.compile(r"^(LICEN[CS]E|USE_POLICY|NOTICE)[\w.-]*\Z", re.IGNORECASE)  # they go where the model goes
 TOKENIZER_FILES = re.compile(
     r"^(tokenizer[\w.-]*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|"
@@ -48,13 +51,15 @@ def companions(source: Path) -> list[Path]:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy what belongs to a checkpoint beside its weights and configuration."""
+    """Copy what belongs to a checkpoint beside its weights and configuration, with every chat template."""
     for path in companions(source):
         shutil.copyfile(real_path(path), target / path.name)
     for settings in (target / name for name in SETTINGS_FILES):
         told = read_settings(settings) if settings.is_file() else {}
         if (kept := to_publish(told)) != told:
             settings.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if len(templates := chat_templates(source)) > 1 or (templates and DEFAULT not in templates):
+        write_chat_templates(target, templates)
 
 
 def copy_terms(source: Path, target: Path) -> None:
@@ -72,5 +77,5 @@ def read_config(folder: Path) -> dict:
 
 
 def belongs_to_checkpoint(name: str) -> bool:
-    """Return True if a file at a repository's root is downloaded with a model; adapter files are not."""
+    """Return True if a file of a repository is downloaded with a model; adapter files are not."""
     return name not in ADAPTER_FILES and bool(CHECKPOINT_FILES.match(name) or TERMS_FILES.match(name))

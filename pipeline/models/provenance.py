@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,17 +73,6 @@ def _reachable(folder: Path, hub_id: str | None, links: tuple[str, ...]) -> str 
     if TERMS_FILES.match(link) and (folder / link).is_file():
         return link
     return f"https://huggingface.co/{hub_id}/blob/main/{link}" if hub_id else None
-
-
-def has_chat_template(folder: Path) -> bool:
-    """Return True if the tokenizer in `folder` has a chat template."""
-    settings = folder / "tokenizer_config.json"
-    if (folder / "chat_template.jinja").is_file():
-        return True
-    try:
-        return bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return False
 
 
 def _front_matter(path: Path) -> tuple[dict, list[str]]:

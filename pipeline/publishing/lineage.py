@@ -85,6 +85,7 @@ def _sources(config: Config) -> set[str]:
     named = (
         config.model.source,
         config.data and config.data.source,
+        config.data and config.data.chat_template,
         config.evaluate and config.evaluate.general,
         config.merge.adapter,
     )

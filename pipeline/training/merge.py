@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from pipeline.errors import ModelError
+from pipeline.models.chat_templates import DEFAULT, chat_templates, write_chat_templates
 from pipeline.models.checkpoint import SHARD_BYTES, Checkpoint, CheckpointWriter
 from pipeline.models.checkpoint.row_blocks import (
     Job,
@@ -58,7 +59,7 @@ def merge_checkpoint(
         kind: `bf16` merges into the base as it is, and `nf4` into its weights as NF4 training saw them.
         linear: names of the weights that training held in NF4: every linear layer but the head.
         on_progress: called with the bytes that are done, and all bytes.
-        template: a chat template that training supplied because the base has none.
+        template: the chat template of training, if it is not the default of the base.
         end_of_turn: the token that ends an answer in training; generation must stop at it.
         variants: the variants to write in the same pass, with the bytes that the merged model would give.
 
@@ -121,7 +122,7 @@ def _describe(base: Path, output: Path, template: str | None, end_of_turn: int |
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
     (output / "config.json").write_text(text + "\n", encoding="utf-8")
     if template:
-        (output / "chat_template.jinja").write_text(template, encoding="utf-8")
+        write_chat_templates(output, chat_templates(base) | {DEFAULT: template})
 
 
 def _token_list(tokens: Any) -> list:

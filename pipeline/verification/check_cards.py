@@ -17,8 +17,8 @@ from pathlib import Path
 from pipeline.config.catalog import is_one_file
 from pipeline.errors import UserError
 from pipeline.hub.tree import CARD
+from pipeline.models.chat_templates import has_chat_template
 from pipeline.models.gguf_metadata import read_dialogue
-from pipeline.models.provenance import has_chat_template
 from pipeline.publishing.cards import PLOT, About, folder_card, mirror_card, model_card, plot_quality
 from pipeline.publishing.cards.readmes import merged
 from pipeline.publishing.lineage import own_version

@@ -6,6 +6,7 @@ from pipeline.data import Example
 from pipeline.data.chat import ChatTemplate
 from pipeline.data.encode import NO_LOSS, encode_examples, encode_text
 from pipeline.data.supplied_template import is_supplied, supply_template
+from pipeline.data.template_choice import choose_template
 from pipeline.errors import DataError
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -386,3 +387,24 @@ def test_no_template_is_supplied_where_a_model_could_not_learn_to_stop():
 def test_end_of_turn_is_the_token_that_training_puts_after_an_answer(template, end):
     known = tokenizer(template, eos="<s>")
     assert ChatTemplate(known).end_of_turn() == (end and known.convert_tokens_to_ids(end))
+
+
+SEVERAL = {"chat": CHATML, "tool_use": BRACKETS}
+
+
+def test_several_templates_without_a_default_need_a_choice():
+    known = tokenizer(SEVERAL)
+    with pytest.raises(DataError, match=r"several chat templates \(chat, tool_use\), .* Try: data.chat_template=chat"):
+        choose_template(known, None)
+    with pytest.raises(DataError, match="none is the default"):
+        ChatTemplate(known)
+    assert choose_template(tokenizer({**SEVERAL, "default": PLAIN}), None) is None
+
+
+def test_template_is_chosen_by_its_name_or_from_a_file(tmp_path):
+    known = tokenizer(SEVERAL)
+    assert choose_template(known, "tool_use") == BRACKETS == known.chat_template
+    (tmp_path / "own.jinja").write_text(PLAIN)
+    assert choose_template(known, str(tmp_path / "own.jinja")) == PLAIN == known.chat_template
+    with pytest.raises(DataError, match="'plain': not a readable file.*; the model has chat, tool_use"):
+        choose_template(tokenizer(SEVERAL), "plain")

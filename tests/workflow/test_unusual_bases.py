@@ -10,7 +10,7 @@ from pipeline.config.loader import load_config
 from pipeline.config.schema import Model
 from pipeline.errors import ModelError, StageFailed
 from pipeline.evaluation.generation import stop_tokens
-from pipeline.models.gguf_metadata import read_dialogue
+from pipeline.models.gguf_metadata import read_dialogue, read_header
 from pipeline.models.sources import fetch
 from pipeline.publishing.ollama import modelfile
 from pipeline.workflow.in_process import run_stage_here
@@ -94,3 +94,36 @@ def test_pad_token_with_which_transformers_builds_no_model_is_named(tiny_model, 
     change(base / "config.json", pad_token_id=272)
     with pytest.raises(ModelError, match="its pad_token_id lies beyond the rows of its embedding"):
         fetch(Model(source=str(base)), tmp_path)
+
+
+@pytest.fixture
+def several(tiny_model, tmp_path):
+    """A base model with two chat templates, of which none is the default."""
+    base = shutil.copytree(tiny_model("qwen3"), tmp_path / "base")
+    text = (base / "chat_template.jinja").read_text()
+    (base / "chat_template.jinja").unlink()
+    (base / "additional_chat_templates").mkdir()
+    for name in ("chat", "tool_use"):
+        (base / f"additional_chat_templates/{name}.jinja").write_text(f"{{# {name} #}}{text}")
+    return base
+
+
+def test_several_templates_without_a_default_are_told_from_which_to_choose(several, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StageFailed, match=r"several chat templates \(chat, tool_use\).* Try: data.chat_template=chat"):
+        run_one(small_config(tmp_path, several), "train", start=run_stage_here)
+
+
+def test_chosen_template_is_the_default_of_the_merged_model_and_the_others_come_along(several, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = {"source": "rows.jsonl", "held_out": 0.25, "chat_template": "chat"}
+    config = small_config(tmp_path, several, data=data, quantize={"variants": ["int8", "gguf-q4_0"]})
+    for stage in ("train", "merge"):
+        workspace = run_one(config, stage, start=run_stage_here)
+    for folder in (workspace.release, workspace.quantized / "int8"):
+        templates = AutoTokenizer.from_pretrained(folder).chat_template
+        assert templates.keys() == {"chat", "tool_use", "default"}
+        assert templates["default"] == templates["chat"] != templates["tool_use"]
+    (file,) = (workspace.quantized / "gguf-q4_0").glob("*.gguf")
+    assert read_dialogue(file).template == templates["chat"]
+    assert read_header(file).keys["tokenizer.chat_template.tool_use"] == templates["tool_use"]

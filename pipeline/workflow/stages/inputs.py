@@ -22,6 +22,8 @@ from pipeline.tracking.events import Events
 from pipeline.workflow.ledger import BaseModel, Ledger
 from pipeline.workflow.workspace import Workspace
 
+TEMPLATE = "chat_template.jinja"  # of training, if the configuration chooses it
+
 if TYPE_CHECKING:
     from pipeline.models.checkpoint.shard_stream import PassingCheckpoint
 
@@ -122,13 +124,22 @@ def model_bytes(config: Config, workspace: Workspace, folder: Path) -> int:
 
 def run_texts(workspace: Workspace) -> RunTexts:
     """Return the texts that the models of this run are measured on."""
+    chosen = workspace.data / TEMPLATE
     return RunTexts(
         held_out=workspace.data / "held_out.jsonl",
         reference=workspace.measurements / "reference",
+        template=chosen.read_text(encoding="utf-8") if chosen.is_file() else None,
         template_was_supplied=workspace.read_measurement("data").get("template") == SUPPLIED_TEMPLATE,
         plan=workspace.read_measurement("texts"),
         keep_plan=functools.partial(workspace.write_measurement, "texts"),
     )
+
+
+def keep_template(workspace: Workspace, chosen: str | None) -> None:
+    """Keep the chat template that was chosen for training, for the later stages."""
+    (workspace.data / TEMPLATE).unlink(missing_ok=True)
+    if chosen is not None:
+        (workspace.data / TEMPLATE).write_text(chosen, encoding="utf-8")
 
 
 def reference(config: Config) -> str:

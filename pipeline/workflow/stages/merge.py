@@ -108,7 +108,7 @@ def _merge(merge: Callable, what: str, events: Events, along: Variants | None) -
 
 
 def _learned_turns(base: Path, workspace: Workspace) -> tuple[str | None, int | None]:
-    """Return the chat template that training supplied and the token that ends an answer; None if there is none.
+    """Return the chat template that training supplied or chose, and the token that ends an answer, if any.
 
     The merged model must have both. It is not known what an adapter from elsewhere was taught.
     """
@@ -121,9 +121,10 @@ def _learned_turns(base: Path, workspace: Workspace) -> tuple[str | None, int | 
     tokenizer = open_tokenizer(base)
     if data.get("template") is None:  # running text, which ends with the end of text
         return None, tokenizer.eos_token_id
-    had_one = bool(tokenizer.chat_template)
+    own = tokenizer.chat_template
     restore_template(tokenizer, run_texts(workspace))
-    return None if had_one else tokenizer.chat_template, ChatTemplate(tokenizer).end_of_turn()
+    learned = tokenizer.chat_template
+    return None if learned == own else learned, ChatTemplate(tokenizer).end_of_turn()
 
 
 def _compare(

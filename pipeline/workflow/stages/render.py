@@ -253,7 +253,7 @@ def _about(
     kept_out: tuple[str, ...] = (),
     mirrors: Mapping[str, str] | None = None,
 ) -> About:
-    from pipeline.models.provenance import has_chat_template
+    from pipeline.models.chat_templates import has_chat_template
     from pipeline.publishing.cards import About
 
     location = config.publish.repo or workspace.release.as_posix()

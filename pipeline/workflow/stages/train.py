@@ -31,7 +31,7 @@ from pipeline.tracking.events import Events
 from pipeline.training.distributed import ProcessGroup, TrainingProcess, gather_adapter, sharding
 from pipeline.workflow import baseline
 from pipeline.workflow.stages import Outcome
-from pipeline.workflow.stages.inputs import base_model, hashes_of, model_depends, without_limit
+from pipeline.workflow.stages.inputs import base_model, hashes_of, keep_template, model_depends, without_limit
 from pipeline.workflow.stages.quantize import check_variants
 from pipeline.workflow.workspace import Workspace
 
@@ -63,6 +63,7 @@ def depends(config: TrainingRun, workspace: Workspace, variants: tuple[str, ...]
     return {
         "model": model_depends(config, workspace),
         "data": config.data.model_dump() | {"files": hashes_of(workspace, config.data.source)},
+        **({"chat_template": hashes_of(workspace, chosen)} if (chosen := config.data.chat_template) else {}),
         "train": train,
         "versions": versions(*LIBRARIES),
         "python": platform.python_version() if config.data.source.startswith("builtin:") else None,
@@ -157,9 +158,9 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
     One process of each machine writes; the others read what it left.
     """
     from pipeline.data import load_examples, write_examples
-    from pipeline.data.describe import describe, report, samples
+    from pipeline.data.describe import CHOSEN_TEMPLATE, describe, report, samples
     from pipeline.data.encode import encode_examples
-    from pipeline.data.supplied_template import supply_template
+    from pipeline.data.template_choice import choose_template
     from pipeline.evaluation import eligible_prompts, generation, texts
     from pipeline.models.vocabulary_size import check_tokens, pad_within_embedding
 
@@ -193,8 +194,10 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
     check_length(config.train.max_length, context)
     tokenizer = open_tokenizer(base)
     pad_within_embedding(tokenizer, base)
-    if data.form != "text":  # running text is learned as it is
-        supply_template(tokenizer)
+    is_text = data.form == "text"  # which is learned as it is
+    chosen = None if is_text else choose_template(tokenizer, config.data.chat_template)
+    if process.is_local_main:
+        keep_template(workspace, chosen)
     encoded = {
         name: encode_examples(
             examples,
@@ -214,7 +217,7 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
     generation.check_prompts(config.evaluate.prompts, tokenizer, context)
     read = (*encoded["training"].examples, *encoded["held-out"].examples, *general)
     check_tokens(base, tokenizer, (sequence.input_ids for sequence in read))
-    description = describe(data, encoded, tokenizer)
+    description = describe(data, encoded, tokenizer) | ({"template": CHOSEN_TEMPLATE} if chosen else {})
     events.show(report(description, samples(data, encoded, tokenizer)))
     watched = texts.first_examples(config, encoded["held-out"].examples, HELD_OUT_TOKENS)
     encoded["held-out"] = replace(encoded["held-out"], examples=watched)

@@ -19,7 +19,7 @@ import pipeline.publishing.cards as package
 from pipeline.config.schema import REPO_ID
 from pipeline.evaluation.model_result import Estimate
 from pipeline.evaluation.results import Results
-from pipeline.models.provenance import has_chat_template
+from pipeline.models.chat_templates import has_chat_template
 from pipeline.publishing.cards import About, folder_card, markdown, mirror_card, model_card, plot_quality
 from pipeline.publishing.cards.own_text import keep_own_text
 from tests.support import REPOSITORY

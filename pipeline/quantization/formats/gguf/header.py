@@ -7,6 +7,7 @@ cannot compute is refused.
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipeline.errors import ModelError
+from pipeline.models.chat_templates import DEFAULT
 from pipeline.models.checkpoint_files import companions
 from pipeline.models.gguf_metadata import ENDS, SAMPLING
 from pipeline.models.safe_loading import open_config, open_generation_config, open_tokenizer
@@ -84,8 +86,7 @@ def describe(folder: Path, name: str, type_name: str, license: str | None = None
         _add_tokenizer(writer, config, tokenizer, words, folder)
     except ModelError as error:
         raise ModelError(f"{folder}: {error}") from None
-    if template := _template(tokenizer):
-        writer.add_chat_template(template)
+    _add_templates(writer, tokenizer)
     _add_sampling(writer, folder)
     return Description(writer, known, config.num_hidden_layers, head_dim, tensors)
 
@@ -257,6 +258,16 @@ def _add_sampling(writer: GGUFWriter, folder: Path) -> None:
                 writer.add_float32(f"{SAMPLING}{name}", value)
 
 
-def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    template = tokenizer.chat_template
-    return template.get("default") if isinstance(template, dict) else template
+def _add_templates(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Add the chat templates. GGUF has letters, digits and underscores in their names."""
+    templates: dict[str, str] | str | None = tokenizer.chat_template
+    if isinstance(templates, dict):
+        keys = library().Keys.Tokenizer
+        others = {re.sub(r"[^a-zA-Z0-9]", "_", name): text for name, text in templates.items() if name != DEFAULT}
+        for name, text in sorted(others.items()):
+            writer.add_string(keys.CHAT_TEMPLATE_N.format(name=name), text)
+        if others:
+            writer.add_array(keys.CHAT_TEMPLATES, sorted(others))
+        templates = templates.get(DEFAULT)
+    if templates:
+        writer.add_chat_template(templates)
