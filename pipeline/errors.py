@@ -16,14 +16,25 @@ from urllib.parse import quote
 
 LAUNCHED_BY = "TUNEPRESS_COMMAND"  # set by launch.sh; already quoted for a shell
 
-# Tokens of the Hub and of its cousins, wherever they turn up.
+# Tokens of the Hub and of similar services.
 _TOKEN_SHAPES = re.compile(
-    r"(hf|api_org)_[A-Za-z0-9]{30,}|\b(hf_[A-Za-z0-9]{8,}|api_org_[A-Za-z0-9]{8,}|hf_(jwt|oauth)_[A-Za-z0-9._-]{8,})\b|(?<=write_token=)[^&\s\"'\\]+"
+    r"(hf|api_org)_[A-Za-z0-9]{30,}|\b(hf_[A-Za-z0-9]{8,}|api_org_[A-Za-z0-9]{8,}|hf_(jwt|oauth)_[A-Za-z0-9._-]{8,})\b"
 )
-# What stands before a secret, and stays: in an address, and in a header.
+# What stands before a secret, and stays: in an address, in a header, and as a name.
 _BEFORE_SECRETS = re.compile(
     r"(://)[^\s/@\"'\\]+(?=@)|([?&](?:\w*token|api_?key|password|secret|sig|[\w-]*signature)=)[^&\s\"'#\\]+"
-    r"|(\bbearer\s+)[\w.~+/=-]{8,}",
+    r"|(\bbearer\s+|authorization\W{1,4}basic\s+)[\w.~+/=-]{8,}"
+    r"|((?:write_token|access_token|api_?key|password)(?:=|\\?[\"']?: ?\\?[\"']))[^&\s\"'\\]+",
+    re.IGNORECASE,
+)
+# The end of a text that may be the beginning of such a secret, or of what stands before it.
+_BEGINNINGS = ("hf_", "api_org_", "bearer ", "authorization", "write_token", "access_token", "api_key", "password")
+_BEGUN = "|".join(re.escape(word[:end]) for word in _BEGINNINGS for end in range(1, len(word)))
+_UNFINISHED = re.compile(
+    r"((hf|api_org)_[\w.-]*|://[^\s/@\"'\\]*|:/?|[?&][\w-]*(=[^&\s\"'#\\]*)?"
+    r"|(\bbearer|authorization\W{1,4}basic)\s+[\w.~+/=-]*|authorization\W{0,4}\w*"
+    r"|(write_token|access_token|api_?key|password)(=|\\?[\"']?:? ?\\?[\"']?)[^&\s\"'\\]*"
+    rf"|\b({_BEGUN}))\Z",
     re.IGNORECASE,
 )
 # No folder and no model is called so; `redact` hides more than this, where nothing depends on it.
@@ -33,6 +44,10 @@ _SURELY_SECRET = re.compile(
     re.ASCII,
 )
 _SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN", "TRACKIO_WRITE_TOKEN")
+# Variables of other programs. Their values are hidden too, unless they are short or paths of files.
+_SECRET_NAMES = re.compile(r".*(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)")
+_LONGER_THAN_WORDS = 16
+LONGEST_SECRET = 4096  # characters
 LONGEST = 2000  # characters of an error's line, which may repeat a name of any length
 
 
@@ -123,19 +138,32 @@ def is_unreachable(error: BaseException) -> bool:
 
 
 def redact(text: str) -> str:
-    """`text` without any token: neither those in the environment nor anything shaped like one."""
+    """Return a text without secrets: neither those in the environment, nor anything of the shape of a token."""
     text = _without_known(text, shortest=4)
-    text = _BEFORE_SECRETS.sub(lambda found: f"{found[1] or found[2] or found[3]}***", text)
+    text = _BEFORE_SECRETS.sub(lambda found: f"{found[1] or found[2] or found[3] or found[4]}***", text)
     return _TOKEN_SHAPES.sub("***", text)
 
 
 def redact_output(text: str) -> str:
-    """`text` without what is surely a token; names in it that look a little like one stay, for programs may read it."""
+    """Return a text without what is surely a secret; names that look a little like one stay, for programs read them."""
     return _SURELY_SECRET.sub("***", _without_known(text, shortest=12))
 
 
+def unfinished_secret(text: str) -> int:
+    """Return the position from which the end of a text may be the beginning of a secret; else the text's length."""
+    first = max(0, len(text) - LONGEST_SECRET)
+    found = _UNFINISHED.search(text, first)
+    position = found.start() if found else len(text)
+    for written in _written(shortest=4):
+        for length in range(min(len(written) - 1, len(text)), 0, -1):
+            if text.endswith(written[:length]):
+                position = min(position, len(text) - length)
+                break
+    return position
+
+
 def holds_secret(text: str) -> bool:
-    """Is there a token in a text that may as well be a name, and is not to be refused for looking a little like one?"""
+    """Return True if there is a secret in a text that may also be a name, and may look a little like a token."""
     return any(secret in text for secret in _secrets(shortest=12)) or bool(_SURELY_SECRET.search(text))
 
 
@@ -145,12 +173,20 @@ def printable(text: str) -> str:
 
 
 def _without_known(text: str, shortest: int) -> str:
-    for secret in _secrets(shortest):
-        for written in (secret, quote(secret, safe=""), json.dumps(secret)[1:-1]):
-            text = text.replace(written, "***")
+    for written in _written(shortest):
+        text = text.replace(written, "***")
     return text
 
 
+def _written(shortest: int) -> list[str]:
+    """Return every form in which a known secret may stand in a text; the longest first."""
+    forms = {
+        form for secret in _secrets(shortest) for form in (secret, quote(secret, safe=""), json.dumps(secret)[1:-1])
+    }
+    return sorted(forms, key=len, reverse=True)
+
+
 def _secrets(shortest: int) -> list[str]:
-    known = (os.environ.get(name, "").strip() for name in _SECRET_VARIABLES)
-    return [secret for secret in known if len(secret) >= shortest]
+    found = [secret for name in _SECRET_VARIABLES if len(secret := os.environ.get(name, "").strip()) >= shortest]
+    others = [value.strip() for name, value in os.environ.items() if _SECRET_NAMES.fullmatch(name)]
+    return found + [other for other in others if len(other) >= _LONGER_THAN_WORDS and other[0] not in "/~."]

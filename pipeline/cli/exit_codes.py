@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TextIO
 
 from pipeline.errors import UserError, redact, redact_output
+from pipeline.system.redaction import Redactor
 
 
 @contextlib.contextmanager
@@ -30,6 +32,9 @@ def plain_errors(program: str) -> Iterator[None]:
                 _end(program, full)
             traceback.print_exc()
             sys.exit(1)
+        finally:
+            out.end()
+            err.end()
 
 
 def _end(program: str, error: UserError) -> NoReturn:
@@ -37,15 +42,59 @@ def _end(program: str, error: UserError) -> NoReturn:
     sys.exit(error.exit_code)
 
 
-class _Redacted:
-    """A stream that removes tokens from everything written to it."""
+class _Redacted(io.TextIOBase):
+    """A stream that removes tokens from everything written to it, in whatever pieces."""
 
     def __init__(self, stream: TextIO, hide: Callable[[str], str]):
-        self._stream, self._hide = stream, hide
+        self._stream, self._redactor = stream, Redactor(hide)
 
     def write(self, text: str) -> int:
-        self._stream.write(self._hide(text))
+        self._stream.write(self._redactor.feed(text))
         return len(text)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+    def end(self) -> None:
+        """Write what was kept back; a secret may have been cut there."""
+        if rest := self._redactor.end():
+            self._stream.write(rest)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def writable(self) -> bool:
+        return True
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+    @property
+    def errors(self) -> str | None:  # type: ignore[override]
+        return self._stream.errors
+
+    @property
+    def buffer(self) -> _RedactedBytes:
+        return _RedactedBytes(self)
+
+
+class _RedactedBytes(io.RawIOBase):
+    """The binary side of such a stream."""
+
+    def __init__(self, text: _Redacted):
+        self._text = text
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        content = bytes(data)
+        self._text.write(content.decode("utf-8", "replace"))
+        return len(content)
+
+    def flush(self) -> None:
+        self._text.flush()

@@ -3,10 +3,32 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import redact
+from pipeline.errors import LONGEST_SECRET, redact, unfinished_secret
+
+
+class Redactor:
+    """Redaction of text that comes in pieces: a secret that is cut by two of them is hidden whole."""
+
+    def __init__(self, hide: Callable[[str], str] = redact):
+        self._hide, self._held = hide, ""
+
+    def feed(self, text: str) -> str:
+        """Return the next text without secrets. An end that may be the beginning of a secret is kept back."""
+        text = self._held + text
+        end = unfinished_secret(text)
+        if len(text) - end >= LONGEST_SECRET:  # this is no secret
+            end = len(text)
+        self._held = text[end:]
+        return self._hide(text[:end])
+
+    def end(self) -> str:
+        """Return what was kept back, without secrets."""
+        rest, self._held = self._hide(self._held), ""
+        return rest
 
 
 def file_name(path: str) -> str:
@@ -21,7 +43,7 @@ def without_private(content: Any, run: Path) -> Any:
     """
     if isinstance(content, str):
         return redact(content)
-    if isinstance(content, list):
+    if isinstance(content, (list, tuple)):
         return [without_private(value, run) for value in content]
     if not isinstance(content, dict):
         return content

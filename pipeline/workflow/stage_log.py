@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import time
 
-from pipeline.errors import redact
+from pipeline.system.redaction import Redactor
 
-LONGEST_LINE = 1 << 20  # bytes of an unfinished line that are buffered
-OVERLAP = 4096  # bytes of a longer line that stay in the buffer: longer than any token
 WAIT_SECONDS = 2.0  # that the end of a process waits for its output to be written
-
-_BREAK = re.compile(rb"(?<=[\n\r])")
 
 
 def print_without_tokens(file: int) -> int:
@@ -66,21 +61,13 @@ def _become_writer(reads: int, writes: int, file: int) -> None:
 
 
 def _copy(reads: int, file: int) -> None:
-    rest = b""
+    redactor = Redactor()
     while data := os.read(reads, 1 << 16):
-        *lines, rest = _BREAK.split(rest + data)
-        if len(rest) > LONGEST_LINE:
-            rest = _without_tokens(rest)
-            lines, rest = [*lines, rest[:-OVERLAP]], rest[-OVERLAP:]
-        _write(file, b"".join(lines))
-    _write(file, rest)
+        _write(file, redactor.feed(data.decode("utf-8", "surrogateescape")))
+    _write(file, redactor.end())
 
 
-def _write(file: int, data: bytes) -> None:
-    data = _without_tokens(data)
+def _write(file: int, text: str) -> None:
+    data = text.encode("utf-8", "surrogateescape")
     while data:
         data = data[os.write(file, data) :]
-
-
-def _without_tokens(data: bytes) -> bytes:
-    return redact(data.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")

@@ -16,7 +16,9 @@ import pytest
 from pipeline.cli import main
 from pipeline.cli.exit_codes import plain_errors
 from pipeline.errors import UserError, holds_secret, redact
+from pipeline.system.redaction import Redactor, without_private
 from pipeline.tracking.events import Events, one_line, read_events
+from pipeline.workflow import stage_log
 from pipeline.workflow.workspace import Workspace
 from tests.support import REPOSITORY
 from tests.support.audit_watch import HUB_TOKEN, SECRETS, TOKEN, WRITE_TOKEN
@@ -36,6 +38,82 @@ writer = print_without_tokens(os.dup(1))
 @pytest.mark.parametrize("secret", SECRETS)
 def test_a_token_is_hidden_in_whatever_form(place, form, secret):
     assert secret not in redact(form.format(secret))
+
+
+UNKNOWN = [
+    "see https://ada:pass-word-of-ada@hub.org", "x?access_token=0123456789ab&y", "write_token=0123456789abcdef !",
+    "Authorization: Bearer 0123456789abcdef", "{'authorization': 'Basic YWRhOnBhc3Mtd29yZA=='}",
+    '{"api_key": "0123456789abcdef"}', "password=correct-horse", "api_org_0123456789abcdef .",
+    "hf_jwt_01234567.89abcdef-0123.45", "hf_oauth_0123456789",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [*(f"It is {secret} or not" for secret in SECRETS), *UNKNOWN])
+def test_a_secret_that_is_cut_by_two_writes_is_hidden_whole(place, text):
+    hidden = redact(text)
+    assert "***" in hidden
+    for cut in range(len(text)):
+        redactor = Redactor()
+        assert redactor.feed(text[:cut]) + redactor.feed(text[cut:]) + redactor.end() == hidden, cut
+    redactor = Redactor()
+    assert "".join(map(redactor.feed, text)) + redactor.end() == hidden
+
+
+def test_text_without_secrets_is_not_kept_back(place):
+    """People wait for a prompt, and for the next word of an answer."""
+    for text in ("Model [demo]: ", "> ", "An answer, in 12 words", "你好", "50 % of hf_models done. ", "Yes!"):
+        assert Redactor().feed(text) == text
+
+
+def test_what_is_longer_than_any_secret_is_not_kept_back(place):
+    redactor = Redactor()
+    assert len(redactor.feed("https://" + "x" * 5000)) > 5000 and redactor.end() == ""
+
+
+@pytest.mark.parametrize("name", ["GITHUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "SMTP_PASSWORD"])
+def test_secrets_of_other_programs_are_hidden(monkeypatch, name):
+    monkeypatch.setenv(name, "zYx987wVu654tSr321")
+    monkeypatch.setenv("EOS_TOKEN", "<|endoftext|>")
+    monkeypatch.setenv("SOME_SECRET", "/run/secrets/some-file")
+    assert (
+        redact("zYx987wVu654tSr321 <|endoftext|> /run/secrets/some-file") == "*** <|endoftext|> /run/secrets/some-file"
+    )
+
+
+def test_every_way_to_write_to_the_terminal_is_redacted(place, capfd):
+    with plain_errors("tunepress"):
+        for stream in (sys.stdout, sys.stderr):
+            stream.writelines([f"a {TOKEN}\n", f"b {WRITE_TOKEN}\n"])
+            stream.buffer.write(f"c {HUB_TOKEN}\n".encode())
+            stream.write(f"d {TOKEN[:9]}")
+            stream.flush()
+            stream.write(f"{TOKEN[9:]}\n")
+            stream.write(WRITE_TOKEN)
+    for told in capfd.readouterr():
+        assert told == "a ***\nb ***\nc ***\nd ***\n***"
+
+
+@pytest.mark.parametrize("secret", [*SECRETS, "hf_jwt_" + "0123456789-" * 300 + "0"])
+@pytest.mark.parametrize("length", [10, (1 << 20) + 1])
+def test_a_secret_that_is_cut_by_two_reads_of_a_log_is_hidden_whole(place, monkeypatch, secret, length):
+    read, pipe = os.read, -17
+    for cut in (1, 12, len(secret) - 1):
+        parts = [f"{'x' * length} {secret[:cut]}".encode(), f"{secret[cut:]} y".encode(), b""]
+
+        def next_part(file, size, parts=parts):
+            return parts.pop(0) if file == pipe else read(file, size)
+
+        with monkeypatch.context() as patch, open(place / "log", "wb") as log:
+            patch.setattr(os, "read", next_part)
+            stage_log._copy(pipe, log.fileno())
+        assert (place / "log").read_text() == "x" * length + " *** y"
+
+
+def test_results_in_tuples_are_redacted(place):
+    assert without_private({"languages": (TOKEN, "en"), "a": [(TOKEN,)]}, place) == {
+        "languages": ["***", "en"],
+        "a": [["***"]],
+    }
 
 
 def test_unknown_secrets_in_secret_positions_are_redacted():
