@@ -21,17 +21,16 @@ from pipeline.inference.loaders import DEQUANTIZED, PACKED, STOCK, only_file
 from pipeline.models.checkpoint_files import stored_bytes
 from pipeline.models.context import context_length
 from pipeline.models.safe_loading import open_config, open_tokenizer
-from pipeline.models.tensor_names import open_checkpoint
 from pipeline.system.files import read_json
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
     from pipeline.data.encode import Encoded
     from pipeline.evaluation.metrics import Divergence, Scores
     from pipeline.evaluation.texts import RunTexts
     from pipeline.inference.llama_cpp import Reader
+    from pipeline.inference.output_head import Head
 
 Progress = Callable[[int, int, str], None]
 Count = Callable[[int, int], None]
@@ -121,9 +120,11 @@ def _in_transformers(
     questions = [generation.question(tokenizer, prompt)["input_ids"][0].tolist() for prompt in config.evaluate.prompts]
     read = [*(sequence.input_ids for part in sequences.values() for sequence in part), *questions]
     check_tokens(reference or folder, tokenizer, read)
-    head_name = output_head.head_name(model) if reference is None else ""
-    head, softcap = output_head.head_matrix(model).to("cpu"), output_head.softcap(model.config)
+    head = output_head.head_of(model).to("cpu")
     scored = {text: metrics.score(model, part, tell(f"{text} text")) for text, part in sequences.items()}
+    if reference is None:
+        for text, scores in scored.items():
+            scores.save(run_texts.reference_scores(text), output_head.head_names(model))
     samples = []
     if in_full and not offloaded:
         tell("sample answers")(0, 1)
@@ -137,14 +138,12 @@ def _in_transformers(
         torch.cuda.empty_cache()  # the probes load the model again, in processes of their own
 
     if reference is None:
-        for text, scores in scored.items():
-            scores.save(run_texts.reference_scores(text), head_name)
         quality = {text: _quality(text, sequences[text], scores, config) for text, scores in scored.items()}
     else:
         theirs, quality = _reference_head(reference, run_texts), {}
         for text, scores in scored.items():
             other = metrics.Scores.load(run_texts.reference_scores(text))
-            compared = metrics.divergence(scores, head, other, theirs, softcap, tell("divergence"))
+            compared = metrics.divergence(scores, head, other, theirs, tell("divergence"))
             quality[text] = _quality(text, sequences[text], scores, config, other, compared)
 
     quantized = "quantization_config" in read_json(folder / "config.json", {})
@@ -185,18 +184,18 @@ def _in_llama_cpp(
     questions = [generation.question(tokenizer, prompt)["input_ids"][0].tolist() for prompt in prompts]
     longest = [len(s.input_ids) for part in sequences.values() for s in part]
     longest += [len(question) + generation.ANSWER_TOKENS for question in questions]
-    head, softcap = _reference_head(reference, run_texts), output_head.softcap(settings)
+    head = _reference_head(reference, run_texts)
     quality = {}
     with llama_cpp.opened(file, max(longest), output_head.LOGIT_ELEMENTS) as reader:
-        if reader.vocabulary != len(head):
-            raise ModelError(f"{file}: has {reader.vocabulary} tokens, but the full-precision model has {len(head)}")
+        if reader.vocabulary != head.rows:
+            raise ModelError(f"{file}: has {reader.vocabulary} tokens, but the full-precision model has {head.rows}")
         others = [s.input_ids for s in sequences.get(texts.HELD_OUT, ())[:CHECKED_SEQUENCES]] + questions
         sample = unicodedata.normalize("NFC", general_text(config.evaluate.general)[:CHECKED_CHARACTERS])
         _check_tokens(reader, tokenizer, [sample, *(cast(str, tokenizer.decode(ids)) for ids in others)])
         for text, part in sequences.items():
             other = metrics.Scores.load(run_texts.reference_scores(text))
             logits = metrics.counted_logits(reader, part)
-            scores, compared = metrics.compare_logits(logits, part, other, head, softcap, tell(f"{text} text"))
+            scores, compared = metrics.compare_logits(logits, part, other, head, tell(f"{text} text"))
             quality[text] = _quality(text, part, scores, config, other, compared)
         tell("sample answers")(0, 1)
         stops = generation.stop_tokens(reference)
@@ -257,11 +256,11 @@ def _quality(
     )
 
 
-def _reference_head(reference: Path, run_texts: RunTexts) -> torch.Tensor:
-    """Return the output matrix (V, H) of the full-precision model."""
+def _reference_head(reference: Path, run_texts: RunTexts) -> Head:
+    """Return the output head of the full-precision model."""
     from pipeline.evaluation import metrics, texts
 
-    return open_checkpoint(reference).read(metrics.Scores.saved_head(run_texts.reference_scores(texts.GENERAL)))
+    return metrics.Scores.saved_head(run_texts.reference_scores(texts.GENERAL)).read(reference)
 
 
 def _speed(folder: Path, ids: list[int], loaders: tuple[str, ...], device: str) -> dict[str, Speed]:

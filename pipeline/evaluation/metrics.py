@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.errors import ModelError
 from pipeline.evaluation.model_result import Estimate
-from pipeline.inference.output_head import Head, check_head, device_of, head_of, logits_of
+from pipeline.inference.output_head import Head, HeadNames, check_head, device_of, head_of, logits_of
 from pipeline.system.files import read_json
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from pipeline.data.encode import Encoded
     from pipeline.inference.llama_cpp import Reader
-    from pipeline.quantization.grid import GroupQuantized
 
 BATCH_TOKENS = 2048
 IGNORED = -100
@@ -65,11 +64,11 @@ class Scores:
         assert self.hidden is not None, "only scores of `score` have hidden states"
         return self.hidden
 
-    def save(self, path: Path, head: str = "") -> None:
-        """Write the scores to a file, with the name of the output matrix in the checkpoint."""
+    def save(self, path: Path, head: HeadNames) -> None:
+        """Write the scores to a file, with the names of the output head in the checkpoint."""
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {"nll": self.nll, "choice": self.choice, "sequence": self.sequence, "hidden": self.states}
-        save_file(tensors, path, {"head": head})
+        save_file(tensors, path, {"head": head.weight, "head_bias": head.bias or ""})
 
     @classmethod
     def load(cls, path: Path) -> Scores:
@@ -77,11 +76,12 @@ class Scores:
         return cls(**load_file(path))
 
     @staticmethod
-    def saved_head(path: Path) -> str:
-        """Return the name of the output matrix in the checkpoint of the scored model."""
+    def saved_head(path: Path) -> HeadNames:
+        """Return the names of the output head in the checkpoint of the scored model."""
         with safe_open(path, "pt") as file:
-            known = (file.metadata() or {}).get("head")
-        return known or read_json(path.with_name("head.json"), {})["name"]  # of an earlier release
+            known = file.metadata() or {}
+        weight = known.get("head") or read_json(path.with_name("head.json"), {})["name"]  # of an earlier release
+        return HeadNames(weight, known.get("head_bias") or None)
 
 
 @torch.no_grad()
@@ -89,7 +89,7 @@ def score(model: PreTrainedModel, sequences: Sequence[Encoded], on_progress: Pro
     """Score every counted token (label not -100) of `sequences`.
 
     Raises:
-        ModelError: if the logits are not hidden states times the output matrix, if they are not finite, or if no token
+        ModelError: if the logits are more than `output_head.Head` computes, if they are not finite, or if no token
             counts.
     """
     backbone, head, device = _backbone(model), head_of(model), device_of(model)
@@ -154,30 +154,27 @@ def perplexity(scores: Scores) -> Estimate:
 @torch.no_grad()
 def divergence(
     scores: Scores,
-    head: torch.Tensor | GroupQuantized,
+    head: Head,
     reference: Scores,
-    reference_head: torch.Tensor | GroupQuantized,
-    softcap: float | None = None,
+    reference_head: Head,
     on_progress: Progress | None = None,
 ) -> Divergence:
     """Return KL(reference || model), and the share of tokens at which both have the same first choice.
 
     Args:
         scores: the scores of the model.
-        head: its output matrix (V, H).
+        head: its output head.
         reference: the scores of the reference on the same text.
-        reference_head: its output matrix (V, H).
-        softcap: the bound that both models put on their logits.
+        reference_head: its output head.
         on_progress: called with the compared tokens, and all tokens.
 
     Raises:
         ModelError: if the models were scored on different tokens.
     """
     kl = torch.empty(len(scores.nll))  # one tensor for all tiles, as in `score`
-    heads = (Head(head, softcap), Head(reference_head, softcap))
     _refuse_other_tokens(scores.sequence, reference)
     for (rows, ours), (_, theirs) in zip(
-        logits_of(heads[0], scores.states), logits_of(heads[1], reference.states), strict=True
+        logits_of(head, scores.states), logits_of(reference_head, reference.states), strict=True
     ):
         kl[rows] = _kl(theirs, ours).cpu()
         if on_progress:
@@ -199,8 +196,7 @@ def compare_logits(
     logits: Iterable[torch.Tensor],
     sequences: Sequence[Encoded],
     reference: Scores,
-    reference_head: torch.Tensor | GroupQuantized,
-    softcap: float | None = None,
+    reference_head: Head,
     on_progress: Progress | None = None,
 ) -> tuple[Scores, Divergence]:
     """Return scores and divergence of a model that shows only its logits.
@@ -209,8 +205,7 @@ def compare_logits(
         logits: the logits at the counted tokens of `sequences` in order, in parts (n, V) float32.
         sequences: the text.
         reference: the scores of the reference on the same text.
-        reference_head: its output matrix (V, H).
-        softcap: the bound that the reference puts on its logits.
+        reference_head: its output head.
         on_progress: called with the compared tokens, and all tokens.
 
     Raises:
@@ -220,13 +215,12 @@ def compare_logits(
     counts = torch.tensor([sum(label != IGNORED for label in s.labels[1:]) for s in sequences])
     sequence = torch.arange(len(sequences)).repeat_interleave(counts)
     _refuse_other_tokens(sequence, reference)
-    head = Head(reference_head, softcap)
     nll, choice, kl, start = torch.empty(len(targets)), torch.empty_like(targets), torch.empty(len(targets)), 0
     for ours in logits:
         rows = slice(start, start + len(ours))
         nll[rows] = token_losses(ours, targets[rows])
         choice[rows] = ours.argmax(-1)
-        kl[rows] = _kl(head(reference.states[rows]), ours)
+        kl[rows] = _kl(reference_head(reference.states[rows]), ours)
         start = rows.stop
         if on_progress:
             on_progress(start, len(targets))

@@ -131,7 +131,7 @@ def sensitivity(
         tell(len(found), len(linear), "measuring layers")
         model, tokenizer = load(folder, device=config.evaluate.device)
         sequences = texts.general(config, tokenizer, context_length(model.config.to_dict()))
-        full, head = metrics.score(model, sequences), output_head.head_matrix(model)
+        full, head = metrics.score(model, sequences), output_head.head_of(model)
         for name in missing:
             weight = model.get_parameter(name)
             kept, grid = weight.data, grids[name][1]
@@ -141,7 +141,7 @@ def sensitivity(
                 scores = metrics.score(model, sequences)
             finally:
                 weight.data = kept
-            compared = metrics.divergence(scores, head, full, head, output_head.softcap(model.config))
+            compared = metrics.divergence(scores, head, full, head)
             found[name] = LayerLoss(kl=compared.kl, rise=metrics.rise(scores, full)).to_json()
             keep({"about": about, "layers": found})
             tell(len(found), len(linear), "measuring layers")

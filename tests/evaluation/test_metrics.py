@@ -12,6 +12,8 @@ from pipeline.evaluation import metrics
 from pipeline.evaluation.metrics import Scores
 from pipeline.evaluation.model_result import Estimate
 from pipeline.inference import output_head
+from pipeline.inference.output_head import HeadNames
+from tests.support.architectures import build
 from tests.support.models import random_text
 
 LENGTHS = (40, 7, 23, 2, 64, 23)
@@ -45,8 +47,7 @@ def counted_logits(model, sequences) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(logits), torch.cat(targets)
 
 
-def head(model) -> torch.Tensor:
-    return model.get_output_embeddings().weight.detach()
+head = output_head.head_of
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=str)
@@ -177,7 +178,7 @@ def test_rise_is_paired_per_token():
 
 def test_scores_survive_the_disk(model, tmp_path):
     scores = metrics.score(model, random_text())
-    scores.save(tmp_path / "deep" / "scores.safetensors")
+    scores.save(tmp_path / "deep" / "scores.safetensors", HeadNames("lm_head.weight"))
     back = Scores.load(tmp_path / "deep" / "scores.safetensors")
     for part in ("nll", "choice", "sequence", "hidden"):
         assert torch.equal(getattr(back, part), getattr(scores, part))
@@ -197,52 +198,47 @@ def test_a_text_without_a_token_that_counts_is_refused(model, sequences):
         metrics.score(model, sequences)
 
 
-def build(kind: str, **changes):
-    """A tiny random model of another architecture, in float32."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    shape = {
-        "vocab_size": 272, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**shape, **changes})).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
-
-
-def test_a_softcap_on_the_logits_is_part_of_every_figure():
-    a, b = (
-        build("gemma2", final_logit_softcapping=2.0),
-        build("gemma2", final_logit_softcapping=2.0, query_pre_attn_scalar=4),
-    )
-    name, softcap = output_head.head_name(a), output_head.softcap(a.config)
-    assert (name, softcap) == ("model.embed_tokens.weight", 2.0)
+@pytest.mark.parametrize(
+    "kind, changes, settings, bias",
+    [
+        ("gemma2", {"final_logit_softcapping": 0.5}, (1.0, 0.5), False),
+        ("recurrent_gemma", {"logits_soft_cap": 0.2}, (1.0, 0.2), False),
+        ("granite", {"logits_scaling": 4.0}, (0.25, None), False),
+        ("minicpm3", {"dim_model_base": 16}, (0.25, None), False),
+        ("hyperclovax", {"logits_scaling": 0.25}, (0.25, None), False),
+        ("cohere", {"logit_scale": 0.25}, (0.25, None), False),
+        ("phi", {}, (1.0, None), True),
+        ("gptj", {}, (1.0, None), True),
+    ],
+)
+def test_bias_scale_and_bound_of_the_logits_are_part_of_every_figure(tmp_path, kind, changes, settings, bias):
+    a, b = build(kind, **changes), build(kind, seed=1, **changes)
+    assert output_head.logit_settings(a.config) == pytest.approx(settings)
+    names = output_head.head_names(a)
+    assert bool(names.bias) == bias
     reference, scores = metrics.score(a, random_text()), metrics.score(b, random_text())
     logits, targets = counted_logits(a, random_text())
     assert metrics.mean(reference.nll, reference.sequence).value == pytest.approx(
         float(functional.cross_entropy(logits, targets)), rel=1e-5
     )
     p, q = logits.log_softmax(-1), counted_logits(b, random_text())[0].log_softmax(-1)
-    found = metrics.divergence(scores, head(b), reference, head(a), softcap)
-    assert found.kl.value == pytest.approx(
-        float(functional.kl_div(q, p, log_target=True, reduction="batchmean")), rel=1e-3
-    )
+    expected = pytest.approx(float(functional.kl_div(q, p, log_target=True, reduction="batchmean")), rel=1e-3)
+    assert metrics.divergence(scores, head(b), reference, head(a)).kl.value == expected
+    a.save_pretrained(tmp_path)  # the same from the files of the reference
+    reference.save(tmp_path / "scores.safetensors", names)
+    assert Scores.saved_head(tmp_path / "scores.safetensors") == names
+    assert metrics.divergence(scores, head(b), reference, names.read(tmp_path)).kl.value == expected
 
 
-@pytest.mark.parametrize(
-    "kind, changes, said",
-    [
-        ("granite", {"logits_scaling": 4.0}, "its logits are more than hidden states times the output matrix"),
-        ("cohere", {"logit_scale": 0.25}, "its logits are more than hidden states times the output matrix"),
-        ("phi", {}, "its output matrix has a bias"),
-    ],
-)
-def test_a_head_that_does_more_is_refused_by_the_models_name(kind, changes, said):
-    with pytest.raises(ModelError, match=f"^{kind}: {said}"):
-        metrics.score(build(kind, **changes), random_text())
+@pytest.mark.parametrize("change", ["scale", "head"])
+def test_logits_that_are_computed_in_another_way_are_refused_by_the_models_name(monkeypatch, change):
+    model = build("cohere", logit_scale=0.25)
+    if change == "scale":  # as in an architecture that has another name for it
+        monkeypatch.setattr(output_head, "_MULTIPLIERS", ())
+    else:
+        model.lm_head.register_forward_hook(lambda layer, given, logits: logits.abs())
+    with pytest.raises(ModelError, match="^cohere: its logits are more than its last hidden states times a matrix"):
+        metrics.score(model, random_text())
 
 
 def test_a_broken_model_is_refused_and_not_measured(tiny_model):
@@ -283,5 +279,5 @@ def test_the_output_matrix_is_found_in_the_checkpoint(tiny_model, architecture, 
     model = from_stock(folder, torch.bfloat16)
     if adapter:
         model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
-    assert (output_head.head_name(model), output_head.softcap(model.config)) == (name, None)
+    assert output_head.head_names(model) == HeadNames(name)
     assert torch.equal(Checkpoint(folder).read(name), model.get_output_embeddings().weight)

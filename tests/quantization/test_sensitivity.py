@@ -58,7 +58,7 @@ def test_a_layers_figure_is_that_of_the_model_with_this_layer_alone_rounded(mode
     found = sensitivity.report(config, tmp_path / "out", print)
     loaded, tokenizer = load(model, device="cpu")
     sequences = texts.general(config, tokenizer, None)
-    full, head = metrics.score(loaded, sequences), output_head.head_matrix(loaded)
+    full, head = metrics.score(loaded, sequences), output_head.head_of(loaded)
     weight = loaded.get_submodule(LAYER).weight
     grid = Grid(4, 64, "float", torch.bfloat16)
     weight.data = rounding("search").round(weight.data, grid).dequantize(weight.dtype)

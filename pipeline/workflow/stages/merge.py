@@ -131,35 +131,29 @@ def _compare(
     config: TrainingRun, workspace: Workspace, events: Events, base: Path, folders: dict[str, Path]
 ) -> MergeComparison:
     """Return the held-out loss of the unmerged adapter and of each merged model, and KL(unmerged || merged)."""
-    import torch
-
     from pipeline.evaluation import metrics, texts
     from pipeline.inference import output_head
     from pipeline.inference.load import load
-    from pipeline.models.tensor_names import open_checkpoint
 
     known = run_texts(workspace)
     tokenizer = texts.restore_template(open_tokenizer(base), known)
     model = live_model(config, base, workspace.adapter)
     sequences = texts.held_out(config, texts.plan_tokens(config, known, model, tokenizer), tokenizer)
-    head_name, softcap = output_head.head_name(model), output_head.softcap(model.config)
+    names = output_head.head_names(model)
     live = metrics.score(model, sequences, lambda d, t: events.progress(d, t, "measuring the live adapter"))
     del model
     result = {"live": MergeLoss(loss=metrics.mean(live.nll, live.sequence), tokens=len(live.nll))}
-    live_head, losses = open_checkpoint(base).read(head_name), {}
+    live_head, losses = names.read(base), {}
     for kind, folder in folders.items():
         model, _ = load(folder, offload="auto")
         tell = partial(events.progress, what=f"measuring the merge into {kind}")
         scores = metrics.score(model, sequences, tell)
-        head = output_head.head_matrix(model)
-        assert isinstance(head, torch.Tensor), "a merged model is not quantized"
-        head = head.cpu().clone()
         del model
         losses[kind] = scores.nll
         result[kind] = MergeLoss(
             loss=metrics.mean(scores.nll, scores.sequence),
             loss_above_live=metrics.mean(scores.nll - live.nll, live.sequence),
-            kl=metrics.divergence(scores, head, live, live_head, softcap).kl,
+            kl=metrics.divergence(scores, names.read(folder), live, live_head).kl,
         )
     gap = metrics.mean(losses["nf4"] - losses["bf16"], live.sequence)
     return MergeComparison(**result, nf4_minus_bf16=gap)

@@ -43,12 +43,10 @@ def figures(written):
 
     def make(source, variant):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-        reference, head = metrics.score(model, random_text()), output_head.head_matrix(model)
+        reference, head = metrics.score(model, random_text()), output_head.head_of(model)
         with llama_cpp.opened(written(source, variant), 64) as reader:
             logits = metrics.counted_logits(reader, random_text())
-            scores, compared = metrics.compare_logits(
-                logits, random_text(), reference, head, output_head.softcap(model.config)
-            )
+            scores, compared = metrics.compare_logits(logits, random_text(), reference, head)
         return metrics.perplexity(reference), metrics.perplexity(scores), compared
 
     return make
@@ -72,7 +70,7 @@ def test_dequantized_weights_have_the_same_figures(tiny_model, written, figures)
     original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     scores, reference = (metrics.score(m, random_text()) for m in (model, original))
     assert found.value == pytest.approx(metrics.perplexity(scores).value, rel=0.02)
-    expected = metrics.divergence(scores, output_head.head_matrix(model), reference, output_head.head_matrix(original))
+    expected = metrics.divergence(scores, output_head.head_of(model), reference, output_head.head_of(original))
     assert compared.kl.value == pytest.approx(expected.kl.value, rel=0.1)
 
 
@@ -90,7 +88,7 @@ def test_metrics_equal_those_of_transformers(tiny_model):
         for changes in ({}, {"initializer_range": 0.12})
     )
     reference, scores = metrics.score(a, random_text()), metrics.score(b, random_text())
-    expected = metrics.divergence(scores, output_head.head_matrix(b), reference, output_head.head_matrix(a))
+    expected = metrics.divergence(scores, output_head.head_of(b), reference, output_head.head_of(a))
 
     def pieces():
         with torch.no_grad():
@@ -100,7 +98,7 @@ def test_metrics_equal_those_of_transformers(tiny_model):
 
     told = []
     found, compared = metrics.compare_logits(
-        pieces(), random_text(), reference, output_head.head_matrix(a), on_progress=lambda *state: told.append(state)
+        pieces(), random_text(), reference, output_head.head_of(a), on_progress=lambda *state: told.append(state)
     )
     assert torch.allclose(found.nll, scores.nll, atol=1e-4) and torch.equal(found.choice, scores.choice)
     assert torch.equal(found.sequence, scores.sequence) and told[-1] == (len(found.nll), len(found.nll))
@@ -108,7 +106,7 @@ def test_metrics_equal_those_of_transformers(tiny_model):
         assert ours.value == pytest.approx(theirs.value, rel=1e-3)
         assert ours.stderr == pytest.approx(theirs.stderr, rel=1e-3)
     with pytest.raises(ModelError, match="not scored on the same tokens"):
-        metrics.compare_logits(pieces(), random_text(seed=1), reference, output_head.head_matrix(a))
+        metrics.compare_logits(pieces(), random_text(seed=1), reference, output_head.head_of(a))
 
 
 def test_a_tokenizer_that_llama_cpp_does_not_follow_is_told_in_one_line(tiny_model, written):
