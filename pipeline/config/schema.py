@@ -139,7 +139,9 @@ class Train(Section):
     max_length: Count = Field(
         default=1024, description="tokens in one training sequence, at most the model's context; longer ones are cut"
     )
-    packing: bool = Field(default=True, description="put several short examples into one sequence")
+    packing: bool = Field(
+        default=True, description="put several short examples into one sequence, if the model keeps them apart"
+    )
     loss_on: Literal["auto", "assistant", "completion", "all"] = Field(
         default="auto", description="tokens that count: all answers, the last answer, or the whole text"
     )

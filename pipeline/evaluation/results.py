@@ -17,6 +17,7 @@ from pipeline.errors import HubError, WorkspaceError
 from pipeline.evaluation.model_result import (
     Count,
     Estimate,
+    Flag,
     List,
     ModelResult,
     Number,
@@ -112,6 +113,7 @@ class Training(Record):
     trainable_parameters: Count | None = None
     seconds_training: Number | None = None
     compute_dtype: Text | None = None
+    packing: Flag | None = None
     resumed_from_step: Count | None = None
     device: Text | None = None
     processes: Count | None = None

@@ -46,7 +46,7 @@ def fuse_layers(model: PeftModel, dtype: torch.dtype) -> None:
         elif known and all(hasattr(layer, part) for part in ("gate_proj", "up_proj", "down_proj", "act_fn")):
             layer.forward = MethodType(_feed_forward, layer)
         elif isinstance(layer, torch.nn.Linear) and not layer.weight.requires_grad:
-            layer.forward = MethodType(_frozen, layer)  # type: ignore[method-assign]  # of this one layer
+            layer.forward = MethodType(frozen_layer, layer)  # type: ignore[method-assign]  # of this one layer
             layer.compute_dtype = dtype  # type: ignore[assignment]  # torch declares attributes as tensors or modules
         elif isinstance(layer, torch.nn.Embedding):
             layer.register_forward_hook(lambda _, __, states: states.to(dtype))
@@ -72,8 +72,8 @@ def _is_plain_adapter(layer: torch.nn.Module) -> TypeGuard[AdaptedLinear]:
     return plain and isinstance(layer.get_base_layer(), torch.nn.Linear)
 
 
-def _frozen(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """Compute a frozen linear layer, with its weight in NF4 or in any floating type."""
+def frozen_layer(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """Compute a frozen linear layer in `layer.compute_dtype`, with its weight in NF4 or in any floating type."""
     return _with_bias(_FrozenProduct.apply(x, layer), layer)
 
 

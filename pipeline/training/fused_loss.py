@@ -33,18 +33,16 @@ def fuse_training_step(model: PeftModel, dtype: torch.dtype) -> None:
 
 
 def fuse_loss(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Replace trl's fused output head, if the head is a matrix with at most a soft cap after it."""
+    """Replace trl's fused output head, if the head is a frozen matrix; it may have a bias, a scale and a bound."""
     from trl.trainer.utils import FusedCausalLMOutput
 
-    from pipeline.inference.output_head import softcap
+    from pipeline.inference.output_head import logit_settings
 
     head, config = model.get_output_embeddings(), model.config.get_text_config()
-    scales = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-    scaled = any(getattr(config, name, None) not in (None, 1.0) for name in scales)
-    plain = head is not None and head.bias is None and not head.weight.requires_grad
-    if scaled or not plain or getattr(config, "output_router_logits", False):
+    frozen = head is not None and not any(parameter.requires_grad for parameter in head.parameters())
+    if not frozen or getattr(config, "output_router_logits", False):
         return
-    trl_forward = model.forward
+    trl_forward, (scale, softcap) = model.forward, logit_settings(config)
 
     def forward(
         self: PreTrainedModel,
@@ -59,7 +57,8 @@ def fuse_loss(model: PreTrainedModel, dtype: torch.dtype) -> None:
         settings["use_cache"] = False  # with a cache, transformers does not look for packed sequences
         states = self.base_model(*arguments, **settings)[0][:, :-1]
         mask = labels[:, 1:] != -100
-        found = _TokenLogProbs.apply(states[mask], head.weight, labels[:, 1:][mask], softcap(config), dtype)
+        rest = head.bias, scale, softcap, dtype
+        found = _TokenLogProbs.apply(states[mask], head.weight, labels[:, 1:][mask], *rest)
         log_probs, entropy, is_top1 = (values.new_zeros(mask.shape).masked_scatter(mask, values) for values in found)
         loss = -log_probs.sum() / (mask.sum().clamp(min=1) if count is None else count)
         return FusedCausalLMOutput(loss=loss, log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask)
@@ -70,12 +69,13 @@ def fuse_loss(model: PreTrainedModel, dtype: torch.dtype) -> None:
 class _TokenLogProbs(torch.autograd.Function):
     """Log-probabilities of tokens, the entropy of each distribution, and whether each token is the most likely one.
 
-    Shapes: states (T, H), head (V, H), targets (T) -> three of (T). Logits are never in memory for all tokens. For the
-    backward pass the gradient of each log-probability is kept, (T, H).
+    Shapes: states (T, H), head (V, H), targets (T), bias (V) or None -> three of (T). The logits are
+    `softcap(scale * (states head^T + bias))`, and never in memory for all tokens. For the backward pass the gradient
+    of each log-probability is kept, (T, H).
     """
 
     @staticmethod
-    def forward(ctx, states, head, targets, softcap, dtype):
+    def forward(ctx, states, head, targets, bias, scale, softcap, dtype):
         log_probs, entropy = states.new_empty(2, len(states), dtype=torch.float32)
         first = torch.empty(len(states), dtype=torch.bool)
         gradient = torch.empty(states.shape, dtype=dtype) if ctx.needs_input_grad[0] else None
@@ -83,6 +83,10 @@ class _TokenLogProbs(torch.autograd.Function):
         for start in range(0, len(states), step):
             rows = slice(start, start + step)
             logits, chosen = times_transposed(states[rows].to(dtype), head.detach()).float(), targets[rows, None]
+            if bias is not None:
+                logits += bias
+            if scale != 1.0:
+                logits *= scale
             bounded = None
             if softcap is not None:
                 bounded = logits.div_(softcap).tanh_()
@@ -93,15 +97,17 @@ class _TokenLogProbs(torch.autograd.Function):
             probabilities = logits.exp()
             total = probabilities.sum(-1, keepdim=True)
             probabilities /= total
-            scale = total.squeeze(1).log()
-            log_probs[rows] = of_chosen - scale
-            entropy[rows] = scale - torch.bmm(probabilities[:, None], logits[:, :, None]).view(-1)
+            log_total = total.squeeze(1).log()
+            log_probs[rows] = of_chosen - log_total
+            entropy[rows] = log_total - torch.bmm(probabilities[:, None], logits[:, :, None]).view(-1)
             if gradient is None:
                 continue
             slope = probabilities.neg_()
             slope.scatter_add_(1, chosen, slope.new_ones(chosen.shape))
             if bounded is not None:
                 slope *= 1 - bounded.square_()
+            if scale != 1.0:
+                slope *= scale
             gradient[rows] = sum_of_rows(slope.to(dtype), head.detach())
         ctx.save_for_backward(gradient)
         ctx.dtype = states.dtype
@@ -111,4 +117,4 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, of_log_probs, *_):
         (gradient,) = ctx.saved_tensors
-        return (gradient * of_log_probs[:, None]).to(ctx.dtype), None, None, None, None
+        return (gradient * of_log_probs[:, None]).to(ctx.dtype), None, None, None, None, None, None

@@ -27,6 +27,7 @@ class Job:
         processes: the number of processes that train together.
         progress: called with how much is done, of how much, and what.
         metrics: called with figures to plot and their step.
+        say: called with a line to show.
         time_plan: the last recorded plan, if this training was stopped (`training.time_limit`).
         keep_time_plan: records the steps that fit into `train.max_minutes`, and the used time.
     """
@@ -35,6 +36,7 @@ class Job:
     processes: int = 1
     progress: Callable[[int, int, str], None] = lambda done, total, what: None
     metrics: Callable[[dict[str, float], int], None] = lambda values, step: None
+    say: Callable[[str], None] = lambda line: None
     time_plan: Mapping[str, float] = field(default_factory=dict)
     keep_time_plan: Callable[[dict[str, float]], None] = lambda plan: None
 

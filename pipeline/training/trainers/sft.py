@@ -23,6 +23,7 @@ from pipeline.data.encode import EncodedSet
 from pipeline.errors import UserError
 from pipeline.system import hardware
 from pipeline.training.accelerate_launch import split_step
+from pipeline.training.architecture_checks import check_logits, packs_apart
 from pipeline.training.callbacks import ProgressReporter, SyncCheckpoints
 from pipeline.training.checkpoints import SafeCheckpoints
 from pipeline.training.distributed import sharding
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
     from transformers.trainer_utils import EvalLoopOutput
+
+CHECKED_TOKENS = 16  # of the first example, to compare logits
 
 
 def build(
@@ -52,6 +55,7 @@ def build(
 
     Raises:
         UserError: if the model has none of the layers that are to be trained.
+        ModelError: if its logits cannot be trained or measured.
     """
     settings, on_gpu = config.train, torch.cuda.is_available()
     dtype = hardware.compute_dtype("cuda" if on_gpu else "cpu")
@@ -107,6 +111,12 @@ def build(
     )
     # After SFTConfig, which prepares DeepSpeed to shard the model while it loads.
     base = load_base(model, METHODS[settings.method].in_nf4, sharding() is not None)
+    if settings.packing and not packs_apart(base):
+        args.packing = False
+        job.say(
+            f"train.packing: off, since packed examples would see each other in a model of type "
+            f"{base.config.model_type}; each example is a row of its own"
+        )
     try:
         trainer = SftTrainer(
             model=base,
@@ -117,16 +127,17 @@ def build(
             peft_config=lora,
             callbacks=[
                 ProgressReporter(job.progress, job.metrics),
-                *_time_limit(settings, data, job),
+                *_time_limit(settings, args.packing, data, job),
                 SyncCheckpoints(),
             ],
         )
     except ValueError as error:
-        if "target modules" not in str(error).lower():
+        reason = str(error)
+        if "target modules" in reason.lower():
+            reason = "the model has no such layers"
+        elif "target_modules" not in reason:
             raise
-        raise UserError(
-            f"train.lora.target_modules {settings.lora.target_modules}: the model has no such layers"
-        ) from None
+        raise UserError(f"train.lora.target_modules {settings.lora.target_modules}: {reason}") from None
     # trl holds the adapter of a 4-bit model in bf16, which rounds small updates away. A resumed adapter is in float32,
     # so the resumed training would differ.
     adapted = cast("PeftModel", trainer.model)
@@ -135,16 +146,18 @@ def build(
             parameter.data = parameter.data.float()
     if not on_gpu and not sharding():
         fuse_training_step(adapted, dtype)
+    if not sharding():  # a sharded model does not run before its training
+        check_logits(adapted, data["training"].examples[0].input_ids[:CHECKED_TOKENS])
     return trainer
 
 
-def _time_limit(settings: Train, encoded: dict[str, EncodedSet], job: Job) -> list[TimeLimit]:
+def _time_limit(settings: Train, packing: bool, encoded: dict[str, EncodedSet], job: Job) -> list[TimeLimit]:
     if settings.max_minutes is None:
         return []
     held_out = sum(len(example.input_ids) for example in encoded["held-out"].examples)
     examples = encoded["training"].examples
     # Packed sequences have `max_length` tokens; others are as long as their examples.
-    length = settings.max_length if settings.packing else sum(len(e.input_ids) for e in examples) / len(examples)
+    length = settings.max_length if packing else sum(len(e.input_ids) for e in examples) / len(examples)
     steps = held_out / (length * settings.batch_size * settings.accumulate)
     return [TimeLimit(settings.max_minutes, steps, job.time_plan, job.keep_time_plan)]
 

@@ -93,7 +93,15 @@ def run(config: TrainingRun, workspace: Workspace, events: Events, variants: tup
         events.show(["computing in float16: this GPU has no bfloat16 instructions (compute capability below 8.0)"])
     checkpoints = _checkpoints(config, workspace, depends_on, process)
     plan, keep_plan = _time_plan(workspace, checkpoints)
-    job = Job(checkpoints, process.size, events.progress, events.metrics, plan, keep_plan)
+    job = Job(
+        checkpoints,
+        process.size,
+        events.progress,
+        events.metrics,
+        say=lambda line: events.show([line]),
+        time_plan=plan,
+        keep_time_plan=keep_plan,
+    )
     trainer = trainer_module(config).build(config, prepared.base, prepared.tokenizer, prepared.encoded, job)
     model = cast("PeftModel", trainer.model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -117,6 +125,7 @@ def run(config: TrainingRun, workspace: Workspace, events: Events, variants: tup
         "trainable_parameters": trainable,
         "seconds_training": round(time.monotonic() - start, 1),
         "compute_dtype": compute_dtype,
+        "packing": getattr(trainer.args, "packing", False),
     }
     measured = {
         **summary,
