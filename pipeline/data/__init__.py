@@ -17,7 +17,8 @@ from typing import Any
 from pipeline.config.schema import Data
 from pipeline.data.example import Example
 from pipeline.data.files import Table, open_file
-from pipeline.data.reading import OnSkip, Skipped, read_table
+from pipeline.data.reading import Check, OnSkip, Skipped, read_table
+from pipeline.data.rows import BadRow
 from pipeline.data.sources import check_settings, is_builtin, locate
 from pipeline.data.splitting import fingerprint, split, trained_from
 from pipeline.data.store import read_examples, write_examples
@@ -49,7 +50,7 @@ class DataSet:
         held_out: what to measure on; no answer in it is learned in the same context in `train`.
         rows: rows read, good and bad.
         duplicates: good rows dropped because the same example came before.
-        fingerprint: sha256, in hex, over the examples of both splits.
+        fingerprint: sha256, in hex, over the examples of both splits, with those that a chat template refuses.
         trained_from: where in the order of the split training begins; see `splitting.trained_from`.
         loss_on: the answers that are learned, as in `train.loss_on`.
         license, language: what the source itself says, else None.
@@ -76,7 +77,9 @@ class DataSet:
     unused: tuple[str, ...] = ()
 
 
-def load_examples(data: Data, loss_on: str = "auto", on_skip: OnSkip | None = None) -> DataSet:
+def load_examples(
+    data: Data, loss_on: str = "auto", on_skip: OnSkip | None = None, check: Check | None = None
+) -> DataSet:
     """Read a data set, drop duplicates, take `data.limit` examples, and split.
 
     What is trained on depends on the rows, the seed, the limit, the share and the learned answers. It does not depend
@@ -85,11 +88,23 @@ def load_examples(data: Data, loss_on: str = "auto", on_skip: OnSkip | None = No
     Args:
         loss_on: the answers that are learned, as in `train.loss_on`.
         on_skip: called with the place and the reason of every bad row that is left out.
+        check: raises BadRow if an example cannot be used, because the model's chat template refuses it. Such rows are
+            left out after the split, so that the split and the fingerprint do not depend on the model.
 
     Raises:
         DataError: if the source cannot be read, a row is malformed, or there is too little to split.
     """
     known: dict[str, Any]
+    refused: set[str] = set()
+
+    def checked(example: Example) -> None:
+        try:
+            if check:
+                check(example)
+        except BadRow:
+            refused.add(example.canonical())
+            raise
+
     if is_builtin(data.source):
         from pipeline.data import python_docs
 
@@ -99,7 +114,7 @@ def load_examples(data: Data, loss_on: str = "auto", on_skip: OnSkip | None = No
         known = {"license": python_docs.LICENSE, "language": python_docs.LANGUAGE}
     else:
         table, known = _open(data)
-        reading = read_table(table, data, on_skip)
+        reading = read_table(table, data, on_skip, check=checked)
         assert reading.layout is not None, "a table without a good row is refused"
         examples, rows, form = reading.examples, reading.rows, reading.layout.form
         known |= {"skipped": reading.skipped, "unused": reading.unused}
@@ -107,8 +122,8 @@ def load_examples(data: Data, loss_on: str = "auto", on_skip: OnSkip | None = No
     return DataSet(
         source=data.source,
         form=form,
-        train=train,
-        held_out=held_out,
+        train=tuple(example for example in train if example.canonical() not in refused) if refused else train,
+        held_out=tuple(example for example in held_out if example.canonical() not in refused) if refused else held_out,
         rows=rows,
         duplicates=duplicates,
         fingerprint=fingerprint(train, held_out),

@@ -14,6 +14,7 @@ never stops; the white space after that token does not. So do the reasoning befo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Sequence
@@ -84,16 +85,17 @@ class ChatTemplate:
         return self.render(conversation, example.tools)
 
     def check(self, example: Example) -> None:
-        """Raise an error if the template refuses an example.
-
-        Raises:
-            BadRow: with the reason.
-        """
+        """Raise BadRow if the template refuses an example."""
         try:
-            if example.text is None:
-                self.render_example(example)
+            self.render_example(example)
         except TemplateRefusal as refusal:
             raise BadRow(str(refusal)) from None
+
+    def accepts(self, example: Example) -> bool:
+        """Return True if the template writes the whole example."""
+        with contextlib.suppress(TemplateRefusal):
+            return bool(self.render_example(example))
+        return False
 
     def learned_spans(self, example: Example, text: str, loss_on: str) -> list[Span]:
         """Return the places that the loss is taken on.

@@ -102,6 +102,14 @@ def encode_examples(
     )
 
 
+def accepted_examples(examples: Sequence[Example], tokenizer: Any) -> tuple[Example, ...]:
+    """Return the examples without the conversations that the tokenizer's chat template refuses."""
+    if not examples or examples[0].text is not None:
+        return tuple(examples)
+    template = ChatTemplate(tokenizer)
+    return tuple(example for example in examples if template.accepts(example))
+
+
 def encode_text(text: str, tokenizer: Any, window: int, max_tokens: int) -> list[Encoded]:
     """Cut running text into windows for measuring perplexity.
 

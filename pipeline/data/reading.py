@@ -40,7 +40,7 @@ class Reading:
 
     Attributes:
         layout: the form, and where its columns are; None until a row showed it.
-        examples: one for each good row, in order.
+        examples: one for each row that could be read, in order.
         rows: rows read, good and bad.
         unread: keys of messages that nothing is read from, as `column.key`.
     """
@@ -88,14 +88,13 @@ def read_table(
                 layout = choose_layout(columns_of(row), data.form, data.columns, data.ignore)
             example = layout.example(row, reading.unread)
             unseen.difference_update(row)
+            reading.examples.append(example)
             if check:
                 check(example)
         except BadRow as bad:
             if data.on_bad_row == "refuse":
                 raise DataError(f"{table.name}, {where}: {bad}") from None
             _skip(reading, where, str(bad), on_skip)
-        else:
-            reading.examples.append(example)
     if not reading.rows:
         raise DataError(f"{table.name}: has no rows; correct data.source or data.split")
     if at_most is None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pipeline.config.schema import Config, MeasuredRun, TrainingRun
 from pipeline.data import general_text, read_examples
-from pipeline.data.encode import Encoded, encode_examples, encode_text
+from pipeline.data.encode import Encoded, accepted_examples, encode_examples, encode_text
 from pipeline.data.supplied_template import supply_template
 from pipeline.errors import DataError
 from pipeline.evaluation.model_result import GENERAL, HELD_OUT
@@ -106,6 +106,8 @@ def held_out(config: TrainingRun, texts: RunTexts, tokenizer: PreTrainedTokenize
     """Return the held-out examples to measure on, up to `evaluate.max_tokens` tokens of input."""
     config = apply_plan(config, texts.plan)
     examples = read_examples(texts.held_out)
+    if config.data.on_bad_row == "skip":  # in data that is read again, training has left them out
+        examples = accepted_examples(examples, tokenizer)
     return first_examples(
         config, encode_examples(examples, tokenizer, config.train.loss_on, config.train.max_length).examples
     )

@@ -7,21 +7,18 @@ quantization (QLoRA, Dettmers et al., 2023). The compute type is the one that is
 from __future__ import annotations
 
 import math
-import os
 import platform
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, cast
 
-from pipeline.config.catalog import DATA_FORMS
-from pipeline.config.schema import Config, Data, TrainingRun
+from pipeline.config.schema import Config, TrainingRun
 from pipeline.config.training_catalog import TRAINERS
-from pipeline.errors import DataError, UserError
+from pipeline.errors import UserError
 from pipeline.models.context import check_length, context_length
 from pipeline.models.safe_loading import open_config, open_tokenizer
 from pipeline.system import hardware
@@ -29,7 +26,6 @@ from pipeline.system.files import empty_folder, fingerprint, read_json, replace_
 from pipeline.system.libraries import versions
 from pipeline.tracking.events import Events
 from pipeline.training.distributed import ProcessGroup, TrainingProcess, gather_adapter, sharding
-from pipeline.workflow import baseline
 from pipeline.workflow.stages import Outcome
 from pipeline.workflow.stages.inputs import base_model, hashes_of, keep_template, model_depends, without_limit
 from pipeline.workflow.stages.quantize import check_variants
@@ -39,7 +35,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-    from pipeline.data.example import Example
 
 HELD_OUT_TOKENS = 8192  # for the held-out loss during training; a later stage measures the model on more
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "tokenizers")
@@ -166,37 +161,15 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
 
     One process of each machine writes; the others read what it left.
     """
-    from pipeline.data import load_examples, write_examples
+    from pipeline.data.chat import ChatTemplate, TemplateRefusal
     from pipeline.data.describe import CHOSEN_TEMPLATE, describe, report, samples
-    from pipeline.data.encode import encode_examples
     from pipeline.data.template_choice import choose_template
     from pipeline.evaluation import eligible_prompts, generation, texts
     from pipeline.models.vocabulary_size import check_tokens, pad_within_embedding
+    from pipeline.workflow.stages.training_data import encode_data, read_data
 
     events.progress(0, 1, "reading the data")  # first, since a bad row should not wait for a long download
-    workspace.data.mkdir(exist_ok=True)
-    skipped = workspace.data / "skipped.txt"
-    with open(skipped if process.is_local_main else os.devnull, "w", encoding="utf-8") as log:
-        on_skip = partial(print, sep=": ", file=log)
-        data = load_examples(pinned_data(config, workspace), config.train.loss_on, on_skip)
-    if process.is_local_main:
-        workspace.note("train", data={"asked": _asked_of_hub(config.data), "revision": data.revision})
-        if not data.skipped.total:
-            skipped.unlink()
-        write_examples(workspace.data / "held_out.jsonl", data.held_out)
-    forms = TRAINERS[config.train.trainer].forms
-    if data.form in DATA_FORMS and data.form not in forms:
-        raise DataError(
-            f"{config.data.source}: has the form {data.form}, and train.trainer {config.train.trainer} takes only "
-            f"{', '.join(forms)}. Try: another trainer, or set data.form"
-        )
-    # Check before the training that there is enough text to measure on, and to compare with a published model.
-    published, _ = baseline.noted(workspace)
-    compared: tuple[Example, ...] = ()
-    if published:
-        compared, _ = eligible_prompts.unseen_examples(
-            data.held_out, data.fingerprint, published.repo, published.lineage, config.train.loss_on
-        )
+    data, compared = read_data(config, workspace, process)
     base = base_model(config, workspace, events)
     check_variants(config, base)
     context = context_length(open_config(base).to_dict())
@@ -207,16 +180,11 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
     chosen = None if is_text else choose_template(tokenizer, config.data.chat_template)
     if process.is_local_main:
         keep_template(workspace, chosen)
-    encoded = {
-        name: encode_examples(
-            examples,
-            tokenizer,
-            config.train.loss_on,
-            config.train.max_length,
-            partial(events.progress, what=f"tokenizing {name} examples"),
-        )
-        for name, examples in (("training", data.train), ("held-out", data.held_out))
-    }
+    try:
+        encoded = encode_data(config, data, tokenizer, events)
+    except TemplateRefusal:  # a bad row like any other: refuse it with its place, or skip it
+        data, compared = read_data(config, workspace, process, ChatTemplate(tokenizer).check)
+        encoded = encode_data(config, data, tokenizer, events)
     if not encoded["training"].examples:
         longest = config.train.max_length
         raise UserError(f"train.max_length {longest}: leaves no answer in any example; make it larger")
@@ -233,21 +201,6 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
     origin = workspace.read_measurement("origin")
     content = (data.fingerprint, origin["revision"] or origin["digest"])
     return _Prepared(base, tokenizer, encoded, description, content)
-
-
-def pinned_data(config: TrainingRun, workspace: Workspace) -> Data:
-    """Return the settings of the data with the commit that this run has read before.
-
-    A branch on the Hub stays at its first commit, so that a stopped training goes on with the same rows.
-    """
-    known = workspace.progress("train", "data")
-    if known.get("revision") is None or known["asked"] != _asked_of_hub(config.data):
-        return config.data
-    return config.data.model_copy(update={"revision": known["revision"]})
-
-
-def _asked_of_hub(data: Data) -> dict:
-    return data.model_dump(include={"source", "subset", "revision", "split"})
 
 
 def _checkpoints(config: Config, workspace: Workspace, depends_on: str, process: TrainingProcess) -> Path:

@@ -1,0 +1,90 @@
+"""The data of a training: read, split and turned into tokens."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import TYPE_CHECKING
+
+from pipeline.config.catalog import DATA_FORMS
+from pipeline.config.schema import Data, TrainingRun
+from pipeline.config.training_catalog import TRAINERS
+from pipeline.data import DataSet, Example, load_examples, write_examples
+from pipeline.data.encode import EncodedSet, encode_examples
+from pipeline.data.reading import Check
+from pipeline.errors import DataError
+from pipeline.evaluation import eligible_prompts
+from pipeline.tracking.events import Events
+from pipeline.training.distributed import TrainingProcess
+from pipeline.workflow import baseline
+from pipeline.workflow.workspace import Workspace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def read_data(
+    config: TrainingRun, workspace: Workspace, process: TrainingProcess, check: Check | None = None
+) -> tuple[DataSet, tuple[Example, ...]]:
+    """Return the data, and the held-out examples to compare with a published model.
+
+    One process of each machine writes the held-out examples, and the places of bad rows that are skipped.
+
+    Args:
+        check: raises BadRow for an example that the model's chat template refuses.
+    """
+    workspace.data.mkdir(exist_ok=True)
+    skipped = workspace.data / "skipped.txt"
+    with open(skipped if process.is_local_main else os.devnull, "w", encoding="utf-8") as log:
+        on_skip = partial(print, sep=": ", file=log)
+        data = load_examples(_pinned(config, workspace), config.train.loss_on, on_skip, check)
+    if process.is_local_main:
+        workspace.note("train", data={"asked": _asked_of_hub(config.data), "revision": data.revision})
+        if not data.skipped.total:
+            skipped.unlink()
+        write_examples(workspace.data / "held_out.jsonl", data.held_out)
+    forms = TRAINERS[config.train.trainer].forms
+    if data.form in DATA_FORMS and data.form not in forms:
+        raise DataError(
+            f"{config.data.source}: has the form {data.form}, and train.trainer {config.train.trainer} takes only "
+            f"{', '.join(forms)}. Try: another trainer, or set data.form"
+        )
+    # Check before the training that there is enough text to measure on, and to compare with a published model.
+    published, _ = baseline.noted(workspace)
+    if not published:
+        return data, ()
+    compared, _ = eligible_prompts.unseen_examples(
+        data.held_out, data.fingerprint, published.repo, published.lineage, config.train.loss_on
+    )
+    return data, compared
+
+
+def encode_data(
+    config: TrainingRun, data: DataSet, tokenizer: PreTrainedTokenizerBase, events: Events
+) -> dict[str, EncodedSet]:
+    """Return the tokens of both splits."""
+    return {
+        name: encode_examples(
+            examples,
+            tokenizer,
+            config.train.loss_on,
+            config.train.max_length,
+            partial(events.progress, what=f"tokenizing {name} examples"),
+        )
+        for name, examples in (("training", data.train), ("held-out", data.held_out))
+    }
+
+
+def _pinned(config: TrainingRun, workspace: Workspace) -> Data:
+    """Return the settings of the data with the commit that this run has read before.
+
+    A branch on the Hub stays at its first commit, so that a stopped training goes on with the same rows.
+    """
+    known = workspace.progress("train", "data")
+    if known.get("revision") is None or known["asked"] != _asked_of_hub(config.data):
+        return config.data
+    return config.data.model_copy(update={"revision": known["revision"]})
+
+
+def _asked_of_hub(data: Data) -> dict:
+    return data.model_dump(include={"source", "subset", "revision", "split"})
