@@ -6,7 +6,7 @@ import os
 
 from pipeline.errors import HubError
 from pipeline.hub.retry import HubAway, retry_or_explain, status_of
-from pipeline.system.command_names import login
+from pipeline.system.command_names import login, other_token
 
 ANSWER_SECONDS = 10.0
 ATTEMPTS = 5  # somebody waits for the first stage to begin
@@ -77,10 +77,10 @@ def check_token(place: str, owner: str | None, attempts: int = ATTEMPTS) -> str:
     who = retry_or_explain(place, lambda: who_is(place, token), attempts=attempts)
     names = [who.get("name"), *(o.get("name") for o in who.get("orgs", []))]
     if owner is not None and owner.casefold() not in [str(name).casefold() for name in names]:
-        raise HubError(f"{place}: the Hub token of {names[0]} cannot write to {owner}/. Try: {login()}")
+        raise HubError(f"{place}: the Hub token of {names[0]} cannot write to {owner}/. Try: {other_token()}")
     about = who.get("auth", {}).get("accessToken", {})
     if about.get("role") == "read":
-        raise HubError(f"{place}: the Hub token can only read. Try: create a token that can write, then {login()}")
+        raise HubError(f"{place}: the Hub token can only read. Try: create a token that can write, and {other_token()}")
     if not may_write(about, place, owner):
         raise HubError(f"{place}: the Hub token has no permission to write here. Try: add repo.write to the token")
     return token
@@ -114,7 +114,7 @@ def who_is(place: str, token: str) -> dict:
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
     if not could_be_token(token):
-        raise HubError(f"{place}: the Hub token contains invalid characters. Try: {login()}")
+        raise HubError(f"{place}: the Hub token contains invalid characters. Try: {other_token()}")
     # Not through the client's own function, which waits for an answer for ever.
     address, headers = f"{constants.ENDPOINT}/api/whoami-v2", build_hf_headers(token=token)
     answer = get_session().get(address, headers=headers, timeout=ANSWER_SECONDS)
@@ -122,7 +122,7 @@ def who_is(place: str, token: str) -> dict:
         hf_raise_for_status(answer)
     except Exception as error:
         if status_of(error) in (401, 403):
-            raise HubError(f"{place}: the Hub does not know this token. Try: {login()}") from None
+            raise HubError(f"{place}: the Hub does not know this token. Try: {other_token()}") from None
         raise
     try:
         return dict(answer.json())

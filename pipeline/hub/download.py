@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import HubError, ModelError, UserError, is_unreachable, redact
-from pipeline.hub.retry import retry
-from pipeline.system.command_names import login
+from pipeline.errors import HubError, ModelError, UserError, is_unreachable
+from pipeline.hub.retry import retry, say
+from pipeline.system.command_names import login, other_token
 from pipeline.system.files import sync
 
 
@@ -83,6 +83,7 @@ def in_one_line(repo: str, revision: str | None, what: str) -> Iterator[None]:
         ModelError: if the repository or the revision is not there, or is not for this user.
         HubError: if the Hub cannot be reached, or its answer cannot be kept.
     """
+    from huggingface_hub import get_token
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
@@ -90,18 +91,18 @@ def in_one_line(repo: str, revision: str | None, what: str) -> Iterator[None]:
     except UserError:
         raise
     except GatedRepoError:
-        raise ModelError(f"{repo}: gated. Try: accept its terms on the Hub, then {login()}") from None
+        then = "as the user of your token" if get_token() else f"then {login()}"
+        raise ModelError(f"{repo}: gated. Try: accept its terms on the Hub, {then}") from None
     except RevisionNotFoundError:
         raise ModelError(f"{repo}: no such revision ({revision!r}). Try: another revision") from None
     except RepositoryNotFoundError:
-        raise ModelError(f"{repo}: no such model on the Hub, or it is private. Try: {login()}") from None
+        raise ModelError(f"{repo}: no such model on the Hub, or it is private. Try: {other_token()}") from None
     except UnicodeEncodeError:  # nothing but the token goes into a header as it is
-        raise HubError(f"{repo}: the Hub token contains invalid characters. Try: {login()}") from None
+        raise HubError(f"{repo}: the Hub token contains invalid characters. Try: {other_token()}") from None
     except Exception as error:
         if not (isinstance(error, (HfHubHTTPError, OSError)) or is_unreachable(error)):
             raise
-        reason = redact(" ".join(str(error).split()))[:200]
-        raise HubError(f"{repo}: {what} ({reason})") from None
+        raise HubError(f"{repo}: {what} ({say(error)})") from None
 
 
 def meter(tell: Callable[[int], None]) -> type:

@@ -9,12 +9,14 @@ from typing import TypeVar
 
 from pipeline.errors import HubError, is_unreachable, redact
 from pipeline.hub.client import prepare, setting
-from pipeline.system.command_names import login
+from pipeline.system.command_names import other_token
 
 ATTEMPTS = 8
 WAIT_SECONDS = 1.0  # before the second attempt, and twice as long before each one after it
 LONGEST_WAIT_SECONDS = 30.0
 LONGEST_ASKED_SECONDS = 600.0  # that the Hub may ask for; its limits are of five minutes
+
+FINAL = (501, 505, 506, 508, 510, 511)  # errors of a server that another attempt gets again
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -123,7 +125,8 @@ def _in_short(error: BaseException) -> str:
         return f"the Hub could not be reached ({say(error)})"
     if code in (409, 412):
         return "another commit came first"
-    return f"the Hub has a problem ({' '.join(filter(None, (str(code), responses.get(code))))})"
+    told = " ".join(filter(None, (str(code), responses.get(code))))
+    return f"the Hub has a problem ({told})"
 
 
 def _asked_seconds(error: BaseException) -> float:
@@ -143,12 +146,12 @@ def _asked_seconds(error: BaseException) -> float:
 
 
 def _is_worth_retry(error: Exception, also_retried: tuple[type[Exception], ...]) -> bool:
-    """Return True if the error may pass. 409 and 412 mean that others committed first; 401 never passes."""
+    """Return True if the error may pass. 409 and 412 mean that others committed first; 401 and `FINAL` never pass."""
     code = status_of(error)
-    if isinstance(error, also_retried) and code != 401:
+    if isinstance(error, also_retried) and code not in (401, *FINAL):
         return True
     if code is not None:
-        return code in (408, 409, 412, 429) or code >= 500
+        return code in (408, 409, 412, 429) or (code >= 500 and code not in FINAL)
     return any(is_unreachable(cause) for cause in _causes(error))
 
 
@@ -160,11 +163,11 @@ def _explained(place: str, error: Exception) -> Exception:
     if code is None:
         return error
     if code == 404 and any(isinstance(cause, RepositoryNotFoundError) for cause in _causes(error)):
-        return HubError(f"{place}: no such repository, or this token cannot see it. Try: {login()}")
+        return HubError(f"{place}: no such repository, or this token cannot see it. Try: {other_token()}")
     if code == 401:
-        return HubError(f"{place}: the Hub refuses this token. Try: {login()}")
+        return HubError(f"{place}: the Hub refuses this token. Try: {other_token()}")
     if code == 403:
-        return HubError(f"{place}: this token cannot write here. Try: {login()}")
+        return HubError(f"{place}: this token cannot write here. Try: {other_token()}")
     return HubError(f"{place}: the Hub refuses it ({say(error)})")
 
 
@@ -179,8 +182,18 @@ def status_of(error: BaseException | None) -> int | None:
 
 
 def say(error: BaseException | str | None) -> str:
-    """Return an error in one line, without secrets and at most 200 characters long."""
-    return redact(" ".join(str(error).split()))[:200]
+    """Return an error in one line, without secrets and at most 200 characters long; the server's own words come first.
+
+    The client puts them behind an address, where they would be cut off.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    text = str(error)
+    for cause in _causes(error if isinstance(error, BaseException) else None):
+        if isinstance(cause, HfHubHTTPError) and cause.server_message:
+            text = f"{cause.server_message} ({status_of(cause)}) {text}"
+            break
+    return redact(" ".join(text.split()))[:200]
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -101,6 +101,16 @@ def test_a_hub_that_is_unwell_for_a_moment_is_asked_again(hub, finished, status)
     assert len(hub.commits(REPO)) == 2
 
 
+@pytest.mark.parametrize("status", [501, 505])
+@pytest.mark.parametrize("request_", [r"POST .*/commit/", r"PUT ", r"GET /api/models/"])
+def test_error_of_the_hub_that_does_not_pass_is_told_at_once_in_its_own_words(hub, finished, status, request_):
+    hub.fault(request_, status=status, times=1000, headers={"X-Error-Message": "Commits are switched off today"})
+    with pytest.raises(HubError, match=rf"^{REPO}: the Hub refuses it \(Commits are switched off today"):
+        finished.publish()
+    refused = [r.path for r in hub.requests if r.status == status]
+    assert len(refused) == len(set(refused))  # uploads of one batch go side by side
+
+
 def test_read_only_token_is_refused_without_retry(hub, finished):
     hub.fault(r"POST .*/commit/", status=403, times=100)
     with pytest.raises(HubError, match="cannot write"):

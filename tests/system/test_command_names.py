@@ -45,6 +45,12 @@ def test_a_login_is_told_by_a_program_that_is_there(launched, monkeypatch):
         check_token("ada/mine", "ada")
 
 
+def test_bad_token_of_the_variable_is_not_answered_by_a_login(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_nobodyKnowsThisToken0123456789")
+    with pytest.raises(HubError, match="does not know this token. Try: set HF_TOKEN to another token; it is used inst"):
+        check_token("ada/mine", "ada")
+
+
 def test_a_plan_says_how_to_measure(launched, tiny_model, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     plan = make_plan(Config.model_validate({**TREE, "model": {"source": str(tiny_model("llama"))}}), runs=tmp_path)
