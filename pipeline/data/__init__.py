@@ -16,12 +16,13 @@ from typing import Any
 
 from pipeline.config.schema import Data
 from pipeline.data.example import Example
-from pipeline.data.files import Table, open_file
+from pipeline.data.files import open_file
 from pipeline.data.reading import Check, OnSkip, Skipped, read_table
 from pipeline.data.rows import BadRow
 from pipeline.data.sources import check_settings, is_builtin, locate
 from pipeline.data.splitting import fingerprint, split, trained_from
 from pipeline.data.store import read_examples, write_examples
+from pipeline.data.table import Table
 from pipeline.errors import DataError
 
 __all__ = [

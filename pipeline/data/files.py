@@ -1,47 +1,32 @@
-"""Rows of files: JSON lines, JSON, CSV, TSV and Parquet, by the ending of the name alone.
+"""Rows of files: JSON lines, JSON, CSV, TSV, text and Parquet, by the ending of the name alone.
 
-A reader yields rows one by one, each with its place: the line in a file of JSON lines; otherwise the row, counted from
-the first row of data, with its line if there are lines. A row that cannot be read comes as a `BadRow`. What makes the
-rest of the file unreadable is a `DataError`.
+A reader yields rows one by one, each with its place: the line in a file of JSON lines or text; otherwise the row,
+counted from the first row of data, with its line if there are lines. A row that cannot be read comes as a `BadRow`.
+What makes the rest of the file unreadable is a `DataError`. All but Parquet may be packed with gzip.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline.data.json_array import JsonRows, read_array
-from pipeline.data.rows import BadRow, shorten, without_nulls
-from pipeline.errors import DataError, install
-
-Row = tuple[str, Any]  # ("line 3" or "row 3", what the row holds, or the BadRow that it is)
+from pipeline.data.packed import DAMAGED, PACKED, ending_of, open_bytes, unreadable
+from pipeline.data.parquet_file import open_parquet
+from pipeline.data.rows import BadRow, shorten
+from pipeline.data.table import Row, Table
+from pipeline.errors import DataError
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LONGEST_CELL = 1 << 30  # characters; the csv module stops at 131072 unless told
-_BATCH = 1024  # rows of a Parquet file in memory at once
 _HEAD = 1 << 16  # bytes of a .json file that tell what kind it is
 _JSON_KINDS = 'a .json file holds an array of objects, {"data": [...]} with such an array, or one JSON object a line'
-
-
-@dataclass(frozen=True)
-class Table:
-    """A source of rows whose beginning can be read.
-
-    Attributes:
-        name: what errors call it.
-        columns: the columns of all rows; None where every row says its own.
-        read: the rows from the first; given names, other columns may be left out.
-    """
-
-    name: str
-    columns: tuple[str, ...] | None
-    read: Callable[[Sequence[str]], Iterator[Row]]
 
 
 def open_file(path: Path, name: str) -> Table:
@@ -55,9 +40,9 @@ def open_file(path: Path, name: str) -> Table:
         DataError: if it cannot be read, or is not what its ending says.
     """
     try:
-        return _OPENERS[path.suffix.lower()](path, name)
-    except OSError as error:
-        raise _unreadable(name, error) from None
+        return _OPENERS[ending_of(path).removesuffix(PACKED)](path, name)
+    except DAMAGED as error:
+        raise unreadable(name, error) from None
 
 
 def read_lines(path: str | os.PathLike, name: str | None = None) -> Iterator[Row]:
@@ -68,14 +53,18 @@ def read_lines(path: str | os.PathLike, name: str | None = None) -> Iterator[Row
     """
     parser = JsonRows()
     try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if number == 1:
-                    line = line.removeprefix(_BYTE_ORDER_MARK)
-                if line.strip():
-                    yield f"line {number}", _parse(line, parser)
-    except OSError as error:
-        raise _unreadable(name or str(path), error) from None
+        for number, line in _lines(path):
+            if line.strip():
+                yield f"line {number}", _parse(line, parser)
+    except DAMAGED as error:
+        raise unreadable(name or str(path), error) from None
+
+
+def _lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines with their numbers, without a byte order mark."""
+    with open_bytes(path) as file:
+        for number, line in enumerate(file, start=1):
+            yield number, line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
 
 
 def _parse(line: bytes, parser: JsonRows) -> Any:
@@ -104,7 +93,7 @@ def _open_lines(path: Path, name: str) -> Table:
 
 def _open_json(path: Path, name: str) -> Table:
     """Return an array, an object with an array under `data`, or JSON lines; the first characters tell."""
-    with open(path, "rb") as file:
+    with open_bytes(path) as file:
         head = file.read(_HEAD).removeprefix(_BYTE_ORDER_MARK).lstrip()
     opening = re.match(rb'\[|\{\s*"data"\s*:\s*\[', head)
     if opening:
@@ -174,7 +163,7 @@ def _cells(path: Path, name: str, delimiter: str) -> Iterator[tuple[int, list[st
     """Yield the line on which each row begins, and its cells, without empty rows."""
     csv.field_size_limit(_LONGEST_CELL)
     try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        with io.TextIOWrapper(open_bytes(path), "utf-8-sig", errors="surrogateescape", newline="") as file:
             rows = csv.reader(file, delimiter=delimiter, strict=True)
             while True:
                 line = rows.line_num + 1
@@ -192,60 +181,51 @@ def _cells(path: Path, name: str, delimiter: str) -> Iterator[tuple[int, list[st
                     cells = BadRow(f"{error}; a cell in quotes has quotes around all of it, and twice inside")
                 if cells:
                     yield line, cells
-    except OSError as error:
-        raise _unreadable(name, error) from None
+    except DAMAGED as error:
+        raise unreadable(name, error) from None
 
 
-def _open_parquet(path: Path, name: str) -> Table:
+def _open_text(path: Path, name: str) -> Table:
+    """Return a table of texts: paragraphs between empty lines, or single lines if no line between texts is empty."""
+    return Table(name, ("text",), lambda _: _texts(path, name))
+
+
+def _has_paragraphs(path: Path) -> bool:
+    """Return True if there is an empty line between two lines of text."""
+    seen = gap = False
+    for _, line in _lines(path):
+        if line.strip():
+            if gap:
+                return True
+            seen = True
+        else:
+            gap = seen
+    return False
+
+
+def _texts(path: Path, name: str) -> Iterator[Row]:
+    first = 0
+    lines: list[bytes] = []
     try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise DataError(f"{name}: reading Parquet needs a package; run: {install('pyarrow')}") from None
+        paragraphs = _has_paragraphs(path)
+        for number, line in _lines(path):
+            if line.strip():
+                first = first if lines else number
+                lines.append(line)
+            if lines and not (paragraphs and line.strip()):
+                yield _text_row(first, lines)
+                lines = []
+        if lines:
+            yield _text_row(first, lines)
+    except DAMAGED as error:
+        raise unreadable(name, error) from None
+
+
+def _text_row(number: int, lines: list[bytes]) -> Row:
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            columns = tuple(file.schema_arrow.names)
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise _no_parquet(name, error) from None
-    twice = next((column for column in columns if columns.count(column) > 1), None)
-    if twice is not None:
-        raise DataError(f"{name}: the column {shorten(twice)!r} stands twice; keep one")
-
-    def read(wanted: Sequence[str]) -> Iterator[Row]:
-        number = 0
-        try:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                used = [column for column in columns if column in wanted]
-                for batch in file.iter_batches(_BATCH, columns=used or None):
-                    for row in _plain(batch):
-                        number += 1
-                        yield f"row {number}", row
-        except (pyarrow.ArrowException, OSError, ValueError) as error:
-            raise _no_parquet(f"{name}, after row {number}", error) from None
-
-    return Table(name, columns, read)
-
-
-def _plain(batch: Any) -> Iterator[Any]:
-    """Yield a batch's rows as Python values, without the keys that Arrow filled in."""
-    try:
-        for row in batch.to_pylist():
-            yield {column: without_nulls(value) for column, value in row.items()}
-    except UnicodeDecodeError:  # text that is no UTF-8, which Arrow does not look at
-        for i in range(len(batch)):
-            try:
-                yield batch.slice(i, 1).to_pylist()[0]
-            except UnicodeDecodeError:
-                yield BadRow("not UTF-8; write the file anew from text")
-
-
-def _no_parquet(name: str, error: Exception) -> DataError:
-    reason = getattr(error, "strerror", None) or shorten(str(error), 120)
-    return DataError(f"{name}: not a Parquet file, or a damaged one ({reason}); write it anew, or name another")
-
-
-def _unreadable(name: str, error: OSError) -> DataError:
-    return DataError(f"{name}: cannot be read: {error.strerror or error}")
+        return f"line {number}", {"text": b"".join(lines).decode("utf-8").replace("\r\n", "\n").strip("\n")}
+    except UnicodeDecodeError:
+        return f"line {number}", BadRow("not UTF-8; save the file as UTF-8")
 
 
 _OPENERS: dict[str, Callable[[Path, str], Table]] = {
@@ -254,6 +234,7 @@ _OPENERS: dict[str, Callable[[Path, str], Table]] = {
     ".json": _open_json,
     ".csv": lambda path, name: _open_separated(path, name, ","),
     ".tsv": lambda path, name: _open_separated(path, name, "\t"),
-    ".parquet": _open_parquet,
+    ".txt": _open_text,
+    ".parquet": open_parquet,
 }
-ENDINGS = tuple(_OPENERS)
+ENDINGS = (*_OPENERS, *(ending + PACKED for ending in _OPENERS if ending != ".parquet"))

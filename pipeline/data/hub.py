@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.schema import Data
-from pipeline.data.files import Row, Table
 from pipeline.data.rows import shorten, without_nulls
+from pipeline.data.table import Row, Table
 from pipeline.errors import DataError, install, is_unreachable
 from pipeline.hub.retry import retry
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.packed import DAMAGED, PACKED, ending_of, open_bytes, unreadable
 from pipeline.data.rows import BadRow, shorten
 from pipeline.errors import DataError
 
@@ -92,12 +93,15 @@ def read_array(path: str | os.PathLike, name: str, closing: str = "") -> Iterato
 def _read(path: Path, name: str, rows: str) -> str:
     """Return the text of a file; `rows` is the jq filter that turns it into JSON lines."""
     try:
-        if (size := path.stat().st_size) > LARGEST_BYTES:
-            limit = f"{size / 1e9:.1f} GB, more than {LARGEST_BYTES / 1e9:g}"
-            raise DataError(f"{name}: too large for a JSON array ({limit}). Try: jq -c '{rows}' {name} > rows.jsonl")
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{name}: cannot be read: {error.strerror or error}") from None
+        packed = ending_of(path).endswith(PACKED)
+        with open_bytes(path) as file:
+            content = file.read(1 + (LARGEST_BYTES if packed else min(LARGEST_BYTES, path.stat().st_size)))
+    except DAMAGED as error:
+        raise unreadable(name, error) from None
+    if len(content) > LARGEST_BYTES:
+        shown = f"zcat {name} | jq -c '{rows}'" if packed else f"jq -c '{rows}' {name}"
+        limit = f"more than {LARGEST_BYTES / 1e9:g} GB"
+        raise DataError(f"{name}: too large for a JSON array ({limit}). Try: {shown} > rows.jsonl")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

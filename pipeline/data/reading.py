@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 from pipeline.config.schema import Data
 from pipeline.data.example import Example
-from pipeline.data.files import Table
 from pipeline.data.layout import Layout, choose_layout
 from pipeline.data.rows import BadRow, columns_of
+from pipeline.data.table import Table
 from pipeline.errors import DataError
 
 _REMEMBERED = 10  # skipped rows whose reasons are kept in memory

@@ -8,15 +8,17 @@ from pathlib import Path
 from pipeline.config.schema import REPO_ID, Data
 from pipeline.data.files import ENDINGS
 from pipeline.data.layout import check_names
+from pipeline.data.packed import PACKED, ending_of
 from pipeline.data.rows import BadRow
 from pipeline.errors import DataError
 
 BUILTIN = "builtin:python-docs"
 
 # A source that ends like one of these is meant as a file, not as USER/NAME on the Hub.
-_PACKED = (".gz", ".zst", ".xz", ".bz2", ".zip", ".tar", ".tgz", ".7z")
-_FILE_ENDINGS = (*ENDINGS, *_PACKED, ".txt", ".md", ".yaml", ".yml", ".arrow", ".xlsx", ".xls", ".pkl", ".db", ".xml")
-_SUPPORTED = f"supported are {', '.join(ENDINGS)}"
+_PACKED = (PACKED, ".zst", ".xz", ".bz2", ".zip", ".tar", ".tgz", ".7z")
+_FILE_ENDINGS = (*ENDINGS, *_PACKED, ".md", ".yaml", ".yml", ".arrow", ".xlsx", ".xls", ".pkl", ".db", ".xml")
+_PLAIN = [ending for ending in ENDINGS if not ending.endswith(PACKED)]
+_SUPPORTED = f"supported are {', '.join(_PLAIN)}, and all but .parquet packed as {PACKED}"
 
 
 def is_builtin(source: str) -> bool:
@@ -42,10 +44,10 @@ def locate(source: str) -> Path | None:
     if os.path.exists(path):
         if not os.path.isfile(path):
             raise DataError(f"{source}: is not a regular file; {_SUPPORTED}")
-        ending = Path(path).suffix
-        if ending.lower() in _PACKED:
+        ending = Path(path).suffix.lower()
+        if ending_of(path) not in ENDINGS and ending in _PACKED:
             raise DataError(f"{source}: {ending} is packed; unpack it first ({_SUPPORTED})")
-        if ending.lower() not in ENDINGS:
+        if ending_of(path) not in ENDINGS:
             raise DataError(f"{source}: {ending or 'no ending'} is not read here; {_SUPPORTED}")
         return Path(path)
     if names_a_file(source):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.schema import Data, Train
 from pipeline.data.files import ENDINGS
+from pipeline.data.packed import DAMAGED, PACKED, ending_of, open_bytes, unreadable
 from pipeline.data.sources import is_builtin, locate
 
 if TYPE_CHECKING:
@@ -71,22 +73,34 @@ def steps(data: Data, train: Train, size: DataSize) -> int | None:
 
 
 def _in_file(path: Path) -> DataSize:
-    size, kind = path.stat().st_size, path.suffix.lower()
+    size, kind = path.stat().st_size, ending_of(path).removesuffix(PACKED)
     if kind == ".parquet":
         from pyarrow import parquet
 
         found = parquet.read_metadata(path)
         groups = (found.row_group(i).total_byte_size for i in range(found.num_row_groups))
         return DataSize(found.num_rows, sum(groups), "from the file's metadata")
-    with open(path, "rb") as file:
-        sample = file.read(SAMPLE_BYTES)
-    if kind == ".json":
+    sample, size = _beginning(path, size)
+    if kind in (".json", ".txt"):
         return DataSize(None, size, "estimated from the file's size")
     lines = sum(1 for line in sample.splitlines() if line.strip())
     whole = len(sample) == size
     examples = lines if whole else round(lines * size / len(sample))
     head = kind in (".csv", ".tsv")
     return DataSize(max(0, examples - head), size, "lines counted" if whole else "estimated from the first lines")
+
+
+def _beginning(path: Path, size: int) -> tuple[bytes, int]:
+    """Return the first bytes of a file, unpacked, and its unpacked size, estimated if it is packed."""
+    try:
+        with open_bytes(path) as file:
+            sample = file.read(SAMPLE_BYTES)
+            if not isinstance(file, gzip.GzipFile):
+                return sample, size
+            whole = not file.read(1)
+            return sample, len(sample) if whole else round(len(sample) * size / file.fileobj.tell())
+    except DAMAGED as error:
+        raise unreadable(str(path), error) from None
 
 
 def _on_hub(data: Data) -> DataSize:
@@ -123,7 +137,7 @@ def fetched_bytes(info: DatasetInfo, data: Data) -> int | None:
     if data.subset or max(len(sizes), len(configs)) > 1:
         said = [subset.get("download_size") for subset in _named(sizes, data)]
         return said[0] if said and isinstance(said[0], int) else None
-    files = [s for s in info.siblings or [] if Path(s.rfilename).suffix.lower() in ENDINGS]
+    files = [s for s in info.siblings or [] if ending_of(s.rfilename) in ENDINGS]
     return sum(int(s.size or 0) for s in files) or None
 
 

@@ -5,6 +5,7 @@ Every row of the tables below is a whole file, as it would lie on a disk.
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 
@@ -47,6 +48,10 @@ def bad_text():
     sink = pyarrow.BufferOutputStream()
     parquet.write_table(pyarrow.table({"prompt": prompts, "completion": ["c"] * 4}), sink)
     return sink.getvalue().to_pybytes()
+
+
+def packed(content):
+    return gzip.compress(content if isinstance(content, bytes) else content.encode())
 
 
 # What it is: (name of the file, what is in it, the form found, what is learned of its rows in any order).
@@ -99,6 +104,16 @@ GOOD = {
     "Parquet of mixed conversations": (
         "a.parquet", table({"conversations": CHAT}, {"conversations": SHARED}), "messages", ["A", "A"],
     ),
+    "text of paragraphs": ("a.txt", "\n\nOne\nand a half.\r\n \n\nTwo.\n\n", "text", ["One\nand a half.", "Two."]),
+    "text of lines": ("a.txt", BOM + "One.\nZwei, größer.\n".encode(), "text", ["One.", "Zwei, größer."]),
+    "packed JSON lines": ("a.jsonl.gz", packed(lines(*pairs(1, 2))), "prompt_completion", ["c1", "c2"]),
+    "packed JSON lines in two parts": (
+        "a.ndjson.gz", packed(lines(*pairs(1)) + "\n") + packed(lines(*pairs(2))), "prompt_completion", ["c1", "c2"],
+    ),
+    "packed JSON": ("A.JSON.GZ", packed(json.dumps({"data": pairs(1, 2)})), "prompt_completion", ["c1", "c2"]),
+    "packed CSV": ("a.csv.gz", packed("prompt,completion\np1,c1\np2,c2\n"), "prompt_completion", ["c1", "c2"]),
+    "packed TSV": ("a.b.tsv.gz", packed("prompt\tcompletion\np1\tc1\np2\tc2\n"), "prompt_completion", ["c1", "c2"]),
+    "packed text": ("a.txt.gz", packed("One.\n\nTwo.\n"), "text", ["One.", "Two."]),
 }  # fmt: skip
 
 # What it is: (name of the file, what is in it, what the error says behind the file's name).
@@ -180,11 +195,18 @@ BAD = {
         "a.jsonl", lines({"conversations": [{"from": "bing", "value": "Q"}]}), ", line 1: message 1 of `conversations`",
     ),
     "text that is empty": ("a.jsonl", lines({"text": "t"}, {"text": "  "}), ", line 2: `text` is empty"),
-    "a packed file": ("a.jsonl.gz", b"\x1f\x8b", ": .gz is packed; unpack it first"),
+    "a packed file cut short": ("a.jsonl.gz", packed(lines(*pairs(1, 2)))[:-20], ": not a gzip file, or a damaged one"),
+    "a packed array cut short": ("a.json.gz", packed(json.dumps(pairs(1, 2)))[:-20], ": not a gzip file, or a damaged"),
+    "a packed table of other bytes": ("a.csv.gz", b"\x1f\x8b\x08" + bytes(7) + b"x" * 50, ": not a gzip file, or a"),
+    "a text that is not packed": ("a.txt.gz", "One.\n\nTwo.", ": not a gzip file, or a damaged one (Not a gzipped"),
+    "a bad line in a packed file": ("a.jsonl.gz", packed(lines(*pairs(1), 7)), ", line 2: the number 7"),
+    "a packed Parquet file": ("a.parquet.gz", packed(b"PAR1"), ": .gz is packed; unpack it first"),
+    "a file packed in another way": ("a.jsonl.zst", b"\x28", ": .zst is packed; unpack it first"),
     "a workbook": (
-        "a.xlsx", b"PK", ": .xlsx is not read here; supported are .jsonl, .ndjson, .json, .csv, .tsv, .parquet",
+        "a.xlsx", b"PK", ": .xlsx is not read here; supported are .jsonl, .ndjson, .json, .csv, .tsv, .txt, .parquet",
     ),
-    "text in a .txt file": ("a.txt", "Once upon a time", ": .txt is not read here"),
+    "an empty text": ("a.txt", "\n \n", ": has no rows"),
+    "a text that is not UTF-8": ("a.txt", b"One.\n\nTwo.\ncaf\xe9\n", ", line 3: not UTF-8"),
     "a file without an ending": ("data", lines(*pairs(1)), ": no ending is not read here"),
 }  # fmt: skip
 

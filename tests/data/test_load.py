@@ -206,7 +206,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         ("x" * 5000 + "/y", "neither a file"),
         ("folder", "is a folder; name one file in it, or join its files into one"),
         ("builtin:nothing", "there is builtin:python-docs"),
-        ("table.xls", ".xls is not read here; supported are .jsonl, .ndjson, .json, .csv, .tsv, .parquet"),
+        ("table.xls", ".xls is not read here; supported are .jsonl, .ndjson, .json, .csv, .tsv, .txt, .parquet"),
     ],
 )
 def test_a_source_that_is_not_there_is_refused_before_any_work(tmp_path, monkeypatch, source, reason):

@@ -12,12 +12,13 @@ from pipeline.cli.wizard.model import recipe_tree
 from pipeline.cli.wizard.prompts import GoBack, Question
 from pipeline.config.catalog import DATA_FORMS
 from pipeline.config.schema import Data
-from pipeline.data.files import Table, open_file
+from pipeline.data.files import open_file
 from pipeline.data.layout import choose_layout
 from pipeline.data.reading import find_layout, read_table
 from pipeline.data.rows import BadRow, columns_of, shorten
 from pipeline.data.sources import BUILTIN, check_settings, is_builtin, locate
 from pipeline.data.splitting import split
+from pipeline.data.table import Table
 from pipeline.errors import ConfigError, DataError
 
 SHOWN_ROWS, CHECKED_ROWS = 3, 10
@@ -44,8 +45,8 @@ _TYPED = {
 
 def _about(draft: Draft) -> str:
     return (
-        "What to teach it: a data file (.jsonl, .json, .csv, .tsv, .parquet), a data set on the Hub (USER/NAME, and "
-        f"where it has several parts: USER/NAME subset=... split=...), or {BUILTIN}."
+        "What to teach it: a data file (.jsonl, .json, .csv, .tsv, .txt, .parquet), a data set on the Hub (USER/NAME, "
+        f"and if it has several parts: USER/NAME subset=... split=...), or {BUILTIN}."
     )
 
 
