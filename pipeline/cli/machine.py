@@ -22,6 +22,13 @@ def plan(
         str | None, typer.Option("--device", help="GPU to plan for, such as h100-80gb (default: this machine).")
     ] = None,
     settings: Settings = None,
+    data: Annotated[
+        bool | None,
+        typer.Option(
+            "--data/--no-data",
+            help="Read every row and download a data set on the Hub for that (default: only files up to 50 MB).",
+        ),
+    ] = None,
     runs: Root = RUNS,
     as_json: AsJson = False,
 ) -> None:
@@ -31,10 +38,10 @@ def plan(
     """
     from pipeline.config.loader import load_config
 
-    show_plan(load_config(config, settings or ()), device, runs, as_json)
+    show_plan(load_config(config, settings or ()), device, runs, as_json, data)
 
 
-def show_plan(config: Config, device: str | None, runs: Path, as_json: bool) -> None:
+def show_plan(config: Config, device: str | None, runs: Path, as_json: bool, read_rows: bool | None = None) -> None:
     """Print the plan of a configuration.
 
     Raises:
@@ -46,7 +53,7 @@ def show_plan(config: Config, device: str | None, runs: Path, as_json: bool) -> 
     from pipeline.workflow.preflight import check_inputs
 
     check_inputs(config)
-    made = make_plan(config, device, runs)
+    made = make_plan(config, device, runs, read_rows)
     if as_json:
         print(json.dumps(plain(made)))
     else:

@@ -1,23 +1,26 @@
-"""The size of a data set, estimated without reading all of it."""
+"""The size of a data set: counted in its rows if they are few or asked for, estimated otherwise."""
 
 from __future__ import annotations
 
 import gzip
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config.schema import Data, Train
+from pipeline.config.schema import Data, Train, TrainingRun
+from pipeline.data import load_examples
 from pipeline.data.files import ENDINGS
 from pipeline.data.packed import DAMAGED, PACKED, ending_of, open_bytes, unreadable
 from pipeline.data.sources import is_builtin, locate
+from pipeline.training.trainers import check_form
 
 if TYPE_CHECKING:
     from huggingface_hub import DatasetInfo
 
 BYTES_A_TOKEN = 4  # of English text, roughly; other languages and code have fewer
 TEMPLATE_TOKENS = 15  # roughly; a chat template adds them to each example
+READ_BYTES = 50_000_000  # of a file whose rows are read in any case, which takes seconds
 SAMPLE_BYTES = 1_000_000  # of a file, to estimate its number of lines
 # Examples and bytes of the docstrings of Python 3.11's standard library, because reading them takes too long here.
 BUILTIN = (4300, 1_540_000)
@@ -48,16 +51,37 @@ class DataSize:
         return self.text_bytes // BYTES_A_TOKEN + TEMPLATE_TOKENS * (self.examples or 0)
 
 
-def data_size(data: Data) -> DataSize:
-    """Return the size of a data set, before `data.limit`.
+def data_size(config: TrainingRun, read_rows: bool | None = None) -> DataSize:
+    """Return the size of a data set; if it is estimated, before `data.limit`.
+
+    Args:
+        config: the run.
+        read_rows: read and check every row as training does, and download a data set on the Hub for that; by default
+            only the rows of a local file of at most `READ_BYTES`.
 
     Raises:
-        DataError: if the data set does not exist.
+        DataError: if the data set does not exist, or if a row that is read cannot be used.
     """
-    if is_builtin(data.source):
-        return DataSize(*BUILTIN, "estimated for Python's own documentation")
-    path = locate(data.source)
-    return _on_hub(data) if path is None else _in_file(path)
+    source = config.data.source
+    path = None if is_builtin(source) else locate(source)
+    if is_builtin(source):
+        size = DataSize(*BUILTIN, "estimated for Python's own documentation")
+    else:
+        size = _on_hub(config.data) if path is None else _in_file(path)
+    is_small = path is not None and (size.text_bytes or 0) <= READ_BYTES
+    return _counted(config, size) if (is_small if read_rows is None else read_rows) else size
+
+
+def _counted(config: TrainingRun, size: DataSize) -> DataSize:
+    """Return the size of all examples, after reading every row."""
+    found = load_examples(config.data, config.train.loss_on)
+    check_form(config, found.form)
+    examples = (*found.train, *found.held_out)
+    contents = (e.text if e.text is not None else "".join(m["content"] for m in e.messages) for e in examples)
+    without = [(found.duplicates, "duplicates"), (found.skipped.total, "bad rows")]
+    left_out = " and ".join(f"{count} {what}" for count, what in without if count)
+    how = "all rows read" + (f"; {left_out} left out" if left_out else "")
+    return replace(size, examples=len(examples), text_bytes=sum(len(text.encode()) for text in contents), how=how)
 
 
 def steps(data: Data, train: Train, size: DataSize) -> int | None:

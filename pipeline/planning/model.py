@@ -19,6 +19,7 @@ from pipeline.models.safe_loading import check_config, parse_settings
 from pipeline.models.sources import check_source, is_local
 from pipeline.planning.headers import Tensor, gguf_header, safetensors_header
 from pipeline.quantization.formats import stored_bytes
+from pipeline.training.lora_targets import is_target
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TABLES = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|lm_head|embed_out)\.weight$")
@@ -123,13 +124,7 @@ class Sizes:
 
     def trained(self, lora: Lora) -> dict[str, tuple[int, int]]:
         """Return the shapes of the layers that get an adapter."""
-        wanted = lora.target_modules
-        if wanted == "all-linear":
-            return self.linear
-        if isinstance(wanted, str):
-            return {n: s for n, s in self.linear.items() if re.fullmatch(wanted, n.removesuffix(".weight"))}
-        names = tuple(f".{name}.weight" for name in wanted)
-        return {n: s for n, s in self.linear.items() if f".{n}".endswith(names)}
+        return {name: shape for name, shape in self.linear.items() if is_target(lora.target_modules, name)}
 
     def stored_bytes(self, spec: VariantSpec, merged: bool) -> int:
         """Return the bytes of a variant's weights, by its format's arithmetic.

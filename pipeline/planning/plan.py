@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, TrainingRun
 from pipeline.models.context import check_length
 from pipeline.planning import memory, timing
 from pipeline.planning.advice import Change, advise
@@ -16,6 +16,7 @@ from pipeline.planning.devices import Machine, gpu_by_name, this_machine
 from pipeline.planning.model import Sizes, adapter_sizes, read_sizes
 from pipeline.planning.stages import Stage, disk_peaks, stages_of
 from pipeline.system.command_names import command
+from pipeline.training.lora_targets import check_targets
 
 UNTIMED = ("publish",)  # its time is the network's
 
@@ -89,21 +90,26 @@ class Plan:
         return sum(stage.uploads for stage in self.stages)
 
 
-def make_plan(config: Config, device: str | None = None, runs: Path = Path("runs")) -> Plan:
+def make_plan(
+    config: Config, device: str | None = None, runs: Path = Path("runs"), read_rows: bool | None = None
+) -> Plan:
     """Return the plan of a configuration, without writing anything or downloading weights.
 
     Args:
         device: the name of a GPU to plan for; None for this machine.
         runs: the folder of the runs, for its free space.
+        read_rows: read every row of the data; by default only those of a small local file.
 
     Raises:
         UserError: if the model, the data or the device does not exist.
     """
     machine = gpu_by_name(device) if device else this_machine(runs)
     sizes = read_sizes(config.model)
-    if config.data:
+    data = None
+    if isinstance(config, TrainingRun):
         check_length(config.train.max_length, sizes.context)
-    data = data_size(config.data) if config.data else None
+        check_targets(config.train.lora, sizes.linear)
+        data = data_size(config, read_rows)
     given = None
     if config.merge.adapter:
         given = sum(tensor.numel for tensor in adapter_sizes(config.merge.adapter).values())

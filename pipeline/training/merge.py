@@ -14,7 +14,8 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -37,6 +38,9 @@ from pipeline.models.safe_loading import read_settings
 from pipeline.models.tensor_names import open_checkpoint
 from pipeline.quantization.writer import VariantFiles, Variants
 from pipeline.training.nf4_base import Nf4Weight, row_multiple
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def merge_checkpoint(
@@ -71,9 +75,7 @@ def merge_checkpoint(
     """
     checkpoint, adapter, variants = open_checkpoint(base), Adapter.read(adapter_folder), variants or Variants()
     _check_fit(checkpoint, base, adapter, adapter_folder)
-    if kind == "nf4" and not (linear and set(linear) <= checkpoint.keys()):
-        lost = [*sorted(set(linear) - checkpoint.keys()), "every linear layer"][0]
-        raise ModelError(f"{base}: cannot tell what NF4 training saw; {lost} is missing")
+    _check_held(checkpoint, base, kind, linear)
     merged = {
         name: replace(info, dtype=torch.bfloat16) if info.dtype.is_floating_point else info
         for name, info in checkpoint.items()
@@ -127,6 +129,38 @@ def _describe(base: Path, output: Path, template: str | None, end_of_turn: int |
 
 def _token_list(tokens: Any) -> list:
     return tokens if isinstance(tokens, list) else [] if tokens is None else [tokens]
+
+
+def check_mergeable(base: Path, model: PeftModel, kinds: Collection[str], linear: Collection[str]) -> None:
+    """Check before training that the adapter can be merged: write it untrained, and read it as `merge_checkpoint` does.
+
+    Args:
+        base: folder of the base model.
+        model: the model with an adapter that is not trained yet.
+        kinds: every kind of merge that will be made.
+        linear: as for `merge_checkpoint`.
+
+    Raises:
+        ModelError: naming the base model and the reason.
+    """
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        try:
+            checkpoint = open_checkpoint(base)
+            _check_fit(checkpoint, base, Adapter.read(Path(folder)), Path(folder))
+            for kind in kinds:
+                _check_held(checkpoint, base, kind, linear)
+        except ModelError as error:
+            raise ModelError(
+                f"{base}: an adapter for it could not be merged: {str(error).removeprefix(f'{folder}: ')}. "
+                "Try: another base model, or other train.lora.target_modules"
+            ) from None
+
+
+def _check_held(checkpoint: Checkpoint, base: Path, kind: str, linear: Collection[str]) -> None:
+    if kind == "nf4" and not (linear and set(linear) <= checkpoint.keys()):
+        lost = [*sorted(set(linear) - checkpoint.keys()), "every linear layer"][0]
+        raise ModelError(f"{base}: cannot tell what NF4 training saw; {lost} is missing")
 
 
 def _check_fit(checkpoint: Checkpoint, base: Path, adapter: Adapter, folder: Path) -> None:

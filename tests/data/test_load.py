@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.config.schema import Data
 from pipeline.data import Example, check_source, general_text, load_examples, read_examples, write_examples
+from pipeline.data.splitting import split
 from pipeline.errors import DataError
 from tests.support import REPOSITORY
 
@@ -115,6 +116,18 @@ def test_conversations_are_told_apart_by_all_messages_before_the_answer(tmp_path
     assert (len(systems.train), len(systems.held_out)) == (1, 1)
     earlier = load_messages(tmp_path, [turns("x", "a", "q", "b"), turns("y", "a", "q", "b")], "completion")
     assert (len(earlier.train), len(earlier.held_out)) == (1, 1)
+
+
+def test_rows_that_learn_different_answers_of_a_conversation_share_a_side():
+    rows = []
+    for n in range(20):  # the second row learns an answer in a context that the first one learns an answer in, too
+        talk = turns(f"q{n}", "a", f"r{n}", "b")
+        rows += [talk, [talk[0], {**talk[1], "weight": 0}, *turns(f"r{n}", "c")]]
+    examples = [Example(tuple(row)) for row in rows]
+    for seed in range(3):
+        sides = split(examples, Data(source="any", held_out=0.2, seed=seed))[:2]
+        asked = [{e.messages[0]["content"] for e in side} for side in sides]
+        assert len(sides[1]) == 8 and not asked[0] & asked[1]
 
 
 def test_one_greeting_in_front_of_all_conversations_does_not_make_them_one(tmp_path):

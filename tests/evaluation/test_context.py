@@ -63,7 +63,7 @@ def test_question_that_fills_the_context_is_refused_before_training(tiny_model, 
 def test_no_advice_is_given_for_a_length_that_the_model_cannot_read(tiny_model, tmp_path, monkeypatch):
     place = write_place(tmp_path, tiny_model("llama"), train={"max_length": 10**8})
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="longer than the model's context of 512 tokens"):
+    with pytest.raises(ConfigError, match="longer than the model's context of 2048 tokens"):
         make_plan(load_config(str(place.config)))
 
 

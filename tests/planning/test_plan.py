@@ -7,9 +7,10 @@ import json
 import pytest
 from huggingface_hub import DatasetInfo
 
-from pipeline.config.loader import shipped_configs
+from pipeline.config.loader import parse_config, shipped_configs
 from pipeline.config.schema import Data
-from pipeline.planning.data import fetched_bytes, split_figures
+from pipeline.errors import DataError
+from pipeline.planning.data import data_size, fetched_bytes, split_figures
 from tests.support.recipes import MODELS, put_hollow
 
 # Runs the command, and prints which of these libraries it imported.
@@ -150,8 +151,53 @@ def test_steps_follow_from_the_counted_rows(place):
     ]
     place.folder.joinpath("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     told = place.plan("tinyllama-1.1b", "--set", "data.source=rows.jsonl", "--set", "train.packing=false")["data"]
-    assert told["examples"] == 400 and told["how"] == "lines counted"
+    assert told["examples"] == 400 and told["how"] == "all rows read"
     assert told["steps"] == -(-380 // 8)  # a twentieth is held out, four rows at a time, twice
+
+
+def write_rows(place, *more: str) -> tuple[str, ...]:
+    """Settings for 400 good rows, and these lines behind them."""
+    rows = [json.dumps({"prompt": f"What is {n}?", "completion": "It is a number."}) for n in range(400)]
+    place.folder.joinpath("rows.jsonl").write_text("\n".join([*rows, *more]))
+    return ("tinyllama-1.1b", "--set", "data.source=rows.jsonl")
+
+
+@pytest.mark.parametrize("last", ['{"prompt": "Why?"}', "no JSON", '{"prompt": "Why?", "completion": ""}'])
+def test_bad_row_is_refused_by_its_place_before_training(place, last):
+    settings = write_rows(place, last)
+    refused = place.tunepress("plan", *settings, check=2).stderr
+    assert "rows.jsonl, line 401: " in refused and len(refused.splitlines()) == 1
+    assert place.plan(*settings, "--no-data")["data"]["how"] == "lines counted"
+    skipped = place.plan(*settings, "--set", "data.on_bad_row=skip")["data"]
+    assert (skipped["examples"], skipped["how"]) == (400, "all rows read; 1 bad rows left out")
+
+
+def test_rows_of_a_large_file_or_of_the_hub_are_read_if_asked_for(place, hub, monkeypatch, tiny_model):
+    config = parse_config(
+        {"name": "tiny", "model": {"source": str(tiny_model("llama"))}, "data": {"source": "rows.jsonl"}}, ""
+    )
+    write_rows(place, "no JSON")
+    monkeypatch.chdir(place.folder)
+    monkeypatch.setattr("pipeline.planning.data.READ_BYTES", 1000)
+    assert data_size(config).how == "lines counted"
+    with pytest.raises(DataError, match="line 401"):
+        data_size(config, read_rows=True)
+    hub.put("ada/bad", {"rows.jsonl": (place.folder / "rows.jsonl").read_bytes()}, repo_type="dataset")
+    there = ("tinyllama-1.1b", "--set", "data.source=ada/bad")
+    assert "does not say" in place.plan(*there)["data"]["how"]
+    assert "ada/bad" in place.tunepress("plan", *there, "--data", check=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("wanted", "name"),
+    [("[q_proj,nothing]", "nothing"), (".*other", ".*other"), ("[embed_tokens]", "embed_tokens")],
+)
+def test_unknown_target_module_is_refused_with_the_known_ones(place, wanted, name):
+    done = place.tunepress("plan", "tinyllama-1.1b", "--set", f"train.lora.target_modules={wanted}", check=2)
+    assert f"train.lora.target_modules: no linear layer of the model is {name!r}" in done.stderr
+    assert "Try: down_proj, gate_proj, k_proj" in done.stderr and len(done.stderr.splitlines()) == 1
+    for known in ("[q_proj,mlp.up_proj]", "all-linear", ".*mlp.*"):
+        place.plan("tinyllama-1.1b", "--set", f"train.lora.target_modules={known}")
 
 
 def test_split_size_comes_from_the_card():

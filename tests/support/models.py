@@ -35,7 +35,7 @@ _COMMON = {
     "vocab_size": VOCABULARY,
     "num_hidden_layers": 2,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 2048,
     "bos_token_id": 256,
     "eos_token_id": 258,
     "pad_token_id": 256,

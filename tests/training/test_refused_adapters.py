@@ -7,12 +7,18 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.errors import CheckpointError, ModelError
+from pipeline.config.loader import load_config
+from pipeline.errors import CheckpointError, ModelError, StageFailed
 from pipeline.models.checkpoint import SINGLE_NAME
 from pipeline.models.lora_adapter import Adapter
 from pipeline.training.merge import merge_checkpoint
+from pipeline.workflow.in_process import run_stage_here
+from pipeline.workflow.run import run_one
 from tests.support.adapters import Q, edit
+from tests.support.models import VOCABULARY, write_tokenizer
+from tests.support.runs import write_place
 
 
 @pytest.mark.parametrize(
@@ -144,3 +150,30 @@ def test_non_finite_values_are_refused_with_their_origin(tiny_model, trained, tm
     with pytest.raises(ModelError, match=rf"{whose}: makes values of .*down_proj.weight' that are not finite"):
         merge_checkpoint(base, adapter, tmp_path / "out", "bf16")
     assert not list((tmp_path / "out").glob("*.safetensors*"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "reason"),
+    [
+        ("gpt2", {"n_embd": 96, "n_layer": 2, "n_head": 4}, "the adapter uses fan_in_fan_out"),
+        ("bloom", {"hidden_size": 96, "n_layer": 2, "n_head": 4}, "uses twice, as embedding and as output head"),
+    ],
+)
+def test_model_whose_adapter_could_not_be_merged_is_refused_before_training(tmp_path, monkeypatch, kind, shape, reason):
+    model = tmp_path / "model"
+    config = AutoConfig.for_model(kind, vocab_size=VOCABULARY, bos_token_id=256, eos_token_id=258, **shape)
+    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(model)
+    write_tokenizer(model)
+    place = write_place(tmp_path, model, train={"method": "lora", "packing": False}, quantize={"variants": []})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StageFailed, match=f"an adapter for it could not be merged: .*{reason}"):
+        run_one(load_config(str(place.config)), "train", start=run_stage_here)
+    assert '"metrics"' not in place.run_folder.joinpath("events.jsonl").read_text()  # no step was made
+
+
+def test_name_that_no_layer_has_is_refused_before_training(tmp_path, monkeypatch, tiny_model):
+    place = write_place(tmp_path, tiny_model("llama"), train={"lora": {"target_modules": ["q_proj", "nothing"]}})
+    monkeypatch.chdir(tmp_path)
+    refused = "no linear layer of the model is 'nothing'. Try: down_proj, gate_proj"
+    with pytest.raises(StageFailed, match=refused):
+        run_one(load_config(str(place.config)), "train", start=run_stage_here)

@@ -16,7 +16,7 @@ from pipeline.tracking.trackers import tracker
 def show_summary(draft: Draft) -> Plan:
     """Print a summary of the configuration that was written."""
     config = draft.config()
-    plan = make_plan(config, runs=draft.runs)
+    plan = make_plan(config, runs=draft.runs, read_rows=False)
     draft.tell("")
     for label, line in _lines(config, plan):
         draft.tell(f"{label:<10}{line}")

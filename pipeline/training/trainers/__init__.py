@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
+from pipeline.config.catalog import DATA_FORMS
 from pipeline.config.schema import Config, TrainingRun
 from pipeline.config.training_catalog import METHODS, TRAINERS, UNCHANGED_BASE
+from pipeline.errors import DataError
 
 if TYPE_CHECKING:
     import transformers
@@ -65,6 +67,20 @@ class Trainer(Protocol):
 def trainer_module(config: TrainingRun) -> Trainer:
     """Import and return the module of the trainer that a configuration names."""
     return cast(Trainer, importlib.import_module(TRAINERS[config.train.trainer].module))
+
+
+def check_form(config: TrainingRun, form: str) -> None:
+    """Check that the configured trainer takes data of this form.
+
+    Raises:
+        DataError: naming the forms that it takes.
+    """
+    forms = TRAINERS[config.train.trainer].forms
+    if form in DATA_FORMS and form not in forms:
+        raise DataError(
+            f"{config.data.source}: has the form {form}, and train.trainer {config.train.trainer} takes only "
+            f"{', '.join(forms)}. Try: another trainer, or set data.form"
+        )
 
 
 def merge_bases(config: Config) -> tuple[str, ...]:

@@ -26,6 +26,8 @@ from pipeline.system.files import empty_folder, fingerprint, read_json, replace_
 from pipeline.system.libraries import versions
 from pipeline.tracking.events import Events
 from pipeline.training.distributed import ProcessGroup, TrainingProcess, gather_adapter, sharding
+from pipeline.training.lora_targets import check_targets
+from pipeline.training.trainers import merge_bases
 from pipeline.workflow.stages import Outcome
 from pipeline.workflow.stages.inputs import base_model, hashes_of, keep_template, model_depends, without_limit
 from pipeline.workflow.stages.quantize import check_variants
@@ -70,7 +72,9 @@ def run(config: TrainingRun, workspace: Workspace, events: Events, variants: tup
     import torch
     from transformers import set_seed
 
+    from pipeline.models.matrices import linear_weights
     from pipeline.system.libraries import quiet_progress_bars
+    from pipeline.training.merge import check_mergeable
     from pipeline.training.trainers import Job, trainer_module
 
     quiet_progress_bars()
@@ -99,6 +103,8 @@ def run(config: TrainingRun, workspace: Workspace, events: Events, variants: tup
     )
     trainer = trainer_module(config).build(config, prepared.base, prepared.tokenizer, prepared.encoded, job)
     model = cast("PeftModel", trainer.model)
+    if process.is_main:
+        check_mergeable(prepared.base, model, merge_bases(config), linear_weights(prepared.base))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     resumed_from = _train(trainer, checkpoints, group)
     adapter = gather_adapter(model)
@@ -165,6 +171,7 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
     from pipeline.data.describe import CHOSEN_TEMPLATE, describe, report, samples
     from pipeline.data.template_choice import choose_template
     from pipeline.evaluation import eligible_prompts, generation, texts
+    from pipeline.models.matrices import linear_weights
     from pipeline.models.vocabulary_size import check_tokens, pad_within_embedding
     from pipeline.workflow.stages.training_data import encode_data, read_data
 
@@ -174,6 +181,7 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
     check_variants(config, base)
     context = context_length(open_config(base).to_dict())
     check_length(config.train.max_length, context)
+    check_targets(config.train.lora, linear_weights(base))
     tokenizer = open_tokenizer(base)
     pad_within_embedding(tokenizer, base)
     is_text = data.form == "text"  # which is learned as it is

@@ -6,16 +6,14 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pipeline.config.catalog import DATA_FORMS
 from pipeline.config.schema import Data, TrainingRun
-from pipeline.config.training_catalog import TRAINERS
 from pipeline.data import DataSet, Example, load_examples, write_examples
 from pipeline.data.encode import EncodedSet, encode_examples
 from pipeline.data.reading import Check
-from pipeline.errors import DataError
 from pipeline.evaluation import eligible_prompts
 from pipeline.tracking.events import Events
 from pipeline.training.distributed import TrainingProcess
+from pipeline.training.trainers import check_form
 from pipeline.workflow import baseline
 from pipeline.workflow.workspace import Workspace
 
@@ -43,12 +41,7 @@ def read_data(
         if not data.skipped.total:
             skipped.unlink()
         write_examples(workspace.data / "held_out.jsonl", data.held_out)
-    forms = TRAINERS[config.train.trainer].forms
-    if data.form in DATA_FORMS and data.form not in forms:
-        raise DataError(
-            f"{config.data.source}: has the form {data.form}, and train.trainer {config.train.trainer} takes only "
-            f"{', '.join(forms)}. Try: another trainer, or set data.form"
-        )
+    check_form(config, data.form)
     # Check before the training that there is enough text to measure on, and to compare with a published model.
     published, _ = baseline.noted(workspace)
     if not published:

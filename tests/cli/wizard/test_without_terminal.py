@@ -59,7 +59,6 @@ def test_options_and_defaults_make_the_same_file_as_piped_answers(desk):
             "name": "given",
             "model": {"source": "./model"},
             "data": {"source": "rows.jsonl"},
-            "train": {"max_length": 512},  # the model's context, which is shorter than the default
         }
     )
 
