@@ -1,4 +1,4 @@
-"""Models that lead a reader to a private file, each in another way."""
+"""Models that lead a reader to a private file or to foreign code, each in another way."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def settings_of(model: Path, file: str, **more: object) -> None:
     path.write_text(json.dumps(before | more))
 
 
-def lead_to(model: Path, name: str) -> None:
-    """Let a model in a folder lead to the file `BAIT` beside the folder that is worked in."""
-    LEADS[name].change(model, str(model.resolve().parents[1] / BAIT))
+def lead_to(model: Path, name: str, bait: str | None = None) -> None:
+    """Let a model in a folder lead to a private file: by default `BAIT`, beside the folder that is worked in."""
+    LEADS[name].change(model, bait or str(model.resolve().parents[1] / BAIT))
 
 
 def _bert(model: Path, **more: object) -> None:
@@ -67,6 +67,15 @@ def _other_tokenizer(model: Path, bait: str) -> None:
     settings_of(model, "tokenizer_config.json", fast_tokenizer_files=["../elsewhere/tokenizer.4.0.0.json"])
 
 
+def _own_code(model: Path, bait: str) -> None:
+    settings_of(model, "config.json", auto_map={"AutoConfig": "own.Own"}, model_type="own")
+    (model / "own.py").write_text(f"open({bait!r})")
+
+
+def _adapter_beside(model: Path, bait: str) -> None:
+    settings_of(model, "adapter_config.json", base_model_name_or_path=bait, peft_type="LORA")
+
+
 def _other_weights(model: Path, bait: str) -> None:
     (model / "model.safetensors").rename(model / "other.safetensors")
     settings_of(model, "config.json", transformers_weights="other.safetensors")
@@ -85,5 +94,12 @@ LEADS = {
     "a linked vocabulary": Lead(_linked_vocabulary, "a link to"),
     "a linked chat template": Lead(_linked_template, "a link to"),
     "another configuration": Lead(_other_configuration, "configuration_files (", of_tokenizer=False),
+    "code of its own": Lead(_own_code, "code of its own, which is never run", of_tokenizer=False),
+    "a kernel": Lead(
+        lambda model, bait: settings_of(model, "config.json", attn_implementation=f"{bait}/kernel"),
+        "names code to fetch and run",
+        of_tokenizer=False,
+    ),
+    "an adapter beside": Lead(_adapter_beside, "an adapter_config.json lies beside the model", of_tokenizer=False),
     "other weights": Lead(_other_weights, "transformers_weights (", of_tokenizer=False),
 }
