@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.data.rows import BadRow, is_empty, shorten
 
 _MEDIA = ("image", "images", "image_url", "video", "videos", "audio", "audios")
-_BETTER = ("chosen", "chosen_response", "preferred_output")
+_BETTER = ("chosen", "chosen_response", "chosen_messages", "preferred_output")
 _WORSE = ("rejected", "rejected_response", "rejected_messages", "non_preferred_output")
 _HELD_BACK = ("test", "val", "dev", "eval")  # beginnings of the names of splits
 

@@ -28,8 +28,9 @@ _SPEAKERS = {
 _CALLS = ("tool_calls", "function_call")  # the second is OpenAI's old name, for one call
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _OF_TOOLS = ("name", "tool_call_id")
-# Keys with which files say whether an answer is learned: those of OpenAI, axolotl and ms-swift.
-_LEARNED = ("weight", "train", "training", "loss")
+# Keys that say whether an answer is learned: those of OpenAI, LLaMA-Factory, axolotl and ms-swift.
+_LEARNED = ("weight", "loss_weight", "train", "training", "loss")
+_PARTS = ("text", "reasoning", "tool_call")  # types of the parts that content may be a list of
 # Keys that change what a message means. Reading past them would train on something else.
 _UNSUPPORTED = ("images", "image", "videos", "video", "audios", "audio", "refusal", "train_detail", "prefix")
 
@@ -65,20 +66,24 @@ def _message(message: Any, what: str) -> Message:
     for key in _UNSUPPORTED:
         if message.get(key):
             raise BadRow(f"{what} has `{key}`, and only text is learned; remove it, or the row")
-    found: Message = {"role": role}
-    if message[role_key] == "function_call":
-        found["tool_calls"] = read_calls(message.get(content_key), what)
-    elif calls := _first(message, _CALLS):
-        _only_of_answers(calls, role, what)
-        found["tool_calls"] = read_calls(message[calls], what)
-    if "tool_calls" not in found and content_key not in message:
+    calls, reasoning = _first(message, _CALLS), _first(message, _REASONING)
+    if content_key not in message and not calls:
         raise BadRow(f"{what} has no `{content_key}`; found are {shorten(', '.join(message)) or 'no keys'}")
-    found["content"] = _content(None if message[role_key] == "function_call" else message.get(content_key), found, what)
-    if reasoning := _first(message, _REASONING):
-        _only_of_answers(reasoning, role, what)
-        found["reasoning_content"] = text(message[reasoning], f"`{reasoning}` of {what}")
+    content = message.get(content_key)
+    if message[role_key] == "function_call":
+        content = [{"type": "tool_call", "value": content}]
+    parts = _parts(content, what) if isinstance(content, list) else {"text": [content]}
+    found: Message = {"role": role}
+    if called := [*([message[calls]] if calls else []), *parts.get("tool_call", ())]:
+        _only_of_answers(calls or "tool_call", role, what)
+        found["tool_calls"] = [call for value in called for call in read_calls(value, what)]
+    found["content"] = _content(parts.get("text", [None]), found, what)
+    if reasoned := [*([message[reasoning]] if reasoning else []), *parts.get("reasoning", ())]:
+        _only_of_answers(reasoning or "reasoning", role, what)
+        found["reasoning_content"] = "\n\n".join(text(said, f"the reasoning of {what}") for said in reasoned)
     if role == "tool":
-        found |= {key: message[key] for key in _OF_TOOLS if isinstance(message.get(key), str) and message[key]}
+        named = [key for key in _OF_TOOLS if not is_empty(message.get(key))]
+        found |= {key: text(message[key], f"the {key} of {what}") for key in named}
     if role == "assistant" and not _is_learned(message, what):
         found["weight"] = 0
     return found
@@ -102,10 +107,9 @@ def _role(value: Any, key: str, what: str) -> str:
     raise BadRow(f"{what} {said} {shorten(value)}; allowed are {', '.join(known)}")
 
 
-def _content(value: Any, found: Message, what: str) -> str:
-    """Return the content as text: parts of the type text are joined, as chat templates do."""
-    if isinstance(value, list):
-        value = "".join(_part(part, f"part {n} of {what}") for n, part in enumerate(value, start=1))
+def _content(texts: list[Any], found: Message, what: str) -> str:
+    """Return the text of a message: its parts joined, as chat templates do."""
+    value = "".join(texts) if len(texts) != 1 else texts[0]
     if "tool_calls" in found and is_empty(value):
         return ""
     if found["role"] == "tool" and value == "":  # a tool may well answer nothing
@@ -113,13 +117,21 @@ def _content(value: Any, found: Message, what: str) -> str:
     return text(value, f"the content of {what}")
 
 
-def _part(part: Any, what: str) -> str:
-    if not isinstance(part, dict) or part.get("type") != "text":
-        found = f"the type {shorten(part.get('type'))}" if isinstance(part, dict) else f"{kind(part)} {shorten(part)}"
-        raise BadRow(f"{what} is {found}; only parts of the type text are learned; remove it, or the row")
-    if not isinstance(part.get("text"), str):
-        raise BadRow(f"{what} has no `text`; write one, or remove the part")
-    return part["text"]
+def _parts(value: list, what: str) -> dict[str, list[Any]]:
+    """Return the parts of a content by their types; LLaMA-Factory calls the text of a part `value`."""
+    found: dict[str, list[Any]] = {"text": []}
+    for number, part in enumerate(value, start=1):
+        told = f"part {number} of {what}"
+        if not isinstance(part, dict) or part.get("type") not in _PARTS:
+            is_what = (
+                f"the type {shorten(part.get('type'))}" if isinstance(part, dict) else f"{kind(part)} {shorten(part)}"
+            )
+            raise BadRow(f"{told} is {is_what}; allowed are {', '.join(_PARTS)}; remove it, or the row")
+        content = next((part[key] for key in ("text", "value") if part.get(key) is not None), None)
+        if not isinstance(content, str):
+            raise BadRow(f"{told} has no `text`; write one, or remove the part")
+        found.setdefault(part["type"], []).append(content)
+    return found
 
 
 def _is_learned(message: dict, what: str) -> bool:

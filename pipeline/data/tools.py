@@ -47,17 +47,26 @@ def _objects(value: Any, what: str) -> list[dict]:
     for item in items:
         if not isinstance(item, dict):
             raise BadRow(f"{what} has {kind(item)} {shorten(item)}; an object with a name is expected")
+        try:
+            json.dumps(item, ensure_ascii=False).encode("utf-8")
+        except (UnicodeEncodeError, RecursionError):
+            raise BadRow(f"{what} has half a character, or is nested too deeply; remove it, or the row") from None
     return items
 
 
 def _parsed(value: Any, what: str) -> Any:
-    """Return the value, read as JSON if it is text."""
-    if not isinstance(value, str):
-        return value
+    """Return the value, read as JSON if it is text; some files have JSON in JSON."""
     try:
-        return json.loads(value)
+        while isinstance(value, str):
+            value = json.loads(value, parse_constant=_refuse)
     except (ValueError, RecursionError):
         raise BadRow(f"{what} is not valid JSON: {shorten(value)}") from None
+    return value
+
+
+def _refuse(constant: str) -> None:
+    """Refuse NaN and infinity, which are no JSON."""
+    raise ValueError(constant)
 
 
 def _function(item: dict, what: str) -> dict:

@@ -109,9 +109,9 @@ BAD_ROWS = {
     ),
     "a part that is a picture": (
         conversation(("user", [{"type": "image_url", "image_url": {"url": "x"}}])),
-        "is the type image_url; only parts of the type text are learned",
+        "is the type image_url; allowed are text, reasoning, tool_call",
     ),
-    "a part that is text alone": (conversation(("assistant", ["A"])), "is the text A; only parts of the type text"),
+    "a part that is text alone": (conversation(("assistant", ["A"])), "is the text A; allowed are text,"),
     "no parts": (conversation(("assistant", [])), "message 1 of `messages` is empty"),
     "content that is null": (conversation(("assistant", None)), "null"),
     "content that is a number": (conversation(("assistant", 1)), "the number 1"),
@@ -130,17 +130,42 @@ BAD_ROWS = {
         "the arguments of call 1 of message 1",
     ),
     "a call with a list for arguments": (answer(tool_calls=[{"name": "f", "arguments": [1]}]), "an object is expected"),
+    "arguments that are no JSON": (answer(tool_calls=[{"name": "f", "arguments": '{"a": NaN}'}]), "is not valid JSON"),
+    "arguments with half a character": (
+        answer(tool_calls=[{"name": "f", "arguments": {"a": "\ud83d"}}]),
+        "half a character, or is nested too deeply",
+    ),
+    "a tool with half a character": (GOOD[:-1] + ', "tools": [{"name": "f", "x": "\\ud83d"}]}', "half a character"),
+    "a tool's name that is a number": (
+        answer(role="tool", name=7),
+        "the name of message 1 of `messages` is the",
+    ),
     "calls that are text": (answer(tool_calls="call f"), "message 1 of `messages` is not valid JSON: call f"),
     "a question that calls a tool": (
         answer(role="user", tool_calls=[{"name": "f"}]),
         "only a message by the assistant can have it",
     ),
+    "a question with a call for a part": (
+        conversation(("user", [{"type": "tool_call", "value": "{}"}])),
+        "`tool_call` and the role user; only a message by",
+    ),
     "a question that thinks": (answer(role="user", thinking="Hm"), "only a message by the assistant can have it"),
     "half a weight": (answer(weight=0.5), "has the weight 0.5; allowed are 0 (not learned) and 1 (learned)"),
     "no answer with a weight": (answer(weight=0), "every answer has weight 0"),
-    "a message with pictures": (answer(images=["a.png"]), "has `images`, and only text is learned"),
-    "a refusal": (answer(refusal="No."), "has `refusal`, and only text is learned"),
-    "parts that are learned in part": (answer(train_detail=[{"begin_offset": 0}]), "has `train_detail`"),
+    **{
+        f"a message with {key}": (answer(**{key: value}), f"has `{key}`, and only text is learned")
+        for key, value in {
+            "images": ["a.png"],
+            "image": "a.png",
+            "videos": ["a.mp4"],
+            "video": "a.mp4",
+            "audios": ["a.wav"],
+            "audio": {"id": "1"},
+            "refusal": "No.",
+            "train_detail": [{"begin_offset": 0}],
+            "prefix": True,
+        }.items()
+    },
     "a tool without a name": (GOOD[:-1] + ', "tools": [{"f": 1}]}', "tool 1 of `tools` has no name; found are f"),
     "tools that are no JSON": (GOOD[:-1] + ', "tools": "[{"}', "`tools` is not valid JSON"),
     "a tool that is text": (GOOD[:-1] + ', "tools": "[7]"}', "has the number 7; an object with a name is expected"),

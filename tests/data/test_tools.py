@@ -59,6 +59,7 @@ SHARE_GPT = [
     shared("gpt", "Welcome."),
 ]  # fmt: skip
 AS_TEXT = {"name": "weather", "arguments": json.dumps(CALL["arguments"])}
+TWICE = json.dumps(AS_TEXT["arguments"])
 SHAPES = {
     "as chat templates take it": {"messages": CONVERSATION, "tools": [*TOOLS]},
     "bare tools and calls": {"messages": changed(CONVERSATION, 2, tool_calls=[CALL]), "tools": [WEATHER]},
@@ -77,11 +78,23 @@ SHAPES = {
         ),
         "tools": [*TOOLS],
     },
+    "LLaMA-Factory's parts": {
+        "messages": [
+            {"role": m["role"], "content": [{"type": "text", "value": m["content"]}], "loss_weight": 1.0}
+            for m in changed(CONVERSATION, 2)
+        ],
+        "tools": json.dumps(TOOLS),
+    },
+    "JSON in JSON": {
+        "messages": changed(CONVERSATION, 2, tool_calls=json.dumps([CALL | {"arguments": TWICE}])),
+        "tools": [json.dumps(WEATHER)],
+    },
     "ShareGPT": {"conversations": SHARE_GPT, "tools": json.dumps([WEATHER])},
     "ShareGPT with the system message beside": {
         "conversations": SHARE_GPT[1:], "system": "Be brief.", "tools": [WEATHER],
     },
 }  # fmt: skip
+SHAPES["LLaMA-Factory's parts"]["messages"][2]["content"] = [{"type": "tool_call", "value": json.dumps(CALL)}]
 
 
 @pytest.mark.parametrize("row", SHAPES.values(), ids=SHAPES)
@@ -90,6 +103,14 @@ def test_every_shape_of_tools_becomes_the_same_example(row):
     assert (list(found.messages), found.tools) == (CONVERSATION, TOOLS)
     assert found.canonical() == example(SHAPES["as chat templates take it"]).canonical()
     assert found.learned()[0] == '{"arguments":{"city":"Köln"},"name":"weather"}'
+
+
+def test_parts_of_reasoning_become_the_reasoning_of_the_answer():
+    parts = [{"type": "reasoning", "value": "Hm."}, {"type": "text", "value": "Four."}]
+    found = example(
+        {"messages": [{"role": "user", "content": [part("2+2?")]}, {"role": "assistant", "content": parts}]}
+    )
+    assert found.messages[1] == {"role": "assistant", "content": "Four.", "reasoning_content": "Hm."}
 
 
 def test_nulls_that_arrow_fills_in_are_no_arguments(tmp_path):
@@ -233,7 +254,7 @@ def test_reasoning_is_learned_with_its_answer(tokenizer, template, key, expected
     assert learned(tokenizer, (REAL / f"{template}.jinja").read_text(), example(row))[0] == [expected]
 
 
-@pytest.mark.parametrize("key", ["weight", "train", "training", "loss"])
+@pytest.mark.parametrize("key", ["weight", "loss_weight", "train", "training", "loss"])
 @pytest.mark.parametrize("template", ["qwen2_5", "qwen2_5_training", "llama3_1"])
 def test_an_answer_of_weight_0_is_read_and_not_learned(tokenizer, template, key):
     template = (REAL / f"{template}.jinja").read_text()
