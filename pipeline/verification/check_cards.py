@@ -19,7 +19,15 @@ from pipeline.errors import UserError
 from pipeline.hub.tree import CARD
 from pipeline.models.chat_templates import has_chat_template
 from pipeline.models.gguf_metadata import read_dialogue
-from pipeline.publishing.cards import PLOT, About, folder_card, mirror_card, model_card, plot_quality
+from pipeline.publishing.cards import (
+    PLOT,
+    About,
+    adapter_card,
+    folder_card,
+    mirror_card,
+    model_card,
+    plot_quality,
+)
 from pipeline.publishing.cards.readmes import merged
 from pipeline.publishing.lineage import own_version
 from pipeline.publishing.ollama import MODELFILE, modelfile
@@ -27,7 +35,7 @@ from pipeline.publishing.snippets import blocks
 from pipeline.verification.findings import Finding, right, unknown, wrong
 from pipeline.verification.lineage_claims import Claims
 from pipeline.verification.location import Place
-from pipeline.workflow.stages.render import folders
+from pipeline.workflow.stages.render import ADAPTER_CARD, folders
 
 LONGEST_CARD = 20_000  # lines; ours have hundreds, and comparing takes long
 MOST_LINES = 5  # differences that are shown for one card
@@ -74,6 +82,8 @@ def rendered(about: About, claims: Claims) -> dict[str, str]:
     if claims.mirror_of:
         return {CARD: mirror_card(about, variants[0], about.config.publish.mirrors[variants[0]])}
     cards = {f"{folder}/{CARD}": folder_card(about, those) for folder, those in folders(variants).items()}
+    if ADAPTER_CARD in claims.documents and about.explains_adapter:
+        cards[ADAPTER_CARD] = adapter_card(about)
     return {CARD: model_card(about, variants), **cards}
 
 

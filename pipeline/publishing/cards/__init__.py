@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.catalog import DATA_FORMS, EIGHT_BITS, LLAMA_CPP, ROUNDINGS, VARIANTS, is_one_file
+from pipeline.config.schema import PACKAGE_SOURCE
 from pipeline.config.training_catalog import METHODS
 from pipeline.evaluation.model_result import TEXTS
 from pipeline.evaluation.results import Data, Training
@@ -24,7 +25,7 @@ from pipeline.inference.loaders import TIMED
 from pipeline.publishing.cards import about as names
 from pipeline.publishing.cards import markdown
 from pipeline.publishing.cards.about import ROOT, About
-from pipeline.publishing.cards.markdown import Markdown, code, escape, listed, number
+from pipeline.publishing.cards.markdown import Markdown, code, escape, listed, number, one_line
 from pipeline.publishing.cards.metadata import metadata
 from pipeline.publishing.cards.own_text import END, START, note
 from pipeline.publishing.cards.plot import PLOT, plot_quality, points
@@ -38,7 +39,12 @@ if TYPE_CHECKING:
 _HEADING = re.compile(r"(?P<block>^(`{3,})\w*\n.*?\n\2$)|^(?=#+ )", re.DOTALL | re.MULTILINE)
 _BLANKS = re.compile(r"(?P<block>^(`{3,})\w+\n.*?\n\2$)|\n{3,}", re.DOTALL | re.MULTILINE)
 
-__all__ = ["END", "PLOT", "START", "About", "folder_card", "mirror_card", "model_card", "plot_quality"]
+ADAPTER = "adapter"  # the folder of the adapter in a release
+
+__all__ = [
+    "ADAPTER", "END", "PLOT", "START", "About",
+    "adapter_card", "folder_card", "mirror_card", "model_card", "plot_quality",
+]  # fmt: skip
 
 
 def model_card(about: About, variants: Sequence[str]) -> str:
@@ -69,6 +75,21 @@ def mirror_card(about: About, variant: str, repo: str) -> str:
         "at_root": True,
     }
     return _render("mirror_card.md.jinja", about, models, front, **more)
+
+
+def adapter_card(about: About) -> str:
+    """Return the README.md in the folder of an adapter whose base is in no repository."""
+    from huggingface_hub import ModelCardData
+
+    source = about.results.origin.source or about.config.model.source
+    more: dict[str, Any] = {
+        "subject": ADAPTER,
+        "from_package": Markdown(one_line(source)) if PACKAGE_SOURCE.match(source) else None,
+        "adapter_from": Markdown(about.repo or "."),
+        "is_published": about.repo is not None,
+    }
+    front = ModelCardData(library_name="peft", tags=["tunepress", "lora"])
+    return _render("adapter_card.md.jinja", about, about.models((), with_base=False), front, **more)
 
 
 def _render(template: str, about: About, models: Models, front: ModelCardData, above: str = "", **more: Any) -> str:

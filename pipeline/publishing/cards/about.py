@@ -57,6 +57,11 @@ class About:
         home, ours = self.results.origin.hub_id or "", self.repo or ""
         return self.reference != ROOT and ours != "" and home.casefold() == ours.casefold()
 
+    @property
+    def explains_adapter(self) -> bool:
+        """Return True if an adapter was trained here whose base is in no repository."""
+        return self.config.data is not None and not self.results.origin.hub_id
+
     def models(self, variants: Sequence[str], with_base: bool = True) -> dict[str, Markdown]:
         """Return the models of a card in its order: key in the results -> name."""
         found = {BASE: Markdown("root" if self.is_guest else "base model")}

@@ -13,11 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.schema import Config, TrainingRun
+from pipeline.config.schema import REPO_ID, Config, TrainingRun
 from pipeline.config.training_catalog import METHODS
 from pipeline.errors import CheckpointError, ModelError, QuantizationError
 from pipeline.evaluation.results import Merge, MergeComparison, MergeLoss
-from pipeline.models.safe_loading import open_tokenizer
+from pipeline.models.checkpoint_files import ADAPTER_FILES
+from pipeline.models.safe_loading import open_tokenizer, read_settings
 from pipeline.system.files import empty_folder
 from pipeline.system.libraries import versions
 from pipeline.tracking.events import Events
@@ -73,7 +74,8 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     chosen = _better(comparison) if comparison.nf4_minus_bf16 else next(iter(folders))
 
     release = folders.pop(chosen)
-    copy_adapter(lora, release / "adapter", workspace.read_measurement("origin")["hub_id"])
+    named = workspace.read_measurement("origin")["hub_id"] or _own_base(config, lora)
+    copy_adapter(lora, release / "adapter", named)
     files = workspace.place(release, workspace.release, "merge")
     workspace.drop_measurement("retraining")  # of the former model
     keep_written(config, workspace, made, workspace.release)
@@ -82,6 +84,12 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     found = Merge(base=chosen, asked=config.merge.base, compared=comparison)
     measured = workspace.write_measurement("merge", found.to_json())
     return Outcome((*files, measured), {"base": chosen} | ({"variants": ", ".join(made)} if made else {}))
+
+
+def _own_base(config: Config, adapter: Path) -> str | None:
+    """Return the repository that an adapter from elsewhere names as its base; None for one that was trained here."""
+    named = read_settings(adapter / ADAPTER_FILES[0]).get("base_model_name_or_path") if config.merge.adapter else None
+    return named if isinstance(named, str) and REPO_ID.match(named) else None
 
 
 def _variants_along(config: Config, workspace: Workspace, events: Events, base: Path, linear: dict) -> Variants | None:

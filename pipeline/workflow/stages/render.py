@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pipeline.publishing.cards import About
 
 PICTURE = "assets/quality_vs_size.png"
+ADAPTER_CARD = f"adapter/{CARD}"
 
 Existing = Callable[[str], bytes | None]  # path -> what is there now, in which people may have written
 
@@ -85,7 +86,7 @@ def render(
         existing: the present documents; text of people in a README.md stays.
         mirrors: variant -> the repository that has it at its root.
     """
-    from pipeline.publishing.cards import folder_card, model_card, plot_quality
+    from pipeline.publishing.cards import adapter_card, folder_card, model_card, plot_quality
     from pipeline.publishing.cards.readmes import merged
     from pipeline.publishing.lineage import lineage
     from pipeline.publishing.ollama import MODELFILE, modelfile
@@ -94,6 +95,8 @@ def render(
     by_folder = folders(variants)
     cards = {CARD: model_card(about, variants)}
     cards |= {f"{folder}/{CARD}": folder_card(about, those) for folder, those in by_folder.items()}
+    if about.explains_adapter:
+        cards[ADAPTER_CARD] = adapter_card(about)
     documents = {
         path: merged(card.encode(), existing(path), about.is_guest and path == CARD) for path, card in cards.items()
     }
@@ -195,6 +198,8 @@ def write(config: Config, workspace: Workspace, documents: dict[str, bytes], var
         (workspace.release / PICTURE).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not there, or people's own pictures in it
             (workspace.release / PICTURE).parent.rmdir()
+    if ADAPTER_CARD not in documents and _is_as_written(workspace, ADAPTER_CARD):
+        (workspace.release / ADAPTER_CARD).unlink()
     paths = [workspace.release / name for name in documents]
     for path, content in zip(paths, documents.values(), strict=True):
         write_bytes(path, content)
