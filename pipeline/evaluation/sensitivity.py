@@ -107,6 +107,7 @@ def sensitivity(
 
     Raises:
         QuantizationError: if a layer fits no grid.
+        ModelError: if the text has a token that the model cannot read.
         TooLarge: if a layer is not measured yet and the model is larger than the memory.
     """
     from pipeline.evaluation import metrics, texts
@@ -115,6 +116,7 @@ def sensitivity(
     from pipeline.inference.offload import check_fits
     from pipeline.models.context import context_length
     from pipeline.models.matrices import linear_weights
+    from pipeline.models.vocabulary_size import check_tokens
     from pipeline.quantization.layers import layer_grids
 
     linear = linear_weights(folder)
@@ -131,6 +133,7 @@ def sensitivity(
         tell(len(found), len(linear), "measuring layers")
         model, tokenizer = load(folder, device=config.evaluate.device)
         sequences = texts.general(config, tokenizer, context_length(model.config.to_dict()))
+        check_tokens(folder, tokenizer, (sequence.input_ids for sequence in sequences))
         full, head = metrics.score(model, sequences), output_head.head_of(model)
         for name in missing:
             weight = model.get_parameter(name)

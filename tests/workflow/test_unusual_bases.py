@@ -6,6 +6,7 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
+from pipeline.config.builders import quantize_config
 from pipeline.config.loader import load_config
 from pipeline.config.schema import Model
 from pipeline.errors import ModelError, StageFailed
@@ -14,7 +15,8 @@ from pipeline.models.gguf_metadata import read_dialogue, read_header
 from pipeline.models.sources import fetch
 from pipeline.publishing.ollama import modelfile
 from pipeline.workflow.in_process import run_stage_here
-from pipeline.workflow.run import run_one
+from pipeline.workflow.run import run, run_one
+from tests.support.checkpoints import rewrite
 from tests.support.models import SPECIAL
 from tests.support.runs import write_place
 
@@ -127,3 +129,19 @@ def test_chosen_template_is_the_default_of_the_merged_model_and_the_others_come_
     (file,) = (workspace.quantized / "gguf-q4_0").glob("*.gguf")
     assert read_dialogue(file).template == templates["chat"]
     assert read_header(file).keys["tokenizer.chat_template.tool_use"] == templates["tool_use"]
+
+
+def test_missing_tensor_is_named_before_the_first_step(tiny_model, tmp_path, monkeypatch):
+    base = rewrite(tiny_model("llama"), tmp_path / "base", lambda tensors: tensors.pop("model.norm.weight"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StageFailed, match="its checkpoint has no 'model.norm.weight'"):
+        run_one(small_config(tmp_path, base), "train", start=run_stage_here)
+
+
+def test_missing_tensor_is_named_before_variants_are_written_without_measuring(tiny_model, tmp_path, monkeypatch):
+    base = rewrite(tiny_model("llama"), tmp_path / "base", lambda tensors: tensors.pop("lm_head.weight"))
+    monkeypatch.chdir(tmp_path)
+    config = quantize_config(str(base), str(tmp_path / "out"), ["int8"], measure=False)
+    with pytest.raises(StageFailed, match="its checkpoint has no 'lm_head.weight'"):
+        run(config, output=tmp_path / "out", start=run_stage_here)
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
