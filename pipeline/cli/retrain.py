@@ -80,9 +80,9 @@ def retrain(
     This run measures both models on held-out examples. Their prompts are in the training data of neither model. The
     losses are compared token by token; models with different tokenizers are compared in bits per byte, by prompt.
 
-    The new model is better if its loss is lower by more than --margin standard errors of the difference. For few
-    prompts the margin is wider, by Student's t; at least 16 prompts are needed. If nothing is published yet, the new
-    model is published.
+    The new model is better if its loss is lower by more than --margin standard errors of the difference. If there are
+    few prompts, or a few have most of the tokens, the margin is wider, by Student's t. At least 16 prompts are needed.
+    If nothing is published yet, the new model is published.
 
     Exit codes: 0 published; 3 not better, so nothing changed; 4 skipped, because data, base model and training
     settings did not change; 2 an error that you can correct; 1 failed; 75 another retraining of the repository is

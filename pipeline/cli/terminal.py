@@ -5,6 +5,7 @@ Without a terminal (CI, a pipe) lines of progress replace the bar.
 
 from __future__ import annotations
 
+import math
 import time
 
 from rich.box import SIMPLE
@@ -176,7 +177,9 @@ def _figures(result: ModelResult) -> list[str]:
 
     def perplexity(quality: Quality) -> str:
         found = quality.perplexity
-        return f"{found.value:.2f} ± {found.stderr:.2f}" if found else "-"
+        if not found:
+            return "-"
+        return f"{found.value:.2f}" + (f" ± {found.stderr:.2f}" if math.isfinite(found.stderr) else " (no error)")
 
     return [
         size(result.size_bytes) if result.size_bytes is not None else "-",

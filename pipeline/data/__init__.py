@@ -10,6 +10,7 @@ imports torch.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ __all__ = [
     "Example",
     "Skipped",
     "check_source",
+    "general_documents",
     "general_text",
     "load_examples",
     "read_examples",
@@ -38,6 +40,7 @@ __all__ = [
 
 _CHECKED_ROWS = 10  # rows that are looked at before any work
 TOPICS = "builtin:python-topics"
+_BETWEEN_DOCUMENTS = re.compile(r"\f|\n(?:[ \t]*\n){2,}|\n(?= = [^=\n]+ = \n)")
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ def general_text(source: str) -> str:
     if source == TOPICS:
         from pipeline.data.python_docs import python_topics
 
-        return python_topics()
+        return "\n\n\n".join(python_topics()) + "\n"
     if source.startswith("builtin:") or not source.lower().endswith(".txt"):
         raise DataError(f"{source}: no general text; set evaluate.general to {TOPICS} or a .txt file")
     try:
@@ -172,6 +175,24 @@ def general_text(source: str) -> str:
     if not text.strip():
         raise DataError(f"{source}: is empty; set evaluate.general to {TOPICS} or another .txt file")
     return text
+
+
+def general_documents(source: str) -> tuple[str, ...]:
+    """Return the documents of a general text: independent texts, so that a sample of them has a standard error.
+
+    A file is cut at two or more empty lines, at form feeds, and before the titles of articles in WikiText.
+
+    Args:
+        source: as `general_text` takes it.
+
+    Raises:
+        DataError: if there is no such text, or it is empty.
+    """
+    if source == TOPICS:
+        from pipeline.data.python_docs import python_topics
+
+        return python_topics()
+    return tuple(part for part in _BETWEEN_DOCUMENTS.split(general_text(source)) if part.strip())
 
 
 def _open(data: Data) -> tuple[Table, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +24,15 @@ IdsAndLabels = tuple[list[int], list[int]]  # of one sequence
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sequence: `input_ids`, and as many `labels`: the token's id, or -100 for no loss."""
+    """One sequence: `input_ids`, and as many `labels`: the token's id, or -100 for no loss.
+
+    Attributes:
+        cluster: number of the example or document that it was made of. Sequences of one cluster depend on each other.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    cluster: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,8 @@ def encode_examples(
     done = 0
     for chunk in chunks:
         for sequences in chunk:
-            kept = [s for ids, labels in sequences if _teaches(s := Encoded(ids[:max_length], labels[:max_length]))]
+            parts = [Encoded(ids[:max_length], labels[:max_length], done) for ids, labels in sequences]
+            kept = [part for part in parts if _teaches(part)]
             counts["dropped"] += not kept
             counts["truncated"] += bool(kept) and any(len(ids) > max_length for ids, _ in sequences)
             counts["cut"] += len(kept) > 1
@@ -111,34 +118,59 @@ def accepted_examples(examples: Sequence[Example], tokenizer: Any) -> tuple[Exam
 
 
 def encode_text(text: str, tokenizer: Any, window: int, max_tokens: int) -> list[Encoded]:
-    """Cut running text into windows for measuring perplexity.
+    """Cut one running text into windows, as `encode_documents` does."""
+    return encode_documents((text,), tokenizer, window, max_tokens)
 
-    Windows follow each other without overlap. Each holds `window` tokens, the first of them the
-    beginning-of-text token if the tokenizer puts one before any text; every token but the first
-    of a window counts. The last window may be shorter, down to 32 tokens.
+
+def encode_documents(documents: Sequence[str], tokenizer: Any, window: int, max_tokens: int) -> list[Encoded]:
+    """Cut documents into windows for measuring perplexity.
+
+    Windows of a document follow each other without overlap. Each holds `window` tokens, the first of them the
+    beginning-of-text token if the tokenizer puts one before any text; every token but the first of a window counts.
+    The last window of a document may be shorter, down to 32 tokens.
 
     Args:
+        documents: texts that do not depend on each other; each is a cluster.
+        tokenizer: a tokenizer of transformers.
+        window: tokens of a window.
         max_tokens: tokens of all windows together, at most.
 
+    Returns:
+        The first window of each document, then the second of each, and so on, up to `max_tokens`.
+
     Raises:
-        DataError: if the text is too short for a single window.
+        DataError: if no document is long enough for a window.
     """
     first = beginning(tokenizer)
-    text = text[: max_tokens * _CHARACTERS_PER_TOKEN]  # the rest of a large file need not be tokenized
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    step = window - len(first)
-    shortest = min(window, SHORTEST_WINDOW)
-    windows: list[Encoded] = []
-    left = max_tokens
-    for start in range(0, len(ids), step):
-        tokens = (first + ids[start : start + step])[:left]
-        if len(tokens) < shortest:
-            break
-        windows.append(Encoded(tokens, [NO_LOSS, *tokens[1:]]))
-        left -= len(tokens)
+    step, shortest = window - len(first), min(window, SHORTEST_WINDOW)
+    # The rest of a large file need not be tokenized.
+    texts = [document[: max_tokens * _CHARACTERS_PER_TOKEN] for document in documents]
+    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    windows = [
+        Encoded(tokens, [NO_LOSS, *tokens[1:]], number)
+        for number, document in enumerate(ids)
+        for start in range(0, len(document), step)
+        if len(tokens := first + document[start : start + step]) >= shortest
+    ]
     if not windows:
-        raise DataError(f"the text to measure on has {len(ids)} tokens; at least {shortest} are needed")
-    return windows
+        raise DataError(f"the text to measure on has {sum(map(len, ids))} tokens; at least {shortest} are needed")
+    found, left = [], max_tokens
+    for part in in_turn(windows):
+        if min(left, len(part.input_ids)) < shortest:
+            break
+        found.append(Encoded(part.input_ids[:left], part.labels[:left], part.cluster))
+        left -= len(part.input_ids)
+    return found
+
+
+def in_turn(sequences: Sequence[Encoded]) -> list[Encoded]:
+    """Return the first sequence of each cluster, then the second of each, and so on."""
+    seen: Counter[int] = Counter()
+    turns = []
+    for sequence in sequences:
+        turns.append(seen[sequence.cluster])
+        seen[sequence.cluster] += 1
+    return [sequence for _, sequence in sorted(zip(turns, sequences, strict=True), key=lambda pair: pair[0])]
 
 
 def _teaches(sequence: Encoded) -> bool:

@@ -86,8 +86,8 @@ def python_docs(folder: Path | None = None) -> list[Example]:
     return examples
 
 
-def python_topics() -> str:
-    """Return the long topics of the language reference, in alphabetical order, as one text.
+def python_topics() -> tuple[str, ...]:
+    """Return the long topics of the language reference, in alphabetical order.
 
     A topic that is mostly a part of longer ones is left out: text that comes twice is
     easy to predict the second time. About 360,000 characters with Python 3.11.
@@ -109,7 +109,7 @@ def python_topics() -> str:
         if sum(len(p) for p in paragraphs if p in seen) < len(text) / 4:
             kept[name] = text
             seen.update(paragraphs)
-    return "\n\n\n".join(kept[name] for name in sorted(kept)) + "\n"
+    return tuple(kept[name] for name in sorted(kept))
 
 
 def _modules(folder: Path) -> Iterator[tuple[Path, str]]:

@@ -248,9 +248,11 @@ def _quality(
     return Quality(
         text=config.data.source if config.data and text == texts.HELD_OUT else config.evaluate.general,
         tokens=len(scores.nll),
-        sequences=int(scores.sequence.unique().numel()),
+        sequences=len(sequences),
+        clusters=int(scores.cluster.unique().numel()),
+        freedom=metrics.freedom(scores.cluster),
         digest=texts.digest(sequences),
-        loss=metrics.mean(scores.nll, scores.sequence),
+        loss=metrics.mean(scores.nll, scores.cluster),
         perplexity=metrics.perplexity(scores),
         **against,
     )

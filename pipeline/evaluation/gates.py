@@ -1,8 +1,12 @@
 """The gate: limits that a variant must keep to be published, error of the measurement included.
 
 A variant passes if `value + quantile * stderr <= limit` on every text. This is a test of non-inferiority to the
-full-precision model, on differences that are paired token by token, with whole sequences as units. So the measurement
-must show that a variant is good enough.
+full-precision model, on differences that are paired token by token, with documents and prompts as units. So the
+measurement must show that a variant is good enough. A text of one document has no error, and shows nothing.
+
+If several ways to make a variant are tried, each of them could pass by chance. So the quantiles allow for all of them,
+after Bonferroni: C. E. Bonferroni, Teoria statistica delle classi e calcolo delle probabilita, 1936. The settings that
+were asked for may use half of the chance, and the fallbacks share the other half (`corrections`).
 """
 
 from __future__ import annotations
@@ -12,13 +16,23 @@ from collections.abc import Mapping
 
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import Quantize
-from pipeline.evaluation.model_result import TEXTS, Check, Quality, Verdict
-from pipeline.evaluation.student_t import MARGIN, quantile
+from pipeline.evaluation.cluster_errors import margin_of_tries, quantile
+from pipeline.evaluation.model_result import GENERAL, HELD_OUT, TEXTS, Check, Quality, Verdict
 
 SAID = {
     "rise": "perplexity rises by {}",
     "kl": "KL divergence is {} nats a token",
     "disagreement": "the first choice differs at {} of tokens",
+}
+ONE_CLUSTER = {
+    HELD_OUT: (
+        "held-out text: one text, or answers to one prompt, so its figures have no error and show no limit kept. "
+        "Try: raise data.held_out or evaluate.max_tokens"
+    ),
+    GENERAL: (
+        "general text: one document, so its figures have no error and show no limit kept. "
+        "Try: put two empty lines between the documents of evaluate.general"
+    ),
 }
 
 
@@ -29,33 +43,47 @@ def limits(quantize: Quantize, variant: str) -> dict[str, float]:
     return {"rise": VARIANTS[variant].rise, **said}
 
 
-def judge(quality: Mapping[str, Quality], limits: Mapping[str, float]) -> Verdict:
+def corrections(ways: int, is_as_asked: bool) -> int:
+    """Return the number of tries that a test allows for, so that all tests of a variant together err as one would.
+
+    Args:
+        ways: number of ways to make the variant that may be tested.
+        is_as_asked: True for the settings that were asked for, which are tested first.
+    """
+    if ways < 2:
+        return 1
+    return 2 if is_as_asked else 2 * (ways - 1)
+
+
+def judge(quality: Mapping[str, Quality], limits: Mapping[str, float], tries: int = 1) -> Verdict:
     """Return the verdict on a variant: every limit is checked on every text.
 
     Args:
         quality: the measured quality, by text.
         limits: the limits, by figure.
+        tries: number of tries to allow for, from `corrections`.
     """
     checks = tuple(
-        _check(text, name, limit, found) for text, found in quality.items() for name, limit in limits.items()
+        _check(text, name, limit, found, tries) for text, found in quality.items() for name, limit in limits.items()
     )
-    return Verdict(passed=all(check.passed for check in checks), limits=dict(limits), checks=checks)
+    passed = all(check.passed for check in checks)
+    return Verdict(passed=passed, corrected_for=tries, limits=dict(limits), checks=checks)
 
 
-def _check(text: str, figure: str, limit: float, found: Quality) -> Check:
+def _check(text: str, figure: str, limit: float, found: Quality, tries: int) -> Check:
     measured = {"rise": found.rise, "kl": found.kl, "disagreement": found.agreement}[figure]
-    assert measured and found.tokens and found.sequences, f"{text}: {figure} was not measured"
+    assert measured and found.tokens and found.freedom is not None, f"{text}: {figure} was not measured"
     value, error = measured.value, measured.stderr
     if figure == "disagreement":
         # If all of a few tokens agree, that does not show that all others would.
         value, error = 1 - value, max(error, 1 / found.tokens)
-    reach = quantile(MARGIN, found.sequences)
+    reach = quantile(margin_of_tries(tries), found.freedom)
     return Check(
         text=text,
         figure=figure,
         value=value,
         stderr=error,
-        sequences=found.sequences,
+        clusters=found.clusters,
         quantile=reach,
         limit=limit,
         passed=value + reach * error <= limit,
@@ -66,14 +94,18 @@ def describe_missed(verdict: Verdict) -> str:
     """Return one line with the limits that a variant missed."""
     parts = []
     for check in verdict.missed:
+        if not check.has_error:
+            parts.append(ONE_CLUSTER[str(check.text)])
+            continue
         unit = 1 if check.figure == "kl" else 100
         percent = "" if unit == 1 else " %"
         said = SAID[str(check.figure)].format(_figure(check, unit) + percent)
         limit = f"{unit * check.limit:.3g}{percent}"
         over = "which with its error may be more than the limit of" if check.is_unsure else "and the limit is"
         parts.append(f"{said} on {TEXTS[str(check.text)]} text, {over} {limit}")
-    unsure = any(check.is_unsure for check in verdict.missed)
-    return "; ".join(parts) + ("; more tokens (evaluate.max_tokens) may show that it passes" if unsure else "")
+    unsure = any(check.is_unsure and check.has_error for check in verdict.missed)
+    advice = ["more tokens (evaluate.max_tokens) may show that it passes"] if unsure else []
+    return "; ".join([*dict.fromkeys(parts), *advice])
 
 
 def _figure(check: Check, unit: float) -> str:

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import ModelError
+from pipeline.evaluation import cluster_errors
 from pipeline.evaluation.model_result import Estimate
 from pipeline.inference.output_head import Head, HeadNames, check_head, device_of, head_of, logits_of
 from pipeline.system.files import read_json
@@ -49,13 +50,13 @@ class Scores:
     Attributes:
         nll: (T,) float32, negative log-likelihood of each token in nats.
         choice: (T,) int64, the most likely token for the model.
-        sequence: (T,) int64, the number of the sequence of each token.
+        cluster: (T,) int64, the cluster of each token: only tokens of different clusters are independent.
         hidden: (T, H), the last hidden states, which give the logits; None for llama.cpp, which does not show them.
     """
 
     nll: torch.Tensor
     choice: torch.Tensor
-    sequence: torch.Tensor
+    cluster: torch.Tensor
     hidden: torch.Tensor | None
 
     @property
@@ -67,7 +68,7 @@ class Scores:
     def save(self, path: Path, head: HeadNames) -> None:
         """Write the scores to a file, with the names of the output head in the checkpoint."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {"nll": self.nll, "choice": self.choice, "sequence": self.sequence, "hidden": self.states}
+        tensors = {"nll": self.nll, "choice": self.choice, "cluster": self.cluster, "hidden": self.states}
         save_file(tensors, path, {"head": head.weight, "head_bias": head.bias or ""})
 
     @classmethod
@@ -97,11 +98,10 @@ def score(model: PreTrainedModel, sequences: Sequence[Encoded], on_progress: Pro
         raise ModelError("the text to measure on has no token that counts")
     check_head(model, backbone, head, sequences[0].input_ids[:16])
     done, total = 0, sum(len(s.input_ids) for s in sequences)
-    counts = torch.tensor([sum(label != IGNORED for label in s.labels[1:]) for s in sequences])
+    counts, cluster = _counts(sequences), clusters(sequences)
     starts = (counts.cumsum(0) - counts).tolist()
-    sequence = torch.arange(len(sequences)).repeat_interleave(counts)
     # One tensor for all batches: a small tensor from each batch would keep the memory of the batch.
-    nll, choice = torch.empty(len(sequence)), torch.empty(len(sequence), dtype=torch.long)
+    nll, choice = torch.empty(len(cluster)), torch.empty(len(cluster), dtype=torch.long)
     hidden = None
     for batch in _batches(sequences):
         longest = max(len(sequences[i].input_ids) for i in batch)
@@ -121,32 +121,43 @@ def score(model: PreTrainedModel, sequences: Sequence[Encoded], on_progress: Pro
             nll[places[rows]] = token_losses(logits, targets[rows]).cpu()
             choice[places[rows]] = logits.argmax(-1).cpu()
         if hidden is None:
-            hidden = torch.empty(len(sequence), states.shape[1], dtype=states.dtype)
+            hidden = torch.empty(len(cluster), states.shape[1], dtype=states.dtype)
         hidden[places] = states.cpu()
         done += sum(len(sequences[i].input_ids) for i in batch)
         if on_progress:
             on_progress(done, total)
-    return Scores(nll, choice, sequence, hidden)
+    return Scores(nll, choice, cluster, hidden)
 
 
-def mean(values: torch.Tensor, sequence: torch.Tensor) -> Estimate:
-    """Return the mean over tokens, with a standard error for tokens that depend on each other within a sequence.
+def _counts(sequences: Sequence[Encoded]) -> torch.Tensor:
+    """Return the counted tokens of each sequence, (S,)."""
+    return torch.tensor([sum(label != IGNORED for label in s.labels[1:]) for s in sequences])
 
-    The error is that of a ratio estimator with sequences as clusters. That of independent tokens would be too small.
-    """
-    values = values.double()
-    _, cluster = sequence.unique(return_inverse=True)
-    clusters = int(cluster.max()) + 1
-    average = values.mean()
-    residual = torch.zeros(clusters, dtype=torch.float64).index_add_(0, cluster, values - average)
-    correction = clusters / (clusters - 1) if clusters > 1 else math.nan
-    error = math.sqrt(correction * float(residual.square().sum())) / len(values)
-    return Estimate(float(average), error)
+
+def clusters(sequences: Sequence[Encoded]) -> torch.Tensor:
+    """Return the cluster of each counted token, (T,)."""
+    return torch.tensor([s.cluster for s in sequences]).repeat_interleave(_counts(sequences))
+
+
+def mean(values: torch.Tensor, cluster: torch.Tensor) -> Estimate:
+    """Return the mean over tokens, (T,), with its error for tokens that depend on each other within a cluster."""
+    return cluster_errors.ratio(totals(values, cluster), cluster.unique(return_counts=True)[1])
+
+
+def totals(values: torch.Tensor, cluster: torch.Tensor) -> torch.Tensor:
+    """Return the sum of values of tokens, (T,), in each cluster, (C,) float64."""
+    known, cluster = cluster.unique(return_inverse=True)
+    return torch.zeros(len(known), dtype=torch.float64).index_add_(0, cluster, values.double())
+
+
+def freedom(cluster: torch.Tensor) -> float:
+    """Return the degrees of freedom of the errors of `mean`."""
+    return cluster_errors.freedom(cluster.unique(return_counts=True)[1])
 
 
 def perplexity(scores: Scores) -> Estimate:
     """Return the exponential of the mean loss, with an error by the delta method."""
-    loss = mean(scores.nll, scores.sequence)
+    loss = mean(scores.nll, scores.cluster)
     value = math.exp(loss.value)
     return Estimate(value, value * loss.stderr)
 
@@ -172,7 +183,7 @@ def divergence(
         ModelError: if the models were scored on different tokens.
     """
     kl = torch.empty(len(scores.nll))  # one tensor for all tiles, as in `score`
-    _refuse_other_tokens(scores.sequence, reference)
+    _refuse_other_tokens(scores.cluster, reference)
     for (rows, ours), (_, theirs) in zip(
         logits_of(head, scores.states), logits_of(reference_head, reference.states), strict=True
     ):
@@ -212,9 +223,8 @@ def compare_logits(
         ModelError: if the reference was scored on different tokens.
     """
     targets = torch.tensor([label for s in sequences for label in s.labels[1:] if label != IGNORED])
-    counts = torch.tensor([sum(label != IGNORED for label in s.labels[1:]) for s in sequences])
-    sequence = torch.arange(len(sequences)).repeat_interleave(counts)
-    _refuse_other_tokens(sequence, reference)
+    cluster = clusters(sequences)
+    _refuse_other_tokens(cluster, reference)
     nll, choice, kl, start = torch.empty(len(targets)), torch.empty_like(targets), torch.empty(len(targets)), 0
     for ours in logits:
         rows = slice(start, start + len(ours))
@@ -224,12 +234,12 @@ def compare_logits(
         start = rows.stop
         if on_progress:
             on_progress(start, len(targets))
-    scores = Scores(nll, choice, sequence, hidden=None)
+    scores = Scores(nll, choice, cluster, hidden=None)
     return scores, _compared(scores, reference, kl)
 
 
-def _refuse_other_tokens(sequence: torch.Tensor, reference: Scores) -> None:
-    if not torch.equal(sequence, reference.sequence):
+def _refuse_other_tokens(cluster: torch.Tensor, reference: Scores) -> None:
+    if not torch.equal(cluster, reference.cluster):
         raise ModelError("the two models were not scored on the same tokens. Try: score both again")
 
 
@@ -246,12 +256,12 @@ def _kl(theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
 
 def _compared(scores: Scores, reference: Scores, kl: torch.Tensor) -> Divergence:
     agreement = (scores.choice == reference.choice).float()
-    return Divergence(mean(kl, scores.sequence), mean(agreement, scores.sequence))
+    return Divergence(mean(kl, scores.cluster), mean(agreement, scores.cluster))
 
 
 def rise(scores: Scores, reference: Scores) -> Estimate:
     """Return the relative rise of perplexity over the reference, paired token by token."""
-    difference = mean(scores.nll - reference.nll, scores.sequence)
+    difference = mean(scores.nll - reference.nll, scores.cluster)
     ratio = math.exp(difference.value)
     return Estimate(ratio - 1, ratio * difference.stderr)
 

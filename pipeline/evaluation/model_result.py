@@ -60,6 +60,9 @@ class Quality(Record):
     """The quality on one text.
 
     Attributes:
+        clusters: number of documents, or of different prompts. Only they are independent of each other. None in
+            results of earlier versions, whose errors were those of independent sequences.
+        freedom: degrees of freedom of the errors. With one cluster there are none, and the errors are NaN.
         digest: digest of the text as tokens; figures with the same digest can be compared.
         loss: mean loss in nats per token.
         rise: relative rise of perplexity over the full-precision model, paired token by token.
@@ -70,6 +73,8 @@ class Quality(Record):
     text: Text | None = None
     tokens: Count | None = None
     sequences: Count | None = None
+    clusters: Count | None = None
+    freedom: Number | None = None
     digest: Text | None = None
     loss: Estimate | None = None
     perplexity: Estimate | None = None
@@ -149,6 +154,7 @@ class Check(Record):
     value: Figure = math.nan
     stderr: Figure = math.nan
     sequences: Count | None = None
+    clusters: Count | None = None
     quantile: Figure = math.nan
     limit: Figure = math.nan
     passed: Flag | None = None
@@ -158,11 +164,22 @@ class Check(Record):
         """Return True if the value is within the limit, and only its error may exceed it."""
         return self.value <= self.limit
 
+    @property
+    def has_error(self) -> bool:
+        """Return False if the text is one document, which has no error. Then the limit cannot be checked."""
+        return math.isfinite(self.stderr)
+
 
 class Verdict(Record):
-    """The verdict of a gate on a variant, and the fallbacks that were tried."""
+    """The verdict of a gate on a variant, and the fallbacks that were tried.
+
+    Attributes:
+        corrected_for: number of tries that the quantiles of the checks allow for.
+        withheld: True if the variant was kept out of the release.
+    """
 
     passed: Flag | None = None
+    corrected_for: Count | None = None
     limits: Annotated[dict[str, Number], Table] = {}
     checks: Annotated[tuple[Check, ...], List] = ()
     tried: Annotated[tuple[ModelResult, ...], List] = ()

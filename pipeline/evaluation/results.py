@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from pipeline.config.catalog import VARIANTS
 from pipeline.errors import HubError, WorkspaceError
+from pipeline.evaluation.cluster_errors import quantile
 from pipeline.evaluation.model_result import (
     Count,
     Estimate,
@@ -130,12 +131,17 @@ class MergeLoss(Record):
 
 
 class MergeComparison(Record):
-    """The adapter as it was trained beside the two ways to merge it, on held-out text."""
+    """The adapter as it was trained beside the two ways to merge it, on held-out text.
+
+    Attributes:
+        freedom: degrees of freedom of the errors.
+    """
 
     live: MergeLoss | None = None
     nf4: MergeLoss | None = None
     bf16: MergeLoss | None = None
     nf4_minus_bf16: Estimate | None = None
+    freedom: Number | None = None
 
 
 class Merge(Record):
@@ -160,6 +166,7 @@ class Comparison(Record):
         inputs: the inputs of the new model.
         weights: digest of the weights of the new model.
         unit: unit of the losses `new`, `live` and `difference`.
+        freedom: degrees of freedom of the errors; None in results of earlier versions.
     """
 
     inputs: dict[str, Any] = {}
@@ -173,8 +180,14 @@ class Comparison(Record):
     tokens: Count | None = None
     examples: Count | None = None
     prompts: Count | None = None
+    freedom: Number | None = None
     note: Text | None = None
     device: Text | None = None
+
+    def quantile(self, margin: float) -> float:
+        """Return the number of standard errors of the difference that is as rare as `margin` known ones."""
+        assert self.prompts, "two models were compared"
+        return quantile(margin, self.prompts - 1 if self.freedom is None else self.freedom)
 
 
 class TextPlan(Record):

@@ -90,6 +90,7 @@ def sensitivity(
     keep: Callable[[dict], None],
     tell: Tell,
     made_of: object = None,
+    tokens: int | None = None,
 ) -> list[LayerLoss]:
     """Measure every linear layer of the full-precision model in `folder`.
 
@@ -101,12 +102,14 @@ def sensitivity(
         keep: records the results after each layer.
         tell: called with how much is done, of how much, and what.
         made_of: a value that identifies the model; None for the sizes and times of its files.
+        tokens: measure on so many tokens of general text that a gate does not measure; None for the measured text.
 
     Returns:
         The loss of each layer, in the order of the model.
 
     Raises:
         QuantizationError: if a layer fits no grid.
+        DataError: if there is no such text.
         ModelError: if the text has a token that the model cannot read.
         TooLarge: if a layer is not measured yet and the model is larger than the memory.
     """
@@ -125,6 +128,7 @@ def sensitivity(
         "spec": {**spec.making(), "keep": []},
         "text": fingerprint(general_text(config.evaluate.general)),
         "max_tokens": config.evaluate.max_tokens,
+        "unmeasured": tokens,
         "model": fingerprint(made_of or states([*sorted(folder.glob("*.safetensors")), folder / "config.json"])),
     }
     found = known["layers"] if known.get("about") == about else {}
@@ -132,7 +136,11 @@ def sensitivity(
         check_fits(folder, device_named(config.evaluate.device), "measuring layer by layer")
         tell(len(found), len(linear), "measuring layers")
         model, tokenizer = load(folder, device=config.evaluate.device)
-        sequences = texts.general(config, tokenizer, context_length(model.config.to_dict()))
+        context = context_length(model.config.to_dict())
+        if tokens is None:
+            sequences = texts.general(config, tokenizer, context)
+        else:
+            sequences = texts.general_unmeasured(config, tokenizer, context, tokens)
         check_tokens(folder, tokenizer, (sequence.input_ids for sequence in sequences))
         full, head = metrics.score(model, sequences), output_head.head_of(model)
         for name in missing:

@@ -2,6 +2,9 @@
 
 Held-out text is the held-out split of the data set, with the loss mask of training. General text is the text that the
 configuration names, cut into windows.
+
+Tokens of one document, or of the answers to one prompt, depend on each other: they are a cluster. If not everything is
+measured, each cluster gives its first sequence before any gives a second one, so that errors come from many clusters.
 """
 
 from __future__ import annotations
@@ -15,8 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from pipeline.config.schema import Config, MeasuredRun, TrainingRun
-from pipeline.data import general_text, read_examples
-from pipeline.data.encode import Encoded, accepted_examples, encode_examples, encode_text
+from pipeline.data import Example, general_documents, general_text, read_examples
+from pipeline.data.encode import (
+    Encoded,
+    accepted_examples,
+    encode_documents,
+    encode_examples,
+    encode_text,
+    in_turn,
+)
 from pipeline.data.supplied_template import supply_template
 from pipeline.errors import DataError
 from pipeline.evaluation.model_result import GENERAL, HELD_OUT
@@ -102,31 +112,40 @@ def _asked(config: MeasuredRun) -> dict:
     return config.evaluate.model_dump(include={"max_tokens", "max_minutes"})
 
 
-def held_out(config: TrainingRun, texts: RunTexts, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
-    """Return the held-out examples to measure on, up to `evaluate.max_tokens` tokens of input."""
+def held_out(
+    config: TrainingRun, texts: RunTexts, tokenizer: PreTrainedTokenizerBase, by_cluster: bool = True
+) -> list[Encoded]:
+    """Return the held-out examples to measure on, up to `evaluate.max_tokens` tokens of input.
+
+    Without `by_cluster` they are in the order of the file, as releases of earlier versions were measured.
+    """
     config = apply_plan(config, texts.plan)
     examples = read_examples(texts.held_out)
     if config.data.on_bad_row == "skip":  # in data that is read again, training has left them out
         examples = accepted_examples(examples, tokenizer)
-    return first_examples(
-        config, encode_examples(examples, tokenizer, config.train.loss_on, config.train.max_length).examples
-    )
+    encoded = encode_examples(examples, tokenizer, config.train.loss_on, config.train.max_length).examples
+    return first_examples(config, examples if by_cluster else examples[:1] * len(examples), encoded)
 
 
-def first_examples(config: TrainingRun, encoded: Sequence[Encoded], max_tokens: int | None = None) -> list[Encoded]:
-    """Return the first held-out examples, up to a number of tokens.
+def first_examples(
+    config: TrainingRun, examples: Sequence[Example], encoded: Sequence[Encoded], max_tokens: int | None = None
+) -> list[Encoded]:
+    """Return held-out sequences with their clusters, up to a number of tokens.
 
     Args:
         config: the run.
-        encoded: all held-out examples.
+        examples: all held-out examples. Those with the same prompt are one cluster.
+        encoded: their sequences, as `encode_examples` returns them.
         max_tokens: tokens of their input; None for `evaluate.max_tokens`.
 
     Raises:
-        DataError: if there are fewer than two examples, because one gives no error.
+        DataError: if there are fewer than two sequences.
     """
     taken: list[Encoded] = []
     tokens = 0
-    for example in encoded:
+    numbers: dict[str, int] = {}
+    clusters = [numbers.setdefault(example.prompt(config.train.loss_on), len(numbers)) for example in examples]
+    for example in in_turn([replace(sequence, cluster=clusters[sequence.cluster]) for sequence in encoded]):
         tokens += len(example.input_ids)
         if len(taken) >= 2 and tokens > (max_tokens or config.evaluate.max_tokens):
             break
@@ -139,22 +158,65 @@ def first_examples(config: TrainingRun, encoded: Sequence[Encoded], max_tokens: 
     return taken
 
 
-def general(config: MeasuredRun, tokenizer: PreTrainedTokenizerBase, context: int | None) -> list[Encoded]:
-    """Return the general text in windows, up to `evaluate.max_tokens` tokens.
+def general(
+    config: MeasuredRun, tokenizer: PreTrainedTokenizerBase, context: int | None, by_cluster: bool = True
+) -> list[Encoded]:
+    """Return the general text in windows, up to `evaluate.max_tokens` tokens; each document is a cluster.
 
     Args:
         config: the run.
         tokenizer: the model's.
         context: the longest window that the model reads, in tokens; None if it has no limit.
+        by_cluster: False for one running text, as releases of earlier versions were measured.
 
     Raises:
         DataError: if the text is shorter than two windows.
     """
-    text = general_text(config.evaluate.general)
-    tokens = min(config.evaluate.max_tokens, len(tokenizer(text, add_special_tokens=False)["input_ids"]))
-    windows = encode_text(
-        text, tokenizer, min(WINDOW, context or WINDOW, max(2, tokens // WINDOWS)), config.evaluate.max_tokens
+    source = config.evaluate.general
+    documents = general_documents(source) if by_cluster else (general_text(source),)
+    return _general(config, tokenizer, context, documents, config.evaluate.max_tokens)
+
+
+def general_unmeasured(
+    config: MeasuredRun, tokenizer: PreTrainedTokenizerBase, context: int | None, tokens: int
+) -> list[Encoded]:
+    """Return windows of the general text that `general` leaves out, to choose settings on; at most `tokens` tokens.
+
+    Documents that are not measured at all come first.
+
+    Raises:
+        DataError: if `general` measures the whole text.
+    """
+    documents = general_documents(config.evaluate.general)
+    every = sum(map(len, documents)) + 1  # more than the tokens of all windows
+    measured, windows = (
+        _general(config, tokenizer, context, documents, most) for most in (config.evaluate.max_tokens, every)
     )
+    known = {window.cluster for window in measured}
+    found, left = [], tokens
+    for window in sorted(windows[len(measured) :], key=lambda window: window.cluster in known):
+        if len(window.input_ids) <= left:
+            found.append(window)
+            left -= len(window.input_ids)
+    if not found:
+        raise DataError(
+            f"evaluate.general {config.evaluate.general}: has no text beyond the measured one to choose layers on. "
+            "Try: a longer text, or lower evaluate.max_tokens"
+        )
+    return found
+
+
+def _general(
+    config: MeasuredRun,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int | None,
+    documents: Sequence[str],
+    max_tokens: int,
+) -> list[Encoded]:
+    """Return up to `max_tokens` tokens of documents, in windows that depend on `evaluate.max_tokens`."""
+    counted = sum(map(len, tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]))
+    window = min(WINDOW, context or WINDOW, max(2, min(config.evaluate.max_tokens, counted) // WINDOWS))
+    windows = encode_documents(documents, tokenizer, window, max_tokens)
     if len(windows) < 2:
         raise DataError(f"evaluate.general {config.evaluate.general}: too short to measure on. Try: a longer text")
     return windows

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from pipeline.config.schema import Config, TrainingRun
 from pipeline.errors import ConfigError, WorkspaceError
+from pipeline.evaluation.cluster_errors import MARGIN
 from pipeline.evaluation.results import Comparison
-from pipeline.evaluation.student_t import MARGIN, quantile
 from pipeline.publishing.published_model import PublishedModel, read_published, with_full_model
 from pipeline.retraining.input_changes import Inputs, changes, changes_beside, inputs_of, made_with
 from pipeline.system.command_names import command
@@ -214,9 +214,9 @@ def check(config: Config, margin: float) -> TrainingRun:
 
 def better(comparison: Comparison, margin: float) -> bool:
     """Return True if the new model's loss is lower by more than `margin` standard errors of the difference."""
-    difference, prompts = comparison.difference, comparison.prompts
-    assert difference and prompts, "two models were compared"
-    return difference.value < -quantile(margin, prompts) * difference.stderr
+    difference = comparison.difference
+    assert difference, "two models were compared"
+    return difference.value < -comparison.quantile(margin) * difference.stderr
 
 
 def tell(comparison: Comparison, margin: float) -> str:
@@ -228,5 +228,5 @@ def tell(comparison: Comparison, margin: float) -> str:
     return (
         f"{verdict}: the loss is {direction} by {abs(gap.value):.4f} ± {gap.stderr:.4f} {comparison.unit} on "
         f"the answers to {prompts} prompts, and counts as better if lower by more than "
-        f"{quantile(margin, prompts):.2f} standard errors"
+        f"{comparison.quantile(margin):.2f} standard errors"
     )

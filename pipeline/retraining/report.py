@@ -9,7 +9,6 @@ from pathlib import Path
 
 from pipeline.errors import ConfigError
 from pipeline.evaluation.results import Comparison
-from pipeline.evaluation.student_t import quantile
 from pipeline.retraining.decision import Decision
 
 GITHUB = "GITHUB_STEP_SUMMARY"
@@ -94,8 +93,8 @@ def _table(comparison: Comparison, margin: float) -> list[str]:
         f"Loss on {comparison.tokens} tokens of {comparison.examples} held-out examples with "
         f"{prompts} different prompts, paired by {comparison.paired_by}; ± one standard error of a "
         f"sample of prompts. {_sentence(comparison.note or '')} The published model is commit `{commit[:12]}`. "
-        f"The rule: better if lower by more than {quantile(margin, prompts):.2f} standard errors of the "
-        f"difference ({margin:g} of many prompts)."
+        f"The rule: better if lower by more than {comparison.quantile(margin):.2f} standard errors of the "
+        f"difference ({margin:g} of many prompts of equal length)."
     )
     if comparison.paired_by == "prompt":
         how += " The models have different tokens, so bits per byte of what was to be learned are compared."

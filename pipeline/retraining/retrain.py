@@ -2,7 +2,7 @@
 
 This run measures both models on held-out examples whose prompts are in neither model's training data, and compares
 them token by token. The new model is better if its loss is lower by more than `margin` standard errors of the
-difference. For few prompts the quantile of Student's t takes the place of `margin`.
+difference. For few prompts, or a few long ones, the quantile of Student's t takes the place of `margin`.
 Nothing is published before the decision, and then everything in one commit.
 
 A record beside the run's folder keeps the decision, so that a call with the same inputs trains nothing.
@@ -16,8 +16,8 @@ from pathlib import Path
 
 from pipeline.config.schema import Config
 from pipeline.errors import GateError, StageFailed
+from pipeline.evaluation.cluster_errors import MARGIN
 from pipeline.evaluation.results import Comparison
-from pipeline.evaluation.student_t import MARGIN
 from pipeline.publishing.published_model import PublishedModel, read_published, with_full_model
 from pipeline.publishing.removal import NO_REMOVAL, Removal
 from pipeline.retraining.decision import Decision, Matter, Outcome, better, check, look, tell

@@ -69,8 +69,10 @@ def _verdict(claims: Claims, variant: str) -> Iterator[str]:
     result = claims.results[variant]
     if result.gate is None or claims.made_with.get("tunepress") != own_version():
         return
+    if any(found.freedom is None for found in result.quality.values()):
+        return  # measured and judged by the rules of an earlier version
     allowed = limits(claims.config.quantize, variant)
     if result.gate.limits != allowed:
         yield f"was judged by the limits {result.gate.limits}; its configuration has {allowed}"
-    elif result.gate.passed != judge(result.quality, allowed).passed:
+    elif result.gate.passed != judge(result.quality, allowed, result.gate.corrected_for or 1).passed:
         yield f"{'passes' if result.gate.passed else 'misses'} its gate, which does not follow from its figures"

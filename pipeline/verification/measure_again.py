@@ -191,6 +191,8 @@ def request_for(claims: Claims, place: Place, model: str, texts: Texts) -> dict:
         "config": texts.config.model_dump(mode="json"),
         "workspace": str(texts.workspace.folder),
         "texts": [text for text in texts.names if text in claims.results[model].quality],
+        # Releases of earlier versions were measured on other parts of the same texts.
+        "by_cluster": [text for text, found in claims.results[model].quality.items() if found.clusters is not None],
     }
 
 

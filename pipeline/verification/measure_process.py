@@ -70,7 +70,7 @@ def _measured(request: dict) -> dict:
             raise MissingExtra(f"{request['model']}: measuring it in llama.cpp", "llama-cpp")
         reference = Path(request["reference"])
         tokenizer, context = open_tokenizer(reference), context_length(open_config(reference).to_dict())
-        sequences, problems = _texts(config, workspace, tokenizer, request["texts"], context)
+        sequences, problems = _texts(config, workspace, tokenizer, request, context)
         longest = max((len(s.input_ids) for part in sequences.values() for s in part), default=16)
         with llama_cpp.opened(Path(file), longest) as reader:
             scored = {text: _in_llama_cpp(reader, part, text) for text, part in sequences.items()}
@@ -84,7 +84,7 @@ def _measured(request: dict) -> dict:
         else:
             model, tokenizer = load(folder, device=device, offload="auto")
         context = context_length(model.config.to_dict())
-        sequences, problems = _texts(config, workspace, tokenizer, request["texts"], context)
+        sequences, problems = _texts(config, workspace, tokenizer, request, context)
         scored = {text: metrics.score(model, part, _teller(text)) for text, part in sequences.items()}
         if not scored:
             _run_once(model)
@@ -96,7 +96,7 @@ def _measured(request: dict) -> dict:
 
 
 def _texts(
-    config: Config, workspace: Workspace, tokenizer: PreTrainedTokenizerBase, wanted: list[str], context: int | None
+    config: Config, workspace: Workspace, tokenizer: PreTrainedTokenizerBase, request: dict, context: int | None
 ) -> tuple[dict[str, list[Encoded]], dict[str, str]]:
     """Return the encoded texts, and the reasons why others are not available."""
     from pipeline.evaluation import texts
@@ -105,16 +105,17 @@ def _texts(
     texts.restore_template(tokenizer, kept)
     config = texts.apply_plan(config, kept.plan)
     found, problems = {}, {}
-    for text in wanted:
+    for text in request["texts"]:
+        by_cluster = text in request["by_cluster"]
         try:
             if text == texts.HELD_OUT:
                 if not isinstance(config, TrainingRun):
                     raise DataError("the configuration names no data, so there is no held-out text")
-                found[text] = texts.held_out(config, kept, tokenizer)
+                found[text] = texts.held_out(config, kept, tokenizer, by_cluster)
             else:
                 if not isinstance(config, MeasuredRun):
                     raise DataError("the configuration measures nothing, so there is no general text")
-                found[text] = texts.general(config, tokenizer, context)
+                found[text] = texts.general(config, tokenizer, context, by_cluster)
         except DataError as error:
             problems[text] = str(error)
     return found, problems
@@ -126,15 +127,13 @@ def _in_llama_cpp(reader: Reader, sequences: list[Encoded], text: str) -> Scores
     from pipeline.evaluation import metrics
 
     targets = torch.tensor([label for s in sequences for label in s.labels[1:] if label != metrics.IGNORED])
-    counts = torch.tensor([sum(label != metrics.IGNORED for label in s.labels[1:]) for s in sequences])
     nll, start = torch.empty(len(targets)), 0
     for logits in metrics.counted_logits(reader, sequences):
         rows = slice(start, start + len(logits))
         nll[rows] = metrics.token_losses(logits, targets[rows])
         start = rows.stop
         _tell(start, len(targets), f"{text} text")
-    sequence = torch.arange(len(sequences)).repeat_interleave(counts)
-    return metrics.Scores(nll, torch.empty_like(targets), sequence, hidden=None)
+    return metrics.Scores(nll, torch.empty_like(targets), metrics.clusters(sequences), hidden=None)
 
 
 def _run_once(model: Any) -> None:

@@ -26,6 +26,7 @@ from markdown_it import MarkdownIt
 from pipeline.config.loader import parse_config
 from tests.support import REPOSITORY
 from tests.support.hub import LoopbackHub
+from tests.support.texts import general_text
 from tests.support.warm import COLD
 
 PAGES = [
@@ -113,7 +114,7 @@ class Clone:
         (commands / "hf").symlink_to(Path(COLD).with_name("hf"))
         rows = [f'{{"prompt": "What is {n} plus {n}?", "completion": "It is {2 * n}."}}\n' for n in range(24)]
         (folder / "tickets.jsonl").write_text("".join(rows))
-        (folder / "general.txt").write_text("The quick brown fox jumps over the lazy dog near the river bank. " * 20)
+        (folder / "general.txt").write_text(general_text())
         (folder / "configs").mkdir()
         self.write_config("configs/demo.yaml", DEMO)
         for block in blocks("yaml"):

@@ -15,6 +15,7 @@ from pipeline.workflow.stages.inputs import hashes_of
 from pipeline.workflow.workspace import Workspace
 from tests.support.hub import LoopbackHub
 from tests.support.runs import TOKEN, Place
+from tests.support.texts import general_text
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_relative_source_path_is_not_recorded(tmp_path, tiny_model):
     place = Place(tmp_path)
     shutil.copytree(tiny_model("llama"), tmp_path / "first")
     shutil.copytree(tiny_model("qwen3"), tmp_path / "second")
-    (tmp_path / "general.txt").write_text("The quick brown fox jumps over the lazy dog near the river. " * 30)
+    (tmp_path / "general.txt").write_text(general_text())
     settings = (
         "--set",
         "quantize.on_gate_failure=warn",

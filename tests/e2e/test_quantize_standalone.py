@@ -14,6 +14,7 @@ from pipeline.publishing.cards.own_text import END, START
 from tests.support import REPOSITORY
 from tests.support.hub import LoopbackHub
 from tests.support.runs import TOKEN, Place
+from tests.support.texts import general_text
 
 SCRIPT = str(REPOSITORY / "scripts" / "quantize_standalone.py")
 # As people write them: a byte order mark, Windows line breaks, comments and quotes in the metadata, an open end.
@@ -56,7 +57,7 @@ def sent(hub: LoopbackHub, since: int) -> list[str]:
 def place(tmp_path_factory, tiny_model):
     """A Hub with a model of ada's that has a card of her own, and a text to measure on."""
     folder = tmp_path_factory.mktemp("standalone")
-    (folder / "general.txt").write_text("The quick brown fox jumps over the lazy dog near the river bank. " * 40)
+    (folder / "general.txt").write_text(general_text())
     with LoopbackHub(folder / "hub", {TOKEN: {"name": "ada", "role": "write"}}) as hub:
         upload(hub, "ada/model", tiny_model("llama"), **{"README.md": CARD, "notes.txt": b"mine"})
         yield Place(folder, hub)

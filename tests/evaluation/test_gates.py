@@ -1,12 +1,14 @@
 """Gates: a variant passes if it is within its limits, error included."""
 
+import math
+
 import pytest
 
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import Config
-from pipeline.evaluation.gates import describe_missed, judge, limits
+from pipeline.evaluation.cluster_errors import quantile
+from pipeline.evaluation.gates import ONE_CLUSTER, corrections, describe_missed, judge, limits
 from pipeline.evaluation.model_result import Estimate, Quality
-from pipeline.evaluation.student_t import quantile
 from pipeline.workflow.stages import measure_variant, quantize
 from pipeline.workflow.workspace import Workspace
 
@@ -16,9 +18,9 @@ def configured(**quantize) -> Config:
     return Config.model_validate(tree)
 
 
-def quality(rise: float, stderr: float, sequences: int = 1000, **more: Estimate) -> dict[str, Quality]:
+def quality(rise: float, stderr: float, freedom: float = 1000, **more: Estimate) -> dict[str, Quality]:
     known = {"kl": Estimate(0.04, 0.001), "agreement": Estimate(0.93, 0.01)} | more
-    return {"general": Quality(sequences=sequences, tokens=1000, rise=Estimate(rise, stderr), **known)}
+    return {"general": Quality(freedom=freedom, tokens=1000, rise=Estimate(rise, stderr), **known)}
 
 
 @pytest.mark.parametrize(
@@ -57,11 +59,30 @@ def test_the_value_has_to_be_below_the_limit_by_its_error():
     assert judge(quality(-0.2, 0.1), allowed).passed
 
 
-def test_few_sequences_widen_the_error():
-    error = 0.01 / quantile(2, 8)
-    assert judge(quality(0.039, error, sequences=8), {"rise": 0.05}).passed
-    assert judge(quality(0.039, 0.0049, sequences=500), {"rise": 0.05}).passed
-    assert not judge(quality(0.039, 0.0049, sequences=8), {"rise": 0.05}).passed
+def test_few_degrees_of_freedom_widen_the_error():
+    error = 0.01 / quantile(2, 7)
+    assert judge(quality(0.039, error, freedom=7), {"rise": 0.05}).passed
+    assert judge(quality(0.039, 0.0049, freedom=500), {"rise": 0.05}).passed
+    assert not judge(quality(0.039, 0.0049, freedom=7), {"rise": 0.05}).passed
+
+
+def test_several_ways_to_make_a_variant_widen_the_error():
+    assert judge(quality(0.039, 0.0052), {"rise": 0.05}, corrections(1, True)).passed
+    as_asked = judge(quality(0.039, 0.0052), {"rise": 0.05}, corrections(11, True))
+    assert not as_asked.passed and as_asked.corrected_for == 2
+    assert not judge(quality(0.039, 0.0045), {"rise": 0.05}, corrections(11, False)).passed
+    assert judge(quality(0.039, 0.0035), {"rise": 0.05}, corrections(11, False)).passed
+
+
+def test_text_of_one_document_shows_nothing_and_the_line_says_what_to_do():
+    alone = quality(-0.2, math.nan, freedom=0.0, kl=Estimate(0.0, math.nan), agreement=Estimate(1.0, math.nan))
+    verdict = judge(alone, {"rise": 0.05, "kl": 0.1, "disagreement": 0.1})
+    assert [check.passed for check in verdict.checks] == [False] * 3
+    assert describe_missed(verdict) == ONE_CLUSTER["general"]
+    several = {"held_out": quality(0.121, 0.013)["general"], **alone}
+    assert describe_missed(judge(several, {"rise": 0.05})) == (
+        f"perplexity rises by 12.1 ± 1.3 % on held-out text, and the limit is 5 %; {ONE_CLUSTER['general']}"
+    )
 
 
 def test_every_text_and_every_limit_counts():

@@ -61,10 +61,10 @@ def test_perplexity_is_exp_of_the_mean_cross_entropy(any_model, dtype, tolerance
 def test_tokens_that_do_not_count_and_first_tokens_are_left_out(model):
     scores = metrics.score(model, random_text())
     assert len(scores.nll) == sum(label != -100 for s in random_text() for label in s.labels[1:])
-    assert scores.sequence.unique().tolist() == list(range(len(LENGTHS)))
+    assert scores.cluster.unique().tolist() == list(range(len(LENGTHS)))
     assert scores.hidden.shape == (len(scores.nll), 160)
     counts = [sum(label != -100 for label in s.labels) for s in random_text()]
-    assert torch.bincount(scores.sequence).tolist() == counts
+    assert torch.bincount(scores.cluster).tolist() == counts
 
 
 def test_a_label_on_the_first_token_changes_nothing(model):
@@ -101,17 +101,7 @@ def test_logits_are_computed_in_pieces_without_a_trace(model, other, monkeypatch
     assert torch.allclose(figures()[0], nll, atol=1e-5) and figures()[1] == pytest.approx(kl, rel=1e-5)
 
 
-def test_the_standard_error_is_that_of_sequences_as_clusters():
-    generator = torch.Generator().manual_seed(1)
-    sequence = torch.tensor([4] * 3 + [7] * 5 + [9] * 2 + [20] * 6)
-    values = torch.rand(16, generator=generator)
-    estimate, average = metrics.mean(values, sequence), float(values.double().mean())
-    sums = [sum(float(v) - average for v, s in zip(values, sequence, strict=True) if s == c) for c in (4, 7, 9, 20)]
-    assert estimate.value == pytest.approx(average)
-    assert estimate.stderr == pytest.approx(math.sqrt(4 / 3 * sum(x * x for x in sums)) / 16)
-
-
-def test_error_depends_on_the_number_of_sequences_and_not_of_tokens():
+def test_error_depends_on_the_number_of_clusters_and_not_of_tokens():
     values = torch.rand(50, generator=torch.Generator().manual_seed(0))
     one, many = (metrics.mean(values.repeat(n), torch.arange(50 * n)) for n in (1, 16))
     assert many.stderr == pytest.approx(one.stderr / 4, rel=0.02)
@@ -119,14 +109,14 @@ def test_error_depends_on_the_number_of_sequences_and_not_of_tokens():
     assert longer.stderr == pytest.approx(one.stderr)
 
 
-def test_single_sequence_has_no_error():
+def test_single_cluster_has_no_error():
     estimate = metrics.mean(torch.rand(30), torch.zeros(30, dtype=torch.long))
     assert math.isnan(estimate.stderr) and 0 < estimate.value < 1
 
 
 def test_the_error_of_perplexity_is_that_of_the_loss_times_perplexity(model):
     scores = metrics.score(model, random_text())
-    loss, perplexity = metrics.mean(scores.nll, scores.sequence), metrics.perplexity(scores)
+    loss, perplexity = metrics.mean(scores.nll, scores.cluster), metrics.perplexity(scores)
     assert perplexity.stderr == pytest.approx(perplexity.value * loss.stderr) and loss.stderr > 0
 
 
@@ -142,7 +132,7 @@ def test_divergence_is_that_of_the_full_distributions_from_the_reference(model, 
     p, q = (counted_logits(m, random_text())[0].log_softmax(-1) for m in (model, other))
     expected = functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
     assert found.kl.value == pytest.approx(float(expected.mean()), rel=1e-4)
-    assert found.kl.stderr == pytest.approx(metrics.mean(expected, scores.sequence).stderr, rel=1e-3)
+    assert found.kl.stderr == pytest.approx(metrics.mean(expected, scores.cluster).stderr, rel=1e-3)
     backwards = functional.kl_div(p, q, log_target=True, reduction="none").sum(-1).mean()
     assert abs(float(backwards) - float(expected.mean())) > 1e-3 * float(expected.mean())
     same = (p.argmax(-1) == q.argmax(-1)).float()
@@ -155,8 +145,8 @@ def test_scores_of_other_tokens_are_not_compared(model):
         metrics.divergence(a, head(model), b, head(model))
 
 
-def scores_of(nll: torch.Tensor, sequence: torch.Tensor) -> Scores:
-    return Scores(nll, torch.zeros(len(nll), dtype=torch.long), sequence, torch.zeros(len(nll), 1))
+def scores_of(nll: torch.Tensor, cluster: torch.Tensor) -> Scores:
+    return Scores(nll, torch.zeros(len(nll), dtype=torch.long), cluster, torch.zeros(len(nll), 1))
 
 
 def test_the_rise_is_the_ratio_of_the_perplexities(model, other):
@@ -180,7 +170,7 @@ def test_scores_survive_the_disk(model, tmp_path):
     scores = metrics.score(model, random_text())
     scores.save(tmp_path / "deep" / "scores.safetensors", HeadNames("lm_head.weight"))
     back = Scores.load(tmp_path / "deep" / "scores.safetensors")
-    for part in ("nll", "choice", "sequence", "hidden"):
+    for part in ("nll", "choice", "cluster", "hidden"):
         assert torch.equal(getattr(back, part), getattr(scores, part))
 
 
@@ -218,7 +208,7 @@ def test_bias_scale_and_bound_of_the_logits_are_part_of_every_figure(tmp_path, k
     assert bool(names.bias) == bias
     reference, scores = metrics.score(a, random_text()), metrics.score(b, random_text())
     logits, targets = counted_logits(a, random_text())
-    assert metrics.mean(reference.nll, reference.sequence).value == pytest.approx(
+    assert metrics.mean(reference.nll, reference.cluster).value == pytest.approx(
         float(functional.cross_entropy(logits, targets)), rel=1e-5
     )
     p, q = logits.log_softmax(-1), counted_logits(b, random_text())[0].log_softmax(-1)
@@ -261,7 +251,7 @@ def test_a_model_under_an_adapter_is_scored_with_the_adapter(tiny_model):
             torch.nn.init.normal_(parameter, std=0.1)
     scores = metrics.score(model.eval(), random_text())
     expected = functional.cross_entropy(*counted_logits(model, random_text()))
-    assert metrics.mean(scores.nll, scores.sequence).value == pytest.approx(float(expected), rel=1e-5)
+    assert metrics.mean(scores.nll, scores.cluster).value == pytest.approx(float(expected), rel=1e-5)
     assert not torch.allclose(scores.nll, plain.nll, atol=1e-2)
 
 

@@ -10,13 +10,14 @@ import yaml
 
 from tests.support import REPOSITORY
 from tests.support.runs import Place
+from tests.support.texts import general_text
 
 SITE = Path(__file__).parent / "site"
 
 
 def quantizing(folder: Path, model: Path, variant: object, *extensions: ModuleType) -> Place:
     """Write `tiny.yaml`, which makes and measures one variant; its commands register the extensions first."""
-    (folder / "general.txt").write_text("The quick brown fox jumps over the lazy dog near the river bank. " * 40)
+    (folder / "general.txt").write_text(general_text())
     tree = {
         "name": "tiny",
         "model": {"source": str(model)},

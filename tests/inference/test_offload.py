@@ -18,6 +18,7 @@ from pipeline.workflow.stages.inputs import run_texts
 from pipeline.workflow.workspace import Workspace
 from scripts.benchmarks import random_checkpoint
 from tests.support.models import LOOKUP_EMBEDDINGS, random_text, write_tokenizer
+from tests.support.texts import general_text
 
 CPU = torch.device("cpu")
 IN_LITTLE_MEMORY = """
@@ -120,7 +121,7 @@ def test_large_output_heads_are_used_piece_by_piece_without_a_trace(tiny_model, 
 def measured(tmp_path, tiny_model, quantized):
     """`measured(offload)`: a model and its int4 variant, measured as a run does; (workspace, reference, variant)."""
     root = quantized(tiny_model("llama"), "int4")
-    (tmp_path / "general.txt").write_text("The quick brown fox jumps over the lazy dog near the river bank. " * 20)
+    (tmp_path / "general.txt").write_text(general_text())
     evaluated = {"general": str(tmp_path / "general.txt"), "max_tokens": 512, "prompts": ["Hello?"]}
     tree = {"name": "m", "model": {"source": str(root)}, "data": None, "evaluate": evaluated}
     config = Config.model_validate(tree)

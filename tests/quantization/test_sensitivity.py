@@ -14,6 +14,7 @@ from pipeline.inference.load import load
 from pipeline.models.matrices import linear_weights
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.roundings import rounding
+from tests.support.texts import general_text
 
 LAYER = "model.layers.1.mlp.down_proj"
 
@@ -21,7 +22,7 @@ LAYER = "model.layers.1.mlp.down_proj"
 @pytest.fixture
 def asked(tmp_path):
     """`asked(model, variant)`: the configuration of a report on little text."""
-    (tmp_path / "general.txt").write_text("The quick brown fox jumps over the lazy dog near the river bank. " * 10)
+    (tmp_path / "general.txt").write_text(general_text())
 
     def make(model, variant="int4"):
         settings = [f"evaluate.general={tmp_path / 'general.txt'}", "evaluate.max_tokens=256"]

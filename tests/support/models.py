@@ -129,7 +129,7 @@ def random_text(lengths=LENGTHS, seed: int = 0, vocabulary: int = 272) -> list[E
         ids = torch.randint(0, vocabulary, (length,), generator=generator)
         labels = torch.where(torch.rand(length, generator=generator) < 0.3, -100, ids)
         labels[0], labels[-1] = -100, ids[-1]
-        sequences.append(Encoded(ids.tolist(), labels.tolist()))
+        sequences.append(Encoded(ids.tolist(), labels.tolist(), len(sequences)))
     return sequences
 
 

@@ -125,6 +125,8 @@ def _measured(folder: Path, config: Config) -> dict:
         "text": TOPICS,
         "tokens": len(scores.nll),
         "sequences": len(sequences),
+        "clusters": int(scores.cluster.unique().numel()),
+        "freedom": metrics.freedom(scores.cluster),
         "digest": texts.digest(sequences),
         "perplexity": asdict(metrics.perplexity(scores)),
     }

@@ -17,6 +17,7 @@ import yaml
 from tests.support import REPOSITORY
 from tests.support.hub import LoopbackHub
 from tests.support.recipes import RECIPES
+from tests.support.texts import general_text
 
 TOKEN = "hf_tunepressSecretForTests0123456789"
 OTHER_TOKEN = "hf_somebodyElse0123456789"
@@ -143,7 +144,7 @@ def _write_texts(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows = [{"prompt": f"What is {n} plus {n}?", "completion": f"It is {2 * n}, of course."} for n in range(48)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "general.txt").write_text("The quick brown fox jumps over the lazy dog near the river bank. " * 40)
+    (folder / "general.txt").write_text(general_text())
 
 
 def write_place(folder: Path, model: Path, hub: LoopbackHub | None = None, **changes) -> Place:

@@ -43,6 +43,8 @@ def _quality(held_out: float, general: float, rise: float | None = None) -> dict
             "text": source,
             "tokens": tokens,
             "sequences": tokens // 60,
+            "clusters": tokens // 60,
+            "freedom": tokens / 60,
             "loss": estimate(value / 8, 0.07),
             "perplexity": estimate(value, value / 31),
         }

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
+from pipeline.data import general_text
+from pipeline.data.encode import encode_text
+from pipeline.evaluation import texts
+from pipeline.evaluation.metrics import perplexity, score
+from pipeline.inference.load import load
 from pipeline.verification import Verdict
 from pipeline.verification.check_files import check_files, sound_models
 from pipeline.verification.lineage_claims import read_claims
@@ -15,7 +20,7 @@ from pipeline.verification.location import open_place
 from pipeline.verification.measure_again import Cuts, find_texts, judged, request_for
 from pipeline.verification.measure_process import look
 from pipeline.verification.run_snippets import programs, run_examples
-from tests.support.releases import line, told
+from tests.support.releases import TOPICS, line, told
 
 
 def measured(release, model: str, folder: Path) -> list[str]:
@@ -44,6 +49,21 @@ def test_untouched_release_is_confirmed_by_measuring(release):
     assert ran == [f"snippets merged: {stock}", *variants]
     assert "measured adapter: loads and runs" in right
     assert found.exit_code == 0
+
+
+def test_release_of_an_earlier_version_is_measured_on_the_tokens_of_its_time(release, tmp_path):
+    """General text was one running text, and no clusters were counted."""
+    model, tokenizer = load(release.folder, device="cpu")
+    sequences, told_now = encode_text(general_text(TOPICS), tokenizer, 32, 512), release.lineage()
+    figures = told_now["results"]["merged"]["quality"]["general"]
+    assert figures.pop("clusters") == 16 and figures.pop("freedom") == pytest.approx(15, abs=0.5)
+    assert measured(release, "merged", tmp_path / "now")[0].startswith("measured merged, general text: perplexity ")
+    before = figures["digest"]
+    figures["digest"], figures["perplexity"] = texts.digest(sequences), asdict(perplexity(score(model, sequences)))
+    assert figures["digest"] != before
+    release.write_lineage(told_now)
+    (found,) = measured(release, "merged", tmp_path / "then")
+    assert found.startswith("measured merged, general text: perplexity ") and "cards" not in found
 
 
 def test_changed_scales_with_rewritten_hash_are_measured(release, tmp_path):

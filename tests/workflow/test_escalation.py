@@ -14,6 +14,7 @@ from pipeline.tracking.events import Events
 from pipeline.workflow.stages import Outcome, evaluate, measure_variant, quantize
 from pipeline.workflow.stages.render import render
 from pipeline.workflow.workspace import Entry, Workspace
+from tests.support.texts import general_text
 
 LAYER = "model.layers.1.mlp.down_proj"
 
@@ -67,7 +68,7 @@ def trying(tiny_model, tmp_path_factory):
     tensors[f"{LAYER}.weight"][:, ::32] *= 60  # columns that nothing comes to, and that spoil the scales of others
     tensors[f"{LAYER}.weight".replace("down", "up")][::32] = 0
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    (folder / "general.txt").write_text("The quick brown fox jumps over the lazy dog near the river bank. " * 20)
+    (folder / "general.txt").write_text(general_text())
     tree = {"name": "m", "model": {"source": str(model)}, "data": None}
     tree["evaluate"] = {"general": str(folder / "general.txt"), "max_tokens": 512, "device": "cpu"}
     config = Config.model_validate(tree)

@@ -142,6 +142,7 @@ def _render(template: str, about: About, models: Models, front: ModelCardData, a
         "data": _data(about),
         "text_source": about.text_source,
         "texts": TEXTS,
+        "clustered": any(found.clusters for m in about.results.models.values() for found in m.quality.values()),
         **tables(about, models),
     }
     body = made.get_template(template).render(**given | more)

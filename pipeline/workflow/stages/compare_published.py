@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.schema import Config, TrainingRun
-from pipeline.evaluation.model_result import Estimate
 from pipeline.evaluation.results import ComparedWith, Comparison
 from pipeline.models.safe_loading import open_tokenizer
 from pipeline.publishing.published_model import PublishedModel
@@ -43,6 +42,7 @@ def depends(config: TrainingRun, workspace: Workspace, variants: tuple[str, ...]
         "live": compared and compared.model,
         "inputs": inputs,
         "device": config.evaluate.device,
+        "errors": "by cluster",  # comparisons of earlier versions are made again
         "after": workspace.state_of("train", "merge"),
         "versions": versions(*LIBRARIES),
     }
@@ -65,7 +65,7 @@ def _compare(
     Answers to one prompt count as one unit, so the errors are those of a sample of prompts.
     """
     from pipeline.data import read_examples
-    from pipeline.evaluation import metrics
+    from pipeline.evaluation import cluster_errors, metrics
     from pipeline.evaluation.eligible_prompts import unseen_examples
     from pipeline.inference.load import load
 
@@ -84,15 +84,15 @@ def _compare(
     for name, (source, revision) in sides.items():
         tell = functools.partial(events.progress, what=f"measuring the {name} model")
         model, _ = load(source, revision=revision, device=config.evaluate.device, offload="auto")
-        scores[name] = metrics.score(model, [s for e in encoded[name] for s in e], tell)
+        scores[name] = metrics.score(model, encoded[name], tell)
         device = str(metrics.device_of(model))
         del model
-    if by_token:
-        values = {name: s.nll for name, s in scores.items()}
-        mean = functools.partial(metrics.mean, sequence=chosen.prompts_of(scores["new"], "new"))
-    else:
-        values = {name: chosen.bits(s, name) for name, s in scores.items()}
-        mean = functools.partial(_per_byte, sizes=chosen.sizes)
+    prompts = scores["new"].cluster
+    values = {name: s.nll.double() for name, s in scores.items()}
+    sizes, mean = prompts.bincount(), functools.partial(metrics.mean, cluster=prompts)
+    if not by_token:
+        values = {name: metrics.totals(s.nll, s.cluster) / math.log(2) for name, s in scores.items()}
+        sizes, mean = chosen.sizes, functools.partial(cluster_errors.ratio, sizes=chosen.sizes)
     return Comparison(
         inputs=made_of.inputs,
         weights=made_of.weights,
@@ -103,8 +103,9 @@ def _compare(
         live=mean(values["live"]),
         difference=mean(values["new"] - values["live"]),
         tokens=len(scores["new"].nll),
-        examples=len(encoded["new"]),
+        examples=chosen.examples,
         prompts=len(chosen.sizes),
+        freedom=cluster_errors.freedom(sizes),
         note=said,
         device=device,
     )
@@ -121,28 +122,14 @@ class _Chosen:
     """The examples that both models are scored on: E examples with P prompts.
 
     Attributes:
-        encoded: the sequences of each example by model.
-        prompt: (E,) int64, number of each example's prompt.
+        encoded: the sequences by model, with the number of the prompt as cluster.
+        examples: E.
         sizes: (P,) float64, bytes of the target text of each prompt's examples.
     """
 
-    encoded: dict[str, list[list[Encoded]]]
-    prompt: torch.Tensor
+    encoded: dict[str, list[Encoded]]
+    examples: int
     sizes: torch.Tensor
-
-    def prompts_of(self, scores: Scores, name: str) -> torch.Tensor:
-        """Return the prompt of each token, (T,): a text may be several sequences, a prompt may have several answers."""
-        import torch
-
-        example = torch.tensor([i for i, sequences in enumerate(self.encoded[name]) for _ in sequences])
-        return self.prompt[example[scores.sequence]]
-
-    def bits(self, scores: Scores, name: str) -> torch.Tensor:
-        """Return the bits that a model needs for the examples of each prompt, (P,)."""
-        import torch
-
-        bits = torch.zeros_like(self.sizes)
-        return bits.index_add_(0, self.prompts_of(scores, name), scores.nll.double() / math.log(2))
 
 
 def _choose(
@@ -158,27 +145,21 @@ def _choose(
     from pipeline.data.encode import NO_LOSS
     from pipeline.evaluation.eligible_prompts import FEWEST, count_prompts, encode_untruncated, too_few_prompts
 
-    encoded: dict[str, list[list[Encoded]]] = {name: [] for name in tokenizers}
+    encoded: dict[str, list[Encoded]] = {name: [] for name in tokenizers}
     numbers: dict[str, int] = {}
-    prompt, sizes, tokens = [], [], 0
+    prompts, sizes, tokens = [], [], 0
     for example, both in encode_untruncated(config, examples, tokenizers):
         tokens += both["new"].tokens
         if len(numbers) >= FEWEST and tokens > config.evaluate.max_tokens:
             break
+        number = numbers.setdefault(example.prompt(config.train.loss_on), len(numbers))
         for name, part in both.items():
-            encoded[name].append(part.examples)
+            encoded[name] += [replace(sequence, cluster=number) for sequence in part.examples]
         counted = [label for sequence in both["new"].examples for label in sequence.labels if label != NO_LOSS]
-        prompt.append(numbers.setdefault(example.prompt(config.train.loss_on), len(numbers)))
+        prompts.append(number)
         sizes.append(len(str(tokenizers["new"].decode(counted, skip_special_tokens=True)).encode()))
     if len(numbers) < FEWEST:
         raise too_few_prompts(config, len(numbers), count_prompts(examples, config.train.loss_on))
     of_prompts = torch.zeros(len(numbers), dtype=torch.float64)
-    of_prompts.index_add_(0, torch.tensor(prompt), torch.tensor(sizes, dtype=torch.float64))
-    return _Chosen(encoded, torch.tensor(prompt), of_prompts)
-
-
-def _per_byte(values: torch.Tensor, sizes: torch.Tensor) -> Estimate:
-    """Return the sum of `values` over that of `sizes`, both (P,), with its error as a ratio estimator over prompts."""
-    ratio = float(values.sum() / sizes.sum())
-    residual = (values - ratio * sizes).square().sum()
-    return Estimate(ratio, math.sqrt(len(sizes) / (len(sizes) - 1) * float(residual)) / float(sizes.sum()))
+    of_prompts.index_add_(0, torch.tensor(prompts), torch.tensor(sizes, dtype=torch.float64))
+    return _Chosen(encoded, len(prompts), of_prompts)

@@ -1,6 +1,9 @@
 """Escalation of a variant that misses its gate: fallbacks are written, loaded back and measured until one passes.
 
 The figures of each fallback are kept, so a stopped run goes on, and a changed limit measures only new fallbacks.
+
+Each way to make the variant could pass by chance, so the gate allows for all of them (`gates.corrections`). The layers
+that get eight bits are chosen on general text that the gate does not measure.
 """
 
 from __future__ import annotations
@@ -12,10 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pipeline.config.schema import MeasuredRun, VariantSpec
-from pipeline.errors import UserError
+from pipeline.errors import DataError, UserError
 from pipeline.evaluation.escalation import Fallback, fallbacks, with_layers
-from pipeline.evaluation.gates import judge, limits
-from pipeline.evaluation.model_result import LayerLoss, ModelResult, StoredWeights, VariantSettings
+from pipeline.evaluation.gates import corrections, judge, limits
+from pipeline.evaluation.model_result import LayerLoss, ModelResult, StoredWeights, VariantSettings, Verdict
 from pipeline.system.files import empty_folder, fingerprint, replace_folder
 from pipeline.tracking.events import Events
 from pipeline.workflow.stages.inputs import run_texts
@@ -39,7 +42,7 @@ class Escalation:
         known = workspace.progress(f"quantize/{name}", "tried")
         kept = known["tried"] if known.get("measured_by") == measured_by else {}
         self._known = {key: ModelResult.model_validate(result) for key, result in kept.items()}
-        self._is_too_large = False  # to measure layers one by one; shown once
+        self._cannot_choose = False  # layers to store in eight bits; shown once
         self._made: tuple[VariantSpec, StoredWeights] | None = None  # with files in `_folder`
 
     def know(self, spec: VariantSpec, result: ModelResult) -> None:
@@ -65,14 +68,22 @@ class Escalation:
             self._made = None
         return chosen, tried
 
-    def _first_that_passes(self) -> tuple[VariantSpec | None, list[ModelResult]]:
+    @functools.cached_property
+    def _ways(self) -> list[Fallback]:
         from pipeline.models.matrices import linear_weights, table_weights
 
         asked = self._config.quantize.spec(self._name)
+        return fallbacks(asked, linear_weights(self._full), table_weights(self._full), self._full)
+
+    def _first_that_passes(self) -> tuple[VariantSpec | None, list[ModelResult]]:
+        asked = self._config.quantize.spec(self._name)
         tried: list[ModelResult] = []
-        if (as_asked := self._judged(asked, f"{self._name}, as asked for")) and as_asked.verdict.passed:
-            return asked, [as_asked]  # as in a run that has tried nothing else yet, even if another way is smaller
-        ways = fallbacks(asked, linear_weights(self._full), table_weights(self._full), self._full)
+        if as_asked := self._judged(asked, f"{self._name}, as asked for"):
+            if as_asked.verdict.passed:
+                return asked, [as_asked]  # as in a run that has tried nothing else yet, even if another way is smaller
+            if not all(check.has_error for check in as_asked.verdict.checks):
+                return None, [as_asked]  # because no other way could pass on these texts either
+        ways = self._ways
         for number, fallback in enumerate(ways, 1):
             spec = self._spec(fallback)
             if spec is None:
@@ -88,7 +99,13 @@ class Escalation:
     def _judged(self, spec: VariantSpec, label: str) -> ModelResult | None:
         """Return the figures of these settings, with their verdict; measure them if there are none."""
         known = self._known.get(fingerprint(spec.making())) or self._measure(spec, label)
-        return known and known.changed(gate=judge(known.quality, limits(self._config.quantize, self._name)))
+        return known and known.changed(gate=self.judge(spec, known))
+
+    def judge(self, spec: VariantSpec, result: ModelResult) -> Verdict:
+        """Return the verdict on the variant with these settings, which allows for all ways that may be tried."""
+        is_as_asked = spec.making() == self._config.quantize.spec(self._name).making()
+        tries = corrections(len(self._ways), is_as_asked)
+        return judge(result.quality, limits(self._config.quantize, self._name), tries)
 
     def adopt(self, spec: VariantSpec) -> None:
         """Make the variant's files with these settings; the caller must measure them in full."""
@@ -103,26 +120,32 @@ class Escalation:
         return self._workspace.quantized / f"{self._name}.partial"
 
     def _spec(self, fallback: Fallback) -> VariantSpec | None:
-        """Return the settings of a fallback; None if memory is too small to measure the loss of each layer."""
+        """Return the settings of a fallback; None if layers cannot be chosen: too little memory, or no text left."""
         from pipeline.inference.offload import TooLarge
 
         try:
             return with_layers(fallback, self._layers(fallback.spec)) if fallback.share else fallback.spec
-        except TooLarge as error:
-            if not self._is_too_large:
+        except (TooLarge, DataError) as error:
+            if not self._cannot_choose:
                 self._events.show([f"{self._name}: not tried with its most sensitive layers in eight bits: {error}"])
-            self._is_too_large = True
+            self._cannot_choose = True
             return None
 
     def _layers(self, spec: VariantSpec) -> list[LayerLoss]:
-        from pipeline.evaluation.sensitivity import TOKENS, sensitivity
+        from pipeline.evaluation import sensitivity, texts
 
-        tokens = min(self._config.evaluate.max_tokens, TOKENS)
-        evaluate = self._config.evaluate.model_copy(update={"max_tokens": tokens})
-        config = self._config.model_copy(update={"evaluate": evaluate})
+        config = texts.apply_plan(self._config, run_texts(self._workspace).plan)
         key, tell = f"quantize/{self._name}", self._tell(f"{self._name}: ")
         known = self._workspace.progress(key, "layers")
-        return sensitivity(config, spec, self._full, known, lambda found: self._workspace.note(key, layers=found), tell)
+        return sensitivity.sensitivity(
+            config,
+            spec,
+            self._full,
+            known,
+            lambda found: self._workspace.note(key, layers=found),
+            tell,
+            tokens=sensitivity.TOKENS,
+        )
 
     def _measure(self, spec: VariantSpec, label: str) -> ModelResult | None:
         """Return the figures of these settings; None if the model cannot be made with them."""

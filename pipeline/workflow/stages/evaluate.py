@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pipeline.config.schema import MeasuredRun
+from pipeline.evaluation.gates import ONE_CLUSTER
 from pipeline.system.libraries import versions
 from pipeline.tracking.events import Events
 from pipeline.workflow.stages import Outcome
@@ -51,6 +52,8 @@ def run(config: MeasuredRun, workspace: Workspace, events: Events, variants: tup
         if label == reference(config) and workspace.read_measurement("texts"):
             outputs.append(workspace.measurements / "texts.json")
         for text, figures in result.quality.items():
+            if figures.clusters == 1 and label == reference(config):
+                events.show([ONE_CLUSTER[text]])
             assert figures.perplexity, "every measured text has a perplexity"
             summary[f"{label}_{text}_perplexity"] = figures.perplexity.value
         summary["compute_dtype"] = result.compute_dtype

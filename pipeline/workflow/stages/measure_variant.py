@@ -52,9 +52,10 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     result = _measured(config, workspace, events, name, full)
     refusal, missed = None, None
     if isinstance(config, MeasuredRun):
-        result = result.changed(gate=judge(result.quality, limits(config.quantize, name)))
         if config.quantize.on_gate_failure == "escalate":
             result = _escalated(config, workspace, events, name, full, result)
+        else:
+            result = result.changed(gate=judge(result.quality, limits(config.quantize, name)))
         missed = None if result.verdict.passed else describe_missed(result.verdict)
         withheld = bool(missed) and config.quantize.on_gate_failure != "warn"
         result = result.changed(gate=result.verdict.model_copy(update={"withheld": withheld}))
@@ -117,10 +118,7 @@ def _escalated(
     from pipeline.workflow.stages.escalate import Escalation
 
     asked = config.quantize.spec(name)
-    settings = (result.variant or VariantSettings()).to_json()
-    if result.verdict.passed and settings == asked.making():
-        return result
-    made = VariantSpec.model_validate(settings)
+    made = VariantSpec.model_validate((result.variant or VariantSettings()).to_json())
     measured_by = _measured_by(config, workspace, (name,))
     escalation = Escalation(config, workspace, events, name, full, fingerprint(measured_by))
     escalation.know(made, result)
@@ -131,7 +129,7 @@ def _escalated(
     if chosen.making() != made.making():
         escalation.adopt(chosen)
         result = _measured(config, workspace, events, name, full)
-    verdict = judge(result.quality, limits(config.quantize, name))
+    verdict = escalation.judge(chosen, result)
     if chosen.making() == asked.making():
         return result.changed(gate=verdict)
     return result.changed(gate=_with_tries(verdict, tried))

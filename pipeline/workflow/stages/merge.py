@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.schema import REPO_ID, Config, TrainingRun
 from pipeline.config.training_catalog import METHODS
 from pipeline.errors import CheckpointError, ModelError, QuantizationError
+from pipeline.evaluation.cluster_errors import MARGIN, quantile
 from pipeline.evaluation.results import Merge, MergeComparison, MergeLoss
 from pipeline.models.checkpoint_files import ADAPTER_FILES
 from pipeline.models.safe_loading import open_tokenizer, read_settings
@@ -150,7 +151,7 @@ def _compare(
     names = output_head.head_names(model)
     live = metrics.score(model, sequences, lambda d, t: events.progress(d, t, "measuring the live adapter"))
     del model
-    result = {"live": MergeLoss(loss=metrics.mean(live.nll, live.sequence), tokens=len(live.nll))}
+    result = {"live": MergeLoss(loss=metrics.mean(live.nll, live.cluster), tokens=len(live.nll))}
     live_head, losses = names.read(base), {}
     for kind, folder in folders.items():
         model, _ = load(folder, offload="auto")
@@ -159,19 +160,19 @@ def _compare(
         del model
         losses[kind] = scores.nll
         result[kind] = MergeLoss(
-            loss=metrics.mean(scores.nll, scores.sequence),
-            loss_above_live=metrics.mean(scores.nll - live.nll, live.sequence),
+            loss=metrics.mean(scores.nll, scores.cluster),
+            loss_above_live=metrics.mean(scores.nll - live.nll, live.cluster),
             kl=metrics.divergence(scores, names.read(folder), live, live_head).kl,
         )
-    gap = metrics.mean(losses["nf4"] - losses["bf16"], live.sequence)
-    return MergeComparison(**result, nf4_minus_bf16=gap)
+    gap = metrics.mean(losses["nf4"] - losses["bf16"], live.cluster)
+    return MergeComparison(**result, nf4_minus_bf16=gap, freedom=metrics.freedom(live.cluster))
 
 
 def _better(comparison: MergeComparison) -> str:
     """Return the base with the lower held-out loss; within the error, the one closer to the unmerged adapter."""
     gap, nf4, bf16 = comparison.nf4_minus_bf16, comparison.nf4, comparison.bf16
     assert gap and nf4 and bf16 and nf4.kl and bf16.kl, "both bases were compared"
-    if abs(gap.value) > 2 * gap.stderr:
+    if abs(gap.value) > quantile(MARGIN, comparison.freedom or 0) * gap.stderr:  # never true without an error
         return "nf4" if gap.value < 0 else "bf16"
     return "nf4" if nf4.kl.value <= bf16.kl.value else "bf16"
 

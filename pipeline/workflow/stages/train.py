@@ -171,6 +171,7 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
     from pipeline.data.describe import CHOSEN_TEMPLATE, describe, report, samples
     from pipeline.data.template_choice import choose_template
     from pipeline.evaluation import eligible_prompts, generation, texts
+    from pipeline.evaluation.gates import ONE_CLUSTER
     from pipeline.models.matrices import linear_weights
     from pipeline.models.vocabulary_size import check_tokens, pad_within_embedding
     from pipeline.workflow.stages.training_data import encode_data, read_data
@@ -197,14 +198,15 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
         longest = config.train.max_length
         raise UserError(f"train.max_length {longest}: leaves no answer in any example; make it larger")
     eligible_prompts.check_tokens(config, compared, tokenizer)
-    texts.first_examples(config, encoded["held-out"].examples)
-    general = texts.general(config, tokenizer, context)
+    held_out, general = encoded["held-out"].examples, texts.general(config, tokenizer, context)
+    measured = {texts.HELD_OUT: texts.first_examples(config, data.held_out, held_out), texts.GENERAL: general}
     generation.check_prompts(config.evaluate.prompts, tokenizer, context)
-    read = (*encoded["training"].examples, *encoded["held-out"].examples, *general)
+    read = (*encoded["training"].examples, *held_out, *general)
     check_tokens(base, tokenizer, (sequence.input_ids for sequence in read))
     description = describe(data, encoded, tokenizer) | ({"template": CHOSEN_TEMPLATE} if chosen else {})
-    events.show(report(description, samples(data, encoded, tokenizer)))
-    watched = texts.first_examples(config, encoded["held-out"].examples, HELD_OUT_TOKENS)
+    alone = [ONE_CLUSTER[text] for text, part in measured.items() if len({s.cluster for s in part}) == 1]
+    events.show(report(description, samples(data, encoded, tokenizer)) + alone)
+    watched = texts.first_examples(config, data.held_out, held_out, HELD_OUT_TOKENS)
     encoded["held-out"] = replace(encoded["held-out"], examples=watched)
     origin = workspace.read_measurement("origin")
     content = (data.fingerprint, origin["revision"] or origin["digest"])

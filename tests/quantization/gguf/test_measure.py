@@ -25,6 +25,7 @@ from pipeline.workflow.stages.inputs import run_texts
 from pipeline.workflow.workspace import Workspace
 from tests.support.gguf_files import MODELS
 from tests.support.models import random_text
+from tests.support.texts import general_text
 
 pytest.importorskip("llama_cpp")
 IDS = [7, 200, 31, 64, 5, 5, 90, 12, 250, 33, 2, 149]
@@ -101,7 +102,7 @@ def test_metrics_equal_those_of_transformers(tiny_model):
         pieces(), random_text(), reference, output_head.head_of(a), on_progress=lambda *state: told.append(state)
     )
     assert torch.allclose(found.nll, scores.nll, atol=1e-4) and torch.equal(found.choice, scores.choice)
-    assert torch.equal(found.sequence, scores.sequence) and told[-1] == (len(found.nll), len(found.nll))
+    assert torch.equal(found.cluster, scores.cluster) and told[-1] == (len(found.nll), len(found.nll))
     for ours, theirs in ((compared.kl, expected.kl), (compared.agreement, expected.agreement)):
         assert ours.value == pytest.approx(theirs.value, rel=1e-3)
         assert ours.stderr == pytest.approx(theirs.stderr, rel=1e-3)
@@ -245,7 +246,7 @@ def test_speed_and_memory_are_those_of_a_fresh_process(tiny_model, written):
 def measured(tmp_path_factory, tiny_model, written):
     """A model and what its q4_0 is measured as, in llama.cpp and where that is not installed."""
     folder, source = tmp_path_factory.mktemp("measured"), tiny_model("llama")
-    (folder / "general.txt").write_text("The quick brown fox jumps over the lazy dog near the river bank. " * 20)
+    (folder / "general.txt").write_text(general_text())
     evaluated = {"general": str(folder / "general.txt"), "max_tokens": 512, "prompts": ["Hello?"]}
     tree = {"name": "m", "model": {"source": str(source)}, "data": None, "evaluate": evaluated}
     config, file = Config.model_validate(tree), written(source, "gguf-q4_0")
