@@ -14,7 +14,6 @@ never stops; the white space after that token does not. So do the reasoning befo
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections.abc import Sequence
@@ -90,12 +89,6 @@ class ChatTemplate:
             self.render_example(example)
         except TemplateRefusal as refusal:
             raise BadRow(str(refusal)) from None
-
-    def accepts(self, example: Example) -> bool:
-        """Return True if the template writes the whole example."""
-        with contextlib.suppress(TemplateRefusal):
-            return bool(self.render_example(example))
-        return False
 
     def learned_spans(self, example: Example, text: str, loss_on: str) -> list[Span]:
         """Return the places that the loss is taken on.
@@ -231,8 +224,11 @@ class ChatTemplate:
 
     def _end_of_calls(self, conversation: Sequence[Message], text: str, tools: Sequence[Tool]) -> int | None:
         """Return the end of a turn with calls of tools: there the text of what came so far ends."""
-        so_far = self.render(conversation, tools).rstrip()
-        return len(so_far) if text.startswith(so_far) else None
+        for shown in _with_and_without_reasoning(conversation):
+            so_far = self.render(shown, tools).rstrip()
+            if text.startswith(so_far):
+                return len(so_far)
+        return None
 
     def _next_result(
         self, conversation: Sequence[Message], i: int, text: str, tools: Sequence[Tool], probe: str
@@ -248,10 +244,10 @@ class ChatTemplate:
 
     def _start(self, earlier: Sequence[Message], before: str | None, text: str, tools: Sequence[Tool]) -> int | None:
         """Return where in `text` the answer after `earlier` begins; the probe had `before` in front of it."""
-        if self._prompts and earlier:
+        for shown in _with_and_without_reasoning(earlier) if self._prompts and earlier else ():
             try:
-                prompt = self.render(earlier, tools, add_generation_prompt=True)
-                bare = self.render(earlier, tools)
+                prompt = self.render(shown, tools, add_generation_prompt=True)
+                bare = self.render(shown, tools)
             except DataError:  # some templates want every conversation complete
                 prompt = bare = before
             if prompt is not None and text.startswith(prompt):
@@ -292,3 +288,9 @@ class ChatTemplate:
 
     def _unmarkable(self) -> DataError:
         return DataError(f"{self.name}: its chat template does not tell answers from the rest; set train.loss_on: all")
+
+
+def _with_and_without_reasoning(conversation: Sequence[Message]) -> list[list[Message]]:
+    """Return the conversation, and without its reasoning: templates leave it out of a turn in the middle."""
+    without = [{key: value for key, value in m.items() if key != "reasoning_content"} for m in conversation]
+    return [list(conversation)] if without == list(conversation) else [list(conversation), without]

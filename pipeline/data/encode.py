@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 from pipeline.data.chat import ChatTemplate, Span
 from pipeline.data.example import Example
+from pipeline.data.rows import BadRow
 from pipeline.data.supplied_template import beginning
 from pipeline.errors import DataError
 
@@ -113,8 +115,12 @@ def accepted_examples(examples: Sequence[Example], tokenizer: Any) -> tuple[Exam
     """Return the examples without the conversations that the tokenizer's chat template refuses."""
     if not examples or examples[0].text is not None:
         return tuple(examples)
-    template = ChatTemplate(tokenizer)
-    return tuple(example for example in examples if template.accepts(example))
+    template, accepted = ChatTemplate(tokenizer), []
+    for example in examples:
+        with contextlib.suppress(BadRow):
+            template.check(example)
+            accepted.append(example)
+    return tuple(accepted)
 
 
 def encode_text(text: str, tokenizer: Any, window: int, max_tokens: int) -> list[Encoded]:

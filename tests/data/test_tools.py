@@ -11,7 +11,7 @@ import pytest
 from pipeline.config.schema import Data
 from pipeline.data import load_examples, read_examples, write_examples
 from pipeline.data.chat import ChatTemplate, TemplateRefusal
-from pipeline.data.encode import NO_LOSS, encode_examples
+from pipeline.data.encode import NO_LOSS, accepted_examples, encode_examples
 from pipeline.data.layout import choose_layout
 from pipeline.data.supplied_template import supply_template
 from pipeline.errors import DataError
@@ -196,6 +196,17 @@ def test_a_call_may_be_the_last_answer(tokenizer, template):
     assert "weather" in run and "Köln" in run and "Rain?" not in run and '{"rain": 1}' not in text
 
 
+@pytest.mark.parametrize(
+    ("template", "call"),
+    [("gptoss", WRITTEN["gptoss"][0]), ("qwen3", IN_JSON), ("qwen3_5_nothink", IN_XML)],
+)
+def test_a_call_in_the_middle_is_found_without_its_reasoning(tokenizer, template, call):
+    messages = changed(changed(CONVERSATION, 2, thinking="Look it up."), 6, thinking="Be polite.")
+    runs, text = learned(tokenizer, (REAL / f"{template}.jinja").read_text(), example({"messages": messages}))
+    assert (runs[0], runs[1]) == (call, WRITTEN[template][1]) and "Be polite." in runs[2]
+    assert "Look it up." not in text  # templates keep the reasoning of the last turn alone
+
+
 def test_arguments_are_text_if_the_template_joins_them(tokenizer):
     found = example({"messages": CONVERSATION})
     runs, _ = learned(tokenizer, (REAL / "deepseekv3.jinja").read_text(), found)
@@ -295,3 +306,12 @@ def test_a_template_that_merges_answers_cannot_leave_one_out(tokenizer):
     with pytest.raises(DataError, match="does not tell answers from the rest"):
         encode_examples([found], tokenizer, "auto", 1000)
     assert ChatTemplate(tokenizer).answers(CONVERSATION[4:], ChatTemplate(tokenizer).render(CONVERSATION[4:]))
+
+
+def test_examples_that_a_template_refuses_can_be_left_out(tokenizer):
+    tokenizer.chat_template = (REAL / "gemma3.jinja").read_text()
+    good = example({"messages": CONVERSATION[5:]})
+    twice = example({"messages": [CONVERSATION[1], *CONVERSATION[5:]]})
+    text = example({"text": "T"})
+    assert accepted_examples([twice, good, example({"messages": CONVERSATION})], tokenizer) == (good,)
+    assert accepted_examples([text], tokenizer) == (text,) and accepted_examples([], tokenizer) == ()
