@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.errors import HubError
 
+OFFLINE = ", and the Hub is switched off. Try: unset HF_HUB_OFFLINE"
 TIMEOUT_SECONDS = 60.0  # without a byte coming or going; a large commit takes the Hub half a minute
 
 
@@ -41,6 +42,13 @@ def setting(name: str, default: float) -> float:
     if not 0 <= value < math.inf:
         raise HubError(f"{name}: not a number of at least 0 ({text!r}). Try: unset {name}")
     return value
+
+
+def is_offline() -> bool:
+    """Return True if the Hub is switched off (HF_HUB_OFFLINE)."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
 
 
 @functools.cache

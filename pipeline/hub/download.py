@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import HubError, ModelError, UserError, is_unreachable
+from pipeline.hub.client import OFFLINE, is_offline
 from pipeline.hub.retry import retry, say
 from pipeline.system.command_names import login, other_token
 from pipeline.system.files import sync
@@ -24,40 +25,104 @@ class Snapshot:
     revision: str
 
 
+@dataclass(frozen=True)
+class RemoteFiles:
+    """The files of a model's repository at a commit. If the Hub is switched off, those that its cache has.
+
+    Attributes:
+        sizes: bytes of each file by path; 0 if they were not asked for.
+        folder: the folder of the commit in the Hub's cache, if the Hub is switched off.
+    """
+
+    repo: str
+    revision: str
+    sizes: dict[str, int]
+    folder: Path | None = None
+
+    def path(self, name: str, bar: type | None = None) -> Path:
+        """Return a file of the repository in the Hub's cache; it is downloaded if needed.
+
+        Args:
+            bar: class of the progress bar, such as that of `meter`.
+
+        Raises:
+            HubError: if the Hub is switched off, and the cache does not have the file.
+        """
+        from huggingface_hub import hf_hub_download
+
+        if self.folder is None:
+            return Path(
+                str(retry(self.repo, partial(hf_hub_download, self.repo, name, revision=self.revision, tqdm_class=bar)))
+            )
+        if name not in self.sizes:
+            raise HubError(f"{self.repo}: {name} is not in the Hub's cache{OFFLINE}")
+        return self.folder / name
+
+
+def remote_files(repo: str, revision: str | None = None, with_sizes: bool = True) -> RemoteFiles:
+    """Return the files of a model's repository. If the Hub is switched off, its cache is read instead.
+
+    Args:
+        revision: branch, tag or commit; by default the head of the main branch.
+
+    Raises:
+        HubError: if the Hub is switched off, and the cache has no such model. Other errors are those of the client.
+    """
+    from huggingface_hub import HfApi
+
+    if is_offline():
+        return _cached_files(repo, revision)
+    info = retry(repo, lambda: HfApi().model_info(repo, revision=revision, files_metadata=with_sizes))
+    return RemoteFiles(repo, str(info.sha), {s.rfilename: s.size or 0 for s in info.siblings or []})
+
+
+def _cached_files(repo: str, revision: str | None) -> RemoteFiles:
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
+    ref = cache / "refs" / (revision or constants.DEFAULT_REVISION)
+    # The client notes branches only. What was fetched by its commit, as by tunepress, has no note.
+    by_age = sorted((cache / "snapshots").glob("*"), key=lambda folder: folder.stat().st_mtime)
+    commit = ref.read_text().strip() if ref.is_file() else revision or (by_age[-1].name if by_age else "")
+    folder = cache / "snapshots" / commit
+    if not commit or not folder.is_dir():
+        raise HubError(
+            f"{repo}: {f'revision {revision!r}' if revision else 'the model'} is not in the Hub's cache{OFFLINE}"
+        )
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return RemoteFiles(repo, commit, {p.relative_to(folder).as_posix(): p.stat().st_size for p in paths}, folder)
+
+
 def download(
     repo: str,
-    choose: Callable[[list[str]], list[str]],
+    choose: Callable[[RemoteFiles], list[str]],
     revision: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Snapshot:
     """Download files of a model's repository into the Hub's cache, except for those that are there already.
 
     Args:
-        choose: picks from the repository's file names; may raise to refuse the repository.
+        choose: picks from the repository's files; may raise to refuse the repository.
         revision: branch, tag or commit; by default the head of the main branch.
         on_progress: called with bytes done and bytes in all.
 
     Raises:
         ModelError: if the repository or the revision is not there, or is not for this user.
-        HubError: if the Hub cannot be reached.
+        HubError: if the Hub cannot be reached, or is switched off and its cache lacks a file.
     """
-    from huggingface_hub import HfApi, hf_hub_download
-
     with in_one_line(repo, revision, "not a folder here, and the Hub could not be read"):
-        files_metadata = on_progress is not None
-        info = retry(repo, lambda: HfApi().model_info(repo, revision=revision, files_metadata=files_metadata))
-        sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
-        chosen = choose(list(sizes))
+        files = remote_files(repo, revision, with_sizes=on_progress is not None)
+        chosen = choose(files)
         check_names(repo, chosen)
-        folder, done, total = Path(), 0, sum(sizes[name] for name in chosen)
+        folder, done, total = Path(), 0, sum(files.sizes.get(name, 0) for name in chosen)
         for name in chosen:
             bar = meter(partial(_tell, on_progress, done, total)) if on_progress else None
-            fetch = partial(hf_hub_download, repo, name, revision=info.sha, tqdm_class=bar)
-            path = Path(str(retry(repo, fetch)))
+            path = files.path(name, bar)
             sync(path)  # the client leaves that to the system, and never looks into a file that it has
-            done += sizes[name]
+            done += files.sizes[name]
             folder = path.parents[name.count("/")]
-    return Snapshot(folder, tuple(chosen), str(info.sha))
+    return Snapshot(folder, tuple(chosen), files.revision)
 
 
 def _tell(on_progress: Callable[[int, int], None], before: int, total: int, fresh: int) -> None:
@@ -100,6 +165,8 @@ def in_one_line(repo: str, revision: str | None, what: str) -> Iterator[None]:
     except UnicodeEncodeError:  # nothing but the token goes into a header as it is
         raise HubError(f"{repo}: the Hub token contains invalid characters. Try: {other_token()}") from None
     except Exception as error:
+        if is_offline() and is_unreachable(error):
+            raise HubError(f"{repo}: the Hub is needed{OFFLINE}") from None
         if not (isinstance(error, (HfHubHTTPError, OSError)) or is_unreachable(error)):
             raise
         raise HubError(f"{repo}: {what} ({say(error)})") from None

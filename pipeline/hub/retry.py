@@ -8,7 +8,7 @@ from http.client import responses
 from typing import TypeVar
 
 from pipeline.errors import HubError, is_unreachable, redact
-from pipeline.hub.client import prepare, setting
+from pipeline.hub.client import OFFLINE, is_offline, prepare, setting
 from pipeline.system.command_names import other_token
 
 ATTEMPTS = 8
@@ -148,6 +148,8 @@ def _asked_seconds(error: BaseException) -> float:
 def _is_worth_retry(error: Exception, also_retried: tuple[type[Exception], ...]) -> bool:
     """Return True if the error may pass. 409 and 412 mean that others committed first; 401 and `FINAL` never pass."""
     code = status_of(error)
+    if is_offline():
+        return False
     if isinstance(error, also_retried) and code not in (401, *FINAL):
         return True
     if code is not None:
@@ -160,6 +162,8 @@ def _explained(place: str, error: Exception) -> Exception:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     code = status_of(error)
+    if is_offline() and is_unreachable(error):
+        return HubAway(f"{place}: the Hub is needed{OFFLINE}")
     if code is None:
         return error
     if code == 404 and any(isinstance(cause, RepositoryNotFoundError) for cause in _causes(error)):

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pipeline.config.catalog import TRANSFORMERS, VARIANTS, resolve_variants
 from pipeline.errors import CheckpointError, ModelError
-from pipeline.hub.download import download
-from pipeline.models.checkpoint_files import belongs_to_checkpoint, read_config
+from pipeline.hub.download import RemoteFiles, download
+from pipeline.models.checkpoint_files import read_config
 from pipeline.models.safe_loading import check_beside, check_code, open_config, open_model, open_tokenizer
-from pipeline.models.sources import local_folder
+from pipeline.models.sources import local_folder, model_files
 from pipeline.quantization.formats import FileWeights, format_of_file, unpack
 from pipeline.system.libraries import quiet, quiet_progress_bars
 
@@ -184,7 +184,8 @@ def locate_file(source: str | Path, variant: str, revision: str | None = None) -
             raise ModelError(f"{path}: no {pattern}; files for llama.cpp there: {there or 'none'}")
         return found[0]
 
-    def choose(names: list[str]) -> list[str]:
+    def choose(files: RemoteFiles) -> list[str]:
+        names = list(files.sizes)
         wanted = sorted(fnmatch.filter(names, pattern))[:1]
         if not wanted:
             there = ", ".join(sorted(fnmatch.filter(names, _any_file(variant))))
@@ -231,12 +232,11 @@ def _local(source: str | Path) -> Path | None:
 def _fetch(repo: str, variant: str | None, revision: str | None) -> Path:
     prefix = f"{variant}/" if variant else ""
 
-    def choose(names: list[str]) -> list[str]:
-        wanted = [n for n in names if n.startswith(prefix) and belongs_to_checkpoint(n.removeprefix(prefix))]
-        if f"{prefix}config.json" not in wanted:
-            there = sorted({n.split("/")[0] for n in names if n.endswith("/config.json")})
+    def choose(files: RemoteFiles) -> list[str]:
+        if f"{prefix}config.json" not in files.sizes:
+            there = sorted({n.split("/")[0] for n in files.sizes if n.endswith("/config.json")})
             raise ModelError(f"{repo}: no variant {variant!r}; there are: {', '.join(there) or 'none'}")
-        return wanted
+        return model_files(files, prefix)
 
     folder = download(repo, choose, revision).folder
     return folder / prefix

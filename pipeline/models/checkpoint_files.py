@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 from pipeline.errors import ModelError
 from pipeline.models.chat_templates import DEFAULT, chat_templates, write_chat_templates
-from pipeline.models.safe_loading import read_settings
+from pipeline.models.safe_loading import parse_settings, read_settings
 from pipeline.models.tokenizer_settings import SETTINGS_FILES, TEMPLATES, real_path, to_publish
 from pipeline.system.files import fingerprint
 
@@ -26,13 +26,19 @@ TOKENIZER_FILES = re.compile(
 MODEL_FILES = re.compile(  # those that another model would have otherwise
     rf"^([\w.-]+\.safetensors(\.index\.json)?|config\.json|generation_config\.json|[\w.-]+\.model)$|{TOKENIZER_FILES.pattern}"
 )
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def stored_bytes(folder: Path) -> int:
     """Return the size of a checkpoint's weights on disk in bytes, or of its GGUF file."""
-    files = list(folder.glob("*.safetensors")) or folder.glob("*.gguf")
-    return sum(path.stat().st_size for path in files)
+    names = [path.name for path in folder.iterdir()]
+    if SINGLE in names or INDEX in names:
+        files = weight_names(folder, names, lambda name: (folder / name).read_bytes())
+    else:
+        files = [name for name in names if name.endswith(".gguf")]
+    return sum((folder / name).stat().st_size for name in files)
 
 
 def model_digest(files: Mapping[str, str]) -> str:
@@ -76,6 +82,48 @@ def read_config(folder: Path) -> dict:
     return read_settings(folder / "config.json")
 
 
+def weight_names(place: object, names: Collection[str], read: Callable[[str], bytes], prefix: str = "") -> list[str]:
+    """Return the files that transformers reads weights from: the single one, or those of the index.
+
+    Args:
+        place: the model, for errors.
+        names: paths of the files that are there.
+        read: returns the content of a small file.
+        prefix: beginning of the paths of this model's files.
+
+    Raises:
+        ModelError: if there are no such files.
+    """
+    single, index = f"{prefix}{SINGLE}", f"{prefix}{INDEX}"
+    if single in names:
+        return [single]
+    if index not in names:
+        others = [name for name in names if name.startswith(prefix) and "/" not in name.removeprefix(prefix)]
+        found = sorted(n for n in others if n.endswith(".safetensors") and n not in ADAPTER_FILES)
+        if not found:
+            raise ModelError(f"{place}: no .safetensors at its root; pickled weights are not read")
+        raise ModelError(f"{place}: no {single} and no {index}; other names are not read ({', '.join(found[:3])})")
+    try:
+        files = sorted(
+            {f"{prefix}{file}" for file in parse_settings(f"{place}/{index}", read(index))["weight_map"].values()}
+        )
+    except (KeyError, TypeError, AttributeError):
+        raise ModelError(f"{place}/{index}: not an index with a weight_map") from None
+    if missing := [name for name in files if name not in names]:
+        raise ModelError(f"{place}/{missing[0]}: named by the index, and missing")
+    return files
+
+
+def checkpoint_names(names: Iterable[str], weights: Collection[str], prefix: str = "") -> list[str]:
+    """Return the files of a repository that are downloaded with a model: these weights, and what is beside them."""
+    own = (name for name in names if name.startswith(prefix))
+    return [
+        name
+        for name in own
+        if name in weights or (not name.endswith(WEIGHTS) and belongs_to_checkpoint(name.removeprefix(prefix)))
+    ]
+
+
 def belongs_to_checkpoint(name: str) -> bool:
-    """Return True if a file of a repository is downloaded with a model; adapter files are not."""
+    """Return True if a file beside the weights belongs to the checkpoint; adapter files do not."""
     return name not in ADAPTER_FILES and bool(CHECKPOINT_FILES.match(name) or TERMS_FILES.match(name))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import Path
 
 from pipeline.errors import ModelError
-from pipeline.hub.download import in_one_line
-from pipeline.hub.retry import retry
+from pipeline.hub.download import in_one_line, remote_files
 from pipeline.models.checkpoint_files import ADAPTER_FILES, read_config
 from pipeline.models.safe_loading import check_config
 from pipeline.system.command_names import command
@@ -23,20 +21,18 @@ def inspect(repo: str, revision: str | None = None) -> str:
         ModelError: if it is not there or gated, has no weights that are read, or is of another kind.
         HubError: if the Hub cannot be reached.
     """
-    from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     with in_one_line(repo, revision, "not a folder here, and the Hub could not be read"):
         try:
-            info = retry(repo, lambda: HfApi().model_info(repo, revision=revision))
+            files = remote_files(repo, revision, with_sizes=False)
         except RepositoryNotFoundError as error:
             if not isinstance(error, GatedRepoError) and _is_dataset(repo):
                 raise ModelError(f"{repo}: a data set, and no model") from None
             raise
-        _check_files(repo, {s.rfilename for s in info.siblings or []})
-        config = retry(repo, lambda: hf_hub_download(repo, "config.json", revision=info.sha))
-        check_config(repo, read_config(Path(config).parent))
-    return str(info.sha)
+        _check_files(repo, files.sizes)
+        check_config(repo, read_config(files.path("config.json").parent))
+    return files.revision
 
 
 def _is_dataset(repo: str) -> bool:

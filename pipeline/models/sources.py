@@ -9,14 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.config.schema import PACKAGE_SOURCE, REPO_ID, Model
-from pipeline.errors import ModelError
-from pipeline.hub.download import download
+from pipeline.errors import HubError, ModelError
+from pipeline.hub.client import OFFLINE
+from pipeline.hub.download import RemoteFiles, download
 from pipeline.models.checkpoint_files import (
     ADAPTER_FILES,
     MODEL_FILES,
-    belongs_to_checkpoint,
+    checkpoint_names,
     model_digest,
     read_config,
+    weight_names,
 )
 from pipeline.models.packaged_gguf import find_packaged, unpack_gguf
 from pipeline.models.provenance import Origin, read_origin
@@ -107,7 +109,8 @@ def fetch_adapter(
         path = Path(source).expanduser()
         return path, Origin(source, path.resolve().name)
 
-    def choose(names: list[str]) -> list[str]:
+    def choose(files: RemoteFiles) -> list[str]:
+        names = files.sizes
         for prefix in ("", "adapter/"):
             if all(prefix + name in names for name in ADAPTER_FILES):
                 return [prefix + name for name in ADAPTER_FILES]
@@ -162,12 +165,30 @@ def _check_folder(path: Path, need_weights: bool = True) -> None:
     check_beside(path)
 
 
+def model_files(files: RemoteFiles, prefix: str = "", with_weights: bool = True) -> list[str]:
+    """Return the files of a repository that are fetched for a model. Of its weights only those that transformers reads.
+
+    Args:
+        prefix: beginning of the paths of the model's files.
+
+    Raises:
+        ModelError: if there are no such weights.
+        HubError: if the Hub is switched off, and its cache lacks some of them.
+    """
+    try:
+        weights = weight_names(files.repo, files.sizes, lambda name: files.path(name).read_bytes(), prefix)
+    except ModelError:
+        if files.folder:
+            raise HubError(f"{files.repo}: its weights are not whole in the Hub's cache{OFFLINE}") from None
+        raise
+    return checkpoint_names(files.sizes, weights if with_weights else (), prefix)
+
+
 def _download(model: Model, on_progress: Callable[[int, int], None] | None) -> tuple[Path, str]:
-    def choose(names: list[str]) -> list[str]:
-        wanted = [name for name in names if belongs_to_checkpoint(name)]
-        if not any(name.endswith(".safetensors") for name in wanted):
-            raise ModelError(f"{model.source}: no .safetensors at its root; pickled weights are not read")
-        return [name for name in wanted if not (model.low_disk and name.endswith(".safetensors"))]
+    def choose(files: RemoteFiles) -> list[str]:
+        if model.low_disk and files.folder:
+            raise HubError(f"{model.source}: --low-disk reads the weights from the Hub{OFFLINE}")
+        return model_files(files, with_weights=not model.low_disk)
 
     found = download(model.source, choose, model.revision, on_progress)
     return found.folder, found.revision

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +11,8 @@ from typing import Any
 
 from pipeline.config.schema import PACKAGE_SOURCE, Lora, Model, VariantSpec
 from pipeline.errors import CheckpointError, ModelError
-from pipeline.hub.download import in_one_line
-from pipeline.models.checkpoint_files import ADAPTER_FILES, belongs_to_checkpoint, companions, read_config
+from pipeline.hub.download import in_one_line, remote_files
+from pipeline.models.checkpoint_files import ADAPTER_FILES, checkpoint_names, companions, read_config, weight_names
 from pipeline.models.context import context_length
 from pipeline.models.packaged_gguf import find_packaged
 from pipeline.models.safe_loading import check_config, parse_settings
@@ -21,7 +21,6 @@ from pipeline.planning.headers import Tensor, gguf_header, safetensors_header
 from pipeline.quantization.formats import stored_bytes
 from pipeline.training.lora_targets import is_target
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TABLES = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|lm_head|embed_out)\.weight$")
 GGUF_MODEL_TYPES = {"gemma3": "gemma3_text"}  # architectures that transformers names differently
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -171,7 +170,7 @@ def _packaged(file: Path) -> Sizes:
 
 def _in_folder(folder: Path) -> Sizes:
     files = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
-    shards = _shards(str(folder), files, lambda name: (folder / name).read_bytes())
+    shards = weight_names(str(folder), files, lambda name: (folder / name).read_bytes())
     tensors = {n: t for name in shards for n, t in _header_of(folder / name).items()}
     sizes = [files[name] for name in shards]
     other = sum(path.stat().st_size for path in companions(folder))
@@ -197,10 +196,8 @@ def _on_hub(model: Model) -> Sizes:
         raise ModelError(f"{model.source}: not a model repository (no config.json)")
     config = parse_settings(f"{model.source}/config.json", repository.read("config.json"))
     check_config(model.source, config)
-    wanted = {n: size for n, size in files.items() if belongs_to_checkpoint(n)}
-    if not any(name.endswith(".safetensors") for name in wanted):
-        raise ModelError(f"{model.source}: no .safetensors at its root, and pickled weights are not read")
-    shards = _shards(model.source, files, repository.read)
+    shards = weight_names(model.source, files, repository.read)
+    wanted = {name: files[name] for name in checkpoint_names(files, shards)}
     tensors = repository.headers(shards)
     sizes = [files[name] for name in shards]
     return Sizes(
@@ -217,22 +214,23 @@ def _on_hub(model: Model) -> Sizes:
 
 
 class _Repository:
-    """The files of a Hub repository at one commit, read in byte ranges without the cache."""
+    """The files of a Hub repository at one commit, read in byte ranges, or in the cache if the Hub is off."""
 
     def __init__(self, repo: str, revision: str | None):
-        from huggingface_hub import HfApi
-
         self.repo = repo
         with in_one_line(repo, revision, "not a folder here, and the Hub could not be read"):
-            info = HfApi().model_info(repo, revision=revision, files_metadata=True)
-        self.revision = info.sha
-        self.files = {s.rfilename: s.size or 0 for s in info.siblings or []}
+            found = remote_files(repo, revision)
+        self.revision, self.files, self._folder = found.revision, found.sizes, found.folder
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """Return a file's bytes from `start` up to `stop`, or up to its end."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
+        if self._folder:
+            with open(self._folder / name, "rb") as file:
+                file.seek(start)
+                return file.read() if stop is None else file.read(stop - start)
         url = hf_hub_url(self.repo, name, revision=self.revision)
         headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
         if stop is not None:
@@ -260,18 +258,3 @@ class _Repository:
         from huggingface_hub import try_to_load_from_cache
 
         return isinstance(try_to_load_from_cache(self.repo, name, revision=self.revision), str)
-
-
-def _shards(place: str, files: Mapping[str, int], read: Callable[[str], bytes]) -> list[str]:
-    """Return the files of a checkpoint's weights: the single one, or those of the index."""
-    if SINGLE in files:
-        return [SINGLE]
-    if INDEX not in files:
-        raise CheckpointError(f"{place}: no {SINGLE} and no {INDEX}; other formats are not read")
-    try:
-        names = sorted(set(parse_settings(f"{place}/{INDEX}", read(INDEX))["weight_map"].values()))
-    except (KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{place}/{INDEX}: not an index with a weight_map") from None
-    if missing := [name for name in names if name not in files]:
-        raise CheckpointError(f"{place}: {missing[0]} is missing, but the index names it")
-    return names

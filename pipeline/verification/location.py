@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.errors import ModelError, WorkspaceError
-from pipeline.hub.download import download, in_one_line
+from pipeline.hub.client import is_offline
+from pipeline.hub.download import download, in_one_line, remote_files
 from pipeline.hub.tree import LINEAGE, Tree, read_tree
 from pipeline.models.sources import local_folder
 from pipeline.system.files import sha256
@@ -91,7 +92,7 @@ class Place:
         for path in wanted:
             check_path(path) if path != LINEAGE else None
         tell = lambda done, total: self.tell(done, total, "downloading")  # noqa: E731
-        found = download(self.name, lambda names: [n for n in names if n in wanted], self.tree.head, tell)
+        found = download(self.name, lambda files: [n for n in files.sizes if n in wanted], self.tree.head, tell)
         self.folder = found.folder if found.names else self.folder
 
     def read(self, path: str) -> bytes | None:
@@ -114,6 +115,10 @@ def open_place(source: str, revision: str | None, tell: Tell) -> Place:
         release = run.release if run and run.folder == folder else folder
         return Place(source, release, _sizes(release), run, tell=tell)
     with in_one_line(source, revision, "not a folder here, and the Hub could not be read"):
+        if is_offline():
+            cached = remote_files(source, revision)
+            assert cached.folder, "the Hub is switched off, so these are files of its cache"
+            return Place(source, cached.folder, cached.sizes, tell=tell)
         tree = read_tree(source, revision)
     return Place(source, Path(), {path: file.size for path, file in tree.files.items()}, tree=tree, tell=tell)
 
