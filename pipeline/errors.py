@@ -162,6 +162,11 @@ def unfinished_secret(text: str) -> int:
     return position
 
 
+def is_secret_variable(name: str) -> bool:
+    """Return True if an environment variable of this name holds a secret."""
+    return name in _SECRET_VARIABLES or bool(_SECRET_NAMES.fullmatch(name))
+
+
 def holds_secret(text: str) -> bool:
     """Return True if there is a secret in a text that may also be a name, and may look a little like a token."""
     return any(secret in text for secret in _secrets(shortest=12)) or bool(_SURELY_SECRET.search(text))
@@ -188,5 +193,5 @@ def _written(shortest: int) -> list[str]:
 
 def _secrets(shortest: int) -> list[str]:
     found = [secret for name in _SECRET_VARIABLES if len(secret := os.environ.get(name, "").strip()) >= shortest]
-    others = [value.strip() for name, value in os.environ.items() if _SECRET_NAMES.fullmatch(name)]
+    others = [value.strip() for name, value in os.environ.items() if is_secret_variable(name)]
     return found + [other for other in others if len(other) >= _LONGER_THAN_WORDS and other[0] not in "/~."]

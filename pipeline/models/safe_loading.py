@@ -19,6 +19,7 @@ from pipeline.models.tokenizer_settings import (
     check_links,
     check_nothing_lost,
     check_settings,
+    real_path,
     safe_view,
     settle,
 )
@@ -163,10 +164,12 @@ def read_settings(path: Path) -> dict:
     """Return a table of settings in JSON.
 
     Raises:
-        ModelError: if that is none.
+        ModelError: if the file is not a JSON object, or a link out of its folder.
     """
+    if not path.is_file():  # a device has no end
+        raise ModelError(f"{path}: not a file")
     try:
-        return parse_settings(path, path.read_bytes())
+        return parse_settings(path, real_path(path).read_bytes())
     except OSError:
         raise ModelError(f"{path}: not readable JSON") from None
 

@@ -94,7 +94,8 @@ def real_path(path: Path) -> Path:
     Raises:
         ModelError: for a link to anywhere else, through which any file of this machine could be read.
     """
-    real, folder = path.resolve(), path.parent.resolve()
+    parent = path.parent.parent if path.parent.name == TEMPLATES else path.parent  # which may be a link itself
+    real, folder = path.resolve(), parent.resolve()
     caches = [parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots"]
     if folder not in real.parents and real.parent not in caches:
         raise ModelError(f"{path}: a link to {real}, outside its folder, and is not followed. Try: copy the file there")

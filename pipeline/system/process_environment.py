@@ -1,10 +1,12 @@
-"""Environment variables of child processes: memory settings of stages, and the path to this package."""
+"""Environment variables of child processes: memory settings of stages, secrets, and the path to this package."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
+
+from pipeline.errors import is_secret_variable
 
 # glibc returns every large block to the system at once, and the next block costs page faults again.
 # Training on a CPU then spends more time on page faults than on arithmetic. These settings keep the memory.
@@ -19,8 +21,9 @@ STAGE_SETTINGS = {
 
 
 def user_environment() -> dict[str, str]:
-    """Return the environment without the stage settings, as a user would start a process."""
-    return {name: value for name, value in os.environ.items() if STAGE_SETTINGS.get(name) != value}
+    """Return the environment of a process that only opens a model: as a user has it, but without any secret."""
+    kept = {k: v for k, v in os.environ.items() if STAGE_SETTINGS.get(k) != v and not is_secret_variable(k)}
+    return kept | {"HF_TOKEN_PATH": os.devnull}
 
 
 def with_own_package(environment: Mapping[str, str]) -> dict[str, str]:

@@ -41,8 +41,9 @@ def main() -> int:
     """Run the stage that the command line names, and return the exit code."""
     folder, stage, *names = sys.argv[1:]
     variants, process = tuple(names), TrainingProcess.current()
+    log = None if process.is_main else Workspace(Path(folder)).log_of(stage, variants, process.rank)
+    writer = _print_to(log)  # before anything can fail, since only this writer removes tokens
     workspace = Workspace.open(folder)
-    writer = _print_to(None if process.is_main else workspace.log_of(stage, variants, process.rank))
     report = _Socket()
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.schema import Model
-from tests.support.audit_watch import BAIT, PASSWORD
+from tests.support.audit_watch import BAIT, PASSWORD, SECRETS
 from tests.support.hostile_models import LEADS, lead_to, settings_of
 
 
@@ -147,3 +147,45 @@ def test_unusable_generation_settings_are_refused(survives, model, settings):
 
     (model / "generation_config.json").write_text(settings)
     assert "generation" in survives(lambda: stop_tokens(model))
+
+
+@pytest.mark.parametrize("file", ["../model.safetensors", "/tmp/model.safetensors", "other/model.safetensors"])
+def test_index_of_weights_elsewhere_is_refused(survives, model, file):
+    from pipeline.inference.load import load
+    from pipeline.models.safe_loading import open_model
+
+    (model / "model.safetensors").rename(model.parent / "model.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": file}}))
+    for call in (lambda: load(model), lambda: open_model(model, dtype="auto")):
+        assert "is not the name of a file in this folder" in survives(call)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/stdin"])
+def test_link_to_a_device_is_refused(survives, model, name, device):
+    from pipeline.inference.load import load
+
+    (model / name).unlink(missing_ok=True)
+    (model / name).symlink_to(device)
+    survives(lambda: load(model))
+
+
+def test_linked_folder_of_chat_templates_is_refused(survives, model, place):
+    from pipeline.models.chat_templates import chat_templates
+    from pipeline.models.safe_loading import open_tokenizer
+
+    (place / "mine").mkdir()
+    (place / "mine" / "tools.jinja").write_text(PASSWORD)
+    (model / "additional_chat_templates").symlink_to(place / "mine")
+    for call in (lambda: open_tokenizer(model), lambda: chat_templates(model)):
+        assert "a link to" in survives(call)
+
+
+def test_process_that_opens_a_model_has_no_token(place, monkeypatch, cold):
+    """Should a model get to run code after all, there is nothing to take."""
+    from pipeline.publishing.snippets import run
+
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123")
+    done = run("import os; print(dict(os.environ))", place)
+    assert "'HF_TOKEN_PATH': '/dev/null'" in done.stdout, done.stderr  # instead of the token of a login
+    assert not any(secret in done.stdout for secret in (*SECRETS, "0123456789abcdef0123"))
