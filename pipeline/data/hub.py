@@ -207,6 +207,8 @@ def reason(error: Exception, data: Data) -> str:
     if is_unreachable(error) or any("Connect" in kind or "Timeout" in kind for kind in kinds):
         return f"the Hub cannot be reached ({shorten(text, 120)}); try again, or name a file"
     cause = error.__cause__ or error
+    if "column names don't match" in str(cause):
+        return "its rows have different columns, which the datasets library does not read; name a .jsonl file instead"
     return f"cannot be loaded ({type(cause).__name__}: {shorten(str(cause), 120)}); name a .jsonl file instead"
 
 

@@ -85,6 +85,11 @@ CASES = {
     "no rows": {"source": "ada/empty"},
     "a script": {"source": "ada/script"},
     "broken JSON": {"source": "ada/broken"},
+    "other columns": {"source": "ada/others"},
+    "late columns": {"source": "ada/late"},
+    "tools": {"source": "ada/tools"},
+    "pictures": {"source": "ada/pictures"},
+    "ignored pictures": {"source": "ada/pictures", "ignore": ["images"]},
 }
 
 
@@ -122,6 +127,22 @@ def hub(tmp_path_factory):
         put("scores", rows__jsonl=lines([{"url": "u", "score": 1}]))
         put("empty", README__md=b"# Nothing yet")
         put("script", script__py=b"import datasets")
+        rows = [{"instruction": f"I{n}", "output": "A"} for n in range(3)]
+        put("others", a__jsonl=lines(rows), b__jsonl=lines([rows[0] | {"input": "x"}]))
+        put("late", a__jsonl=lines([*rows, {"instruction": "I", "input": "x", "output": "A", "note": "n"}]))
+        calls = [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {"b": None, "c": "x"}}]
+        put("tools", a__jsonl=lines([
+            {"messages": [{"role": "user", "content": call["name"]}, {"role": "assistant", "tool_calls": [call]}]}
+            for call in calls
+        ]))  # fmt: skip
+        sink = pyarrow.BufferOutputStream()
+        pictures = [{"prompt": f"p{n}", "completion": "c", "images": [{"bytes": b"no picture"}]} for n in range(3)]
+        kind = {"images": {"feature": {"_type": "Image"}, "_type": "List"}}
+        kind |= {name: {"dtype": "string", "_type": "Value"} for name in ("prompt", "completion")}
+        table = pyarrow.Table.from_pylist(pictures)
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": kind}})})
+        parquet.write_table(table, sink)
+        put("pictures", rows__parquet=sink.getvalue().to_pybytes())
         put("broken", rows__jsonl=b'{"prompt": "p", "completion": "c"}\n{"prompt": \n')
         hub.environment = hub.env_for(TOKEN, folder / "home")
         yield hub
@@ -152,6 +173,25 @@ def test_splits_slices_subsets_and_named_columns_are_taken(found):
     assert found["named columns"]["license"] is None
 
 
+def test_columns_of_later_rows_are_read_and_named(found):
+    late = found["late columns"]
+    assert any("x" in m["content"] for e in late["train"] + late["held_out"] for m in e["messages"])
+    assert late["unused"] == ["note"]
+
+
+def test_keys_that_arrow_fills_in_are_no_arguments_of_a_call(found):
+    tools = found["tools"]
+    calls = [e["messages"][1]["tool_calls"][0]["function"] for e in tools["train"] + tools["held_out"]]
+    assert sorted(calls, key=lambda call: call["name"]) == [
+        {"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {"c": "x"}},
+    ]  # fmt: skip
+
+
+def test_pictures_are_refused_by_name_or_ignored_without_being_opened(found):
+    assert "row 1: `images` belongs to the row, and only text is learned" in found["pictures"]
+    assert (found["ignored pictures"]["rows"], found["ignored pictures"]["unused"]) == (3, ["images"])
+
+
 def test_a_bad_row_is_named_or_skipped(found):
     assert found["a null"] == ("ada/null (train), row 2: `completion` is the value null; text in quotes is expected")
     skipped = found["skipped"]["skipped"]
@@ -171,6 +211,7 @@ def test_a_bad_row_is_named_or_skipped(found):
         ("no rows", "ada/empty: has no data files; correct data.source"),
         ("a script", "ada/script: is made by a script, which is never run here"),
         ("broken JSON", "ada/broken: cannot be loaded"),
+        ("other columns", "ada/others: its rows have different columns, which the datasets library"),
     ],
 )
 def test_unavailable_data_set_gives_one_line_with_a_remedy(found, case, reason):

@@ -126,6 +126,27 @@ def test_bad_rows_are_skipped_on_request(ask):
         ask(model="./model", data="hopeless.jsonl on_bad_row=skip")
 
 
+def test_columns_of_later_rows_are_told(ask, capsys):
+    rows = [{"instruction": f"I{n}", "response": "A"} for n in range(40)]
+    rows[20] |= {"context": "C", "late": 1}
+    write_rows(Path("late.jsonl"), rows)
+    ask(model="./model", data="late.jsonl")
+    assert "form instruction" in (told := capsys.readouterr().out) and "not used: late" in told
+    rows[5] |= {"chosen": "B"}
+    write_rows(Path("late.jsonl"), rows)
+    with pytest.raises(UserError, match=r"line 6: `chosen` .*set --columns: \{output: chosen\}"):
+        ask(model="./model", data="late.jsonl")
+
+
+def test_columns_that_change_the_meaning_are_ignored_on_request(ask):
+    rows = [{"question": f"Q{n}", "answer": "A", "images": [f"{n}.png"], "weight": 2} for n in range(40)]
+    write_rows(Path("pictures.jsonl"), rows)
+    with pytest.raises(UserError, match="`images` belongs to the row.* write ignore=images behind the data set's name"):
+        ask(model="./model", data="pictures.jsonl")
+    data = ask(model="./model", data="pictures.jsonl ignore=images,weight on_bad_row=skip").data
+    assert (data.ignore, data.on_bad_row) == (["images", "weight"], "skip")
+
+
 def test_a_file_named_like_a_setting_keeps_its_name_in_what_is_told(ask):
     with pytest.raises(UserError, match=r"data\.jsonl: no such file; name another"):
         ask(model="./model", data="data.jsonl")
