@@ -185,9 +185,10 @@ def _without_known(text: str, shortest: int) -> str:
 
 def _written(shortest: int) -> list[str]:
     """Return every form in which a known secret may stand in a text; the longest first."""
-    forms = {
-        form for secret in _secrets(shortest) for form in (secret, quote(secret, safe=""), json.dumps(secret)[1:-1])
-    }
+    forms = set()
+    for secret in _secrets(shortest):
+        forms |= {secret, quote(secret, safe=""), repr(secret)[1:-1]}
+        forms |= {json.dumps(secret, ensure_ascii=ascii)[1:-1] for ascii in (True, False)}
     return sorted(forms, key=len, reverse=True)
 
 

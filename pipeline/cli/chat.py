@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable
 from typing import Any
 
@@ -62,11 +63,15 @@ def _in_transformers(source: str, variant: str | None, device: str, new_tokens: 
         raise ModelError(f"{source}: no chat template, so the model cannot chat")
     from transformers import TextStreamer
 
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(_visible(text), stream_end)
+
     def answer(messages: Messages) -> str:
         inputs = tokenizer.apply_chat_template(
             messages, chat_template=template, add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).to(model.device)
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         output = model.generate(
             **inputs, max_new_tokens=new_tokens, streamer=streamer, pad_token_id=tokenizer.pad_token_id or 0
         )
@@ -95,10 +100,15 @@ def _in_llama_cpp(source: str, variant: str, new_tokens: int) -> Answer:
         try:
             for piece in model.create_chat_completion(messages, max_tokens=new_tokens, stream=True):
                 parts.append(piece["choices"][0]["delta"].get("content") or "")
-                print(parts[-1], end="", flush=True)
+                print(_visible(parts[-1]), end="", flush=True)
         except ValueError as error:  # the chat has become longer than the context
             raise ModelError(f"{path}: {error}") from None
         print()
         return "".join(parts)
 
     return answer
+
+
+def _visible(text: str) -> str:
+    """Return a text with escapes in place of what a terminal would obey; a model may write anything."""
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)

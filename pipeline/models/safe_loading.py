@@ -110,9 +110,10 @@ def open_model(folder: Path, **options: Any) -> Any:
     check_code(folder, read_settings(folder / "config.json"))
     check_beside(folder)
     shard_files(folder, Path.is_file)
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **options
     )
+    model, report = loaded
     refuse_missing(folder, report["missing_keys"])
     return model
 

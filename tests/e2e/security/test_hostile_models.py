@@ -186,3 +186,29 @@ def test_chat_template_is_refused(survives, place, tiny_model, template):
     assert survives(render)
     survives(lambda: find_turns(template, {"bos_token": "<s>"}, ""))
     assert not (place / "owned").exists()
+
+
+def test_chat_shows_no_terminal_escapes(place, tiny_model, capfd, monkeypatch):
+    """A model that writes the beginning of an escape sequence again and again."""
+    import sys
+
+    from safetensors.torch import load_file, save_file
+
+    from pipeline.cli import main
+
+    folder = own_copy(tiny_model, place)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"].zero_()  # so that token 0 is always the likeliest
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    letters = tokenizer["model"]["vocab"]
+    first, escape = next(letter for letter, number in letters.items() if number == 0), chr(0x11B)  # of byte 27
+    letters[first], letters[escape] = letters[escape], 0
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    questions = iter(["Hello?", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(questions))
+    monkeypatch.setattr(sys, "argv", ["tunepress", "chat", "./model", "--new-tokens", "3"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    told = capfd.readouterr().out
+    assert not ended.value.code and "\x1b" not in told and r"\x1b\x1b" in told, told

@@ -128,6 +128,14 @@ def test_ordinary_words_are_not_redacted():
     assert redact(plain) == plain and not holds_secret("./hf_internaltestingrandommodels/x")
 
 
+def test_escaped_letters_of_a_secret_are_redacted(monkeypatch):
+    """In events, letters stay as they are and quotes do not."""
+    secret = 'schlüssel "zum" wald'
+    monkeypatch.setenv("TRACKIO_WRITE_TOKEN", secret)
+    for text in (repr(secret + "'"), json.dumps(secret), json.dumps(secret, ensure_ascii=False)):
+        assert "wald" not in redact(text)
+
+
 def test_escaped_forms_of_a_secret_are_redacted(monkeypatch):
     monkeypatch.setenv("TRACKIO_WRITE_TOKEN", 'my "own" / token')
     for text in ('my "own" / token', json.dumps('my "own" / token'), "https://x/?a=my%20%22own%22%20%2F%20token"):
