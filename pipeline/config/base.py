@@ -14,6 +14,7 @@ from pipeline.errors import holds_secret
 # Control characters of terminals and of text direction, and halves of surrogate pairs.
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _BREAKS = str.maketrans("\n\t", "  ")
+_SEVERAL_LINES = ("prompts", "description")  # fields with texts of several lines
 
 
 class Section(BaseModel):
@@ -43,7 +44,7 @@ class Section(BaseModel):
                 raise ValueError(
                     "it contains a token, which would be published. Try: set HF_TOKEN or TRACKIO_WRITE_TOKEN"
                 )
-            if _CONTROLS.search(text if info.field_name != "prompts" else text.translate(_BREAKS)):
+            if _CONTROLS.search(text.translate(_BREAKS) if info.field_name in _SEVERAL_LINES else text):
                 raise ValueError("it contains a control character or half a character")
         return value
 

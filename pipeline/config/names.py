@@ -1,4 +1,4 @@
-"""The allowed names of repositories, runs and packaged models."""
+"""The allowed names of repositories, runs, licenses and packaged models."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 _REPO_PART = r"[A-Za-z0-9]([\w.-]{0,94}\w)?"
 REPO_ID = re.compile(rf"(?!.*(--|\.\.|\.git\Z)){_REPO_PART}/{_REPO_PART}\Z", re.ASCII)
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}\Z")
+LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,95}\Z")
 PACKAGE_SOURCE = re.compile(r"package:([A-Za-z_]\w*)/([\w.-]+\.gguf)\Z", re.ASCII)
 
 

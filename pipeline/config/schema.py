@@ -12,7 +12,7 @@ from pydantic import Field, SerializeAsAny, ValidatorFunctionWrapHandler, field_
 
 from pipeline.config.base import Count, Rate, Real, Section, Seed, Whole
 from pipeline.config.catalog import DATA_FORMS, VARIANTS
-from pipeline.config.names import PACKAGE_SOURCE, REPO_ID, RUN_NAME, repository_id, run_name
+from pipeline.config.names import LICENSE, PACKAGE_SOURCE, REPO_ID, RUN_NAME, repository_id, run_name
 from pipeline.config.quantize import Quantize, VariantSpec
 from pipeline.config.track import TRACK_SECTIONS, Track, TrackioSettings
 from pipeline.config.training_catalog import (
@@ -194,6 +194,12 @@ class Publish(Section):
         default="per_stage", description="publish after every stage, or once at the end"
     )
     create_pr: bool = Field(default=False, description="open a pull request instead of committing to the main branch")
+    license: str | None = Field(
+        default=None, description="license of the release, as the Hub names it; by default that of the base model"
+    )
+    description: str | None = Field(
+        default=None, min_length=1, max_length=4000, description="your text for the top of the card"
+    )
     mirrors: dict[str, str] = Field(
         default={}, description="a variant -> a repository that holds this variant at its root"
     )
@@ -208,6 +214,13 @@ class Publish(Section):
     @classmethod
     def _repo(cls, value: str | None) -> str | None:
         return repository_id(value)
+
+    @field_validator("license")
+    @classmethod
+    def _license(cls, value: str | None) -> str | None:
+        if value is not None and not LICENSE.match(value):
+            raise ValueError("a license is written as on the Hub, such as apache-2.0")
+        return value
 
     @field_validator("mirrors")
     @classmethod

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pipeline.hub.tree import LocalFile
 
 SCHEMA = 1
+CARDS = 2  # the version of the words and tables of cards; a lineage without it has version 1
 
 
 def lineage(
@@ -38,6 +39,7 @@ def lineage(
     content = {
         "schema": SCHEMA,
         "made_with": {"tunepress": own_version(), **versions(*STACK, *_libraries(results))},
+        "cards": CARDS,
         "run": config.name,
         **({"mirror_of": mirror_of} if mirror_of else {}),
         "base": results.origin.to_json(),

@@ -51,6 +51,7 @@ class Claims:
         configuration: the configuration of the run; None if it cannot be read.
         unread: the reason why configuration or results cannot be read; empty if both can.
         made_with: versions of the libraries.
+        cards: version of the words and tables of the cards.
         mirror_of: the repository whose variant this release has at its root.
     """
 
@@ -60,6 +61,7 @@ class Claims:
     configuration: Config | None
     unread: str
     made_with: Mapping[str, str]
+    cards: object
     mirror_of: str | None
 
     @property
@@ -145,6 +147,7 @@ def read_claims(content: bytes) -> Claims:
         configuration=config,
         unread=config_problem or results_problem,
         made_with={name: version for name, version in made_with.items() if isinstance(version, str)},
+        cards=told.get("cards", 1),
         mirror_of=mirror_of if isinstance(mirror_of, str) else None,
     )
 

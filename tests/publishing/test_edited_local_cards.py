@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from pipeline.tracking.events import Events
 from pipeline.workflow.stages import render
-from tests.support.fake_runs import REPO, FakeRun
+from tests.support.fake_runs import BOTH, REPO, FakeRun
 
 MINE = "\n## A word of mine\n"
 HERS = b"\n## A word of hers\n"
@@ -116,3 +117,14 @@ def test_withdrawn_release_keeps_only_user_text(hub, finished):
     left = {path.relative_to(finished.release).as_posix() for path in finished.release.rglob("*") if path.is_file()}
     assert not {"README.md", "tunepress.json", "int4/README.md", "assets/quality_vs_size.png"} & left
     assert "int8/README.md" in left and "int8/model.safetensors" not in left
+
+
+@pytest.mark.parametrize("chosen, said", [("mit", True), ("apache-2.0", False), (None, False)])
+def test_license_other_than_the_base_models_is_said_in_the_terminal(finished, chosen, said):
+    finished.configure(license=chosen)
+    shown: list[str] = []
+    events = Events(finished.workspace.events_path, "demo", on_show=shown.extend)
+    render.run(finished.config, finished.workspace, events, BOTH)
+    line = "publish.license: mit, while the base model names apache-2.0, whose terms still apply; the card says so"
+    assert shown == [line] * said
+    assert ("These differ" in (finished.release / "README.md").read_text()) == said

@@ -1,4 +1,4 @@
-"""A release that version 0.1 wrote still verifies: its lineage and its cards, beside the same models."""
+"""Releases of earlier versions still verify: their lineage and their cards, beside the same models."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import pytest
 
 from pipeline.verification import Verdict
 from tests.support.releases import Release, told
+from tests.verification.test_defects import figure
 
-FORMER = Path(__file__).parent / "release_0_1"  # tunepress.json and the cards, without weights
+FORMER = ("release_0_1", "release_0_2")  # folders with tunepress.json and the cards, without weights
 
 
-@pytest.fixture
-def former(release) -> Release:
-    """The documents of version 0.1 beside the models of today, which have the same bytes and may have other hashes."""
-    shutil.copytree(FORMER, release.folder, dirs_exist_ok=True)
+@pytest.fixture(params=FORMER)
+def former(release, request) -> Release:
+    """The documents of an earlier version beside today's models: the same bytes, perhaps other hashes."""
+    shutil.copytree(Path(__file__).parent / request.param, release.folder, dirs_exist_ok=True)
     content = release.lineage()
     release.write_lineage(content)
     for path in content["files"]:
@@ -37,6 +38,12 @@ def test_former_release_with_a_changed_figure_has_a_defect(former):
     content["results"]["int8"]["quality"]["general"]["perplexity"]["value"] *= 2
     former.write_lineage(content)
     assert {line.split(":")[0] for line in told(former.verify())} == {"card README.md", "card int8/README.md"}
+
+
+def test_former_card_with_a_changed_figure_has_a_defect(former):
+    right = figure(former, "int4/README.md")
+    former.replace("int4/README.md", f"| {right} |", "| 1.0 ± 0.1 |")
+    assert any("1.0 ± 0.1" in line for line in told(former.verify()))
 
 
 def test_former_release_is_measured_again(former):

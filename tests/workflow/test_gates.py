@@ -163,7 +163,7 @@ def test_stricter_limit_withholds_the_variant_and_keeps_its_files(taken_back, le
 
 def test_with_a_warning_it_is_published_and_both_cards_say_so(warned, let_in):
     assert warned.code == 0, warned.stderr
-    line = "**`int4/` misses its gate and is published with a warning: KL divergence is "
+    line = "**`int4/` misses its limits for lost quality and is published with a warning: KL divergence is "
     assert line in warned.card and line in warned.files["int4/README.md"].decode()
     assert "misses its gate: KL divergence" in warned.stdout
     verdict = warned.lineage["results"]["int4"]["gate"]

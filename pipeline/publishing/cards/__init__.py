@@ -5,8 +5,8 @@ Every figure comes from `results.json` or the configuration, through a format of
 which can print only markdown and escaped text.
 
 There are three kinds of release: a model fine-tuned here, one with an adapter that was trained elsewhere, and
-variants only. The last has no model at its root, and is compared with its source. In the repository of its source,
-its card is a section of that model's card.
+variants only. The last has no merged model, and is compared with its source. In the repository of its source, its
+card is a section of that model's card.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ __all__ = [
 
 
 def model_card(about: About, variants: Sequence[str]) -> str:
-    """Return the README.md of a repository with the root model, if there is one, and exactly these variants."""
+    """Return the README.md of a repository with the merged model, if there is one, and exactly these variants."""
     front = metadata(about, [ROOT, *variants], whole=True)
     if about.is_guest:
         return _render("model_card.md.jinja", about, about.models(variants), front, above=f"# {escape(about.name)}\n\n")
@@ -64,7 +64,7 @@ def folder_card(about: About, variants: Sequence[str]) -> str:
 
 
 def mirror_card(about: About, variant: str, repo: str) -> str:
-    """Return the README.md of a repository `repo` that holds one variant at its root."""
+    """Return the README.md of a repository `repo` that holds one variant alone."""
     front = metadata(replace(about, name=repo), [variant])
     models = about.models([variant], with_base=False) | {variant: code(variant)}
     more: dict[str, Any] = {
@@ -117,6 +117,8 @@ def _render(template: str, about: About, models: Models, front: ModelCardData, a
         "guest": about.is_guest,
         "kind": "variants" if about.reference != ROOT else "trained" if about.config.data else "adapter",
         "reference": about.reference,
+        "description": markdown.paragraphs(about.config.publish.description or ""),
+        "license_conflict": about.license_conflict,
         "models": models,
         "variants": variants,
         "packed": [v for v in variants if not is_one_file(v)],

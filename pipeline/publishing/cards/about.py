@@ -62,12 +62,18 @@ class About:
         """Return True if an adapter was trained here whose base is in no repository."""
         return self.config.data is not None and not self.results.origin.hub_id
 
+    @property
+    def license_conflict(self) -> bool:
+        """Return True if the configuration names another license than the base model."""
+        chosen, of_base = self.config.publish.license, self.results.origin.license
+        return bool(chosen and of_base and chosen != of_base.lower())
+
     def models(self, variants: Sequence[str], with_base: bool = True) -> dict[str, Markdown]:
         """Return the models of a card in its order: key in the results -> name."""
-        found = {BASE: Markdown("root" if self.is_guest else "base model")}
+        found = {BASE: Markdown("original model" if self.is_guest else "base model")}
         found = found if with_base or self.reference == BASE else {}
         if self.reference == ROOT:
-            found[ROOT] = Markdown("root")
+            found[ROOT] = Markdown("merged model")
         return found | {v: place(v) for v in variants}
 
     @property

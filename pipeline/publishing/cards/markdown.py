@@ -23,6 +23,9 @@ _ESCAPES = str.maketrans(
 )
 
 
+SMALLEST, SMALL = 1e-4, 1e-2  # a figure below the first is as good as zero; one below the second if its error is larger
+
+
 class Markdown(str):
     """Text that is markdown already and is not escaped again."""
 
@@ -53,7 +56,20 @@ def environment(folder: Path) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    formats = (code, count, decimal, duration, estimate, fence, listed, parameters, plain, python_literal, said)
+    formats = (
+        code,
+        count,
+        decimal,
+        duration,
+        estimate,
+        fence,
+        listed,
+        paragraphs,
+        parameters,
+        plain,
+        python_literal,
+        said,
+    )
     made.filters |= {form.__name__: form for form in (*formats, share, shell_word, size, unit)}
     made.globals["table"] = table
     return made
@@ -67,6 +83,12 @@ def one_line(text: object) -> str:
 def escape(text: object) -> Markdown:
     """Return `text` escaped for a paragraph or a cell. It must not be the start of a line."""
     return Markdown(one_line(text).translate(_ESCAPES).replace("www.", "www\\."))
+
+
+def paragraphs(text: object) -> Markdown:
+    """Return `text` as escaped paragraphs, which empty lines separate. None begins a list or a heading."""
+    parts = (escape(part) for part in re.split(r"\r?\n[ \t]*\r?\n", str(text)))
+    return Markdown("\n\n".join(re.sub(r"^(\d*)([-+=.)])", r"\1\\\2", part) for part in parts if part))
 
 
 def code(text: object) -> Markdown:
@@ -157,13 +179,26 @@ def rounded(measured: object, scale: float = 1) -> tuple[float, float | None, in
 
 
 def estimate(measured: object, percent: bool = False, sign: str = "") -> Markdown | None:
-    """Return a value and its standard error: `Estimate(12.3456, 0.05123)` -> 12.346 ± 0.051."""
+    """Return a value and its standard error: `Estimate(12.3456, 0.05123)` -> 12.346 ± 0.051.
+
+    A small figure that cannot be told from zero is a bound instead: `Estimate(0.00002, 0.00004)` -> < 0.0001. The bound
+    is two errors above the figure, in one digit.
+    """
     found = rounded(measured, 100 if percent else 1)
     if found is None:
         return None
     value, error, decimals = found
+    bound = abs(value) + 2 * (error or 0)
+    if value and (bound < SMALLEST or (abs(value) < (error or 0) and bound < SMALL)):
+        return _unbroken(f"< {_one_digit_above(max(bound, SMALLEST))}" + (" %" if percent else ""))
     shown = f"{value:{sign},.{decimals}f}" + (f" ± {error:,.{decimals}f}" if error else "") + (" %" if percent else "")
     return _unbroken(shown)
+
+
+def _one_digit_above(value: float) -> str:
+    """Return the next number of one digit that is not below a positive value: 0.0341 -> 0.04."""
+    decimals = _decimals(value, 1)
+    return f"{math.ceil(round(value * 10**decimals, 6)) / 10**decimals:.{decimals}f}"
 
 
 def count(value: object) -> Markdown | None:

@@ -39,7 +39,7 @@ def metadata(about: About, models: Sequence[str], whole: bool = False) -> ModelC
 
     Args:
         models: the models of the card, by their keys in the results.
-        whole: True for the card of the whole release, whose first model is the root.
+        whole: True for the card of the whole release, whose first model is the merged model.
     """
     from huggingface_hub import ModelCardData
 
@@ -75,9 +75,11 @@ def _parent(about: About, whole: bool) -> tuple[str | None, str]:
 
 
 def _license(about: About) -> dict[str, Any]:
-    """Return the base model's license in the Hub's form; empty if it names none."""
+    """Return the license in the Hub's form: the configured one, or the base model's; empty if neither is known."""
     origin, known = about.results.origin, _LICENSES.split()
-    name = one_line(origin.license or "").lower()
+    if (chosen := about.config.publish.license) and about.license_conflict:
+        return {"license": chosen} if chosen in known else {"license": "other", "license_name": chosen}
+    name = one_line(origin.license or chosen or "").lower()
     if name == "other":
         more = {"license_name": origin.license_name, "license_link": origin.license_link}
         return {"license": name, **{key: one_line(value) for key, value in more.items() if value}}

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.evaluation.model_result import TEXTS
-from pipeline.evaluation.overview import Point, draw
+from pipeline.evaluation.overview import NAMES, Point, draw
 from pipeline.evaluation.results import BASE
 from pipeline.publishing.cards import markdown
-from pipeline.publishing.cards.about import ROOT, About
+from pipeline.publishing.cards.about import About
 from pipeline.publishing.cards.markdown import Markdown
 
 PLOT = Markdown("assets/quality_vs_size.png")
@@ -18,14 +18,13 @@ PLOT = Markdown("assets/quality_vs_size.png")
 def points(about: About, variants: Sequence[str]) -> dict[str, list[Point]]:
     """Return the points by text. A text counts if the reference and at least one variant were measured on it."""
     panels = {}
-    names = {ROOT: "root", BASE: "base model"}
     for text in TEXTS:
         found = []
         for model in dict.fromkeys((about.reference, *variants, BASE)):
             result = about.results[model]
             measured = markdown.rounded(result.on(text).perplexity)
             if measured and result.size_bytes:
-                found.append(Point(model, names.get(model, model), result.size_bytes, measured[0], measured[1]))
+                found.append(Point(model, NAMES.get(model, model), result.size_bytes, measured[0], measured[1]))
         shown = {point.model for point in found}
         if about.reference in shown and shown & set(variants):
             panels[text] = found

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.config.catalog import VARIANTS, is_one_file
+from pipeline.config.catalog import LLAMA_CPP, VARIANTS, is_one_file
 from pipeline.evaluation.model_result import HELD_OUT, TEXTS, Speed
 from pipeline.evaluation.results import BASE
 from pipeline.inference.loaders import TIMED
@@ -42,8 +42,34 @@ def summary(about: About, models: Models) -> Markdown:
                 size(fast.peak_memory_bytes),
             ]
         )
-    measured = ("Perplexity", f"KL from the {ours}", "Same first choice", "Tokens per second", "Peak memory")
+    measured = ("Perplexity", "KL divergence", "Same first choice", "Tokens per second", "Peak memory")
     return table(["", "Weights", f"Of the {ours}", *measured], rows)
+
+
+def advice(about: About, models: Models) -> Markdown:
+    """Return what each folder of a release is for, in the words of one sentence."""
+    ahead, over = leads(about, models), {name for name, _ in missed(about, models)}
+    reference = models[about.reference]
+    phrases: dict[str, Markdown] = {}
+    for variant in (model for model in models if model in VARIANTS):
+        row, folder = VARIANTS[variant], code(f"{VARIANTS[variant].folder}/")
+        if row.folder in phrases:
+            continue
+        size_of = markdown.said("{} of the size", markdown.share(about.results[variant].ratio))
+        more = [
+            size_of,
+            *ahead[variant],
+            Markdown("it misses its limits, see below") if models[variant] in over else None,
+        ]
+        engine = "llama.cpp and Ollama" if row.engine == LLAMA_CPP else row.engine
+        told = f" ({listed(more)})" if not row.is_one_file and listed(more) else ""
+        phrases[row.folder] = Markdown(f"{folder} for {engine}{told}")
+    if about.reference == ROOT or about.is_guest:
+        top = Markdown(f"the files at the top of this repository (the {reference}) for full precision or more training")
+    else:
+        top = Markdown(f"the {reference} itself for full precision")
+    *first, last = [*phrases.values(), top]
+    return Markdown(f"Take {'; '.join(first)}; or {last}." if first else f"Take {last}.")
 
 
 def quality(about: About, models: Models) -> list[tuple[str, Markdown]]:
@@ -210,7 +236,7 @@ def tables(about: About, models: Models) -> dict[str, Any]:
     """Return the results of all these functions by name, for the templates."""
     makers: tuple[Callable[[About, Models], Any], ...]
     makers = (summary, quality, speed, leads, rises, ways, machines, answers, faded, failures, offloaded, read_by)
-    makers += (missed, withheld, ladders, ladders_in_vain)
+    makers += (advice, missed, withheld, ladders, ladders_in_vain)
     return {maker.__name__: maker(about, models) for maker in makers}
 
 

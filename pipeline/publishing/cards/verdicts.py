@@ -1,4 +1,4 @@
-"""The lines of a card about variants that missed their gate, published with a warning or withheld."""
+"""The lines of a card about variants that missed their limits, published with a warning or withheld."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _ladder(tried: Sequence[ModelResult]) -> Markdown:
             figures += [estimate(way.on(text).rise, percent=True, sign="+"), estimate(way.on(text).kl)]
         passed = Markdown("passes") if way.gate and way.gate.passed else Markdown("misses")
         rows.append([_options(way.variant), markdown.size(way.size_bytes), *figures, passed])
-    return table([*headers, "Gate"], rows)
+    return table([*headers, "Limits"], rows)
 
 
 def _options(variant: VariantSettings | None) -> Markdown:

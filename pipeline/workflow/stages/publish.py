@@ -25,6 +25,7 @@ from pipeline.workflow.stages import Outcome
 from pipeline.workflow.stages.render import (
     depends,
     folders,
+    license_notice,
     local,
     mirror_files,
     release_files,
@@ -65,6 +66,8 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
                 tag = tag_release(place, commit.oid)
             except HubError as error:
                 problems.append(f"published, but not tagged: {error}")
+    if notice := license_notice(config, workspace):
+        events.show(notice)
     if left := _left_mirrors(config, withheld(config, workspace)):
         events.show(left)
     if problems:

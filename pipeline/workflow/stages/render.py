@@ -52,11 +52,24 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
     """Write the documents into the local release."""
     documents = render(config, workspace, variants, lambda path: local(workspace, path))
+    if notice := license_notice(config, workspace):
+        events.show(notice)
     for path, copy in set_aside(workspace, documents).items():
         events.show([f"{path}: rewritten; your changed text is in {copy}"])
     gone = [name for name in VARIANTS if name not in variants and workspace.placed(f"quantize/{name}")]
     paths = write(config, workspace, documents, variants)
     return Outcome(tuple(paths), {"documents": len(paths), **({"removed": ", ".join(gone)} if gone else {})})
+
+
+def license_notice(config: Config, workspace: Workspace) -> list[str]:
+    """Return a line for people if the configuration names another license than the base model; else nothing."""
+    about = _about(config, workspace, ())
+    if not about.license_conflict:
+        return []
+    chosen, of_base = config.publish.license, about.results.origin.license
+    return [
+        f"publish.license: {chosen}, while the base model names {of_base}, whose terms still apply; the card says so"
+    ]
 
 
 def withheld(config: Config, workspace: Workspace) -> tuple[str, ...]:

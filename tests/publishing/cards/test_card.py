@@ -14,6 +14,7 @@ import pytest
 from huggingface_hub import ModelCard
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 
 import pipeline.publishing.cards as package
 from pipeline.config.schema import REPO_ID
@@ -164,27 +165,30 @@ def test_number_checks_detect_a_hard_coded_number(tmp_path, monkeypatch):
 def test_figures_are_in_their_cells():
     text = model_card(about(), BOTH)
     summary = rows(text, "|  | Weights")
-    assert summary["**root**"]["Weights"] == summary["base model"]["Weights"] == "269 MB"
-    assert summary["**`int4/`**"]["Weights"] == "123 MB" and summary["**`int4/`**"]["Of the root"] == "46 %"
+    assert summary["**merged model**"]["Weights"] == summary["base model"]["Weights"] == "269 MB"
+    assert summary["**`int4/`**"]["Weights"] == "123 MB" and summary["**`int4/`**"]["Of the merged model"] == "46 %"
     assert summary["base model"]["Perplexity"] == "30.59 ± 0.99"
-    assert summary["**`int8/`**"]["Tokens per second"] == "54.7" and summary["**root**"]["Tokens per second"] == "36.0"
+    assert (
+        summary["**`int8/`**"]["Tokens per second"] == "54.7"
+        and summary["**merged model**"]["Tokens per second"] == "36.0"
+    )
     assert summary["**`int8/`**"]["Peak memory"] == "681 MB"
     held_out = rows(text[text.index("### Held-out text") :], "|  | Perplexity")
     assert held_out["`int8/`"]["Perplexity"] == "17.21 ± 0.56"
-    assert held_out["`int4/`"]["Rise over the root"] == "+12.1 ± 1.3 %"
-    assert held_out["root"]["Rise over the root"] == ""
+    assert held_out["`int4/`"]["Rise over the merged model"] == "+12.1 ± 1.3 %"
+    assert held_out["merged model"]["Rise over the merged model"] == ""
     general = rows(text[text.index("### General text") :], "|  | Perplexity")
-    assert general["root"]["Perplexity"] == "12.06 ± 0.39"
+    assert general["merged model"]["Perplexity"] == "12.06 ± 0.39"
     assert general["`int4/`"]["KL divergence, nats a token"] == "0.0403 ± 0.0030"
     assert general["`int8/`"]["Same first choice"] == "69.8 ± 1.2 %"
     speed = rows(text, "|  | Loading")
-    assert speed["root, stock transformers"]["Writing, tokens per second"] == "36.0"
+    assert speed["merged model, stock transformers"]["Writing, tokens per second"] == "36.0"
     assert speed["`int8/`, `pipeline.load`"]["Writing, tokens per second"] == "54.7"
     assert speed["`int8/`, stock transformers"]["Peak memory"] == "603 MB"
     assert speed["`int4/`, stock transformers"]["Writing, tokens per second"] == "— (a)"
     assert "(a) Stock transformers loads `int4/`, but" in text and "`mslk`" in text
     assert rows(text, "|  | Loss")["merged into the NF4 base"]["Above the unmerged"] == "+0.0048 ± 0.0014"
-    assert "The root is the merge into **bf16**" in text
+    assert "The merged model of this repository is the merge into **bf16**" in text
 
 
 def test_the_data_are_described_as_far_as_is_known():
@@ -214,7 +218,7 @@ def test_variant_advice_follows_from_measurements():
     text = model_card(about(), BOTH)
     assert "fastest" not in item(text, "`int8/`")
     assert "README.md)): smallest to download" in item(text, "`int4/`")
-    assert "closest to the root" in item(text, "`int8/`") and "closest" not in item(text, "`int4/`")
+    assert "closest to the merged model" in item(text, "`int8/`") and "closest" not in item(text, "`int4/`")
     assert "Measured: 681 MB of memory and 54.7 tokens/s with `pipeline.load`; 603 MB" in item(text, "`int8/`")
     assert "Stock transformers alone could not compute with it on that machine." in item(text, "`int4/`")
     found = results()
@@ -234,7 +238,7 @@ def test_whether_a_rise_is_beyond_its_error_is_said_for_each_text():
     found["int8"]["quality"]["general"]["rise"] = estimate(0.05, 0)
     text = model_card(about(found), BOTH)
     assert (
-        "differs from the root's by +5.00 ± 0.10 % on held-out text (more than twice the error) and "
+        "differs from the merged model's by +5.00 ± 0.10 % on held-out text (more than twice the error) and "
         "+0.0 ± 1.0 % on general text (no more than twice the error)."
     ) in item(text, "`int4/`")
     assert ("by −5.00 ± 0.10 % on held-out text (more than twice the error) and +5.000 % on general text.") in item(
@@ -288,6 +292,26 @@ def test_a_value_shows_as_many_digits_as_its_error_allows(measured, shown):
     assert markdown.estimate(measured) == (shown and shown.replace(" ", "\u00a0"))
 
 
+@pytest.mark.parametrize(
+    ("measured", "options", "shown"),
+    [
+        (Estimate(0.00002, 0.00004), {}, "< 0.0001"),
+        (Estimate(0.00000231, 0.0000011), {}, "< 0.0001"),  # above its error, and still nothing
+        (Estimate(0.00002), {}, "< 0.0001"),
+        (Estimate(0.0011, 0.0015), {}, "< 0.005"),
+        (Estimate(0.0031, 0.0011), {}, "0.0031 ± 0.0011"),
+        (Estimate(0.000231, 0.000011), {}, "0.000231 ± 0.000011"),
+        (Estimate(0.00001, 0.00002), {"percent": True}, "< 0.005 %"),
+        (Estimate(-0.00001, 0.00002), {"percent": True, "sign": "+"}, "< 0.005 %"),
+        (Estimate(0.028, 0.044), {"percent": True}, "2.8 ± 4.4 %"),
+        (Estimate(-0.01, 0.02), {"percent": True, "sign": "+"}, "−1.0 ± 2.0 %"),
+        (Estimate(0.0), {}, "0"),
+    ],
+)
+def test_a_figure_that_cannot_be_told_from_zero_is_a_bound(measured, options, shown):
+    assert plain(markdown.estimate(measured, **options)) == shown
+
+
 def test_a_percentage_carries_its_sign():
     assert markdown.estimate(Estimate(0.0029, 0.0011), percent=True, sign="+") == "+0.29 ± 0.11 %".replace(
         " ", "\u00a0"
@@ -295,6 +319,63 @@ def test_a_percentage_carries_its_sign():
 
 
 # ---- what is missing is not mentioned
+
+
+def first_sentence(text: str) -> str:
+    return plain(ModelCard(text).text).split("\n\n")[1]
+
+
+def test_the_first_sentence_says_which_folder_to_take_for_what():
+    assert first_sentence(model_card(about(), BOTH)) == (
+        "Take `int8/` for transformers (61 % of the size, closest to the merged model); `int4/` for transformers (46 % "
+        "of the size, smallest to download, fastest at writing, fastest at reading); or the files at the top of this "
+        "repository (the merged model) for full precision or more training."
+    )
+    with_gguf = first_sentence(model_card(gguf_about(), (*BOTH, *GGUF)))
+    assert with_gguf.count("`gguf/` for llama.cpp and Ollama; ") == 1
+    without = first_sentence(model_card(variants_about(), BOTH))
+    assert without.startswith("Take `int8/` for transformers") and "or the base model itself for full" in without
+    assert "fastest at reading, it misses its limits, see below); " in first_sentence(
+        model_card(gated_about(), ["int8"])
+    )
+    assert not first_sentence(model_card(about(), [])).startswith("Take")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_words_of_the_house_are_not_on_a_card(kind):
+    for text in cards(KINDS[kind]()).values():
+        assert not re.search(r"\b(root|gate|rung|live)\b", prose(text)), kind
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_details_fold_away_and_are_still_markdown(kind):
+    for name, text in cards(KINDS[kind]()).items():
+        tokens = MarkdownIt().enable("table").parse(ModelCard(text).text)
+        folds = [t.content for t in tokens if t.type == "html_block" and "details>" in t.content]
+        opened = [fold for fold in folds if fold.startswith("<details>\n<summary>")]
+        assert len(folds) == 2 * len(opened) and folds[1::2] == ["</details>\n"] * len(opened), name
+        assert sum(t.type == "table_open" for t in tokens) == len(re.findall(r"^\| :--", text, re.MULTILINE))
+    tokens = MarkdownIt().enable("table").parse(ModelCard(model_card(about(), BOTH)).text)
+    depth, folded = 0, []
+    for token in tokens:
+        depth += {"<d": 1, "</": -1}.get(token.content[:2], 0) if token.type == "html_block" else 0
+        folded += [token.type] if depth else []
+    assert folded.count("table_open") >= 5 and folded.count("fence") >= 3
+
+
+def test_license_and_description_of_the_configuration_are_on_the_card():
+    publish = {"repo": "user/a-model", "license": "mit", "description": "- A *first* try.\n\nFor [me](x)."}
+    text = model_card(about(on_hub(), config=config(publish=publish)), BOTH)
+    assert data(text)["license"] == "mit"
+    assert "\n\n\\- A \\*first\\* try.\n\nFor \\[me\\](x).\n\n" in text
+    assert (
+        "License: mit, as the publisher of this repository chose; the base model names apache-2.0. **These differ"
+        in text
+    )
+    same = model_card(about(on_hub(), config=config(publish=publish | {"license": "apache-2.0"})), BOTH)
+    assert data(same)["license"] == "apache-2.0" and "These differ" not in same
+    own = model_card(about(on_hub(license=None), config=config(publish=publish | {"license": "house-terms"})), BOTH)
+    assert data(own)["license"] == "other" and data(own)["license_name"] == "house-terms"
 
 
 def test_card_names_only_the_variants_in_the_commit():
@@ -378,9 +459,9 @@ def test_variant_that_lost_the_training_is_named():
 def test_withheld_variant_is_on_the_main_card_with_figures_and_limits():
     text = plain(model_card(gated_about(), ["int8"]))
     assert (
-        "- `int4/` was **tried and withheld** (123 MB, 46 % of the root, groups of 64, rounding `hqq`), and is not "
-        "here: perplexity rises by 12.1 ± 1.3 % on held-out text, which with its error may be more than the limit of "
-        "12.3 %; KL divergence is 0.0403 ± 0.0030 nats a token on held-out text, and the limit is 0.0171; the first"
+        "- `int4/` was **tried and withheld** (123 MB, 46 % of the merged model, groups of 64, rounding `hqq`), and is "
+        "not here: perplexity rises by 12.1 ± 1.3 % on held-out text, which with its error may be more than the limit "
+        "of 12.3 %; KL divergence is 0.0403 ± 0.0030 nats a token on held-out text, and the limit is 0.0171; the first"
     ) in text
     assert "withheld" not in folder_card(gated_about(), ["int8"])
 
@@ -391,17 +472,17 @@ def test_tried_fallbacks_are_listed_even_for_withheld_variants():
     assert shown["groups of 64, rounding `hqq`, 3 layers in eight bits"] == {
         "": "groups of 64, rounding `hqq`, 3 layers in eight bits", "Weights": "171 MB",
         "Rise on held-out text": "+12.1 ± 1.3 %", "KL on held-out text": "0.0403 ± 0.0030",
-        "Rise on general text": "+12.1 ± 1.3 %", "KL on general text": "0.0403 ± 0.0030", "Gate": "misses",
+        "Rise on general text": "+12.1 ± 1.3 %", "KL on general text": "0.0403 ± 0.0030", "Limits": "misses",
     }  # fmt: skip
     assert "## `int8/`: what was tried" in text and "what was tried" not in model_card(about(), BOTH)
     assert "`int4/`" not in folder_card(gated_about(), ["int8"])
 
 
 def test_gate_warning_is_on_every_card_of_the_variant():
-    line = "**`int8/` misses its gate and is published with a warning: perplexity rises by 0.412 ± 0.046 % on held-out "
+    line = "misses its limits for lost quality and is published with a warning: perplexity rises by 0.412 ± 0.046 % on "
     for name, text in cards(gated_about()).items():
-        assert (line if name in ("model", "int8") else "**`int8` misses its gate") in plain(text)
-    assert "misses its gate" not in model_card(about(), BOTH)
+        assert f"**`int8/` {line}" in plain(text) if name in ("model", "int8") else "**`int8` misses its" in plain(text)
+    assert "misses its limits" not in model_card(about(), BOTH)
 
 
 def test_any_other_reason_not_to_run_is_quoted():
@@ -417,7 +498,7 @@ def test_figures_of_a_resumed_training_that_cover_only_its_last_part_are_left_ou
 
 def test_several_machines_are_named():
     text = model_card(about(replaced(results(), ("int4", "machine", "cpu"), "Another")), BOTH)
-    assert "`int4/` on Another" in text and "base model, root, `int8/` on Chip" in text
+    assert "`int4/` on Another" in text and "base model, merged model, `int8/` on Chip" in text
 
 
 def test_machine_is_named_with_its_compute_type():
@@ -436,8 +517,8 @@ def test_results_without_a_compute_type_are_still_shown():
 
 def test_the_same_answers_are_shown_once():
     text = model_card(about(), BOTH)
-    assert "root, `int8/`:\n\n```text\nJoin paths.\n```" in text
-    assert "base model, root, `int8/`, `int4/`:\n\n```text\nIn France.\n```" in text
+    assert "merged model, `int8/`:\n\n```text\nJoin paths.\n```" in text
+    assert "base model, merged model, `int8/`, `int4/`:\n\n```text\nIn France.\n```" in text
 
 
 # ---- the three kinds of release
@@ -450,7 +531,7 @@ def test_an_adapter_from_elsewhere_is_named_and_nothing_is_said_of_its_training(
     assert "Its license and its training data are not known here." in text
     assert "## Training" not in text and "QLoRA" not in text and "eld-out text" not in text
     assert "The adapter was merged into the bf16 base; merges were not compared." in text
-    assert rows(text, "|  | Weights")["**root**"]["Perplexity"] == "12.06 ± 0.39"
+    assert rows(text, "|  | Weights")["**merged model**"]["Perplexity"] == "12.06 ± 0.39"
     assert data(text)["tags"] == ["tunepress", "torchao", "int8", "int4"]
 
 
@@ -466,8 +547,8 @@ def test_variants_without_model_are_compared_with_their_source():
     assert "quantized variants of [org/base](https://huggingface.co/org/base) at revision `0123456789ab`" in text
     assert "The model in full precision is not in this repository; take it from there." in text
     summary = rows(text, "|  | Weights")
-    assert summary["**`int4/`**"]["Of the base model"] == "46 %" and "**root**" not in summary
-    assert "KL from the base model" in summary["**`int4/`**"]
+    assert summary["**`int4/`**"]["Of the base model"] == "46 %" and "**merged model**" not in summary
+    assert "KL divergence" in summary["**`int4/`**"]
     assert "root" not in prose(text) and "Training" not in text and "adapter" not in text
     assert package.PLOT in text and "base model, `int8/`:\n\n```text\nJoin paths." in text
     for shown in (text, folder_card(variants_about(), ["int4"])):
