@@ -26,9 +26,13 @@ def linear_weights(folder: Path) -> dict[str, tuple[int, int]]:
     """
     if known := model_layout(folder):
         return known.linear
+    return linear_layers(skeleton(folder))
+
+
+def linear_layers(model: Any) -> dict[str, tuple[int, int]]:
+    """Return names and shapes (N, K) of the linear layers of a model of transformers, without the output head."""
     import torch
 
-    model = skeleton(folder)
     head = model.get_output_embeddings()
     return {
         f"{name}.weight": (module.out_features, module.in_features)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,11 +84,11 @@ def _front_matter(path: Path) -> tuple[dict, list[str]]:
         found = None
     if found is None or not found[1]:
         return {}, []
-    try:
+    with suppress(*UNREADABLE):
         whole = yaml.load(found[1], Loader=HubLoader)
         return (whole, []) if isinstance(whole, dict) else ({}, [])
-    except UNREADABLE:
-        card, unread = {}, []
+    card: dict = {}
+    unread = []
     for block in re.split(r"^(?=[\w-]+[ \t]*:)", found[1], flags=re.MULTILINE):
         try:
             card |= yaml.load(block, Loader=HubLoader) or {}

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 GENERATES = ("ForCausalLM", "LMHeadModel")  # how the classes of decoders that generate text are called
 # Ways to compute attention and experts that come with torch; any other may be fetched and run.
 _OWN_KERNELS = (None, "eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm")
-SHOWN = 3  # missing tensors that an error names
+SHOWN = 3  # tensors that a line names
 _OTHER_FILES = ("configuration_files", "transformers_weights")  # read instead of those that are checked
 _KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 
@@ -125,9 +125,15 @@ def refuse_missing(folder: Path, names: Collection[str]) -> None:
         ModelError: naming the first of them.
     """
     if names:
-        shown = ", ".join(repr(name) for name in sorted(names)[:SHOWN])
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        raise ModelError(f"{folder}: its checkpoint has no {shown}{more}, which the model needs; fetch the model again")
+        raise ModelError(
+            f"{folder}: its checkpoint has no {some_names(names)}, which the model needs; fetch the model again"
+        )
+
+
+def some_names(names: Collection[str]) -> str:
+    """Return the first of these names, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(repr(name) for name in sorted(names)[:SHOWN]) + more
 
 
 def check_beside(folder: Path) -> None:

@@ -58,7 +58,7 @@ def fetch(
         folder: where a model that must be converted is put; Hub models stay in the Hub's cache. With
             `model.low_disk` the weights stay on the Hub.
         on_progress: called with the bytes that are here, and all bytes.
-        tell: called with a line for each key of the model's card that cannot be read.
+        tell: called with a line for each key of the model's card that cannot be read, and for tensors that are not.
 
     Returns:
         The checkpoint's folder, and where it came from.
@@ -73,12 +73,12 @@ def fetch(
     if is_local(model.source):
         path = Path(model.source).expanduser()
         _check_folder(path)
-        open_checkpoint(path)
+        open_checkpoint(path, tell=tell)
         return path, read_origin(path, model.source, path.resolve().name, tell=tell)
     path, revision = _download(model, on_progress)
     _check_folder(path, need_weights=not model.low_disk)
     if not model.low_disk:
-        open_checkpoint(path)
+        open_checkpoint(path, tell=tell)
     return path, read_origin(path, model.source, model.source, revision, model.source, tell)
 
 

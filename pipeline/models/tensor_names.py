@@ -1,23 +1,33 @@
 """The tensors of a checkpoint beside those that its model needs: other names, missing tensors, other shapes.
 
 transformers draws a missing tensor at random, and only logs that. It also reads some tensors under other names, such as
-those that were saved from the decoder alone. Here such names are read in the same way, and missing tensors are refused.
+those that were saved from the decoder alone. Here such names are read in the same way, missing tensors are refused, and
+tensors that the model does not read are told.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ModelError
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.matrices import model_layout, skeleton
-from pipeline.models.safe_loading import refuse_missing
+from pipeline.models.matrices import linear_layers, model_layout, skeleton
+from pipeline.models.safe_loading import refuse_missing, some_names
+
+TIED_HEAD = "lm_head.weight"  # which some checkpoints store although it is the embedding
+COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")  # stored by old versions, and never read
 
 
-def open_checkpoint(folder: Path, checkpoint: Checkpoint | None = None) -> Checkpoint:
+def open_checkpoint(
+    folder: Path,
+    checkpoint: Checkpoint | None = None,
+    to_copy: bool = False,
+    tell: Callable[[str], object] = lambda line: None,
+) -> Checkpoint:
     """Return the checkpoint of a full-precision model, with its tensors under the names that the model has for them.
 
     A well-known architecture whose tensors are all there needs no transformers.
@@ -25,6 +35,8 @@ def open_checkpoint(folder: Path, checkpoint: Checkpoint | None = None) -> Check
     Args:
         folder: holds the model's configuration.
         checkpoint: its tensors, if they are not in `folder`; they are renamed in place.
+        to_copy: keep the names if every linear layer is found by them, because other programs may know no others.
+        tell: called with a line if there are tensors that the model does not read.
 
     Raises:
         ModelError: if a tensor that the model needs is missing or has another shape.
@@ -34,25 +46,39 @@ def open_checkpoint(folder: Path, checkpoint: Checkpoint | None = None) -> Check
     if known := model_layout(folder):
         expected = known.linear | known.tables | known.vectors
         if expected.keys() <= checkpoint.keys():
-            _check_shapes(folder, checkpoint, expected)
+            _check_shapes(folder, checkpoint, {}, expected)
+            _tell_unread(folder, checkpoint.keys() - expected.keys() - {TIED_HEAD}, (), tell)
             return checkpoint
     model = skeleton(folder)
-    renamed, converted = _read_as(model, checkpoint.keys())
-    if not converted:  # such a checkpoint is copied as it is, since a half of its names would stay
-        checkpoint.rename(renamed)
-    _check_missing(folder, model, {*checkpoint, *renamed.values(), *converted})
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in converted}
-    _check_shapes(folder, checkpoint, shapes)
+    read_as = _read_as(model, checkpoint.keys())
+    _check_missing(folder, model, {*read_as.names.values(), *read_as.converted})
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    _check_shapes(folder, checkpoint, read_as.names, {n: s for n, s in shapes.items() if n not in read_as.converted})
+    unread = checkpoint.keys() - read_as.names.keys() - read_as.sources
+    _tell_unread(folder, unread, model._keys_to_ignore_on_load_unexpected or (), tell)
+    is_usable = to_copy and linear_layers(model).keys() <= checkpoint.keys()
+    if not read_as.converted and not is_usable:  # a half of the names would stay if tensors are put together
+        checkpoint.rename(read_as.names)
     return checkpoint
 
 
-def _read_as(model: Any, stored: Collection[str]) -> tuple[dict[str, str], set[str]]:
-    """Return the names under which transformers reads stored tensors, as it renames them when it loads a model.
+@dataclass(frozen=True)
+class _ReadAs:
+    """The way in which transformers reads the tensors of a checkpoint.
 
-    Returns:
-        Stored name -> name in the model, if they differ; and the tensors that transformers puts together from several,
-        such as stacked experts, by their names in the model.
+    Attributes:
+        names: stored name -> name in the model.
+        sources: names of stored tensors that are put together or taken apart, such as single experts.
+        converted: names in the model of what is made of those.
     """
+
+    names: dict[str, str]
+    sources: set[str]
+    converted: set[str]
+
+
+def _read_as(model: Any, stored: Collection[str]) -> _ReadAs:
+    """Return how transformers reads stored tensors, as it renames them when it loads a model."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -61,20 +87,21 @@ def _read_as(model: Any, stored: Collection[str]) -> tuple[dict[str, str], set[s
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     targets = {source: rule.target_patterns for rule in converters for source in rule.source_patterns}
-    renamed, converted = {}, set()
+    read = _ReadAs({}, set(), set())
     for name in stored:
         found, source = rename_source_key(name, renamings, converters, prefix, wanted)
         if found not in wanted and name in wanted:
             found, source = rename_source_key(name, [], [], prefix, wanted)
         if source is not None:
             first, *others = targets[source]
-            converted |= {found, *(found.replace(first, other) for other in others)}
-        elif found != name and found in wanted and found not in stored:
-            renamed[name] = found
+            read.sources.add(name)
+            read.converted.update({found, *(found.replace(first, other) for other in others)})
+        elif found in wanted and (found == name or found not in stored):
+            read.names[name] = found
     for name, source in model.all_tied_weights_keys.items():  # some checkpoints store the one table as the head
-        if name in stored and not {source, name} & {*renamed.values()} and source not in stored:
-            renamed[name] = source
-    return renamed, converted
+        if read.names.get(name) == name and source not in read.names.values():
+            read.names[name] = source
+    return read
 
 
 def _check_missing(folder: Path, model: Any, stored: Collection[str]) -> None:
@@ -89,8 +116,21 @@ def _check_missing(folder: Path, model: Any, stored: Collection[str]) -> None:
     refuse_missing(folder, missing)
 
 
-def _check_shapes(folder: Path, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_shapes(
+    folder: Path, checkpoint: Checkpoint, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise an error if a tensor has another shape than the model; `names` are those in the model, if they differ."""
+    stored = {names.get(name, name): name for name in checkpoint}
     for name, shape in shapes.items():
-        if name in checkpoint and checkpoint[name].shape != tuple(shape):
-            found = checkpoint[name].shape
-            raise ModelError(f"{folder}: {name!r} is of {found} in its checkpoint, and of {tuple(shape)} in the model")
+        if name in stored and checkpoint[stored[name]].shape != tuple(shape):
+            found = checkpoint[stored[name]].shape
+            raise ModelError(
+                f"{folder}: {stored[name]!r} is of {found} in its checkpoint, and of {tuple(shape)} in the model"
+            )
+
+
+def _tell_unread(folder: Path, names: Collection[str], ignored: Collection[str], tell: Callable[[str], object]) -> None:
+    """Tell of tensors that the model does not read, except those that transformers expects."""
+    expected = re.compile("|".join(f"({pattern})" for pattern in (*COMPUTED, *ignored)))
+    if unread := sorted(name for name in names if not expected.search(name)):
+        tell(f"{folder}: its checkpoint has {some_names(unread)}, which the model does not read; they are copied")

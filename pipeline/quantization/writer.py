@@ -178,7 +178,7 @@ class Variants:
         Raises:
             ModelError: before anything is written, if the model needs tensors that are missing.
         """
-        checkpoint = open_checkpoint(source) if checkpoint is None else checkpoint
+        checkpoint = open_checkpoint(source, to_copy=True) if checkpoint is None else checkpoint
         with self.writing(checkpoint, source) as take:
             names = in_disk_order(checkpoint)
             jobs = chain.from_iterable(blocks_of(checkpoint, name, take, self.together(name)) for name in names)

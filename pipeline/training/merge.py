@@ -73,7 +73,11 @@ def merge_checkpoint(
         QuantizationError: if a weight that variants quantize is missing. Other problems of a variant are in
             `variants.failed`.
     """
-    checkpoint, adapter, variants = open_checkpoint(base), Adapter.read(adapter_folder), variants or Variants()
+    checkpoint, adapter, variants = (
+        open_checkpoint(base, to_copy=True),
+        Adapter.read(adapter_folder),
+        variants or Variants(),
+    )
     _check_fit(checkpoint, base, adapter, adapter_folder)
     _check_held(checkpoint, base, kind, linear)
     merged = {

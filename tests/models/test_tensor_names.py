@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.config.schema import Model, VariantSpec
 from pipeline.errors import ModelError
@@ -102,3 +103,29 @@ def test_a_tensor_of_another_shape_than_the_model_has_is_refused(tiny_model, tmp
 
 def test_a_checkpoint_of_single_experts_is_whole_and_keeps_its_names(mixture):
     assert dict(open_checkpoint(mixture)) == dict(Checkpoint(mixture))
+
+
+def test_names_that_other_programs_know_are_kept_in_a_copy_if_every_layer_is_found_by_them(tmp_path):
+    config = AutoConfig.for_model(
+        "gpt_neox", vocab_size=272, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    stored = Checkpoint(tmp_path)
+    assert "embed_out.weight" in stored
+    assert open_checkpoint(tmp_path, to_copy=True).keys() == stored.keys()
+    found = open_checkpoint(tmp_path)
+    assert torch.equal(found.read("lm_head.weight"), stored.read("embed_out.weight"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_tensors_that_the_model_does_not_read_are_told(tiny_model, tmp_path, layouts, kind):
+    def add(tensors):
+        tensors["model.layers.0.self_attn.gate.weight"] = torch.ones(3)
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
+
+    said = []
+    open_checkpoint(rewrite(tiny_model(kind), tmp_path / "base", add), tell=said.append)
+    (line,) = said
+    assert "has 'model.layers.0.self_attn.gate.weight', which the model does not read; they are copied" in line
+    open_checkpoint(tiny_model(kind), tell=said.append)
+    assert said == [line]

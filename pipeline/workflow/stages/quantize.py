@@ -67,7 +67,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
             with shard_by_shard(config, workspace, events, source) as passing:
                 # A streamed checkpoint reports its download, which is the slower part.
                 tell = functools.partial(events.progress, what="rounding and writing") if passing is None else None
-                made = order.make_of(source, tell, open_checkpoint(source, passing))
+                made = order.make_of(source, tell, open_checkpoint(source, passing, to_copy=True))
             keep_written(config, workspace, made, source)
             for name, error in order.failed.items():
                 shutil.rmtree(_partial(workspace, name), ignore_errors=True)
