@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from pipeline.config.loader import _StrictLoader
-from pipeline.publishing.cards.front_matter import _Loader
+from pipeline.system.hub_yaml import HubLoader
 from tests.support import REPOSITORY
 
 SOURCES = sorted(path for folder in ("pipeline", "scripts") for path in (REPOSITORY / folder).rglob("*.py"))
@@ -26,7 +26,17 @@ CALLS = re.compile(
 METHODS = ("extractall", "unpack_archive", "read_pickle", "to_pickle")
 # What they open has no code: settings, an adapter that was read before, the name of a quantization.
 NO_CODE = ("GenerationConfig", "PeftModel", "AutoHfQuantizer")
-LOADERS = ("_Loader", "_StrictLoader")  # of YAML
+# What opens the files of a model, and the modules that check them before; `packaged_gguf` opens installed packages.
+OPENERS = re.compile(r"(Auto\w+|GenerationConfig|PreTrained\w+)\.(from_pretrained|for_model)")
+CHECKED = {
+    "pipeline/models/safe_loading.py": {
+        f"{name}.from_pretrained"
+        for name in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM", "GenerationConfig")
+    },
+    "pipeline/models/matrices.py": {"AutoConfig.for_model"},
+    "pipeline/models/packaged_gguf.py": {"AutoModelForCausalLM.from_pretrained", "AutoTokenizer.from_pretrained"},
+}
+LOADERS = ("HubLoader", "_StrictLoader")  # of YAML
 REGISTRIES = (
     "quantization/formats",
     "quantization/roundings",
@@ -52,6 +62,21 @@ def test_allowed_exceptions_still_exist():
     """So that the list of exceptions does not outlive them."""
     for name, what in ALLOWED:
         assert what in set(forbidden(ast.parse((REPOSITORY / name).read_text())))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(REPOSITORY).as_posix())
+def test_files_of_models_are_opened_by_the_module_that_checks_them(path):
+    """Elsewhere, a setting of a hostile model could name any file of this machine."""
+    name = path.relative_to(REPOSITORY).as_posix()
+    found = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
+    opened = {call for call in found if OPENERS.fullmatch(call)}
+    assert opened <= CHECKED.get(name, set()) or name.startswith("scripts/benchmark_")
+
+
+def test_openers_are_where_they_were():
+    for name, calls in CHECKED.items():
+        found = ast.walk(ast.parse((REPOSITORY / name).read_text()))
+        assert calls <= {ast.unparse(node.func) for node in found if isinstance(node, ast.Call)}
 
 
 @pytest.mark.parametrize(
@@ -85,7 +110,7 @@ def test_source_audit_detects_violations(source):
 
 
 def test_the_loaders_of_yaml_make_plain_values_alone():
-    for loader in (_Loader, _StrictLoader):
+    for loader in (HubLoader, _StrictLoader):
         assert issubclass(loader, yaml.SafeLoader)
         assert not any(tag and "python" in tag for tag in loader.yaml_constructors)
         assert not any(tag and "python" in tag for tag in loader.yaml_multi_constructors)
