@@ -135,7 +135,7 @@ class ChatTemplate:
         # Behind the last answer there may be an end of text too, behind the others only the end of turn.
         ends_of_turn = [last, "".join(re.findall(r"^\s*\S+", last))]
         if any("tool_calls" in message for message in conversation):  # a call may end in another way
-            ends_of_turn.append(self._end)
+            ends_of_turn.append(self._end or "")
         complete = []
         for (start, end), is_kept in found:
             end += next((len(e) for e in ends_of_turn if e and text.startswith(e, end)), 0)

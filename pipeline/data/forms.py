@@ -115,6 +115,12 @@ def _conversation(row: RowValues, turns: list[Message]) -> Example:
         if message["role"] == "system" and number > 1:
             raise BadRow(f"message {number} is a system message; move it to the front")
     tools = read_tools(row.values["tools"], f"`{row.names['tools']}`") if row.has("tools") else ()
+    answers = [message for message in turns if message["role"] == "assistant" and "tool_calls" not in message]
+    if tools and any("<tool_call>" in message["content"] for message in answers):
+        raise BadRow(
+            "the answers have calls of tools as text (<tool_call>), so the template would write the tools twice; "
+            f"set data.ignore: [{row.names['tools']}] to learn the text as it is"
+        )
     return Example(tuple(turns), tools=tools)
 
 

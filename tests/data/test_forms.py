@@ -135,6 +135,11 @@ BAD_ROWS = {
         answer(tool_calls=[{"name": "f", "arguments": {"a": "\ud83d"}}]),
         "half a character, or is nested too deeply",
     ),
+    "a call that is text": (
+        conversation(("user", "Q"), ("assistant", '<tool_call>{"name": "f"}</tool_call>'))[:-1]
+        + ', "tools": [{"name": "f"}]}',
+        "as text (<tool_call>), so the template would write the tools twice",
+    ),
     "a tool with half a character": (GOOD[:-1] + ', "tools": [{"name": "f", "x": "\\ud83d"}]}', "half a character"),
     "a tool's name that is a number": (
         answer(role="tool", name=7),
