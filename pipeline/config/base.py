@@ -14,7 +14,7 @@ from pipeline.errors import holds_secret
 # Control characters of terminals and of text direction, and halves of surrogate pairs.
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _BREAKS = str.maketrans("\n\t", "  ")
-_SEVERAL_LINES = ("prompts", "description")  # fields with texts of several lines
+_SEVERAL_LINES = ("prompts", "description", "system")  # fields with texts of several lines
 
 
 class Section(BaseModel):

@@ -75,6 +75,11 @@ class Data(Section):
         exclude_if=lambda value: value is None,
         description="one of the model's chat templates by its name, or a file with one",
     )
+    system: str | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="system prompt of conversations without one, also in the published chat template; `''` for none",
+    )
     on_bad_row: Literal["refuse", "skip"] = Field(
         default="refuse", description="stop at a row that cannot be used, or leave it out and count it"
     )
@@ -107,17 +112,12 @@ class Lora(Section):
         return value
 
 
-def _is_default_trainer(name: object) -> bool:
-    """Return True for the default trainer, which is left out of files."""
-    return name == DEFAULT_TRAINER
-
-
 class Train(Section):
     """Fine-tuning."""
 
     trainer: str = Field(
         default=DEFAULT_TRAINER,
-        exclude_if=_is_default_trainer,
+        exclude_if=lambda name: name == DEFAULT_TRAINER,  # left out of files
         description="kind of fine-tuning; `sft` learns the answers",
     )
     method: Literal[*METHODS] = Field(  # type: ignore[valid-type]  # the catalogue has the names

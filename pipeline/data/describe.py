@@ -19,6 +19,7 @@ from pipeline.data.encode import NO_LOSS, Encoded, EncodedSet
 from pipeline.data.overlap import NEAR, RUN, overlap
 from pipeline.data.splitting import SPLIT_BY
 from pipeline.data.supplied_template import is_supplied
+from pipeline.data.system_prompt import added_prompt, describe_prompt, without_prompt
 
 OWN_TEMPLATE, SUPPLIED_TEMPLATE = "the model's own", "supplied"
 CHOSEN_TEMPLATE = "chosen with data.chat_template"
@@ -67,6 +68,8 @@ def describe(data_set: DataSet, encoded: dict[str, EncodedSet], tokenizer: Any) 
         "license": data_set.license,
         "language": data_set.language,
         "template": _template(data_set, tokenizer),
+        "system_prompt": None if data_set.form == "text" else added_prompt(tokenizer) or None,
+        "without_system": without_prompt((*data_set.train, *data_set.held_out)),
         "overlap": {
             **asdict(overlap(data_set.train, data_set.held_out, data_set.loss_on)),
             "run_of_words": RUN,
@@ -85,8 +88,11 @@ def samples(data_set: DataSet, encoded: dict[str, EncodedSet], tokenizer: Any) -
     return Samples(tuple(_stretches(example, tokenizer) for example in chosen), data_set.skipped.first)
 
 
-def report(description: dict[str, Any], samples: Samples) -> list[str]:
-    """Return the lines to show before training, free of characters that move a cursor."""
+def report(description: dict[str, Any], samples: Samples, system: str | None = None) -> list[str]:
+    """Return the lines to show before training, free of characters that move a cursor.
+
+    `system` is the system prompt that the configuration asks for.
+    """
     lines = [_about_rows(description)]
     lines += [f"skipped   {where}: {reason}" for where, reason in samples.skipped[:_SHOWN_SKIPPED]]
     if description["unused_columns"]:
@@ -98,6 +104,10 @@ def report(description: dict[str, Any], samples: Samples) -> list[str]:
         lines.append(
             "template  the model has none: turns are marked in plain text, and the template goes with the model"
         )
+    prompt, count = description["system_prompt"], description["without_system"]
+    if prompt and count:
+        total = sum(part["examples"] + part["dropped"] for part in description["splits"].values())
+        lines.append(f"system    {describe_prompt(prompt, system is not None, count, total)}")
     if samples.examples:
         lines.append(f"examples  what is learned stands between {_MARKS[0]} and {_MARKS[1]}")
     for number, example in enumerate(samples.examples, start=1):

@@ -41,8 +41,8 @@ def supply_template(tokenizer: Any) -> bool:
 
 
 def is_supplied(tokenizer: Any) -> bool:
-    """Return True if a tokenizer's chat template is the one of `supply_template`."""
-    return bool(tokenizer.eos_token) and tokenizer.chat_template == _template_for(tokenizer)
+    """Return True if a tokenizer's chat template is the one of `supply_template`, with or without a system prompt."""
+    return bool(tokenizer.eos_token) and str(tokenizer.chat_template).endswith(_template_for(tokenizer))
 
 
 def beginning(tokenizer: Any) -> list[int]:

@@ -101,6 +101,8 @@ class Data(Record):
     license: Text | None = None
     language: Text | None = None
     template: Text | None = None
+    system_prompt: Text | None = None
+    without_system: Count | None = None
     overlap: Annotated[Overlap, Part] = Overlap()
     splits: Annotated[dict[str, Split], Table] = {}
 

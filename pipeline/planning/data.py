@@ -13,6 +13,7 @@ from pipeline.data import load_examples
 from pipeline.data.files import ENDINGS
 from pipeline.data.packed import DAMAGED, PACKED, ending_of, open_bytes, unreadable
 from pipeline.data.sources import is_builtin, locate
+from pipeline.data.system_prompt import without_prompt
 from pipeline.training.trainers import check_form
 
 if TYPE_CHECKING:
@@ -36,12 +37,14 @@ class DataSize:
         text_bytes: bytes of all rows.
         how: the source of these figures, in a few words.
         fetched_bytes: bytes to download from the Hub.
+        without_system: number of conversations without a system prompt.
     """
 
     examples: int | None
     text_bytes: int | None
     how: str
     fetched_bytes: int | None = 0
+    without_system: int | None = None
 
     @property
     def tokens(self) -> int | None:
@@ -81,7 +84,13 @@ def _counted(config: TrainingRun, size: DataSize) -> DataSize:
     without = [(found.duplicates, "duplicates"), (found.skipped.total, "bad rows")]
     left_out = " and ".join(f"{count} {what}" for count, what in without if count)
     how = "all rows read" + (f"; {left_out} left out" if left_out else "")
-    return replace(size, examples=len(examples), text_bytes=sum(len(text.encode()) for text in contents), how=how)
+    return replace(
+        size,
+        examples=len(examples),
+        text_bytes=sum(len(text.encode()) for text in contents),
+        how=how,
+        without_system=without_prompt(examples),
+    )
 
 
 def steps(data: Data, train: Train, size: DataSize) -> int | None:

@@ -11,13 +11,15 @@ from typing import Any
 
 from pipeline.config.schema import PACKAGE_SOURCE, Lora, Model, VariantSpec
 from pipeline.errors import CheckpointError, ModelError
-from pipeline.hub.download import in_one_line, remote_files
+from pipeline.models.chat_templates import DEFAULT, FILE, chat_templates
 from pipeline.models.checkpoint_files import ADAPTER_FILES, checkpoint_names, companions, read_config, weight_names
 from pipeline.models.context import context_length
 from pipeline.models.packaged_gguf import find_packaged
 from pipeline.models.safe_loading import check_config, parse_settings
 from pipeline.models.sources import check_source, is_local
+from pipeline.models.tokenizer_settings import SETTINGS_FILES
 from pipeline.planning.headers import Tensor, gguf_header, safetensors_header
+from pipeline.planning.hub_files import Repository
 from pipeline.quantization.formats import stored_bytes
 from pipeline.training.lora_targets import is_target
 
@@ -38,6 +40,7 @@ class Sizes:
         here_bytes: the part of them that is in the Hub's cache.
         other_bytes: tokenizer and license, which are copied with the model.
         shard_bytes: the largest file of weights.
+        chat_template: the template of ordinary conversations, if the model has one.
         config: content of `config.json`; for a package only the model type and the context.
     """
 
@@ -49,6 +52,7 @@ class Sizes:
     other_bytes: int = 0
     shard_bytes: int = 0
     revision: str | None = None
+    chat_template: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -153,7 +157,7 @@ def adapter_sizes(source: str) -> dict[str, Tensor]:
     """Return the tensors of an adapter in a folder or a Hub repository."""
     if is_local(source, "merge.adapter"):
         return _header_of(Path(source).expanduser() / ADAPTER_FILES[1])
-    repository = _Repository(source, None)
+    repository = Repository(source, None)
     name = next((n for n in (ADAPTER_FILES[1], f"adapter/{ADAPTER_FILES[1]}") if n in repository.files), None)
     if name is None:
         raise ModelError(f"{source}: no {ADAPTER_FILES[1]} at its root or in adapter/")
@@ -165,7 +169,11 @@ def _packaged(file: Path) -> Sizes:
     size, kind = file.stat().st_size, fields.get("general.architecture")
     context = fields.get(f"{kind}.context_length")
     config = {"model_type": GGUF_MODEL_TYPES.get(str(kind), kind), "max_position_embeddings": context}
-    return Sizes("package", tensors, size, other_bytes=4_000_000, shard_bytes=size, config=config)
+    found = fields.get("tokenizer.chat_template")
+    template = found if isinstance(found, str) else None
+    return Sizes(
+        "package", tensors, size, other_bytes=4_000_000, shard_bytes=size, chat_template=template, config=config
+    )
 
 
 def _in_folder(folder: Path) -> Sizes:
@@ -174,7 +182,15 @@ def _in_folder(folder: Path) -> Sizes:
     tensors = {n: t for name in shards for n, t in _header_of(folder / name).items()}
     sizes = [files[name] for name in shards]
     other = sum(path.stat().st_size for path in companions(folder))
-    return Sizes("folder", tensors, sum(sizes), other_bytes=other, shard_bytes=max(sizes), config=read_config(folder))
+    return Sizes(
+        "folder",
+        tensors,
+        sum(sizes),
+        other_bytes=other,
+        shard_bytes=max(sizes),
+        chat_template=chat_templates(folder).get(DEFAULT),
+        config=read_config(folder),
+    )
 
 
 def _header_of(path: Path) -> dict[str, Tensor]:
@@ -190,7 +206,7 @@ def _header_of(path: Path) -> dict[str, Tensor]:
 
 
 def _on_hub(model: Model) -> Sizes:
-    repository = _Repository(model.source, model.revision)
+    repository = Repository(model.source, model.revision)
     files = repository.files
     if "config.json" not in files:
         raise ModelError(f"{model.source}: not a model repository (no config.json)")
@@ -209,52 +225,17 @@ def _on_hub(model: Model) -> Sizes:
         other_bytes=sum(size for name, size in wanted.items() if not name.endswith(".safetensors")),
         shard_bytes=max(sizes),
         revision=repository.revision,
+        chat_template=_template_on_hub(repository),
         config=config,
     )
 
 
-class _Repository:
-    """The files of a Hub repository at one commit, read in byte ranges, or in the cache if the Hub is off."""
-
-    def __init__(self, repo: str, revision: str | None):
-        self.repo = repo
-        with in_one_line(repo, revision, "not a folder here, and the Hub could not be read"):
-            found = remote_files(repo, revision)
-        self.revision, self.files, self._folder = found.revision, found.sizes, found.folder
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Return a file's bytes from `start` up to `stop`, or up to its end."""
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
-
-        if self._folder:
-            with open(self._folder / name, "rb") as file:
-                file.seek(start)
-                return file.read() if stop is None else file.read(stop - start)
-        url = hf_hub_url(self.repo, name, revision=self.revision)
-        headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
-        if stop is not None:
-            stop = min(stop, self.files[name])
-            headers["Range"] = f"bytes={start}-{stop - 1}"
-            if start >= stop:
-                return b""
-        with in_one_line(self.repo, self.revision, f"{name} could not be read"):
-            answer = get_session().get(url, headers=headers, timeout=30)
-            hf_raise_for_status(answer)
-        return answer.content
-
-    def headers(self, shards: list[str]) -> dict[str, Tensor]:
-        """Return the tensors of several files, whose headers are read at the same time."""
-        from concurrent.futures import ThreadPoolExecutor
-
-        def header(name: str) -> dict[str, Tensor]:
-            return safetensors_header(f"{self.repo}/{name}", lambda start, stop: self.read(name, start, stop))
-
-        with ThreadPoolExecutor(8) as pool:
-            return {name: tensor for found in pool.map(header, shards) for name, tensor in found.items()}
-
-    def is_here(self, name: str) -> bool:
-        """Return True if the Hub's cache has the file."""
-        from huggingface_hub import try_to_load_from_cache
-
-        return isinstance(try_to_load_from_cache(self.repo, name, revision=self.revision), str)
+def _template_on_hub(repository: Repository) -> str | None:
+    """Return the template of ordinary conversations; None if there is none, or only templates by name."""
+    if FILE in repository.files:
+        return repository.read(FILE).decode("utf-8", "replace")
+    settings = SETTINGS_FILES[0]
+    if settings not in repository.files:
+        return None
+    found = parse_settings(f"{repository.repo}/{settings}", repository.read(settings)).get("chat_template")
+    return found if isinstance(found, str) else None

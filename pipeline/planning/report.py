@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from pipeline.data.system_prompt import describe_prompt, prompt_in
 from pipeline.planning import memory
 from pipeline.planning.plan import Plan, Shortage
 from pipeline.planning.stages import Stage, disk_peaks
@@ -142,6 +143,10 @@ def _notes(plan: Plan) -> Iterator[str]:
     for stage in plan.stages:
         for note in stage.notes:
             yield f"{stage.name}: {note}"
+    if (told := plan.config.data) and plan.data and told.system is None and told.chat_template is None:
+        prompt, count = prompt_in(plan.model.chat_template or ""), plan.data.without_system
+        if prompt and count != 0:
+            yield f"system prompt: {describe_prompt(prompt, False, count, plan.data.examples)}"
     if plan.data and plan.data.fetched_bytes is None:
         yield "data: the size of the download is not known"
     yield plan.why_no_times or f"time: {tell_time(plan)}, from the measured speed of this machine"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.config.schema import Config, TrainingRun
 from pipeline.config.training_catalog import TRAINERS
-from pipeline.errors import UserError
+from pipeline.errors import DataError, UserError
 from pipeline.models.context import check_length, context_length
 from pipeline.models.safe_loading import open_config, open_tokenizer
 from pipeline.system import hardware
@@ -169,6 +169,7 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
     """
     from pipeline.data.chat import ChatTemplate, TemplateRefusal
     from pipeline.data.describe import CHOSEN_TEMPLATE, describe, report, samples
+    from pipeline.data.system_prompt import set_prompt
     from pipeline.data.template_choice import choose_template
     from pipeline.evaluation import eligible_prompts, generation, texts
     from pipeline.evaluation.gates import ONE_CLUSTER
@@ -187,6 +188,10 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
     pad_within_embedding(tokenizer, base)
     is_text = data.form == "text"  # which is learned as it is
     chosen = None if is_text else choose_template(tokenizer, config.data.chat_template)
+    if config.data.system is not None:
+        if is_text:
+            raise DataError("data.system: plain text has no system prompt. Try: remove it")
+        chosen = set_prompt(tokenizer, config.data.system)
     if process.is_local_main:
         keep_template(workspace, chosen)
     try:
@@ -203,9 +208,10 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
     generation.check_prompts(config.evaluate.prompts, tokenizer, context)
     read = (*encoded["training"].examples, *held_out, *general)
     check_tokens(base, tokenizer, (sequence.input_ids for sequence in read))
-    description = describe(data, encoded, tokenizer) | ({"template": CHOSEN_TEMPLATE} if chosen else {})
+    about_choice = {"template": CHOSEN_TEMPLATE} if config.data.chat_template else {}
+    description = describe(data, encoded, tokenizer) | about_choice
     alone = [ONE_CLUSTER[text] for text, part in measured.items() if len({s.cluster for s in part}) == 1]
-    events.show(report(description, samples(data, encoded, tokenizer)) + alone)
+    events.show(report(description, samples(data, encoded, tokenizer), config.data.system) + alone)
     watched = texts.first_examples(config, data.held_out, held_out, HELD_OUT_TOKENS)
     encoded["held-out"] = replace(encoded["held-out"], examples=watched)
     origin = workspace.read_measurement("origin")
