@@ -306,9 +306,9 @@ def _figure(figure: dict | None, unit: float = 1) -> str:
     """A value and its standard error, with two digits of the error."""
     if not figure:
         return ""
-    value, error = unit * figure["value"], unit * figure["stderr"]
+    value, error = unit * figure["value"], unit * (figure["stderr"] or 0)
     decimals = max(0, 1 - math.floor(math.log10(error))) if error else 3
-    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
+    return f"{value:.{decimals}f}" + ("" if figure["stderr"] is None else f" ± {error:.{decimals}f}")
 
 
 def _number(value: float | None, unit: float, decimals: int) -> str:

@@ -134,7 +134,9 @@ def sensitivity(
         print(json.dumps(found))
         return
     for layer in sorted(found["layers"], key=lambda layer: -layer["kl"]["value"])[:10]:
-        print(f"{layer['name']:<40} KL {layer['kl']['value']:.2e} ± {layer['kl']['stderr']:.0e} nats a token")
+        error = layer["kl"]["stderr"]
+        shown = "(no error, of one document)" if error is None else f"± {error:.0e}"
+        print(f"{layer['name']:<40} KL {layer['kl']['value']:.2e} {shown} nats a token")
     print(f"All {len(found['layers'])} layers: {output}/sensitivity.json, with a picture beside it")
 
 

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Strict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, Strict
 
 from pipeline.inference.loaders import TIMED
 
@@ -31,7 +31,12 @@ Text = Annotated[str, BeforeValidator(_whole_characters)]
 Count = Annotated[int, Strict()]
 Number = Annotated[float, Strict()]
 Flag = Annotated[bool, Strict()]
-Figure = Annotated[float, Strict(), BeforeValidator(lambda value: math.nan if value is None else value)]
+Figure = Annotated[
+    float,
+    Strict(),
+    BeforeValidator(lambda value: math.nan if value is None else value),
+    PlainSerializer(lambda value: None if math.isnan(value) else value, when_used="json"),
+]
 Table = BeforeValidator(_without_nulls)
 Part = BeforeValidator(lambda value: {} if value is None else value)
 List = BeforeValidator(lambda value: () if value is None else value)

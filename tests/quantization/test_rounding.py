@@ -6,7 +6,7 @@ import torch
 from pipeline.config.catalog import VARIANTS
 from pipeline.quantization.formats.torchao.format import INT8
 from pipeline.quantization.grid import Grid
-from pipeline.quantization.roundings import rounding
+from pipeline.quantization.roundings import rounding, search
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 INT4 = Grid(4, 32, "float", torch.bfloat16)
@@ -77,6 +77,19 @@ def test_the_better_roundings_have_a_smaller_mean_error_than_rounding_to_nearest
     grid, weight = Grid(4, group_size, "float", torch.bfloat16), weights(seed, width=256)
     ours, nearest = ((rounding(n).round(weight, grid).dequantize() - weight).abs().mean() for n in (name, "rtn"))
     assert ours < 0.99 * nearest
+
+
+@pytest.mark.parametrize(("grid", "at_most"), [(INT4, 0.95), (Grid(4, 32, "none", torch.float16), 0.99)], ids=str)
+def test_search_gains_from_narrower_ranges(monkeypatch, grid, at_most):
+    """Regression from the full range alone stops at a worse result in many groups."""
+
+    def error() -> float:
+        return float((rounding("search").round(weight, grid).dequantize() - weight).square().mean())
+
+    weight = weights(width=512)
+    found = error()
+    monkeypatch.setattr(search, "NARROWER", (1.0,))
+    assert found < at_most * error()
 
 
 @pytest.mark.parametrize("seed", range(3))

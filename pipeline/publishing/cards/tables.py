@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline.config.catalog import LLAMA_CPP, VARIANTS, is_one_file
-from pipeline.evaluation.model_result import HELD_OUT, TEXTS, Speed
+from pipeline.evaluation.cluster_errors import MARGIN, quantile
+from pipeline.evaluation.model_result import HELD_OUT, TEXTS, Quality, Speed
 from pipeline.evaluation.results import BASE
 from pipeline.inference.loaders import TIMED
 from pipeline.publishing.cards import markdown
@@ -145,27 +146,33 @@ def leads(about: About, models: Models) -> dict[str, list[Markdown]]:
 
 
 def _nearest(about: About, variants: list[str]) -> str | None:
-    """Return the variant with the smallest divergence on every text, by more than twice its error."""
+    """Return the variant with the smallest divergence on every text, by more than its error."""
     winners: set[str | None] = set()
     for text in TEXTS:
         measured = {v: markdown.rounded(about.results[v].on(text).kl) for v in variants}
         known = [(e[0], e[1] or 0, v) for v, e in measured.items() if e]
         if len(known) > 1:
             (low, error, first), (high, other, _) = sorted(known)[:2]
-            sure = len(known) == len(variants) and high - low > 2 * (error**2 + other**2) ** 0.5
+            reach = _reach(about.results[first].on(text))
+            sure = len(known) == len(variants) and high - low > reach * (error**2 + other**2) ** 0.5
             winners.add(first if sure else None)
     return winners.pop() if len(winners) == 1 else None
 
 
+def _reach(quality: Quality) -> float:
+    """Return the number of errors that a difference must exceed; NaN without an error, 2 for earlier versions."""
+    return MARGIN if quality.freedom is None else quantile(MARGIN, quality.freedom)
+
+
 def rises(about: About, models: Models) -> dict[str, list[Markdown]]:
-    """Return the rise of perplexity on each text by variant, and whether it is more than twice its error."""
+    """Return the rise of perplexity on each text by variant, and whether it is beyond its error."""
     found: dict[str, list[Markdown]] = {}
     for model in (m for m in models if m in VARIANTS):
         for text, name in TEXTS.items():
-            rise = about.results[model].on(text).rise
+            rise, reach = about.results[model].on(text).rise, _reach(about.results[model].on(text))
             if known := markdown.rounded(rise, 100):
                 value, error, _ = known
-                sure = f" ({'more' if abs(value) > 2 * error else 'no more'} than twice the error)" if error else ""
+                sure = f" ({'beyond' if abs(value) > reach * error else 'within'} its error)" if error else ""
                 shown = f"{estimate(rise, percent=True, sign='+')} on {name} text{sure}"
                 found.setdefault(model, []).append(Markdown(shown))
     return found

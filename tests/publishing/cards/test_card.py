@@ -238,10 +238,10 @@ def test_whether_a_rise_is_beyond_its_error_is_said_for_each_text():
     found["int8"]["quality"]["general"]["rise"] = estimate(0.05, 0)
     text = model_card(about(found), BOTH)
     assert (
-        "differs from the merged model's by +5.00 ± 0.10 % on held-out text (more than twice the error) and "
-        "+0.0 ± 1.0 % on general text (no more than twice the error)."
+        "differs from the merged model's by +5.00 ± 0.10 % on held-out text (beyond its error) and "
+        "+0.0 ± 1.0 % on general text (within its error)."
     ) in item(text, "`int4/`")
-    assert ("by −5.00 ± 0.10 % on held-out text (more than twice the error) and +5.000 % on general text.") in item(
+    assert ("by −5.00 ± 0.10 % on held-out text (beyond its error) and +5.000 % on general text.") in item(
         text, "`int8/`"
     )
 
