@@ -104,11 +104,12 @@ def weight_names(place: object, names: Collection[str], read: Callable[[str], by
             raise ModelError(f"{place}: no .safetensors at its root; pickled weights are not read")
         raise ModelError(f"{place}: no {single} and no {index}; other names are not read ({', '.join(found[:3])})")
     try:
-        files = sorted(
-            {f"{prefix}{file}" for file in parse_settings(f"{place}/{index}", read(index))["weight_map"].values()}
-        )
+        named = {str(file) for file in parse_settings(f"{place}/{index}", read(index))["weight_map"].values()}
     except (KeyError, TypeError, AttributeError):
         raise ModelError(f"{place}/{index}: not an index with a weight_map") from None
+    if odd := sorted(file for file in named if "/" in file or not file.endswith(".safetensors")):
+        raise ModelError(f"{place}/{index}: {odd[0]!r} is not the name of a file in this folder")
+    files = sorted(f"{prefix}{file}" for file in named)
     if missing := [name for name in files if name not in names]:
         raise ModelError(f"{place}/{missing[0]}: named by the index, and missing")
     return files

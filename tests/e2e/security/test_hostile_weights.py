@@ -67,12 +67,13 @@ INDEXES = [
 @pytest.mark.parametrize("file", INDEXES, ids=repr)
 def test_index_that_points_elsewhere_is_refused(survives, place, file):
     from pipeline.models.checkpoint import Checkpoint
-    from pipeline.planning.model import _shards
+    from pipeline.models.checkpoint_files import weight_names
 
     content = json.dumps({"weight_map": {"w": file}})
     (place / "model.safetensors.index.json").write_text(content)
     assert survives(lambda: Checkpoint(place))
-    assert survives(lambda: _shards("user/model", {"model.safetensors.index.json": 1}, lambda name: content.encode()))
+    names = {"model.safetensors.index.json", "pytorch_model.bin", "a/b.safetensors", "x.bin"}
+    assert survives(lambda: weight_names("user/model", names, lambda name: content.encode()))
 
 
 def gguf(*parts: bytes, fields: int = 1, tensors: int = 0) -> bytes:
