@@ -143,10 +143,8 @@ def _notes(plan: Plan) -> Iterator[str]:
     for stage in plan.stages:
         for note in stage.notes:
             yield f"{stage.name}: {note}"
-    if (told := plan.config.data) and plan.data and told.system is None and told.chat_template is None:
-        prompt, count = prompt_in(plan.model.chat_template or ""), plan.data.without_system
-        if prompt and count != 0:
-            yield f"system prompt: {describe_prompt(prompt, False, count, plan.data.examples)}"
+    if said := tell_system_prompt(plan):
+        yield f"system prompt: {said}"
     if plan.data and plan.data.fetched_bytes is None:
         yield "data: the size of the download is not known"
     yield plan.why_no_times or f"time: {tell_time(plan)}, from the measured speed of this machine"
@@ -154,6 +152,17 @@ def _notes(plan: Plan) -> Iterator[str]:
         yield UNMEASURED_GPU
     if plan.machine.has_gpu and plan.machine.host_bytes is None:
         yield "main memory and disk of that machine are not known"
+
+
+def tell_system_prompt(plan: Plan) -> str | None:
+    """Return the system prompt that only the chat template adds, in words; None if there is none."""
+    asked, data = plan.config.data, plan.data
+    if asked is None or data is None or data.without_system == 0:
+        return None
+    if asked.system is not None or asked.chat_template is not None:
+        return None
+    prompt = prompt_in(plan.model.chat_template or "")
+    return describe_prompt(prompt, False, data.without_system, data.examples) if prompt else None
 
 
 def tell_time(plan: Plan) -> str:

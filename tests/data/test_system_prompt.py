@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from pipeline.cli.wizard.summary import _lines
 from pipeline.config.loader import load_config
 from pipeline.data.encode import encode_examples
 from pipeline.data.example import Example
@@ -116,6 +117,14 @@ def test_prompt_of_the_template_is_said_in_the_plan_and_before_training(place):
     run_one(config, "train", reporter=shown, start=run_stage_here)
     assert any(line.startswith(f"system    {said}") for line in shown.lines)
     assert place.results()["data"]["system_prompt"] == QWEN and place.results()["data"]["without_system"] == 48
+
+
+def test_prompt_of_the_template_is_said_by_the_wizard(place):
+    config = load_config(str(place.config))
+    lines = dict(_lines(config, make_plan(config, read_rows=False)))
+    assert f"the chat template gives them {QWEN!r}" in lines["System"]
+    asked = load_config(str(place.config), ["data.system=Be brief."])
+    assert "System" not in dict(_lines(asked, make_plan(asked)))
 
 
 def test_prompt_of_the_configuration_is_that_of_the_published_model(place):

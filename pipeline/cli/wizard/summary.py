@@ -8,7 +8,7 @@ from pipeline.cli.wizard.draft import Draft
 from pipeline.config.schema import Config, TrainingRun
 from pipeline.planning import Plan, make_plan
 from pipeline.planning.memory import wanted
-from pipeline.planning.report import tell_shortage, tell_time
+from pipeline.planning.report import tell_shortage, tell_system_prompt, tell_time
 from pipeline.system.text_format import size
 from pipeline.tracking.trackers import tracker
 
@@ -27,6 +27,8 @@ def show_summary(draft: Draft) -> Plan:
 def _lines(config: TrainingRun, plan: Plan) -> Iterator[tuple[str, str]]:
     yield "Model", f"{config.model.source}, {millions(plan.model.parameters)} million parameters"
     yield "Data", f"{config.data.source}{_rows(plan, config.data.limit)}"
+    if said := tell_system_prompt(plan):
+        yield "System", said
     train = config.train
     steps = "unknown number of steps" if plan.steps is None else f"{plan.steps} steps"
     sequences = f"{train.batch_size} x {train.accumulate} sequences of up to {train.max_length} tokens"
