@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,7 @@ def _adapter_beside(model: Path, bait: str) -> None:
 
 
 def _other_weights(model: Path, bait: str) -> None:
-    (model / "model.safetensors").rename(model / "other.safetensors")
+    shutil.copyfile(model / "model.safetensors", model / "other.safetensors")
     settings_of(model, "config.json", transformers_weights="other.safetensors")
 
 
