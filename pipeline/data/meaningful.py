@@ -69,6 +69,7 @@ _MEANINGS: dict[str, _Meaning] = {
     **dict.fromkeys(("weight", "sample_weight", "loss_weight"), _WEIGHT),
     **dict.fromkeys(("context", "input", "passage", "choices", "options"), _QUESTION),
     **dict.fromkeys(("history", "tools", "functions", "system", "system_prompt", "system_message"), _UNREAD),
+    "chat_template_kwargs": _UNREAD,  # trl's: settings of the template for this row
 }
 
 

@@ -288,6 +288,10 @@ CHAT = {"messages": list(turns("Q", "A"))}
         ({"question": "Q", "answer": "A", "context": "C"}, "{instruction: question, input: context, output: answer}"),
         ({"question": "Q", "answer": "A", "choices": ["A", "B"]}, "`choices` belongs to the question"),
         ({"instruction": "I", "input": "x", "context": "C", "output": "A"}, "`context` belongs to the question"),
+        (
+            CHAT | {"chat_template_kwargs": {"enable_thinking": False}},
+            "`chat_template_kwargs` changes the conversation",
+        ),
         (PAIR | {"system": "S", "system_prompt": "T"}, "`system_prompt` changes the conversation"),
     ],
 )

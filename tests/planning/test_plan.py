@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
@@ -186,6 +187,22 @@ def test_rows_of_a_large_file_or_of_the_hub_are_read_if_asked_for(place, hub, mo
     there = ("tinyllama-1.1b", "--set", "data.source=ada/bad")
     assert "does not say" in place.plan(*there)["data"]["how"]
     assert "ada/bad" in place.tunepress("plan", *there, "--data", check=2).stderr
+
+
+def test_size_of_a_packed_file_is_that_of_its_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.planning.data.SAMPLE_BYTES", 20_000)
+    rows = "".join(json.dumps({"prompt": f"What is {n}?", "completion": f"{n * n}."}) + "\n" for n in range(4000))
+    for count, error in ((100, 0), (4000, 0.3)):  # a small file is counted, a large one is estimated
+        content = "\n".join(rows.splitlines()[:count]).encode()
+        (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(content))
+        data = {"source": str(tmp_path / "rows.jsonl.gz")}
+        config = parse_config({"name": "tiny", "model": {"source": "./model"}, "data": data}, "")
+        size = data_size(config, read_rows=False)
+        assert abs(size.text_bytes - len(content)) <= error * len(content)
+        assert abs(size.examples - count) <= error * count
+    (tmp_path / "rows.jsonl.gz").write_bytes(b"no gzip")
+    with pytest.raises(DataError, match="not a gzip file, or a damaged one"):
+        data_size(config, read_rows=False)
 
 
 @pytest.mark.parametrize(
