@@ -92,7 +92,7 @@ def test_existing_card_is_kept_and_gains_one_section(added):
 
 def test_each_variant_says_that_its_source_is_at_the_root(added):
     card = added[0].hub.read("ada/model", "int4/README.md").decode()
-    assert "[the model at the root of the repository](../README.md)" in card
+    assert "[the full model in this repository](../README.md)" in card
     assert "base_model: ada/model" in card and "license: apache-2.0" in card
 
 
