@@ -96,9 +96,9 @@ def real_path(path: Path) -> Path:
         ModelError: for a link to anywhere else, through which any file of this machine could be read.
     """
     parent = path.parent.parent if path.parent.name == TEMPLATES else path.parent  # which may be a link itself
-    real, folder = path.resolve(), parent.resolve()
-    caches = [parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots"]
-    if folder not in real.parents and real.parent not in caches:
+    real = path.resolve()
+    in_cache = real.parent.name == "blobs" and real.parents[1].name.startswith("models--")
+    if parent.resolve() not in real.parents and not in_cache:
         raise ModelError(f"{path}: a link to {real}, outside its folder, and is not followed. Try: copy the file there")
     return real
 
