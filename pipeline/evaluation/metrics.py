@@ -126,6 +126,8 @@ def score(model: PreTrainedModel, sequences: Sequence[Encoded], on_progress: Pro
         done += sum(len(sequences[i].input_ids) for i in batch)
         if on_progress:
             on_progress(done, total)
+    if not nll.isfinite().all():
+        raise ModelError(f"{model.config.model_type}: its loss is not finite for some tokens. Try: another model")
     return Scores(nll, choice, cluster, hidden)
 
 

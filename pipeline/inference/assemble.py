@@ -7,6 +7,7 @@ read, packed for the machine and released before the next one.
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable, Set
 from pathlib import Path
@@ -81,9 +82,17 @@ def skeleton(
 
     Returns:
         None if the checkpoint has other tensor names than the model.
+
+    Raises:
+        ModelError: if tensors are missing, or the model changes its weights.
     """
     from transformers import AutoModelForCausalLM
 
+    if getattr(config.get_text_config(), "rescale_every", 0):
+        raise ModelError(
+            f"{folder}: a {config.model_type} changes its weights while it runs, so they are not packed or read layer "
+            "by layer. Try: the full-precision model, on a machine with more memory"
+        )
     stored = open_checkpoint if getattr(config, "quantization_config", None) is None else Checkpoint
     checkpoint = stored(folder) if weights is None else weights
     quantized = stored_weights(checkpoint)
@@ -168,7 +177,12 @@ def _place_table(model: PreTrainedModel, name: str, weight: GroupQuantized, devi
 
 
 def _save_as(layer: torch.nn.Module, stored: Stored, dtype: torch.dtype, form: Format) -> None:
-    """Make state dicts hold the weight of a packed layer as files store it."""
+    """Make state dicts hold the weight of a packed layer as files store it.
+
+    Its `weight` tells the type and the device to models that ask a layer for them, and has no elements.
+    """
+    if hasattr(layer, "portable"):
+        layer.weight = torch.nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
     layer.register_state_dict_post_hook(
         lambda module, state, prefix, _: state.update({f"{prefix}weight": form.tensor(stored(), dtype)})
     )
@@ -249,14 +263,32 @@ def computing_type(model: PreTrainedModel, name: str, stored: torch.dtype) -> to
 
 
 def fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Compute the buffers that no file holds, such as rotary frequencies, as transformers does."""
+    """Compute the buffers that no file holds, such as rotary frequencies, as transformers does.
+
+    Most modules compute their own buffers. The others are left to the modules around them, as in Falcon-H1.
+
+    Raises:
+        ModelError: naming a buffer that transformers does not compute.
+    """
     module: Any
+    empty = [name for name, buffer in model.named_buffers() if buffer.is_meta and buffer.is_floating_point()]
     for module in model.modules():
-        empty = [leaf for leaf, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
-        for leaf in empty:
-            module._buffers[leaf] = torch.empty_like(module._buffers[leaf], device=device)
-        module._is_hf_initialized = not empty
+        unset = [leaf for leaf, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
+        for leaf, buffer in module._buffers.items():
+            if leaf in unset:
+                value = math.nan if buffer.is_floating_point() else 0
+                module._buffers[leaf] = torch.full_like(buffer, value, device=device)
+            elif buffer is not None:
+                buffer._is_hf_initialized = True
+        module._is_hf_initialized = not unset
         parameter: Any
         for parameter in module.parameters(recurse=False):
             parameter._is_hf_initialized = True  # or transformers would draw it at random
     model.initialize_weights()
+    if any(model.get_buffer(name).isnan().all() for name in empty):
+        for module in model.modules():
+            module._is_hf_initialized = not any(buffer.isnan().all() for buffer in module.buffers())
+        model.initialize_weights()
+    for name in empty:
+        if model.get_buffer(name).isnan().all():
+            raise ModelError(f"{name}: neither stored nor computed by transformers. Try: another architecture")

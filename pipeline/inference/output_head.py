@@ -168,7 +168,7 @@ def check_head(model: PreTrainedModel, backbone: torch.nn.Module, head: Head, to
         raise ModelError(f"{kind}: its logits are not finite; the model is broken. Try: another model")
     states = backbone(input_ids=ids, use_cache=False)[0]
     fits = states.shape[:-1] == theirs.shape[:-1] and theirs.shape[-1] == head.rows and states.shape[-1] == head.width
-    if not fits or (head(states) - theirs).norm() > HEAD_TOLERANCE * theirs.norm():
+    if not fits or not (head(states) - theirs).norm() <= HEAD_TOLERANCE * theirs.norm():  # NaN is neither
         raise ModelError(
             f"{kind}: its logits are more than its last hidden states times a matrix, with a bias, a scale and a "
             "bound; tunepress cannot train or measure such a model. Try: another architecture"

@@ -27,7 +27,7 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.matrices import PLAIN_TABLE, embedding_kind
 from pipeline.quantization.formats import FileWeights
 from pipeline.quantization.formats.safetensors import SafetensorsFormat
-from pipeline.quantization.formats.torchao import header, sizes
+from pipeline.quantization.formats.torchao import header, sizes, trial
 from pipeline.quantization.grid import Grid, GroupQuantized
 
 if TYPE_CHECKING:
@@ -72,12 +72,22 @@ class Torchao(SafetensorsFormat):
         return grouped(spec.variant.bits, size)
 
     def check(self, spec: VariantSpec, folder: Path) -> None:
-        """Raise ModelError if the embedding is to be in int8, and does more than look rows up.
+        """Raise ModelError if stock transformers cannot load or run the variant.
 
         A Gemma's embedding also multiplies the rows. The stock loader leaves its factor unset if it is quantized.
+        Some layers are used in ways that torchao's tensors do not have.
         """
         if spec.quantizes_embeddings and (kind := embedding_kind(folder)) != PLAIN_TABLE:
             raise ModelError(f"{folder}: stock transformers cannot load a {kind} in int8; use embeddings: keep")
+        if layers := trial.unusable_layers(folder, spec.keep, self._on_meta):
+            raise ModelError(
+                f"{folder}: stock transformers cannot run {', '.join(layers)} in {spec.name}, since the model does "
+                f"more with their weights than a linear layer. Try: keep these layers in {spec.name}, or leave it out"
+            )
+
+    def _on_meta(self, shape: tuple[int, int]) -> torch.Tensor:
+        codes, scale = torch.empty(shape, dtype=torch.int8, device="meta"), torch.empty(shape[0], 1, device="meta")
+        return Torchao.tensor(self, GroupQuantized(codes, scale, None, INT8), torch.bfloat16)
 
     def plan(self, name: str, shape: tuple[int, int], grid: Grid) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Return the stored tensors of the weight `name` of `shape` (N, K): name -> (dtype, shape)."""
