@@ -127,8 +127,7 @@ class StageFailed(UserError):
 
 def install(*words: str) -> str:
     """Return the pip command that installs packages into this environment."""
-    pip = f"{shlex.quote(sys.executable)} -m pip" if LAUNCHED_BY in os.environ else "pip"
-    return " ".join([pip, "install", *(shlex.quote(word) for word in words)])
+    return " ".join(shlex.quote(word) for word in (sys.executable, "-m", "pip", "install", *words))
 
 
 def is_unreachable(error: BaseException) -> bool:

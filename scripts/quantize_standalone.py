@@ -31,7 +31,8 @@ try:
 except ModuleNotFoundError:
     sys.exit(
         f"quantize_standalone: this Python ({sys.executable}) lacks what tunepress needs; "
-        f"take {CLONE}/.venv/bin/python, which {CLONE}/launch.sh sets up, or run: pip install {CLONE}"
+        f"take {CLONE}/.venv/bin/python, which {CLONE}/launch.sh sets up, "
+        f"or run: {sys.executable} -m pip install {CLONE}"
     )
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

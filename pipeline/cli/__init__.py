@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from pipeline.cli import machine, models, releases, runs
@@ -22,6 +24,23 @@ VERBS = (
 )  # fmt: skip
 for verb in VERBS:
     app.command()(verb)
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        from pipeline.publishing.lineage import own_version
+
+        print(f"tunepress {own_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before_all(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Do what every verb needs first: nothing."""
 
 
 def main() -> None:

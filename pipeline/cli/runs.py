@@ -101,18 +101,21 @@ def status(
     last: Annotated[int, typer.Option(help="Number of events to show.", min=0)] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """Show the finished stages and the last events of a run."""
+    """Show the steps of a run, finished, running or left, and its last events."""
     from pipeline.tracking.events import read_events
+    from pipeline.workflow.run_state import run_state
     from pipeline.workflow.workspace import Workspace
 
     workspace = Workspace.open(folder)
     events = [e for e in read_events(workspace.events_path)[0] if "event" in e]
+    state = run_state(workspace)
     if as_json:
-        print(json.dumps({"ledger": states(workspace), "events": events}))
+        now = {"running": sorted(state.running), "left": state.left, "changed": state.changed}
+        print(json.dumps({"ledger": states(workspace), "events": events, **now}))
         return
     from pipeline.cli.terminal import show_status
 
-    show_status(console(), workspace, events[-last:] if last else [])
+    show_status(console(), state, workspace, events[-last:] if last else [])
 
 
 def sync(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -23,8 +24,10 @@ from pipeline.system.text_format import clock, size
 from pipeline.tracking.events import alert_level
 from pipeline.tracking.trackers import tracker
 from pipeline.workflow.reporter import Reporter
+from pipeline.workflow.run_state import RunState
 from pipeline.workflow.workspace import Entry, Workspace
 
+COLUMN_SPACE = 2  # between two columns of a table
 QUIET_SECONDS = 30.0  # between progress lines without a terminal
 
 
@@ -130,15 +133,10 @@ def summary(console: Console, config: Config, workspace: Workspace) -> None:
     results = Results.read(workspace.results_path)
     there = [v for v in VARIANTS if v in results.variants and (workspace.release / VARIANTS[v].folder).is_dir()]
     shown = [v for v in there if not ((gate := results[v].gate) and gate.withheld)]
-    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     titles = ("", "size", "held-out ppl", "general ppl", "KL", "decode", "memory")
     rows = [(name, *_figures(results[name])) for name in (BASE, MERGED, *shown) if name in results.models]
     measured = [column for column in zip(titles, *rows, strict=True) if set(column[1:]) != {"-"}]
-    for title, *_ in measured:
-        table.add_column(title, justify="left" if not title else "right", no_wrap=True)
-    for row in zip(*(cells for _, *cells in measured), strict=True):
-        table.add_row(*row)
-    if table.rows:
+    for table in _tables(measured if rows else [], console.width):
         console.print(table)
     console.print(f"[dim]{_how_measured(results)}[/]")
     console.print(f"\nRelease    {escape(str(workspace.release))}")
@@ -153,6 +151,33 @@ def summary(console: Console, config: Config, workspace: Workspace) -> None:
         from huggingface_hub import constants
 
         console.print(f"Published  {constants.ENDPOINT}/{config.publish.repo}")
+
+
+def _tables(columns: Sequence[tuple[str, ...]], width: int) -> list[Table]:
+    """Return the columns as tables that fit in `width` characters, because a cut figure is no figure.
+
+    Args:
+        columns: title and cells of each. The first one has the names, and is repeated.
+    """
+    groups: list[list[tuple[str, ...]]] = []
+    left = 0
+    for column in columns[1:]:
+        needed = max(map(len, column)) + COLUMN_SPACE
+        if not groups or needed > left:
+            groups.append([columns[0]])
+            left = width - max(map(len, columns[0])) - 2 * COLUMN_SPACE
+        groups[-1].append(column)
+        left -= needed
+    return [_table(group) for group in groups]
+
+
+def _table(columns: Sequence[tuple[str, ...]]) -> Table:
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+    for title, *_ in columns:
+        table.add_column(title, justify="left" if not title else "right", no_wrap=True)
+    for row in zip(*(cells for _, *cells in columns), strict=True):
+        table.add_row(*row)
+    return table
 
 
 def _how_measured(results: Results) -> str:
@@ -230,19 +255,22 @@ def _perplexities(figures: dict) -> list[str]:
     return []
 
 
-def show_status(console: Console, workspace: Workspace, events: list[dict]) -> None:
-    """Print the ledger and the last events of a run."""
+def show_status(console: Console, state: RunState, workspace: Workspace, events: list[dict]) -> None:
+    """Print the steps of a run and its last events."""
     table = Table(title=f"{workspace.folder}", title_justify="left")
     for column in ("step", "finished", "took", ""):
         table.add_column(column)
-    for key, entry in workspace.ledger().items():
-        told = (
-            _tell(entry.summary)
-            if workspace.holds(key, entry.fingerprint)
-            else "[yellow]its files changed or are gone[/]"
-        )
+    ledger = workspace.ledger()
+    for key, entry in ledger.items():
+        told = "[yellow]its files changed or are gone[/]" if key in state.changed else escape(_tell(entry.summary))
+        told = "[green]runs again now[/]" if key in state.running else told
         finished = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.finished))
         table.add_row(key, finished, clock(entry.seconds), told)
+    for key in state.running:
+        if key not in ledger:
+            table.add_row(key, "", clock(time.time() - state.running[key]), "[green]runs now[/]")
+    for key in state.left:
+        table.add_row(key, "", "", "stopped" if key in state.stopped else "not done yet")
     console.print(table)
     for event in events:
         when = time.strftime("%H:%M:%S", time.localtime(event["time"]))

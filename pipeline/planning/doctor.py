@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.catalog import DEFAULT_VARIANTS, NEAREST
 from pipeline.errors import HubError, WorkspaceError, redact
-from pipeline.planning.benchmark import Speeds, measure, path, read_speeds, save_speeds
+from pipeline.planning.benchmark import Speeds, path, read_speeds, save_speeds
+from pipeline.planning.benchmark_process import measure_in_time
 from pipeline.planning.devices import hub_cache, nearest_folder, this_machine
 from pipeline.system import command_names, hardware
 from pipeline.system.libraries import EXTRAS, OURS, is_installed, quiet, versions
@@ -65,7 +66,7 @@ def _measured(place: str, tell: Callable[[str], None]) -> tuple[Speeds | None, s
     """Return new speeds, and the problem if they could not be measured or saved."""
     speeds = None
     try:
-        speeds = measure(place, tell)
+        speeds = measure_in_time(place, tell)
         save_speeds(speeds)
     except WorkspaceError as error:
         return speeds, str(error)

@@ -31,6 +31,7 @@ from pipeline.workflow.ledger import Entry, Ledger, read_ledger, write_ledger
 
 __all__ = ["HIDDEN", "Entry", "Workspace"]
 
+LOCK_SECONDS = 0.2  # `is_in_use` holds the lock for a moment
 HIDDEN = ".tunepress"  # the run's folder inside the folder that `--output` names
 
 
@@ -87,12 +88,10 @@ class Workspace:
         """
         from filelock import FileLock, Timeout
 
-        root = self.folder.parent
-        hidden = self.folder.name == HIDDEN
-        lock = FileLock(self.folder / "lock" if hidden else root / f".{self.folder.name}.lock")
+        root, lock = self._lock_path.parent, FileLock(self._lock_path)
         try:
-            (self.folder if hidden else root).mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
+            root.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=LOCK_SECONDS)
         except Timeout:
             raise WorkspaceError(f"{self.folder}: in use by another tunepress. Try: wait until it ends") from None
         except OSError as error:
@@ -100,6 +99,25 @@ class Workspace:
         with lock:
             lock.release()  # `with` acquired it a second time
             yield
+
+    def is_in_use(self) -> bool:
+        """Return True if another process works in the run's folder."""
+        from filelock import FileLock, Timeout
+
+        if not self._lock_path.exists():
+            return False
+        try:
+            with FileLock(self._lock_path, timeout=0):
+                return False
+        except Timeout:
+            return True
+        except OSError:  # a folder in which nothing can be written
+            return False
+
+    @property
+    def _lock_path(self) -> Path:
+        hidden = self.folder.name == HIDDEN
+        return self.folder / "lock" if hidden else self.folder.parent / f".{self.folder.name}.lock"
 
     def _prepare(self, config: Config, fresh: bool) -> None:
         if fresh and self.folder.is_dir():

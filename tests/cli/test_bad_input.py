@@ -11,7 +11,7 @@ import yaml
 
 from pipeline.cli import main
 from pipeline.config.schema import Config
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, install
 from pipeline.tracking.events import Events
 from pipeline.workflow.stages import train
 from pipeline.workflow.workspace import Workspace
@@ -117,7 +117,7 @@ def test_a_package_that_a_variant_needs_is_named_before_any_work(tunepress, monk
     tunepress.write(_with(quantize={"variants": ["int8", variant]}))
     code, lines = tunepress("run", "x.yaml")
     assert code == 2 and len(lines) == 1
-    assert f"{variant} needs a package that is not installed; run: pip install 'tunepress[{extra}]'" in lines[0]
+    assert f"{variant} needs a package that is not installed; run: {install(f'tunepress[{extra}]')}" in lines[0]
     assert not (tunepress.folder / "runs").exists()
 
 

@@ -53,7 +53,7 @@ def test_publishing_a_merged_model_measures_it_first(quantized_only):
     assert {"README.md", "tunepress.json", "int4/model.safetensors", "int4/README.md"} <= files
     assert "config.json" not in files and not any(".tunepress/" in name for name in files)
     records = [json.loads(line) for line in (place.folder / "out/.tunepress/events.jsonl").read_text().splitlines()]
-    names = [r["event"] for r in records]
+    names = [r["event"] for r in records if "event" in r]
     assert names[:2] == ["quantization_started", "quantization_completed"]
     assert {"evaluation_started", "evaluation_completed", "quantized_model_pushed", "model_card_pushed"} <= set(names)
     assert said["published"]["repo"] == "ada/small"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import time
 
 import pytest
 
 from pipeline.config.schema import Config
+from pipeline.errors import WorkspaceError
 from pipeline.planning import memory
+from pipeline.planning.benchmark_process import measure_in_time
 from pipeline.planning.devices import Machine
 from pipeline.planning.plan import Plan
 from pipeline.planning.stages import stages_of
@@ -54,3 +57,11 @@ def test_unmeasured_stage_fails_the_benchmark(benchmark, plan):
 def test_plan_that_is_wrong_by_more_than_a_quarter_fails(benchmark, plan):
     peaks = {stage.name: int(memory.total(stage.host) / 1.3) for stage in plan.stages}
     assert not any(row["passes"] for row in benchmark.compare("x", plan, VERBS, peaks))
+
+
+@pytest.mark.usefixtures("cold")
+def test_measuring_this_machine_ends_at_its_limit():
+    begun = time.monotonic()
+    with pytest.raises(WorkspaceError, match="^here: not measured within 1 s"):
+        measure_in_time("here", lambda what: None, limit=1.0)
+    assert time.monotonic() - begun < 10

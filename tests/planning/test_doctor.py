@@ -81,7 +81,7 @@ def test_measured_speeds_are_stored_and_used_by_plan(place):
 
 
 def test_unsaved_speeds_give_one_line_and_doctor_continues(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "measure", lambda place, tell: replace(SPEEDS, place=place))
+    monkeypatch.setattr(doctor, "measure_in_time", lambda place, tell: replace(SPEEDS, place=place))
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     found = doctor.examine(tmp_path, calibrate=True)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 
 from pipeline.cli.wizard.draft import Draft
-from pipeline.cli.wizard.prompts import Question, yes_or_no
+from pipeline.cli.wizard.prompts import Question, TokenRefused, yes_or_no
 from pipeline.errors import HubError, TrackError
 from pipeline.hub.auth import check_access, check_token
 from pipeline.hub.retry import HubAway
@@ -58,6 +58,9 @@ def _with_token(draft: Draft, token_of: tuple[str, str], instead: str, check: Ca
     Args:
         token_of: the environment variable of the token, and its description for people.
         instead: the answer that needs no token.
+
+    Raises:
+        TokenRefused: if no such token was typed, so that the question is asked again.
     """
     variable, what = token_of
     try:
@@ -71,15 +74,19 @@ def _with_token(draft: Draft, token_of: tuple[str, str], instead: str, check: Ca
         draft.tell(str(error))
     token = draft.secret(f"{what} (not shown, not stored; press Enter to answer the question again): ").strip()
     if not token:
-        raise HubError(f"{variable}: no token, so nothing can be sent. Try: answer {instead} to keep everything here")
+        raise TokenRefused(
+            f"{variable}: no token, so nothing can be sent. Try: answer {instead} to keep everything here"
+        )
     before = os.environ.get(variable)
     os.environ[variable] = token
     try:
         check()
-    except BaseException:
+    except BaseException as error:
         del os.environ[variable]
         if before is not None:
             os.environ[variable] = before
+        if isinstance(error, (HubError, TrackError)) and not isinstance(error, HubAway):
+            raise TokenRefused(str(error)) from None
         raise
 
 

@@ -13,7 +13,8 @@ from pipeline.cli.wizard.summary import show_summary
 from pipeline.config.loader import load_config
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, UserError, WorkspaceError
-from pipeline.planning.benchmark import measure, read_speeds, save_speeds
+from pipeline.planning.benchmark import read_speeds, save_speeds
+from pipeline.planning.benchmark_process import LIMIT_SECONDS, measure_in_time
 from pipeline.system.files import write_text
 
 
@@ -83,7 +84,7 @@ def _take_calibrate(draft: Draft, answer: str) -> None:
     if not yes_or_no(answer):
         return
     try:
-        save_speeds(measure(draft.machine.name, lambda what: draft.tell(f"measuring: {what}")))
+        save_speeds(measure_in_time(draft.machine.name, lambda what: draft.tell(f"measuring: {what}")))
     except WorkspaceError as error:  # the run does not need the speeds
         draft.tell(str(error))
 
@@ -103,7 +104,10 @@ QUESTIONS = (
     Question(
         "calibrate",
         "Measure this machine",
-        lambda draft: "Needed once to forecast the duration of runs; takes about twenty seconds.",
+        lambda draft: (
+            "Needed once to forecast the duration of runs; takes about twenty seconds, and at most "
+            f"{LIMIT_SECONDS:.0f}."
+        ),
         lambda draft: "yes" if draft.interactive else "no",
         _take_calibrate,
         _to_be_measured,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 
 from pipeline.cli.wizard.draft import Draft
-from pipeline.errors import ConfigError, UserError, redact
+from pipeline.errors import ConfigError, HubError, UserError, redact
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,6 +46,10 @@ class Question:
     def options(self) -> str:
         """Return the command-line options of this question, for messages."""
         return f"--{self.name}" + (f" or --{self.denies}" if self.denies else "")
+
+
+class TokenRefused(HubError):
+    """A refusal of what a person typed at a prompt for a token: the question is asked again, whoever answered it."""
 
 
 class GoBack(Exception):
@@ -106,7 +110,12 @@ class Asker:
         """Ask until an answer is accepted, and return it."""
         draft = self.draft
         if question.name in draft.given:
-            return self._take(question, draft.given[question.name])
+            try:
+                return self._take(question, draft.given[question.name])
+            except TokenRefused as error:
+                del draft.given[question.name]
+                draft.remembered.pop(question.name, None)
+                self._refuse(error)
         if question.name in draft.remembered:
             try:
                 return self._take(question, draft.remembered[question.name])

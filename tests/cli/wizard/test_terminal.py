@@ -74,7 +74,7 @@ def test_wrong_answers_are_told_in_a_line_and_asked_again(desk):
         person.answers("Epochs")
         person.answers("Maximum steps")
         person.answers("Maximum length", "100000000")
-        person.sees("not enough main memory")
+        person.sees("longer than the model's context")
         person.answers("Maximum length", "128")
         person.answers("Batch size", "100000")
         person.sees("not enough main memory")
@@ -164,6 +164,21 @@ def test_ctrl_d_at_the_token_prompt_keeps_the_answers(desk):
         person.presses("\x04")
         person.sees("Continue with: tunepress wizard --resume wizard-answers.yaml")
         assert person.ends() == 130
+
+
+def test_enter_at_the_token_prompt_asks_even_a_question_that_an_option_answered(desk):
+    with desk.sit_down("--repo", "ada/mine", "--model", "./model", "--data", "rows.jsonl") as person:
+        for question in ("Profile", "Epochs", "Maximum steps", "Maximum length", "Batch size"):
+            person.answers(question)
+        person.sees("press Enter to answer the question again): ")
+        person.types("")
+        person.sees("no token, so nothing can be sent")
+        person.answers("Hub repository", "ada/other")
+        person.sees("press Enter to answer the question again): ")
+        person.types("hf_nobodyKnowsThisToken0123456789")
+        person.sees("the Hub does not know this token")
+        person.answers("Hub repository", "none")
+        person.answers("Trackio")
 
 
 def test_wrong_option_ends_the_wizard_and_keeps_the_other_answers(desk):

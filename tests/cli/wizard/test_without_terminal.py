@@ -214,7 +214,7 @@ def test_a_session_that_is_finished_leaves_no_answers_behind(ask):
 def test_machine_is_measured_again_only_on_request(ask, monkeypatch):
     measured = []
     monkeypatch.setattr(
-        "pipeline.cli.wizard.finish.measure",
+        "pipeline.cli.wizard.finish.measure_in_time",
         lambda place, tell: measured.append(place) or replace(SPEEDS, place=place),
     )
     for _ in range(2):
@@ -252,7 +252,7 @@ def test_wrong_answer_gives_one_line(desk):
 
 
 def test_figures_that_cannot_be_kept_are_no_reason_to_stop(ask, monkeypatch, capsys):
-    monkeypatch.setattr("pipeline.cli.wizard.finish.measure", lambda place, tell: SPEEDS)
+    monkeypatch.setattr("pipeline.cli.wizard.finish.measure_in_time", lambda place, tell: SPEEDS)
     Path("file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", "file")
     assert ask(model="./model", data="rows.jsonl", calibrate="yes").name == "model"

@@ -192,7 +192,9 @@ def test_missing_llama_cpp_names_the_extra_before_any_work(tiny_model, tmp_path,
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llama_cpp" else find(name))
     source, spec = tiny_model("llama", **WIDE), VariantSpec(name="gguf-q4_k_m").resolved()
-    message = "gguf-q4_k_m needs a package that is not installed; run: pip install 'tunepress[llama-cpp]'"
+    message = (
+        "gguf-q4_k_m needs a package that is not installed; run: {sys.executable} -m pip install 'tunepress[llama-cpp]'"
+    )
     assert unfit(spec, linear_weights(source), source) == message
     assert unfit(VariantSpec(name="gguf-q4_0").resolved(), linear_weights(source), source) is None
     asked = quantize(source, tmp_path / "out", "gguf-q4_k_m")
