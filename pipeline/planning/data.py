@@ -127,13 +127,12 @@ def _beginning(path: Path, size: int) -> tuple[bytes, int]:
     """Return the first bytes of a file, unpacked, and its unpacked size, estimated if it is packed."""
     try:
         with open_bytes(path) as file:
-            sample = file.read(SAMPLE_BYTES)
-            if not isinstance(file, gzip.GzipFile):
-                return sample, size
-            whole = not file.read(1)
-            return sample, len(sample) if whole else round(len(sample) * size / file.fileobj.tell())
+            sample, is_whole = file.read(SAMPLE_BYTES), not file.read(1)
     except DAMAGED as error:
         raise unreadable(str(path), error) from None
+    if ending_of(path).endswith(PACKED):
+        size = len(sample) if is_whole else round(size * len(sample) / len(gzip.compress(sample)))
+    return sample, size
 
 
 def _on_hub(data: Data) -> DataSize:
