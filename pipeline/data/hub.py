@@ -71,7 +71,7 @@ def open_hub(data: Data) -> HubSource:
         table=Table(name, tuple(rows.column_names), lambda columns: _read(rows, columns)),
         revision=revision or pinned,
         subset=subset,
-        license=_only_one(getattr(card, "license", None)),
+        license=_joined(getattr(card, "license", None)),
         language=_only_one(getattr(card, "language", None)),
     )
 
@@ -216,6 +216,12 @@ def _may_be_cached(source: str, cache: str) -> bool:
     """Return True if the library's cache has anything of this owner."""
     owner = source.partition("/")[0]
     return any(Path(cache).expanduser().glob(f"{owner}___*"))
+
+
+def _joined(value: Any) -> str | None:
+    """Return one or several texts, separated by commas; None for anything else."""
+    values = value if isinstance(value, list) else [value]
+    return ", ".join(values) or None if all(isinstance(one, str) for one in values) else None
 
 
 def _only_one(value: Any) -> str | None:

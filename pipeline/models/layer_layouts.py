@@ -17,6 +17,7 @@ from pipeline.models.setting_values import is_width
 
 _Shapes = dict[str, tuple[int, int]]
 
+TIED_HEAD = "lm_head.weight"  # stored by some checkpoints although it is the embedding
 MAX_LAYERS = 1000  # beyond it a configuration is left to transformers
 
 

@@ -118,7 +118,7 @@ def open_model(folder: Path, **options: Any) -> Any:
     return model
 
 
-def refuse_missing(folder: Path, names: Collection[str]) -> None:
+def refuse_missing(model: object, names: Collection[str]) -> None:
     """Raise an error that names missing tensors, if there are any.
 
     Raises:
@@ -126,7 +126,7 @@ def refuse_missing(folder: Path, names: Collection[str]) -> None:
     """
     if names:
         raise ModelError(
-            f"{folder}: its checkpoint has no {some_names(names)}, which the model needs; fetch the model again"
+            f"{model}: its checkpoint has no {some_names(names)}, which the model needs; fetch the model again"
         )
 
 

@@ -15,10 +15,10 @@ from typing import Any
 
 from pipeline.errors import ModelError
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.layer_layouts import TIED_HEAD
 from pipeline.models.matrices import linear_layers, model_layout, skeleton
 from pipeline.models.safe_loading import refuse_missing, some_names
 
-TIED_HEAD = "lm_head.weight"  # which some checkpoints store although it is the embedding
 COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")  # stored by old versions, and never read
 
 

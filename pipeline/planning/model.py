@@ -14,8 +14,9 @@ from pipeline.errors import CheckpointError, ModelError
 from pipeline.models.chat_templates import DEFAULT, FILE, chat_templates
 from pipeline.models.checkpoint_files import ADAPTER_FILES, checkpoint_names, companions, read_config, weight_names
 from pipeline.models.context import context_length
+from pipeline.models.layer_layouts import TIED_HEAD, layout
 from pipeline.models.packaged_gguf import find_packaged
-from pipeline.models.safe_loading import check_config, parse_settings
+from pipeline.models.safe_loading import check_config, parse_settings, refuse_missing
 from pipeline.models.sources import check_source, is_local
 from pipeline.models.tokenizer_settings import SETTINGS_FILES
 from pipeline.planning.headers import Tensor, gguf_header, safetensors_header
@@ -143,14 +144,19 @@ def read_sizes(model: Model) -> Sizes:
     """Return the sizes of a configured model, without writing anything or downloading weights.
 
     Raises:
-        ModelError: if the model does not exist or is not supported.
+        ModelError: if the model does not exist, is not supported, or lacks tensors.
         CheckpointError: if its headers are invalid.
         HubError: if the Hub cannot be reached.
     """
     check_source(model)
     if package := PACKAGE_SOURCE.match(model.source):
         return _packaged(find_packaged(*package.groups()))
-    return _in_folder(Path(model.source).expanduser()) if is_local(model.source) else _on_hub(model)
+    sizes = _in_folder(Path(model.source).expanduser()) if is_local(model.source) else _on_hub(model)
+    # Only well-known architectures are checked here. The stages ask transformers about the others.
+    if (known := layout(sizes.config)) and TIED_HEAD not in sizes.tensors.keys() - known.tables.keys():
+        there = sizes.tensors.keys() | {f"model.{name}" for name in sizes.tensors}
+        refuse_missing(model.source, (known.linear | known.tables | known.vectors).keys() - there)
+    return sizes
 
 
 def adapter_sizes(source: str) -> dict[str, Tensor]:

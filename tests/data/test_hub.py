@@ -19,6 +19,7 @@ pytest.importorskip("datasets")
 TOKEN = "hf_ada"
 CARD = b"---\nlicense: apache-2.0\nlanguage: [en]\n---\n# Rows\n"
 SUBSETS = """---
+license: [apache-2.0, mit]
 configs:
 - config_name: easy
   data_files: easy.jsonl
@@ -168,6 +169,7 @@ def test_an_older_revision_is_read_and_recorded_as_the_commit_it_is(hub, found):
 def test_splits_slices_subsets_and_named_columns_are_taken(found):
     assert found["a slice"]["rows"] == 5 and found["a slice"]["split"] == "train[:5]"
     assert (found["a subset"]["rows"], found["a subset"]["subset"]) == (6, "hard")
+    assert found["a subset"]["license"] == "apache-2.0, mit"
     assert (found["named columns"]["form"], found["named columns"]["unused"]) == ("question_answer", ["id"])
     assert (found["Parquet"]["form"], found["Parquet"]["rows"]) == ("messages", 2)
     assert found["named columns"]["license"] is None

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.schema import Config, Lora, Model, Train, VariantSpec
+from pipeline.errors import ModelError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.gguf_metadata import read_header
 from pipeline.planning import memory
@@ -17,6 +18,7 @@ from pipeline.planning.headers import gguf_header
 from pipeline.planning.model import Sizes, read_sizes
 from pipeline.planning.plan import shortages
 from pipeline.planning.stages import stages_of
+from tests.support.checkpoints import rewrite, unprefixed
 from tests.support.planning import sizes_of
 from tests.support.recipes import shapes_of
 
@@ -192,3 +194,16 @@ def test_missing_gpu_is_a_shortage_with_advice(qwen):
 def test_only_training_and_measuring_use_the_gpu(qwen):
     stages = {s.name: s for s in stages_of(config(merge={"base": "bf16"}), qwen, GPU, 0, 10**6)}
     assert {name for name, stage in stages.items() if stage.gpu} == {"train", "evaluate", "int8", "int4"}
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "model.layers.1.self_attn.k_proj.bias"])
+def test_missing_tensor_is_named_by_the_plan(tiny_model, tmp_path, name):
+    folder = rewrite(tiny_model("llama"), tmp_path / "base", lambda tensors: tensors.pop(name))
+    with pytest.raises(ModelError, match=f"its checkpoint has no '{name}'"):
+        read_sizes(Model(source=str(folder)))
+
+
+@pytest.mark.parametrize("change", [unprefixed, lambda tensors: tensors.update(extra=tensors["model.norm.weight"] + 0)])
+def test_other_names_and_tensors_do_not_stop_a_plan(tiny_model, tmp_path, change):
+    folder = rewrite(tiny_model("qwen3"), tmp_path / "base", change)
+    assert read_sizes(Model(source=str(folder))).layers == 2
