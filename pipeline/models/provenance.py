@@ -53,7 +53,8 @@ def read_origin(
     for key in ("license", "license_name", "license_link", "language"):
         values[key] = texts(card.get(key))
         if key in unread or card.get(key) and not values[key]:
-            tell(f"{source}: {key} in its card cannot be read, and is left out of yours")
+            way_out = ". Try: publish.license" if key == "license" else ""
+            tell(f"{source}: {key} in its card cannot be read, and is left out of yours{way_out}")
     return Origin(
         source=source,
         name=name,

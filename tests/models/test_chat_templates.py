@@ -5,8 +5,10 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
+from pipeline.config.schema import Model
 from pipeline.models.chat_templates import chat_templates, has_chat_template
 from pipeline.models.checkpoint_files import belongs_to_checkpoint, copy_companions
+from pipeline.models.sources import fetch
 
 CHAT, TOOLS, OWN = (f"{name}: {{{{ messages[0]['content'] }}}}" for name in ("chat", "tools", "own"))
 
@@ -54,3 +56,14 @@ def test_additional_templates_are_downloaded_and_nothing_else_below_the_root():
     assert belongs_to_checkpoint("additional_chat_templates/tool_use.jinja")
     others = ("additional_chat_templates/x.py", "other/x.jinja", "additional_chat_templates/a/b.jinja", "../x.jinja")
     assert not any(map(belongs_to_checkpoint, others))
+
+
+def test_templates_of_a_repository_arrive_in_a_copy(hub, model_copy, tmp_path):
+    (model_copy / "chat_template.jinja").unlink()
+    in_files(model_copy, {"chat": CHAT, "tool_use": TOOLS})
+    hub.put("ada/base", {str(p.relative_to(model_copy)): p.read_bytes() for p in model_copy.rglob("*") if p.is_file()})
+    folder, _ = fetch(Model(source="ada/base"), tmp_path)
+    target = tmp_path / "copy"
+    target.mkdir()
+    copy_companions(folder, target)
+    assert AutoTokenizer.from_pretrained(target).chat_template == {"chat": CHAT, "tool_use": TOOLS}

@@ -89,7 +89,7 @@ def test_key_of_a_card_that_cannot_be_read_is_said(model_copy, tmp_path, front):
     (model_copy / "README.md").write_text(f"---\n{front}\n---\n")
     _, origin = fetch(Model(source=str(model_copy)), tmp_path, tell=said.append)
     assert (origin.license, origin.languages) == (None, ("de",))
-    assert said == [f"{model_copy}: license in its card cannot be read, and is left out of yours"]
+    assert said == [f"{model_copy}: license in its card cannot be read, and is left out of yours. Try: publish.license"]
 
 
 @pytest.mark.parametrize(

@@ -84,10 +84,10 @@ def test_a_tensor_that_llama_cpp_has_no_place_for_is_refused_by_name(tiny_model,
 def test_another_architecture_is_refused_by_name_before_anything_is_written(tiny_model, tmp_path):
     source = shutil.copytree(tiny_model("llama"), tmp_path / "model")
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"model_type": "starcoder2"}))
+    (source / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
     spec, linear = VariantSpec(name="gguf-q4_0").resolved(), linear_weights(tiny_model("llama"))
-    assert "starcoder2: not written as GGUF; handled are llama, " in unfit(spec, linear, source)
-    with pytest.raises(ModelError, match="starcoder2"):
+    assert "mistral: not written as GGUF; handled are llama, " in unfit(spec, linear, source)
+    with pytest.raises(ModelError, match="mistral"):
         quantize_checkpoint(source, [spec], {spec.name: tmp_path / "gguf"}, linear)
     assert not (tmp_path / "gguf").exists()
 
