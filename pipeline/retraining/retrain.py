@@ -143,6 +143,7 @@ def _all_variants(config: Config, runner: Runner, live: PublishedModel | None) -
     runner.write_variants(variants)
     for variant in variants:
         runner.measure_variant(variant)
+    runner.compare_models()
     runner.raise_failures(withheld=False)
     for variant, line in runner.withheld().items():
         if live and variant in live.results.variants:

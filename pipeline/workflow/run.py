@@ -82,6 +82,8 @@ def run(
             if per_stage and is_new:
                 runner.try_publish(variants)
 
+        runner.compare_models()
+
         # Publish the rest, or write the documents of a local release.
         released = runner.released(variants)
         if config.merges or released or not variants:
@@ -143,6 +145,7 @@ def run_one(
             runner.do("publish", runner.released(variants), again=True)
         else:
             runner.do(stage)
+        runner.compare_models()
         runner.raise_failures()
     return workspace
 

@@ -6,7 +6,7 @@ import contextlib
 import time
 
 from pipeline.config.schema import Config
-from pipeline.errors import Interrupted, StageFailed, UserError, WorkspaceError
+from pipeline.errors import Interrupted, StageFailed, UserError
 from pipeline.evaluation.overview import headline, side_by_side
 from pipeline.evaluation.results import Results
 from pipeline.system.command_names import command
@@ -59,10 +59,6 @@ class Runner:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if any(key == "evaluate" or key.startswith("quantize/") for key in self._done):
-            with contextlib.suppress(WorkspaceError):  # damaged results; whatever needs them says so
-                rows = side_by_side(Results.read(self._workspace.results_path))
-                self._events.models(rows, headline(rows))
         self._forwarder.close()
         self._reporter.end(self._forwarder.problem)
 
@@ -168,6 +164,11 @@ class Runner:
     def withheld(self) -> dict[str, StageFailed]:
         """Return the variants that were withheld because they missed their gate, with the message of each."""
         return dict(self._withheld)
+
+    def compare_models(self) -> None:
+        """Send the figures of all models side by side, if they are new."""
+        rows = side_by_side(Results.read(self._workspace.results_path))
+        self._events.models(rows, headline(rows))
 
     def require(self, stage: str) -> None:
         """Raise UserError if a step before `stage` is missing or out of date."""

@@ -99,7 +99,8 @@ class Place:
             "print('\\n' + json.dumps([[a['title'], a['level'], a['text']] for a in trackio.Api().alerts('tests')]))"
         )
         rows = json.loads(self.python(code).splitlines()[-1])
-        return [{"title": title, "level": level, "record": json.loads(text)} for title, level, text in rows]
+        told = [(title, level, text.partition("\n")[2]) for title, level, text in rows]
+        return [{"title": title, "level": level, "record": json.loads(record)} for title, level, record in told]
 
     def ledger(self) -> dict:
         """The finished steps."""
