@@ -53,6 +53,8 @@ def test_publishing_a_merged_model_measures_it_first(quantized_only):
     assert {"README.md", "tunepress.json", "int4/model.safetensors", "int4/README.md"} <= files
     assert "config.json" not in files and not any(".tunepress/" in name for name in files)
     records = [json.loads(line) for line in (place.folder / "out/.tunepress/events.jsonl").read_text().splitlines()]
+    (compared,) = (record["models"] for record in records if "models" in record)
+    assert [row["model"] for row in compared] == ["base", "int4"]
     names = [r["event"] for r in records if "event" in r]
     assert names[:2] == ["quantization_started", "quantization_completed"]
     assert {"evaluation_started", "evaluation_completed", "quantized_model_pushed", "model_card_pushed"} <= set(names)
