@@ -210,8 +210,8 @@ def _differences(there: str, expected: str) -> Iterator[Difference]:
 def _other_figures(lines: list[Difference], expected: str, about: About) -> Iterator[Difference]:
     """Yield the lines of another version's card that have a number which the same row does not have here."""
     known: dict[str, set[str]] = {}
-    for line in expected.splitlines():
-        label, figures = _figures(line)
+    for row in expected.splitlines():
+        label, figures = _figures(row)
         known.setdefault(label, set()).update(figures)
     full = about.models(())[about.reference]
     for line in lines:
