@@ -128,7 +128,8 @@ class Rounding:
         module: the module with its function `round`, as `pipeline.quantization.roundings` describes it.
         zeros: the kinds of zero point that it can fill.
         said: a phrase for cards.
-        needs: the statistics that it rounds with.
+        needs: the statistics that it cannot do without.
+        uses: the statistics that it rounds with if there is calibration text.
     """
 
     name: str
@@ -136,6 +137,7 @@ class Rounding:
     zeros: tuple[str, ...]
     said: str
     needs: Need = Need.NOTHING
+    uses: Need = Need.NOTHING
 
 
 VARIANTS: dict[str, Variant] = {}
@@ -167,7 +169,15 @@ def remove(name: str) -> None:
 _ROUNDINGS = "pipeline.quantization.roundings"
 register(Rounding(NEAREST, f"{_ROUNDINGS}.rtn", ("none", "integer", "float"), "rounded to nearest"))
 register(Rounding("hqq", f"{_ROUNDINGS}.hqq", ("none", "float"), "rounded by HQQ without data"))
-register(Rounding("search", f"{_ROUNDINGS}.search", ("none", "float"), "scales fitted by least squares, without data"))
+register(
+    Rounding(
+        "search",
+        f"{_ROUNDINGS}.search",
+        ("none", "float"),
+        "scales fitted by least squares",
+        uses=Need.SECOND_MOMENTS,
+    )
+)
 
 
 def _gguf(name: str, bits: int, *roundings: str, zero: str = "none") -> Variant:
@@ -255,6 +265,18 @@ register(_k_quants("q4_k_m", 4))
 register(_k_quants("q5_k_m", 5))
 register(_k_quants("q6_k", 6))
 # A further rounding is registered here, after the variants that offer it.
+register(
+    Rounding(
+        "gptq",
+        f"{_ROUNDINGS}.gptq",
+        ("none", "float"),
+        "rounded by GPTQ, so that later columns make up for the errors of earlier ones",
+        needs=Need.GRAM_MATRIX,
+        uses=Need.GRAM_MATRIX,
+    )
+)
+CALIBRATED = "gptq"  # the default rounding of variants with few bits if there is calibration text
+FEW_BITS = 5
 
 DEFAULT_VARIANTS = ("int8", "int4")
 

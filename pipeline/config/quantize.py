@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from pipeline.config.base import Real, Section, Whole
+from pipeline.config.base import Count, Real, Section, Whole
 from pipeline.config.catalog import (
+    CALIBRATED,
     DEFAULT_VARIANTS,
     EIGHT_BITS,
+    FEW_BITS,
     KEEP,
+    ROUNDINGS,
     VARIANTS,
+    Need,
     Variant,
     resolve_variants,
     variant_names,
@@ -99,13 +103,25 @@ class VariantSpec(Section):
         """Return the settings that the files of the variant depend on, as plain data."""
         return self.model_dump(exclude={"gate"} if self.int8 else {"gate", EIGHT_BITS})
 
-    def resolved(self) -> VariantSpec:
-        """Return the variant with the defaults of the catalogue filled in."""
+    def need(self, calibrates: bool) -> Need:
+        """Return the statistics of the layers' inputs that it is rounded with."""
+        rounding = ROUNDINGS.get(self.rounding or "")
+        return (rounding.uses if calibrates else rounding.needs) if rounding else Need.NOTHING
+
+    def resolved(self, calibrates: bool = False) -> VariantSpec:
+        """Return the variant with the defaults of the catalogue filled in.
+
+        Args:
+            calibrates: there is calibration text.
+        """
         variant = self.variant
+        default = next(iter(variant.roundings), None)
+        if calibrates and CALIBRATED in variant.roundings and variant.bits <= FEW_BITS:
+            default = CALIBRATED
         return self.model_copy(
             update={
                 "group_size": self.group_size or variant.group_size,
-                "rounding": self.rounding or next(iter(variant.roundings), None),
+                "rounding": self.rounding or default,
                 "embeddings": self.embeddings or variant.embeddings,
                 "packing": self.packing or next(iter(variant.packings), None),
             }
@@ -130,9 +146,30 @@ def _expand_aliases(value: Any) -> Any:
     return expanded
 
 
+class Calibration(Section):
+    """The text that variants are calibrated on."""
+
+    source: str | None = Field(
+        default=None,
+        min_length=1,
+        description="file, Hub id, or `builtin:python-docs`; by default the training data",
+    )
+    tokens: Count = Field(default=32768, description="tokens of this text")
+
+
 class Quantize(Section):
     """The variants to make, and their limits."""
 
+    quality: Literal["fast", "calibrated"] = Field(
+        default="fast",
+        exclude_if=lambda value: value == "fast",
+        description="`calibrated` rounds with statistics of the layers' inputs, which is slower and loses less",
+    )
+    calibration: Calibration = Field(
+        default=Calibration(),
+        exclude_if=lambda value: value == Calibration(),
+        description="text for `quality: calibrated`",
+    )
     variants: Annotated[
         list[VariantSpec],
         BeforeValidator(_expand_aliases, json_schema_input_type=list[str | VariantSpec] | str | VariantSpec),
@@ -148,11 +185,31 @@ class Quantize(Section):
 
     @field_validator("variants")
     @classmethod
-    def _once_each(cls, value: list[VariantSpec]) -> list[VariantSpec]:
+    def _once_each(cls, value: list[VariantSpec], info: ValidationInfo) -> list[VariantSpec]:
         names = [v.name for v in value]
         if len(set(names)) != len(names):
             raise ValueError("each variant can be asked for once")
-        return [v.resolved() for v in value]
+        calibrates = info.data.get("quality") == "calibrated"
+        return [v.resolved(calibrates) for v in value]
+
+    @model_validator(mode="after")
+    def _calibration_fits(self) -> Quantize:
+        if self.calibrates and self.on_gate_failure == "escalate":
+            raise ValueError("on_gate_failure: escalate does not go with quality: calibrated. Try: warn or withhold")
+        for spec in self.variants:
+            if not self.calibrates and spec.need(False) != Need.NOTHING:
+                raise ValueError(f"rounding {spec.rounding}: needs calibration text. Try: quantize.quality=calibrated")
+        return self
+
+    @property
+    def calibrates(self) -> bool:
+        """Return True if variants are calibrated."""
+        return self.quality == "calibrated"
+
+    @property
+    def calibrated(self) -> tuple[str, ...]:
+        """Return the names of the variants that are rounded with statistics of the layers' inputs."""
+        return tuple(spec.name for spec in self.variants if spec.need(self.calibrates) != Need.NOTHING)
 
     def spec(self, name: str) -> VariantSpec:
         """Return the variant of that name."""

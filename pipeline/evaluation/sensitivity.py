@@ -79,7 +79,7 @@ def check(spec: VariantSpec) -> None:
     if spec.rounding is None:
         can = ", ".join(name for name, variant in VARIANTS.items() if variant.roundings)
         raise QuantizationError(f"{spec.name}: its layers cannot be rounded one by one. Try: one of {can}")
-    check_collected([spec])
+    check_collected(spec, {})
 
 
 def sensitivity(

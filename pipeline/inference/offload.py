@@ -17,9 +17,6 @@ from pipeline.errors import ModelError
 from pipeline.inference.assemble import (
     Formats,
     Weights,
-    computing_type,
-    fill_buffers,
-    put,
     read,
     refuse_gaps,
     skeleton,
@@ -28,6 +25,7 @@ from pipeline.inference.assemble import (
 from pipeline.inference.kernels.plain import quicken_linears
 from pipeline.models.checkpoint.row_blocks import tiles
 from pipeline.models.checkpoint_files import stored_bytes
+from pipeline.models.meta_model import computing_type, fill_buffers, put
 from pipeline.models.safe_loading import open_config
 from pipeline.quantization.formats import FileWeights, rounds_inputs
 from pipeline.quantization.grid import GroupQuantized

@@ -6,6 +6,7 @@ A `Grid` defines the values of a weight. `GroupQuantized` is a weight on a grid.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -90,6 +91,11 @@ class GroupQuantized:
         """Return the rows from `first` to `stop`."""
         zero = None if self.zero is None else self.zero[first:stop]
         return GroupQuantized(self.codes[first:stop], self.scale[first:stop], zero, self.grid)
+
+    def reordered(self, order: Callable[[torch.Tensor], torch.Tensor]) -> GroupQuantized:
+        """Return the rows in the order that `order` gives to the rows of any tensor."""
+        zero = None if self.zero is None else order(self.zero)
+        return GroupQuantized(order(self.codes), order(self.scale), zero, self.grid)
 
     def to(self, device: torch.device | str) -> GroupQuantized:
         """Return the same weight on another device."""

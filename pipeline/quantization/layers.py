@@ -15,7 +15,8 @@ from pipeline.config.schema import VariantSpec
 from pipeline.errors import MissingExtra, ModelError, QuantizationError
 from pipeline.models.checkpoint import SHARD_BYTES, TensorInfo
 from pipeline.quantization.formats import format_of
-from pipeline.quantization.grid import Grid
+from pipeline.quantization.grid import Grid, GroupQuantized
+from pipeline.quantization.roundings import rounding
 from pipeline.quantization.statistics import Collected
 
 Tensors = Mapping[str, TensorInfo]  # the full-precision model, by dtypes and shapes
@@ -23,6 +24,15 @@ Shapes = Mapping[str, tuple[int, int]]  # name of a weight -> (N, K)
 Tell = Callable[[int, int, str], None]  # called with the units done, the units in all, and the name of the step
 # name of a weight -> its shape and its grid; None if the format takes the weight directly
 Grids = dict[str, tuple[tuple[int, int], Grid | None]]
+
+
+class RoundedWeights(Protocol):
+    """Weights of one variant that were rounded before the pass."""
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def rows(self, name: str, grid: Grid, first: int, stop: int) -> GroupQuantized:
+        """Return rows of a weight."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,8 @@ class Source:
         tables: the embedding and the output head, as `models.table_weights` finds them.
         name: the name of the model in names of files.
         license: of the model, if it is known.
-        statistics: of the layers' inputs, by weight; empty if no rounding needs them.
+        statistics: of the layers' inputs, by weight; empty without calibration.
+        rounded: weights that a calibration has rounded, by variant.
     """
 
     tensors: Tensors
@@ -47,6 +58,22 @@ class Source:
     license: str | None = None
     statistics: Collected = field(default_factory=dict)
     shard_bytes: int = SHARD_BYTES
+    rounded: Mapping[str, RoundedWeights] = field(default_factory=dict)
+
+    def round(
+        self, spec: VariantSpec, how: str, name: str, rows: torch.Tensor, first: int, grid: Grid
+    ) -> GroupQuantized:
+        """Return rows of a weight on a grid: those that a calibration has rounded, or else those rounded now.
+
+        Args:
+            how: the rounding, if they are rounded now.
+            rows: (n, K), in the order of the checkpoint.
+            first: number of the first row.
+        """
+        made = self.rounded.get(spec.name)
+        if made is not None and name in made:
+            return made.rows(name, grid, first, first + len(rows))
+        return rounding(how).round(rows, grid, self.statistics.get(name))
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,6 @@ from pipeline.quantization.formats import format_of, storage
 from pipeline.quantization.formats.safetensors import SafetensorsFormat
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.layers import Output, Source, Tell, VariantFiles, layer_grids, named
-from pipeline.quantization.roundings import rounding
-
-nearest = rounding(NEAREST)
 
 
 class SafetensorsFolder(Output):
@@ -33,7 +30,7 @@ class SafetensorsFolder(Output):
         assert isinstance(form, SafetensorsFormat), "its `output` makes this"
         self.format = form
         self.format.check(spec, source.folder)
-        self.rounding = rounding(spec.rounding or NEAREST)
+        self.rounding = spec.rounding or NEAREST
         found, self.kept = layer_grids(spec, source.linear)
         self.grids = {name: (shape, grid) for name, (shape, grid) in found.items() if grid is not None}
         self.eight = [name for name in named(spec, EIGHT_BITS, source.linear) if name in self.grids]
@@ -78,8 +75,8 @@ class SafetensorsFolder(Output):
         """Round and write rows of a weight. The last rows also write the scales and zeros of all."""
         (rows, _), grid = self.grids[name]
         # Rounding to nearest is good enough for eight bits a row, and not every rounding can fill such a grid.
-        chosen = nearest if name in self.tables or name in self.eight else self.rounding
-        block = chosen.round(weight, grid, self.source.statistics.get(name))
+        how = NEAREST if name in self.tables or name in self.eight else self.rounding
+        block = self.source.round(self.spec, how, name, weight, first_row, grid)
         for part, tensor in self.format.rows(name, block).items():
             self.writer.write(part, tensor, first_row // self.format.together(grid))
         with self._lock:

@@ -26,7 +26,7 @@ from pipeline.models.checkpoint.row_blocks import Take, are_finite, blocks_of, i
 from pipeline.models.tensor_names import open_checkpoint
 from pipeline.quantization.equivalences import Equivalence
 from pipeline.quantization.formats import format_of
-from pipeline.quantization.layers import Output, Shapes, Source, Tell, Tensors, VariantFiles, unfit
+from pipeline.quantization.layers import Output, RoundedWeights, Shapes, Source, Tell, Tensors, VariantFiles, unfit
 from pipeline.quantization.statistics import Collected, check_collected
 
 __all__ = ["VariantFiles", "Variants", "quantize_checkpoint", "unfit"]
@@ -46,7 +46,8 @@ class Variants:
         name: the name of the model in names of files.
         license: of the model, if it is known.
         tell: is called with the progress of slow steps after the pass.
-        statistics: of the layers' inputs, by weight, for roundings that need them.
+        statistics: of the layers' inputs, by weight, for roundings that use them.
+        rounded: weights that a calibration has rounded, by variant.
         equivalences: variant name -> the change of the weights before they are rounded.
     """
 
@@ -61,12 +62,13 @@ class Variants:
         license: str | None = None,
         tell: Tell | None = None,
         statistics: Collected | None = None,
+        rounded: Mapping[str, RoundedWeights] | None = None,
         equivalences: Mapping[str, Equivalence] | None = None,
     ):
         self.specs, self._output, self._shard_bytes = specs, output or {}, shard_bytes
         self._name, self._license, self._tell = name, license, tell
         self._linear, self._tables = linear or {}, tables or {}
-        self._statistics, self._equivalences = statistics or {}, equivalences or {}
+        self._statistics, self._rounded, self._equivalences = statistics or {}, rounded or {}, equivalences or {}
         self.failed: dict[str, Exception] = {}  # why a variant could not be made, by its name
         self._outputs: dict[Output, list[str]] = {}  # what is written, and the variants that need it
 
@@ -94,6 +96,7 @@ class Variants:
             self._license,
             self._statistics,
             self._shard_bytes,
+            self._rounded,
         )
         with ExitStack() as stack:
             for spec in sorted(self.specs, key=lambda spec: spec.variant.quantizer is not None):
@@ -103,7 +106,8 @@ class Variants:
 
     def _open(self, spec: VariantSpec, source: Source, stack: ExitStack) -> None:
         """Open the files of a variant, and before them the shared files that they are made of."""
-        check_collected([spec], self._statistics)
+        if spec.name not in self._rounded:
+            check_collected(spec, self._statistics)
         output = format_of(spec).output(spec, Path(self._output[spec.name]), source, self._outputs)
         for made_of in output.made_of:
             if made_of not in self._outputs:

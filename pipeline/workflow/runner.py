@@ -113,6 +113,12 @@ class Runner:
     def write_variants(self, variants: tuple[str, ...]) -> None:
         """Write the files of all variants that are not measured yet, in one pass; `raise_failures` raises failures."""
         missing = tuple(v for v in variants if not self.holds("measure_variant", (v,)))
+        if calibrated := tuple(v for v in missing if v in self._config.quantize.calibrated):
+            try:
+                self.do("calibrate", calibrated)
+            except StageFailed as failure:
+                self._failures.append(failure)
+                missing = tuple(v for v in missing if v not in calibrated)
         if not missing:
             return
         key = f"quantize ({', '.join(missing)})"

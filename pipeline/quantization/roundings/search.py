@@ -1,9 +1,12 @@
-"""Least squares: the scale and zero with the smallest squared error in each group. No data.
+"""Least squares: the scale and zero with the smallest squared error in each group.
 
 Rounding to nearest spends the codes on the two outermost weights of a group. Here a few
 narrower ranges are tried. From each of them, linear regression of the weights on their codes
 gives a scale and a zero, alternating with the choice of codes. Each group keeps its best result,
 so its error is never larger than with the full range.
+
+With second moments of the layer's inputs, the error of each column is weighted with the mean square of its input, as
+an importance matrix does: then the sum is the expected squared error of the layer's output, if inputs do not correlate.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from pipeline.quantization.statistics import Statistics
 
 NARROWER = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of the full range
 FITS = 4  # from each of them
+LEAST_WEIGHT = 1e-3  # of the mean weight of a column
 
 
 def round(rows: torch.Tensor, grid: Grid, statistics: Statistics | None = None) -> GroupQuantized:
@@ -23,43 +27,67 @@ def round(rows: torch.Tensor, grid: Grid, statistics: Statistics | None = None) 
 
     Scales and zeros are rounded to the grid's `scale_dtype` before candidates are compared,
     so the comparison uses the values that would be stored.
+
+    Args:
+        statistics: their second moments weight the columns; without them, all columns weigh the same.
+    """
+    groups = in_groups(rows, grid).float()
+    weights = None
+    if statistics is not None:
+        weights = column_weights(statistics.second_moments).reshape(1, *groups.shape[1:])
+    scale, zero = fit(groups, grid, weights)
+    return assemble(groups, scale, zero, grid)
+
+
+def column_weights(second_moments: torch.Tensor) -> torch.Tensor:
+    """Return the weight of each column (K,). An input that was always zero still weighs a little."""
+    return second_moments + LEAST_WEIGHT * second_moments.mean().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def fit(
+    groups: torch.Tensor, grid: Grid, weights: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the scales and zeros (N, G) with the smallest weighted squared error.
+
+    Args:
+        groups: (N, G, g) float32.
+        weights: (1, G, g) or (N, G, g), weights of the elements; None if all weigh the same.
     """
     if grid.zero == "none":
-        return _without_zero(rows, grid)
+        return _without_zero(groups, grid, weights)
     if grid.zero != "float":
         raise ValueError(f"search fits float zeros or scales; the grid has zero={grid.zero!r}")
-    groups = in_groups(rows, grid).float()
     full, _ = full_range(groups, grid)
     lowest, highest = torch.aminmax(groups, dim=-1)
     middle_code = (grid.lowest + grid.highest) / 2
-    mean = groups.mean(dim=-1, keepdim=True)
+    best = _Best(groups, grid, weights)
+    mean = best.mean(groups)
     centred = groups - mean
-    best = _Best(groups, grid)
     for share in NARROWER:
         scale = (full.float() * share).clamp(min=SMALLEST_STEP).to(grid.scale_dtype)
         zero = ((lowest + highest) / 2 - middle_code * scale.float()).to(grid.scale_dtype)
         codes = best.consider(scale, zero)
         for _ in range(FITS):
-            codes = best.consider(*_fit(mean, centred, codes, grid))
-    return assemble(groups, best.scale, best.zero, grid)
+            codes = best.consider(*_regression(mean, centred, codes, best))
+    return best.scale, best.zero
 
 
-def _without_zero(weight: torch.Tensor, grid: Grid) -> GroupQuantized:
+def _without_zero(groups: torch.Tensor, grid: Grid, weights: torch.Tensor | None) -> tuple[torch.Tensor, None]:
     """Fit scales without zeros. A scale may be negative, so that the outermost weight gets the lowest code.
 
     There is one more code below zero than above it.
     """
-    groups = in_groups(weight, grid).float()
     lowest, highest = torch.aminmax(groups, dim=-1)
     full = torch.where(-lowest > highest, lowest, highest) / grid.lowest
-    best = _Best(groups, grid)
+    best = _Best(groups, grid, weights)
     best.consider(*full_range(groups, grid))
     for share in NARROWER:
         codes = best.consider(_no_step_of_zero(full * share).to(grid.scale_dtype), None)
         for _ in range(FITS):
-            fitted = (codes * groups).sum(dim=-1) / codes.square_().sum(dim=-1).clamp(min=1)
+            products, squares = best.total(codes * groups), best.total(codes.square_())
+            fitted = products / squares.clamp(min=best.least)
             codes = best.consider(_no_step_of_zero(fitted).to(grid.scale_dtype), None)
-    return assemble(groups, best.scale, None, grid)
+    return best.scale, None
 
 
 def _no_step_of_zero(scale: torch.Tensor) -> torch.Tensor:
@@ -69,10 +97,22 @@ def _no_step_of_zero(scale: torch.Tensor) -> torch.Tensor:
 class _Best:
     """The scale and zero (N, G) with the smallest squared error so far, group by group."""
 
-    def __init__(self, groups: torch.Tensor, grid: Grid):
-        self.groups, self.grid = groups, grid
+    def __init__(self, groups: torch.Tensor, grid: Grid, weights: torch.Tensor | None):
+        self.groups, self.grid, self.weights = groups, grid, weights
         self.scale, self.error = groups.new_empty(0), groups.new_empty(0)
         self.zero: torch.Tensor | None = None
+        # A sum of squared codes is at least 1, and that of squared distances at least 1/2, if codes differ at all.
+        self.least = 1.0 if weights is None else weights.amin(dim=-1)
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the weighted sums (N, G) of values (N, G, g)."""
+        return (values if self.weights is None else values * self.weights).sum(dim=-1)
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the weighted means (N, G, 1) of values (N, G, g)."""
+        if self.weights is None:
+            return values.mean(dim=-1, keepdim=True)
+        return (self.total(values) / self.weights.sum(dim=-1)).unsqueeze(-1)
 
     def consider(self, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
         """Keep a candidate in the groups that it improves, and return its codes (N, G, g)."""
@@ -80,7 +120,7 @@ class _Best:
         on_grid = codes * scale.float().unsqueeze(-1)
         if zero is not None:
             on_grid.add_(zero.float().unsqueeze(-1))
-        error = on_grid.sub_(self.groups).square_().sum(dim=-1)
+        error = self.total(on_grid.sub_(self.groups).square_())
         if not len(self.error):
             self.scale, self.zero, self.error = scale, zero, error
         else:
@@ -91,8 +131,8 @@ class _Best:
         return codes
 
 
-def _fit(
-    mean: torch.Tensor, centred: torch.Tensor, codes: torch.Tensor, grid: Grid
+def _regression(
+    mean: torch.Tensor, centred: torch.Tensor, codes: torch.Tensor, best: _Best
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scales and zeros (N, G) from the regression of the weights on their codes, group by group.
 
@@ -101,10 +141,10 @@ def _fit(
         centred: the weights (N, G, g) less their mean.
         codes: (N, G, g); they are overwritten.
     """
-    mean_code = codes.mean(dim=-1, keepdim=True)
+    mean_code = best.mean(codes)
     spread = codes.sub_(mean_code)
-    covariance = (spread * centred).sum(dim=-1)
-    variance = spread.square_().sum(dim=-1)
-    scale = (covariance / variance.clamp(min=0.5)).clamp(min=SMALLEST_STEP).to(grid.scale_dtype)
-    zero = (mean.squeeze(-1) - scale.float() * mean_code.squeeze(-1)).to(grid.scale_dtype)
+    covariance = best.total(spread * centred)
+    variance = best.total(spread.square_())
+    scale = (covariance / variance.clamp(min=best.least / 2)).clamp(min=SMALLEST_STEP).to(best.grid.scale_dtype)
+    zero = (mean.squeeze(-1) - scale.float() * mean_code.squeeze(-1)).to(best.grid.scale_dtype)
     return scale, zero

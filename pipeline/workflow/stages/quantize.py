@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING
 from pipeline.config.catalog import KEEP, VARIANTS
 from pipeline.config.schema import Config, MeasuredRun, VariantSpec
 from pipeline.errors import MissingExtra, QuantizationError
-from pipeline.quantization.statistics import check_collected
 from pipeline.system.files import empty_folder, replace_folder, states
 from pipeline.system.libraries import is_installed, versions
 from pipeline.tracking.events import Events, one_line
-from pipeline.workflow.stages import Outcome
+from pipeline.workflow.stages import Outcome, calibrate
 from pipeline.workflow.stages.inputs import base_revision, full_model, made_from, shard_by_shard, text_depends
 from pipeline.workflow.workspace import Workspace
 
 if TYPE_CHECKING:
+    from pipeline.quantization.layers import RoundedWeights
+    from pipeline.quantization.statistics import Collected
     from pipeline.quantization.writer import VariantFiles, Variants
 
 
@@ -44,10 +45,18 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
         measured = {"evaluate": config.evaluate.model_dump(), "general": text_depends(config, workspace)}
     return {
         "specs": [config.quantize.spec(v).making() for v in variants],
+        **_calibration(config, workspace, variants),
         "measured": measured,
         "after": made_from(config, workspace),
         "versions": _versions(variants),
     }
+
+
+def _calibration(config: Config, workspace: Workspace, variants: Sequence[str]) -> dict:
+    """Return the dependencies of variants on a calibration; none if they are not calibrated."""
+    if not set(variants).intersection(config.quantize.calibrated):
+        return {}
+    return {"calibration": calibrate.depends(config, workspace, ())}
 
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
@@ -78,7 +87,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
 
 def check_extras(config: Config) -> None:
     """Raise MissingExtra if a package that writes a variant is not installed."""
-    check_collected(config.quantize.variants)
+    calibrate.check(config)
     for spec in config.quantize.variants:
         for module, extra in spec.variant.requires:
             if not is_installed(module):
@@ -129,7 +138,30 @@ def to_write(
     folders = {spec.name: empty_folder(_partial(workspace, spec.name)) for spec in specs}
     license = workspace.read_measurement("origin").get("license")
     tell = events.progress
-    return Variants(specs, folders, linear, tables, name=config.name, license=license, tell=tell), refused
+    statistics, rounded = _calibrated(config, workspace, [spec.name for spec in specs])
+    return Variants(
+        specs,
+        folders,
+        linear,
+        tables,
+        name=config.name,
+        license=license,
+        tell=tell,
+        statistics=statistics,
+        rounded=rounded,
+    ), refused
+
+
+def _calibrated(
+    config: Config, workspace: Workspace, names: Sequence[str]
+) -> tuple[Collected, dict[str, RoundedWeights]]:
+    """Return what the calibration left for these variants."""
+    statistics: Collected = {}
+    rounded: dict[str, RoundedWeights] = {}
+    for name in set(names).intersection(config.quantize.calibrated):
+        statistics, made = calibrate.read(config, workspace, name)
+        rounded |= made
+    return statistics, rounded
 
 
 def keep_written(config: Config, workspace: Workspace, made: Mapping[str, VariantFiles], model: Path) -> None:
@@ -165,6 +197,7 @@ def _about(config: Config, workspace: Workspace, name: str, model: Path) -> dict
 
     return {
         "spec": config.quantize.spec(name).making(),
+        **_calibration(config, workspace, (name,)),
         "versions": _versions((name,)),
         "revision": base_revision(config, workspace),
         "model": states([*sorted(model.glob("*.safetensors")), *model.glob("config.json"), *companions(model)]),

@@ -35,7 +35,7 @@ def read_data(
     skipped = workspace.data / "skipped.txt"
     with open(skipped if process.is_local_main else os.devnull, "w", encoding="utf-8") as log:
         on_skip = partial(print, sep=": ", file=log)
-        data = load_examples(_pinned(config, workspace), config.train.loss_on, on_skip, check)
+        data = load_examples(pinned(config, workspace), config.train.loss_on, on_skip, check)
     if process.is_local_main:
         workspace.note("train", data={"asked": _asked_of_hub(config.data), "revision": data.revision})
         if not data.skipped.total:
@@ -68,7 +68,7 @@ def encode_data(
     }
 
 
-def _pinned(config: TrainingRun, workspace: Workspace) -> Data:
+def pinned(config: TrainingRun, workspace: Workspace) -> Data:
     """Return the settings of the data with the commit that this run has read before.
 
     A branch on the Hub stays at its first commit, so that a stopped training goes on with the same rows.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import math
 import os
@@ -24,9 +25,7 @@ from pipeline.quantization.formats.gguf.header import Description, describe
 from pipeline.quantization.formats.gguf.names import as_stored, library, rows_together, stored_names
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.layers import Output, Source, Tell, VariantFiles, layer_grids
-from pipeline.quantization.roundings import rounding
 
-nearest = rounding(NEAREST)
 _KINDS = {dtype: kind for kind, dtype in PLAIN.items()} | {torch.float64: "F32"}  # of what is stored as it is
 TABLES = ("token_embd.weight", "output.weight")  # the embedding, and the output head where it is stored
 
@@ -56,7 +55,7 @@ class GgufFile(Output):
     def __init__(self, spec: VariantSpec, folder: Path, source: Source):
         self.spec, self.source = spec, source
         self.path = folder / self.file_name(spec, source)
-        self.rounding = rounding(spec.rounding) if spec.rounding else nearest
+        self.rounding = spec.rounding or NEAREST
         self.grids, self.kept = layer_grids(spec, source.linear)
         self.about = describe(source.folder, source.name, spec.variant.file_type or "", source.license)
         of, tensors = self.about.architecture, source.tensors
@@ -124,15 +123,15 @@ class GgufFile(Output):
         if name not in self.names:
             return
         place = self.places[self.names[name]]
-        rows = as_stored(self.about.architecture, name, rows, self.about.head_dim)
+        stored = functools.partial(as_stored, self.about.architecture, name, head_dim=self.about.head_dim)
         try:
             if place.grid is None:
-                data = plain(rows, place.kind)
+                data = plain(stored(rows), place.kind)
             else:
                 # Rounding to nearest is good enough for tables in eight bits. It is done in float32, because a scale
                 # of float16 is more exact than one of bfloat16.
-                chosen = nearest if name in self.tables else self.rounding
-                data = pack(chosen.round(rows.float(), place.grid, self.source.statistics.get(name)))
+                how = NEAREST if name in self.tables else self.rounding
+                data = pack(self.source.round(self.spec, how, name, rows.float(), first, place.grid).reordered(stored))
         except QuantizationError as error:
             raise QuantizationError(f"{name}: {error}") from None
         self._write(self.names[name], data, first)

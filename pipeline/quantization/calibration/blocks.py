@@ -1,0 +1,178 @@
+"""A model that is run one decoder block at a time, with the weights of one block in memory.
+
+The model's own forward pass runs for each block, so that masks and positions are right for every architecture. All
+blocks before it hand their input on, the block replaces its input by stored activations, and then the pass ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.errors import ModelError
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.matrices import linear_weights, skeleton
+from pipeline.models.meta_model import computing_type, fill_buffers, put
+from pipeline.models.tensor_names import open_checkpoint
+from pipeline.system.hardware import compute_dtype
+
+Observe = Callable[[str, torch.Tensor], None]  # name of a weight, and the inputs (T, K) of its layer
+
+
+class _End(Exception):
+    """The end of a forward pass after the block that was asked for."""
+
+    def __init__(self, output: torch.Tensor):
+        self.output = output
+
+
+class BlockwiseModel:
+    """A full-precision model whose decoder blocks are loaded and run one after the other.
+
+    Attributes:
+        linear: the weights of linear layers, name -> (N, K).
+        count: number of decoder blocks.
+        width: H, the width of the hidden states between blocks.
+        dtype: the compute type.
+    """
+
+    def __init__(self, folder: Path, checkpoint: Checkpoint | None = None, device: str = "cpu"):
+        self.device, self.dtype = torch.device(device), compute_dtype(device)
+        self._checkpoint = open_checkpoint(folder) if checkpoint is None else checkpoint
+        self.linear = linear_weights(folder)
+        self._model = skeleton(folder).to(self.dtype).eval()
+        self._prefix, self._layers = _decoder_blocks(self._model, self.linear, folder)
+        self._returns_tuple = False  # known after the first block
+        self.count = len(self._layers)
+        self.width = self._model.config.get_text_config().hidden_size
+        table, head = self._model.get_input_embeddings(), self._model.get_output_embeddings()
+        others = {f"{name}." for name, module in self._model.named_modules() if module in (table, head)}
+        self._table = next(f"{name}.weight" for name, module in self._model.named_modules() if module is table)
+        for name in self._checkpoint:
+            if not name.startswith((self._prefix, *others)):
+                self._put(name)
+        fill_buffers(self._model, self.device)
+        self._embedding = table
+
+    def weights_of(self, block: int) -> list[str]:
+        """Return the names of the linear weights of a block."""
+        return [name for name in self.linear if name.startswith(f"{self._prefix}{block}.")]
+
+    def weight(self, name: str) -> torch.Tensor:
+        """Return a weight (N, K) as it is stored."""
+        return self._checkpoint.read(name)
+
+    @contextmanager
+    def loaded(self, block: int) -> Iterator[None]:
+        """Hold the weights of a block in memory."""
+        names = [name for name in self._checkpoint if name.startswith(f"{self._prefix}{block}.")]
+        shapes = {name: self._model.get_parameter(name) for name in names if _is_parameter(self._model, name)}
+        for name in names:
+            self._put(name)
+        try:
+            yield
+        finally:
+            for name, empty in shapes.items():
+                put(self._model, name, empty.data)
+
+    @contextmanager
+    def embedding(self) -> Iterator[None]:
+        """Hold the embedding in memory, which only the first block needs."""
+        empty = self._embedding.weight.data
+        self._put(self._table)
+        try:
+            yield
+        finally:
+            put(self._model, self._table, empty)
+
+    @torch.no_grad()
+    def enter(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the input (B, T, H) of the first block for tokens (B, T); the embedding must be loaded."""
+
+        def end(hidden: torch.Tensor, *_: Any, **__: Any) -> None:
+            raise _End(hidden)
+
+        return self._forward({0: end}, ids, self._embedding)
+
+    @torch.no_grad()
+    def run(self, block: int, ids: torch.Tensor, hidden: torch.Tensor, observe: Observe | None = None) -> torch.Tensor:
+        """Return the output (B, T, H) of a loaded block.
+
+        Args:
+            ids: tokens (B, T), from which the model makes masks and positions.
+            hidden: the input (B, T, H) of the block.
+            observe: called with the inputs of each linear layer.
+        """
+        forward = type(self._layers[block]).forward
+
+        def compute(_: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+            found = forward(self._layers[block], hidden, *args, **kwargs)
+            self._returns_tuple = isinstance(found, tuple)
+            raise _End(found[0] if self._returns_tuple else found)
+
+        hooks = self._observe(block, observe) if observe else []
+        try:
+            return self._forward({**{before: self._hand_on for before in range(block)}, block: compute}, ids, None)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _hand_on(self, hidden: torch.Tensor, *_: Any, **__: Any) -> Any:
+        return (hidden,) if self._returns_tuple else hidden
+
+    def _observe(self, block: int, observe: Observe) -> list[Any]:
+        def hook(name: str) -> Callable:
+            return lambda _, given: observe(name, given[0].reshape(-1, given[0].shape[-1]))
+
+        names = [name.removesuffix(".weight") for name in self.weights_of(block)]
+        return [self._model.get_submodule(n).register_forward_pre_hook(hook(f"{n}.weight")) for n in names]
+
+    def _forward(self, instead: dict[int, Callable], ids: torch.Tensor, embedding: Any) -> torch.Tensor:
+        """Run the model until a block ends the pass.
+
+        Args:
+            instead: block -> its forward for this pass.
+            embedding: None if the embedded tokens do not matter.
+        """
+        for block, forward in instead.items():
+            self._layers[block].forward = forward
+        if embedding is None:
+            self._embedding.forward = lambda ids: torch.zeros(
+                *ids.shape, self.width, dtype=self.dtype, device=self.device
+            )
+        try:
+            self._model.base_model(input_ids=ids.to(self.device), use_cache=False)
+        except _End as end:
+            return end.output
+        finally:
+            for block in instead:
+                del self._layers[block].forward
+            if embedding is None:
+                del self._embedding.forward
+        raise ModelError(f"{type(self._model).__name__}: its decoder blocks do not run in order")
+
+    def _put(self, name: str) -> None:
+        stored = self._checkpoint.read(name)
+        put(self._model, name, stored.to(self.device, computing_type(self._model, name, stored.dtype)))
+
+
+def _is_parameter(model: torch.nn.Module, name: str) -> bool:
+    return name.rpartition(".")[2] in model.get_submodule(name.rpartition(".")[0])._parameters
+
+
+def _decoder_blocks(model: Any, linear: dict[str, Any], folder: Path) -> tuple[str, torch.nn.ModuleList]:
+    """Return the list of decoder blocks, the one with the most linear layers, and the prefix of its parameters.
+
+    Raises:
+        ModelError: if there is none.
+    """
+    lists = {f"{n}.": module for n, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)}
+    held = {prefix: sum(name.startswith(prefix) for name in linear) for prefix in lists}
+    best = max(held, key=lambda prefix: (held[prefix], -len(prefix)), default="")
+    if not best or not held[best]:
+        raise ModelError(f"{folder}: no list of decoder blocks was found, so the model cannot be calibrated")
+    return best, lists[best]

@@ -1,0 +1,109 @@
+"""Statistics of the inputs of linear layers, collected block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.config.catalog import Need
+from pipeline.quantization.calibration.blocks import BlockwiseModel
+from pipeline.quantization.statistics import Statistics
+
+BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What a block gave.
+
+    Attributes:
+        block: its number.
+        statistics: of its linear layers, by the name of the weight.
+        activations: its outputs (B, T, H), one tensor for each batch, which are the inputs of the next block.
+    """
+
+    block: int
+    statistics: dict[str, Statistics]
+    activations: list[torch.Tensor]
+
+
+def collect(
+    model: BlockwiseModel,
+    windows: Sequence[list[int]],
+    need: Need,
+    first: int = 0,
+    activations: list[torch.Tensor] | None = None,
+) -> Iterator[Collected]:
+    """Yield what each block gives, in order.
+
+    Args:
+        model: the full-precision model.
+        windows: calibration text, as windows of token ids.
+        need: whether Gram matrices are collected too.
+        first: the first block to run.
+        activations: its inputs; None to begin with the embedding.
+    """
+    batches = batches_of(windows)
+    if activations is None:
+        with model.embedding():
+            activations = [model.enter(ids) for ids in batches]
+    for block in range(first, model.count):
+        sums = Sums(need)
+        with model.loaded(block):
+            for number, ids in enumerate(batches):
+                sums.begin()
+                activations[number] = model.run(block, ids, activations[number], sums.add)
+        yield Collected(block, sums.statistics(), activations)
+
+
+class Sums:
+    """Sums over tokens of the inputs of several layers; layers with the same input share them."""
+
+    def __init__(self, need: Need):
+        self._need = need
+        self._leader: dict[str, str] = {}  # name -> the first layer with the same input
+        self._sums: dict[str, torch.Tensor] = {}
+        self._tokens: dict[str, int] = {}
+        self._seen: dict[tuple, str] = {}
+
+    def begin(self) -> None:
+        """Begin another forward pass."""
+        self._seen = {}
+
+    def add(self, name: str, inputs: torch.Tensor) -> None:
+        """Add the inputs (T, K) of a layer."""
+        key = (inputs.data_ptr(), tuple(inputs.shape))
+        leader = self._leader.setdefault(name, self._seen.setdefault(key, name))
+        if leader != name:
+            return
+        wide = inputs.float()
+        sums = wide.T @ wide if self._need == Need.GRAM_MATRIX else wide.square().sum(0)
+        self._sums[name] = self._sums[name].add_(sums) if name in self._sums else sums
+        self._tokens[name] = self._tokens.get(name, 0) + len(wide)
+
+    def statistics(self) -> dict[str, Statistics]:
+        """Return the statistics of every layer."""
+        found: dict[str, Statistics] = {}
+        for name, leader in self._leader.items():
+            if leader != name:
+                found[name] = found[leader]
+                continue
+            tokens = self._tokens[name]
+            means = self._sums.pop(name).div_(tokens).cpu()
+            is_gram = means.ndim == 2
+            found[name] = Statistics(tokens, means.diagonal().clone() if is_gram else means, means if is_gram else None)
+        return found
+
+
+def batches_of(windows: Sequence[list[int]]) -> list[torch.Tensor]:
+    """Return batches (B, T) of consecutive windows of one length."""
+    found: list[torch.Tensor] = []
+    group: list[list[int]] = []
+    for window in windows:
+        if group and (len(window) != len(group[0]) or (len(group) + 1) * len(window) > BATCH_TOKENS):
+            found.append(torch.tensor(group))
+            group = []
+        group.append(window)
+    return [*found, torch.tensor(group)] if group else found

@@ -1,0 +1,71 @@
+"""Weights that a calibration has rounded, on disk: one file for each block of each variant."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors.torch import save_file
+
+from pipeline.errors import QuantizationError
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.quantization.grid import Grid, GroupQuantized
+
+_PARTS = ("codes", "scale", "zero")
+
+
+def save_block(folder: Path, block: int, weights: Mapping[str, GroupQuantized]) -> None:
+    """Write the rounded weights of one block as a whole, or not at all."""
+    tensors = {
+        f"{name}:{part}": tensor.contiguous()
+        for name, weight in weights.items()
+        for part in _PARTS
+        if (tensor := getattr(weight, part)) is not None
+    }
+    save_whole(tensors, folder / f"block-{block:04}.safetensors")
+
+
+def save_whole(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a file of tensors under a temporary name, and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    save_file(dict(tensors), partial, metadata)
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+class RoundedFolder:
+    """The rounded weights of a variant, read by rows when they are written in its format."""
+
+    def __init__(self, folder: Path):
+        self._checkpoint = Checkpoint.of_files(sorted(folder.glob("block-*.safetensors")))
+
+    def __contains__(self, name: object) -> bool:
+        return f"{name}:{_PARTS[0]}" in self._checkpoint
+
+    def rows(self, name: str, grid: Grid, first: int, stop: int) -> GroupQuantized:
+        """Return rows of a weight.
+
+        Raises:
+            QuantizationError: if it was rounded on another grid.
+        """
+        parts = {
+            part: self._checkpoint.read_rows(key, first, stop)
+            for part in _PARTS
+            if (key := f"{name}:{part}") in self._checkpoint
+        }
+        made = GroupQuantized(parts["codes"], parts["scale"], parts.get("zero"), grid)
+        groups = made.codes.shape[1] // grid.group(made.codes.shape[1])
+        if made.scale.shape[1] != groups or made.scale.dtype != grid.scale_dtype:
+            raise QuantizationError(f"{name}: was calibrated on another grid. Try: remove the run's calibration/")
+        return made
+
+
+def read_statistics(path: Path) -> dict[str, torch.Tensor]:
+    """Return the second moments (K,) of the inputs of each layer, by the name of its weight."""
+    checkpoint = Checkpoint.of_files([path])
+    return {name: cast(torch.Tensor, checkpoint.read(name)) for name in checkpoint}

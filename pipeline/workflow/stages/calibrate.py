@@ -1,0 +1,192 @@
+"""Stage `calibrate`: statistics of the layers' inputs over calibration text, and weights that are rounded with them.
+
+It goes through the full-precision model one decoder block at a time. After each block, its rounded weights and its
+outputs are on disk, so that a stopped calibration goes on with the next block. Variants are written by `quantize`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.config.catalog import Need
+from pipeline.config.schema import Config, Data, MeasuredRun, TrainingRun, VariantSpec
+from pipeline.data import general_text, load_examples
+from pipeline.errors import ConfigError
+from pipeline.system.files import empty_folder, fingerprint
+from pipeline.system.libraries import versions
+from pipeline.tracking.events import Events
+from pipeline.workflow.stages import Outcome
+from pipeline.workflow.stages.inputs import full_model, hashes_of, made_from, run_texts
+from pipeline.workflow.stages.training_data import pinned
+from pipeline.workflow.workspace import Workspace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from pipeline.data.encode import Encoded
+    from pipeline.quantization.grid import Grid, GroupQuantized
+    from pipeline.quantization.layers import RoundedWeights
+    from pipeline.quantization.statistics import Statistics
+
+FOLDER, STATISTICS, BORDER = "calibration", "statistics.safetensors", "border.safetensors"
+CHARACTERS_PER_TOKEN = 16  # more than usual; so much text is tokenized
+
+
+def parameters(config: Config, variant: str | None) -> dict:
+    """Return the fields of the start event."""
+    return {"tokens": config.quantize.calibration.tokens}
+
+
+def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict:
+    """Return the dependencies as plain data."""
+    source = config.quantize.calibration.source
+    text = {"train": workspace.state_of("train")} if source is None else hashes_of(workspace, source)
+    return {
+        "specs": [config.quantize.spec(name).making() for name in config.quantize.calibrated],
+        "calibration": config.quantize.calibration.model_dump(),
+        "text": text,
+        "after": made_from(config, workspace),
+        "versions": versions("torch", "transformers"),
+    }
+
+
+def check(config: Config) -> None:
+    """Raise an error if there is no text to calibrate on, or the model cannot be read block by block.
+
+    Raises:
+        ConfigError: with the key to set.
+    """
+    if not config.quantize.calibrates:
+        return
+    if config.quantize.calibration.source is None and config.data is None:
+        raise ConfigError(
+            "quantize.quality calibrated: there is no training data to calibrate on. "
+            "Try: quantize.calibration.source=FILE.txt"
+        )
+    if config.model.low_disk:
+        raise ConfigError("quantize.quality calibrated: needs the whole model. Try: leave out model.low_disk")
+
+
+def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
+    """Collect statistics, and round the weights of the variants that need whole matrices of them."""
+    from safetensors.torch import load_file
+
+    from pipeline.evaluation.texts import restore_template
+    from pipeline.models.safe_loading import open_tokenizer
+    from pipeline.quantization.calibration.blocks import BlockwiseModel
+    from pipeline.quantization.calibration.collect import collect
+    from pipeline.quantization.calibration.store import save_block, save_whole
+    from pipeline.quantization.layers import layer_grids
+
+    source = full_model(config, workspace, events)
+    tokenizer = restore_template(open_tokenizer(source), run_texts(workspace))
+    windows = _windows(config, workspace, tokenizer, source)
+    specs = [config.quantize.spec(name) for name in config.quantize.calibrated]
+    needs = {spec.name: spec.need(True) for spec in specs}
+    model = BlockwiseModel(source)
+    grids = {spec.name: layer_grids(spec, model.linear)[0] for spec in specs if needs[spec.name] == Need.GRAM_MATRIX}
+    folder, about = workspace.folder / FOLDER, fingerprint(depends(config, workspace, variants))
+    first, activations, moments = 0, None, {}
+    known = workspace.progress("calibrate", "block")
+    if known.get("about") == about and (folder / BORDER).is_file():
+        kept = load_file(folder / BORDER)
+        first = int(kept.pop("block")) + 1
+        moments = {name.removeprefix("moments:"): kept.pop(name) for name in list(kept) if name.startswith("moments:")}
+        activations = [kept[str(number)] for number in range(len(kept))]
+    else:
+        empty_folder(folder)
+        workspace.note("calibrate", block={"about": about})
+    events.progress(first, model.count, "calibrating")
+    need = Need.GRAM_MATRIX if grids else Need.SECOND_MOMENTS
+    for found in collect(model, windows, need, first, activations):
+        for spec in specs:
+            if spec.name in grids:
+                save_block(folder / spec.name, found.block, _rounded(spec, grids[spec.name], model, found.statistics))
+        moments |= {name: of.second_moments.clone() for name, of in found.statistics.items()}  # no shared memory
+        save_whole(_border(found.block, moments, found.activations), folder / BORDER)
+        events.progress(found.block + 1, model.count, "calibrating")
+    save_whole(moments, folder / STATISTICS)
+    (folder / BORDER).unlink()
+    tokens = sum(map(len, windows))
+    return Outcome((folder,), {"tokens": tokens, "text": config.quantize.calibration.source or "training data"})
+
+
+def _border(block: int, moments: dict, activations: list) -> dict:
+    import torch
+
+    kept = {f"moments:{name}": values for name, values in moments.items()}
+    return {"block": torch.tensor(block), **kept, **{str(n): hidden for n, hidden in enumerate(activations)}}
+
+
+def _rounded(
+    spec: VariantSpec, grids: dict[str, tuple[tuple[int, int], Grid | None]], model, statistics: dict[str, Statistics]
+) -> dict[str, GroupQuantized]:
+    """Return the weights of a block on the grids of a variant; layers in eight bits are rounded by the writer."""
+    from pipeline.quantization.layers import named
+    from pipeline.quantization.roundings import rounding
+
+    eight = named(spec, "int8", model.linear)
+    how = rounding(str(spec.rounding))
+    made = {}
+    for name, of in statistics.items():
+        grid = grids[name][1] if name in grids and name not in eight else None
+        if grid is not None:
+            made[name] = how.round(model.weight(name), grid, of)
+    return made
+
+
+def _windows(config: Config, workspace: Workspace, tokenizer: PreTrainedTokenizerBase, model: Path) -> list[list[int]]:
+    """Return the calibration text as tokens.
+
+    Raises:
+        DataError: if it is too short, or shares text with what is measured on.
+    """
+    from pipeline.evaluation import texts
+    from pipeline.evaluation.model_result import TEXTS
+    from pipeline.models.checkpoint_files import read_config
+    from pipeline.models.context import context_length
+    from pipeline.quantization.calibration.text import WINDOW, check_apart, windows_of
+
+    context = context_length(read_config(model))
+    window = min(WINDOW, context or WINDOW)
+    sequences = _sequences(config, workspace, tokenizer, window)
+    windows = windows_of(sequences, config.quantize.calibration.tokens, window)
+    if isinstance(config, MeasuredRun):
+        for name, measured in texts.all_texts(config, run_texts(workspace), tokenizer, context).items():
+            check_apart(sequences, measured, TEXTS[name])
+    return windows
+
+
+def _sequences(
+    config: Config, workspace: Workspace, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[Encoded]:
+    from pipeline.data.encode import encode_examples, encode_text
+
+    calibration = config.quantize.calibration
+    if calibration.source is not None and calibration.source.lower().endswith(".txt"):
+        return encode_text(general_text(calibration.source), tokenizer, max_length, 2 * calibration.tokens)
+    if calibration.source is not None:
+        data = Data(source=calibration.source)
+    else:
+        assert isinstance(config, TrainingRun), "checked before the run"
+        data = pinned(config, workspace)
+    examples = load_examples(data, config.train.loss_on).train
+    needed, taken = CHARACTERS_PER_TOKEN * calibration.tokens, []
+    for example in examples:
+        taken.append(example)
+        needed -= len(str(example))
+        if needed < 0:
+            break
+    return encode_examples(taken, tokenizer, config.train.loss_on, max_length).examples
+
+
+def read(config: Config, workspace: Workspace, name: str) -> tuple[dict[str, Statistics], dict[str, RoundedWeights]]:
+    """Return the statistics, and the rounded weights of a variant, of a finished calibration."""
+    from pipeline.quantization.calibration.store import RoundedFolder, read_statistics
+    from pipeline.quantization.statistics import Statistics
+
+    folder, tokens = workspace.folder / FOLDER, config.quantize.calibration.tokens
+    moments = read_statistics(folder / STATISTICS)
+    rounded = {name: RoundedFolder(folder / name)} if (folder / name).is_dir() else {}
+    return {weight: Statistics(tokens, values) for weight, values in moments.items()}, rounded
