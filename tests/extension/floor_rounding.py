@@ -9,7 +9,7 @@ NAME = "floor"
 
 def register(needs: catalog.Need = catalog.Need.NOTHING) -> None:
     """Add the rounding; every variant that it can fill offers it."""
-    catalog.register(catalog.Rounding(NAME, __name__, ("none", "float"), "rounded down", needs))
+    catalog.register(catalog.Rounding(NAME, __name__, ("none", "float"), "rounded down", needs, needs))
 
 
 def round(rows, grid, statistics=None):

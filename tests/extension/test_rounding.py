@@ -8,13 +8,13 @@ import torch
 from pipeline.config import catalog
 from pipeline.config.catalog import Need
 from pipeline.config.schema import VariantSpec
-from pipeline.errors import QuantizationError
+from pipeline.errors import ConfigError, QuantizationError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.matrices import linear_weights
 from pipeline.quantization.formats import storage
-from pipeline.quantization.statistics import Statistics, needed
+from pipeline.quantization.statistics import Statistics
 from pipeline.quantization.writer import Variants
-from tests.extension import floor_rounding
+from tests.extension import floor_rounding, needing_rounding
 from tests.extension.runs import quantizing
 
 
@@ -55,20 +55,28 @@ def test_rounding_decides_the_codes(floor, tmp_path, tiny_model):
 def test_rounding_that_needs_statistics_is_refused_by_name_without_them(floor, tmp_path, tiny_model):
     floor(Need.SECOND_MOMENTS)
     spec = VariantSpec(name="int4", rounding="floor").resolved()
-    assert needed([spec]) == Need.SECOND_MOMENTS and needed([VariantSpec(name="int8").resolved()]) == Need.NOTHING
+    assert spec.need(False) == Need.SECOND_MOMENTS and VariantSpec(name="int8").resolved().need(True) == Need.NOTHING
     with pytest.raises(QuantizationError, match="int4: rounding floor needs statistics.*second moments"):
         made(tiny_model("llama"), tmp_path, spec)
 
 
 def test_run_is_refused_before_work_starts(floor, tmp_path, tiny_model, monkeypatch):
     from pipeline.config.loader import load_config
-    from pipeline.workflow.preflight import preflight
 
     floor(Need.GRAM_MATRIX)
     place = quantizing(tmp_path, tiny_model("llama"), {"name": "int4", "rounding": "floor"})
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(QuantizationError, match="gram matrix"):
-        preflight(load_config(str(place.config)), need_hub=False)
+    with pytest.raises(ConfigError, match="rounding floor: needs calibration text. Try: quantize.quality=calibrated"):
+        load_config(str(place.config))
+
+
+def test_calibration_gives_the_rounding_whole_matrices_and_what_it_needs(tmp_path, tiny_model):
+    place = quantizing(tmp_path, tiny_model("llama"), {"name": "int4", "rounding": "floor"}, needing_rounding)
+    (tmp_path / "calibration.txt").write_text(" ".join(f"{n} apples and {n * n} pears." for n in range(400)))
+    calibrated = ("--set", "quantize.quality=calibrated", "--set", "quantize.calibration.source=calibration.txt")
+    place.tunepress("run", "tiny.yaml", *calibrated, "--set", "quantize.calibration.tokens=2048")
+    assert place.results()["int4"]["variant"]["rounding"] == "floor"
+    assert "calibrate" in place.ledger()
 
 
 def test_rounding_gets_the_statistics_of_its_layer(floor, tmp_path, tiny_model, monkeypatch):

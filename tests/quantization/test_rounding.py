@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.config.catalog import VARIANTS
+from pipeline.config.catalog import ROUNDINGS, VARIANTS, Need
 from pipeline.quantization.formats.torchao.format import INT8
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.roundings import rounding, search
@@ -11,9 +11,10 @@ from pipeline.quantization.roundings import rounding, search
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 INT4 = Grid(4, 32, "float", torch.bfloat16)
 CASES = [("rtn", INT8), ("rtn", Grid(4, 64, "integer", torch.float16))]
-BETTER = [name for name in VARIANTS["int4"].roundings if name != "rtn"]
-CASES += [(name, INT4) for name in VARIANTS["int4"].roundings]
-CASES += [(name, Grid(4, 32, "float", torch.float16, from_zero=True)) for name in VARIANTS["int4"].roundings]
+DATA_FREE = [name for name in VARIANTS["int4"].roundings if ROUNDINGS[name].needs == Need.NOTHING]
+BETTER = [name for name in DATA_FREE if name != "rtn"]
+CASES += [(name, INT4) for name in DATA_FREE]
+CASES += [(name, Grid(4, 32, "float", torch.float16, from_zero=True)) for name in DATA_FREE]
 CASES += [("search", Grid(4, 32, "none", torch.float16)), ("search", Grid(8, 32, "none", torch.float16))]
 CASES += [("hqq", INT8), ("hqq", Grid(8, 64, "none", torch.float32)), ("hqq", Grid(4, 32, "none", torch.float16))]
 

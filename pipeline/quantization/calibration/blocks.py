@@ -126,7 +126,10 @@ class BlockwiseModel:
 
     def _observe(self, block: int, observe: Observe) -> list[Any]:
         def hook(name: str) -> Callable:
-            return lambda _, given: observe(name, given[0].reshape(-1, given[0].shape[-1]))
+            def tell(_: Any, given: tuple[torch.Tensor, ...]) -> None:  # a result would replace the inputs
+                observe(name, given[0].reshape(-1, given[0].shape[-1]))
+
+            return tell
 
         names = [name.removesuffix(".weight") for name in self.weights_of(block)]
         return [self._model.get_submodule(n).register_forward_pre_hook(hook(f"{n}.weight")) for n in names]

@@ -66,18 +66,21 @@ class Sums:
         self._leader: dict[str, str] = {}  # name -> the first layer with the same input
         self._sums: dict[str, torch.Tensor] = {}
         self._tokens: dict[str, int] = {}
-        self._seen: dict[tuple, str] = {}
+        self._seen: list[
+            tuple[torch.Tensor, str]
+        ] = []  # inputs of this forward pass, kept so that none has another's place
 
     def begin(self) -> None:
         """Begin another forward pass."""
-        self._seen = {}
+        self._seen = []
 
     def add(self, name: str, inputs: torch.Tensor) -> None:
         """Add the inputs (T, K) of a layer."""
-        key = (inputs.data_ptr(), tuple(inputs.shape))
-        leader = self._leader.setdefault(name, self._seen.setdefault(key, name))
+        same = (leader for other, leader in self._seen if other.data_ptr() == inputs.data_ptr())
+        leader = self._leader.setdefault(name, next(same, name))
         if leader != name:
             return
+        self._seen.append((inputs, name))
         wide = inputs.float()
         sums = wide.T @ wide if self._need == Need.GRAM_MATRIX else wide.square().sum(0)
         self._sums[name] = self._sums[name].add_(sums) if name in self._sums else sums

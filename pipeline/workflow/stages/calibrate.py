@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config.catalog import Need
+from pipeline.config.catalog import EIGHT_BITS, Need
 from pipeline.config.schema import Config, Data, MeasuredRun, TrainingRun, VariantSpec
 from pipeline.data import general_text, load_examples
 from pipeline.errors import ConfigError
@@ -126,7 +126,7 @@ def _rounded(
     from pipeline.quantization.layers import named
     from pipeline.quantization.roundings import rounding
 
-    eight = named(spec, "int8", model.linear)
+    eight = named(spec, EIGHT_BITS, model.linear)
     how = rounding(str(spec.rounding))
     made = {}
     for name, of in statistics.items():

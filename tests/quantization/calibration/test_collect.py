@@ -1,0 +1,112 @@
+"""Calibration block by block gives the statistics that the whole model gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipeline.config.catalog import Need
+from pipeline.data.encode import Encoded
+from pipeline.errors import DataError
+from pipeline.models.matrices import linear_weights
+from pipeline.quantization.calibration import collect as collecting
+from pipeline.quantization.calibration.blocks import BlockwiseModel
+from pipeline.quantization.calibration.collect import collect
+from pipeline.quantization.calibration.text import check_apart, windows_of
+
+# Sliding and full attention, positions that some layers do not have, learned positions, biases, tied tables.
+MODELS = ("llama", "qwen3", "smollm3", "gemma3_text", "opt", "gpt_neo")
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    """Compute in float32, so that both ways differ only by the order of sums."""
+    monkeypatch.setenv("TUNEPRESS_COMPUTE_DTYPE", "float32")
+
+
+def whole_model(folder, windows):
+    """Return the Gram matrix of each layer's inputs, from one pass of the whole model."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    sums: dict[str, torch.Tensor] = {}
+
+    def hook(name):
+        def add(_, given):
+            inputs = given[0].reshape(-1, given[0].shape[-1])
+            sums[name] = sums.get(name, 0) + inputs.T @ inputs
+
+        return add
+
+    for name in linear_weights(folder):
+        model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(hook(name))
+    with torch.no_grad():
+        for window in windows:
+            model(input_ids=torch.tensor([window]))
+    return {name: total / sum(map(len, windows)) for name, total in sums.items()}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_statistics_are_those_of_the_whole_model(kind, tiny_model, monkeypatch):
+    monkeypatch.setattr(collecting, "BATCH_TOKENS", 96)  # several batches, one of them of one window
+    torch.manual_seed(0)
+    windows = torch.randint(0, 255, (5, 48)).tolist()
+    expected = whole_model(tiny_model(kind), windows)
+    found = {}
+    for block in collect(BlockwiseModel(tiny_model(kind)), windows, Need.GRAM_MATRIX):
+        found |= block.statistics
+    assert found.keys() == expected.keys()
+    for name, gram in expected.items():
+        scale = gram.diagonal().mean()
+        assert (found[name].gram - gram).abs().max() < 1e-4 * scale, name
+        assert torch.equal(found[name].gram.diagonal(), found[name].second_moments) and found[name].tokens == 240
+
+
+def test_second_moments_need_no_gram_matrix(tiny_model):
+    windows = [list(range(40))] * 3
+    model = tiny_model("llama")
+    full = next(collect(BlockwiseModel(model), windows, Need.GRAM_MATRIX)).statistics
+    some = next(collect(BlockwiseModel(model), windows, Need.SECOND_MOMENTS)).statistics
+    for name, of in some.items():
+        assert of.gram is None
+        torch.testing.assert_close(of.second_moments, full[name].second_moments)
+
+
+def test_one_block_is_in_memory_at_a_time(tiny_model):
+    model = BlockwiseModel(tiny_model("llama"))
+    layers = model._layers
+
+    def loaded():
+        return [not any(p.is_meta for p in layer.parameters()) for layer in layers]
+
+    assert loaded() == [False, False]
+    for number in range(2):
+        with model.loaded(number):
+            assert loaded() == [number == 0, number == 1]
+    assert loaded() == [False, False]
+
+
+def encoded(*tokens: int) -> Encoded:
+    return Encoded(list(tokens), list(tokens))
+
+
+def test_windows_follow_each_other_over_the_borders_of_sequences():
+    sequences = [encoded(*range(5)), encoded(*range(5, 12))]
+    assert windows_of(sequences, 100, 4) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert windows_of(sequences, 8, 4) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    with pytest.raises(DataError, match="12 tokens, and one window has 16"):
+        windows_of(sequences, 100, 16)
+
+
+def test_text_that_is_measured_on_is_refused():
+    text = encoded(*range(200))
+    check_apart([text], [encoded(*range(500, 700))], "general")
+    with pytest.raises(DataError, match="a part of the general text"):
+        check_apart([text], [encoded(*range(600, 650), *range(100, 140))], "general")
+
+
+def test_a_system_prompt_that_both_texts_begin_with_is_no_shared_text():
+    prompt = list(range(100))
+    train = Encoded([*prompt, *range(200, 240)], [-100] * 100 + list(range(200, 240)))
+    held_out = Encoded([*prompt, *range(300, 340)], [-100] * 100 + list(range(300, 340)))
+    check_apart([train], [held_out], "held-out")

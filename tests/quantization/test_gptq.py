@@ -1,0 +1,83 @@
+"""GPTQ: less error of the layer's output than any rounding that sees single columns only."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipeline.quantization.grid import Grid
+from pipeline.quantization.roundings import gptq, search
+from pipeline.quantization.statistics import Statistics
+
+GRIDS = {
+    "int4": Grid(4, 32, "float", torch.bfloat16),
+    "one scale a row": Grid(4, None, "none", torch.float32),
+    "Q4_0": Grid(4, 32, "none", torch.float16),
+    "Q5_1": Grid(5, 32, "float", torch.float16, from_zero=True),
+}
+
+
+def correlated(width: int, tokens: int = 512) -> Statistics:
+    """Return the statistics of inputs whose columns correlate and differ in size."""
+    torch.manual_seed(1)
+    inputs = torch.randn(tokens, width // 4) @ torch.randn(width // 4, width) + 0.1 * torch.randn(tokens, width)
+    inputs *= torch.randn(width).exp()
+    gram = inputs.T @ inputs / tokens
+    return Statistics(tokens, gram.diagonal().clone(), gram)
+
+
+@pytest.fixture
+def weight():
+    torch.manual_seed(0)
+    return torch.randn(24, 128).bfloat16()
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_error_of_the_output_falls_with_what_the_rounding_knows(weight, grid):
+    statistics = correlated(128)
+    total = {
+        name: gptq.loss(weight.float(), made, statistics.gram).sum().item()
+        for name, made in {
+            "data-free": search.round(weight, grid),
+            "weighted": search.round(weight, grid, statistics),
+            "gptq": gptq.round(weight, grid, statistics),
+        }.items()
+    }
+    assert total["weighted"] < 0.8 * total["data-free"]
+    assert total["gptq"] < 0.5 * total["weighted"]
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_codes_and_scales_are_those_of_the_grid(weight, grid):
+    made = gptq.round(weight, grid, correlated(128))
+    assert made.codes.dtype == (torch.int8 if grid.signed else torch.uint8)
+    assert made.codes.min() >= grid.lowest and made.codes.max() <= grid.highest
+    assert made.scale.dtype == grid.scale_dtype and (made.zero is None) == (grid.zero == "none")
+    assert made.dequantize().isfinite().all()
+
+
+def test_polishing_makes_no_row_worse(weight):
+    statistics = correlated(128)
+    before = search.round(weight, GRIDS["int4"], statistics)
+    after = gptq.polish(weight.float(), before, statistics.gram)
+    changed = gptq.loss(weight.float(), after, statistics.gram) - gptq.loss(weight.float(), before, statistics.gram)
+    assert (changed <= 0).all() and changed.mean() < 0
+
+
+def test_same_inputs_give_the_same_bytes(weight):
+    first, second = (gptq.round(weight, GRIDS["int4"], correlated(128)) for _ in range(2))
+    assert torch.equal(first.codes, second.codes) and torch.equal(first.scale, second.scale)
+
+
+@pytest.mark.parametrize("rounding", [gptq, search])
+def test_inputs_that_were_always_zero_do_no_harm(weight, rounding):
+    gram = correlated(128).gram.clone()
+    gram[:40], gram[:, :40] = 0, 0
+    made = rounding.round(weight, GRIDS["int4"], Statistics(512, gram.diagonal().clone(), gram))
+    assert made.dequantize().isfinite().all()
+    assert (made.dequantize() - weight.float()).abs().max() < 1.5
+
+
+def test_second_moments_alone_are_refused(weight):
+    with pytest.raises(ValueError, match="gram matrix"):
+        gptq.round(weight, GRIDS["int4"], Statistics(8, torch.ones(128)))

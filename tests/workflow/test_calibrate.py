@@ -1,0 +1,144 @@
+"""Stage `calibrate`: it goes on after a stop, and variants are made of what it left."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+import yaml
+
+from pipeline.config.loader import load_config
+from pipeline.errors import ConfigError, DataError, Interrupted, StageFailed
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.matrices import linear_weights
+from pipeline.quantization.calibration.blocks import BlockwiseModel
+from pipeline.quantization.formats import storage
+from pipeline.workflow.in_process import run_stage_here
+from pipeline.workflow.run import run
+from tests.support.runs import Place
+
+VARIANT = {"name": "int4", "group_size": 32}
+
+
+@pytest.fixture
+def place(tmp_path, tiny_model, monkeypatch) -> Place:
+    """A run that calibrates on a text of its own and measures nothing."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "calibration.txt").write_text(" ".join(f"{n} apples and {n * n} pears." for n in range(400)))
+    write(tmp_path, tiny_model("llama"))
+    return Place(tmp_path)
+
+
+def write(folder, model, **quantize):
+    calibration = {"source": "calibration.txt", "tokens": 2048}
+    tree = {
+        "name": "tiny",
+        "model": {"source": str(model)},
+        "data": None,
+        "evaluate": None,
+        "quantize": {"quality": "calibrated", "calibration": calibration, "variants": [VARIANT], **quantize},
+        "track": {"project": "tests"},
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
+
+
+def made(place) -> dict[str, str]:
+    """Run, and return the digests of the variant's weights."""
+    workspace = run(load_config(str(place.config)), "runs", start=run_stage_here)
+    files = sorted((workspace.release / "int4").glob("*.safetensors"))
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def weights(folder, model) -> dict[str, torch.Tensor]:
+    checkpoint, form = Checkpoint(folder), storage("torchao")
+    return {name: form.read(checkpoint, name, shape).dequantize() for name, shape in linear_weights(model).items()}
+
+
+def test_calibrated_variant_has_less_output_error_than_a_fast_one(place, tmp_path, tiny_model):
+    made(place)
+    model = tiny_model("llama")
+    calibrated = weights(tmp_path / "runs/tiny/release/int4", model)
+    write(tmp_path, model, quality="fast")
+    made(place)
+    fast, full = weights(tmp_path / "runs/tiny/release/int4", model), Checkpoint(model)
+    torch.manual_seed(0)
+    windows = torch.randint(0, 255, (1, 64))
+    blocks, inputs = BlockwiseModel(model), {}
+    with blocks.embedding():
+        hidden = blocks.enter(windows)
+    with blocks.loaded(0):
+        blocks.run(0, windows, hidden, lambda name, given: inputs.setdefault(name, given.float()))
+    for name, given in inputs.items():
+        exact = given @ full.read(name).float().T
+        error = {k: (given @ w[name].T - exact).square().mean() for k, w in (("cal", calibrated), ("fast", fast))}
+        assert error["cal"] < error["fast"], name
+
+
+def test_stopped_calibration_goes_on_with_the_next_block_and_gives_the_same_bytes(place, monkeypatch):
+    ran, plain = [], BlockwiseModel.loaded
+
+    def loaded(self, block):
+        ran.append(block)
+        if ran == [0, 1]:
+            raise KeyboardInterrupt
+        return plain(self, block)
+
+    monkeypatch.setattr(BlockwiseModel, "loaded", loaded)
+    with pytest.raises(Interrupted):
+        made(place)
+    resumed = made(place)
+    assert ran == [0, 1, 1]
+    monkeypatch.undo()
+    monkeypatch.chdir(place.folder)
+    run(load_config(str(place.config)), "runs", fresh=True, start=run_stage_here)
+    assert resumed == made(place)
+
+
+def test_changed_calibration_text_makes_the_variant_again(place, tmp_path):
+    before = made(place)
+    assert made(place) == before
+    (tmp_path / "calibration.txt").write_text(" ".join(f"{n} plums or {n * n} figs!" for n in range(400)))
+    assert made(place) != before
+
+
+def test_calibration_without_a_text_is_refused_before_work(place, tmp_path, tiny_model):
+    write(tmp_path, tiny_model("llama"), calibration={})
+    with pytest.raises(ConfigError, match="no training data to calibrate on. Try: quantize.calibration.source"):
+        made(place)
+    assert not (tmp_path / "runs/tiny/release").exists()
+
+
+def test_calibration_on_measured_text_is_refused(place, tmp_path, tiny_model):
+    write(tmp_path, tiny_model("llama"))
+    tree = yaml.safe_load((tmp_path / "tiny.yaml").read_text())
+    tree["evaluate"] = {"general": "calibration.txt", "max_tokens": 512, "prompts": []}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises((StageFailed, DataError), match="a part of the general text, which is measured on"):
+        made(place)
+
+
+@pytest.mark.parametrize(
+    "quantize, message",
+    [
+        ({"quality": "calibrated", "on_gate_failure": "escalate"}, "does not go with quality: calibrated"),
+        ({"variants": [{"name": "int4", "rounding": "gptq"}]}, "rounding gptq: needs calibration text"),
+        ({"quality": "best"}, "quality"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(tmp_path, quantize, message):
+    (tmp_path / "c.yaml").write_text(
+        yaml.safe_dump({"name": "c", "model": {"source": "a/b"}, "data": None, "quantize": quantize})
+    )
+    with pytest.raises(ConfigError, match=message):
+        load_config(str(tmp_path / "c.yaml"))
+
+
+def test_calibrated_quality_takes_gptq_for_few_bits_only():
+    from pipeline.config.quantize import Quantize
+
+    chosen = Quantize(quality="calibrated", variants=["int8", "int4", "gguf-q4_0", "gguf-q8_0", "gguf-f16"])
+    found = {spec.name: spec.rounding for spec in chosen.variants}
+    assert found == {"int8": "rtn", "int4": "gptq", "gguf-q4_0": "gptq", "gguf-q8_0": "rtn", "gguf-f16": None}
+    assert chosen.calibrated == ("int4", "gguf-q4_0")
+    assert Quantize(variants=["int4"]).calibrated == ()
