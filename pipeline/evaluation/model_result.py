@@ -149,6 +149,8 @@ class StoredWeights(Record):
     kept: Texts = ()
     types: Annotated[dict[str, Count], Table] = {}
     eight: Texts = ()
+    calibration_text: Text | None = None
+    calibration_tokens: Count | None = None
 
 
 class Check(Record):

@@ -7,9 +7,11 @@ formulas, and was not measured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from pipeline.config.schema import Config, Lora, MeasuredRun, Train, VariantSpec
+from pipeline.config.catalog import Need as Statistic
+from pipeline.config.schema import Config, Lora, MeasuredRun, Quantize, Train, VariantSpec
 from pipeline.config.training_catalog import METHODS, NF4_BASE
 from pipeline.models.layer_layouts import layout
 from pipeline.planning.model import Sizes
@@ -34,6 +36,7 @@ MAPPED = "pages of the files"  # count as resident; the system takes them back i
 LOSS_TOKENS, LOSS_COLUMNS = 4096, 32768  # of one tile of logits, as trl computes them on a GPU
 TRAINED_LOGITS = 1 << 23  # `training.fused_loss.LOGIT_ELEMENTS`
 TRAINED_LOGIT_BYTES = 14  # per logit: float32 three times, or twice and the tile in bf16
+CALIBRATED_TOKENS = 2048  # `quantization.calibration.collect.BATCH_TOKENS`
 SCORED_TOKENS = 2048  # `evaluation.metrics.BATCH_TOKENS`
 LOGITS = 1 << 24  # `inference.output_head.LOGIT_ELEMENTS`
 LOGITS_BYTES = 30  # per logit: float32 seven and a half times, while two models are compared
@@ -143,6 +146,33 @@ def merging(sizes: Sizes, config: Config, kinds: tuple[str, ...], variants: int,
 def passing(sizes: Sizes, libraries: int, variants: int) -> Need:
     """Return the memory of one pass over the files: a block and its results in each thread."""
     return {"libraries": libraries, "blocks": cores() * BLOCK * (8 + variants)}
+
+
+def with_gram_matrices(quantize: Quantize) -> list[VariantSpec]:
+    """Return the variants that a calibration rounds with whole Gram matrices."""
+    return [spec for spec in quantize.variants if spec.need(quantize.calibrates) == Statistic.GRAM_MATRIX]
+
+
+def gram_sizes(sizes: Sizes) -> list[int]:
+    """Return the widths of the inputs of one decoder block that differ: norms twice, attention, and feed-forward."""
+    return [sizes.hidden, sizes.hidden, sizes.attention, sizes.intermediate]
+
+
+def calibrating(sizes: Sizes, quantize: Quantize) -> Need:
+    """Return the memory of a calibration: a block, its statistics, and the activations at its border."""
+    tokens, width = quantize.calibration.tokens, compute_bytes_here()
+    batch = CALIBRATED_TOKENS * (4 * sizes.hidden + 3 * sizes.attention + 3 * sizes.intermediate)
+    need = {
+        "libraries": LIBRARIES["evaluate"],
+        "block": width * sizes.linear_parameters // sizes.layers,
+        "embedding": 2 * sizes.vocabulary * sizes.hidden,
+        "activations": int(HOLES * width * (tokens * sizes.hidden + batch)),
+    }
+    if with_gram_matrices(quantize):
+        rows, columns = max(sizes.linear.values(), key=math.prod, default=(0, 0))
+        need["gram matrices"] = 4 * sum(k**2 for k in gram_sizes(sizes)) + 3 * 4 * max(gram_sizes(sizes)) ** 2
+        need["rounding"] = 8 * 4 * rows * columns
+    return need
 
 
 def quantizing(sizes: Sizes, specs: Sequence[VariantSpec]) -> Need:

@@ -11,12 +11,13 @@ from pipeline.planning import memory
 from pipeline.planning.devices import Machine
 from pipeline.planning.memory import Need
 from pipeline.planning.model import Sizes
-from pipeline.system.hardware import WEIGHTS_SHARE
+from pipeline.system.hardware import WEIGHTS_SHARE, compute_bytes_here
 from pipeline.system.libraries import is_installed
 from pipeline.training.trainers import merge_bases
 
 CARDS = 200_000  # bytes of cards, picture and lineage
 KEPT_CHECKPOINTS = 3  # of training: two, and the one being written
+SCALES = 1 + 4 / 32  # bytes of a calibrated weight: a code, and a scale and a zero for 32 of them
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Stage:
     """The needs of one stage, in bytes by purpose.
 
     Attributes:
-        name: `train`, `merge`, `evaluate`, `quantize`, a variant's name, `publish`.
+        name: `train`, `merge`, `evaluate`, `calibrate`, `quantize`, a variant's name, `publish`.
         fetches: downloads from the Hub: files of a model that the cache lacks, or all with `model.low_disk`; all of a
             data set, because its cache is not looked up.
         caches: the part of the downloads that stays in the Hub's cache.
@@ -71,6 +72,8 @@ def stages_of(config: Config, sizes: Sizes, machine: Machine, data_bytes: int | 
         stages.append(_merge(config, sizes, machine, variants, adapter))
     if isinstance(config, MeasuredRun):
         stages.append(_evaluate(config, sizes, machine, model))
+    if config.quantize.calibrated:
+        stages.append(_calibrate(config, sizes, model))
     if specs and not _made_by_merge(config):
         stages.append(_quantize(config, sizes, variants, model))
     if isinstance(config, MeasuredRun):
@@ -84,7 +87,7 @@ def stages_of(config: Config, sizes: Sizes, machine: Machine, data_bytes: int | 
 
 def _made_by_merge(config: Config) -> bool:
     """Return True if the merge makes the variants in the same pass."""
-    return config.merges and len(merge_bases(config)) == 1
+    return config.merges and len(merge_bases(config)) == 1 and not config.quantize.calibrated
 
 
 def _with_model(stage: Stage, config: Config, sizes: Sizes) -> Stage:
@@ -141,6 +144,18 @@ def _evaluate(config: MeasuredRun, sizes: Sizes, machine: Machine, model: int) -
     reads = {"model": model, **({"base": sizes.bf16_bytes} if config.merges else {})}
     weights = max(model, 0 if sizes.kind == "package" else sizes.file_bytes)
     return replace(_measured(config, sizes, machine, "evaluate", weights), reads=reads, writes=states)
+
+
+def _calibrate(config: Config, sizes: Sizes, model: int) -> Stage:
+    codes = sum(sizes.linear_parameters for spec in memory.with_gram_matrices(config.quantize))
+    border = compute_bytes_here() * config.quantize.calibration.tokens * sizes.hidden
+    return Stage(
+        "calibrate",
+        reads={"model": model},
+        writes={"codes, one byte each": int(SCALES * codes)},
+        temporary={"activations between two blocks": border},
+        host=memory.calibrating(sizes, config.quantize),
+    )
 
 
 def _quantize(config: Config, sizes: Sizes, variants: Mapping[str, int], model: int) -> Stage:

@@ -181,6 +181,12 @@ def _sequences(
     return encode_examples(taken, tokenizer, config.train.loss_on, max_length).examples
 
 
+def about(config: Config, workspace: Workspace) -> dict:
+    """Return the text and the tokens of the finished calibration, for cards."""
+    found = workspace.ledger()["calibrate"].summary
+    return {"calibration_text": found["text"], "calibration_tokens": found["tokens"]}
+
+
 def read(config: Config, workspace: Workspace, name: str) -> tuple[dict[str, Statistics], dict[str, RoundedWeights]]:
     """Return the statistics, and the rounded weights of a variant, of a finished calibration."""
     from pipeline.quantization.calibration.store import RoundedFolder, read_statistics

@@ -168,7 +168,8 @@ def keep_written(config: Config, workspace: Workspace, made: Mapping[str, Varian
     """Move finished files to their place, and record their inputs."""
     for name, files in made.items():
         replace_folder(_partial(workspace, name), workspace.quantized / name)
-        note_written(config, workspace, name, asdict(files), model)
+        about = calibrate.about(config, workspace) if name in config.quantize.calibrated else {}
+        note_written(config, workspace, name, asdict(files) | about, model)
 
 
 def note_written(
