@@ -41,6 +41,7 @@ STAND_INS = {
     "HuggingFaceTB/SmolLM2-360M-Instruct": "ada/model",
     "USER/MODEL": "ada/model",
     "USER/small": "ada/small",
+    "notes.txt": "general.txt",
     "USER/NAME": "ada/demo",
     "run qwen3-1.7b": "run first.yaml",
     "--measure": "--measure --set evaluate.max_tokens=256 --set evaluate.general=general.txt",
