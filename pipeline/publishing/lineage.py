@@ -89,6 +89,7 @@ def _sources(config: Config) -> set[str]:
         config.data and config.data.source,
         config.data and config.data.chat_template,
         config.evaluate and config.evaluate.general,
+        config.quantize.calibration.source,
         config.merge.adapter,
     )
     return {source for source in named if source}

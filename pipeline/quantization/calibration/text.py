@@ -8,7 +8,7 @@ from pipeline.data.encode import NO_LOSS, Encoded
 from pipeline.errors import DataError
 
 WINDOW = 512  # tokens
-COMPARED = 32  # tokens of answers in a row; as many are no coincidence
+COMPARED = 24  # tokens that count, in a row; so many are no coincidence. The shortest window has 31
 
 
 def windows_of(sequences: Iterable[Encoded], tokens: int, window: int) -> list[list[int]]:
@@ -46,7 +46,7 @@ def check_apart(calibration: Sequence[Encoded], measured: Iterable[Encoded], nam
         name: of that text, for the error.
 
     Raises:
-        DataError: if they share 32 learned or measured tokens in a row.
+        DataError: if they share 24 learned or measured tokens in a row.
     """
     known = {run for sequence in calibration for run in _runs(sequence)}
     if any(run in known for sequence in measured for run in _runs(sequence)):

@@ -15,6 +15,7 @@ from pipeline.data import general_text, load_examples
 from pipeline.errors import ConfigError
 from pipeline.system.files import empty_folder, fingerprint
 from pipeline.system.libraries import versions
+from pipeline.system.redaction import file_name
 from pipeline.tracking.events import Events
 from pipeline.workflow.stages import Outcome
 from pipeline.workflow.stages.inputs import full_model, hashes_of, made_from, run_texts
@@ -108,8 +109,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
         events.progress(found.block + 1, model.count, "calibrating")
     save_whole(moments, folder / STATISTICS)
     (folder / BORDER).unlink()
-    tokens = sum(map(len, windows))
-    return Outcome((folder,), {"tokens": tokens, "text": config.quantize.calibration.source or "training data"})
+    return Outcome((folder,), {"tokens": sum(map(len, windows))})
 
 
 def _border(block: int, moments: dict, activations: list) -> dict:
@@ -183,8 +183,11 @@ def _sequences(
 
 def about(config: Config, workspace: Workspace) -> dict:
     """Return the text and the tokens of the finished calibration, for cards."""
-    found = workspace.ledger()["calibrate"].summary
-    return {"calibration_text": found["text"], "calibration_tokens": found["tokens"]}
+    source = config.quantize.calibration.source
+    if source and Path(source).expanduser().exists():
+        source = file_name(source)
+    tokens = workspace.ledger()["calibrate"].summary["tokens"]
+    return {"calibration_text": source, "calibration_tokens": tokens}
 
 
 def read(config: Config, workspace: Workspace, name: str) -> tuple[dict[str, Statistics], dict[str, RoundedWeights]]:
