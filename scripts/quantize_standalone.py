@@ -60,7 +60,10 @@ def quantize(
     save_only: Annotated[bool | None, typer.Option("--save-only", help="Make and measure, but do not publish.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL on the Hub.")] = None,
     output: Annotated[str | None, typer.Option(help="A new folder for the variants; by default runs/NAME.")] = None,
-    calibration: Annotated[str | None, typer.Option(help="Text to measure on: a .txt file, or builtin:NAME.")] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Text to measure on: builtin:NAME, or a .txt file with two empty lines between documents."),
+    ] = None,
     low_disk: Annotated[
         bool | None, typer.Option("--low-disk", help="Fetch shard by shard; with --save-only, unmeasured.")
     ] = None,

@@ -141,7 +141,8 @@ class Evaluate(Section):
     """The measurements. `evaluate: null` measures nothing, for runs that neither train nor publish."""
 
     general: str = Field(
-        default="builtin:python-topics", description="general text: `builtin:python-topics`, or a .txt file"
+        default="builtin:python-topics",
+        description="general text: `builtin:python-topics`, or a .txt file; two empty lines separate documents",
     )
     max_tokens: Whole = Field(default=16384, ge=256, description="tokens of each text to measure on")
     max_minutes: Real | None = Field(
