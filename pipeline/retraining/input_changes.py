@@ -67,8 +67,9 @@ def settings(config: Config) -> dict[str, object]:
 
 
 def settings_beside(config: MeasuredRun) -> dict[str, object]:
-    """Return the settings of variants and figures, which do not change the model, by dotted key."""
-    flat: dict[str, object] = {"publish.mirrors": config.publish.mirrors}
+    """Return the settings of variants, figures and the card, which do not change the model, by dotted key."""
+    keys = ("mirrors", "license", "description")
+    flat: dict[str, object] = {f"publish.{key}": getattr(config.publish, key) for key in keys}
     _flatten("quantize", config.quantize.model_dump(), flat)
     _flatten("evaluate", config.evaluate.model_dump(exclude={"device"}), flat)
     general = config.evaluate.general

@@ -78,13 +78,14 @@ def test_each_input_that_changed_is_named(configure):
 
 def test_settings_that_make_no_other_model_are_no_change(configure):
     config = configure(50)
-    other = {"quantize": {"variants": []}, "publish": {"repo": "ada/tiny"}, "train": {"checkpoint_every": 7}}
+    other = {"quantize": {"variants": []}, "train": {"checkpoint_every": 7}}
+    other["publish"] = {"repo": "ada/tiny", "license": "mit"}
     other["evaluate"] = {"max_tokens": 512, "general": "/elsewhere/general.txt", "device": "cpu"}
     tree = json.loads(config.model_dump_json())
     changed = parse_config({**tree, **{k: {**tree[k], **v} for k, v in other.items()}}, "")
     assert settings(changed) == settings(config)
     beside = changes_beside(published(config), Inputs(changed, "base", "data"))
-    assert beside == ("quantize.variants", "evaluate.general", "evaluate.max_tokens")
+    assert beside == ("publish.license", "quantize.variants", "evaluate.general", "evaluate.max_tokens")
     assert changes_beside(published(config), Inputs(config, "base", "data")) == ()
 
 
