@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import tomllib
 
+import jinja2
 import pytest
+from packaging.requirements import Requirement
 
 from pipeline.config.schema import Model
+from tests.support import REPOSITORY
 from tests.support.audit_watch import TOKEN
 from tests.support.hostile import DEEP, ESCAPES, PICKLE
 
@@ -162,6 +166,7 @@ TEMPLATES = [
     "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ cycler.__init__.__globals__.os.system('touch owned') }}",
     "{{ lipsum.__globals__['os'].popen('touch owned').read() }}", "{{ self.__init__.__globals__ }}",
     "{{ messages.__class__.__base__ }}", "{{ raise_exception.__globals__ }}", "{{ (messages|attr('append'))({}) }}",
+    "{{ ('{0.__class__.__mro__}'|attr('format'))(messages) }}",
     "{% include '/etc/passwd' %}", "{% import 'os' as os %}", "{% for", "{{ 1 / 0 }}", "{{ 'a' * 10 ** 14 }}",
     "{% for i in range(10 ** 9) %}{% endfor %}", "{{ raise_exception('" + "x" * 100_000 + "') }}",
     f"{{{{ raise_exception('{TOKEN}') }}}}", "{{ messages[99].content }}",
@@ -186,6 +191,13 @@ def test_chat_template_is_refused(survives, place, tiny_model, template):
     assert survives(render)
     survives(lambda: find_turns(template, {"bos_token": "<s>"}, ""))
     assert not (place / "owned").exists()
+
+
+def test_versions_of_jinja_with_a_known_way_out_of_the_sandbox_are_not_installed():
+    """CVE-2025-27516: in 3.1.5, a chat template reaches `format` through a filter, and anything through that."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    (jinja,) = (found for one in project["dependencies"] if (found := Requirement(one)).name == "jinja2")
+    assert not jinja.specifier.contains("3.1.5") and jinja.specifier.contains(jinja2.__version__)
 
 
 def test_chat_shows_no_terminal_escapes(place, tiny_model, capfd, monkeypatch):
