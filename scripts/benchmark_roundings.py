@@ -70,7 +70,7 @@ def measure(source: str, scratch: Path, every: int) -> list[dict]:
     for size in GROUP_SIZES:
         if any(fitting_group_size(w.shape[1], size) != size for w in weights.values()):
             continue  # it does not divide every width, and would be another size in disguise
-        for name in sorted(VARIANTS["int4"].roundings, key=lambda n: n != "rtn"):
+        for name in sorted(VARIANTS["int4"].data_free, key=lambda n: n != "rtn"):
             start, output, weight = time.perf_counter(), 0.0, 0.0
             for layer, w in weights.items():
                 quantized = rounding(name).round(w, FORMAT.grid(VariantSpec(name="int4", group_size=size), w.shape[1]))

@@ -102,6 +102,11 @@ class Variant:
         """Return True if the variant is one file instead of a folder that transformers opens."""
         return self.suffix is not None
 
+    @property
+    def data_free(self) -> tuple[str, ...]:
+        """Return the roundings that need no statistics of the layers' inputs."""
+        return tuple(name for name in self.roundings if ROUNDINGS[name].needs == Need.NOTHING)
+
     def format_of(self, packing: str | None) -> str:
         """Return the format of a packing (None: the variant's own format)."""
         found = self.packing(packing)

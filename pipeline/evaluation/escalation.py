@@ -70,7 +70,7 @@ def _specs(asked: VariantSpec) -> list[VariantSpec]:
 
 
 def _other_roundings(asked: VariantSpec) -> list[str]:
-    return [how for how in asked.variant.roundings if how not in (asked.rounding, NEAREST)]
+    return [how for how in asked.variant.data_free if how not in (asked.rounding, NEAREST)]
 
 
 def _best_rounding(asked: VariantSpec) -> str | None:

@@ -34,7 +34,7 @@ MODEL = {
     "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 12,
     "num_key_value_heads": 4, "vocab_size": 8000, "max_position_embeddings": 2048,
 }  # fmt: skip
-ROUNDINGS = tuple((name, how) for name in DEFAULT_VARIANTS for how in VARIANTS[name].roundings)
+ROUNDINGS = tuple((name, how) for name in DEFAULT_VARIANTS for how in VARIANTS[name].data_free)
 FILE_BYTES = 256_000_000
 
 Tell = Callable[[str], None]

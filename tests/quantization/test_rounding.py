@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.config.catalog import ROUNDINGS, VARIANTS, Need
+from pipeline.config.catalog import VARIANTS
 from pipeline.quantization.formats.torchao.format import INT8
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.roundings import rounding, search
@@ -11,7 +11,7 @@ from pipeline.quantization.roundings import rounding, search
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 INT4 = Grid(4, 32, "float", torch.bfloat16)
 CASES = [("rtn", INT8), ("rtn", Grid(4, 64, "integer", torch.float16))]
-DATA_FREE = [name for name in VARIANTS["int4"].roundings if ROUNDINGS[name].needs == Need.NOTHING]
+DATA_FREE = VARIANTS["int4"].data_free
 BETTER = [name for name in DATA_FREE if name != "rtn"]
 CASES += [(name, INT4) for name in DATA_FREE]
 CASES += [(name, Grid(4, 32, "float", torch.float16, from_zero=True)) for name in DATA_FREE]

@@ -88,7 +88,7 @@ def adapter_card(about: About) -> str:
         "adapter_from": Markdown(about.repo or "."),
         "is_published": about.repo is not None,
     }
-    front = ModelCardData(library_name="peft", tags=["tunepress", "lora"])
+    front = ModelCardData(library_name="peft", tags=["tunepress"])
     return _render("adapter_card.md.jinja", about, about.models((), with_base=False), front, **more)
 
 

@@ -12,7 +12,7 @@ from pipeline.quantization.formats.gguf.format import FORMAT as GGUF
 from pipeline.quantization.roundings import rounding
 
 official = pytest.importorskip("gguf")
-QUANTIZED = [(name, how) for name, variant in VARIANTS.items() if variant.format == "gguf" for how in variant.roundings]
+QUANTIZED = [(name, how) for name, variant in VARIANTS.items() if variant.format == "gguf" for how in variant.data_free]
 
 
 def weights(dtype=torch.bfloat16):
