@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config.catalog import VARIANTS
 from pipeline.evaluation.model_result import TEXTS, Estimate, ModelResult
 from pipeline.evaluation.results import BASE, MERGED, Results
 
@@ -33,8 +34,13 @@ class Point:
 
 
 def side_by_side(results: Results) -> list[dict[str, Any]]:
-    """Return the figures of each model as JSON knows them; a figure that was not measured is left out."""
-    return [_figures(model, result) for model, result in results.models.items() if result.quality or result.speed]
+    """Return the figures of each measured model as JSON knows them, in the catalogue's order, without missing ones."""
+    found = results.models
+    return [
+        _figures(model, found[model])
+        for model in (BASE, MERGED, *VARIANTS)
+        if model in found and (found[model].quality or found[model].speed)
+    ]
 
 
 def _figures(model: str, result: ModelResult) -> dict[str, Any]:
