@@ -53,9 +53,9 @@ BROKEN = {
     "quantize: {variants: [{name: int4, group_size: true}]}": ("variants.0.group_size", "true", "number"),
     "quantize: {variants: [{name: int8, group_size: 48}]}": ("quantize.variants.0", "48", "32, 64, 128, 256"),
     "quantize: {variants: [{name: int8, embeddings: int4}]}": ("quantize.variants.0", "embeddings", "int8"),
-    "quantize: {variants: [{name: int4, rounding: gptq}]}": (
+    "quantize: {variants: [{name: int4, rounding: nearly}]}": (
         "quantize.variants.0",
-        "gptq",
+        "nearly",
         ", ".join(VARIANTS["int4"].roundings),
     ),
     "quantize: {variants: [{name: int4, packing: marlin}]}": ("quantize.variants.0", "marlin", "plain, tile_packed"),

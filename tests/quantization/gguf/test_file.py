@@ -113,7 +113,7 @@ def test_missing_gguf_package_names_the_extra(tiny_model, tmp_path, monkeypatch)
         ({"name": "gguf-q4_0", "group_size": 64}, "allowed are 32"),
         ({"name": "gguf-f16", "group_size": 32}, "has no groups"),
         ({"name": "gguf-f16", "embeddings": "int8"}, "is not quantized"),
-        ({"name": "gguf-q4_0", "rounding": "gptq"}, "allowed for gguf-q4_0 are search, hqq, rtn"),
+        ({"name": "gguf-q4_0", "rounding": "nearly"}, "allowed for gguf-q4_0 are search, hqq, rtn, gptq"),
     ],
     ids=str,
 )
