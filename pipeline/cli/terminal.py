@@ -204,7 +204,7 @@ def _figures(result: ModelResult) -> list[str]:
         found = quality.perplexity
         if not found:
             return "-"
-        return f"{found.value:.2f}" + (f" ± {found.stderr:.2f}" if math.isfinite(found.stderr) else " (no error)")
+        return f"{found.value:.2f}" + (f" ± {found.stderr:.2f}" if math.isfinite(found.stderr) else "")
 
     return [
         size(result.size_bytes) if result.size_bytes is not None else "-",

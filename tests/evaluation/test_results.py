@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
 from pipeline.errors import HubError, WorkspaceError
-from pipeline.evaluation.model_result import Estimate, ModelResult, Speed
+from pipeline.evaluation.model_result import Estimate, ModelResult, Quality, Speed
 from pipeline.evaluation.results import Results
 from pipeline.system.files import write_json
 from tests.support import sample
@@ -70,3 +71,12 @@ def test_damaged_results_are_named_by_key(tmp_path, told, says):
         Results.read(tmp_path / "results.json")
     with pytest.raises(HubError, match=f"ada/tiny: its tunepress.json cannot be read .results.{says}"):
         Results.of_lineage({"results": told}, "ada/tiny")
+
+
+def test_figure_without_an_error_is_null_in_a_file_and_nan_in_memory(tmp_path):
+    quality = Quality(tokens=9, clusters=1, freedom=0.0, loss=Estimate(1.5, math.nan))
+    write_json(tmp_path / "a.json", quality.to_json())
+    told = json.loads((tmp_path / "a.json").read_text())
+    assert told["loss"] == {"value": 1.5, "stderr": None}
+    back = Quality.model_validate(told)
+    assert back.loss.value == 1.5 and math.isnan(back.loss.stderr) and back.to_json() == told

@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from pipeline.config.schema import Config
+from pipeline.evaluation import sensitivity
 from pipeline.system.files import fingerprint
 from pipeline.tracking.events import Events
 from pipeline.workflow.stages import Outcome, evaluate, measure_variant, quantize
@@ -97,6 +98,16 @@ def test_stopped_escalation_resumes_at_its_attempt(none_passes):
     done = {name for name in before if "try 3" not in name}
     assert done and not done & set(after) and any("try 3" in name for name in after)
     assert len(result["gate"]["tried"]) == len(done | set(after)) + 1  # and as it was asked for
+
+
+def test_gate_allows_for_every_way_and_layers_are_chosen_on_text_that_it_does_not_measure(none_passes, trying):
+    tried = none_passes[3]["gate"]["tried"]
+    asked = trying.config().quantize.spec("int4").making()
+    for way in tried:
+        others = 2 * (len(tried) - 1)
+        assert way["gate"]["corrected_for"] == (2 if way["variant"] == asked else others)
+        assert all(check["quantile"] > (2.28 if way["variant"] == asked else 2.9) for check in way["gate"]["checks"])
+    assert trying.workspace.progress("quantize/int4", "layers")["about"]["unmeasured"] == sensitivity.TOKENS
 
 
 def test_best_failing_fallback_is_reported_and_withheld(none_passes, trying):
