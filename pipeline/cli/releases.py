@@ -73,9 +73,11 @@ def rollback(
 
     done = go_back(repo, to)
     if as_json:
-        print(json.dumps({"repo": repo, "tag": done.tag, "commit": done.commit.oid, "url": done.commit.url}))
+        about = {"commit": done.commit.oid, "url": done.commit.url, "files_deleted": len(done.commit.deleted)}
+        print(json.dumps({"repo": repo, "tag": done.tag, **about}))
     else:
-        print(f"{repo} is at {done.tag}: {done.commit.url}")
+        removed = f", {len(done.commit.deleted)} files of the newer release removed" if done.commit.deleted else ""
+        print(f"{repo} is at {done.tag}{removed}: {done.commit.url}")
 
 
 def verify(

@@ -53,8 +53,10 @@ class Removal:
         Raises:
             HubError: naming them.
         """
+        if self.others:
+            return
         lost = [v for v in published_variants(tree) if v not in asked and v not in self.variants]
-        if lost and not self.others:
+        if lost:
             options = " ".join(f"--remove {variant}" for variant in lost)
             raise HubError(
                 f"{tree.repo}: has {', '.join(lost)}, which this configuration does not make, and which publishing "
@@ -83,4 +85,7 @@ def published_variants(tree: Tree) -> tuple[str, ...]:
     Raises:
         HubError: if its lineage is damaged.
     """
-    return tuple(PublishedModel.of(tree).results.variants)
+    try:
+        return tuple(PublishedModel.of(tree).results.variants)
+    except HubError as error:
+        raise HubError(f"{error}, so its variants are unknown. Try: --replace to keep none of them") from None

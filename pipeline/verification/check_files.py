@@ -103,7 +103,7 @@ def _unnamed(claims: Claims, place: Place) -> Iterator[Finding]:
 def _is_in_source(claims: Claims, place: Place) -> bool:
     """Return True if the release consists of variants in the repository of their source model."""
     home = claims.results.origin.hub_id
-    return place.tree is not None and not claims.has_root and (home or "").casefold() == place.tree.repo.casefold()
+    return not claims.has_root and (home or "").casefold() == place.name.casefold()
 
 
 def _all_right(claims: Claims, found: list[Finding]) -> Iterator[Finding]:

@@ -45,7 +45,7 @@ def with_kept_variants(
 
     Raises:
         ConfigError: if no variant would be left.
-        WorkspaceError: if the last release is of another model.
+        WorkspaceError: if the last release is of another model, or has a merged model and the next one has none.
     """
     config = _without(config, agreed.variants)
     asked = [spec.name for spec in config.quantize.variants]
@@ -55,6 +55,10 @@ def with_kept_variants(
     both = agreed.after(ledger.removal, asked)
     released = [key.partition("/")[2] for key in ledger.done() if key.startswith("quantize/") and workspace.placed(key)]
     kept = [v for v in VARIANTS if v in released and v not in asked and v not in both.variants]
+    if not (both.others or config.merges) and "merge" in ledger.done():
+        raise WorkspaceError(
+            f"{workspace.release}: has a merged model, which would be lost. Try: another folder or name, or --replace"
+        )
     is_measured_less = config.evaluate is None and workspace.folder.name == HIDDEN
     if both.others or not released or not (kept or is_measured_less):
         return config, both

@@ -106,3 +106,10 @@ def test_unknown_variant_to_remove_and_a_release_of_nothing_are_refused(quantize
         removal(["int5"])
     with pytest.raises(ConfigError, match="^--remove int8: nothing would be left"):
         quantize("int8", agreed=["int8"])
+
+
+def test_merged_model_is_not_replaced_by_variants_alone_without_a_word(finished):
+    alone = finished.config.model_copy(update={"data": None})
+    with pytest.raises(WorkspaceError, match="has a merged model, which would be lost"):
+        with_kept_variants(alone, finished.workspace, removal(), print)
+    assert with_kept_variants(alone, finished.workspace, removal(others=True), print)[0] == alone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -104,7 +105,8 @@ def _main(
             check_root(tree)
         removal.check_variants(tree, [spec.name for spec in config.quantize.variants])
         removal.check_adapter(tree)
-        there.update(published_variants(tree))
+        with contextlib.suppress(HubError):  # agreed to be removed, whatever they are
+            there.update(published_variants(tree))
         adapters.update(removal.adapter_files(tree))
         documents.clear()
         existing = {path: _existing(workspace, tree, path, card) for path, card in here.items()}
