@@ -43,7 +43,12 @@ def measure_in_time(place: str, tell: Callable[[str], None], limit: float = LIMI
         )
         assert child.stdout, "its output is a pipe"
         is_late = threading.Event()
-        timer = threading.Timer(limit, lambda: (is_late.set(), child.kill()))
+
+        def end() -> None:
+            is_late.set()
+            child.kill()
+
+        timer = threading.Timer(limit, end)
         timer.start()
         message: dict = {}
         try:
