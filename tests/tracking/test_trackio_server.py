@@ -125,6 +125,7 @@ def test_failure_is_an_alert_at_level_error_and_a_stop_by_the_user_a_warning(run
     assert {alert["title"] for alert in alerts} == {"training_failed"}
     told = {json.loads(alert["text"].partition("\n")[2])["message"]: alert["level"] for alert in alerts}
     assert told == {"no luck": "error", "stopped by the user": "warn", "killed by the system": "error"}
+    assert any("training stopped by the user\n" in alert["text"] for alert in alerts)
 
 
 def test_silent_server_does_not_delay_a_run(tmp_path):

@@ -157,7 +157,9 @@ def as_text(record: dict) -> str:
         "started": "started",
         "completed": f"finished after {record.get('seconds', 0):,.1f} seconds",
         "pushed": f"sent to {record.get('url') or record.get('repo')}",
-        "failed": f"{record.get('error')}: {record.get('message')}",
+        "failed": record["message"]
+        if alert_level(record) == "warn"
+        else f"{record.get('error')}: {record.get('message')}",
     }[record["event"].rpartition("_")[2]]
     subject = ", ".join([f"run {record['run']}", *([f"variant {record['variant']}"] if "variant" in record else [])])
     return f"{subject}: {record['stage']} {outcome}\n{json.dumps(record, separators=(',', ':'))}"
