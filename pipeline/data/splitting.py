@@ -52,6 +52,16 @@ def place(prompt: str, seed: int) -> str:
     return _shuffled(seed, "split", prompt).hex()[:16]
 
 
+def answers_of_split(split_by: str | None, loss_on: str) -> str:
+    """Return the answers by which a release was split, as `train.loss_on` says it.
+
+    Args:
+        split_by: what the release records; earlier versions record nothing, and split by the last answer.
+        loss_on: its `train.loss_on`.
+    """
+    return loss_on if split_by == SPLIT_BY else "completion"
+
+
 def fingerprint(*splits: Iterable[Example]) -> str:
     """Return the sha256, in hex, over the examples of all splits."""
     digest = hashlib.sha256()

@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.config.schema import Config, TrainingRun
 from pipeline.data import Example
 from pipeline.data.encode import EncodedSet, encode_examples
-from pipeline.data.splitting import place
+from pipeline.data.splitting import answers_of_split, place
 from pipeline.errors import DataError
 from pipeline.evaluation.results import Data, Results
 from pipeline.system.command_names import command
@@ -55,12 +55,11 @@ def unseen_examples(
         )
     settings = lineage["configuration"]
     seed, learned = settings["data"]["seed"], settings.get("train", {}).get("loss_on", "auto")
-    if not theirs.split_by:  # by an earlier version, which split by the last answer
-        kept = tuple(e for e in held_out if place(e.prompt("completion"), seed) < theirs.trained_from)
-    elif learned == "completion":  # it learned single answers, and the first one says nothing about the others
+    answers = answers_of_split(theirs.split_by, learned)
+    if learned == "completion":  # it learned single answers, and the first one says nothing about the others
         kept = tuple(e for e in held_out if max(place(p, seed) for p in e.prompts(loss_on)) < theirs.trained_from)
     else:
-        kept = tuple(e for e in held_out if place(e.prompt(learned), seed) < theirs.trained_from)
+        kept = tuple(e for e in held_out if place(e.prompt(answers), seed) < theirs.trained_from)
     if count_prompts(kept, loss_on) < FEWEST:
         raise DataError(
             f"{repo}: too few held-out prompts that the published model surely was not trained on "

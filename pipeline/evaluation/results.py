@@ -101,6 +101,7 @@ class Data(Record):
     license: Text | None = None
     language: Text | None = None
     template: Text | None = None
+    chosen_digest: Text | None = None  # of the template that `data.chat_template` names
     system_prompt: Text | None = None
     without_system: Count | None = None
     overlap: Annotated[Overlap, Part] = Overlap()

@@ -7,6 +7,7 @@ Nothing is trained, and no weights are downloaded.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from pydantic import ValidationError
 
@@ -14,10 +15,12 @@ from pipeline.config.schema import PACKAGE_SOURCE, Config, MeasuredRun, Training
 from pipeline.data import load_examples
 from pipeline.data.sources import is_builtin, locate
 from pipeline.errors import ModelError
+from pipeline.evaluation.results import Data
 from pipeline.hub.download import in_one_line
 from pipeline.hub.retry import retry
 from pipeline.models import sources
 from pipeline.publishing.published_model import PublishedModel, is_same_model, read_published
+from pipeline.system.files import fingerprint
 from pipeline.system.redaction import file_name
 
 NOT_FOR_THE_MODEL = {"data": {"revision"}, "model": {"revision", "low_disk"}, "train": {"checkpoint_every"}}
@@ -61,8 +64,9 @@ def settings(config: Config) -> dict[str, object]:
     flat: dict[str, object] = {}
     for name, section in sections.items():
         _flatten(name, {k: v for k, v in section.items() if k not in NOT_FOR_THE_MODEL.get(name, ())}, flat)
-    for key in ("model.source", "data.source"):
-        flat[key] = str(flat[key]) if ":" in str(flat[key]) else file_name(str(flat[key]))
+    for key in ("model.source", "data.source", "data.chat_template"):
+        if flat.get(key) is not None:
+            flat[key] = str(flat[key]) if ":" in str(flat[key]) else file_name(str(flat[key]))
     return flat
 
 
@@ -84,7 +88,7 @@ def changes_beside(live: PublishedModel, inputs: Inputs) -> tuple[str, ...]:
 
 def changes(live: PublishedModel, inputs: Inputs) -> tuple[str, ...]:
     """Return one line for each input that differs from the inputs of the published model."""
-    found = [*_changed_base(live, inputs), *_changed_data(live, inputs)]
+    found = [*_changed_base(live, inputs), *_changed_data(live, inputs), *_changed_template(live, inputs)]
     try:
         then = settings(made_with(live))
     except (ValidationError, KeyError, AttributeError):
@@ -150,6 +154,18 @@ def _changed_data(live: PublishedModel, inputs: Inputs) -> list[str]:
     if now == theirs.get("fingerprint"):
         return []
     return [f"data {file_name(source)}: {_short(theirs.get('fingerprint'))} -> {_short(now)}"]
+
+
+def _changed_template(live: PublishedModel, inputs: Inputs) -> list[str]:
+    """Return a line if the file that `data.chat_template` names has other content than at the training."""
+    chosen, then = (
+        Path(inputs.config.data.chat_template or "").expanduser(),
+        (live.results.data or Data()).chosen_digest,
+    )
+    if then is None or not chosen.is_file():
+        return []
+    now = fingerprint(chosen.read_text(encoding="utf-8", errors="replace"))
+    return [] if now == then else [f"data.chat_template {chosen.name}: {_short(then)} -> {_short(now)}"]
 
 
 def _flatten(prefix: str, content: dict, flat: dict[str, object]) -> None:

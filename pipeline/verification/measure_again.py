@@ -20,6 +20,7 @@ from pipeline.config.catalog import is_one_file
 from pipeline.config.schema import REPO_ID, Config
 from pipeline.data import load_examples, write_examples
 from pipeline.data.sources import is_builtin, names_a_file
+from pipeline.data.splitting import answers_of_split
 from pipeline.errors import UserError
 from pipeline.evaluation.model_result import GENERAL, HELD_OUT, TEXTS
 from pipeline.evaluation.results import Data
@@ -136,9 +137,8 @@ def _bring_held_out(claims: Claims, place: Place, config: Config, workspace: Wor
         place.tell(0, 1, f"reading {source}")
         assert config.data is not None, "its source was looked at above"
         pinned = config.data.model_copy(update={"revision": data.revision}) if on_hub else config.data
-        # Releases that do not say how they were split were split by what precedes the last answer.
-        loss_on = config.train.loss_on if data.split_by else "completion"
-        write_examples(kept, load_examples(pinned, loss_on).held_out)
+        answers = answers_of_split(data.split_by, config.train.loss_on)
+        write_examples(kept, load_examples(pinned, answers).held_out)
     except UserError as error:
         return str(error)
     return None

@@ -19,6 +19,7 @@ from pipeline.hub.tree import Tree
 from pipeline.models.sources import digest_here
 from pipeline.publishing.published_model import PublishedModel
 from pipeline.retraining.input_changes import Inputs, changes, changes_beside, inputs_of, settings
+from pipeline.system.files import fingerprint
 from pipeline.tracking.events import Events
 from pipeline.workflow.stages.inputs import base_model
 from pipeline.workflow.workspace import Workspace
@@ -174,6 +175,19 @@ def test_unknown_split_of_a_release_is_stated(configure):
     new = load_examples(configure(60, held_out=0.4).data)
     kept, said = compared(new, live)
     assert kept == new.held_out and "may have been trained on some" in said
+
+
+def test_template_in_a_file_is_compared_by_its_content_and_not_by_its_path(configure, tmp_path):
+    template = tmp_path / "own.jinja"
+    template.write_text("one")
+    config = configure(50, chat_template=str(template))
+    live = published(config)
+    live.lineage["configuration"]["data"]["chat_template"] = template.name  # as releases have it
+    live.lineage["results"]["data"]["chosen_digest"] = fingerprint("one")
+    assert changes(live, inputs(config)) == ()
+    template.write_text("two")
+    (change,) = changes(live, inputs(config))
+    assert change.startswith("data.chat_template own.jinja: ")
 
 
 def turn_by_turn(path, talks, ends=(2, 4, 6)):

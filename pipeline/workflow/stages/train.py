@@ -188,6 +188,7 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
     pad_within_embedding(tokenizer, base)
     is_text = data.form == "text"  # which is learned as it is
     chosen = None if is_text else choose_template(tokenizer, config.data.chat_template)
+    about_choice = {"template": CHOSEN_TEMPLATE, "chosen_digest": fingerprint(chosen)} if chosen else {}
     if config.data.system is not None:
         if is_text:
             raise DataError("data.system: plain text has no system prompt. Try: remove it")
@@ -208,7 +209,6 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
     generation.check_prompts(config.evaluate.prompts, tokenizer, context)
     read = (*encoded["training"].examples, *held_out, *general)
     check_tokens(base, tokenizer, (sequence.input_ids for sequence in read))
-    about_choice = {"template": CHOSEN_TEMPLATE} if config.data.chat_template else {}
     description = describe(data, encoded, tokenizer) | about_choice
     alone = [ONE_CLUSTER[text] for text, part in measured.items() if len({s.cluster for s in part}) == 1]
     events.show(report(description, samples(data, encoded, tokenizer), config.data.system) + alone)
