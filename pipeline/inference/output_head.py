@@ -135,8 +135,8 @@ def head_of(model: PreTrainedModel) -> Head:
 
 
 # Settings that multiply or divide the products of the output matrix, by the names that architectures have for them.
-_MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
-_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+_MULTIPLIERS: tuple[str, ...] = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+_DIVISORS: tuple[str, ...] = ("logits_scaling", "logits_mup_width_multiplier")
 _BOUNDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 

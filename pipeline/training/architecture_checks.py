@@ -97,7 +97,7 @@ def check_logits(model: PeftModel, tokens: Sequence[int]) -> None:
     device = cast(torch.Tensor, base.get_input_embeddings().weight).device
     ids = torch.tensor([tokens], device=device)
     with _evaluating(base), torch.no_grad():
-        check_head(base, cast(torch.nn.Module, base.base_model), head_of(base), tokens)
+        check_head(base, base.base_model, head_of(base), tokens)
         own = base(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
         found = base(input_ids=ids, labels=ids.clone(), fused_lm_head=True).log_probs[0].float()
     expected = own.gather(1, ids[0, 1:, None]).squeeze(1)

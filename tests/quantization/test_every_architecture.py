@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pipeline.config.schema import VariantSpec
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, QuantizationError
 from pipeline.inference.load import load
 from pipeline.models.checkpoint_files import read_config
 from pipeline.models.matrices import linear_weights, refuse_other_matrices, table_weights
@@ -112,12 +112,12 @@ def test_a_buffer_that_nobody_computes_is_refused_by_name(checkpoint, monkeypatc
 def test_every_other_architecture_is_right_or_refused(checkpoint, kind):
     try:
         source = checkpoint(kind)
-    except Exception as error:  # the sizes of `build` are not for every architecture
+        logits(AutoModelForCausalLM.from_pretrained(source, dtype="auto"))
+    except Exception as error:  # the sizes of `build` are not for every architecture, nor is bfloat16
         pytest.skip(f"no tiny {kind}: {error}")
     try:
         check_config(source, read_config(source))
         refuse_other_matrices(source)
-    except ModelError as error:
+        compare(source)
+    except (ModelError, QuantizationError) as error:  # also if only its tensors cannot be read layer by layer
         assert "\n" not in str(error)
-        return
-    compare(source)
