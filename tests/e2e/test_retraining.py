@@ -7,6 +7,7 @@ import shlex
 
 import pytest
 
+from pipeline.evaluation.cluster_errors import quantile
 from tests.support.hub import LoopbackHub
 from tests.support.retraining import BASE, IDENTITY, PUBLISHER_TOKEN, REPO, Retraining, Story, as_options, kill
 from tests.support.runs import TOKEN, write_place
@@ -122,8 +123,10 @@ def test_summary_shows_figures_rule_and_location(story):
     assert f"Retraining {REPO}: Published" in better and story.better["url"] in better
     gap = story.better["comparison"]["difference"]
     assert f"| new - published | {gap['value']:+.4f} ± {gap['stderr']:.4f} |" in better
+    reach = quantile(2, story.better["comparison"]["freedom"])
+    assert 2.0 < reach < 2.3
     assert (
-        "2.17 standard errors of the difference (2 of many prompts)" in better
+        f"{reach:.2f} standard errors of the difference (2 of many prompts of equal length)" in better
         and story.first_commit[:12] in better
         and "`train.max_steps: 4 -> 30`" in better
     )
