@@ -496,6 +496,13 @@ def test_figures_of_a_resumed_training_that_cover_only_its_last_part_are_left_ou
     assert "| Loss on held-out examples at the end | 2.86 |" in text
 
 
+def test_training_that_could_not_pack_says_so():
+    said = "not packed, since packed examples would see each other"
+    for packing, found in ((False, True), (True, False)):
+        text = model_card(about(replaced(results(), ("training", "packing"), packing)), BOTH)
+        assert (said in text, ", packed |" in text) == (found, not found)
+
+
 def test_several_machines_are_named():
     text = model_card(about(replaced(results(), ("int4", "machine", "cpu"), "Another")), BOTH)
     assert "`int4/` on Another" in text and "base model, merged model, `int8/` on Chip" in text
