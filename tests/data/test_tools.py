@@ -33,7 +33,7 @@ CONVERSATION = [
     {"role": "tool", "content": '{"rain": 1}'},
     {"role": "assistant", "content": "It rains."},
     {"role": "user", "content": "Thanks."},
-    {"role": "assistant", "content": "Welcome."},
+    {"role": "assistant", "content": "Never mind."},
 ]
 
 
@@ -56,7 +56,7 @@ def shared(role, value):
 SHARE_GPT = [
     shared("system", "Be brief."), shared("human", "Rain?"), shared("function_call", json.dumps(CALL)),
     shared("observation", '{"rain": 1}'), shared("gpt", "It rains."), shared("human", "Thanks."),
-    shared("gpt", "Welcome."),
+    shared("gpt", "Never mind."),
 ]  # fmt: skip
 AS_TEXT = {"name": "weather", "arguments": json.dumps(CALL["arguments"])}
 TWICE = json.dumps(AS_TEXT["arguments"])
@@ -74,7 +74,7 @@ SHAPES = {
     "developer, parts, weights": {
         "messages": changed(
             changed(changed(CONVERSATION, 0, role="developer"), 4, weight=1, content=[part("It rains.")]),
-            6, train=True, content=[part("Wel"), part("come.")],
+            6, train=True, content=[part("Never "), part("mind.")],
         ),
         "tools": [*TOOLS],
     },
@@ -163,20 +163,20 @@ IN_JSON = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</t
 IN_XML = "<tool_call>\n<function=weather>\n<parameter=city>\nKöln\n</parameter>\n</function>\n</tool_call><|im_end|>"
 EMPTY = "<think>\n\n</think>\n\n"
 WRITTEN = {
-    "qwen2_5": [IN_JSON, "It rains.<|im_end|>", "Welcome.<|im_end|>"],
-    "qwen3": [IN_JSON, "It rains.<|im_end|>", f"{EMPTY}Welcome.<|im_end|>"],
-    "qwen3_training": [f"{EMPTY}{IN_JSON}", f"{EMPTY}It rains.<|im_end|>", f"{EMPTY}Welcome.<|im_end|>"],
-    "qwen3_5_nothink": [IN_XML, "It rains.<|im_end|>", "Welcome.<|im_end|>"],
+    "qwen2_5": [IN_JSON, "It rains.<|im_end|>", "Never mind.<|im_end|>"],
+    "qwen3": [IN_JSON, "It rains.<|im_end|>", f"{EMPTY}Never mind.<|im_end|>"],
+    "qwen3_training": [f"{EMPTY}{IN_JSON}", f"{EMPTY}It rains.<|im_end|>", f"{EMPTY}Never mind.<|im_end|>"],
+    "qwen3_5_nothink": [IN_XML, "It rains.<|im_end|>", "Never mind.<|im_end|>"],
     "llama3_1": [
-        '{"name": "weather", "parameters": {"city": "Köln"}}<|eot_id|>', "It rains.<|eot_id|>", "Welcome.<|eot_id|>",
+        '{"name": "weather", "parameters": {"city": "Köln"}}<|eot_id|>', "It rains.<|eot_id|>", "Never mind.<|eot_id|>",
     ],
     "gptoss": [
         'to=functions.weather<|channel|>commentary json<|message|>{"city": "Köln"}<|call|>',
-        "<|channel|>final<|message|>It rains.", "<|channel|>final<|message|>Welcome.<|return|>",
+        "<|channel|>final<|message|>It rains.", "<|channel|>final<|message|>Never mind.<|return|>",
     ],
     "gemma4_v5": [
         '<|tool_call>call:weather{city:<|"|>Köln<|"|>}<tool_call|><|tool_response>', "It rains.<turn|>",
-        "Welcome.<turn|>",
+        "Never mind.<turn|>",
     ],
 }  # fmt: skip
 
@@ -239,7 +239,7 @@ def test_a_template_that_leaves_out_system_messages_is_refused(tokenizer):
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     without = CONVERSATION[5:]
-    assert learned(tokenizer, template, example({"messages": without}))[0] == ["Welcome.<|im_end|>"]
+    assert learned(tokenizer, template, example({"messages": without}))[0] == ["Never mind.<|im_end|>"]
     with pytest.raises(DataError, match="does not write system messages"):
         learned(tokenizer, template, example({"messages": [CONVERSATION[0], *without]}))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
 
 import torch
 from safetensors.torch import save_file
@@ -68,4 +67,4 @@ class RoundedFolder:
 def read_statistics(path: Path) -> dict[str, torch.Tensor]:
     """Return the second moments (K,) of the inputs of each layer, by the name of its weight."""
     checkpoint = Checkpoint.of_files([path])
-    return {name: cast(torch.Tensor, checkpoint.read(name)) for name in checkpoint}
+    return {name: checkpoint.read(name) for name in checkpoint}

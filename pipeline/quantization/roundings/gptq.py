@@ -63,7 +63,8 @@ def _in_order(
             importance = upper.diagonal()[first : first + size].square().reciprocal().reshape(1, 1, -1)
             scale, zero = search.fit(group, grid, importance)
             scales.append(scale)
-            zeros.append(zero)
+            if zero is not None:
+                zeros.append(zero)
             wide = scale.float().squeeze(1)
             offset = torch.zeros_like(wide) if zero is None else zero.float().squeeze(1)
             inverse = 1 / wide
@@ -75,8 +76,7 @@ def _in_order(
             error = errors[j - first] = (column - (code * wide + offset)) / upper[j, j]
             columns[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
         columns[stop:].addmm_(upper[first:stop, stop:].T, errors, alpha=-1)
-    found = None if zeros[0] is None else torch.cat(zeros, 1)
-    return torch.cat(scales, 1), found, codes.T.contiguous()
+    return torch.cat(scales, 1), torch.cat(zeros, 1) if zeros else None, codes.T.contiguous()
 
 
 def polish(weight: torch.Tensor, made: GroupQuantized, gram: torch.Tensor, rounds: int = 2) -> GroupQuantized:
@@ -100,30 +100,30 @@ def _fit_all(weight: torch.Tensor, made: GroupQuantized, gram: torch.Tensor) -> 
     size = grid.group(width)
     groups = width // size
     codes = made.codes.float()
-    with_zero = made.zero is not None
-    unknowns = groups * (2 if with_zero else 1)
+    zeros = made.zero
+    unknowns = groups * (1 if zeros is None else 2)
     normal = torch.empty(rows, unknowns, unknowns)
     for g in range(groups):
         span = slice(g * size, (g + 1) * size)
         seen = codes[:, span] @ gram[span]  # (N, K)
         normal[:, g, :groups] = (seen * codes).view(rows, groups, size).sum(-1)
-        if with_zero:
+        if zeros is not None:
             ones = seen.view(rows, groups, size).sum(-1)
             normal[:, g, groups:] = ones
             normal[:, groups:, g] = ones
     target = weight @ gram
     right = [(target * codes).view(rows, groups, size).sum(-1)]
     old = [made.scale.float()]
-    if with_zero:
+    if zeros is not None:
         normal[:, groups:, groups:] = gram.view(groups, size, groups, size).sum((1, 3))
         right.append(target.view(rows, groups, size).sum(-1))
-        old.append(made.zero.float())
+        old.append(zeros.float())
     b, before = torch.cat(right, 1), torch.cat(old, 1)
     ridge = normal.diagonal(dim1=1, dim2=2) * RIDGE + torch.finfo(torch.float32).tiny
     normal.diagonal(dim1=1, dim2=2).add_(ridge)
-    solved, bad = torch.linalg.solve_ex(normal, b + ridge * before)
+    solved, _ = torch.linalg.solve_ex(normal, b + ridge * before)
     scale = solved[:, :groups].to(grid.scale_dtype)
-    zero = solved[:, groups:].to(grid.scale_dtype) if with_zero else None
+    zero = solved[:, groups:].to(grid.scale_dtype) if zeros is not None else None
     return _better(weight, made, GroupQuantized(made.codes, scale, zero, grid), gram)
 
 
@@ -155,6 +155,6 @@ def _descend(weight: torch.Tensor, made: GroupQuantized, gram: torch.Tensor) -> 
 def _better(weight: torch.Tensor, old: GroupQuantized, new: GroupQuantized, gram: torch.Tensor) -> GroupQuantized:
     """Return the new values of the rows that they improve."""
     improved = (loss(weight, new, gram) < loss(weight, old, gram)).unsqueeze(1)  # a NaN is no improvement
-    zero = None if old.zero is None else torch.where(improved, new.zero, old.zero)
+    zero = None if old.zero is None or new.zero is None else torch.where(improved, new.zero, old.zero)
     scale = torch.where(improved, new.scale, old.scale)
     return GroupQuantized(torch.where(improved, new.codes, old.codes), scale, zero, old.grid)

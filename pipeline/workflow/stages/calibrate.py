@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from pipeline.data.encode import Encoded
+    from pipeline.quantization.calibration.blocks import BlockwiseModel
     from pipeline.quantization.grid import Grid, GroupQuantized
     from pipeline.quantization.layers import RoundedWeights
     from pipeline.quantization.statistics import Statistics
@@ -120,7 +121,10 @@ def _border(block: int, moments: dict, activations: list) -> dict:
 
 
 def _rounded(
-    spec: VariantSpec, grids: dict[str, tuple[tuple[int, int], Grid | None]], model, statistics: dict[str, Statistics]
+    spec: VariantSpec,
+    grids: dict[str, tuple[tuple[int, int], Grid | None]],
+    model: BlockwiseModel,
+    statistics: dict[str, Statistics],
 ) -> dict[str, GroupQuantized]:
     """Return the weights of a block on the grids of a variant; layers in eight bits are rounded by the writer."""
     from pipeline.quantization.layers import named
@@ -197,5 +201,5 @@ def read(config: Config, workspace: Workspace, name: str) -> tuple[dict[str, Sta
 
     folder, tokens = workspace.folder / FOLDER, config.quantize.calibration.tokens
     moments = read_statistics(folder / STATISTICS)
-    rounded = {name: RoundedFolder(folder / name)} if (folder / name).is_dir() else {}
+    rounded: dict[str, RoundedWeights] = {name: RoundedFolder(folder / name)} if (folder / name).is_dir() else {}
     return {weight: Statistics(tokens, values) for weight, values in moments.items()}, rounded
