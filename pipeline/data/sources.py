@@ -68,8 +68,8 @@ def check_settings(data: Data, on_hub: bool) -> None:
     Raises:
         DataError: if one would be passed over, or names columns that no form has.
     """
-    for key in ("subset", "revision"):
-        if not on_hub and getattr(data, key) is not None:
+    for key in ("subset", "split", "revision"):
+        if not on_hub and getattr(data, key) != Data.model_fields[key].default:
             raise DataError(f"data.{key} {getattr(data, key)!r}: is for data sets on the Hub; remove it")
     if data.columns and data.source == BUILTIN:
         raise DataError(f"data.columns: {BUILTIN} has no columns to name; remove it")

@@ -217,7 +217,7 @@ def _name(variant: str) -> str:
     try:
         (name,) = resolve_variants(variant)
     except (KeyError, ValueError):
-        raise ModelError(f"variant {variant!r}: not one that tunepress makes") from None
+        raise ModelError(f"variant {variant!r}: not one that tunepress makes. Try: {', '.join(VARIANTS)}") from None
     return name
 
 

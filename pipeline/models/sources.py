@@ -33,14 +33,17 @@ def check_source(model: Model) -> None:
         ModelError: naming the source and the way out.
     """
     package = PACKAGE_SOURCE.match(model.source)
-    if model.low_disk and (package or is_local(model.source)):
+    is_here = package or is_local(model.source)
+    if model.revision is not None and is_here:
+        raise ModelError(f"model.revision {model.revision!r}: is for models on the Hub; remove it")
+    if model.low_disk and is_here:
         raise ModelError(
             f"model.source {model.source!r}: is on this machine already, and nothing of yours is removed; "
             "leave out --low-disk (model.low_disk)"
         )
     if package:
         find_packaged(*package.groups())
-    elif is_local(model.source):
+    elif is_here:
         _check_folder(Path(model.source).expanduser())
     elif not REPO_ID.match(model.source):
         raise ModelError(f"model.source {model.source!r}: not a folder here, and not a Hub id such as user/model")

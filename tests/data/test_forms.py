@@ -435,6 +435,7 @@ def test_columns_are_taken_under_the_names_that_are_given(row, named, expected):
         ({"columns": {"prompt": "asked", "completion": "reply"}}, "prompt is `asked`, which is not there; columns"),
         ({"columns": {"prompt": "reply"}}, "no known form: columns found are ask, reply"),
         ({"subset": "main"}, "data.subset 'main': is for data sets on the Hub; remove it"),
+        ({"split": "train[:1]"}, "data.split 'train[:1]': is for data sets on the Hub; remove it"),
         ({"revision": "v1"}, "data.revision 'v1': is for data sets on the Hub; remove it"),
     ],
 )

@@ -208,7 +208,7 @@ def test_a_variant_is_found_by_its_other_names(tiny_model, quantized, name):
 
 @pytest.mark.parametrize("variant", ["int3", "", "both", "../int4"])
 def test_unknown_variant_is_refused(tiny_model, quantized, variant):
-    with pytest.raises(ModelError, match="not one that tunepress makes"):
+    with pytest.raises(ModelError, match="not one that tunepress makes. Try: int8, .*int4"):
         load(quantized(tiny_model("llama"), "int4"), variant)
 
 

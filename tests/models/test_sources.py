@@ -44,6 +44,12 @@ def test_a_folder_with_a_model_is_taken_as_it_is(any_model, tmp_path):
     assert not (tmp_path / "unused").exists()
 
 
+@pytest.mark.parametrize("source", [None, "package:no_such_package/model.gguf"])
+def test_a_revision_is_refused_for_a_model_that_is_not_on_the_hub(tiny_model, source):
+    told = refusal(source or tiny_model("llama"), revision="v1")
+    assert told == "model.revision 'v1': is for models on the Hub; remove it"
+
+
 def test_origin_in_the_folder_card_is_kept(model_copy, tmp_path):
     (model_copy / "README.md").write_text("---\nlicense: mit\nlanguage: [en, de]\n---\n# Model\n")
     _, origin = fetch(Model(source=str(model_copy)), tmp_path)
@@ -264,11 +270,11 @@ def test_companions_are_the_tokenizer_the_template_generation_settings_and_terms
 
 
 def test_companions_that_are_links_are_copied_as_files(model_copy, tmp_path):
-    target, cache = tmp_path / "target", tmp_path / "blobs" / "0123"
-    target.mkdir()
-    cache.parent.mkdir()
-    (tmp_path / "snapshots").mkdir()
-    model_copy = model_copy.rename(tmp_path / "snapshots" / "4567")  # as in the Hub's cache
+    target, cached = tmp_path / "target", tmp_path / "models--ada--model"  # as in the Hub's cache
+    cache = cached / "blobs" / "0123"
+    for folder in (target, cache.parent, cached / "snapshots"):
+        folder.mkdir(parents=True)
+    model_copy = model_copy.rename(cached / "snapshots" / "4567")
     shutil.move(model_copy / "tokenizer.json", cache)
     (model_copy / "tokenizer.json").symlink_to(cache)
     copy_companions(model_copy, target)
