@@ -110,7 +110,7 @@ def status(
     events = [e for e in read_events(workspace.events_path)[0] if "event" in e]
     state = run_state(workspace)
     if as_json:
-        now = {"running": sorted(state.running), "left": state.left, "changed": state.changed}
+        now = {"running": sorted(state.running), "left": state.left, "changed": state.changed, "removed": state.removed}
         print(json.dumps({"ledger": states(workspace), "events": events, **now}))
         return
     from pipeline.cli.terminal import show_status

@@ -263,6 +263,7 @@ def show_status(console: Console, state: RunState, workspace: Workspace, events:
     ledger = workspace.ledger()
     for key, entry in ledger.items():
         told = "[yellow]its files changed or are gone[/]" if key in state.changed else escape(_tell(entry.summary))
+        told = "removed" if key in state.removed else told
         told = "[green]runs again now[/]" if key in state.running else told
         finished = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.finished))
         table.add_row(key, finished, clock(entry.seconds), told)

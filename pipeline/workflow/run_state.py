@@ -20,12 +20,14 @@ class RunState:
         stopped: steps that were started, did not end, and that no process is doing.
         left: steps of the configuration that have never finished and are not running.
         changed: finished steps whose files changed, or are gone.
+        removed: finished variants that the configuration does not name, and whose files are all gone.
     """
 
     running: dict[str, float]
     stopped: tuple[str, ...]
     left: tuple[str, ...]
     changed: tuple[str, ...]
+    removed: tuple[str, ...]
 
 
 def run_state(workspace: Workspace) -> RunState:
@@ -37,9 +39,18 @@ def run_state(workspace: Workspace) -> RunState:
     ledger, begun = workspace.read_ledger(), _begun(workspace)
     is_working = workspace.is_in_use()
     running = begun if is_working else {}
-    left = tuple(key for key in _expected(workspace.config()) if key not in ledger.done() and key not in running)
+    done, expected = ledger.done(), _expected(workspace.config())
+    left = tuple(key for key in expected if key not in done and key not in running)
     stopped = tuple(key for key in begun if not is_working)
-    return RunState(running, stopped, left, _changed(workspace, ledger))
+    changed = _changed(workspace, ledger)
+    removed = tuple(
+        key
+        for key in changed
+        if key.startswith("quantize/")
+        and key not in expected
+        and not any((workspace.folder / path).exists() for path in done[key].outputs)
+    )
+    return RunState(running, stopped, left, tuple(key for key in changed if key not in removed), removed)
 
 
 def _expected(config: Config) -> list[str]:

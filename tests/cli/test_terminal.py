@@ -80,6 +80,23 @@ def test_card_that_was_written_again_for_its_repository_is_not_changed(finished)
     assert run_state(workspace).changed == ("render", "publish")
 
 
+def test_status_tells_a_removed_variant_from_one_that_lost_its_files(finished):
+    workspace, weights = finished.workspace, finished.release / "int8" / "weights"
+    write_bytes(weights, b"codes")
+    workspace.record("quantize/int8", Entry("here", workspace.digests([weights])))
+    weights.unlink()
+    quantize = finished.config.quantize
+    for asked, expected in ((("int8", "int4"), "its files changed or are gone"), (("int4",), "removed")):
+        variants = [spec for spec in quantize.variants if spec.name in asked]
+        named = quantize.model_copy(update={"variants": variants})
+        workspace.config_path.write_text(dump_config(finished.config.model_copy(update={"quantize": named})))
+        console = _console(200)
+        show_status(console, run_state(workspace), workspace, [])
+        (line,) = (line for line in console.file.getvalue().splitlines() if "quantize/int8" in line)
+        assert expected in line
+    assert run_state(workspace).changed == () and run_state(workspace).removed == ("quantize/int8",)
+
+
 def test_status_as_json_has_what_is_left(finished, capsys):
 
     finished.workspace.config_path.write_text(dump_config(finished.config))
