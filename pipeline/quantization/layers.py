@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from pipeline.config.catalog import EIGHT_BITS, KEEP
+from pipeline.config.catalog import EIGHT_BITS, KEEP, ROUNDINGS, Need
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import MissingExtra, ModelError, QuantizationError
 from pipeline.models.checkpoint import SHARD_BYTES, TensorInfo
@@ -69,11 +69,20 @@ class Source:
             how: the rounding, if they are rounded now.
             rows: (n, K), in the order of the checkpoint.
             first: number of the first row.
+
+        Raises:
+            QuantizationError: if the rounding needs statistics that the layer has not.
         """
         made = self.rounded.get(spec.name)
         if made is not None and name in made:
             return made.rows(name, grid, first, first + len(rows))
-        return rounding(how).round(rows, grid, self.statistics.get(name))
+        of, need = self.statistics.get(name), ROUNDINGS[how].needs
+        if need != Need.NOTHING and (of is None or (need == Need.GRAM_MATRIX and of.gram is None)):
+            raise QuantizationError(
+                f"{name}: the calibration text never reached this layer, and rounding {how} needs its inputs. "
+                f"Try: keep: [{name.removesuffix('.weight')}]"
+            )
+        return rounding(how).round(rows, grid, of)
 
 
 @dataclass(frozen=True)

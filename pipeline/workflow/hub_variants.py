@@ -150,11 +150,17 @@ def _staying(task: Task, there: PublishedModel) -> dict[str, dict]:
     """Return the variants of a release that are not asked for now, with the settings and limits of that release.
 
     Raises:
-        ConfigError: if one was published with a warning, or before there were limits, and could be withheld now.
+        ConfigError: if one was calibrated, which is not done here. Or if one was published with a warning, or before
+            there were limits, and could be withheld now.
     """
     now, found = Quantize(gate=Gate(rise=task.max_rise, kl=task.max_kl)), _staying_specs(task, there)
     for name in found.keys() - asked_variants(task).keys():
-        verdict = there.results[name].gate or Verdict()
+        verdict, weights = there.results[name].gate or Verdict(), there.results[name].weights
+        if weights and weights.calibration_tokens:
+            raise ConfigError(
+                f"{task.repo}: has {name}, which was calibrated, and would be made again without calibration; "
+                f"ask for it too (--quant-type), or say --remove {name}"
+            )
         if verdict.passed is False and task.on_gate_failure == "withhold":
             raise ConfigError(
                 f"{task.repo}: has {name}, which misses its gate and was published with a warning, and would lose it; "

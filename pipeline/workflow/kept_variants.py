@@ -44,7 +44,7 @@ def with_kept_variants(
         tell: receives lines for people.
 
     Raises:
-        ConfigError: if no variant would be left.
+        ConfigError: if no variant would be left, or a variant would lose its calibration.
         WorkspaceError: if the last release is of another model, or has a merged model and the next one has none.
     """
     config = _without(config, agreed.variants)
@@ -71,6 +71,12 @@ def with_kept_variants(
             "Try: another folder or name, or --replace"
         )
     changes: dict[str, Any] = {}
+    calibrated = [variant for variant in kept if variant in former.quantize.calibrated]
+    if calibrated and not config.quantize.calibrates:
+        raise ConfigError(
+            f"{workspace.release}: has {', '.join(calibrated)}, which would be made again without calibration. "
+            f"Try: --set quantize.quality=calibrated, with the same calibration text, or --remove {calibrated[0]}"
+        )
     if kept:
         options = " ".join(f"--remove {variant}" for variant in kept)
         tell([f"{', '.join(kept)}: in the last release, so kept; leave out with {options}, or with --replace"])

@@ -113,6 +113,20 @@ def test_variant_without_limits_is_not_removed_by_another_request(hub, policy):
         assert set(variants(configure(task(**accepted), read_published("ada/model")))) == {"int8", "int4"}
 
 
+def test_calibrated_variant_is_not_made_again_without_calibration(hub):
+    first = model(hub)
+    told = {"run": "first", "files": {}, "documents": [], "base": {"hub_id": "ada/model", "revision": first}}
+    figures = {"gate": {"passed": True, "limits": {"rise": 0.05}}, "weights": {"calibration_tokens": 32768}}
+    told["results"] = {"int4": {"variant": {"name": "int4", "group_size": 128, "rounding": "gptq"}, **figures}}
+    hub.put("ada/model", {"tunepress.json": json.dumps(told).encode()})
+    with pytest.raises(ConfigError, match="ada/model: has int4, which was calibrated"):
+        configure(task(), read_published("ada/model"))
+    asked = configure(task(quant_types=["both"]), read_published("ada/model")).quantize
+    assert asked.spec("int4").rounding == "search"
+    removed = configure(task(remove=["int4"]), read_published("ada/model"))
+    assert list(variants(removed)) == ["int8"]
+
+
 def test_changed_weights_make_variants_again_and_a_changed_card_does_not(hub):
     first = model(hub)
     config = configure(task(repo="ada/other"), None)

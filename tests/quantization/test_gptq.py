@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pipeline.config.schema import VariantSpec
+from pipeline.errors import QuantizationError
 from pipeline.quantization.grid import Grid
+from pipeline.quantization.layers import Source
 from pipeline.quantization.roundings import gptq, search
 from pipeline.quantization.statistics import Statistics
 
@@ -81,3 +84,11 @@ def test_inputs_that_were_always_zero_do_no_harm(weight, rounding):
 def test_second_moments_alone_are_refused(weight):
     with pytest.raises(ValueError, match="gram matrix"):
         gptq.round(weight, GRIDS["int4"], Statistics(8, torch.ones(128)))
+
+
+def test_layer_that_the_calibration_text_never_reached_is_named(weight, tmp_path):
+    """Such as an expert that no token was sent to."""
+    source = Source({}, tmp_path, {"a.expert.weight": (24, 128)}, statistics={"other": correlated(128)})
+    spec = VariantSpec(name="int4", rounding="gptq")
+    with pytest.raises(QuantizationError, match=r"never reached this layer.* Try: keep: \[a\.expert\]"):
+        source.round(spec, "gptq", "a.expert.weight", weight, 0, GRIDS["int4"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 
 import pytest
@@ -15,8 +16,11 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.matrices import linear_weights
 from pipeline.quantization.calibration.blocks import BlockwiseModel
 from pipeline.quantization.formats import storage
+from pipeline.quantization.statistics import Statistics
 from pipeline.workflow.in_process import run_stage_here
 from pipeline.workflow.run import run
+from pipeline.workflow.stages import calibrate
+from pipeline.workflow.workspace import Workspace
 from tests.support.runs import Place
 
 VARIANT = {"name": "int4", "group_size": 32}
@@ -117,6 +121,72 @@ def test_calibration_on_measured_text_is_refused(place, tmp_path, tiny_model):
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tree))
     with pytest.raises((StageFailed, DataError), match="a part of the general text, which is measured on"):
         made(place)
+
+
+def test_finished_calibration_is_checked_against_a_text_that_is_measured_on_later(place, tmp_path, monkeypatch):
+    before, general = made(place), tmp_path / "general.txt"
+    general.write_text("\n\n\n".join(f"{n} plums or {n * n} figs!" * 30 for n in range(40)))
+    ran, plain = [], BlockwiseModel.loaded
+    monkeypatch.setattr(BlockwiseModel, "loaded", lambda self, block: ran.append(block) or plain(self, block))
+
+    def measured_on(text):
+        tree = yaml.safe_load((tmp_path / "tiny.yaml").read_text())
+        tree["evaluate"] = {"general": text, "max_tokens": 512, "prompts": []}
+        tree["quantize"]["on_gate_failure"] = "warn"
+        (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tree))
+
+    measured_on("general.txt")
+    assert made(place) == before and not ran
+    measured_on("calibration.txt")
+    with pytest.raises(StageFailed, match="a part of the general text, which is measured on"):
+        made(place)
+
+
+def test_variant_that_is_added_leaves_a_calibrated_one_as_it_is(place, tmp_path, tiny_model):
+    made(place)
+    file = tmp_path / "runs/tiny/release/int4/model.safetensors"
+    before = file.stat().st_mtime_ns
+    write(tmp_path, tiny_model("llama"), variants=[VARIANT, {"name": "int8", "rounding": "gptq"}])
+    made(place)
+    assert (tmp_path / "runs/tiny/release/int8").is_dir() and file.stat().st_mtime_ns == before
+
+
+def test_variant_that_does_not_fit_does_not_stop_the_others(place, tmp_path, tiny_model):
+    bad = {"name": "int8", "rounding": "gptq", "keep": ["no.such.layer"]}
+    write(tmp_path, tiny_model("llama"), variants=[bad, VARIANT])
+    with pytest.raises(StageFailed, match=r"int8: .*no\.such\.layer"):
+        made(place)
+    assert (tmp_path / "runs/tiny/release/int4/model.safetensors").is_file()
+
+
+def test_layer_outside_the_decoder_blocks_is_named_before_work(place, tmp_path, tiny_model, monkeypatch):
+    model = tiny_model("opt", word_embed_proj_dim=32)
+    write(tmp_path, model)
+    with pytest.raises(StageFailed, match=r"model\.decoder\.project_in is outside the decoder blocks"):
+        made(place)
+    write(tmp_path, model, variants=[{**VARIANT, "keep": ["model.decoder.project_*"]}])
+    assert made(place)
+
+
+def test_statistics_of_one_block_are_in_memory_at_a_time(place, monkeypatch):
+    held, plain = [], BlockwiseModel.loaded
+
+    def loaded(self, block):
+        held.append(sum(isinstance(thing, Statistics) for thing in gc.get_objects()))
+        return plain(self, block)
+
+    monkeypatch.setattr(BlockwiseModel, "loaded", loaded)
+    made(place)
+    assert held == [0, 0]
+
+
+def test_card_names_a_calibration_text_that_is_gone_without_its_folder(place, tmp_path, tiny_model):
+    text = tmp_path / "calibration.txt"
+    write(tmp_path, tiny_model("llama"), calibration={"source": str(text), "tokens": 2048})
+    made(place)
+    text.unlink()
+    workspace = Workspace(tmp_path / "runs/tiny")
+    assert calibrate.about(load_config(str(place.config)), workspace)["calibration_text"] == "calibration.txt"
 
 
 @pytest.mark.parametrize(

@@ -113,3 +113,16 @@ def test_merged_model_is_not_replaced_by_variants_alone_without_a_word(finished)
     with pytest.raises(WorkspaceError, match="has a merged model, which would be lost"):
         with_kept_variants(alone, finished.workspace, removal(), print)
     assert with_kept_variants(alone, finished.workspace, removal(others=True), print)[0] == alone
+
+
+def test_calibrated_variant_is_not_made_again_without_calibration(quantize, tmp_path):
+    (tmp_path / "notes.txt").write_text(" ".join(f"{n} apples and {n * n} pears." for n in range(200)))
+    source = f"quantize.calibration.source={tmp_path / 'notes.txt'}"
+    calibrated = ["quantize.quality=calibrated", source, "quantize.calibration.tokens=512"]
+    workspace, _ = quantize("int4", settings=calibrated)
+    before = (workspace.release / "int4/model.safetensors").stat()
+    with pytest.raises(ConfigError, match="int4, which would be made again without calibration. Try: --set"):
+        quantize("int8")
+    workspace, _ = quantize("int8", settings=calibrated)
+    assert _released(workspace) == {"int8", "int4"}
+    assert (workspace.release / "int4/model.safetensors").stat().st_mtime_ns == before.st_mtime_ns

@@ -12,6 +12,7 @@ from pipeline.errors import UserError
 from pipeline.models.safe_loading import open_tokenizer
 from pipeline.workflow.in_process import run_stage_here
 from pipeline.workflow.run import run_one
+from pipeline.workflow.stages import calibrate
 from tests.support.runs import write_place
 
 ROWS = 40
@@ -69,3 +70,14 @@ def test_rows_that_the_template_refuses_are_skipped_and_counted(place, tmp_path)
     assert whole.fingerprint == part.fingerprint == data["fingerprint"]
     assert {e.canonical() for e in part.held_out} <= {e.canonical() for e in whole.held_out}
     assert len(whole.train + whole.held_out) == len(part.train + part.held_out) + 2
+
+
+def test_rows_that_the_template_refuses_are_not_calibrated_on(place):
+    """They would stop the run after its training."""
+    config, quantize = place(on_bad_row="skip"), {"quality": "calibrated", "calibration": {"tokens": 4096}}
+    config = config.model_copy(update={"quantize": config.quantize.model_validate(quantize)})
+    workspace = run_one(config, "train", start=run_stage_here)
+    tokenizer = open_tokenizer(Path(config.model.source))
+    sequences = calibrate._sequences(config, workspace, tokenizer, 64)
+    train = load_examples(config.data, check=ChatTemplate(tokenizer).check).train
+    assert len(sequences) == len(train)

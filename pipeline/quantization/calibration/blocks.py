@@ -36,7 +36,6 @@ class BlockwiseModel:
     Attributes:
         linear: the weights of linear layers, name -> (N, K).
         count: number of decoder blocks.
-        width: H, the width of the hidden states between blocks.
         dtype: the compute type.
     """
 
@@ -48,11 +47,12 @@ class BlockwiseModel:
         self._prefix, self._layers = _decoder_blocks(self._model, self.linear, folder)
         self._returns_tuple = False  # known after the first block
         self.count = len(self._layers)
-        self.width = self._model.config.get_text_config().hidden_size
         table, head = self._model.get_input_embeddings(), self._model.get_output_embeddings()
         others = {f"{name}." for name, module in self._model.named_modules() if module in (table, head)}
         self._table = next(f"{name}.weight" for name, module in self._model.named_modules() if module is table)
-        for name in self._checkpoint:
+        read = self._model.state_dict().keys()  # some checkpoints also hold tensors that the model does not read
+        self._stored = [name for name in self._checkpoint if name in read]
+        for name in self._stored:
             if not name.startswith((self._prefix, *others)):
                 self._put(name)
         fill_buffers(self._model, self.device)
@@ -69,7 +69,7 @@ class BlockwiseModel:
     @contextmanager
     def loaded(self, block: int) -> Iterator[None]:
         """Hold the weights of a block in memory."""
-        names = [name for name in self._checkpoint if name.startswith(f"{self._prefix}{block}.")]
+        names = [name for name in self._stored if name.startswith(f"{self._prefix}{block}.")]
         shapes = {name: self._model.get_parameter(name) for name in names if _is_parameter(self._model, name)}
         for name in names:
             self._put(name)
@@ -144,9 +144,8 @@ class BlockwiseModel:
         for block, forward in instead.items():
             self._layers[block].forward = forward
         if embedding is None:
-            self._embedding.forward = lambda ids: torch.zeros(
-                *ids.shape, self.width, dtype=self.dtype, device=self.device
-            )
+            width = self._embedding.weight.shape[1]
+            self._embedding.forward = lambda ids: torch.zeros(*ids.shape, width, dtype=self.dtype, device=self.device)
         try:
             self._model.base_model(input_ids=ids.to(self.device), use_cache=False)
         except _End as end:

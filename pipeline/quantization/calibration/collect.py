@@ -66,9 +66,8 @@ class Sums:
         self._leader: dict[str, str] = {}  # name -> the first layer with the same input
         self._sums: dict[str, torch.Tensor] = {}
         self._tokens: dict[str, int] = {}
-        self._seen: list[
-            tuple[torch.Tensor, str]
-        ] = []  # inputs of this forward pass, kept so that none has another's place
+        # Inputs of this forward pass, and their versions; they are kept so that none has another's place.
+        self._seen: list[tuple[torch.Tensor, int, str]] = []
 
     def begin(self) -> None:
         """Begin another forward pass."""
@@ -76,11 +75,11 @@ class Sums:
 
     def add(self, name: str, inputs: torch.Tensor) -> None:
         """Add the inputs (T, K) of a layer."""
-        same = (leader for other, leader in self._seen if other.data_ptr() == inputs.data_ptr())
+        same = (leader for other, version, leader in self._seen if _is_same(other, version, inputs))
         leader = self._leader.setdefault(name, next(same, name))
         if leader != name:
             return
-        self._seen.append((inputs, name))
+        self._seen.append((inputs, inputs._version, name))
         wide = inputs.float()
         sums = wide.T @ wide if self._need == Need.GRAM_MATRIX else wide.square().sum(0)
         self._sums[name] = self._sums[name].add_(sums) if name in self._sums else sums
@@ -98,6 +97,11 @@ class Sums:
             is_gram = means.ndim == 2
             found[name] = Statistics(tokens, means.diagonal().clone() if is_gram else means, means if is_gram else None)
         return found
+
+
+def _is_same(known: torch.Tensor, version: int, inputs: torch.Tensor) -> bool:
+    """Return True if two views have the same elements, and nothing was written into them in between."""
+    return inputs.is_set_to(known) and inputs._version == version
 
 
 def batches_of(windows: Sequence[list[int]]) -> list[torch.Tensor]:

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.catalog import EIGHT_BITS, Need
-from pipeline.config.schema import Config, Data, MeasuredRun, TrainingRun, VariantSpec
+from pipeline.config.schema import REPO_ID, Config, Data, MeasuredRun, TrainingRun, VariantSpec
 from pipeline.data import general_text, load_examples
-from pipeline.errors import ConfigError
+from pipeline.data.sources import is_builtin, names_a_file
+from pipeline.errors import ConfigError, QuantizationError
 from pipeline.system.files import empty_folder, fingerprint
 from pipeline.system.libraries import versions
 from pipeline.system.redaction import file_name
 from pipeline.tracking.events import Events
 from pipeline.workflow.stages import Outcome
-from pipeline.workflow.stages.inputs import full_model, hashes_of, made_from, run_texts
+from pipeline.workflow.stages.inputs import full_model, hashes_of, made_from, run_texts, text_depends
 from pipeline.workflow.stages.training_data import pinned
 from pipeline.workflow.workspace import Workspace
 
@@ -41,11 +42,23 @@ def parameters(config: Config, variant: str | None) -> dict:
 
 
 def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict:
-    """Return the dependencies as plain data."""
+    """Return the dependencies as plain data; measured texts are among them, because they must be others."""
+    measured = None
+    if isinstance(config, MeasuredRun):
+        measured = {"max_tokens": config.evaluate.max_tokens, "general": text_depends(config, workspace)}
+    return _rounded_with(config, workspace) | {"measured": measured}
+
+
+def _rounded_with(config: Config, workspace: Workspace) -> dict:
+    specs = [config.quantize.spec(name).making() for name in config.quantize.calibrated]
+    return {"specs": specs, **collected_with(config, workspace)}
+
+
+def collected_with(config: Config, workspace: Workspace) -> dict:
+    """Return the dependencies of the statistics as plain data."""
     source = config.quantize.calibration.source
     text = {"train": workspace.state_of("train")} if source is None else hashes_of(workspace, source)
     return {
-        "specs": [config.quantize.spec(name).making() for name in config.quantize.calibrated],
         "calibration": config.quantize.calibration.model_dump(),
         "text": text,
         "after": made_from(config, workspace),
@@ -75,22 +88,33 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     from safetensors.torch import load_file
 
     from pipeline.evaluation.texts import restore_template
+    from pipeline.models.matrices import refuse_other_matrices
     from pipeline.models.safe_loading import open_tokenizer
     from pipeline.quantization.calibration.blocks import BlockwiseModel
     from pipeline.quantization.calibration.collect import collect
     from pipeline.quantization.calibration.store import save_block, save_whole
-    from pipeline.quantization.layers import layer_grids
+    from pipeline.quantization.layers import layer_grids, unfit
 
     source = full_model(config, workspace, events)
+    refuse_other_matrices(source)
     tokenizer = restore_template(open_tokenizer(source), run_texts(workspace))
     windows = _windows(config, workspace, tokenizer, source)
-    specs = [config.quantize.spec(name) for name in config.quantize.calibrated]
-    needs = {spec.name: spec.need(True) for spec in specs}
+    folder, about = workspace.folder / FOLDER, fingerprint(_rounded_with(config, workspace))
+    known, finished = workspace.progress("calibrate", "block"), workspace.ledger().get("calibrate")
+    outcome = Outcome((folder,), {"tokens": sum(map(len, windows))})
+    if known.get("about") == about and finished and workspace.holds("calibrate", finished.fingerprint):
+        return outcome  # only a text that is measured on has changed
     model = BlockwiseModel(source)
+    wanted = (config.quantize.spec(name) for name in config.quantize.calibrated)
+    specs = [spec for spec in wanted if not unfit(spec, model.linear, source)]  # `quantize` reports the others
+    if not specs:
+        workspace.note("calibrate", block=None)
+        return Outcome((), {"tokens": 0})
+    needs = {spec.name: spec.need(True) for spec in specs}
     grids = {spec.name: layer_grids(spec, model.linear)[0] for spec in specs if needs[spec.name] == Need.GRAM_MATRIX}
-    folder, about = workspace.folder / FOLDER, fingerprint(depends(config, workspace, variants))
+    for name, found_grids in grids.items():
+        _refuse_others(config.quantize.spec(name), found_grids, model)
     first, activations, moments = 0, None, {}
-    known = workspace.progress("calibrate", "block")
     if known.get("about") == about and (folder / BORDER).is_file():
         kept = load_file(folder / BORDER)
         first = int(kept.pop("block")) + 1
@@ -108,9 +132,29 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
         moments |= {name: of.second_moments.clone() for name, of in found.statistics.items()}  # no shared memory
         save_whole(_border(found.block, moments, found.activations), folder / BORDER)
         events.progress(found.block + 1, model.count, "calibrating")
+        del found  # or its Gram matrices would stay in memory until those of the next block are there
     save_whole(moments, folder / STATISTICS)
     (folder / BORDER).unlink()
-    return Outcome((folder,), {"tokens": sum(map(len, windows))})
+    return outcome
+
+
+def _refuse_others(
+    spec: VariantSpec, grids: dict[str, tuple[tuple[int, int], Grid | None]], model: BlockwiseModel
+) -> None:
+    """Raise an error if a layer to be rounded with its inputs lies outside the decoder blocks.
+
+    Raises:
+        QuantizationError: naming the layer.
+    """
+    from pipeline.quantization.layers import named
+
+    inside = {name for block in range(model.count) for name in model.weights_of(block)}
+    if others := sorted(grids.keys() - inside - set(named(spec, EIGHT_BITS, model.linear))):
+        layer = others[0].removesuffix(".weight")
+        raise QuantizationError(
+            f"{spec.name}: {layer} is outside the decoder blocks, so rounding {spec.rounding} has no statistics of "
+            f"its inputs. Try: keep: [{layer}]"
+        )
 
 
 def _border(block: int, moments: dict, activations: list) -> dict:
@@ -165,7 +209,7 @@ def _windows(config: Config, workspace: Workspace, tokenizer: PreTrainedTokenize
 def _sequences(
     config: Config, workspace: Workspace, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[Encoded]:
-    from pipeline.data.encode import encode_examples, encode_text
+    from pipeline.data.encode import accepted_examples, encode_examples, encode_text
 
     calibration = config.quantize.calibration
     if calibration.source is not None and calibration.source.lower().endswith(".txt"):
@@ -182,14 +226,17 @@ def _sequences(
         needed -= len(str(example))
         if needed < 0:
             break
+    if data.on_bad_row == "skip":  # in data that is read again, training has left them out
+        taken = [*accepted_examples(taken, tokenizer)]
     return encode_examples(taken, tokenizer, config.train.loss_on, max_length).examples
 
 
 def about(config: Config, workspace: Workspace) -> dict:
     """Return the text and the tokens of the finished calibration, for cards."""
     source = config.quantize.calibration.source
-    if source and Path(source).expanduser().exists():
-        source = file_name(source)
+    if source and not is_builtin(source):  # a file may be gone by now
+        is_on_hub = REPO_ID.match(source) and not names_a_file(source) and not Path(source).expanduser().exists()
+        source = source if is_on_hub else file_name(source)
     tokens = workspace.ledger()["calibrate"].summary["tokens"]
     return {"calibration_text": source, "calibration_tokens": tokens}
 

@@ -56,7 +56,7 @@ def _calibration(config: Config, workspace: Workspace, variants: Sequence[str]) 
     """Return the dependencies of variants on a calibration; none if they are not calibrated."""
     if not set(variants).intersection(config.quantize.calibrated):
         return {}
-    return {"calibration": calibrate.depends(config, workspace, ())}
+    return {"calibration": calibrate.collected_with(config, workspace)}
 
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pipeline.config.catalog import Need
 from pipeline.data.encode import Encoded
@@ -11,7 +14,7 @@ from pipeline.errors import DataError
 from pipeline.models.matrices import linear_weights
 from pipeline.quantization.calibration import collect as collecting
 from pipeline.quantization.calibration.blocks import BlockwiseModel
-from pipeline.quantization.calibration.collect import collect
+from pipeline.quantization.calibration.collect import Sums, collect
 from pipeline.quantization.calibration.text import check_apart, windows_of
 
 # Sliding and full attention, positions that some layers do not have, learned positions, biases, tied tables.
@@ -60,6 +63,40 @@ def test_statistics_are_those_of_the_whole_model(kind, tiny_model, monkeypatch):
         scale = gram.diagonal().mean()
         assert (found[name].gram - gram).abs().max() < 1e-4 * scale, name
         assert torch.equal(found[name].gram.diagonal(), found[name].second_moments) and found[name].tokens == 240
+
+
+def test_tensors_that_the_model_does_not_read_are_left_alone(tiny_model, tmp_path):
+    """Old versions stored rotary frequencies, in a module that new ones do not have."""
+    folder = shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    file = folder / "model.safetensors"
+    unread = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.ones(8) for n in range(2)}
+    save_file(load_file(file) | unread | {"other.thing": torch.ones(8)}, file, {"format": "pt"})
+    windows = [list(range(40))]
+    found = list(collect(BlockwiseModel(folder), windows, Need.SECOND_MOMENTS))
+    expected = list(collect(BlockwiseModel(tiny_model("llama")), windows, Need.SECOND_MOMENTS))
+    assert all(torch.equal(a.activations[0], b.activations[0]) for a, b in zip(found, expected, strict=True))
+
+
+def test_embedding_may_be_narrower_than_the_blocks(tiny_model):
+    model = tiny_model("opt", word_embed_proj_dim=32)
+    found = {}
+    for block in collect(BlockwiseModel(model), [list(range(40))], Need.SECOND_MOMENTS):
+        found |= block.statistics
+    outside = {f"model.decoder.project_{way}.weight" for way in ("in", "out")}
+    assert linear_weights(model).keys() - found.keys() == outside
+
+
+def test_layers_share_sums_only_if_their_inputs_are_the_same():
+    sums, inputs = Sums(Need.SECOND_MOMENTS), torch.ones(4, 6)
+    sums.begin()
+    sums.add("first", inputs)
+    sums.add("same", inputs.view(4, 6))
+    sums.add("a part", inputs[:, :3])
+    sums.add("written over", inputs.mul_(2))
+    found = sums.statistics()
+    assert found["same"] is found["first"] and found["first"].second_moments.tolist() == [1] * 6
+    assert found["a part"].second_moments.tolist() == [1] * 3
+    assert found["written over"].second_moments.tolist() == [4] * 6
 
 
 def test_second_moments_need_no_gram_matrix(tiny_model):
