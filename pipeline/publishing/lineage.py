@@ -71,6 +71,7 @@ def hub_sources(results: Results) -> set[str]:
     data = results.data
     if data and (data.revision or data.split) and not names_a_file(str(data.source)):
         found.add(data.source)
+    found |= {made.weights.calibration_text for made in results.variants.values() if made.weights}
     return {source for source in found if source and REPO_ID.match(source)}
 
 

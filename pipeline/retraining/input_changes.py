@@ -66,8 +66,12 @@ def settings(config: Config) -> dict[str, object]:
         _flatten(name, {k: v for k, v in section.items() if k not in NOT_FOR_THE_MODEL.get(name, ())}, flat)
     for key in ("model.source", "data.source", "data.chat_template"):
         if flat.get(key) is not None:
-            flat[key] = str(flat[key]) if ":" in str(flat[key]) else file_name(str(flat[key]))
+            flat[key] = _named(str(flat[key]))
     return flat
+
+
+def _named(source: str) -> str:
+    return source if ":" in source else file_name(source)
 
 
 def settings_beside(config: MeasuredRun) -> dict[str, object]:
@@ -76,14 +80,16 @@ def settings_beside(config: MeasuredRun) -> dict[str, object]:
     flat: dict[str, object] = {f"publish.{key}": getattr(config.publish, key) for key in keys}
     _flatten("quantize", config.quantize.model_dump(), flat)
     _flatten("evaluate", config.evaluate.model_dump(exclude={"device"}), flat)
-    general = config.evaluate.general
-    return flat | {"evaluate.general": general if ":" in general else file_name(general)}
+    for key in ("evaluate.general", "quantize.calibration.source"):
+        if flat.get(key) is not None:
+            flat[key] = _named(str(flat[key]))
+    return flat
 
 
 def changes_beside(live: PublishedModel, inputs: Inputs) -> tuple[str, ...]:
     """Return the changed keys of `settings_beside`; call this only if `changes` is empty."""
     was, now = (settings_beside(c) for c in (made_with(live), inputs.config))
-    return tuple(key for key in now if was.get(key) != now[key])
+    return tuple(key for key in {**now, **was} if was.get(key) != now.get(key))
 
 
 def changes(live: PublishedModel, inputs: Inputs) -> tuple[str, ...]:

@@ -6,6 +6,9 @@ import json
 
 import pytest
 
+from pipeline.config.loader import parse_config
+from pipeline.evaluation.results import Results
+from pipeline.publishing.lineage import lineage
 from tests.support.fake_runs import REPO
 
 
@@ -20,5 +23,17 @@ def test_lineage_shortens_local_paths_and_keeps_hub_names(hub, finished, tmp_pat
         read = {"revision": commit, "split": commit and "train"}
         finished.workspace.write_measurement("data", known | read)
         finished.publish()
-        lineage = json.loads(hub.read(REPO, "tunepress.json"))
-        assert lineage["configuration"]["data"]["source"] == lineage["results"]["data"]["source"] == name
+        told = json.loads(hub.read(REPO, "tunepress.json"))
+        assert told["configuration"]["data"]["source"] == told["results"]["data"]["source"] == name
+
+
+@pytest.mark.parametrize("source, name", [("ada/texts", "ada/texts"), ("folder/notes.txt", "notes.txt")])
+def test_lineage_names_the_calibration_text_as_its_figures_do(finished, source, name):
+    config = parse_config(
+        json.loads(finished.config.model_dump_json()) | {"quantize": {"calibration": {"source": source}}}, ""
+    )
+    figures = {"weights": {"calibration_text": name, "calibration_tokens": 32768}}
+    results = Results.model_validate({"int4": figures})
+    told = json.loads(lineage(config, results, {}, ()))
+    assert told["configuration"]["quantize"]["calibration"]["source"] == name
+    assert told["results"]["int4"]["weights"]["calibration_text"] == name

@@ -90,6 +90,21 @@ def test_settings_that_make_no_other_model_are_no_change(configure):
     assert changes_beside(published(config), Inputs(config, "base", "data")) == ()
 
 
+def test_calibration_text_in_another_folder_is_no_change_and_another_quality_is_one(configure):
+    plain = json.loads(configure(50).model_dump_json())
+    plain["quantize"]["variants"] = [{"name": "int4", "rounding": "search"}]
+
+    def calibrated_on(source):
+        quantize = plain["quantize"] | {"quality": "calibrated", "calibration": {"source": source}}
+        return parse_config({**plain, "quantize": quantize}, "")
+
+    live = published(calibrated_on("notes.txt"))  # a lineage names files without their folders
+    assert changes_beside(live, Inputs(calibrated_on("/elsewhere/notes.txt"), "base", "data")) == ()
+    other = changes_beside(live, Inputs(calibrated_on("/elsewhere/other.txt"), "base", "data"))
+    assert other == ("quantize.calibration.source",)
+    assert "quantize.quality" in changes_beside(live, Inputs(parse_config(plain, ""), "base", "data"))
+
+
 def test_a_base_in_a_folder_is_its_weights_configuration_and_tokenizer_and_not_what_else_lies_there(tmp_path):
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (tmp_path / name).write_text(name)
