@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import json
 
 import pytest
 import torch
@@ -140,6 +141,30 @@ def test_finished_calibration_is_checked_against_a_text_that_is_measured_on_late
     measured_on("calibration.txt")
     with pytest.raises(StageFailed, match="a part of the general text, which is measured on"):
         made(place)
+
+
+@pytest.mark.slow
+def test_training_data_is_calibrated_on_without_examples_that_share_text_with_held_out_ones(
+    place, tmp_path, tiny_model
+):
+    common = " ".join(f"licence{n}" for n in range(20))  # as in half of all answers
+    answers = (f"{common if n % 2 else ''} {n} apples, {n * n} pears, {n**3} plums" for n in range(60))
+    rows = [{"prompt": f"Count {n}!", "completion": answer} for n, answer in enumerate(answers)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write(tmp_path, tiny_model("llama"), calibration={"tokens": 512}, on_gate_failure="warn")
+    tree = yaml.safe_load((tmp_path / "tiny.yaml").read_text())
+    tree["data"] = {"source": "rows.jsonl", "held_out": 0.2}
+    tree["train"] = {"method": "lora", "max_steps": 1}
+    tree["merge"] = {"base": "bf16"}
+    tree["evaluate"] = {"max_tokens": 1024, "prompts": []}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    assert made(place)
+    config, workspace = load_config(str(place.config)), Workspace(tmp_path / "runs/tiny")
+    assert workspace.ledger()["calibrate"].summary["tokens"] == 512
+    tokenizer = AutoTokenizer.from_pretrained(workspace.release)
+    windows = calibrate._windows(config, workspace, tokenizer, workspace.release)
+    text = "".join(tokenizer.decode(window) for window in windows)
+    assert "pears" in text and "licence7" not in text
 
 
 def test_variant_that_is_added_leaves_a_calibrated_one_as_it_is(place, tmp_path, tiny_model):

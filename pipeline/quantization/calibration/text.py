@@ -48,12 +48,17 @@ def check_apart(calibration: Sequence[Encoded], measured: Iterable[Encoded], nam
     Raises:
         DataError: if they share 24 learned or measured tokens in a row.
     """
-    known = {run for sequence in calibration for run in _runs(sequence)}
-    if any(run in known for sequence in measured for run in _runs(sequence)):
+    if len(without_shared(calibration, measured)) < len(calibration):
         raise DataError(
             f"quantize.calibration: its text contains a part of the {name} text, which is measured on. "
             "Try: another quantize.calibration.source"
         )
+
+
+def without_shared(calibration: Sequence[Encoded], measured: Iterable[Encoded]) -> list[Encoded]:
+    """Return the sequences that share no 24 learned or measured tokens in a row with a text that is measured on."""
+    known = {run for sequence in measured for run in _runs(sequence)}
+    return [sequence for sequence in calibration if known.isdisjoint(_runs(sequence))]
 
 
 def _runs(sequence: Encoded) -> Iterator[int]:

@@ -43,10 +43,13 @@ def parameters(config: Config, variant: str | None) -> dict:
 
 def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict:
     """Return the dependencies as plain data; measured texts are among them, because they must be others."""
-    measured = None
-    if isinstance(config, MeasuredRun):
-        measured = {"max_tokens": config.evaluate.max_tokens, "general": text_depends(config, workspace)}
-    return _rounded_with(config, workspace) | {"measured": measured}
+    return _rounded_with(config, workspace) | {"measured": _measured(config, workspace)}
+
+
+def _measured(config: Config, workspace: Workspace) -> dict | None:
+    if not isinstance(config, MeasuredRun):
+        return None
+    return {"max_tokens": config.evaluate.max_tokens, "general": text_depends(config, workspace)}
 
 
 def _rounded_with(config: Config, workspace: Workspace) -> dict:
@@ -57,7 +60,9 @@ def _rounded_with(config: Config, workspace: Workspace) -> dict:
 def collected_with(config: Config, workspace: Workspace) -> dict:
     """Return the dependencies of the statistics as plain data."""
     source = config.quantize.calibration.source
-    text = {"train": workspace.state_of("train")} if source is None else hashes_of(workspace, source)
+    text: dict = hashes_of(workspace, source) if source else {}
+    if source is None:  # examples that share text with what is measured on are left out
+        text = {"train": workspace.state_of("train"), "measured": _measured(config, workspace)}
     return {
         "calibration": config.quantize.calibration.model_dump(),
         "text": text,
@@ -188,22 +193,24 @@ def _windows(config: Config, workspace: Workspace, tokenizer: PreTrainedTokenize
     """Return the calibration text as tokens.
 
     Raises:
-        DataError: if it is too short, or shares text with what is measured on.
+        DataError: if it is too short, or if a text of its own shares text with what is measured on.
     """
     from pipeline.evaluation import texts
     from pipeline.evaluation.model_result import TEXTS
     from pipeline.models.checkpoint_files import read_config
     from pipeline.models.context import context_length
-    from pipeline.quantization.calibration.text import WINDOW, check_apart, windows_of
+    from pipeline.quantization.calibration.text import WINDOW, check_apart, windows_of, without_shared
 
     context = context_length(read_config(model))
     window = min(WINDOW, context or WINDOW)
     sequences = _sequences(config, workspace, tokenizer, window)
-    windows = windows_of(sequences, config.quantize.calibration.tokens, window)
     if isinstance(config, MeasuredRun):
         for name, measured in texts.all_texts(config, run_texts(workspace), tokenizer, context).items():
-            check_apart(sequences, measured, TEXTS[name])
-    return windows
+            if config.quantize.calibration.source is None:
+                sequences = without_shared(sequences, measured)
+            else:
+                check_apart(sequences, measured, TEXTS[name])
+    return windows_of(sequences, config.quantize.calibration.tokens, window)
 
 
 def _sequences(

@@ -15,7 +15,7 @@ from pipeline.models.matrices import linear_weights
 from pipeline.quantization.calibration import collect as collecting
 from pipeline.quantization.calibration.blocks import BlockwiseModel
 from pipeline.quantization.calibration.collect import Sums, collect
-from pipeline.quantization.calibration.text import check_apart, windows_of
+from pipeline.quantization.calibration.text import check_apart, windows_of, without_shared
 
 # Sliding and full attention, positions that some layers do not have, learned positions, biases, tied tables.
 MODELS = ("llama", "qwen3", "smollm3", "gemma3_text", "opt", "gpt_neo")
@@ -140,6 +140,11 @@ def test_text_that_is_measured_on_is_refused():
     check_apart([text], [encoded(*range(500, 700))], "general")
     with pytest.raises(DataError, match="a part of the general text"):
         check_apart([text], [encoded(*range(600, 650), *range(100, 140))], "general")
+
+
+def test_training_examples_that_share_a_passage_with_measured_text_are_left_out():
+    apart, shared = encoded(*range(200)), encoded(*range(300, 340), *range(500, 540))
+    assert without_shared([shared, apart], [encoded(*range(510, 700))]) == [apart]
 
 
 def test_a_system_prompt_that_both_texts_begin_with_is_no_shared_text():
