@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.config.catalog import VARIANTS, resolve_variants, variant_names
+from pipeline.config.catalog import VARIANTS, resolve_listed, variant_names
 from pipeline.config.loader import parse_config
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
@@ -124,12 +124,10 @@ def variant_specs(
     Raises:
         ConfigError: for an unknown name, or an option that no variant takes.
     """
-    names: list[str] = []
-    for given in (name.strip() for listed in variants for name in listed.split(",") if name.strip()):
-        try:
-            names += resolve_variants(given)
-        except KeyError:
-            raise ConfigError(f"{option} {given}: allowed are {variant_names()}") from None
+    try:
+        names = resolve_listed(variants)
+    except KeyError as unknown:
+        raise ConfigError(f"{option} {unknown.args[0]}: allowed are {variant_names()}") from None
     sized = [name for name in names if group_size in VARIANTS[name].group_sizes] or names
     choosing = [name for name in sized if len(VARIANTS[name].group_sizes) > 1] or sized
     in_groups = [name for name in choosing if VARIANTS[name].group_size] or choosing

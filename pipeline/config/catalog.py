@@ -6,7 +6,7 @@ A variant is one row. Its format is an entry of `pipeline.quantization.formats`,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
@@ -313,6 +313,21 @@ def resolve_variants(name: str) -> tuple[str, ...]:
     if key in VARIANTS:
         return (key,)
     return ALIASES[key]
+
+
+def resolve_listed(listed: Iterable[str]) -> list[str]:
+    """Return the variants of lists of names, each separated by commas, in their order; one may occur twice.
+
+    Raises:
+        KeyError: with the first name that is no variant.
+    """
+    names: list[str] = []
+    for given in (name.strip() for text in listed for name in text.split(",") if name.strip()):
+        try:
+            names += resolve_variants(given)
+        except KeyError:
+            raise KeyError(given) from None
+    return names
 
 
 def variant_names() -> str:

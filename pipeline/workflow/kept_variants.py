@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
-from pipeline.config.catalog import VARIANTS, resolve_variants, variant_names
+from pipeline.config.catalog import VARIANTS, resolve_listed, variant_names
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, WorkspaceError
 from pipeline.evaluation.results import Results
@@ -20,12 +20,10 @@ def removal(variants: Collection[str] = (), others: bool = False, adapter: bool 
     Raises:
         ConfigError: for an unknown variant.
     """
-    names: list[str] = []
-    for given in (name.strip() for listed in variants for name in listed.split(",") if name.strip()):
-        try:
-            names += resolve_variants(given)
-        except KeyError:
-            raise ConfigError(f"--remove {given}: not a variant. Try: {variant_names()}") from None
+    try:
+        names = resolve_listed(variants)
+    except KeyError as unknown:
+        raise ConfigError(f"--remove {unknown.args[0]}: not a variant. Try: {variant_names()}") from None
     return Removal(tuple(dict.fromkeys(names)), others, adapter)
 
 

@@ -9,7 +9,7 @@ from pipeline.cli.wizard.draft import Draft
 from pipeline.cli.wizard.model import recipe_tree
 from pipeline.cli.wizard.presets import PROFILES
 from pipeline.cli.wizard.prompts import Question, one_of, yes_or_no
-from pipeline.config.catalog import DEFAULT_VARIANTS, GGUF, GROUP_SIZES, VARIANTS, resolve_variants
+from pipeline.config.catalog import DEFAULT_VARIANTS, GGUF, GROUP_SIZES, VARIANTS, resolve_listed
 from pipeline.config.presets import PRESETS
 from pipeline.errors import ConfigError
 from pipeline.evaluation.gates import limits
@@ -58,13 +58,11 @@ def _take_quantization(draft: Draft, answer: str) -> None:
 
 
 def _names(answer: str) -> list[str]:
-    names: list[str] = []
-    for part in filter(None, (part.strip() for part in answer.split(","))):
-        try:
-            names += [name for name in resolve_variants(part) if name not in names]
-        except KeyError:
-            allowed = ", ".join([*PRESETS, *DEFAULT_VARIANTS, "both"])
-            raise ConfigError(f"{part!r}: neither a preset nor a variant. Try: {allowed}") from None
+    try:
+        names = list(dict.fromkeys(resolve_listed([answer])))
+    except KeyError as unknown:
+        allowed = ", ".join([*PRESETS, *DEFAULT_VARIANTS, "both"])
+        raise ConfigError(f"{unknown.args[0]!r}: neither a preset nor a variant. Try: {allowed}") from None
     if not names:
         raise ConfigError(f"{answer!r}: no variant is named. Try: --no-quantize, to make none")
     return names

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from pipeline.data.encode import Encoded
     from pipeline.quantization.calibration.blocks import BlockwiseModel
-    from pipeline.quantization.grid import Grid, GroupQuantized
+    from pipeline.quantization.grid import Grid
     from pipeline.quantization.layers import RoundedWeights
     from pipeline.quantization.statistics import Statistics
 
@@ -98,7 +98,8 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     from pipeline.quantization.calibration.blocks import BlockwiseModel
     from pipeline.quantization.calibration.collect import collect
     from pipeline.quantization.calibration.store import save_block, save_whole
-    from pipeline.quantization.layers import layer_grids, unfit
+    from pipeline.quantization.layers import unfit
+    from pipeline.quantization.roundings import rounding
 
     source = full_model(config, workspace, events)
     refuse_other_matrices(source)
@@ -115,10 +116,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     if not specs:
         workspace.note("calibrate", block=None)
         return Outcome((), {"tokens": 0})
-    needs = {spec.name: spec.need(True) for spec in specs}
-    grids = {spec.name: layer_grids(spec, model.linear)[0] for spec in specs if needs[spec.name] == Need.GRAM_MATRIX}
-    for name, found_grids in grids.items():
-        _refuse_others(config.quantize.spec(name), found_grids, model)
+    grids = {spec.name: _grids(spec, model) for spec in specs if spec.need(True) == Need.GRAM_MATRIX}
     first, activations, moments = 0, None, {}
     if known.get("about") == about and (folder / BORDER).is_file():
         kept = load_file(folder / BORDER)
@@ -133,7 +131,11 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     for found in collect(model, windows, need, first, activations):
         for spec in specs:
             if spec.name in grids:
-                save_block(folder / spec.name, found.block, _rounded(spec, grids[spec.name], model, found.statistics))
+                how, on = rounding(str(spec.rounding)), grids[spec.name]
+                here = {name: of for name, of in found.statistics.items() if name in on}
+                made = {name: how.round(model.weight(name), on[name], of) for name, of in here.items()}
+                save_block(folder / spec.name, found.block, made)
+                del here
         moments |= {name: of.second_moments.clone() for name, of in found.statistics.items()}  # no shared memory
         save_whole(_border(found.block, moments, found.activations), folder / BORDER)
         events.progress(found.block + 1, model.count, "calibrating")
@@ -143,23 +145,25 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     return outcome
 
 
-def _refuse_others(
-    spec: VariantSpec, grids: dict[str, tuple[tuple[int, int], Grid | None]], model: BlockwiseModel
-) -> None:
-    """Raise an error if a layer to be rounded with its inputs lies outside the decoder blocks.
+def _grids(spec: VariantSpec, model: BlockwiseModel) -> dict[str, Grid]:
+    """Return the grid of each layer to be rounded with its inputs; the writer rounds layers in eight bits.
 
     Raises:
-        QuantizationError: naming the layer.
+        QuantizationError: naming a layer that is outside the decoder blocks.
     """
-    from pipeline.quantization.layers import named
+    from pipeline.quantization.layers import layer_grids, named
 
+    eight = named(spec, EIGHT_BITS, model.linear)
+    found, _ = layer_grids(spec, model.linear)
+    grids = {name: grid for name, (_, grid) in found.items() if grid is not None and name not in eight}
     inside = {name for block in range(model.count) for name in model.weights_of(block)}
-    if others := sorted(grids.keys() - inside - set(named(spec, EIGHT_BITS, model.linear))):
+    if others := sorted(grids.keys() - inside):
         layer = others[0].removesuffix(".weight")
         raise QuantizationError(
             f"{spec.name}: {layer} is outside the decoder blocks, so rounding {spec.rounding} has no statistics of "
             f"its inputs. Try: keep: [{layer}]"
         )
+    return grids
 
 
 def _border(block: int, moments: dict, activations: list) -> dict:
@@ -167,26 +171,6 @@ def _border(block: int, moments: dict, activations: list) -> dict:
 
     kept = {f"moments:{name}": values for name, values in moments.items()}
     return {"block": torch.tensor(block), **kept, **{str(n): hidden for n, hidden in enumerate(activations)}}
-
-
-def _rounded(
-    spec: VariantSpec,
-    grids: dict[str, tuple[tuple[int, int], Grid | None]],
-    model: BlockwiseModel,
-    statistics: dict[str, Statistics],
-) -> dict[str, GroupQuantized]:
-    """Return the weights of a block on the grids of a variant; layers in eight bits are rounded by the writer."""
-    from pipeline.quantization.layers import named
-    from pipeline.quantization.roundings import rounding
-
-    eight = named(spec, EIGHT_BITS, model.linear)
-    how = rounding(str(spec.rounding))
-    made = {}
-    for name, of in statistics.items():
-        grid = grids[name][1] if name in grids and name not in eight else None
-        if grid is not None:
-            made[name] = how.round(model.weight(name), grid, of)
-    return made
 
 
 def _windows(config: Config, workspace: Workspace, tokenizer: PreTrainedTokenizerBase, model: Path) -> list[list[int]]:
