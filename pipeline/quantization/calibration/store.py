@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from pipeline.errors import QuantizationError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.quantization.grid import Grid, GroupQuantized
+from pipeline.system.files import sync
 
 _PARTS = ("codes", "scale", "zero")
 
@@ -27,14 +28,14 @@ def save_block(folder: Path, block: int, weights: Mapping[str, GroupQuantized]) 
     save_whole(tensors, folder / f"block-{block:04}.safetensors")
 
 
-def save_whole(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+def save_whole(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write a file of tensors under a temporary name, and rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    save_file(dict(tensors), partial, metadata)
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
+    save_file(dict(tensors), partial)
+    sync(partial)
     os.replace(partial, path)
+    sync(path.parent)
 
 
 class RoundedFolder:
