@@ -86,6 +86,20 @@ def test_what_interrupts_the_caller_stops_the_threads():
     assert threading.active_count() == before and len(count) < 100
 
 
+def test_interrupt_while_threads_are_started_is_raised_as_it_is(monkeypatch):
+    before, start = threading.active_count(), threading.Thread.start
+
+    def interrupted(worker):
+        if threading.active_count() > before:
+            raise KeyboardInterrupt
+        start(worker)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        in_parallel([lambda: time.sleep(0.05) or 1] * 10, 10, threads=3)
+    assert threading.active_count() == before
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_each_thread_computes_alone_and_torch_gets_its_threads_back(fails):
     before, seen = torch.get_num_threads(), []

@@ -124,7 +124,8 @@ def in_parallel(
         if on_end:
             on_end()
         for worker in workers:
-            worker.join()
+            if worker.is_alive():  # not before it is started, which an interrupt can prevent
+                worker.join()
         torch.set_num_threads(before)
     if failure is not None:
         raise failure
