@@ -1,0 +1,167 @@
+"""The rows of the catalogue: what a variant and a rounding are, and the tables that they are registered in.
+
+`pipeline.config.catalog` has the rows, and is what others import, so that the tables are filled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+# Numbers of columns that can share a scale: those of torch's int4 kernels on a CPU and on CUDA.
+GROUP_SIZES = (32, 64, 128, 256)
+
+TRANSFORMERS = "transformers"  # the engine that runs variants unless they name another
+KEEP = "keep"  # the value of `embeddings` that leaves them as they are
+
+
+@dataclass(frozen=True)
+class Packing:
+    """An order in which the codes of a variant can be stored.
+
+    Attributes:
+        format: the entry of `pipeline.quantization.formats` that writes it.
+        snippet: the card's template of the code that loads it.
+        usage: the card's template that says where it runs.
+        said: a phrase for cards.
+        mixes: True if single layers can be stored in eight bits.
+    """
+
+    format: str
+    snippet: str
+    usage: str
+    said: str = ""
+    mixes: bool = False
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kind of quantized model that a repository can carry beside the merged model.
+
+    Attributes:
+        format: the entry of `pipeline.quantization.formats` that writes it, unless its packing names another.
+        bits: width of a code.
+        group_size: the default number of columns that share a scale; None for one scale per row.
+        roundings: the allowed roundings; the first is the default. Empty if the format takes weights directly.
+        rise: the default limit for the relative rise of perplexity.
+        zero: the kind of zero point of its grid, as `quantization.grid.Grid` names it.
+        packings: the allowed packings by name; the first is the default.
+        group_sizes: the allowed group sizes.
+        embeddings: the default treatment of embedding and output head; None if the quantizer chooses.
+        rounds_inputs: True if its layers round their inputs as well, token by token.
+        quantizer: the library that quantizes it with its own settings; it takes no options.
+        libraries: distributions whose versions can change the bytes.
+        requires: (module, extra) of the optional packages that writing needs.
+        engine: the engine that runs and measures it.
+        measured_with: distributions of the engine whose versions can change the figures.
+        suffix: the ending of its only file; None for a folder that transformers opens.
+        file_type: the engine's name for the type of its weights, such as `Q4_0`.
+        shared_folder: the folder that it shares with other variants; None for a folder of its own.
+        snippet: the card's template of the code that loads it, unless its packing names another.
+        usage: the card's template that says where it runs, unless its packing names another.
+        stored_as: the card's template that says how it is stored.
+        said: a phrase for cards that follows "Its", if there is no such template.
+    """
+
+    name: str
+    format: str
+    bits: int
+    group_size: int | None
+    roundings: tuple[str, ...]
+    rise: float
+    zero: str = "none"
+    packings: Mapping[str, Packing] = field(default_factory=dict)
+    group_sizes: tuple[int, ...] = GROUP_SIZES
+    embeddings: str | None = KEEP
+    rounds_inputs: bool = False
+    quantizer: str | None = None
+    libraries: tuple[str, ...] = ("torch", "torchao", "transformers")
+    requires: tuple[tuple[str, str], ...] = ()
+    engine: str = TRANSFORMERS
+    measured_with: tuple[str, ...] = ()
+    suffix: str | None = None
+    file_type: str | None = None
+    shared_folder: str | None = None
+    snippet: str = "snippet_stock.py.jinja"
+    usage: str = "runs_stock.md.jinja"
+    stored_as: str | None = None
+    said: str = ""
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder in a release."""
+        return self.shared_folder or self.name
+
+    @property
+    def is_one_file(self) -> bool:
+        """Return True if the variant is one file instead of a folder that transformers opens."""
+        return self.suffix is not None
+
+    @property
+    def data_free(self) -> tuple[str, ...]:
+        """Return the roundings that need no statistics of the layers' inputs."""
+        return tuple(name for name in self.roundings if ROUNDINGS[name].needs == Need.NOTHING)
+
+    def format_of(self, packing: str | None) -> str:
+        """Return the format of a packing (None: the variant's own format)."""
+        found = self.packing(packing)
+        return found.format if found else self.format
+
+    def packing(self, name: str | None) -> Packing | None:
+        """Return the packing with that name, or the default one; None if the variant has no packings."""
+        return self.packings.get(name or "", next(iter(self.packings.values()), None))
+
+
+class Need(Enum):
+    """The statistics of a layer's inputs that a rounding needs."""
+
+    NOTHING = "nothing"
+    SECOND_MOMENTS = "second moments"
+    GRAM_MATRIX = "gram matrix"
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A way to put weights on a grid.
+
+    Attributes:
+        module: the module with its function `round`, as `pipeline.quantization.roundings` describes it.
+        zeros: the kinds of zero point that it can fill.
+        said: a phrase for cards.
+        needs: the statistics that it cannot do without.
+        uses: the statistics that it rounds with if there is calibration text.
+    """
+
+    name: str
+    module: str
+    zeros: tuple[str, ...]
+    said: str
+    needs: Need = Need.NOTHING
+    uses: Need = Need.NOTHING
+
+
+VARIANTS: dict[str, Variant] = {}
+ROUNDINGS: dict[str, Rounding] = {}
+
+
+def register(entry: Variant | Rounding) -> None:
+    """Add a variant, or a rounding.
+
+    A rounding becomes available to each variant that is registered already and whose grid it can fill.
+    """
+    if isinstance(entry, Variant):
+        VARIANTS[entry.name] = entry
+        return
+    ROUNDINGS[entry.name] = entry
+    for variant in list(VARIANTS.values()):
+        if variant.roundings and variant.zero in entry.zeros and entry.name not in variant.roundings:
+            VARIANTS[variant.name] = replace(variant, roundings=(*variant.roundings, entry.name))
+
+
+def remove(name: str) -> None:
+    """Remove a variant or a rounding."""
+    VARIANTS.pop(name, None)
+    if ROUNDINGS.pop(name, None):
+        for variant in list(VARIANTS.values()):
+            VARIANTS[variant.name] = replace(variant, roundings=tuple(r for r in variant.roundings if r != name))
