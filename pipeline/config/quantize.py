@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
@@ -32,6 +34,33 @@ class Gate(Section):
     )
 
 
+class Target(Section):
+    """What a variant must reach. The bits and the group size of each layer are chosen for it. Set one key."""
+
+    rise: Real | None = Field(
+        default=None, gt=0, description="smallest variant whose perplexity rises by at most this share; 0.03 is 3 %"
+    )
+    size_mb: Real | None = Field(
+        default=None, gt=0, description="best variant whose weight files take at most so many MB (1,000,000 bytes)"
+    )
+    bits: Real | None = Field(
+        default=None,
+        gt=0,
+        description="best variant with at most so many bits a weight: linear layers, embedding and output head",
+    )
+
+    @model_validator(mode="after")
+    def _has_one_key(self) -> Target:
+        if len(self.asked) != 1:
+            raise ValueError(f"set exactly one of {', '.join(type(self).model_fields)}")
+        return self
+
+    @property
+    def asked(self) -> dict[str, float]:
+        """Return its one key with its value."""
+        return self.model_dump(exclude_none=True)
+
+
 class VariantSpec(Section):
     """A variant: a name alone, or a mapping of these keys."""
 
@@ -45,6 +74,16 @@ class VariantSpec(Section):
     keep: list[str] = Field(default=[], description="layers to leave in bf16: full names, `*` and `?` allowed")
     int8: list[str] = Field(
         default=[], description="layers of int4 to store in 8 bits: full names, `*` and `?` allowed"
+    )
+    group_sizes: dict[Annotated[str, BeforeValidator(str)], list[str]] = Field(
+        default={},
+        exclude_if=lambda value: not value,
+        description="other group sizes, each with its layers: full names, `*` and `?` allowed",
+    )
+    target: Target | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="what the variant must reach; needs calibration text",
     )
     gate: Gate = Field(default=Gate(), description="limits for this variant only; they override `quantize.gate`")
 
@@ -63,15 +102,20 @@ class VariantSpec(Section):
             raise ValueError(
                 f"{given[0]}: {self.name} is made by {variant.quantizer}'s own quantizer, which takes none"
             )
+        allowed = ", ".join(map(str, variant.group_sizes)) or f"none, for {self.name} has no groups"
         if self.group_size is not None and self.group_size not in variant.group_sizes:
-            allowed = ", ".join(map(str, variant.group_sizes)) or f"none, for {self.name} has no groups"
             raise ValueError(f"group_size {self.group_size}: allowed are {allowed}")
+        if others := [size for size in self.group_sizes if size not in map(str, variant.group_sizes)]:
+            raise ValueError(f"group_sizes {others[0]}: allowed are {allowed}")
         if self.quantizes_embeddings and not variant.roundings:
             raise ValueError(f"embeddings int8: {self.name} is not quantized")
         if self.rounding is not None and self.rounding not in variant.roundings:
             raise ValueError(f"rounding {self.rounding!r}: allowed for {self.name} are {', '.join(variant.roundings)}")
         if self.int8 and not self.mixes:
             raise ValueError("int8: layers in 8 bits go with int4 in its plain packing")
+        if self.target and not self.mixes:
+            can = ", ".join(name for name, other in VARIANTS.items() if any(p.mixes for p in other.packings.values()))
+            raise ValueError(f"target: {self.name}, as it is packed, has the same bits in all layers. Try: {can}")
         if self.packing is not None and not variant.packings:
             raise ValueError(f"{self.name} is stored in one way and takes no packing")
         if self.packing is not None and self.packing not in variant.packings:
@@ -101,7 +145,16 @@ class VariantSpec(Section):
 
     def making(self) -> dict:
         """Return the settings that the files of the variant depend on, as plain data."""
-        return self.model_dump(exclude={"gate"} if self.int8 else {"gate", EIGHT_BITS})
+        return self.model_dump(exclude={"gate", "target"} if self.int8 else {"gate", "target", EIGHT_BITS})
+
+    def for_layer(self, name: str) -> VariantSpec:
+        """Return the settings of one layer, which may have a group size of its own.
+
+        Args:
+            name: of its weight.
+        """
+        size = next((size for size, patterns in self.group_sizes.items() if matches(patterns, name)), None)
+        return self if size is None else self.model_copy(update={"group_size": int(size)})
 
     def need(self, calibrates: bool) -> Need:
         """Return the statistics of the layers' inputs that it is rounded with."""
@@ -122,10 +175,17 @@ class VariantSpec(Section):
             update={
                 "group_size": self.group_size or variant.group_size,
                 "rounding": self.rounding or default,
-                "embeddings": self.embeddings or variant.embeddings,
+                "embeddings": self.embeddings or (None if self.target else variant.embeddings),
                 "packing": self.packing or next(iter(variant.packings), None),
             }
         )
+
+
+def matches(patterns: Collection[str], name: str) -> bool:
+    """Return True if one of these patterns names the layer of a weight."""
+    layer = name.removesuffix(".weight")
+    wild = (pattern for pattern in patterns if any(mark in pattern for mark in "*?["))
+    return layer in patterns or any(fnmatch.fnmatchcase(layer, pattern) for pattern in wild)
 
 
 def _expand_aliases(value: Any) -> Any:
@@ -210,6 +270,11 @@ class Quantize(Section):
     def calibrated(self) -> tuple[str, ...]:
         """Return the names of the variants that are rounded with statistics of the layers' inputs."""
         return tuple(spec.name for spec in self.variants if spec.need(self.calibrates) != Need.NOTHING)
+
+    @property
+    def targeted(self) -> tuple[str, ...]:
+        """Return the names of the variants with a target."""
+        return tuple(spec.name for spec in self.variants if spec.target)
 
     def spec(self, name: str) -> VariantSpec:
         """Return the variant of that name."""

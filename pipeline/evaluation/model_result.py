@@ -137,6 +137,7 @@ class VariantSettings(Record):
     packing: Text | None = None
     keep: Texts = ()
     int8: Texts = ()
+    group_sizes: Annotated[dict[str, Texts], Table] = {}
 
 
 class StoredWeights(Record):
@@ -149,6 +150,7 @@ class StoredWeights(Record):
     kept: Texts = ()
     types: Annotated[dict[str, Count], Table] = {}
     eight: Texts = ()
+    groups: Annotated[dict[str, Count], Table] = {}
     calibration_text: Text | None = None
     calibration_tokens: Count | None = None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from pipeline.config.catalog import EIGHT_BITS, KEEP, ROUNDINGS, Need
-from pipeline.config.schema import VariantSpec
+from pipeline.config.quantize import VariantSpec, matches
 from pipeline.errors import MissingExtra, ModelError, QuantizationError
 from pipeline.models.checkpoint import SHARD_BYTES, TensorInfo
 from pipeline.quantization.formats import format_of
@@ -96,6 +95,7 @@ class VariantFiles:
     kept: tuple[str, ...]  # layers that `keep` leaves in full precision
     types: dict[str, int]  # number of tensors by type of GGUF; empty for safetensors
     eight: tuple[str, ...] = ()  # layers that `int8` stores in eight bits
+    groups: dict[str, int] = field(default_factory=dict)  # number of layers by group size, if they have several
 
 
 class Output(Protocol):
@@ -140,14 +140,16 @@ def layer_grids(spec: VariantSpec, linear: Shapes) -> tuple[Grids, list[str]]:
     """Return the grid of every layer to quantize, and the layers that `keep` leaves in full precision.
 
     Raises:
-        QuantizationError: if `keep` or `int8` matches no layer, or a layer fits no grid.
+        QuantizationError: if a pattern of the variant matches no layer, or a layer fits no grid.
     """
+    for patterns in spec.group_sizes.values():
+        _check_matched(patterns, "group_sizes", linear)
     kept, eight = named(spec, KEEP, linear), named(spec, EIGHT_BITS, linear)
     grids: Grids = {}
     form = format_of(spec)
     for name in (n for n in linear if n not in kept):
         try:
-            grid = form.TABLE if name in eight else form.grid(spec, linear[name][1])
+            grid = form.TABLE if name in eight else form.grid(spec.for_layer(name), linear[name][1])
         except QuantizationError as error:
             raise QuantizationError(f"{name}: {error}") from None
         grids[name] = (linear[name], grid)
@@ -163,12 +165,17 @@ def named(spec: VariantSpec, key: str, linear: Shapes) -> list[str]:
     Raises:
         QuantizationError: if a pattern matches no weight.
     """
-    names, patterns = [n.removesuffix(".weight") for n in linear], getattr(spec, key)
+    patterns = getattr(spec, key)
+    _check_matched(patterns, key, linear)
+    return sorted(name for name in linear if matches(patterns, name))
+
+
+def _check_matched(patterns: Sequence[str], key: str, linear: Shapes) -> None:
     for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            like = next((f"; did you mean '*{pattern}'?" for name in names if name.endswith(pattern)), "")
+        if not any(matches([pattern], name) for name in linear):
+            layers = (name.removesuffix(".weight") for name in linear)
+            like = next((f"; did you mean '*{pattern}'?" for layer in layers if layer.endswith(pattern)), "")
             raise QuantizationError(f"'{key}' names {pattern!r}, which no layer to be quantized matches{like}")
-    return sorted(f"{n}.weight" for n in names if any(fnmatch.fnmatchcase(n, p) for p in patterns))
 
 
 def unfit(spec: VariantSpec, linear: Shapes, folder: Path | None = None) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from pipeline.config.catalog import EIGHT_BITS, NEAREST
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import QuantizationError
 from pipeline.models.checkpoint import CheckpointWriter
+from pipeline.models.checkpoint.writer import file_bytes
 from pipeline.models.checkpoint_files import copy_companions, read_config
 from pipeline.quantization.formats import format_of, storage
 from pipeline.quantization.formats.safetensors import SafetensorsFormat
@@ -38,18 +40,25 @@ class SafetensorsFolder(Output):
         self.grids |= {name: (source.tables[name], self.format.TABLE) for name in self.tables}
         self._scales: dict[str, dict[int, tuple]] = {}  # of weights whose last rows are not there yet
         self._lock = threading.Lock()
+
+    def _plan(self) -> tuple[dict[str, tuple[torch.dtype, tuple[int, ...]]], dict[str, str]]:
+        """Return the stored tensors, and the metadata of the files."""
         plan: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        for name, info in source.tensors.items():
+        for name, info in self.source.tensors.items():
             if name in self.grids:
                 plan |= self.format.plan(name, *self.grids[name])
             else:
                 plan[name] = (info.dtype, info.shape)
-        plain = [n for n in source.tensors if n not in self.grids]
-        dtypes = {n: source.tensors[n].dtype for n in self.grids}
-        header = self.format.metadata(spec, self.grids, plain, dtypes, self.tables)
-        self.writer = CheckpointWriter(folder, plan, header, source.shard_bytes)
+        plain = [n for n in self.source.tensors if n not in self.grids]
+        dtypes = {n: self.source.tensors[n].dtype for n in self.grids}
+        return plan, self.format.metadata(self.spec, self.grids, plain, dtypes, self.tables)
+
+    def planned_bytes(self) -> int:
+        """Return the bytes of the files that will be written, headers included."""
+        return file_bytes(*self._plan(), self.source.shard_bytes)
 
     def __enter__(self) -> SafetensorsFolder:
+        self.writer = CheckpointWriter(self.folder, *self._plan(), self.source.shard_bytes)
         self.writer.__enter__()
         return self
 
@@ -103,16 +112,16 @@ class SafetensorsFolder(Output):
 
     def describe(self) -> VariantFiles:
         """Return the figures of the written files."""
-        asked = self.spec.group_size
         layers = self.grids.keys() - self.tables - set(self.eight)
-        used = {n: self.grids[n][1].group_size for n in sorted(layers) if asked}
-        other = {n: size for n, size in used.items() if size and size != asked}
+        used = {n: size for n in sorted(layers) if (size := self.grids[n][1].group_size)}
+        other = {n: size for n, size in used.items() if size != self.spec.for_layer(n).group_size}
+        groups = dict(sorted(Counter(map(str, used.values())).items())) if self.spec.group_sizes else {}
         before = sum(self.source.tensors[name].nbytes for name in self.grids)
         stored = _stored_bytes(self.grids, self.format)
         plain = storage(self.spec.variant.format)
         assert isinstance(plain, SafetensorsFormat), "another packing of safetensors"
         unpadded = _stored_bytes(self.grids, plain)
-        return VariantFiles(stored, before, stored - unpadded, other, tuple(self.kept), {}, tuple(self.eight))
+        return VariantFiles(stored, before, stored - unpadded, other, tuple(self.kept), {}, tuple(self.eight), groups)
 
 
 def _tables(source: Source) -> list[str]:

@@ -9,6 +9,7 @@ from pipeline.errors import QuantizationError
 from pipeline.inference.load import load
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.matrices import linear_weights
+from pipeline.quantization.formats import stored_bytes, unpack
 from pipeline.quantization.formats.torchao.format import INT8
 from pipeline.quantization.roundings import rounding
 from pipeline.quantization.writer import quantize_checkpoint
@@ -85,3 +86,51 @@ def test_a_pattern_that_names_nothing_is_refused(tiny_model, tmp_path):
 def test_only_int4_as_it_is_stored_by_default_takes_it(asked):
     with pytest.raises(ValueError, match="layers in 8 bits go with int4 in its plain packing"):
         VariantSpec(**asked, int8=["*"])
+
+
+def test_layers_with_other_group_sizes_are_stored_loaded_and_counted_so(tiny_model, tmp_path):
+    source = tiny_model("llama", intermediate_size=256)
+    sizes = {"64": ["*.1.mlp.down_proj"], 128: ["model.layers.0.mlp.down_proj"]}
+    spec = VariantSpec(name="int4", group_size=32, group_sizes=sizes).resolved()
+    linear = linear_weights(source)
+    made = quantize_checkpoint(source, [spec], {"int4": tmp_path}, linear)["int4"]
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    used = {name: stock.get_parameter(name).data.block_size[1] for name in linear}
+    fine = {name for name in linear if "down_proj" not in name}
+    assert {name for name, size in used.items() if size == 32} == fine
+    assert used["model.layers.0.mlp.down_proj.weight"] == 128 and used["model.layers.1.mlp.down_proj.weight"] == 64
+    assert made.groups == {"128": 1, "32": len(fine), "64": 1} and not made.group_sizes
+    expected = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    for name in linear:
+        weight = expected.get_parameter(name)
+        weight.data = unpack(stock.get_parameter(name).data)[0].dequantize(weight.dtype)
+    ours = logits(load(tmp_path)[0])
+    assert float((ours - logits(expected)).norm() / ours.norm()) < 0.03
+    stored = sum(info.nbytes for info in Checkpoint(tmp_path).values())
+    tensors = {name: (info.shape, info.dtype.itemsize) for name, info in Checkpoint(source).items()}
+    assert stored == stored_bytes(spec, tensors, linear, ())
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [({48: ["*"]}, "group_sizes 48: allowed are 32, 64"), ({32: ["no.such"]}, "'group_sizes' names 'no.such'")],
+)
+def test_group_sizes_that_cannot_be_are_refused(tiny_model, tmp_path, sizes, message):
+    source = tiny_model("llama")
+    with pytest.raises((ValueError, QuantizationError), match=message):
+        spec = VariantSpec(name="int4", group_sizes=sizes).resolved()
+        quantize_checkpoint(source, [spec], {"int4": tmp_path}, linear_weights(source))
+
+
+@pytest.mark.parametrize(
+    "asked, message",
+    [
+        ({"name": "int8", "target": {"bits": 5}}, "target: int8, as it is packed, has the same bits in all layers"),
+        ({"name": "int4", "packing": "tile_packed", "target": {"bits": 5}}, "Try: int4"),
+        ({"name": "int4", "target": {"bits": 5, "rise": 0.1}}, "set exactly one of rise, size_mb, bits"),
+        ({"name": "int4", "target": {}}, "set exactly one of"),
+    ],
+)
+def test_target_that_cannot_be_is_refused(asked, message):
+    with pytest.raises(ValueError, match=message):
+        VariantSpec(**asked)

@@ -18,6 +18,9 @@ from pipeline.models.checkpoint.placing import is_covered, put
 from pipeline.system.files import write_json
 
 
+_PYTORCH = {"format": "pt"}
+
+
 class CheckpointWriter:
     """A writer of tensors, whole or in rows, in any order and from any number of threads.
 
@@ -49,27 +52,15 @@ class CheckpointWriter:
             names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         try:
             for file_name, tensors in zip(names, shards, strict=True):
-                self._start(self.folder / file_name, tensors, {"format": "pt", **(metadata or {})})
+                self._start(self.folder / file_name, tensors, {**_PYTORCH, **(metadata or {})})
         except BaseException:
             self._discard()
             raise
 
     def _start(self, path: Path, tensors: dict[str, TensorInfo], metadata: dict[str, str]) -> None:
-        # Wide types first, so that every tensor begins at a multiple of its item size.
-        ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
-        header: dict[str, Any] = {"__metadata__": metadata}
-        position = 0
-        for name, info in ordered:
-            header[name] = {
-                "dtype": DTYPE_NAMES[info.dtype],
-                "shape": list(info.shape),
-                "data_offsets": [position, position + info.nbytes],
-            }
-            position += info.nbytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        for name, info in ordered:
-            start = header[name]["data_offsets"][0]
+        text, starts = _header(tensors, metadata)
+        for name, start in starts.items():
+            info = tensors[name]
             self._places[name] = TensorInfo(info.dtype, info.shape, path, 8 + len(text) + start)
             self._written[name] = []
         try:
@@ -138,6 +129,33 @@ class CheckpointWriter:
 
 def _partial(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial")
+
+
+def file_bytes(
+    plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    metadata: Mapping[str, str] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> int:
+    """Return the bytes of all files, headers included, that a `CheckpointWriter` with these arguments writes."""
+    count = 0
+    for tensors in _distribute(plan, shard_bytes):
+        text, _ = _header(tensors, {**_PYTORCH, **(metadata or {})})
+        count += 8 + len(text) + sum(info.nbytes for info in tensors.values())
+    return count
+
+
+def _header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """Return the header of one file, and the start of each tensor behind it, in the order of the file."""
+    # Wide types first, so that every tensor begins at a multiple of its item size.
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": metadata}
+    starts, position = {}, 0
+    for name, info in ordered:
+        offsets = [position, position + info.nbytes]
+        header[name] = {"dtype": DTYPE_NAMES[info.dtype], "shape": list(info.shape), "data_offsets": offsets}
+        starts[name], position = offsets
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8), starts
 
 
 def _distribute(plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], limit: int) -> list[dict[str, TensorInfo]]:

@@ -10,14 +10,13 @@ weights take, by the arithmetic that the format writes with, and imports no torc
 
 from __future__ import annotations
 
-import fnmatch
 import importlib
 from collections.abc import Collection, ItemsView, Iterable, Iterator, KeysView, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.config.catalog import VARIANTS
-from pipeline.config.quantize import VariantSpec
+from pipeline.config.quantize import VariantSpec, matches
 
 if TYPE_CHECKING:
     import torch
@@ -184,14 +183,10 @@ def stored_bytes(
     by, count = sizes(spec), 0.0
     for name, (shape, item_bytes) in tensors.items():
         if name in linear and not matches(spec.keep, name):
-            count += (by.table_bytes if matches(spec.int8, name) else by.layer_bytes)(spec, shape)
+            in_eight = matches(spec.int8, name)
+            count += by.table_bytes(spec, shape) if in_eight else by.layer_bytes(spec.for_layer(name), shape)
         elif name in tables and (spec.quantizes_embeddings or spec.variant.quantizer):
             count += by.table_bytes(spec, shape)
         else:
             count += by.plain_bytes(spec, shape, item_bytes)
     return int(count)
-
-
-def matches(patterns: list[str], name: str) -> bool:
-    """Return True if one of these patterns names the layer of a weight."""
-    return any(fnmatch.fnmatchcase(name.removesuffix(".weight"), pattern) for pattern in patterns)
