@@ -17,7 +17,6 @@ from pipeline.models.checkpoint.header import DTYPE_NAMES, INDEX_NAME, SHARD_BYT
 from pipeline.models.checkpoint.placing import is_covered, put
 from pipeline.system.files import write_json
 
-
 _PYTORCH = {"format": "pt"}
 
 
