@@ -92,3 +92,35 @@ def test_layer_that_the_calibration_text_never_reached_is_named(weight, tmp_path
     spec = VariantSpec(name="int4", rounding="gptq")
     with pytest.raises(QuantizationError, match=r"never reached this layer.* Try: keep: \[a\.expert\]"):
         source.round(spec, "gptq", "a.expert.weight", weight, 0, GRIDS["int4"])
+
+
+def test_layers_of_a_block_get_the_same_bytes_whatever_the_cores(monkeypatch):
+    from pipeline.models.checkpoint import row_blocks
+    from pipeline.quantization.calibration import rounding
+
+    torch.manual_seed(2)
+    rows = {"q": 200, "k": 30, "o": 40, "down": 70}
+    weights = {name: torch.randn(n, 128).bfloat16() for name, n in rows.items()}
+    first, second = correlated(128), correlated(128, 300)
+    collected = {"q": first, "k": first, "o": second, "down": second}
+    grids = {n: (tuple(w.shape), GRIDS["one scale a row" if n == "down" else "int4"]) for n, w in weights.items()}
+    monkeypatch.setattr(rounding, "ROWS", 60)  # q and k are cut into parts of 128 rows, as wide as they are
+
+    def rounded(cores):
+        monkeypatch.setattr(row_blocks, "cores", lambda: cores)
+        return rounding.round_layers(gptq, lambda name, a, b: weights[name][a:b], grids, collected)
+
+    made = rounded(1)
+    for name, again in rounded(3).items():
+        assert torch.equal(made[name].codes, again.codes) and torch.equal(made[name].scale, again.scale)
+        alone = gptq.round(weights[name], grids[name][1], collected[name])
+        assert (made[name].codes == alone.codes).float().mean() > 0.99 and made[name].grid == alone.grid
+        assert torch.allclose(made[name].scale.float(), alone.scale.float(), rtol=0.02)
+
+
+def test_rows_that_are_fitted_in_small_parts_are_the_same(weight, monkeypatch):
+    expected = gptq.round(weight, GRIDS["int4"], correlated(128))
+    monkeypatch.setattr(gptq, "FITTED_AT_ONCE", 1)  # row by row
+    made = gptq.round(weight, GRIDS["int4"], correlated(128))
+    assert (made.codes == expected.codes).float().mean() > 0.99
+    assert torch.allclose(made.scale.float(), expected.scale.float(), rtol=0.02)

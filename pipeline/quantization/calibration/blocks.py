@@ -62,9 +62,9 @@ class BlockwiseModel:
         """Return the names of the linear weights of a block."""
         return [name for name in self.linear if name.startswith(f"{self._prefix}{block}.")]
 
-    def weight(self, name: str) -> torch.Tensor:
-        """Return a weight (N, K) as it is stored."""
-        return self._checkpoint.read(name)
+    def weight_rows(self, name: str, first: int, stop: int) -> torch.Tensor:
+        """Return rows (n, K) of a weight as they are stored."""
+        return self._checkpoint.read_rows(name, first, stop)
 
     @contextmanager
     def loaded(self, block: int) -> Iterator[None]:

@@ -19,6 +19,7 @@ from pipeline.quantization.roundings import search
 from pipeline.quantization.statistics import Statistics
 
 DAMPING = 0.1  # of the mean diagonal of H; on text of another kind it loses less than 0.01
+FITTED_AT_ONCE = 1_000_000  # numbers in the equations of the rows that are fitted together
 RIDGE = 1e-3  # how firmly a new scale or zero is held to the old one, relative to its own curvature
 
 
@@ -41,8 +42,8 @@ def round(rows: torch.Tensor, grid: Grid, statistics: Statistics | None = None) 
 
 def _factor(gram: torch.Tensor) -> torch.Tensor:
     """Return the upper U with inverse(H) = U' U, from one Cholesky factor of H with reversed rows and columns."""
-    lower = torch.linalg.cholesky(gram.flip(0, 1))
-    return torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(gram)), upper=True)
+    upper = torch.linalg.cholesky(gram.flip(0, 1)).flip(0, 1)
+    return torch.linalg.solve_triangular(upper, torch.eye(len(gram), device=gram.device), upper=True)
 
 
 def _in_order(
@@ -68,73 +69,92 @@ def _in_order(
             wide = scale.float().squeeze(1)
             offset = torch.zeros_like(wide) if zero is None else zero.float().squeeze(1)
             inverse = 1 / wide
-        errors = torch.empty(stop - first, rows)
+        errors = columns.new_empty(stop - first, rows)
         for j in range(first, stop):
-            column = columns[j]
-            code = ((column - offset) * inverse).round_().clamp_(grid.lowest, grid.highest)
-            codes[j] = code
-            error = errors[j - first] = (column - (code * wide + offset)) / upper[j, j]
+            column, code = columns[j], codes[j]
+            torch.mul(column - offset, inverse, out=code).round_().clamp_(grid.lowest, grid.highest)
+            error = torch.sub(column, (code * wide).add_(offset), out=errors[j - first]).div_(upper[j, j])
             columns[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
         columns[stop:].addmm_(upper[first:stop, stop:].T, errors, alpha=-1)
     return torch.cat(scales, 1), torch.cat(zeros, 1) if zeros else None, codes.T.contiguous()
 
 
 def polish(weight: torch.Tensor, made: GroupQuantized, gram: torch.Tensor, rounds: int = 2) -> GroupQuantized:
-    """Return better scales, zeros and codes for the layer's squared output error; none is worse than before."""
-    made = _fit_all(weight, made, gram)
+    """Return better scales, zeros and codes for the layer's squared output error; no row is worse than before."""
+    target = weight @ gram
+    better = _fit_all(target, made, gram)
     for _ in range(rounds):
-        made = _fit_all(weight, _descend(weight, made, gram), gram)
-    return made
+        better = _fit_all(target, _descend(weight, better, gram), gram)
+    improved = loss(weight, better, gram) < loss(weight, made, gram)  # a NaN is no improvement
+    return _choose(improved, better, made)
 
 
 def loss(weight: torch.Tensor, made: GroupQuantized, gram: torch.Tensor) -> torch.Tensor:
     """Return the squared output error of every row, (N,)."""
     change = made.dequantize() - weight
-    return ((change @ gram) * change).sum(1)
+    return (change @ gram).mul_(change).sum(1)
 
 
-def _fit_all(weight: torch.Tensor, made: GroupQuantized, gram: torch.Tensor) -> GroupQuantized:
-    """Fit all scales and zeros of a row at once, in closed form, for fixed codes; rows that lose by rounding stay."""
-    grid = made.grid
-    rows, width = weight.shape
-    size = grid.group(width)
-    groups = width // size
+def _fit_all(target: torch.Tensor, made: GroupQuantized, gram: torch.Tensor) -> GroupQuantized:
+    """Fit all scales and zeros of a row at once, in closed form, for fixed codes; rows that lose by rounding stay.
+
+    Args:
+        target: the weight times the Gram matrix, (N, K).
+    """
+    rows, width = target.shape
+    groups = made.scale.shape[1]
+    between = gram.view(width, groups, width // groups).sum(2)  # (K, G)
+    unknowns = groups if made.zero is None else 2 * groups
+    step = max(1, FITTED_AT_ONCE // (unknowns * unknowns + 2 * width))
+    spans = ((first, min(first + step, rows)) for first in range(0, rows, step))
+    fitted = [_fit_rows(target[first:stop], made.rows(first, stop), gram, between) for first, stop in spans]
+    zero = None if made.zero is None else torch.cat([zero for _, zero in fitted if zero is not None])
+    return GroupQuantized(made.codes, torch.cat([scale for scale, _ in fitted]), zero, made.grid)
+
+
+def _fit_rows(
+    target: torch.Tensor, made: GroupQuantized, gram: torch.Tensor, between: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the scales and zeros (n, G) of some rows; `between` has the sums (K, G) of H over columns of groups."""
+    rows, width = target.shape
+    groups = made.scale.shape[1]
+    size = width // groups
     codes = made.codes.float()
-    zeros = made.zero
-    unknowns = groups * (1 if zeros is None else 2)
-    normal = torch.empty(rows, unknowns, unknowns)
+    parts, old = [target * codes], [made.scale.float()]
+    unknowns = groups if made.zero is None else 2 * groups
+    normal = codes.new_zeros(rows, unknowns, unknowns)  # only the lower triangle is filled
     for g in range(groups):
-        span = slice(g * size, (g + 1) * size)
-        seen = codes[:, span] @ gram[span]  # (N, K)
-        normal[:, g, :groups] = (seen * codes).view(rows, groups, size).sum(-1)
-        if zeros is not None:
-            ones = seen.view(rows, groups, size).sum(-1)
-            normal[:, g, groups:] = ones
-            normal[:, groups:, g] = ones
-    target = weight @ gram
-    right = [(target * codes).view(rows, groups, size).sum(-1)]
-    old = [made.scale.float()]
-    if zeros is not None:
-        normal[:, groups:, groups:] = gram.view(groups, size, groups, size).sum((1, 3))
-        right.append(target.view(rows, groups, size).sum(-1))
-        old.append(zeros.float())
-    b, before = torch.cat(right, 1), torch.cat(old, 1)
-    ridge = normal.diagonal(dim1=1, dim2=2) * RIDGE + torch.finfo(torch.float32).tiny
-    normal.diagonal(dim1=1, dim2=2).add_(ridge)
-    solved, _ = torch.linalg.solve_ex(normal, b + ridge * before)
-    scale = solved[:, :groups].to(grid.scale_dtype)
-    zero = solved[:, groups:].to(grid.scale_dtype) if zeros is not None else None
-    return _better(weight, made, GroupQuantized(made.codes, scale, zero, grid), gram)
+        seen = codes[:, g * size : (g + 1) * size] @ gram[g * size : (g + 1) * size, g * size :]
+        normal[:, g:groups, g] = seen.mul_(codes[:, g * size :]).view(rows, -1, size).sum(-1)
+    if made.zero is not None:
+        by_group = codes.view(rows, groups, size).transpose(0, 1)
+        normal[:, groups:, :groups] = (by_group @ between.view(groups, size, groups)).permute(1, 2, 0)
+        normal[:, groups:, groups:] = between.view(groups, size, groups).sum(1).tril()
+        parts.append(target)
+        old.append(made.zero.float())
+    wanted = torch.cat([part.view(rows, groups, size).sum(-1) for part in parts], 1).unsqueeze(2)
+    before = torch.cat(old, 1).unsqueeze(2)
+    normal += normal.tril(-1).mT
+    slope = normal @ before - wanted  # half the gradient of the error
+    held = normal.clone()
+    diagonal = held.diagonal(dim1=1, dim2=2)
+    diagonal += diagonal * RIDGE + torch.finfo(torch.float32).tiny
+    solved, _ = torch.linalg.solve_ex(held, slope)
+    stored = (before - solved).to(made.grid.scale_dtype)
+    moved = stored.float() - before
+    improved = ((2 * slope + normal @ moved) * moved).sum(1) < 0  # (n, 1); a NaN is no improvement
+    scale = torch.where(improved, stored[:, :groups, 0], made.scale)
+    return scale, None if made.zero is None else torch.where(improved, stored[:, groups:, 0], made.zero)
 
 
 def _descend(weight: torch.Tensor, made: GroupQuantized, gram: torch.Tensor) -> GroupQuantized:
-    """Choose each code anew, given all others, in one pass over the columns."""
+    """Choose each code again, given all others, in one pass over the columns; no choice makes a row worse."""
     grid = made.grid
     rows, width = weight.shape
     size = grid.group(width)
     step = min(size, 128)
     change = (made.dequantize() - weight).T.contiguous()  # (K, N)
-    codes = made.codes.float().T.contiguous()
+    codes = made.codes.T.float()  # (K, N)
     diagonal = gram.diagonal()
     for first in range(0, width, step):
         stop = min(first + step, width)
@@ -142,19 +162,17 @@ def _descend(weight: torch.Tensor, made: GroupQuantized, gram: torch.Tensor) -> 
         scale = made.scale[:, first // size].float()
         inverse = torch.where(scale == 0, 0, 1 / scale)
         for j in range(first, stop):
-            wanted = codes[j] - slope[j - first] / diagonal[j] * inverse
-            code = wanted.round_().clamp_(grid.lowest, grid.highest)
-            moved = (code - codes[j]) * scale
-            codes[j] = code
+            wanted = codes[j] - slope[j - first].div(diagonal[j]).mul_(inverse)
+            moved = wanted.round_().clamp_(grid.lowest, grid.highest).sub_(codes[j])
+            codes[j] += moved
+            moved *= scale
             change[j] += moved
             slope[j - first + 1 :].addr_(gram[j + 1 : stop, j], moved)
-    better = GroupQuantized(codes.T.contiguous().to(made.codes.dtype), made.scale, made.zero, grid)
-    return _better(weight, made, better, gram)
+    return GroupQuantized(codes.T.contiguous().to(made.codes.dtype), made.scale, made.zero, grid)
 
 
-def _better(weight: torch.Tensor, old: GroupQuantized, new: GroupQuantized, gram: torch.Tensor) -> GroupQuantized:
-    """Return the new values of the rows that they improve."""
-    improved = (loss(weight, new, gram) < loss(weight, old, gram)).unsqueeze(1)  # a NaN is no improvement
-    zero = None if old.zero is None or new.zero is None else torch.where(improved, new.zero, old.zero)
-    scale = torch.where(improved, new.scale, old.scale)
-    return GroupQuantized(torch.where(improved, new.codes, old.codes), scale, zero, old.grid)
+def _choose(improved: torch.Tensor, new: GroupQuantized, old: GroupQuantized) -> GroupQuantized:
+    """Return the new values of the rows (N,) that they improve."""
+    at = improved.unsqueeze(1)
+    zero = None if old.zero is None or new.zero is None else torch.where(at, new.zero, old.zero)
+    return GroupQuantized(torch.where(at, new.codes, old.codes), torch.where(at, new.scale, old.scale), zero, old.grid)

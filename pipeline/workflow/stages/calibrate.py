@@ -97,6 +97,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     from pipeline.models.safe_loading import open_tokenizer
     from pipeline.quantization.calibration.blocks import BlockwiseModel
     from pipeline.quantization.calibration.collect import collect
+    from pipeline.quantization.calibration.rounding import round_layers
     from pipeline.quantization.calibration.store import save_block, save_whole
     from pipeline.quantization.layers import unfit
     from pipeline.quantization.roundings import rounding
@@ -132,10 +133,9 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
         for spec in specs:
             if spec.name in grids:
                 how, on = rounding(str(spec.rounding)), grids[spec.name]
-                here = {name: of for name, of in found.statistics.items() if name in on}
-                made = {name: how.round(model.weight(name), on[name], of) for name, of in here.items()}
+                here = {name: on[name] for name in found.statistics if name in on}
+                made = round_layers(how, model.weight_rows, here, found.statistics)
                 save_block(folder / spec.name, found.block, made)
-                del here
         moments |= {name: of.second_moments.clone() for name, of in found.statistics.items()}  # no shared memory
         save_whole(_border(found.block, moments, found.activations), folder / BORDER)
         events.progress(found.block + 1, model.count, "calibrating")
@@ -145,8 +145,8 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     return outcome
 
 
-def _grids(spec: VariantSpec, model: BlockwiseModel) -> dict[str, Grid]:
-    """Return the grid of each layer to be rounded with its inputs; the writer rounds layers in eight bits.
+def _grids(spec: VariantSpec, model: BlockwiseModel) -> dict[str, tuple[tuple[int, int], Grid]]:
+    """Return shapes and grids of the layers to round with their inputs; the writer rounds layers in eight bits.
 
     Raises:
         QuantizationError: naming a layer that is outside the decoder blocks.
@@ -155,7 +155,7 @@ def _grids(spec: VariantSpec, model: BlockwiseModel) -> dict[str, Grid]:
 
     eight = named(spec, EIGHT_BITS, model.linear)
     found, _ = layer_grids(spec, model.linear)
-    grids = {name: grid for name, (_, grid) in found.items() if grid is not None and name not in eight}
+    grids = {name: (shape, grid) for name, (shape, grid) in found.items() if grid is not None and name not in eight}
     inside = {name for block in range(model.count) for name in model.weights_of(block)}
     if others := sorted(grids.keys() - inside):
         layer = others[0].removesuffix(".weight")
