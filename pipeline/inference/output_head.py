@@ -112,6 +112,16 @@ class Head:
             logits *= self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
+    def gradient(self, logits: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """Return the gradient (T, H) float32 for the hidden states, given that for their logits (T, V)."""
+        if self.softcap is not None:
+            gradient = gradient * (1 - (logits / self.softcap).square())
+        found = gradient.new_zeros(len(gradient), self.width)
+        for first in range(0, self.rows, self._at_a_time):
+            stop = min(first + self._at_a_time, self.rows)
+            found.addmm_(gradient[:, first:stop], _exactly(self._weight, first, stop), alpha=self.scale)
+        return found
+
     def to(self, device: str | torch.device) -> Head:
         """Return this head on a device."""
         bias = None if self._bias is None else self._bias.to(device)

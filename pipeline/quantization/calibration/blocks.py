@@ -6,7 +6,7 @@ blocks before it hand their input on, the block replaces its input by stored act
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class BlockwiseModel:
     Attributes:
         linear: the weights of linear layers, name -> (N, K).
         count: number of decoder blocks.
+        table: the name of the embedding's weight.
         dtype: the compute type.
     """
 
@@ -49,7 +50,7 @@ class BlockwiseModel:
         self.count = len(self._layers)
         table, head = self._model.get_input_embeddings(), self._model.get_output_embeddings()
         others = {f"{name}." for name, module in self._model.named_modules() if module in (table, head)}
-        self._table = next(f"{name}.weight" for name, module in self._model.named_modules() if module is table)
+        self.table = next(f"{name}.weight" for name, module in self._model.named_modules() if module is table)
         read = self._model.state_dict().keys()  # some checkpoints also hold tensors that the model does not read
         self._stored = [name for name in self._checkpoint if name in read]
         for name in self._stored:
@@ -83,11 +84,11 @@ class BlockwiseModel:
     def embedding(self) -> Iterator[None]:
         """Hold the embedding in memory, which only the first block needs."""
         empty = self._embedding.weight.data
-        self._put(self._table)
+        self._put(self.table)
         try:
             yield
         finally:
-            put(self._model, self._table, empty)
+            put(self._model, self.table, empty)
 
     @torch.no_grad()
     def enter(self, ids: torch.Tensor) -> torch.Tensor:
@@ -107,6 +108,63 @@ class BlockwiseModel:
             hidden: the input (B, T, H) of the block.
             observe: called with the inputs of each linear layer.
         """
+        hooks = self._observe(block, observe) if observe else []
+        try:
+            return self._output(block, ids, hidden)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.enable_grad()
+    def differentiate(
+        self, block: int, ids: torch.Tensor, hidden: torch.Tensor, gradient: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the gradient for the input (B, T, H) of a loaded block, given that for its output.
+
+        Gradients for weights that `trained` holds are added up in `gradient_of`.
+        """
+        hidden = hidden.detach().requires_grad_()
+        self._output(block, ids, hidden).backward(gradient)
+        assert hidden.grad is not None, "a block's output depends on its input"
+        return hidden.grad
+
+    @torch.no_grad()
+    def finish(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the last hidden states (B, T, H) of the model, given the output of its last block."""
+        return self._finish(ids, hidden)
+
+    @torch.enable_grad()
+    def differentiate_end(self, ids: torch.Tensor, hidden: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """Return the gradient for the output (B, T, H) of the last block, given that for the last hidden states."""
+        hidden = hidden.detach().requires_grad_()
+        self._finish(ids, hidden).backward(gradient)
+        assert hidden.grad is not None, "the model's output depends on its last block"
+        return hidden.grad
+
+    @contextmanager
+    def replaced(self, weights: Mapping[str, torch.Tensor], trained: bool = False) -> Iterator[None]:
+        """Hold other weights (N, K) in their places, in the compute type, and then those from before.
+
+        Args:
+            trained: gradients for them are wanted.
+        """
+        before = {name: self._model.get_parameter(name).data for name in weights}
+        try:
+            for name, weight in weights.items():
+                put(self._model, name, weight.to(self.device, before[name].dtype))
+                self._model.get_parameter(name).requires_grad_(trained)
+            yield
+        finally:
+            for name, weight in before.items():
+                put(self._model, name, weight)
+
+    def gradient_of(self, name: str) -> torch.Tensor:
+        """Return the gradient (N, K) for a weight that is trained, and forget it."""
+        parameter = self._model.get_parameter(name)
+        gradient, parameter.grad = parameter.grad, None
+        return torch.zeros_like(parameter.data) if gradient is None else gradient
+
+    def _output(self, block: int, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         forward = type(self._layers[block]).forward
 
         def compute(_: torch.Tensor, *args: Any, **kwargs: Any) -> None:
@@ -114,12 +172,15 @@ class BlockwiseModel:
             self._returns_tuple = isinstance(found, tuple)
             raise _End(found[0] if self._returns_tuple else found)
 
-        hooks = self._observe(block, observe) if observe else []
-        try:
-            return self._forward({**{before: self._hand_on for before in range(block)}, block: compute}, ids, None)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        return self._forward({**{before: self._hand_on for before in range(block)}, block: compute}, ids, None)
+
+    def _finish(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        def last(_: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            return self._hand_on(hidden)
+
+        instead = {**{block: self._hand_on for block in range(self.count - 1)}, self.count - 1: last}
+        states: torch.Tensor = self._pass(instead, ids, None)[0]
+        return states
 
     def _hand_on(self, hidden: torch.Tensor, *_: Any, **__: Any) -> Any:
         return (hidden,) if self._returns_tuple else hidden
@@ -135,7 +196,15 @@ class BlockwiseModel:
         return [self._model.get_submodule(n).register_forward_pre_hook(hook(f"{n}.weight")) for n in names]
 
     def _forward(self, instead: dict[int, Callable], ids: torch.Tensor, embedding: Any) -> torch.Tensor:
-        """Run the model until a block ends the pass.
+        """Run the model until a block ends the pass, and return what that block gives."""
+        try:
+            self._pass(instead, ids, embedding)
+        except _End as end:
+            return end.output
+        raise ModelError(f"{type(self._model).__name__}: its decoder blocks do not run in order")
+
+    def _pass(self, instead: dict[int, Callable], ids: torch.Tensor, embedding: Any) -> Any:
+        """Run the model without its head.
 
         Args:
             instead: block -> its forward for this pass.
@@ -147,15 +216,12 @@ class BlockwiseModel:
             width = self._embedding.weight.shape[1]
             self._embedding.forward = lambda ids: torch.zeros(*ids.shape, width, dtype=self.dtype, device=self.device)
         try:
-            self._model.base_model(input_ids=ids.to(self.device), use_cache=False)
-        except _End as end:
-            return end.output
+            return self._model.base_model(input_ids=ids.to(self.device), use_cache=False)
         finally:
             for block in instead:
                 del self._layers[block].forward
             if embedding is None:
                 del self._embedding.forward
-        raise ModelError(f"{type(self._model).__name__}: its decoder blocks do not run in order")
 
     def _put(self, name: str) -> None:
         stored = self._checkpoint.read(name)
