@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from pipeline.quantization.calibration import gradients
 from pipeline.quantization.calibration.blocks import BlockwiseModel

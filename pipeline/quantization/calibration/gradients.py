@@ -1,8 +1,8 @@
 """Each weight's share of the loss of a rounded model, from one gradient pass of one decoder block at a time.
 
 To second order, the KL divergence to the full-precision model is 1/2 D' H D, with D the change of all weights. Its
-gradient at the rounded weights is H D. So a weight's share is 1/2 <gradient, change>, and the shares add up to about the
-divergence itself, with all interactions between layers.
+gradient at the rounded weights is H D. So a weight's share is 1/2 <gradient, change>, and the shares add up to about
+the divergence itself, with all interactions between layers.
 """
 
 from __future__ import annotations
