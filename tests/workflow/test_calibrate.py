@@ -86,7 +86,7 @@ def test_stopped_calibration_goes_on_with_the_next_block_and_gives_the_same_byte
 
     def loaded(self, block):
         ran.append(block)
-        if ran == [0, 1]:
+        if ran == [0, 1, 0, 1, 0, 1]:  # the check runs every block twice
             raise KeyboardInterrupt
         return plain(self, block)
 
@@ -94,7 +94,7 @@ def test_stopped_calibration_goes_on_with_the_next_block_and_gives_the_same_byte
     with pytest.raises(Interrupted):
         made(place)
     resumed = made(place)
-    assert ran == [0, 1, 1]
+    assert ran == [0, 1, 0, 1, 0, 1, 1]
     monkeypatch.undo()
     monkeypatch.chdir(place.folder)
     run(load_config(str(place.config)), "runs", fresh=True, start=run_stage_here)
@@ -202,7 +202,7 @@ def test_statistics_of_one_block_are_in_memory_at_a_time(place, monkeypatch):
 
     monkeypatch.setattr(BlockwiseModel, "loaded", loaded)
     made(place)
-    assert held == [0, 0]
+    assert held == [0] * 6
 
 
 def test_card_names_a_calibration_text_that_is_gone_without_its_folder(place, tmp_path, tiny_model):

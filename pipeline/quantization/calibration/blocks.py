@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class BlockwiseModel:
     """A full-precision model whose decoder blocks are loaded and run one after the other.
 
     Attributes:
+        architecture: the name of its class in transformers.
         linear: the weights of linear layers, name -> (N, K).
         count: number of decoder blocks.
         table: the name of the embedding's weight.
@@ -45,8 +47,9 @@ class BlockwiseModel:
         self._checkpoint = open_checkpoint(folder) if checkpoint is None else checkpoint
         self.linear = linear_weights(folder)
         self._model = skeleton(folder).to(self.dtype).eval()
+        self.architecture = type(self._model).__name__
         self._prefix, self._layers = _decoder_blocks(self._model, self.linear, folder)
-        self._returns_tuple = False  # known after the first block
+        self._learn(None)
         self.count = len(self._layers)
         table, head = self._model.get_input_embeddings(), self._model.get_output_embeddings()
         others = {f"{name}." for name, module in self._model.named_modules() if module in (table, head)}
@@ -62,6 +65,10 @@ class BlockwiseModel:
     def weights_of(self, block: int) -> list[str]:
         """Return the names of the linear weights of a block."""
         return [name for name in self.linear if name.startswith(f"{self._prefix}{block}.")]
+
+    def weight(self, name: str) -> torch.Tensor:
+        """Return a weight (N, K) as it is stored."""
+        return self._checkpoint.read(name)
 
     def weight_rows(self, name: str, first: int, stop: int) -> torch.Tensor:
         """Return rows (n, K) of a weight as they are stored."""
@@ -98,6 +105,28 @@ class BlockwiseModel:
             raise _End(hidden)
 
         return self._forward({0: end}, ids, self._embedding)
+
+    @torch.no_grad()
+    def outputs(self, ids: torch.Tensor) -> list[torch.Tensor]:
+        """Return the output (B, T, H) of every block in the model's own forward pass.
+
+        Args:
+            ids: tokens (B, T); the embedding must be loaded.
+        """
+        found: list[torch.Tensor] = []
+
+        def compute(block: int, *args: Any, **kwargs: Any) -> Any:
+            if block != len(found):
+                raise ModelError(f"{self.architecture}: its decoder blocks do not run in order")
+            with self.loaded(block):
+                returned = type(self._layers[block]).forward(self._layers[block], *args, **kwargs)
+            found.append(returned[0] if isinstance(returned, tuple) else returned)
+            if block + 1 == self.count:
+                raise _End(found[-1])
+            return returned
+
+        self._forward({block: partial(compute, block) for block in range(self.count)}, ids, self._embedding)
+        return found
 
     @torch.no_grad()
     def run(self, block: int, ids: torch.Tensor, hidden: torch.Tensor, observe: Observe | None = None) -> torch.Tensor:
@@ -169,8 +198,8 @@ class BlockwiseModel:
 
         def compute(_: torch.Tensor, *args: Any, **kwargs: Any) -> None:
             found = forward(self._layers[block], hidden, *args, **kwargs)
-            self._returns_tuple = isinstance(found, tuple)
-            raise _End(found[0] if self._returns_tuple else found)
+            self._learn(found)
+            raise _End(found[0] if isinstance(found, tuple) else found)
 
         return self._forward({**{before: self._hand_on for before in range(block)}, block: compute}, ids, None)
 
@@ -182,8 +211,10 @@ class BlockwiseModel:
         states: torch.Tensor = self._pass(instead, ids, None)[0]
         return states
 
-    def _hand_on(self, hidden: torch.Tensor, *_: Any, **__: Any) -> Any:
-        return (hidden,) if self._returns_tuple else hidden
+    def _learn(self, returned: Any) -> None:
+        """Let the blocks that only hand their input on return it in the form of this output."""
+        rest = (None,) * (len(returned) - 1) if isinstance(returned, tuple) else None
+        self._hand_on: Callable = lambda hidden, *_, **__: hidden if rest is None else (hidden, *rest)
 
     def _observe(self, block: int, observe: Observe) -> list[Any]:
         def hook(name: str) -> Callable:
@@ -201,7 +232,7 @@ class BlockwiseModel:
             self._pass(instead, ids, embedding)
         except _End as end:
             return end.output
-        raise ModelError(f"{type(self._model).__name__}: its decoder blocks do not run in order")
+        raise ModelError(f"{self.architecture}: its decoder blocks do not run in order")
 
     def _pass(self, instead: dict[int, Callable], ids: torch.Tensor, embedding: Any) -> Any:
         """Run the model without its head.

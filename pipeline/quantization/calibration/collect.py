@@ -9,6 +9,7 @@ import torch
 
 from pipeline.config.catalog import Need
 from pipeline.quantization.calibration.blocks import BlockwiseModel
+from pipeline.quantization.calibration.check import check_blocks
 from pipeline.quantization.statistics import Statistics
 
 BATCH_TOKENS = 2048
@@ -44,9 +45,13 @@ def collect(
         need: whether Gram matrices are collected too.
         first: the first block to run.
         activations: its inputs; None to begin with the embedding.
+
+    Raises:
+        ModelError: if the architecture cannot be run block by block.
     """
     batches = batches_of(windows)
     if activations is None:
+        check_blocks(model)
         with model.embedding():
             activations = [model.enter(ids) for ids in batches]
     for block in range(first, model.count):

@@ -100,7 +100,7 @@ def check_variants(config: Config, model: Path) -> None:
     A layer that no group size divides is no error here: it prevents only one variant.
 
     Raises:
-        ModelError: naming the part of the model that a format cannot store.
+        ModelError: naming the part of the model that a format cannot store, or that cannot be calibrated.
         MissingExtra: if a package that writes a variant is not installed.
     """
     from pipeline.models.matrices import refuse_other_matrices
@@ -110,6 +110,11 @@ def check_variants(config: Config, model: Path) -> None:
         refuse_other_matrices(model)
     for spec in config.quantize.variants:
         format_of(spec).check(spec, model)
+    if config.quantize.calibrated:
+        from pipeline.quantization.calibration.blocks import BlockwiseModel
+        from pipeline.quantization.calibration.check import check_blocks
+
+        check_blocks(BlockwiseModel(model))
 
 
 def to_write(

@@ -10,12 +10,14 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.config.catalog import Need
 from pipeline.data.encode import Encoded
-from pipeline.errors import DataError
+from pipeline.errors import DataError, ModelError
 from pipeline.models.matrices import linear_weights
 from pipeline.quantization.calibration import collect as collecting
 from pipeline.quantization.calibration.blocks import BlockwiseModel
+from pipeline.quantization.calibration.check import check_blocks
 from pipeline.quantization.calibration.collect import Sums, collect
 from pipeline.quantization.calibration.text import check_apart, windows_of, without_shared
+from tests.support.architectures import build
 
 # Sliding and full attention, positions that some layers do not have, learned positions, biases, tied tables.
 MODELS = ("llama", "qwen3", "smollm3", "gemma3_text", "opt", "gpt_neo")
@@ -63,6 +65,30 @@ def test_statistics_are_those_of_the_whole_model(kind, tiny_model, monkeypatch):
         scale = gram.diagonal().mean()
         assert (found[name].gram - gram).abs().max() < 1e-4 * scale, name
         assert torch.equal(found[name].gram.diagonal(), found[name].second_moments) and found[name].tokens == 240
+
+
+# Blocks that return tuples of two or three, among them attention between other kinds of blocks.
+@pytest.mark.parametrize("kind", ["bamba", "rwkv", "gpt_neox", "falcon_h1"])
+def test_other_architectures_run_block_by_block(kind, tmp_path):
+    build(kind).save_pretrained(tmp_path)
+    check_blocks(BlockwiseModel(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "kind, changes",
+    [
+        ("gemma3n_text", {"num_hidden_layers": 4, "activation_sparsity_pattern": [0.0] * 4, "intermediate_size": 96}),
+        ("gemma4_text", {"num_hidden_layers": 4}),
+        ("rwkv", {"num_hidden_layers": 4, "rescale_every": 2}),  # halves what it hands on
+    ],
+)
+def test_blocks_that_get_more_than_the_output_of_the_one_before_are_refused_by_name(kind, changes, tmp_path):
+    small = {"vocab_size_per_layer_input": 272, "hidden_size_per_layer_input": 16, "num_kv_shared_layers": 2}
+    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2, "global_head_dim": 16}
+    build(kind, **(small | kinds if "gemma" in kind else {}), **changes).save_pretrained(tmp_path)
+    model = BlockwiseModel(tmp_path)
+    with pytest.raises(ModelError, match=r"\w+ForCausalLM: cannot be calibrated block by block \("):
+        next(collect(model, [list(range(40))], Need.SECOND_MOMENTS))
 
 
 def test_tensors_that_the_model_does_not_read_are_left_alone(tiny_model, tmp_path):
