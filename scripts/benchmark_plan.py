@@ -18,15 +18,13 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import benchmarks
 import yaml
+from process_memory import Watch, stage_of
 from rich.console import Console
 from rich.table import Table
 
@@ -37,8 +35,6 @@ from pipeline.system.libraries import quiet
 ALLOWED = 0.25
 ALLOWED_SECONDS = 8.0
 PLANS = "plans"
-PAGE = os.sysconf("SC_PAGE_SIZE")
-POLL_SECONDS = 0.1
 benchmarks.SIZES |= {
     "30m": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
             "num_key_value_heads": 4, "vocab_size": 8000},
@@ -143,7 +139,7 @@ def measure(config: Path, verbs: tuple[str, ...]) -> dict[str, int]:
             subprocess.Popen(
                 command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
             ) as process,
-            Watch(process.pid) as watch,
+            Watch(process.pid, stage_of) as watch,
         ):
             problem = process.stderr.read()
             process.wait()
@@ -151,76 +147,6 @@ def measure(config: Path, verbs: tuple[str, ...]) -> dict[str, int]:
             raise SystemExit(f"{' '.join(command)}\n{problem[-2000:]}")
         peaks |= watch.peaks
     return peaks
-
-
-class Watch:
-    """Looks at the stages under a process: the most that each had resident, with its children, by its name."""
-
-    def __init__(self, root: int):
-        self.peaks: dict[str, int] = {}
-        self._root, self._names, self._ended = root, {}, threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-
-    def __enter__(self) -> Watch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        while not self._ended.is_set():
-            resident, children = _processes()
-            for process in _tree(children, self._root):
-                if name := self._name(process):
-                    now = sum(resident.get(p, 0) for p in _tree(children, process))
-                    self.peaks[name] = max(self.peaks.get(name, 0), now, _peak_alone(process))
-            time.sleep(POLL_SECONDS)
-
-    def _name(self, process: int) -> str | None:
-        if process not in self._names:
-            words = []
-            with suppress(OSError):
-                words = Path(f"/proc/{process}/cmdline").read_text().split("\0")[:-1]
-            if (name := step_of(words)) is None:
-                return None  # or not yet: a process is a copy of its parent at first
-            self._names[process] = name
-        return self._names[process]
-
-
-def step_of(words: list[str]) -> str | None:
-    """`python -m pipeline.workflow.stages FOLDER STAGE [VARIANT ...]` -> the stage, or the variant that is let in."""
-    if "pipeline.workflow.stages" not in words:
-        return None
-    stage, *variants = words[words.index("pipeline.workflow.stages") + 2 :]
-    return variants[0] if stage == "measure_variant" else stage
-
-
-def _processes() -> tuple[dict[int, int], dict[int, list[int]]]:
-    """Resident bytes of every process, and its children."""
-    resident, children = {}, {}
-    for entry in os.listdir("/proc"):
-        with suppress(OSError, IndexError, ValueError):
-            parent = int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
-            resident[int(entry)] = PAGE * int(Path(f"/proc/{entry}/statm").read_text().split()[1])
-            children.setdefault(parent, []).append(int(entry))
-    return resident, children
-
-
-def _tree(children: dict[int, list[int]], root: int) -> Iterator[int]:
-    yield root
-    for child in children.get(root, ()):
-        yield from _tree(children, child)
-
-
-def _peak_alone(process: int) -> int:
-    """The most that one process ever had resident, which no look in between can miss."""
-    with suppress(OSError):
-        for line in Path(f"/proc/{process}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
-    return 0
 
 
 def compare(case: str, plan: Plan, verbs: tuple[str, ...], peaks: dict[str, int]) -> list[dict]:

@@ -42,8 +42,9 @@ def plan() -> Plan:
     [("train", (), "train"), ("quantize", ("int8", "int4"), "quantize"), ("measure_variant", ("int4",), "int4")],
 )
 def test_benchmark_recognizes_a_stage_by_its_command(benchmark, stage, variants, name):
-    assert benchmark.step_of(stage_process._command(None, ("runs/x", stage, *variants))) == name
-    assert benchmark.step_of(["python", "-m", "pipeline.evaluation.load_probe", "runs/x", "stock"]) is None
+    stage_of = importlib.import_module("process_memory").stage_of
+    assert stage_of(stage_process._command(None, ("runs/x", stage, *variants))) == name
+    assert stage_of(["python", "-m", "pipeline.evaluation.load_probe", "runs/x", "stock"]) is None
 
 
 def test_unmeasured_stage_fails_the_benchmark(benchmark, plan):

@@ -98,7 +98,9 @@ class KQuantsFile(Output):
         return VariantFiles(sum(sizes.values()), before, 0, {}, (), types)
 
 
-def quantize(source: Path, target: Path, kind: str, on_progress: Callable[[int, int], None]) -> None:
+def quantize(
+    source: Path, target: Path, kind: str, on_progress: Callable[[int, int], None], matrix: Path | None = None
+) -> None:
     """Quantize a GGUF with llama.cpp; the new file is on the disk when this returns.
 
     It runs in a process of its own, because a call into it cannot be stopped, and may abort the process.
@@ -106,11 +108,13 @@ def quantize(source: Path, target: Path, kind: str, on_progress: Callable[[int, 
     Args:
         kind: such as `Q4_K_M`.
         on_progress: called with tensors done and tensors in all.
+        matrix: an importance matrix, as `importance_matrix` writes it.
 
     Raises:
         QuantizationError: with the reason that llama.cpp gives.
     """
-    command = [sys.executable, "-P", quantizer.__file__, str(source), str(target), kind]
+    arguments = [str(source), str(target), kind, *([str(matrix)] if matrix else [])]
+    command = [sys.executable, "-P", quantizer.__file__, *arguments]
     # Errors go to a file, because a pipe that is not read would block the process.
     with (
         tempfile.TemporaryFile() as complaints,

@@ -1,7 +1,7 @@
-"""llama.cpp's quantizer as a process: `python -P quantizer.py SOURCE TARGET TYPE`.
+"""llama.cpp's quantizer as a process: `python -P quantizer.py SOURCE TARGET TYPE [IMPORTANCE_MATRIX]`.
 
-Started by `pipeline.quantization.formats.gguf.k_quants` alone, and by its path, so that it imports nothing
-but llama-cpp-python. Prints a line "DONE TOTAL" for each tensor; what goes wrong goes to standard error.
+Started by its path, so that it imports only llama-cpp-python, and `gguf` to read an importance matrix.
+Prints a line "DONE TOTAL" for each tensor, and errors to standard error.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import re
 import sys
+from types import ModuleType
+from typing import Any
 
 # Bytes of a tensor, as float32 and quantized, that llama.cpp holds at a time; versions that know no such
 # limit hold the widest tensor. The file's bytes do not depend on it.
@@ -16,10 +18,16 @@ BUFFER_BYTES = 64 << 20
 ERROR = 4  # GGML_LOG_LEVEL_ERROR
 STEP = re.compile(rb"(\d+) (\d+)\n")  # a line of progress
 _STEP = re.compile(rb"\[\s*(\d+)/\s*(\d+)\]")  # as llama.cpp tells of it
+SUMS, COUNTS = ".in_sum2", ".counts"  # endings of the tensors of an importance matrix
 
 
-def main(source: str, target: str, kind: str) -> int:
-    """Quantize the file `source` to `target`; return 0 if llama.cpp succeeded."""
+def main(source: str, target: str, kind: str, matrix: str | None = None) -> int:
+    """Quantize the file `source` to `target`; return 0 if llama.cpp succeeded.
+
+    Args:
+        kind: such as `Q4_K_M`.
+        matrix: a file of `importance_matrix.write_importance_matrix`; needs a version that `takes_importance`.
+    """
     import ctypes
 
     import llama_cpp
@@ -39,7 +47,30 @@ def main(source: str, target: str, kind: str) -> int:
     settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
     if hasattr(settings, "max_buf_size"):
         settings.max_buf_size = BUFFER_BYTES
+    if matrix:
+        settings.imatrix = _importance(llama_cpp, matrix)
     return llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), settings)
+
+
+def takes_importance(api: ModuleType) -> bool:
+    """Return True if the C interface of this version of llama-cpp-python takes an importance matrix."""
+    return hasattr(api, "llama_model_imatrix_data")
+
+
+def _importance(api: ModuleType, path: str) -> Any:
+    """Return the mean squares of each matrix's inputs as an array for the C interface; its last entry is empty."""
+    import ctypes
+
+    from gguf import GGUFReader
+
+    stored = {tensor.name: tensor.data for tensor in GGUFReader(path).tensors}
+    layers = [name.removesuffix(SUMS) for name in stored if name.endswith(SUMS)]
+    found = (api.llama_model_imatrix_data * (len(layers) + 1))()
+    for entry, name in zip(found, layers, strict=False):
+        means = (stored[f"{name}{SUMS}"] / stored[f"{name}{COUNTS}"]).ravel().tolist()
+        entry.name, entry.size = name.encode(), len(means)
+        entry.data = (ctypes.c_float * len(means))(*means)
+    return found
 
 
 if __name__ == "__main__":
