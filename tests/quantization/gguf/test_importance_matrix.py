@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-
 import pytest
 import torch
 
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.matrices import linear_weights
+from pipeline.quantization.formats.gguf import k_quants, quantizer
 from pipeline.quantization.formats.gguf.importance_matrix import write_importance_matrix
 from pipeline.quantization.formats.gguf.reader import GgufWeights
 
@@ -44,29 +42,14 @@ def test_file_has_the_sums_and_counts_of_every_layer(tiny_model, tmp_path, momen
 
 
 def test_llama_cpp_loses_less_of_the_output_with_it(tiny_model, tmp_path, written, moments):
-    llama_cpp = pytest.importorskip("llama_cpp")
-    if not hasattr(llama_cpp, "llama_model_imatrix_data"):
+    if not quantizer.takes_importance(pytest.importorskip("llama_cpp")):
         pytest.skip("this llama.cpp takes no importance matrix")
-    model, entry = tiny_model("llama"), llama_cpp.llama_model_imatrix_data
-    write_importance_matrix(tmp_path / "imatrix.gguf", moments, 1536, model)
-    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "imatrix.gguf").tensors}
-    means = {
-        name.removesuffix(".in_sum2"): (data / tensors[name.replace("in_sum2", "counts")]).ravel().astype("float32")
-        for name, data in tensors.items()
-        if name.endswith("in_sum2")
-    }
-    entries = (entry * (len(means) + 1))()  # the last one is empty and ends the list
-    for place, (name, data) in zip(entries, means.items(), strict=False):
-        place.name, place.size = name.encode(), len(data)
-        place.data = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    model, matrix = tiny_model("llama"), tmp_path / "imatrix.gguf"
+    write_importance_matrix(matrix, moments, 1536, model)
     errors = {}
-    for kind, given in (("plain", None), ("weighted", entries)):
-        settings, target = llama_cpp.llama_model_quantize_default_params(), tmp_path / f"{kind}.gguf"
-        settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0
-        if given is not None:
-            settings.imatrix = given
-        source = os.fsencode(written(model, "gguf-bf16"))
-        assert llama_cpp.llama_model_quantize(source, os.fsencode(target), settings) == 0
+    for kind, given in (("plain", None), ("weighted", matrix)):
+        target = tmp_path / f"{kind}.gguf"
+        k_quants.quantize(written(model, "gguf-bf16"), target, "Q4_0", lambda done, total: None, given)
         found, full = GgufWeights(target, Checkpoint(model), torch.float32), Checkpoint(model)
         lost = {n: ((found.read(n).float() - full.read(n).float()) ** 2 @ of).mean() for n, of in moments.items()}
         errors[kind] = lost
