@@ -119,6 +119,14 @@ def test_rise_that_is_small_for_its_divergence_is_marked(script, benchmark, caps
     assert not any("*" in line for line in lines if "honest" in line)
 
 
+@pytest.mark.slow
+def test_roundings_are_compared_without_and_with_calibration(script, tiny_model, tmp_path):
+    rows = script("benchmark_roundings").measure(str(tiny_model("llama")), tmp_path, every=6, tokens=512)
+    ratios = {(row["rounding"], row["calibrated"]): row["ratio_to_rtn"] for row in rows if row["group_size"] == 32}
+    assert set(ratios) == {("rtn", False), ("hqq", False), ("search", False), ("search", True), ("gptq", True)}
+    assert ratios["gptq", True] < ratios["search", True] < ratios["search", False] < ratios["rtn", False] == 1
+
+
 def test_frontier_keeps_undominated_variants(script):
     points = [(10, 0.0), (5, 1.0), (4, 5.0), (6, 2.0), (4, 6.0), (5, 0.5)]
     assert script("accuracy_picture").frontier(points) == [(4, 5.0), (5, 0.5), (10, 0.0)]
