@@ -9,25 +9,16 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from typing import get_args
 
 from pipeline.config.builders import variant_specs
+from pipeline.config.quantize import Quantize
 from pipeline.errors import ConfigError
 
-# All sizes from four bits to eight, without and with data; embeddings in eight bits, as llama.cpp has them.
-LADDER = (
-    "int8:::embeddings=int8",
-    "int4:32:search:embeddings=int8",
-    "int4:32:search:calibrated:embeddings=int8",
-    "int4:32:gptq:calibrated:embeddings=int8",
-    "gguf-q4_0:32:search",
-    "gguf-q4_0:32:gptq:calibrated",
-    "gguf-q5_0:32:search",
-    "gguf-q5_0:32:gptq:calibrated",
-)
 PEERS = (
     "Q4_0", "Q4_0:imatrix", "Q4_K_M", "Q4_K_M:imatrix", "Q5_0", "Q5_0:imatrix", "Q5_K_M", "Q5_K_M:imatrix", "Q8_0",
 )  # fmt: skip
-MOMENTS = "int4:32:search:calibrated"  # a way whose calibration collects second moments and no more
+MOMENTS = "int4:32:search:calibrated:embeddings=int8"  # its calibration collects second moments and no more
 IMATRIX = "imatrix"
 
 
@@ -63,6 +54,19 @@ class Peer:
     def label(self) -> str:
         """Its name in tables."""
         return f"llama.cpp {self.kind}{' ' + IMATRIX if self.has_matrix else ''}"
+
+
+def ladder() -> str:
+    """Return variants from four bits to eight, of every quality; embeddings in eight bits, as llama.cpp has them."""
+    qualities = get_args(Quantize.model_fields["quality"].annotation)
+    return ",".join(
+        [
+            "int8:::embeddings=int8",
+            *(f"int4:32::{quality}:embeddings=int8" for quality in qualities),
+            MOMENTS,
+            *(f"gguf-{kind}:::{quality}" for kind in ("q4_0", "q5_0") for quality in ("fast", "calibrated")),
+        ]
+    )
 
 
 def ways(text: str) -> list[Way]:

@@ -38,7 +38,7 @@ from accuracy_peers import Peers, check_peers
 from accuracy_picture import draw
 from accuracy_second_text import LICENCES, second_text, with_second_text
 from accuracy_tables import show
-from accuracy_ways import LADDER, MOMENTS, PEERS, Way, peers, ways
+from accuracy_ways import MOMENTS, PEERS, Way, ladder, peers, ways
 from rich.console import Console
 
 from pipeline.cli.exit_codes import plain_errors
@@ -73,7 +73,7 @@ def benchmark(arguments: argparse.Namespace) -> int:
     name = _name(arguments.model)
     output = arguments.output or Path("runs") / f"accuracy-{name}"
     source = str(output / "as-packed") if arguments.grid == "on" else arguments.model
-    asked = ways(arguments.variants or (",".join(LADDER) if arguments.ladder else VARIANTS))
+    asked = ways(arguments.variants or (ladder() if arguments.ladder else VARIANTS))
     others = peers(",".join(PEERS) if arguments.peers is None and arguments.ladder else arguments.peers or "")
     configs = [configure(source, name, way, arguments) for way in asked]
     whole = configure(source, name, None, arguments)

@@ -7,18 +7,23 @@ import json
 import shutil
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.config.quantize import Quantize
 from pipeline.config.schema import VariantSpec
-from pipeline.errors import ConfigError, ModelError, UserError
+from pipeline.errors import ConfigError, ModelError, StageFailed, UserError
 from pipeline.evaluation.model_result import Estimate, ModelResult, Quality
 from pipeline.models.channel_shuffle import reorder_channels
 from pipeline.models.matrices import linear_weights, table_weights
 from pipeline.quantization.writer import quantize_checkpoint
 from pipeline.system.libraries import is_installed
+from pipeline.tracking.events import Events
+from pipeline.workflow.reporter import Reporter
+from pipeline.workflow.workspace import Workspace
 from tests.support import REPOSITORY
 from tests.support.texts import general_text
 
@@ -45,6 +50,29 @@ def test_variant_option_gives_specs_with_quality_and_other_keys(script):
     assert [way.quality for way in found] == [None] * 4 + ["calibrated"]
     assert found[-1].asked == "target size_mb=105"
     assert len({way.slug for way in found}) == len(found)
+
+
+def test_ladder_has_every_quality_and_the_statistics_of_the_importance_matrix(script):
+    ways = script("accuracy_ways")
+    found = ways.ways(ways.ladder())
+    assert {way.quality for way in found if way.spec["name"] == "int4"} == set(
+        get_args(Quantize.model_fields["quality"].annotation)
+    )
+    assert ways.ways(ways.MOMENTS)[0] in found
+    for way in found:
+        assert Quantize(variants=[way.spec], quality=way.quality or "fast").variants[0].quantizes_embeddings
+
+
+def test_interrupted_making_is_marked(script, benchmark, tmp_path):
+    making, workspace = script("accuracy_making"), Workspace(tmp_path / "run")
+    workspace.folder.mkdir()
+    notes = tmp_path / "making.json"
+    with pytest.raises(StageFailed):  # there is no configuration
+        making.Costs(notes)("calibrate", ("int4",), workspace, Events(workspace.events_path, "x"), Reporter(), int)
+    assert json.loads(notes.read_text()) == {"calibrate": {"resumed": True}}
+    result = ModelResult(size_bytes=1, quality={"general": Quality(perplexity=Estimate(12, 1))})
+    row = making.Row("x", "calibrated", result, making=json.loads(notes.read_text()))
+    assert benchmark.figures(row)["making"]["resumed"]
 
 
 def test_peers_are_named_with_and_without_importance_matrix(script):
