@@ -209,12 +209,17 @@ def _expand_aliases(value: Any) -> Any:
 class Calibration(Section):
     """The text that variants are calibrated on."""
 
-    source: str | None = Field(
+    source: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)] | None = Field(
         default=None,
-        min_length=1,
-        description="file, Hub id, or `builtin:python-docs`; by default the training data",
+        description="file, Hub id, or `builtin:python-docs`, or a list of them, which are mixed evenly; "
+        "by default the training data",
     )
     tokens: Count = Field(default=32768, description="tokens of this text")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Return the sources; none for the training data."""
+        return (self.source,) if isinstance(self.source, str) else tuple(self.source or ())
 
 
 class Quantize(Section):

@@ -71,7 +71,8 @@ def hub_sources(results: Results) -> set[str]:
     data = results.data
     if data and (data.revision or data.split) and not names_a_file(str(data.source)):
         found.add(data.source)
-    found |= {made.weights.calibration_text for made in results.variants.values() if made.weights}
+    texts = (made.weights.calibration_text for made in results.variants.values() if made.weights)
+    found |= {source for text in texts if text for source in text.split(", ")}
     return {source for source in found if source and REPO_ID.match(source)}
 
 
@@ -90,7 +91,7 @@ def _sources(config: Config) -> set[str]:
         config.data and config.data.source,
         config.data and config.data.chat_template,
         config.evaluate and config.evaluate.general,
-        config.quantize.calibration.source,
+        *config.quantize.calibration.sources,
         config.merge.adapter,
     )
     return {source for source in named if source}

@@ -192,15 +192,16 @@ class Job:
         config, package = check(self.config, self.margin), self._package()
         if not TIMEOUT.match(self.timeout):
             raise ConfigError(f"--timeout {self.timeout}: write it as 90m, 6h or 1d")
+        texts = [source for source in config.quantize.calibration.sources if not is_builtin(source) and locate(source)]
         here = {
-            "model.source": is_local(config.model.source) or PACKAGE_SOURCE.match(config.model.source),
-            "data.source": not is_builtin(config.data.source) and locate(config.data.source),
-            "evaluate.general": not config.evaluate.general.startswith("builtin:"),
+            "model.source": (is_local(config.model.source) or PACKAGE_SOURCE.match(config.model.source))
+            and config.model.source,
+            "data.source": not is_builtin(config.data.source) and locate(config.data.source) and config.data.source,
+            "evaluate.general": not config.evaluate.general.startswith("builtin:") and config.evaluate.general,
+            "quantize.calibration.source": ", ".join(texts),
         }
-        for key, is_here in here.items():
-            if is_here:
-                section, name = key.split(".")
-                value = getattr(getattr(config, section), name)
+        for key, value in here.items():
+            if value:
                 raise ConfigError(f"{key} {value}: only on this machine, so a Job cannot read it. Try: upload it")
         return config, package
 

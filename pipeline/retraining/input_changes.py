@@ -80,9 +80,8 @@ def settings_beside(config: MeasuredRun) -> dict[str, object]:
     flat: dict[str, object] = {f"publish.{key}": getattr(config.publish, key) for key in keys}
     _flatten("quantize", config.quantize.model_dump(), flat)
     _flatten("evaluate", config.evaluate.model_dump(exclude={"device"}), flat)
-    for key in ("evaluate.general", "quantize.calibration.source"):
-        if flat.get(key) is not None:
-            flat[key] = _named(str(flat[key]))
+    flat["evaluate.general"] = _named(config.evaluate.general)
+    flat["quantize.calibration.source"] = [_named(source) for source in config.quantize.calibration.sources]
     return flat
 
 

@@ -278,6 +278,7 @@ def test_in_a_workflow_of_github_the_job_installs_the_commit_that_it_runs_for(su
         (["--set", "data.source=rows.jsonl"], "data.source rows.jsonl"),
         (["--set", "model.source=./base"], "model.source ./base"),
         (["--set", "evaluate.general=general.txt"], "evaluate.general general.txt"),
+        (["--set", "quantize.calibration.source=general.txt"], "quantize.calibration.source general.txt"),
         (["--timeout", "soon"], "--timeout soon"),
         (["--package", "dist/tunepress-0.1-py3-none-any.whl"], "--package dist/tunepress-0.1-py3-none-any.whl"),
         (["--package", "git+https://secret@github.com/ada/x"], "with no password"),

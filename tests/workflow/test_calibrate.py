@@ -20,7 +20,7 @@ from pipeline.quantization.formats import storage
 from pipeline.quantization.statistics import Statistics
 from pipeline.workflow.in_process import run_stage_here
 from pipeline.workflow.run import run
-from pipeline.workflow.stages import calibrate
+from pipeline.workflow.stages import calibrate, calibration_text
 from pipeline.workflow.workspace import Workspace
 from tests.support.runs import Place
 
@@ -162,7 +162,7 @@ def test_training_data_is_calibrated_on_without_examples_that_share_text_with_he
     config, workspace = load_config(str(place.config)), Workspace(tmp_path / "runs/tiny")
     assert workspace.ledger()["calibrate"].summary["tokens"] == 512
     tokenizer = AutoTokenizer.from_pretrained(workspace.release)
-    windows = calibrate._windows(config, workspace, tokenizer, workspace.release)
+    windows = calibration_text.windows(config, workspace, workspace.release, 512)
     text = "".join(tokenizer.decode(window) for window in windows)
     assert "pears" in text and "licence7" not in text
 
@@ -238,3 +238,21 @@ def test_calibrated_quality_takes_gptq_for_few_bits_only():
     assert found == {"int8": "rtn", "int4": "gptq", "gguf-q4_0": "gptq", "gguf-q8_0": "rtn", "gguf-f16": None}
     assert chosen.calibrated == ("int4", "gguf-q4_0")
     assert Quantize(variants=["int4"]).calibrated == ()
+
+
+def test_sources_are_mixed_evenly_and_long_texts_are_read_to_their_end(place, tmp_path, tiny_model):
+    kinds = ("apples", "pears")
+    for kind in kinds:
+        (tmp_path / f"{kind}.txt").write_text("\n".join(f"{n} {kind} at the place of {n * n}." for n in range(20000)))
+    model = tiny_model("llama")
+    write(tmp_path, model, calibration={"source": [f"{kind}.txt" for kind in kinds], "tokens": 4096})
+    config, workspace = load_config(str(place.config)), Workspace(tmp_path / "runs/tiny")
+    windows = calibration_text.windows(config, workspace, model, 4096)
+    assert len(windows) == 8 and calibration_text.windows(config, workspace, model, 4096) == windows
+    texts = [AutoTokenizer.from_pretrained(model).decode(window) for window in windows]
+    assert [sum(kind in text for text in texts) for kind in kinds] == [4, 4]
+    numbers = [int(line.split()[0]) for text in texts for line in text.splitlines()[1:-1] if line[:1].isdigit()]
+    assert max(numbers) > 15000 and min(numbers) < 5000
+    write(tmp_path, model, calibration={"source": [], "tokens": 4096})
+    with pytest.raises(ConfigError, match="quantize.calibration.source"):
+        load_config(str(place.config))

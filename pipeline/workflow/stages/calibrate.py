@@ -6,34 +6,25 @@ outputs are on disk, so that a stopped calibration goes on with the next block. 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.catalog import EIGHT_BITS, Need
-from pipeline.config.schema import REPO_ID, Config, Data, MeasuredRun, TrainingRun, VariantSpec
-from pipeline.data import general_text, load_examples
-from pipeline.data.sources import is_builtin, names_a_file
+from pipeline.config.schema import Config, VariantSpec
 from pipeline.errors import ConfigError, QuantizationError
 from pipeline.system.files import empty_folder, fingerprint
 from pipeline.system.libraries import versions
-from pipeline.system.redaction import file_name
 from pipeline.tracking.events import Events
-from pipeline.workflow.stages import Outcome
-from pipeline.workflow.stages.inputs import full_model, hashes_of, made_from, run_texts, text_depends
-from pipeline.workflow.stages.training_data import pinned
+from pipeline.workflow.stages import Outcome, calibration_text
+from pipeline.workflow.stages.inputs import full_model, made_from
 from pipeline.workflow.workspace import Workspace
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from pipeline.data.encode import Encoded
     from pipeline.quantization.calibration.blocks import BlockwiseModel
     from pipeline.quantization.grid import Grid
     from pipeline.quantization.layers import RoundedWeights
     from pipeline.quantization.statistics import Statistics
 
 FOLDER, STATISTICS, BORDER = "calibration", "statistics.safetensors", "border.safetensors"
-CHARACTERS_PER_TOKEN = 16  # more than usual; so much text is tokenized
 
 
 def parameters(config: Config, variant: str | None) -> dict:
@@ -43,13 +34,7 @@ def parameters(config: Config, variant: str | None) -> dict:
 
 def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict:
     """Return the dependencies as plain data; measured texts are among them, because they must be others."""
-    return _rounded_with(config, workspace) | {"measured": _measured(config, workspace)}
-
-
-def _measured(config: Config, workspace: Workspace) -> dict | None:
-    if not isinstance(config, MeasuredRun):
-        return None
-    return {"max_tokens": config.evaluate.max_tokens, "general": text_depends(config, workspace)}
+    return _rounded_with(config, workspace) | {"measured": calibration_text.measured(config, workspace)}
 
 
 def _rounded_with(config: Config, workspace: Workspace) -> dict:
@@ -59,13 +44,9 @@ def _rounded_with(config: Config, workspace: Workspace) -> dict:
 
 def collected_with(config: Config, workspace: Workspace) -> dict:
     """Return the dependencies of the statistics as plain data."""
-    source = config.quantize.calibration.source
-    text: dict = hashes_of(workspace, source) if source else {}
-    if source is None:  # examples that share text with what is measured on are left out
-        text = {"train": workspace.state_of("train"), "measured": _measured(config, workspace)}
     return {
         "calibration": config.quantize.calibration.model_dump(),
-        "text": text,
+        "text": calibration_text.depends(config, workspace),
         "after": made_from(config, workspace),
         "versions": versions("torch", "transformers"),
     }
@@ -79,7 +60,7 @@ def check(config: Config) -> None:
     """
     if not config.quantize.calibrates:
         return
-    if config.quantize.calibration.source is None and config.data is None:
+    if not config.quantize.calibration.sources and config.data is None:
         raise ConfigError(
             "quantize.quality calibrated: there is no training data to calibrate on. "
             "Try: quantize.calibration.source=FILE.txt"
@@ -92,9 +73,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     """Collect statistics, and round the weights of the variants that need whole matrices of them."""
     from safetensors.torch import load_file
 
-    from pipeline.evaluation.texts import restore_template
     from pipeline.models.matrices import refuse_other_matrices
-    from pipeline.models.safe_loading import open_tokenizer
     from pipeline.quantization.calibration.blocks import BlockwiseModel
     from pipeline.quantization.calibration.collect import collect
     from pipeline.quantization.calibration.rounding import round_layers
@@ -104,8 +83,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
 
     source = full_model(config, workspace, events)
     refuse_other_matrices(source)
-    tokenizer = restore_template(open_tokenizer(source), run_texts(workspace))
-    windows = _windows(config, workspace, tokenizer, source)
+    windows = calibration_text.windows(config, workspace, source, config.quantize.calibration.tokens)
     folder, about = workspace.folder / FOLDER, fingerprint(_rounded_with(config, workspace))
     known, finished = workspace.progress("calibrate", "block"), workspace.ledger().get("calibrate")
     outcome = Outcome((folder,), {"tokens": sum(map(len, windows))})
@@ -117,7 +95,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     if not specs:
         workspace.note("calibrate", block=None)
         return Outcome((), {"tokens": 0})
-    grids = {spec.name: _grids(spec, model) for spec in specs if spec.need(True) == Need.GRAM_MATRIX}
+    on_grids = {spec.name: grids(spec, model) for spec in specs if spec.need(True) == Need.GRAM_MATRIX}
     first, activations, moments = 0, None, {}
     if known.get("about") == about and (folder / BORDER).is_file():
         kept = load_file(folder / BORDER)
@@ -128,11 +106,11 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
         empty_folder(folder)
         workspace.note("calibrate", block={"about": about})
     events.progress(first, model.count, "calibrating")
-    need = Need.GRAM_MATRIX if grids else Need.SECOND_MOMENTS
+    need = Need.GRAM_MATRIX if on_grids else Need.SECOND_MOMENTS
     for found in collect(model, windows, need, first, activations):
         for spec in specs:
-            if spec.name in grids:
-                how, on = rounding(str(spec.rounding)), grids[spec.name]
+            if spec.name in on_grids:
+                how, on = rounding(str(spec.rounding)), on_grids[spec.name]
                 here = {name: on[name] for name in found.statistics if name in on}
                 made = round_layers(how, model.weight_rows, here, found.statistics)
                 save_block(folder / spec.name, found.block, made)
@@ -145,7 +123,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     return outcome
 
 
-def _grids(spec: VariantSpec, model: BlockwiseModel) -> dict[str, tuple[tuple[int, int], Grid]]:
+def grids(spec: VariantSpec, model: BlockwiseModel) -> dict[str, tuple[tuple[int, int], Grid]]:
     """Return shapes and grids of the layers to round with their inputs; the writer rounds layers in eight bits.
 
     Raises:
@@ -155,15 +133,15 @@ def _grids(spec: VariantSpec, model: BlockwiseModel) -> dict[str, tuple[tuple[in
 
     eight = named(spec, EIGHT_BITS, model.linear)
     found, _ = layer_grids(spec, model.linear)
-    grids = {name: (shape, grid) for name, (shape, grid) in found.items() if grid is not None and name not in eight}
+    inner = {name: (shape, grid) for name, (shape, grid) in found.items() if grid is not None and name not in eight}
     inside = {name for block in range(model.count) for name in model.weights_of(block)}
-    if others := sorted(grids.keys() - inside):
+    if others := sorted(inner.keys() - inside):
         layer = others[0].removesuffix(".weight")
         raise QuantizationError(
             f"{spec.name}: {layer} is outside the decoder blocks, so rounding {spec.rounding} has no statistics of "
             f"its inputs. Try: keep: [{layer}]"
         )
-    return grids
+    return inner
 
 
 def _border(block: int, moments: dict, activations: list) -> dict:
@@ -173,63 +151,10 @@ def _border(block: int, moments: dict, activations: list) -> dict:
     return {"block": torch.tensor(block), **kept, **{str(n): hidden for n, hidden in enumerate(activations)}}
 
 
-def _windows(config: Config, workspace: Workspace, tokenizer: PreTrainedTokenizerBase, model: Path) -> list[list[int]]:
-    """Return the calibration text as tokens.
-
-    Raises:
-        DataError: if it is too short, or if a text of its own shares text with what is measured on.
-    """
-    from pipeline.evaluation import texts
-    from pipeline.evaluation.model_result import TEXTS
-    from pipeline.models.checkpoint_files import read_config
-    from pipeline.models.context import context_length
-    from pipeline.quantization.calibration.text import WINDOW, check_apart, windows_of, without_shared
-
-    context = context_length(read_config(model))
-    window = min(WINDOW, context or WINDOW)
-    sequences = _sequences(config, workspace, tokenizer, window)
-    if isinstance(config, MeasuredRun):
-        for name, measured in texts.all_texts(config, run_texts(workspace), tokenizer, context).items():
-            if config.quantize.calibration.source is None:
-                sequences = without_shared(sequences, measured)
-            else:
-                check_apart(sequences, measured, TEXTS[name])
-    return windows_of(sequences, config.quantize.calibration.tokens, window)
-
-
-def _sequences(
-    config: Config, workspace: Workspace, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[Encoded]:
-    from pipeline.data.encode import accepted_examples, encode_examples, encode_text
-
-    calibration = config.quantize.calibration
-    if calibration.source is not None and calibration.source.lower().endswith(".txt"):
-        return encode_text(general_text(calibration.source), tokenizer, max_length, 2 * calibration.tokens)
-    if calibration.source is not None:
-        data = Data(source=calibration.source)
-    else:
-        assert isinstance(config, TrainingRun), "checked before the run"
-        data = pinned(config, workspace)
-    examples = load_examples(data, config.train.loss_on).train
-    needed, taken = CHARACTERS_PER_TOKEN * calibration.tokens, []
-    for example in examples:
-        taken.append(example)
-        needed -= len(str(example))
-        if needed < 0:
-            break
-    if data.on_bad_row == "skip":  # in data that is read again, training has left them out
-        taken = [*accepted_examples(taken, tokenizer)]
-    return encode_examples(taken, tokenizer, config.train.loss_on, max_length).examples
-
-
 def about(config: Config, workspace: Workspace) -> dict:
     """Return the text and the tokens of the finished calibration, for cards."""
-    source = config.quantize.calibration.source
-    if source and not is_builtin(source):  # a file may be gone by now
-        is_on_hub = REPO_ID.match(source) and not names_a_file(source) and not Path(source).expanduser().exists()
-        source = source if is_on_hub else file_name(source)
     tokens = workspace.ledger()["calibrate"].summary["tokens"]
-    return {"calibration_text": source, "calibration_tokens": tokens}
+    return {"calibration_text": calibration_text.about(config), "calibration_tokens": tokens}
 
 
 def read(config: Config, workspace: Workspace, name: str) -> tuple[dict[str, Statistics], dict[str, RoundedWeights]]:

@@ -1,0 +1,140 @@
+"""The text that models are calibrated on: a part of the training data, or a mixture of other sources.
+
+It is never a text that anything is measured on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.config.schema import REPO_ID, Config, Data, MeasuredRun, TrainingRun
+from pipeline.data import Example, general_text, load_examples
+from pipeline.data.sources import is_builtin, names_a_file
+from pipeline.system.redaction import file_name
+from pipeline.workflow.stages.inputs import hashes_of, run_texts, text_depends
+from pipeline.workflow.stages.training_data import pinned
+from pipeline.workflow.workspace import Workspace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from pipeline.data.encode import Encoded
+
+CHARACTERS_PER_TOKEN = 16  # more than usual; so much text is tokenized
+PIECES = 64  # at most, of a long text at equal distances
+
+
+def depends(config: Config, workspace: Workspace) -> dict:
+    """Return the dependencies of the text as plain data."""
+    if sources := config.quantize.calibration.sources:
+        return {source: hashes_of(workspace, source) for source in sources}
+    # Training examples that share text with what is measured on are left out.
+    return {"train": workspace.state_of("train"), "measured": measured(config, workspace)}
+
+
+def measured(config: Config, workspace: Workspace) -> dict | None:
+    """Return the dependencies of the texts that models are measured on."""
+    if not isinstance(config, MeasuredRun):
+        return None
+    return {"max_tokens": config.evaluate.max_tokens, "general": text_depends(config, workspace)}
+
+
+def windows(config: Config, workspace: Workspace, model: Path, tokens: int) -> list[list[int]]:
+    """Return windows of tokens of the calibration text, from each source in turn, of at most `tokens` together.
+
+    Args:
+        model: the folder of the model that reads them.
+
+    Raises:
+        DataError: if it is too short, or if a text of its own shares text with what is measured on.
+    """
+    from pipeline.evaluation import texts
+    from pipeline.evaluation.model_result import TEXTS
+    from pipeline.models.checkpoint_files import read_config
+    from pipeline.models.context import context_length
+    from pipeline.models.safe_loading import open_tokenizer
+    from pipeline.quantization.calibration.text import WINDOW, check_apart, windows_of, without_shared
+
+    tokenizer = texts.restore_template(open_tokenizer(model), run_texts(workspace))
+    context = context_length(read_config(model))
+    window = min(WINDOW, context or WINDOW)
+    sources = config.quantize.calibration.sources
+    if sources:
+        found = [_of_source(config, workspace, tokenizer, source, window, tokens) for source in sources]
+    else:
+        assert isinstance(config, TrainingRun), "checked before the run"
+        data = pinned(config, workspace)
+        examples = load_examples(data, config.train.loss_on).train
+        found = [_encoded(config, data, examples, tokenizer, window, tokens)]
+    if isinstance(config, MeasuredRun):
+        for name, others in texts.all_texts(config, run_texts(workspace), tokenizer, context).items():
+            if sources:
+                check_apart([*chain(*found)], others, TEXTS[name])
+            else:
+                found = [without_shared(sequences, others) for sequences in found]
+    cut = partial(windows_of, tokens=tokens, window=window)
+    mixed = [window for turn in zip_longest(*map(cut, found)) for window in turn if window is not None]
+    return mixed[: max(1, tokens // window)]
+
+
+def _of_source(
+    config: Config, workspace: Workspace, tokenizer: PreTrainedTokenizerBase, source: str, window: int, tokens: int
+) -> list[Encoded]:
+    from pipeline.data.encode import encode_documents
+
+    if source.lower().endswith(".txt"):
+        pieces = max(1, min(PIECES, tokens // window // len(config.quantize.calibration.sources)))
+        return encode_documents(_spread(general_text(source), tokens, pieces), tokenizer, window, 2 * tokens)
+    known = workspace.progress("calibrate", "revisions")
+    data = Data(source=source, revision=known.get(source))
+    read = load_examples(data, config.train.loss_on)
+    if read.revision and source not in known:  # a branch on the Hub stays at its first commit
+        workspace.note("calibrate", revisions={**known, source: read.revision})
+    return _encoded(config, data, read.train, tokenizer, window, tokens)
+
+
+def _encoded(
+    config: Config,
+    data: Data,
+    examples: Iterable[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    window: int,
+    tokens: int,
+) -> list[Encoded]:
+    """Return the tokens of as many examples as are needed; their order was shuffled with the seed of the data."""
+    from pipeline.data.encode import accepted_examples, encode_examples
+
+    needed, taken = CHARACTERS_PER_TOKEN * tokens, []
+    for example in examples:
+        taken.append(example)
+        needed -= len(str(example))
+        if needed < 0:
+            break
+    if data.on_bad_row == "skip":  # in data that is read again, training has left them out
+        taken = [*accepted_examples(taken, tokenizer)]
+    return encode_examples(taken, tokenizer, config.train.loss_on, window).examples
+
+
+def _spread(text: str, tokens: int, count: int) -> list[str]:
+    """Return a text, or pieces of it at equal distances that have enough tokens together."""
+    length = CHARACTERS_PER_TOKEN * tokens // count
+    if len(text) <= count * length or count == 1:
+        return [text]
+    starts = [number * (len(text) - length) // (count - 1) for number in range(count)]
+    return [text[start : start + length].partition("\n")[2] or text[start : start + length] for start in starts]
+
+
+def about(config: Config) -> str | None:
+    """Return the names of the sources for cards; of files without their folders, and None for the training data."""
+    return ", ".join(map(_named, config.quantize.calibration.sources)) or None
+
+
+def _named(source: str) -> str:
+    if is_builtin(source):
+        return source
+    is_on_hub = REPO_ID.match(source) and not names_a_file(source) and not Path(source).expanduser().exists()
+    return source if is_on_hub else file_name(source)
