@@ -116,6 +116,8 @@ class Runner:
         if calibrated := tuple(v for v in missing if v in self._config.quantize.calibrated):
             try:
                 self.do("calibrate", calibrated)
+                if distilled := tuple(v for v in missing if v in self._config.quantize.distilled):
+                    self.do("distill", distilled)
             except StageFailed as failure:
                 self._failures.append(failure)
                 missing = tuple(v for v in missing if v not in calibrated)

@@ -68,6 +68,7 @@ REPORTING = {
     "evaluate": Reporting("evaluate"),
     "compare_published": Reporting("evaluate", starts=False, completes=False),  # a part of retraining
     "calibrate": Reporting("quantize", starts=False, completes=False),  # a part of making the variants
+    "distill": Reporting("quantize", starts=False, completes=False),  # likewise
     "quantize": Reporting("quantize", completes=False),  # writes the files of all variants ...
     "measure_variant": Reporting("quantize", starts=False),  # ... each of which is then measured
     "render": Reporting(None, starts=False, completes=False),

@@ -19,7 +19,7 @@ from pipeline.errors import MissingExtra, QuantizationError
 from pipeline.system.files import empty_folder, replace_folder, states
 from pipeline.system.libraries import is_installed, versions
 from pipeline.tracking.events import Events, one_line
-from pipeline.workflow.stages import Outcome, calibrate
+from pipeline.workflow.stages import Outcome, calibrate, distill
 from pipeline.workflow.stages.inputs import base_revision, full_model, made_from, shard_by_shard, text_depends
 from pipeline.workflow.workspace import Workspace
 
@@ -56,7 +56,10 @@ def _calibration(config: Config, workspace: Workspace, variants: Sequence[str]) 
     """Return the dependencies of variants on a calibration; none if they are not calibrated."""
     if not set(variants).intersection(config.quantize.calibrated):
         return {}
-    return {"calibration": calibrate.collected_with(config, workspace)}
+    found = {"calibration": calibrate.collected_with(config, workspace)}
+    if set(variants).intersection(config.quantize.distilled):
+        found["distillation"] = config.quantize.distillation.model_dump()
+    return found
 
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
@@ -173,8 +176,14 @@ def keep_written(config: Config, workspace: Workspace, made: Mapping[str, Varian
     """Move finished files to their place, and record their inputs."""
     for name, files in made.items():
         replace_folder(_partial(workspace, name), workspace.quantized / name)
-        about = calibrate.about(config, workspace) if name in config.quantize.calibrated else {}
+        about = _made_with(config, workspace, name)
         note_written(config, workspace, name, asdict(files) | about, model)
+
+
+def _made_with(config: Config, workspace: Workspace, name: str) -> dict:
+    """Return the calibration and the distillation of a variant, for cards."""
+    found = calibrate.about(config, workspace) if name in config.quantize.calibrated else {}
+    return found | (distill.about(workspace, name) if name in config.quantize.distilled else {})
 
 
 def note_written(
