@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 from pipeline.config.builders import variant_specs
-from pipeline.config.quantize import Quantize
+from pipeline.config.quantize import Quantize, VariantSpec
 from pipeline.errors import ConfigError
 
 PEERS = (
@@ -90,6 +90,20 @@ def ways(text: str) -> list[Way]:
     if not unique:
         raise ConfigError("--variants: names none")
     return unique
+
+
+def with_target(way: Way, text: str) -> Way:
+    """Return a way with a target like `rise=0.03`, if its layers can differ.
+
+    Raises:
+        ConfigError: if it is written in another way.
+    """
+    if not re.fullmatch(r"\w+=[\d.]+", text):
+        raise ConfigError(f"--target {text}: write rise=SHARE, size_mb=MB or bits=BITS")
+    key, _, value = text.partition("=")
+    if not VariantSpec.model_validate(way.spec).mixes:
+        return way
+    return replace(way, spec=way.spec | {"target": {key: float(value)}}, asked=f"target {text}")
 
 
 def peers(text: str) -> list[Peer]:

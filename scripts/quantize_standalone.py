@@ -72,7 +72,8 @@ def quantize(
     ] = None,
     max_kl: Annotated[float | None, typer.Option(help="Largest KL divergence in nats a token; by default any.")] = None,
     on_gate_failure: Annotated[
-        str | None, typer.Option(help="Where it loses more: withhold the variant (the default), warn, or escalate.")
+        str | None,
+        typer.Option(help="If it loses more: withhold it (the default), warn, or escalate (more bits)."),
     ] = None,
     remove: Annotated[
         list[str] | None, typer.Option("--remove", metavar="VARIANT", help="Remove this earlier variant. Repeatable.")

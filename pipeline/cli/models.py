@@ -110,12 +110,12 @@ def sensitivity(
     output: Annotated[
         Path | None, typer.Option("--output", help="Folder of the results (default: NAME-sensitivity).")
     ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", help="Tokens of general text for each layer.", min=256)] = 2048,
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens of general text.", min=256)] = 2048,
     revision: Revision = None,
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the loss from quantizing each linear layer alone; resumes after a stop."""
+    """Measure each linear layer's share of the loss of a quantized model, and check the largest ones."""
     from pipeline.config.builders import quantize_config
     from pipeline.config.schema import MeasuredRun
     from pipeline.errors import ConfigError
@@ -134,9 +134,9 @@ def sensitivity(
         print(json.dumps(found))
         return
     for layer in sorted(found["layers"], key=lambda layer: -layer["kl"]["value"])[:10]:
-        error = layer["kl"]["stderr"]
-        shown = "(no error, of one document)" if error is None else f"± {error:.0e}"
-        print(f"{layer['name']:<40} KL {layer['kl']['value']:.2e} {shown} nats a token")
+        alone = layer.get("checked")
+        shown = f", {alone['kl']['value']:.2e} if this layer alone is quantized" if alone else ""
+        print(f"{layer['name']:<40} {layer['kl']['value']:.2e} nats a token{shown}")
     print(f"All {len(found['layers'])} layers: {output}/sensitivity.json, with a picture beside it")
 
 

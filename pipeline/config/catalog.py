@@ -133,6 +133,7 @@ register(
         "rounded by GPTQ, so that later columns make up for the errors of earlier ones",
         needs=Need.GRAM_MATRIX,
         uses=Need.GRAM_MATRIX,
+        gain=0.75,
     )
 )
 CALIBRATED = "gptq"  # the default rounding of variants with few bits if there is calibration text

@@ -188,7 +188,7 @@ def matches(patterns: Collection[str], name: str) -> bool:
     return layer in patterns or any(fnmatch.fnmatchcase(layer, pattern) for pattern in wild)
 
 
-def _expand_aliases(value: Any) -> Any:
+def expand_aliases(value: Any) -> Any:
     """Replace aliases by their variants, and a single name by a list."""
     if isinstance(value, (str, dict)):
         value = [value]
@@ -222,41 +222,29 @@ class Calibration(Section):
         return (self.source,) if isinstance(self.source, str) else tuple(self.source or ())
 
 
-class Distillation(Section):
-    """The training of scales and zeros."""
-
-    tokens: Count = Field(default=131072, description="tokens to train on; the text is read again if it is shorter")
-
-
 class Quantize(Section):
     """The variants to make, and their limits."""
 
-    quality: Literal["fast", "calibrated", "distilled"] = Field(
+    quality: Literal["fast", "calibrated"] = Field(
         default="fast",
         exclude_if=lambda value: value == "fast",
-        description="`calibrated` rounds with statistics of the layers' inputs, which is slower and loses less; "
-        "`distilled` then trains the scales as well, which is slower still",
+        description="`calibrated` rounds with statistics of the layers' inputs, which is slower and loses less",
     )
     calibration: Calibration = Field(
         default=Calibration(),
         exclude_if=lambda value: value == Calibration(),
-        description="text for `quality: calibrated` and `distilled`",
-    )
-    distillation: Distillation = Field(
-        default=Distillation(),
-        exclude_if=lambda value: value == Distillation(),
-        description="training of the scales for `quality: distilled`",
+        description="text for `quality: calibrated`",
     )
     variants: Annotated[
         list[VariantSpec],
-        BeforeValidator(_expand_aliases, json_schema_input_type=list[str | VariantSpec] | str | VariantSpec),
+        BeforeValidator(expand_aliases, json_schema_input_type=list[str | VariantSpec] | str | VariantSpec),
     ] = Field(
         default=[VariantSpec(name=name) for name in DEFAULT_VARIANTS],
         validate_default=True,
         description="names of variants, or mappings with options",
     )
     gate: Gate = Field(default=Gate(), description="limits for all variants; they override those of the catalogue")
-    on_gate_failure: Literal["withhold", "warn", "escalate"] = Field(
+    on_gate_failure: Literal["withhold", "warn"] = Field(
         default="withhold", description="what to do with a variant that misses its limits"
     )
 
@@ -266,13 +254,11 @@ class Quantize(Section):
         names = [v.name for v in value]
         if len(set(names)) != len(names):
             raise ValueError("each variant can be asked for once")
-        calibrates = info.data.get("quality", "fast") != "fast"
+        calibrates = info.data.get("quality") == "calibrated"
         return [v.resolved(calibrates) for v in value]
 
     @model_validator(mode="after")
     def _calibration_fits(self) -> Quantize:
-        if self.calibrates and self.on_gate_failure == "escalate":
-            raise ValueError("on_gate_failure: escalate does not go with quality: calibrated. Try: warn or withhold")
         for spec in self.variants:
             if not self.calibrates and spec.need(False) != Need.NOTHING:
                 raise ValueError(f"rounding {spec.rounding}: needs calibration text. Try: quantize.quality=calibrated")
@@ -281,19 +267,12 @@ class Quantize(Section):
     @property
     def calibrates(self) -> bool:
         """Return True if variants are calibrated."""
-        return self.quality != "fast"
+        return self.quality == "calibrated"
 
     @property
     def calibrated(self) -> tuple[str, ...]:
         """Return the names of the variants that are rounded with statistics of the layers' inputs."""
         return tuple(spec.name for spec in self.variants if spec.need(self.calibrates) != Need.NOTHING)
-
-    @property
-    def distilled(self) -> tuple[str, ...]:
-        """Return the names of the variants whose scales are trained: those that a calibration rounds."""
-        if self.quality != "distilled":
-            return ()
-        return tuple(spec.name for spec in self.variants if spec.need(True) == Need.GRAM_MATRIX)
 
     @property
     def targeted(self) -> tuple[str, ...]:

@@ -131,6 +131,7 @@ class Rounding:
         said: a phrase for cards.
         needs: the statistics that it cannot do without.
         uses: the statistics that it rounds with if there is calibration text.
+        gain: for a rounding with whole matrices, its usual loss as a share of that with second moments alone.
     """
 
     name: str
@@ -139,6 +140,7 @@ class Rounding:
     said: str
     needs: Need = Need.NOTHING
     uses: Need = Need.NOTHING
+    gain: float = 1.0
 
 
 VARIANTS: dict[str, Variant] = {}

@@ -13,6 +13,7 @@ from pydantic import Field, SerializeAsAny, ValidatorFunctionWrapHandler, field_
 from pipeline.config.base import Count, Rate, Real, Section, Seed, Whole
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.data import Data
+from pipeline.config.former_keys import with_targets
 from pipeline.config.names import LICENSE, PACKAGE_SOURCE, REPO_ID, RUN_NAME, repository_id, run_name
 from pipeline.config.quantize import Quantize, VariantSpec
 from pipeline.config.track import TRACK_SECTIONS, Track, TrackioSettings
@@ -240,6 +241,12 @@ class Config(Section):
     def _name(cls, value: str) -> str:
         return run_name(value)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _former_keys(cls, tree: Any) -> Any:
+        """Return the keys of this version for those of earlier ones."""
+        return with_targets(tree) if isinstance(tree, dict) else tree
+
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:
         if self.data and self.merge.adapter:
@@ -254,6 +261,8 @@ class Config(Section):
             raise ValueError(
                 "model.low_disk: measuring needs the whole model. Try: leave out --measure (evaluate: null)"
             )
+        if self.evaluate is None and (aimed := [v.name for v in self.quantize.variants if v.target and v.target.rise]):
+            raise ValueError(f"evaluate: the target rise of {aimed[0]} must be measured. Try: leave out the key")
         missing = sorted(self.publish.mirrors.keys() - {spec.name for spec in self.quantize.variants})
         if missing:
             raise ValueError(f"publish.mirrors: {missing[0]} is not among quantize.variants")

@@ -12,12 +12,12 @@ were asked for may use half of the chance, and the fallbacks share the other hal
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import Quantize
 from pipeline.evaluation.cluster_errors import margin_of_tries, quantile
-from pipeline.evaluation.model_result import GENERAL, HELD_OUT, TEXTS, Check, Quality, Verdict
+from pipeline.evaluation.model_result import GENERAL, HELD_OUT, TEXTS, Check, ModelResult, Quality, Verdict
 
 SAID = {
     "rise": "perplexity rises by {}",
@@ -40,7 +40,9 @@ def limits(quantize: Quantize, variant: str) -> dict[str, float]:
     """Return the limits of a variant: `rise` of perplexity and `disagreement` as shares, `kl` in nats per token."""
     layers = (quantize.gate, quantize.spec(variant).gate)
     said = {name: value for layer in layers for name, value in layer.model_dump().items() if value is not None}
-    return {"rise": VARIANTS[variant].rise, **said}
+    target = quantize.spec(variant).target
+    aimed = {"rise": target.rise} if target and target.rise else {}
+    return {"rise": VARIANTS[variant].rise, **said, **aimed}
 
 
 def corrections(ways: int, is_as_asked: bool) -> int:
@@ -68,6 +70,17 @@ def judge(quality: Mapping[str, Quality], limits: Mapping[str, float], tries: in
     )
     passed = all(check.passed for check in checks)
     return Verdict(passed=passed, corrected_for=tries, limits=dict(limits), checks=checks)
+
+
+def distance(verdict: Verdict) -> float:
+    """Return the largest of a variant's figures, error included, as a multiple of its limit."""
+    uppers = ((check.value + check.quantile * check.stderr) / check.limit for check in verdict.checks)
+    return max(uppers, default=math.inf)
+
+
+def best(tried: Sequence[ModelResult]) -> ModelResult:
+    """Return the try that came nearest to its limits, if none passed."""
+    return min(tried, key=lambda one: distance(one.verdict))
 
 
 def _check(text: str, figure: str, limit: float, found: Quality, tries: int) -> Check:

@@ -153,9 +153,8 @@ class StoredWeights(Record):
     groups: Annotated[dict[str, Count], Table] = {}
     calibration_text: Text | None = None
     calibration_tokens: Count | None = None
-    distilled_steps: Count | None = None
-    distilled_kl_before: Number | None = None
-    distilled_kl_after: Number | None = None
+    target: Annotated[dict[str, Number], Table] = {}
+    expected_kl: Number | None = None
 
 
 class Check(Record):
@@ -252,13 +251,24 @@ class ModelResult(Record):
         return self.model_copy(update=figures)
 
 
-class LayerLoss(Record):
+class CheckedLoss(Record):
     """What a model loses if one layer alone is quantized: divergence in nats a token, and rise of perplexity."""
+
+    kl: Estimate = Estimate()
+    rise: Estimate = Estimate()
+
+
+class LayerLoss(Record):
+    """A layer's share of the KL divergence of a model with all layers quantized, in nats a token; it has no error.
+
+    Attributes:
+        checked: the loss if this layer alone is quantized; None if that was not measured.
+    """
 
     name: Text = ""
     weights: Count = 0
     kl: Estimate = Estimate()
-    rise: Estimate = Estimate()
+    checked: CheckedLoss | None = None
 
 
 Verdict.model_rebuild()

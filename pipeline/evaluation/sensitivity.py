@@ -1,35 +1,79 @@
-"""Sensitivity: the loss of a model if one linear layer alone is quantized, for each linear layer.
+"""Sensitivity: the share of each linear layer in the loss of a quantized model.
 
-The model is in memory once. The weight of a layer is rounded, the general text is scored, and the weight is restored.
-Results are recorded after each layer, so that a stopped measurement resumes.
+One gradient pass gives the shares, one decoder block at a time (`quantization.calibration.sensitivities`). The most
+sensitive layers are then checked: each is rounded alone in the whole model, and the general text is scored.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import MeasuredRun, VariantSpec
-from pipeline.data import general_text
 from pipeline.errors import QuantizationError
-from pipeline.evaluation.model_result import LayerLoss
-from pipeline.quantization.statistics import check_collected
-from pipeline.system.files import fingerprint, read_json, states, write_json
+from pipeline.evaluation.model_result import CheckedLoss, Estimate, LayerLoss
+from pipeline.system.files import write_json
 from pipeline.system.libraries import quiet
 
 if TYPE_CHECKING:
-    import torch
+    from pipeline.data.encode import Encoded
+    from pipeline.inference.output_head import Head, HeadNames
+    from pipeline.quantization.calibration.sensitivities import Sensitivities
+    from pipeline.quantization.grid import Grid, GroupQuantized
 
-    from pipeline.quantization.grid import Grid
-
-TOKENS = 2048  # of general text, for each layer; few are enough because comparisons are paired
-RECORD, RESULT, PICTURE = "sensitivity.partial.json", "sensitivity.json", "sensitivity.png"
+CHECKED = 5  # layers that are measured alone as well
+RESULT, PICTURE = "sensitivity.json", "sensitivity.png"
 
 Tell = Callable[[int, int, str], None]
+Shapes = Mapping[str, tuple[int, int]]
+
+
+def measured(
+    spec: VariantSpec,
+    calibrates: bool,
+    folder: Path,
+    grids: Mapping[str, Sequence[Grid]],
+    tables: Shapes,
+    windows: Sequence[list[int]],
+    scratch: Path,
+    tell: Tell,
+) -> Sensitivities:
+    """Measure the sensitivities of the full-precision model in `folder`.
+
+    Args:
+        calibrates: the variant will be calibrated.
+        grids, tables, windows: as in `quantization.calibration.sensitivities.measure`.
+        scratch: an empty folder.
+        tell: called with how much is done, of how much, and what.
+    """
+    from pipeline.inference.output_head import head_names
+    from pipeline.models.matrices import skeleton
+    from pipeline.quantization.calibration.blocks import BlockwiseModel
+    from pipeline.quantization.calibration.sensitivities import measure
+
+    heads = _Heads(head_names(skeleton(folder)), folder)
+    return measure(BlockwiseModel(folder), spec, calibrates, grids, tables, windows, heads, scratch, tell)
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """The output heads of the full-precision model in a folder, and of rounded ones."""
+
+    names: HeadNames
+    folder: Path
+
+    @property
+    def weight(self) -> str:
+        return self.names.weight
+
+    def of(self, rounded: Mapping[str, GroupQuantized]) -> tuple[Head, Head]:
+        full = self.names.read(self.folder)
+        return full, self.names.read(self.folder, rounded[self.weight]) if self.weight in rounded else full
 
 
 def report(config: MeasuredRun, output: Path, tell: Tell) -> dict:
@@ -43,20 +87,14 @@ def report(config: MeasuredRun, output: Path, tell: Tell) -> dict:
     Raises:
         UserError: if there is no such model, or if the variant has no grid.
     """
-    import tempfile
-
-    from pipeline.models.sources import digest_here, fetch
+    from pipeline.models.sources import fetch
 
     quiet()
     (spec,) = config.quantize.variants
     check(spec)
     with tempfile.TemporaryDirectory() as scratch:
         folder, origin = fetch(config.model, Path(scratch), lambda d, t: tell(d, t, "fetching the model"))
-        made_of = origin.revision
-        if folder.is_relative_to(scratch):  # the same model, unpacked again
-            made_of = digest_here(config.model.source)
-        known, keep = read_json(output / RECORD, {}), functools.partial(write_json, output / RECORD)
-        layers = sensitivity(config, spec, folder, known, keep, tell, made_of)
+        layers = sensitivity(config, spec, folder, tell)
     found = {
         "model": {"source": origin.source, "revision": origin.revision},
         "variant": spec.making(),
@@ -65,8 +103,7 @@ def report(config: MeasuredRun, output: Path, tell: Tell) -> dict:
         "layers": [layer.to_json() for layer in layers],
     }
     write_json(output / RESULT, found)
-    (output / RECORD).unlink()
-    draw(layers, f"{origin.name}: one layer at a time in {spec.name}", output / PICTURE)
+    draw(layers, f"{origin.name}: shares of the loss in {spec.name}", output / PICTURE)
     return found
 
 
@@ -79,88 +116,95 @@ def check(spec: VariantSpec) -> None:
     if spec.rounding is None:
         can = ", ".join(name for name, variant in VARIANTS.items() if variant.roundings)
         raise QuantizationError(f"{spec.name}: its layers cannot be rounded one by one. Try: one of {can}")
-    check_collected(spec, {})
 
 
-def sensitivity(
-    config: MeasuredRun,
-    spec: VariantSpec,
-    folder: Path,
-    known: Mapping,
-    keep: Callable[[dict], None],
-    tell: Tell,
-    made_of: object = None,
-    tokens: int | None = None,
-) -> list[LayerLoss]:
-    """Measure every linear layer of the full-precision model in `folder`.
+def sensitivity(config: MeasuredRun, spec: VariantSpec, folder: Path, tell: Tell) -> list[LayerLoss]:
+    """Measure every linear layer of the full-precision model in `folder`, and check the most sensitive ones.
 
     Args:
         config: `config.evaluate` has the general text, the number of tokens and the device.
         spec: the variant; layers that it keeps are measured too.
         folder: folder of the full-precision model.
-        known: the last recorded results, if there are any.
-        keep: records the results after each layer.
         tell: called with how much is done, of how much, and what.
-        made_of: a value that identifies the model; None for the sizes and times of its files.
-        tokens: measure on so many tokens of general text that a gate does not measure; None for the measured text.
 
     Returns:
-        The loss of each layer, in the order of the model.
+        The loss of each layer, in the order of the model. If the model is larger than the memory, none is checked.
 
     Raises:
         QuantizationError: if a layer fits no grid.
         DataError: if there is no such text.
         ModelError: if the text has a token that the model cannot read.
-        TooLarge: if a layer is not measured yet and the model is larger than the memory.
     """
-    from pipeline.evaluation import metrics, texts
-    from pipeline.inference import output_head
-    from pipeline.inference.load import device_named, load
-    from pipeline.inference.offload import check_fits
+    from pipeline.evaluation import texts
+    from pipeline.models.checkpoint_files import read_config
     from pipeline.models.context import context_length
     from pipeline.models.matrices import linear_weights
+    from pipeline.models.safe_loading import open_tokenizer
     from pipeline.models.vocabulary_size import check_tokens
     from pipeline.quantization.layers import layer_grids
 
-    linear = linear_weights(folder)
-    grids, _ = layer_grids(spec.model_copy(update={"keep": []}), linear)
-    about = {
-        "spec": {**spec.making(), "keep": []},
-        "text": fingerprint(general_text(config.evaluate.general)),
-        "max_tokens": config.evaluate.max_tokens,
-        "unmeasured": tokens,
-        "model": fingerprint(made_of or states([*sorted(folder.glob("*.safetensors")), folder / "config.json"])),
-    }
-    found = known["layers"] if known.get("about") == about else {}
-    if missing := [name for name in linear if name not in found]:
-        check_fits(folder, device_named(config.evaluate.device), "measuring layer by layer")
-        tell(len(found), len(linear), "measuring layers")
-        model, tokenizer = load(folder, device=config.evaluate.device)
-        context = context_length(model.config.to_dict())
-        if tokens is None:
-            sequences = texts.general(config, tokenizer, context)
-        else:
-            sequences = texts.general_unmeasured(config, tokenizer, context, tokens)
-        check_tokens(folder, tokenizer, (sequence.input_ids for sequence in sequences))
-        full, head = metrics.score(model, sequences), output_head.head_of(model)
-        for name in missing:
-            weight = model.get_parameter(name)
-            kept, grid = weight.data, grids[name][1]
-            assert grid is not None, "variants that are rounded have grids"
-            try:
-                weight.data = _rounded(kept, grid, str(spec.rounding))
-                scores = metrics.score(model, sequences)
-            finally:
-                weight.data = kept
-            compared = metrics.divergence(scores, head, full, head)
-            found[name] = LayerLoss(kl=compared.kl, rise=metrics.rise(scores, full)).to_json()
-            keep({"about": about, "layers": found})
-            tell(len(found), len(linear), "measuring layers")
-    return [LayerLoss(name=n.removesuffix(".weight"), weights=math.prod(linear[n]), **found[n]) for n in linear]
+    linear, tokenizer = linear_weights(folder), open_tokenizer(folder)
+    found, _ = layer_grids(spec.model_copy(update={"keep": []}), linear)
+    grids = {name: grid for name, (_, grid) in found.items() if grid is not None}
+    sequences = texts.general(config, tokenizer, context_length(read_config(folder)))
+    check_tokens(folder, tokenizer, (sequence.input_ids for sequence in sequences))
+    windows = [sequence.input_ids for sequence in sequences]
+    with tempfile.TemporaryDirectory() as scratch:
+        base = {name: [grid] for name, grid in grids.items()}
+        shares = measured(spec, False, folder, base, {}, windows, Path(scratch), tell).shares
+    worst = sorted(shares, key=lambda name: -shares[name])[:CHECKED]
+    checked = _checked(config, spec, folder, {name: grids[name] for name in worst}, sequences, tell)
+    return [
+        LayerLoss(
+            name=name.removesuffix(".weight"),
+            weights=math.prod(linear[name]),
+            kl=Estimate(shares.get(name, 0.0)),
+            **({"checked": checked[name]} if name in checked else {}),
+        )
+        for name in linear
+    ]
+
+
+def _checked(
+    config: MeasuredRun,
+    spec: VariantSpec,
+    folder: Path,
+    grids: Mapping[str, Grid],
+    sequences: list[Encoded],
+    tell: Tell,
+) -> dict[str, CheckedLoss]:
+    """Return the loss of the model if one layer alone is rounded, for each of these; {} if the model is too large."""
+    from pipeline.evaluation import metrics
+    from pipeline.inference import output_head
+    from pipeline.inference.load import device_named, load
+    from pipeline.inference.offload import TooLarge, check_fits
+    from pipeline.quantization.calibration.sensitivities import stand_in
+    from pipeline.quantization.roundings import rounding
+
+    try:
+        check_fits(folder, device_named(config.evaluate.device), "checking the most sensitive layers")
+    except TooLarge:
+        return {}
+    tell(0, len(grids), "checking the most sensitive layers")
+    model, _ = load(folder, device=config.evaluate.device)
+    full, head = metrics.score(model, sequences), output_head.head_of(model)
+    how, checked = rounding(stand_in(spec, False)[0]), {}
+    for done, (name, grid) in enumerate(grids.items(), start=1):
+        weight = model.get_parameter(name)
+        kept = weight.data
+        try:
+            weight.data = how.round(kept.cpu(), grid).dequantize(kept.dtype).to(kept.device)
+            scores = metrics.score(model, sequences)
+        finally:
+            weight.data = kept
+        compared = metrics.divergence(scores, head, full, head)
+        checked[name] = CheckedLoss(kl=compared.kl, rise=metrics.rise(scores, full))
+        tell(done, len(grids), "checking the most sensitive layers")
+    return checked
 
 
 def draw(layers: list[LayerLoss], title: str, path: Path) -> None:
-    """Draw the KL divergence by the position of the layer, with a colour for each kind of layer."""
+    """Draw the shares of the loss by the position of the layer, with a colour for each kind of layer."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -169,23 +213,13 @@ def draw(layers: list[LayerLoss], title: str, path: Path) -> None:
     kinds = list(dict.fromkeys(layer.name.rpartition(".")[2] for layer in layers))
     for kind in kinds:
         of_kind = [(i, layer) for i, layer in enumerate(layers) if layer.name.rpartition(".")[2] == kind]
-        axes.errorbar(
-            [i for i, _ in of_kind], [layer.kl.value for _, layer in of_kind],
-            yerr=[layer.kl.stderr for _, layer in of_kind], fmt="o", markersize=4, elinewidth=0.8, label=kind,
-        )  # fmt: skip
+        axes.plot([i for i, _ in of_kind], [layer.kl.value for _, layer in of_kind], "o", markersize=4, label=kind)
     axes.set_yscale("log")
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axes.set_xlabel("layer, in the order of the model")
-    axes.set_ylabel("KL divergence, nats a token")
+    axes.set_ylabel("share of the KL divergence, nats a token")
     axes.grid(axis="y", color="#d8dee4", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=min(len(kinds), 7), fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.print_png(path, metadata={"Software": None})
-
-
-def _rounded(weight: torch.Tensor, grid: Grid, how: str) -> torch.Tensor:
-    """Return a weight (N, K) after rounding, in its own type and on its own device."""
-    from pipeline.quantization.roundings import rounding
-
-    return rounding(how).round(weight.cpu(), grid).dequantize(weight.dtype).to(weight.device)

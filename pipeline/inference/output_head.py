@@ -48,11 +48,16 @@ class HeadNames:
     weight: str
     bias: str | None = None
 
-    def read(self, folder: Path) -> Head:
-        """Return the output head of the full-precision model in a folder, on the CPU."""
+    def read(self, folder: Path, weight: GroupQuantized | None = None) -> Head:
+        """Return the output head of the full-precision model in a folder, on the CPU.
+
+        Args:
+            weight: the output matrix, if it is a rounded one.
+        """
         checkpoint = open_checkpoint(folder)
         bias = checkpoint.read(self.bias) if self.bias else None
-        return Head(checkpoint.read(self.weight), bias, *logit_settings(open_config(folder)))
+        matrix = checkpoint.read(self.weight) if weight is None else weight
+        return Head(matrix, bias, *logit_settings(open_config(folder)))
 
 
 def head_names(model: PreTrainedModel) -> HeadNames:

@@ -184,7 +184,7 @@ def settings(spec: VariantSpec, groups: Sequence[Group], made: Allocation, table
             "group_size": usual,
             "group_sizes": {str(size): names for size, names in sorted(by_size.items()) if size != usual},
             "embeddings": embeddings,
-            "int8": sorted(layers.get((8, None), [])),
-            "keep": sorted(layers.get((KEPT, None), [])),
+            EIGHT_BITS: sorted(layers.get((8, None), [])),
+            KEEP: sorted(layers.get((KEPT, None), [])),
         }
     )

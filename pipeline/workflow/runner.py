@@ -17,7 +17,7 @@ from pipeline.tracking.trackers import opener
 from pipeline.training.accelerate_launch import Launch
 from pipeline.workflow.reporter import Reporter
 from pipeline.workflow.stage_process import Report, StartStage, run_stage
-from pipeline.workflow.stages import quantize, stage_named
+from pipeline.workflow.stages import config_of, quantize, stage_named
 from pipeline.workflow.workspace import Entry, Workspace
 
 
@@ -112,15 +112,16 @@ class Runner:
 
     def write_variants(self, variants: tuple[str, ...]) -> None:
         """Write the files of all variants that are not measured yet, in one pass; `raise_failures` raises failures."""
-        missing = tuple(v for v in variants if not self.holds("measure_variant", (v,)))
-        if calibrated := tuple(v for v in missing if v in self._config.quantize.calibrated):
-            try:
-                self.do("calibrate", calibrated)
-                if distilled := tuple(v for v in missing if v in self._config.quantize.distilled):
-                    self.do("distill", distilled)
-            except StageFailed as failure:
-                self._failures.append(failure)
-                missing = tuple(v for v in missing if v not in calibrated)
+        missing = self._not_measured(variants)
+        asked = self._config.quantize
+        for stage, needing in (("allocate", asked.targeted), ("calibrate", asked.calibrated)):
+            if some := tuple(v for v in missing if v in needing):
+                try:
+                    self.do(stage, some)
+                    missing = self._not_measured(missing)  # with settings that were measured before
+                except StageFailed as failure:
+                    self._failures.append(failure)
+                    missing = tuple(v for v in missing if v not in some)
         if not missing:
             return
         key = f"quantize ({', '.join(missing)})"
@@ -149,6 +150,12 @@ class Runner:
             return False  # its files could not be written, which is already a failure
         try:
             self.do("measure_variant", (variant,))
+            while self._is_made_again(variant):
+                self._written.discard(variant)
+                self.write_variants((variant,))
+                if variant not in self._written:
+                    return False
+                self.do("measure_variant", (variant,))
         except StageFailed as failure:
             self._failures.append(failure)
             return False
@@ -212,6 +219,14 @@ class Runner:
         launch = self._launch if stage == "train" else None
         return self._start(stage, variants, self._workspace, self._events, self._reporter, self._tick, launch)
 
+    def _not_measured(self, variants: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the variants that must be made: not measured yet, or to be made again with other settings."""
+        return tuple(v for v in variants if not self.holds("measure_variant", (v,)))
+
+    def _is_made_again(self, variant: str) -> bool:
+        """Return True if the target of a variant led to other settings after its measurement."""
+        return bool(self._workspace.ledger()[_key("measure_variant", (variant,))].summary.get("made_again"))
+
     def _is_released(self, variant: str) -> bool:
         """Return True if a measured variant is in the release; otherwise remember why it is withheld."""
         reason = self._workspace.ledger()[_key("measure_variant", (variant,))].summary.get("withheld")
@@ -224,7 +239,8 @@ class Runner:
         self._reporter.tick()
 
     def _fingerprint(self, stage: str, variants: tuple[str, ...]) -> str:
-        return fingerprint(stage_named(stage).depends(self._config, self._workspace, variants))
+        config = config_of(stage, self._config, self._workspace)
+        return fingerprint(stage_named(stage).depends(config, self._workspace, variants))
 
 
 def _key(stage: str, variants: tuple[str, ...]) -> str:

@@ -38,7 +38,7 @@ class Task(Section):
     low_disk: bool = False
     max_rise: Real | None = Field(default=None, gt=0, description="of perplexity, as a share")
     max_kl: Real | None = Field(default=None, gt=0, description="nats a token")
-    on_gate_failure: Literal["withhold", "warn", "escalate"] = "withhold"
+    on_gate_failure: Literal["withhold", "warn", "escalate"] = "withhold"  # the last is read as a target
     remove: list[str] = Field(default=[], description="variants of earlier releases to remove; all others stay")
     replace: bool = Field(default=False, description="remove every variant that is not among quant_types")
     replace_adapter: bool = Field(default=False, description="remove an adapter of other people at the root")

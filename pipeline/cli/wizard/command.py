@@ -37,7 +37,9 @@ def wizard(
     quantization: Annotated[Text, _answer("balanced, high_quality, edge, gpu_optimized; or int8, int4, both.")] = None,
     group_size: Annotated[Text, _answer("32, 64, 128 or 256, for int4.")] = None,
     gguf: Annotated[Text, _answer("GGUF types such as q4_0,q8_0, or none.")] = None,
-    gate: Annotated[Text, _answer("If a variant fails its gate: withhold, warn, or escalate.")] = None,
+    gate: Annotated[
+        Text, _answer("If a variant fails its gate: withhold, warn, or target (more bits for int4).")
+    ] = None,
     name: Annotated[Text, _answer("Name of the run.")] = None,
     calibrate: Annotated[
         bool | None, _answer("Measure the speed of this machine.", "--calibrate/--no-calibrate")

@@ -14,11 +14,12 @@ from pipeline.config.presets import PRESETS
 from pipeline.errors import ConfigError
 from pipeline.evaluation.gates import limits
 
-AS_THE_RECIPE, NONE = "recipe", "none"
+AS_THE_RECIPE, NONE, TARGET = "recipe", "none", "target"
+FORMER_TARGET = "escalate"  # the answer in earlier versions
 GATES = {
     "withhold": "not published; the card says so",
     "warn": "published with a warning",
-    "escalate": "made again with better and larger settings until it passes, which takes a while",
+    TARGET: "int4 gets as many bits as it needs to pass, which takes a while; other variants are withheld",
 }
 TYPES = {v.file_type.lower(): v.name for v in VARIANTS.values() if v.format == GGUF and v.file_type}
 
@@ -118,6 +119,19 @@ def _about_gate(draft: Draft) -> str:
     return f"If perplexity rises by more than {allowed}: {'; '.join(map(': '.join, GATES.items()))}."
 
 
+def _take_gate(draft: Draft, answer: str) -> None:
+    choice = one_of(TARGET if answer.strip().lower() == FORMER_TARGET else answer, tuple(GATES))
+    if choice != TARGET:
+        draft.set({"quantize.on_gate_failure": choice})
+        return
+    quantize = draft.config().quantize
+    aims = {v.name: {"rise": limits(quantize, v.name)["rise"]} for v in quantize.variants if v.mixes}
+    if not aims:
+        raise ConfigError(f"{TARGET}: no variant here can have different bits by layer. Try: withhold, warn")
+    variants = [v | ({TARGET: aims[v["name"]]} if v["name"] in aims else {}) for v in _variants(draft)]
+    draft.set({"quantize.variants": variants, "quantize.on_gate_failure": "withhold"})
+
+
 QUESTIONS = (
     Question(
         "quantize",
@@ -156,7 +170,7 @@ QUESTIONS = (
         "Failed quality gate",
         _about_gate,
         lambda draft: draft.config().quantize.on_gate_failure,
-        lambda draft, answer: draft.set({"quantize.on_gate_failure": one_of(answer, tuple(GATES))}),
+        _take_gate,
         attrgetter("quantizes"),
     ),
 )

@@ -57,6 +57,7 @@ def environment(folder: Path) -> Environment:
         lstrip_blocks=True,
     )
     formats = (
+        aim,
         code,
         count,
         decimal,
@@ -226,6 +227,13 @@ def share(value: object) -> Markdown | None:
 def percent(value: object) -> Markdown | None:
     """Format a share as it was set: 0.05 -> 5 %."""
     return None if (known := number(value)) is None else _unbroken(f"{100 * known:.10g} %")
+
+
+def aim(value: object, key: str) -> Markdown | None:
+    """Format a target by its key: 0.03 and `rise` -> 3 % more perplexity."""
+    if key == "rise":
+        return unit(percent(value), "more perplexity")
+    return unit(plain(value), {"size_mb": "MB", "bits": "bits a weight"}.get(key, ""))
 
 
 def size(value: object) -> Markdown | None:

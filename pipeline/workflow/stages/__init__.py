@@ -29,11 +29,13 @@ class Outcome:
         outputs: files, or whole folders, in the workspace.
         summary: its figures, as plain data.
         refusal: why its result is not released; the events then report a failure.
+        is_final: False if a variant is made again with other settings; then no event reports an end.
     """
 
     outputs: tuple[Path, ...] = ()
     summary: dict = field(default_factory=dict)
     refusal: UserError | None = None
+    is_final: bool = True
 
 
 class Stage(Protocol):
@@ -55,11 +57,16 @@ class Stage(Protocol):
 
 @dataclass(frozen=True)
 class Reporting:
-    """The events of a stage: its verb, and which of the verb's events it sends."""
+    """The events of a stage: its verb, and which of the verb's events it sends.
+
+    Attributes:
+        follows_targets: True if it makes variants with the settings that their targets led to.
+    """
 
     verb: str | None
     starts: bool = True
     completes: bool = True
+    follows_targets: bool = False
 
 
 REPORTING = {
@@ -67,10 +74,12 @@ REPORTING = {
     "merge": Reporting("merge"),
     "evaluate": Reporting("evaluate"),
     "compare_published": Reporting("evaluate", starts=False, completes=False),  # a part of retraining
-    "calibrate": Reporting("quantize", starts=False, completes=False),  # a part of making the variants
-    "distill": Reporting("quantize", starts=False, completes=False),  # likewise
-    "quantize": Reporting("quantize", completes=False),  # writes the files of all variants ...
-    "measure_variant": Reporting("quantize", starts=False),  # ... each of which is then measured
+    "allocate": Reporting("quantize", starts=False, completes=False),  # a part of making the variants
+    "calibrate": Reporting("quantize", starts=False, completes=False, follows_targets=True),  # another part
+    # It writes the files of all variants ...
+    "quantize": Reporting("quantize", completes=False, follows_targets=True),
+    # ... each of which is then measured.
+    "measure_variant": Reporting("quantize", starts=False, follows_targets=True),
     "render": Reporting(None, starts=False, completes=False),
     "publish": Reporting("publish"),
 }
@@ -81,15 +90,24 @@ def stage_named(name: str) -> Stage:
     return cast(Stage, importlib.import_module(f"{__name__}.{name}"))
 
 
+def config_of(name: str, config: Config, workspace: Workspace) -> Config:
+    """Return the configuration that a stage works with: stages that make variants follow their targets."""
+    from pipeline.workflow.stages.allocate import allocated
+
+    is_asked = not (REPORTING[name].follows_targets and config.quantize.targeted)
+    return config if is_asked else allocated(config, workspace)
+
+
 def perform(name: str, config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
     """Do a stage in this process, and send its events, except its failure event (`tell_failure`)."""
     stage, reporting, start = stage_named(name), REPORTING[name], time.monotonic()
+    config = config_of(name, config, workspace)
     if reporting.verb and reporting.starts:
         for variant in _subjects(reporting.verb, variants):
             events.emit(reporting.verb, "started", variant, **stage.parameters(config, variant))
     outcome = stage.run(config, workspace, events, variants)
     seconds = round(time.monotonic() - start, 3)
-    if reporting.verb and reporting.completes:
+    if reporting.verb and reporting.completes and outcome.is_final:
         for variant in _subjects(reporting.verb, variants):
             if outcome.refusal:
                 events.failed(reporting.verb, variant, outcome.refusal, seconds)

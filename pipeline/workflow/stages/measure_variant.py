@@ -9,17 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.config.catalog import VARIANTS
-from pipeline.config.schema import Config, MeasuredRun, VariantSpec
+from pipeline.config.schema import Config, MeasuredRun
 from pipeline.errors import GateError
-from pipeline.evaluation.escalation import best
-from pipeline.evaluation.gates import describe_missed, judge, limits
-from pipeline.evaluation.model_result import ModelResult, StoredWeights, VariantSettings, Verdict
+from pipeline.evaluation.gates import best, corrections, describe_missed, judge, limits
+from pipeline.evaluation.model_result import ModelResult, StoredWeights, VariantSettings
 from pipeline.inference.loaders import only_file
 from pipeline.models.checkpoint_files import stored_bytes
 from pipeline.system.files import fingerprint, states
 from pipeline.system.libraries import versions
 from pipeline.tracking.events import Events
-from pipeline.workflow.stages import Outcome, quantize
+from pipeline.workflow.stages import Outcome, allocate, config_of, quantize
 from pipeline.workflow.stages.inputs import full_model, model_bytes, run_texts
 from pipeline.workflow.stages.quantize import files_of, parameters
 from pipeline.workflow.workspace import Workspace
@@ -41,7 +40,8 @@ def is_withheld(config: Config, workspace: Workspace, name: str) -> bool:
     entry = workspace.ledger().get(f"quantize/{name}")
     if entry is None or "withheld" not in entry.summary:
         return False
-    return workspace.holds(f"quantize/{name}", fingerprint(depends(config, workspace, (name,))))
+    made_with = config_of("measure_variant", config, workspace)
+    return workspace.holds(f"quantize/{name}", fingerprint(depends(made_with, workspace, (name,))))
 
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
@@ -52,12 +52,15 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     result = _measured(config, workspace, events, name, full)
     refusal, missed = None, None
     if isinstance(config, MeasuredRun):
-        if config.quantize.on_gate_failure == "escalate":
-            result = _escalated(config, workspace, events, name, full, result)
-        else:
-            result = result.changed(gate=judge(result.quality, limits(config.quantize, name)))
+        result = _judged(config, workspace, name, result)
+        if allocate.next_try(config, workspace, events, name, full):
+            _leave_out(workspace, name)
+            return Outcome(summary={"made_again": describe_missed(result.verdict) or "passes by far"}, is_final=False)
         missed = None if result.verdict.passed else describe_missed(result.verdict)
         withheld = bool(missed) and config.quantize.on_gate_failure != "warn"
+        if withheld and result.verdict.tried:
+            result = _best_of(result)
+            missed = describe_missed(result.verdict)
         result = result.changed(gate=result.verdict.model_copy(update={"withheld": withheld}))
         if withheld:
             refusal = GateError(f"withheld: {missed}{_told_of_tries(result)}")
@@ -88,7 +91,7 @@ def _measured(config: Config, workspace: Workspace, events: Events, name: str, f
     about = {"depends_on": depends_on, "files": states(files_of(workspace, name))}
     known, written = (workspace.progress(key, kind) for kind in ("measured", "written"))
     made = {
-        "variant": VariantSettings(**(written.get("instead") or config.quantize.spec(name).making())),
+        "variant": VariantSettings(**config.quantize.spec(name).making()),
         "weights": StoredWeights(**written["weights"]),
     }
     if known.get("about") == about:
@@ -108,36 +111,23 @@ def _measured(config: Config, workspace: Workspace, events: Events, name: str, f
     return result.changed(**made)
 
 
-def _escalated(
-    config: MeasuredRun, workspace: Workspace, events: Events, name: str, full: Path, result: ModelResult
-) -> ModelResult:
-    """Return the result of the smallest fallback that passes, and take its files for the variant.
-
-    If no fallback passes, return the result of the best one.
-    """
-    from pipeline.workflow.stages.escalate import Escalation
-
-    asked = config.quantize.spec(name)
-    made = VariantSpec.model_validate((result.variant or VariantSettings()).to_json())
-    measured_by = _measured_by(config, workspace, (name,))
-    escalation = Escalation(config, workspace, events, name, full, fingerprint(measured_by))
-    escalation.know(made, result)
-    chosen, tried = escalation.run()
-    if chosen is None:
-        nearest = best(tried)
-        return nearest.changed(gate=_with_tries(nearest.verdict, tried))
-    if chosen.making() != made.making():
-        escalation.adopt(chosen)
-        result = _measured(config, workspace, events, name, full)
-    verdict = escalation.judge(chosen, result)
-    if chosen.making() == asked.making():
-        return result.changed(gate=verdict)
-    return result.changed(gate=_with_tries(verdict, tried))
+def _judged(config: MeasuredRun, workspace: Workspace, name: str, result: ModelResult) -> ModelResult:
+    """Return the result with its verdict, which allows for all settings that a target may lead to."""
+    target = config.quantize.spec(name).target
+    if target is None or target.rise is None:
+        return result.changed(gate=judge(result.quality, limits(config.quantize, name)))
+    tries = corrections(allocate.TRIES, allocate.is_first(workspace, name))
+    result = result.changed(gate=judge(result.quality, limits(config.quantize, name), tries))
+    tried = allocate.note_try(workspace, name, result)
+    if len(tried) < 2:
+        return result
+    return result.changed(gate=result.verdict.model_copy(update={"tried": tuple(tried)}))
 
 
-def _with_tries(verdict: Verdict, tried: list[ModelResult]) -> Verdict:
-    short = [ModelResult(size_bytes=t.size_bytes, quality=t.quality, variant=t.variant, gate=t.gate) for t in tried]
-    return verdict.model_copy(update={"tried": tuple(short)})
+def _best_of(result: ModelResult) -> ModelResult:
+    """Return the result of the try that came nearest to its limits, with all tries."""
+    nearest = best(result.verdict.tried)
+    return nearest.changed(gate=nearest.verdict.model_copy(update={"tried": result.verdict.tried}))
 
 
 def _told_of_tries(result: ModelResult) -> str:

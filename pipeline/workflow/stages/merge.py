@@ -95,7 +95,8 @@ def _own_base(config: Config, adapter: Path) -> str | None:
 
 def _variants_along(config: Config, workspace: Workspace, events: Events, base: Path, linear: dict) -> Variants | None:
     """Return the variants that can be made in the merge's own pass; `quantize` reports why others cannot."""
-    names = [spec.name for spec in config.quantize.variants if spec.name not in config.quantize.calibrated]
+    later = (*config.quantize.calibrated, *config.quantize.targeted)
+    names = [spec.name for spec in config.quantize.variants if spec.name not in later]
     with suppress(ModelError, OSError):
         variants, _ = to_write(config, workspace, events, names, base, linear)
         return variants if variants.specs else None

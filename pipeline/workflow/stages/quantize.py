@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.catalog import KEEP, VARIANTS
-from pipeline.config.schema import Config, MeasuredRun, VariantSpec
+from pipeline.config.schema import Config, MeasuredRun
 from pipeline.errors import MissingExtra, QuantizationError
 from pipeline.system.files import empty_folder, replace_folder, states
 from pipeline.system.libraries import is_installed, versions
 from pipeline.tracking.events import Events, one_line
-from pipeline.workflow.stages import Outcome, calibrate, distill
+from pipeline.workflow.stages import Outcome, allocate, calibrate
 from pipeline.workflow.stages.inputs import base_revision, full_model, made_from, shard_by_shard, text_depends
 from pipeline.workflow.workspace import Workspace
 
@@ -53,13 +53,10 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
 
 
 def _calibration(config: Config, workspace: Workspace, variants: Sequence[str]) -> dict:
-    """Return the dependencies of variants on a calibration; none if they are not calibrated."""
-    if not set(variants).intersection(config.quantize.calibrated):
+    """Return the dependencies of variants on calibration text; none if it plays no part in them."""
+    if not set(variants).intersection([*config.quantize.calibrated, *config.quantize.targeted]):
         return {}
-    found = {"calibration": calibrate.collected_with(config, workspace)}
-    if set(variants).intersection(config.quantize.distilled):
-        found["distillation"] = config.quantize.distillation.model_dump()
-    return found
+    return {"calibration": calibrate.collected_with(config, workspace)}
 
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
@@ -89,8 +86,14 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
 
 
 def check_extras(config: Config) -> None:
-    """Raise MissingExtra if a package that writes a variant is not installed."""
+    """Raise an error if a variant lacks calibration text, or a package that writes it.
+
+    Raises:
+        ConfigError: with the key to set.
+        MissingExtra: with the package.
+    """
     calibrate.check(config)
+    allocate.check(config)
     for spec in config.quantize.variants:
         for module, extra in spec.variant.requires:
             if not is_installed(module):
@@ -113,11 +116,12 @@ def check_variants(config: Config, model: Path) -> None:
         refuse_other_matrices(model)
     for spec in config.quantize.variants:
         format_of(spec).check(spec, model)
-    if config.quantize.calibrated:
+    if config.quantize.calibrated or config.quantize.targeted:
         from pipeline.quantization.calibration.blocks import BlockwiseModel
         from pipeline.quantization.calibration.check import check_blocks
 
         check_blocks(BlockwiseModel(model))
+    allocate.check_reachable(config, model)
 
 
 def to_write(
@@ -176,34 +180,19 @@ def keep_written(config: Config, workspace: Workspace, made: Mapping[str, Varian
     """Move finished files to their place, and record their inputs."""
     for name, files in made.items():
         replace_folder(_partial(workspace, name), workspace.quantized / name)
-        about = _made_with(config, workspace, name)
-        note_written(config, workspace, name, asdict(files) | about, model)
-
-
-def _made_with(config: Config, workspace: Workspace, name: str) -> dict:
-    """Return the calibration and the distillation of a variant, for cards."""
-    found = calibrate.about(config, workspace) if name in config.quantize.calibrated else {}
-    return found | (distill.about(workspace, name) if name in config.quantize.distilled else {})
-
-
-def note_written(
-    config: Config, workspace: Workspace, name: str, weights: dict, model: Path, instead: VariantSpec | None = None
-) -> None:
-    """Record the finished files of a variant and their inputs.
-
-    Args:
-        instead: the settings they were made with, if a fallback was taken.
-    """
-    written = {"about": _about(config, workspace, name, model), "weights": weights}
-    if instead:
-        written["instead"] = instead.making()
-    workspace.note(f"quantize/{name}", written=written)
+        weights = asdict(files)
+        if name in config.quantize.calibrated:
+            weights |= calibrate.about(config, workspace)
+        if name in config.quantize.targeted:
+            weights |= allocate.about(workspace, config.quantize.spec(name))
+        written = {"about": _about(config, workspace, name, model), "weights": weights}
+        workspace.note(f"quantize/{name}", written=written)
 
 
 def _is_written(config: Config, workspace: Workspace, name: str, model: Path) -> bool:
     """Return True if the files of a variant are complete and match the present settings and model."""
     written = workspace.progress(f"quantize/{name}", "written")
-    is_as_asked = "instead" not in written or config.quantize.on_gate_failure == "escalate"
+    is_as_asked = "instead" not in written  # by a fallback of an earlier version
     return is_as_asked and written.get("about") == _about(config, workspace, name, model)
 
 

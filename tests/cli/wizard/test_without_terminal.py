@@ -97,7 +97,7 @@ def test_answers_that_end_early_are_told(desk):
         ({"gguf": ", "}, "no GGUF type is named"),
         ({"group_size": "48"}, "allowed are 32, 64, 128, 256"),
         ({"gguf": "q9"}, "not a GGUF type"),
-        ({"gate": "hope"}, "Try: withhold, warn, escalate"),
+        ({"gate": "hope"}, "Try: withhold, warn, target"),
         ({"quantize": "no", "group_size": "32"}, "--group-size: does not apply to the other answers"),
         ({"private": "no"}, "--public: does not apply to the other answers"),
         ({"private": "yes"}, "--private: does not apply to the other answers"),
