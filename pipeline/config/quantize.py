@@ -222,18 +222,30 @@ class Calibration(Section):
         return (self.source,) if isinstance(self.source, str) else tuple(self.source or ())
 
 
+class Distillation(Section):
+    """The training of scales and zeros."""
+
+    tokens: Count = Field(default=131072, description="tokens to train on; the text is read again if it is shorter")
+
+
 class Quantize(Section):
     """The variants to make, and their limits."""
 
-    quality: Literal["fast", "calibrated"] = Field(
+    quality: Literal["fast", "calibrated", "distilled"] = Field(
         default="fast",
         exclude_if=lambda value: value == "fast",
-        description="`calibrated` rounds with statistics of the layers' inputs, which is slower and loses less",
+        description="`calibrated` rounds with statistics of the layers' inputs, which is slower and loses less; "
+        "`distilled` then trains the scales as well, which is slower still",
     )
     calibration: Calibration = Field(
         default=Calibration(),
         exclude_if=lambda value: value == Calibration(),
-        description="text for `quality: calibrated`",
+        description="text for `quality: calibrated` and `distilled`",
+    )
+    distillation: Distillation = Field(
+        default=Distillation(),
+        exclude_if=lambda value: value == Distillation(),
+        description="training of the scales for `quality: distilled`",
     )
     variants: Annotated[
         list[VariantSpec],
@@ -254,7 +266,7 @@ class Quantize(Section):
         names = [v.name for v in value]
         if len(set(names)) != len(names):
             raise ValueError("each variant can be asked for once")
-        calibrates = info.data.get("quality") == "calibrated"
+        calibrates = info.data.get("quality", "fast") != "fast"
         return [v.resolved(calibrates) for v in value]
 
     @model_validator(mode="after")
@@ -267,12 +279,19 @@ class Quantize(Section):
     @property
     def calibrates(self) -> bool:
         """Return True if variants are calibrated."""
-        return self.quality == "calibrated"
+        return self.quality != "fast"
 
     @property
     def calibrated(self) -> tuple[str, ...]:
         """Return the names of the variants that are rounded with statistics of the layers' inputs."""
         return tuple(spec.name for spec in self.variants if spec.need(self.calibrates) != Need.NOTHING)
+
+    @property
+    def distilled(self) -> tuple[str, ...]:
+        """Return the names of the variants whose scales are trained: those that a calibration rounds."""
+        if self.quality != "distilled":
+            return ()
+        return tuple(spec.name for spec in self.variants if spec.need(True) == Need.GRAM_MATRIX)
 
     @property
     def targeted(self) -> tuple[str, ...]:

@@ -153,6 +153,9 @@ class StoredWeights(Record):
     groups: Annotated[dict[str, Count], Table] = {}
     calibration_text: Text | None = None
     calibration_tokens: Count | None = None
+    distilled_steps: Count | None = None
+    distilled_kl_before: Number | None = None
+    distilled_kl_after: Number | None = None
     target: Annotated[dict[str, Number], Table] = {}
     expected_kl: Number | None = None
 

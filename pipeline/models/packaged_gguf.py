@@ -68,11 +68,12 @@ def unpack_gguf(source: str, file: Path, folder: Path) -> tuple[Path, Origin]:
     return folder, origin
 
 
-def dequantize(file: Path, folder: Path, off_grid: bool = True) -> None:
+def dequantize(file: Path, folder: Path, off_grid: bool = True, seed: int = 0) -> None:
     """Write the model in a GGUF as an ordinary bf16 checkpoint.
 
     Args:
         off_grid: reorder its channels, as `pipeline.models.channel_shuffle` does.
+        seed: of that order.
 
     Raises:
         ModelError: for an architecture whose channels cannot be reordered here.
@@ -91,7 +92,7 @@ def dequantize(file: Path, folder: Path, off_grid: bool = True) -> None:
     )
     if off_grid:
         try:
-            reorder_channels(model)
+            reorder_channels(model, seed)
         except ValueError as error:
             raise ModelError(f"{file}: {error}") from None
     model.save_pretrained(folder)

@@ -25,6 +25,7 @@ from pipeline.quantization.calibration.store import save_whole
 from pipeline.quantization.grid import GroupQuantized
 
 Tell = Callable[[int, int, str], None]  # called with the steps done, the steps in all, and the state of the loss
+Values = Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]  # name of a weight -> its scales and zeros (N, G)
 
 STATE = "distillation.safetensors"
 BETAS = (0.9, 0.95)
@@ -80,7 +81,7 @@ def distill(
     schedule: Schedule,
     folder: Path,
     tell: Tell,
-) -> tuple[Distilled, Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]]:
+) -> tuple[Distilled, Values]:
     """Train the scales and zeros of the linear layers in the decoder blocks.
 
     Args:
@@ -136,9 +137,7 @@ class _Trainer:
         for number, (ids, hidden) in enumerate(zip(batches, states, strict=True)):
             save_whole({"states": self._model.finish(ids, hidden).contiguous()}, self._wanted(number))
 
-    def run(
-        self, schedule: Schedule, tell: Tell
-    ) -> tuple[Distilled, Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]]:
+    def run(self, schedule: Schedule, tell: Tell) -> tuple[Distilled, Values]:
         """Train, and return the best values."""
         first, best, waited = self._resume()
         if not first:

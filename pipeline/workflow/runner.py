@@ -114,7 +114,8 @@ class Runner:
         """Write the files of all variants that are not measured yet, in one pass; `raise_failures` raises failures."""
         missing = self._not_measured(variants)
         asked = self._config.quantize
-        for stage, needing in (("allocate", asked.targeted), ("calibrate", asked.calibrated)):
+        making = {"allocate": asked.targeted, "calibrate": asked.calibrated, "distill": asked.distilled}
+        for stage, needing in making.items():
             if some := tuple(v for v in missing if v in needing):
                 try:
                     self.do(stage, some)

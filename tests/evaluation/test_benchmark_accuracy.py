@@ -101,6 +101,15 @@ def test_invalid_variant_is_refused_before_any_work(benchmark, monkeypatch, tmp_
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("option", [["--grid", "on"], ["--seed", "1"]])
+def test_grid_and_seed_are_for_embedded_models(benchmark, monkeypatch, tmp_path, tiny_model, option):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["benchmark", str(tiny_model("llama")), *option])
+    with pytest.raises(ConfigError, match=f"{' '.join(option)}: .* is not embedded in a package"):
+        benchmark.benchmark(benchmark._arguments())
+    assert not list(tmp_path.iterdir())
+
+
 def test_invalid_option_ends_with_one_line(tmp_path, tiny_model):
     command = [sys.executable, SCRIPTS / "benchmark_accuracy.py", tiny_model("llama"), "--variants", "int9"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

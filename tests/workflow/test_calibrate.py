@@ -255,3 +255,60 @@ def test_sources_are_mixed_evenly_and_long_texts_are_read_to_their_end(place, tm
     write(tmp_path, model, calibration={"source": [], "tokens": 4096})
     with pytest.raises(ConfigError, match="quantize.calibration.source"):
         load_config(str(place.config))
+
+
+def test_distilled_variant_is_nearer_to_the_full_model_than_a_calibrated_one(place, tmp_path, tiny_model):
+    model = tiny_model("llama")
+    text = {"calibration": {"source": "calibration.txt", "tokens": 2048}, "distillation": {"tokens": 40960}}
+    made(place)
+    calibrated = weights(tmp_path / "runs/tiny/release/int4", model)
+    write(tmp_path, model, quality="distilled", **text)
+    first = made(place)
+    distilled = weights(tmp_path / "runs/tiny/release/int4", model)
+
+    ledger = json.loads((tmp_path / "runs/tiny/ledger.json").read_text())
+    summary = ledger["steps"]["distill"]["summary"]
+    assert 0 < summary["int4_kl_after"] < summary["int4_kl_before"]
+    assert any(not torch.equal(distilled[name], calibrated[name]) for name in distilled)
+    other = " ".join(f"{n} apples and {n * n} pears." for n in range(600, 800))
+    ids = torch.tensor([AutoTokenizer.from_pretrained(model)(other)["input_ids"][:512]])
+    assert divergence(model, distilled, ids) < divergence(model, calibrated, ids)
+    assert not list((tmp_path / "runs/tiny/distilled").glob("*.state"))
+    assert made(place) == first
+
+
+def divergence(model, replaced, ids) -> float:
+    """Return the KL divergence of a model with other weights, in nats a token."""
+    from transformers import AutoModelForCausalLM
+
+    logits = []
+    for weights_ in ({}, replaced):
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        for name, weight in weights_.items():
+            loaded.get_parameter(name).data = weight
+        with torch.no_grad():
+            logits.append(loaded(input_ids=ids).logits.log_softmax(-1))
+    return float((logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean())
+
+
+def test_a_killed_distillation_goes_on_with_its_last_measurement(place, tmp_path, tiny_model, monkeypatch):
+    from pipeline.quantization import distillation
+
+    model = tiny_model("llama")
+    text = {"calibration": {"source": "calibration.txt", "tokens": 2048}, "distillation": {"tokens": 90112}}
+    write(tmp_path, model, quality="distilled", **text)
+    steps, real = [], distillation._Trainer._step
+
+    def step(trainer, number):
+        if len(steps) == 30:
+            steps.append(None)
+            raise KeyboardInterrupt
+        steps.append(number)
+        return real(trainer, number)
+
+    monkeypatch.setattr(distillation._Trainer, "_step", step)
+    with pytest.raises((Interrupted, KeyboardInterrupt)):
+        made(place)
+    before = len(steps)
+    made(place)
+    assert len(steps) - before == 44 - 20  # steps between two measurements

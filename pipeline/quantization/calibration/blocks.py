@@ -39,6 +39,7 @@ class BlockwiseModel:
         linear: the weights of linear layers, name -> (N, K).
         count: number of decoder blocks.
         table: the name of the embedding's weight.
+        skeleton: the model, with only some weights in memory.
         dtype: the compute type.
     """
 
@@ -46,7 +47,7 @@ class BlockwiseModel:
         self.device, self.dtype = torch.device(device), compute_dtype(device)
         self._checkpoint = open_checkpoint(folder) if checkpoint is None else checkpoint
         self.linear = linear_weights(folder)
-        self._model = skeleton(folder).to(self.dtype).eval()
+        self.skeleton = self._model = skeleton(folder).to(self.dtype).eval()
         self.architecture = type(self._model).__name__
         self._prefix, self._layers = _decoder_blocks(self._model, self.linear, folder)
         self._learn(None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -69,3 +69,28 @@ def read_statistics(path: Path) -> dict[str, torch.Tensor]:
     """Return the second moments (K,) of the inputs of each layer, by the name of its weight."""
     checkpoint = Checkpoint.of_files([path])
     return {name: checkpoint.read(name) for name in checkpoint}
+
+
+class RoundedLayers(Mapping[str, GroupQuantized]):
+    """The rounded weights of a variant by name, each read when it is asked for.
+
+    Args:
+        folder: the weights.
+        grids: shape (N, K) and grid of each of them.
+    """
+
+    def __init__(self, folder: RoundedFolder, grids: Mapping[str, tuple[tuple[int, int], Grid]]):
+        self._folder, self._grids = folder, {name: of for name, of in grids.items() if name in folder}
+
+    def __getitem__(self, name: str) -> GroupQuantized:
+        shape, grid = self._grids[name]
+        return self._folder.rows(name, grid, 0, shape[0])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._grids
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._grids)
+
+    def __len__(self) -> int:
+        return len(self._grids)

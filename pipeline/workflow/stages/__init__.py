@@ -76,6 +76,7 @@ REPORTING = {
     "compare_published": Reporting("evaluate", starts=False, completes=False),  # a part of retraining
     "allocate": Reporting("quantize", starts=False, completes=False),  # a part of making the variants
     "calibrate": Reporting("quantize", starts=False, completes=False, follows_targets=True),  # another part
+    "distill": Reporting("quantize", starts=False, completes=False, follows_targets=True),  # likewise
     # It writes the files of all variants ...
     "quantize": Reporting("quantize", completes=False, follows_targets=True),
     # ... each of which is then measured.

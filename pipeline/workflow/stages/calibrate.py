@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pipeline.quantization.layers import RoundedWeights
     from pipeline.quantization.statistics import Statistics
 
+DISTILLED = "distilled"  # the folder of what `distill` makes of them
 FOLDER, STATISTICS, BORDER = "calibration", "statistics.safetensors", "border.safetensors"
 
 
@@ -164,5 +165,6 @@ def read(config: Config, workspace: Workspace, name: str) -> tuple[dict[str, Sta
 
     folder, tokens = workspace.folder / FOLDER, config.quantize.calibration.tokens
     moments = read_statistics(folder / STATISTICS)
-    rounded: dict[str, RoundedWeights] = {name: RoundedFolder(folder / name)} if (folder / name).is_dir() else {}
+    made = (workspace.folder / DISTILLED if name in config.quantize.distilled else folder) / name
+    rounded: dict[str, RoundedWeights] = {name: RoundedFolder(made)} if made.is_dir() else {}
     return {weight: Statistics(tokens, values) for weight, values in moments.items()}, rounded

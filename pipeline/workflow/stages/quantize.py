@@ -19,7 +19,7 @@ from pipeline.errors import MissingExtra, QuantizationError
 from pipeline.system.files import empty_folder, replace_folder, states
 from pipeline.system.libraries import is_installed, versions
 from pipeline.tracking.events import Events, one_line
-from pipeline.workflow.stages import Outcome, allocate, calibrate
+from pipeline.workflow.stages import Outcome, allocate, calibrate, distill
 from pipeline.workflow.stages.inputs import base_revision, full_model, made_from, shard_by_shard, text_depends
 from pipeline.workflow.workspace import Workspace
 
@@ -56,7 +56,10 @@ def _calibration(config: Config, workspace: Workspace, variants: Sequence[str]) 
     """Return the dependencies of variants on calibration text; none if it plays no part in them."""
     if not set(variants).intersection([*config.quantize.calibrated, *config.quantize.targeted]):
         return {}
-    return {"calibration": calibrate.collected_with(config, workspace)}
+    found = {"calibration": calibrate.collected_with(config, workspace)}
+    if set(variants).intersection(config.quantize.distilled):
+        found["distillation"] = config.quantize.distillation.model_dump()
+    return found
 
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
@@ -180,13 +183,16 @@ def keep_written(config: Config, workspace: Workspace, made: Mapping[str, Varian
     """Move finished files to their place, and record their inputs."""
     for name, files in made.items():
         replace_folder(_partial(workspace, name), workspace.quantized / name)
-        weights = asdict(files)
-        if name in config.quantize.calibrated:
-            weights |= calibrate.about(config, workspace)
-        if name in config.quantize.targeted:
-            weights |= allocate.about(workspace, config.quantize.spec(name))
+        weights = asdict(files) | _made_with(config, workspace, name)
         written = {"about": _about(config, workspace, name, model), "weights": weights}
         workspace.note(f"quantize/{name}", written=written)
+
+
+def _made_with(config: Config, workspace: Workspace, name: str) -> dict:
+    """Return the calibration, the distillation and the target of a variant, for cards."""
+    found = calibrate.about(config, workspace) if name in config.quantize.calibrated else {}
+    found |= distill.about(workspace, name) if name in config.quantize.distilled else {}
+    return found | (allocate.about(workspace, config.quantize.spec(name)) if name in config.quantize.targeted else {})
 
 
 def _is_written(config: Config, workspace: Workspace, name: str, model: Path) -> bool:
