@@ -22,7 +22,7 @@ class Statistics:
     Attributes:
         tokens: T.
         second_moments: mean of the squares, (K,) float32.
-        gram: inputs.T @ inputs / T, (K, K) float32; None if no rounding needs it.
+        gram: inputs.T @ inputs / T, (K, K) float32; None if no rounding needs it. On the same device.
     """
 
     tokens: int

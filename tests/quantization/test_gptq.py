@@ -124,3 +124,25 @@ def test_rows_that_are_fitted_in_small_parts_are_the_same(weight, monkeypatch):
     made = gptq.round(weight, GRIDS["int4"], correlated(128))
     assert (made.codes == expected.codes).float().mean() > 0.99
     assert torch.allclose(made.scale.float(), expected.scale.float(), rtol=0.02)
+
+
+@pytest.mark.parametrize("rounding", [gptq, search])
+@pytest.mark.parametrize("grid", [GRIDS["int4"], GRIDS["Q4_0"]], ids=["int4", "Q4_0"])
+def test_every_tensor_is_made_on_the_device_of_the_weight(weight, rounding, grid):
+    expected, statistics = rounding.round(weight, grid, correlated(128)), correlated(128)
+    with torch.device("meta"):  # a tensor that is made on the default device could not be computed with
+        made = rounding.round(weight, grid, statistics)
+    assert torch.equal(made.codes, expected.codes)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_gpu_rounds_as_well_as_the_cpu(weight, grid):
+    from pipeline.quantization.calibration.rounding import round_layers
+
+    of = correlated(128)
+    there = Statistics(of.tokens, of.second_moments.cuda(), of.gram.cuda())
+    made = round_layers(gptq, lambda name, a, b: weight[a:b], {"q": (tuple(weight.shape), grid)}, {"q": there})["q"]
+    assert made.codes.device.type == "cpu"
+    lost = [gptq.loss(weight.float(), one, of.gram).sum() for one in (made, gptq.round(weight, grid, of))]
+    assert lost[0] < 1.05 * lost[1]

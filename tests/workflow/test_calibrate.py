@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from pipeline.errors import ConfigError, DataError, Interrupted, StageFailed
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.matrices import linear_weights
 from pipeline.quantization.calibration.blocks import BlockwiseModel
+from pipeline.quantization.calibration.store import read_statistics
 from pipeline.quantization.formats import storage
 from pipeline.quantization.statistics import Statistics
 from pipeline.workflow.in_process import run_stage_here
@@ -176,6 +178,57 @@ def test_variant_that_is_added_leaves_a_calibrated_one_as_it_is(place, tmp_path,
     assert (tmp_path / "runs/tiny/release/int8").is_dir() and file.stat().st_mtime_ns == before
 
 
+def test_only_variants_without_valid_rounded_weights_are_calibrated(place, tmp_path, tiny_model, monkeypatch):
+    made(place)
+    codes = tmp_path / "runs/tiny/calibration/int4/block-0001.safetensors"
+    first, before = codes.stat().st_mtime_ns, codes.read_bytes()
+    ran, plain = [], BlockwiseModel.loaded
+    monkeypatch.setattr(BlockwiseModel, "loaded", lambda self, block: ran.append(block) or plain(self, block))
+
+    def make_again():
+        shutil.rmtree(tmp_path / "runs/tiny/release/int4")
+        ran.clear()
+        made(place)
+
+    make_again()
+    assert not ran and codes.stat().st_mtime_ns == first
+    write(tmp_path, tiny_model("llama"), variants=[VARIANT, {"name": "int8", "rounding": "gptq"}])
+    make_again()
+    assert ran and codes.stat().st_mtime_ns == first and (tmp_path / "runs/tiny/calibration/int8").is_dir()
+    codes.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    make_again()
+    assert ran and codes.read_bytes() == before
+    statistics = tmp_path / "runs/tiny/calibration/statistics.safetensors"
+    write(tmp_path, tiny_model("llama"), variants=[{**VARIANT, "rounding": "search"}])
+    make_again()
+    assert not ran  # the statistics are there
+    assert {of.tokens for of in read_statistics(statistics).values()} == {2048}
+
+
+def test_stopped_calibration_does_not_go_on_in_another_compute_type(place, monkeypatch):
+    ran, plain = [], BlockwiseModel.loaded
+
+    def loaded(self, block):
+        ran.append(block)
+        if len(ran) == 6:
+            raise KeyboardInterrupt
+        return plain(self, block)
+
+    monkeypatch.setattr(BlockwiseModel, "loaded", loaded)
+    monkeypatch.setenv("TUNEPRESS_COMPUTE_DTYPE", "float32")
+    with pytest.raises(Interrupted):
+        made(place)
+    monkeypatch.setenv("TUNEPRESS_COMPUTE_DTYPE", "bfloat16")
+    made(place)
+    assert ran[6:] == [0, 1, 0, 1, 0, 1]
+
+
+def test_variants_that_need_no_statistics_need_no_text(place, tmp_path, tiny_model):
+    write(tmp_path, tiny_model("llama"), calibration={}, variants=["int8"])
+    run(load_config(str(place.config)), "runs", start=run_stage_here)
+    assert (tmp_path / "runs/tiny/release/int8").is_dir() and not (tmp_path / "runs/tiny/calibration").exists()
+
+
 def test_variant_that_does_not_fit_does_not_stop_the_others(place, tmp_path, tiny_model):
     bad = {"name": "int8", "rounding": "gptq", "keep": ["no.such.layer"]}
     write(tmp_path, tiny_model("llama"), variants=[bad, VARIANT])
@@ -197,7 +250,7 @@ def test_statistics_of_one_block_are_in_memory_at_a_time(place, monkeypatch):
     held, plain = [], BlockwiseModel.loaded
 
     def loaded(self, block):
-        held.append(sum(isinstance(thing, Statistics) for thing in gc.get_objects()))
+        held.append(sum(isinstance(thing, Statistics) and thing.gram is not None for thing in gc.get_objects()))
         return plain(self, block)
 
     monkeypatch.setattr(BlockwiseModel, "loaded", loaded)

@@ -54,6 +54,7 @@ def collect(
         check_blocks(model)
         with model.embedding():
             activations = [model.enter(ids) for ids in batches]
+    activations = [hidden.to(model.device) for hidden in activations]
     for block in range(first, model.count):
         sums = Sums(need)
         with model.loaded(block):
@@ -98,7 +99,7 @@ class Sums:
                 found[name] = found[leader]
                 continue
             tokens = self._tokens[name]
-            means = self._sums.pop(name).div_(tokens).cpu()
+            means = self._sums.pop(name).div_(tokens)
             is_gram = means.ndim == 2
             found[name] = Statistics(tokens, means.diagonal().clone() if is_gram else means, means if is_gram else None)
         return found

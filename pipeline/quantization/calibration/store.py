@@ -12,9 +12,11 @@ from safetensors.torch import save_file
 from pipeline.errors import QuantizationError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.quantization.grid import Grid, GroupQuantized
+from pipeline.quantization.statistics import Statistics
 from pipeline.system.files import sync
 
 _PARTS = ("codes", "scale", "zero")
+_MOMENTS, _TOKENS = "second_moments", "tokens"
 
 
 def save_block(folder: Path, block: int, weights: Mapping[str, GroupQuantized]) -> None:
@@ -65,10 +67,25 @@ class RoundedFolder:
         return made
 
 
-def read_statistics(path: Path) -> dict[str, torch.Tensor]:
-    """Return the second moments (K,) of the inputs of each layer, by the name of its weight."""
+def statistics_as_tensors(collected: Mapping[str, Statistics]) -> dict[str, torch.Tensor]:
+    """Return second moments and numbers of tokens as tensors for a file; Gram matrices are not kept."""
+    found: dict[str, torch.Tensor] = {}
+    for name, of in collected.items():
+        found[f"{name}:{_MOMENTS}"] = of.second_moments.cpu().clone()  # a file holds no shared memory
+        found[f"{name}:{_TOKENS}"] = torch.tensor(of.tokens)
+    return found
+
+
+def statistics_from(tensors: Mapping[str, torch.Tensor]) -> dict[str, Statistics]:
+    """Return the statistics of layers that such tensors hold, by the name of the weight."""
+    names = [key.removesuffix(f":{_MOMENTS}") for key in tensors if key.endswith(f":{_MOMENTS}")]
+    return {name: Statistics(int(tensors[f"{name}:{_TOKENS}"]), tensors[f"{name}:{_MOMENTS}"]) for name in names}
+
+
+def read_statistics(path: Path) -> dict[str, Statistics]:
+    """Return the statistics in a file, by the name of the weight."""
     checkpoint = Checkpoint.of_files([path])
-    return {name: checkpoint.read(name) for name in checkpoint}
+    return statistics_from({name: checkpoint.read(name) for name in checkpoint})
 
 
 class RoundedLayers(Mapping[str, GroupQuantized]):

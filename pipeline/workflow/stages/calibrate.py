@@ -6,12 +6,17 @@ outputs are on disk, so that a stopped calibration goes on with the next block. 
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.catalog import EIGHT_BITS, Need
-from pipeline.config.schema import Config, VariantSpec
+from pipeline.config.schema import Config, MeasuredRun, VariantSpec
 from pipeline.errors import ConfigError, QuantizationError
-from pipeline.system.files import empty_folder, fingerprint
+from pipeline.system.files import fingerprint
+from pipeline.system.hardware import dtype_name
 from pipeline.system.libraries import versions
 from pipeline.tracking.events import Events
 from pipeline.workflow.stages import Outcome, calibration_text
@@ -35,12 +40,9 @@ def parameters(config: Config, variant: str | None) -> dict:
 
 def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> dict:
     """Return the dependencies as plain data; measured texts are among them, because they must be others."""
-    return _rounded_with(config, workspace) | {"measured": calibration_text.measured(config, workspace)}
-
-
-def _rounded_with(config: Config, workspace: Workspace) -> dict:
-    specs = [config.quantize.spec(name).making() for name in config.quantize.calibrated]
-    return {"specs": specs, **collected_with(config, workspace)}
+    specs = [config.quantize.spec(name).making() for name in variants]
+    measured = calibration_text.measured(config, workspace)
+    return {"specs": specs, "measured": measured, **collected_with(config, workspace)}
 
 
 def collected_with(config: Config, workspace: Workspace) -> dict:
@@ -59,7 +61,7 @@ def check(config: Config) -> None:
     Raises:
         ConfigError: with the key to set.
     """
-    if not config.quantize.calibrates:
+    if not config.quantize.calibrated:
         return
     if not config.quantize.calibration.sources and config.data is None:
         raise ConfigError(
@@ -71,57 +73,98 @@ def check(config: Config) -> None:
 
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
-    """Collect statistics, and round the weights of the variants that need whole matrices of them."""
+    """Collect statistics, and round the weights of the variants that need whole matrices of them.
+
+    Weights that an earlier calibration rounded with the same settings and statistics stay as they are.
+    """
+    import torch
     from safetensors.torch import load_file
 
+    from pipeline.inference.load import device_named
     from pipeline.models.matrices import refuse_other_matrices
     from pipeline.quantization.calibration.blocks import BlockwiseModel
     from pipeline.quantization.calibration.collect import collect
     from pipeline.quantization.calibration.rounding import round_layers
-    from pipeline.quantization.calibration.store import save_block, save_whole
+    from pipeline.quantization.calibration.store import (
+        save_block,
+        save_whole,
+        statistics_as_tensors,
+        statistics_from,
+    )
     from pipeline.quantization.layers import unfit
     from pipeline.quantization.roundings import rounding
 
     source = full_model(config, workspace, events)
     refuse_other_matrices(source)
     windows = calibration_text.windows(config, workspace, source, config.quantize.calibration.tokens)
-    folder, about = workspace.folder / FOLDER, fingerprint(_rounded_with(config, workspace))
-    known, finished = workspace.progress("calibrate", "block"), workspace.ledger().get("calibrate")
+    folder = workspace.folder / FOLDER
     outcome = Outcome((folder,), {"tokens": sum(map(len, windows))})
-    if known.get("about") == about and finished and workspace.holds("calibrate", finished.fingerprint):
-        return outcome  # only a text that is measured on has changed
-    model = BlockwiseModel(source)
-    wanted = (config.quantize.spec(name) for name in config.quantize.calibrated)
-    specs = [spec for spec in wanted if not unfit(spec, model.linear, source)]  # `quantize` reports the others
+    device = device_named(config.evaluate.device if isinstance(config, MeasuredRun) else "auto")
+    model = BlockwiseModel(source, device=str(device))
+    specs = [config.quantize.spec(name) for name in variants]
+    specs = [spec for spec in specs if not unfit(spec, model.linear, source)]  # `quantize` reports the others
     if not specs:
-        workspace.note("calibrate", block=None)
         return Outcome((), {"tokens": 0})
     on_grids = {spec.name: grids(spec, model) for spec in specs if spec.need(True) == Need.GRAM_MATRIX}
-    first, activations, moments = 0, None, {}
-    if known.get("about") == about and (folder / BORDER).is_file():
-        kept = load_file(folder / BORDER)
-        first = int(kept.pop("block")) + 1
-        moments = {name.removeprefix("moments:"): kept.pop(name) for name in list(kept) if name.startswith("moments:")}
-        activations = [kept[str(number)] for number in range(len(kept))]
+    # A calibration that goes on elsewhere must not mix compute types.
+    computed = {"statistics": fingerprint([collected_with(config, workspace), dtype_name(model.dtype)])}
+    wanted = computed | {name: fingerprint(config.quantize.spec(name).making()) for name in on_grids}
+    kept = _kept(workspace, computed["statistics"])
+    if wanted.items() <= kept.items():
+        return outcome
+    missing = {name: made for name, made in wanted.items() if kept.get(name) != made}
+    first, activations, statistics = 0, None, {}
+    if workspace.progress("calibrate", "block") == computed | missing and (folder / BORDER).is_file():
+        border = load_file(folder / BORDER)
+        first, statistics = int(border["block"]) + 1, statistics_from(border)
+        activations = [border[str(number)] for number in range(len(border)) if str(number) in border]
     else:
-        empty_folder(folder)
-        workspace.note("calibrate", block={"about": about})
+        _remove_except(folder, [STATISTICS, *(kept.keys() - missing.keys())] if kept else [])
+        workspace.note("calibrate", block=computed | missing)
     events.progress(first, model.count, "calibrating")
-    need = Need.GRAM_MATRIX if on_grids else Need.SECOND_MOMENTS
+    rounded = [spec for spec in specs if spec.name in missing]
+    need = Need.GRAM_MATRIX if rounded else Need.SECOND_MOMENTS
     for found in collect(model, windows, need, first, activations):
-        for spec in specs:
-            if spec.name in on_grids:
-                how, on = rounding(str(spec.rounding)), on_grids[spec.name]
-                here = {name: on[name] for name in found.statistics if name in on}
-                made = round_layers(how, model.weight_rows, here, found.statistics)
-                save_block(folder / spec.name, found.block, made)
-        moments |= {name: of.second_moments.clone() for name, of in found.statistics.items()}  # no shared memory
-        save_whole(_border(found.block, moments, found.activations), folder / BORDER)
+        for spec in rounded:
+            here = {name: on for name, on in on_grids[spec.name].items() if name in found.statistics}
+            made = round_layers(rounding(str(spec.rounding)), model.weight_rows, here, found.statistics)
+            save_block(folder / spec.name, found.block, made)
+        statistics |= {name: replace(of, gram=None) for name, of in found.statistics.items()}
+        outputs = {str(number): hidden for number, hidden in enumerate(found.activations)}
+        border = {"block": torch.tensor(found.block), **statistics_as_tensors(statistics), **outputs}
+        save_whole(border, folder / BORDER)
         events.progress(found.block + 1, model.count, "calibrating")
-        del found  # or its Gram matrices would stay in memory until those of the next block are there
-    save_whole(moments, folder / STATISTICS)
+        del found, outputs, border  # or its Gram matrices would stay in memory until those of the next block are there
+    save_whole(statistics_as_tensors(statistics), folder / STATISTICS)
     (folder / BORDER).unlink()
+    workspace.note("calibrate", block=None, made={**kept, **computed, **missing})
     return outcome
+
+
+def _kept(workspace: Workspace, statistics: str) -> dict[str, str]:
+    """Return what is made and unchanged on disk: fingerprints by variant, and that of the statistics.
+
+    Args:
+        statistics: the fingerprint of the statistics that all of it must have been made with.
+    """
+    made, finished = workspace.progress("calibrate", "made"), workspace.ledger().get("calibrate")
+    if finished is None or made.get("statistics") != statistics:
+        return {}
+    places: dict[str, list[bool]] = {}
+    for path, digest in finished.outputs.items():
+        places.setdefault(Path(path).parts[1], []).append(digest.holds(workspace.folder / path))
+    there = {place for place, holds in places.items() if all(holds)}
+    if STATISTICS not in there:
+        return {}
+    return {name: value for name, value in made.items() if name == "statistics" or name in there}
+
+
+def _remove_except(folder: Path, names: Collection[str]) -> None:
+    """Remove everything in the folder of the calibration but these names."""
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        if path.name not in names:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def grids(spec: VariantSpec, model: BlockwiseModel) -> dict[str, tuple[tuple[int, int], Grid]]:
@@ -145,13 +188,6 @@ def grids(spec: VariantSpec, model: BlockwiseModel) -> dict[str, tuple[tuple[int
     return inner
 
 
-def _border(block: int, moments: dict, activations: list) -> dict:
-    import torch
-
-    kept = {f"moments:{name}": values for name, values in moments.items()}
-    return {"block": torch.tensor(block), **kept, **{str(n): hidden for n, hidden in enumerate(activations)}}
-
-
 def about(config: Config, workspace: Workspace) -> dict:
     """Return the text and the tokens of the finished calibration, for cards."""
     tokens = workspace.ledger()["calibrate"].summary["tokens"]
@@ -161,10 +197,8 @@ def about(config: Config, workspace: Workspace) -> dict:
 def read(config: Config, workspace: Workspace, name: str) -> tuple[dict[str, Statistics], dict[str, RoundedWeights]]:
     """Return the statistics, and the rounded weights of a variant, of a finished calibration."""
     from pipeline.quantization.calibration.store import RoundedFolder, read_statistics
-    from pipeline.quantization.statistics import Statistics
 
-    folder, tokens = workspace.folder / FOLDER, config.quantize.calibration.tokens
-    moments = read_statistics(folder / STATISTICS)
+    folder, needs_gram = workspace.folder / FOLDER, config.quantize.spec(name).need(True) == Need.GRAM_MATRIX
     made = (workspace.folder / DISTILLED if name in config.quantize.distilled else folder) / name
-    rounded: dict[str, RoundedWeights] = {name: RoundedFolder(made)} if made.is_dir() else {}
-    return {weight: Statistics(tokens, values) for weight, values in moments.items()}, rounded
+    rounded: dict[str, RoundedWeights] = {name: RoundedFolder(made)} if needs_gram else {}
+    return read_statistics(folder / STATISTICS), rounded

@@ -67,6 +67,17 @@ def test_statistics_are_those_of_the_whole_model(kind, tiny_model, monkeypatch):
         assert torch.equal(found[name].gram.diagonal(), found[name].second_moments) and found[name].tokens == 240
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_statistics_are_the_same_on_a_gpu(tiny_model):
+    torch.manual_seed(0)
+    windows, found = torch.randint(0, 255, (5, 48)).tolist(), {}
+    for device in ("cpu", "cuda"):
+        for block in collect(BlockwiseModel(tiny_model("llama"), device=device), windows, Need.GRAM_MATRIX):
+            found.setdefault(device, {}).update({name: of.gram.cpu() for name, of in block.statistics.items()})
+    for name, gram in found["cpu"].items():
+        assert (found["cuda"][name] - gram).abs().max() < 1e-3 * gram.diagonal().mean(), name
+
+
 # Blocks that return tuples of two or three, among them attention between other kinds of blocks.
 @pytest.mark.parametrize("kind", ["bamba", "rwkv", "gpt_neox", "falcon_h1"])
 def test_other_architectures_run_block_by_block(kind, tmp_path):
