@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from pipeline.config.loader import load_config, shipped_configs
 from pipeline.config.schema import Config
-from pipeline.models.matrices import linear_weights
+from pipeline.models.matrices import PLAIN_TABLE, embedding_kind, linear_weights
 from pipeline.quantization.formats import storage
 from tests.support.recipes import MODELS, RECIPES
 
@@ -107,11 +107,18 @@ def test_memory_in_recipe_comments_matches_the_sizes(recipe):
 
 @each_recipe
 def test_int4_size_in_recipe_comments_matches_the_sizes(recipe):
-    group, linear, rest = load_config(recipe).quantize.spec("int4").group_size, *weights(recipe)
+    spec, (linear, rest) = load_config(recipe).quantize.spec("int4"), weights(recipe)
+    group, table = spec.group_size, 1 if spec.quantizes_embeddings else 2  # bytes
     bits = 4 + 32 / group  # a scale and a zero of 16 bits each for every group
-    stored, kept, saved = (f"{x / 1e9:.2f}" for x in (linear * bits / 8, rest * 2, linear * 16 / group / 8))
+    stored, kept, saved = (f"{x / 1e9:.2f}" for x in (linear * bits / 8, rest * table, linear * 16 / group / 8))
     said = f"{group} stores {bits:g} bits for each weight: {stored} GB, and {kept} GB for "
     assert said in prose(recipe) and f"Groups of {2 * group} would save {saved} GB." in prose(recipe)
+
+
+@each_recipe
+def test_int4_has_embeddings_in_8_bits_if_stock_transformers_loads_them(recipe):
+    is_plain = embedding_kind(MODELS[recipe][1]) == PLAIN_TABLE
+    assert load_config(recipe).quantize.spec("int4").quantizes_embeddings == is_plain
 
 
 @each_recipe

@@ -13,6 +13,7 @@ from rich.console import Console
 from pipeline.cli.wizard import QUESTIONS, wizard
 from pipeline.cli.wizard.draft import Draft
 from pipeline.config.loader import load_config
+from pipeline.config.presets import PRESETS
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.planning.devices import this_machine
@@ -59,6 +60,7 @@ def test_options_and_defaults_make_the_same_file_as_piped_answers(desk):
             "name": "given",
             "model": {"source": "./model"},
             "data": {"source": "rows.jsonl"},
+            "quantize": {"variants": list(PRESETS["balanced"][1])},
         }
     )
 
@@ -166,11 +168,13 @@ def test_malformed_token_gives_one_line_when_a_model_is_looked_up(ask, monkeypat
         ask(model="ada/base", data="rows.jsonl")
 
 
-def test_embeddings_that_cannot_be_quantized_are_kept(ask, tiny_model, capsys):
-    specs = ask(model=str(tiny_model("gemma3_text")), data="rows.jsonl", quantization="edge").quantize.variants
-    assert [(spec.name, spec.group_size, spec.embeddings) for spec in specs] == [("int4", 128, "keep")]
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "gpu_optimized"])
+def test_embeddings_that_cannot_be_quantized_are_kept(ask, tiny_model, capsys, preset):
+    kept = ask(model=str(tiny_model("gemma3_text")), data="rows.jsonl", quantization=preset).quantize.spec("int4")
+    assert kept.embeddings == "keep"
     assert "embeddings stay in bf16" in capsys.readouterr().out
-    assert ask(model="./model", data="rows.jsonl", quantization="edge").quantize.spec("int4").embeddings == "int8"
+    made = ask(model="./model", data="rows.jsonl", quantization=preset).quantize.spec("int4")
+    assert (made.embeddings, made.group_size) == ("int8", kept.group_size)
 
 
 def test_gguf_of_an_unsupported_architecture_is_refused(ask):
