@@ -37,6 +37,8 @@ LOSS_TOKENS, LOSS_COLUMNS = 4096, 32768  # of one tile of logits, as trl compute
 TRAINED_LOGITS = 1 << 23  # `training.fused_loss.LOGIT_ELEMENTS`
 TRAINED_LOGIT_BYTES = 14  # per logit: float32 three times, or twice and the tile in bf16
 CALIBRATED_TOKENS = 2048  # `quantization.calibration.collect.BATCH_TOKENS`
+GRADIENT_TOKENS = 4096  # `quantization.calibration.sensitivities.GRADIENT_TOKENS`
+GRADIENT_LOGITS = 24  # bytes per logit: float32 six times
 SCORED_TOKENS = 2048  # `evaluation.metrics.BATCH_TOKENS`
 LOGITS = 1 << 24  # `inference.output_head.LOGIT_ELEMENTS`
 LOGITS_BYTES = 30  # per logit: float32 seven and a half times, while two models are compared
@@ -173,6 +175,22 @@ def calibrating(sizes: Sizes, quantize: Quantize) -> Need:
         need["gram matrices"] = 4 * sum(k**2 for k in gram_sizes(sizes)) + 3 * 4 * max(gram_sizes(sizes)) ** 2
         need["rounding"] = 8 * 4 * rows * columns
     return need
+
+
+def allocating(sizes: Sizes, quantize: Quantize) -> Need:
+    """Return the memory of measuring what layers lose: a calibration, or the gradient pass, whichever takes more."""
+    width, table = compute_bytes_here(), sizes.vocabulary * sizes.hidden
+    collected = calibrating(sizes, quantize.model_copy(update={"variants": []}))
+    batch = CALIBRATED_TOKENS * (10 * sizes.hidden + 8 * sizes.attention + 6 * sizes.intermediate)
+    block = sizes.linear_parameters // sizes.layers
+    need = {
+        "libraries": LIBRARIES["evaluate"],
+        "block": (2 * width + 4) * block,  # in full precision, rounded, and its gradient
+        "tables": 3 * table + 2 * 4 * min(HEAD, table),  # in bf16, in eight bits, and pieces of both in float32
+        "activations": int(HOLES * width * (3 * GRADIENT_TOKENS * sizes.hidden + batch)),
+        "logits": GRADIENT_LOGITS * LOGITS,
+    }
+    return max(collected, need, key=total)
 
 
 def quantizing(sizes: Sizes, specs: Sequence[VariantSpec]) -> Need:

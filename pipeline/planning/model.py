@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.catalog import EIGHT_BITS
 from pipeline.config.schema import PACKAGE_SOURCE, Lora, Model, VariantSpec
 from pipeline.errors import CheckpointError, ModelError
 from pipeline.models.chat_templates import DEFAULT, FILE, chat_templates
@@ -131,12 +133,22 @@ class Sizes:
         return {name: shape for name, shape in self.linear.items() if is_target(lora.target_modules, name)}
 
     def stored_bytes(self, spec: VariantSpec, merged: bool) -> int:
-        """Return the bytes of a variant's weights, by its format's arithmetic.
+        """Return the bytes of a variant's weights, by its format's arithmetic, or those of its target.
+
+        Before the choice for a `rise`, its layers are taken to have four bits, and its tables eight.
 
         Args:
             merged: True if it is made from a merged model, which is in bf16; False for the base as stored.
         """
+        if spec.target and spec.target.size_mb:
+            return int(1e6 * spec.target.size_mb)
         tensors = {name: (t.shape, 2 if merged else t.item_bytes) for name, t in self.tensors.items()}
+        if spec.target and spec.target.bits:
+            matrices = {**self.linear, **self.tables}
+            others = sum(item * math.prod(shape) for name, (shape, item) in tensors.items() if name not in matrices)
+            return int(others + spec.target.bits / 8 * sum(rows * width for rows, width in matrices.values()))
+        if spec.target and spec.embeddings is None:
+            spec = spec.model_copy(update={"embeddings": EIGHT_BITS})
         return stored_bytes(spec, tensors, self.linear, self.tables)
 
 

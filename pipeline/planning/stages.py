@@ -25,7 +25,7 @@ class Stage:
     """The needs of one stage, in bytes by purpose.
 
     Attributes:
-        name: `train`, `merge`, `evaluate`, `calibrate`, `quantize`, a variant's name, `publish`.
+        name: `train`, `merge`, `evaluate`, `allocate`, `calibrate`, `quantize`, a variant's name, `publish`.
         fetches: downloads from the Hub: files of a model that the cache lacks, or all with `model.low_disk`; all of a
             data set, because its cache is not looked up.
         caches: the part of the downloads that stays in the Hub's cache.
@@ -72,6 +72,8 @@ def stages_of(config: Config, sizes: Sizes, machine: Machine, data_bytes: int | 
         stages.append(_merge(config, sizes, machine, variants, adapter))
     if isinstance(config, MeasuredRun):
         stages.append(_evaluate(config, sizes, machine, model))
+    if config.quantize.targeted:
+        stages.append(_allocate(config, sizes, model))
     if config.quantize.calibrated:
         stages.append(_calibrate(config, sizes, model))
     if specs and not _made_by_merge(config):
@@ -87,7 +89,8 @@ def stages_of(config: Config, sizes: Sizes, machine: Machine, data_bytes: int | 
 
 def _made_by_merge(config: Config) -> bool:
     """Return True if the merge makes the variants in the same pass."""
-    return config.merges and len(merge_bases(config)) == 1 and not config.quantize.calibrated
+    later = config.quantize.calibrated or config.quantize.targeted
+    return config.merges and len(merge_bases(config)) == 1 and not later
 
 
 def _with_model(stage: Stage, config: Config, sizes: Sizes) -> Stage:
@@ -144,6 +147,20 @@ def _evaluate(config: MeasuredRun, sizes: Sizes, machine: Machine, model: int) -
     reads = {"model": model, **({"base": sizes.bf16_bytes} if config.merges else {})}
     weights = max(model, 0 if sizes.kind == "package" else sizes.file_bytes)
     return replace(_measured(config, sizes, machine, "evaluate", weights), reads=reads, writes=states)
+
+
+def _allocate(config: Config, sizes: Sizes, model: int) -> Stage:
+    tables = sum(rows * width for rows, width in sizes.tables.values())
+    states = compute_bytes_here() * memory.GRADIENT_TOKENS * sizes.hidden * sizes.layers
+    aims = [spec.name for spec in config.quantize.variants if spec.target and spec.target.rise]
+    again = f"{' and '.join(aims)} may be made and measured up to three times, and may get larger, to keep to its rise"
+    return Stage(
+        "allocate",
+        reads={"model": model},
+        temporary={"codes, one byte each": int(SCALES * sizes.linear_parameters) + tables, "activations": states},
+        host=memory.allocating(sizes, config.quantize),
+        notes=(again,) if aims else (),
+    )
 
 
 def _calibrate(config: Config, sizes: Sizes, model: int) -> Stage:

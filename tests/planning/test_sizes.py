@@ -207,3 +207,24 @@ def test_missing_tensor_is_named_by_the_plan(tiny_model, tmp_path, name):
 def test_other_names_and_tensors_do_not_stop_a_plan(tiny_model, tmp_path, change):
     folder = rewrite(tiny_model("qwen3"), tmp_path / "base", change)
     assert read_sizes(Model(source=str(folder))).layers == 2
+
+
+def test_target_is_planned_with_its_size_and_a_stage_that_holds_one_block(qwen):
+    def planned(target):
+        quantize = {"variants": [{"name": "int4", "target": target}], "quality": "calibrated"}
+        asked = config(quantize=quantize, merge={"base": "bf16"}, train={"method": "lora"})
+        stages = {stage.name: stage for stage in stages_of(asked, qwen, HERE, 0, 0)}
+        return asked.quantize.spec("int4"), stages
+
+    spec, stages = planned({"size_mb": 1200})
+    assert qwen.stored_bytes(spec, merged=True) == 1_200_000_000
+    assert list(stages).index("merge") < list(stages).index("allocate") < list(stages).index("calibrate")
+    assert not any("int4" in name for name in stages["merge"].writes) and not stages["allocate"].notes
+    weights = qwen.linear_parameters + sum(rows * width for rows, width in qwen.tables.values())
+    spec, _ = planned({"bits": 6.0})
+    assert qwen.stored_bytes(spec, merged=True) == pytest.approx(0.75 * weights, rel=1e-3)
+    spec, stages = planned({"rise": 0.03})
+    assert 0.5 * weights < qwen.stored_bytes(spec, merged=True) < 0.75 * weights
+    assert "up to three times" in stages["allocate"].notes[0]
+    host = stages["allocate"].host
+    assert host["block"] < 12 * qwen.linear_parameters / qwen.layers and memory.total(host) < 3e9
