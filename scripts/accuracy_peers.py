@@ -23,11 +23,11 @@ from pipeline.system.files import empty_folder, fingerprint, read_json, states, 
 from pipeline.workflow.workspace import Workspace
 
 
-def check_peers(peers: list[Peer]) -> str | None:
+def check_peers(peers: list[Peer]) -> tuple[list[Peer], str | None]:
     """Refuse peers that cannot be made here.
 
     Returns:
-        Why there are no importance matrices, if llama.cpp's interface does not take them.
+        The peers that can be made, and why there are none with an importance matrix if llama.cpp takes none.
 
     Raises:
         MissingExtra: if llama-cpp-python is not installed.
@@ -38,18 +38,18 @@ def check_peers(peers: list[Peer]) -> str | None:
     from pipeline.system.libraries import versions
 
     if not peers:
-        return None
+        return [], None
     if not llama_cpp.is_installed():
         raise MissingExtra("--peers", "llama-cpp")
-    api = llama_cpp.library()
+    api, package = llama_cpp.library(), "llama-cpp-python"
     for peer in peers:
         if not hasattr(api, f"LLAMA_FTYPE_MOSTLY_{peer.kind}"):
             raise ConfigError(f"--peers {peer.kind}: llama.cpp has no such type")
-    if takes_importance(api) or not any(peer.has_matrix for peer in peers):
-        return None
-    return (
-        f"importance matrices: not possible through the C interface of llama-cpp-python {versions('llama-cpp-python')}"
-    )
+    plain = [peer for peer in peers if not peer.has_matrix]
+    if takes_importance(api) or plain == peers:
+        return peers, None
+    version = versions(package)[package]
+    return plain, f"importance matrix: not possible through the C interface of {package} {version}"
 
 
 class Peers:
@@ -64,8 +64,8 @@ class Peers:
     def __init__(self, config: Config, base: Workspace, output: Path, moments: Callable[[], Workspace]):
         self._config, self._base, self._output, self._moments = config, base, output / "llama.cpp", moments
 
-    def make(self, peer: Peer) -> Row:
-        """Make and measure one file, unless that is done.
+    def make(self, peer: Peer) -> tuple[Path, list[Row]]:
+        """Make and measure one file, unless that is done, and return its folder and its row.
 
         Raises:
             QuantizationError: with the reason that llama.cpp gives.
@@ -98,7 +98,8 @@ class Peers:
             write_json(notes, kept)
         result = ModelResult.model_validate(kept["result"])
         kind = f"llama.cpp, {'with' if peer.has_matrix else 'without'} importance matrix"
-        return Row(peer.label, kind, result, folder, {**making, "quantize": kept["quantize"]}, is_peer=True)
+        steps = {**making, "quantize": kept["quantize"]}
+        return folder, [Row(peer.label, kind, result, folder, steps, is_peer=True)]
 
     @functools.cached_property
     def _full(self) -> tuple[Path, dict]:

@@ -16,7 +16,7 @@ WIDTH = 210  # columns of a table that goes to a file
 
 
 def show(
-    rows: list[dict], answers: list[tuple[str, Sequence[Answer]]], grid: dict | None, problem: str | None = None
+    rows: list[dict], answers: list[tuple[str, Sequence[Answer]]], grid: dict | None, missing: Sequence[str] = ()
 ) -> None:
     """Print quality, then costs, then answers.
 
@@ -24,7 +24,7 @@ def show(
         rows: the figures of all models.
         answers: the answers of each model to the same prompts.
         grid: how far an embedded model moved when its channels were reordered.
-        problem: why some rows are missing.
+        missing: why some rows are missing.
     """
     console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else WIDTH)
     if grid:
@@ -37,8 +37,8 @@ def show(
         console.print(
             "* the loss rises by less than 0.9 of the KL divergence: perplexity says too little of the damage"
         )
-    if problem:
-        console.print(problem)
+    for reason in missing:
+        console.print(f"missing: {reason}")
     console.print(_costs(rows))
     for number, question in enumerate(answer.prompt for answer in answers[0][1]):
         console.print(f"\n[bold]{escape(question)}[/]")

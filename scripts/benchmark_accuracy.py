@@ -21,12 +21,13 @@ logits move. `--grid on` measures the weights as they were packed, to show the d
 order, and so a model that is as good, but rounds differently.
 
 The results are accuracy.json and accuracy.png in `--output`. Run the same command again to continue a stopped
-benchmark. The exit code is 1 if a variant fails its gate.
+benchmark. The exit code is 1 if a variant fails its gate, and 1 or 2 if one cannot be made; the others are shown.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import sys
@@ -43,7 +44,7 @@ from accuracy_ways import MOMENTS, PEERS, Way, ladder, peers, ways, with_target
 from rich.console import Console
 
 from pipeline.cli.exit_codes import plain_errors
-from pipeline.errors import ConfigError, ModelError
+from pipeline.errors import ConfigError, Interrupted, ModelError, UserError
 from pipeline.evaluation.model_result import Quality, Speed
 from pipeline.evaluation.results import Results
 from pipeline.system.files import empty_folder, read_json, write_json
@@ -80,41 +81,48 @@ def benchmark(arguments: argparse.Namespace) -> int:
     asked = ways(arguments.variants or (ladder() if arguments.ladder else VARIANTS))
     asked = [with_target(way, arguments.target) for way in asked] if arguments.target else asked
     others = peers(",".join(PEERS) if arguments.peers is None and arguments.ladder else arguments.peers or "")
-    configs = [configure(source, name, way, arguments) for way in asked]
+    configs = [(way, configure(source, name, way, arguments)) for way in asked]
     whole = configure(source, name, None, arguments)
-    problem = check_peers(others)
+    others, problem = check_peers(others)
     text = second_text(arguments.second, output / "second") if arguments.ladder or arguments.second else None
     grid = check_grid(arguments.model, arguments.grid, arguments.seed, output)
     console = Console(highlight=False, soft_wrap=True)
 
     base = make_base(whole, output, console)
     model = base_folder(base)
-    found = [Row(BASE, BASE, Results.read(base.results_path)[BASE], model)]
-    for way, config in zip(asked, configs, strict=True):
-        found += make_way(way, config, base, output, console)[1]
+    found, failures = [Row(BASE, BASE, Results.read(base.results_path)[BASE], model)], []
     (moments,) = ways(MOMENTS)
-    config = configure(source, name, moments, arguments)
-    quantizer = Peers(whole, base, output, lambda: make_way(moments, config, base, output, console)[0])
-    for peer in others:
-        if not (peer.has_matrix and problem):
-            console.print(peer.label)
-            found.append(quantizer.make(peer))
+    statistics = functools.partial(
+        make_way, moments, configure(source, name, moments, arguments), base, output, console
+    )
+    quantizer = Peers(whole, base, output, lambda: statistics()[0])
+    makers = [
+        *((way.slug, functools.partial(make_way, way, of, base, output, console)) for way, of in configs),
+        *((peer.label, functools.partial(quantizer.make, peer)) for peer in others),
+    ]
+    for label, make in makers:
+        console.print(label)
+        try:
+            found += make()[1]
+        except Interrupted:
+            raise
+        except UserError as error:  # the other rows are still worth their time
+            failures.append(error)
+            console.print(f"{label}: {error}")
     if text:
         found = with_second_text(found, whole, base, text, console)
     found = [replace(row, bits=stored_bits(row.folder, model)) if row.folder else row for row in found]
 
     rows = [figures(row) for row in found]
-    show(rows, [(row.label, row.result.answers) for row in found if row.result.answers], grid, problem)
-    about = {
-        "model": arguments.model,
-        "grid": grid,
-        "second_text": text and (arguments.second or LICENCES),
-        "note": problem,
-    }
+    missing = [*filter(None, [problem]), *map(str, failures)]
+    show(rows, [(row.label, row.result.answers) for row in found if row.result.answers], grid, missing)
+    second = (arguments.second or LICENCES) if text else None
+    about = {"model": arguments.model, "grid": grid, "second_text": second, "missing": missing}
     write_json(output / "accuracy.json", {**about, "ways": rows})
     draw(rows, name, found[0].result.parameters, output / "accuracy.png")
     console.print(output / "accuracy.json", output / "accuracy.png", sep="\n")
-    return 0 if all(row["passed"] is not False for row in rows if not row["tried"]) else 1
+    passed = all(row["passed"] is not False for row in rows if not row["tried"])
+    return max((error.exit_code for error in failures), default=0 if passed else 1)
 
 
 def configure(source: str, name: str, way: Way | None, arguments: argparse.Namespace) -> Config:
@@ -158,6 +166,7 @@ def figures(row: Row) -> dict:
         "first_token_seconds": speed.prompt_tokens / speed.prefill_tokens_per_second if speed.runs else None,
         "token_seconds": 1 / speed.decode_tokens_per_second if speed.runs else None,
         "passed": row.result.gate.passed if row.result.gate else None,
+        "result": row.result.to_json(),  # everything, with settings, texts, answers and machine
     }
 
 

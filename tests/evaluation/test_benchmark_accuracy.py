@@ -212,17 +212,20 @@ def test_variants_and_peers_are_measured_on_two_texts_and_drawn(cold, tiny_model
     second.write_text(general_text(41, 25))
     peers = "Q4_0,Q4_0:imatrix" if is_installed("llama_cpp") else ""
     command = [sys.executable, SCRIPTS / "benchmark_accuracy.py", tiny_model("llama"), "--samples", "1"]
-    command += ["--variants", "int4:32:rtn,int4:32:search:calibrated", "--peers", peers, "--second", second]
+    unmade = 'int4:keep=["nothing"]'  # no layer has that name
+    command += ["--variants", f"int4:32:rtn,{unmade},int4:32:search:calibrated:embeddings=int8"]
+    command += ["--peers", peers, "--second", second]
     command += ["--set", "quantize.gate.rise=0.0001", "--set", f"evaluate.general={general}"]
     command += ["--set", "quantize.calibration.tokens=1024", "--output", tmp_path / "out"]
     found = []
     for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 1, done.stderr
+        assert done.returncode == 2, done.stderr
         found.append((tmp_path / "out" / "accuracy.json").read_text())
     assert found[0] == found[1] and "done before" in done.stdout
     rows = json.loads(found[0])["ways"]
-    names = ["base", "int4 g32 rtn", "int4 g32 search calibrated"]
+    names = ["base", "int4 g32 rtn", "int4 g32 search embeddings int8 calibrated"]
+    assert ["nothing" in reason for reason in json.loads(found[0])["missing"]] == [True]
     assert [row["way"] for row in rows][:3] == names
     assert [row["passed"] for row in rows][1:3] == [False, False] and "FAIL" in done.stdout
     assert all(row["token_seconds"] and row["peak_memory_bytes"] and row["bits"] and row["second"] for row in rows)
