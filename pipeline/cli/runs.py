@@ -137,7 +137,7 @@ def clean(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
     as_json: AsJson = False,
 ) -> None:
-    """Remove files that a release does not need: checkpoints, unpacked base models, partial files."""
+    """Remove files that a release does not need: checkpoints, calibrations, unpacked base models, partial files."""
     from pipeline.workflow.cleanup import clean as remove
     from pipeline.workflow.workspace import Workspace
 

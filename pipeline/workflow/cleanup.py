@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+from pipeline.workflow.stages.calibrate import DISTILLED, FOLDER
 from pipeline.workflow.workspace import Workspace
 
 # Exact names of our own interrupted writes, because people's files may have similar names.
@@ -15,9 +16,10 @@ LEFT_BEHIND = re.compile(
 
 
 def clean(workspace: Workspace) -> tuple[int, list[str]]:
-    """Remove checkpoints, unpacked base models, and files of interrupted stages.
+    """Remove checkpoints, unpacked base models, files of interrupted stages, and calibrations that are used up.
 
-    Outputs of finished steps stay. A base model is fetched again if a later step needs it.
+    Outputs of finished steps stay, except a calibration when all its variants are measured. A base model is fetched
+    again if a later step needs it, and a variant that is added later is calibrated again.
 
     Returns:
         Freed bytes, and the names of the removed files and folders.
@@ -28,6 +30,8 @@ def clean(workspace: Workspace) -> tuple[int, list[str]]:
     freed, removed = 0, []
     with workspace.lock():
         places = [workspace.base, workspace.checkpoints, *workspace.quantized.glob("*")]
+        if all(f"quantize/{name}" in workspace.ledger() for name in workspace.config().quantize.calibrated):
+            places += [workspace.folder / FOLDER, workspace.folder / DISTILLED]
         for folder in {workspace.folder, workspace.release}:
             places += [path for path in folder.iterdir() if LEFT_BEHIND.fullmatch(path.name)]
         for place in places:

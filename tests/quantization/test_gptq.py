@@ -120,7 +120,8 @@ def test_layers_of_a_block_get_the_same_bytes_whatever_the_cores(monkeypatch):
 
 def test_rows_that_are_fitted_in_small_parts_are_the_same(weight, monkeypatch):
     expected = gptq.round(weight, GRIDS["int4"], correlated(128))
-    monkeypatch.setattr(gptq, "FITTED_AT_ONCE", 1)  # row by row
+    monkeypatch.setattr(gptq, "FITTED_AT_ONCE", 1)
+    monkeypatch.setattr(gptq, "FEWEST_FITTED", 1)  # row by row
     made = gptq.round(weight, GRIDS["int4"], correlated(128))
     assert (made.codes == expected.codes).float().mean() > 0.99
     assert torch.allclose(made.scale.float(), expected.scale.float(), rtol=0.02)

@@ -20,6 +20,7 @@ from pipeline.quantization.calibration.blocks import BlockwiseModel
 from pipeline.quantization.calibration.store import read_statistics
 from pipeline.quantization.formats import storage
 from pipeline.quantization.statistics import Statistics
+from pipeline.workflow.cleanup import clean
 from pipeline.workflow.in_process import run_stage_here
 from pipeline.workflow.run import run
 from pipeline.workflow.stages import calibrate, calibration_text
@@ -203,6 +204,20 @@ def test_only_variants_without_valid_rounded_weights_are_calibrated(place, tmp_p
     make_again()
     assert not ran  # the statistics are there
     assert {of.tokens for of in read_statistics(statistics).values()} == {2048}
+
+
+def test_clean_removes_a_calibration_when_its_variants_are_measured(place, tmp_path, tiny_model, monkeypatch):
+    before, workspace = made(place), Workspace(tmp_path / "runs/tiny")
+    write(tmp_path, tiny_model("llama"), variants=[VARIANT, {"name": "int8", "rounding": "gptq", "keep": ["no.such"]}])
+    with pytest.raises(StageFailed, match="int8"):
+        made(place)
+    assert clean(workspace)[1] == []  # int8 may still need it
+    write(tmp_path, tiny_model("llama"))
+    assert made(place) == before
+    assert clean(workspace)[1] == ["calibration"] and not (tmp_path / "runs/tiny/calibration").exists()
+    ran = []
+    monkeypatch.setattr(BlockwiseModel, "loaded", lambda self, block: ran.append(block))
+    assert made(place) == before and not ran
 
 
 def test_stopped_calibration_does_not_go_on_in_another_compute_type(place, monkeypatch):

@@ -19,7 +19,8 @@ from pipeline.quantization.roundings import search
 from pipeline.quantization.statistics import Statistics
 
 DAMPING = 0.1  # of the mean diagonal of H; on text of another kind it loses less than 0.01
-FITTED_AT_ONCE = 1_000_000  # numbers in the equations of the rows that are fitted together
+FITTED_AT_ONCE = 4_000_000  # numbers in the equations of the rows that are fitted together
+FEWEST_FITTED = 32  # rows; with fewer, reading the Gram matrix again and again would take most of the time
 RIDGE = 1e-3  # how firmly a new scale or zero is held to the old one, relative to its own curvature
 
 
@@ -105,7 +106,7 @@ def _fit_all(target: torch.Tensor, made: GroupQuantized, gram: torch.Tensor) -> 
     groups = made.scale.shape[1]
     between = gram.view(width, groups, width // groups).sum(2)  # (K, G)
     unknowns = groups if made.zero is None else 2 * groups
-    step = max(1, FITTED_AT_ONCE // (unknowns * unknowns + 2 * width))
+    step = max(FEWEST_FITTED, FITTED_AT_ONCE // (unknowns * unknowns + 2 * width))
     spans = ((first, min(first + step, rows)) for first in range(0, rows, step))
     fitted = [_fit_rows(target[first:stop], made.rows(first, stop), gram, between) for first, stop in spans]
     zero = None if made.zero is None else torch.cat([zero for _, zero in fitted if zero is not None])
