@@ -274,6 +274,12 @@ class Quantize(Section):
         for spec in self.variants:
             if not self.calibrates and spec.need(False) != Need.NOTHING:
                 raise ValueError(f"rounding {spec.rounding}: needs calibration text. Try: quantize.quality=calibrated")
+        if self.quality == "distilled" and self.variants and not self.distilled:
+            names = ", ".join(spec.name for spec in self.variants)
+            raise ValueError(
+                f"quality distilled: trains the scales of variants that a calibration rounds, and none of {names} is "
+                "one. Try: quality=calibrated, or a variant of at most five bits with its default rounding"
+            )
         return self
 
     @property

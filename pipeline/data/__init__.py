@@ -34,6 +34,7 @@ __all__ = [
     "general_documents",
     "general_text",
     "load_examples",
+    "plain_text",
     "read_examples",
     "write_examples",
 ]
@@ -166,6 +167,18 @@ def general_text(source: str) -> str:
         return "\n\n\n".join(python_topics()) + "\n"
     if source.startswith("builtin:") or not source.lower().endswith(".txt"):
         raise DataError(f"{source}: no general text; set evaluate.general to {TOPICS} or a .txt file")
+    return plain_text(source)
+
+
+def plain_text(source: str) -> str:
+    """Return the content of a text file.
+
+    Args:
+        source: path of a file in UTF-8.
+
+    Raises:
+        DataError: if there is no such file, or it is empty.
+    """
     try:
         text = Path(os.path.expanduser(source)).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -173,7 +186,7 @@ def general_text(source: str) -> str:
     except (OSError, ValueError) as error:
         raise DataError(f"{source}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not text.strip():
-        raise DataError(f"{source}: is empty; set evaluate.general to {TOPICS} or another .txt file")
+        raise DataError(f"{source}: is empty. Try: another .txt file")
     return text
 
 

@@ -11,7 +11,7 @@ from pipeline.publishing.removal import NO_REMOVAL, Removal
 from pipeline.system import hardware
 from pipeline.tracking.trackers import tracker
 from pipeline.training.accelerate_launch import Launch, split_step
-from pipeline.workflow.stages import quantize
+from pipeline.workflow.stages import calibration_text, quantize
 
 
 def preflight(
@@ -64,6 +64,7 @@ def check_inputs(config: Config, need_model: bool = True, need_data: bool = True
             sources.check_adapter(config.merge.adapter)
         if config.evaluate:
             data.general_text(config.evaluate.general)
+        calibration_text.check_sources(config)
     if config.data and need_data:
         data.check_source(config.data)
     bases = METHODS[config.train.method].merge_bases

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import re
 import shutil
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoTokenizer
 
 from pipeline.config.loader import load_config
 from pipeline.errors import ConfigError, DataError, Interrupted, StageFailed
+from pipeline.evaluation import evaluate
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.matrices import linear_weights
 from pipeline.quantization.calibration.blocks import BlockwiseModel
@@ -118,13 +120,55 @@ def test_calibration_without_a_text_is_refused_before_work(place, tmp_path, tiny
     assert not (tmp_path / "runs/tiny/release").exists()
 
 
-def test_calibration_on_measured_text_is_refused(place, tmp_path, tiny_model):
-    write(tmp_path, tiny_model("llama"))
-    tree = yaml.safe_load((tmp_path / "tiny.yaml").read_text())
-    tree["evaluate"] = {"general": "calibration.txt", "max_tokens": 512, "prompts": []}
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tree))
-    with pytest.raises((StageFailed, DataError), match="a part of the general text, which is measured on"):
+def measure_on(place, text):
+    tree = yaml.safe_load(place.config.read_text())
+    tree["evaluate"] = {"general": text, "max_tokens": 512, "prompts": []}
+    tree["quantize"]["on_gate_failure"] = "warn"
+    place.config.write_text(yaml.safe_dump(tree))
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("none.txt", "none.txt: cannot be read: No such file"),
+        ("none.jsonl", "none.jsonl: no such file"),
+        (["calibration.txt", "none.txt"], "none.txt: cannot be read: No such file"),
+        ("empty.txt", "empty.txt: is empty"),
+        (".", ".: is a folder"),
+        ("builtin:none", "builtin:none: no such builtin data set"),
+        ("nothing", "nothing: neither a file nor a data set on the Hub"),
+        ("general.txt", "general.txt: is the general text, which is measured on"),
+    ],
+)
+def test_calibration_source_that_cannot_be_used_is_refused_before_work(place, tmp_path, tiny_model, source, message):
+    (tmp_path / "empty.txt").write_text(" ")
+    (tmp_path / "general.txt").write_text("\n\n\n".join(f"{n} plums or {n * n} figs!" * 30 for n in range(40)))
+    write(tmp_path, tiny_model("llama"), calibration={"source": source})
+    measure_on(place, "./general.txt")
+    with pytest.raises(DataError, match="quantize.calibration.source:? " + re.escape(message) + ".* Try: ") as refused:
         made(place)
+    assert "\n" not in str(refused.value) and not (tmp_path / "runs").exists()
+
+
+def test_calibration_text_that_is_too_short_or_measured_on_is_refused_before_the_model_is_measured(
+    place, tmp_path, monkeypatch
+):
+    def measured(*args):
+        raise AssertionError("was measured")
+
+    monkeypatch.setattr(evaluate, "evaluate", measured)
+    (tmp_path / "general.txt").write_text("Before.\n\n\n" + (tmp_path / "calibration.txt").read_text())
+    measure_on(place, "general.txt")
+    with pytest.raises(StageFailed, match="a part of the general text, which is measured on. Try: another"):
+        made(place)
+    (tmp_path / "general.txt").write_text("\n\n\n".join(f"{n} plums or {n * n} figs!" * 30 for n in range(40)))
+    for text, message in {
+        "Short.": "calibration.txt: the text is too short",
+        "A text. " * 20: "one window has",
+    }.items():
+        (tmp_path / "calibration.txt").write_text(text)
+        with pytest.raises(StageFailed, match=message + ".* Try: more text"):
+            made(place)
 
 
 def test_finished_calibration_is_checked_against_a_text_that_is_measured_on_later(place, tmp_path, monkeypatch):
@@ -133,15 +177,10 @@ def test_finished_calibration_is_checked_against_a_text_that_is_measured_on_late
     ran, plain = [], BlockwiseModel.loaded
     monkeypatch.setattr(BlockwiseModel, "loaded", lambda self, block: ran.append(block) or plain(self, block))
 
-    def measured_on(text):
-        tree = yaml.safe_load((tmp_path / "tiny.yaml").read_text())
-        tree["evaluate"] = {"general": text, "max_tokens": 512, "prompts": []}
-        tree["quantize"]["on_gate_failure"] = "warn"
-        (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tree))
-
-    measured_on("general.txt")
+    measure_on(place, "general.txt")
     assert made(place) == before and not ran
-    measured_on("calibration.txt")
+    (tmp_path / "later.txt").write_text((tmp_path / "calibration.txt").read_text())
+    measure_on(place, "later.txt")
     with pytest.raises(StageFailed, match="a part of the general text, which is measured on"):
         made(place)
 
@@ -286,7 +325,8 @@ def test_card_names_a_calibration_text_that_is_gone_without_its_folder(place, tm
     "quantize, message",
     [
         ({"variants": [{"name": "int4", "rounding": "gptq"}]}, "rounding gptq: needs calibration text"),
-        ({"quality": "best"}, "quality"),
+        ({"quality": "calibratd"}, "quantize.quality: \"calibratd\" is refused: .*'distilled'"),
+        ({"quality": "distilled", "variants": ["int8", "gguf-f16"]}, "none of int8, gguf-f16 is one. Try: quality=cal"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(tmp_path, quantize, message):

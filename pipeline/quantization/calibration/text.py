@@ -32,7 +32,8 @@ def windows_of(sequences: Iterable[Encoded], tokens: int, window: int) -> list[l
             break
     if not found:
         raise DataError(
-            f"quantize.calibration: the text has {len(rest)} tokens, and one window has {window}. Try: a longer text"
+            f"quantize.calibration: the text has {len(rest)} tokens, and one window has {window}. "
+            "Try: more text in quantize.calibration.source, or quantize.quality=fast"
         )
     return found
 

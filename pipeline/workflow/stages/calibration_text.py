@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.schema import REPO_ID, Config, Data, MeasuredRun, TrainingRun
-from pipeline.data import Example, general_text, load_examples
-from pipeline.data.sources import is_builtin, names_a_file
+from pipeline.data import Example, check_source, load_examples, plain_text
+from pipeline.data.sources import BUILTIN, is_builtin, names_a_file
+from pipeline.errors import DataError
 from pipeline.system.redaction import file_name
 from pipeline.workflow.stages.inputs import hashes_of, run_texts, text_depends
 from pipeline.workflow.stages.training_data import pinned
@@ -26,6 +27,58 @@ if TYPE_CHECKING:
 
 CHARACTERS_PER_TOKEN = 16  # more than usual; so much text is tokenized
 PIECES = 64  # at most, of a long text at equal distances
+
+
+def is_needed(config: Config) -> bool:
+    """Return True if a variant needs calibration text."""
+    return bool(config.quantize.calibrated or config.quantize.targeted)
+
+
+def check_sources(config: Config) -> None:
+    """Raise an error if a source cannot be read, or is measured on, as far as that is known without a model.
+
+    Touches no network: of a data set on the Hub only the name is checked.
+
+    Raises:
+        DataError: naming the source.
+    """
+    for source in config.quantize.calibration.sources if is_needed(config) else ():
+        try:
+            if _is_plain(source):
+                plain_text(source)
+            else:
+                check_source(Data(source=source))
+        except DataError as error:
+            problem = str(error).partition(";")[0].partition(". Try:")[0]
+            raise DataError(
+                f"quantize.calibration.source: {problem}. Try: another file, data set, or {BUILTIN}"
+            ) from None
+        if isinstance(config, MeasuredRun) and _is_same_file(source, config.evaluate.general):
+            raise DataError(
+                f"quantize.calibration.source {source}: is the general text, which is measured on. Try: another file"
+            )
+
+
+def check(config: Config, workspace: Workspace, model: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Raise an error before long work if the text is too short, or shares text with what is measured on.
+
+    Args:
+        model, tokenizer: as in `windows`.
+
+    Raises:
+        DataError: naming the key.
+    """
+    if is_needed(config):
+        windows(config, workspace, model, config.quantize.calibration.tokens, tokenizer)
+
+
+def _is_plain(source: str) -> bool:
+    return source.lower().endswith(".txt")
+
+
+def _is_same_file(one: str, other: str) -> bool:
+    first, second = (Path(source).expanduser() for source in (one, other))
+    return first.exists() and second.exists() and first.samefile(second)
 
 
 def depends(config: Config, workspace: Workspace) -> dict:
@@ -43,11 +96,14 @@ def measured(config: Config, workspace: Workspace) -> dict | None:
     return {"max_tokens": config.evaluate.max_tokens, "general": text_depends(config, workspace)}
 
 
-def windows(config: Config, workspace: Workspace, model: Path, tokens: int) -> list[list[int]]:
+def windows(
+    config: Config, workspace: Workspace, model: Path, tokens: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[list[int]]:
     """Return windows of tokens of the calibration text, from each source in turn, of at most `tokens` together.
 
     Args:
         model: the folder of the model that reads them.
+        tokenizer: by default that of the model, with the chat template of the run's training.
 
     Raises:
         DataError: if it is too short, or if a text of its own shares text with what is measured on.
@@ -59,7 +115,7 @@ def windows(config: Config, workspace: Workspace, model: Path, tokens: int) -> l
     from pipeline.models.safe_loading import open_tokenizer
     from pipeline.quantization.calibration.text import WINDOW, check_apart, windows_of, without_shared
 
-    tokenizer = texts.restore_template(open_tokenizer(model), run_texts(workspace))
+    tokenizer = tokenizer or texts.restore_template(open_tokenizer(model), run_texts(workspace))
     context = context_length(read_config(model))
     window = min(WINDOW, context or WINDOW)
     sources = config.quantize.calibration.sources
@@ -86,9 +142,12 @@ def _of_source(
 ) -> list[Encoded]:
     from pipeline.data.encode import encode_documents
 
-    if source.lower().endswith(".txt"):
+    if _is_plain(source):
         pieces = max(1, min(PIECES, tokens // window // len(config.quantize.calibration.sources)))
-        return encode_documents(_spread(general_text(source), tokens, pieces), tokenizer, window, 2 * tokens)
+        try:
+            return encode_documents(_spread(plain_text(source), tokens, pieces), tokenizer, window, 2 * tokens)
+        except DataError:  # of fewer tokens than any window has
+            raise DataError(f"quantize.calibration.source {source}: the text is too short. Try: more text") from None
     known = workspace.progress("calibrate", "revisions")
     data = Data(source=source, revision=known.get(source))
     read = load_examples(data, config.train.loss_on)

@@ -6,7 +6,7 @@ from pipeline.config.schema import MeasuredRun
 from pipeline.evaluation.gates import ONE_CLUSTER
 from pipeline.system.libraries import versions
 from pipeline.tracking.events import Events
-from pipeline.workflow.stages import Outcome
+from pipeline.workflow.stages import Outcome, calibration_text
 from pipeline.workflow.stages.inputs import (
     base_model,
     full_model,
@@ -41,6 +41,8 @@ def run(config: MeasuredRun, workspace: Workspace, events: Events, variants: tup
     from pipeline.evaluation.evaluate import evaluate
 
     full = full_model(config, workspace, events)
+    if not config.data:  # the training has checked it
+        calibration_text.check(config, workspace, full)
     models = {reference(config): full, "base": base_model(config, workspace, events)}
     outputs = [workspace.measurements / "reference"]
     summary: dict[str, object] = {}

@@ -28,7 +28,7 @@ from pipeline.tracking.events import Events
 from pipeline.training.distributed import ProcessGroup, TrainingProcess, gather_adapter, sharding
 from pipeline.training.lora_targets import check_targets
 from pipeline.training.trainers import merge_bases
-from pipeline.workflow.stages import Outcome
+from pipeline.workflow.stages import Outcome, calibration_text
 from pipeline.workflow.stages.inputs import base_model, hashes_of, keep_template, model_depends, without_limit
 from pipeline.workflow.stages.quantize import check_variants
 from pipeline.workflow.workspace import Workspace
@@ -209,6 +209,8 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
     generation.check_prompts(config.evaluate.prompts, tokenizer, context)
     read = (*encoded["training"].examples, *held_out, *general)
     check_tokens(base, tokenizer, (sequence.input_ids for sequence in read))
+    if process.is_local_main:
+        calibration_text.check(config, workspace, base, tokenizer)
     description = describe(data, encoded, tokenizer) | about_choice
     alone = [ONE_CLUSTER[text] for text, part in measured.items() if len({s.cluster for s in part}) == 1]
     events.show(report(description, samples(data, encoded, tokenizer), config.data.system) + alone)
