@@ -222,6 +222,9 @@ class Calibration(Section):
         return (self.source,) if isinstance(self.source, str) else tuple(self.source or ())
 
 
+CALIBRATED_QUALITY = "calibrated"  # the default of `quantize.quality` after a training
+
+
 class Distillation(Section):
     """The training of scales and zeros."""
 
@@ -233,9 +236,8 @@ class Quantize(Section):
 
     quality: Literal["fast", "calibrated", "distilled"] = Field(
         default="fast",
-        exclude_if=lambda value: value == "fast",
         description="`calibrated` rounds with statistics of the layers' inputs, which is slower and loses less; "
-        "`distilled` then trains the scales as well, which is slower still",
+        "`distilled` then trains the scales as well, which is slower still; by default `calibrated` after a training",
     )
     calibration: Calibration = Field(
         default=Calibration(),

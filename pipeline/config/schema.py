@@ -15,7 +15,7 @@ from pipeline.config.catalog import VARIANTS
 from pipeline.config.data import Data
 from pipeline.config.former_keys import with_targets
 from pipeline.config.names import LICENSE, PACKAGE_SOURCE, REPO_ID, RUN_NAME, repository_id, run_name
-from pipeline.config.quantize import Quantize, VariantSpec
+from pipeline.config.quantize import CALIBRATED_QUALITY, Quantize, VariantSpec
 from pipeline.config.track import TRACK_SECTIONS, Track, TrackioSettings
 from pipeline.config.training_catalog import (
     DEFAULT_TRAINER,
@@ -225,6 +225,17 @@ class Config(Section):
     quantize: Quantize = Field(default=Quantize(), description="the variants")
     publish: Publish = Field(default=Publish(), description="the repository on the Hub")
     track: SerializeAsAny[TrackioSettings] = Field(default=TrackioSettings(), description="the experiment tracker")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _training_data_calibrates(cls, value: Any) -> Any:
+        """Calibrate after a training unless another quality is asked for, because there is text to calibrate on."""
+        if not isinstance(value, dict) or value.get("data") is None:
+            return value
+        quantize = value.get("quantize", {})
+        if not isinstance(quantize, dict) or "quality" in quantize or quantize.get("on_gate_failure") == "escalate":
+            return value
+        return value | {"quantize": {"quality": CALIBRATED_QUALITY, **quantize}}
 
     @field_validator("track", mode="wrap")
     @classmethod

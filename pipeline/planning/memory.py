@@ -193,6 +193,22 @@ def allocating(sizes: Sizes, quantize: Quantize) -> Need:
     return max(collected, need, key=total)
 
 
+def distilling(sizes: Sizes, quantize: Quantize) -> Need:
+    """Return the memory of training scales and zeros: a block, the output head, and all values with their moments."""
+    width, table = compute_bytes_here(), sizes.vocabulary * sizes.hidden
+    batch = CALIBRATED_TOKENS * (10 * sizes.hidden + 8 * sizes.attention + 6 * sizes.intermediate)
+    specs = (quantize.spec(name) for name in quantize.distilled)
+    groups = max(sizes.linear_parameters // (spec.group_size or sizes.hidden) for spec in specs)
+    return {
+        "libraries": LIBRARIES["evaluate"],
+        "block": (2 * width + 9) * (sizes.linear_parameters // sizes.layers),  # exact, rounded, codes, and gradients
+        "scales and zeros": 2 * 16 * groups,  # in float32, with a gradient and two moments
+        "tables": 2 * table + 4 * min(HEAD, table),
+        "activations": int(HOLES * width * (quantize.distillation.tokens * sizes.hidden + batch)),
+        "logits": GRADIENT_LOGITS * LOGITS,
+    }
+
+
 def quantizing(sizes: Sizes, specs: Sequence[VariantSpec]) -> Need:
     """Return the memory of the pass, and of llama.cpp's quantizer, which takes one float32 tensor at a time."""
     skeleton = 0 if layout(sizes.config) else SKELETON

@@ -25,7 +25,7 @@ class Stage:
     """The needs of one stage, in bytes by purpose.
 
     Attributes:
-        name: `train`, `merge`, `evaluate`, `allocate`, `calibrate`, `quantize`, a variant's name, `publish`.
+        name: `train`, `merge`, `evaluate`, `allocate`, `calibrate`, `distill`, `quantize`, a variant's name, `publish`.
         fetches: downloads from the Hub: files of a model that the cache lacks, or all with `model.low_disk`; all of a
             data set, because its cache is not looked up.
         caches: the part of the downloads that stays in the Hub's cache.
@@ -76,6 +76,8 @@ def stages_of(config: Config, sizes: Sizes, machine: Machine, data_bytes: int | 
         stages.append(_allocate(config, sizes, model))
     if config.quantize.calibrated:
         stages.append(_calibrate(config, sizes, model))
+    if config.quantize.distilled:
+        stages.append(_distill(config, sizes, model))
     if specs and not _made_by_merge(config):
         stages.append(_quantize(config, sizes, variants, model))
     if isinstance(config, MeasuredRun):
@@ -172,6 +174,18 @@ def _calibrate(config: Config, sizes: Sizes, model: int) -> Stage:
         writes={"codes, one byte each": int(SCALES * codes)},
         temporary={"activations between two blocks": border},
         host=memory.calibrating(sizes, config.quantize),
+    )
+
+
+def _distill(config: Config, sizes: Sizes, model: int) -> Stage:
+    names = config.quantize.distilled
+    states = compute_bytes_here() * config.quantize.distillation.tokens * sizes.hidden
+    return Stage(
+        "distill",
+        reads={"model": model},
+        writes={"codes, one byte each": int(SCALES * len(names) * sizes.linear_parameters)},
+        temporary={"hidden states": states, "values of the best step": 16 * 2 * sizes.linear_parameters // 32},
+        host=memory.distilling(sizes, config.quantize),
     )
 
 

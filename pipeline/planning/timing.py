@@ -21,6 +21,8 @@ ANSWER_TOKENS = 64
 MOMENTS_TOKENS = 8192  # `quantization.calibration.sensitivities.MOMENTS_TOKENS`
 GRADIENT_PASSES = 5  # of the gradient pass, as forward passes: both models, the rounded one again, and twice backward
 ALLOCATED_GRIDS = 2  # roundings of all rows: one whole, and samples of rows on the other grids
+DISTILLED_PASSES = 5  # forward passes, or as much other work, for one token of a distillation
+DISTILLED_LOGITS = 4  # products with the output head, or as much other work, for the same
 GPTQ_PASSES = 20  # products of a weight with a Gram matrix, or as much other work, for one rounding by GPTQ
 
 
@@ -44,6 +46,8 @@ def seconds(
             times["allocate"] = _allocating(speeds, config, sizes, stage)
         elif stage.name == "calibrate":
             times["calibrate"] = _calibrating(speeds, config, sizes, stage)
+        elif stage.name == "distill":
+            times["distill"] = _distilling(speeds, config, sizes, stage)
         elif stage.name == "quantize":
             times["quantize"] = (
                 speeds.start_seconds + _rounding(speeds, sizes, specs.values()) + _written(speeds, stage)
@@ -97,6 +101,14 @@ def _calibrating(speeds: Speeds, config: Config, sizes: Sizes, stage: Stage) -> 
     gram = tokens * sizes.layers * sum(width**2 for width in memory.gram_sizes(sizes))
     rounded = GPTQ_PASSES * len(with_gram) * sum(rows * width**2 for rows, width in sizes.linear.values())
     return time + (gram + rounded) / speeds.exact
+
+
+def _distilling(speeds: Speeds, config: Config, sizes: Sizes, stage: Stage) -> float:
+    """Return the seconds of the passes over all blocks, and of the logits, which are computed in float32."""
+    tokens = config.quantize.distillation.tokens * len(config.quantize.distilled)
+    head = sizes.vocabulary * sizes.hidden
+    passes = DISTILLED_PASSES * sizes.linear_parameters / speeds.forward + DISTILLED_LOGITS * head / speeds.exact
+    return speeds.start_seconds + tokens * passes + _written(speeds, stage)
 
 
 def _rounding(speeds: Speeds, sizes: Sizes, specs: Iterable[VariantSpec]) -> float:

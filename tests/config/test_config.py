@@ -61,8 +61,10 @@ def test_the_default_variants_are_int8_and_int4_with_the_defaults_of_the_catalog
     specs = load(SMALLEST).quantize.variants
     assert [(s.name, s.group_size, s.rounding) for s in specs] == [
         ("int8", None, "rtn"),
-        ("int4", 64, VARIANTS["int4"].roundings[0]),
+        ("int4", 64, "gptq"),
     ]
+    fast = load(SMALLEST + "quantize: {quality: fast}\n").quantize.variants
+    assert [s.rounding for s in fast] == [VARIANTS[s.name].roundings[0] for s in fast]
 
 
 def test_a_file_with_every_default_written_out_is_the_same_configuration(load):

@@ -41,7 +41,7 @@ def test_recipe_is_planned_without_weights_or_written_files(place, hub, recipe):
     assert weights and {r.status for r in weights} == {206}  # single ranges, the headers
     assert place.files() == before
     stages = {stage["stage"]: stage for stage in plan["stages"]}
-    assert list(stages) == ["train", "merge", "evaluate", "quantize", "int8", "int4", "publish"]
+    assert list(stages) == ["train", "merge", "evaluate", "calibrate", "quantize", "int8", "int4", "publish"]
     assert {"weights", "adapter and optimizer", "activations", "logits"} <= stages["train"]["memory"].keys()
     assert stages["train"]["fetched_bytes"] == plan["model"]["fetched_bytes"] > plan["model"]["bf16_bytes"]
     made = plan["model"]["bf16_bytes"] + sum(stages["quantize"]["writes"].values())

@@ -132,7 +132,8 @@ def test_quantizing_memory_does_not_depend_on_the_model(qwen):
 
 def test_single_base_merge_makes_the_variants_in_its_pass(qwen):
     both, one = (
-        {s.name: s for s in stages_of(config(merge={"base": base}), qwen, HERE, 0, 10**6)} for base in ("auto", "nf4")
+        {s.name: s for s in stages_of(config(merge={"base": base}, quantize={"quality": "fast"}), qwen, HERE, 0, 10**6)}
+        for base in ("auto", "nf4")
     )
     assert both["merge"].temporary and "quantize" in both
     assert not one["merge"].temporary and "quantize" not in one
@@ -228,3 +229,18 @@ def test_target_is_planned_with_its_size_and_a_stage_that_holds_one_block(qwen):
     assert "up to three times" in stages["allocate"].notes[0]
     host = stages["allocate"].host
     assert host["block"] < 12 * qwen.linear_parameters / qwen.layers and memory.total(host) < 3e9
+
+
+def test_distillation_is_planned_after_the_calibration(qwen):
+    def planned(**quantize):
+        quantize = {"variants": [{"name": "int4"}, {"name": "int8"}], **quantize}
+        return {s.name: s for s in stages_of(config(quantize=quantize), qwen, HERE, 0, 10**6)}
+
+    assert "distill" not in planned(quality="calibrated")
+    stages = planned(quality="distilled")
+    names = list(stages)
+    assert names.index("calibrate") + 1 == names.index("distill") == names.index("quantize") - 1
+    distill, longer = stages["distill"], planned(quality="distilled", distillation={"tokens": 10**6})["distill"]
+    assert distill.host["scales and zeros"] == 32 * (qwen.linear_parameters // 64)
+    assert longer.host["activations"] > 4 * distill.host["activations"]
+    assert sum(longer.temporary.values()) > sum(distill.temporary.values())

@@ -92,7 +92,7 @@ def test_settings_that_make_no_other_model_are_no_change(configure):
 
 def test_calibration_text_in_another_folder_is_no_change_and_another_quality_is_one(configure):
     plain = json.loads(configure(50).model_dump_json())
-    plain["quantize"]["variants"] = [{"name": "int4", "rounding": "search"}]
+    plain["quantize"] |= {"variants": [{"name": "int4", "rounding": "search"}], "quality": "fast"}
 
     def calibrated_on(source):
         quantize = plain["quantize"] | {"quality": "calibrated", "calibration": {"source": source}}
