@@ -18,7 +18,7 @@ def how_to_make(claims: Claims, place: Place, model: str) -> str:
     if model in VARIANTS:
         if claims.has_root:
             base, revision = place.name, place.revision
-        if model in claims.config.quantize.calibrated:
+        if model in (*claims.config.quantize.calibrated, *claims.config.quantize.targeted):
             return "tunepress run, with the configuration in tunepress.json"
         asked = {spec.name: spec for spec in claims.config.quantize.variants}
         return _quantize(asked.get(model, VariantSpec(name=model).resolved()), base, revision)

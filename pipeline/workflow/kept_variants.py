@@ -75,6 +75,12 @@ def with_kept_variants(
             f"{workspace.release}: has {', '.join(calibrated)}, which would be made again without calibration. "
             f"Try: --set quantize.quality=calibrated, with the same calibration text, or --remove {calibrated[0]}"
         )
+    aimed = [variant for variant in kept if variant in former.quantize.targeted]
+    if aimed and not (config.quantize.calibration.sources or config.data):
+        raise ConfigError(
+            f"{workspace.release}: has {', '.join(aimed)}, whose target needs the calibration text it was chosen with. "
+            f"Try: --set quantize.calibration.source=TEXT, or --remove {aimed[0]}"
+        )
     if kept:
         options = " ".join(f"--remove {variant}" for variant in kept)
         tell([f"{', '.join(kept)}: in the last release, so kept; leave out with {options}, or with --replace"])

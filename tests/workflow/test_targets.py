@@ -11,13 +11,14 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+from pipeline.config.builders import quantize_config
 from pipeline.config.loader import load_config
 from pipeline.errors import ConfigError, Interrupted, StageFailed
 from pipeline.quantization.calibration.blocks import BlockwiseModel
 from pipeline.workflow.in_process import run_stage_here
 from pipeline.workflow.reporter import Reporter
 from pipeline.workflow.run import run
-from pipeline.workflow.stages import allocate
+from pipeline.workflow.stages import allocate, measure_variant
 from pipeline.workflow.workspace import Workspace
 from tests.support.texts import general_text
 
@@ -213,3 +214,57 @@ def test_escalation_of_earlier_configurations_is_a_target_with_one_line(aiming, 
     assert config.spec("int4").target.asked == {"rise": 0.04} and config.spec("int8").target is None
     assert config.spec("int4").embeddings is None and config.calibration.source == "builtin:python-docs"
     assert capsys.readouterr().err.count("quantize.variants[].target: {rise: 0.03}") == 1
+
+
+@pytest.mark.slow
+def test_far_too_small_a_loss_leads_to_a_smaller_variant_and_back_if_that_misses(aiming, monkeypatch):
+    evaluate, plain = aiming.measured_on(), allocate._sensitivities
+
+    def far_too_high(*arguments):
+        found = plain(*arguments)
+        return type(found)({name: share * 30 for name, share in found.shares.items()}, found.errors, found.fused)
+
+    monkeypatch.setattr(allocate, "_sensitivities", far_too_high)
+    shown = aiming.run({"rise": 0.3}, evaluate)
+    tried = aiming.result()["gate"]["tried"]
+    assert any("passes by far. Next:" in line for line in shown)
+    assert [one["gate"]["passed"] for one in tried] == [True, True] and tried[1]["size_bytes"] < tried[0]["size_bytes"]
+    assert aiming.size == aiming.result()["size_bytes"] == tried[1]["size_bytes"]
+    judged = measure_variant.judge
+
+    def smaller_misses(quality, limits, tries=1):
+        return judged(quality, limits if tries == 2 else {"rise": 1e-9}, tries)
+
+    monkeypatch.setattr(measure_variant, "judge", smaller_misses)
+    shown = aiming.run({"rise": 0.31}, evaluate)
+    result = aiming.result()
+    assert any("the smaller try misses its gate, so the one before is made again" in line for line in shown)
+    assert result["gate"]["passed"] and aiming.size == result["size_bytes"] == tried[0]["size_bytes"]
+    assert [one["gate"]["passed"] for one in result["gate"]["tried"]] == [False, True]
+
+
+def test_text_of_one_document_is_not_tried_again(aiming):
+    evaluate = aiming.measured_on()
+    (aiming.folder / "general.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    with pytest.raises(StageFailed, match="one document"):
+        aiming.run({"rise": 0.5}, evaluate)
+    assert "tried" not in aiming.result()["gate"]
+    assert len(aiming.workspace.progress("allocate", "int4")["tries"]) == 1
+
+
+def test_variant_with_a_target_stays_only_with_its_text(aiming):
+    config = quantize_config(str(aiming.model), aiming.folder / "out", ["int8"])
+    aimed = [{"name": "int4", "target": {"bits": 6}}]
+    text = f"quantize.calibration.source={aiming.folder / 'calibration.txt'}"
+    first = quantize_config(
+        str(aiming.model), aiming.folder / "out", [], settings=[f"quantize.variants={json.dumps(aimed)}", text]
+    )
+    out = aiming.folder / "out"
+    run(first, output=out, start=run_stage_here)
+    before = (out / "int4/model.safetensors").stat().st_mtime_ns
+    with pytest.raises(ConfigError, match="has int4, whose target needs the calibration text .* or --remove int4"):
+        run(config, output=out, start=run_stage_here)
+    run(quantize_config(str(aiming.model), out, ["int8"], settings=[text]), output=out, start=run_stage_here)
+    assert (out / "int4/model.safetensors").stat().st_mtime_ns == before and (out / "int8").is_dir()
+    (spec,) = (v for v in Workspace(out / ".tunepress").config().quantize.variants if v.name == "int4")
+    assert spec.target.asked == {"bits": 6.0} and spec.int8 == []

@@ -58,11 +58,12 @@ def _rows(plan: Plan, limit: int | None) -> str:
 
 
 def _variants(config: Config) -> str:
-    """`int8, int4 in groups of 64`."""
+    """Return the variants with their groups or targets, such as `int8, int4 in groups of 64`."""
     told = []
     for spec in config.quantize.variants:
         groups = f" in groups of {spec.group_size}" if spec.group_size and not spec.variant.is_one_file else ""
-        told.append(spec.name + groups)
+        aims = spec.target.asked.items() if spec.target else ()
+        told.append(spec.name + (f" for {' '.join(f'{key} {value:g}' for key, value in aims)}" if aims else groups))
     return ", ".join(told) or "nothing"
 
 

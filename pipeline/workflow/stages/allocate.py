@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.catalog import EIGHT_BITS, KEEP
-from pipeline.config.schema import Config, MeasuredRun, VariantSpec
+from pipeline.config.schema import Config, VariantSpec
 from pipeline.errors import ConfigError
 from pipeline.evaluation.gates import distance, limits
 from pipeline.evaluation.model_result import ModelResult
@@ -138,7 +138,7 @@ def is_first(workspace: Workspace, name: str) -> bool:
     return not known["tries"] or known["tries"][0]["chosen"] == known["chosen"]
 
 
-def next_try(config: MeasuredRun, workspace: Workspace, events: Events, name: str, full: Path) -> bool:
+def next_try(workspace: Workspace, events: Events, name: str, full: Path) -> bool:
     """Choose other settings after a verdict, if that may help.
 
     After a miss, the target is corrected by how far it was missed. After a first pass by far, a smaller variant is
@@ -150,6 +150,7 @@ def next_try(config: MeasuredRun, workspace: Workspace, events: Events, name: st
     Returns:
         True if there are other settings to make and measure.
     """
+    config = workspace.config()  # as asked for, without the present choice
     spec = config.quantize.spec(name)
     if not (spec.target and spec.target.rise):
         return False

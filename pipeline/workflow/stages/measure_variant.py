@@ -53,7 +53,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     refusal, missed = None, None
     if isinstance(config, MeasuredRun):
         result = _judged(config, workspace, name, result)
-        if allocate.next_try(config, workspace, events, name, full):
+        if allocate.next_try(workspace, events, name, full):
             _leave_out(workspace, name)
             return Outcome(summary={"made_again": describe_missed(result.verdict) or "passes by far"}, is_final=False)
         missed = None if result.verdict.passed else describe_missed(result.verdict)
