@@ -149,6 +149,7 @@ def settings_label(variant: VariantSettings | None) -> str:
     parts = [variant.name, f"g{variant.group_size}" if variant.group_size else "", variant.rounding]
     parts.append("embeddings int8" if variant.embeddings == "int8" else "")
     parts.append(f"{len(variant.int8)} layers int8" if variant.int8 else "")
+    parts += [f"{len(layers)} layers g{size}" for size, layers in variant.group_sizes.items()]
     return " ".join(filter(None, parts))
 
 

@@ -19,6 +19,7 @@ PEERS = (
     "Q4_0", "Q4_0:imatrix", "Q4_K_M", "Q4_K_M:imatrix", "Q5_0", "Q5_0:imatrix", "Q5_K_M", "Q5_K_M:imatrix", "Q8_0",
 )  # fmt: skip
 MOMENTS = "int4:32:search:calibrated:embeddings=int8"  # its calibration collects second moments and no more
+ALLOCATED = 6.2  # bits a weight of variants with mixed layers: between four bits and eight
 IMATRIX = "imatrix"
 
 
@@ -63,6 +64,7 @@ def ladder() -> str:
         [
             "int8:::embeddings=int8",
             *(f"int4:32::{quality}:embeddings=int8" for quality in qualities),
+            *(f"int4:32::{quality}:embeddings=int8:target.bits={ALLOCATED}" for quality in qualities),
             MOMENTS,
             *(f"gguf-{kind}:::{quality}" for kind in ("q4_0", "q5_0") for quality in ("fast", "calibrated")),
         ]
