@@ -22,7 +22,9 @@ from pipeline.models import sources
 from pipeline.publishing.published_model import PublishedModel, is_same_model, read_published
 from pipeline.system.files import fingerprint
 from pipeline.system.redaction import file_name
+from pipeline.workflow.stages.calibration_text import digest_now
 
+CALIBRATION_TEXT = "quantize.calibration.source"
 NOT_FOR_THE_MODEL = {"data": {"revision"}, "model": {"revision", "low_disk"}, "train": {"checkpoint_every"}}
 
 
@@ -81,14 +83,19 @@ def settings_beside(config: MeasuredRun) -> dict[str, object]:
     _flatten("quantize", config.quantize.model_dump(), flat)
     _flatten("evaluate", config.evaluate.model_dump(exclude={"device"}), flat)
     flat["evaluate.general"] = _named(config.evaluate.general)
-    flat["quantize.calibration.source"] = [_named(source) for source in config.quantize.calibration.sources]
+    flat[CALIBRATION_TEXT] = [_named(source) for source in config.quantize.calibration.sources]
     return flat
 
 
 def changes_beside(live: PublishedModel, inputs: Inputs) -> tuple[str, ...]:
     """Return the changed keys of `settings_beside`; call this only if `changes` is empty."""
     was, now = (settings_beside(c) for c in (made_with(live), inputs.config))
-    return tuple(key for key in {**now, **was} if was.get(key) != now.get(key))
+    found = [key for key in {**now, **was} if was.get(key) != now.get(key)]
+    if CALIBRATION_TEXT not in found:
+        digests = {made.weights.calibration_digest for made in live.results.variants.values() if made.weights} - {None}
+        if digests and digest_now(inputs.config) not in {None, *digests}:
+            found.append(f"the content of {CALIBRATION_TEXT}")
+    return tuple(found)
 
 
 def changes(live: PublishedModel, inputs: Inputs) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from pipeline.publishing.published_model import PublishedModel
 from pipeline.retraining.input_changes import Inputs, changes, changes_beside, inputs_of, settings
 from pipeline.system.files import fingerprint
 from pipeline.tracking.events import Events
+from pipeline.workflow.stages import calibration_text
 from pipeline.workflow.stages.inputs import base_model
 from pipeline.workflow.workspace import Workspace
 from tests.support import REPOSITORY
@@ -103,6 +104,23 @@ def test_calibration_text_in_another_folder_is_no_change_and_another_quality_is_
     other = changes_beside(live, Inputs(calibrated_on("/elsewhere/other.txt"), "base", "data"))
     assert other == ("quantize.calibration.source",)
     assert "quantize.quality" in changes_beside(live, Inputs(parse_config(plain, ""), "base", "data"))
+
+
+def test_changed_content_of_a_calibration_text_is_a_change(configure, tmp_path):
+    notes, plain = tmp_path / "notes.txt", json.loads(configure(50).model_dump_json())
+    notes.write_text("Some text.")
+    calibration = {"source": [str(notes), "builtin:python-docs"]}
+    quantize = {"quality": "calibrated", "calibration": calibration, "variants": ["int4"]}
+    config = parse_config({**plain, "quantize": quantize}, "")
+    live = published(config)
+    with Workspace.claim(tmp_path / "tiny", config) as workspace:
+        live.lineage["results"]["int4"] = {"weights": calibration_text.about(config, workspace)}
+    beside = Inputs(config, "base", "data")
+    assert changes_beside(live, beside) == ()
+    notes.write_text("Some other text.")
+    assert changes_beside(live, beside) == ("the content of quantize.calibration.source",)
+    notes.unlink()
+    assert changes_beside(live, beside) == ()  # nothing is known about it
 
 
 def test_a_base_in_a_folder_is_its_weights_configuration_and_tokenizer_and_not_what_else_lies_there(tmp_path):

@@ -191,7 +191,7 @@ def grids(spec: VariantSpec, model: BlockwiseModel) -> dict[str, tuple[tuple[int
 def about(config: Config, workspace: Workspace) -> dict:
     """Return the text and the tokens of the finished calibration, for cards."""
     tokens = workspace.ledger()["calibrate"].summary["tokens"]
-    return {"calibration_text": calibration_text.about(config), "calibration_tokens": tokens}
+    return calibration_text.about(config, workspace) | {"calibration_tokens": tokens}
 
 
 def read(config: Config, workspace: Workspace, name: str) -> tuple[dict[str, Statistics], dict[str, RoundedWeights]]:

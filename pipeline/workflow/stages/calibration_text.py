@@ -15,6 +15,7 @@ from pipeline.config.schema import REPO_ID, Config, Data, MeasuredRun, TrainingR
 from pipeline.data import Example, check_source, load_examples, plain_text
 from pipeline.data.sources import BUILTIN, is_builtin, names_a_file
 from pipeline.errors import DataError
+from pipeline.system.files import fingerprint, sha256
 from pipeline.system.redaction import file_name
 from pipeline.workflow.stages.inputs import hashes_of, run_texts, text_depends
 from pipeline.workflow.stages.training_data import pinned
@@ -187,9 +188,37 @@ def _spread(text: str, tokens: int, count: int) -> list[str]:
     return [text[start : start + length].partition("\n")[2] or text[start : start + length] for start in starts]
 
 
-def about(config: Config) -> str | None:
-    """Return the names of the sources for cards; of files without their folders, and None for the training data."""
-    return ", ".join(map(_named, config.quantize.calibration.sources)) or None
+def about(config: Config, workspace: Workspace) -> dict:
+    """Return the sources for cards, and the digest of their content; nothing for the training data.
+
+    Files are named without their folders.
+    """
+    if not (sources := config.quantize.calibration.sources):
+        return {}
+    revisions = workspace.progress("calibrate", "revisions")
+    contents = [[*hashes_of(workspace, source).values()] or revisions.get(source) for source in sources]
+    return {"calibration_text": ", ".join(map(_named, sources)), "calibration_digest": fingerprint(contents)}
+
+
+def digest_now(config: Config) -> str | None:
+    """Return the digest of the present content of all sources; None if there are none, or a file is gone.
+
+    From the Hub only commits are read.
+    """
+    from pipeline.data.hub import commit_of
+
+    contents: list[object] = []
+    for source in config.quantize.calibration.sources:
+        path = Path(source).expanduser()
+        if is_builtin(source):
+            contents.append(None)
+        elif path.is_file():
+            contents.append([sha256(path)])
+        elif names_a_file(source):
+            return None
+        else:
+            contents.append(commit_of(Data(source=source)))
+    return fingerprint(contents) if contents else None
 
 
 def _named(source: str) -> str:
