@@ -7,6 +7,8 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -27,7 +29,8 @@ from pipeline.workflow.in_process import run_stage_here
 from pipeline.workflow.run import run
 from pipeline.workflow.stages import calibrate, calibration_text
 from pipeline.workflow.workspace import Workspace
-from tests.support.runs import Place
+from tests.support.hub import LoopbackHub
+from tests.support.runs import TOKEN, Place
 
 VARIANT = {"name": "int4", "group_size": 32}
 
@@ -420,3 +423,43 @@ def test_a_killed_distillation_goes_on_with_its_last_measurement(place, tmp_path
     before = len(steps)
     made(place)
     assert len(steps) - before == 44 - 20  # steps between two measurements
+
+
+READ_TWICE = """
+import sys
+from pathlib import Path
+from transformers import AutoTokenizer
+from pipeline.config.loader import load_config
+from pipeline.workflow.stages.calibration_text import windows
+from pipeline.workflow.workspace import Workspace
+config, model = load_config(sys.argv[1]), Path(sys.argv[2])
+with Workspace.claim("runs/tiny", config) as workspace:
+    for known in (None, {"ada/rows": sys.argv[3]}):
+        workspace.note("calibrate", revisions=known)
+        (window,) = windows(config, workspace, model, 512)
+        print(workspace.progress("calibrate", "revisions")["ada/rows"])
+        print("second" in AutoTokenizer.from_pretrained(model).decode(window))
+"""
+
+
+@pytest.mark.slow
+def test_data_set_on_the_hub_stays_at_the_commit_that_was_read_first(place, tmp_path, tiny_model):
+    pytest.importorskip("datasets")
+    write(tmp_path, tiny_model("llama"), calibration={"source": "ada/rows", "tokens": 512})
+    commits = []
+    with LoopbackHub(tmp_path / "hub", {TOKEN: {"name": "ada", "role": "write"}}) as hub:
+        for text in ("first", "second"):
+            rows = [{"prompt": f"p{n}", "completion": f"{text} {n}"} for n in range(200)]
+            content = {"rows.jsonl": "\n".join(map(json.dumps, rows)).encode()}
+            hub.put("ada/rows", content, repo_type="dataset")
+            commits.append(hub.commits("ada/rows", repo_type="dataset")[0])
+        done = subprocess.run(
+            [sys.executable, "-c", READ_TWICE, str(place.config), str(tiny_model("llama")), commits[0]],
+            env=Place(tmp_path, hub).env,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [commits[1], "True", commits[0], "False"]
