@@ -233,7 +233,7 @@ class Config(Section):
         if not isinstance(value, dict) or value.get("data") is None:
             return value
         quantize = value.get("quantize", {})
-        if not isinstance(quantize, dict) or "quality" in quantize or quantize.get("on_gate_failure") == "escalate":
+        if not isinstance(quantize, dict) or "quality" in quantize:
             return value
         return value | {"quantize": {"quality": CALIBRATED_QUALITY, **quantize}}
 

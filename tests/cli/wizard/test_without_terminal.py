@@ -377,3 +377,12 @@ def test_a_configuration_is_no_file_of_answers(desk):
     (desk.folder / "mine.yaml").write_text("name: mine\nmodel: {source: x}\n")
     done = desk.wizard("--resume", "mine.yaml", check=2)
     assert "Try, for a configuration: tunepress run mine.yaml" in done.stderr
+
+
+@pytest.mark.parametrize("answer", ["target", "escalate"])
+def test_failed_gate_can_be_answered_with_a_target_for_int4(ask, answer):
+    quantize = ask(model="./model", data="rows.jsonl", quantization="both", gate=answer).quantize
+    assert quantize.on_gate_failure == "withhold"
+    assert quantize.spec("int4").target.asked == {"rise": 0.05} and quantize.spec("int8").target is None
+    with pytest.raises(UserError, match="target: no variant here can have different bits by layer"):
+        ask(model="./model", data="rows.jsonl", quantization="int8", gate=answer)
