@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, replace
-from typing import get_args
 
-from pipeline.config.builders import variant_specs
-from pipeline.config.quantize import Quantize, VariantSpec
+from pipeline.config.builders import read_target, variant_specs
+from pipeline.config.quantize import QUALITIES, VariantSpec
 from pipeline.errors import ConfigError
 
 PEERS = (
@@ -59,12 +58,11 @@ class Peer:
 
 def ladder() -> str:
     """Return variants from four bits to eight, of every quality; embeddings in eight bits, as llama.cpp has them."""
-    qualities = get_args(Quantize.model_fields["quality"].annotation)
     return ",".join(
         [
             "int8:::embeddings=int8",
-            *(f"int4:32::{quality}:embeddings=int8" for quality in qualities),
-            *(f"int4:32::{quality}:embeddings=int8:target.bits={ALLOCATED}" for quality in qualities),
+            *(f"int4:32::{quality}:embeddings=int8" for quality in QUALITIES),
+            *(f"int4:32::{quality}:embeddings=int8:target.bits={ALLOCATED}" for quality in QUALITIES),
             MOMENTS,
             *(f"gguf-{kind}:::{quality}" for kind in ("q4_0", "q5_0") for quality in ("fast", "calibrated")),
         ]
@@ -100,12 +98,10 @@ def with_target(way: Way, text: str) -> Way:
     Raises:
         ConfigError: if it is written in another way.
     """
-    if not re.fullmatch(r"\w+=[\d.]+", text):
-        raise ConfigError(f"--target {text}: write rise=SHARE, size_mb=MB or bits=BITS")
-    key, _, value = text.partition("=")
+    target = read_target(text)
     if not VariantSpec.model_validate(way.spec).mixes:
         return way
-    return replace(way, spec=way.spec | {"target": {key: float(value)}}, asked=f"target {text}")
+    return replace(way, spec=way.spec | {"target": target}, asked=f"target {text}")
 
 
 def peers(text: str) -> list[Peer]:

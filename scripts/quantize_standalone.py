@@ -13,7 +13,7 @@ it sends what changed, and nothing where nothing did.
 MODELS.yaml is a list; options on the command line hold for those of it that do not say otherwise:
 
     - {model: user/one, repo: user/one, quant_types: [both]}
-    - {model: user/two, repo: user/two-quantized, group_size: 64}
+    - {model: user/two, repo: user/two-quantized, group_size: 64, quality: calibrated, calibration_text: notes.txt}
 """
 
 from __future__ import annotations
@@ -62,7 +62,28 @@ def quantize(
     output: Annotated[str | None, typer.Option(help="A new folder for the variants; by default runs/NAME.")] = None,
     calibration: Annotated[
         str | None,
-        typer.Option(help="Text to measure on: builtin:NAME, or a .txt file with two empty lines between documents."),
+        typer.Option(
+            help="Text that variants are MEASURED on: builtin:NAME, or a .txt file, two empty lines between documents."
+        ),
+    ] = None,
+    quality: Annotated[
+        str | None,
+        typer.Option(help="fast, calibrated or distilled: each loses less and takes longer; the last two need a text."),
+    ] = None,
+    calibration_text: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE|ID",
+            help="Text that variants are CALIBRATED on, never the measured one: a file, a data set on the Hub, or "
+            "builtin:python-docs. Repeatable; several are mixed.",
+        ),
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of --calibration-text; by default 32768.")
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(metavar="KEY=VALUE", help="What int4 must reach: rise=0.03, size_mb=500 or bits=4.8."),
     ] = None,
     low_disk: Annotated[
         bool | None, typer.Option("--low-disk", help="Fetch shard by shard; with --save-only, unmeasured.")
@@ -73,7 +94,7 @@ def quantize(
     max_kl: Annotated[float | None, typer.Option(help="Largest KL divergence in nats a token; by default any.")] = None,
     on_gate_failure: Annotated[
         str | None,
-        typer.Option(help="If it loses more: withhold it (the default), warn, or escalate (more bits)."),
+        typer.Option(help="If it loses more: withhold it (the default), or warn. --target gives it more bits instead."),
     ] = None,
     remove: Annotated[
         list[str] | None, typer.Option("--remove", metavar="VARIANT", help="Remove this earlier variant. Repeatable.")

@@ -12,6 +12,7 @@ import typer
 from pipeline.cli.options import RUNS, AsJson, Remove, Replace, Root, Settings, console, terminal_reporter
 from pipeline.cli.runs import conclude, run_stage
 from pipeline.config.catalog import DEFAULT_VARIANTS, ROUNDINGS, VARIANTS
+from pipeline.config.quantize import QUALITIES
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
@@ -69,6 +70,29 @@ def quantize(
     ] = None,
     rounding: Annotated[str | None, typer.Option("--rounding", help=f"{', '.join(ROUNDINGS)}.")] = None,
     packing: Annotated[str | None, typer.Option("--packing", help="plain, or tile_packed for CUDA; only int4.")] = None,
+    quality: Annotated[
+        str | None,
+        typer.Option(
+            "--quality",
+            help=f"{', '.join(QUALITIES)}: each loses less and takes longer (default with a text: the second).",
+        ),
+    ] = None,
+    calibration_text: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--calibration-text",
+            metavar="FILE|ID",
+            help="Text to calibrate on: a file, a data set on the Hub, or builtin:python-docs; repeatable.",
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            metavar="KEY=VALUE",
+            help="What int4 must reach: rise=0.03, size_mb=500 or bits=4.8; needs a text.",
+        ),
+    ] = None,
     measure: Measure = False,
     revision: Revision = None,
     low_disk: Annotated[
@@ -82,11 +106,19 @@ def quantize(
     as_json: AsJson = False,
 ) -> None:
     """Quantize the variants of a run; or of any model, with: quantize MODEL --output DIR."""
-    given = {"variants": variants, "group_size": group_size, "rounding": rounding, "packing": packing}
+    given = {
+        "variants": variants,
+        "group_size": group_size,
+        "rounding": rounding,
+        "packing": packing,
+        "target": target,
+    }
     if _is_config(source):
-        _refuse(source, output=output, measure=measure or None, revision=revision, low_disk=low_disk or None, **given)
+        others = {"measure": measure or None, "revision": revision, "low_disk": low_disk or None}
+        texts = {"quality": quality, "calibration_text": calibration_text}
+        _refuse(source, output=output, **others, **given, **texts)
         return run_stage("quantize", source, settings, runs, as_json, remove=remove, replace=replace)
-    from pipeline.config.builders import quantize_config
+    from pipeline.config.builders import calibration_settings, quantize_config, read_target
     from pipeline.errors import ConfigError
 
     named = [name for name, value in given.items() if value is not None]
@@ -96,8 +128,19 @@ def quantize(
         )
     if output is None:
         raise ConfigError(f"quantize {source}: no folder for the release. Try: --output DIR")
+    calibrated = calibration_settings(quality, calibration_text or (), targeted=target is not None)
     config = quantize_config(
-        source, output, [variants or "both"], group_size, rounding, measure, revision, settings or (), packing, low_disk
+        source,
+        output,
+        [variants or "both"],
+        group_size,
+        rounding,
+        measure,
+        revision,
+        [*(f"{key}={json.dumps(value)}" for key, value in calibrated.items()), *(settings or ())],
+        packing,
+        low_disk,
+        read_target(target) if target else None,
     )
     _run_into(output, config, as_json, remove, replace)
 

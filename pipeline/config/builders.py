@@ -11,9 +11,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline.config.catalog import VARIANTS, resolve_listed, variant_names
 from pipeline.config.loader import parse_config
+from pipeline.config.quantize import CALIBRATED_QUALITY, FAST_QUALITY, Target, VariantSpec
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
 
@@ -29,6 +31,7 @@ def quantize_config(
     settings: Sequence[str] = (),
     packing: str | None = None,
     low_disk: bool = False,
+    target: dict | None = None,
 ) -> Config:
     """Return a configuration that makes variants of a full-precision model, and nothing else.
 
@@ -43,11 +46,12 @@ def quantize_config(
         settings: `key=value` for other keys of a configuration.
         packing: the packing, for variants that take it.
         low_disk: fetch and quantize one shard at a time, then remove the shard.
+        target: what variants must reach, for those with different bits by layer.
 
     Raises:
         ConfigError: naming the option and the allowed values.
     """
-    specs = variant_specs(variants, group_size, rounding, packing)
+    specs = variant_specs(variants, group_size, rounding, packing, target=target)
     more = {"model": {"source": source, "revision": revision, "low_disk": True}} if low_disk else {}
     return _config(source, output, specs, measure, revision, more, settings)
 
@@ -102,17 +106,60 @@ def _config(
     return parse_config(tree, "options", settings)
 
 
+def calibration_settings(
+    quality: str | None, texts: Sequence[str], tokens: int | None = None, targeted: bool = False
+) -> dict[str, Any]:
+    """Return keys of a configuration for options of the calibration. With a text, variants are calibrated by default.
+
+    Args:
+        quality: value of `--quality`.
+        texts: values of `--calibration-text`.
+        tokens: value of `--calibration-tokens`.
+        targeted: a variant has a target, which needs a text whatever the quality.
+
+    Raises:
+        ConfigError: if there is no text where one is needed, or one that nothing uses.
+    """
+    if texts and quality is None:
+        quality = CALIBRATED_QUALITY
+    if texts and quality == FAST_QUALITY and not targeted:
+        raise ConfigError(
+            f"--calibration-text {texts[0]}: not used with --quality {quality}. Try: --quality {CALIBRATED_QUALITY}"
+        )
+    if tokens is not None and not texts:
+        raise ConfigError(f"--calibration-tokens {tokens}: there is no text. Try: --calibration-text FILE.txt")
+    settings = {
+        "quantize.quality": quality,
+        "quantize.calibration.source": list(texts) or None,
+        "quantize.calibration.tokens": tokens,
+    }
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def read_target(text: str) -> dict[str, float]:
+    """Return a target such as `rise=0.03` as `quantize.variants[].target` takes it.
+
+    Raises:
+        ConfigError: if it is written in another way.
+    """
+    key, _, value = text.partition("=")
+    if key not in Target.model_fields or not re.fullmatch(r"\d*\.?\d+", value):
+        raise ConfigError(f"--target {text}: not a target. Try: rise=0.03, size_mb=500 or bits=4.8")
+    return {key: float(value)}
+
+
 def variant_specs(
     variants: list[str],
     group_size: int | None = None,
     rounding: str | None = None,
     packing: str | None = None,
     option: str = "--variants",
+    target: dict | None = None,
 ) -> list[dict]:
     """Return variants as `quantize.variants` takes them.
 
-    `rounding` and `packing` go to the variants that take them. `group_size` goes to the variants that have groups by
-    default, or to all if none has, but not to variants with only one size.
+    `rounding`, `packing` and `target` go to the variants that take them. `group_size` goes to the variants that have
+    groups by default, or to all if none has, but not to variants with only one size.
 
     Args:
         variants: names or aliases, separated by commas.
@@ -120,6 +167,7 @@ def variant_specs(
         rounding: name of a rounding.
         packing: name of a packing.
         option: the option that errors name.
+        target: what variants with different bits by layer must reach.
 
     Raises:
         ConfigError: for an unknown name, or an option that no variant takes.
@@ -133,6 +181,11 @@ def variant_specs(
     in_groups = [name for name in choosing if VARIANTS[name].group_size] or choosing
     rounded = [name for name in names if rounding in VARIANTS[name].roundings]
     packed = [name for name in names if packing in VARIANTS[name].packings]
+    mixed = [name for name in names if VariantSpec(name=name, packing=packing if name in packed else None).mixes]
+    if target and names and not mixed:
+        (key, value), *_ = target.items()
+        can = ", ".join(name for name in VARIANTS if VariantSpec(name=name).mixes)
+        raise ConfigError(f"--target {key}={value:g}: {', '.join(names)} cannot have a target. Try: {option} {can}")
     for option, value, takers in (("rounding", rounding, rounded), ("packing", packing, packed)):
         if value is not None and names and not takers:
             known = dict.fromkeys(one for name in names for one in getattr(VARIANTS[name], f"{option}s"))
@@ -143,5 +196,6 @@ def variant_specs(
         options: dict[str, object] = {"group_size": group_size if name in in_groups else None}
         options["rounding"] = rounding if name in rounded else None
         options["packing"] = packing if name in packed else None
+        options["target"] = target if name in mixed else None
         specs.append({"name": name} | {key: value for key, value in options.items() if value is not None})
     return specs

@@ -23,6 +23,9 @@ from pipeline.config.catalog import (
     variant_names,
 )
 
+# Each loses less than the one before, and takes longer.
+QUALITIES = FAST_QUALITY, CALIBRATED_QUALITY, DISTILLED_QUALITY = "fast", "calibrated", "distilled"
+
 
 class Gate(Section):
     """The limits for the loss of a variant against the full-precision model, on each text."""
@@ -222,9 +225,6 @@ class Calibration(Section):
         return (self.source,) if isinstance(self.source, str) else tuple(self.source or ())
 
 
-CALIBRATED_QUALITY = "calibrated"  # the default of `quantize.quality` after a training
-
-
 class Distillation(Section):
     """The training of scales and zeros."""
 
@@ -234,8 +234,8 @@ class Distillation(Section):
 class Quantize(Section):
     """The variants to make, and their limits."""
 
-    quality: Literal["fast", "calibrated", "distilled"] = Field(
-        default="fast",
+    quality: Literal[*QUALITIES] = Field(  # type: ignore[valid-type]  # named once, above
+        default=FAST_QUALITY,
         description="`calibrated` rounds with statistics of the layers' inputs, which is slower and loses less; "
         "`distilled` then trains the scales as well, which is slower still; by default `calibrated` after a training",
     )
@@ -268,7 +268,7 @@ class Quantize(Section):
         names = [v.name for v in value]
         if len(set(names)) != len(names):
             raise ValueError("each variant can be asked for once")
-        calibrates = info.data.get("quality", "fast") != "fast"
+        calibrates = info.data.get("quality", FAST_QUALITY) != FAST_QUALITY
         return [v.resolved(calibrates) for v in value]
 
     @model_validator(mode="after")
@@ -276,7 +276,7 @@ class Quantize(Section):
         for spec in self.variants:
             if not self.calibrates and spec.need(False) != Need.NOTHING:
                 raise ValueError(f"rounding {spec.rounding}: needs calibration text. Try: quantize.quality=calibrated")
-        if self.quality == "distilled" and self.variants and not self.distilled:
+        if self.quality == DISTILLED_QUALITY and self.variants and not self.distilled:
             names = ", ".join(spec.name for spec in self.variants)
             raise ValueError(
                 f"quality distilled: trains the scales of variants that a calibration rounds, and none of {names} is "
@@ -287,7 +287,7 @@ class Quantize(Section):
     @property
     def calibrates(self) -> bool:
         """Return True if variants are calibrated."""
-        return self.quality != "fast"
+        return self.quality != FAST_QUALITY
 
     @property
     def calibrated(self) -> tuple[str, ...]:
@@ -297,7 +297,7 @@ class Quantize(Section):
     @property
     def distilled(self) -> tuple[str, ...]:
         """Return the names of the variants whose scales are trained: those that a calibration rounds."""
-        if self.quality != "distilled":
+        if self.quality != DISTILLED_QUALITY:
             return ()
         return tuple(spec.name for spec in self.variants if spec.need(True) == Need.GRAM_MATRIX)
 

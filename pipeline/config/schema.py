@@ -273,7 +273,9 @@ class Config(Section):
                 "model.low_disk: measuring needs the whole model. Try: leave out --measure (evaluate: null)"
             )
         if self.evaluate is None and (aimed := [v.name for v in self.quantize.variants if v.target and v.target.rise]):
-            raise ValueError(f"evaluate: the target rise of {aimed[0]} must be measured. Try: leave out the key")
+            raise ValueError(
+                f"evaluate: the target rise of {aimed[0]} must be measured. Try: leave out the key, or use --measure"
+            )
         missing = sorted(self.publish.mirrors.keys() - {spec.name for spec in self.quantize.variants})
         if missing:
             raise ValueError(f"publish.mirrors: {missing[0]} is not among quantize.variants")

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.config.builders import quantize_config
 from pipeline.config.catalog import VARIANTS
-from pipeline.config.quantize import Gate
+from pipeline.config.quantize import CALIBRATED_QUALITY, DISTILLED_QUALITY, FAST_QUALITY, QUALITIES, Gate
 from pipeline.config.schema import PACKAGE_SOURCE, Config, Model, Quantize
 from pipeline.errors import ConfigError, HubError, Interrupted, UserError
 from pipeline.evaluation.gates import limits
@@ -94,6 +94,7 @@ def configure(task: Task, there: PublishedModel | None, space: str | None = None
         "publish.commits": "single",
         "track.space": space,
         "track.server": server,
+        **task.calibration_settings,
     }
     if not task.low_disk:
         settings |= {"evaluate.general": task.calibration, "evaluate.device": task.device}
@@ -150,16 +151,20 @@ def _staying(task: Task, there: PublishedModel) -> dict[str, dict]:
     """Return the variants of a release that are not asked for now, with the settings and limits of that release.
 
     Raises:
-        ConfigError: if one was calibrated, which is not done here. Or if one was published with a warning, or before
-            there were limits, and could be withheld now.
+        ConfigError: if one was calibrated or distilled, and would be made again without. Or if one was published with
+            a warning, or before there were limits, and could be withheld now.
     """
     now, found = Quantize(gate=Gate(rise=task.max_rise, kl=task.max_kl)), _staying_specs(task, there)
+    quality = task.calibration_settings.get("quantize.quality", FAST_QUALITY)
     for name in found.keys() - asked_variants(task).keys():
         verdict, weights = there.results[name].gate or Verdict(), there.results[name].weights
+        made = FAST_QUALITY
         if weights and weights.calibration_tokens:
+            made = DISTILLED_QUALITY if weights.distilled_steps else CALIBRATED_QUALITY
+        if QUALITIES.index(quality) < QUALITIES.index(made):
             raise ConfigError(
-                f"{task.repo}: has {name}, which was calibrated, and would be made again without calibration; "
-                f"ask for it too (--quant-type), or say --remove {name}"
+                f"{task.repo}: has {name}, which was {made}, and would be made again with quality {quality}. "
+                f"Try: --quality {made} --calibration-text TEXT, ask for it too (--quant-type), or --remove {name}"
             )
         if verdict.passed is False and task.on_gate_failure == "withhold":
             raise ConfigError(

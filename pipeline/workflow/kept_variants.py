@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.config.catalog import VARIANTS, resolve_listed, variant_names
+from pipeline.config.quantize import CALIBRATED_QUALITY, DISTILLED_QUALITY, QUALITIES
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, WorkspaceError
 from pipeline.evaluation.results import Results
@@ -69,12 +70,15 @@ def with_kept_variants(
             "Try: another folder or name, or --replace"
         )
     changes: dict[str, Any] = {}
-    calibrated = [variant for variant in kept if variant in former.quantize.calibrated]
-    if calibrated and not config.quantize.calibrates:
-        raise ConfigError(
-            f"{workspace.release}: has {', '.join(calibrated)}, which would be made again without calibration. "
-            f"Try: --set quantize.quality=calibrated, with the same calibration text, or --remove {calibrated[0]}"
-        )
+    quality, before = config.quantize.quality, former.quantize
+    of_quality = {DISTILLED_QUALITY: before.distilled, CALIBRATED_QUALITY: before.calibrated}
+    for made, names in of_quality.items():
+        lost = [variant for variant in kept if variant in names]
+        if lost and QUALITIES.index(quality) < QUALITIES.index(made):
+            raise ConfigError(
+                f"{workspace.release}: has {', '.join(lost)}, which would be made again with quality {quality}. "
+                f"Try: --set quantize.quality={made}, with the same calibration text, or --remove {lost[0]}"
+            )
     aimed = [variant for variant in kept if variant in former.quantize.targeted]
     if aimed and not (config.quantize.calibration.sources or config.data):
         raise ConfigError(

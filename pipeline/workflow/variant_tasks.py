@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from pipeline.config.base import Real, Section, Whole
-from pipeline.config.builders import variant_specs
+from pipeline.config.base import Count, Real, Section, Whole
+from pipeline.config.builders import calibration_settings, read_target, variant_specs
 from pipeline.config.catalog import VARIANTS, variant_names
 from pipeline.config.loader import explain, read_yaml
-from pipeline.config.schema import Quantize, repository_id, run_name
+from pipeline.config.quantize import FAST_QUALITY, QUALITIES, Quantize, Target
+from pipeline.config.schema import repository_id, run_name
 from pipeline.errors import ConfigError
 
 GROUP_SIZE = 128  # of variants that are in groups, unless asked for otherwise
@@ -35,6 +36,12 @@ class Task(Section):
     calibration: str | None = Field(
         default=None, min_length=1, description="text to measure on: a .txt file, or builtin:NAME"
     )
+    quality: Literal[*QUALITIES] | None = Field(  # type: ignore[valid-type]  # named once, in `config.quantize`
+        default=None, description="by default the second if there is calibration text, else the first"
+    )
+    calibration_text: list[str] = Field(default=[], description="files or data sets to calibrate on, mixed evenly")
+    calibration_tokens: Count | None = Field(default=None, description="tokens of this text")
+    target: Target | None = Field(default=None, description="what variants with different bits by layer must reach")
     low_disk: bool = False
     max_rise: Real | None = Field(default=None, gt=0, description="of perplexity, as a share")
     max_kl: Real | None = Field(default=None, gt=0, description="nats a token")
@@ -47,6 +54,16 @@ class Task(Section):
     @classmethod
     def _repository(cls, value: str | None) -> str | None:
         return repository_id(value)
+
+    @field_validator("calibration_text", mode="before")
+    @classmethod
+    def _texts(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("target", mode="before")
+    @classmethod
+    def _target(cls, value: Any) -> Any:
+        return read_target(value) if isinstance(value, str) else value
 
     @field_validator("experiment_name")
     @classmethod
@@ -65,7 +82,22 @@ class Task(Section):
             raise ValueError("calibration: with low_disk nothing is measured; leave one of them out")
         if self.low_disk and (self.max_rise or self.max_kl):
             raise ValueError("max_rise, max_kl: with low_disk nothing is measured; leave them or low_disk out")
+        if self.low_disk and (self.calibration_text or self.target):
+            raise ValueError("calibration_text, target: need the whole model; leave them or low_disk out")
+        if not self.calibration_text and (self.target or self.quality not in (None, FAST_QUALITY)):
+            asked = "target" if self.target else f"quality {self.quality}"
+            raise ValueError(f"{asked}: needs a text to calibrate on. Try: --calibration-text FILE.txt")
         return self
+
+    @property
+    def calibration_settings(self) -> dict[str, Any]:
+        """Return its calibration as keys of a configuration.
+
+        Raises:
+            ConfigError: if nothing uses its text.
+        """
+        targeted = self.target is not None
+        return calibration_settings(self.quality, self.calibration_text, self.calibration_tokens, targeted)
 
 
 def read_task(values: dict[str, Any], origin: str) -> Task:
@@ -76,7 +108,8 @@ def read_task(values: dict[str, Any], origin: str) -> Task:
     """
     try:
         task = Task.model_validate(values)
-        Quantize.model_validate({"variants": list(asked_variants(task).values())})
+        quality = task.calibration_settings.get("quantize.quality", FAST_QUALITY)
+        Quantize.model_validate({"variants": list(asked_variants(task).values()), "quality": quality})
     except ValidationError as error:
         raise ConfigError(f"{origin}: {explain(error, Task)}") from None
     except ConfigError as error:
@@ -120,4 +153,5 @@ def asked_variants(task: Task) -> dict[str, dict]:
         raise ConfigError(f"--quant-type {','.join(task.quant_types)!r}: names no variant; known are {variant_names()}")
     in_groups = [name for name in names if VARIANTS[name].group_size and GROUP_SIZE in VARIANTS[name].group_sizes]
     size = GROUP_SIZE if task.group_size is None and in_groups else task.group_size
-    return {spec["name"]: spec for spec in variant_specs(names, size)}
+    target = task.target.asked if task.target else None
+    return {spec["name"]: spec for spec in variant_specs(names, size, option="--quant-type", target=target)}

@@ -222,5 +222,9 @@ def test_help_tells_every_option_without_importing_torch(place):
         "dataset-repo",
         "low-disk",
         "max-rise",
+        "quality",
+        "calibration-text",
+        "calibration-tokens",
+        "target",
     ):
         assert f"--{option}" in said

@@ -62,6 +62,51 @@ def test_options_become_the_configuration_of_one_private_commit(hub, tmp_path):
     assert kept.publish.repo is None and kept.evaluate is None and kept.model.low_disk
 
 
+def test_calibration_options_become_the_configuration(hub):
+    model(hub)
+    asked = {"repo": "ada/other", "quant_types": ["both"], "calibration": "measured.txt"}
+    fast = configure(task(**asked), None).quantize
+    assert (fast.quality, fast.calibration.sources, fast.targeted) == ("fast", (), ())
+    made = configure(task(**asked, calibration_text="notes.txt"), None)
+    assert (made.quantize.quality, made.quantize.calibration.sources) == ("calibrated", ("notes.txt",))
+    assert (made.quantize.spec("int4").rounding, made.evaluate.general) == ("gptq", "measured.txt")
+    several = {"calibration_text": ["notes.txt", "ada/rows"], "calibration_tokens": 4096, "quality": "distilled"}
+    made = configure(task(**asked, **several, target="size_mb=500"), None).quantize
+    assert (made.quality, made.calibration.sources) == ("distilled", ("notes.txt", "ada/rows"))
+    assert (made.calibration.tokens, made.targeted, made.distilled) == (4096, ("int4",), ("int4",))
+    quick = configure(task(**asked, calibration_text="n.txt", quality="fast", target={"rise": 0.03}), None).quantize
+    assert (quick.quality, quick.spec("int4").target.asked) == ("fast", {"rise": 0.03})
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"quality": "calibratd"}, "quality: \"calibratd\" is refused: Input should be 'fast', 'calibrated' or 'disti"),
+        ({"quality": "calibrated"}, "quality calibrated: needs a text to calibrate on. Try: --calibration-text"),
+        (
+            {"target": "rise=0.03", "quant_types": ["int4"]},
+            "target: needs a text to calibrate on. Try: --calibration-t",
+        ),
+        ({"quality": "fast", "calibration_text": "a.txt"}, "a.txt: not used with --quality fast. Try: --quality calib"),
+        ({"calibration_tokens": 99}, "--calibration-tokens 99: there is no text. Try: --calibration-text"),
+        (
+            {"calibration_text": "a.txt", "target": "rise"},
+            "--target rise: not a target. Try: rise=0.03, size_mb=500 or",
+        ),
+        ({"calibration_text": "a.txt", "target": "bits=4.8"}, "bits=4.8: int8 cannot have a target. Try: --quant-type"),
+        ({"calibration_text": "a.txt", "quality": "distilled"}, "none of int8 is one. Try: quality=calibrated"),
+        (
+            {"calibration_text": "a.txt", "low_disk": True, "save_only": True},
+            "calibration_text, target: need the whole model",
+        ),
+    ],
+)
+def test_calibration_options_that_cannot_work_are_refused_in_one_line(options, said):
+    with pytest.raises(ConfigError) as refused:
+        task(**options)
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
 def test_own_repository_is_the_same_model_until_its_files_change(hub):
     """Though every publish moves the head, and its author writes into the card."""
     first = model(hub)
@@ -119,12 +164,20 @@ def test_calibrated_variant_is_not_made_again_without_calibration(hub):
     figures = {"gate": {"passed": True, "limits": {"rise": 0.05}}, "weights": {"calibration_tokens": 32768}}
     told["results"] = {"int4": {"variant": {"name": "int4", "group_size": 128, "rounding": "gptq"}, **figures}}
     hub.put("ada/model", {"tunepress.json": json.dumps(told).encode()})
-    with pytest.raises(ConfigError, match="ada/model: has int4, which was calibrated"):
+    with pytest.raises(
+        ConfigError, match="has int4, which was calibrated, .* Try: --quality calibrated --calibration-t"
+    ):
         configure(task(), read_published("ada/model"))
+    again = configure(task(calibration_text="notes.txt"), read_published("ada/model")).quantize
+    assert (again.quality, again.spec("int4").rounding) == ("calibrated", "gptq")
     asked = configure(task(quant_types=["both"]), read_published("ada/model")).quantize
     assert asked.spec("int4").rounding == "search"
     removed = configure(task(remove=["int4"]), read_published("ada/model"))
     assert list(variants(removed)) == ["int8"]
+    told["results"]["int4"]["weights"] |= {"distilled_steps": 8, "distilled_kl_before": 0.2, "distilled_kl_after": 0.1}
+    hub.put("ada/model", {"tunepress.json": json.dumps(told).encode()})
+    with pytest.raises(ConfigError, match="has int4, which was distilled, and would be made again with quality calib"):
+        configure(task(calibration_text="notes.txt"), read_published("ada/model"))
 
 
 def test_changed_weights_make_variants_again_and_a_changed_card_does_not(hub):
@@ -325,6 +378,16 @@ def test_a_list_of_models_takes_options_from_the_command_line_and_its_own(tmp_pa
     path.write_text("- {model: ada/one, repo: ada/one}\n- {model: ada/two, repo: ada/two, quant_types: [both]}\n")
     one, two = read_tasks(path, {"quant_types": ["int4"], "private": False})
     assert (one.quant_types, two.quant_types, two.private) == (["int4"], ["both"], False)
+    path.write_text(
+        "- {model: ada/one, repo: ada/one}\n"
+        "- {model: ada/two, repo: ada/two, quality: distilled, calibration_text: [a.txt, b.txt], target: {bits: 5}}\n"
+    )
+    one, two = read_tasks(path, {"quant_types": ["int4"], "calibration_text": ["c.txt"]})
+    assert [(of.quality, of.calibration_text) for of in (one, two)] == [
+        (None, ["c.txt"]),
+        ("distilled", ["a.txt", "b.txt"]),
+    ]
+    assert two.target.asked == {"bits": 5}
 
 
 def test_a_list_has_a_repository_for_each_of_its_models(tmp_path):

@@ -68,7 +68,7 @@ def check(config: Config) -> None:
         if not config.quantize.calibration.sources and config.data is None:
             raise ConfigError(
                 f"quantize.variants {name}: a target needs calibration text, and there is no training data. "
-                "Try: quantize.calibration.source=FILE.txt"
+                "Try: quantize.calibration.source=FILE.txt (--calibration-text FILE.txt)"
             )
         if config.model.low_disk:
             raise ConfigError(f"quantize.variants {name}: a target needs the whole model. Try: no model.low_disk")

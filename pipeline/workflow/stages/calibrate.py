@@ -65,11 +65,13 @@ def check(config: Config) -> None:
         return
     if not config.quantize.calibration.sources and config.data is None:
         raise ConfigError(
-            "quantize.quality calibrated: there is no training data to calibrate on. "
-            "Try: quantize.calibration.source=FILE.txt"
+            f"quantize.quality {config.quantize.quality}: there is no training data to calibrate on. "
+            "Try: quantize.calibration.source=FILE.txt (--calibration-text FILE.txt)"
         )
     if config.model.low_disk:
-        raise ConfigError("quantize.quality calibrated: needs the whole model. Try: leave out model.low_disk")
+        raise ConfigError(
+            f"quantize.quality {config.quantize.quality}: needs the whole model. Try: leave out model.low_disk"
+        )
 
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
