@@ -7,8 +7,11 @@ on another grid is the share times the ratio of the errors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +20,7 @@ import torch
 from pipeline.config.catalog import NEAREST, ROUNDINGS, Need
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import QuantizationError
+from pipeline.models.checkpoint.row_blocks import in_parallel
 from pipeline.quantization.calibration import gradients
 from pipeline.quantization.calibration.blocks import BlockwiseModel
 from pipeline.quantization.calibration.collect import collect
@@ -115,15 +119,20 @@ def measure(
     errors: dict[str, dict[str, float]] = {}
     fused: list[list[str]] = []
     for block in collect(model, first_of(windows, MOMENTS_TOKENS), Need.SECOND_MOMENTS):
+        here = {name: of for name, of in block.statistics.items() if name in grids}
         made: dict[str, GroupQuantized] = {}
+
+        def work(name: str, of: Statistics, made: dict[str, GroupQuantized] = made) -> int:
+            weight, known = model.weight(name), of if uses_moments else None
+            made[name] = _round(spec, how, weight, grids[name][0], known)
+            errors[name] = _relative_errors(spec, how, weight, grids[name], known, of.second_moments)
+            return weight.numel()
+
+        largest = sorted(here, key=lambda name: -math.prod(model.linear[name]))
+        in_parallel([partial(work, name, here[name]) for name in largest], 0)
+        base |= {name: grids[name][0] for name in here}
         by_input: dict[int, list[str]] = {}
-        for name, statistics in block.statistics.items():
-            if name not in grids:
-                continue
-            weight, of = model.weight(name), statistics if uses_moments else None
-            made[name] = _round(spec, how, weight, grids[name][0], of)
-            base[name] = grids[name][0]
-            errors[name] = _relative_errors(spec, how, weight, grids[name], of, statistics.second_moments)
+        for name, statistics in here.items():
             by_input.setdefault(id(statistics), []).append(name)
         fused += by_input.values()
         save_block(folder, block.block, made)
@@ -148,8 +157,8 @@ def measure(
 
 def first_of(windows: Sequence[list[int]], tokens: int) -> list[list[int]]:
     """Return the first windows that have at most so many tokens; at least one."""
-    count = max(1, tokens // len(windows[0]))
-    return list(windows[:count])
+    ends = accumulate(map(len, windows))
+    return [window for window, end in zip(windows, ends, strict=True) if end <= max(tokens, len(windows[0]))]
 
 
 def stand_in(spec: VariantSpec, calibrates: bool) -> tuple[str, bool, float]:
