@@ -87,8 +87,12 @@ class Sums:
             return
         self._seen.append((inputs, inputs._version, name))
         wide = inputs.float()
-        sums = wide.T @ wide if self._need == Need.GRAM_MATRIX else wide.square().sum(0)
-        self._sums[name] = self._sums[name].add_(sums) if name in self._sums else sums
+        if self._need != Need.GRAM_MATRIX:
+            self._sums[name] = self._sums.get(name, 0) + wide.square().sum(0)
+        elif name in self._sums:
+            self._sums[name].addmm_(wide.T, wide)  # a product of its own would be as large as the sum
+        else:
+            self._sums[name] = wide.T @ wide
         self._tokens[name] = self._tokens.get(name, 0) + len(wide)
 
     def statistics(self) -> dict[str, Statistics]:

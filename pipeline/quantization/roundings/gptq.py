@@ -21,6 +21,7 @@ from pipeline.quantization.statistics import Statistics
 DAMPING = 0.1  # of the mean diagonal of H; on text of another kind it loses less than 0.01
 FITTED_AT_ONCE = 4_000_000  # numbers in the equations of the rows that are fitted together
 FEWEST_FITTED = 32  # rows; with fewer, reading the Gram matrix again and again would take most of the time
+COMPARED_AT_ONCE = 512  # rows
 RIDGE = 1e-3  # how firmly a new scale or zero is held to the old one, relative to its own curvature
 
 
@@ -32,19 +33,25 @@ def round(rows: torch.Tensor, grid: Grid, statistics: Statistics | None = None) 
     """
     if statistics is None or statistics.gram is None:
         raise ValueError("gptq needs the gram matrix of the layer's inputs")
-    damped = statistics.gram.clone()
-    damped.diagonal().add_(DAMPING * damped.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny))
+    gram = statistics.gram
+    damping = DAMPING * gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     weight = rows.float()
-    scale, zero, codes = _in_order(weight, grid, _factor(damped))
-    return polish(
-        weight, GroupQuantized(codes.to(torch.int8 if grid.signed else torch.uint8), scale, zero, grid), damped
-    )
+    scale, zero, codes = _in_order(weight, grid, _factor(gram, damping))
+    made = GroupQuantized(codes.to(torch.int8 if grid.signed else torch.uint8), scale, zero, grid)
+    del codes
+    damped = gram.clone()
+    damped.diagonal().add_(damping)
+    return polish(weight, made, damped)
 
 
-def _factor(gram: torch.Tensor) -> torch.Tensor:
-    """Return the upper U with inverse(H) = U' U, from one Cholesky factor of H with reversed rows and columns."""
-    upper = torch.linalg.cholesky(gram.flip(0, 1)).flip(0, 1)
-    return torch.linalg.solve_triangular(upper, torch.eye(len(gram), device=gram.device), upper=True)
+def _factor(gram: torch.Tensor, damping: torch.Tensor) -> torch.Tensor:
+    """Return the upper U with inverse(H) = U' U, from one Cholesky factor of the damped H with reversed order."""
+    upper = gram.flip(0, 1)
+    upper.diagonal().add_(damping)
+    upper = torch.linalg.cholesky(upper)
+    upper = upper.flip(0, 1)
+    inverse = torch.eye(len(gram), device=gram.device)
+    return torch.linalg.solve_triangular(upper, inverse, upper=True, out=inverse)
 
 
 def _in_order(
@@ -92,8 +99,12 @@ def polish(weight: torch.Tensor, made: GroupQuantized, gram: torch.Tensor, round
 
 def loss(weight: torch.Tensor, made: GroupQuantized, gram: torch.Tensor) -> torch.Tensor:
     """Return the squared output error of every row, (N,)."""
-    change = made.dequantize() - weight
-    return (change @ gram).mul_(change).sum(1)
+    found = []
+    for first in range(0, len(weight), COMPARED_AT_ONCE):
+        stop = min(first + COMPARED_AT_ONCE, len(weight))
+        change = made.rows(first, stop).dequantize() - weight[first:stop]
+        found.append((change @ gram).mul_(change).sum(1))
+    return torch.cat(found)
 
 
 def _fit_all(target: torch.Tensor, made: GroupQuantized, gram: torch.Tensor) -> GroupQuantized:
@@ -154,8 +165,12 @@ def _descend(weight: torch.Tensor, made: GroupQuantized, gram: torch.Tensor) -> 
     rows, width = weight.shape
     size = grid.group(width)
     step = min(size, 128)
-    change = (made.dequantize() - weight).T.contiguous()  # (K, N)
-    codes = made.codes.T.float()  # (K, N)
+    codes = made.codes.T.float().contiguous()  # (K, N)
+    change, scales = codes.clone(), made.scale.T.float().unsqueeze(1)
+    change.view(-1, size, rows).mul_(scales)
+    if made.zero is not None:
+        change.view(-1, size, rows).add_(made.zero.T.float().unsqueeze(1))
+    change -= weight.T
     diagonal = gram.diagonal()
     for first in range(0, width, step):
         stop = min(first + step, width)
