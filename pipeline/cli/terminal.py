@@ -225,6 +225,8 @@ def _tell(figures: dict) -> str:
         return f"held-out perplexity {base:.2f} -> {merged:.2f}"
     if "withheld" in figures:
         return figures["withheld"]
+    if "made_again" in figures:
+        return f"made again: {figures['made_again']}"
     if "missed" in figures:
         return f"{size(figures['bytes_after'])}, misses its gate: {figures['missed']}"
     if "bytes_after" in figures:

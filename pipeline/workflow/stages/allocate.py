@@ -199,12 +199,13 @@ def _sensitivities(config: Config, workspace: Workspace, events: Events, name: s
     about = _measured_by(config, workspace, name)
     if workspace.progress(KEY, f"{name} losses").get("about") == about:
         return _known_sensitivities(config, workspace, name)
+    choice, calibrates = _choice(config, source, name), config.quantize.calibrates
+    choice.check_reachable()
     refuse_other_matrices(source)
     tokens = min(MOMENTS_TOKENS, config.quantize.calibration.tokens)
     windows = calibration_text.windows(config, workspace, source, tokens)
     scratch = empty_folder(workspace.folder / KEY)
     try:
-        choice, calibrates = _choice(config, source, name), config.quantize.calibrates
         grids, tables = grids_to_mix(choice.spec, choice.linear), choice.tables
         found = measured(choice.spec, calibrates, source, grids, tables, windows, scratch, events.progress)
     finally:
