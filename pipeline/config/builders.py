@@ -136,15 +136,18 @@ def calibration_settings(
     return {key: value for key, value in settings.items() if value is not None}
 
 
-def read_target(text: str) -> dict[str, float]:
+def read_target(text: str, option: str = "target") -> dict[str, float]:
     """Return a target such as `rise=0.03` as `quantize.variants[].target` takes it.
+
+    Args:
+        option: the option that errors name.
 
     Raises:
         ConfigError: if it is written in another way.
     """
     key, _, value = text.partition("=")
     if key not in Target.model_fields or not re.fullmatch(r"\d*\.?\d+", value):
-        raise ConfigError(f"--target {text}: not a target. Try: rise=0.03, size_mb=500 or bits=4.8")
+        raise ConfigError(f"--{option} {text}: not a target. Try: rise=0.03, size_mb=500 or bits=4.8")
     return {key: float(value)}
 
 

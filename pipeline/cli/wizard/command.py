@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.cli.options import RUNS, Root, console
+from pipeline.config.quantize import QUALITIES
 
 INTERRUPTED = 130
 Text = str | None
@@ -38,7 +39,12 @@ def wizard(
     group_size: Annotated[Text, _answer("32, 64, 128 or 256, for int4.")] = None,
     gguf: Annotated[Text, _answer("GGUF types such as q4_0,q8_0, or none.")] = None,
     gate: Annotated[
-        Text, _answer("If a variant fails its gate: withhold, warn, or target (more bits for int4).")
+        Text,
+        _answer("If a variant fails its gate: withhold, warn, or target (more bits for int4), as rise=0.03, ..."),
+    ] = None,
+    quality: Annotated[Text, _answer(f"{', '.join(QUALITIES)}: each loses less and takes longer.")] = None,
+    calibration_text: Annotated[
+        Text, _answer("Text to calibrate on: training, files or data sets, separated by commas.")
     ] = None,
     name: Annotated[Text, _answer("Name of the run.")] = None,
     calibrate: Annotated[

@@ -13,16 +13,19 @@ from pipeline.config.schema import Config, TrainingRun
 from pipeline.data.sources import BUILTIN
 from pipeline.errors import ConfigError
 from pipeline.models.context import check_length
+from pipeline.planning import timing
 from pipeline.planning.advice import advise
+from pipeline.planning.benchmark import read_speeds
 from pipeline.planning.devices import Machine, this_machine
 from pipeline.planning.memory import adapter_parameters
 from pipeline.planning.model import Sizes
 from pipeline.planning.plan import Shortage, shortages
 from pipeline.planning.report import tell_shortage
-from pipeline.planning.stages import stages_of
+from pipeline.planning.stages import Stage, stages_of
 from pipeline.system.command_names import command
 
 Settings = Mapping[str, object]  # dotted keys
+PREPARING = ("allocate", "calibrate", "distill")  # stages whose time depends on the quality and the targets
 
 
 @dataclass
@@ -150,9 +153,20 @@ class Draft:
             self.check_fits(config)
         return {**settings, **{change.key: change.value for change in changes}}
 
+    def preparing_seconds(self, config: Config) -> float | None:
+        """Return the time of the stages that prepare variants; None if this machine was not measured."""
+        speeds = read_speeds()
+        if speeds is None or speeds.place != self.machine.name:
+            return None
+        stages = [stage for stage in self._stages(config) if stage.name in PREPARING]
+        return sum(timing.seconds(speeds, config, self.model_sizes, stages, None).values())
+
     def _short(self, config: Config) -> list[Shortage]:
+        return shortages(self._stages(config), self.machine)
+
+    def _stages(self, config: Config) -> list[Stage]:
         adapter = adapter_parameters(self.model_sizes, config.train.lora)
-        return shortages(stages_of(config, self.model_sizes, self.machine, 0, adapter), self.machine)
+        return stages_of(config, self.model_sizes, self.machine, 0, adapter)
 
 
 def _changed(tree: dict, settings: Settings) -> dict:

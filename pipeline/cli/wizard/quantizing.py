@@ -9,6 +9,7 @@ from pipeline.cli.wizard.draft import Draft
 from pipeline.cli.wizard.model import recipe_tree
 from pipeline.cli.wizard.presets import PROFILES
 from pipeline.cli.wizard.prompts import Question, one_of, yes_or_no
+from pipeline.config.builders import read_target
 from pipeline.config.catalog import DEFAULT_VARIANTS, GGUF, GROUP_SIZES, VARIANTS, resolve_listed
 from pipeline.config.presets import PRESETS
 from pipeline.errors import ConfigError
@@ -19,7 +20,8 @@ FORMER_TARGET = "escalate"  # the answer in earlier versions
 GATES = {
     "withhold": "not published; the card says so",
     "warn": "published with a warning",
-    TARGET: "int4 gets as many bits as it needs to pass, which takes a while; other variants are withheld",
+    TARGET: "int4 gets as many bits as it needs to pass, which takes a while; other variants are withheld. "
+    "For another target of int4, answer rise=0.03, size_mb=500 or bits=4.8",
 }
 TYPES = {v.file_type.lower(): v.name for v in VARIANTS.values() if v.format == GGUF and v.file_type}
 
@@ -120,12 +122,13 @@ def _about_gate(draft: Draft) -> str:
 
 
 def _take_gate(draft: Draft, answer: str) -> None:
-    choice = one_of(TARGET if answer.strip().lower() == FORMER_TARGET else answer, tuple(GATES))
+    own = read_target(answer.strip(), "gate") if "=" in answer else None
+    choice = TARGET if own or answer.strip().lower() == FORMER_TARGET else one_of(answer, tuple(GATES))
     if choice != TARGET:
         draft.set({"quantize.on_gate_failure": choice})
         return
     quantize = draft.config().quantize
-    aims = {v.name: {"rise": limits(quantize, v.name)["rise"]} for v in quantize.variants if v.mixes}
+    aims = {v.name: own or {"rise": limits(quantize, v.name)["rise"]} for v in quantize.variants if v.mixes}
     if not aims:
         raise ConfigError(f"{TARGET}: no variant here can have different bits by layer. Try: withhold, warn")
     variants = [v | ({TARGET: aims[v["name"]]} if v["name"] in aims else {}) for v in _variants(draft)]

@@ -1,6 +1,6 @@
 """All questions, in the order in which they are asked."""
 
-from pipeline.cli.wizard import data, destination, finish, model, quantizing, training
+from pipeline.cli.wizard import data, destination, finish, model, quality, quantizing, training
 
 QUESTIONS = (
     *model.QUESTIONS,
@@ -8,5 +8,6 @@ QUESTIONS = (
     *training.QUESTIONS,
     *destination.QUESTIONS,
     *quantizing.QUESTIONS,
+    *quality.QUESTIONS,
     *finish.QUESTIONS,
 )

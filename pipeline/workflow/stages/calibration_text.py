@@ -5,7 +5,9 @@ It is never a text that anything is measured on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import re
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.schema import REPO_ID, Config, Data, MeasuredRun, TrainingRun
 from pipeline.data import Example, check_source, load_examples, plain_text
-from pipeline.data.sources import BUILTIN, is_builtin, names_a_file
+from pipeline.data.sources import BUILTIN, is_builtin, locate, names_a_file
 from pipeline.errors import DataError
 from pipeline.system.files import fingerprint, sha256
 from pipeline.system.redaction import file_name
@@ -44,20 +46,34 @@ def check_sources(config: Config) -> None:
         DataError: naming the source.
     """
     for source in config.quantize.calibration.sources if is_needed(config) else ():
-        try:
+        with _errors_of_source():
             if _is_plain(source):
                 plain_text(source)
             else:
                 check_source(Data(source=source))
-        except DataError as error:
-            problem = str(error).partition(";")[0].partition(". Try:")[0]
-            raise DataError(
-                f"quantize.calibration.source: {problem}. Try: another file, data set, or {BUILTIN}"
-            ) from None
         if isinstance(config, MeasuredRun) and _is_same_file(source, config.evaluate.general):
             raise DataError(
                 f"quantize.calibration.source {source}: is the general text, which is measured on. Try: another file"
             )
+
+
+def look_up(source: str) -> None:
+    """Raise DataError if a source is the name of a data set that cannot be read on the Hub."""
+    from pipeline.data.hub import peek
+
+    with _errors_of_source():
+        if not is_builtin(source) and locate(source) is None:
+            peek(Data(source=source))
+
+
+@contextlib.contextmanager
+def _errors_of_source() -> Iterator[None]:
+    """Advise another source in errors, instead of keys of the section `data`."""
+    try:
+        yield
+    except DataError as error:
+        problem = re.split(r"; |\. Try: |: correct ", str(error))[0]
+        raise DataError(f"quantize.calibration.source: {problem}. Try: another file, data set, or {BUILTIN}") from None
 
 
 def check(config: Config, workspace: Workspace, model: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -151,7 +167,8 @@ def _of_source(
             raise DataError(f"quantize.calibration.source {source}: the text is too short. Try: more text") from None
     known = workspace.progress("calibrate", "revisions")
     data = Data(source=source, revision=known.get(source))
-    read = load_examples(data, config.train.loss_on)
+    with _errors_of_source():
+        read = load_examples(data, config.train.loss_on)
     if read.revision and source not in known:  # a branch on the Hub stays at its first commit
         workspace.note("calibrate", revisions={**known, source: read.revision})
     return _encoded(config, data, read.train, tokenizer, window, tokens)

@@ -137,6 +137,13 @@ def test_ctrl_c_keeps_the_answers_and_resuming_asks_the_rest(desk):
         for question in ("Make quantized models", "Quantized models", "Group size of int4", "GGUF"):
             person.answers(question)
         person.answers("Failed quality gate")
+        person.sees("distilled: then trains the scales as well")
+        person.answers("Quality", "calibratd")
+        person.sees("Try: fast, calibrated, distilled")
+        person.answers("Quality")
+        person.answers("Calibration text", "nothing.txt")
+        person.sees("nothing.txt: cannot be read")
+        person.answers("Calibration text")
         person.answers("Configuration file")
         assert person.ends() == 0
     assert "resumed.yaml --runs 'my runs'" in (desk.folder / "resumed.yaml").read_text()

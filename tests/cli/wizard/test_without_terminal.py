@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from dataclasses import replace
@@ -16,6 +17,7 @@ from pipeline.config.loader import load_config
 from pipeline.config.presets import PRESETS
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
+from pipeline.planning.benchmark import save_speeds
 from pipeline.planning.devices import this_machine
 from tests.support.planning import SPEEDS
 from tests.support.runs import TOKEN
@@ -40,17 +42,18 @@ def test_piped_answers_are_taken_line_by_line_and_empty_ones_are_defaults(desk):
         "32",
         "",
         "warn",
+        "fast",
         "piped",
     ]
     desk.wizard(answers="\n".join([*lines, "", "no", ""]))
     config = load_config(desk.folder / "piped.yaml")
     assert (config.train.max_steps, config.train.batch_size, config.train.accumulate) == (5, 2, 8)
     assert [(spec.name, spec.group_size) for spec in config.quantize.variants] == [("int8", None), ("int4", 32)]
-    assert config.quantize.on_gate_failure == "warn"
+    assert (config.quantize.on_gate_failure, config.quantize.quality) == ("warn", "fast")
 
 
 def test_options_and_defaults_make_the_same_file_as_piped_answers(desk):
-    piped = desk.wizard("--name", "piped", "--no-run", answers="./model\nrows.jsonl\n" + "\n" * 13)
+    piped = desk.wizard("--name", "piped", "--no-run", answers="./model\nrows.jsonl\n" + "\n" * 15)
     given = desk.wizard("--name", "given", "--no-run", "--yes", *STARTED)
     assert "int8, int4 in groups of 64" in piped.stdout and "int8, int4 in groups of 64" in given.stdout
     piped, given = (load_config(desk.folder / f"{name}.yaml") for name in ("piped", "given"))
@@ -100,6 +103,12 @@ def test_answers_that_end_early_are_told(desk):
         ({"group_size": "48"}, "allowed are 32, 64, 128, 256"),
         ({"gguf": "q9"}, "not a GGUF type"),
         ({"gate": "hope"}, "Try: withhold, warn, target"),
+        ({"gate": "rise=much"}, "--gate rise=much: not a target. Try: rise=0.03, size_mb=500 or bits=4.8"),
+        ({"quality": "calibratd"}, "'calibratd': not a choice. Try: fast, calibrated, distilled"),
+        ({"quality": "distilled", "quantization": "int8"}, "--quality: does not apply to the other answers"),
+        ({"quality": "fast", "calibration_text": "rows.jsonl"}, "--calibration-text: does not apply to the other"),
+        ({"calibration_text": "none.txt"}, "none.txt: cannot be read: No such file or directory. Try: another file"),
+        ({"calibration_text": "training,other.md"}, "quantize.calibration.source: training: neither a file nor"),
         ({"quantize": "no", "group_size": "32"}, "--group-size: does not apply to the other answers"),
         ({"private": "no"}, "--public: does not apply to the other answers"),
         ({"private": "yes"}, "--private: does not apply to the other answers"),
@@ -166,6 +175,41 @@ def test_malformed_token_gives_one_line_when_a_model_is_looked_up(ask, monkeypat
     monkeypatch.setenv("HF_TOKEN", "hf_töken0123456789")
     with pytest.raises(UserError, match="ada/base: the Hub token contains invalid characters"):
         ask(model="ada/base", data="rows.jsonl")
+
+
+def test_variants_are_calibrated_on_training_data_unless_another_answer_is_given(ask):
+    Path("notes.txt").write_text("Some notes.")
+    asked = {"model": "./model", "data": "rows.jsonl"}
+    default = ask(**asked, name="a").quantize
+    assert (default.quality, default.calibration.sources) == ("calibrated", ())
+    own = ask(**asked, name="b", quality="distilled", calibration_text="notes.txt, builtin:python-docs").quantize
+    assert (own.quality, own.calibration.sources) == ("distilled", ("notes.txt", "builtin:python-docs"))
+    assert ask(**asked, name="c", calibration_text="rows.jsonl").quantize.calibration.sources == ()
+    aimed = ask(**asked, name="d", quality="fast", gate="size_mb=500", calibration_text="notes.txt").quantize
+    assert (aimed.spec("int4").target.asked, aimed.calibration.sources) == ({"size_mb": 500}, ("notes.txt",))
+
+
+def test_calibration_text_on_the_hub_is_looked_up(desk, hub):
+    hub.put("ada/notes", {"rows.jsonl": b'{"text": "one"}\n' * 9}, repo_type="dataset")
+    asked = (*STARTED, "--yes", "--no-run", "--name", "noted")
+    done = desk.wizard(*asked, "--calibration-text", "ada/none", check=2)
+    assert "ada/none: no such data set on the Hub, or it is private. Try: another file" in done.stderr
+    desk.wizard(*asked, "--calibration-text", "ada/notes")
+    assert load_config(desk.folder / "noted.yaml").quantize.calibration.sources == ("ada/notes",)
+
+
+@pytest.mark.usefixtures("ask")
+def test_quality_question_tells_the_time_that_each_takes_on_a_measured_machine(monkeypatch, capsys):
+    def told() -> list[str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n" * 30))
+        asked = {"model": "./model", "data": "rows.jsonl", "run": "no", "calibrate": "no"}
+        wizard(Console(width=200), asked)
+        return [line for line in capsys.readouterr().out.splitlines() if "takes about" in line and "more" in line]
+
+    assert told() == []
+    save_speeds(replace(SPEEDS, place=this_machine(Path()).name))
+    calibrated, distilled = told()
+    assert calibrated.strip().startswith("calibrated: ") and distilled.strip().startswith("distilled: ")
 
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "gpu_optimized"])
