@@ -65,7 +65,10 @@ FLATTERED = 0.9  # a rise of the loss below this share of the KL divergence says
 def main() -> None:
     arguments = _arguments()
     with plain_errors("benchmark_accuracy"):
-        sys.exit(benchmark(arguments))
+        try:
+            sys.exit(benchmark(arguments))
+        except KeyboardInterrupt:
+            raise Interrupted from None
 
 
 def benchmark(arguments: argparse.Namespace) -> int:
