@@ -18,7 +18,7 @@ from pipeline.config.catalog import EIGHT_BITS, KEEP
 from pipeline.config.quantize import VariantSpec, matches
 from pipeline.quantization.formats import sizes
 
-BINS = 50_000  # of bytes; fewer if all options differ by multiples of something larger
+BINS = 30_000  # of bytes, which torch does not divide among threads; fewer if options differ by larger steps
 ROUNDING = 1e-9  # of sums of losses, as a share
 KEPT = 16  # the bits of an option that leaves weights as they are
 Shapes = Mapping[str, tuple[int, int]]
@@ -96,11 +96,14 @@ def _solve(groups: Sequence[Group], most_bytes: int, most_loss: float | None) ->
     best = torch.zeros(bins + 1, dtype=torch.float64)  # by bytes: the least loss of the groups so far
     taken = []
     for group, options in zip(groups, extra, strict=True):
-        losses = torch.full((len(options), bins + 1), torch.inf, dtype=torch.float64)
-        for row, option, count in zip(losses, group.options, options, strict=True):
+        before, best = best, torch.full_like(best, torch.inf)
+        choice = torch.zeros(bins + 1, dtype=torch.int8)
+        for number, (option, count) in enumerate(zip(group.options, options, strict=True)):
             if (cost := -(-count // unit)) <= bins:
-                row[cost:] = best[: bins + 1 - cost] + option.loss
-        best, choice = losses.min(dim=0)
+                found = before[: bins + 1 - cost] + option.loss
+                is_better = found < best[cost:]
+                best[cost:] = torch.where(is_better, found, best[cost:])
+                choice[cost:].masked_fill_(is_better, number)
         taken.append(choice)
     at = bins
     if most_loss is not None:

@@ -31,7 +31,6 @@ class SafetensorsFolder(Output):
         form = format_of(spec)
         assert isinstance(form, SafetensorsFormat), "its `output` makes this"
         self.format = form
-        self.format.check(spec, source.folder)
         self.rounding = spec.rounding or NEAREST
         found, self.kept = layer_grids(spec, source.linear)
         self.grids = {name: (shape, grid) for name, (shape, grid) in found.items() if grid is not None}
@@ -58,6 +57,7 @@ class SafetensorsFolder(Output):
         return file_bytes(*self._plan(), self.source.shard_bytes)
 
     def __enter__(self) -> SafetensorsFolder:
+        self.format.check(self.spec, self.source.folder)
         self.writer = CheckpointWriter(self.folder, *self._plan(), self.source.shard_bytes)
         self.writer.__enter__()
         return self

@@ -77,8 +77,10 @@ class Choice:
     def _can_quantize_tables(self) -> bool:
         if self.spec.embeddings:
             return self.spec.quantizes_embeddings
+        eight = self.spec.model_copy(update={"embeddings": EIGHT_BITS, KEEP: ["*"], EIGHT_BITS: []})
         try:
-            self.bytes(self.spec.model_copy(update={"embeddings": EIGHT_BITS, KEEP: ["*"], EIGHT_BITS: []}))
+            format_of(eight).check(eight, self._source.folder)
+            self.bytes(eight)
         except (ModelError, QuantizationError):
             return False
         return True
