@@ -218,6 +218,12 @@ def _figures(result: ModelResult) -> list[str]:
 
 def _tell(figures: dict) -> str:
     """Return the figures of a step in a few words."""
+    if "tokens" in figures:
+        return f"{figures['tokens']:,} tokens of text"
+    if distilled := [key.removesuffix("_kl_after") for key in figures if key.endswith("_kl_after")]:
+        kl = {name: [figures[f"{name}_kl_{when}"] for when in ("before", "after")] for name in distilled}
+        told = (f"{name} {before:.4f} -> {after:.4f}" for name, (before, after) in kl.items())
+        return f"KL divergence on calibration text: {', '.join(told)}"
     if "held_out_loss" in figures:
         return f"{figures['steps']} steps, held-out loss {figures['held_out_loss'] or float('nan'):.3f}"
     if "merged_held_out_perplexity" in figures:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pipeline.config.schema import Config
 from pipeline.tracking.events import STAGES, read_events
 from pipeline.workflow.ledger import Ledger
-from pipeline.workflow.runner import stages_before_variants
+from pipeline.workflow.runner import stages_before_variants, stages_for_variants
 from pipeline.workflow.workspace import Workspace
 
 
@@ -20,7 +20,8 @@ class RunState:
         stopped: steps that were started, did not end, and that no process is doing.
         left: steps of the configuration that have never finished and are not running.
         changed: finished steps whose files changed, or are gone.
-        removed: finished variants that the configuration does not name, and whose files are all gone.
+        removed: finished steps whose files are all gone, as they should be: variants that the configuration does not
+            name, and what was needed only to make variants.
     """
 
     running: dict[str, float]
@@ -36,26 +37,37 @@ def run_state(workspace: Workspace) -> RunState:
     Raises:
         UserError: if its configuration or its ledger cannot be read.
     """
-    ledger, begun = workspace.read_ledger(), _begun(workspace)
+    ledger, config = workspace.read_ledger(), workspace.config()
+    begun = _begun(workspace) | _preparing(ledger, config)
     is_working = workspace.is_in_use()
     running = begun if is_working else {}
-    done, expected = ledger.done(), _expected(workspace.config())
+    done, expected = ledger.done(), _expected(config, ledger)
     left = tuple(key for key in expected if key not in done and key not in running)
     stopped = tuple(key for key in begun if not is_working)
     changed = _changed(workspace, ledger)
     removed = tuple(
         key
         for key in changed
-        if key.startswith("quantize/")
+        if (key.startswith("quantize/") or key in stages_for_variants(config))
         and key not in expected
         and not any((workspace.folder / path).exists() for path in done[key].outputs)
     )
     return RunState(running, stopped, left, tuple(key for key in changed if key not in removed), removed)
 
 
-def _expected(config: Config) -> list[str]:
+def _expected(config: Config, ledger: Ledger) -> list[str]:
     variants = [f"quantize/{spec.name}" for spec in config.quantize.variants]
-    return [*stages_before_variants(config), *variants, "publish" if config.publish.repo else "render"]
+    needing = stages_for_variants(config).items()
+    preparing = [stage for stage, names in needing if any(f"quantize/{name}" not in ledger.done() for name in names)]
+    last = "publish" if config.publish.repo else "render"
+    return [*stages_before_variants(config), *preparing, *variants, last]
+
+
+def _preparing(ledger: Ledger, config: Config) -> dict[str, float]:
+    """Return the stages that prepare variants and did not end, with their start; they send no events."""
+    entries = {stage: ledger.steps[stage] for stage in stages_for_variants(config) if stage in ledger.steps}
+    started = {stage: entry.progress.get("started", 0.0) for stage, entry in entries.items()}
+    return {stage: start for stage, start in started.items() if start > entries[stage].finished}
 
 
 def _begun(workspace: Workspace) -> dict[str, float]:

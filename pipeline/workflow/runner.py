@@ -27,6 +27,12 @@ def stages_before_variants(config: Config) -> tuple[str, ...]:
     return tuple(stage for stage, wanted in asked.items() if wanted)
 
 
+def stages_for_variants(config: Config) -> dict[str, tuple[str, ...]]:
+    """Return the stages that prepare variants, in order, each with the names of those that need it."""
+    quantize = config.quantize
+    return {"allocate": quantize.targeted, "calibrate": quantize.calibrated, "distill": quantize.distilled}
+
+
 class Runner:
     """The runner of a run's steps. A step that is finished and still valid is skipped.
 
@@ -88,12 +94,15 @@ class Runner:
             if key not in self._done:
                 self._reporter.kept(key)
             return
-        if key not in self._workspace.read_ledger().steps:
-            self._workspace.note(key)  # records the step as running
         self._reporter.started(key)
         start = time.time()
+        self._workspace.note(key, started=start)
         try:
             report = self._run(stage, variants)
+        except StageFailed:
+            self._workspace.note(key, started=None)
+            self._reporter.failed(key)
+            raise
         except BaseException:
             self._reporter.failed(key)
             raise
@@ -113,9 +122,7 @@ class Runner:
     def write_variants(self, variants: tuple[str, ...]) -> None:
         """Write the files of all variants that are not measured yet, in one pass; `raise_failures` raises failures."""
         missing = self._not_measured(variants)
-        asked = self._config.quantize
-        making = {"allocate": asked.targeted, "calibrate": asked.calibrated, "distill": asked.distilled}
-        for stage, needing in making.items():
+        for stage, needing in stages_for_variants(self._config).items():
             if some := tuple(v for v in missing if v in needing):
                 try:
                     self.do(stage, some)

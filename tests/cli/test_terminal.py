@@ -56,12 +56,12 @@ def test_status_tells_what_runs_now_and_what_is_left(finished):
     pen.emit("quantize", "started", "int4")
     state = run_state(workspace)
     assert (state.running, state.stopped) == ({}, ("quantize/int4",))
-    assert state.left == ("train", "evaluate", "quantize/int4", "publish")
+    assert state.left == ("train", "evaluate", "calibrate", "quantize/int4", "publish")
     with workspace.lock():
         state = run_state(workspace)
         console = _console()
         show_status(console, state, workspace, [])
-    assert list(state.running) == ["quantize/int4"] and state.left == ("train", "evaluate", "publish")
+    assert list(state.running) == ["quantize/int4"] and state.left == ("train", "evaluate", "calibrate", "publish")
     shown = console.file.getvalue()
     assert "runs now" in shown and "not done yet" in shown
     pen.emit("quantize", "completed", "int4")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -13,8 +14,10 @@ import sys
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from transformers import AutoTokenizer
 
+from pipeline.cli.terminal import show_status
 from pipeline.config.loader import load_config
 from pipeline.errors import ConfigError, DataError, Interrupted, StageFailed
 from pipeline.evaluation import evaluate
@@ -27,6 +30,7 @@ from pipeline.quantization.statistics import Statistics
 from pipeline.workflow.cleanup import clean
 from pipeline.workflow.in_process import run_stage_here
 from pipeline.workflow.run import run
+from pipeline.workflow.run_state import run_state
 from pipeline.workflow.stages import calibrate, calibration_text
 from pipeline.workflow.workspace import Workspace
 from tests.support.hub import LoopbackHub
@@ -107,6 +111,31 @@ def test_stopped_calibration_goes_on_with_the_next_block_and_gives_the_same_byte
     monkeypatch.chdir(place.folder)
     run(load_config(str(place.config)), "runs", fresh=True, start=run_stage_here)
     assert resumed == made(place)
+
+
+def test_status_tells_a_calibration_that_runs_is_stopped_done_or_cleaned(place, tmp_path, monkeypatch):
+    workspace, plain = Workspace(tmp_path / "runs/tiny"), BlockwiseModel.loaded
+    seen = []
+
+    def loaded(self, block):
+        seen.append(run_state(workspace))
+        if len(seen) == 6:
+            raise KeyboardInterrupt
+        return plain(self, block)
+
+    monkeypatch.setattr(BlockwiseModel, "loaded", loaded)
+    with pytest.raises(Interrupted):
+        made(place)
+    assert list(seen[0].running) == ["calibrate"] and seen[0].left == ("quantize/int4", "render")
+    stopped = run_state(workspace)
+    assert stopped.stopped == ("calibrate",) and stopped.left == ("calibrate", "quantize/int4", "render")
+    made(place)
+    console = Console(file=io.StringIO(), width=200)
+    show_status(console, run_state(workspace), workspace, [])
+    assert "2,048 tokens of text" in console.file.getvalue()
+    clean(workspace)
+    cleaned = run_state(workspace)
+    assert (cleaned.removed, cleaned.changed, cleaned.left, cleaned.stopped) == (("calibrate",), (), (), ())
 
 
 def test_changed_calibration_text_makes_the_variant_again(place, tmp_path):
@@ -428,7 +457,9 @@ def test_a_killed_distillation_goes_on_with_its_last_measurement(place, tmp_path
 READ_TWICE = """
 import sys
 from pathlib import Path
+from rich.console import Console
 from transformers import AutoTokenizer
+from pipeline.cli.terminal import show_status
 from pipeline.config.loader import load_config
 from pipeline.workflow.stages.calibration_text import windows
 from pipeline.workflow.workspace import Workspace
