@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, Strict
 
+from pipeline.config.quantize import CALIBRATED_QUALITY, DISTILLED_QUALITY, FAST_QUALITY
 from pipeline.inference.loaders import TIMED
 
 HELD_OUT, GENERAL = "held_out", "general"  # the texts that a model is measured on
@@ -159,6 +160,13 @@ class StoredWeights(Record):
     distilled_kl_after: Number | None = None
     target: Annotated[dict[str, Number], Table] = {}
     expected_kl: Number | None = None
+
+    @property
+    def quality(self) -> str:
+        """Return the value of `quantize.quality` that it was made with."""
+        if self.calibration_tokens is None:
+            return FAST_QUALITY
+        return CALIBRATED_QUALITY if self.distilled_steps is None else DISTILLED_QUALITY
 
 
 class Check(Record):

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.config.builders import quantize_config
 from pipeline.config.catalog import VARIANTS
-from pipeline.config.quantize import CALIBRATED_QUALITY, DISTILLED_QUALITY, FAST_QUALITY, QUALITIES, Gate
+from pipeline.config.quantize import FAST_QUALITY, QUALITIES, Gate
 from pipeline.config.schema import PACKAGE_SOURCE, Config, Model, Quantize
 from pipeline.errors import ConfigError, HubError, Interrupted, UserError
 from pipeline.evaluation.gates import limits
@@ -158,9 +158,7 @@ def _staying(task: Task, there: PublishedModel) -> dict[str, dict]:
     quality = task.calibration_settings.get("quantize.quality", FAST_QUALITY)
     for name in found.keys() - asked_variants(task).keys():
         verdict, weights = there.results[name].gate or Verdict(), there.results[name].weights
-        made = FAST_QUALITY
-        if weights and weights.calibration_tokens:
-            made = DISTILLED_QUALITY if weights.distilled_steps else CALIBRATED_QUALITY
+        made = weights.quality if weights else FAST_QUALITY
         if QUALITIES.index(quality) < QUALITIES.index(made):
             raise ConfigError(
                 f"{task.repo}: has {name}, which was {made}, and would be made again with quality {quality}. "

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.config.catalog import VARIANTS, resolve_listed, variant_names
-from pipeline.config.quantize import CALIBRATED_QUALITY, DISTILLED_QUALITY, QUALITIES
+from pipeline.config.quantize import FAST_QUALITY, QUALITIES
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, WorkspaceError
 from pipeline.evaluation.results import Results
@@ -70,14 +70,13 @@ def with_kept_variants(
             "Try: another folder or name, or --replace"
         )
     changes: dict[str, Any] = {}
-    quality, before = config.quantize.quality, former.quantize
-    of_quality = {DISTILLED_QUALITY: before.distilled, CALIBRATED_QUALITY: before.calibrated}
-    for made, names in of_quality.items():
-        lost = [variant for variant in kept if variant in names]
-        if lost and QUALITIES.index(quality) < QUALITIES.index(made):
+    quality, results = config.quantize.quality, Results.read(workspace.results_path)
+    for variant in kept:
+        made = weights.quality if (weights := results[variant].weights) else FAST_QUALITY
+        if QUALITIES.index(quality) < QUALITIES.index(made):
             raise ConfigError(
-                f"{workspace.release}: has {', '.join(lost)}, which would be made again with quality {quality}. "
-                f"Try: --set quantize.quality={made}, with the same calibration text, or --remove {lost[0]}"
+                f"{workspace.release}: has {variant}, which was {made} and would be made again with quality {quality}. "
+                f"Try: --set quantize.quality={made}, with the same calibration text, or --remove {variant}"
             )
     aimed = [variant for variant in kept if variant in former.quantize.targeted]
     if aimed and not (config.quantize.calibration.sources or config.data):
@@ -88,7 +87,7 @@ def with_kept_variants(
     if kept:
         options = " ".join(f"--remove {variant}" for variant in kept)
         tell([f"{', '.join(kept)}: in the last release, so kept; leave out with {options}, or with --replace"])
-        changes["quantize"] = _with_specs(config, former, kept, Results.read(workspace.results_path))
+        changes["quantize"] = _with_specs(config, former, kept, results)
         if former.publish.repo == config.publish.repo:
             mirrors = {v: m for v, m in former.publish.mirrors.items() if v in kept} | config.publish.mirrors
             changes["publish"] = config.publish.model_dump() | {"mirrors": mirrors}
