@@ -54,8 +54,9 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     if isinstance(config, MeasuredRun):
         result = _judged(config, workspace, name, result)
         if allocate.next_try(workspace, events, name, full):
-            _leave_out(workspace, name)
-            return Outcome(summary={"made_again": describe_missed(result.verdict) or "passes by far"}, is_final=False)
+            released = tuple(workspace.placed(f"quantize/{name}"))  # of an earlier run; they stay until the last try
+            told = describe_missed(result.verdict) or "passes by far"
+            return Outcome(released, {"made_again": told}, is_final=False)
         missed = None if result.verdict.passed else describe_missed(result.verdict)
         withheld = bool(missed) and config.quantize.on_gate_failure != "warn"
         if withheld and result.verdict.tried:
