@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import platform
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 COMPUTE_DTYPE = "TUNEPRESS_COMPUTE_DTYPE"  # environment variable: compute in this type, whatever the machine has
 COMPUTE_DTYPES = ("bfloat16", "float32")
+
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 
 # Of the free memory, what a model's weights may take; the rest is for activations, logits, and what loading needs.
 WEIGHTS_SHARE = 0.75
@@ -97,6 +100,16 @@ def _compute_dtype_of_cpu() -> torch.dtype:
     # oneDNN also obeys ONEDNN_MAX_CPU_ISA. Builds without it, such as those for macOS, have no fast bfloat16.
     fast = native and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
+
+
+def give_back_buffers() -> None:
+    """Let this process give buffers of 4 MB or more back to the system when they are freed, if it runs on glibc.
+
+    By itself, glibc keeps freed buffers of up to 32 MB, and small ones in between hold their memory.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(_MMAP_THRESHOLD, 4 << 20)
 
 
 def cores() -> int:

@@ -16,7 +16,7 @@ from pipeline.config.catalog import EIGHT_BITS, Need
 from pipeline.config.schema import Config, MeasuredRun, VariantSpec
 from pipeline.errors import ConfigError, QuantizationError
 from pipeline.system.files import fingerprint
-from pipeline.system.hardware import dtype_name
+from pipeline.system.hardware import dtype_name, give_back_buffers
 from pipeline.system.libraries import versions
 from pipeline.tracking.events import Events
 from pipeline.workflow.stages import Outcome, calibration_text
@@ -96,6 +96,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     from pipeline.quantization.layers import unfit
     from pipeline.quantization.roundings import rounding
 
+    give_back_buffers()  # a pass makes and frees many of them, of all sizes
     source = full_model(config, workspace, events)
     refuse_other_matrices(source)
     windows = calibration_text.windows(config, workspace, source, config.quantize.calibration.tokens)
