@@ -214,8 +214,8 @@ class Calibration(Section):
 
     source: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)] | None = Field(
         default=None,
-        description="file, Hub id, or `builtin:python-docs`, or a list of them, which are mixed evenly; "
-        "by default the training data",
+        description="file, Hub id, `builtin:python-docs`, or `general` (the part of `evaluate.general` that is not "
+        "measured), or a list of them, which are mixed evenly; by default the training data and `general`",
     )
     tokens: Count = Field(default=32768, description="tokens of this text")
 

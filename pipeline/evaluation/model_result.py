@@ -154,6 +154,7 @@ class StoredWeights(Record):
     groups: Annotated[dict[str, Count], Table] = {}
     calibration_text: Text | None = None
     calibration_tokens: Count | None = None
+    calibration_mixed: Flag | None = None
     calibration_digest: Text | None = None  # of the content of its files, and the commits of its data sets
     distilled_steps: Count | None = None
     distilled_kl_before: Number | None = None

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 
 from pipeline.cli.terminal import show_status
 from pipeline.config.loader import load_config
+from pipeline.data.encode import Encoded
 from pipeline.errors import ConfigError, DataError, Interrupted, StageFailed
 from pipeline.evaluation import evaluate
 from pipeline.models.checkpoint import Checkpoint
@@ -494,3 +495,27 @@ def test_data_set_on_the_hub_stays_at_the_commit_that_was_read_first(place, tmp_
         )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [commits[1], "True", commits[0], "False"]
+
+
+def test_general_text_is_calibrated_on_only_where_nothing_is_measured(place, tmp_path, tiny_model):
+    from pipeline.evaluation import texts
+    from pipeline.quantization.calibration.text import check_apart
+
+    model = tiny_model("llama")
+    write(tmp_path, model, calibration={"source": ["calibration.txt", "general"], "tokens": 4096})
+    with pytest.raises(DataError, match="nothing is measured"):
+        calibration_text.check_sources(load_config(str(place.config)))
+    config = load_config(str(place.config), ["evaluate={max_tokens: 2048}"])
+    workspace, tokenizer = Workspace(tmp_path / "runs/tiny"), AutoTokenizer.from_pretrained(model)
+    workspace.folder.mkdir(parents=True)
+    calibration_text.check_sources(config)
+
+    windows = calibration_text.windows(config, workspace, model, 4096, tokenizer)
+
+    said = [tokenizer.decode(window) for window in windows]
+    assert sum("apples" in text for text in said) == 4 and len(said) == 8
+    sequences = [
+        Encoded(window, window, "") for window, text in zip(windows, said, strict=True) if "apples" not in text
+    ]
+    check_apart(sequences, texts.general(config, tokenizer, 2048), "general")  # raises if they share a passage
+    assert calibration_text.about(config, workspace)["calibration_text"] == "calibration.txt, general"

@@ -1,13 +1,18 @@
-"""The text that models are calibrated on: a part of the training data, or a mixture of other sources.
+"""The text that models are calibrated on: a mixture of sources, by default training data and general text.
 
-It is never a text that anything is measured on.
+It is never a text that anything is measured on. On text of one kind alone, a model would lose more on others.
 """
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 import contextlib
 import re
 from collections.abc import Iterable, Iterator
+=======
+from collections.abc import Iterable
+from contextlib import suppress
+>>>>>>> c3cf3f0 (calibration: mix training data with general text by default)
 from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -28,6 +33,7 @@ if TYPE_CHECKING:
 
     from pipeline.data.encode import Encoded
 
+GENERAL_TEXT = "general"  # a source: the part of `evaluate.general` that nothing is measured on
 CHARACTERS_PER_TOKEN = 16  # more than usual; so much text is tokenized
 PIECES = 64  # at most, of a long text at equal distances
 
@@ -46,14 +52,26 @@ def check_sources(config: Config) -> None:
         DataError: naming the source.
     """
     for source in config.quantize.calibration.sources if is_needed(config) else ():
+<<<<<<< HEAD
         with _errors_of_source():
+=======
+        if source == GENERAL_TEXT:
+            if not isinstance(config, MeasuredRun):
+                raise DataError(
+                    f"quantize.calibration.source {source}: nothing is measured, so there is no general text. "
+                    "Try: a .txt file, or --measure"
+                )
+            continue
+        try:
+>>>>>>> c3cf3f0 (calibration: mix training data with general text by default)
             if _is_plain(source):
                 plain_text(source)
             else:
                 check_source(Data(source=source))
         if isinstance(config, MeasuredRun) and _is_same_file(source, config.evaluate.general):
             raise DataError(
-                f"quantize.calibration.source {source}: is the general text, which is measured on. Try: another file"
+                f"quantize.calibration.source {source}: is the general text, which is measured on. Try: "
+                f"{GENERAL_TEXT}, its part that is not measured"
             )
 
 
@@ -101,7 +119,8 @@ def _is_same_file(one: str, other: str) -> bool:
 def depends(config: Config, workspace: Workspace) -> dict:
     """Return the dependencies of the text as plain data."""
     if sources := config.quantize.calibration.sources:
-        return {source: hashes_of(workspace, source) for source in sources}
+        found: dict[str, object] = {s: hashes_of(workspace, s) for s in sources if s != GENERAL_TEXT}
+        return found | ({GENERAL_TEXT: measured(config, workspace)} if GENERAL_TEXT in sources else {})
     # Training examples that share text with what is measured on are left out.
     return {"train": workspace.state_of("train"), "measured": measured(config, workspace)}
 
@@ -137,28 +156,41 @@ def windows(
     window = min(WINDOW, context or WINDOW)
     sources = config.quantize.calibration.sources
     if sources:
-        found = [_of_source(config, workspace, tokenizer, source, window, tokens) for source in sources]
+        found = [_of_source(config, workspace, tokenizer, source, window, tokens, context) for source in sources]
     else:
         assert isinstance(config, TrainingRun), "checked before the run"
         data = pinned(config, workspace)
         examples = load_examples(data, config.train.loss_on).train
         found = [_encoded(config, data, examples, tokenizer, window, tokens)]
+        with suppress(DataError):  # a short general text is measured as a whole
+            found.append(texts.general_unmeasured(config, tokenizer, context, tokens))
+        workspace.note("calibrate", mixed=len(found) > 1)
+    is_own = [source != GENERAL_TEXT for source in sources] or [False] * len(found)
     if isinstance(config, MeasuredRun):
         for name, others in texts.all_texts(config, run_texts(workspace), tokenizer, context).items():
-            if sources:
-                check_apart([*chain(*found)], others, TEXTS[name])
-            else:
-                found = [without_shared(sequences, others) for sequences in found]
+            check_apart([*chain(*(of for of, own in zip(found, is_own, strict=True) if own))], others, TEXTS[name])
+            found = [of if own else without_shared(of, others) for of, own in zip(found, is_own, strict=True)]
     cut = partial(windows_of, tokens=tokens, window=window)
     mixed = [window for turn in zip_longest(*map(cut, found)) for window in turn if window is not None]
     return mixed[: max(1, tokens // window)]
 
 
 def _of_source(
-    config: Config, workspace: Workspace, tokenizer: PreTrainedTokenizerBase, source: str, window: int, tokens: int
+    config: Config,
+    workspace: Workspace,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    window: int,
+    tokens: int,
+    context: int | None,
 ) -> list[Encoded]:
     from pipeline.data.encode import encode_documents
 
+    if source == GENERAL_TEXT:
+        from pipeline.evaluation import texts
+
+        assert isinstance(config, MeasuredRun), "checked before the run"
+        return texts.general_unmeasured(config, tokenizer, context, tokens)
     if _is_plain(source):
         pieces = max(1, min(PIECES, tokens // window // len(config.quantize.calibration.sources)))
         try:
@@ -211,9 +243,12 @@ def about(config: Config, workspace: Workspace) -> dict:
     Files are named without their folders.
     """
     if not (sources := config.quantize.calibration.sources):
-        return {}
+        return {"calibration_mixed": workspace.progress("calibrate", "mixed")}
     revisions = workspace.progress("calibrate", "revisions")
-    contents = [[*hashes_of(workspace, source).values()] or revisions.get(source) for source in sources]
+    contents = [
+        None if source == GENERAL_TEXT else [*hashes_of(workspace, source).values()] or revisions.get(source)
+        for source in sources
+    ]
     return {"calibration_text": ", ".join(map(_named, sources)), "calibration_digest": fingerprint(contents)}
 
 
@@ -227,7 +262,7 @@ def digest_now(config: Config) -> str | None:
     contents: list[object] = []
     for source in config.quantize.calibration.sources:
         path = Path(source).expanduser()
-        if is_builtin(source):
+        if source == GENERAL_TEXT or is_builtin(source):
             contents.append(None)
         elif path.is_file():
             contents.append([sha256(path)])
@@ -239,7 +274,7 @@ def digest_now(config: Config) -> str | None:
 
 
 def _named(source: str) -> str:
-    if is_builtin(source):
+    if source == GENERAL_TEXT or is_builtin(source):
         return source
     is_on_hub = REPO_ID.match(source) and not names_a_file(source) and not Path(source).expanduser().exists()
     return source if is_on_hub else file_name(source)
