@@ -5,14 +5,9 @@ It is never a text that anything is measured on. On text of one kind alone, a mo
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 import contextlib
 import re
 from collections.abc import Iterable, Iterator
-=======
-from collections.abc import Iterable
-from contextlib import suppress
->>>>>>> c3cf3f0 (calibration: mix training data with general text by default)
 from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -52,9 +47,6 @@ def check_sources(config: Config) -> None:
         DataError: naming the source.
     """
     for source in config.quantize.calibration.sources if is_needed(config) else ():
-<<<<<<< HEAD
-        with _errors_of_source():
-=======
         if source == GENERAL_TEXT:
             if not isinstance(config, MeasuredRun):
                 raise DataError(
@@ -62,8 +54,7 @@ def check_sources(config: Config) -> None:
                     "Try: a .txt file, or --measure"
                 )
             continue
-        try:
->>>>>>> c3cf3f0 (calibration: mix training data with general text by default)
+        with _errors_of_source():
             if _is_plain(source):
                 plain_text(source)
             else:
@@ -162,7 +153,7 @@ def windows(
         data = pinned(config, workspace)
         examples = load_examples(data, config.train.loss_on).train
         found = [_encoded(config, data, examples, tokenizer, window, tokens)]
-        with suppress(DataError):  # a short general text is measured as a whole
+        with contextlib.suppress(DataError):  # a short general text is measured as a whole
             found.append(texts.general_unmeasured(config, tokenizer, context, tokens))
         workspace.note("calibrate", mixed=len(found) > 1)
     is_own = [source != GENERAL_TEXT for source in sources] or [False] * len(found)
