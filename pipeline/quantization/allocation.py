@@ -139,6 +139,8 @@ def groups_of(
         only_eight: layers that cannot have fewer bits than eight.
     """
     by, groups = sizes(spec), []
+    in_eight: tuple[int, int | None] = (8, None)
+    kept: tuple[int, int | None] = (KEPT, None)
 
     def option(names: Sequence[str], shapes: Shapes, bits: int, group_size: int | None) -> Option:
         count = 0.0
@@ -153,18 +155,18 @@ def groups_of(
         return Option(bits, group_size, int(count), lost)
 
     for names in fused:
-        ways: list[tuple[int, int | None]] = [(8, None), (KEPT, None)]
+        ways = [in_eight, kept]
         if any(matches(spec.keep, name) for name in names):
-            ways = [(KEPT, None)]
+            ways = [kept]
         elif any(matches(spec.int8, name) for name in names):
-            ways = [(8, None)]
+            ways = [in_eight]
         elif not any(name in only_eight for name in names):
             widths = {linear[name][1] for name in names}
             fitting = [size for size in spec.variant.group_sizes if not any(width % size for width in widths)]
-            ways = [(spec.variant.bits, size) for size in fitting] + ways
+            ways = [*((spec.variant.bits, size) for size in fitting), *ways]
         groups.append(Group(tuple(names), tuple(option(names, linear, *way) for way in ways)))
     if tables:
-        ways = {None: [(8, None), (KEPT, None)], EIGHT_BITS: [(8, None)], KEEP: [(KEPT, None)]}[spec.embeddings]
+        ways = {None: [in_eight, kept], EIGHT_BITS: [in_eight], KEEP: [kept]}[spec.embeddings]
         groups.append(Group(tuple(tables), tuple(option(list(tables), tables, *way) for way in ways)))
     return groups
 

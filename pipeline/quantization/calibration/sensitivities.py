@@ -39,13 +39,11 @@ Shapes = Mapping[str, tuple[int, int]]
 
 
 class Heads(Protocol):
-    """The output heads of a full-precision model and of rounded ones.
+    """The output heads of a full-precision model and of rounded ones."""
 
-    Attributes:
-        weight: name of the output matrix, which may be the embedding's.
-    """
-
-    weight: str
+    @property
+    def weight(self) -> str:
+        """Return the name of the output matrix, which may be the embedding's."""
 
     def of(self, rounded: gradients.Rounded) -> tuple[gradients.OutputHead, gradients.OutputHead]:
         """Return the head in full precision, and the rounded one."""
