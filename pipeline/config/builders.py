@@ -187,8 +187,9 @@ def variant_specs(
     mixed = [name for name in names if VariantSpec(name=name, packing=packing if name in packed else None).mixes]
     if target and names and not mixed:
         (key, value), *_ = target.items()
-        can = ", ".join(name for name in VARIANTS if VariantSpec(name=name).mixes)
-        raise ConfigError(f"--target {key}={value:g}: {', '.join(names)} cannot have a target. Try: {option} {can}")
+        can = [name for name in VARIANTS if VariantSpec(name=name).mixes]
+        advice = f"leave out --packing {packing}" if set(can) & set(packed) else f"{option} {', '.join(can)}"
+        raise ConfigError(f"--target {key}={value:g}: {', '.join(names)} cannot have a target. Try: {advice}")
     for option, value, takers in (("rounding", rounding, rounded), ("packing", packing, packed)):
         if value is not None and names and not takers:
             known = dict.fromkeys(one for name in names for one in getattr(VARIANTS[name], f"{option}s"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.config.builders import quantize_config
+from pipeline.config.builders import calibration_settings, quantize_config, read_target
 from pipeline.errors import ConfigError
 
 
@@ -45,3 +45,35 @@ def test_a_packing_goes_only_to_variants_that_can_be_stored_in_several():
     assert [(v.name, v.packing) for v in config.quantize.variants] == [("int8", None), ("int4", "tile_packed")]
     with pytest.raises(ConfigError, match="--packing tile_packed: none of int8 takes it"):
         quantize_config("user/model", "out", ["int8"], packing="tile_packed")
+
+
+def test_target_goes_to_variants_whose_layers_can_differ():
+    target = read_target("bits=4.8")
+    config = quantize_config("user/model", "out", ["both,q4_0"], target=target)
+    assert {v.name: v.target and v.target.asked for v in config.quantize.variants} == {
+        "int8": None,
+        "int4": {"bits": 4.8},
+        "gguf-q4_0": None,
+    }
+    with pytest.raises(ConfigError, match="bits=4.8: int8, gguf-q4_0 cannot have a target. Try: --variants int4"):
+        quantize_config("user/model", "out", ["int8,q4_0"], target=target)
+    with pytest.raises(ConfigError, match="int4 cannot have a target. Try: leave out --packing tile_packed"):
+        quantize_config("user/model", "out", ["int4"], packing="tile_packed", target=target)
+
+
+@pytest.mark.parametrize("text", ["rise", "rise=", "rise=-1", "rise=much", "size=3", "bits=4.8.1", "=3"])
+def test_target_in_another_form_is_refused(text):
+    with pytest.raises(ConfigError, match=f"--target {text}: not a target. Try: rise=0.03"):
+        read_target(text)
+
+
+def test_calibration_text_makes_calibrated_variants_by_default():
+    assert calibration_settings(None, ()) == {}
+    assert calibration_settings(None, ("a.txt",)) == {
+        "quantize.quality": "calibrated",
+        "quantize.calibration.source": ["a.txt"],
+    }
+    assert calibration_settings("distilled", ("a.txt",), 512)["quantize.quality"] == "distilled"
+    assert calibration_settings("fast", ("a.txt",), targeted=True)["quantize.quality"] == "fast"
+    with pytest.raises(ConfigError, match="a.txt: not used with --quality fast. Try: --quality calibrated"):
+        calibration_settings("fast", ("a.txt",))
