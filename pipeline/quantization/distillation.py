@@ -111,11 +111,15 @@ class _Trainer:
         self._model, self._heads, self._rounded, self._folder = model, heads, rounded, folder
         self._names = [n for block in range(model.count) for n in model.weights_of(block) if n in rounded]
         self._values: dict[str, list[torch.nn.Parameter]] = {}
+        self._types: dict[str, torch.dtype] = {}
         groups = []
         for name in self._names:
             made = rounded[name]
+            self._types[name] = made.scale.dtype
             parts = [made.scale] if made.zero is None or made.grid.zero != "float" else [made.scale, made.zero]
-            self._values[name] = [torch.nn.Parameter(part.float(), requires_grad=False) for part in parts]
+            self._values[name] = [
+                torch.nn.Parameter(part.float().to(model.device), requires_grad=False) for part in parts
+            ]
             step = float(made.scale.float().abs().mean())
             for values, speed in zip(self._values[name], (1.0, ZERO_SPEED), strict=False):
                 groups.append({"params": [values], "step": step * speed})
@@ -135,7 +139,7 @@ class _Trainer:
             with self._model.loaded(block):
                 states = [self._model.run(block, ids, hidden) for ids, hidden in zip(batches, states, strict=True)]
         for number, (ids, hidden) in enumerate(zip(batches, states, strict=True)):
-            save_whole({"states": self._model.finish(ids, hidden).contiguous()}, self._wanted(number))
+            save_whole({"states": self._model.finish(ids, hidden).cpu().contiguous()}, self._wanted(number))
 
     def run(self, schedule: Schedule, tell: Tell) -> tuple[Distilled, Values]:
         """Train, and return the best values."""
@@ -178,7 +182,7 @@ class _Trainer:
             gradient[rows] = self._heads[1].gradient(logits, slope).to(gradient.dtype)
         passed = model.differentiate_end(ids, states, gradient.view_as(states))
         for block in reversed(range(model.count)):
-            (hidden,) = gradients.border(self._folder, block)
+            (hidden,) = gradients.border(self._folder, block, model.device)
             with model.loaded(block), self._in_place(block, trained=True) as made:
                 passed = model.differentiate(block, ids, hidden, passed)
                 for name, weight in made.items():
@@ -219,13 +223,13 @@ class _Trainer:
             yield made
 
     def _made(self, name: str) -> GroupQuantized:
-        old = self._rounded[name]
+        old = self._rounded[name].to(self._model.device)
         scale, zero = self._stored(name, self._values[name])
         return GroupQuantized(old.codes, scale, old.zero if zero is None else zero, old.grid)
 
     def _stored(self, name: str, values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return scales and zeros in the types in which they are stored."""
-        dtype = self._rounded[name].scale.dtype
+        dtype = self._types[name]
         return values[0].detach().to(dtype), values[1].detach().to(dtype) if len(values) > 1 else None
 
     def _set_gradients(self, name: str, made: GroupQuantized, gradient: torch.Tensor) -> None:
@@ -242,7 +246,7 @@ class _Trainer:
 
     def _target(self, number: int) -> torch.Tensor:
         """Return the last hidden states (T, H) of the full-precision model."""
-        return load_file(self._wanted(number))["states"].flatten(0, 1)
+        return load_file(self._wanted(number), str(self._model.device))["states"].flatten(0, 1)
 
     def _wanted(self, number: int) -> Path:
         return self._folder / f"wanted-{number:05}.safetensors"
@@ -265,7 +269,7 @@ class _Trainer:
         """Read the state, and return the steps done, the best result, and the measurements since then."""
         if not (self._folder / STATE).is_file():
             return 0, Distilled(0, math.inf, math.inf), 0
-        kept = load_file(self._folder / STATE)
+        kept = load_file(self._folder / STATE, str(self._model.device))
         step, at, waited = kept.pop("counts").tolist()
         before, after = kept.pop("losses").tolist()
         for name, n, values in self._all():

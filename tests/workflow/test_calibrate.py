@@ -418,6 +418,15 @@ def test_distilled_variant_is_nearer_to_the_full_model_than_a_calibrated_one(pla
     assert made(place) == first
 
 
+def test_distillation_refuses_little_text_before_any_work(place, tmp_path, tiny_model):
+    (tmp_path / "calibration.txt").write_text("apples and pears. " * 70)
+    text = {"source": "calibration.txt", "tokens": 2048}
+    write(tmp_path, tiny_model("llama"), quality="distilled", calibration=text)
+    with pytest.raises((DataError, StageFailed), match="needs 4 windows of 512 tokens, and the text has 2"):
+        made(place)
+    assert not (tmp_path / "runs/tiny/calibration").exists()
+
+
 def divergence(model, replaced, ids) -> float:
     """Return the KL divergence of a model with other weights, in nats a token."""
     from transformers import AutoModelForCausalLM

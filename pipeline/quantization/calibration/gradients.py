@@ -80,7 +80,7 @@ def shares(
         with model.loaded(block):
             full = [model.run(block, ids, hidden) for ids, hidden in zip(batches, full, strict=True)]
             keep_border(scratch, block, states)
-            with model.replaced(dequantized(rounded, model.weights_of(block))):
+            with model.replaced(dequantized(model, rounded, model.weights_of(block))):
                 states = [model.run(block, ids, hidden) for ids, hidden in zip(batches, states, strict=True)]
         tell(block + 1, steps)
     total, gradients = 0.0, []
@@ -96,8 +96,8 @@ def shares(
                 found[head_name] += float((slope * (logits - heads[0](flat[0][rows]))).sum()) / 2
         gradients.append(model.differentiate_end(ids, hidden, gradient.view_as(ends[0])))
     for block in reversed(range(model.count)):
-        states = border(scratch, block)
-        weights = dequantized(rounded, model.weights_of(block))
+        states = border(scratch, block, model.device)
+        weights = dequantized(model, rounded, model.weights_of(block))
         with model.loaded(block), model.replaced(weights, trained=True):
             for number, ids in enumerate(batches):
                 gradients[number] = model.differentiate(block, ids, states[number], gradients[number])
@@ -113,13 +113,13 @@ def shares(
 
 def enter(model: BlockwiseModel, rounded: Rounded, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return the inputs (B, T, H) of the first block for each batch of tokens (B, T)."""
-    with model.embedding(), model.replaced(dequantized(rounded, [model.table])):
+    with model.embedding(), model.replaced(dequantized(model, rounded, [model.table])):
         return [model.enter(ids) for ids in batches]
 
 
-def dequantized(rounded: Rounded, names: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Return those of these weights that are rounded, (N, K) float32."""
-    return {name: rounded[name].dequantize() for name in names if name in rounded}
+def dequantized(model: BlockwiseModel, rounded: Rounded, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Return those of these weights that are rounded, (N, K) float32, on the device of the model."""
+    return {name: rounded[name].to(model.device).dequantize() for name in names if name in rounded}
 
 
 def pieces(
@@ -142,12 +142,13 @@ def divergence(logits: torch.Tensor, wanted: torch.Tensor, tokens: int) -> tuple
 
 def keep_border(folder: Path, block: int, states: Sequence[torch.Tensor]) -> None:
     """Write the inputs of a block to a file."""
-    save_file({str(number): hidden.contiguous() for number, hidden in enumerate(states)}, _border(folder, block))
+    tensors = {str(number): hidden.cpu().contiguous() for number, hidden in enumerate(states)}
+    save_file(tensors, _border(folder, block))
 
 
-def border(folder: Path, block: int) -> list[torch.Tensor]:
-    """Return the inputs of a block."""
-    kept = load_file(_border(folder, block))
+def border(folder: Path, block: int, device: torch.device) -> list[torch.Tensor]:
+    """Return the inputs of a block, on a device."""
+    kept = load_file(_border(folder, block), str(device))
     return [kept[str(number)] for number in range(len(kept))]
 
 

@@ -100,6 +100,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     source = full_model(config, workspace, events)
     refuse_other_matrices(source)
     windows = calibration_text.windows(config, workspace, source, config.quantize.calibration.tokens)
+    calibration_text.check_for_distillation(config, workspace, source)
     folder = workspace.folder / FOLDER
     outcome = Outcome((folder,), {"tokens": sum(map(len, windows))})
     device = device_named(config.evaluate.device if isinstance(config, MeasuredRun) else "auto")

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 GENERAL_TEXT = "general"  # a source: the part of `evaluate.general` that nothing is measured on
 CHARACTERS_PER_TOKEN = 16  # more than usual; so much text is tokenized
+FEWEST_WINDOWS = 4  # to train on, and to choose the best values on
 PIECES = 64  # at most, of a long text at equal distances
 
 
@@ -96,6 +97,20 @@ def check(config: Config, workspace: Workspace, model: Path, tokenizer: PreTrain
     """
     if is_needed(config):
         windows(config, workspace, model, config.quantize.calibration.tokens, tokenizer)
+    check_for_distillation(config, workspace, model, tokenizer)
+
+
+def check_for_distillation(
+    config: Config, workspace: Workspace, model: Path, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Raise DataError if scales are to be trained, and the text is too short for that."""
+    if config.quantize.distilled:
+        found = windows(config, workspace, model, config.quantize.distillation.tokens, tokenizer)
+        if len(found) < FEWEST_WINDOWS:
+            raise DataError(
+                f"quantize.quality distilled: needs {FEWEST_WINDOWS} windows of {len(found[0])} tokens, and the text "
+                f"has {len(found)}. Try: more text, or quantize.quality=calibrated"
+            )
 
 
 def _is_plain(source: str) -> bool:

@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, MeasuredRun
 from pipeline.system.files import empty_folder, fingerprint, replace_folder
+from pipeline.system.hardware import give_back_buffers
 from pipeline.tracking.events import Events
 from pipeline.workflow.stages import Outcome, calibrate, calibration_text
 from pipeline.workflow.stages.inputs import full_model
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from pipeline.quantization.calibration.store import RoundedLayers
     from pipeline.quantization.distillation import Distilled, Values
 
-HELD_OUT, FEWEST = 16, 4  # one window of so many is held out; at least so many are needed to hold one out
+HELD_OUT = 16  # one window of so many is held out, or of fewer if there is little text
 
 
 def parameters(config: Config, variant: str | None) -> dict:
@@ -44,11 +45,14 @@ def _trained_with(config: Config, workspace: Workspace, variants: tuple[str, ...
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
     """Train the scales and zeros of each variant that `calibrate` has rounded."""
+    from pipeline.inference.load import device_named
     from pipeline.quantization.calibration.blocks import BlockwiseModel
 
     source = full_model(config, workspace, events)
     windows = calibration_text.windows(config, workspace, source, config.quantize.distillation.tokens)
-    model, summary = BlockwiseModel(source), {}
+    give_back_buffers()  # a pass makes and frees many of them, of all sizes
+    device = device_named(config.evaluate.device if isinstance(config, MeasuredRun) else "auto")
+    model, summary = BlockwiseModel(source, device=str(device)), {}
     for name in variants:
         folder, about = (
             workspace.folder / calibrate.DISTILLED / name,
@@ -81,9 +85,10 @@ def _distill(
 
     spec = config.quantize.spec(name)
     layers = RoundedLayers(RoundedFolder(workspace.folder / calibrate.FOLDER / name), calibrate.grids(spec, model))
-    held_out = windows[:: max(1, min(HELD_OUT, len(windows) // FEWEST))]
-    training = [window for window in windows if not any(window is other for other in held_out)]
-    head = head_names(model.skeleton).read(source)
+    every = min(HELD_OUT, len(windows) // 2)  # `calibration_text.check` has seen to it that there are two
+    held_out = windows[::every]
+    training = [window for number, window in enumerate(windows) if number % every]
+    head = head_names(model.skeleton).read(source).to(model.device)
     state = workspace.folder / calibrate.DISTILLED / f"{name}.state"
     about = fingerprint(_trained_with(config, workspace, (name,)))
     if workspace.progress(f"distill/{name}", "begun") != {"about": about}:
