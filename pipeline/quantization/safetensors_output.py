@@ -115,13 +115,14 @@ class SafetensorsFolder(Output):
         layers = self.grids.keys() - self.tables - set(self.eight)
         used = {n: size for n in sorted(layers) if (size := self.grids[n][1].group_size)}
         other = {n: size for n, size in used.items() if size != self.spec.for_layer(n).group_size}
-        groups = dict(sorted(Counter(map(str, used.values())).items())) if self.spec.group_sizes else {}
+        by_size = {str(size): count for size, count in sorted(Counter(used.values()).items())}
+        by_size = by_size if self.spec.group_sizes else {}
         before = sum(self.source.tensors[name].nbytes for name in self.grids)
         stored = _stored_bytes(self.grids, self.format)
         plain = storage(self.spec.variant.format)
         assert isinstance(plain, SafetensorsFormat), "another packing of safetensors"
         unpadded = _stored_bytes(self.grids, plain)
-        return VariantFiles(stored, before, stored - unpadded, other, tuple(self.kept), {}, tuple(self.eight), groups)
+        return VariantFiles(stored, before, stored - unpadded, other, tuple(self.kept), {}, tuple(self.eight), by_size)
 
 
 def _tables(source: Source) -> list[str]:

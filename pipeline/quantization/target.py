@@ -149,7 +149,8 @@ class Choice:
                 size = option.group_size
                 kind = f"groups of {size}" if size else "bf16" if option.bits == KEPT else f"{option.bits} bits"
                 counts[kind] += len(group.names)
-        layers = ", ".join(f"{count} layers in {kind}" for kind, count in sorted(counts.items()) if count)
+        told = (f"{count} layer{'s' * (count > 1)} in {kind}" for kind, count in sorted(counts.items()) if count)
+        layers = ", ".join(told)
         size, target = self.bytes(spec), self.spec.target
         bits = 8 * made.bytes / self._weights()
         line = f"{layers}, embeddings {spec.embeddings}: {size / MB:.2f} MB, {bits:.2f} bits a weight"

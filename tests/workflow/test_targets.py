@@ -270,3 +270,10 @@ def test_variant_with_a_target_stays_only_with_its_text(aiming):
     assert (out / "int4/model.safetensors").stat().st_mtime_ns == before and (out / "int8").is_dir()
     (spec,) = (v for v in Workspace(out / ".tunepress").config().quantize.variants if v.name == "int4")
     assert spec.target.asked == {"bits": 6.0} and spec.int8 == []
+
+
+def test_card_counts_layers_by_group_size(aiming):
+    sizes = {64: ["*.1.mlp.down_proj"], 128: ["*.0.mlp.down_proj"]}
+    aiming.run(None, variants=[{"name": "int4", "group_size": 32, "group_sizes": sizes}])
+    card = (aiming.workspace.release / "README.md").read_text()
+    assert "layers by group size: 12 in groups of 32, 1 in groups of 64, 1 in groups of 128" in card
