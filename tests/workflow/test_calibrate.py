@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import chain
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers import AutoTokenizer
 
 from pipeline.cli.terminal import show_status
 from pipeline.config.loader import load_config
+from pipeline.data import load_examples, write_examples
 from pipeline.data.encode import Encoded
 from pipeline.errors import ConfigError, DataError, Interrupted, StageFailed
 from pipeline.evaluation import evaluate
@@ -528,3 +530,22 @@ def test_general_text_is_calibrated_on_only_where_nothing_is_measured(place, tmp
     ]
     check_apart(sequences, texts.general(config, tokenizer, 2048), "general")  # raises if they share a passage
     assert calibration_text.about(config, workspace)["calibration_text"] == "calibration.txt, general"
+
+
+def test_little_training_data_is_completed_by_general_text(place, tmp_path, tiny_model):
+    model = tiny_model("llama")
+    rows = [{"prompt": f"Count {n}!", "completion": f"{n} apples."} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "general.txt").write_text("\n\n\n".join(f"{n} plums or {n * n} figs!" * 30 for n in range(40)))
+    write(tmp_path, model, calibration={"tokens": 1024})
+    tree = yaml.safe_load(place.config.read_text()) | {
+        "data": {"source": "rows.jsonl", "held_out": 0.2},
+        "evaluate": {"general": "general.txt", "max_tokens": 512},
+    }
+    place.config.write_text(yaml.safe_dump(tree))
+    config, workspace = load_config(str(place.config)), Workspace(tmp_path / "runs/tiny")
+    workspace.data.mkdir(parents=True)
+    write_examples(workspace.data / "held_out.jsonl", load_examples(config.data).held_out)
+    windows = calibration_text.windows(config, workspace, model, 1024)
+    text = AutoTokenizer.from_pretrained(model).decode([*chain(*windows)])
+    assert len(windows) == 2 and "apples" in text and "figs" in text

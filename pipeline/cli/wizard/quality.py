@@ -7,7 +7,7 @@ from pipeline.cli.wizard.prompts import Question, one_of
 from pipeline.config.quantize import CALIBRATED_QUALITY, DISTILLED_QUALITY, FAST_QUALITY, QUALITIES
 from pipeline.system.text_format import clock
 
-TRAINING = "training"  # the answer that calibrates on training data
+TRAINING = "training"  # the answer for the default: training data and general text
 ABOUT = {
     FAST_QUALITY: "rounds the weights as they are",
     CALIBRATED_QUALITY: "rounds so that the outputs of layers change least on a text; loses less",
@@ -70,8 +70,8 @@ QUESTIONS = (
         "calibration-text",
         "Calibration text",
         lambda draft: (
-            f"{TRAINING}: a part of the training data. Or a file, a data set on the Hub (USER/NAME), or several with "
-            "commas, which are mixed evenly. Never a text that is measured on."
+            f"{TRAINING}: training data, mixed with general text. Or a file, a data set on the Hub (USER/NAME), or "
+            "several with commas, which are mixed evenly. Never a text that is measured on."
         ),
         lambda draft: ",".join(draft.config().quantize.calibration.sources) or TRAINING,
         _take_text,

@@ -72,7 +72,7 @@ def look_up(source: str) -> None:
     from pipeline.data.hub import peek
 
     with _errors_of_source():
-        if not is_builtin(source) and locate(source) is None:
+        if source != GENERAL_TEXT and not is_builtin(source) and locate(source) is None:
             peek(Data(source=source))
 
 
@@ -176,6 +176,8 @@ def windows(
         for name, others in texts.all_texts(config, run_texts(workspace), tokenizer, context).items():
             check_apart([*chain(*(of for of, own in zip(found, is_own, strict=True) if own))], others, TEXTS[name])
             found = [of if own else without_shared(of, others) for of, own in zip(found, is_own, strict=True)]
+    if not sources and min(sum(len(part.input_ids) for part in of) for of in found) < window:
+        found = [[*chain(*found)]]  # little training data makes windows together with general text
     cut = partial(windows_of, tokens=tokens, window=window)
     mixed = [window for turn in zip_longest(*map(cut, found)) for window in turn if window is not None]
     return mixed[: max(1, tokens // window)]

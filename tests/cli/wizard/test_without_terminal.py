@@ -182,8 +182,8 @@ def test_variants_are_calibrated_on_training_data_unless_another_answer_is_given
     asked = {"model": "./model", "data": "rows.jsonl"}
     default = ask(**asked, name="a").quantize
     assert (default.quality, default.calibration.sources) == ("calibrated", ())
-    own = ask(**asked, name="b", quality="distilled", calibration_text="notes.txt, builtin:python-docs").quantize
-    assert (own.quality, own.calibration.sources) == ("distilled", ("notes.txt", "builtin:python-docs"))
+    own = ask(**asked, name="b", quality="distilled", calibration_text="notes.txt, general").quantize
+    assert (own.quality, own.calibration.sources) == ("distilled", ("notes.txt", "general"))
     assert ask(**asked, name="c", calibration_text="rows.jsonl").quantize.calibration.sources == ()
     aimed = ask(**asked, name="d", quality="fast", gate="size_mb=500", calibration_text="notes.txt").quantize
     assert (aimed.spec("int4").target.asked, aimed.calibration.sources) == ({"size_mb": 500}, ("notes.txt",))
