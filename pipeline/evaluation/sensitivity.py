@@ -21,6 +21,8 @@ from pipeline.system.files import write_json
 from pipeline.system.libraries import quiet
 
 if TYPE_CHECKING:
+    import torch
+
     from pipeline.data.encode import Encoded
     from pipeline.inference.output_head import Head, HeadNames
     from pipeline.quantization.calibration.sensitivities import Sensitivities
@@ -42,6 +44,7 @@ def measured(
     windows: Sequence[list[int]],
     scratch: Path,
     tell: Tell,
+    device: str,
 ) -> Sensitivities:
     """Measure the sensitivities of the full-precision model in `folder`.
 
@@ -50,14 +53,17 @@ def measured(
         grids, tables, windows: as in `quantization.calibration.sensitivities.measure`.
         scratch: an empty folder.
         tell: called with how much is done, of how much, and what.
+        device: that the model runs on: `auto`, `cpu` or `cuda`.
     """
+    from pipeline.inference.load import device_named
     from pipeline.inference.output_head import head_names
     from pipeline.models.matrices import skeleton
     from pipeline.quantization.calibration.blocks import BlockwiseModel
     from pipeline.quantization.calibration.sensitivities import measure
 
-    heads = _Heads(head_names(skeleton(folder)), folder)
-    return measure(BlockwiseModel(folder), spec, calibrates, grids, tables, windows, heads, scratch, tell)
+    model = BlockwiseModel(folder, device=str(device_named(device)))
+    heads = _Heads(head_names(skeleton(folder)), folder, model.device)
+    return measure(model, spec, calibrates, grids, tables, windows, heads, scratch, tell)
 
 
 @dataclass(frozen=True)
@@ -66,14 +72,17 @@ class _Heads:
 
     names: HeadNames
     folder: Path
+    device: torch.device
 
     @property
     def weight(self) -> str:
         return self.names.weight
 
     def of(self, rounded: Mapping[str, GroupQuantized]) -> tuple[Head, Head]:
-        full = self.names.read(self.folder)
-        return full, self.names.read(self.folder, rounded[self.weight]) if self.weight in rounded else full
+        full = self.names.read(self.folder).to(self.device)
+        if self.weight not in rounded:
+            return full, full
+        return full, self.names.read(self.folder, rounded[self.weight]).to(self.device)
 
 
 def report(config: MeasuredRun, output: Path, tell: Tell) -> dict:
@@ -151,7 +160,8 @@ def sensitivity(config: MeasuredRun, spec: VariantSpec, folder: Path, tell: Tell
     windows = [sequence.input_ids for sequence in sequences]
     with tempfile.TemporaryDirectory() as scratch:
         base = {name: [grid] for name, grid in grids.items()}
-        shares = measured(spec, False, folder, base, {}, windows, Path(scratch), tell).shares
+        device = config.evaluate.device
+        shares = measured(spec, False, folder, base, {}, windows, Path(scratch), tell, device).shares
     worst = sorted(shares, key=lambda name: -shares[name])[:CHECKED]
     checked = _checked(config, spec, folder, {name: grids[name] for name in worst}, sequences, tell)
     return [

@@ -102,7 +102,7 @@ def test_errors_on_other_grids_are_ratios_of_weighted_errors_and_layers_with_one
     linear = linear_weights(folder)
     grids = grids_to_mix(spec, linear)
     windows = torch.randint(5, 60, (8, 64), generator=torch.Generator().manual_seed(0)).tolist()
-    found = sensitivity.measured(spec, True, folder, grids, {}, windows, tmp_path, lambda *_: None)
+    found = sensitivity.measured(spec, True, folder, grids, {}, windows, tmp_path, lambda *_: None, "cpu")
     name, moments = f"{LAYER}.weight", {}
     model, ids = BlockwiseModel(folder), torch.tensor(windows)
     with model.embedding():

@@ -121,7 +121,8 @@ def measure(
         made: dict[str, GroupQuantized] = {}
 
         def work(name: str, of: Statistics, made: dict[str, GroupQuantized] = made) -> int:
-            weight, known = model.weight(name), of if uses_moments else None
+            weight, of = model.weight(name), Statistics(of.tokens, of.second_moments.cpu())
+            known = of if uses_moments else None
             made[name] = _round(spec, how, weight, grids[name][0], known)
             errors[name] = _relative_errors(spec, how, weight, grids[name], known, of.second_moments)
             return weight.numel()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.catalog import EIGHT_BITS, KEEP
-from pipeline.config.schema import Config, VariantSpec
+from pipeline.config.schema import Config, MeasuredRun, VariantSpec
 from pipeline.errors import ConfigError
 from pipeline.evaluation.gates import distance, limits
 from pipeline.evaluation.model_result import ModelResult
@@ -206,8 +206,9 @@ def _sensitivities(config: Config, workspace: Workspace, events: Events, name: s
     windows = calibration_text.windows(config, workspace, source, tokens)
     scratch = empty_folder(workspace.folder / KEY)
     try:
+        device = config.evaluate.device if isinstance(config, MeasuredRun) else "auto"
         grids, tables = grids_to_mix(choice.spec, choice.linear), choice.tables
-        found = measured(choice.spec, calibrates, source, grids, tables, windows, scratch, events.progress)
+        found = measured(choice.spec, calibrates, source, grids, tables, windows, scratch, events.progress, device)
     finally:
         shutil.rmtree(scratch)
     kept = {"about": about, "shares": found.shares, "errors": found.errors, "fused": found.fused}
