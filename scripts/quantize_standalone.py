@@ -74,8 +74,8 @@ def quantize(
         list[str] | None,
         typer.Option(
             metavar="FILE|ID",
-            help="Text that variants are CALIBRATED on, never the measured one: a file, a data set on the Hub, or "
-            "builtin:python-docs. Repeatable; several are mixed.",
+            help="Text that variants are CALIBRATED on, never the measured one: a file, a data set on the Hub, "
+            "builtin:python-docs, or general (the unmeasured rest of that text). Repeatable; several are mixed.",
         ),
     ] = None,
     calibration_tokens: Annotated[

@@ -82,7 +82,8 @@ def quantize(
         typer.Option(
             "--calibration-text",
             metavar="FILE|ID",
-            help="Text to calibrate on: a file, a data set on the Hub, or builtin:python-docs; repeatable.",
+            help="Text to calibrate on: a file, a data set on the Hub, builtin:python-docs, or general (the "
+            "part of the general text that is not measured); repeatable.",
         ),
     ] = None,
     target: Annotated[

@@ -191,6 +191,16 @@ def test_variant_that_misses_its_limit_is_not_published(place):
     assert sent(place.hub, since) == []
 
 
+@pytest.mark.slow
+def test_calibrated_variant_names_its_text_and_is_measured_on_another(place):
+    (place.folder / "notes.txt").write_text(" ".join(f"{n} apples and {n * n} pears." for n in range(400)))
+    asked = ("ada/model", "ada/careful", "--quant-type", "int4", "--calibration", "general.txt")
+    standalone(place, *asked, "--calibration-text", "notes.txt", "--calibration-tokens", "2048")
+    made = json.loads(place.hub.read("ada/careful", "tunepress.json"))["results"]["int4"]
+    assert (made["weights"]["calibration_text"], made["variant"]["rounding"]) == ("notes.txt", "gptq")
+    assert "`notes.txt`" in place.hub.read("ada/careful", "int4/README.md").decode()
+
+
 def test_save_only_publishes_nothing(place, tiny_model):
     since = len(place.hub.requests)
     options = ("--save-only", "--output", "kept", "--quant-type", "int8", "--low-disk")

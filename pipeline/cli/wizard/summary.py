@@ -34,6 +34,9 @@ def _lines(config: TrainingRun, plan: Plan) -> Iterator[tuple[str, str]]:
     sequences = f"{train.batch_size} x {train.accumulate} sequences of up to {train.max_length} tokens"
     yield "Training", f"{train.method}, {steps} of {sequences}"
     yield "Quantized", _variants(config)
+    if config.quantize.calibrated:
+        text = ", ".join(config.quantize.calibration.sources) or "training data and general text"
+        yield "Quality", f"{config.quantize.quality}, on {text}"
     yield "Published", _published(plan)
     shown_by = tracker(config.track.tracker)
     yield shown_by.LABEL, shown_by.place(config.track)

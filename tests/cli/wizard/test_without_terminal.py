@@ -177,13 +177,15 @@ def test_malformed_token_gives_one_line_when_a_model_is_looked_up(ask, monkeypat
         ask(model="ada/base", data="rows.jsonl")
 
 
-def test_variants_are_calibrated_on_training_data_unless_another_answer_is_given(ask):
+def test_variants_are_calibrated_on_training_data_unless_another_answer_is_given(ask, capsys):
     Path("notes.txt").write_text("Some notes.")
     asked = {"model": "./model", "data": "rows.jsonl"}
     default = ask(**asked, name="a").quantize
     assert (default.quality, default.calibration.sources) == ("calibrated", ())
     own = ask(**asked, name="b", quality="distilled", calibration_text="notes.txt, general").quantize
     assert (own.quality, own.calibration.sources) == ("distilled", ("notes.txt", "general"))
+    told = " ".join(capsys.readouterr().out.split())
+    assert "calibrated, on training data and general text" in told and "distilled, on notes.txt, general" in told
     assert ask(**asked, name="c", calibration_text="rows.jsonl").quantize.calibration.sources == ()
     aimed = ask(**asked, name="d", quality="fast", gate="size_mb=500", calibration_text="notes.txt").quantize
     assert (aimed.spec("int4").target.asked, aimed.calibration.sources) == ({"size_mb": 500}, ("notes.txt",))
