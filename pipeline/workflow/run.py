@@ -55,6 +55,10 @@ def run(
     """
     reporter = reporter or Reporter()
     config, agreed = _next_release(config, root, output, removal, reporter, fresh)
+    if not config.merges and not config.quantize.variants:
+        raise ConfigError(
+            "quantize.variants: names none, and nothing is trained or merged. Try: quantize.variants=int8"
+        )
     preflight(config, launch=launch, removal=agreed)
     variants = tuple(spec.name for spec in config.quantize.variants)
     publishes = config.publish.repo is not None
@@ -86,7 +90,7 @@ def run(
 
         # Publish the rest, or write the documents of a local release.
         released = runner.released(variants)
-        if config.merges or released or not variants:
+        if config.merges or released:
             again = publishes and (publish_again or removal != NO_REMOVAL) and not runner.did("publish")
             runner.do("publish" if publishes else "render", released, again)
         else:

@@ -549,3 +549,10 @@ def test_little_training_data_is_completed_by_general_text(place, tmp_path, tiny
     windows = calibration_text.windows(config, workspace, model, 1024)
     text = AutoTokenizer.from_pretrained(model).decode([*chain(*windows)])
     assert len(windows) == 2 and "apples" in text and "figs" in text
+
+
+def test_a_run_that_would_make_nothing_is_refused(place, tmp_path, tiny_model):
+    write(tmp_path, tiny_model("llama"), variants=[])
+    with pytest.raises(ConfigError, match="quantize.variants: names none"):
+        made(place)
+    assert not (tmp_path / "runs/tiny").exists()
