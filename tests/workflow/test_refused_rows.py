@@ -1,6 +1,8 @@
 """Rows that the base model's chat template refuses are bad rows like any other."""
 
 import json
+import re
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from pipeline.errors import UserError
 from pipeline.models.safe_loading import open_tokenizer
 from pipeline.workflow.in_process import run_stage_here
 from pipeline.workflow.run import run_one
-from pipeline.workflow.stages import calibrate
+from pipeline.workflow.stages import calibration_text
 from tests.support.runs import write_place
 
 ROWS = 40
@@ -74,10 +76,11 @@ def test_rows_that_the_template_refuses_are_skipped_and_counted(place, tmp_path)
 
 def test_rows_that_the_template_refuses_are_not_calibrated_on(place):
     """They would stop the run after its training."""
-    config, quantize = place(on_bad_row="skip"), {"quality": "calibrated", "calibration": {"tokens": 4096}}
-    config = config.model_copy(update={"quantize": config.quantize.model_validate(quantize)})
-    workspace = run_one(config, "train", start=run_stage_here)
-    tokenizer = open_tokenizer(Path(config.model.source))
-    sequences = calibrate._sequences(config, workspace, tokenizer, 64)
-    train = load_examples(config.data, check=ChatTemplate(tokenizer).check).train
-    assert len(sequences) == len(train)
+    config = place(on_bad_row="skip")
+    assert config.quantize.calibrated
+    workspace, model = run_one(config, "train", start=run_stage_here), Path(config.model.source)
+    windows = calibration_text.windows(config, workspace, model, 4096)
+    answers = re.findall(r"A(\d+)\b", open_tokenizer(model).decode([*chain(*windows)]))
+    known = [re.findall(r"A(\d+)\b", str(example)) for example in load_examples(config.data).train]
+    refused = {str(TWICE), str(TOOL)} & {*chain(*known)}
+    assert refused and len({*answers}) > ROWS / 4 and {*answers} <= {*chain(*known)} - refused

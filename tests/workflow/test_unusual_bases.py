@@ -43,7 +43,7 @@ def test_merged_model_and_variants_stop_at_the_end_of_turn_that_was_learned(base
         base,
         train={"method": "lora", "max_steps": 1},
         evaluate={"max_tokens": 256, "prompts": []},
-        quantize={"variants": ["int8", "gguf-q4_0"]},
+        quantize={"quality": "fast", "variants": ["int8", "gguf-q4_0"]},
     )
     monkeypatch.chdir(tmp_path)
     config = load_config(str(place.config))
@@ -119,7 +119,7 @@ def test_several_templates_without_a_default_are_told_from_which_to_choose(sever
 def test_chosen_template_is_the_default_of_the_merged_model_and_the_others_come_along(several, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = {"source": "rows.jsonl", "held_out": 0.25, "chat_template": "chat"}
-    config = small_config(tmp_path, several, data=data, quantize={"variants": ["int8", "gguf-q4_0"]})
+    config = small_config(tmp_path, several, data=data, quantize={"quality": "fast", "variants": ["int8", "gguf-q4_0"]})
     for stage in ("train", "merge"):
         workspace = run_one(config, stage, start=run_stage_here)
     for folder in (workspace.release, workspace.quantized / "int8"):
