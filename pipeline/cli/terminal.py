@@ -242,8 +242,8 @@ def _tell(figures: dict) -> str:
         sent = f"{sent} in them, of which Xet sent what the Hub lacked" if figures.get("by_xet") else f"{sent} sent"
         changed = f"{figures['files_sent']} files changed, {sent}"
         removed = f"removed {figures['removed']}" if "removed" in figures else ""
-        told = [changed if figures["files_sent"] else "nothing to send", removed, figures["url"]]
-        return ", ".join(filter(None, told))
+        parts = [changed if figures["files_sent"] else "nothing to send", removed, figures["url"]]
+        return ", ".join(filter(None, parts))
     if "documents" in figures:
         return f"removed {figures['removed']}" if "removed" in figures else ""
     if "merged_general_perplexity" in figures:

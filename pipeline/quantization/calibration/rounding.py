@@ -67,7 +67,8 @@ def _parts(grids: Mapping[str, tuple[tuple[int, int], Grid]], collected: Collect
     for name, (_, grid) in grids.items():
         together.setdefault((id(collected[name]), grid), []).append(name)
     for (_, grid), names in together.items():
-        statistics, spans, room = collected[names[0]], [], 0
+        spans: list[tuple[str, int, int]] = []
+        statistics, room = collected[names[0]], 0
         limit = max(ROWS, len(statistics.second_moments))
         for name in names:
             rows, first = grids[name][0][0], 0

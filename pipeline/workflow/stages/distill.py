@@ -52,7 +52,8 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     windows = calibration_text.windows(config, workspace, source, config.quantize.distillation.tokens)
     give_back_buffers()  # a pass makes and frees many of them, of all sizes
     device = device_named(config.evaluate.device if isinstance(config, MeasuredRun) else "auto")
-    model, summary = BlockwiseModel(source, device=str(device)), {}
+    model = BlockwiseModel(source, device=str(device))
+    summary: dict[str, float] = {}
     for name in variants:
         folder, about = (
             workspace.folder / calibrate.DISTILLED / name,
