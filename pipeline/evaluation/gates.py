@@ -37,12 +37,17 @@ ONE_CLUSTER = {
 
 
 def limits(quantize: Quantize, variant: str) -> dict[str, float]:
-    """Return the limits of a variant: `rise` of perplexity and `disagreement` as shares, `kl` in nats per token."""
+    """Return the limits of a variant: `rise` of perplexity and `disagreement` as shares, `kl` in nats per token.
+
+    On text that is like the calibration text, perplexity rises less than the KL divergence says. So a calibrated
+    variant has the same limit for both, unless another is set.
+    """
     layers = (quantize.gate, quantize.spec(variant).gate)
     said = {name: value for layer in layers for name, value in layer.model_dump().items() if value is not None}
     target = quantize.spec(variant).target
     aimed = {"rise": target.rise} if target and target.rise else {}
-    return {"rise": VARIANTS[variant].rise, **said, **aimed}
+    found = {"rise": VARIANTS[variant].rise, **said, **aimed}
+    return {"kl": found["rise"], **found} if variant in quantize.calibrated else found
 
 
 def corrections(ways: int, is_as_asked: bool) -> int:

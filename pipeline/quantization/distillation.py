@@ -46,7 +46,7 @@ class Schedule:
     """
 
     steps: int
-    rate: float = 2.5e-4
+    rate: float = 5e-4
     warmup: float = 0.1
     every: int = 20
     patience: int = 3

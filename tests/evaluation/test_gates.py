@@ -31,7 +31,15 @@ def quality(rise: float, stderr: float, freedom: float = 1000, **more: Estimate)
     ],
 )  # fmt: skip
 def test_perplexity_is_limited_by_default_by_the_kind_of_variant_and_nothing_else_is(variant, rise):
-    assert limits(configured(variants=[variant]).quantize, variant) == {"rise": rise}
+    assert limits(configured(variants=[variant], quality="fast").quantize, variant) == {"rise": rise}
+
+
+def test_a_calibrated_variant_has_the_same_limit_for_its_divergence():
+    calibrated = configured(variants=["int8", "int4"], gate={"rise": 0.03}, quality="calibrated").quantize
+    assert limits(calibrated, "int4") == {"rise": 0.03, "kl": 0.03}
+    assert limits(calibrated, "int8") == {"rise": 0.03}  # rounded to nearest, without calibration text
+    aimed = configured(variants=[{"name": "int4", "target": {"rise": 0.02}}], gate={"kl": 0.1}).quantize
+    assert limits(aimed, "int4") == {"rise": 0.02, "kl": 0.1}
 
 
 def test_every_variant_has_a_limit():
