@@ -36,6 +36,8 @@ MAPPED = "pages of the files"  # count as resident; the system takes them back i
 LOSS_TOKENS, LOSS_COLUMNS = 4096, 32768  # of one tile of logits, as trl computes them on a GPU
 TRAINED_LOGITS = 1 << 23  # `training.fused_loss.LOGIT_ELEMENTS`
 TRAINED_LOGIT_BYTES = 14  # per logit: float32 three times, or twice and the tile in bf16
+PASS_HOLES = 1.2  # the passes of a calibration give freed buffers back
+DISTILLED_TOGETHER = 16 * 2048  # tokens: `quantization.distillation.TOGETHER` batches
 CALIBRATED_TOKENS = 2048  # `quantization.calibration.collect.BATCH_TOKENS`
 GRADIENT_TOKENS = 4096  # `quantization.calibration.sensitivities.GRADIENT_TOKENS`
 GRADIENT_LOGITS = 24  # bytes per logit: float32 six times
@@ -167,14 +169,15 @@ def calibrating(sizes: Sizes, quantize: Quantize) -> Need:
     need = {
         "libraries": LIBRARIES["evaluate"],
         "block": width * sizes.linear_parameters // sizes.layers,
-        "embedding": 2 * sizes.vocabulary * sizes.hidden,
-        "activations": int(HOLES * width * (tokens * sizes.hidden + batch)),
+        "activations": int(PASS_HOLES * width * (tokens * sizes.hidden + batch)),
     }
+    embedding = {"embedding": 2 * sizes.vocabulary * sizes.hidden}  # before the first block only
+    rounding = {}
     if with_gram_matrices(quantize):
         rows, columns = max(sizes.linear.values(), key=math.prod, default=(0, 0))
-        need["gram matrices"] = 4 * sum(k**2 for k in gram_sizes(sizes)) + 3 * 4 * max(gram_sizes(sizes)) ** 2
-        need["rounding"] = 8 * 4 * rows * columns
-    return need
+        rounding["gram matrices"] = 4 * sum(k**2 for k in gram_sizes(sizes)) + 3 * 4 * max(gram_sizes(sizes)) ** 2
+        rounding["rounding"] = 4 * 4 * rows * columns
+    return need | max(embedding, rounding, key=total)
 
 
 def allocating(sizes: Sizes, quantize: Quantize) -> Need:
@@ -198,14 +201,15 @@ def distilling(sizes: Sizes, quantize: Quantize) -> Need:
     width, table = compute_bytes_here(), sizes.vocabulary * sizes.hidden
     batch = CALIBRATED_TOKENS * (10 * sizes.hidden + 8 * sizes.attention + 6 * sizes.intermediate)
     specs = (quantize.spec(name) for name in quantize.distilled)
+    tokens = min(quantize.distillation.tokens, DISTILLED_TOGETHER)
+    block = (2 * width + 9) * (sizes.linear_parameters // sizes.layers)  # exact, rounded, codes, and gradients
     groups = max(sizes.linear_parameters // (spec.group_size or sizes.hidden) for spec in specs)
     return {
         "libraries": LIBRARIES["evaluate"],
-        "block": (2 * width + 9) * (sizes.linear_parameters // sizes.layers),  # exact, rounded, codes, and gradients
         "scales and zeros": 2 * 16 * groups,  # in float32, with a gradient and two moments
         "tables": 2 * table + 4 * min(HEAD, table),
-        "activations": int(HOLES * width * (quantize.distillation.tokens * sizes.hidden + batch)),
-        "logits": GRADIENT_LOGITS * LOGITS,
+        "activations": int(PASS_HOLES * width * (tokens * sizes.hidden + batch)),
+        "block, or logits": max(block, GRADIENT_LOGITS * LOGITS),
     }
 
 

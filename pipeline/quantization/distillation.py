@@ -28,6 +28,7 @@ Tell = Callable[[int, int, str], None]  # called with the steps done, the steps 
 Values = Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]  # name of a weight -> its scales and zeros (N, G)
 
 STATE = "distillation.safetensors"
+TOGETHER = 16  # batches whose activations are in memory together, before the training
 BETAS = (0.9, 0.95)
 ZERO_SPEED = 2.0  # of a zero's steps, relative to those of its scale
 FINAL_RATE = 0.1  # of the learning rate, at the end of the cosine
@@ -132,13 +133,18 @@ class _Trainer:
             batches: tokens (B, T) each; the last `held_out` of them are measured on.
         """
         self._batches, self._training = batches, len(batches) - held_out
-        if all(self._wanted(number).is_file() for number in range(len(batches))):
-            return
+        missing = [number for number in range(len(batches)) if not self._wanted(number).is_file()]
+        for first in range(0, len(missing), TOGETHER):
+            self._prepare(missing[first : first + TOGETHER])
+
+    def _prepare(self, numbers: Sequence[int]) -> None:
+        """Write the last hidden states of the full-precision model for some batches."""
+        batches = [self._batches[number] for number in numbers]
         states = gradients.enter(self._model, {}, batches)
         for block in range(self._model.count):
             with self._model.loaded(block):
                 states = [self._model.run(block, ids, hidden) for ids, hidden in zip(batches, states, strict=True)]
-        for number, (ids, hidden) in enumerate(zip(batches, states, strict=True)):
+        for number, ids, hidden in zip(numbers, batches, states, strict=True):
             save_whole({"states": self._model.finish(ids, hidden).cpu().contiguous()}, self._wanted(number))
 
     def run(self, schedule: Schedule, tell: Tell) -> tuple[Distilled, Values]:

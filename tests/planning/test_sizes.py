@@ -242,5 +242,5 @@ def test_distillation_is_planned_after_the_calibration(qwen):
     assert names.index("calibrate") + 1 == names.index("distill") == names.index("quantize") - 1
     distill, longer = stages["distill"], planned(quality="distilled", distillation={"tokens": 10**6})["distill"]
     assert distill.host["scales and zeros"] == 32 * (qwen.linear_parameters // 64)
-    assert longer.host["activations"] > 4 * distill.host["activations"]
+    assert longer.host["activations"] == distill.host["activations"]  # the memory does not grow with the text
     assert sum(longer.temporary.values()) > sum(distill.temporary.values())
