@@ -55,7 +55,7 @@ def in_a_pass_of_its_own(model, spec, folder):
 @pytest.mark.slow
 def test_a_run_with_one_base_releases_what_two_passes_give_and_tells_it_in_order(tmp_path, tiny_model):
     place = write_place(tmp_path, tiny_model("llama"))
-    place.tunepress("run", "tiny.yaml", "--set", "merge.base=nf4")
+    place.tunepress("run", "tiny.yaml", "--set", "merge.base=nf4", "--set", "quantize.quality=fast")
     assert place.ledger()["merge"]["summary"] == {"base": "nf4", "variants": "int8, int4"}
     for name, spec in (("int8", "int8"), ("int4", {"name": "int4", "group_size": 128})):
         assert contents(place.release / name) == in_a_pass_of_its_own(place.release, spec, tmp_path / name)

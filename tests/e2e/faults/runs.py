@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipeline.config.quantize import CALIBRATED_QUALITY
 from tests.e2e.faults.kills import Moment, Timeline, kill_at, left
 from tests.e2e.faults.sameness import differences
 from tests.support import REPOSITORY
@@ -47,9 +48,12 @@ def disturbed(
         return [known is not None for known in orphans], [*found, *differences(place, whole)]
 
 
-def write(folder: Path, model: Path, hub: LoopbackHub, method: str, variants: Sequence[str]) -> Place:
+def write(
+    folder: Path, model: Path, hub: LoopbackHub, method: str, variants: Sequence[str], quality: str = CALIBRATED_QUALITY
+) -> Place:
     """A place to work in, with the configuration of a run that trains on the CPU, and makes little of everything."""
     specs = [{"name": "int4", "group_size": 64} if name == "int4" else name for name in variants]
-    place = write_place(folder / "work", model, hub, train={"method": method}, quantize={"variants": specs})
+    quantize = {"variants": specs, "quality": quality}
+    place = write_place(folder / "work", model, hub, train={"method": method}, quantize=quantize)
     place.patience = 3600.0  # on a machine that has other work, too
     return place
