@@ -11,7 +11,8 @@ import re
 from dataclasses import dataclass, replace
 
 from pipeline.config.builders import read_target, variant_specs
-from pipeline.config.quantize import QUALITIES, VariantSpec
+from pipeline.config.calibration import QUALITIES
+from pipeline.config.quantize import VariantSpec
 from pipeline.errors import ConfigError
 
 PEERS = (

@@ -11,8 +11,8 @@ import typer
 
 from pipeline.cli.options import RUNS, AsJson, Remove, Replace, Root, Settings, console, terminal_reporter
 from pipeline.cli.runs import conclude, run_stage
+from pipeline.config.calibration import QUALITIES
 from pipeline.config.catalog import DEFAULT_VARIANTS, ROUNDINGS, VARIANTS
-from pipeline.config.quantize import QUALITIES
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.calibration import CALIBRATED_QUALITY, FAST_QUALITY
 from pipeline.config.catalog import VARIANTS, resolve_listed, variant_names
 from pipeline.config.loader import parse_config
-from pipeline.config.quantize import CALIBRATED_QUALITY, FAST_QUALITY, Target, VariantSpec
+from pipeline.config.quantize import Target, VariantSpec
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
 

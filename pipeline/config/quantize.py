@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from pipeline.config.base import Count, Real, Section, Whole
+from pipeline.config.base import Real, Section, Whole
+from pipeline.config.calibration import DISTILLED_QUALITY, FAST_QUALITY, QUALITIES, Calibration, Distillation
 from pipeline.config.catalog import (
     CALIBRATED,
     DEFAULT_VARIANTS,
@@ -22,9 +23,6 @@ from pipeline.config.catalog import (
     resolve_variants,
     variant_names,
 )
-
-# Each loses less than the one before, and takes longer.
-QUALITIES = FAST_QUALITY, CALIBRATED_QUALITY, DISTILLED_QUALITY = "fast", "calibrated", "distilled"
 
 
 class Gate(Section):
@@ -207,28 +205,6 @@ def expand_aliases(value: Any) -> Any:
             continue
         expanded += [{**item, "name": n} if isinstance(item, dict) else n for n in names]
     return expanded
-
-
-class Calibration(Section):
-    """The text that variants are calibrated on."""
-
-    source: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)] | None = Field(
-        default=None,
-        description="file, Hub id, `builtin:python-docs`, or `general` (the part of `evaluate.general` that is not "
-        "measured), or a list of them, which are mixed evenly; by default the training data and `general`",
-    )
-    tokens: Count = Field(default=32768, description="tokens of this text")
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """Return the sources; none for the training data."""
-        return (self.source,) if isinstance(self.source, str) else tuple(self.source or ())
-
-
-class Distillation(Section):
-    """The training of scales and zeros."""
-
-    tokens: Count = Field(default=131072, description="tokens to train on; the text is read again if it is shorter")
 
 
 class Quantize(Section):

@@ -11,11 +11,12 @@ from typing import Any, Literal
 from pydantic import Field, SerializeAsAny, ValidatorFunctionWrapHandler, field_validator, model_validator
 
 from pipeline.config.base import Count, Rate, Real, Section, Seed, Whole
+from pipeline.config.calibration import CALIBRATED_QUALITY
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.data import Data
 from pipeline.config.former_keys import with_targets
 from pipeline.config.names import LICENSE, PACKAGE_SOURCE, REPO_ID, RUN_NAME, repository_id, run_name
-from pipeline.config.quantize import CALIBRATED_QUALITY, Quantize, VariantSpec
+from pipeline.config.quantize import Quantize, VariantSpec
 from pipeline.config.track import TRACK_SECTIONS, Track, TrackioSettings
 from pipeline.config.training_catalog import (
     DEFAULT_TRAINER,

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, Strict
 
-from pipeline.config.quantize import CALIBRATED_QUALITY, DISTILLED_QUALITY, FAST_QUALITY
+from pipeline.config.calibration import CALIBRATED_QUALITY, DISTILLED_QUALITY, FAST_QUALITY
 from pipeline.inference.loaders import TIMED
 
 HELD_OUT, GENERAL = "held_out", "general"  # the texts that a model is measured on

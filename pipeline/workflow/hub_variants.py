@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.builders import quantize_config
+from pipeline.config.calibration import FAST_QUALITY, QUALITIES
 from pipeline.config.catalog import VARIANTS
-from pipeline.config.quantize import FAST_QUALITY, QUALITIES, Gate
+from pipeline.config.quantize import Gate
 from pipeline.config.schema import PACKAGE_SOURCE, Config, Model, Quantize
 from pipeline.errors import ConfigError, HubError, Interrupted, UserError
 from pipeline.evaluation.gates import limits

@@ -6,8 +6,8 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
+from pipeline.config.calibration import FAST_QUALITY, QUALITIES
 from pipeline.config.catalog import VARIANTS, resolve_listed, variant_names
-from pipeline.config.quantize import FAST_QUALITY, QUALITIES
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, WorkspaceError
 from pipeline.evaluation.results import Results

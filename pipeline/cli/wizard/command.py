@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.cli.options import RUNS, Root, console
-from pipeline.config.quantize import QUALITIES
+from pipeline.config.calibration import QUALITIES
 
 INTERRUPTED = 130
 Text = str | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.cli.wizard.draft import Draft
 from pipeline.cli.wizard.prompts import Question, one_of
-from pipeline.config.quantize import CALIBRATED_QUALITY, DISTILLED_QUALITY, FAST_QUALITY, QUALITIES
+from pipeline.config.calibration import CALIBRATED_QUALITY, DISTILLED_QUALITY, FAST_QUALITY, QUALITIES
 from pipeline.system.text_format import clock
 
 TRAINING = "training"  # the answer for the default: training data and general text

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.config.quantize import CALIBRATED_QUALITY
+from pipeline.config.calibration import CALIBRATED_QUALITY
 from tests.e2e.faults.kills import Moment, Timeline, kill_at, left
 from tests.e2e.faults.sameness import differences
 from tests.support import REPOSITORY
