@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ MARKERS = ("o", "s", "D", "P", "X", "*")
 COLORS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 PEER_COLOR, PEER_MARKERS = "#D55E00", ("v", "^")
 GRAY = "#6e7781"
+LABEL = 44  # characters of a line in the list
 APART = 12  # points between the numbers of rows that lie together
 
 
@@ -116,7 +118,7 @@ def _list(axes, rows: list[dict], styles: dict) -> None:
         axes.text(0.0, number, f"{number}", fontsize=8, va="center", ha="left", color=GRAY)
         color, marker = styles[row["kind"]]
         axes.plot(0.1, number, marker, color=color, markersize=5, clip_on=False)
-        axes.text(0.15, number, row["way"], fontsize=8, va="center")
+        axes.text(0.15, number, textwrap.fill(row["way"], LABEL), fontsize=8, va="center")
         axes.text(1.15, number, bits, fontsize=8, va="center", ha="right", color=GRAY)
     for line, (kind, (color, marker)) in enumerate(styles.items(), len(rows) + 2):
         axes.plot(0.1, line, marker, color=color, markersize=7, clip_on=False)

@@ -51,7 +51,7 @@ def _quality(rows: list[dict]) -> Table:
     second = ("2nd text:\nperplexity", "rise %", "KL", "loss/KL") if has_second else ()
     text = ("perplexity", "rise %", "KL", "loss/KL", "agreement %")
     table = Table("", "MB", "layers:\nbits", "tables:\nbits", *text, *second, "")
-    for column in table.columns:
+    for column in table.columns[1:]:
         column.no_wrap = True
     for row in rows:
         other = row["second"] or dict.fromkeys(("perplexity", "rise", "kl", "loss_to_kl", "flattered"))
