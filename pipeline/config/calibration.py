@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -32,3 +32,11 @@ class Distillation(Section):
     """The training of scales and zeros."""
 
     tokens: Count = Field(default=131072, description="tokens to train on; the text is read again if it is shorter")
+
+
+def with_quality(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration, as plain data, with the default quality of a training: it has text to calibrate on."""
+    quantize = tree.get("quantize", {})
+    if tree.get("data") is None or not isinstance(quantize, dict) or "quality" in quantize:
+        return tree
+    return tree | {"quantize": {"quality": CALIBRATED_QUALITY, **quantize}}

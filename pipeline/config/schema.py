@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, SerializeAsAny, ValidatorFunctionWrapHandler, field_validator, model_validator
 
 from pipeline.config.base import Count, Rate, Real, Section, Seed, Whole
-from pipeline.config.calibration import CALIBRATED_QUALITY
+from pipeline.config.calibration import with_quality
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.data import Data
 from pipeline.config.former_keys import with_targets
@@ -227,17 +227,6 @@ class Config(Section):
     publish: Publish = Field(default=Publish(), description="the repository on the Hub")
     track: SerializeAsAny[TrackioSettings] = Field(default=TrackioSettings(), description="the experiment tracker")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _training_data_calibrates(cls, value: Any) -> Any:
-        """Calibrate after a training unless another quality is asked for, because there is text to calibrate on."""
-        if not isinstance(value, dict) or value.get("data") is None:
-            return value
-        quantize = value.get("quantize", {})
-        if not isinstance(quantize, dict) or "quality" in quantize:
-            return value
-        return value | {"quantize": {"quality": CALIBRATED_QUALITY, **quantize}}
-
     @field_validator("track", mode="wrap")
     @classmethod
     def _section_of_its_tracker(cls, value: Any, read: ValidatorFunctionWrapHandler) -> Track:
@@ -255,9 +244,9 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _former_keys(cls, tree: Any) -> Any:
-        """Return the keys of this version for those of earlier ones."""
-        return with_targets(tree) if isinstance(tree, dict) else tree
+    def _keys_of_this_version(cls, tree: Any) -> Any:
+        """Return the keys of this version for those of earlier ones, and the quality that a training has by default."""
+        return with_quality(with_targets(tree)) if isinstance(tree, dict) else tree
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:

@@ -57,12 +57,11 @@ def measured(
     """
     from pipeline.inference.load import device_named
     from pipeline.inference.output_head import head_names
-    from pipeline.models.matrices import skeleton
     from pipeline.quantization.calibration.blocks import BlockwiseModel
     from pipeline.quantization.calibration.sensitivities import measure
 
     model = BlockwiseModel(folder, device=str(device_named(device)))
-    heads = _Heads(head_names(skeleton(folder)), folder, model.device)
+    heads = _Heads(head_names(model.skeleton), folder, model.device)
     return measure(model, spec, calibrates, grids, tables, windows, heads, scratch, tell)
 
 

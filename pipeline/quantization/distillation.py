@@ -99,7 +99,8 @@ def distill(
         What it reached; and by name of the weight the scales and zeros (N, G) as they will be stored.
     """
     trainer = _Trainer(model, heads, rounded, folder)
-    trainer.prepare([*batches_of(windows), *batches_of(held_out)], len(batches_of(held_out)))
+    measured = batches_of(held_out)
+    trainer.prepare([*batches_of(windows), *measured], len(measured))
     return trainer.run(schedule, tell)
 
 

@@ -6,7 +6,7 @@ A `Grid` defines the values of a weight. `GroupQuantized` is a weight on a grid.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -101,6 +101,17 @@ class GroupQuantized:
         """Return the same weight on another device."""
         zero = None if self.zero is None else self.zero.to(device)
         return GroupQuantized(self.codes.to(device), self.scale.to(device), zero, self.grid)
+
+
+def joined(parts: Sequence[GroupQuantized]) -> GroupQuantized:
+    """Return the rows of weights on one grid, one part after the other."""
+    zeros = [part.zero for part in parts if part.zero is not None]
+    return GroupQuantized(
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scale for part in parts]),
+        torch.cat(zeros) if zeros else None,
+        parts[0].grid,
+    )
 
 
 def in_groups(weight: torch.Tensor, grid: Grid) -> torch.Tensor:

@@ -47,20 +47,20 @@ class BlockwiseModel:
         self.device, self.dtype = torch.device(device), compute_dtype(device)
         self._checkpoint = open_checkpoint(folder) if checkpoint is None else checkpoint
         self.linear = linear_weights(folder)
-        self.skeleton = self._model = skeleton(folder).to(self.dtype).eval()
-        self.architecture = type(self._model).__name__
-        self._prefix, self._layers = _decoder_blocks(self._model, self.linear, folder)
+        self.skeleton = skeleton(folder).to(self.dtype).eval()
+        self.architecture = type(self.skeleton).__name__
+        self._prefix, self._layers = _decoder_blocks(self.skeleton, self.linear, folder)
         self._learn(None)
         self.count = len(self._layers)
-        table, head = self._model.get_input_embeddings(), self._model.get_output_embeddings()
-        others = {f"{name}." for name, module in self._model.named_modules() if module in (table, head)}
-        self.table = next(f"{name}.weight" for name, module in self._model.named_modules() if module is table)
-        read = self._model.state_dict().keys()  # some checkpoints also hold tensors that the model does not read
+        table, head = self.skeleton.get_input_embeddings(), self.skeleton.get_output_embeddings()
+        others = {f"{name}." for name, module in self.skeleton.named_modules() if module in (table, head)}
+        self.table = next(f"{name}.weight" for name, module in self.skeleton.named_modules() if module is table)
+        read = self.skeleton.state_dict().keys()  # some checkpoints also hold tensors that the model does not read
         self._stored = [name for name in self._checkpoint if name in read]
         for name in self._stored:
             if not name.startswith((self._prefix, *others)):
                 self._put(name)
-        fill_buffers(self._model, self.device)
+        fill_buffers(self.skeleton, self.device)
         self._embedding = table
 
     def weights_of(self, block: int) -> list[str]:
@@ -79,14 +79,14 @@ class BlockwiseModel:
     def loaded(self, block: int) -> Iterator[None]:
         """Hold the weights of a block in memory."""
         names = [name for name in self._stored if name.startswith(f"{self._prefix}{block}.")]
-        shapes = {name: self._model.get_parameter(name) for name in names if _is_parameter(self._model, name)}
+        shapes = {name: self.skeleton.get_parameter(name) for name in names if _is_parameter(self.skeleton, name)}
         for name in names:
             self._put(name)
         try:
             yield
         finally:
             for name, empty in shapes.items():
-                put(self._model, name, empty.data)
+                put(self.skeleton, name, empty.data)
 
     @contextmanager
     def embedding(self) -> Iterator[None]:
@@ -96,7 +96,7 @@ class BlockwiseModel:
         try:
             yield
         finally:
-            put(self._model, self.table, empty)
+            put(self.skeleton, self.table, empty)
 
     @torch.no_grad()
     def enter(self, ids: torch.Tensor) -> torch.Tensor:
@@ -178,19 +178,19 @@ class BlockwiseModel:
         Args:
             trained: gradients for them are wanted.
         """
-        before = {name: self._model.get_parameter(name).data for name in weights}
+        before = {name: self.skeleton.get_parameter(name).data for name in weights}
         try:
             for name, weight in weights.items():
-                put(self._model, name, weight.to(self.device, before[name].dtype))
-                self._model.get_parameter(name).requires_grad_(trained)
+                put(self.skeleton, name, weight.to(self.device, before[name].dtype))
+                self.skeleton.get_parameter(name).requires_grad_(trained)
             yield
         finally:
             for name, weight in before.items():
-                put(self._model, name, weight)
+                put(self.skeleton, name, weight)
 
     def gradient_of(self, name: str) -> torch.Tensor:
         """Return the gradient (N, K) for a weight that is trained, and forget it."""
-        parameter = self._model.get_parameter(name)
+        parameter = self.skeleton.get_parameter(name)
         gradient, parameter.grad = parameter.grad, None
         return torch.zeros_like(parameter.data) if gradient is None else gradient
 
@@ -225,7 +225,7 @@ class BlockwiseModel:
             return tell
 
         names = [name.removesuffix(".weight") for name in self.weights_of(block)]
-        return [self._model.get_submodule(n).register_forward_pre_hook(hook(f"{n}.weight")) for n in names]
+        return [self.skeleton.get_submodule(n).register_forward_pre_hook(hook(f"{n}.weight")) for n in names]
 
     def _forward(self, instead: dict[int, Callable], ids: torch.Tensor, embedding: Any) -> torch.Tensor:
         """Run the model until a block ends the pass, and return what that block gives."""
@@ -248,7 +248,7 @@ class BlockwiseModel:
             width = self._embedding.weight.shape[1]
             self._embedding.forward = lambda ids: torch.zeros(*ids.shape, width, dtype=self.dtype, device=self.device)
         try:
-            return self._model.base_model(input_ids=ids.to(self.device), use_cache=False)
+            return self.skeleton.base_model(input_ids=ids.to(self.device), use_cache=False)
         finally:
             for block in instead:
                 del self._layers[block].forward
@@ -257,7 +257,7 @@ class BlockwiseModel:
 
     def _put(self, name: str) -> None:
         stored = self._checkpoint.read(name)
-        put(self._model, name, stored.to(self.device, computing_type(self._model, name, stored.dtype)))
+        put(self.skeleton, name, stored.to(self.device, computing_type(self.skeleton, name, stored.dtype)))
 
 
 def _is_parameter(model: torch.nn.Module, name: str) -> bool:

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from pipeline.models.checkpoint.row_blocks import in_parallel
-from pipeline.quantization.grid import Grid, GroupQuantized
+from pipeline.quantization.grid import Grid, GroupQuantized, joined
 from pipeline.quantization.roundings import Rounding
 from pipeline.quantization.statistics import Collected, Statistics
 
@@ -59,7 +59,7 @@ def round_layers(
     parts = sorted(_parts(grids, collected), key=lambda part: part.cost, reverse=True)
     on_cpu = all(part.statistics.second_moments.device.type == "cpu" for part in parts)
     in_parallel([partial(work, part) for part in parts], 0, threads=None if on_cpu else 1)
-    return {name: _joined([rounded[key] for key in sorted(rounded) if key[0] == name]) for name in grids}
+    return {name: joined([rounded[key] for key in sorted(rounded) if key[0] == name]) for name in grids}
 
 
 def _parts(grids: Mapping[str, tuple[tuple[int, int], Grid]], collected: Collected) -> Iterator[_Part]:
@@ -82,13 +82,3 @@ def _parts(grids: Mapping[str, tuple[tuple[int, int], Grid]], collected: Collect
                 room -= stop - first
                 first = stop
         yield _Part(spans, grid, statistics)
-
-
-def _joined(parts: list[GroupQuantized]) -> GroupQuantized:
-    zeros = [part.zero for part in parts if part.zero is not None]
-    return GroupQuantized(
-        torch.cat([part.codes for part in parts]),
-        torch.cat([part.scale for part in parts]),
-        torch.cat(zeros) if zeros else None,
-        parts[0].grid,
-    )

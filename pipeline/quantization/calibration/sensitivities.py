@@ -8,7 +8,7 @@ on another grid is the share times the ratio of the errors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -24,9 +24,9 @@ from pipeline.models.checkpoint.row_blocks import in_parallel
 from pipeline.quantization.calibration import gradients
 from pipeline.quantization.calibration.blocks import BlockwiseModel
 from pipeline.quantization.calibration.collect import collect
-from pipeline.quantization.calibration.store import RoundedFolder, save_block
+from pipeline.quantization.calibration.store import RoundedFolder, RoundedLayers, save_block
 from pipeline.quantization.formats import format_of
-from pipeline.quantization.grid import Grid, GroupQuantized
+from pipeline.quantization.grid import Grid, GroupQuantized, joined
 from pipeline.quantization.roundings import rounding
 from pipeline.quantization.statistics import Statistics
 
@@ -142,7 +142,8 @@ def measure(
     for number, name in enumerate(tables):
         save_block(folder, model.count + number, {name: rounding(NEAREST).round(model.weight(name), eight)})
         base[name] = eight
-    rounded = _OnDisk(folder, base, {**model.linear, **tables})
+    shapes = {**model.linear, **tables}
+    rounded = RoundedLayers(RoundedFolder(folder), {name: (shapes[name], grid) for name, grid in base.items()})
 
     def told(done: int, total: int) -> None:
         tell(done, total, "sharing the loss among layers")
@@ -181,10 +182,7 @@ def _round(
     """Return a weight on a grid; other bits than those of the variant are rounded to nearest, as the writer does."""
     if grid.bits != spec.variant.bits:
         return rounding(NEAREST).round(weight, grid)
-    made = [rounding(how).round(rows, grid, statistics) for rows in weight.split(ROWS)]  # to save memory
-    zero = None if made[0].zero is None else torch.cat([part.zero for part in made if part.zero is not None])
-    codes, scale = torch.cat([part.codes for part in made]), torch.cat([part.scale for part in made])
-    return GroupQuantized(codes, scale, zero, grid)
+    return joined([rounding(how).round(rows, grid, statistics) for rows in weight.split(ROWS)])  # to save memory
 
 
 def _relative_errors(
@@ -203,19 +201,3 @@ def _relative_errors(
         found[key(grid.bits, grid.group_size)] = float((off.square().sum(0) * moments).sum())
     first = next(iter(found.values())) or 1.0
     return {name: error / first for name, error in found.items()}
-
-
-class _OnDisk(Mapping[str, GroupQuantized]):
-    """The weights on their base grids, read from the disk one at a time."""
-
-    def __init__(self, folder: Path, grids: Mapping[str, Grid], shapes: Shapes):
-        self._folder, self._grids, self._shapes = RoundedFolder(folder), grids, shapes
-
-    def __getitem__(self, name: str) -> GroupQuantized:
-        return self._folder.rows(name, self._grids[name], 0, self._shapes[name][0])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._grids)
-
-    def __len__(self) -> int:
-        return len(self._grids)

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.catalog import EIGHT_BITS, KEEP
-from pipeline.config.schema import Config, MeasuredRun, VariantSpec
+from pipeline.config.schema import Config, VariantSpec
 from pipeline.errors import ConfigError
 from pipeline.evaluation.gates import distance, limits
 from pipeline.evaluation.model_result import ModelResult
 from pipeline.system.files import empty_folder, fingerprint
 from pipeline.tracking.events import Events
 from pipeline.workflow.stages import Outcome, calibrate, calibration_text
-from pipeline.workflow.stages.inputs import full_model
+from pipeline.workflow.stages.inputs import device_name, full_model
 from pipeline.workflow.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -206,9 +206,10 @@ def _sensitivities(config: Config, workspace: Workspace, events: Events, name: s
     windows = calibration_text.windows(config, workspace, source, tokens)
     scratch = empty_folder(workspace.folder / KEY)
     try:
-        device = config.evaluate.device if isinstance(config, MeasuredRun) else "auto"
         grids, tables = grids_to_mix(choice.spec, choice.linear), choice.tables
-        found = measured(choice.spec, calibrates, source, grids, tables, windows, scratch, events.progress, device)
+        found = measured(
+            choice.spec, calibrates, source, grids, tables, windows, scratch, events.progress, device_name(config)
+        )
     finally:
         shutil.rmtree(scratch)
     kept = {"about": about, "shares": found.shares, "errors": found.errors, "fused": found.fused}

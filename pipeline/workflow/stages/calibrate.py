@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.catalog import EIGHT_BITS, Need
-from pipeline.config.schema import Config, MeasuredRun, VariantSpec
+from pipeline.config.schema import Config, VariantSpec
 from pipeline.errors import ConfigError, QuantizationError
 from pipeline.system.files import fingerprint
 from pipeline.system.hardware import dtype_name, give_back_buffers
 from pipeline.system.libraries import versions
 from pipeline.tracking.events import Events
 from pipeline.workflow.stages import Outcome, calibration_text
-from pipeline.workflow.stages.inputs import full_model, made_from
+from pipeline.workflow.stages.inputs import device_name, full_model, made_from
 from pipeline.workflow.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     calibration_text.check_for_distillation(config, workspace, source)
     folder = workspace.folder / FOLDER
     outcome = Outcome((folder,), {"tokens": sum(map(len, windows))})
-    device = device_named(config.evaluate.device if isinstance(config, MeasuredRun) else "auto")
+    device = device_named(device_name(config))
     model = BlockwiseModel(source, device=str(device))
     specs = [config.quantize.spec(name) for name in variants]
     specs = [spec for spec in specs if not unfit(spec, model.linear, source)]  # `quantize` reports the others

@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config.schema import Config, MeasuredRun
+from pipeline.config.schema import Config
 from pipeline.system.files import empty_folder, fingerprint, replace_folder
 from pipeline.system.hardware import give_back_buffers
 from pipeline.tracking.events import Events
 from pipeline.workflow.stages import Outcome, calibrate, calibration_text
-from pipeline.workflow.stages.inputs import full_model
+from pipeline.workflow.stages.inputs import device_name, full_model
 from pipeline.workflow.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -51,18 +51,16 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     source = full_model(config, workspace, events)
     windows = calibration_text.windows(config, workspace, source, config.quantize.distillation.tokens)
     give_back_buffers()  # a pass makes and frees many of them, of all sizes
-    device = device_named(config.evaluate.device if isinstance(config, MeasuredRun) else "auto")
+    device = device_named(device_name(config))
     model = BlockwiseModel(source, device=str(device))
     summary: dict[str, float] = {}
     for name in variants:
-        folder, about = (
-            workspace.folder / calibrate.DISTILLED / name,
-            fingerprint(_trained_with(config, workspace, (name,))),
-        )
+        folder = workspace.folder / calibrate.DISTILLED / name
+        about = fingerprint(_trained_with(config, workspace, (name,)))
         known = workspace.progress(f"distill/{name}", "distilled")
         if known.get("about") != about or not folder.is_dir():
             shutil.rmtree(folder, ignore_errors=True)
-            found = _distill(config, workspace, events, name, model, source, windows)
+            found = _distill(config, workspace, events, name, model, source, windows, about)
             known = {"about": about, "steps": found.steps, "kl_before": found.before, "kl_after": found.after}
             workspace.note(f"distill/{name}", distilled=known)
         summary |= {f"{name}_{key}": known[key] for key in ("steps", "kl_before", "kl_after")}
@@ -77,8 +75,13 @@ def _distill(
     model: BlockwiseModel,
     source: Path,
     windows: list[list[int]],
+    about: str,
 ) -> Distilled:
-    """Train one variant, and write its layers with their new scales and zeros."""
+    """Train one variant, and write its layers with their new scales and zeros.
+
+    Args:
+        about: fingerprint of what the result depends on.
+    """
     from pipeline.inference.output_head import head_names
     from pipeline.quantization.calibration.collect import BATCH_TOKENS
     from pipeline.quantization.calibration.store import RoundedFolder, RoundedLayers
@@ -91,7 +94,6 @@ def _distill(
     training = [window for number, window in enumerate(windows) if number % every]
     head = head_names(model.skeleton).read(source).to(model.device)
     state = workspace.folder / calibrate.DISTILLED / f"{name}.state"
-    about = fingerprint(_trained_with(config, workspace, (name,)))
     if workspace.progress(f"distill/{name}", "begun") != {"about": about}:
         empty_folder(state)
         workspace.note(f"distill/{name}", begun={"about": about})

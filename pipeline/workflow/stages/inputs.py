@@ -89,6 +89,11 @@ def adapter(config: Config, workspace: Workspace, events: Events) -> Path:
     return folder
 
 
+def device_name(config: Config) -> str:
+    """Return the device that models are run on: `auto`, `cpu` or `cuda`; runs that measure nothing choose it."""
+    return config.evaluate.device if isinstance(config, MeasuredRun) else "auto"
+
+
 def full_model(config: Config, workspace: Workspace, events: Events) -> Path:
     """Return the full-precision model that variants are made of and compared with."""
     return workspace.release if config.merges else base_model(config, workspace, events)
