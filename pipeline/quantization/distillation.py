@@ -22,7 +22,7 @@ from pipeline.quantization.calibration.blocks import BlockwiseModel
 from pipeline.quantization.calibration.collect import batches_of
 from pipeline.quantization.calibration.gradients import OutputHead, Rounded
 from pipeline.quantization.calibration.store import save_whole
-from pipeline.quantization.grid import GroupQuantized
+from pipeline.quantization.grid import SMALLEST_STEP, Grid, GroupQuantized
 
 Tell = Callable[[int, int, str], None]  # called with the steps done, the steps in all, and the state of the loss
 Values = Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]  # name of a weight -> its scales and zeros (N, G)
@@ -113,11 +113,11 @@ class _Trainer:
         self._model, self._heads, self._rounded, self._folder = model, heads, rounded, folder
         self._names = [n for block in range(model.count) for n in model.weights_of(block) if n in rounded]
         self._values: dict[str, list[torch.nn.Parameter]] = {}
-        self._types: dict[str, torch.dtype] = {}
+        self._grids: dict[str, Grid] = {}
         groups = []
         for name in self._names:
             made = rounded[name]
-            self._types[name] = made.scale.dtype
+            self._grids[name] = made.grid
             parts = [made.scale] if made.zero is None or made.grid.zero != "float" else [made.scale, made.zero]
             self._values[name] = [
                 torch.nn.Parameter(part.float().to(model.device), requires_grad=False) for part in parts
@@ -236,8 +236,11 @@ class _Trainer:
 
     def _stored(self, name: str, values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return scales and zeros in the types in which they are stored."""
-        dtype = self._types[name]
-        return values[0].detach().to(dtype), values[1].detach().to(dtype) if len(values) > 1 else None
+        grid = self._grids[name]
+        scale, *zeros = (part.detach().to(grid.scale_dtype) for part in values)
+        if grid.positive:
+            scale = scale.clamp(min=SMALLEST_STEP)
+        return scale, zeros[0] if zeros else None
 
     def _set_gradients(self, name: str, made: GroupQuantized, gradient: torch.Tensor) -> None:
         """Set the gradients for scales and zeros (N, G), given that for the weight (N, K)."""

@@ -12,6 +12,10 @@ from typing import Literal
 
 import torch
 
+# The smallest step; a group of equal weights has no range to divide by. torchao's choice.
+SMALLEST_STEP = torch.finfo(torch.float32).eps
+E4M3_HIGHEST = 448  # the largest number of float8_e4m3fn
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -25,6 +29,9 @@ class Grid:
         scale_dtype: dtype of stored scales and float zeros.
         from_zero: with a float zero, codes are unsigned and begin at 0, so that the zero is the lowest number
             (GGUF); otherwise they are signed (torchao).
+        positive: True if scales must be positive, as kernels of servers expect; otherwise a grid without zeros may
+            have negative ones.
+        values: "integer" for whole numbers; "e4m3" for float8 numbers of that name, up to 448, without a zero.
     """
 
     bits: int
@@ -32,6 +39,15 @@ class Grid:
     zero: Literal["none", "integer", "float"]
     scale_dtype: torch.dtype
     from_zero: bool = False
+    positive: bool = False
+    values: Literal["integer", "e4m3"] = "integer"
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """Return the dtype of stored codes."""
+        if self.values == "e4m3":
+            return torch.float8_e4m3fn
+        return torch.int8 if self.signed else torch.uint8
 
     @property
     def signed(self) -> bool:
@@ -41,12 +57,22 @@ class Grid:
     @property
     def lowest(self) -> int:
         """Return the smallest code."""
+        if self.values == "e4m3":
+            return -self.highest
         return -(1 << (self.bits - 1)) if self.signed else 0
 
     @property
     def highest(self) -> int:
         """Return the largest code."""
+        if self.values == "e4m3":
+            return E4M3_HIGHEST
         return self.lowest + (1 << self.bits) - 1
+
+    def nearest(self, values: torch.Tensor) -> torch.Tensor:
+        """Overwrite values, float32, with the nearest codes, and return them."""
+        if self.values == "e4m3":
+            return values.copy_(values.clamp_(self.lowest, self.highest).to(self.code_dtype))
+        return values.round_().clamp_(self.lowest, self.highest)
 
     def group(self, width: int) -> int:
         """Return the columns per scale in a row of `width` columns."""
@@ -58,7 +84,7 @@ class GroupQuantized:
     """A weight of shape (N, K) as codes on a grid, G groups to a row.
 
     Attributes:
-        codes: (N, K), int8 (uint8 if the grid is unsigned), one code an element.
+        codes: (N, K) in the grid's `code_dtype`, one code an element.
         scale: (N, G) in the grid's `scale_dtype`.
         zero: (N, G); `scale_dtype` for a float zero, uint8 for an integer one, None for none.
         grid: the grid of the codes.
@@ -133,13 +159,12 @@ def choose_codes(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor |
         codes = (groups.float() - zero.float().unsqueeze(-1)).mul_(inverse)
     else:
         codes = groups.float() * inverse
-    codes = codes.round_()
     if grid.zero == "integer" and zero is not None:
-        codes += zero.float().unsqueeze(-1)
-    return codes.clamp_(grid.lowest, grid.highest)
+        return codes.round_().add_(zero.float().unsqueeze(-1)).clamp_(grid.lowest, grid.highest)
+    return grid.nearest(codes)
 
 
 def assemble(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) -> GroupQuantized:
     """Put grouped weights (N, G, g) on the grid with the given stored scales and zeros."""
-    codes = choose_codes(groups, scale, zero, grid).to(torch.int8 if grid.signed else torch.uint8)
+    codes = choose_codes(groups, scale, zero, grid).to(grid.code_dtype)
     return GroupQuantized(codes.flatten(1), scale, zero, grid)

@@ -17,6 +17,7 @@ GRIDS = {
     "one scale a row": Grid(4, None, "none", torch.float32),
     "Q4_0": Grid(4, 32, "none", torch.float16),
     "Q5_1": Grid(5, 32, "float", torch.float16, from_zero=True),
+    "positive": Grid(4, 32, "none", torch.bfloat16, positive=True),
 }
 
 
@@ -53,10 +54,10 @@ def test_error_of_the_output_falls_with_what_the_rounding_knows(weight, grid):
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 def test_codes_and_scales_are_those_of_the_grid(weight, grid):
     made = gptq.round(weight, grid, correlated(128))
-    assert made.codes.dtype == (torch.int8 if grid.signed else torch.uint8)
+    assert made.codes.dtype == grid.code_dtype
     assert made.codes.min() >= grid.lowest and made.codes.max() <= grid.highest
     assert made.scale.dtype == grid.scale_dtype and (made.zero is None) == (grid.zero == "none")
-    assert made.dequantize().isfinite().all()
+    assert made.dequantize().isfinite().all() and (not grid.positive or (made.scale > 0).all())
 
 
 def test_polishing_makes_no_row_worse(weight):

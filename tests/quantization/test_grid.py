@@ -21,6 +21,7 @@ GRIDS = [
         (4, 8), (None, 32), ("none", "integer", "float"), (torch.float32, torch.bfloat16, torch.float16)
     )
 ]
+FLOAT8 = Grid(8, None, "none", torch.bfloat16, positive=True, values="e4m3")
 
 
 def name_of(grid: Grid) -> str:
@@ -118,6 +119,19 @@ def test_no_other_code_would_have_been_nearer(grid):
     for code in range(grid.lowest, grid.highest + 1):
         other = GroupQuantized(torch.full_like(quantized.codes, code), quantized.scale, quantized.zero, grid)
         assert (chosen <= (other.dequantize() - weight).abs() * (1 + 1e-5) + 1e-12).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_float8_codes_are_the_nearest_of_all_finite_ones(seed):
+    weight = weights(seed, rows=4, width=32)
+    quantized = rtn(weight, FLOAT8)
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    codes = codes[codes.isfinite()]
+    scaled = weight * (1 / quantized.scale.float())
+    nearest = (scaled.unsqueeze(-1) - codes).abs().amin(-1)
+    assert quantized.codes.dtype == torch.float8_e4m3fn
+    assert torch.equal((scaled - quantized.codes.float()).abs(), nearest)
+    assert quantized.codes.float().abs().amax(1).min() >= 416  # the range is used
 
 
 def test_codes_are_chosen_for_the_scale_that_is_stored():

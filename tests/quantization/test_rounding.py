@@ -123,6 +123,18 @@ def test_search_fits_scales_of_either_sign_where_there_are_no_zeros(bits):
     assert (found.scale < 0).any() and (found.scale > 0).any() and (found.codes == grid.lowest).any()
 
 
+@pytest.mark.parametrize("values", ["integer", "e4m3"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_search_keeps_scales_positive_if_the_grid_says_so(bits, values):
+    if values == "e4m3" and bits != 8:
+        pytest.skip("float8 has eight bits")
+    weight, grid = weights(), Grid(bits, 32, "none", torch.bfloat16, positive=True, values=values)
+    found, rtn = (rounding(name).round(weight, grid) for name in ("search", "rtn"))
+    error, nearest = ((q.dequantize() - weight).square().view(48, 6, 32).mean(-1) for q in (found, rtn))
+    assert (found.scale > 0).all()
+    assert (error <= nearest * (1 + 1e-5)).all() and error.mean() < 0.99 * nearest.mean()
+
+
 @pytest.mark.parametrize("name", BETTER)
 def test_roundings_refuse_a_grid_without_freedom(name):
     with pytest.raises(ValueError, match="float zeros"):

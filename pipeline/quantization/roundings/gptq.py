@@ -37,7 +37,7 @@ def round(rows: torch.Tensor, grid: Grid, statistics: Statistics | None = None) 
     damping = DAMPING * gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     weight = rows.float()
     scale, zero, codes = _in_order(weight, grid, _factor(gram, damping))
-    made = GroupQuantized(codes.to(torch.int8 if grid.signed else torch.uint8), scale, zero, grid)
+    made = GroupQuantized(codes.to(grid.code_dtype), scale, zero, grid)
     del codes
     damped = gram.clone()
     damped.diagonal().add_(damping)
@@ -80,7 +80,7 @@ def _in_order(
         errors = columns.new_empty(stop - first, rows)
         for j in range(first, stop):
             column, code = columns[j], codes[j]
-            torch.mul(column - offset, inverse, out=code).round_().clamp_(grid.lowest, grid.highest)
+            grid.nearest(torch.mul(column - offset, inverse, out=code))
             error = torch.sub(column, (code * wide).add_(offset), out=errors[j - first]).div_(upper[j, j])
             columns[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
         columns[stop:].addmm_(upper[first:stop, stop:].T, errors, alpha=-1)
@@ -155,6 +155,8 @@ def _fit_rows(
     stored = (before - solved).to(made.grid.scale_dtype)
     moved = stored.float() - before
     improved = ((2 * slope + normal @ moved) * moved).sum(1) < 0  # (n, 1); a NaN is no improvement
+    if made.grid.positive:
+        improved &= (stored[:, :groups] > 0).all(1)
     scale = torch.where(improved, stored[:, :groups, 0], made.scale)
     return scale, None if made.zero is None else torch.where(improved, stored[:, groups:, 0], made.zero)
 
@@ -179,7 +181,7 @@ def _descend(weight: torch.Tensor, made: GroupQuantized, gram: torch.Tensor) -> 
         inverse = torch.where(scale == 0, 0, 1 / scale)
         for j in range(first, stop):
             wanted = codes[j] - slope[j - first].div(diagonal[j]).mul_(inverse)
-            moved = wanted.round_().clamp_(grid.lowest, grid.highest).sub_(codes[j])
+            moved = grid.nearest(wanted).sub_(codes[j])
             codes[j] += moved
             moved *= scale
             change[j] += moved

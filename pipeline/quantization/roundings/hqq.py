@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.quantization.grid import Grid, GroupQuantized, assemble, choose_codes, in_groups
-from pipeline.quantization.roundings.rtn import SMALLEST_STEP, full_range
+from pipeline.quantization.grid import SMALLEST_STEP, Grid, GroupQuantized, assemble, choose_codes, in_groups
+from pipeline.quantization.roundings.rtn import full_range
 from pipeline.quantization.statistics import Statistics
 
 P = 0.7

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.quantization.grid import Grid, GroupQuantized, assemble, in_groups
+from pipeline.quantization.grid import SMALLEST_STEP, Grid, GroupQuantized, assemble, in_groups
 from pipeline.quantization.statistics import Statistics
-
-# The smallest step; a group of equal weights has no range to divide by. torchao's choice.
-SMALLEST_STEP = torch.finfo(torch.float32).eps
 
 
 def round(rows: torch.Tensor, grid: Grid, statistics: Statistics | None = None) -> GroupQuantized:

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.quantization.grid import Grid, GroupQuantized, assemble, choose_codes, in_groups
-from pipeline.quantization.roundings.rtn import SMALLEST_STEP, full_range
+from pipeline.quantization.grid import SMALLEST_STEP, Grid, GroupQuantized, assemble, choose_codes, in_groups
+from pipeline.quantization.roundings.rtn import full_range
 from pipeline.quantization.statistics import Statistics
 
 NARROWER = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of the full range
@@ -73,12 +73,16 @@ def fit(
 
 
 def _without_zero(groups: torch.Tensor, grid: Grid, weights: torch.Tensor | None) -> tuple[torch.Tensor, None]:
-    """Fit scales without zeros. A scale may be negative, so that the outermost weight gets the lowest code.
+    """Fit scales without zeros.
 
-    There is one more code below zero than above it.
+    There is one more code below zero than above it. A scale may be negative, unless the grid forbids it, so that the
+    outermost weight gets the lowest code.
     """
     lowest, highest = torch.aminmax(groups, dim=-1)
-    full = torch.where(-lowest > highest, lowest, highest) / grid.lowest
+    if grid.positive:
+        full = torch.maximum(lowest / grid.lowest, highest / grid.highest)
+    else:
+        full = torch.where(-lowest > highest, lowest, highest) / grid.lowest
     best = _Best(groups, grid, weights)
     best.consider(*full_range(groups, grid))
     for share in NARROWER:
