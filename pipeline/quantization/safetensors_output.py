@@ -105,7 +105,7 @@ class SafetensorsFolder(Output):
         copy_companions(model, self.folder)
         parts = (self.kept, self.tables, self.eight)
         modules = ([name.removesuffix(".weight") for name in names] for names in parts)
-        quantization = self.format.quantization_config(self.spec, *modules)
+        quantization = self.format.quantization_config(self.spec, *modules, self.grids, model)
         content = {**read_config(model), "quantization_config": quantization}
         text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
         (self.folder / "config.json").write_text(text + "\n", encoding="utf-8")

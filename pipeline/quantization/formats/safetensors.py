@@ -13,6 +13,8 @@ from pipeline.quantization.formats import Format
 from pipeline.quantization.grid import Grid, GroupQuantized
 from pipeline.quantization.layers import Output, Source
 
+Grids = Mapping[str, tuple[tuple[int, int], Grid]]  # the shape and the grid of each quantized weight
+
 
 class SafetensorsFormat(Format):
     """A format that `pipeline.quantization.safetensors_output` writes, part by part."""
@@ -43,7 +45,7 @@ class SafetensorsFormat(Format):
     def metadata(
         self,
         spec: VariantSpec,
-        grids: Mapping[str, tuple[tuple[int, int], Grid]],
+        grids: Grids,
         plain: Iterable[str],
         dtypes: Mapping[str, torch.dtype],
         tables: Collection[str],
@@ -51,8 +53,17 @@ class SafetensorsFormat(Format):
         """Return the metadata of every file's header, as `torchao.header.metadata` describes it."""
 
     @abstractmethod
-    def quantization_config(self, spec: VariantSpec, kept: list[str], tables: list[str], eight: list[str]) -> dict:
-        """Return the `quantization_config` of config.json, as `torchao.header.quantization_config` describes it.
+    def quantization_config(
+        self, spec: VariantSpec, kept: list[str], tables: list[str], eight: list[str], grids: Grids, folder: Path
+    ) -> dict:
+        """Return the `quantization_config` of config.json.
 
         Its `quant_method` must be one that transformers knows, or nothing can load the folder.
+
+        Args:
+            kept: modules that stay in bf16, though their kind is quantized.
+            tables: the embedding and the output head, if they are in eight bits.
+            eight: layers in eight bits, if the others have fewer bits.
+            grids: the shape and the grid of each quantized weight.
+            folder: of the full-precision model.
         """

@@ -27,6 +27,7 @@ from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.quantization.formats import FileWeights
+from pipeline.quantization.formats.safetensors import Grids
 from pipeline.quantization.formats.tile_packed import sizes
 from pipeline.quantization.formats.torchao import header
 from pipeline.quantization.formats.torchao.format import Torchao, grouped, stored_as, typed
@@ -65,7 +66,7 @@ class TilePacked(Torchao):
     def metadata(
         self,
         spec: VariantSpec,
-        grids: Mapping[str, tuple[tuple[int, int], Grid]],
+        grids: Grids,
         plain: Iterable[str],
         dtypes: Mapping[str, torch.dtype],
         tables: Collection[str],

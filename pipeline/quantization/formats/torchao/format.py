@@ -26,7 +26,7 @@ from pipeline.errors import CheckpointError, ModelError, QuantizationError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.matrices import PLAIN_TABLE, embedding_kind
 from pipeline.quantization.formats import FileWeights
-from pipeline.quantization.formats.safetensors import SafetensorsFormat
+from pipeline.quantization.formats.safetensors import Grids, SafetensorsFormat
 from pipeline.quantization.formats.torchao import header, sizes, trial
 from pipeline.quantization.grid import Grid, GroupQuantized
 
@@ -108,7 +108,7 @@ class Torchao(SafetensorsFormat):
     def metadata(
         self,
         spec: VariantSpec,
-        grids: Mapping[str, tuple[tuple[int, int], Grid]],
+        grids: Grids,
         plain: Iterable[str],
         dtypes: Mapping[str, torch.dtype],
         tables: Collection[str],
@@ -116,7 +116,9 @@ class Torchao(SafetensorsFormat):
         """Return the metadata of every file's header."""
         return header.metadata(spec, grids, plain, dtypes, tables)
 
-    def quantization_config(self, spec: VariantSpec, kept: list[str], tables: list[str], eight: list[str]) -> dict:
+    def quantization_config(
+        self, spec: VariantSpec, kept: list[str], tables: list[str], eight: list[str], grids: Grids, folder: Path
+    ) -> dict:
         """Return the `quantization_config` of config.json."""
         return header.quantization_config(spec, self.packing, kept, tables, eight)
 
