@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from pipeline.config.engines import CPU, CUDA, EVERYWHERE, GGUF_ENGINES, TORCHAO_IN_VLLM, TUNEPRESS, on
+from pipeline.config.engines import LLAMA_CPP as LLAMA_CPP
+from pipeline.config.engines import TRANSFORMERS as TRANSFORMERS
 from pipeline.config.registry import GROUP_SIZES as GROUP_SIZES
 from pipeline.config.registry import KEEP as KEEP
 from pipeline.config.registry import ROUNDINGS as ROUNDINGS
-from pipeline.config.registry import TRANSFORMERS as TRANSFORMERS
 from pipeline.config.registry import VARIANTS as VARIANTS
 from pipeline.config.registry import Need as Need
 from pipeline.config.registry import Packing as Packing
@@ -21,7 +23,6 @@ from pipeline.config.registry import Variant as Variant
 from pipeline.config.registry import register as register
 from pipeline.config.registry import remove as remove
 
-LLAMA_CPP = "llama.cpp"  # another engine that runs variants
 NEAREST = "rtn"  # the rounding that other roundings are compared with
 EIGHT_BITS = "int8"  # the value of `embeddings`, and the key for single layers, for eight bits with a scale per row
 GGUF = "gguf"  # the format of llama.cpp, and the folder of its files
@@ -57,6 +58,7 @@ def _gguf(name: str, bits: int, *roundings: str, zero: str = "none") -> Variant:
         suffix=".gguf",
         file_type=name.upper(),
         shared_folder=GGUF,
+        runs_on=GGUF_ENGINES,
         **(groups if roundings else {"group_size": None, "group_sizes": ()}),
     )
 
@@ -82,6 +84,7 @@ register(
         roundings=(NEAREST, "hqq"),
         rise=0.02,
         stored_as="stored_as_int8.md.jinja",
+        runs_on=(*EVERYWHERE, *TORCHAO_IN_VLLM),
     )
 )
 register(
@@ -103,12 +106,29 @@ register(
         rise=0.05,
         zero="float",
         packings={
-            "plain": Packing("torchao", "snippet_int4.py.jinja", "runs_int4.md.jinja", mixes=True),
+            "plain": Packing(
+                "torchao",
+                "snippet_int4.py.jinja",
+                "runs_int4.md.jinja",
+                mixes=True,
+                runs_on=(
+                    *on(TRANSFORMERS, CPU, computes=False),
+                    *on(TRANSFORMERS, CUDA, packages=("mslk",)),
+                    *on(TUNEPRESS, CPU, CUDA),
+                    *TORCHAO_IN_VLLM,
+                ),
+            ),
             "tile_packed": Packing(
                 "tile_packed",
                 "snippet_int4_tiles.py.jinja",
                 "runs_int4_tiles.md.jinja",
                 "stored in the tiles that the tensor cores of CUDA cards read",
+                runs_on=(
+                    *on(TRANSFORMERS, CPU, computes=False),
+                    *on(TRANSFORMERS, CUDA, capability=8.0, experimental=True),
+                    *on(TUNEPRESS, CPU),
+                    *on(TUNEPRESS, CUDA, capability=8.0, experimental=True),
+                ),
             ),
         },
         stored_as="stored_as_int4.md.jinja",

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
+from pipeline.config.engines import EVERYWHERE, TRANSFORMERS, Runs
+
 # Numbers of columns that can share a scale: those of torch's int4 kernels on a CPU and on CUDA.
 GROUP_SIZES = (32, 64, 128, 256)
 
-TRANSFORMERS = "transformers"  # the engine that runs variants unless they name another
 KEEP = "keep"  # the value of `embeddings` that leaves them as they are
 
 
@@ -26,6 +27,7 @@ class Packing:
         usage: the card's template that says where it runs.
         said: a phrase for cards.
         mixes: True if single layers can be stored in eight bits.
+        runs_on: the ways in which engines run it.
     """
 
     format: str
@@ -33,6 +35,7 @@ class Packing:
     usage: str
     said: str = ""
     mixes: bool = False
+    runs_on: tuple[Runs, ...] = EVERYWHERE
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Variant:
         usage: the card's template that says where it runs, unless its packing names another.
         stored_as: the card's template that says how it is stored.
         said: a phrase for cards that follows "Its", if there is no such template.
+        runs_on: the ways in which engines run it, unless its packing names others.
     """
 
     name: str
@@ -87,6 +91,7 @@ class Variant:
     usage: str = "runs_stock.md.jinja"
     stored_as: str | None = None
     said: str = ""
+    runs_on: tuple[Runs, ...] = EVERYWHERE
 
     @property
     def folder(self) -> str:
@@ -107,6 +112,11 @@ class Variant:
         """Return the format of a packing (None: the variant's own format)."""
         found = self.packing(packing)
         return found.format if found else self.format
+
+    def ways(self, packing: str | None = None) -> tuple[Runs, ...]:
+        """Return the ways in which engines run a packing (None: the default one)."""
+        found = self.packing(packing)
+        return found.runs_on if found else self.runs_on
 
     def packing(self, name: str | None) -> Packing | None:
         """Return the packing with that name, or the default one; None if the variant has no packings."""

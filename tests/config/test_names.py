@@ -27,8 +27,9 @@ REGISTRIES = re.compile(r"pipeline\.(config|quantization\.(formats|roundings)|tr
 
 # Catalogues and registries name every entry.
 CATALOGUES = {
-    "config/catalog.py", "config/presets.py", "config/training_catalog.py", "config/track.py", "inference/loaders.py",
-    "quantization/formats/__init__.py", "training/trainers/__init__.py", "tracking/trackers/__init__.py",
+    "config/catalog.py", "config/engines.py", "config/presets.py", "config/registry.py", "config/training_catalog.py",
+    "config/track.py", "inference/loaders.py", "quantization/formats/__init__.py", "training/trainers/__init__.py",
+    "tracking/trackers/__init__.py",
 }  # fmt: skip
 ENTRIES = re.compile(r"(quantization/formats|quantization/roundings|training/trainers|tracking/trackers)/(\w+)")
 MODULES = sorted((REPOSITORY / "pipeline").rglob("*.py"))

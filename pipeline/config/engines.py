@@ -1,0 +1,117 @@
+"""The engines that run published models, and what each of them needs. It imports nothing heavy.
+
+A variant names the engines that run it in its row of the catalogue, as a list of `Runs`. Plan, cards, wizard and
+documentation read them there. An engine that no `Runs` of a variant names cannot open that variant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+TRANSFORMERS = "transformers"  # the engine that runs variants unless they name others
+TUNEPRESS = "tunepress"
+VLLM = "vllm"
+SGLANG = "sglang"
+LLAMA_CPP = "llama.cpp"
+OLLAMA = "ollama"
+
+CPU = "CPU"
+CUDA = "CUDA"
+GPU = "GPU"  # of any kind that llama.cpp supports
+FP8_CAPABILITY = 8.9  # the lowest CUDA compute capability with kernels for float8
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A program that runs models.
+
+    Templates name `{repo}`, `{folder}` (a variant's folder on this machine), `{file}` (a variant that is one file),
+    `{type}` (its file type) and `{flags}`.
+
+    Attributes:
+        serve: the template of the command that serves a folder or a file on this machine; empty if code runs it.
+        from_hub: the template of the command that fetches one file from the Hub and serves it.
+    """
+
+    label: str
+    serve: str = ""
+    from_hub: str = ""
+
+
+ENGINES: dict[str, Engine] = {
+    TRANSFORMERS: Engine("transformers"),
+    TUNEPRESS: Engine("`pipeline.load`"),
+    VLLM: Engine("vLLM", "vllm serve {folder}{flags}"),
+    SGLANG: Engine("SGLang", "python -m sglang.launch_server --model-path {folder}{flags}"),
+    LLAMA_CPP: Engine("llama.cpp", "llama-server -m {file}", "llama-server -hf {repo}:{type}"),
+    OLLAMA: Engine("Ollama, LM Studio", from_hub="ollama run hf.co/{repo}:{type}"),
+}
+# Servers read the root of a repository or a local folder, so they need the folder of a variant on this machine.
+FETCH = 'hf download {repo} --include "{name}/*" --local-dir {target}'
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A way in which an engine runs a variant.
+
+    Attributes:
+        engine: key of `ENGINES`.
+        hardware: `CPU`, `CUDA` or `GPU`.
+        capability: the lowest compute capability of a CUDA card; 0 for any.
+        packages: further packages that it needs, with their lowest versions.
+        columns: the widths of all quantized layers must be a multiple of this.
+        rows: the rows of all quantized layers must be a multiple of this.
+        flags: further arguments of the command that serves it.
+        experimental: True if the engine's own documentation calls it experimental, or nobody tested it.
+        computes: False if the engine opens the variant there, but has no kernel that computes with it.
+    """
+
+    engine: str
+    hardware: str
+    capability: float = 0
+    packages: tuple[str, ...] = ()
+    columns: int = 1
+    rows: int = 1
+    flags: str = ""
+    experimental: bool = False
+    computes: bool = True
+
+    def misfit(self, shapes: Iterable[Sequence[int]]) -> str | None:
+        """Return the reason why these layers do not fit the kernel, in words; None if they do.
+
+        Args:
+            shapes: (rows, columns) of the quantized layers.
+        """
+        for rows, columns in sorted({(shape[0], shape[1]) for shape in shapes}):
+            if columns % self.columns:
+                return f"{columns} columns are not a multiple of {self.columns}"
+            if rows % self.rows:
+                return f"{rows} rows are not a multiple of {self.rows}"
+        return None
+
+    def needs(self) -> str:
+        """Return its hardware and packages in words: `CUDA 8.9 or newer with mslk`."""
+        words = f"{self.hardware} {self.capability:.1f} or newer" if self.capability else self.hardware
+        return f"{words} with {' and '.join(self.packages)}" if self.packages else words
+
+
+def on(engine: str, *hardware: str, **needs: object) -> tuple[Runs, ...]:
+    """Return the ways of an engine that has the same needs on several kinds of hardware.
+
+    Args:
+        needs: further fields of `Runs`.
+    """
+    return tuple(Runs(engine, kind, **needs) for kind in hardware)  # type: ignore[arg-type]  # fields by name
+
+
+EVERYWHERE = (*on(TRANSFORMERS, CPU, CUDA), *on(TUNEPRESS, CPU, CUDA))
+FULL_PRECISION = (*EVERYWHERE, *on(VLLM, CPU, CUDA), *on(SGLANG, CUDA))  # an ordinary checkpoint of bf16
+# vLLM reads torchao's tensors if it is told so; its own tests do no more than that.
+TORCHAO_IN_VLLM = on(VLLM, CUDA, packages=("torchao>=0.15",), flags=" --quantization torchao", experimental=True)
+GGUF_ENGINES = (
+    *on(LLAMA_CPP, CPU, GPU),
+    *on(OLLAMA, CPU, GPU),
+    *on(VLLM, CUDA, packages=("vllm-gguf-plugin",), experimental=True),
+    *on(SGLANG, CUDA, experimental=True),
+)
