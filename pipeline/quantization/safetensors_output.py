@@ -24,7 +24,7 @@ from pipeline.quantization.layers import Output, Source, Tell, VariantFiles, lay
 
 
 class SafetensorsFolder(Output):
-    """One output of a pass: its grids, its open files and the scales of unfinished weights."""
+    """One output of a pass: its grids, its open files, and what is held of unfinished weights."""
 
     def __init__(self, spec: VariantSpec, folder: Path, source: Source):
         self.spec, self.folder, self.source = spec, folder, source
@@ -37,7 +37,7 @@ class SafetensorsFolder(Output):
         self.eight = [name for name in named(spec, EIGHT_BITS, source.linear) if name in self.grids]
         self.tables = _tables(source) if spec.quantizes_embeddings else []
         self.grids |= {name: (source.tables[name], self.format.TABLE) for name in self.tables}
-        self._scales: dict[str, dict[int, tuple]] = {}  # of weights whose last rows are not there yet
+        self._blocks: dict[str, dict[int, tuple]] = {}  # what is held of weights whose last rows are not there yet
         self._lock = threading.Lock()
 
     def _plan(self) -> tuple[dict[str, tuple[torch.dtype, tuple[int, ...]]], dict[str, str]]:
@@ -81,23 +81,27 @@ class SafetensorsFolder(Output):
             self.writer.write(name, rows, first)
 
     def _round(self, name: str, weight: torch.Tensor, first_row: int) -> None:
-        """Round and write rows of a weight. The last rows also write the scales and zeros of all."""
-        (rows, _), grid = self.grids[name]
+        """Round and write rows of a weight. The last rows also write what needs all of them, such as scales."""
+        shape, grid = self.grids[name]
         # Rounding to nearest is good enough for eight bits a row, and not every rounding can fill such a grid.
         how = NEAREST if name in self.tables or name in self.eight else self.rounding
         block = self.source.round(self.spec, how, name, weight, first_row, grid)
-        for part, tensor in self.format.rows(name, block).items():
-            self.writer.write(part, tensor, first_row // self.format.together(grid))
+        parts = self.format.rows(name, block)
+        if not self.format.by_columns:
+            for part, tensor in parts.items():
+                self.writer.write(part, tensor, first_row // self.format.together(grid))
+            parts = {}
         with self._lock:
-            blocks = self._scales.setdefault(name, {})
-            blocks[first_row] = (block.scale, block.zero)
-            if sum(len(scale) for scale, _ in blocks.values()) < rows:
+            blocks = self._blocks.setdefault(name, {})
+            blocks[first_row] = (block.scale, block.zero, parts)
+            if sum(len(scale) for scale, _, _ in blocks.values()) < shape[0]:
                 return
-            del self._scales[name]
-        ordered = [blocks[first] for first in sorted(blocks)]
-        scale = torch.cat([scale for scale, _ in ordered])
-        zero = None if grid.zero == "none" else torch.cat([zero for _, zero in ordered])
-        for part, tensor in self.format.rest(name, scale, zero, grid).items():
+            del self._blocks[name]
+        scales, zeros, columns = zip(*(blocks[first] for first in sorted(blocks)), strict=True)
+        zero = None if grid.zero == "none" else torch.cat(zeros)
+        whole = self.format.rest(name, shape, torch.cat(scales), zero, grid)
+        whole |= {part: torch.cat([block[part] for block in columns], dim=-1) for part in columns[0]}
+        for part, tensor in whole.items():
             self.writer.write(part, tensor)
 
     def finish(self, model: Path, tell: Tell | None = None) -> None:

@@ -251,7 +251,7 @@ def test_int8_beside_tiles_is_unchanged():
     for function, arguments in (
         ("plan", ("a.weight", (16, 64), weight.grid)),
         ("rows", ("a.weight", weight)),
-        ("rest", ("a.weight", weight.scale, None, weight.grid)),
+        ("rest", ("a.weight", (16, 64), weight.scale, None, weight.grid)),
     ):
         ours, theirs = (getattr(storage(name), function)(*arguments) for name in ("tile_packed", "torchao"))
         assert ours.keys() == theirs.keys()

@@ -425,7 +425,7 @@ def test_an_ordinary_weight_is_not_mistaken_for_a_quantized_one(grid):
 
     weight = rounding("rtn").round(torch.randn(32, 64), grid)
     stored = storage("torchao").rows("a.weight", weight) | storage("torchao").rest(
-        "a.weight", weight.scale, weight.zero, grid
+        "a.weight", (32, 64), weight.scale, weight.zero, grid
     )
     qdata, scale, zero = (stored[f"a._weight_{part}"] for part in ("qdata", "scale", "zero_point"))
     if grid.bits == 8:

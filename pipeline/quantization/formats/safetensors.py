@@ -17,7 +17,14 @@ Grids = Mapping[str, tuple[tuple[int, int], Grid]]  # the shape and the grid of 
 
 
 class SafetensorsFormat(Format):
-    """A format that `pipeline.quantization.safetensors_output` writes, part by part."""
+    """A format that `pipeline.quantization.safetensors_output` writes, part by part.
+
+    Attributes:
+        by_columns: codes are stored transposed. Then `rows` returns columns of the stored tensors, which are joined
+            along the last dimension when all of them are there. Otherwise they are rows, and written at once.
+    """
+
+    by_columns = False
 
     def output(self, spec: VariantSpec, folder: Path, source: Source, others: Iterable[Output]) -> Output:
         """Return the output that writes a variant into `folder`."""
@@ -38,8 +45,10 @@ class SafetensorsFormat(Format):
         """Return the codes of a block of rows as they are stored."""
 
     @abstractmethod
-    def rest(self, name: str, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) -> dict[str, torch.Tensor]:
-        """Return scales and zeros (N, G) of a whole weight as they are stored."""
+    def rest(
+        self, name: str, shape: tuple[int, int], scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
+    ) -> dict[str, torch.Tensor]:
+        """Return scales and zeros (N, G) of a whole weight of `shape` (N, K) as they are stored."""
 
     @abstractmethod
     def metadata(

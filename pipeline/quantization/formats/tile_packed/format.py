@@ -57,10 +57,12 @@ class TilePacked(Torchao):
             return super().rows(name, block)
         return {stored_as(name, PARTS)["qdata"]: pack_codes(block.codes)}
 
-    def rest(self, name: str, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) -> dict[str, torch.Tensor]:
-        """Return scales and zeros (N, G) of a whole weight as they are stored."""
+    def rest(
+        self, name: str, shape: tuple[int, int], scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
+    ) -> dict[str, torch.Tensor]:
+        """Return scales and zeros (N, G) of a whole weight of `shape` (N, K) as they are stored."""
         if zero is None:
-            return super().rest(name, scale, zero, grid)
+            return super().rest(name, shape, scale, zero, grid)
         return {stored_as(name, PARTS)["scale_and_zero"]: _together(scale, zero, grid.group(0))}
 
     def metadata(

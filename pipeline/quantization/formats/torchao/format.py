@@ -98,8 +98,10 @@ class Torchao(SafetensorsFormat):
         codes = block.codes if block.grid.bits == 8 else pack_nibbles(block.codes)
         return {stored_as(name, PARTS)["qdata"]: codes}
 
-    def rest(self, name: str, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) -> dict[str, torch.Tensor]:
-        """Return scales and zeros (N, G) of a whole weight as they are stored."""
+    def rest(
+        self, name: str, shape: tuple[int, int], scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
+    ) -> dict[str, torch.Tensor]:
+        """Return scales and zeros (N, G) of a whole weight of `shape` (N, K) as they are stored."""
         part = stored_as(name, PARTS)
         if zero is None:
             return {part["scale"]: scale, part["zero_point"]: torch.zeros(scale.shape, dtype=torch.int8)}
@@ -171,7 +173,7 @@ class Torchao(SafetensorsFormat):
         from torchao.quantization import Int4Tensor, Int8Tensor
 
         name, grid, shape = "w.weight", weight.grid, weight.codes.shape
-        stored = self.rows(name, weight) | self.rest(name, weight.scale, weight.zero, grid)
+        stored = self.rows(name, weight) | self.rest(name, tuple(shape), weight.scale, weight.zero, grid)
         qdata, scale, zero_point = (stored[n] for n in stored_as(name, PARTS).values())
         if grid.bits == 8:
             return Int8Tensor(qdata, scale, [1, grid.group(shape[1])], dtype, zero_point=zero_point)
