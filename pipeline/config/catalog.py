@@ -156,8 +156,7 @@ register(
         gain=0.75,
     )
 )
-CALIBRATED = "gptq"  # the default rounding of variants with few bits if there is calibration text
-FEW_BITS = 5
+CALIBRATED = "gptq"  # the default rounding if there is calibration text, and the quality asks for it
 
 DEFAULT_VARIANTS = ("int8", "int4")
 

@@ -14,7 +14,6 @@ from pipeline.config.catalog import (
     CALIBRATED,
     DEFAULT_VARIANTS,
     EIGHT_BITS,
-    FEW_BITS,
     KEEP,
     ROUNDINGS,
     VARIANTS,
@@ -162,15 +161,16 @@ class VariantSpec(Section):
         rounding = ROUNDINGS.get(self.rounding or "")
         return (rounding.uses if calibrates else rounding.needs) if rounding else Need.NOTHING
 
-    def resolved(self, calibrates: bool = False) -> VariantSpec:
+    def resolved(self, quality: str = FAST_QUALITY) -> VariantSpec:
         """Return the variant with the defaults of the catalogue filled in.
 
         Args:
-            calibrates: there is calibration text.
+            quality: `quantize.quality`. The best one also calibrates eight bits, which gain little by it.
         """
         variant = self.variant
         default = next(iter(variant.roundings), None)
-        if calibrates and CALIBRATED in variant.roundings and variant.bits <= FEW_BITS:
+        pays = quality == DISTILLED_QUALITY or (quality != FAST_QUALITY and variant.has_few_bits)
+        if pays and CALIBRATED in variant.roundings:
             default = CALIBRATED
         return self.model_copy(
             update={
@@ -244,19 +244,18 @@ class Quantize(Section):
         names = [v.name for v in value]
         if len(set(names)) != len(names):
             raise ValueError("each variant can be asked for once")
-        calibrates = info.data.get("quality", FAST_QUALITY) != FAST_QUALITY
-        return [v.resolved(calibrates) for v in value]
+        return [v.resolved(info.data.get("quality", FAST_QUALITY)) for v in value]
 
     @model_validator(mode="after")
     def _calibration_fits(self) -> Quantize:
         for spec in self.variants:
             if not self.calibrates and spec.need(False) != Need.NOTHING:
                 raise ValueError(f"rounding {spec.rounding}: needs calibration text. Try: quantize.quality=calibrated")
-        if self.quality == DISTILLED_QUALITY and self.variants and not self.distilled:
+        if self.quality == DISTILLED_QUALITY and self.variants and not self.calibrated:
             names = ", ".join(spec.name for spec in self.variants)
             raise ValueError(
-                f"quality distilled: trains the scales of variants that a calibration rounds, and none of {names} is "
-                "one. Try: quality=calibrated, or a variant of at most five bits with its default rounding"
+                f"quality {self.quality}: calibrates variants and trains their scales, and none of {names} can be "
+                f"calibrated. Try: quality={FAST_QUALITY}, or a variant with its default rounding"
             )
         return self
 
@@ -272,10 +271,11 @@ class Quantize(Section):
 
     @property
     def distilled(self) -> tuple[str, ...]:
-        """Return the names of the variants whose scales are trained: those that a calibration rounds."""
+        """Return the names of the variants whose scales are trained: those with few bits that a calibration rounds."""
         if self.quality != DISTILLED_QUALITY:
             return ()
-        return tuple(spec.name for spec in self.variants if spec.need(True) == Need.GRAM_MATRIX)
+        rounded = (spec for spec in self.variants if spec.need(True) == Need.GRAM_MATRIX)
+        return tuple(spec.name for spec in rounded if spec.variant.has_few_bits)
 
     @property
     def targeted(self) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from pipeline.config.engines import EVERYWHERE, TRANSFORMERS, Runs
 # Numbers of columns that can share a scale: those of torch's int4 kernels on a CPU and on CUDA.
 GROUP_SIZES = (32, 64, 128, 256)
 
+FEW_BITS = 5  # variants of at most so many bits lose much without calibration, and gain by distillation
 KEEP = "keep"  # the value of `embeddings` that leaves them as they are
 
 
@@ -102,6 +103,11 @@ class Variant:
     def is_one_file(self) -> bool:
         """Return True if the variant is one file instead of a folder that transformers opens."""
         return self.suffix is not None
+
+    @property
+    def has_few_bits(self) -> bool:
+        """Return True if calibration and distillation pay for their time."""
+        return self.bits <= FEW_BITS
 
     @property
     def data_free(self) -> tuple[str, ...]:

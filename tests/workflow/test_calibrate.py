@@ -361,7 +361,7 @@ def test_card_names_a_calibration_text_that_is_gone_without_its_folder(place, tm
     [
         ({"variants": [{"name": "int4", "rounding": "gptq"}]}, "rounding gptq: needs calibration text"),
         ({"quality": "calibratd"}, "quantize.quality: \"calibratd\" is refused: .*'distilled'"),
-        ({"quality": "distilled", "variants": ["int8", "gguf-f16"]}, "none of int8, gguf-f16 is one. Try: quality=cal"),
+        ({"quality": "distilled", "variants": ["gguf-f16"]}, "none of gguf-f16 can be calibrated. Try: quality=fast"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(tmp_path, quantize, message):
