@@ -41,9 +41,9 @@ register(
 )
 
 
-def _gguf(name: str, bits: int, *roundings: str, zero: str = "none") -> Variant:
-    """Return a GGUF variant: with groups of 32 and embeddings in Q8_0 if it has roundings."""
-    groups = {"group_size": 32, "group_sizes": (32,), "embeddings": EIGHT_BITS}
+def _gguf(name: str, bits: int, *roundings: str, zero: str = "none", group: int = 32) -> Variant:
+    """Return a GGUF variant: with groups and embeddings in Q8_0 if it has roundings."""
+    groups = {"group_size": group, "group_sizes": (group,), "embeddings": EIGHT_BITS}
     return Variant(
         name=f"gguf-{name}",
         format=GGUF,
@@ -63,12 +63,11 @@ def _gguf(name: str, bits: int, *roundings: str, zero: str = "none") -> Variant:
     )
 
 
-def _k_quants(name: str, bits: int) -> Variant:
-    """Return a GGUF variant that llama.cpp quantizes with its own settings."""
-    plain = _gguf(name, bits)
+def _by_llama_cpp(plain: Variant) -> Variant:
+    """Return a GGUF variant that llama.cpp quantizes with its own settings, unless a rounding is named."""
     return replace(
         plain,
-        embeddings=None,
+        embeddings=plain.embeddings if plain.roundings else None,
         quantizer=LLAMA_CPP,
         libraries=(*plain.libraries, *plain.measured_with),
         requires=(*plain.requires, ("llama_cpp", "llama-cpp")),
@@ -141,9 +140,11 @@ register(_gguf("q4_0", 4, "search", "hqq", NEAREST))
 register(_gguf("q4_1", 4, "search", "hqq", NEAREST, zero="float"))
 register(_gguf("q5_0", 5, "search", "hqq", NEAREST))
 register(_gguf("q5_1", 5, "search", "hqq", NEAREST, zero="float"))
-register(_k_quants("q4_k_m", 4))
-register(_k_quants("q5_k_m", 5))
-register(_k_quants("q6_k", 6))
+register(_gguf("q4_k", 4, "search", NEAREST, zero="float"))
+register(_gguf("q5_k", 5, "search", NEAREST, zero="float"))
+register(_by_llama_cpp(_gguf("q4_k_m", 4)))
+register(_by_llama_cpp(_gguf("q5_k_m", 5)))
+register(_by_llama_cpp(_gguf("q6_k", 6, "search", NEAREST, group=16)))
 # A further rounding is registered here, after the variants that offer it.
 register(
     Rounding(

@@ -98,9 +98,10 @@ class VariantSpec(Section):
             raise ValueError(f"allowed are {variant_names()}")
         variant = self.variant
         options = [option for option in type(self).model_fields if option not in ("name", "gate")]
-        if variant.quantizer and (given := [option for option in options if getattr(self, option)]):
+        if self.quantizer and (given := [option for option in options if getattr(self, option)]):
+            way = f". Try: rounding: {variant.roundings[0]}" if variant.roundings else ""
             raise ValueError(
-                f"{given[0]}: {self.name} is made by {variant.quantizer}'s own quantizer, which takes none"
+                f"{given[0]}: {self.name} is made by {self.quantizer}'s own quantizer, which takes none{way}"
             )
         allowed = ", ".join(map(str, variant.group_sizes)) or f"none, for {self.name} has no groups"
         if self.group_size is not None and self.group_size not in variant.group_sizes:
@@ -131,6 +132,11 @@ class VariantSpec(Section):
     def format(self) -> str:
         """The entry of `pipeline.quantization.formats` that writes it."""
         return self.variant.format_of(self.packing)
+
+    @property
+    def quantizer(self) -> str | None:
+        """The library that quantizes it with its own settings; None if a rounding is named."""
+        return None if self.rounding else self.variant.quantizer
 
     @property
     def quantizes_embeddings(self) -> bool:
@@ -168,6 +174,8 @@ class VariantSpec(Section):
             quality: `quantize.quality`. The best one also calibrates eight bits, which gain little by it.
         """
         variant = self.variant
+        if self.quantizer:
+            return self
         default = next(iter(variant.roundings), None)
         pays = quality == DISTILLED_QUALITY or (quality != FAST_QUALITY and variant.has_few_bits)
         if pays and CALIBRATED in variant.roundings:

@@ -54,7 +54,7 @@ class Variant:
         group_sizes: the allowed group sizes.
         embeddings: the default treatment of embedding and output head; None if the quantizer chooses.
         rounds_inputs: True if its layers round their inputs as well, token by token.
-        quantizer: the library that quantizes it with its own settings; it takes no options.
+        quantizer: the library that quantizes it with its own settings and takes no options, unless a rounding is named.
         libraries: distributions whose versions can change the bytes.
         requires: (module, extra) of the optional packages that writing needs.
         engine: the engine that runs and measures it.

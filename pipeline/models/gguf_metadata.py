@@ -27,6 +27,7 @@ _TYPES = {  # by ggml's number: its name, the columns of a block, and the block'
     10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176),
     14: ("Q6_K", 256, 210), 20: ("IQ4_NL", 32, 18), 23: ("IQ4_XS", 256, 136),
 }  # fmt: skip
+BLOCKS = {name: (columns, count) for name, columns, count in _TYPES.values()}  # columns, bytes
 _VERSIONS = (2, 3)
 ALIGNMENT = 32  # of tensors, where the file says nothing else
 LONGEST_NAME, LONGEST_TEXT = 1 << 16, 1 << 24  # bytes; more is no name, and no text that anybody reads

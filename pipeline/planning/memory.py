@@ -217,7 +217,7 @@ def quantizing(sizes: Sizes, specs: Sequence[VariantSpec]) -> Need:
     """Return the memory of the pass, and of llama.cpp's quantizer, which takes one float32 tensor at a time."""
     skeleton = 0 if layout(sizes.config) else SKELETON
     need = passing(sizes, LIBRARIES["quantize"] + skeleton, len(specs))
-    if any(spec.variant.quantizer for spec in specs):
+    if any(spec.quantizer for spec in specs):
         need["llama.cpp's quantizer"] = PROBE + 8 * max(tensor.numel for tensor in sizes.tensors.values())
     return need
 

@@ -201,7 +201,7 @@ def _quantize(config: Config, sizes: Sizes, variants: Mapping[str, int], model: 
 
 def _before_k_quants(config: Config, sizes: Sizes) -> dict[str, int]:
     """Return the bytes of the unquantized GGUF files that llama.cpp makes K-quants from."""
-    count = sum(1 for spec in config.quantize.variants if spec.variant.quantizer)
+    count = sum(1 for spec in config.quantize.variants if spec.quantizer)
     return {"the model as GGUF": count * sizes.bf16_bytes} if count else {}
 
 

@@ -22,7 +22,7 @@ from pipeline.quantization.calibration.blocks import BlockwiseModel
 from pipeline.quantization.calibration.collect import batches_of
 from pipeline.quantization.calibration.gradients import OutputHead, Rounded
 from pipeline.quantization.calibration.store import save_whole
-from pipeline.quantization.grid import SMALLEST_STEP, Grid, GroupQuantized
+from pipeline.quantization.grid import Grid, GroupQuantized
 
 Tell = Callable[[int, int, str], None]  # called with the steps done, the steps in all, and the state of the loss
 Values = Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]  # name of a weight -> its scales and zeros (N, G)
@@ -235,12 +235,9 @@ class _Trainer:
         return GroupQuantized(old.codes, scale, old.zero if zero is None else zero, old.grid)
 
     def _stored(self, name: str, values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return scales and zeros in the types in which they are stored."""
-        grid = self._grids[name]
-        scale, *zeros = (part.detach().to(grid.scale_dtype) for part in values)
-        if grid.positive:
-            scale = scale.clamp(min=SMALLEST_STEP)
-        return scale, zeros[0] if zeros else None
+        """Return scales and zeros as they can be stored."""
+        scale, *zero = (part.detach() for part in values)
+        return self._grids[name].stored(scale, zero[0] if zero else None)
 
     def _set_gradients(self, name: str, made: GroupQuantized, gradient: torch.Tensor) -> None:
         """Set the gradients for scales and zeros (N, G), given that for the weight (N, K)."""

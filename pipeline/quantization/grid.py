@@ -18,6 +18,42 @@ E4M3_HIGHEST = 448  # the largest number of float8_e4m3fn
 
 
 @dataclass(frozen=True)
+class SuperBlock:
+    """Neighbouring groups whose scales are integers times one number, as in the K-quants of GGUF.
+
+    Their float zeros are integers times another number, and are never positive. The integers of such scales are not
+    negative. One integer of a super-block has the largest size, so the products alone tell the number.
+
+    Attributes:
+        groups: groups of a super-block.
+        highest: the largest integer.
+        dtype: dtype of the number.
+    """
+
+    groups: int
+    highest: int
+    dtype: torch.dtype
+
+    def split(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the numbers (N, S) and the integers (N, S, groups) whose products are nearest to `values` (N, G).
+
+        The integers are whole numbers in float32. The number is 0 if it is too small for its dtype.
+        """
+        parts = values.float().view(len(values), -1, self.groups)
+        size = parts.abs()
+        largest = size.amax(dim=-1, keepdim=True)
+        number = (largest / self.highest).to(self.dtype)
+        integers = (parts / number.float()).round_().clamp_(-self.highest, self.highest)
+        integers = torch.where(size == largest, parts.sign() * self.highest, integers)
+        return number.squeeze(-1), torch.where(number == 0, 0, integers)
+
+    def nearest(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the float32 values (N, G) nearest to `values` that are integers times one number."""
+        number, integers = self.split(values)
+        return (number.float().unsqueeze(-1) * integers).view(values.shape)
+
+
+@dataclass(frozen=True)
 class Grid:
     """The values that a weight may take.
 
@@ -32,6 +68,7 @@ class Grid:
         positive: True if scales must be positive, as kernels of servers expect; otherwise a grid without zeros may
             have negative ones.
         values: "integer" for whole numbers; "e4m3" for float8 numbers of that name, up to 448, without a zero.
+        super_block: the groups whose scales depend on each other; None if each group has a scale of its own.
     """
 
     bits: int
@@ -41,6 +78,7 @@ class Grid:
     from_zero: bool = False
     positive: bool = False
     values: Literal["integer", "e4m3"] = "integer"
+    super_block: SuperBlock | None = None
 
     @property
     def code_dtype(self) -> torch.dtype:
@@ -77,6 +115,16 @@ class Grid:
     def group(self, width: int) -> int:
         """Return the columns per scale in a row of `width` columns."""
         return width if self.group_size is None else self.group_size
+
+    def stored(self, scale: torch.Tensor, zero: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the scales and float zeros (N, G) that the grid can store nearest to these."""
+        if self.super_block is None:
+            scale = scale.to(self.scale_dtype)
+            scale = scale.clamp(min=SMALLEST_STEP) if self.positive else scale
+            return scale, None if zero is None else zero.to(self.scale_dtype)
+        if zero is None:
+            return self.super_block.nearest(scale), None
+        return self.super_block.nearest(scale.clamp(min=0)), -self.super_block.nearest(zero.neg().clamp_(min=0))
 
 
 @dataclass(frozen=True)
@@ -152,9 +200,9 @@ def choose_codes(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor |
 
     Args:
         groups: (N, G, g) weights, any float type.
-        scale, zero: (N, G) as they will be stored, so already in `grid.scale_dtype`.
+        scale, zero: (N, G) as they will be stored, so already in `grid.scale_dtype`. The codes of a scale 0 are 0.
     """
-    inverse = (1.0 / scale.float()).unsqueeze(-1)
+    inverse = torch.where(scale == 0, 0, 1.0 / scale.float()).unsqueeze(-1)
     if grid.zero == "float" and zero is not None:
         codes = (groups.float() - zero.float().unsqueeze(-1)).mul_(inverse)
     else:
@@ -165,6 +213,8 @@ def choose_codes(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor |
 
 
 def assemble(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) -> GroupQuantized:
-    """Put grouped weights (N, G, g) on the grid with the given stored scales and zeros."""
+    """Put grouped weights (N, G, g) on the grid with the given scales and zeros, in their stored dtype."""
+    if grid.super_block is not None:
+        scale, zero = grid.stored(scale, zero)
     codes = choose_codes(groups, scale, zero, grid).to(grid.code_dtype)
     return GroupQuantized(codes.flatten(1), scale, zero, grid)

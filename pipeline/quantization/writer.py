@@ -99,7 +99,7 @@ class Variants:
             self._rounded,
         )
         with ExitStack() as stack:
-            for spec in sorted(self.specs, key=lambda spec: spec.variant.quantizer is not None):
+            for spec in sorted(self.specs, key=lambda spec: spec.quantizer is not None):
                 with self._apart([spec.name]):
                     self._open(spec, source, stack)
             yield self._take

@@ -185,7 +185,7 @@ def stored_bytes(
         if name in linear and not matches(spec.keep, name):
             in_eight = matches(spec.int8, name)
             count += by.table_bytes(spec, shape) if in_eight else by.layer_bytes(spec.for_layer(name), shape)
-        elif name in tables and (spec.quantizes_embeddings or spec.variant.quantizer):
+        elif name in tables and (spec.quantizes_embeddings or spec.quantizer):
             count += by.table_bytes(spec, shape)
         else:
             count += by.plain_bytes(spec, shape, item_bytes)

@@ -65,18 +65,21 @@ def _in_order(
     codes = torch.empty_like(columns)
     scales, zeros = [], []
     scale = zero = None
+    together = 1 if grid.super_block is None else grid.super_block.groups  # whose scales depend on each other
     for first in range(0, width, step):
         stop = min(first + step, width)
-        if first % size == 0:
-            group = columns[first : first + size].T.unsqueeze(1).contiguous()  # (N, 1, g)
-            importance = upper.diagonal()[first : first + size].square().reciprocal().reshape(1, 1, -1)
-            scale, zero = search.fit(group, grid, importance)
+        if first % (size * together) == 0:
+            end = first + size * together
+            groups = columns[first:end].T.reshape(rows, together, size).contiguous()
+            importance = upper.diagonal()[first:end].square().reciprocal().view(1, together, size)
+            scale, zero = search.fit(groups, grid, importance)
             scales.append(scale)
             if zero is not None:
                 zeros.append(zero)
-            wide = scale.float().squeeze(1)
-            offset = torch.zeros_like(wide) if zero is None else zero.float().squeeze(1)
-            inverse = 1 / wide
+        if first % size == 0:
+            wide = scale[:, first // size % together].float()
+            offset = torch.zeros_like(wide) if zero is None else zero[:, first // size % together].float()
+            inverse = torch.where(wide == 0, 0, 1 / wide)
         errors = columns.new_empty(stop - first, rows)
         for j in range(first, stop):
             column, code = columns[j], codes[j]
@@ -152,13 +155,46 @@ def _fit_rows(
     diagonal = held.diagonal(dim1=1, dim2=2)
     diagonal += diagonal * RIDGE + torch.finfo(torch.float32).tiny
     solved, _ = torch.linalg.solve_ex(held, slope)
-    stored = (before - solved).to(made.grid.scale_dtype)
+    stored = _stored(before - solved, before, slope, normal, made.grid)
     moved = stored.float() - before
     improved = ((2 * slope + normal @ moved) * moved).sum(1) < 0  # (n, 1); a NaN is no improvement
     if made.grid.positive:
         improved &= (stored[:, :groups] > 0).all(1)
     scale = torch.where(improved, stored[:, :groups, 0], made.scale)
     return scale, None if made.zero is None else torch.where(improved, stored[:, groups:, 0], made.zero)
+
+
+def _stored(
+    wanted: torch.Tensor, before: torch.Tensor, slope: torch.Tensor, normal: torch.Tensor, grid: Grid
+) -> torch.Tensor:
+    """Return scales, then zeros, (n, U, 1) as they will be stored, near to those with the least error.
+
+    If they are integers times one number, each integer is chosen again, given all others, in one pass.
+
+    Args:
+        wanted: those with the least error.
+        slope: half the gradient of the error at `before`.
+        normal: half its second derivatives, (n, U, U).
+    """
+    if grid.super_block is None:
+        return wanted.to(grid.scale_dtype)
+    of, count = grid.super_block, wanted.shape[1]
+    parts = wanted.squeeze(2).chunk(1 if grid.zero == "none" else 2, 1)
+    made = torch.cat([part for part in grid.stored(*(*parts, None)[:2]) if part is not None], 1)
+    number, integers = of.split(made)
+    step, integers = number.float().repeat_interleave(of.groups, 1), integers.view(made.shape).clone()
+    lowest = 0 if len(parts) == 2 else 1 - of.highest
+    slope = (slope + normal @ (made.unsqueeze(2) - before)).squeeze(2)
+    for j in range(count):
+        sign = -1 if len(parts) == 2 and j >= count // 2 else 1  # no zero is positive
+        better = integers[:, j] - slope[:, j] / (normal[:, j, j] * step[:, j])
+        better = (better * sign).round_().clamp_(lowest, of.highest - 1).mul_(sign)
+        # The largest integer of a super-block stays, because the number is told by it.
+        is_free = (integers[:, j].abs() < of.highest) & (step[:, j] > 0) & (normal[:, j, j] > 0)
+        moved = torch.where(is_free, better - integers[:, j], 0)
+        integers[:, j] += moved
+        slope += normal[:, :, j] * (moved * step[:, j]).unsqueeze(1)
+    return (integers * step).unsqueeze(2)
 
 
 def _descend(weight: torch.Tensor, made: GroupQuantized, gram: torch.Tensor) -> GroupQuantized:

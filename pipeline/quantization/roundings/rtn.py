@@ -32,6 +32,8 @@ def full_range(groups: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Te
     lowest, highest = groups.amin(dim=-1), groups.amax(dim=-1)  # torch.aminmax is ten times slower along a dimension
     steps = grid.highest - grid.lowest
     if grid.zero == "float":
+        if grid.super_block is not None:  # whose zeros are never positive
+            lowest = lowest.clamp(max=0)
         # Divided first, because the difference of two large numbers may be infinite.
         scale = (highest / steps - lowest / steps).clamp(min=SMALLEST_STEP).to(grid.scale_dtype)
         zero = (lowest - grid.lowest * scale.float()).to(grid.scale_dtype)

@@ -14,10 +14,12 @@ from __future__ import annotations
 import torch
 
 from pipeline.quantization.grid import SMALLEST_STEP, Grid, GroupQuantized, assemble, choose_codes, in_groups
+from pipeline.quantization.roundings import super_blocks
 from pipeline.quantization.roundings.rtn import full_range
 from pipeline.quantization.statistics import Statistics
 
 NARROWER = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of the full range
+AROUND = tuple(share / 100 for share in range(70, 135, 5))  # of it, for groups whose scales are rounded once more
 FITS = 4  # from each of them
 LEAST_WEIGHT = 1e-3  # of the mean weight of a column
 
@@ -47,23 +49,28 @@ def column_weights(second_moments: torch.Tensor) -> torch.Tensor:
 def fit(
     groups: torch.Tensor, grid: Grid, weights: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the scales and zeros (N, G) with the smallest weighted squared error.
+    """Return the scales and zeros (N, G) with the smallest weighted squared error, as they will be stored.
 
     Args:
         groups: (N, G, g) float32.
         weights: (1, G, g) or (N, G, g), weights of the elements; None if all weigh the same.
     """
-    if grid.zero == "none":
-        return _without_zero(groups, grid, weights)
-    if grid.zero != "float":
+    if grid.zero not in ("none", "float"):
         raise ValueError(f"search fits float zeros or scales; the grid has zero={grid.zero!r}")
+    found = _without_zero(groups, grid, weights) if grid.zero == "none" else _with_zero(groups, grid, weights)
+    return found if grid.super_block is None else super_blocks.fit(groups, *found, grid, weights)
+
+
+def _with_zero(
+    groups: torch.Tensor, grid: Grid, weights: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     full, _ = full_range(groups, grid)
     lowest, highest = torch.aminmax(groups, dim=-1)
     middle_code = (grid.lowest + grid.highest) / 2
     best = _Best(groups, grid, weights)
     mean = best.mean(groups)
     centred = groups - mean
-    for share in NARROWER:
+    for share in _shares(grid):
         scale = (full.float() * share).clamp(min=SMALLEST_STEP).to(grid.scale_dtype)
         zero = ((lowest + highest) / 2 - middle_code * scale.float()).to(grid.scale_dtype)
         codes = best.consider(scale, zero)
@@ -85,13 +92,18 @@ def _without_zero(groups: torch.Tensor, grid: Grid, weights: torch.Tensor | None
         full = torch.where(-lowest > highest, lowest, highest) / grid.lowest
     best = _Best(groups, grid, weights)
     best.consider(*full_range(groups, grid))
-    for share in NARROWER:
+    for share in _shares(grid):
         codes = best.consider(_no_step_of_zero(full * share).to(grid.scale_dtype), None)
         for _ in range(FITS):
             products, squares = best.total(codes * groups), best.total(codes.square_())
             fitted = products / squares.clamp(min=best.least)
             codes = best.consider(_no_step_of_zero(fitted).to(grid.scale_dtype), None)
     return best.scale, None
+
+
+def _shares(grid: Grid) -> tuple[float, ...]:
+    """Return the shares of the full range that are tried."""
+    return NARROWER if grid.super_block is None else AROUND
 
 
 def _no_step_of_zero(scale: torch.Tensor) -> torch.Tensor:
@@ -120,6 +132,8 @@ class _Best:
 
     def consider(self, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
         """Keep a candidate in the groups that it improves, and return its codes (N, G, g)."""
+        if zero is not None and self.grid.super_block is not None:  # whose zeros are never positive
+            zero = zero.clamp(max=0)
         codes = choose_codes(self.groups, scale, zero, self.grid)
         on_grid = codes * scale.float().unsqueeze(-1)
         if zero is not None:

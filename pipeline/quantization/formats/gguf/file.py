@@ -19,10 +19,11 @@ from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError, QuantizationError
 from pipeline.models.checkpoint.placing import is_covered, put
 from pipeline.models.checkpoint_files import copy_terms
-from pipeline.quantization.formats.gguf.blocks import PLAIN, pack, plain, row_bytes
+from pipeline.quantization.formats.gguf.blocks import PLAIN, pack, plain
 from pipeline.quantization.formats.gguf.format import FORMAT, type_of
 from pipeline.quantization.formats.gguf.header import Description, describe
 from pipeline.quantization.formats.gguf.names import as_stored, library, rows_together, stored_names
+from pipeline.quantization.formats.gguf.sizes import row_bytes
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.layers import Output, Source, Tell, VariantFiles, layer_grids
 
@@ -102,7 +103,7 @@ class GgufFile(Output):
         if not kind or not 1 <= len(info.shape) <= 2:
             raise QuantizationError(f"{name}: {info.dtype} {tuple(info.shape)} is not written as GGUF")
         width = info.shape[1] if len(info.shape) == 2 else 1
-        return Place(kind, grid, info.shape, row_bytes(kind, width, grid))
+        return Place(kind, grid, info.shape, row_bytes(kind, width))
 
     @property
     def is_whole(self) -> bool:

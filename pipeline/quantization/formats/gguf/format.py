@@ -5,11 +5,15 @@
     Q5_0   w = q * s          5 bits, f16 scale
     Q4_1   w = u * s + m      4 bits, f16 scale and minimum
     Q5_1   w = u * s + m      5 bits, f16 scale and minimum
+    Q4_K   w = u * s + m      4 bits, scale and minimum of 6 bits, each times an f16 number of 8 groups
+    Q5_K   w = u * s + m      5 bits, likewise
+    Q6_K   w = q * s          6 bits, scale of 8 bits times an f16 number of 16 groups
 
-with signed q, unsigned u, and groups of 32 columns, so that every rounding that knows such a grid
-can fill them. Embedding and output head are Q8_0 in all of these. `f16` and `bf16` store weights as
-they are. Vectors, such as norms and biases, are always float32. K-quants (`Q4_K_M` and its like) are mixtures
-of types that llama.cpp's own quantizer chooses and fills.
+with signed q, unsigned u, and groups of 32 columns (Q6_K: 16), so that every rounding that knows such a grid can fill
+them. A matrix whose width super-blocks of 256 columns do not divide is stored in another type, as llama.cpp does it.
+Embedding and output head are Q8_0 in all of these. `f16` and `bf16` store weights as they are. Vectors, such as norms
+and biases, are always float32. llama.cpp's own quantizer makes `Q4_K_M` and its like, which are mixtures of types that
+it chooses, and `Q6_K` if no rounding is named.
 
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -24,16 +28,22 @@ import torch
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import MissingExtra, QuantizationError
 from pipeline.quantization.formats import FileWeights, Format
-from pipeline.quantization.formats.gguf.sizes import FILLED, GROUP
 from pipeline.quantization.formats.gguf.sizes import TABLE as TABLE_TYPE
-from pipeline.quantization.grid import Grid
+from pipeline.quantization.formats.gguf.sizes import stored_type
+from pipeline.quantization.grid import Grid, SuperBlock
 from pipeline.quantization.layers import Output, Source
 from pipeline.system.libraries import is_installed
 
-# One number a group is the scale; the second is a minimum, from which codes count up.
+_F16, _K_QUANT = torch.float16, SuperBlock(8, 63, torch.float16)
 GRIDS = {
-    kind: Grid(bits, GROUP, "none" if numbers == 1 else "float", torch.float16, from_zero=numbers > 1)
-    for kind, (bits, numbers) in FILLED.items()
+    "Q8_0": Grid(8, 32, "none", _F16),
+    "Q4_0": Grid(4, 32, "none", _F16),
+    "Q5_0": Grid(5, 32, "none", _F16),
+    "Q4_1": Grid(4, 32, "float", _F16, from_zero=True),
+    "Q5_1": Grid(5, 32, "float", _F16, from_zero=True),
+    "Q4_K": Grid(4, 32, "float", torch.float32, from_zero=True, super_block=_K_QUANT),
+    "Q5_K": Grid(5, 32, "float", torch.float32, from_zero=True, super_block=_K_QUANT),
+    "Q6_K": Grid(6, 16, "none", torch.float32, super_block=SuperBlock(16, 127, torch.float16)),
 }
 
 
@@ -48,15 +58,16 @@ class Gguf(Format):
     TABLE = GRIDS[TABLE_TYPE]
 
     def grid(self, spec: VariantSpec, width: int) -> Grid | None:
-        """Return the grid of a layer; None for variants of 16 bits, and for K-quants, which have their own."""
-        if spec.variant.group_size is None:
+        """Return the grid of a layer; None for variants of 16 bits, and for those that llama.cpp quantizes."""
+        if spec.rounding is None:
             return None
-        if width % GROUP:
+        grid = GRIDS[stored_type(spec.variant.file_type or "", width)]
+        if width % grid.group(width):
             raise QuantizationError(
-                f"{spec.name}: groups of {GROUP} do not divide a width of {width}; "
+                f"{spec.name}: groups of {grid.group_size} do not divide a width of {width}; "
                 "name such layers under 'keep' to leave them as they are"
             )
-        return GRIDS[spec.variant.file_type or ""]
+        return grid
 
     def check(self, spec: VariantSpec, folder: Path) -> None:
         """Raise if llama.cpp, or this writer, does not know a model, or a needed package is not installed.
@@ -77,11 +88,11 @@ class Gguf(Format):
         architecture(kind)
 
     def output(self, spec: VariantSpec, folder: Path, source: Source, others: Iterable[Output]) -> Output:
-        """Return the output that writes the file; K-quants of a pass share one full file."""
+        """Return the output that writes the file; those that llama.cpp quantizes share one full file."""
         from pipeline.quantization.formats.gguf.file import GgufFile
         from pipeline.quantization.formats.gguf.k_quants import FullFile, KQuantsFile
 
-        if not spec.variant.quantizer:
+        if not spec.quantizer:
             return GgufFile(spec, folder, source)
         _check_quantizer(spec)
         full = next((other for other in others if isinstance(other, GgufFile) and other.is_whole), None)
@@ -99,5 +110,5 @@ FORMAT = Gguf()
 
 def _check_quantizer(spec: VariantSpec) -> None:
     """Raise MissingExtra if the variant has a quantizer of its own, and that is not installed."""
-    if spec.variant.quantizer and not is_installed("llama_cpp"):
+    if spec.quantizer and not is_installed("llama_cpp"):
         raise MissingExtra(spec.name, "llama-cpp")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 NO_ROPE_EVERY = 4  # layers of SmolLM3, in llama.cpp
+_FILE_TYPES = {"Q4_K": "Q4_K_S", "Q5_K": "Q5_K_S"}  # llama.cpp's names of files with hardly any other type
 _SAMPLING = {  # of `generation_config.json`, and what a GGUF calls them
     "temperature": "temp",
     "top_p": "top_p",
@@ -78,7 +79,7 @@ def describe(folder: Path, name: str, type_name: str, license: str | None = None
     writer.add_name(name)
     if license:
         writer.add_license(license)
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{type_name}"])
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{_FILE_TYPES.get(type_name, type_name)}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     try:
         head_dim = _add_shape(writer, config, known)

@@ -5,46 +5,48 @@ from __future__ import annotations
 import math
 
 from pipeline.config.quantize import VariantSpec
+from pipeline.models.gguf_metadata import BLOCKS
 
-GROUP = 32
-PLAIN_BYTES = {"F32": 4, "F16": 2, "BF16": 2}  # an element
-FILLED = {"Q8_0": (8, 1), "Q4_0": (4, 1), "Q5_0": (5, 1), "Q4_1": (4, 2), "Q5_1": (5, 2)}  # bits; float16 a group
 TABLE = "Q8_0"  # the type of embeddings and output heads, if they are quantized
-# Bits a weight of K-quants, which are mixtures of types that llama.cpp chooses: figures of whole models.
+# Bits a weight of types that llama.cpp mixes itself: figures of whole models.
 MIXED = {"Q4_K_M": 4.85, "Q5_K_M": 5.7, "Q6_K": 6.57}
-# K-quants have blocks of 256. llama.cpp gives a matrix with another width the next larger of the older types.
-BLOCK, INSTEAD = 256, {"Q4_K_M": 5.5, "Q5_K_M": 6.0, "Q6_K": 8.5}
-BEST = "Q6_K"  # the type that K-quants give embeddings and output heads
+# K-quants have blocks of 256 columns. A matrix with another width gets the next larger of the older types.
+INSTEAD = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+BEST = "Q6_K"  # the type that llama.cpp gives embeddings and output heads in K-quants
 
 
-def row_bytes(bits: int, numbers: int, width: int) -> int:
-    """Return the bytes of a row in groups of 32 columns, each with so many numbers of float16."""
-    return (2 * numbers + bits * GROUP // 8) * (width // GROUP)
+def row_bytes(kind: str, width: int) -> int:
+    """Return the bytes of a row of `width` columns in a type."""
+    columns, count = BLOCKS[kind]
+    return width // columns * count
+
+
+def stored_type(kind: str, width: int) -> str:
+    """Return the type of a matrix with `width` columns: `kind`, or that in the place of a K-quant."""
+    return INSTEAD[kind] if kind in INSTEAD and width % BLOCKS[kind][0] else kind
 
 
 def layer_bytes(spec: VariantSpec, shape: tuple[int, int]) -> float:
     """Return the bytes of a layer's weight (N, K)."""
-    return _bytes(spec.variant.file_type or "", shape)
+    rows, width = shape
+    kind = spec.variant.file_type or ""
+    found = stored_type(kind.removesuffix("_M"), width)
+    if spec.quantizer and found not in INSTEAD.values():
+        return MIXED[kind] / 8 * rows * width
+    return rows * row_bytes(found, width)
 
 
 def table_bytes(spec: VariantSpec, shape: tuple[int, int]) -> float:
     """Return the bytes of an embedding or an output head (N, K)."""
-    return _bytes(BEST if spec.variant.quantizer else TABLE, shape)
+    rows, width = shape
+    kind = stored_type(BEST, width) if spec.quantizer else TABLE
+    return (MIXED[kind] / 8 * rows * width) if kind in MIXED else rows * row_bytes(kind, width)
 
 
 def plain_bytes(spec: VariantSpec, shape: tuple[int, ...], item_bytes: float) -> float:
     """Return the bytes of a tensor that is not quantized: vectors are float32, and 16 bits are asked for or kept."""
     if len(shape) == 1:
-        item_bytes = PLAIN_BYTES["F32"]
-    elif spec.variant.file_type in PLAIN_BYTES:
-        item_bytes = PLAIN_BYTES[spec.variant.file_type]
+        return row_bytes("F32", shape[0])
+    if spec.variant.bits == 16:
+        item_bytes = row_bytes(spec.variant.file_type or "", 1)
     return item_bytes * math.prod(shape)
-
-
-def _bytes(kind: str, shape: tuple[int, int]) -> float:
-    rows, width = shape
-    if kind in FILLED:
-        return rows * row_bytes(*FILLED[kind], width)
-    if kind in PLAIN_BYTES:
-        return PLAIN_BYTES[kind] * rows * width
-    return (INSTEAD if width % BLOCK else MIXED)[kind] / 8 * rows * width
