@@ -135,8 +135,8 @@ class VariantSpec(Section):
 
     @property
     def quantizer(self) -> str | None:
-        """The library that quantizes it with its own settings; None if a rounding is named."""
-        return None if self.rounding else self.variant.quantizer
+        """The library that quantizes it with its own settings; None if one of its roundings is named."""
+        return None if self.rounding in self.variant.roundings else self.variant.quantizer
 
     @property
     def quantizes_embeddings(self) -> bool:

@@ -33,11 +33,11 @@ def test_group_size_is_applied_to_variants_that_accept_it():
 
 
 def test_rounding_is_applied_to_variants_that_accept_it():
-    config = quantize_config("user/model", "out", ["int8,Q4_1,gguf-f16,q6_k"], rounding="search")
+    config = quantize_config("user/model", "out", ["int8,Q4_1,gguf-f16,q4_k_m,q6_k"], rounding="search")
     found = {v.name: v.rounding for v in config.quantize.variants}
-    assert found == {"int8": "rtn", "gguf-q4_1": "search", "gguf-f16": None, "gguf-q6_k": None}
-    with pytest.raises(ConfigError, match="--rounding hqq: none of gguf-q6_k takes it. Try: leave out --rounding"):
-        quantize_config("user/model", "out", ["q6_k"], rounding="hqq")
+    assert found == {"int8": "rtn", "gguf-q4_1": "search", "gguf-f16": None, "gguf-q4_k_m": None, "gguf-q6_k": "search"}
+    with pytest.raises(ConfigError, match="--rounding hqq: none of gguf-q4_k_m takes it. Try: leave out --rounding"):
+        quantize_config("user/model", "out", ["q4_k_m"], rounding="hqq")
 
 
 def test_a_packing_goes_only_to_variants_that_can_be_stored_in_several():

@@ -4,6 +4,7 @@ import importlib.util
 import shutil
 import signal
 import subprocess
+import sys
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -192,11 +193,10 @@ def test_missing_llama_cpp_names_the_extra_before_any_work(tiny_model, tmp_path,
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llama_cpp" else find(name))
     source, spec = tiny_model("llama", **WIDE), VariantSpec(name="gguf-q4_k_m").resolved()
-    message = (
-        "gguf-q4_k_m needs a package that is not installed; run: {sys.executable} -m pip install 'tunepress[llama-cpp]'"
-    )
+    message = f"gguf-q4_k_m needs a package that is not installed; run: {sys.executable} -m pip install 'tunepress[llama-cpp]'"
     assert unfit(spec, linear_weights(source), source) == message
-    assert unfit(VariantSpec(name="gguf-q4_0").resolved(), linear_weights(source), source) is None
+    for spec in (VariantSpec(name="gguf-q4_0"), VariantSpec(name="gguf-q6_k", rounding="search")):
+        assert unfit(spec.resolved(), linear_weights(source), source) is None
     asked = quantize(source, tmp_path / "out", "gguf-q4_k_m")
     assert asked.make_of(source) == {} and isinstance(asked.failed["gguf-q4_k_m"], MissingExtra)
     assert not (tmp_path / "out").exists()
