@@ -193,7 +193,8 @@ def test_missing_llama_cpp_names_the_extra_before_any_work(tiny_model, tmp_path,
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llama_cpp" else find(name))
     source, spec = tiny_model("llama", **WIDE), VariantSpec(name="gguf-q4_k_m").resolved()
-    message = f"gguf-q4_k_m needs a package that is not installed; run: {sys.executable} -m pip install 'tunepress[llama-cpp]'"
+    install = f"{sys.executable} -m pip install 'tunepress[llama-cpp]'"
+    message = f"gguf-q4_k_m needs a package that is not installed; run: {install}"
     assert unfit(spec, linear_weights(source), source) == message
     for spec in (VariantSpec(name="gguf-q4_0"), VariantSpec(name="gguf-q6_k", rounding="search")):
         assert unfit(spec.resolved(), linear_weights(source), source) is None
