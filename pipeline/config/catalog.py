@@ -9,7 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from pipeline.config.engines import CPU, CUDA, EVERYWHERE, GGUF_ENGINES, TORCHAO_IN_VLLM, TUNEPRESS, on
+from pipeline.config.engines import (
+    CPU,
+    CUDA,
+    EVERYWHERE,
+    FP8_CAPABILITY,
+    GGUF_ENGINES,
+    SGLANG,
+    TORCHAO_IN_VLLM,
+    TUNEPRESS,
+    VLLM,
+    on,
+)
 from pipeline.config.engines import LLAMA_CPP as LLAMA_CPP
 from pipeline.config.engines import TRANSFORMERS as TRANSFORMERS
 from pipeline.config.registry import GROUP_SIZES as GROUP_SIZES
@@ -82,7 +93,7 @@ register(
         group_size=None,
         roundings=(NEAREST, "hqq"),
         rise=0.02,
-        stored_as="stored_as_int8.md.jinja",
+        stored_as="stored_as_symmetric.md.jinja",
         runs_on=(*EVERYWHERE, *TORCHAO_IN_VLLM),
     )
 )
@@ -92,7 +103,6 @@ register(
         name="int8-dynamic",
         group_sizes=(),
         rounds_inputs=True,
-        stored_as="stored_as_int8-dynamic.md.jinja",
     )
 )
 register(
@@ -131,6 +141,93 @@ register(
             ),
         },
         stored_as="stored_as_int4.md.jinja",
+    )
+)
+
+# What servers read. vLLM and SGLang compute packed codes with the Marlin kernels, and vLLM four bits also on a CPU.
+_COMPRESSED = Variant(
+    name="w4a16",
+    format="pack_quantized",
+    bits=4,
+    group_size=128,
+    group_sizes=(32, 64, 128),
+    one_group_size=True,
+    keeps_embeddings=True,
+    roundings=("search", "hqq", NEAREST),
+    rise=0.05,
+    libraries=("torch", "transformers"),
+    requires=(("compressed_tensors", "compressed-tensors"),),
+    measured_with=("compressed-tensors",),
+    usage="runs_compressed.md.jinja",
+    stored_as="stored_as_symmetric.md.jinja",
+)
+_IN_TRANSFORMERS = on(TRANSFORMERS, CPU, CUDA, packages=("compressed-tensors>=0.15",))
+_MARLIN = {"capability": 8.0, "columns": 128, "rows": 64}
+register(
+    replace(
+        _COMPRESSED,
+        runs_on=(
+            *_IN_TRANSFORMERS,
+            *on(TUNEPRESS, CPU, CUDA),
+            *on(VLLM, CPU, columns=32, rows=32),
+            *on(VLLM, CUDA, **_MARLIN),
+            *on(SGLANG, CUDA, **_MARLIN),
+        ),
+    )
+)
+register(
+    replace(
+        _COMPRESSED,
+        name="w8a16",
+        bits=8,
+        group_size=None,
+        roundings=(NEAREST, "hqq", "search"),
+        rise=0.02,
+        runs_on=(
+            *_IN_TRANSFORMERS,
+            *on(TUNEPRESS, CPU, CUDA),
+            *on(VLLM, CUDA, **_MARLIN),
+            *on(SGLANG, CUDA, **_MARLIN),
+        ),
+    )
+)
+_INPUTS_TOO = replace(
+    VARIANTS["w8a16"],
+    format="unpacked",
+    roundings=(NEAREST, "hqq"),
+    group_sizes=(),
+    rounds_inputs=True,
+)
+register(
+    replace(
+        _INPUTS_TOO,
+        name="w8a8",
+        runs_on=(*_IN_TRANSFORMERS, *on(VLLM, CPU), *on(VLLM, CUDA, capability=7.5), *on(SGLANG, CUDA, capability=7.5)),
+    )
+)
+_FLOAT8 = replace(_INPUTS_TOO, values="e4m3", roundings=(NEAREST, "search"))
+register(
+    replace(
+        _FLOAT8,
+        name="fp8",
+        runs_on=(
+            *_IN_TRANSFORMERS,
+            *on(VLLM, CUDA, capability=FP8_CAPABILITY),
+            *on(SGLANG, CUDA, capability=FP8_CAPABILITY),
+        ),
+    )
+)
+register(
+    replace(
+        _FLOAT8,
+        name="fp8-weight",
+        rounds_inputs=False,
+        runs_on=(
+            *_IN_TRANSFORMERS,
+            *on(TUNEPRESS, CPU, CUDA),
+            *on(VLLM, CUDA, capability=8.0),
+            *on(SGLANG, CUDA, capability=8.0),
+        ),
     )
 )
 register(_gguf("f16", 16))

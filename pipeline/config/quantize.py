@@ -108,6 +108,12 @@ class VariantSpec(Section):
             raise ValueError(f"group_size {self.group_size}: allowed are {allowed}")
         if others := [size for size in self.group_sizes if size not in map(str, variant.group_sizes)]:
             raise ValueError(f"group_sizes {others[0]}: allowed are {allowed}")
+        if self.group_sizes and variant.one_group_size:
+            raise ValueError(f"group_sizes: all layers of {self.name} have the same group size. Try: group_size")
+        if self.quantizes_embeddings and variant.keeps_embeddings:
+            raise ValueError(
+                f"embeddings int8: the engines that run {self.name} load no quantized embeddings. Try: embeddings: keep"
+            )
         if self.quantizes_embeddings and not variant.roundings:
             raise ValueError(f"embeddings int8: {self.name} is not quantized")
         if self.rounding is not None and self.rounding not in variant.roundings:

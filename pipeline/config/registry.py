@@ -50,9 +50,12 @@ class Variant:
         roundings: the allowed roundings; the first is the default. Empty if the format takes weights directly.
         rise: the default limit for the relative rise of perplexity.
         zero: the kind of zero point of its grid, as `quantization.grid.Grid` names it.
+        values: the values of its codes, as `quantization.grid.Grid` names them.
         packings: the allowed packings by name; the first is the default.
         group_sizes: the allowed group sizes.
+        one_group_size: True if all layers have the same group size, or all have one scale a row.
         embeddings: the default treatment of embedding and output head; None if the quantizer chooses.
+        keeps_embeddings: True if there is no other treatment than to leave them as they are.
         rounds_inputs: True if its layers round their inputs as well, token by token.
         quantizer: the library that quantizes it with its own settings and takes no options, unless a rounding is named.
         libraries: distributions whose versions can change the bytes.
@@ -76,9 +79,12 @@ class Variant:
     roundings: tuple[str, ...]
     rise: float
     zero: str = "none"
+    values: str = "integer"
     packings: Mapping[str, Packing] = field(default_factory=dict)
     group_sizes: tuple[int, ...] = GROUP_SIZES
+    one_group_size: bool = False
     embeddings: str | None = KEEP
+    keeps_embeddings: bool = False
     rounds_inputs: bool = False
     quantizer: str | None = None
     libraries: tuple[str, ...] = ("torch", "torchao", "transformers")

@@ -57,10 +57,11 @@ def assemble(folder: Path, device: torch.device, weights: FileWeights | None = N
     if built is None:
         return None
     model, checkpoint, quantized = built
-    if is_quantized:
+    if is_quantized and not any(form.replaces_layers for form in quantized.values()):
         _attach_quantizer(model)
     names = list(model.state_dict())
-    for name in (name for name in names if name in checkpoint):  # biases among them, which layers take along
+    plain = [name for name in names if name in checkpoint and name not in quantized]
+    for name in plain:  # biases among them, which layers take along
         put(model, name, read(model, name, checkpoint).to(device))
     for name in (name for name in names if name in quantized):
         _put_layer(model, name, checkpoint, device, quantized[name])
@@ -147,8 +148,9 @@ def place(
     if isinstance(layer, torch.nn.Embedding):
         return _place_table(model, name, weight, device, form)
     bias = None if layer.bias is None else layer.bias.data.to(device)
-    if kernels.runs_as_stored(weight, device):
-        layer.weight = torch.nn.Parameter(form.tensor(weight, dtype).to(device), requires_grad=False)
+    tensor = form.tensor(weight, dtype) if kernels.runs_as_stored(weight, device) else None
+    if tensor is not None:
+        layer.weight = torch.nn.Parameter(tensor.to(device), requires_grad=False)
         layer.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
         return type(layer.weight.data).__name__
     new: Any = kernels.linear(weight, bias, device)
@@ -182,9 +184,12 @@ def _save_as(layer: torch.nn.Module, stored: Stored, dtype: torch.dtype, form: F
     """
     if hasattr(layer, "portable"):
         layer.weight = torch.nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
-    layer.register_state_dict_post_hook(
-        lambda module, state, prefix, _: state.update({f"{prefix}weight": form.tensor(stored(), dtype)})
-    )
+
+    def save(module: torch.nn.Module, state: dict, prefix: str, _: dict) -> None:
+        state.pop(f"{prefix}weight", None)
+        state.update(form.state(f"{prefix}weight", stored(), dtype))
+
+    layer.register_state_dict_post_hook(save)
 
 
 def _leave_out_weight(module: torch.nn.Module, state: dict, prefix: str, _: dict) -> None:

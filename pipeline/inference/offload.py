@@ -77,8 +77,8 @@ def assemble_offloaded(folder: Path, device: torch.device, weights: FileWeights 
     config = open_config(folder)
     if rounds_inputs(config):
         raise ModelError(
-            f"{folder}: does not fit into the memory, and torchao computes layers that round what they "
-            "are given only where the model is whole; use a machine with more memory"
+            f"{folder}: does not fit into the memory, and layers that round their inputs run only in a model that is "
+            "loaded as a whole. Try: a machine with more memory"
         )
     built = skeleton(folder, config, weights)
     if built is None:
@@ -89,6 +89,8 @@ def assemble_offloaded(folder: Path, device: torch.device, weights: FileWeights 
     model, checkpoint, quantized = built
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name in model.state_dict():
+        if name in quantized:
+            continue
         if name in parameters and name in checkpoint:
             dtype = computing_type(model, name, checkpoint[name].dtype)
             put(model, name, torch.empty_like(parameters[name], dtype=dtype))

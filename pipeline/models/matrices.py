@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.config.catalog import GROUP_SIZES
 from pipeline.errors import ModelError
 from pipeline.models.checkpoint_files import read_config
-from pipeline.models.layer_layouts import Layout, layout
+from pipeline.models.layer_layouts import TIED_HEAD, Layout, layout
 from pipeline.models.safe_loading import check_code, open_config
 
 PLAIN_TABLE = "Embedding"  # the kind of an embedding that looks rows up and does no more
@@ -53,6 +53,19 @@ def table_weights(folder: Path) -> dict[str, tuple[int, int]]:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tables = (embedding,) if model.config.get_text_config().tie_word_embeddings else (embedding, head)
     return {f"{n}.weight": tuple(m.weight.shape) for n, m in model.named_modules() if any(m is t for t in tables)}
+
+
+def head_modules(folder: Path) -> list[str]:
+    """Return the name of the output head, a linear layer that `linear_weights` leaves out; nothing without one.
+
+    Raises:
+        ModelError: if transformers cannot build the model.
+    """
+    if model_layout(folder):
+        return [TIED_HEAD.removesuffix(".weight")]
+    model = skeleton(folder)
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if module is head]
 
 
 def embedding_kind(model: Path | Mapping) -> str:

@@ -7,7 +7,7 @@ A `Grid` defines the values of a weight. `GroupQuantized` is a weight on a grid.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -165,6 +165,26 @@ class GroupQuantized:
         """Return the rows from `first` to `stop`."""
         zero = None if self.zero is None else self.zero[first:stop]
         return GroupQuantized(self.codes[first:stop], self.scale[first:stop], zero, self.grid)
+
+    def with_float_zero(self) -> GroupQuantized:
+        """Return the same weight with signed codes and float zeros; zeros that were integers are rounded once."""
+        grid = replace(self.grid, zero="float", positive=False)
+        if self.zero is None:
+            return GroupQuantized(self.codes, self.scale, torch.zeros_like(self.scale), grid)
+        if self.grid.zero == "float":
+            return self
+        zero = (-grid.lowest - self.zero.float()) * self.scale.float()
+        return GroupQuantized((self.codes + grid.lowest).view(torch.int8), self.scale, zero.to(grid.scale_dtype), grid)
+
+    def from_float_zero(self, grid: Grid) -> GroupQuantized:
+        """Return the weight on `grid` that `with_float_zero` changed to this one."""
+        if grid.zero == "none":
+            return GroupQuantized(self.codes, self.scale, None, grid)
+        if grid.zero == "float":
+            return self
+        assert self.zero is not None, "it has float zeros"
+        zero = (-self.grid.lowest - self.zero.float() / self.scale.float()).round_().to(torch.uint8)
+        return GroupQuantized((self.codes - self.grid.lowest).view(torch.uint8), self.scale, zero, grid)
 
     def reordered(self, order: Callable[[torch.Tensor], torch.Tensor]) -> GroupQuantized:
         """Return the rows in the order that `order` gives to the rows of any tensor."""

@@ -13,7 +13,7 @@ from pipeline.config.catalog import EIGHT_BITS, KEEP, ROUNDINGS, Need
 from pipeline.config.quantize import VariantSpec, matches
 from pipeline.errors import MissingExtra, ModelError, QuantizationError
 from pipeline.models.checkpoint import SHARD_BYTES, TensorInfo
-from pipeline.quantization.formats import format_of
+from pipeline.quantization.formats import fitted, format_of
 from pipeline.quantization.grid import Grid, GroupQuantized
 from pipeline.quantization.roundings import rounding
 from pipeline.quantization.statistics import Collected
@@ -146,7 +146,7 @@ def layer_grids(spec: VariantSpec, linear: Shapes) -> tuple[Grids, list[str]]:
         _check_matched(patterns, "group_sizes", linear)
     kept, eight = named(spec, KEEP, linear), named(spec, EIGHT_BITS, linear)
     grids: Grids = {}
-    form = format_of(spec)
+    form, spec = format_of(spec), fitted(spec, linear)
     for name in (n for n in linear if n not in kept):
         try:
             grid = form.TABLE if name in eight else form.grid(spec.for_layer(name), linear[name][1])

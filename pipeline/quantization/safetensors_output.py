@@ -117,8 +117,9 @@ class SafetensorsFolder(Output):
     def describe(self) -> VariantFiles:
         """Return the figures of the written files."""
         layers = self.grids.keys() - self.tables - set(self.eight)
-        used = {n: size for n in sorted(layers) if (size := self.grids[n][1].group_size)}
-        other = {n: size for n, size in used.items() if size != self.spec.for_layer(n).group_size}
+        asked = {n: size for n in sorted(layers) if (size := self.spec.for_layer(n).group_size)}
+        used = {n: self.grids[n][1].group(self.grids[n][0][1]) for n in asked}
+        other = {n: size for n, size in used.items() if size != asked[n]}
         by_size = {str(size): count for size, count in sorted(Counter(used.values()).items())}
         by_size = by_size if self.spec.group_sizes else {}
         before = sum(self.source.tensors[name].nbytes for name in self.grids)

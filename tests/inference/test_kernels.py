@@ -150,7 +150,14 @@ def test_unknown_packing_has_no_layer(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "grid, rows", [(Grid(4, 32, "integer", torch.bfloat16), 64), (int8(16), 64), (int8(32), 63)], ids=str
+    "grid, rows",
+    [
+        (Grid(4, None, "none", torch.bfloat16), 64),
+        (Grid(8, None, "none", torch.bfloat16, values="e4m3"), 64),
+        (int8(16), 64),
+        (int8(32), 63),
+    ],
+    ids=str,
 )
 def test_grids_without_a_kernel_have_no_layer(grid, rows):
     assert kernels.linear(weight_on_grid(grid, rows, 64), None, CPU) is None

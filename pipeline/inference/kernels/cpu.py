@@ -8,10 +8,12 @@ one copy of the codes.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import torch
 
+from pipeline.config.catalog import GROUP_SIZES
 from pipeline.inference.kernels.products import float32_product, product_dtype, row_blocks
 from pipeline.quantization.grid import GroupQuantized, in_groups
 
@@ -32,12 +34,14 @@ def linear(weight: GroupQuantized, bias: torch.Tensor | None) -> torch.nn.Module
     """Return a layer for the grid of `weight`; None if torch has no kernel for it."""
     width, grid = weight.codes.shape[1], weight.grid
     group = grid.group(width)
+    if grid.values != "integer":
+        return None
     if grid.bits == 8 and grid.zero == "none" and group % _INT8_WIDTH_BLOCK == 0:
         if grid.group_size is None:
             return Int8Linear(weight, bias)
         if len(weight.codes) * group % _ALIGNMENT == 0:
             return Int8GroupLinear(weight, bias)
-    if grid.bits == 4 and grid.zero == "float" and int4_block() is not None:
+    if grid.bits == 4 and grid.group_size in GROUP_SIZES and not grid.from_zero and int4_block() is not None:
         return Int4Linear(weight, bias)
     return None
 
@@ -171,9 +175,9 @@ class Int8GroupLinear(PackedLinear):
 
 
 class Int4Linear(PackedLinear):
-    """W as int4 codes packed for this processor, scale and zero per group.
+    """W as int4 codes packed for this processor, scale and zero per group. Integer zeros become float ones.
 
-    Shapes: packed (N', K / 2) uint8; scale_and_zero (K / group, N', 2) bfloat16; N' is N
+    Shapes: packed (N', K / 2) uint8; scale_and_zero (K / group, N', 2) in the type of stored scales; N' is N
     rounded up to a multiple of 64. `pack_int4` describes the packing.
     """
 
@@ -185,6 +189,7 @@ class Int4Linear(PackedLinear):
 
     def __init__(self, weight: GroupQuantized, bias: torch.Tensor | None):
         super().__init__(weight, bias)
+        weight = weight.with_float_zero()
         packed_rows, group_size = int4_block(), weight.grid.group_size
         assert packed_rows and group_size, "`linear` makes no such layer otherwise"
         self._packed_rows, self.group_size = packed_rows, group_size
@@ -203,10 +208,11 @@ class Int4Linear(PackedLinear):
         """Return the codes, scales and zeros that the layer was made from."""
         half = self._packed_rows // 2
         columns = self.packed.view(-1, self.in_features, half)
-        codes = torch.cat((columns & 0xF, columns >> 4), dim=-1).view(torch.int8) + self.grid.lowest
+        grid = replace(self.grid, zero="float")
+        codes = torch.cat((columns & 0xF, columns >> 4), dim=-1).view(torch.int8) + grid.lowest
         codes = codes.transpose(1, 2).reshape(-1, self.in_features)
         scale, zero = (t[:, : self.out_features].T.contiguous() for t in self.scale_and_zero.unbind(-1))
-        return GroupQuantized(codes[: self.out_features], scale, zero, self.grid)
+        return GroupQuantized(codes[: self.out_features], scale, zero, grid).from_float_zero(self.grid)
 
     def _few(self, x: torch.Tensor) -> torch.Tensor:
         y = _int4(x, self.packed, self.scale_and_zero, self.group_size)

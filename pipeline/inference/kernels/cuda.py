@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from pipeline.config.catalog import GROUP_SIZES
 from pipeline.quantization.formats.tile_packed.format import from_tiles, to_tiles
 from pipeline.quantization.formats.tile_packed.sizes import WIDTH_MULTIPLE
 from pipeline.quantization.grid import GroupQuantized
@@ -14,7 +15,8 @@ from pipeline.quantization.grid import GroupQuantized
 
 def linear(weight: GroupQuantized, bias: torch.Tensor | None, device: torch.device) -> torch.nn.Module | None:
     """Return a layer for `weight`; None if this card has no kernel for it."""
-    if weight.grid.bits != 4 or weight.grid.zero != "float" or weight.grid.scale_dtype != torch.bfloat16:
+    grid = weight.grid
+    if grid.bits != 4 or grid.from_zero or grid.group_size not in GROUP_SIZES or grid.scale_dtype != torch.bfloat16:
         return None
     if torch.cuda.get_device_capability(device) < (8, 0):
         return None
@@ -37,7 +39,8 @@ class Int4Linear(torch.nn.Module):
         self.out_features, self.in_features = weight.codes.shape
         assert weight.grid.group_size is not None, "int4 has groups"
         self.group_size = weight.grid.group_size
-        packed, scale_and_zero = to_tiles(weight)
+        self.grid = weight.grid
+        packed, scale_and_zero = to_tiles(weight.with_float_zero())
         self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("scale_and_zero", scale_and_zero, persistent=False)
         self.register_buffer("bias", bias)
@@ -45,7 +48,7 @@ class Int4Linear(torch.nn.Module):
     def portable(self) -> GroupQuantized:
         """Return the codes, scales and zeros that the layer was made from."""
         shape = (self.out_features, self.in_features)
-        return from_tiles(self.packed, self.scale_and_zero, shape, self.group_size)
+        return from_tiles(self.packed, self.scale_and_zero, shape, self.group_size).from_float_zero(self.grid)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x (..., K) times the transposed weight, plus the bias: (..., N)."""

@@ -11,11 +11,12 @@ weights take, by the arithmetic that the format writes with, and imports no torc
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Collection, ItemsView, Iterable, Iterator, KeysView, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pipeline.config.catalog import VARIANTS
+from pipeline.config.catalog import VARIANTS, fitting_group_size
 from pipeline.config.quantize import VariantSpec, matches
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ _ENTRIES = {
     "torchao": (f"{__name__}.torchao.format", f"{__name__}.torchao.sizes"),
     "tile_packed": (f"{__name__}.tile_packed.format", f"{__name__}.tile_packed.sizes"),
     "gguf": (f"{__name__}.gguf.format", f"{__name__}.gguf.sizes"),
+    "pack_quantized": (f"{__name__}.compressed_tensors.packed", f"{__name__}.compressed_tensors.sizes"),
+    "unpacked": (f"{__name__}.compressed_tensors.unpacked", f"{__name__}.compressed_tensors.sizes"),
 }
 
 
@@ -58,9 +61,16 @@ class FileWeights(Protocol):
 
 
 class Format(Protocol):
-    """A way to store variants. Formats derive from this class and inherit its defaults."""
+    """A way to store variants. Formats derive from this class and inherit its defaults.
 
-    TABLE: Grid  # of embeddings, output heads and layers in eight bits
+    Attributes:
+        TABLE: the grid of embeddings, output heads and layers in eight bits, if it holds them.
+        replaces_layers: True if stock transformers puts layers of its own in the place of linear ones, so that a
+            model has no tensors of this format.
+    """
+
+    TABLE: Grid
+    replaces_layers = False
 
     def check(self, spec: VariantSpec, folder: Path) -> None:
         """Raise ModelError or MissingExtra if the model in `folder` cannot be stored so; its weights are not read."""
@@ -88,7 +98,7 @@ class Format(Protocol):
         return ()
 
     def part_names(self, name: str) -> list[str]:
-        """Return the names of the tensors that the weight `name` is stored as."""
+        """Return the names of the tensors that the weight `name` can be stored as."""
         return [name]
 
     def read(self, checkpoint: Checkpoint | FileWeights, name: str, shape: tuple[int, int]) -> GroupQuantized:
@@ -103,9 +113,19 @@ class Format(Protocol):
         """Return portable codes of a weight that transformers loaded; None for any other tensor."""
         return None
 
-    def tensor(self, weight: GroupQuantized, dtype: torch.dtype) -> torch.Tensor:
-        """Return a weight as transformers loads it and saves it: the inverse of `unpack`."""
-        raise TypeError(f"{type(self).__name__} has no tensor of transformers")
+    def tensor(self, weight: GroupQuantized, dtype: torch.dtype) -> torch.Tensor | None:
+        """Return a weight as transformers loads it and saves it: the inverse of `unpack`.
+
+        Returns:
+            None if it is several tensors.
+        """
+        return None
+
+    def state(self, name: str, weight: GroupQuantized, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Return the entries of a state dict for the weight `name`, as files of this format have them."""
+        tensor = self.tensor(weight, dtype)
+        assert tensor is not None, "a weight of several tensors has a `state` of its own"
+        return {name: tensor}
 
     def rounds_inputs(self, config: Any) -> bool:
         """Return True if layers of this model round their inputs too, so that only the stock loader runs it."""
@@ -162,6 +182,20 @@ def rounds_inputs(config: Any) -> bool:
     return any(form.rounds_inputs(config) for form in map(storage, _ENTRIES))
 
 
+def fitted(spec: VariantSpec, shapes: Mapping[str, tuple[int, ...]]) -> VariantSpec:
+    """Return the variant with the group size that all its layers can have, if its format knows one size only.
+
+    That is the largest allowed size that divides the widths of all layers, or one scale a row if none does.
+
+    Args:
+        shapes: name -> shape (N, K) of the weights to quantize.
+    """
+    if not spec.variant.one_group_size or spec.group_size is None:
+        return spec
+    widths = math.gcd(*(shape[1] for name, shape in shapes.items() if not matches(spec.keep, name)))
+    return spec.model_copy(update={"group_size": fitting_group_size(widths, spec.group_size)})
+
+
 def sizes(spec: VariantSpec) -> Any:
     """Return the module that tells how many bytes weights of a variant take."""
     return importlib.import_module(_ENTRIES[spec.format][1])
@@ -181,6 +215,7 @@ def stored_bytes(
         tables: names of the embedding and the output head.
     """
     by, count = sizes(spec), 0.0
+    spec = fitted(spec, {name: tensors[name][0] for name in linear})
     for name, (shape, item_bytes) in tensors.items():
         if name in linear and not matches(spec.keep, name):
             in_eight = matches(spec.int8, name)

@@ -1,0 +1,1 @@
+"""compressed-tensors: the folders of integer and float8 codes that servers run."""

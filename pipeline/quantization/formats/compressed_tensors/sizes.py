@@ -1,0 +1,43 @@
+"""What weights in compressed-tensors are stored as, part by part, and so how many bytes they take. Imports no torch."""
+
+from __future__ import annotations
+
+from pipeline.config.catalog import fitting_group_size
+from pipeline.config.quantize import VariantSpec
+from pipeline.config.registry import Variant
+from pipeline.quantization.formats.torchao.sizes import Parts, parts_bytes, plain_bytes, table_bytes
+
+__all__ = ["Parts", "is_packed", "layer_bytes", "packed_parts", "plain_bytes", "table_bytes", "unpacked_parts"]
+
+NAMES = ("weight_packed", "weight", "weight_scale", "weight_shape", "input_scale")  # of all parts
+SCALE = "bfloat16"
+
+
+def is_packed(variant: Variant) -> bool:
+    """Return True if codes are packed into words: integers of layers that do not round their inputs."""
+    return variant.values == "integer" and not variant.rounds_inputs
+
+
+def packed_parts(shape: tuple[int, int], bits: int, group_size: int) -> Parts:
+    """Return the stored parts of a weight (N, K) with packed codes and `group_size` columns to a scale."""
+    rows, width = shape
+    words = -(-width * bits // 32)
+    scales = (rows, width // group_size)
+    return {
+        "weight_packed": ("int32", (rows, words)),
+        "weight_scale": (SCALE, scales),
+        "weight_shape": ("int64", (2,)),
+    }
+
+
+def unpacked_parts(shape: tuple[int, int], codes: str, group_size: int) -> Parts:
+    """Return the stored parts of a weight (N, K) with codes of a dtype and `group_size` columns to a scale."""
+    return {"weight": (codes, shape), "weight_scale": (SCALE, (shape[0], shape[1] // group_size))}
+
+
+def layer_bytes(spec: VariantSpec, shape: tuple[int, int]) -> int:
+    """Return the bytes of a layer's weight (N, K)."""
+    group_size = (spec.group_size and fitting_group_size(shape[1], spec.group_size)) or shape[1]
+    if is_packed(spec.variant):
+        return parts_bytes(packed_parts(shape, spec.variant.bits, group_size))
+    return parts_bytes(unpacked_parts(shape, "float8_e4m3fn", group_size))  # integers of eight bits take as many

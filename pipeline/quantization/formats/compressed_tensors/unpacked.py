@@ -1,0 +1,43 @@
+"""int-quantized and float-quantized: one code a byte, and layers that may round their inputs too.
+
+weight    (N, K) int8 or float8_e4m3fn
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.quantization.formats import FileWeights
+from pipeline.quantization.formats.compressed_tensors import sizes
+from pipeline.quantization.formats.compressed_tensors.format import CompressedTensors
+from pipeline.quantization.grid import Grid, GroupQuantized
+
+
+class Unpacked(CompressedTensors):
+    """Codes of eight bits, one a byte."""
+
+    kinds = ((8, "integer"), (8, "e4m3"))
+
+    def parts(self, shape: tuple[int, int], grid: Grid) -> sizes.Parts:
+        """Return the stored parts of a weight of `shape` (N, K)."""
+        return sizes.unpacked_parts(shape, str(grid.code_dtype).removeprefix("torch."), grid.group(shape[1]))
+
+    def rows(self, name: str, block: GroupQuantized) -> dict[str, torch.Tensor]:
+        """Return the codes of a block of rows as they are stored."""
+        return {name: block.codes}
+
+    def weights(self, checkpoint: Checkpoint | FileWeights) -> Collection[str]:
+        """Return the names of the weights that a checkpoint holds in this format."""
+        dtypes = (torch.int8, torch.float8_e4m3fn)
+        names = (part.removesuffix("_scale") for part in checkpoint if part.endswith(".weight_scale"))
+        return [name for name in names if name in checkpoint and checkpoint[name].dtype in dtypes]
+
+    def codes(self, checkpoint: Checkpoint | FileWeights, name: str, width: int, grid: Grid) -> torch.Tensor:
+        """Return the codes (N, K) of a stored weight with `width` columns."""
+        return checkpoint.read(name)
+
+
+FORMAT = Unpacked()

@@ -1,0 +1,200 @@
+"""compressed-tensors: folders that its own functions and stock transformers read as the codes that were chosen."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.config.catalog import VARIANTS
+from pipeline.config.schema import VariantSpec
+from pipeline.errors import CheckpointError
+from pipeline.inference.load import load
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.matrices import linear_weights
+from pipeline.quantization.formats import format_of, stored_bytes, stored_weights
+from pipeline.quantization.formats.compressed_tensors import packed
+
+EXTRA = ("compressed_tensors", "compressed-tensors")
+NAMES = [name for name, variant in VARIANTS.items() if EXTRA in variant.requires]
+IDS = torch.tensor([[7, 200, 31, 64, 5, 5, 90, 12, 250, 33, 2, 149]])
+KEPT = ("model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj")
+
+# Loads each folder as a reader of the model card would, without this project, and writes what it found.
+STOCK_LOADER = """
+import json, sys
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+ids = torch.tensor(json.loads(sys.argv[2]))
+for number, (root, subfolder) in enumerate(json.loads(sys.argv[1])):
+    model, info = AutoModelForCausalLM.from_pretrained(
+        root, subfolder=subfolder, dtype="auto", output_loading_info=True
+    )
+    with torch.no_grad():
+        tensors = {"logits": model(ids).logits.float()}  # which also decompresses the weights
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            tensors[name] = module.weight.data.clone()
+    save_file(tensors, f"{number}.safetensors")
+    problems = {key: sorted(map(str, value)) for key, value in info.items() if value}
+    with open(f"{number}.json", "w") as file:
+        json.dump({"problems": problems, "package": "pipeline" in sys.modules}, file)
+"""
+
+
+@pytest.fixture(scope="module")
+def releases(tiny_model, quantized):
+    """Checkpoints with a variant beside them, by a name that says what is special."""
+    llama, tied, biased = tiny_model("llama"), tiny_model("qwen3"), tiny_model("qwen2")
+    return {name: (quantized(llama, name), name) for name in NAMES} | {
+        "w4a16, tied": (quantized(tied, "w4a16"), "w4a16"),
+        "w4a16, tied, in shards": (quantized(tied, "w4a16", shard_bytes=60_000), "w4a16"),
+        "w4a16 with biases": (quantized(biased, "w4a16"), "w4a16"),
+        "w4a16 with layers kept": (quantized(llama, "w4a16", keep=["*.o_proj"]), "w4a16"),
+        "w8a16 in groups": (quantized(llama, "w8a16", group_size=32), "w8a16"),
+        "w8a16 in shards": (quantized(llama, "w8a16", shard_bytes=60_000), "w8a16"),
+        "w8a8 in shards": (quantized(llama, "w8a8", shard_bytes=60_000), "w8a8"),
+        "w4a16 of rows": (quantized(tiny_model("llama", hidden_size=80), "w4a16"), "w4a16"),
+    }
+
+
+@pytest.fixture(scope="module")
+def stock(releases, tmp_path_factory):
+    """What a fresh process with stock transformers finds in each release."""
+    folder = tmp_path_factory.mktemp("stock")
+    jobs = json.dumps([(str(root), variant) for root, variant in releases.values()])
+    command = [sys.executable, "-I", "-c", STOCK_LOADER, jobs, json.dumps(IDS.tolist())]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {
+        name: (json.loads((folder / f"{n}.json").read_text()), load_file(folder / f"{n}.safetensors"))
+        for n, name in enumerate(releases)
+    }
+
+
+def codes_of(root, variant):
+    """Return the stored weights of a variant by the names of their layers."""
+    checkpoint, shapes = Checkpoint(root / variant), linear_weights(root)
+    forms = stored_weights(checkpoint)
+    return {name.removesuffix(".weight"): form.read(checkpoint, name, shapes[name]) for name, form in forms.items()}
+
+
+CASES = [
+    *NAMES, "w4a16, tied", "w4a16, tied, in shards", "w4a16 with biases", "w4a16 with layers kept", "w8a16 in groups",
+    "w8a16 in shards", "w8a8 in shards", "w4a16 of rows",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stock_transformers_decompresses_the_codes_that_were_chosen(stock, releases, dequantized, case):
+    (found, tensors), (root, variant) = stock[case], releases[case]
+    assert not found["package"] and not found["problems"]
+    codes = codes_of(root, variant)
+    for layer in set(tensors) - {"logits", "lm_head"}:
+        if "kept" in case and layer in KEPT:
+            assert layer not in codes
+        else:
+            assert torch.equal(tensors[layer], codes[layer].dequantize(torch.bfloat16)), layer
+            assert (codes[layer].scale > 0).all()
+    assert len(codes) == 2 * 7 - ("kept" in case) * 2
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stock_logits_are_those_of_the_codes(stock, releases, case):
+    from transformers import AutoModelForCausalLM
+
+    root, variant = releases[case]
+    model = AutoModelForCausalLM.from_pretrained(root, dtype="auto")
+    for name, weight in codes_of(root, variant).items():
+        model.get_submodule(name).weight.data = weight.dequantize(torch.bfloat16)
+    with torch.no_grad():
+        expected = model(IDS).logits.float()
+    difference = (stock[case][1]["logits"] - expected).norm() / expected.norm()
+    if VARIANTS[variant].rounds_inputs:
+        assert 0.001 < difference < 0.15
+    else:
+        assert difference == 0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pipeline_load_gives_the_logits_of_the_stock_loader(stock, releases, case):
+    root, variant = releases[case]
+    model, _ = load(root / variant, device="cpu")
+    with torch.no_grad():
+        ours = model(IDS).logits.float()
+    difference = (ours - stock[case][1]["logits"]).norm() / ours.norm()
+    assert difference < 0.03
+    layer = type(model.model.layers[0].mlp.up_proj).__name__
+    rounded = VARIANTS[variant].rounds_inputs or "rows" in case or VARIANTS[variant].values != "integer"
+    assert layer == ("PlainLinear" if rounded else {4: "Int4Linear", 8: "Int8Linear"}[VARIANTS[variant].bits]) or (
+        "groups" in case and layer == "Int8GroupLinear"
+    )
+
+
+@pytest.mark.parametrize("case", ["w4a16, tied", "w8a16 in groups", "fp8-weight"])
+def test_offloaded_layers_read_the_same_weights(stock, releases, case):
+    root, variant = releases[case]
+    model, _ = load(root / variant, device="cpu", offload=True)
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits.float(), stock[case][1]["logits"])
+
+
+@pytest.mark.parametrize("case", ["w4a16, tied", "w8a16", "fp8-weight"])
+def test_saving_a_loaded_model_writes_the_same_tensors(releases, tmp_path, case):
+    root, variant = releases[case]
+    load(root / variant, device="cpu")[0].save_pretrained(tmp_path)
+    before, after = load_file(root / variant / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name in before:
+        assert torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)), name
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (root / variant, tmp_path)]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_settings_are_those_of_compressed_tensors(releases, name):
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    root, variant = releases[name]
+    ours = json.loads((root / variant / "config.json").read_text())["quantization_config"]
+    theirs = QuantizationConfig.model_validate(ours)
+    assert {**theirs.model_dump(exclude_unset=True), "version": ours["version"]} == ours
+    (scheme,) = theirs.config_groups.values()
+    compressor = BaseCompressor.get_value_from_registry(theirs.format)
+    stored = {key.rpartition(".")[2] for key in Checkpoint(root / variant) if ".up_proj." in key}
+    assert stored == set(compressor.compression_param_names(scheme))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("width", [32, 64, 33, 39, 1])
+def test_codes_are_packed_as_the_package_packs_them(bits, width):
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    half = 1 << bits - 1
+    codes = torch.randint(-half, half, (5, width), dtype=torch.int8)
+    words = packed.pack(codes, bits)
+    assert torch.equal(words, pack_to_int32(codes, bits))
+    assert torch.equal(packed.unpack(words, bits, width), codes)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_planned_bytes_are_those_of_the_files(releases, name):
+    root, variant = releases[name]
+    linear = linear_weights(root)
+    spec = VariantSpec(name=variant).resolved()
+    tensors = {key: (info.shape, 2.0) for key, info in Checkpoint(root).items()}
+    assert stored_bytes(spec, tensors, linear, ()) == Checkpoint(root / variant).nbytes
+
+
+def test_damaged_parts_are_refused_by_name(releases):
+    root, variant = releases["w4a16"]
+    name, (rows, width) = next(iter(linear_weights(root).items()))
+    with pytest.raises(CheckpointError, match=f"{name}: its stored parts"):
+        format_of(VariantSpec(name=variant)).read(Checkpoint(root / variant), name, (rows + 1, width))
