@@ -12,10 +12,10 @@ from dataclasses import replace
 from pipeline.config.engines import (
     CPU,
     CUDA,
-    EVERYWHERE,
     FP8_CAPABILITY,
     GGUF_ENGINES,
     SGLANG,
+    TORCHAO,
     TORCHAO_IN_VLLM,
     TUNEPRESS,
     VLLM,
@@ -94,7 +94,7 @@ register(
         roundings=(NEAREST, "hqq"),
         rise=0.02,
         stored_as="stored_as_symmetric.md.jinja",
-        runs_on=(*EVERYWHERE, *TORCHAO_IN_VLLM),
+        runs_on=(*TORCHAO, *TORCHAO_IN_VLLM),
     )
 )
 register(
@@ -121,8 +121,8 @@ register(
                 "runs_int4.md.jinja",
                 mixes=True,
                 runs_on=(
-                    *on(TRANSFORMERS, CPU, computes=False),
-                    *on(TRANSFORMERS, CUDA, packages=("mslk",)),
+                    *on(TRANSFORMERS, CPU, packages=("torchao",), computes=False),
+                    *on(TRANSFORMERS, CUDA, packages=("torchao", "mslk")),
                     *on(TUNEPRESS, CPU, CUDA),
                     *TORCHAO_IN_VLLM,
                 ),
@@ -133,8 +133,8 @@ register(
                 "runs_int4_tiles.md.jinja",
                 "stored in the tiles that the tensor cores of CUDA cards read",
                 runs_on=(
-                    *on(TRANSFORMERS, CPU, computes=False),
-                    *on(TRANSFORMERS, CUDA, capability=8.0, experimental=True),
+                    *on(TRANSFORMERS, CPU, packages=("torchao",), computes=False),
+                    *on(TRANSFORMERS, CUDA, packages=("torchao",), capability=8.0, experimental=True),
                     *on(TUNEPRESS, CPU),
                     *on(TUNEPRESS, CUDA, capability=8.0, experimental=True),
                 ),
@@ -158,7 +158,6 @@ _COMPRESSED = Variant(
     libraries=("torch", "transformers"),
     requires=(("compressed_tensors", "compressed-tensors"),),
     measured_with=("compressed-tensors",),
-    usage="runs_compressed.md.jinja",
     stored_as="stored_as_symmetric.md.jinja",
 )
 _IN_TRANSFORMERS = on(TRANSFORMERS, CPU, CUDA, packages=("compressed-tensors>=0.15",))

@@ -19,6 +19,7 @@ OLLAMA = "ollama"
 CPU = "CPU"
 CUDA = "CUDA"
 GPU = "GPU"  # of any kind that llama.cpp supports
+GENERATIONS = {7.0: "Volta", 7.5: "Turing", 8.0: "Ampere", 8.9: "Ada", 9.0: "Hopper", 10.0: "Blackwell"}
 FP8_CAPABILITY = 8.9  # the lowest CUDA compute capability with kernels for float8
 
 
@@ -48,7 +49,7 @@ ENGINES: dict[str, Engine] = {
     OLLAMA: Engine("Ollama, LM Studio", from_hub="ollama run hf.co/{repo}:{type}"),
 }
 # Servers read the root of a repository or a local folder, so they need the folder of a variant on this machine.
-FETCH = 'hf download {repo} --include "{name}/*" --local-dir {target}'
+FETCH = "hf download {repo} --include {files} --local-dir {target}"
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,16 @@ class Runs:
                 return f"{rows} rows are not a multiple of {self.rows}"
         return None
 
+    @property
+    def on(self) -> str:
+        """Return its hardware in words: `CUDA from Ada`."""
+        if not self.capability:
+            return self.hardware
+        return f"{self.hardware} from {GENERATIONS.get(self.capability, f'compute capability {self.capability:.1f}')}"
+
     def needs(self) -> str:
-        """Return its hardware and packages in words: `CUDA 8.9 or newer with mslk`."""
-        words = f"{self.hardware} {self.capability:.1f} or newer" if self.capability else self.hardware
-        return f"{words} with {' and '.join(self.packages)}" if self.packages else words
+        """Return its hardware and packages in words: `CUDA from Ada with mslk`."""
+        return f"{self.on} with {' and '.join(self.packages)}" if self.packages else self.on
 
 
 def on(engine: str, *hardware: str, **needs: object) -> tuple[Runs, ...]:
@@ -106,6 +113,7 @@ def on(engine: str, *hardware: str, **needs: object) -> tuple[Runs, ...]:
 
 
 EVERYWHERE = (*on(TRANSFORMERS, CPU, CUDA), *on(TUNEPRESS, CPU, CUDA))
+TORCHAO = (*on(TRANSFORMERS, CPU, CUDA, packages=("torchao",)), *on(TUNEPRESS, CPU, CUDA))
 FULL_PRECISION = (*EVERYWHERE, *on(VLLM, CPU, CUDA), *on(SGLANG, CUDA))  # an ordinary checkpoint of bf16
 # vLLM reads torchao's tensors if it is told so; its own tests do no more than that.
 TORCHAO_IN_VLLM = on(VLLM, CUDA, packages=("torchao>=0.15",), flags=" --quantization torchao", experimental=True)

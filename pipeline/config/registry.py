@@ -25,7 +25,7 @@ class Packing:
     Attributes:
         format: the entry of `pipeline.quantization.formats` that writes it.
         snippet: the card's template of the code that loads it.
-        usage: the card's template that says where it runs.
+        usage: the card's template with a sentence before that code, if it needs one.
         said: a phrase for cards.
         mixes: True if single layers can be stored in eight bits.
         runs_on: the ways in which engines run it.
@@ -33,7 +33,7 @@ class Packing:
 
     format: str
     snippet: str
-    usage: str
+    usage: str | None = None
     said: str = ""
     mixes: bool = False
     runs_on: tuple[Runs, ...] = EVERYWHERE
@@ -66,7 +66,7 @@ class Variant:
         file_type: the engine's name for the type of its weights, such as `Q4_0`.
         shared_folder: the folder that it shares with other variants; None for a folder of its own.
         snippet: the card's template of the code that loads it, unless its packing names another.
-        usage: the card's template that says where it runs, unless its packing names another.
+        usage: the card's template with a sentence before that code, unless its packing names another.
         stored_as: the card's template that says how it is stored.
         said: a phrase for cards that follows "Its", if there is no such template.
         runs_on: the ways in which engines run it, unless its packing names others.
@@ -95,7 +95,7 @@ class Variant:
     file_type: str | None = None
     shared_folder: str | None = None
     snippet: str = "snippet_stock.py.jinja"
-    usage: str = "runs_stock.md.jinja"
+    usage: str | None = None
     stored_as: str | None = None
     said: str = ""
     runs_on: tuple[Runs, ...] = EVERYWHERE

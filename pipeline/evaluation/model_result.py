@@ -152,6 +152,7 @@ class StoredWeights(Record):
     types: Annotated[dict[str, Count], Table] = {}
     eight: Texts = ()
     groups: Annotated[dict[str, Count], Table] = {}
+    shapes: Annotated[tuple[tuple[Count, Count], ...], List] = ()
     calibration_text: Text | None = None
     calibration_tokens: Count | None = None
     calibration_mixed: Flag | None = None

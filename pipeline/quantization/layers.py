@@ -96,6 +96,7 @@ class VariantFiles:
     types: dict[str, int]  # number of tensors by type of GGUF; empty for safetensors
     eight: tuple[str, ...] = ()  # layers that `int8` stores in eight bits
     groups: dict[str, int] = field(default_factory=dict)  # number of layers by group size, if they have several
+    shapes: tuple[tuple[int, int], ...] = ()  # (rows, columns) of the quantized layers, each once
 
 
 class Output(Protocol):

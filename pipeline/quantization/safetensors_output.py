@@ -127,7 +127,10 @@ class SafetensorsFolder(Output):
         plain = storage(self.spec.variant.format)
         assert isinstance(plain, SafetensorsFormat), "another packing of safetensors"
         unpadded = _stored_bytes(self.grids, plain)
-        return VariantFiles(stored, before, stored - unpadded, other, tuple(self.kept), {}, tuple(self.eight), by_size)
+        shapes = tuple(sorted({self.grids[name][0] for name in self.grids.keys() - self.tables}))
+        return VariantFiles(
+            stored, before, stored - unpadded, other, tuple(self.kept), {}, tuple(self.eight), by_size, shapes
+        )
 
 
 def _tables(source: Source) -> list[str]:

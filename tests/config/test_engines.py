@@ -34,7 +34,8 @@ def test_layers_that_a_kernel_cannot_take_are_named():
 
 def test_needs_name_hardware_and_packages():
     assert Runs(TRANSFORMERS, CPU).needs() == "CPU"
-    assert Runs(VLLM, CUDA, capability=8.9).needs() == "CUDA 8.9 or newer"
+    assert Runs(VLLM, CUDA, capability=8.9).needs() == "CUDA from Ada"
+    assert Runs(VLLM, CUDA, capability=8.6).needs() == "CUDA from compute capability 8.6"
     assert Runs(VLLM, CUDA, packages=("mslk",)).needs() == "CUDA with mslk"
 
 

@@ -25,6 +25,7 @@ from pipeline.inference.loaders import TIMED
 from pipeline.publishing.cards import about as names
 from pipeline.publishing.cards import markdown
 from pipeline.publishing.cards.about import ROOT, About
+from pipeline.publishing.cards.engines import commands, engines, loaded_alike, packages
 from pipeline.publishing.cards.markdown import Markdown, code, escape, listed, number, one_line
 from pipeline.publishing.cards.metadata import metadata
 from pipeline.publishing.cards.own_text import END, START, note
@@ -122,6 +123,8 @@ def _render(template: str, about: About, models: Models, front: ModelCardData, a
         "models": models,
         "variants": variants,
         "packed": [v for v in variants if not is_one_file(v)],
+        "packages": packages(about, [v for v in variants if not is_one_file(v)]),
+        "loaded_alike": loaded_alike(about, [v for v in variants if not is_one_file(v)]),
         "in_one_file": [v for v in variants if is_one_file(v)],
         "quantizes": any(VARIANTS[v].bits < 16 for v in variants),
         "catalog": VARIANTS,
@@ -147,7 +150,13 @@ def _render(template: str, about: About, models: Models, front: ModelCardData, a
         "clustered": any(found.clusters for m in about.results.models.values() for found in m.quality.values()),
         **tables(about, models),
     }
-    body = made.get_template(template).render(**given | more)
+    given |= more
+    told = {model: name for model, name in models.items() if model in variants or "subject" not in more}
+    given["where"] = engines(about, told)
+    given["served"] = commands(
+        about, told, given["snippets_from"], given["snippets_on_hub"], given.get("at_root", False)
+    )
+    body = made.get_template(template).render(**given)
     body = _BLANKS.sub(lambda found: found["block"] or "\n\n", body).strip()
     if above:
         body = _HEADING.sub(lambda found: found["block"] or "#", body)
