@@ -314,6 +314,7 @@ def test_a_width_that_the_group_size_does_not_divide_gets_the_largest_that_fits_
     made = quantize(source, tmp_path, {"name": "int4", "group_size": 128, "rounding": "rtn"})["int4"]
     expected = {name: 32 if width == 160 else 64 for name, (_, width) in linear_weights(source).items()}
     assert made.group_sizes == expected
+    assert made.shapes == tuple(sorted(set(linear_weights(source).values())))
     stored = Checkpoint(tmp_path / "int4")
     for name, (rows, width) in linear_weights(source).items():
         scale = stored[name.replace(".weight", "._weight_scale")]
