@@ -1,0 +1,69 @@
+"""What bitsandbytes stores a weight as, tensor by tensor, and so how many bytes it takes. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from pipeline.config.quantize import VariantSpec
+from pipeline.quantization.formats.torchao.sizes import plain_bytes
+
+__all__ = ["layer_bytes", "plain_bytes", "table_bytes"]
+
+INT8 = "llm_int8"  # transformers' name of the method
+NF4 = "nf4"  # bitsandbytes' names of the numbers with four bits
+FP4 = "fp4"
+BLOCK = 64  # weights that share a scale
+SCALE_BLOCK = 256  # scales that share a scale of their own, if they are quantized too
+NUMBER_BYTES = 24  # as many as the text of a number can take
+
+Parts = dict[str, tuple[str, tuple[int, ...]]]  # end of a tensor's name -> its dtype and shape
+ITEM_BYTES = {"uint8": 1, "int8": 1, "float32": 4}
+
+
+def parts(shape: tuple[int, int], kind: str) -> Parts:
+    """Return the stored tensors of a weight (N, K): the end of each name after that of the module.
+
+    Args:
+        kind: of its numbers. The scales of NF4 are quantized too ("double quantization").
+    """
+    rows, width = shape
+    if kind == INT8:
+        return {".weight": ("int8", shape), ".SCB": ("float32", (rows,)), ".weight_format": ("uint8", ())}
+    blocks = -(-rows * width // BLOCK)
+    found: Parts = {
+        ".weight": ("uint8", (rows * width // 2, 1)),
+        ".weight.absmax": ("uint8" if kind == NF4 else "float32", (blocks,)),
+        ".weight.quant_map": ("float32", (16,)),
+        f".weight.quant_state.bitsandbytes__{kind}": ("uint8", (len(state(shape, kind)),)),
+    }
+    if kind == NF4:
+        found[".weight.nested_absmax"] = ("float32", (-(-blocks // SCALE_BLOCK),))
+        found[".weight.nested_quant_map"] = ("float32", (256,))
+    return found
+
+
+def state(shape: tuple[int, int], kind: str, offset: float = 0.0) -> bytes:
+    """Return the description of a weight (N, K) in four bits, which bitsandbytes stores as JSON in a tensor.
+
+    Spaces at its end make the length independent of `offset`, so that files can be planned.
+
+    Args:
+        offset: the mean of the scales, if they are quantized too.
+    """
+    about: dict[str, object] = {"quant_type": kind, "blocksize": BLOCK, "dtype": "bfloat16", "shape": shape}
+    if kind == NF4:
+        about |= {"nested_blocksize": SCALE_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
+    text = json.dumps(about)
+    return (text + " " * (NUMBER_BYTES - len(json.dumps(offset))) * (kind == NF4)).encode()
+
+
+def layer_bytes(spec: VariantSpec, shape: tuple[int, int]) -> int:
+    """Return the bytes of a layer's weight (N, K)."""
+    stored = parts(shape, spec.variant.file_type or "").values()
+    return sum(ITEM_BYTES[dtype] * math.prod(size) for dtype, size in stored)
+
+
+def table_bytes(spec: VariantSpec, shape: tuple[int, int]) -> int:
+    """Raise TypeError, because embeddings and output heads stay as they are."""
+    raise TypeError(f"{spec.name}: stores no embedding in eight bits")
