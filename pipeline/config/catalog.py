@@ -38,6 +38,7 @@ NEAREST = "rtn"  # the rounding that other roundings are compared with
 EIGHT_BITS = "int8"  # the value of `embeddings`, and the key for single layers, for eight bits with a scale per row
 GGUF = "gguf"  # the format of llama.cpp, and the folder of its files
 
+_BLOCKS = "four-bit numbers of its own kind, one scale for each 64"
 _ROUNDINGS = "pipeline.quantization.roundings"
 register(Rounding(NEAREST, f"{_ROUNDINGS}.rtn", ("none", "integer", "float"), "rounded to nearest"))
 register(Rounding("hqq", f"{_ROUNDINGS}.hqq", ("none", "float"), "rounded by HQQ without data"))
@@ -71,6 +72,41 @@ def _gguf(name: str, bits: int, *roundings: str, zero: str = "none", group: int 
         shared_folder=GGUF,
         runs_on=GGUF_ENGINES,
         **(groups if roundings else {"group_size": None, "group_sizes": ()}),
+    )
+
+
+def _bitsandbytes(name: str, bits: int, kind: str, said: str, capability: float = 6.0) -> Variant:
+    """Return a variant that bitsandbytes rounds and runs.
+
+    Args:
+        kind: its name for the numbers.
+        said: how it stores linear layers.
+        capability: the lowest CUDA compute capability of its kernels.
+    """
+    with_it = {"packages": ("bitsandbytes",)}
+    rows = 1 if bits == 8 else 32  # of a layer, on CPUs with AVX512-BF16
+    return Variant(
+        name=f"bnb-{name}",
+        format="bitsandbytes",
+        bits=bits,
+        group_size=None,
+        group_sizes=(),
+        roundings=(),
+        keeps_embeddings=True,
+        rise={8: 0.02}.get(bits, 0.05),
+        rounds_inputs=bits == 8,
+        libraries=("torch", "bitsandbytes", "transformers"),
+        measured_with=("bitsandbytes",),
+        file_type=kind,
+        said=f"linear layers are {said}, made and run by bitsandbytes",
+        runs_on=(
+            *on(TRANSFORMERS, CPU, rows=rows, **with_it),
+            *on(TRANSFORMERS, CUDA, capability=capability, **with_it),
+            *on(TUNEPRESS, CPU),
+            *on(TUNEPRESS, CUDA, capability=capability),
+            *on(VLLM, CUDA, capability=max(capability, 7.0), **with_it),
+            *on(SGLANG, CUDA, capability=max(capability, 7.0), experimental=True, **with_it),
+        ),
     )
 
 
@@ -143,6 +179,9 @@ register(
         stored_as="stored_as_int4.md.jinja",
     )
 )
+register(_bitsandbytes("int8", 8, "llm_int8", "eight-bit integers, one scale for each row", capability=7.5))
+register(_bitsandbytes("nf4", 4, "nf4", f"{_BLOCKS}; these scales have eight bits (double quantization)"))
+register(_bitsandbytes("fp4", 4, "fp4", _BLOCKS))
 
 # What servers read. vLLM and SGLang compute packed codes with the Marlin kernels, and vLLM four bits also on a CPU.
 _COMPRESSED = Variant(

@@ -117,7 +117,8 @@ class VariantSpec(Section):
         if self.quantizes_embeddings and not variant.roundings:
             raise ValueError(f"embeddings int8: {self.name} is not quantized")
         if self.rounding is not None and self.rounding not in variant.roundings:
-            raise ValueError(f"rounding {self.rounding!r}: allowed for {self.name} are {', '.join(variant.roundings)}")
+            can = ", ".join(variant.roundings) or "none, because its format rounds by itself"
+            raise ValueError(f"rounding {self.rounding!r}: allowed for {self.name} are {can}")
         if self.int8 and not self.mixes:
             raise ValueError("int8: layers in 8 bits go with int4 in its plain packing")
         if self.target and not self.mixes:

@@ -39,7 +39,7 @@ def assemble(folder: Path, device: torch.device, weights: FileWeights | None = N
 
     Returns:
         None if the stock loader is better. That holds for a model that is not quantized, because its mapped pages
-        are its weights. It holds for a model that rounds the inputs of its layers, because torchao computes those.
+        are its weights. It holds for a model whose layers a library computes, such as one that rounds their inputs.
         It also holds for a checkpoint with other tensor names than the model, such as a mixture of experts.
 
     Raises:
@@ -57,6 +57,8 @@ def assemble(folder: Path, device: torch.device, weights: FileWeights | None = N
     if built is None:
         return None
     model, checkpoint, quantized = built
+    if not all(form.assembles for form in quantized.values()):
+        return None
     if is_quantized and not any(form.replaces_layers for form in quantized.values()):
         _attach_quantizer(model)
     names = list(model.state_dict())
@@ -213,7 +215,7 @@ def _same_names(model: PreTrainedModel, checkpoint: Weights, quantized: Formats,
     if missing and not there - wanted:
         raise ModelError(f"{source}: its checkpoint has no {sorted(missing)[0]!r}; fetch the model again")
     stray = {name for name in there - wanted if not name.endswith("rotary_emb.inv_freq")}  # of old checkpoints
-    for name in wanted & checkpoint.keys():
+    for name in (wanted & checkpoint.keys()) - quantized.keys():
         if checkpoint[name].shape != shapes[name]:
             found = checkpoint[name].shape
             raise ModelError(f"{source}: {name!r} is of {found} in its checkpoint, and of {shapes[name]} in the model")

@@ -17,7 +17,7 @@ from pipeline.hub.download import RemoteFiles, download
 from pipeline.models.checkpoint_files import read_config
 from pipeline.models.safe_loading import check_beside, check_code, open_config, open_model, open_tokenizer
 from pipeline.models.sources import local_folder, model_files
-from pipeline.quantization.formats import FileWeights, format_of_file, unpack
+from pipeline.quantization.formats import FileWeights, format_of_file, settle, unpack
 from pipeline.system.libraries import quiet, quiet_progress_bars
 
 if TYPE_CHECKING:
@@ -113,8 +113,13 @@ def _load(
 
 def _load_stock(folder: Path, device: torch.device) -> PreTrainedModel:
     """Load a model with transformers, and pack its layers if it is quantized."""
-    model = open_model(folder, dtype="auto")
+    import torch
+
+    # bitsandbytes would choose the GPU by itself.
+    place = {"": device} if device.type == "cpu" and torch.cuda.is_available() else None
+    model = open_model(folder, dtype="auto", device_map=place)
     if getattr(model.config, "quantization_config", None) is not None:
+        settle(model)
         pack(model, device)
     return cast(Any, model).to(device)
 

@@ -143,7 +143,7 @@ def check_fits(folder: Path, device: torch.device, why: str) -> None:
 
 def _dequantized(weight: GroupQuantized, dtype: torch.dtype) -> torch.Tensor:
     """Return `weight.dequantize(dtype)`, computed in blocks of rows, because it is computed in float32."""
-    result = torch.empty(weight.codes.shape, dtype=dtype)
+    result = torch.empty(weight.shape, dtype=dtype)
     for first, stop in tiles(len(result), result.shape[1]):
         result[first:stop] = weight.rows(first, stop).dequantize(dtype)
     return result

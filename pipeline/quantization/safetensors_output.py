@@ -85,11 +85,13 @@ class SafetensorsFolder(Output):
         shape, grid = self.grids[name]
         # Rounding to nearest is good enough for eight bits a row, and not every rounding can fill such a grid.
         how = NEAREST if name in self.tables or name in self.eight else self.rounding
-        block = self.source.round(self.spec, how, name, weight, first_row, grid)
+        block = self.format.quantize(weight, grid)
+        if block is None:
+            block = self.source.round(self.spec, how, name, weight, first_row, grid)
         parts = self.format.rows(name, block)
         if not self.format.by_columns:
             for part, tensor in parts.items():
-                self.writer.write(part, tensor, first_row // self.format.together(grid))
+                self.writer.write(part, tensor, self.format.place(first_row, shape, grid))
             parts = {}
         with self._lock:
             blocks = self._blocks.setdefault(name, {})

@@ -11,7 +11,10 @@ import warnings
 # Those whose version can change the bytes or the numbers of a release.
 STACK = ("torch", "transformers", "peft", "trl", "bitsandbytes", "torchao", "datasets", "accelerate", "tokenizers")
 # Those whose version can change the figures of a model that is measured again.
-MEASURING = ("torch", "torchao", "transformers", "peft", "llama-cpp-python")
+MEASURING = ("torch", "torchao", "bitsandbytes", "transformers", "peft", "llama-cpp-python")
+# Those whose version can change an adapter, and a merged model.
+TRAINING = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "tokenizers")
+MERGING = ("torch", "transformers", "peft", "bitsandbytes")
 # Further distributions whose versions the diagnosis shows, and the modules of each extra.
 OURS = ("tunepress", "huggingface_hub", "trackio", "gguf", "llama-cpp-python")
 EXTRAS = {"gguf": ("gguf",), "llama-cpp": ("llama_cpp",), "test": ("pytest", "hypothesis", "xdist")}

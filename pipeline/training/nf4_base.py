@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pipeline.models.safe_loading import open_model
+from pipeline.quantization.formats import settle
 from pipeline.system import hardware
 
 if TYPE_CHECKING:
@@ -48,11 +49,7 @@ def load_base(folder: Path, in_nf4: bool, sharded: bool = False) -> PreTrainedMo
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.clone()  # else the whole file stays mapped
-    for module in model.modules():
-        # On CPUs with AVX512-BF16 bitsandbytes repacks weights in place at the first evaluation. Scales then lose
-        # precision, widths that 64 does not divide fail, and later steps train on other numbers.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    settle(model)  # else later steps would train on other numbers
     return model
 
 

@@ -21,6 +21,7 @@ from pipeline.config.quantize import VariantSpec, matches
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from pipeline.models.checkpoint import Checkpoint, TensorInfo
     from pipeline.quantization.grid import Grid, GroupQuantized
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _ENTRIES = {
     "torchao": (f"{__name__}.torchao.format", f"{__name__}.torchao.sizes"),
     "tile_packed": (f"{__name__}.tile_packed.format", f"{__name__}.tile_packed.sizes"),
+    "bitsandbytes": (f"{__name__}.bitsandbytes.format", f"{__name__}.bitsandbytes.sizes"),
     "gguf": (f"{__name__}.gguf.format", f"{__name__}.gguf.sizes"),
     "pack_quantized": (f"{__name__}.compressed_tensors.packed", f"{__name__}.compressed_tensors.sizes"),
     "unpacked": (f"{__name__}.compressed_tensors.unpacked", f"{__name__}.compressed_tensors.sizes"),
@@ -67,10 +69,12 @@ class Format(Protocol):
         TABLE: the grid of embeddings, output heads and layers in eight bits, if it holds them.
         replaces_layers: True if stock transformers puts layers of its own in the place of linear ones, so that a
             model has no tensors of this format.
+        assembles: False if only those layers compute with the codes, so that the stock loader is used.
     """
 
     TABLE: Grid
     replaces_layers = False
+    assembles = True
 
     def check(self, spec: VariantSpec, folder: Path) -> None:
         """Raise ModelError or MissingExtra if the model in `folder` cannot be stored so; its weights are not read."""
@@ -131,6 +135,10 @@ class Format(Protocol):
         """Return True if layers of this model round their inputs too, so that only the stock loader runs it."""
         return False
 
+    def settle(self, model: PreTrainedModel) -> None:
+        """Let the layers of a model that transformers loaded compute with what is stored, on any machine."""
+        return None
+
     def weights_of_file(self, path: Path, names: Iterable[str], dtype: torch.dtype) -> FileWeights:
         """Return the weights of a file that was made of a checkpoint with tensors of these names.
 
@@ -175,6 +183,12 @@ def unpack(weight: torch.Tensor) -> tuple[GroupQuantized, Format] | None:
     """Return portable codes of a weight that transformers loaded, and the format of it; None for other tensors."""
     found = ((form.unpack(weight), form) for form in map(storage, _ENTRIES))
     return next(((codes, form) for codes, form in found if codes is not None), None)
+
+
+def settle(model: PreTrainedModel) -> None:
+    """Let the layers of a model that transformers loaded compute with what is stored, in any format."""
+    for form in map(storage, _ENTRIES):
+        form.settle(model)
 
 
 def rounds_inputs(config: Any) -> bool:

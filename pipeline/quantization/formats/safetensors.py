@@ -36,6 +36,18 @@ class SafetensorsFormat(Format):
         """Return the rows of a weight that one row of its stored codes holds."""
         return 1
 
+    def place(self, row: int, shape: tuple[int, int], grid: Grid) -> int:
+        """Return the number of the row of stored codes that begins with row `row` of a weight of `shape` (N, K)."""
+        return row // self.together(grid)
+
+    def quantize(self, rows: torch.Tensor, grid: Grid) -> GroupQuantized | None:
+        """Return rows (n, K) as a library rounds them; None if the rounding of the variant does.
+
+        Raises:
+            QuantizationError: if the library cannot round them.
+        """
+        return None
+
     @abstractmethod
     def plan(self, name: str, shape: tuple[int, int], grid: Grid) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Return the stored tensors of the weight `name` of `shape` (N, K): name -> (dtype, shape)."""

@@ -21,7 +21,7 @@ from pipeline.evaluation.results import Merge, MergeComparison, MergeLoss
 from pipeline.models.checkpoint_files import ADAPTER_FILES
 from pipeline.models.safe_loading import open_tokenizer, read_settings
 from pipeline.system.files import empty_folder
-from pipeline.system.libraries import versions
+from pipeline.system.libraries import MERGING, versions
 from pipeline.tracking.events import Events
 from pipeline.training.trainers import merge_bases
 from pipeline.workflow.stages import Outcome
@@ -31,8 +31,6 @@ from pipeline.workflow.workspace import Workspace
 
 if TYPE_CHECKING:
     from pipeline.quantization.writer import VariantFiles, Variants
-
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 def parameters(config: Config, variant: str | None) -> dict:
@@ -49,7 +47,7 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
         "merge": config.merge.model_dump(),
         **(trained if config.data else brought),
         "after": workspace.state_of("train") if config.data else {},
-        "versions": versions(*LIBRARIES),
+        "versions": versions(*MERGING),
     }
 
 

@@ -23,7 +23,7 @@ from pipeline.models.context import check_length, context_length
 from pipeline.models.safe_loading import open_config, open_tokenizer
 from pipeline.system import hardware
 from pipeline.system.files import empty_folder, fingerprint, read_json, replace_folder
-from pipeline.system.libraries import versions
+from pipeline.system.libraries import TRAINING, versions
 from pipeline.tracking.events import Events
 from pipeline.training.distributed import ProcessGroup, TrainingProcess, gather_adapter, sharding
 from pipeline.training.lora_targets import check_targets
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 
 HELD_OUT_TOKENS = 8192  # for the held-out loss during training; a later stage measures the model on more
-LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "tokenizers")
 
 
 def parameters(config: TrainingRun, variant: str | None) -> dict:
@@ -62,7 +61,7 @@ def depends(config: TrainingRun, workspace: Workspace, variants: tuple[str, ...]
         "data": config.data.model_dump() | {"files": hashes_of(workspace, config.data.source)},
         **({"chat_template": hashes_of(workspace, chosen)} if (chosen := config.data.chat_template) else {}),
         "train": train,
-        "versions": versions(*LIBRARIES),
+        "versions": versions(*TRAINING),
         "python": platform.python_version() if config.data.source.startswith("builtin:") else None,
     }
 

@@ -24,7 +24,7 @@ from pipeline.errors import CheckpointError, QuantizationError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.quantization.formats import FileWeights
 from pipeline.quantization.formats.bitsandbytes import sizes
-from pipeline.quantization.formats.safetensors import SafetensorsFormat
+from pipeline.quantization.formats.safetensors import Grids, SafetensorsFormat
 from pipeline.quantization.grid import Grid, GroupQuantized
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Rounded(GroupQuantized):
 class Bitsandbytes(SafetensorsFormat):
     """int8, NF4 and FP4, run by the layers of bitsandbytes."""
 
-    assembles = False
+    replaces_layers, assembles = True, False
 
     def grid(self, spec: VariantSpec, width: int) -> Numbers:
         """Return the numbers of a layer with `width` columns.
@@ -120,15 +120,17 @@ class Bitsandbytes(SafetensorsFormat):
         found = sizes.parts(shape, _kind(grid))
         return {f"{module}{end}": (getattr(torch, dtype), size) for end, (dtype, size) in found.items()}
 
-    def rows_of_part(self, shape: tuple[int, int], grid: Grid) -> int:
-        """Return the rows of the stored codes that hold one row of a weight (N, K)."""
-        return 1 if _kind(grid) == sizes.INT8 else shape[1] // 2
+    def place(self, row: int, shape: tuple[int, int], grid: Grid) -> int:
+        """Return the number of the row of stored codes that begins with row `row` of a weight of `shape` (N, K)."""
+        return row if _kind(grid) == sizes.INT8 else row * shape[1] // 2
 
     def rows(self, name: str, block: GroupQuantized) -> dict[str, torch.Tensor]:
         """Return the codes of a block of rows as they are stored."""
         return {name: block.codes if _kind(block.grid) == sizes.INT8 else block.codes.view(-1, 1)}
 
-    def rest(self, name: str, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) -> dict[str, torch.Tensor]:
+    def rest(
+        self, name: str, shape: tuple[int, int], scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
+    ) -> dict[str, torch.Tensor]:
         """Return the scales (N, G) of a whole weight, and its description, as they are stored."""
         from bitsandbytes.functional import get_4bit_type, quantize_blockwise
 
@@ -142,14 +144,13 @@ class Bitsandbytes(SafetensorsFormat):
             scales, nested = quantize_blockwise(scales - mean, blocksize=sizes.SCALE_BLOCK)
             found |= {f"{name}.nested_absmax": nested.absmax, f"{name}.nested_quant_map": nested.code}
             offset = mean.item()
-        shape = (len(scale), scale.shape[1] * sizes.BLOCK)
         state = torch.frombuffer(bytearray(sizes.state(shape, kind, offset)), dtype=torch.uint8)
         return found | {f"{name}.absmax": scales, f"{name}.quant_state.bitsandbytes__{kind}": state}
 
     def metadata(
         self,
         spec: VariantSpec,
-        grids: Mapping[str, tuple[tuple[int, int], Grid]],
+        grids: Grids,
         plain: Iterable[str],
         dtypes: Mapping[str, torch.dtype],
         tables: Collection[str],
@@ -157,7 +158,9 @@ class Bitsandbytes(SafetensorsFormat):
         """Return nothing, because every tensor describes itself."""
         return {}
 
-    def quantization_config(self, spec: VariantSpec, kept: list[str], tables: list[str], eight: list[str]) -> dict:
+    def quantization_config(
+        self, spec: VariantSpec, kept: list[str], tables: list[str], eight: list[str], grids: Grids, folder: Path
+    ) -> dict:
         """Return the `quantization_config` of config.json, as transformers' `BitsAndBytesConfig` has it."""
         kind = spec.variant.file_type
         in_eight = kind == sizes.INT8
@@ -221,7 +224,7 @@ class Bitsandbytes(SafetensorsFormat):
         """Let the layers of a loaded model compute with the codes as they are stored.
 
         On CPUs with AVX512-BF16 bitsandbytes repacks weights in place at the first evaluation. Scales then lose
-        precision, and layers fail if 32 does not divide their rows.
+        precision, and layers fail if 64 does not divide their columns or 32 their rows.
         """
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 
 from pipeline.config.quantize import VariantSpec
-from pipeline.quantization.formats.torchao.sizes import plain_bytes
+from pipeline.quantization.formats.torchao import sizes as torchao
+from pipeline.quantization.formats.torchao.sizes import Parts, parts_bytes, plain_bytes
 
 __all__ = ["layer_bytes", "plain_bytes", "table_bytes"]
 
@@ -17,9 +17,6 @@ BLOCK = 64  # weights that share a scale
 SCALE_BLOCK = 256  # scales that share a scale of their own, if they are quantized too
 NUMBER_BYTES = 24  # as many as the text of a number can take
 
-Parts = dict[str, tuple[str, tuple[int, ...]]]  # end of a tensor's name -> its dtype and shape
-ITEM_BYTES = {"uint8": 1, "int8": 1, "float32": 4}
-
 
 def parts(shape: tuple[int, int], kind: str) -> Parts:
     """Return the stored tensors of a weight (N, K): the end of each name after that of the module.
@@ -29,7 +26,11 @@ def parts(shape: tuple[int, int], kind: str) -> Parts:
     """
     rows, width = shape
     if kind == INT8:
-        return {".weight": ("int8", shape), ".SCB": ("float32", (rows,)), ".weight_format": ("uint8", ())}
+        return {
+            ".weight": torchao.parts(shape, 8, width)["qdata"],
+            ".SCB": ("float32", (rows,)),
+            ".weight_format": ("uint8", ()),
+        }
     blocks = -(-rows * width // BLOCK)
     found: Parts = {
         ".weight": ("uint8", (rows * width // 2, 1)),
@@ -60,8 +61,7 @@ def state(shape: tuple[int, int], kind: str, offset: float = 0.0) -> bytes:
 
 def layer_bytes(spec: VariantSpec, shape: tuple[int, int]) -> int:
     """Return the bytes of a layer's weight (N, K)."""
-    stored = parts(shape, spec.variant.file_type or "").values()
-    return sum(ITEM_BYTES[dtype] * math.prod(size) for dtype, size in stored)
+    return parts_bytes(parts(shape, spec.variant.file_type or ""))
 
 
 def table_bytes(spec: VariantSpec, shape: tuple[int, int]) -> int:

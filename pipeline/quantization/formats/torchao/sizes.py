@@ -8,7 +8,16 @@ from pipeline.config.catalog import fitting_group_size
 from pipeline.config.quantize import VariantSpec
 
 Parts = dict[str, tuple[str, tuple[int, ...]]]  # part -> its dtype and shape
-ITEM_BYTES = {"int8": 1, "float8_e4m3fn": 1, "bfloat16": 2, "float16": 2, "int32": 4, "float32": 4, "int64": 8}
+ITEM_BYTES = {
+    "int8": 1,
+    "uint8": 1,
+    "float8_e4m3fn": 1,
+    "bfloat16": 2,
+    "float16": 2,
+    "int32": 4,
+    "float32": 4,
+    "int64": 8,
+}
 
 
 def parts(shape: tuple[int, int], bits: int, group_size: int) -> Parts:
