@@ -268,6 +268,20 @@ register(
         ),
     )
 )
+_SERVED = Variant(
+    name="gptq",
+    format="gptq",
+    bits=4,
+    group_size=128,
+    roundings=("search", "hqq", NEAREST),
+    rise=0.05,
+    group_sizes=(32, 64, 128),
+    one_group_size=True,
+    keeps_embeddings=True,
+    libraries=("torch", "transformers"),
+)
+register(_SERVED)
+register(replace(_SERVED, name="awq", format="awq", roundings=(NEAREST,), zero="integer"))
 register(_gguf("f16", 16))
 register(_gguf("bf16", 16))
 register(_gguf("q8_0", 8, NEAREST, "hqq", "search"))

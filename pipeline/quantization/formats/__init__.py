@@ -4,7 +4,7 @@
 weights take, by the arithmetic that the format writes with, and imports no torch, so that planning is quick:
 
     layer_bytes(spec, shape)                the weight (N, K) of a layer that is quantized
-    table_bytes(spec, shape)                an embedding, an output head, or a layer in eight bits
+    table_bytes(spec, shape)                an embedding, an output head, or a layer in eight bits, if it holds them
     plain_bytes(spec, shape, item_bytes)    a tensor that is not quantized; `item_bytes` each in the source
 """
 
@@ -32,6 +32,8 @@ _ENTRIES = {
     "torchao": (f"{__name__}.torchao.format", f"{__name__}.torchao.sizes"),
     "tile_packed": (f"{__name__}.tile_packed.format", f"{__name__}.tile_packed.sizes"),
     "bitsandbytes": (f"{__name__}.bitsandbytes.format", f"{__name__}.bitsandbytes.sizes"),
+    "gptq": (f"{__name__}.gptq.format", f"{__name__}.gptq.sizes"),
+    "awq": (f"{__name__}.awq.format", f"{__name__}.awq.sizes"),
     "gguf": (f"{__name__}.gguf.format", f"{__name__}.gguf.sizes"),
     "pack_quantized": (f"{__name__}.compressed_tensors.packed", f"{__name__}.compressed_tensors.sizes"),
     "unpacked": (f"{__name__}.compressed_tensors.unpacked", f"{__name__}.compressed_tensors.sizes"),

@@ -1,0 +1,1 @@
+"""AWQ: the format of AutoAWQ, which vLLM, SGLang and TGI read."""

@@ -1,0 +1,1 @@
+"""GPTQ: the format of AutoGPTQ and gptqmodel, which vLLM, SGLang, TGI and ExLlama read."""

@@ -1,0 +1,29 @@
+"""What GPTQ stores of a weight, part by part, and so how many bytes it takes. Imports no torch.
+
+It has no `table_bytes`: embeddings and output heads stay as they are.
+"""
+
+from __future__ import annotations
+
+from pipeline.config.quantize import VariantSpec
+from pipeline.quantization.formats.torchao.sizes import Parts, parts_bytes, plain_bytes
+
+__all__ = ["layer_bytes", "parts", "plain_bytes"]
+
+CODES = 8  # of four bits in an int32
+
+
+def parts(shape: tuple[int, int], group_size: int) -> Parts:
+    """Return the stored parts of a weight (N, K) with `group_size` columns to a scale."""
+    (rows, width), groups = shape, shape[1] // group_size
+    return {
+        "qweight": ("int32", (width // CODES, rows)),
+        "qzeros": ("int32", (groups, rows // CODES)),
+        "scales": ("float16", (groups, rows)),
+        "g_idx": ("int32", (width,)),
+    }
+
+
+def layer_bytes(spec: VariantSpec, shape: tuple[int, int]) -> int:
+    """Return the bytes of a layer's weight (N, K)."""
+    return parts_bytes(parts(shape, spec.group_size or shape[1]))
