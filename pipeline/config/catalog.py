@@ -268,20 +268,31 @@ register(
         ),
     )
 )
-_SERVED = Variant(
-    name="gptq",
-    format="gptq",
-    bits=4,
-    group_size=128,
-    roundings=("search", "hqq", NEAREST),
-    rise=0.05,
-    group_sizes=(32, 64, 128),
-    one_group_size=True,
-    keeps_embeddings=True,
-    libraries=("torch", "transformers"),
+_FOR_GPTQMODEL = replace(
+    VARIANTS["w4a16"],
+    requires=(),
+    measured_with=(),
+    usage="runs_gptqmodel.md.jinja",
 )
-register(_SERVED)
-register(replace(_SERVED, name="awq", format="awq", roundings=(NEAREST,), zero="integer"))
+_KERNELS = tuple(way for way in VARIANTS["w4a16"].runs_on if way.engine != TRANSFORMERS)
+register(
+    replace(
+        _FOR_GPTQMODEL,
+        name="gptq",
+        format="gptq",
+        runs_on=(*on(TRANSFORMERS, CPU, CUDA, packages=("gptqmodel", "optimum")), *_KERNELS),
+    )
+)
+register(
+    replace(
+        _FOR_GPTQMODEL,
+        name="awq",
+        format="awq",
+        roundings=(NEAREST,),
+        zero="integer",
+        runs_on=(*on(TRANSFORMERS, CPU, CUDA, packages=("gptqmodel",)), *_KERNELS),
+    )
+)
 register(_gguf("f16", 16))
 register(_gguf("bf16", 16))
 register(_gguf("q8_0", 8, NEAREST, "hqq", "search"))

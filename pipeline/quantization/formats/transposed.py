@@ -21,10 +21,9 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.matrices import linear_weights
 from pipeline.quantization.formats import FileWeights
 from pipeline.quantization.formats.gptq.sizes import CODES
-from pipeline.quantization.formats.safetensors import SafetensorsFormat
+from pipeline.quantization.formats.safetensors import Grids, SafetensorsFormat
 from pipeline.quantization.grid import Grid
 
-Grids = Mapping[str, tuple[tuple[int, int], Grid]]  # name of a weight -> its shape and its grid
 G_IDX = "g_idx"  # the part that only GPTQ has: the group of each column
 
 
@@ -70,7 +69,7 @@ class Transposed(SafetensorsFormat):
     def metadata(
         self,
         spec: VariantSpec,
-        grids: Mapping[str, tuple[tuple[int, int], Grid]],
+        grids: Grids,
         plain: Iterable[str],
         dtypes: Mapping[str, torch.dtype],
         tables: Collection[str],

@@ -16,7 +16,8 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.quantization.formats import FileWeights
 from pipeline.quantization.formats.awq import sizes
 from pipeline.quantization.formats.torchao.format import pack_nibbles, unpack_nibbles
-from pipeline.quantization.formats.transposed import Grids, Transposed, group_size, part
+from pipeline.quantization.formats.safetensors import Grids
+from pipeline.quantization.formats.transposed import Transposed, group_size, part
 from pipeline.quantization.grid import Grid, GroupQuantized
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -27,7 +28,7 @@ class Awq(Transposed):
     """Unsigned codes with a zero point for each group, packed along the rows of a weight."""
 
     sizes = sizes
-    rows_grid = Grid(4, None, "integer", torch.float16)
+    rows_grid = Grid(4, None, "integer", torch.float16, positive=True)
 
     def rows(self, name: str, block: GroupQuantized) -> dict[str, torch.Tensor]:
         """Return the codes of a block of rows (n, K) as they are stored, (K, n / 8)."""

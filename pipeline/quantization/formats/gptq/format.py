@@ -19,7 +19,8 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.quantization.formats import FileWeights
 from pipeline.quantization.formats.gptq import sizes
 from pipeline.quantization.formats.torchao.format import pack_nibbles, unpack_nibbles
-from pipeline.quantization.formats.transposed import Grids, Transposed, group_size, part
+from pipeline.quantization.formats.safetensors import Grids
+from pipeline.quantization.formats.transposed import Transposed, group_size, part
 from pipeline.quantization.grid import Grid, GroupQuantized
 
 ZEROS = 0x77777777  # eight times 8 - 1
@@ -29,7 +30,7 @@ class Gptq(Transposed):
     """Symmetric codes, packed along the columns of a weight."""
 
     sizes = sizes
-    rows_grid = Grid(4, None, "none", torch.float16)
+    rows_grid = Grid(4, None, "none", torch.float16, positive=True)
 
     def rows(self, name: str, block: GroupQuantized) -> dict[str, torch.Tensor]:
         """Return the codes of a block of rows (n, K) as they are stored, (K / 8, n)."""
