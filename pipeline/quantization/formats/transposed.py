@@ -22,7 +22,7 @@ from pipeline.models.matrices import linear_weights
 from pipeline.quantization.formats import FileWeights
 from pipeline.quantization.formats.gptq.sizes import CODES
 from pipeline.quantization.formats.safetensors import Grids, SafetensorsFormat
-from pipeline.quantization.grid import Grid
+from pipeline.quantization.grid import Grid, GroupQuantized
 
 G_IDX = "g_idx"  # the part that only GPTQ has: the group of each column
 
@@ -36,6 +36,7 @@ class Transposed(SafetensorsFormat):
     """
 
     by_columns = True
+    replaces_layers = True
     sizes: ModuleType
     rows_grid: Grid
 
@@ -62,9 +63,7 @@ class Transposed(SafetensorsFormat):
     def plan(self, name: str, shape: tuple[int, int], grid: Grid) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Return the stored tensors of the weight `name` of `shape` (N, K): name -> (dtype, shape)."""
         parts = self.sizes.parts(shape, grid.group(shape[1]))
-        return {
-            part(name, kind): (getattr(torch, dtype), part_shape) for kind, (dtype, part_shape) in parts.items()
-        }
+        return {part(name, kind): (getattr(torch, dtype), part_shape) for kind, (dtype, part_shape) in parts.items()}
 
     def metadata(
         self,
@@ -89,6 +88,11 @@ class Transposed(SafetensorsFormat):
 
     def _part_kinds(self) -> list[str]:
         return list(self.sizes.parts((CODES, CODES), CODES))
+
+    def state(self, name: str, weight: GroupQuantized, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Return the entries of a state dict for the weight `name`: its stored parts."""
+        weight, shape = weight.to("cpu"), (weight.shape[0], weight.shape[1])
+        return self.rows(name, weight) | self.rest(name, shape, weight.scale, weight.zero, weight.grid)
 
     def stored_grid(self, checkpoint: Checkpoint | FileWeights, name: str, shape: tuple[int, int]) -> Grid:
         """Return the grid of a stored weight of a layer of `shape` (N, K).

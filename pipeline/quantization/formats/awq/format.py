@@ -1,8 +1,10 @@
-"""AWQ, the version `gemm`: the format of AutoAWQ. How weights are rounded does not matter to it.
+"""AWQ, the version `gemm`: the format of AutoAWQ.
 
     qweight  (K, N / 8) int32, eight neighbouring rows to a number, the lowest bits first, in the order `ORDER`
     qzeros   (G, N / 8) int32, the zero points in the same order
     scales   (G, N) float16; value = (code - zero point) * scale, both from 0 to 15
+
+The format does not say how weights are rounded. So any rounding that fills integer zeros will do.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ from pipeline.config.schema import VariantSpec
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.quantization.formats import FileWeights
 from pipeline.quantization.formats.awq import sizes
-from pipeline.quantization.formats.torchao.format import pack_nibbles, unpack_nibbles
 from pipeline.quantization.formats.safetensors import Grids
+from pipeline.quantization.formats.torchao.format import pack_nibbles, unpack_nibbles
 from pipeline.quantization.formats.transposed import Transposed, group_size, part
 from pipeline.quantization.grid import Grid, GroupQuantized
 

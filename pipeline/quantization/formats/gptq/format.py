@@ -4,6 +4,8 @@
     qzeros   (G, N / 8) int32, eight neighbouring rows to a number; the zero point less one, so always 7
     scales   (G, N) float16; value = code * scale
     g_idx    (K,) int32, the group of each column
+
+This version cannot store a zero point of 0, so asymmetric codes do not fit into it.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from pipeline.errors import CheckpointError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.quantization.formats import FileWeights
 from pipeline.quantization.formats.gptq import sizes
-from pipeline.quantization.formats.torchao.format import pack_nibbles, unpack_nibbles
 from pipeline.quantization.formats.safetensors import Grids
+from pipeline.quantization.formats.torchao.format import pack_nibbles, unpack_nibbles
 from pipeline.quantization.formats.transposed import Transposed, group_size, part
 from pipeline.quantization.grid import Grid, GroupQuantized
 
