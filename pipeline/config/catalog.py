@@ -268,12 +268,8 @@ register(
         ),
     )
 )
-_FOR_GPTQMODEL = replace(
-    VARIANTS["w4a16"],
-    requires=(),
-    measured_with=(),
-    usage="runs_gptqmodel.md.jinja",
-)
+# The formats of two older libraries, which servers compute with the same kernels.
+_FOR_GPTQMODEL = replace(VARIANTS["w4a16"], requires=(), measured_with=(), usage="runs_gptqmodel.md.jinja")
 _KERNELS = tuple(way for way in VARIANTS["w4a16"].runs_on if way.engine != TRANSFORMERS)
 register(
     replace(

@@ -133,10 +133,6 @@ class Format(Protocol):
         assert tensor is not None, "a weight of several tensors has a `state` of its own"
         return {name: tensor}
 
-    def state(self, name: str, weight: GroupQuantized, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Return the entries of a state dict for the weight `name`, as files of this format have them."""
-        return {name: self.tensor(weight, dtype)}
-
     def rounds_inputs(self, config: Any) -> bool:
         """Return True if layers of this model round their inputs too, so that only the stock loader runs it."""
         return False
