@@ -117,7 +117,7 @@ def _by_llama_cpp(plain: Variant) -> Variant:
         embeddings=plain.embeddings if plain.roundings else None,
         quantizer=LLAMA_CPP,
         libraries=(*plain.libraries, *plain.measured_with),
-        requires=(*plain.requires, ("llama_cpp", "llama-cpp")),
+        quantizer_requires=(("llama_cpp", "llama-cpp"),),
     )
 
 

@@ -146,6 +146,11 @@ class VariantSpec(Section):
         return None if self.rounding in self.variant.roundings else self.variant.quantizer
 
     @property
+    def requires(self) -> tuple[tuple[str, str], ...]:
+        """The (module, extra) of the optional packages that making it needs."""
+        return (*self.variant.requires, *(self.variant.quantizer_requires if self.quantizer else ()))
+
+    @property
     def quantizes_embeddings(self) -> bool:
         """Return True if the embedding and the output head are stored in eight bits."""
         return self.embeddings == EIGHT_BITS

@@ -60,6 +60,7 @@ class Variant:
         quantizer: the library that quantizes it with its own settings and takes no options, unless a rounding is named.
         libraries: distributions whose versions can change the bytes.
         requires: (module, extra) of the optional packages that writing needs.
+        quantizer_requires: those that its quantizer needs.
         engine: the engine that runs and measures it.
         measured_with: distributions of the engine whose versions can change the figures.
         suffix: the ending of its only file; None for a folder that transformers opens.
@@ -89,6 +90,7 @@ class Variant:
     quantizer: str | None = None
     libraries: tuple[str, ...] = ("torch", "torchao", "transformers")
     requires: tuple[tuple[str, str], ...] = ()
+    quantizer_requires: tuple[tuple[str, str], ...] = ()
     engine: str = TRANSFORMERS
     measured_with: tuple[str, ...] = ()
     suffix: str | None = None

@@ -183,8 +183,7 @@ class Job:
                 f"--package {_without_login(package) if package else 'is not given'}: a Job can install "
                 "git+https://HOST/USER/REPOSITORY@COMMIT, or a wheel at https://, with no password and no ? in it"
             )
-        variants = [spec.variant for spec in self.config.quantize.variants]
-        needed = ",".join(sorted({extra for variant in variants for _, extra in variant.requires}))
+        needed = ",".join(sorted({extra for spec in self.config.quantize.variants for _, extra in spec.requires}))
         return f"tunepress{f'[{needed}]' if needed else ''} @ {package}"
 
     def _check(self) -> tuple[TrainingRun, str]:

@@ -179,8 +179,8 @@ def stand_in(spec: VariantSpec, calibrates: bool) -> tuple[str, bool, float]:
 def _round(
     spec: VariantSpec, how: str, weight: torch.Tensor, grid: Grid, statistics: Statistics | None
 ) -> GroupQuantized:
-    """Return a weight on a grid; other bits than those of the variant are rounded to nearest, as the writer does."""
-    if grid.bits != spec.variant.bits:
+    """Return a weight on a grid; tables of other bits than the variant are rounded to nearest, as the writer does."""
+    if grid.bits != spec.variant.bits and grid == format_of(spec).TABLE:
         return rounding(NEAREST).round(weight, grid)
     return joined([rounding(how).round(rows, grid, statistics) for rows in weight.split(ROWS)])  # to save memory
 

@@ -98,7 +98,7 @@ def check_extras(config: Config) -> None:
     calibrate.check(config)
     allocate.check(config)
     for spec in config.quantize.variants:
-        for module, extra in spec.variant.requires:
+        for module, extra in spec.requires:
             if not is_installed(module):
                 raise MissingExtra(spec.name, extra)
 

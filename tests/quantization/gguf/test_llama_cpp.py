@@ -34,6 +34,13 @@ def test_llama_cpp_computes_the_logits_of_transformers(tiny_model, written, logi
         assert (found - expected).abs().max() < 1e-2
 
 
+@pytest.mark.parametrize("variant", ["gguf-q4_k", "gguf-q5_k", "gguf-q6_k"])
+def test_llama_cpp_computes_with_super_blocks(tiny_model, written, logits, variant):
+    source, how = tiny_model("llama", hidden_size=256, intermediate_size=512), {"rounding": "search"}
+    found, expected = logits(written(source, variant, **how), IDS), expected_logits(source, variant, **how)
+    assert relative_error(found, expected) < OFF_QUANTIZED
+
+
 @pytest.mark.parametrize("variant", ["gguf-f16", "gguf-q4_1"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "smollm3"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

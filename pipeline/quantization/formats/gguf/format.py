@@ -78,7 +78,7 @@ class Gguf(Format):
         """
         from pipeline.quantization.formats.gguf.header import describe
 
-        _check_quantizer(spec)
+        _check_installed(spec)
         describe(folder, "model", spec.variant.file_type or "")
 
     def check_architecture(self, kind: str | None) -> None:
@@ -94,7 +94,7 @@ class Gguf(Format):
 
         if not spec.quantizer:
             return GgufFile(spec, folder, source)
-        _check_quantizer(spec)
+        _check_installed(spec)
         full = next((other for other in others if isinstance(other, GgufFile) and other.is_whole), None)
         return KQuantsFile(spec, folder, full or FullFile(spec, folder, source))
 
@@ -108,7 +108,8 @@ class Gguf(Format):
 FORMAT = Gguf()
 
 
-def _check_quantizer(spec: VariantSpec) -> None:
-    """Raise MissingExtra if the variant has a quantizer of its own, and that is not installed."""
-    if spec.quantizer and not is_installed("llama_cpp"):
-        raise MissingExtra(spec.name, "llama-cpp")
+def _check_installed(spec: VariantSpec) -> None:
+    """Raise MissingExtra if a package that writes the variant is not installed."""
+    for module, extra in spec.requires:
+        if not is_installed(module):
+            raise MissingExtra(spec.name, extra)
