@@ -6,8 +6,9 @@ documentation read them there. An engine that no `Runs` of a variant names canno
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 TRANSFORMERS = "transformers"  # the engine that runs variants unless they name others
 TUNEPRESS = "tunepress"
@@ -19,6 +20,7 @@ OLLAMA = "ollama"
 CPU = "CPU"
 CUDA = "CUDA"
 GPU = "GPU"  # of any kind that llama.cpp supports
+ONLY_STORED = "stored only"  # the engine opens the variant, but has no kernel that computes with it
 GENERATIONS = {7.0: "Volta", 7.5: "Turing", 8.0: "Ampere", 8.9: "Ada", 9.0: "Hopper", 10.0: "Blackwell"}
 FP8_CAPABILITY = 8.9  # the lowest CUDA compute capability with kernels for float8
 
@@ -92,15 +94,35 @@ class Runs:
         return None
 
     @property
-    def on(self) -> str:
+    def place(self) -> str:
         """Return its hardware in words: `CUDA from Ada`."""
         if not self.capability:
             return self.hardware
         return f"{self.hardware} from {GENERATIONS.get(self.capability, f'compute capability {self.capability:.1f}')}"
 
-    def needs(self) -> str:
-        """Return its hardware and packages in words: `CUDA from Ada with mslk`."""
-        return f"{self.on} with {' and '.join(self.packages)}" if self.packages else self.on
+    @property
+    def said(self) -> str:
+        """Return what there is to say beyond its hardware: ` with torchao (experimental)`."""
+        if not self.computes:
+            return f": {ONLY_STORED}"
+        packages = f" with {' and '.join(self.packages)}" if self.packages else ""
+        return f"{packages} (experimental)" if self.experimental else packages
+
+
+def tell(ways: Iterable[Runs], engine: str, shapes: Collection[Sequence[int]]) -> list[tuple[str, str | None]]:
+    """Return how an engine runs a variant, in words, each with the reason why it does not with these layers.
+
+    `[("CPU, CUDA with torchao", None)]`: the last word says what all of its hardware needs.
+
+    Args:
+        shapes: (rows, columns) of the quantized layers.
+    """
+    found = []
+    of_engine = [way for way in ways if way.engine == engine]
+    for (said, misfit), alike in groupby(of_engine, lambda way: (way.said, way.misfit(shapes))):
+        hardware = ", ".join(way.place for way in alike)
+        found.append((hardware if misfit else hardware + said, misfit))
+    return found
 
 
 def on(engine: str, *hardware: str, **needs: object) -> tuple[Runs, ...]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.data.system_prompt import describe_prompt, prompt_in
 from pipeline.planning import memory
+from pipeline.planning.engines import places, tell_places
 from pipeline.planning.plan import Plan, Shortage
 from pipeline.planning.stages import Stage, disk_peaks
 from pipeline.system.text_format import clock, size
@@ -39,6 +40,7 @@ def as_json(plan: Plan) -> dict:
         "fits": plan.fits,
         "shortages": [vars(shortage) for shortage in plan.shortages],
         "changes": [vars(change) | {"setting": change.setting} for change in plan.changes],
+        "runs_on": {variant: [vars(place) for place in at] for variant, at in places(config, plan.model).items()},
         "notes": list(_notes(plan)),
     }
 
@@ -143,6 +145,7 @@ def _notes(plan: Plan) -> Iterator[str]:
     for stage in plan.stages:
         for note in stage.notes:
             yield f"{stage.name}: {note}"
+    yield from tell_places(places(plan.config, plan.model))
     if said := tell_system_prompt(plan):
         yield f"system prompt: {said}"
     if plan.data and plan.data.fetched_bytes is None:

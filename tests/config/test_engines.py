@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.config.catalog import VARIANTS
-from pipeline.config.engines import CPU, CUDA, ENGINES, FULL_PRECISION, TRANSFORMERS, VLLM, Runs, on
+from pipeline.config.engines import CPU, CUDA, ENGINES, FULL_PRECISION, TRANSFORMERS, VLLM, Runs, on, tell
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -32,11 +32,22 @@ def test_layers_that_a_kernel_cannot_take_are_named():
     assert Runs(TRANSFORMERS, CPU).misfit([(3, 5)]) is None
 
 
-def test_needs_name_hardware_and_packages():
-    assert Runs(TRANSFORMERS, CPU).needs() == "CPU"
-    assert Runs(VLLM, CUDA, capability=8.9).needs() == "CUDA from Ada"
-    assert Runs(VLLM, CUDA, capability=8.6).needs() == "CUDA from compute capability 8.6"
-    assert Runs(VLLM, CUDA, packages=("mslk",)).needs() == "CUDA with mslk"
+def test_hardware_with_the_same_needs_is_told_together():
+    ways = (
+        *on(VLLM, CPU, CUDA, packages=("torchao", "mslk")),
+        Runs(VLLM, CUDA, capability=8.9, experimental=True, rows=64),
+        Runs(TRANSFORMERS, CPU, computes=False),
+        Runs(TRANSFORMERS, CUDA, capability=8.6),
+    )
+    assert tell(ways, VLLM, ()) == [
+        ("CPU, CUDA with torchao and mslk", None),
+        ("CUDA from Ada (experimental)", None),
+    ]
+    assert tell(ways, VLLM, [(32, 64)])[1] == ("CUDA from Ada", "32 rows are not a multiple of 64")
+    assert tell(ways, TRANSFORMERS, ()) == [
+        ("CPU: stored only", None),
+        ("CUDA from compute capability 8.6", None),
+    ]
 
 
 def test_ways_of_an_engine_differ_in_hardware_only():

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
 from pipeline.config.catalog import VARIANTS, is_one_file
-from pipeline.config.engines import ENGINES, FETCH, FULL_PRECISION, TRANSFORMERS, Runs
+from pipeline.config.engines import ENGINES, FETCH, FULL_PRECISION, ONLY_STORED, TRANSFORMERS, Runs, tell
 from pipeline.evaluation.model_result import StoredWeights, VariantSettings
 from pipeline.publishing.cards.about import ROOT, About, place
-from pipeline.publishing.cards.markdown import Markdown, escape, listed, shell_word, table
+from pipeline.publishing.cards.markdown import Markdown, listed, shell_word, table
 
-NOT_OPENED, NOT_COMPUTED = Markdown("no"), Markdown("stored only")
+NOT_OPENED = Markdown("no")
 
 
 def ways_of(about: About, model: str) -> tuple[Runs, ...]:
@@ -22,10 +21,8 @@ def ways_of(about: About, model: str) -> tuple[Runs, ...]:
     return VARIANTS[model].ways((about.results[model].variant or VariantSettings()).packing)
 
 
-def misfits(about: About, model: str) -> dict[Runs, str]:
-    """Return the ways whose kernels cannot take the layers of a model, each with the reason."""
-    shapes = (about.results[model].weights or StoredWeights()).shapes
-    return {way: why for way in ways_of(about, model) if (why := way.misfit(shapes))}
+def _shapes(about: About, model: str) -> tuple[tuple[int, int], ...]:
+    return (about.results[model].weights or StoredWeights()).shapes
 
 
 def engines(about: About, models: Mapping[str, Markdown]) -> dict[str, Any]:
@@ -43,32 +40,19 @@ def engines(about: About, models: Mapping[str, Markdown]) -> dict[str, Any]:
             [[listed(names), *cells] for cells, names in rows.items()],
             align=":---",
         ),
-        "notes": [(Markdown(mark), escape(why)) for why, mark in marks.items()],
+        "notes": [(Markdown(mark), Markdown(why)) for why, mark in marks.items()],
         "not_opened": NOT_OPENED if any(NOT_OPENED in cells for cells in rows) else None,
-        "not_computed": NOT_COMPUTED if any(NOT_COMPUTED in cell for cells in rows for cell in cells) else None,
+        "only_stored": ONLY_STORED if any(ONLY_STORED in cell for cells in rows for cell in cells) else None,
     }
 
 
 def _cell(about: About, model: str, engine: str, marks: dict[str, str]) -> Markdown:
     """Return how an engine runs a model: `CPU, CUDA with torchao`."""
-    reasons, parts = misfits(about, model), []
-    ways = [way for way in ways_of(about, model) if way.engine == engine]
-    for more, alike in groupby(ways, lambda way: (_more(way), reasons.get(way))):
-        hardware = listed(escape(way.on) for way in alike)
-        if more[1]:
-            mark = marks.setdefault(more[1], f"({chr(ord('a') + len(marks))})")
-            parts.append(Markdown(f"not on {hardware} {mark}"))
-        else:
-            parts.append(Markdown(f"{hardware}{more[0]}"))
+    parts = []
+    for words, misfit in tell(ways_of(about, model), engine, _shapes(about, model)):
+        mark = marks.setdefault(misfit, f"({chr(ord('a') + len(marks))})") if misfit else ""
+        parts.append(Markdown(f"not on {words} {mark}" if misfit else words))
     return listed(parts, "; ") or NOT_OPENED
-
-
-def _more(way: Runs) -> Markdown:
-    """Return what there is to say about a way beyond its hardware."""
-    if not way.computes:
-        return Markdown(f": {NOT_COMPUTED}")
-    needs = Markdown(f" with {listed(map(escape, way.packages), ' and ')}" if way.packages else "")
-    return Markdown(f"{needs} (experimental)") if way.experimental else needs
 
 
 def packages(about: About, variants: Sequence[str]) -> dict[str, Markdown]:
@@ -117,12 +101,11 @@ def _commands(about: About, model: str, top: str, on_hub: bool, at_root: bool) -
     file = f"{path}/{about.files.get(model, '')}"
     words = {"repo": shell_word(top), "folder": shell_word(path), "file": shell_word(file)}
     words["type"] = Markdown(VARIANTS[model].file_type or "") if model in VARIANTS else Markdown("")
-    reasons = misfits(about, model)
     for way in ways_of(about, model):
         engine = ENGINES[way.engine]
         template = engine.from_hub if on_hub and is_one_file(model) else engine.serve
         opens_folder = "{folder}" in template
-        if way in reasons or not way.computes or not template or opens_folder == is_one_file(model):
+        if way.misfit(_shapes(about, model)) or not way.computes or not template or opens_folder == is_one_file(model):
             continue
         if fetches and opens_folder:
             yield FETCH.format(repo=words["repo"], files=shell_word(f"{folder}/*"), target=shell_word(target))
