@@ -31,7 +31,7 @@ from huggingface_hub import constants  # noqa: E402
 
 from tests.support.fake_runs import FakeRun, make_run  # noqa: E402
 from tests.support.hub import LoopbackHub  # noqa: E402
-from tests.support.models import ARCHITECTURES, write_model  # noqa: E402
+from tests.support.models import ARCHITECTURES, weight_in, write_model  # noqa: E402
 from tests.support.runs import OTHER_TOKEN, TOKEN, Place, run_recipe  # noqa: E402
 from tests.support.warm import COLD, WarmPython, is_possible  # noqa: E402
 
@@ -94,7 +94,7 @@ def quantized(tmp_path_factory) -> Callable[..., Path]:
     Keywords go into the `VariantSpec`; `shard_bytes` makes several shards.
     """
     from pipeline.config.schema import VariantSpec
-    from pipeline.models.matrices import linear_weights, table_weights
+    from pipeline.models.matrices import quantizable_weights, table_weights
     from pipeline.quantization.writer import quantize_checkpoint
 
     made: dict[tuple, Path] = {}
@@ -107,7 +107,7 @@ def quantized(tmp_path_factory) -> Callable[..., Path]:
             tables = table_weights(source) if asked.embeddings == "int8" else {}
             folders = {variant: made[key] / variant}
             quantize_checkpoint(
-                source, [asked], folders, linear_weights(source), shard_bytes=shard_bytes, tables=tables
+                source, [asked], folders, quantizable_weights(source), shard_bytes=shard_bytes, tables=tables
             )
         return made[key]
 
@@ -122,19 +122,19 @@ def dequantized() -> Callable:
     from pipeline.config.schema import VariantSpec
     from pipeline.inference.kernels.float32_mode import quicken_products
     from pipeline.inference.kernels.plain import quicken_linears
-    from pipeline.models.matrices import linear_weights
+    from pipeline.models.matrices import quantizable_weights
     from pipeline.quantization.formats import format_of
     from pipeline.quantization.roundings import rounding
 
     def make(source: Path, variant: str, keep: tuple[str, ...] = (), **spec):
         asked = VariantSpec(name=variant, **spec).resolved()
         model = AutoModelForCausalLM.from_pretrained(source, dtype="auto").eval().requires_grad_(False)
-        for name in linear_weights(source):
+        for name in quantizable_weights(source):
             if name.removesuffix(".weight") in keep:
                 continue
-            weight = model.get_parameter(name)
+            weight = weight_in(model, name)
             grid = format_of(asked).grid(asked, weight.shape[1])
-            weight.data = rounding(asked.rounding).round(weight.data, grid).dequantize(weight.dtype)
+            weight.copy_(rounding(asked.rounding).round(weight, grid).dequantize(weight.dtype))
         quicken_linears(model)
         quicken_products(model)
         return model

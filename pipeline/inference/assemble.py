@@ -16,7 +16,9 @@ import torch
 from pipeline.errors import ModelError
 from pipeline.inference import kernels
 from pipeline.inference.kernels.table import Int8Embedding
+from pipeline.inference.stacked_experts import StackedExperts
 from pipeline.models.checkpoint import Checkpoint, TensorInfo
+from pipeline.models.experts import expert_places
 from pipeline.models.meta_model import computing_type, fill_buffers, put
 from pipeline.models.safe_loading import open_config, open_generation_config
 from pipeline.models.tensor_names import open_checkpoint
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 Stored = Callable[[], GroupQuantized]
-Weights = Checkpoint | FileWeights
+Weights = Checkpoint | FileWeights | StackedExperts
 Formats = dict[str, Format]  # a quantized weight's name -> the format that it is stored in
 
 
@@ -39,8 +41,9 @@ def assemble(folder: Path, device: torch.device, weights: FileWeights | None = N
 
     Returns:
         None if the stock loader is better. That holds for a model that is not quantized, because its mapped pages
-        are its weights. It holds for a model whose layers a library computes, such as one that rounds their inputs.
-        It also holds for a checkpoint with other tensor names than the model, such as a mixture of experts.
+        are its weights. It holds for a model whose layers a library computes, such as one that rounds their inputs,
+        and for stacks of experts that are stored as codes. It also holds for a checkpoint with other tensor names
+        than the model.
 
     Raises:
         CheckpointError: if the files are damaged, or a quantized weight's parts do not fit its layer.
@@ -58,6 +61,8 @@ def assemble(folder: Path, device: torch.device, weights: FileWeights | None = N
         return None
     model, checkpoint, quantized = built
     if not all(form.assembles for form in quantized.values()):
+        return None
+    if isinstance(checkpoint, StackedExperts) and checkpoint.are_stored:
         return None
     if is_quantized and not any(form.replaces_layers for form in quantized.values()):
         _attach_quantizer(model)
@@ -96,13 +101,16 @@ def skeleton(
             "by layer. Try: the full-precision model, on a machine with more memory"
         )
     stored = open_checkpoint if getattr(config, "quantization_config", None) is None else Checkpoint
-    checkpoint = stored(folder) if weights is None else weights
+    checkpoint: Weights = stored(folder) if weights is None else weights
     quantized = stored_weights(checkpoint)
     parts = {part for name, form in quantized.items() for part in form.part_names(name)}
     plain = (info for name, info in checkpoint.items() if name not in parts)
     dtype = own_type(config, plain) if weights is None else weights.dtype
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    if expert_places(model):
+        checkpoint = StackedExperts(model, checkpoint, quantized)
+        quantized = checkpoint.plain_formats
     if not _same_names(model, checkpoint, quantized, parts, folder if weights is None else weights.path):
         return None
     if (folder / "generation_config.json").is_file():

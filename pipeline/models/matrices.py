@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.config.catalog import GROUP_SIZES
 from pipeline.errors import ModelError
 from pipeline.models.checkpoint_files import read_config
+from pipeline.models.experts import expert_places, gates
 from pipeline.models.layer_layouts import TIED_HEAD, Layout, layout
 from pipeline.models.safe_loading import check_code, open_config
 
@@ -16,7 +17,7 @@ PLAIN_TABLE = "Embedding"  # the kind of an embedding that looks rows up and doe
 
 
 def linear_weights(folder: Path) -> dict[str, tuple[int, int]]:
-    """Return names and shapes (N, K) of the weights that may be quantized: linear layers without the output head.
+    """Return names and shapes (N, K) of the weights of linear layers, without the output head.
 
     `models.layer_layouts` tells them for well-known architectures; other models are built with transformers, on the
     meta device, which takes seconds to import and no memory for weights.
@@ -27,6 +28,23 @@ def linear_weights(folder: Path) -> dict[str, tuple[int, int]]:
     if known := model_layout(folder):
         return known.linear
     return linear_layers(skeleton(folder))
+
+
+def quantizable_weights(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return names and shapes (N, K) of the weights that may be quantized: linear layers, and matrices of experts.
+
+    The output head, routers and other gates of experts are not among them. Names are those in the checkpoint.
+
+    Raises:
+        ModelError: if transformers cannot build the model.
+    """
+    if known := model_layout(folder):
+        return known.linear
+    model = skeleton(folder)
+    experts = {name: place.shape for name, place in expert_places(model).items()}
+    found = linear_layers(model) | experts
+    beside = gates(found)
+    return {name: shape for name, shape in found.items() if name not in beside}
 
 
 def linear_layers(model: Any) -> dict[str, tuple[int, int]]:
@@ -83,10 +101,10 @@ def embedding_kind(model: Path | Mapping) -> str:
 
 
 def refuse_other_matrices(model: Path | Mapping) -> None:
-    """Raise an error if a model computes with large matrices outside of linear layers, such as stacked experts.
+    """Raise an error if a model computes with large matrices outside of linear layers.
 
-    Neither transformers nor this project quantizes those, and a variant would keep most of the model in bf16.
-
+    Stacks of experts are no such matrices if `models.experts` knows how a checkpoint stores them. Others are not
+    quantized, and a variant would keep most of the model in bf16.
 
     Args:
         model: a checkpoint's folder, or what its `config.json` says.
@@ -99,10 +117,13 @@ def refuse_other_matrices(model: Path | Mapping) -> None:
     import torch
 
     known = (torch.nn.Linear, torch.nn.Embedding, torch.nn.modules.conv._ConvNd)
-    for name, module in skeleton(model).named_modules():
+    built = skeleton(model)
+    stacks = {place.stack for place in expert_places(built).values()}
+    usual = stacks | gates([*stacks, *built.state_dict()])
+    for name, module in built.named_modules():
         for part, parameter in module.named_parameters(recurse=False):
             is_matrix = parameter.ndim >= 2 and min(parameter.shape[-2:]) >= min(GROUP_SIZES)
-            if is_matrix and not isinstance(module, known):
+            if is_matrix and not isinstance(module, known) and f"{name}.{part}" not in usual:
                 raise ModelError(
                     f"{_named(model)}: {name}.{part} {tuple(parameter.shape)} belongs to a {type(module).__name__}, "
                     "not to a linear layer; such models are not quantized"

@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.errors import ModelError
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.experts import conversion_rules
 from pipeline.models.layer_layouts import TIED_HEAD
 from pipeline.models.matrices import linear_layers, model_layout, skeleton
 from pipeline.models.safe_loading import refuse_missing, some_names
@@ -77,15 +78,17 @@ class _ReadAs:
     converted: set[str]
 
 
+def names_in_model(model: Any, stored: Collection[str]) -> dict[str, str]:
+    """Return the names that a model has for tensors of a checkpoint: stored name -> name in the model."""
+    return _read_as(model, stored).names
+
+
 def _read_as(model: Any, stored: Collection[str]) -> _ReadAs:
     """Return how transformers reads stored tensors, as it renames them when it loads a model."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import rename_source_key
 
     wanted, prefix = model.state_dict(), model.base_model_prefix
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamings, converters = conversion_rules(model)
     targets = {source: rule.target_patterns for rule in converters for source in rule.source_patterns}
     read = _ReadAs({}, set(), set())
     for name in stored:

@@ -16,6 +16,7 @@ from pipeline.errors import CheckpointError, ModelError
 from pipeline.models.chat_templates import DEFAULT, FILE, chat_templates
 from pipeline.models.checkpoint_files import ADAPTER_FILES, checkpoint_names, companions, read_config, weight_names
 from pipeline.models.context import context_length
+from pipeline.models.experts import gates
 from pipeline.models.layer_layouts import TIED_HEAD, layout
 from pipeline.models.packaged_gguf import find_packaged
 from pipeline.models.safe_loading import check_config, parse_settings, refuse_missing
@@ -76,7 +77,8 @@ class Sizes:
     @cached_property
     def linear(self) -> dict[str, tuple[int, int]]:
         """Return the shapes (N, K) of the weights that are quantized and get adapters."""
-        return {n: t.shape for n, t in self.tensors.items() if len(t.shape) == 2 and n not in self.tables}
+        others = self.tables.keys() | gates(self.tensors)
+        return {n: t.shape for n, t in self.tensors.items() if len(t.shape) == 2 and n not in others}
 
     @cached_property
     def parameters(self) -> int:

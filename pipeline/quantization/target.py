@@ -13,7 +13,7 @@ from pipeline.config.catalog import EIGHT_BITS, KEEP
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import ConfigError, ModelError, QuantizationError
 from pipeline.models.checkpoint import TensorInfo
-from pipeline.models.matrices import linear_weights, table_weights
+from pipeline.models.matrices import quantizable_weights, table_weights
 from pipeline.models.tensor_names import open_checkpoint
 from pipeline.quantization.allocation import (
     KEPT,
@@ -57,7 +57,7 @@ class Choice:
         in_bf16: bool = False,
     ):
         self.spec, self._limits = spec, limits
-        self.linear, tensors = linear_weights(full), dict(open_checkpoint(full).items())
+        self.linear, tensors = quantizable_weights(full), dict(open_checkpoint(full).items())
         if in_bf16:
             tensors = {name: TensorInfo(torch.bfloat16, info.shape) for name, info in tensors.items()}
         self._source = Source(tensors, full, self.linear, table_weights(full))

@@ -26,7 +26,17 @@ from pipeline.models.checkpoint.row_blocks import Take, are_finite, blocks_of, i
 from pipeline.models.tensor_names import open_checkpoint
 from pipeline.quantization.equivalences import Equivalence
 from pipeline.quantization.formats import format_of
-from pipeline.quantization.layers import Output, RoundedWeights, Shapes, Source, Tell, Tensors, VariantFiles, unfit
+from pipeline.quantization.layers import (
+    Output,
+    RoundedWeights,
+    Shapes,
+    Source,
+    Tell,
+    Tensors,
+    VariantFiles,
+    check_experts,
+    unfit,
+)
 from pipeline.quantization.statistics import Collected, check_collected
 
 __all__ = ["VariantFiles", "Variants", "quantize_checkpoint", "unfit"]
@@ -40,8 +50,8 @@ class Variants:
     Args:
         specs: the variants, with defaults filled in (`VariantSpec.resolved`).
         output: variant name -> folder to write into.
-        linear: weights to quantize, name -> (N, K), as `models.linear_weights` finds them.
-        tables: the embedding and the output head, as `models.table_weights` finds them, for
+        linear: weights to quantize, name -> (N, K), as `models.matrices.quantizable_weights` finds them.
+        tables: the embedding and the output head, as `models.matrices.table_weights` finds them, for
             variants with `embeddings: int8`.
         name: the name of the model in names of files.
         license: of the model, if it is known.
@@ -106,6 +116,7 @@ class Variants:
 
     def _open(self, spec: VariantSpec, source: Source, stack: ExitStack) -> None:
         """Open the files of a variant, and before them the shared files that they are made of."""
+        check_experts(spec, self._linear)
         if spec.name not in self._rounded:
             check_collected(spec, self._statistics)
         output = format_of(spec).output(spec, Path(self._output[spec.name]), source, self._outputs)

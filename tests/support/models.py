@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from pipeline.data.encode import Encoded
 
@@ -63,6 +64,19 @@ _SHAPES = {
         "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"],
         "eos_token_id": 259, "pad_token_id": 260,
     },
+    "mixtral": {
+        "hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 4, "num_local_experts": 4,
+        "num_experts_per_tok": 2, "tie_word_embeddings": False,
+    },
+    "qwen3_moe": {
+        "hidden_size": 96, "intermediate_size": 320, "moe_intermediate_size": 64, "num_attention_heads": 4,
+        "head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True,
+        "tie_word_embeddings": True,
+    },
+    "olmoe": {
+        "hidden_size": 96, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4,
+        "num_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False,
+    },
     # Positions that are learned, one vector each: beyond the last one they fail.
     "opt": {
         "hidden_size": 96, "ffn_dim": 160, "word_embed_proj_dim": 96, "num_attention_heads": 4,
@@ -73,6 +87,7 @@ _SHAPES = {
         "attention_types": [[["global", "local"], 1]], "window_size": 16, "max_position_embeddings": 128,
     },
 }  # fmt: skip
+MIXTURES = ("mixtral", "qwen3_moe")  # of experts
 LOOKUP_EMBEDDINGS = [kind for kind in ARCHITECTURES if kind != "gemma3_text"]  # Gemma scales what it looks up
 LENGTHS = (40, 7, 23, 2, 64, 23)
 
@@ -115,6 +130,17 @@ def write_tokenizer(folder: Path, architecture: str | None = None) -> None:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
     fast.chat_template = template
     fast.save_pretrained(folder)
+
+
+def weight_in(model: PreTrainedModel, name: str) -> torch.Tensor:
+    """Return the weight (N, K) with that name in the checkpoint, as a view of the model's, which may be stacked."""
+    from pipeline.models.experts import expert_places
+
+    place = expert_places(model).get(name)
+    if place is None:
+        return model.get_parameter(name).data
+    rows, width = place.shape
+    return model.get_parameter(place.stack).data.view(-1, width)[place.first_row : place.first_row + rows]
 
 
 def random_text(lengths=LENGTHS, seed: int = 0, vocabulary: int = 272) -> list[Encoded]:

@@ -9,9 +9,8 @@ from pipeline.cli.wizard.draft import Draft
 from pipeline.config.catalog import EIGHT_BITS, GROUP_SIZES, TRANSFORMERS
 from pipeline.config.schema import Config
 from pipeline.errors import ModelError
+from pipeline.models.experts import EXPERTS
 from pipeline.planning.model import Sizes
-
-EXPERTS = ".experts."  # in the names of weights, some of which are stacked in the model
 
 
 def check_quantizable(sizes: Sizes) -> None:

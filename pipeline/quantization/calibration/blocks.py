@@ -16,6 +16,7 @@ import torch
 
 from pipeline.errors import ModelError
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.experts import expert_places
 from pipeline.models.matrices import linear_weights, skeleton
 from pipeline.models.meta_model import computing_type, fill_buffers, put
 from pipeline.models.tensor_names import open_checkpoint
@@ -49,6 +50,11 @@ class BlockwiseModel:
         self.linear = linear_weights(folder)
         self.skeleton = skeleton(folder).to(self.dtype).eval()
         self.architecture = type(self.skeleton).__name__
+        if expert_places(self.skeleton):
+            raise ModelError(
+                f"{self.architecture}: a mixture of experts is not calibrated, since some experts see little of any "
+                "text. Try: quantize.quality=fast"
+            )
         self._prefix, self._layers = _decoder_blocks(self.skeleton, self.linear, folder)
         self._learn(None)
         self.count = len(self._layers)

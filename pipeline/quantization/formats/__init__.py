@@ -72,11 +72,13 @@ class Format(Protocol):
         replaces_layers: True if stock transformers puts layers of its own in the place of linear ones, so that a
             model has no tensors of this format.
         assembles: False if only those layers compute with the codes, so that the stock loader is used.
+        holds_experts: True if it stores the matrices of experts.
     """
 
     TABLE: Grid
     replaces_layers = False
     assembles = True
+    holds_experts = False
 
     def check(self, spec: VariantSpec, folder: Path) -> None:
         """Raise ModelError or MissingExtra if the model in `folder` cannot be stored so; its weights are not read."""

@@ -22,9 +22,12 @@ class SafetensorsFormat(Format):
     Attributes:
         by_columns: codes are stored transposed. Then `rows` returns columns of the stored tensors, which are joined
             along the last dimension when all of them are there. Otherwise they are rows, and written at once.
+        stacks_experts: the matrices of experts are stored as the stacks of the model. `plan`, `metadata` and
+            `quantization_config` then know the stacks, of shape (E, N, K), and `rest` gets the scales of all rows.
     """
 
     by_columns = False
+    stacks_experts = False
 
     def output(self, spec: VariantSpec, folder: Path, source: Source, others: Iterable[Output]) -> Output:
         """Return the output that writes a variant into `folder`."""

@@ -53,7 +53,7 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
     """Merge the adapter, and place the merged model in the release."""
-    from pipeline.models.matrices import linear_weights
+    from pipeline.models.matrices import linear_weights, quantizable_weights
     from pipeline.system.libraries import quiet_progress_bars
     from pipeline.training.merge import copy_adapter, merge_checkpoint
 
@@ -62,7 +62,8 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     linear, (template, end_of_turn) = linear_weights(base), _learned_turns(base, workspace)
     folders = {kind: empty_folder(workspace.folder / f"merged-{kind}.partial") for kind in merge_bases(config)}
     # With two bases, the base for the variants is known only after the comparison.
-    along = _variants_along(config, workspace, events, base, linear) if len(folders) == 1 else None
+    parts = quantizable_weights(base)
+    along = _variants_along(config, workspace, events, base, parts) if len(folders) == 1 else None
     made = {}
     for kind, folder in folders.items():
         merge = partial(merge_checkpoint, base, lora, folder, kind, linear, template=template, end_of_turn=end_of_turn)

@@ -64,14 +64,14 @@ def _calibration(config: Config, workspace: Workspace, variants: Sequence[str]) 
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
     """Write the files of the variants that are missing or out of date."""
-    from pipeline.models.matrices import linear_weights
+    from pipeline.models.matrices import quantizable_weights
     from pipeline.models.tensor_names import open_checkpoint
 
     source = full_model(config, workspace, events)
     missing = [name for name in variants if not _is_written(config, workspace, name, source)]
     refused: dict[str, str] = {}
     if missing:
-        linear = linear_weights(source)
+        linear = quantizable_weights(source)
         order, refused = to_write(config, workspace, events, missing, source, linear)
         for name, problem in refused.items():
             events.failed("quantize", name, QuantizationError(problem))
@@ -110,14 +110,19 @@ def check_variants(config: Config, model: Path) -> None:
 
     Raises:
         ModelError: naming the part of the model that a format cannot store, or that cannot be calibrated.
+        QuantizationError: if the model is a mixture of experts, and a variant cannot be made of one.
         MissingExtra: if a package that writes a variant is not installed.
     """
-    from pipeline.models.matrices import refuse_other_matrices
+    from pipeline.models.matrices import quantizable_weights, refuse_other_matrices
     from pipeline.quantization.formats import format_of
+    from pipeline.quantization.layers import check_experts
 
+    linear = {}
     if config.quantize.variants:
         refuse_other_matrices(model)
+        linear = quantizable_weights(model)
     for spec in config.quantize.variants:
+        check_experts(spec, linear)
         format_of(spec).check(spec, model)
     if config.quantize.calibrated or config.quantize.targeted:
         from pipeline.quantization.calibration.blocks import BlockwiseModel

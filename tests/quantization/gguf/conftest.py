@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.config.schema import VariantSpec
-from pipeline.models.matrices import linear_weights, table_weights
+from pipeline.models.matrices import quantizable_weights, table_weights
 from pipeline.quantization.writer import quantize_checkpoint
 
 
@@ -22,7 +22,8 @@ def written(tmp_path_factory):
         if key not in made:
             asked, folder = VariantSpec(name=variant, **spec).resolved(), tmp_path_factory.mktemp("gguf")
             tables = table_weights(source) if asked.embeddings == "int8" else {}
-            quantize_checkpoint(source, [asked], {variant: folder}, linear_weights(source), tables=tables, name="tiny")
+            linear = quantizable_weights(source)
+            quantize_checkpoint(source, [asked], {variant: folder}, linear, tables=tables, name="tiny")
             (made[key],) = folder.iterdir()
         return made[key]
 

@@ -10,7 +10,7 @@ from pipeline.errors import CheckpointError, ModelError
 from pipeline.evaluation import metrics
 from pipeline.inference.load import load, load_dequantized
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.matrices import linear_weights, table_weights
+from pipeline.models.matrices import quantizable_weights, table_weights
 from pipeline.quantization.formats.gguf.format import FORMAT as GGUF
 from pipeline.quantization.formats.gguf.reader import GgufWeights
 from pipeline.quantization.roundings import rounding
@@ -30,7 +30,7 @@ def read_back(path, source, dtype=torch.float32):
 def meaning(source, variant):
     """Every tensor of a checkpoint in float32, as a variant has it."""
     spec, checkpoint = VariantSpec(name=variant).resolved(), Checkpoint(source)
-    linear, tables = linear_weights(source), table_weights(source) if spec.embeddings == "int8" else {}
+    linear, tables = quantizable_weights(source), table_weights(source) if spec.embeddings == "int8" else {}
     found = {}
     for name in checkpoint:
         weight = checkpoint.read(name).float()

@@ -19,6 +19,7 @@ from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError, QuantizationError
 from pipeline.models.checkpoint.placing import is_covered, put
 from pipeline.models.checkpoint_files import copy_terms
+from pipeline.models.experts import expert_number, is_expert
 from pipeline.quantization.formats.gguf.blocks import PLAIN, pack, plain
 from pipeline.quantization.formats.gguf.format import FORMAT, type_of
 from pipeline.quantization.formats.gguf.header import Description, describe
@@ -29,11 +30,12 @@ from pipeline.quantization.layers import Output, Source, Tell, VariantFiles, lay
 
 _KINDS = {dtype: kind for kind, dtype in PLAIN.items()} | {torch.float64: "F32"}  # of what is stored as it is
 TABLES = ("token_embd.weight", "output.weight")  # the embedding, and the output head where it is stored
+_ROUTER = "ffn_gate_inp"  # which llama.cpp reads in F32
 
 
 @dataclass(frozen=True)
 class Place:
-    """The place and the type of a tensor in the file."""
+    """The place and the type of a tensor in the file; a stack of experts has the shape (experts, rows, columns)."""
 
     kind: str  # F32, F16, BF16, or the name of its grid
     grid: Grid | None
@@ -44,7 +46,12 @@ class Place:
     @property
     def nbytes(self) -> int:
         """Return the bytes of the tensor."""
-        return self.row_bytes * self.shape[0]
+        return self.row_bytes * self.rows
+
+    @property
+    def rows(self) -> int:
+        """Return the number of rows; those of all experts are counted through."""
+        return self.shape[0] if len(self.shape) < 3 else self.shape[0] * self.shape[1]
 
 
 class GgufFile(Output):
@@ -66,7 +73,9 @@ class GgufFile(Output):
         for name in self.tables:
             rows, width = tensors[name].shape
             self.grids[name] = ((rows, width), FORMAT.TABLE)
-        planned = {target: self._plan(name) for name, target in self.names.items()}
+        planned: dict[str, Place] = {}
+        for name, target in self.names.items():
+            planned[target] = self._plan(name, planned.get(target))
         extra = self.about.tensors.items()
         count = sum(math.prod(tensors[name].shape) for name in self.names)
         self.about.writer.add_size_label(library().size_label(count, 0, 0, 0))
@@ -92,7 +101,12 @@ class GgufFile(Output):
         """Return the name of the file."""
         return f"{source.name}-{spec.variant.file_type}.gguf"
 
-    def _plan(self, name: str) -> Place:
+    def _plan(self, name: str, stack: Place | None) -> Place:
+        """Return the place of a tensor.
+
+        Args:
+            stack: the place so far of the stack that an expert's matrix belongs to.
+        """
         info, (_, grid) = self.source.tensors[name], self.grids.get(name, (None, None))
         if grid is not None:
             kind = type_of(grid)
@@ -103,13 +117,26 @@ class GgufFile(Output):
         if not kind or not 1 <= len(info.shape) <= 2:
             raise QuantizationError(f"{name}: {info.dtype} {tuple(info.shape)} is not written as GGUF")
         width = info.shape[1] if len(info.shape) == 2 else 1
-        return Place(kind, grid, info.shape, row_bytes(kind, width))
+        shape = info.shape
+        if is_expert(name):
+            shape = (max(expert_number(name) + 1, stack.shape[0] if stack else 0), *shape)
+        elif _ROUTER in self.names[name]:
+            kind = "F32"
+        if stack and (stack.kind, stack.shape[1:]) != (kind, shape[1:]):
+            raise QuantizationError(
+                f"{name}: is stored as {kind}, and other experts of its block as {stack.kind}, which one stack cannot "
+                "hold. Try: a pattern under 'keep' that names all of them"
+            )
+        return Place(kind, grid, shape, row_bytes(kind, width))
 
     @property
     def is_whole(self) -> bool:
         """Return True if every matrix is stored in the dtype of the source."""
         tensors = ((self.source.tensors[name], self.places[target]) for name, target in self.names.items())
-        return all(len(info.shape) == 1 or _KINDS.get(info.dtype) == place.kind for info, place in tensors)
+        return all(
+            len(info.shape) == 1 or place.kind == "F32" or _KINDS.get(info.dtype) == place.kind
+            for info, place in tensors
+        )
 
     def rounds(self, name: str) -> bool:
         """Return True if the tensor is quantized."""
@@ -135,12 +162,13 @@ class GgufFile(Output):
                 data = pack(self.source.round(self.spec, how, name, rows.float(), first, place.grid).reordered(stored))
         except QuantizationError as error:
             raise QuantizationError(f"{name}: {error}") from None
-        self._write(self.names[name], data, first)
+        before = expert_number(name) * self.source.tensors[name].shape[0] if is_expert(name) else 0
+        self._write(self.names[name], data, before + first)
 
     def _write(self, target: str, data: torch.Tensor, first: int) -> None:
         """Write rows as bytes (n, row_bytes) to their place."""
         place = self.places[target]
-        if data.shape[1] != place.row_bytes or first + len(data) > place.shape[0]:
+        if data.shape[1] != place.row_bytes or first + len(data) > place.rows:
             raise ValueError(f"{target}: rows from {first} on, {tuple(data.shape)} bytes, do not fit {place}")
         rows = memoryview(cast(Any, data.contiguous().view(-1).numpy()))  # no `Buffer` before Python 3.12
         put(self._file, rows, place.offset + first * place.row_bytes, self.path)
@@ -157,7 +185,7 @@ class GgufFile(Output):
             self._discard()
 
     def _close(self) -> None:
-        unfinished = [name for name, p in self.places.items() if not is_covered(self._written[name], p.shape[0])]
+        unfinished = [name for name, p in self.places.items() if not is_covered(self._written[name], p.rows)]
         if unfinished:
             raise ValueError(f"{self.path}: {len(unfinished)} tensors unfinished, first {unfinished[0]}")
         try:
@@ -180,7 +208,7 @@ class GgufFile(Output):
 
     def describe(self) -> VariantFiles:
         """Return the figures of the written file."""
-        stored = sum(self.places[self.names[name]].nbytes for name in self.grids)
+        stored = sum(self.places[target].nbytes for target in {self.names[name] for name in self.grids})
         before = sum(self.source.tensors[name].nbytes for name in self.grids)
         types = dict(Counter(place.kind for place in self.places.values()))
         return VariantFiles(stored, before, 0, {}, tuple(self.kept), types)

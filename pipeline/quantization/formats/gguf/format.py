@@ -56,6 +56,7 @@ class Gguf(Format):
     """Variants that are one file for llama.cpp."""
 
     TABLE = GRIDS[TABLE_TYPE]
+    holds_experts = True
 
     def grid(self, spec: VariantSpec, width: int) -> Grid | None:
         """Return the grid of a layer; None for variants of 16 bits, and for those that llama.cpp quantizes."""

@@ -127,6 +127,8 @@ def _add_shape(writer: GGUFWriter, config: PretrainedConfig, known: Architecture
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
+    if known.sums_to_one is not None:
+        _add_experts(writer, config, known)
     writer.add_head_count(heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(head_dim)
@@ -142,6 +144,23 @@ def _add_shape(writer: GGUFWriter, config: PretrainedConfig, known: Architecture
         if list(config.no_rope_layers[: config.num_hidden_layers]) != turned:
             raise ModelError(f"no_rope_layers: llama.cpp leaves out every {NO_ROPE_EVERY}th layer, and no other")
     return head_dim
+
+
+def _add_experts(writer: GGUFWriter, config: PretrainedConfig, known: Architecture) -> None:
+    """Add the number of experts and their width. llama.cpp knows each architecture in one form only."""
+    if getattr(config, "norm_topk_prob", True) != known.sums_to_one:
+        raise ModelError(f"norm_topk_prob is {config.norm_topk_prob}; llama.cpp computes with {known.sums_to_one}")
+    if getattr(config, "clip_qkv", None):
+        raise ModelError(f"clip_qkv is {config.clip_qkv}, which is not written as GGUF")
+    if known.name == "olmoe" and config.num_key_value_heads != config.num_attention_heads:
+        raise ModelError("num_key_value_heads: llama.cpp computes olmoe with as many key heads as query heads only")
+    if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
+        raise ModelError(f"has layers without experts, which llama.cpp does not compute for {known.name}")
+    count = getattr(config, "num_local_experts", None) or config.num_experts
+    writer.add_expert_count(count)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    if hasattr(config, "moe_intermediate_size"):
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
 
 
 def _add_gemma(writer: GGUFWriter, config: PretrainedConfig, head_dim: int) -> None:

@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 
 from pipeline.errors import MissingExtra, ModelError, QuantizationError
+from pipeline.models.experts import without_number
 from pipeline.system.libraries import is_installed
 
 _COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # which old checkpoints store, and nobody reads
@@ -31,6 +32,7 @@ class Architecture:
         norm_offset: what is added to the weights of norms, since the model multiplies by 1 + w.
         activation: of the MLP, the only one that llama.cpp computes for it.
         biases: the layers whose biases it loads; with any other it refuses the file.
+        sums_to_one: for a mixture of experts, True if the shares of the chosen experts are scaled to a sum of one.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Architecture:
     norm_offset: float = 0.0
     activation: str = "silu"
     biases: tuple[str, ...] = _INPUTS
+    sums_to_one: bool | None = None
 
 
 ARCHITECTURES = {  # by `model_type` in config.json
@@ -45,6 +48,9 @@ ARCHITECTURES = {  # by `model_type` in config.json
     "smollm3": Architecture("smollm3", pairs=True),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
+    "mixtral": Architecture("llama", pairs=True, biases=(), sums_to_one=True),
+    "qwen3_moe": Architecture("qwen3moe", sums_to_one=True),
+    "olmoe": Architecture("olmoe", biases=(), sums_to_one=False),
     "gemma3_text": Architecture("gemma3", norm_offset=1.0, activation="gelu_pytorch_tanh"),
 }
 
@@ -88,6 +94,8 @@ def architecture_named(name: str) -> Architecture:
 def stored_names(of: Architecture, layers: int, names: Iterable[str]) -> dict[str, str]:
     """Map the tensors of a checkpoint to their names in GGUF; tensors that are not stored are left out.
 
+    The matrices of all experts of a block have one name, since they are stored in one stack.
+
     An output head in the checkpoint is stored, even if the configuration ties it to the embedding. If both differ,
     transformers computes with both, and so does llama.cpp.
 
@@ -100,7 +108,7 @@ def stored_names(of: Architecture, layers: int, names: Iterable[str]) -> dict[st
     for name in names:
         if _COMPUTED.search(name):
             continue
-        target = known.get_name(name, try_suffixes=(".weight", ".bias"))
+        target = known.get_name(without_number(name), try_suffixes=(".weight", ".bias"))
         layer, _, leaf = name.rpartition(".")
         if target is None or (leaf == "bias" and layer.rpartition(".")[2] not in of.biases):
             raise QuantizationError(f"{name}: llama.cpp knows no such tensor of {of.name}")

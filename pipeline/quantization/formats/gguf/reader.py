@@ -14,6 +14,7 @@ import torch
 from pipeline.errors import CheckpointError
 from pipeline.models.checkpoint import TensorInfo
 from pipeline.models.checkpoint.row_blocks import tiles
+from pipeline.models.experts import expert_number, is_expert
 from pipeline.models.gguf_metadata import read_header
 from pipeline.quantization.formats.gguf.blocks import PLAIN
 from pipeline.quantization.formats.gguf.names import architecture_named, as_in_checkpoint, library, stored_names
@@ -44,10 +45,13 @@ class GgufWeights(Mapping[str, TensorInfo]):
         if missing := sorted(set(wanted.values()) - stored.keys()):
             raise CheckpointError(f"{path}: has no {missing[0]!r}; make it again")
         self._places = {name: stored[target] for name, target in wanted.items()}
+        for name, place in self._places.items():
+            if is_expert(name) and (len(place.shape) != 3 or expert_number(name) >= place.shape[0]):
+                raise CheckpointError(f"{path}: {wanted[name]!r} has no place for {name!r}; make it again")
 
     def __getitem__(self, name: str) -> TensorInfo:
         place = self._places[name]
-        return TensorInfo(PLAIN.get(place.kind, self.dtype), place.shape)
+        return TensorInfo(PLAIN.get(place.kind, self.dtype), place.shape[1:] if is_expert(name) else place.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -58,10 +62,12 @@ class GgufWeights(Mapping[str, TensorInfo]):
     def read(self, name: str) -> torch.Tensor:
         """Return the whole tensor, dequantized."""
         gguf, place = library(), self._places[name]
-        kind, shape, offset = place.kind, place.shape, place.offset
+        kind, shape, offset = place.kind, self[name].shape, place.offset
         code = gguf.GGMLQuantizationType[kind]
         rows, width = shape[0], math.prod(shape[1:])
         (row_bytes,) = gguf.quants.quant_shape_to_byte_shape((width,), code)
+        if is_expert(name):
+            offset += expert_number(name) * rows * row_bytes
         result = torch.empty(rows, width, dtype=self[name].dtype)
         for first, stop in tiles(rows, width):
             data = _read(self.path, offset + first * row_bytes, (stop - first) * row_bytes)

@@ -5,7 +5,8 @@ Both are stored flat, as `LAYER._weight_qdata`, `LAYER._weight_scale` and
 own encoder does. Nothing in them depends on a processor.
 
     Int8Tensor   qdata (N, K) int8, scale (N, G) float32, zero_point (N, G) int8 of zeros; G is 1, or K/group;
-                 with or without the wish that inputs be rounded to int8 too
+                 with or without the wish that inputs be rounded to int8 too;
+                 a stack of experts is `LAYER._gate_up_proj_qdata` (E, N, K), and so on
     Int4Tensor   qdata (N, K/2) int8, even column in the low nibble; scale and
                  zero_point (K/group, N) bfloat16; value = code * scale + zero_point
 """
@@ -13,6 +14,7 @@ own encoder does. Nothing in them depends on a processor.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 INT8 = Grid(bits=8, group_size=None, zero="none", scale_dtype=torch.float32)
 PARTS = ("qdata", "scale", "zero_point")
+_CODES = re.compile(r"(.*\.)_(\w+)_qdata")
 
 
 def grouped(bits: int, size: int) -> Grid:
@@ -57,6 +60,7 @@ class Torchao(SafetensorsFormat):
     """int8, and int4 in rows."""
 
     TABLE = INT8
+    holds_experts = stacks_experts = True
     packing = "PLAIN"  # torchao's name of the order of four-bit codes
 
     def grid(self, spec: VariantSpec, width: int) -> Grid:
@@ -89,9 +93,9 @@ class Torchao(SafetensorsFormat):
         codes, scale = torch.empty(shape, dtype=torch.int8, device="meta"), torch.empty(shape[0], 1, device="meta")
         return Torchao.tensor(self, GroupQuantized(codes, scale, None, INT8), torch.bfloat16)
 
-    def plan(self, name: str, shape: tuple[int, int], grid: Grid) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Return the stored tensors of the weight `name` of `shape` (N, K): name -> (dtype, shape)."""
-        return typed(stored_as(name, PARTS), sizes.parts(shape, grid.bits, grid.group(shape[1])))
+    def plan(self, name: str, shape: tuple[int, ...], grid: Grid) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Return the stored tensors of the weight `name` of `shape` (N, K), or (E, N, K): name -> (dtype, shape)."""
+        return typed(stored_as(name, PARTS), sizes.parts(shape, grid.bits, grid.group(shape[-1])))
 
     def rows(self, name: str, block: GroupQuantized) -> dict[str, torch.Tensor]:
         """Return the codes of a block of rows as they are stored."""
@@ -126,8 +130,8 @@ class Torchao(SafetensorsFormat):
 
     def weights(self, checkpoint: Checkpoint | FileWeights) -> Collection[str]:
         """Return the names of the weights that a checkpoint holds in this format."""
-        ends = [part.removesuffix("._weight_qdata") for part in checkpoint if part.endswith("._weight_qdata")]
-        return [f"{module}.weight" for module in ends if f"{module}._weight_scale_and_zero" not in checkpoint]
+        found = [match.groups() for part in checkpoint if (match := _CODES.fullmatch(part))]
+        return [f"{layer}{part}" for layer, part in found if f"{layer}_{part}_scale_and_zero" not in checkpoint]
 
     def part_names(self, name: str) -> list[str]:
         """Return the names of the tensors that the weight `name` is stored as."""

@@ -20,14 +20,15 @@ ITEM_BYTES = {
 }
 
 
-def parts(shape: tuple[int, int], bits: int, group_size: int) -> Parts:
-    """Return the stored parts of a weight (N, K) with `group_size` columns to a scale."""
-    (rows, width), groups = shape, shape[1] // group_size
+def parts(shape: tuple[int, ...], bits: int, group_size: int) -> Parts:
+    """Return the stored parts of a weight (N, K), or of a stack (E, N, K), with `group_size` columns to a scale."""
+    *rows, width = shape
+    groups = width // group_size
     if bits == 8:
-        scales = (rows, groups)
+        scales = (*rows, groups)
         return {"qdata": ("int8", shape), "scale": ("float32", scales), "zero_point": ("int8", scales)}
-    scales = (groups, rows)
-    return {"qdata": ("int8", (rows, width // 2)), "scale": ("bfloat16", scales), "zero_point": ("bfloat16", scales)}
+    scales = (groups, *rows)
+    return {"qdata": ("int8", (*rows, width // 2)), "scale": ("bfloat16", scales), "zero_point": ("bfloat16", scales)}
 
 
 def parts_bytes(stored: Parts) -> int:
