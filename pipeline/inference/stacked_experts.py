@@ -33,7 +33,7 @@ class StackedExperts(Mapping[str, TensorInfo]):
         self._parts: dict[str, list[tuple[str, ExpertPlace]]] = {}
         for name, place in expert_places(model).items():
             self._parts.setdefault(place.stack, []).append((name, place))
-        self._shapes = {stack: tuple(model.get_parameter(stack).shape) for stack in self._parts}
+        self._shapes = {stack: parts[0][1].stack_shape for stack, parts in self._parts.items()}
         self.are_stored = any(name in self._shapes for name in quantized)
         experts = {name for parts in self._parts.values() for name, _ in parts} | self._shapes.keys()
         self.plain_formats = {name: form for name, form in quantized.items() if name not in experts}
@@ -66,9 +66,9 @@ class StackedExperts(Mapping[str, TensorInfo]):
         if name in self._names:
             return self._checkpoint.read(self._names[name])
         shape = self._shapes[name]
-        rows, width = math.prod(shape[:-1]), shape[-1]
         if name in self._quantized:
-            return self._quantized[name].read(self._checkpoint, name, (rows, width)).dequantize(self._dtype).view(shape)
+            return self._quantized[name].read(self._checkpoint, name, shape).dequantize(self._dtype).view(shape)
+        rows, width = math.prod(shape[:-1]), shape[-1]
         result = torch.empty(rows, width, dtype=self[name].dtype)
         for part, place in self._parts[name]:
             form = self._quantized.get(part)

@@ -22,11 +22,13 @@ class ExpertPlace:
 
     Attributes:
         stack: name of the stack.
+        stack_shape: (experts, rows, columns) of the stack.
         shape: (N, K) of the matrix.
         first_row: number of its first row, with the rows of all experts counted through.
     """
 
     stack: str
+    stack_shape: tuple[int, int, int]
     shape: tuple[int, int]
     first_row: int
 
@@ -73,7 +75,7 @@ def expert_places(model: Any) -> dict[str, ExpertPlace]:
         if stack in stacks and source in parts and is_expert(name):
             (rows, width), siblings = tensor.shape, parts[source]
             first = expert_number(name) * rows * len(siblings) + siblings.index(source) * rows
-            places[name] = ExpertPlace(stack, (rows, width), first)
+            places[name] = ExpertPlace(stack, tuple(stacks[stack].shape), (rows, width), first)
     return places
 
 

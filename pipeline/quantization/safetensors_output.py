@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections import Counter
 from collections.abc import Mapping
@@ -17,8 +18,10 @@ from pipeline.errors import QuantizationError
 from pipeline.models.checkpoint import CheckpointWriter
 from pipeline.models.checkpoint.writer import file_bytes
 from pipeline.models.checkpoint_files import copy_companions, read_config
+from pipeline.models.experts import EXPERTS, ExpertPlace, expert_places, is_expert
+from pipeline.models.matrices import skeleton
 from pipeline.quantization.formats import format_of, storage
-from pipeline.quantization.formats.safetensors import SafetensorsFormat
+from pipeline.quantization.formats.safetensors import Grids, SafetensorsFormat
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.layers import Output, Source, Tell, VariantFiles, layer_grids, named
 
@@ -37,20 +40,52 @@ class SafetensorsFolder(Output):
         self.eight = [name for name in named(spec, EIGHT_BITS, source.linear) if name in self.grids]
         self.tables = _tables(source) if spec.quantizes_embeddings else []
         self.grids |= {name: (source.tables[name], self.format.TABLE) for name in self.tables}
+        self.places = self._places()
+        self.stored = self._stored()
         self._blocks: dict[str, dict[int, tuple]] = {}  # what is held of weights whose last rows are not there yet
         self._lock = threading.Lock()
+
+    def _places(self) -> dict[str, ExpertPlace]:
+        """Return the places of experts whose codes are stored in stacks."""
+        if not self.format.stacks_experts or not any(map(is_expert, self.grids)):
+            return {}
+        found = expert_places(skeleton(self.source.folder))
+        stacks = {found[name].stack for name in self.grids if name in found}
+        return {name: place for name, place in found.items() if place.stack in stacks}
+
+    def _stored(self) -> Grids:
+        """Return the shapes and grids of the quantized weights, with stacks in place of their experts.
+
+        Raises:
+            QuantizationError: if experts of a stack differ in their grids.
+        """
+        stored: Grids = {}
+        for name, (shape, grid) in self.grids.items():
+            if name not in self.places:
+                stored[name] = (shape, grid)
+        for name, place in self.places.items():
+            grid = self.grids[name][1] if name in self.grids else None
+            if grid is None or stored.setdefault(place.stack, (place.stack_shape, grid))[1] != grid:
+                raise QuantizationError(
+                    f"{name}: is stored otherwise than other experts of its block, which one stack cannot hold. "
+                    f"Try: a pattern that names all of them, such as '*{EXPERTS}*'"
+                )
+        return stored
 
     def _plan(self) -> tuple[dict[str, tuple[torch.dtype, tuple[int, ...]]], dict[str, str]]:
         """Return the stored tensors, and the metadata of the files."""
         plan: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        dtypes: dict[str, torch.dtype] = {}
         for name, info in self.source.tensors.items():
-            if name in self.grids:
-                plan |= self.format.plan(name, *self.grids[name])
-            else:
+            target = self.places[name].stack if name in self.places else name
+            if target not in self.stored:
                 plan[name] = (info.dtype, info.shape)
+            elif target not in dtypes:
+                plan |= self.format.plan(target, *self.stored[target])
+            dtypes[target] = info.dtype
         plain = [n for n in self.source.tensors if n not in self.grids]
-        dtypes = {n: self.source.tensors[n].dtype for n in self.grids}
-        return plan, self.format.metadata(self.spec, self.grids, plain, dtypes, self.tables)
+        of_stored = {name: dtypes[name] for name in self.stored}
+        return plan, self.format.metadata(self.spec, self.stored, plain, of_stored, self.tables)
 
     def planned_bytes(self) -> int:
         """Return the bytes of the files that will be written, headers included."""
@@ -88,6 +123,9 @@ class SafetensorsFolder(Output):
         block = self.format.quantize(weight, grid)
         if block is None:
             block = self.source.round(self.spec, how, name, weight, first_row, grid)
+        if name in self.places:
+            name, first_row = self.places[name].stack, self.places[name].first_row + first_row
+            shape = self.stored[name][0]
         parts = self.format.rows(name, block)
         if not self.format.by_columns:
             for part, tensor in parts.items():
@@ -96,7 +134,7 @@ class SafetensorsFolder(Output):
         with self._lock:
             blocks = self._blocks.setdefault(name, {})
             blocks[first_row] = (block.scale, block.zero, parts)
-            if sum(len(scale) for scale, _, _ in blocks.values()) < shape[0]:
+            if sum(len(scale) for scale, _, _ in blocks.values()) < math.prod(shape[:-1]):
                 return
             del self._blocks[name]
         scales, zeros, columns = zip(*(blocks[first] for first in sorted(blocks)), strict=True)
@@ -111,8 +149,10 @@ class SafetensorsFolder(Output):
         copy_companions(model, self.folder)
         parts = (self.kept, self.tables, self.eight)
         modules = ([name.removesuffix(".weight") for name in names] for names in parts)
-        quantization = self.format.quantization_config(self.spec, *modules, self.grids, model)
+        quantization = self.format.quantization_config(self.spec, *modules, self.stored, model)
         content = {**read_config(model), "quantization_config": quantization}
+        if self.places:  # codes have no product for a whole stack
+            content["experts_implementation"] = "eager"
         text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
         (self.folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
@@ -125,10 +165,10 @@ class SafetensorsFolder(Output):
         by_size = {str(size): count for size, count in sorted(Counter(used.values()).items())}
         by_size = by_size if self.spec.group_sizes else {}
         before = sum(self.source.tensors[name].nbytes for name in self.grids)
-        stored = _stored_bytes(self.grids, self.format)
+        stored = _stored_bytes(self.stored, self.format)
         plain = storage(self.spec.variant.format)
         assert isinstance(plain, SafetensorsFormat), "another packing of safetensors"
-        unpadded = _stored_bytes(self.grids, plain)
+        unpadded = _stored_bytes(self.stored, plain)
         shapes = tuple(sorted({self.grids[name][0] for name in self.grids.keys() - self.tables}))
         return VariantFiles(
             stored, before, stored - unpadded, other, tuple(self.kept), {}, tuple(self.eight), by_size, shapes
@@ -147,6 +187,6 @@ def _tables(source: Source) -> list[str]:
     return sorted(source.tables)
 
 
-def _stored_bytes(grids: Mapping[str, tuple[tuple[int, int], Grid]], form: SafetensorsFormat) -> int:
+def _stored_bytes(grids: Grids, form: SafetensorsFormat) -> int:
     parts = (part for name, (shape, grid) in grids.items() for part in form.plan(name, shape, grid).values())
     return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in parts)

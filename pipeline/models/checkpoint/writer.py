@@ -69,13 +69,18 @@ class CheckpointWriter:
         put(self._files[path], struct.pack("<Q", len(text)) + text, 0, path)
 
     def write(self, name: str, tensor: torch.Tensor, first_row: int = 0) -> None:
-        """Write `tensor` to its place: all of it, or the rows from `first_row` on."""
-        place = self._places[name]
+        """Write `tensor` to its place: all of it, or the rows from `first_row` on.
+
+        Rows of a stack (E, N, K) may come as a matrix; they are then counted through the whole stack.
+        """
+        place, row_bytes = self._places[name], self._places[name].row_bytes
         fits = tensor.ndim == len(place.shape) and tuple(tensor.shape[1:]) == place.shape[1:]
+        if tensor.ndim == 2 and len(place.shape) == 3:
+            fits, row_bytes = tensor.shape[1] == place.shape[2], row_bytes // place.shape[1]
         if tensor.dtype != place.dtype or not fits:
             raise ValueError(f"{name}: planned as {place.dtype} {place.shape}, got {tensor.dtype} {tensor.shape}")
         data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
-        start = first_row * place.row_bytes
+        start = first_row * row_bytes
         if start < 0 or start + len(data) > place.nbytes:
             raise ValueError(f"{name}: rows from {first_row} on do not fit into {place.shape}")
         put(self._files[place.path], data, place.offset + start, place.path)

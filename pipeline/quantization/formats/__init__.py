@@ -109,7 +109,7 @@ class Format(Protocol):
         """Return the names of the tensors that the weight `name` can be stored as."""
         return [name]
 
-    def read(self, checkpoint: Checkpoint | FileWeights, name: str, shape: tuple[int, int]) -> GroupQuantized:
+    def read(self, checkpoint: Checkpoint | FileWeights, name: str, shape: tuple[int, ...]) -> GroupQuantized:
         """Return the stored weight of a layer of `shape` (N, K).
 
         Raises:

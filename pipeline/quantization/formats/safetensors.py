@@ -13,7 +13,7 @@ from pipeline.quantization.formats import Format
 from pipeline.quantization.grid import Grid, GroupQuantized
 from pipeline.quantization.layers import Output, Source
 
-Grids = Mapping[str, tuple[tuple[int, int], Grid]]  # the shape and the grid of each quantized weight
+Grids = Mapping[str, tuple[tuple[int, ...], Grid]]  # the shape and the grid of each quantized weight or stack
 
 
 class SafetensorsFormat(Format):

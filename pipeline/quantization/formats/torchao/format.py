@@ -22,11 +22,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pipeline.config.catalog import GROUP_SIZES, fitting_group_size
+from pipeline.config.catalog import EIGHT_BITS, GROUP_SIZES, fitting_group_size
+from pipeline.config.quantize import matches
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError, ModelError, QuantizationError
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.matrices import PLAIN_TABLE, embedding_kind
+from pipeline.models.experts import EXPERTS, is_expert
+from pipeline.models.matrices import PLAIN_TABLE, embedding_kind, quantizable_weights
 from pipeline.quantization.formats import FileWeights
 from pipeline.quantization.formats.safetensors import Grids, SafetensorsFormat
 from pipeline.quantization.formats.torchao import header, sizes, trial
@@ -83,10 +85,21 @@ class Torchao(SafetensorsFormat):
         """
         if spec.quantizes_embeddings and (kind := embedding_kind(folder)) != PLAIN_TABLE:
             raise ModelError(f"{folder}: stock transformers cannot load a {kind} in int8; use embeddings: keep")
+        if spec.variant.bits < INT8.bits:
+            self._check_experts(spec, folder)
         if layers := trial.unusable_layers(folder, spec.keep, self._on_meta):
             raise ModelError(
                 f"{folder}: stock transformers cannot run {', '.join(layers)} in {spec.name}, since the model does "
                 f"more with their weights than a linear layer. Try: keep these layers in {spec.name}, or leave it out"
+            )
+
+    def _check_experts(self, spec: VariantSpec, folder: Path) -> None:
+        """Raise ModelError if experts would have few bits: torchao cannot choose one of a stack of `Int4Tensor`."""
+        experts = (name for name in quantizable_weights(folder) if is_expert(name))
+        if any(not matches([*spec.keep, *spec.int8], name) for name in experts):
+            raise ModelError(
+                f"{folder}: stock transformers cannot run experts in {spec.variant.bits} bits of torchao. Try: "
+                f"{EIGHT_BITS}, a variant of another format, or {EIGHT_BITS}: ['*{EXPERTS}*'] under {spec.name}"
             )
 
     def _on_meta(self, shape: tuple[int, int]) -> torch.Tensor:
@@ -126,7 +139,8 @@ class Torchao(SafetensorsFormat):
         self, spec: VariantSpec, kept: list[str], tables: list[str], eight: list[str], grids: Grids, folder: Path
     ) -> dict:
         """Return the `quantization_config` of config.json."""
-        return header.quantization_config(spec, self.packing, kept, tables, eight)
+        stacks = [name for name, (shape, _) in grids.items() if len(shape) == 3]
+        return header.quantization_config(spec, self.packing, kept, tables, eight, stacks)
 
     def weights(self, checkpoint: Checkpoint | FileWeights) -> Collection[str]:
         """Return the names of the weights that a checkpoint holds in this format."""
@@ -137,19 +151,23 @@ class Torchao(SafetensorsFormat):
         """Return the names of the tensors that the weight `name` is stored as."""
         return list(stored_as(name, PARTS).values())
 
-    def read(self, checkpoint: Checkpoint | FileWeights, name: str, shape: tuple[int, int]) -> GroupQuantized:
-        """Return the codes, scales and zeros of a stored weight, for a layer of `shape` (N, K)."""
+    def read(self, checkpoint: Checkpoint | FileWeights, name: str, shape: tuple[int, ...]) -> GroupQuantized:
+        """Return the codes, scales and zeros of a stored weight, for a layer of `shape` (N, K).
+
+        A stack of experts (E, N, K) is returned with the rows of all experts in one matrix.
+        """
         part = stored_as(name, PARTS)
         found = {n: (checkpoint[n].dtype, checkpoint[n].shape) for n in part.values() if n in checkpoint}
         counts = found.get(part["scale"], (None, ()))[1]  # one of them is the number of groups in a row
-        widths = [shape[1] // count for count in counts if count and shape[1] % count == 0]
+        widths = [shape[-1] // count for count in counts if count and shape[-1] % count == 0]
         grids = (INT8, *(grouped(bits, size) for bits in (8, 4) for size in widths))
         fits = next((grid for grid in grids if found == self.plan(name, shape, grid)), None)
         if fits is None:
-            raise CheckpointError(f"{name}: its stored parts are not those of a layer of {shape[0]} x {shape[1]}")
+            size = " x ".join(map(str, shape))
+            raise CheckpointError(f"{name}: its stored parts are not those of a layer of {size}")
         codes, scale = checkpoint.read(part["qdata"]), checkpoint.read(part["scale"])
         if fits.bits == 8:
-            return GroupQuantized(codes, scale, None, fits)
+            return GroupQuantized(codes.flatten(0, -2), scale.flatten(0, -2), None, fits)
         zero = checkpoint.read(part["zero_point"])
         return GroupQuantized(unpack_nibbles(codes), scale.T.contiguous(), zero.T.contiguous(), fits)
 

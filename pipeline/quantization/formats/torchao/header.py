@@ -28,7 +28,7 @@ _PER_ROW = _recipe("PerRow", 1, dim=-1)
 
 def metadata(
     spec: VariantSpec,
-    grids: Mapping[str, tuple[tuple[int, int], Grid]],
+    grids: Mapping[str, tuple[tuple[int, ...], Grid]],
     plain: Iterable[str],
     dtypes: Mapping[str, torch.dtype],
     tables: Collection[str],
@@ -36,7 +36,7 @@ def metadata(
     """Return the header's metadata, which is the same for every shard.
 
     Args:
-        grids: quantized weights: name -> (shape, grid).
+        grids: quantized weights and stacks of experts: name -> (shape, grid).
         plain: names of the tensors that stay as they are.
         dtypes: the types that the quantized weights had, and compute as again.
         tables: the embedding and the output head, as far as they are quantized.
@@ -57,7 +57,7 @@ def entry(kind: str, data: Mapping[str, object], *parts: str) -> str:
     return json.dumps({"_type": kind, "_data": data, "_tensor_data_names": parts})
 
 
-def _int8_entry(shape: tuple[int, int], grid: Grid, dtype: torch.dtype, rounds_inputs: bool) -> str:
+def _int8_entry(shape: tuple[int, ...], grid: Grid, dtype: torch.dtype, rounds_inputs: bool) -> str:
     inputs = {
         "granularity": {"_type": "PerRow", "_data": {"dim": -1}},
         "mapping_type": _SYMMETRIC,
@@ -66,7 +66,7 @@ def _int8_entry(shape: tuple[int, int], grid: Grid, dtype: torch.dtype, rounds_i
     data = {
         "act_quant_kwargs": {"_type": "QuantizeTensorToInt8Kwargs", "_data": inputs} if rounds_inputs else None,
         "reduce_range": False,
-        "block_size": [1, grid.group(shape[1])],
+        "block_size": [*(1 for _ in shape[1:]), grid.group(shape[-1])],
         "dtype": _dtype(dtype),
     }
     return entry("Int8Tensor", data, "zero_point", "qdata", "scale")
@@ -76,7 +76,14 @@ def _dtype(dtype: torch.dtype) -> dict[str, str]:
     return {"_type": "torch.dtype", "_data": str(dtype).removeprefix("torch.")}
 
 
-def quantization_config(spec: VariantSpec, packing: str, kept: list[str], tables: list[str], eight: list[str]) -> dict:
+def quantization_config(
+    spec: VariantSpec,
+    packing: str,
+    kept: list[str],
+    tables: list[str],
+    eight: list[str],
+    stacks: Collection[str] = (),
+) -> dict:
     """Return the `quantization_config` of config.json.
 
     Args:
@@ -84,6 +91,7 @@ def quantization_config(spec: VariantSpec, packing: str, kept: list[str], tables
         kept: modules that stay in bf16, though their kind is quantized.
         tables: the embedding and the output head, if they are in int8.
         eight: layers in int8, if the others have fewer bits.
+        stacks: stacks of experts, which have eight bits in every variant.
     """
     if spec.variant.bits == 4:
         kind = _recipe(
@@ -107,8 +115,10 @@ def quantization_config(spec: VariantSpec, packing: str, kept: list[str], tables
         )
     else:
         kind = _int8_recipe(spec.group_size)
-    if tables or eight:
-        kinds = {**dict.fromkeys([*tables, *eight], _int8_recipe(None)), "_default": kind}
+    if tables or eight or stacks:
+        in_eight = _int8_recipe(None)
+        of_stacks = in_eight if spec.variant.bits == 4 else kind
+        kinds = {**dict.fromkeys([*tables, *eight], in_eight), **dict.fromkeys(stacks, of_stacks), "_default": kind}
         kind = _recipe("FqnToConfig", 1, fqn_to_config=kinds, module_fqn_to_config=kinds)
     # A list here replaces transformers' own, so the output head must stand in it too, unless it is quantized.
     listed = kept if tables else ["lm_head", *kept] if kept else None
