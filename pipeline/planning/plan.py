@@ -15,6 +15,7 @@ from pipeline.planning.data import DataSize, data_size, steps
 from pipeline.planning.devices import Machine, gpu_by_name, this_machine
 from pipeline.planning.model import Sizes, adapter_sizes, read_sizes
 from pipeline.planning.stages import Stage, disk_peaks, stages_of
+from pipeline.quantization.formats import check_experts
 from pipeline.system.command_names import command
 from pipeline.training.lora_targets import check_targets
 
@@ -110,6 +111,8 @@ def make_plan(
         check_length(config.train.max_length, sizes.context)
         check_targets(config.train.lora, sizes.linear)
         data = data_size(config, read_rows)
+    for spec in config.quantize.variants:
+        check_experts(spec, sizes.linear)
     given = None
     if config.merge.adapter:
         given = sum(tensor.numel for tensor in adapter_sizes(config.merge.adapter).values())

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from pipeline.config.catalog import EIGHT_BITS, KEEP, ROUNDINGS, VARIANTS, Need
+from pipeline.config.catalog import EIGHT_BITS, KEEP, ROUNDINGS, Need
 from pipeline.config.quantize import VariantSpec, matches
 from pipeline.errors import MissingExtra, ModelError, QuantizationError
 from pipeline.models.checkpoint import SHARD_BYTES, TensorInfo
-from pipeline.models.experts import is_expert
-from pipeline.quantization.formats import fitted, format_of, storage
+from pipeline.quantization.formats import check_experts, fitted, format_of
 from pipeline.quantization.grid import Grid, GroupQuantized
 from pipeline.quantization.roundings import rounding
 from pipeline.quantization.statistics import Collected
@@ -178,27 +177,6 @@ def _check_matched(patterns: Sequence[str], key: str, linear: Shapes) -> None:
             layers = (name.removesuffix(".weight") for name in linear)
             like = next((f"; did you mean '*{pattern}'?" for layer in layers if layer.endswith(pattern)), "")
             raise QuantizationError(f"'{key}' names {pattern!r}, which no layer to be quantized matches{like}")
-
-
-def check_experts(spec: VariantSpec, names: Iterable[str]) -> None:
-    """Raise if a model is a mixture of experts and the variant cannot be made of one.
-
-    Args:
-        names: of the weights to quantize.
-
-    Raises:
-        QuantizationError: naming the variants or the roundings that can.
-    """
-    if not any(map(is_expert, names)):
-        return
-    if not format_of(spec).holds_experts:
-        can = ", ".join(name for name, variant in VARIANTS.items() if storage(variant.format).holds_experts)
-        raise QuantizationError(f"{spec.name}: does not hold mixtures of experts. Try: {can}")
-    if spec.need(False) != Need.NOTHING:
-        raise QuantizationError(
-            f"{spec.name}: rounding {spec.rounding} needs the inputs of every expert, which are not collected. "
-            f"Try: rounding: {spec.variant.data_free[0]}"
-        )
 
 
 def unfit(spec: VariantSpec, linear: Shapes, folder: Path | None = None) -> str | None:

@@ -6,7 +6,6 @@ import json
 import math
 import threading
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from pipeline.models.experts import EXPERTS, ExpertPlace, expert_places, is_expe
 from pipeline.models.matrices import skeleton
 from pipeline.quantization.formats import format_of, storage
 from pipeline.quantization.formats.safetensors import Grids, SafetensorsFormat
-from pipeline.quantization.grid import Grid
 from pipeline.quantization.layers import Output, Source, Tell, VariantFiles, layer_grids, named
 
 

@@ -25,7 +25,7 @@ from pipeline.models.checkpoint import SHARD_BYTES, Checkpoint
 from pipeline.models.checkpoint.row_blocks import Take, are_finite, blocks_of, in_disk_order, in_parallel, tiles
 from pipeline.models.tensor_names import open_checkpoint
 from pipeline.quantization.equivalences import Equivalence
-from pipeline.quantization.formats import format_of
+from pipeline.quantization.formats import check_experts, format_of
 from pipeline.quantization.layers import (
     Output,
     RoundedWeights,
@@ -34,7 +34,6 @@ from pipeline.quantization.layers import (
     Tell,
     Tensors,
     VariantFiles,
-    check_experts,
     unfit,
 )
 from pipeline.quantization.statistics import Collected, check_collected

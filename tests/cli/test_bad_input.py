@@ -135,8 +135,13 @@ def test_a_model_whose_embeddings_cannot_be_quantized_is_refused_before_it_is_tr
     refused_before_training(tunepress.folder, tree, "cannot load a Gemma3TextScaledWordEmbedding in int8")
 
 
-def test_a_mixture_of_experts_is_refused_before_it_is_trained_to_be_quantized(tunepress, mixture):
-    refused_before_training(tunepress.folder, _with(model={"source": str(mixture)}), r"experts\.gate_up_proj")
+@pytest.mark.parametrize(
+    "quality, said",
+    [("fast", "int4: stock transformers cannot run experts in 4 bits"), ("calibrated", "Try: quantize.quality=fast")],
+)
+def test_a_mixture_of_experts_is_refused_before_it_is_trained_to_be_quantized(tunepress, mixture, quality, said):
+    tree = _with(model={"source": str(mixture)}, quantize={"variants": ["int8", "int4"], "quality": quality})
+    refused_before_training(tunepress.folder, tree, said)
 
 
 def refused_before_training(folder, tree: dict, reason: str) -> None:

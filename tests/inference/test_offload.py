@@ -1,10 +1,13 @@
 """Offloaded models: measured from their files, with the figures they have in memory."""
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from pipeline.config.schema import Config
 from pipeline.errors import ModelError
@@ -13,11 +16,12 @@ from pipeline.evaluation.evaluate import evaluate
 from pipeline.inference import output_head
 from pipeline.inference.load import load
 from pipeline.inference.offload import WEIGHTS_SHARE, fits, is_offloaded
+from pipeline.models.checkpoint import SINGLE_NAME, Checkpoint
 from pipeline.system.hardware import _free_in_groups, free_bytes
 from pipeline.workflow.stages.inputs import run_texts
 from pipeline.workflow.workspace import Workspace
 from scripts.benchmarks import random_checkpoint
-from tests.support.models import LOOKUP_EMBEDDINGS, random_text, write_tokenizer
+from tests.support.models import LOOKUP_EMBEDDINGS, random_text
 from tests.support.texts import general_text
 
 CPU = torch.device("cpu")
@@ -96,17 +100,13 @@ def test_the_limit_of_a_control_group_counts(tmp_path):
     assert free_bytes(CPU) > 0
 
 
-def test_tensors_under_other_names_cannot_be_offloaded_and_that_is_said(tmp_path):
-    from transformers import AutoModelForCausalLM, MixtralConfig
-
-    config = MixtralConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=272, num_local_experts=2, dtype="bfloat16",
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    write_tokenizer(tmp_path)
+def test_tensors_under_other_names_cannot_be_offloaded_and_that_is_said(tiny_model, quantized, tmp_path):
+    folder = Path(shutil.copytree(quantized(tiny_model("llama"), "int8") / "int8", tmp_path / "renamed"))
+    tensors = {name: Checkpoint(folder).read(name) for name in Checkpoint(folder)}
+    tensors["model.final.weight"] = tensors.pop("model.norm.weight")
+    save_file(tensors, folder / SINGLE_NAME, Checkpoint(folder).metadata)
     with pytest.raises(ModelError, match="does not fit into the memory, and cannot be read piece by piece"):
-        load(tmp_path, offload=True)
+        load(folder, offload=True)
 
 
 def test_large_output_heads_are_used_piece_by_piece_without_a_trace(tiny_model, monkeypatch):

@@ -28,8 +28,7 @@ HANDLED = {  # and the layers of each block
 }
 REFUSED = {  # and the name that is said
     "gpt2": ({"n_embd": 64, "n_layer": 2, "n_head": 4}, r"transformer\.h\.0\.attn\.c_attn\.weight"),
-    "mixtral": ({"num_local_experts": 4}, r"model\.layers\.0\.mlp\.experts\.gate_up_proj"),
-    "qwen3_moe": ({"num_experts": 4, "moe_intermediate_size": 64}, r"model\.layers\.0\.mlp\.experts\.gate_up_proj"),
+    "gpt_oss": ({"num_local_experts": 4, "head_dim": 16}, r"model\.layers\.0\.mlp\.experts\.gate_up_proj"),
 }
 IDS = torch.tensor([[7, 100, 31, 64, 5, 5, 90, 12, 120, 33]])
 

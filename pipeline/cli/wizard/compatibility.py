@@ -33,16 +33,16 @@ def check_variants(config: Config, sizes: Sizes) -> None:
     """Raise an error if the model cannot be stored in these formats.
 
     Raises:
-        ModelError: if llama.cpp does not know the architecture.
+        ModelError: if llama.cpp does not know the architecture, or a format does not hold mixtures of experts.
         MissingExtra: if a package that writes a format is not installed.
     """
+    from pipeline.quantization.formats import check_experts, format_of
     from pipeline.workflow.stages.quantize import check_extras
 
     check_extras(config)
     for spec in config.quantize.variants:
+        check_experts(spec, sizes.linear)
         if spec.variant.engine != TRANSFORMERS:  # transformers knows every model that can be read here
-            from pipeline.quantization.formats import format_of
-
             format_of(spec).check_architecture(sizes.model_type)
 
 

@@ -16,8 +16,10 @@ from collections.abc import Collection, ItemsView, Iterable, Iterator, KeysView,
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pipeline.config.catalog import VARIANTS, fitting_group_size
+from pipeline.config.catalog import VARIANTS, Need, fitting_group_size
 from pipeline.config.quantize import VariantSpec, matches
+from pipeline.errors import ModelError
+from pipeline.models.experts import is_expert
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +84,12 @@ class Format(Protocol):
 
     def check(self, spec: VariantSpec, folder: Path) -> None:
         """Raise ModelError or MissingExtra if the model in `folder` cannot be stored so; its weights are not read."""
+
+    def check_experts(self, spec: VariantSpec, names: Collection[str]) -> None:
+        """Raise ModelError if these weights of experts cannot be stored as a variant of this format."""
+        if not self.holds_experts:
+            can = ", ".join(name for name, variant in VARIANTS.items() if storage(variant.format).holds_experts)
+            raise ModelError(f"{spec.name}: does not hold mixtures of experts. Try: one of {can}")
 
     def check_architecture(self, kind: str | None) -> None:
         """Raise ModelError if models with this `model_type` cannot be stored so."""
@@ -171,6 +179,26 @@ def storage(name: str) -> Format:
 def format_of(spec: VariantSpec) -> Format:
     """Return the format that a variant is written in."""
     return storage(spec.format)
+
+
+def check_experts(spec: VariantSpec, names: Iterable[str]) -> None:
+    """Raise if a model is a mixture of experts and a variant cannot be made of it.
+
+    Args:
+        names: of the weights to quantize.
+
+    Raises:
+        ModelError: with the way out.
+    """
+    experts = [name for name in names if is_expert(name)]
+    if not experts:
+        return
+    if spec.need(False) != Need.NOTHING:
+        raise ModelError(
+            f"{spec.name}: rounding {spec.rounding} needs the inputs of every expert, which are not collected. "
+            "Try: quantize.quality=fast"
+        )
+    format_of(spec).check_experts(spec, experts)
 
 
 def format_of_file(path: Path) -> Format:

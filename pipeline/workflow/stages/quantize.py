@@ -110,12 +110,10 @@ def check_variants(config: Config, model: Path) -> None:
 
     Raises:
         ModelError: naming the part of the model that a format cannot store, or that cannot be calibrated.
-        QuantizationError: if the model is a mixture of experts, and a variant cannot be made of one.
         MissingExtra: if a package that writes a variant is not installed.
     """
     from pipeline.models.matrices import quantizable_weights, refuse_other_matrices
-    from pipeline.quantization.formats import format_of
-    from pipeline.quantization.layers import check_experts
+    from pipeline.quantization.formats import check_experts, format_of
 
     linear = {}
     if config.quantize.variants:

@@ -27,8 +27,8 @@ from pipeline.config.quantize import matches
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError, ModelError, QuantizationError
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.experts import EXPERTS, is_expert
-from pipeline.models.matrices import PLAIN_TABLE, embedding_kind, quantizable_weights
+from pipeline.models.experts import EXPERTS
+from pipeline.models.matrices import PLAIN_TABLE, embedding_kind
 from pipeline.quantization.formats import FileWeights
 from pipeline.quantization.formats.safetensors import Grids, SafetensorsFormat
 from pipeline.quantization.formats.torchao import header, sizes, trial
@@ -85,22 +85,21 @@ class Torchao(SafetensorsFormat):
         """
         if spec.quantizes_embeddings and (kind := embedding_kind(folder)) != PLAIN_TABLE:
             raise ModelError(f"{folder}: stock transformers cannot load a {kind} in int8; use embeddings: keep")
-        if spec.variant.bits < INT8.bits:
-            self._check_experts(spec, folder)
         if layers := trial.unusable_layers(folder, spec.keep, self._on_meta):
             raise ModelError(
                 f"{folder}: stock transformers cannot run {', '.join(layers)} in {spec.name}, since the model does "
                 f"more with their weights than a linear layer. Try: keep these layers in {spec.name}, or leave it out"
             )
 
-    def _check_experts(self, spec: VariantSpec, folder: Path) -> None:
+    def check_experts(self, spec: VariantSpec, names: Collection[str]) -> None:
         """Raise ModelError if experts would have few bits: torchao cannot choose one of a stack of `Int4Tensor`."""
-        experts = (name for name in quantizable_weights(folder) if is_expert(name))
-        if any(not matches([*spec.keep, *spec.int8], name) for name in experts):
-            raise ModelError(
-                f"{folder}: stock transformers cannot run experts in {spec.variant.bits} bits of torchao. Try: "
-                f"{EIGHT_BITS}, a variant of another format, or {EIGHT_BITS}: ['*{EXPERTS}*'] under {spec.name}"
-            )
+        in_eight = spec.variant.bits == INT8.bits
+        if in_eight or all(matches([*spec.keep, *spec.int8], name) for name in names):
+            return
+        raise ModelError(
+            f"{spec.name}: stock transformers cannot run experts in {spec.variant.bits} bits of torchao. Try: "
+            f"{EIGHT_BITS}, or {EIGHT_BITS}: ['*{EXPERTS}*'] under {spec.name}, or a variant of another format"
+        )
 
     def _on_meta(self, shape: tuple[int, int]) -> torch.Tensor:
         codes, scale = torch.empty(shape, dtype=torch.int8, device="meta"), torch.empty(shape[0], 1, device="meta")
