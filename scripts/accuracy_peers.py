@@ -34,7 +34,7 @@ def check_peers(peers: list[Peer]) -> tuple[list[Peer], str | None]:
         ConfigError: naming a type that llama.cpp does not know.
     """
     from pipeline.inference import llama_cpp
-    from pipeline.quantization.formats.gguf.quantizer import takes_importance
+    from pipeline.quantization.formats.gguf.quantizer import PURE, takes_importance
     from pipeline.system.libraries import versions
 
     if not peers:
@@ -43,7 +43,7 @@ def check_peers(peers: list[Peer]) -> tuple[list[Peer], str | None]:
         raise MissingExtra("--peers", "llama-cpp")
     api, package = llama_cpp.library(), "llama-cpp-python"
     for peer in peers:
-        if not hasattr(api, f"LLAMA_FTYPE_MOSTLY_{peer.kind}"):
+        if peer.kind not in PURE and not hasattr(api, f"LLAMA_FTYPE_MOSTLY_{peer.kind}"):
             raise ConfigError(f"--peers {peer.kind}: llama.cpp has no such type")
     plain = [peer for peer in peers if not peer.has_matrix]
     if takes_importance(api) or plain == peers:

@@ -16,6 +16,7 @@ from typing import Any
 # limit hold the widest tensor. The file's bytes do not depend on it.
 BUFFER_BYTES = 64 << 20
 ERROR = 4  # GGML_LOG_LEVEL_ERROR
+PURE = {"Q4_K": "Q4_K_S", "Q5_K": "Q5_K_S"}  # types of all layers, with embedding and output head in Q8_0
 STEP = re.compile(rb"(\d+) (\d+)\n")  # a line of progress
 _STEP = re.compile(rb"\[\s*(\d+)/\s*(\d+)\]")  # as llama.cpp tells of it
 SUMS, COUNTS = ".in_sum2", ".counts"  # endings of the tensors of an importance matrix
@@ -25,7 +26,7 @@ def main(source: str, target: str, kind: str, matrix: str | None = None) -> int:
     """Quantize the file `source` to `target`; return 0 if llama.cpp succeeded.
 
     Args:
-        kind: such as `Q4_K_M`.
+        kind: such as `Q4_K_M`; `Q4_K` and `Q5_K` give all layers the same type.
         matrix: a file of `importance_matrix.write_importance_matrix`; needs a version that `takes_importance`.
     """
     import ctypes
@@ -44,7 +45,10 @@ def main(source: str, target: str, kind: str, matrix: str | None = None) -> int:
 
     llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
     settings = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{PURE.get(kind, kind)}")
+    if kind in PURE:
+        settings.pure = True
+        settings.token_embedding_type = settings.output_tensor_type = llama_cpp.GGML_TYPE_Q8_0
     if hasattr(settings, "max_buf_size"):
         settings.max_buf_size = BUFFER_BYTES
     if matrix:
