@@ -35,6 +35,7 @@ class CompressedTensors(SafetensorsFormat):
     """Symmetric codes in groups or rows."""
 
     replaces_layers = True
+    holds_experts = True
     kinds: tuple[tuple[int, str], ...]  # bits and values of the grids that it stores
 
     @abstractmethod

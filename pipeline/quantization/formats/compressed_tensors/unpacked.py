@@ -9,8 +9,11 @@ from collections.abc import Collection
 
 import torch
 
+from pipeline.config.catalog import VARIANTS
+from pipeline.config.schema import VariantSpec
+from pipeline.errors import ModelError
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.quantization.formats import FileWeights
+from pipeline.quantization.formats import FileWeights, storage
 from pipeline.quantization.formats.compressed_tensors import sizes
 from pipeline.quantization.formats.compressed_tensors.format import CompressedTensors
 from pipeline.quantization.grid import Grid, GroupQuantized
@@ -20,6 +23,17 @@ class Unpacked(CompressedTensors):
     """Codes of eight bits, one a byte."""
 
     kinds = ((8, "integer"), (8, "e4m3"))
+
+    def check_experts(self, spec: VariantSpec, names: Collection[str]) -> None:
+        """Raise ModelError for integers: stock transformers stacks the experts of packed codes and of floats only."""
+        if spec.variant.values == "integer":
+            can = ", ".join(
+                name
+                for name, variant in VARIANTS.items()
+                if isinstance(form := storage(variant.format), CompressedTensors)
+                and not (form is FORMAT and variant.values == "integer")
+            )
+            raise ModelError(f"{spec.name}: stock transformers cannot load experts so. Try: one of {can}")
 
     def parts(self, shape: tuple[int, int], grid: Grid) -> sizes.Parts:
         """Return the stored parts of a weight of `shape` (N, K)."""
