@@ -10,11 +10,12 @@ from pipeline.models.matrices import linear_weights
 from pipeline.quantization.calibration.blocks import BlockwiseModel
 from pipeline.quantization.calibration.gradients import shares
 from pipeline.quantization.distillation import STATE, Schedule, distill
-from pipeline.quantization.grid import Grid
+from pipeline.quantization.grid import Grid, SuperBlock
 from pipeline.quantization.roundings import rtn, search
 
 MODELS = ("llama", "qwen3", "gemma3_text", "opt", "gpt_neo")
 GRID = Grid(bits=3, group_size=16, zero="float", scale_dtype=torch.bfloat16)
+IN_SUPER_BLOCKS = Grid(3, 16, "float", torch.float32, from_zero=True, super_block=SuperBlock(2, 63, torch.float16))
 TABLE = Grid(bits=4, group_size=None, zero="none", scale_dtype=torch.float32)
 
 
@@ -29,13 +30,13 @@ def windows(count: int, seed: int = 0) -> list[list[int]]:
     return torch.randint(5, 60, (count, 24), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def rounded_model(folder, with_table: bool = True):
+def rounded_model(folder, with_table: bool = True, grid: Grid = GRID):
     """Return a model block by block, its weights on coarse grids, its heads, and the name of its output head."""
     from transformers import AutoModelForCausalLM
 
     model = BlockwiseModel(folder)
     names = head_names(AutoModelForCausalLM.from_pretrained(folder))
-    made = {name: search.round(model.weight(name), GRID) for name in linear_weights(folder)}
+    made = {name: search.round(model.weight(name), grid) for name in linear_weights(folder)}
     full = names.read(folder)
     head = full
     if with_table:
@@ -78,8 +79,9 @@ def test_shares_are_those_of_one_gradient_pass_of_the_whole_model(tiny_model, ki
         assert found.by_weight[name] == pytest.approx(share, rel=2e-3, abs=1e-4 * kl.item()), name
 
 
-def test_distilled_scales_and_zeros_lower_the_divergence(tiny_model, tmp_path):
-    model, made, heads, _ = rounded_model(tiny_model("llama"))
+@pytest.mark.parametrize("grid, share", [(GRID, 0.9), (IN_SUPER_BLOCKS, 0.95)], ids=["groups", "super-blocks"])
+def test_distilled_scales_and_zeros_lower_the_divergence(tiny_model, tmp_path, grid, share):
+    model, made, heads, _ = rounded_model(tiny_model("llama"), grid=grid)
     schedule = Schedule(steps=40, rate=5e-3, every=10)
     told = []
 
@@ -87,12 +89,13 @@ def test_distilled_scales_and_zeros_lower_the_divergence(tiny_model, tmp_path):
         model, heads, made, windows(32), windows(8, 1), schedule, tmp_path, lambda *a: told.append(a)
     )
 
-    assert found.after < 0.9 * found.before
+    assert found.after < share * found.before
     assert told[0][:2] == (0, 40)
     assert told[-1][:2] == (40, 40)
     assert set(values) == set(linear_weights(tiny_model("llama")))
     for name, (scale, zero) in values.items():
-        assert (scale.dtype, zero.dtype) == (torch.bfloat16, torch.bfloat16)
+        assert (scale.dtype, zero.dtype) == (grid.scale_dtype, grid.scale_dtype)
+        assert all(map(torch.equal, grid.stored(scale, zero), (scale, zero)))
         assert scale.shape == made[name].scale.shape
     after = {name: type(w)(w.codes, *values.get(name, (w.scale, w.zero)), w.grid) for name, w in made.items()}
     measured = shares(model, heads, after, windows(8, 1), tmp_path, lambda *_: None).kl
