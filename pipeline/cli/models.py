@@ -69,7 +69,9 @@ def quantize(
         typer.Option("--group-size", help="32, 64, 128 or 256, for int4; for int8 if it is the only variant."),
     ] = None,
     rounding: Annotated[str | None, typer.Option("--rounding", help=f"{', '.join(ROUNDINGS)}.")] = None,
-    packing: Annotated[str | None, typer.Option("--packing", help="plain, or tile_packed for CUDA; only int4.")] = None,
+    packing: Annotated[
+        str | None, typer.Option("--packing", help="How codes are stored: tile_packed (int4), torchao (fp8).")
+    ] = None,
     quality: Annotated[
         str | None,
         typer.Option(

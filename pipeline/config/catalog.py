@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from pipeline.config import served_variants
 from pipeline.config.engines import (
     CPU,
     CUDA,
-    FP8_CAPABILITY,
     GGUF_ENGINES,
     SGLANG,
     TORCHAO,
@@ -25,6 +25,7 @@ from pipeline.config.engines import LLAMA_CPP as LLAMA_CPP
 from pipeline.config.engines import TRANSFORMERS as TRANSFORMERS
 from pipeline.config.registry import GROUP_SIZES as GROUP_SIZES
 from pipeline.config.registry import KEEP as KEEP
+from pipeline.config.registry import NEAREST as NEAREST
 from pipeline.config.registry import ROUNDINGS as ROUNDINGS
 from pipeline.config.registry import VARIANTS as VARIANTS
 from pipeline.config.registry import Need as Need
@@ -34,7 +35,6 @@ from pipeline.config.registry import Variant as Variant
 from pipeline.config.registry import register as register
 from pipeline.config.registry import remove as remove
 
-NEAREST = "rtn"  # the rounding that other roundings are compared with
 EIGHT_BITS = "int8"  # the value of `embeddings`, and the key for single layers, for eight bits with a scale per row
 GGUF = "gguf"  # the format of llama.cpp, and the folder of its files
 
@@ -183,112 +183,7 @@ register(_bitsandbytes("int8", 8, "llm_int8", "eight-bit integers, one scale for
 register(_bitsandbytes("nf4", 4, "nf4", f"{_BLOCKS}; these scales have eight bits (double quantization)"))
 register(_bitsandbytes("fp4", 4, "fp4", _BLOCKS))
 
-# What servers read. vLLM and SGLang compute packed codes with the Marlin kernels, and vLLM four bits also on a CPU.
-_COMPRESSED = Variant(
-    name="w4a16",
-    format="pack_quantized",
-    bits=4,
-    group_size=128,
-    group_sizes=(32, 64, 128),
-    one_group_size=True,
-    keeps_embeddings=True,
-    roundings=("search", "hqq", NEAREST),
-    rise=0.05,
-    libraries=("torch", "transformers"),
-    requires=(("compressed_tensors", "compressed-tensors"),),
-    measured_with=("compressed-tensors",),
-    stored_as="stored_as_symmetric.md.jinja",
-)
-_IN_TRANSFORMERS = on(TRANSFORMERS, CPU, CUDA, packages=("compressed-tensors>=0.15",))
-_MARLIN = {"capability": 8.0, "columns": 128, "rows": 64}
-register(
-    replace(
-        _COMPRESSED,
-        runs_on=(
-            *_IN_TRANSFORMERS,
-            *on(TUNEPRESS, CPU, CUDA),
-            *on(VLLM, CPU, columns=32, rows=32),
-            *on(VLLM, CUDA, **_MARLIN),
-            *on(SGLANG, CUDA, **_MARLIN),
-        ),
-    )
-)
-register(
-    replace(
-        _COMPRESSED,
-        name="w8a16",
-        bits=8,
-        group_size=None,
-        roundings=(NEAREST, "hqq", "search"),
-        rise=0.02,
-        runs_on=(
-            *_IN_TRANSFORMERS,
-            *on(TUNEPRESS, CPU, CUDA),
-            *on(VLLM, CUDA, **_MARLIN),
-            *on(SGLANG, CUDA, **_MARLIN),
-        ),
-    )
-)
-_INPUTS_TOO = replace(
-    VARIANTS["w8a16"],
-    format="unpacked",
-    roundings=(NEAREST, "hqq"),
-    group_sizes=(),
-    rounds_inputs=True,
-)
-register(
-    replace(
-        _INPUTS_TOO,
-        name="w8a8",
-        runs_on=(*_IN_TRANSFORMERS, *on(VLLM, CPU), *on(VLLM, CUDA, capability=7.5), *on(SGLANG, CUDA, capability=7.5)),
-    )
-)
-_FLOAT8 = replace(_INPUTS_TOO, values="e4m3", roundings=(NEAREST, "search"))
-register(
-    replace(
-        _FLOAT8,
-        name="fp8",
-        runs_on=(
-            *_IN_TRANSFORMERS,
-            *on(VLLM, CUDA, capability=FP8_CAPABILITY),
-            *on(SGLANG, CUDA, capability=FP8_CAPABILITY),
-        ),
-    )
-)
-register(
-    replace(
-        _FLOAT8,
-        name="fp8-weight",
-        rounds_inputs=False,
-        runs_on=(
-            *_IN_TRANSFORMERS,
-            *on(TUNEPRESS, CPU, CUDA),
-            *on(VLLM, CUDA, capability=8.0),
-            *on(SGLANG, CUDA, capability=8.0),
-        ),
-    )
-)
-# The formats of two older libraries, which servers compute with the same kernels.
-_FOR_GPTQMODEL = replace(VARIANTS["w4a16"], requires=(), measured_with=(), usage="runs_gptqmodel.md.jinja")
-_KERNELS = tuple(way for way in VARIANTS["w4a16"].runs_on if way.engine != TRANSFORMERS)
-register(
-    replace(
-        _FOR_GPTQMODEL,
-        name="gptq",
-        format="gptq",
-        runs_on=(*on(TRANSFORMERS, CPU, CUDA, packages=("gptqmodel", "optimum")), *_KERNELS),
-    )
-)
-register(
-    replace(
-        _FOR_GPTQMODEL,
-        name="awq",
-        format="awq",
-        roundings=(NEAREST,),
-        zero="integer",
-        runs_on=(*on(TRANSFORMERS, CPU, CUDA, packages=("gptqmodel",)), *_KERNELS),
-    )
-)
+served_variants.register_all()
 register(_gguf("f16", 16))
 register(_gguf("bf16", 16))
 register(_gguf("q8_0", 8, NEAREST, "hqq", "search"))

@@ -70,7 +70,10 @@ class VariantSpec(Section):
     embeddings: Literal[KEEP, EIGHT_BITS] | None = Field(  # type: ignore[valid-type]  # the catalogue has the names
         default=None, description="embedding and output head: unchanged, or in 8 bits (the default of GGUF)"
     )
-    packing: str | None = Field(default=None, description="order of the codes of int4: `plain`, or `tile_packed`")
+    packing: str | None = Field(
+        default=None,
+        description="how codes are stored: `plain` or `tile_packed` (int4), `compressed-tensors` or `torchao` (fp8)",
+    )
     keep: list[str] = Field(default=[], description="layers to leave in bf16: full names, `*` and `?` allowed")
     int8: list[str] = Field(
         default=[], description="layers of int4 to store in 8 bits: full names, `*` and `?` allowed"

@@ -15,6 +15,7 @@ from pipeline.config.engines import EVERYWHERE, TRANSFORMERS, Runs
 GROUP_SIZES = (32, 64, 128, 256)
 
 FEW_BITS = 5  # variants of at most so many bits lose much without calibration, and gain by distillation
+NEAREST = "rtn"  # the rounding that other roundings are compared with
 KEEP = "keep"  # the value of `embeddings` that leaves them as they are
 
 

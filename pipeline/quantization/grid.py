@@ -222,6 +222,8 @@ def choose_codes(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor |
         groups: (N, G, g) weights, any float type.
         scale, zero: (N, G) as they will be stored, so already in `grid.scale_dtype`. The codes of a scale 0 are 0.
     """
+    if grid.values == "e4m3":
+        return grid.nearest(groups.float() / scale.float().unsqueeze(-1))  # divided, as torchao does
     inverse = torch.where(scale == 0, 0, 1.0 / scale.float()).unsqueeze(-1)
     if grid.zero == "float" and zero is not None:
         codes = (groups.float() - zero.float().unsqueeze(-1)).mul_(inverse)

@@ -27,9 +27,9 @@ REGISTRIES = re.compile(r"pipeline\.(config|quantization\.(formats|roundings)|tr
 
 # Catalogues and registries name every entry.
 CATALOGUES = {
-    "config/catalog.py", "config/engines.py", "config/presets.py", "config/registry.py", "config/training_catalog.py",
-    "config/track.py", "inference/loaders.py", "quantization/formats/__init__.py", "training/trainers/__init__.py",
-    "tracking/trackers/__init__.py",
+    "config/catalog.py", "config/engines.py", "config/presets.py", "config/registry.py", "config/served_variants.py",
+    "config/training_catalog.py", "config/track.py", "inference/loaders.py", "quantization/formats/__init__.py",
+    "training/trainers/__init__.py", "tracking/trackers/__init__.py",
 }  # fmt: skip
 ENTRIES = re.compile(r"(quantization/formats|quantization/roundings|training/trainers|tracking/trackers)/(\w+)")
 MODULES = sorted((REPOSITORY / "pipeline").rglob("*.py"))
@@ -47,10 +47,12 @@ def imports_a_registry(tree: ast.AST) -> bool:
     return any(REGISTRIES.match(module) for module in found)
 
 
-def _variants_of(form: str) -> set[str]:
-    """Return the variants that a format may name, since it writes them."""
-    written = (v for v in VARIANTS.values() if form in (v.format, *(packing.format for packing in v.packings.values())))
-    return {variant.name for variant in written}
+def _names_of(entry: str) -> set[str]:
+    """Return what the folder or module of an entry may name: itself, its formats, and what they write."""
+    forms = {entry, *(name for name, (module, _) in FORMATS.items() if entry in module.split("."))}
+    packings = {name for v in VARIANTS.values() for name, packing in v.packings.items() if packing.format in forms}
+    written = (v for v in VARIANTS.values() if forms & {v.format, *(p.format for p in v.packings.values())})
+    return {*forms, *packings, *(variant.name for variant in written)}
 
 
 def named(path: str, text: str) -> list[str]:
@@ -63,7 +65,7 @@ def named(path: str, text: str) -> list[str]:
         return []
     tree, own = ast.parse(text), ENTRIES.match(path)
     skipped = documentation(tree)
-    names = NAMES - ({own[2]} | _variants_of(own[2])) if own else NAMES
+    names = NAMES - _names_of(own[2]) if own else NAMES
     names = names if imports_a_registry(tree) else names - WORDS
     literals = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in skipped]
     return [f"{path}:{node.lineno}: {node.value!r}" for node in literals if node.value in names]

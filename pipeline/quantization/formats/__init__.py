@@ -32,13 +32,14 @@ if TYPE_CHECKING:
 # name -> the module of the format, and the module of its sizes
 _ENTRIES = {
     "torchao": (f"{__name__}.torchao.format", f"{__name__}.torchao.sizes"),
+    "torchao_float8": (f"{__name__}.torchao.float8", f"{__name__}.torchao.float8_sizes"),
     "tile_packed": (f"{__name__}.tile_packed.format", f"{__name__}.tile_packed.sizes"),
     "bitsandbytes": (f"{__name__}.bitsandbytes.format", f"{__name__}.bitsandbytes.sizes"),
     "gptq": (f"{__name__}.gptq.format", f"{__name__}.gptq.sizes"),
     "awq": (f"{__name__}.awq.format", f"{__name__}.awq.sizes"),
     "gguf": (f"{__name__}.gguf.format", f"{__name__}.gguf.sizes"),
-    "pack_quantized": (f"{__name__}.compressed_tensors.packed", f"{__name__}.compressed_tensors.sizes"),
-    "unpacked": (f"{__name__}.compressed_tensors.unpacked", f"{__name__}.compressed_tensors.sizes"),
+    "pack-quantized": (f"{__name__}.compressed_tensors.packed", f"{__name__}.compressed_tensors.sizes"),
+    "naive-quantized": (f"{__name__}.compressed_tensors.unpacked", f"{__name__}.compressed_tensors.sizes"),
 }
 
 

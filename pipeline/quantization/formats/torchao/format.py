@@ -64,6 +64,7 @@ class Torchao(SafetensorsFormat):
     TABLE = INT8
     holds_experts = stacks_experts = True
     packing = "PLAIN"  # torchao's name of the order of four-bit codes
+    dynamic = header.DYNAMIC  # torchao's name of the settings of layers that round their inputs
 
     def grid(self, spec: VariantSpec, width: int) -> Grid:
         """Return the grid with the largest group size up to that of `spec` that divides the width."""
@@ -143,8 +144,13 @@ class Torchao(SafetensorsFormat):
 
     def weights(self, checkpoint: Checkpoint | FileWeights) -> Collection[str]:
         """Return the names of the weights that a checkpoint holds in this format."""
-        found = [match.groups() for part in checkpoint if (match := _CODES.fullmatch(part))]
+        found = [match.groups() for part in checkpoint if (match := self._matched(checkpoint, part, torch.int8))]
         return [f"{layer}{part}" for layer, part in found if f"{layer}_{part}_scale_and_zero" not in checkpoint]
+
+    def _matched(self, checkpoint: Checkpoint | FileWeights, part: str, codes: torch.dtype) -> re.Match | None:
+        """Return the layer and the parameter of a stored part that holds codes of a dtype; None for any other."""
+        match = _CODES.fullmatch(part)
+        return match if match and checkpoint[part].dtype == codes else None
 
     def part_names(self, name: str) -> list[str]:
         """Return the names of the tensors that the weight `name` is stored as."""
@@ -203,7 +209,7 @@ class Torchao(SafetensorsFormat):
     def rounds_inputs(self, config: PretrainedConfig) -> bool:
         """Return True if layers of this model round their inputs too, which torchao computes."""
         quantization = getattr(config, "quantization_config", None)
-        return isinstance(quantization, dict) and header.DYNAMIC in json.dumps(quantization)
+        return isinstance(quantization, dict) and self.dynamic in json.dumps(quantization)
 
 
 FORMAT = Torchao()

@@ -15,6 +15,7 @@ from pipeline.config.schema import VariantSpec
 from pipeline.quantization.grid import Grid
 
 DYNAMIC = "Int8DynamicActivationInt8WeightConfig"  # of layers that round their inputs too
+FLOAT8_DYNAMIC = "Float8DynamicActivationFloat8WeightConfig"
 _SYMMETRIC = {"_type": "MappingType", "_data": "SYMMETRIC"}
 
 
@@ -120,6 +121,16 @@ def quantization_config(
         of_stacks = in_eight if spec.variant.bits == 4 else kind
         kinds = {**dict.fromkeys([*tables, *eight], in_eight), **dict.fromkeys(stacks, of_stacks), "_default": kind}
         kind = _recipe("FqnToConfig", 1, fqn_to_config=kinds, module_fqn_to_config=kinds)
+    return described(kind, kept, tables)
+
+
+def described(kind: dict, kept: list[str], tables: list[str]) -> dict:
+    """Return the `quantization_config` of config.json with the settings `kind`.
+
+    Args:
+        kept: modules that stay in bf16, though their kind is quantized.
+        tables: the embedding and the output head, if they are quantized.
+    """
     # A list here replaces transformers' own, so the output head must stand in it too, unless it is quantized.
     listed = kept if tables else ["lm_head", *kept] if kept else None
     return {
@@ -134,3 +145,63 @@ def quantization_config(
 def _int8_recipe(group_size: int | None) -> dict:
     granularity = _recipe("PerGroup", 1, group_size=group_size) if group_size else _PER_ROW
     return _recipe("Int8WeightOnlyConfig", 2, granularity=granularity, group_size=None, set_inductor_config=True)
+
+
+_E4M3 = _dtype(torch.float8_e4m3fn)
+_AUTO = {"_type": "KernelPreference", "_data": "AUTO"}
+_PRODUCTS = {"emulate": False, "use_fast_accum": True, "pad_inner_dim": False}
+
+
+def float8_metadata(
+    spec: VariantSpec,
+    shapes: Mapping[str, tuple[int, int]],
+    plain: Iterable[str],
+    dtypes: Mapping[str, torch.dtype],
+) -> dict[str, str]:
+    """Return the header's metadata of float8 weights, which is the same for every shard.
+
+    Args:
+        shapes: quantized weights: name -> shape (N, K).
+        plain: names of the tensors that stay as they are.
+        dtypes: the types that the quantized weights had, and compute as again.
+    """
+    inputs = {
+        "float8_dtype": _E4M3,
+        "granularity": {"_type": "PerRow", "_data": {"dim": -1}},
+        "mm_config": None,
+        "hp_value_lb": None,
+        "hp_value_ub": None,
+        "kernel_preference": _AUTO,
+    }
+    rounds_inputs = spec.variant.rounds_inputs
+    entries = {name: json.dumps({"_type": "Tensor"}) for name in plain}
+    for name, (_, width) in shapes.items():
+        data = {
+            "block_size": [1, width],
+            "mm_config": {"_type": "Float8MMConfig", "_data": _PRODUCTS} if rounds_inputs else None,
+            "act_quant_kwargs": {"_type": "QuantizeTensorToFloat8Kwargs", "_data": inputs} if rounds_inputs else None,
+            "kernel_preference": _AUTO,
+            "dtype": _dtype(dtypes[name]),
+        }
+        entries[name] = entry("Float8Tensor", data, "qdata", "scale")
+    return {**entries, "tensor_names": json.dumps(list(entries))}
+
+
+def float8_recipe(rounds_inputs: bool) -> dict:
+    """Return the settings of float8 layers in config.json."""
+    if not rounds_inputs:
+        return _recipe("Float8WeightOnlyConfig", 2, weight_dtype=_E4M3, set_inductor_config=True, granularity=_PER_ROW)
+    return _recipe(
+        FLOAT8_DYNAMIC,
+        2,
+        activation_dtype=_E4M3,
+        weight_dtype=_E4M3,
+        granularity=[_PER_ROW, _PER_ROW],
+        packing_format={"_type": "Float8PackingFormat", "_data": "PLAIN"},
+        mm_config=_recipe("Float8MMConfig", 1, **_PRODUCTS),
+        activation_value_lb=None,
+        activation_value_ub=None,
+        kernel_preference=_AUTO,
+        set_inductor_config=True,
+        alg_id=0,
+    )

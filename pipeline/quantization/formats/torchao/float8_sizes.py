@@ -1,0 +1,18 @@
+"""What torchao's float8 tensors are stored as, part by part, and so how many bytes they take. Imports no torch."""
+
+from __future__ import annotations
+
+from pipeline.config.quantize import VariantSpec
+from pipeline.quantization.formats.torchao.sizes import Parts, parts_bytes, plain_bytes, table_bytes
+
+__all__ = ["layer_bytes", "parts", "plain_bytes", "table_bytes"]
+
+
+def parts(shape: tuple[int, int]) -> Parts:
+    """Return the stored parts of a weight (N, K)."""
+    return {"qdata": ("float8_e4m3fn", shape), "scale": ("float32", (shape[0], 1))}
+
+
+def layer_bytes(spec: VariantSpec, shape: tuple[int, int]) -> int:
+    """Return the bytes of a layer's weight (N, K)."""
+    return parts_bytes(parts(shape))
