@@ -38,7 +38,7 @@ from pipeline.config.registry import remove as remove
 EIGHT_BITS = "int8"  # the value of `embeddings`, and the key for single layers, for eight bits with a scale per row
 GGUF = "gguf"  # the format of llama.cpp, and the folder of its files
 
-_BLOCKS = "four-bit numbers of its own kind, one scale for each 64"
+_BLOCKS = "numbers of four bits, one scale for each 64"
 _ROUNDINGS = "pipeline.quantization.roundings"
 register(Rounding(NEAREST, f"{_ROUNDINGS}.rtn", ("none", "integer", "float"), "rounded to nearest"))
 register(Rounding("hqq", f"{_ROUNDINGS}.hqq", ("none", "float"), "rounded by HQQ without data"))
@@ -79,7 +79,7 @@ def _bitsandbytes(name: str, bits: int, kind: str, said: str, capability: float 
     """Return a variant that bitsandbytes rounds and runs.
 
     Args:
-        kind: its name for the numbers.
+        kind: its name for the values of codes.
         said: how it stores linear layers.
         capability: the lowest CUDA compute capability of its kernels.
     """
@@ -97,8 +97,8 @@ def _bitsandbytes(name: str, bits: int, kind: str, said: str, capability: float 
         rounds_inputs=bits == 8,
         libraries=("torch", "bitsandbytes", "transformers"),
         measured_with=("bitsandbytes",),
-        file_type=kind,
-        said=f"linear layers are {said}, made and run by bitsandbytes",
+        values=kind,
+        said=f"linear layers are {said}; bitsandbytes makes and runs them",
         runs_on=(
             *on(TRANSFORMERS, CPU, rows=rows, **with_it),
             *on(TRANSFORMERS, CUDA, capability=capability, **with_it),
@@ -180,8 +180,8 @@ register(
     )
 )
 register(_bitsandbytes("int8", 8, "llm_int8", "eight-bit integers, one scale for each row", capability=7.5))
-register(_bitsandbytes("nf4", 4, "nf4", f"{_BLOCKS}; these scales have eight bits (double quantization)"))
-register(_bitsandbytes("fp4", 4, "fp4", _BLOCKS))
+register(_bitsandbytes("nf4", 4, "nf4", f"NF4 {_BLOCKS}, whose scales have eight bits (double quantization)"))
+register(_bitsandbytes("fp4", 4, "fp4", f"FP4 {_BLOCKS}"))
 
 served_variants.register_all()
 register(_gguf("f16", 16))
@@ -217,6 +217,8 @@ ALIASES = {
     "int4_weight_only": ("int4",),
     "int8_dynamic": ("int8-dynamic",),
     "both": DEFAULT_VARIANTS,
+    "nf4": ("bnb-nf4",),
+    "fp4": ("bnb-fp4",),
     # The names of llama.cpp, except bf16 and f16, which do not imply GGUF.
     **{v.file_type.lower(): (v.name,) for v in VARIANTS.values() if v.file_type and v.bits < 16},
 }

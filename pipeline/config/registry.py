@@ -51,7 +51,7 @@ class Variant:
         roundings: the allowed roundings; the first is the default. Empty if the format takes weights directly.
         rise: the default limit for the relative rise of perplexity.
         zero: the kind of zero point of its grid, as `quantization.grid.Grid` names it.
-        values: the values of its codes, as `quantization.grid.Grid` names them.
+        values: the values of its codes, as `quantization.grid.Grid` or a library that rounds by itself names them.
         packings: the allowed packings by name; the first is the default.
         group_sizes: the allowed group sizes.
         one_group_size: True if all layers have the same group size, or all have one scale a row.

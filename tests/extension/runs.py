@@ -23,7 +23,7 @@ def quantizing(folder: Path, model: Path, variant: object, *extensions: ModuleTy
         "model": {"source": str(model)},
         "data": None,
         "evaluate": {"general": "general.txt", "max_tokens": 512, "prompts": []},
-        "quantize": {"variants": [variant], "on_gate_failure": "warn"},
+        "quantize": {"variants": variant if isinstance(variant, list) else [variant], "on_gate_failure": "warn"},
         "track": {"project": "tests"},
     }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))

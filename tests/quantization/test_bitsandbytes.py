@@ -217,3 +217,21 @@ def test_weight_too_large_for_float16_is_refused(tiny_model, tmp_path):
 def test_options_that_bitsandbytes_does_not_have_are_refused(name, options, message):
     with pytest.raises(ValueError, match=message):
         VariantSpec(name=name, **options)
+
+
+@pytest.mark.slow
+def test_run_plans_measures_describes_and_verifies_every_variant(tiny_model, tmp_path):
+    from tests.extension.runs import quantizing
+
+    place = quantizing(tmp_path, tiny_model("llama", **MODELS["llama"]), NAMES)
+    plan = json.loads(place.tunepress("plan", "tiny.yaml", "--json").stdout)
+    place.tunepress("run", "tiny.yaml")
+    (stage,) = (stage for stage in plan["stages"] if stage["stage"] == "quantize")
+    for name in NAMES:
+        folder, found = place.release / name, place.results()[name]
+        written = (folder / "model.safetensors").stat().st_size
+        assert 0.98 * written < stage["writes"][name] < 1.02 * written + 20_000
+        assert found["speed"]["pipeline.load"]["runs"] and found["speed"]["stock"]["runs"]
+        assert "bitsandbytes makes and runs them" in (folder / "README.md").read_text()
+    lines = place.tunepress("verify", str(place.release)).stdout.splitlines()
+    assert sum(line.split()[:2] == ["+", "measured"] for line in lines) == len(NAMES)

@@ -87,7 +87,7 @@ class Bitsandbytes(SafetensorsFormat):
         Raises:
             QuantizationError: if blocks would cross rows, which the layers of bitsandbytes refuse on some CPUs.
         """
-        kind = spec.variant.file_type or ""
+        kind = spec.variant.values
         if kind != sizes.INT8 and width % sizes.BLOCK:
             raise QuantizationError(
                 f"{spec.name}: blocks of {sizes.BLOCK} do not divide a width of {width}; name such layers under "
@@ -162,7 +162,7 @@ class Bitsandbytes(SafetensorsFormat):
         self, spec: VariantSpec, kept: list[str], tables: list[str], eight: list[str], grids: Grids, folder: Path
     ) -> dict:
         """Return the `quantization_config` of config.json, as transformers' `BitsAndBytesConfig` has it."""
-        kind = spec.variant.file_type
+        kind = spec.variant.values
         in_eight = kind == sizes.INT8
         return {
             "_load_in_4bit": not in_eight,

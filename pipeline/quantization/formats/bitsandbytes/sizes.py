@@ -61,7 +61,7 @@ def state(shape: tuple[int, int], kind: str, offset: float = 0.0) -> bytes:
 
 def layer_bytes(spec: VariantSpec, shape: tuple[int, int]) -> int:
     """Return the bytes of a layer's weight (N, K)."""
-    return parts_bytes(parts(shape, spec.variant.file_type or ""))
+    return parts_bytes(parts(shape, spec.variant.values))
 
 
 def table_bytes(spec: VariantSpec, shape: tuple[int, int]) -> int:
