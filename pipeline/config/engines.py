@@ -104,7 +104,7 @@ class Runs:
     def said(self) -> str:
         """Return what there is to say beyond its hardware: ` with torchao (experimental)`."""
         if not self.computes:
-            return f": {ONLY_STORED}"
+            return f" ({ONLY_STORED})"
         packages = f" with {' and '.join(self.packages)}" if self.packages else ""
         return f"{packages} (experimental)" if self.experimental else packages
 

@@ -40,8 +40,8 @@ def _places(spec: VariantSpec, sizes: Sizes) -> Iterator[Place]:
 def tell_places(found: dict[str, list[Place]]) -> Iterator[str]:
     """Yield lines for people: where each variant runs, and where the layers of this model keep it from running."""
     for variant, opened in found.items():
-        good = [f"{place.engine} ({place.hardware})" for place in opened if place.misfit is None]
-        yield f"{variant}: runs in {', '.join(good) or 'none of the known programs'}"
+        good = [f"{place.engine} on {place.hardware}" for place in opened if place.misfit is None]
+        yield f"{variant} runs in: {'; '.join(good) or 'none of the known engines'}"
         for why in dict.fromkeys(place.misfit for place in opened if place.misfit):
-            where = ", ".join(f"{place.engine} on {place.hardware}" for place in opened if place.misfit == why)
-            yield f"{variant}: only stored for {where}, because {why}"
+            where = "; ".join(f"{place.engine} on {place.hardware}" for place in opened if place.misfit == why)
+            yield f"{variant} does not run in: {where}, because {why}"

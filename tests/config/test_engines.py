@@ -45,7 +45,7 @@ def test_hardware_with_the_same_needs_is_told_together():
     ]
     assert tell(ways, VLLM, [(32, 64)])[1] == ("CUDA from Ada", "32 rows are not a multiple of 64")
     assert tell(ways, TRANSFORMERS, ()) == [
-        ("CPU: stored only", None),
+        ("CPU (stored only)", None),
         ("CUDA from compute capability 8.6", None),
     ]
 

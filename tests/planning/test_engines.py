@@ -17,17 +17,17 @@ def lines(shapes: dict, *variants: object) -> list[str]:
 
 def test_plan_names_the_layers_that_a_kernel_cannot_take():
     runs, stored = lines(NARROW, "w4a16")
-    assert runs.startswith("w4a16: runs in transformers (CPU, CUDA with compressed-tensors>=0.15), pipeline.load")
-    assert "vLLM (CPU)" in runs and "SGLang" not in runs
+    assert runs.startswith("w4a16 runs in: transformers on CPU, CUDA with compressed-tensors>=0.15; pipeline.load")
+    assert "vLLM on CPU" in runs and "SGLang" not in runs
     assert stored == (
-        "w4a16: only stored for vLLM on CUDA from Ampere, SGLang on CUDA from Ampere, "
+        "w4a16 does not run in: vLLM on CUDA from Ampere; SGLang on CUDA from Ampere, "
         "because 576 columns are not a multiple of 128"
     )
 
 
 def test_plan_names_all_engines_that_run_a_variant_with_these_layers():
     (runs,) = lines(WIDE, "w4a16")
-    assert "vLLM (CPU, CUDA from Ampere), SGLang (CUDA from Ampere)" in runs
+    assert "vLLM on CPU, CUDA from Ampere; SGLang on CUDA from Ampere" in runs
 
 
 def test_layers_that_are_kept_need_no_kernel():

@@ -35,7 +35,7 @@ def test_table_has_a_row_for_models_that_run_alike():
     found = cells(model_card(gguf_about(), [*BOTH, *GGUF]))
     assert list(found) == ["merged model", "`int8/`", "`int4/`", "`gguf/` Q8_0, `gguf/` Q4_0"]
     assert found["merged model"] | {"vLLM": "CPU, CUDA", "llama.cpp": "no"} == found["merged model"]
-    assert found["`int4/`"]["transformers"] == "CPU: stored only; CUDA with torchao and mslk"
+    assert found["`int4/`"]["transformers"] == "CPU (stored only); CUDA with torchao and mslk"
     assert found["`gguf/` Q8_0, `gguf/` Q4_0"]["llama.cpp"] == "CPU, GPU"
     assert "llama.cpp" not in section(model_card(about(), BOTH))
 
