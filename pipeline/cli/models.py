@@ -13,12 +13,16 @@ from pipeline.cli.options import RUNS, AsJson, Remove, Replace, Root, Settings, 
 from pipeline.cli.runs import conclude, run_stage
 from pipeline.config.calibration import QUALITIES
 from pipeline.config.catalog import DEFAULT_VARIANTS, ROUNDINGS, VARIANTS
+from pipeline.config.presets import PRESETS
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
 
 Output = Annotated[Path | None, typer.Option("--output", help="New folder for the release.")]
-_VARIANTS_HELP = f"{', '.join(VARIANTS)}; or both: {' and '.join(DEFAULT_VARIANTS)}. Separate several with commas."
+_VARIANTS_HELP = (
+    f"{', '.join(VARIANTS)}; or a set of them: both ({' and '.join(DEFAULT_VARIANTS)}), {', '.join(PRESETS)}. "
+    "Separate several with commas."
+)
 Variants = Annotated[str | None, typer.Option("--variants", help=_VARIANTS_HELP)]
 Measure = Annotated[bool, typer.Option("--measure", help="Load back and measure the result; publishing always does.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of the model on the Hub.")]

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.calibration import CALIBRATED_QUALITY, FAST_QUALITY
-from pipeline.config.catalog import VARIANTS, resolve_listed, variant_names
+from pipeline.config.catalog import VARIANTS
 from pipeline.config.loader import parse_config
+from pipeline.config.presets import expand, names_to_choose
 from pipeline.config.quantize import Target, VariantSpec
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
@@ -166,7 +167,7 @@ def variant_specs(
     groups by default, or to all if none has, but not to variants with only one size.
 
     Args:
-        variants: names or aliases, separated by commas.
+        variants: names, aliases or presets, separated by commas.
         group_size: columns that share a scale.
         rounding: name of a rounding.
         packing: name of a packing.
@@ -177,9 +178,10 @@ def variant_specs(
         ConfigError: for an unknown name, or an option that no variant takes.
     """
     try:
-        names = resolve_listed(variants)
+        chosen = expand(variants)
     except KeyError as unknown:
-        raise ConfigError(f"{option} {unknown.args[0]}: allowed are {variant_names()}") from None
+        raise ConfigError(f"{option} {unknown.args[0]}: allowed are {names_to_choose()}") from None
+    names = [item["name"] for item in chosen]
     sized = [name for name in names if group_size in VARIANTS[name].group_sizes] or names
     choosing = [name for name in sized if len(VARIANTS[name].group_sizes) > 1] or sized
     in_groups = [name for name in choosing if VARIANTS[name].group_size] or choosing
@@ -197,10 +199,11 @@ def variant_specs(
             advice = ", ".join(known) or f"leave out --{option}"
             raise ConfigError(f"--{option} {value}: none of {', '.join(names)} takes it. Try: {advice}")
     specs = []
-    for name in names:
+    for item in chosen:
+        name = item["name"]
         options: dict[str, object] = {"group_size": group_size if name in in_groups else None}
         options["rounding"] = rounding if name in rounded else None
         options["packing"] = packing if name in packed else None
         options["target"] = target if name in mixed else None
-        specs.append({"name": name} | {key: value for key, value in options.items() if value is not None})
+        specs.append(item | {key: value for key, value in options.items() if value is not None})
     return specs

@@ -1,8 +1,11 @@
-"""Presets: sets of variants by purpose, for the wizard."""
+"""Presets: sets of variants by purpose. They are named wherever variants are."""
 
 from __future__ import annotations
 
-from pipeline.config.catalog import EIGHT_BITS
+from collections.abc import Iterable
+
+from pipeline.config.catalog import EIGHT_BITS, VARIANTS, resolve_variants, variant_names
+from pipeline.config.engines import LLAMA_CPP, OLLAMA, SGLANG, TRANSFORMERS, TUNEPRESS, VLLM
 
 # name -> a description, and the value of `quantize.variants`
 PRESETS: dict[str, tuple[str, tuple[dict, ...]]] = {
@@ -22,4 +25,58 @@ PRESETS: dict[str, tuple[str, tuple[dict, ...]]] = {
         "int8 and int4 stored in the order of CUDA's tensor cores, in groups of 128",
         ({"name": "int8"}, {"name": "int4", "group_size": 128, "packing": "tile_packed"}),
     ),
+    "serving": (
+        "w4a16, w8a8 and fp8: four bits, eight bits, and eight bits in floating point for Ada and newer",
+        ({"name": "w4a16"}, {"name": "w8a8"}, {"name": "fp8"}),
+    ),
+    "local": (
+        "GGUF in eight bits and in four",
+        ({"name": "gguf-q8_0"}, {"name": "gguf-q4_k"}),
+    ),
 }
+PRESETS["everything"] = (
+    "balanced, serving and local together",
+    tuple(item for name in ("balanced", "serving", "local") for item in PRESETS[name][1]),
+)
+
+# Where a model will run -> in words, and the engines that each of the variants for it runs on. Except for the first,
+# the preset of the same name is proposed.
+PLACES: dict[str, tuple[str, tuple[str, ...]]] = {
+    TRANSFORMERS: ("Python code with transformers or tunepress", (TRANSFORMERS, TUNEPRESS)),
+    "serving": ("a server: vLLM or SGLang", (VLLM, SGLANG)),
+    "local": ("llama.cpp, Ollama or LM Studio", (LLAMA_CPP, OLLAMA)),
+    "everything": ("all of these", ()),
+}
+
+
+def variants_for(place: str) -> list[str]:
+    """Return the variants that all engines of a place run on some hardware, in the order of the catalogue."""
+    engines = set(PLACES[place][1])
+    return [
+        name
+        for name, variant in VARIANTS.items()
+        if engines <= {way.engine for way in variant.ways() if way.computes and not way.experimental}
+    ]
+
+
+def expand(listed: Iterable[str]) -> list[dict]:
+    """Return the variants of lists of names, each separated by commas; a name may be a preset, or an alias.
+
+    Raises:
+        KeyError: with the first name that is none of these.
+    """
+    found: list[dict] = []
+    for name in (name.strip() for text in listed for name in text.split(",") if name.strip()):
+        if (preset := name.lower().replace("-", "_")) in PRESETS:
+            found += map(dict, PRESETS[preset][1])
+            continue
+        try:
+            found += [{"name": variant} for variant in resolve_variants(name)]
+        except KeyError:
+            raise KeyError(name) from None
+    return found
+
+
+def names_to_choose() -> str:
+    """Return all names that `expand` takes, for messages."""
+    return f"{variant_names()}, {', '.join(PRESETS)}"

@@ -19,9 +19,8 @@ from pipeline.config.catalog import (
     VARIANTS,
     Need,
     Variant,
-    resolve_variants,
-    variant_names,
 )
+from pipeline.config.presets import expand, names_to_choose
 
 
 class Gate(Section):
@@ -98,7 +97,7 @@ class VariantSpec(Section):
     @model_validator(mode="after")
     def _fits_the_catalog(self) -> VariantSpec:
         if self.name not in VARIANTS:
-            raise ValueError(f"allowed are {variant_names()}")
+            raise ValueError(f"allowed are {names_to_choose()}")
         variant = self.variant
         options = [option for option in type(self).model_fields if option not in ("name", "gate")]
         if self.quantizer and (given := [option for option in options if getattr(self, option)]):
@@ -213,20 +212,21 @@ def matches(patterns: Collection[str], name: str) -> bool:
 
 
 def expand_aliases(value: Any) -> Any:
-    """Replace aliases by their variants, and a single name by a list."""
+    """Replace presets and aliases by their variants, and a single name by a list."""
     if isinstance(value, (str, dict)):
         value = [value]
     if not isinstance(value, list):
         return value
-    expanded = []
+    expanded: list[Any] = []
     for item in value:
         name: Any = item.get("name") if isinstance(item, dict) else item
         try:
-            names = resolve_variants(name)
-        except (KeyError, AttributeError):  # refused by the check of `VariantSpec`, which names the position
-            expanded.append(item)
-            continue
-        expanded += [{**item, "name": n} if isinstance(item, dict) else n for n in names]
+            variants = expand([name])
+        except (KeyError, AttributeError):
+            variants = []
+        options = item if isinstance(item, dict) else {}
+        # Other items are refused by the check of `VariantSpec`, which names the position.
+        expanded += [variant | options | {"name": variant["name"]} for variant in variants] or [item]
     return expanded
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.config.engines import ENGINES, Runs, tell
@@ -37,11 +37,17 @@ def _places(spec: VariantSpec, sizes: Sizes) -> Iterator[Place]:
         yield from (Place(row.label.strip("`"), *told) for told in tell(ways, engine, shapes))
 
 
-def tell_places(found: dict[str, list[Place]]) -> Iterator[str]:
+def tell_places(found: Mapping[str, Sequence[Place]]) -> Iterator[str]:
     """Yield lines for people: where each variant runs, and where the layers of this model keep it from running."""
     for variant, opened in found.items():
         good = [f"{place.engine} on {place.hardware}" for place in opened if place.misfit is None]
         yield f"{variant} runs in: {'; '.join(good) or 'none of the known engines'}"
+        yield from tell_misfits({variant: opened})
+
+
+def tell_misfits(found: Mapping[str, Sequence[Place]]) -> Iterator[str]:
+    """Yield lines for people: where the layers of this model keep a variant from running."""
+    for variant, opened in found.items():
         for why in dict.fromkeys(place.misfit for place in opened if place.misfit):
             where = "; ".join(f"{place.engine} on {place.hardware}" for place in opened if place.misfit == why)
             yield f"{variant} does not run in: {where}, because {why}"

@@ -11,6 +11,7 @@ import typer
 
 from pipeline.cli.options import RUNS, Root, console
 from pipeline.config.calibration import QUALITIES
+from pipeline.config.presets import PLACES, PRESETS
 
 INTERRUPTED = 130
 Text = str | None
@@ -35,7 +36,8 @@ def wizard(
     private: Annotated[bool | None, _answer("Visibility of a new repository.", "--private/--public")] = None,
     track: Annotated[Text, _answer("Trackio: local, a Space USER/NAME, or the URL of a server.")] = None,
     quantize: Annotated[bool | None, _answer("Make quantized models.", "--quantize/--no-quantize")] = None,
-    quantization: Annotated[Text, _answer("balanced, high_quality, edge, gpu_optimized; or int8, int4, both.")] = None,
+    where: Annotated[Text, _answer(f"Where the quantized models will run: {', '.join(PLACES)}.")] = None,
+    quantization: Annotated[Text, _answer(f"{', '.join(PRESETS)}; or variants such as int8,int4.")] = None,
     group_size: Annotated[Text, _answer("32, 64, 128 or 256, for int4.")] = None,
     gguf: Annotated[Text, _answer("GGUF types such as q4_0,q8_0, or none.")] = None,
     gate: Annotated[

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from pipeline.config.engines import TRANSFORMERS
 from pipeline.config.loader import parse_config
 from pipeline.config.schema import Config, TrainingRun
 from pipeline.data.sources import BUILTIN
@@ -45,6 +46,7 @@ class Draft:
         recipe: the shipped recipe that was chosen.
         profile: key of `presets.PROFILES`.
         quantizes: quantized models are made.
+        place: where they will run; key of `presets.PLACES` of the configuration.
         columns_problem: why no form fits the data set; None after its columns are named.
         written: the configuration's file.
         too_large: the run does not fit this machine.
@@ -63,6 +65,7 @@ class Draft:
     recipe: str | None = None
     profile: str = "standard"
     quantizes: bool = True
+    place: str = TRANSFORMERS
     columns_problem: str | None = None
     written: Path | None = None
     too_large: bool = False

@@ -10,10 +10,11 @@ from pipeline.cli.wizard.model import recipe_tree
 from pipeline.cli.wizard.presets import PROFILES
 from pipeline.cli.wizard.prompts import Question, one_of, yes_or_no
 from pipeline.config.builders import read_target
-from pipeline.config.catalog import DEFAULT_VARIANTS, GGUF, GROUP_SIZES, VARIANTS, resolve_listed
-from pipeline.config.presets import PRESETS
+from pipeline.config.catalog import DEFAULT_VARIANTS, GGUF, GROUP_SIZES, TRANSFORMERS, VARIANTS
+from pipeline.config.presets import PLACES, PRESETS, expand, variants_for
 from pipeline.errors import ConfigError
 from pipeline.evaluation.gates import limits
+from pipeline.planning.engines import places, tell_misfits
 
 AS_THE_RECIPE, NONE, TARGET = "recipe", "none", "target"
 FORMER_TARGET = "escalate"  # the answer in earlier versions
@@ -35,40 +36,47 @@ def _take_quantize(draft: Draft, answer: str) -> None:
         draft.set({"quantize.variants": []})
 
 
+def _take_place(draft: Draft, answer: str) -> None:
+    draft.place = one_of(answer, tuple(PLACES))
+
+
 def _about_quantization(draft: Draft) -> str:
     recipe = [f"{AS_THE_RECIPE}: the variants of the recipe {draft.recipe}"] if draft.recipe else []
     presets = [f"{name}: {about}" for name, (about, _) in PRESETS.items()]
-    by_name = "int8 (for GPUs), int4 (for CPUs), both, names separated by commas, or one of these presets:"
+    by_name = (
+        f"Names separated by commas, or one of the presets below. For this: {', '.join(variants_for(draft.place))}."
+    )
     return "\n  ".join([by_name, *presets, *recipe])
 
 
 def _default_quantization(draft: Draft) -> str:
+    if draft.place in PRESETS:
+        return draft.place
     if draft.recipe and draft.profile == "standard":
         return AS_THE_RECIPE
     return PROFILES[draft.profile].quantization
 
 
 def _take_quantization(draft: Draft, answer: str) -> None:
-    word = answer.lower().replace("-", "_")
-    if word == AS_THE_RECIPE and draft.recipe:
+    if answer.lower() == AS_THE_RECIPE and draft.recipe:
         asked = recipe_tree(draft.recipe)["quantize"]["variants"]
         variants = [item if isinstance(item, dict) else {"name": item} for item in asked]
-    elif word in PRESETS:
-        variants = list(PRESETS[word][1])
     else:
-        variants = [{"name": name} for name in _names(answer)]
+        variants = _named(answer)
     _set_variants(draft, suited(draft, variants))
+    for line in tell_misfits(places(draft.config(), draft.model_sizes)):
+        draft.tell(line)
 
 
-def _names(answer: str) -> list[str]:
+def _named(answer: str) -> list[dict]:
     try:
-        names = list(dict.fromkeys(resolve_listed([answer])))
+        variants = expand([answer])
     except KeyError as unknown:
         allowed = ", ".join([*PRESETS, *DEFAULT_VARIANTS, "both"])
         raise ConfigError(f"{unknown.args[0]!r}: neither a preset nor a variant. Try: {allowed}") from None
-    if not names:
+    if not variants:
         raise ConfigError(f"{answer!r}: no variant is named. Try: --no-quantize, to make none")
-    return names
+    return list({variant["name"]: variant for variant in variants}.values())
 
 
 def _set_variants(draft: Draft, variants: list[dict]) -> None:
@@ -143,6 +151,14 @@ QUESTIONS = (
         lambda draft: "yes",
         _take_quantize,
         denies="no-quantize",
+    ),
+    Question(
+        "where",
+        "Where the quantized models will run",
+        lambda draft: "; ".join(f"{name}: {about}" for name, (about, _) in PLACES.items()),
+        lambda draft: TRANSFORMERS,
+        _take_place,
+        attrgetter("quantizes"),
     ),
     Question(
         "quantization",

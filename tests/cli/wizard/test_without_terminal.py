@@ -38,6 +38,7 @@ def test_piped_answers_are_taken_line_by_line_and_empty_ones_are_defaults(desk):
         "none",
         "local",
         "yes",
+        "transformers",
         "both",
         "32",
         "",
@@ -53,7 +54,7 @@ def test_piped_answers_are_taken_line_by_line_and_empty_ones_are_defaults(desk):
 
 
 def test_options_and_defaults_make_the_same_file_as_piped_answers(desk):
-    piped = desk.wizard("--name", "piped", "--no-run", answers="./model\nrows.jsonl\n" + "\n" * 15)
+    piped = desk.wizard("--name", "piped", "--no-run", answers="./model\nrows.jsonl\n" + "\n" * 16)
     given = desk.wizard("--name", "given", "--no-run", "--yes", *STARTED)
     assert "int8, int4 in groups of 64" in piped.stdout and "int8, int4 in groups of 64" in given.stdout
     piped, given = (load_config(desk.folder / f"{name}.yaml") for name in ("piped", "given"))
@@ -214,7 +215,7 @@ def test_quality_question_tells_the_time_that_each_takes_on_a_measured_machine(m
     assert calibrated.strip().startswith("calibrated: ") and distilled.strip().startswith("distilled: ")
 
 
-@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "gpu_optimized"])
+@pytest.mark.parametrize("preset", ["balanced", "high_quality", "edge", "everything"])
 def test_embeddings_that_cannot_be_quantized_are_kept(ask, tiny_model, capsys, preset):
     kept = ask(model=str(tiny_model("gemma3_text")), data="rows.jsonl", quantization=preset).quantize.spec("int4")
     assert kept.embeddings == "keep"
@@ -432,3 +433,12 @@ def test_failed_gate_can_be_answered_with_a_target_for_int4(ask, answer):
     assert quantize.spec("int4").target.asked == {"rise": 0.05} and quantize.spec("int8").target is None
     with pytest.raises(UserError, match="target: no variant here can have different bits by layer"):
         ask(model="./model", data="rows.jsonl", quantization="int8", gate=answer)
+
+
+def test_place_proposes_what_its_engines_run_and_names_what_does_not_fit(ask, capsys):
+    made = ask(model="./model", data="rows.jsonl", where="serving").quantize.variants
+    assert [spec.name for spec in made] == ["w4a16", "w8a8", "fp8"]
+    assert "w4a16 does not run in: vLLM on CUDA" in capsys.readouterr().out
+    assert ask(model="./model", data="rows.jsonl", where="local").quantize.variants[0].name == "gguf-q8_0"
+    with pytest.raises(UserError, match="Try: transformers, serving, local, everything"):
+        ask(model="./model", data="rows.jsonl", where="moon")
