@@ -37,6 +37,7 @@ def test_a_persons_answers_become_a_finished_run_on_the_hub(desk, hub, launch):
         person.answers("Private", "yes")
         person.answers("Trackio")
         person.answers("Make quantized models")
+        person.answers("Where the quantized models will run")
         person.answers("Quantized models", "int8")
         person.answers("GGUF")
         person.sees("If perplexity rises by more than int8 2 %: withhold: not published")
@@ -134,7 +135,9 @@ def test_ctrl_c_keeps_the_answers_and_resuming_asks_the_rest(desk):
         assert "Model [" not in person.screen and "Epochs" not in person.screen
         for question in ("Maximum length", "Batch size", "Hub repository", "Trackio"):
             person.answers(question)
-        for question in ("Make quantized models", "Quantized models", "Group size of int4", "GGUF"):
+        for question in ("Make quantized models", "Where the quantized models will run", "Quantized models"):
+            person.answers(question)
+        for question in ("Group size of int4", "GGUF"):
             person.answers(question)
         person.answers("Failed quality gate")
         person.sees("distilled: then trains the scales as well")

@@ -439,6 +439,6 @@ def test_place_proposes_what_its_engines_run_and_names_what_does_not_fit(ask, ca
     made = ask(model="./model", data="rows.jsonl", where="serving").quantize.variants
     assert [spec.name for spec in made] == ["w4a16", "w8a8", "fp8"]
     assert "w4a16 does not run in: vLLM on CUDA" in capsys.readouterr().out
-    assert ask(model="./model", data="rows.jsonl", where="local").quantize.variants[0].name == "gguf-q8_0"
+    assert ask(model="./model", data="rows.jsonl", where="local", name="files").quantize.variants[0].name == "gguf-q8_0"
     with pytest.raises(UserError, match="Try: transformers, serving, local, everything"):
         ask(model="./model", data="rows.jsonl", where="moon")
