@@ -133,6 +133,11 @@ class Variant:
         found = self.packing(packing)
         return found.runs_on if found else self.runs_on
 
+    def opened_with(self, packing: str | None = None) -> tuple[str, ...]:
+        """Return the packages that transformers needs to open it, on any hardware."""
+        ways = [way.packages for way in self.ways(packing) if way.engine == TRANSFORMERS]
+        return tuple(package for package in ways[0] if all(package in way for way in ways)) if ways else ()
+
     def packing(self, name: str | None) -> Packing | None:
         """Return the packing with that name, or the default one; None if the variant has no packings."""
         return self.packings.get(name or "", next(iter(self.packings.values()), None))

@@ -22,8 +22,8 @@ _PACKAGE = {"packages": ("compressed-tensors>=0.15",)}
 _IN_TRANSFORMERS = on(TRANSFORMERS, CPU, CUDA, **_PACKAGE)
 _PACKED_HERE = (*_IN_TRANSFORMERS, *on(TUNEPRESS, CPU, CUDA))
 _AS_STOCK = (*_IN_TRANSFORMERS, *on(TUNEPRESS, CPU, CUDA, **_PACKAGE))  # layers that round their inputs
-_MARLIN = {"capability": 8.0, "columns": 128, "rows": 64}
-_ON_MARLIN = (*on(VLLM, CUDA, **_MARLIN), *on(SGLANG, CUDA, **_MARLIN))
+# vLLM fills up layers whose sizes the kernels do not take, and SGLang does not.
+_ON_MARLIN = (*on(VLLM, CUDA, capability=8.0), *on(SGLANG, CUDA, capability=8.0, columns=128, rows=64))
 _KERNELS = (*on(TUNEPRESS, CPU, CUDA), *on(VLLM, CPU, columns=32, rows=32), *_ON_MARLIN)  # of four bits
 
 _FOUR_BITS = Variant(

@@ -17,7 +17,7 @@ from pipeline.config.schema import MeasuredRun
 from pipeline.data import general_text
 from pipeline.errors import ModelError
 from pipeline.evaluation.model_result import Answer, Machine, ModelResult, Quality, Speed
-from pipeline.inference.loaders import DEQUANTIZED, PACKED, STOCK, only_file
+from pipeline.inference.loaders import DEQUANTIZED, PACKED, STOCK, missing_packages, only_file
 from pipeline.models.checkpoint_files import stored_bytes
 from pipeline.models.context import context_length
 from pipeline.models.safe_loading import open_config, open_tokenizer
@@ -56,7 +56,7 @@ def evaluate(
     would depend on the disk.
 
     Args:
-        label: its name in progress lines.
+        label: its name in progress lines; that of the catalogue for a variant.
         folder: the folder of its files.
         config: the run.
         run_texts: the texts to measure on.
@@ -82,11 +82,12 @@ def evaluate(
     if file is not None and reference is not None and llama_cpp.is_installed():
         found = _in_llama_cpp(file, config, run_texts, reference, tell, in_full)
     else:
-        found = _in_transformers(folder, file, config, run_texts, reference, offload, tell, in_full)
+        found = _in_transformers(label, folder, file, config, run_texts, reference, offload, tell, in_full)
     return found.changed(size_bytes=stored_bytes(folder), machine=Machine.model_validate(hardware.describe()))
 
 
 def _in_transformers(
+    label: str,
     folder: Path,
     file: Path | None,
     config: MeasuredRun,
@@ -156,7 +157,7 @@ def _in_transformers(
         compute_dtype=compute_dtype,
         loader=DEQUANTIZED if file else PACKED,
         quality=quality,
-        speed=_speed(folder, ids, loaders, config.evaluate.device) if timed else {},
+        speed=_speed(label, folder, ids, loaders, config.evaluate.device) if timed else {},
         answers=tuple(samples),
     )
     about = {"file": file.name} if file else {} if quantized else {"parameters": parameters}
@@ -265,12 +266,15 @@ def _reference_head(reference: Path, run_texts: RunTexts) -> Head:
     return metrics.Scores.saved_head(run_texts.reference_scores(texts.GENERAL)).read(reference)
 
 
-def _speed(folder: Path, ids: list[int], loaders: tuple[str, ...], device: str) -> dict[str, Speed]:
+def _speed(label: str, folder: Path, ids: list[int], loaders: tuple[str, ...], device: str) -> dict[str, Speed]:
     """Return the figures by loader; if both loaders run, their logits must agree."""
     from pipeline.evaluation.load_probe import probe
 
-    probes = {loader: probe(folder, loader, ids, device) for loader in loaders}
+    lacks = missing_packages(label)
+    probes = {loader: probe(folder, loader, ids, device) for loader in loaders if not (lacks and loader == STOCK)}
     figures = {loader: found.figures for loader, found in probes.items()}
+    if lacks:
+        figures[STOCK] = Speed(loader=STOCK, device=figures[PACKED].device, runs=False, lacks=tuple(lacks))
     ours = figures.get(PACKED)
     if ours and not ours.runs:
         raise ModelError(f"{folder}: does not run with {PACKED}: {ours.reason}")

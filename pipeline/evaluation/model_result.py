@@ -94,6 +94,7 @@ class Speed(Record):
 
     Attributes:
         runs: False if the model loads, but does not run; `reason` says why.
+        lacks: packages without which the loader could not be tried; the model then does not run either.
         logits_off_stock: relative difference from the logits of the stock loader.
     """
 
@@ -102,6 +103,7 @@ class Speed(Record):
     load_seconds: Number | None = None
     runs: Flag | None = None
     reason: Text | None = None
+    lacks: Texts = ()
     prefill_tokens_per_second: Number | None = None
     decode_tokens_per_second: Number | None = None
     prompt_tokens: Count | None = None

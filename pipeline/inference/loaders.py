@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from pipeline.config.catalog import LLAMA_CPP, VARIANTS
+from pipeline.system.libraries import is_installed
 
 PACKED = "pipeline.load"  # our loader: every layer is packed for the machine
 STOCK = "stock"  # transformers alone
@@ -17,6 +19,12 @@ TIMED = {PACKED: "`pipeline.load`", STOCK: "stock transformers", LLAMA_CPP: LLAM
 def default_loader(model: str) -> str:
     """Return the loader that measures a model, unless something else is recorded of it."""
     return VARIANTS[model].engine if model in VARIANTS and VARIANTS[model].is_one_file else PACKED
+
+
+def missing_packages(model: str, packing: str | None = None) -> list[str]:
+    """Return the packages that the stock loader needs for a variant and this machine lacks."""
+    needed = VARIANTS[model].opened_with(packing) if model in VARIANTS else ()
+    return [package for package in needed if not is_installed(re.split("[<>=!~]", package)[0].replace("-", "_"))]
 
 
 def only_file(folder: Path) -> Path | None:

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.config.catalog import VARIANTS, is_one_file
+from pipeline.evaluation.model_result import VariantSettings
 from pipeline.hub.tree import CARD
+from pipeline.inference.loaders import missing_packages
 from pipeline.publishing import snippets
 from pipeline.publishing.cards import About
 from pipeline.publishing.lineage import own_version
@@ -37,7 +39,12 @@ def run_examples(claims: Claims, place: Place, cards: Cards, models: list[str]) 
         if is_one_file(model) and not is_installed("llama_cpp"):
             yield unknown("snippets", model, "not run: needs llama-cpp-python")
             continue
+        settings = cards.about.results[model].variant or VariantSettings() if model in VARIANTS else VariantSettings()
+        lacks = missing_packages(model, settings.packing)
         for number, code in enumerate(programs(ours), 1):
+            if lacks and not _uses_tunepress(code):
+                yield unknown("snippets", model, f"not run with stock libraries: needs {' and '.join(lacks)}")
+                continue
             place.tell(0, 1, f"{model}: running snippet {number}")
             yield _run(model, code, place)
 
@@ -76,8 +83,12 @@ def _assigns(code: str, name: str) -> bool:
     return any(isinstance(n, ast.Name) and n.id == name for target in targets for n in ast.walk(target))
 
 
+def _uses_tunepress(code: str) -> bool:
+    return "from pipeline import load" in code
+
+
 def _run(model: str, code: str, place: Place) -> Finding:
-    with_tunepress = "from pipeline import load" in code
+    with_tunepress = _uses_tunepress(code)
     means = "with tunepress" if with_tunepress else "with stock libraries"
     with tempfile.TemporaryDirectory(prefix="tunepress-snippet-") as folder:
         try:

@@ -86,18 +86,19 @@ class JoinedInt4:
 
     @staticmethod
     def suits(layers: Sequence[Int4Linear]) -> bool:
-        """Return True if no layer has padded rows, and all have the same group size."""
+        """Return True if no layer has padded rows, and all have the same group size and type of scales."""
         whole = all(layer.out_features == len(layer.packed) for layer in layers)
-        return whole and len({layer.grid.group_size for layer in layers}) == 1
+        return whole and len({(layer.grid.group_size, layer.grid.scale_dtype) for layer in layers}) == 1
 
     def __init__(self, layers: Sequence[Int4Linear], room: Room):
         self.group_size, self.bias = layers[0].grid.group_size, _biases(layers)
         rows = [layer.out_features for layer in layers]
         self.packed = room.cat([layer.packed for layer in layers])
-        self.scale_and_zero = room.cat([layer.scale_and_zero for layer in layers], dim=1)
-        parts = zip(layers, self.packed.split(rows), self.scale_and_zero.split(rows, dim=1), strict=True)
+        stored = room.cat([layer.scale_and_zero for layer in layers], dim=1)
+        parts = zip(layers, self.packed.split(rows), stored.split(rows, dim=1), strict=True)
         for layer, packed, scale_and_zero in parts:
             layer.packed, layer.scale_and_zero = packed, scale_and_zero
+        self.scale_and_zero = stored.bfloat16()  # the same tensor, unless scales are stored in another type
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return the products with the inputs x (T, K), side by side: (T, N)."""

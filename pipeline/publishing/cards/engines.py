@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pipeline.config.catalog import VARIANTS, is_one_file
-from pipeline.config.engines import ENGINES, FETCH, FULL_PRECISION, ONLY_STORED, TRANSFORMERS, Runs, tell
+from pipeline.config.engines import ENGINES, FETCH, FULL_PRECISION, ONLY_STORED, Runs, tell
 from pipeline.evaluation.model_result import StoredWeights, VariantSettings
 from pipeline.publishing.cards.about import ROOT, About, place
 from pipeline.publishing.cards.markdown import Markdown, listed, shell_word, table
@@ -59,8 +59,8 @@ def packages(about: About, variants: Sequence[str]) -> dict[str, Markdown]:
     """Return the packages that transformers needs to open variants: package -> the variants that need it."""
     found: dict[str, list[Markdown]] = {}
     for variant in variants:
-        ways = [way.packages for way in ways_of(about, variant) if way.engine == TRANSFORMERS]
-        for package in (p for p in ways[0] if all(p in others for others in ways)) if ways else ():
+        made = about.results[variant].variant or VariantSettings()
+        for package in VARIANTS[variant].opened_with(made.packing):
             found.setdefault(package, []).append(place(variant))
     return {package: listed(names) for package, names in found.items()}
 

@@ -98,7 +98,8 @@ def speed(about: About, models: Models) -> Markdown:
             seconds = (probe.load_seconds, probe.prefill_tokens_per_second, probe.decode_tokens_per_second)
             figures = [*map(markdown.decimal, seconds), size(probe.peak_memory_bytes)]
             if mark := reasons.get((model, loader)):
-                figures = [figures[0], *[mark[0]] * (len(figures) - 1)]
+                known = 0 if probe.lacks else 1
+                figures = [*figures[:known], *[mark[0]] * (len(figures) - known)]
             rows.append([Markdown(f"{name}, {shown}"), *figures])
     return table(
         ["", "Loading, seconds", "Reading, tokens per second", "Writing, tokens per second", "Peak memory"], rows
@@ -106,7 +107,7 @@ def speed(about: About, models: Models) -> Markdown:
 
 
 def failures(about: About, models: Models) -> dict[tuple[str, str], tuple[Markdown, Markdown]]:
-    """Return the mark in the table and its explanation by (model, loader) that loads but does not run."""
+    """Return the mark in the table and its explanation by (model, loader) that does not run."""
     found: dict[tuple[str, str], tuple[Markdown, Markdown]] = {}
     for model, name in models.items():
         for loader, shown in LOADERS.items():
@@ -116,9 +117,11 @@ def failures(about: About, models: Models) -> dict[tuple[str, str], tuple[Markdo
                 why = f"could not run it: {code(reason[:160] or 'no reason given')}"
                 if "mslk" in reason:
                     why = "cannot compute with it: the kernel for that is in the package `mslk`, for CUDA"
-                line = (
-                    f"{mark} {str(shown)[0].upper()}{shown[1:]} loads {name}, but on the machine that measured {why}."
-                )
+                why = f"loads {name}, but on the machine that measured {why}"
+                if probe.lacks:
+                    why = f"did not open {name}, because it needs {listed(map(code, probe.lacks), ' and ')}, and the "
+                    why += "machine that measured lacks that"
+                line = f"{mark} {str(shown)[0].upper()}{shown[1:]} {why}."
                 found[model, loader] = Markdown(f"— {mark}"), Markdown(line)
     return found
 
