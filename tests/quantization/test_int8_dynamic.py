@@ -53,7 +53,7 @@ def test_int8_dynamic_rounds_its_inputs(tiny_model, quantized):
 
 
 def test_offloaded_int8_dynamic_is_not_measured_by_codes_alone(folder):
-    with pytest.raises(ModelError, match="round what they are given") as caught:
+    with pytest.raises(ModelError, match="round their inputs") as caught:
         load(folder, offload=True)
     assert "\n" not in str(caught.value)
 

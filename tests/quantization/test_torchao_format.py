@@ -1,7 +1,9 @@
 """The torchao format: files as transformers and torchao write them, loaded in a fresh process."""
 
+import ast
 import itertools
 import json
+import re
 import subprocess
 import sys
 
@@ -22,6 +24,7 @@ from pipeline.quantization.formats.torchao.format import pack_nibbles, unpack_ni
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.roundings import rounding
 from pipeline.quantization.writer import Variants, quantize_checkpoint, unfit
+from tests.support import REPOSITORY
 from tests.support.checkpoints import assert_same_headers
 
 VARIANTS = [name for name, variant in catalog.VARIANTS.items() if variant.format == "torchao"]
@@ -458,3 +461,31 @@ def test_packing_works_on_unsigned_codes_and_on_part_of_a_matrix():
     codes = torch.arange(16, dtype=torch.uint8).repeat(4, 4)
     assert torch.equal(unpack_nibbles(pack_nibbles(codes)).view(torch.uint8) & 0xF, codes)
     assert torch.equal(pack_nibbles(codes[1:3]), pack_nibbles(codes)[1:3])
+
+
+def test_package_imports_no_prototype_and_no_private_name_of_torchao():
+    found = [
+        f"{path.name}: {node.module} {alias.name}"
+        for path in (REPOSITORY / "pipeline").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torchao"
+        for alias in node.names
+        if "prototype" in node.module or alias.name.startswith("_")
+    ]
+    assert found == []
+
+
+TEMPLATES = sorted((REPOSITORY / "templates").glob("*.jinja"))
+SNIPPETS = [path for path in TEMPLATES if "torchao.prototype" in path.read_text("utf-8")]
+
+
+@pytest.mark.parametrize("path", SNIPPETS, ids=lambda path: path.name)
+def test_snippet_says_which_torchao_it_needs_if_a_prototype_is_missing(path, monkeypatch):
+    text = path.read_text("utf-8")
+    (module,) = re.findall(r"torchao\.prototype[\w.]*", text)
+    guard = rf"^try:\n    from {re.escape(module)} .*\nexcept ImportError:\n    .*\n"
+    (guarded,) = re.findall(guard, text, re.MULTILINE)
+    wanted = re.findall(r'"(torchao[^"]+)"', (REPOSITORY / "pyproject.toml").read_text("utf-8"))[0]
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=re.escape(f"Try: pip install '{wanted}'")):
+        exec(guarded, {})

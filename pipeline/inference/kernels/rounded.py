@@ -33,10 +33,11 @@ def correct_rounded(model: torch.nn.Module) -> None:
 
 def _forward(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """Compute what the layer of torchao does: rounded x (..., K) times transposed codes (N, K), scaled, plus bias."""
-    from torchao.quantization.quantize_.common.quantize_tensor_kwargs import _choose_quant_func_and_quantize_tensor
+    from torchao.quantization import Int8Tensor
 
     weight: Any = layer.weight  # a tensor of torchao
-    rounded = _choose_quant_func_and_quantize_tensor(x, weight.act_quant_kwargs)
+    how = weight.act_quant_kwargs
+    rounded = Int8Tensor.from_hp(x, how.granularity, mapping_type=how.mapping_type, reduce_range=how.reduce_range)
     flat = rounded.qdata.reshape(-1, x.shape[-1]).float()
     parts = [float32_product(flat, weight.qdata[rows].float()) for rows in row_blocks(*weight.qdata.shape)]
     y = torch.cat(parts, -1) * rounded.scale.reshape(-1, 1).float() * weight.scale.flatten().float()
