@@ -130,6 +130,7 @@ register(
         roundings=(NEAREST, "hqq"),
         rise=0.02,
         stored_as="stored_as_symmetric.md.jinja",
+        experts="experts as well, in stacks of which transformers computes one expert at a time",
         runs_on=(*TORCHAO, *TORCHAO_IN_VLLM),
     )
 )

@@ -66,6 +66,7 @@ class Runs:
         columns: the widths of all quantized layers must be a multiple of this.
         rows: the rows of all quantized layers must be a multiple of this.
         flags: further arguments of the command that serves it.
+        experts: False if it has no kernel for mixtures of experts in this format.
         experimental: True if the engine's own documentation calls it experimental, or nobody tested it.
         computes: False if the engine opens the variant there, but has no kernel that computes with it.
     """
@@ -77,15 +78,19 @@ class Runs:
     columns: int = 1
     rows: int = 1
     flags: str = ""
+    experts: bool = True
     experimental: bool = False
     computes: bool = True
 
-    def misfit(self, shapes: Iterable[Sequence[int]]) -> str | None:
+    def misfit(self, shapes: Iterable[Sequence[int]], has_experts: bool = False) -> str | None:
         """Return the reason why these layers do not fit the kernel, in words; None if they do.
 
         Args:
             shapes: (rows, columns) of the quantized layers.
+            has_experts: True if experts are among them.
         """
+        if has_experts and not self.experts:
+            return "experts in this format have no kernel there"
         for rows, columns in sorted({(shape[0], shape[1]) for shape in shapes}):
             if columns % self.columns:
                 return f"{columns} columns are not a multiple of {self.columns}"
@@ -109,17 +114,20 @@ class Runs:
         return f"{packages} (experimental)" if self.experimental else packages
 
 
-def tell(ways: Iterable[Runs], engine: str, shapes: Collection[Sequence[int]]) -> list[tuple[str, str | None]]:
+def tell(
+    ways: Iterable[Runs], engine: str, shapes: Collection[Sequence[int]], has_experts: bool = False
+) -> list[tuple[str, str | None]]:
     """Return how an engine runs a variant, in words, each with the reason why it does not with these layers.
 
     `[("CPU, CUDA with torchao", None)]`: the last word says what all of its hardware needs.
 
     Args:
         shapes: (rows, columns) of the quantized layers.
+        has_experts: True if experts are among them.
     """
     found = []
     of_engine = [way for way in ways if way.engine == engine]
-    for (said, misfit), alike in groupby(of_engine, lambda way: (way.said, way.misfit(shapes))):
+    for (said, misfit), alike in groupby(of_engine, lambda way: (way.said, way.misfit(shapes, has_experts))):
         hardware = ", ".join(way.place for way in alike)
         found.append((hardware if misfit else hardware + said, misfit))
     return found
@@ -138,7 +146,9 @@ EVERYWHERE = (*on(TRANSFORMERS, CPU, CUDA), *on(TUNEPRESS, CPU, CUDA))
 TORCHAO = (*on(TRANSFORMERS, CPU, CUDA, packages=("torchao",)), *on(TUNEPRESS, CPU, CUDA))
 FULL_PRECISION = (*EVERYWHERE, *on(VLLM, CPU, CUDA), *on(SGLANG, CUDA))  # an ordinary checkpoint of bf16
 # vLLM reads torchao's tensors if it is told so; its own tests do no more than that.
-TORCHAO_IN_VLLM = on(VLLM, CUDA, packages=("torchao>=0.15",), flags=" --quantization torchao", experimental=True)
+TORCHAO_IN_VLLM = on(
+    VLLM, CUDA, packages=("torchao>=0.15",), flags=" --quantization torchao", experts=False, experimental=True
+)
 GGUF_ENGINES = (
     *on(LLAMA_CPP, CPU, GPU),
     *on(OLLAMA, CPU, GPU),

@@ -71,6 +71,7 @@ class Variant:
         usage: the card's template with a sentence before that code, unless its packing names another.
         stored_as: the card's template that says how it is stored.
         said: a phrase for cards that follows "Its", if there is no such template.
+        experts: a phrase for cards of mixtures of experts, on how those are stored.
         runs_on: the ways in which engines run it, unless its packing names others.
     """
 
@@ -101,6 +102,7 @@ class Variant:
     usage: str | None = None
     stored_as: str | None = None
     said: str = ""
+    experts: str = ""
     runs_on: tuple[Runs, ...] = EVERYWHERE
 
     @property

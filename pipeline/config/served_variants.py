@@ -24,7 +24,7 @@ _PACKED_HERE = (*_IN_TRANSFORMERS, *on(TUNEPRESS, CPU, CUDA))
 _AS_STOCK = (*_IN_TRANSFORMERS, *on(TUNEPRESS, CPU, CUDA, **_PACKAGE))  # layers that round their inputs
 # vLLM fills up layers whose sizes the kernels do not take, and SGLang does not.
 _ON_MARLIN = (*on(VLLM, CUDA, capability=8.0), *on(SGLANG, CUDA, capability=8.0, columns=128, rows=64))
-_KERNELS = (*on(TUNEPRESS, CPU, CUDA), *on(VLLM, CPU, columns=32, rows=32), *_ON_MARLIN)  # of four bits
+_KERNELS = (*on(TUNEPRESS, CPU, CUDA), *on(VLLM, CPU, columns=32, rows=32, experts=False), *_ON_MARLIN)  # four bits
 
 _FOUR_BITS = Variant(
     name="w4a16",
@@ -40,6 +40,7 @@ _FOUR_BITS = Variant(
     requires=(("compressed_tensors", "compressed-tensors"),),
     measured_with=("compressed-tensors",),
     stored_as="stored_as_symmetric.md.jinja",
+    experts="experts as well, which transformers turns back into bf16 when it loads them; servers keep the codes",
     runs_on=(*_IN_TRANSFORMERS, *_KERNELS),
 )
 _EIGHT_BITS = replace(
@@ -71,7 +72,7 @@ def register_all() -> None:
         _EIGHT_BITS,
         _INPUTS_TOO,
         _float8("fp8", True, *_AS_STOCK, *on(VLLM, CUDA, **float8), *on(SGLANG, CUDA, **float8)),
-        _float8("fp8-weight", False, *_PACKED_HERE, *_ON_MARLIN),
+        _float8("fp8-weight", False, *_PACKED_HERE, *(replace(way, experts=False) for way in _ON_MARLIN)),
         # The formats of two older libraries, which servers compute with the same kernels.
         replace(
             _FOR_GPTQMODEL,

@@ -155,6 +155,7 @@ class StoredWeights(Record):
     eight: Texts = ()
     groups: Annotated[dict[str, Count], Table] = {}
     shapes: Annotated[tuple[tuple[Count, Count], ...], List] = ()
+    experts: Count | None = None
     calibration_text: Text | None = None
     calibration_tokens: Count | None = None
     calibration_mixed: Flag | None = None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pipeline.config.engines import ENGINES, Runs, tell
 from pipeline.config.quantize import VariantSpec, matches
 from pipeline.config.schema import Config
+from pipeline.models.experts import is_expert
 from pipeline.planning.model import Sizes
 
 
@@ -31,10 +32,11 @@ def places(config: Config, sizes: Sizes) -> dict[str, list[Place]]:
 
 
 def _places(spec: VariantSpec, sizes: Sizes) -> Iterator[Place]:
-    shapes = {shape for name, shape in sizes.linear.items() if not matches(spec.keep, name)}
+    quantized = [name for name in sizes.linear if not matches(spec.keep, name)]
+    shapes, has_experts = {sizes.linear[name] for name in quantized}, any(map(is_expert, quantized))
     ways: tuple[Runs, ...] = spec.variant.ways(spec.packing)
     for engine, row in ENGINES.items():
-        yield from (Place(row.label.strip("`"), *told) for told in tell(ways, engine, shapes))
+        yield from (Place(row.label.strip("`"), *told) for told in tell(ways, engine, shapes, has_experts))
 
 
 def tell_places(found: Mapping[str, Sequence[Place]]) -> Iterator[str]:

@@ -97,6 +97,7 @@ class VariantFiles:
     eight: tuple[str, ...] = ()  # layers that `int8` stores in eight bits
     groups: dict[str, int] = field(default_factory=dict)  # number of layers by group size, if they have several
     shapes: tuple[tuple[int, int], ...] = ()  # (rows, columns) of the quantized layers, each once
+    experts: int | None = None  # number of quantized matrices of experts; None if the model has none
 
 
 class Output(Protocol):

@@ -169,7 +169,16 @@ class SafetensorsFolder(Output):
         unpadded = _stored_bytes(self.stored, plain)
         shapes = tuple(sorted({self.grids[name][0] for name in self.grids.keys() - self.tables}))
         return VariantFiles(
-            stored, before, stored - unpadded, other, tuple(self.kept), {}, tuple(self.eight), by_size, shapes
+            weight_bytes=stored,
+            source_bytes=before,
+            padding_bytes=stored - unpadded,
+            group_sizes=other,
+            kept=tuple(self.kept),
+            types={},
+            eight=tuple(self.eight),
+            groups=by_size,
+            shapes=shapes,
+            experts=sum(map(is_expert, self.grids)) or None,
         )
 
 

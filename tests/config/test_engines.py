@@ -32,6 +32,13 @@ def test_layers_that_a_kernel_cannot_take_are_named():
     assert Runs(TRANSFORMERS, CPU).misfit([(3, 5)]) is None
 
 
+def test_experts_without_a_kernel_are_named():
+    ways = on(VLLM, CPU, experts=False) + on(VLLM, CUDA)
+    assert tell(ways, VLLM, [(64, 64)]) == [("CPU, CUDA", None)]
+    told = tell(ways, VLLM, [(64, 64)], has_experts=True)
+    assert told == [("CPU", "experts in this format have no kernel there"), ("CUDA", None)]
+
+
 def test_hardware_with_the_same_needs_is_told_together():
     ways = (
         *on(VLLM, CPU, CUDA, packages=("torchao", "mslk")),

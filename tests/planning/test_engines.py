@@ -30,6 +30,13 @@ def test_plan_names_all_engines_that_run_a_variant_with_these_layers():
     assert "vLLM on CPU, CUDA from Ampere; SGLang on CUDA from Ampere" in runs
 
 
+def test_experts_that_an_engine_cannot_compute_are_named():
+    experts = {"model.layers.0.mlp.experts.3.up_proj.weight": (4096, 1024)}
+    runs, stored = lines(experts, "int8")
+    assert "vLLM" not in runs and "vLLM" in stored and stored.endswith("experts in this format have no kernel there")
+    assert len(lines(experts | WIDE, {"name": "int8", "keep": ["*.experts.*"]})) == 1
+
+
 def test_layers_that_are_kept_need_no_kernel():
     kept = {"name": "w4a16", "keep": ["model.layers.0.mlp.up_proj"]}
     assert len(lines(NARROW, "w4a16")) == 2 and len(lines(NARROW, kept)) == 1

@@ -21,8 +21,10 @@ def ways_of(about: About, model: str) -> tuple[Runs, ...]:
     return VARIANTS[model].ways((about.results[model].variant or VariantSettings()).packing)
 
 
-def _shapes(about: About, model: str) -> tuple[tuple[int, int], ...]:
-    return (about.results[model].weights or StoredWeights()).shapes
+def _layers(about: About, model: str) -> tuple[tuple[tuple[int, int], ...], bool]:
+    """Return the shapes of the quantized layers of a model, and True if experts are among them."""
+    stored = about.results[model].weights or StoredWeights()
+    return stored.shapes, bool(stored.experts)
 
 
 def engines(about: About, models: Mapping[str, Markdown]) -> dict[str, Any]:
@@ -49,7 +51,7 @@ def engines(about: About, models: Mapping[str, Markdown]) -> dict[str, Any]:
 def _cell(about: About, model: str, engine: str, marks: dict[str, str]) -> Markdown:
     """Return how an engine runs a model: `CPU, CUDA with torchao`."""
     parts = []
-    for words, misfit in tell(ways_of(about, model), engine, _shapes(about, model)):
+    for words, misfit in tell(ways_of(about, model), engine, *_layers(about, model)):
         mark = marks.setdefault(misfit, f"({chr(ord('a') + len(marks))})") if misfit else ""
         parts.append(Markdown(f"not on {words} {mark}" if misfit else words))
     return listed(parts, "; ") or NOT_OPENED
@@ -105,7 +107,7 @@ def _commands(about: About, model: str, top: str, on_hub: bool, at_root: bool) -
         engine = ENGINES[way.engine]
         template = engine.from_hub if on_hub and is_one_file(model) else engine.serve
         opens_folder = "{folder}" in template
-        if way.misfit(_shapes(about, model)) or not way.computes or not template or opens_folder == is_one_file(model):
+        if way.misfit(*_layers(about, model)) or not way.computes or not template or opens_folder == is_one_file(model):
             continue
         if fetches and opens_folder:
             yield FETCH.format(repo=words["repo"], files=shell_word(f"{folder}/*"), target=shell_word(target))

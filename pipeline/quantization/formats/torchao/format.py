@@ -94,6 +94,7 @@ class Torchao(SafetensorsFormat):
 
     def check_experts(self, spec: VariantSpec, names: Collection[str]) -> None:
         """Raise ModelError if experts would have few bits: torchao cannot choose one of a stack of `Int4Tensor`."""
+        super().check_experts(spec, names)
         in_eight = spec.variant.bits == INT8.bits
         if in_eight or all(matches([*spec.keep, *spec.int8], name) for name in names):
             return
