@@ -46,7 +46,7 @@ register(
     Rounding(
         "search",
         f"{_ROUNDINGS}.search",
-        ("none", "float"),
+        ("none", "integer", "float"),
         "scales fitted by least squares",
         uses=Need.SECOND_MOMENTS,
     )
@@ -202,7 +202,7 @@ register(
     Rounding(
         "gptq",
         f"{_ROUNDINGS}.gptq",
-        ("none", "float"),
+        ("none", "integer", "float"),
         "rounded by GPTQ, so that later columns make up for the errors of earlier ones",
         needs=Need.GRAM_MATRIX,
         uses=Need.GRAM_MATRIX,

@@ -84,7 +84,7 @@ def register_all() -> None:
             _FOR_GPTQMODEL,
             name="awq",
             format="awq",
-            roundings=(NEAREST,),
+            roundings=("search", NEAREST),
             zero="integer",
             runs_on=(*on(TRANSFORMERS, CPU, CUDA, packages=("gptqmodel",)), *_KERNELS),
         ),

@@ -215,6 +215,13 @@ def in_groups(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
     return weight.reshape(rows, width // size, size)
 
 
+def offsets(scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) -> torch.Tensor:
+    """Return the value of a code of 0 in each group, (N, G) float32."""
+    if zero is None:
+        return torch.zeros_like(scale, dtype=torch.float32)
+    return zero.float() if grid.zero == "float" else -zero.float() * scale.float()
+
+
 def choose_codes(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) -> torch.Tensor:
     """Return the nearest code of every element, as whole numbers in float32.
 

@@ -17,6 +17,7 @@ GRIDS = {
     "int4": Grid(4, 32, "float", torch.bfloat16),
     "one scale a row": Grid(4, None, "none", torch.float32),
     "Q4_0": GGUF["Q4_0"],
+    "AWQ": Grid(4, 32, "integer", torch.float16, positive=True),
     "Q5_1": GGUF["Q5_1"],
     "Q4_K": GGUF["Q4_K"],
     "Q6_K": GGUF["Q6_K"],

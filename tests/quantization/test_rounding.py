@@ -16,6 +16,7 @@ BETTER = [name for name in DATA_FREE if name != "rtn"]
 CASES += [(name, INT4) for name in DATA_FREE]
 CASES += [(name, Grid(4, 32, "float", torch.float16, from_zero=True)) for name in DATA_FREE]
 CASES += [("search", Grid(4, 32, "none", torch.float16)), ("search", Grid(8, 32, "none", torch.float16))]
+CASES += [("search", Grid(4, 64, "integer", torch.float16, positive=True))]
 CASES += [("hqq", INT8), ("hqq", Grid(8, 64, "none", torch.float32)), ("hqq", Grid(4, 32, "none", torch.float16))]
 
 
@@ -135,10 +136,9 @@ def test_search_keeps_scales_positive_if_the_grid_says_so(bits, values):
     assert (error <= nearest * (1 + 1e-5)).all() and error.mean() < 0.99 * nearest.mean()
 
 
-@pytest.mark.parametrize("name", BETTER)
-def test_roundings_refuse_a_grid_without_freedom(name):
+def test_hqq_refuses_integer_zeros():
     with pytest.raises(ValueError, match="float zeros"):
-        rounding(name).round(weights(), Grid(4, 32, "integer", torch.bfloat16))
+        rounding("hqq").round(weights(), Grid(4, 32, "integer", torch.float16))
 
 
 def parts(quantized) -> tuple[torch.Tensor, ...]:
@@ -192,3 +192,15 @@ def test_every_rounding_in_the_catalog_exists():
     named = {name for variant in VARIANTS.values() for name in variant.roundings}
     assert "rtn" in named
     assert all(callable(rounding(name).round) for name in named)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.1])
+@pytest.mark.parametrize("group_size", [32, 128, None])
+def test_search_with_integer_zeros_makes_no_group_worse_and_loses_less_than_rounding_to_nearest(group_size, shift):
+    grid, weight = Grid(4, group_size, "integer", torch.float16, positive=True), weights(width=256) + shift
+    errors = []
+    for name in ("search", "rtn"):
+        made = rounding(name).round(weight, grid)
+        assert made.zero.dtype == torch.uint8 and made.zero.max() <= 15 and (made.scale > 0).all()
+        errors.append((made.dequantize() - weight).square().view(48, -1, grid.group(256)).mean(-1))
+    assert (errors[0] <= errors[1] * 1.0001).all() and errors[0].mean() < 0.97 * errors[1].mean()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.quantization.grid import Grid, GroupQuantized
+from pipeline.quantization.grid import Grid, GroupQuantized, in_groups, offsets
 from pipeline.quantization.roundings import search
 from pipeline.quantization.statistics import Statistics
 
@@ -26,10 +26,10 @@ RIDGE = 1e-3  # how firmly a new scale or zero is held to the old one, relative 
 
 
 def round(rows: torch.Tensor, grid: Grid, statistics: Statistics | None = None) -> GroupQuantized:
-    """Put rows (N, K) of a weight on a grid with a float zero, or with none.
+    """Put rows (N, K) of a weight on a grid with any kind of zero.
 
     Raises:
-        ValueError: if there is no Gram matrix, or if the grid has integer zeros.
+        ValueError: if there is no Gram matrix.
     """
     if statistics is None or statistics.gram is None:
         raise ValueError("gptq needs the gram matrix of the layer's inputs")
@@ -78,7 +78,7 @@ def _in_order(
                 zeros.append(zero)
         if first % size == 0:
             wide = scale[:, first // size % together].float()
-            offset = torch.zeros_like(wide) if zero is None else zero[:, first // size % together].float()
+            offset = offsets(scale, zero, grid)[:, first // size % together]
             inverse = torch.where(wide == 0, 0, 1 / wide)
         errors = columns.new_empty(stop - first, rows)
         for j in range(first, stop):
@@ -111,7 +111,7 @@ def loss(weight: torch.Tensor, made: GroupQuantized, gram: torch.Tensor) -> torc
 
 
 def _fit_all(target: torch.Tensor, made: GroupQuantized, gram: torch.Tensor) -> GroupQuantized:
-    """Fit all scales and zeros of a row at once, in closed form, for fixed codes; rows that lose by rounding stay.
+    """Fit all scales and float zeros of a row at once, in closed form, for fixed codes; rows that lose stay.
 
     Args:
         target: the weight times the Gram matrix, (N, K).
@@ -119,34 +119,41 @@ def _fit_all(target: torch.Tensor, made: GroupQuantized, gram: torch.Tensor) -> 
     rows, width = target.shape
     groups = made.scale.shape[1]
     between = gram.view(width, groups, width // groups).sum(2)  # (K, G)
-    unknowns = groups if made.zero is None else 2 * groups
+    unknowns = 2 * groups if made.grid.zero == "float" else groups
     step = max(FEWEST_FITTED, FITTED_AT_ONCE // (unknowns * unknowns + 2 * width))
     spans = ((first, min(first + step, rows)) for first in range(0, rows, step))
     fitted = [_fit_rows(target[first:stop], made.rows(first, stop), gram, between) for first, stop in spans]
-    zero = None if made.zero is None else torch.cat([zero for _, zero in fitted if zero is not None])
+    zero = torch.cat([zero for _, zero in fitted if zero is not None]) if made.grid.zero == "float" else made.zero
     return GroupQuantized(made.codes, torch.cat([scale for scale, _ in fitted]), zero, made.grid)
 
 
 def _fit_rows(
     target: torch.Tensor, made: GroupQuantized, gram: torch.Tensor, between: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the scales and zeros (n, G) of some rows; `between` has the sums (K, G) of H over columns of groups."""
+    """Return the scales and float zeros (n, G) of some rows.
+
+    Args:
+        between: the sums (K, G) of H over the columns of each group.
+    """
     rows, width = target.shape
     groups = made.scale.shape[1]
     size = width // groups
     codes = made.codes.float()
+    zero = made.zero if made.grid.zero == "float" else None
+    if made.zero is not None and zero is None:  # integers, which stay
+        in_groups(codes, made.grid).sub_(made.zero.unsqueeze(-1))
     parts, old = [target * codes], [made.scale.float()]
-    unknowns = groups if made.zero is None else 2 * groups
+    unknowns = groups if zero is None else 2 * groups
     normal = codes.new_zeros(rows, unknowns, unknowns)  # only the lower triangle is filled
     for g in range(groups):
         seen = codes[:, g * size : (g + 1) * size] @ gram[g * size : (g + 1) * size, g * size :]
         normal[:, g:groups, g] = seen.mul_(codes[:, g * size :]).view(rows, -1, size).sum(-1)
-    if made.zero is not None:
+    if zero is not None:
         by_group = codes.view(rows, groups, size).transpose(0, 1)
         normal[:, groups:, :groups] = (by_group @ between.view(groups, size, groups)).permute(1, 2, 0)
         normal[:, groups:, groups:] = between.view(groups, size, groups).sum(1).tril()
         parts.append(target)
-        old.append(made.zero.float())
+        old.append(zero.float())
     wanted = torch.cat([part.view(rows, groups, size).sum(-1) for part in parts], 1).unsqueeze(2)
     before = torch.cat(old, 1).unsqueeze(2)
     normal += normal.tril(-1).mT
@@ -161,7 +168,7 @@ def _fit_rows(
     if made.grid.positive:
         improved &= (stored[:, :groups] > 0).all(1)
     scale = torch.where(improved, stored[:, :groups, 0], made.scale)
-    return scale, None if made.zero is None else torch.where(improved, stored[:, groups:, 0], made.zero)
+    return scale, None if zero is None else torch.where(improved, stored[:, groups:, 0], zero)
 
 
 def _stored(
@@ -207,7 +214,7 @@ def _descend(weight: torch.Tensor, made: GroupQuantized, gram: torch.Tensor) -> 
     change, scales = codes.clone(), made.scale.T.float().unsqueeze(1)
     change.view(-1, size, rows).mul_(scales)
     if made.zero is not None:
-        change.view(-1, size, rows).add_(made.zero.T.float().unsqueeze(1))
+        change.view(-1, size, rows).add_(offsets(made.scale, made.zero, grid).T.unsqueeze(1))
     change -= weight.T
     diagonal = gram.diagonal()
     for first in range(0, width, step):

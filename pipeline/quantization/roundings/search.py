@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.quantization.grid import SMALLEST_STEP, Grid, GroupQuantized, assemble, choose_codes, in_groups
+from pipeline.quantization.grid import SMALLEST_STEP, Grid, GroupQuantized, assemble, choose_codes, in_groups, offsets
 from pipeline.quantization.roundings import super_blocks
 from pipeline.quantization.roundings.rtn import full_range
 from pipeline.quantization.statistics import Statistics
@@ -25,7 +25,7 @@ LEAST_WEIGHT = 1e-3  # of the mean weight of a column
 
 
 def round(rows: torch.Tensor, grid: Grid, statistics: Statistics | None = None) -> GroupQuantized:
-    """Put rows (N, K) of a weight on a grid with a float zero, or with none. Rows do not influence each other.
+    """Put rows (N, K) of a weight on a grid with any kind of zero. Rows do not influence each other.
 
     Scales and zeros are rounded to the grid's `scale_dtype` before candidates are compared,
     so the comparison uses the values that would be stored.
@@ -55,8 +55,6 @@ def fit(
         groups: (N, G, g) float32.
         weights: (1, G, g) or (N, G, g), weights of the elements; None if all weigh the same.
     """
-    if grid.zero not in ("none", "float"):
-        raise ValueError(f"search fits float zeros or scales; the grid has zero={grid.zero!r}")
     found = _without_zero(groups, grid, weights) if grid.zero == "none" else _with_zero(groups, grid, weights)
     return found if grid.super_block is None else super_blocks.fit(groups, *found, grid, weights)
 
@@ -68,12 +66,14 @@ def _with_zero(
     lowest, highest = torch.aminmax(groups, dim=-1)
     middle_code = (grid.lowest + grid.highest) / 2
     best = _Best(groups, grid, weights)
+    if grid.zero == "integer":  # the centre of a range may be no multiple of its step
+        best.consider(*full_range(groups, grid))
     mean = best.mean(groups)
     centred = groups - mean
     for share in _shares(grid):
         scale = (full.float() * share).clamp(min=SMALLEST_STEP).to(grid.scale_dtype)
-        zero = ((lowest + highest) / 2 - middle_code * scale.float()).to(grid.scale_dtype)
-        codes = best.consider(scale, zero)
+        zero = (lowest + highest) / 2 - middle_code * scale.float()
+        codes = best.consider(scale, _stored(zero, scale, grid))
         for _ in range(FITS):
             codes = best.consider(*_regression(mean, centred, codes, best))
     return best.scale, best.zero
@@ -137,7 +137,7 @@ class _Best:
         codes = choose_codes(self.groups, scale, zero, self.grid)
         on_grid = codes * scale.float().unsqueeze(-1)
         if zero is not None:
-            on_grid.add_(zero.float().unsqueeze(-1))
+            on_grid.add_(offsets(scale, zero, self.grid).unsqueeze(-1))
         error = self.total(on_grid.sub_(self.groups).square_())
         if not len(self.error):
             self.scale, self.zero, self.error = scale, zero, error
@@ -164,5 +164,17 @@ def _regression(
     covariance = best.total(spread * centred)
     variance = best.total(spread.square_())
     scale = (covariance / variance.clamp(min=best.least / 2)).clamp(min=SMALLEST_STEP).to(best.grid.scale_dtype)
-    zero = (mean.squeeze(-1) - scale.float() * mean_code.squeeze(-1)).to(best.grid.scale_dtype)
-    return scale, zero
+    zero = mean.squeeze(-1) - scale.float() * mean_code.squeeze(-1)
+    stored = _stored(zero, scale, best.grid)
+    if best.grid.zero == "integer":  # the best scale for the integer
+        from_zero = spread.add_(mean_code - stored.float().unsqueeze(-1))
+        products, squares = best.total(from_zero * best.groups), best.total(from_zero.square_())
+        scale = (products / squares.clamp(min=best.least)).clamp(min=SMALLEST_STEP).to(best.grid.scale_dtype)
+    return scale, stored
+
+
+def _stored(zero: torch.Tensor, scale: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Return values (N, G) of a code of 0 as zeros of the grid."""
+    if grid.zero == "float":
+        return zero.to(grid.scale_dtype)
+    return (-zero / scale.float()).round_().clamp_(grid.lowest, grid.highest).to(torch.uint8)
