@@ -179,7 +179,13 @@ class VariantSpec(Section):
     def need(self, calibrates: bool) -> Need:
         """Return the statistics of the layers' inputs that it is rounded with."""
         rounding = ROUNDINGS.get(self.rounding or "")
-        return (rounding.uses if calibrates else rounding.needs) if rounding else Need.NOTHING
+        found = (rounding.uses if calibrates else rounding.needs) if rounding else Need.NOTHING
+        return Need.RANGES if found == Need.NOTHING and self.variant.static_inputs else found
+
+    @property
+    def needing(self) -> str:
+        """Return the name of what needs statistics of the layers' inputs."""
+        return self.name if self.need(False) == Need.RANGES else f"rounding {self.rounding}"
 
     def resolved(self, quality: str = FAST_QUALITY) -> VariantSpec:
         """Return the variant with the defaults of the catalogue filled in.
@@ -273,7 +279,7 @@ class Quantize(Section):
     def _calibration_fits(self) -> Quantize:
         for spec in self.variants:
             if not self.calibrates and spec.need(False) != Need.NOTHING:
-                raise ValueError(f"rounding {spec.rounding}: needs calibration text. Try: quantize.quality=calibrated")
+                raise ValueError(f"{spec.needing}: needs calibration text. Try: quantize.quality=calibrated")
         if self.quality == DISTILLED_QUALITY and self.variants and not self.calibrated:
             names = ", ".join(spec.name for spec in self.variants)
             raise ValueError(
@@ -291,6 +297,11 @@ class Quantize(Section):
     def calibrated(self) -> tuple[str, ...]:
         """Return the names of the variants that are rounded with statistics of the layers' inputs."""
         return tuple(spec.name for spec in self.variants if spec.need(self.calibrates) != Need.NOTHING)
+
+    @property
+    def needs_ranges(self) -> bool:
+        """Return True if a variant needs the ranges of the layers' inputs."""
+        return any(spec.variant.static_inputs for spec in self.variants)
 
     @property
     def distilled(self) -> tuple[str, ...]:

@@ -58,6 +58,7 @@ class Variant:
         embeddings: the default treatment of embedding and output head; None if the quantizer chooses.
         keeps_embeddings: True if there is no other treatment than to leave them as they are.
         rounds_inputs: True if its layers round their inputs as well, token by token.
+        static_inputs: True if they round them with one scale for all tokens, which calibration text tells.
         quantizer: the library that quantizes it with its own settings and takes no options, unless a rounding is named.
         libraries: distributions whose versions can change the bytes.
         requires: (module, extra) of the optional packages that writing needs.
@@ -89,6 +90,7 @@ class Variant:
     embeddings: str | None = KEEP
     keeps_embeddings: bool = False
     rounds_inputs: bool = False
+    static_inputs: bool = False
     quantizer: str | None = None
     libraries: tuple[str, ...] = ("torch", "torchao", "transformers")
     requires: tuple[tuple[str, str], ...] = ()
@@ -149,6 +151,7 @@ class Need(Enum):
     """The statistics of a layer's inputs that a rounding needs."""
 
     NOTHING = "nothing"
+    RANGES = "ranges"
     SECOND_MOMENTS = "second moments"
     GRAM_MATRIX = "gram matrix"
 

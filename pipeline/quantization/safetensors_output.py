@@ -138,6 +138,7 @@ class SafetensorsFolder(Output):
         scales, zeros, columns = zip(*(blocks[first] for first in sorted(blocks)), strict=True)
         zero = None if grid.zero == "none" else torch.cat(zeros)
         whole = self.format.rest(name, shape, torch.cat(scales), zero, grid)
+        whole |= self.format.of_inputs(name, self.source.statistics.get(name))
         whole |= {part: torch.cat([block[part] for block in columns], dim=-1) for part in columns[0]}
         for part, tensor in whole.items():
             self.writer.write(part, tensor)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from pipeline.config.quantize import VariantSpec
+    from pipeline.quantization.input_range import InputRange
 
 
 @dataclass(frozen=True)
@@ -23,26 +24,30 @@ class Statistics:
         tokens: T.
         second_moments: mean of the squares, (K,) float32.
         gram: inputs.T @ inputs / T, (K, K) float32; None if no rounding needs it. On the same device.
+        range: their range; None if no variant needs it.
     """
 
     tokens: int
     second_moments: torch.Tensor
     gram: torch.Tensor | None = None
+    range: InputRange | None = None
 
 
 Collected = Mapping[str, Statistics]  # name of a weight -> statistics of its layer's inputs
 
 
 def check_collected(spec: VariantSpec, collected: Collected) -> None:
-    """Refuse a variant whose rounding needs statistics that nobody collected.
+    """Refuse a variant that needs statistics that nobody collected.
 
     Raises:
-        QuantizationError: with the names of the variant, its rounding, and the statistics.
+        QuantizationError: with the names of the variant, of what needs them, and of the statistics.
     """
     need = spec.need(False)
-    there = collected and (need != Need.GRAM_MATRIX or all(s.gram is not None for s in collected.values()))
+    parts = {Need.GRAM_MATRIX: "gram", Need.RANGES: "range"}
+    part = parts.get(need, "second_moments")
+    there = collected and all(getattr(statistics, part) is not None for statistics in collected.values())
     if need != Need.NOTHING and not there:
         raise QuantizationError(
-            f"{spec.name}: rounding {spec.rounding} needs statistics that were not collected ({need.value} of "
-            f"each layer's inputs). Try: another rounding"
+            f"{spec.name}: {spec.needing} needs statistics that were not collected ({need.value} of each layer's "
+            "inputs). Try: quality=calibrated"
         )

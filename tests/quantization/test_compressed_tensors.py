@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,17 +12,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.config.catalog import VARIANTS
+from pipeline.config.catalog import VARIANTS, Need
+from pipeline.config.quantize import Quantize
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError
 from pipeline.inference.load import load
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.matrices import linear_weights
+from pipeline.quantization.calibration.blocks import BlockwiseModel
+from pipeline.quantization.calibration.collect import collect
 from pipeline.quantization.formats import format_of, stored_bytes, stored_weights
 from pipeline.quantization.formats.compressed_tensors import packed
+from pipeline.quantization.statistics import Statistics
+from pipeline.quantization.writer import Variants
 
 EXTRA = ("compressed_tensors", "compressed-tensors")
 NAMES = [name for name, variant in VARIANTS.items() if EXTRA in variant.requires]
+STATIC = [name for name in NAMES if VARIANTS[name].static_inputs]
 IDS = torch.tensor([[7, 200, 31, 64, 5, 5, 90, 12, 250, 33, 2, 149]])
 KEPT = ("model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj")
 
@@ -49,10 +57,25 @@ for number, (root, subfolder) in enumerate(json.loads(sys.argv[1])):
 
 
 @pytest.fixture(scope="module")
-def releases(tiny_model, quantized):
+def calibrated(tiny_model, tmp_path_factory):
+    """A checkpoint with each variant beside it whose inputs have static scales."""
+    source = shutil.copytree(tiny_model("llama"), tmp_path_factory.mktemp("static") / "model")
+    statistics = {}
+    for found in collect(BlockwiseModel(source), [IDS[0].tolist()] * 2, Need.SECOND_MOMENTS, ranges=True):
+        statistics |= found.statistics
+    specs = [VariantSpec(name=name).resolved() for name in STATIC]
+    variants = Variants(specs, {name: source / name for name in STATIC}, linear_weights(source), statistics=statistics)
+    variants.make_of(source)
+    assert not variants.failed
+    return source
+
+
+@pytest.fixture(scope="module")
+def releases(tiny_model, quantized, calibrated):
     """Checkpoints with a variant beside them, by a name that says what is special."""
     llama, tied, biased = tiny_model("llama"), tiny_model("qwen3"), tiny_model("qwen2")
-    return {name: (quantized(llama, name), name) for name in NAMES} | {
+    made = {name: (calibrated if name in STATIC else quantized(llama, name), name) for name in NAMES}
+    return made | {
         "w4a16, tied": (quantized(tied, "w4a16"), "w4a16"),
         "w4a16, tied, in shards": (quantized(tied, "w4a16", shard_bytes=60_000), "w4a16"),
         "w4a16 with biases": (quantized(biased, "w4a16"), "w4a16"),
@@ -169,7 +192,8 @@ def test_settings_are_those_of_compressed_tensors(releases, name):
     (scheme,) = theirs.config_groups.values()
     compressor = BaseCompressor.get_value_from_registry(theirs.format)
     stored = {key.rpartition(".")[2] for key in Checkpoint(root / variant) if ".up_proj." in key}
-    assert stored == set(compressor.compression_param_names(scheme))
+    inputs = {"input_scale"} if variant in STATIC else set()
+    assert stored == set(compressor.compression_param_names(scheme)) | inputs
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -191,6 +215,31 @@ def test_planned_bytes_are_those_of_the_files(releases, name):
     spec = VariantSpec(name=variant).resolved()
     tensors = {key: (info.shape, 2.0) for key, info in Checkpoint(root).items()}
     assert stored_bytes(spec, tensors, linear, ()) == Checkpoint(root / variant).nbytes
+
+
+def test_layers_with_one_input_have_one_scale_of_inputs(releases):
+    for name in STATIC:
+        scales = load_file(releases[name][0] / name / "model.safetensors")
+        for block, layers in itertools.product(
+            range(2), (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
+        ):
+            found = {float(scales[f"model.layers.{block}.{layer}.input_scale"]) for layer in layers}
+            assert len(found) == 1 and found.pop() > 0
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_static_inputs_need_calibration_text(name, tiny_model, tmp_path):
+    with pytest.raises(ValueError, match=f"{name}: needs calibration text. Try: quantize.quality=calibrated"):
+        Quantize(variants=[name])
+    assert Quantize(variants=[name], quality="calibrated").calibrated == (name,)
+    source = tiny_model("llama")
+    moments = {weight: Statistics(8, torch.ones(width)) for weight, (_, width) in linear_weights(source).items()}
+    for statistics in ({}, moments):
+        variants = Variants(
+            [VariantSpec(name=name).resolved()], {name: tmp_path}, linear_weights(source), statistics=statistics
+        )
+        variants.make_of(source)
+        assert "needs statistics that were not collected (ranges" in str(variants.failed[name])
 
 
 def test_damaged_parts_are_refused_by_name(releases):

@@ -10,6 +10,7 @@ import torch
 from pipeline.config.catalog import Need
 from pipeline.quantization.calibration.blocks import BlockwiseModel
 from pipeline.quantization.calibration.check import check_blocks
+from pipeline.quantization.input_range import InputRange
 from pipeline.quantization.statistics import Statistics
 
 BATCH_TOKENS = 2048
@@ -36,6 +37,7 @@ def collect(
     need: Need,
     first: int = 0,
     activations: list[torch.Tensor] | None = None,
+    ranges: bool = False,
 ) -> Iterator[Collected]:
     """Yield what each block gives, in order.
 
@@ -45,6 +47,7 @@ def collect(
         need: whether Gram matrices are collected too.
         first: the first block to run.
         activations: its inputs; None to begin with the embedding.
+        ranges: whether ranges are collected too.
 
     Raises:
         ModelError: if the architecture cannot be run block by block.
@@ -56,7 +59,7 @@ def collect(
             activations = [model.enter(ids) for ids in batches]
     activations = [hidden.to(model.device) for hidden in activations]
     for block in range(first, model.count):
-        sums = Sums(need)
+        sums = Sums(need, ranges)
         with model.loaded(block):
             for number, ids in enumerate(batches):
                 sums.begin()
@@ -67,8 +70,9 @@ def collect(
 class Sums:
     """Sums over tokens of the inputs of several layers; layers with the same input share them."""
 
-    def __init__(self, need: Need):
-        self._need = need
+    def __init__(self, need: Need, ranges: bool = False):
+        self._need, self._has_ranges = need, ranges
+        self._ranges: dict[str, InputRange] = {}
         self._leader: dict[str, str] = {}  # name -> the first layer with the same input
         self._sums: dict[str, torch.Tensor] = {}
         self._tokens: dict[str, int] = {}
@@ -94,6 +98,9 @@ class Sums:
         else:
             self._sums[name] = wide.T @ wide
         self._tokens[name] = self._tokens.get(name, 0) + len(wide)
+        if self._has_ranges:
+            found = InputRange.of(wide)
+            self._ranges[name] = self._ranges[name].plus(found) if name in self._ranges else found
 
     def statistics(self) -> dict[str, Statistics]:
         """Return the statistics of every layer."""
@@ -105,7 +112,8 @@ class Sums:
             tokens = self._tokens[name]
             means = self._sums.pop(name).div_(tokens)
             is_gram = means.ndim == 2
-            found[name] = Statistics(tokens, means.diagonal().clone() if is_gram else means, means if is_gram else None)
+            moments, gram = (means.diagonal().clone(), means) if is_gram else (means, None)
+            found[name] = Statistics(tokens, moments, gram, self._ranges.pop(name, None))
         return found
 
 

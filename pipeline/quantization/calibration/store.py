@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 from pipeline.errors import QuantizationError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.quantization.grid import Grid, GroupQuantized
+from pipeline.quantization.input_range import InputRange
 from pipeline.quantization.statistics import Statistics
 from pipeline.system.files import sync
 
 _PARTS = ("codes", "scale", "zero")
-_MOMENTS, _TOKENS = "second_moments", "tokens"
+_MOMENTS, _TOKENS, _COUNTS, _LARGEST = "second_moments", "tokens", "counts", "largest"
 
 
 def save_block(folder: Path, block: int, weights: Mapping[str, GroupQuantized]) -> None:
@@ -68,18 +69,26 @@ class RoundedFolder:
 
 
 def statistics_as_tensors(collected: Mapping[str, Statistics]) -> dict[str, torch.Tensor]:
-    """Return second moments and numbers of tokens as tensors for a file; Gram matrices are not kept."""
+    """Return second moments, numbers of tokens and ranges as tensors for a file; Gram matrices are not kept."""
     found: dict[str, torch.Tensor] = {}
     for name, of in collected.items():
         found[f"{name}:{_MOMENTS}"] = of.second_moments.cpu().clone()  # a file holds no shared memory
         found[f"{name}:{_TOKENS}"] = torch.tensor(of.tokens)
+        if of.range is not None:
+            found[f"{name}:{_COUNTS}"] = of.range.counts.cpu().clone()
+            found[f"{name}:{_LARGEST}"] = of.range.largest.cpu().clone()
     return found
 
 
 def statistics_from(tensors: Mapping[str, torch.Tensor]) -> dict[str, Statistics]:
     """Return the statistics of layers that such tensors hold, by the name of the weight."""
     names = [key.removesuffix(f":{_MOMENTS}") for key in tensors if key.endswith(f":{_MOMENTS}")]
-    return {name: Statistics(int(tensors[f"{name}:{_TOKENS}"]), tensors[f"{name}:{_MOMENTS}"]) for name in names}
+    found = {}
+    for name in names:
+        counts, largest = tensors.get(f"{name}:{_COUNTS}"), tensors.get(f"{name}:{_LARGEST}")
+        sizes = None if counts is None or largest is None else InputRange(counts, largest)
+        found[name] = Statistics(int(tensors[f"{name}:{_TOKENS}"]), tensors[f"{name}:{_MOMENTS}"], range=sizes)
+    return found
 
 
 def read_statistics(path: Path) -> dict[str, Statistics]:

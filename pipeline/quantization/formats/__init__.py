@@ -40,6 +40,7 @@ _ENTRIES = {
     "gguf": (f"{__name__}.gguf.format", f"{__name__}.gguf.sizes"),
     "pack-quantized": (f"{__name__}.compressed_tensors.packed", f"{__name__}.compressed_tensors.sizes"),
     "naive-quantized": (f"{__name__}.compressed_tensors.unpacked", f"{__name__}.compressed_tensors.sizes"),
+    "static-quantized": (f"{__name__}.compressed_tensors.static", f"{__name__}.compressed_tensors.sizes"),
 }
 
 
@@ -196,7 +197,7 @@ def check_experts(spec: VariantSpec, names: Iterable[str]) -> None:
         return
     if spec.need(False) != Need.NOTHING:
         raise ModelError(
-            f"{spec.name}: rounding {spec.rounding} needs the inputs of every expert, which are not collected. "
+            f"{spec.name}: {spec.needing} needs the inputs of every expert, which are not collected. "
             "Try: quantize.quality=fast"
         )
     format_of(spec).check_experts(spec, experts)

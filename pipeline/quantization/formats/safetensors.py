@@ -12,6 +12,7 @@ from pipeline.config.schema import VariantSpec
 from pipeline.quantization.formats import Format
 from pipeline.quantization.grid import Grid, GroupQuantized
 from pipeline.quantization.layers import Output, Source
+from pipeline.quantization.statistics import Statistics
 
 Grids = Mapping[str, tuple[tuple[int, ...], Grid]]  # the shape and the grid of each quantized weight or stack
 
@@ -64,6 +65,10 @@ class SafetensorsFormat(Format):
         self, name: str, shape: tuple[int, int], scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
     ) -> dict[str, torch.Tensor]:
         """Return scales and zeros (N, G) of a whole weight of `shape` (N, K) as they are stored."""
+
+    def of_inputs(self, name: str, statistics: Statistics | None) -> dict[str, torch.Tensor]:
+        """Return what is stored of the inputs of the weight's layer, given their statistics if there are any."""
+        return {}
 
     @abstractmethod
     def metadata(

@@ -47,7 +47,9 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
 
 def collected_with(config: Config, workspace: Workspace) -> dict:
     """Return the dependencies of the statistics as plain data."""
+    ranges = {"ranges": True} if config.quantize.needs_ranges else {}
     return {
+        **ranges,
         "calibration": config.quantize.calibration.model_dump(),
         "text": calibration_text.depends(config, workspace),
         "after": made_from(config, workspace),
@@ -128,7 +130,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     events.progress(first, model.count, "calibrating")
     rounded = [spec for spec in specs if spec.name in missing]
     need = Need.GRAM_MATRIX if rounded else Need.SECOND_MOMENTS
-    for found in collect(model, windows, need, first, activations):
+    for found in collect(model, windows, need, first, activations, config.quantize.needs_ranges):
         for spec in rounded:
             here = {name: on for name, on in on_grids[spec.name].items() if name in found.statistics}
             made = round_layers(rounding(str(spec.rounding)), model.weight_rows, here, found.statistics)

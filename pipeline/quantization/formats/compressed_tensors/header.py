@@ -75,7 +75,9 @@ def _inputs(variant: Variant) -> dict[str, Any] | None:
     """Return the description of the codes of inputs; None if they are not rounded."""
     if not variant.rounds_inputs:
         return None
-    return {"num_bits": 8, "type": _type(variant), "strategy": "token", "symmetric": True, "dynamic": True}
+    static = variant.static_inputs
+    strategy = "tensor" if static else "token"
+    return {"num_bits": 8, "type": _type(variant), "strategy": strategy, "symmetric": True, "dynamic": not static}
 
 
 def _type(variant: Variant) -> str:

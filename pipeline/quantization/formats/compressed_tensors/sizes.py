@@ -11,6 +11,7 @@ __all__ = ["Parts", "is_packed", "layer_bytes", "packed_parts", "plain_bytes", "
 
 NAMES = ("weight_packed", "weight", "weight_scale", "weight_shape", "input_scale")  # of all parts
 SCALE = "bfloat16"
+INPUTS: Parts = {"input_scale": (SCALE, (1,))}  # the part of layers whose inputs have a static scale
 
 
 def is_packed(variant: Variant) -> bool:
@@ -40,4 +41,5 @@ def layer_bytes(spec: VariantSpec, shape: tuple[int, int]) -> int:
     group_size = (spec.group_size and fitting_group_size(shape[1], spec.group_size)) or shape[1]
     if is_packed(spec.variant):
         return parts_bytes(packed_parts(shape, spec.variant.bits, group_size))
-    return parts_bytes(unpacked_parts(shape, "float8_e4m3fn", group_size))  # integers of eight bits take as many
+    stored = unpacked_parts(shape, "float8_e4m3fn", group_size)  # integers of eight bits take as many
+    return parts_bytes(stored | (INPUTS if spec.variant.static_inputs else {}))

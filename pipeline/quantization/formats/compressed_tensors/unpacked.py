@@ -15,7 +15,7 @@ from pipeline.errors import ModelError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.quantization.formats import FileWeights, storage
 from pipeline.quantization.formats.compressed_tensors import sizes
-from pipeline.quantization.formats.compressed_tensors.format import CompressedTensors
+from pipeline.quantization.formats.compressed_tensors.format import CompressedTensors, stored_as
 from pipeline.quantization.grid import Grid, GroupQuantized
 
 
@@ -47,7 +47,12 @@ class Unpacked(CompressedTensors):
         """Return the names of the weights that a checkpoint holds in this format."""
         dtypes = (torch.int8, torch.float8_e4m3fn)
         names = (part.removesuffix("_scale") for part in checkpoint if part.endswith(".weight_scale"))
-        return [name for name in names if name in checkpoint and checkpoint[name].dtype in dtypes]
+        codes = [name for name in names if name in checkpoint and checkpoint[name].dtype in dtypes]
+        return [name for name in codes if self.holds(checkpoint, name)]
+
+    def holds(self, checkpoint: Checkpoint | FileWeights, name: str) -> bool:
+        """Return True if a weight is stored without the scale of its inputs."""
+        return stored_as(name, "input_scale") not in checkpoint
 
     def codes(self, checkpoint: Checkpoint | FileWeights, name: str, width: int, grid: Grid) -> torch.Tensor:
         """Return the codes (N, K) of a stored weight with `width` columns."""
