@@ -1,17 +1,19 @@
-"""The doctor's report: devices, kernels, versions, disk, login and speed of this machine."""
+"""The doctor's report: devices, kernels, variants that run, versions, disk, login and speed of this machine."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config.catalog import DEFAULT_VARIANTS, NEAREST
+from pipeline.config.catalog import DEFAULT_VARIANTS, NEAREST, VARIANTS
+from pipeline.config.engines import CPU, CUDA, ENGINES, FP8_CAPABILITY, GPU, TRANSFORMERS, TUNEPRESS, Runs
 from pipeline.errors import HubError, WorkspaceError, redact
 from pipeline.planning.benchmark import Speeds, path, read_speeds, save_speeds
 from pipeline.planning.benchmark_process import measure_in_time
@@ -39,15 +41,17 @@ def examine(runs: Path, calibrate: bool | None = None, tell: Callable[[str], Non
     """
     quiet()
     here = this_machine(runs)
-    known, problem = read_speeds(), None
+    known, problem, found = read_speeds(), None, devices()
     if calibrate or (calibrate is None and (known is None or known.place != here.name)):
         known, problem = _measured(here.name, tell)
     return {
         "machine": hardware.describe(),
         "memory_free_bytes": here.host_bytes,
         "compute_dtype": hardware.dtype_name(hardware.compute_dtype("cuda" if here.has_gpu else "cpu")),
-        "devices": devices(),
+        "devices": found,
+        "float8": float8(found),
         "kernels": kernels(),
+        "runs": runs_on(found),
         "versions": {"python": platform.python_version(), **versions(), **versions(*OURS)},
         "extras": {name: all(map(is_installed, needs)) for name, needs in EXTRAS.items()},
         "disk": _disk(runs),
@@ -143,6 +147,42 @@ def kernels() -> dict[str, str]:
     return found
 
 
+def float8(devices: list[dict]) -> dict:
+    """Return whether a device has kernels for float8, and the capability that they need."""
+    return {"available": _capability(devices) >= FP8_CAPABILITY, "needs_capability": str(FP8_CAPABILITY)}
+
+
+def runs_on(devices: list[dict]) -> dict[str, list[str]]:
+    """Return the variants that each engine runs on these devices: key of the engine -> names.
+
+    Servers are not asked whether they are installed. For transformers and `pipeline.load`, packages must be.
+    """
+    kinds, capability = {device["kind"] for device in devices}, _capability(devices)
+    there = {CPU, *([CUDA] if "cuda" in kinds else []), *([GPU] if kinds & {"cuda", "rocm", "mps"} else [])}
+
+    def runs_here(way: Runs) -> bool:
+        ours = way.engine in (TRANSFORMERS, TUNEPRESS)
+        lacks = ours and any(not versions(re.split("[<>=!~]", package)[0]) for package in way.packages)
+        fits = way.hardware in there and (way.hardware != CUDA or way.capability <= capability)
+        return way.computes and fits and not lacks
+
+    found = {
+        engine: [
+            f"{name} ({packing})" if packing else name
+            for name, variant in VARIANTS.items()
+            for packing in (None, *list(variant.packings)[1:])
+            if any(way.engine == engine and runs_here(way) for way in variant.ways(packing))
+        ]
+        for engine in ENGINES
+    }
+    return {engine: names for engine, names in found.items() if names}
+
+
+def _capability(devices: list[dict]) -> float:
+    """Return the highest CUDA compute capability of these devices; 0 without one."""
+    return max((float(device["capability"]) for device in devices if device["kind"] == "cuda"), default=0.0)
+
+
 def login() -> dict:
     """Return the Hub user and whether the token may write, or the problem in one line."""
     from huggingface_hub import get_token
@@ -190,6 +230,14 @@ def _lines(found: dict) -> Iterator[tuple[str, str]]:
     yield "Compute", _compute(found["compute_dtype"])
     for grid, layer in found["kernels"].items():
         yield "Kernel", f"{grid}: {layer}"
+    eight = found["float8"]
+    lacking = (
+        f"stored only, and computed in {found['compute_dtype']}: its kernels need a CUDA card of compute capability "
+        f"{eight['needs_capability']} or higher"
+    )
+    yield "Float8", "available" if eight["available"] else lacking
+    for engine, names in found["runs"].items():
+        yield "Runs", f"{ENGINES[engine].label.strip('`')}: {', '.join(names)}"
     yield "Versions", ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     yield "Extras", ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in found["extras"].items())
     for name, place in found["disk"].items():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli.wizard import summary
+from pipeline.config.catalog import VARIANTS
 from pipeline.config.loader import load_config
 from pipeline.planning import Plan, benchmark, devices, doctor, make_plan
 from pipeline.planning.devices import this_machine
@@ -32,6 +33,33 @@ def test_doctor_reports_devices_kernels_versions_and_disk(place):
         str(place.folder)
     )
     assert found["extras"]["gguf"] is True and found["trackio"]["folder"].endswith("trackio")
+
+
+CPU = {"kind": "cpu", "name": "a CPU", "capability": "AVX2"}
+
+
+@pytest.mark.parametrize(
+    ("capability", "available"), [(None, False), ("7.5", False), ("8.6", False), ("8.9", True), ("10.0", True)]
+)
+def test_doctor_says_whether_float8_is_available(capability, available):
+    cards = [{"kind": "cuda", "name": "a card", "capability": capability}] if capability else []
+    assert doctor.float8([*cards, CPU])["available"] is available
+    runs = doctor.runs_on([*cards, CPU])
+    ways = {name: [way for way in variant.ways() if way.capability == 8.9] for name, variant in VARIANTS.items()}
+    assert any(ways.values())
+    for name, found in ways.items():
+        for way in found:
+            assert (name in runs.get(way.engine, [])) == available
+
+
+def test_doctor_lists_the_variants_that_engines_run_here(place):
+    cpu, card = doctor.runs_on([CPU]), doctor.runs_on([{"kind": "cuda", "name": "a card", "capability": "9.0"}, CPU])
+    assert {"int8", "int4", "bnb-nf4"} <= set(cpu["tunepress"]) and "gguf-q4_0" in cpu["llama.cpp"]
+    assert "int4" not in cpu["transformers"]  # it opens there, and has no kernel
+    assert "bnb-nf4" in card["vllm"] and "bnb-nf4" not in cpu.get("vllm", [])
+    assert all(set(names) <= set(card[engine]) for engine, names in cpu.items())
+    page = place.tunepress("doctor", "--no-calibrate").stdout
+    assert "Runs        transformers: int8" in page and "Float8      " in page
 
 
 @pytest.mark.parametrize(
