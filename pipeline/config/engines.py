@@ -21,7 +21,7 @@ CPU = "CPU"
 CUDA = "CUDA"
 GPU = "GPU"  # of any kind that llama.cpp supports
 ONLY_STORED = "stored only"  # the engine opens the variant, but has no kernel that computes with it
-GENERATIONS = {7.0: "Volta", 7.5: "Turing", 8.0: "Ampere", 8.9: "Ada", 9.0: "Hopper", 10.0: "Blackwell"}
+GENERATIONS = {6.0: "Pascal", 7.0: "Volta", 7.5: "Turing", 8.0: "Ampere", 8.9: "Ada", 9.0: "Hopper", 10.0: "Blackwell"}
 FP8_CAPABILITY = 8.9  # the lowest CUDA compute capability with kernels for float8
 
 
