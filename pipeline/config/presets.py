@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from pipeline.config.catalog import EIGHT_BITS, VARIANTS, resolve_variants, variant_names
-from pipeline.config.engines import LLAMA_CPP, OLLAMA, SGLANG, TRANSFORMERS, TUNEPRESS, VLLM
+from pipeline.config.engines import ENGINES, LLAMA_CPP, OLLAMA, SGLANG, TRANSFORMERS, TUNEPRESS, VLLM
 
 # name -> a description, and the value of `quantize.variants`
 PRESETS: dict[str, tuple[str, tuple[dict, ...]]] = {
@@ -57,6 +57,15 @@ def variants_for(place: str) -> list[str]:
         for name, variant in VARIANTS.items()
         if engines <= {way.engine for way in variant.ways() if way.computes and not way.experimental}
     ]
+
+
+def place_of(variant: str) -> str:
+    """Return the engines that a variant is made for, in words: `vLLM and SGLang`."""
+    for place in ("serving", "local"):
+        if variant in variants_for(place):
+            first, second = PLACES[place][1]
+            return f"{ENGINES[first].label} and {ENGINES[second].label.split(',')[0]}"
+    return ENGINES[TRANSFORMERS].label
 
 
 def expand(listed: Iterable[str]) -> list[dict]:

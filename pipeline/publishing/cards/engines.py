@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pipeline.config.catalog import VARIANTS, is_one_file
+from pipeline.config.catalog import EIGHT_BITS, VARIANTS, is_one_file
 from pipeline.config.engines import ENGINES, FETCH, FULL_PRECISION, ONLY_STORED, Runs, tell
 from pipeline.evaluation.model_result import StoredWeights, VariantSettings
 from pipeline.publishing.cards.about import ROOT, About, place
-from pipeline.publishing.cards.markdown import Markdown, listed, shell_word, table
+from pipeline.publishing.cards.markdown import Markdown, code, listed, shell_word, table
 
 NOT_OPENED = Markdown("no")
 
@@ -57,14 +57,14 @@ def _cell(about: About, model: str, engine: str, marks: dict[str, str]) -> Markd
     return listed(parts, "; ") or NOT_OPENED
 
 
-def packages(about: About, variants: Sequence[str]) -> dict[str, Markdown]:
-    """Return the packages that transformers needs to open variants: package -> the variants that need it."""
-    found: dict[str, list[Markdown]] = {}
+def packages(about: About, variants: Sequence[str]) -> dict[Markdown, Markdown]:
+    """Return the packages that transformers needs to open variants: packages -> the variants that need them."""
+    found: dict[Markdown, list[Markdown]] = {}
     for variant in variants:
         made = about.results[variant].variant or VariantSettings()
-        for package in VARIANTS[variant].opened_with(made.packing):
-            found.setdefault(package, []).append(place(variant))
-    return {package: listed(names) for package, names in found.items()}
+        if needed := VARIANTS[variant].opened_with(made.packing):
+            found.setdefault(listed(map(code, needed), " and "), []).append(place(variant))
+    return {needed: listed(names) for needed, names in found.items()}
 
 
 def loaded_alike(about: About, variants: Sequence[str]) -> list[list[str]]:
@@ -73,7 +73,7 @@ def loaded_alike(about: About, variants: Sequence[str]) -> list[list[str]]:
     for variant in variants:
         made = about.results[variant].variant or VariantSettings()
         row = VARIANTS[variant].packing(made.packing) or VARIANTS[variant]
-        groups.setdefault((row.snippet, row.usage, made.embeddings), []).append(variant)
+        groups.setdefault((row.snippet, row.usage, made.embeddings == EIGHT_BITS), []).append(variant)
     return list(groups.values())
 
 

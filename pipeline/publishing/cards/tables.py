@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.config.catalog import LLAMA_CPP, VARIANTS, is_one_file
+from pipeline.config.catalog import VARIANTS, is_one_file
+from pipeline.config.presets import place_of
 from pipeline.evaluation.cluster_errors import MARGIN, quantile
 from pipeline.evaluation.model_result import HELD_OUT, TEXTS, Quality, Speed
 from pipeline.evaluation.results import BASE
@@ -51,26 +52,25 @@ def advice(about: About, models: Models) -> Markdown:
     """Return what each folder of a release is for, in the words of one sentence."""
     ahead, over = leads(about, models), {name for name, _ in missed(about, models)}
     reference = models[about.reference]
-    phrases: dict[str, Markdown] = {}
+    phrases: dict[str, dict[str, Markdown]] = {}  # by the engines that folders are for
     for variant in (model for model in models if model in VARIANTS):
         row, folder = VARIANTS[variant], code(f"{VARIANTS[variant].folder}/")
-        if row.folder in phrases:
-            continue
-        size_of = markdown.said("{} of the size", markdown.share(about.results[variant].ratio))
         more = [
-            size_of,
+            markdown.said("{} of the size", markdown.share(about.results[variant].ratio)),
             *ahead[variant],
             Markdown("it misses its limits, see below") if models[variant] in over else None,
         ]
-        engine = "llama.cpp and Ollama" if row.engine == LLAMA_CPP else row.engine
         told = f" ({listed(more)})" if not row.is_one_file and listed(more) else ""
-        phrases[row.folder] = Markdown(f"{folder} for {engine}{told}")
+        phrases.setdefault(place_of(variant), {}).setdefault(row.folder, Markdown(f"{folder}{told}"))
+    chosen = []
+    for engines, names in phrases.items():
+        *first, last = names.values()
+        chosen.append(Markdown(f"{listed([listed(first), last], ' or ')} for {engines}"))
     if about.reference == ROOT or about.is_guest:
         top = Markdown(f"the files at the top of this repository (the {reference}) for full precision or more training")
     else:
         top = Markdown(f"the {reference} itself for full precision")
-    *first, last = [*phrases.values(), top]
-    return Markdown(f"Take {'; '.join(first)}; or {last}." if first else f"Take {last}.")
+    return Markdown(f"Take {'; '.join(chosen)}; or {top}." if chosen else f"Take {top}.")
 
 
 def quality(about: About, models: Models) -> list[tuple[str, Markdown]]:

@@ -90,3 +90,16 @@ def test_variants_that_the_same_code_loads_share_it():
     assert "transformers: int8, int8-dynamic</summary>" in card
     assert 'with `"int8-dynamic"` in place of `"int8"`' in card
     assert "- `int8-dynamic/`: its linear layers" in card
+
+
+def test_card_groups_variants_by_the_engines_that_they_are_for():
+    found = results() | {"w4a16": results()["int4"]}
+    card = model_card(about(found), [*BOTH, "w4a16"])
+    assert "for transformers; `w4a16/` (46\u00a0% of the size) for vLLM and SGLang; or the files" in card
+    assert "; `compressed-tensors>=0.15` for `w4a16/`." in card and ", and `torchao` for `int8/`, `int4/`" in card
+
+
+def test_long_list_of_variants_is_folded():
+    assert "Each variant in words" not in model_card(about(), BOTH)
+    more = dict.fromkeys(("int8-dynamic", "w8a8", "fp8"), results()["int8"])
+    assert "Each variant in words" in model_card(about(results() | more), [*BOTH, *more])
