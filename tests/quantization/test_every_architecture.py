@@ -11,7 +11,8 @@ from pipeline.config.schema import VariantSpec
 from pipeline.errors import ModelError, QuantizationError
 from pipeline.inference.load import load
 from pipeline.models.checkpoint_files import read_config
-from pipeline.models.matrices import linear_weights, refuse_other_matrices, table_weights
+from pipeline.models.experts import is_expert
+from pipeline.models.matrices import quantizable_weights, refuse_other_matrices, table_weights
 from pipeline.models.safe_loading import check_config
 from pipeline.quantization.layers import unfit
 from pipeline.quantization.writer import quantize_checkpoint
@@ -25,6 +26,7 @@ NAMED = {  # settings beside those of `build`
     "falcon_h1": {},
     "falcon_mamba": {},
     "granite": {},
+    "glm4_moe": {"first_k_dense_replace": 1},
     "minicpm3": {},
     "olmo": {},
     "phi": {},
@@ -57,14 +59,22 @@ def logits(model):
 def compare(source, **options):
     """Make int8 of a model, and compare the logits of every way to load it with those of the model."""
     spec = VariantSpec.model_validate({"name": "int8", **options}).resolved()
-    linear = linear_weights(source)
-    assert unfit(spec, linear, source) is None
+    linear = quantizable_weights(source)
+    if said := unfit(spec, linear, source):
+        raise ModelError(said)
     made = source.with_name("int8")
     quantize_checkpoint(source, [spec], {"int8": made}, linear, tables=table_weights(source))
     expected = logits(AutoModelForCausalLM.from_pretrained(source, dtype="auto"))
     stock = AutoModelForCausalLM.from_pretrained(made, dtype="auto")
     for model in (stock, load(made)[0], load(made, offload=True)[0], load(source, offload=True)[0]):
-        assert relative_error(logits(model), expected) < 0.1
+        assert error(logits(model), expected, any(map(is_expert, linear))) < 0.1
+
+
+def error(found, expected, has_experts):
+    """Return the relative error; with experts that of most tokens, since an undecided router may change its choice."""
+    if not has_experts:
+        return relative_error(found, expected)
+    return ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median()
 
 
 @pytest.mark.parametrize("kind", NAMED)
@@ -82,10 +92,10 @@ def test_int8_embeddings_leave_a_model_that_knows_its_type(checkpoint, kind):
 def test_weights_that_the_model_uses_outside_of_linear_layers_are_refused_by_name(checkpoint, kind, variant):
     source = checkpoint(kind, **({"time_step_rank": 32} if kind == "mamba" else {}))
     spec = VariantSpec.model_validate({"name": variant}).resolved()
-    said = unfit(spec, linear_weights(source), source)
+    said = unfit(spec, quantizable_weights(source), source)
     assert said and "\n" not in said
     with pytest.raises(ModelError, match=REFUSED[kind].replace("int8", variant)):
-        quantize_checkpoint(source, [spec], {variant: source / "made"}, linear_weights(source))
+        quantize_checkpoint(source, [spec], {variant: source / "made"}, quantizable_weights(source))
     assert not (source / "made").exists()
 
 
