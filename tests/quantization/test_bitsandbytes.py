@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.matrices import linear_weights
 from pipeline.quantization.formats import storage, stored_bytes
 from pipeline.quantization.writer import quantize_checkpoint, unfit
+from pipeline.system.files import sha256
+from pipeline.system.process_environment import with_own_package
 
 NAMES = [name for name, variant in VARIANTS.items() if variant.format == "bitsandbytes"]
 BNB = storage("bitsandbytes")
@@ -73,6 +76,11 @@ def pairs(source, quantized, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
     return made
 
 
+def make(source: Path, folder: Path) -> None:
+    specs = [VariantSpec(name=name).resolved() for name in NAMES]
+    quantize_checkpoint(source, specs, {name: folder / name for name in NAMES}, linear_weights(source))
+
+
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
@@ -101,6 +109,17 @@ def test_files_hold_what_transformers_saves(pairs, name):
 def test_stock_loader_gives_the_logits_of_a_model_that_transformers_quantized(pairs, name):
     ours, theirs = map(logits, pairs[name])
     assert torch.equal(ours, theirs) and ours.isfinite().all()
+
+
+def test_other_instructions_and_threads_write_the_same_bytes(source, tmp_path):
+    imports = "import sys; from pathlib import Path; from tests.quantization.test_bitsandbytes import make"
+    command = [sys.executable, "-c", f"{imports}; make(*map(Path, sys.argv[1:]))", str(source), str(tmp_path / "there")]
+    plain = with_own_package(os.environ) | {"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "2"}
+    subprocess.run(command, check=True, env=plain, capture_output=True)
+    make(source, tmp_path / "here")
+    for name in NAMES:
+        ours, theirs = (sha256(tmp_path / place / name / "model.safetensors") for place in ("here", "there"))
+        assert ours == theirs, name
 
 
 @pytest.mark.parametrize("name", NAMES)

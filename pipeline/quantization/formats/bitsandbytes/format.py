@@ -12,6 +12,7 @@ and the output head stay as they are. (Dettmers et al., LLM.int8(), 2022, and QL
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -141,7 +142,7 @@ class Bitsandbytes(SafetensorsFormat):
         found = {f"{name}.quant_map": get_4bit_type(kind, device="cpu")}
         if kind == sizes.NF4:
             mean = scales.mean()
-            scales, nested = quantize_blockwise(scales - mean, blocksize=sizes.SCALE_BLOCK)
+            scales, nested = quantize_blockwise(scales - mean, scale_codes(), blocksize=sizes.SCALE_BLOCK)
             found |= {f"{name}.nested_absmax": nested.absmax, f"{name}.nested_quant_map": nested.code}
             offset = mean.item()
         state = torch.frombuffer(bytearray(sizes.state(shape, kind, offset)), dtype=torch.uint8)
@@ -237,3 +238,23 @@ def _kind(grid: Grid) -> str:
 
 
 FORMAT = Bitsandbytes()
+
+
+@functools.cache
+def scale_codes() -> torch.Tensor:
+    """Return the numbers (256,) float32 that scales are rounded to: `create_dynamic_map()` of bitsandbytes.
+
+    There the last bits of `torch.linspace` depend on the processor. These are the numbers with AVX2 and AVX-512.
+    """
+    numbers = [torch.tensor([0.0, 1.0])]
+    for exponent in range(7):
+        count = 2**exponent
+        step = (torch.tensor(1.0) - torch.tensor(0.1)) / count
+        place = torch.arange(count + 1)
+        # The sum and the product of each are rounded once, as by one instruction.
+        up = (torch.tensor(0.1).double() + step.double() * place).float()
+        down = (1.0 - step.double() * (count - place)).float()
+        bounds = torch.where(place < (count + 1) // 2, up, down)
+        means = 10 ** (exponent - 6) * ((bounds[:-1] + bounds[1:]) / 2)
+        numbers += [means, -means]
+    return torch.cat(numbers).sort().values
