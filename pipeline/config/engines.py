@@ -35,21 +35,24 @@ class Engine:
     Attributes:
         serve: the template of the command that serves a folder or a file on this machine; empty if code runs it.
         from_hub: the template of the command that fetches one file from the Hub and serves it.
+        fuses: True if it computes the layers of `FUSED` as one, so that they must be stored alike.
     """
 
     label: str
     serve: str = ""
     from_hub: str = ""
+    fuses: bool = False
 
 
 ENGINES: dict[str, Engine] = {
     TRANSFORMERS: Engine("transformers"),
     TUNEPRESS: Engine("`pipeline.load`"),
-    VLLM: Engine("vLLM", "vllm serve {folder}{flags}"),
-    SGLANG: Engine("SGLang", "python -m sglang.launch_server --model-path {folder}{flags}"),
+    VLLM: Engine("vLLM", "vllm serve {folder}{flags}", fuses=True),
+    SGLANG: Engine("SGLang", "python -m sglang.launch_server --model-path {folder}{flags}", fuses=True),
     LLAMA_CPP: Engine("llama.cpp", "llama-server -m {file}", "llama-server -hf {repo}:{type}"),
     OLLAMA: Engine("Ollama, LM Studio", from_hub="ollama run hf.co/{repo}:{type}"),
 }
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))  # layers of one block
 # Servers read the root of a repository or a local folder, so they need the folder of a variant on this machine.
 FETCH = "hf download {repo} --include {files} --local-dir {target}"
 

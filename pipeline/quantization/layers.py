@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from pipeline.config.catalog import EIGHT_BITS, KEEP, ROUNDINGS, Need
+from pipeline.config.engines import ENGINES, FUSED
 from pipeline.config.quantize import VariantSpec, matches
 from pipeline.errors import MissingExtra, ModelError, QuantizationError
 from pipeline.models.checkpoint import SHARD_BYTES, TensorInfo
@@ -142,11 +143,13 @@ def layer_grids(spec: VariantSpec, linear: Shapes) -> tuple[Grids, list[str]]:
     """Return the grid of every layer to quantize, and the layers that `keep` leaves in full precision.
 
     Raises:
-        QuantizationError: if a pattern of the variant matches no layer, or a layer fits no grid.
+        QuantizationError: if a pattern of the variant matches no layer, a layer fits no grid, or `keep` splits layers
+            that the engines of the variant compute as one.
     """
     for patterns in spec.group_sizes.values():
         _check_matched(patterns, "group_sizes", linear)
     kept, eight = named(spec, KEEP, linear), named(spec, EIGHT_BITS, linear)
+    _check_fused(spec, kept, linear)
     grids: Grids = {}
     form, spec = format_of(spec), fitted(spec, linear)
     for name in (n for n in linear if n not in kept):
@@ -170,6 +173,21 @@ def named(spec: VariantSpec, key: str, linear: Shapes) -> list[str]:
     patterns = getattr(spec, key)
     _check_matched(patterns, key, linear)
     return sorted(name for name in linear if matches(patterns, name))
+
+
+def _check_fused(spec: VariantSpec, kept: Sequence[str], linear: Shapes) -> None:
+    """Raise if `keep` splits layers that an engine of the variant computes as one."""
+    ways = (way for way in spec.variant.ways(spec.packing) if way.computes and not way.experimental)
+    engine = next((ENGINES[way.engine] for way in ways if ENGINES[way.engine].fuses), None)
+    for name in kept if engine else ():
+        block, _, layer = name.removesuffix(".weight").rpartition(".")
+        for fused in (group for group in FUSED if layer in group):
+            others = [f"{block}.{other}" for other in fused if f"{block}.{other}.weight" in linear.keys() - set(kept)]
+            if others:
+                raise QuantizationError(
+                    f"'{KEEP}' names {block}.{layer}, which {engine.label} computes as one with {', '.join(others)}. "
+                    f"Try: keep all of them"
+                )
 
 
 def _check_matched(patterns: Sequence[str], key: str, linear: Shapes) -> None:

@@ -7,11 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.config.catalog import VARIANTS
+from pipeline.config.engines import ENGINES
 from pipeline.config.schema import Config, VariantSpec
 from pipeline.errors import CheckpointError, QuantizationError
 from pipeline.models.checkpoint import SINGLE_NAME
 from pipeline.models.matrices import linear_weights, table_weights
 from pipeline.quantization.formats.gguf import k_quants as kquants
+from pipeline.quantization.layers import unfit
 from pipeline.quantization.writer import Variants, quantize_checkpoint
 from pipeline.tracking.events import Events, read_events
 from pipeline.workflow.stages import quantize
@@ -139,3 +142,41 @@ def test_stage_reports_a_failed_variant_and_keeps_the_others(tiny_model, change,
         (event,) = read_events(workspace.events_path)[0]
     assert (event["event"], event["variant"], event["message"]) == ("quantization_failed", "gguf-f16", reason)
     assert "float16 cannot hold; take bf16 instead" in reason
+
+
+def _fuses(variant) -> bool:
+    return any(ENGINES[way.engine].fuses and way.computes and not way.experimental for way in variant.ways())
+
+
+SERVED = [name for name, variant in VARIANTS.items() if _fuses(variant)]
+BLOCK = {
+    **{f"model.layers.0.self_attn.{part}_proj.weight": (128, 128) for part in "qkvo"},
+    **{f"model.layers.0.mlp.{part}_proj.weight": (128, 128) for part in ("gate", "up", "down")},
+}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_layers_that_servers_fuse_are_kept_together_or_not_at_all(name):
+    def problem(*keep: str) -> str | None:
+        return unfit(VariantSpec(name=name, keep=list(keep)).resolved(True), BLOCK)
+
+    attention = "model.layers.0.self_attn"
+    assert problem() is None and problem("*o_proj", "*down_proj") is None
+    assert problem("*q_proj", "*k_proj", "*v_proj") is None and problem("*gate_proj", "*up_proj") is None
+    assert problem("*k_proj") == (
+        f"'keep' names {attention}.k_proj, which vLLM computes as one with {attention}.q_proj, {attention}.v_proj. "
+        "Try: keep all of them"
+    )
+    assert "computes as one with model.layers.0.mlp.gate_proj" in problem("*up_proj")
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_variants_for_servers_have_one_group_size_and_one_width_of_codes(name):
+    variant = VARIANTS[name]
+    assert variant.one_group_size or not variant.group_sizes
+    assert not any(packing.mixes for packing in variant.packings.values())
+
+
+def test_single_layers_of_variants_that_no_server_fuses_can_be_kept():
+    assert SERVED and "int4" not in SERVED
+    assert unfit(VariantSpec(name="int4", keep=["*k_proj"]).resolved(), BLOCK) is None
