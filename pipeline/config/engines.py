@@ -136,6 +136,21 @@ def tell(
     return found
 
 
+def misfits(ways: Sequence[Runs], shapes: Collection[Sequence[int]], has_experts: bool = False) -> list[str]:
+    """Return lines about the engines that do not run a variant with these layers: `does not run in: vLLM on CUDA, ...`.
+
+    Args:
+        shapes: (rows, columns) of the quantized layers.
+        has_experts: True if experts are among them.
+    """
+    found: dict[str, list[str]] = {}
+    for engine, row in ENGINES.items():
+        for hardware, why in tell(ways, engine, shapes, has_experts):
+            if why:
+                found.setdefault(why, []).append(f"{row.label.strip('`')} on {hardware}")
+    return [f"does not run in: {'; '.join(where)}, because {why}" for why, where in found.items()]
+
+
 def on(engine: str, *hardware: str, **needs: object) -> tuple[Runs, ...]:
     """Return the ways of an engine that has the same needs on several kinds of hardware.
 

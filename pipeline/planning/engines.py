@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipeline.config.engines import ENGINES, Runs, tell
-from pipeline.config.quantize import VariantSpec, matches
+from pipeline.config.engines import ENGINES, misfits, tell
 from pipeline.config.schema import Config
-from pipeline.models.experts import is_expert
 from pipeline.planning.model import Sizes
+from pipeline.quantization.formats import layers_of
 
 
 @dataclass(frozen=True)
@@ -28,28 +27,25 @@ class Place:
 
 def places(config: Config, sizes: Sizes) -> dict[str, list[Place]]:
     """Return the places by variant."""
-    return {spec.name: list(_places(spec, sizes)) for spec in config.quantize.variants}
+    found: dict[str, list[Place]] = {}
+    for spec in config.quantize.variants:
+        ways, layers = spec.variant.ways(spec.packing), layers_of(spec, sizes.linear)
+        told = ((row.label.strip("`"), *words) for name, row in ENGINES.items() for words in tell(ways, name, *layers))
+        found[spec.name] = [Place(*each) for each in told]
+    return found
 
 
-def _places(spec: VariantSpec, sizes: Sizes) -> Iterator[Place]:
-    quantized = [name for name in sizes.linear if not matches(spec.keep, name)]
-    shapes, has_experts = {sizes.linear[name] for name in quantized}, any(map(is_expert, quantized))
-    ways: tuple[Runs, ...] = spec.variant.ways(spec.packing)
-    for engine, row in ENGINES.items():
-        yield from (Place(row.label.strip("`"), *told) for told in tell(ways, engine, shapes, has_experts))
-
-
-def tell_places(found: Mapping[str, Sequence[Place]]) -> Iterator[str]:
+def tell_places(config: Config, sizes: Sizes) -> Iterator[str]:
     """Yield lines for people: where each variant runs, and where the layers of this model keep it from running."""
-    for variant, opened in found.items():
+    misfit = list(tell_misfits(config, sizes))
+    for variant, opened in places(config, sizes).items():
         good = [f"{place.engine} on {place.hardware}" for place in opened if place.misfit is None]
         yield f"{variant} runs in: {'; '.join(good) or 'none of the known engines'}"
-        yield from tell_misfits({variant: opened})
+        yield from (line for line in misfit if line.startswith(f"{variant} "))
 
 
-def tell_misfits(found: Mapping[str, Sequence[Place]]) -> Iterator[str]:
+def tell_misfits(config: Config, sizes: Sizes) -> Iterator[str]:
     """Yield lines for people: where the layers of this model keep a variant from running."""
-    for variant, opened in found.items():
-        for why in dict.fromkeys(place.misfit for place in opened if place.misfit):
-            where = "; ".join(f"{place.engine} on {place.hardware}" for place in opened if place.misfit == why)
-            yield f"{variant} does not run in: {where}, because {why}"
+    for spec in config.quantize.variants:
+        lines = misfits(spec.variant.ways(spec.packing), *layers_of(spec, sizes.linear))
+        yield from (f"{spec.name} {line}" for line in lines)

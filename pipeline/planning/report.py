@@ -145,7 +145,7 @@ def _notes(plan: Plan) -> Iterator[str]:
     for stage in plan.stages:
         for note in stage.notes:
             yield f"{stage.name}: {note}"
-    yield from tell_places(places(plan.config, plan.model))
+    yield from tell_places(plan.config, plan.model)
     if said := tell_system_prompt(plan):
         yield f"system prompt: {said}"
     if plan.data and plan.data.fetched_bytes is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.config.loader import parse_config
-from pipeline.planning.engines import places, tell_places
+from pipeline.planning.engines import tell_places
 from tests.support.planning import sizes_of
 
 NARROW = {"model.layers.0.mlp.up_proj.weight": (1536, 576), "model.layers.0.mlp.down_proj.weight": (576, 1536)}
@@ -12,7 +12,7 @@ WIDE = {"model.layers.0.mlp.up_proj.weight": (4096, 1024)}
 
 def lines(shapes: dict, *variants: object) -> list[str]:
     tree = {"name": "x", "model": {"source": "ada/base"}, "data": None, "quantize": {"variants": list(variants)}}
-    return list(tell_places(places(parse_config(tree, "x"), sizes_of(shapes))))
+    return list(tell_places(parse_config(tree, "x"), sizes_of(shapes)))
 
 
 def test_plan_names_the_layers_that_a_kernel_cannot_take():

@@ -180,3 +180,14 @@ def test_variants_for_servers_have_one_group_size_and_one_width_of_codes(name):
 def test_single_layers_of_variants_that_no_server_fuses_can_be_kept():
     assert SERVED and "int4" not in SERVED
     assert unfit(VariantSpec(name="int4", keep=["*k_proj"]).resolved(), BLOCK) is None
+
+
+def test_stage_tells_which_engines_cannot_take_the_layers(tiny_model, tmp_path):
+    tree = {"name": "m", "model": {"source": str(tiny_model("llama"))}, "data": None, "evaluate": None}
+    config = Config.model_validate(tree | {"quantize": {"variants": ["int8", "w8a16"]}})
+    shown: list[str] = []
+    with Workspace.claim(tmp_path / "m", config) as workspace:
+        events = Events(workspace.events_path, "m", on_show=shown.extend)
+        quantize.run(config, workspace, events, ("int8", "w8a16"))
+    (line,) = shown
+    assert line.startswith("w8a16 does not run in: ") and line.endswith("columns are not a multiple of 128")

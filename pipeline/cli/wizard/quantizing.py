@@ -14,7 +14,7 @@ from pipeline.config.catalog import DEFAULT_VARIANTS, GGUF, GROUP_SIZES, TRANSFO
 from pipeline.config.presets import PLACES, PRESETS, expand, variants_for
 from pipeline.errors import ConfigError
 from pipeline.evaluation.gates import limits
-from pipeline.planning.engines import places, tell_misfits
+from pipeline.planning.engines import tell_misfits
 
 AS_THE_RECIPE, NONE, TARGET = "recipe", "none", "target"
 FORMER_TARGET = "escalate"  # the answer in earlier versions
@@ -64,7 +64,7 @@ def _take_quantization(draft: Draft, answer: str) -> None:
     else:
         variants = _named(answer)
     _set_variants(draft, suited(draft, variants))
-    for line in tell_misfits(places(draft.config(), draft.model_sizes)):
+    for line in tell_misfits(draft.config(), draft.model_sizes):
         draft.tell(line)
 
 

@@ -203,6 +203,16 @@ def check_experts(spec: VariantSpec, names: Iterable[str]) -> None:
     format_of(spec).check_experts(spec, experts)
 
 
+def layers_of(spec: VariantSpec, linear: Mapping[str, tuple[int, int]]) -> tuple[set[tuple[int, int]], bool]:
+    """Return the shapes (N, K) of the layers that a variant quantizes, and True if experts are among them.
+
+    Args:
+        linear: shapes of all weights that can be quantized.
+    """
+    quantized = [name for name in linear if not matches(spec.keep, name)]
+    return {linear[name] for name in quantized}, any(map(is_expert, quantized))
+
+
 def format_of_file(path: Path) -> Format:
     """Return the format of a variant that is one file, by its ending."""
     return storage(next(variant.format for variant in VARIANTS.values() if variant.suffix == path.suffix))

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.catalog import KEEP, VARIANTS
+from pipeline.config.engines import misfits
 from pipeline.config.schema import Config, MeasuredRun
 from pipeline.errors import MissingExtra, QuantizationError
+from pipeline.quantization.formats import layers_of
 from pipeline.system.files import empty_folder, replace_folder, states
 from pipeline.system.libraries import is_installed, versions
 from pipeline.tracking.events import Events, one_line
@@ -152,6 +154,9 @@ def to_write(
     wanted = [config.quantize.spec(name) for name in names]
     refused = {spec.name: problem for spec in wanted if (problem := unfit(spec, linear, model))}
     specs = [spec for spec in wanted if spec.name not in refused]
+    for spec in specs:
+        for line in misfits(spec.variant.ways(spec.packing), *layers_of(spec, linear)):
+            events.show([f"{spec.name} {line}"])
     tables = table_weights(model) if any(spec.quantizes_embeddings for spec in specs) else {}
     folders = {spec.name: empty_folder(_partial(workspace, spec.name)) for spec in specs}
     license = workspace.read_measurement("origin").get("license")
