@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 EXPERTS = ".experts."  # in the names of their weights
+_ROUTERS = ("router", "gate")  # modules beside experts that hold the weight of a router
 _NUMBER = re.compile(r"\.experts\.(\d+)\.")
 
 
@@ -51,10 +52,16 @@ def without_number(name: str) -> str:
 
 
 def gates(names: Iterable[str]) -> set[str]:
-    """Return the weights that lie directly beside experts: routers, and gates of shared experts."""
+    """Return the weights of routers and of gates of shared experts: directly beside experts, or in a module there."""
     known = list(names)
-    beside = {name.partition(EXPERTS)[0] for name in known if EXPERTS in name}
-    return {name for name in known if name.endswith(".weight") and name.rsplit(".", 2)[0] in beside}
+    blocks = {name.partition(EXPERTS)[0] for name in known if EXPERTS in name}
+    found = set()
+    for name in (name for name in known if name.endswith(".weight")):
+        above, *_ = name.rsplit(".", 2)
+        parent, _, module = above.rpartition(".")
+        if above in blocks or (module in _ROUTERS and parent in blocks):
+            found.add(name)
+    return found
 
 
 def expert_places(model: Any) -> dict[str, ExpertPlace]:

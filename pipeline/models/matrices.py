@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.config.catalog import GROUP_SIZES
 from pipeline.errors import ModelError
 from pipeline.models.checkpoint_files import read_config
-from pipeline.models.experts import expert_places, gates
+from pipeline.models.experts import EXPERTS, expert_places, gates
 from pipeline.models.layer_layouts import TIED_HEAD, Layout, layout
 from pipeline.models.safe_loading import check_code, open_config
 
@@ -43,8 +43,28 @@ def quantizable_weights(folder: Path) -> dict[str, tuple[int, int]]:
     model = skeleton(folder)
     experts = {name: place.shape for name, place in expert_places(model).items()}
     found = linear_layers(model) | experts
-    beside = gates(found)
+    beside = gates(found) | gates(model.state_dict())
     return {name: shape for name, shape in found.items() if name not in beside}
+
+
+def gate_modules(folder: Path) -> list[str]:
+    """Return the modules of routers and other gates beside experts, by their names in the model and in the checkpoint.
+
+    Servers and libraries may take them for linear layers that are quantized.
+
+    Raises:
+        ModelError: if transformers cannot build the model.
+    """
+    if model_layout(folder):
+        return []
+    model = skeleton(folder)
+    stored = {p.stack.partition(EXPERTS)[0]: name.partition(EXPERTS)[0] for name, p in expert_places(model).items()}
+    found: list[str] = []
+    for name in sorted(gates(model.state_dict())):
+        module = name.removesuffix(".weight")
+        block = next(block for block in stored if module.startswith(f"{block}."))
+        found += dict.fromkeys((module, stored[block] + module.removeprefix(block)))
+    return found
 
 
 def linear_layers(model: Any) -> dict[str, tuple[int, int]]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.registry import Variant
-from pipeline.models.experts import EXPERTS
-from pipeline.models.matrices import head_modules
+from pipeline.models.matrices import gate_modules, head_modules
 from pipeline.quantization.formats.compressed_tensors.sizes import is_packed
 from pipeline.quantization.formats.safetensors import Grids
 
@@ -40,17 +38,11 @@ def quantization_config(variant: Variant, kept: list[str], grids: Grids, folder:
         "format": storage,
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": [*head_modules(folder), *_gates(grids), *kept],
+        "ignore": [*head_modules(folder), *gate_modules(folder), *kept],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "version": VERSION,
     }
-
-
-def _gates(names: Iterable[str]) -> list[str]:
-    """Return patterns of the routers and gates beside experts, which servers take for linear layers."""
-    beside = {name.partition(EXPERTS)[0].rpartition(".")[2] for name in names if EXPERTS in name}
-    return [rf"re:.*\.{parent}\.[^.]*gate$" for parent in sorted(beside)]
 
 
 def _format(variant: Variant) -> str:
