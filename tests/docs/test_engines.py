@@ -31,11 +31,11 @@ def _ways() -> Iterable[tuple[str, tuple[Runs, ...]]]:
 
 
 def _layers(ways: Iterable[Runs]) -> str:
-    """The multiples that a kernel needs: `CUDA: columns 128, rows 64`."""
-    found = {}
+    """The multiples that a kernel needs: `SGLang on CUDA: columns 128, rows 64`."""
+    found: dict[str, None] = {}
     for way in ways:
         if multiples := [f"{key} {n}" for key, n in (("columns", way.columns), ("rows", way.rows)) if n > 1]:
-            found.setdefault(f"{way.hardware}: {', '.join(multiples)}", None)
+            found[f"{ENGINES[way.engine].label} on {way.hardware}: {', '.join(multiples)}"] = None
     return "; ".join(found) or "all"
 
 
