@@ -269,12 +269,18 @@ def _reference_head(reference: Path, run_texts: RunTexts) -> Head:
 def _speed(label: str, folder: Path, ids: list[int], loaders: tuple[str, ...], device: str) -> dict[str, Speed]:
     """Return the figures by loader; if both loaders run, their logits must agree."""
     from pipeline.evaluation.load_probe import probe
+    from pipeline.inference.load import device_named
+    from pipeline.inference.offload import fits
 
-    lacks = missing_packages(label)
-    probes = {loader: probe(folder, loader, ids, device) for loader in loaders if not (lacks and loader == STOCK)}
+    lacks, why = missing_packages(label), None
+    if PACKED in loaders and not fits(folder, device_named(device), stock=True):
+        why = "it dequantizes all weights, and they do not fit into the memory"
+    tried = [loader for loader in loaders if loader != STOCK or not (lacks or why)]
+    probes = {loader: probe(folder, loader, ids, device) for loader in tried}
     figures = {loader: found.figures for loader, found in probes.items()}
-    if lacks:
-        figures[STOCK] = Speed(loader=STOCK, device=figures[PACKED].device, runs=False, lacks=tuple(lacks))
+    if STOCK not in tried:
+        about = {"loader": STOCK, "device": figures[PACKED].device, "runs": False, "lacks": tuple(lacks)}
+        figures[STOCK] = Speed(**about, reason=None if lacks else why)
     ours = figures.get(PACKED)
     if ours and not ours.runs:
         raise ModelError(f"{folder}: does not run with {PACKED}: {ours.reason}")

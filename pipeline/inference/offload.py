@@ -23,11 +23,12 @@ from pipeline.inference.assemble import (
     tie_weights,
 )
 from pipeline.inference.kernels.plain import quicken_linears
+from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.checkpoint.row_blocks import tiles
 from pipeline.models.checkpoint_files import stored_bytes
 from pipeline.models.meta_model import computing_type, fill_buffers, put
 from pipeline.models.safe_loading import open_config
-from pipeline.quantization.formats import FileWeights, rounds_inputs
+from pipeline.quantization.formats import FileWeights, rounds_inputs, stored_weights
 from pipeline.quantization.grid import GroupQuantized
 from pipeline.system import hardware
 from pipeline.system.hardware import WEIGHTS_SHARE
@@ -109,14 +110,27 @@ def is_offloaded(model: torch.nn.Module) -> bool:
     return next(model.parameters()).is_meta
 
 
-def fits(folder: Path, device: torch.device, free: int | None = None) -> bool:
+def fits(folder: Path, device: torch.device, free: int | None = None, stock: bool = False) -> bool:
     """Return True if the weights of a folder fit into the memory, with room to compute.
 
     Args:
         free: bytes that may be used; by default the free bytes of `device` now.
+        stock: count the weights as stock transformers holds them, which dequantizes some formats.
     """
     free = hardware.free_bytes(device) if free is None else free
-    return free is None or stored_bytes(folder) <= WEIGHTS_SHARE * free
+    if free is None:
+        return True
+    by_stock = stock or rounds_inputs(open_config(folder))
+    return (_held_by_stock(folder) if by_stock else stored_bytes(folder)) <= WEIGHTS_SHARE * free
+
+
+def _held_by_stock(folder: Path) -> int:
+    """Return the bytes of the weights of a quantized model as stock transformers holds them."""
+    checkpoint = Checkpoint(folder)
+    forms = stored_weights(checkpoint)
+    parts = {part for name, form in forms.items() for part in form.part_names(name)}
+    plain = sum(info.nbytes for name, info in checkpoint.items() if name not in parts)
+    return plain + sum(form.stock_bytes(checkpoint, name) for name, form in forms.items())
 
 
 class TooLarge(ModelError):

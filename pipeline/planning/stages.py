@@ -11,6 +11,7 @@ from pipeline.planning import memory
 from pipeline.planning.devices import Machine
 from pipeline.planning.memory import Need
 from pipeline.planning.model import Sizes
+from pipeline.quantization.formats import is_dequantized_to_run
 from pipeline.system.hardware import WEIGHTS_SHARE, compute_bytes_here
 from pipeline.system.libraries import is_installed
 from pipeline.training.trainers import merge_bases
@@ -207,7 +208,8 @@ def _before_k_quants(config: Config, sizes: Sizes) -> dict[str, int]:
 
 def _measure_variant(config: MeasuredRun, sizes: Sizes, machine: Machine, spec: VariantSpec, stored: int) -> Stage:
     if spec.variant.engine == TRANSFORMERS:
-        stage = _measured(config, sizes, machine, spec.name, stored)
+        held = max(stored, sizes.bf16_bytes) if is_dequantized_to_run(spec) else stored
+        stage = _measured(config, sizes, machine, spec.name, held)
     elif is_installed("llama_cpp"):
         stage = Stage(spec.name, host=memory.in_llama_cpp(sizes, stored, config.evaluate.max_tokens))
     else:

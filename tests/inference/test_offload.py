@@ -81,6 +81,19 @@ def test_model_is_offloaded_only_if_it_does_not_fit(any_model):
     assert fits(any_model, CPU) and not is_offloaded(load(any_model, offload="auto")[0])
 
 
+@pytest.mark.parametrize("variant", ["w4a16", "w8a8", "int8"])
+def test_weights_that_stock_transformers_dequantizes_count_in_full(tiny_model, quantized, variant):
+    root = quantized(tiny_model("llama"), variant)
+    of = {folder: Checkpoint(folder).nbytes for folder in (root, root / variant)}
+    dequantizes = variant != "int8"
+    held = of[root] if dequantizes else of[root / variant]
+    for share, expected in ((1.02, True), (0.98, False)):
+        free = int(share * held / WEIGHTS_SHARE)
+        assert fits(root / variant, CPU, free, stock=True) == expected
+        if dequantizes:
+            assert fits(root / variant, CPU, free) == (expected or variant == "w4a16")
+
+
 def test_the_limit_of_a_control_group_counts(tmp_path):
     group = tmp_path / "fs/job/step"
     group.mkdir(parents=True)

@@ -273,3 +273,10 @@ def test_cached_files_are_not_planned_as_downloads(place, hub):
     missing = place.plan(*settings)["fetched_bytes"]
     place.python("from huggingface_hub import hf_hub_download as get; get('ada/small', 'model.safetensors')")
     assert place.plan(*settings)["fetched_bytes"] < missing
+
+
+def test_variant_that_stock_transformers_dequantizes_takes_the_memory_of_the_model(place):
+    plan = place.plan("qwen3-1.7b", "--set", "quantize.variants=[w4a16,w8a8]")
+    memory = {stage["stage"]: stage["memory"] for stage in plan["stages"]}
+    size = plan["model"]["bf16_bytes"]
+    assert memory["w8a8"]["weights"] == size and memory["w4a16"]["weights"] < 0.5 * size

@@ -127,6 +127,10 @@ class Format(Protocol):
         """
         raise TypeError(f"{type(self).__name__} stores no codes in safetensors")
 
+    def stock_bytes(self, checkpoint: Checkpoint, name: str) -> int:
+        """Return the bytes of a stored weight as stock transformers holds it while the model runs."""
+        return sum(checkpoint[part].nbytes for part in self.part_names(name) if part in checkpoint)
+
     def unpack(self, weight: torch.Tensor) -> GroupQuantized | None:
         """Return portable codes of a weight that transformers loaded; None for any other tensor."""
         return None
@@ -257,6 +261,11 @@ def fitted(spec: VariantSpec, shapes: Mapping[str, tuple[int, ...]]) -> VariantS
 def sizes(spec: VariantSpec) -> Any:
     """Return the module that tells how many bytes weights of a variant take."""
     return importlib.import_module(_ENTRIES[spec.format][1])
+
+
+def is_dequantized_to_run(spec: VariantSpec) -> bool:
+    """Return True if only the stock loader runs a variant, and dequantizes all of its weights for that."""
+    return spec.variant.rounds_inputs and getattr(sizes(spec), "STOCK_DEQUANTIZES", False)
 
 
 def stored_bytes(

@@ -94,6 +94,15 @@ class CompressedTensors(SafetensorsFormat):
         return GroupQuantized(codes, checkpoint.read(stored_as(name, "weight_scale")), None, fits)
 
     @abstractmethod
+    def shape(self, checkpoint: Checkpoint | FileWeights, name: str) -> tuple[int, int]:
+        """Return (N, K) of a stored weight."""
+
+    def stock_bytes(self, checkpoint: Checkpoint, name: str) -> int:
+        """Return the bytes of a stored weight as stock transformers holds it while the model runs: dequantized."""
+        rows, width = self.shape(checkpoint, name)
+        return rows * width * checkpoint[stored_as(name, "weight_scale")].dtype.itemsize
+
+    @abstractmethod
     def codes(self, checkpoint: Checkpoint | FileWeights, name: str, width: int, grid: Grid) -> torch.Tensor:
         """Return the codes (N, K) of a stored weight with `width` columns."""
 

@@ -42,6 +42,11 @@ class Packed(CompressedTensors):
         """Return the names of the weights that a checkpoint holds in this format."""
         return [part.removesuffix("_packed") for part in checkpoint if part.endswith(".weight_packed")]
 
+    def shape(self, checkpoint: Checkpoint | FileWeights, name: str) -> tuple[int, int]:
+        """Return (N, K) of a stored weight."""
+        rows, width = checkpoint.read(stored_as(name, "weight_shape")).tolist()
+        return rows, width
+
     def codes(self, checkpoint: Checkpoint | FileWeights, name: str, width: int, grid: Grid) -> torch.Tensor:
         """Return the codes (N, K) of a stored weight with `width` columns."""
         return unpack(checkpoint.read(stored_as(name, "weight_packed")), grid.bits, width)

@@ -11,6 +11,7 @@ __all__ = ["Parts", "is_packed", "layer_bytes", "packed_parts", "plain_bytes", "
 
 NAMES = ("weight_packed", "weight", "weight_scale", "weight_shape", "input_scale")  # of all parts
 SCALE = "bfloat16"
+STOCK_DEQUANTIZES = True  # stock transformers holds the dequantized weights of the whole model while it runs
 INPUTS: Parts = {"input_scale": (SCALE, (1,))}  # the part of layers whose inputs have a static scale
 
 

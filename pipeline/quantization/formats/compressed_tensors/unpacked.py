@@ -54,6 +54,11 @@ class Unpacked(CompressedTensors):
         """Return True if a weight is stored without the scale of its inputs."""
         return stored_as(name, "input_scale") not in checkpoint
 
+    def shape(self, checkpoint: Checkpoint | FileWeights, name: str) -> tuple[int, int]:
+        """Return (N, K) of a stored weight."""
+        rows, width = checkpoint[name].shape
+        return rows, width
+
     def codes(self, checkpoint: Checkpoint | FileWeights, name: str, width: int, grid: Grid) -> torch.Tensor:
         """Return the codes (N, K) of a stored weight with `width` columns."""
         return checkpoint.read(name)
