@@ -102,7 +102,7 @@ def _load(
         tokenizer = open_tokenizer(folder)
     except CheckpointError as error:
         raise ModelError(str(error)) from None
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(f"{folder}: transformers cannot load it: {reason}") from None
     model.eval().requires_grad_(False)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import ModelError
+from pipeline.inference.kernels import cpu
 from pipeline.inference.load import load
 from pipeline.models.checkpoint import SINGLE_NAME, Checkpoint, row_blocks
 from pipeline.models.matrices import linear_weights
@@ -194,4 +195,37 @@ def test_files_of_others_that_hold_more_are_refused(model, written, tmp_path, ch
         (tmp_path / file.name).write_bytes(file.read_bytes())
     save_file(tensors, tmp_path / SINGLE_NAME, {"format": "pt"})
     with pytest.raises(ModelError, match="layers.1.mlp.up_proj"):
+        load(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_read_from_the_files_layer_by_layer_it_computes_the_same(written, name):
+    whole, _ = load(written / name, device="cpu")
+    offloaded, _ = load(written / name, device="cpu", offload=True)
+    with torch.no_grad():
+        assert relative_error(offloaded(IDS).logits, whole(IDS).logits) < 0.03
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_codes_in_the_int4_kernel_are_given_back_exactly(name):
+    form, generator = storage(name), torch.Generator().manual_seed(5)
+    grid = form.grid(spec_of(name, group_size=32), 128)
+    weight = rounding("rtn").round(torch.randn(64, 128, generator=generator) + 0.4, grid)
+    layer = cpu.linear(weight, None)
+    back = layer.portable()
+    assert isinstance(layer, cpu.Int4Linear) and back.grid == grid
+    assert torch.equal(back.codes, weight.codes) and torch.equal(back.scale, weight.scale)
+    assert weight.zero is None or torch.equal(back.zero, weight.zero)
+    x = torch.randn(3, 128, generator=generator).bfloat16()
+    assert relative_error(layer(x), x.float() @ weight.dequantize().T) < 0.02
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_model_that_only_the_stock_loader_may_open_is_refused_with_the_package(written, tmp_path, name):
+    """Such as one with other tensor names than the model of transformers."""
+    for file in (written / name).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    stray = {"model.other.weight": torch.zeros(2)}
+    save_file(load_file(tmp_path / SINGLE_NAME) | stray, tmp_path / SINGLE_NAME, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"cannot load it: .*requires (optimum|gptqmodel)"):
         load(tmp_path, device="cpu")
