@@ -80,7 +80,7 @@ def test_codes_of_experts_are_those_of_their_own_rows(tiny_model, quantized, deq
 def test_few_bits_of_torchao_leave_experts_in_eight(tiny_model, quantized, kind):
     folder = tiny_model(kind)
     said = unfit(VariantSpec(name="int4").resolved(), quantizable_weights(folder), folder)
-    assert said and "cannot run experts in 4 bits" in said and "int8: ['*.experts.*']" in said
+    assert said and "cannot run experts in 4 bits of torchao, but in eight (int8: ['*.experts.*']). Try: w4a16" in said
     root = quantized(folder, "int4", **IN_EIGHT)
     model, report = AutoModelForCausalLM.from_pretrained(root / "int4", dtype="auto", output_loading_info=True)
     assert not any(report.values())
@@ -128,8 +128,26 @@ def test_stock_transformers_stacks_the_experts_of_compressed_tensors(tiny_model,
 
 
 def test_integers_that_stock_transformers_cannot_stack_are_refused(tiny_model):
-    with pytest.raises(ModelError, match="w8a8: stock transformers cannot load experts so. Try: one of w4a16, w8a16"):
+    with pytest.raises(ModelError, match="w8a8: stock transformers cannot load a mixture of experts so. Try: int8, "):
         check_experts(VariantSpec(name="w8a8").resolved(), quantizable_weights(tiny_model("mixtral")))
+
+
+@pytest.mark.parametrize("variant, keep", [("w4a16", "*.experts.*"), ("w8a8", "*.experts.*"), ("fp8", "*.experts.0.*")])
+def test_experts_that_stock_transformers_cannot_leave_out_are_refused(tiny_model, variant, keep):
+    with pytest.raises(ModelError, match=f"{variant}: stock transformers cannot load"):
+        check_experts(VariantSpec(name=variant, keep=[keep]).resolved(), quantizable_weights(tiny_model("mixtral")))
+
+
+@pytest.mark.parametrize("variant, options", [("bnb-int8", {}), ("fp8", {}), ("fp8", {"packing": "torchao"})], ids=str)
+def test_formats_without_experts_can_keep_them(tiny_model, quantized, variant, options):
+    pytest.importorskip("compressed_tensors" if variant == "fp8" else "bitsandbytes")
+    root = quantized(tiny_model("qwen3_moe"), variant, keep=["*.experts.*"], **options)
+    model, report = AutoModelForCausalLM.from_pretrained(root / variant, dtype="auto", output_loading_info=True)
+    assert not any(report.values())
+    stored = Checkpoint(root)
+    for name, place in expert_places(skeleton(root)).items():
+        rows = model.get_parameter(place.stack).flatten(0, 1)[place.first_row :][: place.shape[0]]
+        assert torch.equal(rows, stored.read(name)), name
 
 
 @pytest.mark.parametrize("offload", [False, True])
@@ -160,7 +178,7 @@ def test_formats_without_experts_refuse_them_by_name(tiny_model, monkeypatch):
     monkeypatch.setattr(storage("gguf"), "holds_experts", False)
     experts = quantizable_weights(tiny_model("mixtral"))
     spec = VariantSpec(name="gguf-q4_0").resolved()
-    with pytest.raises(ModelError, match="gguf-q4_0: does not hold mixtures of experts. Try: one of int8, "):
+    with pytest.raises(ModelError, match=r"gguf-q4_0: does not hold experts. Try: w4a16\Z"):
         check_experts(spec, experts)
     check_experts(spec, linear_weights(tiny_model("llama")))
 

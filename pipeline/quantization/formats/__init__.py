@@ -87,11 +87,11 @@ class Format(Protocol):
     def check(self, spec: VariantSpec, folder: Path) -> None:
         """Raise ModelError or MissingExtra if the model in `folder` cannot be stored so; its weights are not read."""
 
-    def check_experts(self, spec: VariantSpec, names: Collection[str]) -> None:
-        """Raise ModelError if these weights of experts cannot be stored as a variant of this format."""
-        if not self.holds_experts:
-            can = ", ".join(name for name, variant in VARIANTS.items() if storage(variant.format).holds_experts)
-            raise ModelError(f"{spec.name}: does not hold mixtures of experts. Try: one of {can}")
+    def refuses_experts(self, spec: VariantSpec, names: Collection[str]) -> str | None:
+        """Return the reason why a variant cannot be made of a model with these weights of experts; None if it can."""
+        if self.holds_experts or all(matches(spec.keep, name) for name in names):
+            return None
+        return "does not hold experts"
 
     def check_architecture(self, kind: str | None) -> None:
         """Raise ModelError if models with this `model_type` cannot be stored so."""
@@ -194,17 +194,20 @@ def check_experts(spec: VariantSpec, names: Iterable[str]) -> None:
         names: of the weights to quantize.
 
     Raises:
-        ModelError: with the way out.
+        ModelError: with the variants of as many bits that can.
     """
     experts = [name for name in names if is_expert(name)]
     if not experts:
         return
+    if reason := format_of(spec).refuses_experts(spec, experts):
+        others = (VariantSpec(name=name).resolved() for name, row in VARIANTS.items() if row.bits == spec.variant.bits)
+        can = [other.name for other in others if not format_of(other).refuses_experts(other, experts)]
+        raise ModelError(f"{spec.name}: {reason}. Try: {', '.join(can)}")
     if spec.need(False) != Need.NOTHING:
         raise ModelError(
             f"{spec.name}: {spec.needing} needs the inputs of every expert, which are not collected. "
             "Try: quantize.quality=fast"
         )
-    format_of(spec).check_experts(spec, experts)
 
 
 def layers_of(spec: VariantSpec, linear: Mapping[str, tuple[int, int]]) -> tuple[set[tuple[int, int]], bool]:

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 Plan = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
+SOME_ARE_KEPT = "stock transformers cannot load experts of which some are kept"
+
+
 class CompressedTensors(SafetensorsFormat):
     """Symmetric codes in groups or rows."""
 

@@ -10,10 +10,11 @@ from collections.abc import Collection
 
 import torch
 
+from pipeline.config.quantize import VariantSpec, matches
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.quantization.formats import FileWeights
 from pipeline.quantization.formats.compressed_tensors import sizes
-from pipeline.quantization.formats.compressed_tensors.format import CompressedTensors, stored_as
+from pipeline.quantization.formats.compressed_tensors.format import SOME_ARE_KEPT, CompressedTensors, stored_as
 from pipeline.quantization.grid import Grid, GroupQuantized
 
 WORD = 32  # bits
@@ -23,6 +24,10 @@ class Packed(CompressedTensors):
     """Integer codes in words."""
 
     kinds = ((4, "integer"), (8, "integer"))
+
+    def refuses_experts(self, spec: VariantSpec, names: Collection[str]) -> str | None:
+        """Return a reason if an expert is kept: stock transformers takes all experts for packed ones."""
+        return SOME_ARE_KEPT if any(matches(spec.keep, name) for name in names) else None
 
     def parts(self, shape: tuple[int, int], grid: Grid) -> sizes.Parts:
         """Return the stored parts of a weight of `shape` (N, K)."""

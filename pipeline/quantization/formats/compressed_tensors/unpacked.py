@@ -9,13 +9,11 @@ from collections.abc import Collection
 
 import torch
 
-from pipeline.config.catalog import VARIANTS
-from pipeline.config.schema import VariantSpec
-from pipeline.errors import ModelError
+from pipeline.config.quantize import VariantSpec, matches
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.quantization.formats import FileWeights, storage
+from pipeline.quantization.formats import FileWeights
 from pipeline.quantization.formats.compressed_tensors import sizes
-from pipeline.quantization.formats.compressed_tensors.format import CompressedTensors, stored_as
+from pipeline.quantization.formats.compressed_tensors.format import SOME_ARE_KEPT, CompressedTensors, stored_as
 from pipeline.quantization.grid import Grid, GroupQuantized
 
 
@@ -24,16 +22,12 @@ class Unpacked(CompressedTensors):
 
     kinds = ((8, "integer"), (8, "e4m3"))
 
-    def check_experts(self, spec: VariantSpec, names: Collection[str]) -> None:
-        """Raise ModelError for integers: stock transformers stacks the experts of packed codes and of floats only."""
+    def refuses_experts(self, spec: VariantSpec, names: Collection[str]) -> str | None:
+        """Return a reason for integers: stock transformers stacks the experts of packed codes and of floats only."""
         if spec.variant.values == "integer":
-            can = ", ".join(
-                name
-                for name, variant in VARIANTS.items()
-                if isinstance(form := storage(variant.format), CompressedTensors)
-                and not (form is FORMAT and variant.values == "integer")
-            )
-            raise ModelError(f"{spec.name}: stock transformers cannot load experts so. Try: one of {can}")
+            return "stock transformers cannot load a mixture of experts so"
+        kept = [name for name in names if matches(spec.keep, name)]
+        return super().refuses_experts(spec, names) if len(kept) in (0, len(names)) else SOME_ARE_KEPT
 
     def parts(self, shape: tuple[int, int], grid: Grid) -> sizes.Parts:
         """Return the stored parts of a weight of `shape` (N, K)."""

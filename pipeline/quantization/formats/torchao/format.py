@@ -92,20 +92,19 @@ class Torchao(SafetensorsFormat):
                 f"more with their weights than a linear layer. Try: keep these layers in {spec.name}, or leave it out"
             )
 
-    def check_experts(self, spec: VariantSpec, names: Collection[str]) -> None:
-        """Raise ModelError if experts would have few bits: torchao cannot choose one of a stack of `Int4Tensor`."""
-        super().check_experts(spec, names)
-        in_eight = spec.variant.bits == INT8.bits
-        if in_eight or all(matches([*spec.keep, *spec.int8], name) for name in names):
-            return
-        raise ModelError(
-            f"{spec.name}: stock transformers cannot run experts in {spec.variant.bits} bits of torchao. Try: "
-            f"{EIGHT_BITS}, or {EIGHT_BITS}: ['*{EXPERTS}*'] under {spec.name}, or a variant of another format"
-        )
+    def refuses_experts(self, spec: VariantSpec, names: Collection[str]) -> str | None:
+        """Return a reason if experts would have few bits: torchao cannot choose one of a stack of `Int4Tensor`."""
+        few = spec.variant.bits < INT8.bits and self.holds_experts
+        if few and not all(matches([*spec.keep, *spec.int8], name) for name in names):
+            return (
+                f"stock transformers cannot run experts in {spec.variant.bits} bits of torchao, but in eight "
+                f"({EIGHT_BITS}: ['*{EXPERTS}*'])"
+            )
+        return super().refuses_experts(spec, names)
 
     def _on_meta(self, shape: tuple[int, int]) -> torch.Tensor:
         codes, scale = torch.empty(shape, dtype=torch.int8, device="meta"), torch.empty(shape[0], 1, device="meta")
-        return Torchao.tensor(self, GroupQuantized(codes, scale, None, INT8), torch.bfloat16)
+        return FORMAT.tensor(GroupQuantized(codes, scale, None, INT8), torch.bfloat16)
 
     def plan(self, name: str, shape: tuple[int, ...], grid: Grid) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Return the stored tensors of the weight `name` of `shape` (N, K), or (E, N, K): name -> (dtype, shape)."""
