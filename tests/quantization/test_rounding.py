@@ -194,13 +194,14 @@ def test_every_rounding_in_the_catalog_exists():
     assert all(callable(rounding(name).round) for name in named)
 
 
-@pytest.mark.parametrize("shift", [0.0, 0.1])
-@pytest.mark.parametrize("group_size", [32, 128, None])
-def test_search_with_integer_zeros_makes_no_group_worse_and_loses_less_than_rounding_to_nearest(group_size, shift):
+@pytest.mark.parametrize(
+    "group_size, shift, at_most", [(32, 0, 0.93), (32, 0.1, 0.88), (128, 0, 0.92), (None, 0, 0.88)]
+)
+def test_search_with_integer_zeros_loses_less_than_rounding_to_nearest_in_every_group(group_size, shift, at_most):
     grid, weight = Grid(4, group_size, "integer", torch.float16, positive=True), weights(width=256) + shift
     errors = []
     for name in ("search", "rtn"):
         made = rounding(name).round(weight, grid)
         assert made.zero.dtype == torch.uint8 and made.zero.max() <= 15 and (made.scale > 0).all()
         errors.append((made.dequantize() - weight).square().view(48, -1, grid.group(256)).mean(-1))
-    assert (errors[0] <= errors[1] * 1.0001).all() and errors[0].mean() < 0.97 * errors[1].mean()
+    assert (errors[0] <= errors[1] * 1.0001).all() and errors[0].mean() < at_most * errors[1].mean()

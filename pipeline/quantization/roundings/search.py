@@ -76,6 +76,8 @@ def _with_zero(
         codes = best.consider(scale, _stored(zero, scale, grid))
         for _ in range(FITS):
             codes = best.consider(*_regression(mean, centred, codes, best))
+    if grid.zero == "integer":
+        _try_next_integers(best)
     return best.scale, best.zero
 
 
@@ -165,12 +167,20 @@ def _regression(
     variance = best.total(spread.square_())
     scale = (covariance / variance.clamp(min=best.least / 2)).clamp(min=SMALLEST_STEP).to(best.grid.scale_dtype)
     zero = mean.squeeze(-1) - scale.float() * mean_code.squeeze(-1)
-    stored = _stored(zero, scale, best.grid)
-    if best.grid.zero == "integer":  # the best scale for the integer
-        from_zero = spread.add_(mean_code - stored.float().unsqueeze(-1))
-        products, squares = best.total(from_zero * best.groups), best.total(from_zero.square_())
-        scale = (products / squares.clamp(min=best.least)).clamp(min=SMALLEST_STEP).to(best.grid.scale_dtype)
-    return scale, stored
+    return scale, _stored(zero, scale, best.grid)
+
+
+def _try_next_integers(best: _Best) -> None:
+    """Fit the scale to the integer zero, which was rounded, and to the integers beside it."""
+    for step in (0, -1, 1):
+        assert best.zero is not None, "the grid has zeros"
+        zero = (best.zero.float() + step).clamp_(best.grid.lowest, best.grid.highest).to(torch.uint8)
+        codes = best.consider(best.scale, zero)
+        for _ in range(2):
+            from_zero = codes.sub_(zero.float().unsqueeze(-1))
+            products, squares = best.total(from_zero * best.groups), best.total(from_zero.square_())
+            scale = (products / squares.clamp(min=best.least)).clamp(min=SMALLEST_STEP)
+            codes = best.consider(scale.to(best.grid.scale_dtype), zero)
 
 
 def _stored(zero: torch.Tensor, scale: torch.Tensor, grid: Grid) -> torch.Tensor:
