@@ -260,7 +260,7 @@ class Quantize(Section):
     ] = Field(
         default=[VariantSpec(name=name) for name in DEFAULT_VARIANTS],
         validate_default=True,
-        description="names of variants, or mappings with options",
+        description="names of variants or of presets such as `serving`, or mappings with options",
     )
     gate: Gate = Field(default=Gate(), description="limits for all variants; they override those of the catalogue")
     on_gate_failure: Literal["withhold", "warn"] = Field(
