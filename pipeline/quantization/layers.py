@@ -210,5 +210,5 @@ def unfit(spec: VariantSpec, linear: Shapes, folder: Path | None = None) -> str 
         if folder is not None:
             format_of(spec).check(spec, folder)
     except (QuantizationError, ModelError, MissingExtra) as error:
-        return str(error)
+        return str(error).removeprefix(f"{spec.name}: ")  # which is said before every reason
     return None
