@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.config.catalog import DEFAULT_VARIANTS, KEEP
-from pipeline.config.quantize import VariantSpec, expand_aliases
+from pipeline.config.presets import expand_aliases
+from pipeline.config.quantize import VariantSpec
 
 DOCSTRINGS = "builtin:python-docs"  # calibration text of runs without data
 

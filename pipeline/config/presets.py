@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from pipeline.config.catalog import EIGHT_BITS, VARIANTS, resolve_variants, variant_names
 from pipeline.config.engines import ENGINES, LLAMA_CPP, OLLAMA, SGLANG, TRANSFORMERS, TUNEPRESS, VLLM
@@ -84,6 +85,25 @@ def expand(listed: Iterable[str]) -> list[dict]:
         except KeyError:
             raise KeyError(name) from None
     return found
+
+
+def expand_aliases(value: Any) -> Any:
+    """Replace presets and aliases by their variants, and a single name by a list."""
+    if isinstance(value, (str, dict)):
+        value = [value]
+    if not isinstance(value, list):
+        return value
+    expanded: list[Any] = []
+    for item in value:
+        name: Any = item.get("name") if isinstance(item, dict) else item
+        try:
+            variants = expand([name])
+        except (KeyError, AttributeError):
+            variants = []
+        options = item if isinstance(item, dict) else {}
+        # Other items are refused by the check of `VariantSpec`, which names the position.
+        expanded += [variant | options | {"name": variant["name"]} for variant in variants] or [item]
+    return expanded
 
 
 def names_to_choose() -> str:

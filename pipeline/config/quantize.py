@@ -20,7 +20,7 @@ from pipeline.config.catalog import (
     Need,
     Variant,
 )
-from pipeline.config.presets import expand, names_to_choose
+from pipeline.config.presets import expand_aliases, names_to_choose
 
 
 class Gate(Section):
@@ -215,25 +215,6 @@ def matches(patterns: Collection[str], name: str) -> bool:
     layer = name.removesuffix(".weight")
     wild = (pattern for pattern in patterns if any(mark in pattern for mark in "*?["))
     return layer in patterns or any(fnmatch.fnmatchcase(layer, pattern) for pattern in wild)
-
-
-def expand_aliases(value: Any) -> Any:
-    """Replace presets and aliases by their variants, and a single name by a list."""
-    if isinstance(value, (str, dict)):
-        value = [value]
-    if not isinstance(value, list):
-        return value
-    expanded: list[Any] = []
-    for item in value:
-        name: Any = item.get("name") if isinstance(item, dict) else item
-        try:
-            variants = expand([name])
-        except (KeyError, AttributeError):
-            variants = []
-        options = item if isinstance(item, dict) else {}
-        # Other items are refused by the check of `VariantSpec`, which names the position.
-        expanded += [variant | options | {"name": variant["name"]} for variant in variants] or [item]
-    return expanded
 
 
 class Quantize(Section):

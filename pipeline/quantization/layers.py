@@ -179,7 +179,9 @@ def _check_fused(spec: VariantSpec, kept: Sequence[str], linear: Shapes) -> None
     """Raise if `keep` splits layers that an engine of the variant computes as one."""
     ways = (way for way in spec.variant.ways(spec.packing) if way.computes and not way.experimental)
     engine = next((ENGINES[way.engine] for way in ways if ENGINES[way.engine].fuses), None)
-    for name in kept if engine else ():
+    if engine is None:
+        return
+    for name in kept:
         block, _, layer = name.removesuffix(".weight").rpartition(".")
         for fused in (group for group in FUSED if layer in group):
             others = [f"{block}.{other}" for other in fused if f"{block}.{other}.weight" in linear.keys() - set(kept)]
