@@ -242,6 +242,21 @@ def test_static_inputs_need_calibration_text(name, tiny_model, tmp_path):
         assert "needs statistics that were not collected (ranges" in str(variants.failed[name])
 
 
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"embeddings": "int8"}, "load no quantized embeddings. Try: embeddings: keep"),
+        ({"group_sizes": {"32": ["*.q_proj"]}}, "all layers of w4a16 have the same group size"),
+        ({"group_size": 256}, "allowed are 32, 64, 128"),
+        ({"int8": ["*.q_proj"]}, "layers in 8 bits go with int4"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_servers_cannot_load_is_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        VariantSpec(name="w4a16", **options)
+
+
 def test_damaged_parts_are_refused_by_name(releases):
     root, variant = releases["w4a16"]
     name, (rows, width) = next(iter(linear_weights(root).items()))
