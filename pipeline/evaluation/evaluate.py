@@ -279,8 +279,9 @@ def _speed(label: str, folder: Path, ids: list[int], loaders: tuple[str, ...], d
     probes = {loader: probe(folder, loader, ids, device) for loader in tried}
     figures = {loader: found.figures for loader, found in probes.items()}
     if STOCK not in tried:
-        about = {"loader": STOCK, "device": figures[PACKED].device, "runs": False, "lacks": tuple(lacks)}
-        figures[STOCK] = Speed(**about, reason=None if lacks else why)
+        here = figures[PACKED].device
+        reason = None if lacks else why
+        figures[STOCK] = Speed(loader=STOCK, device=here, runs=False, lacks=tuple(lacks), reason=reason)
     ours = figures.get(PACKED)
     if ours and not ours.runs:
         raise ModelError(f"{folder}: does not run with {PACKED}: {ours.reason}")

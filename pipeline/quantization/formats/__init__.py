@@ -79,10 +79,10 @@ class Format(Protocol):
         holds_experts: True if it stores the matrices of experts.
     """
 
-    TABLE: Grid
-    replaces_layers = False
-    assembles = True
-    holds_experts = False
+    TABLE: Grid = None  # type: ignore[assignment]  # none in formats that leave such weights as they are
+    replaces_layers: bool = False
+    assembles: bool = True
+    holds_experts: bool = False
 
     def check(self, spec: VariantSpec, folder: Path) -> None:
         """Raise ModelError or MissingExtra if the model in `folder` cannot be stored so; its weights are not read."""

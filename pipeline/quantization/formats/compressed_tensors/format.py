@@ -42,7 +42,7 @@ class CompressedTensors(SafetensorsFormat):
     kinds: tuple[tuple[int, str], ...]  # bits and values of the grids that it stores
 
     @abstractmethod
-    def parts(self, shape: tuple[int, int], grid: Grid) -> sizes.Parts:
+    def parts(self, shape: tuple[int, ...], grid: Grid) -> sizes.Parts:
         """Return the stored parts of a weight of `shape` (N, K)."""
 
     def grid(self, spec: VariantSpec, width: int) -> Grid:
@@ -53,13 +53,13 @@ class CompressedTensors(SafetensorsFormat):
     def check(self, spec: VariantSpec, folder: Path) -> None:
         """Accept any model: layers of each shape can be stored."""
 
-    def plan(self, name: str, shape: tuple[int, int], grid: Grid) -> Plan:
+    def plan(self, name: str, shape: tuple[int, ...], grid: Grid) -> Plan:
         """Return the stored tensors of the weight `name` of `shape` (N, K): name -> (dtype, shape)."""
         parts = self.parts(shape, grid).items()
         return {stored_as(name, part): (getattr(torch, dtype), size) for part, (dtype, size) in parts}
 
     def rest(
-        self, name: str, shape: tuple[int, int], scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
+        self, name: str, shape: tuple[int, ...], scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
     ) -> dict[str, torch.Tensor]:
         """Return the scales (N, G) of a whole weight of `shape` (N, K) as they are stored."""
         return {stored_as(name, "weight_scale"): scale}
@@ -85,7 +85,7 @@ class CompressedTensors(SafetensorsFormat):
         """Return the names of the tensors that the weight `name` can be stored as."""
         return [stored_as(name, part) for part in sizes.NAMES]
 
-    def read(self, checkpoint: Checkpoint | FileWeights, name: str, shape: tuple[int, int]) -> GroupQuantized:
+    def read(self, checkpoint: Checkpoint | FileWeights, name: str, shape: tuple[int, ...]) -> GroupQuantized:
         """Return the codes and scales of a stored weight, for a layer of `shape` (N, K)."""
         found = {n: (checkpoint[n].dtype, checkpoint[n].shape) for n in self.part_names(name) if n in checkpoint}
         grids = (_grid(*kind, size) for kind in self.kinds for size in (None, *GROUP_SIZES))

@@ -29,7 +29,7 @@ class Packed(CompressedTensors):
         """Return a reason if an expert is kept: stock transformers takes all experts for packed ones."""
         return SOME_ARE_KEPT if any(matches(spec.keep, name) for name in names) else None
 
-    def parts(self, shape: tuple[int, int], grid: Grid) -> sizes.Parts:
+    def parts(self, shape: tuple[int, ...], grid: Grid) -> sizes.Parts:
         """Return the stored parts of a weight of `shape` (N, K)."""
         return sizes.packed_parts(shape, grid.bits, grid.group(shape[1]))
 
@@ -38,7 +38,7 @@ class Packed(CompressedTensors):
         return {stored_as(name, "weight_packed"): pack(block.codes, block.grid.bits)}
 
     def rest(
-        self, name: str, shape: tuple[int, int], scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
+        self, name: str, shape: tuple[int, ...], scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
     ) -> dict[str, torch.Tensor]:
         """Return the scales (N, G) and the shape of a whole weight of `shape` (N, K) as they are stored."""
         return super().rest(name, shape, scale, zero, grid) | {stored_as(name, "weight_shape"): torch.tensor(shape)}

@@ -20,7 +20,7 @@ def is_packed(variant: Variant) -> bool:
     return variant.values == "integer" and not variant.rounds_inputs
 
 
-def packed_parts(shape: tuple[int, int], bits: int, group_size: int) -> Parts:
+def packed_parts(shape: tuple[int, ...], bits: int, group_size: int) -> Parts:
     """Return the stored parts of a weight (N, K) with packed codes and `group_size` columns to a scale."""
     rows, width = shape
     words = -(-width * bits // 32)
@@ -32,12 +32,12 @@ def packed_parts(shape: tuple[int, int], bits: int, group_size: int) -> Parts:
     }
 
 
-def unpacked_parts(shape: tuple[int, int], codes: str, group_size: int) -> Parts:
+def unpacked_parts(shape: tuple[int, ...], codes: str, group_size: int) -> Parts:
     """Return the stored parts of a weight (N, K) with codes of a dtype and `group_size` columns to a scale."""
     return {"weight": (codes, shape), "weight_scale": (SCALE, (shape[0], shape[1] // group_size))}
 
 
-def layer_bytes(spec: VariantSpec, shape: tuple[int, int]) -> int:
+def layer_bytes(spec: VariantSpec, shape: tuple[int, ...]) -> int:
     """Return the bytes of a layer's weight (N, K)."""
     group_size = (spec.group_size and fitting_group_size(shape[1], spec.group_size)) or shape[1]
     if is_packed(spec.variant):

@@ -23,7 +23,7 @@ class Static(Unpacked):
 
     kinds = ((8, "integer"),)
 
-    def parts(self, shape: tuple[int, int], grid: Grid) -> sizes.Parts:
+    def parts(self, shape: tuple[int, ...], grid: Grid) -> sizes.Parts:
         """Return the stored parts of a weight of `shape` (N, K)."""
         return super().parts(shape, grid) | sizes.INPUTS
 

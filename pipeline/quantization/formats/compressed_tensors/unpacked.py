@@ -20,7 +20,7 @@ from pipeline.quantization.grid import Grid, GroupQuantized
 class Unpacked(CompressedTensors):
     """Codes of eight bits, one a byte."""
 
-    kinds = ((8, "integer"), (8, "e4m3"))
+    kinds: tuple[tuple[int, str], ...] = ((8, "integer"), (8, "e4m3"))
 
     def refuses_experts(self, spec: VariantSpec, names: Collection[str]) -> str | None:
         """Return a reason for integers: stock transformers stacks the experts of packed codes and of floats only."""
@@ -29,7 +29,7 @@ class Unpacked(CompressedTensors):
         kept = [name for name in names if matches(spec.keep, name)]
         return super().refuses_experts(spec, names) if len(kept) in (0, len(names)) else SOME_ARE_KEPT
 
-    def parts(self, shape: tuple[int, int], grid: Grid) -> sizes.Parts:
+    def parts(self, shape: tuple[int, ...], grid: Grid) -> sizes.Parts:
         """Return the stored parts of a weight of `shape` (N, K)."""
         return sizes.unpacked_parts(shape, str(grid.code_dtype).removeprefix("torch."), grid.group(shape[1]))
 

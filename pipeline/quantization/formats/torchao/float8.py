@@ -33,12 +33,12 @@ class Float8(Torchao):
         """Return the grid, which is the same for each width."""
         return FLOAT8
 
-    def plan(self, name: str, shape: tuple[int, int], grid: Grid) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def plan(self, name: str, shape: tuple[int, ...], grid: Grid) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Return the stored tensors of the weight `name` of `shape` (N, K): name -> (dtype, shape)."""
         return typed(stored_as(name, PARTS), float8_sizes.parts(shape))
 
     def rest(
-        self, name: str, shape: tuple[int, int], scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
+        self, name: str, shape: tuple[int, ...], scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
     ) -> dict[str, torch.Tensor]:
         """Return the scales (N, 1) of a whole weight as they are stored."""
         return {stored_as(name, PARTS)["scale"]: scale}
@@ -69,7 +69,7 @@ class Float8(Torchao):
         """Return the names of the tensors that the weight `name` is stored as."""
         return list(stored_as(name, PARTS).values())
 
-    def read(self, checkpoint: Checkpoint | FileWeights, name: str, shape: tuple[int, int]) -> GroupQuantized:
+    def read(self, checkpoint: Checkpoint | FileWeights, name: str, shape: tuple[int, ...]) -> GroupQuantized:
         """Return the codes and scales of a stored weight, for a layer of `shape` (N, K)."""
         names = self.part_names(name)
         found = {n: (checkpoint[n].dtype, checkpoint[n].shape) for n in names if n in checkpoint}

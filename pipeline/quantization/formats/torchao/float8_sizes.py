@@ -8,11 +8,11 @@ from pipeline.quantization.formats.torchao.sizes import Parts, parts_bytes, plai
 __all__ = ["layer_bytes", "parts", "plain_bytes", "table_bytes"]
 
 
-def parts(shape: tuple[int, int]) -> Parts:
+def parts(shape: tuple[int, ...]) -> Parts:
     """Return the stored parts of a weight (N, K)."""
     return {"qdata": ("float8_e4m3fn", shape), "scale": ("float32", (shape[0], 1))}
 
 
-def layer_bytes(spec: VariantSpec, shape: tuple[int, int]) -> int:
+def layer_bytes(spec: VariantSpec, shape: tuple[int, ...]) -> int:
     """Return the bytes of a layer's weight (N, K)."""
     return parts_bytes(parts(shape))

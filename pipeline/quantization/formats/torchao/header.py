@@ -154,7 +154,7 @@ _PRODUCTS = {"emulate": False, "use_fast_accum": True, "pad_inner_dim": False}
 
 def float8_metadata(
     spec: VariantSpec,
-    shapes: Mapping[str, tuple[int, int]],
+    shapes: Mapping[str, tuple[int, ...]],
     plain: Iterable[str],
     dtypes: Mapping[str, torch.dtype],
 ) -> dict[str, str]:
@@ -175,9 +175,9 @@ def float8_metadata(
     }
     rounds_inputs = spec.variant.rounds_inputs
     entries = {name: json.dumps({"_type": "Tensor"}) for name in plain}
-    for name, (_, width) in shapes.items():
+    for name, shape in shapes.items():
         data = {
-            "block_size": [1, width],
+            "block_size": [1, shape[-1]],
             "mm_config": {"_type": "Float8MMConfig", "_data": _PRODUCTS} if rounds_inputs else None,
             "act_quant_kwargs": {"_type": "QuantizeTensorToFloat8Kwargs", "_data": inputs} if rounds_inputs else None,
             "kernel_preference": _AUTO,
