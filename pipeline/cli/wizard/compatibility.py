@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pipeline.cli.wizard.draft import Draft
 from pipeline.config.catalog import EIGHT_BITS, GROUP_SIZES, TRANSFORMERS
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, VariantSpec
 from pipeline.errors import ModelError
 from pipeline.models.experts import EXPERTS
 from pipeline.planning.model import Sizes
@@ -56,6 +56,27 @@ def suited(draft: Draft, variants: list[dict]) -> list[dict]:
         return variants
     draft.tell(f"embeddings stay in bf16: those of this model ({kind}) cannot be stored in 8 bits")
     return [{key: value for key, value in variant.items() if key != "embeddings"} for variant in variants]
+
+
+def holding_experts(draft: Draft, variants: list[dict]) -> list[dict]:
+    """Return the variants of a preset or a recipe that hold the experts of this model; the others are told.
+
+    Raises:
+        ModelError: if none is left.
+    """
+    from pipeline.quantization.formats import check_experts
+
+    found, said = [], ""
+    for variant in variants:
+        try:
+            check_experts(VariantSpec.model_validate(variant).resolved(), draft.model_sizes.linear)
+            found.append(variant)
+        except ModelError as error:
+            said = str(error)
+            draft.tell(f"left out: {said}")
+    if not found:
+        raise ModelError(said)
+    return found
 
 
 def _is_stack(shape: tuple[int, ...]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from operator import attrgetter
 
-from pipeline.cli.wizard.compatibility import check_quantizable, check_variants, suited
+from pipeline.cli.wizard.compatibility import check_quantizable, check_variants, holding_experts, suited
 from pipeline.cli.wizard.draft import Draft
 from pipeline.cli.wizard.model import recipe_tree
 from pipeline.cli.wizard.presets import PROFILES
@@ -63,6 +63,8 @@ def _take_quantization(draft: Draft, answer: str) -> None:
         variants = [item if isinstance(item, dict) else {"name": item} for item in asked]
     else:
         variants = _named(answer)
+    if answer.lower() == AS_THE_RECIPE or answer.lower() in PRESETS:  # nobody named these variants one by one
+        variants = holding_experts(draft, variants)
     _set_variants(draft, suited(draft, variants))
     for line in tell_misfits(draft.config(), draft.model_sizes):
         draft.tell(line)

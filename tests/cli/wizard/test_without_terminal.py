@@ -233,10 +233,15 @@ def test_gguf_of_an_unsupported_architecture_is_refused(ask):
             ask(model="./model", data="rows.jsonl", **answers)
 
 
-def test_a_mixture_of_experts_is_not_quantized(ask, mixture):
-    with pytest.raises(UserError, match=r"experts\.gate_up_proj .* answer no \(--no-quantize\) to train without"):
-        ask(model=str(mixture), data="rows.jsonl")
-    assert ask(model=str(mixture), data="rows.jsonl", quantize="no").quantize.variants == []
+def test_a_mixture_of_experts_gets_the_variants_of_a_preset_that_hold_experts(ask, mixture, capsys):
+    made = ask(model=str(mixture), data="rows.jsonl", quantization="balanced").quantize.variants
+    assert [spec.name for spec in made] == ["int8"]
+    assert "left out: int4: stock transformers cannot run experts in 4 bits" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    with pytest.raises(UserError, match="int4: stock transformers cannot run experts in 4 bits"):
+        ask(model=str(mixture), data="rows.jsonl", quantization="int8,int4")
+    assert ask(model=str(mixture), data="rows.jsonl", quantize="no", name="plain").quantize.variants == []
 
 
 def test_run_that_does_not_fit_is_not_started_by_default(ask, monkeypatch):
@@ -438,7 +443,7 @@ def test_failed_gate_can_be_answered_with_a_target_for_int4(ask, answer):
 def test_place_proposes_what_its_engines_run_and_names_what_does_not_fit(ask, capsys):
     made = ask(model="./model", data="rows.jsonl", where="serving").quantize.variants
     assert [spec.name for spec in made] == ["w4a16", "w8a8", "fp8"]
-    assert "w4a16 does not run in: vLLM on CUDA" in capsys.readouterr().out
+    assert "w4a16 does not run in: SGLang on CUDA" in capsys.readouterr().out
     assert ask(model="./model", data="rows.jsonl", where="local", name="files").quantize.variants[0].name == "gguf-q8_0"
     with pytest.raises(UserError, match="Try: transformers, serving, local, everything"):
         ask(model="./model", data="rows.jsonl", where="moon")
