@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline.models.checkpoint import Checkpoint, TensorInfo
+from pipeline.models.checkpoint import TensorInfo
 from pipeline.models.experts import expert_places
 from pipeline.models.tensor_names import names_in_model
-from pipeline.quantization.formats import FileWeights, Format
+from pipeline.quantization.formats import Format, StoredTensors
 
 if TYPE_CHECKING:
     from pipeline.models.experts import ExpertPlace
@@ -28,7 +28,7 @@ class StackedExperts(Mapping[str, TensorInfo]):
         are_stored: True if the checkpoint stores whole stacks of codes, which the stock loader keeps as they are.
     """
 
-    def __init__(self, model: Any, checkpoint: Checkpoint | FileWeights, quantized: Mapping[str, Format]):
+    def __init__(self, model: Any, checkpoint: StoredTensors, quantized: Mapping[str, Format]):
         self._checkpoint, self._quantized, self._dtype = checkpoint, quantized, model.dtype
         self._parts: dict[str, list[tuple[str, ExpertPlace]]] = {}
         for name, place in expert_places(model).items():

@@ -21,6 +21,7 @@ from pipeline.models.experts import EXPERTS, ExpertPlace, expert_places, is_expe
 from pipeline.models.matrices import skeleton
 from pipeline.quantization.formats import format_of, storage
 from pipeline.quantization.formats.safetensors import Grids, SafetensorsFormat
+from pipeline.quantization.grid import Grid
 from pipeline.quantization.layers import Output, Source, Tell, VariantFiles, layer_grids, named
 
 
@@ -57,13 +58,13 @@ class SafetensorsFolder(Output):
         Raises:
             QuantizationError: if experts of a stack differ in their grids.
         """
-        stored: Grids = {}
+        stored: dict[str, tuple[tuple[int, ...], Grid]] = {}
         for name, (shape, grid) in self.grids.items():
             if name not in self.places:
                 stored[name] = (shape, grid)
         for name, place in self.places.items():
-            grid = self.grids[name][1] if name in self.grids else None
-            if grid is None or stored.setdefault(place.stack, (place.stack_shape, grid))[1] != grid:
+            own = self.grids[name][1] if name in self.grids else None
+            if own is None or stored.setdefault(place.stack, (place.stack_shape, own))[1] != own:
                 raise QuantizationError(
                     f"{name}: is stored otherwise than other experts of its block, which one stack cannot hold. "
                     f"Try: a pattern that names all of them, such as '*{EXPERTS}*'"
@@ -115,7 +116,7 @@ class SafetensorsFolder(Output):
 
     def _round(self, name: str, weight: torch.Tensor, first_row: int) -> None:
         """Round and write rows of a weight. The last rows also write what needs all of them, such as scales."""
-        shape, grid = self.grids[name]
+        grid = self.grids[name][1]
         # Rounding to nearest is good enough for eight bits a row, and not every rounding can fill such a grid.
         how = NEAREST if name in self.tables or name in self.eight else self.rounding
         block = self.format.quantize(weight, grid)
@@ -123,7 +124,7 @@ class SafetensorsFolder(Output):
             block = self.source.round(self.spec, how, name, weight, first_row, grid)
         if name in self.places:
             name, first_row = self.places[name].stack, self.places[name].first_row + first_row
-            shape = self.stored[name][0]
+        shape = self.stored[name][0]
         parts = self.format.rows(name, block)
         if not self.format.by_columns:
             for part, tensor in parts.items():
@@ -147,8 +148,8 @@ class SafetensorsFolder(Output):
         """Put the configuration, the tokenizer and the license beside the weights."""
         copy_companions(model, self.folder)
         parts = (self.kept, self.tables, self.eight)
-        modules = ([name.removesuffix(".weight") for name in names] for names in parts)
-        quantization = self.format.quantization_config(self.spec, *modules, self.stored, model)
+        kept, tables, eight = ([name.removesuffix(".weight") for name in names] for names in parts)
+        quantization = self.format.quantization_config(self.spec, kept, tables, eight, self.stored, model)
         content = {**read_config(model), "quantization_config": quantization}
         if self.places:  # codes have no product for a whole stack
             content["experts_implementation"] = "eager"

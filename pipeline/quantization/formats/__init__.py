@@ -44,14 +44,11 @@ _ENTRIES = {
 }
 
 
-class FileWeights(Protocol):
-    """The tensors of a file by their names in the checkpoint that it was made of, dequantized one by one."""
-
-    path: Path
-    dtype: torch.dtype  # what was quantized has this type
+class StoredTensors(Protocol):
+    """Tensors on disk by name, such as those of a checkpoint, read one by one."""
 
     def read(self, name: str) -> torch.Tensor:
-        """Return the whole tensor, dequantized."""
+        """Return the whole tensor."""
 
     def __getitem__(self, name: str) -> TensorInfo: ...
 
@@ -66,6 +63,13 @@ class FileWeights(Protocol):
     def __iter__(self) -> Iterator[str]: ...
 
     def __len__(self) -> int: ...
+
+
+class FileWeights(StoredTensors, Protocol):
+    """The tensors of a file by their names in the checkpoint that it was made of, dequantized one by one."""
+
+    path: Path
+    dtype: torch.dtype  # what was quantized has this type
 
 
 class Format(Protocol):
@@ -86,6 +90,7 @@ class Format(Protocol):
 
     def check(self, spec: VariantSpec, folder: Path) -> None:
         """Raise ModelError or MissingExtra if the model in `folder` cannot be stored so; its weights are not read."""
+        return None
 
     def refuses_experts(self, spec: VariantSpec, names: Collection[str]) -> str | None:
         """Return the reason why a variant cannot be made of a model with these weights of experts; None if it can."""
@@ -111,7 +116,7 @@ class Format(Protocol):
             others: the outputs of the same pass so far; the new one may be made of them.
         """
 
-    def weights(self, checkpoint: Checkpoint | FileWeights) -> Collection[str]:
+    def weights(self, checkpoint: StoredTensors) -> Collection[str]:
         """Return the names of the weights that a checkpoint of safetensors holds in this format."""
         return ()
 
@@ -119,7 +124,7 @@ class Format(Protocol):
         """Return the names of the tensors that the weight `name` can be stored as."""
         return [name]
 
-    def read(self, checkpoint: Checkpoint | FileWeights, name: str, shape: tuple[int, ...]) -> GroupQuantized:
+    def read(self, checkpoint: StoredTensors, name: str, shape: tuple[int, ...]) -> GroupQuantized:
         """Return the stored weight of a layer of `shape` (N, K).
 
         Raises:
@@ -225,7 +230,7 @@ def format_of_file(path: Path) -> Format:
     return storage(next(variant.format for variant in VARIANTS.values() if variant.suffix == path.suffix))
 
 
-def stored_weights(checkpoint: Checkpoint | FileWeights) -> dict[str, Format]:
+def stored_weights(checkpoint: StoredTensors) -> dict[str, Format]:
     """Return the quantized weights that a checkpoint holds: name -> the format of each."""
     return {name: form for form in map(storage, _ENTRIES) for name in form.weights(checkpoint)}
 

@@ -40,7 +40,7 @@ class SafetensorsFormat(Format):
         """Return the rows of a weight that one row of its stored codes holds."""
         return 1
 
-    def place(self, row: int, shape: tuple[int, int], grid: Grid) -> int:
+    def place(self, row: int, shape: tuple[int, ...], grid: Grid) -> int:
         """Return the number of the row of stored codes that begins with row `row` of a weight of `shape` (N, K)."""
         return row // self.together(grid)
 
@@ -53,7 +53,7 @@ class SafetensorsFormat(Format):
         return None
 
     @abstractmethod
-    def plan(self, name: str, shape: tuple[int, int], grid: Grid) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def plan(self, name: str, shape: tuple[int, ...], grid: Grid) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Return the stored tensors of the weight `name` of `shape` (N, K): name -> (dtype, shape)."""
 
     @abstractmethod
@@ -62,7 +62,7 @@ class SafetensorsFormat(Format):
 
     @abstractmethod
     def rest(
-        self, name: str, shape: tuple[int, int], scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
+        self, name: str, shape: tuple[int, ...], scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
     ) -> dict[str, torch.Tensor]:
         """Return scales and zeros (N, G) of a whole weight of `shape` (N, K) as they are stored."""
 

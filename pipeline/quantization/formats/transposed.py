@@ -17,9 +17,8 @@ from pipeline.config.catalog import GROUP_SIZES
 from pipeline.config.quantize import matches
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError, ModelError
-from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.matrices import linear_weights
-from pipeline.quantization.formats import FileWeights
+from pipeline.quantization.formats import StoredTensors
 from pipeline.quantization.formats.gptq.sizes import CODES
 from pipeline.quantization.formats.safetensors import Grids, SafetensorsFormat
 from pipeline.quantization.grid import Grid, GroupQuantized
@@ -60,7 +59,7 @@ class Transposed(SafetensorsFormat):
         """Return the rows of a weight that one column of its stored codes holds."""
         return CODES
 
-    def plan(self, name: str, shape: tuple[int, int], grid: Grid) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def plan(self, name: str, shape: tuple[int, ...], grid: Grid) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Return the stored tensors of the weight `name` of `shape` (N, K): name -> (dtype, shape)."""
         parts = self.sizes.parts(shape, grid.group(shape[1]))
         return {part(name, kind): (getattr(torch, dtype), part_shape) for kind, (dtype, part_shape) in parts.items()}
@@ -76,7 +75,7 @@ class Transposed(SafetensorsFormat):
         """Return the metadata of every file's header, which says nothing of these formats."""
         return {}
 
-    def weights(self, checkpoint: Checkpoint | FileWeights) -> Collection[str]:
+    def weights(self, checkpoint: StoredTensors) -> Collection[str]:
         """Return the names of the weights that a checkpoint holds in this format."""
         ends = [stored.removesuffix(".qweight") for stored in checkpoint if stored.endswith(".qweight")]
         has = G_IDX in self._part_kinds()
@@ -94,7 +93,7 @@ class Transposed(SafetensorsFormat):
         weight, shape = weight.to("cpu"), (weight.shape[0], weight.shape[1])
         return self.rows(name, weight) | self.rest(name, shape, weight.scale, weight.zero, weight.grid)
 
-    def stored_grid(self, checkpoint: Checkpoint | FileWeights, name: str, shape: tuple[int, int]) -> Grid:
+    def stored_grid(self, checkpoint: StoredTensors, name: str, shape: tuple[int, ...]) -> Grid:
         """Return the grid of a stored weight of a layer of `shape` (N, K).
 
         Raises:

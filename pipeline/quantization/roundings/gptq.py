@@ -64,7 +64,7 @@ def _in_order(
     columns = weight.T.contiguous()  # (K, N), a column is contiguous
     codes = torch.empty_like(columns)
     scales, zeros = [], []
-    scale = zero = None
+    scale, zero = weight.new_empty(0), None
     together = 1 if grid.super_block is None else grid.super_block.groups  # whose scales depend on each other
     for first in range(0, width, step):
         stop = min(first + step, width)
@@ -187,7 +187,8 @@ def _stored(
         return wanted.to(grid.scale_dtype)
     of, count = grid.super_block, wanted.shape[1]
     parts = wanted.squeeze(2).chunk(1 if grid.zero == "none" else 2, 1)
-    made = torch.cat([part for part in grid.stored(*(*parts, None)[:2]) if part is not None], 1)
+    stored = grid.stored(parts[0], parts[1] if len(parts) == 2 else None)
+    made = torch.cat([part for part in stored if part is not None], 1)
     number, integers = of.split(made)
     step, integers = number.float().repeat_interleave(of.groups, 1), integers.view(made.shape).clone()
     lowest = 0 if len(parts) == 2 else 1 - of.highest

@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 
 from pipeline.config.schema import VariantSpec
-from pipeline.models.checkpoint import Checkpoint
-from pipeline.quantization.formats import FileWeights
+from pipeline.quantization.formats import StoredTensors
 from pipeline.quantization.formats.awq import sizes
 from pipeline.quantization.formats.safetensors import Grids
 from pipeline.quantization.formats.torchao.format import pack_nibbles, unpack_nibbles
@@ -37,7 +36,7 @@ class Awq(Transposed):
         return {part(name, "qweight"): _pack(block.codes)}
 
     def rest(
-        self, name: str, shape: tuple[int, int], scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
+        self, name: str, shape: tuple[int, ...], scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
     ) -> dict[str, torch.Tensor]:
         """Return scales and zeros (N, G) of a whole weight as they are stored."""
         assert zero is not None, "the grid has zeros"
@@ -56,7 +55,7 @@ class Awq(Transposed):
             "modules_to_not_convert": ["lm_head", *kept] if kept else None,
         }
 
-    def read(self, checkpoint: Checkpoint | FileWeights, name: str, shape: tuple[int, int]) -> GroupQuantized:
+    def read(self, checkpoint: StoredTensors, name: str, shape: tuple[int, ...]) -> GroupQuantized:
         """Return the codes, scales and zeros of a stored weight, for a layer of `shape` (N, K)."""
         grid = self.stored_grid(checkpoint, name, shape)
         qweight, qzeros, scales = (checkpoint.read(stored) for stored in self.part_names(name))

@@ -12,7 +12,7 @@ from pipeline.quantization.formats.torchao.sizes import Parts, parts_bytes, plai
 __all__ = ["layer_bytes", "parts", "plain_bytes"]
 
 
-def parts(shape: tuple[int, int], group_size: int) -> Parts:
+def parts(shape: tuple[int, ...], group_size: int) -> Parts:
     """Return the stored parts of a weight (N, K) with `group_size` columns to a scale."""
     (rows, width), groups = shape, shape[1] // group_size
     return {
@@ -22,6 +22,6 @@ def parts(shape: tuple[int, int], group_size: int) -> Parts:
     }
 
 
-def layer_bytes(spec: VariantSpec, shape: tuple[int, int]) -> int:
+def layer_bytes(spec: VariantSpec, shape: tuple[int, ...]) -> int:
     """Return the bytes of a layer's weight (N, K)."""
     return parts_bytes(parts(shape, spec.group_size or shape[1]))

@@ -22,8 +22,7 @@ import torch
 
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError, QuantizationError
-from pipeline.models.checkpoint import Checkpoint
-from pipeline.quantization.formats import FileWeights
+from pipeline.quantization.formats import StoredTensors
 from pipeline.quantization.formats.bitsandbytes import sizes
 from pipeline.quantization.formats.safetensors import Grids, SafetensorsFormat
 from pipeline.quantization.grid import Grid, GroupQuantized
@@ -115,13 +114,13 @@ class Bitsandbytes(SafetensorsFormat):
         packed, state = quantize_4bit(given, blocksize=sizes.BLOCK, quant_type=kind)
         return Rounded(packed.view(len(rows), -1), state.absmax.view(len(rows), -1), None, grid)
 
-    def plan(self, name: str, shape: tuple[int, int], grid: Grid) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def plan(self, name: str, shape: tuple[int, ...], grid: Grid) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Return the stored tensors of the weight `name` of `shape` (N, K): name -> (dtype, shape)."""
         module = name.removesuffix(".weight")
         found = sizes.parts(shape, _kind(grid))
         return {f"{module}{end}": (getattr(torch, dtype), size) for end, (dtype, size) in found.items()}
 
-    def place(self, row: int, shape: tuple[int, int], grid: Grid) -> int:
+    def place(self, row: int, shape: tuple[int, ...], grid: Grid) -> int:
         """Return the number of the row of stored codes that begins with row `row` of a weight of `shape` (N, K)."""
         return row if _kind(grid) == sizes.INT8 else row * shape[1] // 2
 
@@ -130,7 +129,7 @@ class Bitsandbytes(SafetensorsFormat):
         return {name: block.codes if _kind(block.grid) == sizes.INT8 else block.codes.view(-1, 1)}
 
     def rest(
-        self, name: str, shape: tuple[int, int], scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
+        self, name: str, shape: tuple[int, ...], scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
     ) -> dict[str, torch.Tensor]:
         """Return the scales (N, G) of a whole weight, and its description, as they are stored."""
         from bitsandbytes.functional import get_4bit_type, quantize_blockwise
@@ -182,7 +181,7 @@ class Bitsandbytes(SafetensorsFormat):
             "quant_method": "bitsandbytes",
         }
 
-    def weights(self, checkpoint: Checkpoint | FileWeights) -> Collection[str]:
+    def weights(self, checkpoint: StoredTensors) -> Collection[str]:
         """Return the names of the weights that a checkpoint holds in this format."""
         ends = {".SCB": ".weight", ".weight.absmax": ".weight"}
         return [part.removesuffix(end) + to for part in checkpoint for end, to in ends.items() if part.endswith(end)]
@@ -192,7 +191,7 @@ class Bitsandbytes(SafetensorsFormat):
         module = name.removesuffix(".weight")
         return [f"{module}{end}" for end in dict.fromkeys(end for kind in KINDS for end in sizes.parts((1, 64), kind))]
 
-    def read(self, checkpoint: Checkpoint | FileWeights, name: str, shape: tuple[int, int]) -> Rounded:
+    def read(self, checkpoint: StoredTensors, name: str, shape: tuple[int, ...]) -> Rounded:
         """Return the codes and scales of a stored weight, for a layer of `shape` (N, K)."""
         found = {n: (checkpoint[n].dtype, checkpoint[n].shape) for n in self.part_names(name) if n in checkpoint}
         grids = (Numbers(8 if kind == sizes.INT8 else 4, None, "none", torch.float32, kind=kind) for kind in KINDS)
@@ -227,9 +226,10 @@ class Bitsandbytes(SafetensorsFormat):
         On CPUs with AVX512-BF16 bitsandbytes repacks weights in place at the first evaluation. Scales then lose
         precision, and layers fail if 64 does not divide their columns or 32 their rows.
         """
-        for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
+        layer: Any
+        for layer in model.modules():
+            if hasattr(layer, "support_avx512bf16_for_cpu"):
+                layer.support_avx512bf16_for_cpu = False
 
 
 def _kind(grid: Grid) -> str:

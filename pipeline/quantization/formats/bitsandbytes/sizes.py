@@ -18,7 +18,7 @@ SCALE_BLOCK = 256  # scales that share a scale of their own, if they are quantiz
 NUMBER_BYTES = 24  # as many as the text of a number can take
 
 
-def parts(shape: tuple[int, int], kind: str) -> Parts:
+def parts(shape: tuple[int, ...], kind: str) -> Parts:
     """Return the stored tensors of a weight (N, K): the end of each name after that of the module.
 
     Args:
@@ -44,7 +44,7 @@ def parts(shape: tuple[int, int], kind: str) -> Parts:
     return found
 
 
-def state(shape: tuple[int, int], kind: str, offset: float = 0.0) -> bytes:
+def state(shape: tuple[int, ...], kind: str, offset: float = 0.0) -> bytes:
     """Return the description of a weight (N, K) in four bits, which bitsandbytes stores as JSON in a tensor.
 
     Spaces at its end make the length independent of `offset`, so that files can be planned.
@@ -59,11 +59,11 @@ def state(shape: tuple[int, int], kind: str, offset: float = 0.0) -> bytes:
     return (text + " " * (NUMBER_BYTES - len(json.dumps(offset))) * (kind == NF4)).encode()
 
 
-def layer_bytes(spec: VariantSpec, shape: tuple[int, int]) -> int:
+def layer_bytes(spec: VariantSpec, shape: tuple[int, ...]) -> int:
     """Return the bytes of a layer's weight (N, K)."""
     return parts_bytes(parts(shape, spec.variant.values))
 
 
-def table_bytes(spec: VariantSpec, shape: tuple[int, int]) -> int:
+def table_bytes(spec: VariantSpec, shape: tuple[int, ...]) -> int:
     """Raise TypeError, because embeddings and output heads stay as they are."""
     raise TypeError(f"{spec.name}: stores no embedding in eight bits")

@@ -20,7 +20,7 @@ from pipeline.config.catalog import GROUP_SIZES, fitting_group_size
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.quantization.formats import FileWeights
+from pipeline.quantization.formats import StoredTensors
 from pipeline.quantization.formats.compressed_tensors import header, sizes
 from pipeline.quantization.formats.safetensors import Grids, SafetensorsFormat
 from pipeline.quantization.grid import Grid, GroupQuantized
@@ -85,7 +85,7 @@ class CompressedTensors(SafetensorsFormat):
         """Return the names of the tensors that the weight `name` can be stored as."""
         return [stored_as(name, part) for part in sizes.NAMES]
 
-    def read(self, checkpoint: Checkpoint | FileWeights, name: str, shape: tuple[int, ...]) -> GroupQuantized:
+    def read(self, checkpoint: StoredTensors, name: str, shape: tuple[int, ...]) -> GroupQuantized:
         """Return the codes and scales of a stored weight, for a layer of `shape` (N, K)."""
         found = {n: (checkpoint[n].dtype, checkpoint[n].shape) for n in self.part_names(name) if n in checkpoint}
         grids = (_grid(*kind, size) for kind in self.kinds for size in (None, *GROUP_SIZES))
@@ -97,7 +97,7 @@ class CompressedTensors(SafetensorsFormat):
         return GroupQuantized(codes, checkpoint.read(stored_as(name, "weight_scale")), None, fits)
 
     @abstractmethod
-    def shape(self, checkpoint: Checkpoint | FileWeights, name: str) -> tuple[int, int]:
+    def shape(self, checkpoint: StoredTensors, name: str) -> tuple[int, int]:
         """Return (N, K) of a stored weight."""
 
     def stock_bytes(self, checkpoint: Checkpoint, name: str) -> int:
@@ -106,7 +106,7 @@ class CompressedTensors(SafetensorsFormat):
         return rows * width * checkpoint[stored_as(name, "weight_scale")].dtype.itemsize
 
     @abstractmethod
-    def codes(self, checkpoint: Checkpoint | FileWeights, name: str, width: int, grid: Grid) -> torch.Tensor:
+    def codes(self, checkpoint: StoredTensors, name: str, width: int, grid: Grid) -> torch.Tensor:
         """Return the codes (N, K) of a stored weight with `width` columns."""
 
     def state(self, name: str, weight: GroupQuantized, dtype: torch.dtype) -> dict[str, torch.Tensor]:

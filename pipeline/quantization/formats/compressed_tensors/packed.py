@@ -11,8 +11,7 @@ from collections.abc import Collection
 import torch
 
 from pipeline.config.quantize import VariantSpec, matches
-from pipeline.models.checkpoint import Checkpoint
-from pipeline.quantization.formats import FileWeights
+from pipeline.quantization.formats import StoredTensors
 from pipeline.quantization.formats.compressed_tensors import sizes
 from pipeline.quantization.formats.compressed_tensors.format import SOME_ARE_KEPT, CompressedTensors, stored_as
 from pipeline.quantization.grid import Grid, GroupQuantized
@@ -43,16 +42,16 @@ class Packed(CompressedTensors):
         """Return the scales (N, G) and the shape of a whole weight of `shape` (N, K) as they are stored."""
         return super().rest(name, shape, scale, zero, grid) | {stored_as(name, "weight_shape"): torch.tensor(shape)}
 
-    def weights(self, checkpoint: Checkpoint | FileWeights) -> Collection[str]:
+    def weights(self, checkpoint: StoredTensors) -> Collection[str]:
         """Return the names of the weights that a checkpoint holds in this format."""
         return [part.removesuffix("_packed") for part in checkpoint if part.endswith(".weight_packed")]
 
-    def shape(self, checkpoint: Checkpoint | FileWeights, name: str) -> tuple[int, int]:
+    def shape(self, checkpoint: StoredTensors, name: str) -> tuple[int, int]:
         """Return (N, K) of a stored weight."""
         rows, width = checkpoint.read(stored_as(name, "weight_shape")).tolist()
         return rows, width
 
-    def codes(self, checkpoint: Checkpoint | FileWeights, name: str, width: int, grid: Grid) -> torch.Tensor:
+    def codes(self, checkpoint: StoredTensors, name: str, width: int, grid: Grid) -> torch.Tensor:
         """Return the codes (N, K) of a stored weight with `width` columns."""
         return unpack(checkpoint.read(stored_as(name, "weight_packed")), grid.bits, width)
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 
 from pipeline.errors import QuantizationError
-from pipeline.models.checkpoint import Checkpoint
-from pipeline.quantization.formats import FileWeights
+from pipeline.quantization.formats import StoredTensors
 from pipeline.quantization.formats.compressed_tensors import sizes
 from pipeline.quantization.formats.compressed_tensors.format import stored_as
 from pipeline.quantization.formats.compressed_tensors.unpacked import Unpacked
@@ -40,7 +39,7 @@ class Static(Unpacked):
             )
         return {stored_as(name, "input_scale"): torch.tensor([statistics.range.scale()], dtype=torch.bfloat16)}
 
-    def holds(self, checkpoint: Checkpoint | FileWeights, name: str) -> bool:
+    def holds(self, checkpoint: StoredTensors, name: str) -> bool:
         """Return True if a weight is stored with the scale of its inputs."""
         return stored_as(name, "input_scale") in checkpoint
 

@@ -10,8 +10,7 @@ from collections.abc import Collection
 import torch
 
 from pipeline.config.quantize import VariantSpec, matches
-from pipeline.models.checkpoint import Checkpoint
-from pipeline.quantization.formats import FileWeights
+from pipeline.quantization.formats import StoredTensors
 from pipeline.quantization.formats.compressed_tensors import sizes
 from pipeline.quantization.formats.compressed_tensors.format import SOME_ARE_KEPT, CompressedTensors, stored_as
 from pipeline.quantization.grid import Grid, GroupQuantized
@@ -37,23 +36,23 @@ class Unpacked(CompressedTensors):
         """Return the codes of a block of rows as they are stored."""
         return {name: block.codes}
 
-    def weights(self, checkpoint: Checkpoint | FileWeights) -> Collection[str]:
+    def weights(self, checkpoint: StoredTensors) -> Collection[str]:
         """Return the names of the weights that a checkpoint holds in this format."""
         dtypes = (torch.int8, torch.float8_e4m3fn)
         names = (part.removesuffix("_scale") for part in checkpoint if part.endswith(".weight_scale"))
         codes = [name for name in names if name in checkpoint and checkpoint[name].dtype in dtypes]
         return [name for name in codes if self.holds(checkpoint, name)]
 
-    def holds(self, checkpoint: Checkpoint | FileWeights, name: str) -> bool:
+    def holds(self, checkpoint: StoredTensors, name: str) -> bool:
         """Return True if a weight is stored without the scale of its inputs."""
         return stored_as(name, "input_scale") not in checkpoint
 
-    def shape(self, checkpoint: Checkpoint | FileWeights, name: str) -> tuple[int, int]:
+    def shape(self, checkpoint: StoredTensors, name: str) -> tuple[int, int]:
         """Return (N, K) of a stored weight."""
         rows, width = checkpoint[name].shape
         return rows, width
 
-    def codes(self, checkpoint: Checkpoint | FileWeights, name: str, width: int, grid: Grid) -> torch.Tensor:
+    def codes(self, checkpoint: StoredTensors, name: str, width: int, grid: Grid) -> torch.Tensor:
         """Return the codes (N, K) of a stored weight with `width` columns."""
         return checkpoint.read(name)
 

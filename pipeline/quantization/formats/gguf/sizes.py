@@ -26,7 +26,7 @@ def stored_type(kind: str, width: int) -> str:
     return INSTEAD[kind] if kind in INSTEAD and width % BLOCKS[kind][0] else kind
 
 
-def layer_bytes(spec: VariantSpec, shape: tuple[int, int]) -> float:
+def layer_bytes(spec: VariantSpec, shape: tuple[int, ...]) -> float:
     """Return the bytes of a layer's weight (N, K)."""
     rows, width = shape
     kind = spec.variant.file_type or ""
@@ -36,7 +36,7 @@ def layer_bytes(spec: VariantSpec, shape: tuple[int, int]) -> float:
     return rows * row_bytes(found, width)
 
 
-def table_bytes(spec: VariantSpec, shape: tuple[int, int]) -> float:
+def table_bytes(spec: VariantSpec, shape: tuple[int, ...]) -> float:
     """Return the bytes of an embedding or an output head (N, K)."""
     rows, width = shape
     kind = stored_type(BEST, width) if spec.quantizer else TABLE

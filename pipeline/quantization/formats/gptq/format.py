@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError
-from pipeline.models.checkpoint import Checkpoint
-from pipeline.quantization.formats import FileWeights
+from pipeline.quantization.formats import StoredTensors
 from pipeline.quantization.formats.gptq import sizes
 from pipeline.quantization.formats.safetensors import Grids
 from pipeline.quantization.formats.torchao.format import pack_nibbles, unpack_nibbles
@@ -39,7 +39,7 @@ class Gptq(Transposed):
         return {part(name, "qweight"): pack_nibbles(block.codes + 8).view(torch.int32).T.contiguous()}
 
     def rest(
-        self, name: str, shape: tuple[int, int], scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
+        self, name: str, shape: tuple[int, ...], scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
     ) -> dict[str, torch.Tensor]:
         """Return scales (N, G) of a whole weight, its zeros, and the group of each column, as they are stored."""
         rows, groups = scale.shape
@@ -56,7 +56,7 @@ class Gptq(Transposed):
 
         Layers that are not quantized are said twice: gptqmodel and servers read `dynamic`, transformers the other key.
         """
-        others = {}
+        others: dict[str, Any] = {}
         if kept:
             others["dynamic"] = {f"-:^{re.escape(module)}$": {} for module in kept}
             others["modules_in_block_to_quantize"] = [[name.removesuffix(".weight") for name in grids]]
@@ -72,7 +72,7 @@ class Gptq(Transposed):
             "lm_head": False,
         }
 
-    def read(self, checkpoint: Checkpoint | FileWeights, name: str, shape: tuple[int, int]) -> GroupQuantized:
+    def read(self, checkpoint: StoredTensors, name: str, shape: tuple[int, ...]) -> GroupQuantized:
         """Return the codes and scales of a stored weight, for a layer of `shape` (N, K)."""
         grid = self.stored_grid(checkpoint, name, shape)
         qweight, qzeros, scales, g_idx = (checkpoint.read(stored) for stored in self.part_names(name))

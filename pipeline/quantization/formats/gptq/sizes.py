@@ -13,7 +13,7 @@ __all__ = ["layer_bytes", "parts", "plain_bytes"]
 CODES = 8  # of four bits in an int32
 
 
-def parts(shape: tuple[int, int], group_size: int) -> Parts:
+def parts(shape: tuple[int, ...], group_size: int) -> Parts:
     """Return the stored parts of a weight (N, K) with `group_size` columns to a scale."""
     (rows, width), groups = shape, shape[1] // group_size
     return {
@@ -24,6 +24,6 @@ def parts(shape: tuple[int, int], group_size: int) -> Parts:
     }
 
 
-def layer_bytes(spec: VariantSpec, shape: tuple[int, int]) -> int:
+def layer_bytes(spec: VariantSpec, shape: tuple[int, ...]) -> int:
     """Return the bytes of a layer's weight (N, K)."""
     return parts_bytes(parts(shape, spec.group_size or shape[1]))

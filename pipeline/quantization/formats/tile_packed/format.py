@@ -25,8 +25,7 @@ import torch
 from pipeline.config.catalog import GROUP_SIZES
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError
-from pipeline.models.checkpoint import Checkpoint
-from pipeline.quantization.formats import FileWeights
+from pipeline.quantization.formats import StoredTensors
 from pipeline.quantization.formats.safetensors import Grids
 from pipeline.quantization.formats.tile_packed import sizes
 from pipeline.quantization.formats.torchao import header
@@ -45,7 +44,7 @@ class TilePacked(Torchao):
         """Return the rows of a weight that one row of its stored codes holds."""
         return sizes.ROW_MULTIPLE if grid.bits == 4 else super().together(grid)
 
-    def plan(self, name: str, shape: tuple[int, int], grid: Grid) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def plan(self, name: str, shape: tuple[int, ...], grid: Grid) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Return the stored tensors of the weight `name` of `shape` (N, K): name -> (dtype, shape)."""
         if grid.bits != 4:
             return super().plan(name, shape, grid)
@@ -58,7 +57,7 @@ class TilePacked(Torchao):
         return {stored_as(name, PARTS)["qdata"]: pack_codes(block.codes)}
 
     def rest(
-        self, name: str, shape: tuple[int, int], scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
+        self, name: str, shape: tuple[int, ...], scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
     ) -> dict[str, torch.Tensor]:
         """Return scales and zeros (N, G) of a whole weight of `shape` (N, K) as they are stored."""
         if zero is None:
@@ -82,7 +81,7 @@ class TilePacked(Torchao):
             found[name] = header.entry("Int4TilePackedTo4dTensor", data, *PARTS)
         return found | {"tensor_names": json.dumps(json.loads(found["tensor_names"]) + list(tiled))}
 
-    def weights(self, checkpoint: Checkpoint | FileWeights) -> Collection[str]:
+    def weights(self, checkpoint: StoredTensors) -> Collection[str]:
         """Return the names of the weights that a checkpoint holds in this format."""
         ends = [part.removesuffix("._weight_qdata") for part in checkpoint if part.endswith("._weight_qdata")]
         return [f"{module}.weight" for module in ends if f"{module}._weight_scale_and_zero" in checkpoint]
@@ -91,7 +90,7 @@ class TilePacked(Torchao):
         """Return the names of the tensors that the int4 weight `name` is stored as."""
         return list(stored_as(name, PARTS).values())
 
-    def read(self, checkpoint: Checkpoint | FileWeights, name: str, shape: tuple[int, int]) -> GroupQuantized:
+    def read(self, checkpoint: StoredTensors, name: str, shape: tuple[int, ...]) -> GroupQuantized:
         """Return the codes, scales and zeros of a stored int4 weight, for a layer of `shape` (N, K)."""
         qdata, scale_and_zero = self.part_names(name)
         found = {n: (checkpoint[n].dtype, checkpoint[n].shape) for n in (qdata, scale_and_zero)}
@@ -137,7 +136,7 @@ def _together(scale: torch.Tensor, zero: torch.Tensor, group_size: int) -> torch
 
 
 def from_tiles(
-    qdata: torch.Tensor, scale_and_zero: torch.Tensor, shape: tuple[int, int], group_size: int
+    qdata: torch.Tensor, scale_and_zero: torch.Tensor, shape: tuple[int, ...], group_size: int
 ) -> GroupQuantized:
     """Return the int4 weight of `shape` (N, K) that was stored so: the inverse of `to_tiles`."""
     rows_, width = shape

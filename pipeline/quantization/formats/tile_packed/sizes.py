@@ -17,7 +17,7 @@ def padded(rows: int, width: int) -> tuple[int, int]:
     return rows + -rows % ROW_MULTIPLE, width + -width % WIDTH_MULTIPLE
 
 
-def parts(shape: tuple[int, int], group_size: int) -> Parts:
+def parts(shape: tuple[int, ...], group_size: int) -> Parts:
     """Return the stored parts of an int4 weight (N, K) with `group_size` columns to a scale."""
     rows, width = padded(*shape)
     return {
@@ -26,7 +26,7 @@ def parts(shape: tuple[int, int], group_size: int) -> Parts:
     }
 
 
-def layer_bytes(spec: VariantSpec, shape: tuple[int, int]) -> int:
+def layer_bytes(spec: VariantSpec, shape: tuple[int, ...]) -> int:
     """Return the bytes of a layer's weight (N, K)."""
     group_size = spec.group_size and fitting_group_size(shape[1], spec.group_size)
     return parts_bytes(parts(shape, group_size or shape[1]))

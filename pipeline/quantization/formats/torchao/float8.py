@@ -12,8 +12,7 @@ import torch
 
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError
-from pipeline.models.checkpoint import Checkpoint
-from pipeline.quantization.formats import FileWeights
+from pipeline.quantization.formats import StoredTensors
 from pipeline.quantization.formats.safetensors import Grids
 from pipeline.quantization.formats.torchao import float8_sizes, header
 from pipeline.quantization.formats.torchao.format import Torchao, stored_as, typed
@@ -60,7 +59,7 @@ class Float8(Torchao):
         """Return the `quantization_config` of config.json."""
         return header.described(header.float8_recipe(spec.variant.rounds_inputs), kept, tables)
 
-    def weights(self, checkpoint: Checkpoint | FileWeights) -> Collection[str]:
+    def weights(self, checkpoint: StoredTensors) -> Collection[str]:
         """Return the names of the weights that a checkpoint holds in this format."""
         found = [match.groups() for part in checkpoint if (match := self._matched(checkpoint, part, FLOAT8.code_dtype))]
         return [f"{layer}{part}" for layer, part in found]
@@ -69,7 +68,7 @@ class Float8(Torchao):
         """Return the names of the tensors that the weight `name` is stored as."""
         return list(stored_as(name, PARTS).values())
 
-    def read(self, checkpoint: Checkpoint | FileWeights, name: str, shape: tuple[int, ...]) -> GroupQuantized:
+    def read(self, checkpoint: StoredTensors, name: str, shape: tuple[int, ...]) -> GroupQuantized:
         """Return the codes and scales of a stored weight, for a layer of `shape` (N, K)."""
         names = self.part_names(name)
         found = {n: (checkpoint[n].dtype, checkpoint[n].shape) for n in names if n in checkpoint}

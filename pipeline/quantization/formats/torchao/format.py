@@ -26,10 +26,9 @@ from pipeline.config.catalog import EIGHT_BITS, GROUP_SIZES, fitting_group_size
 from pipeline.config.quantize import matches
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError, ModelError, QuantizationError
-from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.experts import EXPERTS
 from pipeline.models.matrices import PLAIN_TABLE, embedding_kind
-from pipeline.quantization.formats import FileWeights
+from pipeline.quantization.formats import StoredTensors
 from pipeline.quantization.formats.safetensors import Grids, SafetensorsFormat
 from pipeline.quantization.formats.torchao import header, sizes, trial
 from pipeline.quantization.grid import Grid, GroupQuantized
@@ -102,7 +101,7 @@ class Torchao(SafetensorsFormat):
             )
         return super().refuses_experts(spec, names)
 
-    def _on_meta(self, shape: tuple[int, int]) -> torch.Tensor:
+    def _on_meta(self, shape: tuple[int, ...]) -> torch.Tensor:
         codes, scale = torch.empty(shape, dtype=torch.int8, device="meta"), torch.empty(shape[0], 1, device="meta")
         return FORMAT.tensor(GroupQuantized(codes, scale, None, INT8), torch.bfloat16)
 
@@ -116,7 +115,7 @@ class Torchao(SafetensorsFormat):
         return {stored_as(name, PARTS)["qdata"]: codes}
 
     def rest(
-        self, name: str, shape: tuple[int, int], scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
+        self, name: str, shape: tuple[int, ...], scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
     ) -> dict[str, torch.Tensor]:
         """Return scales and zeros (N, G) of a whole weight of `shape` (N, K) as they are stored."""
         part = stored_as(name, PARTS)
@@ -142,12 +141,12 @@ class Torchao(SafetensorsFormat):
         stacks = [name for name, (shape, _) in grids.items() if len(shape) == 3]
         return header.quantization_config(spec, self.packing, kept, tables, eight, stacks)
 
-    def weights(self, checkpoint: Checkpoint | FileWeights) -> Collection[str]:
+    def weights(self, checkpoint: StoredTensors) -> Collection[str]:
         """Return the names of the weights that a checkpoint holds in this format."""
         found = [match.groups() for part in checkpoint if (match := self._matched(checkpoint, part, torch.int8))]
         return [f"{layer}{part}" for layer, part in found if f"{layer}_{part}_scale_and_zero" not in checkpoint]
 
-    def _matched(self, checkpoint: Checkpoint | FileWeights, part: str, codes: torch.dtype) -> re.Match | None:
+    def _matched(self, checkpoint: StoredTensors, part: str, codes: torch.dtype) -> re.Match | None:
         """Return the layer and the parameter of a stored part that holds codes of a dtype; None for any other."""
         match = _CODES.fullmatch(part)
         return match if match and checkpoint[part].dtype == codes else None
@@ -156,7 +155,7 @@ class Torchao(SafetensorsFormat):
         """Return the names of the tensors that the weight `name` is stored as."""
         return list(stored_as(name, PARTS).values())
 
-    def read(self, checkpoint: Checkpoint | FileWeights, name: str, shape: tuple[int, ...]) -> GroupQuantized:
+    def read(self, checkpoint: StoredTensors, name: str, shape: tuple[int, ...]) -> GroupQuantized:
         """Return the codes, scales and zeros of a stored weight, for a layer of `shape` (N, K).
 
         A stack of experts (E, N, K) is returned with the rows of all experts in one matrix.

@@ -36,13 +36,13 @@ def parts_bytes(stored: Parts) -> int:
     return sum(ITEM_BYTES[dtype] * math.prod(shape) for dtype, shape in stored.values())
 
 
-def layer_bytes(spec: VariantSpec, shape: tuple[int, int]) -> int:
+def layer_bytes(spec: VariantSpec, shape: tuple[int, ...]) -> int:
     """Return the bytes of a layer's weight (N, K)."""
     group_size = spec.group_size and fitting_group_size(shape[1], spec.group_size)
     return parts_bytes(parts(shape, spec.variant.bits, group_size or shape[1]))
 
 
-def table_bytes(spec: VariantSpec, shape: tuple[int, int]) -> int:
+def table_bytes(spec: VariantSpec, shape: tuple[int, ...]) -> int:
     """Return the bytes of a weight (N, K) in eight bits, one scale a row."""
     return parts_bytes(parts(shape, 8, shape[1]))
 
