@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from pipeline.config.catalog import LLAMA_CPP, VARIANTS
-from pipeline.system.libraries import is_installed
+from pipeline.system.libraries import lacking
 
 PACKED = "pipeline.load"  # our loader: every layer is packed for the machine
 STOCK = "stock"  # transformers alone
@@ -23,8 +22,7 @@ def default_loader(model: str) -> str:
 
 def missing_packages(model: str, packing: str | None = None) -> list[str]:
     """Return the packages that the stock loader needs for a variant and this machine lacks."""
-    needed = VARIANTS[model].opened_with(packing) if model in VARIANTS else ()
-    return [package for package in needed if not is_installed(re.split("[<>=!~]", package)[0].replace("-", "_"))]
+    return lacking(VARIANTS[model].opened_with(packing)) if model in VARIANTS else []
 
 
 def only_file(folder: Path) -> Path | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -19,7 +18,7 @@ from pipeline.planning.benchmark import Speeds, path, read_speeds, save_speeds
 from pipeline.planning.benchmark_process import measure_in_time
 from pipeline.planning.devices import hub_cache, nearest_folder, this_machine
 from pipeline.system import command_names, hardware
-from pipeline.system.libraries import EXTRAS, OURS, is_installed, quiet, versions
+from pipeline.system.libraries import EXTRAS, OURS, is_installed, lacking, quiet, versions
 from pipeline.system.text_format import size
 from pipeline.tracking.trackers import TRACKERS, tracker
 
@@ -162,9 +161,8 @@ def runs_on(devices: list[dict]) -> dict[str, list[str]]:
 
     def runs_here(way: Runs) -> bool:
         ours = way.engine in (TRANSFORMERS, TUNEPRESS)
-        lacks = ours and any(not versions(re.split("[<>=!~]", package)[0]) for package in way.packages)
         fits = way.hardware in there and (way.hardware != CUDA or way.capability <= capability)
-        return way.computes and fits and not lacks
+        return way.computes and fits and not (ours and lacking(way.packages))
 
     found = {
         engine: [

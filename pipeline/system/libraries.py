@@ -6,18 +6,27 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import re
 import warnings
+from collections.abc import Iterable
 
 # Those whose version can change the bytes or the numbers of a release.
 STACK = ("torch", "transformers", "peft", "trl", "bitsandbytes", "torchao", "datasets", "accelerate", "tokenizers")
 # Those whose version can change the figures of a model that is measured again.
-MEASURING = ("torch", "torchao", "bitsandbytes", "transformers", "peft", "llama-cpp-python")
+MEASURING = (
+    "torch", "torchao", "bitsandbytes", "compressed-tensors", "transformers", "peft", "llama-cpp-python",
+)  # fmt: skip
 # Those whose version can change an adapter, and a merged model.
 TRAINING = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "tokenizers")
 MERGING = ("torch", "transformers", "peft", "bitsandbytes")
 # Further distributions whose versions the diagnosis shows, and the modules of each extra.
-OURS = ("tunepress", "huggingface_hub", "trackio", "gguf", "llama-cpp-python")
-EXTRAS = {"gguf": ("gguf",), "llama-cpp": ("llama_cpp",), "test": ("pytest", "hypothesis", "xdist")}
+OURS = ("tunepress", "huggingface_hub", "trackio", "gguf", "llama-cpp-python", "compressed-tensors")
+EXTRAS = {
+    "gguf": ("gguf",),
+    "llama-cpp": ("llama_cpp",),
+    "compressed-tensors": ("compressed_tensors",),
+    "test": ("pytest", "hypothesis", "xdist"),
+}
 
 
 def versions(*names: str) -> dict[str, str]:
@@ -29,6 +38,11 @@ def versions(*names: str) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def lacking(packages: Iterable[str]) -> list[str]:
+    """Return the packages that are not installed; a lowest version, as in `torchao>=0.15`, is not compared."""
+    return [package for package in packages if not versions(re.split("[<>=!~]", package)[0])]
 
 
 def is_installed(package: str) -> bool:

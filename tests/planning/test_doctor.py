@@ -15,6 +15,7 @@ from pipeline.planning import Plan, benchmark, devices, doctor, make_plan
 from pipeline.planning.devices import this_machine
 from pipeline.planning.report import as_json
 from pipeline.system import hardware
+from pipeline.system.libraries import EXTRAS, MEASURING, lacking
 from tests.support.hub import LoopbackHub
 from tests.support.planning import SPEEDS, Planner
 from tests.support.runs import TOKEN
@@ -231,3 +232,10 @@ def test_unused_gpu_is_reported(tmp_path, driver, words):
 def test_rocm_without_driver_is_reported(tmp_path):
     (tmp_path / "opt" / "rocm").mkdir(parents=True)
     assert "load the amdgpu driver" in doctor.missing_gpu(tmp_path)
+
+
+def test_packages_of_every_variant_are_known_to_doctor_and_verify():
+    extras = {pair for row in VARIANTS.values() for pair in (*row.requires, *row.quantizer_requires)}
+    assert extras and all(module in EXTRAS[extra] for module, extra in extras)
+    assert {name for row in VARIANTS.values() for name in row.measured_with} <= {*MEASURING}
+    assert lacking(["torch>=2", "no-such-package>=1"]) == ["no-such-package>=1"]
