@@ -150,7 +150,9 @@ class VariantSpec(Section):
     @property
     def requires(self) -> tuple[tuple[str, str], ...]:
         """The (module, extra) of the optional packages that making it needs."""
-        return (*self.variant.requires, *(self.variant.quantizer_requires if self.quantizer else ()))
+        packing = self.variant.packing(self.packing)
+        by_packing, by_quantizer = packing.requires if packing else (), self.variant.quantizer_requires
+        return (*self.variant.requires, *by_packing, *(by_quantizer if self.quantizer else ()))
 
     @property
     def quantizes_embeddings(self) -> bool:

@@ -29,6 +29,7 @@ class Packing:
         usage: the card's template with a sentence before that code, if it needs one.
         said: a phrase for cards.
         mixes: True if single layers can be stored in eight bits.
+        requires: (module, extra) of the optional packages that writing needs, beyond those of the variant.
         runs_on: the ways in which engines run it.
     """
 
@@ -37,6 +38,7 @@ class Packing:
     usage: str | None = None
     said: str = ""
     mixes: bool = False
+    requires: tuple[tuple[str, str], ...] = ()
     runs_on: tuple[Runs, ...] = EVERYWHERE
 
 
@@ -137,9 +139,9 @@ class Variant:
         found = self.packing(packing)
         return found.runs_on if found else self.runs_on
 
-    def opened_with(self, packing: str | None = None) -> tuple[str, ...]:
-        """Return the packages that transformers needs to open it, on any hardware."""
-        ways = [way.packages for way in self.ways(packing) if way.engine == TRANSFORMERS]
+    def opened_with(self, packing: str | None = None, engine: str = TRANSFORMERS) -> tuple[str, ...]:
+        """Return the packages that an engine needs to open it, on any hardware."""
+        ways = [way.packages for way in self.ways(packing) if way.engine == engine]
         return tuple(package for package in ways[0] if all(package in way for way in ways)) if ways else ()
 
     def packing(self, name: str | None) -> Packing | None:

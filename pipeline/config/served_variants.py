@@ -114,8 +114,9 @@ def _float8(name: str, rounds_inputs: bool, *runs_on: Runs) -> Variant:
         values="e4m3",
         roundings=(NEAREST, "search"),
         rounds_inputs=rounds_inputs,
+        requires=(),
         packings={
-            "compressed-tensors": Packing(_INPUTS_TOO.format, snippet, runs_on=runs_on),
+            "compressed-tensors": Packing(_INPUTS_TOO.format, snippet, requires=_INPUTS_TOO.requires, runs_on=runs_on),
             "torchao": Packing("torchao_float8", snippet, said="stored as tensors of torchao", runs_on=torchao),
         },
     )

@@ -16,7 +16,8 @@ from pipeline.config.catalog import LLAMA_CPP
 from pipeline.config.schema import MeasuredRun
 from pipeline.data import general_text
 from pipeline.errors import ModelError
-from pipeline.evaluation.model_result import Answer, Machine, ModelResult, Quality, Speed
+from pipeline.evaluation.model_result import Answer, Machine, ModelResult, Quality
+from pipeline.evaluation.speed import by_loader
 from pipeline.inference.loaders import DEQUANTIZED, PACKED, STOCK, missing_packages, only_file
 from pipeline.models.checkpoint_files import stored_bytes
 from pipeline.models.context import context_length
@@ -37,7 +38,6 @@ Count = Callable[[int, int], None]
 
 PROBE_TOKENS = 64
 CHECKED_CHARACTERS, CHECKED_SEQUENCES = 50_000, 8  # of general and held-out text, for which tokens are compared
-LOGIT_TOLERANCE = 0.05  # relative; kernels differ by bf16 rounding in each layer
 
 
 def evaluate(
@@ -149,6 +149,8 @@ def _in_transformers(
 
     quantized = "quantization_config" in read_json(folder / "config.json", {})
     loaders = (STOCK, PACKED) if quantized else (STOCK,)
+    packing = next((spec.packing for spec in config.quantize.variants if spec.name == label), None)
+    lacks = missing_packages(label, packing)
     timed = in_full and not offloaded and file is None
     if timed:
         tell("speed and memory, in fresh processes")(0, 1)
@@ -157,7 +159,7 @@ def _in_transformers(
         compute_dtype=compute_dtype,
         loader=DEQUANTIZED if file else PACKED,
         quality=quality,
-        speed=_speed(label, folder, ids, loaders, config.evaluate.device) if timed else {},
+        speed=by_loader(folder, ids, loaders, config.evaluate.device, lacks) if timed else {},
         answers=tuple(samples),
     )
     about = {"file": file.name} if file else {} if quantized else {"parameters": parameters}
@@ -264,42 +266,3 @@ def _reference_head(reference: Path, run_texts: RunTexts) -> Head:
     from pipeline.evaluation import metrics, texts
 
     return metrics.Scores.saved_head(run_texts.reference_scores(texts.GENERAL)).read(reference)
-
-
-def _speed(label: str, folder: Path, ids: list[int], loaders: tuple[str, ...], device: str) -> dict[str, Speed]:
-    """Return the figures by loader; if both loaders run, their logits must agree."""
-    from pipeline.evaluation.load_probe import probe
-    from pipeline.inference.load import device_named
-    from pipeline.inference.offload import fits
-
-    lacks, why = missing_packages(label), None
-    if PACKED in loaders and not fits(folder, device_named(device), stock=True):
-        why = "it dequantizes all weights, and they do not fit into the memory"
-    tried = [loader for loader in loaders if loader != STOCK or not (lacks or why)]
-    probes = {loader: probe(folder, loader, ids, device) for loader in tried}
-    figures = {loader: found.figures for loader, found in probes.items()}
-    if STOCK not in tried:
-        here = figures[PACKED].device
-        reason = None if lacks else why
-        figures[STOCK] = Speed(loader=STOCK, device=here, runs=False, lacks=tuple(lacks), reason=reason)
-    ours = figures.get(PACKED)
-    if ours and not ours.runs:
-        raise ModelError(f"{folder}: does not run with {PACKED}: {ours.reason}")
-    if ours and figures[STOCK].runs and _stock_is_right(folder, device):
-        logits, stock = probes[PACKED].logits, probes[STOCK].logits
-        assert logits is not None and stock is not None, "a model that runs has logits"
-        difference = float((logits - stock).norm() / stock.norm())
-        if not difference <= LOGIT_TOLERANCE:  # NaN is neither
-            raise ModelError(f"{folder}: logits of {PACKED} differ from the stock loader's by {difference:.1%}")
-        figures[PACKED] = ours.model_copy(update={"logits_off_stock": difference})
-    return figures
-
-
-def _stock_is_right(folder: Path, device: str) -> bool:
-    """Return False for a variant that torchao multiplies as int8 on a CPU whose int8 products are wrong."""
-    from pipeline.inference.kernels.rounded import int8_products_are_exact
-    from pipeline.inference.load import device_named
-    from pipeline.quantization.formats import rounds_inputs
-
-    on_cpu = device_named(device).type == "cpu"
-    return not (on_cpu and rounds_inputs(open_config(folder)) and not int8_products_are_exact())

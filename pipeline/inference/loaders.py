@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.config.catalog import LLAMA_CPP, VARIANTS
+from pipeline.config.catalog import LLAMA_CPP, TRANSFORMERS, VARIANTS
 from pipeline.system.libraries import lacking
 
 PACKED = "pipeline.load"  # our loader: every layer is packed for the machine
@@ -20,9 +20,9 @@ def default_loader(model: str) -> str:
     return VARIANTS[model].engine if model in VARIANTS and VARIANTS[model].is_one_file else PACKED
 
 
-def missing_packages(model: str, packing: str | None = None) -> list[str]:
-    """Return the packages that the stock loader needs for a variant and this machine lacks."""
-    return lacking(VARIANTS[model].opened_with(packing)) if model in VARIANTS else []
+def missing_packages(model: str, packing: str | None, engine: str = TRANSFORMERS) -> list[str]:
+    """Return the packages that an engine needs to open a variant and this machine lacks."""
+    return lacking(VARIANTS[model].opened_with(packing, engine)) if model in VARIANTS else []
 
 
 def only_file(folder: Path) -> Path | None:

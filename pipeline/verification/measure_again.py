@@ -17,14 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.config.catalog import is_one_file
+from pipeline.config.engines import TUNEPRESS
 from pipeline.config.schema import REPO_ID, Config
 from pipeline.data import load_examples, write_examples
 from pipeline.data.sources import is_builtin, names_a_file
 from pipeline.data.splitting import answers_of_split
 from pipeline.errors import UserError
-from pipeline.evaluation.model_result import GENERAL, HELD_OUT, TEXTS
+from pipeline.evaluation.model_result import GENERAL, HELD_OUT, TEXTS, VariantSettings
 from pipeline.evaluation.results import Data
-from pipeline.inference.loaders import DEQUANTIZED, default_loader
+from pipeline.inference.loaders import DEQUANTIZED, default_loader, missing_packages
 from pipeline.models.checkpoint_files import read_config
 from pipeline.models.safe_loading import check_beside, check_config
 from pipeline.system.files import read_json, write_json
@@ -176,6 +177,9 @@ def _cannot_be_had(claims: Claims, place: Place, model: str) -> str | None:
         return "not measured: needs the full-precision model's tokenizer, which is not in this release"
     if claims.results[model].loader == DEQUANTIZED and not claims.has_root:
         return "not measured: its dequantized weights need the full-precision model"
+    settings = claims.results[model].variant or VariantSettings()
+    if lacks := missing_packages(model, settings.packing, TUNEPRESS):
+        return f"not measured: needs {' and '.join(lacks)}"
     return None
 
 

@@ -20,9 +20,10 @@ PACKINGS = {packing for variant in VARIANTS.values() for packing in variant.pack
 LOADERS = {PACKED, DEQUANTIZED, LLAMA_CPP}
 NAMES = {*VARIANTS, *FORMATS, *PACKINGS, *ROUNDINGS, *METHODS, *TRAINERS, *TRACKERS, *LOADERS}
 
-# Names that also mean something else: English words, and distributions that are imported by that name. In a module
-# that imports no catalogue and no registry they cannot mean an entry.
-WORDS = {"plain", "search", "lora"} | importlib.metadata.packages_distributions().keys()
+# Names that also mean something else: English words, modules and distributions. In a module that imports no catalogue
+# and no registry they cannot mean an entry.
+INSTALLED = importlib.metadata.packages_distributions()
+WORDS = {"plain", "search", "lora", *INSTALLED, *(name for names in INSTALLED.values() for name in names)}
 REGISTRIES = re.compile(r"pipeline\.(config|quantization\.(formats|roundings)|training\.trainers|tracking\.trackers)\b")
 
 # Catalogues and registries name every entry.

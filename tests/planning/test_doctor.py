@@ -235,7 +235,9 @@ def test_rocm_without_driver_is_reported(tmp_path):
 
 
 def test_packages_of_every_variant_are_known_to_doctor_and_verify():
-    extras = {pair for row in VARIANTS.values() for pair in (*row.requires, *row.quantizer_requires)}
+    rows = [part for row in VARIANTS.values() for part in (row, *row.packings.values())]
+    needs = [*(row.requires for row in rows), *(row.quantizer_requires for row in VARIANTS.values())]
+    extras = {pair for pairs in needs for pair in pairs}
     assert extras and all(module in EXTRAS[extra] for module, extra in extras)
     assert {name for row in VARIANTS.values() for name in row.measured_with} <= {*MEASURING}
     assert lacking(["torch>=2", "no-such-package>=1"]) == ["no-such-package>=1"]

@@ -27,7 +27,7 @@ from pipeline.quantization.statistics import Statistics
 from pipeline.quantization.writer import Variants
 
 EXTRA = ("compressed_tensors", "compressed-tensors")
-NAMES = [name for name, variant in VARIANTS.items() if EXTRA in variant.requires]
+NAMES = [name for name in VARIANTS if EXTRA in VariantSpec(name=name).requires]
 STATIC = [name for name in NAMES if VARIANTS[name].static_inputs]
 IDS = torch.tensor([[7, 200, 31, 64, 5, 5, 90, 12, 250, 33, 2, 149]])
 KEPT = ("model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj")
