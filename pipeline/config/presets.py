@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pipeline.config.catalog import EIGHT_BITS, VARIANTS, resolve_variants, variant_names
-from pipeline.config.engines import ENGINES, LLAMA_CPP, OLLAMA, SGLANG, TRANSFORMERS, TUNEPRESS, VLLM
+from pipeline.config.engines import ENGINES, LLAMA_CPP, OLLAMA, SGLANG, TRANSFORMERS, TUNEPRESS, VLLM, Runs
 
 # name -> a description, and the value of `quantize.variants`
 PRESETS: dict[str, tuple[str, tuple[dict, ...]]] = {
@@ -53,20 +53,26 @@ PLACES: dict[str, tuple[str, tuple[str, ...]]] = {
 def variants_for(place: str) -> list[str]:
     """Return the variants that all engines of a place run on some hardware, in the order of the catalogue."""
     engines = set(PLACES[place][1])
-    return [
-        name
-        for name, variant in VARIANTS.items()
-        if engines <= {way.engine for way in variant.ways() if way.computes and not way.experimental}
-    ]
+    return [name for name, variant in VARIANTS.items() if engines <= _engines(variant.ways())]
 
 
-def place_of(variant: str) -> str:
-    """Return the engines that a variant is made for, in words: `vLLM and SGLang`."""
+def place_of(variant: str, ways: Iterable[Runs]) -> str:
+    """Return the engines that a variant is made for, in words: `vLLM and SGLang`.
+
+    Args:
+        ways: the ways in which engines run it, as it is packed, with the layers of its model.
+    """
+    running = _engines(ways)
     for place in ("serving", "local"):
-        if variant in variants_for(place):
-            first, second = PLACES[place][1]
-            return f"{ENGINES[first].label} and {ENGINES[second].label.split(',')[0]}"
+        labels = [ENGINES[engine].label.split(",")[0] for engine in PLACES[place][1] if engine in running]
+        if labels and variant in variants_for(place):
+            return " and ".join(labels)
     return ENGINES[TRANSFORMERS].label
+
+
+def _engines(ways: Iterable[Runs]) -> set[str]:
+    """Return the engines that compute in one of these ways, without the experimental ones."""
+    return {way.engine for way in ways if way.computes and not way.experimental}
 
 
 def expand(listed: Iterable[str]) -> list[dict]:

@@ -179,7 +179,7 @@ def results() -> dict:
             123_203_424,
             _quality(19.21, 12.41, 0.121),
             {
-                "stock": {"loader": "stock", "device": "cpu", "runs": False, "reason": MSLK, "peak_memory_bytes": 43},
+                "stock": {"loader": "stock", "load_seconds": 0.9, "runs": False, "reason": MSLK, "device": "cpu"},
                 "pipeline.load": _probe(58.7, 682_515_968),
             },
             "Joins path.",

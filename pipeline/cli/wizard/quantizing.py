@@ -58,12 +58,13 @@ def _default_quantization(draft: Draft) -> str:
 
 
 def _take_quantization(draft: Draft, answer: str) -> None:
-    if answer.lower() == AS_THE_RECIPE and draft.recipe:
+    word = answer.strip().lower().replace("-", "_")
+    if word == AS_THE_RECIPE and draft.recipe:
         asked = recipe_tree(draft.recipe)["quantize"]["variants"]
         variants = [item if isinstance(item, dict) else {"name": item} for item in asked]
     else:
         variants = _named(answer)
-    if answer.lower() == AS_THE_RECIPE or answer.lower() in PRESETS:  # nobody named these variants one by one
+    if word == AS_THE_RECIPE or word in PRESETS:  # nobody named these variants one by one
         variants = holding_experts(draft, variants)
     _set_variants(draft, suited(draft, variants))
     for line in tell_misfits(draft.config(), draft.model_sizes):

@@ -27,6 +27,11 @@ def _layers(about: About, model: str) -> tuple[tuple[tuple[int, int], ...], bool
     return stored.shapes, bool(stored.experts)
 
 
+def fitting_ways(about: About, model: str) -> list[Runs]:
+    """Return the ways in which engines run a model of a release, and whose kernels take its layers."""
+    return [way for way in ways_of(about, model) if not way.misfit(*_layers(about, model))]
+
+
 def engines(about: About, models: Mapping[str, Markdown]) -> dict[str, Any]:
     """Return the table of models and engines, the notes on it, and the commands, for the templates."""
     ours = {model: name for model, name in models.items() if model in VARIANTS or model == ROOT}
@@ -103,11 +108,11 @@ def _commands(about: About, model: str, top: str, on_hub: bool, at_root: bool) -
     file = f"{path}/{about.files.get(model, '')}"
     words = {"repo": shell_word(top), "folder": shell_word(path), "file": shell_word(file)}
     words["type"] = Markdown(VARIANTS[model].file_type or "") if model in VARIANTS else Markdown("")
-    for way in ways_of(about, model):
+    for way in fitting_ways(about, model):
         engine = ENGINES[way.engine]
         template = engine.from_hub if on_hub and is_one_file(model) else engine.serve
         opens_folder = "{folder}" in template
-        if way.misfit(*_layers(about, model)) or not way.computes or not template or opens_folder == is_one_file(model):
+        if not way.computes or not template or opens_folder == is_one_file(model):
             continue
         if fetches and opens_folder:
             yield FETCH.format(repo=words["repo"], files=shell_word(f"{folder}/*"), target=shell_word(target))

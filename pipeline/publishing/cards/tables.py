@@ -16,6 +16,7 @@ from pipeline.evaluation.results import BASE
 from pipeline.inference.loaders import TIMED
 from pipeline.publishing.cards import markdown
 from pipeline.publishing.cards.about import ROOT, About
+from pipeline.publishing.cards.engines import fitting_ways
 from pipeline.publishing.cards.markdown import Markdown, code, estimate, listed, number, size, table
 from pipeline.publishing.cards.verdicts import ladders, ladders_in_vain, missed, withheld
 
@@ -61,7 +62,9 @@ def advice(about: About, models: Models) -> Markdown:
             Markdown("it misses its limits, see below") if models[variant] in over else None,
         ]
         told = f" ({listed(more)})" if not row.is_one_file and listed(more) else ""
-        phrases.setdefault(place_of(variant), {}).setdefault(row.folder, Markdown(f"{folder}{told}"))
+        phrases.setdefault(place_of(variant, fitting_ways(about, variant)), {}).setdefault(
+            row.folder, Markdown(f"{folder}{told}")
+        )
     chosen = []
     for engines, names in phrases.items():
         *first, last = names.values()
@@ -98,7 +101,7 @@ def speed(about: About, models: Models) -> Markdown:
             seconds = (probe.load_seconds, probe.prefill_tokens_per_second, probe.decode_tokens_per_second)
             figures = [*map(markdown.decimal, seconds), size(probe.peak_memory_bytes)]
             if mark := reasons.get((model, loader)):
-                known = 0 if probe.lacks else 1
+                known = 0 if probe.load_seconds is None else 1
                 figures = [*figures[:known], *[mark[0]] * (len(figures) - known)]
             rows.append([Markdown(f"{name}, {shown}"), *figures])
     return table(
@@ -118,6 +121,8 @@ def failures(about: About, models: Models) -> dict[tuple[str, str], tuple[Markdo
                 if "mslk" in reason:
                     why = "cannot compute with it: the kernel for that is in the package `mslk`, for CUDA"
                 why = f"loads {name}, but on the machine that measured {why}"
+                if probe.load_seconds is None:
+                    why = f"was not tried with {name} on the machine that measured: {code(reason)}"
                 if probe.lacks:
                     why = f"did not open {name}, because it needs {listed(map(code, probe.lacks), ' and ')}, and the "
                     why += "machine that measured lacks that"

@@ -99,6 +99,15 @@ def test_card_groups_variants_by_the_engines_that_they_are_for():
     assert "; `compressed-tensors>=0.15` for `w4a16/`." in card and ", and `torchao` for `int8/`, `int4/`" in card
 
 
+def test_card_recommends_no_engine_whose_kernel_cannot_take_the_layers():
+    found = results() | {"w4a16": results()["int4"], "fp8": results()["int8"]}
+    found = replaced(found, ("w4a16", "weights", "shapes"), ((576, 576),))
+    found = replaced(found, ("fp8", "variant", "packing"), "torchao")
+    card = model_card(about(found), [*BOTH, "w4a16", "fp8"])
+    assert "`w4a16/` (46\u00a0% of the size) for vLLM; or the files" in card
+    assert "Take `int8/`" in card and "or `fp8/`" in card.split(" for transformers;")[0]
+
+
 def test_long_list_of_variants_is_folded():
     assert "Each variant in words" not in model_card(about(), BOTH)
     more = dict.fromkeys(("int8-dynamic", "w8a8", "fp8"), results()["int8"])
