@@ -26,6 +26,7 @@ from pipeline.inference.kernels.plain import quicken_linears
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.checkpoint.row_blocks import tiles
 from pipeline.models.checkpoint_files import stored_bytes
+from pipeline.models.experts import is_expert
 from pipeline.models.meta_model import computing_type, fill_buffers, put
 from pipeline.models.safe_loading import open_config
 from pipeline.quantization.formats import FileWeights, rounds_inputs, stored_weights
@@ -118,19 +119,28 @@ def fits(folder: Path, device: torch.device, free: int | None = None, stock: boo
         stock: count the weights as stock transformers holds them, which dequantizes some formats.
     """
     free = hardware.free_bytes(device) if free is None else free
-    if free is None:
-        return True
-    by_stock = stock or rounds_inputs(open_config(folder))
-    return (_held_by_stock(folder) if by_stock else stored_bytes(folder)) <= WEIGHTS_SHARE * free
+    return free is None or _held_bytes(folder, stock) <= WEIGHTS_SHARE * free
 
 
-def _held_by_stock(folder: Path) -> int:
-    """Return the bytes of the weights of a quantized model as stock transformers holds them."""
+def _held_bytes(folder: Path, stock: bool = False) -> int:
+    """Return the bytes of the weights in a folder while the model runs.
+
+    Args:
+        stock: as stock transformers holds them; else as `pipeline.load` does, which dequantizes single experts, and
+            float8 to 16 bits.
+    """
+    config = open_config(folder)
+    if getattr(config, "quantization_config", None) is None:
+        return stored_bytes(folder)
+    stock = stock or rounds_inputs(config)
     checkpoint = Checkpoint(folder)
     forms = stored_weights(checkpoint)
-    parts = {part for name, form in forms.items() for part in form.part_names(name)}
-    plain = sum(info.nbytes for name, info in checkpoint.items() if name not in parts)
-    return plain + sum(form.stock_bytes(checkpoint, name) for name, form in forms.items())
+    coded = {part: name for name, form in forms.items() for part in form.part_names(name)}
+    by_stock = {name for name in forms if stock or is_expert(name)}
+    others = {part: info for part, info in checkpoint.items() if coded.get(part) not in by_stock}
+    wide = sum(info.nbytes for part, info in others.items() if part in coded and info.dtype == torch.float8_e4m3fn)
+    others_bytes = sum(info.nbytes for info in others.values()) + wide
+    return others_bytes + sum(forms[name].stock_bytes(checkpoint, name) for name in by_stock)
 
 
 class TooLarge(ModelError):
@@ -150,7 +160,7 @@ def check_fits(folder: Path, device: torch.device, why: str) -> None:
     if not fits(folder, device, free):
         other = " or evaluate.device: cpu" if device.type != "cpu" else ""
         raise TooLarge(
-            f"{folder}: its weights take {stored_bytes(folder):,} bytes, and may take {WEIGHTS_SHARE:.0%} of the "
+            f"{folder}: its weights take {_held_bytes(folder):,} bytes, and may take {WEIGHTS_SHARE:.0%} of the "
             f"{free:,} that are free ({device}); {why} needs them all at once: use a machine with more memory{other}"
         )
 

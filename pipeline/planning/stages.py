@@ -208,7 +208,7 @@ def _before_k_quants(config: Config, sizes: Sizes) -> dict[str, int]:
 
 def _measure_variant(config: MeasuredRun, sizes: Sizes, machine: Machine, spec: VariantSpec, stored: int) -> Stage:
     if spec.variant.engine == TRANSFORMERS:
-        held = max(stored, sizes.bf16_bytes) if is_dequantized_to_run(spec) else stored
+        held = max(stored, sizes.bf16_bytes) if is_dequantized_to_run(spec, sizes.linear) else stored
         stage = _measured(config, sizes, machine, spec.name, held)
     elif is_installed("llama_cpp"):
         stage = Stage(spec.name, host=memory.in_llama_cpp(sizes, stored, config.evaluate.max_tokens))

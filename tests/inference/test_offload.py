@@ -94,6 +94,23 @@ def test_weights_that_stock_transformers_dequantizes_count_in_full(tiny_model, q
             assert fits(root / variant, CPU, free) == (expected or variant == "w4a16")
 
 
+@pytest.mark.parametrize(
+    "kind, part, variant, options",
+    [
+        ("mixtral", ".experts.", "w4a16", {}),
+        ("llama", "_proj.weight", "fp8-weight", {}),
+        ("llama", "_proj.weight", "fp8-weight", {"packing": "torchao"}),
+    ],
+    ids=str,
+)
+def test_weights_that_the_loader_dequantizes_count_in_full(tiny_model, quantized, kind, part, variant, options):
+    root = quantized(tiny_model(kind), variant, **options)
+    full, stored = Checkpoint(root), Checkpoint(root / variant).nbytes
+    dequantized = sum(info.nbytes for name, info in full.items() if part in name)
+    assert stored < dequantized and not fits(root / variant, CPU, int(dequantized / WEIGHTS_SHARE))
+    assert fits(root / variant, CPU, int(1.05 * full.nbytes / WEIGHTS_SHARE))
+
+
 def test_the_limit_of_a_control_group_counts(tmp_path):
     group = tmp_path / "fs/job/step"
     group.mkdir(parents=True)

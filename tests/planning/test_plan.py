@@ -9,9 +9,10 @@ import pytest
 from huggingface_hub import DatasetInfo
 
 from pipeline.config.loader import parse_config, shipped_configs
-from pipeline.config.schema import Data
+from pipeline.config.schema import Data, VariantSpec
 from pipeline.errors import DataError
 from pipeline.planning.data import data_size, fetched_bytes, split_figures
+from pipeline.quantization.formats import is_dequantized_to_run
 from tests.support.recipes import MODELS, put_hollow
 
 # Runs the command, and prints which of these libraries it imported.
@@ -276,7 +277,17 @@ def test_cached_files_are_not_planned_as_downloads(place, hub):
 
 
 def test_variant_that_stock_transformers_dequantizes_takes_the_memory_of_the_model(place):
-    plan = place.plan("qwen3-1.7b", "--set", "quantize.variants=[w4a16,w8a8]")
+    plan = place.plan("qwen3-1.7b", "--set", "quantize.variants=[w4a16,w8a8,fp8-weight]")
     memory = {stage["stage"]: stage["memory"] for stage in plan["stages"]}
     size = plan["model"]["bf16_bytes"]
-    assert memory["w8a8"]["weights"] == size and memory["w4a16"]["weights"] < 0.5 * size
+    assert memory["w8a8"]["weights"] == memory["fp8-weight"]["weights"] == size
+    assert memory["w4a16"]["weights"] < 0.5 * size
+
+
+@pytest.mark.parametrize(
+    "variant, layer, experts", [("w4a16", False, True), ("w8a8", True, True), ("int8", False, False)]
+)
+def test_experts_of_compressed_tensors_are_planned_dequantized(variant, layer, experts):
+    spec = VariantSpec(name=variant).resolved()
+    assert is_dequantized_to_run(spec, ["model.layers.0.mlp.up_proj.weight"]) == layer
+    assert is_dequantized_to_run(spec, ["model.layers.0.mlp.experts.3.up_proj.weight"]) == experts

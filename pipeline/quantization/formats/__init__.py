@@ -6,6 +6,7 @@ weights take, by the arithmetic that the format writes with, and imports no torc
     layer_bytes(spec, shape)                the weight (N, K) of a layer that is quantized
     table_bytes(spec, shape)                an embedding, an output head, or a layer in eight bits, if it holds them
     plain_bytes(spec, shape, item_bytes)    a tensor that is not quantized; `item_bytes` each in the source
+    is_dequantized_to_run(spec, has_experts)    if it may be so: True if the weights are dequantized to run here
 """
 
 from __future__ import annotations
@@ -271,9 +272,14 @@ def sizes(spec: VariantSpec) -> Any:
     return importlib.import_module(_ENTRIES[spec.format][1])
 
 
-def is_dequantized_to_run(spec: VariantSpec) -> bool:
-    """Return True if only the stock loader runs a variant, and dequantizes all of its weights for that."""
-    return spec.variant.rounds_inputs and getattr(sizes(spec), "STOCK_DEQUANTIZES", False)
+def is_dequantized_to_run(spec: VariantSpec, names: Iterable[str]) -> bool:
+    """Return True if the weights of a variant are dequantized to run it here.
+
+    Args:
+        names: of the weights to quantize.
+    """
+    tells = getattr(sizes(spec), "is_dequantized_to_run", None)
+    return tells is not None and tells(spec, any(map(is_expert, names)))
 
 
 def stored_bytes(

@@ -7,12 +7,25 @@ from pipeline.config.quantize import VariantSpec
 from pipeline.config.registry import Variant
 from pipeline.quantization.formats.torchao.sizes import Parts, parts_bytes, plain_bytes, table_bytes
 
-__all__ = ["Parts", "is_packed", "layer_bytes", "packed_parts", "plain_bytes", "table_bytes", "unpacked_parts"]
+__all__ = [
+    "Parts",
+    "is_dequantized_to_run",
+    "is_packed",
+    "layer_bytes",
+    "packed_parts",
+    "plain_bytes",
+    "table_bytes",
+    "unpacked_parts",
+]
 
 NAMES = ("weight_packed", "weight", "weight_scale", "weight_shape", "input_scale")  # of all parts
 SCALE = "bfloat16"
-STOCK_DEQUANTIZES = True  # stock transformers holds the dequantized weights of the whole model while it runs
 INPUTS: Parts = {"input_scale": (SCALE, (1,))}  # the part of layers whose inputs have a static scale
+
+
+def is_dequantized_to_run(spec: VariantSpec, has_experts: bool) -> bool:
+    """Return True for experts, for float8, and if inputs are rounded, which only stock transformers computes."""
+    return has_experts or not is_packed(spec.variant)
 
 
 def is_packed(variant: Variant) -> bool:

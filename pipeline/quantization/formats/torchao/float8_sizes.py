@@ -5,7 +5,12 @@ from __future__ import annotations
 from pipeline.config.quantize import VariantSpec
 from pipeline.quantization.formats.torchao.sizes import Parts, parts_bytes, plain_bytes, table_bytes
 
-__all__ = ["layer_bytes", "parts", "plain_bytes", "table_bytes"]
+__all__ = ["is_dequantized_to_run", "layer_bytes", "parts", "plain_bytes", "table_bytes"]
+
+
+def is_dequantized_to_run(spec: VariantSpec, has_experts: bool) -> bool:
+    """Return True unless inputs are rounded, which torchao computes with the codes."""
+    return not spec.variant.rounds_inputs
 
 
 def parts(shape: tuple[int, ...]) -> Parts:
