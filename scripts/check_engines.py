@@ -55,11 +55,10 @@ def main() -> None:
 
 def write(folder: Path, model: Path | None, names: Sequence[str]) -> None:
     """Write the model, its variants, and the answers of their dequantized weights."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from pipeline.config.schema import VariantSpec
     from pipeline.models.checkpoint import Checkpoint
     from pipeline.models.matrices import linear_weights
+    from pipeline.models.safe_loading import open_model, open_tokenizer
     from pipeline.quantization.formats import format_of
     from pipeline.quantization.writer import quantize_checkpoint
     from tests.support.models import write_model
@@ -70,10 +69,10 @@ def write(folder: Path, model: Path | None, names: Sequence[str]) -> None:
     linear = linear_weights(model)
     specs = [VariantSpec(name=name).resolved() for name in names]
     quantize_checkpoint(model, specs, {spec.name: folder / spec.name for spec in specs}, linear)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = open_tokenizer(model)
     prompts = [tokenizer(text).input_ids for text in PROMPTS]
     for spec in specs:
-        computed = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
+        computed = open_model(model, dtype="float32")
         stored = Checkpoint(folder / spec.name)
         for name, shape in linear.items():
             weight = format_of(spec).read(stored, name, shape).dequantize()
