@@ -151,6 +151,18 @@ def test_formats_without_experts_can_keep_them(tiny_model, quantized, variant, o
         assert torch.equal(rows, stored.read(name)), name
 
 
+@pytest.mark.parametrize("variant", ["bnb-int8", "gptq", "awq"])
+def test_gates_beside_kept_experts_are_not_taken_for_quantized_layers(tiny_model, quantized, variant):
+    root = quantized(tiny_model("qwen2_moe"), variant, keep=["*.experts.*"])
+    said = json.dumps(json.loads((root / variant / "config.json").read_text())["quantization_config"])
+    assert "model.layers.1.mlp.shared_expert_gate" in said.replace("\\", "")
+    if variant == "bnb-int8":
+        model = AutoModelForCausalLM.from_pretrained(root / variant, dtype="auto")
+        assert type(model.model.layers[1].mlp.shared_expert_gate) is torch.nn.Linear
+        expected = logits(AutoModelForCausalLM.from_pretrained(root, dtype="auto"))
+        assert alike(logits(model), expected)
+
+
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_gguf_is_read_back_as_the_stacks_of_the_model(tiny_model, tmp_path, kind, offload):

@@ -158,7 +158,7 @@ BLOCK = {
 @pytest.mark.parametrize("name", SERVED)
 def test_layers_that_servers_fuse_are_kept_together_or_not_at_all(name):
     def problem(*keep: str) -> str | None:
-        return unfit(VariantSpec(name=name, keep=list(keep)).resolved(True), BLOCK)
+        return unfit(VariantSpec(name=name, keep=list(keep)).resolved(), BLOCK)
 
     attention = "model.layers.0.self_attn"
     assert problem() is None and problem("*o_proj", "*down_proj") is None
@@ -191,3 +191,10 @@ def test_stage_tells_which_engines_cannot_take_the_layers(tiny_model, tmp_path):
         quantize.run(config, workspace, events, ("int8", "w8a16"))
     (line,) = shown
     assert line.startswith("w8a16 does not run in: ") and line.endswith("columns are not a multiple of 128")
+
+
+@pytest.mark.parametrize("variant", ["int8", "w4a16", "fp8", "gptq", "awq", "bnb-nf4"])
+def test_every_layer_can_be_kept(tiny_model, quantized, variant):
+    root = quantized(tiny_model("llama"), variant, keep=["*"])
+    full, stored = load_file(root / SINGLE_NAME), load_file(root / variant / SINGLE_NAME)
+    assert full.keys() == stored.keys() and all(torch.equal(full[name], stored[name]) for name in full)

@@ -73,6 +73,11 @@ _SHAPES = {
         "head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True,
         "tie_word_embeddings": True,
     },
+    "qwen2_moe": {
+        "hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 64, "num_attention_heads": 4,
+        "shared_expert_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2,
+        "tie_word_embeddings": False,
+    },
     "olmoe": {
         "hidden_size": 96, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4,
         "num_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False,

@@ -17,7 +17,7 @@ from pipeline.config.catalog import GROUP_SIZES
 from pipeline.config.quantize import matches
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError, ModelError
-from pipeline.models.matrices import linear_weights
+from pipeline.models.matrices import quantizable_weights
 from pipeline.quantization.formats import StoredTensors
 from pipeline.quantization.formats.gptq.sizes import CODES
 from pipeline.quantization.formats.safetensors import Grids, SafetensorsFormat
@@ -48,7 +48,7 @@ class Transposed(SafetensorsFormat):
 
     def check(self, spec: VariantSpec, folder: Path) -> None:
         """Raise ModelError if a layer's rows or columns cannot be packed."""
-        for name, shape in linear_weights(folder).items():
+        for name, shape in quantizable_weights(folder).items():
             if not matches(spec.keep, name) and any(size % CODES for size in shape):
                 raise ModelError(
                     f"{name}: {spec.name} packs {CODES} numbers together, which does not fit a layer of {shape[0]} x "

@@ -22,6 +22,7 @@ import torch
 
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError, QuantizationError
+from pipeline.models.matrices import gate_modules
 from pipeline.quantization.formats import StoredTensors
 from pipeline.quantization.formats.bitsandbytes import sizes
 from pipeline.quantization.formats.safetensors import Grids, SafetensorsFormat
@@ -164,6 +165,7 @@ class Bitsandbytes(SafetensorsFormat):
         """Return the `quantization_config` of config.json, as transformers' `BitsAndBytesConfig` has it."""
         kind = spec.variant.values
         in_eight = kind == sizes.INT8
+        others = [*gate_modules(folder), *kept]
         return {
             "_load_in_4bit": not in_eight,
             "_load_in_8bit": in_eight,
@@ -174,7 +176,7 @@ class Bitsandbytes(SafetensorsFormat):
             "llm_int8_enable_fp32_cpu_offload": False,
             "llm_int8_has_fp16_weight": False,
             # A list here replaces transformers' own, so the output head must stand in it too.
-            "llm_int8_skip_modules": ["lm_head", *kept] if kept else None,
+            "llm_int8_skip_modules": ["lm_head", *others] if others else None,
             "llm_int8_threshold": 6.0,
             "load_in_4bit": not in_eight,
             "load_in_8bit": in_eight,

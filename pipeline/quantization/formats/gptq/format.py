@@ -18,6 +18,7 @@ import torch
 
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import CheckpointError
+from pipeline.models.matrices import gate_modules
 from pipeline.quantization.formats import StoredTensors
 from pipeline.quantization.formats.gptq import sizes
 from pipeline.quantization.formats.safetensors import Grids
@@ -56,12 +57,12 @@ class Gptq(Transposed):
 
         Layers that are not quantized are said twice: gptqmodel and servers read `dynamic`, transformers the other key.
         """
-        others: dict[str, Any] = {}
-        if kept:
-            others["dynamic"] = {f"-:^{re.escape(module)}$": {} for module in kept}
-            others["modules_in_block_to_quantize"] = [[name.removesuffix(".weight") for name in grids]]
+        others, said = [*gate_modules(folder), *kept], dict[str, Any]()
+        if others:
+            said["dynamic"] = {f"-:^{re.escape(module)}$": {} for module in others}
+            said["modules_in_block_to_quantize"] = [[name.removesuffix(".weight") for name in grids]]
         return {
-            **others,
+            **said,
             "quant_method": "gptq",
             "checkpoint_format": "gptq",
             "bits": spec.variant.bits,
