@@ -15,9 +15,10 @@ from typing import Any
 
 from pipeline.config.calibration import CALIBRATED_QUALITY, FAST_QUALITY
 from pipeline.config.catalog import VARIANTS
+from pipeline.config.limits import Target
 from pipeline.config.loader import parse_config
 from pipeline.config.presets import expand, names_to_choose
-from pipeline.config.quantize import Target, VariantSpec
+from pipeline.config.quantize import VariantSpec
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
 

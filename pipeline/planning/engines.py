@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pipeline.config.engines import ENGINES, misfits, tell
 from pipeline.config.schema import Config
 from pipeline.planning.model import Sizes
-from pipeline.quantization.formats import layers_of
+from pipeline.quantization.experts import layers_of
 
 
 @dataclass(frozen=True)

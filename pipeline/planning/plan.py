@@ -15,7 +15,7 @@ from pipeline.planning.data import DataSize, data_size, steps
 from pipeline.planning.devices import Machine, gpu_by_name, this_machine
 from pipeline.planning.model import Sizes, adapter_sizes, read_sizes
 from pipeline.planning.stages import Stage, disk_peaks, stages_of
-from pipeline.quantization.formats import check_experts
+from pipeline.quantization.experts import check_experts
 from pipeline.system.command_names import command
 from pipeline.training.lora_targets import check_targets
 

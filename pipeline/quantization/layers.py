@@ -14,7 +14,8 @@ from pipeline.config.engines import ENGINES, FUSED
 from pipeline.config.quantize import VariantSpec, matches
 from pipeline.errors import MissingExtra, ModelError, QuantizationError
 from pipeline.models.checkpoint import SHARD_BYTES, TensorInfo
-from pipeline.quantization.formats import check_experts, fitted, format_of
+from pipeline.quantization.experts import check_experts
+from pipeline.quantization.formats import fitted, format_of
 from pipeline.quantization.grid import Grid, GroupQuantized
 from pipeline.quantization.roundings import rounding
 from pipeline.quantization.statistics import Collected

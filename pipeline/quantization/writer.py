@@ -25,17 +25,9 @@ from pipeline.models.checkpoint import SHARD_BYTES, Checkpoint
 from pipeline.models.checkpoint.row_blocks import Take, are_finite, blocks_of, in_disk_order, in_parallel, tiles
 from pipeline.models.tensor_names import open_checkpoint
 from pipeline.quantization.equivalences import Equivalence
-from pipeline.quantization.formats import check_experts, format_of
-from pipeline.quantization.layers import (
-    Output,
-    RoundedWeights,
-    Shapes,
-    Source,
-    Tell,
-    Tensors,
-    VariantFiles,
-    unfit,
-)
+from pipeline.quantization.experts import check_experts
+from pipeline.quantization.formats import format_of
+from pipeline.quantization.layers import Output, RoundedWeights, Shapes, Source, Tell, Tensors, VariantFiles, unfit
 from pipeline.quantization.statistics import Collected, check_collected
 
 __all__ = ["VariantFiles", "Variants", "quantize_checkpoint", "unfit"]

@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.config.builders import quantize_config
 from pipeline.config.calibration import FAST_QUALITY, QUALITIES
 from pipeline.config.catalog import VARIANTS
-from pipeline.config.quantize import Gate
+from pipeline.config.limits import Gate
 from pipeline.config.schema import PACKAGE_SOURCE, Config, Model, Quantize
 from pipeline.errors import ConfigError, HubError, Interrupted, UserError
 from pipeline.evaluation.gates import limits

@@ -11,8 +11,9 @@ from pipeline.config.base import Count, Real, Section, Whole
 from pipeline.config.builders import calibration_settings, read_target, variant_specs
 from pipeline.config.calibration import FAST_QUALITY, QUALITIES
 from pipeline.config.catalog import VARIANTS, variant_names
+from pipeline.config.limits import Target
 from pipeline.config.loader import explain, read_yaml
-from pipeline.config.quantize import Quantize, Target
+from pipeline.config.quantize import Quantize
 from pipeline.config.schema import repository_id, run_name
 from pipeline.errors import ConfigError
 

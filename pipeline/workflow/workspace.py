@@ -17,7 +17,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,11 +27,11 @@ from pipeline.errors import WorkspaceError
 from pipeline.system.files import Digest, place_files, read_json, sync, write_json, write_text
 from pipeline.system.redaction import without_private
 from pipeline.workflow import former_ledger
+from pipeline.workflow.folder_lock import is_locked, locked
 from pipeline.workflow.ledger import Entry, Ledger, read_ledger, write_ledger
 
 __all__ = ["HIDDEN", "Entry", "Workspace"]
 
-LOCK_SECONDS = 0.2  # `is_in_use` holds the lock for a moment
 HIDDEN = ".tunepress"  # the run's folder inside the folder that `--output` names
 
 
@@ -79,40 +79,13 @@ class Workspace:
             workspace._prepare(config, fresh)
             yield workspace
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keep other processes out of the run's folder.
-
-        Raises:
-            WorkspaceError: if another process uses the folder, or it cannot be written.
-        """
-        from filelock import FileLock, Timeout
-
-        root, lock = self._lock_path.parent, FileLock(self._lock_path)
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=LOCK_SECONDS)
-        except Timeout:
-            raise WorkspaceError(f"{self.folder}: in use by another tunepress. Try: wait until it ends") from None
-        except OSError as error:
-            raise WorkspaceError(f"{root}: cannot be written ({error.strerror})") from None
-        with lock:
-            lock.release()  # `with` acquired it a second time
-            yield
+    def lock(self) -> AbstractContextManager[None]:
+        """Keep other processes out of the run's folder, as `folder_lock.locked` does."""
+        return locked(self._lock_path, self.folder)
 
     def is_in_use(self) -> bool:
         """Return True if another process works in the run's folder."""
-        from filelock import FileLock, Timeout
-
-        if not self._lock_path.exists():
-            return False
-        try:
-            with FileLock(self._lock_path, timeout=0):
-                return False
-        except Timeout:
-            return True
-        except OSError:  # a folder in which nothing can be written
-            return False
+        return is_locked(self._lock_path)
 
     @property
     def _lock_path(self) -> Path:

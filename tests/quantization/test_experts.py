@@ -15,7 +15,8 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.experts import expert_places, gates
 from pipeline.models.matrices import linear_weights, quantizable_weights, skeleton, table_weights
 from pipeline.quantization.calibration.blocks import BlockwiseModel
-from pipeline.quantization.formats import check_experts, storage, stored_weights
+from pipeline.quantization.experts import check_experts
+from pipeline.quantization.formats import storage, stored_weights
 from pipeline.quantization.layers import unfit
 from pipeline.quantization.writer import quantize_checkpoint
 from tests.support.models import MIXTURES, relative_error, weight_in

@@ -36,7 +36,8 @@ def check_variants(config: Config, sizes: Sizes) -> None:
         ModelError: if llama.cpp does not know the architecture, or a format does not hold mixtures of experts.
         MissingExtra: if a package that writes a format is not installed.
     """
-    from pipeline.quantization.formats import check_experts, format_of
+    from pipeline.quantization.experts import check_experts
+    from pipeline.quantization.formats import format_of
     from pipeline.workflow.stages.quantize import check_extras
 
     check_extras(config)
@@ -64,7 +65,7 @@ def holding_experts(draft: Draft, variants: list[dict]) -> list[dict]:
     Raises:
         ModelError: if none is left.
     """
-    from pipeline.quantization.formats import check_experts
+    from pipeline.quantization.experts import check_experts
 
     found, said = [], ""
     for variant in variants:

@@ -17,7 +17,7 @@ from pipeline.config.catalog import KEEP, VARIANTS
 from pipeline.config.engines import misfits
 from pipeline.config.schema import Config, MeasuredRun
 from pipeline.errors import MissingExtra, QuantizationError
-from pipeline.quantization.formats import layers_of
+from pipeline.quantization.experts import layers_of
 from pipeline.system.files import empty_folder, replace_folder, states
 from pipeline.system.libraries import is_installed, versions
 from pipeline.tracking.events import Events, one_line
@@ -115,7 +115,8 @@ def check_variants(config: Config, model: Path) -> None:
         MissingExtra: if a package that writes a variant is not installed.
     """
     from pipeline.models.matrices import quantizable_weights, refuse_other_matrices
-    from pipeline.quantization.formats import check_experts, format_of
+    from pipeline.quantization.experts import check_experts
+    from pipeline.quantization.formats import format_of
 
     linear = {}
     if config.quantize.variants:
