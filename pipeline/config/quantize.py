@@ -219,14 +219,16 @@ class Quantize(Section):
     def _once_each(cls, value: list[VariantSpec], info: ValidationInfo) -> list[VariantSpec]:
         names = [v.name for v in value]
         if len(set(names)) != len(names):
-            raise ValueError("each variant can be asked for once")
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{twice} is asked for twice, by its own name, a preset or an alias. Try: name it once")
         return [v.resolved(info.data.get("quality", FAST_QUALITY)) for v in value]
 
     @model_validator(mode="after")
     def _calibration_fits(self) -> Quantize:
         for spec in self.variants:
             if not self.calibrates and spec.need(False) != Need.NOTHING:
-                raise ValueError(f"{spec.needing}: needs calibration text. Try: quantize.quality=calibrated")
+                way = "quantize.quality=calibrated, or --calibration-text FILE"
+                raise ValueError(f"{spec.needing}: needs calibration text. Try: {way}")
         if self.quality == DISTILLED_QUALITY and self.variants and not self.calibrated:
             names = ", ".join(spec.name for spec in self.variants)
             raise ValueError(

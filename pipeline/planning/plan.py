@@ -16,6 +16,7 @@ from pipeline.planning.devices import Machine, gpu_by_name, this_machine
 from pipeline.planning.model import Sizes, adapter_sizes, read_sizes
 from pipeline.planning.stages import Stage, disk_peaks, stages_of
 from pipeline.quantization.experts import check_experts
+from pipeline.quantization.fit import check_patterns
 from pipeline.system.command_names import command
 from pipeline.training.lora_targets import check_targets
 
@@ -113,6 +114,7 @@ def make_plan(
         data = data_size(config, read_rows)
     for spec in config.quantize.variants:
         check_experts(spec, sizes.linear)
+        check_patterns(spec, sizes.linear)
     given = None
     if config.merge.adapter:
         given = sum(tensor.numel for tensor in adapter_sizes(config.merge.adapter).values())

@@ -10,18 +10,17 @@ from typing import Any, Protocol
 import torch
 
 from pipeline.config.catalog import EIGHT_BITS, KEEP, ROUNDINGS, Need
-from pipeline.config.engines import ENGINES, FUSED
-from pipeline.config.quantize import VariantSpec, matches
+from pipeline.config.quantize import VariantSpec
 from pipeline.errors import MissingExtra, ModelError, QuantizationError
 from pipeline.models.checkpoint import SHARD_BYTES, TensorInfo
 from pipeline.quantization.experts import check_experts
+from pipeline.quantization.fit import Shapes, check_patterns, misfit, named
 from pipeline.quantization.formats import fitted, format_of
 from pipeline.quantization.grid import Grid, GroupQuantized
 from pipeline.quantization.roundings import rounding
 from pipeline.quantization.statistics import Collected
 
 Tensors = Mapping[str, TensorInfo]  # the full-precision model, by dtypes and shapes
-Shapes = Mapping[str, tuple[int, int]]  # name of a weight -> (N, K)
 Tell = Callable[[int, int, str], None]  # called with the units done, the units in all, and the name of the step
 # name of a weight -> its shape and its grid; None if the format takes the weight directly
 Grids = dict[str, tuple[tuple[int, int], Grid | None]]
@@ -144,13 +143,13 @@ def layer_grids(spec: VariantSpec, linear: Shapes) -> tuple[Grids, list[str]]:
     """Return the grid of every layer to quantize, and the layers that `keep` leaves in full precision.
 
     Raises:
-        QuantizationError: if a pattern of the variant matches no layer, a layer fits no grid, or `keep` splits layers
-            that the engines of the variant compute as one.
+        QuantizationError: if a pattern of the variant matches no layer, a layer fits no grid, or `keep` leaves no
+            layer, or splits layers that the engines of the variant compute as one.
     """
-    for patterns in spec.group_sizes.values():
-        _check_matched(patterns, "group_sizes", linear)
+    check_patterns(spec, linear)
+    if reason := misfit(spec, linear):
+        raise QuantizationError(f"{spec.name}: {reason}")
     kept, eight = named(spec, KEEP, linear), named(spec, EIGHT_BITS, linear)
-    _check_fused(spec, kept, linear)
     grids: Grids = {}
     form, spec = format_of(spec), fitted(spec, linear)
     for name in (n for n in linear if n not in kept):
@@ -160,45 +159,6 @@ def layer_grids(spec: VariantSpec, linear: Shapes) -> tuple[Grids, list[str]]:
             raise QuantizationError(f"{name}: {error}") from None
         grids[name] = (linear[name], grid)
     return grids, kept
-
-
-def named(spec: VariantSpec, key: str, linear: Shapes) -> list[str]:
-    """Return the weights that the patterns of an option match.
-
-    Args:
-        key: `keep` or `int8`.
-
-    Raises:
-        QuantizationError: if a pattern matches no weight.
-    """
-    patterns = getattr(spec, key)
-    _check_matched(patterns, key, linear)
-    return sorted(name for name in linear if matches(patterns, name))
-
-
-def _check_fused(spec: VariantSpec, kept: Sequence[str], linear: Shapes) -> None:
-    """Raise if `keep` splits layers that an engine of the variant computes as one."""
-    ways = (way for way in spec.variant.ways(spec.packing) if way.computes and not way.experimental)
-    engine = next((ENGINES[way.engine] for way in ways if ENGINES[way.engine].fuses), None)
-    if engine is None:
-        return
-    for name in kept:
-        block, _, layer = name.removesuffix(".weight").rpartition(".")
-        for fused in (group for group in FUSED if layer in group):
-            others = [f"{block}.{other}" for other in fused if f"{block}.{other}.weight" in linear.keys() - set(kept)]
-            if others:
-                raise QuantizationError(
-                    f"'{KEEP}' names {block}.{layer}, which {engine.label} computes as one with {', '.join(others)}. "
-                    f"Try: keep all of them"
-                )
-
-
-def _check_matched(patterns: Sequence[str], key: str, linear: Shapes) -> None:
-    for pattern in patterns:
-        if not any(matches([pattern], name) for name in linear):
-            layers = (name.removesuffix(".weight") for name in linear)
-            like = next((f"; did you mean '*{pattern}'?" for layer in layers if layer.endswith(pattern)), "")
-            raise QuantizationError(f"'{key}' names {pattern!r}, which no layer to be quantized matches{like}")
 
 
 def unfit(spec: VariantSpec, linear: Shapes, folder: Path | None = None) -> str | None:

@@ -19,10 +19,11 @@ from pipeline.models.checkpoint.writer import file_bytes
 from pipeline.models.checkpoint_files import copy_companions, read_config
 from pipeline.models.experts import EXPERTS, ExpertPlace, expert_places, is_expert
 from pipeline.models.matrices import skeleton
+from pipeline.quantization.fit import named
 from pipeline.quantization.formats import format_of, storage
 from pipeline.quantization.formats.safetensors import Grids, SafetensorsFormat
 from pipeline.quantization.grid import Grid
-from pipeline.quantization.layers import Output, Source, Tell, VariantFiles, layer_grids, named
+from pipeline.quantization.layers import Output, Source, Tell, VariantFiles, layer_grids
 
 
 class SafetensorsFolder(Output):

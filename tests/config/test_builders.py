@@ -21,7 +21,7 @@ from pipeline.errors import ConfigError
 def test_a_group_size_goes_to_variants_that_are_in_groups_anyway_if_there_are_any(variants, sizes):
     config = quantize_config("user/model", "out", [variants], group_size=128)
     assert {v.name: v.group_size for v in config.quantize.variants} == sizes
-    with pytest.raises(ConfigError, match="each variant can be asked for once"):
+    with pytest.raises(ConfigError, match="int8 is asked for twice, .* Try: name it once"):
         quantize_config("user/model", "out", ["int8", "both"])
 
 

@@ -41,6 +41,12 @@ def test_layers_that_are_kept_need_no_kernel():
     assert len(lines(NARROW, "w4a16")) == 2 and len(lines(NARROW, kept)) == 1
 
 
+def test_plan_tells_what_cannot_be_made_of_these_layers():
+    (line,) = lines(NARROW | {"model.layers.0.mlp.down_proj.weight": (576, 1500)}, "bnb-nf4")
+    assert line.startswith("bnb-nf4 cannot be made: model.layers.0.mlp.down_proj.weight: blocks of 64 do not divide")
+    assert line.endswith("Try: keep: ['*.down_proj']")
+
+
 def test_packing_has_engines_of_its_own():
     assert "vLLM" in lines(WIDE, "int4")[0]
     assert "vLLM" not in lines(WIDE, {"name": "int4", "packing": "tile_packed"})[0]

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from pipeline.config.catalog import GROUP_SIZES
-from pipeline.config.quantize import matches
 from pipeline.config.schema import VariantSpec
-from pipeline.errors import CheckpointError, ModelError
-from pipeline.models.matrices import quantizable_weights
+from pipeline.errors import CheckpointError
 from pipeline.quantization.formats import StoredTensors
 from pipeline.quantization.formats.gptq.sizes import CODES
 from pipeline.quantization.formats.safetensors import Grids, SafetensorsFormat
@@ -45,15 +42,6 @@ class Transposed(SafetensorsFormat):
 
     def _grouped(self, size: int | None) -> Grid:
         return replace(self.rows_grid, group_size=size)
-
-    def check(self, spec: VariantSpec, folder: Path) -> None:
-        """Raise ModelError if a layer's rows or columns cannot be packed."""
-        for name, shape in quantizable_weights(folder).items():
-            if not matches(spec.keep, name) and any(size % CODES for size in shape):
-                raise ModelError(
-                    f"{name}: {spec.name} packs {CODES} numbers together, which does not fit a layer of {shape[0]} x "
-                    f"{shape[1]}. Try: keep: [{name.removesuffix('.weight')}]"
-                )
 
     def together(self, grid: Grid) -> int:
         """Return the rows of a weight that one column of its stored codes holds."""

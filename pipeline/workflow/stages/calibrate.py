@@ -179,7 +179,8 @@ def grids(spec: VariantSpec, model: BlockwiseModel) -> dict[str, tuple[tuple[int
     Raises:
         QuantizationError: naming a layer that is outside the decoder blocks.
     """
-    from pipeline.quantization.layers import layer_grids, named
+    from pipeline.quantization.fit import named
+    from pipeline.quantization.layers import layer_grids
 
     eight = named(spec, EIGHT_BITS, model.linear)
     found, _ = layer_grids(spec, model.linear)

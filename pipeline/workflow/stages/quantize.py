@@ -112,10 +112,12 @@ def check_variants(config: Config, model: Path) -> None:
 
     Raises:
         ModelError: naming the part of the model that a format cannot store, or that cannot be calibrated.
+        QuantizationError: if a pattern of a variant does not suit the layers of the model.
         MissingExtra: if a package that writes a variant is not installed.
     """
     from pipeline.models.matrices import quantizable_weights, refuse_other_matrices
     from pipeline.quantization.experts import check_experts
+    from pipeline.quantization.fit import check_patterns
     from pipeline.quantization.formats import format_of
 
     linear = {}
@@ -124,6 +126,7 @@ def check_variants(config: Config, model: Path) -> None:
         linear = quantizable_weights(model)
     for spec in config.quantize.variants:
         check_experts(spec, linear)
+        check_patterns(spec, linear)
         format_of(spec).check(spec, model)
     if config.quantize.calibrated or config.quantize.targeted:
         from pipeline.quantization.calibration.blocks import BlockwiseModel

@@ -6,10 +6,10 @@ It has no `table_bytes`: embeddings and output heads stay as they are.
 from __future__ import annotations
 
 from pipeline.config.quantize import VariantSpec
-from pipeline.quantization.formats.gptq.sizes import CODES
+from pipeline.quantization.formats.gptq.sizes import CODES, misfit
 from pipeline.quantization.formats.torchao.sizes import Parts, parts_bytes, plain_bytes
 
-__all__ = ["layer_bytes", "parts", "plain_bytes"]
+__all__ = ["layer_bytes", "misfit", "parts", "plain_bytes"]
 
 
 def parts(shape: tuple[int, ...], group_size: int) -> Parts:

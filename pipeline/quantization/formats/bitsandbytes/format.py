@@ -83,18 +83,8 @@ class Bitsandbytes(SafetensorsFormat):
     replaces_layers, assembles = True, False
 
     def grid(self, spec: VariantSpec, width: int) -> Numbers:
-        """Return the numbers of a layer with `width` columns.
-
-        Raises:
-            QuantizationError: if blocks would cross rows, which the layers of bitsandbytes refuse on some CPUs.
-        """
-        kind = spec.variant.values
-        if kind != sizes.INT8 and width % sizes.BLOCK:
-            raise QuantizationError(
-                f"{spec.name}: blocks of {sizes.BLOCK} do not divide a width of {width}; name such layers under "
-                "'keep' to leave them in bf16"
-            )
-        return Numbers(spec.variant.bits, None, "none", torch.float32, kind=kind)
+        """Return the numbers of a layer with `width` columns."""
+        return Numbers(spec.variant.bits, None, "none", torch.float32, kind=spec.variant.values)
 
     def quantize(self, rows: torch.Tensor, grid: Grid) -> Rounded:
         """Return rows (N, K) as bitsandbytes rounds them: to int8 from float16, and to four bits from bfloat16.

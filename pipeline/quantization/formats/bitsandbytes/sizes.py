@@ -8,7 +8,7 @@ from pipeline.config.quantize import VariantSpec
 from pipeline.quantization.formats.torchao import sizes as torchao
 from pipeline.quantization.formats.torchao.sizes import Parts, parts_bytes, plain_bytes
 
-__all__ = ["layer_bytes", "plain_bytes", "table_bytes"]
+__all__ = ["layer_bytes", "misfit", "plain_bytes", "table_bytes"]
 
 INT8 = "llm_int8"  # transformers' name of the method
 NF4 = "nf4"  # bitsandbytes' names of the numbers with four bits
@@ -67,3 +67,10 @@ def layer_bytes(spec: VariantSpec, shape: tuple[int, ...]) -> int:
 def table_bytes(spec: VariantSpec, shape: tuple[int, ...]) -> int:
     """Raise TypeError, because embeddings and output heads stay as they are."""
     raise TypeError(f"{spec.name}: stores no embedding in eight bits")
+
+
+def misfit(spec: VariantSpec, shape: tuple[int, ...]) -> str | None:
+    """Return the reason why a weight (N, K) cannot be stored: blocks would cross rows, which some CPUs cannot run."""
+    if spec.variant.values == INT8 or shape[1] % BLOCK == 0:
+        return None
+    return f"blocks of {BLOCK} do not divide a width of {shape[1]}"

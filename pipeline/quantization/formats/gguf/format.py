@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from pipeline.config.schema import VariantSpec
-from pipeline.errors import MissingExtra, QuantizationError
+from pipeline.errors import MissingExtra
 from pipeline.quantization.formats import FileWeights, Format
 from pipeline.quantization.formats.gguf.sizes import TABLE as TABLE_TYPE
 from pipeline.quantization.formats.gguf.sizes import stored_type
@@ -62,13 +62,7 @@ class Gguf(Format):
         """Return the grid of a layer; None for variants of 16 bits, and for those that llama.cpp quantizes."""
         if spec.rounding is None:
             return None
-        grid = GRIDS[stored_type(spec.variant.file_type or "", width)]
-        if width % grid.group(width):
-            raise QuantizationError(
-                f"{spec.name}: groups of {grid.group_size} do not divide a width of {width}; "
-                "name such layers under 'keep' to leave them as they are"
-            )
-        return grid
+        return GRIDS[stored_type(spec.variant.file_type or "", width)]
 
     def check(self, spec: VariantSpec, folder: Path) -> None:
         """Raise if llama.cpp, or this writer, does not know a model, or a needed package is not installed.

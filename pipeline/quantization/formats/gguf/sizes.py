@@ -50,3 +50,11 @@ def plain_bytes(spec: VariantSpec, shape: tuple[int, ...], item_bytes: float) ->
     if spec.variant.bits == 16:
         item_bytes = row_bytes(spec.variant.file_type or "", 1)
     return item_bytes * math.prod(shape)
+
+
+def misfit(spec: VariantSpec, shape: tuple[int, ...]) -> str | None:
+    """Return the reason why a weight (N, K) cannot be stored in the type of a variant; None if it can."""
+    if spec.rounding is None:
+        return None
+    group, _ = BLOCKS[stored_type(spec.variant.file_type or "", shape[1])]
+    return f"groups of {group} do not divide a width of {shape[1]}" if shape[1] % group else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pipeline.config.quantize import VariantSpec
 from pipeline.quantization.formats.torchao.sizes import Parts, parts_bytes, plain_bytes
 
-__all__ = ["layer_bytes", "parts", "plain_bytes"]
+__all__ = ["layer_bytes", "misfit", "parts", "plain_bytes"]
 
 CODES = 8  # of four bits in an int32
 
@@ -27,3 +27,10 @@ def parts(shape: tuple[int, ...], group_size: int) -> Parts:
 def layer_bytes(spec: VariantSpec, shape: tuple[int, ...]) -> int:
     """Return the bytes of a layer's weight (N, K)."""
     return parts_bytes(parts(shape, spec.group_size or shape[1]))
+
+
+def misfit(spec: VariantSpec, shape: tuple[int, ...]) -> str | None:
+    """Return the reason why the rows or the columns of a weight (N, K) cannot be packed; None if they can."""
+    if not any(size % CODES for size in shape):
+        return None
+    return f"{spec.name} packs {CODES} numbers together, which does not fit a layer of {shape[0]} x {shape[1]}"

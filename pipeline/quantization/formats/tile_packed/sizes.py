@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pipeline.config.catalog import fitting_group_size
 from pipeline.config.quantize import VariantSpec
-from pipeline.quantization.formats.torchao.sizes import Parts, parts_bytes, plain_bytes, table_bytes
+from pipeline.quantization.formats.torchao.sizes import Parts, misfit, parts_bytes, plain_bytes, table_bytes
 
-__all__ = ["layer_bytes", "padded", "parts", "plain_bytes", "table_bytes"]
+__all__ = ["layer_bytes", "misfit", "padded", "parts", "plain_bytes", "table_bytes"]
 
 ROW_MULTIPLE = 8
 WIDTH_MULTIPLE = 1024

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pipeline.config.catalog import EIGHT_BITS, GROUP_SIZES, fitting_group_size
+from pipeline.config.catalog import EIGHT_BITS, fitting_group_size
 from pipeline.config.quantize import matches
 from pipeline.config.schema import VariantSpec
-from pipeline.errors import CheckpointError, ModelError, QuantizationError
+from pipeline.errors import CheckpointError, ModelError
 from pipeline.models.experts import EXPERTS
 from pipeline.models.matrices import PLAIN_TABLE, embedding_kind
 from pipeline.quantization.formats import StoredTensors
@@ -70,11 +70,7 @@ class Torchao(SafetensorsFormat):
         if spec.group_size is None:
             return INT8
         size = fitting_group_size(width, spec.group_size)
-        if size is None:
-            raise QuantizationError(
-                f"{spec.name}: no group size of {', '.join(map(str, GROUP_SIZES))} up to {spec.group_size} divides "
-                f"a width of {width}; name such layers under 'keep' to leave them in bf16"
-            )
+        assert size is not None, "`sizes.misfit` refuses such a layer"
         return grouped(spec.variant.bits, size)
 
     def check(self, spec: VariantSpec, folder: Path) -> None:

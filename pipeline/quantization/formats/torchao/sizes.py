@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pipeline.config.catalog import fitting_group_size
+from pipeline.config.catalog import GROUP_SIZES, fitting_group_size
 from pipeline.config.quantize import VariantSpec
 
 Parts = dict[str, tuple[str, tuple[int, ...]]]  # part -> its dtype and shape
@@ -50,3 +50,11 @@ def table_bytes(spec: VariantSpec, shape: tuple[int, ...]) -> int:
 def plain_bytes(spec: VariantSpec, shape: tuple[int, ...], item_bytes: float) -> float:
     """Return the bytes of a tensor that stays as it is."""
     return item_bytes * math.prod(shape)
+
+
+def misfit(spec: VariantSpec, shape: tuple[int, ...]) -> str | None:
+    """Return the reason why no group size fits a weight (N, K); None if one does."""
+    width, size = shape[1], spec.group_size
+    if size is None or fitting_group_size(width, size) is not None:
+        return None
+    return f"no group size of {', '.join(map(str, GROUP_SIZES))} up to {size} divides a width of {width}"
