@@ -10,9 +10,10 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pipeline.config.base import Count, Real, Section, Whole
 from pipeline.config.builders import calibration_settings, read_target, variant_specs
 from pipeline.config.calibration import FAST_QUALITY, QUALITIES
-from pipeline.config.catalog import VARIANTS, variant_names
+from pipeline.config.catalog import VARIANTS
 from pipeline.config.limits import Target
 from pipeline.config.loader import explain, read_yaml
+from pipeline.config.presets import names_to_choose
 from pipeline.config.quantize import Quantize
 from pipeline.config.schema import repository_id, run_name
 from pipeline.errors import ConfigError
@@ -150,10 +151,13 @@ def read_tasks(path: Path, options: dict[str, Any]) -> list[Task]:
 
 def asked_variants(task: Task) -> dict[str, dict]:
     """Return the requested variants by name, in the form of `quantize.variants`."""
-    names = [spec["name"] for spec in variant_specs(task.quant_types, option="--quant-type")]
-    if not names:
-        raise ConfigError(f"--quant-type {','.join(task.quant_types)!r}: names no variant; known are {variant_names()}")
-    in_groups = [name for name in names if VARIANTS[name].group_size and GROUP_SIZE in VARIANTS[name].group_sizes]
-    size = GROUP_SIZE if task.group_size is None and in_groups else task.group_size
     target = task.target.asked if task.target else None
-    return {spec["name"]: spec for spec in variant_specs(names, size, option="--quant-type", target=target)}
+    specs = variant_specs(task.quant_types, task.group_size, option="--quant-type", target=target)
+    if not specs:
+        asked = ",".join(task.quant_types)
+        raise ConfigError(f"--quant-type {asked!r}: names no variant; known are {names_to_choose()}")
+    for spec in specs if task.group_size is None else ():
+        variant = VARIANTS[spec["name"]]
+        if variant.group_size and GROUP_SIZE in variant.group_sizes:
+            spec.setdefault("group_size", GROUP_SIZE)
+    return {spec["name"]: spec for spec in specs}

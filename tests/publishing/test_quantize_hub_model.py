@@ -11,7 +11,7 @@ from pipeline.evaluation.gates import limits
 from pipeline.publishing.published_model import read_published
 from pipeline.tracking.trackers.spaces import keep_in, space_at
 from pipeline.workflow.hub_variants import configure, quantize
-from pipeline.workflow.variant_tasks import read_task, read_tasks
+from pipeline.workflow.variant_tasks import asked_variants, read_task, read_tasks
 from tests.support.hub.store import Repository
 
 WEIGHTS = {"model.safetensors": b"weights"}
@@ -419,3 +419,18 @@ def test_a_list_with_a_mistake_is_refused_before_anything_is_begun(tmp_path, tex
     with pytest.raises(ConfigError) as refused:
         read_tasks(path, {})
     assert said in str(refused.value) and "hf_abc" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "named, options",
+    [
+        ("edge", {"int4": {"group_size": 128, "embeddings": "int8"}}),
+        ("high_quality", {"int8": {}, "int4": {"group_size": 32, "embeddings": "int8"}}),
+        ("gpu_optimized", {"int8": {}, "int4": {"group_size": 128, "packing": "tile_packed"}}),
+        ("int4,w4a16", {"int4": {"group_size": 128}, "w4a16": {"group_size": 128}}),
+        ("w8a16,gguf-q4_k", {"w8a16": {}, "gguf-q4_k": {}}),
+    ],
+)
+def test_presets_keep_their_options(named, options):
+    task = read_task({"model": "ada/base", "save_only": True, "quant_types": [named]}, "options")
+    assert asked_variants(task) == {name: {"name": name, **given} for name, given in options.items()}
