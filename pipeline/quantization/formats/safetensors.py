@@ -70,7 +70,6 @@ class SafetensorsFormat(Format):
         """Return what is stored of the inputs of the weight's layer, given their statistics if there are any."""
         return {}
 
-    @abstractmethod
     def metadata(
         self,
         spec: VariantSpec,
@@ -79,7 +78,8 @@ class SafetensorsFormat(Format):
         dtypes: Mapping[str, torch.dtype],
         tables: Collection[str],
     ) -> dict[str, str]:
-        """Return the metadata of every file's header, as `torchao.header.metadata` describes it."""
+        """Return the metadata of every file's header, as `torchao.header.metadata` describes it; nothing by default."""
+        return {}
 
     @abstractmethod
     def quantization_config(

@@ -6,7 +6,7 @@ a row. Embedding and output head stay as they are, because servers load no quant
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from types import ModuleType
 
@@ -51,17 +51,6 @@ class Transposed(SafetensorsFormat):
         """Return the stored tensors of the weight `name` of `shape` (N, K): name -> (dtype, shape)."""
         parts = self.sizes.parts(shape, grid.group(shape[1]))
         return {part(name, kind): (getattr(torch, dtype), part_shape) for kind, (dtype, part_shape) in parts.items()}
-
-    def metadata(
-        self,
-        spec: VariantSpec,
-        grids: Grids,
-        plain: Iterable[str],
-        dtypes: Mapping[str, torch.dtype],
-        tables: Collection[str],
-    ) -> dict[str, str]:
-        """Return the metadata of every file's header, which says nothing of these formats."""
-        return {}
 
     def weights(self, checkpoint: StoredTensors) -> Collection[str]:
         """Return the names of the weights that a checkpoint holds in this format."""

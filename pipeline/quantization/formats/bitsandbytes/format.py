@@ -13,7 +13,7 @@ and the output head stay as they are. (Dettmers et al., LLM.int8(), 2022, and QL
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,17 +137,6 @@ class Bitsandbytes(SafetensorsFormat):
             offset = mean.item()
         state = torch.frombuffer(bytearray(sizes.state(shape, kind, offset)), dtype=torch.uint8)
         return found | {f"{name}.absmax": scales, f"{name}.quant_state.bitsandbytes__{kind}": state}
-
-    def metadata(
-        self,
-        spec: VariantSpec,
-        grids: Grids,
-        plain: Iterable[str],
-        dtypes: Mapping[str, torch.dtype],
-        tables: Collection[str],
-    ) -> dict[str, str]:
-        """Return nothing, because every tensor describes itself."""
-        return {}
 
     def quantization_config(
         self, spec: VariantSpec, kept: list[str], tables: list[str], eight: list[str], grids: Grids, folder: Path

@@ -1,4 +1,7 @@
-"""What bitsandbytes stores a weight as, tensor by tensor, and so how many bytes it takes. Imports no torch."""
+"""What bitsandbytes stores a weight as, tensor by tensor, and so how many bytes it takes. Imports no torch.
+
+It has no `table_bytes`: embeddings and output heads stay as they are.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from pipeline.config.quantize import VariantSpec
 from pipeline.quantization.formats.torchao import sizes as torchao
 from pipeline.quantization.formats.torchao.sizes import Parts, parts_bytes, plain_bytes
 
-__all__ = ["layer_bytes", "misfit", "plain_bytes", "table_bytes"]
+__all__ = ["layer_bytes", "misfit", "plain_bytes"]
 
 INT8 = "llm_int8"  # transformers' name of the method
 NF4 = "nf4"  # bitsandbytes' names of the numbers with four bits
@@ -62,11 +65,6 @@ def state(shape: tuple[int, ...], kind: str, offset: float = 0.0) -> bytes:
 def layer_bytes(spec: VariantSpec, shape: tuple[int, ...]) -> int:
     """Return the bytes of a layer's weight (N, K)."""
     return parts_bytes(parts(shape, spec.variant.values))
-
-
-def table_bytes(spec: VariantSpec, shape: tuple[int, ...]) -> int:
-    """Raise TypeError, because embeddings and output heads stay as they are."""
-    raise TypeError(f"{spec.name}: stores no embedding in eight bits")
 
 
 def misfit(spec: VariantSpec, shape: tuple[int, ...]) -> str | None:

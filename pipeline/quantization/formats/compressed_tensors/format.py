@@ -10,7 +10,6 @@ kernel of a server was tested with others. The embedding and the output head sta
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 Plan = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-
-
 SOME_ARE_KEPT = "stock transformers cannot load experts of which some are kept"
 
 
@@ -50,9 +47,6 @@ class CompressedTensors(SafetensorsFormat):
         size = spec.group_size and fitting_group_size(width, spec.group_size)
         return _grid(spec.variant.bits, spec.variant.values, size)
 
-    def check(self, spec: VariantSpec, folder: Path) -> None:
-        """Accept any model: layers of each shape can be stored."""
-
     def plan(self, name: str, shape: tuple[int, ...], grid: Grid) -> Plan:
         """Return the stored tensors of the weight `name` of `shape` (N, K): name -> (dtype, shape)."""
         parts = self.parts(shape, grid).items()
@@ -63,17 +57,6 @@ class CompressedTensors(SafetensorsFormat):
     ) -> dict[str, torch.Tensor]:
         """Return the scales (N, G) of a whole weight of `shape` (N, K) as they are stored."""
         return {stored_as(name, "weight_scale"): scale}
-
-    def metadata(
-        self,
-        spec: VariantSpec,
-        grids: Grids,
-        plain: Iterable[str],
-        dtypes: Mapping[str, torch.dtype],
-        tables: Collection[str],
-    ) -> dict[str, str]:
-        """Return the metadata of every file's header."""
-        return {"format": "pt"}
 
     def quantization_config(
         self, spec: VariantSpec, kept: list[str], tables: list[str], eight: list[str], grids: Grids, folder: Path

@@ -24,7 +24,7 @@ def quantization_config(variant: Variant, kept: list[str], grids: Grids, folder:
         grids: the shape and the grid of each quantized weight.
         folder: of the full-precision model.
     """
-    (group_size,) = {grid.group_size for _, grid in grids.values()} or {None}
+    (group_size,) = {grid.group_size for _, grid in grids.values()}
     storage = _format(variant)
     group = {
         "targets": ["Linear"],

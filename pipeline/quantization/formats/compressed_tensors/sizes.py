@@ -1,11 +1,14 @@
-"""What weights in compressed-tensors are stored as, part by part, and so how many bytes they take. Imports no torch."""
+"""What weights in compressed-tensors are stored as, part by part, and so how many bytes they take. Imports no torch.
+
+It has no `table_bytes`: embeddings and output heads stay as they are.
+"""
 
 from __future__ import annotations
 
 from pipeline.config.catalog import fitting_group_size
 from pipeline.config.quantize import VariantSpec
 from pipeline.config.registry import Variant
-from pipeline.quantization.formats.torchao.sizes import Parts, parts_bytes, plain_bytes, table_bytes
+from pipeline.quantization.formats.torchao.sizes import Parts, parts_bytes, plain_bytes
 
 __all__ = [
     "Parts",
@@ -14,7 +17,6 @@ __all__ = [
     "layer_bytes",
     "packed_parts",
     "plain_bytes",
-    "table_bytes",
     "unpacked_parts",
 ]
 

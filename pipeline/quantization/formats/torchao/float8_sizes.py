@@ -1,11 +1,14 @@
-"""What torchao's float8 tensors are stored as, part by part, and so how many bytes they take. Imports no torch."""
+"""What torchao's float8 tensors are stored as, part by part, and so how many bytes they take. Imports no torch.
+
+It has no `table_bytes`: embeddings and output heads stay as they are.
+"""
 
 from __future__ import annotations
 
 from pipeline.config.quantize import VariantSpec
-from pipeline.quantization.formats.torchao.sizes import Parts, parts_bytes, plain_bytes, table_bytes
+from pipeline.quantization.formats.torchao.sizes import Parts, parts_bytes, plain_bytes
 
-__all__ = ["is_dequantized_to_run", "layer_bytes", "parts", "plain_bytes", "table_bytes"]
+__all__ = ["is_dequantized_to_run", "layer_bytes", "parts", "plain_bytes"]
 
 
 def is_dequantized_to_run(spec: VariantSpec, has_experts: bool) -> bool:
