@@ -1,4 +1,4 @@
-"""What a variant may lose, and what it must reach: two sections of a variant."""
+"""Limits for the loss of a variant, and targets: two sections of its configuration."""
 
 from __future__ import annotations
 
