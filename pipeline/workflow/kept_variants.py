@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from pipeline.config.calibration import FAST_QUALITY, QUALITIES
@@ -133,5 +134,6 @@ def _with_specs(config: Config, former: Config, kept: Collection[str], results: 
 
 
 def _model(config: Config) -> str:
-    """Return the base model of a configuration, and the adapter that it brings."""
-    return " + ".join(filter(None, (config.model.source, config.merge.adapter)))
+    """Return the base model of a configuration, and the adapter that it brings; folders by their whole paths."""
+    given = filter(None, (config.model.source, config.merge.adapter))
+    return " + ".join(str(Path(each).resolve()) if Path(each).is_dir() else each for each in given)

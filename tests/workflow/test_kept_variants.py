@@ -74,6 +74,13 @@ def test_variants_of_another_model_are_not_replaced_without_a_word(quantize, tin
     assert _released(workspace) == {"int8"}
 
 
+def test_one_folder_by_another_path_is_the_same_model(quantize, source, monkeypatch):
+    quantize("int8")
+    monkeypatch.chdir(source.parent)
+    workspace, _ = quantize("int4", model=source.name)
+    assert _released(workspace) == {"int8", "int4"}
+
+
 def test_folder_that_was_measured_stays_measured(source, tmp_path):
     folder = tmp_path / "out"
     measured = quantize_config(str(source), folder, ["int8"], measure=True)
