@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline.errors import ModelError
+from pipeline.errors import CheckpointError, ModelError
 from pipeline.inference import kernels
 from pipeline.inference.kernels.table import Int8Embedding
 from pipeline.inference.stacked_experts import StackedExperts
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Stored = Callable[[], GroupQuantized]
 Weights = Checkpoint | FileWeights | StackedExperts
+CODE_TYPES = (torch.int8, torch.uint8, torch.float8_e4m3fn)  # of weights that mean nothing without scales
 Formats = dict[str, Format]  # a quantized weight's name -> the format that it is stored in
 
 
@@ -61,6 +62,8 @@ def assemble(folder: Path, device: torch.device, weights: FileWeights | None = N
         return None
     model, checkpoint, quantized = built
     if not all(form.assembles for form in quantized.values()):
+        for name, form in quantized.items():
+            form.check_stored(checkpoint, name, tuple(model.get_parameter(name).shape))
         return None
     if isinstance(checkpoint, StackedExperts) and checkpoint.are_stored:
         return None
@@ -104,6 +107,8 @@ def skeleton(
     checkpoint: Weights = stored(folder) if weights is None else weights
     quantized = stored_weights(checkpoint)
     parts = {part for name, form in quantized.items() for part in form.part_names(name)}
+    if bare := [name for name, info in checkpoint.items() if name not in parts and info.dtype in CODE_TYPES]:
+        raise CheckpointError(f"{folder}: {bare[0]} has codes without the scales that belong to them; fetch it again")
     plain = (info for name, info in checkpoint.items() if name not in parts)
     dtype = own_type(config, plain) if weights is None else weights.dtype
     with torch.device("meta"):

@@ -115,6 +115,11 @@ def _load_stock(folder: Path, device: torch.device) -> PreTrainedModel:
     """Load a model with transformers, and pack its layers if it is quantized."""
     import torch
 
+    from pipeline.models.checkpoint.header import read_header
+
+    for path in sorted(folder.glob("*.safetensors")):
+        read_header(path)  # refuses a file that was cut off, with its name
+
     # bitsandbytes would choose the GPU by itself.
     place = {"": device} if device.type == "cpu" and torch.cuda.is_available() else None
     model = open_model(folder, dtype="auto", device_map=place)

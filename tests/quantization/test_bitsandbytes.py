@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -254,3 +255,21 @@ def test_run_plans_measures_describes_and_verifies_every_variant(tiny_model, tmp
         assert "bitsandbytes makes and runs them" in (folder / "README.md").read_text()
     lines = place.tunepress("verify", str(place.release)).stdout.splitlines()
     assert sum(line.split()[:2] == ["+", "measured"] for line in lines) == len(NAMES)
+
+
+@pytest.mark.parametrize("change", ["fewer scales", "smaller blocks"])
+def test_parts_that_bitsandbytes_would_read_beyond_are_refused_before_it_loads_them(
+    tiny_model, quantized, tmp_path, change
+):
+    kept = quantized(tiny_model("llama", **MODELS["llama"]), "bnb-fp4") / "bnb-fp4"
+    shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
+    tensors, name = load_file(kept / "model.safetensors"), "model.layers.0.mlp.up_proj.weight"
+    if change == "fewer scales":
+        tensors[f"{name}.absmax"] = tensors[f"{name}.absmax"][:4].clone()
+    else:
+        state = f"{name}.quant_state.bitsandbytes__fp4"
+        text = bytes(tensors[state].tolist()).replace(b'"blocksize": 64', b'"blocksize": 16')
+        tensors[state] = torch.tensor(list(text), dtype=torch.uint8)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=f"{name}: its stored parts are not those of a layer of 320 x 128"):
+        load(tmp_path, device="cpu")

@@ -10,12 +10,12 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pipeline.config.catalog import VARIANTS, Need
 from pipeline.config.quantize import Quantize
 from pipeline.config.schema import VariantSpec
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, ModelError
 from pipeline.inference.load import load
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.matrices import linear_weights
@@ -262,3 +262,21 @@ def test_damaged_parts_are_refused_by_name(releases):
     name, (rows, width) = next(iter(linear_weights(root).items()))
     with pytest.raises(CheckpointError, match=f"{name}: its stored parts"):
         format_of(VariantSpec(name=variant)).read(Checkpoint(root / variant), name, (rows + 1, width))
+
+
+def test_codes_without_scales_are_refused(tiny_model, quantized, tmp_path):
+    shutil.copytree(quantized(tiny_model("llama"), "fp8-weight") / "fp8-weight", tmp_path, dirs_exist_ok=True)
+    tensors, name = load_file(tmp_path / "model.safetensors"), "model.layers.0.mlp.up_proj.weight"
+    del tensors[f"{name}_scale"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=f"{name} has codes without the scales that belong to them"):
+        load(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["w4a16", "w8a8"])
+def test_file_that_was_cut_off_is_named_whatever_loads_it(tiny_model, quantized, tmp_path, name):
+    shutil.copytree(quantized(tiny_model("llama"), name) / name, tmp_path, dirs_exist_ok=True)
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.truncate((tmp_path / "model.safetensors").stat().st_size // 2)
+    with pytest.raises(ModelError, match=r"model\.safetensors: \d+ bytes where its header says \d+; fetch it again"):
+        load(tmp_path, device="cpu")

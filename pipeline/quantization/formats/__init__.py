@@ -132,6 +132,10 @@ class Format(Protocol):
         """
         raise TypeError(f"{type(self).__name__} stores no codes in safetensors")
 
+    def check_stored(self, checkpoint: StoredTensors, name: str, shape: tuple[int, ...]) -> None:
+        """Raise CheckpointError if the parts of a weight that only the stock loader reads are not those of a layer."""
+        return None
+
     def stock_bytes(self, checkpoint: Checkpoint, name: str) -> int:
         """Return the bytes of a stored weight as stock transformers holds it while the model runs."""
         return sum(checkpoint[part].nbytes for part in self.part_names(name) if part in checkpoint)

@@ -172,19 +172,33 @@ class Bitsandbytes(SafetensorsFormat):
         module = name.removesuffix(".weight")
         return [f"{module}{end}" for end in dict.fromkeys(end for kind in KINDS for end in sizes.parts((1, 64), kind))]
 
+    def check_stored(self, checkpoint: StoredTensors, name: str, shape: tuple[int, ...]) -> None:
+        """Raise CheckpointError if the stored parts of a weight are not those of a layer of `shape` (N, K).
+
+        bitsandbytes itself believes what a file says, and would read beyond scales that are too few.
+        """
+        self._stored_grid(checkpoint, name, shape)
+
+    def _stored_grid(self, checkpoint: StoredTensors, name: str, shape: tuple[int, ...]) -> Numbers:
+        found = {n: (checkpoint[n].dtype, checkpoint[n].shape) for n in self.part_names(name) if n in checkpoint}
+        for kind in KINDS:
+            grid = Numbers(8 if kind == sizes.INT8 else 4, None, "none", torch.float32, kind=kind)
+            if self._fits(found, self.plan(name, shape, grid)):
+                state = f"{name}.quant_state.bitsandbytes__{kind}"
+                if state not in found or sizes.is_state_of(bytes(checkpoint.read(state).tolist()), shape, kind):
+                    return grid
+        raise CheckpointError(f"{name}: its stored parts are not those of a layer of {shape[0]} x {shape[1]}")
+
     def read(self, checkpoint: StoredTensors, name: str, shape: tuple[int, ...]) -> Rounded:
         """Return the codes and scales of a stored weight, for a layer of `shape` (N, K)."""
-        found = {n: (checkpoint[n].dtype, checkpoint[n].shape) for n in self.part_names(name) if n in checkpoint}
-        grids = (Numbers(8 if kind == sizes.INT8 else 4, None, "none", torch.float32, kind=kind) for kind in KINDS)
-        grid = next((grid for grid in grids if self._fits(found, self.plan(name, shape, grid))), None)
-        if grid is None:
-            raise CheckpointError(f"{name}: its stored parts are not those of a layer of {shape[0]} x {shape[1]}")
+        grid = self._stored_grid(checkpoint, name, shape)
         codes = checkpoint.read(name).view(shape[0], -1)
         if grid.kind == sizes.INT8:
             return Rounded(codes, checkpoint.read(f"{name.removesuffix('.weight')}.SCB").view(-1, 1), None, grid)
         from bitsandbytes.functional import QuantState, dequantize_blockwise
 
-        ends = {n.removeprefix(f"{name}."): checkpoint.read(n) for n in found if n != name}
+        parts = (n for n in self.part_names(name) if n != name and n in checkpoint)
+        ends = {n.removeprefix(f"{name}."): checkpoint.read(n) for n in parts}
         state = QuantState.from_dict(ends, device=torch.device("cpu"))
         scale = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
         return Rounded(codes, scale.view(shape[0], -1), None, grid)

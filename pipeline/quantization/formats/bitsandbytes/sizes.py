@@ -62,6 +62,16 @@ def state(shape: tuple[int, ...], kind: str, offset: float = 0.0) -> bytes:
     return (text + " " * (NUMBER_BYTES - len(json.dumps(offset))) * (kind == NF4)).encode()
 
 
+def is_state_of(text: bytes, shape: tuple[int, ...], kind: str) -> bool:
+    """Return True if a stored description is one of a weight (N, K) with these numbers; its dtype may differ."""
+    try:
+        found, expected = json.loads(text), json.loads(state(shape, kind))
+    except ValueError:
+        return False
+    keys = expected.keys() - {"dtype", "nested_dtype", "nested_offset"}
+    return isinstance(found, dict) and all(found.get(key) == expected[key] for key in keys)
+
+
 def layer_bytes(spec: VariantSpec, shape: tuple[int, ...]) -> int:
     """Return the bytes of a layer's weight (N, K)."""
     return parts_bytes(parts(shape, spec.variant.values))
