@@ -72,7 +72,7 @@ def register_all() -> None:
         _EIGHT_BITS,
         _INPUTS_TOO,
         replace(_INPUTS_TOO, name="w8a8-static", format="static-quantized", static_inputs=True),
-        _float8("fp8", True, *_AS_STOCK, *on(VLLM, CUDA, **float8), *on(SGLANG, CUDA, **float8)),
+        _float8("fp8", True, *_AS_STOCK, *on(VLLM, CPU), *on(VLLM, CUDA, **float8), *on(SGLANG, CUDA, **float8)),
         _float8("fp8-weight", False, *_PACKED_HERE, *(replace(way, experts=False) for way in _ON_MARLIN)),
         # The formats of two older libraries, which servers compute with the same kernels.
         replace(
