@@ -181,7 +181,7 @@ def variant_specs(
     try:
         chosen = expand(variants)
     except KeyError as unknown:
-        raise ConfigError(f"{option} {unknown.args[0]}: allowed are {names_to_choose()}") from None
+        raise ConfigError(f"{option} {unknown.args[0]}: allowed are {names_to_choose(unknown.args[0])}") from None
     names = [item["name"] for item in chosen]
     sized = [name for name in names if group_size in VARIANTS[name].group_sizes] or names
     choosing = [name for name in sized if len(VARIANTS[name].group_sizes) > 1] or sized

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from typing import Any
 
-from pipeline.config.catalog import EIGHT_BITS, VARIANTS, resolve_variants, variant_names
+from pipeline.config.catalog import ALIASES, EIGHT_BITS, VARIANTS, resolve_variants
 from pipeline.config.engines import ENGINES, LLAMA_CPP, OLLAMA, SGLANG, TRANSFORMERS, TUNEPRESS, VLLM, Runs
 
 # name -> a description, and the value of `quantize.variants`
@@ -112,6 +113,8 @@ def expand_aliases(value: Any) -> Any:
     return expanded
 
 
-def names_to_choose() -> str:
-    """Return all names that `expand` takes, for messages."""
-    return f"{variant_names()}, {', '.join(PRESETS)}"
+def names_to_choose(given: object = None) -> str:
+    """Return all names that `expand` takes, for messages, and the one that is most like a given other one."""
+    names = [*VARIANTS, *ALIASES, *PRESETS]
+    close = difflib.get_close_matches(given.strip().lower(), names, n=1) if isinstance(given, str) else []
+    return ", ".join(names) + (f"; did you mean {close[0]!r}?" if close else "")

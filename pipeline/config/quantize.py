@@ -61,7 +61,7 @@ class VariantSpec(Section):
     @model_validator(mode="after")
     def _fits_the_catalog(self) -> VariantSpec:
         if self.name not in VARIANTS:
-            raise ValueError(f"allowed are {names_to_choose()}")
+            raise ValueError(f"allowed are {names_to_choose(self.name)}")
         variant = self.variant
         options = [option for option in type(self).model_fields if option not in ("name", "gate")]
         if self.quantizer and (given := [option for option in options if getattr(self, option)]):
