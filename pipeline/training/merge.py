@@ -100,6 +100,9 @@ def merge_checkpoint(
             writer.write(name, changed, first)
             quantize(name, changed, first)
 
+        if kind == "nf4":  # threads that import it at once may find it without its kernels
+            import bitsandbytes.functional  # noqa: F401
+
         jobs = _jobs(checkpoint, linear if kind == "nf4" else (), take, variants.together)
         in_parallel(jobs, checkpoint.nbytes, on_progress)
     return variants.finish(output)

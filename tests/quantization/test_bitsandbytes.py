@@ -32,6 +32,22 @@ MODELS = {
     "qwen2": {"hidden_size": 64, "intermediate_size": 192, "tie_word_embeddings": True},
 }
 IDS = [7, 200, 31, 64, 5, 5, 90, 12, 250, 33, 2, 149]
+# Opens the files of a pass, in whose threads bitsandbytes must not be imported, and stops before the first row.
+FIRST_ROW = """
+import sys
+from pathlib import Path
+from pipeline.config.schema import VariantSpec
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.matrices import linear_weights
+from pipeline.quantization.writer import Variants
+
+source, out = map(Path, sys.argv[1:])
+spec = VariantSpec(name="bnb-int8").resolved()
+assert "bitsandbytes" not in sys.modules
+with Variants([spec], {spec.name: out}, linear_weights(source)).writing(Checkpoint(source), source):
+    print("bitsandbytes.backends.cpu.ops" in sys.modules, flush=True)
+    raise KeyboardInterrupt
+"""
 # Loads a folder as a user of transformers would, without this project.
 STOCK_LOADER = """
 import json, sys
@@ -121,6 +137,13 @@ def test_other_instructions_and_threads_write_the_same_bytes(source, tmp_path):
     for name in NAMES:
         ours, theirs = (sha256(tmp_path / place / name / "model.safetensors") for place in ("here", "there"))
         assert ours == theirs, name
+
+
+@pytest.mark.usefixtures("cold")
+def test_bitsandbytes_is_whole_before_threads_round_rows(source, tmp_path):
+    command = [sys.executable, "-c", FIRST_ROW, str(source), str(tmp_path / "out")]
+    done = subprocess.run(command, env=with_own_package(os.environ), capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
 
 
 @pytest.mark.parametrize("name", NAMES)

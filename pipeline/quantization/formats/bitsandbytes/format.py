@@ -13,7 +13,7 @@ and the output head stay as they are. (Dettmers et al., LLM.int8(), 2022, and QL
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from pipeline.quantization.formats import StoredTensors
 from pipeline.quantization.formats.bitsandbytes import sizes
 from pipeline.quantization.formats.safetensors import Grids, SafetensorsFormat
 from pipeline.quantization.grid import Grid, GroupQuantized
+from pipeline.quantization.layers import Output, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,6 +82,12 @@ class Bitsandbytes(SafetensorsFormat):
     """int8, NF4 and FP4, run by the layers of bitsandbytes."""
 
     replaces_layers, assembles = True, False
+
+    def output(self, spec: VariantSpec, folder: Path, source: Source, others: Iterable[Output]) -> Output:
+        """Return the output that writes a variant into `folder`."""
+        import bitsandbytes.functional  # noqa: F401  # threads that import it at once may find it without its kernels
+
+        return super().output(spec, folder, source, others)
 
     def grid(self, spec: VariantSpec, width: int) -> Numbers:
         """Return the numbers of a layer with `width` columns."""
