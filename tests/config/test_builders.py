@@ -79,7 +79,7 @@ def test_calibration_text_makes_calibrated_variants_by_default():
         calibration_settings("fast", ("a.txt",))
 
 
-@pytest.mark.parametrize(("given", "meant"), [("servin", "serving"), ("W4A16g", "w4a16"), ("gguf-q4k", "gguf-q4_k")])
+@pytest.mark.parametrize(("given", "meant"), [("seving", "serving"), ("W4A16g", "w4a16"), ("gguf-q4k", "gguf-q4_k")])
 def test_name_that_is_nearly_one_is_answered_with_that(given, meant):
     with pytest.raises(ConfigError, match=f"{given}: allowed are .*everything; did you mean '{meant}'[?]$"):
         quantize_config("user/model", "out", [given])
