@@ -22,6 +22,7 @@ from pipeline.publishing.cards.verdicts import ladders, ladders_in_vain, missed,
 
 Models = dict[str, Markdown]
 LOADERS = {loader: Markdown(phrase) for loader, phrase in TIMED.items()}
+MANY = 3  # more than a sentence can hold
 _AHEAD = 0.95  # a model leads in speed or memory if the next one is further behind than runs differ
 
 
@@ -50,7 +51,10 @@ def summary(about: About, models: Models) -> Markdown:
 
 
 def advice(about: About, models: Models) -> Markdown:
-    """Return what each folder of a release is for, in the words of one sentence."""
+    """Return what each folder of a release is for, in the words of one sentence.
+
+    Of many folders for the same engines, those that miss their limits are left to the table.
+    """
     ahead, over = leads(about, models), {name for name, _ in missed(about, models)}
     reference = models[about.reference]
     phrases: dict[str, dict[str, Markdown]] = {}  # by the engines that folders are for
@@ -66,8 +70,10 @@ def advice(about: About, models: Models) -> Markdown:
             row.folder, Markdown(f"{folder}{told}")
         )
     chosen = []
+    good = {VARIANTS[model].folder for model, name in models.items() if model in VARIANTS and name not in over}
     for engines, names in phrases.items():
-        *first, last = names.values()
+        within = [phrase for folder, phrase in names.items() if folder in good]
+        *first, last = within if within and len(names) > MANY else names.values()
         chosen.append(Markdown(f"{listed([listed(first), last], ' or ')} for {engines}"))
     if about.reference == ROOT or about.is_guest:
         top = Markdown(f"the files at the top of this repository (the {reference}) for full precision or more training")

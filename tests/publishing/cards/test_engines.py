@@ -9,7 +9,7 @@ import pytest
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.engines import CPU, CUDA, EVERYWHERE, SGLANG, VLLM, on
 from pipeline.publishing.cards import folder_card, mirror_card, model_card
-from tests.support.sample import BOTH, GGUF, about, gguf_about, replaced, results, variants_about
+from tests.support.sample import BOTH, GGUF, about, gated_results, gguf_about, replaced, results, variants_about
 
 
 @pytest.fixture
@@ -112,3 +112,14 @@ def test_long_list_of_variants_is_folded():
     assert "Each variant in words" not in model_card(about(), BOTH)
     more = dict.fromkeys(("int8-dynamic", "w8a8", "fp8"), results()["int8"])
     assert "Each variant in words" in model_card(about(results() | more), [*BOTH, *more])
+
+
+def test_of_many_variants_those_that_miss_their_limits_are_not_recommended():
+    bad = gated_results()["int8"]
+    many = {"w4a16": bad, "w8a8": results()["int8"], "fp8": results()["int8"], "gptq": bad, "awq": bad, "w8a16": bad}
+    card = model_card(about(results() | many), [*BOTH, *many])
+    asked = card.split(" for transformers; ")[1].split(" for vLLM and SGLang; ")[0]
+    assert "`w8a8/`" in asked and "`fp8/`" in asked
+    assert not any(f"`{name}/`" in asked for name in ("w4a16", "gptq", "awq", "w8a16"))
+    assert "**These variants miss their limits for lost quality, and are published with a warning:**" in card
+    assert "\n- `w4a16/`: perplexity rises by" in card and "**`w4a16/` misses" not in card
