@@ -114,7 +114,11 @@ def expand_aliases(value: Any) -> Any:
 
 
 def names_to_choose(given: object = None) -> str:
-    """Return all names that `expand` takes, for messages, and the one that is most like a given other one."""
-    names = [*VARIANTS, *ALIASES, *PRESETS]
-    close = difflib.get_close_matches(given.strip().lower(), names, n=1) if isinstance(given, str) else []
+    """Return the names that `expand` takes, for messages, and the one that is most like a given other one.
+
+    Second names of single variants are left out, so that the line stays short.
+    """
+    names = [*VARIANTS, *(name for name, variants in ALIASES.items() if len(variants) > 1), *PRESETS]
+    known = [*VARIANTS, *ALIASES, *PRESETS]
+    close = difflib.get_close_matches(given.strip().lower(), known, n=1) if isinstance(given, str) else []
     return ", ".join(names) + (f"; did you mean {close[0]!r}?" if close else "")

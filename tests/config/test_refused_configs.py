@@ -175,7 +175,7 @@ def test_a_file_that_cannot_be_read_is_refused_and_the_recipes_named(missing):
         ConfigError, match="no such configuration file. Try: a path, or one of .*demo|cannot be read"
     ) as caught:
         load_config(missing)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
 def test_a_folder_is_no_configuration(tmp_path):
