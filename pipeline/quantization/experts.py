@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from pipeline.config.catalog import VARIANTS, Need
+from pipeline.config.catalog import Need
 from pipeline.config.quantize import VariantSpec, matches
 from pipeline.errors import ModelError
 from pipeline.models.experts import is_expert
+from pipeline.quantization.fit import of_as_many_bits
 from pipeline.quantization.formats import format_of
 
 
@@ -24,7 +25,7 @@ def check_experts(spec: VariantSpec, names: Iterable[str]) -> None:
     if not experts:
         return
     if reason := format_of(spec).refuses_experts(spec, experts):
-        others = (VariantSpec(name=name).resolved() for name, row in VARIANTS.items() if row.bits == spec.variant.bits)
+        others = of_as_many_bits(spec)
         can = [other.name for other in others if not format_of(other).refuses_experts(other, experts)]
         raise ModelError(f"{spec.name}: {reason}. Try: {', '.join(can)}")
     if spec.need(False) != Need.NOTHING:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from pipeline.config.catalog import EIGHT_BITS, KEEP, VARIANTS
 from pipeline.config.engines import ENGINES, FUSED
@@ -76,9 +76,13 @@ def _way_out(spec: VariantSpec, linear: Shapes, wrong: Collection[str]) -> str:
     patterns = [*spec.keep, *(f"*.{kind}" for kind in found if kind in kinds)]
     if not all(matches(patterns, name) for name in linear):
         return f"{KEEP}: {patterns}"
-    others = (VariantSpec(name=name).resolved() for name, row in VARIANTS.items() if row.bits == spec.variant.bits)
-    can = [other.name for other in others if not _wrong(other, linear)]
+    can = [other.name for other in of_as_many_bits(spec) if not _wrong(other, linear)]
     return ", ".join(can) or "a variant with more bits"
+
+
+def of_as_many_bits(spec: VariantSpec) -> Iterator[VariantSpec]:
+    """Return the variants with as many bits, with their default settings."""
+    return (VariantSpec(name=name).resolved() for name, row in VARIANTS.items() if row.bits == spec.variant.bits)
 
 
 def _fusing(spec: VariantSpec) -> str | None:

@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 
 from pipeline.config.schema import VariantSpec
-from pipeline.quantization.formats import Format
+from pipeline.errors import CheckpointError
+from pipeline.quantization.formats import Format, StoredTensors
 from pipeline.quantization.grid import Grid, GroupQuantized
 from pipeline.quantization.layers import Output, Source
 from pipeline.quantization.statistics import Statistics
 
+Plan = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # the dtype and the shape of each stored tensor
 Grids = Mapping[str, tuple[tuple[int, ...], Grid]]  # the shape and the grid of each quantized weight or stack
 
 
@@ -52,8 +54,12 @@ class SafetensorsFormat(Format):
         """
         return None
 
+    def stored(self, checkpoint: StoredTensors, name: str) -> Plan:
+        """Return the stored tensors of the weight `name`, as far as they are there: name -> (dtype, shape)."""
+        return {n: (checkpoint[n].dtype, checkpoint[n].shape) for n in self.part_names(name) if n in checkpoint}
+
     @abstractmethod
-    def plan(self, name: str, shape: tuple[int, ...], grid: Grid) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def plan(self, name: str, shape: tuple[int, ...], grid: Grid) -> Plan:
         """Return the stored tensors of the weight `name` of `shape` (N, K): name -> (dtype, shape)."""
 
     @abstractmethod
@@ -96,3 +102,8 @@ class SafetensorsFormat(Format):
             grids: the shape and the grid of each quantized weight.
             folder: of the full-precision model.
         """
+
+
+def wrong_parts(name: str, shape: tuple[int, ...]) -> CheckpointError:
+    """Return the error of a stored weight whose parts are not those of a layer of `shape`."""
+    return CheckpointError(f"{name}: its stored parts are not those of a layer of {' x '.join(map(str, shape))}")

@@ -14,10 +14,9 @@ import torch
 
 from pipeline.config.catalog import GROUP_SIZES
 from pipeline.config.schema import VariantSpec
-from pipeline.errors import CheckpointError
 from pipeline.quantization.formats import StoredTensors
 from pipeline.quantization.formats.gptq.sizes import CODES
-from pipeline.quantization.formats.safetensors import Grids, SafetensorsFormat
+from pipeline.quantization.formats.safetensors import Grids, SafetensorsFormat, wrong_parts
 from pipeline.quantization.grid import Grid, GroupQuantized
 
 G_IDX = "g_idx"  # the part that only GPTQ has: the group of each column
@@ -76,12 +75,11 @@ class Transposed(SafetensorsFormat):
         Raises:
             CheckpointError: if its stored parts are not those of such a layer.
         """
-        names = self.part_names(name)
-        found = {n: (checkpoint[n].dtype, checkpoint[n].shape) for n in names if n in checkpoint}
+        found = self.stored(checkpoint, name)
         groups = next(iter(found.get(part(name, "scales"), (None, ()))[1]), 0)
         size = shape[1] // groups if groups and shape[1] % groups == 0 else None
         if size is None or found != self.plan(name, shape, self._grouped(size)):
-            raise CheckpointError(f"{name}: its stored parts are not those of a layer of {shape[0]} x {shape[1]}")
+            raise wrong_parts(name, shape)
         return self._grouped(size if groups > 1 or size in GROUP_SIZES else None)
 
 

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipeline.config.schema import VariantSpec
-from pipeline.errors import CheckpointError, QuantizationError
+from pipeline.errors import QuantizationError
 from pipeline.models.matrices import gate_modules
 from pipeline.quantization.formats import StoredTensors
 from pipeline.quantization.formats.bitsandbytes import sizes
-from pipeline.quantization.formats.safetensors import Grids, SafetensorsFormat
+from pipeline.quantization.formats.safetensors import Grids, SafetensorsFormat, wrong_parts
 from pipeline.quantization.grid import Grid, GroupQuantized
 from pipeline.quantization.layers import Output, Source
 
@@ -187,14 +187,14 @@ class Bitsandbytes(SafetensorsFormat):
         self._stored_grid(checkpoint, name, shape)
 
     def _stored_grid(self, checkpoint: StoredTensors, name: str, shape: tuple[int, ...]) -> Numbers:
-        found = {n: (checkpoint[n].dtype, checkpoint[n].shape) for n in self.part_names(name) if n in checkpoint}
+        found = self.stored(checkpoint, name)
         for kind in KINDS:
             grid = Numbers(8 if kind == sizes.INT8 else 4, None, "none", torch.float32, kind=kind)
             if self._fits(found, self.plan(name, shape, grid)):
                 state = f"{name}.quant_state.bitsandbytes__{kind}"
                 if state not in found or sizes.is_state_of(bytes(checkpoint.read(state).tolist()), shape, kind):
                     return grid
-        raise CheckpointError(f"{name}: its stored parts are not those of a layer of {shape[0]} x {shape[1]}")
+        raise wrong_parts(name, shape)
 
     def read(self, checkpoint: StoredTensors, name: str, shape: tuple[int, ...]) -> Rounded:
         """Return the codes and scales of a stored weight, for a layer of `shape` (N, K)."""

@@ -17,11 +17,10 @@ import torch
 
 from pipeline.config.catalog import GROUP_SIZES, fitting_group_size
 from pipeline.config.schema import VariantSpec
-from pipeline.errors import CheckpointError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.quantization.formats import StoredTensors
 from pipeline.quantization.formats.compressed_tensors import header, sizes
-from pipeline.quantization.formats.safetensors import Grids, SafetensorsFormat
+from pipeline.quantization.formats.safetensors import Grids, SafetensorsFormat, wrong_parts
 from pipeline.quantization.grid import Grid, GroupQuantized
 
 if TYPE_CHECKING:
@@ -70,12 +69,12 @@ class CompressedTensors(SafetensorsFormat):
 
     def read(self, checkpoint: StoredTensors, name: str, shape: tuple[int, ...]) -> GroupQuantized:
         """Return the codes and scales of a stored weight, for a layer of `shape` (N, K)."""
-        found = {n: (checkpoint[n].dtype, checkpoint[n].shape) for n in self.part_names(name) if n in checkpoint}
+        found = self.stored(checkpoint, name)
         grids = (_grid(*kind, size) for kind in self.kinds for size in (None, *GROUP_SIZES))
         fitting = (grid for grid in grids if shape[1] % grid.group(shape[1]) == 0)
         fits = next((grid for grid in fitting if found == self.plan(name, shape, grid)), None)
         if fits is None:
-            raise CheckpointError(f"{name}: its stored parts are not those of a layer of {shape[0]} x {shape[1]}")
+            raise wrong_parts(name, shape)
         codes = self.codes(checkpoint, name, shape[1], fits)
         return GroupQuantized(codes, checkpoint.read(stored_as(name, "weight_scale")), None, fits)
 

@@ -24,9 +24,8 @@ import torch
 
 from pipeline.config.catalog import GROUP_SIZES
 from pipeline.config.schema import VariantSpec
-from pipeline.errors import CheckpointError
 from pipeline.quantization.formats import StoredTensors
-from pipeline.quantization.formats.safetensors import Grids
+from pipeline.quantization.formats.safetensors import Grids, wrong_parts
 from pipeline.quantization.formats.tile_packed import sizes
 from pipeline.quantization.formats.torchao import header
 from pipeline.quantization.formats.torchao.format import Torchao, grouped, stored_as, typed
@@ -93,11 +92,11 @@ class TilePacked(Torchao):
     def read(self, checkpoint: StoredTensors, name: str, shape: tuple[int, ...]) -> GroupQuantized:
         """Return the codes, scales and zeros of a stored int4 weight, for a layer of `shape` (N, K)."""
         qdata, scale_and_zero = self.part_names(name)
-        found = {n: (checkpoint[n].dtype, checkpoint[n].shape) for n in (qdata, scale_and_zero)}
-        groups = next(iter(found[scale_and_zero][1]), 0)
+        found = self.stored(checkpoint, name)
+        groups = next(iter(found.get(scale_and_zero, (None, ()))[1]), 0)
         size = sizes.padded(*shape)[1] // groups if groups else 0
         if size not in GROUP_SIZES or shape[1] % size or found != self.plan(name, shape, grouped(4, size)):
-            raise CheckpointError(f"{name}: its stored parts are not those of a layer of {shape[0]} x {shape[1]}")
+            raise wrong_parts(name, shape)
         return from_tiles(checkpoint.read(qdata), checkpoint.read(scale_and_zero), shape, size)
 
     def unpack(self, weight: torch.Tensor) -> GroupQuantized | None:

@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 
 from pipeline.config.schema import VariantSpec
-from pipeline.errors import CheckpointError
 from pipeline.quantization.formats import StoredTensors
-from pipeline.quantization.formats.safetensors import Grids
+from pipeline.quantization.formats.safetensors import Grids, wrong_parts
 from pipeline.quantization.formats.torchao import float8_sizes, header
 from pipeline.quantization.formats.torchao.format import Torchao, stored_as, typed
 from pipeline.quantization.grid import Grid, GroupQuantized
@@ -71,9 +70,9 @@ class Float8(Torchao):
     def read(self, checkpoint: StoredTensors, name: str, shape: tuple[int, ...]) -> GroupQuantized:
         """Return the codes and scales of a stored weight, for a layer of `shape` (N, K)."""
         names = self.part_names(name)
-        found = {n: (checkpoint[n].dtype, checkpoint[n].shape) for n in names if n in checkpoint}
+        found = self.stored(checkpoint, name)
         if found != self.plan(name, shape, FLOAT8):
-            raise CheckpointError(f"{name}: its stored parts are not those of a layer of {shape[0]} x {shape[1]}")
+            raise wrong_parts(name, shape)
         codes, scale = map(checkpoint.read, names)
         return GroupQuantized(codes, scale, None, FLOAT8)
 

@@ -25,11 +25,11 @@ import torch
 from pipeline.config.catalog import EIGHT_BITS, fitting_group_size
 from pipeline.config.quantize import matches
 from pipeline.config.schema import VariantSpec
-from pipeline.errors import CheckpointError, ModelError
+from pipeline.errors import ModelError
 from pipeline.models.experts import EXPERTS
 from pipeline.models.matrices import PLAIN_TABLE, embedding_kind
 from pipeline.quantization.formats import StoredTensors
-from pipeline.quantization.formats.safetensors import Grids, SafetensorsFormat
+from pipeline.quantization.formats.safetensors import Grids, SafetensorsFormat, wrong_parts
 from pipeline.quantization.formats.torchao import header, sizes, trial
 from pipeline.quantization.grid import Grid, GroupQuantized
 
@@ -157,14 +157,13 @@ class Torchao(SafetensorsFormat):
         A stack of experts (E, N, K) is returned with the rows of all experts in one matrix.
         """
         part = stored_as(name, PARTS)
-        found = {n: (checkpoint[n].dtype, checkpoint[n].shape) for n in part.values() if n in checkpoint}
+        found = self.stored(checkpoint, name)
         counts = found.get(part["scale"], (None, ()))[1]  # one of them is the number of groups in a row
         widths = [shape[-1] // count for count in counts if count and shape[-1] % count == 0]
         grids = (INT8, *(grouped(bits, size) for bits in (8, 4) for size in widths))
         fits = next((grid for grid in grids if found == self.plan(name, shape, grid)), None)
         if fits is None:
-            size = " x ".join(map(str, shape))
-            raise CheckpointError(f"{name}: its stored parts are not those of a layer of {size}")
+            raise wrong_parts(name, shape)
         codes, scale = checkpoint.read(part["qdata"]), checkpoint.read(part["scale"])
         if fits.bits == 8:
             return GroupQuantized(codes.flatten(0, -2), scale.flatten(0, -2), None, fits)
