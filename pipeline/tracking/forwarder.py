@@ -29,10 +29,12 @@ class Item:
 
     Attributes:
         id: 32 hex digits, unique to this record and the same whenever it is sent.
+        number: place of the record in the spool, from 0.
         step: the training step of the record; for an event, the last one before it.
     """
 
     id: str
+    number: int
     record: dict
     step: int
 
@@ -50,6 +52,9 @@ class Connection(Protocol):
 
     def stored(self) -> tuple[int, int] | None:
         """Return how many records of this run are stored, and how many of them are events; None if unknown."""
+
+    def close(self) -> None:
+        """End the connection after the last record. The next call of the opener begins another one."""
 
 
 # (id of the spool, time of its first record in seconds since the epoch) -> the tracker
@@ -74,7 +79,7 @@ class Spool:
         if not self.id:
             self.id, self.began = _digest(content), float(record.get("time", 0))
         self._step = record["step"] if "metrics" in record else self._step
-        item = Item(_digest(f"{self.id} {self.records} {content}"), record, self._step)
+        item = Item(_digest(f"{self.id} {self.records} {content}"), self.records, record, self._step)
         self.records += 1
         self.events += item.is_event
         return item
@@ -118,7 +123,7 @@ class Forwarder:
             self.problem = self.problem or f"no answer within {self._close_seconds:g} seconds"
 
     def send_all(self) -> int:
-        """Send all missing records in this thread, and check that they are stored.
+        """Send all missing records in this thread, check that they are stored, and close the connection.
 
         Returns:
             How many records were sent.
@@ -133,6 +138,9 @@ class Forwarder:
             sent += self._send_waiting()
             if not self._is_stored():
                 raise TrackError("the tracker did not store the records")
+        if self._tracker:
+            self._tracker.close()
+            self._tracker = None
         return sent
 
     def _work(self) -> None:

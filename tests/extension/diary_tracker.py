@@ -64,3 +64,6 @@ class Diary:
     def stored(self):
         lines = self.path.read_text().splitlines() if self.path.is_file() else []
         return len(lines), sum('"event"' in line for line in lines)
+
+    def close(self):
+        self.path = None

@@ -56,6 +56,9 @@ class Place(Protocol):
     def count(self, project: str, run_id: str) -> tuple[int, int] | None:
         """Return how many logs and alerts of a run are stored; None if that is unknown."""
 
+    def close(self) -> None:
+        """End the connection."""
+
 
 class Local:
     """The database in TRACKIO_DIR; on a network file system, files that Trackio's dashboard imports."""
@@ -94,6 +97,9 @@ class Local:
             return self._storage.get_log_count(project, run_id=run_id), len(alerts)
         except (OSError, sqlite3.Error) as error:
             raise self._explained(error) from None
+
+    def close(self) -> None:
+        """Do nothing: the database is opened for each access."""
 
     def _insert(self, logs: list[dict], alerts: list[dict]) -> None:
         run = {key: logs[0][key] for key in ("project", "run", "run_id")}
@@ -148,6 +154,10 @@ class Server:
         """Return how many logs and alerts of a run are stored."""
         summary = self._call("get_run_summary", project=project, run_id=run_id)
         return summary["num_logs"], len(self._call("get_alerts", project=project, run_id=run_id))
+
+    def close(self) -> None:
+        """Close the HTTP connections."""
+        self._client.close()
 
     def _upload(self, picture: Picture) -> None:
         """Store a picture; sent again, it takes the place of the same picture."""

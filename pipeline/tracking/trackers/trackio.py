@@ -20,7 +20,6 @@ TRACKIO_WEBHOOK_URL) have no effect: the configuration names the place of a run.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import shutil
@@ -30,11 +29,11 @@ from typing import Any
 
 from pipeline.config.schema import Config
 from pipeline.config.track import TrackioSettings
-from pipeline.evaluation.model_result import TEXTS
-from pipeline.evaluation.overview import NAMES, draw_side_by_side
+from pipeline.evaluation.overview import draw_side_by_side
 from pipeline.hub.retry import HubAway
 from pipeline.tracking.events import alert_level
 from pipeline.tracking.forwarder import Item
+from pipeline.tracking.trackers.contents import as_text, event_values, models_table, run_settings
 from pipeline.tracking.trackers.places import TOKEN_VARIABLE, Local, Picture, Place, Server, check_write_token
 from pipeline.tracking.trackers.spaces import Space, find
 
@@ -42,15 +41,6 @@ LABEL = "Trackio"
 TABLE, PICTURE = "models", "models/perplexity_against_size"  # their names in a run
 _LOSSES = {"train/loss": "loss", "eval/loss": "held_out_loss"}
 _TOTALS = ("/runtime", "_per_second", "/total_flos", "/mean_loss")  # numbers of training that a run has once
-_FIGURES = {"perplexity": "perplexity", "rise": "rise of perplexity", "kl": "KL divergence", "agreement": "same token"}
-_COLUMNS = {
-    "model": "model",
-    "size_bytes": "weights, MB",
-    **{f"{text}_{key}": f"{name}, {on} text" for text, on in TEXTS.items() for key, name in _FIGURES.items()},
-    "tokens_per_second": "tokens per second",
-    "peak_memory_bytes": "peak memory, MB",
-    "passed": "within its limits",
-}
 
 
 def check(track: TrackioSettings) -> None:
@@ -102,7 +92,7 @@ class TrackioTracker:
     def __init__(self, config: Config, place: Place, run_id: str, began: float):
         self._project, self._run_id = config.track.project, run_id
         self._about = {"project": config.track.project, "run": config.name, "run_id": run_id}
-        self._config = _settings(config) | {"_Created": _moment(began)}
+        self._config = run_settings(config) | {"_Created": _moment(began)}
         self._place = place
         place.open()
 
@@ -116,6 +106,10 @@ class TrackioTracker:
     def stored(self) -> tuple[int, int] | None:
         """Return how many records of this run are stored, and how many of them are events; None if unknown."""
         return self._place.count(self._project, self._run_id)
+
+    def close(self) -> None:
+        """Close the connection to the place."""
+        self._place.close()
 
     def _log(self, item: Item, pictures: list[Picture]) -> dict:
         """Return a record as a log, and add its picture to `pictures`."""
@@ -141,9 +135,8 @@ def as_metrics(record: dict) -> dict[str, Any]:
     NaN and infinity are strings, as in Trackio.
     """
     if "metrics" not in record:
-        prefix = "/".join(filter(None, (record["stage"], record.get("variant"))))
-        kept = {key: _plain(value) for key, value in record.items() if key not in ("time", "run", "event")}
-        return {f"{prefix}/{record['event'].rpartition('_')[2]}": kept}
+        name, kept = event_values(record)
+        return {name: {key: _plain(value) for key, value in kept.items()}}
     figures = {key: _plain(value) for key, value in record["metrics"].items()}
     totals = {key: figures.pop(key) for key in list(figures) if key.endswith(_TOTALS)}
     losses = {name: figures[key] for key, name in _LOSSES.items() if key in figures}
@@ -151,35 +144,12 @@ def as_metrics(record: dict) -> dict[str, Any]:
     return losses | figures | ({"totals": totals} if totals else {}) | tables
 
 
-def as_text(record: dict) -> str:
-    """Return the text of an event's alert: a sentence for people, and a line of JSON for programs."""
-    outcome = {
-        "started": "started",
-        "completed": f"finished after {record.get('seconds', 0):,.1f} seconds",
-        "pushed": f"sent to {record.get('url') or record.get('repo')}",
-        "failed": record["message"]
-        if alert_level(record) == "warn"
-        else f"{record.get('error')}: {record.get('message')}",
-    }[record["event"].rpartition("_")[2]]
-    subject = ", ".join([f"run {record['run']}", *([f"variant {record['variant']}"] if "variant" in record else [])])
-    return f"{subject}: {record['stage']} {outcome}\n{json.dumps(record, separators=(',', ':'))}"
-
-
 def _table(rows: list[dict]) -> dict:
-    """Return the figures of all models as a table of Trackio: a row for each model, a column for each figure."""
+    """Return the figures of all models as a table of Trackio."""
     from trackio import Table
 
-    known = [key for key in _COLUMNS if any(key in row for row in rows)]
-    cells = [[_cell(key, row.get(key)) for key in known] for row in rows]
-    return {"_type": Table.TYPE, "_value": Table(columns=[_COLUMNS[key] for key in known], data=cells).data}
-
-
-def _cell(key: str, value: Any) -> Any:
-    if key == "model":
-        return NAMES.get(value, value)
-    if key == "passed":
-        return {True: "yes", False: "no"}.get(value)
-    return None if value is None else float(f"{value / 1e6 if key.endswith('_bytes') else value:.5g}")
+    columns, cells = models_table(rows)
+    return {"_type": Table.TYPE, "_value": Table(columns=columns, data=cells).data}
 
 
 def dashboard(config: Config) -> str:
@@ -193,14 +163,6 @@ def dashboard(config: Config) -> str:
     beside = os.path.relpath(os.path.join(os.path.dirname(sys.executable), "trackio"))
     program = "trackio" if shutil.which("trackio") else beside
     return f"{f'TRACKIO_DIR={folder} ' if folder else ''}{program} show --project {track.project}"
-
-
-def _settings(config: Config) -> dict:
-    """Return the settings that the dashboard's table of runs shows."""
-    settings = {"model": config.model.source, "adapter": config.merge.adapter}
-    if config.data:
-        settings |= {"data": config.data.source, "method": config.train.method}
-    return {key: value for key, value in settings.items() if value}
 
 
 def _plain(value: Any) -> Any:
