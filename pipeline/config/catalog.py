@@ -224,12 +224,14 @@ ALIASES = {
     **{v.file_type.lower(): (v.name,) for v in VARIANTS.values() if v.file_type and v.bits < 16},
 }
 
+PREFERENCE = "preference"  # the data form of trainers that compare two answers
 DATA_FORMS = {
     "messages": "a list of {role, content} under `messages`",
     "prompt_completion": "two strings under `prompt` and `completion`",
     "instruction": "`instruction` and `output`, and where there is one `input`",
     "question_answer": "two strings under `question` and `answer`",
     "text": "plain text under `text`, all of it learned from",
+    PREFERENCE: "two answers to one question, the better one under `chosen` and the other under `rejected`",
 }
 
 

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.catalog import PREFERENCE
 from pipeline.config.schema import Data
 from pipeline.data.example import Example
 from pipeline.data.files import open_file
 from pipeline.data.reading import Check, OnSkip, Skipped, read_table
 from pipeline.data.rows import BadRow
-from pipeline.data.sources import check_settings, is_builtin, locate
+from pipeline.data.sources import BUILTIN, check_settings, is_builtin, locate
 from pipeline.data.splitting import fingerprint, split, trained_from
 from pipeline.data.store import read_examples, write_examples
 from pipeline.data.table import Table
@@ -114,8 +115,9 @@ def load_examples(
         from pipeline.data import python_docs
 
         check_settings(data, on_hub=False)
-        examples = python_docs.python_docs()
-        rows, form = len(examples), "builtin"
+        are_pairs = data.source != BUILTIN
+        examples = python_docs.python_docs_pairs() if are_pairs else python_docs.python_docs()
+        rows, form = len(examples), PREFERENCE if are_pairs else "builtin"
         known = {"license": python_docs.LICENSE, "language": python_docs.LANGUAGE}
     else:
         table, known = _open(data)

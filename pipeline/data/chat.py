@@ -86,7 +86,8 @@ class ChatTemplate:
     def check(self, example: Example) -> None:
         """Raise BadRow if the template refuses an example."""
         try:
-            self.render_example(example)
+            for alternative in example.alternatives:
+                self.render_example(alternative)
         except TemplateRefusal as refusal:
             raise BadRow(str(refusal)) from None
 

@@ -122,7 +122,7 @@ def _template(data_set: DataSet, tokenizer: Any) -> str | None:
 
 
 def _describe_split(examples: int, part: EncodedSet) -> dict[str, Any]:
-    lengths = sorted(len(example.input_ids) for example in part.examples)
+    lengths = sorted(len(sequence.input_ids) for example in part.examples for sequence in example.sequences)
     return {
         "examples": examples - part.dropped,
         "sequences": len(part.examples),

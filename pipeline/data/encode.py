@@ -6,7 +6,8 @@ import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from os.path import commonprefix
 from typing import Any
 
 from pipeline.data.chat import ChatTemplate, Span
@@ -30,11 +31,23 @@ class Encoded:
 
     Attributes:
         cluster: number of the example or document that it was made of. Sequences of one cluster depend on each other.
+        rejected: of a preference pair, the sequence with the worse answer; this one has the better answer. Else None.
     """
 
     input_ids: list[int]
     labels: list[int]
     cluster: int = 0
+    rejected: Encoded | None = None
+
+    @property
+    def prompt_length(self) -> int:
+        """Return the number of tokens before the first learned one; a preference pair has them in common."""
+        return next(i for i, label in enumerate(self.labels) if label != NO_LOSS)
+
+    @property
+    def sequences(self) -> tuple[Encoded, ...]:
+        """Return this sequence, and of a preference pair the one with the worse answer too."""
+        return (self,) if self.rejected is None else (self, self.rejected)
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,8 @@ class EncodedSet:
 
     Attributes:
         examples: one sequence for each conversation that was kept, or one or more for each text, in the same order.
-        truncated: conversations that lost what was beyond `max_length`.
+            A preference pair is two sequences in one.
+        truncated: conversations or pairs that lost what was beyond `max_length`.
         dropped: conversations or texts left out because nothing to learn from was left of them.
         tokens: tokens in all sequences together.
         loss_tokens: those of them that the loss is taken on.
@@ -67,6 +81,9 @@ def encode_examples(
 ) -> EncodedSet:
     """Tokenize examples, and mark what is learned of them.
 
+    Of a preference pair, the last answer is learned in both versions. The tokens before the first difference or the
+    first learned token are its prompt. It is dropped if an answer or the difference of both is beyond `max_length`.
+
     Of a conversation, messages after the last answer are left out, so that every sequence ends in an end of
     turn, or in the tokenizer's end of text where its template has no end of turn.
 
@@ -86,16 +103,18 @@ def encode_examples(
         DataError: if the tokenizer has no chat template or is not a fast one, if the template refuses
             a conversation or leaves out a part of it, or if it cannot be told which part of its output is an answer.
     """
+    are_pairs = any(example.rejected is not None for example in examples)
     if examples and examples[0].text is not None:
         chunks = _text_chunks(examples, tokenizer, max_length)
     else:
-        chunks = _conversation_chunks(examples, ChatTemplate(tokenizer), loss_on)
+        template = ChatTemplate(tokenizer)
+        chunks = _pair_chunks(examples, template) if are_pairs else _conversation_chunks(examples, template, loss_on)
     encoded, counts = [], {"truncated": 0, "dropped": 0, "cut": 0}
     done = 0
     for chunk in chunks:
         for sequences in chunk:
             parts = [Encoded(ids[:max_length], labels[:max_length], done) for ids, labels in sequences]
-            kept = [part for part in parts if _teaches(part)]
+            kept = _joined(*parts) if are_pairs else [part for part in parts if _teaches(part)]
             counts["dropped"] += not kept
             counts["truncated"] += bool(kept) and any(len(ids) > max_length for ids, _ in sequences)
             counts["cut"] += len(kept) > 1
@@ -106,8 +125,8 @@ def encode_examples(
     return EncodedSet(
         examples=encoded,
         **counts,
-        tokens=sum(len(e.input_ids) for e in encoded),
-        loss_tokens=sum(label != NO_LOSS for e in encoded for label in e.labels),
+        tokens=sum(len(s.input_ids) for e in encoded for s in e.sequences),
+        loss_tokens=sum(label != NO_LOSS for e in encoded for s in e.sequences for label in s.labels),
     )
 
 
@@ -212,6 +231,32 @@ def _conversation_chunks(
     """Yield the one sequence of every conversation, some conversations at a time."""
     for start in range(0, len(examples), _CHUNK):
         yield [[sequence] for sequence in _encode_chunk(examples[start : start + _CHUNK], template, loss_on)]
+
+
+def _pair_chunks(pairs: Sequence[Example], template: ChatTemplate) -> Iterator[list[list[IdsAndLabels]]]:
+    """Yield the two sequences of every preference pair, some pairs at a time; their last answers are learned."""
+    for start in range(0, len(pairs), _CHUNK):
+        both = [one for pair in pairs[start : start + _CHUNK] for one in pair.alternatives]
+        sequences = list(_encode_chunk(both, template, "completion"))
+        yield [sequences[i : i + 2] for i in range(0, len(sequences), 2)]
+
+
+def _joined(better: Encoded, worse: Encoded) -> list[Encoded]:
+    """Return a preference pair as one sequence with the other in it; nothing if no difference is left to learn.
+
+    Every token after their common prompt is learned. Tokens after the end of turn are left out.
+    """
+    if not (_teaches(better) and _teaches(worse)) or better.input_ids == worse.input_ids:
+        return []
+    shared = len(commonprefix([better.input_ids, worse.input_ids]))
+    start = min(shared, better.prompt_length, worse.prompt_length)
+
+    def answer(sequence: Encoded) -> Encoded:
+        end = max(i for i, label in enumerate(sequence.labels, start=1) if label != NO_LOSS)
+        ids = sequence.input_ids[:end]
+        return Encoded(ids, [NO_LOSS] * start + ids[start:], sequence.cluster)
+
+    return [replace(answer(better), rejected=answer(worse))]
 
 
 def _encode_chunk(examples: Sequence[Example], template: ChatTemplate, loss_on: str) -> Iterator[IdsAndLabels]:

@@ -1,11 +1,11 @@
-"""One thing to learn: a conversation or a text."""
+"""One thing to learn: a conversation, a text, or a conversation with a better and a worse last answer."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipeline.data.messages import Message
 from pipeline.data.tools import Tool
@@ -19,11 +19,22 @@ class Example:
         messages: `role` and `content` each, and sometimes more (`pipeline.data.messages`); empty for a text.
         text: None for a conversation.
         tools: the tools that the assistant may call, as chat templates take them.
+        rejected: of a preference pair, the worse answer; the last of `messages` is the better one. Else None.
     """
 
     messages: tuple[Message, ...] = ()
     text: str | None = None
     tools: tuple[Tool, ...] = ()
+    rejected: Message | None = field(default=None, repr=False)  # calibration counts the characters of the repr
+
+    @property
+    def alternatives(self) -> tuple[Example, ...]:
+        """Return the conversations of a preference pair, the better one first; else the example alone."""
+        if self.rejected is None:
+            return (self,)
+        return tuple(
+            Example((*self.messages[:-1], last), tools=self.tools) for last in (self.messages[-1], self.rejected)
+        )
 
     @property
     def last_answer(self) -> int:
@@ -32,12 +43,20 @@ class Example:
 
     def canonical(self) -> str:
         """Return the same text for the same example, whatever the file looked like."""
-        return self._told(self.messages) if self.text is None else _canonical({"text": self.text})
+        if self.text is not None:
+            return _canonical({"text": self.text})
+        if self.rejected is None:
+            return self._told(self.messages)
+        pair = {"messages": self.messages, "rejected": self.rejected}
+        return _canonical(pair | ({"tools": self.tools} if self.tools else {}))
 
     def answers(self, loss_on: str = "auto") -> list[int]:
-        """Return the indexes of the messages that are learned; `loss_on` as in `train.loss_on`."""
+        """Return the indexes of the messages that are learned; `loss_on` as in `train.loss_on`.
+
+        Of a preference pair only the last answer is learned, in its two versions.
+        """
         found = [i for i, message in enumerate(self.messages) if is_learned(message)]
-        return found[-1:] if loss_on == "completion" else found
+        return found[-1:] if loss_on == "completion" or self.rejected is not None else found
 
     def prompt(self, loss_on: str = "auto") -> str:
         """Return everything before the first learned answer in canonical form; a text is its own prompt.
@@ -80,8 +99,11 @@ class Example:
         return [i for i in answers if i > asked] or answers[:1]
 
     def learned(self) -> list[str]:
-        """Return what is to be learned: the answers with their calls of tools, or the text."""
-        return [_said(m) for m in self.messages if is_learned(m)] if self.text is None else [self.text]
+        """Return what is to be learned: the answers with their calls of tools, or the text.
+
+        Of a preference pair it is the better answer.
+        """
+        return [_said(self.messages[i]) for i in self.answers()] if self.text is None else [self.text]
 
     def _told(self, messages: Iterable[Message]) -> str:
         """Return messages in canonical form, with the tools if there are some."""

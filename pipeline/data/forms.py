@@ -7,11 +7,13 @@ A data form is one entry in `FORMS`: the columns it needs, optional columns, and
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pipeline.config.catalog import PREFERENCE
 from pipeline.data.example import Example, is_learned
 from pipeline.data.messages import Message, messages
 from pipeline.data.rows import BadRow, is_empty, kind, shorten, text
@@ -73,15 +75,10 @@ def _from_messages(row: RowValues) -> Example:
 
 def _from_prompt_completion(row: RowValues) -> Example:
     """Return the example of two strings or, as in trl, of two lists of messages; one message needs no list."""
-    turns = []
-    for column, role in (("prompt", "user"), ("completion", "assistant")):
-        value = row.values[column]
-        if isinstance(value, list) or (isinstance(value, dict) and ("role" in value or "from" in value)):
-            turns += (part := row.messages(column))
-            if column == "completion" and all(message["role"] != "assistant" for message in part):
-                raise BadRow(f"`{row.names[column]}` has no message by the assistant; add one")
-        else:
-            turns.append({"role": role, "content": row.text(column)})
+    answer = _turns(row, "completion", "assistant")
+    turns = [*_turns(row, "prompt", "user"), *answer]
+    if all(message["role"] != "assistant" for message in answer):
+        raise BadRow(f"`{row.names['completion']}` has no message by the assistant; add one")
     return _conversation(row, turns)
 
 
@@ -97,6 +94,49 @@ def _from_question_answer(row: RowValues) -> Example:
 
 def _from_text(row: RowValues) -> Example:
     return Example(text=row.text("text"))
+
+
+def _from_preference(row: RowValues) -> Example:
+    """Return the example of a better and a worse answer, as in trl: each is text, or ends a list of messages.
+
+    What the two lists share in the beginning is the prompt; a `prompt` need not be repeated there.
+    """
+    told = [f"`{row.names[column]}`" for column in ("chosen", "rejected")]
+    prompt = _turns(row, "prompt", "user") if row.has("prompt") else []
+    chosen, rejected = ([*_without(prompt, _turns(row, c, "assistant"))] for c in ("chosen", "rejected"))
+    if chosen == rejected:
+        raise BadRow(f"{' and '.join(told)} are the same answer; remove the row")
+    shared = [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))]
+    answers = [answer[len(shared) :] for answer in (chosen, rejected)]
+    for answer, name in zip(answers, told, strict=True):
+        if [message["role"] for message in answer] != ["assistant"]:
+            raise BadRow(
+                f"{name} has {len(answer)} message(s) after the prompt; one answer by the assistant is expected; "
+                "shorten the conversation to the answers that differ, or remove the row"
+            )
+    asked = [*prompt, *shared]
+    if not any(message["role"] != "system" for message in asked):
+        raise BadRow(
+            f"no prompt for {' and '.join(told)}; name its column in data.columns: {{prompt: ...}}, "
+            f"or learn the better text alone with data.columns: {{text: {row.names['chosen']}}}"
+        )
+    (better,), (worse,) = ([{k: v for k, v in m.items() if k != "weight"} for m in answer] for answer in answers)
+    return replace(_conversation(row, [*asked, better]), rejected=worse)
+
+
+def _turns(row: RowValues, column: str, role: str) -> list[Message]:
+    """Return the messages of a column; text becomes one message with this role."""
+    value = row.values[column]
+    return row.messages(column) if _is_messages(value) else [{"role": role, "content": row.text(column)}]
+
+
+def _is_messages(value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, dict) and ("role" in value or "from" in value))
+
+
+def _without(prompt: list[Message], turns: list[Message]) -> list[Message]:
+    """Return a conversation without the prompt at its beginning, if it repeats the prompt."""
+    return turns[len(prompt) :] if len(turns) > len(prompt) and turns[: len(prompt)] == prompt else turns
 
 
 def _pair(asked: str, answer: str) -> list[Message]:
@@ -156,4 +196,10 @@ FORMS: dict[str, Form] = {
     ),
     "question_answer": Form(("question", "answer"), _from_question_answer, also=_ALSO),
     "text": Form(("text",), _from_text, ()),
+    PREFERENCE: Form(
+        ("chosen", "rejected"),
+        _from_preference,
+        ("prompt", "system", "tools", "history"),
+        {"prompt": ("question", "instruction", "conversations"), **_ALSO},
+    ),
 }

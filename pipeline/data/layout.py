@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.config.catalog import PREFERENCE
 from pipeline.data.example import Example
 from pipeline.data.forms import FORMS, RowValues
 from pipeline.data.meaningful import check_watched, preference_problem, watched_columns
@@ -61,7 +62,8 @@ def choose_layout(
     """Return the form of rows with these columns, and the names of its columns.
 
     A column is taken under the name that `named` gives it, else under its own, else under another
-    common one (`Form.also`). With "auto", plain text is taken only if no other form fits.
+    common one (`Form.also`). With "auto", plain text is taken only if no other form fits, and two answers of which one
+    is better are taken as such, whatever else there is.
 
     Args:
         columns: the columns of the data set, or of the first row that has a form.
@@ -87,6 +89,7 @@ def choose_layout(
     fitting = [layout for layout in layouts if {layout.names.get(c) for c in FORMS[layout.form].needed} <= set(columns)]
     if len(fitting) > 1:
         fitting = [layout for layout in fitting if layout.form != "text"]
+        fitting = [layout for layout in fitting if layout.form == PREFERENCE] or fitting
     if len(fitting) > 1:
         forms = " and ".join(layout.form for layout in fitting)
         raise BadRow(f"columns fit several forms: {forms}; set data.form to one of them")

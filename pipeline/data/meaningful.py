@@ -53,8 +53,8 @@ class _Meaning:
     beside: tuple[str, ...] = ()
 
 
-_CONVERSATIONS = ("messages", "prompt_completion", "instruction", "question_answer")
-_SINGLE_QUESTIONS = ("prompt_completion", "instruction", "question_answer")
+_SINGLE_QUESTIONS = ("prompt_completion", "instruction", "question_answer", "preference")
+_CONVERSATIONS = ("messages", *_SINGLE_QUESTIONS)
 _PREFERENCE = _Meaning("is one of two answers, of which people prefer one; only one answer is learned")
 _TASTE = _Meaning("is false, so people rejected this answer", _is_false, _CONVERSATIONS)
 _WEIGHT = _Meaning("is {value}, and all rows are learned with the weight 1", _is_no_full_weight)

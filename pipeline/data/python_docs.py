@@ -1,8 +1,9 @@
 """Data that every machine has: the documentation inside Python's standard library.
 
 `python_docs()` turns the docstrings of the standard library into questions and
-answers, for training. `python_topics()` is the language reference as `help()` shows
-it, for measuring how well a model still reads general text. The two share nothing.
+answers, for training, and `python_docs_pairs()` adds a worse answer to each.
+`python_topics()` is the language reference as `help()` shows it, for measuring how
+well a model still reads general text. They share nothing with it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ LICENSE = "psf-2.0"
 LANGUAGE = "en"
 
 _SHORTEST, _LONGEST = 40, 1500  # characters of a docstring that is worth an answer
+_LONGEST_IN_PAIR = 400  # characters of a docstring that becomes a preference pair
 _FEWEST_WORDS = 6
 _LONGEST_CALL = 80  # characters of `name(arguments)` inside a question
 _SHORTEST_TOPIC = 1000
@@ -84,6 +86,30 @@ def python_docs(folder: Path | None = None) -> list[Example]:
     if not examples:
         raise DataError(f"builtin:python-docs: no sources of the standard library under {folder}; name a data file")
     return examples
+
+
+def python_docs_pairs(folder: Path | None = None) -> list[Example]:
+    """Return short answers of `python_docs`, each with a worse answer to the same question.
+
+    Of three worse answers, two are the docstring of the next thing of the same module, and one breaks off in the middle
+    of a sentence. Order and content depend on nothing but the sources.
+
+    Args:
+        folder: as in `python_docs`.
+
+    Raises:
+        DataError: if this Python comes without its sources.
+    """
+    short = [e for e in python_docs(folder) if len(e.messages[-1]["content"]) <= _LONGEST_IN_PAIR]
+    pairs = []
+    for example, sibling in zip(short, [*short[1:], *short[:1]], strict=True):
+        (question, answer), (_, other) = example.messages, sibling.messages
+        if _number(question["content"]) % 3 == 0:
+            words = answer["content"].split(" ")
+            other = answer | {"content": " ".join(words[: max(1, len(words) // 2)]).rstrip(" .")}
+        if other != answer:
+            pairs.append(Example(example.messages, rejected=other))
+    return pairs
 
 
 def python_topics() -> tuple[str, ...]:
@@ -188,5 +214,9 @@ def _worth_asking(doc: str) -> bool:
 def _question(kind: str, name: str, call: str) -> str:
     """Return one of a few phrasings, chosen by the name."""
     phrasings = _QUESTIONS[kind]
-    choice = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
-    return phrasings[choice % len(phrasings)].format(call)
+    return phrasings[_number(name) % len(phrasings)].format(call)
+
+
+def _number(text: str) -> int:
+    """Return a number that is as good as random, and the same everywhere."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")

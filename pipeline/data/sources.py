@@ -13,6 +13,10 @@ from pipeline.data.rows import BadRow
 from pipeline.errors import DataError
 
 BUILTIN = "builtin:python-docs"
+BUILTINS = {
+    BUILTIN: "the docstrings of Python's standard library, as questions and answers",
+    f"{BUILTIN}-pairs": "the docstrings of Python's standard library, each with a worse answer",
+}
 
 # A source that ends like one of these is meant as a file, not as USER/NAME on the Hub.
 _PACKED = (PACKED, ".zst", ".xz", ".bz2", ".zip", ".tar", ".tgz", ".7z")
@@ -22,14 +26,14 @@ _SUPPORTED = f"supported are {', '.join(_PLAIN)}, and all but .parquet packed as
 
 
 def is_builtin(source: str) -> bool:
-    """Return True if `source` is the data set that every Python has.
+    """Return True if `source` is a data set that every Python has.
 
     Raises:
         DataError: if it is called builtin, and is not.
     """
-    if source.startswith("builtin:") and source != BUILTIN:
-        raise DataError(f"{source}: no such builtin data set; there is {BUILTIN}")
-    return source == BUILTIN
+    if source.startswith("builtin:") and source not in BUILTINS:
+        raise DataError(f"{source}: no such builtin data set; there is {' and '.join(BUILTINS)}")
+    return source in BUILTINS
 
 
 def locate(source: str) -> Path | None:
@@ -71,8 +75,8 @@ def check_settings(data: Data, on_hub: bool) -> None:
     for key in ("subset", "split", "revision"):
         if not on_hub and getattr(data, key) != Data.model_fields[key].default:
             raise DataError(f"data.{key} {getattr(data, key)!r}: is for data sets on the Hub; remove it")
-    if data.columns and data.source == BUILTIN:
-        raise DataError(f"data.columns: {BUILTIN} has no columns to name; remove it")
+    if data.columns and data.source in BUILTINS:
+        raise DataError(f"data.columns: {data.source} has no columns to name; remove it")
     try:
         check_names(data.form, data.columns)
     except BadRow as error:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.catalog import PREFERENCE
 from pipeline.data.example import Example
 from pipeline.data.files import read_lines
 from pipeline.data.layout import Layout
@@ -18,11 +19,16 @@ from pipeline.errors import DataError
 _LAYOUTS = {
     "messages": Layout("messages", {"messages": "messages", "tools": "tools"}),
     "text": Layout("text", {"text": "text"}),
+    "rejected": Layout(PREFERENCE, {name: name for name in ("prompt", "chosen", "rejected", "tools")}),
 }
 
 
 def write_examples(path: str | os.PathLike, examples: Iterable[Example]) -> None:
-    """Write examples as JSON lines, `{"messages": [...], "tools": [...]}` or `{"text": "..."}` each, atomically."""
+    """Write examples as JSON lines, atomically.
+
+    Each is `{"messages": [...], "tools": [...]}`, `{"text": "..."}`, or `{"prompt": [...], "chosen": [...],
+    "rejected": [...], "tools": [...]}`.
+    """
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -30,7 +36,11 @@ def write_examples(path: str | os.PathLike, examples: Iterable[Example]) -> None
             for example in examples:
                 row: dict[str, Any] = {"text": example.text}
                 if example.text is None:
-                    row = {"messages": example.messages} | ({"tools": example.tools} if example.tools else {})
+                    row = {"messages": example.messages}
+                    if example.rejected is not None:
+                        *prompt, better = example.messages
+                        row = {"prompt": prompt, "chosen": [better], "rejected": [example.rejected]}
+                    row |= {"tools": example.tools} if example.tools else {}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -52,7 +62,8 @@ def read_examples(path: str | os.PathLike) -> tuple[Example, ...]:
         try:
             if isinstance(row, BadRow):
                 raise row
-            form = "text" if isinstance(row, dict) and "text" in row else "messages"
+            columns = row if isinstance(row, dict) else ()
+            form = next((column for column in ("text", "rejected") if column in columns), "messages")
             examples.append(_LAYOUTS[form].example(row))
         except BadRow as bad:
             raise DataError(f"{path}, {where}: {bad}") from None

@@ -12,7 +12,7 @@ from pipeline.config.schema import Data, Train, TrainingRun
 from pipeline.data import load_examples
 from pipeline.data.files import ENDINGS
 from pipeline.data.packed import DAMAGED, PACKED, ending_of, open_bytes, unreadable
-from pipeline.data.sources import is_builtin, locate
+from pipeline.data.sources import BUILTIN, is_builtin, locate
 from pipeline.data.system_prompt import without_prompt
 from pipeline.training.trainers import check_form
 
@@ -24,7 +24,7 @@ TEMPLATE_TOKENS = 15  # roughly; a chat template adds them to each example
 READ_BYTES = 50_000_000  # of a file whose rows are read in any case, which takes seconds
 SAMPLE_BYTES = 1_000_000  # of a file, to estimate its number of lines
 # Examples and bytes of the docstrings of Python 3.11's standard library, because reading them takes too long here.
-BUILTIN = (4300, 1_540_000)
+BUILTIN_SIZES = {BUILTIN: (4300, 1_540_000), f"{BUILTIN}-pairs": (3600, 1_150_000)}
 _TIMEOUT = 10.0  # seconds
 
 
@@ -68,7 +68,7 @@ def data_size(config: TrainingRun, read_rows: bool | None = None) -> DataSize:
     source = config.data.source
     path = None if is_builtin(source) else locate(source)
     if is_builtin(source):
-        size = DataSize(*BUILTIN, "estimated for Python's own documentation")
+        size = DataSize(*BUILTIN_SIZES[source], "estimated for Python's own documentation")
     else:
         size = _on_hub(config.data) if path is None else _in_file(path)
     is_small = path is not None and (size.text_bytes or 0) <= READ_BYTES
@@ -80,7 +80,8 @@ def _counted(config: TrainingRun, size: DataSize) -> DataSize:
     found = load_examples(config.data, config.train.loss_on)
     check_form(config, found.form)
     examples = (*found.train, *found.held_out)
-    contents = (e.text if e.text is not None else "".join(m["content"] for m in e.messages) for e in examples)
+    alternatives = (alternative for example in examples for alternative in example.alternatives)
+    contents = (e.text if e.text is not None else "".join(m["content"] for m in e.messages) for e in alternatives)
     without = [(found.duplicates, "duplicates"), (found.skipped.total, "bad rows")]
     left_out = " and ".join(f"{count} {what}" for count, what in without if count)
     how = "all rows read" + (f"; {left_out} left out" if left_out else "")

@@ -127,6 +127,41 @@ def test_a_system_message_is_not_learned(template):
     assert learned(template, example)[0].removeprefix("<think></think>") == "Answer.<|im_end|>"
 
 
+def pair(better, worse, *before):
+    example = conversation(*before, "Question?", better)
+    return Example(example.messages, rejected={"role": "assistant", "content": worse})
+
+
+@pytest.mark.parametrize(
+    "template",
+    [CHATML, GENERATION, GENERATION_TO_THE_END, STRIPS_THINKING, PROMPTS_THINKING, FILLS_THINKING, PLAIN, CLOSES],
+)
+@pytest.mark.parametrize("loss_on", ["auto", "all"])
+def test_pair_is_two_sequences_with_one_prompt_and_all_behind_it_learned(template, loss_on):
+    tok, example = tokenizer(template), pair("Answer two.", "Answer one, two.", "Question one?", "Answer one.")
+    (found,) = encode_examples([example], tok, loss_on, 1000).examples
+    alone = [encode_examples([one], tok, "completion", 1000).examples[0] for one in example.alternatives]
+    for sequence, expected in zip(found.sequences, alone, strict=True):
+        assert sequence.prompt_length == found.prompt_length
+        learned_ids = sequence.input_ids[found.prompt_length :]
+        assert sequence.labels == [NO_LOSS] * found.prompt_length + learned_ids
+        assert sequence.input_ids == expected.input_ids[: len(sequence.input_ids)]
+        assert learned_ids == [label for label in expected.labels if label != NO_LOSS]
+    assert found.input_ids[: found.prompt_length] == found.rejected.input_ids[: found.prompt_length]
+
+
+def test_pairs_without_a_difference_within_the_limit_are_counted_as_dropped():
+    tok = tokenizer(CHATML)
+    long = "one two three " * 20
+    (whole,) = encode_examples([pair("A.", "B.")], tok, "auto", 1000).examples
+    pairs = [pair("A.", "B."), pair(long + "A", long + "B"), pair("A.", "B.", long, long), pair(long, "B.")]
+    limit = len(whole.input_ids) + 1  # with the line feed behind the end of turn
+    found = encode_examples(pairs, tok, "auto", limit)
+    assert (found.dropped, found.truncated, [e.cluster for e in found.examples]) == (2, 1, [0, 3])
+    assert max(len(s.input_ids) for e in found.examples for s in e.sequences) == limit
+    assert found.tokens == sum(len(s.input_ids) for e in found.examples for s in e.sequences)
+
+
 def test_loss_on_all_covers_every_token_but_the_first():
     tok = tokenizer(CHATML)
     (sequence,) = encode_examples([TWO_TURNS], tok, "all", 1000).examples

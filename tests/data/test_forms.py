@@ -276,7 +276,7 @@ CHAT = {"messages": list(turns("Q", "A"))}
         (CHAT | {"label": False}, "`label` is false, so people rejected this answer; set data.on_bad_row: skip"),
         (PAIR | {"label": "False"}, "`label` is false"),
         (CHAT | {"kto_tag": False}, "`kto_tag` is false"),
-        (CHAT | {"chosen": "A", "rejected": "B"}, "set data.columns: {prompt: messages, completion: chosen}"),
+        (CHAT | {"chosen": "A"}, "set data.columns: {prompt: messages, completion: chosen}"),
         (PAIR | {"rejected": "B"}, "`rejected` is one of two answers"),
         (CHAT | {"rejected_response": "B"}, "`rejected_response` is one of two answers"),
         (CHAT | {"split": "test"}, "`split` is test, so the row is held back from training"),
@@ -347,6 +347,72 @@ def test_the_better_answer_of_a_preference_is_learned_if_it_is_named(row, named,
     assert example(row, **named).messages == expected
 
 
+SAID, OTHER = ({"role": "assistant", "content": c} for c in "AB")
+ASKED = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Q", "chosen": "A", "rejected": "B", "system": "S"},
+        {"question": "Q", "chosen": "A", "rejected": "B", "system_prompt": "S"},
+        {"prompt": ASKED, "chosen": [SAID], "rejected": [OTHER]},
+        {"prompt": ASKED, "chosen": SAID, "rejected": "B"},
+        {"prompt": ASKED, "chosen": [*ASKED, SAID], "rejected": [*ASKED, OTHER]},
+        {"chosen": [*ASKED, SAID], "rejected": [*ASKED, OTHER | {"weight": 1}]},
+        {"prompt": "Q", "system": "S", "chosen": [ASKED[1], SAID], "rejected": [ASKED[1], OTHER]},
+        {"conversations": [{"from": "system", "value": "S"}, {"from": "human", "value": "Q"}],
+         "chosen": {"from": "gpt", "value": "A"}, "rejected": {"from": "gpt", "value": "B"}},
+    ],
+)  # fmt: skip
+def test_two_answers_become_a_pair_with_its_prompt(row):
+    found = example(row)
+    assert found.messages == (*ASKED, SAID) and found.rejected == OTHER
+    assert found.alternatives[1].messages == (*ASKED, OTHER) and found.learned() == ["A"]
+    assert found.canonical() == example({"prompt": ASKED, "chosen": "A", "rejected": "B"}).canonical()
+    assert found.canonical() != example({"prompt": ASKED, "chosen": "A", "rejected": "C"}).canonical()
+    assert found.prompt() == example({"prompt": ASKED, "completion": "A"}).prompt()
+
+
+def test_only_the_last_answers_of_a_pair_are_learned():
+    shared = [*turns("Q1", "A1"), {"role": "user", "content": "Q2"}]
+    found = example({"chosen": [*shared, SAID], "rejected": [*shared, OTHER], "tools": [{"name": "f"}]})
+    assert found.answers() == [3] and len(found.contexts()) == 1 and found.tools
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "Q", "chosen": "A", "rejected": "A"}, "`chosen` and `rejected` are the same answer"),
+        ({"prompt": "Q", "chosen": " ", "rejected": "A"}, "`chosen` is empty"),
+        ({"prompt": "Q", "chosen": "A", "rejected": None}, "`rejected` is the value null"),
+        ({"prompt": "Q", "chosen": [], "rejected": "A"}, "`chosen` is empty"),
+        ({"chosen": "A", "rejected": "B"}, "no prompt for `chosen` and `rejected`; name its column in data.columns"),
+        ({"chosen": [SAID], "rejected": [OTHER]}, "no prompt for"),
+        (
+            {"prompt": "Q", "chosen": list(turns("Q", "A", "R", "C")), "rejected": "B"},
+            "`chosen` has 3 message(s)",
+        ),
+        ({"chosen": list(turns("Q", "A")), "rejected": list(turns("R", "B"))}, "`chosen` has 2 message(s) after"),
+        ({"prompt": "Q", "chosen": "A", "rejected": list(turns("Q"))}, "`rejected` has 1 message(s) after the prompt"),
+        ({"prompt": "Q", "chosen": "A", "rejected": "B", "label": False}, "`label` is false"),
+    ],
+)
+def test_pairs_that_teach_nothing_are_refused(row, reason):
+    with pytest.raises(BadRow) as caught:
+        example(row)
+    assert reason in str(caught.value)
+
+
+def test_bad_pair_is_refused_with_its_place_or_skipped(tmp_path):
+    rows = [{"prompt": f"Q{i}", "chosen": "A", "rejected": "A" if i == 7 else "B"} for i in range(10)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    with pytest.raises(DataError, match="line 8: `chosen` and `rejected` are the same answer"):
+        load(tmp_path, lines)
+    data = load(tmp_path, lines, on_bad_row="skip")
+    assert (data.form, data.skipped.total, len(data.train + data.held_out)) == ("preference", 1, 9)
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -377,6 +443,8 @@ def test_plain_text_stays_text_and_is_its_own_prompt():
         (("text", "messages"), "messages"),
         (("prompt", "messages", "prompt_id"), "messages"),
         (("context", "instruction", "response", "category"), "instruction"),
+        (("prompt", "chosen", "rejected", "messages", "score_chosen"), "preference"),
+        (("question", "chosen", "rejected", "answer"), "preference"),
     ],
 )
 def test_text_is_taken_only_where_nothing_else_fits(columns, form):
@@ -389,8 +457,8 @@ def test_text_is_taken_only_where_nothing_else_fits(columns, form):
         (("prompt", "completion", "messages"), "several forms: messages and prompt_completion; set data.form"),
         (("instruction", "output", "question", "answer"), "several forms: instruction and question_answer"),
         (("prompt", "answers"), "columns found are prompt, answers; rename them, or name them in data.columns"),
-        (("prompt", "chosen", "rejected"), "data.columns: {completion: chosen} or data.columns: {messages: chosen}"),
-        (("chosen", "rejected"), "data.columns: {messages: chosen} or data.columns: {text: chosen}"),
+        (("prompt", "chosen"), "data.columns: {completion: chosen} or data.columns: {messages: chosen}"),
+        (("chosen", "score"), "data.columns: {messages: chosen} or data.columns: {text: chosen}"),
         (("input", "preferred_output", "non_preferred_output"), "`preferred_output` is one of two answers"),
     ],
 )

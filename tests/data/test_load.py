@@ -181,6 +181,19 @@ def test_examples_survive_a_file(tmp_path):
     assert os.listdir(tmp_path) == ["x.jsonl"]
 
 
+def test_pairs_survive_a_file(tmp_path):
+    asked = (
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": "A", "weight": 0},
+        {"role": "user", "content": "R"},
+    )
+    tools = ({"type": "function", "function": {"name": "f"}},)
+    better, worse = ({"role": "assistant", "content": answer} for answer in "BC")
+    examples = (Example((*asked, better), tools=tools, rejected=worse), Example((asked[2], better), rejected=worse))
+    write_examples(tmp_path / "x.jsonl", examples)
+    assert read_examples(tmp_path / "x.jsonl") == examples
+
+
 def test_texts_survive_a_file(tmp_path):
     examples = (Example(text='{"messages": []}\n'), Example(text=" \u2028 text "))
     write_examples(tmp_path / "x.jsonl", examples)

@@ -9,8 +9,8 @@ from collections import Counter
 import pytest
 
 from pipeline.config.schema import Data
-from pipeline.data import load_examples
-from pipeline.data.python_docs import python_docs
+from pipeline.data import Example, load_examples
+from pipeline.data.python_docs import python_docs, python_docs_pairs
 from pipeline.errors import DataError
 from tests.support import REPOSITORY
 
@@ -42,6 +42,20 @@ def test_no_docstring_and_no_question_comes_twice(data):
     answers = Counter(words(example.messages[-1]["content"]) for example in examples)
     questions = Counter(example.messages[0]["content"] for example in examples)
     assert answers.most_common(1)[0][1] == 1 and questions.most_common(1)[0][1] == 1
+
+
+def test_pairs_prefer_the_true_answer_to_another_or_to_half_of_it(data):
+    pairs = python_docs_pairs()
+    assert pairs == python_docs_pairs() and len(pairs) > 2000
+    known = {e.canonical() for e in data.train + data.held_out}
+    halves = 0
+    for pair in pairs:
+        better, worse = pair.messages[-1]["content"], pair.rejected["content"]
+        assert Example(pair.messages).canonical() in known and worse.strip() and better != worse
+        halves += better.startswith(worse)
+    assert 0.25 < halves / len(pairs) < 0.4
+    found = load_examples(Data(source=f"{SOURCE}-pairs", limit=400))
+    assert (found.form, found.rows, len(found.held_out)) == ("preference", len(pairs), 20)
 
 
 def test_training_and_held_out_share_no_prompt_and_no_answer(data):

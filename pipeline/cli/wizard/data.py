@@ -16,7 +16,7 @@ from pipeline.data.files import open_file
 from pipeline.data.layout import choose_layout
 from pipeline.data.reading import find_layout, read_table
 from pipeline.data.rows import BadRow, columns_of, shorten
-from pipeline.data.sources import BUILTIN, check_settings, is_builtin, locate
+from pipeline.data.sources import BUILTIN, BUILTINS, check_settings, is_builtin, locate
 from pipeline.data.splitting import split
 from pipeline.data.table import Table
 from pipeline.errors import ConfigError, DataError
@@ -70,7 +70,7 @@ def _look_at(draft: Draft, data: Data) -> str | None:
     """Show the first rows and the form found; or say why none was, where there is somebody to name the columns."""
     if is_builtin(data.source):
         check_settings(data, on_hub=False)
-        draft.tell("the docstrings of Python's standard library, as questions and answers")
+        draft.tell(BUILTINS[data.source])
         return None
     table = _open(data)
     rows = _first_rows(table, data)
@@ -185,8 +185,8 @@ def _take_columns(draft: Draft, answer: str) -> None:
         draft.columns_problem = None
         del draft.tree["data"]
         raise GoBack("data")
-    if draft.tree["data"]["source"] == BUILTIN:
-        raise ConfigError(f"--columns: {BUILTIN} has no columns to name; leave it out, or name another data set")
+    if (source := draft.tree["data"]["source"]) in BUILTINS:
+        raise ConfigError(f"--columns: {source} has no columns to name; leave it out, or name another data set")
     pairs = (part.split("=", 1) for part in answer.split(",") if "=" in part)
     named = {column.strip(): name.strip() for column, name in pairs}
     form = answer if answer in DATA_FORMS else "auto"

@@ -15,6 +15,7 @@ from pipeline.system.redaction import file_name
 ROOT = MERGED  # the model at the root of a release, if it has one
 _BUILTIN = {
     "builtin:python-docs": "docstrings of Python's standard library",
+    "builtin:python-docs-pairs": "docstrings of Python's standard library, each with a worse answer",
     "builtin:python-topics": "topics of Python's language reference",
 }
 

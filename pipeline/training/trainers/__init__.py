@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
-from pipeline.config.catalog import DATA_FORMS
+from pipeline.config.catalog import DATA_FORMS, PREFERENCE
 from pipeline.config.schema import Config, TrainingRun
 from pipeline.config.training_catalog import METHODS, TRAINERS, UNCHANGED_BASE
 from pipeline.errors import DataError
@@ -77,9 +77,12 @@ def check_form(config: TrainingRun, form: str) -> None:
     """
     forms = TRAINERS[config.train.trainer].forms
     if form in DATA_FORMS and form not in forms:
+        others = [f"train.trainer={name}" for name, trainer in TRAINERS.items() if form in trainer.forms]
+        if form == PREFERENCE:  # the better answer alone
+            others.append("data.columns={completion: chosen}, or {messages: chosen} for whole conversations")
         raise DataError(
             f"{config.data.source}: has the form {form}, and train.trainer {config.train.trainer} takes only "
-            f"{', '.join(forms)}. Try: another trainer, or set data.form"
+            f"{', '.join(forms)}. Try: {' or '.join(others) or 'another data set'}"
         )
 
 
