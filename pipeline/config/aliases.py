@@ -47,6 +47,18 @@ _NAMES = {
     "train.loss_on": "train_on_inputs train_on_prompt train_on_responses_only mask_prompt mask_history"
     " assistant_only_loss completion_only_loss roles_to_train",
     "train.optimizer": "optim",
+    "train.weight_decay": "weight_decay",
+    "train.max_grad_norm": "max_grad_norm gradient_clipping max_norm clip_grad_norm",
+    "train.early_stopping": "early_stopping_patience load_best_model_at_end",
+    "train.gradient_checkpointing": "gradient_checkpointing use_gradient_checkpointing grad_checkpoint",
+    "train.attention": "attn_implementation flash_attention flash_attn use_flash_attention_2 sdp_attention",
+    "train.liger": "use_liger_kernel enable_liger_kernel liger_kernel",
+    "train.compile": "torch_compile",
+    "train.keep_checkpoints": "save_total_limit",
+    "train.options": "neftune_noise_alpha label_smoothing_factor adam_beta1 adam_beta2 adam_epsilon"
+    " lr_scheduler_kwargs dataloader_num_workers",
+    "train.lora.options": "use_rslora use_dora init_lora_weights modules_to_save rank_pattern alpha_pattern"
+    " layers_to_transform",
     "train.checkpoint_every": "save_steps save_every save_strategy saves_per_epoch save_interval",
     "train.evaluate_every": "eval_steps eval_strategy evaluation_strategy evals_per_epoch eval_interval steps_per_eval"
     " val_check_interval",
@@ -96,14 +108,6 @@ NO_KEY = {
         _TYPES,
     ),
     **dict.fromkeys(("mixed_precision", "bnb_4bit_compute_dtype"), _TYPES),
-    **dict.fromkeys(
-        ("flash_attention", "flash_attn", "use_flash_attention_2", "sdp_attention", "attn_implementation"),
-        f"{_CHOSEN}as the model and the machine allow",
-    ),
-    **dict.fromkeys(
-        ("gradient_checkpointing", "use_gradient_checkpointing", "grad_checkpoint"),
-        f"{_CHOSEN}on for a GPU, off for a CPU",
-    ),
     **dict.fromkeys(("bnb_4bit_use_double_quant", "double_quantization", "use_double_quant"), "here this is always on"),
     **dict.fromkeys(("save_safetensors", "safe_serialization"), "here this is always on"),
     **dict.fromkeys(
@@ -114,13 +118,8 @@ NO_KEY = {
         ("deepspeed", "fsdp", "fsdp_config", "ddp", "num_gpus", "n_gpu", "num_processes"),
         "here the option --accelerate starts several processes",
     ),
-    **dict.fromkeys(
-        ("weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon"),
-        f"{_CHOSEN}the default of transformers",
-    ),
     **dict.fromkeys(("token", "hub_token", "hf_token", "hf_use_auth_token", "use_auth_token"), _TOKEN),
     **dict.fromkeys(("model_type", "tokenizer_type", "special_tokens"), _FILES),
     "device_map": f"{_CHOSEN}the GPU if there is one, otherwise the CPU",
-    "save_total_limit": "here the last two checkpoints are kept",
     "logging_dir": "here the logs are in the run's folder",
 }

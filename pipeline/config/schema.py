@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny, ValidatorFunctionWrapHandler, field_validator, model_validator
 
-from pipeline.config.base import Count, Rate, Real, Section, Seed, Whole
+from pipeline.config.base import Real, Section, Whole
 from pipeline.config.calibration import with_quality
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.data import Data
@@ -18,14 +17,8 @@ from pipeline.config.former_keys import with_targets
 from pipeline.config.names import LICENSE, PACKAGE_SOURCE, REPO_ID, RUN_NAME, repository_id, run_name
 from pipeline.config.quantize import Quantize, VariantSpec
 from pipeline.config.track import TRACK_SECTIONS, Track, TrackioSettings
-from pipeline.config.training_catalog import (
-    DEFAULT_TRAINER,
-    METHODS,
-    NF4_BASE,
-    SMALLEST_METHOD,
-    TRAINERS,
-    UNCHANGED_BASE,
-)
+from pipeline.config.train import Lora, Train
+from pipeline.config.training_catalog import NF4_BASE, UNCHANGED_BASE
 
 __all__ = [
     "Config", "Data", "Evaluate", "Lora", "MeasuredRun", "Merge", "Model", "PACKAGE_SOURCE", "Publish", "Quantize",
@@ -53,78 +46,6 @@ class Model(Section):
     def _no_remote_code(cls, value: bool) -> bool:
         if value:
             raise ValueError("a model's own code is never run, for it would have to be published with the result")
-        return value
-
-
-class Lora(Section):
-    """The LoRA adapter."""
-
-    rank: Count = Field(default=16, description="rank of the two matrices of each layer")
-    alpha: Real = Field(default=32, gt=0, description="scale of the adapter: its product is times alpha / rank")
-    dropout: Real = Field(default=0.05, ge=0, lt=1, description="dropout on the adapter's input")
-    target_modules: str | list[str] = Field(
-        default="all-linear", description="`all-linear`, a list of module names, or a regular expression"
-    )
-
-    @field_validator("target_modules")
-    @classmethod
-    def _targets(cls, value: str | list[str]) -> str | list[str]:
-        names = [value] if isinstance(value, str) else value
-        if not names or "lm_head" in names:
-            raise ValueError("'all-linear' or a list of module names; lm_head cannot be trained here")
-        if isinstance(value, str):  # peft takes a text for a pattern
-            try:
-                re.compile(value)
-            except (re.error, RecursionError, OverflowError) as error:
-                raise ValueError(f"no regular expression ({error}); write module names as a list") from None
-        return value
-
-
-class Train(Section):
-    """Fine-tuning."""
-
-    trainer: str = Field(
-        default=DEFAULT_TRAINER,
-        exclude_if=lambda name: name == DEFAULT_TRAINER,  # left out of files
-        description="kind of fine-tuning; `sft` learns the answers",
-    )
-    method: Literal[*METHODS] = Field(  # type: ignore[valid-type]  # the catalogue has the names
-        default=SMALLEST_METHOD.name, description="train on a base in 4 bits (NF4), or on the base in bf16"
-    )
-    lora: Lora = Field(default=Lora(), description="the adapter")
-    epochs: Real = Field(default=1, gt=0, le=1000, description="passes over the training examples")
-    max_steps: Count | None = Field(default=None, description="stop after this many optimizer steps")
-    max_minutes: Real | None = Field(
-        default=None, gt=0, le=100_000, description="train as many steps as fit in this time"
-    )
-    batch_size: Count = Field(default=4, description="sequences in one forward pass")
-    accumulate: Count = Field(default=4, description="forward passes for one optimizer step")
-    learning_rate: Rate = Field(default=2.0e-4, description="highest learning rate")
-    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
-        default="cosine", description="how the learning rate changes after the warm-up"
-    )
-    warmup: Real = Field(default=0.03, ge=0, lt=1, description="share of the steps in which the learning rate rises")
-    max_length: Count = Field(
-        default=1024, description="tokens in one training sequence, at most the model's context; longer ones are cut"
-    )
-    packing: bool = Field(
-        default=True, description="put several short examples into one sequence, if the model keeps them apart"
-    )
-    loss_on: Literal["auto", "assistant", "completion", "all"] = Field(
-        default="auto", description="tokens that count: all answers, the last answer, or the whole text"
-    )
-    optimizer: Literal["auto", "adamw", "paged_adamw_8bit"] = Field(
-        default="auto", description="`auto` takes the 8-bit one on CUDA"
-    )
-    checkpoint_every: Count = Field(default=100, description="steps between two checkpoints")
-    evaluate_every: Count = Field(default=100, description="steps between two measurements of the held-out loss")
-    seed: Seed = Field(default=0, description="seed of the adapter's first weights and of the order of examples")
-
-    @field_validator("trainer")
-    @classmethod
-    def _trainer(cls, value: str) -> str:
-        if value not in TRAINERS:
-            raise ValueError(f"{value!r} is no trainer; allowed are {', '.join(TRAINERS)}")
         return value
 
 

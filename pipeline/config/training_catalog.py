@@ -75,6 +75,7 @@ class Trainer:
         forms: the data forms that it takes.
         metric: its figure on held-out examples, by its key in the log of the training loop.
         merge_bases: the bases that its adapter can be merged into.
+        options: the class that has the fields of `train.options`, as `package.module:Class`.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Trainer:
     forms: tuple[str, ...]
     metric: str
     merge_bases: tuple[str, ...] = (NF4_BASE, UNCHANGED_BASE)
+    options: str = "trl:SFTConfig"
 
 
 TRAINERS = {t.name: t for t in (Trainer("sft", "pipeline.training.trainers.sft", tuple(DATA_FORMS), "eval_loss"),)}

@@ -61,8 +61,10 @@ def wanted(need: Need) -> int:
 
 
 def adapter_parameters(sizes: Sizes, lora: Lora) -> int:
-    """Return the parameters of a LoRA adapter: two factors of its rank for each layer."""
-    return sum(lora.rank * (rows + width) for rows, width in sizes.trained(lora).values())
+    """Return the parameters of a LoRA adapter: two factors of its rank for each layer, and modules trained whole."""
+    whole = tuple(f".{name}.weight" for name in lora.options.get("modules_to_save") or ())
+    saved = sum(tensor.numel for name, tensor in sizes.tensors.items() if f".{name}".endswith(whole)) if whole else 0
+    return saved + sum(lora.rank * (rows + width) for rows, width in sizes.trained(lora).values())
 
 
 def held_weights(sizes: Sizes, in_nf4: bool, other_bytes: int = 2) -> int:
@@ -77,7 +79,7 @@ def held_weights(sizes: Sizes, in_nf4: bool, other_bytes: int = 2) -> int:
 
 
 def training(sizes: Sizes, train: Train, on_gpu: bool) -> tuple[Need, Need]:
-    """Return main memory and GPU memory of training; only a GPU has gradient checkpointing."""
+    """Return main memory and GPU memory of training; by default only a GPU has gradient checkpointing."""
     in_nf4 = METHODS[train.method].in_nf4
     tokens, adapter = train.batch_size * train.max_length, adapter_parameters(sizes, train.lora)
     small_states = on_gpu and train.optimizer != "adamw" or train.optimizer == "paged_adamw_8bit"
@@ -87,18 +89,36 @@ def training(sizes: Sizes, train: Train, on_gpu: bool) -> tuple[Need, Need]:
     }
     if not on_gpu:
         layer = tokens * _kept_on_cpu(sizes, train, compute_bytes_here())
-        held["activations"] = int(HOLES * sizes.layers * layer)
+        kept = _kept_layers(sizes, train, layer, layer, width=compute_bytes_here(), by_default=False)
+        held["activations"] = int(HOLES * kept)
         held["mask"] = tokens**2 if train.packing else 0  # booleans for all packed sequences together
         held["logits"] = min(tokens * sizes.vocabulary, TRAINED_LOGITS) * TRAINED_LOGIT_BYTES
         return {"libraries": LIBRARIES["train"], **held}, {}
     layer = tokens * _kept_on_gpu(sizes, train)
     # Packed sequences lie in one row, so the mask has an entry for every pair of tokens.
     mask = 2 * (tokens**2 if train.packing else tokens * train.max_length)
-    held["activations"] = int(CUDA_HOLES * (2 * sizes.hidden * tokens * sizes.layers + 2 * layer + 3 * mask))
+    held["activations"] = int(
+        CUDA_HOLES * (_kept_layers(sizes, train, layer, 2 * layer, width=2, by_default=True) + 3 * mask)
+    )
     held["logits"] = 2 * min(tokens, LOSS_TOKENS) * min(sizes.vocabulary, LOSS_COLUMNS) + 8 * sizes.hidden * tokens
     held["dequantized weights"] = 2 * 2 * sizes.widest if in_nf4 else 0
     host = {"libraries": LIBRARIES["train"] + CUDA_LIBRARIES, MAPPED: sizes.shard_bytes}
     return host, {"CUDA itself": CUDA_CONTEXT, **held}
+
+
+def _kept_layers(sizes: Sizes, train: Train, layer: int, again: int, width: int, by_default: bool) -> int:
+    """Return the bytes that the layers keep together: all of each, or its input and the one that is computed again.
+
+    Args:
+        layer: bytes of one layer.
+        again: bytes of the layer that is computed again.
+        width: bytes of a number of a layer's input.
+        by_default: True if gradient checkpointing is the default.
+    """
+    asked = train.gradient_checkpointing
+    if not (by_default if asked is None else asked):
+        return sizes.layers * layer
+    return width * sizes.hidden * train.batch_size * train.max_length * sizes.layers + again
 
 
 def _kept_on_cpu(sizes: Sizes, train: Train, width: int) -> int:

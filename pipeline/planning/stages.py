@@ -17,7 +17,6 @@ from pipeline.system.libraries import is_installed
 from pipeline.training.trainers import merge_bases
 
 CARDS = 200_000  # bytes of cards, picture and lineage
-KEPT_CHECKPOINTS = 3  # of training: two, and the one being written
 SCALES = 1 + 4 / 32  # bytes of a calibrated weight: a code, and a scale and a zero for 32 of them
 
 
@@ -117,7 +116,7 @@ def _train(config: Config, sizes: Sizes, machine: Machine, data_bytes: int, adap
         fetches=data_bytes,
         caches=data_bytes,
         reads={"model": sizes.bf16_bytes},
-        writes={"adapter": 4 * adapter, "checkpoints": (KEPT_CHECKPOINTS - 1) * (4 + moments) * adapter},
+        writes={"adapter": 4 * adapter, "checkpoints": config.train.keep_checkpoints * (4 + moments) * adapter},
         temporary={"checkpoint": (4 + moments) * adapter},
         host=host,
         gpu=gpu,

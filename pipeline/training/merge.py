@@ -40,7 +40,7 @@ from pipeline.quantization.writer import VariantFiles, Variants
 from pipeline.training.nf4_base import Nf4Weight, row_multiple
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    pass
 
 
 def merge_checkpoint(
@@ -138,12 +138,12 @@ def _token_list(tokens: Any) -> list:
     return tokens if isinstance(tokens, list) else [] if tokens is None else [tokens]
 
 
-def check_mergeable(base: Path, model: PeftModel, kinds: Collection[str], linear: Collection[str]) -> None:
+def check_mergeable(base: Path, write: Callable[[Path], None], kinds: Collection[str], linear: Collection[str]) -> None:
     """Check before training that the adapter can be merged: write it untrained, and read it as `merge_checkpoint` does.
 
     Args:
         base: folder of the base model.
-        model: the model with an adapter that is not trained yet.
+        write: writes the adapter, which is not trained yet, to a folder.
         kinds: every kind of merge that will be made.
         linear: as for `merge_checkpoint`.
 
@@ -151,16 +151,16 @@ def check_mergeable(base: Path, model: PeftModel, kinds: Collection[str], linear
         ModelError: naming the base model and the reason.
     """
     with TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
         try:
+            write(Path(folder))
             checkpoint = open_checkpoint(base)
             _check_fit(checkpoint, base, Adapter.read(Path(folder)), Path(folder))
             for kind in kinds:
                 _check_held(checkpoint, base, kind, linear)
-        except ModelError as error:
+        except (ModelError, ValueError) as error:
             raise ModelError(
                 f"{base}: an adapter for it could not be merged: {str(error).removeprefix(f'{folder}: ')}. "
-                "Try: another base model, or other train.lora.target_modules"
+                "Try: another base model, other train.lora.target_modules, or other train.lora.options"
             ) from None
 
 

@@ -19,7 +19,7 @@ BLOCK = 64  # weights that share a scale
 SCALE_BLOCK = 256  # scales that share a scale of their own
 
 
-def load_base(folder: Path, in_nf4: bool, sharded: bool = False) -> PreTrainedModel:
+def load_base(folder: Path, in_nf4: bool, sharded: bool = False, attention: str | None = None) -> PreTrainedModel:
     """Load the base model for training: linear layers in NF4, or all layers in bf16; on the GPU if there is one.
 
     Args:
@@ -27,6 +27,7 @@ def load_base(folder: Path, in_nf4: bool, sharded: bool = False) -> PreTrainedMo
         in_nf4: hold linear layers in NF4.
         sharded: True if FSDP or DeepSpeed will shard the model. They can only shard floating-point tensors, so four
             4-bit codes are then held in one bf16 number.
+        attention: the kernel of attention, as transformers names it; None for its choice.
     """
     from transformers import BitsAndBytesConfig
     from transformers.integrations import is_deepspeed_zero3_enabled
@@ -44,6 +45,7 @@ def load_base(folder: Path, in_nf4: bool, sharded: bool = False) -> PreTrainedMo
         dtype=torch.bfloat16,
         quantization_config=config if in_nf4 else None,
         device_map={"": torch.cuda.current_device()} if whole_on_gpu else None,
+        **({"attn_implementation": attention} if attention else {}),
     )
     if in_nf4 and model.device.type == "cpu":
         for parameter in model.parameters():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pipeline import data
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, TrainingRun
 from pipeline.config.training_catalog import METHODS
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, MissingExtra
 from pipeline.models import sources
 from pipeline.publishing.removal import NO_REMOVAL, Removal
 from pipeline.system import hardware
+from pipeline.system.libraries import is_installed
 from pipeline.tracking.trackers import tracker
 from pipeline.training.accelerate_launch import Launch, split_step
 from pipeline.workflow.stages import calibration_text, quantize
@@ -58,6 +59,8 @@ def check_inputs(config: Config, need_model: bool = True, need_data: bool = True
     Raises:
         UserError: for the first problem.
     """
+    if config.data:
+        check_training(config)
     if need_model:
         sources.check_source(config.model)
         if config.merge.adapter:
@@ -73,6 +76,35 @@ def check_inputs(config: Config, need_model: bool = True, need_data: bool = True
             f"merge.base {config.merge.base}: train.method {config.train.method} does not train on this base. "
             f"Try: --set merge.base={bases[0]}"
         )
+
+
+def check_training(config: Config) -> None:
+    """Check the settings that depend on this machine or on the installed versions of trl and peft.
+
+    Raises:
+        UserError: for the first problem.
+    """
+    train = config.train
+    needs = (
+        ("train.attention flash", train.attention == "flash", "flash_attn", "flash"),
+        ("train.liger", train.liger, "liger_kernel", "liger"),
+        ("train.compile", train.compile, "torch", ""),
+    )
+    for key, is_set, package, extra in needs:
+        if is_set and not _has_cuda():
+            raise ConfigError(f"{key}: needs an NVIDIA GPU with CUDA, and this machine has none. Try: without it")
+        if is_set and not is_installed(package):
+            raise MissingExtra(key, extra)
+    if isinstance(config, TrainingRun) and (train.options or train.lora.options):
+        from pipeline.training.options import check_options
+
+        check_options(config)
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def check_shared(config: Config, launch: Launch | None) -> None:

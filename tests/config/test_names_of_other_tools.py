@@ -91,7 +91,7 @@ def test_a_key_in_another_section_is_answered_with_its_place(refusal, text, said
     [
         ("bf16", "here this is chosen automatically: bf16 if the machine computes fast in it"),
         ("fp16", "here this is chosen automatically"),
-        ("gradient_checkpointing", "on for a GPU"),
+        ("pure_bf16", "bf16 if the machine computes fast in it"),
         ("logging_steps", "here every step is logged"),
         ("resume_from_checkpoint", "--fresh starts it again"),
         ("hub_token", "Try: HF_TOKEN"),

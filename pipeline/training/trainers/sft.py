@@ -7,33 +7,36 @@ The held-out loss is the mean over all counted tokens, so it does not depend on 
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
-from peft import LoraConfig
 from torch.utils.data import Sampler
 from trl import SFTConfig, SFTTrainer
 
 from pipeline.config.schema import Train, TrainingRun
-from pipeline.config.training_catalog import METHODS
 from pipeline.data.encode import EncodedSet
-from pipeline.errors import UserError
-from pipeline.system import hardware
-from pipeline.training.accelerate_launch import split_step
 from pipeline.training.architecture_checks import check_logits, packs_apart
-from pipeline.training.callbacks import ProgressReporter, SyncCheckpoints
 from pipeline.training.checkpoints import SafeCheckpoints
 from pipeline.training.distributed import sharding
 from pipeline.training.even_batches import PaddedSampler, add_blank_examples
-from pipeline.training.fused_loss import fuse_training_step
-from pipeline.training.nf4_base import load_base
 from pipeline.training.time_limit import TimeLimit
 from pipeline.training.trainers import Job
+from pipeline.training.trainers.setup import (
+    common_arguments,
+    common_callbacks,
+    load_for_training,
+    lora_config,
+    naming_refused_settings,
+    prepare_adapted,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
     from transformers.trainer_utils import EvalLoopOutput
@@ -57,9 +60,7 @@ def build(
         UserError: if the model has none of the layers that are to be trained.
         ModelError: if its logits cannot be trained or measured.
     """
-    settings, on_gpu = config.train, torch.cuda.is_available()
-    dtype = hardware.compute_dtype("cuda" if on_gpu else "cpu")
-    batch_size, accumulate = split_step(config, job.processes)
+    settings = config.train
     datasets = {
         name: Dataset.from_dict(
             {"input_ids": [e.input_ids for e in part.examples], "labels": [e.labels for e in part.examples]}
@@ -67,85 +68,33 @@ def build(
         for name, part in data.items()
         if part.examples
     }
-    optimizer = {"adamw": "adamw_torch", "paged_adamw_8bit": "paged_adamw_8bit"}.get(
-        settings.optimizer, "paged_adamw_8bit" if on_gpu and not sharding() else "adamw_torch"
-    )
     evaluation = datasets.get("held-out")
     args = SFTConfig(
-        output_dir=str(job.output),
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps or -1,
-        per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=accumulate,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.schedule,
-        warmup_steps=settings.warmup,  # below 1 it is a share of all steps
-        max_length=settings.max_length,
+        **common_arguments(config, job, measures=evaluation is not None),
         packing=settings.packing,
         eval_packing=False,
-        optim=optimizer,
-        bf16=on_gpu and dtype == torch.bfloat16,
-        fp16=on_gpu and dtype == torch.float16,
-        use_cpu=not on_gpu,
-        gradient_checkpointing=on_gpu,
-        eval_strategy="steps" if evaluation is not None else "no",
-        eval_steps=settings.evaluate_every,
-        save_strategy="steps",
-        save_steps=settings.checkpoint_every,
-        save_total_limit=2,
-        logging_steps=1,
-        logging_first_step=True,
-        report_to=[],
-        disable_tqdm=True,
-        seed=settings.seed,
-        data_seed=settings.seed,
-        dataloader_pin_memory=on_gpu,
-    )
-    lora = LoraConfig(
-        r=settings.lora.rank,
-        lora_alpha=settings.lora.alpha,  # type: ignore[arg-type]  # peft also takes fractions
-        lora_dropout=settings.lora.dropout,
-        target_modules=settings.lora.target_modules,
-        task_type="CAUSAL_LM",
+        **settings.options,
     )
     # After SFTConfig, which prepares DeepSpeed to shard the model while it loads.
-    base = load_base(model, METHODS[settings.method].in_nf4, sharding() is not None)
+    base = load_for_training(config, model)
     if settings.packing and not packs_apart(base):
         args.packing = False
         job.say(
             f"train.packing: off, since packed examples would see each other in a model of type "
             f"{base.config.model_type}; each example is a row of its own"
         )
-    try:
+    with naming_refused_settings(settings):
         trainer = SftTrainer(
             model=base,
             args=args,
             train_dataset=datasets["training"],
             eval_dataset=evaluation,
             processing_class=tokenizer,
-            peft_config=lora,
-            callbacks=[
-                ProgressReporter(job.progress, job.metrics),
-                *_time_limit(settings, args.packing, data, job),
-                SyncCheckpoints(),
-            ],
+            peft_config=lora_config(settings.lora),
+            callbacks=[*common_callbacks(settings, job), *_time_limit(settings, args.packing, data, job)],
         )
-    except ValueError as error:
-        reason = str(error)
-        if "target modules" in reason.lower():
-            reason = "the model has no such layers"
-        elif "target_modules" not in reason:
-            raise
-        raise UserError(f"train.lora.target_modules {settings.lora.target_modules}: {reason}") from None
-    # trl holds the adapter of a 4-bit model in bf16, which rounds small updates away. A resumed adapter is in float32,
-    # so the resumed training would differ.
     adapted = cast("PeftModel", trainer.model)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    if not on_gpu and not sharding():
-        fuse_training_step(adapted, dtype)
+    prepare_adapted(adapted)
     if not sharding():  # a sharded model does not run before its training
         check_logits(adapted, data["training"].examples[0].input_ids[:CHECKED_TOKENS])
     return trainer
@@ -209,7 +158,7 @@ class SftTrainer(SafeCheckpoints, SFTTrainer):
     ) -> tuple[torch.Tensor, None, None]:
         """Return the loss of one batch, and count its tokens in all processes."""
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), self.compute_loss_context_manager(), self._plain_loss():
             counted = self._get_num_items_in_batch([inputs], self.args.device)  # in all processes
             assert counted is not None, "the batch has labels"
             # As in training, the mean over processes is the loss per token.
@@ -217,3 +166,14 @@ class SftTrainer(SafeCheckpoints, SFTTrainer):
         self._loss_of_all += float(self.accelerator.reduce(loss.clone(), "mean") * counted)
         self._counted += int(counted)
         return loss, None, None
+
+    @contextmanager
+    def _plain_loss(self) -> Iterator[None]:
+        """Measure the negative log-likelihood, even if training smooths labels or has another loss."""
+        settings = cast(SFTConfig, self.args)
+        kept = settings.loss_type, self.label_smoother
+        settings.loss_type, self.label_smoother = "nll", None
+        try:
+            yield
+        finally:
+            settings.loss_type, self.label_smoother = kept

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, cast
@@ -73,7 +74,8 @@ def run(config: TrainingRun, workspace: Workspace, events: Events, variants: tup
 
     from pipeline.models.matrices import linear_weights
     from pipeline.system.libraries import quiet_progress_bars
-    from pipeline.training.merge import check_mergeable
+    from pipeline.training.adapter_files import keep_beginning, save_adapter
+    from pipeline.training.merge import check_mergeable, make_portable
     from pipeline.training.trainers import Job, trainer_module
 
     quiet_progress_bars()
@@ -100,12 +102,20 @@ def run(config: TrainingRun, workspace: Workspace, events: Events, variants: tup
         time_plan=plan,
         keep_time_plan=keep_plan,
     )
-    trainer = trainer_module(config).build(config, prepared.base, prepared.tokenizer, prepared.encoded, job)
+    lora, linear = config.train.lora, linear_weights(prepared.base)
+
+    def build(settings: TrainingRun) -> Any:
+        trainer = trainer_module(settings).build(settings, prepared.base, prepared.tokenizer, prepared.encoded, job)
+        if process.is_main:
+            untrained = cast("PeftModel", trainer.model)
+            keep_beginning(untrained, lora, checkpoints)
+            write = partial(save_adapter, untrained, lora=lora, checkpoints=checkpoints)
+            check_mergeable(prepared.base, write, merge_bases(config), linear)
+        return trainer
+
+    trainer, resumed_from = _train_in_memory(build, config, workspace, events, checkpoints, group)
     model = cast("PeftModel", trainer.model)
-    if process.is_main:
-        check_mergeable(prepared.base, model, merge_bases(config), linear_weights(prepared.base))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    resumed_from = _train(trainer, checkpoints, group)
     adapter = gather_adapter(model)
     metric = TRAINERS[config.train.trainer].metric
     losses, held_out_losses, figures = (
@@ -115,17 +125,22 @@ def run(config: TrainingRun, workspace: Workspace, events: Events, variants: tup
         raise UserError(
             f"train.learning_rate {config.train.learning_rate}: training diverged, its loss is not a number; lower it"
         )
+    best = trainer.state.best_metric if config.train.early_stopping else None
     if process.is_main:
-        _save_adapter(trainer, adapter, workspace)
+        partial_folder = empty_folder(workspace.folder / "adapter.partial")
+        save_adapter(model, partial_folder, lora, checkpoints, adapter)
+        make_portable(partial_folder, workspace.read_measurement("origin")["hub_id"])
+        replace_folder(partial_folder, workspace.adapter)
     summary = {
         "steps": trainer.state.global_step,
         "train_loss": sum(losses) / len(losses),
-        "held_out_loss": held_out_losses[-1] if held_out_losses else None,
+        "held_out_loss": best if best is not None else held_out_losses[-1] if held_out_losses else None,
         **({} if metric == "eval_loss" or not figures else {metric.replace("eval_", "held_out_", 1): figures[-1]}),
         "trainable_parameters": trainable,
         "seconds_training": round(time.monotonic() - start, 1),
         "compute_dtype": compute_dtype,
         "packing": getattr(trainer.args, "packing", False),
+        **({"best_step": _step_of(trainer.state.best_model_checkpoint)} if best is not None else {}),
     }
     measured = {
         **summary,
@@ -250,6 +265,66 @@ def _time_plan(workspace: Workspace, checkpoints: Path) -> tuple[dict, Callable[
     return known, lambda plan: workspace.note("train", time_plan={"checkpoints": checkpoints.name, **plan})
 
 
+def _train_in_memory(
+    build: Callable[[TrainingRun], Any],
+    config: TrainingRun,
+    workspace: Workspace,
+    events: Events,
+    checkpoints: Path,
+    group: ProcessGroup,
+) -> tuple[Any, int | None]:
+    """Train; if a batch does not fit into the GPU's memory, go on with smaller batches of the same global batch.
+
+    Returns:
+        The training loop, and the step of the checkpoint that it went on from, if there was one.
+
+    Raises:
+        UserError: if a single sequence does not fit, or several processes train together.
+    """
+    import gc
+
+    import torch
+
+    known = workspace.progress("train", "fitting_batch")
+    fitting = known.get("batch_size") if known.get("checkpoints") == checkpoints.name else None
+    settings = with_batch_size(config, fitting) if fitting else config
+    while True:
+        try:
+            trainer = build(settings)
+            return trainer, _train(trainer, checkpoints, group)
+        except torch.OutOfMemoryError:
+            size = settings.train.batch_size
+            if size == 1 or TrainingProcess.current().size > 1:
+                raise UserError(
+                    f"train.batch_size {size}: does not fit into the GPU's memory. "
+                    f"Try: --set train.max_length={max(1, config.train.max_length // 2)}"
+                ) from None
+        trainer = None  # its memory comes back before the next one is built
+        gc.collect()
+        torch.cuda.empty_cache()
+        settings = with_batch_size(config, largest_part(config.train.batch_size, size))
+        train = settings.train
+        workspace.note("train", fitting_batch={"checkpoints": checkpoints.name, "batch_size": train.batch_size})
+        events.show(
+            [
+                f"train.batch_size {size}: does not fit into the GPU's memory; going on with {train.batch_size}, "
+                f"and train.accumulate {train.accumulate}, which is the same global batch"
+            ]
+        )
+
+
+def largest_part(whole: int, below: int) -> int:
+    """Return the largest divisor of a number that is smaller than another one."""
+    return next(part for part in range(below - 1, 0, -1) if whole % part == 0)
+
+
+def with_batch_size(config: TrainingRun, size: int) -> TrainingRun:
+    """Return a configuration with smaller batches, a divisor of the present size, and the same global batch."""
+    train = config.train
+    update = {"batch_size": size, "accumulate": train.accumulate * (train.batch_size // size)}
+    return config.model_copy(update={"train": train.model_copy(update=update)})
+
+
 def _train(trainer: Any, checkpoints: Path, group: ProcessGroup) -> int | None:
     """Train to the end, and return the step of the checkpoint that training went on from, if there was one."""
     from transformers.trainer_utils import get_last_checkpoint
@@ -270,17 +345,11 @@ def _train(trainer: Any, checkpoints: Path, group: ProcessGroup) -> int | None:
         raise UserError(f"{broken}: damaged, or contains more than numbers. Try: remove it") from None
     if trainer.eval_dataset is not None and not _just_evaluated(trainer.state):
         trainer.evaluate()
-    return int(last.rpartition("-")[2]) if last else None
+    return _step_of(last) if last else None
 
 
-def _save_adapter(trainer: Any, weights: dict | None, workspace: Workspace) -> None:
-    from pipeline.training.merge import make_portable
-
-    partial = empty_folder(workspace.folder / "adapter.partial")
-    trainer.model.save_pretrained(partial, state_dict=weights)
-    (partial / "README.md").unlink(missing_ok=True)  # peft's empty card; ours covers the adapter
-    make_portable(partial, workspace.read_measurement("origin")["hub_id"])
-    replace_folder(partial, workspace.adapter)
+def _step_of(checkpoint: str) -> int:
+    return int(checkpoint.rpartition("-")[2])
 
 
 def _just_evaluated(state: Any) -> bool:
