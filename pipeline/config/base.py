@@ -41,9 +41,7 @@ class Section(BaseModel):
         """Refuse tokens and control characters, because values are written to files, terminals and cards."""
         for text in _texts(value):
             if holds_secret(text):
-                raise ValueError(
-                    "it contains a token, which would be published. Try: set HF_TOKEN or TRACKIO_WRITE_TOKEN"
-                )
+                raise ValueError("it contains a token, which would be published. Try: an environment variable for it")
             if _CONTROLS.search(text.translate(_BREAKS) if info.field_name in _SEVERAL_LINES else text):
                 raise ValueError("it contains a control character or half a character")
         return value

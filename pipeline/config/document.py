@@ -10,6 +10,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from pipeline.config.base import fields, sections_in
 from pipeline.config.catalog import ALIASES, VARIANTS
 from pipeline.config.schema import Config
+from pipeline.config.track import TRACK_SECTIONS
 
 _HEAD = """# Configuration
 
@@ -43,6 +44,10 @@ def markdown() -> str:
     for model, names in keys.items():
         summary = (model.__doc__ or "").strip()
         parts.append(f"## {', '.join(names)}\n\n{summary}\n\n{_table(schema['$defs'][model.__name__])}")
+    for name, section in TRACK_SECTIONS.items():
+        if section not in keys:
+            table = _table(schema["$defs"][section.__name__])
+            parts.append(f"## `track` with `tracker: {name}`\n\n{(section.__doc__ or '').strip()}\n\n{table}")
     return "\n".join([*parts, _VARIANTS, *_variants()])
 
 
@@ -84,9 +89,11 @@ def _kind(field: dict) -> str:
     if "anyOf" in field:
         alone = [kind for part in field["anyOf"] if "items" not in part and (kind := _kind(part)) != "null"]
         lists = ["a list of them" for part in field["anyOf"] if "items" in part]
-        return ", ".join([*alone, *lists[:1]]).replace(", a list", ", or a list")
+        return ", ".join([*dict.fromkeys(alone), *lists[:1]]).replace(", a list", ", or a list")
     if "$ref" in field:
         return "section"
+    if "const" in field:
+        return f"`{field['const']}`"
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
     if field["type"] == "array":

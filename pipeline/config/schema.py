@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import or_
 from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny, ValidatorFunctionWrapHandler, field_validator, model_validator
@@ -138,7 +140,7 @@ class Config(Section):
     With `data: null` nothing is trained: the model is quantized as it is, or after merging `merge.adapter`.
     """
 
-    name: str = Field(description="name of the run's folder below `runs/`, and of the run in Trackio")
+    name: str = Field(description="name of the run's folder below `runs/`, and of the run in the tracker")
     model: Model = Field(description="the base model")
     data: Data | None = Field(description="the data set")
     train: Train = Field(default=Train(), description="fine-tuning")
@@ -148,7 +150,7 @@ class Config(Section):
     publish: Publish = Field(default=Publish(), description="the repository on the Hub")
     track: SerializeAsAny[TrackioSettings] = Field(default=TrackioSettings(), description="the experiment tracker")
 
-    @field_validator("track", mode="wrap")
+    @field_validator("track", mode="wrap", json_schema_input_type=reduce(or_, TRACK_SECTIONS.values()))
     @classmethod
     def _section_of_its_tracker(cls, value: Any, read: ValidatorFunctionWrapHandler) -> Track:
         """Return the section of the named tracker; the default section refuses unknown names."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
@@ -20,6 +21,13 @@ def _has_host(address: str) -> bool:
         return bool(parts.hostname) and parts.port != 0
     except ValueError:
         return False
+
+
+def _without_login(address: str, example: str) -> str:
+    """Return the address of a server; refuse one with a login, because the configuration is published."""
+    if not (re.match(r"https?://[^\s@?#]+\Z", address) and _has_host(address)):
+        raise ValueError(f"an address such as {example}")
+    return address
 
 
 def _is_default(name: object) -> bool:
@@ -57,9 +65,7 @@ class TrackioSettings(Track):
     @field_validator("server")
     @classmethod
     def _server(cls, value: str | None) -> str | None:
-        if value is not None and not (re.match(r"https?://[^\s@?#]+\Z", value) and _has_host(value)):
-            raise ValueError("an address such as https://trackio.example.org; its token goes in TRACKIO_WRITE_TOKEN")
-        return value
+        return value and _without_login(value, "https://trackio.example.org; its token goes in TRACKIO_WRITE_TOKEN")
 
     @model_validator(mode="after")
     def _one_place(self) -> TrackioSettings:
@@ -68,4 +74,42 @@ class TrackioSettings(Track):
         return self
 
 
-TRACK_SECTIONS: dict[str, type[Track]] = {DEFAULT_TRACKER: TrackioSettings}
+class WandbSettings(Track):
+    """Weights & Biases: its own service, your own server, or a folder for `wandb sync`."""
+
+    tracker: Literal["wandb"] = Field(description="this tracker")
+    mode: Literal["online", "offline"] = Field(
+        default="online", description="`offline` writes folders that `wandb sync` sends later"
+    )
+    entity: str | None = Field(
+        default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="user or team; by default that of the login"
+    )
+    server: str | None = Field(default=None, description="address of your own W&B server")
+    folder: str = Field(default=".", min_length=1, description="parent of the folder `wandb` of offline runs")
+
+    @field_validator("server")
+    @classmethod
+    def _server(cls, value: str | None) -> str | None:
+        return value and _without_login(value, "https://wandb.example.org; its key goes in WANDB_API_KEY")
+
+
+class MlflowSettings(Track):
+    """MLflow: a tracking server, or a database on this machine."""
+
+    tracker: Literal["mlflow"] = Field(description="this tracker")
+    uri: str = Field(default="sqlite:///mlflow.db", description="`sqlite:///FILE`, or the address of a tracking server")
+
+    @field_validator("uri")
+    @classmethod
+    def _uri(cls, value: str) -> str:
+        if re.match(r"sqlite:///[^\s?#]+\Z", value):
+            return value
+        return _without_login(
+            value, "sqlite:///FILE, or https://mlflow.example.org; its login is in MLFLOW_TRACKING_TOKEN"
+        )
+
+
+TRACK_SECTIONS: dict[str, type[Track]] = {
+    DEFAULT_TRACKER: TrackioSettings,
+    "mlflow": MlflowSettings,
+}

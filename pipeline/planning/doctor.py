@@ -52,7 +52,7 @@ def examine(runs: Path, calibrate: bool | None = None, tell: Callable[[str], Non
         "kernels": kernels(),
         "runs": runs_on(found),
         "versions": {"python": platform.python_version(), **versions(), **versions(*OURS)},
-        "extras": {name: all(map(is_installed, needs)) for name, needs in EXTRAS.items()},
+        "extras": {name: all(map(is_installed, needs)) for name, needs in _extras().items()},
         "disk": _disk(runs),
         "hub": login(),
         **{name: tracker(name).state() for name in TRACKERS},
@@ -63,6 +63,12 @@ def examine(runs: Path, calibrate: bool | None = None, tell: Callable[[str], Non
             "problem": problem,
         },
     }
+
+
+def _extras() -> dict[str, tuple[str, ...]]:
+    """Return the modules of each extra, also of those that trackers need."""
+    pairs = [pair for name in TRACKERS for pair in tracker(name).REQUIRES]
+    return EXTRAS | {extra: tuple(module for module, of in pairs if of == extra) for _, extra in pairs}
 
 
 def _measured(place: str, tell: Callable[[str], None]) -> tuple[Speeds | None, str | None]:

@@ -25,11 +25,11 @@ from pipeline.retraining.decision import Matter, check, look
 from pipeline.retraining.hf_job_log import JobLog
 from pipeline.retraining.lock import IN_A_JOB, alone, labels, refuse_beside_job
 from pipeline.retraining.report import plain
+from pipeline.tracking.trackers import Tracker, tracker
 
 IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"
 TIMEOUT = re.compile(r"\d+(\.\d+)?[smhd]?\Z")
 PACKAGE = re.compile(r"(git\+)?https://[^\s/@?]+/[^\s?]+\Z")  # without a password or token, because it is not secret
-SECRETS = ("TRACKIO_WRITE_TOKEN",)  # passed if they are set, like the Hub token
 
 # The Hub takes every exit code but 0 for a failure, and "not better" and "skipped" are not failures.
 SCRIPT = """
@@ -138,7 +138,7 @@ class Job:
 
         repo = config.publish.target
         who = retry_or_explain(repo, lambda: who_is(repo, token)["name"])
-        secrets = {"HF_TOKEN": token, **{name: os.environ[name] for name in SECRETS if os.environ.get(name)}}
+        of_tracker = {name: os.environ[name] for name in self._tracker.SECRETS if os.environ.get(name)}
         options = ["--margin", f"{self.margin:g}", *(["--force"] if self.force else []), *self.removal.options]
         started = retry_or_explain(
             repo,
@@ -146,7 +146,7 @@ class Job:
                 image=IMAGE,
                 command=["bash", "-c", SCRIPT, "retrain", *options],
                 env={IN_A_JOB: dump_config(config), "TUNEPRESS_PACKAGE": package},
-                secrets=secrets,
+                secrets={"HF_TOKEN": token, **of_tracker},
                 flavor=self.flavor,
                 timeout=self.timeout,
                 labels=labels(repo),
@@ -174,6 +174,10 @@ class Job:
             return log.decision
         raise JobFailed(f"{log.complaint or f'the Job ended as {stage}'} (log: {started['url']})", log.code or 1)
 
+    @property
+    def _tracker(self) -> Tracker:
+        return tracker(self.config.track.tracker)
+
     def _package(self) -> str:
         env, package = os.environ, self.package
         if package is None and env.get("GITHUB_ACTIONS") == "true":
@@ -183,7 +187,8 @@ class Job:
                 f"--package {_without_login(package) if package else 'is not given'}: a Job can install "
                 "git+https://HOST/USER/REPOSITORY@COMMIT, or a wheel at https://, with no password and no ? in it"
             )
-        needed = ",".join(sorted({extra for spec in self.config.quantize.variants for _, extra in spec.requires}))
+        entries = [self._tracker.REQUIRES, *(spec.requires for spec in self.config.quantize.variants)]
+        needed = ",".join(sorted({extra for requires in entries for _, extra in requires}))
         return f"tunepress{f'[{needed}]' if needed else ''} @ {package}"
 
     def _check(self) -> tuple[TrainingRun, str]:

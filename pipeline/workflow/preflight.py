@@ -10,7 +10,7 @@ from pipeline.models import sources
 from pipeline.publishing.removal import NO_REMOVAL, Removal
 from pipeline.system import hardware
 from pipeline.system.libraries import is_installed
-from pipeline.tracking.trackers import tracker
+from pipeline.tracking import trackers
 from pipeline.training.accelerate_launch import Launch, split_step
 from pipeline.workflow.stages import calibration_text, quantize
 
@@ -42,7 +42,7 @@ def preflight(
         quantize.check_extras(config)
         if config.evaluate:
             _check_device(config.evaluate.device)
-    tracker(config.track.tracker).check(config.track)
+    trackers.check(config.track)
     if need_hub and config.publish.repo:
         from pipeline.hub.auth import check_access
         from pipeline.publishing.commit import check_destination

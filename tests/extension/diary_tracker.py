@@ -16,7 +16,7 @@ class DiarySettings(Track):
     file: str
 
 
-LABEL = "Diary"
+LABEL, REQUIRES, SECRETS = "Diary", (), ()
 
 
 def register() -> None:

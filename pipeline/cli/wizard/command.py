@@ -34,7 +34,7 @@ def wizard(
     batch_size: Annotated[Text, _answer("Sequences at a time.")] = None,
     repo: Annotated[Text, _answer("USER/NAME on the Hub, or none. The token comes from HF_TOKEN or the login.")] = None,
     private: Annotated[bool | None, _answer("Visibility of a new repository.", "--private/--public")] = None,
-    track: Annotated[Text, _answer("Trackio: local, a Space USER/NAME, or the URL of a server.")] = None,
+    track: Annotated[Text, _answer("local, a Space USER/NAME, the URL of a server, or a tracker's name.")] = None,
     quantize: Annotated[bool | None, _answer("Make quantized models.", "--quantize/--no-quantize")] = None,
     where: Annotated[Text, _answer(f"Where the quantized models will run: {', '.join(PLACES)}.")] = None,
     quantization: Annotated[Text, _answer(f"{', '.join(PRESETS)}; or variants such as int8,int4.")] = None,

@@ -8,14 +8,16 @@ from collections.abc import Callable
 
 from pipeline.cli.wizard.draft import Draft
 from pipeline.cli.wizard.prompts import Question, TokenRefused, yes_or_no
+from pipeline.config.track import DEFAULT_TRACKER
 from pipeline.errors import HubError, TrackError
 from pipeline.hub.auth import check_access, check_token
 from pipeline.hub.retry import HubAway
-from pipeline.tracking.trackers import tracker
+from pipeline.tracking.trackers import TRACKERS, check, tracker
 from pipeline.tracking.trackers.places import TOKEN_VARIABLE
 
 NOWHERE, HERE = "none", "local"
 HUB = ("HF_TOKEN", "Hub token with write access")
+OTHERS = [name for name in TRACKERS if name != DEFAULT_TRACKER]
 SERVER = (TOKEN_VARIABLE, "Write token of the server")
 
 
@@ -29,6 +31,15 @@ def _take_repo(draft: Draft, answer: str) -> None:
 
 
 def _take_track(draft: Draft, answer: str) -> None:
+    """Take the name of a tracker, or a place of the default one."""
+    if answer.lower() in TRACKERS:
+        section = {"track": {"tracker": answer.lower()}}
+        named, track = tracker(answer.lower()), draft.config(section).track
+        for variable in named.SECRETS[:1]:
+            _with_token(draft, (variable, f"Token for {named.LABEL}"), HERE, lambda: check(track))
+        return draft.set(section)
+    if "tracker" in draft.tree.get("track", {}):
+        draft.set({"track": {}})
     if answer.lower() == HERE:
         return draft.set({"track.space": None, "track.server": None})
     is_server = "://" in answer
@@ -41,10 +52,10 @@ def _take_track(draft: Draft, answer: str) -> None:
             check_token(f"track.space {answer}", answer.split("/")[0], attempts=1)
             if config.publish.repo:
                 check_access(config.publish.repo)
-        tracker(config.track.tracker).check(config.track)
+        check(config.track)
 
     if is_server:
-        _with_token(draft, SERVER, HERE, lambda: tracker(config.track.tracker).check(config.track))
+        _with_token(draft, SERVER, HERE, lambda: check(config.track))
     else:
         _with_token(draft, HUB, HERE, check_space)
     draft.set(settings)
@@ -109,8 +120,11 @@ QUESTIONS = (
     ),
     Question(
         "track",
-        "Trackio",
-        lambda draft: f"Curves and events go to {HERE} (this machine), a Space USER/NAME, or the URL of a server.",
+        "Tracker",
+        lambda draft: (
+            f"Curves and events go to {tracker(DEFAULT_TRACKER).LABEL}: {HERE} (this machine), a Space USER/NAME, or "
+            f"the URL of a server. Or name another tracker: {', '.join(OTHERS)}."
+        ),
         lambda draft: HERE,
         _take_track,
     ),

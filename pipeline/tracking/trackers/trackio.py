@@ -38,6 +38,8 @@ from pipeline.tracking.trackers.places import TOKEN_VARIABLE, Local, Picture, Pl
 from pipeline.tracking.trackers.spaces import Space, find
 
 LABEL = "Trackio"
+REQUIRES: tuple[tuple[str, str], ...] = ()
+SECRETS = (TOKEN_VARIABLE,)
 TABLE, PICTURE = "models", "models/perplexity_against_size"  # their names in a run
 _LOSSES = {"train/loss": "loss", "eval/loss": "held_out_loss"}
 _TOTALS = ("/runtime", "_per_second", "/total_flos", "/mean_loss")  # numbers of training that a run has once

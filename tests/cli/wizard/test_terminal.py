@@ -35,7 +35,7 @@ def test_a_persons_answers_become_a_finished_run_on_the_hub(desk, hub, launch):
         person.sees("not shown, not stored")
         person.types(TOKEN)
         person.answers("Private", "yes")
-        person.answers("Trackio")
+        person.answers("Tracker")
         person.answers("Make quantized models")
         person.answers("Where the quantized models will run")
         person.answers("Quantized models", "int8")
@@ -88,7 +88,7 @@ def test_wrong_answers_are_told_in_a_line_and_asked_again(desk):
         person.types("hf_nobodyKnowsThisToken0123456789")
         person.sees("the Hub does not know this token")
         person.answers("Hub repository", "none")
-        person.answers("Trackio", "https://trackio.example.org")
+        person.answers("Tracker", "https://trackio.example.org")
         person.sees("no write token")
         person.sees("not shown, not stored")
         person.types(WRITE_TOKEN)
@@ -133,7 +133,7 @@ def test_ctrl_c_keeps_the_answers_and_resuming_asks_the_rest(desk):
     with desk.sit_down(*given) as person:
         person.answers("Maximum steps", "7")
         assert "Model [" not in person.screen and "Epochs" not in person.screen
-        for question in ("Maximum length", "Batch size", "Hub repository", "Trackio"):
+        for question in ("Maximum length", "Batch size", "Hub repository", "Tracker"):
             person.answers(question)
         for question in ("Make quantized models", "Where the quantized models will run", "Quantized models"):
             person.answers(question)
@@ -188,7 +188,7 @@ def test_enter_at_the_token_prompt_asks_even_a_question_that_an_option_answered(
         person.types("hf_nobodyKnowsThisToken0123456789")
         person.sees("the Hub does not know this token")
         person.answers("Hub repository", "none")
-        person.answers("Trackio")
+        person.answers("Tracker")
 
 
 def test_wrong_option_ends_the_wizard_and_keeps_the_other_answers(desk):
