@@ -73,7 +73,7 @@ class Train(Section):
     trainer: str = Field(
         default=DEFAULT_TRAINER,
         exclude_if=_is(DEFAULT_TRAINER),
-        description="kind of fine-tuning; `sft` learns the answers",
+        description="kind of fine-tuning: `sft` learns answers, `dpo` and `kto` learn which of two answers is better",
     )
     method: Literal[*METHODS] = Field(  # type: ignore[valid-type]  # the catalogue has the names
         default=SMALLEST_METHOD.name, description="train on a base in 4 bits (NF4), or on the base in bf16"
@@ -137,6 +137,11 @@ class Train(Section):
     def _options(cls, value: dict[str, Any]) -> dict[str, Any]:
         check_names("train.options", value, TRAINER_KEYS, TRAINER_FIXED)
         return value
+
+    @property
+    def packs(self) -> bool:
+        """Return True if examples are to be packed, and the trainer can do it."""
+        return self.packing and TRAINERS[self.trainer].packs
 
     @field_validator("trainer")
     @classmethod

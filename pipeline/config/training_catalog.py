@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from pipeline.config.catalog import DATA_FORMS
+from pipeline.config.catalog import DATA_FORMS, PREFERENCE
 
 UNCHANGED_BASE, NF4_BASE = "bf16", "nf4"  # types of the base model's linear layers, in training and in merging
 
@@ -76,6 +77,10 @@ class Trainer:
         metric: its figure on held-out examples, by its key in the log of the training loop.
         merge_bases: the bases that its adapter can be merged into.
         options: the class that has the fields of `train.options`, as `package.module:Class`.
+        figures: its other figures on held-out examples, likewise.
+        sequences: sequences in an example.
+        packs: True if it can put several examples into one sequence.
+        title: its name in cards; empty for the default.
     """
 
     name: str
@@ -84,7 +89,27 @@ class Trainer:
     metric: str
     merge_bases: tuple[str, ...] = (NF4_BASE, UNCHANGED_BASE)
     options: str = "trl:SFTConfig"
+    figures: tuple[str, ...] = ()
+    sequences: int = 1
+    packs: bool = True
+    title: str = ""
 
 
-TRAINERS = {t.name: t for t in (Trainer("sft", "pipeline.training.trainers.sft", tuple(DATA_FORMS), "eval_loss"),)}
+_LEARNS_ANSWERS = tuple(form for form in DATA_FORMS if form != PREFERENCE)
+_ON_PAIRS: dict[str, Any] = {
+    "forms": (PREFERENCE,),
+    "metric": "eval_preference_accuracy",
+    "figures": ("eval_preference_accuracy_stderr", "eval_reward_margin", "eval_reward_margin_stderr", "eval_likelier",
+                "eval_likelier_gain", "eval_likelier_gain_stderr"),
+    "sequences": 2,
+    "packs": False,
+}  # fmt: skip
+TRAINERS = {
+    t.name: t
+    for t in (
+        Trainer("sft", "pipeline.training.trainers.sft", _LEARNS_ANSWERS, "eval_loss"),
+        Trainer("dpo", "pipeline.training.trainers.dpo", options="trl:DPOConfig", title="DPO", **_ON_PAIRS),
+        Trainer("kto", "pipeline.training.trainers.kto", options="trl:KTOConfig", title="KTO", **_ON_PAIRS),
+    )
+}
 DEFAULT_TRAINER = next(iter(TRAINERS))

@@ -98,11 +98,11 @@ def steps(data: Data, train: Train, size: DataSize) -> int | None:
     """Return the number of optimizer steps; None if it is not known."""
     if train.max_steps is not None:
         return train.max_steps
-    if size.tokens is None or (size.examples is None and (data.limit or not train.packing)):
+    if size.tokens is None or (size.examples is None and (data.limit or not train.packs)):
         return None
     used = min(1.0, data.limit / size.examples) if data.limit and size.examples else 1.0
     share = used * (1 - data.held_out)
-    rows = share * (size.tokens / train.max_length if train.packing else size.examples or 0)
+    rows = share * (size.tokens / train.max_length if train.packs else size.examples or 0)
     return math.ceil(max(1.0, rows / (train.batch_size * train.accumulate)) * train.epochs)
 
 

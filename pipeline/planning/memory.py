@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from pipeline.config.catalog import Need as Statistic
 from pipeline.config.schema import Config, Lora, MeasuredRun, Quantize, Train, VariantSpec
-from pipeline.config.training_catalog import METHODS, NF4_BASE
+from pipeline.config.training_catalog import METHODS, NF4_BASE, TRAINERS
 from pipeline.models.layer_layouts import layout
 from pipeline.planning.model import Sizes
 from pipeline.system.hardware import compute_bytes_here, cores
@@ -81,7 +81,8 @@ def held_weights(sizes: Sizes, in_nf4: bool, other_bytes: int = 2) -> int:
 def training(sizes: Sizes, train: Train, on_gpu: bool) -> tuple[Need, Need]:
     """Return main memory and GPU memory of training; by default only a GPU has gradient checkpointing."""
     in_nf4 = METHODS[train.method].in_nf4
-    tokens, adapter = train.batch_size * train.max_length, adapter_parameters(sizes, train.lora)
+    tokens = train.batch_size * TRAINERS[train.trainer].sequences * train.max_length
+    adapter = adapter_parameters(sizes, train.lora)
     small_states = on_gpu and train.optimizer != "adamw" or train.optimizer == "paged_adamw_8bit"
     held = {
         "weights": held_weights(sizes, in_nf4, 2 if on_gpu else compute_bytes_here()),
@@ -91,12 +92,12 @@ def training(sizes: Sizes, train: Train, on_gpu: bool) -> tuple[Need, Need]:
         layer = tokens * _kept_on_cpu(sizes, train, compute_bytes_here())
         kept = _kept_layers(sizes, train, layer, layer, width=compute_bytes_here(), by_default=False)
         held["activations"] = int(HOLES * kept)
-        held["mask"] = tokens**2 if train.packing else 0  # booleans for all packed sequences together
+        held["mask"] = tokens**2 if train.packs else 0  # booleans for all packed sequences together
         held["logits"] = min(tokens * sizes.vocabulary, TRAINED_LOGITS) * TRAINED_LOGIT_BYTES
         return {"libraries": LIBRARIES["train"], **held}, {}
     layer = tokens * _kept_on_gpu(sizes, train)
     # Packed sequences lie in one row, so the mask has an entry for every pair of tokens.
-    mask = 2 * (tokens**2 if train.packing else tokens * train.max_length)
+    mask = 2 * (tokens**2 if train.packs else tokens * train.max_length)
     held["activations"] = int(
         CUDA_HOLES * (_kept_layers(sizes, train, layer, 2 * layer, width=2, by_default=True) + 3 * mask)
     )
@@ -118,7 +119,8 @@ def _kept_layers(sizes: Sizes, train: Train, layer: int, again: int, width: int,
     asked = train.gradient_checkpointing
     if not (by_default if asked is None else asked):
         return sizes.layers * layer
-    return width * sizes.hidden * train.batch_size * train.max_length * sizes.layers + again
+    tokens = train.batch_size * TRAINERS[train.trainer].sequences * train.max_length
+    return width * sizes.hidden * tokens * sizes.layers + again
 
 
 def _kept_on_cpu(sizes: Sizes, train: Train, width: int) -> int:
@@ -132,7 +134,7 @@ def _kept_on_cpu(sizes: Sizes, train: Train, width: int) -> int:
         width: bytes of a number in the compute type.
     """
     attention = 3 * sizes.attention + 2 * sizes.keys
-    mask = train.max_length // 2 if train.packing else train.max_length
+    mask = train.max_length // 2 if train.packs else train.max_length
     plain = 8 * sizes.hidden + width * (2 * sizes.hidden + attention + mask + 2 * sizes.intermediate)
     adapted = sizes.trained(train.lora).values()
     inputs = sum(width for _, width in adapted) // sizes.layers

@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
+from peft import PeftModel
 from transformers import PreTrainedModel, Trainer
 
 from pipeline.errors import UserError
 from pipeline.models.checkpoint import read_header
 from pipeline.system.files import read_json
+from pipeline.training.adapter_files import ADAPTER
 from pipeline.training.distributed import sharding
 from pipeline.training.resume_state import load_state, random_state, save_state, set_random_state
 
@@ -30,7 +32,15 @@ class SafeCheckpoints(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         model, main = cast(PreTrainedModel, self.model), self.args.should_save
-        model.save_pretrained(cast(str, output_dir), state_dict=state_dict, is_main_process=main)
+        folder, adapted = cast(str, output_dir), isinstance(model, PeftModel)
+        only: dict[str, Any] = {"selected_adapters": [ADAPTER]} if adapted else {}  # not the reference of preferences
+        model.save_pretrained(folder, state_dict=state_dict, is_main_process=main, **only)
+
+    def _run_epoch(self, *arguments: Any, **settings: Any) -> None:
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*arguments, **settings)
+        else:  # transformers takes one step too many after it resumes from the checkpoint of the last step
+            self.control.should_training_stop = True
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if sharding():

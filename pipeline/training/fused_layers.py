@@ -61,14 +61,16 @@ def fuse_layers(model: PeftModel, dtype: torch.dtype) -> None:
 
 
 def _is_plain_adapter(layer: torch.nn.Module) -> TypeGuard[AdaptedLinear]:
-    """Return True if a layer is a frozen linear layer with one LoRA adapter and nothing else."""
+    """Return True if a layer is a frozen linear layer with one active LoRA adapter and nothing else.
+
+    It may have another adapter that is not active, such as the reference of preference training.
+    """
     from peft.tuners.lora import LoraLayer
 
-    if not isinstance(layer, LoraLayer) or len(layer.lora_A) != 1 or layer.lora_variant:
+    if not isinstance(layer, LoraLayer) or len(layer.active_adapters) != 1 or layer.lora_variant:
         return False
-    (name,) = layer.lora_A
-    factors = layer.lora_A[name], layer.lora_B[name]
-    plain = all(type(factor) is torch.nn.Linear and factor.bias is None for factor in factors)
+    factors = [layer.lora_A[name] for name in layer.lora_A] + [layer.lora_B[name] for name in layer.lora_B]
+    plain = bool(factors) and all(type(factor) is torch.nn.Linear and factor.bias is None for factor in factors)
     return plain and isinstance(layer.get_base_layer(), torch.nn.Linear)
 
 
@@ -98,7 +100,7 @@ def _base_layer(layer: AdaptedLinear) -> torch.nn.Linear:
 
 
 def _factors(layer: AdaptedLinear) -> tuple[torch.Tensor, torch.Tensor]:
-    (name,) = layer.lora_A
+    name = layer.active_adapters[0]
     a, b = layer.lora_A[name], layer.lora_B[name]
     return cast(torch.Tensor, a.weight), cast(torch.Tensor, b.weight)
 
@@ -111,7 +113,7 @@ class _AdaptedTerms:
     """The constants of one call of a layer with an adapter: the frozen layer, the scale and the drawn dropout."""
 
     def __init__(self, layer: AdaptedLinear, x: torch.Tensor):
-        (name,) = layer.lora_A
+        name = layer.active_adapters[0]
         self.layer, self.scaling = _base_layer(layer), layer.scaling[name]
         self.share = getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0
         self.kept = torch.empty(x.shape, dtype=torch.bool).bernoulli_(1 - self.share) if self.share else None

@@ -32,6 +32,7 @@ class Job:
         say: called with a line to show.
         time_plan: the last recorded plan, if this training was stopped (`training.time_limit`).
         keep_time_plan: records the steps that fit into `train.max_minutes`, and the used time.
+        start: folder of the adapter that training goes on with; None for a new adapter.
     """
 
     output: Path
@@ -41,6 +42,7 @@ class Job:
     say: Callable[[str], None] = lambda line: None
     time_plan: Mapping[str, float] = field(default_factory=dict)
     keep_time_plan: Callable[[dict[str, float]], None] = lambda plan: None
+    start: Path | None = None
 
 
 class Trainer(Protocol):

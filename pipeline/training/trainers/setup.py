@@ -13,6 +13,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from pipeline.config.schema import Lora, Train, TrainingRun
 from pipeline.config.training_catalog import METHODS
+from pipeline.data.encode import EncodedSet
 from pipeline.errors import UserError
 from pipeline.system import hardware
 from pipeline.training.accelerate_launch import split_step
@@ -21,6 +22,7 @@ from pipeline.training.distributed import sharding
 from pipeline.training.fused_loss import fuse_training_step
 from pipeline.training.nf4_base import load_base
 from pipeline.training.options import cut_reason
+from pipeline.training.time_limit import TimeLimit
 from pipeline.training.trainers import Job
 
 if TYPE_CHECKING:
@@ -102,23 +104,44 @@ def load_for_training(config: TrainingRun, model: Path) -> PreTrainedModel:
     return load_base(model, METHODS[config.train.method].in_nf4, sharding() is not None, attention)
 
 
-def common_callbacks(settings: Train, job: Job) -> list[TrainerCallback]:
-    """Return the callbacks of every training loop."""
-    stopping = [EarlyStoppingCallback(settings.early_stopping)] if settings.early_stopping else []
-    return [ProgressReporter(job.progress, job.metrics), SyncCheckpoints(), *stopping]
+def common_callbacks(settings: Train, packing: bool, data: dict[str, EncodedSet], job: Job) -> list[TrainerCallback]:
+    """Return the callbacks of every training loop.
+
+    Args:
+        packing: True if examples are packed.
+        data: the tokens of the `training` and the `held-out` examples.
+    """
+    callbacks: list[TrainerCallback] = [ProgressReporter(job.progress, job.metrics), SyncCheckpoints()]
+    if settings.early_stopping:
+        callbacks.append(EarlyStoppingCallback(settings.early_stopping))
+    if settings.max_minutes is not None:
+        examples, held_out = (_lengths(data[split]) for split in ("training", "held-out"))
+        # Packed sequences have `max_length` tokens; others are as long as their examples.
+        length = settings.max_length if packing else sum(examples) / len(examples)
+        steps = sum(held_out) / (length * settings.batch_size * settings.accumulate)
+        callbacks.append(TimeLimit(settings.max_minutes, steps, job.time_plan, job.keep_time_plan))
+    return callbacks
 
 
-def prepare_adapted(adapted: PeftModel) -> None:
+def _lengths(part: EncodedSet) -> list[int]:
+    """Return the tokens of each example; of a preference pair those of both sequences."""
+    return [sum(len(sequence.input_ids) for sequence in example.sequences) for example in part.examples]
+
+
+def prepare_adapted(adapted: PeftModel, mean_logits: bool = False) -> None:
     """Hold the trained weights in float32, and on a CPU use fused layers and a fused loss.
 
     trl holds the adapter of a 4-bit model in bf16, which rounds small updates away. A resumed adapter is in float32, so
     the resumed training would differ.
+
+    Args:
+        mean_logits: see `fuse_training_step`.
     """
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if not torch.cuda.is_available() and not sharding():
-        fuse_training_step(adapted, hardware.compute_dtype("cpu"))
+        fuse_training_step(adapted, hardware.compute_dtype("cpu"), mean_logits)
 
 
 @contextmanager

@@ -17,13 +17,12 @@ from datasets import Dataset
 from torch.utils.data import Sampler
 from trl import SFTConfig, SFTTrainer
 
-from pipeline.config.schema import Train, TrainingRun
+from pipeline.config.schema import TrainingRun
 from pipeline.data.encode import EncodedSet
 from pipeline.training.architecture_checks import check_logits, packs_apart
 from pipeline.training.checkpoints import SafeCheckpoints
 from pipeline.training.distributed import sharding
 from pipeline.training.even_batches import PaddedSampler, add_blank_examples
-from pipeline.training.time_limit import TimeLimit
 from pipeline.training.trainers import Job
 from pipeline.training.trainers.setup import (
     common_arguments,
@@ -91,24 +90,13 @@ def build(
             eval_dataset=evaluation,
             processing_class=tokenizer,
             peft_config=lora_config(settings.lora),
-            callbacks=[*common_callbacks(settings, job), *_time_limit(settings, args.packing, data, job)],
+            callbacks=common_callbacks(settings, args.packing, data, job),
         )
     adapted = cast("PeftModel", trainer.model)
     prepare_adapted(adapted)
     if not sharding():  # a sharded model does not run before its training
         check_logits(adapted, data["training"].examples[0].input_ids[:CHECKED_TOKENS])
     return trainer
-
-
-def _time_limit(settings: Train, packing: bool, encoded: dict[str, EncodedSet], job: Job) -> list[TimeLimit]:
-    if settings.max_minutes is None:
-        return []
-    held_out = sum(len(example.input_ids) for example in encoded["held-out"].examples)
-    examples = encoded["training"].examples
-    # Packed sequences have `max_length` tokens; others are as long as their examples.
-    length = settings.max_length if packing else sum(len(e.input_ids) for e in examples) / len(examples)
-    steps = held_out / (length * settings.batch_size * settings.accumulate)
-    return [TimeLimit(settings.max_minutes, steps, job.time_plan, job.keep_time_plan)]
 
 
 class SftTrainer(SafeCheckpoints, SFTTrainer):
@@ -134,12 +122,6 @@ class SftTrainer(SafeCheckpoints, SFTTrainer):
         # accelerate's order of the examples, and then the blank example, which is the last of the data set.
         order = SeedableRandomSampler(range(self._examples), data_seed=self.args.data_seed)
         return PaddedSampler(order, [self._examples] * self._blanks)
-
-    def _run_epoch(self, *arguments: Any, **settings: Any) -> None:
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*arguments, **settings)
-        else:  # transformers takes one step too many after it resumes from the checkpoint of the last step
-            self.control.should_training_stop = True
 
     def evaluation_loop(self, *arguments: Any, **settings: Any) -> EvalLoopOutput:
         """Evaluate, and replace the loss by the mean over all counted tokens, in nats."""

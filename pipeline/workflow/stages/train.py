@@ -135,7 +135,7 @@ def run(config: TrainingRun, workspace: Workspace, events: Events, variants: tup
         "steps": trainer.state.global_step,
         "train_loss": sum(losses) / len(losses),
         "held_out_loss": best if best is not None else held_out_losses[-1] if held_out_losses else None,
-        **({} if metric == "eval_loss" or not figures else {metric.replace("eval_", "held_out_", 1): figures[-1]}),
+        **_held_out_figures(config, trainer.state.log_history),
         "trainable_parameters": trainable,
         "seconds_training": round(time.monotonic() - start, 1),
         "compute_dtype": compute_dtype,
@@ -346,6 +346,16 @@ def _train(trainer: Any, checkpoints: Path, group: ProcessGroup) -> int | None:
     if trainer.eval_dataset is not None and not _just_evaluated(trainer.state):
         trainer.evaluate()
     return _step_of(last) if last else None
+
+
+def _held_out_figures(config: TrainingRun, history: list[dict]) -> dict[str, float]:
+    """Return the last figures of the trainer on held-out examples, beside their loss."""
+    trainer = TRAINERS[config.train.trainer]
+    measured = [row for row in history if trainer.metric in row]
+    names = [name for name in (trainer.metric, *trainer.figures) if name != "eval_loss"]
+    return {
+        name.replace("eval_", "held_out_", 1): measured[-1][name] for name in names if measured and name in measured[-1]
+    }
 
 
 def _step_of(checkpoint: str) -> int:
