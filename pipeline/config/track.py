@@ -111,5 +111,6 @@ class MlflowSettings(Track):
 
 TRACK_SECTIONS: dict[str, type[Track]] = {
     DEFAULT_TRACKER: TrackioSettings,
+    "wandb": WandbSettings,
     "mlflow": MlflowSettings,
 }

@@ -50,13 +50,16 @@ class Connection(Protocol):
     def send(self, items: list[Item]) -> None:
         """Store each of these records once, however often it is sent, before this returns."""
 
-    def stored(self) -> tuple[int, int] | None:
-        """Return how many records of this run are stored, and how many of them are events; None if unknown."""
+    def stored(self) -> Stored:
+        """Return how many records of this run are stored."""
 
     def close(self) -> None:
         """End the connection after the last record. The next call of the opener begins another one."""
 
 
+# How many records of a run are stored, and how many events; None if that is unknown, or if no event is apart from its
+# record.
+Stored = tuple[int, int | None] | None
 # (id of the spool, time of its first record in seconds since the epoch) -> the tracker
 Opener = Callable[[str, float], Connection]
 
@@ -191,15 +194,18 @@ class Forwarder:
         if self._tracker is None:
             return True  # there was nothing to send
         stored = self._tracker.stored()
-        return stored is None or (stored[0] >= self._spool.records and stored[1] >= self._spool.events)
+        if stored is None:
+            return True
+        records, events = stored
+        return records >= self._spool.records and (events is None or events >= self._spool.events)
 
 
-def _stored_first(items: list[Item], stored: tuple[int, int] | None) -> int:
+def _stored_first(items: list[Item], stored: Stored) -> int:
     """Return how many of the first items are stored; 0 if the tracker's two counts fit no such number."""
     if stored is None:
         return 0
     records, events = stored
-    fits = records <= len(items) and sum(item.is_event for item in items[:records]) == events
+    fits = records <= len(items) and events in (None, sum(item.is_event for item in items[:records]))
     return records if fits else 0
 
 

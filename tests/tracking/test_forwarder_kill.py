@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from tests.support import REPOSITORY
-from tests.support.trackio_server import Run, assert_once_each, configuration, stored_rows
+from tests.support.mlflow_server import MlflowServer, MlflowStore
+from tests.support.trackio_server import Run, assert_once_each, configuration, eventually, stored_rows
+from tests.support.wandb_server import KEY, WandbServer
 
 # Training from the step in argv, faster than a real run, until it is killed.
 _WORK = """
-import sys, time
+import json, sys, time
 from pathlib import Path
 from tests.support.trackio_server import Run, configuration
-folder, first, *server = sys.argv[1:]
-run = Run(Path(folder), configuration(**({"server": server[0]} if server else {})))
+folder, track, first = sys.argv[1:]
+run = Run(Path(folder), configuration(**json.loads(track)))
 forwarder = run.forwarder()
 forwarder.forward()
 print("ready", flush=True)
@@ -30,11 +35,11 @@ for step in range(int(first), 100000):
 """
 
 _CLOSE = """
-import sys
+import json, sys
 from pathlib import Path
 from tests.support.trackio_server import Run, configuration
-folder, *server = sys.argv[1:]
-forwarder = Run(Path(folder), configuration(**({"server": server[0]} if server else {}))).forwarder()
+folder, track = sys.argv[1:]
+forwarder = Run(Path(folder), configuration(**json.loads(track))).forwarder(close_seconds=90)
 forwarder.close()
 assert forwarder.problem is None, forwarder.problem
 """
@@ -43,21 +48,42 @@ assert forwarder.problem is None, forwarder.problem
 @pytest.mark.parametrize("place", ["local", "server"])
 def test_every_record_is_stored_once_after_kills_at_any_moment(place, request, tmp_path):
     server = request.getfixturevalue("server") if place == "server" else None
-    address = [server.url] if server else []
     folder = server.folder if server else tmp_path / "trackio"
-    env = os.environ | {"PYTHONPATH": str(REPOSITORY), "TRACKIO_DIR": str(folder)}
-    run, chance = Run(tmp_path / "run", configuration()), random.Random(place)
+    track = {"server": server.url} if server else {}
+    records = _kill_three_times(tmp_path / "run", track, lambda: len(stored_rows(folder, "tests")), TRACKIO_DIR=folder)
+    rows = stored_rows(folder, "tests")
+    assert_once_each(rows, records)
+    assert len({r["run_id"] for r in rows}) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [MlflowStore, MlflowServer, WandbServer])
+def test_other_trackers_store_every_record_once_after_kills_at_any_moment(place, request, tmp_path):
+    if place is WandbServer:
+        board = WandbServer()
+    else:
+        board = place(tmp_path / "mlflow", request.getfixturevalue("empty_mlflow"))
+    if place is not MlflowStore:
+        board.start()
+        request.addfinalizer(board.stop)
+    records = _kill_three_times(tmp_path / "run", board.track, board.count, WANDB_API_KEY=KEY)
+    board.assert_once_each(records)
+
+
+def _kill_three_times(folder: Path, track: dict, count: Callable[[], int], **more: object) -> list[dict]:
+    """Kill a forwarder while it sends, three times, then send the rest; return the records of the spool."""
+    env = os.environ | {"PYTHONPATH": str(REPOSITORY)} | {key: str(value) for key, value in more.items()}
+    run, chance = Run(folder, configuration()), random.Random(str(track.keys()))
     for _ in range(3):
+        before = count()
         step = max((r.get("step", 0) for r in run.records()), default=0) + 1 if run.spool.exists() else 1
-        command = [sys.executable, "-c", _WORK, str(run.folder), str(step), *address]
+        command = [sys.executable, "-c", _WORK, str(run.folder), json.dumps(track), str(step)]
         worker = subprocess.Popen(command, env=env, cwd=REPOSITORY, stdout=subprocess.PIPE)
         assert worker.stdout.readline() == b"ready\n"
-        time.sleep(chance.uniform(0.5, 1.2))
+        eventually(lambda before=before: count() > before, seconds=60)
+        time.sleep(chance.uniform(0, 0.7))
         worker.kill()
         worker.wait()
-    before = len(stored_rows(folder, "tests"))
-    subprocess.run([sys.executable, "-c", _CLOSE, str(run.folder), *address], env=env, cwd=REPOSITORY, check=True)
-    rows = stored_rows(folder, "tests")
-    assert 0 < before <= len(rows)
-    assert_once_each(rows, run.records())
-    assert len({r["run_id"] for r in rows}) == 1
+    command = [sys.executable, "-c", _CLOSE, str(run.folder), json.dumps(track)]
+    subprocess.run(command, env=env, cwd=REPOSITORY, check=True)
+    return run.records()

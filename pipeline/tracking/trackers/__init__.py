@@ -15,6 +15,7 @@ from pipeline.tracking.forwarder import Connection, Forwarder, Opener
 # The module of each tracker by the name that `track.tracker` has.
 TRACKERS = {
     "trackio": "pipeline.tracking.trackers.trackio",
+    "wandb": "pipeline.tracking.trackers.wandb",
     "mlflow": "pipeline.tracking.trackers.mlflow",
 }
 
