@@ -46,7 +46,7 @@ class TerminalReporter(Reporter):
     def begin(self, config: Config, workspace: Workspace) -> None:
         """Print the run's name, inputs and folder."""
         self._tracker = tracker(config.track.tracker).LABEL
-        added = config.data.source if config.data else config.merge.adapter
+        added = config.data.named if config.data else config.merge.adapter
         made_of = "  +  ".join(filter(None, (config.model.source, added)))
         self.console.print(f"[bold]{escape(config.name)}[/]  {escape(made_of)}")
         self.console.print(f"[dim]{escape(str(workspace.folder))}[/]")

@@ -11,20 +11,19 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pipeline.config.catalog import PREFERENCE
 from pipeline.config.schema import Data
 from pipeline.data.example import Example
 from pipeline.data.files import open_file
+from pipeline.data.part import Part, check_kinds, read_part
 from pipeline.data.reading import Check, OnSkip, Skipped, read_table
 from pipeline.data.rows import BadRow
-from pipeline.data.sources import BUILTIN, check_settings, is_builtin, locate
-from pipeline.data.splitting import fingerprint, split, trained_from
+from pipeline.data.sources import check_settings, is_builtin, locate
+from pipeline.data.splitting import apart, fingerprint, in_order, repeat, split, trained_from
 from pipeline.data.store import read_examples, write_examples
-from pipeline.data.table import Table
 from pipeline.errors import DataError
 
 __all__ = [
@@ -40,6 +39,7 @@ __all__ = [
     "write_examples",
 ]
 
+_NAMED_ROWS = 10  # bad rows of all sources that are named
 _CHECKED_ROWS = 10  # rows that are looked at before any work
 TOPICS = "builtin:python-topics"
 _BETWEEN_DOCUMENTS = re.compile(r"\f|\n(?:[ \t]*\n){2,}|\n(?= = [^=\n]+ = \n)")
@@ -50,8 +50,8 @@ class DataSet:
     """A data set that is ready to train on.
 
     Attributes:
-        source: as the configuration names it.
-        form: the form found: a key of `catalog.DATA_FORMS`, or "builtin".
+        source: as the configuration names it; several are joined with commas.
+        form: the form found: a key of `catalog.DATA_FORMS`, or "builtin"; several are joined with "and".
         train: what to train on, in an order that does not depend on the order of the rows.
         held_out: what to measure on; no answer in it is learned in the same context in `train`.
         rows: rows read, good and bad.
@@ -59,10 +59,12 @@ class DataSet:
         fingerprint: sha256, in hex, over the examples of both splits, with those that a chat template refuses.
         trained_from: where in the order of the split training begins; see `splitting.trained_from`.
         loss_on: the answers that are learned, as in `train.loss_on`.
-        license, language: what the source itself says, else None.
-        subset, split, revision: of a data set on the Hub; the revision is the commit that was read. Else None.
+        license, language: what the source itself says; None if one says nothing.
+        subset, split, revision: of a single data set on the Hub; the revision is the commit that was read. Else None.
         skipped: bad rows that were left out.
         unused: columns, and keys of messages, that nothing was read from.
+        parts: the sources of the training data, and then that of the held-out examples if they have their own.
+        kept_out: training examples left out because they learn an answer in the context of one of `data.validation`.
     """
 
     source: str
@@ -81,6 +83,8 @@ class DataSet:
     revision: str | None = None
     skipped: Skipped = Skipped()
     unused: tuple[str, ...] = ()
+    parts: tuple[Part, ...] = ()
+    kept_out: int = 0
 
 
 def load_examples(
@@ -100,7 +104,6 @@ def load_examples(
     Raises:
         DataError: if the source cannot be read, a row is malformed, or there is too little to split.
     """
-    known: dict[str, Any]
     refused: set[str] = set()
 
     def checked(example: Example) -> None:
@@ -111,32 +114,53 @@ def load_examples(
             refused.add(example.canonical())
             raise
 
-    if is_builtin(data.source):
-        from pipeline.data import python_docs
-
-        check_settings(data, on_hub=False)
-        are_pairs = data.source != BUILTIN
-        examples = python_docs.python_docs_pairs() if are_pairs else python_docs.python_docs()
-        rows, form = len(examples), PREFERENCE if are_pairs else "builtin"
-        known = {"license": python_docs.LICENSE, "language": python_docs.LANGUAGE}
+    limits = [rows.limit for rows in data.sources] or [None]  # `data.limit` is for all sources together
+    limits += [data.validation.limit] if data.validation else []
+    reads = [
+        read_part(part, limit, _naming(data, part, on_skip), checked)
+        for part, limit in zip(data.all_parts, limits, strict=True)
+    ]
+    check_kinds(reads)
+    own = reads.pop() if data.held_out_part else None
+    examples = [example for read in reads for example in read.examples]
+    kept_out = 0
+    if own is None:
+        train, held_out, duplicates = split(examples, data, loss_on)
     else:
-        table, known = _open(data)
-        reading = read_table(table, data, on_skip, check=checked)
-        assert reading.layout is not None, "a table without a good row is refused"
-        examples, rows, form = reading.examples, reading.rows, reading.layout.form
-        known |= {"skipped": reading.skipped, "unused": reading.unused}
-    train, held_out, duplicates = split(examples, data, loss_on)
+        held_out, unique = in_order(own.examples, data.seed), in_order(examples, data.seed)
+        train = apart(unique[: data.limit], held_out, loss_on)
+        duplicates, kept_out = len(examples) - len(unique), len(unique[: data.limit]) - len(train)
+        if not train:
+            raise DataError(f"{data.named}: every prompt is in {own.part.source} too. Try: another data.validation")
+    if data.sources:
+        pairs = zip(reads, data.sources, strict=True)
+        weights = [(e.canonical(), rows.weight) for read, rows in pairs for e in read.examples]
+        train = repeat(train, dict(reversed(weights)), data.seed)  # the first source of an example counts
+        if not train:
+            raise DataError(f"data.sources: no example is left for training. Try: a larger weight than {weights[0][1]}")
+    reads += [own] if own else []
+    facts = [read.part for read in reads]
+    only = facts[0] if len(facts) == 1 else Part("", "", 0)
+    skipped = [read.skipped for read in reads]
     return DataSet(
-        source=data.source,
-        form=form,
+        source=data.named,
+        form=" and ".join(dict.fromkeys(part.form for part in facts)),
         train=tuple(example for example in train if example.canonical() not in refused) if refused else train,
         held_out=tuple(example for example in held_out if example.canonical() not in refused) if refused else held_out,
-        rows=rows,
+        rows=sum(part.rows for part in facts),
         duplicates=duplicates,
         fingerprint=fingerprint(train, held_out),
         trained_from=trained_from(train, data.seed, loss_on),
         loss_on=loss_on,
-        **known,
+        license=_of_all(part.license for part in facts),
+        language=_of_all(part.language for part in facts),
+        subset=only.subset,
+        split=only.split,
+        revision=only.revision,
+        skipped=Skipped(sum(s.total for s in skipped), tuple(row for s in skipped for row in s.first)[:_NAMED_ROWS]),
+        unused=tuple(dict.fromkeys(column for read in reads for column in read.unused)),
+        parts=tuple(facts),
+        kept_out=kept_out,
     )
 
 
@@ -148,10 +172,11 @@ def check_source(data: Data) -> None:
     Raises:
         DataError: if training on it is sure to fail.
     """
-    path = None if is_builtin(data.source) else locate(data.source)
-    check_settings(data, on_hub=path is None and not is_builtin(data.source))
-    if path is not None:
-        read_table(open_file(path, data.source), data, at_most=_CHECKED_ROWS)
+    for part in data.all_parts:
+        path = None if is_builtin(part.source) else locate(part.source)
+        check_settings(part, on_hub=path is None and not is_builtin(part.source))
+        if path is not None:
+            read_table(open_file(path, part.source), part, at_most=_CHECKED_ROWS)
 
 
 def general_text(source: str) -> str:
@@ -210,19 +235,14 @@ def general_documents(source: str) -> tuple[str, ...]:
     return tuple(part for part in _BETWEEN_DOCUMENTS.split(general_text(source)) if part.strip())
 
 
-def _open(data: Data) -> tuple[Table, dict[str, Any]]:
-    """Return the source as a table, and what is known about a data set on the Hub."""
-    path = locate(data.source)
-    check_settings(data, on_hub=path is None)
-    if path is not None:
-        return open_file(path, data.source), {}
-    from pipeline.data.hub import open_hub
+def _naming(data: Data, part: Data, on_skip: OnSkip | None) -> OnSkip | None:
+    """Return `on_skip` for a source, which it names if there are several."""
+    if on_skip is None or len(data.all_parts) == 1:
+        return on_skip
+    return lambda where, reason: on_skip(f"{part.source}, {where}", reason)
 
-    found = open_hub(data)
-    return found.table, {
-        "license": found.license,
-        "language": found.language,
-        "subset": found.subset,
-        "split": data.split,
-        "revision": found.revision,
-    }
+
+def _of_all(values: Iterable[str | None]) -> str | None:
+    """Return what all sources say, joined; None if one of them says nothing."""
+    said = list(dict.fromkeys(values))
+    return None if None in said else " and ".join(value for value in said if value)

@@ -75,8 +75,18 @@ def describe(data_set: DataSet, encoded: dict[str, EncodedSet], tokenizer: Any) 
             "run_of_words": RUN,
             "near_from": NEAR,
         },
+        **_about_parts(data_set),
         "splits": {name: _describe_split(len(examples[name]), part) for name, part in encoded.items()},
     }
+
+
+def _about_parts(data_set: DataSet) -> dict[str, Any]:
+    """Return the sources if there are several, and what was left out because of `data.validation`."""
+    if len(data_set.parts) < 2:
+        return {}
+    keys = ("source", "subset", "split", "revision", "form", "rows")
+    parts = {str(i): {key: getattr(part, key) for key in keys} for i, part in enumerate(data_set.parts, start=1)}
+    return {"parts": parts, "kept_out": data_set.kept_out}
 
 
 def samples(data_set: DataSet, encoded: dict[str, EncodedSet], tokenizer: Any) -> Samples:
@@ -94,6 +104,7 @@ def report(description: dict[str, Any], samples: Samples, system: str | None = N
     `system` is the system prompt that the configuration asks for.
     """
     lines = [_about_rows(description)]
+    lines += [f"{'':<9} {_about_rows(part | _NOTHING)[10:]}" for part in description.get("parts", {}).values()]
     lines += [f"skipped   {where}: {reason}" for where, reason in samples.skipped[:_SHOWN_SKIPPED]]
     if description["unused_columns"]:
         lines.append(f"unused    columns {', '.join(description['unused_columns'])}")
@@ -135,6 +146,7 @@ def _describe_split(examples: int, part: EncodedSet) -> dict[str, Any]:
     }
 
 
+_NOTHING = {"duplicates": 0, "skipped": 0}
 _SHARES = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
 
 
@@ -158,6 +170,8 @@ def _about_rows(description: dict[str, Any]) -> str:
     where += [f"{key} {description[key]}" for key in ("subset", "split") if description[key]]
     where += [f"at {description['revision'][:12]}"] if description["revision"] else []
     parts = [f"{description['rows']:,} rows", f"form {description['form']}"]
+    if description.get("kept_out"):
+        parts.append(f"{description['kept_out']:,} examples left out, because data.validation has their prompts")
     parts += [f"{description['duplicates']:,} duplicates left out"] if description["duplicates"] else []
     parts += [f"{description['skipped']:,} bad rows skipped"] if description["skipped"] else []
     return f"data      {' '.join(where)}: {', '.join(parts)}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from pipeline.config.schema import Data
 from pipeline.data.example import Example
@@ -31,10 +31,43 @@ def split(examples: Sequence[Example], data: Data, loss_on: str = "auto") -> tup
     Raises:
         DataError: if there is too little to split.
     """
-    unique = {example.canonical(): example for example in examples}
-    kept = sorted(unique, key=lambda text: _shuffled(data.seed, "order", text))[: data.limit]
-    train, held_out = _halves([unique[text] for text in kept], data, loss_on)
+    unique = in_order(examples, data.seed)
+    train, held_out = _halves(unique[: data.limit], data, loss_on)
     return train, held_out, len(examples) - len(unique)
+
+
+def in_order(examples: Iterable[Example], seed: int) -> Examples:
+    """Return the examples without duplicates, in an order that depends only on them and the seed."""
+    unique = {example.canonical(): example for example in examples}
+    return tuple(unique[text] for text in sorted(unique, key=lambda text: _shuffled(seed, "order", text)))
+
+
+def apart(train: Examples, held_out: Examples, loss_on: str = "auto") -> Examples:
+    """Return the training examples that learn no answer in the same context as a held-out example."""
+    measured = {context for example in held_out for context in example.contexts(loss_on)}
+    return tuple(example for example in train if measured.isdisjoint(example.contexts(loss_on)))
+
+
+def repeat(train: Examples, weights: Mapping[str, float], seed: int) -> Examples:
+    """Return each training example as often as its weight says.
+
+    Of a weight with a fraction, that share of its examples is used once more: those that come first in an order that
+    depends only on them and the seed.
+
+    Args:
+        weights: the weight of an example by its canonical form.
+        seed: the seed of the split.
+    """
+    by_weight: dict[float, list[str]] = {}
+    for example in train:
+        by_weight.setdefault(weights[text := example.canonical()], []).append(text)
+    times = {}
+    for weight, texts in by_weight.items():
+        whole, more = int(weight), round(len(texts) * (weight % 1))
+        for number, text in enumerate(sorted(texts, key=lambda text: _shuffled(seed, "weight", text))):
+            times[text] = whole + (number < more)
+    most = max(times.values(), default=0)
+    return tuple(example for turn in range(most) for example in train if times[example.canonical()] > turn)
 
 
 def trained_from(train: Iterable[Example], seed: int, loss_on: str = "auto") -> str:
@@ -76,7 +109,7 @@ def _halves(examples: Sequence[Example], data: Data, loss_on: str) -> tuple[Exam
     groups = _groups(examples, loss_on)
     sizes = Counter(groups)
     if len(sizes) < 2:
-        raise DataError(f"{data.source}: too small to hold something out: {_why_one_group(examples, loss_on)}")
+        raise DataError(f"{data.named}: too small to hold something out: {_why_one_group(examples, loss_on)}")
     wanted = max(1, round(data.held_out * len(examples)))
     places: dict[int, bytes] = {}
     for example, group in zip(examples, groups, strict=True):

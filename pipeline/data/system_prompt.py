@@ -7,13 +7,12 @@ the model, although nobody asked for it.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from typing import Any
 
 from pipeline.data.example import Example
 from pipeline.data.template_choice import default_template
-from pipeline.data.template_style import PROBE, on_one_day
+from pipeline.data.template_style import PROBE, on_one_day, without_marks
 from pipeline.errors import DataError
 
 # The line break at its end is removed by every engine of these templates, so that the rest is as before.
@@ -47,8 +46,7 @@ def prompt_in(template: str) -> str:
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.globals |= {"raise_exception": refuse, "bos_token": "", "eos_token": ""}
-    # The tag marks answers for training, and writes nothing.
-    plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", on_one_day(template))
+    plain = without_marks(on_one_day(template))
     return _added_by(lambda messages: environment.from_string(plain).render(messages=messages))
 
 

@@ -144,6 +144,11 @@ def _is_whole(text: str) -> bool:
     return PROBE in text and _ARGUMENT in text and f"'{_ARGUMENT}'" not in text and f'\\"{_ARGUMENT}' not in text
 
 
+def without_marks(template: str) -> str:
+    """Return the template without the tags that mark answers for training, which write nothing."""
+    return re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
+
+
 def on_one_day(template: str) -> str:
     """Return the template with a fixed date if it asks for today's, as those of Llama 3.2 and SmolLM3 do.
 

@@ -100,7 +100,7 @@ def encode_untruncated(
 def too_few_prompts(config: TrainingRun, there: int, all_of: int) -> DataError:
     """Return the error for too few prompts that fit: `there` of `all_of`."""
     return DataError(
-        f"{config.data.source}: too few of {all_of} held-out prompts fit into train.max_length "
+        f"{config.data.named}: too few of {all_of} held-out prompts fit into train.max_length "
         f"{config.train.max_length} tokens ({there}; {FEWEST} are needed). Try: raise data.held_out or train.max_length"
     )
 

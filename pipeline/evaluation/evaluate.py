@@ -249,7 +249,7 @@ def _quality(
     if reference and compared:
         against = {"rise": metrics.rise(scores, reference), "kl": compared.kl, "agreement": compared.agreement}
     return Quality(
-        text=config.data.source if config.data and text == texts.HELD_OUT else config.evaluate.general,
+        text=config.data.held_out_named if config.data and text == texts.HELD_OUT else config.evaluate.general,
         tokens=len(scores.nll),
         sequences=len(sequences),
         clusters=int(scores.cluster.unique().numel()),

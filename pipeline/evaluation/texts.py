@@ -152,7 +152,7 @@ def first_examples(
         taken.append(example)
     if len(taken) < 2:
         raise DataError(
-            f"{config.data.source}: fewer than two held-out examples have an answer within train.max_length "
+            f"{config.data.named}: fewer than two held-out examples have an answer within train.max_length "
             f"({config.train.max_length} tokens). Try: raise data.held_out, train.max_length or evaluate.max_tokens"
         )
     return taken

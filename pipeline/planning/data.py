@@ -65,21 +65,41 @@ def data_size(config: TrainingRun, read_rows: bool | None = None) -> DataSize:
     Raises:
         DataError: if the data set does not exist, or if a row that is read cannot be used.
     """
-    source = config.data.source
-    path = None if is_builtin(source) else locate(source)
-    if is_builtin(source):
-        size = DataSize(*BUILTIN_SIZES[source], "estimated for Python's own documentation")
-    else:
-        size = _on_hub(config.data) if path is None else _in_file(path)
-    is_small = path is not None and (size.text_bytes or 0) <= READ_BYTES
+    sizes, paths = [], []
+    for part in config.data.all_parts:
+        path = None if is_builtin(part.source) else locate(part.source)
+        paths.append(path)
+        if is_builtin(part.source):
+            sizes.append(DataSize(*BUILTIN_SIZES[part.source], "estimated for Python's own documentation"))
+        else:
+            sizes.append(_on_hub(part) if path is None else _in_file(path))
+    size = _together(config.data, sizes)
+    is_small = None not in paths and sum(size.text_bytes or 0 for size in sizes) <= READ_BYTES
     return _counted(config, size) if (is_small if read_rows is None else read_rows) else size
+
+
+def _together(data: Data, sizes: list[DataSize]) -> DataSize:
+    """Return the size of all sources of training data, each as often as its weight says; all are downloaded."""
+    weights = [rows.weight for rows in data.sources] or [1.0]
+
+    def total(figures: list[int | None], factors: list[float]) -> int | None:
+        known = [figure * factor for figure, factor in zip(figures, factors, strict=False) if figure is not None]
+        return round(sum(known)) if len(known) == len(factors) else None
+
+    return DataSize(
+        total([size.examples for size in sizes], weights),
+        total([size.text_bytes for size in sizes], weights),
+        "; ".join(dict.fromkeys(size.how for size in sizes[: len(weights)])),
+        total([size.fetched_bytes for size in sizes], [1.0] * len(sizes)),
+    )
 
 
 def _counted(config: TrainingRun, size: DataSize) -> DataSize:
     """Return the size of all examples, after reading every row."""
     found = load_examples(config.data, config.train.loss_on)
-    check_form(config, found.form)
-    examples = (*found.train, *found.held_out)
+    for part in found.parts:
+        check_form(config, part.form)
+    examples = found.train if config.data.validation else (*found.train, *found.held_out)
     alternatives = (alternative for example in examples for alternative in example.alternatives)
     contents = (e.text if e.text is not None else "".join(m["content"] for m in e.messages) for e in alternatives)
     without = [(found.duplicates, "duplicates"), (found.skipped.total, "bad rows")]
@@ -101,7 +121,7 @@ def steps(data: Data, train: Train, size: DataSize) -> int | None:
     if size.tokens is None or (size.examples is None and (data.limit or not train.packs)):
         return None
     used = min(1.0, data.limit / size.examples) if data.limit and size.examples else 1.0
-    share = used * (1 - data.held_out)
+    share = used if data.validation else used * (1 - data.held_out)
     rows = share * (size.tokens / train.max_length if train.packs else size.examples or 0)
     return math.ceil(max(1.0, rows / (train.batch_size * train.accumulate)) * train.epochs)
 

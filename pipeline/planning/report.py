@@ -29,7 +29,7 @@ def as_json(plan: Plan) -> dict:
         "adapter_parameters": plan.adapter_parameters,
         "data": data
         and {
-            "source": config.data and config.data.source,
+            "source": config.data and config.data.named,
             **_values(data, "examples", "tokens", "how", "fetched_bytes"),
             "steps": plan.steps,
         },
@@ -104,7 +104,7 @@ def _head(plan: Plan) -> Iterator[tuple[str, str]]:
         rows = "an unknown number of examples" if data.examples is None else f"about {data.examples} examples"
         tokens = "" if data.tokens is None else f", about {_count(data.tokens)} tokens"
         taken = "steps not known" if plan.steps is None else f"{plan.steps} steps"
-        yield "Data", f"{config.data.source}: {rows}{tokens} ({data.how}); {taken}"
+        yield "Data", f"{config.data.named}: {rows}{tokens} ({data.how}); {taken}"
     free = " free" if machine.is_here else ""
     has = [f"{size(machine.gpu_bytes)} of GPU memory{free}"] if machine.has_gpu else []
     has += [f"{size(machine.host_bytes)} of memory free" if machine.host_bytes else "main memory not known"]

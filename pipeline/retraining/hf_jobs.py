@@ -197,10 +197,11 @@ class Job:
         if not TIMEOUT.match(self.timeout):
             raise ConfigError(f"--timeout {self.timeout}: write it as 90m, 6h or 1d")
         texts = [source for source in config.quantize.calibration.sources if not is_builtin(source) and locate(source)]
+        rows = [part.source for part in config.data.all_parts if not is_builtin(part.source) and locate(part.source)]
         here = {
             "model.source": (is_local(config.model.source) or PACKAGE_SOURCE.match(config.model.source))
             and config.model.source,
-            "data.source": not is_builtin(config.data.source) and locate(config.data.source) and config.data.source,
+            "data.source": ", ".join(rows),
             "evaluate.general": not config.evaluate.general.startswith("builtin:") and config.evaluate.general,
             "quantize.calibration.source": ", ".join(texts),
         }

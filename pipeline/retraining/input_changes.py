@@ -35,7 +35,7 @@ class Inputs:
     Attributes:
         config: the configuration with the present commits of the Hub, so that the run uses these.
         base: digest of the base model's files.
-        data: commit of the data set; if it is not on the Hub, the fingerprint of its examples.
+        data: commit of the data set; if it is not on the Hub, or has several sources, the fingerprint of its examples.
     """
 
     config: TrainingRun
@@ -50,14 +50,15 @@ class Inputs:
 
 def inputs_of(config: TrainingRun) -> Inputs:
     """Return the present inputs of a run. From the Hub only commits and hashes of files are read."""
-    base, data = _base_commit(config), _data_commit(config)
+    base, commits = _base_commit(config), _data_commits(config)
     update = {
         "model": config.model.model_copy(update={"revision": base or config.model.revision}),
-        "data": config.data.model_copy(update={"revision": data or config.data.revision}),
+        "data": config.data.at_revisions(commits),
     }
     pinned = config.model_copy(update=update)
     digest = _digest_at(config.model.source, base) if base else sources.digest_here(config.model.source)
-    return Inputs(pinned, digest, data or load_examples(config.data, config.train.loss_on).fingerprint)
+    data = commits[0] if len(commits) == 1 else None
+    return Inputs(pinned, digest, data or load_examples(pinned.data, config.train.loss_on).fingerprint)
 
 
 def settings(config: Config) -> dict[str, object]:
@@ -66,9 +67,13 @@ def settings(config: Config) -> dict[str, object]:
     flat: dict[str, object] = {}
     for name, section in sections.items():
         _flatten(name, {k: v for k, v in section.items() if k not in NOT_FOR_THE_MODEL.get(name, ())}, flat)
-    for key in ("model.source", "data.source", "data.chat_template"):
+    for key in ("model.source", "data.source", "data.chat_template", "data.validation.source"):
         if flat.get(key) is not None:
             flat[key] = _named(str(flat[key]))
+    flat.pop("data.validation.revision", None)
+    if isinstance(config, TrainingRun) and config.data.sources:
+        rows = [part.model_dump(exclude={"revision"}) for part in config.data.sources]
+        flat["data.sources"] = [part | {"source": _named(part["source"])} for part in rows]
     return flat
 
 
@@ -137,11 +142,12 @@ def _digest_at(source: str, commit: str) -> str:
     return there.model
 
 
-def _data_commit(config: TrainingRun) -> str | None:
+def _data_commits(config: TrainingRun) -> list[str | None]:
+    """Return the present commit of each source of the data, None for one that is not on the Hub."""
     from pipeline.data.hub import commit_of
 
-    source = config.data.source
-    return None if is_builtin(source) or locate(source) else commit_of(config.data)
+    parts = config.data.all_parts
+    return [None if is_builtin(part.source) or locate(part.source) else commit_of(part) for part in parts]
 
 
 def _changed_base(live: PublishedModel, inputs: Inputs) -> list[str]:
@@ -158,14 +164,15 @@ def _changed_base(live: PublishedModel, inputs: Inputs) -> list[str]:
 
 
 def _changed_data(live: PublishedModel, inputs: Inputs) -> list[str]:
-    theirs, source = live.lineage.get("data") or {}, inputs.config.data.source
+    theirs = live.lineage.get("data") or {}
     if inputs.data in (theirs.get("revision"), theirs.get("fingerprint")):
         return []
     # A new commit may have changed only the card.
     now = load_examples(inputs.config.data, inputs.config.train.loss_on).fingerprint
     if now == theirs.get("fingerprint"):
         return []
-    return [f"data {file_name(source)}: {_short(theirs.get('fingerprint'))} -> {_short(now)}"]
+    named = ", ".join(file_name(part.source) for part in inputs.config.data.all_parts)
+    return [f"data {named}: {_short(theirs.get('fingerprint'))} -> {_short(now)}"]
 
 
 def _changed_template(live: PublishedModel, inputs: Inputs) -> list[str]:

@@ -5,6 +5,8 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -281,3 +283,84 @@ def test_missing_general_text_gives_one_line(tmp_path, name):
     with pytest.raises(DataError) as caught:
         general_text(name if name.startswith("builtin") else str(tmp_path / name))
     assert name.replace("\0", "\\x00") in str(caught.value) and "\n" not in str(caught.value)
+
+
+def rows_of(path, questions, answer="A"):
+    return write(path, [(question, f"{answer} {question}") for question in questions])
+
+
+def asked(examples):
+    return [example.messages[0]["content"] for example in examples]
+
+
+def test_sources_are_split_together_and_used_as_often_as_their_weights_say(tmp_path):
+    names = {"half": 0.5, "once": 1, "twice": 2, "more": 1.25}
+    paths = {name: rows_of(tmp_path / f"{name}.jsonl", [f"{name} {i}" for i in range(40)]) for name in names}
+    sources = [{"source": paths[name], "weight": weight} for name, weight in names.items()]
+    data = load_examples(Data(sources=sources, held_out=0.25))
+    assert (data.rows, data.duplicates, len(data.held_out)) == (160, 0, 40)
+    assert max(Counter(asked(data.held_out)).values()) == 1 and not set(asked(data.train)) & set(asked(data.held_out))
+    for name, weight in names.items():
+        known = sum(question.startswith(name) for question in asked(data.held_out))
+        used = Counter(question for question in asked(data.train) if question.startswith(name))
+        assert sum(used.values()) == round((40 - known) * weight) and set(used.values()) <= {
+            int(weight),
+            -int(-weight // 1),
+        }
+    again = load_examples(Data(sources=sources, held_out=0.25))
+    assert again.train == data.train and again.fingerprint == data.fingerprint
+    plain = [{"source": paths[name]} for name in names]
+    assert load_examples(Data(sources=plain, held_out=0.25)).held_out == data.held_out
+    assert load_examples(Data(sources=plain, held_out=0.25)).fingerprint != data.fingerprint
+
+
+def test_prompt_that_two_sources_have_is_on_one_side_and_a_limit_is_that_of_its_source(tmp_path):
+    questions = [f"Q{i}" for i in range(60)]
+    first = {"source": rows_of(tmp_path / "a.jsonl", questions, "A"), "limit": 30}
+    second = {"source": rows_of(tmp_path / "b.jsonl", questions, "B")}
+    data = load_examples(Data(sources=[first, second], held_out=0.3))
+    assert len(data.train) + len(data.held_out) == 90 and not set(asked(data.train)) & set(asked(data.held_out))
+    assert [(Path(part.source).name, part.rows) for part in data.parts] == [("a.jsonl", 60), ("b.jsonl", 60)]
+    assert data.source == f"{first['source']}, {second['source']}" and data.form == "prompt_completion"
+
+
+def test_one_entry_of_sources_is_the_same_data_as_a_single_source(tmp_path):
+    path = rows_of(tmp_path / "a.jsonl", [f"Q{i}" for i in range(30)])
+    one, other = load_examples(Data(source=path)), load_examples(Data(sources=[{"source": path}]))
+    assert (one.fingerprint, one.train, one.held_out) == (other.fingerprint, other.train, other.held_out)
+
+
+def test_held_out_examples_of_their_own_leave_their_prompts_out_of_training(tmp_path):
+    train = rows_of(tmp_path / "a.jsonl", [f"Q{i}" for i in range(30)])
+    held_out = rows_of(tmp_path / "b.jsonl", [f"Q{i}" for i in range(25, 35)], "B")
+    data = load_examples(Data(source=train, validation={"source": held_out, "limit": 8}))
+    assert len(data.held_out) == 8 and all(e.messages[1]["content"].startswith("B") for e in data.held_out)
+    assert set(asked(data.train)) == {f"Q{i}" for i in range(30)} - set(asked(data.held_out))
+    assert data.kept_out == 30 - len(data.train) > 0
+    with pytest.raises(DataError, match="every prompt is in .*b.jsonl too. Try: another data.validation"):
+        load_examples(Data(source=rows_of(tmp_path / "c.jsonl", ["Q26"]), validation={"source": held_out}))
+
+
+def test_texts_conversations_and_pairs_are_not_mixed(tmp_path):
+    rows = rows_of(tmp_path / "a.jsonl", ["Q", "R"])
+    (tmp_path / "b.jsonl").write_text('{"text": "T"}')
+    (tmp_path / "c.jsonl").write_text('{"prompt": "Q", "chosen": "A", "rejected": "B"}')
+    for name, kind in (("b.jsonl", "plain text"), ("c.jsonl", "pairs of answers")):
+        other = str(tmp_path / name)
+        with pytest.raises(DataError, match=f"{name} has {kind}"):
+            load_examples(Data(sources=[{"source": rows}, {"source": other}]))
+        with pytest.raises(DataError, match="they cannot be used together. Try: sources of one kind"):
+            load_examples(Data(source=rows, validation={"source": other}))
+
+
+def test_bad_rows_of_several_sources_are_named_with_their_source(tmp_path):
+    good = rows_of(tmp_path / "a.jsonl", [f"Q{i}" for i in range(9)])
+    bad = rows_of(tmp_path / "b.jsonl", [f"R{i}" for i in range(9)])
+    with open(bad, "a") as file:
+        file.write('\n{"prompt": "Q"}\n')
+    told = []
+    both = Data(sources=[{"source": good}, {"source": bad}], on_bad_row="skip")
+    data = load_examples(both, on_skip=lambda where, reason: told.append(where))
+    assert told == [f"{bad}, line 10"] and data.skipped.total == 1
+    with pytest.raises(DataError, match="b.jsonl, line 10"):
+        check_source(both.model_copy(update={"on_bad_row": "refuse"}))

@@ -11,6 +11,7 @@ from pipeline.config.loader import load_config
 from pipeline.data.encode import encode_examples
 from pipeline.data.example import Example
 from pipeline.data.system_prompt import added_prompt, prompt_in, set_prompt
+from pipeline.data.template_options import options_of, set_options
 from pipeline.errors import DataError, StageFailed
 from pipeline.models.safe_loading import open_tokenizer
 from pipeline.planning.plan import make_plan
@@ -141,3 +142,50 @@ def test_prompt_for_plain_text_is_refused(place):
     place.folder.joinpath("rows.jsonl").write_text("".join(json.dumps({"text": f"Text {n}."}) + "\n" for n in range(9)))
     with pytest.raises(StageFailed, match="data.system: plain text has no system prompt"):
         run_one(load_config(str(place.config), ["data.system=Be brief."]), "train", start=run_stage_here)
+
+
+def test_option_becomes_the_default_of_the_template_for_every_later_call(tokenizer_with):
+    tokenizer = tokenizer_with(real("qwen3"))
+    thinking = tokenizer.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
+    wanted = tokenizer.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    assert wanted != thinking
+    template = set_options(tokenizer, {"enable_thinking": False})
+    assert template.endswith(real("qwen3")) and tokenizer.chat_template == template
+    assert tokenizer.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True) == wanted
+    given = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
+    assert tokenizer.apply_chat_template(TALK, **given) == thinking
+    set_prompt(tokenizer, OWN)
+    both = tokenizer.apply_chat_template(TALK[:1], tokenize=False, add_generation_prompt=True)
+    assert OWN in both and both.endswith("<think>\n\n</think>\n\n")
+    example = Example(tuple(TALK[:2]))
+    (encoded,) = encode_examples([example], tokenizer, "auto", 10_000).examples
+    assert tokenizer.decode([label for label in encoded.labels if label >= 0]).startswith("Ho<|im_end|>")
+
+
+def test_values_of_every_kind_arrive_as_they_are(tokenizer_with):
+    values = {"a": True, "b": 3, "c": 0.5, "d": OWN + ' %s {% x %} "'}
+    tokenizer = tokenizer_with("{{ [a, b, c] }}{{ d }}{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    set_options(tokenizer, values)
+    assert rendered(tokenizer, *TALK) == f"{[True, 3, 0.5]}{values['d']}HiHoHa"
+
+
+@pytest.mark.parametrize(
+    ("template", "option", "said"),
+    [
+        (
+            real("qwen3"),
+            "enable_thinkin",
+            "enable_thinkin: not an option of .*, for it reads enable_thinking. Try: remove",
+        ),
+        (real("qwen3"), "messages", "data.template_options.messages: not an option"),
+        (real("qwen2_5"), "enable_thinking", "for it has no options. Try: remove it"),
+        (CHAT_TEMPLATE, "add_generation_prompt", "for it has no options"),
+        ("{% generation %}{{ mode }}{% endgeneration %}", "bos_token", "for it reads mode"),
+        ("{% if %}", "mode", "for it has no options"),
+    ],
+)
+def test_option_that_the_template_never_reads_is_refused_by_name(tokenizer_with, template, option, said):
+    tokenizer = tokenizer_with(template)
+    with pytest.raises(DataError, match=said):
+        set_options(tokenizer, {option: False})
+    assert tokenizer.chat_template == template and option not in options_of(template)

@@ -7,9 +7,9 @@ import pytest
 from pipeline.config.loader import dump_config
 from pipeline.config.schema import Config, TrainingRun
 from pipeline.config.training_catalog import METHODS, NF4_BASE, TRAINERS, UNCHANGED_BASE, Trainer
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.retraining.input_changes import settings
-from pipeline.training.trainers import merge_bases, trainer_module
+from pipeline.training.trainers import check_form, merge_bases, trainer_module
 from pipeline.workflow.preflight import check_inputs
 from pipeline.workflow.stages import train
 from pipeline.workflow.workspace import Workspace
@@ -18,6 +18,13 @@ from pipeline.workflow.workspace import Workspace
 def config_for(**sections) -> TrainingRun:
     tree = {"name": "named", "model": {"source": "ada/base"}, "data": {"source": "builtin:python-docs"}}
     return Config.model_validate({**tree, **sections})
+
+
+def test_pairs_are_refused_by_a_trainer_of_single_answers(monkeypatch):
+    monkeypatch.setitem(TRAINERS, "pairs", Trainer("pairs", "m", ("preference",), "eval_loss"))
+    with pytest.raises(DataError, match="train.trainer sft takes only .* Try: .*train.trainer=pairs or data.columns="):
+        check_form(config_for(), "preference")
+    check_form(config_for(train={"trainer": "pairs"}), "preference")
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ def show_summary(draft: Draft) -> Plan:
 
 def _lines(config: TrainingRun, plan: Plan) -> Iterator[tuple[str, str]]:
     yield "Model", f"{config.model.source}, {millions(plan.model.parameters)} million parameters"
-    yield "Data", f"{config.data.source}{_rows(plan, config.data.limit)}"
+    yield "Data", f"{config.data.named}{_rows(plan, config.data.limit)}"
     if said := tell_system_prompt(plan):
         yield "System", said
     train = config.train

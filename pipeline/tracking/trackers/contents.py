@@ -60,5 +60,5 @@ def run_settings(config: Config) -> dict[str, str]:
     """Return the settings of a run that a list of runs shows."""
     settings = {"model": config.model.source, "adapter": config.merge.adapter}
     if config.data:
-        settings |= {"data": config.data.source, "method": config.train.method}
+        settings |= {"data": config.data.named, "method": config.train.method}
     return {key: value for key, value in settings.items() if value}

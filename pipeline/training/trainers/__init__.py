@@ -83,7 +83,7 @@ def check_form(config: TrainingRun, form: str) -> None:
         if form == PREFERENCE:  # the better answer alone
             others.append("data.columns={completion: chosen}, or {messages: chosen} for whole conversations")
         raise DataError(
-            f"{config.data.source}: has the form {form}, and train.trainer {config.train.trainer} takes only "
+            f"{config.data.named}: has the form {form}, and train.trainer {config.train.trainer} takes only "
             f"{', '.join(forms)}. Try: {' or '.join(others) or 'another data set'}"
         )
 
