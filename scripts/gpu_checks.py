@@ -33,6 +33,7 @@ from gpu_place import (
     logits,
     run,
     said,
+    trainings,
 )
 
 from pipeline.config.training_catalog import METHODS
@@ -67,7 +68,7 @@ def checks() -> dict[str, Check]:
     """Return all checks by name, in their order."""
     found = {"machine": Check(machine), "model": Check(model)}
     for method in METHODS:
-        found[f"train-{method}"] = Check(functools.partial(train, method=method), ("model",), 0.4)
+        found[f"train-{method}"] = Check(functools.partial(train, name=method), ("model",), 0.4)
         found[f"merge-{method}"] = Check(functools.partial(merge, method=method), (f"train-{method}",))
     found["memory"] = Check(memory, (f"train-{MAIN_METHOD}",))
     found["resume"] = Check(resume, (f"train-{MAIN_METHOD}",), 0.5)
@@ -78,6 +79,8 @@ def checks() -> dict[str, Check]:
     found["ddp"] = Check(ddp, (f"train-{MAIN_METHOD}",), 0.4)
     found["train-speed"] = Check(train_speed, (), 0.5)
     found["calibration"] = Check(calibration, (f"merge-{MAIN_METHOD}",), 0.5)
+    for name in trainings():
+        found.setdefault(f"train-{name}", Check(functools.partial(train, name=name), ("model",), 0.4))
     return found
 
 
@@ -93,7 +96,7 @@ def machine(place: Place) -> Figures:
     off = apart((left[:64] @ right).cpu(), left[:64].cpu().double() @ right.cpu().double())
     if not off < 0.01:
         raise Wrong(f"a product of matrices in {dtype} is off by {off:.2%}")
-    for times in (1, 10):  # the first round warms up
+    for times in (1, 10):  # one to warm up
         start = time.perf_counter()
         products = [left @ right for _ in range(times)]
         float(products[-1][0, 0])  # waits for the device
@@ -118,27 +121,36 @@ def model(place: Place) -> Figures:
         size = "tiny" if place.quick else "135m"
         told, folder = f"random, {size}", benchmarks.random_checkpoint(place.folder / "model", size, 1)
     else:
-        told, (folder, _) = source, fetch(Model(source=source), place.folder / "model")
+        told, folder = source, fetch(Model(source=source), place.folder / "model")[0]
     write_json(place.folder / "model.json", {"folder": str(folder.resolve())})
     return {"source": told, "MB": stored_bytes(folder) / 1e6}
 
 
-def train(place: Place, method: str) -> Figures:
+def train(place: Place, name: str) -> Figures:
     """Train with `tunepress train`, and keep the peak of its memory for `memory`."""
-    if METHODS[method].in_nf4 and not is_installed("bitsandbytes"):
+    from pipeline.config.loader import load_config
+    from pipeline.errors import UserError
+    from pipeline.workflow.preflight import check_training
+
+    path = place.config(name)
+    config = load_config(path)
+    if METHODS[config.train.method].in_nf4 and not is_installed("bitsandbytes"):
         raise NotHere("needs bitsandbytes")
-    config = place.config(method)
+    try:
+        check_training(config)
+    except UserError as problem:
+        raise NotHere(str(problem)) from None
     with place.peaks() as peaks:
-        place.tunepress("train", config, place.runs)
-    write_json(place.folder / f"{method}.peaks.json", peaks)
-    training, losses = place.training(method), place.losses(method)
+        place.tunepress("train", path, place.runs)
+    write_json(place.folder / f"{name}.peaks.json", peaks)
+    training, losses = place.training(name), place.losses(name)
     if training["device"] != place.device:
         raise Wrong(f"trained on {training['device']}")
     if not losses[-1] < losses[0]:
         raise Wrong(f"the loss does not fall: {losses[0]:.3f} -> {losses[-1]:.3f}")
     return {
         "loss": f"{losses[0]:.3f} -> {losses[-1]:.3f} in {training['steps']} steps",
-        "optimizer": yaml.safe_load(config.read_text())["train"]["optimizer"],
+        "optimizer": config.train.optimizer,
         "seconds of training": training["seconds_training"],
     }
 
@@ -168,13 +180,13 @@ def memory(place: Place) -> Figures:
     from pipeline.planning import memory as planned
 
     figures, wrong = {}, False
-    for method in METHODS:
-        if peaks := read_json(place.folder / f"{method}.peaks.json", {}):
-            stages = make_plan(load_config(place.config(method)), runs=place.folder).stages
+    for name in trainings():
+        if peaks := read_json(place.folder / f"{name}.peaks.json", {}):
+            stages = make_plan(load_config(place.config(name)), runs=place.folder).stages
             stage = next(stage for stage in stages if stage.name == "train")
             need = planned.total(stage.gpu if place.device == "cuda" else stage.host)
             peak = peaks["gpu" if place.device == "cuda" else "host"]
-            figures[method] = f"{peak / 1e6:.0f} MB, planned {need / 1e6:.0f}"
+            figures[name] = f"{peak / 1e6:.0f} MB, planned {need / 1e6:.0f}"
             wrong |= abs(need / peak - 1) > PLAN_OFF
     if wrong:
         raise Wrong(f"the plan is off by more than {PLAN_OFF:.0%}: {said(figures)}")
@@ -268,13 +280,8 @@ def calibration(place: Place) -> Figures:
     """Calibrate variants on the device with `tunepress quantize`, which loads them back and measures them."""
     names, config = gpu_variants.calibrated(), place.config(MAIN_METHOD)
     about = yaml.safe_load(config.read_text())
-    about["quantize"] = {
-        "quality": "calibrated",
-        "variants": names,
-        "on_gate_failure": "warn",
-        "calibration": {"tokens": 2048},
-    }
-    about["evaluate"]["device"] = place.device
+    about["quantize"] = {"quality": "calibrated", "variants": names, "on_gate_failure": "warn"}
+    about["quantize"]["calibration"], about["evaluate"]["device"] = {"tokens": 2048}, place.device
     config.write_text(yaml.safe_dump(about))
     place.tunepress("evaluate", config, place.runs)
     place.tunepress("quantize", config, place.runs)

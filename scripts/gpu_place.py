@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from process_memory import Watch, stage_of
 
-from pipeline.config.training_catalog import METHODS
+from pipeline.config.training_catalog import DEFAULT_TRAINER, METHODS, TRAINERS
 from pipeline.evaluation.speed import LOGIT_TOLERANCE
 from pipeline.system.files import read_json
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 STEPS, CHECKPOINT = 12, 4  # a training is killed after its first checkpoint
 TEXT = "The capital of France is Paris. def add(a, b): return a + b. Water boils when it is hot. Once upon a time"
 POLL_SECONDS = 0.02
+FOR_GPUS = (("attention", "flash"), ("liger", True), ("compile", True))  # settings of `train` that a CPU refuses
 Figures = dict[str, Any]
 
 
@@ -62,28 +63,29 @@ class Place:
         """The folder of the runs."""
         return self.folder / "runs"
 
-    def config(self, method: str) -> Path:
-        """Write and return the configuration of a short training, named like its method."""
-        path = self.folder / f"{method}.yaml"
-        eight_bits = self.device == "cuda" and METHODS[method].in_nf4
+    def config(self, training: str) -> Path:
+        """Write and return the configuration of a short training of that name."""
+        path, chosen = self.folder / f"{training}.yaml", trainings()[training]
+        method, forms = METHODS[chosen["method"]], TRAINERS[chosen.get("trainer", DEFAULT_TRAINER)].forms
         train = {
-            "method": method,
             "max_steps": STEPS,
             "batch_size": 4 if self.device == "cuda" else 2,
             "accumulate": 1,
             "max_length": 64 if self.quick else 256 if self.device == "cuda" else 128,
             "learning_rate": 1e-2 if self.quick else 1e-3,
-            "optimizer": "paged_adamw_8bit" if eight_bits else "adamw",
+            "optimizer": "paged_adamw_8bit" if self.device == "cuda" and method.in_nf4 else "adamw",
             "evaluate_every": STEPS,
             "checkpoint_every": CHECKPOINT,
             "lora": {"dropout": 0.0},
+            **chosen,
         }
+        form = "prompt_completion" if "prompt_completion" in forms else forms[0]
         tree = {
-            "name": method,
+            "name": training,
             "model": {"source": str(self.model)},
-            "data": {"source": str(self._rows()), "held_out": 0.1},
+            "data": {"source": str(self._rows()), "form": form, "held_out": 0.1},
             "train": train,
-            "merge": {"base": METHODS[method].merge_bases[0]},
+            "merge": {"base": next(iter(method.merge_bases), "auto")},
             "evaluate": {"max_tokens": 512 if self.quick else 2048},
             "quantize": {"variants": []},
         }
@@ -91,10 +93,12 @@ class Place:
         return path
 
     def _rows(self) -> Path:
-        """Write and return short questions and answers, which any model can learn."""
-        path = self.folder / "rows.jsonl"
-        pairs = ({"prompt": f"{n} plus 1?", "completion": f"It is {n + 1}. " * (1 + n % 9)} for n in range(200))
-        path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        """Write and return short questions, each with an answer, and with a better and a worse one."""
+        path, rows = self.folder / "rows.jsonl", []
+        for n in range(200):
+            better, worse = f"It is {n + 1}. " * (1 + n % 9), f"I do not know {n}. "
+            rows.append({"prompt": f"{n} plus 1?", "completion": better, "chosen": better, "rejected": worse})
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return path
 
     def tunepress(self, verb: str, config: Path, runs: Path, settings: Sequence[str] = ()) -> None:
@@ -141,6 +145,14 @@ class Place:
         before, found["gpu"] = torch.cuda.mem_get_info()[0], 0
         while not ended.wait(POLL_SECONDS):
             found["gpu"] = max(found["gpu"], before - torch.cuda.mem_get_info()[0])
+
+
+def trainings() -> dict[str, dict[str, Any]]:
+    """Return the trainings by name, each with its settings: one for each method, trainer, and setting for a GPU."""
+    found: dict[str, dict[str, Any]] = {name: {"method": name} for name in METHODS}
+    main = {"method": next(iter(METHODS))}
+    found |= {name: {**main, "trainer": name} for name in TRAINERS if name != DEFAULT_TRAINER}
+    return found | {f"{key}-{value}".lower(): {**main, key: value} for key, value in FOR_GPUS}
 
 
 def command(verb: str, config: Path, runs: Path, settings: Sequence[str] = ()) -> list[str]:
