@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pipeline.config.catalog import VARIANTS, register, remove
-from pipeline.config.training_catalog import METHODS
+from pipeline.config.training_catalog import DEFAULT_TRAINER, METHODS, TRAINERS
 from tests.support import REPOSITORY
 
 SCRIPTS = REPOSITORY / "scripts"
@@ -65,7 +65,7 @@ def test_unknown_check_is_refused_with_the_names_that_exist(tmp_path):
     assert done.returncode == 2 and "--only int9: no such check" in done.stderr and "int4:tile_packed" in done.stderr
 
 
-def test_methods_variants_and_packings_are_those_of_the_registries(script):
+def test_methods_trainers_variants_and_packings_are_those_of_the_registries(script):
     register(replace(VARIANTS["int8"], name="int8-again"))
     try:
         found = script("gpu_checks").checks()
@@ -73,6 +73,7 @@ def test_methods_variants_and_packings_are_those_of_the_registries(script):
         remove("int8-again")
     assert "int8-again" in found
     assert {f"{step}-{method}" for step in ("train", "merge") for method in METHODS} <= set(found)
+    assert {f"train-{name}" for name in TRAINERS if name != DEFAULT_TRAINER} <= set(found)
     assert {f"{v.name}:{packing}" for v in VARIANTS.values() for packing in list(v.packings)[1:]} <= set(found)
 
 
