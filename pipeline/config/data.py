@@ -125,14 +125,11 @@ class Data(Rows):
         def at(rows: Rows, revision: str | None) -> Rows:
             return rows.model_copy(update={"revision": revision or rows.revision})
 
-        found = dict(self)
-        if self.sources:
-            found["sources"] = [at(*pair) for pair in zip(self.sources, revisions, strict=False)]
-        else:
-            found["revision"] = revisions[0] or self.revision
-        if self.validation:
-            found["validation"] = at(self.validation, revisions[-1])
-        return self.model_copy(update=found)
+        known = iter([*revisions, *[None] * len(self.all_parts)])
+        sources = [at(rows, next(known)) for rows in self.sources]
+        revision = self.revision if sources else next(known) or self.revision
+        validation = at(self.validation, next(known)) if self.validation else None
+        return self.model_copy(update={"sources": sources, "revision": revision, "validation": validation})
 
     def _part(self, rows: HeldOutRows) -> Data:
         of_rows = {key: getattr(rows, key) for key in HeldOutRows.model_fields}

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.loader import parse_config
+from pipeline.config.schema import Data
 from pipeline.data import load_examples
 from pipeline.errors import DataError
 from pipeline.evaluation.eligible_prompts import unseen_examples
@@ -76,6 +77,40 @@ def test_each_input_that_changed_is_named(configure):
     seed, rows = configure(50, seed=3), configure(51)
     assert [line.split(":")[0] for line in changes(live, inputs(seed))] == ["data rows-0-50.jsonl", "data.seed"]
     assert [line.split(":")[0] for line in changes(live, inputs(rows))] == ["data rows-0-51.jsonl", "data.source"]
+
+
+def test_changed_rows_and_weights_of_several_sources_are_named(configure, tmp_path):
+    first, second, own = (configure(rows, rows).data.source for rows in (30, 60, 10))
+
+    def mixed(weight=1, rows=second, revision=None):
+        sources = [{"source": first}, {"source": rows, "weight": weight, "revision": revision}]
+        tree = {"name": "tiny", "model": {"source": "ada/base"}}
+        return parse_config({**tree, "data": {"sources": sources, "validation": {"source": own}}}, "")
+
+    live = published(mixed())
+    sources = json.loads(json.dumps(live.lineage["configuration"]["data"]["sources"]))
+    live.lineage["configuration"]["data"]["sources"] = [
+        part | {"source": Path(part["source"]).name} for part in sources
+    ]
+    live.lineage["configuration"]["data"]["validation"]["source"] = Path(own).name
+    assert changes(live, inputs(mixed())) == ()
+    assert settings(mixed(revision="c0ffee")) == settings(mixed())
+    names = "data rows-30-30.jsonl, rows-60-60.jsonl, rows-10-10.jsonl"
+    assert [line.split(":")[0] for line in changes(live, inputs(mixed(weight=2)))] == [names, "data.sources"]
+    Path(second).write_text(Path(second).read_text() + '{"prompt": "new", "completion": "c"}\n')
+    assert [line.split(":")[0] for line in changes(live, inputs(mixed()))] == [names]
+
+
+def test_revisions_are_those_of_each_source():
+    sources = [{"source": "ada/a", "revision": "v1"}, {"source": "ada/b"}]
+    data = Data(sources=sources, validation={"source": "ada/c", "split": "test"})
+    pinned = data.at_revisions(["1" * 40, None, "3" * 40])
+    assert [part.revision for part in pinned.all_parts] == ["1" * 40, None, "3" * 40]
+    assert pinned.named == "ada/a, ada/b" and pinned.held_out_named == "ada/c"
+    assert data.at_revisions([None]) == data
+    one = Data(source="ada/a", revision="v1")
+    assert one.at_revisions(["1" * 40]).revision == "1" * 40 and one.at_revisions([None]) == one
+    assert one.parts == one.all_parts == (one,)
 
 
 def test_settings_that_make_no_other_model_are_no_change(configure):
