@@ -76,9 +76,11 @@ def main() -> int:
         parser.error(f"--only {unknown[0]}: no such check. Try: {', '.join(known)}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA here. Try: --device cpu, or a CUDA build of torch")
+    if arguments.work and arguments.work.exists():
+        parser.error(f"--work {arguments.work}: exists. Try: a new folder")
     device = "cuda" if torch.cuda.is_available() and arguments.device != "cpu" else "cpu"
     with tempfile.TemporaryDirectory(dir=arguments.scratch, ignore_cleanup_errors=True) as scratch:
-        work, start = arguments.work or Path(scratch), time.monotonic()
+        work, start = (arguments.work or Path(scratch)).resolve(), time.monotonic()
         about = {"device": device, "quick": arguments.quick, "source": arguments.model}
         _environment(work, device)
         rows = []
@@ -120,8 +122,7 @@ def _wheels_command(folder: str) -> str:
 
 def _environment(work: Path, device: str) -> None:
     """Set the environment of all processes: no network, no GPU if it is not checked, and files in the work folder."""
-    work.mkdir(parents=True, exist_ok=True)
-    (work / "results").mkdir(exist_ok=True)
+    (work / "results").mkdir(parents=True)
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     os.environ |= {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TRACKIO_DIR": str(work / "trackio")}
     if device == "cpu":
