@@ -98,6 +98,13 @@ def test_a_job_gets_the_configuration_what_to_install_and_its_tokens_as_secrets(
     assert TOKEN not in open_part + done.stdout + done.stderr and "a write token" not in open_part
 
 
+def test_a_job_gets_the_package_and_the_key_of_its_tracker(submit, hub):
+    submit("--set", "track.tracker=wandb", WANDB_API_KEY="a key", TRACKIO_WRITE_TOKEN="of another tracker")
+    (spec,) = hub.jobs.started
+    assert spec["secrets"] == {"HF_TOKEN": TOKEN, "WANDB_API_KEY": "a key"}
+    assert spec["environment"]["TUNEPRESS_PACKAGE"] == f"tunepress[wandb] @ {PACKAGE}"
+
+
 @pytest.mark.parametrize("code", [0, 2, 3, 4, 75])
 def test_the_jobs_script_runs_the_command_on_that_configuration_and_tells_its_exit_code(submit, hub, tmp_path, code):
     submit()

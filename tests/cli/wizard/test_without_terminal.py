@@ -293,6 +293,27 @@ def test_token_must_write_to_repository_and_space(ask, monkeypatch):
     assert os.environ["HF_TOKEN"] == TOKEN and "cannot write to bob/" in asked[0]
 
 
+def test_other_trackers_are_answers_and_ask_for_their_own_key(ask, monkeypatch, tmp_path):
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    told, asked = [], []
+
+    def secret(question: str) -> str:
+        asked.append(question)
+        return "0123456789" * 4
+
+    draft = Draft(Path("runs"), told.append, secret=secret)
+    draft.tree = {"model": {"source": "./model"}}
+    take = next(question.take for question in QUESTIONS if question.name == "track")
+    take(draft, "mlflow")
+    assert draft.config().track.uri == "sqlite:///mlflow.db" and not asked
+    take(draft, "wandb")
+    assert draft.config().track.tracker == "wandb" and asked[0].startswith("Token for Weights & Biases")
+    assert "no key" in told[0] and "0123456789" not in str(draft.tree)
+    take(draft, "local")
+    assert draft.config().track.tracker == "trackio"
+
+
 def test_the_way_out_is_an_answer_to_the_question_that_is_asked(ask):
     draft = Draft(Path("runs"), lambda line: None, secret=lambda what: "")
     draft.tree = {"model": {"source": "./model"}}

@@ -36,7 +36,7 @@ MODULES = (
     "transformers.integrations.torchao", "numpy.ctypeslib",
 )  # fmt: skip
 BY_CTRL_C = -signal.SIGINT  # not an exit code: Python ends by the signal then
-KNOWS_THE_ENVIRONMENT = ("trackio",)  # imported again by each fork, which takes little without what they import
+KNOWS_THE_ENVIRONMENT = ("trackio", "wandb")  # imported again by each fork, which takes little without what they import
 
 
 class Server:
