@@ -219,7 +219,7 @@ def show(console: Console, found: dict) -> None:
     from rich.markup import escape
 
     for label, line in _lines(found):
-        console.print(f"[bold]{label:<12}[/]{escape(line)}")
+        console.print(f"[bold]{label:<11}[/] {escape(line)}")
 
 
 def _lines(found: dict) -> Iterator[tuple[str, str]]:

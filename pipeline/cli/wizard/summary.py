@@ -19,7 +19,7 @@ def show_summary(draft: Draft) -> Plan:
     plan = make_plan(config, runs=draft.runs, read_rows=False)
     draft.tell("")
     for label, line in _lines(config, plan):
-        draft.tell(f"{label:<10}{line}")
+        draft.tell(f"{label:<9} {line}")
     draft.tell(f"{'File':<10}{draft.written}")
     return plan
 
