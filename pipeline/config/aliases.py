@@ -21,6 +21,9 @@ _NAMES = {
     " field_messages field_instruction field_output message_property_mappings prompt_column response_column",
     "data.held_out": "val_set_size val_size test_size valid_fraction validation_split validation_split_percentage"
     " eval_dataset eval_file valid_file test_datasets",
+    "data.sources": "datasets dataset_mixer dataset_mixture interleave_probs mix_strategy",
+    "data.validation": "eval_dataset eval_file valid_file validation_file test_datasets",
+    "data.template_options": "chat_template_kwargs enable_thinking",
     "data.limit": "max_samples max_train_samples num_samples",
     "data.seed": "dataset_seed split_seed",
     "train": "training training_args training_arguments sft_config",

@@ -28,6 +28,7 @@ _SAMPLES = 3
 _WIDTH = 100  # characters of a line that is shown
 _RUNS = 4  # stretches of a sample that are shown, learned and not
 _SHOWN_SKIPPED = 5
+_WORSE = "the worse answer: "
 _MARKS = ("{+", "+}")  # around what is learned
 
 
@@ -159,10 +160,14 @@ def _rank(ordered: Sequence[int], share: float) -> int | None:
 
 def _stretches(example: Encoded, tokenizer: Any) -> tuple[tuple[bool, str], ...]:
     pairs = zip(example.input_ids, example.labels, strict=True)
-    return tuple(
+    found = [
         (learned, tokenizer.decode([token for token, _ in group], clean_up_tokenization_spaces=False))
         for learned, group in itertools.groupby(pairs, key=lambda pair: pair[1] != NO_LOSS)
-    )
+    ]
+    if example.rejected:
+        worse = example.rejected.input_ids[example.prompt_length :]
+        found.append((False, f"\n{_WORSE}{tokenizer.decode(worse, clean_up_tokenization_spaces=False)}"))
+    return tuple(found)
 
 
 def _about_rows(description: dict[str, Any]) -> str:

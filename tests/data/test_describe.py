@@ -104,6 +104,14 @@ def test_the_report_shows_three_examples_with_what_is_learned_marked(told):
     assert [line[0] for line in lines[start + 1 :] if line[0] != " "] == ["1", "2", "3"]
 
 
+def test_report_shows_both_answers_of_a_pair(told):
+    rows = [{"prompt": f"Ask {i}", "chosen": f"Say {i}", "rejected": f"Shout {i}"} for i in range(10)]
+    description, lines = told(rows)
+    shown = "\n".join(lines)
+    assert shown.count("{+Say") == 3 and shown.count("the worse answer: Shout") == 3 and "{+Shout" not in shown
+    assert description["splits"]["training"]["examples"] == 9 and "form preference" in lines[0]
+
+
 def test_report_counts_dropped_and_truncated_examples(told):
     rows = pairs(20) + [{"prompt": "long", "completion": "x" * 500}, {"prompt": "y" * 500, "completion": "lost"}]
     _, lines = told(rows + pairs(4) + ["7"] * 8, on_bad_row="skip", held_out=0.01)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pipeline.cli.wizard.draft import Draft
 from pipeline.cli.wizard.model import recipe_tree
 from pipeline.cli.wizard.prompts import GoBack, Question
-from pipeline.config.catalog import DATA_FORMS
+from pipeline.config.catalog import DATA_FORMS, PREFERENCE
 from pipeline.config.schema import Data
 from pipeline.data.files import open_file
 from pipeline.data.layout import choose_layout
@@ -20,6 +20,7 @@ from pipeline.data.sources import BUILTIN, BUILTINS, check_settings, is_builtin,
 from pipeline.data.splitting import split
 from pipeline.data.table import Table
 from pipeline.errors import ConfigError, DataError
+from pipeline.training.trainers import check_form
 
 SHOWN_ROWS, CHECKED_ROWS = 3, 10
 ANOTHER = "another"
@@ -70,6 +71,8 @@ def _look_at(draft: Draft, data: Data) -> str | None:
     """Show the first rows and the form found; or say why none was, where there is somebody to name the columns."""
     if is_builtin(data.source):
         check_settings(data, on_hub=False)
+        if data.source != BUILTIN:
+            _check_trainer(draft, data, PREFERENCE)
         draft.tell(BUILTINS[data.source])
         return None
     table = _open(data)
@@ -167,9 +170,15 @@ def _tell_form(draft: Draft, table: Table, data: Data) -> None:
         raise DataError(f"{table.name}: none of its first rows can be used; {where}: {reason}")
     if reading.rows < CHECKED_ROWS:
         split(reading.examples, data)
+    _check_trainer(draft, data, reading.layout.form)
     draft.tell(f"form {reading.layout.form}: {DATA_FORMS[reading.layout.form]}")
     if reading.unused:
         draft.tell(f"not used: {', '.join(reading.unused)}")
+
+
+def _check_trainer(draft: Draft, data: Data, form: str) -> None:
+    """Raise DataError if the trainer of the draft does not take rows of this form."""
+    check_form(draft.config({"data": {"source": data.source}}), form)
 
 
 def _about_columns(draft: Draft) -> str:

@@ -86,6 +86,7 @@ def test_answers_that_end_early_are_told(desk):
         ({"data": "rows.jsonl subset=easy"}, "subset 'easy': is for data sets on the Hub"),
         ({"data": "other.jsonl", "columns": "question=ask,answer=said"}, "--columns: answer is `said`, which is not"),
         ({"data": "builtin:python-docs", "columns": "question=ask"}, "--columns: builtin:python-docs has no columns"),
+        ({"data": "builtin:python-docs-pairs"}, "has the form preference, and train.trainer sft takes only"),
         ({"data": "one.jsonl"}, "too small to hold something out"),
         ({"data": "broken.jsonl"}, "broken.jsonl, line 1: not valid JSON"),
         ({"profile": "reckless"}, "Try: standard, conservative, aggressive, extreme"),
