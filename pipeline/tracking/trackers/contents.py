@@ -1,4 +1,4 @@
-"""What records say in every tracker: texts of events, figures of all models, settings of a run."""
+"""The contents of a run that all trackers show: texts of events, figures of all models, settings."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ class WandbTracker:
 
 
 def _record(item: Item) -> dict:
-    """Return a record as the sender takes it: the row of history, and what follows the row."""
+    """Return a record as the sender takes it: a row of history, and its alert or its table and picture."""
     record, row = item.record, {"step": item.step}
     found: dict[str, Any] = {"number": item.number, "time": record["time"]}
     if item.is_event:

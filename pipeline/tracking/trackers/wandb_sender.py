@@ -1,8 +1,8 @@
 """The process that writes one run with the client of Weights & Biases, asked line by line by `wandb`.
 
 Each line of the input is a request in JSON, `[NAME, ARGUMENTS]`, and each line of the output its answer: `{"stored":
-COUNT}`, or `{"problem": TEXT}`. The process ends with its input. Then nothing more is sent, because another process may
-already be writing the same run.
+COUNT}`, or `{"problem": TEXT}`. The process ends with its input, even within a request. Then nothing more is sent,
+because another process may already be writing the same run.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import base64
 import io
 import json
 import os
+import queue
 import shutil
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -30,7 +32,7 @@ class Sender:
     """One run of one W&B project. It is opened on the server only when there is something to send."""
 
     def open(self, **about: Any) -> int:
-        """Keep what identifies the run, and return how many records it has."""
+        """Keep the identity of the run, and return how many records it has."""
         import wandb
 
         self._about, self._online = about, about["mode"] == "online"
@@ -138,17 +140,24 @@ def _complete_records(folder: Path, run_id: str) -> int:
 
 
 def main() -> None:
-    """Answer requests until the input ends."""
+    """Answer requests, one after the other."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the client prints
-    sender = Sender()
-    for line in sys.stdin:
-        name, arguments = json.loads(line)
+    sender, requests = Sender(), queue.SimpleQueue[str]()
+    threading.Thread(target=_read, args=(requests,), daemon=True).start()
+    while True:
+        name, arguments = json.loads(requests.get())
         try:
             answer = {"stored": getattr(sender, name)(**arguments)}
         except Exception as error:
             answer = {"problem": redact(" ".join(str(error).split())) or type(error).__name__}
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def _read(requests: queue.SimpleQueue[str]) -> None:
+    """Pass requests on, and end the process with its input."""
+    for line in sys.stdin:
+        requests.put(line)
     os._exit(0)  # without the hooks of the client, which would go on sending
 
 
