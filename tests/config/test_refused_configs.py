@@ -108,7 +108,11 @@ def test_invalid_value_names_file_key_value_and_allowed_values(refusal, addition
         ("{source: tickets.jsonl}", "{source: t, sources: [{source: u}]}", "source or sources: both are set"),
         ("{source: tickets.jsonl}", "{sources: [t]}", "data.sources.0"),
         ("{source: tickets.jsonl}", "{sources: [{weight: 2}]}", "data.sources.0.source: missing"),
-        ("{source: tickets.jsonl}", "{sources: [{source: t, wight: 2}]}", "wight: unknown key; did you mean 'weight'?"),
+        (
+            "{source: tickets.jsonl}",
+            "{sources: [{source: t, weights: 2}]}",
+            "weights: unknown key; did you mean 'weight'?",
+        ),
         ("{source: tickets.jsonl}", "{sources: [{source: t, weight: 0}]}", "data.sources.0.weight: 0 is refused"),
         ("{source: tickets.jsonl}", "{sources: [{source: t, weight: .inf}]}", "data.sources.0.weight"),
         ("{source: tickets.jsonl}", "{sources: [{source: t, limit: 0}]}", "data.sources.0.limit"),
