@@ -179,7 +179,8 @@ def test_wandb_sync_makes_one_run_of_the_folders(offline, server):
     offline.send(close_seconds=90)
     assert server.runs == {} and len(folders(offline)) == 2
     command = [str(Path(COLD).with_name("wandb")), "sync", "--yes", *map(str, folders(offline))]
-    subprocess.run(command, env=os.environ | {"WANDB_BASE_URL": server.url}, check=True, capture_output=True)
+    environment = os.environ | {"WANDB_BASE_URL": server.url}
+    subprocess.run(command, env=environment, cwd=offline.folder, check=True, capture_output=True)
     server.assert_once_each(offline.records())
 
 
