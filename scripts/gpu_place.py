@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 STEPS, CHECKPOINT = 12, 4  # a training is killed after its first checkpoint
 TEXT = "The capital of France is Paris. def add(a, b): return a + b. Water boils when it is hot. Once upon a time"
 POLL_SECONDS = 0.02
+ANSWERS = "prompt_completion"  # the form of data for trainers that learn answers
 FOR_GPUS = (("attention", "flash"), ("liger", True), ("compile", True))  # settings of `train` that a CPU refuses
 Figures = dict[str, Any]
 
@@ -79,11 +80,11 @@ class Place:
             "lora": {"dropout": 0.0},
             **chosen,
         }
-        form = "prompt_completion" if "prompt_completion" in forms else forms[0]
+        form = ANSWERS if ANSWERS in forms else forms[0]
         tree = {
             "name": training,
             "model": {"source": str(self.model)},
-            "data": {"source": str(self._rows()), "form": form, "held_out": 0.1},
+            "data": {"source": str(self._rows(form)), "form": form, "held_out": 0.1},
             "train": train,
             "merge": {"base": next(iter(method.merge_bases), "auto")},
             "evaluate": {"max_tokens": 512 if self.quick else 2048},
@@ -92,12 +93,13 @@ class Place:
         path.write_text(yaml.safe_dump(tree))
         return path
 
-    def _rows(self) -> Path:
-        """Write and return short questions, each with an answer, and with a better and a worse one."""
-        path, rows = self.folder / "rows.jsonl", []
+    def _rows(self, form: str) -> Path:
+        """Write and return short questions with answers, or with a better and a worse answer, as the form needs."""
+        path, rows = self.folder / f"{form}.jsonl", []
         for n in range(200):
             better, worse = f"It is {n + 1}. " * (1 + n % 9), f"I do not know {n}. "
-            rows.append({"prompt": f"{n} plus 1?", "completion": better, "chosen": better, "rejected": worse})
+            answers = {"completion": better} if form == ANSWERS else {"chosen": better, "rejected": worse}
+            rows.append({"prompt": f"{n} plus 1?", **answers})
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return path
 
