@@ -190,7 +190,7 @@ def _wait(child: subprocess.Popen, name: str, log: Path, result: Path, until: fl
         if time.monotonic() > end:
             return Row(name, NOT_HERE, reason=NO_TIME)
         if time.monotonic() > until:
-            return Row(name, WRONG, reason="took longer than its share of --minutes")
+            return Row(name, WRONG, reason="took longer than its share of the time. Try: a larger --minutes")
         time.sleep(POLL_SECONDS)
     if result.is_file():
         return Row(name, **json.loads(result.read_text()))
