@@ -104,10 +104,10 @@ class WandbTracker:
     def __init__(self, config: Config, run_id: str):
         self._track, self._exit_code = cast(WandbSettings, config.track), 0
         check(self._track)
-        self._scratch = tempfile.mkdtemp(prefix="tunepress-")
+        self._scratch = tempfile.mkdtemp(prefix="tunepress-wandb-")
         environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_") or key in _KEPT}
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", f"{__name__}_sender"],
+            [sys.executable, "-P", "-m", f"{__name__}_sender", self._scratch],
             env=with_own_package(environment) | _PATIENCE,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -118,7 +118,7 @@ class WandbTracker:
         about = {
             "id": run_id, "name": config.name, "project": self._track.project, "entity": self._track.entity,
             "mode": self._track.mode, "server": _server(self._track), "folder": os.path.abspath(self._track.folder),
-            "scratch": self._scratch, "config": run_settings(config),
+            "config": run_settings(config),
         }  # fmt: skip
         self._ask("open", **about)
 

@@ -2,7 +2,8 @@
 
 Each line of the input is a request in JSON, `[NAME, ARGUMENTS]`, and each line of the output its answer: `{"stored":
 COUNT}`, or `{"problem": TEXT}`. The process ends with its input, even within a request. Then nothing more is sent,
-because another process may already be writing the same run.
+because another process may already be writing the same run. The argument is a folder for the client's files. It is
+removed at the end.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class Sender:
         )  # fmt: skip
         run = wandb.init(
             project=about["project"], entity=about["entity"], name=about["name"], id=about["id"],
-            config=about["config"], mode=about["mode"], dir=about["scratch" if self._online else "folder"],
+            config=about["config"], mode=about["mode"], dir=sys.argv[1] if self._online else about["folder"],
             resume="allow" if self._online else None, settings=settings,
         )  # fmt: skip
         run.define_metric("step", hidden=True)
@@ -158,6 +159,7 @@ def _read(requests: queue.SimpleQueue[str]) -> None:
     """Pass requests on, and end the process with its input."""
     for line in sys.stdin:
         requests.put(line)
+    shutil.rmtree(sys.argv[1], ignore_errors=True)
     os._exit(0)  # without the hooks of the client, which would go on sending
 
 
