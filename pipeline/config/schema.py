@@ -211,3 +211,11 @@ class TrainingRun(MeasuredRun):
     """The configuration of a run that trains and measures; reading a `Config` returns this type if it applies."""
 
     data: Data
+
+    def preference_run(self) -> TrainingRun:
+        """Return the second training of `train.preference`, on its own data and settings, as a run of its own."""
+        second = self.train.preference
+        assert second is not None, "only runs with train.preference have a second training"
+        asked = {name: getattr(second, name) for name in type(second).model_fields if name != "data"}
+        update = {**asked, "preference": None, "early_stopping": None, "max_minutes": None}
+        return self.model_copy(update={"data": second.data, "train": self.train.model_copy(update=update)})

@@ -13,6 +13,8 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.base import Count, Rate, Real, Section, Seed
+from pipeline.config.catalog import PREFERENCE
+from pipeline.config.data import Data
 from pipeline.config.training_catalog import DEFAULT_TRAINER, METHODS, SMALLEST_METHOD, TRAINERS
 from pipeline.config.training_options import (
     CONVERTED_BEGINNINGS,
@@ -64,6 +66,35 @@ class Lora(Section):
                 re.compile(value)
             except (re.error, RecursionError, OverflowError) as error:
                 raise ValueError(f"no regular expression ({error}); write module names as a list") from None
+        return value
+
+
+class Preference(Section):
+    """A second training of the same adapter, on preference pairs. All other settings are those of the first."""
+
+    data: Data = Field(description="preference pairs")
+    trainer: str = Field(default="dpo", description="`dpo`, or `kto`")
+    epochs: Real = Field(default=1, gt=0, le=1000, description="passes over the pairs")
+    max_steps: Count | None = Field(default=None, description="stop after this many optimizer steps")
+    batch_size: Count = Field(default=4, description="pairs in one forward pass")
+    accumulate: Count = Field(default=4, description="forward passes for one optimizer step")
+    learning_rate: Rate = Field(default=2.0e-5, description="highest learning rate")
+    options: dict[str, Any] = Field(
+        default={}, description="further fields of trl's configuration class, such as `beta: 0.1`"
+    )
+
+    @field_validator("trainer")
+    @classmethod
+    def _trainer(cls, value: str) -> str:
+        on_pairs = [name for name, trainer in TRAINERS.items() if PREFERENCE in trainer.forms]
+        if value not in on_pairs:
+            raise ValueError(f"{value!r} does not train on preference pairs; allowed are {', '.join(on_pairs)}")
+        return value
+
+    @field_validator("options")
+    @classmethod
+    def _options(cls, value: dict[str, Any]) -> dict[str, Any]:
+        check_names("train.preference.options", value, TRAINER_KEYS, TRAINER_FIXED)
         return value
 
 
@@ -125,6 +156,9 @@ class Train(Section):
     checkpoint_every: Count = Field(default=100, description="steps between two checkpoints")
     keep_checkpoints: Count = Field(default=2, exclude_if=_is(2), description="checkpoints to keep")
     evaluate_every: Count = Field(default=100, description="steps between two measurements of the held-out loss")
+    preference: Preference | None = Field(
+        default=None, exclude_if=_is(None), description="a second training of the adapter on preference pairs"
+    )
     seed: Seed = Field(default=0, description="seed of the adapter's first weights and of the order of examples")
     options: dict[str, Any] = Field(
         default={},

@@ -83,6 +83,16 @@ class Split(Record):
     lengths: Annotated[Lengths, Part] = Lengths()
 
 
+class PairsData(Record):
+    """The preference pairs of a second training."""
+
+    source: Text | None = None
+    revision: Text | None = None
+    fingerprint: Text | None = None
+    training_pairs: Count | None = None
+    held_out_pairs: Count | None = None
+
+
 class Data(Record):
     """The data set of the training."""
 
@@ -104,8 +114,30 @@ class Data(Record):
     chosen_digest: Text | None = None  # of the template that `data.chat_template` names
     system_prompt: Text | None = None
     without_system: Count | None = None
+    preference: PairsData | None = None
     overlap: Annotated[Overlap, Part] = Overlap()
     splits: Annotated[dict[str, Split], Table] = {}
+
+
+class Preference(Record):
+    """The training on preference pairs, alone or after another training, and its figures on held-out pairs.
+
+    Attributes:
+        trainer: kind of the training, as `train.trainer` names it.
+        accuracy: share of pairs whose better answer has the higher reward.
+        margin: the reward of the better answer minus that of the worse one, in nats times beta.
+        likelier: share of pairs whose better answer has the higher log-probability per token.
+        likelier_gain: its change by this training.
+    """
+
+    trainer: Text | None = None
+    steps: Count | None = None
+    train_loss: Number | None = None
+    held_out_loss: Number | None = None
+    accuracy: Estimate | None = None
+    margin: Estimate | None = None
+    likelier: Estimate | None = None
+    likelier_gain: Estimate | None = None
 
 
 class Training(Record):
@@ -121,6 +153,8 @@ class Training(Record):
     resumed_from_step: Count | None = None
     device: Text | None = None
     processes: Count | None = None
+    best_step: Count | None = None
+    preference: Preference | None = None
     history: Annotated[tuple[dict[str, Any], ...], List] = ()
 
 

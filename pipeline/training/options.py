@@ -34,16 +34,9 @@ def check_options(config: TrainingRun) -> None:
         ConfigError: naming an unknown option, the nearest known one, or the value that is refused.
     """
     train = config.train
-    if train.options:
-        owned = {*TRAINER_KEYS, *TRAINER_FIXED}
-        kind = _class_named(TRAINERS[train.trainer].options)
-        _check(
-            "train.options",
-            kind,
-            train.options,
-            owned,
-            lambda: kind(output_dir="", report_to=[], use_cpu=True, **train.options),
-        )
+    _check_trainer("train.options", train.trainer, train.options)
+    if train.preference:
+        _check_trainer("train.preference.options", train.preference.trainer, train.preference.options)
     if train.lora.options:
         from peft import LoraConfig
 
@@ -55,6 +48,12 @@ def check_options(config: TrainingRun) -> None:
                 f"train.lora.options.init_lora_weights {begin}: it splits the base's own weights, which "
                 f"train.method {train.method} holds in 4 bits. Try: --set train.method=lora"
             )
+
+
+def _check_trainer(section: str, trainer: str, options: dict[str, Any]) -> None:
+    if options:
+        kind, around = _class_named(TRAINERS[trainer].options), {"output_dir": "", "report_to": [], "use_cpu": True}
+        _check(section, kind, options, {*TRAINER_KEYS, *TRAINER_FIXED}, lambda: kind(**around, **options))
 
 
 def _class_named(path: str) -> type:

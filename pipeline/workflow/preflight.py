@@ -70,6 +70,8 @@ def check_inputs(config: Config, need_model: bool = True, need_data: bool = True
         calibration_text.check_sources(config)
     if config.data and need_data:
         data.check_source(config.data)
+        if config.train.preference:
+            data.check_source(config.train.preference.data)
     bases = METHODS[config.train.method].merge_bases
     if config.data and config.merge.base not in ("auto", *bases):
         raise ConfigError(
@@ -95,7 +97,7 @@ def check_training(config: Config) -> None:
             raise ConfigError(f"{key}: needs an NVIDIA GPU with CUDA, and this machine has none. Try: without it")
         if is_set and not is_installed(package):
             raise MissingExtra(key, extra)
-    if isinstance(config, TrainingRun) and (train.options or train.lora.options):
+    if isinstance(config, TrainingRun) and (train.options or train.lora.options or train.preference):
         from pipeline.training.options import check_options
 
         check_options(config)

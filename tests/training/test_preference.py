@@ -4,9 +4,12 @@ import json
 import random
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from pipeline.config.loader import load_config
 from pipeline.config.training_catalog import TRAINERS
+from pipeline.training.trainers.preference import preference_figures
 from pipeline.workflow.in_process import run_stage_here
 from pipeline.workflow.run import run_one
 from tests.support.runs import write_place
@@ -36,7 +39,105 @@ def trained_alone(tmp_path, model, monkeypatch, **train):
 @pytest.mark.parametrize("method", ["qlora", "lora"])
 def test_preference_training_learns_which_answer_is_better(tiny_model, tmp_path, monkeypatch, trainer, method):
     found = trained_alone(tmp_path, tiny_model("llama"), monkeypatch, trainer=trainer, method=method)
-    assert found["held_out_preference_accuracy"] > 0.5 + 2 * found["held_out_preference_accuracy_stderr"]
-    assert found["held_out_reward_margin"] > 2 * found["held_out_reward_margin_stderr"] > 0
+    pairs = found["preference"]
+    assert pairs["accuracy"]["value"] > 0.5 + 2 * pairs["accuracy"]["stderr"]
+    assert pairs["margin"]["value"] > 2 * pairs["margin"]["stderr"] > 0
+    assert found["held_out_preference_accuracy"] == pairs["accuracy"]["value"]
     losses = [row["eval_loss"] for row in found["history"] if "eval_loss" in row]
     assert losses[-1] < losses[0] < 0.6932 and found["held_out_loss"] == losses[-1]
+
+
+SECOND = {"data": PAIRS, "max_steps": 6, "batch_size": 4, "accumulate": 1, "learning_rate": 0.02}
+
+
+def after_sft(tmp_path, model, monkeypatch, **preference):
+    tmp_path.mkdir(exist_ok=True)
+    write_pairs(tmp_path)
+    steps = {"max_steps": 4, "checkpoint_every": 2}
+    place = write_place(tmp_path, model, train={**steps, "preference": {**SECOND, **preference}})
+    monkeypatch.chdir(tmp_path)
+    return run_one(load_config(str(place.config)), "train", start=run_stage_here)
+
+
+def adapter_of(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora"])
+def test_second_training_goes_on_with_the_adapter_of_the_first(tiny_model, tmp_path, monkeypatch, method):
+    model = tiny_model("llama")
+    write_pairs(tmp_path)
+    train = {"method": method, "max_steps": 4, "checkpoint_every": 2, "preference": {**SECOND, "learning_rate": 1e-9}}
+    place = write_place(tmp_path, model, train=train)
+    monkeypatch.chdir(tmp_path)
+    workspace = run_one(load_config(str(place.config)), "train", start=run_stage_here)
+    first = adapter_of(workspace.folder / "adapter-before-preference")
+    for name, value in adapter_of(workspace.adapter).items():
+        torch.testing.assert_close(value, first[name], atol=1e-6, rtol=0)  # it began there, unrounded
+    found = workspace.read_measurement("training")["preference"]
+    assert found["accuracy"]["value"] <= 0.6 and abs(found["margin"]["value"]) < 0.1  # the first is the reference
+
+
+def test_second_training_is_measured_and_described(tiny_model, tmp_path, monkeypatch):
+    workspace = after_sft(tmp_path, tiny_model("llama"), monkeypatch)
+    training = workspace.read_measurement("training")
+    found = training["preference"]
+    assert found["accuracy"]["value"] > 0.5 + 2 * found["accuracy"]["stderr"]
+    assert (training["steps"], found["steps"], found["trainer"]) == (4, 6, "dpo")
+    assert workspace.read_measurement("data")["preference"]["held_out_pairs"] == 10
+    spooled = [json.loads(line) for line in (workspace.folder / "events.jsonl").read_text().splitlines()]
+    curve = [(r["step"], r["metrics"]) for r in spooled if "metrics" in r]
+    assert [step for step, _ in curve] == sorted(step for step, _ in curve)
+    assert any("preference/train/rewards/margins" in metrics for _, metrics in curve)
+
+
+def test_other_settings_of_the_second_training_leave_the_first_alone(tiny_model, tmp_path, monkeypatch):
+    model = tiny_model("llama")
+    workspace = after_sft(tmp_path, model, monkeypatch)
+    path = workspace.folder / "adapter-before-preference" / "adapter_model.safetensors"
+    before, adapter = path.stat().st_mtime_ns, adapter_of(workspace.adapter)
+    workspace = after_sft(tmp_path, model, monkeypatch, options={"beta": 0.5})
+    assert path.stat().st_mtime_ns == before
+    assert any(not torch.equal(value, adapter[name]) for name, value in adapter_of(workspace.adapter).items())
+
+
+def test_pairs_whose_question_is_measured_are_left_out(tiny_model, tmp_path, monkeypatch):
+    write_place(tmp_path, tiny_model("llama"))
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    with open(tmp_path / "same.jsonl", "w") as file:
+        for row in rows:
+            file.write(json.dumps({"prompt": row["prompt"], "chosen": row["completion"], "rejected": "no"}) + "\n")
+    workspace = after_sft(tmp_path, tiny_model("llama"), monkeypatch, data={"source": "same.jsonl", "seed": 5})
+    left = workspace.read_measurement("data")["preference"]
+    assert left["training_pairs"] + left["held_out_pairs"] < len(rows)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": {"source": "rows.jsonl"}}, "train.trainer dpo takes only preference"),
+        ({"trainer": "sft"}, "does not train on preference pairs; allowed are dpo, kto"),
+        ({"options": {"betta": 1}}, "DPOConfig has no option 'betta'; did you mean 'beta'"),
+        ({"options": {"learning_rate": 1}}, "set by train.learning_rate"),
+        ({"data": {"source": "nowhere.jsonl"}}, "nowhere.jsonl"),
+    ],
+    ids=str,
+)
+def test_wrong_second_training_is_refused_in_one_line(tiny_model, tmp_path, changes, said):
+    place = write_place(tmp_path, tiny_model("llama"), train={"preference": {**SECOND, **changes}})
+    write_pairs(tmp_path)
+    done = place.tunepress("train", str(place.config), check=2)
+    assert said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_sft_refuses_pairs_and_names_the_way_out(tiny_model, tmp_path):
+    place = write_place(tmp_path, tiny_model("llama"), data=PAIRS)
+    write_pairs(tmp_path)
+    assert "train.trainer=dpo" in place.tunepress("train", str(place.config), check=2).stderr
+
+
+def test_figures_of_pairs_have_their_errors():
+    found = preference_figures([1.0, 2.0, -1.0, 2.0], [True, True, False, True], [False, True, False, False])
+    assert found["preference_accuracy"] == 0.75 and found["preference_accuracy_stderr"] == pytest.approx(0.25)
+    assert found["likelier_gain"] == 0.5 and found["likelier_gain_stderr"] == pytest.approx(0.2887, abs=1e-4)
+    assert found["reward_margin"] == 1.0 and "loss" in found

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.catalog import DATA_FORMS, EIGHT_BITS, LLAMA_CPP, ROUNDINGS, VARIANTS, is_one_file
 from pipeline.config.schema import PACKAGE_SOURCE
-from pipeline.config.training_catalog import METHODS
+from pipeline.config.training_catalog import METHODS, TRAINERS
 from pipeline.evaluation.model_result import TEXTS
 from pipeline.evaluation.results import Data, Training
 from pipeline.inference.loaders import TIMED
@@ -129,6 +129,7 @@ def _render(template: str, about: About, models: Models, front: ModelCardData, a
         "quantizes": any(VARIANTS[v].bits < 16 for v in variants),
         "catalog": VARIANTS,
         "methods": METHODS,
+        "trainers": TRAINERS,
         "roundings": {name: Markdown(rounding.said) for name, rounding in ROUNDINGS.items()},
         "eight_bits": EIGHT_BITS,
         "llama_cpp": LLAMA_CPP,

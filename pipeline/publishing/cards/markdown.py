@@ -7,10 +7,11 @@ sets and models; escaped, they can be nothing but text.
 from __future__ import annotations
 
 import functools
+import json
 import math
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,6 +66,7 @@ def environment(folder: Path) -> Environment:
         estimate,
         fence,
         listed,
+        options,
         paragraphs,
         parameters,
         plain,
@@ -216,6 +218,13 @@ def decimal(value: object) -> Markdown | None:
 def plain(value: object) -> Markdown | None:
     """Format a setting as it was written: 0.0002 -> 0.0002, 32.0 -> 32."""
     return None if number(value) is None else Markdown(f"{value:.10g}")
+
+
+def options(values: object) -> Markdown | None:
+    """Format settings that were passed on to a library: `{"beta": 0.1}` -> `beta: 0.1`. Nothing gives None."""
+    if not isinstance(values, Mapping) or not values:
+        return None
+    return Markdown(", ".join(code(f"{name}: {json.dumps(value, default=str)}") for name, value in values.items()))
 
 
 def share(value: object) -> Markdown | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -10,7 +12,9 @@ from pipeline.config.schema import Data, TrainingRun
 from pipeline.data import DataSet, Example, load_examples, write_examples
 from pipeline.data.encode import EncodedSet, encode_examples
 from pipeline.data.reading import Check
+from pipeline.errors import DataError
 from pipeline.evaluation import eligible_prompts
+from pipeline.system.files import fingerprint
 from pipeline.tracking.events import Events
 from pipeline.training.distributed import TrainingProcess
 from pipeline.training.trainers import check_form
@@ -19,6 +23,9 @@ from pipeline.workflow.workspace import Workspace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+PAIRS = "pairs"  # the note about the data of `train.preference`
 
 
 def read_data(
@@ -68,12 +75,75 @@ def encode_data(
     }
 
 
-def pinned(config: TrainingRun, workspace: Workspace) -> Data:
+@dataclass(frozen=True)
+class Pairs:
+    """The preference pairs of `train.preference`.
+
+    Attributes:
+        encoded: the tokens of the `training` and the `held-out` pairs.
+        content: fingerprint of the pairs.
+        description: counts for the card.
+    """
+
+    encoded: dict[str, EncodedSet]
+    content: str
+    description: dict
+
+
+def read_pairs(
+    config: TrainingRun,
+    workspace: Workspace,
+    process: TrainingProcess,
+    tokenizer: PreTrainedTokenizerBase,
+    events: Events,
+    measured: Sequence[Example],
+) -> Pairs:
+    """Return the preference pairs, without training pairs whose question is in the text that models are measured on.
+
+    Args:
+        measured: the held-out examples of the first training.
+
+    Raises:
+        DataError: if they are no pairs, or nothing is left of them.
+    """
+    from pipeline.data.chat import ChatTemplate
+
+    second = config.preference_run()
+    skipped = workspace.data / "skipped_pairs.txt"
+    with open(skipped if process.is_local_main else os.devnull, "w", encoding="utf-8") as log:
+        on_skip = partial(print, sep=": ", file=log)
+        source = pinned(second, workspace, PAIRS)
+        data = load_examples(source, second.train.loss_on, on_skip, ChatTemplate(tokenizer).check)
+    if process.is_local_main:
+        workspace.note("train", **{PAIRS: {"asked": _asked_of_hub(second.data), "revision": data.revision}})
+        if not data.skipped.total:
+            skipped.unlink()
+    check_form(second, data.form)
+    questions = {example.prompt(config.train.loss_on) for example in measured}
+    kept = tuple(pair for pair in data.train if pair.prompt("completion") not in questions)
+    if len(kept) < len(data.train):
+        count = len(data.train) - len(kept)
+        events.show([f"train.preference: {count} pairs left out, since models are measured on their questions"])
+    encoded = encode_data(second, replace(data, train=kept), tokenizer, events)
+    if not encoded["training"].examples or not encoded["held-out"].examples:
+        longest = config.train.max_length
+        raise DataError(f"{second.data.source}: train.max_length {longest} leaves no pair to train on, or to measure")
+    description = {
+        "source": second.data.source,
+        "revision": data.revision,
+        "fingerprint": data.fingerprint,
+        "training_pairs": len(encoded["training"].examples),
+        "held_out_pairs": len(encoded["held-out"].examples),
+    }
+    return Pairs(encoded, fingerprint([data.fingerprint, len(kept)]), description)
+
+
+def pinned(config: TrainingRun, workspace: Workspace, noted: str = "data") -> Data:
     """Return the settings of the data with the commit that this run has read before.
 
     A branch on the Hub stays at its first commit, so that a stopped training goes on with the same rows.
     """
-    known = workspace.progress("train", "data")
+    known = workspace.progress("train", noted)
     if known.get("revision") is None or known["asked"] != _asked_of_hub(config.data):
         return config.data
     return config.data.model_copy(update={"revision": known["revision"]})
