@@ -17,6 +17,7 @@ from pipeline.config.catalog import VARIANTS
 from pipeline.config.data import Data
 from pipeline.config.former_keys import with_targets
 from pipeline.config.names import LICENSE, PACKAGE_SOURCE, REPO_ID, RUN_NAME, repository_id, run_name
+from pipeline.config.qat import check_qat, with_qat
 from pipeline.config.quantize import Quantize, VariantSpec
 from pipeline.config.track import TRACK_SECTIONS, Track, TrackioSettings
 from pipeline.config.train import Lora, Train
@@ -169,7 +170,7 @@ class Config(Section):
     @classmethod
     def _keys_of_this_version(cls, tree: Any) -> Any:
         """Return the keys of this version for those of earlier ones, and the quality that a training has by default."""
-        return with_quality(with_targets(tree)) if isinstance(tree, dict) else tree
+        return with_qat(with_quality(with_targets(tree))) if isinstance(tree, dict) else tree
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:
@@ -192,6 +193,7 @@ class Config(Section):
         missing = sorted(self.publish.mirrors.keys() - {spec.name for spec in self.quantize.variants})
         if missing:
             raise ValueError(f"publish.mirrors: {missing[0]} is not among quantize.variants")
+        check_qat(self)
         kind = TrainingRun if self.data else MeasuredRun if self.evaluate else Config
         return self if isinstance(self, kind) else kind.model_construct(self.model_fields_set, **dict(self))
 

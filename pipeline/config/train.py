@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.config.base import Count, Rate, Real, Section, Seed
 from pipeline.config.catalog import PREFERENCE
 from pipeline.config.data import Data
+from pipeline.config.qat import TrainedFor
 from pipeline.config.training_catalog import DEFAULT_TRAINER, METHODS, SMALLEST_METHOD, TRAINERS
 from pipeline.config.training_options import (
     CONVERTED_BEGINNINGS,
@@ -160,6 +161,11 @@ class Train(Section):
         default=None, exclude_if=_is(None), description="a second training of the adapter on preference pairs"
     )
     seed: Seed = Field(default=0, description="seed of the adapter's first weights and of the order of examples")
+    qat: TrainedFor | None = Field(
+        default=None,
+        exclude_if=_is(None),
+        description="variant to train for: each step computes with the weights that this variant will store",
+    )
     options: dict[str, Any] = Field(
         default={},
         exclude_if=_is({}),

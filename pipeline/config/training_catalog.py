@@ -81,6 +81,7 @@ class Trainer:
         sequences: sequences in an example.
         packs: True if it can put several examples into one sequence.
         title: its name in cards; empty for the default.
+        quantizes: True if it can train with quantization (`train.qat`).
     """
 
     name: str
@@ -93,6 +94,7 @@ class Trainer:
     sequences: int = 1
     packs: bool = True
     title: str = ""
+    quantizes: bool = False
 
 
 _LEARNS_ANSWERS = tuple(form for form in DATA_FORMS if form != PREFERENCE)
@@ -103,11 +105,12 @@ _ON_PAIRS: dict[str, Any] = {
                 "eval_likelier_gain", "eval_likelier_gain_stderr"),
     "sequences": 2,
     "packs": False,
+    "quantizes": True,
 }  # fmt: skip
 TRAINERS = {
     t.name: t
     for t in (
-        Trainer("sft", "pipeline.training.trainers.sft", _LEARNS_ANSWERS, "eval_loss"),
+        Trainer("sft", "pipeline.training.trainers.sft", _LEARNS_ANSWERS, "eval_loss", quantizes=True),
         Trainer("dpo", "pipeline.training.trainers.dpo", options="trl:DPOConfig", title="DPO", **_ON_PAIRS),
         Trainer("kto", "pipeline.training.trainers.kto", options="trl:KTOConfig", title="KTO", **_ON_PAIRS),
     )

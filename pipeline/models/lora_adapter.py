@@ -54,16 +54,18 @@ class Adapter:
         changes: weights to which a product of factors is added.
         shifts: biases to which a vector is added: (name in the file, scale).
         replaced: tensors that were trained whole: name in the file.
+        dtype: the type in which products are added, before the result is rounded to bf16.
     """
 
     tensors: Checkpoint
     changes: dict[str, Change] = field(default_factory=dict)
     shifts: dict[str, tuple[str, float]] = field(default_factory=dict)
     replaced: dict[str, str] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
 
     @classmethod
-    def read(cls, folder: Path) -> Adapter:
-        """Read a peft LoRA adapter.
+    def read(cls, folder: Path, dtype: torch.dtype = torch.float32) -> Adapter:
+        """Read a peft LoRA adapter, whose products are added in `dtype`.
 
         Raises:
             ModelError: naming what it carries that is not handled, rather than leaving it out.
@@ -80,7 +82,7 @@ class Adapter:
             changes[f"{module}.weight"] = Change(names["lora_A.weight"], names["lora_B.weight"], scale, magnitude)
             if bias := names.get("lora_B.bias"):
                 shifts[f"{module}.bias"] = (bias, scale)
-        return cls(tensors, changes, shifts, replaced)
+        return cls(tensors, changes, shifts, replaced, dtype)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return every changed tensor with the shape that it must have."""
@@ -92,7 +94,7 @@ class Adapter:
         }
 
     def apply(self, name: str, rows: torch.Tensor, first: int = 0) -> torch.Tensor:
-        """Return rows of a tensor, from row `first` on, with the adapter applied: in float32, rounded once to bf16."""
+        """Return rows of a tensor, from row `first` on, with the adapter applied, rounded once to bf16."""
         stop = first + len(rows) if rows.ndim else 0
         if name in self.replaced:
             rows = self.tensors.read_rows(self.replaced[name], first, stop)
@@ -108,7 +110,7 @@ class Adapter:
         length = self._rows(change.magnitude, first, first + len(rows)) if change.magnitude else None
         result = torch.empty(rows.shape, dtype=torch.bfloat16)
         for start, stop in tiles(*rows.shape):
-            weight = torch.addmm(rows[start:stop].float(), b[start:stop], a, alpha=change.scale)
+            weight = with_product(rows[start:stop], a, b[start:stop], change.scale, self.dtype)
             if length is not None:
                 weight *= (length[start:stop] / torch.linalg.vector_norm(weight, dim=1)).unsqueeze(1)
             result[start:stop] = weight
@@ -116,6 +118,13 @@ class Adapter:
 
     def _rows(self, stored: str, first: int, stop: int) -> torch.Tensor:
         return self.tensors.read_rows(stored, first, stop).float()
+
+
+def with_product(
+    rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return rows (n, K) + scale * b @ a in `dtype`, for the factors a (r, K) and b (n, r) of any floating type."""
+    return torch.addmm(rows.to(dtype), b.to(dtype), a.to(dtype), alpha=scale)
 
 
 def _config(folder: Path) -> dict:

@@ -41,13 +41,10 @@ def fuse_layers(model: PeftModel, dtype: torch.dtype) -> None:
     base = cast("PreTrainedModel", model.get_base_model())
     head, known = base.get_output_embeddings(), base.config.model_type in MODELS
     for layer in model.modules():
-        if _is_plain_adapter(layer):
-            layer.forward = MethodType(_adapted, layer)  # type: ignore[method-assign]  # of this one layer
-        elif known and all(hasattr(layer, part) for part in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+        if fuse_layer(layer, dtype):
+            continue
+        if known and all(hasattr(layer, part) for part in ("gate_proj", "up_proj", "down_proj", "act_fn")):
             layer.forward = MethodType(_feed_forward, layer)
-        elif isinstance(layer, torch.nn.Linear) and not layer.weight.requires_grad:
-            layer.forward = MethodType(frozen_layer, layer)  # type: ignore[method-assign]  # of this one layer
-            layer.compute_dtype = dtype  # type: ignore[assignment]  # torch declares attributes as tensors or modules
         elif isinstance(layer, torch.nn.Embedding):
             layer.register_forward_hook(lambda _, __, states: states.to(dtype))
         elif dtype == torch.float32 and layer is not head:
@@ -60,7 +57,19 @@ def fuse_layers(model: PeftModel, dtype: torch.dtype) -> None:
         use_packed_attention(base)
 
 
-def _is_plain_adapter(layer: torch.nn.Module) -> TypeGuard[AdaptedLinear]:
+def fuse_layer(layer: torch.nn.Module, dtype: torch.dtype) -> bool:
+    """Make a frozen linear layer, or one with an adapter, compute in `dtype`; return False for any other layer."""
+    if is_plain_adapter(layer):
+        layer.forward = MethodType(_adapted, layer)  # type: ignore[method-assign]  # of this one layer
+        return True
+    if isinstance(layer, torch.nn.Linear) and not layer.weight.requires_grad:
+        layer.forward = MethodType(frozen_layer, layer)  # type: ignore[method-assign]  # of this one layer
+        layer.compute_dtype = dtype  # type: ignore[assignment]  # torch declares attributes as tensors or modules
+        return True
+    return False
+
+
+def is_plain_adapter(layer: torch.nn.Module) -> TypeGuard[AdaptedLinear]:
     """Return True if a layer is a frozen linear layer with one active LoRA adapter and nothing else.
 
     It may have another adapter that is not active, such as the reference of preference training.
@@ -80,7 +89,10 @@ def frozen_layer(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
 
 
 def _adapted(layer: AdaptedLinear, x: torch.Tensor, *arguments: Any, **settings: Any) -> torch.Tensor:
-    """Compute a linear layer with a LoRA adapter: x W^T + b + scaling * dropout(x) A^T B^T."""
+    """Compute a linear layer with a LoRA adapter: x W^T + b + scaling * dropout(x) A^T B^T.
+
+    If the weight is quantized in training (`pipeline.training.qat`), W already contains the adapter.
+    """
     if layer.disable_adapters or layer.merged or arguments or settings:
         return type(layer).forward(layer, x, *arguments, **settings)
     return _with_bias(_AdaptedProduct.apply(x, *_factors(layer), _AdaptedTerms(layer, x)), _base_layer(layer))
@@ -89,7 +101,7 @@ def _adapted(layer: AdaptedLinear, x: torch.Tensor, *arguments: Any, **settings:
 def _feed_forward(block: Any, x: torch.Tensor) -> torch.Tensor:
     """Compute the gated feed-forward part of a decoder block."""
     gate, up, layer = block.gate_proj(x), block.up_proj(x), block.down_proj
-    if not _is_plain_adapter(layer) or layer.disable_adapters or layer.merged:
+    if not is_plain_adapter(layer) or layer.disable_adapters or layer.merged:
         return layer(block.act_fn(gate) * up)
     y = _GatedProduct.apply(gate, up, *_factors(layer), _AdaptedTerms(layer, gate), block.act_fn)
     return _with_bias(y, _base_layer(layer))
@@ -115,6 +127,7 @@ class _AdaptedTerms:
     def __init__(self, layer: AdaptedLinear, x: torch.Tensor):
         name = layer.active_adapters[0]
         self.layer, self.scaling = _base_layer(layer), layer.scaling[name]
+        self.is_merged = hasattr(self.layer, "shipped")
         self.share = getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0
         self.kept = torch.empty(x.shape, dtype=torch.bool).bernoulli_(1 - self.share) if self.share else None
 
@@ -122,7 +135,8 @@ class _AdaptedTerms:
         """Return y (..., N) for x (..., K), and x A^T (T, r) for the backward pass."""
         low = _product(_flat(self.dropped(x)), a.to(x.dtype))
         y = _times_transposed(x, self.layer)
-        _flat(y).addmm_(low, b.to(x.dtype).T, alpha=self.scaling)
+        if not self.is_merged:
+            _flat(y).addmm_(low, b.to(x.dtype).T, alpha=self.scaling)
         return y, low
 
     def backward(
@@ -132,10 +146,10 @@ class _AdaptedTerms:
         rows = _flat(gradient.to(x.dtype))
         narrow = _product(rows, b.to(x.dtype).T) * self.scaling
         of_x = _times(rows, self.layer).view(x.shape)
-        if self.kept is None:
-            _flat(of_x).addmm_(narrow, a.to(x.dtype))
-        else:
+        if self.kept is not None:
             of_x += self.dropped((narrow @ a.to(x.dtype)).view(x.shape))
+        elif not self.is_merged:
+            _flat(of_x).addmm_(narrow, a.to(x.dtype))
         of_a = _product(narrow.T, _flat(self.dropped(x)).T)
         of_b = _product(low.T.contiguous(), rows.T).T * self.scaling
         return of_x, of_a.to(a.dtype), of_b.to(b.dtype)
@@ -198,13 +212,17 @@ class _GatedProduct(torch.autograd.Function):
 
 
 def _weight(layer: torch.nn.Linear) -> torch.Tensor:
-    """Return the weight (N, K) of a frozen layer as training sees it: NF4 as bfloat16, other types as stored."""
-    state = getattr(layer.weight, "quant_state", None)
-    if state is None:
-        return layer.weight.detach()
-    from bitsandbytes.functional import dequantize_4bit
+    """Return the weight (N, K) of a layer as training sees it: NF4 as bfloat16, other types as stored.
 
-    return dequantize_4bit(layer.weight.data, state)
+    A weight that is quantized in training is merged with its adapter and rounded as it will be shipped.
+    """
+    state, weight = getattr(layer.weight, "quant_state", None), layer.weight.detach()
+    if state is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = dequantize_4bit(layer.weight.data, state)
+    shipped = getattr(layer, "shipped", None)
+    return weight if shipped is None else shipped(weight)
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

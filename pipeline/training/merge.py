@@ -53,6 +53,7 @@ def merge_checkpoint(
     template: str | None = None,
     end_of_turn: int | None = None,
     variants: Variants | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, VariantFiles]:
     """Write the merged model, with its configuration and tokenizer, to `output`, and variants of it to their folders.
 
@@ -66,6 +67,7 @@ def merge_checkpoint(
         template: the chat template of training, if it is not the default of the base.
         end_of_turn: the token that ends an answer in training; generation must stop at it.
         variants: the variants to write in the same pass, with the bytes that the merged model would give.
+        dtype: the type in which W + scale * B @ A is computed before it is rounded to bf16.
 
     Raises:
         ModelError: if the base lacks a tensor, if the adapter does not fit the base, if a linear layer is missing (for
@@ -75,7 +77,7 @@ def merge_checkpoint(
     """
     checkpoint, adapter, variants = (
         open_checkpoint(base, to_copy=True),
-        Adapter.read(adapter_folder),
+        Adapter.read(adapter_folder, dtype),
         variants or Variants(),
     )
     _check_fit(checkpoint, base, adapter, adapter_folder)

@@ -109,6 +109,10 @@ class Format(Protocol):
             QuantizationError: if no group size divides the width.
         """
 
+    def to_round(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return rows (n, K) of a weight in the type in which they are rounded, which decides the type of scales."""
+        return rows
+
     def output(self, spec: VariantSpec, folder: Path, source: Source, others: Iterable[Output]) -> Output:
         """Return the output that writes a variant into `folder`.
 

@@ -99,4 +99,5 @@ def merge_bases(config: Config) -> tuple[str, ...]:
     if not isinstance(config, TrainingRun):
         return (UNCHANGED_BASE,)
     possible = METHODS[config.train.method].merge_bases
-    return tuple(base for base in possible if base in TRAINERS[config.train.trainer].merge_bases)
+    found = tuple(base for base in possible if base in TRAINERS[config.train.trainer].merge_bases)
+    return found[:1] if config.train.qat else found  # the merge into the base that training saw is what was trained

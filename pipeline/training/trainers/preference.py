@@ -87,7 +87,7 @@ def build(
     adapted = cast(PeftModel, trainer.model)
     if job.start:  # trl has rounded it
         _copy_reference(adapted)
-    prepare_adapted(adapted, mean_logits=True)
+    prepare_adapted(adapted, config, model, mean_logits=True)
     trainer.held_out, trainer.progress = held_out, job.progress
     return trainer
 

@@ -22,6 +22,7 @@ from pipeline.training.distributed import sharding
 from pipeline.training.fused_loss import fuse_training_step
 from pipeline.training.nf4_base import load_base
 from pipeline.training.options import cut_reason
+from pipeline.training.qat import quantize_in_training, trained_for
 from pipeline.training.time_limit import TimeLimit
 from pipeline.training.trainers import Job
 
@@ -128,20 +129,26 @@ def _lengths(part: EncodedSet) -> list[int]:
     return [sum(len(sequence.input_ids) for sequence in example.sequences) for example in part.examples]
 
 
-def prepare_adapted(adapted: PeftModel, mean_logits: bool = False) -> None:
-    """Hold the trained weights in float32, and on a CPU use fused layers and a fused loss.
+def prepare_adapted(adapted: PeftModel, config: TrainingRun, model: Path, mean_logits: bool = False) -> None:
+    """Hold the trained weights in float32, use fused layers and a fused loss on a CPU, and quantize if asked to.
 
     trl holds the adapter of a 4-bit model in bf16, which rounds small updates away. A resumed adapter is in float32, so
     the resumed training would differ.
 
     Args:
+        adapted: the base model with an untrained adapter.
+        model: folder of the base model.
         mean_logits: see `fuse_training_step`.
     """
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    if not torch.cuda.is_available() and not sharding():
-        fuse_training_step(adapted, hardware.compute_dtype("cpu"), mean_logits)
+    on_gpu = torch.cuda.is_available()
+    dtype = hardware.compute_dtype("cuda" if on_gpu else "cpu")
+    if not on_gpu and not sharding():
+        fuse_training_step(adapted, dtype, mean_logits)
+    if spec := trained_for(config):
+        quantize_in_training(adapted, spec, model, dtype)
 
 
 @contextmanager

@@ -93,7 +93,7 @@ def build(
             callbacks=common_callbacks(settings, args.packing, data, job),
         )
     adapted = cast("PeftModel", trainer.model)
-    prepare_adapted(adapted)
+    prepare_adapted(adapted, config, model)
     if not sharding():  # a sharded model does not run before its training
         check_logits(adapted, data["training"].examples[0].input_ids[:CHECKED_TOKENS])
     return trainer

@@ -56,6 +56,7 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     from pipeline.models.matrices import linear_weights, quantizable_weights
     from pipeline.system.libraries import quiet_progress_bars
     from pipeline.training.merge import copy_adapter, merge_checkpoint
+    from pipeline.training.qat import merge_dtype
 
     quiet_progress_bars()
     base, lora = base_model(config, workspace, events), adapter(config, workspace, events)
@@ -64,9 +65,10 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     # With two bases, the base for the variants is known only after the comparison.
     parts = quantizable_weights(base)
     along = _variants_along(config, workspace, events, base, parts) if len(folders) == 1 else None
-    made = {}
+    dtype, made = merge_dtype(config), {}
     for kind, folder in folders.items():
-        merge = partial(merge_checkpoint, base, lora, folder, kind, linear, template=template, end_of_turn=end_of_turn)
+        merge = partial(merge_checkpoint, base, lora, folder, kind, linear, template=template, dtype=dtype)
+        merge = partial(merge, end_of_turn=end_of_turn)
         made = _merge(merge, f"merging into the {kind} base", events, along)
     comparison = MergeComparison()
     if isinstance(config, TrainingRun) and len(folders) > 1:

@@ -55,11 +55,13 @@ def depends(config: TrainingRun, workspace: Workspace, variants: tuple[str, ...]
     train = without_limit(config.train.model_dump(exclude={"checkpoint_every", "keep_checkpoints"}))
     second = config.train.preference.data.source if config.train.preference else None
     sources = [config.data.source, *([second] if second else [])]
+    named = config.train.qat  # its settings decide how weights are rounded in training
     return {
         "model": model_depends(config, workspace),
         "data": config.data.model_dump() | {"files": hashes_of(workspace, config.data.source)},
         **({"chat_template": hashes_of(workspace, chosen)} if (chosen := config.data.chat_template) else {}),
         "train": train,
+        **({"qat": config.quantize.spec(named).making()} if named else {}),
         "versions": versions(*TRAINING),
         **({"pairs": hashes_of(workspace, second)} if second else {}),
         "python": platform.python_version() if any(s.startswith("builtin:") for s in sources) else None,
@@ -161,12 +163,15 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
     from pipeline.evaluation.gates import ONE_CLUSTER
     from pipeline.models.matrices import linear_weights
     from pipeline.models.vocabulary_size import check_tokens, pad_within_embedding
+    from pipeline.training.qat import check_model, trained_for
     from pipeline.workflow.stages.training_data import encode_data, read_data
 
     events.progress(0, 1, "reading the data")  # first, since a bad row should not wait for a long download
     data, compared = read_data(config, workspace, process)
     base = base_model(config, workspace, events)
     check_variants(config, base)
+    if spec := trained_for(config):
+        check_model(spec, base)
     context = context_length(open_config(base).to_dict())
     check_length(config.train.max_length, context)
     check_targets(config.train.lora, linear_weights(base))

@@ -156,10 +156,9 @@ class GgufFile(Output):
             if place.grid is None:
                 data = plain(stored(rows), place.kind)
             else:
-                # Rounding to nearest is good enough for tables in eight bits. It is done in float32, because a scale
-                # of float16 is more exact than one of bfloat16.
-                how = NEAREST if name in self.tables else self.rounding
-                data = pack(self.source.round(self.spec, how, name, rows.float(), first, place.grid).reordered(stored))
+                # Rounding to nearest is good enough for tables in eight bits.
+                how, rows = NEAREST if name in self.tables else self.rounding, FORMAT.to_round(rows)
+                data = pack(self.source.round(self.spec, how, name, rows, first, place.grid).reordered(stored))
         except QuantizationError as error:
             raise QuantizationError(f"{name}: {error}") from None
         before = expert_number(name) * self.source.tensors[name].shape[0] if is_expert(name) else 0

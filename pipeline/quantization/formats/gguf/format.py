@@ -64,6 +64,10 @@ class Gguf(Format):
             return None
         return GRIDS[stored_type(spec.variant.file_type or "", width)]
 
+    def to_round(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return rows of a weight in float32, because a scale of float16 is more exact than one of bfloat16."""
+        return rows.float()
+
     def check(self, spec: VariantSpec, folder: Path) -> None:
         """Raise if llama.cpp, or this writer, does not know a model, or a needed package is not installed.
 
