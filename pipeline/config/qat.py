@@ -8,7 +8,7 @@ from pydantic import AfterValidator
 
 from pipeline.config.catalog import DEFAULT_VARIANTS, NEAREST, VARIANTS
 from pipeline.config.presets import expand_aliases
-from pipeline.config.training_catalog import METHODS, TRAINERS
+from pipeline.config.training_catalog import ADAPTER, METHODS, TRAINERS
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
@@ -35,8 +35,8 @@ def with_qat(tree: dict[str, Any]) -> dict[str, Any]:
     train, quantize = tree.get("train"), tree.get("quantize", {})
     if not isinstance(train, dict) or not isinstance(train.get("qat"), str) or not isinstance(quantize, dict):
         return tree
-    lora, variants = train.get("lora", {}), expand_aliases(quantize.get("variants", list(DEFAULT_VARIANTS)))
-    if not isinstance(lora, dict) or not isinstance(variants, list):
+    adapter, variants = train.get(ADAPTER, {}), expand_aliases(quantize.get("variants", list(DEFAULT_VARIANTS)))
+    if not isinstance(adapter, dict) or not isinstance(variants, list):
         return tree
     rounded = [
         item | {"rounding": item.get("rounding") or NEAREST}
@@ -45,7 +45,7 @@ def with_qat(tree: dict[str, Any]) -> dict[str, Any]:
         for item in variants
     ]
     return tree | {
-        "train": train | {"lora": {"dropout": 0.0, **lora}},
+        "train": train | {ADAPTER: {"dropout": 0.0, **adapter}},
         "quantize": quantize | {"variants": rounded},
     }
 

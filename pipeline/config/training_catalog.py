@@ -9,6 +9,8 @@ from pipeline.config.catalog import DATA_FORMS, PREFERENCE
 
 UNCHANGED_BASE, NF4_BASE = "bf16", "nf4"  # types of the base model's linear layers, in training and in merging
 
+ADAPTER = "lora"  # the key of the adapter's section
+
 
 @dataclass(frozen=True)
 class Method:
