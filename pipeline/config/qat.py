@@ -9,6 +9,7 @@ from pydantic import AfterValidator
 from pipeline.config.catalog import DEFAULT_VARIANTS, NEAREST, VARIANTS
 from pipeline.config.presets import expand_aliases
 from pipeline.config.training_catalog import ADAPTER, METHODS, TRAINERS
+from pipeline.config.training_options import CONVERTED_BEGINNINGS
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
@@ -27,6 +28,11 @@ def _trained_for(name: str) -> str:
     raise ValueError(f"{reason}allowed are {', '.join(able)}")
 
 
+# The options of peft with which an adapter is still products of two factors on the unchanged base.
+PLAIN_OPTIONS = (
+    "use_rslora", "rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "init_lora_weights",
+)  # fmt: skip
 TrainedFor = Annotated[str, AfterValidator(_trained_for)]
 
 
@@ -75,6 +81,13 @@ def check_qat(config: Config) -> None:
         raise ValueError(
             f"train.lora.dropout {train.lora.dropout:g}: train.qat merges the adapter before each product, which "
             "leaves no input to drop. Try: train.lora.dropout=0"
+        )
+    options = train.lora.options
+    more = [key for key in options if key not in PLAIN_OPTIONS]
+    if more or options.get("init_lora_weights") in CONVERTED_BEGINNINGS:
+        raise ValueError(
+            f"train.lora.options {more[0] if more else 'init_lora_weights'}: train.qat trains plain LoRA on the "
+            "unchanged base. Try: leave it out"
         )
     if not TRAINERS[train.trainer].quantizes:
         able = ", ".join(name for name, trainer in TRAINERS.items() if trainer.quantizes)

@@ -102,14 +102,14 @@ def quantize_in_training(model: PeftModel, spec: VariantSpec, folder: Path, dtyp
         inner.shipped = ShippedWeight(grid, form.to_round, dtype, layer if is_adapted else None)
         adapted |= set(map(id, (*layer.lora_A.parameters(), *layer.lora_B.parameters()))) if is_adapted else set()
         unseen.discard(weight)
-    if unseen:
-        raise ModelError(f"{folder}: has no linear layer {min(unseen)} that could be quantized in training")
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in adapted:
             raise UserError(
                 f"train.qat {spec.name}: quantizes plain LoRA layers only, and this adapter also trains {name}. "
-                "Try: leave out train.lora.options"
+                "Try: other train.lora.options"
             )
+    if unseen:
+        raise ModelError(f"{folder}: has no linear layer {min(unseen)} that could be quantized in training")
     if spec.quantizes_embeddings:
         _quantize_tables(base, form.to_round, form.TABLE)
 

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from pipeline.config.catalog import CALIBRATED
 from pipeline.config.loader import dump_config, parse_config
 from pipeline.config.schema import Config
+from pipeline.config.training_catalog import TRAINERS
 from pipeline.data.encode import Encoded, EncodedSet
 from pipeline.errors import ConfigError, ModelError, UserError
 from pipeline.models.checkpoint import SINGLE_NAME, Checkpoint
@@ -208,11 +209,19 @@ def test_default_roundings_and_merges_are_as_they_were():
 @pytest.mark.parametrize(
     "settings, said",
     [
-        ({"train": {"qat": "int3"}}, "train.qat: \"int3\" is refused: allowed are int8"),
+        ({"train": {"qat": "int3"}}, 'train.qat: "int3" is refused: allowed are int8'),
         ({"train": {"qat": "bnb-nf4"}}, "train.qat: .* its library rounds it, which training cannot; allowed are"),
         ({"train": {"qat": "w4a16"}}, "train.qat w4a16: is not among quantize.variants. Try: add it there"),
         ({"data": None}, "train.qat int4: nothing is trained. Try: leave out the key, or set data"),
         ({"train": {"qat": "int4", "lora": {"dropout": 0.1}}}, "train.lora.dropout 0.1: .* Try: train.lora.dropout=0"),
+        (
+            {"train": {"qat": "int4", "lora": {"options": {"use_dora": True}}}},
+            "train.lora.options use_dora: train.qat trains plain LoRA on the unchanged base. Try: leave it out",
+        ),
+        (
+            {"train": {"qat": "int4", "lora": {"options": {"init_lora_weights": "pissa"}}}},
+            "train.lora.options init_lora_weights: train.qat trains plain LoRA",
+        ),
         ({"merge": {"base": "bf16"}}, "merge.base bf16: .* Try: merge.base=nf4"),
         (
             {"quantize": {"variants": [{"name": "int4", "rounding": "gptq"}]}},
@@ -226,6 +235,20 @@ def test_contradicting_setting_is_refused_in_one_line(settings, said):
     with pytest.raises(ConfigError, match=said) as refusal:
         parse_config(tree | settings, "tiny.yaml")
     assert "\n" not in str(refusal.value)
+
+
+def test_trainer_that_cannot_quantize_is_refused(monkeypatch):
+    (name, trainer), *_ = TRAINERS.items()
+    monkeypatch.setitem(TRAINERS, name, replace(trainer, quantizes=False))
+    with pytest.raises(ValueError, match=f"train.qat int4: train.trainer {name} trains without it"):
+        config_for("int4")
+
+
+def test_adapter_that_is_not_plain_is_refused(tiny_model):
+    model = adapted(tiny_model("llama"))
+    model.get_base_model().model.norm.weight.requires_grad = True
+    with pytest.raises(UserError, match="train.qat int4: quantizes plain LoRA layers only, .* trains .*norm.weight"):
+        quantize_in_training(model, config_for("int4").quantize.variants[0], tiny_model("llama"), torch.float32)
 
 
 def test_model_with_experts_is_refused_before_it_is_loaded(tiny_model):
