@@ -122,7 +122,7 @@ class ShippedWeight:
         grid: the grid of the layer; None if the variant keeps it in bf16.
         to_round: converts rows to the type in which the variant rounds them.
         dtype: the compute type.
-        adapter: the layer with its LoRA factors; None if the layer has no adapter.
+        adapter: the layer with its LoRA factors, of which the active ones count; None if the layer has no adapter.
     """
 
     grid: Grid | None
@@ -143,7 +143,7 @@ class ShippedWeight:
         return result
 
     def _merged(self, rows: torch.Tensor, first: int) -> torch.Tensor:
-        if self.adapter is None:
+        if self.adapter is None or self.adapter.disable_adapters:
             return rows.to(torch.bfloat16)
         name = self.adapter.active_adapters[0]
         a, b = (cast(torch.Tensor, part[name].weight) for part in (self.adapter.lora_A, self.adapter.lora_B))

@@ -10,8 +10,8 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from pipeline.config.catalog import CALIBRATED
-from pipeline.config.loader import dump_config, parse_config
+from pipeline.config.catalog import CALIBRATED, fitting_group_size
+from pipeline.config.loader import dump_config, load_config, parse_config
 from pipeline.config.schema import Config
 from pipeline.config.training_catalog import TRAINERS
 from pipeline.data.encode import Encoded, EncodedSet
@@ -24,13 +24,19 @@ from pipeline.quantization.roundings import rtn
 from pipeline.quantization.writer import Variants
 from pipeline.training import fused_layers, qat
 from pipeline.training.fused_layers import is_plain_adapter
+from pipeline.training.fused_loss import fuse_training_step
 from pipeline.training.merge import merge_checkpoint
 from pipeline.training.qat import check_model, merge_dtype, quantize_in_training, trained_for
 from pipeline.training.trainers import Job, merge_bases
 from pipeline.training.trainers.sft import build
+from pipeline.workflow.in_process import run_stage_here
+from pipeline.workflow.run import run_one
 from pipeline.workflow.stages import train
 from pipeline.workflow.workspace import Workspace
+from tests.support.adapters import base_model
+from tests.support.runs import write_place
 from tests.training.test_fused_layers import adapted
+from tests.training.test_preference import PAIRS, STEPS, write_pairs
 
 INT4 = {"name": "int4", "group_size": 32, "keep": ["model.layers.0.self_attn.o_proj"], "embeddings": "int8"}
 
@@ -147,6 +153,38 @@ def test_gradients_pass_the_rounding_unchanged(tiny_model, monkeypatch):
         torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("trainer", [name for name, row in TRAINERS.items() if row.sequences == 2])
+def test_preference_training_is_quantized_too(tiny_model, tmp_path, monkeypatch, trainer):
+    write_pairs(tmp_path)
+    quantize = {"variants": [INT4], "on_gate_failure": "warn"}
+    train = {**STEPS, "trainer": trainer, "qat": "int4", "max_steps": 2}
+    place = write_place(tmp_path, tiny_model("llama"), data=PAIRS, train=train, quantize=quantize)
+    monkeypatch.chdir(tmp_path)
+    config = load_config(str(place.config))
+    measured = run_one(config, "train", start=run_stage_here).read_measurement("training")
+    workspace = run_one(config, "merge", start=run_stage_here)
+    assert measured["held_out_reward_margin"] > 0
+    root = load_file(workspace.release / SINGLE_NAME)
+    (spec,), shapes = config.quantize.variants, {name: tuple(tensor.shape) for name, tensor in root.items()}
+    weight = stored(spec, workspace.quantized / spec.name, shapes)("model.layers.1.mlp.up_proj.weight")
+    assert torch.equal(weight, rtn.round(root["model.layers.1.mlp.up_proj.weight"], grouped(4, 32)).dequantize())
+
+
+def test_model_without_its_adapter_is_the_quantized_base(tiny_model):
+    folder, ids = tiny_model("llama"), torch.arange(40)[None]
+    model, base = adapted(folder), base_model(folder, torch.float32)
+    fuse_training_step(model, torch.float32)
+    quantize_in_training(model, config_for("int4", [{"name": "int4"}]).quantize.variants[0], folder, torch.float32)
+    for name, layer in layers_of(base).items():
+        if name != "lm_head":
+            grid = grouped(4, fitting_group_size(layer.in_features, 64))
+            layer.weight.data = rtn.round(layer.weight.data.bfloat16(), grid).dequantize()
+    with torch.no_grad(), model.eval().disable_adapter():
+        torch.testing.assert_close(model(ids).logits, base(ids).logits, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        assert not torch.allclose(model(ids).logits, base(ids).logits, rtol=1e-2, atol=1e-2)
+
+
 def test_layer_without_adapter_is_quantized_too_and_a_kept_one_is_not(tiny_model):
     folder = tiny_model("llama")
     model = adapted(folder, torch.bfloat16, targets=["q_proj"])
@@ -163,7 +201,7 @@ def test_layer_without_adapter_is_quantized_too_and_a_kept_one_is_not(tiny_model
 
 
 def layers_of(model):
-    found = model.get_base_model().named_modules()
+    found = (model.get_base_model() if hasattr(model, "peft_config") else model).named_modules()
     return {name: layer for name, layer in found if type(layer) is torch.nn.Linear and "lora_" not in name}
 
 
