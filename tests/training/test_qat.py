@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import time
 from dataclasses import replace
 
 import pytest
@@ -34,7 +39,7 @@ from pipeline.workflow.run import run_one
 from pipeline.workflow.stages import train
 from pipeline.workflow.workspace import Workspace
 from tests.support.adapters import base_model
-from tests.support.runs import write_place
+from tests.support.runs import stage_process_of, wait_for_training, write_place
 from tests.training.test_fused_layers import adapted
 from tests.training.test_preference import PAIRS, STEPS, write_pairs
 
@@ -298,3 +303,29 @@ def test_sharded_model_is_refused(tiny_model, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="train.qat int4: cannot round the shards of fsdp"):
         check_model(config_for("int4").quantize.variants[0], tiny_model("llama"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cold")
+def test_training_that_is_killed_gives_the_same_release(tmp_path, tiny_model):
+    train = {"qat": "int4", "max_steps": 40, "checkpoint_every": 1, "lora": {"rank": 4}}
+    whole, killed = (
+        write_place(tmp_path / name, tiny_model("llama"), train=train, quantize={"variants": [INT4]})
+        for name in ("whole", "killed")
+    )
+    whole.tunepress("run", "tiny.yaml")
+    process = subprocess.Popen(killed.command("run", "tiny.yaml"), cwd=killed.folder, env=killed.env,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    wait_for_training(killed, process)
+    while not list((killed.run_folder / "checkpoints").glob("*/checkpoint-*/on-disk")):
+        time.sleep(0.01)
+    os.kill(stage_process_of(killed), signal.SIGKILL)
+    assert process.wait(timeout=60) == 1
+    killed.tunepress("run", "tiny.yaml")
+    assert json.loads((killed.run_folder / "measurements" / "training.json").read_text())["resumed_from_step"] > 0
+    for path in ("adapter/adapter_model.safetensors", "model.safetensors", "int4/model.safetensors"):
+        assert (killed.release / path).read_bytes() == (whole.release / path).read_bytes(), path
+    card = (whole.release / "README.md").read_text()
+    assert "each step computed with the weights that `int4` stores (QAT)" in card
+    assert "as in every step of the training (quantization-aware training)" in card
+    assert "as in every step" in (whole.release / "int4" / "README.md").read_text()
