@@ -7,7 +7,7 @@ The demo's training is run twice with the same data, seed and steps: without `tr
 the first is made once for each of `--qualities`: rounded to nearest, or calibrated, or with trained scales as well. All
 models are measured on the same held-out tokens, through their own files. Differences are paired, token by token, and
 their errors are those between examples. The share that is recovered is 1 - (loss of a model above the fine-tuned model
-in bf16) / (loss of the variant rounded to nearest above it).
+in bf16) / (loss of the first variant above it), if the latter is beyond two errors.
 
 MODEL is a Hub id or a folder; by default it is the embedded SmolLM2-135M-Instruct, off the grid that it was packed on
 (`scripts/benchmark_accuracy.py` says why). The results are qat.json in `--output`. Run the same command again to
@@ -125,7 +125,8 @@ def figures(scores: dict[str, Scores]) -> list[dict]:
     from pipeline.evaluation import metrics
 
     whole, nearest = scores[WHOLE], list(scores.values())[1]
-    cost = float((nearest.nll - whole.nll).mean())
+    cost = metrics.mean(nearest.nll - whole.nll, whole.cluster)
+    shows = cost.value > 2 * cost.stderr
     rows = []
     for name, found in scores.items():
         loss, above, below = (
@@ -138,7 +139,7 @@ def figures(scores: dict[str, Scores]) -> list[dict]:
                 "perplexity": math.exp(loss.value),
                 **{key: [value.value, value.stderr] for key, value in
                    (("loss", loss), ("above_fine_tuned", above), ("above_first_variant", below))},
-                "recovered": 1 - above.value / cost,
+                "recovered": 1 - above.value / cost.value if shows else None,
             }
         )  # fmt: skip
     return rows
@@ -150,7 +151,8 @@ def show(arguments: argparse.Namespace, rows: list[dict]) -> None:
                   title=f"held-out text after {arguments.steps} steps")  # fmt: skip
     for row in rows:
         pairs = ("{:+.4f} ± {:.4f}".format(*row[key]) for key in ("above_fine_tuned", "above_first_variant"))
-        table.add_row(row["model"], f"{row['perplexity']:.3f}", *pairs, f"{row['recovered']:.0%}")
+        share = "" if row["recovered"] is None else f"{row['recovered']:.0%}"
+        table.add_row(row["model"], f"{row['perplexity']:.3f}", *pairs, share)
     Console().print(table)
 
 
