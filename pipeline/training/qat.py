@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MERGE_DTYPE = torch.float64
-_ELEMENTS_ON_GPU = 1 << 24  # weights that are computed at a time: 128 MB of float64
+_ELEMENTS_ON_GPU = 1 << 22  # weights that are computed at a time: 32 MB of float64
 
 
 def trained_for(config: TrainingRun) -> VariantSpec | None:

@@ -26,11 +26,11 @@ def full_range(groups: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Te
         # The largest is found in float32 where that is exact, because it is faster.
         wide = groups.float() if groups.dtype.itemsize == 2 else groups
         largest = wide.abs().amax(dim=-1).to(groups.dtype)
-        scale = (largest / ((grid.highest - grid.lowest) / 2)).clamp(min=SMALLEST_STEP)
+        scale = (largest / _as_tensor((grid.highest - grid.lowest) / 2, largest)).clamp(min=SMALLEST_STEP)
         return scale.to(grid.scale_dtype), None
     groups = groups.float()
     lowest, highest = groups.amin(dim=-1), groups.amax(dim=-1)  # torch.aminmax is ten times slower along a dimension
-    steps = grid.highest - grid.lowest
+    steps = _as_tensor(grid.highest - grid.lowest, groups)
     if grid.zero == "float":
         if grid.super_block is not None:  # whose zeros are never positive
             lowest = lowest.clamp(max=0)
@@ -42,3 +42,8 @@ def full_range(groups: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Te
     scale = (highest / steps - lowest / steps).clamp(min=SMALLEST_STEP).to(grid.scale_dtype)
     zero = (-lowest / scale.float()).round().clamp(grid.lowest, grid.highest).to(torch.uint8)
     return scale, zero
+
+
+def _as_tensor(number: float, beside: torch.Tensor) -> torch.Tensor:
+    """Return a number as a tensor on the device of another one. CUDA multiplies by the rounded inverse of a number."""
+    return torch.tensor(number, dtype=beside.dtype, device=beside.device)
