@@ -88,6 +88,8 @@ def training(sizes: Sizes, train: Train, on_gpu: bool) -> tuple[Need, Need]:
         "weights": held_weights(sizes, in_nf4, 2 if on_gpu else compute_bytes_here()),
         "adapter and optimizer": adapter * (4 + 4 + (2 if small_states else 8)),
     }
+    if train.qat:  # one weight at a time, computed in parts
+        held["rounded weight"] = 4 * sizes.widest + (200_000_000 if on_gpu else 20_000_000)
     if not on_gpu:
         layer = tokens * _kept_on_cpu(sizes, train, compute_bytes_here())
         kept = _kept_layers(sizes, train, layer, layer, width=compute_bytes_here(), by_default=False)
