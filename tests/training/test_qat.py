@@ -166,9 +166,8 @@ def test_preference_training_is_quantized_too(tiny_model, tmp_path, monkeypatch,
     place = write_place(tmp_path, tiny_model("llama"), data=PAIRS, train=train, quantize=quantize)
     monkeypatch.chdir(tmp_path)
     config = load_config(str(place.config))
-    measured = run_one(config, "train", start=run_stage_here).read_measurement("training")
+    run_one(config, "train", start=run_stage_here)
     workspace = run_one(config, "merge", start=run_stage_here)
-    assert measured["held_out_reward_margin"] > 0
     root = load_file(workspace.release / SINGLE_NAME)
     (spec,), shapes = config.quantize.variants, {name: tuple(tensor.shape) for name, tensor in root.items()}
     weight = stored(spec, workspace.quantized / spec.name, shapes)("model.layers.1.mlp.up_proj.weight")
