@@ -183,6 +183,11 @@ def said(figures: Figures) -> str:
     )
 
 
+def rate(tokens: float) -> str:
+    """Return tokens per second in words."""
+    return f"{tokens:.0f} tokens/s" if tokens >= 10 else f"{tokens:.1f} tokens/s"
+
+
 def ids_of(folder: Path) -> list[int]:
     """Return the tokens of a text, for the model in a folder."""
     from pipeline.models.safe_loading import open_tokenizer

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpu_place import Figures, NotHere, Place, Wrong, check_logits, free_gpu, ids_of, logits
+from gpu_place import Figures, NotHere, Place, Wrong, check_logits, free_gpu, ids_of, logits, rate
 
 from pipeline.config.catalog import DEFAULT_VARIANTS, TRANSFORMERS, VARIANTS, Need
 from pipeline.config.engines import CPU, CUDA, TUNEPRESS
@@ -85,9 +85,9 @@ def _by_loader(place: Place, spec: VariantSpec, folder: Path) -> Figures:
         else:
             model, _ = load(folder, device=place.device)
         off = check_logits(loader, logits(model, ids), expected, allowed)
-        figures[loader] = f"off {off}, {decode_speed(model):.3g} tokens/s"
+        figures[loader] = f"off {off}, {rate(decode_speed(model))}"
         del model
-    return figures | {"bf16": f"{full_precision(place)[1]:.3g} tokens/s"}
+    return figures | {"bf16": f"{rate(full_precision(place)[1])}"}
 
 
 def _obstacle(place: Place, spec: VariantSpec, engine: str) -> str | None:
@@ -200,7 +200,7 @@ def compiled(place: Place) -> Figures:
         model, _ = load(folder, device=place.device)
         (plain, slow), (tokens, fast) = (_write_tokens(model, ids_of(place.model), way) for way in (False, True))
         same = int((plain == tokens).int().cumprod(0).sum())
-        figures[name] = f"{fast:.3g} tokens/s, not compiled {slow:.3g}, {same} of {len(plain)} the same"
+        figures[name] = f"{rate(fast)}, not compiled {rate(slow)}, {same} of {len(plain)} the same"
         if same < 2:
             raise Wrong(f"{name}: the first token of the compiled step differs")
     return figures
