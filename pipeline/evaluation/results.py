@@ -93,8 +93,8 @@ class PairsData(Record):
     held_out_pairs: Count | None = None
 
 
-class Data(Record):
-    """The data set of the training."""
+class DataPart(Record):
+    """One source of the data set."""
 
     source: Text | None = None
     subset: Text | None = None
@@ -102,6 +102,11 @@ class Data(Record):
     revision: Text | None = None
     form: Text | None = None
     rows: Count | None = None
+
+
+class Data(DataPart):
+    """The data set of the training; several sources of training data are joined with commas in `source`."""
+
     duplicates: Count | None = None
     skipped: Count | None = None
     unused_columns: Texts = ()
@@ -117,6 +122,9 @@ class Data(Record):
     preference: PairsData | None = None
     overlap: Annotated[Overlap, Part] = Overlap()
     splits: Annotated[dict[str, Split], Table] = {}
+    # The sources if there are several, by number, with that of held-out examples of their own as the last one.
+    parts: Annotated[dict[str, DataPart], Table] = {}
+    kept_out: Count | None = None  # training examples that learn an answer in the context of a held-out one
 
 
 class Preference(Record):

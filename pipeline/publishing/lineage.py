@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import REPO_ID, Config, TrainingRun
 from pipeline.data.sources import names_a_file
-from pipeline.evaluation.results import Data, Results
+from pipeline.evaluation.results import Data, DataPart, Results
 from pipeline.system.libraries import STACK, versions
 from pipeline.system.redaction import file_name
 
@@ -68,9 +68,10 @@ def hub_sources(results: Results) -> set[str]:
     A name alone does not tell a repository from a file that is gone by now.
     """
     found = {origin.hub_id for origin in (results.origin, results.adapter) if origin}
-    data = results.data
-    if data and (data.revision or data.split) and not names_a_file(str(data.source)):
-        found.add(data.source)
+    read: list[Data | DataPart] = [results.data, *results.data.parts.values()] if results.data else []
+    for data in read:
+        if (data.revision or data.split) and not names_a_file(str(data.source)):
+            found.add(data.source)
     texts = (made.weights.calibration_text for made in results.variants.values() if made.weights)
     found |= {source for text in texts if text for source in text.split(", ")}
     return {source for source in found if source and REPO_ID.match(source)}
@@ -81,14 +82,15 @@ def _data(config: TrainingRun, results: Results) -> dict:
     keys = {"source", "subset", "revision", "split", "form"}
     recorded = results.data or Data()
     found = recorded.model_dump(include=keys | {"fingerprint", "license"}, exclude_none=True)
-    return {**config.data.model_dump(include=keys), **found}
+    asked = config.data.model_dump(include=keys) if not recorded.parts else {"source": config.data.named}
+    return {**asked, **found}
 
 
 def _sources(config: Config) -> set[str]:
     """Return the sources of the configuration that may be files on this machine."""
     named = (
         config.model.source,
-        config.data and config.data.source,
+        *(part.source for part in (config.data.all_parts if config.data else ())),
         config.data and config.data.chat_template,
         config.evaluate and config.evaluate.general,
         *config.quantize.calibration.sources,
@@ -103,9 +105,13 @@ def _portable(content: Any, local: Collection[str]) -> Any:
         return {key: _portable(value, local) for key, value in content.items()}
     if isinstance(content, list):
         return [_portable(value, local) for value in content]
-    if not isinstance(content, str) or content not in local or content.startswith(("package:", "builtin:")):
+    if not isinstance(content, str) or content.startswith("package:"):
         return content
-    return file_name(content)
+    if content in local:
+        return content if content.startswith("builtin:") else file_name(content)
+    if content.split(", ")[0] in local:  # several sources
+        return ", ".join(_portable(source, local) for source in content.split(", "))
+    return content
 
 
 def own_version() -> str:

@@ -117,8 +117,7 @@ def find_texts(claims: Claims, place: Place, folder: Path) -> Texts:
     if HELD_OUT in wanted and (problem := _bring_held_out(claims, place, config, workspace)):
         problems[HELD_OUT] = problem
     if GENERAL in wanted and not place.run and config.evaluate and not config.evaluate.general.startswith("builtin:"):
-        source = config.evaluate.general
-        problems[GENERAL] = f"the file {source} is not part of a release. Try: verify the run's folder"
+        problems[GENERAL] = f"the file {config.evaluate.general} is not part of a release. Try: verify the run's folder"
     return Texts(config, workspace, tuple(t for t in wanted if t not in problems), problems)
 
 
@@ -130,16 +129,18 @@ def _bring_held_out(claims: Claims, place: Place, config: Config, workspace: Wor
     if place.run and (place.run.data / kept.name).is_file():
         shutil.copyfile(place.run.data / kept.name, kept)
         return None
-    source = config.data.source if config.data else ""
+    revisions: list[str | None] = []
     try:
-        on_hub = bool(REPO_ID.match(source)) and not names_a_file(source) and bool(data.revision)
-        if not on_hub and not is_builtin(source):
-            return f"the file {source} is not part of a release. Try: verify the run's folder"
-        place.tell(0, 1, f"reading {source}")
-        assert config.data is not None, "its source was looked at above"
-        pinned = config.data.model_copy(update={"revision": data.revision}) if on_hub else config.data
+        if config.data is None:
+            return "the training data is not recorded. Try: verify the run's folder"
+        for part, read in zip(config.data.all_parts, data.parts.values() or [data], strict=False):
+            on_hub = REPO_ID.match(part.source) and not names_a_file(part.source) and read.revision
+            if not on_hub and not is_builtin(part.source):
+                return f"the file {part.source} is not part of a release. Try: verify the run's folder"
+            revisions.append(read.revision if on_hub else None)
+        place.tell(0, 1, f"reading {config.data.named}")
         answers = answers_of_split(data.split_by, config.train.loss_on)
-        write_examples(kept, load_examples(pinned, answers).held_out)
+        write_examples(kept, load_examples(config.data.at_revisions(revisions), answers).held_out)
     except UserError as error:
         return str(error)
     return None

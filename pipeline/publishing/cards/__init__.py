@@ -11,6 +11,7 @@ card is a section of that model's card.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +21,7 @@ from pipeline.config.catalog import DATA_FORMS, EIGHT_BITS, LLAMA_CPP, ROUNDINGS
 from pipeline.config.schema import PACKAGE_SOURCE
 from pipeline.config.training_catalog import METHODS, TRAINERS
 from pipeline.evaluation.model_result import TEXTS
-from pipeline.evaluation.results import Data, Training
+from pipeline.evaluation.results import Data, DataPart, Training
 from pipeline.inference.loaders import TIMED
 from pipeline.publishing.cards import about as names
 from pipeline.publishing.cards import markdown
@@ -142,7 +143,7 @@ def _render(template: str, about: About, models: Models, front: ModelCardData, a
         "base": names.model_source(about.results.origin, about.config.model.source),
         "adapter": names.model_source(about.results.adapter, about.config.merge.adapter),
         "is_on_hub": bool(about.results.origin.hub_id),
-        "data_is_on_hub": bool(about.data_repo),
+        "data_is_on_hub": bool(about.data_repos),
         "is_requantized": _is_requantized(about),
         "tokens_seen": markdown.count(max(seen, default=None)),
         "data": _data(about),
@@ -171,14 +172,32 @@ def _data(about: About) -> dict[str, Any]:
     forms = DATA_FORMS | {"builtin": "conversations made from what Python brings along"}
     templates = {"supplied": "supplied by tunepress, since the base model has none"}
     form, template = known.form, known.template
+    asked = about.config.data
     return dict(known) | {
+        "parts": listed((_part(about, part) for part in known.parts.values()), "; "),
+        "weights": listed(
+            Markdown(f"{about.text_source(rows.source)} {rows.weight:g}") for rows in (asked.sources if asked else ())
+        ),
+        "options": listed(
+            code(f"{name}: {json.dumps(value)}") for name, value in (asked.template_options if asked else {}).items()
+        ),
+        "validation": about.text_source(asked.validation.source) if asked and asked.validation else None,
         "source": about.text_source(about.data_source) if about.data_source else None,
-        "form": Markdown(forms[form]) if form in forms else code(form) if form else None,
+        "form": listed((Markdown(forms[f]) if f in forms else code(f) for f in (form or "").split(" and ") if f), "; "),
         "template": templates.get(template or "", template),
         "revision": code(known.revision[:12]) if known.revision else None,
         "columns": listed(Markdown(f"{code(ours)} from {code(theirs)}") for ours, theirs in columns.items()),
         "unused": listed(code(column) for column in known.unused_columns),
     }
+
+
+def _part(about: About, part: DataPart) -> Markdown:
+    """Return one of several sources of the data in words."""
+    told = [about.text_source(part.source or "")]
+    told += [Markdown(f"subset {code(part.subset)}")] if part.subset else []
+    told += [Markdown(f"split {code(part.split)}")] if part.split else []
+    told += [Markdown(f"revision {code(part.revision[:12])}")] if part.revision else []
+    return listed([*told, Markdown(f"{markdown.count(part.rows)} rows")])
 
 
 def _links(mirrors: Mapping[str, str]) -> dict[str, Markdown]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import PACKAGE_SOURCE, REPO_ID, Config
 from pipeline.evaluation.results import BASE, MERGED, Origin, Results
-from pipeline.publishing.cards.markdown import Markdown, code, escape
+from pipeline.publishing.cards.markdown import Markdown, code, escape, listed
 from pipeline.publishing.lineage import hub_sources
 from pipeline.system.redaction import file_name
 
@@ -84,21 +84,38 @@ class About:
         return recorded or (self.config.data.source if self.config.data else None)
 
     @property
-    def data_repo(self) -> str | None:
-        """Return the training data set on the Hub, if it is one."""
-        return self.data_source if self.data_source in hub_sources(self.results) else None
+    def data_sources(self) -> list[str]:
+        """Return the sources of the data, as they were named when they were read."""
+        data = self.results.data
+        several = [part.source for part in data.parts.values() if part.source] if data else []
+        return several or ([self.data_source] if self.data_source else [])
+
+    @property
+    def data_repos(self) -> list[str]:
+        """Return the training data sets on the Hub."""
+        there = hub_sources(self.results)
+        return [source for source in dict.fromkeys(self.data_sources) if source in there]
 
     def text_source(self, source: str) -> Markdown:
         """Return the origin of a text or data set. A local file is named without its folder."""
+        if several := self._several(source):
+            return listed(map(self.text_source, several), " and ")
         if source in _BUILTIN:
             return Markdown(f"{_BUILTIN[source]} ({code(source)})")
         return (
-            link(source, "datasets/") if source == self.data_repo else Markdown(f"the file {code(file_name(source))}")
+            link(source, "datasets/") if source in self.data_repos else Markdown(f"the file {code(file_name(source))}")
         )
 
     def public_name(self, source: str) -> str:
         """Return a source for metadata: a name that reveals nothing about the machine."""
-        return source if source in _BUILTIN or source == self.data_repo else file_name(source)
+        if several := self._several(source):
+            return ", ".join(map(self.public_name, several))
+        return source if source in _BUILTIN or source in self.data_repos else file_name(source)
+
+    def _several(self, source: str) -> list[str]:
+        """Return the sources of the data that are joined in `source`, if there are several."""
+        pieces = source.split(", ")
+        return pieces if len(pieces) > 1 and set(pieces) <= set(self.data_sources) else []
 
     @property
     def home(self) -> Markdown:

@@ -54,7 +54,7 @@ def metadata(about: About, models: Sequence[str], whole: bool = False) -> ModelC
     return ModelCardData(
         base_model=parent,
         base_model_relation=relation if parent else None,
-        datasets=[about.data_repo] if about.data_repo else None,
+        datasets=about.data_repos or None,
         language=list(dict.fromkeys(w for w in languages if re.fullmatch("[a-z]{2,3}|code", w))) or None,
         **_license(about),
         library_name=TRANSFORMERS if loads else VARIANTS[variants[0]].format,
