@@ -27,6 +27,20 @@ def test_lineage_shortens_local_paths_and_keeps_hub_names(hub, finished, tmp_pat
         assert told["configuration"]["data"]["source"] == told["results"]["data"]["source"] == name
 
 
+def test_lineage_names_each_of_several_sources_without_its_folder(finished):
+    sources = [{"source": "private/a.jsonl"}, {"source": "ada/rows"}]
+    asked = {"sources": sources, "validation": {"source": "private/own.jsonl"}}
+    config = parse_config(json.loads(finished.config.model_dump_json()) | {"data": asked}, "")
+    parts = [{"source": "private/a.jsonl"}, {"source": "ada/rows", "split": "train", "revision": "c0ffee"}]
+    read = {"source": "private/a.jsonl, ada/rows", "parts": {str(n): part for n, part in enumerate(parts)}}
+    text = lineage(config, Results.model_validate({"data": read}), {}, ()).decode()
+    told = json.loads(text)
+    assert [part["source"] for part in told["configuration"]["data"]["sources"]] == ["a.jsonl", "ada/rows"]
+    assert told["data"]["source"] == told["results"]["data"]["source"] == "a.jsonl, ada/rows"
+    assert [part["source"] for part in told["results"]["data"]["parts"].values()] == ["a.jsonl", "ada/rows"]
+    assert "private/" not in text
+
+
 @pytest.mark.parametrize("source, name", [("ada/texts", "ada/texts"), ("folder/notes.txt", "notes.txt")])
 def test_lineage_names_the_calibration_text_as_its_figures_do(finished, source, name):
     config = parse_config(

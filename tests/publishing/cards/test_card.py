@@ -212,6 +212,32 @@ def test_the_data_are_described_as_far_as_is_known():
     assert "malformed" not in bare and "Chat template" not in bare and "Shortest" not in bare
 
 
+def test_several_sources_are_told_with_weights_and_held_out_examples_of_their_own():
+    sources = [{"source": "org/data", "weight": 2}, {"source": "private/tickets.jsonl", "weight": 0.5}]
+    asked = {"sources": sources, "validation": {"source": "private/own.jsonl"}, "template_options": {"think": False}}
+    hub = {"source": "org/data", "split": "train", "revision": "fedcba9876543210", "form": "messages", "rows": 40}
+    parts = [hub, {"source": "private/tickets.jsonl", "rows": 9}, {"source": "private/own.jsonl", "rows": 8}]
+    found = results()
+    found["data"] |= {
+        "source": "org/data, private/tickets.jsonl", "subset": None, "split": None, "revision": None,
+        "form": "messages and instruction", "parts": {str(n): part for n, part in enumerate(parts, start=1)},
+        "kept_out": 3,
+    }  # fmt: skip
+    found["merged"]["quality"]["held_out"]["text"] = "private/own.jsonl"
+    text = model_card(about(found, config=config(data=asked)), BOTH)
+    told = {name: row[""] for name, row in rows(text, "| Data |").items()}
+    link = "[org/data](https://huggingface.co/datasets/org/data)"
+    assert told["Source"] == f"{link} and the file `tickets.jsonl`"
+    assert told["Each source"].startswith(f"{link}, split `train`, revision `fedcba987654`, 40 rows; the file `tick")
+    assert (
+        told["Weights"] == f"{link} 2, the file `tickets.jsonl` 0.5" and told["Held out from"] == "the file `own.jsonl`"
+    )
+    assert told["Form"].startswith("a list of ") and "; `instruction` and `output`" in told["Form"]
+    assert told["Template options"] == "`think: false`" and told["Left out because they are held out"] == "3"
+    assert data(text)["datasets"] == ["org/data"] and "private" not in text
+    assert "is from the same source" in model_card(about(), BOTH) and "is from the same source" not in text
+
+
 def item(text: str, name: str) -> str:
     return plain(next(line for line in text.splitlines() if line.startswith(f"- **{name}**")))
 
