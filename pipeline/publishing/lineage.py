@@ -88,9 +88,10 @@ def _data(config: TrainingRun, results: Results) -> dict:
 
 def _sources(config: Config) -> set[str]:
     """Return the sources of the configuration that may be files on this machine."""
+    second = config.train.preference
     named = (
         config.model.source,
-        *(part.source for part in (config.data.all_parts if config.data else ())),
+        *(part.source for data in (config.data, second and second.data) if data for part in data.all_parts),
         config.data and config.data.chat_template,
         config.evaluate and config.evaluate.general,
         *config.quantize.calibration.sources,

@@ -197,7 +197,8 @@ class Job:
         if not TIMEOUT.match(self.timeout):
             raise ConfigError(f"--timeout {self.timeout}: write it as 90m, 6h or 1d")
         texts = [source for source in config.quantize.calibration.sources if not is_builtin(source) and locate(source)]
-        rows = [part.source for part in config.data.all_parts if not is_builtin(part.source) and locate(part.source)]
+        parts = [*config.data.all_parts, *(second.data.all_parts if (second := config.train.preference) else ())]
+        rows = [part.source for part in parts if not is_builtin(part.source) and locate(part.source)]
         here = {
             "model.source": (is_local(config.model.source) or PACKAGE_SOURCE.match(config.model.source))
             and config.model.source,

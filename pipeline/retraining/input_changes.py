@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from pydantic import ValidationError
 
@@ -67,13 +68,14 @@ def settings(config: Config) -> dict[str, object]:
     flat: dict[str, object] = {}
     for name, section in sections.items():
         _flatten(name, {k: v for k, v in section.items() if k not in NOT_FOR_THE_MODEL.get(name, ())}, flat)
-    for key in ("model.source", "data.source", "data.chat_template", "data.validation.source"):
-        if flat.get(key) is not None:
-            flat[key] = _named(str(flat[key]))
-    flat.pop("data.validation.revision", None)
-    if isinstance(config, TrainingRun) and config.data.sources:
-        rows = [part.model_dump(exclude={"revision"}) for part in config.data.sources]
-        flat["data.sources"] = [part | {"source": _named(part["source"])} for part in rows]
+    for data in ("data", "train.preference.data"):
+        for key in ("source", "chat_template", "validation.source"):
+            if flat.get(f"{data}.{key}") is not None:
+                flat[f"{data}.{key}"] = _named(str(flat[f"{data}.{key}"]))
+        if rows := cast("list[dict]", flat.get(f"{data}.sources", [])):
+            flat[f"{data}.sources"] = [{**row, "source": _named(row["source"]), "revision": None} for row in rows]
+        flat.pop(f"{data}.validation.revision", None)
+    flat["model.source"] = _named(str(flat["model.source"]))
     return flat
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config.schema import Config, TrainingRun
+from pipeline.config.schema import Config, Data, TrainingRun
+from pipeline.data.sources import is_builtin
 from pipeline.errors import DataError, UserError
 from pipeline.models.checkpoint_files import ADAPTER_FILES
 from pipeline.models.context import check_length, context_length
@@ -42,7 +43,7 @@ def parameters(config: TrainingRun, variant: str | None) -> dict:
     """Return the fields of the start event."""
     return {
         "model": config.model.source,
-        "data": config.data.source,
+        "data": config.data.named,
         "method": config.train.method,
         "rank": config.train.lora.rank,
         "learning_rate": config.train.learning_rate,
@@ -53,19 +54,30 @@ def parameters(config: TrainingRun, variant: str | None) -> dict:
 def depends(config: TrainingRun, workspace: Workspace, variants: tuple[str, ...]) -> dict:
     """Return the dependencies as plain data."""
     train = without_limit(config.train.model_dump(exclude={"checkpoint_every", "keep_checkpoints"}))
-    second = config.train.preference.data.source if config.train.preference else None
-    sources = [config.data.source, *([second] if second else [])]
+    first, second = _files(config.data, workspace), None
+    if config.train.preference:
+        second = _files(config.train.preference.data, workspace)
     named = config.train.qat  # its settings decide how weights are rounded in training
     return {
         "model": model_depends(config, workspace),
-        "data": config.data.model_dump() | {"files": hashes_of(workspace, config.data.source)},
+        "data": config.data.model_dump() | {"files": _of_source(first)},
         **({"chat_template": hashes_of(workspace, chosen)} if (chosen := config.data.chat_template) else {}),
         "train": train,
         **({"qat": config.quantize.spec(named).making()} if named else {}),
         "versions": versions(*TRAINING),
-        **({"pairs": hashes_of(workspace, second)} if second else {}),
-        "python": platform.python_version() if any(s.startswith("builtin:") for s in sources) else None,
+        **({"pairs": _of_source(second)} if second else {}),
+        "python": platform.python_version() if any(map(is_builtin, (*first, *(second or ())))) else None,
     }
+
+
+def _files(data: Data, workspace: Workspace) -> dict[str, dict[str, str]]:
+    """Return the hashes of the files of each source of a data set."""
+    return {part.source: hashes_of(workspace, part.source) for part in data.all_parts}
+
+
+def _of_source(files: dict[str, dict[str, str]]) -> dict:
+    """Return the hashes of a single source without its name, as earlier versions did."""
+    return files if len(files) > 1 else next(iter(files.values()))
 
 
 def run(config: TrainingRun, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
@@ -159,6 +171,7 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
     from pipeline.data.describe import CHOSEN_TEMPLATE, describe, report, samples
     from pipeline.data.system_prompt import set_prompt
     from pipeline.data.template_choice import choose_template
+    from pipeline.data.template_options import set_options
     from pipeline.evaluation import eligible_prompts, generation, texts
     from pipeline.evaluation.gates import ONE_CLUSTER
     from pipeline.models.matrices import linear_weights
@@ -180,6 +193,10 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
     is_text = data.form == "text"  # which is learned as it is
     chosen = None if is_text else choose_template(tokenizer, config.data.chat_template)
     about_choice = {"template": CHOSEN_TEMPLATE, "chosen_digest": fingerprint(chosen)} if chosen else {}
+    if is_text and config.data.template_options:
+        raise DataError("data.template_options: plain text needs no chat template. Try: remove it")
+    if config.data.template_options:
+        chosen = set_options(tokenizer, config.data.template_options)
     if config.data.system is not None:
         if is_text:
             raise DataError("data.system: plain text has no system prompt. Try: remove it")

@@ -44,11 +44,12 @@ def read_data(
         on_skip = partial(print, sep=": ", file=log)
         data = load_examples(pinned(config, workspace), config.train.loss_on, on_skip, check)
     if process.is_local_main:
-        workspace.note("train", data={"asked": _asked_of_hub(config.data), "revision": data.revision})
+        workspace.note("train", data=_read_at(config.data, data))
         if not data.skipped.total:
             skipped.unlink()
         write_examples(workspace.data / "held_out.jsonl", data.held_out)
-    check_form(config, data.form)
+    for part in data.parts:
+        check_form(config, part.form)
     # Check before the training that there is enough text to measure on, and to compare with a published model.
     published, _ = baseline.noted(workspace)
     if not published:
@@ -115,10 +116,11 @@ def read_pairs(
         source = pinned(second, workspace, PAIRS)
         data = load_examples(source, second.train.loss_on, on_skip, ChatTemplate(tokenizer).check)
     if process.is_local_main:
-        workspace.note("train", **{PAIRS: {"asked": _asked_of_hub(second.data), "revision": data.revision}})
+        workspace.note("train", **{PAIRS: _read_at(second.data, data)})
         if not data.skipped.total:
             skipped.unlink()
-    check_form(second, data.form)
+    for part in data.parts:
+        check_form(second, part.form)
     questions = {example.prompt(config.train.loss_on) for example in measured}
     kept = tuple(pair for pair in data.train if pair.prompt("completion") not in questions)
     if len(kept) < len(data.train):
@@ -127,9 +129,9 @@ def read_pairs(
     encoded = encode_data(second, replace(data, train=kept), tokenizer, events)
     if not encoded["training"].examples or not encoded["held-out"].examples:
         longest = config.train.max_length
-        raise DataError(f"{second.data.source}: train.max_length {longest} leaves no pair to train on, or to measure")
+        raise DataError(f"{second.data.named}: train.max_length {longest} leaves no pair to train on, or to measure")
     description = {
-        "source": second.data.source,
+        "source": second.data.named,
         "revision": data.revision,
         "fingerprint": data.fingerprint,
         "training_pairs": len(encoded["training"].examples),
@@ -144,10 +146,17 @@ def pinned(config: TrainingRun, workspace: Workspace, noted: str = "data") -> Da
     A branch on the Hub stays at its first commit, so that a stopped training goes on with the same rows.
     """
     known = workspace.progress("train", noted)
-    if known.get("revision") is None or known["asked"] != _asked_of_hub(config.data):
+    if known.get("asked") != _asked_of_hub(config.data):
         return config.data
-    return config.data.model_copy(update={"revision": known["revision"]})
+    return config.data.at_revisions(known.get("revisions") or [known.get("revision")])
+
+
+def _read_at(asked: Data, found: DataSet) -> dict:
+    """Return a note of the commits that were read, for `pinned`."""
+    revisions = [part.revision for part in found.parts]
+    known = {"revision": found.revision} if len(revisions) == 1 else {"revisions": revisions}
+    return {"asked": _asked_of_hub(asked), **known}
 
 
 def _asked_of_hub(data: Data) -> dict:
-    return data.model_dump(include={"source", "subset", "revision", "split"})
+    return data.model_dump(include={"source", "subset", "revision", "split", "sources", "validation"})
