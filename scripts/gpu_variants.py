@@ -87,7 +87,7 @@ def _by_loader(place: Place, spec: VariantSpec, folder: Path) -> Figures:
         off = check_logits(loader, logits(model, ids), expected, allowed)
         figures[loader] = f"off {off}, {rate(decode_speed(model))}"
         del model
-    return figures | {"bf16": f"{rate(full_precision(place)[1])}"}
+    return figures | {"bf16": rate(full_precision(place)[1])}
 
 
 def _obstacle(place: Place, spec: VariantSpec, engine: str) -> str | None:
