@@ -107,11 +107,14 @@ def make_plan(
     """
     machine = gpu_by_name(device) if device else this_machine(runs)
     sizes = read_sizes(config.model)
-    data = None
+    data, second_steps = None, None
     if isinstance(config, TrainingRun):
         check_length(config.train.max_length, sizes.context)
         check_targets(config.train.lora, sizes.linear)
         data = data_size(config, read_rows)
+        if config.train.preference:
+            second = config.preference_run()
+            second_steps = steps(second.data, second.train, data_size(second, read_rows))
     for spec in config.quantize.variants:
         check_experts(spec, sizes.linear)
         check_patterns(spec, sizes.linear)
@@ -129,7 +132,7 @@ def make_plan(
     changes = advise(config, lambda asked: bool(lay_out(asked)[2])) if short else []
     planned_steps = steps(config.data, config.train, data) if config.data and data else None
     speeds, why_not = _speeds(machine)
-    seconds = timing.seconds(speeds, config, sizes, stages, planned_steps) if speeds else {}
+    seconds = timing.seconds(speeds, config, sizes, stages, planned_steps, second_steps) if speeds else {}
     return Plan(
         config, machine, sizes, data, adapter if config.merges else 0, planned_steps, stages, short, changes, seconds,
         why_not,

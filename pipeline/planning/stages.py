@@ -109,7 +109,11 @@ def _with_model(stage: Stage, config: Config, sizes: Sizes) -> Stage:
 
 
 def _train(config: Config, sizes: Sizes, machine: Machine, data_bytes: int, adapter: int) -> Stage:
-    host, gpu = memory.training(sizes, config.train, machine.has_gpu)
+    trainings = [config.train]
+    if isinstance(config, TrainingRun) and config.train.preference:
+        trainings.append(config.preference_run().train)
+    needs = [memory.training(sizes, train, machine.has_gpu) for train in trainings]
+    host, gpu = (max(need, key=memory.total) for need in zip(*needs, strict=True))
     moments = 2 if machine.has_gpu and config.train.optimizer != "adamw" else 8
     return Stage(
         "train",

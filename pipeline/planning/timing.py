@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from pipeline.config.catalog import DEFAULT_VARIANTS, NEAREST, VARIANTS
 from pipeline.config.schema import Config, MeasuredRun, TrainingRun, VariantSpec
-from pipeline.config.training_catalog import METHODS, NF4_BASE
+from pipeline.config.training_catalog import METHODS, NF4_BASE, TRAINERS
 from pipeline.evaluation.texts import FEWEST_TOKENS
 from pipeline.planning import memory
 from pipeline.planning.benchmark import Speeds
@@ -27,9 +27,19 @@ GPTQ_PASSES = 20  # products of a weight with a Gram matrix, or as much other wo
 
 
 def seconds(
-    speeds: Speeds, config: Config, sizes: Sizes, stages: Sequence[Stage], steps: int | None
+    speeds: Speeds,
+    config: Config,
+    sizes: Sizes,
+    stages: Sequence[Stage],
+    steps: int | None,
+    second_steps: int | None = None,
 ) -> dict[str, float]:
-    """Return the seconds of each stage without the network; a stage without a known time is left out."""
+    """Return the seconds of each stage without the network; a stage without a known time is left out.
+
+    Args:
+        steps: steps of the training; None if they are not known.
+        second_steps: steps of the training of `train.preference`, likewise.
+    """
     specs = {spec.name: spec for spec in config.quantize.variants}
     times = {}
     for stage in stages:
@@ -37,6 +47,10 @@ def seconds(
             continue
         if stage.name == "train" and steps is not None and isinstance(config, TrainingRun):
             times["train"] = _training(speeds, config, sizes, steps)
+            if config.train.preference and second_steps is None:
+                del times["train"]
+            elif config.train.preference and second_steps is not None:
+                times["train"] += _training(speeds, config.preference_run(), sizes, second_steps)
         elif stage.name == "merge":
             times["merge"] = _merging(speeds, config, sizes, stage)
         elif stage.name == "evaluate" and isinstance(config, MeasuredRun):
@@ -60,10 +74,12 @@ def seconds(
 
 
 def _training(speeds: Speeds, config: TrainingRun, sizes: Sizes, steps: int) -> float:
-    train = config.train
-    tokens = train.batch_size * train.max_length
+    train, sequences = config.train, TRAINERS[config.train.trainer].sequences
+    tokens = train.batch_size * sequences * train.max_length
     weights = sizes.linear_parameters + sizes.vocabulary * sizes.hidden
     step = tokens * weights / speeds.train
+    if sequences > 1:  # the reference reads them too
+        step += tokens * weights / speeds.forward
     if METHODS[train.method].in_nf4:
         step += 2 * sizes.linear_parameters / speeds.nf4_weights
     measured = 1 + steps // train.evaluate_every
