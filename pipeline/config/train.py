@@ -16,7 +16,7 @@ from pipeline.config.base import Count, Rate, Real, Section, Seed
 from pipeline.config.catalog import PREFERENCE
 from pipeline.config.data import Data
 from pipeline.config.qat import TrainedFor
-from pipeline.config.training_catalog import DEFAULT_TRAINER, METHODS, SMALLEST_METHOD, TRAINERS
+from pipeline.config.training_catalog import DEFAULT_ON_PAIRS, DEFAULT_TRAINER, METHODS, SMALLEST_METHOD, TRAINERS
 from pipeline.config.training_options import (
     CONVERTED_BEGINNINGS,
     LORA_FIXED,
@@ -74,7 +74,7 @@ class Preference(Section):
     """A second training of the same adapter, on preference pairs. All other settings are those of the first."""
 
     data: Data = Field(description="preference pairs")
-    trainer: str = Field(default="dpo", description="`dpo`, or `kto`")
+    trainer: str = Field(default=DEFAULT_ON_PAIRS, description="`dpo`, or `kto`")
     epochs: Real = Field(default=1, gt=0, le=1000, description="passes over the pairs")
     max_steps: Count | None = Field(default=None, description="stop after this many optimizer steps")
     batch_size: Count = Field(default=4, description="pairs in one forward pass")

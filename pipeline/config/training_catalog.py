@@ -118,3 +118,4 @@ TRAINERS = {
     )
 }
 DEFAULT_TRAINER = next(iter(TRAINERS))
+DEFAULT_ON_PAIRS = next(name for name, trainer in TRAINERS.items() if trainer.forms == (PREFERENCE,))
