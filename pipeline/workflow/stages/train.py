@@ -185,6 +185,7 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
     check_variants(config, base)
     if spec := trained_for(config):
         check_model(spec, base)
+        events.show([f"train.qat: each step computes with the weights that {spec.name} will store, without dropout"])
     context = context_length(open_config(base).to_dict())
     check_length(config.train.max_length, context)
     check_targets(config.train.lora, linear_weights(base))
