@@ -13,7 +13,8 @@ from pipeline.data import Example
 from pipeline.data.encode import EncodedSet, encode_examples
 from pipeline.data.splitting import answers_of_split, place
 from pipeline.errors import DataError
-from pipeline.evaluation.results import Data, Results
+from pipeline.evaluation.data_result import Data
+from pipeline.evaluation.results import Results
 from pipeline.system.command_names import command
 
 FEWEST = 16  # prompts; fewer give no reliable error of a difference

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.catalog import VARIANTS
 from pipeline.config.schema import REPO_ID, Config, TrainingRun
 from pipeline.data.sources import names_a_file
-from pipeline.evaluation.results import Data, DataPart, Results
+from pipeline.evaluation.data_result import Data, DataPart
+from pipeline.evaluation.results import Results
 from pipeline.system.libraries import STACK, versions
 from pipeline.system.redaction import file_name
 

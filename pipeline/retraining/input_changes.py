@@ -16,7 +16,7 @@ from pipeline.config.schema import PACKAGE_SOURCE, Config, MeasuredRun, Training
 from pipeline.data import load_examples
 from pipeline.data.sources import is_builtin, locate
 from pipeline.errors import ModelError
-from pipeline.evaluation.results import Data
+from pipeline.evaluation.data_result import Data
 from pipeline.hub.download import in_one_line
 from pipeline.hub.retry import retry
 from pipeline.models import sources

@@ -23,8 +23,8 @@ from pipeline.data import load_examples, write_examples
 from pipeline.data.sources import is_builtin, names_a_file
 from pipeline.data.splitting import answers_of_split
 from pipeline.errors import UserError
+from pipeline.evaluation.data_result import Data
 from pipeline.evaluation.model_result import GENERAL, HELD_OUT, TEXTS, VariantSettings
-from pipeline.evaluation.results import Data
 from pipeline.inference.loaders import DEQUANTIZED, default_loader, missing_packages
 from pipeline.models.checkpoint_files import read_config
 from pipeline.models.safe_loading import check_beside, check_config

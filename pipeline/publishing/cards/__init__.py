@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.catalog import DATA_FORMS, EIGHT_BITS, LLAMA_CPP, ROUNDINGS, VARIANTS, is_one_file
 from pipeline.config.schema import PACKAGE_SOURCE
 from pipeline.config.training_catalog import METHODS, TRAINERS
+from pipeline.evaluation.data_result import Data, DataPart
 from pipeline.evaluation.model_result import TEXTS
-from pipeline.evaluation.results import Data, DataPart, Training
+from pipeline.evaluation.results import Training
 from pipeline.inference.loaders import TIMED
 from pipeline.publishing.cards import about as names
 from pipeline.publishing.cards import markdown
