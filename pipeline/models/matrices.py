@@ -106,6 +106,21 @@ def head_modules(folder: Path) -> list[str]:
     return [name for name, module in model.named_modules() if module is head]
 
 
+def skipped_modules(folder: Path, modules: list[str]) -> list[str] | None:
+    """Return the modules that stock loaders leave as they are, for a `quantization_config`; None for their own list.
+
+    A list there replaces the loader's own, so the output head must stand in it too.
+
+    Args:
+        folder: of the full-precision model.
+        modules: modules that stay in bf16 beside the output head.
+
+    Raises:
+        ModelError: if transformers cannot build the model.
+    """
+    return [*head_modules(folder), *modules] if modules else None
+
+
 def embedding_kind(model: Path | Mapping) -> str:
     """Return `PLAIN_TABLE` if the embedding only looks rows up, otherwise the name of its class.
 

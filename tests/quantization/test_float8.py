@@ -35,11 +35,11 @@ def settings(name: str):
 
 @pytest.mark.parametrize("kept", [[], ["a"]], ids=["all", "one kept"])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_configuration_is_what_transformers_writes(name, kept, tmp_path):
+def test_the_configuration_is_what_transformers_writes(name, kept, tiny_model):
     from transformers import TorchAoConfig
 
     expected = TorchAoConfig(settings(name), modules_to_not_convert=["lm_head", *kept] if kept else None)
-    found = format_of(spec_of(name)).quantization_config(spec_of(name), kept, [], [], {}, tmp_path)
+    found = format_of(spec_of(name)).quantization_config(spec_of(name), kept, [], [], {}, tiny_model("llama"))
     assert json.dumps(found, sort_keys=True) == json.dumps(expected.to_dict(), sort_keys=True)
 
 

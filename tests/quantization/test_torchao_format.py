@@ -90,7 +90,7 @@ def torchao_config(spec: VariantSpec):
     "kept, tables, eight",
     [([], [], []), (["a"], [], []), ([], ["t"], []), (["a"], ["t", "u"], []), ([], [], ["e"]), (["a"], ["t"], ["e"])],
 )
-def test_the_configuration_is_what_transformers_writes_for_the_same_choice(options, kept, tables, eight, tmp_path):
+def test_the_configuration_is_what_transformers_writes_for_the_same_choice(options, kept, tables, eight, tiny_model):
     from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
@@ -102,7 +102,7 @@ def test_the_configuration_is_what_transformers_writes_for_the_same_choice(optio
         expected = TorchAoConfig(kind, modules_to_not_convert=kept, include_input_output_embeddings=True)
     else:
         expected = TorchAoConfig(kind, modules_to_not_convert=["lm_head", *kept] if kept else None)
-    found = format_of(spec).quantization_config(spec, kept, tables, eight, {}, tmp_path)
+    found = format_of(spec).quantization_config(spec, kept, tables, eight, {}, tiny_model("llama"))
     assert json.dumps(found, sort_keys=True) == json.dumps(expected.to_dict(), sort_keys=True)
 
 

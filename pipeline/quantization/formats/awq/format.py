@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from pipeline.config.schema import VariantSpec
-from pipeline.models.matrices import gate_modules
+from pipeline.models.matrices import gate_modules, skipped_modules
 from pipeline.quantization.formats import StoredTensors
 from pipeline.quantization.formats.awq import sizes
 from pipeline.quantization.formats.safetensors import Grids
@@ -47,14 +47,13 @@ class Awq(Transposed):
         self, spec: VariantSpec, kept: list[str], tables: list[str], eight: list[str], grids: Grids, folder: Path
     ) -> dict:
         """Return the `quantization_config` of config.json."""
-        others = [*gate_modules(folder), *kept]
         return {
             "quant_method": "awq",
             "version": "gemm",
             "bits": spec.variant.bits,
             "group_size": group_size(grids),
             "zero_point": True,
-            "modules_to_not_convert": ["lm_head", *others] if others else None,
+            "modules_to_not_convert": skipped_modules(folder, [*gate_modules(folder), *kept]),
         }
 
     def read(self, checkpoint: StoredTensors, name: str, shape: tuple[int, ...]) -> GroupQuantized:

@@ -22,7 +22,7 @@ import torch
 
 from pipeline.config.schema import VariantSpec
 from pipeline.errors import QuantizationError
-from pipeline.models.matrices import gate_modules
+from pipeline.models.matrices import gate_modules, skipped_modules
 from pipeline.quantization.formats import StoredTensors
 from pipeline.quantization.formats.bitsandbytes import sizes
 from pipeline.quantization.formats.safetensors import Grids, SafetensorsFormat, wrong_parts
@@ -151,7 +151,6 @@ class Bitsandbytes(SafetensorsFormat):
         """Return the `quantization_config` of config.json, as transformers' `BitsAndBytesConfig` has it."""
         kind = spec.variant.values
         in_eight = kind == sizes.INT8
-        others = [*gate_modules(folder), *kept]
         return {
             "_load_in_4bit": not in_eight,
             "_load_in_8bit": in_eight,
@@ -161,8 +160,7 @@ class Bitsandbytes(SafetensorsFormat):
             "bnb_4bit_use_double_quant": kind == sizes.NF4,
             "llm_int8_enable_fp32_cpu_offload": False,
             "llm_int8_has_fp16_weight": False,
-            # A list here replaces transformers' own, so the output head must stand in it too.
-            "llm_int8_skip_modules": ["lm_head", *others] if others else None,
+            "llm_int8_skip_modules": skipped_modules(folder, [*gate_modules(folder), *kept]),
             "llm_int8_threshold": 6.0,
             "load_in_4bit": not in_eight,
             "load_in_8bit": in_eight,

@@ -56,7 +56,7 @@ class Float8(Torchao):
         self, spec: VariantSpec, kept: list[str], tables: list[str], eight: list[str], grids: Grids, folder: Path
     ) -> dict:
         """Return the `quantization_config` of config.json."""
-        return header.described(header.float8_recipe(spec.variant.rounds_inputs), kept, tables)
+        return header.described(header.float8_recipe(spec.variant.rounds_inputs), kept, tables, folder)
 
     def weights(self, checkpoint: StoredTensors) -> Collection[str]:
         """Return the names of the weights that a checkpoint holds in this format."""

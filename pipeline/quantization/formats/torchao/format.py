@@ -135,7 +135,7 @@ class Torchao(SafetensorsFormat):
     ) -> dict:
         """Return the `quantization_config` of config.json."""
         stacks = [name for name, (shape, _) in grids.items() if len(shape) == 3]
-        return header.quantization_config(spec, self.packing, kept, tables, eight, stacks)
+        return header.quantization_config(spec, self.packing, kept, tables, eight, folder, stacks)
 
     def weights(self, checkpoint: StoredTensors) -> Collection[str]:
         """Return the names of the weights that a checkpoint holds in this format."""

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 
 import torch
 
 from pipeline.config.schema import VariantSpec
+from pipeline.models.matrices import skipped_modules
 from pipeline.quantization.grid import Grid
 
 DYNAMIC = "Int8DynamicActivationInt8WeightConfig"  # of layers that round their inputs too
@@ -83,6 +85,7 @@ def quantization_config(
     kept: list[str],
     tables: list[str],
     eight: list[str],
+    folder: Path,
     stacks: Collection[str] = (),
 ) -> dict:
     """Return the `quantization_config` of config.json.
@@ -92,6 +95,7 @@ def quantization_config(
         kept: modules that stay in bf16, though their kind is quantized.
         tables: the embedding and the output head, if they are in int8.
         eight: layers in int8, if the others have fewer bits.
+        folder: of the full-precision model.
         stacks: stacks of experts, which have eight bits in every variant.
     """
     if spec.variant.bits == 4:
@@ -121,22 +125,21 @@ def quantization_config(
         of_stacks = in_eight if spec.variant.bits == 4 else kind
         kinds = {**dict.fromkeys([*tables, *eight], in_eight), **dict.fromkeys(stacks, of_stacks), "_default": kind}
         kind = _recipe("FqnToConfig", 1, fqn_to_config=kinds, module_fqn_to_config=kinds)
-    return described(kind, kept, tables)
+    return described(kind, kept, tables, folder)
 
 
-def described(kind: dict, kept: list[str], tables: list[str]) -> dict:
+def described(kind: dict, kept: list[str], tables: list[str], folder: Path) -> dict:
     """Return the `quantization_config` of config.json with the settings `kind`.
 
     Args:
         kept: modules that stay in bf16, though their kind is quantized.
         tables: the embedding and the output head, if they are quantized.
+        folder: of the full-precision model.
     """
-    # A list here replaces transformers' own, so the output head must stand in it too, unless it is quantized.
-    listed = kept if tables else ["lm_head", *kept] if kept else None
     return {
         "quant_method": "torchao",
         "quant_type": {"default": kind},
-        "modules_to_not_convert": listed,
+        "modules_to_not_convert": kept if tables else skipped_modules(folder, kept),
         "include_input_output_embeddings": bool(tables),
         "untie_embedding_weights": False,
     }
