@@ -1,7 +1,11 @@
 """Training on preference pairs: DPO and KTO alone, and after supervised fine-tuning on the same adapter."""
 
 import json
+import os
 import random
+import signal
+import subprocess
+import time
 
 import pytest
 import torch
@@ -12,7 +16,7 @@ from pipeline.config.training_catalog import TRAINERS
 from pipeline.training.trainers.preference import preference_figures
 from pipeline.workflow.in_process import run_stage_here
 from pipeline.workflow.run import run_one
-from tests.support.runs import write_place
+from tests.support.runs import stage_process_of, wait_for_training, write_place
 
 PAIRS = {"source": "pairs.jsonl", "held_out": 0.25}
 STEPS = {"max_steps": 6, "batch_size": 4, "learning_rate": 0.02, "checkpoint_every": 3, "evaluate_every": 3}
@@ -141,3 +145,42 @@ def test_figures_of_pairs_have_their_errors():
     assert found["preference_accuracy"] == 0.75 and found["preference_accuracy_stderr"] == pytest.approx(0.25)
     assert found["likelier_gain"] == 0.5 and found["likelier_gain_stderr"] == pytest.approx(0.2887, abs=1e-4)
     assert found["reward_margin"] == 1.0 and "loss" in found
+
+
+def in_first_training(place):
+    return (place.run_folder / "events.jsonl").read_text().count('"train/loss"') >= 3
+
+
+def at_the_border(place):
+    return (place.run_folder / "adapter-before-preference").is_dir()
+
+
+def in_second_training(place):
+    return (place.run_folder / "events.jsonl").read_text().count("preference/train/loss") >= 4
+
+
+@pytest.mark.slow
+def test_killed_trainings_continue_to_the_same_bytes(tiny_model, tmp_path):
+    train = {"max_steps": 8, "checkpoint_every": 2, "preference": {**SECOND, "max_steps": 8, "accumulate": 2}}
+    found = {}
+    for moment in (None, in_first_training, at_the_border, in_second_training):
+        folder = tmp_path / (moment.__name__ if moment else "undisturbed")
+        folder.mkdir()
+        write_pairs(folder)
+        place = write_place(folder, tiny_model("llama"), train=train)
+        if moment:
+            command = place.command("train", str(place.config))
+            process = subprocess.Popen(
+                command, cwd=folder, env=place.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            wait_for_training(place, process)
+            while not moment(place):
+                assert process.poll() is None, "the run ended before it was killed"
+                time.sleep(0.02)
+            os.kill(stage_process_of(place), signal.SIGKILL)
+            process.wait(60)
+            assert not (place.run_folder / "adapter").is_dir()
+        place.tunepress("train", str(place.config))
+        adapters = (place.run_folder / name for name in ("adapter-before-preference", "adapter"))
+        found[folder.name] = [(path / "adapter_model.safetensors").read_bytes() for path in adapters]
+    assert all(bytes_of == found["undisturbed"] for bytes_of in found.values()), list(found)
