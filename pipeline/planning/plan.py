@@ -54,6 +54,7 @@ class Plan:
     changes: Sequence[Change]
     seconds: dict[str, float]
     why_no_times: str | None
+    second_steps: int | None = None  # of `train.preference`
 
     @property
     def fits(self) -> bool:
@@ -135,7 +136,7 @@ def make_plan(
     seconds = timing.seconds(speeds, config, sizes, stages, planned_steps, second_steps) if speeds else {}
     return Plan(
         config, machine, sizes, data, adapter if config.merges else 0, planned_steps, stages, short, changes, seconds,
-        why_not,
+        why_not, second_steps,
     )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ def as_json(plan: Plan) -> dict:
             "source": config.data and config.data.named,
             **_values(data, "examples", "tokens", "how", "fetched_bytes"),
             "steps": plan.steps,
+            **({"preference_steps": plan.second_steps} if config.train.preference else {}),
         },
         "machine": _values(plan.machine, "name", "gpu_bytes", "host_bytes", "disk_free", "cache_free"),
         "stages": [_stage(stage, peaks[stage.name], plan.seconds.get(stage.name)) for stage in plan.stages],
@@ -105,6 +106,9 @@ def _head(plan: Plan) -> Iterator[tuple[str, str]]:
         tokens = "" if data.tokens is None else f", about {_count(data.tokens)} tokens"
         taken = "steps not known" if plan.steps is None else f"{plan.steps} steps"
         yield "Data", f"{config.data.named}: {rows}{tokens} ({data.how}); {taken}"
+    if second := config.train.preference:
+        taken = "steps not known" if plan.second_steps is None else f"{plan.second_steps} steps"
+        yield "Pairs", f"{second.data.named}: {taken} with {second.trainer}, after these"
     free = " free" if machine.is_here else ""
     has = [f"{size(machine.gpu_bytes)} of GPU memory{free}"] if machine.has_gpu else []
     has += [f"{size(machine.host_bytes)} of memory free" if machine.host_bytes else "main memory not known"]

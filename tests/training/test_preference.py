@@ -184,3 +184,12 @@ def test_killed_trainings_continue_to_the_same_bytes(tiny_model, tmp_path):
         adapters = (place.run_folder / name for name in ("adapter-before-preference", "adapter"))
         found[folder.name] = [(path / "adapter_model.safetensors").read_bytes() for path in adapters]
     assert all(bytes_of == found["undisturbed"] for bytes_of in found.values()), list(found)
+
+
+def test_plan_counts_the_second_training(tiny_model, tmp_path):
+    second = {key: value for key, value in SECOND.items() if key != "max_steps"}
+    place = write_place(tmp_path, tiny_model("llama"), train={"preference": second})
+    write_pairs(tmp_path)
+    plan = json.loads(place.tunepress("plan", str(place.config), "--json").stdout)
+    assert plan["data"]["preference_steps"] == 8  # 30 pairs, 4 in a step
+    assert "Pairs" in place.tunepress("plan", str(place.config)).stdout
