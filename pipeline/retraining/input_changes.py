@@ -13,6 +13,7 @@ from typing import cast
 from pydantic import ValidationError
 
 from pipeline.config.schema import PACKAGE_SOURCE, Config, MeasuredRun, TrainingRun
+from pipeline.config.schema import Data as DataSettings
 from pipeline.data import load_examples
 from pipeline.data.sources import is_builtin, locate
 from pipeline.errors import ModelError
@@ -26,7 +27,11 @@ from pipeline.system.redaction import file_name
 from pipeline.workflow.stages.calibration_text import digest_now
 
 CALIBRATION_TEXT = "quantize.calibration.source"
-NOT_FOR_THE_MODEL = {"data": {"revision"}, "model": {"revision", "low_disk"}, "train": {"checkpoint_every"}}
+NOT_FOR_THE_MODEL = {
+    "data": {"revision"},
+    "model": {"revision", "low_disk"},
+    "train": {"checkpoint_every", "keep_checkpoints"},
+}
 
 
 @dataclass(frozen=True)
@@ -37,29 +42,41 @@ class Inputs:
         config: the configuration with the present commits of the Hub, so that the run uses these.
         base: digest of the base model's files.
         data: commit of the data set; if it is not on the Hub, or has several sources, the fingerprint of its examples.
+        pairs: the same of the data of `train.preference`; None without it.
     """
 
     config: TrainingRun
     base: str
     data: str
+    pairs: str | None = None
 
     def to_dict(self) -> dict:
         """Return everything that a comparison depends on, except the published model."""
         tokens = self.config.evaluate.max_tokens
-        return {"base": self.base, "data": self.data, "settings": settings(self.config), "max_tokens": tokens}
+        known = {"base": self.base, "data": self.data, "settings": settings(self.config), "max_tokens": tokens}
+        return known | ({"pairs": self.pairs} if self.pairs else {})
 
 
 def inputs_of(config: TrainingRun) -> Inputs:
     """Return the present inputs of a run. From the Hub only commits and hashes of files are read."""
-    base, commits = _base_commit(config), _data_commits(config)
-    update = {
-        "model": config.model.model_copy(update={"revision": base or config.model.revision}),
-        "data": config.data.at_revisions(commits),
-    }
-    pinned = config.model_copy(update=update)
+    base = _base_commit(config)
+    data, found = _pinned(config.data, config.train.loss_on)
+    update = {"model": config.model.model_copy(update={"revision": base or config.model.revision}), "data": data}
+    pairs = None
+    if second := config.train.preference:
+        data, pairs = _pinned(second.data, config.train.loss_on)
+        preference = second.model_copy(update={"data": data})
+        update["train"] = config.train.model_copy(update={"preference": preference})
     digest = _digest_at(config.model.source, base) if base else sources.digest_here(config.model.source)
-    data = commits[0] if len(commits) == 1 else None
-    return Inputs(pinned, digest, data or load_examples(pinned.data, config.train.loss_on).fingerprint)
+    return Inputs(config.model_copy(update=update), digest, found, pairs)
+
+
+def _pinned(data: DataSettings, loss_on: str) -> tuple[DataSettings, str]:
+    """Return a data set with its present commits, and the commit or the fingerprint that tells if it changed."""
+    commits = _data_commits(data)
+    pinned = data.at_revisions(commits)
+    alone = commits[0] if len(commits) == 1 else None
+    return pinned, alone or load_examples(pinned, loss_on).fingerprint
 
 
 def settings(config: Config) -> dict[str, object]:
@@ -74,7 +91,8 @@ def settings(config: Config) -> dict[str, object]:
                 flat[f"{data}.{key}"] = _named(str(flat[f"{data}.{key}"]))
         if rows := cast("list[dict]", flat.get(f"{data}.sources", [])):
             flat[f"{data}.sources"] = [{**row, "source": _named(row["source"]), "revision": None} for row in rows]
-        flat.pop(f"{data}.validation.revision", None)
+        for key in ("revision", "validation.revision"):
+            flat.pop(f"{data}.{key}", None)
     flat["model.source"] = _named(str(flat["model.source"]))
     return flat
 
@@ -144,12 +162,11 @@ def _digest_at(source: str, commit: str) -> str:
     return there.model
 
 
-def _data_commits(config: TrainingRun) -> list[str | None]:
-    """Return the present commit of each source of the data, None for one that is not on the Hub."""
+def _data_commits(data: DataSettings) -> list[str | None]:
+    """Return the present commit of each source of a data set, None for one that is not on the Hub."""
     from pipeline.data.hub import commit_of
 
-    parts = config.data.all_parts
-    return [None if is_builtin(part.source) or locate(part.source) else commit_of(part) for part in parts]
+    return [None if is_builtin(part.source) or locate(part.source) else commit_of(part) for part in data.all_parts]
 
 
 def _changed_base(live: PublishedModel, inputs: Inputs) -> list[str]:
@@ -166,15 +183,20 @@ def _changed_base(live: PublishedModel, inputs: Inputs) -> list[str]:
 
 
 def _changed_data(live: PublishedModel, inputs: Inputs) -> list[str]:
-    theirs = live.lineage.get("data") or {}
-    if inputs.data in (theirs.get("revision"), theirs.get("fingerprint")):
-        return []
-    # A new commit may have changed only the card.
-    now = load_examples(inputs.config.data, inputs.config.train.loss_on).fingerprint
-    if now == theirs.get("fingerprint"):
-        return []
-    named = ", ".join(file_name(part.source) for part in inputs.config.data.all_parts)
-    return [f"data {named}: {_short(theirs.get('fingerprint'))} -> {_short(now)}"]
+    """Return a line for each data set whose examples changed: that of the training, and that of `train.preference`."""
+    theirs, config = live.lineage.get("data") or {}, inputs.config
+    compared = [(config.data, inputs.data, theirs.get("revision"), theirs.get("fingerprint"))]
+    pairs, second = (live.results.data or Data()).preference, config.train.preference
+    if pairs and second and inputs.pairs:  # one that is new, or gone, is a changed setting
+        compared.append((second.data, inputs.pairs, pairs.revision, pairs.fingerprint))
+    lines = []
+    for data, known, *then in compared:
+        # A new commit may have changed only the card.
+        if known in then or (now := load_examples(data, config.train.loss_on).fingerprint) == then[1]:
+            continue
+        named = ", ".join(file_name(part.source) for part in data.all_parts)
+        lines.append(f"data {named}: {_short(then[1])} -> {_short(now)}")
+    return lines
 
 
 def _changed_template(live: PublishedModel, inputs: Inputs) -> list[str]:

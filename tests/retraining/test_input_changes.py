@@ -101,6 +101,27 @@ def test_changed_rows_and_weights_of_several_sources_are_named(configure, tmp_pa
     assert [line.split(":")[0] for line in changes(live, inputs(mixed()))] == [names]
 
 
+def test_changed_preference_pairs_are_named(configure, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [json.dumps({"prompt": f"q{i}", "chosen": "yes", "rejected": "no"}) + "\n" for i in range(20)]
+    pairs.write_text("".join(rows))
+    tree = json.loads(configure(50).model_dump_json()) | {"train": {"preference": {"data": {"source": str(pairs)}}}}
+    tree["model"] = {"source": str(tmp_path)}
+    (tmp_path / "config.json").write_text("{}")
+    config = parse_config(tree, "")
+    made = inputs_of(config)
+    live = published(config)
+    live.lineage["results"]["data"]["preference"] = {"fingerprint": made.pairs}
+    live.lineage["base"] = {"digest": made.base}
+    assert changes(live, made) == ()
+    pairs.write_text("".join(rows[1:]))
+    now = inputs_of(config)
+    assert [line.split(":")[0] for line in changes(live, now)] == ["data pairs.jsonl"]
+    assert now.to_dict() != made.to_dict()
+    tree["train"]["preference"]["data"]["revision"] = "v2"
+    assert settings(parse_config(tree, "")) == settings(config)
+
+
 def test_revisions_are_those_of_each_source():
     sources = [{"source": "ada/a", "revision": "v1"}, {"source": "ada/b"}]
     data = Data(sources=sources, validation={"source": "ada/c", "split": "test"})
