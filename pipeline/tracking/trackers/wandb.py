@@ -18,6 +18,7 @@ import base64
 import json
 import netrc
 import os
+import re
 import select
 import shutil
 import subprocess
@@ -191,7 +192,7 @@ def _html(rows: list[dict]) -> str:
 def _explained(track: WandbSettings, problem: str) -> TrackError:
     """Return the error of a tracker in one line."""
     server = _server(track)
-    if any(word in problem for word in ("401", "403", "not logged in", "API key", "PERMISSION")):
+    if re.search(r"\b(401|403)\b|not logged in|API key|PERMISSION", problem):
         return TrackError(f"{LABEL} at {server}: refuses the key. {_LOG_IN}")
     if any(word in problem for word in ("did not respond", "connection refused", "timed out", "unreachable")):
         problem = f"no answer ({problem})"
