@@ -84,6 +84,7 @@ class Trainer:
         packs: True if it can put several examples into one sequence.
         title: its name in cards; empty for the default.
         quantizes: True if it can train with quantization (`train.qat`).
+        divides: True if several processes can train together.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Trainer:
     packs: bool = True
     title: str = ""
     quantizes: bool = False
+    divides: bool = True
 
 
 _LEARNS_ANSWERS = tuple(form for form in DATA_FORMS if form != PREFERENCE)
@@ -108,6 +110,7 @@ _ON_PAIRS: dict[str, Any] = {
     "sequences": 2,
     "packs": False,
     "quantizes": True,
+    "divides": False,
 }  # fmt: skip
 TRAINERS = {
     t.name: t

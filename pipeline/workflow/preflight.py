@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline import data
 from pipeline.config.schema import Config, TrainingRun
-from pipeline.config.training_catalog import METHODS
+from pipeline.config.training_catalog import METHODS, TRAINERS
 from pipeline.errors import ConfigError, MissingExtra
 from pipeline.models import sources
 from pipeline.publishing.removal import NO_REMOVAL, Removal
@@ -119,6 +119,10 @@ def check_shared(config: Config, launch: Launch | None) -> None:
         raise ConfigError("--accelerate: the configuration has no data, so nothing is trained. Try: without it")
     if launch:
         split_step(config, launch.processes)
+        second = config.train.preference
+        for name in (config.train.trainer, *([second.trainer] if second else [])):
+            if launch.processes > 1 and not TRAINERS[name].divides:
+                raise ConfigError(f"--accelerate: the trainer {name} works in one process only. Try: without it")
 
 
 def _check_device(name: str) -> None:
