@@ -219,5 +219,7 @@ class TrainingRun(MeasuredRun):
         second = self.train.preference
         assert second is not None, "only runs with train.preference have a second training"
         asked = {name: getattr(second, name) for name in type(second).model_fields if name != "data"}
-        update = {**asked, "preference": None, "early_stopping": None, "max_minutes": None}
+        options = {key: value for key, value in self.train.lora.options.items() if key != "init_lora_weights"}
+        lora = self.train.lora.model_copy(update={"options": options})  # the adapter already has its first weights
+        update = {**asked, "lora": lora, "preference": None, "early_stopping": None, "max_minutes": None}
         return self.model_copy(update={"data": second.data, "train": self.train.model_copy(update=update)})

@@ -84,6 +84,14 @@ class Preference(Section):
         default={}, description="further fields of trl's configuration class, such as `beta: 0.1`"
     )
 
+    @field_validator("data")
+    @classmethod
+    def _data(cls, value: Data) -> Data:
+        for key in ("chat_template", "template_options", "system"):
+            if getattr(value, key) != Data.model_fields[key].default:
+                raise ValueError(f"{key}: both trainings use the chat template of the first. Try: data.{key}")
+        return value
+
     @field_validator("trainer")
     @classmethod
     def _trainer(cls, value: str) -> str:
@@ -192,10 +200,10 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _best_is_kept(self) -> Train:
-        if self.early_stopping and self.checkpoint_every % self.evaluate_every:
+        if self.early_stopping and self.checkpoint_every != self.evaluate_every:
             raise ValueError(
-                f"early_stopping: checkpoint_every {self.checkpoint_every} is no multiple of evaluate_every "
-                f"{self.evaluate_every}, so the best step would have no checkpoint. "
+                f"early_stopping: checkpoint_every {self.checkpoint_every} is not evaluate_every "
+                f"{self.evaluate_every}, so the best step may have no checkpoint. "
                 f"Try: checkpoint_every={self.evaluate_every}"
             )
         return self

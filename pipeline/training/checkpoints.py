@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from peft import PeftModel
-from transformers import PreTrainedModel, Trainer
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer
 
 from pipeline.errors import UserError
 from pipeline.models.checkpoint import read_header
@@ -37,10 +37,14 @@ class SafeCheckpoints(Trainer):
         model.save_pretrained(folder, state_dict=state_dict, is_main_process=main, **only)
 
     def _run_epoch(self, *arguments: Any, **settings: Any) -> None:
-        if self.state.global_step < self.state.max_steps:
+        if self.state.global_step < self.state.max_steps and not self._stopped_early():
             super()._run_epoch(*arguments, **settings)
-        else:  # transformers takes one step too many after it resumes from the checkpoint of the last step
+        else:  # transformers takes steps too many after it resumes from the checkpoint of the last step
             self.control.should_training_stop = True
+
+    def _stopped_early(self) -> bool:
+        found = (c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback))
+        return any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in found)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if sharding():

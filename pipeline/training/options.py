@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from pipeline.config.catalog import PREFERENCE
 from pipeline.config.loader import cut
 from pipeline.config.schema import TrainingRun
 from pipeline.config.training_catalog import METHODS, TRAINERS
@@ -43,6 +44,15 @@ def check_options(config: TrainingRun) -> None:
         owned = {*LORA_KEYS, *LORA_FIXED}
         _check("train.lora.options", LoraConfig, train.lora.options, owned, lambda: LoraConfig(**train.lora.options))
         begin = train.lora.options.get("init_lora_weights")
+        alone = PREFERENCE in TRAINERS[train.trainer].forms
+        moved = "init_lora_weights" if alone and begin in CONVERTED_BEGINNINGS else None
+        if (alone or train.preference) and train.lora.options.get("bias", "none") != "none":
+            moved = "bias"
+        if moved:
+            raise ConfigError(
+                f"train.lora.options.{moved} {train.lora.options[moved]}: it changes the base model, which training on "
+                f"preference pairs takes as the reference. Try: train.lora.options without {moved}"
+            )
         if begin in CONVERTED_BEGINNINGS and METHODS[train.method].in_nf4:
             raise ConfigError(
                 f"train.lora.options.init_lora_weights {begin}: it splits the base's own weights, which "

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.config.loader import load_config
 from pipeline.config.schema import Config, TrainingRun
 from pipeline.data.encode import Encoded, EncodedSet
-from pipeline.errors import ConfigError, UserError
+from pipeline.errors import ConfigError, StageFailed, UserError
 from pipeline.models.matrices import linear_weights
+from pipeline.training import merge
 from pipeline.training.adapter_files import keep_beginning, save_adapter
 from pipeline.training.merge import check_mergeable, merge_checkpoint
 from pipeline.training.options import check_options
@@ -21,7 +22,7 @@ from pipeline.training.trainers.sft import build
 from pipeline.workflow.in_process import run_stage_here
 from pipeline.workflow.preflight import check_inputs
 from pipeline.workflow.run import run_one
-from pipeline.workflow.stages.train import largest_part, with_batch_size
+from pipeline.workflow.stages.fine_tune import largest_part, with_batch_size
 from tests.extension import hungry_trainer
 from tests.support.runs import write_place
 
@@ -88,9 +89,27 @@ def test_wrong_adapter_option_is_refused_in_one_line(options, said):
 
 
 @pytest.mark.parametrize(
+    ("train", "name"),
+    [
+        (
+            {"trainer": "dpo", "method": "lora", "lora": {"options": {"init_lora_weights": "pissa"}}},
+            "init_lora_weights",
+        ),
+        ({"trainer": "kto", "lora": {"options": {"bias": "all"}}}, "bias"),
+        ({"preference": {"data": {"source": "x.jsonl"}}, "lora": {"options": {"bias": "lora_only"}}}, "bias"),
+    ],
+    ids=str,
+)
+def test_option_that_changes_the_reference_is_refused(train, name):
+    with pytest.raises(ConfigError, match=f"{name} .*: it changes the base model.* Try: .* without {name}"):
+        check_options(config_for(**train))
+
+
+@pytest.mark.parametrize(
     ("train", "said"),
     [
-        ({"early_stopping": 2, "checkpoint_every": 30, "evaluate_every": 20}, "no multiple of evaluate_every"),
+        ({"early_stopping": 2, "checkpoint_every": 30, "evaluate_every": 20}, "Try: checkpoint_every=20"),
+        ({"early_stopping": 2, "checkpoint_every": 40, "evaluate_every": 20}, "Try: checkpoint_every=20"),
         ({"early_stopping": 0}, "greater than or equal to 1"),
         ({"max_grad_norm": -1}, "greater than or equal to 0"),
         ({"weight_decay": 2}, "less than or equal to 1"),
@@ -219,18 +238,26 @@ def test_what_trl_refuses_later_is_one_line(tiny_model, tmp_path):
         trainer_for(tiny_model("llama"), tmp_path, method="lora", options={"loss_type": "best"})
 
 
+STOPPED = {"learning_rate": 0.5, "max_steps": 30, "early_stopping": 2, "evaluate_every": 1, "checkpoint_every": 1}
+
+
 def test_early_stopping_keeps_the_adapter_with_the_lowest_held_out_loss(tiny_model, tmp_path, monkeypatch):
-    place = write_place(
-        tmp_path, tiny_model("llama"),
-        train={"learning_rate": 0.5, "max_steps": 30, "early_stopping": 2, "evaluate_every": 1, "checkpoint_every": 1},
-    )  # fmt: skip
+    place = write_place(tmp_path, tiny_model("llama"), train=STOPPED)
     monkeypatch.chdir(tmp_path)
+
+    def fail(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as broken:  # after the last checkpoint, before the adapter is in its place
+        broken.setattr(merge, "make_portable", fail)
+        with pytest.raises(StageFailed, match="the disk is full"):
+            run_one(load_config(str(place.config)), "train", start=run_stage_here)
     workspace = run_one(load_config(str(place.config)), "train", start=run_stage_here)
     found = workspace.read_measurement("training")
     losses = {row["step"]: row["eval_loss"] for row in found["history"] if "eval_loss" in row}
     best = min(losses, key=losses.get)
     assert (found["best_step"], found["held_out_loss"]) == (best, losses[best])
-    assert found["steps"] == best + 2 < 30
+    assert found["resumed_from_step"] == found["steps"] == best + 2 < 30
 
 
 def test_batch_that_does_not_fit_is_halved_with_the_same_global_batch(tiny_model, tmp_path, monkeypatch):

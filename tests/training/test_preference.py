@@ -6,15 +6,20 @@ import random
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from pipeline.config.loader import load_config
+from pipeline.config.schema import Config
 from pipeline.config.training_catalog import TRAINERS
+from pipeline.errors import ConfigError
+from pipeline.training.accelerate_launch import Launch
 from pipeline.training.trainers.preference import preference_figures
 from pipeline.workflow.in_process import run_stage_here
+from pipeline.workflow.preflight import check_shared
 from pipeline.workflow.run import run_one
 from tests.support.runs import stage_process_of, wait_for_training, write_place
 
@@ -51,6 +56,24 @@ def test_preference_training_learns_which_answer_is_better(tiny_model, tmp_path,
     assert losses[-1] < losses[0] < 0.6932 and found["held_out_loss"] == losses[-1]
 
 
+def test_figures_are_those_of_the_best_checkpoint(tiny_model, tmp_path, monkeypatch):
+    stopped = {"max_steps": 20, "early_stopping": 2, "evaluate_every": 1, "checkpoint_every": 1, "learning_rate": 0.8}
+    found = trained_alone(tmp_path, tiny_model("llama"), monkeypatch, trainer="dpo", **stopped)
+    measured = {row["step"]: row for row in found["history"] if "eval_loss" in row}
+    best = measured[found["best_step"]]
+    assert best["eval_loss"] < measured[found["steps"]]["eval_loss"]
+    assert found["preference"]["margin"]["value"] == best["eval_reward_margin"]
+    assert found["preference"]["held_out_loss"] == found["held_out_loss"] == best["eval_loss"]
+
+
+@pytest.mark.parametrize("train", [{"trainer": "dpo"}, {"preference": {"data": PAIRS}}], ids=str)
+def test_several_processes_are_refused_before_the_first_training(train):
+    config = {"name": "tiny", "model": {"source": "ada/base"}, "data": {"source": "rows.jsonl"}, "train": train}
+    launch = Launch(Path("ddp.yaml"), processes=2)
+    with pytest.raises(ConfigError, match="the trainer dpo works in one process only. Try: without it"):
+        check_shared(Config.model_validate(config), launch)
+
+
 SECOND = {"data": PAIRS, "max_steps": 6, "batch_size": 4, "accumulate": 1, "learning_rate": 0.02}
 
 
@@ -67,11 +90,14 @@ def adapter_of(folder):
     return load_file(folder / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("method", ["qlora", "lora"])
-def test_second_training_goes_on_with_the_adapter_of_the_first(tiny_model, tmp_path, monkeypatch, method):
+@pytest.mark.parametrize(
+    ("method", "options"), [("qlora", {}), ("lora", {}), ("lora", {"init_lora_weights": "pissa"})], ids=str
+)
+def test_second_training_goes_on_with_the_adapter_of_the_first(tiny_model, tmp_path, monkeypatch, method, options):
     model = tiny_model("llama")
     write_pairs(tmp_path)
     train = {"method": method, "max_steps": 4, "checkpoint_every": 2, "preference": {**SECOND, "learning_rate": 1e-9}}
+    train["lora"] = {"options": options}
     place = write_place(tmp_path, model, train=train)
     monkeypatch.chdir(tmp_path)
     workspace = run_one(load_config(str(place.config)), "train", start=run_stage_here)
@@ -124,6 +150,7 @@ def test_pairs_whose_question_is_measured_are_left_out(tiny_model, tmp_path, mon
         ({"options": {"betta": 1}}, "DPOConfig has no option 'betta'; did you mean 'beta'"),
         ({"options": {"learning_rate": 1}}, "set by train.learning_rate"),
         ({"data": {"source": "nowhere.jsonl"}}, "nowhere.jsonl"),
+        ({"data": {**PAIRS, "system": "Be brief."}}, "system: both trainings use the chat template of the first"),
     ],
     ids=str,
 )

@@ -78,7 +78,6 @@ def fine_tune(
     from pipeline.training.merge import check_mergeable, make_portable
     from pipeline.training.trainers import Job, trainer_module
 
-    set_seed(config.train.seed)
     began, workspace, events, process = time.monotonic(), work.workspace, work.events, work.process
     plan, keep_plan = _time_plan(workspace, checkpoints)
     job = Job(
@@ -94,6 +93,7 @@ def fine_tune(
     lora, linear = config.train.lora, linear_weights(work.base)
 
     def build(settings: TrainingRun) -> Any:
+        set_seed(config.train.seed)
         trainer = trainer_module(settings).build(settings, work.base, work.tokenizer, encoded, job)
         if process.is_main:
             untrained = cast("PeftModel", trainer.model)
@@ -112,24 +112,29 @@ def fine_tune(
         raise UserError(
             f"train.learning_rate {config.train.learning_rate}: training diverged, its loss is not a number; lower it"
         )
-    best = trainer.state.best_metric if config.train.early_stopping else None
+    best = trainer.state.best_model_checkpoint if config.train.early_stopping else None
+    best_step = _step_of(best) if best else None
+    # The figures of the adapter that is kept.
+    measured = next((row for row in reversed(history) if "eval_loss" in row and best_step in (None, row["step"])), {})
     adapter = gather_adapter(model)
     if process.is_main:
         partial_folder = empty_folder(output.with_name(f"{output.name}.partial"))
         save_adapter(model, partial_folder, lora, checkpoints, adapter)
         make_portable(partial_folder, workspace.read_measurement("origin")["hub_id"])
         replace_folder(partial_folder, output)
-    preference = _figures_on_pairs(config, trainer.state.global_step, losses, history)
+    preference = _figures_on_pairs(config, trainer.state.global_step, losses, measured)
     return {
         "steps": trainer.state.global_step,
         "train_loss": sum(losses) / len(losses),
-        "held_out_loss": best if best is not None else held_out_losses[-1] if held_out_losses else None,
-        **({} if metric == "eval_loss" or not figures else {metric.replace("eval_", "held_out_", 1): figures[-1]}),
+        "held_out_loss": measured.get("eval_loss"),
+        **(
+            {metric.replace("eval_", "held_out_", 1): measured[metric]} if metric in {*measured} - {"eval_loss"} else {}
+        ),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "seconds_training": round(time.monotonic() - began, 1),
         "compute_dtype": hardware.dtype_name(hardware.compute_dtype("cuda" if torch.cuda.is_available() else "cpu")),
         "packing": getattr(trainer.args, "packing", False),
-        **({"best_step": _step_of(trainer.state.best_model_checkpoint)} if best is not None else {}),
+        **({"best_step": best_step} if best_step is not None else {}),
         "resumed_from_step": resumed_from,
         "device": trainer.args.device.type,
         "processes": process.size,
@@ -229,10 +234,9 @@ def _train(trainer: Any, checkpoints: Path, group: ProcessGroup) -> int | None:
     return _step_of(last) if last else None
 
 
-def _figures_on_pairs(config: TrainingRun, steps: int, losses: list[float], history: list[dict]) -> dict[str, Any]:
-    """Return the last figures on held-out preference pairs, each with its error; nothing for other data."""
-    last = next((row for row in reversed(history) if "eval_reward_margin" in row), None)
-    if last is None:
+def _figures_on_pairs(config: TrainingRun, steps: int, losses: list[float], measured: dict) -> dict[str, Any]:
+    """Return the figures of a measurement on preference pairs, each with its error; nothing for other data."""
+    if "eval_reward_margin" not in measured:
         return {}
     names = {
         "accuracy": "preference_accuracy",
@@ -241,13 +245,14 @@ def _figures_on_pairs(config: TrainingRun, steps: int, losses: list[float], hist
         "likelier_gain": "likelier_gain",
     }
     figures = {
-        ours: {"value": last[f"eval_{name}"], "stderr": last.get(f"eval_{name}_stderr")} for ours, name in names.items()
+        ours: {"value": measured[f"eval_{name}"], "stderr": measured.get(f"eval_{name}_stderr")}
+        for ours, name in names.items()
     }
     return {
         "trainer": config.train.trainer,
         "steps": steps,
         "train_loss": sum(losses) / len(losses),
-        "held_out_loss": last["eval_loss"],
+        "held_out_loss": measured["eval_loss"],
         **figures,
     }
 
