@@ -7,9 +7,11 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 
 from pipeline.config.loader import load_config
@@ -17,6 +19,7 @@ from pipeline.config.schema import Config
 from pipeline.config.training_catalog import TRAINERS
 from pipeline.errors import ConfigError
 from pipeline.training.accelerate_launch import Launch
+from pipeline.training.trainers.kto import KtoTrainer
 from pipeline.training.trainers.preference import preference_figures
 from pipeline.workflow.in_process import run_stage_here
 from pipeline.workflow.preflight import check_shared
@@ -165,6 +168,12 @@ def test_sft_refuses_pairs_and_names_the_way_out(tiny_model, tmp_path):
     place = write_place(tmp_path, tiny_model("llama"), data=PAIRS)
     write_pairs(tmp_path)
     assert "train.trainer=dpo" in place.tunepress("train", str(place.config), check=2).stderr
+
+
+def test_kto_estimates_the_distance_on_answers_to_other_prompts():
+    pairs = Dataset.from_dict({"completion_ids": [[number] for number in range(6)]})  # two answers to each prompt
+    found = KtoTrainer._prepare_dataset(None, pairs, None, SimpleNamespace(per_device_train_batch_size=4), "train")
+    assert [ids for (ids,) in found["KL_completion_ids"]] == [2, 3, 0, 1, 5, 4]
 
 
 def test_figures_of_pairs_have_their_errors():

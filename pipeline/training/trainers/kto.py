@@ -24,12 +24,16 @@ class KtoTrainer(preference.PreferenceTrainer, KTOTrainer):
     """trl's training loop of KTO, on tokens."""
 
     def _prepare_dataset(self, dataset: Dataset, tokenizer: Any, args: KTOConfig, name: str) -> Dataset:
-        """Add the answer of another row of the same batch, on which the distance to the reference is estimated."""
+        """Add the answer to another prompt of the batch, on which the distance to the reference is estimated.
+
+        A batch with a single pair has no other prompt, so the two answers change places.
+        """
         size, answers = args.per_device_train_batch_size, dataset["completion_ids"]
         others = []
         for start in range(0, len(answers), size):
             batch = answers[start : start + size]
-            others += [*batch[-1:], *batch[:-1]]
+            turn = 2 if len(batch) > 2 else 1
+            others += [*batch[-turn:], *batch[:-turn]]
         return dataset.add_column("KL_completion_ids", others)
 
 
@@ -37,7 +41,10 @@ def build(
     config: TrainingRun, model: Path, tokenizer: PreTrainedTokenizerBase, data: dict[str, EncodedSet], job: Job
 ) -> preference.PreferenceTrainer:
     """Return the training loop of an adapter on the answers of preference pairs."""
-    return preference.build(KtoTrainer, KTOConfig, _rows, config, model, tokenizer, data, job)
+    answers = 2 * config.train.batch_size
+    return preference.build(
+        KtoTrainer, KTOConfig, _rows, config, model, tokenizer, data, job, per_device_train_batch_size=answers
+    )
 
 
 def _rows(pairs: Sequence[Encoded]) -> list[dict[str, Any]]:

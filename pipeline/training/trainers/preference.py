@@ -24,7 +24,6 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from pipeline.config.schema import TrainingRun
 from pipeline.data.encode import Encoded, EncodedSet
-from pipeline.errors import UserError
 from pipeline.training.adapter_files import ADAPTER
 from pipeline.training.checkpoints import SafeCheckpoints
 from pipeline.training.trainers import Job
@@ -61,16 +60,14 @@ def build(
         arguments: trl's class of its settings.
         rows: makes the rows that trl's loop takes of preference pairs.
         config, model, tokenizer, data, job: as for `pipeline.training.trainers.Trainer.build`.
-        fixed: settings of this kind of training.
+        fixed: arguments of the loop that this kind of training sets itself.
 
     Raises:
         UserError: if the settings cannot work.
     """
     settings = config.train
-    if job.processes > 1:
-        raise UserError(f"train.trainer {settings.trainer}: trains in one process only. Try: without --accelerate")
     held_out = data["held-out"].examples
-    args = arguments(**common_arguments(config, job, measures=bool(held_out)), **fixed, **settings.options)
+    args = arguments(**common_arguments(config, job, measures=bool(held_out)) | fixed, **settings.options)
     base: Any = load_for_training(config, model)
     if job.start:
         base = PeftModel.from_pretrained(base, str(job.start), is_trainable=True)
