@@ -115,8 +115,8 @@ def fine_tune(
     best = trainer.state.best_model_checkpoint if config.train.early_stopping else None
     best_step = _step_of(best) if best else None
     # The figures of the adapter that is kept.
-    of_kept = (row for row in reversed(history) if "eval_loss" in row and best_step in (None, row["step"]))
-    measured: dict[str, float] = next(of_kept, {})
+    of_kept = (row for row in reversed(history) if best_step in (None, row["step"]))
+    measured: dict[str, float] = next((row for row in of_kept if "eval_loss" in row or metric in row), {})
     adapter = gather_adapter(model)
     if process.is_main:
         partial_folder = empty_folder(output.with_name(f"{output.name}.partial"))
