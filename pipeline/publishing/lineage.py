@@ -73,6 +73,9 @@ def hub_sources(results: Results) -> set[str]:
     for data in read:
         if (data.revision or data.split) and not names_a_file(str(data.source)):
             found.add(data.source)
+    pairs = results.data.preference if results.data else None
+    if pairs and pairs.revision and not names_a_file(str(pairs.source)):
+        found.add(pairs.source)
     texts = (made.weights.calibration_text for made in results.variants.values() if made.weights)
     found |= {source for text in texts if text for source in text.split(", ")}
     return {source for source in found if source and REPO_ID.match(source)}
@@ -111,9 +114,8 @@ def _portable(content: Any, local: Collection[str]) -> Any:
         return content
     if content in local:
         return content if content.startswith("builtin:") else file_name(content)
-    if content.split(", ")[0] in local:  # several sources
-        return ", ".join(_portable(source, local) for source in content.split(", "))
-    return content
+    several = content.split(", ")
+    return ", ".join(_portable(source, local) for source in several) if len(several) > 1 else content
 
 
 def own_version() -> str:

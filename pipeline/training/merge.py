@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -38,9 +38,6 @@ from pipeline.models.safe_loading import read_settings
 from pipeline.models.tensor_names import open_checkpoint
 from pipeline.quantization.writer import VariantFiles, Variants
 from pipeline.training.nf4_base import Nf4Weight, row_multiple
-
-if TYPE_CHECKING:
-    pass
 
 
 def merge_checkpoint(

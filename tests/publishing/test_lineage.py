@@ -27,17 +27,19 @@ def test_lineage_shortens_local_paths_and_keeps_hub_names(hub, finished, tmp_pat
         assert told["configuration"]["data"]["source"] == told["results"]["data"]["source"] == name
 
 
-def test_lineage_names_each_of_several_sources_without_its_folder(finished):
-    sources = [{"source": "private/a.jsonl"}, {"source": "ada/rows"}]
+@pytest.mark.parametrize("order", [1, -1])
+def test_lineage_names_each_of_several_sources_without_its_folder(finished, order):
+    sources = [{"source": "private/a.jsonl"}, {"source": "ada/rows"}][::order]
     asked = {"sources": sources, "validation": {"source": "private/own.jsonl"}}
     config = parse_config(json.loads(finished.config.model_dump_json()) | {"data": asked}, "")
-    parts = [{"source": "private/a.jsonl"}, {"source": "ada/rows", "split": "train", "revision": "c0ffee"}]
-    read = {"source": "private/a.jsonl, ada/rows", "parts": {str(n): part for n, part in enumerate(parts)}}
+    parts = [{"source": "private/a.jsonl"}, {"source": "ada/rows", "split": "train", "revision": "c0ffee"}][::order]
+    named, names = (", ".join(pair[::order]) for pair in (["private/a.jsonl", "ada/rows"], ["a.jsonl", "ada/rows"]))
+    read = {"source": named, "parts": {str(n): part for n, part in enumerate(parts)}}
     text = lineage(config, Results.model_validate({"data": read}), {}, ()).decode()
     told = json.loads(text)
-    assert [part["source"] for part in told["configuration"]["data"]["sources"]] == ["a.jsonl", "ada/rows"]
-    assert told["data"]["source"] == told["results"]["data"]["source"] == "a.jsonl, ada/rows"
-    assert [part["source"] for part in told["results"]["data"]["parts"].values()] == ["a.jsonl", "ada/rows"]
+    assert [part["source"] for part in told["configuration"]["data"]["sources"]] == names.split(", ")
+    assert told["data"]["source"] == told["results"]["data"]["source"] == names
+    assert [part["source"] for part in told["results"]["data"]["parts"].values()] == names.split(", ")
     assert "private/" not in text
 
 

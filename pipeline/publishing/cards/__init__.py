@@ -184,6 +184,7 @@ def _data(about: About) -> dict[str, Any]:
         ),
         "validation": about.text_source(asked.validation.source) if asked and asked.validation else None,
         "source": about.text_source(about.data_source) if about.data_source else None,
+        "pairs": about.text_source(known.preference.source or "") if known.preference else None,
         "form": listed((Markdown(forms[f]) if f in forms else code(f) for f in (form or "").split(" and ") if f), "; "),
         "template": templates.get(template or "", template),
         "revision": code(known.revision[:12]) if known.revision else None,

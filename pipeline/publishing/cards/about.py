@@ -85,10 +85,11 @@ class About:
 
     @property
     def data_sources(self) -> list[str]:
-        """Return the sources of the data, as they were named when they were read."""
+        """Return the sources of the data, and of preference pairs, as they were named when they were read."""
         data = self.results.data
         several = [part.source for part in data.parts.values() if part.source] if data else []
-        return several or ([self.data_source] if self.data_source else [])
+        pairs = data.preference.source if data and data.preference else None
+        return [*(several or filter(None, [self.data_source])), *(pairs.split(", ") if pairs else [])]
 
     @property
     def data_repos(self) -> list[str]:
