@@ -130,14 +130,14 @@ def train(place: Place, name: str) -> Figures:
     """Train with `tunepress train`, and keep the peak of its memory for `memory`."""
     from pipeline.config.loader import load_config
     from pipeline.errors import UserError
-    from pipeline.workflow.preflight import check_training
+    from pipeline.workflow.preflight import check_training_here
 
     path = place.config(name)
     config = load_config(path)
     if METHODS[config.train.method].in_nf4 and not is_installed("bitsandbytes"):
         raise NotHere("needs bitsandbytes")
     try:
-        check_training(config)
+        check_training_here(config)
     except UserError as problem:
         raise NotHere(str(problem)) from None
     with place.peaks() as peaks:

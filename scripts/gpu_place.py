@@ -40,7 +40,7 @@ class Wrong(Exception):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a check works.
+    """The folder and the device of a check, and its model.
 
     Attributes:
         folder: for all files of all checks.

@@ -50,9 +50,11 @@ def show_plan(config: Config, device: str | None, runs: Path, as_json: bool, rea
     from pipeline.planning import make_plan
     from pipeline.planning.report import as_json as plain
     from pipeline.planning.report import show
-    from pipeline.workflow.preflight import check_inputs
+    from pipeline.workflow.preflight import check_inputs, check_training_here
 
     check_inputs(config)
+    if config.data and device is None:
+        check_training_here(config)
     made = make_plan(config, device, runs, read_rows)
     if as_json:
         print(json.dumps(plain(made)))

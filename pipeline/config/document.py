@@ -75,7 +75,7 @@ def _table(section: dict) -> str:
 
 
 def _default(value: object) -> str:
-    if value is None:
+    if value in (None, ""):
         return "not set"
     if isinstance(value, dict) and value:  # a section, which has a table of its own
         return ""

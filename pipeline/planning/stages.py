@@ -120,7 +120,10 @@ def _train(config: Config, sizes: Sizes, machine: Machine, data_bytes: int, adap
         fetches=data_bytes,
         caches=data_bytes,
         reads={"model": sizes.bf16_bytes},
-        writes={"adapter": 4 * adapter, "checkpoints": config.train.keep_checkpoints * (4 + moments) * adapter},
+        writes={
+            "adapter": 4 * adapter * len(trainings),
+            "checkpoints": config.train.keep_checkpoints * (4 + moments) * adapter * len(trainings),
+        },
         temporary={"checkpoint": (4 + moments) * adapter},
         host=host,
         gpu=gpu,

@@ -38,6 +38,8 @@ def preflight(
     hardware.check_compute_dtype()
     check_shared(config, launch)
     check_inputs(config, need_inputs, need_data)
+    if config.data and need_data:
+        check_training_here(config)
     if need_inputs:
         quantize.check_extras(config)
         if config.evaluate:
@@ -59,8 +61,11 @@ def check_inputs(config: Config, need_model: bool = True, need_data: bool = True
     Raises:
         UserError: for the first problem.
     """
-    if config.data:
-        check_training(config)
+    train = config.train
+    if need_data and isinstance(config, TrainingRun) and (train.options or train.lora.options or train.preference):
+        from pipeline.training.options import check_options
+
+        check_options(config)
     if need_model:
         sources.check_source(config.model)
         if config.merge.adapter:
@@ -80,8 +85,8 @@ def check_inputs(config: Config, need_model: bool = True, need_data: bool = True
         )
 
 
-def check_training(config: Config) -> None:
-    """Check the settings that depend on this machine or on the installed versions of trl and peft.
+def check_training_here(config: Config) -> None:
+    """Check the settings of training that need a GPU or another package on this machine.
 
     Raises:
         UserError: for the first problem.
@@ -97,10 +102,6 @@ def check_training(config: Config) -> None:
             raise ConfigError(f"{key}: needs an NVIDIA GPU with CUDA, and this machine has none. Try: without it")
         if is_set and not is_installed(package):
             raise MissingExtra(key, extra)
-    if isinstance(config, TrainingRun) and (train.options or train.lora.options or train.preference):
-        from pipeline.training.options import check_options
-
-        check_options(config)
 
 
 def _has_cuda() -> bool:

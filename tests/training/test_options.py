@@ -20,7 +20,7 @@ from pipeline.training.options import check_options
 from pipeline.training.trainers import Job
 from pipeline.training.trainers.sft import build
 from pipeline.workflow.in_process import run_stage_here
-from pipeline.workflow.preflight import check_inputs
+from pipeline.workflow.preflight import preflight
 from pipeline.workflow.run import run_one
 from pipeline.workflow.stages.fine_tune import largest_part, with_batch_size
 from tests.extension import hungry_trainer
@@ -128,7 +128,8 @@ def test_wrong_value_of_a_key_is_refused(train, said):
 def test_what_needs_a_gpu_is_refused_without_one(train):
     (key,) = train
     with pytest.raises(ConfigError, match=f"train.{key}.*: needs an NVIDIA GPU with CUDA"):
-        check_inputs(config_for(**train), need_model=False, need_data=False)
+        preflight(config_for(**train), need_inputs=False, need_data=True, need_hub=False)
+    preflight(config_for(**train), need_inputs=False, need_data=False, need_hub=False)  # trained elsewhere
 
 
 def test_options_are_checked_before_a_model_is_looked_for(tmp_path):

@@ -149,6 +149,7 @@ def test_pairs_whose_question_is_measured_are_left_out(tiny_model, tmp_path, mon
     ("changes", "said"),
     [
         ({"data": {"source": "rows.jsonl"}}, "train.trainer dpo takes only preference"),
+        ({"data": {"source": "builtin:python-docs"}}, "train.trainer dpo takes only preference"),
         ({"trainer": "sft"}, "does not train on preference pairs; allowed are dpo, kto"),
         ({"options": {"betta": 1}}, "DPOConfig has no option 'betta'; did you mean 'beta'"),
         ({"options": {"learning_rate": 1}}, "set by train.learning_rate"),

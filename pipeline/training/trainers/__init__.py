@@ -78,7 +78,7 @@ def check_form(config: TrainingRun, form: str) -> None:
         DataError: naming the forms that it takes.
     """
     forms = TRAINERS[config.train.trainer].forms
-    if form in DATA_FORMS and form not in forms:
+    if form not in forms and (form in DATA_FORMS or forms == (PREFERENCE,)):
         others = [f"train.trainer={name}" for name, trainer in TRAINERS.items() if form in trainer.forms]
         if form == PREFERENCE:  # the better answer alone
             others.append("data.columns={completion: chosen}, or {messages: chosen} for whole conversations")
