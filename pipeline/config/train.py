@@ -71,7 +71,10 @@ class Lora(Section):
 
 
 class Preference(Section):
-    """A second training of the same adapter, on preference pairs. All other settings are those of the first."""
+    """A second training of the same adapter, on preference pairs.
+
+    All other settings are those of the first; only `max_minutes` and `early_stopping` do not hold for it.
+    """
 
     data: Data = Field(description="preference pairs")
     trainer: str = Field(default=DEFAULT_ON_PAIRS, description="`dpo`, or `kto`")

@@ -79,7 +79,6 @@ class Trainer:
         metric: its figure on held-out examples, by its key in the log of the training loop.
         merge_bases: the bases that its adapter can be merged into.
         options: the class that has the fields of `train.options`, as `package.module:Class`.
-        figures: its other figures on held-out examples, likewise.
         sequences: sequences in an example.
         packs: True if it can put several examples into one sequence.
         title: its name in cards; empty for the default.
@@ -93,7 +92,6 @@ class Trainer:
     metric: str
     merge_bases: tuple[str, ...] = (NF4_BASE, UNCHANGED_BASE)
     options: str = "trl:SFTConfig"
-    figures: tuple[str, ...] = ()
     sequences: int = 1
     packs: bool = True
     title: str = ""
@@ -105,13 +103,11 @@ _LEARNS_ANSWERS = tuple(form for form in DATA_FORMS if form != PREFERENCE)
 _ON_PAIRS: dict[str, Any] = {
     "forms": (PREFERENCE,),
     "metric": "eval_preference_accuracy",
-    "figures": ("eval_preference_accuracy_stderr", "eval_reward_margin", "eval_reward_margin_stderr", "eval_likelier",
-                "eval_likelier_gain", "eval_likelier_gain_stderr"),
     "sequences": 2,
     "packs": False,
     "quantizes": True,
     "divides": False,
-}  # fmt: skip
+}
 TRAINERS = {
     t.name: t
     for t in (
