@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from inspect import cleandoc
 
 from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema
@@ -42,12 +43,12 @@ def markdown() -> str:
             keys.setdefault(model, []).append(f"`{key}`")
     parts = [_HEAD, _table(schema)]
     for model, names in keys.items():
-        summary = (model.__doc__ or "").strip()
+        summary = cleandoc(model.__doc__ or "")
         parts.append(f"## {', '.join(names)}\n\n{summary}\n\n{_table(schema['$defs'][model.__name__])}")
     for name, section in TRACK_SECTIONS.items():
         if section not in keys:
             table = _table(schema["$defs"][section.__name__])
-            parts.append(f"## `track` with `tracker: {name}`\n\n{(section.__doc__ or '').strip()}\n\n{table}")
+            parts.append(f"## `track` with `tracker: {name}`\n\n{cleandoc(section.__doc__ or '')}\n\n{table}")
     return "\n".join([*parts, _VARIANTS, *_variants()])
 
 
