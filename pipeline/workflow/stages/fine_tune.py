@@ -79,21 +79,21 @@ def fine_tune(
     from pipeline.training.trainers import Job, trainer_module
 
     began, workspace, events, process = time.monotonic(), work.workspace, work.events, work.process
-    plan, keep_plan = _time_plan(workspace, checkpoints)
-    job = Job(
-        checkpoints,
-        process.size,
-        events.progress,
-        plot or events.metrics,
-        say=lambda line: events.show([line]),
-        time_plan=plan,
-        keep_time_plan=keep_plan,
-        start=start,
-    )
     lora, linear = config.train.lora, linear_weights(work.base)
 
     def build(settings: TrainingRun) -> Any:
         set_seed(config.train.seed)
+        plan, keep_plan = _time_plan(workspace, checkpoints)
+        job = Job(
+            checkpoints,
+            process.size,
+            events.progress,
+            plot or events.metrics,
+            say=lambda line: events.show([line]),
+            time_plan=plan,
+            keep_time_plan=keep_plan,
+            start=start,
+        )
         trainer = trainer_module(settings).build(settings, work.base, work.tokenizer, encoded, job)
         if process.is_main:
             untrained = cast("PeftModel", trainer.model)

@@ -28,7 +28,7 @@ from pipeline.workflow.stages import Outcome, calibration_text
 from pipeline.workflow.stages.fine_tune import UNSTABLE, Work, fine_tune
 from pipeline.workflow.stages.inputs import base_model, hashes_of, keep_template, model_depends, without_limit
 from pipeline.workflow.stages.quantize import check_variants
-from pipeline.workflow.stages.training_data import Pairs, read_pairs
+from pipeline.workflow.stages.training_data import HELD_OUT_PAIRS, Pairs, read_pairs
 from pipeline.workflow.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -120,9 +120,10 @@ def _first_step(config: TrainingRun, work: Work, prepared: _Prepared, checkpoint
     folder, name = work.workspace.folder / BEFORE_PREFERENCE, checkpoints.name
     known = work.workspace.progress("train", "first_step")
     if known.get("checkpoints") == name and (folder / ADAPTER_FILES[1]).is_file():
-        return dict(known["measured"])
+        return work.workspace.read_measurement("first_training")
     measured = fine_tune(config, work, prepared.encoded, checkpoints, folder)
-    work.workspace.note("train", first_step={"checkpoints": name, "measured": measured})
+    work.workspace.write_measurement("first_training", measured)
+    work.workspace.note("train", first_step={"checkpoints": name})
     return measured
 
 
@@ -217,14 +218,15 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
     measured = {texts.HELD_OUT: texts.first_examples(config, data.held_out, held_out), texts.GENERAL: general}
     generation.check_prompts(config.evaluate.prompts, tokenizer, context)
     read = (*encoded["training"].examples, *held_out, *general)
-    check_tokens(base, tokenizer, (sequence.input_ids for sequence in read))
+    check_tokens(base, tokenizer, (sequence.input_ids for example in read for sequence in example.sequences))
     if process.is_local_main:
         calibration_text.check(config, workspace, base, tokenizer)
     description = describe(data, encoded, tokenizer) | about_choice
     alone = [ONE_CLUSTER[text] for text, part in measured.items() if len({s.cluster for s in part}) == 1]
     events.show(report(description, samples(data, encoded, tokenizer), config.data.system) + alone)
-    watched = texts.first_examples(config, data.held_out, held_out, HELD_OUT_TOKENS)
-    encoded["held-out"] = replace(encoded["held-out"], examples=watched)
+    are_pairs = any(example.rejected for example in held_out)
+    few = texts.first_examples(config, data.held_out, held_out, HELD_OUT_TOKENS)
+    encoded["held-out"] = replace(encoded["held-out"], examples=held_out[:HELD_OUT_PAIRS] if are_pairs else few)
     origin = workspace.read_measurement("origin")
     content = (data.fingerprint, origin["revision"] or origin["digest"])
     pairs = None
