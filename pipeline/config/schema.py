@@ -199,8 +199,13 @@ class Config(Section):
 
     @property
     def merges(self) -> bool:
-        """Return True if an adapter is merged, so that the release has a model of its own at its root."""
+        """Return True if a model is made here, by training or merging, that the release has at its root."""
         return self.data is not None or self.merge.adapter is not None
+
+    @property
+    def has_adapter(self) -> bool:
+        """Return True if an adapter is trained or brought, which the release then has beside the merged model."""
+        return self.merge.adapter is not None or (self.data is not None and self.train.adapts)
 
 
 class MeasuredRun(Config):

@@ -119,7 +119,8 @@ class Train(Section):
         description="kind of fine-tuning: `sft` learns answers, `dpo` and `kto` learn which of two answers is better",
     )
     method: Literal[*METHODS] = Field(  # type: ignore[valid-type]  # the catalogue has the names
-        default=SMALLEST_METHOD.name, description="train on a base in 4 bits (NF4), or on the base in bf16"
+        default=SMALLEST_METHOD.name,
+        description="train an adapter on a base in 4 bits (NF4) or in bf16, or all weights",
     )
     lora: Lora = Field(default=Lora(), description="the adapter")
     epochs: Real = Field(default=1, gt=0, le=1000, description="passes over the training examples")
@@ -190,6 +191,11 @@ class Train(Section):
         return value
 
     @property
+    def adapts(self) -> bool:
+        """Return True if an adapter is trained, and not the model's own weights."""
+        return METHODS[self.method].adapts
+
+    @property
     def packs(self) -> bool:
         """Return True if examples are to be packed, and the trainer can do it."""
         return self.packing and TRAINERS[self.trainer].packs
@@ -209,4 +215,19 @@ class Train(Section):
                 f"{self.evaluate_every}, so the best step may have no checkpoint. "
                 f"Try: checkpoint_every={self.evaluate_every}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _whole_model_alone(self) -> Train:
+        """Refuse what needs an adapter if the method trains none."""
+        needs = {
+            f"trainer={self.trainer}": TRAINERS[self.trainer].needs_adapter,
+            "preference": self.preference is not None,
+            "qat": self.qat is not None,
+            "lora.options": bool(self.lora.options),
+        }
+        asked = next((key for key, is_set in needs.items() if is_set), None)
+        if asked and not self.adapts:
+            able = " or ".join(f"method={name}" for name, method in METHODS.items() if method.adapts)
+            raise ValueError(f"method {self.method}: trains no adapter, which {asked} needs. Try: {able}")
         return self

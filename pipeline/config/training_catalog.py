@@ -14,16 +14,17 @@ ADAPTER = "lora"  # the key of the adapter's section
 
 @dataclass(frozen=True)
 class Method:
-    """A way to hold the base model while an adapter is trained on it.
+    """A way to hold the base model in training, and what is trained: an adapter on it, or its own weights.
 
     Attributes:
         base: the type of its linear layers in memory.
-        bits: bits per weight of that type.
+        bits: bits per weight in training.
         merge_bases: the bases to merge the adapter into; training saw the first.
         dropout_bytes: bytes that a GPU keeps for each input of the adapter's dropout.
         said: a phrase for advice on memory.
         title: its name in cards.
         about: its description in cards.
+        adapts: True if it trains an adapter; False if it trains the model's own weights, which it holds in float32.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Method:
     said: str
     title: str
     about: str
+    adapts: bool = True
 
     @property
     def in_nf4(self) -> bool:
@@ -64,6 +66,17 @@ METHODS = {
             "LoRA",
             "an adapter, trained on the base in bf16",
         ),
+        Method(
+            "full",
+            UNCHANGED_BASE,
+            32,
+            (UNCHANGED_BASE,),
+            0,
+            "all weights in float32",
+            "full fine-tuning",
+            "all its weights, trained in float32",
+            adapts=False,
+        ),
     )
 }
 SMALLEST_METHOD = min(METHODS.values(), key=lambda method: method.bits)
@@ -81,6 +94,7 @@ class Trainer:
         options: the class that has the fields of `train.options`, as `package.module:Class`.
         sequences: sequences in an example.
         packs: True if it can put several examples into one sequence.
+        needs_adapter: True if it needs the model before the training, which an adapter leaves as it was.
         title: its name in cards; empty for the default.
         quantizes: True if it can train with quantization (`train.qat`).
         divides: True if several processes can train together.
@@ -94,6 +108,7 @@ class Trainer:
     options: str = "trl:SFTConfig"
     sequences: int = 1
     packs: bool = True
+    needs_adapter: bool = False
     title: str = ""
     quantizes: bool = False
     divides: bool = True
@@ -105,6 +120,7 @@ _ON_PAIRS: dict[str, Any] = {
     "metric": "eval_preference_accuracy",
     "sequences": 2,
     "packs": False,
+    "needs_adapter": True,
     "quantizes": True,
     "divides": False,
 }

@@ -84,6 +84,25 @@ class Adapter:
                 shifts[f"{module}.bias"] = (bias, scale)
         return cls(tensors, changes, shifts, replaced, dtype)
 
+    @classmethod
+    def of_whole_model(cls, folder: Path, base: Mapping[str, Any], tied: bool) -> Adapter:
+        """Return the change to the trained weights in a folder, of which each replaces a tensor of the base.
+
+        Tensors of the base that the model does not use stay as they are.
+
+        Args:
+            folder: the trained weights, as transformers writes a model.
+            base: the tensors of the base by name, each with its shape.
+            tied: True if the output head is the embedding. Some bases store this table twice, transformers does not.
+        """
+        tensors = Checkpoint(folder)
+        replaced = {name: name for name in tensors}
+        if tied:
+            table = max((info.shape for info in tensors.values() if len(info.shape) == 2), default=None)
+            twins = [name for name, info in tensors.items() if info.shape == table]
+            replaced |= {name: twins[0] for name in base.keys() - tensors.keys() if base[name].shape == table}
+        return cls(tensors, replaced=replaced)
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return every changed tensor with the shape that it must have."""
         of = self.tensors

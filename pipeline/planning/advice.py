@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pipeline.config.loader import parse_config
 from pipeline.config.schema import PACKAGE_SOURCE, Config, Train
-from pipeline.config.training_catalog import METHODS, SMALLEST_METHOD, UNCHANGED_BASE
+from pipeline.config.training_catalog import METHODS, UNCHANGED_BASE
 
 SHORTEST_LENGTH = 128  # tokens of a training sequence; most examples are cut below it
 SMALLEST_RANK = 4
@@ -53,8 +53,9 @@ def _ladder(config: Config) -> Iterator[list[Change]]:
     if config.evaluate and config.evaluate.device == "cuda":
         yield [Change("evaluate.device", "auto", "models are measured on the CPU if there is no GPU")]
     if config.data:
-        if METHODS[train.method].bits > SMALLEST_METHOD.bits:
-            yield [Change("train.method", SMALLEST_METHOD.name, SMALLEST_METHOD.said)]
+        for method in sorted(METHODS.values(), key=lambda method: -method.bits):
+            if method.bits < METHODS[train.method].bits:
+                yield [Change("train.method", method.name, method.said)]
         if config.merge.base == "auto":
             yield [Change("merge.base", UNCHANGED_BASE, "only one merged model is made, so none are compared")]
         for size, accumulate in smaller_batches(train):

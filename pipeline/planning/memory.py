@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 
 from pipeline.config.catalog import Need as Statistic
-from pipeline.config.schema import Config, Lora, MeasuredRun, Quantize, Train, VariantSpec
+from pipeline.config.schema import Config, MeasuredRun, Quantize, Train, VariantSpec
 from pipeline.config.training_catalog import METHODS, NF4_BASE, TRAINERS
 from pipeline.models.layer_layouts import layout
 from pipeline.planning.model import Sizes
@@ -60,11 +60,22 @@ def wanted(need: Need) -> int:
     return total(need) - need.get(MAPPED, 0)
 
 
-def adapter_parameters(sizes: Sizes, lora: Lora) -> int:
-    """Return the parameters of a LoRA adapter: two factors of its rank for each layer, and modules trained whole."""
+def adapter_parameters(sizes: Sizes, train: Train) -> int:
+    """Return the parameters of a LoRA adapter: two factors of its rank for each layer, and modules trained whole.
+
+    There are none if the method trains no adapter.
+    """
+    if not train.adapts:
+        return 0
+    lora = train.lora
     whole = tuple(f".{name}.weight" for name in lora.options.get("modules_to_save") or ())
     saved = sum(tensor.numel for name, tensor in sizes.tensors.items() if f".{name}".endswith(whole)) if whole else 0
     return saved + sum(lora.rank * (rows + width) for rows, width in sizes.trained(lora).values())
+
+
+def trained_parameters(sizes: Sizes, train: Train) -> int:
+    """Return the parameters that are trained: those of the adapter, or all of the model."""
+    return adapter_parameters(sizes, train) if train.adapts else sizes.parameters
 
 
 def held_weights(sizes: Sizes, in_nf4: bool, other_bytes: int = 2) -> int:
@@ -82,22 +93,31 @@ def training(sizes: Sizes, train: Train, on_gpu: bool) -> tuple[Need, Need]:
     """Return main memory and GPU memory of training; by default only a GPU has gradient checkpointing."""
     in_nf4 = METHODS[train.method].in_nf4
     tokens = train.batch_size * TRAINERS[train.trainer].sequences * train.max_length
-    adapter = adapter_parameters(sizes, train.lora)
+    trained = trained_parameters(sizes, train)
     small_states = on_gpu and train.optimizer != "adamw" or train.optimizer == "paged_adamw_8bit"
-    held = {
-        "weights": held_weights(sizes, in_nf4, 2 if on_gpu else compute_bytes_here()),
-        "adapter and optimizer": adapter * (4 + 4 + (2 if small_states else 8)),
-    }
+    width = 2 if on_gpu else compute_bytes_here()
+    states = 2 if small_states else 8
+    if train.adapts:
+        held = {
+            "weights": held_weights(sizes, in_nf4, width),
+            "adapter and optimizer": trained * (4 + 4 + states),
+        }
+    else:
+        held = {
+            "weights": 4 * trained,
+            "gradients and optimizer": trained * (4 + states),
+            "weights in bf16": 2 * trained if width == 2 else 0,  # copies that autocast keeps for a step
+        }
     if train.qat:  # one weight at a time, computed in parts
         held["rounded weight"] = 4 * sizes.widest + (200_000_000 if on_gpu else 20_000_000)
     if not on_gpu:
-        layer = tokens * _kept_on_cpu(sizes, train, compute_bytes_here())
-        kept = _kept_layers(sizes, train, layer, layer, width=compute_bytes_here(), by_default=False)
+        layer = tokens * (_kept_on_cpu if train.adapts else _kept_by_whole_layer)(sizes, train, width)
+        kept = _kept_layers(sizes, train, layer, layer, width=width, by_default=False)
         held["activations"] = int(HOLES * kept)
         held["mask"] = tokens**2 if train.packs else 0  # booleans for all packed sequences together
         held["logits"] = min(tokens * sizes.vocabulary, TRAINED_LOGITS) * TRAINED_LOGIT_BYTES
         return {"libraries": LIBRARIES["train"], **held}, {}
-    layer = tokens * _kept_on_gpu(sizes, train)
+    layer = tokens * (_kept_on_gpu(sizes, train) if train.adapts else _kept_by_whole_layer(sizes, train, width))
     # Packed sequences lie in one row, so the mask has an entry for every pair of tokens.
     mask = 2 * (tokens**2 if train.packs else tokens * train.max_length)
     held["activations"] = int(
@@ -156,6 +176,19 @@ def _kept_on_gpu(sizes: Sizes, train: Train) -> int:
     return plain + inputs * (2 + dropped)
 
 
+def _kept_by_whole_layer(sizes: Sizes, train: Train, width: int) -> int:
+    """Return the bytes per token that one layer keeps for the backward pass if its own weights are trained.
+
+    It is what transformers keeps, and the input of each linear layer. A CPU also keeps a mask, and attention twice.
+
+    Args:
+        width: bytes of a number in the compute type.
+    """
+    inputs = sum(columns for _, columns in sizes.linear.values()) // sizes.layers
+    mask = train.max_length // 2 if train.packs else train.max_length
+    return 8 * sizes.hidden + width * (5 * sizes.attention + 3 * sizes.intermediate + inputs + mask)
+
+
 def merging(sizes: Sizes, config: Config, kinds: tuple[str, ...], variants: int, on_gpu: bool) -> tuple[Need, Need]:
     """Return main memory and GPU memory of the merge, and of comparing two bases if both are merged."""
     need = passing(sizes, LIBRARIES["merge"], variants)
@@ -163,7 +196,7 @@ def merging(sizes: Sizes, config: Config, kinds: tuple[str, ...], variants: int,
         need["weights in NF4"] = int(cores() * sizes.widest * 0.7)
     if len(kinds) == 1 or not isinstance(config, MeasuredRun):
         return need, {}
-    live = held_weights(sizes, in_nf4=True) + 4 * adapter_parameters(sizes, config.train.lora)
+    live = held_weights(sizes, in_nf4=True) + 4 * adapter_parameters(sizes, config.train)
     weights = max(live, sizes.bf16_bytes) if on_gpu else live
     host, gpu = measuring(sizes, weights, on_gpu, config.evaluate.max_tokens, COMPARED_HOLES)
     host["libraries"] += LIBRARIES["compare"] - LIBRARIES["evaluate"]

@@ -111,7 +111,8 @@ def make_plan(
     data, second_steps = None, None
     if isinstance(config, TrainingRun):
         check_length(config.train.max_length, sizes.context)
-        check_targets(config.train.lora, sizes.linear)
+        if config.train.adapts:
+            check_targets(config.train.lora, sizes.linear)
         data = data_size(config, read_rows)
         if config.train.preference:
             second = config.preference_run()
@@ -124,7 +125,7 @@ def make_plan(
         given = sum(tensor.numel for tensor in adapter_sizes(config.merge.adapter).values())
 
     def lay_out(asked: Config) -> tuple[int, list[Stage], list[Shortage]]:
-        adapter = given if given is not None else memory.adapter_parameters(sizes, asked.train.lora)
+        adapter = given if given is not None else memory.adapter_parameters(sizes, asked.train)
         fetched = data.fetched_bytes if data else 0
         stages = stages_of(asked, sizes, machine, fetched, adapter if asked.merges else 0)
         return adapter, stages, shortages(stages, machine)

@@ -67,7 +67,7 @@ def stages_of(config: Config, sizes: Sizes, machine: Machine, data_bytes: int | 
     model = sizes.bf16_bytes if config.merges else sizes.file_bytes
     stages = []
     if isinstance(config, TrainingRun):
-        stages.append(_train(config, sizes, machine, data_bytes or 0, adapter))
+        stages.append(_train(config, sizes, machine, data_bytes or 0))
     if config.merges:
         stages.append(_merge(config, sizes, machine, variants, adapter))
     if isinstance(config, MeasuredRun):
@@ -108,12 +108,13 @@ def _with_model(stage: Stage, config: Config, sizes: Sizes) -> Stage:
     return replace(stage, fetches=stage.fetches + missing, caches=stage.caches + missing)
 
 
-def _train(config: Config, sizes: Sizes, machine: Machine, data_bytes: int, adapter: int) -> Stage:
+def _train(config: TrainingRun, sizes: Sizes, machine: Machine, data_bytes: int) -> Stage:
     trainings = [config.train]
-    if isinstance(config, TrainingRun) and config.train.preference:
+    if config.train.preference:
         trainings.append(config.preference_run().train)
     needs = [memory.training(sizes, train, machine.has_gpu) for train in trainings]
     host, gpu = (max(need, key=memory.total) for need in zip(*needs, strict=True))
+    trained = memory.trained_parameters(sizes, config.train)
     moments = 2 if machine.has_gpu and config.train.optimizer != "adamw" else 8
     return Stage(
         "train",
@@ -121,10 +122,10 @@ def _train(config: Config, sizes: Sizes, machine: Machine, data_bytes: int, adap
         caches=data_bytes,
         reads={"model": sizes.bf16_bytes},
         writes={
-            "adapter": 4 * adapter * len(trainings),
-            "checkpoints": config.train.keep_checkpoints * (4 + moments) * adapter * len(trainings),
+            "adapter" if config.train.adapts else "trained weights": 4 * trained * len(trainings),
+            "checkpoints": config.train.keep_checkpoints * (4 + moments) * trained * len(trainings),
         },
-        temporary={"checkpoint": (4 + moments) * adapter},
+        temporary={"checkpoint": (4 + moments) * trained},
         host=host,
         gpu=gpu,
     )
@@ -133,15 +134,18 @@ def _train(config: Config, sizes: Sizes, machine: Machine, data_bytes: int, adap
 def _merge(config: Config, sizes: Sizes, machine: Machine, variants: Mapping[str, int], adapter: int) -> Stage:
     bases, along = merge_bases(config), len(variants) if _made_by_merge(config) else 0
     host, gpu = memory.merging(sizes, config, bases, along, machine.has_gpu)
-    made = {"release": sizes.bf16_bytes + sizes.other_bytes, "adapter in the release": 4 * adapter}
+    made = {"release": sizes.bf16_bytes + sizes.other_bytes}
+    if adapter:
+        made["adapter in the release"] = 4 * adapter
     if along:
         made |= {f"{name}, not measured yet": count for name, count in variants.items()}
+    whole = 0 if config.has_adapter else 4 * sizes.parameters
     other = {"the other base's merge": sizes.bf16_bytes} if len(bases) > 1 else {}
     between = _before_k_quants(config, sizes) if along else {}
     notes = ("both bases are merged and compared; set merge.base to choose one",) if other else ()
     return Stage(
         "merge",
-        reads={"model": sizes.bf16_bytes * len(bases)},
+        reads={"model": sizes.bf16_bytes * len(bases) + whole},
         writes=made,
         temporary={**other, **between},
         host=host,

@@ -23,6 +23,7 @@ GRADIENT_PASSES = 5  # of the gradient pass, as forward passes: both models, the
 ALLOCATED_GRIDS = 2  # roundings of all rows: one whole, and samples of rows on the other grids
 DISTILLED_PASSES = 5  # forward passes, or as much other work, for one token of a distillation
 DISTILLED_LOGITS = 4  # products with the output head, or as much other work, for the same
+WHOLE_STEP = 1.5  # of the products for an adapter: the gradients of weights come on top
 GPTQ_PASSES = 20  # products of a weight with a Gram matrix, or as much other work, for one rounding by GPTQ
 
 
@@ -80,6 +81,8 @@ def _training(speeds: Speeds, config: TrainingRun, sizes: Sizes, steps: int) -> 
     step = tokens * weights / speeds.train
     if sequences > 1:  # the reference reads them too
         step += tokens * weights / speeds.forward
+    if not train.adapts:
+        step *= WHOLE_STEP
     if METHODS[train.method].in_nf4:
         step += 2 * sizes.linear_parameters / speeds.nf4_weights
     measured = 1 + steps // train.evaluate_every

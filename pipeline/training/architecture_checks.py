@@ -19,7 +19,6 @@ from pipeline.training.fused_layers import frozen_layer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from peft import PeftModel
     from transformers import PreTrainedModel
 
 LENGTHS = (7, 6)  # tokens of the two short sequences
@@ -83,17 +82,16 @@ def _packs_apart(model: PreTrainedModel) -> bool:
     return apart and float(first.norm()) == 0 and float(second.norm()) > 0
 
 
-def check_logits(model: PeftModel, tokens: Sequence[int]) -> None:
+def check_logits(base: PreTrainedModel, tokens: Sequence[int]) -> None:
     """Raise unless training and measuring compute the logits of the model's own forward.
 
     Args:
-        model: the model, prepared for training by trl.
+        base: the model without peft's wrapper, prepared for training by trl.
         tokens: a few tokens of the training data.
 
     Raises:
         ModelError: if the loss of training or the head for measuring gives something else.
     """
-    base = cast("PreTrainedModel", model.get_base_model())
     device = cast(torch.Tensor, base.get_input_embeddings().weight).device
     ids = torch.tensor([tokens], device=device)
     with _evaluating(base), torch.no_grad():

@@ -1,5 +1,6 @@
 """The merge of an adapter into a base model, in one pass over its files: W + scale * B @ A, in bf16.
 
+Weights that were trained as a whole are rounded to bf16 in the same way.
 Variants of the merged model can be written in the same pass.
 
 QLoRA training sees dequantized NF4 weights, so there are two bases to merge into: the original one, and the NF4 one.
@@ -34,7 +35,7 @@ from pipeline.models.checkpoint.row_blocks import (
 )
 from pipeline.models.checkpoint_files import ADAPTER_FILES, copy_companions, read_config
 from pipeline.models.lora_adapter import Adapter
-from pipeline.models.safe_loading import read_settings
+from pipeline.models.safe_loading import open_config, read_settings
 from pipeline.models.tensor_names import open_checkpoint
 from pipeline.quantization.writer import VariantFiles, Variants
 from pipeline.training.nf4_base import Nf4Weight, row_multiple
@@ -42,7 +43,7 @@ from pipeline.training.nf4_base import Nf4Weight, row_multiple
 
 def merge_checkpoint(
     base: Path,
-    adapter_folder: Path,
+    trained: Path,
     output: Path,
     kind: str,
     linear: Collection[str] = (),
@@ -51,12 +52,13 @@ def merge_checkpoint(
     end_of_turn: int | None = None,
     variants: Variants | None = None,
     dtype: torch.dtype = torch.float32,
+    whole: bool = False,
 ) -> dict[str, VariantFiles]:
     """Write the merged model, with its configuration and tokenizer, to `output`, and variants of it to their folders.
 
     Args:
         base: folder of the base model.
-        adapter_folder: folder of the adapter.
+        trained: folder of the adapter, or of the trained weights.
         output: folder of the merged model.
         kind: `bf16` merges into the base as it is, and `nf4` into its weights as NF4 training saw them.
         linear: names of the weights that training held in NF4: every linear layer but the head.
@@ -65,6 +67,7 @@ def merge_checkpoint(
         end_of_turn: the token that ends an answer in training; generation must stop at it.
         variants: the variants to write in the same pass, with the bytes that the merged model would give.
         dtype: the type in which W + scale * B @ A is computed before it is rounded to bf16.
+        whole: True if all weights of the model were trained, and there is no adapter.
 
     Raises:
         ModelError: if the base lacks a tensor, if the adapter does not fit the base, if a linear layer is missing (for
@@ -72,12 +75,8 @@ def merge_checkpoint(
         QuantizationError: if a weight that variants quantize is missing. Other problems of a variant are in
             `variants.failed`.
     """
-    checkpoint, adapter, variants = (
-        open_checkpoint(base, to_copy=True),
-        Adapter.read(adapter_folder, dtype),
-        variants or Variants(),
-    )
-    _check_fit(checkpoint, base, adapter, adapter_folder)
+    checkpoint, variants = open_checkpoint(base, to_copy=True), variants or Variants()
+    adapter = _read_trained(checkpoint, base, trained, dtype, whole)
     _check_held(checkpoint, base, kind, linear)
     merged = {
         name: replace(info, dtype=torch.bfloat16) if info.dtype.is_floating_point else info
@@ -94,7 +93,7 @@ def merge_checkpoint(
         def take(name: str, rows: torch.Tensor, first: int) -> None:
             changed = adapter.apply(name, rows, first)
             if changed.is_floating_point() and not are_finite(changed):
-                broken = adapter_folder if are_finite(rows) else base
+                broken = trained if are_finite(rows) else base
                 raise ModelError(f"{broken}: makes values of {name!r} that are not finite; it is broken")
             writer.write(name, changed, first)
             quantize(name, changed, first)
@@ -137,26 +136,51 @@ def _token_list(tokens: Any) -> list:
     return tokens if isinstance(tokens, list) else [] if tokens is None else [tokens]
 
 
-def check_mergeable(base: Path, write: Callable[[Path], None], kinds: Collection[str], linear: Collection[str]) -> None:
-    """Check before training that the adapter can be merged: write it untrained, and read it as `merge_checkpoint` does.
+def _read_trained(checkpoint: Checkpoint, base: Path, folder: Path, dtype: torch.dtype, whole: bool) -> Adapter:
+    """Return the changes of the base model by an adapter or by trained weights; raise if they do not fit."""
+    if whole:
+        tied = open_config(base).get_text_config().tie_word_embeddings
+        adapter = Adapter.of_whole_model(folder, checkpoint, tied)
+    else:
+        adapter = Adapter.read(folder, dtype)
+    _check_fit(checkpoint, base, adapter, folder)
+    if not whole:
+        _check_tables(checkpoint, base, adapter, folder)
+    return adapter
+
+
+def check_mergeable(
+    base: Path,
+    write: Callable[[Path], None],
+    kinds: Collection[str],
+    linear: Collection[str],
+    whole: bool = False,
+    within: Path | None = None,
+) -> None:
+    """Check before training that the result can be merged: write it untrained, and read it as `merge_checkpoint` does.
 
     Args:
         base: folder of the base model.
-        write: writes the adapter, which is not trained yet, to a folder.
+        write: writes what will be trained, before its training, to a folder.
         kinds: every kind of merge that will be made.
-        linear: as for `merge_checkpoint`.
+        linear, whole: as for `merge_checkpoint`.
+        within: the folder to write below; by default that of the system for temporary files.
 
     Raises:
         ModelError: naming the base model and the reason.
     """
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory(dir=within) as folder:
         try:
             write(Path(folder))
             checkpoint = open_checkpoint(base)
-            _check_fit(checkpoint, base, Adapter.read(Path(folder)), Path(folder))
+            _read_trained(checkpoint, base, Path(folder), torch.float32, whole)
             for kind in kinds:
                 _check_held(checkpoint, base, kind, linear)
         except (ModelError, ValueError) as error:
+            if whole:
+                reason = str(error).removeprefix(f"{folder}: ")
+                raise ModelError(f"{base}: its trained weights could not be published: {reason}. "
+                                 "Try: another train.method") from None  # fmt: skip
             raise ModelError(
                 f"{base}: an adapter for it could not be merged: {str(error).removeprefix(f'{folder}: ')}. "
                 "Try: another base model, other train.lora.target_modules, or other train.lora.options"
@@ -175,6 +199,9 @@ def _check_fit(checkpoint: Checkpoint, base: Path, adapter: Adapter, folder: Pat
             raise ModelError(f"{folder}: changes {name!r}, which {base} does not have")
         if checkpoint[name].shape != made:
             raise ModelError(f"{folder}: made for a {name!r} of {made}; in {base} it is {checkpoint[name].shape}")
+
+
+def _check_tables(checkpoint: Checkpoint, base: Path, adapter: Adapter, folder: Path) -> None:
     config, shapes = read_config(base), [info.shape for info in checkpoint.values()]
     stored = 2 if config.get("tie_word_embeddings") is True else 1  # some tied models store the one table twice
     for name in (*adapter.replaced, *adapter.changes):

@@ -19,8 +19,14 @@ BLOCK = 64  # weights that share a scale
 SCALE_BLOCK = 256  # scales that share a scale of their own
 
 
-def load_base(folder: Path, in_nf4: bool, sharded: bool = False, attention: str | None = None) -> PreTrainedModel:
-    """Load the base model for training: linear layers in NF4, or all layers in bf16; on the GPU if there is one.
+def load_base(
+    folder: Path,
+    in_nf4: bool,
+    sharded: bool = False,
+    attention: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> PreTrainedModel:
+    """Load the base model for training: linear layers in NF4, or all layers in `dtype`; on the GPU if there is one.
 
     Args:
         folder: the base model.
@@ -28,6 +34,7 @@ def load_base(folder: Path, in_nf4: bool, sharded: bool = False, attention: str 
         sharded: True if FSDP or DeepSpeed will shard the model. They can only shard floating-point tensors, so four
             4-bit codes are then held in one bf16 number.
         attention: the kernel of attention, as transformers names it; None for its choice.
+        dtype: the type of all weights that are not in NF4.
     """
     from transformers import BitsAndBytesConfig
     from transformers.integrations import is_deepspeed_zero3_enabled
@@ -42,15 +49,15 @@ def load_base(folder: Path, in_nf4: bool, sharded: bool = False, attention: str 
     whole_on_gpu = torch.cuda.is_available() and not is_deepspeed_zero3_enabled()  # which shards it while it loads
     model = open_model(
         folder,
-        dtype=torch.bfloat16,
+        dtype=dtype,
         quantization_config=config if in_nf4 else None,
         device_map={"": torch.cuda.current_device()} if whole_on_gpu else None,
         **({"attn_implementation": attention} if attention else {}),
     )
-    if in_nf4 and model.device.type == "cpu":
+    if (in_nf4 or dtype == torch.float32) and model.device.type == "cpu":
         for parameter in model.parameters():
             if parameter.is_floating_point():
-                parameter.data = parameter.data.clone()  # else the whole file stays mapped
+                parameter.data = parameter.data.clone()  # else the whole file stays mapped, and must not change
     settle(model)  # else later steps would train on other numbers
     return model
 

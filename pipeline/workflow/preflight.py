@@ -118,6 +118,10 @@ def check_shared(config: Config, launch: Launch | None) -> None:
     """
     if launch and config.data is None:
         raise ConfigError("--accelerate: the configuration has no data, so nothing is trained. Try: without it")
+    if launch and not config.train.adapts:
+        raise ConfigError(
+            f"--accelerate: train.method {config.train.method} trains in one process only. Try: without it"
+        )
     if launch:
         split_step(config, launch.processes)
         second = config.train.preference

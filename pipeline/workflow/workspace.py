@@ -5,7 +5,7 @@ runs/<name>/
   ledger.json      the steps, what they depend on, and the progress of stopped steps
   events.jsonl     the events, in order
   results.json     the figures, the only source of a card's numbers
-  base/ data/ checkpoints/ adapter/ quantized/ measurements/ logs/
+  base/ data/ checkpoints/ adapter/ (or trained/) quantized/ measurements/ logs/
   release/         the result: the files of the repository
 
 If `--output` names the folder of the result, all other files lie in its subfolder `.tunepress/`.
@@ -48,6 +48,7 @@ class Workspace:
         self.data = self.folder / "data"
         self.checkpoints = self.folder / "checkpoints"
         self.adapter = self.folder / "adapter"
+        self.trained = self.folder / "trained"  # all weights of the model, if no adapter is trained
         self.quantized = self.folder / "quantized"
         self.measurements = self.folder / "measurements"
         self.logs = self.folder / "logs"

@@ -15,7 +15,7 @@ BROKEN = {
     "trian: {}": ("trian", "unknown", "'train'"),
     "train: {lora: {r: 8}}": ("train.lora.r", "unknown", "here it is called train.lora.rank"),
     "quantize: {variants: [{name: int4, groupsize: 32}]}": ("variants.0.groupsize", "unknown", "'group_size'"),
-    "train: {method: dora}": ("train.method", "dora", "'qlora' or 'lora'"),
+    "train: {method: dora}": ("train.method", "dora", "'qlora', 'lora' or 'full'"),
     "train: {schedule: step}": ("train.schedule", "step", "cosine"),
     "train: {epochs: 0}": ("train.epochs", "0", "greater than 0"),
     "train: {epochs: true}": ("train.epochs", "true", "number"),

@@ -107,7 +107,7 @@ def test_adapter_has_the_size_of_pefts_adapter(tiny_model, targets):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=4, target_modules=targets))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     sizes = read_sizes(Model(source=str(folder)))
-    assert memory.adapter_parameters(sizes, Lora(rank=4, target_modules=targets)) == trained
+    assert memory.adapter_parameters(sizes, Train(lora=Lora(rank=4, target_modules=targets))) == trained
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])

@@ -148,7 +148,7 @@ def test_loss_and_gradient_are_those_of_the_models_own_logits(kind):
         model = adapted(kind, **HEADS[kind])
         if ours:
             fuse_training_step(model, torch.float32)
-            check_logits(model, TOKENS)
+            check_logits(model.get_base_model(), TOKENS)
             loss = model(input_ids=ids, labels=ids, fused_lm_head=True).loss
         else:
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
@@ -165,7 +165,7 @@ def test_loss_and_gradient_are_those_of_the_models_own_logits(kind):
 def test_a_loss_of_other_logits_is_refused_before_the_first_step():
     model = adapted("recurrent_gemma", logits_soft_cap=0.2)  # with the loss of trl, which does not know this bound
     with pytest.raises(ModelError, match="^recurrent_gemma: the loss that trl computes is not that of the model's own"):
-        check_logits(model, TOKENS)
+        check_logits(model.get_base_model(), TOKENS)
 
 
 def test_a_head_that_does_more_is_refused_before_the_first_step(checkpoint, tmp_path, monkeypatch):

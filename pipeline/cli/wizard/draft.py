@@ -168,7 +168,7 @@ class Draft:
         return shortages(self._stages(config), self.machine)
 
     def _stages(self, config: Config) -> list[Stage]:
-        adapter = adapter_parameters(self.model_sizes, config.train.lora)
+        adapter = adapter_parameters(self.model_sizes, config.train)
         return stages_of(config, self.model_sizes, self.machine, 0, adapter)
 
 

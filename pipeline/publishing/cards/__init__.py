@@ -131,6 +131,7 @@ def _render(template: str, about: About, models: Models, front: ModelCardData, a
         "quantizes": any(VARIANTS[v].bits < 16 for v in variants),
         "catalog": VARIANTS,
         "methods": METHODS,
+        "has_adapter": about.config.has_adapter,
         "trainers": TRAINERS,
         "roundings": {name: Markdown(rounding.said) for name, rounding in ROUNDINGS.items()},
         "eight_bits": EIGHT_BITS,

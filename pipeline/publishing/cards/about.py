@@ -61,7 +61,7 @@ class About:
     @property
     def explains_adapter(self) -> bool:
         """Return True if an adapter was trained here whose base is in no repository."""
-        return self.config.data is not None and not self.results.origin.hub_id
+        return self.config.data is not None and self.config.has_adapter and not self.results.origin.hub_id
 
     @property
     def license_conflict(self) -> bool:

@@ -56,7 +56,7 @@ class Trainer(Protocol):
         data: dict[str, EncodedSet],
         job: Job,
     ) -> transformers.Trainer:
-        """Return the training loop for the base model in folder `model`, with a peft adapter on it.
+        """Return the training loop for the base model in folder `model`, with a peft adapter if the method has one.
 
         Args:
             data: the tokens of the `training` and the `held-out` examples.

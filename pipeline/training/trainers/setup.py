@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, GenerationConfig, TrainerCallback
 
 from pipeline.config.schema import Lora, Train, TrainingRun
 from pipeline.config.training_catalog import METHODS
@@ -63,7 +63,7 @@ def common_arguments(config: TrainingRun, job: Job, measures: bool) -> dict[str,
         "max_grad_norm": settings.max_grad_norm,
         "max_length": settings.max_length,
         "optim": optimizer,
-        "bf16": on_gpu and dtype == torch.bfloat16,
+        "bf16": dtype == torch.bfloat16 and (on_gpu or not settings.adapts),  # fused layers need no autocast
         "fp16": on_gpu and dtype == torch.float16,
         "use_cpu": not on_gpu,
         "gradient_checkpointing": on_gpu if checkpointing is None else checkpointing,
@@ -101,8 +101,12 @@ def lora_config(settings: Lora) -> LoraConfig:
 
 def load_for_training(config: TrainingRun, model: Path) -> PreTrainedModel:
     """Return the base model in folder `model` as the configuration's method holds it."""
-    attention = ATTENTION.get(config.train.attention, config.train.attention)
-    return load_base(model, METHODS[config.train.method].in_nf4, sharding() is not None, attention)
+    method, attention = METHODS[config.train.method], ATTENTION.get(config.train.attention, config.train.attention)
+    dtype = torch.bfloat16 if method.adapts else torch.float32  # trained weights would lose small updates in bf16
+    base = load_base(model, method.in_nf4, sharding() is not None, attention, dtype)
+    if not method.adapts:  # transformers may refuse to write the base's own, and the release has that file anyway
+        base.generation_config = GenerationConfig()
+    return base
 
 
 def common_callbacks(settings: Train, packing: bool, data: dict[str, EncodedSet], job: Job) -> list[TrainerCallback]:

@@ -46,7 +46,7 @@ CHECKED_TOKENS = 16  # of the first example, to compare logits
 def build(
     config: TrainingRun, model: Path, tokenizer: PreTrainedTokenizerBase, data: dict[str, EncodedSet], job: Job
 ) -> SftTrainer:
-    """Return the training loop of the base model in folder `model`, with its LoRA adapter in float32.
+    """Return the training loop of the base model in folder `model`; what is trained is in float32.
 
     Args:
         config: the run; `config.train` has the settings.
@@ -89,13 +89,13 @@ def build(
             train_dataset=datasets["training"],
             eval_dataset=evaluation,
             processing_class=tokenizer,
-            peft_config=lora_config(settings.lora),
+            peft_config=lora_config(settings.lora) if settings.adapts else None,
             callbacks=common_callbacks(settings, args.packing, data, job),
         )
-    adapted = cast("PeftModel", trainer.model)
-    prepare_adapted(adapted, config, model)
+    if settings.adapts:
+        prepare_adapted(cast("PeftModel", trainer.model), config, model)
     if not sharding():  # a sharded model does not run before its training
-        check_logits(adapted, data["training"].examples[0].input_ids[:CHECKED_TOKENS])
+        check_logits(base, data["training"].examples[0].input_ids[:CHECKED_TOKENS])
     return trainer
 
 

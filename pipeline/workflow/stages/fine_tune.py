@@ -1,4 +1,4 @@
-"""One training of an adapter: from its last checkpoint to its files and figures."""
+"""One training of an adapter, or of all weights: from its last checkpoint to its files and figures."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def fine_tune(
     start: Path | None = None,
     plot: Callable[[dict[str, float], int], None] | None = None,
 ) -> dict[str, Any]:
-    """Train an adapter, or go on from its last checkpoint, and write it.
+    """Train an adapter or all weights, or go on from the last checkpoint, and write the result.
 
     Args:
         encoded: the tokens of the `training` and the `held-out` examples.
         checkpoints: folder of its checkpoints.
-        output: folder of the adapter.
+        output: folder of the result.
         start: the adapter that training goes on with; None for a new adapter.
         plot: called with figures and their step; by default they are events.
 
@@ -71,7 +71,7 @@ def fine_tune(
         UserError: if training diverges, or its settings do not work.
     """
     import torch
-    from transformers import set_seed
+    from transformers import PreTrainedModel, set_seed
 
     from pipeline.models.matrices import linear_weights
     from pipeline.training.adapter_files import keep_beginning, save_adapter
@@ -79,7 +79,7 @@ def fine_tune(
     from pipeline.training.trainers import Job, trainer_module
 
     began, workspace, events, process = time.monotonic(), work.workspace, work.events, work.process
-    lora, linear = config.train.lora, linear_weights(work.base)
+    lora, adapts, linear = config.train.lora, config.train.adapts, linear_weights(work.base)
 
     def build(settings: TrainingRun) -> Any:
         set_seed(config.train.seed)
@@ -97,9 +97,13 @@ def fine_tune(
         trainer = trainer_module(settings).build(settings, work.base, work.tokenizer, encoded, job)
         if process.is_main:
             untrained = cast("PeftModel", trainer.model)
-            keep_beginning(untrained, lora, checkpoints)
-            write = partial(save_adapter, untrained, lora=lora, checkpoints=checkpoints)
-            check_mergeable(work.base, write, merge_bases(config), linear)
+            if adapts:
+                keep_beginning(untrained, lora, checkpoints)
+                write = partial(save_adapter, untrained, lora=lora, checkpoints=checkpoints)
+                check_mergeable(work.base, write, merge_bases(config), linear)
+            else:  # as large as the model, so not among the system's temporary files
+                write = partial(PreTrainedModel.save_pretrained, cast(PreTrainedModel, trainer.model))
+                check_mergeable(work.base, write, (), (), whole=True, within=workspace.folder)
         return trainer
 
     trainer, resumed_from = _train_in_memory(build, config, workspace, events, checkpoints, work.group)
@@ -114,14 +118,17 @@ def fine_tune(
         )
     best = trainer.state.best_model_checkpoint if config.train.early_stopping else None
     best_step = _step_of(best) if best else None
-    # The figures of the adapter that is kept.
+    # The figures of the result that is kept.
     of_kept = (row for row in reversed(history) if best_step in (None, row["step"]))
     measured: dict[str, float] = next((row for row in of_kept if "eval_loss" in row or metric in row), {})
-    adapter = gather_adapter(model)
+    shards = gather_adapter(model)
     if process.is_main:
         partial_folder = empty_folder(output.with_name(f"{output.name}.partial"))
-        save_adapter(model, partial_folder, lora, checkpoints, adapter)
-        make_portable(partial_folder, workspace.read_measurement("origin")["hub_id"])
+        if adapts:
+            save_adapter(model, partial_folder, lora, checkpoints, shards)
+            make_portable(partial_folder, workspace.read_measurement("origin")["hub_id"])
+        else:
+            model.save_pretrained(str(partial_folder))
         replace_folder(partial_folder, output)
     preference = _figures_on_pairs(config, trainer.state.global_step, losses, measured)
     return {

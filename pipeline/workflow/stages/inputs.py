@@ -73,11 +73,11 @@ def base_model(config: Config, workspace: Workspace, events: Events) -> Path:
 
 
 def adapter(config: Config, workspace: Workspace, events: Events) -> Path:
-    """Return the folder of the adapter to merge: trained here, or fetched from elsewhere."""
+    """Return the folder of the adapter to merge, or of the weights that were trained here in its place."""
     from pipeline.models.sources import fetch_adapter
 
     if config.merge.adapter is None:
-        return workspace.adapter
+        return workspace.adapter if config.train.adapts else workspace.trained
     events.progress(0, 1, "fetching the adapter")
     known = workspace.read_measurement("adapter")
     pinned = known.get("revision") if known.get("source") == config.merge.adapter else None

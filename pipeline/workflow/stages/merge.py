@@ -1,5 +1,6 @@
 """Stage `merge`: the adapter merged into both bases, compared with the unmerged adapter, and the better one kept.
 
+Weights that were trained without an adapter are rounded to bf16.
 If there is only one base, the variants are made in the same pass over it.
 """
 
@@ -52,14 +53,14 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
 
 
 def run(config: Config, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
-    """Merge the adapter, and place the merged model in the release."""
+    """Merge the adapter, or round the trained weights, and place the merged model in the release."""
     from pipeline.models.matrices import linear_weights, quantizable_weights
     from pipeline.system.libraries import quiet_progress_bars
     from pipeline.training.merge import copy_adapter, merge_checkpoint
     from pipeline.training.qat import merge_dtype
 
     quiet_progress_bars()
-    base, lora = base_model(config, workspace, events), adapter(config, workspace, events)
+    base, trained = base_model(config, workspace, events), adapter(config, workspace, events)
     linear, (template, end_of_turn) = linear_weights(base), _learned_turns(base, workspace)
     folders = {kind: empty_folder(workspace.folder / f"merged-{kind}.partial") for kind in merge_bases(config)}
     # With two bases, the base for the variants is known only after the comparison.
@@ -67,17 +68,19 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     along = _variants_along(config, workspace, events, base, parts) if len(folders) == 1 else None
     dtype, made = merge_dtype(config), {}
     for kind, folder in folders.items():
-        merge = partial(merge_checkpoint, base, lora, folder, kind, linear, template=template, dtype=dtype)
-        merge = partial(merge, end_of_turn=end_of_turn)
-        made = _merge(merge, f"merging into the {kind} base", events, along)
+        merge = partial(merge_checkpoint, base, trained, folder, kind, linear, template=template, dtype=dtype)
+        merge = partial(merge, end_of_turn=end_of_turn, whole=not config.has_adapter)
+        what = f"merging into the {kind} base" if config.has_adapter else "writing the trained model"
+        made = _merge(merge, what, events, along)
     comparison = MergeComparison()
     if isinstance(config, TrainingRun) and len(folders) > 1:
         comparison = _compare(config, workspace, events, base, folders)
     chosen = _better(comparison) if comparison.nf4_minus_bf16 else next(iter(folders))
 
     release = folders.pop(chosen)
-    named = workspace.read_measurement("origin")["hub_id"] or _own_base(config, lora)
-    copy_adapter(lora, release / "adapter", named)
+    if config.has_adapter:
+        named = workspace.read_measurement("origin")["hub_id"] or _own_base(config, trained)
+        copy_adapter(trained, release / "adapter", named)
     files = workspace.place(release, workspace.release, "merge")
     workspace.drop_measurement("retraining")  # of the former model
     keep_written(config, workspace, made, workspace.release)

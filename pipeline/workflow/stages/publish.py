@@ -258,7 +258,12 @@ def _tell(
     stages: list[tuple[str, str | None]],
 ) -> None:
     """Send the push event of each of these stages, (verb, variant), once."""
-    asked = {"train": config.data, "merge": config.merges, "evaluate": config.evaluate, "quantize": True}
+    asked = {
+        "train": config.data and config.train.adapts,
+        "merge": config.merges,
+        "evaluate": config.evaluate,
+        "quantize": True,
+    }
     for verb, variant in stages:
         if asked[verb] and not _is_pushed(workspace, verb, variant, repo):
             events.emit(verb, "pushed", variant, **_about(repo, commit))

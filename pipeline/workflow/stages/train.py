@@ -1,4 +1,4 @@
-"""Stage `train`: fine-tuning of LoRA adapters on the linear layers of an NF4 or bf16 base.
+"""Stage `train`: fine-tuning of LoRA adapters on the linear layers of an NF4 or bf16 base, or of all weights.
 
 `pipeline.data` makes tokens and loss masks, and trl runs the loop. NF4 uses double
 quantization (QLoRA, Dettmers et al., 2023). The compute type is the one that is fast on this machine.
@@ -45,7 +45,7 @@ def parameters(config: TrainingRun, variant: str | None) -> dict:
         "model": config.model.source,
         "data": config.data.named,
         "method": config.train.method,
-        "rank": config.train.lora.rank,
+        **({"rank": config.train.lora.rank} if config.train.adapts else {}),
         "learning_rate": config.train.learning_rate,
         "epochs": config.train.epochs,
     }
@@ -81,7 +81,7 @@ def _of_source(files: dict[str, dict[str, str]]) -> dict:
 
 
 def run(config: TrainingRun, workspace: Workspace, events: Events, variants: tuple[str, ...]) -> Outcome:
-    """Train the adapter, or go on from the last checkpoint."""
+    """Train, or go on from the last checkpoint."""
     import torch
 
     from pipeline.system.libraries import quiet_progress_bars
@@ -101,18 +101,19 @@ def run(config: TrainingRun, workspace: Workspace, events: Events, variants: tup
         events.show(["computing in float16: this GPU has no bfloat16 instructions (compute capability below 8.0)"])
     work = Work(prepared.base, prepared.tokenizer, workspace, events, group, process)
     checkpoints = _checkpoints(config, workspace, process, depends_on, *([second] if second else []))
+    output = workspace.adapter if config.train.adapts else workspace.trained
     if pairs:
         measured = _first_step(config, work, prepared, checkpoints[0])
         measured["preference"] = _second_step(config, work, pairs, checkpoints[1], measured["steps"])
     else:
-        measured = fine_tune(config, work, prepared.encoded, checkpoints[0], workspace.adapter)
+        measured = fine_tune(config, work, prepared.encoded, checkpoints[0], output)
     summary = {key: value for key, value in measured.items() if key not in UNSTABLE}
     if not process.is_main:
         return Outcome((), summary)
     workspace.write_measurement("data", prepared.description)
     workspace.write_measurement("training", measured)
     measurements = (workspace.measurements / f"{name}.json" for name in ("origin", "data", "training"))
-    return Outcome((workspace.adapter, workspace.data, *measurements), summary)
+    return Outcome((output, workspace.data, *measurements), summary)
 
 
 def _first_step(config: TrainingRun, work: Work, prepared: _Prepared, checkpoints: Path) -> dict:
@@ -189,7 +190,8 @@ def _prepare(config: TrainingRun, workspace: Workspace, events: Events, process:
         events.show([f"train.qat: each step computes with the weights that {spec.name} will store, without dropout"])
     context = context_length(open_config(base).to_dict())
     check_length(config.train.max_length, context)
-    check_targets(config.train.lora, linear_weights(base))
+    if config.train.adapts:
+        check_targets(config.train.lora, linear_weights(base))
     tokenizer = open_tokenizer(base)
     pad_within_embedding(tokenizer, base)
     is_text = data.form == "text"  # which is learned as it is

@@ -1,0 +1,92 @@
+"""Full fine-tuning: all weights of a small model, trained in float32 and published in bf16."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.config.loader import load_config
+from pipeline.config.training_catalog import METHODS
+from pipeline.errors import ConfigError
+from pipeline.system.hardware import COMPUTE_DTYPE
+from pipeline.workflow.in_process import run_stage_here
+from pipeline.workflow.run import run, run_one
+from tests.support.runs import write_place
+
+FULL = next(name for name, method in METHODS.items() if not method.adapts)
+STEPS = {"method": FULL, "max_steps": 6, "evaluate_every": 3, "learning_rate": 0.003}
+
+
+def place_for(folder, model, **changes):
+    folder.mkdir(exist_ok=True)
+    return write_place(folder, model, **{"train": STEPS, **changes})
+
+
+def trained(folder, model, monkeypatch, *settings, **changes):
+    place = place_for(folder, model, **changes)
+    monkeypatch.chdir(folder)
+    return run_one(load_config(str(place.config), settings), "train", start=run_stage_here)
+
+
+def weights_of(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def test_release_is_the_trained_weights_in_bf16(tiny_model, tmp_path, monkeypatch):
+    variants = {"variants": [{"name": "int8"}], "on_gate_failure": "warn"}
+    place = place_for(tmp_path, tiny_model("qwen3"), quantize=variants)
+    monkeypatch.chdir(tmp_path)
+    workspace = run(load_config(str(place.config)), start=run_stage_here)
+    kept, merged = weights_of(workspace.trained), weights_of(workspace.release)
+    base = weights_of(tiny_model("qwen3"))
+    assert merged.keys() == base.keys() >= kept.keys()
+    for name, value in kept.items():
+        assert value.dtype == torch.float32
+        assert torch.equal(merged[name], value.to(torch.bfloat16)), name
+    assert sum(not torch.equal(merged[name], base[name]) for name in merged) > len(merged) / 2
+    found = workspace.read_measurement("training")
+    losses = [row["eval_loss"] for row in found["history"] if "eval_loss" in row]
+    assert found["held_out_loss"] == losses[-1] < losses[0]
+    assert found["trainable_parameters"] == sum(value.numel() for value in kept.values())
+    assert (workspace.release / "int8" / "model.safetensors").is_file()
+    assert not (workspace.release / "adapter").exists() and not workspace.adapter.exists()
+    card = (workspace.release / "README.md").read_text()
+    assert "full fine-tuning" in card
+    assert "adapter" not in card.lower() and "lora" not in card.lower()
+    assert "adapter" not in json.dumps(place.events()).lower()
+    place.tunepress("verify", "runs/tiny/release", "--no-measure")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_goes_on_after_a_stop_with_the_same_bytes(tiny_model, tmp_path, monkeypatch, dtype):
+    monkeypatch.setenv(COMPUTE_DTYPE, dtype)
+    model = tiny_model("llama")
+    whole = trained(tmp_path / "whole", model, monkeypatch)
+    monkeypatch.setattr("pipeline.workflow.stages.fine_tune.gather_adapter", lambda model: 1 / 0)
+    with pytest.raises(Exception, match="division by zero"):
+        trained(tmp_path / "stopped", model, monkeypatch)
+    monkeypatch.undo()
+    monkeypatch.setenv(COMPUTE_DTYPE, dtype)
+    (last,) = (tmp_path / "stopped/runs/tiny/checkpoints").glob("*/checkpoint-6")
+    __import__("shutil").rmtree(last)  # as if it was stopped two steps before the end
+    resumed = trained(tmp_path / "stopped", model, monkeypatch)
+    assert resumed.read_measurement("training")["resumed_from_step"] == 4
+    for name, value in weights_of(whole.trained).items():
+        assert torch.equal(weights_of(resumed.trained)[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"trainer": "dpo"}, "trainer=dpo"),
+        ({"trainer": "kto"}, "trainer=kto"),
+        ({"preference": {"data": {"source": "pairs.jsonl"}}}, "preference"),
+        ({"qat": "int8"}, "qat"),
+        ({"lora": {"options": {"use_dora": True}}}, "lora.options"),
+    ],
+)
+def test_settings_that_need_an_adapter_are_refused(tiny_model, tmp_path, settings, named):
+    place = place_for(tmp_path, tiny_model("llama"), train={**STEPS, **settings})
+    with pytest.raises(ConfigError, match=rf"train.*trains no adapter, which {named} needs. Try: method=qlora"):
+        load_config(str(place.config))
