@@ -85,7 +85,7 @@ class Adapter:
         return cls(tensors, changes, shifts, replaced, dtype)
 
     @classmethod
-    def of_whole_model(cls, folder: Path, base: Mapping[str, Any], tied: bool) -> Adapter:
+    def of_whole_model(cls, folder: Path, base: Mapping[str, Any], tied_rows: int | None) -> Adapter:
         """Return the change to the trained weights in a folder, of which each replaces a tensor of the base.
 
         Tensors of the base that the model does not use stay as they are.
@@ -93,14 +93,15 @@ class Adapter:
         Args:
             folder: the trained weights, as transformers writes a model.
             base: the tensors of the base by name, each with its shape.
-            tied: True if the output head is the embedding. Some bases store this table twice, transformers does not.
+            tied_rows: the size of the vocabulary if the output head is the embedding. Some bases store this table
+                twice, transformers does not.
         """
         tensors = Checkpoint(folder)
         replaced = {name: name for name in tensors}
-        if tied:
-            table = max((info.shape for info in tensors.values() if len(info.shape) == 2), default=None)
-            twins = [name for name, info in tensors.items() if info.shape == table]
-            replaced |= {name: twins[0] for name in base.keys() - tensors.keys() if base[name].shape == table}
+        if tied_rows is not None:
+            table = next((name for name, info in tensors.items() if info.shape[:1] == (tied_rows,)), None)
+            twins = base.keys() - tensors.keys() if table else ()
+            replaced |= {name: table for name in twins if base[name].shape == tensors[table].shape}
         return cls(tensors, replaced=replaced)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

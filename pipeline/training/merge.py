@@ -139,8 +139,8 @@ def _token_list(tokens: Any) -> list:
 def _read_trained(checkpoint: Checkpoint, base: Path, folder: Path, dtype: torch.dtype, whole: bool) -> Adapter:
     """Return the changes of the base model by an adapter or by trained weights; raise if they do not fit."""
     if whole:
-        tied = open_config(base).get_text_config().tie_word_embeddings
-        adapter = Adapter.of_whole_model(folder, checkpoint, tied)
+        config = open_config(base).get_text_config()
+        adapter = Adapter.of_whole_model(folder, checkpoint, config.vocab_size if config.tie_word_embeddings else None)
     else:
         adapter = Adapter.read(folder, dtype)
     _check_fit(checkpoint, base, adapter, folder)
@@ -172,7 +172,7 @@ def check_mergeable(
     with TemporaryDirectory(dir=within) as folder:
         try:
             write(Path(folder))
-            checkpoint = open_checkpoint(base)
+            checkpoint = open_checkpoint(base, to_copy=whole)  # transformers writes a whole model with its own names
             _read_trained(checkpoint, base, Path(folder), torch.float32, whole)
             for kind in kinds:
                 _check_held(checkpoint, base, kind, linear)

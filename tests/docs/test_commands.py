@@ -24,6 +24,7 @@ import yaml
 from markdown_it import MarkdownIt
 
 from pipeline.config.loader import parse_config
+from pipeline.config.training_catalog import METHODS, SMALLEST_METHOD
 from tests.support import REPOSITORY
 from tests.support.hub import LoopbackHub
 from tests.support.texts import general_text
@@ -51,7 +52,6 @@ STAND_INS = {
 TINY = {
     "data": {"held_out": 0.25},
     "train": {"max_steps": 2, "batch_size": 2, "accumulate": 2, "learning_rate": 0.01, "max_length": 96},
-    "merge": {"base": "nf4"},
     "evaluate": {"general": "general.txt", "max_tokens": 256},
     "quantize": {"on_gate_failure": "warn"},
 }
@@ -129,7 +129,8 @@ class Clone:
         }  # fmt: skip
 
     def write_config(self, name: str, tree: dict) -> None:
-        tree = _merged(tree, TINY)
+        bases = METHODS[(tree.get("train") or {}).get("method", SMALLEST_METHOD.name)].merge_bases
+        tree = _merged(tree, {**TINY, "merge": {"base": bases[0]}})  # one merge, which saves time
         if tree.get("publish", {}).get("repo"):
             tree["publish"]["repo"] = f"ada/{tree['name']}"  # a repository takes the release of one run
         (self.folder / name).write_text(yaml.safe_dump(tree))

@@ -99,6 +99,20 @@ def test_run_that_does_not_fit_gets_settings_that_fit(place):
     assert again["fits"] and not again["changes"]
 
 
+def test_full_training_is_planned_with_all_weights_and_without_an_adapter(place):
+    full = ("--set", "train.method=full")
+    plan = place.plan("tinyllama-1.1b", "--device", "h100-80gb", *full)
+    stages = {stage["stage"]: stage for stage in plan["stages"]}
+    count = plan["model"]["parameters"]
+    assert plan["fits"] and plan["adapter_parameters"] == 0
+    assert stages["train"]["writes"]["trained weights"] == 4 * count
+    assert stages["train"]["gpu_memory"]["weights"] == 4 * count
+    assert stages["train"]["gpu_memory"]["gradients and optimizer"] == 6 * count  # moments in eight bits
+    assert not [part for stage in plan["stages"] for part in stage["writes"] if "adapter" in part]
+    changes = place.plan("tinyllama-1.1b", "--device", "rtx-3060-12gb", *full)["changes"]
+    assert next(change["setting"] for change in changes) == "train.method=lora"
+
+
 def test_every_advised_change_is_needed(place):
     large = ("--set", "train.batch_size=8", "--set", "train.max_length=4096")
     plan = place.plan("qwen3-4b", "--device", "rtx-3060-12gb", *large)

@@ -1,16 +1,20 @@
 """Full fine-tuning: all weights of a small model, trained in float32 and published in bf16."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pipeline.config.loader import load_config
-from pipeline.config.training_catalog import METHODS
-from pipeline.errors import ConfigError
+from pipeline.config.training_catalog import METHODS, UNCHANGED_BASE
+from pipeline.errors import ConfigError, ModelError
 from pipeline.system.hardware import COMPUTE_DTYPE
+from pipeline.training.accelerate_launch import read_launch
+from pipeline.training.merge import check_mergeable, merge_checkpoint
 from pipeline.workflow.in_process import run_stage_here
+from pipeline.workflow.preflight import check_shared
 from pipeline.workflow.run import run, run_one
 from tests.support.runs import write_place
 
@@ -69,7 +73,7 @@ def test_training_goes_on_after_a_stop_with_the_same_bytes(tiny_model, tmp_path,
     monkeypatch.undo()
     monkeypatch.setenv(COMPUTE_DTYPE, dtype)
     (last,) = (tmp_path / "stopped/runs/tiny/checkpoints").glob("*/checkpoint-6")
-    __import__("shutil").rmtree(last)  # as if it was stopped two steps before the end
+    shutil.rmtree(last)  # as if it was stopped two steps before the end
     resumed = trained(tmp_path / "stopped", model, monkeypatch)
     assert resumed.read_measurement("training")["resumed_from_step"] == 4
     for name, value in weights_of(whole.trained).items():
@@ -90,3 +94,31 @@ def test_settings_that_need_an_adapter_are_refused(tiny_model, tmp_path, setting
     place = place_for(tmp_path, tiny_model("llama"), train={**STEPS, **settings})
     with pytest.raises(ConfigError, match=rf"train.*trains no adapter, which {named} needs. Try: method=qlora"):
         load_config(str(place.config))
+
+
+def test_several_processes_are_refused(tiny_model, tmp_path):
+    place = place_for(tmp_path, tiny_model("llama"))
+    with pytest.raises(ConfigError, match=f"--accelerate: train.method {FULL} trains in one process only"):
+        check_shared(load_config(str(place.config)), read_launch("cpu-two"))
+
+
+def test_table_that_a_tied_base_stores_twice_is_replaced_twice(tiny_model, tmp_path):
+    base, trained = tmp_path / "base", tmp_path / "trained"
+    shutil.copytree(tiny_model("gemma3_text"), base)
+    shutil.copytree(base, trained)
+    once = weights_of(base)
+    save_file({name: value.float() * 1.5 for name, value in once.items()}, trained / "model.safetensors")
+    table = once["model.embed_tokens.weight"]
+    save_file({**once, "lm_head.weight": table.clone()}, base / "model.safetensors", metadata={"format": "pt"})
+    merge_checkpoint(base, trained, tmp_path / "merged", UNCHANGED_BASE, whole=True)
+    merged = weights_of(tmp_path / "merged")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(merged[name], (table.float() * 1.5).to(torch.bfloat16)), name
+
+
+def test_model_that_the_base_cannot_hold_is_refused_before_training(tiny_model):
+    def write(folder):
+        save_file(weights_of(tiny_model("llama")) | {"ghost": torch.zeros(2)}, folder / "model.safetensors")
+
+    with pytest.raises(ModelError, match="its trained weights could not be published: changes 'ghost'.* Try: another"):
+        check_mergeable(tiny_model("llama"), write, (), (), whole=True)
