@@ -99,9 +99,9 @@ class Adapter:
         tensors = Checkpoint(folder)
         replaced = {name: name for name in tensors}
         if tied_rows is not None:
-            table = next((name for name, info in tensors.items() if info.shape[:1] == (tied_rows,)), None)
-            twins = base.keys() - tensors.keys() if table else ()
-            replaced |= {name: table for name in twins if base[name].shape == tensors[table].shape}
+            tables = [name for name, info in tensors.items() if info.shape[:1] == (tied_rows,)]
+            for name in base.keys() - tensors.keys():
+                replaced |= {name: table for table in tables[:1] if base[name].shape == tensors[table].shape}
         return cls(tensors, replaced=replaced)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
