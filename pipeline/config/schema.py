@@ -21,7 +21,7 @@ from pipeline.config.qat import check_qat, with_qat
 from pipeline.config.quantize import Quantize, VariantSpec
 from pipeline.config.track import TRACK_SECTIONS, Track, TrackioSettings
 from pipeline.config.train import Lora, Train
-from pipeline.config.training_catalog import NF4_BASE, UNCHANGED_BASE
+from pipeline.config.training_catalog import ADAPTER, NF4_BASE, UNCHANGED_BASE
 
 __all__ = [
     "Config", "Data", "Evaluate", "Lora", "MeasuredRun", "Merge", "Model", "PACKAGE_SOURCE", "Publish", "Quantize",
@@ -226,5 +226,5 @@ class TrainingRun(MeasuredRun):
         asked = {name: getattr(second, name) for name in type(second).model_fields if name != "data"}
         options = {key: value for key, value in self.train.lora.options.items() if key != "init_lora_weights"}
         lora = self.train.lora.model_copy(update={"options": options})  # the adapter already has its first weights
-        update = {**asked, "lora": lora, "preference": None, "early_stopping": None, "max_minutes": None}
+        update = {**asked, ADAPTER: lora, "preference": None, "early_stopping": None, "max_minutes": None}
         return self.model_copy(update={"data": second.data, "train": self.train.model_copy(update=update)})

@@ -101,7 +101,8 @@ class Adapter:
         if tied_rows is not None:
             tables = [name for name, info in tensors.items() if info.shape[:1] == (tied_rows,)]
             for name in base.keys() - tensors.keys():
-                replaced |= {name: table for table in tables[:1] if base[name].shape == tensors[table].shape}
+                if tables and base[name].shape == tensors[tables[0]].shape:
+                    replaced[name] = tables[0]
         return cls(tensors, replaced=replaced)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
