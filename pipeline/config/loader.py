@@ -177,6 +177,7 @@ def _meant(location: tuple, whole: type[BaseModel]) -> str:
     keys = dict(fields(whole))
     places = OUR_KEYS.get(name) if whole is Config else None
     places = places or tuple(key for key in keys if key.rpartition(".")[2] == name)
+    places = tuple(key for key in places if not any(key.endswith(f".{other}") for other in places))  # the outer ones
     if places:
         return "here it is called " + " or ".join(f"{key} ({keys[key].description})" for key in places)
     if whole is Config and name in NO_KEY:
