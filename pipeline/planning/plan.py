@@ -15,6 +15,7 @@ from pipeline.planning.data import DataSize, data_size, steps
 from pipeline.planning.devices import Machine, gpu_by_name, this_machine
 from pipeline.planning.model import Sizes, adapter_sizes, read_sizes
 from pipeline.planning.stages import Stage, disk_peaks, stages_of
+from pipeline.planning.training_memory import adapter_parameters
 from pipeline.quantization.experts import check_experts
 from pipeline.quantization.fit import check_patterns
 from pipeline.system.command_names import command
@@ -125,7 +126,7 @@ def make_plan(
         given = sum(tensor.numel for tensor in adapter_sizes(config.merge.adapter).values())
 
     def lay_out(asked: Config) -> tuple[int, list[Stage], list[Shortage]]:
-        adapter = given if given is not None else memory.adapter_parameters(sizes, asked.train)
+        adapter = given if given is not None else adapter_parameters(sizes, asked.train)
         fetched = data.fetched_bytes if data else 0
         stages = stages_of(asked, sizes, machine, fetched, adapter if asked.merges else 0)
         return adapter, stages, shortages(stages, machine)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from pipeline.config.catalog import TRANSFORMERS
 from pipeline.config.schema import Config, MeasuredRun, TrainingRun, VariantSpec
-from pipeline.planning import memory
+from pipeline.planning import memory, training_memory
 from pipeline.planning.devices import Machine
 from pipeline.planning.memory import Need
 from pipeline.planning.model import Sizes
@@ -112,9 +112,9 @@ def _train(config: TrainingRun, sizes: Sizes, machine: Machine, data_bytes: int)
     trainings = [config.train]
     if config.train.preference:
         trainings.append(config.preference_run().train)
-    needs = [memory.training(sizes, train, machine.has_gpu) for train in trainings]
+    needs = [training_memory.training(sizes, train, machine.has_gpu) for train in trainings]
     host, gpu = (max(need, key=memory.total) for need in zip(*needs, strict=True))
-    trained = memory.trained_parameters(sizes, config.train)
+    trained = training_memory.trained_parameters(sizes, config.train)
     moments = 2 if machine.has_gpu and config.train.optimizer != "adamw" else 8
     return Stage(
         "train",
@@ -133,7 +133,7 @@ def _train(config: TrainingRun, sizes: Sizes, machine: Machine, data_bytes: int)
 
 def _merge(config: Config, sizes: Sizes, machine: Machine, variants: Mapping[str, int], adapter: int) -> Stage:
     bases, along = merge_bases(config), len(variants) if _made_by_merge(config) else 0
-    host, gpu = memory.merging(sizes, config, bases, along, machine.has_gpu)
+    host, gpu = training_memory.merging(sizes, config, bases, along, machine.has_gpu)
     made = {"release": sizes.bf16_bytes + sizes.other_bytes}
     if adapter:
         made["adapter in the release"] = 4 * adapter

@@ -169,7 +169,7 @@ def check_mergeable(
     Raises:
         ModelError: naming the base model and the reason.
     """
-    with TemporaryDirectory(dir=within) as folder:
+    with TemporaryDirectory(dir=within, prefix="untrained-", suffix=".partial") as folder:
         try:
             write(Path(folder))
             checkpoint = open_checkpoint(base, to_copy=whole)  # transformers writes a whole model with its own names

@@ -11,7 +11,8 @@ from pipeline.workflow.workspace import Workspace
 
 # Exact names of our own interrupted writes, because people's files may have similar names.
 LEFT_BEHIND = re.compile(
-    r"(adapter|trained|base|merged-(nf4|bf16)|shards|[\w-]+\.(json|yaml|md|png))\.partial|(adapter|trained|base)\.old"
+    r"(adapter|trained|untrained-\w+|base|merged-(nf4|bf16)|shards|[\w-]+\.(json|yaml|md|png))\.partial"
+    r"|(adapter|trained|base)\.old"
 )
 
 

@@ -12,7 +12,7 @@ from pipeline.config.schema import Config, Lora, Model, Train, VariantSpec
 from pipeline.errors import ModelError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.gguf_metadata import read_header
-from pipeline.planning import memory
+from pipeline.planning import memory, training_memory
 from pipeline.planning.advice import advise
 from pipeline.planning.devices import Machine
 from pipeline.planning.headers import gguf_header
@@ -107,13 +107,13 @@ def test_adapter_has_the_size_of_pefts_adapter(tiny_model, targets):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=4, target_modules=targets))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     sizes = read_sizes(Model(source=str(folder)))
-    assert memory.adapter_parameters(sizes, Train(lora=Lora(rank=4, target_modules=targets))) == trained
+    assert training_memory.adapter_parameters(sizes, Train(lora=Lora(rank=4, target_modules=targets))) == trained
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_advice_reduces_memory(qwen, on_gpu):
     def held(**train) -> int:
-        return sum(memory.wanted(need) for need in memory.training(qwen, Train(**train), on_gpu))
+        return sum(memory.wanted(need) for need in training_memory.training(qwen, Train(**train), on_gpu))
 
     usual = held()
     assert held(batch_size=2) < usual and held(max_length=512) < usual and held(lora=Lora(rank=4)) < usual
@@ -121,8 +121,8 @@ def test_advice_reduces_memory(qwen, on_gpu):
 
 
 def test_gradient_checkpointing_keeps_activations_small_on_a_gpu(qwen):
-    here, _ = memory.training(qwen, Train(), on_gpu=False)
-    _, gpu = memory.training(qwen, Train(), on_gpu=True)
+    here, _ = training_memory.training(qwen, Train(), on_gpu=False)
+    _, gpu = training_memory.training(qwen, Train(), on_gpu=True)
     assert gpu["activations"] < here["activations"] / 5
 
 

@@ -18,11 +18,11 @@ from pipeline.planning import timing
 from pipeline.planning.advice import advise
 from pipeline.planning.benchmark import read_speeds
 from pipeline.planning.devices import Machine, this_machine
-from pipeline.planning.memory import adapter_parameters
 from pipeline.planning.model import Sizes
 from pipeline.planning.plan import Shortage, shortages
 from pipeline.planning.report import tell_shortage
 from pipeline.planning.stages import Stage, stages_of
+from pipeline.planning.training_memory import adapter_parameters
 from pipeline.system.command_names import command
 
 Settings = Mapping[str, object]  # dotted keys
