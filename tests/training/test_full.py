@@ -122,3 +122,14 @@ def test_model_that_the_base_cannot_hold_is_refused_before_training(tiny_model):
 
     with pytest.raises(ModelError, match="its trained weights could not be published: changes 'ghost'.* Try: another"):
         check_mergeable(tiny_model("llama"), write, (), (), whole=True)
+
+
+def test_best_checkpoint_is_the_result(tiny_model, tmp_path, monkeypatch):
+    every = {"early_stopping": 2, "evaluate_every": 1, "checkpoint_every": 1, "keep_checkpoints": 9}
+    steps = {**STEPS, **every, "learning_rate": 0.1, "max_steps": 8}
+    workspace = trained(tmp_path / "work", tiny_model("llama"), monkeypatch, train=steps)
+    found = workspace.read_measurement("training")
+    assert found["best_step"] < found["steps"]
+    (best,) = workspace.checkpoints.glob(f"*/checkpoint-{found['best_step']}")
+    kept = weights_of(workspace.trained)
+    assert all(torch.equal(kept[name], value) for name, value in weights_of(best).items())
