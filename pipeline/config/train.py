@@ -82,7 +82,7 @@ class Preference(Section):
     max_steps: Count | None = Field(default=None, description="stop after this many optimizer steps")
     batch_size: Count = Field(default=4, description="pairs in one forward pass")
     accumulate: Count = Field(default=4, description="forward passes for one optimizer step")
-    learning_rate: Rate = Field(default=2.0e-5, description="highest learning rate")
+    learning_rate: Rate = Field(default=5.0e-5, description="highest learning rate")
     options: dict[str, Any] = Field(
         default={}, description="further fields of trl's configuration class, such as `beta: 0.1`"
     )
