@@ -152,13 +152,24 @@ def unfinished_secret(text: str) -> int:
     """Return the position from which the end of a text may be the beginning of a secret; else the text's length."""
     first = max(0, len(text) - LONGEST_SECRET)
     found = _UNFINISHED.search(text, first)
-    position = found.start() if found else len(text)
-    for written in _written(shortest=4):
+    position, known = found.start() if found else len(text), _written(shortest=4)
+    for written in known:
         for length in range(min(len(written) - 1, len(text)), 0, -1):
             if text.endswith(written[:length]):
                 position = min(position, len(text) - length)
                 break
+    while (start := _cut_at(text, position, known)) is not None:  # no secret is cut in two
+        position = start
     return position
+
+
+def _cut_at(text: str, position: int, known: list[str]) -> int | None:
+    """Return the start of a known secret that lies on both sides of a position; None if there is none."""
+    for written in known:
+        start = text.find(written, max(0, position - len(written) + 1), position + len(written) - 1)
+        if start >= 0:
+            return start
+    return None
 
 
 def is_secret_variable(name: str) -> bool:

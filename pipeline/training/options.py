@@ -6,7 +6,6 @@ A configuration class that the pipeline does not know, or a field of a later ver
 from __future__ import annotations
 
 import difflib
-import importlib
 import typing
 from collections.abc import Callable
 from dataclasses import fields
@@ -26,6 +25,7 @@ from pipeline.config.training_options import (
     TRAINER_KEYS,
 )
 from pipeline.errors import ConfigError
+from pipeline.training.trainers import options_class
 
 
 def check_options(config: TrainingRun) -> None:
@@ -62,13 +62,8 @@ def check_options(config: TrainingRun) -> None:
 
 def _check_trainer(section: str, trainer: str, options: dict[str, Any]) -> None:
     if options:
-        kind, around = _class_named(TRAINERS[trainer].options), {"output_dir": "", "report_to": [], "use_cpu": True}
+        kind, around = options_class(trainer), {"output_dir": "", "report_to": [], "use_cpu": True}
         _check(section, kind, options, {*TRAINER_KEYS, *TRAINER_FIXED}, lambda: kind(**around, **options))
-
-
-def _class_named(path: str) -> type:
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
 
 
 def _check(section: str, kind: type, options: dict[str, Any], owned: set[str], make: Callable[[], object]) -> None:

@@ -71,6 +71,12 @@ def trainer_module(config: TrainingRun) -> Trainer:
     return cast(Trainer, importlib.import_module(TRAINERS[config.train.trainer].module))
 
 
+def options_class(trainer: str) -> type:
+    """Import and return the class that has the fields of `train.options` for this trainer."""
+    module, _, name = TRAINERS[trainer].options.partition(":")
+    return cast(type, getattr(importlib.import_module(module), name))
+
+
 def check_form(config: TrainingRun, form: str) -> None:
     """Check that the configured trainer takes data of this form.
 

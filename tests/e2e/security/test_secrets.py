@@ -48,6 +48,15 @@ UNKNOWN = [
 ]  # fmt: skip
 
 
+def test_a_secret_is_hidden_whole_if_its_end_is_the_beginning_of_another(place, monkeypatch):
+    monkeypatch.setenv("OTHER_API_KEY", WRITE_TOKEN[-3:] + "andMoreThanSixteenLetters")
+    for text in (WRITE_TOKEN, f"It is {WRITE_TOKEN}{WRITE_TOKEN} or not"):
+        for cut in range(len(text) + 1):
+            redactor = Redactor()
+            told = redactor.feed(text[:cut]) + redactor.feed(text[cut:]) + redactor.end()
+            assert told == redact(text), cut
+
+
 @pytest.mark.parametrize("text", [*(f"It is {secret} or not" for secret in SECRETS), *UNKNOWN])
 def test_a_secret_that_is_cut_by_two_writes_is_hidden_whole(place, text):
     hidden = redact(text)
