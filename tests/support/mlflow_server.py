@@ -6,18 +6,14 @@ import contextlib
 import math
 import os
 import shutil
-import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
-
 from pipeline.tracking.trackers.contents import as_text
-from tests.support.trackio_server import eventually
+from tests.support.server_process import ServerProcess
 
 # MLflow's own program imports what only its pages need.
 _SERVE = (
@@ -90,42 +86,21 @@ class MlflowStore:
 
 
 @dataclass
-class MlflowServer(MlflowStore):
+class MlflowServer(ServerProcess, MlflowStore):
     """MLflow's own server in a process of its own."""
 
-    port: int = 0
-    _process: subprocess.Popen | None = None
+    program = _SERVE
+    health = "/health"
 
     def __post_init__(self):
         super().__post_init__()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        self.find_port()
 
     @property
     def track(self) -> dict:
         return {"tracker": "mlflow", "uri": self.url}
 
     def start(self) -> MlflowServer:
-        command = [sys.executable, "-c", _SERVE, str(self.port)]
         env = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
-        self._process = subprocess.Popen(command, env=env, cwd=self.folder, stderr=subprocess.DEVNULL)
-        eventually(self._answers, seconds=60)
+        self.run_process(60, env=env, cwd=self.folder, stderr=subprocess.DEVNULL)
         return self
-
-    def stop(self) -> None:
-        if self._process:
-            self._process.send_signal(signal.SIGKILL)
-            self._process.wait()
-            self._process = None
-
-    def _answers(self) -> bool:
-        assert self._process.poll() is None
-        try:
-            return httpx.get(f"{self.url}/health").is_success
-        except httpx.HTTPError:
-            return False

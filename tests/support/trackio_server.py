@@ -4,17 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import socket
 import sqlite3
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import httpx
 
 from pipeline.config.loader import parse_config
 from pipeline.config.schema import Config
@@ -23,6 +15,7 @@ from pipeline.evaluation.results import Results
 from pipeline.tracking.events import Events
 from pipeline.tracking.forwarder import Forwarder
 from pipeline.tracking.trackers import opener
+from tests.support.server_process import ServerProcess
 
 TOKEN = "writeTokenOfTheTests-0123456789"
 
@@ -67,35 +60,22 @@ def stored_rows(folder: Path, project: str) -> list[dict]:
 
 
 @dataclass
-class TrackioServer:
+class TrackioServer(ServerProcess):
     """Trackio's own server in a process of its own. `more` is added to its environment."""
 
     folder: Path
     more: dict = field(default_factory=dict)
-    port: int = 0
-    _process: subprocess.Popen | None = None
+    program = _SERVE
+    health = "/version"
 
     def __post_init__(self):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        self.find_port()
 
     def start(self) -> TrackioServer:
         plain = {k: v for k, v in os.environ.items() if not k.startswith("TRACKIO_")}
         env = plain | {"TRACKIO_DIR": str(self.folder), "TRACKIO_WRITE_TOKEN": TOKEN} | self.more
-        self._process = subprocess.Popen([sys.executable, "-c", _SERVE, str(self.port)], env=env)
-        eventually(self._answers, seconds=30)
+        self.run_process(30, env=env)
         return self
-
-    def stop(self) -> None:
-        if self._process:
-            self._process.send_signal(signal.SIGKILL)
-            self._process.wait()
-            self._process = None
 
     def rows(self, project: str = "tests") -> list[dict]:
         return stored_rows(self.folder, project)
@@ -106,13 +86,6 @@ class TrackioServer:
         with database:
             assert database.execute(f"delete from {table} where {where}").rowcount > 0
         database.close()
-
-    def _answers(self) -> bool:
-        assert self._process.poll() is None
-        try:
-            return httpx.get(f"{self.url}/version").is_success
-        except httpx.HTTPError:
-            return False
 
 
 @dataclass
@@ -159,14 +132,6 @@ class Run:
 def configuration(name: str = "tiny", **track) -> Config:
     tree = {"name": name, "model": {"source": "a/b"}, "data": {"source": "c/d"}}
     return parse_config(tree | {"track": {"project": "tests"} | track}, "test")
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 10) -> None:
-    """Wait until a condition holds; fail after `seconds`."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "the condition never held"
-        time.sleep(0.02)
 
 
 def assert_once_each(rows: list[dict], records: list[dict]) -> None:

@@ -15,7 +15,8 @@ import pytest
 
 from tests.support import REPOSITORY
 from tests.support.mlflow_server import MlflowServer, MlflowStore
-from tests.support.trackio_server import Run, assert_once_each, configuration, eventually, stored_rows
+from tests.support.server_process import eventually
+from tests.support.trackio_server import Run, assert_once_each, configuration, stored_rows
 from tests.support.wandb_server import KEY, WandbServer
 
 # Training from the step in argv, faster than a real run, until it is killed.

@@ -15,7 +15,8 @@ from pipeline.errors import ConfigError, MissingExtra, TrackError
 from pipeline.tracking.forwarder import Spool
 from pipeline.tracking.trackers import check, mlflow, opener, sync
 from tests.support.mlflow_server import MlflowServer, MlflowStore
-from tests.support.trackio_server import Run, configuration, eventually
+from tests.support.server_process import eventually
+from tests.support.trackio_server import Run, configuration
 
 
 @pytest.fixture

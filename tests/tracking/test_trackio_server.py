@@ -14,7 +14,8 @@ from pipeline.tracking.trackers import sync
 from pipeline.tracking.trackers.places import Server
 from pipeline.tracking.trackers.trackio import TrackioTracker, dashboard
 from pipeline.workflow.workspace import Workspace
-from tests.support.trackio_server import TOKEN, Run, assert_once_each, configuration, eventually
+from tests.support.server_process import eventually
+from tests.support.trackio_server import TOKEN, Run, assert_once_each, configuration
 
 
 def test_finished_run_is_stored_once_with_its_name_and_steps(run, server):

@@ -15,7 +15,8 @@ import pytest
 from pipeline.errors import ConfigError, MissingExtra, TrackError
 from pipeline.tracking.forwarder import Spool
 from pipeline.tracking.trackers import check, opener, sync, wandb
-from tests.support.trackio_server import Run, configuration, eventually
+from tests.support.server_process import eventually
+from tests.support.trackio_server import Run, configuration
 from tests.support.wandb_server import KEY, WandbServer
 from tests.support.warm import COLD
 
