@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import socket
 import sqlite3
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -132,6 +135,27 @@ class Run:
 def configuration(name: str = "tiny", **track) -> Config:
     tree = {"name": name, "model": {"source": "a/b"}, "data": {"source": "c/d"}}
     return parse_config(tree | {"track": {"project": "tests"} | track}, "test")
+
+
+def assert_silence_does_not_delay(folder: Path, seconds: float, close_seconds: float = math.inf, **track: str) -> None:
+    """Check that a run with a server that never answers writes 100 steps within `seconds`, and is told why.
+
+    Args:
+        close_seconds: within which the tracker is closed, from the first step on.
+        track: the settings of the tracker; `{}` stands for the address of the server.
+    """
+    with socket.create_server(("127.0.0.1", 0), backlog=1) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        run = Run(folder, configuration(**{key: value.format(address) for key, value in track.items()}))
+        forwarder = run.forwarder(close_seconds=0.5)
+        start = time.monotonic()
+        for step in range(1, 101):
+            run.train(step, step)
+            forwarder.forward()
+        assert time.monotonic() - start < seconds
+        forwarder.close()
+        assert time.monotonic() - start < close_seconds
+        assert "no answer" in forwarder.problem
 
 
 def assert_once_each(rows: list[dict], records: list[dict]) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import socket
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -16,7 +14,7 @@ from pipeline.tracking.forwarder import Spool
 from pipeline.tracking.trackers import check, mlflow, opener, sync
 from tests.support.mlflow_server import MlflowServer, MlflowStore
 from tests.support.server_process import eventually
-from tests.support.trackio_server import Run, configuration
+from tests.support.trackio_server import Run, assert_silence_does_not_delay, configuration
 
 
 @pytest.fixture
@@ -121,17 +119,7 @@ def test_server_that_was_away_gets_every_record_once(server, tmp_path):
 
 
 def test_silent_server_does_not_delay_a_run(tmp_path):
-    with socket.create_server(("127.0.0.1", 0), backlog=1) as silent:
-        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        run = Run(tmp_path / "run", configuration(tracker="mlflow", uri=address))
-        forwarder = run.forwarder(close_seconds=0.5)
-        start = time.monotonic()
-        for step in range(1, 101):
-            run.train(step, step)
-            forwarder.forward()
-        assert time.monotonic() - start < 5
-        forwarder.close()
-        assert "no answer" in forwarder.problem
+    assert_silence_does_not_delay(tmp_path / "run", 5, tracker="mlflow", uri="{}")
 
 
 class _Refusing(BaseHTTPRequestHandler):

@@ -16,7 +16,7 @@ from pipeline.errors import ConfigError, MissingExtra, TrackError
 from pipeline.tracking.forwarder import Spool
 from pipeline.tracking.trackers import check, opener, sync, wandb
 from tests.support.server_process import eventually
-from tests.support.trackio_server import Run, configuration
+from tests.support.trackio_server import Run, assert_silence_does_not_delay, configuration
 from tests.support.wandb_server import KEY, WandbServer
 from tests.support.warm import COLD
 
@@ -133,17 +133,7 @@ def test_refused_key_is_told_in_one_line_and_never_shown(run, server, monkeypatc
 
 
 def test_silent_server_does_not_delay_a_run(tmp_path):
-    with socket.create_server(("127.0.0.1", 0), backlog=1) as silent:
-        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        run = Run(tmp_path / "run", configuration(tracker="wandb", server=address))
-        forwarder = run.forwarder(close_seconds=0.5)
-        start = time.monotonic()
-        for step in range(1, 101):
-            run.train(step, step)
-            forwarder.forward()
-        assert time.monotonic() - start < 5
-        forwarder.close()
-        assert "no answer" in forwarder.problem
+    assert_silence_does_not_delay(tmp_path / "run", 5, tracker="wandb", server="{}")
 
 
 def test_offline_runs_are_complete_folders_and_later_records_another(offline):
