@@ -126,10 +126,11 @@ class PreferenceTrainer(SafeCheckpoints, Trainer):
         try:
             for start in range(0, len(self.held_out), size):
                 pairs = self.held_out[start : start + size]
-                after = [answer_log_probs(model, part, pad) for part in _sides(pairs)]
+                sides = [list(pairs), [cast(Encoded, pair.rejected) for pair in pairs]]  # better and worse answers
+                after = [answer_log_probs(model, side, pad) for side in sides]
                 with reference(model):
-                    before = [answer_log_probs(model, part, pad) for part in _sides(pairs)]
-                lengths = [torch.tensor([len(s.input_ids) - s.prompt_length for s in part]) for part in _sides(pairs)]
+                    before = [answer_log_probs(model, side, pad) for side in sides]
+                lengths = [torch.tensor([len(s.input_ids) - s.prompt_length for s in side]) for side in sides]
                 margins += (beta * ((after[0] - before[0]) - (after[1] - before[1]))).tolist()
                 likelier += (after[0] / lengths[0] > after[1] / lengths[1]).tolist()
                 likelier_before += (before[0] / lengths[0] > before[1] / lengths[1]).tolist()
@@ -137,11 +138,6 @@ class PreferenceTrainer(SafeCheckpoints, Trainer):
         finally:
             model.train(was_training)
         return preference_figures(margins, likelier, likelier_before)
-
-
-def _sides(pairs: Sequence[Encoded]) -> tuple[list[Encoded], list[Encoded]]:
-    """Return the sequences with the better answers, and those with the worse ones."""
-    return list(pairs), [cast(Encoded, pair.rejected) for pair in pairs]
 
 
 def answer_log_probs(model: PeftModel, sequences: Sequence[Encoded], pad: int) -> torch.Tensor:

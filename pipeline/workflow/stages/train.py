@@ -139,8 +139,7 @@ def _second_step(config: TrainingRun, work: Work, pairs: Pairs, checkpoints: Pat
     def plot(values: dict[str, float], step: int) -> None:
         work.events.metrics({f"preference/{name}": value for name, value in values.items()}, steps + step)
 
-    measured = fine_tune(second, work, pairs.encoded, checkpoints, work.workspace.adapter, start, plot)
-    return {key: measured[key] for key in ("steps", "train_loss", "held_out_loss")} | measured["preference"]
+    return dict(fine_tune(second, work, pairs.encoded, checkpoints, work.workspace.adapter, start, plot)["preference"])
 
 
 @dataclass(frozen=True)
