@@ -15,7 +15,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer
 
 from pipeline.errors import UserError
 from pipeline.models.checkpoint import read_header
-from pipeline.system.files import read_json
+from pipeline.system.files import read_json, write_text
 from pipeline.training.adapter_files import ADAPTER
 from pipeline.training.distributed import sharding
 from pipeline.training.resume_state import load_state, random_state, save_state, set_random_state
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from trl import SFTTrainer
 
 TRAINING_STATE = "training_state.safetensors"  # in a checkpoint: the optimizer and the schedule
+TRAINER_STATE = "trainer_state.json"  # in a checkpoint: the state that transformers keeps, its last file
 ON_DISK = "on-disk"  # the file in a checkpoint that is written after all others are on the disk
 
 
@@ -82,7 +83,7 @@ def is_complete(checkpoint: Path) -> bool:
     if not (checkpoint / ON_DISK).is_file():
         return False
     try:
-        read_json(checkpoint / "trainer_state.json", {})["global_step"]  # the last file of transformers
+        read_json(checkpoint / TRAINER_STATE, {})["global_step"]
         for path in (p for p in checkpoint.rglob("*") if p.is_file()):
             if path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
                 return False
@@ -95,8 +96,26 @@ def is_complete(checkpoint: Path) -> bool:
     return True
 
 
+def find_best_checkpoint(checkpoint: Path) -> None:
+    """Correct the path of the best checkpoint in the state of another one, if the runs folder was moved.
+
+    Raises:
+        UserError: if the best checkpoint is missing; transformers would go on, with another result.
+    """
+    path = checkpoint / TRAINER_STATE
+    state = read_json(path, {})
+    best = state.get("best_model_checkpoint")
+    if best is None:
+        return
+    here = checkpoint.parent / Path(best).name
+    if not here.is_dir():
+        raise UserError(f"{here}: the best checkpoint of this training is missing. Try: remove {checkpoint.parent}")
+    if str(here) != best:
+        write_text(path, json.dumps(state | {"best_model_checkpoint": str(here)}, indent=2) + "\n")
+
+
 def restore_token_count(trainer: SFTTrainer, checkpoint: Path) -> None:
     """Continue the count of tokens from a checkpoint, which trl would start at zero."""
-    rows = json.loads((checkpoint / "trainer_state.json").read_bytes())["log_history"]
+    rows = read_json(checkpoint / TRAINER_STATE, {})["log_history"]
     seen = next((row["num_tokens"] for row in reversed(rows) if "num_tokens" in row), 0)
     trainer._total_train_tokens = seen  # trl has no public name for it

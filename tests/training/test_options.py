@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from functools import partial
 
 import pytest
@@ -15,6 +16,7 @@ from pipeline.errors import ConfigError, StageFailed, UserError
 from pipeline.models.matrices import linear_weights
 from pipeline.training import merge
 from pipeline.training.adapter_files import keep_beginning, save_adapter
+from pipeline.training.checkpoints import TRAINER_STATE, find_best_checkpoint
 from pipeline.training.merge import check_mergeable, merge_checkpoint
 from pipeline.training.options import check_options
 from pipeline.training.trainers import Job
@@ -259,6 +261,20 @@ def test_early_stopping_keeps_the_adapter_with_the_lowest_held_out_loss(tiny_mod
     best = min(losses, key=losses.get)
     assert (found["best_step"], found["held_out_loss"]) == (best, losses[best])
     assert found["resumed_from_step"] == found["steps"] == best + 2 < 30
+
+
+def test_best_checkpoint_is_found_again_after_a_move_and_never_done_without(tmp_path):
+    best, last = tmp_path / "checkpoint-4", tmp_path / "checkpoint-6"
+    for folder in (best, last):
+        folder.mkdir()
+        (folder / TRAINER_STATE).write_text(
+            json.dumps({"global_step": 6, "best_model_checkpoint": "/elsewhere/checkpoint-4"})
+        )
+    find_best_checkpoint(last)
+    assert json.loads((last / TRAINER_STATE).read_text()) == {"global_step": 6, "best_model_checkpoint": str(best)}
+    shutil.rmtree(best)
+    with pytest.raises(UserError, match=f"checkpoint-4: the best checkpoint .* Try: remove {tmp_path}"):
+        find_best_checkpoint(last)
 
 
 def test_batch_that_does_not_fit_is_halved_with_the_same_global_batch(tiny_model, tmp_path, monkeypatch):

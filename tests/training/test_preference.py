@@ -94,7 +94,9 @@ def adapter_of(folder):
 
 
 @pytest.mark.parametrize(
-    ("method", "options"), [("qlora", {}), ("lora", {}), ("lora", {"init_lora_weights": "pissa"})], ids=str
+    ("method", "options"),
+    [("qlora", {}), ("lora", {}), ("lora", {"init_lora_weights": "pissa"}), ("lora", {"modules_to_save": ["norm"]})],
+    ids=str,
 )
 def test_second_training_goes_on_with_the_adapter_of_the_first(tiny_model, tmp_path, monkeypatch, method, options):
     model = tiny_model("llama")

@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from pipeline.config.schema import TrainingRun
 from pipeline.data.encode import Encoded, EncodedSet
+from pipeline.models.checkpoint_files import ADAPTER_FILES
 from pipeline.training.adapter_files import ADAPTER
 from pipeline.training.checkpoints import SafeCheckpoints
 from pipeline.training.trainers import Job
@@ -82,20 +84,22 @@ def build(
             callbacks=common_callbacks(settings, False, data, job),
         )
     adapted = cast(PeftModel, trainer.model)
-    if job.start:  # trl has rounded it
-        _copy_reference(adapted)
+    if job.start:
+        _restore(adapted, job.start)
     prepare_adapted(adapted, config, model, mean_logits=True)
     trainer.held_out, trainer.progress = held_out, job.progress
     return trainer
 
 
-def _copy_reference(model: PeftModel) -> None:
-    """Make the trained adapter equal to its frozen copy."""
-    values = dict(model.named_parameters())
-    for name, parameter in values.items():
-        copy = values.get(name.replace(f".{ADAPTER}.", f".{REFERENCE}."))
-        if f".{ADAPTER}." in name and copy is not None:
-            parameter.data = copy.data.float().clone()
+def _restore(model: PeftModel, start: Path) -> None:
+    """Give the trained adapter and its frozen copy the stored float32 values, which peft and trl have rounded."""
+    stored = load_file(start / ADAPTER_FILES[1])
+    adapters = [name for name in (ADAPTER, REFERENCE) if name in model.peft_config]
+    for name, parameter in model.named_parameters():
+        if any(f".{adapter}." in name for adapter in adapters):
+            parameter.data = parameter.data.float()
+    for adapter in adapters:
+        set_peft_model_state_dict(model, stored, adapter)
 
 
 class PreferenceTrainer(SafeCheckpoints, Trainer):
