@@ -7,16 +7,23 @@ valid.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.base import Count, Rate, Real, Section, Seed
-from pipeline.config.catalog import PREFERENCE
 from pipeline.config.data import Data
 from pipeline.config.qat import TrainedFor
-from pipeline.config.training_catalog import DEFAULT_ON_PAIRS, DEFAULT_TRAINER, METHODS, SMALLEST_METHOD, TRAINERS
+from pipeline.config.training_catalog import (
+    DEFAULT_ON_PAIRS,
+    DEFAULT_TRAINER,
+    METHODS,
+    SMALLEST_METHOD,
+    TRAINERS,
+    Trainer,
+    on_pairs,
+)
 from pipeline.config.training_options import (
     CONVERTED_BEGINNINGS,
     LORA_FIXED,
@@ -31,6 +38,11 @@ from pipeline.config.training_options import (
 def _is(default: object) -> Callable[[object], bool]:
     """Return a function that tells if a value is this default."""
     return lambda value: value == default
+
+
+def _told(trainers: Iterable[Trainer]) -> str:
+    """Return the names of trainers and what they do."""
+    return ", ".join(f"`{trainer.name}` {trainer.about}" for trainer in trainers)
 
 
 class Lora(Section):
@@ -77,7 +89,7 @@ class Preference(Section):
     """
 
     data: Data = Field(description="preference pairs")
-    trainer: str = Field(default=DEFAULT_ON_PAIRS, description="`dpo`, or `kto`")
+    trainer: str = Field(default=DEFAULT_ON_PAIRS, description="kind of training: " + _told(on_pairs()))
     epochs: Real = Field(default=1, gt=0, le=1000, description="passes over the pairs")
     max_steps: Count | None = Field(default=None, description="stop after this many optimizer steps")
     batch_size: Count = Field(default=4, description="pairs in one forward pass")
@@ -98,9 +110,9 @@ class Preference(Section):
     @field_validator("trainer")
     @classmethod
     def _trainer(cls, value: str) -> str:
-        on_pairs = [name for name, trainer in TRAINERS.items() if PREFERENCE in trainer.forms]
-        if value not in on_pairs:
-            raise ValueError(f"{value!r} does not train on preference pairs; allowed are {', '.join(on_pairs)}")
+        able = [trainer.name for trainer in on_pairs()]
+        if value not in able:
+            raise ValueError(f"{value!r} does not train on preference pairs; allowed are {', '.join(able)}")
         return value
 
     @field_validator("options")
@@ -116,7 +128,7 @@ class Train(Section):
     trainer: str = Field(
         default=DEFAULT_TRAINER,
         exclude_if=_is(DEFAULT_TRAINER),
-        description="kind of fine-tuning: `sft` learns answers, `dpo` and `kto` learn which of two answers is better",
+        description="kind of fine-tuning: " + _told(TRAINERS.values()),
     )
     method: Literal[*METHODS] = Field(  # type: ignore[valid-type]  # the catalogue has the names
         default=SMALLEST_METHOD.name,
@@ -194,6 +206,13 @@ class Train(Section):
     def adapts(self) -> bool:
         """Return True if an adapter is trained, and not the model's own weights."""
         return METHODS[self.method].adapts
+
+    @property
+    def unused(self) -> str | None:
+        """Return a remark about settings that have no effect; None if all have one."""
+        if self.adapts or self.lora == Lora():
+            return None
+        return f"train.lora: has no effect, since train.method {self.method} trains all weights"
 
     @property
     def packs(self) -> bool:

@@ -95,6 +95,7 @@ class Trainer:
         sequences: sequences in an example.
         packs: True if it can put several examples into one sequence.
         needs_adapter: True if it needs the model before the training, which an adapter leaves as it was.
+        about: what it does, after its name.
         title: its name in cards; empty for the default.
         quantizes: True if it can train with quantization (`train.qat`).
         divides: True if several processes can train together.
@@ -109,6 +110,7 @@ class Trainer:
     sequences: int = 1
     packs: bool = True
     needs_adapter: bool = False
+    about: str = ""
     title: str = ""
     quantizes: bool = False
     divides: bool = True
@@ -127,10 +129,38 @@ _ON_PAIRS: dict[str, Any] = {
 TRAINERS = {
     t.name: t
     for t in (
-        Trainer("sft", "pipeline.training.trainers.sft", _LEARNS_ANSWERS, "eval_loss", quantizes=True),
-        Trainer("dpo", "pipeline.training.trainers.dpo", options="trl:DPOConfig", title="DPO", **_ON_PAIRS),
-        Trainer("kto", "pipeline.training.trainers.kto", options="trl:KTOConfig", title="KTO", **_ON_PAIRS),
+        Trainer(
+            "sft",
+            "pipeline.training.trainers.sft",
+            _LEARNS_ANSWERS,
+            "eval_loss",
+            about="learns answers",
+            quantizes=True,
+        ),
+        Trainer(
+            "dpo",
+            "pipeline.training.trainers.dpo",
+            options="trl:DPOConfig",
+            about="learns which of two answers is better",
+            title="DPO",
+            **_ON_PAIRS,
+        ),
+        Trainer(
+            "kto",
+            "pipeline.training.trainers.kto",
+            options="trl:KTOConfig",
+            about="learns which answers are good, each for itself",
+            title="KTO",
+            **_ON_PAIRS,
+        ),
     )
 }
 DEFAULT_TRAINER = next(iter(TRAINERS))
-DEFAULT_ON_PAIRS = next(name for name, trainer in TRAINERS.items() if trainer.forms == (PREFERENCE,))
+
+
+def on_pairs() -> list[Trainer]:
+    """Return the trainers that take preference pairs."""
+    return [trainer for trainer in TRAINERS.values() if PREFERENCE in trainer.forms]
+
+
+DEFAULT_ON_PAIRS = on_pairs()[0].name

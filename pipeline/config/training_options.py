@@ -111,4 +111,4 @@ def check_names(section: str, names: Iterable[str], keys: dict[str, str], fixed:
         if name in keys:
             raise ValueError(f"{name} is set by {keys[name]}. Try: that key, and {section} without {name}")
         if name in fixed:
-            raise ValueError(f"{name} cannot be set: {fixed[name]}")
+            raise ValueError(f"{name} cannot be set: {fixed[name]}. Try: {section} without {name}")

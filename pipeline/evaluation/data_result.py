@@ -47,6 +47,7 @@ class PairsData(Record):
     source: Text | None = None
     revision: Text | None = None
     fingerprint: Text | None = None
+    license: Text | None = None
     training_pairs: Count | None = None
     held_out_pairs: Count | None = None
 

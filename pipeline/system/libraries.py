@@ -25,6 +25,9 @@ EXTRAS = {
     "gguf": ("gguf",),
     "llama-cpp": ("llama_cpp",),
     "compressed-tensors": ("compressed_tensors",),
+    "deepspeed": ("deepspeed",),
+    "flash": ("flash_attn",),
+    "liger": ("liger_kernel",),
     "test": ("pytest", "hypothesis", "xdist"),
 }
 

@@ -96,6 +96,12 @@ def test_settings_that_need_an_adapter_are_refused(tiny_model, tmp_path, setting
         load_config(str(place.config))
 
 
+def test_settings_of_an_adapter_are_named_as_unused(tiny_model, tmp_path):
+    place = place_for(tmp_path, tiny_model("llama"), train={**STEPS, "lora": {"rank": 4}})
+    assert "train.lora: has no effect, since train.method full" in place.tunepress("plan", str(place.config)).stdout
+    assert load_config(str(place.config), ("train.method=lora",)).train.unused is None
+
+
 def test_several_processes_are_refused(tiny_model, tmp_path):
     place = place_for(tmp_path, tiny_model("llama"))
     with pytest.raises(ConfigError, match=f"--accelerate: train.method {FULL} trains in one process only"):

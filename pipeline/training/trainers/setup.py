@@ -172,5 +172,6 @@ def naming_refused_settings(settings: Train) -> Iterator[None]:
             ]
             if not keys:
                 raise
-            raise UserError(f"{' or '.join(keys)}: refused: {cut_reason(error)}") from None
+            named = " or ".join(keys)
+            raise UserError(f"{named}: refused: {cut_reason(error)}. Try: other values, or without {named}") from None
         raise UserError(f"train.lora.target_modules {settings.lora.target_modules}: {reason}") from None

@@ -100,6 +100,8 @@ def run(config: TrainingRun, workspace: Workspace, events: Events, variants: tup
     if hardware.compute_dtype("cuda" if torch.cuda.is_available() else "cpu") == torch.float16:
         events.show(["computing in float16: this GPU has no bfloat16 instructions (compute capability below 8.0)"])
     work = Work(prepared.base, prepared.tokenizer, workspace, events, group, process)
+    if config.train.unused:
+        events.show([config.train.unused])
     checkpoints = _checkpoints(config, workspace, process, depends_on, *([second] if second else []))
     output = workspace.adapter if config.train.adapts else workspace.trained
     if pairs:

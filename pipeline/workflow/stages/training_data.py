@@ -135,6 +135,7 @@ def read_pairs(
         "source": second.data.named,
         "revision": data.revision,
         "fingerprint": data.fingerprint,
+        "license": data.license,
         "training_pairs": len(encoded["training"].examples),
         "held_out_pairs": len(encoded["held-out"].examples),
     }

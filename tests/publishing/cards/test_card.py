@@ -241,12 +241,14 @@ def test_several_sources_are_told_with_weights_and_held_out_examples_of_their_ow
 def test_preference_pairs_are_told_with_their_source_and_figures():
     found = results()
     found["data"]["preference"] = {"source": "org/pairs", "revision": "c0ffee", "training_pairs": 30}
+    found["data"]["preference"]["license"] = "odc-by"
     found["training"]["preference"] = {"trainer": "dpo", "accuracy": {"value": 0.8, "stderr": 0.05}}
     train = {"preference": {"data": {"source": "org/pairs"}, "learning_rate": 5e-5}}
     text = model_card(about(found, config=config(train=train)), BOTH)
     told = {name: row[""] for name, row in rows(text, "| Preferences |").items()}
     assert told["Source"] == "[org/pairs](https://huggingface.co/datasets/org/pairs)"
     assert told["Method"] == "DPO" and told["Learning rate"] == "5e-05" and "org/pairs" in data(text)["datasets"]
+    assert "; the preference pairs name odc-by." in text
     assert next(cell for name, cell in told.items() if name.startswith("Held-out pairs whose")).startswith("0.8")
 
 
